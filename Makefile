@@ -1,0 +1,47 @@
+# Every target sets up what it needs; only Python 3.11 or later and make have to be there.
+PYTHON ?= python3
+VENV ?= .venv
+RECIPE ?= quickstart
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.alignment-pipeline-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help align plan status test check format clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  RECIPE=quickstart and ARGS='stages.dpo.beta=0.3 ...' go to align and plan"
+
+align: $(STAMP)  ## run RECIPE: train, evaluate, report
+	$(BIN)/align run $(RECIPE) $(ARGS)
+
+plan: $(STAMP)  ## say what RECIPE would run, and why
+	$(BIN)/align plan $(RECIPE) $(ARGS)
+
+status: $(STAMP)  ## say how the runs in this folder stand
+	$(BIN)/align status $(ARGS)
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)  ## lint, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## format the code and apply safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove caches and the environment; runs/ and artifacts/ stay
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# Everything but torch is pinned: torch comes in the build that suits this machine.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
