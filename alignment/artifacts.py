@@ -1,0 +1,138 @@
+"""An artifact on disk: written to a temporary folder, flushed, renamed; its manifest is written last.
+
+A folder with a manifest is complete; a folder without one never counts. ``manifest.json`` lists every file with size
+and SHA-256, so that damage is found before anything is built on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alignment.errors import ArtifactError
+from alignment.fingerprint import file_sha256
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What an artifact is and where it comes from.
+
+    Example: ``Manifest(stage="dpo", kind="policy", fingerprint="91c0aa17…", config={…}, inputs={"init": "5f0e…"},
+    base={"source": "bundled:smollm2-135m", …}, adapters=["adapters/0-sft", "adapters/1-dpo"], …)``.
+
+    ``identity`` is the canonical form that was hashed, kept so that a plan can say what differs. ``base`` is the
+    model that ``adapters`` stand on, in order; ``base`` with ``"source": "self"`` is the artifact's own ``model/``.
+    ``metrics`` are the headline figures; ``usage`` holds seconds and peak memory in bytes.
+    """
+
+    stage: str
+    kind: str
+    fingerprint: str
+    identity: dict[str, Any]
+    inputs: dict[str, str] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+    adapters: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    usage: dict[str, float] = field(default_factory=dict)
+    tokenizer_sha256: str = ""
+    chat_template_sha256: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    git_commit: str = ""
+    created: str = ""
+    schema: int = SCHEMA
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def folder_name(stage: str, fingerprint: str) -> str:
+    """``dpo-91c0aa17``: readable name first, eight hexadecimal digits second."""
+    return f"{stage}-{fingerprint[:8]}"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of it, even after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=1, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def publish(content: Path, target: Path, manifest: Manifest) -> Manifest:
+    """Turns the folder ``content`` into the artifact ``target``; returns the manifest with its files listed.
+
+    ``target`` may exist only if it has no manifest (a leftover); then it is replaced.
+
+    Raises:
+        ArtifactError: ``target`` is a complete artifact already.
+    """
+    if (target / MANIFEST).exists():
+        raise ArtifactError("this artifact exists and is complete", where=str(target), remedy="delete it to remake it")
+    files = {}
+    for path in sorted(p for p in content.rglob("*") if p.is_file()):
+        path.chmod(0o644)
+        _flush(path)
+        files[path.relative_to(content).as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    complete = dataclasses.replace(manifest, files=files)
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(content, target)
+    write_json(target / MANIFEST, dataclasses.asdict(complete))
+    _flush(target.parent)
+    return complete
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a complete artifact, or None where there is none.
+
+    Raises:
+        ArtifactError: the manifest is unreadable or of another schema.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        manifest = Manifest(**raw)
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"unreadable: {error}", where=str(path), remedy=f"delete {folder} to remake it") from error
+    if manifest.schema != SCHEMA:
+        raise ArtifactError(f"schema {manifest.schema}, expected {SCHEMA}", where=str(path), remedy=f"delete {folder}")
+    return manifest
+
+
+def verify(folder: Path, *, content: bool) -> Manifest:
+    """Checks that every listed file is there with its size, and with its hash too if ``content``.
+
+    Raises:
+        ArtifactError: the artifact is missing, incomplete or damaged; the message names the file.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != expected["size"]:
+            raise ArtifactError("missing or cut short", where=str(path), remedy=f"delete {folder} to remake it")
+        if content and file_sha256(path) != expected["sha256"]:
+            raise ArtifactError(
+                "content differs from its manifest", where=str(path), remedy=f"delete {folder} to remake it"
+            )
+    return manifest
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

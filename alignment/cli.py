@@ -1,0 +1,140 @@
+"""The ``align`` command: thin verbs over the driver."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from alignment import __version__
+from alignment.config.stage import STAGES
+from alignment.config.store import recipe_names
+from alignment.errors import AlignmentError, ConfigError
+
+_RIVAL = "alignment-handbook"
+_EXAMPLES = """\
+examples:
+  align run quickstart                            the whole chain on a small model
+  align plan quickstart stages.dpo.beta=0.3       what would run, and why; starts nothing
+  align run ./mine.yaml launch.num_processes=2    a recipe of your own, on two processes
+  align run quickstart adapter=full               another choice from conf/, for every stage
+
+exit codes: 0 well, 2 configuration, 3 data, 4 model, 5 stage, 6 not finite, 7 artifact, 8 busy, 75 preempted,
+130 interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code (alignment/errors.py)."""
+    options = _parser().parse_args(arguments)
+    console = Console(soft_wrap=False)
+    try:
+        _refuse_other_package()
+        return _dispatch(options, console)
+    except AlignmentError as error:
+        Console(stderr=True).print(f"{_label(error)}: {error}", markup=False, highlight=False, soft_wrap=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; nothing was started")
+        return 130
+
+
+def _dispatch(options: argparse.Namespace, console: Console) -> int:
+    """Imports a verb's code when it is asked for, so that ``--help`` and listings stay instant."""
+    if options.verb in ("run", "plan") and options.recipe is None:
+        known = ", ".join(recipe_names())
+        raise ConfigError(f"which recipe? shipped: {known}", remedy=f"such as: align {options.verb} quickstart")
+    if options.verb == "recipes":
+        _show_recipes(console)
+    elif options.verb == "stages":
+        for kind, stage in STAGES.items():
+            console.print(f"{kind:<10} {stage.summary}", highlight=False)
+    elif options.verb == "status":
+        from alignment.pipeline.status import show_status
+
+        show_status(console, Path(options.output).expanduser().absolute(), options.run)
+    elif options.verb == "plan":
+        from alignment.pipeline.plan import make_plan
+        from alignment.pipeline.summary import show_plan
+
+        show_plan(console, make_plan(options.recipe, options.overrides))
+    else:
+        from alignment.pipeline.run import run
+
+        return run(options.recipe, options.overrides, console=console)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="align",
+        description="Align a language model: SFT, reward model, DPO and PPO as one planned run.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"align {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, summary in (
+        ("run", "plan a recipe and run what has to run"),
+        ("plan", "say what would run, and why; start nothing"),
+    ):
+        one = verbs.add_parser(verb, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        one.add_argument(
+            "recipe", metavar="RECIPE", nargs="?", help=f"{', '.join(recipe_names())}, or the path of your own .yaml"
+        )
+        one.add_argument(
+            "overrides", metavar="KEY=VALUE", nargs="*", help="such as stages.dpo.beta=0.3 or output=FOLDER"
+        )
+    status = verbs.add_parser("status", help="how runs stand", description="How runs stand.")
+    status.add_argument("run", metavar="RUN", nargs="?", help="a run's name; without it, all runs are listed")
+    status.add_argument(
+        "--output", default=".", metavar="FOLDER", help="the folder that holds runs/ (default: this one)"
+    )
+    verbs.add_parser("recipes", help="list the shipped recipes", description="List the shipped recipes.")
+    verbs.add_parser("stages", help="list the kinds of stage", description="List the kinds of stage.")
+    return parser
+
+
+def _show_recipes(console: Console) -> None:
+    import yaml
+
+    from alignment.config.store import recipes_folder
+
+    for name in recipe_names():
+        content = yaml.safe_load((recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+        console.print(f"{name:<16} {escape(content['summary'])}", highlight=False)
+
+
+def _refuse_other_package() -> None:
+    """Another distribution brings an import package of the same name; the two overwrite each other's files.
+
+    Raises:
+        ConfigError: it is installed beside this one.
+    """
+    try:
+        version = importlib.metadata.version(_RIVAL)
+    except importlib.metadata.PackageNotFoundError:
+        return
+    raise ConfigError(
+        f"{_RIVAL} {version} is installed in this environment and brings a package 'alignment' too",
+        where=sys.prefix,
+        remedy="use an environment of its own for alignment-pipeline",
+    )
+
+
+def _label(error: AlignmentError) -> str:
+    return {2: "configuration", 3: "data", 4: "model", 7: "artifact", 8: "busy"}.get(error.exit_code, "error")
+
+
+def console_script() -> None:
+    """Entry point of the installed command."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    console_script()

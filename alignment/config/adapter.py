@@ -1,0 +1,27 @@
+"""How a stage changes the weights: all of them, or a low-rank adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class AdapterKind(str, Enum):
+    """``full`` trains every weight; ``lora`` trains low-rank factors beside frozen weights (Hu et al. 2021)."""
+
+    full = "full"
+    lora = "lora"
+
+
+@dataclass(kw_only=True, slots=True)
+class AdapterConfig:
+    """``rank``, ``alpha``, ``dropout`` and ``target_modules`` apply to adapters only.
+
+    ``target_modules`` is a list of module names, or the single word ``all-linear``.
+    """
+
+    kind: AdapterKind = AdapterKind.lora
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])

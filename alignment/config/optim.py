@@ -1,0 +1,34 @@
+"""The optimiser and how rows are grouped into its steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Schedule(str, Enum):
+    """How the learning rate falls after the warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW. ``batch_size`` is global: it is split over processes and micro-batches, and does not change with them.
+
+    ``micro_batch_size`` rows are held in memory at once on a device; it changes memory, not the result. ``max_steps``
+    stops earlier than ``epochs``.
+    """
+
+    lr: float
+    batch_size: int = 16
+    micro_batch_size: int = field(default=8, metadata={"identity": False})
+    epochs: float = 1.0
+    max_steps: int | None = None
+    schedule: Schedule = Schedule.cosine
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.0
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 1.0

@@ -1,0 +1,114 @@
+"""What values are allowed, beyond their type: one table, one line a field."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.config.adapter import AdapterConfig
+from alignment.config.data import DataConfig
+from alignment.config.launch import LaunchConfig
+from alignment.config.optim import OptimConfig
+from alignment.config.run import RunConfig
+from alignment.config.stage import (
+    DpoConfig,
+    EvaluateConfig,
+    KlConfig,
+    PpoConfig,
+    PpoOptimConfig,
+    ReportConfig,
+    RewardConfig,
+    SftConfig,
+)
+from alignment.config.tracking import TrackingConfig
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+
+
+def is_name(value: str) -> bool:
+    """Whether ``value`` may name a run or a stage: it becomes a folder's name and a word in commands."""
+    return _NAME.fullmatch(value) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A test of a value that has the right type already, and what it allows, in words."""
+
+    holds: Callable[[Any], bool]
+    allowed: str
+
+
+NAME = Rule(is_name, "1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot")
+FILLED = Rule(lambda value: bool(value), "at least one entry")
+POSITIVE = Rule(lambda value: value > 0 and math.isfinite(value), "a number above 0")
+NOT_NEGATIVE = Rule(lambda value: value >= 0 and math.isfinite(value), "0 or more")
+FINITE = Rule(lambda value: math.isfinite(value), "a finite number")
+FRACTION = Rule(lambda value: 0 <= value <= 1, "from 0 to 1")
+BELOW_ONE = Rule(lambda value: 0 <= value < 1, "from 0 to below 1")
+
+RULES: dict[tuple[type, str], Rule] = {
+    (RunConfig, "name"): NAME,
+    (RunConfig, "seed"): NOT_NEGATIVE,
+    (RunConfig, "stages"): FILLED,
+    (RunConfig, "output"): FILLED,
+    (LaunchConfig, "num_processes"): POSITIVE,
+    (LaunchConfig, "threads"): NOT_NEGATIVE,
+    (LaunchConfig, "grace_seconds"): POSITIVE,
+    (TrackingConfig, "project"): NAME,
+    (DataConfig, "limit"): POSITIVE,
+    (AdapterConfig, "rank"): POSITIVE,
+    (AdapterConfig, "alpha"): POSITIVE,
+    (AdapterConfig, "dropout"): BELOW_ONE,
+    (AdapterConfig, "target_modules"): FILLED,
+    (OptimConfig, "lr"): POSITIVE,
+    (OptimConfig, "batch_size"): POSITIVE,
+    (OptimConfig, "micro_batch_size"): POSITIVE,
+    (OptimConfig, "epochs"): POSITIVE,
+    (OptimConfig, "max_steps"): POSITIVE,
+    (OptimConfig, "warmup_ratio"): FRACTION,
+    (OptimConfig, "weight_decay"): NOT_NEGATIVE,
+    (OptimConfig, "adam_eps"): POSITIVE,
+    (OptimConfig, "max_grad_norm"): POSITIVE,
+    (PpoOptimConfig, "lr"): POSITIVE,
+    (PpoOptimConfig, "critic_lr"): POSITIVE,
+    (PpoOptimConfig, "batch_size"): POSITIVE,
+    (PpoOptimConfig, "micro_batch_size"): POSITIVE,
+    (PpoOptimConfig, "adam_eps"): POSITIVE,
+    (PpoOptimConfig, "max_grad_norm"): POSITIVE,
+    (KlConfig, "coefficient"): NOT_NEGATIVE,
+    (KlConfig, "target"): POSITIVE,
+    (KlConfig, "horizon"): POSITIVE,
+    (SftConfig, "max_length"): POSITIVE,
+    (SftConfig, "log_every"): POSITIVE,
+    (SftConfig, "save_every"): POSITIVE,
+    (RewardConfig, "max_length"): POSITIVE,
+    (RewardConfig, "center_coefficient"): NOT_NEGATIVE,
+    (RewardConfig, "eval_fraction"): BELOW_ONE,
+    (RewardConfig, "log_every"): POSITIVE,
+    (RewardConfig, "save_every"): POSITIVE,
+    (DpoConfig, "max_length"): POSITIVE,
+    (DpoConfig, "beta"): POSITIVE,
+    (DpoConfig, "log_every"): POSITIVE,
+    (DpoConfig, "save_every"): POSITIVE,
+    (PpoConfig, "updates"): POSITIVE,
+    (PpoConfig, "ppo_epochs"): POSITIVE,
+    (PpoConfig, "num_minibatches"): POSITIVE,
+    (PpoConfig, "max_prompt_length"): POSITIVE,
+    (PpoConfig, "max_new_tokens"): POSITIVE,
+    (PpoConfig, "temperature"): POSITIVE,
+    (PpoConfig, "gamma"): FRACTION,
+    (PpoConfig, "gae_lambda"): FRACTION,
+    (PpoConfig, "clip"): POSITIVE,
+    (PpoConfig, "value_clip"): POSITIVE,
+    (PpoConfig, "value_coefficient"): NOT_NEGATIVE,
+    (PpoConfig, "missing_eos_score"): FINITE,
+    (PpoConfig, "save_every"): POSITIVE,
+    (EvaluateConfig, "arms"): FILLED,
+    (EvaluateConfig, "max_new_tokens"): POSITIVE,
+    (EvaluateConfig, "batch_size"): POSITIVE,
+    (EvaluateConfig, "bootstrap_samples"): POSITIVE,
+    (ReportConfig, "num_samples"): POSITIVE,
+}

@@ -1,0 +1,28 @@
+"""The whole of what a run is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from alignment.config.launch import LaunchConfig
+from alignment.config.model import ModelConfig
+from alignment.config.stage import StageConfig
+from alignment.config.tracking import TrackingConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """A recipe after composition.
+
+    ``stages`` maps a stage's name to its configuration; order is the graph's business. ``output`` is the folder that
+    holds ``runs/`` and ``artifacts/``.
+    """
+
+    name: str
+    summary: str = ""
+    seed: int = 42
+    output: str = "."
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -1,0 +1,211 @@
+"""What each kind of stage can be told. ``STAGES`` is the one table of kinds.
+
+A field whose metadata says ``identity: False`` does not change the result and stays out of the fingerprint. A field
+whose metadata says ``reference`` names another stage (``stage:NAME``), the run's base model (``base``) or a folder
+(``path:FOLDER``), and which kinds of artifact it takes; what it points to is fingerprinted, not its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar
+
+from alignment.config.adapter import AdapterConfig
+from alignment.config.data import DataConfig
+from alignment.config.optim import OptimConfig, Schedule
+
+
+def _reference(default: str, *kinds: str) -> str:
+    return field(default=default, metadata={"reference": kinds, "identity": False})
+
+
+def _not_identity(default: int) -> int:
+    return field(default=default, metadata={"identity": False})
+
+
+@dataclass(kw_only=True, slots=True)
+class SftConfig:
+    """Supervised fine-tuning on conversations: only assistant turns are learned, their end included."""
+
+    summary: ClassVar[str] = "instruction tuning on conversations"
+    revision: ClassVar[int] = 1
+    produces: ClassVar[str] = "policy"
+
+    kind: str = "sft"
+    init: str = _reference("base", "policy")
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/conversations"))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4))
+    max_length: int = 1024
+    packing: bool = False
+    log_every: int = _not_identity(1)
+    save_every: int = _not_identity(10)
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardConfig:
+    """A Bradley-Terry reward model: a scalar score at the last token of an answer (Stiennon et al. 2020, eq. 1).
+
+    ``center_coefficient`` weighs (r_chosen + r_rejected)² in the loss (Eisenstein et al. 2023). ``eval_fraction`` of
+    the prompts is held out for the accuracy.
+    """
+
+    summary: ClassVar[str] = "reward model from preference pairs"
+    revision: ClassVar[int] = 1
+    produces: ClassVar[str] = "reward"
+
+    kind: str = "reward"
+    init: str = _reference("stage:sft", "policy")
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/preferences"))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, adam_eps=1e-5))
+    max_length: int = 1024
+    center_coefficient: float = 0.0
+    eval_fraction: float = 0.1
+    log_every: int = _not_identity(1)
+    save_every: int = _not_identity(10)
+
+
+class DpoLoss(str, Enum):
+    """Preference losses that TRL's DPO trainer offers and that we test."""
+
+    sigmoid = "sigmoid"
+    hinge = "hinge"
+    ipo = "ipo"
+
+
+@dataclass(kw_only=True, slots=True)
+class DpoConfig:
+    """Direct preference optimisation (Rafailov et al. 2023). The reference is the policy at the start of the stage."""
+
+    summary: ClassVar[str] = "direct preference optimisation on the same pairs"
+    revision: ClassVar[int] = 1
+    produces: ClassVar[str] = "policy"
+
+    kind: str = "dpo"
+    init: str = _reference("stage:sft", "policy")
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/preferences"))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5))
+    max_length: int = 1024
+    beta: float = 0.1
+    loss: DpoLoss = DpoLoss.sigmoid
+    log_every: int = _not_identity(1)
+    save_every: int = _not_identity(10)
+
+
+class KlControl(str, Enum):
+    """``fixed`` keeps the coefficient; ``adaptive`` steers towards a target (Ziegler et al. 2019, section 2.2)."""
+
+    fixed = "fixed"
+    adaptive = "adaptive"
+
+
+@dataclass(kw_only=True, slots=True)
+class KlConfig:
+    """``target`` (nats a sequence) and ``horizon`` (episodes) apply to adaptive control only."""
+
+    control: KlControl = KlControl.fixed
+    coefficient: float = 0.05
+    target: float = 6.0
+    horizon: int = 10_000
+
+
+@dataclass(kw_only=True, slots=True)
+class PpoConfig:
+    """Proximal policy optimisation against a reward model (Schulman et al. 2017; Huang et al. 2024 for the details).
+
+    One update samples ``optim.batch_size`` episodes and takes ``ppo_epochs * num_minibatches`` optimiser steps on
+    them; ``updates`` of these make the run. The policy starts from ``init``, which is also the reference; the value
+    model starts from ``reward``. ``missing_eos_score`` replaces the score of an answer that never ended.
+    """
+
+    summary: ClassVar[str] = "proximal policy optimisation against the reward model"
+    revision: ClassVar[int] = 1
+    produces: ClassVar[str] = "policy"
+
+    kind: str = "ppo"
+    init: str = _reference("stage:sft", "policy")
+    reward: str = _reference("stage:reward", "reward")
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/preferences"))
+    optim: PpoOptimConfig = field(default_factory=lambda: PpoOptimConfig())
+    kl: KlConfig = field(default_factory=KlConfig)
+    updates: int = 16
+    ppo_epochs: int = 4
+    num_minibatches: int = 1
+    max_prompt_length: int = 512
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    clip: float = 0.2
+    value_clip: float = 0.2
+    value_coefficient: float = 0.1
+    whiten_rewards: bool = False
+    missing_eos_score: float = -1.0
+    save_every: int = _not_identity(1)
+
+
+@dataclass(kw_only=True, slots=True)
+class PpoOptimConfig:
+    """Adam without weight decay or warm-up, annealed to zero. ``batch_size`` counts episodes an update, globally."""
+
+    lr: float = 3e-5
+    critic_lr: float | None = None
+    batch_size: int = 32
+    micro_batch_size: int = field(default=16, metadata={"identity": False})
+    schedule: Schedule = Schedule.linear
+    adam_eps: float = 1e-5
+    max_grad_norm: float = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """Greedy answers of every arm to held-out prompts, scored by gold rule, reward model and KL to ``reference``.
+
+    ``arms`` are ``base``, ``base+prompt`` (the house style as a system message) and ``stage:NAME``. Without a reward
+    model (``reward: null``) that column stays empty.
+    """
+
+    summary: ClassVar[str] = "arms side by side on held-out prompts"
+    revision: ClassVar[int] = 1
+    produces: ClassVar[str] = "evaluation"
+
+    kind: str = "evaluate"
+    arms: list[str] = field(
+        default_factory=lambda: ["base", "base+prompt", "stage:sft", "stage:dpo", "stage:ppo"],
+        metadata={"reference": ("policy",), "identity": False},
+    )
+    reference: str = _reference("stage:sft", "policy")
+    reward: str | None = _reference("stage:reward", "reward")
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/heldout"))
+    max_new_tokens: int = 96
+    batch_size: int = field(default=32, metadata={"identity": False})
+    bootstrap_samples: int = 2000
+
+
+@dataclass(kw_only=True, slots=True)
+class ReportConfig:
+    """One self-contained HTML file about the run; made by the driver from files alone."""
+
+    summary: ClassVar[str] = "one HTML page about the whole run"
+    revision: ClassVar[int] = 1
+    produces: ClassVar[str] = "report"
+
+    kind: str = "report"
+    evaluation: str = _reference("stage:evaluate", "evaluation")
+    num_samples: int = 12
+
+
+StageConfig = SftConfig | RewardConfig | DpoConfig | PpoConfig | EvaluateConfig | ReportConfig
+
+STAGES: dict[str, type[StageConfig]] = {
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "dpo": DpoConfig,
+    "ppo": PpoConfig,
+    "evaluate": EvaluateConfig,
+    "report": ReportConfig,
+}

@@ -1,0 +1,40 @@
+"""Which groups of choices exist, and the dataclass that each one's files fill.
+
+Hydra composes the files of ``conf/`` as plain values; ``alignment.config.typed`` checks the outcome against the
+dataclasses. The dataclasses are not registered as Hydra schemas on purpose: Hydra would stop at the first misspelling,
+and a user should see all of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alignment.config.adapter import AdapterConfig
+from alignment.config.launch import LaunchConfig
+from alignment.config.model import ModelConfig
+from alignment.config.stage import StageConfig
+from alignment.config.tracking import TrackingConfig
+from alignment.resources import shipped
+
+GROUPS: dict[str, object] = {
+    "adapter": AdapterConfig,
+    "launch": LaunchConfig,
+    "model": ModelConfig,
+    "stage": StageConfig,
+    "tracking": TrackingConfig,
+}
+
+
+def conf_folder() -> Path:
+    """The folder of shipped choices."""
+    return shipped("conf")
+
+
+def recipes_folder() -> Path:
+    """The folder of shipped recipes."""
+    return shipped("recipes")
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes, by name."""
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))

@@ -1,0 +1,209 @@
+"""Plain values to dataclasses and back, reporting every fault at once.
+
+Types are strict: ``true`` is not a number and ``"16"`` is not an integer. Two forms are taken as what they plainly
+mean: an integer where a float stands, and ``"1e-4"`` for a float, which YAML 1.1 reads as text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from enum import Enum
+from functools import cache
+from typing import Any
+
+from alignment.config.faults import Fault, refuse
+from alignment.config.near import nearest, suggestion
+from alignment.config.rules import NAME, RULES, is_name
+from alignment.config.run import RunConfig
+from alignment.config.stage import STAGES, StageConfig
+
+_STAGE_TYPES = tuple(STAGES.values())
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+class _Wrong(Exception):
+    """A value that does not convert; carries what would be allowed."""
+
+
+def typed(tree: Mapping[str, Any]) -> RunConfig:
+    """The run that a composed tree describes.
+
+    Raises:
+        ConfigError: lists every unknown key, wrong type and value out of range, with its dotted path.
+    """
+    config, faults = convert(tree)
+    refuse(faults)
+    return config
+
+
+def convert(tree: Mapping[str, Any]) -> tuple[RunConfig, list[Fault]]:
+    """As ``typed``, but hands the faults back; a faulty field holds its default, so that later checks add theirs."""
+    conversion = _Conversion()
+    return conversion.instance(RunConfig, tree, where="", defaults=RunConfig(name="run")), conversion.faults
+
+
+def stage_from_plain(plain: Mapping[str, Any]) -> StageConfig:
+    """The stage that a ``stage.yaml`` describes under ``config``.
+
+    Raises:
+        ConfigError: lists every fault.
+    """
+    conversion = _Conversion()
+    stage = conversion.stage(plain, where="config", siblings=[])
+    refuse(conversion.faults)
+    assert stage is not None, "a stage without a type is a fault"
+    return stage
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses as dicts and enums as their values, so that JSON and YAML can hold them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value
+
+
+class _Conversion:
+    """Walks a tree beside the dataclasses it should become, and gathers faults on the way."""
+
+    def __init__(self) -> None:
+        self.faults: list[Fault] = []
+
+    def instance(self, cls: type, tree: Any, *, where: str, defaults: Any) -> Any:
+        """An instance of ``cls``; keys that ``tree`` leaves out keep their value from ``defaults``."""
+        hints = field_types(cls)
+        if not isinstance(tree, Mapping):
+            self._fault(where, f"{tree!r} is no group of settings; it takes the keys {', '.join(hints)}")
+            return defaults
+        values = {name: getattr(defaults, name) for name in hints}
+        for key, value in tree.items():
+            path = _join(where, key)
+            if key not in hints:
+                self._fault(path, f"unknown key; {suggestion(str(key), hints)}")
+            elif cls is RunConfig and key == "stages":
+                values[key] = self._stages(value)
+            else:
+                values[key] = self._field(cls, key, value, where=path, default=values[key])
+        return cls(**values)
+
+    def stage(self, tree: Any, *, where: str, siblings: list[str]) -> StageConfig | None:
+        """The stage of the kind that ``tree`` names, or None after a fault."""
+        if not isinstance(tree, Mapping):
+            self._fault(where, f"{tree!r} is no stage; it takes settings, beginning with 'kind'")
+            return None
+        if "kind" not in tree:
+            self._fault(where, _without_kind(where.removeprefix("stages."), siblings))
+            return None
+        kind = tree["kind"]
+        cls = STAGES.get(kind) if isinstance(kind, str) else None
+        if cls is None:
+            self._fault(f"{where}.kind", f"{kind!r} is no kind of stage; {suggestion(str(kind), STAGES)}")
+            return None
+        built = self.instance(cls, tree, where=where, defaults=cls())
+        assert isinstance(built, _STAGE_TYPES)
+        return built
+
+    def _stages(self, tree: Any) -> dict[str, StageConfig]:
+        if not isinstance(tree, Mapping):
+            self._fault("stages", f"{tree!r} is no group of stages; write one name a stage")
+            return {}
+        if not tree:
+            self._fault("stages", "a run needs at least one stage")
+        complete = [str(name) for name, value in tree.items() if isinstance(value, Mapping) and "kind" in value]
+        stages = {}
+        for name, value in tree.items():
+            where = _join("stages", name)
+            if not is_name(str(name)):
+                self._fault(where, f"{str(name)!r} cannot name a stage; allowed: {NAME.allowed}")
+            stage = self.stage(value, where=where, siblings=complete)
+            if stage is not None:
+                stages[str(name)] = stage
+        return stages
+
+    def _field(self, cls: type, name: str, value: Any, *, where: str, default: Any) -> Any:
+        hint = field_types(cls)[name]
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            return self.instance(hint, value, where=where, defaults=default)
+        try:
+            converted = _scalar_or_list(hint, value)
+        except _Wrong as wrong:
+            self._fault(where, f"{value!r} is not allowed; {wrong}")
+            return default
+        rule = RULES.get((cls, name))
+        if rule is not None and converted is not None and not rule.holds(converted):
+            self._fault(where, f"{value!r} is not allowed; {rule.allowed}")
+            return default
+        return converted
+
+    def _fault(self, where: str, message: str) -> None:
+        self.faults.append(Fault(where=where or "recipe", message=message))
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Each field of a dataclass with its resolved type, in order."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _scalar_or_list(hint: Any, value: Any) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        options = [option for option in typing.get_args(hint) if option is not types.NoneType]
+        if value is None:
+            return None
+        return _scalar_or_list(options[0], value)
+    if typing.get_origin(hint) is list:
+        if not isinstance(value, (list, tuple)):
+            raise _Wrong("it takes a list, such as [a, b]")
+        return [_scalar_or_list(typing.get_args(hint)[0], item) for item in value]
+    if issubclass(hint, Enum):
+        return _choice(hint, value)
+    return _scalar(hint, value)
+
+
+def _scalar(hint: type, value: Any) -> Any:
+    if hint is float:
+        return _number(value)
+    if type(value) is not hint:
+        raise _Wrong(f"it takes {_WORDS[hint]}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise _Wrong(f"it takes {_WORDS[float]}")
+    try:
+        return float(value)
+    except ValueError:
+        raise _Wrong(f"it takes {_WORDS[float]}") from None
+
+
+def _choice(hint: type[Enum], value: Any) -> Enum:
+    options = [member.value for member in hint]
+    for member in hint:
+        if member.value == value:
+            return member
+    close = nearest(str(value), options)
+    hint_text = f"; did you mean '{close}'?" if close else ""
+    raise _Wrong(f"one of: {', '.join(options)}{hint_text}")
+
+
+def _without_kind(name: str, siblings: list[str]) -> str:
+    close = nearest(name, siblings)
+    if close:
+        return f"unknown stage; did you mean '{close}'?"
+    have = f"the recipe has {', '.join(siblings)}" if siblings else "the recipe has none"
+    return f"unknown stage; {have}. A new stage needs 'kind', one of: {', '.join(STAGES)}"
+
+
+def _join(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)

@@ -1,0 +1,80 @@
+"""Errors a user can act on. Each is one readable block: where, what, what is allowed, what to do.
+
+    AlignmentError                 exit code
+    ├── ConfigError                2   a key, value or reference that cannot be right; nothing was started
+    ├── DataError                  3   a data file or row that cannot be used
+    ├── ModelError                 4   a model, tokenizer or adapter that is missing or does not fit
+    ├── StageError                 5   a stage that failed while it ran
+    │   └── NonFiniteError         6   NaN or infinity in a loss or gradient; the last good checkpoint stays
+    ├── ArtifactError              7   an artifact or checkpoint that is damaged or belongs to something else
+    └── Busy                       8   another process works on the same run or artifact
+
+Other codes: 0 all is well, 1 a fault of ours (a bug), 75 preempted (start again to go on), 130 interrupted by the user.
+"""
+
+from __future__ import annotations
+
+
+class AlignmentError(Exception):
+    """Base of every error that is shown without a traceback.
+
+    ``where`` names the key, file or stage; ``remedy`` says what to do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, where: str = "", remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{head}\n  → {self.remedy}" if self.remedy else head
+
+
+class ConfigError(AlignmentError):
+    """One or more faults in the configuration, all reported together."""
+
+    exit_code = 2
+
+
+class DataError(AlignmentError):
+    """A data file or row that cannot be used."""
+
+    exit_code = 3
+
+
+class ModelError(AlignmentError):
+    """A model, tokenizer or adapter that is missing or does not fit."""
+
+    exit_code = 4
+
+
+class StageError(AlignmentError):
+    """A stage failed while it ran."""
+
+    exit_code = 5
+
+
+class NonFiniteError(StageError):
+    """NaN or infinity in a loss or gradient."""
+
+    exit_code = 6
+
+
+class ArtifactError(AlignmentError):
+    """An artifact or checkpoint that is damaged or belongs to something else."""
+
+    exit_code = 7
+
+
+class Busy(AlignmentError):
+    """Another process works on the same run or artifact."""
+
+    exit_code = 8
+
+
+PREEMPTED = 75
+"""Exit code of a stage that saved and stopped because it was asked to; starting again goes on."""

@@ -1,0 +1,55 @@
+"""What defines a result, in one canonical form, and its hash.
+
+A fingerprint covers a stage's configuration, the content of its data, the fingerprints of its inputs, the seed and the
+stage's revision. It never covers paths, launch, tracking, or fields marked ``identity: False``. Values without a stable
+form (sets, floats that are not finite, objects) are refused rather than guessed at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+
+def canonical(value: Any) -> Any:
+    """Plain JSON data that stands for ``value``; dataclass fields marked ``identity: False`` are left out.
+
+    Raises:
+        TypeError: the value has no stable form.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kept = [f for f in dataclasses.fields(value) if f.metadata.get("identity", True)]
+        return {f.name: canonical(getattr(value, f.name)) for f in kept}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise TypeError(f"{value} has no stable form; a fingerprint takes finite numbers")
+        return int(value) if value.is_integer() else value
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [canonical(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): canonical(value[key]) for key in sorted(value)}
+    raise TypeError(f"{type(value).__name__} has no stable form for a fingerprint")
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical form, in hexadecimal."""
+    text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    sha = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()

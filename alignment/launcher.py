@@ -1,0 +1,218 @@
+"""From a launch configuration and a stage file to a command, and one call that runs it.
+
+Everything a worker needs beside its stage file is in the command's environment: offline, no telemetry, threads shared
+out, our own package found first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from alignment.config.launch import LaunchConfig, LauncherKind
+from alignment.errors import ConfigError
+
+_POLL_SECONDS = 0.5
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """``argv`` to execute, and ``environment``: variables laid over the caller's."""
+
+    argv: tuple[str, ...]
+    environment: dict[str, str]
+
+
+def command(
+    launch: LaunchConfig, stage_file: Path, *, num_devices: int, num_cores: int, pythonpath: str = ""
+) -> Command:
+    """The command that runs a stage on this machine. ``num_devices`` counts GPUs, 0 without any.
+
+    Raises:
+        ConfigError: this launcher cannot start so many processes here.
+    """
+    kind = chosen_launcher(launch, num_devices=num_devices)
+    workers = launch.num_processes
+    launcher = _torchrun(workers) if kind is LauncherKind.torchrun else _accelerate(workers, num_devices=num_devices)
+    argv = (sys.executable, *launcher, "-m", "alignment.worker", str(stage_file))
+    threads = launch.threads or max(1, num_cores // workers)
+    return Command(argv=argv, environment=_environment(threads, pythonpath))
+
+
+def chosen_launcher(launch: LaunchConfig, *, num_devices: int) -> LauncherKind:
+    """The launcher that ``auto`` stands for, or the one asked for if it can do it.
+
+    Raises:
+        ConfigError: more processes than GPUs, or several CPU processes by accelerate.
+    """
+    workers = launch.num_processes
+    if num_devices and workers > num_devices:
+        raise ConfigError(
+            f"{workers} processes, but this machine has {num_devices} GPU{'s' if num_devices > 1 else ''}",
+            where="launch.num_processes",
+            remedy=f"launch.num_processes={num_devices}",
+        )
+    several_on_cpu = workers > 1 and num_devices == 0
+    if launch.kind is LauncherKind.accelerate and several_on_cpu:
+        raise ConfigError(
+            "accelerate starts one process, whatever it is told, on a machine without GPUs",
+            where="launch.kind",
+            remedy="launch.kind=auto or launch.kind=torchrun",
+        )
+    if launch.kind is LauncherKind.auto:
+        return LauncherKind.torchrun if several_on_cpu else LauncherKind.accelerate
+    return launch.kind
+
+
+def count_devices(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
+    """GPUs that this machine lets us use, counted without importing torch."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+    return sum(1 for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def execute(
+    command: Command, *, log: Path, on_poll: Callable[[], None], grace_seconds: float, keep_open: Sequence[int] = ()
+) -> int:
+    """Runs a command to its end, output appended to ``log``; returns its exit code, negative for a signal.
+
+    The command has a session of its own, so that Ctrl-C reaches this process alone. If this call is interrupted (by
+    Ctrl-C, or an exception raised in a signal handler), the workers are asked to stop, awaited for ``grace_seconds``,
+    then killed; the interruption goes on. No process of the command outlives this call. ``on_poll`` is called twice a
+    second. Descriptors in ``keep_open`` stay open in the command, and locks with them.
+    """
+    with log.open("ab") as sink:
+        leader = psutil.Popen(
+            command.argv,
+            env={**os.environ, **command.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=keep_open,
+        )
+    family = _Family(leader)
+    try:
+        while (code := _exit_code(leader)) is None:
+            family.look()
+            on_poll()
+        return code
+    except BaseException:
+        family.ask_to_stop()
+        family.wait(grace_seconds)
+        raise
+    finally:
+        family.kill()
+
+
+def _exit_code(leader: psutil.Popen) -> int | None:
+    """Waits a moment; None while it still runs."""
+    try:
+        return int(leader.wait(timeout=_POLL_SECONDS))
+    except psutil.TimeoutExpired:
+        return None
+
+
+class _Family:
+    """A launcher and all that it started, remembered so that workers are found even after their launcher died."""
+
+    def __init__(self, leader: psutil.Process) -> None:
+        self._leader = leader
+        self._known: dict[int, psutil.Process] = {}
+
+    def look(self) -> None:
+        """Notes who is there now."""
+        with suppress(psutil.NoSuchProcess):
+            for process in self._leader.children(recursive=True):
+                self._known.setdefault(process.pid, process)
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM to the workers alone: a launcher that got it would end, or give its workers little time to save."""
+        self.look()
+        try:
+            workers = self._leader.children() or [self._leader]
+        except psutil.NoSuchProcess:
+            workers = list(self._known.values())
+        for process in workers:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+
+    def wait(self, seconds: float) -> None:
+        """Returns when all have ended, or after ``seconds``; a second interruption ends the wait."""
+        deadline = time.monotonic() + seconds
+        while self._alive() and time.monotonic() < deadline:
+            self.look()
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """Ends whoever is left, and collects the launcher."""
+        for process in self._alive():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._leader.wait()
+
+    def _alive(self) -> list[psutil.Process]:
+        return [process for process in [self._leader, *self._known.values()] if _is_alive(process)]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """A process that ended and was not collected by its parent does not count."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _accelerate(workers: int, *, num_devices: int) -> list[str]:
+    """Every flag is given, so that no configuration file in the user's home folder has a say."""
+    flags = [
+        "--num_processes",
+        str(workers),
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    if num_devices == 0:
+        flags.append("--cpu")
+    elif workers > 1:
+        flags.append("--multi_gpu")
+    return ["-m", "accelerate.commands.launch", *flags]
+
+
+def _torchrun(workers: int) -> list[str]:
+    """A rendezvous on a port of its own choosing, so that two runs on one machine never meet."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nnodes", "1", "--nproc_per_node", str(workers)]
+
+
+def _environment(threads: int, pythonpath: str) -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": os.pathsep.join(part for part in (str(_ROOT), pythonpath) if part),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }

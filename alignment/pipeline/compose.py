@@ -1,0 +1,233 @@
+"""A recipe and overrides to one plain tree, by Hydra, once.
+
+Hydra merges the files; single values given on the command line are laid over the outcome here, one by one, so that
+every misspelling is found rather than the first. Nothing in a configuration can run code or read the environment:
+``_target_`` and resolvers are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from alignment.config.faults import Fault, refuse
+from alignment.config.near import suggestion
+from alignment.config.store import GROUPS, conf_folder, recipe_names, recipes_folder
+from alignment.errors import ConfigError
+
+_HYDRA = "1.3"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Composition:
+    """What the files and overrides amount to, not yet typed; ``faults`` were found on the way."""
+
+    recipe: str
+    tree: dict[str, Any]
+    faults: list[Fault]
+
+
+def compose(recipe: str, overrides: Sequence[str]) -> Composition:
+    """Composes a shipped recipe by name, or a user's by path.
+
+    Raises:
+        ConfigError: there is no such recipe, or its files do not compose.
+    """
+    path = find_recipe(recipe)
+    _check_recipe_text(path)
+    parsed, faults = _parse(overrides)
+    with initialize_config_dir(config_dir=str(path.parent), version_base=_HYDRA):
+        search = f"hydra.searchpath=[{_quoted(conf_folder())},{_quoted(recipes_folder())}]"
+        try:
+            groups, group_faults = _group_overrides(path.stem, search, [o for o in parsed if _is_group(o)])
+            tree = hydra_compose(config_name=path.stem, overrides=[search, *groups])
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(_first_paragraph(error), where=str(path)) from error
+    OmegaConf.set_struct(tree, False)
+    value_faults = [fault for o in parsed if not _is_group(o) for fault in _apply(o, tree)]
+    plain, plain_faults = _plain(tree)
+    plain.setdefault("name", path.stem)
+    return Composition(recipe=recipe, tree=plain, faults=[*faults, *group_faults, *value_faults, *plain_faults])
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        ConfigError: no such name or file; says what there is.
+    """
+    if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
+        path = Path(recipe).expanduser().absolute()
+        if not path.is_file():
+            raise ConfigError(f"no file {path}", where="recipe", remedy=f"shipped recipes: {', '.join(recipe_names())}")
+        if path.suffix != ".yaml":
+            raise ConfigError(f"{path.name} does not end in .yaml", where="recipe", remedy="rename it")
+        return path
+    if recipe not in recipe_names():
+        raise ConfigError(
+            f"no recipe '{recipe}'; {suggestion(recipe, recipe_names())}",
+            where="recipe",
+            remedy="`align recipes` lists them; a file of your own goes by its path, ./mine.yaml",
+        )
+    return recipes_folder() / f"{recipe}.yaml"
+
+
+def _check_recipe_text(path: Path) -> None:
+    """Refuses what Hydra itself would act on before a composed tree could be looked at."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not YAML: {error}", where=str(path)) from error
+    if not isinstance(content, dict):
+        raise ConfigError("a recipe is a group of settings", where=str(path), remedy="begin it with: defaults: [base]")
+    faults = list(_hostile(content, where=""))
+    if "hydra" in content:
+        faults.append(Fault(where="hydra", message="settings of Hydra itself are not taken"))
+    defaults = content.get("defaults", [])
+    if isinstance(defaults, list) and "_self_" in defaults[:-1]:
+        faults.append(Fault(where="defaults", message="'_self_' must come last, or the recipe's own values are lost"))
+    refuse(faults)
+
+
+def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
+    parser = OverridesParser.create()
+    parsed, faults = [], []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            faults.append(_malformed(text))
+            continue
+        hostile = list(_hostile({override.key_or_group: text}, where=""))
+        if not override.key_or_group:
+            faults.append(_malformed(text))
+        elif hostile:
+            faults.extend(hostile)
+        elif override.is_sweep_override():
+            faults.append(Fault(where=text, message="several values for one key; give one"))
+        elif override.key_or_group.split(".")[0].split("/")[0] == "hydra":
+            faults.append(Fault(where=text, message="settings of Hydra itself are not taken"))
+        else:
+            parsed.append(override)
+    return parsed, faults
+
+
+def _malformed(text: str) -> Fault:
+    return Fault(where=text, message="not an override; write key=value, such as stages.dpo.beta=0.3")
+
+
+def _is_group(override: Override) -> bool:
+    """Whether an override picks a file (``launch=two_processes``, ``adapter@stages.sft.adapter=full``)."""
+    return override.package is not None or override.key_or_group in GROUPS
+
+
+def _group_overrides(name: str, search: str, overrides: list[Override]) -> tuple[list[str], list[Fault]]:
+    """Group overrides as Hydra takes them, and what is wrong with the others.
+
+    A bare ``adapter=full`` becomes one override for every stage that picks an adapter.
+    """
+    if not overrides:
+        return [], []
+    loader = GlobalHydra.instance().config_loader()
+    defaults = loader.compute_defaults_list(config_name=name, overrides=[search], run_mode=RunMode.RUN)
+    keys = [str(key) for key in defaults.overrides.known_choices if not str(key).startswith("hydra/")]
+    files = {group: loader.get_group_options(group, config_name=name, overrides=[search]) for group in GROUPS}
+    accepted, faults = [], []
+    for override in overrides:
+        expanded, fault = _expand(override, keys, files)
+        accepted.extend(expanded)
+        if fault is not None:
+            faults.append(fault)
+    return accepted, faults
+
+
+def _expand(override: Override, keys: list[str], files: dict[str, list[str]]) -> tuple[list[str], Fault | None]:
+    group, choice = override.key_or_group, override.value()
+    where = str(override.input_line)
+    if group not in GROUPS:
+        return [], Fault(where=where, message=f"no group '{group}'; {suggestion(group, GROUPS)}")
+    if override.is_delete():
+        return [], Fault(where=where, message="a group cannot be removed; choose another of its files")
+    if choice not in files[group]:
+        return [], Fault(where=where, message=f"no {group} '{choice}'; {suggestion(str(choice), files[group])}")
+    if override.is_add():
+        return [where], None
+    wanted = override.get_key_element()
+    matching = [key for key in keys if key == wanted or (override.package is None and key.split("@")[0] == group)]
+    if not matching:
+        return [], Fault(where=where, message=f"the recipe does not choose that; {suggestion(wanted, keys)}")
+    return [f"{key}={choice}" for key in matching], None
+
+
+def _apply(override: Override, tree: DictConfig) -> Iterator[Fault]:
+    """Lays one value over the tree; a key that does not exist is left for the typed check to name."""
+    key = override.key_or_group
+    if override.is_delete():
+        parent, _, last = key.rpartition(".")
+        node = OmegaConf.select(tree, parent) if parent else tree
+        if not isinstance(node, DictConfig) or last not in node:
+            known = [str(name) for name in node] if isinstance(node, DictConfig) else []
+            yield Fault(where=str(override.input_line), message=f"nothing to remove; {suggestion(last, known)}")
+        else:
+            del node[last]
+        return
+    try:
+        OmegaConf.update(tree, key, override.value(), merge=True, force_add=True)
+    except (OmegaConfBaseException, AssertionError, TypeError, ValueError) as error:
+        yield Fault(where=str(override.input_line), message=_first_paragraph(error))
+
+
+def _plain(tree: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
+    """The tree as plain values, interpolations of its own keys resolved."""
+    written = OmegaConf.to_container(tree, resolve=False)
+    faults = list(_hostile(written, where=""))
+    if not faults:
+        try:
+            written = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            faults.append(Fault(where=str(error.full_key or "recipe"), message=_first_paragraph(error)))
+    assert isinstance(written, dict)
+    return {str(key): value for key, value in written.items()}, faults
+
+
+def _hostile(value: Any, *, where: str) -> Iterator[Fault]:
+    """Keys and values that would make Hydra or OmegaConf run code or read what lies outside the configuration."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            path = f"{where}.{key}" if where else str(key)
+            if str(key).split(".")[-1] == "_target_":
+                yield Fault(where=path, message="'_target_' is not taken: a configuration is data and never runs code")
+            yield from _hostile(item, where=path)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _hostile(item, where=f"{where}[{number}]")
+    elif isinstance(value, str) and _has_resolver(value):
+        message = f"{value!r} is not taken: a configuration reads only itself; use ${{other.key}} or the value"
+        yield Fault(where=where, message=message)
+
+
+def _has_resolver(text: str) -> bool:
+    """Whether ``${name:…}`` stands anywhere in the text, nested or not."""
+    return any(":" in part.split("}")[0] for part in text.split("${")[1:])
+
+
+def _quoted(path: Path) -> str:
+    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'file://{escaped}'"
+
+
+def _first_paragraph(error: BaseException) -> str:
+    return str(error).strip().split("\n\n")[0]

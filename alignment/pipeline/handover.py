@@ -1,0 +1,134 @@
+"""What passes between driver and worker as files: the frozen ``stage.yaml`` out, progress and status back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignment.config.typed import to_plain
+from alignment.errors import (
+    PREEMPTED,
+    AlignmentError,
+    ArtifactError,
+    Busy,
+    ConfigError,
+    DataError,
+    ModelError,
+    NonFiniteError,
+    StageError,
+)
+from alignment.pipeline.plan import Plan, PlannedStage
+from alignment.stage_spec import StageInput
+
+_ERRORS = {
+    kind.exit_code: kind
+    for kind in (ConfigError, DataError, ModelError, StageError, NonFiniteError, ArtifactError, Busy)
+}
+_TAIL_LINES = 15
+
+
+class Preempted(Exception):
+    """A stage saved and stopped because it was asked to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a stage is: ``Progress(phase="training", step=12, total=57, figures={"loss": 1.83})``."""
+
+    phase: str
+    step: int
+    total: int | None
+    figures: Mapping[str, float]
+
+
+def write_stage_file(plan: Plan, stage: PlannedStage, *, git_commit: str) -> Path:
+    """Writes ``runs/<run>/<stage>/stage.yaml``; returns its path."""
+    folder = plan.run_folder / stage.name
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "stage.yaml"
+    told = {
+        "run": plan.config.name,
+        "stage": stage.name,
+        "config": to_plain(stage.config),
+        "model": to_plain(plan.config.model),
+        "base_path": str(plan.base.folder),
+        "inputs": {field: _input(one) for field, one in stage.inputs.items()},
+        "arms": {arm: _input(one) for arm, one in stage.arms.items()},
+        "data_path": str(stage.data),
+        "fingerprint": stage.fingerprint,
+        "identity": stage.identity,
+        "input_fingerprints": stage.input_fingerprints,
+        "artifact": str(stage.artifact),
+        "work": str(stage.work),
+        "run_folder": str(folder),
+        "seed": plan.config.seed,
+        "tracking": to_plain(plan.config.tracking),
+        "git_commit": git_commit,
+    }
+    path.write_text(yaml.safe_dump(told, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def read_progress(work: Path) -> Progress | None:
+    """The last word of a running stage, or None before its first."""
+    try:
+        raw = json.loads((work / "progress.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return Progress(phase=raw["phase"], step=raw["step"], total=raw["total"], figures=raw["figures"])
+
+
+def raise_for_status(folder: Path, *, code: int, stage: str) -> None:
+    """Returns if the stage in ``folder`` ended well; ``code`` is its launcher's exit code.
+
+    Raises:
+        Preempted: it saved and stopped on request.
+        AlignmentError: it failed; the kind of error is the worker's own where it said so.
+    """
+    log = folder / "log.txt"
+    try:
+        status: dict[str, Any] = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StageError(
+            f"its process ended {_how(code)} without a word\n{tail(log)}", where=f"stage {stage}", remedy=f"log: {log}"
+        ) from None
+    if status["state"] == "done":
+        return
+    if status["state"] == "preempted" or status["exit_code"] == PREEMPTED:
+        raise Preempted
+    kind = _ERRORS.get(status["exit_code"])
+    if kind is not None:
+        raise kind(f"{status['error']}\n  log: {log}", where=f"stage {stage}")
+    raise AlignmentError(
+        f"{status['error']}\n{tail(log)}", where=f"stage {stage}", remedy=f"this is a fault of ours; the log is {log}"
+    )
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log, indented."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+    return "\n".join(f"  | {line}" for line in lines)
+
+
+def commit_of_checkout(root: Path) -> str:
+    """The git commit of the code that runs, or nothing where it was installed without its history."""
+    if not (root / ".git").exists():
+        return ""
+    outcome = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return outcome.stdout.strip() if outcome.returncode == 0 else ""
+
+
+def _how(code: int) -> str:
+    if code == -9:
+        return "by signal 9 (often: the machine ran out of memory; a smaller micro_batch_size helps)"
+    return f"by signal {-code}" if code < 0 else f"with exit code {code}"
+
+
+def _input(one: StageInput) -> dict[str, str | None]:
+    return {"ref": one.ref, "path": None if one.path is None else str(one.path)}

@@ -1,0 +1,254 @@
+"""A composed run to a plan: which stages run, which are reused, and why. Nothing is started, nothing downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from alignment.artifacts import folder_name, read_manifest, verify
+from alignment.config.faults import refuse
+from alignment.config.run import RunConfig
+from alignment.config.stage import ReportConfig, StageConfig
+from alignment.config.typed import convert
+from alignment.data.sources import RECORDS, locate, read_jsonl
+from alignment.errors import ArtifactError, ModelError
+from alignment.fingerprint import digest
+from alignment.pipeline import identity, references
+from alignment.pipeline.compose import compose
+from alignment.pipeline.reasons import Made, made, reason_to_run
+from alignment.pipeline.references import Slot
+from alignment.pipeline.sources import ModelSource, resolve
+from alignment.stage_spec import StageInput
+
+CHECKPOINT_MANIFEST = "alignment_checkpoint.json"
+"""Written last into a checkpoint by ``alignment.training.checkpoints``; a folder without it never counts."""
+
+CHECKED_ROWS = 20_000
+"""Rows of a data file looked at while planning, to keep a plan quick; the stage checks all of them as it reads."""
+
+
+class Action(str, Enum):
+    """What happens to a stage."""
+
+    run = "run"
+    resume = "resume"
+    reuse = "reuse"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedStage:
+    """A stage with its inputs resolved and its result named.
+
+    ``inputs`` has an entry for each reference except arms; ``artifact`` is where the result is or will be, ``work``
+    where it is made.
+    """
+
+    name: str
+    config: StageConfig
+    action: Action
+    reason: str
+    fingerprint: str
+    identity: dict[str, Any]
+    inputs: dict[str, StageInput]
+    arms: dict[str, StageInput]
+    input_fingerprints: dict[str, str]
+    data: Path | None
+    artifact: Path
+    work: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """All that ``run`` needs. ``sources`` are the models taken from outside, by what the user wrote."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    config: RunConfig
+    output: Path
+    base: ModelSource
+    sources: dict[str, ModelSource]
+    stages: tuple[PlannedStage, ...]
+
+    @property
+    def run_folder(self) -> Path:
+        """Where this run is recorded."""
+        return self.output / "runs" / self.config.name
+
+
+def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
+    """Composes, checks and plans.
+
+    Raises:
+        ConfigError: any fault in recipe, overrides or references, all listed.
+        DataError: a data file is missing, or a row does not fit its stage.
+        ModelError: a model folder is missing or is not a model.
+        ArtifactError: a result that would be reused is damaged.
+    """
+    composition = compose(recipe, overrides)
+    config, faults = convert(composition.tree)
+    refuse([*composition.faults, *faults, *references.faults(config.stages)])
+    data = _checked_data(config)
+    output = Path(config.output).expanduser().absolute()
+    builder = _Builder(config, output=output, data=data, base=resolve(config.model.source, where="model.source"))
+    stages = tuple(builder.stage(name) for name in references.in_order(config.stages))
+    return Plan(
+        recipe=recipe,
+        overrides=tuple(overrides),
+        config=config,
+        output=output,
+        base=builder.base,
+        sources=builder.sources,
+        stages=stages,
+    )
+
+
+def _checked_data(config: RunConfig) -> dict[str, Path]:
+    """Each stage's data file, its first rows read."""
+    located: dict[str, Path] = {}
+    read: set[tuple[Path, str]] = set()
+    for name, stage in config.stages.items():
+        if isinstance(stage, ReportConfig):
+            continue
+        path = locate(stage.data.source, where=f"stages.{name}.data.source")
+        record = RECORDS[stage.kind]
+        if (path, record.__name__) not in read:
+            for _ in islice(read_jsonl(path, record, limit=stage.data.limit), CHECKED_ROWS):
+                pass
+            read.add((path, record.__name__))
+        located[name] = path
+    return located
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Resolved:
+    """A reference, where it leads (None: the base model), and the fingerprint of what is there."""
+
+    ref: str
+    path: Path | None
+    fingerprint: str
+
+
+class _Builder:
+    """Plans stages in order; each finds its inputs among those planned before."""
+
+    def __init__(self, config: RunConfig, *, output: Path, data: dict[str, Path], base: ModelSource) -> None:
+        self.base = base
+        self.sources: dict[str, ModelSource] = {}
+        self._config = config
+        self._data = data
+        self._artifacts = output / "artifacts"
+        self._store: list[Made] = made(self._artifacts)
+        self._planned: dict[str, PlannedStage] = {}
+
+    def stage(self, name: str) -> PlannedStage:
+        """Plans one stage; those it takes its inputs from must have been planned."""
+        config = self._config.stages[name]
+        slots = list(references.slots(config))
+        inputs = {slot.field: self._resolve(name, slot) for slot in slots if not slot.is_arm}
+        arms = {slot.ref: self._resolve(name, slot) for slot in slots if slot.is_arm}
+        described = self._identity(name, config, inputs, arms)
+        fingerprint = digest(described)
+        artifact = self._artifacts / folder_name(name, fingerprint)
+        work = artifact.with_name(f"{artifact.name}.work")
+        refs = {field: one.ref for field, one in inputs.items()}
+        action, reason = self._action(name, fingerprint, artifact, work, described, refs)
+        planned = PlannedStage(
+            name=name,
+            config=config,
+            action=action,
+            reason=reason,
+            fingerprint=fingerprint,
+            identity=described,
+            inputs={field: StageInput(ref=one.ref, path=one.path) for field, one in inputs.items()},
+            arms={arm: StageInput(ref=one.ref, path=one.path) for arm, one in arms.items()},
+            input_fingerprints={key: one.fingerprint for key, one in {**inputs, **arms}.items()},
+            data=self._data.get(name),
+            artifact=artifact,
+            work=work,
+        )
+        self._planned[name] = planned
+        return planned
+
+    def _identity(
+        self,
+        name: str,
+        config: StageConfig,
+        inputs: dict[str, _Resolved],
+        arms: dict[str, _Resolved],
+    ) -> dict[str, Any]:
+        if isinstance(config, ReportConfig):
+            others = references.inputs_of(name, self._config.stages)
+            return identity.of_report(
+                self._config, name, inputs={other: self._planned[other].fingerprint for other in others}
+            )
+        return identity.of_stage(
+            self._config,
+            name,
+            base=self.base,
+            data=self._data[name],
+            inputs={field: one.fingerprint for field, one in inputs.items()},
+            arms={arm: one.fingerprint for arm, one in arms.items()},
+        )
+
+    def _resolve(self, name: str, slot: Slot) -> _Resolved:
+        if slot.is_base:
+            return _Resolved(ref=slot.ref, path=None, fingerprint=self.base.identity)
+        if slot.stage is not None:
+            planned = self._planned[slot.stage]
+            return _Resolved(ref=slot.ref, path=planned.artifact, fingerprint=planned.fingerprint)
+        where = f"stages.{name}.{slot.field}"
+        if slot.ref.startswith("path:"):
+            folder = Path(slot.ref.removeprefix("path:")).expanduser().absolute()
+            if read_manifest(folder) is not None:
+                return _Resolved(ref=slot.ref, path=folder, fingerprint=_fitting_artifact(folder, slot, where=where))
+            if "policy" not in slot.takes:
+                raise ModelError(
+                    f"no artifact in {folder}",
+                    where=where,
+                    remedy=f"this slot takes an artifact of kind {slot.takes[0]}",
+                )
+        source = self.sources[slot.ref] = resolve(slot.ref, where=where)
+        return _Resolved(ref=slot.ref, path=source.folder, fingerprint=source.identity)
+
+    def _action(
+        self,
+        name: str,
+        fingerprint: str,
+        artifact: Path,
+        work: Path,
+        described: dict[str, Any],
+        refs: dict[str, str],
+    ) -> tuple[Action, str]:
+        if read_manifest(artifact) is not None:
+            if verify(artifact, content=False).fingerprint != fingerprint:
+                raise ArtifactError(
+                    "holds another result whose fingerprint begins alike",
+                    where=str(artifact),
+                    remedy=f"move {artifact} away",
+                )
+            return Action.reuse, artifact.name
+        checkpoint = newest_checkpoint(work)
+        if checkpoint is not None:
+            return Action.resume, f"from {checkpoint.name}"
+        return Action.run, reason_to_run(name, described, refs, self._store)
+
+
+def newest_checkpoint(work: Path) -> Path | None:
+    """The last complete checkpoint of a stage under way. The worker verifies it before it goes on from there."""
+    complete = [manifest.parent for manifest in (work / "checkpoints").glob(f"checkpoint-*/{CHECKPOINT_MANIFEST}")]
+    return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def _fitting_artifact(folder: Path, slot: Slot, *, where: str) -> str:
+    manifest = verify(folder, content=False)
+    if manifest.kind not in slot.takes:
+        raise ModelError(
+            f"{folder} holds an artifact of kind {manifest.kind}",
+            where=where,
+            remedy=f"this slot takes {slot.takes[0]}",
+        )
+    return manifest.fingerprint

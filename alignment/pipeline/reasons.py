@@ -1,0 +1,93 @@
+"""Why a stage has to run: what differs from the nearest result there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.artifacts import MANIFEST, Manifest, read_manifest
+
+_SHOWN = 3
+_ABSENT = "nothing"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """A complete artifact in the store."""
+
+    folder: Path
+    manifest: Manifest
+
+
+def made(artifacts: Path) -> list[Made]:
+    """Every complete artifact of a store."""
+    folders = sorted(path.parent for path in artifacts.glob(f"*/{MANIFEST}"))
+    manifests = [(folder, read_manifest(folder)) for folder in folders]
+    return [Made(folder=folder, manifest=manifest) for folder, manifest in manifests if manifest is not None]
+
+
+def reason_to_run(stage: str, identity: dict[str, Any], refs: dict[str, str], store: list[Made]) -> str:
+    """``beta 0.1 → 0.3 (nearest: dpo-91c0aa17)``, or that nothing was made yet.
+
+    ``refs`` gives the reference in each slot, so that a changed input can be called by its stage's name.
+    """
+    candidates = [
+        one for one in store if one.manifest.stage == stage and one.manifest.identity["kind"] == identity["kind"]
+    ]
+    if not candidates:
+        return "nothing made yet"
+    compared = [(list(_differences(one.manifest.identity, identity, refs)), one) for one in candidates]
+    newest_first = sorted(compared, key=lambda pair: pair[1].manifest.created, reverse=True)
+    differences, nearest = min(newest_first, key=lambda pair: len(pair[0]))
+    shown = ", ".join(differences[:_SHOWN])
+    more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+    return f"{shown}{more} (nearest: {nearest.folder.name})"
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], refs: dict[str, str]) -> Iterator[str]:
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    told = set()
+    for path in sorted(before.keys() | after.keys(), key=_own_settings_first):
+        if before.get(path) == after.get(path):
+            continue
+        text = _in_words(path, before.get(path, _ABSENT), after.get(path, _ABSENT), refs)
+        if text not in told:
+            told.add(text)
+            yield text
+
+
+def _in_words(path: tuple[str, ...], old: Any, new: Any, refs: dict[str, str]) -> str:
+    head, rest = path[0], ".".join(path[1:])
+    if head == "config":
+        return f"{rest} {_value(old)} → {_value(new)}"
+    if head == "inputs":
+        return f"input {refs.get(rest, rest).removeprefix('stage:')} changes"
+    if head == "arms":
+        if _ABSENT in (old, new):
+            return f"arm {rest.removeprefix('stage:')} {'added' if old == _ABSENT else 'removed'}"
+        return f"input {rest.removeprefix('stage:')} changes"
+    if head == "base":
+        return "base model changes" if rest == "content" else f"dtype {old} → {new}"
+    if head == "data":
+        return "data changes"
+    if head == "revision":
+        return "the stage itself was revised"
+    return f"{'.'.join(path)} {_value(old)} → {_value(new)}"
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, (*path, key))
+    else:
+        yield path, value
+
+
+def _own_settings_first(path: tuple[str, ...]) -> tuple[bool, tuple[str, ...]]:
+    return path[0] != "config", path
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,204 @@
+"""Executes a plan: one stage after another, each in processes of its own, recorded as it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from alignment import __version__, launcher
+from alignment.artifacts import Manifest, publish, read_manifest, verify
+from alignment.config.launch import LaunchConfig
+from alignment.config.stage import EvaluateConfig, ReportConfig
+from alignment.errors import PREEMPTED, ArtifactError
+from alignment.launcher import Command
+from alignment.locks import held
+from alignment.pipeline import handover, sources
+from alignment.pipeline.display import Display, display_for, duration
+from alignment.pipeline.handover import Preempted
+from alignment.pipeline.plan import Action, Plan, PlannedStage, make_plan
+from alignment.pipeline.record import RunRecord
+from alignment.pipeline.summary import REPORT, show_results
+
+INTERRUPTED = 130
+
+CommandFor = Callable[[LaunchConfig, Path], Command]
+"""Makes the command that runs a stage file."""
+
+
+class Terminated(BaseException):
+    """The driver itself was asked to stop, by SIGTERM or by its terminal closing."""
+
+
+def run(recipe: str, overrides: Sequence[str], *, console: Console, command_for: CommandFor | None = None) -> int:
+    """Plans and executes; returns the exit code (alignment/errors.py).
+
+    Raises:
+        AlignmentError: a fault in the plan, or a stage that failed; what was done before stays and is reused.
+    """
+    command_for = command_for or command_here
+    plan = make_plan(recipe, overrides)
+    command_for(plan.config.launch, plan.run_folder / "stage.yaml")  # refuses what this machine cannot start
+    with held(plan.run_folder / "lock", wait=False):
+        display = display_for(console)
+        plan = _with_models(plan, display)
+        record = RunRecord(plan)
+        try:
+            with _termination_raises():
+                for stage in plan.stages:
+                    _one_stage(plan, stage, record, display, command_for)
+        except (KeyboardInterrupt, Terminated, Preempted) as stop:
+            code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED
+            record.finish("interrupted" if code == INTERRUPTED else "preempted")
+            console.print("stopped; the same command goes on from here", highlight=False)
+            return code
+        except BaseException:
+            record.finish("failed")
+            raise
+        record.finish("done")
+    show_results(console, plan.run_folder, record.content)
+    return 0
+
+
+def command_here(launch: LaunchConfig, stage_file: Path) -> Command:
+    """The launcher's command for this machine."""
+    return launcher.command(
+        launch,
+        stage_file,
+        num_devices=launcher.count_devices(),
+        num_cores=launcher.count_cores(),
+        pythonpath=os.environ.get("PYTHONPATH", ""),
+    )
+
+
+def _with_models(plan: Plan, display: Display) -> Plan:
+    """The plan with every model it needs on this machine.
+
+    Nothing is fetched if every stage is reused. A hub model that had to be downloaded is pinned to a commit only then,
+    so the plan is made anew.
+    """
+    needed = [s for s in plan.stages if s.action is not Action.reuse and not isinstance(s.config, ReportConfig)]
+    missing = [model for model in [plan.base, *plan.sources.values()] if not model.ready]
+    if not needed or not missing:
+        return plan
+    for model in missing:
+        sources.fetch(model, announce=display.note)
+    return make_plan(plan.recipe, plan.overrides)
+
+
+def _one_stage(plan: Plan, stage: PlannedStage, record: RunRecord, display: Display, command_for: CommandFor) -> None:
+    if stage.action is Action.reuse:
+        _point_to_result(plan, stage)
+        display.end(stage.name, "reused", stage.artifact.name)
+        return
+    display.begin(stage.name, stage.reason)
+    record.stage(stage.name, "running")
+    started = time.monotonic()
+    try:
+        _make(plan, stage, display, command_for)
+        verify(stage.artifact, content=False)
+        _point_to_result(plan, stage)
+    except BaseException as stop:
+        interrupted = isinstance(stop, (KeyboardInterrupt, Terminated, Preempted))
+        record.stage(stage.name, "waiting" if interrupted else "failed", seconds=time.monotonic() - started)
+        display.end(stage.name, "failed" if not interrupted else "stopped", duration(time.monotonic() - started))
+        raise
+    record.stage(stage.name, "done", seconds=time.monotonic() - started)
+    display.end(stage.name, "done", f"{duration(time.monotonic() - started):<12} {stage.artifact.name}")
+
+
+def _make(plan: Plan, stage: PlannedStage, display: Display, command_for: CommandFor) -> None:
+    """Makes the artifact, alone: another run that wants the same one is refused while this one works on it."""
+    with held(stage.work / "lock", wait=False) as lock:
+        if read_manifest(stage.artifact) is not None:
+            return
+        if isinstance(stage.config, ReportConfig):
+            _make_report(plan, stage, stage.config)
+        else:
+            _launch(plan, stage, display, command_for, lock)
+    shutil.rmtree(stage.work, ignore_errors=True)
+
+
+def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: CommandFor, lock: int) -> None:
+    commit = handover.commit_of_checkout(Path(__file__).resolve().parents[2])
+    stage_file = handover.write_stage_file(plan, stage, git_commit=commit)
+    folder = stage_file.parent
+    (folder / "status.json").unlink(missing_ok=True)
+    (stage.work / "progress.json").unlink(missing_ok=True)
+
+    def on_poll() -> None:
+        if (progress := handover.read_progress(stage.work)) is not None:
+            display.update(progress)
+
+    code = launcher.execute(
+        command_for(_launch_config(plan, stage), stage_file),
+        log=folder / "log.txt",
+        on_poll=on_poll,
+        grace_seconds=plan.config.launch.grace_seconds,
+        keep_open=[lock],
+    )
+    handover.raise_for_status(folder, code=code, stage=stage.name)
+    manifest = read_manifest(stage.artifact)
+    if manifest is None or manifest.fingerprint != stage.fingerprint:
+        raise ArtifactError(
+            "the stage said it was done, but its result is not there", where=str(stage.artifact), remedy="run it again"
+        )
+
+
+def _launch_config(plan: Plan, stage: PlannedStage) -> LaunchConfig:
+    """An evaluation is one process's work, which then has all the cores."""
+    if isinstance(stage.config, EvaluateConfig):
+        return dataclasses.replace(plan.config.launch, num_processes=1)
+    return plan.config.launch
+
+
+def _make_report(plan: Plan, stage: PlannedStage, config: ReportConfig) -> None:
+    """Runs in this process: a report reads files and draws, it computes nothing."""
+    from alignment import report
+
+    started = time.monotonic()
+    content = stage.work / "content"
+    shutil.rmtree(content, ignore_errors=True)
+    content.mkdir(parents=True)
+    report.build(plan.run_folder, content / REPORT, num_samples=config.num_samples)
+    manifest = Manifest(
+        stage=stage.name,
+        kind=config.produces,
+        fingerprint=stage.fingerprint,
+        identity=stage.identity,
+        inputs=stage.input_fingerprints,
+        usage={"seconds": round(time.monotonic() - started, 2)},
+        versions={"alignment-pipeline": __version__},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    publish(content, stage.artifact, manifest)
+
+
+def _point_to_result(plan: Plan, stage: PlannedStage) -> None:
+    """A report also stands in the run's folder, where a user looks for it."""
+    if isinstance(stage.config, ReportConfig):
+        shutil.copyfile(stage.artifact / REPORT, plan.run_folder / REPORT)
+
+
+@contextmanager
+def _termination_raises() -> Iterator[None]:
+    """SIGTERM and SIGHUP become an exception, so that a stage is asked to save before this process goes."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,139 @@
+"""Models that a run takes from outside: the bundled one, a folder, or a hub repository.
+
+Planning looks only at what is on this machine; ``fetch`` is where anything is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment import bundled
+from alignment.artifacts import write_json
+from alignment.errors import ModelError
+from alignment.fingerprint import digest, file_sha256
+
+_HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_IDENTITY_SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".txt"}
+_LARGE = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSource:
+    """A model as a plan sees it.
+
+    ``identity`` stands for its content in a fingerprint. ``folder`` is where it is, or will be; None for a hub
+    repository that is not on this machine yet, whose ``identity`` then names the revision asked for.
+    """
+
+    source: str
+    identity: str
+    folder: Path | None
+    ready: bool
+
+
+def resolve(source: str, *, where: str) -> ModelSource:
+    """Looks a model up without downloading anything.
+
+    Raises:
+        ModelError: the source has no known form, or its folder is not a model.
+    """
+    scheme, _, rest = source.partition(":")
+    if scheme == "bundled" and rest:
+        model = bundled.lookup(rest, where=where)
+        identity = f"gguf-sha256:{model.sha256}"
+        return ModelSource(
+            source=source, identity=identity, folder=bundled.folder(model), ready=bundled.is_ready(model)
+        )
+    if scheme == "path" and rest:
+        folder = model_folder(rest, where=where)
+        return ModelSource(source=source, identity=f"files-sha256:{_folder_digest(folder)}", folder=folder, ready=True)
+    if scheme == "hub" and (match := _HUB.fullmatch(rest)):
+        return _hub(source, match["id"], match["revision"] or "main", download=False)
+    raise ModelError(
+        f"{source!r} is no model source", where=where, remedy="write bundled:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
+    )
+
+
+def fetch(model: ModelSource, *, announce: bundled.Announce) -> ModelSource:
+    """The same model, on this machine.
+
+    Raises:
+        ModelError: it cannot be had; says what was needed.
+    """
+    scheme, _, rest = model.source.partition(":")
+    if scheme == "bundled":
+        bundled.ensure(bundled.lookup(rest), announce=announce)
+    elif not model.ready:
+        match = _HUB.fullmatch(rest)
+        assert match is not None, "resolve() let the form pass"
+        announce(f"downloading {rest} from its hub")
+        return _hub(model.source, match["id"], match["revision"] or "main", download=True)
+    return resolve(model.source, where="model.source")
+
+
+def model_folder(path: str, *, where: str) -> Path:
+    """A folder that holds a model in safetensors form.
+
+    Raises:
+        ModelError: it is not one; says what is missing.
+    """
+    folder = Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        raise ModelError(f"no folder {folder}", where=where, remedy="give the folder of a model or of an artifact")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json", where=where, remedy="give the folder of a transformers model")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} has no *.safetensors file",
+            where=where,
+            remedy="only safetensors weights are read, never pickles",
+        )
+    return folder
+
+
+def _folder_digest(folder: Path) -> str:
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _IDENTITY_SUFFIXES)
+    return digest({path.name: remembered_sha256(path) for path in files})
+
+
+def remembered_sha256(path: Path) -> str:
+    """A file's SHA-256; that of a large file is kept in the cache until its size or time of change differs."""
+    stat = path.stat()
+    if stat.st_size < _LARGE:
+        return file_sha256(path)
+    key = digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+    memo = bundled.cache_root() / "sha256" / f"{key[:32]}.json"
+    if memo.is_file():
+        return str(json.loads(memo.read_text(encoding="utf-8"))["sha256"])
+    sha256 = file_sha256(path)
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    write_json(memo, {"file": str(path), "sha256": sha256})
+    return sha256
+
+
+def _hub(source: str, repository: str, revision: str, *, download: bool) -> ModelSource:
+    """The hub client is imported here and nowhere else, only for runs that name a hub repository."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [f"*{suffix}" for suffix in sorted(_IDENTITY_SUFFIXES)]
+    try:
+        found = snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=not download)
+    except LocalEntryNotFoundError as error:
+        if not download:
+            return ModelSource(source=source, identity=f"hub:{repository}@{revision}", folder=None, ready=False)
+        raise _unreachable(source, error) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise _unreachable(source, error) from error
+    folder = model_folder(found, where=source)
+    return ModelSource(source=source, identity=f"hub:{repository}@{folder.name}", folder=folder, ready=True)
+
+
+def _unreachable(source: str, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0]
+    return ModelError(
+        f"could not be downloaded: {reason}", where=source, remedy="check the name, or give model.source=path:FOLDER"
+    )

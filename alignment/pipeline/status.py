@@ -1,0 +1,59 @@
+"""How runs stand: read from their files, whether or not one is going on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from alignment.config.near import suggestion
+from alignment.errors import ConfigError
+from alignment.locks import is_held
+from alignment.pipeline import handover
+from alignment.pipeline.record import FILE, read_record
+from alignment.pipeline.summary import progress_line, show_results, show_stages
+
+
+def show_status(console: Console, output: Path, run: str | None) -> None:
+    """One run in full, or a line for each run under ``output/runs``.
+
+    Raises:
+        ConfigError: there is no such run; says which there are.
+    """
+    folders = sorted(path.parent for path in (output / "runs").glob(f"*/{FILE}"))
+    if run is None:
+        if not folders:
+            console.print(f"no runs under {output / 'runs'}", markup=False, highlight=False, soft_wrap=True)
+        for folder in folders:
+            record = read_record(folder)
+            console.print(
+                f"{escape(folder.name):<20} {_state(folder, record):<12} {record['started']}", highlight=False
+            )
+        return
+    names = [folder.name for folder in folders]
+    if run not in names:
+        raise ConfigError(f"no run '{run}' under {output / 'runs'}; {suggestion(run, names)}", where="run")
+    _show_one(console, output / "runs" / run)
+
+
+def _show_one(console: Console, folder: Path) -> None:
+    record = read_record(folder)
+    console.print(f"[bold]{escape(folder.name)}[/]  {_state(folder, record)}", highlight=False)
+    show_stages(console, record)
+    for name, stage in record["stages"].items():
+        if stage["state"] == "running":
+            artifact = Path(stage["artifact"])
+            progress = handover.read_progress(artifact.with_name(f"{artifact.name}.work"))
+            console.print(f"{escape(name)}: {progress_line(progress)}", highlight=False)
+        if stage["state"] == "failed":
+            console.print(f"log: {folder / name / 'log.txt'}", markup=False, highlight=False, soft_wrap=True)
+    show_results(console, folder, record)
+
+
+def _state(folder: Path, record: dict[str, Any]) -> str:
+    """The recorded state, unless the run says it is running and no process holds its lock."""
+    if record["state"] == "running" and not is_held(folder / "lock"):
+        return "killed"
+    return str(record["state"])

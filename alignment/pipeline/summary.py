@@ -1,0 +1,100 @@
+"""Tables for the screen: a plan, a run's stages, and the arms of an evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from alignment.pipeline.display import duration
+from alignment.pipeline.handover import Progress
+from alignment.pipeline.plan import Action, Plan
+
+REPORT = "report.html"
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """One line a stage: what happens to it, and why."""
+    console.print(f"[bold]{escape(plan.config.name)}[/]  {escape(plan.config.summary)}", highlight=False)
+    table = _grid()
+    for stage in plan.stages:
+        colour = "cyan" if stage.action is Action.reuse else "green"
+        table.add_row(escape(stage.name), f"[{colour}]{stage.action.value}[/]", escape(stage.reason))
+    console.print(table)
+    to_run = sum(stage.action is not Action.reuse for stage in plan.stages)
+    console.print(f"{to_run} to run, {len(plan.stages) - to_run} reused", highlight=False)
+
+
+def show_stages(console: Console, record: dict[str, Any]) -> None:
+    """One line a stage: how it stands, what it took, where its result is."""
+    table = _grid()
+    for name, stage in record["stages"].items():
+        table.add_row(escape(name), stage["state"], duration(stage["seconds"]), escape(Path(stage["artifact"]).name))
+    console.print(table)
+
+
+def show_results(console: Console, run_folder: Path, record: dict[str, Any]) -> None:
+    """The arms of every evaluation that is done, and where the report is."""
+    for stage in record["stages"].values():
+        evaluation = Path(stage["artifact"]) / "evaluation.json"
+        if stage["kind"] == "evaluate" and stage["state"] in ("done", "reused") and evaluation.is_file():
+            show_evaluation(console, json.loads(evaluation.read_text(encoding="utf-8")))
+    report = run_folder / REPORT
+    if report.is_file():
+        console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
+    """The arms side by side, then a line a comparison that says whether the difference is real."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in ("arm", "gold", "95 %", "style", "facts", "words", "reward", "KL"):
+        table.add_column(title, justify="left" if title == "arm" else "right", no_wrap=True)
+    for arm in evaluation["arms"]:
+        gold = arm["gold"]
+        table.add_row(
+            escape(arm["label"]),
+            f"{gold['mean']:.3f}",
+            f"{gold['low']:.3f}–{gold['high']:.3f}",
+            _mean(arm["style"]),
+            _mean(arm["facts"]),
+            f"{arm['words']:.1f}",
+            _mean(arm["reward"]),
+            _mean(arm["kl"]),
+        )
+    console.print()
+    console.print(table)
+    labels = {arm["name"]: arm["label"] for arm in evaluation["arms"]}
+    for comparison in evaluation["comparisons"]:
+        console.print(_in_words(comparison, labels), markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"gold = style × facts on {evaluation['num_prompts']} held-out prompts; KL in nats a sequence", highlight=False
+    )
+
+
+def progress_line(progress: Progress | None) -> str:
+    """``training 12/57``, or that nothing was heard yet."""
+    if progress is None:
+        return "starting"
+    return f"{progress.phase} {progress.step}/{progress.total}" if progress.total else progress.phase
+
+
+def _in_words(comparison: dict[str, Any], labels: dict[str, str]) -> str:
+    arm, against = (labels.get(comparison[key], comparison[key]) for key in ("arm", "against"))
+    interval = f"{comparison['difference']:+.3f} ({comparison['low']:+.3f} to {comparison['high']:+.3f})"
+    if not comparison["real"]:
+        return f"{arm} against {against}: {interval}, no real difference"
+    return f"{arm} against {against}: {interval}, {'better' if comparison['difference'] > 0 else 'worse'}"
+
+
+def _mean(interval: dict[str, float] | None) -> str:
+    return "–" if interval is None else f"{interval['mean']:.2f}"
+
+
+def _grid() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, min_width=10)
+    return table

@@ -1,0 +1,16 @@
+"""Folders that ship beside the code: conf, recipes and data.
+
+In a checkout they stand at its root, where a reader looks for them; the built package carries copies inside itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped(name: str) -> Path:
+    """The folder ``conf``, ``recipes`` or ``data``."""
+    packaged = _PACKAGE / "_shipped" / name
+    return packaged if packaged.is_dir() else _PACKAGE.parent / name
