@@ -1,0 +1,42 @@
+"""PPO's clipped losses (Schulman et al. 2017, eq. 7; value clipping as in Huang et al. 2024).
+
+Both return the sum over counted tokens; the caller divides by the tokens of the whole minibatch over all micro-batches
+and processes, so that neither changes the gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0
+
+
+def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """Per-token log π/π_old, clamped so that its exponential stays finite."""
+    return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def clipped_policy_loss(ratio: Tensor, advantages: Tensor, response_mask: Tensor, *, clip: float) -> Tensor:
+    """Sum of max(−A·ratio, −A·clip(ratio, 1 ± clip)) over counted tokens."""
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
+    return (torch.maximum(plain, clipped) * response_mask).sum()
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, *, clip: float
+) -> Tensor:
+    """Sum of ½·max((V − G)², (V_old + clip(V − V_old, ± clip) − G)²) over counted tokens."""
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    worst = torch.maximum((values - returns) ** 2, (near - returns) ** 2)
+    return 0.5 * (worst * response_mask).sum()
+
+
+def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -> float:
+    """1 − Var(G − V) / Var(G) over counted tokens; 0 where the returns do not vary."""
+    counted = response_mask.bool()
+    spread = returns[counted].var(unbiased=False)
+    if float(spread) == 0.0:
+        return 0.0
+    return float(1.0 - (returns[counted] - values[counted]).var(unbiased=False) / spread)

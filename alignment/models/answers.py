@@ -1,0 +1,87 @@
+"""Prompts with their answers as one stream, and what policies, value and reward models say about the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignment.errors import ModelError
+from alignment.models.flat import FlatRows, stream, trunk_states
+from alignment.models.head import TokenStatistics, scalar_at, token_statistics, transforms_logits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerStream:
+    """Prompt + answer rows without padding.
+
+    ``places`` are the stream's positions whose state predicts each answer token, ``labels`` the tokens, ``lengths``
+    each answer's number of tokens. Example: prompt ``[5 6]`` and answer ``[7 2]`` give places ``[1 2]``, labels
+    ``[7 2]``.
+    """
+
+    rows: FlatRows
+    places: Tensor
+    labels: Tensor
+    lengths: tuple[int, ...]
+
+
+def answer_stream(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], device: torch.device
+) -> AnswerStream:
+    """Puts each answer behind its prompt. Neither may be empty."""
+    places: list[int] = []
+    offset = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        places += range(offset + len(prompt) - 1, offset + len(prompt) - 1 + len(answer))
+        offset += len(prompt) + len(answer)
+    return AnswerStream(
+        rows=stream([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)], device),
+        places=torch.tensor(places, device=device),
+        labels=torch.tensor([token for answer in answers for token in answer], device=device),
+        lengths=tuple(len(answer) for answer in answers),
+    )
+
+
+def batches(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, size: int, device: torch.device
+) -> Iterator[AnswerStream]:
+    """The pairs in order, ``size`` rows at a time."""
+    for start in range(0, len(prompts), size):
+        yield answer_stream(prompts[start : start + size], answers[start : start + size], device)
+
+
+def answer_statistics(model: PreTrainedModel, part: AnswerStream, *, temperature: float = 1.0) -> TokenStatistics:
+    """Log-probabilities and entropies of the answer tokens; ``model`` is a causal language model without wrappers.
+
+    Raises:
+        ModelError: its head does more than one matrix product.
+    """
+    if transforms_logits(model):
+        raise ModelError(
+            f"{type(model).__name__} scales or caps its logits, or adds a bias to them",
+            where="model.source",
+            remedy="PPO and evaluation serve heads without these; SFT, reward and DPO serve this model",
+        )
+    states = trunk_states(model.base_model, part.rows)
+    return token_statistics(
+        states[part.places], model.get_output_embeddings().weight, part.labels, temperature=temperature
+    )
+
+
+def answer_values(model: PreTrainedModel, part: AnswerStream) -> Tensor:
+    """``[answer tokens]`` values before each token is emitted."""
+    return scalar_at(model, part.rows, part.places)
+
+
+def scalar_scores(model: PreTrainedModel, rows: FlatRows) -> Tensor:
+    """``[rows]`` scores at each row's last token; ``model`` may be wrapped by PEFT."""
+    return scalar_at(unwrapped(model), rows, rows.ends)
+
+
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

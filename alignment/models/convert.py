@@ -1,0 +1,30 @@
+"""A GGUF file → a transformers folder with safetensors: ``python -m alignment.models.convert FILE.gguf FOLDER``.
+
+Run once, when the bundled model is first needed. transformers dequantises; the result is a plain bfloat16 model.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Writes model and tokenizer into ``folder``."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # The weights are plain numbers now; what is left of the quantiser would be saved and believed by a reader.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.config._name_or_path = ""
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,142 @@
+"""Models and tokenizers from folders: a base, and the adapters that stand on it, in order."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from alignment.artifacts import read_manifest, verify
+from alignment.config.model import Dtype
+from alignment.errors import ModelError
+from alignment.models.adapters import merge_adapter
+from alignment.stage_spec import StageInput, StageSpec
+
+DTYPES = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lineage:
+    """A policy as a base folder and the adapters on it, bottom first.
+
+    ``source`` names the base as the user wrote it. Example: ``Lineage(source="bundled:smollm2-135m",
+    base=Path("…/smollm2-135m"), adapters=(Path("…/sft-5f0e9b1c/adapters/0-sft"),))``.
+    """
+
+    source: str
+    base: Path
+    adapters: tuple[Path, ...]
+
+
+def lineage(spec: StageSpec, stage_input: StageInput) -> Lineage:
+    """Follows a reference to its base and adapters.
+
+    Raises:
+        ArtifactError: the artifact is missing or damaged.
+        ModelError: its base is another model than the run's.
+    """
+    if stage_input.path is None:
+        return Lineage(source=spec.model.source, base=spec.base_path, adapters=())
+    if read_manifest(stage_input.path) is None:  # a plain model folder
+        return Lineage(source=stage_input.ref, base=stage_input.path, adapters=())
+    manifest = verify(stage_input.path, content=True)
+    adapters = tuple(stage_input.path / name for name in manifest.adapters)
+    if manifest.base["source"] == "self":
+        return Lineage(source="self", base=stage_input.path / "model", adapters=adapters)
+    if manifest.base["source"] != spec.model.source:
+        raise ModelError(
+            f"{stage_input.ref} stands on {manifest.base['source']}, but this run's base is {spec.model.source}",
+            where=f"stages.{spec.stage}",
+            remedy="set model.source to the base that the artifact was made from",
+        )
+    return Lineage(source=spec.model.source, base=spec.base_path, adapters=adapters)
+
+
+def load_policy(found: Lineage, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model with all adapters merged, in evaluation mode; every weight can be trained."""
+    model = _from_folder(found.base, dtype)
+    for folder in found.adapters:
+        model = merge_adapter(model, folder)
+    model.config.use_cache = False
+    return model.requires_grad_(True).eval()  # PEFT leaves frozen what it has merged
+
+
+def load_scalar(found: Lineage, dtype: torch.dtype) -> PreTrainedModel:
+    """The policy's trunk under one scalar head, freshly drawn: std 1/√(width + 1), no bias (Huang et al. 2024).
+
+    The head is float32; ``score_offset`` is subtracted from what it says, and is zero until set. Adapters are merged
+    while the trunk is still a language model's, which is what they were made on.
+    """
+    policy = load_policy(found, dtype)
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    with torch.device("meta"):  # the weights that this would draw are not used
+        model = AutoModelForSequenceClassification.from_config(config)
+    setattr(model, model.base_model_prefix, policy.base_model)
+    model.score = torch.nn.Linear(policy.base_model.get_input_embeddings().embedding_dim, 1, bias=False)
+    torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
+    model.register_buffer("score_offset", torch.zeros(()), persistent=False)
+    return model.eval()
+
+
+def load_scalar_head(model: PreTrainedModel, file: Path) -> None:
+    """Puts a saved scalar head on the model, with the offset that centres its scores."""
+    saved = load_file(file)
+    with torch.no_grad():
+        model.score.weight.copy_(saved["weight"])
+        model.score_offset.copy_(saved["offset"])
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, with a pad token (EOS where it has none: masks never look at it).
+
+    Raises:
+        ModelError: no tokenizer, or one without an EOS token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no usable tokenizer: {error}", where=str(folder)) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no EOS token, so an answer could never end", where=str(folder))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenizer_hashes(tokenizer: Any) -> dict[str, str]:
+    """SHA-256 of the vocabulary with its special tokens, and of the chat template."""
+    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.all_special_tokens])
+    template = tokenizer.chat_template or ""
+    return {
+        "tokenizer_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+    }
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    if not (folder / "config.json").exists():
+        raise ModelError("no model here (config.json is missing)", where=str(folder))
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the model cannot be loaded: {error}", where=str(folder)) from error
+
+
+def weights_dtype(compute: Dtype, *, trained: bool) -> torch.dtype:
+    """Trained weights are float32 (autocast does the products); frozen weights take the compute dtype."""
+    return torch.float32 if trained else DTYPES[compute]
+
+
+def products_in(compute: Dtype, device: torch.device) -> torch.autocast:
+    """Matrix products in the compute dtype, for models whose adapters are float32 on a frozen base."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute is Dtype.bfloat16)

@@ -1,0 +1,44 @@
+"""A trained reward model, as it was saved: trunk, its own adapter, and the scalar head."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from alignment.errors import ModelError
+from alignment.models.adapters import compute_in_base_dtype
+from alignment.models.forward import install_scalar
+from alignment.models.load import DTYPES, Lineage, lineage, load_scalar, load_scalar_head
+from alignment.stage_spec import StageInput, StageSpec
+
+
+def load_reward_model(
+    spec: StageSpec, stage_input: StageInput, *, trainable: bool = False
+) -> PreTrainedModel | PeftModel:
+    """The reward model behind a reference; ``trainable`` for a value model that starts from it.
+
+    Its own adapter, the top one, stays unmerged, so that the scores are those of its training.
+
+    Raises:
+        ModelError: the artifact has no scalar head.
+    """
+    assert stage_input.path is not None, "the plan refuses 'base' in a reward slot"
+    head = stage_input.path / "head.safetensors"
+    if not head.exists():
+        raise ModelError("no scalar head (head.safetensors) here", where=str(stage_input.path))
+    found = lineage(spec, stage_input)
+    below = Lineage(source=found.source, base=found.base, adapters=found.adapters[:-1])
+    full = not found.adapters
+    dtype = torch.float32 if full and trainable else DTYPES[spec.model.dtype]
+    model = load_scalar(below, dtype)
+    load_scalar_head(model, head)
+    install_scalar(model)
+    if full:
+        return model.requires_grad_(trainable)
+    return _with_adapter(model, found, trainable=trainable)
+
+
+def _with_adapter(model: PreTrainedModel, found: Lineage, *, trainable: bool) -> PeftModel:
+    wrapped = PeftModel.from_pretrained(model, str(found.adapters[-1]), is_trainable=trainable)
+    return compute_in_base_dtype(wrapped).eval()

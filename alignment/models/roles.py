@@ -1,0 +1,99 @@
+"""The four models of PPO: policy and value are trained, reference and reward are frozen.
+
+Under an adapter the reference is the policy with its adapter off, and all frozen weights that policy, value and reward
+have in common are one tensor in memory. In full training each role has weights of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel, TaskType
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.models.adapters import add_adapter
+from alignment.models.answers import AnswerStream, answer_statistics, answer_values, unwrapped
+from alignment.models.flat import use_flat_attention
+from alignment.models.head import TokenStatistics
+from alignment.models.load import Lineage, load_policy, weights_dtype
+from alignment.models.reward import load_reward_model
+from alignment.stage_spec import StageInput, StageSpec
+
+
+class ActorCritic(nn.Module):
+    """Policy and value in one module, so that a trainer optimises, wraps and saves them together."""
+
+    def __init__(self, policy: PreTrainedModel | PeftModel, value: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value = value
+
+    def forward(self, part: AnswerStream, temperature: float) -> tuple[TokenStatistics, Tensor]:
+        """Statistics and values of the answer tokens, both ``[answer tokens]``."""
+        statistics = answer_statistics(unwrapped(self.policy), part, temperature=temperature)
+        return statistics, answer_values(unwrapped(self.value), part)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Roles:
+    """``frozen_reference`` is None when the reference is the policy with its adapter off."""
+
+    actor_critic: ActorCritic
+    reward: PreTrainedModel | PeftModel
+    frozen_reference: PreTrainedModel | None
+
+    @property
+    def policy(self) -> PreTrainedModel | PeftModel:
+        """The policy as it is trained and saved."""
+        return self.actor_critic.policy
+
+    def reference(self) -> AbstractContextManager[PreTrainedModel]:
+        """The policy at the start of the stage, for the duration of a ``with`` block."""
+        if self.frozen_reference is not None:
+            return contextlib.nullcontext(self.frozen_reference)
+        return _adapter_off(self.policy)
+
+
+def build_roles(
+    spec: StageSpec, found: Lineage, reward: StageInput, adapter: AdapterConfig, *, device: torch.device
+) -> Roles:
+    """Loads what PPO needs. The value model is trained whole or by adapter, as the reward model was.
+
+    Every model is on ``device`` before memory is shared: moving one later would give it copies of its own.
+    """
+    full = adapter.kind is AdapterKind.full
+    policy = load_policy(found, weights_dtype(spec.model.dtype, trained=full)).to(device)
+    use_flat_attention(policy)
+    reference = copy.deepcopy(policy).requires_grad_(False) if full else None
+    trained = add_adapter(policy, adapter, TaskType.CAUSAL_LM)
+    value = load_reward_model(spec, reward, trainable=True).to(device)
+    scorer = load_reward_model(spec, reward).to(device)
+    for model in (value, scorer):
+        share_frozen(model, trained)
+    return Roles(actor_critic=ActorCritic(trained, value), reward=scorer, frozen_reference=reference)
+
+
+def share_frozen(model: nn.Module, owner: nn.Module) -> int:
+    """Lets frozen weights of ``model`` that equal the owner's frozen ones be the same memory; returns how many."""
+    owned = {name: p for name, p in owner.named_parameters() if not p.requires_grad}
+    shared = 0
+    for name, parameter in model.named_parameters():
+        other = owned.get(name)
+        if parameter.requires_grad or other is None or other.dtype != parameter.dtype:
+            continue
+        if other.shape == parameter.shape and torch.equal(other, parameter):
+            parameter.data = other.data
+            shared += 1
+    return shared
+
+
+@contextlib.contextmanager
+def _adapter_off(model: PeftModel):  # type: ignore[no-untyped-def]
+    with model.disable_adapter():
+        yield model.get_base_model()

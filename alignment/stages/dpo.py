@@ -1,0 +1,106 @@
+"""Direct preference optimisation on TRL's trainer (Rafailov et al. 2023, eq. 7).
+
+The reference is the policy at the start of the stage: under an adapter it is the model with the adapter off, in full
+training a frozen copy. At step 0 both agree, so the loss must be ln 2; a stage where it is not stops with a reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import TaskType
+from trl import DPOConfig as TrlDpoConfig
+from trl import DPOTrainer
+
+from alignment.config.adapter import AdapterKind
+from alignment.config.stage import DpoConfig, DpoLoss
+from alignment.errors import StageError
+from alignment.models.adapters import add_adapter
+from alignment.models.forward import install_causal
+from alignment.models.load import lineage, load_policy, load_tokenizer, weights_dtype
+from alignment.stages.pairs import read_pairs
+from alignment.stages.result import StageResult, save_model
+from alignment.training.arguments import common_arguments
+from alignment.training.context import StageContext
+from alignment.training.session import train
+
+START_TOLERANCE = 1e-3
+"""Room for bfloat16 in the step-0 check; a wrong reference is off by far more."""
+
+
+def run(config: DpoConfig, context: StageContext) -> StageResult:
+    """Pairs and a policy in, policy out."""
+    spec = context.spec
+    context.progress("loading")
+    found = lineage(spec, spec.inputs["init"])
+    tokenizer = load_tokenizer(found.base)
+    pairs, dropped = read_pairs(
+        spec.data_path,
+        tokenizer,
+        limit=config.data.limit,
+        max_length=config.max_length,
+        where=f"stages.{spec.stage}",
+    )
+    trainer = _trainer(config, context, found, tokenizer, pairs)
+    check_start(trainer, config)
+    last = train(trainer, context, headline="loss")
+    metrics = {
+        "loss": last["loss"],
+        "rewards/accuracies": last["rewards/accuracies"],
+        "rewards/margins": last["rewards/margins"],
+        "rows": float(len(pairs)),
+        "rows_too_long": float(dropped),
+    }
+    return save_model(trainer.model, tokenizer, context, found, metrics)
+
+
+class TokenizedDpoTrainer(DPOTrainer):
+    """TRL's trainer on pairs that are tokens already."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset
+
+
+def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: Any, pairs: Any) -> DPOTrainer:
+    full = config.adapter.kind is AdapterKind.full
+    policy = load_policy(found, weights_dtype(context.spec.model.dtype, trained=full))
+    reference = copy.deepcopy(policy).requires_grad_(False) if full else None
+    rows = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs]
+    trainer = TokenizedDpoTrainer(
+        model=add_adapter(policy, config.adapter, TaskType.CAUSAL_LM),
+        ref_model=reference,
+        args=TrlDpoConfig(
+            **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
+            beta=config.beta,
+            loss_type=config.loss.value,
+            max_length=None,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    install_causal(policy)
+    if reference is not None:
+        install_causal(reference)
+    return trainer
+
+
+def check_start(trainer: DPOTrainer, config: DpoConfig) -> None:
+    """Policy and reference must agree before the first step: the loss is then a known constant.
+
+    Raises:
+        StageError: they differ, so the reference is not the policy that the stage starts from.
+    """
+    expected = {DpoLoss.sigmoid: math.log(2), DpoLoss.hinge: 1.0, DpoLoss.ipo: 1 / (4 * config.beta**2)}[config.loss]
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with torch.no_grad(), trainer.accelerator.autocast():
+        loss = float(trainer.compute_loss(trainer.model, batch))
+    trainer._metrics["train"].clear()
+    if abs(loss - expected) > START_TOLERANCE * max(1.0, expected):
+        raise StageError(
+            f"at step 0 the DPO loss is {loss:.6f}, not {expected:.6f}: the reference is not the starting policy",
+            remedy="report this with the stage.yaml of the run; nothing was trained",
+        )

@@ -1,0 +1,42 @@
+"""Preference pairs as token ids, shared by the stages that learn from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.data.fit import rows_that_fit
+from alignment.data.records import PreferencePair
+from alignment.data.sources import read_jsonl
+from alignment.data.tokenize import answer_ids, prompt_ids
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizedPair:
+    """A prompt ready for an answer, and two answers up to and including the end of the turn."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of the two sequences."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+def read_pairs(
+    path: Path, tokenizer: Any, *, limit: int | None, max_length: int, where: str
+) -> tuple[list[TokenizedPair], int]:
+    """The pairs that fit, and how many were too long."""
+    records = read_jsonl(path, PreferencePair, limit=limit)
+    pairs = [
+        TokenizedPair(
+            prompt=prompt_ids(tokenizer, record.messages),
+            chosen=answer_ids(tokenizer, record.messages, record.chosen),
+            rejected=answer_ids(tokenizer, record.messages, record.rejected),
+        )
+        for record in records
+    ]
+    return rows_that_fit(pairs, lambda pair: pair.longest, max_length=max_length, where=where)

@@ -1,0 +1,59 @@
+"""What a stage hands to the worker, and how policies are written down."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from alignment.models.load import Lineage, tokenizer_hashes
+from alignment.training.context import StageContext
+from alignment.training.session import fresh_folder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageResult:
+    """The manifest's variable parts; the files lie in the context's content folder already."""
+
+    metrics: dict[str, float]
+    base: dict[str, Any] = field(default_factory=dict)
+    adapters: list[str] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: Any,
+    context: StageContext,
+    found: Lineage,
+    metrics: dict[str, float],
+) -> StageResult:
+    """Writes a trained model: what lies below its adapter and that, or the whole model; and the tokenizer.
+
+    The folders are plain transformers and PEFT folders.
+    """
+    tokenizer.save_pretrained(str(fresh_folder(context, "tokenizer")))
+    hashes = tokenizer_hashes(tokenizer)
+    if not isinstance(model, PeftModel):
+        folder = fresh_folder(context, "model")
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+        return StageResult(metrics=metrics, base={"source": "self"}, hashes=hashes)
+    if found.source == "self":  # the base is another artifact's own model; this one stands by itself
+        shutil.copytree(found.base, fresh_folder(context, "model"), dirs_exist_ok=True)
+    names = [_copy(adapter, context) for adapter in found.adapters]
+    own = f"adapters/{len(names)}-{context.spec.stage}"
+    model.save_pretrained(str(fresh_folder(context, own)))
+    (context.content / own / "README.md").unlink(missing_ok=True)  # a template that names nothing of this run
+    base = {"source": found.source, "path": str(found.base)}
+    return StageResult(metrics=metrics, base=base, adapters=[*names, own], hashes=hashes)
+
+
+def _copy(adapter: Path, context: StageContext) -> str:
+    name = f"adapters/{adapter.name}"
+    shutil.copytree(adapter, context.content / name, dirs_exist_ok=True)
+    return name

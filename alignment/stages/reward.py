@@ -1,0 +1,145 @@
+"""A Bradley-Terry reward model on TRL's trainer: −log σ(r_chosen − r_rejected) (Stiennon et al. 2020, eq. 1).
+
+The score stands at the last real token, the end of the answer's turn, located by length and never by pad id. A tenth
+of the pairs is held out, and their accuracy is reported beside that of the rule "the longer answer wins". The loss does
+not fix where scores lie, so an offset is saved that makes chosen answers score 0 on average (Huang et al. 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, TaskType
+from safetensors.torch import save_file
+from trl import RewardConfig as TrlRewardConfig
+from trl import RewardTrainer
+
+from alignment.config.adapter import AdapterKind
+from alignment.config.stage import RewardConfig
+from alignment.errors import DataError
+from alignment.models.adapters import add_adapter
+from alignment.models.answers import batches, scalar_scores
+from alignment.models.forward import install_scalar
+from alignment.models.load import lineage, load_scalar, load_tokenizer, weights_dtype
+from alignment.stages.pairs import TokenizedPair, read_pairs
+from alignment.stages.result import StageResult, save_model
+from alignment.training.arguments import common_arguments
+from alignment.training.context import StageContext
+from alignment.training.session import train
+
+OFFSET_SAMPLE = 64
+"""Pairs whose chosen answers set the offset."""
+
+
+def run(config: RewardConfig, context: StageContext) -> StageResult:
+    """Pairs and a policy in, reward model out."""
+    spec = context.spec
+    where = f"stages.{spec.stage}"
+    context.progress("loading")
+    found = lineage(spec, spec.inputs["init"])
+    tokenizer = load_tokenizer(found.base)
+    pairs, dropped = read_pairs(
+        spec.data_path, tokenizer, limit=config.data.limit, max_length=config.max_length, where=where
+    )
+    learned, held_out = split(pairs, config.eval_fraction, context.generator("split"), where=where)
+    trainer = _trainer(config, context, found, tokenizer, learned)
+    train(trainer, context, headline="loss")
+    context.progress("scoring")
+    sample = learned[:OFFSET_SAMPLE]
+    offset = float(_scores(trainer, [pair.prompt for pair in sample], [pair.chosen for pair in sample]).mean())
+    metrics = {"score_offset": offset, "rows": float(len(learned)), "rows_too_long": float(dropped)}
+    if held_out:
+        prompts = [pair.prompt for pair in held_out]
+        chosen = _scores(trainer, prompts, [pair.chosen for pair in held_out])
+        rejected = _scores(trainer, prompts, [pair.rejected for pair in held_out])
+        metrics |= held_out_metrics(chosen, rejected, held_out)
+    result = save_model(trainer.model, tokenizer, context, found, metrics)
+    head = {"weight": _score_weight(trainer.model), "offset": torch.tensor(offset)}
+    save_file(head, context.content / "head.safetensors")
+    return result
+
+
+def split(
+    pairs: Sequence[TokenizedPair], fraction: float, rng: torch.Generator, *, where: str
+) -> tuple[list[TokenizedPair], list[TokenizedPair]]:
+    """Pairs to learn from and pairs held out; a prompt stands on one side only.
+
+    Raises:
+        DataError: too few prompts to hold any out.
+    """
+    prompts = sorted({tuple(pair.prompt) for pair in pairs})
+    count = round(fraction * len(prompts))
+    if fraction > 0 and not 0 < count < len(prompts):
+        raise DataError(
+            f"{len(prompts)} prompts are too few to hold out a share of {fraction}",
+            where=where,
+            remedy="add pairs, or set eval_fraction=0",
+        )
+    chosen = {prompts[i] for i in torch.randperm(len(prompts), generator=rng)[:count].tolist()}
+    learned = [pair for pair in pairs if tuple(pair.prompt) not in chosen]
+    return learned, [pair for pair in pairs if tuple(pair.prompt) in chosen]
+
+
+def _trainer(
+    config: RewardConfig,
+    context: StageContext,
+    found: Any,
+    tokenizer: Any,
+    learned: list[TokenizedPair],
+) -> RewardTrainer:
+    torch.manual_seed(context.seed("head") % 2**63)
+    full = config.adapter.kind is AdapterKind.full
+    model = load_scalar(found, weights_dtype(context.spec.model.dtype, trained=full))
+    trainer = RewardTrainer(
+        model=add_adapter(model, config.adapter, TaskType.SEQ_CLS),
+        args=TrlRewardConfig(
+            **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
+            max_length=None,
+            center_rewards_coefficient=config.center_coefficient or None,
+        ),
+        train_dataset=_dataset(learned),
+        processing_class=tokenizer,
+    )
+    install_scalar(model)
+    return trainer
+
+
+def _dataset(pairs: list[TokenizedPair]) -> Dataset:
+    return Dataset.from_list(
+        [{"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected} for p in pairs]
+    )
+
+
+def held_out_metrics(chosen: torch.Tensor, rejected: torch.Tensor, pairs: Sequence[TokenizedPair]) -> dict[str, float]:
+    """Accuracy, loss and margin over ``[pairs]`` scores, and how often the longer answer wins; ties count half."""
+    margins = chosen - rejected
+    longer = torch.tensor([len(pair.chosen) - len(pair.rejected) for pair in pairs])
+    return {
+        "eval_accuracy": _share_won(margins),
+        "eval_loss": float(-torch.nn.functional.logsigmoid(margins).mean()),
+        "eval_margin": float(margins.mean()),
+        "eval_rows": float(len(pairs)),
+        "eval_length_rule_accuracy": _share_won(longer),
+    }
+
+
+def _share_won(margins: torch.Tensor) -> float:
+    return float(((margins > 0).float() + 0.5 * (margins == 0).float()).mean())
+
+
+def _scores(trainer: RewardTrainer, prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
+    """``[rows]`` scores; every process computes the same."""
+    size, device = trainer.args.per_device_train_batch_size, trainer.args.device
+    with torch.no_grad(), trainer.accelerator.autocast():
+        parts = batches(prompts, answers, size=size, device=device)
+        return torch.cat([scalar_scores(trainer.model, part.rows) for part in parts]).cpu()
+
+
+def _score_weight(model: Any) -> torch.Tensor:
+    head = model.get_base_model().score if isinstance(model, PeftModel) else model.score
+    if isinstance(model, PeftModel):
+        head = head.modules_to_save["default"]
+    return head.weight.detach().float().cpu().contiguous()

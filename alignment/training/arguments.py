@@ -1,0 +1,78 @@
+"""Our settings in the trainer's words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from alignment.config.model import Dtype
+from alignment.config.optim import OptimConfig, Schedule
+from alignment.errors import ConfigError
+from alignment.training.context import StageContext
+
+SCHEDULES = {
+    Schedule.constant: "constant_with_warmup",
+    Schedule.linear: "linear",
+    Schedule.cosine: "cosine",
+}
+
+
+def common_arguments(optim: OptimConfig, context: StageContext, *, log_every: int, save_every: int) -> dict[str, Any]:
+    """Keyword arguments that every ``TrainingArguments`` of ours shares."""
+    micro, steps = split_batch(optim.batch_size, optim.micro_batch_size, context.world_size)
+    return {
+        **quiet_arguments(context),
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": steps,
+        "num_train_epochs": optim.epochs,
+        "max_steps": -1 if optim.max_steps is None else optim.max_steps,
+        "learning_rate": optim.lr,
+        "lr_scheduler_type": SCHEDULES[optim.schedule],
+        "warmup_steps": optim.warmup_ratio,
+        "weight_decay": optim.weight_decay,
+        "adam_epsilon": optim.adam_eps,
+        "max_grad_norm": optim.max_grad_norm,
+        "logging_steps": log_every,
+        "save_steps": save_every,
+    }
+
+
+def quiet_arguments(context: StageContext) -> dict[str, Any]:
+    """What has nothing to do with the optimiser: folders, seeds, precision, and no noise."""
+    return {
+        "output_dir": str(context.checkpoints),
+        "seed": context.seed("trainer") % 2**32,
+        "bf16": context.spec.model.dtype is Dtype.bfloat16,
+        "use_cpu": not torch.cuda.is_available(),
+        "save_strategy": "steps",
+        "logging_strategy": "steps",
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
+        "optim": "adamw_torch",
+    }
+
+
+def split_batch(batch_size: int, micro_batch_size: int, world_size: int) -> tuple[int, int]:
+    """A global batch as (rows a device holds at once, accumulation steps).
+
+    Example: 16 rows, at most 8 at once, on 2 processes: ``(8, 1)``.
+
+    Raises:
+        ConfigError: the batch does not divide by the processes.
+    """
+    if batch_size % world_size:
+        raise ConfigError(
+            f"a global batch of {batch_size} does not divide by {world_size} processes",
+            where="optim.batch_size",
+            remedy=f"choose a multiple of {world_size}, or another launch.num_processes",
+        )
+    share = batch_size // world_size
+    micro = next(size for size in range(min(micro_batch_size, share), 0, -1) if share % size == 0)
+    return micro, share // micro

@@ -1,0 +1,114 @@
+"""What happens around a trainer's steps: metrics and progress, checkpoints that are sealed, stopping on request, and
+refusing to step on numbers that are not finite."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from alignment.errors import NonFiniteError
+from alignment.training import checkpoints
+from alignment.training.context import StageContext
+from alignment.training.metrics import MetricsLog
+from alignment.training.tracking import Tracker
+
+_NAMES = {"learning_rate": "lr"}
+
+
+class StepLog(TrainerCallback):
+    """Writes each logged step to ``metrics.jsonl``, the tracker and the progress line (main process only)."""
+
+    def __init__(self, context: StageContext, log: MetricsLog, tracker: Tracker, *, headline: str) -> None:
+        self._context = context
+        self._log = log
+        self._tracker = tracker
+        self._headline = headline
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Shows the length of the work before the first step is done."""
+        self._context.progress("training", state.global_step, state.max_steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """One line a step; the trainer's closing summary is not one."""
+        if not self._context.is_main or not logs or "train_runtime" in logs:
+            return
+        figures = {_NAMES.get(name, name): value for name, value in logs.items()}
+        figures["seconds"] = time.monotonic() - self._context.started
+        self._log.append(state.global_step, figures)
+        self._tracker.log(state.global_step, figures)
+        shown = {self._headline: figures[self._headline]} if self._headline in figures else {}
+        self._context.progress("training", state.global_step, state.max_steps, **shown)
+
+
+class Checkpoints(TrainerCallback):
+    """Seals each checkpoint once every process has written its part, then removes the oldest."""
+
+    def __init__(self, context: StageContext) -> None:
+        self._context = context
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Runs on every process right after the trainer has saved."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if self._context.is_main:
+            folder = self._context.checkpoints / f"checkpoint-{state.global_step}"
+            checkpoints.seal(folder, fingerprint=self._context.spec.fingerprint)
+            checkpoints.rotate(self._context.checkpoints)
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops before the optimiser takes a step on NaN or infinity; the last good checkpoint stays."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Gradients are already summed over processes here, so all of them see the same fault."""
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                raise NonFiniteError(
+                    f"a gradient is not finite at step {state.global_step + 1} ({name})",
+                    remedy="lower the learning rate, or look at the rows of this step; the last checkpoint is kept",
+                )
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM and SIGUSR1 save a checkpoint and stop; ``stopped`` then says so.
+
+    It stops where a checkpoint is exact: after every ``period`` steps (the steps of a PPO update, else 1).
+    """
+
+    def __init__(self, *, period: int) -> None:
+        self.stopped = False
+        self._period = period
+        self._asked = False
+        for name in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(name, self._ask)
+
+    def _ask(self, _: int, __: FrameType | None) -> None:
+        self._asked = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Every process stops at the same step, also when only one was asked."""
+        if state.global_step % self._period:
+            return
+        asked = self._asked
+        if torch.distributed.is_initialized():
+            flag = torch.tensor(int(asked), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            asked = bool(flag.item())
+        if asked and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True

@@ -1,0 +1,70 @@
+"""Checkpoints that can be trusted: a manifest with sizes and hashes is written last, and only verified ones are used.
+
+transformers takes the newest ``checkpoint-N``, complete or not. Here a folder without a manifest, or whose files differ
+from it, is set aside as ``quarantine-…`` and the next older one is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from alignment.artifacts import write_json
+from alignment.fingerprint import file_sha256
+
+MANIFEST = "alignment_checkpoint.json"
+KEPT = 2
+
+
+def seal(checkpoint: Path, *, fingerprint: str) -> None:
+    """Lists every file of a finished checkpoint; from then on it counts."""
+    files = {
+        path.relative_to(checkpoint).as_posix(): {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path != checkpoint / MANIFEST
+    }
+    write_json(checkpoint / MANIFEST, {"fingerprint": fingerprint, "files": files})
+
+
+def newest(folder: Path, *, fingerprint: str) -> Path | None:
+    """The newest checkpoint that verifies and belongs to this stage; damaged ones are set aside."""
+    for checkpoint in _by_step(folder):
+        if _verifies(checkpoint, fingerprint):
+            return checkpoint
+        aside = checkpoint.with_name(f"quarantine-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+    return None
+
+
+def rotate(folder: Path) -> None:
+    """Keeps the newest sealed checkpoints and removes older ones."""
+    sealed = [checkpoint for checkpoint in _by_step(folder) if (checkpoint / MANIFEST).exists()]
+    for checkpoint in sealed[KEPT:]:
+        shutil.rmtree(checkpoint)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step of ``checkpoint-N``."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def _by_step(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdigit()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def _verifies(checkpoint: Path, fingerprint: str) -> bool:
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        owner, files = manifest["fingerprint"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if owner != fingerprint:
+        return False
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != expected["size"] or file_sha256(path) != expected["sha256"]:
+            return False
+    return True

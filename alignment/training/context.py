@@ -1,0 +1,66 @@
+"""What a running stage has around it: its folders, its place among the processes, its randomness, its progress line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from alignment.stage_spec import StageSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageContext:
+    """Handed to a stage by the worker.
+
+    ``started`` is the clock of ``seconds`` in the metrics.
+    """
+
+    spec: StageSpec
+    rank: int
+    world_size: int
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    @property
+    def content(self) -> Path:
+        """What becomes the artifact."""
+        return self.spec.work / "content"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where an interrupted stage goes on from."""
+        return self.spec.work / "checkpoints"
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device: its own GPU, or the CPU."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cpu")
+
+    def seed(self, name: str, *numbers: int) -> int:
+        """A seed derived by name, so that a stage resumed anywhere draws the same numbers."""
+        text = "/".join([str(self.spec.seed), self.spec.stage, name, *map(str, numbers)])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+    def generator(self, name: str, *numbers: int) -> torch.Generator:
+        """A generator on the CPU, seeded by name."""
+        return torch.Generator().manual_seed(self.seed(name, *numbers))
+
+    def progress(self, phase: str, step: int = 0, total: int | None = None, **figures: float) -> None:
+        """Tells the driver how far the stage is; cheap, and never the reason a stage fails half-written."""
+        if not self.is_main:
+            return
+        temporary = self.spec.work / ".progress.json.tmp"
+        temporary.write_text(json.dumps({"phase": phase, "step": step, "total": total, "figures": figures}))
+        os.replace(temporary, self.spec.work / "progress.json")

@@ -1,0 +1,49 @@
+"""What one PPO update learns from: answers, and what every role says about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experience:
+    """One rollout batch on one process.
+
+    Tensors are ``[rows, tokens]`` float32 unless said otherwise, zero outside ``response_mask``; ``scores`` is
+    ``[rows]``, as the reward model gave them, with the score of unended answers replaced. ``advantages`` are whitened.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    answers: Sequence[Sequence[int]]
+    response_mask: Tensor
+    logprobs: Tensor
+    values: Tensor
+    scores: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def response_mask(answers: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """``[rows, tokens]``: True on an answer's tokens, its EOS included. Lengths decide, never token ids."""
+    lengths = torch.tensor([len(answer) for answer in answers], device=device)
+    return torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+
+
+def spread(flat: Tensor, mask: Tensor) -> Tensor:
+    """``[answer tokens]`` of a stream → ``[rows, tokens]``, zero outside the mask."""
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+
+
+def prompt_order(count: int, start: int, number: int, generator: Callable[[int], torch.Generator]) -> list[int]:
+    """Which prompts the episodes ``start … start + number − 1`` of a run use: each pass is a fresh permutation.
+
+    ``generator`` gives the randomness of a pass by its number, so the order depends on the seed alone and a resumed
+    run meets the same prompts.
+    """
+    passes = range(start // count, (start + number - 1) // count + 1)
+    orders = {number_of_pass: torch.randperm(count, generator=generator(number_of_pass)) for number_of_pass in passes}
+    return [int(orders[episode // count][episode % count]) for episode in range(start, start + number)]

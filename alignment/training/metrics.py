@@ -1,0 +1,47 @@
+"""``metrics.jsonl``: one line a logged step; steps rise strictly, so a curve never doubles back after a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends steps to a file; lines after a step can be dropped when a stage goes on from a checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, step: int, figures: dict[str, Any]) -> None:
+        """Writes one step; numbers that are not finite are kept as they are (``NaN``), to be seen."""
+        line = json.dumps({"step": step, **{key: _number(value) for key, value in figures.items()}})
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def keep_through(self, step: int) -> None:
+        """Drops what was logged after ``step``, a half-written last line included."""
+        if not self._path.exists():
+            return
+        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if _step_of(line) <= step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self._path)
+
+    def last(self) -> dict[str, Any]:
+        """The newest step, or an empty dict."""
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        return json.loads(lines[-1]) if lines else {}
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _number(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value

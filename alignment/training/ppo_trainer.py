@@ -1,0 +1,358 @@
+"""PPO as a ``transformers.Trainer`` whose batches are rollouts that it makes itself.
+
+One trainer step is one optimiser step on one minibatch; ``ppo_epochs * num_minibatches`` of them make an update, and
+the first of these samples fresh answers. Micro-batches are looped over here, without ``accelerator.accumulate``, which
+would synchronise and step too often at the end of a dataloader. Checkpoints fall on update boundaries, where nothing
+but weights, optimiser, price of KL and step number is needed to go on: all randomness is derived from seed and step.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from alignment.algos.gae import advantages_and_returns, token_rewards
+from alignment.algos.kl import AdaptiveKl, FixedKl, k1, k3
+from alignment.algos.masked import scale_only, standardise
+from alignment.algos.ppo import clipped_policy_loss, clipped_value_loss, explained_variance, log_ratio
+from alignment.config.stage import PpoConfig
+from alignment.errors import StageError
+from alignment.models.answers import answer_statistics, answer_stream, batches, scalar_scores, unwrapped
+from alignment.models.generate import Sampling, generate
+from alignment.models.roles import Roles
+from alignment.training.context import StageContext
+from alignment.training.experience import Experience, prompt_order, response_mask, spread
+from alignment.training.ppo_figures import UpdateFigures
+
+KlPrice = FixedKl | AdaptiveKl
+START_KL_TOLERANCE = 0.02
+"""Nats a sequence that bfloat16 may make of a KL of zero; a wrong reference is off by far more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Episodes:
+    """How episodes are made: from which prompts, how answers end, how many an update and on each process.
+
+    ``micro_batch_size`` rows are held at once.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    end_id: int
+    per_update: int
+    per_process: int
+    micro_batch_size: int
+
+
+class PpoTrainer(Trainer):
+    """Proximal policy optimisation with a clipped value function (Huang et al. 2024 for every detail)."""
+
+    def __init__(
+        self,
+        roles: Roles,
+        config: PpoConfig,
+        context: StageContext,
+        *,
+        episodes: Episodes,
+        price: KlPrice,
+        args: TrainingArguments,
+    ) -> None:
+        self.roles = roles
+        self.config = config
+        self.context = context
+        self.episodes = episodes
+        self.price = price
+        self._experience: Experience | None = None
+        self.figures = UpdateFigures(self._summed)
+        steps = range(args.max_steps * context.world_size)
+        super().__init__(
+            model=roles.actor_critic, args=args, train_dataset=list(steps), data_collator=lambda rows: {"step": rows}
+        )
+
+    @property
+    def steps_per_update(self) -> int:
+        """Optimiser steps on one rollout batch."""
+        return self.config.ppo_epochs * self.config.num_minibatches
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Adam without weight decay; the critic may have a rate of its own."""
+        optim = self.config.optim
+        critic_lr = optim.lr if optim.critic_lr is None else optim.critic_lr
+        groups = [
+            {"params": _trained(self.roles.actor_critic.policy), "lr": optim.lr},
+            {"params": _trained(self.roles.actor_critic.value), "lr": critic_lr},
+        ]
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            groups, lr=optim.lr, eps=optim.adam_eps, weight_decay=0.0
+        )
+        return self.optimizer
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One minibatch: gradients of the whole of it, ready for the optimiser. An update begins by sampling."""
+        update, place = divmod(self.state.global_step, self.steps_per_update)
+        model.eval()  # dropout would make the ratio noisy; everything here runs without it
+        if place == 0:
+            self._experience = self._collect(update)
+        if self._experience is None:
+            raise StageError(
+                f"a checkpoint inside update {update} cannot be continued",
+                remedy="delete the stage's .work folder and run again",
+            )
+        epoch, minibatch = divmod(place, self.config.num_minibatches)
+        order = torch.randperm(
+            self.episodes.per_process, generator=self.context.generator("minibatches", update, epoch)
+        ).tensor_split(self.config.num_minibatches)[minibatch]
+        started = time.monotonic()
+        loss = self._backward(model, self._experience, order.tolist())
+        self.figures.step_done()
+        self.figures.add_seconds("learning", time.monotonic() - started)
+        if place == self.steps_per_update - 1:
+            self.price = self.price.after(self.figures.values["objective/kl"], self.episodes.per_update)
+        return loss
+
+    # ---- sampling -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _collect(self, update: int) -> Experience:
+        self.figures.clear()
+        prompts, answers = self._sample(update)
+        started = time.monotonic()
+        device = self.args.device
+        mask = response_mask(answers, device)
+        with self.accelerator.autocast():
+            logprobs, entropy, values = self._policy_and_values(prompts, answers, mask)
+            reference = self._reference_logprobs(prompts, answers, mask)
+            scores = self._scores(prompts, answers)
+        ended = torch.tensor([answer[-1] == self.episodes.end_id for answer in answers], device=device)
+        kept_scores = torch.where(ended, scores, torch.full_like(scores, self.config.missing_eos_score))
+        kl = k1(logprobs, reference) * mask
+        self._check_start(update, kl)
+        rewards = token_rewards(kept_scores, kl, mask, kl_coefficient=self.price.coefficient)
+        if self.config.whiten_rewards:
+            rewards = scale_only(rewards, mask)
+        raw, returns = advantages_and_returns(
+            rewards, values, mask, gamma=self.config.gamma, gae_lambda=self.config.gae_lambda
+        )
+        self._log_episodes(
+            scores,
+            ended,
+            mask,
+            {
+                "objective/kl": kl,
+                "objective/kl_k3": k3(logprobs, reference) * mask,
+                "objective/rlhf_reward": rewards,
+                "objective/entropy": entropy,
+                "val/returns": returns,
+                "val/advantages": raw,
+                "val/values": values,
+            },
+        )
+        self.figures.values["val/explained_variance"] = explained_variance(values, returns, mask)
+        self.figures.add_seconds("scoring", time.monotonic() - started)
+        return Experience(
+            prompts=prompts,
+            answers=answers,
+            response_mask=mask,
+            logprobs=logprobs,
+            values=values,
+            scores=kept_scores,
+            advantages=self._whitened(raw, mask),
+            returns=returns,
+        )
+
+    def _sample(self, update: int) -> tuple[list[Sequence[int]], list[list[int]]]:
+        """This process's share of the update's episodes; the global batch does not depend on how many share it."""
+        started = time.monotonic()
+        rank, world = self.context.rank, self.context.world_size
+        number = self.episodes.per_update
+        order = prompt_order(
+            len(self.episodes.prompts),
+            update * number,
+            number,
+            lambda round_: self.context.generator("prompts", round_),
+        )
+        uniforms = torch.rand(
+            number,
+            self.config.max_new_tokens,
+            generator=self.context.generator("sampling", update),
+            dtype=torch.float64,
+        )
+        prompts = [self.episodes.prompts[i] for i in order[rank::world]]
+        self.context.progress("rollouts", self.state.global_step, self.args.max_steps)
+        with self.accelerator.autocast():
+            answers = generate(
+                unwrapped(self.roles.policy),
+                prompts,
+                max_new_tokens=self.config.max_new_tokens,
+                end_ids=[self.episodes.end_id],
+                batch_size=len(prompts),
+                sampling=Sampling(temperature=self.config.temperature, uniforms=uniforms[rank::world]),
+            )
+        self.figures.add_seconds("rollouts", time.monotonic() - started)
+        return prompts, answers
+
+    def _policy_and_values(self, prompts: Any, answers: Any, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities recomputed by the training forward: those of sampling drift in low precision."""
+        parts = [self.roles.actor_critic(part, self.config.temperature) for part in self._parts(prompts, answers)]
+        statistics = [statistics for statistics, _ in parts]
+        return (
+            spread(torch.cat([found.logprobs for found in statistics]), mask),
+            spread(torch.cat([found.entropy for found in statistics]), mask),
+            spread(torch.cat([values for _, values in parts]), mask),
+        )
+
+    def _reference_logprobs(self, prompts: Any, answers: Any, mask: Tensor) -> Tensor:
+        with self.roles.reference() as reference:
+            found = [
+                answer_statistics(reference, part, temperature=self.config.temperature).logprobs
+                for part in self._parts(prompts, answers)
+            ]
+        return spread(torch.cat(found), mask)
+
+    def _scores(self, prompts: Any, answers: Any) -> Tensor:
+        return torch.cat([scalar_scores(self.roles.reward, part.rows) for part in self._parts(prompts, answers)])
+
+    def _parts(self, prompts: Any, answers: Any) -> Any:
+        return batches(prompts, answers, size=self.episodes.micro_batch_size, device=self.args.device)
+
+    def _check_start(self, update: int, kl: Tensor) -> None:
+        """Policy and reference are the same before the first step."""
+        worst = float(kl.sum(-1).abs().mean())
+        if update == 0 and worst > START_KL_TOLERANCE:
+            raise StageError(
+                f"at step 0 the KL to the reference is {worst:.4f} nats a sequence, not 0: the reference is not the "
+                "policy that the stage starts from",
+                remedy="report this with the stage.yaml of the run; nothing was trained",
+            )
+
+    # ---- learning -------------------------------------------------------------------------------------------------
+
+    def _backward(self, model: Any, experience: Experience, rows: list[int]) -> Tensor:
+        """Sums over the minibatch divided by its tokens, across micro-batches and processes: never a mean of means."""
+        (tokens,) = self._summed(experience.response_mask[rows].sum().float())
+        total = torch.zeros((), device=self.args.device)
+        size = self.episodes.micro_batch_size
+        pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
+        for piece in pieces:
+            last = piece is pieces[-1]
+            with self.compute_loss_context_manager():
+                policy_loss, value_loss = self._losses(model, experience, piece, tokens)
+                loss = policy_loss + self.config.value_coefficient * value_loss
+            # DDP averages over processes; the sum over all of them is wanted.
+            scaled = loss * self.context.world_size
+            if last:
+                self.accelerator.backward(scaled)
+            else:
+                with self.accelerator.no_sync(model):
+                    self.accelerator.backward(scaled)
+            total += loss.detach()
+        return total
+
+    def _losses(self, model: Any, experience: Experience, rows: list[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
+        width = max(len(experience.answers[row]) for row in rows)
+        mask = experience.response_mask[rows, :width]
+        part = answer_stream(
+            [experience.prompts[row] for row in rows], [experience.answers[row] for row in rows], self.args.device
+        )
+        statistics, flat_values = model(part, self.config.temperature)
+        logprobs, values = spread(statistics.logprobs, mask), spread(flat_values, mask)
+        change = log_ratio(logprobs, experience.logprobs[rows, :width])
+        advantages = experience.advantages[rows, :width]
+        policy_loss = clipped_policy_loss(change.exp(), advantages, mask, clip=self.config.clip) / tokens
+        value_loss = (
+            clipped_value_loss(
+                values,
+                experience.values[rows, :width],
+                experience.returns[rows, :width],
+                mask,
+                clip=self.config.value_clip,
+            )
+            / tokens
+        )
+        losses = {"loss/policy": policy_loss.detach(), "loss/value": value_loss.detach()}
+        self._log_minibatch(losses, change.detach(), statistics.entropy, mask, tokens)
+        return policy_loss, value_loss
+
+    def _whitened(self, advantages: Tensor, mask: Tensor) -> Tensor:
+        """Mean 0 and variance 1 over all counted tokens of the rollout batch, over all processes."""
+        count, total = self._summed(mask.sum().float(), (advantages * mask).sum())
+        mean = total / count
+        (squares,) = self._summed(((advantages - mean) ** 2 * mask).sum())
+        return standardise(advantages, mask, mean=mean, variance=squares / count)
+
+    def _summed(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Each value summed over processes."""
+        return tuple(self.accelerator.reduce(torch.stack(values), reduction="sum").unbind())
+
+    # ---- figures --------------------------------------------------------------------------------------------------
+
+    def _log_episodes(self, scores: Tensor, ended: Tensor, mask: Tensor, named: dict[str, Tensor]) -> None:
+        """Sums over tokens become means over episodes; the rest are means over counted tokens."""
+        summed = ("objective/kl", "objective/kl_k3", "objective/rlhf_reward")
+        episodes = {name: named[name].sum(-1) for name in summed}
+        episodes |= {"objective/score": scores, "eos_rate": ended.float(), "response_length": mask.sum(-1).float()}
+        self.figures.add_means(episodes, torch.ones_like(scores))
+        self.figures.add_means({name: values for name, values in named.items() if name not in summed}, mask)
+        self.figures.values["objective/kl_coef"] = self.price.coefficient
+
+    @torch.no_grad()
+    def _log_minibatch(
+        self, losses: dict[str, Tensor], change: Tensor, entropy: Tensor, mask: Tensor, tokens: Tensor
+    ) -> None:
+        ratio = change.exp()
+        clipped = ((ratio - 1.0).abs() > self.config.clip).float()
+        self.figures.add_share(
+            {
+                **losses,
+                "policy/approxkl": (0.5 * change**2 * mask).sum() / tokens,
+                "policy/clipfrac": (clipped * mask).sum() / tokens,
+                "policy/entropy": entropy.sum() / tokens,
+                "val/ratio": (ratio * mask).sum() / tokens,
+            }
+        )
+        self.figures.add_maximum("val/ratio_max", (ratio * mask).max())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the update's figures to the trainer's own; one line an update."""
+        if "loss" in logs:
+            logs.pop("loss")  # the trainer's sum of two losses over several steps says nothing
+            logs.update(self.figures.result())
+        super().log(logs, start_time)
+
+    # ---- price of KL and checkpoints ------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """What is trained and the price of KL; frozen weights are the base's and are not copied."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {
+                name: p.detach().contiguous()
+                for name, p in self.roles.actor_critic.named_parameters()
+                if p.requires_grad
+            },
+            folder / "actor_critic.safetensors",
+        )
+        (folder / "ppo.json").write_text(json.dumps({"kl_coefficient": self.price.coefficient}))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / "actor_critic.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.roles.actor_critic.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(saved[name])
+        coefficient = json.loads((Path(resume_from_checkpoint) / "ppo.json").read_text())["kl_coefficient"]
+        if isinstance(self.price, AdaptiveKl):
+            self.price = AdaptiveKl(coefficient=coefficient, target=self.price.target, horizon=self.price.horizon)
+
+
+def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,0 +1,75 @@
+"""Running a trainer to its end: from the newest good checkpoint, with our callbacks, and what it took."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from alignment.training import checkpoints
+from alignment.training.callbacks import Checkpoints, FiniteGradients, StepLog, StopOnSignal
+from alignment.training.context import StageContext
+from alignment.training.metrics import MetricsLog
+from alignment.training.tracking import open_tracker
+
+
+class Preempted(Exception):
+    """The stage was asked to stop, saved a checkpoint and did."""
+
+
+def train(trainer: Trainer, context: StageContext, *, headline: str, period: int = 1) -> dict[str, float]:
+    """Trains, resuming where an earlier attempt stopped; returns the last logged figures.
+
+    ``headline`` is the figure beside the progress bar; checkpoints are exact after every ``period`` steps.
+
+    Raises:
+        Preempted: SIGTERM or SIGUSR1 arrived; the checkpoint is written.
+        NonFiniteError: a gradient was not finite.
+    """
+    log = MetricsLog(context.content / "metrics.jsonl")
+    resumed = _newest_checkpoint(context)
+    if context.is_main:
+        log.keep_through(0 if resumed is None else checkpoints.step_of(resumed))
+    tracker = open_tracker(context)
+    stop = StopOnSignal(period=period)
+    for callback in (StepLog(context, log, tracker, headline=headline), Checkpoints(context), FiniteGradients(), stop):
+        trainer.add_callback(callback)
+    try:
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    finally:
+        tracker.close()
+    if stop.stopped:
+        raise Preempted
+    return {key: value for key, value in log.last().items() if isinstance(value, (int, float))}
+
+
+def _newest_checkpoint(context: StageContext) -> Path | None:
+    """The main process looks, and sets damaged ones aside; the others take its word."""
+    found = [checkpoints.newest(context.checkpoints, fingerprint=context.spec.fingerprint) if context.is_main else None]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def usage(context: StageContext) -> dict[str, float]:
+    """Seconds since the stage started in this process, and its peak memory in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    figures = {"seconds": time.monotonic() - context.started, "peak_rss_bytes": peak}
+    if torch.cuda.is_available():
+        figures["peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
+    return figures
+
+
+def fresh_folder(context: StageContext, name: str) -> Any:
+    """An empty folder inside the content of the artifact."""
+    folder = context.content / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder

@@ -1,0 +1,77 @@
+"""Weights & Biases beside ``metrics.jsonl``: one group a run, one W&B run a stage, with an id that a resume finds.
+
+A tracker never stops a training: when it fails, that is said once and the stage goes on without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from typing import Any
+
+from alignment.config.tracking import TrackerKind
+from alignment.config.typed import to_plain
+from alignment.training.context import StageContext
+
+log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Where steps go besides the file. Use ``open_tracker``; without W&B it does nothing."""
+
+    def __init__(self, run: Any | None) -> None:
+        self._run = run
+
+    def log(self, step: int, figures: dict[str, Any]) -> None:
+        """Sends one step."""
+        self._guarded(lambda run: run.log(figures, step=step))
+
+    def summarise(self, metrics: dict[str, float]) -> None:
+        """Sets the headline figures of the stage."""
+        self._guarded(lambda run: run.summary.update(metrics))
+
+    def close(self) -> None:
+        """Flushes what was sent."""
+        self._guarded(lambda run: run.finish())
+
+    def _guarded(self, action: Any) -> None:
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:  # noqa: BLE001 - a tracker raises whatever its transport raises
+            log.warning("Weights & Biases failed and is not used any more in this stage: %s", error)
+            self._run = None
+
+
+def open_tracker(context: StageContext) -> Tracker:
+    """A tracker for this stage on the main process; online if the user is logged in, offline otherwise."""
+    spec = context.spec
+    if spec.tracking.kind is not TrackerKind.wandb or not context.is_main:
+        return Tracker(None)
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    if "WANDB_MODE" not in os.environ:
+        os.environ["WANDB_MODE"] = "online" if wandb.api.api_key else "offline"
+    try:
+        run = wandb.init(
+            project=spec.tracking.project,
+            group=spec.run,
+            job_type=spec.config.kind,
+            name=f"{spec.run}/{spec.stage}",
+            id=stable_id(spec.run, spec.stage, spec.fingerprint),
+            resume="allow",
+            dir=str(spec.run_folder),
+            config=to_plain(spec.config),
+        )
+    except Exception as error:  # noqa: BLE001 - no tracker is a reason to warn, not to lose a training
+        log.warning("Weights & Biases could not start and is not used in this stage: %s", error)
+        return Tracker(None)
+    return Tracker(run)
+
+
+def stable_id(run: str, stage: str, fingerprint: str) -> str:
+    """The W&B run id of a stage: the same whenever the same stage of the same run goes on."""
+    return hashlib.sha256(f"{run}/{stage}/{fingerprint}".encode()).hexdigest()[:16]

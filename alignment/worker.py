@@ -1,0 +1,140 @@
+"""One stage on one process: ``python -m alignment.worker STAGE.YAML``, under a launcher, once on every rank.
+
+Reads what the driver froze, runs the stage, and on the main process publishes the artifact. How it ended stands in
+``status.json``, because launchers do not hand on exit codes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+import os
+import random
+import shutil
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from alignment.artifacts import Manifest, publish, write_json
+from alignment.config.stage import StageConfig
+from alignment.errors import PREEMPTED, AlignmentError
+from alignment.stage_spec import StageSpec, read_spec
+from alignment.stages.result import StageResult
+from alignment.training.context import StageContext
+from alignment.training.session import Preempted, usage
+
+STAGE_MODULES = {
+    "sft": "alignment.stages.sft",
+    "reward": "alignment.stages.reward",
+    "dpo": "alignment.stages.dpo",
+    "ppo": "alignment.stages.ppo",
+    "evaluate": "alignment.stages.evaluate",
+}
+PACKAGES = ("alignment-pipeline", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+def main(path: Path) -> int:
+    """Runs the stage; returns the exit code (alignment/errors.py)."""
+    spec = read_spec(path)
+    context = StageContext(
+        spec=spec, rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1"))
+    )
+    _quiet()
+    try:
+        _run(spec, context)
+    except Preempted:
+        _finish(context, "preempted", PREEMPTED, "stopped on request; a checkpoint was written")
+        return PREEMPTED
+    except AlignmentError as error:
+        _finish(context, "failed", error.exit_code, str(error))
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 - the last line of defence: the driver must hear of it
+        _finish(context, "failed", 1, f"{type(error).__name__}: {error}")
+        traceback.print_exc()
+        return 1
+    _finish(context, "done", 0, "")
+    return 0
+
+
+def _run(spec: StageSpec, context: StageContext) -> None:
+    context.content.mkdir(parents=True, exist_ok=True)
+    context.checkpoints.mkdir(parents=True, exist_ok=True)
+    seed = context.seed("worker") % 2**32
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    module = importlib.import_module(STAGE_MODULES[spec.config.kind])
+    run: Callable[[StageConfig, StageContext], StageResult] = module.run
+    result = run(spec.config, context)
+    if context.is_main:
+        _publish(spec, context, result)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _publish(spec: StageSpec, context: StageContext, result: StageResult) -> None:
+    context.progress("saving")
+    manifest = Manifest(
+        stage=spec.stage,
+        kind=spec.config.produces,
+        fingerprint=spec.fingerprint,
+        identity=spec.identity,
+        inputs=spec.input_fingerprints,
+        base=result.base,
+        adapters=result.adapters,
+        metrics=result.metrics,
+        usage=usage(context),
+        versions=_versions(),
+        git_commit=spec.git_commit,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        tokenizer_sha256=result.hashes.get("tokenizer_sha256", ""),
+        chat_template_sha256=result.hashes.get("chat_template_sha256", ""),
+    )
+    publish(context.content, spec.artifact, manifest)
+    shutil.rmtree(spec.work, ignore_errors=True)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # our own, when it runs from a folder
+            found[package] = "not installed"
+    return found
+
+
+def _finish(context: StageContext, state: str, exit_code: int, error: str) -> None:
+    """The first process that fails says so; a success is the main process's to say."""
+    if state == "done" and not context.is_main:
+        return
+    status = {
+        "state": state,
+        "exit_code": exit_code,
+        "error": error,
+        "where": f"stage {context.spec.stage}, process {context.rank} of {context.world_size}",
+        "time": time.time(),
+    }
+    write_json(context.spec.run_folder / "status.json", status)
+
+
+def _quiet() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\b.*")
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
