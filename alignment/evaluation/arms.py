@@ -1,0 +1,91 @@
+"""One arm: a policy's greedy answers to the held-out prompts, and what rule, reward model and reference say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from alignment.data.records import HeldOutPrompt, Message
+from alignment.evaluation.house_style import STYLE_PROMPT, GoldScore, score
+from alignment.models.answers import answer_statistics, batches, scalar_scores
+from alignment.models.generate import generate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """One arm's answer to one prompt.
+
+    ``ids`` are its tokens with the end of the turn if it came; ``ended`` says whether it did.
+    """
+
+    ids: list[int]
+    text: str
+    ended: bool
+    gold: GoldScore
+
+
+def with_style_prompt(messages: Sequence[Message]) -> list[Message]:
+    """The same turns with the house style asked for in the system message."""
+    system = [m.content for m in messages if m.role == "system"]
+    turns = [m for m in messages if m.role != "system"]
+    return [Message(role="system", content="\n".join([*system, STYLE_PROMPT])), *turns]
+
+
+def source_text(messages: Sequence[Message]) -> str:
+    """What an answer may draw on: everything but the assistant's own turns."""
+    return "\n".join(message.content for message in messages if message.role != "assistant")
+
+
+def answer_all(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: Sequence[HeldOutPrompt],
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], None],
+) -> list[Answer]:
+    """Greedy answers, scored by the gold rule against the row's own text."""
+    end = tokenizer.eos_token_id
+    found = generate(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        end_ids=[end],
+        batch_size=batch_size,
+        progress=progress,
+    )
+    answers = []
+    for row, ids in zip(rows, found, strict=True):
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        gold = score(text, source=source_text(row.messages), facts=[list(fact) for fact in row.facts])
+        answers.append(Answer(ids=ids, text=text, ended=ids[-1] == end, gold=gold))
+    return answers
+
+
+@torch.no_grad()
+def sequence_logprobs(
+    model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]], *, batch_size: int
+) -> list[float]:
+    """Sum of log p(token | prefix) over each answer, in nats."""
+    sums: list[float] = []
+    for part in batches(prompts, answers, size=batch_size, device=model.device):
+        logprobs = answer_statistics(model, part).logprobs
+        sums += [float(row.sum()) for row in logprobs.split(list(part.lengths))]
+    return sums
+
+
+@torch.no_grad()
+def reward_scores(
+    model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]], *, batch_size: int
+) -> list[float]:
+    """The reward model's score at each answer's last token."""
+    scores: list[float] = []
+    for part in batches(prompts, answers, size=batch_size, device=model.device):
+        scores += scalar_scores(model, part.rows).tolist()
+    return scores

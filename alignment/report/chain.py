@@ -1,0 +1,208 @@
+"""The run's stages as a picture: boxes in layers from left to right, and the same as a list for a narrow screen.
+
+A long edge runs through the layers between as a lane, one a source, so that edges never cross a box.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from markupsafe import Markup
+
+from alignment.report import text
+from alignment.report.records import Run, Stage
+
+BASE = "base model"
+"""The node of the run's base model; no stage can have a name with a space."""
+BOX_WIDTH, BOX_HEIGHT = 138, 64
+COLUMN, ROW_GAP, LANE = 171, 14, 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Node:
+    """A box of the picture: three lines of text, and the nodes it takes from."""
+
+    name: str
+    state: str
+    detail: str
+    artifact: str
+    inputs: list[str] = field(default_factory=list)
+
+
+def nodes_of(run: Run) -> list[Node]:
+    """The run's stages as nodes, the base model first where a stage uses it, each after its inputs."""
+    known = {stage.name for stage in run.stages}
+    nodes = [_node(stage, known) for stage in run.stages]
+    if any(BASE in node.inputs for node in nodes):
+        model = run.config.get("model")
+        source = text.name(model.get("source") or "") if isinstance(model, dict) else ""
+        nodes.insert(0, Node(name=BASE, state="base", detail=source.removeprefix("bundled:"), artifact=""))
+    layer = layers(nodes)
+    return sorted(nodes, key=lambda node: layer[node.name])
+
+
+def _node(stage: Stage, known: set[str]) -> Node:
+    inputs = []
+    for _, reference in stage.inputs:
+        source = reference.removeprefix("stage:")
+        if reference in ("base", "base+prompt"):
+            inputs.append(BASE)
+        elif reference.startswith("stage:") and source in known and source != stage.name:
+            inputs.append(source)
+    this_page = stage.kind == "report" and stage.state == "running"
+    detail = "this page" if this_page else stage.state
+    if stage.seconds is not None and not this_page:
+        detail += f" · {text.duration(stage.seconds)}"
+    state = "done" if this_page else stage.state
+    return Node(
+        name=stage.name, state=state, detail=detail, artifact=stage.artifact, inputs=list(dict.fromkeys(inputs))
+    )
+
+
+def layers(nodes: list[Node]) -> dict[str, int]:
+    """The length of the longest path to each node. A cycle (a damaged file) stops growing instead of hanging."""
+    layer = {node.name: 0 for node in nodes}
+    for _ in nodes:
+        for node in nodes:
+            below = [layer[source] + 1 for source in node.inputs if source in layer]
+            layer[node.name] = min(max(below, default=0), len(nodes) - 1)
+    return layer
+
+
+def chain(run: Run) -> Markup:
+    """Both pictures; the style sheet shows the one that fits."""
+    nodes = nodes_of(run)
+    if not nodes:
+        return Markup("")
+    return wide(nodes) + narrow(nodes)
+
+
+Slot = tuple[str, bool]
+"""(node, whether this is only its lane through the layer)."""
+
+
+def _columns(nodes: list[Node], layer: dict[str, int]) -> list[list[Slot]]:
+    """What stands in each layer from top to bottom, near to where it comes from."""
+    columns: list[list[Slot]] = [[] for _ in range(max(layer.values()) + 1)]
+    sources = {node.name: node.inputs for node in nodes}
+    for node in nodes:
+        columns[layer[node.name]].append((node.name, False))
+        last = max((layer[other.name] for other in nodes if node.name in other.inputs), default=0)
+        for between in range(layer[node.name] + 1, last):
+            columns[between].append((node.name, True))
+    for before, column in pairwise(columns):
+        place = {name: index for index, (name, _) in enumerate(before)}
+
+        def middle(slot: Slot, place: dict[str, int] = place) -> float:
+            origins = [slot[0]] if slot[1] else sources[slot[0]]
+            found = [place[origin] for origin in origins if origin in place]
+            return sum(found) / len(found) if found else 0.0
+
+        column.sort(key=lambda slot: (middle(slot), slot[1]))
+    return columns
+
+
+def _height(column: list[Slot]) -> int:
+    return sum(LANE if lane else BOX_HEIGHT for _, lane in column) + ROW_GAP * (len(column) - 1)
+
+
+def wide(nodes: list[Node]) -> Markup:
+    """The layered picture."""
+    layer = layers(nodes)
+    columns = _columns(nodes, layer)
+    height = max(_height(column) for column in columns)
+    at: dict[tuple[str, int], tuple[float, float]] = {}  # (node, layer) → its slot's left edge and middle
+    for index, column in enumerate(columns):
+        top = (height - _height(column)) / 2
+        for name, lane in column:
+            size = LANE if lane else BOX_HEIGHT
+            at[name, index] = (index * COLUMN, top + size / 2)
+            top += size + ROW_GAP
+    edges = Markup("").join(_edges(nodes, layer, at))
+    boxes = [_box(node, at[node.name, layer[node.name]], BOX_WIDTH, 17) for node in nodes]
+    width = (len(columns) - 1) * COLUMN + BOX_WIDTH
+    return Markup(
+        '<div class="scroll chain-wide"><svg class="chain" viewBox="-2 -2 {} {:.0f}" width="{}" role="img" '
+        'aria-label="The stages and what each takes as input">{}{}</svg></div>'
+    ).format(width + 4, height + 4, width + 4, edges, Markup("").join(boxes))
+
+
+def _edges(nodes: list[Node], layer: dict[str, int], at: dict[tuple[str, int], tuple[float, float]]) -> list[Markup]:
+    """Each piece of an edge once, although edges of one source share their lane."""
+    pieces: dict[str, None] = {}
+    arrows = []
+    for node in nodes:
+        for source in node.inputs:
+            x, y = at[source, layer[source]]
+            x += BOX_WIDTH
+            for index in range(layer[source] + 1, layer[node.name]):
+                left, level = at[source, index]
+                pieces[_bend(x, y, left, level)] = None
+                pieces[f"M{left:.0f} {level:.1f}h{BOX_WIDTH}"] = None
+                x, y = left + BOX_WIDTH, level
+            left, level = at[node.name, layer[node.name]]
+            if layer[source] < layer[node.name]:
+                pieces[_bend(x, y, left - 6, level)] = None
+                arrows.append(_arrow(left, level))
+    return [Markup('<path class="edge" d="{}"/>').format(piece) for piece in pieces] + arrows
+
+
+def _bend(x: float, y: float, end_x: float, end_y: float) -> str:
+    middle = (x + end_x) / 2
+    return f"M{x:.0f} {y:.1f}C{middle:.0f} {y:.1f} {middle:.0f} {end_y:.1f} {end_x:.0f} {end_y:.1f}"
+
+
+def _arrow(x: float, y: float) -> Markup:
+    return Markup('<path class="arrow" d="M{:.1f} {:.1f}l-8 -4v8z"/>').format(x - 0.5, y)
+
+
+def _box(node: Node, place: tuple[float, float], width: float, letters: int) -> Markup:
+    x, middle = place
+    y = middle - BOX_HEIGHT / 2
+    state = node.state if node.state in ("base", "done", "reused", "failed", "running", "waiting") else "waiting"
+    y_name = y + (21 if node.artifact else 28)
+    spoken = " · ".join(part for part in (node.name, node.detail, node.artifact) if part)
+    return Markup(
+        '<g class="box {}"><title>{}</title><rect x="{:.0f}" y="{:.1f}" width="{:.0f}" height="{}" rx="7"/>'
+        '<text class="name" x="{:.0f}" y="{:.1f}">{}</text><text class="detail" x="{:.0f}" y="{:.1f}">{}</text>'
+        '<text class="artifact" x="{:.0f}" y="{:.1f}">{}</text></g>'
+    ).format(
+        *(state, spoken, x, y, width, BOX_HEIGHT),
+        *(x + 11, y_name, text.name(node.name, limit=letters)),
+        *(x + 11, y_name + 16, text.name(node.detail, limit=letters + 6)),
+        *(x + 11, y_name + 32, text.name(node.artifact, limit=letters + 2)),
+    )
+
+
+def narrow(nodes: list[Node]) -> Markup:
+    """One box a row; each source's edges run down a lane of their own at the left."""
+    row = {node.name: index for index, node in enumerate(nodes)}
+    spans = {node.name: max((row[o.name] for o in nodes if node.name in o.inputs), default=0) for node in nodes}
+    sources = [node.name for node in nodes if spans[node.name] > row[node.name]]
+    lane_of: dict[str, int] = {}
+    for source in sources:  # the first lane whose earlier edges have all ended
+        taken = {lane for other, lane in lane_of.items() if spans[other] >= row[source]}
+        lane_of[source] = next(lane for lane in range(len(sources) + 1) if lane not in taken)
+    gutter = 22 + 11 * (max(lane_of.values(), default=0) + 1)
+    pitch = BOX_HEIGHT + ROW_GAP
+    edges: list[Markup] = []
+    for source, lane in lane_of.items():
+        edges += _rail(source, gutter - 20 - 11 * lane, gutter, pitch, row, nodes)
+    boxes = [_box(node, (gutter, row[node.name] * pitch + BOX_HEIGHT / 2), 340 - gutter, 30) for node in nodes]
+    return Markup(
+        '<svg class="chain chain-narrow" viewBox="-2 -2 344 {}" role="img" '
+        'aria-label="The stages and what each takes as input">{}{}</svg>'
+    ).format(len(nodes) * pitch - ROW_GAP + 4, Markup("").join(edges), Markup("").join(boxes))
+
+
+def _rail(source: str, x: float, gutter: float, pitch: float, row: dict[str, int], nodes: list[Node]) -> list[Markup]:
+    """Out of the source's box at its lower third, down the lane, and into every target at its middle."""
+    start = row[source] * pitch + BOX_HEIGHT * 0.75
+    targets = [row[node.name] * pitch + BOX_HEIGHT * 0.4 for node in nodes if source in node.inputs]
+    targets = [y for y in targets if y > start]
+    if not targets:
+        return []
+    pieces = [f"M{gutter} {start:.1f}H{x + 6}q-6 0 -6 6V{max(targets) - 6:.1f}"]
+    pieces += [f"M{x} {y - 6:.1f}q0 6 6 6H{gutter - 6}" for y in targets]
+    return [Markup('<path class="edge" d="{}"/>').format(" ".join(pieces))] + [_arrow(gutter, y) for y in targets]

@@ -1,0 +1,119 @@
+"""Which figures of a stage's metrics.jsonl are worth a chart, by kind of stage; absent ones are left out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from alignment.report import text
+from alignment.report.axes import Points
+from alignment.report.plots import Line, curve
+from alignment.report.records import Stage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chart:
+    """A chart as the page shows it; ``keys`` are the names in metrics.jsonl."""
+
+    title: str
+    unit: str
+    keys: str
+    svg: Markup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A figure to draw: ``Choice("Margin", "chosen − rejected", ("rewards/margins",), guide=0.0)``."""
+
+    title: str
+    unit: str
+    keys: tuple[str, ...]
+    labels: tuple[str, ...] = ("",)
+    guide: float | None = None
+
+
+def _choice(title: str, unit: str, key: str, guide: float | None = None) -> Choice:
+    return Choice(title=title, unit=unit, keys=(key,), guide=guide)
+
+
+LOSS = _choice("Loss", "", "loss")
+CHOICES: dict[str, tuple[Choice, ...]] = {
+    "sft": (
+        _choice("Loss", "nats a token", "loss"),
+        _choice("Next-token accuracy", "share", "mean_token_accuracy"),
+    ),
+    "reward": (
+        _choice("Loss", "Bradley–Terry; dotted: chance, ln 2", "loss", math.log(2)),
+        _choice("Accuracy, training pairs", "share; dotted: chance", "accuracy", 0.5),
+        _choice("Accuracy, held-out pairs", "share; dotted: chance", "eval_accuracy", 0.5),
+        _choice("Margin", "score of chosen − rejected", "margin", 0.0),
+    ),
+    "dpo": (
+        _choice("Loss", "dotted: ln 2, where training starts", "loss", math.log(2)),
+        _choice("Accuracy", "share of pairs; dotted: chance", "rewards/accuracies", 0.5),
+        _choice("Margin", "implicit reward, chosen − rejected", "rewards/margins", 0.0),
+        Choice(
+            title="Log-probability of the answers",
+            unit="nats",
+            keys=("logps/chosen", "logps/rejected"),
+            labels=("chosen", "rejected"),
+        ),
+    ),
+    "ppo": (
+        _choice("Reward-model score", "mean of an update", "objective/score"),
+        _choice("KL to the reference", "nats a sequence", "objective/kl"),
+        _choice("KL coefficient", "", "objective/kl_coef"),
+        _choice("Policy loss", "", "loss/policy"),
+        _choice("Value loss", "", "loss/value"),
+        _choice("Clipped", "share of tokens", "policy/clipfrac"),
+        _choice(
+            "Explained variance", "of the value model; dotted: no better than a constant", "val/explained_variance", 0.0
+        ),
+        _choice("Answer length", "tokens", "response_length"),
+        _choice("Answers that ended", "share", "eos_rate"),
+    ),
+}
+ONLY_IF_IT_MOVES = {"objective/kl_coef"}
+"""Figures that are a constant of the recipe unless something steers them."""
+
+
+def charts(stage: Stage) -> list[Chart]:
+    """The stage's charts, each with at least one finite value."""
+    found = []
+    for choice in _choices(stage):
+        lines = [
+            Line(label=label, points=points)
+            for key, label in zip(choice.keys, choice.labels, strict=True)
+            if (points := _points(stage.metrics, key))
+        ]
+        if lines and not (choice.keys[0] in ONLY_IF_IT_MOVES and len({y for _, y in lines[0].points}) == 1):
+            svg = curve(lines, title=f"{stage.name}, {choice.title}", guide=choice.guide)
+            found.append(Chart(title=choice.title, unit=choice.unit, keys=" ".join(choice.keys), svg=svg))
+    return found
+
+
+def _choices(stage: Stage) -> tuple[Choice, ...]:
+    """The charts of the stage's kind; only DPO's sigmoid loss starts at ln 2, so others get no guide there."""
+    choices = CHOICES.get(stage.kind, (LOSS,))
+    if stage.kind == "dpo" and stage.config.get("loss", "sigmoid") != "sigmoid":
+        return (LOSS, *choices[1:])
+    return choices
+
+
+def num_gaps(stage: Stage) -> int:
+    """How many drawn values were not finite."""
+    keys = [key for choice in _choices(stage) for key in choice.keys]
+    return sum(key in row and text.finite(row[key]) is None for row in stage.metrics for key in keys)
+
+
+def _points(rows: list[dict[str, Any]], key: str) -> Points:
+    """The series of ``key``; a row that does not log it is skipped, one that logs something not finite is a gap."""
+    points = []
+    for position, row in enumerate(rows, start=1):
+        if key in row:
+            step = text.finite(row.get("step"))
+            points.append((float(position) if step is None else step, text.finite(row[key])))
+    return points if any(y is not None for _, y in points) else []

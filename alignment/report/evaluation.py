@@ -1,0 +1,117 @@
+"""Turns evaluation.json and the rows of samples.jsonl into records, leaving out what cannot be understood."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from alignment.report import text
+from alignment.report.records import Answer, Arm, Comparison, Evaluation, Interval, Sample
+
+
+def read_evaluation(path: Path) -> tuple[Evaluation | None, str]:
+    """The evaluation, or None and the reason in words."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None, "The file evaluation.json cannot be read."
+    arms = [_arm(item) for item in _items(raw, "arms") if isinstance(item, dict) and item.get("name")]
+    if not arms:
+        return None, "The file evaluation.json names no arms."
+    comparisons = [_comparison(item) for item in _items(raw, "comparisons")]
+    tasks = _mapping(raw, "tasks")
+    num_prompts = text.finite(raw.get("num_prompts"))
+    return Evaluation(
+        num_prompts=None if num_prompts is None else int(num_prompts),
+        arms=arms,
+        comparisons=[item for item in comparisons if item],
+        tasks={text.name(task): _means(by_arm) for task, by_arm in tasks.items() if isinstance(by_arm, dict)},
+    ), ""
+
+
+def read_samples(rows: list[dict[str, Any]]) -> tuple[list[Sample], int]:
+    """The samples that have at least one answer, and how many rows had none."""
+    samples = [_sample(row) for row in rows]
+    kept = [sample for sample in samples if sample.answers]
+    return kept, len(samples) - len(kept)
+
+
+def _items(raw: Any, key: str) -> list[Any]:
+    value = raw.get(key) if isinstance(raw, dict) else None
+    return value if isinstance(value, list) else []
+
+
+def _mapping(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    value = raw.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _arm(raw: dict[str, Any]) -> Arm:
+    name = text.name(raw["name"])
+    return Arm(
+        name=name,
+        label=text.name(raw.get("label") or name.removeprefix("stage:"), limit=48),
+        gold=_interval(raw.get("gold")),
+        style=_interval(raw.get("style")),
+        facts=_interval(raw.get("facts")),
+        reward=_interval(raw.get("reward")),
+        kl=_interval(raw.get("kl")),
+        words=text.finite(raw.get("words")),
+        distinct=text.finite(raw.get("distinct")),
+        ended=text.finite(raw.get("ended")),
+        seconds=text.finite(raw.get("seconds")),
+    )
+
+
+def _interval(raw: Any) -> Interval | None:
+    """An interval; a bare number is a mean without bounds."""
+    if not isinstance(raw, dict):
+        mean = text.finite(raw)
+        return None if mean is None else Interval(mean=mean)
+    mean, low, high = (text.finite(raw.get(key)) for key in ("mean", "low", "high"))
+    if mean is None:
+        return None
+    return Interval(mean=mean, low=low, high=high) if low is not None and high is not None else Interval(mean=mean)
+
+
+def _comparison(raw: Any) -> Comparison | None:
+    if not isinstance(raw, dict) or not raw.get("arm") or not raw.get("against"):
+        return None
+    difference, low, high = (text.finite(raw.get(key)) for key in ("difference", "low", "high"))
+    if difference is None or low is None or high is None:
+        return None
+    arm, against = text.name(raw["arm"]), text.name(raw["against"])
+    return Comparison(arm=arm, against=against, difference=difference, low=low, high=high)
+
+
+def _means(raw: dict[str, Any]) -> dict[str, float]:
+    means = {text.name(arm): text.finite(value) for arm, value in raw.items()}
+    return {arm: value for arm, value in means.items() if value is not None}
+
+
+def _sample(raw: dict[str, Any]) -> Sample:
+    messages = [item for item in _items(raw, "messages") if isinstance(item, dict)]
+    answers = _mapping(raw, "answers")
+    return Sample(
+        id=text.name(raw.get("id", "")),
+        task=text.name(raw.get("task") or "no task"),
+        messages=[(text.name(item.get("role", "")), text.prose(item.get("content") or "")) for item in messages],
+        reference=text.prose(raw.get("reference") or ""),
+        answers=[_answer(arm, item) for arm, item in answers.items() if isinstance(item, dict)],
+    )
+
+
+def _answer(arm: str, raw: dict[str, Any]) -> Answer:
+    checks = _mapping(raw, "checks")
+    factors = [(text.name(key), text.finite(value if not isinstance(value, bool) else float(value)))
+               for key, value in checks.items()]  # fmt: skip
+    failed = [(key, factor) for key, factor in factors if factor is not None and factor < 1]
+    return Answer(
+        arm=text.name(arm),
+        text=text.prose(raw.get("text") or ""),
+        gold=text.finite(raw.get("gold")),
+        style=text.finite(raw.get("style")),
+        facts=text.finite(raw.get("facts")),
+        failed=sorted(failed, key=lambda pair: (pair[1], pair[0])),
+    )

@@ -1,0 +1,198 @@
+"""Reads a run's files into records. A missing or torn file becomes a note; only a bad run.json stops the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignment.artifacts import Manifest, read_manifest
+from alignment.errors import ArtifactError
+from alignment.report import text
+from alignment.report.evaluation import read_evaluation, read_samples
+from alignment.report.records import Evaluation, Run, Sample, Stage
+
+
+def read_run(run_folder: Path) -> Run:
+    """Everything the page shows of the run in ``run_folder``.
+
+    Raises:
+        ArtifactError: run.json is missing or unreadable, so nothing is known of the run.
+    """
+    raw = _read_run_json(run_folder / "run.json")
+    config = _mapping(raw.get("config"))
+    configs = _mapping(config.get("stages"))
+    stages: list[Stage] = []
+    folders: dict[str, Path | None] = {}
+    for key, entry in _mapping(raw.get("stages")).items():
+        folder = _artifact_folder(run_folder, str(key), _mapping(entry))
+        folders[text.name(key)] = folder
+        stages.append(_read_stage(run_folder, str(key), _mapping(entry), _mapping(configs.get(key)), folder))
+    evaluation, evaluation_note, samples, samples_note = _read_evaluation_of(stages, folders)
+    overrides = raw.get("overrides")
+    return Run(
+        name=text.name(raw.get("name") or run_folder.name),
+        recipe=text.name(raw.get("recipe") or "", limit=400),
+        overrides=[text.prose(item) for item in overrides] if isinstance(overrides, list) else [],
+        config=config,
+        started=text.name(raw.get("started") or ""),
+        finished=text.name(raw.get("finished") or ""),
+        stages=stages,
+        evaluation=evaluation,
+        evaluation_note=evaluation_note,
+        samples=samples,
+        samples_note=samples_note,
+    )
+
+
+def _read_run_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError("no run is here", where=str(path), remedy="give the folder runs/<run>") from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"unreadable: {error}", where=str(path), remedy="start the run again to rewrite it"
+        ) from error
+    if not isinstance(raw, dict):
+        raise ArtifactError("not a JSON object", where=str(path), remedy="start the run again to rewrite it")
+    return raw
+
+
+def _artifact_folder(run_folder: Path, stage: str, entry: dict[str, Any]) -> Path | None:
+    """Where the stage's artifact is or will be.
+
+    run.json may hold a path or a folder name; a run folder that was moved together with its artifacts still reads,
+    because the name is looked up beside it first.
+    """
+    recorded = entry.get("artifact") or _stage_file(run_folder / stage / "stage.yaml").get("artifact")
+    if not isinstance(recorded, str) or not recorded:
+        return None
+    beside = run_folder.resolve().parent.parent / "artifacts" / Path(recorded).name
+    return beside if beside.exists() or _work(beside).exists() else run_folder.resolve().parent.parent / recorded
+
+
+def _stage_file(path: Path) -> dict[str, Any]:
+    try:
+        return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def _work(artifact: Path) -> Path:
+    return artifact.with_name(artifact.name + ".work")
+
+
+def _read_stage(
+    run_folder: Path, key: str, entry: dict[str, Any], config: dict[str, Any], folder: Path | None
+) -> Stage:
+    notes: list[str] = []
+    manifest = _read_manifest(folder, notes)
+    metrics = _read_metrics(folder, notes)
+    usage = manifest.usage if manifest and isinstance(manifest.usage, dict) else {}
+    state = text.name(entry.get("state") or "waiting")
+    seconds = text.finite(entry.get("seconds"))
+    return Stage(
+        name=text.name(key),
+        kind=text.name(entry.get("kind") or "unknown"),
+        state=state,
+        reason=text.name(entry.get("reason") or "", limit=300),
+        artifact=text.name(folder.name) if folder else "",
+        seconds=text.finite(usage.get("seconds")) if state == "reused" or seconds is None else seconds,
+        inputs=_inputs(entry.get("inputs")),
+        config=config,
+        manifest=manifest,
+        metrics=metrics,
+        notes=notes,
+        error=_error(run_folder / key / "status.json") if state not in ("done", "reused") else "",
+    )
+
+
+def _read_manifest(folder: Path | None, notes: list[str]) -> Manifest | None:
+    try:
+        return read_manifest(folder) if folder else None
+    except (ArtifactError, OSError) as error:
+        notes.append(f"Its manifest cannot be read ({type(error).__name__}), so its lineage is not shown.")
+        return None
+
+
+def _read_metrics(folder: Path | None, notes: list[str]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; those of an interrupted stage lie in its work folder."""
+    if folder is None:
+        return []
+    path = next((p for p in (folder, _work(folder) / "content") if (p / "metrics.jsonl").is_file()), None)
+    if path is None:
+        return []
+    rows, torn = read_lines(path / "metrics.jsonl")
+    if torn:
+        notes.append(f"{torn} line{'s' if torn > 1 else ''} of its metrics.jsonl cannot be read and is left out.")
+    return rows
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a JSONL file, and how many lines were torn; a killed writer can leave half a line."""
+    rows: list[dict[str, Any]] = []
+    torn = 0
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return [], 1
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            torn += 1
+    return rows, torn
+
+
+def _error(path: Path) -> str:
+    try:
+        raw = _mapping(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return ""
+    return text.prose(raw.get("error") or "")[:4000]
+
+
+def _inputs(raw: Any) -> list[tuple[str, str]]:
+    """(field, reference) pairs; a field that takes several references gives several pairs."""
+    pairs: list[tuple[str, str]] = []
+    for slot, value in _mapping(raw).items():
+        values = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
+        pairs += [(text.name(slot), text.name(item)) for item in values if isinstance(item, str)]
+    return pairs
+
+
+def _read_evaluation_of(
+    stages: list[Stage], folders: dict[str, Path | None]
+) -> tuple[Evaluation | None, str, list[Sample], str]:
+    """The evaluation that the report stage names, or else the last one in the run that has a result."""
+    named = [ref.removeprefix("stage:") for s in stages if s.kind == "report" for _, ref in s.inputs]
+    candidates = [s.name for s in stages if s.name in named] + [
+        s.name for s in reversed(stages) if s.kind == "evaluate"
+    ]
+    if not candidates:
+        return None, "This run has no evaluate stage.", [], "Samples come from an evaluation; there is none."
+    known = [folder for name in candidates if (folder := folders[name]) is not None]
+    found = next((folder for folder in known if (folder / "evaluation.json").is_file()), None)
+    if found is None:
+        reason = f"The evaluation ({candidates[0]}) has no result yet."
+        return None, reason, [], "Samples come from the evaluation, which has no result yet."
+    evaluation, note = read_evaluation(found / "evaluation.json")
+    if not (found / "samples.jsonl").is_file():
+        return evaluation, note, [], "The evaluation kept no samples.jsonl."
+    rows, torn = read_lines(found / "samples.jsonl")
+    samples, left_out = read_samples(rows)
+    lost = torn + left_out
+    return evaluation, note, samples, f"{lost} rows of samples.jsonl cannot be read." if lost else ""
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

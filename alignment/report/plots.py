@@ -1,0 +1,207 @@
+"""Learning curves and interval plots as inline SVG. Colours are classes, so that the style sheet can follow the theme.
+
+Every text from outside passes ``Markup.format``, which escapes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from alignment.report import text
+from alignment.report.axes import Points, nice_ticks, padded, segments, smoothed, thinned, tick_labels
+from alignment.report.records import Interval
+
+WIDTH, HEIGHT = 340, 176
+LEFT, RIGHT, TOP, BOTTOM = 46, 56, 10, 24
+MAX_POINTS = 420
+MIN_TO_SMOOTH = 24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """A named series of a chart. ``label`` stands beside its last value and is empty where a chart has one line."""
+
+    label: str
+    points: Points
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frame:
+    """Maps data to the pixels of a curve plot."""
+
+    low_x: float
+    high_x: float
+    low_y: float
+    high_y: float
+
+    def x(self, value: float) -> float:
+        """Pixels from the left edge."""
+        return LEFT + (value - self.low_x) / (self.high_x - self.low_x) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        """Pixels from the top edge."""
+        return TOP + (self.high_y - value) / (self.high_y - self.low_y) * (HEIGHT - TOP - BOTTOM)
+
+
+def curve(lines: list[Line], *, title: str, guide: float | None) -> Markup:
+    """One small chart: thin raw lines, smoothed ones over them, last values labelled at the right.
+
+    ``guide`` is a value worth comparing with (chance, ln 2), drawn dotted. Every line needs a finite point.
+    """
+    values = [y for line in lines for _, y in line.points if y is not None]
+    steps = [x for line in lines for x, y in line.points if y is not None]
+    low_x, high_x = min(steps), max(steps)
+    if high_x <= low_x:
+        low_x, high_x = low_x - 1, high_x + 1
+    low_y, high_y = padded(values if guide is None else [*values, guide])
+    frame = Frame(low_x=low_x, high_x=high_x, low_y=low_y, high_y=high_y)
+    parts = [_y_axis(frame), _x_axis(frame, max(steps))]
+    if guide is not None:
+        parts.append(_rule(LEFT, frame.y(guide), WIDTH - RIGHT, "guide"))
+    for index, line in enumerate(lines):
+        parts.append(_series(line.points, frame, index))
+    parts.append(_end_labels(lines, frame))
+    return Markup('<svg class="curve" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        WIDTH, HEIGHT, _spoken(title, lines), Markup("").join(parts)
+    )
+
+
+def _spoken(title: str, lines: list[Line]) -> str:
+    """What a screen reader says instead of the picture."""
+    parts = []
+    for line in lines:
+        known = [y for _, y in line.points if y is not None]
+        who = f"{line.label} " if line.label else ""
+        parts.append(f"{who}from {text.compact(known[0])} to {text.compact(known[-1])}")
+    return f"{title}: {', '.join(parts)}"
+
+
+def _rule(x: float, y: float, end: float, kind: str) -> Markup:
+    return Markup('<path class="{}" d="M{:.1f} {:.1f}H{:.1f}"/>').format(kind, x, y, end)
+
+
+def _y_axis(frame: Frame) -> Markup:
+    ticks = nice_ticks(frame.low_y, frame.high_y, 5)
+    parts = []
+    for tick, label in zip(ticks, tick_labels(ticks), strict=True):
+        parts.append(_rule(LEFT, frame.y(tick), WIDTH - RIGHT, "grid"))
+        parts.append(
+            Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
+                LEFT - 6, frame.y(tick) + 3.5, label
+            )
+        )
+    return Markup("").join(parts)
+
+
+def _x_axis(frame: Frame, last: float) -> Markup:
+    ticks = [tick for tick in nice_ticks(max(0.0, frame.low_x), frame.high_x, 5) if tick == int(tick) and tick <= last]
+    ticks = ticks or [last]
+    parts = [_rule(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, "axis")]
+    for tick, label in zip(ticks, tick_labels(ticks), strict=True):
+        parts.append(
+            Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+                frame.x(tick), HEIGHT - 8, label
+            )
+        )
+    return Markup("").join(parts)
+
+
+def _series(points: Points, frame: Frame, index: int) -> Markup:
+    raw = _path(thinned(points, MAX_POINTS), frame)
+    if len(points) < MIN_TO_SMOOTH:
+        return Markup('<path class="line s{}" d="{}"/>').format(index, raw)
+    smooth = _path(thinned(smoothed(points), MAX_POINTS), frame)
+    return Markup('<path class="raw s{}" d="{}"/><path class="line s{}" d="{}"/>').format(index, raw, index, smooth)
+
+
+def _path(points: Points, frame: Frame) -> str:
+    """SVG path data. A lone point becomes a line of no length, which round caps draw as a dot."""
+    strokes = []
+    for segment in segments(points):
+        pixels = [f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in segment]
+        strokes.append("M" + "L".join(pixels) + ("h0" if len(pixels) == 1 else ""))
+    return "".join(strokes)
+
+
+def _end_labels(lines: list[Line], frame: Frame) -> Markup:
+    """The last finite value of each line, moved apart where two would overlap."""
+    ends = []
+    for index, line in enumerate(lines):
+        shown = smoothed(line.points) if len(line.points) >= MIN_TO_SMOOTH else line.points
+        x, y = [(x, y) for x, y in shown if y is not None][-1]
+        ends.append((frame.y(y), index, x, y, line.label))
+    ends.sort()
+    height = 25 if any(line.label for line in lines) else 13
+    parts: list[Markup] = []
+    floor = float(TOP)
+    room = len(ends) * height
+    for pixel, index, x, y, label in ends:
+        top = min(max(pixel - 4, floor), HEIGHT - BOTTOM - room + 8)
+        floor, room = top + height, room - height
+        parts.append(
+            Markup('<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>').format(index, frame.x(x), pixel)
+        )
+        parts.append(_label(WIDTH - RIGHT + 7, top + 8, text.compact(y), f"end s{index}"))
+        if label:
+            parts.append(_label(WIDTH - RIGHT + 7, top + 19, label, f"tick s{index}"))
+    return Markup("").join(parts)
+
+
+def _label(x: float, y: float, words: str, kind: str) -> Markup:
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(kind, x, y, words)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """A horizontal axis in per cent of its width, so that an interval plot fits any screen without scaling its text."""
+
+    low: float
+    high: float
+    ticks: list[float]
+
+    def percent(self, value: float) -> str:
+        """Where ``value`` lies, as an SVG length."""
+        return f"{(value - self.low) / (self.high - self.low) * 100:.2f}%"
+
+
+def scale_of(intervals: list[Interval], *, within: tuple[float, float] | None, include: float | None) -> Scale:
+    """The axis that holds all intervals. ``within`` bounds it (a score lies in [0, 1]), ``include`` must be on it."""
+    values = [v for item in intervals for v in (item.mean, item.low, item.high) if v is not None]
+    low, high = padded(values if include is None else [*values, include])
+    if within:
+        low, high = max(low, min(within[0], *values)), min(high, max(within[1], *values))
+    return Scale(low=low, high=high, ticks=nice_ticks(low, high, 6))
+
+
+def whisker(item: Interval, scale: Scale, *, tone: str, zero: bool) -> Markup:
+    """A dot on its interval; ``zero`` draws the line that a real difference must not touch.
+
+    The inner drawing hangs at half height, so that its parts keep their size in a row of any height.
+    """
+    grid = [_vertical(scale.percent(tick), "zero" if zero and tick == 0 else "grid") for tick in scale.ticks]
+    parts = []
+    if item.low is not None and item.high is not None:
+        low, high = scale.percent(item.low), scale.percent(item.high)
+        parts.append(Markup('<line class="whisker" x1="{}" x2="{}" y1="0" y2="0"/>').format(low, high))
+        for end in (low, high):
+            parts.append(Markup('<line class="cap" x1="{}" x2="{}" y1="-6" y2="6"/>').format(end, end))
+    parts.append(Markup('<circle class="dot" cx="{}" cy="0" r="4.5"/>').format(scale.percent(item.mean)))
+    return Markup('<svg class="interval {}" aria-hidden="true">{}<svg y="50%">{}</svg></svg>').format(
+        tone, Markup("").join(grid), Markup("").join(parts)
+    )
+
+
+def _vertical(x: str, kind: str) -> Markup:
+    return Markup('<line class="{}" x1="{}" x2="{}" y1="0" y2="100%"/>').format(kind, x, x)
+
+
+def scale_axis(scale: Scale) -> Markup:
+    """The numbers under an interval plot."""
+    parts = []
+    for tick, label in zip(scale.ticks, tick_labels(scale.ticks), strict=True):
+        parts.append(
+            Markup('<text class="tick" x="{}" y="14" text-anchor="middle">{}</text>').format(scale.percent(tick), label)
+        )
+    return Markup('<svg class="interval foot" aria-hidden="true">{}</svg>').format(Markup("").join(parts))

@@ -1,0 +1,143 @@
+"""What the report knows of a run, as plain records between reading and drawing.
+
+Every field that a run may lack is optional here, so that the drawing code states what is missing instead of failing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from alignment.artifacts import Manifest
+
+COMPLETE = ("done", "reused")
+"""States of a stage whose artifact can be relied on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """A mean with its 95 % interval: ``Interval(mean=0.71, low=0.66, high=0.75)``.
+
+    The bounds are None where only a mean was recorded.
+    """
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """One arm of the evaluation; None stands for a figure that was not measured.
+
+    ``kl`` is in nats a sequence, ``distinct`` and ``ended`` are shares of the answers.
+    """
+
+    name: str
+    label: str
+    gold: Interval | None = None
+    style: Interval | None = None
+    facts: Interval | None = None
+    reward: Interval | None = None
+    kl: Interval | None = None
+    words: float | None = None
+    distinct: float | None = None
+    ended: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """``arm`` minus ``against`` in gold: ``Comparison(arm="stage:dpo", against="stage:sft", difference=0.08, …)``."""
+
+    arm: str
+    against: str
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def real(self) -> bool:
+        """Whether the interval excludes zero; read off the interval so that words and numbers cannot disagree."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """The arms side by side. ``tasks`` maps a task to each arm's mean gold on it."""
+
+    num_prompts: int | None
+    arms: list[Arm]
+    comparisons: list[Comparison]
+    tasks: dict[str, dict[str, float]]
+
+    def label(self, name: str) -> str:
+        """What the reader calls the arm ``name``."""
+        return next((arm.label for arm in self.arms if arm.name == name), name.removeprefix("stage:"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """One arm's answer; ``failed`` names the style checks below 1, worst first, with their factor."""
+
+    arm: str
+    text: str
+    gold: float | None
+    style: float | None
+    facts: float | None
+    failed: list[tuple[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """A held-out prompt with every arm's answer; ``messages`` are (role, text) pairs."""
+
+    id: str
+    task: str
+    messages: list[tuple[str, str]]
+    reference: str
+    answers: list[Answer]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A stage as the run left it.
+
+    ``inputs`` are (field, reference) pairs. ``metrics`` are the lines of metrics.jsonl. ``notes`` say in words what
+    could not be read; ``error`` is the worker's own account of a failure.
+    """
+
+    name: str
+    kind: str
+    state: str
+    reason: str = ""
+    artifact: str = ""
+    seconds: float | None = None
+    inputs: list[tuple[str, str]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    manifest: Manifest | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Everything the page shows. ``evaluation`` is None where there is none, and ``evaluation_note`` says why."""
+
+    name: str
+    recipe: str
+    overrides: list[str]
+    config: dict[str, Any]
+    started: str
+    finished: str
+    stages: list[Stage]
+    evaluation: Evaluation | None
+    evaluation_note: str
+    samples: list[Sample]
+    samples_note: str
+
+    @property
+    def unfinished(self) -> list[Stage]:
+        """Stages that have no usable artifact; the report's own stage is under way while this page is made."""
+        return [stage for stage in self.stages if stage.kind != "report" and stage.state not in COMPLETE]

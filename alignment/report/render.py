@@ -1,0 +1,123 @@
+"""Puts the page together and writes it: one HTML file without scripts, requests or anything beside it.
+
+The page holds text from data sets and models, so templates escape everything, and a content security policy in the page
+forbids scripts and requests even if something slipped through.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from alignment.errors import ConfigError
+from alignment.report import tables, text
+from alignment.report.chain import chain
+from alignment.report.curves import Chart, charts, num_gaps
+from alignment.report.load import read_run
+from alignment.report.records import Evaluation, Run, Stage
+from alignment.report.samples import RULE, choose
+from alignment.report.verdict import judge
+
+NUM_OPEN_SAMPLES = 3
+"""Samples shown in full at once; the others open with a click, so that the page stays readable."""
+
+
+def build(run_folder: Path, output: Path, *, num_samples: int) -> None:
+    """Writes the report about the run in ``run_folder`` (``runs/<run>``) to the file ``output``.
+
+    What the run lacks is stated on the page. The same files give the same bytes.
+
+    Raises:
+        ArtifactError: run.json is missing or unreadable.
+        ConfigError: ``num_samples`` is negative.
+    """
+    if num_samples < 0:
+        raise ConfigError(f"{num_samples} is negative", where="num_samples", remedy="give 0 or more")
+    html = page(read_run(run_folder), num_samples=num_samples)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(html.encode("utf-8", "replace"))
+    os.replace(temporary, output)
+
+
+def page(run: Run, *, num_samples: int) -> str:
+    """The page as HTML."""
+    environment = Environment(
+        loader=PackageLoader("alignment.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(number=text.number, share=text.share, bounds=tables.bounds, short=_short)
+    chosen = choose(run.samples, num_samples)
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        facts=tables.facts(run),
+        verdict=judge(run),
+        chain=chain(run),
+        evaluation=run.evaluation,
+        evaluated=_evaluated(run.evaluation),
+        learning=[(stage, charts(stage), _curve_notes(stage)) for stage in run.stages if _learns(stage)],
+        chosen=chosen,
+        num_open=NUM_OPEN_SAMPLES,
+        rule=RULE,
+        label=run.evaluation.label if run.evaluation else _label,
+        usage=tables.usage_rows(run),
+        lineage=[(stage, tables.lineage(stage)) for stage in run.stages],
+        settings=[(stage, tables.settings(stage)) for stage in run.stages],
+        command=tables.command(run),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    """The tables and plots of the evaluation."""
+
+    plot: tables.WhiskerPlot | None
+    comparisons: list[tables.ComparisonRow]
+    axis: Markup
+    tasks: list[tuple[str, list[tuple[str, int]]]]
+
+
+def _evaluated(evaluation: Evaluation | None) -> Evaluated | None:
+    if evaluation is None:
+        return None
+    comparisons, axis = tables.comparison_rows(evaluation)
+    return Evaluated(
+        plot=tables.gold_plot(evaluation), comparisons=comparisons, axis=axis, tasks=tables.task_rows(evaluation)
+    )
+
+
+def _learns(stage: Stage) -> bool:
+    """Stages that have curves, or ought to have them."""
+    return bool(stage.metrics or stage.notes) or stage.kind in ("sft", "reward", "dpo", "ppo")
+
+
+def _curve_notes(stage: Stage) -> list[str]:
+    """What a reader must know about a stage's curves, or why there are none."""
+    notes = list(stage.notes)
+    found: list[Chart] = charts(stage)
+    if not stage.metrics:
+        notes.append(
+            "It left no metrics.jsonl, so there are no curves." if stage.state != "waiting" else "Not started."
+        )
+    elif not found:
+        notes.append("Its metrics.jsonl holds none of the figures that are drawn for its kind.")
+    if gaps := num_gaps(stage):
+        notes.append(f"{gaps} value{'s were' if gaps > 1 else ' was'} not finite; the lines have gaps there.")
+    return notes
+
+
+def _label(name: str) -> str:
+    return name.removeprefix("stage:")
+
+
+def _short(value: Any, limit: int = 90) -> str:
+    return text.name(value, limit=limit)

@@ -1,0 +1,74 @@
+"""Which prompts the page shows side by side, chosen by a rule that the page states, never by hand or by chance."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+from alignment.report.records import Sample
+
+WIDEST = "arms differ most"
+BETTER = "by hash, better half"
+WORSE = "by hash, worse half"
+
+RULE = (
+    "About half are the prompts on which the arms’ gold scores differ most, taken from each task in turn. The rest are "
+    "in order of a hash of their id, again from each task in turn, alternating between the half of all prompts that "
+    "the arms answered better and the half they answered worse."
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chosen:
+    """A sample and the part of the rule that brought it here."""
+
+    sample: Sample
+    why: str
+
+
+def choose(samples: list[Sample], num_samples: int) -> list[Chosen]:
+    """``num_samples`` samples, or all if there are fewer; the same samples give the same choice in any order."""
+    ordered = sorted(samples, key=_hash)
+    num_widest = (num_samples + 1) // 2
+    by_gap = sorted((s for s in ordered if _gap(s) > 0), key=lambda s: -_gap(s))
+    chosen = [Chosen(sample=s, why=WIDEST) for s in _in_turn(by_gap, num_widest, lambda s: s.task)]
+    taken = {id(item.sample) for item in chosen}
+    rest = [s for s in ordered if id(s) not in taken]
+    halves = _halves(ordered)
+    better = _in_turn([s for s in rest if halves[id(s)] == BETTER], len(rest), lambda s: s.task)
+    worse = _in_turn([s for s in rest if halves[id(s)] == WORSE], len(rest), lambda s: s.task)
+    wanted = num_samples - len(chosen)
+    chosen += [Chosen(sample=s, why=halves[id(s)]) for s in _in_turn(worse + better, wanted, lambda s: halves[id(s)])]
+    return chosen
+
+
+def _hash(sample: Sample) -> str:
+    return hashlib.sha256(sample.id.encode("utf-8", "replace")).hexdigest()
+
+
+def _golds(sample: Sample) -> list[float]:
+    return [answer.gold for answer in sample.answers if answer.gold is not None]
+
+
+def _gap(sample: Sample) -> float:
+    golds = _golds(sample)
+    return max(golds) - min(golds) if golds else 0.0
+
+
+def _halves(samples: list[Sample]) -> dict[int, str]:
+    """Better or worse than the median prompt, by the mean gold of all arms."""
+    means = {id(s): sum(_golds(s)) / max(1, len(_golds(s))) for s in samples}
+    middle = median(means.values()) if means else 0.0
+    return {key: BETTER if mean > middle else WORSE for key, mean in means.items()}
+
+
+def _in_turn(samples: list[Sample], count: int, group: Callable[[Sample], str]) -> list[Sample]:
+    """The first ``count`` samples when each group gives one in turn, in the order in which groups first appear."""
+    queues: dict[str, list[Sample]] = {}
+    for sample in samples:
+        queues.setdefault(group(sample), []).append(sample)
+    rounds = max((len(queue) for queue in queues.values()), default=0)
+    dealt = [queue[turn] for turn in range(rounds) for queue in queues.values() if turn < len(queue)]
+    return dealt[: max(0, count)]

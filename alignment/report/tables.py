@@ -1,0 +1,226 @@
+"""The rows of the page's tables, as text and ready-made plots, so that the template only lays them out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from alignment.report import text
+from alignment.report.plots import Scale, scale_axis, scale_of, whisker
+from alignment.report.records import Evaluation, Interval, Run, Stage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Whisker:
+    """A row of an interval plot."""
+
+    label: str
+    svg: Markup
+    value: str
+    bounds: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WhiskerPlot:
+    """An interval plot: its rows and the axis under them."""
+
+    rows: list[Whisker]
+    axis: Markup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComparisonRow:
+    """A comparison as the page shows it; ``tone`` is ``good``, ``bad`` or ``open``."""
+
+    arm: str
+    against: str
+    difference: str
+    bounds: str
+    verdict: str
+    tone: str
+    svg: Markup
+
+
+def gold_plot(evaluation: Evaluation) -> WhiskerPlot | None:
+    """Every arm's gold with its interval on one axis."""
+    known = [(arm, arm.gold) for arm in evaluation.arms if arm.gold]
+    if not known:
+        return None
+    scale = scale_of([gold for _, gold in known], within=(0.0, 1.0), include=None)
+    rows = [
+        Whisker(
+            label=arm.label,
+            svg=whisker(gold, scale, tone="trained" if arm.name.startswith("stage:") else "plain", zero=False),
+            value=text.number(gold.mean),
+            bounds=bounds(gold),
+        )
+        for arm, gold in known
+    ]
+    return WhiskerPlot(rows=rows, axis=scale_axis(scale))
+
+
+def comparison_rows(evaluation: Evaluation) -> tuple[list[ComparisonRow], Markup]:
+    """The comparisons in the evaluation's order, and the axis of their plot."""
+    if not evaluation.comparisons:
+        return [], Markup("")
+    intervals = [Interval(mean=c.difference, low=c.low, high=c.high) for c in evaluation.comparisons]
+    scale: Scale = scale_of(intervals, within=None, include=0.0)
+    rows = []
+    for item, interval in zip(evaluation.comparisons, intervals, strict=True):
+        tone = "open" if not item.real else "good" if item.difference > 0 else "bad"
+        rows.append(
+            ComparisonRow(
+                arm=evaluation.label(item.arm),
+                against=evaluation.label(item.against),
+                difference=text.signed(item.difference),
+                bounds=f"{text.signed(item.low)} to {text.signed(item.high)}",
+                verdict="real" if item.real else "not shown",
+                tone=tone,
+                svg=whisker(interval, scale, tone=tone, zero=True),
+            )
+        )
+    return rows, scale_axis(scale)
+
+
+def bounds(item: Interval | None, digits: int = 2) -> str:
+    """``0.66 to 0.75``, or nothing where no interval was recorded."""
+    if item is None or item.low is None or item.high is None:
+        return ""
+    return f"{text.number(item.low, digits)} to {text.number(item.high, digits)}"
+
+
+def task_rows(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Per task, each arm's mean gold with a shade from 0 to 5, so that a row's weak spots are seen at a glance."""
+    rows = []
+    for task, means in evaluation.tasks.items():
+        values = [means.get(arm.name) for arm in evaluation.arms]
+        cells = [(text.number(value), 0 if value is None else min(5, max(0, round(value * 5)))) for value in values]
+        rows.append((task, cells))
+    return rows
+
+
+def settings(stage: Stage) -> list[tuple[str, str]]:
+    """The stage's resolved configuration as (dotted key, value)."""
+    return list(_flat(stage.config, ""))
+
+
+def _flat(value: Any, prefix: str) -> list[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        return [pair for key, item in value.items() for pair in _flat(item, f"{prefix}.{key}" if prefix else str(key))]
+    if not prefix:
+        return []
+    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return [(text.name(prefix, limit=120), text.prose(shown))]
+
+
+def lineage(stage: Stage) -> list[tuple[str, str]]:
+    """What the artifact is made of, as (heading, value); empty entries are left out."""
+    manifest = stage.manifest
+    if manifest is None:
+        return []
+    inputs = [f"{slot} {_short(value)}" for slot, value in _pairs(manifest.inputs)]
+    base = [f"{key}: {_short(value)}" for key, value in _pairs(manifest.base) if value not in (None, "", {}, [])]
+    data = [f"{key}: {value}" for key, value in _hashes(manifest.identity, "") if "data" in key]
+    adapters = manifest.adapters if isinstance(manifest.adapters, list) else []
+    entries = [
+        ("fingerprint", str(manifest.fingerprint)),
+        ("inputs", ", ".join(inputs)),
+        ("base", ", ".join(base)),
+        ("adapters, in order", " → ".join(str(item) for item in adapters)),
+        ("data", ", ".join(data)),
+        ("tokenizer", str(manifest.tokenizer_sha256)),
+        ("chat template", str(manifest.chat_template_sha256)),
+        ("git commit", str(manifest.git_commit)),
+        ("made", str(manifest.created)),
+        ("packages", ", ".join(f"{key} {value}" for key, value in sorted(_pairs(manifest.versions)))),
+    ]
+    return [(heading, text.name(value, limit=2000)) for heading, value in entries if value]
+
+
+def _pairs(value: Any) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, dict) else []
+
+
+def _short(value: Any) -> str:
+    """A long hash by its first twelve digits; the manifest beside it has the rest."""
+    shown = str(value)
+    return shown[:12] if _is_hash(shown) else shown
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and len(value) >= 40 and set(value) <= set("0123456789abcdef")
+
+
+def _hashes(value: Any, prefix: str) -> list[tuple[str, str]]:
+    """Every content hash in the identity, by dotted key."""
+    if isinstance(value, dict):
+        return [p for k, item in value.items() for p in _hashes(item, f"{prefix}.{k}" if prefix else str(k))]
+    return [(prefix, value)] if _is_hash(value) else []
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UsageRow:
+    """Time and memory of a stage; ``share`` is its length beside the longest, as an SVG length."""
+
+    name: str
+    state: str
+    seconds: str
+    share: str
+    memory: str
+    speed: str
+
+
+def usage_rows(run: Run) -> list[UsageRow]:
+    """A row for every stage that has left a time or a memory figure."""
+    rows = []
+    longest = max((stage.seconds or 0.0 for stage in run.stages), default=0.0)
+    for stage in run.stages:
+        usage = stage.manifest.usage if stage.manifest and isinstance(stage.manifest.usage, dict) else {}
+        peak, speed = text.finite(usage.get("peak_rss_bytes")), text.finite(usage.get("tokens_per_second"))
+        if stage.seconds is None and peak is None:
+            continue
+        rows.append(
+            UsageRow(
+                name=stage.name,
+                state=stage.state,
+                seconds=text.duration(stage.seconds),
+                share=f"{100 * (stage.seconds or 0.0) / longest:.2f}%" if longest > 0 else "0%",
+                memory=text.memory(peak),
+                speed="–" if speed is None else text.number(speed, 0),
+            )
+        )
+    return rows
+
+
+def command(run: Run) -> str:
+    """The command line that makes this run again, quoted for a POSIX shell."""
+    words = ["align", "run", run.recipe or "RECIPE", *run.overrides]
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What the run is, as (heading, value), independent of the machine it ran on."""
+    model = run.config.get("model")
+    source = text.name(model.get("source") or "") if isinstance(model, dict) else ""
+    seconds = sum(stage.seconds or 0.0 for stage in run.stages)
+    prompts = run.evaluation.num_prompts if run.evaluation else None
+    seed = run.config.get("seed")
+    pairs = [
+        ("started", date(run.started)),
+        ("model", source),
+        ("recipe", run.recipe),
+        ("stages", str(len(run.stages))),
+        ("time, all stages", text.duration(seconds) if seconds else ""),
+        ("held-out prompts", "" if prompts is None else str(prompts)),
+        ("seed", "" if seed is None else text.name(seed)),
+    ]
+    return [(heading, value) for heading, value in pairs if value]
+
+
+def date(stamp: str) -> str:
+    """An ISO time to the minute; anything else stays as it is."""
+    return f"{stamp[:10]} {stamp[11:16]}" if len(stamp) >= 16 and stamp[10] in "T " else stamp

@@ -1,0 +1,109 @@
+"""Numbers and names as a reader wants to see them."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from typing import Any
+
+MINUS = "\u2212"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """``0.71``, ``−3.20``, or a dash where nothing was measured."""
+    if value is None:
+        return "–"
+    text = f"{abs(value):,.{digits}f}".replace(",", "\u202f")
+    return MINUS + text if value < 0 and float(f"{value:.{digits}f}") != 0 else text
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """``+0.080`` or ``−0.012``: a difference always carries its sign."""
+    text = number(value, digits)
+    return text if text.startswith(MINUS) or float(f"{value:.{digits}f}") == 0 else f"+{text}"
+
+
+def share(value: float | None) -> str:
+    """``99 %``. A share just below one never reads as 100 %, since the missing part is what matters."""
+    if value is None:
+        return "–"
+    percent = value * 100
+    if 99 < percent < 100 or 0 < percent < 1:
+        return (
+            f"{percent:.1f}\u202f%"
+            if 0.05 <= percent < 99.95
+            else ("> 99.9\u202f%" if percent > 50 else "< 0.1\u202f%")
+        )
+    return f"{percent:.0f}\u202f%"
+
+
+def compact(value: float) -> str:
+    """Three significant digits, for labels in a plot: ``0.693``, ``−41.2``, ``12.4k``, ``3.1e-05``."""
+    size = abs(value)
+    sign = MINUS if value < 0 else ""
+    if size == 0:
+        return "0"
+    if size >= 1e6 or size < 1e-3:
+        return sign + f"{size:.1e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+    if size >= 1e4:
+        return f"{sign}{size / 1000:.3g}k" if size < 999_500 else f"{sign}{size / 1e6:.3g}M"
+    digits = max(0, 2 - math.floor(math.log10(size)))
+    return f"{sign}{size:.{digits}f}"
+
+
+def duration(seconds: float | None) -> str:
+    """``41 s``, ``4 min 12 s``, ``1 h 05 min``."""
+    if seconds is None:
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f}\u202fs"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}\u202fs"
+    if whole < 3600:
+        return f"{whole // 60}\u202fmin {whole % 60:02d}\u202fs"
+    return f"{whole // 3600}\u202fh {whole % 3600 // 60:02d}\u202fmin"
+
+
+def memory(size: float | None) -> str:
+    """Bytes as ``512 MB`` or ``4.3 GB`` (powers of ten)."""
+    if size is None:
+        return "–"
+    return f"{size / 1e9:.1f}\u202fGB" if size >= 1e9 else f"{size / 1e6:.0f}\u202fMB"
+
+
+def name(value: Any, limit: int = 80) -> str:
+    """A name on one line: control and direction-changing characters go, so that its neighbours stay as they are."""
+    kept = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in str(value))
+    line = " ".join(kept.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def prose(value: Any) -> str:
+    """Text of several lines as it is, but with a visible mark for what HTML cannot carry or what would reorder it.
+
+    Right-to-left letters need no such marks; an override in a model's answer only hides what it says.
+    """
+    return "".join("\ufffd" if _unwelcome(c) else c for c in str(value))
+
+
+def _unwelcome(c: str) -> bool:
+    if c in "\n\t\r":
+        return False
+    return unicodedata.category(c) in ("Cc", "Cs") or "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069"
+
+
+def listing(items: list[str], word: str = "and") -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {word} {items[-1]}"
+
+
+def finite(value: Any) -> float | None:
+    """The number, or None for anything that cannot be drawn: not a number, not finite, or absurdly large."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        result = float(value)
+    except OverflowError:
+        return None
+    return result if math.isfinite(result) and abs(result) < 1e30 else None

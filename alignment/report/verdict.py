@@ -1,0 +1,162 @@
+"""What the evaluation shows, in plain sentences. Only an interval that excludes zero is called a real difference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from alignment.report import text
+from alignment.report.records import Arm, Comparison, Evaluation, Run
+
+MIN_DISTINCT = 0.9
+"""Below this share of distinct answers an arm says the same thing to different prompts (chosen, not tuned)."""
+
+MAX_KL = 25.0
+"""Nats a sequence beyond which an arm has left its reference far behind (chosen, not tuned)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """``lead`` is the answer in a sentence or two; the lists give its grounds, one sentence an entry."""
+
+    lead: str
+    differences: list[str]
+    warnings: list[str]
+
+
+def judge(run: Run) -> Verdict:
+    """The verdict on a run, whatever is missing from it."""
+    evaluation = run.evaluation
+    if evaluation is None:
+        lead = f"{run.evaluation_note} Nothing can be said yet about which stage helped."
+        return Verdict(lead=lead, differences=[], warnings=_unfinished(run))
+    return Verdict(
+        lead=_lead(run, evaluation),
+        differences=_differences(evaluation),
+        warnings=_unfinished(run) + _arm_warnings(evaluation) + _overoptimised(run, evaluation),
+    )
+
+
+def _lead(run: Run, evaluation: Evaluation) -> str:
+    if len(evaluation.arms) == 1:
+        return f"Only {evaluation.arms[0].label} was evaluated, so there is nothing to compare it with."
+    if not evaluation.comparisons:
+        return "The evaluation holds no comparisons, so no difference between arms is shown."
+    against_sft = _preference_against_sft(run, evaluation)
+    if not against_sft:
+        real = sum(item.real for item in evaluation.comparisons)
+        count = len(evaluation.comparisons)
+        return f"{real} of {count} comparisons between arms show{'s' if real == 1 else ''} a real difference."
+    return " ".join(_group_lead(evaluation, sft, group) for sft, group in against_sft.items())
+
+
+def _preference_against_sft(run: Run, evaluation: Evaluation) -> dict[str, list[Comparison]]:
+    """For every sft arm, the comparisons of preference-trained arms with it, all turned to *preference minus sft*."""
+    kinds = {f"stage:{stage.name}": stage.kind for stage in run.stages}
+    groups: dict[str, list[Comparison]] = {}
+    for item in evaluation.comparisons:
+        if kinds.get(item.arm) == "sft" and kinds.get(item.against) in ("dpo", "ppo"):
+            item = Comparison(
+                arm=item.against, against=item.arm, difference=-item.difference, low=-item.high, high=-item.low
+            )
+        if kinds.get(item.arm) in ("dpo", "ppo") and kinds.get(item.against) == "sft":
+            groups.setdefault(item.against, []).append(item)
+    return groups
+
+
+def _group_lead(evaluation: Evaluation, sft: str, group: list[Comparison]) -> str:
+    base = evaluation.label(sft)
+    helped = [evaluation.label(item.arm) for item in group if item.real and item.difference > 0]
+    hurt = [evaluation.label(item.arm) for item in group if item.real and item.difference <= 0]
+    unclear = [evaluation.label(item.arm) for item in group if not item.real]
+    if not hurt and not unclear:
+        return f"Preference training helped: {text.listing(helped)} {_verb(helped, 'beats', 'beat')} {base}."
+    if not helped and not unclear:
+        return f"Preference training hurt: {text.listing(hurt)} {_verb(hurt, 'falls', 'fall')} behind {base}."
+    if not helped and not hurt:
+        names = text.listing(unclear)
+        return f"Preference training is not shown to have helped: {names} cannot be told apart from {base}."
+    parts = []
+    if helped:
+        parts.append(f"{text.listing(helped)} {_verb(helped, 'beats', 'beat')} {base}")
+    if hurt:
+        parts.append(f"{text.listing(hurt)} {_verb(hurt, 'falls', 'fall')} behind {base}")
+    if unclear:
+        parts.append(f"{text.listing(unclear)} cannot be told apart from {base}")
+    return f"Preference training had mixed results: {'; '.join(parts)}."
+
+
+def _verb(subjects: list[str], one: str, many: str) -> str:
+    return one if len(subjects) == 1 else many
+
+
+def _differences(evaluation: Evaluation) -> list[str]:
+    """A sentence for each real difference, widest first, and one sentence for all that are not shown."""
+    real = sorted((c for c in evaluation.comparisons if c.real), key=lambda c: -abs(c.difference))
+    sentences = [_difference(evaluation, item) for item in real]
+    unclear = [c for c in evaluation.comparisons if not c.real]
+    if unclear:
+        pairs = [f"{evaluation.label(c.arm)} and {evaluation.label(c.against)}" for c in unclear]
+        sentences.append(f"Not shown, because the interval includes zero: a difference between {'; '.join(pairs)}.")
+    return sentences
+
+
+def _difference(evaluation: Evaluation, item: Comparison) -> str:
+    word = "better" if item.difference > 0 else "worse"
+    return (
+        f"{evaluation.label(item.arm)} is really {word} than {evaluation.label(item.against)}: "
+        f"{text.signed(item.difference)} gold (95\u202f% interval {text.signed(item.low)} to {text.signed(item.high)})."
+    )
+
+
+def _unfinished(run: Run) -> list[str]:
+    stages = run.unfinished
+    if not stages:
+        return []
+    states = [f"{stage.name} ({stage.state})" for stage in stages]
+    return [f"The run is not complete: {text.listing(states)}. This page shows what there is."]
+
+
+def _arm_warnings(evaluation: Evaluation) -> list[str]:
+    warnings = []
+    for arm in evaluation.arms:
+        if arm.distinct is not None and arm.distinct < MIN_DISTINCT:
+            warnings.append(
+                f"{arm.label} is degenerate: only {text.share(arm.distinct)} of its answers are distinct, so it says "
+                "the same thing to different prompts and its scores mean little."
+            )
+        if arm.kl is not None and arm.kl.mean > MAX_KL:
+            warnings.append(
+                f"{arm.label} has moved {text.number(arm.kl.mean, 1)} nats a sequence away from the reference "
+                f"(more than {MAX_KL:.0f}): read its answers before trusting its score."
+            )
+    never_ended = [_never_ended(arm, evaluation.num_prompts) for arm in evaluation.arms if _cut(arm)]
+    if never_ended:
+        warnings.append(f"Some answers never ended and were cut off at the limit: {text.listing(never_ended)}.")
+    return warnings
+
+
+def _cut(arm: Arm) -> bool:
+    return arm.ended is not None and arm.ended < 1
+
+
+def _never_ended(arm: Arm, num_prompts: int | None) -> str:
+    missing = 1 - (arm.ended or 0.0)
+    if num_prompts:
+        return f"{max(1, round(missing * num_prompts))} of {num_prompts} from {arm.label}"
+    return f"{text.share(missing)} from {arm.label}"
+
+
+def _overoptimised(run: Run, evaluation: Evaluation) -> list[str]:
+    """Arms that the reward model likes better than sft while gold is really lower: the proxy was won, not the goal."""
+    arms = {arm.name: arm for arm in evaluation.arms}
+    warnings = []
+    for sft, group in _preference_against_sft(run, evaluation).items():
+        for item in group:
+            ours = arms[item.arm].reward if item.arm in arms else None
+            theirs = arms[sft].reward if sft in arms else None
+            if ours and theirs and ours.mean > theirs.mean and item.real and item.difference < 0:
+                warnings.append(
+                    f"The reward model scores {evaluation.label(item.arm)} above {evaluation.label(sft)} although its "
+                    "gold score is really lower: a sign of over-optimisation."
+                )
+    return warnings
