@@ -1,0 +1,17 @@
+"""Warnings are errors (pyproject.toml); the ones below come from other packages calling each other."""
+
+from __future__ import annotations
+
+import pytest
+
+THIRD_PARTY_WARNINGS = (
+    # PEFT asks transformers for a property by its old name:
+    # https://github.com/huggingface/peft/blob/main/src/peft/peft_model.py
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Adds the exceptions behind the rule that they are exceptions to."""
+    for line in THIRD_PARTY_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)

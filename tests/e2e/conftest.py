@@ -1,0 +1,113 @@
+"""Whole runs through the user's command, on a tiny random model and a few rows of the shipped data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import save_tiny_model
+
+SMALL = (
+    "model.dtype=float32",
+    "stages.sft.data.limit=12",
+    "stages.sft.optim={batch_size: 4, micro_batch_size: 2, epochs: 2, lr: 1e-3}",
+    "stages.sft.save_every=2",
+    "stages.reward.data.limit=12",
+    "stages.reward.eval_fraction=0.25",
+    "stages.reward.optim={batch_size: 4, micro_batch_size: 2, lr: 1e-3}",
+    "stages.reward.save_every=2",
+    "stages.dpo.data.limit=8",
+    "stages.dpo.optim={batch_size: 4, micro_batch_size: 2, lr: 1e-3}",
+    "stages.dpo.save_every=1",
+    "stages.ppo.data.limit=6",
+    "stages.ppo.updates=3",
+    "stages.ppo.ppo_epochs=2",
+    "stages.ppo.num_minibatches=2",
+    "stages.ppo.max_new_tokens=8",
+    "stages.ppo.max_prompt_length=4096",
+    "stages.ppo.optim={batch_size: 4, micro_batch_size: 2, lr: 1e-3}",
+    "stages.evaluate.data.limit=5",
+    "stages.evaluate.max_new_tokens=12",
+    "stages.evaluate.bootstrap_samples=200",
+    "stages.report.num_samples=4",
+    *(f"stages.{stage}.max_length=4096" for stage in ("sft", "reward", "dpo")),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Align:
+    """The command with a tiny model; ``output`` holds its runs and artifacts."""
+
+    output: Path
+    model: Path
+
+    def argv(self, verb: str, *overrides: str, recipe: str = "quickstart") -> list[str]:
+        """The command line, as a list."""
+        own = (f"output={self.output}", f"model.source=path:{self.model}")
+        return [sys.executable, "-m", "alignment.cli", verb, recipe, *own, *SMALL, *overrides]
+
+    def __call__(self, verb: str, *overrides: str, code: int = 0) -> str:
+        """Runs the command to its end, checks its exit code and returns all that it printed."""
+        done = subprocess.run(
+            self.argv(verb, *overrides), capture_output=True, text=True, timeout=600, env=environment(), check=False
+        )
+        printed = done.stdout + done.stderr
+        assert done.returncode == code, f"exit code {done.returncode}, expected {code}\n{printed}{self.logs()}"
+        return printed
+
+    def logs(self) -> str:
+        """The ends of all stage logs, for a failing test's message."""
+        return "\n".join(f"{p}:\n{p.read_text()[-3000:]}" for p in sorted(self.output.glob("runs/*/*/log.txt")))
+
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """What ``run.json`` says of each stage."""
+        found: dict[str, dict[str, Any]] = json.loads((self.output / "runs/quickstart/run.json").read_text())["stages"]
+        return found
+
+    def artifact(self, stage: str) -> Path:
+        """The folder of a stage's result in the last run."""
+        return Path(self.stages()[stage]["artifact"])
+
+    def weights(self) -> dict[str, str]:
+        """SHA-256 of every safetensors file, by stage and file name."""
+        return {
+            f"{re.sub(r'-[0-9a-f]{8}', '', path.relative_to(self.output / 'artifacts').as_posix())}": hashlib.sha256(
+                path.read_bytes()
+            ).hexdigest()
+            for path in sorted(self.output.glob("artifacts/*/**/*.safetensors"))
+        }
+
+
+def environment() -> dict[str, str]:
+    """Ours, without anything of the caller's that would change a run."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One tiny model for all runs, so that its fingerprint is the same in each."""
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def new_align(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Align]:
+    """Makes a command with an empty output folder."""
+    return lambda: Align(output=tmp_path_factory.mktemp("output"), model=tiny_model_folder)
+
+
+@pytest.fixture(scope="session")
+def finished(new_align: Callable[[], Align]) -> Align:
+    """A chain that ran once, undisturbed. Tests may run more in it but never remove a result."""
+    align = new_align()
+    align("run")
+    return align

@@ -1,0 +1,171 @@
+"""The chain as a user runs it: what it leaves behind, what a second call does, what survives a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from alignment.artifacts import verify
+from tests.e2e.conftest import Align, environment
+
+STAGES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
+
+
+def states(align: Align) -> dict[str, str]:
+    return {name: stage["state"] for name, stage in align.stages().items()}
+
+
+def test_every_stage_leaves_an_artifact_that_verifies(finished: Align) -> None:
+    assert set(finished.stages()) == set(STAGES)
+    for stage in STAGES:
+        manifest = verify(finished.artifact(stage), content=True)
+        assert manifest.stage == stage
+        assert manifest.usage["seconds"] > 0
+    assert not list(finished.output.glob("artifacts/*.work"))
+
+
+def test_the_report_and_every_arm_are_there(finished: Align) -> None:
+    evaluation = json.loads((finished.artifact("evaluate") / "evaluation.json").read_text())
+    assert [arm["label"] for arm in evaluation["arms"]] == ["base", "base+prompt", "sft", "dpo", "ppo"]
+    page = (finished.output / "runs/quickstart/report.html").read_text()
+    for label in ("base+prompt", "sft", "dpo", "ppo"):
+        assert label in page
+
+
+def test_the_reference_arm_has_no_divergence_from_itself(finished: Align) -> None:
+    evaluation = json.loads((finished.artifact("evaluate") / "evaluation.json").read_text())
+    kl = {arm["label"]: arm["kl"] for arm in evaluation["arms"]}
+    assert kl["sft"]["mean"] == 0.0
+    assert kl["base"]["mean"] != 0.0
+    assert kl["base+prompt"] is None
+
+
+def test_metrics_stand_once_a_step_and_learning_shows(finished: Align) -> None:
+    for stage in ("sft", "reward", "dpo", "ppo"):
+        lines = [json.loads(line) for line in (finished.artifact(stage) / "metrics.jsonl").read_text().splitlines()]
+        steps = [line["step"] for line in lines]
+        assert steps == sorted(set(steps)), stage
+    sft = [json.loads(line) for line in (finished.artifact("sft") / "metrics.jsonl").read_text().splitlines()]
+    assert sft[-1]["loss"] < sft[0]["loss"]
+
+
+def test_ppo_logs_its_own_names_and_starts_at_ratio_one(finished: Align) -> None:
+    lines = [json.loads(line) for line in (finished.artifact("ppo") / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12]  # three updates of 2 epochs x 2 minibatches
+    assert abs(lines[0]["objective/kl"]) < 1e-4
+    for line in lines:
+        assert line["policy/approxkl_first"] < 1e-10
+        assert {"objective/score", "loss/policy", "loss/value", "val/explained_variance", "eos_rate"} <= set(line)
+
+
+def test_a_policy_loads_without_us(finished: Align) -> None:
+    """Plain transformers and PEFT: the base, then each adapter merged in order."""
+    for stage in ("sft", "dpo", "ppo"):
+        folder = finished.artifact(stage)
+        manifest = verify(folder, content=False)
+        model = AutoModelForCausalLM.from_pretrained(str(finished.model))
+        before = model(torch.tensor([[5, 6, 7]])).logits
+        for adapter in manifest.adapters:
+            model = PeftModel.from_pretrained(model, str(folder / adapter)).merge_and_unload()
+        after = model(torch.tensor([[5, 6, 7]])).logits
+        assert not torch.allclose(before, after)
+
+
+def test_a_second_run_reuses_everything_and_prints_the_arms(finished: Align) -> None:
+    printed = finished("run")
+    assert set(states(finished).values()) == {"reused"}
+    assert "gold" in printed
+    assert "report.html" in printed
+
+
+def test_a_changed_beta_runs_dpo_evaluation_and_report_only(new_align: Callable[[], Align], finished: Align) -> None:
+    finished("run", "stages.dpo.beta=0.3")
+    found = states(finished)
+    assert {name for name, state in found.items() if state == "done"} == {"dpo", "evaluate", "report"}
+    assert {name for name, state in found.items() if state == "reused"} == {"sft", "reward", "ppo"}
+    finished("run")  # back to what the other tests look at
+    assert set(states(finished).values()) == {"reused"}
+
+
+def test_more_processes_run_nothing_again(finished: Align) -> None:
+    finished("run", "launch.num_processes=2")
+    assert set(states(finished).values()) == {"reused"}
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_killed_in_the_middle_it_goes_on_and_ends_the_same(
+    stage: str, new_align: Callable[[], Align], finished: Align
+) -> None:
+    align = new_align()
+    _kill_during(align, stage)
+    (work,) = align.output.glob(f"artifacts/{stage}-*.work")
+    assert list(work.glob("checkpoints/checkpoint-*/alignment_checkpoint.json"))
+    assert not (align.output / "artifacts" / work.name.removesuffix(".work") / "manifest.json").exists()
+    assert "resume from checkpoint-" in align("plan")
+    align("run")
+    straight = {name: sha for name, sha in finished.weights().items() if not name.startswith("dpo")}
+    assert straight.items() <= align.weights().items()
+    steps = [json.loads(line)["step"] for line in (align.artifact(stage) / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def test_two_processes_train_what_one_does(new_align: Callable[[], Align], finished: Align) -> None:
+    align = new_align()
+    align("run", "launch.num_processes=2")
+    assert set(states(align).values()) == {"done"}
+    for stage in ("sft", "reward", "dpo", "ppo"):
+        for path in sorted(finished.artifact(stage).glob("adapters/*/adapter_model.safetensors")):
+            other = load_file(align.artifact(stage) / path.relative_to(finished.artifact(stage)))
+            for name, weight in load_file(path).items():
+                torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=2e-5, msg=lambda m: f"{stage} {name}: {m}")
+
+
+def test_full_training_runs_the_whole_chain(new_align: Callable[[], Align]) -> None:
+    align = new_align()
+    align("run", "adapter=full")
+    assert set(states(align).values()) == {"done"}
+    for stage in ("sft", "dpo", "ppo"):
+        AutoModelForCausalLM.from_pretrained(str(align.artifact(stage) / "model"))
+
+
+def test_a_damaged_input_stops_before_training(new_align: Callable[[], Align]) -> None:
+    align = new_align()
+    align("run", "~stages.reward", "~stages.dpo", "~stages.ppo", "stages.evaluate.reward=null",
+          "stages.evaluate.arms=[base,stage:sft]")  # fmt: skip
+    weights = next(align.artifact("sft").glob("adapters/*/adapter_model.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    printed = align("run", code=7)
+    assert "adapter_model.safetensors" in printed
+
+
+def _kill_during(align: Align, stage: str) -> None:
+    """SIGKILL to the driver and all its processes once the stage has a sealed checkpoint."""
+    process = subprocess.Popen(
+        align.argv("run"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+    )
+    pattern = f"artifacts/{stage}-*.work/checkpoints/checkpoint-*/alignment_checkpoint.json"
+    deadline = time.monotonic() + 300
+    while not list(align.output.glob(pattern)):
+        assert process.poll() is None, f"it ended before it could be killed\n{align.logs()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in everyone:
+        os.kill(one.pid, signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(everyone, timeout=30)
+
+

@@ -1,0 +1,206 @@
+"""A tokenizer and models small enough for any test: nothing is downloaded, every weight comes from a fixed seed.
+
+The tokenizer is a byte-level BPE with ChatML turns, a default system turn and pad == EOS, as SmolLM2-Instruct has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import TaskType
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from alignment.artifacts import Manifest, publish
+from alignment.config.adapter import AdapterConfig
+from alignment.config.model import Dtype, ModelConfig
+from alignment.config.stage import RewardConfig, StageConfig
+from alignment.config.tracking import TrackerKind, TrackingConfig
+from alignment.models.adapters import add_adapter
+from alignment.models.answers import unwrapped
+from alignment.models.load import Lineage, load_scalar, load_tokenizer
+from alignment.stage_spec import StageInput, StageSpec
+from alignment.stages.result import save_model
+from alignment.training.context import StageContext
+
+BASE_SOURCE = "path:tiny"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are tiny.<|im_end|>\n' }}"
+    "{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_TEXT = (
+    "The note says that the shop is closed on Monday and that the keys are with the caretaker in the hall. "
+    "Please answer in one or two plain sentences, and say only what the text says. You are tiny. "
+    "system user assistant"
+)
+_SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+_CONFIGS: Mapping[str, type[PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "mistral": MistralConfig,
+    "gemma": GemmaConfig,
+}
+_EXTRAS: Mapping[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "qwen2": {"tie_word_embeddings": False},
+    "mistral": {"sliding_window": None, "tie_word_embeddings": False},
+    "gemma": {"head_dim": 8},
+}
+ARCHITECTURES = tuple(_CONFIGS)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """About 330 tokens; any text goes in and comes out unchanged."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([_TEXT], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=specials[1], eos_token=specials[2], pad_token=specials[2], unk_token=specials[0]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_config(architecture: str, **changes: Any) -> PreTrainedConfig:
+    """Two layers of width 32 with grouped-query attention; ``architecture`` is one of ``ARCHITECTURES``."""
+    special = {"pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+    return _CONFIGS[architecture](**{**_SIZES, **special, **_EXTRAS[architecture], **changes})
+
+
+def tiny_model(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A causal language model in float32 with weights large enough that its distributions are far from uniform."""
+    return _grown(AutoModelForCausalLM, tiny_config(architecture, **changes), seed)
+
+
+def tiny_scorer(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """The same with one scalar head whose scores are not shifted."""
+    model = _grown(AutoModelForSequenceClassification, tiny_config(architecture, num_labels=1, **changes), seed)
+    model.register_buffer("score_offset", torch.zeros(()), persistent=False)
+    return model
+
+
+def save_tiny_model(folder: Path, *, seed: int = 0) -> Path:
+    """A model folder with config, safetensors and tokenizer, as a user would have one; returns ``folder``."""
+    tokenizer = tiny_tokenizer()
+    tiny_model("llama", seed=seed, vocab_size=len(tokenizer)).save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def tiny_spec(folder: Path, config: StageConfig, **changes: Any) -> StageSpec:
+    """What a worker is told about a stage in ``folder``; the work folders exist already.
+
+    ``changes`` replace fields. The base is expected in ``folder/base``.
+    """
+    work = folder / "artifacts" / f"{config.kind}-0123abcd.work"
+    run_folder = folder / "runs" / "test" / config.kind
+    for path in (work / "content", work / "checkpoints", run_folder):
+        path.mkdir(parents=True, exist_ok=True)
+    told: dict[str, Any] = {
+        "run": "test",
+        "stage": config.kind,
+        "config": config,
+        "model": ModelConfig(source=BASE_SOURCE, dtype=Dtype.float32),
+        "base_path": folder / "base",
+        "inputs": {"init": StageInput(ref="base", path=None)},
+        "arms": {},
+        "data_path": folder / "data.jsonl",
+        "fingerprint": "0123abcd" * 8,
+        "identity": {},
+        "input_fingerprints": {},
+        "artifact": work.with_suffix(""),
+        "work": work,
+        "run_folder": run_folder,
+        "seed": 0,
+        "tracking": TrackingConfig(kind=TrackerKind.jsonl),
+        "git_commit": "",
+    }
+    return StageSpec(**{**told, **changes})
+
+
+def publish_tiny(spec: StageSpec, model: Any, found: Lineage, *, head: dict[str, torch.Tensor] | None = None) -> StageInput:
+    """Publishes ``model`` as the artifact of ``spec``, as the worker does after a stage; returns a reference to it.
+
+    ``head`` is what ``head.safetensors`` of a reward model holds.
+    """
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    result = save_model(model, load_tokenizer(found.base), context, found, {})
+    if head is not None:
+        save_file(head, context.content / "head.safetensors")
+    manifest = Manifest(
+        stage=spec.stage,
+        kind=spec.config.produces,
+        fingerprint=spec.fingerprint,
+        identity={},
+        base=result.base,
+        adapters=result.adapters,
+        **result.hashes,
+    )
+    publish(context.content, spec.artifact, manifest)
+    return StageInput(ref=f"stage:{spec.stage}", path=spec.artifact)
+
+
+def tiny_reward(folder: Path, adapter: AdapterConfig, *, found: Lineage, offset: float = 0.5) -> StageInput:
+    """A published reward model on ``found`` whose adapter and head say something; its spec lies in ``folder``."""
+    spec = tiny_spec(folder, RewardConfig(adapter=adapter))
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = add_adapter(load_scalar(found, torch.float32), adapter, TaskType.SEQ_CLS)
+        liven(model)
+    base = unwrapped(model)
+    score = base.score.modules_to_save["default"] if model is not base else base.score
+    head = {"weight": score.weight.detach().clone(), "offset": torch.tensor(offset)}
+    return publish_tiny(spec, model, found, head=head)
+
+
+def liven(model: torch.nn.Module) -> None:
+    """Gives a fresh adapter factors that do change the model (PEFT starts them at zero)."""
+    rng = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data.normal_(std=0.1, generator=rng)
+
+
+def _grown(factory: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = factory.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.25)
+    return model.eval()

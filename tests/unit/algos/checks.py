@@ -1,0 +1,145 @@
+"""Each function of ``alignment.algos`` against its oracle, as a check that a mutation must fail.
+
+The functions are looked up in their modules at call time, so that a test can put a faulty one in their place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from alignment.algos import gae, kl, masked, ppo
+from tests.oracles import gae as gae_oracle
+from tests.oracles import kl as kl_oracle
+from tests.oracles import masked as masked_oracle
+from tests.oracles import ppo as ppo_oracle
+from tests.oracles.close import close
+from tests.unit.algos.conftest import Batch
+
+
+def masked_mean(batch: Batch) -> None:
+    close(masked.masked_mean(batch.values, batch.mask), masked_oracle.mean(batch.values.tolist(), batch.mask.tolist()))
+
+
+def masked_variance(batch: Batch) -> None:
+    expected = masked_oracle.variance(batch.values.tolist(), batch.mask.tolist())
+    close(masked.masked_variance(batch.values, batch.mask), expected)
+
+
+def center_and_scale(batch: Batch) -> None:
+    expected = masked_oracle.whitened(batch.values.tolist(), batch.mask.tolist())
+    close(masked.center_and_scale(batch.values, batch.mask), expected)
+
+
+def scale_only(batch: Batch) -> None:
+    expected = masked_oracle.scaled(batch.values.tolist(), batch.mask.tolist())
+    close(masked.scale_only(batch.values, batch.mask), expected)
+
+
+def k1(batch: Batch) -> None:
+    close(kl.k1(batch.logprobs, batch.reference), _each(kl_oracle.k1, batch))
+
+
+def k3(batch: Batch) -> None:
+    close(kl.k3(batch.logprobs, batch.reference), _each(kl_oracle.k3, batch))
+
+
+def adaptive_kl(_: Batch) -> None:
+    for seen in (0.0, 5.0, 6.0, 6.5, 7.1, 7.3, 12.0):
+        after = kl.AdaptiveKl(coefficient=0.15, target=6.0, horizon=10_000).after(seen, 256)
+        expected = kl_oracle.adapted(0.15, kl=seen, target=6.0, horizon=10_000, num_episodes=256)
+        close(after.coefficient, expected)
+
+
+def token_rewards(batch: Batch) -> None:
+    costs = batch.logprobs - batch.reference
+    expected = gae_oracle.token_rewards(batch.scores.tolist(), costs.tolist(), batch.lengths, kl_coefficient=0.05)
+    close(gae.token_rewards(batch.scores, costs, batch.mask, kl_coefficient=0.05), expected)
+
+
+def advantages_and_returns(batch: Batch) -> None:
+    rewards = batch.advantages * batch.mask
+    for gamma, gae_lambda in ((1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.97, 0.0)):
+        advantages, returns = gae.advantages_and_returns(
+            rewards, batch.values, batch.mask, gamma=gamma, gae_lambda=gae_lambda
+        )
+        told = (rewards.tolist(), batch.values.tolist(), batch.lengths)
+        close(advantages, gae_oracle.advantages(*told, gamma=gamma, gae_lambda=gae_lambda))
+        close(returns, gae_oracle.returns(*told, gamma=gamma, gae_lambda=gae_lambda))
+
+
+def clipped_policy_loss(batch: Batch) -> None:
+    change = ppo.log_ratio(batch.logprobs, batch.old_logprobs)
+    loss = ppo.clipped_policy_loss(change.exp(), batch.advantages, batch.mask, clip=0.2)
+    told = (batch.logprobs, batch.old_logprobs, batch.advantages, batch.mask)
+    close(loss, ppo_oracle.policy_loss(*(t.tolist() for t in told), clip=0.2))
+
+
+def clipped_value_loss(batch: Batch) -> None:
+    told = (batch.values, batch.old_values, batch.returns, batch.mask)
+    expected = ppo_oracle.value_loss(*(t.tolist() for t in told), clip=0.2)
+    close(ppo.clipped_value_loss(*told, clip=0.2), expected)
+
+
+def explained_variance(batch: Batch) -> None:
+    told = (batch.values, batch.returns, batch.mask)
+    close(ppo.explained_variance(*told), ppo_oracle.explained_variance(*(t.tolist() for t in told)))
+
+
+def whole_update(batch: Batch) -> None:
+    """Scores and log-probabilities to both losses, the way an update chains the functions."""
+    costs = kl.k1(batch.old_logprobs, batch.reference) * batch.mask
+    rewards = gae.token_rewards(batch.scores, costs, batch.mask, kl_coefficient=0.05)
+    raw, returns = gae.advantages_and_returns(rewards, batch.old_values, batch.mask, gamma=1.0, gae_lambda=0.95)
+    advantages = masked.center_and_scale(raw, batch.mask)
+    ratio = ppo.log_ratio(batch.logprobs, batch.old_logprobs).exp()
+    policy = ppo.clipped_policy_loss(ratio, advantages, batch.mask, clip=0.2)
+    value = ppo.clipped_value_loss(batch.values, batch.old_values, returns, batch.mask, clip=0.2)
+    expected_policy, expected_value = _expected_update(batch)
+    close(policy, expected_policy)
+    close(value, expected_value)
+
+
+def _expected_update(batch: Batch) -> tuple[float, float]:
+    mask = batch.mask.tolist()
+    costs = [
+        [kl_oracle.k1(*pair) for pair in zip(*rows, strict=True)]
+        for rows in zip(batch.old_logprobs.tolist(), batch.reference.tolist(), strict=True)
+    ]
+    rewards = gae_oracle.token_rewards(batch.scores.tolist(), costs, batch.lengths, kl_coefficient=0.05)
+    told = (rewards, batch.old_values.tolist(), batch.lengths)
+    raw = gae_oracle.advantages(*told, gamma=1.0, gae_lambda=0.95)
+    returns = gae_oracle.returns(*told, gamma=1.0, gae_lambda=0.95)
+    advantages = masked_oracle.whitened(raw, mask)
+    policy = ppo_oracle.policy_loss(batch.logprobs.tolist(), batch.old_logprobs.tolist(), advantages, mask, clip=0.2)
+    value = ppo_oracle.value_loss(batch.values.tolist(), batch.old_values.tolist(), returns, mask, clip=0.2)
+    return policy, value
+
+
+def _each(oracle: Callable[[float, float], float], batch: Batch) -> list[list[float]]:
+    pairs = torch.stack([batch.logprobs, batch.reference], dim=-1).tolist()
+    found = [[oracle(*pair) for pair in row] for row in pairs]
+    assert all(math.isfinite(number) for row in found for number in row)
+    return found
+
+
+CHECKS: dict[str, Callable[[Batch], None]] = {
+    check.__name__: check
+    for check in (
+        masked_mean,
+        masked_variance,
+        center_and_scale,
+        scale_only,
+        k1,
+        k3,
+        adaptive_kl,
+        token_rewards,
+        advantages_and_returns,
+        clipped_policy_loss,
+        clipped_value_loss,
+        explained_variance,
+        whole_update,
+    )
+}

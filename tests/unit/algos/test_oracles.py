@@ -1,0 +1,188 @@
+"""Every function of ``alignment.algos`` equals the slow loop written from its paper, and the known numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alignment.algos.gae import advantages_and_returns, token_rewards
+from alignment.algos.kl import AdaptiveKl, FixedKl, k1, k3
+from alignment.algos.masked import center_and_scale, masked_mean, scale_only
+from alignment.algos.ppo import clipped_policy_loss, clipped_value_loss, explained_variance, log_ratio
+from tests.oracles.close import close
+from tests.unit.algos.checks import CHECKS
+from tests.unit.algos.conftest import Batch, random_batch
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_it_equals_its_oracle(name: str, batch: Batch) -> None:
+    CHECKS[name](batch)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("name", CHECKS)
+def test_it_equals_its_oracle_on_random_lengths(name: str, seed: int) -> None:
+    CHECKS[name](random_batch([], seed=seed))
+
+
+def test_keeping_the_mean_while_scaling_gives_the_published_table() -> None:
+    values = torch.tensor([[1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0]], dtype=torch.float64)
+    expected = [[0.0508, 0.4381, 0.8254], [1.2127, 1.6, 1.9873], [2.3746, 2.7619, 3.1492]]
+    close(scale_only(values, torch.ones_like(values)), expected, rtol=1e-4, atol=5e-5)
+
+
+def test_twice_the_target_kl_raises_the_price_by_the_published_factor() -> None:
+    after = AdaptiveKl(coefficient=1.0, target=6.0, horizon=10_000).after(12.0, 256)
+    close(after.coefficient, 1.00512)
+    assert (after.target, after.horizon) == (6.0, 10_000)
+
+
+def test_the_adaptive_price_stands_still_at_the_target_and_falls_below_it() -> None:
+    price = AdaptiveKl(coefficient=0.15, target=6.0, horizon=10_000)
+    assert price.after(6.0, 512).coefficient == 0.15
+    assert price.after(5.9, 512).coefficient < 0.15
+
+
+def test_the_fixed_price_ignores_the_kl() -> None:
+    price = FixedKl(coefficient=0.05)
+    assert price.after(1e6, 512) is price
+
+
+def test_lambda_and_gamma_one_give_reward_to_go(batch: Batch) -> None:
+    rewards = batch.advantages * batch.mask
+    advantages, returns = advantages_and_returns(rewards, batch.values, batch.mask, gamma=1.0, gae_lambda=1.0)
+    to_go = rewards.flip(-1).cumsum(-1).flip(-1) * batch.mask
+    close(returns, to_go)
+    close(advantages, (to_go - batch.values) * batch.mask)
+
+
+def test_lambda_zero_gives_the_one_step_error(batch: Batch) -> None:
+    rewards = batch.advantages * batch.mask
+    values = batch.values * batch.mask
+    after = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    advantages, _ = advantages_and_returns(rewards, batch.values, batch.mask, gamma=0.9, gae_lambda=0.0)
+    close(advantages, (rewards + 0.9 * after - values) * batch.mask)
+
+
+def test_everything_is_zero_outside_the_mask(batch: Batch) -> None:
+    outside = ~batch.mask
+    costs = batch.logprobs - batch.reference
+    rewards = token_rewards(batch.scores, costs, batch.mask, kl_coefficient=0.05)
+    advantages, returns = advantages_and_returns(rewards, batch.values, batch.mask, gamma=1.0, gae_lambda=0.95)
+    whitened, scaled = center_and_scale(advantages, batch.mask), scale_only(rewards, batch.mask)
+    for found in (rewards, advantages, returns, whitened, scaled):
+        assert found[outside].abs().sum() == 0
+
+
+def test_what_stands_outside_the_mask_changes_nothing() -> None:
+    batch = random_batch([3, 7, 1, 5], seed=0)
+    noise = torch.where(batch.mask, 0.0, 1e6)
+    rewards = batch.advantages * batch.mask
+    plain = advantages_and_returns(rewards, batch.values, batch.mask, gamma=1.0, gae_lambda=0.95)
+    noisy = advantages_and_returns(rewards, batch.values + noise, batch.mask, gamma=1.0, gae_lambda=0.95)
+    close(noisy[0], plain[0])
+    close(noisy[1], plain[1])
+    loss = clipped_value_loss(batch.values, batch.old_values, batch.returns, batch.mask, clip=0.2)
+    noisy_loss = clipped_value_loss(batch.values + noise, batch.old_values, batch.returns, batch.mask, clip=0.2)
+    close(noisy_loss, loss)
+
+
+def test_whitened_advantages_have_mean_zero_and_variance_one(batch: Batch) -> None:
+    whitened = center_and_scale(batch.advantages, batch.mask)[batch.mask]
+    close(whitened.mean(), 0.0, atol=1e-12)
+    close(whitened.var(unbiased=False), 1.0)
+
+
+def test_the_mean_of_no_tokens_is_an_error() -> None:
+    with pytest.raises(ValueError, match="the mean over no tokens is not defined"):
+        masked_mean(torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool))
+
+
+def test_equal_values_are_whitened_to_zero_and_stay_finite() -> None:
+    values, mask = torch.full((2, 3), 4.0), torch.ones(2, 3, dtype=torch.bool)
+    close(center_and_scale(values, mask), torch.zeros(2, 3))
+    close(scale_only(values, mask), values)
+
+
+@pytest.mark.parametrize("estimator", [k1, k3])
+def test_the_kl_estimators_average_to_the_kl(estimator: type) -> None:
+    """Weighted by the policy's own probabilities the mean of an unbiased estimator is Σ π·log(π/ref) exactly."""
+    rng = torch.Generator().manual_seed(0)
+    policy, reference = (torch.randn(9, generator=rng, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    weights = policy.exp()
+    close((weights * estimator(policy, reference)).sum(), (weights * (policy - reference)).sum())
+
+
+def test_k3_is_never_negative() -> None:
+    logprobs = torch.linspace(-8.0, 0.0, 101, dtype=torch.float64)
+    assert (k3(logprobs[:, None], logprobs[None, :]) >= 0).all()
+
+
+def test_k3_keeps_its_precision_where_policies_are_nearly_equal() -> None:
+    change = torch.tensor([1e-4], dtype=torch.float32)
+    close(k3(torch.zeros(1), change), [0.5e-8], rtol=1e-4, atol=1e-12)
+
+
+def test_the_gradient_of_the_policy_loss_at_ratio_one_is_minus_the_advantage(batch: Batch) -> None:
+    logprobs = batch.old_logprobs.clone().requires_grad_()
+    ratio = log_ratio(logprobs, batch.old_logprobs).exp()
+    clipped_policy_loss(ratio, batch.advantages, batch.mask, clip=0.2).backward()
+    close(logprobs.grad, -batch.advantages * batch.mask)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "moves"),
+    [(1.5, 1.0, False), (1.5, -1.0, True), (0.5, 1.0, True), (0.5, -1.0, False), (1.1, 1.0, True), (0.9, -1.0, True)],
+)
+def test_a_ratio_beyond_the_clip_gets_no_gradient_only_where_it_would_go_further(
+    ratio: float, advantage: float, moves: bool
+) -> None:
+    tensor = torch.tensor([[ratio]], requires_grad=True)
+    clipped_policy_loss(tensor, torch.tensor([[advantage]]), torch.ones(1, 1, dtype=torch.bool), clip=0.2).backward()
+    assert tensor.grad.item() == (-advantage if moves else 0.0)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 8])
+def test_splitting_a_minibatch_never_changes_the_gradient(micro_batch_size: int) -> None:
+    batch = random_batch([1, 7, 2, 5, 7, 1, 3, 4], seed=3)
+    tokens = batch.mask.sum()
+
+    def gradient(size: int) -> list[torch.Tensor]:
+        logprobs, values = batch.logprobs.clone().requires_grad_(), batch.values.clone().requires_grad_()
+        for start in range(0, len(batch.lengths), size):
+            rows = slice(start, start + size)
+            ratio = log_ratio(logprobs[rows], batch.old_logprobs[rows]).exp()
+            policy = clipped_policy_loss(ratio, batch.advantages[rows], batch.mask[rows], clip=0.2)
+            value = clipped_value_loss(
+                values[rows], batch.old_values[rows], batch.returns[rows], batch.mask[rows], clip=0.2
+            )
+            ((policy + 0.1 * value) / tokens).backward()
+        return [logprobs.grad, values.grad]
+
+    for split, whole in zip(gradient(micro_batch_size), gradient(8), strict=True):
+        close(split, whole, rtol=1e-12, atol=1e-15)
+
+
+def test_the_log_ratio_is_clamped_so_that_the_ratio_stays_finite() -> None:
+    change = log_ratio(torch.tensor([0.0, -500.0, -3.0]), torch.tensor([-500.0, 0.0, -2.5]))
+    assert change.tolist() == [20.0, -20.0, -0.5]
+    assert torch.isfinite(change.exp()).all()
+
+
+def test_a_value_clipped_away_from_its_return_gets_no_gradient() -> None:
+    """The loss takes the worse of the two errors; where that is the clipped one, the value cannot change it."""
+    value = torch.tensor([[1.0]], requires_grad=True)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    clipped_value_loss(value, torch.zeros(1, 1), torch.full((1, 1), 2.0), mask, clip=0.2).backward()
+    assert value.grad.item() == 0.0
+
+
+def test_explained_variance_is_one_for_perfect_values_and_zero_for_constant_ones() -> None:
+    returns, mask = torch.tensor([[1.0, 2.0, 4.0]]), torch.ones(1, 3, dtype=torch.bool)
+    assert explained_variance(returns, returns, mask) == 1.0
+    assert explained_variance(torch.full((1, 3), 7.0), returns, mask) == 0.0
+
+
+def test_explained_variance_of_constant_returns_is_zero_by_agreement() -> None:
+    returns, mask = torch.full((1, 3), 2.0), torch.ones(1, 3, dtype=torch.bool)
+    assert explained_variance(torch.tensor([[1.0, 2.0, 3.0]]), returns, mask) == 0.0

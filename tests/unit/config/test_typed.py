@@ -1,0 +1,145 @@
+"""Plain trees become dataclasses; every fault is named, all at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from alignment.config.near import nearest
+from alignment.config.rules import RULES
+from alignment.config.stage import STAGES, PpoConfig, SftConfig
+from alignment.config.typed import convert, field_types, stage_from_plain, to_plain, typed
+from alignment.errors import ConfigError
+
+
+def with_stage(**fields: Any) -> dict[str, Any]:
+    return {"name": "run", "stages": {"sft": {"kind": "sft", **fields}}}
+
+
+FAULTS = [
+    (with_stage(pakcing=True), "stages.sft.pakcing: unknown key; did you mean 'packing'?"),
+    ({**with_stage(), "lauch": {}}, "lauch: unknown key; did you mean 'launch'?"),
+    (with_stage(packing=1), "stages.sft.packing: 1 is not allowed; it takes true or false"),
+    (with_stage(max_length=True), "stages.sft.max_length: True is not allowed; it takes a whole number"),
+    (with_stage(max_length="16"), "stages.sft.max_length: '16' is not allowed; it takes a whole number"),
+    (with_stage(max_length=0), "stages.sft.max_length: 0 is not allowed; a number above 0"),
+    (with_stage(max_length=None), "stages.sft.max_length: None is not allowed; it takes a whole number"),
+    (with_stage(optim={"lr": "fast"}), "stages.sft.optim.lr: 'fast' is not allowed; it takes a number"),
+    (with_stage(optim={"lr": float("nan")}), "stages.sft.optim.lr: nan is not allowed; a number above 0"),
+    (with_stage(optim={"warmup_ratio": 1.5}), "stages.sft.optim.warmup_ratio: 1.5 is not allowed; from 0 to 1"),
+    (
+        with_stage(optim={"schedule": "cosin"}),
+        "stages.sft.optim.schedule: 'cosin' is not allowed; one of: constant, linear, cosine; did you mean 'cosine'?",
+    ),
+    (
+        with_stage(adapter="full"),
+        "stages.sft.adapter: 'full' is no group of settings; "
+        "it takes the keys kind, rank, alpha, dropout, target_modules",
+    ),
+    (
+        with_stage(adapter={"target_modules": "all-linear"}),
+        "stages.sft.adapter.target_modules: 'all-linear' is not allowed; it takes a list, such as [a, b]",
+    ),
+    (with_stage(kind="stf"), "stages.sft.kind: 'stf' is no kind of stage; did you mean 'sft'?"),
+    (
+        {"name": "run", "stages": {"dpo": {"kind": "dpo"}, "dop": {"beta": 1}}},
+        "stages.dop: unknown stage; did you mean 'dpo'?",
+    ),
+    ({"name": "run", "stages": {}}, "stages: a run needs at least one stage"),
+    (
+        {**with_stage(), "name": "../x"},
+        "name: '../x' is not allowed; 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot",
+    ),
+    (
+        {"name": "run", "stages": {"a\nb": {"kind": "sft"}}},
+        "stages.a\nb: 'a\\nb' cannot name a stage; allowed: 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot",
+    ),
+]
+
+
+@pytest.mark.parametrize(("tree", "message"), FAULTS, ids=[message[:40] for _, message in FAULTS])
+def test_a_fault_is_named_exactly(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        typed(tree)
+    assert str(caught.value) == message
+
+
+def test_all_faults_are_reported_together() -> None:
+    tree = {
+        "name": "run",
+        "seed": "x",
+        "stages": {"sft": {"kind": "sft", "pakcing": 1}, "dpo": {"kind": "dpo", "bata": 1}},
+    }
+    with pytest.raises(ConfigError) as caught:
+        typed(tree)
+    assert str(caught.value).splitlines() == [
+        "3 faults in the configuration:",
+        "  seed: 'x' is not allowed; it takes a whole number",
+        "  stages.sft.pakcing: unknown key; did you mean 'packing'?",
+        "  stages.dpo.bata: unknown key; did you mean 'beta'?",
+    ]
+
+
+def test_a_faulty_field_keeps_its_default_so_that_later_checks_can_add_theirs() -> None:
+    config, faults = convert(with_stage(max_length="x", init="stage:nowhere"))
+    assert len(faults) == 1
+    stage = config.stages["sft"]
+    assert isinstance(stage, SftConfig)
+    assert (stage.max_length, stage.init) == (1024, "stage:nowhere")
+
+
+def test_keys_left_out_keep_the_stage_s_own_defaults() -> None:
+    config = typed(
+        {"name": "run", "stages": {"reward": {"kind": "reward", "optim": {"epochs": 2}, "data": {"limit": 5}}}}
+    )
+    stage = config.stages["reward"]
+    assert stage.optim.lr == 1e-4  # type: ignore[union-attr]
+    assert stage.optim.epochs == 2.0  # type: ignore[union-attr]
+    assert stage.data.source == "bundled:quickstart/preferences"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("value", [1e-4, "1e-4", "1E-04"])
+def test_a_float_may_come_as_yaml_1_1_reads_it(value: Any) -> None:
+    stage = stage_from_plain({"kind": "sft", "optim": {"lr": value}})
+    assert isinstance(stage, SftConfig)
+    assert stage.optim.lr == 1e-4
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_every_stage_survives_the_way_to_plain_values_and_back(kind: str) -> None:
+    stage = STAGES[kind]()
+    assert stage_from_plain(to_plain(stage)) == stage
+
+
+def test_none_is_taken_only_where_it_means_something() -> None:
+    stage = stage_from_plain({"kind": "ppo", "optim": {"critic_lr": None}})
+    assert isinstance(stage, PpoConfig)
+    assert stage.optim.critic_lr is None
+
+
+def test_every_rule_names_a_field_that_exists() -> None:
+    for cls, name in RULES:
+        assert name in field_types(cls), f"{cls.__name__}.{name}"
+
+
+def test_every_number_of_a_stage_has_a_rule() -> None:
+    seen, missing = set(), []
+    todo: list[Any] = list(STAGES.values())
+    while todo:
+        cls = todo.pop()
+        if cls in seen:
+            continue
+        seen.add(cls)
+        for name, hint in field_types(cls).items():
+            if dataclasses.is_dataclass(hint):
+                todo.append(hint)
+            elif hint in (int, float, int | None, float | None) and (cls, name) not in RULES:
+                missing.append(f"{cls.__name__}.{name}")
+    assert not missing
+
+
+def test_names_that_start_alike_win_a_tie() -> None:
+    assert nearest("bata", ["data", "beta"]) == "beta"
+    assert nearest("xyz", ["data", "beta"]) is None

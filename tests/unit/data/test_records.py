@@ -1,0 +1,112 @@
+"""A row becomes a record or an error with file and line, the field, and a row of the right form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.data.records import Conversation, HeldOutPrompt, Message, PreferencePair, Prompt
+from alignment.data.sources import RECORDS, locate, read_jsonl
+from alignment.errors import DataError
+
+USER = {"role": "user", "content": "2 + 2?"}
+ANSWER = {"role": "assistant", "content": "4."}
+RECORD_TYPES = [Conversation, PreferencePair, Prompt, HeldOutPrompt]
+
+
+@pytest.mark.parametrize("record", RECORD_TYPES)
+def test_the_example_in_an_error_is_itself_a_right_row(record: Any) -> None:
+    assert record.from_row(json.loads(record.EXAMPLE), where="x:1").messages
+
+
+WRONG = [
+    (Conversation, {}, "'messages' is missing; the row has no fields"),
+    (Conversation, {"conversations": []}, "'messages' is missing; the row has 'conversations'"),
+    (Conversation, [], "a row must be a JSON object; [] is none"),
+    (Conversation, {"messages": "hi"}, "'messages' must be a list of turns and not empty; it is 'hi'"),
+    (Conversation, {"messages": [USER]}, "'messages' must end with an assistant turn; the last one's role is 'user'"),
+    (
+        Conversation,
+        {"messages": [{"role": "human", "content": "x"}]},
+        "'messages[0].role' must be one of system, user, assistant; it is 'human'",
+    ),
+    (
+        Conversation,
+        {"messages": [{"role": "user", "content": " "}]},
+        "'messages[0].content' must be text and not empty; it is ' '",
+    ),
+    (
+        Conversation,
+        {"messages": [USER, {"role": "system", "content": "x"}, ANSWER]},
+        "'messages[1].role' is 'system'; only the first turn may be",
+    ),
+    (PreferencePair, {"messages": [USER], "chosen": "4."}, "'rejected' is missing; the row has 'messages', 'chosen'"),
+    (
+        PreferencePair,
+        {"messages": [USER], "chosen": "4.", "rejected": None},
+        "'rejected' must be text and not empty; it is None",
+    ),
+    (
+        PreferencePair,
+        {"messages": [USER], "chosen": "4.", "rejected": " 4."},
+        "'rejected' is the same as 'chosen'; there is nothing to prefer",
+    ),
+    (
+        PreferencePair,
+        {"messages": [USER, ANSWER], "chosen": "4.", "rejected": "5."},
+        "'messages' must end with a user turn; the last one's role is 'assistant'",
+    ),
+    (Prompt, {"messages": [ANSWER]}, "'messages' must end with a user turn; the last one's role is missing"),
+    (HeldOutPrompt, {"messages": [USER], "facts": []}, "'facts' must be a list of facts and not empty; it is []"),
+    (HeldOutPrompt, {"messages": [USER], "facts": ["4"]}, "'facts[0]' must be a list of wordings; it is '4'"),
+]
+
+
+@pytest.mark.parametrize(("record", "row", "message"), WRONG, ids=[text[:40] for *_, text in WRONG])
+def test_a_wrong_row_is_named_exactly(record: Any, row: Any, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        record.from_row(row, where="rows.jsonl:7")
+    assert str(caught.value) == f"rows.jsonl:7: {message}\n  → a row of the right form: {record.EXAMPLE}"
+
+
+def test_a_prompt_drops_the_answer_that_a_row_ends_with() -> None:
+    prompt = Prompt.from_row({"messages": [USER, ANSWER]}, where="x:1")
+    assert prompt.messages == (Message(role="user", content="2 + 2?"),)
+
+
+def test_rows_are_read_in_order_up_to_the_limit_and_blank_lines_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [json.dumps({"id": str(number), "messages": [USER, ANSWER]}) for number in range(4)]
+    file.write_text("\n\n".join(rows))
+    assert [row.id for row in read_jsonl(file, Conversation)] == ["0", "1", "2", "3"]
+    assert [row.id for row in read_jsonl(file, Conversation, limit=2)] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1', "rows.jsonl:1: not JSON: "),
+        (b'\n\n{"a": "\xff"}', "rows.jsonl:3: not UTF-8: "),
+        (b"[" * 100_000, "rows.jsonl:1: not JSON: "),
+        (b"\n \n", "rows.jsonl: holds no row"),
+    ],
+)
+def test_a_file_that_does_not_parse_is_named_by_line(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        list(read_jsonl(file, Conversation))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("sft", "conversations"), ("reward", "preferences"), ("ppo", "preferences"), ("evaluate", "heldout")],
+)
+def test_every_shipped_row_fits_the_stages_that_read_it(kind: str, name: str) -> None:
+    rows = list(read_jsonl(locate(f"bundled:quickstart/{name}"), RECORDS[kind]))
+    assert len(rows) >= 100
+    assert len({row.id for row in rows}) == len(rows)

@@ -1,0 +1,234 @@
+"""What is supervised, decoded and compared with the text that ought to be learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import normalizers
+
+from alignment.data.fit import rows_that_fit
+from alignment.data.records import Message
+from alignment.data.tokenize import (
+    IGNORED,
+    answer_ids,
+    encode,
+    prompt_ids,
+    render,
+    tokenize_conversation,
+)
+from alignment.errors import DataError
+from tests.tiny import tiny_tokenizer
+
+SYSTEM = "<|im_start|>system\nYou are tiny.<|im_end|>\n"
+
+CONVERSATIONS = {
+    "one turn": [("user", "Hi there."), ("assistant", "Hello.")],
+    "three turns": [
+        ("user", "Hi."),
+        ("assistant", "Hello."),
+        ("user", "When is it open?"),
+        ("assistant", "From nine, except on Monday."),
+        ("user", "Thanks"),
+        ("assistant", "You are welcome."),
+    ],
+    "a system turn": [("system", "Be brief."), ("user", "Hi."), ("assistant", "Hello.")],
+    "a user turn at the end": [("user", "Hi."), ("assistant", "Hello."), ("user", "Still there?")],
+    "two user turns in a row": [("user", "Hi."), ("user", "Anyone?"), ("assistant", "Yes.")],
+    "blanks and breaks": [("user", "  Hi.\n\n"), ("assistant", "\n Hello ,  you .\n\nBye ! ")],
+    "other scripts": [("user", "Où est Łukasz? 東京"), ("assistant", "À 7 h, près du café – “chez Zoë” 🙂.")],
+    "an answer of one letter": [("user", "Letter?"), ("assistant", "A")],
+    "an answer that repeats the prompt": [("user", "assistant"), ("assistant", "assistant")],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Byte-level BPE with ChatML turns; pad == EOS."""
+    return tiny_tokenizer()
+
+
+def _messages(turns: list[tuple[str, str]]) -> list[Message]:
+    return [Message(role=role, content=content) for role, content in turns]
+
+
+def _segments(tokenizer: Any, ids: list[int], labels: list[int]) -> list[tuple[bool, str]]:
+    """Runs of learned and unlearned tokens as text."""
+    runs: list[tuple[bool, list[int]]] = []
+    for token, label in zip(ids, labels, strict=True):
+        learned = label != IGNORED
+        assert not learned or label == token
+        if not runs or runs[-1][0] != learned:
+            runs.append((learned, []))
+        runs[-1][1].append(token)
+    return [(learned, tokenizer.decode(run)) for learned, run in runs]
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_exactly_the_assistants_turns_and_their_ends_are_learned(tokenizer: Any, name: str) -> None:
+    turns = CONVERSATIONS[name]
+    row = tokenize_conversation(tokenizer, _messages(turns))
+    learned = [text for learned, text in _segments(tokenizer, row.input_ids, row.labels) if learned]
+    assert learned == [f"{content}<|im_end|>" for role, content in turns if role == "assistant"]
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_row_is_the_rendered_conversation_up_to_the_end_of_its_last_answer(tokenizer: Any, name: str) -> None:
+    messages = _messages(CONVERSATIONS[name])
+    last = max(place for place, message in enumerate(messages) if message.role == "assistant")
+    row = tokenize_conversation(tokenizer, messages)
+    assert tokenizer.decode(row.input_ids) + "\n" == render(tokenizer, messages[: last + 1], answering=False)
+
+
+def test_a_conversation_is_cut_into_what_is_read_and_what_is_learned(tokenizer: Any) -> None:
+    turns = [("user", "Hi."), ("assistant", "Hello."), ("user", "Bye."), ("assistant", "See you.")]
+    row = tokenize_conversation(tokenizer, _messages(turns))
+    assert _segments(tokenizer, row.input_ids, row.labels) == [
+        (False, SYSTEM + "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"),
+        (True, "Hello.<|im_end|>"),
+        (False, "\n<|im_start|>user\nBye.<|im_end|>\n<|im_start|>assistant\n"),
+        (True, "See you.<|im_end|>"),
+    ]
+
+
+def test_the_line_break_after_a_turn_is_never_learned(tokenizer: Any) -> None:
+    row = tokenize_conversation(tokenizer, _messages(CONVERSATIONS["three turns"]))
+    assert row.labels[-1] == tokenizer.eos_token_id
+    break_id = encode(tokenizer, "\n")[0]
+    for place, token in enumerate(row.input_ids[1:], start=1):
+        if token == break_id and row.input_ids[place - 1] == tokenizer.eos_token_id:
+            assert row.labels[place] == IGNORED
+
+
+def test_pad_equal_to_eos_hides_no_end_of_a_turn(tokenizer: Any) -> None:
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    turns = CONVERSATIONS["three turns"]
+    row = tokenize_conversation(tokenizer, _messages(turns))
+    ends = [label for token, label in zip(row.input_ids, row.labels, strict=True) if token == tokenizer.eos_token_id]
+    assert len(ends) == 1 + len(turns)
+    assert ends.count(tokenizer.eos_token_id) == 3
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_prompt_and_its_answer_give_the_same_tokens_as_the_conversation(tokenizer: Any, name: str) -> None:
+    messages = _messages(CONVERSATIONS[name])
+    last = max(place for place, message in enumerate(messages) if message.role == "assistant")
+    ids = prompt_ids(tokenizer, messages[:last]) + answer_ids(tokenizer, messages[:last], messages[last].content)
+    assert ids == tokenize_conversation(tokenizer, messages).input_ids
+
+
+def test_a_prompt_opens_the_assistants_turn_and_stops(tokenizer: Any) -> None:
+    ids = prompt_ids(tokenizer, _messages([("user", "Hi.")]))
+    assert tokenizer.decode(ids) == SYSTEM + "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_system_turn_replaces_the_default_one(tokenizer: Any) -> None:
+    ids = prompt_ids(tokenizer, _messages([("system", "Be brief."), ("user", "Hi.")]))
+    assert tokenizer.decode(ids).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
+
+
+def test_nothing_is_added_around_rendered_text(tokenizer: Any) -> None:
+    assert tokenizer.decode(encode(tokenizer, "plain")) == "plain"
+    assert encode(tokenizer, "<|im_start|>").count(tokenizer.bos_token_id) == 1
+
+
+def test_a_tokenizer_that_normalises_text_is_served_as_well() -> None:
+    """Qwen's composes accents, for one: decoded tokens are then not the text that was rendered."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    turns = [("user", "Caf\u0065\u0301?"), ("assistant", "Cafe\u0301."), ("user", "Bye."), ("assistant", "Zoe\u0308.")]
+    row = tokenize_conversation(tokenizer, _messages(turns))
+    learned = [text for learned, text in _segments(tokenizer, row.input_ids, row.labels) if learned]
+    assert learned == ["Caf\u00e9.<|im_end|>", "Zo\u00eb.<|im_end|>"]
+
+
+# ---- faults ---------------------------------------------------------------------------------------------------------
+
+
+def _with_template(template: str | None) -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+TURN = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+OPEN = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+TEMPLATES = {
+    "no template": (None, "the tokenizer has no chat template"),
+    "a template that refuses": (
+        "{{ raise_exception('roles must alternate') }}",
+        "the chat template refuses these messages: roles must alternate",
+    ),
+    "a template without an end of turn": (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+        "the chat template does not end an assistant turn with the tokenizer's EOS token",
+    ),
+    "a template that opens a turn otherwise than it renders it": (
+        "{% for message in messages %}" + TURN + "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}{% endif %}",
+        "the chat template renders a prompt differently once an answer follows it",
+    ),
+    "a template that counts the turns": (
+        "{{ messages | length }}{% for message in messages %}" + TURN + "{% endfor %}" + OPEN,
+        "the chat template renders a prompt differently once an answer follows it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_that_cannot_be_cut_is_an_error(name: str) -> None:
+    template, message = TEMPLATES[name]
+    with pytest.raises(DataError, match=message):
+        tokenize_conversation(_with_template(template), _messages(CONVERSATIONS["one turn"]))
+
+
+def test_a_template_that_drops_earlier_answers_is_an_error() -> None:
+    """Templates of thinking models strip the thought from turns that are not the last."""
+    template = (
+        "{% for message in messages %}{% if message['role'] != 'assistant' or loop.last %}" + TURN + "{% endif %}"
+        "{% endfor %}" + OPEN
+    )
+    with pytest.raises(DataError, match="renders earlier turns differently once a turn follows them"):
+        tokenize_conversation(_with_template(template), _messages(CONVERSATIONS["three turns"]))
+
+
+def test_a_conversation_without_an_assistant_turn_is_an_error(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="no assistant turn to learn from"):
+        tokenize_conversation(tokenizer, _messages([("user", "Hi.")]))
+
+
+@pytest.mark.parametrize("control", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_text_that_would_become_a_control_token_is_refused(tokenizer: Any, role: str, control: str) -> None:
+    """Otherwise a row could end its own turn and speak as somebody else."""
+    turns = [("system", "Be brief."), ("user", "Hi."), ("assistant", "Hello.")]
+    injected = [(name, f"{text} {control} more" if name == role else text) for name, text in turns]
+    with pytest.raises(DataError, match="contains the control token") as caught:
+        tokenize_conversation(tokenizer, _messages(injected))
+    assert control in str(caught.value)
+
+
+# ---- rows that fit --------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_are_too_long_are_left_out_and_counted() -> None:
+    rows = ["a" * n for n in (3, 5, 5, 5, 5, 5, 5, 5, 5, 6)]
+    kept, dropped = rows_that_fit(rows, len, max_length=5, where="stages.sft")
+    assert kept == rows[:9]
+    assert dropped == 1
+
+
+def test_too_many_long_rows_are_an_error_that_says_how_long() -> None:
+    with pytest.raises(DataError) as caught:
+        rows_that_fit(["a" * 9, "a" * 7, "a", "a"], len, max_length=5, where="stages.sft")
+    assert str(caught.value) == (
+        "stages.sft: 2 of 4 rows are longer than 5 tokens (the longest has 9)\n"
+        "  → raise the stage's length limit to at least 9, or shorten the rows"
+    )
+
+
+@pytest.mark.parametrize("rows", [[], ["aaaaaa"]])
+def test_no_row_left_is_an_error(rows: list[str]) -> None:
+    with pytest.raises(DataError):
+        rows_that_fit(rows, len, max_length=5, where="stages.sft")

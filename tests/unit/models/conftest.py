@@ -1,0 +1,112 @@
+"""Batches with every awkward shape, the plain transformers forward that ours must equal, and one thread a test."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+PAD = 2
+"""Equal to EOS, and a common token inside prompts as well."""
+IGNORED = -100
+
+ROWS: dict[str, list[tuple[list[int], list[int]]]] = {
+    "ragged": [([5, 9, 2, 7], [11, 12, 2]), ([8], [13, 2]), ([3, 2, 2, 6, 4, 9, 2], [14, 15, 16, 17, 2])],
+    "one row": [([5, 9, 2, 7], [11, 12, 2])],
+    "one-token completions": [([5, 6, 7], [2]), ([9, 2], [2]), ([4, 4, 4, 4, 4], [30])],
+    "prompt that ends with pad": [([5, 6, 2], [9, 2]), ([2, 2], [2, 2, 2])],
+    "equal lengths": [([5, 6, 2], [9, 2]), ([7, 8], [10, 11, 2])],
+    "no end": [([5, 6], [40, 41, 42, 43]), ([2], [44])],
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Padded:
+    """A batch as a collator makes it; completions are labelled."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    def arguments(self) -> dict[str, Tensor]:
+        """Keyword arguments of a forward."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "labels": self.labels}
+
+
+def padded(rows: list[tuple[list[int], list[int]]], *, side: str = "right", extra: int = 0) -> Padded:
+    """Pads ``(prompt, completion)`` rows to the longest, and by ``extra`` columns beyond it."""
+    width = max(len(prompt) + len(answer) for prompt, answer in rows) + extra
+    columns: tuple[list[list[int]], ...] = ([], [], [])
+    for prompt, answer in rows:
+        length = len(prompt) + len(answer)
+        filled = ([*prompt, *answer], [1] * length, [IGNORED] * len(prompt) + answer)
+        for column, values, filler in zip(columns, filled, (PAD, 0, IGNORED), strict=True):
+            padding = [filler] * (width - length)
+            column.append(padding + values if side == "left" else values + padding)
+    ids, mask, labels = (torch.tensor(column) for column in columns)
+    return Padded(input_ids=ids, attention_mask=mask, labels=labels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expected:
+    """What the plain forward says about each labelled token, in row order."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+    loss: Tensor
+
+
+def plain(model: PreTrainedModel, batch: Padded, *, temperature: float = 1.0) -> Expected:
+    """A padded forward through the model as transformers made it, and log_softmax over all logits."""
+    positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions)
+    wanted = batch.labels[:, 1:] != IGNORED
+    logits = output.logits[:, :-1][wanted].float() / temperature
+    labels = batch.labels[:, 1:][wanted]
+    distribution = logits.log_softmax(-1)
+    logprobs = distribution.gather(-1, labels[:, None]).squeeze(-1)
+    return Expected(
+        logprobs=logprobs,
+        entropy=-(distribution.exp() * distribution).sum(-1),
+        mean_logits=logits.mean(-1),
+        is_top1=logits.argmax(-1) == labels,
+        loss=-logprobs.sum() / len(labels),
+    )
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that stays as transformers made it, with the plainest attention there is."""
+    other = copy.deepcopy(model)
+    inner = other.get_base_model() if hasattr(other, "get_base_model") else other
+    inner.set_attn_implementation("eager")
+    return other
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Every gradient by name; at least one."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found
+    return found
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    assert actual.shape == expected.shape
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models of width 32 gain nothing from threads, and lose a lot where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

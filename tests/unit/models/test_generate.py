@@ -1,0 +1,184 @@
+"""Answers: greedy ones equal transformers' own, sampled ones follow the distribution, and neighbours never matter."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from alignment.models.answers import unwrapped
+from alignment.models.flat import use_flat_attention
+from alignment.models.generate import Sampling, generate
+from tests.oracles import logprobs as oracle
+from tests.tiny import ARCHITECTURES, tiny_model
+
+END = 2
+PROMPTS = [[5, 9, 2, 7], [8], [3, 2, 2, 6, 4, 9, 2, 11], [40, 41], [17, 18, 19, 20, 21]]
+
+
+def _own_greedy(model: torch.nn.Module, prompt: list[int], *, ends: list[int], limit: int) -> list[int]:
+    """transformers' generate on one row by itself."""
+    ids = torch.tensor([prompt])
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, eos_token_id=ends, pad_token_id=0
+    )
+    return found[0, len(prompt) :].tolist()
+
+
+def _uniforms(rows: int, steps: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(rows, steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_answers_equal_those_of_transformers_row_by_row(architecture: str, batch_size: int) -> None:
+    model, reference = tiny_model(architecture), tiny_model(architecture)
+    use_flat_attention(model)
+    free = [_own_greedy(reference, prompt, ends=[], limit=12) for prompt in PROMPTS]
+    ends = [free[0][2], free[2][5]]
+    found = generate(model, PROMPTS, max_new_tokens=12, end_ids=ends, batch_size=batch_size)
+    assert found == [_own_greedy(reference, prompt, ends=ends, limit=12) for prompt in PROMPTS]
+    assert len({len(answer) for answer in found}) > 1, "rows should finish at different steps"
+
+
+def test_a_model_with_a_sliding_window_answers_as_transformers_does() -> None:
+    model, reference = (tiny_model("mistral", sliding_window=3) for _ in range(2))
+    found = generate(model, PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
+    assert found == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
+
+
+def test_the_generation_config_of_a_model_never_leaks_in() -> None:
+    model = tiny_model()
+    plain = generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=2)
+    config = model.generation_config
+    config.do_sample, config.temperature, config.top_k, config.top_p = True, 5.0, 2, 0.1
+    config.repetition_penalty, config.no_repeat_ngram_size, config.max_new_tokens = 3.0, 1, 1
+    assert generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=2) == plain
+
+
+def test_an_answer_ends_with_its_end_token_or_at_the_limit() -> None:
+    uniforms = _uniforms(64, 20)
+    answers = generate(
+        tiny_model(vocab_size=8),
+        [[5, 6]] * 64,
+        max_new_tokens=20,
+        end_ids=[END, 3],
+        batch_size=64,
+        sampling=Sampling(temperature=1.0, uniforms=uniforms),
+    )
+    for answer in answers:
+        assert not {END, 3} & set(answer[:-1])
+        assert answer[-1] in (END, 3) or len(answer) == 20
+    assert {answer[-1] for answer in answers} >= {END, 3}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_sampled_answers_never_depend_on_the_batch(batch_size: int) -> None:
+    model = tiny_model(vocab_size=8)
+    prompts = [[token % 8 for token in prompt] for prompt in PROMPTS]
+    sampling = Sampling(temperature=1.0, uniforms=_uniforms(len(prompts), 16))
+    together, split = (
+        generate(model, prompts, max_new_tokens=16, end_ids=[END], batch_size=size, sampling=sampling)
+        for size in (len(prompts), batch_size)
+    )
+    assert split == together
+
+
+def test_rows_that_finish_early_leave_the_others_unchanged() -> None:
+    """The same row beside neighbours that end at once and beside neighbours that never end."""
+    model = tiny_model(vocab_size=8)
+    uniforms = _uniforms(4, 12)
+    sampling = Sampling(temperature=1.0, uniforms=uniforms)
+    prompts = [[5, 6, 7], [4], [5, 5], [6, 4, 4, 5]]
+    never = generate(model, prompts, max_new_tokens=12, end_ids=[], batch_size=4, sampling=sampling)
+    for end in range(8):
+        found = generate(model, prompts, max_new_tokens=12, end_ids=[end], batch_size=4, sampling=sampling)
+        for answer, endless in zip(found, never, strict=True):
+            cut = endless.index(end) + 1 if end in endless else len(endless)
+            assert answer == endless[:cut]
+
+
+def test_other_uniforms_give_other_answers() -> None:
+    model = tiny_model(vocab_size=8)
+    answers = [
+        generate(
+            model,
+            [[5, 6]],
+            max_new_tokens=16,
+            end_ids=[],
+            batch_size=1,
+            sampling=Sampling(temperature=1.0, uniforms=_uniforms(1, 16, seed=seed)),
+        )[0]
+        for seed in (0, 0, 1)
+    ]
+    assert answers[0] == answers[1] != answers[2]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8, 3.0])
+def test_evenly_spread_uniforms_reproduce_the_distribution(temperature: float) -> None:
+    model = tiny_model(vocab_size=8)
+    logits = model(torch.tensor([[5, 6]])).logits[0, -1].tolist()
+    count = 4_000
+    uniforms = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count
+    answers = generate(
+        model,
+        [[5, 6]] * count,
+        max_new_tokens=1,
+        end_ids=[],
+        batch_size=1_000,
+        sampling=Sampling(temperature=temperature, uniforms=uniforms),
+    )
+    seen = Counter(answer[0] for answer in answers)
+    expected = torch.tensor(oracle.log_softmax(logits, temperature=temperature)).exp()
+    assert expected.max() < 0.99, "the distribution should not be trivial"
+    for token in range(8):
+        assert abs(seen[token] / count - float(expected[token])) < 1.5 / count
+
+
+def test_random_uniforms_pass_a_chi_square_test_on_two_steps() -> None:
+    """16 cells, 15 degrees of freedom: the statistic stays below 37.7 in 999 of 1,000 cases."""
+    model = tiny_model(vocab_size=4)
+    count = 4_000
+    answers = generate(
+        model,
+        [[1, 3]] * count,
+        max_new_tokens=2,
+        end_ids=[],
+        batch_size=1_000,
+        sampling=Sampling(temperature=2.0, uniforms=_uniforms(count, 2)),
+    )
+    seen = Counter(map(tuple, answers))
+    statistic = 0.0
+    for first in range(4):
+        one = oracle.log_softmax(model(torch.tensor([[1, 3]])).logits[0, -1].tolist(), temperature=2.0)[first]
+        after = model(torch.tensor([[1, 3, first]])).logits[0, -1].tolist()
+        for second, two in enumerate(oracle.log_softmax(after, temperature=2.0)):
+            expected = count * float(torch.tensor(one + two).exp())
+            statistic += (seen[first, second] - expected) ** 2 / expected
+    assert 2.0 < statistic < 37.7
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
+def test_the_ends_of_the_unit_interval_give_tokens_of_the_vocabulary(uniform: float) -> None:
+    sampling = Sampling(temperature=1.0, uniforms=torch.full((1, 3), uniform, dtype=torch.float64))
+    answer = generate(tiny_model(), [[5]], max_new_tokens=3, end_ids=[], batch_size=1, sampling=sampling)[0]
+    assert all(0 <= token < 128 for token in answer)
+
+
+def test_progress_counts_the_prompts_that_are_done() -> None:
+    told: list[int] = []
+    generate(tiny_model(), PROMPTS, max_new_tokens=2, end_ids=[], batch_size=2, progress=told.append)
+    assert told == [2, 4, 5]
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="a prompt has no token"):
+        generate(tiny_model(), [[5], []], max_new_tokens=2, end_ids=[END], batch_size=2)
+
+
+def test_generation_leaves_no_gradients_and_no_mode_behind() -> None:
+    model = tiny_model()
+    generate(unwrapped(model), PROMPTS, max_new_tokens=2, end_ids=[END], batch_size=2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.training

@@ -1,0 +1,75 @@
+"""Log-probabilities in chunks equal the slow loops, and their gradient the finite difference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alignment.models import head
+from alignment.models.head import token_statistics
+from tests.oracles import logprobs as oracle
+from tests.oracles.close import close
+
+
+@pytest.fixture
+def figures() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, head and labels: 7 tokens, width 5, vocabulary 11."""
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(7, 5, generator=rng), torch.randn(11, 5, generator=rng)
+    labels = torch.randint(0, 11, (7,), generator=rng)
+    labels[0] = (hidden[0] @ weight.T).argmax()
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 512])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+def test_statistics_equal_the_slow_loops(
+    monkeypatch: pytest.MonkeyPatch, figures: tuple[torch.Tensor, ...], temperature: float, chunk: int
+) -> None:
+    monkeypatch.setattr(head, "CHUNK", chunk)
+    hidden, weight, labels = figures
+    logits = (hidden.double() @ weight.double().T).tolist()
+    found = token_statistics(hidden, weight, labels, temperature=temperature)
+    pairs = list(zip(logits, labels.tolist(), strict=True))
+    close(found.logprobs, [oracle.log_softmax(row, temperature=temperature)[label] for row, label in pairs], atol=1e-6)
+    close(found.entropy, [oracle.entropy(row, temperature=temperature) for row, _ in pairs], atol=1e-6)
+    close(found.mean_logits, [sum(row) / len(row) / temperature for row, _ in pairs], atol=1e-6)
+    assert found.is_top1.tolist() == [oracle.is_likeliest(row, label) for row, label in pairs]
+    assert found.is_top1[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_equal_those_of_log_softmax(
+    monkeypatch: pytest.MonkeyPatch, figures: tuple[torch.Tensor, ...], temperature: float
+) -> None:
+    monkeypatch.setattr(head, "CHUNK", 3)
+    hidden, weight, labels = figures
+    upstream = torch.randn(7, generator=torch.Generator().manual_seed(1))
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    theirs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    (token_statistics(*ours, labels, temperature=temperature).logprobs * upstream).sum().backward()
+    plain = ((theirs[0] @ theirs[1].T) / temperature).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    (plain * upstream).sum().backward()
+    for mine, other in zip(ours, theirs, strict=True):
+        close(mine.grad, other.grad, atol=1e-5)
+
+
+def test_a_frozen_head_gets_no_gradient(figures: tuple[torch.Tensor, ...]) -> None:
+    hidden, weight, labels = figures
+    hidden = hidden.clone().requires_grad_()
+    token_statistics(hidden, weight, labels).logprobs.sum().backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+
+
+def test_statistics_other_than_logprobs_carry_no_gradient(figures: tuple[torch.Tensor, ...]) -> None:
+    hidden, weight, labels = figures
+    found = token_statistics(hidden.clone().requires_grad_(), weight, labels)
+    assert found.logprobs.requires_grad
+    assert not (found.entropy.requires_grad or found.mean_logits.requires_grad)
+
+
+def test_huge_logits_stay_finite() -> None:
+    found = token_statistics(torch.tensor([[1e4], [-1e4]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 0]))
+    close(found.logprobs, [0.0, -2e4])
+    close(found.entropy, [0.0, 0.0])

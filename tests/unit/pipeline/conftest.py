@@ -1,0 +1,65 @@
+"""A model folder and rows that plans accept, and artifacts as a worker would leave them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignment.artifacts import Manifest, publish
+from alignment.pipeline.plan import Plan, PlannedStage, make_plan
+
+TURN = {"role": "user", "content": "When is the training?"}
+ROWS = {
+    "conversations": {"messages": [TURN, {"role": "assistant", "content": "On 21 March."}]},
+    "preferences": {"messages": [TURN], "chosen": "On 21 March.", "rejected": "Great question!"},
+    "heldout": {"messages": [TURN], "facts": [["21 March"]]},
+}
+SOURCES = {
+    "sft": "conversations",
+    "reward": "preferences",
+    "dpo": "preferences",
+    "ppo": "preferences",
+    "evaluate": "heldout",
+}
+
+MakePlan = Callable[..., Plan]
+
+
+@pytest.fixture
+def overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A run on a model folder and data of its own, in a folder of its own."""
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"weights")
+    for name, row in ROWS.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    data = [f"stages.{stage}.data.source=path:{tmp_path / name}.jsonl" for stage, name in SOURCES.items()]
+    return [f"output={tmp_path / 'out'}", f"model.source=path:{model}", *data]
+
+
+@pytest.fixture
+def plan(overrides: list[str]) -> MakePlan:
+    """Plans the quickstart with more overrides."""
+    return lambda *more: make_plan("quickstart", [*overrides, *more])
+
+
+def leave_artifact(stage: PlannedStage, **usage: float) -> None:
+    """Publishes what a worker would, with nothing in it but a file."""
+    content = stage.work / "content"
+    content.mkdir(parents=True)
+    (content / "metrics.jsonl").write_text('{"step": 1}\n')
+    manifest = Manifest(
+        stage=stage.name,
+        kind=stage.config.produces,
+        fingerprint=stage.fingerprint,
+        identity=stage.identity,
+        inputs=stage.input_fingerprints,
+        usage=usage,
+    )
+    publish(content, stage.artifact, manifest)
+    stage.work.rmdir()

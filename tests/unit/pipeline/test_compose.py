@@ -1,0 +1,196 @@
+"""Recipes and overrides compose, or say what is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alignment.config.faults import Fault
+from alignment.config.run import RunConfig
+from alignment.config.store import GROUPS, conf_folder, recipe_names, recipes_folder
+from alignment.config.typed import convert, typed
+from alignment.errors import ConfigError
+from alignment.pipeline import references
+from alignment.pipeline.compose import compose
+
+ROOT = Path(__file__).parents[3]
+CHOICES = sorted((path.parent.name, path.stem) for path in conf_folder().glob("*/*.yaml"))
+
+
+def composed(recipe: str, *overrides: str) -> RunConfig:
+    composition = compose(recipe, overrides)
+    assert not composition.faults
+    return typed(composition.tree)
+
+
+def faults(*overrides: str, recipe: str = "quickstart") -> list[str]:
+    composition = compose(recipe, overrides)
+    found: list[Fault] = [*composition.faults, *convert(composition.tree)[1]]
+    return [str(fault) for fault in found]
+
+
+def test_the_recipes_and_choices_tested_here_are_those_on_disk() -> None:
+    assert recipes_folder() == ROOT / "recipes"
+    assert len(recipe_names()) == len(list((ROOT / "recipes").iterdir())) >= 3
+    assert len(CHOICES) == len([path for path in (ROOT / "conf").rglob("*") if path.is_file()]) - 1  # base.yaml
+    assert {group for group, _ in CHOICES} == set(GROUPS)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_composes_and_its_references_hold(recipe: str) -> None:
+    config = composed(recipe)
+    assert config.name == recipe
+    assert config.summary
+    assert not references.faults(config.stages)
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes(group: str, choice: str) -> None:
+    override = f"+stage@stages.more={choice}" if group == "stage" else f"{group}={choice}"
+    composed("quickstart", override)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_recipe_says_where_its_numbers_come_from(recipe: str) -> None:
+    for line in (recipes_folder() / f"{recipe}.yaml").read_text().splitlines():
+        if any(character.isdigit() for character in line.partition("#")[0].partition(":")[2]):
+            assert "#" in line, line
+
+
+def test_a_choice_for_all_stages_reaches_each_that_has_one() -> None:
+    config = composed("quickstart", "adapter=full")
+    kinds = {name: stage.adapter.kind.value for name, stage in config.stages.items() if hasattr(stage, "adapter")}
+    assert kinds == dict.fromkeys(["sft", "reward", "dpo", "ppo"], "full")
+
+
+def test_a_choice_for_one_stage_leaves_the_others() -> None:
+    config = composed("quickstart", "adapter@stages.dpo.adapter=full")
+    assert config.stages["dpo"].adapter.kind.value == "full"  # type: ignore[union-attr]
+    assert config.stages["sft"].adapter.kind.value == "lora"  # type: ignore[union-attr]
+
+
+def test_a_stage_can_be_taken_out_and_another_added() -> None:
+    config = composed("quickstart", "~stages.ppo", "+stage@stages.dpo_low=dpo", "stages.dpo_low.beta=0.05")
+    assert "ppo" not in config.stages
+    assert config.stages["dpo_low"].beta == 0.05  # type: ignore[union-attr]
+
+
+def test_a_recipe_of_the_user_s_own_builds_on_shipped_ones_and_brings_choices(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.yaml").write_text("source: path:/models/mine\n")
+    recipe = tmp_path / "my recipe.yaml"
+    recipe.write_text("defaults: [quickstart, {override model: mine}, _self_]\nname: mine\nseed: 7\n")
+    config = composed(str(recipe))
+    assert (config.name, config.seed, config.model.source) == ("mine", 7, "path:/models/mine")
+    assert composed(str(recipe), "model=smollm2_135m").model.source == "bundled:smollm2-135m"
+
+
+def test_misspellings_are_all_found() -> None:
+    found = faults(
+        "stages.sft.pakcing=true", "stages.dpo.bata=0.1", "stages.dop.beta=1", "launch=two_proceses", "sed=1"
+    )
+    assert set(found) == {
+        "launch=two_proceses: no launch 'two_proceses'; did you mean 'two_processes'?",
+        "sed: unknown key; did you mean 'seed'?",
+        "stages.sft.pakcing: unknown key; did you mean 'packing'?",
+        "stages.dpo.bata: unknown key; did you mean 'beta'?",
+        "stages.dop: unknown stage; did you mean 'dpo'?",
+    }
+
+
+FAULTY = [
+    ("lauch=local", "lauch: unknown key; did you mean 'launch'?"),
+    ("foo@bar=x", "foo@bar=x: no group 'foo'; one of: adapter, launch, model, stage, tracking"),
+    (
+        "adapter@stages.sfd.adapter=full",
+        "adapter@stages.sfd.adapter=full: the recipe does not choose that; did you mean 'adapter@stages.sft.adapter'?",
+    ),
+    ("~stages.pppo", "~stages.pppo: nothing to remove; did you mean 'ppo'?"),
+    ("seed=1,2", "seed=1,2: several values for one key; give one"),
+    ("seed", "seed: not an override; write key=value, such as stages.dpo.beta=0.3"),
+    ("=1", "=1: not an override; write key=value, such as stages.dpo.beta=0.3"),
+    ("seed=[1", "seed=[1: not an override; write key=value, such as stages.dpo.beta=0.3"),
+    ("hydra.run.dir=x", "hydra.run.dir=x: settings of Hydra itself are not taken"),
+    ("hydra/launcher=x", "hydra/launcher=x: settings of Hydra itself are not taken"),
+    ("summary=${nowhere}", "summary: Interpolation key 'nowhere' not found"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), FAULTY)
+def test_a_faulty_override_is_named_exactly(override: str, message: str) -> None:
+    assert [text.splitlines()[0] for text in faults(override)] == [message]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "stages.sft._target_=os.system",
+        "stages.sft={kind: sft, optim: {_target_: os.system}}",
+        "summary=${oc.env:HOME}",
+        "model=${oc.env:HOME}",
+    ],
+)
+def test_what_could_run_code_or_read_the_environment_is_refused(override: str) -> None:
+    assert any("is not taken" in fault for fault in faults(override))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "defaults: [base]\nmodel: {_target_: os.system}\n",
+        "defaults: [base, {model: '${oc.env:HOME}'}]\n",
+        "defaults: [base]\nsummary: ${oc.env:HOME}\n",
+        "defaults: [base]\nsummary: ${a.${oc.decode:seed}}\n",
+        "defaults: [base]\nhydra: {searchpath: ['pkg://os']}\n",
+    ],
+)
+def test_a_hostile_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "hostile.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="not taken"):
+        compose(str(path), [])
+
+
+def test_interpolation_of_the_configuration_s_own_keys_is_fine(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("defaults: [quickstart, _self_]\nseed: 3\nsummary: seed ${seed}\n")
+    assert composed(str(path)).summary == "seed 3"
+
+
+def test_self_before_the_end_of_a_recipe_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "early.yaml"
+    path.write_text("defaults: [_self_, quickstart]\nseed: 3\n")
+    with pytest.raises(ConfigError, match="'_self_' must come last"):
+        compose(str(path), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not YAML"), ("- a", "a recipe is a group of settings"), ("defaults: [nowhere]", "nowhere")],
+)
+def test_a_recipe_that_is_none_says_so(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        compose(str(path), [])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("quikstart", "recipe: no recipe 'quikstart'; did you mean 'quickstart'?"),
+        ("./nowhere.yaml", "recipe: no file "),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_named(recipe: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(recipe, [])
+    assert str(caught.value).startswith(message)
+
+
+def test_choices_say_nothing_that_the_dataclass_does_not_know() -> None:
+    for group, choice in CHOICES:
+        content = yaml.safe_load((conf_folder() / group / f"{choice}.yaml").read_text())
+        assert isinstance(content, dict), f"{group}/{choice}"

@@ -1,0 +1,215 @@
+"""What runs, what is reused, and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from alignment.errors import ArtifactError, ConfigError, DataError, ModelError
+from alignment.pipeline.plan import CHECKPOINT_MANIFEST, Action, Plan
+from tests.unit.pipeline.conftest import MakePlan, leave_artifact
+
+
+def prints(plan: Plan) -> dict[str, str]:
+    return {stage.name: stage.fingerprint for stage in plan.stages}
+
+
+def changed(before: Plan, after: Plan) -> set[str]:
+    return {name for name, value in prints(after).items() if prints(before)[name] != value}
+
+
+def outcome(plan: Plan) -> dict[str, str]:
+    return {stage.name: f"{stage.action.value}  {stage.reason}" for stage in plan.stages}
+
+
+def leave_all(plan: Plan) -> None:
+    for stage in plan.stages:
+        leave_artifact(stage)
+
+
+def test_stages_come_after_their_inputs(plan: MakePlan) -> None:
+    assert [stage.name for stage in plan().stages] == ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
+
+
+@pytest.mark.parametrize(
+    ("override", "stages"),
+    [
+        ("stages.dpo.beta=0.3", {"dpo", "evaluate", "report"}),
+        ("stages.ppo.updates=3", {"ppo", "evaluate", "report"}),
+        ("stages.reward.optim.epochs=2", {"reward", "ppo", "evaluate", "report"}),
+        ("stages.report.num_samples=3", {"report"}),
+        ("seed=1", {"sft", "reward", "dpo", "ppo", "evaluate", "report"}),
+        ("model.dtype=float32", {"sft", "reward", "dpo", "ppo", "evaluate", "report"}),
+        ("stages.sft.data.limit=1", {"sft", "reward", "dpo", "ppo", "evaluate", "report"}),
+        ("launch.num_processes=2", set()),
+        ("launch.threads=3", set()),
+        ("tracking=wandb", set()),
+        ("stages.sft.log_every=7", set()),
+        ("stages.sft.save_every=7", set()),
+        ("stages.sft.optim.micro_batch_size=1", set()),
+        ("stages.evaluate.batch_size=1", set()),
+    ],
+)
+def test_a_change_re_runs_what_it_changes_and_nothing_else(plan: MakePlan, override: str, stages: set[str]) -> None:
+    assert changed(plan(), plan(override)) == stages
+
+
+def test_the_content_of_data_counts_and_its_place_does_not(plan: MakePlan, tmp_path: Path) -> None:
+    before = plan()
+    file = tmp_path / "preferences.jsonl"
+    moved = tmp_path / "elsewhere.jsonl"
+    moved.write_bytes(file.read_bytes())
+    assert changed(before, plan(f"stages.dpo.data.source=path:{moved}")) == set()
+    row = json.loads(file.read_text())
+    file.write_text(json.dumps({**row, "chosen": "It is on 21 March."}) + "\n")
+    assert changed(before, plan()) == {"reward", "dpo", "ppo", "evaluate", "report"}
+
+
+def test_the_content_of_the_base_model_counts_and_its_place_does_not(plan: MakePlan, tmp_path: Path) -> None:
+    before = plan()
+    (tmp_path / "model").rename(tmp_path / "moved")
+    assert changed(before, plan(f"model.source=path:{tmp_path / 'moved'}")) == set()
+    (tmp_path / "moved/model.safetensors").write_bytes(b"others")
+    assert "sft" in changed(before, plan(f"model.source=path:{tmp_path / 'moved'}"))
+
+
+def test_everything_is_reused_once_it_is_made_and_the_run_s_name_is_only_the_report_s(plan: MakePlan) -> None:
+    leave_all(plan())
+    assert {stage.action for stage in plan().stages} == {Action.reuse}
+    assert outcome(plan())["dpo"] == f"reuse  dpo-{prints(plan())['dpo'][:8]}"
+    renamed = {stage.name: stage.action for stage in plan("name=again").stages}
+    assert [name for name, action in renamed.items() if action is Action.run] == ["report"]
+
+
+def test_a_reason_says_what_differs_from_the_nearest_result(plan: MakePlan) -> None:
+    first = plan()
+    assert set(outcome(first).values()) == {"run  nothing made yet"}
+    leave_all(first)
+    near = {name: value[:8] for name, value in prints(first).items()}
+    after = outcome(plan("stages.dpo.beta=0.3"))
+    assert after["sft"] == f"reuse  sft-{near['sft']}"
+    assert after["dpo"] == f"run  beta 0.1 → 0.3 (nearest: dpo-{near['dpo']})"
+    assert after["evaluate"] == f"run  input dpo changes (nearest: evaluate-{near['evaluate']})"
+
+
+def test_a_reason_names_data_seed_arms_and_inputs(plan: MakePlan, tmp_path: Path) -> None:
+    leave_all(plan())
+    assert "data changes" in outcome(_with_other_data(plan, tmp_path))["sft"]
+    assert "seed 42 → 1" in outcome(plan("seed=1"))["sft"]
+    assert "input sft changes" in outcome(plan("stages.sft.packing=true"))["dpo"]
+    assert (
+        "arm ppo removed"
+        in outcome(plan("stages.evaluate.arms=[base,base+prompt,'stage:sft','stage:dpo']"))["evaluate"]
+    )
+
+
+def _with_other_data(plan: MakePlan, tmp_path: Path) -> Plan:
+    file = tmp_path / "conversations.jsonl"
+    other = tmp_path / "other.jsonl"
+    other.write_text(file.read_text() * 2)
+    return plan(f"stages.sft.data.source=path:{other}")
+
+
+def test_the_nearest_result_is_the_one_with_fewest_differences(plan: MakePlan) -> None:
+    leave_all(plan("stages.dpo.beta=0.2", "stages.dpo.loss=ipo"))
+    close = plan("stages.dpo.beta=0.2")
+    leave_artifact(next(stage for stage in close.stages if stage.name == "dpo"))
+    assert "beta 0.2 → 0.3 (nearest: dpo-" + prints(close)["dpo"][:8] in outcome(plan("stages.dpo.beta=0.3"))["dpo"]
+
+
+def test_an_interrupted_stage_goes_on_from_its_last_complete_checkpoint(plan: MakePlan) -> None:
+    work = plan().stages[0].work
+    for step, complete in ((5, True), (20, True), (100, False)):
+        folder = work / f"checkpoints/checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if complete:
+            (folder / CHECKPOINT_MANIFEST).write_text("{}")
+    assert outcome(plan())["sft"] == "resume  from checkpoint-20"
+
+
+def test_the_worker_names_its_checkpoint_manifest_as_the_plan_expects() -> None:
+    source = (Path(__file__).parents[3] / "alignment/training/checkpoints.py").read_text()
+    assert f'MANIFEST = "{CHECKPOINT_MANIFEST}"' in source
+
+
+def test_a_damaged_result_is_not_reused(plan: MakePlan) -> None:
+    first = plan()
+    leave_all(first)
+    (first.stages[0].artifact / "metrics.jsonl").write_text("")
+    with pytest.raises(ArtifactError, match=r"metrics\.jsonl: missing or cut short"):
+        plan()
+
+
+def test_another_run_s_artifact_fits_a_slot_of_its_kind(plan: MakePlan) -> None:
+    first = plan()
+    leave_all(first)
+    sft, reward = first.stages[0].artifact, first.stages[1].artifact
+    later = plan(f"stages.dpo.init=path:{sft}")
+    assert changed(first, later) == set()
+    assert later.stages[2].inputs["init"].path == sft
+    with pytest.raises(ModelError, match="holds an artifact of kind reward"):
+        plan(f"stages.dpo.init=path:{reward}")
+
+
+def test_a_model_folder_fits_where_a_policy_is_taken(plan: MakePlan, tmp_path: Path) -> None:
+    planned = plan(f"stages.dpo.init=path:{tmp_path / 'model'}").stages
+    assert {s.name: s for s in planned}["dpo"].inputs["init"].path == tmp_path / "model"
+    with pytest.raises(ModelError, match=r"stages\.ppo\.reward: no artifact in"):
+        plan(f"stages.ppo.reward=path:{tmp_path / 'model'}")
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        (
+            "stages.ppo.reward=stage:sft",
+            ConfigError,
+            "stages.ppo.reward: 'stage:sft' is a policy; this slot takes a reward model. Use 'stage:reward'.",
+        ),
+        ("stages.dpo.init=stage:stf", ConfigError, "stages.dpo.init: no stage 'stf' in this run; did you mean 'sft'?"),
+        (
+            "~stages.ppo",
+            ConfigError,
+            "stages.evaluate.arms[4]: no stage 'ppo' in this run; did you mean 'dpo'? Otherwise take this arm out.",
+        ),
+        ("stages.sft.init=stage:dpo", ConfigError, "stages.sft: depends on itself: sft → dpo → sft"),
+        (
+            "stages.dpo.init=sft",
+            ConfigError,
+            "stages.dpo.init: 'sft' is no reference; write base, stage:NAME, path:FOLDER or hub:ORG/NAME@REVISION",
+        ),
+        ("stages.evaluate.arms=[base,base]", ConfigError, "stages.evaluate.arms[1]: 'base' stands there twice"),
+        ("stages.dpo.init=path:/nowhere", ModelError, "stages.dpo.init: no folder /nowhere"),
+        ("model.source=path:/nowhere", ModelError, "model.source: no folder /nowhere"),
+        ("model.source=bundled:smollm", ModelError, "model.source: no bundled model 'smollm'"),
+        ("model.source=gpt2", ModelError, "model.source: 'gpt2' is no model source"),
+        ("stages.sft.data.source=path:/nowhere", DataError, "stages.sft.data.source: no file /nowhere"),
+        ("stages.sft.data.source=x", DataError, "stages.sft.data.source: 'x' is no data source"),
+        (
+            "stages.sft.data.source=bundled:quickstart/conversation",
+            DataError,
+            "stages.sft.data.source: no bundled data 'quickstart/conversation'\n"
+            "  → did you mean 'quickstart/conversations'?",
+        ),
+    ],
+)
+def test_a_reference_that_cannot_be_is_named(
+    plan: MakePlan, override: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        plan(override)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_row_that_does_not_fit_is_named_by_file_and_line(plan: MakePlan, tmp_path: Path) -> None:
+    file = tmp_path / "preferences.jsonl"
+    file.write_text(file.read_text() + '{"messages": []}\n')
+    with pytest.raises(DataError, match=r"preferences\.jsonl:2: 'messages' must be a list of turns and not empty"):
+        plan()
+
+
+def test_a_hub_model_that_is_not_here_is_planned_by_its_name(plan: MakePlan) -> None:
+    planned = plan("model.source=hub:org/name@v1")
+    assert (planned.base.ready, planned.base.identity) == (False, "hub:org/name@v1")

@@ -1,0 +1,233 @@
+"""Plans carried out with real processes and real files; only the training is left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from alignment.config.launch import LaunchConfig
+from alignment.errors import AlignmentError, Busy, NonFiniteError, StageError
+from alignment.launcher import Command
+from alignment.locks import held
+from alignment.pipeline.run import run
+from alignment.pipeline.status import show_status
+
+ROOT = Path(__file__).parents[3]
+STAGES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
+
+
+def fake(launch: LaunchConfig, stage_file: Path) -> Command:
+    """Starts the worker of these tests."""
+    argv = (sys.executable, str(Path(__file__).with_name("worker.py")), str(stage_file))
+    return Command(argv=argv, environment={"PYTHONPATH": str(ROOT)})
+
+
+class Align:
+    """``align run`` and ``align status`` in a folder of their own."""
+
+    def __init__(self, overrides: list[str]) -> None:
+        self.overrides = overrides
+        self.output = Path(overrides[0].removeprefix("output="))
+        self.run_folder = self.output / "runs/quickstart"
+
+    def __call__(self, *more: str) -> tuple[int, str]:
+        """The exit code and what was printed."""
+        screen = StringIO()
+        console = Console(file=screen, width=120)
+        code = run("quickstart", [*self.overrides, *more], console=console, command_for=fake)
+        return code, screen.getvalue()
+
+    def status(self, name: str | None = "quickstart") -> str:
+        """What ``align status`` prints."""
+        screen = StringIO()
+        show_status(Console(file=screen, width=120), self.output, name)
+        return screen.getvalue()
+
+    def record(self) -> dict[str, Any]:
+        """The content of run.json."""
+        found: dict[str, Any] = json.loads((self.run_folder / "run.json").read_text())
+        return found
+
+    def states(self) -> dict[str, str]:
+        """Stage → state."""
+        return {name: stage["state"] for name, stage in self.record()["stages"].items()}
+
+
+@pytest.fixture
+def align(overrides: list[str]) -> Align:
+    """The driver on a tiny run."""
+    return Align(overrides)
+
+
+def test_a_run_makes_every_stage_once_and_a_second_one_reuses_them(align: Align) -> None:
+    code, printed = align()
+    assert code == 0
+    assert align.states() == dict.fromkeys(STAGES, "done")
+    assert align.record()["state"] == "done"
+    assert not list((align.output / "artifacts").glob("*.work"))
+    assert (align.run_folder / "report.html").stat().st_size > 1000
+    assert "dpo against sft: +0.080 (+0.020 to +0.140), better" in printed
+    assert "base against sft: -0.010 (-0.050 to +0.030), no real difference" in printed
+    assert f"report: {align.run_folder / 'report.html'}" in printed
+    assert "base+prompt" in printed
+
+    started = time.monotonic()
+    code, again = align()
+    assert code == 0
+    assert time.monotonic() - started < 3
+    assert align.states() == dict.fromkeys(STAGES, "reused")
+    assert "better" in again
+    assert all(stage["seconds"] is not None for stage in align.record()["stages"].values())
+    assert "reused" in align.status()
+
+
+def test_a_changed_setting_re_runs_its_stage_and_what_follows(align: Align) -> None:
+    align()
+    align("stages.dpo.beta=0.3", "launch.num_processes=1")
+    expected = {
+        "sft": "reused",
+        "reward": "reused",
+        "dpo": "done",
+        "ppo": "reused",
+        "evaluate": "done",
+        "report": "done",
+    }
+    assert align.states() == expected
+    assert align.record()["stages"]["dpo"]["reason"].startswith("beta 0.1 → 0.3 (nearest: dpo-")
+
+
+def test_the_worker_is_told_everything_in_plain_values(align: Align) -> None:
+    align()
+    told = yaml.safe_load((align.run_folder / "evaluate/stage.yaml").read_text())
+    assert told["config"]["kind"] == "evaluate"
+    assert told["inputs"]["reward"]["ref"] == "stage:reward"
+    assert list(told["arms"]) == ["base", "base+prompt", "stage:sft", "stage:dpo", "stage:ppo"]
+    assert told["arms"]["base+prompt"] == {"ref": "base+prompt", "path": None}
+    assert told["arms"]["stage:dpo"]["path"] == align.record()["stages"]["dpo"]["artifact"]
+    assert Path(told["base_path"]).is_absolute()
+    assert (align.run_folder / "dpo/log.txt").read_text() == "working on dpo\n"
+
+
+def test_what_a_worker_says_of_its_failure_reaches_the_user(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_FAULT", "dpo:fail")
+    with pytest.raises(NonFiniteError) as caught:
+        align()
+    log = align.run_folder / "dpo/log.txt"
+    assert str(caught.value) == (f"stage dpo: the loss is NaN at step 3\n  → lower the learning rate\n  log: {log}")
+    assert caught.value.exit_code == 6
+    assert align.states() | {"sft": "done", "dpo": "failed", "ppo": "waiting"} == align.states()
+    assert align.record()["state"] == "failed"
+    assert f"log: {log}" in align.status()
+    monkeypatch.delenv("WORKER_FAULT")
+    align()
+    assert align.states()["sft"] == "reused"
+    assert align.states()["dpo"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "code", "words"),
+    [
+        ("sft:crash", StageError, 5, ["by signal 9", "memory", "| working on sft"]),
+        ("sft:bug", AlignmentError, 1, ["KeyError: 'x'", "a fault of ours", "| working on sft"]),
+    ],
+)
+def test_a_worker_that_ends_badly_is_shown_with_its_last_words(
+    align: Align,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    error: type[AlignmentError],
+    code: int,
+    words: list[str],
+) -> None:
+    monkeypatch.setenv("WORKER_FAULT", fault)
+    with pytest.raises(error) as caught:
+        align()
+    assert type(caught.value).exit_code == code
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_stage_that_was_preempted_ends_the_run_with_75(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_FAULT", "reward:preempt")
+    code, printed = align()
+    assert code == 75
+    assert "the same command goes on from here" in printed
+    assert align.record()["state"] == "preempted"
+    assert align.states()["reward"] == "waiting"
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "state"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "preempted")]
+)
+def test_a_signal_to_the_driver_lets_the_stage_save_first(
+    align: Align, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int, state: str
+) -> None:
+    monkeypatch.setenv("WORKER_FAULT", "sft:hang")
+    sender = _when((align.run_folder / "sft/hanging").exists, lambda: os.kill(os.getpid(), number))
+    assert align()[0] == code
+    sender.join()
+    assert json.loads((align.run_folder / "sft/status.json").read_text())["state"] == "preempted"
+    assert align.record()["state"] == state
+
+
+def _when(ready: Callable[[], bool], action: Callable[[], None]) -> threading.Thread:
+    def wait() -> None:
+        deadline = time.monotonic() + 20
+        while not ready() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        action()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_a_run_in_use_is_left_alone(align: Align) -> None:
+    with held(align.run_folder / "lock", wait=False), pytest.raises(Busy, match=f"process {os.getpid()}"):
+        align()
+    assert not (align.run_folder / "run.json").exists()
+
+
+def test_a_result_that_another_run_works_on_is_left_alone(align: Align) -> None:
+    align()
+    artifact = Path(align.record()["stages"]["sft"]["artifact"])
+    artifact.rename(artifact.with_name("gone"))
+    with held(artifact.with_name(f"{artifact.name}.work") / "lock", wait=False), pytest.raises(Busy):
+        align()
+
+
+def test_more_processes_than_the_launcher_can_start_are_refused_before_anything_is_made(overrides: list[str]) -> None:
+    with pytest.raises(AlignmentError, match="accelerate starts one process"):
+        run(
+            "quickstart",
+            [*overrides, "launch.kind=accelerate", "launch.num_processes=2"],
+            console=Console(file=StringIO()),
+        )
+    assert not Path(overrides[0].removeprefix("output=")).exists()
+
+
+def test_a_killed_driver_shows_as_killed(align: Align) -> None:
+    align()
+    record = align.record()
+    (align.run_folder / "run.json").write_text(json.dumps({**record, "state": "running"}))
+    assert align.status().splitlines()[0].split() == ["quickstart", "killed"]
+    assert align.status(None).split()[:2] == ["quickstart", "killed"]
+
+
+def test_a_run_without_a_reward_model_shows_none(overrides: list[str]) -> None:
+    screen = StringIO()
+    wanted = [text for text in overrides if ".reward." not in text and ".ppo." not in text]
+    assert run("sft_dpo", wanted, console=Console(file=screen, width=120), command_for=fake) == 0
+    row = next(line for line in screen.getvalue().splitlines() if line.startswith("base+prompt"))
+    assert row.split()[-2:] == ["–", "–"]

@@ -1,0 +1,98 @@
+"""A worker without a model: reads ``stage.yaml`` and does what the contract asks of a worker, in a process of its own.
+
+``WORKER_FAULT=stage:what`` makes that stage ``fail``, ``crash``, ``bug``, ``preempt`` or ``hang``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from alignment.artifacts import Manifest, publish, write_json
+from alignment.stage_spec import StageSpec, read_spec
+
+INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6}
+
+
+def main(path: Path) -> int:
+    """Runs one stage."""
+    spec = read_spec(path)
+    print(f"working on {spec.stage}")
+    stage, _, fault = os.environ.get("WORKER_FAULT", ":").partition(":")
+    if stage == spec.stage:
+        misbehave(spec, fault)
+    write_json(spec.work / "progress.json", {"phase": "training", "step": 1, "total": 2, "figures": {"loss": 1.5}})
+    content = spec.work / "content"
+    content.mkdir(exist_ok=True)
+    (content / "metrics.jsonl").write_text('{"step": 1, "seconds": 0.1, "loss": 1.5}\n')
+    if spec.arms:
+        write_json(content / "evaluation.json", evaluation(spec))
+    manifest = Manifest(
+        stage=spec.stage,
+        kind=spec.config.produces,
+        fingerprint=spec.fingerprint,
+        identity=spec.identity,
+        inputs=spec.input_fingerprints,
+        usage={"seconds": 1.0},
+    )
+    publish(content, spec.artifact, manifest)
+    shutil.rmtree(spec.work)
+    return say(spec, "done", 0, "")
+
+
+def misbehave(spec: StageSpec, fault: str) -> None:
+    """Ends this process in one of the ways in which workers end."""
+    if fault == "crash":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "hang":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(say(spec, "preempted", 75, "stopped on request")))
+        (spec.run_folder / "hanging").touch()
+        time.sleep(60)
+    states = {
+        "fail": ("failed", 6, "the loss is NaN at step 3\n  → lower the learning rate"),
+        "bug": ("failed", 1, "KeyError: 'x'"),
+        "preempt": ("preempted", 75, "stopped on request"),
+    }
+    sys.exit(say(spec, *states[fault]))
+
+
+def evaluation(spec: StageSpec) -> dict[str, Any]:
+    """Two comparisons, of which one is a real difference."""
+    arms = [
+        {
+            "name": name,
+            "label": name.removeprefix("stage:"),
+            "gold": INTERVAL,
+            "style": INTERVAL,
+            "facts": INTERVAL,
+            "words": 21.4,
+            "reward": INTERVAL if "reward" in spec.inputs else None,
+            "kl": None if name == "base+prompt" else INTERVAL,
+            "distinct": 1.0,
+            "ended": 1.0,
+            "seconds": 1.0,
+        }
+        for name in spec.arms
+    ]
+    comparisons = [
+        {"arm": "stage:dpo", "against": "stage:sft", "difference": 0.08, "low": 0.02, "high": 0.14, "real": True},
+        {"arm": "base", "against": "stage:sft", "difference": -0.01, "low": -0.05, "high": 0.03, "real": False},
+    ]
+    return {"num_prompts": 1, "arms": arms, "comparisons": comparisons, "tasks": {}}
+
+
+def say(spec: StageSpec, state: str, code: int, error: str) -> int:
+    """Writes ``status.json``; returns the exit code."""
+    status = {"state": state, "exit_code": code, "error": error, "where": spec.stage}
+    (spec.run_folder / "status.json").write_text(json.dumps(status))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,255 @@
+"""A run folder as the driver and the workers leave it, with figures that a test can change beforehand."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.artifacts import Manifest
+from alignment.report import build
+
+ARMS = {"base": 0.31, "base+prompt": 0.42, "stage:sft": 0.62, "stage:dpo": 0.71, "stage:ppo": 0.65}
+TASKS = ("summarise", "answer", "rewrite", "extract")
+CHECKS = ("sentences", "length", "finished", "filler", "plain", "answered", "grounded", "own_words")
+STAGES: dict[str, dict[str, Any]] = {
+    "sft": {"kind": "sft", "inputs": {"init": "base"}, "seconds": 312.4},
+    "reward": {"kind": "reward", "inputs": {"init": "stage:sft"}, "seconds": 154.0},
+    "dpo": {"kind": "dpo", "inputs": {"init": "stage:sft"}, "seconds": 402.9},
+    "ppo": {"kind": "ppo", "inputs": {"init": "stage:sft", "reward": "stage:reward"}, "seconds": 1204.0},
+    "evaluate": {
+        "kind": "evaluate",
+        "inputs": {"arms": list(ARMS), "reference": "stage:sft", "reward": "stage:reward"},
+        "seconds": 188.0,
+    },
+    "report": {"kind": "report", "inputs": {"evaluation": "stage:evaluate"}, "seconds": None},
+}
+
+
+class FakeRun:
+    """The contents of a run's files as plain values; ``write`` puts them on disk, ``html`` makes the report of them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = root / "runs" / "quickstart"
+        self.run = run_json()
+        self.metrics = {kind: metrics(kind) for kind in ("sft", "reward", "dpo", "ppo")}
+        self.evaluation: dict[str, Any] | None = evaluation_json()
+        self.samples: list[dict[str, Any]] | None = [sample(index) for index in range(40)]
+
+    def artifact(self, stage: str) -> Path:
+        """The folder that a stage's artifact has."""
+        return self.root / "artifacts" / self.run["stages"][stage]["artifact"]
+
+    def write(self) -> None:
+        """Writes every file. A stage that is not done or reused gets a work folder and no manifest."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "run.json").write_text(json.dumps(self.run), encoding="utf-8")
+        for stage, entry in self.run.get("stages", {}).items():
+            if entry["artifact"] is None:
+                continue
+            complete = entry["state"] in ("done", "reused")
+            folder = self.artifact(stage)
+            folder = folder if complete else folder.with_name(folder.name + ".work") / "content"
+            folder.mkdir(parents=True, exist_ok=True)
+            if complete:
+                (folder / "manifest.json").write_text(json.dumps(asdict(manifest(stage, entry))), encoding="utf-8")
+            if stage in self.metrics:
+                write_lines(folder / "metrics.jsonl", self.metrics[stage])
+            if entry["kind"] == "evaluate" and self.evaluation is not None:
+                (folder / "evaluation.json").write_text(json.dumps(self.evaluation), encoding="utf-8")
+            if entry["kind"] == "evaluate" and self.samples is not None:
+                write_lines(folder / "samples.jsonl", self.samples)
+
+    def html(self, *, num_samples: int = 12) -> str:
+        """The report of what stands on disk after ``write``."""
+        self.write()
+        output = self.root / "report.html"
+        build(self.folder, output, num_samples=num_samples)
+        return output.read_text(encoding="utf-8")
+
+    def drop_arms(self, keep: list[str]) -> None:
+        """Leaves only the arms in ``keep``, everywhere."""
+        assert self.evaluation is not None
+        assert self.samples is not None
+        self.evaluation["arms"] = [arm for arm in self.evaluation["arms"] if arm["name"] in keep]
+        pairs = self.evaluation["comparisons"]
+        self.evaluation["comparisons"] = [p for p in pairs if p["arm"] in keep and p["against"] in keep]
+        for row in self.samples:
+            row["answers"] = {arm: answer for arm, answer in row["answers"].items() if arm in keep}
+
+
+@pytest.fixture
+def fake_run(tmp_path: Path) -> FakeRun:
+    """A complete, ordinary run: five arms, dpo really better than sft, ppo not shown to be."""
+    return FakeRun(tmp_path)
+
+
+@pytest.fixture
+def make_comparison() -> Callable[..., dict[str, Any]]:
+    """Makes one entry of ``comparisons``."""
+    return comparison
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """JSON Lines as the workers write them: NaN stands as the word ``NaN``."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def run_json() -> dict[str, Any]:
+    """run.json of a finished run whose report is being made."""
+    stages = copy.deepcopy(STAGES)
+    for name, entry in stages.items():
+        entry.update(state="done", reason="new", artifact=f"{name}-{digest(name)[:8]}")
+    stages["sft"].update(state="reused", reason="same fingerprint", seconds=0.0)
+    stages["report"].update(state="running")
+    optim = {"lr": 2e-4, "batch_size": 8, "epochs": 1, "schedule": "cosine", "warmup_ratio": 0.03}
+    adapter = {"kind": "lora", "rank": 16, "alpha": 32.0, "dropout": 0.0, "target_modules": ["all-linear"]}
+    configs = {name: {"kind": entry["kind"]} for name, entry in stages.items()}
+    for name in ("sft", "reward", "dpo", "ppo"):
+        data = {"source": "bundled:quickstart/preferences", "limit": None}
+        configs[name] |= {"init": "stage:sft", "adapter": adapter, "data": data, "optim": optim, "max_length": 1024}
+    configs["dpo"] |= {"beta": 0.1, "loss": "sigmoid"}
+    return {
+        "name": "quickstart",
+        "recipe": "quickstart",
+        "overrides": ["stages.dpo.beta=0.1", "name=quickstart"],
+        "config": {"name": "quickstart", "seed": 42, "model": {"source": "bundled:smollm2-135m"}, "stages": configs},
+        "started": "2026-03-14T09:26:53Z",
+        "finished": None,
+        "state": "running",
+        "stages": stages,
+    }
+
+
+def digest(name: str) -> str:
+    """A stand-in for a fingerprint: 64 hexadecimal digits, the same for the same name."""
+    return f"{random.Random(name).getrandbits(256):064x}"
+
+
+def manifest(stage: str, entry: dict[str, Any]) -> Manifest:
+    """The manifest of a finished stage."""
+    return Manifest(
+        stage=stage,
+        kind={"sft": "policy", "dpo": "policy", "ppo": "policy"}.get(stage, stage),
+        fingerprint=digest(stage),
+        identity={"config": {"kind": entry["kind"]}, "data": {"sha256": digest("data of " + stage)}, "seed": 42},
+        inputs={"init": digest("sft")} if stage in ("dpo", "reward", "ppo") else {},
+        base={"source": "bundled:smollm2-135m", "sha256": digest("base")},
+        adapters=["adapters/0-sft", f"adapters/1-{stage}"] if stage in ("dpo", "ppo") else ["adapters/0-sft"],
+        usage={"seconds": 312.4 if stage == "sft" else entry["seconds"] or 1.0, "peak_rss_bytes": 2.4e9}
+        | ({"tokens_per_second": 533.0} if stage in ("sft", "dpo") else {}),
+        versions={"torch": "2.9.0", "transformers": "5.3.1", "trl": "1.16.0"},
+        git_commit="4f2c9d1e0b7a",
+        created="2026-03-14T09:40:11Z",
+    )
+
+
+def metrics(kind: str) -> list[dict[str, Any]]:
+    """Curves of a believable shape; the same every time."""
+    rng = random.Random(kind)
+    rows = []
+    for step in range(1, {"sft": 120, "reward": 60, "dpo": 57, "ppo": 16}[kind] + 1):
+        noise, done = rng.gauss(0, 1), 1 - math.exp(-step / 25)
+        rows.append({"step": step, "seconds": 2.5 * step, "lr": 1e-4} | FIGURES[kind](noise, done, step))
+    return rows
+
+
+FIGURES: dict[str, Callable[[float, float, int], dict[str, float]]] = {
+    "sft": lambda n, d, step: {"loss": 2.4 - 0.9 * d + 0.08 * n, "mean_token_accuracy": 0.48 + 0.17 * d + 0.015 * n},
+    "reward": lambda n, d, step: (
+        {"loss": 0.69 - 0.4 * d + 0.05 * n, "accuracy": min(1.0, 0.5 + 0.4 * d + 0.06 * n), "margin": 1.7 * d + 0.2 * n}
+        | ({"eval_accuracy": 0.5 + 0.37 * d} if step % 10 == 0 else {})
+    ),
+    "dpo": lambda n, d, step: {
+        "loss": 0.69 - 0.35 * d + 0.04 * n,
+        "rewards/accuracies": min(1.0, 0.5 + 0.38 * d + 0.06 * n),
+        "rewards/margins": 1.3 * d + 0.12 * n,
+        "logps/chosen": -41.0 - 3 * d + 2 * n,
+        "logps/rejected": -47.0 - 21 * d + 2 * n,
+    },
+    "ppo": lambda n, d, step: {
+        "objective/score": -0.4 + 2.2 * d + 0.15 * n,
+        "objective/kl": 9.0 * d + 0.4 * n,
+        "objective/kl_coef": 0.05,
+        "loss/policy": -0.012 + 0.004 * n,
+        "loss/value": 0.9 - 0.7 * d + 0.05 * n,
+        "policy/clipfrac": 0.05 + 0.02 * d + 0.005 * n,
+        "val/explained_variance": 0.1 + 0.7 * d + 0.05 * n,
+        "response_length": 44 - 12 * d + 1.5 * n,
+        "eos_rate": min(1.0, 0.8 + 0.2 * d),
+    },
+}
+
+
+def interval(mean: float, half: float) -> dict[str, float]:
+    """An interval as evaluation.json writes it."""
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def comparison(arm: str, against: str, difference: float, half: float) -> dict[str, Any]:
+    """A comparison as evaluation.json writes it."""
+    low, high = difference - half, difference + half
+    entry = {"arm": arm, "against": against, "difference": difference, "low": low, "high": high}
+    return entry | {"real": low > 0 or high < 0}
+
+
+def evaluation_json() -> dict[str, Any]:
+    """evaluation.json of five arms."""
+    arms = []
+    for position, (name, gold) in enumerate(ARMS.items()):
+        trained = name.startswith("stage:")
+        arms.append(
+            {
+                "name": name,
+                "label": name.removeprefix("stage:"),
+                "gold": interval(gold, 0.045),
+                "style": interval(min(1.0, gold + 0.2), 0.03),
+                "facts": interval(min(1.0, gold + 0.12), 0.04),
+                "words": 61.0 - 9 * position,
+                "reward": interval(-1.2 + position * 0.7, 0.21),
+                "kl": interval(2.0 + 2.1 * position, 0.6) if trained else None,
+                "distinct": 0.99,
+                "ended": 1.0,
+                "seconds": 41.0,
+            }
+        )
+    pairs = [("base+prompt", "base", 0.11), ("stage:sft", "base", 0.31), ("stage:sft", "base+prompt", 0.2)]
+    pairs += [("stage:dpo", "stage:sft", 0.09), ("stage:ppo", "stage:sft", 0.03), ("stage:ppo", "stage:dpo", -0.06)]
+    shift = {task: 0.06 * index - 0.09 for index, task in enumerate(TASKS)}
+    return {
+        "num_prompts": 100,
+        "arms": arms,
+        "comparisons": [comparison(arm, against, difference, 0.055) for arm, against, difference in pairs],
+        "tasks": {task: {arm: gold + shift[task] for arm, gold in ARMS.items()} for task in TASKS},
+    }
+
+
+def sample(index: int) -> dict[str, Any]:
+    """A row of samples.jsonl; its arms differ by an amount that depends on the row."""
+    rng = random.Random(f"sample {index}")
+    note = (
+        f"Note {index}: the ferry to Norra leaves at 7:30 from pier {index % 5 + 1} and takes 25 minutes. Bicycles "
+        "travel free on weekdays. In high wind the crossing is cancelled and a bus runs from the market square instead."
+    )
+    answers = {}
+    for arm, level in ARMS.items():
+        gold = round(min(1.0, max(0.0, rng.gauss(level, 0.25))), 2)
+        checks = dict.fromkeys(CHECKS, 1.0) | ({"filler": 0.5, "finished": 0.5} if gold < 0.4 else {})
+        opening = "Sure! Here is a summary of the note: the" if gold < 0.4 else "The"
+        words = f"{opening} ferry leaves at 7:30 from pier {index % 5 + 1} and takes 25 minutes."
+        answers[arm] = {"text": words, "gold": gold, "style": min(1.0, gold + 0.2), "facts": 1.0, "checks": checks}
+    return {
+        "id": f"heldout-{index:03d}",
+        "task": TASKS[index % len(TASKS)],
+        "messages": [{"role": "user", "content": f"Summarise this note for a visitor.\n\n{note}"}],
+        "reference": f"The 7:30 ferry to Norra leaves from pier {index % 5 + 1}; a bus replaces it in high wind.",
+        "answers": answers,
+    }

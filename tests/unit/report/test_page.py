@@ -1,0 +1,355 @@
+"""The page as its reader gets it: complete, self-contained, safe against hostile text, honest about what is missing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from alignment.errors import ArtifactError, ConfigError
+from alignment.report import build
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</style><script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "</title></textarea><svg onload=alert(1)>",
+    "{{ 7 * 7 }}{% for x in y %}",
+    "\u202egnp.exe \u2067مرحبا",
+    "\x00\x1b[31m\ud800",
+    "W" * 3000,
+    "<a href='https://example.com/'>x</a> @import url(https://example.com/x.css)",
+]
+REQUESTS = {"src", "srcset", "data", "action", "formaction", "background", "poster", "ping", "xlink:href", "style"}
+TAGS = {"html", "head", "meta", "title", "style", "body", "main", "header", "nav", "section", "div", "p", "a", "pre"}
+TAGS |= {"h1", "h2", "h3", "b", "bdi", "small", "span", "code", "ul", "li", "dl", "dt", "dd", "details", "summary"}
+TAGS |= {"table", "thead", "tbody", "tr", "th", "td", "figure", "figcaption"}
+TAGS |= {"svg", "g", "rect", "path", "line", "circle", "text"}
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, and the text of elements."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.styles: list[str] = []
+        self._inside = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        (self.styles if self._inside == "style" else self.words).append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+
+def assert_harmless(html: str) -> None:
+    page = Page(html)
+    assert {tag for tag, _ in page.tags} <= TAGS
+    for tag, attributes in page.tags:
+        assert not REQUESTS & attributes.keys(), (tag, attributes)
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        assert attributes.get("href", "#").startswith("#")
+    (style,) = page.styles
+    assert "@import" not in style
+    assert "url(" not in style
+    policies = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert len(policies) == 1
+    assert policies[0].startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
+
+
+def test_an_ordinary_page_is_self_contained(fake_run):
+    html = fake_run.html()
+    assert_harmless(html)
+    assert "http://" not in html
+    assert "https://" not in html
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_text_anywhere_stays_text(fake_run, hostile):
+    fake_run.run.update(name=hostile, recipe=hostile, overrides=[hostile], started=hostile)
+    fake_run.run["config"]["model"]["source"] = hostile
+    fake_run.run["config"]["stages"]["dpo"][hostile] = {hostile: [hostile]}
+    fake_run.run["stages"]["ppo"].update(state=hostile, reason=hostile, kind=hostile)
+    for arm in fake_run.evaluation["arms"]:
+        arm["label"] = arm["label"] + hostile
+    fake_run.evaluation["tasks"][hostile] = {"stage:sft": 0.5}
+    for row in fake_run.samples:
+        row.update(id=row["id"] + hostile, task=hostile, reference=hostile)
+        row["messages"] = [{"role": hostile, "content": hostile}]
+        for answer in row["answers"].values():
+            answer.update(text=hostile, checks={hostile: 0.5})
+    fake_run.write()
+    (fake_run.folder / "ppo").mkdir()
+    (fake_run.folder / "ppo" / "status.json").write_text(json.dumps({"error": hostile}), encoding="utf-8")
+    html = fake_run.html(num_samples=40)
+    assert_harmless(html)
+    visible = hostile.replace("\ud800", "\ufffd").replace("\x00", "\ufffd").replace("\x1b", "\ufffd")
+    visible = visible.replace("\u202e", "\ufffd").replace("\u2067", "\ufffd")
+    assert " ".join(visible.split()) in Page(html).text
+
+
+def test_every_arm_and_stage_is_shown_with_its_state(fake_run):
+    html = fake_run.html()
+    page = Page(html).text
+    for label in ("base", "base+prompt", "sft", "dpo", "ppo"):
+        assert f'<th scope="row"><bdi>{label}</bdi></th>' in html
+    for stage, entry in fake_run.run["stages"].items():
+        assert f">{stage}</text>" in html
+        assert entry["artifact"] in html
+    assert "reused · 5\u202fmin 12\u202fs" in html  # the time of the run that made it, not the zero of this one
+    assert "0.71" in page
+    assert "0.66 to 0.76" in page
+
+
+def test_chain_arrows_follow_the_inputs(fake_run):
+    wide = fake_run.html().split('<div class="scroll chain-wide">')[1].split("</svg>")[0]
+    assert wide.count('class="box') == 7  # six stages and the base model
+    # base→sft, base→evaluate, sft→reward, sft→dpo, sft→ppo, sft→evaluate, reward→ppo, reward→evaluate, dpo→evaluate,
+    # ppo→evaluate, evaluate→report
+    assert wide.count('class="arrow"') == 11
+
+
+def test_a_cycle_of_inputs_still_gives_a_page(fake_run):
+    fake_run.run["stages"]["sft"]["inputs"] = {"init": "stage:ppo"}
+    fake_run.run["stages"]["dpo"]["inputs"] = {"init": "stage:dpo", "other": "stage:gone"}
+    assert_harmless(fake_run.html())
+
+
+def test_the_same_files_give_the_same_bytes_wherever_they_lie(fake_run, tmp_path):
+    first = fake_run.html()
+    assert fake_run.html() == first
+    moved = tmp_path / "elsewhere"
+    shutil.move(fake_run.root / "runs", moved / "runs")
+    shutil.move(fake_run.root / "artifacts", moved / "artifacts")
+    build(moved / "runs" / "quickstart", moved / "report.html", num_samples=12)
+    assert (moved / "report.html").read_text(encoding="utf-8") == first
+    assert str(tmp_path) not in first
+
+
+def test_artifacts_recorded_by_absolute_path_are_found(fake_run):
+    by_name = fake_run.html()
+    for stage, entry in fake_run.run["stages"].items():
+        entry["artifact"] = str(fake_run.artifact(stage))
+    (fake_run.folder / "run.json").write_text(json.dumps(fake_run.run), encoding="utf-8")
+    build(fake_run.folder, fake_run.root / "other.html", num_samples=12)
+    assert (fake_run.root / "other.html").read_text(encoding="utf-8") == by_name
+
+
+def test_a_missing_evaluation_is_said(fake_run):
+    fake_run.evaluation = fake_run.samples = None
+    page = Page(fake_run.html()).text
+    assert "The evaluation (evaluate) has no result yet. Nothing can be said yet about which stage helped." in page
+    assert "Samples come from the evaluation, which has no result yet." in page
+
+
+def test_a_run_without_an_evaluate_stage_is_said(fake_run):
+    for stage in ("evaluate", "report"):
+        del fake_run.run["stages"][stage]
+    assert "This run has no evaluate stage." in Page(fake_run.html()).text
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"arms": []}', '{"arms": [3, {"gold": 1}]}', '{"arms": {}}']
+)
+def test_a_damaged_evaluation_is_said(fake_run, content):
+    fake_run.write()
+    (fake_run.artifact("evaluate") / "evaluation.json").write_text(content)
+    build(fake_run.folder, fake_run.root / "report.html", num_samples=12)
+    assert "The file evaluation.json" in (fake_run.root / "report.html").read_text(encoding="utf-8")
+
+
+def test_an_arm_with_nothing_but_a_name_is_shown_with_dashes(fake_run):
+    fake_run.evaluation["arms"][1] = {"name": "base+prompt", "reward": None, "kl": None, "gold": {"mean": None}}
+    row = re.search(r"<tr><th scope=\"row\"><bdi>base\+prompt</bdi></th>(.*?)</tr>", fake_run.html()).group(1)
+    assert row.count("<td>–</td>") == 8
+
+
+def test_an_interrupted_run_shows_what_there_is(fake_run):
+    fake_run.run["stages"]["ppo"].update(state="failed", reason="exit code 6", seconds=None)
+    fake_run.run["stages"]["evaluate"].update(state="waiting", artifact=None, seconds=None)
+    fake_run.write()
+    (fake_run.folder / "ppo").mkdir()
+    status = {"state": "failed", "exit_code": 6, "error": "loss is NaN at update 7", "where": "stages.ppo"}
+    (fake_run.folder / "ppo" / "status.json").write_text(json.dumps(status), encoding="utf-8")
+    html = fake_run.html()
+    page = Page(html).text
+    assert "The run is not complete: ppo (failed) and evaluate (waiting)." in page
+    assert "loss is NaN at update 7" in page
+    assert 'aria-label="ppo, KL to the reference' in html  # the curves lie in the work folder
+
+
+def test_a_stage_that_run_json_gives_no_artifact_is_found_through_its_stage_file(fake_run):
+    fake_run.run["stages"]["ppo"].update(state="failed", seconds=None)
+    fake_run.write()
+    folder = fake_run.artifact("ppo")
+    fake_run.run["stages"]["ppo"]["artifact"] = None
+    (fake_run.folder / "ppo").mkdir()
+    (fake_run.folder / "ppo" / "stage.yaml").write_text(f"stage: ppo\nartifact: {folder}\n", encoding="utf-8")
+    assert 'aria-label="ppo, KL to the reference' in fake_run.html()
+
+
+def test_missing_and_torn_metrics_are_said(fake_run):
+    del fake_run.metrics["dpo"]
+    fake_run.write()
+    with (fake_run.artifact("sft") / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"step": 121, "lo')
+    build(fake_run.folder, fake_run.root / "report.html", num_samples=12)
+    page = Page((fake_run.root / "report.html").read_text(encoding="utf-8")).text
+    assert "It left no metrics.jsonl, so there are no curves." in page
+    assert "1 line of its metrics.jsonl cannot be read and is left out." in page
+
+
+def test_a_damaged_manifest_is_said(fake_run):
+    fake_run.write()
+    (fake_run.artifact("dpo") / "manifest.json").write_text("{")
+    build(fake_run.folder, fake_run.root / "report.html", num_samples=12)
+    page = Page((fake_run.root / "report.html").read_text(encoding="utf-8")).text
+    assert "Its manifest cannot be read" in page
+
+
+def test_an_empty_run_still_gives_a_page(fake_run):
+    fake_run.run = {"name": "nothing"}
+    html = fake_run.html()
+    assert_harmless(html)
+    assert "This run has no stages." in html
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1]"])
+def test_a_folder_that_holds_no_run_is_an_artifact_error(tmp_path, content):
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"run\.json"):
+        build(tmp_path, tmp_path / "report.html", num_samples=12)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_negative_number_of_samples_is_a_config_error(fake_run):
+    with pytest.raises(ConfigError, match="num_samples: -1 is negative"):
+        fake_run.html(num_samples=-1)
+
+
+def test_samples_spread_over_tasks_and_outcomes_whatever_their_order(fake_run):
+    first = fake_run.html(num_samples=8)
+    random.Random(0).shuffle(fake_run.samples)
+    assert fake_run.html(num_samples=8) == first
+    assert first.count('<details class="sample"') == 8
+    for why, count in {"arms differ most": 4, "by hash, better half": 2, "by hash, worse half": 2}.items():
+        assert first.count(f"<small>{why}</small>") == count
+    for task in ("summarise", "answer", "rewrite", "extract"):
+        assert first.count(f'<span class="task"><bdi>{task}</bdi></span>') >= 1
+    assert "8 of 40 held-out prompts." in first
+
+
+@pytest.mark.parametrize(("wanted", "shown"), [(0, 0), (1, 1), (40, 40), (99, 40)])
+def test_as_many_samples_as_asked_for_or_as_there_are(fake_run, wanted, shown):
+    assert fake_run.html(num_samples=wanted).count('<details class="sample"') == shown
+
+
+def test_a_sample_shows_the_answer_its_scores_and_the_failed_checks(fake_run):
+    fake_run.samples = fake_run.samples[:1]
+    checks = {"length": 1.0, "filler": 0.5, "own_words": 0.0, "plain": True}
+    answer = {"text": "An answer.", "gold": 0.25, "style": 0.5, "facts": None, "checks": checks}
+    fake_run.samples[0]["answers"] = {"stage:dpo": answer, "stage:ppo": {"text": " "}}
+    page = Page(fake_run.html()).text
+    assert "An answer. gold 0.25 style 0.50 own_words ×0.00 filler ×0.50" in page
+    assert "(no answer)" in page
+
+
+def test_lineage_settings_and_the_command_are_there(fake_run):
+    fake_run.run["overrides"] = ["stages.dpo.beta=0.3", "name=it's mine"]
+    page = Page(fake_run.html()).text
+    manifest = json.loads((fake_run.artifact("dpo") / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["fingerprint"] in page
+    assert f"data.sha256: {manifest['identity']['data']['sha256']}" in page
+    assert "adapters/0-sft → adapters/1-dpo" in page
+    assert "torch 2.9.0" in page
+    assert "4f2c9d1e0b7a" in page
+    assert "2.4 GB" in page
+    assert "adapter.target_modules" in page
+    assert '["all-linear"]' in page
+    assert "beta" in page
+    assert "align run quickstart stages.dpo.beta=0.3 'name=it'\"'\"'s mine'" in page
+
+
+def test_the_report_never_imports_torch():
+    code = (
+        "import sys, alignment.report; print(sorted(m for m in sys.modules if m in ('torch', 'transformers', 'hydra')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_browser_opens_it_without_a_word(fake_run, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on PATH: the page was not opened in a browser")
+    fake_run.run["name"] = HOSTILE[1]
+    for row in fake_run.samples:
+        row["messages"][0]["content"] = HOSTILE[2] + HOSTILE[4]
+    fake_run.html()
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += (
+        " --disable-component-update --disable-sync --disable-dev-shm-usage --enable-logging=stderr --v=0 --dump-dom"
+    )
+    command = [
+        chromium,
+        *flags.split(),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        (fake_run.root / "report.html").as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr
+    assert "<script" not in done.stdout
+    assert "<img" not in done.stdout
+    assert "Run it again" in done.stdout
+
+
+JUNK = [None, True, -1, 1e308, float("nan"), "", "x", [], [None], {}, {"mean": "x"}, [[{}]]]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_values_of_the_wrong_kind_never_stop_the_page(fake_run, seed):
+    rng = random.Random(seed)
+    for tree in (fake_run.evaluation, fake_run.samples[:4], fake_run.metrics["dpo"][:5], fake_run.run["config"]):
+        for _ in range(4):
+            spoil(tree, rng)
+    fake_run.samples[:4] = [row for row in fake_run.samples[:4] if isinstance(row, dict)]
+    for entry in fake_run.run["stages"].values():
+        for key in ("kind", "state", "reason", "seconds", "inputs"):
+            if rng.random() < 0.2:
+                entry[key] = copy.deepcopy(rng.choice(JUNK))
+    fake_run.metrics = {stage: rows for stage, rows in fake_run.metrics.items() if isinstance(rows, list)}
+    assert_harmless(fake_run.html())
+
+
+def spoil(tree, rng: random.Random) -> None:
+    """Puts a value of another kind somewhere into nested dicts and lists."""
+    while True:
+        keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+        if not keys:
+            return
+        key = rng.choice(keys)
+        if isinstance(tree[key], (dict, list)) and tree[key] and rng.random() < 0.8:
+            tree = tree[key]
+        else:
+            tree[key] = copy.deepcopy(rng.choice(JUNK))
+            return

@@ -1,0 +1,143 @@
+"""Curves: ticks at round numbers, gaps where values are not finite, spikes kept, and small whatever the length."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from alignment.report import text
+from alignment.report.axes import nice_ticks, segments, smoothed, thinned, tick_labels
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (0.0, 1.0, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        (0.31, 0.69, ["0.4", "0.5", "0.6"]),
+        (-0.023, 0.004, ["−0.02", "−0.01", "0.00"]),
+        (0, 5000, ["0", "1\u202f000", "2\u202f000", "3\u202f000", "4\u202f000", "5\u202f000"]),
+        (1, 60_000, ["20k", "40k", "60k"]),
+        (1e-6, 5e-6, ["1.0e-6", "2.0e-6", "3.0e-6", "4.0e-6", "5.0e-6"]),
+    ],
+)
+def test_ticks_stand_at_round_numbers_and_tell_them_apart(low, high, labels):
+    assert tick_labels(nice_ticks(low, high, 5)) == labels
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1.0, 37.0, 1e9])
+def test_ticks_stay_inside_the_range_and_are_few(scale):
+    for low, high in [(-1.0, 1.0), (0.1, 0.7), (2.0, 2.001)]:
+        ticks = nice_ticks(low * scale, high * scale, 5)
+        assert 2 <= len(ticks) <= 6
+        assert all(low * scale - 1e-9 * scale <= tick <= high * scale + 1e-9 * scale for tick in ticks)
+
+
+def test_thinning_keeps_spikes_gaps_and_order():
+    points = [(float(i), 1.0) for i in range(5000)]
+    points[1234], points[4000] = (1234.0, 99.0), (4000.0, None)
+    kept = thinned(points, 420)
+    assert len(kept) <= 430
+    assert (1234.0, 99.0) in kept
+    assert (4000.0, None) in kept
+    assert kept == sorted(kept, key=lambda point: point[0])
+
+
+def test_smoothing_keeps_a_constant_and_a_gap_and_follows_without_lag():
+    constant = [(float(i), 2.0) for i in range(50)]
+    assert smoothed(constant) == constant
+    line = [(float(i), float(i)) for i in range(100)]
+    assert smoothed(line)[50] == (50.0, 50.0)
+    assert smoothed([*line[:50], (50.0, None), *line[51:]])[50] == (50.0, None)
+
+
+def test_segments_end_at_gaps():
+    assert segments([(1, None), (2, 1.0), (3, None), (4, None), (5, 2.0), (6, 3.0)]) == [
+        [(2, 1.0)],
+        [(5, 2.0), (6, 3.0)],
+    ]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None, "NaN"])
+def test_a_value_that_is_not_finite_becomes_a_gap_and_is_said(fake_run, bad):
+    fake_run.metrics["ppo"][7]["objective/kl"] = bad
+    html = fake_run.html()
+    assert "1 value was not finite; the lines have gaps there." in html
+    kl = html.split('aria-label="ppo, KL to the reference')[1].split("</svg>")[0]
+    assert re.search(r'<path class="line s0" d="([^"]*)"', kl).group(1).count("M") == 2
+    assert "nan" not in kl
+    assert "inf" not in kl
+
+
+def test_a_figure_that_is_never_finite_or_absent_gets_no_chart(fake_run):
+    for row in fake_run.metrics["sft"]:
+        row["loss"] = math.nan
+        del row["mean_token_accuracy"]
+    html = fake_run.html()
+    assert 'aria-label="sft,' not in html
+    assert "Its metrics.jsonl holds none of the figures that are drawn for its kind." in html
+
+
+def test_a_single_step_and_a_constant_can_be_drawn(fake_run):
+    fake_run.metrics["sft"] = [{"step": 1, "loss": 2.0}]
+    fake_run.metrics["reward"] = [{"step": step, "loss": 0.5} for step in range(1, 40)]
+    html = fake_run.html()
+    assert 'aria-label="sft, Loss: from 2.00 to 2.00"' in html
+    assert 'aria-label="reward, Loss: from 0.500 to 0.500"' in html
+
+
+def test_five_thousand_steps_stay_small(fake_run):
+    fake_run.metrics["sft"] = [
+        {"step": step, "loss": 2 + math.sin(step), "mean_token_accuracy": 0.5} for step in range(5000)
+    ]
+    curve = fake_run.html().split('aria-label="sft, Loss')[1].split("</svg>")[0]
+    assert len(curve) < 20_000
+
+
+def test_every_kind_of_stage_shows_its_figures(fake_run):
+    html = fake_run.html()
+    titles = {
+        "sft": ["Loss", "Next-token accuracy"],
+        "reward": ["Loss", "Accuracy, training pairs", "Accuracy, held-out pairs", "Margin"],
+        "dpo": ["Loss", "Accuracy", "Margin", "Log-probability of the answers"],
+        "ppo": [
+            "Reward-model score",
+            "KL to the reference",
+            "Policy loss",
+            "Value loss",
+            "Clipped",
+            "Explained variance",
+            "Answer length",
+            "Answers that ended",
+        ],
+    }
+    shown = re.findall(r'aria-label="(\w+), ([^:"]+): ', html)
+    assert shown == [(stage, title) for stage, names in titles.items() for title in names]
+
+
+def test_a_kl_coefficient_is_drawn_only_where_it_moves(fake_run):
+    assert "KL coefficient" not in fake_run.html()
+    fake_run.metrics["ppo"][3]["objective/kl_coef"] = 0.07
+    assert 'aria-label="ppo, KL coefficient' in fake_run.html()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.693147, "0.693"), (-41.23, "−41.2"), (12_400, "12.4k"), (3.1e-5, "3.1e-5"), (0, "0"), (0.0165, "0.0165")],
+)
+def test_plot_labels_have_three_digits(value, shown):
+    assert text.compact(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.04, "0.0\u202fs"), (41, "41\u202fs"), (252, "4\u202fmin 12\u202fs"), (3900, "1\u202fh 05\u202fmin")],
+)
+def test_durations_read_naturally(seconds, shown):
+    assert text.duration(seconds) == shown
+
+
+@pytest.mark.parametrize(("value", "shown"), [(1.0, "100"), (0.997, "99.7"), (0.62, "62"), (0.0, "0"), (0.002, "0.2")])
+def test_a_share_below_one_never_reads_as_all(value, shown):
+    assert text.share(value) == f"{shown}\u202f%"

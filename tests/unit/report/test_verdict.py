@@ -1,0 +1,98 @@
+"""The sentences at the top of the report say what the intervals say, and nothing more."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def lead_of(html: str) -> str:
+    return html.split('<p class="lead">')[1].split("</p>")[0]
+
+
+def against_sft(fake_run, make_comparison, **differences: float) -> str:
+    """The lead of a run in which the named arms differ from sft by so much, with a half-width of 0.05."""
+    pairs = [make_comparison(f"stage:{arm}", "stage:sft", value, 0.05) for arm, value in differences.items()]
+    fake_run.evaluation["comparisons"] = pairs
+    return lead_of(fake_run.html())
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ({"dpo": 0.09, "ppo": 0.08}, "Preference training helped: dpo and ppo beat sft."),
+        ({"dpo": 0.09}, "Preference training helped: dpo beats sft."),
+        ({"dpo": -0.09, "ppo": -0.2}, "Preference training hurt: dpo and ppo fall behind sft."),
+        (
+            {"dpo": 0.03, "ppo": -0.01},
+            "Preference training is not shown to have helped: dpo and ppo cannot be told apart from sft.",
+        ),
+        (
+            {"dpo": 0.09, "ppo": 0.03},
+            "Preference training had mixed results: dpo beats sft; ppo cannot be told apart from sft.",
+        ),
+        ({"dpo": 0.09, "ppo": -0.07}, "Preference training had mixed results: dpo beats sft; ppo falls behind sft."),
+    ],
+)
+def test_the_lead_says_whether_preference_training_helped(fake_run, make_comparison, differences, expected):
+    assert against_sft(fake_run, make_comparison, **differences) == expected
+
+
+def test_a_comparison_written_the_other_way_round_means_the_same(fake_run, make_comparison):
+    fake_run.evaluation["comparisons"] = [make_comparison("stage:sft", "stage:dpo", -0.09, 0.05)]
+    assert lead_of(fake_run.html()) == "Preference training helped: dpo beats sft."
+
+
+def test_real_and_not_shown_differences_are_told_apart(fake_run):
+    html = fake_run.html()
+    assert "dpo is really better than sft: +0.090 gold (95\u202f% interval +0.035 to +0.145)." in html
+    assert "ppo is really worse than dpo: −0.060 gold" in html
+    assert "Not shown, because the interval includes zero: a difference between ppo and sft." in html
+    assert html.count('<span class="verdict open" role="cell">not shown</span>') == 1
+    assert html.count('role="cell">real</span>') == 5
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.0, 0.1, "not shown"), (-0.1, 0.0, "not shown"), (1e-4, 0.1, "real")]
+)
+def test_an_interval_that_touches_zero_is_not_real_whatever_the_file_claims(fake_run, low, high, verdict):
+    entry = {"arm": "stage:dpo", "against": "stage:sft", "difference": (low + high) / 2, "low": low, "high": high}
+    fake_run.evaluation["comparisons"] = [entry | {"real": True}]
+    assert f'role="cell">{verdict}</span>' in fake_run.html()
+
+
+def test_an_ordinary_run_has_no_warnings(fake_run):
+    assert "Read this first" not in fake_run.html()
+
+
+def test_degenerate_arms_large_kl_and_endless_answers_are_named(fake_run):
+    ppo = fake_run.evaluation["arms"][-1]
+    ppo.update(distinct=0.62, ended=0.93, kl={"mean": 41.0, "low": 38.0, "high": 44.0})
+    html = fake_run.html()
+    assert "ppo is degenerate: only 62\u202f% of its answers are distinct" in html
+    assert "ppo has moved 41.0 nats a sequence away from the reference (more than 25)" in html
+    assert "Some answers never ended and were cut off at the limit: 7 of 100 from ppo." in html
+
+
+@pytest.mark.parametrize(("distinct", "kl"), [(0.9, 25.0), (1.0, 0.0), (None, None)])
+def test_figures_at_the_limit_or_missing_raise_no_warning(fake_run, distinct, kl):
+    fake_run.evaluation["arms"][-1].update(
+        distinct=distinct, kl=None if kl is None else {"mean": kl, "low": kl, "high": kl}
+    )
+    assert "Read this first" not in fake_run.html()
+
+
+def test_a_higher_reward_with_really_lower_gold_is_called_over_optimisation(fake_run, make_comparison):
+    fake_run.evaluation["comparisons"] = [make_comparison("stage:ppo", "stage:sft", -0.1, 0.05)]
+    assert "The reward model scores ppo above sft although its gold score is really lower" in fake_run.html()
+
+
+def test_without_preference_stages_the_lead_counts_real_differences(fake_run):
+    fake_run.drop_arms(["base", "base+prompt", "stage:sft"])
+    assert lead_of(fake_run.html()) == "3 of 3 comparisons between arms show a real difference."
+
+
+def test_one_arm_alone_has_nothing_to_be_compared_with(fake_run):
+    fake_run.drop_arms(["stage:sft"])
+    html = fake_run.html()
+    assert lead_of(html) == "Only sft was evaluated, so there is nothing to compare it with."
+    assert "The evaluation holds no comparisons." in html

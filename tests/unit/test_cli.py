@@ -1,0 +1,108 @@
+"""The command as a user types it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignment import __version__, cli
+from alignment.config.stage import STAGES
+from alignment.config.store import recipe_names
+
+Captured = pytest.CaptureFixture[str]
+
+
+def test_version_and_listings(capsys: Captured) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"align {__version__}\n"
+    assert cli.main(["recipes"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == recipe_names()
+    assert cli.main(["stages"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(STAGES)
+
+
+def test_help_fits_a_screen(capsys: Captured) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 30
+    assert any("align run quickstart" in line for line in lines)
+
+
+def test_a_plan_says_what_would_run(capsys: Captured, tmp_path: Path) -> None:
+    assert cli.main(["plan", "quickstart", f"output={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    assert "6 to run, 0 reused" in printed
+    assert printed.count("nothing made yet") == 6
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_misspellings_are_listed_together_and_nothing_is_started(capsys: Captured, tmp_path: Path, verb: str) -> None:
+    code = cli.main([verb, "quickstart", f"output={tmp_path}", "stages.sft.pakcing=true", "stages.dpo.bata=0.1"])
+    assert code == 2
+    assert capsys.readouterr().err == (
+        "configuration: 2 faults in the configuration:\n"
+        "  stages.sft.pakcing: unknown key; did you mean 'packing'?\n"
+        "  stages.dpo.bata: unknown key; did you mean 'beta'?\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run"], 2, f"configuration: which recipe? shipped: {', '.join(recipe_names())}"),
+        (["run", "quikstart"], 2, "configuration: recipe: no recipe 'quikstart'; did you mean 'quickstart'?"),
+        (["plan", "quickstart", "stages.sft.data.source=path:/x"], 3, "data: stages.sft.data.source: no file /x"),
+        (["plan", "quickstart", "model.source=path:/x"], 4, "model: model.source: no folder /x"),
+        (
+            ["status", "x", "--output", "/nowhere"],
+            2,
+            "configuration: run: no run 'x' under /nowhere/runs; there is none",
+        ),
+    ],
+)
+def test_a_fault_has_its_exit_code(capsys: Captured, arguments: list[str], code: int, message: str) -> None:
+    assert cli.main(arguments) == code
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_status_without_runs_says_so(capsys: Captured, tmp_path: Path) -> None:
+    assert cli.main(["status", "--output", str(tmp_path)]) == 0
+    assert "no runs" in capsys.readouterr().out
+
+
+def test_another_distribution_of_the_same_package_is_refused(
+    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    information = tmp_path / "alignment_handbook-0.4.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: alignment-handbook\nVersion: 0.4\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert cli.main(["recipes"]) == 2
+    assert "alignment-handbook 0.4 is installed in this environment" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_anything_started_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_dispatch", interrupt)
+    assert cli.main(["recipes"]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was started\n"
+
+
+def test_the_command_answers_as_a_process_of_its_own() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "alignment.cli", "stages"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(done.stdout.splitlines()) == len(STAGES)

@@ -1,0 +1,43 @@
+"""One canonical form for what defines a result."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import pytest
+
+from alignment.config.adapter import AdapterKind
+from alignment.config.stage import DpoConfig, SftConfig
+from alignment.fingerprint import canonical, digest
+
+
+class Colour(Enum):
+    """An enum whose value is no text."""
+
+    red = 1
+
+
+def test_order_of_keys_and_the_writing_of_numbers_do_not_count() -> None:
+    assert digest({"a": 1, "b": 2.0}) == digest({"b": 2, "a": 1.0})
+    assert digest({"a": (1, 2)}) == digest({"a": [1, 2]})
+    assert digest({"a": "1"}) != digest({"a": 1})
+    assert digest({"a": True}) != digest({"a": 1})
+
+
+def test_enums_stand_for_their_values() -> None:
+    assert canonical([AdapterKind.lora, Colour.red]) == ["lora", 1]
+
+
+@pytest.mark.parametrize("value", [{1, 2}, float("nan"), float("inf"), object(), b"x"])
+def test_what_has_no_stable_form_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match="no stable form"):
+        digest({"a": value})
+
+
+def test_fields_that_change_no_result_are_left_out() -> None:
+    kept = canonical(SftConfig())
+    assert not {"init", "log_every", "save_every"} & set(kept)
+    assert "micro_batch_size" not in kept["optim"]
+    assert "source" not in kept["data"]
+    assert canonical(DpoConfig(beta=0.1)) != canonical(DpoConfig(beta=0.2))

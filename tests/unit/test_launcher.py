@@ -1,0 +1,160 @@
+"""The command that runs a stage, and that nothing of it outlives the call."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from alignment.config.launch import LaunchConfig, LauncherKind
+from alignment.errors import ConfigError
+from alignment.launcher import Command, command, count_devices, execute
+from alignment.locks import held, is_held
+
+STAGE_FILE = Path("/runs/r/dpo/stage.yaml")
+
+
+def argv(launch: LaunchConfig, *, num_devices: int) -> str:
+    made = command(launch, STAGE_FILE, num_devices=num_devices, num_cores=8)
+    assert made.argv[0] == sys.executable
+    return " ".join(made.argv[1:])
+
+
+WORKER = "-m alignment.worker /runs/r/dpo/stage.yaml"
+ACCELERATE = (
+    "-m accelerate.commands.launch --num_processes {} --num_machines 1 --mixed_precision no --dynamo_backend no"
+)
+TORCHRUN = "-m torch.distributed.run --standalone --nnodes 1 --nproc_per_node {}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "devices", "expected"),
+    [
+        (LauncherKind.auto, 1, 0, f"{ACCELERATE.format(1)} --cpu {WORKER}"),
+        (LauncherKind.auto, 2, 0, f"{TORCHRUN.format(2)} {WORKER}"),
+        (LauncherKind.auto, 1, 4, f"{ACCELERATE.format(1)} {WORKER}"),
+        (LauncherKind.auto, 4, 4, f"{ACCELERATE.format(4)} --multi_gpu {WORKER}"),
+        (LauncherKind.torchrun, 1, 0, f"{TORCHRUN.format(1)} {WORKER}"),
+        (LauncherKind.torchrun, 4, 4, f"{TORCHRUN.format(4)} {WORKER}"),
+    ],
+)
+def test_the_launcher_suits_the_machine(kind: LauncherKind, processes: int, devices: int, expected: str) -> None:
+    assert argv(LaunchConfig(kind=kind, num_processes=processes), num_devices=devices) == expected
+
+
+def test_accelerate_is_refused_where_it_would_start_one_process_of_two() -> None:
+    with pytest.raises(ConfigError, match="accelerate starts one process"):
+        argv(LaunchConfig(kind=LauncherKind.accelerate, num_processes=2), num_devices=0)
+
+
+def test_more_processes_than_gpus_are_refused() -> None:
+    with pytest.raises(ConfigError, match="4 processes, but this machine has 2 GPUs"):
+        argv(LaunchConfig(num_processes=4), num_devices=2)
+
+
+@pytest.mark.parametrize(("processes", "threads", "expected"), [(1, 0, "8"), (2, 0, "4"), (16, 0, "1"), (2, 3, "3")])
+def test_threads_are_shared_out_evenly_unless_told(processes: int, threads: int, expected: str) -> None:
+    made = command(LaunchConfig(num_processes=processes, threads=threads), STAGE_FILE, num_devices=0, num_cores=8)
+    assert made.environment["OMP_NUM_THREADS"] == expected
+
+
+def test_the_worker_is_offline_and_finds_our_package_first() -> None:
+    made = command(LaunchConfig(), STAGE_FILE, num_devices=0, num_cores=1, pythonpath="/theirs").environment
+    assert made["HF_HUB_OFFLINE"] == made["TRANSFORMERS_OFFLINE"] == made["HF_DATASETS_OFFLINE"] == "1"
+    assert made["PYTHONPATH"] == f"{Path(__file__).parents[2]}:/theirs"
+
+
+def test_gpus_are_counted_from_what_is_visible(tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert count_devices({}, tmp_path) == 2
+    assert count_devices({"CUDA_VISIBLE_DEVICES": "1"}, tmp_path) == 1
+    assert count_devices({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == 0
+
+
+def python(code: str) -> Command:
+    return Command(argv=(sys.executable, "-c", code), environment={"PYTHONUNBUFFERED": "1"})
+
+
+def never() -> None:
+    """Polled; does nothing."""
+
+
+def test_output_is_appended_to_the_log_and_the_exit_code_returned(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    assert execute(python("print('one')"), log=log, on_poll=never, grace_seconds=1) == 0
+    assert execute(python("import sys; sys.exit('two')"), log=log, on_poll=never, grace_seconds=1) == 1
+    assert log.read_text() == "one\ntwo\n"
+    assert execute(python("import os; os.kill(os.getpid(), 9)"), log=log, on_poll=never, grace_seconds=1) == -9
+
+
+# A launcher that dies at SIGTERM, and a worker in a session of its own that takes a moment to save.
+LAUNCHER = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", {worker!r}], start_new_session=True)
+"""
+SAVES = """
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(0.3)
+    pathlib.Path({saved!r}).write_text("saved")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path({ready!r}).touch()
+time.sleep(60)
+"""
+STUBBORN = """
+import os, pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path({ready!r} + ".new").write_text(str(os.getpid()))
+os.replace({ready!r} + ".new", {ready!r})
+time.sleep(60)
+"""
+
+
+def interrupted(tmp_path: Path, worker: str, *, grace_seconds: float) -> float:
+    """Runs a launcher with ``worker`` under it, interrupts once it is ready, and returns the seconds that took."""
+    ready = tmp_path / "ready"
+
+    def on_poll() -> None:
+        if ready.exists():
+            raise KeyboardInterrupt
+
+    code = LAUNCHER.format(worker=worker.format(saved=str(tmp_path / "saved"), ready=str(ready)))
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        execute(python(code), log=tmp_path / "log.txt", on_poll=on_poll, grace_seconds=grace_seconds)
+    return time.monotonic() - started
+
+
+def test_an_interrupted_worker_may_save_before_the_call_returns(tmp_path: Path) -> None:
+    interrupted(tmp_path, SAVES, grace_seconds=20)
+    assert (tmp_path / "saved").read_text() == "saved"
+
+
+def test_a_worker_that_does_not_stop_is_killed_after_the_grace(tmp_path: Path) -> None:
+    assert interrupted(tmp_path, STUBBORN, grace_seconds=0.5) < 10
+    pid = int((tmp_path / "ready").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_command_can_keep_a_lock_after_the_one_who_took_it_let_go(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    seen = []
+    with held(lock, wait=False) as descriptor:
+        inherited = os.dup(descriptor)
+    execute(
+        python("import time; time.sleep(0.8)"),
+        log=tmp_path / "log.txt",
+        on_poll=lambda: seen.append(is_held(lock)),
+        grace_seconds=1,
+        keep_open=[inherited],
+    )
+    os.close(inherited)
+    assert seen
+    assert all(seen)
+    assert not is_held(lock)

@@ -1,0 +1,149 @@
+"""Around a trainer's steps: what is written, where a signal stops, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from alignment.errors import NonFiniteError
+from alignment.training.callbacks import Checkpoints, FiniteGradients, StepLog, StopOnSignal
+from alignment.training.checkpoints import newest
+from alignment.training.context import StageContext
+from alignment.training.metrics import MetricsLog
+from alignment.training.tracking import Tracker
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> TrainingArguments:
+    """What a trainer hands to its callbacks."""
+    return TrainingArguments(output_dir=str(tmp_path / "trainer"), use_cpu=True, report_to="none")
+
+
+def _state(step: int, max_steps: int = 100) -> TrainerState:
+    state = TrainerState()
+    state.global_step, state.max_steps = step, max_steps
+    return state
+
+
+# ---- stopping -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_stops_at_the_next_exact_step(arguments: TrainingArguments, name: signal.Signals) -> None:
+    stop = StopOnSignal(period=4)
+    stops = []
+    for step in range(1, 13):
+        if step == 6:
+            os.kill(os.getpid(), name)
+        control = TrainerControl()
+        stop.on_step_end(arguments, _state(step), control)
+        assert control.should_save == control.should_training_stop
+        if control.should_training_stop:
+            stops.append(step)
+    assert stops[0] == 8
+    assert stop.stopped
+
+
+def test_without_a_signal_nothing_stops(arguments: TrainingArguments) -> None:
+    stop, control = StopOnSignal(period=1), TrainerControl()
+    stop.on_step_end(arguments, _state(1), control)
+    assert not (stop.stopped or control.should_save or control.should_training_stop)
+
+
+def test_a_signal_during_the_last_step_lets_the_stage_finish(arguments: TrainingArguments) -> None:
+    stop, control = StopOnSignal(period=1), TrainerControl()
+    os.kill(os.getpid(), signal.SIGTERM)
+    stop.on_step_end(arguments, _state(100), control)
+    assert not stop.stopped
+    assert not control.should_training_stop
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_gradient_that_is_not_finite_stops_before_the_step(arguments: TrainingArguments, value: float) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    model(torch.ones(1, 2)).sum().backward()
+    model[1].weight.grad[0, 1] = value
+    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at step 8 \(1\.weight\)") as caught:
+        FiniteGradients().on_pre_optimizer_step(arguments, _state(7), TrainerControl(), model=model)
+    assert caught.value.exit_code == 6
+
+
+def test_finite_and_missing_gradients_pass(arguments: TrainingArguments) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1).requires_grad_(False))
+    model(torch.ones(1, 2)).sum().backward()
+    control = TrainerControl()
+    assert FiniteGradients().on_pre_optimizer_step(arguments, _state(7), control, model=model) is None
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+
+class _Run:
+    """Takes what a W&B run takes."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        self.steps.append((step, figures))
+
+
+def test_a_logged_step_goes_to_the_file_the_tracker_and_the_progress_line(
+    arguments: TrainingArguments, context: StageContext
+) -> None:
+    run = _Run()
+    log = MetricsLog(context.content / "metrics.jsonl")
+    callback = StepLog(context, log, Tracker(run), headline="loss")
+    logs = {"loss": 1.5, "learning_rate": 1e-4, "grad_norm": 0.5}
+    callback.on_log(arguments, _state(3, 9), TrainerControl(), logs=logs)
+    seconds = log.last().pop("seconds")
+    assert log.last() == {"step": 3, "loss": 1.5, "lr": 1e-4, "grad_norm": 0.5, "seconds": seconds}
+    assert 0.0 <= seconds < 600.0
+    assert [(step, figures["lr"]) for step, figures in run.steps] == [(3, 1e-4)]
+    assert json.loads((context.spec.work / "progress.json").read_text()) == {
+        "phase": "training",
+        "step": 3,
+        "total": 9,
+        "figures": {"loss": 1.5},
+    }
+
+
+@pytest.mark.parametrize("logs", [{}, None, {"train_runtime": 3.0, "train_loss": 1.0}])
+def test_the_trainers_closing_summary_is_no_step(
+    arguments: TrainingArguments, context: StageContext, logs: dict[str, float] | None
+) -> None:
+    log = MetricsLog(context.content / "metrics.jsonl")
+    callback = StepLog(context, log, Tracker(None), headline="loss")
+    callback.on_log(arguments, _state(9, 9), TrainerControl(), logs=logs)
+    assert log.last() == {}
+
+
+def test_the_length_of_the_work_is_shown_before_its_first_step(
+    arguments: TrainingArguments, context: StageContext
+) -> None:
+    callback = StepLog(context, MetricsLog(context.content / "metrics.jsonl"), Tracker(None), headline="loss")
+    callback.on_train_begin(arguments, _state(0, 9), TrainerControl())
+    told = json.loads((context.spec.work / "progress.json").read_text())
+    assert (told["phase"], told["step"], told["total"]) == ("training", 0, 9)
+
+
+def test_a_saved_checkpoint_is_sealed_and_the_oldest_removed(
+    arguments: TrainingArguments, context: StageContext
+) -> None:
+    for step in (1, 2, 3):
+        folder = context.checkpoints / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_text("x")
+        Checkpoints(context).on_save(arguments, _state(step), TrainerControl())
+    assert sorted(path.name for path in context.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    found = newest(context.checkpoints, fingerprint=context.spec.fingerprint)
+    assert found == context.checkpoints / "checkpoint-3"

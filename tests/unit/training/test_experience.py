@@ -1,0 +1,55 @@
+"""Which prompts an update uses, and how a stream of answer tokens becomes rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alignment.training.experience import prompt_order, response_mask, spread
+
+CPU = torch.device("cpu")
+
+
+def _generator(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1000 + number)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 10, 25])
+def test_every_prompt_comes_once_a_pass(batch: int) -> None:
+    episodes = [
+        prompt for start in range(0, 70, batch) for prompt in prompt_order(7, start, min(batch, 70 - start), _generator)
+    ]
+    for number in range(10):
+        assert sorted(episodes[7 * number : 7 * number + 7]) == list(range(7))
+
+
+def test_passes_are_permuted_differently() -> None:
+    orders = {tuple(prompt_order(12, 12 * number, 12, _generator)) for number in range(6)}
+    assert len(orders) == 6
+
+
+@pytest.mark.parametrize("start", [0, 5, 7, 13, 20])
+def test_a_resumed_run_meets_the_same_prompts(start: int) -> None:
+    assert prompt_order(7, start, 30 - start, _generator) == prompt_order(7, 0, 30, _generator)[start:]
+
+
+def test_a_mask_follows_lengths_and_never_token_ids() -> None:
+    assert response_mask([[2, 2, 2], [2], [0, 2]], CPU).tolist() == [
+        [True, True, True],
+        [True, False, False],
+        [True, True, False],
+    ]
+
+
+def test_a_stream_is_spread_over_rows_and_is_zero_beside_them() -> None:
+    mask = response_mask([[7, 8], [9], [4, 5, 6]], CPU)
+    found = spread(torch.arange(1.0, 7.0), mask)
+    assert found.tolist() == [[1.0, 2.0, 0.0], [3.0, 0.0, 0.0], [4.0, 5.0, 6.0]]
+    assert torch.equal(found[mask], torch.arange(1.0, 7.0))
+
+
+def test_spreading_hands_gradients_back_in_order() -> None:
+    flat = torch.ones(3, requires_grad=True)
+    weights = torch.tensor([[2.0, 9.0], [3.0, 4.0]])
+    (spread(flat, torch.tensor([[True, False], [True, True]])) * weights).sum().backward()
+    assert flat.grad.tolist() == [2.0, 3.0, 4.0]
