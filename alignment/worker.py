@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -52,6 +53,7 @@ def main(path: Path) -> int:
     try:
         _run(spec, context)
     except Preempted:
+        _leave_together()
         _finish(context, "preempted", PREEMPTED, "stopped on request; a checkpoint was written")
         return PREEMPTED
     except AlignmentError as error:
@@ -127,6 +129,13 @@ def _finish(context: StageContext, state: str, exit_code: int, error: str) -> No
         "time": time.time(),
     }
     write_json(context.spec.run_folder / "status.json", status)
+
+
+def _leave_together() -> None:
+    """No process goes before all have saved: the first to end would have the launcher end the others."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def _quiet() -> None:

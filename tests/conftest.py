@@ -8,6 +8,9 @@ THIRD_PARTY_WARNINGS = (
     # PEFT asks transformers for a property by its old name:
     # https://github.com/huggingface/peft/blob/main/src/peft/peft_model.py
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    # TRL turns recomputation on, under the old name, so under that it is turned off; transformers has a new one:
+    # https://github.com/huggingface/trl/blob/main/trl/trainer/base_config.py
+    "ignore:`gradient_checkpointing` is deprecated:FutureWarning",
 )
 
 

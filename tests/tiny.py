@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GemmaConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -66,14 +67,17 @@ _CONFIGS: Mapping[str, type[PreTrainedConfig]] = {
     "qwen2": Qwen2Config,
     "mistral": MistralConfig,
     "gemma": GemmaConfig,
+    "gpt2": GPT2Config,
 }
 _EXTRAS: Mapping[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
     "qwen2": {"tie_word_embeddings": False},
     "mistral": {"sliding_window": None, "tie_word_embeddings": False},
     "gemma": {"head_dim": 8},
+    "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }
-ARCHITECTURES = tuple(_CONFIGS)
+ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma")
+"""Rotary positions and grouped-query attention; ``gpt2`` has neither and learns its positions."""
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -99,7 +103,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_config(architecture: str, **changes: Any) -> PreTrainedConfig:
     """Two layers of width 32 with grouped-query attention; ``architecture`` is one of ``ARCHITECTURES``."""
     special = {"pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
-    return _CONFIGS[architecture](**{**_SIZES, **special, **_EXTRAS[architecture], **changes})
+    sizes = dict(_SIZES)
+    if architecture == "gpt2":
+        del sizes["num_key_value_heads"], sizes["intermediate_size"]
+    return _CONFIGS[architecture](**{**sizes, **special, **_EXTRAS[architecture], **changes})
 
 
 def tiny_model(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -153,7 +160,9 @@ def tiny_spec(folder: Path, config: StageConfig, **changes: Any) -> StageSpec:
     return StageSpec(**{**told, **changes})
 
 
-def publish_tiny(spec: StageSpec, model: Any, found: Lineage, *, head: dict[str, torch.Tensor] | None = None) -> StageInput:
+def publish_tiny(
+    spec: StageSpec, model: Any, found: Lineage, *, head: dict[str, torch.Tensor] | None = None
+) -> StageInput:
     """Publishes ``model`` as the artifact of ``spec``, as the worker does after a stage; returns a reference to it.
 
     ``head`` is what ``head.safetensors`` of a reward model holds.

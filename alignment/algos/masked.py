@@ -26,11 +26,7 @@ def masked_variance(values: Tensor, mask: Tensor) -> Tensor:
 
 def center_and_scale(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     """Mean 0 and variance 1 over counted elements; zero elsewhere (advantages, Huang et al. 2024)."""
-    return standardise(values, mask, mean=masked_mean(values, mask), variance=masked_variance(values, mask), eps=eps)
-
-
-def standardise(values: Tensor, mask: Tensor, *, mean: Tensor, variance: Tensor, eps: float = 1e-8) -> Tensor:
-    """(values − mean)/√(variance + eps) over counted elements, zero elsewhere; the moments may span processes."""
+    mean, variance = masked_mean(values, mask), masked_variance(values, mask)
     return (values - mean) * torch.rsqrt(variance + eps) * mask
 
 

@@ -22,7 +22,8 @@ MAX_WORDS = 50
 """Beyond this many words the length score falls linearly, reaching zero at twice as many."""
 
 _FILLER_OPENING = re.compile(
-    r"^\W*(?:(?:summary|answer):|(?:sure|certainly|of course|absolutely|great question|good question|okay|ok|here(?:'s| is| are)|"
+    r"^\W*(?:(?:summary|answer):|(?:sure|certainly|of course|absolutely|great question|good question|okay|ok|"
+    r"here(?:'s| is| are)|"
     r"below is|the following|i hope|thank you for|thanks for (?:asking|sharing)|as an ai|i'd be happy|"
     r"i would be happy|i'm happy|let me|based on the (?:text|note|message|information|passage)|"
     r"according to the (?:text|note|message|passage)|in (?:summary|conclusion|short)|to summari[sz]e|"

@@ -22,6 +22,7 @@ from alignment.models.load import DTYPES, Lineage, lineage, load_policy, load_to
 from alignment.models.reward import load_reward_model
 from alignment.stages.result import StageResult
 from alignment.training.context import StageContext
+from alignment.training.tracking import open_tracker
 
 Arm = dict[str, Any]
 
@@ -69,7 +70,11 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
         {"num_prompts": len(rows), "arms": table, "comparisons": comparisons, "tasks": tasks},
     )
     _write_samples(context, rows, answers)
-    return StageResult(metrics={f"gold/{arm['label']}": arm["gold"]["mean"] for arm in table})
+    metrics = {f"gold/{arm['label']}": arm["gold"]["mean"] for arm in table}
+    tracker = open_tracker(context)
+    tracker.summarise(metrics)
+    tracker.close()
+    return StageResult(metrics=metrics)
 
 
 class _Policies:

@@ -50,10 +50,12 @@ def kl_price(config: KlConfig) -> FixedKl | AdaptiveKl:
 def _trainer(
     config: PpoConfig, context: StageContext, roles: Roles, prompts: list[list[int]], end_id: int
 ) -> PpoTrainer:
-    micro, accumulated = split_batch(config.optim.batch_size, config.optim.micro_batch_size, context.world_size)
-    if config.num_minibatches > micro * accumulated:
+    micro, _ = split_batch(config.optim.batch_size, config.optim.micro_batch_size, context.world_size)
+    smallest = config.optim.batch_size // config.num_minibatches
+    if smallest < context.world_size:
         raise ConfigError(
-            f"{config.num_minibatches} minibatches need as many episodes on each process; there are {micro * accumulated}",
+            f"{config.num_minibatches} minibatches of {config.optim.batch_size} episodes leave {smallest} for "
+            f"{context.world_size} processes",
             where=f"stages.{context.spec.stage}.num_minibatches",
             remedy="choose a larger optim.batch_size, or fewer minibatches",
         )
@@ -72,7 +74,6 @@ def _trainer(
         prompts=prompts,
         end_id=end_id,
         per_update=config.optim.batch_size,
-        per_process=micro * accumulated,
         micro_batch_size=micro,
     )
     return PpoTrainer(roles, config, context, episodes=episodes, price=kl_price(config.kl), args=arguments)

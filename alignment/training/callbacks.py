@@ -83,6 +83,19 @@ class FiniteGradients(TrainerCallback):
                 )
 
 
+class NothingLeft(Exception):
+    """All steps were done before; the checkpoint is loaded."""
+
+
+class NoStepTooMany(TrainerCallback):
+    """Ends a training that was resumed after its last step; with ``max_steps`` transformers would take one more."""
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Runs before anything of the step does."""
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
+
+
 class StopOnSignal(TrainerCallback):
     """SIGTERM and SIGUSR1 save a checkpoint and stop; ``stopped`` then says so.
 

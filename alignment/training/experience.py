@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """Answers to prompts and what policy, reference, value and reward model say of them; one entry a row.
+
+    ``logprobs``, ``reference_logprobs``, ``entropy`` and ``values`` hold one float32 tensor ``[tokens of the answer]``
+    a row; ``scores`` are the reward model's. Rows are plain, so they can travel between processes.
+    """
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    logprobs: list[Tensor]
+    reference_logprobs: list[Tensor]
+    entropy: list[Tensor]
+    values: list[Tensor]
+    scores: list[float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Experience:
-    """One rollout batch on one process.
+    """The rollout batch of an update, of all processes, the same on each of them.
 
     Tensors are ``[rows, tokens]`` float32 unless said otherwise, zero outside ``response_mask``; ``scores`` is
     ``[rows]``, as the reward model gave them, with the score of unended answers replaced. ``advantages`` are whitened.
@@ -27,6 +44,18 @@ class Experience:
     returns: Tensor
 
 
+def interleave(shares: Sequence[Rollout]) -> Rollout:
+    """Puts the shares of processes, which took every n-th row each, back into the order of the whole batch."""
+    world = len(shares)
+    total = sum(len(share.answers) for share in shares)
+    return Rollout(
+        **{
+            field.name: [getattr(shares[row % world], field.name)[row // world] for row in range(total)]
+            for field in fields(Rollout)
+        }
+    )
+
+
 def response_mask(answers: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """``[rows, tokens]``: True on an answer's tokens, its EOS included. Lengths decide, never token ids."""
     lengths = torch.tensor([len(answer) for answer in answers], device=device)
@@ -36,6 +65,11 @@ def response_mask(answers: Sequence[Sequence[int]], device: torch.device) -> Ten
 def spread(flat: Tensor, mask: Tensor) -> Tensor:
     """``[answer tokens]`` of a stream → ``[rows, tokens]``, zero outside the mask."""
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+
+
+def stack(rows: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """One tensor a row → ``[rows, tokens]``, zero outside the mask."""
+    return spread(torch.cat(list(rows)).to(mask.device), mask)
 
 
 def prompt_order(count: int, start: int, number: int, generator: Callable[[int], torch.Generator]) -> list[int]:

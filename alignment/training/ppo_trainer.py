@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from alignment.algos.gae import advantages_and_returns, token_rewards
 from alignment.algos.kl import AdaptiveKl, FixedKl, k1, k3
-from alignment.algos.masked import scale_only, standardise
+from alignment.algos.masked import center_and_scale, scale_only
 from alignment.algos.ppo import clipped_policy_loss, clipped_value_loss, explained_variance, log_ratio
 from alignment.config.stage import PpoConfig
 from alignment.errors import StageError
@@ -30,7 +31,15 @@ from alignment.models.answers import answer_statistics, answer_stream, batches, 
 from alignment.models.generate import Sampling, generate
 from alignment.models.roles import Roles
 from alignment.training.context import StageContext
-from alignment.training.experience import Experience, prompt_order, response_mask, spread
+from alignment.training.experience import (
+    Experience,
+    Rollout,
+    interleave,
+    prompt_order,
+    response_mask,
+    spread,
+    stack,
+)
 from alignment.training.ppo_figures import UpdateFigures
 
 KlPrice = FixedKl | AdaptiveKl
@@ -40,7 +49,7 @@ START_KL_TOLERANCE = 0.02
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Episodes:
-    """How episodes are made: from which prompts, how answers end, how many an update and on each process.
+    """How episodes are made: from which prompts, how answers end, and how many an update, over all processes.
 
     ``micro_batch_size`` rows are held at once.
     """
@@ -48,7 +57,6 @@ class Episodes:
     prompts: Sequence[Sequence[int]]
     end_id: int
     per_update: int
-    per_process: int
     micro_batch_size: int
 
 
@@ -108,7 +116,7 @@ class PpoTrainer(Trainer):
             )
         epoch, minibatch = divmod(place, self.config.num_minibatches)
         order = torch.randperm(
-            self.episodes.per_process, generator=self.context.generator("minibatches", update, epoch)
+            self.episodes.per_update, generator=self.context.generator("minibatches", update, epoch)
         ).tensor_split(self.config.num_minibatches)[minibatch]
         started = time.monotonic()
         loss = self._backward(model, self._experience, order.tolist())
@@ -123,15 +131,13 @@ class PpoTrainer(Trainer):
     @torch.no_grad()
     def _collect(self, update: int) -> Experience:
         self.figures.clear()
-        prompts, answers = self._sample(update)
-        started = time.monotonic()
+        rollout = self._rollout(update)
         device = self.args.device
-        mask = response_mask(answers, device)
-        with self.accelerator.autocast():
-            logprobs, entropy, values = self._policy_and_values(prompts, answers, mask)
-            reference = self._reference_logprobs(prompts, answers, mask)
-            scores = self._scores(prompts, answers)
-        ended = torch.tensor([answer[-1] == self.episodes.end_id for answer in answers], device=device)
+        mask = response_mask(rollout.answers, device)
+        logprobs, values = stack(rollout.logprobs, mask), stack(rollout.values, mask)
+        reference = stack(rollout.reference_logprobs, mask)
+        scores = torch.tensor(rollout.scores, device=device)
+        ended = torch.tensor([answer[-1] == self.episodes.end_id for answer in rollout.answers], device=device)
         kept_scores = torch.where(ended, scores, torch.full_like(scores, self.config.missing_eos_score))
         kl = k1(logprobs, reference) * mask
         self._check_start(update, kl)
@@ -149,27 +155,50 @@ class PpoTrainer(Trainer):
                 "objective/kl": kl,
                 "objective/kl_k3": k3(logprobs, reference) * mask,
                 "objective/rlhf_reward": rewards,
-                "objective/entropy": entropy,
+                "objective/entropy": stack(rollout.entropy, mask),
                 "val/returns": returns,
                 "val/advantages": raw,
                 "val/values": values,
             },
         )
         self.figures.values["val/explained_variance"] = explained_variance(values, returns, mask)
-        self.figures.add_seconds("scoring", time.monotonic() - started)
         return Experience(
-            prompts=prompts,
-            answers=answers,
+            prompts=rollout.prompts,
+            answers=rollout.answers,
             response_mask=mask,
             logprobs=logprobs,
             values=values,
             scores=kept_scores,
-            advantages=self._whitened(raw, mask),
+            advantages=center_and_scale(raw, mask),
             returns=returns,
         )
 
-    def _sample(self, update: int) -> tuple[list[Sequence[int]], list[list[int]]]:
-        """This process's share of the update's episodes; the global batch does not depend on how many share it."""
+    def _rollout(self, update: int) -> Rollout:
+        """The whole batch on every process: each makes its share, then all are put together."""
+        prompts, answers = self._sample(update)
+        started = time.monotonic()
+        lengths = [len(answer) for answer in answers]
+
+        def rows(flat: Tensor) -> list[Tensor]:
+            return list(flat.float().cpu().split(lengths))
+
+        with self.accelerator.autocast():
+            logprobs, entropy, values = self._policy_and_values(prompts, answers)
+            share = Rollout(
+                prompts=prompts,
+                answers=answers,
+                logprobs=rows(logprobs),
+                reference_logprobs=rows(self._reference_logprobs(prompts, answers)),
+                entropy=rows(entropy),
+                values=rows(values),
+                scores=self._scores(prompts, answers).tolist(),
+            )
+        whole = interleave(gather_object([share]))
+        self.figures.add_seconds("scoring", time.monotonic() - started)
+        return whole
+
+    def _sample(self, update: int) -> tuple[list[list[int]], list[list[int]]]:
+        """This process's share of the update's episodes; the whole batch does not depend on how many share it."""
         started = time.monotonic()
         rank, world = self.context.rank, self.context.world_size
         number = self.episodes.per_update
@@ -185,7 +214,7 @@ class PpoTrainer(Trainer):
             generator=self.context.generator("sampling", update),
             dtype=torch.float64,
         )
-        prompts = [self.episodes.prompts[i] for i in order[rank::world]]
+        prompts = [list(self.episodes.prompts[i]) for i in order[rank::world]]
         self.context.progress("rollouts", self.state.global_step, self.args.max_steps)
         with self.accelerator.autocast():
             answers = generate(
@@ -199,23 +228,23 @@ class PpoTrainer(Trainer):
         self.figures.add_seconds("rollouts", time.monotonic() - started)
         return prompts, answers
 
-    def _policy_and_values(self, prompts: Any, answers: Any, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _policy_and_values(self, prompts: Any, answers: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities recomputed by the training forward: those of sampling drift in low precision."""
         parts = [self.roles.actor_critic(part, self.config.temperature) for part in self._parts(prompts, answers)]
         statistics = [statistics for statistics, _ in parts]
         return (
-            spread(torch.cat([found.logprobs for found in statistics]), mask),
-            spread(torch.cat([found.entropy for found in statistics]), mask),
-            spread(torch.cat([values for _, values in parts]), mask),
+            torch.cat([found.logprobs for found in statistics]),
+            torch.cat([found.entropy for found in statistics]),
+            torch.cat([values for _, values in parts]),
         )
 
-    def _reference_logprobs(self, prompts: Any, answers: Any, mask: Tensor) -> Tensor:
+    def _reference_logprobs(self, prompts: Any, answers: Any) -> Tensor:
         with self.roles.reference() as reference:
             found = [
                 answer_statistics(reference, part, temperature=self.config.temperature).logprobs
                 for part in self._parts(prompts, answers)
             ]
-        return spread(torch.cat(found), mask)
+        return torch.cat(found)
 
     def _scores(self, prompts: Any, answers: Any) -> Tensor:
         return torch.cat([scalar_scores(self.roles.reward, part.rows) for part in self._parts(prompts, answers)])
@@ -237,7 +266,8 @@ class PpoTrainer(Trainer):
 
     def _backward(self, model: Any, experience: Experience, rows: list[int]) -> Tensor:
         """Sums over the minibatch divided by its tokens, across micro-batches and processes: never a mean of means."""
-        (tokens,) = self._summed(experience.response_mask[rows].sum().float())
+        tokens = experience.response_mask[rows].sum().float()
+        rows = rows[self.context.rank :: self.context.world_size]
         total = torch.zeros((), device=self.args.device)
         size = self.episodes.micro_batch_size
         pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -280,13 +310,6 @@ class PpoTrainer(Trainer):
         losses = {"loss/policy": policy_loss.detach(), "loss/value": value_loss.detach()}
         self._log_minibatch(losses, change.detach(), statistics.entropy, mask, tokens)
         return policy_loss, value_loss
-
-    def _whitened(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        """Mean 0 and variance 1 over all counted tokens of the rollout batch, over all processes."""
-        count, total = self._summed(mask.sum().float(), (advantages * mask).sum())
-        mean = total / count
-        (squares,) = self._summed(((advantages - mean) ** 2 * mask).sum())
-        return standardise(advantages, mask, mean=mean, variance=squares / count)
 
     def _summed(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Each value summed over processes."""

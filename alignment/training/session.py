@@ -13,7 +13,14 @@ import torch
 from transformers import Trainer
 
 from alignment.training import checkpoints
-from alignment.training.callbacks import Checkpoints, FiniteGradients, StepLog, StopOnSignal
+from alignment.training.callbacks import (
+    Checkpoints,
+    FiniteGradients,
+    NoStepTooMany,
+    NothingLeft,
+    StepLog,
+    StopOnSignal,
+)
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
 from alignment.training.tracking import open_tracker
@@ -38,10 +45,13 @@ def train(trainer: Trainer, context: StageContext, *, headline: str, period: int
         log.keep_through(0 if resumed is None else checkpoints.step_of(resumed))
     tracker = open_tracker(context)
     stop = StopOnSignal(period=period)
-    for callback in (StepLog(context, log, tracker, headline=headline), Checkpoints(context), FiniteGradients(), stop):
+    steps = StepLog(context, log, tracker, headline=headline)
+    for callback in (steps, Checkpoints(context), FiniteGradients(), NoStepTooMany(), stop):
         trainer.add_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    except NothingLeft:
+        pass
     finally:
         tracker.close()
     if stop.stopped:

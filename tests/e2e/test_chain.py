@@ -128,7 +128,9 @@ def test_two_processes_train_what_one_does(new_align: Callable[[], Align], finis
         for path in sorted(finished.artifact(stage).glob("adapters/*/adapter_model.safetensors")):
             other = load_file(align.artifact(stage) / path.relative_to(finished.artifact(stage)))
             for name, weight in load_file(path).items():
-                torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=2e-5, msg=lambda m: f"{stage} {name}: {m}")
+                torch.testing.assert_close(
+                    other[name], weight, rtol=1e-3, atol=2e-5, msg=lambda m: f"{stage} {name}: {m}"
+                )
 
 
 def test_full_training_runs_the_whole_chain(new_align: Callable[[], Align]) -> None:
@@ -167,5 +169,3 @@ def _kill_during(align: Align, stage: str) -> None:
         os.kill(one.pid, signal.SIGKILL)
     process.wait()
     psutil.wait_procs(everyone, timeout=30)
-
-

@@ -230,8 +230,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "whitening that fills padding": Mutation(
         module=masked,
-        name="standardise",
-        fault=lambda right: lambda v, m, **k: right(v, torch.ones_like(m), **k),
+        name="center_and_scale",
+        fault=lambda right: lambda v, m: right(v, m) + v * ~m,
         checks=("center_and_scale",),
     ),
     "policy loss with the wrong sign": Mutation(

@@ -23,7 +23,7 @@ SOURCE = (
     "Where do I get a new key, and does it cost me anything?"
 )
 FACTS = [["laundry"], ["10 euros", "ten euros"], ["3 May", "May 3"]]
-GOOD = "Mr Novak hands out new keys in the laundry between 17:00 and 18:30. The lock changes on 3 May; each costs 10 euros."
+GOOD = "Mr Novak hands out keys in the laundry between 17:00 and 18:30. The lock changes on 3 May; each costs 10 euros."
 
 
 def _factor(answer: str, check: str, source: str = SOURCE) -> float:

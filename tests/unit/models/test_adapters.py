@@ -1,4 +1,4 @@
-"""Adapters change nothing until they are trained, sit on the linear modules, and merge into what they were trained as."""
+"""Adapters change nothing until they are trained, sit on linear modules, and merge into what they were trained as."""
 
 from __future__ import annotations
 

@@ -66,6 +66,33 @@ def test_the_flat_path_equals_the_padded_forward(architecture: str, rows: str, s
     _assert_same_gradients(model, reference)
 
 
+def test_an_attention_scale_of_its_own_is_kept() -> None:
+    """Granite and Gemma 2 scale otherwise than by 1/√width of a head."""
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.9
+    reference = twin(model)
+    install_causal(model)
+    batch = padded(ROWS["ragged"])
+    _assert_same_statistics(model(**batch.arguments(), fused_lm_head=True), plain(reference, batch))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_learned_positions_restart_with_every_row(side: str) -> None:
+    """Rotary positions would not show it: only distances within a row matter to them."""
+    model = tiny_model("gpt2")
+    reference = twin(model)
+    install_causal(model)
+    assert model.config._attn_implementation == ATTENTION
+    batch = padded(ROWS["ragged"], side=side, extra=2)
+    output = model(**batch.arguments(), fused_lm_head=True)
+    expected = plain(reference, batch)
+    _assert_same_statistics(output, expected)
+    output.loss.backward()
+    expected.loss.backward()
+    _assert_same_gradients(model, reference)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("adapter", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -130,9 +157,7 @@ def test_the_loss_divides_by_the_tokens_of_the_whole_optimiser_batch() -> None:
     rows = ROWS["ragged"]
     whole = model(**padded(rows).arguments(), fused_lm_head=True).loss
     count = torch.tensor(sum(len(answer) for _, answer in rows))
-    parts = [
-        model(**padded([row]).arguments(), fused_lm_head=True, num_items_in_batch=count).loss for row in rows
-    ]
+    parts = [model(**padded([row]).arguments(), fused_lm_head=True, num_items_in_batch=count).loss for row in rows]
     assert relative(sum(parts), whole) < 1e-6
 
 

@@ -21,7 +21,12 @@ def _own_greedy(model: torch.nn.Module, prompt: list[int], *, ends: list[int], l
     """transformers' generate on one row by itself."""
     ids = torch.tensor([prompt])
     found = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, eos_token_id=ends, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=limit,
+        eos_token_id=ends,
+        pad_token_id=0,
     )
     return found[0, len(prompt) :].tolist()
 

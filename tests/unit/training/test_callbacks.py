@@ -53,7 +53,7 @@ def test_a_signal_saves_and_stops_at_the_next_exact_step(arguments: TrainingArgu
 def test_without_a_signal_nothing_stops(arguments: TrainingArguments) -> None:
     stop, control = StopOnSignal(period=1), TrainerControl()
     stop.on_step_end(arguments, _state(1), control)
-    assert not (stop.stopped or control.should_save or control.should_training_stop)
+    assert (stop.stopped, control.should_save, control.should_training_stop) == (False, False, False)
 
 
 def test_a_signal_during_the_last_step_lets_the_stage_finish(arguments: TrainingArguments) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignment.training.experience import prompt_order, response_mask, spread
+from alignment.training.experience import Rollout, interleave, prompt_order, response_mask, spread, stack
 
 CPU = torch.device("cpu")
 
@@ -46,6 +46,27 @@ def test_a_stream_is_spread_over_rows_and_is_zero_beside_them() -> None:
     found = spread(torch.arange(1.0, 7.0), mask)
     assert found.tolist() == [[1.0, 2.0, 0.0], [3.0, 0.0, 0.0], [4.0, 5.0, 6.0]]
     assert torch.equal(found[mask], torch.arange(1.0, 7.0))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_shares_of_processes_go_back_into_the_order_of_the_batch(world: int) -> None:
+    rows = [_rollout([row]) for row in range(6)]
+    whole = _rollout(list(range(6)))
+    shares = [_rollout(list(range(rank, 6, world))) for rank in range(world)]
+    assert interleave(shares) == whole
+    assert interleave(rows) == whole
+
+
+def _rollout(rows: list[int]) -> Rollout:
+    """Figures that name their row."""
+    named = {name: [float(row) for row in rows] for name in ("logprobs", "reference_logprobs", "entropy", "values")}
+    ids = [[row] for row in rows]
+    return Rollout(prompts=ids, answers=ids, scores=[float(row) for row in rows], **named)
+
+
+def test_rows_are_stacked_as_a_stream_is_spread() -> None:
+    mask = response_mask([[7, 8], [9]], CPU)
+    assert stack([torch.tensor([1.0, 2.0]), torch.tensor([3.0])], mask).tolist() == [[1.0, 2.0], [3.0, 0.0]]
 
 
 def test_spreading_hands_gradients_back_in_order() -> None:

@@ -81,8 +81,6 @@ def test_a_tracker_that_cannot_start_is_reported_and_the_stage_goes_on(
     assert "could not start and is not used in this stage: no disk" in caplog.text
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb's own imports, several of them by version
 def test_an_offline_run_is_written_into_the_run_folder_with_the_stable_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,91 @@
+"""One arm: its prompts, its greedy answers, and what policy and reward model say about them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alignment.data.records import HeldOutPrompt, Message
+from alignment.data.tokenize import prompt_ids
+from alignment.evaluation.arms import (
+    answer_all,
+    reward_scores,
+    sequence_logprobs,
+    source_text,
+    with_style_prompt,
+)
+from alignment.evaluation.house_style import STYLE_PROMPT
+from alignment.models.forward import install_scalar
+from tests.oracles import logprobs as oracle
+from tests.oracles.close import close
+from tests.tiny import tiny_model, tiny_scorer, tiny_tokenizer
+
+PROMPTS = [[5, 9, 2, 7], [8], [3, 2, 6]]
+ANSWERS = [[11, 2], [12, 13, 14], [2]]
+
+
+def test_the_style_prompt_becomes_the_system_message() -> None:
+    turns = [Message(role="user", content="Hi.")]
+    assert with_style_prompt(turns) == [Message(role="system", content=STYLE_PROMPT), *turns]
+
+
+def test_the_style_prompt_follows_a_system_message_that_is_there() -> None:
+    turns = [Message(role="system", content="You help cats."), Message(role="user", content="Hi.")]
+    assert with_style_prompt(turns) == [
+        Message(role="system", content=f"You help cats.\n{STYLE_PROMPT}"),
+        Message(role="user", content="Hi."),
+    ]
+
+
+def test_an_answer_may_draw_on_everything_but_the_assistants_own_turns() -> None:
+    turns = [("system", "A"), ("user", "B"), ("assistant", "C"), ("user", "D")]
+    assert source_text([Message(role=role, content=content) for role, content in turns]) == "A\nB\nD"
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 9])
+def test_the_log_probability_of_an_answer_is_the_sum_over_its_tokens(batch_size: int) -> None:
+    model = tiny_model()
+    expected = []
+    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+        total = 0.0
+        for place, token in enumerate(answer):
+            logits = model(torch.tensor([[*prompt, *answer[:place]]])).logits[0, -1].tolist()
+            total += oracle.log_softmax(logits)[token]
+        expected.append(total)
+    close(sequence_logprobs(model, PROMPTS, ANSWERS, batch_size=batch_size), expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 9])
+def test_rewards_stand_at_the_last_token_whatever_the_batch(batch_size: int) -> None:
+    model = tiny_scorer()
+    with torch.no_grad():
+        expected = [
+            model.score(model.base_model(torch.tensor([[*prompt, *answer]])).last_hidden_state[0, -1]).item()
+            for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
+        ]
+    install_scalar(model)
+    close(reward_scores(model, PROMPTS, ANSWERS, batch_size=batch_size), expected)
+
+
+def test_answers_are_greedy_scored_and_know_whether_they_ended() -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    rows = [
+        HeldOutPrompt(messages=(Message(role="user", content=text),), facts=(("shop", "store"),))
+        for text in ("When is the shop open?", "Who has the keys?")
+    ]
+    prompts = [prompt_ids(tokenizer, row.messages) for row in rows]
+    done: list[int] = []
+    told = {"max_new_tokens": 4, "batch_size": 1, "progress": done.append}
+    answers = answer_all(model, tokenizer, rows, prompts, **told)
+    assert done == [1, 2]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(answer.ids) == 4
+        assert not answer.ended
+        assert answer.text == tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+        for place, token in enumerate(answer.ids):
+            assert int(model(torch.tensor([[*prompt, *answer.ids[:place]]])).logits[0, -1].argmax()) == token
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(answers[0].ids[1])
+    ended = answer_all(model, tokenizer, rows[:1], prompts[:1], **told)[0]
+    assert ended.ids == answers[0].ids[: answers[0].ids.index(answers[0].ids[1]) + 1]
+    assert ended.ended

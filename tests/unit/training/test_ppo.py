@@ -1,0 +1,459 @@
+"""PPO on models of width 32, float32: how it counts, what it changes, that it resumes and finds the optimum."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.stage import KlConfig, KlControl, PpoConfig, PpoOptimConfig
+from alignment.errors import ConfigError, StageError
+from alignment.models.answers import unwrapped
+from alignment.models.load import Lineage
+from alignment.models.roles import Roles, build_roles
+from alignment.stages import ppo as stage
+from alignment.training import ppo_trainer
+from alignment.training.context import StageContext
+from alignment.training.experience import Experience, Rollout
+from alignment.training.ppo_trainer import PpoTrainer
+from alignment.training.session import Preempted, train
+from tests.oracles import gae as gae_oracle
+from tests.oracles import masked as masked_oracle
+from tests.oracles.close import close
+from tests.tiny import BASE_SOURCE, tiny_model, tiny_reward, tiny_spec, tiny_tokenizer
+
+LORA = AdapterConfig(rank=4)
+FULL = AdapterConfig(kind=AdapterKind.full)
+KINDS = pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
+END = 2
+PROMPTS = [[5, 9, 2, 7], [8], [3, 2, 6, 4, 9, 2, 11], [4, 10], [17, 18, 19], [1, 12, 2], [13], [14, 15, 16, 20]]
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """One PPO stage under way, with all that a test looks at."""
+
+    context: StageContext
+    config: PpoConfig
+    roles: Roles
+    trainer: PpoTrainer
+
+    def train(self) -> dict[str, float]:
+        """Runs to the end, as the stage does."""
+        return train(self.trainer, self.context, headline="objective/score", period=self.trainer.steps_per_update)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What was logged, a line an update."""
+        lines = (self.context.content / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Callable[..., Bench]:
+    """Makes a stage on a model of 24 tokens, so that answers do end; the same arguments give the same stage."""
+    base = tmp_path / "base"
+    tiny_model(vocab_size=24).save_pretrained(str(base))
+    tiny_tokenizer().save_pretrained(str(base))  # asked for its hashes only
+    found = Lineage(source=BASE_SOURCE, base=base, adapters=())
+    rewards = {}
+
+    def make(name: str = "run", *, adapter: AdapterConfig = FULL, prompts: Any = PROMPTS, **changes: Any) -> Bench:
+        if adapter.kind not in rewards:
+            rewards[adapter.kind] = tiny_reward(tmp_path / f"reward-{adapter.kind.value}", adapter, found=found)
+        optim = PpoOptimConfig(lr=1e-3, batch_size=8, micro_batch_size=8)
+        settings = {"updates": 2, "ppo_epochs": 2, "num_minibatches": 2, "max_new_tokens": 6, "optim": optim}
+        config = PpoConfig(adapter=adapter, **{**settings, **changes})
+        spec = tiny_spec(tmp_path / name, config, base_path=base)
+        context = StageContext(spec=spec, rank=0, world_size=1)
+        roles = build_roles(spec, found, rewards[adapter.kind], adapter, device=context.device)
+        trainer = stage._trainer(config, context, roles, prompts, END)
+        return Bench(context=context, config=config, roles=roles, trainer=trainer)
+
+    return make
+
+
+def _optim(**changes: Any) -> PpoOptimConfig:
+    return replace(PpoOptimConfig(lr=1e-3, batch_size=8, micro_batch_size=8), **changes)
+
+
+def _sha256(parameters: Any) -> str:
+    sha = hashlib.sha256()
+    for parameter in parameters:
+        sha.update(parameter.detach().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _trained(roles: Roles) -> list[torch.Tensor]:
+    return [parameter for parameter in roles.actor_critic.parameters() if parameter.requires_grad]
+
+
+def _collected(monkeypatch: pytest.MonkeyPatch) -> list[Experience]:
+    """Every rollout batch that is made from now on."""
+    found: list[Experience] = []
+    collect = PpoTrainer._collect
+
+    def noted(self: PpoTrainer, update: int) -> Experience:
+        found.append(collect(self, update))
+        return found[-1]
+
+    monkeypatch.setattr(PpoTrainer, "_collect", noted)
+    return found
+
+
+# ---- the first step -------------------------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_nothing_has_changed_at_the_first_minibatch(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, adapter: AdapterConfig, temperature: float
+) -> None:
+    """The ratio is one and the KL zero: rollout, training and reference agree on log-probabilities."""
+    changes: list[torch.Tensor] = []
+    log_ratio = ppo_trainer.log_ratio
+
+    def noted(*args: torch.Tensor) -> torch.Tensor:
+        changes.append(log_ratio(*args).detach())
+        return log_ratio(*args)
+
+    monkeypatch.setattr(ppo_trainer, "log_ratio", noted)
+    run = bench(adapter=adapter, updates=1, num_minibatches=1, temperature=temperature)
+    run.train()
+    assert float(changes[0].abs().max()) < 1e-5
+    assert float(changes[1].abs().max()) > 1e-4, "the second epoch should see a change"
+    (first,) = run.metrics()
+    assert first["policy/approxkl_first"] < 1e-10
+    assert abs(first["objective/kl"]) < 1e-4
+    assert first["objective/kl_k3"] < 1e-8
+
+
+def test_a_wrong_reference_stops_before_anything_is_learned(bench: Callable[..., Bench]) -> None:
+    run = bench()
+    with torch.no_grad():
+        run.roles.frozen_reference.model.norm.weight.mul_(1.5)
+    before = _sha256(_trained(run.roles))
+    with pytest.raises(StageError, match="the reference is not the policy that the stage starts from"):
+        run.train()
+    assert _sha256(_trained(run.roles)) == before
+
+
+# ---- counting -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "batch", "micro", "epochs", "minibatches", "updates"),
+    [
+        pytest.param(8, 8, 8, 2, 2, 3, id="the prompts are one rollout batch"),
+        pytest.param(8, 8, 2, 4, 1, 3, id="with micro-batches"),
+        pytest.param(3, 8, 4, 1, 4, 2, id="fewer prompts than a rollout batch"),
+        pytest.param(8, 4, 3, 3, 1, 3, id="a micro-batch that does not divide"),
+        pytest.param(8, 6, 6, 1, 4, 2, id="minibatches that do not divide"),
+    ],
+)
+def test_an_update_takes_exactly_epochs_times_minibatches_steps(
+    bench: Callable[..., Bench],
+    monkeypatch: pytest.MonkeyPatch,
+    prompts: int,
+    batch: int,
+    micro: int,
+    epochs: int,
+    minibatches: int,
+    updates: int,
+) -> None:
+    steps = []
+    step = torch.optim.AdamW.step
+
+    def counted(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        steps.append([group["lr"] for group in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    rollouts = _collected(monkeypatch)
+    run = bench(
+        prompts=PROMPTS[:prompts],
+        updates=updates,
+        ppo_epochs=epochs,
+        num_minibatches=minibatches,
+        optim=_optim(batch_size=batch, micro_batch_size=micro),
+    )
+    run.train()
+    total = updates * epochs * minibatches
+    assert len(steps) == total
+    assert [len(rollout.answers) for rollout in rollouts] == [batch] * updates
+    assert [line["step"] for line in run.metrics()] == [(n + 1) * epochs * minibatches for n in range(updates)]
+    # Annealed linearly to zero: the step after the last would have rate 0.
+    close([rates[0] for rates in steps], [1e-3 * (1 - n / total) for n in range(total)])
+
+
+def test_every_episode_is_learned_from_once_an_epoch(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+    backward = PpoTrainer._backward
+
+    def noted(self: PpoTrainer, model: Any, experience: Experience, rows: list[int]) -> torch.Tensor:
+        seen.append(rows)
+        return backward(self, model, experience, rows)
+
+    monkeypatch.setattr(PpoTrainer, "_backward", noted)
+    bench(updates=2, ppo_epochs=3, num_minibatches=4, optim=_optim(batch_size=10)).train()
+    epochs = [[row for rows in seen[start : start + 4] for row in rows] for start in range(0, len(seen), 4)]
+    assert len(epochs) == 6
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 6
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert {len(rows) for rows in seen} == {2, 3}
+
+
+def test_more_minibatches_than_episodes_are_refused(bench: Callable[..., Bench]) -> None:
+    with pytest.raises(ConfigError, match="9 minibatches of 8 episodes leave 0 for 1 processes"):
+        bench(num_minibatches=9)
+
+
+def test_the_critic_may_have_a_rate_of_its_own(bench: Callable[..., Bench]) -> None:
+    run = bench(optim=_optim(lr=1e-3, critic_lr=5e-3))
+    optimizer = run.trainer.create_optimizer()
+    policy, value = optimizer.param_groups
+    assert (policy["lr"], value["lr"]) == (1e-3, 5e-3)
+    assert {id(p) for p in policy["params"]} == {id(p) for p in run.roles.policy.parameters() if p.requires_grad}
+    assert {id(p) for p in value["params"]} == {
+        id(p) for p in run.roles.actor_critic.value.parameters() if p.requires_grad
+    }
+    assert {(group["eps"], group["weight_decay"]) for group in optimizer.param_groups} == {(1e-5, 0.0)}
+
+
+# ---- what an update learns from -------------------------------------------------------------------------------------
+
+
+def test_an_experience_is_what_the_papers_say_of_its_own_figures(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollouts = _collected(monkeypatch)
+    run = bench(updates=2, gae_lambda=0.9, gamma=0.98, kl=KlConfig(coefficient=0.3))
+    references = []
+    rollout = PpoTrainer._rollout
+
+    def noted(self: PpoTrainer, update: int) -> Rollout:
+        found = rollout(self, update)
+        references.append(torch.nn.utils.rnn.pad_sequence(found.reference_logprobs, batch_first=True))
+        return found
+
+    monkeypatch.setattr(PpoTrainer, "_rollout", noted)
+    run.train()
+    for experience, reference in zip(rollouts, references, strict=True):
+        lengths = [len(answer) for answer in experience.answers]
+        costs = (experience.logprobs - reference).tolist()
+        rewards = gae_oracle.token_rewards(experience.scores.tolist(), costs, lengths, kl_coefficient=0.3)
+        told = (rewards, experience.values.tolist(), lengths)
+        advantages = gae_oracle.advantages(*told, gamma=0.98, gae_lambda=0.9)
+        mask = experience.response_mask.tolist()
+        assert mask == [[place < length for place in range(max(lengths))] for length in lengths]
+        close(experience.returns, gae_oracle.returns(*told, gamma=0.98, gae_lambda=0.9), rtol=1e-4, atol=1e-5)
+        close(experience.advantages, masked_oracle.whitened(advantages, mask), rtol=1e-4, atol=1e-4)
+    assert float((rollouts[1].logprobs - references[1]).abs().max()) > 1e-4, "the second update should see a KL"
+
+
+def test_every_update_samples_with_numbers_of_its_own(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Tensor] = []
+    generate = ppo_trainer.generate
+
+    def noted(*args: Any, **kwargs: Any) -> list[list[int]]:
+        drawn.append(kwargs["sampling"].uniforms)
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(ppo_trainer, "generate", noted)
+    bench(updates=3).train()
+    numbers = torch.cat([uniforms.flatten() for uniforms in drawn])
+    assert numbers.numel() == 3 * 8 * 6
+    assert len(numbers.unique()) == numbers.numel()
+
+
+def test_an_answer_that_never_ended_gets_the_configured_score(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollouts = _collected(monkeypatch)
+    run = bench(updates=2, missing_eos_score=-3.25, optim=_optim(batch_size=32))
+    run.train()
+    answers = [answer for rollout in rollouts for answer in rollout.answers]
+    scores = torch.cat([rollout.scores for rollout in rollouts]).tolist()
+    ended = [answer[-1] == END for answer in answers]
+    assert 0 < sum(ended) < len(ended)
+    for has_ended, answer, reward in zip(ended, answers, scores, strict=True):
+        assert (reward == -3.25) is not has_ended
+        assert END not in answer[:-1]
+        assert len(answer) == 6 or has_ended
+    close(run.metrics()[0]["eos_rate"], sum(ended[:32]) / 32)
+    close(run.metrics()[0]["response_length"], sum(map(len, answers[:32])) / 32, rtol=1e-4)
+
+
+# ---- what changes and what does not ---------------------------------------------------------------------------------
+
+
+@KINDS
+def test_policy_and_critic_change_and_nothing_else_does(bench: Callable[..., Bench], adapter: AdapterConfig) -> None:
+    run = bench(adapter=adapter)
+    roles = run.roles
+    frozen = {
+        "reward": list(roles.reward.parameters()),
+        "base of the policy": [p for p in roles.policy.parameters() if not p.requires_grad],
+        "base of the value": [p for p in roles.actor_critic.value.parameters() if not p.requires_grad],
+        "reference": [] if roles.frozen_reference is None else list(roles.frozen_reference.parameters()),
+    }
+    before = {name: _sha256(parameters) for name, parameters in frozen.items()}
+    learned = {name: p.detach().clone() for name, p in roles.actor_critic.named_parameters() if p.requires_grad}
+    run.train()
+    assert {name: _sha256(parameters) for name, parameters in frozen.items()} == before
+    now = dict(roles.actor_critic.named_parameters())
+    changed = {name for name, parameter in learned.items() if not torch.equal(now[name], parameter)}
+    # The key's bias and the like may rest; here there is none, so everything that is trained moves.
+    assert changed == set(learned)
+    assert {name.split(".")[0] for name in changed} == {"policy", "value"}
+
+
+@KINDS
+def test_the_size_of_a_micro_batch_never_changes_the_weights(
+    bench: Callable[..., Bench], adapter: AdapterConfig
+) -> None:
+    weights = {}
+    for size in (1, 2, 8):
+        run = bench(f"micro-{size}", adapter=adapter, num_minibatches=1, optim=_optim(micro_batch_size=size))
+        run.train()
+        weights[size] = torch.cat([parameter.detach().flatten() for parameter in _trained(run.roles)]).double()
+    for size in (1, 2):
+        difference = (weights[size] - weights[8]).norm() / weights[8].norm()
+        assert float(difference) < 1e-5
+
+
+@KINDS
+def test_the_same_seed_gives_the_same_weights_and_another_one_does_not(
+    bench: Callable[..., Bench], adapter: AdapterConfig
+) -> None:
+    found = []
+    for number in range(3):
+        run = bench(f"run-{number}", adapter=adapter)
+        if number == 2:
+            run.context = replace(run.context, spec=replace(run.context.spec, seed=1))
+            run.trainer.context = run.context
+        run.train()
+        found.append(_sha256(run.roles.policy.parameters()))
+    assert found[0] == found[1] != found[2]
+
+
+# ---- resuming -------------------------------------------------------------------------------------------------------
+
+
+class _SignalAt(TrainerCallback):
+    """Asks this process to stop during a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("control", list(KlControl))
+@KINDS
+def test_a_resumed_run_equals_the_straight_one(
+    bench: Callable[..., Bench], adapter: AdapterConfig, control: KlControl
+) -> None:
+    settings = {"updates": 3, "adapter": adapter, "save_every": 2}
+    settings["kl"] = KlConfig(control=control, coefficient=0.2, target=0.01, horizon=20)
+    straight = bench("straight", **settings)
+    straight.train()
+
+    stopped = bench("resumed", **settings)
+    stopped.trainer.add_callback(_SignalAt(step=2))
+    with pytest.raises(Preempted):
+        stopped.train()
+    names = [path.name for path in stopped.context.checkpoints.iterdir()]
+    assert names == ["checkpoint-4"], "it stops where the update ends"
+
+    resumed = bench("resumed", **settings)
+    resumed.train()
+    assert _sha256(_trained(resumed.roles)) == _sha256(_trained(straight.roles))
+    assert resumed.trainer.price == straight.trainer.price
+    assert [line["step"] for line in resumed.metrics()] == [4, 8, 12]
+    for mine, other in zip(resumed.metrics(), straight.metrics(), strict=True):
+        timed = {name for name in mine if name.startswith("time/") or name == "seconds"}
+        assert {k: v for k, v in mine.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+def test_the_adaptive_price_follows_the_kl(bench: Callable[..., Bench]) -> None:
+    kl = KlConfig(control=KlControl.adaptive, coefficient=0.2, target=1e-3, horizon=100)
+    run = bench(updates=3, kl=kl)
+    run.train()
+    prices = [line["objective/kl_coef"] for line in run.metrics()] + [run.trainer.price.coefficient]
+    for line, before, after in zip(run.metrics(), prices, prices[1:], strict=False):
+        error = min(max(line["objective/kl"] / 1e-3 - 1.0, -0.2), 0.2)
+        close(after, before * (1.0 + error * 8 / 100), rtol=1e-4)
+
+
+# ---- a known optimum ------------------------------------------------------------------------------------------------
+
+
+def test_ppo_finds_the_closed_form_optimum_of_a_bandit(bench: Callable[..., Bench]) -> None:
+    """One-token answers: ending scores what the reward model says, every other token scores −1.
+
+    The optimum is π* ∝ ref·exp(r/β), worth J* = β·log E_ref[exp(r/β)]; what PPO gained on the start must be at least
+    0.99 of what could be gained.
+    """
+    beta, missing = 0.3, -1.0
+    run = bench(
+        updates=80,
+        ppo_epochs=4,
+        num_minibatches=1,
+        max_new_tokens=1,
+        missing_eos_score=missing,
+        save_every=1000,
+        kl=KlConfig(coefficient=beta),
+        value_coefficient=1.0,
+        optim=_optim(lr=1e-3, batch_size=128, micro_batch_size=128),
+    )
+    start = [_distribution(run, prompt) for prompt in PROMPTS]
+    rewards = [_rewards(run, prompt, missing) for prompt in PROMPTS]
+    best = [_optimum(reference, reward, beta) for reference, reward in zip(start, rewards, strict=True)]
+    before = [_worth(reference, reference, reward, beta) for reference, reward in zip(start, rewards, strict=True)]
+    run.train()
+    found = [
+        _worth(_distribution(run, prompt), reference, reward, beta)
+        for prompt, reference, reward in zip(PROMPTS, start, rewards, strict=True)
+    ]
+    gained, possible = sum(found) - sum(before), sum(best) - sum(before)
+    assert possible / len(PROMPTS) > 0.1, "there should be something to gain"
+    assert 0.99 < gained / possible <= 1.0 + 1e-6
+
+
+def _distribution(run: Bench, prompt: list[int]) -> list[float]:
+    with torch.no_grad():
+        return unwrapped(run.roles.policy)(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).tolist()
+
+
+def _rewards(run: Bench, prompt: list[int], missing: float) -> list[float]:
+    ids = torch.tensor([[*prompt, END]])
+    with torch.no_grad():
+        ended = float(run.roles.reward(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
+    return [ended if token == END else missing for token in range(24)]
+
+
+def _optimum(reference: list[float], rewards: list[float], beta: float) -> float:
+    """β·log E_ref[exp(r/β)]."""
+    return beta * math.log(sum(p * math.exp(r / beta) for p, r in zip(reference, rewards, strict=True)))
+
+
+def _worth(policy: list[float], reference: list[float], rewards: list[float], beta: float) -> float:
+    """E_π[r] − β·KL(π ‖ ref), by enumeration."""
+    return sum(p * (r - beta * math.log(p / q)) for p, q, r in zip(policy, reference, rewards, strict=True) if p > 0.0)

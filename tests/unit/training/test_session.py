@@ -1,0 +1,166 @@
+"""Training to the end: from the newest good checkpoint, once, and with every process agreed on which that is."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from alignment.errors import NonFiniteError
+from alignment.training import checkpoints
+from alignment.training.arguments import quiet_arguments
+from alignment.training.context import StageContext
+from alignment.training.session import fresh_folder, train, usage
+
+
+class _Line(torch.nn.Module):
+    """One weight, and a loss that a step lowers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> dict[str, torch.Tensor]:
+        return {"loss": scale * ((x * self.weight).sum(-1) ** 2).mean()}
+
+
+def _trainer(context: StageContext, *, steps: int = 6, model: torch.nn.Module | None = None) -> Trainer:
+    rows = [{"x": torch.tensor([float(n), 1.0])} for n in range(8)]
+    arguments = TrainingArguments(
+        **quiet_arguments(context),
+        max_steps=steps,
+        logging_steps=1,
+        save_steps=2,
+        learning_rate=0.01,
+        per_device_train_batch_size=2,
+    )
+    return Trainer(model=_Line() if model is None else model, args=arguments, train_dataset=rows)
+
+
+def _steps(context: StageContext) -> list[int]:
+    return [json.loads(line)["step"] for line in (context.content / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_stage_logs_every_step_and_keeps_two_sealed_checkpoints(context: StageContext) -> None:
+    last = train(_trainer(context), context, headline="loss")
+    assert _steps(context) == [1, 2, 3, 4, 5, 6]
+    assert last["step"] == 6
+    assert last["loss"] > 0.0
+    assert sorted(path.name for path in context.checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    assert checkpoints.newest(context.checkpoints, fingerprint=context.spec.fingerprint) is not None
+
+
+class _KilledAt(TrainerCallback):
+    """Ends the process's work without a word, as a power cut does."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("killed", "damaged", "from_step"), [(5, None, 4), (5, 4, 2), (3, None, 2), (1, None, 0)], ids=str
+)
+def test_a_killed_stage_goes_on_from_its_newest_good_checkpoint_and_ends_where_it_would_have(
+    tmp_path: Path, context: StageContext, killed: int, damaged: int | None, from_step: int
+) -> None:
+    straight = replace(context, spec=replace(context.spec, work=tmp_path / "straight"))
+    for folder in (straight.content, straight.checkpoints):
+        folder.mkdir(parents=True)
+    expected = _trainer(straight)
+    train(expected, straight, headline="loss")
+
+    trainer = _trainer(context)
+    trainer.add_callback(_KilledAt(killed))
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer, context, headline="loss")
+    if damaged is not None:
+        (context.checkpoints / f"checkpoint-{damaged}" / "optimizer.pt").write_bytes(b"")
+    resumed = _trainer(context)
+    begun: list[int] = []
+
+    class Noted(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            begun.append(state.global_step)
+
+    resumed.add_callback(Noted())
+    train(resumed, context, headline="loss")
+    assert begun == list(range(from_step, 6))
+    assert _steps(context) == [1, 2, 3, 4, 5, 6]
+    assert torch.equal(resumed.model.weight, expected.model.weight)
+
+
+@pytest.mark.parametrize("steps", [6, 8])
+def test_a_stage_killed_after_its_last_step_is_not_trained_further(context: StageContext, steps: int) -> None:
+    """In the middle of a pass over the data, and at its end."""
+    first = _trainer(context, steps=steps)
+    last = train(first, context, headline="loss")
+    again = _trainer(context, steps=steps)
+    assert train(again, context, headline="loss") == last
+    assert torch.equal(again.model.weight, first.model.weight)
+    assert _steps(context) == list(range(1, steps + 1))
+
+
+def test_a_gradient_that_is_not_finite_stops_with_the_last_good_checkpoint(context: StageContext) -> None:
+    class Breaking(_Line):
+        calls = 0
+
+        def forward(self, x: torch.Tensor, scale: float = 1.0) -> dict[str, torch.Tensor]:
+            self.calls += 1
+            return super().forward(x, math.nan if self.calls == 4 else 1.0)
+
+    model = Breaking()
+    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at step 4 \(weight\)"):
+        train(_trainer(context, model=model), context, headline="loss")
+    assert bool(torch.isfinite(model.weight).all())
+    found = checkpoints.newest(context.checkpoints, fingerprint=context.spec.fingerprint)
+    assert found == context.checkpoints / "checkpoint-2"
+
+
+@pytest.fixture
+def _one_process_group(tmp_path: Path) -> Iterator[None]:
+    """A process group of one, so that the collective calls are made."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process_group")
+def test_the_choice_of_a_checkpoint_passes_through_the_process_group(context: StageContext) -> None:
+    trainer = _trainer(context)
+    trainer.add_callback(_KilledAt(3))
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer, context, headline="loss")
+    train(_trainer(context), context, headline="loss")
+    assert _steps(context) == [1, 2, 3, 4, 5, 6]
+
+
+def test_only_the_main_process_sets_checkpoints_aside(context: StageContext) -> None:
+    (context.checkpoints / "checkpoint-4").mkdir()
+    other = replace(context, rank=1, world_size=2)
+    train(_trainer(other), other, headline="loss")
+    assert not list(context.checkpoints.glob("quarantine-*"))
+
+
+def test_usage_counts_seconds_and_bytes(context: StageContext) -> None:
+    found = usage(context)
+    assert 0.0 < found["seconds"] < 600.0
+    assert 50e6 < found["peak_rss_bytes"] < 1e12
+
+
+def test_a_fresh_folder_is_empty_whatever_an_earlier_attempt_left(context: StageContext) -> None:
+    (context.content / "model" / "deep").mkdir(parents=True)
+    (context.content / "model" / "deep" / "old").write_text("x")
+    folder = fresh_folder(context, "model")
+    assert folder == context.content / "model"
+    assert list(folder.iterdir()) == []
