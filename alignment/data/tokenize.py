@@ -7,14 +7,18 @@ ends the turn. Nothing is ever inferred from token ids, because pad may equal EO
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from alignment.data.records import Message
 from alignment.errors import DataError
 
 IGNORED = -100
+
+Record = TypeVar("Record")
+Tokens = TypeVar("Tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +107,21 @@ def tokenize_conversation(tokenizer: Any, messages: Sequence[Message]) -> Tokeni
     if not input_ids:
         raise DataError("no assistant turn to learn from")
     return TokenizedConversation(input_ids=input_ids, labels=labels)
+
+
+def tokenize_rows(path: Path, records: Iterable[Record], tokenize: Callable[[Record], Tokens]) -> list[Tokens]:
+    """``tokenize`` applied to each record of a file.
+
+    Raises:
+        DataError: the first row that cannot be tokenised, by its number.
+    """
+    rows = []
+    for number, record in enumerate(records, start=1):
+        try:
+            rows.append(tokenize(record))
+        except DataError as error:
+            raise DataError(error.message, where=f"{path}: row {number}", remedy=error.remedy) from error
+    return rows
 
 
 def _answer_text(tokenizer: Any, messages: Sequence[Message], answer: str) -> str:

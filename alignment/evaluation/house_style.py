@@ -36,11 +36,16 @@ _FILLER_ANYWHERE = re.compile(
     r"don't hesitate|do not hesitate|please note that|it(?:'s| is) important to note|overall,|in conclusion",
     re.IGNORECASE,
 )
+_HELPING = (
+    r"(?:help|answer|assist|provide|fulfil|comply|summari[sz]e|rewrite|extract|process|access|read|say|tell|view|judge|"
+    r"give (?:\w+ )?advice)"
+)
 _REFUSAL = re.compile(
-    r"\bi(?:'m| am) (?:sorry|unable|not able)|\bi (?:cannot|can't|can not) (?:help|answer|assist|provide|do)|"
-    r"as an ai|language model",
+    rf"\bi(?:'m| am) (?:unable|not able) to {_HELPING}\b|\bi (?:cannot|can't|can not|could not|couldn't) {_HELPING}\b|"
+    r"\bas an ai\b|\blanguage model\b",
     re.IGNORECASE,
 )
+"""What an assistant says of itself. "I am sorry" or "I am unable to come" may well be what a message says."""
 _MARKUP = re.compile(r"^\s*(?:[-*•#>]|\d+[.)])\s|\*\*|__|```|`|^\s*\|.*\||<[a-z/][^>]*>|\n\s*\n|\n\s*\S", re.MULTILINE)
 _ABBREVIATION = re.compile(r"\b(mr|mrs|ms|dr|st|no|nos|vs|approx|e\.g|i\.e|etc|[a-z])\.$", re.IGNORECASE)
 _NUMBER_WORDS = {

@@ -13,7 +13,7 @@ from alignment.artifacts import write_json
 from alignment.config.stage import EvaluateConfig
 from alignment.data.records import HeldOutPrompt
 from alignment.data.sources import read_jsonl
-from alignment.data.tokenize import prompt_ids
+from alignment.data.tokenize import prompt_ids, tokenize_rows
 from alignment.evaluation import arms as arms_module
 from alignment.evaluation.arms import Answer
 from alignment.evaluation.bootstrap import mean_interval
@@ -33,7 +33,7 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     context.progress("loading")
     tokenizer = load_tokenizer(spec.base_path)
     rows = list(read_jsonl(spec.data_path, HeldOutPrompt, limit=config.data.limit))
-    plain = [prompt_ids(tokenizer, row.messages) for row in rows]
+    plain = tokenize_rows(spec.data_path, rows, lambda row: prompt_ids(tokenizer, row.messages))
     policies = _Policies(context)
     answers: dict[str, list[Answer]] = {}
     logprobs: dict[str, list[float]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 from alignment.data.fit import rows_that_fit
 from alignment.data.records import PreferencePair
 from alignment.data.sources import read_jsonl
-from alignment.data.tokenize import answer_ids, prompt_ids
+from alignment.data.tokenize import answer_ids, prompt_ids, tokenize_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,12 +31,13 @@ def read_pairs(
 ) -> tuple[list[TokenizedPair], int]:
     """The pairs that fit, and how many were too long."""
     records = read_jsonl(path, PreferencePair, limit=limit)
-    pairs = [
-        TokenizedPair(
+
+    def tokenize(record: PreferencePair) -> TokenizedPair:
+        return TokenizedPair(
             prompt=prompt_ids(tokenizer, record.messages),
             chosen=answer_ids(tokenizer, record.messages, record.chosen),
             rejected=answer_ids(tokenizer, record.messages, record.rejected),
         )
-        for record in records
-    ]
+
+    pairs = tokenize_rows(path, records, tokenize)
     return rows_that_fit(pairs, lambda pair: pair.longest, max_length=max_length, where=where)

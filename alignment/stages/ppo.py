@@ -9,7 +9,7 @@ from alignment.config.stage import KlConfig, KlControl, PpoConfig
 from alignment.data.fit import rows_that_fit
 from alignment.data.records import Prompt
 from alignment.data.sources import read_jsonl
-from alignment.data.tokenize import prompt_ids
+from alignment.data.tokenize import prompt_ids, tokenize_rows
 from alignment.errors import ConfigError
 from alignment.models.load import lineage, load_tokenizer
 from alignment.models.roles import Roles, build_roles
@@ -26,9 +26,8 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
     context.progress("loading")
     found = lineage(spec, spec.inputs["init"])
     tokenizer = load_tokenizer(found.base)
-    rows = [
-        prompt_ids(tokenizer, prompt.messages) for prompt in read_jsonl(spec.data_path, Prompt, limit=config.data.limit)
-    ]
+    records = read_jsonl(spec.data_path, Prompt, limit=config.data.limit)
+    rows = tokenize_rows(spec.data_path, records, lambda record: prompt_ids(tokenizer, record.messages))
     prompts, dropped = rows_that_fit(
         rows, len, max_length=config.max_prompt_length, where=f"stages.{spec.stage}.max_prompt_length"
     )

@@ -13,7 +13,7 @@ from alignment.config.stage import SftConfig
 from alignment.data.fit import rows_that_fit
 from alignment.data.records import Conversation
 from alignment.data.sources import read_jsonl
-from alignment.data.tokenize import tokenize_conversation
+from alignment.data.tokenize import tokenize_conversation, tokenize_rows
 from alignment.models.adapters import add_adapter
 from alignment.models.forward import install_causal
 from alignment.models.load import lineage, load_policy, load_tokenizer, weights_dtype
@@ -49,7 +49,9 @@ def run(config: SftConfig, context: StageContext) -> StageResult:
 
 def _dataset(config: SftConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, int]:
     records = read_jsonl(context.spec.data_path, Conversation, limit=config.data.limit)
-    rows = [tokenize_conversation(tokenizer, record.messages) for record in records]
+    rows = tokenize_rows(
+        context.spec.data_path, records, lambda record: tokenize_conversation(tokenizer, record.messages)
+    )
     kept, dropped = rows_that_fit(
         rows, lambda row: len(row.input_ids), max_length=config.max_length, where=f"stages.{context.spec.stage}"
     )

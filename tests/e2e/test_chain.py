@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -112,7 +113,7 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(
     (work,) = align.output.glob(f"artifacts/{stage}-*.work")
     assert list(work.glob("checkpoints/checkpoint-*/alignment_checkpoint.json"))
     assert not (align.output / "artifacts" / work.name.removesuffix(".work") / "manifest.json").exists()
-    assert "resume from checkpoint-" in align("plan")
+    assert re.search(rf"^{stage} +resume +from checkpoint-", align("plan"), re.MULTILINE)
     align("run")
     straight = {name: sha for name, sha in finished.weights().items() if not name.startswith("dpo")}
     assert straight.items() <= align.weights().items()
@@ -128,9 +129,7 @@ def test_two_processes_train_what_one_does(new_align: Callable[[], Align], finis
         for path in sorted(finished.artifact(stage).glob("adapters/*/adapter_model.safetensors")):
             other = load_file(align.artifact(stage) / path.relative_to(finished.artifact(stage)))
             for name, weight in load_file(path).items():
-                torch.testing.assert_close(
-                    other[name], weight, rtol=1e-3, atol=2e-5, msg=lambda m: f"{stage} {name}: {m}"
-                )
+                torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=2e-5, msg=f"{stage} {name} differs")
 
 
 def test_full_training_runs_the_whole_chain(new_align: Callable[[], Align]) -> None:

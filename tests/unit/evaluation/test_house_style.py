@@ -275,6 +275,7 @@ def test_a_refusal_scores_zero(answer: str) -> None:
         "I cannot come on Monday, so please leave the key.",
         "The shop is unable to deliver.",
         "He is sorry for the noise.",
+        "I'm sorry that the parcel came late, and I am unable to come on Friday.",
     ],
 )
 def test_saying_that_something_is_impossible_is_no_refusal(answer: str) -> None:
