@@ -34,8 +34,10 @@ def save_model(
 ) -> StageResult:
     """Writes a trained model: what lies below its adapter and that, or the whole model; and the tokenizer.
 
-    The folders are plain transformers and PEFT folders.
+    The folders are plain transformers and PEFT folders. Only the main process writes, since all hold the same weights.
     """
+    if not context.is_main:
+        return StageResult(metrics=metrics)
     tokenizer.save_pretrained(str(fresh_folder(context, "tokenizer")))
     hashes = tokenizer_hashes(tokenizer)
     if not isinstance(model, PeftModel):

@@ -57,8 +57,9 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
         rejected = _scores(trainer, prompts, [pair.rejected for pair in held_out])
         metrics |= held_out_metrics(chosen, rejected, held_out)
     result = save_model(trainer.model, tokenizer, context, found, metrics)
-    head = {"weight": _score_weight(trainer.model), "offset": torch.tensor(offset)}
-    save_file(head, context.content / "head.safetensors")
+    if context.is_main:
+        head = {"weight": _score_weight(trainer.model), "offset": torch.tensor(offset)}
+        save_file(head, context.content / "head.safetensors")
     return result
 
 
