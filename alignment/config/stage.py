@@ -155,7 +155,7 @@ class PpoOptimConfig:
     lr: float = 3e-5
     critic_lr: float | None = None
     batch_size: int = 32
-    micro_batch_size: int = field(default=16, metadata={"identity": False})
+    micro_batch_size: int = field(default=8, metadata={"identity": False})
     schedule: Schedule = Schedule.linear
     adam_eps: float = 1e-5
     max_grad_norm: float = 1.0
