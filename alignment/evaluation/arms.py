@@ -28,6 +28,23 @@ class Answer:
     gold: GoldScore
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answered:
+    """What one arm answered, one entry a held-out prompt.
+
+    ``logprobs`` are those of its own answers under its own prompts, in nats; ``seconds`` covers both.
+    """
+
+    answers: list[Answer]
+    logprobs: list[float]
+    seconds: float
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """The answers as tokens."""
+        return [answer.ids for answer in self.answers]
+
+
 def with_style_prompt(messages: Sequence[Message]) -> list[Message]:
     """The same turns with the house style asked for in the system message."""
     system = [m.content for m in messages if m.role == "system"]

@@ -1,0 +1,88 @@
+"""What an evaluation says: who is compared with whom, and which differences are called real."""
+
+from __future__ import annotations
+
+import pytest
+
+from alignment.data.records import HeldOutPrompt, Message
+from alignment.evaluation.arms import Answer, Answered
+from alignment.evaluation.house_style import GoldScore
+from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, samples
+
+INTERVALS = Intervals(samples=500, seed=3)
+
+
+def answered(golds: list[float], *, ended: bool = True) -> Answered:
+    answers = [
+        Answer(
+            ids=[number, 2],
+            text=f"answer {number}",
+            ended=ended,
+            gold=GoldScore(gold=gold, style=1.0, facts=gold, checks={"filler": 1.0}),
+        )
+        for number, gold in enumerate(golds)
+    ]
+    return Answered(answers=answers, logprobs=[-1.0] * len(golds), seconds=2.0)
+
+
+@pytest.fixture
+def arms() -> dict[str, Answered]:
+    low, high = [0.1, 0.2, 0.3, 0.2] * 5, [0.8, 0.9, 0.7, 0.9] * 5
+    return {
+        "base": answered(low),
+        "base+prompt": answered(low[::-1]),
+        "stage:sft": answered(high),
+        "stage:dpo": answered([value + 0.05 for value in high]),
+        "stage:ppo": answered(high[::-1]),
+    }
+
+
+def test_trained_arms_meet_the_reference_and_the_reference_meets_the_untrained(arms: dict[str, Answered]) -> None:
+    found = {(one["arm"], one["against"]) for one in compare(arms, reference="stage:sft", intervals=INTERVALS)}
+    assert found == {
+        ("base+prompt", "base"),
+        ("stage:sft", "base"),
+        ("stage:sft", "base+prompt"),
+        ("stage:dpo", "stage:sft"),
+        ("stage:ppo", "stage:sft"),
+    }
+
+
+def test_a_constant_gain_is_real_and_a_shuffle_is_not(arms: dict[str, Answered]) -> None:
+    found = {one["arm"]: one for one in compare(arms, reference="stage:sft", intervals=INTERVALS)}
+    assert found["stage:dpo"]["difference"] == pytest.approx(0.05)
+    assert found["stage:dpo"]["real"]
+    assert found["stage:ppo"]["difference"] == pytest.approx(0.0)
+    assert not found["stage:ppo"]["real"]
+
+
+def test_differences_are_paired_so_a_constant_gain_has_no_width(arms: dict[str, Answered]) -> None:
+    found = {one["arm"]: one for one in compare(arms, reference="stage:sft", intervals=INTERVALS)}
+    assert found["stage:dpo"]["high"] - found["stage:dpo"]["low"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_arms_that_were_not_asked_for_are_not_compared() -> None:
+    assert compare({"base": answered([0.5])}, reference="stage:sft", intervals=INTERVALS) == []
+
+
+def test_a_row_says_how_many_answers_differ_and_ended() -> None:
+    arm = Answered(answers=answered([0.2]).answers * 4, logprobs=[0.0] * 4, seconds=1.0)
+    row = arm_row("stage:dpo", arm, rewards=None, divergences=[1.0, 2.0, 3.0, 2.0], intervals=INTERVALS)
+    assert row["label"] == "dpo"
+    assert row["distinct"] == 0.25
+    assert row["ended"] == 1.0
+    assert row["words"] == 2.0
+    assert row["reward"] is None
+    assert row["kl"]["mean"] == pytest.approx(2.0)
+
+
+def test_tasks_are_averaged_by_themselves_and_every_answer_is_kept() -> None:
+    rows = [
+        HeldOutPrompt(messages=(Message(role="user", content=task),), facts=(("a",),), task=task, id=str(number))
+        for number, task in enumerate(["answer", "extract", "answer"])
+    ]
+    arms = {"base": answered([0.0, 0.5, 1.0])}
+    assert by_task(rows, arms) == {"answer": {"base": 0.5}, "extract": {"base": 0.5}}
+    kept = samples(rows, arms)
+    assert [sample["answers"]["base"]["gold"] for sample in kept] == [0.0, 0.5, 1.0]
+    assert kept[1]["messages"] == [{"role": "user", "content": "extract"}]
