@@ -1,4 +1,4 @@
-"""An artifact on disk: written to a temporary folder, flushed, renamed; its manifest is written last.
+"""An artifact on disk: written to a temporary folder, flushed, its manifest last, then renamed in one step.
 
 A folder with a manifest is complete; a folder without one never counts. ``manifest.json`` lists every file with size
 and SHA-256, so that damage is found before anything is built on it.
@@ -77,16 +77,18 @@ def publish(content: Path, target: Path, manifest: Manifest) -> Manifest:
     """
     if (target / MANIFEST).exists():
         raise ArtifactError("this artifact exists and is complete", where=str(target), remedy="delete it to remake it")
+    (content / MANIFEST).unlink(missing_ok=True)  # of an attempt that was stopped before the rename
     files = {}
     for path in sorted(p for p in content.rglob("*") if p.is_file()):
         path.chmod(0o644)
         _flush(path)
         files[path.relative_to(content).as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     complete = dataclasses.replace(manifest, files=files)
+    write_json(content / MANIFEST, dataclasses.asdict(complete))
+    _flush(content)
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(content, target)
-    write_json(target / MANIFEST, dataclasses.asdict(complete))
     _flush(target.parent)
     return complete
 
@@ -120,7 +122,7 @@ def verify(folder: Path, *, content: bool) -> Manifest:
     if manifest is None:
         raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")
     for name, expected in manifest.files.items():
-        path = folder / name
+        path = inside(folder, name)
         if not path.is_file() or path.stat().st_size != expected["size"]:
             raise ArtifactError("missing or cut short", where=str(path), remedy=f"delete {folder} to remake it")
         if content and file_sha256(path) != expected["sha256"]:
@@ -128,6 +130,18 @@ def verify(folder: Path, *, content: bool) -> Manifest:
                 "content differs from its manifest", where=str(path), remedy=f"delete {folder} to remake it"
             )
     return manifest
+
+
+def inside(folder: Path, name: str) -> Path:
+    """``folder / name`` for a name that a manifest gives.
+
+    Raises:
+        ArtifactError: the name leads out of the folder.
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"its manifest names a file outside: {name!r}", where=str(folder), remedy="do not use it")
+    return path
 
 
 def _flush(path: Path) -> None:

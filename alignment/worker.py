@@ -18,8 +18,10 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
@@ -27,7 +29,9 @@ import transformers
 
 from alignment.artifacts import Manifest, publish, write_json
 from alignment.config.stage import StageConfig
-from alignment.errors import PREEMPTED, AlignmentError
+from alignment.errors import PREEMPTED, AlignmentError, DataError
+from alignment.fingerprint import file_sha256
+from alignment.locks import held
 from alignment.stage_spec import StageSpec, read_spec
 from alignment.stages.result import StageResult
 from alignment.training.context import StageContext
@@ -50,8 +54,10 @@ def main(path: Path) -> int:
         spec=spec, rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1"))
     )
     _quiet()
+    signal.signal(signal.SIGTERM, _stop_now)
     try:
-        _run(spec, context)
+        with _alone(context):
+            _run(spec, context)
     except Preempted:
         _leave_together()
         _finish(context, "preempted", PREEMPTED, "stopped on request; a checkpoint was written")
@@ -68,7 +74,13 @@ def main(path: Path) -> int:
     return 0
 
 
+def _alone(context: StageContext) -> AbstractContextManager[object]:
+    """A lock of the worker's own: its launcher may be killed while it works on."""
+    return held(context.spec.work / "worker.lock", wait=False) if context.is_main else nullcontext()
+
+
 def _run(spec: StageSpec, context: StageContext) -> None:
+    _refuse_changed_data(spec)
     context.content.mkdir(parents=True, exist_ok=True)
     context.checkpoints.mkdir(parents=True, exist_ok=True)
     seed = context.seed("worker") % 2**32
@@ -83,6 +95,20 @@ def _run(spec: StageSpec, context: StageContext) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _refuse_changed_data(spec: StageSpec) -> None:
+    """The fingerprint was taken when the run was planned, which may be hours ago."""
+    planned = spec.identity.get("data")
+    if planned is not None and file_sha256(spec.data_path) != planned:
+        raise DataError(
+            "changed since the run was planned", where=str(spec.data_path), remedy="start the run again to plan anew"
+        )
+
+
+def _stop_now(_: int, __: FrameType | None) -> None:
+    """Outside a training there is nothing to save; a trainer puts a handler of its own in place of this one."""
+    raise Preempted
 
 
 def _publish(spec: StageSpec, context: StageContext, result: StageResult) -> None:
@@ -119,7 +145,8 @@ def _versions() -> dict[str, str]:
 
 def _finish(context: StageContext, state: str, exit_code: int, error: str) -> None:
     """The first process that fails says so; a success is the main process's to say."""
-    if state == "done" and not context.is_main:
+    path = context.spec.run_folder / "status.json"
+    if path.exists() or (state == "done" and not context.is_main):
         return
     status = {
         "state": state,
@@ -128,7 +155,7 @@ def _finish(context: StageContext, state: str, exit_code: int, error: str) -> No
         "where": f"stage {context.spec.stage}, process {context.rank} of {context.world_size}",
         "time": time.time(),
     }
-    write_json(context.spec.run_folder / "status.json", status)
+    write_json(path, status)
 
 
 def _leave_together() -> None:

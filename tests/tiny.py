@@ -175,7 +175,7 @@ def publish_tiny(
         stage=spec.stage,
         kind=spec.config.produces,
         fingerprint=spec.fingerprint,
-        identity={},
+        identity=spec.identity,
         base=result.base,
         adapters=result.adapters,
         **result.hashes,

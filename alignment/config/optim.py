@@ -18,8 +18,9 @@ class Schedule(str, Enum):
 class OptimConfig:
     """AdamW. ``batch_size`` is global: it is split over processes and micro-batches, and does not change with them.
 
-    ``micro_batch_size`` rows are held in memory at once on a device; it changes memory, not the result. ``max_steps``
-    stops earlier than ``epochs``.
+    ``micro_batch_size`` rows are held in memory at once on a device; it changes memory, not the result, but for an
+    epoch's last batch where rows do not fill it (reward and DPO average micro-batches; processes repeat rows there).
+    ``max_steps`` stops earlier than ``epochs``.
     """
 
     lr: float

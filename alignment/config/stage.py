@@ -29,7 +29,7 @@ class SftConfig:
     """Supervised fine-tuning on conversations: only assistant turns are learned, their end included."""
 
     summary: ClassVar[str] = "instruction tuning on conversations"
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     produces: ClassVar[str] = "policy"
 
     kind: str = "sft"
@@ -52,7 +52,7 @@ class RewardConfig:
     """
 
     summary: ClassVar[str] = "reward model from preference pairs"
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     produces: ClassVar[str] = "reward"
 
     kind: str = "reward"
@@ -80,7 +80,7 @@ class DpoConfig:
     """Direct preference optimisation (Rafailov et al. 2023). The reference is the policy at the start of the stage."""
 
     summary: ClassVar[str] = "direct preference optimisation on the same pairs"
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     produces: ClassVar[str] = "policy"
 
     kind: str = "dpo"
@@ -122,7 +122,7 @@ class PpoConfig:
     """
 
     summary: ClassVar[str] = "proximal policy optimisation against the reward model"
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     produces: ClassVar[str] = "policy"
 
     kind: str = "ppo"
@@ -150,7 +150,10 @@ class PpoConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PpoOptimConfig:
-    """Adam without weight decay or warm-up, annealed to zero. ``batch_size`` counts episodes an update, globally."""
+    """Adam without weight decay or warm-up, annealed to zero. ``batch_size`` counts episodes an update, globally.
+
+    ``micro_batch_size`` rows are learned from at once; a process samples its whole share at once.
+    """
 
     lr: float = 3e-5
     critic_lr: float | None = None
@@ -170,7 +173,7 @@ class EvaluateConfig:
     """
 
     summary: ClassVar[str] = "arms side by side on held-out prompts"
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     produces: ClassVar[str] = "evaluation"
 
     kind: str = "evaluate"

@@ -3,7 +3,7 @@
 The house style asks for at most two plain sentences that say what the given text says: no filler at either end,
 no lists or markup, no refusal, nothing that the text does not say, and no copy of the text. Fact recall is the share
 of a prompt's key facts that the answer carries. The two are multiplied, so an empty answer (no facts) and a copied
-prompt (no style) both score zero. The score evaluates; nothing is ever trained on it.
+prompt (no style) both score zero. The score evaluates; no stage optimises it.
 """
 
 from __future__ import annotations

@@ -22,6 +22,9 @@ class Intervals:
         return mean_interval(values, samples=self.samples, seed=self.seed)
 
 
+UNTRAINED = ("base", "base+prompt")
+
+
 def label(arm: str) -> str:
     """``stage:dpo`` → ``dpo``."""
     return arm.removeprefix("stage:")
@@ -53,10 +56,13 @@ def arm_row(
 
 
 def compare(arms: dict[str, Answered], *, reference: str, intervals: Intervals) -> list[dict[str, Any]]:
-    """Paired differences in gold: the reference arm against the untrained ones, every trained arm against it."""
+    """Paired differences in gold: the reference arm against the untrained, trained arms against it and each other."""
+    trained = [name for name in arms if name not in (*UNTRAINED, reference)]
     pairs = [("base+prompt", "base"), (reference, "base"), (reference, "base+prompt")]
-    pairs += [(name, reference) for name in arms if name.startswith("stage:") and name != reference]
-    return [_difference(arms, one, other, intervals) for one, other in pairs if one in arms and other in arms]
+    pairs += [(name, reference) for name in trained]
+    pairs += [(later, earlier) for place, later in enumerate(trained) for earlier in trained[:place]]
+    kept = {frozenset(pair): pair for pair in reversed(pairs) if len(set(pair)) == 2 and set(pair) <= set(arms)}
+    return [_difference(arms, one, other, intervals) for one, other in reversed(kept.values())]
 
 
 def by_task(rows: list[HeldOutPrompt], arms: dict[str, Answered]) -> dict[str, dict[str, float]]:

@@ -53,6 +53,8 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     Raises:
         ModelError: the adapter was made for another architecture.
     """
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError("no adapter_model.safetensors here", where=str(folder), remedy="pickled adapters are not read")
     try:
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (ValueError, RuntimeError, KeyError) as error:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from alignment.artifacts import read_manifest, verify
+from alignment.artifacts import Manifest, inside, read_manifest, verify
 from alignment.config.model import Dtype
 from alignment.errors import ModelError
 from alignment.models.adapters import merge_adapter
@@ -47,16 +47,58 @@ def lineage(spec: StageSpec, stage_input: StageInput) -> Lineage:
     if read_manifest(stage_input.path) is None:  # a plain model folder
         return Lineage(source=stage_input.ref, base=stage_input.path, adapters=())
     manifest = verify(stage_input.path, content=True)
-    adapters = tuple(stage_input.path / name for name in manifest.adapters)
+    adapters = tuple(inside(stage_input.path, name) for name in manifest.adapters)
     if manifest.base["source"] == "self":
         return Lineage(source="self", base=stage_input.path / "model", adapters=adapters)
-    if manifest.base["source"] != spec.model.source:
+    base = _base_of(manifest, spec, stage_input)
+    return Lineage(source=manifest.base["source"], base=base, adapters=adapters)
+
+
+def base_record(spec: StageSpec, found: Lineage) -> dict[str, Any]:
+    """What a manifest says of the base below its adapters; ``content`` is set where that is the run's own base."""
+    content = base_content(spec) if found.base == spec.base_path else None
+    return {"source": found.source, "path": str(found.base), "content": content}
+
+
+def base_content(spec: StageSpec) -> str | None:
+    """The identity of the run's base model, by content."""
+    return spec.identity.get("base", {}).get("content")
+
+
+def _base_of(manifest: Manifest, spec: StageSpec, stage_input: StageInput) -> Path:
+    """Where the base of an artifact lies now: content decides, not how somebody wrote its name."""
+    recorded = manifest.base["content"]
+    if recorded is not None and recorded == base_content(spec):
+        return spec.base_path
+    elsewhere = Path(manifest.base["path"])
+    if recorded is None and (elsewhere / "config.json").is_file():
+        return elsewhere
+    raise ModelError(
+        f"{stage_input.ref} stands on {manifest.base['source']}, which is not this run's base {spec.model.source}",
+        where=f"stages.{spec.stage}",
+        remedy=f"set model.source to the base that the artifact was made from (it was at {elsewhere})",
+    )
+
+
+def refuse_other_tokenizer(spec: StageSpec, stage_input: StageInput, tokenizer: Any) -> None:
+    """Token ids are shared between the models of a stage, so their tokenizers must agree.
+
+    Raises:
+        ModelError: the input was made with another vocabulary or chat template.
+    """
+    if stage_input.path is None:
+        return
+    manifest = read_manifest(stage_input.path)
+    if manifest is None:
+        theirs = tokenizer_hashes(load_tokenizer(stage_input.path))
+    else:
+        theirs = {"tokenizer_sha256": manifest.tokenizer_sha256, "chat_template_sha256": manifest.chat_template_sha256}
+    if theirs != tokenizer_hashes(tokenizer):
         raise ModelError(
-            f"{stage_input.ref} stands on {manifest.base['source']}, but this run's base is {spec.model.source}",
+            f"{stage_input.ref} has another tokenizer or chat template than {spec.model.source}",
             where=f"stages.{spec.stage}",
-            remedy="set model.source to the base that the artifact was made from",
+            remedy="use models of one family in a stage; their token ids are shared",
         )
-    return Lineage(source=spec.model.source, base=spec.base_path, adapters=adapters)
 
 
 def load_policy(found: Lineage, dtype: torch.dtype) -> PreTrainedModel:

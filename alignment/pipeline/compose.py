@@ -220,8 +220,8 @@ def _hostile(value: Any, *, where: str) -> Iterator[Fault]:
 
 
 def _has_resolver(text: str) -> bool:
-    """Whether ``${name:…}`` stands anywhere in the text, nested or not."""
-    return any(":" in part.split("}")[0] for part in text.split("${")[1:])
+    """Whether ``${name:…}`` may stand in the text, its name itself interpolated or not: any colon after ``${``."""
+    return "${" in text and ":" in text[text.index("${") :]
 
 
 def _quoted(path: Path) -> str:

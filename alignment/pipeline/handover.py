@@ -96,7 +96,9 @@ def raise_for_status(folder: Path, *, code: int, stage: str) -> None:
         status: dict[str, Any] = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StageError(
-            f"its process ended {_how(code)} without a word\n{tail(log)}", where=f"stage {stage}", remedy=f"log: {log}"
+            f"its process ended {_how(code, tail(log))} without a word\n{tail(log)}",
+            where=f"stage {stage}",
+            remedy=f"log: {log}",
         ) from None
     if status["state"] == "done":
         return
@@ -124,8 +126,9 @@ def commit_of_checkout(root: Path) -> str:
     return outcome.stdout.strip() if outcome.returncode == 0 else ""
 
 
-def _how(code: int) -> str:
-    if code == -9:
+def _how(code: int, printed: str) -> str:
+    """A launcher hides its worker's signal behind an exit code of its own and names it in what it prints."""
+    if code == -9 or "SIGKILL" in printed or "Signal 9" in printed:
         return "by signal 9 (often: the machine ran out of memory; a smaller micro_batch_size helps)"
     return f"by signal {-code}" if code < 0 else f"with exit code {code}"
 

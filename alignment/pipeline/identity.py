@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.run import RunConfig
-from alignment.fingerprint import canonical
+from alignment.config.stage import EvaluateConfig
+from alignment.fingerprint import canonical, file_sha256
 from alignment.pipeline.sources import ModelSource, remembered_sha256
+
+RULE = Path(__file__).parents[1] / "evaluation" / "house_style.py"
+"""The gold rule and the style prompt: an evaluation under an older rule is not reused."""
 
 
 def of_stage(
@@ -29,6 +33,7 @@ def of_stage(
         "stage": name,
         "kind": stage.kind,
         "revision": stage.revision,
+        "rule": file_sha256(RULE) if isinstance(stage, EvaluateConfig) else None,
         "config": canonical(stage),
         "data": None if data is None else remembered_sha256(data),
         "inputs": inputs,

@@ -48,7 +48,6 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
     "reward": (
         _choice("Loss", "Bradley–Terry; dotted: chance, ln 2", "loss", math.log(2)),
         _choice("Accuracy, training pairs", "share; dotted: chance", "accuracy", 0.5),
-        _choice("Accuracy, held-out pairs", "share; dotted: chance", "eval_accuracy", 0.5),
         _choice("Margin", "score of chosen − rejected", "margin", 0.0),
     ),
     "dpo": (

@@ -164,14 +164,14 @@ def _hashes(value: Any, prefix: str) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UsageRow:
-    """Time and memory of a stage; ``share`` is its length beside the longest, as an SVG length."""
+    """Time, memory and closing figures of a stage; ``share`` is its length beside the longest, as an SVG length."""
 
     name: str
     state: str
     seconds: str
     share: str
     memory: str
-    speed: str
+    figures: list[tuple[str, str]]
 
 
 def usage_rows(run: Run) -> list[UsageRow]:
@@ -180,7 +180,7 @@ def usage_rows(run: Run) -> list[UsageRow]:
     longest = max((stage.seconds or 0.0 for stage in run.stages), default=0.0)
     for stage in run.stages:
         usage = stage.manifest.usage if stage.manifest and isinstance(stage.manifest.usage, dict) else {}
-        peak, speed = text.finite(usage.get("peak_rss_bytes")), text.finite(usage.get("tokens_per_second"))
+        peak = text.finite(usage.get("peak_rss_bytes"))
         if stage.seconds is None and peak is None:
             continue
         rows.append(
@@ -190,10 +190,21 @@ def usage_rows(run: Run) -> list[UsageRow]:
                 seconds=text.duration(stage.seconds),
                 share=f"{100 * (stage.seconds or 0.0) / longest:.2f}%" if longest > 0 else "0%",
                 memory=text.memory(peak),
-                speed="–" if speed is None else text.number(speed, 0),
+                figures=_closing_figures(stage),
             )
         )
     return rows
+
+
+def _closing_figures(stage: Stage) -> list[tuple[str, str]]:
+    """The manifest's headline figures, counts without decimals; the evaluation's own table says more of its arms."""
+    metrics = stage.manifest.metrics if stage.manifest and isinstance(stage.manifest.metrics, dict) else {}
+    pairs = [(text.name(name), text.finite(value)) for name, value in metrics.items()]
+    return [
+        (name, text.number(value, 0 if value == round(value) else 3))
+        for name, value in pairs
+        if value is not None and stage.kind != "evaluate"
+    ]
 
 
 def command(run: Run) -> str:

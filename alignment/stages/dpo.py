@@ -1,7 +1,8 @@
 """Direct preference optimisation on TRL's trainer (Rafailov et al. 2023, eq. 7).
 
-The reference is the policy at the start of the stage: under an adapter it is the model with the adapter off, in full
-training a frozen copy. At step 0 both agree, so the loss must be ln 2; a stage where it is not stops with a reason.
+The reference is the policy at the start of the stage: under an adapter it is the same base with the adapter as it was
+then, which TRL keeps as a copy named ``ref``; in full training it is a frozen copy of the model. At step 0 both agree,
+so the loss must be ln 2; a stage where it is not stops with a reason.
 """
 
 from __future__ import annotations

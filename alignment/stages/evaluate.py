@@ -16,7 +16,15 @@ from alignment.data.tokenize import prompt_ids, tokenize_rows
 from alignment.evaluation.arms import Answered, answer_all, reward_scores, sequence_logprobs, with_style_prompt
 from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, samples
 from alignment.models.flat import use_flat_attention
-from alignment.models.load import DTYPES, Lineage, lineage, load_policy, load_tokenizer, products_in
+from alignment.models.load import (
+    DTYPES,
+    Lineage,
+    lineage,
+    load_policy,
+    load_tokenizer,
+    products_in,
+    refuse_other_tokenizer,
+)
 from alignment.models.reward import load_reward_model
 from alignment.stages.result import StageResult
 from alignment.training.context import StageContext
@@ -28,6 +36,8 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     spec = context.spec
     context.progress("loading")
     tokenizer = load_tokenizer(spec.base_path)
+    for stage_input in [*spec.inputs.values(), *spec.arms.values()]:
+        refuse_other_tokenizer(spec, stage_input, tokenizer)
     rows = list(read_jsonl(spec.data_path, HeldOutPrompt, limit=config.data.limit))
     prompts = tokenize_rows(spec.data_path, rows, lambda row: prompt_ids(tokenizer, row.messages))
     policies = _Policies(context)

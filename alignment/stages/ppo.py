@@ -11,7 +11,7 @@ from alignment.data.records import Prompt
 from alignment.data.sources import read_jsonl
 from alignment.data.tokenize import prompt_ids, tokenize_rows
 from alignment.errors import ConfigError
-from alignment.models.load import lineage, load_tokenizer
+from alignment.models.load import lineage, load_tokenizer, refuse_other_tokenizer
 from alignment.models.roles import Roles, build_roles
 from alignment.stages.result import StageResult, save_model
 from alignment.training.arguments import SCHEDULES, quiet_arguments, split_batch
@@ -26,6 +26,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
     context.progress("loading")
     found = lineage(spec, spec.inputs["init"])
     tokenizer = load_tokenizer(found.base)
+    refuse_other_tokenizer(spec, spec.inputs["reward"], tokenizer)
     records = read_jsonl(spec.data_path, Prompt, limit=config.data.limit)
     rows = tokenize_rows(spec.data_path, records, lambda record: prompt_ids(tokenizer, record.messages))
     prompts, dropped = rows_that_fit(

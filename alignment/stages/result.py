@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from alignment.models.load import Lineage, tokenizer_hashes
+from alignment.models.load import Lineage, base_record, tokenizer_hashes
 from alignment.training.context import StageContext
 from alignment.training.session import fresh_folder
 
@@ -42,6 +42,7 @@ def save_model(
     hashes = tokenizer_hashes(tokenizer)
     if not isinstance(model, PeftModel):
         folder = fresh_folder(context, "model")
+        model.config.use_cache = True  # off while training; whoever loads it wants to generate
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         return StageResult(metrics=metrics, base={"source": "self"}, hashes=hashes)
@@ -49,9 +50,10 @@ def save_model(
         shutil.copytree(found.base, fresh_folder(context, "model"), dirs_exist_ok=True)
     names = [_copy(adapter, context) for adapter in found.adapters]
     own = f"adapters/{len(names)}-{context.spec.stage}"
-    model.save_pretrained(str(fresh_folder(context, own)))
+    # TRL may keep a copy of the adapter as its reference; what was trained is the default one.
+    model.save_pretrained(str(fresh_folder(context, own)), selected_adapters=["default"])
     (context.content / own / "README.md").unlink(missing_ok=True)  # a template that names nothing of this run
-    base = {"source": found.source, "path": str(found.base)}
+    base = base_record(context.spec, found)
     return StageResult(metrics=metrics, base=base, adapters=[*names, own], hashes=hashes)
 
 

@@ -4,7 +4,6 @@ refusing to step on numbers that are not finite."""
 from __future__ import annotations
 
 import signal
-import time
 from types import FrameType
 from typing import Any
 
@@ -33,6 +32,11 @@ class StepLog(TrainerCallback):
         """Shows the length of the work before the first step is done."""
         self._context.progress("training", state.global_step, state.max_steps)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The last step is always logged, however rarely the others are: the stage's figures are taken from it."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -45,7 +49,7 @@ class StepLog(TrainerCallback):
         if not self._context.is_main or not logs or "train_runtime" in logs:
             return
         figures = {_NAMES.get(name, name): value for name, value in logs.items()}
-        figures["seconds"] = time.monotonic() - self._context.started
+        figures["seconds"] = self._context.clock.seconds()
         self._log.append(state.global_step, figures)
         self._tracker.log(state.global_step, figures)
         shown = {self._headline: figures[self._headline]} if self._headline in figures else {}

@@ -14,17 +14,26 @@ import torch
 from alignment.stage_spec import StageSpec
 
 
+@dataclass(kw_only=True, slots=True)
+class Clock:
+    """Seconds that a stage has taken, those of earlier attempts included once they are told."""
+
+    earlier: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    def seconds(self) -> float:
+        """All attempts together, as far as they led to what is there now."""
+        return self.earlier + time.monotonic() - self.started
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageContext:
-    """Handed to a stage by the worker.
-
-    ``started`` is the clock of ``seconds`` in the metrics.
-    """
+    """Handed to a stage by the worker."""
 
     spec: StageSpec
     rank: int
     world_size: int
-    started: float = field(default_factory=time.monotonic)
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def is_main(self) -> bool:

@@ -36,7 +36,7 @@ class UpdateFigures:
             self._shares[name] += float(value)
 
     def add_maximum(self, name: str, value: Tensor) -> None:
-        """The largest value seen in the update on this process."""
+        """The largest value seen in the update, on the process that logs."""
         self.values[name] = max(self.values.get(name, float("-inf")), float(value))
 
     def add_seconds(self, name: str, seconds: float) -> None:

@@ -8,6 +8,7 @@ but weights, optimiser, price of KL and step number is needed to go on: all rand
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ START_KL_TOLERANCE = 0.02
 class Episodes:
     """How episodes are made: from which prompts, how answers end, and how many an update, over all processes.
 
-    ``micro_batch_size`` rows are held at once.
+    ``micro_batch_size`` rows are learned from at once; a process samples its whole share at once.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -148,7 +149,7 @@ class PpoTrainer(Trainer):
             rewards, values, mask, gamma=self.config.gamma, gae_lambda=self.config.gae_lambda
         )
         self._log_episodes(
-            scores,
+            kept_scores,
             ended,
             mask,
             {
@@ -272,17 +273,14 @@ class PpoTrainer(Trainer):
         size = self.episodes.micro_batch_size
         pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
         for piece in pieces:
+            # DDP decides in the forward pass whether the backward pass synchronises.
             last = piece is pieces[-1]
-            with self.compute_loss_context_manager():
-                policy_loss, value_loss = self._losses(model, experience, piece, tokens)
-                loss = policy_loss + self.config.value_coefficient * value_loss
-            # DDP averages over processes; the sum over all of them is wanted.
-            scaled = loss * self.context.world_size
-            if last:
-                self.accelerator.backward(scaled)
-            else:
-                with self.accelerator.no_sync(model):
-                    self.accelerator.backward(scaled)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    policy_loss, value_loss = self._losses(model, experience, piece, tokens)
+                    loss = policy_loss + self.config.value_coefficient * value_loss
+                # DDP averages over processes; the sum over all of them is wanted.
+                self.accelerator.backward(loss * self.context.world_size)
             total += loss.detach()
         return total
 
@@ -313,7 +311,8 @@ class PpoTrainer(Trainer):
 
     def _summed(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Each value summed over processes."""
-        return tuple(self.accelerator.reduce(torch.stack(values), reduction="sum").unbind())
+        stacked = torch.stack([value.to(self.args.device) for value in values])
+        return tuple(self.accelerator.reduce(stacked, reduction="sum").unbind())
 
     # ---- figures --------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ class Preempted(Exception):
 
 
 def train(trainer: Trainer, context: StageContext, *, headline: str, period: int = 1) -> dict[str, float]:
-    """Trains, resuming where an earlier attempt stopped; returns the last logged figures.
+    """Trains, resuming where an earlier attempt stopped; returns the figures of the last step, which is always logged.
 
     ``headline`` is the figure beside the progress bar; checkpoints are exact after every ``period`` steps.
 
@@ -43,6 +42,7 @@ def train(trainer: Trainer, context: StageContext, *, headline: str, period: int
     resumed = _newest_checkpoint(context)
     if context.is_main:
         log.keep_through(0 if resumed is None else checkpoints.step_of(resumed))
+        context.clock.earlier = float(log.last().get("seconds", 0.0))
     tracker = open_tracker(context)
     stop = StopOnSignal(period=period)
     steps = StepLog(context, log, tracker, headline=headline)
@@ -68,10 +68,10 @@ def _newest_checkpoint(context: StageContext) -> Path | None:
 
 
 def usage(context: StageContext) -> dict[str, float]:
-    """Seconds since the stage started in this process, and its peak memory in bytes."""
+    """Seconds of all attempts, and this process's peak memory in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-    figures = {"seconds": time.monotonic() - context.started, "peak_rss_bytes": peak}
+    figures = {"seconds": context.clock.seconds(), "peak_rss_bytes": peak}
     if torch.cuda.is_available():
         figures["peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
     return figures

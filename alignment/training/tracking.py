@@ -50,12 +50,12 @@ def open_tracker(context: StageContext) -> Tracker:
     spec = context.spec
     if spec.tracking.kind is not TrackerKind.wandb or not context.is_main:
         return Tracker(None)
-    import wandb
-
     os.environ.setdefault("WANDB_SILENT", "true")
-    if "WANDB_MODE" not in os.environ:
-        os.environ["WANDB_MODE"] = "online" if wandb.api.api_key else "offline"
     try:
+        import wandb
+
+        if "WANDB_MODE" not in os.environ:
+            os.environ["WANDB_MODE"] = "online" if wandb.api.api_key else "offline"
         run = wandb.init(
             project=spec.tracking.project,
             group=spec.run,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -76,11 +77,14 @@ def test_a_policy_loads_without_us(finished: Align) -> None:
         folder = finished.artifact(stage)
         manifest = verify(folder, content=False)
         model = AutoModelForCausalLM.from_pretrained(str(finished.model))
-        before = model(torch.tensor([[5, 6, 7]])).logits
+        logits = [model(torch.tensor([[5, 6, 7]])).logits]
         for adapter in manifest.adapters:
+            assert [path.name for path in (folder / adapter).iterdir() if path.is_dir()] == []
             model = PeftModel.from_pretrained(model, str(folder / adapter)).merge_and_unload()
-        after = model(torch.tensor([[5, 6, 7]])).logits
-        assert not torch.allclose(before, after)
+            logits.append(model(torch.tensor([[5, 6, 7]])).logits)
+        assert len(logits) == (2 if stage == "sft" else 3)
+        for below, above in itertools.pairwise(logits):
+            assert not torch.allclose(below, above, atol=1e-6)
 
 
 def test_a_second_run_reuses_everything_and_prints_the_arms(finished: Align) -> None:
@@ -126,6 +130,8 @@ def test_two_processes_train_what_one_does(new_align: Callable[[], Align], finis
     align("run", "launch.num_processes=2")
     assert set(states(align).values()) == {"done"}
     for stage in ("sft", "reward", "dpo", "ppo"):
+        status = json.loads((align.output / f"runs/quickstart/{stage}/status.json").read_text())
+        assert status["where"].endswith("of 2")
         for path in sorted(finished.artifact(stage).glob("adapters/*/adapter_model.safetensors")):
             other = load_file(align.artifact(stage) / path.relative_to(finished.artifact(stage)))
             for name, weight in load_file(path).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -139,6 +140,8 @@ def test_an_interrupted_worker_may_save_before_the_call_returns(tmp_path: Path) 
 def test_a_worker_that_does_not_stop_is_killed_after_the_grace(tmp_path: Path) -> None:
     assert interrupted(tmp_path, STUBBORN, grace_seconds=0.5) < 10
     pid = int((tmp_path / "ready").read_text())
+    with contextlib.suppress(psutil.NoSuchProcess):  # the signal was sent; the kernel may take a moment
+        psutil.Process(pid).wait(timeout=10)
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 

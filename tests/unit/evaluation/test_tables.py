@@ -45,11 +45,12 @@ def test_trained_arms_meet_the_reference_and_the_reference_meets_the_untrained(a
         ("stage:sft", "base+prompt"),
         ("stage:dpo", "stage:sft"),
         ("stage:ppo", "stage:sft"),
+        ("stage:ppo", "stage:dpo"),
     }
 
 
 def test_a_constant_gain_is_real_and_a_shuffle_is_not(arms: dict[str, Answered]) -> None:
-    found = {one["arm"]: one for one in compare(arms, reference="stage:sft", intervals=INTERVALS)}
+    found = {one["arm"]: one for one in reversed(compare(arms, reference="stage:sft", intervals=INTERVALS))}
     assert found["stage:dpo"]["difference"] == pytest.approx(0.05)
     assert found["stage:dpo"]["real"]
     assert found["stage:ppo"]["difference"] == pytest.approx(0.0)
@@ -57,8 +58,15 @@ def test_a_constant_gain_is_real_and_a_shuffle_is_not(arms: dict[str, Answered])
 
 
 def test_differences_are_paired_so_a_constant_gain_has_no_width(arms: dict[str, Answered]) -> None:
-    found = {one["arm"]: one for one in compare(arms, reference="stage:sft", intervals=INTERVALS)}
+    found = {one["arm"]: one for one in reversed(compare(arms, reference="stage:sft", intervals=INTERVALS))}
     assert found["stage:dpo"]["high"] - found["stage:dpo"]["low"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_no_arm_meets_itself_or_another_twice(arms: dict[str, Answered]) -> None:
+    found = [(one["arm"], one["against"]) for one in compare(arms, reference="base", intervals=INTERVALS)]
+    assert found[0] == ("base+prompt", "base")
+    assert len({frozenset(pair) for pair in found}) == len(found)
+    assert all(one != other for one, other in found)
 
 
 def test_arms_that_were_not_asked_for_are_not_compared() -> None:

@@ -22,6 +22,7 @@ from alignment.models.load import (
     load_policy,
     load_scalar,
     load_tokenizer,
+    refuse_other_tokenizer,
     tokenizer_hashes,
     weights_dtype,
 )
@@ -111,10 +112,39 @@ def test_base_and_plain_folders_are_lineages_without_adapters(tmp_path: Path, ba
 
 
 def test_an_artifact_of_another_base_is_refused(tmp_path: Path, base: Lineage) -> None:
-    sft_input = publish_tiny(tiny_spec(tmp_path, SftConfig()), _trained(base, LORA), base)
-    spec = tiny_spec(tmp_path, DpoConfig(), model=ModelConfig(source="path:other", dtype=Dtype.float32))
-    with pytest.raises(ModelError, match="stage:sft stands on path:tiny, but this run's base is path:other"):
+    made_on = {"base": {"content": "one"}}
+    sft_input = publish_tiny(tiny_spec(tmp_path, SftConfig(), identity=made_on), _trained(base, LORA), base)
+    spec = tiny_spec(tmp_path, DpoConfig(), identity={"base": {"content": "two"}})
+    with pytest.raises(ModelError, match="stage:sft stands on path:tiny, which is not this run's base"):
         lineage(spec, sft_input)
+
+
+def test_the_same_base_under_another_name_is_the_same_base(tmp_path: Path, base: Lineage) -> None:
+    made_on = {"base": {"content": "one"}}
+    sft_input = publish_tiny(tiny_spec(tmp_path, SftConfig(), identity=made_on), _trained(base, LORA), base)
+    model = ModelConfig(source="path:elsewhere", dtype=Dtype.float32)
+    spec = tiny_spec(tmp_path, DpoConfig(), identity=made_on, model=model)
+    assert lineage(spec, sft_input).base == base.base
+
+
+def test_a_stage_that_started_from_another_folder_is_found_there(tmp_path: Path, base: Lineage) -> None:
+    other = save_tiny_model(tmp_path / "other", seed=3)
+    found = Lineage(source=f"path:{other}", base=other, adapters=())
+    made_on = {"base": {"content": "one"}}
+    sft_input = publish_tiny(tiny_spec(tmp_path, SftConfig(), identity=made_on), _trained(found, LORA), found)
+    spec = tiny_spec(tmp_path, DpoConfig(), identity=made_on)
+    assert lineage(spec, sft_input).base == other
+
+
+def test_another_tokenizer_is_refused_by_name(tmp_path: Path, base: Lineage) -> None:
+    other = save_tiny_model(tmp_path / "other", seed=3)
+    tokenizer = load_tokenizer(other)
+    spec, at = tiny_spec(tmp_path, DpoConfig()), StageInput(ref=f"path:{other}", path=other)
+    refuse_other_tokenizer(spec, at, tokenizer)  # the same one passes
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(str(other))
+    with pytest.raises(ModelError, match="has another tokenizer or chat template"):
+        refuse_other_tokenizer(spec, at, load_tokenizer(base.base))
 
 
 def test_a_damaged_artifact_is_refused_before_anything_is_built_on_it(tmp_path: Path, base: Lineage) -> None:

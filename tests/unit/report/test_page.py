@@ -285,6 +285,8 @@ def test_lineage_settings_and_the_command_are_there(fake_run):
     assert "torch 2.9.0" in page
     assert "4f2c9d1e0b7a" in page
     assert "2.4 GB" in page
+    assert re.search(r"eval_accuracy\s+0\.967", page)
+    assert re.search(r"rows\s+270", page)
     assert "adapter.target_modules" in page
     assert '["all-linear"]' in page
     assert "beta" in page

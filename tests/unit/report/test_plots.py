@@ -99,7 +99,7 @@ def test_every_kind_of_stage_shows_its_figures(fake_run):
     html = fake_run.html()
     titles = {
         "sft": ["Loss", "Next-token accuracy"],
-        "reward": ["Loss", "Accuracy, training pairs", "Accuracy, held-out pairs", "Margin"],
+        "reward": ["Loss", "Accuracy, training pairs", "Margin"],
         "dpo": ["Loss", "Accuracy", "Margin", "Log-probability of the answers"],
         "ppo": [
             "Reward-model score",
