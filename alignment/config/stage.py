@@ -164,6 +164,10 @@ class PpoOptimConfig:
     max_grad_norm: float = 1.0
 
 
+UNTRAINED_ARMS = ("base", "base+prompt")
+"""Arms of an evaluation that no stage has touched; the others name a stage or a folder."""
+
+
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
     """Greedy answers of every arm to held-out prompts, scored by gold rule, reward model and KL to ``reference``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from alignment.config.stage import UNTRAINED_ARMS
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation.arms import Answer, Answered
 from alignment.evaluation.bootstrap import Interval, mean_interval
@@ -20,9 +21,6 @@ class Intervals:
     def of(self, values: list[float]) -> Interval:
         """The mean over prompts with its 95 % interval."""
         return mean_interval(values, samples=self.samples, seed=self.seed)
-
-
-UNTRAINED = ("base", "base+prompt")
 
 
 def label(arm: str) -> str:
@@ -57,7 +55,7 @@ def arm_row(
 
 def compare(arms: dict[str, Answered], *, reference: str, intervals: Intervals) -> list[dict[str, Any]]:
     """Paired differences in gold: the reference arm against the untrained, trained arms against it and each other."""
-    trained = [name for name in arms if name not in (*UNTRAINED, reference)]
+    trained = [name for name in arms if name not in (*UNTRAINED_ARMS, reference)]
     pairs = [("base+prompt", "base"), (reference, "base"), (reference, "base+prompt")]
     pairs += [(name, reference) for name in trained]
     pairs += [(later, earlier) for place, later in enumerate(trained) for earlier in trained[:place]]

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
+from alignment.config.stage import UNTRAINED_ARMS
 from alignment.report import text
 from alignment.report.records import Run, Stage
 
@@ -46,7 +47,7 @@ def _node(stage: Stage, known: set[str]) -> Node:
     inputs = []
     for _, reference in stage.inputs:
         source = reference.removeprefix("stage:")
-        if reference in ("base", "base+prompt"):
+        if reference in UNTRAINED_ARMS:
             inputs.append(BASE)
         elif reference.startswith("stage:") and source in known and source != stage.name:
             inputs.append(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from alignment.config.stage import UNTRAINED_ARMS
 from alignment.report import text
 from alignment.report.records import Arm, Comparison, Evaluation, Run
 
@@ -124,7 +125,8 @@ def _arm_warnings(evaluation: Evaluation) -> list[str]:
                 f"{arm.label} is degenerate: only {text.share(arm.distinct)} of its answers are distinct, so it says "
                 "the same thing to different prompts and its scores mean little."
             )
-        if arm.kl is not None and arm.kl.mean > MAX_KL:
+        # An untrained arm is far from the reference because the reference was trained.
+        if arm.kl is not None and arm.kl.mean > MAX_KL and arm.name not in UNTRAINED_ARMS:
             warnings.append(
                 f"{arm.label} has moved {text.number(arm.kl.mean, 1)} nats a sequence away from the reference "
                 f"(more than {MAX_KL:.0f}): read its answers before trusting its score."
