@@ -173,9 +173,14 @@ def test_a_stage_that_was_preempted_ends_the_run_with_75(align: Align, monkeypat
 def test_a_signal_to_the_driver_lets_the_stage_save_first(
     align: Align, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int, state: str
 ) -> None:
+    # A shell starts its background jobs with SIGINT ignored, and Python then leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setenv("WORKER_FAULT", "sft:hang")
     sender = _when((align.run_folder / "sft/hanging").exists, lambda: os.kill(os.getpid(), number))
-    assert align()[0] == code
+    try:
+        assert align()[0] == code
+    finally:
+        signal.signal(signal.SIGINT, before)
     sender.join()
     assert json.loads((align.run_folder / "sft/status.json").read_text())["state"] == "preempted"
     assert align.record()["state"] == state
