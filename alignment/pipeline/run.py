@@ -18,8 +18,15 @@ from rich.console import Console
 from alignment import __version__, launcher
 from alignment.artifacts import Manifest, publish, read_manifest, verify
 from alignment.config.launch import LaunchConfig
-from alignment.config.stage import EvaluateConfig, ReportConfig
-from alignment.errors import PREEMPTED, ArtifactError
+from alignment.config.stage import (
+    DpoConfig,
+    EvaluateConfig,
+    PpoConfig,
+    ReportConfig,
+    RewardConfig,
+    SftConfig,
+)
+from alignment.errors import PREEMPTED, ArtifactError, ConfigError
 from alignment.launcher import Command
 from alignment.locks import held
 from alignment.pipeline import handover, sources
@@ -48,6 +55,8 @@ def run(recipe: str, overrides: Sequence[str], *, console: Console, command_for:
     command_for = command_for or command_here
     plan = make_plan(recipe, overrides)
     command_for(plan.config.launch, plan.run_folder / "stage.yaml")  # refuses what this machine cannot start
+    refuse_uneven_batches(plan)
+    _make_writable(plan)
     with held(plan.run_folder / "lock", wait=False):
         display = display_for(console)
         plan = _with_models(plan, display)
@@ -67,6 +76,39 @@ def run(recipe: str, overrides: Sequence[str], *, console: Console, command_for:
         record.finish("done")
     show_results(console, plan.run_folder, record.content)
     return 0
+
+
+def refuse_uneven_batches(plan: Plan) -> None:
+    """A global batch is split evenly over processes; better said now than after the stages before.
+
+    Raises:
+        ConfigError: some stage that has to run cannot split its batch.
+    """
+    workers = plan.config.launch.num_processes
+    uneven = [
+        f"stages.{stage.name}.optim.batch_size: {stage.config.optim.batch_size} does not divide by {workers} processes"
+        for stage in plan.stages
+        if stage.action is not Action.reuse
+        and isinstance(stage.config, (SftConfig, RewardConfig, DpoConfig, PpoConfig))
+        and stage.config.optim.batch_size % workers
+    ]
+    if uneven:
+        raise ConfigError("\n  ".join(uneven), remedy=f"choose multiples of {workers}, or another launch.num_processes")
+
+
+def _make_writable(plan: Plan) -> None:
+    """Makes the folders of the run.
+
+    Raises:
+        ConfigError: they cannot be made.
+    """
+    try:
+        plan.run_folder.mkdir(parents=True, exist_ok=True)
+        (plan.output / "artifacts").mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be written: {error.strerror}", where=f"output={plan.output}", remedy="output=FOLDER names another"
+        ) from error
 
 
 def command_here(launch: LaunchConfig, stage_file: Path) -> Command:

@@ -38,11 +38,14 @@ def show_stages(console: Console, record: dict[str, Any]) -> None:
 
 
 def show_results(console: Console, run_folder: Path, record: dict[str, Any]) -> None:
-    """The arms of every evaluation that is done, and where the report is."""
+    """The arms of every evaluation that is done, or where the results lie without one, and where the report is."""
     for stage in record["stages"].values():
         evaluation = Path(stage["artifact"]) / "evaluation.json"
         if stage["kind"] == "evaluate" and stage["state"] in ("done", "reused") and evaluation.is_file():
             show_evaluation(console, json.loads(evaluation.read_text(encoding="utf-8")))
+    if not any(stage["kind"] == "evaluate" for stage in record["stages"].values()):
+        for name, stage in record["stages"].items():
+            console.print(f"{name}: {stage['artifact']}", markup=False, highlight=False, soft_wrap=True)
     report = run_folder / REPORT
     if report.is_file():
         console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)

@@ -54,8 +54,9 @@ def open_tracker(context: StageContext) -> Tracker:
     try:
         import wandb
 
-        if "WANDB_MODE" not in os.environ:
-            os.environ["WANDB_MODE"] = "online" if wandb.api.api_key else "offline"
+        # Whether there are credentials is looked up on this machine; nobody is asked and nothing is sent.
+        logged_in = "WANDB_MODE" not in os.environ and wandb.login(prompt=False, verify=False)
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
         run = wandb.init(
             project=spec.tracking.project,
             group=spec.run,
@@ -63,6 +64,7 @@ def open_tracker(context: StageContext) -> Tracker:
             name=f"{spec.run}/{spec.stage}",
             id=stable_id(spec.run, spec.stage, spec.fingerprint),
             resume="allow",
+            mode=mode,
             dir=str(spec.run_folder),
             config=to_plain(spec.config),
         )

@@ -90,7 +90,8 @@ class Align:
 
 def environment() -> dict[str, str]:
     """Ours, without anything of the caller's that would change a run."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
+    return {**kept, "NETRC": os.devnull}
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import yaml
 from rich.console import Console
 
 from alignment.config.launch import LaunchConfig
-from alignment.errors import AlignmentError, Busy, NonFiniteError, StageError
+from alignment.errors import AlignmentError, Busy, ConfigError, NonFiniteError, StageError
 from alignment.launcher import Command
 from alignment.locks import held
 from alignment.pipeline.run import run
@@ -196,6 +196,20 @@ def _when(ready: Callable[[], bool], action: Callable[[], None]) -> threading.Th
     thread = threading.Thread(target=wait)
     thread.start()
     return thread
+
+
+def test_a_batch_that_cannot_be_split_is_refused_before_anything_starts(align: Align) -> None:
+    with pytest.raises(ConfigError) as caught:
+        align("launch.num_processes=3", "stages.ppo.optim.batch_size=30", "stages.reward.optim.batch_size=12")
+    assert "stages.sft.optim.batch_size: 8 does not divide by 3 processes" in str(caught.value)
+    assert "stages.dpo.optim.batch_size" in str(caught.value)
+    assert "stages.ppo" not in str(caught.value)
+    assert not (align.run_folder / "sft").exists()
+
+
+def test_an_output_that_cannot_be_written_says_so(align: Align) -> None:
+    with pytest.raises(ConfigError, match="cannot be written"):
+        align("output=/proc/nowhere")
 
 
 def test_a_run_in_use_is_left_alone(align: Align) -> None:
