@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import shutil
 import sys
@@ -49,9 +50,8 @@ def train(trainer: Trainer, context: StageContext, *, headline: str, period: int
     for callback in (steps, Checkpoints(context), FiniteGradients(), NoStepTooMany(), stop):
         trainer.add_callback(callback)
     try:
-        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-    except NothingLeft:
-        pass
+        with contextlib.suppress(NothingLeft):  # every step was done before; the checkpoint is loaded
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     finally:
         tracker.close()
     if stop.stopped:
