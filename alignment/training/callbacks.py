@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignment.errors import NonFiniteError
+from alignment.errors import ConfigError, NonFiniteError
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
@@ -85,6 +85,19 @@ class FiniteGradients(TrainerCallback):
                     f"a gradient is not finite at step {state.global_step + 1} ({name})",
                     remedy="lower the learning rate, or look at the rows of this step; the last checkpoint is kept",
                 )
+
+
+class WarmupEnds(TrainerCallback):
+    """Refuses a stage so short that the rate never leaves its warm-up, which begins at 0: it would learn nothing."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Runs once the number of steps is known."""
+        if args.get_warmup_steps(state.max_steps) >= state.max_steps:
+            raise ConfigError(
+                f"the warm-up takes all of the stage's {state.max_steps} optimiser steps, so nothing would be learned",
+                where="optim.warmup_ratio",
+                remedy="set it to 0, or take smaller batches, more rows or more epochs",
+            )
 
 
 class NothingLeft(Exception):

@@ -20,6 +20,7 @@ from alignment.training.callbacks import (
     NothingLeft,
     StepLog,
     StopOnSignal,
+    WarmupEnds,
 )
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
@@ -47,7 +48,7 @@ def train(trainer: Trainer, context: StageContext, *, headline: str, period: int
     tracker = open_tracker(context)
     stop = StopOnSignal(period=period)
     steps = StepLog(context, log, tracker, headline=headline)
-    for callback in (steps, Checkpoints(context), FiniteGradients(), NoStepTooMany(), stop):
+    for callback in (WarmupEnds(), steps, Checkpoints(context), FiniteGradients(), NoStepTooMany(), stop):
         trainer.add_callback(callback)
     try:
         with contextlib.suppress(NothingLeft):  # every step was done before; the checkpoint is loaded

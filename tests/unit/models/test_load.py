@@ -136,6 +136,14 @@ def test_a_stage_that_started_from_another_folder_is_found_there(tmp_path: Path,
     assert lineage(spec, sft_input).base == other
 
 
+def test_a_model_file_that_was_cut_short_is_a_model_error(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "cut")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="the model cannot be loaded"):
+        load_policy(Lineage(source="path:cut", base=folder, adapters=()), torch.float32)
+
+
 def test_another_tokenizer_is_refused_by_name(tmp_path: Path, base: Lineage) -> None:
     other = save_tiny_model(tmp_path / "other", seed=3)
     tokenizer = load_tokenizer(other)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from alignment.errors import NonFiniteError
+from alignment.errors import ConfigError, NonFiniteError
 from alignment.training import checkpoints
 from alignment.training.arguments import quiet_arguments
 from alignment.training.context import StageContext
@@ -55,6 +55,16 @@ def test_a_stage_logs_every_step_and_keeps_two_sealed_checkpoints(context: Stage
     assert last["loss"] > 0.0
     assert sorted(path.name for path in context.checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-6"]
     assert checkpoints.newest(context.checkpoints, fingerprint=context.spec.fingerprint) is not None
+
+
+def test_a_stage_whose_warm_up_never_ends_is_refused(context: StageContext) -> None:
+    trainer = _trainer(context, steps=1)
+    trainer.args.warmup_steps = 0.05
+    with pytest.raises(ConfigError, match="the warm-up takes all of the stage's 1 optimiser steps"):
+        train(trainer, context, headline="loss")
+    trainer = _trainer(context, steps=2)
+    trainer.args.warmup_steps = 0.05
+    assert train(trainer, context, headline="loss")["step"] == 2
 
 
 class _KilledAt(TrainerCallback):
