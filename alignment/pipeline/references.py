@@ -114,7 +114,7 @@ def _problem(slot: Slot, stages: Mapping[str, StageConfig]) -> str | None:
     if slot.stage is None:
         return f"{slot.ref!r} is no reference; write base, stage:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
     if slot.stage not in stages:
-        leave_out = "; or take this arm out" if slot.is_arm else ""
+        leave_out = " Otherwise take this arm out." if slot.is_arm else ""
         return f"no stage '{slot.stage}' in this run; {suggestion(slot.stage, stages)}{leave_out}"
     produced = stages[slot.stage].produces
     if produced not in slot.takes:
