@@ -10,17 +10,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignment.errors import ModelError
-from alignment.models.flat import FlatRows, stream, trunk_states
+from alignment.models.flat import trunk_states
 from alignment.models.head import TokenStatistics, scalar_at, token_statistics, transforms_logits
+from alignment.models.rows import FlatRows, stream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerStream:
     """Prompt + answer rows without padding.
 
-    ``places`` are the stream's positions whose state predicts each answer token, ``labels`` the tokens, ``lengths``
-    each answer's number of tokens. Example: prompt ``[5 6]`` and answer ``[7 2]`` give places ``[1 2]``, labels
-    ``[7 2]``.
+    ``places`` are where in the stream the states stand that predict each answer token, ``labels`` the tokens,
+    ``lengths`` each answer's number of tokens. Example: prompt ``[5 6]`` and answer ``[7 2]`` give places ``[1 2]``,
+    labels ``[7 2]``. Answers to one prompt share its tokens of the stream.
     """
 
     rows: FlatRows
@@ -33,14 +34,14 @@ def answer_stream(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], device: torch.device
 ) -> AnswerStream:
     """Puts each answer behind its prompt. Neither may be empty."""
-    places: list[int] = []
-    offset = 0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        places += range(offset + len(prompt) - 1, offset + len(prompt) - 1 + len(answer))
-        offset += len(prompt) + len(answer)
+    rows = stream([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)], device)
+    predicting = [
+        rows.place[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)]
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
     return AnswerStream(
-        rows=stream([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)], device),
-        places=torch.tensor(places, device=device),
+        rows=rows,
+        places=torch.cat(predicting),
         labels=torch.tensor([token for answer in answers for token in answer], device=device),
         lengths=tuple(len(answer) for answer in answers),
     )

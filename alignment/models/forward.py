@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl.trainer.utils import FusedCausalLMOutput
 
-from alignment.models.flat import FlatRows, flatten, trunk_states, use_flat_attention
+from alignment.models.flat import trunk_states, use_flat_attention
 from alignment.models.head import scalar_at, token_statistics, transforms_logits
+from alignment.models.rows import FlatRows, flatten, stream
 
 IGNORED = -100
 
@@ -39,11 +40,7 @@ def install_causal(model: PreTrainedModel) -> None:
         if not fused_lm_head:
             return otherwise(*args, **kwargs)
         return _causal_output(
-            self,
-            rows=_rows_of(kwargs),
-            kept=_kept(kwargs),
-            labels=kwargs["labels"],
-            count=kwargs.get("num_items_in_batch"),
+            self, rows=_rows_of(kwargs), labels=kwargs["labels"], count=kwargs.get("num_items_in_batch")
         )
 
     model.forward = types.MethodType(forward, model)
@@ -61,49 +58,53 @@ def install_scalar(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def _kept(kwargs: dict[str, Any]) -> Tensor:
-    """``[rows, columns]`` mask of real tokens of the batch as it was given."""
-    mask = kwargs.get("attention_mask")
-    return torch.ones_like(kwargs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-
-
 def _rows_of(kwargs: dict[str, Any]) -> FlatRows:
     """The stream of a batch that comes padded (attention mask) or packed (position ids that restart)."""
     input_ids, mask, positions = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None:
-        return flatten(input_ids, mask)
-    if positions is None:
-        return flatten(input_ids, torch.ones_like(input_ids))
-    flat = positions.reshape(-1)
-    starts = torch.cat([(flat == 0).nonzero().flatten(), torch.tensor([flat.numel()], device=flat.device)])
-    return FlatRows(
-        input_ids=input_ids.reshape(-1),
-        position_ids=flat,
-        lengths=tuple(starts.diff().tolist()),
-        kept=torch.ones_like(input_ids, dtype=torch.bool),
-    )
+    if mask is not None or positions is None:
+        return flatten(input_ids, torch.ones_like(input_ids) if mask is None else mask)
+    starts = (positions.reshape(-1) == 0).nonzero().flatten().tolist()
+    tokens = input_ids.reshape(-1).tolist()
+    bounds = zip(starts, [*starts[1:], len(tokens)], strict=True)
+    return stream([tokens[start:end] for start, end in bounds], input_ids.device)
+
+
+def _in_rows(labels: Tensor, rows: FlatRows) -> Tensor:
+    """Packed ``[1, tokens]`` labels as ``[rows, columns]``; those of a padded batch stand so already."""
+    if labels.shape == rows.kept.shape:
+        return labels
+    return labels.new_full(rows.kept.shape, IGNORED).masked_scatter(rows.kept, labels.reshape(-1))
 
 
 def _causal_output(
-    model: PreTrainedModel, *, rows: FlatRows, kept: Tensor, labels: Tensor, count: Tensor | int | None
+    model: PreTrainedModel, *, rows: FlatRows, labels: Tensor, count: Tensor | int | None
 ) -> FusedCausalLMOutput:
-    label_mask = (labels[:, 1:] != IGNORED) & kept[:, 1:] & kept[:, :-1]  # [rows, columns - 1]
+    wanted = _in_rows(labels, rows)
+    if bool(((wanted != IGNORED) & ~rows.kept).any()):
+        raise ValueError("a label stands on padding")
+    label_mask = (wanted[:, 1:] != IGNORED) & rows.kept[:, :-1]  # [rows, columns - 1]
     states = trunk_states(model.base_model, rows)
-    # The state that predicts column c + 1 stands at column c; its place in the stream is the number of kept before it.
-    place = (kept.reshape(-1).cumsum(0) - 1).view(kept.shape)[:, :-1][label_mask]
+    # The state that predicts column c + 1 stands at column c.
+    places = rows.place[:, :-1][label_mask]
     head = model.get_output_embeddings()
-    statistics = token_statistics(states[place], head.weight, labels[:, 1:][label_mask])
+    statistics = token_statistics(states[places], head.weight, wanted[:, 1:][label_mask])
+    mask = label_mask if wanted is labels else _packed(rows, label_mask, labels)
 
     def spread(values: Tensor) -> Tensor:
-        return values.new_zeros(label_mask.shape).masked_scatter(label_mask, values)
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
-    logprobs = spread(statistics.logprobs)
     total = label_mask.sum().clamp(min=1) if count is None else count
     return FusedCausalLMOutput(
-        loss=-logprobs.sum() / total,
-        log_probs=logprobs,
+        loss=-statistics.logprobs.sum() / total,
+        log_probs=spread(statistics.logprobs),
         entropy=spread(statistics.entropy),
         mean_logits=spread(statistics.mean_logits),
         is_top1=spread(statistics.is_top1),
-        label_mask=label_mask,
+        label_mask=mask,
     )
+
+
+def _packed(rows: FlatRows, label_mask: Tensor, labels: Tensor) -> Tensor:
+    """The label mask of rows in the shape of the packed labels, ``[1, tokens - 1]``."""
+    first = torch.zeros_like(rows.kept[:, :1])  # a row's first token is never predicted
+    return torch.cat([first, label_mask], dim=-1)[rows.kept].view_as(labels)[:, 1:]

@@ -1,7 +1,7 @@
 """Log-probabilities from hidden states without ever holding all logits.
 
 The head is projected in chunks, matrix products in the weights' dtype, log-sum-exp and probabilities in float32. The
-backward pass recomputes a chunk's logits and uses the exact gradient of log softmax, so memory stays at one chunk.
+gradient is the exact one of log softmax, chunk by chunk, so memory stays at one chunk.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.models.flat import FlatRows, trunk_states
+from alignment.models.flat import trunk_states
+from alignment.models.rows import FlatRows
 
-CHUNK = 512
+CHUNK = 256
 """Tokens projected at once: 512 × 49,152 float32 logits are 100 MB."""
 
 
@@ -61,64 +62,133 @@ def scalar_at(model: PreTrainedModel, rows: FlatRows, places: Tensor) -> Tensor:
 
 
 class _ChunkedLogSoftmax(torch.autograd.Function):
+    """``[tokens]`` log-probabilities, entropies, mean logits and hits of the labels.
+
+    The gradient of a log-probability is known up to the factor that comes from above: onehot(label) − p. A frozen head
+    therefore has its share of the backward pass done while a chunk's probabilities are at hand; a trained head, whose
+    gradient mixes the factors of all tokens, has them computed again.
+    """
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, ...]:
-        count = hidden.shape[0]
         compute, dtypes = _compute_dtype(hidden, weight), (hidden.dtype, weight.dtype)
         hidden, weight = hidden.to(compute), weight.to(compute)
-        columns = [torch.empty(count, dtype=torch.float32, device=hidden.device) for _ in range(4)]
-        logprobs, entropy, mean_logits, log_norm = columns
-        is_top1 = torch.empty(count, dtype=torch.bool, device=hidden.device)
-        for rows in _chunks(count):
-            logits = _logits(hidden[rows], weight, temperature)
-            log_norm[rows] = torch.logsumexp(logits, dim=-1)
-            chosen = logits.gather(-1, labels[rows, None]).squeeze(-1)
-            logprobs[rows] = chosen - log_norm[rows]
-            mean_logits[rows] = logits.mean(-1)
-            is_top1[rows] = chosen >= logits.amax(-1)
-            expected = (logits * torch.exp(logits - log_norm[rows, None])).sum(-1)
-            entropy[rows] = log_norm[rows] - expected
-        ctx.save_for_backward(hidden, weight, labels, log_norm)
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        slopes = torch.empty_like(hidden) if want_hidden and not want_weight else None
+        found = _Statistics(hidden.shape[0], hidden.device)
+        room = _Room(hidden, weight)
+        for rows in _chunks(hidden.shape[0]):
+            shares = _score(room, found, rows, hidden[rows], weight, labels[rows], temperature)
+            if slopes is not None:
+                torch.mm(_log_softmax_slope(shares, labels[rows], room), weight, out=slopes[rows])
+        ctx.trained = want_weight
+        if want_weight:
+            ctx.save_for_backward(hidden, weight, labels, found.log_norm)
+        elif slopes is not None:
+            ctx.save_for_backward(slopes)
         ctx.temperature = temperature
         ctx.input_dtypes = dtypes
-        ctx.mark_non_differentiable(entropy, mean_logits, is_top1)
-        return logprobs, entropy, mean_logits, is_top1
+        mean_logits = _mean_logits(hidden, weight) / temperature
+        ctx.mark_non_differentiable(found.entropy, mean_logits, found.is_top1)
+        return found.logprobs, found.entropy, mean_logits, found.is_top1
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, log_norm = ctx.saved_tensors
-        want_hidden, want_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
-        for rows in _chunks(hidden.shape[0]):
-            logits = _logits(hidden[rows], weight, ctx.temperature)
-            scale = (grad_logprobs[rows] / ctx.temperature).float()
-            # d log p(label) / d logits = onehot(label) - p
-            grad_logits = torch.exp(logits - log_norm[rows, None]).mul_(-scale[:, None])
-            grad_logits.scatter_add_(-1, labels[rows, None], scale[:, None])
-            grad_logits = grad_logits.to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad_logits @ weight
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[rows]
-        hidden_dtype, weight_dtype = ctx.input_dtypes
-        return (
-            None if grad_hidden is None else grad_hidden.to(hidden_dtype),
-            None if grad_weight is None else grad_weight.to(weight_dtype),
-            None,
-            None,
-        )
+        factors = (grad_logprobs / ctx.temperature).float()
+        if ctx.trained:
+            grad_hidden, grad_weight = _recomputed(ctx, factors)
+            return grad_hidden, grad_weight, None, None
+        (slopes,) = ctx.saved_tensors
+        return (slopes * factors[:, None]).to(ctx.input_dtypes[0]), None, None, None
+
+
+def _mean_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """``[tokens]``: the mean over the vocabulary is a product with the mean row of the head."""
+    row = torch.full((1, weight.shape[0]), 1.0, dtype=weight.dtype, device=weight.device) @ weight / weight.shape[0]
+    return (hidden @ row.T).squeeze(-1).float()
+
+
+class _Statistics:
+    """What is found out about ``[tokens]``, filled chunk by chunk."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.logprobs = torch.empty(count, device=device)
+        self.entropy = torch.empty(count, device=device)
+        self.log_norm = torch.empty(count, device=device)
+        self.is_top1 = torch.empty(count, dtype=torch.bool, device=device)
+
+
+class _Room:
+    """Memory for one chunk, used again by the next: fresh pages for 100 MB cost as much as the arithmetic on them."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+        shape = (min(CHUNK, hidden.shape[0]), weight.shape[0])
+        self.products = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
+        self.logits = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+        self.shares = torch.empty_like(self.logits)
+
+
+def _score(
+    room: _Room,
+    found: _Statistics,
+    rows: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Fills a chunk's statistics; returns its probabilities ``[tokens, vocabulary]``, float32."""
+    count = hidden.shape[0]
+    torch.mm(hidden, weight.T, out=room.products[:count])
+    logits = room.logits[:count].copy_(room.products[:count])
+    if temperature != 1.0:
+        logits.div_(temperature)
+    highest = logits.amax(-1, keepdim=True)
+    logits.sub_(highest)
+    shares = torch.exp(logits, out=room.shares[:count])
+    total = shares.sum(-1, keepdim=True)
+    chosen = logits.gather(-1, labels[:, None]).squeeze(-1)
+    log_total = total.log().squeeze(-1)
+    found.log_norm[rows] = log_total + highest.squeeze(-1)
+    found.logprobs[rows] = chosen - log_total
+    found.is_top1[rows] = chosen >= 0
+    shares.div_(total)
+    found.entropy[rows] = log_total - logits.mul_(shares).sum(-1)
+    return shares
+
+
+def _log_softmax_slope(shares: Tensor, labels: Tensor, room: _Room) -> Tensor:
+    """onehot(label) − p, in the dtype of the products."""
+    at_label = 1 - shares.gather(-1, labels[:, None])
+    slope = torch.neg(shares, out=shares)
+    return room.products[: len(labels)].copy_(slope.scatter_(-1, labels[:, None], at_label))
+
+
+def _recomputed(ctx: Any, factors: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Gradients of hidden states and of a trained head."""
+    hidden, weight, labels, log_norm = ctx.saved_tensors
+    grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    room = _Room(hidden, weight)
+    for rows in _chunks(hidden.shape[0]):
+        count = hidden[rows].shape[0]
+        torch.mm(hidden[rows], weight.T, out=room.products[:count])
+        logits = room.logits[:count].copy_(room.products[:count]).div_(ctx.temperature)
+        shares = torch.exp(logits.sub_(log_norm[rows, None]), out=room.shares[:count])
+        at_label = 1 - shares.gather(-1, labels[rows, None])
+        shares.neg_().scatter_(-1, labels[rows, None], at_label).mul_(factors[rows, None])
+        slope = room.products[:count].copy_(shares)
+        if grad_hidden is not None:
+            torch.mm(slope, weight, out=grad_hidden[rows])
+        grad_weight += slope.T @ hidden[rows]
+    hidden_dtype, weight_dtype = ctx.input_dtypes
+    return None if grad_hidden is None else grad_hidden.to(hidden_dtype), grad_weight.to(weight_dtype)
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of the products: autocast's where it is on, else the weights'."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = (hidden @ weight.T).float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def _chunks(count: int) -> list[slice]:

@@ -15,6 +15,9 @@ PAD = 2
 """Equal to EOS, and a common token inside prompts as well."""
 IGNORED = -100
 
+_LONG = [3, 9, 2, 7, 5, 5, 2, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 2]
+_OTHER = [4, 9, 2, 7, 5, 5, 2, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51]
+
 ROWS: dict[str, list[tuple[list[int], list[int]]]] = {
     "ragged": [([5, 9, 2, 7], [11, 12, 2]), ([8], [13, 2]), ([3, 2, 2, 6, 4, 9, 2], [14, 15, 16, 17, 2])],
     "one row": [([5, 9, 2, 7], [11, 12, 2])],
@@ -22,7 +25,12 @@ ROWS: dict[str, list[tuple[list[int], list[int]]]] = {
     "prompt that ends with pad": [([5, 6, 2], [9, 2]), ([2, 2], [2, 2, 2])],
     "equal lengths": [([5, 6, 2], [9, 2]), ([7, 8], [10, 11, 2])],
     "no end": [([5, 6], [40, 41, 42, 43]), ([2], [44])],
+    "pairs of one prompt": [(_LONG, [7, 8, 2]), (_OTHER, [2]), (_LONG, [7, 9, 10, 2]), (_OTHER, [5, 6, 2])],
+    "answers to one prompt": [(_LONG, [7, 2]), (_LONG, [8, 9, 2]), (_LONG, [7, 2]), (_LONG, [7, 10])],
+    "a row inside another": [(_LONG, [7, 8, 9, 2]), (_LONG, [7, 8]), ([*_LONG, 7, 8, 9, 2], [5, 2])],
+    "turns of one conversation": [(_LONG, [7, 2]), ([*_LONG, 7, 2, *_OTHER], [9, 2]), ([*_LONG, 7, 2, *_OTHER], [8])],
 }
+"""The last four have beginnings in common that are long enough to be computed once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +90,10 @@ def plain(model: PreTrainedModel, batch: Padded, *, temperature: float = 1.0) ->
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that stays as transformers made it, with the plainest attention there is."""
+    """A copy as transformers and PEFT made it, nothing fused, with the plainest attention there is."""
     other = copy.deepcopy(model)
+    for module in other.modules():
+        vars(module).pop("forward", None)
     inner = other.get_base_model() if hasattr(other, "get_base_model") else other
     inner.set_attn_implementation("eager")
     return other

@@ -13,11 +13,13 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.models import head
+from alignment.errors import ModelError
+from alignment.models import attention, head
 from alignment.models.adapters import add_adapter
 from alignment.models.answers import scalar_scores, unwrapped
-from alignment.models.flat import ATTENTION, stream
+from alignment.models.attention import ATTENTION
 from alignment.models.forward import install_causal, install_scalar
+from alignment.models.rows import stream
 from tests.oracles.close import close
 from tests.tiny import ARCHITECTURES, liven, tiny_model, tiny_scorer
 from tests.unit.models.conftest import IGNORED, PAD, ROWS, gradients, padded, plain, relative, twin
@@ -147,8 +149,61 @@ def test_what_stands_in_padding_never_changes_the_loss() -> None:
     batch = padded(ROWS["ragged"])
     loss = model(**batch.arguments(), fused_lm_head=True).loss
     batch.input_ids[batch.attention_mask == 0] = 77
-    batch.labels[batch.attention_mask == 0] = 77
     assert torch.equal(model(**batch.arguments(), fused_lm_head=True).loss, loss)
+
+
+def test_labels_on_padding_are_refused() -> None:
+    model = tiny_model()
+    install_causal(model)
+    batch = padded(ROWS["ragged"])
+    batch.labels[batch.attention_mask == 0] = 77
+    with pytest.raises(ValueError, match="a label stands on padding"):
+        model(**batch.arguments(), fused_lm_head=True)
+
+
+def test_a_row_longer_than_the_models_positions_is_refused() -> None:
+    model = tiny_model(max_position_embeddings=8)
+    install_causal(model)
+    with pytest.raises(ModelError, match="a row of 12 tokens is longer than the model's 8 positions"):
+        model(**padded(ROWS["ragged"]).arguments(), fused_lm_head=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "computed"),
+    [
+        ("pairs of one prompt", (18 + 3) + (19 + 1) + 3 + 3),  # the second answer shares its first token, too
+        ("answers to one prompt", (18 + 2) + 3 + 0 + 1),
+        ("ragged", 7 + 3 + 12),
+    ],
+)
+def test_a_common_beginning_is_computed_once(rows: str, computed: int) -> None:
+    model = tiny_model()
+    install_causal(model)
+    seen: list[int] = []
+    model.model.layers[0].mlp.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
+    model(**padded(ROWS[rows]).arguments(), fused_lm_head=True)
+    assert seen == [computed]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_long_rows_are_attended_to_in_blocks(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+    monkeypatch.setattr(attention, "QUERIES", 4)
+    model = tiny_model(architecture)
+    reference = twin(model)
+    install_causal(model)
+    for rows in ("pairs of one prompt", "ragged"):
+        batch = padded(ROWS[rows])
+        model(**batch.arguments(), fused_lm_head=True).loss.backward()
+        plain(reference, batch).loss.backward()
+    _assert_same_gradients(model, reference)
+
+
+def test_dropout_inside_attention_takes_the_padded_path(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(attention_dropout=0.1)
+    with caplog.at_level(logging.WARNING):
+        install_causal(model)
+    assert model.config._attn_implementation != ATTENTION
+    assert len(caplog.records) == 1
 
 
 def test_the_loss_divides_by_the_tokens_of_the_whole_optimiser_batch() -> None:

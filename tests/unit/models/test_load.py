@@ -15,7 +15,6 @@ from alignment.config.stage import DpoConfig, PpoConfig, SftConfig
 from alignment.errors import ArtifactError, ModelError
 from alignment.models.adapters import add_adapter
 from alignment.models.answers import scalar_scores, unwrapped
-from alignment.models.flat import stream
 from alignment.models.load import (
     Lineage,
     lineage,
@@ -27,6 +26,7 @@ from alignment.models.load import (
     weights_dtype,
 )
 from alignment.models.reward import load_reward_model
+from alignment.models.rows import stream
 from alignment.stage_spec import StageInput
 from tests.oracles.close import close
 from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_reward, tiny_spec

@@ -1,0 +1,183 @@
+"""Attention inside the rows of a stream, as a function that transformers' models call (AttentionInterface).
+
+On CPU every row is one call of scaled-dot-product attention; its backward pass is written out, because PyTorch's flash
+kernel for CPU took four times as long as the matrix products that it is made of. On CUDA all rows are one call of the
+variable-length kernel. A shared beginning is gathered in front of the row's own keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from alignment.models.rows import Range, Segment
+
+ATTENTION = "flat_sdpa"
+
+QUERIES = 256
+"""Queries whose scores are held at once in the backward pass: 9 heads × 256 × 2,048 bfloat16 are 9 MB."""
+
+
+def flat_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, heads, tokens, head width]
+    key: Tensor,  # [1, key heads, tokens, head width]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: Sequence[Segment] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """``[1, tokens, heads, head width]``; without ``segments`` the batch is padded and goes to the standard function.
+
+    Raises:
+        ValueError: dropout on attention weights, which this function does not have.
+    """
+    if segments is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout:
+        raise ValueError("attention dropout is not supported in a flat stream; set attention_dropout to 0")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        return _varlen(query[0], key[0], value[0], segments, scale)[None], None
+    attended = _RowAttention.apply(query[0], key[0], value[0], tuple(segments), scale)
+    return attended.transpose(0, 1)[None], None
+
+
+class _RowAttention(torch.autograd.Function):
+    """``[heads, tokens, width]`` queries on ``[key heads, tokens, width]`` keys and values, row by row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], scale: float
+    ) -> Tensor:
+        attended = torch.empty_like(query)
+        for segment in segments:
+            (start, end), keys = segment.own, segment.keys
+            if start == end:
+                continue
+            attended[:, start:end] = nn.functional.scaled_dot_product_attention(
+                query[None, :, start:end],
+                _gathered(key, keys)[None],
+                _gathered(value, keys)[None],
+                attn_mask=_visible(segment, query.device) if segment.before else None,
+                is_causal=not segment.before,
+                scale=scale,
+                enable_gqa=query.shape[0] != key.shape[0],
+            )[0]
+        ctx.save_for_backward(query, key, value)
+        ctx.segments, ctx.scale = segments, scale
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        grad = grad.to(query.dtype)
+        for segment in ctx.segments:
+            if segment.own[0] < segment.own[1]:
+                _row_backward((query, key, value), grads, grad, segment, ctx.scale)
+        return *grads, None, None
+
+
+def _row_backward(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor,
+    segment: Segment,
+    scale: float,
+) -> None:
+    """Adds one row's share to the gradients. Scores are recomputed, a block of queries on the keys that it sees."""
+    (query, key, value), (grad_query, grad_key, grad_value) = inputs, grads
+    heads, (start, end) = key.shape[0], segment.own
+    groups = query.shape[0] // heads
+    keys, values = _gathered(key, segment.keys), _gathered(value, segment.keys)
+    all_keys, all_values = torch.zeros_like(keys), torch.zeros_like(values)
+    earlier = keys.shape[1] - (end - start)
+    for first in range(start, end, QUERIES):
+        last = min(first + QUERIES, end)
+        seen = earlier + last - start
+        count = last - first
+
+        def grouped(tensor: Tensor, first: int = first, last: int = last, count: int = count) -> Tensor:
+            """The block of queries; heads that share a key head stand below one another."""
+            return tensor[:, first:last].reshape(heads, groups * count, -1)
+
+        block, block_grad = grouped(query), grouped(grad)
+        k, v = keys[:, :seen], values[:, :seen]
+        scores = torch.bmm(block * scale, k.transpose(1, 2)).view(heads, groups, count, seen)
+        hidden = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
+        scores[..., seen - count :].masked_fill_(hidden, float("-inf"))
+        weights = torch.softmax(scores, dim=-1)
+        flat = weights.view(heads, groups * count, seen)
+        all_values[:, :seen].baddbmm_(flat.transpose(1, 2), block_grad)
+        grad_weights = torch.bmm(block_grad, v.transpose(1, 2)).view_as(weights)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).view_as(flat)
+        grad_query[:, first:last] = torch.bmm(grad_scores, k).mul_(scale).view(-1, count, query.shape[-1])
+        all_keys[:, :seen].baddbmm_(grad_scores.transpose(1, 2), block, alpha=scale)
+    _scatter_add(grad_key, segment.keys, all_keys)
+    _scatter_add(grad_value, segment.keys, all_values)
+
+
+def _visible(segment: Segment, device: torch.device) -> Tensor:
+    """``[queries, keys]``: a token sees all that stands before its row's own tokens, and those up to itself."""
+    queries = segment.own[1] - segment.own[0]
+    keys = sum(end - start for start, end in segment.keys)
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def _gathered(tensor: Tensor, ranges: Sequence[Range]) -> Tensor:
+    """The places of ``ranges`` along dimension 1; a view where they are one range."""
+    pieces = [tensor[:, start:end] for start, end in ranges]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _scatter_add(into: Tensor, ranges: Sequence[Range], values: Tensor) -> None:
+    offset = 0
+    for start, end in ranges:
+        into[:, start:end] += values[:, offset : offset + end - start]
+        offset += end - start
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float) -> Tensor:
+    """``[tokens, heads, width]`` by one kernel call on CUDA; queries are aligned with the end of their keys."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    own = [end - start for segment in segments for start, end in [segment.own] if end > start]
+    rows = [segment.keys for segment in segments if segment.own[1] > segment.own[0]]
+    whole = [sum(end - start for start, end in ranges) for ranges in rows]
+    if any(segment.before for segment in segments):
+        places = torch.cat([torch.arange(start, end) for ranges in rows for start, end in ranges]).to(key.device)
+        key, value = key.index_select(1, places), value.index_select(1, places)
+    attended = varlen_attn(
+        query.transpose(0, 1),
+        key.transpose(0, 1),
+        value.transpose(0, 1),
+        _offsets(own, query.device),
+        _offsets(whole, query.device),
+        max(own),
+        max(whole),
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=query.shape[0] != key.shape[0],
+    )
+    assert isinstance(attended, Tensor)  # the log-sum-exp comes with it only on request
+    return attended
+
+
+def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+
+
+AttentionInterface.register(ATTENTION, flat_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,142 @@
+"""Rows of token ids as one stream in which padding is dropped and a common beginning of rows stands once.
+
+Under causal attention what a token's state is depends on the tokens before it alone. So where two rows begin alike (the
+two answers of a preference pair, n answers to one prompt, one system message) the common part is computed once, and
+the later row attends to it where it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SHORTEST_SHARED = 16
+"""Tokens below which a common beginning is computed twice: attending elsewhere costs more than it saves."""
+
+Range = tuple[int, int]
+"""First place and one past the last, in the stream."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """The tokens of a row that no earlier row has, at ``own`` in the stream, behind those at ``before``.
+
+    ``before`` is in the row's order; it is empty where the row shares nothing.
+    """
+
+    own: Range
+    before: tuple[Range, ...]
+
+    @property
+    def keys(self) -> tuple[Range, ...]:
+        """Where the whole row stands in the stream."""
+        return (*self.before, self.own)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlatRows:
+    """A batch as one stream of ``[tokens]``.
+
+    ``place`` is ``[rows, columns]``: where the token of a row and column stands in the stream (0 on padding), ``kept``
+    the same shape's mask of real tokens, ``lengths`` the rows' real tokens. Example: rows ``[7 8 9 ·]`` and
+    ``[5 6 · ·]`` give ``input_ids [7 8 9 5 6]``, ``position_ids [0 1 2 0 1]``, ``place [[0 1 2 0] [3 4 0 0]]``,
+    ``lengths (3, 2)``.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: tuple[Segment, ...]
+    place: Tensor
+    kept: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def ends(self) -> Tensor:
+        """``[rows]`` place of each row's last token."""
+        columns = torch.arange(1, self.kept.shape[1] + 1, device=self.kept.device)
+        return self.place.gather(1, (self.kept * columns).argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def flatten(input_ids: Tensor, attention_mask: Tensor, *, share: bool = True) -> FlatRows:
+    """Drops padding from ``[rows, columns]`` ids, wherever it stands, by the mask and never by the ids.
+
+    Raises:
+        ValueError: a row has no real token, or padding between two real tokens.
+    """
+    kept = attention_mask.bool().cpu()
+    lengths = kept.sum(-1)
+    if int(lengths.min()) == 0:
+        raise ValueError(f"row {int(lengths.argmin())} of the batch has no real token")
+    changes = (kept[:, 1:] != kept[:, :-1]).sum(-1) + kept[:, 0].int() + kept[:, -1].int()
+    if bool((changes != 2).any()):
+        raise ValueError(f"row {int((changes != 2).int().argmax())} of the batch has padding between its tokens")
+    ids = input_ids.cpu()
+    rows = [row[real].tolist() for row, real in zip(ids, kept, strict=True)]
+    return _laid_out(rows, kept, input_ids.device, share=share)
+
+
+def stream(rows: Sequence[Sequence[int]], device: torch.device, *, share: bool = True) -> FlatRows:
+    """Rows of token ids as one stream; there never was any padding. ``place`` has a column for each position.
+
+    Raises:
+        ValueError: a row has no token.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    if int(lengths.min()) == 0:
+        raise ValueError(f"row {int(lengths.argmin())} of the batch has no real token")
+    kept = torch.arange(int(lengths.max())) < lengths[:, None]
+    return _laid_out(rows, kept, device, share=share)
+
+
+def _laid_out(rows: Sequence[Sequence[int]], kept: Tensor, device: torch.device, *, share: bool) -> FlatRows:
+    common = _common_beginnings(rows) if share else [(0, 0)] * len(rows)
+    ids: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    for row, (earlier, count) in zip(rows, common, strict=True):
+        start = len(ids)
+        ids += row[count:]
+        positions += range(count, len(row))
+        before = _first(segments[earlier].keys, count) if count else ()
+        segments.append(Segment(own=(start, len(ids)), before=before))
+    place = torch.zeros(kept.shape, dtype=torch.long)
+    place[kept] = torch.cat([torch.arange(*part) for segment in segments for part in segment.keys])
+    return FlatRows(
+        input_ids=torch.tensor(ids, device=device),
+        position_ids=torch.tensor(positions, device=device),
+        segments=tuple(segments),
+        place=place.to(device),
+        kept=kept.to(device),
+        lengths=tuple(len(row) for row in rows),
+    )
+
+
+def _first(ranges: Sequence[Range], count: int) -> tuple[Range, ...]:
+    """The first ``count`` places of ``ranges``."""
+    found: list[Range] = []
+    for start, end in ranges:
+        if count == 0:
+            break
+        taken = min(count, end - start)
+        found.append((start, start + taken))
+        count -= taken
+    return tuple(found)
+
+
+def _common_beginnings(rows: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """For each row the earlier row with which it has most of its beginning in common, and how many tokens that is."""
+    table = np.full((len(rows), max(len(row) for row in rows)), -1, dtype=np.int64)
+    for number, row in enumerate(rows):
+        table[number, : len(row)] = row
+    found = [(0, 0)]
+    for number in range(1, len(rows)):
+        same = (table[:number] == table[number]) & (table[number] >= 0)
+        counts = np.where(same.all(-1), table.shape[1], same.argmin(-1))
+        earlier = int(counts.argmax())
+        count = int(counts[earlier])
+        found.append((earlier, count) if count >= SHORTEST_SHARED else (0, 0))
+    return found
