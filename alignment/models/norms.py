@@ -1,0 +1,84 @@
+"""Root-mean-square layer norm (Zhang and Sennrich 2019) as one function, equal to the models' own layers.
+
+The models write it in eight passes, half of them over float32 copies that autograd keeps: on CPU a fifth of a step.
+Here the input and one number a token are kept. A layer is replaced only after it was found, on numbers of its own, to
+compute one of the two forms in use: weight · x/rms, or (1 + weight) · x/rms.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def fuse_norms(model: nn.Module) -> int:
+    """Replaces the forward of every root-mean-square norm that is understood; returns how many."""
+    found = 0
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm") and (shift := _shift_of(module)) is not None:
+            module.forward = types.MethodType(_forward_of(_eps(module), shift), module)
+            found += 1
+    return found
+
+
+def _eps(module: nn.Module) -> float:
+    return float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
+
+
+def _shift_of(module: nn.Module) -> float | None:
+    """What the layer adds to its weight, 0 or 1; None where it computes something else or was replaced already."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or weight.is_meta or not weight.numel():
+        return None
+    if "forward" in vars(module) or _eps(module) == 0.0:
+        return None
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        own: Any = copy.deepcopy(module).float()
+        own.weight.copy_(torch.linspace(0.3, 1.7, weight.numel()))  # as loaded, weights may all be 0 or 1
+        probe = torch.linspace(-2, 3, 2 * weight.numel(), device=weight.device).view(2, -1)
+        expected = own(probe)
+        for shift in (0.0, 1.0):
+            if torch.allclose(_RmsNorm.apply(probe, own.weight, _eps(module), shift), expected, atol=1e-6):
+                return shift
+    return None
+
+
+def _forward_of(eps: float, shift: float) -> Any:
+    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        return _RmsNorm.apply(hidden_states, self.weight, eps, shift)
+
+    return forward
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, shift: float) -> Tensor:
+        width = x.shape[-1]
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        rate = norm.square_().div_(width).add_(eps).rsqrt_()  # [..., 1], float32
+        ctx.save_for_backward(x, weight, rate)
+        ctx.shift = shift
+        # Products with the float32 rate are made in float32 and rounded once, as the models do.
+        scaled = torch.mul(x, rate, out=torch.empty_like(x))
+        return scaled * _scale(weight, shift, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rate = ctx.saved_tensors
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            scaled = torch.mul(x, rate)
+            grad_weight = (grad * scaled).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        weighted = grad * _scale(weight, ctx.shift, grad.dtype)
+        along = (weighted * x).sum(-1, keepdim=True, dtype=torch.float32)
+        slope = (rate.pow(3) * along).div_(-x.shape[-1])
+        grad_x = torch.mul(weighted, rate, out=torch.empty_like(x))
+        return grad_x.add_(torch.mul(x, slope, out=torch.empty_like(x))), grad_weight, None, None
+
+
+def _scale(weight: Tensor, shift: float, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if shift == 0 else (weight.float() + shift).to(dtype)

@@ -1,0 +1,130 @@
+"""Norms and low-rank layers as one function compute what transformers' and PEFT's own layers compute."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from alignment.models.norms import fuse_norms
+from alignment.models.products import fuse_adapters
+from tests.tiny import liven, tiny_model
+from tests.unit.models.conftest import gradients, relative
+
+
+def _grads(module: torch.nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    x = x.clone().requires_grad_()
+    out = module(x)
+    out.backward(upstream)
+    return out.detach(), x.grad, module.weight.grad  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm, Qwen3RMSNorm])
+def test_a_fused_norm_equals_the_models_own(kind: Any) -> None:
+    rng = torch.Generator().manual_seed(0)
+    own = kind(16, eps=1e-3)
+    own.weight.data = torch.randn(16, generator=rng)
+    fused = copy.deepcopy(own)
+    assert fuse_norms(fused) == 1
+    x, upstream = torch.randn(2, 3, 16, generator=rng), torch.randn(2, 3, 16, generator=rng)
+    for found, expected in zip(_grads(fused, x, upstream), _grads(own, x, upstream), strict=True):
+        assert relative(found, expected) < 1e-6
+
+
+def test_a_fused_norm_rounds_as_the_models_own() -> None:
+    own = LlamaRMSNorm(64).bfloat16()
+    fused = copy.deepcopy(own)
+    fuse_norms(fused)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16() * 7
+    assert torch.equal(fused(x), own(x))
+
+
+class OddRMSNorm(LlamaRMSNorm):
+    """Computes something else under a familiar name."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * 2
+
+
+def test_a_norm_that_computes_something_else_is_left_alone() -> None:
+    assert fuse_norms(OddRMSNorm(16)) == 0
+
+
+def test_a_norm_is_fused_once() -> None:
+    model = tiny_model()
+    assert fuse_norms(model) == 5
+    assert fuse_norms(model) == 0
+
+
+# ---- low-rank layers -------------------------------------------------------------------------------------------------
+
+
+def _with_lora(*, fused: bool, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    told: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": TaskType.CAUSAL_LM}
+    model = get_peft_model(tiny_model("qwen2", attention_bias=True).to(dtype), LoraConfig(**told | changes))
+    liven(model)
+    if fused:
+        fuse_adapters(model)
+    return model
+
+
+IDS = torch.tensor([[5, 9, 2, 7, 11, 12, 2]])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_rslora": True},
+        {"lora_dropout": 0.5},
+        {"use_dora": True},
+        {"lora_bias": True, "target_modules": ["q_proj"]},
+    ],
+)
+def test_a_fused_layer_equals_pefts(changes: dict[str, Any]) -> None:
+    """What the function does not serve (dropout at work, DoRA, bias) goes PEFT's way."""
+    outputs, found = [], []
+    for fused in (True, False):
+        model = _with_lora(fused=fused, **changes).train()
+        torch.manual_seed(0)
+        logits = model(input_ids=IDS).logits
+        logits.square().sum().backward()
+        outputs.append(logits)
+        found.append(gradients(model))
+    assert relative(*outputs) < 1e-6
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert relative(gradient, found[1][name]) < 1e-5, name
+
+
+def test_under_autocast_a_fused_layer_stays_close_to_pefts() -> None:
+    outputs = []
+    for fused in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(_with_lora(fused=fused, dtype=torch.bfloat16)(input_ids=IDS).logits.float())
+    assert relative(*outputs) < 0.02
+
+
+def test_an_adapter_that_is_off_merged_or_one_of_two_counts_as_in_peft() -> None:
+    models = [_with_lora(fused=fused) for fused in (True, False)]
+    for change in ("off", "two", "merged"):
+        outputs = []
+        for model in models:
+            if change == "two":
+                torch.manual_seed(1)
+                model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+                model.base_model.set_adapter(["default", "second"])
+            if change == "merged":
+                model.merge_adapter()
+            if change == "off":
+                with model.disable_adapter():
+                    outputs.append(model(input_ids=IDS).logits)
+            else:
+                outputs.append(model(input_ids=IDS).logits)
+        assert relative(*outputs) < 1e-5, change
