@@ -25,6 +25,15 @@ _POLL_SECONDS = 0.5
 _ROOT = Path(__file__).resolve().parent.parent
 
 
+_KEEP_PAGES = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+"""Memory that a tensor gave back is used again. glibc would return it to the system and fetch fresh pages for the next
+tensor, which took as long as the arithmetic on it (docs/LOG.md, 2026-11-25). Other allocators ignore these."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
     """``argv`` to execute, and ``environment``: variables laid over the caller's."""
@@ -215,4 +224,5 @@ def _environment(threads: int, pythonpath: str) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        **_KEEP_PAGES,
     }
