@@ -16,16 +16,15 @@ class Schedule(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW. ``batch_size`` is global: it is split over processes and micro-batches, and does not change with them.
+    """AdamW. ``batch_size`` is global: it is split over processes, and does not change with them.
 
-    ``micro_batch_size`` rows are held in memory at once on a device; it changes memory, not the result, but for an
-    epoch's last batch where rows do not fill it (reward and DPO average micro-batches; processes repeat rows there).
-    ``max_steps`` stops earlier than ``epochs``.
+    ``micro_batch_tokens`` are held in memory at once on a device; a longer row stands alone. It changes memory, not the
+    result. ``max_steps`` stops earlier than ``epochs``.
     """
 
     lr: float
     batch_size: int = 16
-    micro_batch_size: int = field(default=8, metadata={"identity": False})
+    micro_batch_tokens: int = field(default=2048, metadata={"identity": False})
     epochs: float = 1.0
     max_steps: int | None = None
     schedule: Schedule = Schedule.cosine

@@ -152,13 +152,13 @@ class PpoConfig:
 class PpoOptimConfig:
     """Adam without weight decay or warm-up, annealed to zero. ``batch_size`` counts episodes an update, globally.
 
-    ``micro_batch_size`` rows are learned from at once; a process samples its whole share at once.
+    ``micro_batch_tokens`` are learned from at once; a process samples its whole share at once.
     """
 
     lr: float = 3e-5
     critic_lr: float | None = None
     batch_size: int = 32
-    micro_batch_size: int = field(default=8, metadata={"identity": False})
+    micro_batch_tokens: int = field(default=2048, metadata={"identity": False})
     schedule: Schedule = Schedule.linear
     adam_eps: float = 1e-5
     max_grad_norm: float = 1.0

@@ -14,6 +14,9 @@ from alignment.evaluation.house_style import STYLE_PROMPT, GoldScore, score
 from alignment.models.answers import answer_statistics, batches, scalar_scores
 from alignment.models.generate import generate
 
+TOKENS = 4096
+"""Tokens of rows that are scored at once."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
@@ -87,22 +90,20 @@ def answer_all(
 
 @torch.no_grad()
 def sequence_logprobs(
-    model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]], *, batch_size: int
+    model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]
 ) -> list[float]:
     """Sum of log p(token | prefix) over each answer, in nats."""
     sums: list[float] = []
-    for part in batches(prompts, answers, size=batch_size, device=model.device):
+    for part in batches(prompts, answers, tokens=TOKENS, device=model.device):
         logprobs = answer_statistics(model, part).logprobs
         sums += [float(row.sum()) for row in logprobs.split(list(part.lengths))]
     return sums
 
 
 @torch.no_grad()
-def reward_scores(
-    model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]], *, batch_size: int
-) -> list[float]:
+def reward_scores(model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
     """The reward model's score at each answer's last token."""
     scores: list[float] = []
-    for part in batches(prompts, answers, size=batch_size, device=model.device):
+    for part in batches(prompts, answers, tokens=TOKENS, device=model.device):
         scores += scalar_scores(model, part.rows).tolist()
     return scores

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from alignment.errors import ModelError
 from alignment.models.flat import trunk_states
 from alignment.models.head import TokenStatistics, scalar_at, token_statistics, transforms_logits
-from alignment.models.rows import FlatRows, stream
+from alignment.models.rows import FlatRows, by_tokens, stream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,11 +48,14 @@ def answer_stream(
 
 
 def batches(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, size: int, device: torch.device
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, tokens: int, device: torch.device
 ) -> Iterator[AnswerStream]:
-    """The pairs in order, ``size`` rows at a time."""
-    for start in range(0, len(prompts), size):
-        yield answer_stream(prompts[start : start + size], answers[start : start + size], device)
+    """The rows in order, as many at a time as have at most ``tokens``; a prompt right after itself counts once."""
+    pairs = list(zip(prompts, answers, strict=True))
+    new = [row == 0 or prompts[row - 1] != prompts[row] for row in range(len(pairs))]
+    lengths = [len(answer) + len(prompt) * own for (prompt, answer), own in zip(pairs, new, strict=True)]
+    for piece in by_tokens(lengths, tokens):
+        yield answer_stream(prompts[piece.start : piece.stop], answers[piece.start : piece.stop], device)
 
 
 def answer_statistics(model: PreTrainedModel, part: AnswerStream, *, temperature: float = 1.0) -> TokenStatistics:

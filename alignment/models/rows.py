@@ -92,6 +92,21 @@ def stream(rows: Sequence[Sequence[int]], device: torch.device, *, share: bool =
     return _laid_out(rows, kept, device, share=share)
 
 
+def by_tokens(lengths: Sequence[int], limit: int) -> list[range]:
+    """Consecutive rows whose tokens add up to at most ``limit``; a longer row stands alone.
+
+    Example: lengths ``[3, 3, 9, 1]`` with limit 6 give rows 0-1, 2, 3.
+    """
+    found: list[range] = []
+    start, tokens = 0, 0
+    for row, length in enumerate(lengths):
+        if row > start and tokens + length > limit:
+            found.append(range(start, row))
+            start, tokens = row, 0
+        tokens += length
+    return [*found, range(start, len(lengths))]
+
+
 def _laid_out(rows: Sequence[Sequence[int]], kept: Tensor, device: torch.device, *, share: bool) -> FlatRows:
     common = _common_beginnings(rows) if share else [(0, 0)] * len(rows)
     ids: list[int] = []

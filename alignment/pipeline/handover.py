@@ -129,7 +129,7 @@ def commit_of_checkout(root: Path) -> str:
 def _how(code: int, printed: str) -> str:
     """A launcher hides its worker's signal behind an exit code of its own and names it in what it prints."""
     if code == -9 or "SIGKILL" in printed or "Signal 9" in printed:
-        return "by signal 9 (often: the machine ran out of memory; a smaller micro_batch_size helps)"
+        return "by signal 9 (often: the machine ran out of memory; a smaller micro_batch_tokens helps)"
     return f"by signal {-code}" if code < 0 else f"with exit code {code}"
 
 

@@ -27,6 +27,7 @@ from alignment.stages.pairs import read_pairs
 from alignment.stages.result import StageResult, save_model
 from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext
+from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
 
 START_TOLERANCE = 1e-3
@@ -59,8 +60,10 @@ def run(config: DpoConfig, context: StageContext) -> StageResult:
     return save_model(trainer.model, tokenizer, context, found, metrics)
 
 
-class TokenizedDpoTrainer(DPOTrainer):
-    """TRL's trainer on pairs that are tokens already."""
+class TokenizedDpoTrainer(MicroBatches, DPOTrainer):
+    """TRL's trainer on pairs that are tokens already, an optimiser batch learned from in pieces."""
+
+    pairs = True
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset
@@ -83,6 +86,7 @@ def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: An
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
+    trainer.micro_batch_tokens = config.optim.micro_batch_tokens
     install_causal(policy)
     if reference is not None:
         install_causal(reference)

@@ -86,7 +86,7 @@ def _answer(
         batch_size=config.batch_size,
         progress=lambda done: context.progress("answering", before + done, total),
     )
-    logprobs = sequence_logprobs(model, prompts, [answer.ids for answer in answers], batch_size=config.batch_size)
+    logprobs = sequence_logprobs(model, prompts, [answer.ids for answer in answers])
     return Answered(answers=answers, logprobs=logprobs, seconds=time.monotonic() - started)
 
 
@@ -122,7 +122,7 @@ def _divergences(
         if name == "base+prompt":
             found[name] = None
             continue
-        under = sequence_logprobs(reference, prompts, arm.ids, batch_size=config.batch_size)
+        under = sequence_logprobs(reference, prompts, arm.ids)
         found[name] = [mine - theirs for mine, theirs in zip(arm.logprobs, under, strict=True)]
     return found
 
@@ -135,6 +135,4 @@ def _rewards(
         return dict.fromkeys(arms)
     model = load_reward_model(context.spec, context.spec.inputs["reward"]).to(context.device)
     with products_in(context.spec.model.dtype, context.device):
-        return {
-            name: reward_scores(model, prompts, arm.ids, batch_size=config.batch_size) for name, arm in arms.items()
-        }
+        return {name: reward_scores(model, prompts, arm.ids) for name, arm in arms.items()}

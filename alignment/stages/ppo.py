@@ -14,7 +14,7 @@ from alignment.errors import ConfigError
 from alignment.models.load import lineage, load_tokenizer, refuse_other_tokenizer
 from alignment.models.roles import Roles, build_roles
 from alignment.stages.result import StageResult, save_model
-from alignment.training.arguments import SCHEDULES, quiet_arguments, split_batch
+from alignment.training.arguments import SCHEDULES, quiet_arguments, share_of
 from alignment.training.context import StageContext
 from alignment.training.ppo_trainer import Episodes, PpoTrainer
 from alignment.training.session import train
@@ -50,7 +50,7 @@ def kl_price(config: KlConfig) -> FixedKl | AdaptiveKl:
 def _trainer(
     config: PpoConfig, context: StageContext, roles: Roles, prompts: list[list[int]], end_id: int
 ) -> PpoTrainer:
-    micro, _ = split_batch(config.optim.batch_size, config.optim.micro_batch_size, context.world_size)
+    share_of(config.optim.batch_size, context.world_size)
     smallest = config.optim.batch_size // config.num_minibatches
     if smallest < context.world_size:
         raise ConfigError(
@@ -74,6 +74,6 @@ def _trainer(
         prompts=prompts,
         end_id=end_id,
         per_update=config.optim.batch_size,
-        micro_batch_size=micro,
+        micro_batch_tokens=config.optim.micro_batch_tokens,
     )
     return PpoTrainer(roles, config, context, episodes=episodes, price=kl_price(config.kl), args=arguments)

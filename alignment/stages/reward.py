@@ -28,6 +28,7 @@ from alignment.stages.pairs import TokenizedPair, read_pairs
 from alignment.stages.result import StageResult, save_model
 from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext
+from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
 
 OFFSET_SAMPLE = 64
@@ -94,7 +95,7 @@ def _trainer(
     torch.manual_seed(context.seed("head") % 2**63)
     full = config.adapter.kind is AdapterKind.full
     model = load_scalar(found, weights_dtype(context.spec.model.dtype, trained=full))
-    trainer = RewardTrainer(
+    trainer = PiecewiseRewardTrainer(
         model=add_adapter(model, config.adapter, TaskType.SEQ_CLS),
         args=TrlRewardConfig(
             **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
@@ -104,8 +105,15 @@ def _trainer(
         train_dataset=_dataset(learned),
         processing_class=tokenizer,
     )
+    trainer.micro_batch_tokens = config.optim.micro_batch_tokens
     install_scalar(model)
     return trainer
+
+
+class PiecewiseRewardTrainer(MicroBatches, RewardTrainer):
+    """TRL's trainer, an optimiser batch learned from in pieces."""
+
+    pairs = True
 
 
 def _dataset(pairs: list[TokenizedPair]) -> Dataset:
@@ -131,11 +139,10 @@ def _share_won(margins: torch.Tensor) -> float:
     return float(((margins > 0).float() + 0.5 * (margins == 0).float()).mean())
 
 
-def _scores(trainer: RewardTrainer, prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
+def _scores(trainer: PiecewiseRewardTrainer, prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
     """``[rows]`` scores; every process computes the same."""
-    size, device = trainer.args.per_device_train_batch_size, trainer.args.device
     with torch.no_grad(), trainer.accelerator.autocast():
-        parts = batches(prompts, answers, size=size, device=device)
+        parts = batches(prompts, answers, tokens=trainer.micro_batch_tokens, device=trainer.args.device)
         return torch.cat([scalar_scores(trainer.model, part.rows) for part in parts]).cpu()
 
 

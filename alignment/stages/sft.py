@@ -20,6 +20,7 @@ from alignment.models.load import lineage, load_policy, load_tokenizer, weights_
 from alignment.stages.result import StageResult, save_model
 from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext
+from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
 
 
@@ -31,7 +32,7 @@ def run(config: SftConfig, context: StageContext) -> StageResult:
     tokenizer = load_tokenizer(found.base)
     dataset, dropped = _dataset(config, context, tokenizer)
     policy = load_policy(found, weights_dtype(spec.model.dtype, trained=config.adapter.kind is AdapterKind.full))
-    trainer = SFTTrainer(
+    trainer = PiecewiseSftTrainer(
         model=add_adapter(policy, config.adapter, TaskType.CAUSAL_LM),
         args=TrlSftConfig(
             **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
@@ -41,10 +42,15 @@ def run(config: SftConfig, context: StageContext) -> StageResult:
         train_dataset=dataset,
         processing_class=tokenizer,
     )
+    trainer.micro_batch_tokens = config.optim.micro_batch_tokens
     install_causal(policy)
     last = train(trainer, context, headline="loss")
     metrics = {"loss": last["loss"], "rows": float(len(dataset)), "rows_too_long": float(dropped)}
     return save_model(trainer.model, tokenizer, context, found, metrics)
+
+
+class PiecewiseSftTrainer(MicroBatches, SFTTrainer):
+    """TRL's trainer, an optimiser batch learned from in pieces."""
 
 
 def _dataset(config: SftConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, int]:

@@ -19,13 +19,13 @@ SCHEDULES = {
 
 
 def common_arguments(optim: OptimConfig, context: StageContext, *, log_every: int, save_every: int) -> dict[str, Any]:
-    """Keyword arguments that every ``TrainingArguments`` of ours shares."""
-    micro, steps = split_batch(optim.batch_size, optim.micro_batch_size, context.world_size)
+    """Keyword arguments that every ``TrainingArguments`` of ours shares.
+
+    A process gets its whole share of an optimiser batch at once, and learns from it in pieces (MicroBatches).
+    """
     return {
         **quiet_arguments(context),
-        "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": steps,
+        "per_device_train_batch_size": share_of(optim.batch_size, context.world_size),
         "num_train_epochs": optim.epochs,
         "max_steps": -1 if optim.max_steps is None else optim.max_steps,
         "learning_rate": optim.lr,
@@ -59,10 +59,8 @@ def quiet_arguments(context: StageContext) -> dict[str, Any]:
     }
 
 
-def split_batch(batch_size: int, micro_batch_size: int, world_size: int) -> tuple[int, int]:
-    """A global batch as (rows a device holds at once, accumulation steps).
-
-    Example: 16 rows, at most 8 at once, on 2 processes: ``(8, 1)``.
+def share_of(batch_size: int, world_size: int) -> int:
+    """The rows of a global batch that one process learns from.
 
     Raises:
         ConfigError: the batch does not divide by the processes.
@@ -73,6 +71,4 @@ def split_batch(batch_size: int, micro_batch_size: int, world_size: int) -> tupl
             where="optim.batch_size",
             remedy=f"choose a multiple of {world_size}, or another launch.num_processes",
         )
-    share = batch_size // world_size
-    micro = next(size for size in range(min(micro_batch_size, share), 0, -1) if share % size == 0)
-    return micro, share // micro
+    return batch_size // world_size

@@ -8,7 +8,6 @@ but weights, optimiser, price of KL and step number is needed to go on: all rand
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from alignment.errors import StageError
 from alignment.models.answers import answer_statistics, answer_stream, batches, scalar_scores, unwrapped
 from alignment.models.generate import Sampling, generate
 from alignment.models.roles import Roles
+from alignment.models.rows import by_tokens
 from alignment.training.context import StageContext
 from alignment.training.experience import (
     Experience,
@@ -41,6 +41,7 @@ from alignment.training.experience import (
     spread,
     stack,
 )
+from alignment.training.micro_batches import accumulating, same_number_everywhere
 from alignment.training.ppo_figures import UpdateFigures
 
 KlPrice = FixedKl | AdaptiveKl
@@ -52,13 +53,13 @@ START_KL_TOLERANCE = 0.02
 class Episodes:
     """How episodes are made: from which prompts, how answers end, and how many an update, over all processes.
 
-    ``micro_batch_size`` rows are learned from at once; a process samples its whole share at once.
+    ``micro_batch_tokens`` are learned from at once; a process samples its whole share at once.
     """
 
     prompts: Sequence[Sequence[int]]
     end_id: int
     per_update: int
-    micro_batch_size: int
+    micro_batch_tokens: int
 
 
 class PpoTrainer(Trainer):
@@ -251,7 +252,7 @@ class PpoTrainer(Trainer):
         return torch.cat([scalar_scores(self.roles.reward, part.rows) for part in self._parts(prompts, answers)])
 
     def _parts(self, prompts: Any, answers: Any) -> Any:
-        return batches(prompts, answers, size=self.episodes.micro_batch_size, device=self.args.device)
+        return batches(prompts, answers, tokens=self.episodes.micro_batch_tokens, device=self.args.device)
 
     def _check_start(self, update: int, kl: Tensor) -> None:
         """Policy and reference are the same before the first step."""
@@ -270,14 +271,12 @@ class PpoTrainer(Trainer):
         tokens = experience.response_mask[rows].sum().float()
         rows = rows[self.context.rank :: self.context.world_size]
         total = torch.zeros((), device=self.args.device)
-        size = self.episodes.micro_batch_size
-        pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
-        for piece in pieces:
-            # DDP decides in the forward pass whether the backward pass synchronises.
-            last = piece is pieces[-1]
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+        lengths = [len(experience.prompts[row]) + len(experience.answers[row]) for row in rows]
+        pieces = same_number_everywhere(by_tokens(lengths, self.episodes.micro_batch_tokens), self.accelerator)
+        for number, piece in enumerate(pieces):
+            with accumulating(self.accelerator, model, last=number == len(pieces) - 1):
                 with self.compute_loss_context_manager():
-                    policy_loss, value_loss = self._losses(model, experience, piece, tokens)
+                    policy_loss, value_loss = self._losses(model, experience, [rows[i] for i in piece], tokens)
                     loss = policy_loss + self.config.value_coefficient * value_loss
                 # DDP averages over processes; the sum over all of them is wanted.
                 self.accelerator.backward(loss * self.context.world_size)

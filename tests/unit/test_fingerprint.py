@@ -38,6 +38,6 @@ def test_what_has_no_stable_form_is_refused(value: Any) -> None:
 def test_fields_that_change_no_result_are_left_out() -> None:
     kept = canonical(SftConfig())
     assert not {"init", "log_every", "save_every"} & set(kept)
-    assert "micro_batch_size" not in kept["optim"]
+    assert "micro_batch_tokens" not in kept["optim"]
     assert "source" not in kept["data"]
     assert canonical(DpoConfig(beta=0.1)) != canonical(DpoConfig(beta=0.2))

@@ -7,6 +7,7 @@ import torch
 
 from alignment.data.records import HeldOutPrompt, Message
 from alignment.data.tokenize import prompt_ids
+from alignment.evaluation import arms
 from alignment.evaluation.arms import (
     answer_all,
     reward_scores,
@@ -42,8 +43,11 @@ def test_an_answer_may_draw_on_everything_but_the_assistants_own_turns() -> None
     assert source_text([Message(role=role, content=content) for role, content in turns]) == "A\nB\nD"
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 9])
-def test_the_log_probability_of_an_answer_is_the_sum_over_its_tokens(batch_size: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 12, 1000])
+def test_the_log_probability_of_an_answer_is_the_sum_over_its_tokens(
+    monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    monkeypatch.setattr(arms, "TOKENS", tokens)
     model = tiny_model()
     expected = []
     for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
@@ -52,11 +56,12 @@ def test_the_log_probability_of_an_answer_is_the_sum_over_its_tokens(batch_size:
             logits = model(torch.tensor([[*prompt, *answer[:place]]])).logits[0, -1].tolist()
             total += oracle.log_softmax(logits)[token]
         expected.append(total)
-    close(sequence_logprobs(model, PROMPTS, ANSWERS, batch_size=batch_size), expected)
+    close(sequence_logprobs(model, PROMPTS, ANSWERS), expected)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 9])
-def test_rewards_stand_at_the_last_token_whatever_the_batch(batch_size: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 12, 1000])
+def test_rewards_stand_at_the_last_token_whatever_the_batch(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    monkeypatch.setattr(arms, "TOKENS", tokens)
     model = tiny_scorer()
     with torch.no_grad():
         expected = [
@@ -64,7 +69,7 @@ def test_rewards_stand_at_the_last_token_whatever_the_batch(batch_size: int) -> 
             for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
         ]
     install_scalar(model)
-    close(reward_scores(model, PROMPTS, ANSWERS, batch_size=batch_size), expected)
+    close(reward_scores(model, PROMPTS, ANSWERS), expected)
 
 
 def test_answers_are_greedy_scored_and_know_whether_they_ended() -> None:

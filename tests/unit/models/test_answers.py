@@ -45,12 +45,12 @@ def test_statistics_of_answers_equal_the_plain_forward(architecture: str, temper
     assert torch.equal(found.is_top1, expected.is_top1)
 
 
-@pytest.mark.parametrize("size", [1, 3, 100])
-def test_the_size_of_a_batch_never_changes_log_probabilities(size: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 12, 100])
+def test_the_size_of_a_batch_never_changes_log_probabilities(tokens: int) -> None:
     model = tiny_model()
     use_flat_attention(model)
     whole = answer_statistics(model, answer_stream(PROMPTS, ANSWERS, CPU)).logprobs
-    parts = [answer_statistics(model, part).logprobs for part in batches(PROMPTS, ANSWERS, size=size, device=CPU)]
+    parts = [answer_statistics(model, part).logprobs for part in batches(PROMPTS, ANSWERS, tokens=tokens, device=CPU)]
     assert relative(torch.cat(parts), whole) < 1e-6
 
 

@@ -48,7 +48,7 @@ def test_stages_come_after_their_inputs(plan: MakePlan) -> None:
         ("tracking=wandb", set()),
         ("stages.sft.log_every=7", set()),
         ("stages.sft.save_every=7", set()),
-        ("stages.sft.optim.micro_batch_size=1", set()),
+        ("stages.sft.optim.micro_batch_tokens=1", set()),
         ("stages.evaluate.batch_size=1", set()),
     ],
 )

@@ -13,7 +13,7 @@ from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig, Schedule
 from alignment.config.stage import SftConfig
 from alignment.errors import ConfigError
-from alignment.training.arguments import common_arguments, split_batch
+from alignment.training.arguments import common_arguments, share_of
 from alignment.training.context import StageContext
 from tests.tiny import tiny_spec
 
@@ -57,29 +57,9 @@ def test_progress_is_one_whole_file_that_the_main_process_writes(tmp_path: Path)
     assert [p.name for p in context.spec.work.glob("*progress*")] == ["progress.json"]
 
 
-@pytest.mark.parametrize(
-    ("batch", "micro", "world", "expected"),
-    [
-        (16, 8, 1, (8, 2)),
-        (16, 8, 2, (8, 1)),
-        (16, 8, 4, (4, 1)),
-        (16, 6, 1, (4, 4)),
-        (7, 4, 1, (1, 7)),
-        (12, 5, 1, (4, 3)),
-        (8, 100, 1, (8, 1)),
-        (1, 1, 1, (1, 1)),
-    ],
-)
-def test_a_batch_is_split_without_rest(batch: int, micro: int, world: int, expected: tuple[int, int]) -> None:
-    found = split_batch(batch, micro, world)
-    assert found == expected
-    assert found[0] * found[1] * world == batch
-    assert found[0] <= micro
-
-
 def test_a_batch_that_does_not_divide_by_the_processes_is_an_error() -> None:
     with pytest.raises(ConfigError) as caught:
-        split_batch(10, 4, 4)
+        share_of(10, 4)
     assert str(caught.value) == (
         "optim.batch_size: a global batch of 10 does not divide by 4 processes\n"
         "  → choose a multiple of 4, or another launch.num_processes"
@@ -91,7 +71,6 @@ def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path) -> N
     optim = OptimConfig(
         lr=3e-4,
         batch_size=12,
-        micro_batch_size=4,
         epochs=2.5,
         max_steps=7,
         schedule=Schedule.linear,
@@ -102,8 +81,7 @@ def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path) -> N
     )
     found = common_arguments(optim, context, log_every=3, save_every=9)
     expected = {
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 3,
+        "per_device_train_batch_size": 12,
         "num_train_epochs": 2.5,
         "max_steps": 7,
         "learning_rate": 3e-4,

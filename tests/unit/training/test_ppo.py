@@ -71,7 +71,7 @@ def bench(tmp_path: Path) -> Callable[..., Bench]:
     def make(name: str = "run", *, adapter: AdapterConfig = FULL, prompts: Any = PROMPTS, **changes: Any) -> Bench:
         if adapter.kind not in rewards:
             rewards[adapter.kind] = tiny_reward(tmp_path / f"reward-{adapter.kind.value}", adapter, found=found)
-        optim = PpoOptimConfig(lr=1e-3, batch_size=8, micro_batch_size=8)
+        optim = PpoOptimConfig(lr=1e-3, batch_size=8, micro_batch_tokens=1000)
         settings = {"updates": 2, "ppo_epochs": 2, "num_minibatches": 2, "max_new_tokens": 6, "optim": optim}
         config = PpoConfig(adapter=adapter, **{**settings, **changes})
         spec = tiny_spec(tmp_path / name, config, base_path=base)
@@ -84,7 +84,7 @@ def bench(tmp_path: Path) -> Callable[..., Bench]:
 
 
 def _optim(**changes: Any) -> PpoOptimConfig:
-    return replace(PpoOptimConfig(lr=1e-3, batch_size=8, micro_batch_size=8), **changes)
+    return replace(PpoOptimConfig(lr=1e-3, batch_size=8, micro_batch_tokens=1000), **changes)
 
 
 def _sha256(parameters: Any) -> str:
@@ -154,11 +154,11 @@ def test_a_wrong_reference_stops_before_anything_is_learned(bench: Callable[...,
 @pytest.mark.parametrize(
     ("prompts", "batch", "micro", "epochs", "minibatches", "updates"),
     [
-        pytest.param(8, 8, 8, 2, 2, 3, id="the prompts are one rollout batch"),
-        pytest.param(8, 8, 2, 4, 1, 3, id="with micro-batches"),
-        pytest.param(3, 8, 4, 1, 4, 2, id="fewer prompts than a rollout batch"),
-        pytest.param(8, 4, 3, 3, 1, 3, id="a micro-batch that does not divide"),
-        pytest.param(8, 6, 6, 1, 4, 2, id="minibatches that do not divide"),
+        pytest.param(8, 8, 1000, 2, 2, 3, id="the prompts are one rollout batch"),
+        pytest.param(8, 8, 25, 4, 1, 3, id="with micro-batches"),
+        pytest.param(3, 8, 40, 1, 4, 2, id="fewer prompts than a rollout batch"),
+        pytest.param(8, 4, 30, 3, 1, 3, id="micro-batches of unequal size"),
+        pytest.param(8, 6, 1000, 1, 4, 2, id="minibatches that do not divide"),
     ],
 )
 def test_an_update_takes_exactly_epochs_times_minibatches_steps(
@@ -185,7 +185,7 @@ def test_an_update_takes_exactly_epochs_times_minibatches_steps(
         updates=updates,
         ppo_epochs=epochs,
         num_minibatches=minibatches,
-        optim=_optim(batch_size=batch, micro_batch_size=micro),
+        optim=_optim(batch_size=batch, micro_batch_tokens=micro),
     )
     run.train()
     total = updates * epochs * minibatches
@@ -327,12 +327,12 @@ def test_the_size_of_a_micro_batch_never_changes_the_weights(
     bench: Callable[..., Bench], adapter: AdapterConfig
 ) -> None:
     weights = {}
-    for size in (1, 2, 8):
-        run = bench(f"micro-{size}", adapter=adapter, num_minibatches=1, optim=_optim(micro_batch_size=size))
+    for size in (1, 40, 1000):
+        run = bench(f"micro-{size}", adapter=adapter, num_minibatches=1, optim=_optim(micro_batch_tokens=size))
         run.train()
         weights[size] = torch.cat([parameter.detach().flatten() for parameter in _trained(run.roles)]).double()
-    for size in (1, 2):
-        difference = (weights[size] - weights[8]).norm() / weights[8].norm()
+    for size in (1, 40):
+        difference = (weights[size] - weights[1000]).norm() / weights[1000].norm()
         assert float(difference) < 1e-5
 
 
@@ -421,7 +421,7 @@ def test_ppo_finds_the_closed_form_optimum_of_a_bandit(bench: Callable[..., Benc
         save_every=1000,
         kl=KlConfig(coefficient=beta),
         value_coefficient=1.0,
-        optim=_optim(lr=1e-3, batch_size=128, micro_batch_size=128),
+        optim=_optim(lr=1e-3, batch_size=128, micro_batch_tokens=100_000),
     )
     start = [_distribution(run, prompt) for prompt in PROMPTS]
     rewards = [_rewards(run, prompt, missing) for prompt in PROMPTS]

@@ -1,0 +1,124 @@
+"""An optimiser batch in pieces that fit in memory, measured in tokens: a stream has no padding, so they are the cost.
+
+The trainer hands over the process's whole share of an optimiser batch. It is learned from piece by piece, and the loss
+is that of the whole: the token mean over all pieces and processes in SFT, the mean over all pairs elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import Trainer
+
+from alignment.models.forward import IGNORED
+from alignment.models.rows import by_tokens
+
+Batch = dict[str, Any]
+
+
+def same_number_everywhere(pieces: list[range], accelerator: Accelerator) -> list[range]:
+    """As many pieces as the process with most of them has: processes meet after each. Rows are the same number."""
+    if accelerator.num_processes == 1:
+        return pieces
+    number = torch.tensor(len(pieces), device=accelerator.device)
+    torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+    wanted = int(number)
+    if wanted == len(pieces):
+        return pieces
+    bounds = [round(pieces[-1].stop * part / wanted) for part in range(wanted + 1)]
+    return [range(start, end) for start, end in itertools.pairwise(bounds)]
+
+
+@contextlib.contextmanager
+def accumulating(accelerator: Accelerator, model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Forward and backward of one piece; gradients meet across processes with the last one only.
+
+    DDP decides in the forward pass whether the backward pass synchronises, DeepSpeed in the backward pass by the flag.
+    """
+    accelerator.gradient_state._set_sync_gradients(last)
+    with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        yield
+
+
+class MicroBatches(Trainer):
+    """Mixed into TRL's trainers. Their batches are padded rows or packed ones (SFT), or pairs: chosen, then rejected.
+
+    ``micro_batch_tokens`` limits a piece; set it after construction.
+    """
+
+    micro_batch_tokens: int
+    pairs: bool = False
+    _share: float = 1.0
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """Gradients of the whole batch; returns its loss."""
+        parts = self._parts(inputs)
+        metrics = self._metrics["train"]
+        before = {name: len(values) for name, values in metrics.items()}
+        total = torch.zeros((), device=self.args.device)
+        for number, (part, share) in enumerate(parts):
+            self._share = share
+            with accumulating(self.accelerator, model, last=number == len(parts) - 1):
+                total += super().training_step(model, part, num_items_in_batch)
+        _weigh(metrics, before, [share for _, share in parts])
+        return total
+
+    def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        """A mean over pairs counts for its share of the batch; a sum over tokens was divided by all of them."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss * self._share if self.pairs else loss
+
+    def _parts(self, inputs: Batch) -> list[tuple[Batch, float]]:
+        """Pieces with their shares: of the pairs, or of the tokens learned from."""
+        if "attention_mask" not in inputs:
+            parts = self._packed_parts(inputs)
+        else:
+            lengths = inputs["attention_mask"].sum(-1)
+            number = len(lengths) // 2 if self.pairs else len(lengths)
+            tokens = lengths.view(-1, number).sum(0).tolist()
+            pieces = same_number_everywhere(by_tokens(tokens, self.micro_batch_tokens), self.accelerator)
+            if self.pairs:
+                return [(_pairs_of(inputs, piece, number), len(piece) / number) for piece in pieces]
+            parts = [{name: _cut(value, piece, number) for name, value in inputs.items()} for piece in pieces]
+        learned = [int((part["labels"] != IGNORED).sum()) for part in parts]
+        return [(part, count / max(1, sum(learned))) for part, count in zip(parts, learned, strict=True)]
+
+    def _packed_parts(self, inputs: Batch) -> list[Batch]:
+        """Rows stand one after another in ``[1, tokens]``, their position ids from 0."""
+        positions = inputs["position_ids"].flatten()
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(positions)]
+        lengths = [end - start for start, end in itertools.pairwise(starts)]
+        pieces = same_number_everywhere(by_tokens(lengths, self.micro_batch_tokens), self.accelerator)
+        names = ("input_ids", "labels", "position_ids")
+        return [{name: inputs[name][:, starts[p.start] : starts[p.stop]] for name in names} for p in pieces]
+
+
+def _cut(value: Any, piece: range, number: int) -> Any:
+    """The rows of a column that has one entry a row."""
+    return value[piece.start : piece.stop] if isinstance(value, Tensor) and value.shape[:1] == (number,) else value
+
+
+def _pairs_of(inputs: Batch, piece: range, number: int) -> Batch:
+    """Both rows of each pair of a column that has two entries a pair; a margin or a reference has one."""
+    found = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape[:1] == (2 * number,):
+            found[name] = torch.cat([half[piece.start : piece.stop] for half in value.split(number)])
+        else:
+            found[name] = _cut(value, piece, number)
+    return found
+
+
+def _weigh(metrics: dict[str, list[float]], before: dict[str, int], shares: Sequence[float]) -> None:
+    """Figures that each piece appended become one: their mean, weighted by the pieces' shares."""
+    for name, values in metrics.items():
+        added = values[before.get(name, 0) :]
+        if len(added) == len(shares) > 1:
+            mean = sum(value * share for value, share in zip(added, shares, strict=True)) / sum(shares)
+            values[before.get(name, 0) :] = [mean]

@@ -1,0 +1,92 @@
+"""An optimiser batch learned from in pieces gives the same weights and the same figures as in one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.optim import OptimConfig, Schedule
+from alignment.config.stage import DpoConfig, RewardConfig, SftConfig
+from alignment.models.rows import by_tokens
+from alignment.stages import dpo, reward, sft
+from alignment.training.context import StageContext
+from alignment.training.metrics import MetricsLog
+from tests.tiny import save_tiny_model, tiny_spec
+
+OPTIM = OptimConfig(lr=1e-3, batch_size=6, max_steps=3, schedule=Schedule.constant, warmup_ratio=0.0)
+ADAPTER = AdapterConfig(kind=AdapterKind.lora, rank=4)
+STAGES: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "sft": (SftConfig(optim=OPTIM, adapter=ADAPTER), sft.run),
+    "sft packed": (SftConfig(optim=OPTIM, adapter=ADAPTER, packing=True, max_length=160), sft.run),
+    "reward": (RewardConfig(optim=OPTIM, adapter=ADAPTER, eval_fraction=0.0), reward.run),
+    "dpo": (DpoConfig(optim=OPTIM, adapter=ADAPTER), dpo.run),
+}
+PAIRS = ("reward", "dpo")
+NOT_EXACT = {"seconds", "min_reward", "max_reward"}
+NOT_EXACT |= {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
+"""Extremes, and what TRL averages over tokens inside a piece of pairs."""
+TEXT = "the keys are with the caretaker in the hall and the shop is closed on Monday from now"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limit", "expected"),
+    [
+        ([3, 3, 9, 1], 6, [(0, 2), (2, 3), (3, 4)]),
+        ([3, 3], 100, [(0, 2)]),
+        ([7], 1, [(0, 1)]),
+        ([1, 1, 1], 1, [(0, 1), (1, 2), (2, 3)]),
+    ],
+)
+def test_rows_are_cut_where_their_tokens_reach_the_limit(
+    lengths: list[int], limit: int, expected: list[tuple[int, int]]
+) -> None:
+    assert [(piece.start, piece.stop) for piece in by_tokens(lengths, limit)] == expected
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_the_size_of_a_piece_changes_neither_weights_nor_figures(tmp_path: Path, kind: str) -> None:
+    config, run = STAGES[kind]
+    weights, figures = [], []
+    for limit in (10_000, 150, 1):
+        folder = tmp_path / str(limit)
+        folder.mkdir()
+        save_tiny_model(folder / "base")
+        _write_rows(folder / "data.jsonl", pairs=kind in PAIRS)
+        told = replace(config, optim=replace(OPTIM, micro_batch_tokens=limit))
+        context = StageContext(spec=tiny_spec(folder, told), rank=0, world_size=1)
+        torch.manual_seed(0)
+        run(told, context)
+        weights.append(_weights(context.content))
+        figures.append(MetricsLog(context.content / "metrics.jsonl").last())
+    for other, told in zip(weights[1:], figures[1:], strict=True):
+        assert float((other - weights[0]).norm() / weights[0].norm()) < 1e-5
+        assert told.keys() == figures[0].keys()
+        for name in told.keys() - (NOT_EXACT if kind in PAIRS else {"seconds"}):
+            assert told[name] == pytest.approx(figures[0][name], rel=1e-4, abs=1e-5), name
+
+
+def _write_rows(file: Path, *, pairs: bool) -> None:
+    """Twelve rows of very different lengths."""
+    words = TEXT.split()
+    rows = []
+    for number in range(1, 13):
+        question = {"role": "user", "content": " ".join(words[: number % 7 + 1])}
+        answers = [" ".join(words[-1 - number % 5 :]), " ".join(words[number:])]
+        if pairs:
+            rows.append({"messages": [question], "chosen": answers[0], "rejected": answers[1] + "?"})
+        else:
+            rows.append({"messages": [question, {"role": "assistant", "content": answers[0]}]})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _weights(content: Path) -> torch.Tensor:
+    (file,) = content.glob("adapters/*/adapter_model.safetensors")
+    return torch.cat([tensor.flatten() for _, tensor in sorted(load_file(file).items())]).double()
