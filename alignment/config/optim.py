@@ -18,13 +18,15 @@ class Schedule(str, Enum):
 class OptimConfig:
     """AdamW. ``batch_size`` is global: it is split over processes, and does not change with them.
 
-    ``micro_batch_tokens`` are held in memory at once on a device; a longer row stands alone. It changes memory, not the
-    result. ``max_steps`` stops earlier than ``epochs``.
+    ``micro_batch_tokens`` are held in memory at once on a device; a longer row stands alone.
+    ``activation_checkpointing`` keeps a layer's input only and computes the layer again in the backward pass. Both change
+    memory and time, not the result. ``max_steps`` stops earlier than ``epochs``.
     """
 
     lr: float
     batch_size: int = 16
     micro_batch_tokens: int = field(default=2048, metadata={"identity": False})
+    activation_checkpointing: bool = field(default=False, metadata={"identity": False})
     epochs: float = 1.0
     max_steps: int | None = None
     schedule: Schedule = Schedule.cosine

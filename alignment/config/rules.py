@@ -94,6 +94,7 @@ RULES: dict[tuple[type, str], Rule] = {
     (DpoConfig, "log_every"): POSITIVE,
     (DpoConfig, "save_every"): POSITIVE,
     (PpoConfig, "updates"): POSITIVE,
+    (PpoConfig, "completions_per_prompt"): POSITIVE,
     (PpoConfig, "ppo_epochs"): POSITIVE,
     (PpoConfig, "num_minibatches"): POSITIVE,
     (PpoConfig, "max_prompt_length"): POSITIVE,

@@ -116,9 +116,10 @@ class KlConfig:
 class PpoConfig:
     """Proximal policy optimisation against a reward model (Schulman et al. 2017; Huang et al. 2024 for the details).
 
-    One update samples ``optim.batch_size`` episodes and takes ``ppo_epochs * num_minibatches`` optimiser steps on
-    them; ``updates`` of these make the run. The policy starts from ``init``, which is also the reference; the value
-    model starts from ``reward``. ``missing_eos_score`` replaces the score of an answer that never ended.
+    One update samples ``optim.batch_size`` episodes (``completions_per_prompt`` to a prompt) and takes ``ppo_epochs *
+    num_minibatches`` optimiser steps on them; ``updates`` of these make the run. The policy starts from ``init``, which
+    is also the reference; the value model starts from ``reward``. ``missing_eos_score`` replaces the score of an answer
+    that never ended.
     """
 
     summary: ClassVar[str] = "proximal policy optimisation against the reward model"
@@ -133,6 +134,7 @@ class PpoConfig:
     optim: PpoOptimConfig = field(default_factory=lambda: PpoOptimConfig())
     kl: KlConfig = field(default_factory=KlConfig)
     updates: int = 16
+    completions_per_prompt: int = 1
     ppo_epochs: int = 4
     num_minibatches: int = 1
     max_prompt_length: int = 512

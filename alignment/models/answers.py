@@ -50,12 +50,16 @@ def answer_stream(
 def batches(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, tokens: int, device: torch.device
 ) -> Iterator[AnswerStream]:
-    """The rows in order, as many at a time as have at most ``tokens``; a prompt right after itself counts once."""
-    pairs = list(zip(prompts, answers, strict=True))
-    new = [row == 0 or prompts[row - 1] != prompts[row] for row in range(len(pairs))]
-    lengths = [len(answer) + len(prompt) * own for (prompt, answer), own in zip(pairs, new, strict=True)]
-    for piece in by_tokens(lengths, tokens):
+    """The rows in order, as many at a time as have at most ``tokens``."""
+    for piece in by_tokens(row_tokens(prompts, answers), tokens):
         yield answer_stream(prompts[piece.start : piece.stop], answers[piece.start : piece.stop], device)
+
+
+def row_tokens(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[int]:
+    """What each row adds to a stream: a prompt right after itself is there already."""
+    known = [row > 0 and prompts[row - 1] == prompt for row, prompt in enumerate(prompts)]
+    rows = zip(prompts, answers, known, strict=True)
+    return [len(answer) + (0 if again else len(prompt)) for prompt, answer, again in rows]
 
 
 def answer_statistics(model: PreTrainedModel, part: AnswerStream, *, temperature: float = 1.0) -> TokenStatistics:

@@ -14,7 +14,7 @@ from alignment.errors import ConfigError
 from alignment.models.load import lineage, load_tokenizer, refuse_other_tokenizer
 from alignment.models.roles import Roles, build_roles
 from alignment.stages.result import StageResult, save_model
-from alignment.training.arguments import SCHEDULES, quiet_arguments, share_of
+from alignment.training.arguments import SCHEDULES, quiet_arguments
 from alignment.training.context import StageContext
 from alignment.training.ppo_trainer import Episodes, PpoTrainer
 from alignment.training.session import train
@@ -50,15 +50,7 @@ def kl_price(config: KlConfig) -> FixedKl | AdaptiveKl:
 def _trainer(
     config: PpoConfig, context: StageContext, roles: Roles, prompts: list[list[int]], end_id: int
 ) -> PpoTrainer:
-    share_of(config.optim.batch_size, context.world_size)
-    smallest = config.optim.batch_size // config.num_minibatches
-    if smallest < context.world_size:
-        raise ConfigError(
-            f"{config.num_minibatches} minibatches of {config.optim.batch_size} episodes leave {smallest} for "
-            f"{context.world_size} processes",
-            where=f"stages.{context.spec.stage}.num_minibatches",
-            remedy="choose a larger optim.batch_size, or fewer minibatches",
-        )
+    _refuse_uneven_groups(config, context)
     steps_per_update = config.ppo_epochs * config.num_minibatches
     arguments = TrainingArguments(
         **quiet_arguments(context),
@@ -74,6 +66,36 @@ def _trainer(
         prompts=prompts,
         end_id=end_id,
         per_update=config.optim.batch_size,
+        group=config.completions_per_prompt,
         micro_batch_tokens=config.optim.micro_batch_tokens,
     )
     return PpoTrainer(roles, config, context, episodes=episodes, price=kl_price(config.kl), args=arguments)
+
+
+def _refuse_uneven_groups(config: PpoConfig, context: StageContext) -> None:
+    """All answers to a prompt are sampled and learned from on one process.
+
+    Raises:
+        ConfigError: the episodes do not divide by them, or the prompts not by the processes and minibatches.
+    """
+    where = f"stages.{context.spec.stage}"
+    prompts, rest = divmod(config.optim.batch_size, config.completions_per_prompt)
+    if rest:
+        raise ConfigError(
+            f"{config.optim.batch_size} episodes do not divide by {config.completions_per_prompt} completions a prompt",
+            where=f"{where}.completions_per_prompt",
+            remedy="choose a divisor of optim.batch_size",
+        )
+    if prompts % context.world_size:
+        raise ConfigError(
+            f"{prompts} prompts an update do not divide by {context.world_size} processes",
+            where=f"{where}.optim.batch_size",
+            remedy=f"choose a multiple of {context.world_size * config.completions_per_prompt}",
+        )
+    if prompts // config.num_minibatches < context.world_size:
+        raise ConfigError(
+            f"{config.num_minibatches} minibatches of {prompts} prompts leave {prompts // config.num_minibatches} for "
+            f"{context.world_size} processes",
+            where=f"{where}.num_minibatches",
+            remedy="choose a larger optim.batch_size, or fewer minibatches",
+        )

@@ -26,6 +26,8 @@ def common_arguments(optim: OptimConfig, context: StageContext, *, log_every: in
     return {
         **quiet_arguments(context),
         "per_device_train_batch_size": share_of(optim.batch_size, context.world_size),
+        "activation_checkpointing": optim.activation_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
         "num_train_epochs": optim.epochs,
         "max_steps": -1 if optim.max_steps is None else optim.max_steps,
         "learning_rate": optim.lr,
@@ -51,7 +53,7 @@ def quiet_arguments(context: StageContext) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "report_to": "none",
         "disable_tqdm": True,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,

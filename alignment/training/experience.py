@@ -44,16 +44,19 @@ class Experience:
     returns: Tensor
 
 
-def interleave(shares: Sequence[Rollout]) -> Rollout:
-    """Puts the shares of processes, which took every n-th row each, back into the order of the whole batch."""
+def interleave(shares: Sequence[Rollout], *, group: int) -> Rollout:
+    """The whole batch in its order, from processes that took every n-th prompt each, ``group`` answers to a prompt."""
     world = len(shares)
     total = sum(len(share.answers) for share in shares)
+    places = [(row // group % world, row // group // world * group + row % group) for row in range(total)]
     return Rollout(
-        **{
-            field.name: [getattr(shares[row % world], field.name)[row // world] for row in range(total)]
-            for field in fields(Rollout)
-        }
+        **{field.name: [getattr(shares[rank], field.name)[own] for rank, own in places] for field in fields(Rollout)}
     )
+
+
+def rows_of(prompts: Sequence[int], group: int) -> list[int]:
+    """The rows of ``group`` answers to each of these prompts. Example: prompts 0 and 2, group 2: rows 0 1 4 5."""
+    return [prompt * group + answer for prompt in prompts for answer in range(group)]
 
 
 def response_mask(answers: Sequence[Sequence[int]], device: torch.device) -> Tensor:

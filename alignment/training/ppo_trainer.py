@@ -27,7 +27,7 @@ from alignment.algos.masked import center_and_scale, scale_only
 from alignment.algos.ppo import clipped_policy_loss, clipped_value_loss, explained_variance, log_ratio
 from alignment.config.stage import PpoConfig
 from alignment.errors import StageError
-from alignment.models.answers import answer_statistics, answer_stream, batches, scalar_scores, unwrapped
+from alignment.models.answers import answer_statistics, answer_stream, batches, row_tokens, scalar_scores, unwrapped
 from alignment.models.generate import Sampling, generate
 from alignment.models.roles import Roles
 from alignment.models.rows import by_tokens
@@ -38,6 +38,7 @@ from alignment.training.experience import (
     interleave,
     prompt_order,
     response_mask,
+    rows_of,
     spread,
     stack,
 )
@@ -53,13 +54,20 @@ START_KL_TOLERANCE = 0.02
 class Episodes:
     """How episodes are made: from which prompts, how answers end, and how many an update, over all processes.
 
+    ``group`` answers are sampled to each prompt; they stay together, so that their prompt is computed once.
     ``micro_batch_tokens`` are learned from at once; a process samples its whole share at once.
     """
 
     prompts: Sequence[Sequence[int]]
     end_id: int
     per_update: int
+    group: int
     micro_batch_tokens: int
+
+    @property
+    def prompts_per_update(self) -> int:
+        """Distinct draws from the prompts in one update."""
+        return self.per_update // self.group
 
 
 class PpoTrainer(Trainer):
@@ -118,7 +126,7 @@ class PpoTrainer(Trainer):
             )
         epoch, minibatch = divmod(place, self.config.num_minibatches)
         order = torch.randperm(
-            self.episodes.per_update, generator=self.context.generator("minibatches", update, epoch)
+            self.episodes.prompts_per_update, generator=self.context.generator("minibatches", update, epoch)
         ).tensor_split(self.config.num_minibatches)[minibatch]
         started = time.monotonic()
         loss = self._backward(model, self._experience, order.tolist())
@@ -195,7 +203,7 @@ class PpoTrainer(Trainer):
                 values=rows(values),
                 scores=self._scores(prompts, answers).tolist(),
             )
-        whole = interleave(gather_object([share]))
+        whole = interleave(gather_object([share]), group=self.episodes.group)
         self.figures.add_seconds("scoring", time.monotonic() - started)
         return whole
 
@@ -203,7 +211,7 @@ class PpoTrainer(Trainer):
         """This process's share of the update's episodes; the whole batch does not depend on how many share it."""
         started = time.monotonic()
         rank, world = self.context.rank, self.context.world_size
-        number = self.episodes.per_update
+        group, number = self.episodes.group, self.episodes.prompts_per_update
         order = prompt_order(
             len(self.episodes.prompts),
             update * number,
@@ -211,12 +219,13 @@ class PpoTrainer(Trainer):
             lambda round_: self.context.generator("prompts", round_),
         )
         uniforms = torch.rand(
-            number,
+            self.episodes.per_update,
             self.config.max_new_tokens,
             generator=self.context.generator("sampling", update),
             dtype=torch.float64,
         )
-        prompts = [list(self.episodes.prompts[i]) for i in order[rank::world]]
+        mine = range(rank, number, world)
+        prompts = [list(self.episodes.prompts[order[i]]) for i in mine for _ in range(group)]
         self.context.progress("rollouts", self.state.global_step, self.args.max_steps)
         with self.accelerator.autocast():
             answers = generate(
@@ -225,7 +234,7 @@ class PpoTrainer(Trainer):
                 max_new_tokens=self.config.max_new_tokens,
                 end_ids=[self.episodes.end_id],
                 batch_size=len(prompts),
-                sampling=Sampling(temperature=self.config.temperature, uniforms=uniforms[rank::world]),
+                sampling=Sampling(temperature=self.config.temperature, uniforms=uniforms[rows_of(mine, group)]),
             )
         self.figures.add_seconds("rollouts", time.monotonic() - started)
         return prompts, answers
@@ -266,12 +275,13 @@ class PpoTrainer(Trainer):
 
     # ---- learning -------------------------------------------------------------------------------------------------
 
-    def _backward(self, model: Any, experience: Experience, rows: list[int]) -> Tensor:
+    def _backward(self, model: Any, experience: Experience, prompts: list[int]) -> Tensor:
         """Sums over the minibatch divided by its tokens, across micro-batches and processes: never a mean of means."""
-        tokens = experience.response_mask[rows].sum().float()
-        rows = rows[self.context.rank :: self.context.world_size]
+        group = self.episodes.group
+        tokens = experience.response_mask[rows_of(prompts, group)].sum().float()
+        rows = rows_of(prompts[self.context.rank :: self.context.world_size], group)
         total = torch.zeros((), device=self.args.device)
-        lengths = [len(experience.prompts[row]) + len(experience.answers[row]) for row in rows]
+        lengths = row_tokens([experience.prompts[row] for row in rows], [experience.answers[row] for row in rows])
         pieces = same_number_everywhere(by_tokens(lengths, self.episodes.micro_batch_tokens), self.accelerator)
         for number, piece in enumerate(pieces):
             with accumulating(self.accelerator, model, last=number == len(pieces) - 1):

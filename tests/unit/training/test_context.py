@@ -78,6 +78,7 @@ def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path) -> N
         weight_decay=0.125,
         adam_eps=1e-6,
         max_grad_norm=0.5,
+        activation_checkpointing=True,
     )
     found = common_arguments(optim, context, log_every=3, save_every=9)
     expected = {
@@ -89,6 +90,7 @@ def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path) -> N
         "weight_decay": 0.125,
         "adam_epsilon": 1e-6,
         "max_grad_norm": 0.5,
+        "activation_checkpointing": True,
         "logging_steps": 3,
         "save_steps": 9,
         "bf16": True,

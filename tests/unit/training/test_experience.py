@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignment.training.experience import Rollout, interleave, prompt_order, response_mask, spread, stack
+from alignment.training.experience import Rollout, interleave, prompt_order, response_mask, rows_of, spread, stack
 
 CPU = torch.device("cpu")
 
@@ -53,8 +53,13 @@ def test_shares_of_processes_go_back_into_the_order_of_the_batch(world: int) -> 
     rows = [_rollout([row]) for row in range(6)]
     whole = _rollout(list(range(6)))
     shares = [_rollout(list(range(rank, 6, world))) for rank in range(world)]
-    assert interleave(shares) == whole
-    assert interleave(rows) == whole
+    assert interleave(shares, group=1) == whole
+    assert interleave(rows, group=1) == whole
+
+
+def test_answers_to_one_prompt_stay_together_in_the_batch() -> None:
+    shares = [_rollout(rows_of([0, 2], 3)), _rollout(rows_of([1, 3], 3))]
+    assert interleave(shares, group=3) == _rollout(list(range(12)))
 
 
 def _rollout(rows: list[int]) -> Rollout:

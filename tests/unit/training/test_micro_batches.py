@@ -51,16 +51,17 @@ def test_rows_are_cut_where_their_tokens_reach_the_limit(
     assert [(piece.start, piece.stop) for piece in by_tokens(lengths, limit)] == expected
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")  # TRL's own calls
 @pytest.mark.parametrize("kind", STAGES)
-def test_the_size_of_a_piece_changes_neither_weights_nor_figures(tmp_path: Path, kind: str) -> None:
+def test_what_saves_memory_changes_neither_weights_nor_figures(tmp_path: Path, kind: str) -> None:
     config, run = STAGES[kind]
     weights, figures = [], []
-    for limit in (10_000, 150, 1):
+    for limit, checkpointing in ((10_000, False), (150, True), (1, False)):
         folder = tmp_path / str(limit)
         folder.mkdir()
         save_tiny_model(folder / "base")
         _write_rows(folder / "data.jsonl", pairs=kind in PAIRS)
-        told = replace(config, optim=replace(OPTIM, micro_batch_tokens=limit))
+        told = replace(config, optim=replace(OPTIM, micro_batch_tokens=limit, activation_checkpointing=checkpointing))
         context = StageContext(spec=tiny_spec(folder, told), rank=0, world_size=1)
         torch.manual_seed(0)
         run(told, context)

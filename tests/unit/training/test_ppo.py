@@ -216,8 +216,27 @@ def test_every_episode_is_learned_from_once_an_epoch(
 
 
 def test_more_minibatches_than_episodes_are_refused(bench: Callable[..., Bench]) -> None:
-    with pytest.raises(ConfigError, match="9 minibatches of 8 episodes leave 0 for 1 processes"):
+    with pytest.raises(ConfigError, match="9 minibatches of 8 prompts leave 0 for 1 processes"):
         bench(num_minibatches=9)
+
+
+def test_episodes_that_do_not_divide_by_completions_are_refused(bench: Callable[..., Bench]) -> None:
+    with pytest.raises(ConfigError, match="8 episodes do not divide by 3 completions a prompt"):
+        bench(completions_per_prompt=3)
+
+
+def test_several_answers_to_a_prompt_are_sampled_and_learned_from_together(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collected = _collected(monkeypatch)
+    run = bench(completions_per_prompt=4, temperature=3.0)
+    run.train()
+    for experience in collected:
+        groups = [experience.prompts[start : start + 4] for start in (0, 4)]
+        assert all(len({tuple(prompt) for prompt in group}) == 1 for group in groups)
+        assert groups[0] != groups[1]
+        assert len({tuple(answer) for answer in experience.answers}) > 4
+    assert len(run.metrics()) == 2
 
 
 def test_the_critic_may_have_a_rate_of_its_own(bench: Callable[..., Bench]) -> None:
