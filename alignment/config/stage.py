@@ -77,7 +77,11 @@ class DpoLoss(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class DpoConfig:
-    """Direct preference optimisation (Rafailov et al. 2023). The reference is the policy at the start of the stage."""
+    """Direct preference optimisation (Rafailov et al. 2023). The reference is the policy at the start of the stage.
+
+    With ``precompute_reference`` its log-probabilities are computed once and kept beside the artifacts: worth it for
+    several epochs, or several stages on the same pairs. Otherwise it runs beside the policy.
+    """
 
     summary: ClassVar[str] = "direct preference optimisation on the same pairs"
     revision: ClassVar[int] = 2
@@ -91,6 +95,7 @@ class DpoConfig:
     max_length: int = 1024
     beta: float = 0.1
     loss: DpoLoss = DpoLoss.sigmoid
+    precompute_reference: bool = field(default=False, metadata={"identity": False})
     log_every: int = _not_identity(1)
     save_every: int = _not_identity(10)
 

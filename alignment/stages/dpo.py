@@ -21,9 +21,11 @@ from alignment.config.adapter import AdapterKind
 from alignment.config.stage import DpoConfig, DpoLoss
 from alignment.errors import StageError
 from alignment.models.adapters import add_adapter
+from alignment.models.flat import use_flat_attention
 from alignment.models.forward import install_causal
 from alignment.models.load import lineage, load_policy, load_tokenizer, weights_dtype
 from alignment.stages.pairs import read_pairs
+from alignment.stages.reference_cache import reference_logprobs
 from alignment.stages.result import StageResult, save_model
 from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext
@@ -31,7 +33,9 @@ from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
 
 START_TOLERANCE = 1e-3
-"""Room for bfloat16 in the step-0 check; a wrong reference is off by far more."""
+PRECOMPUTED_TOLERANCE = 2e-2
+"""Room for bfloat16 in the step-0 check, more where the reference was computed in other batches; a wrong reference is
+off by far more."""
 
 
 def run(config: DpoConfig, context: StageContext) -> StageResult:
@@ -65,6 +69,9 @@ class TokenizedDpoTrainer(MicroBatches, DPOTrainer):
 
     pairs = True
 
+    def _precompute_ref_logps(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset  # it has them already (reference_cache)
+
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset
 
@@ -72,8 +79,12 @@ class TokenizedDpoTrainer(MicroBatches, DPOTrainer):
 def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: Any, pairs: Any) -> DPOTrainer:
     full = config.adapter.kind is AdapterKind.full
     policy = load_policy(found, weights_dtype(context.spec.model.dtype, trained=full))
-    reference = copy.deepcopy(policy).requires_grad_(False) if full else None
     rows = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs]
+    reference = None
+    if config.precompute_reference:
+        _add_reference(rows, policy, config, context, found, pairs)
+    elif full:
+        reference = copy.deepcopy(policy).requires_grad_(False)
     trainer = TokenizedDpoTrainer(
         model=add_adapter(policy, config.adapter, TaskType.CAUSAL_LM),
         ref_model=reference,
@@ -82,6 +93,7 @@ def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: An
             beta=config.beta,
             loss_type=config.loss.value,
             max_length=None,
+            precompute_ref_log_probs=config.precompute_reference,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -91,6 +103,17 @@ def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: An
     if reference is not None:
         install_causal(reference)
     return trainer
+
+
+def _add_reference(
+    rows: list[dict[str, Any]], policy: Any, config: DpoConfig, context: StageContext, found: Any, pairs: Any
+) -> None:
+    """Puts the reference's log-probabilities into the rows, under the names that TRL's collator looks for."""
+    policy.to(context.device)
+    use_flat_attention(policy)
+    sums = reference_logprobs(policy, found, pairs, context, tokens=config.optim.micro_batch_tokens)
+    for row, chosen, rejected in zip(rows, *sums, strict=True):
+        row |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
 
 def check_start(trainer: DPOTrainer, config: DpoConfig) -> None:
@@ -104,7 +127,8 @@ def check_start(trainer: DPOTrainer, config: DpoConfig) -> None:
     with torch.no_grad(), trainer.accelerator.autocast():
         loss = float(trainer.compute_loss(trainer.model, batch))
     trainer._metrics["train"].clear()
-    if abs(loss - expected) > START_TOLERANCE * max(1.0, expected):
+    tolerance = PRECOMPUTED_TOLERANCE if config.precompute_reference else START_TOLERANCE
+    if abs(loss - expected) > tolerance * max(1.0, expected):
         raise StageError(
             f"at step 0 the DPO loss is {loss:.6f}, not {expected:.6f}: the reference is not the starting policy",
             remedy="report this with the stage.yaml of the run; nothing was trained",

@@ -60,12 +60,12 @@ def test_what_saves_memory_changes_neither_weights_nor_figures(tmp_path: Path, k
         folder = tmp_path / str(limit)
         folder.mkdir()
         save_tiny_model(folder / "base")
-        _write_rows(folder / "data.jsonl", pairs=kind in PAIRS)
+        write_rows(folder / "data.jsonl", pairs=kind in PAIRS)
         told = replace(config, optim=replace(OPTIM, micro_batch_tokens=limit, activation_checkpointing=checkpointing))
         context = StageContext(spec=tiny_spec(folder, told), rank=0, world_size=1)
         torch.manual_seed(0)
         run(told, context)
-        weights.append(_weights(context.content))
+        weights.append(trained_weights(context.content))
         figures.append(MetricsLog(context.content / "metrics.jsonl").last())
     for other, told in zip(weights[1:], figures[1:], strict=True):
         assert float((other - weights[0]).norm() / weights[0].norm()) < 1e-5
@@ -74,20 +74,21 @@ def test_what_saves_memory_changes_neither_weights_nor_figures(tmp_path: Path, k
             assert told[name] == pytest.approx(figures[0][name], rel=1e-4, abs=1e-5), name
 
 
-def _write_rows(file: Path, *, pairs: bool) -> None:
-    """Twelve rows of very different lengths."""
+def write_rows(file: Path, *, pairs: bool, rows: int = 12) -> None:
+    """Conversations or pairs of very different lengths."""
     words = TEXT.split()
-    rows = []
-    for number in range(1, 13):
+    lines = []
+    for number in range(1, rows + 1):
         question = {"role": "user", "content": " ".join(words[: number % 7 + 1])}
         answers = [" ".join(words[-1 - number % 5 :]), " ".join(words[number:])]
         if pairs:
-            rows.append({"messages": [question], "chosen": answers[0], "rejected": answers[1] + "?"})
+            lines.append({"messages": [question], "chosen": answers[0], "rejected": answers[1] + "?"})
         else:
-            rows.append({"messages": [question, {"role": "assistant", "content": answers[0]}]})
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            lines.append({"messages": [question, {"role": "assistant", "content": answers[0]}]})
+    file.write_text("".join(json.dumps(row) + "\n" for row in lines))
 
 
-def _weights(content: Path) -> torch.Tensor:
-    (file,) = content.glob("adapters/*/adapter_model.safetensors")
+def trained_weights(content: Path) -> torch.Tensor:
+    """All weights that a stage saved, as one vector."""
+    (file,) = [*content.glob("adapters/*/adapter_model.safetensors"), *content.glob("model/*.safetensors")]
     return torch.cat([tensor.flatten() for _, tensor in sorted(load_file(file).items())]).double()

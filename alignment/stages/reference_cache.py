@@ -1,0 +1,79 @@
+"""Log-probabilities of preference pairs under a frozen reference, computed once and kept by content.
+
+A stage with other settings on the same pairs and the same starting policy (a sweep over beta, a second epoch) finds
+them again; anything that could change them, weights, tokens, number format, changes the name of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignment.config.model import Dtype
+from alignment.models.answers import answer_statistics, batches
+from alignment.models.load import Lineage, products_in
+from alignment.stages.pairs import TokenizedPair
+from alignment.training.context import StageContext
+
+VERSION = 1
+"""Raised when the computation changes, so that older files are not found."""
+
+
+def reference_logprobs(
+    policy: PreTrainedModel, found: Lineage, pairs: Sequence[TokenizedPair], context: StageContext, *, tokens: int
+) -> tuple[list[float], list[float]]:
+    """Sums over chosen and over rejected answers in nats, one a pair, from the cache or computed by the main process.
+
+    ``tokens`` are held in memory at once.
+    """
+    dtype = context.spec.model.dtype
+    file = context.spec.artifact.parent / "cache" / f"reference-{_key(found, pairs, dtype)}.safetensors"
+    if context.is_main and not file.is_file():
+        context.progress("reference log-probabilities")
+        with products_in(dtype, context.device):
+            chosen = _sums(policy, pairs, [pair.chosen for pair in pairs], tokens=tokens)
+            rejected = _sums(policy, pairs, [pair.rejected for pair in pairs], tokens=tokens)
+        _write(file, {"chosen": chosen, "rejected": rejected})
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    saved = load_file(file)
+    return saved["chosen"].tolist(), saved["rejected"].tolist()
+
+
+@torch.no_grad()
+def _sums(
+    policy: PreTrainedModel, pairs: Sequence[TokenizedPair], answers: Sequence[list[int]], *, tokens: int
+) -> Tensor:
+    sums: list[Tensor] = []
+    for part in batches([pair.prompt for pair in pairs], answers, tokens=tokens, device=policy.device):
+        logprobs = answer_statistics(policy, part).logprobs
+        sums += [row.sum() for row in logprobs.split(list(part.lengths))]
+    return torch.stack(sums).cpu()
+
+
+def _key(found: Lineage, pairs: Sequence[TokenizedPair], dtype: Dtype) -> str:
+    sha = hashlib.sha256(json.dumps([VERSION, dtype.value, torch.__version__]).encode())
+    for folder in (found.base, *found.adapters):
+        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+            sha.update(file.name.encode())
+            with file.open("rb") as handle:
+                sha.update(hashlib.file_digest(handle, "sha256").digest())
+    for pair in pairs:
+        sha.update(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode())
+    return sha.hexdigest()[:32]
+
+
+def _write(file: Path, columns: dict[str, Tensor]) -> None:
+    """By one rename, so that a file that was cut short is never found."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    save_file(columns, partial)
+    partial.replace(file)

@@ -1,0 +1,70 @@
+"""A reference computed beforehand trains the same policy, is computed once, and is forgotten when anything changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.stage import DpoConfig
+from alignment.stages import dpo, reference_cache
+from alignment.training.context import StageContext
+from alignment.training.metrics import MetricsLog
+from tests.tiny import save_tiny_model, tiny_spec
+from tests.unit.training.test_micro_batches import ADAPTER, OPTIM, trained_weights, write_rows
+
+FULL = AdapterConfig(kind=AdapterKind.full)
+
+
+def _train(folder: Path, config: DpoConfig) -> torch.Tensor:
+    context = StageContext(spec=tiny_spec(folder, config), rank=0, world_size=1)
+    torch.manual_seed(0)
+    dpo.run(config, context)
+    assert MetricsLog(context.content / "metrics.jsonl").last()["loss"] < 0.69
+    weights = trained_weights(context.content)
+    for part in (context.content, context.checkpoints):
+        for file in sorted(part.rglob("*"), reverse=True):
+            file.unlink() if file.is_file() else file.rmdir()
+    return weights
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny_model(tmp_path / "base")
+    write_rows(tmp_path / "data.jsonl", pairs=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, FULL], ids=["lora", "full"])
+def test_live_and_precomputed_references_train_the_same_policy(folder: Path, adapter: AdapterConfig) -> None:
+    config = DpoConfig(optim=OPTIM, adapter=adapter)
+    live = _train(folder, config)
+    precomputed = _train(folder, replace(config, precompute_reference=True))
+    assert float((live - precomputed).norm() / live.norm()) < 1e-4
+
+
+def test_the_reference_is_computed_once_and_again_when_something_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    sums = reference_cache._sums
+
+    def noted(policy: object, pairs: list[object], *args: object, **kwargs: object) -> torch.Tensor:
+        computed.append(len(pairs))
+        return sums(policy, pairs, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reference_cache, "_sums", noted)
+    config = DpoConfig(optim=OPTIM, adapter=ADAPTER, precompute_reference=True)
+    _train(folder, config)
+    assert computed == [12, 12]
+    _train(folder, replace(config, beta=0.5))
+    assert computed == [12, 12]
+    write_rows(folder / "data.jsonl", pairs=True, rows=10)
+    _train(folder, config)
+    assert computed == [12, 12, 10, 10]
+    save_tiny_model(folder / "base", seed=1)
+    _train(folder, config)
+    assert computed == [12, 12, 10, 10, 10, 10]
