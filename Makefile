@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= quickstart
 ARGS ?=
+WORK ?= all
+DATA ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.alignment-pipeline-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help align plan status test check format clean
+.PHONY: help align plan status test check format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +37,9 @@ check: $(STAMP)  ## lint, types, import contracts
 format: $(STAMP)  ## format the code and apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## measure speed and memory beside others: WORK=sft|reward|dpo|sampling|ppo|growth
+	$(BIN)/python -m benchmarks --works $(WORK) $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 clean:  ## remove caches and the environment; runs/ and artifacts/ stay
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,86 @@
+"""``python -m benchmarks``: measures works, one after another; ``make bench WORK=sft`` calls it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from alignment.errors import AlignmentError
+from alignment.launcher import count_cores
+from benchmarks.harness import RESULTS, Failed, Options, measure
+from benchmarks.journal import OtherConditions
+from benchmarks.setting import REPETITIONS
+from benchmarks.works import ALIASES, WORKS, works_named
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 well, 1 a work could not be measured, 2 a wrong option, 130 interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no worker outlives this process
+    parser = _parser()
+    told = parser.parse_args(argv)
+    try:
+        names = works_named(told.works)
+    except ValueError as error:
+        parser.error(str(error))
+    known = {contestant for name in names for contestant in WORKS[name].contestants}
+    contestants = tuple(filter(None, (told.contestants or "").split(",")))
+    if unknown := sorted(set(contestants) - known):
+        parser.error(f"no contestant {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    if told.data is not None and not told.data.is_dir():
+        parser.error("--data is no folder")
+    options = Options(
+        repetitions=told.repetitions,
+        contestants=contestants,
+        data=None if told.data is None else told.data.absolute(),
+        threads=told.threads,
+        amx=not told.no_amx,
+        resume=told.resume,
+        results=told.results,
+    )
+    return _measure_all(
+        [name for name in names if not contestants or set(contestants) & set(WORKS[name].contestants)], options
+    )
+
+
+def _measure_all(names: Sequence[str], options: Options) -> int:
+    code = 0
+    for name in names:
+        print(f"{name}", flush=True)
+        try:
+            measure(name, options)
+        except KeyboardInterrupt:
+            print("stopped; the same command with --resume goes on from here", file=sys.stderr)
+            return 130
+        except (AlignmentError, Failed, FileNotFoundError, OtherConditions) as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            code = 1
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    folder = os.environ.get("ALIGNMENT_BENCH_DATA")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--works", default="all", help=f"comma-separated: {', '.join([*ALIASES, *WORKS])}")
+    parser.add_argument("--contestants", help="comma-separated; all if not given")
+    parser.add_argument("--repetitions", type=_positive, default=REPETITIONS)
+    parser.add_argument("--data", type=Path, default=Path(folder) if folder else None, help="folder of public data")
+    parser.add_argument("--threads", type=_positive, default=count_cores())
+    parser.add_argument("--no-amx", action="store_true", help="no AMX tiles for anyone, as on a CPU without them")
+    parser.add_argument("--resume", action="store_true", help="go on where the last run stopped")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON and the table go")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

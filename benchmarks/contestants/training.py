@@ -1,0 +1,54 @@
+"""What TRL and plain transformers share when they train: rows, model, adapter. Nothing of ``alignment`` is used."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.helpers import disable_input_dtype_casting
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from benchmarks.measure import device
+from benchmarks.setting import LORA, SEED
+
+
+def tokenizer_of(task: dict[str, Any]) -> Any:
+    """The base's tokenizer, padding with its unknown token: where pad is EOS, transformers scores a row too early."""
+    tokenizer = AutoTokenizer.from_pretrained(task["base"])
+    tokenizer.pad_token = tokenizer.unk_token
+    return tokenizer
+
+
+def model_of(task: dict[str, Any], tokenizer: Any) -> Any:
+    """bfloat16 below an adapter, float32 where it is trained whole (autocast does the products), as ours has it.
+
+    A scorer's head is the one that our stage draws, so that all start from the same loss.
+    """
+    torch.manual_seed(SEED)
+    dtype = torch.bfloat16 if task["adapter"] == "lora" else torch.float32
+    if task["kind"] != "reward":
+        model = AutoModelForCausalLM.from_pretrained(task["base"], dtype=dtype)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(task["base"], dtype=dtype, num_labels=1)
+        model.score.float()
+        with torch.no_grad():
+            model.score.weight.copy_(load_file(Path(task["head"]))["weight"])
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False
+    return model.to(device())
+
+
+def lora_of(task: dict[str, Any]) -> LoraConfig | None:
+    """The same adapter for everyone; None where all weights are trained."""
+    if task["adapter"] != "lora":
+        return None
+    return LoraConfig(task_type="SEQ_CLS" if task["kind"] == "reward" else "CAUSAL_LM", **LORA)
+
+
+def without_casts(task: dict[str, Any], model: Any) -> AbstractContextManager[Any]:
+    """Spares the conversions of each activation to float32 around each adapter; autocast chooses the dtype anyway."""
+    return disable_input_dtype_casting(model) if task["adapter"] == "lora" else nullcontext()

@@ -1,0 +1,133 @@
+"""PPO of TRL 1.12.0 (``trl.experimental.ppo``), in an environment of its own."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+from benchmarks.measure import Steps, matmul_peak, write_result
+from benchmarks.setting import (
+    LEARNING_RATE,
+    LORA,
+    MAX_GRAD_NORM,
+    PPO_EPOCHS,
+    PPO_MICRO_BATCH,
+    PPO_NEW_TOKENS,
+    PROMPTS,
+    SEED,
+    read_json,
+)
+
+
+class Clock(TrainerCallback):
+    """Tells ``Steps`` of each update, which is logged once, at its end."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self.updates: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """There is no one loss; the figures of the update are kept whole."""
+        if logs and "objective/scores" in logs:
+            self._steps.ended(float(logs["loss/policy_avg"]))
+            self.updates.append(dict(logs))
+
+
+def main(task_file: Path) -> None:
+    """Makes the updates and writes the result."""
+    task = read_json(task_file)
+    peak = matmul_peak()
+    steps, counted = Steps(), _count_answers()
+    clock = Clock(steps)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(task, folder)
+        trainer.add_callback(clock)
+        trainer.train()
+    measured = counted[1:]
+    write_result(
+        Path(task["result"]),
+        peak=peak,
+        seconds=steps.seconds,
+        losses=[],
+        updates=clock.updates,
+        answer_tokens=sum(measured) / len(measured),
+    )
+
+
+def _count_answers() -> list[int]:
+    """Real answer tokens of each update, noted where TRL cuts answers at their end."""
+    counted: list[int] = []
+    cut = ppo_trainer.truncate_response
+
+    def truncate_response(stop_token_id: int, pad_token_id: int, responses: torch.Tensor) -> Any:
+        kept = cut(stop_token_id, pad_token_id, responses)
+        counted.append(int((kept != pad_token_id).sum()))
+        return kept
+
+    ppo_trainer.truncate_response = truncate_response
+    return counted
+
+
+def _trainer(task: dict[str, Any], folder: str) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(task["base"], padding_side="left")
+    tokenizer.pad_token = tokenizer.unk_token  # TRL takes the pad token for the end of an answer
+    full = task["adapter"] == "full"
+    policy = AutoModelForCausalLM.from_pretrained(task["base"], dtype=torch.bfloat16)
+    reference = AutoModelForCausalLM.from_pretrained(task["base"], dtype=torch.bfloat16) if full else None
+    value, reward = (_scorer(task, tokenizer) for _ in range(2))
+    rows = Dataset.from_list([{"input_ids": ids} for ids in read_json(Path(task["tokens"]))])
+    return PPOTrainer(
+        args=_arguments(task, folder),
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=reward,
+        value_model=value,
+        train_dataset=rows,
+        eval_dataset=rows,
+        peft_config=None if full else LoraConfig(task_type="CAUSAL_LM", **LORA),
+    )
+
+
+def _scorer(task: dict[str, Any], tokenizer: Any) -> Any:
+    model = AutoModelForSequenceClassification.from_pretrained(
+        task["reward_folder"], dtype=torch.bfloat16, num_labels=1
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _arguments(task: dict[str, Any], folder: str) -> PPOConfig:
+    return PPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=PPO_MICRO_BATCH,
+        gradient_accumulation_steps=PROMPTS // PPO_MICRO_BATCH,
+        num_mini_batches=1,
+        num_ppo_epochs=PPO_EPOCHS,
+        total_episodes=PROMPTS * task["steps"],
+        response_length=PPO_NEW_TOKENS,
+        temperature=1.0,
+        stop_token="eos",
+        missing_eos_penalty=1.0,
+        learning_rate=LEARNING_RATE[task["adapter"]],
+        max_grad_norm=MAX_GRAD_NORM,
+        num_sample_generations=0,
+        seed=SEED,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),  # without it the default of bf16 is refused
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

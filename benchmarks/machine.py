@@ -1,0 +1,44 @@
+"""On what, and with what code, something was measured. No name and no path of the machine is noted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
+NO_AMX = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+"""oneDNN then makes its matrix products as on a CPU that has bf16 vectors but no tiles."""
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
+    """Model name, cores that may be used, and which instructions for bf16 it has."""
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^flags\s*:\s*(.+)$", text, re.MULTILINE)
+    has = flags.group(1).split() if flags else []
+    return {
+        "model": name.group(1).strip() if name else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "isa": {flag: flag in has for flag in ISA_FLAGS},
+    }
+
+
+def code_sha256() -> str:
+    """Of all Python files of the project and of these benchmarks: whether two measurements ran the same code."""
+    digest = hashlib.sha256()
+    for folder in ("alignment", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if ".environments" not in path.parts:
+                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def scrubbed(text: str) -> str:
+    """The text without addresses and folders, so that a reason can be published."""
+    text = re.sub(r"\b\w+://\S+", "(address)", text)
+    return re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", text)

@@ -1,0 +1,99 @@
+"""What every contestant does around its own work: peak of the hardware before, memory and versions after.
+
+Runs in every environment: torch and the standard library only.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
+_SIDE = 2048
+_TRIES = 8
+
+
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronise() -> None:
+    """Waits for the device, so that a clock tells the truth."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def matmul_peak(dtype: torch.dtype = torch.bfloat16) -> float:
+    """FLOP/s of the best of several 2048³ matrix products on this device, now."""
+    left, right = (torch.randn(_SIDE, _SIDE, device=device()).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(_TRIES + 2):
+        synchronise()
+        started = time.perf_counter()
+        left @ right
+        synchronise()
+        best = min(best, time.perf_counter() - started)
+    return 2 * _SIDE**3 / best
+
+
+def peak_memory() -> tuple[int, str]:
+    """Bytes at the highest so far, and how they were counted."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated()), "max_memory_allocated"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "max_rss"
+
+
+class Steps:
+    """Seconds and losses of steps, each told when it has ended; the first is the warm-up and has no seconds."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self._last: float | None = None
+
+    def ended(self, loss: float) -> None:
+        """A step is done; its loss has been read, so the device has finished too."""
+        synchronise()
+        now = time.perf_counter()
+        if self._last is not None:
+            self.seconds.append(now - self._last)
+        self._last = now
+        self.losses.append(loss)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that matter, where they are installed."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_result(path: Path, *, peak: float, seconds: list[float], **figures: Any) -> None:
+    """``seconds`` of each measured step; ``peak`` is what ``matmul_peak`` said before."""
+    memory, kind = peak_memory()
+    result = {
+        "seconds": seconds,
+        "peak_memory": memory,
+        "memory_kind": kind,
+        "matmul_peak": peak,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        **figures,
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,250 @@
+"""Before anything is timed: which rows each repetition takes, as text for our stage and as token ids for the others.
+
+``python -m benchmarks.prepare TASK.json`` writes ``inputs.json`` and the files that it names into the task's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from alignment import worker
+from alignment.data.records import Message
+from alignment.data.tokenize import answer_ids, prompt_ids, tokenize_conversation
+from alignment.errors import DataError
+from alignment.models.load import lineage, load_scalar, load_tokenizer
+from alignment.models.reward import load_reward_model
+from alignment.stage_spec import StageInput, read_spec
+from alignment.training.context import StageContext
+from benchmarks import rows
+from benchmarks.setting import MAX_LENGTH, MAX_PROMPT_LENGTH, PROMPTS, ROWS, SEED, read_json
+from benchmarks.stage import artifact_of, stage_config, write_stage
+from benchmarks.works import MODEL_SIZES, POINTS
+
+Tokens = dict[str, list[int]]
+
+
+def main(task_file: Path) -> None:
+    """Writes what the contestants read."""
+    task = read_json(task_file)
+    folder, base = Path(task["folder"]), Path(task["base"])
+    data = None if task["data"] is None else Path(task["data"])
+    tokenizer = load_tokenizer(base)
+    inputs: dict[str, Any] = {"models": {"base": parameters(base)}}
+    if task["kind"] == "growth":
+        inputs["repetitions"] = _growth(folder, tokenizer, data, task["repetitions"])
+        inputs["models"] |= {name: parameters(_random_model(folder, base, name)) for name in MODEL_SIZES}
+    else:
+        inputs |= _select(task["kind"], folder, tokenizer, data, task["repetitions"])
+    if task["kind"] == "reward":
+        inputs["head"] = str(_scorer_head(folder, base, Path(inputs["repetitions"][0]["rows"])))
+    if task["kind"] == "ppo":
+        inputs |= _reward_model(folder, base, tokenizer, data, task["adapter"])
+    (folder / "inputs.json").write_text(json.dumps(inputs, indent=1), encoding="utf-8")
+
+
+def parameters(folder: Path) -> dict[str, int]:
+    """``linear`` counts N, the weights of linear layers below the head; ``head`` counts E."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(folder)))
+    head = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    return {"linear": sum(module.weight.numel() for module in linear), "head": head.weight.numel()}
+
+
+def counts_of(kind: str, tokens: list[Any]) -> dict[str, int]:
+    """``tokens`` are real tokens, each sequence of a pair with its prompt in full; ``trunk_tokens`` is what has to be
+    computed, a pair's prompt once; ``scored_tokens`` are those whose probability is needed."""
+    if kind == "sft":
+        total = sum(len(row["input_ids"]) for row in tokens)
+        scored = sum(label != -100 for row in tokens for label in row["labels"])
+        return {"tokens": total, "trunk_tokens": total, "scored_tokens": scored}
+    if kind in ("reward", "dpo"):
+        answers = sum(len(row["chosen"]) + len(row["rejected"]) for row in tokens)
+        prompt = sum(len(row["prompt"]) for row in tokens)
+        scored = answers if kind == "dpo" else 0
+        return {"tokens": answers + 2 * prompt, "trunk_tokens": answers + prompt, "scored_tokens": scored}
+    return {"prompt_tokens": sum(len(row) for row in tokens)}
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+
+
+def _select(kind: str, folder: Path, tokenizer: Any, data: Path | None, repetitions: int) -> dict[str, Any]:
+    fitting, left_out = _fitting(kind, tokenizer, data)
+    count = PROMPTS if kind in ("sampling", "ppo") else ROWS
+    chosen = []
+    for repetition in range(repetitions):
+        part = rows.taken(fitting, repetition, count)
+        tokens = [found for _, found in part]
+        files = _write(folder, f"repetition-{repetition}", [row for row, _ in part], tokens)
+        chosen.append({**files, "counts": counts_of(kind, tokens)})
+    return {
+        "repetitions": chosen,
+        "rows_that_fit": len(fitting),
+        "rows_left_out": left_out,
+        "rows_repeat": len(fitting) < count * repetitions,
+    }
+
+
+def _fitting(kind: str, tokenizer: Any, data: Path | None) -> tuple[list[tuple[dict[str, Any], Any]], int]:
+    """Rows with their tokens, and how many were left out: too long, or not a conversation that we take."""
+    tokenize: Callable[[Any, dict[str, Any]], Any]
+    if kind == "sft":
+        found, tokenize, limit = rows.conversations(data), _conversation, MAX_LENGTH
+    elif kind in ("reward", "dpo"):
+        found, tokenize, limit = rows.pairs(data), _pair, MAX_LENGTH
+    else:
+        found, tokenize, limit = rows.prompts(data), _prompt, MAX_PROMPT_LENGTH
+    fitting = []
+    for row in found:
+        try:
+            tokens = tokenize(tokenizer, row)
+        except DataError:
+            continue
+        if _longest(tokens) <= limit:
+            fitting.append((row, tokens))
+    return fitting, len(found) - len(fitting)
+
+
+def _longest(tokens: Any) -> int:
+    if isinstance(tokens, list):
+        return len(tokens)
+    if "input_ids" in tokens:
+        return len(tokens["input_ids"])
+    return len(tokens["prompt"]) + max(len(tokens["chosen"]), len(tokens["rejected"]))
+
+
+def _messages(row: dict[str, Any]) -> list[Message]:
+    return [Message(role=turn["role"], content=turn["content"]) for turn in row["messages"]]
+
+
+def _conversation(tokenizer: Any, row: dict[str, Any]) -> Tokens:
+    found = tokenize_conversation(tokenizer, _messages(row))
+    return {"input_ids": found.input_ids, "labels": found.labels}
+
+
+def _pair(tokenizer: Any, row: dict[str, Any]) -> Tokens:
+    messages = _messages(row)
+    answers = {name: answer_ids(tokenizer, messages, row[name]) for name in ("chosen", "rejected")}
+    return {"prompt": prompt_ids(tokenizer, messages), **answers}
+
+
+def _prompt(tokenizer: Any, row: dict[str, Any]) -> list[int]:
+    return prompt_ids(tokenizer, _messages(row))
+
+
+def _write(folder: Path, name: str, chosen: list[dict[str, Any]], tokens: list[Any]) -> dict[str, str]:
+    text, ids = folder / f"{name}.jsonl", folder / f"{name}.tokens.json"
+    text.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+    ids.write_text(json.dumps(tokens), encoding="utf-8")
+    return {"rows": str(text), "tokens": str(ids)}
+
+
+# ---- growth ------------------------------------------------------------------------------------------------------
+
+
+def _growth(folder: Path, tokenizer: Any, data: Path | None, repetitions: int) -> list[dict[str, Any]]:
+    words = [word for row in rows.conversations(data) for turn in row["messages"] for word in turn["content"].split()]
+    chosen = []
+    for repetition in range(repetitions):
+        points = {}
+        for name, point in POINTS.items():
+            made = []
+            for place in range(point.rows):
+                start = (repetition * point.rows + place) * point.length % len(words)
+                own = words[start:] + words[:start]
+                asked = words[: point.length // 2] if point.one_question else own[: point.length // 16]
+                made.append(row_of_length(tokenizer, asked, own[len(asked) :], point.length))
+            tokens = [_conversation(tokenizer, row) for row in made]
+            points[name] = {
+                **_write(folder, f"{name}-{repetition}", made, tokens),
+                "counts": counts_of("sft", tokens),
+            }
+        chosen.append(points)
+    return chosen
+
+
+def row_of_length(tokenizer: Any, asked: list[str], words: list[str], length: int) -> dict[str, Any]:
+    """A conversation of exactly ``length`` tokens: ``asked`` is the question, ``words`` fill the answer."""
+
+    def row(count: int, filling: int = 0) -> dict[str, Any]:
+        answer = " ".join(words[:count] + ["the"] * filling)
+        turns = [{"role": "user", "content": " ".join(asked)}, {"role": "assistant", "content": answer}]
+        return {"messages": turns}
+
+    def size(found: dict[str, Any]) -> int:
+        return len(_conversation(tokenizer, found)["input_ids"])
+
+    low, high = 1, length
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size(row(middle)) <= length else (low, middle - 1)
+    found = row(low, length - size(row(low)))
+    if size(found) != length:
+        raise ValueError(f"a row of {size(found)} tokens was made where {length} are wanted")
+    return found
+
+
+def _random_model(folder: Path, base: Path, name: str) -> Path:
+    target = folder / "models" / name
+    tokenizer = load_tokenizer(base)
+    like = AutoConfig.from_pretrained(str(base))
+    config = LlamaConfig(
+        vocab_size=like.vocab_size,
+        max_position_embeddings=like.max_position_embeddings,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **MODEL_SIZES[name],
+    )
+    torch.manual_seed(SEED)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(str(target))
+    tokenizer.save_pretrained(str(target))
+    return target
+
+
+# ---- reward models -----------------------------------------------------------------------------------------------
+
+
+def _scorer_head(folder: Path, base: Path, data: Path) -> Path:
+    """The head that our stage will draw, for the others to start from."""
+    config = stage_config("reward", "lora", data, steps=1, rows=ROWS)
+    spec = read_spec(write_stage(folder / "head", config, base=base, data=data))
+    torch.manual_seed(StageContext(spec=spec, rank=0, world_size=1).seed("head") % 2**63)
+    model = load_scalar(lineage(spec, spec.inputs["init"]), torch.bfloat16)
+    path = folder / "head.safetensors"
+    save_file({"weight": model.score.weight.detach().clone()}, path)
+    return path
+
+
+def _reward_model(folder: Path, base: Path, tokenizer: Any, data: Path | None, adapter: str) -> dict[str, str]:
+    """One step of the real stage, as an artifact for ours and as a plain transformers folder for TRL."""
+    fitting, _ = _fitting("reward", tokenizer, data)
+    part = rows.taken(fitting, 0, ROWS)
+    files = _write(folder, "reward", [row for row, _ in part], [found for _, found in part])
+    source = Path(files["rows"])
+    config = stage_config("reward", adapter, source, steps=1, rows=ROWS)
+    stage = folder / "reward"
+    stage_file = write_stage(stage, config, base=base, data=source)
+    spec = read_spec(stage_file)
+    artifact = artifact_of(stage)
+    if not artifact.exists() and worker.main(stage_file) != 0:
+        raise RuntimeError("the reward stage failed; what it said stands above")
+    model = load_reward_model(spec, StageInput(ref="stage:reward", path=artifact))
+    plain = model.merge_and_unload() if adapter == "lora" else model
+    plain.save_pretrained(str(folder / "reward-plain"))
+    return {"reward_artifact": str(artifact), "reward_folder": str(folder / "reward-plain")}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

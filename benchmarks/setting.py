@@ -1,0 +1,39 @@
+"""What is the same for everyone. Standard library only: every environment imports it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROWS = 8
+"""Rows, or pairs, of a training step."""
+MICRO_BATCH_TOKENS = 2048
+"""The default of our stages, which count micro-batches in tokens; the others hold a step's rows at once."""
+MAX_LENGTH = 512
+"""Tokens of the longest row, or of the longer sequence of a pair."""
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+LEARNING_RATE = {"lora": 2e-4, "full": 2e-5}
+"""Constant, without warm-up, so that every step of every contestant takes the same."""
+MAX_GRAD_NORM = 1.0
+BETA = 0.1
+SEED = 42
+REPETITIONS = 5
+
+PROMPTS = 32
+"""Prompts of a rollout or of a batch of answers."""
+MAX_PROMPT_LENGTH = 96
+SAMPLED_TOKENS = 64
+"""New tokens at most, where only sampling is measured."""
+SAMPLING_SEEDS = (0, 1, 2)
+PPO_NEW_TOKENS = 48
+PPO_EPOCHS = 4
+PPO_MICRO_BATCH = 8
+"""Rows, for TRL."""
+PPO_MICRO_BATCH_TOKENS = 2048
+"""The default of our PPO stage."""
+
+
+def read_json(path: Path) -> Any:
+    """The file's content."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,131 @@
+"""The stage file that our own contestant's worker reads: the same settings as everyone's, in our words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.data import DataConfig
+from alignment.config.model import Dtype, ModelConfig
+from alignment.config.optim import OptimConfig, Schedule
+from alignment.config.stage import DpoConfig, PpoConfig, PpoOptimConfig, RewardConfig, SftConfig, StageConfig
+from alignment.config.tracking import TrackingConfig
+from alignment.config.typed import to_plain
+from benchmarks.setting import (
+    BETA,
+    LEARNING_RATE,
+    LORA,
+    MAX_GRAD_NORM,
+    MAX_LENGTH,
+    MAX_PROMPT_LENGTH,
+    MICRO_BATCH_TOKENS,
+    PPO_EPOCHS,
+    PPO_MICRO_BATCH_TOKENS,
+    PPO_NEW_TOKENS,
+    PROMPTS,
+    SEED,
+)
+
+_NEVER = 10**6
+MODEL = ModelConfig(source="bundled:smollm2-135m", dtype=Dtype.bfloat16)
+
+
+def stage_config(
+    kind: str, adapter: str, data: Path, *, steps: int, rows: int, max_length: int = MAX_LENGTH
+) -> StageConfig:
+    """A stage of ``kind`` that takes ``steps`` steps (PPO: updates), all of them on the ``rows`` rows of ``data``."""
+    source = DataConfig(source=f"path:{data}")
+    how = AdapterConfig(
+        kind=AdapterKind(adapter),
+        rank=int(str(LORA["r"])),
+        alpha=float(str(LORA["lora_alpha"])),
+        dropout=float(str(LORA["lora_dropout"])),
+        target_modules=[str(LORA["target_modules"])],
+    )
+    if kind == "ppo":
+        return _ppo(source, how, lr=LEARNING_RATE[adapter], updates=steps)
+    optim = OptimConfig(
+        lr=LEARNING_RATE[adapter],
+        batch_size=rows,
+        micro_batch_tokens=MICRO_BATCH_TOKENS,
+        epochs=steps,
+        max_steps=steps,
+        schedule=Schedule.constant,
+        warmup_ratio=0.0,
+        max_grad_norm=MAX_GRAD_NORM,
+    )
+    if kind == "reward":
+        return RewardConfig(
+            adapter=how, data=source, optim=optim, max_length=max_length, eval_fraction=0.0, save_every=_NEVER
+        )
+    if kind == "dpo":
+        return DpoConfig(
+            adapter=how,
+            data=source,
+            optim=optim,
+            max_length=max_length,
+            beta=BETA,
+            precompute_reference=False,
+            save_every=_NEVER,
+        )
+    return SftConfig(adapter=how, data=source, optim=optim, max_length=max_length, save_every=_NEVER)
+
+
+def _ppo(source: DataConfig, adapter: AdapterConfig, *, lr: float, updates: int) -> PpoConfig:
+    return PpoConfig(
+        adapter=adapter,
+        data=source,
+        optim=PpoOptimConfig(
+            lr=lr,
+            batch_size=PROMPTS,
+            micro_batch_tokens=PPO_MICRO_BATCH_TOKENS,
+            schedule=Schedule.constant,
+            max_grad_norm=MAX_GRAD_NORM,
+        ),
+        updates=updates,
+        completions_per_prompt=1,
+        ppo_epochs=PPO_EPOCHS,
+        num_minibatches=1,
+        max_prompt_length=MAX_PROMPT_LENGTH,
+        max_new_tokens=PPO_NEW_TOKENS,
+        save_every=_NEVER,
+    )
+
+
+def artifact_of(folder: Path) -> Path:
+    """Where a stage whose file lies in ``folder`` leaves its result."""
+    return folder / "artifact"
+
+
+def write_stage(folder: Path, config: StageConfig, *, base: Path, data: Path, reward: Path | None = None) -> Path:
+    """Writes ``folder/stage.yaml`` with every folder inside ``folder``, as the driver would; returns its path."""
+    work, run = folder / "artifact.work", folder / "run"
+    for path in (work, run):
+        path.mkdir(parents=True, exist_ok=True)
+    inputs: dict[str, dict[str, str | None]] = {"init": {"ref": "base", "path": None}}
+    if reward is not None:
+        inputs["reward"] = {"ref": "stage:reward", "path": str(reward)}
+    told = {
+        "run": "benchmark",
+        "stage": config.kind,
+        "config": to_plain(config),
+        "model": to_plain(MODEL),
+        "base_path": str(base),
+        "inputs": inputs,
+        "arms": {},
+        "data_path": str(data),
+        "fingerprint": "0" * 64,
+        "identity": {},
+        "input_fingerprints": {},
+        "artifact": str(artifact_of(folder)),
+        "work": str(work),
+        "run_folder": str(run),
+        "seed": SEED,
+        "tracking": to_plain(TrackingConfig()),
+        "git_commit": "",
+    }
+    path = folder / "stage.yaml"
+    path.write_text(yaml.safe_dump(told, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path

@@ -1,0 +1,159 @@
+"""What is measured, and who takes part. ``WORKS`` is the one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from benchmarks.setting import MICRO_BATCH_TOKENS, PPO_MICRO_BATCH_TOKENS
+
+OURS = "ours"
+OURS_FLOAT32 = "ours_float32"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contestant:
+    """``module`` runs one measurement. ``allowed`` says what it was given. ``measured`` steps follow one warm-up step.
+
+    ``against`` names which of ours a rival is compared with; None for our own. ``environment`` names a requirements
+    file in ``environments/``, or None for the project's own.
+    """
+
+    module: str
+    allowed: str
+    measured: int = 2
+    against: str | None = OURS
+    environment: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """``kind`` is ``sft``, ``reward``, ``dpo``, ``ppo``, ``sampling`` or ``growth``; ``adapter`` is ``lora`` or
+    ``full``. ``quantity`` is what ratios are about, beside peak memory."""
+
+    kind: str
+    adapter: str
+    contestants: dict[str, Contestant] = field(default_factory=dict)
+    quantity: str = "tokens_per_second"
+
+
+_STAGE = "the real stage, started by the launcher as the driver starts it; micro-batches of at most {} tokens"
+_DEFAULT = "TRL's defaults (gradient checkpointing on, bf16 autocast, fused AdamW)"
+_TUNED = "checkpointing off"
+_NO_CASTS = "PEFT's input casts off (peft.helpers.disable_input_dtype_casting)"
+_STOCK = "padded batch, no checkpointing, bf16 autocast, fused AdamW"
+
+
+def _ours(tokens: int = MICRO_BATCH_TOKENS) -> Contestant:
+    return Contestant(module="ours", allowed=_STAGE.format(tokens), against=None)
+
+
+def _training(*, kind: str, adapter: str, tuned: str, stock: str) -> Work:
+    casts = f"; {_NO_CASTS}" if adapter == "lora" else ""
+    return Work(
+        kind=kind,
+        adapter=adapter,
+        contestants={
+            OURS: _ours(),
+            "trl_default": Contestant(module="trl_latest", allowed=_DEFAULT, measured=1),
+            "trl_tuned": Contestant(module="trl_latest", allowed=f"{_TUNED}{tuned}{casts}", measured=1),
+            "stock_tuned": Contestant(module="stock", allowed=f"transformers, {stock}; {_STOCK}{casts}"),
+        },
+    )
+
+
+def _ppo(adapter: str) -> Work:
+    name, critic = ("peft", "; its critic is trained whole") if adapter == "lora" else ("full", "")
+    rival = Contestant(
+        module="trl_ppo",
+        allowed=f"TRL 1.12.0 experimental.ppo, num_mini_batches=1, micro-batches of 8 rows, all weights bf16{critic}",
+        measured=1,
+        environment="trl-1.12",
+    )
+    return Work(
+        kind="ppo",
+        adapter=adapter,
+        contestants={OURS: _ours(PPO_MICRO_BATCH_TOKENS), f"trl_1_12_{name}": rival},
+        quantity="seconds_per_update",
+    )
+
+
+def _sampling() -> Work:
+    ours = "alignment.models.generate.generate, one batch"
+    stock = "model.generate(do_sample=True, top_k=0, top_p=1), one left-padded batch"
+    return Work(
+        kind="sampling",
+        adapter="none",
+        contestants={
+            OURS: Contestant(module="sampling", allowed=f"{ours}, bf16", against=None),
+            "generate": Contestant(module="sampling", allowed=f"{stock}, bf16"),
+            OURS_FLOAT32: Contestant(module="sampling", allowed=f"{ours}, float32", against=None),
+            "generate_float32": Contestant(module="sampling", allowed=f"{stock}, float32", against=OURS_FLOAT32),
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """A point of ``growth``: ``rows`` rows of exactly ``length`` tokens, on the base or on a random model.
+
+    With ``one_question`` the rows answer one question of about three quarters of ``length``, each in its own words.
+    """
+
+    rows: int
+    length: int
+    one_question: bool = False
+    model: str | None = None
+
+
+_STEP_TOKENS = 4096
+POINTS = {
+    **{f"length_{n}": Point(rows=_STEP_TOKENS // n, length=n) for n in (128, 256, 512, 1024, 2048)},
+    **{f"rows_{n}": Point(rows=n, length=128) for n in (4, 8, 16)},
+    **{f"completions_{n}": Point(rows=n, length=320, one_question=True) for n in (1, 2, 4, 6)},
+    **{f"size_{name}": Point(rows=8, length=512, model=name) for name in ("10m", "30m")},
+}
+SERIES = {
+    "tokens a row (4096 a step)": ("length_128", "length_256", "length_512", "length_1024", "length_2048"),
+    "rows of 128 tokens": ("rows_4", "rows_8", "rows_16", "length_128"),
+    "completions of one prompt": ("completions_1", "completions_2", "completions_4", "completions_6"),
+    "parameters (8 rows of 512)": ("size_10m", "size_30m", "length_512"),
+}
+MODEL_SIZES = {
+    "10m": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 14, "num_attention_heads": 2},
+    "30m": {"hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 12, "num_attention_heads": 5},
+}
+"""Random Llama models on the base's tokenizer; the third size is the base itself."""
+
+
+WORKS: dict[str, Work] = {
+    "sft_lora": _training(
+        kind="sft", adapter="lora", tuned="; padding_free=True", stock="cross_entropy over all positions"
+    ),
+    "sft_full": _training(
+        kind="sft", adapter="full", tuned="; padding_free=True", stock="cross_entropy over all positions"
+    ),
+    "reward_lora": _training(kind="reward", adapter="lora", tuned="", stock="-logsigmoid of the score difference"),
+    "dpo_lora": _training(
+        kind="dpo", adapter="lora", tuned="", stock="log_softmax and gather, reference by disable_adapter"
+    ),
+    "sampling": _sampling(),
+    "ppo_lora": _ppo("lora"),
+    "ppo_full": _ppo("full"),
+    "growth": Work(kind="growth", adapter="lora", contestants={name: _ours() for name in POINTS}),
+}
+ALIASES = {"sft": ("sft_lora", "sft_full"), "reward": ("reward_lora",), "dpo": ("dpo_lora",)}
+ALIASES |= {"ppo": ("ppo_lora", "ppo_full"), "all": tuple(WORKS)}
+
+
+def works_named(text: str) -> list[str]:
+    """The works that a comma-separated list of names and aliases stands for, in the table's order.
+
+    Raises:
+        ValueError: a name that is neither.
+    """
+    wanted: set[str] = set()
+    for name in text.split(","):
+        if name not in WORKS and name not in ALIASES:
+            raise ValueError(f"no work '{name}'; one of: {', '.join([*ALIASES, *WORKS])}")
+        wanted |= set(ALIASES.get(name, (name,)))
+    return [name for name in WORKS if name in wanted]
