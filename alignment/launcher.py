@@ -25,13 +25,15 @@ _POLL_SECONDS = 0.5
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-_KEEP_PAGES = {
+_CPU_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
 }
 """Memory that a tensor gave back is used again. glibc would return it to the system and fetch fresh pages for the next
-tensor, which took as long as the arithmetic on it (docs/LOG.md, 2026-11-25). Other allocators ignore these."""
+tensor, which took as long as the arithmetic on it. oneDNN keeps code for 1,024 shapes of products, and nearly every
+batch has new ones: gigabytes after some dozen steps (docs/LOG.md, 2026-11-25). Other libraries ignore these."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,5 +226,5 @@ def _environment(threads: int, pythonpath: str) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        **_KEEP_PAGES,
+        **_CPU_MEMORY,
     }

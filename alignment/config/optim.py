@@ -19,8 +19,8 @@ class OptimConfig:
     """AdamW. ``batch_size`` is global: it is split over processes, and does not change with them.
 
     ``micro_batch_tokens`` are held in memory at once on a device; a longer row stands alone.
-    ``activation_checkpointing`` keeps a layer's input only and computes the layer again in the backward pass. Both change
-    memory and time, not the result. ``max_steps`` stops earlier than ``epochs``.
+    ``activation_checkpointing`` keeps a layer's input only, and computes the layer again in the backward pass. Both
+    change memory and time, not the result. ``max_steps`` stops earlier than ``epochs``.
     """
 
     lr: float

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from alignment.models.precision import products_dtype
 from alignment.models.rows import Range, Segment
 
 ATTENTION = "flat_sdpa"
@@ -48,6 +49,8 @@ def flat_attention(
     if dropout:
         raise ValueError("attention dropout is not supported in a flat stream; set attention_dropout to 0")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Rotary positions may leave queries and keys in float32 where autocast has values in bfloat16.
+    query, key, value = (states.to(products_dtype(value)) for states in (query, key, value))
     if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
         return _varlen(query[0], key[0], value[0], segments, scale)[None], None
     attended = _RowAttention.apply(query[0], key[0], value[0], tuple(segments), scale)

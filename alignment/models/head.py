@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignment.models.flat import trunk_states
+from alignment.models.precision import products_dtype
 from alignment.models.rows import FlatRows
 
 CHUNK = 256
@@ -71,7 +72,7 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, ...]:
-        compute, dtypes = _compute_dtype(hidden, weight), (hidden.dtype, weight.dtype)
+        compute, dtypes = products_dtype(weight), (hidden.dtype, weight.dtype)
         hidden, weight = hidden.to(compute), weight.to(compute)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         slopes = torch.empty_like(hidden) if want_hidden and not want_weight else None
@@ -183,12 +184,6 @@ def _recomputed(ctx: Any, factors: Tensor) -> tuple[Tensor | None, Tensor]:
         grad_weight += slope.T @ hidden[rows]
     hidden_dtype, weight_dtype = ctx.input_dtypes
     return None if grad_hidden is None else grad_hidden.to(hidden_dtype), grad_weight.to(weight_dtype)
-
-
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of the products: autocast's where it is on, else the weights'."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def _chunks(count: int) -> list[slice]:

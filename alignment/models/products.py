@@ -14,6 +14,8 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+from alignment.models.precision import products_dtype
+
 
 def fuse_adapters(model: PeftModel) -> None:
     """Lets every plain LoRA layer of the model compute in one function; layers of other kinds stay as they are."""
@@ -29,26 +31,23 @@ def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base = self.base_layer
     a, b = self.lora_A[name].weight, self.lora_B[name].weight
     return _LowRankProduct.apply(
-        x.to(_compute_dtype(x, base.weight)), base.weight, base.bias, a, b, float(self.scaling[name])
+        x.to(products_dtype(base.weight)), base.weight, base.bias, a, b, float(self.scaling[name])
     )
 
 
 def _only_adapter(layer: LoraLinear) -> str | None:
-    """The adapter to add where it is one, unmerged, without dropout at work, bias or variant; else None."""
+    """The adapter to add where it is one, unmerged, without dropout at work, bias or variant; else None.
+
+    Layers whose forward somebody replaced (decoding lays weights out anew, offloading fetches them) want to be called.
+    """
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or len(names) != 1:
+    if layer.disable_adapters or layer.merged or len(names) != 1 or "forward" in vars(layer.base_layer):
         return None
     name = names[0]
     dropout = layer.lora_dropout[name]
     drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and layer.training
     plain = name not in layer.lora_variant and layer.lora_B[name].bias is None
     return name if plain and not drops and not layer.get_base_layer().weight.requires_grad else None
-
-
-def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of the products: autocast's where it is on, else the weight's."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 class _LowRankProduct(torch.autograd.Function):

@@ -402,3 +402,25 @@ def test_pad_ids_at_the_end_of_a_row_count_as_the_mask_says() -> None:
     expected = _plain_score(twin(tiny_scorer()), [5, 6, PAD])
     assert relative(score[0, 0], expected) < 1e-5
     assert not torch.equal(score, model(input_ids=without, attention_mask=ones).logits)
+
+
+@pytest.mark.parametrize("adapter", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_under_autocast_gradients_stay_close_to_those_of_the_plain_forward(
+    architecture: str, adapter: AdapterConfig
+) -> None:
+    """Float32 weights, products in bfloat16: how a stage trains by default."""
+    model = _with_adapter(tiny_model(architecture), adapter)
+    reference = twin(model)
+    install_causal(unwrapped(model))
+    batch = padded(ROWS["pairs of one prompt"])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch.arguments(), fused_lm_head=True).loss
+    loss.backward()
+    expected = plain(reference, batch).loss
+    expected.backward()
+    assert relative(loss, expected) < 0.02
+    found, wanted = gradients(model), gradients(reference)
+    for name in ("q_proj", "v_proj", "down_proj"):
+        mine, theirs = (torch.cat([g.flatten() for n, g in told.items() if name in n]) for told in (found, wanted))
+        assert relative(mine, theirs) < 0.15, name
