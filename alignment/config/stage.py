@@ -124,7 +124,8 @@ class PpoConfig:
     One update samples ``optim.batch_size`` episodes (``completions_per_prompt`` to a prompt) and takes ``ppo_epochs *
     num_minibatches`` optimiser steps on them; ``updates`` of these make the run. The policy starts from ``init``, which
     is also the reference; the value model starts from ``reward``. ``missing_eos_score`` replaces the score of an answer
-    that never ended.
+    that never ended. With ``prompt_baseline`` the mean score of the other completions of the same prompt is taken off:
+    a Bradley-Terry reward says nothing across prompts.
     """
 
     summary: ClassVar[str] = "proximal policy optimisation against the reward model"
@@ -140,6 +141,7 @@ class PpoConfig:
     kl: KlConfig = field(default_factory=KlConfig)
     updates: int = 16
     completions_per_prompt: int = 1
+    prompt_baseline: bool = False
     ppo_epochs: int = 4
     num_minibatches: int = 1
     max_prompt_length: int = 512

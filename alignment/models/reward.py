@@ -39,6 +39,15 @@ def load_reward_model(
     return _with_adapter(model, found, trainable=trainable)
 
 
+def zero_head(model: PreTrainedModel | PeftModel) -> None:
+    """Lets a reward model say 0 to everything until it learns otherwise."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = base.score.modules_to_save["default"] if isinstance(model, PeftModel) else base.score
+    with torch.no_grad():
+        head.weight.zero_()
+        base.score_offset.zero_()
+
+
 def _with_adapter(model: PreTrainedModel, found: Lineage, *, trainable: bool) -> PeftModel:
     wrapped = PeftModel.from_pretrained(model, str(found.adapters[-1]), is_trainable=trainable)
     return compute_in_base_dtype(wrapped).eval()

@@ -22,7 +22,7 @@ from alignment.models.answers import AnswerStream, answer_statistics, answer_val
 from alignment.models.flat import use_flat_attention
 from alignment.models.head import TokenStatistics
 from alignment.models.load import Lineage, load_policy, weights_dtype
-from alignment.models.reward import load_reward_model
+from alignment.models.reward import load_reward_model, zero_head
 from alignment.stage_spec import StageInput, StageSpec
 
 
@@ -61,9 +61,18 @@ class Roles:
 
 
 def build_roles(
-    spec: StageSpec, found: Lineage, reward: StageInput, adapter: AdapterConfig, *, device: torch.device
+    spec: StageSpec,
+    found: Lineage,
+    reward: StageInput,
+    adapter: AdapterConfig,
+    *,
+    device: torch.device,
+    relative_returns: bool = False,
 ) -> Roles:
     """Loads what PPO needs. The value model is trained whole or by adapter, as the reward model was.
+
+    With ``relative_returns`` (scores less a baseline) it starts from the reward model's trunk and a head of zeros, for
+    what the reward model says is then far from what comes back.
 
     Every model is on ``device`` before memory is shared: moving one later would give it copies of its own.
     """
@@ -73,6 +82,8 @@ def build_roles(
     reference = copy.deepcopy(policy).requires_grad_(False) if full else None
     trained = add_adapter(policy, adapter, TaskType.CAUSAL_LM)
     value = load_reward_model(spec, reward, trainable=True).to(device)
+    if relative_returns:
+        zero_head(value)
     scorer = load_reward_model(spec, reward).to(device)
     for model in (value, scorer):
         share_frozen(model, trained)

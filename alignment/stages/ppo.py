@@ -32,7 +32,14 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
     prompts, dropped = rows_that_fit(
         rows, len, max_length=config.max_prompt_length, where=f"stages.{spec.stage}.max_prompt_length"
     )
-    roles = build_roles(spec, found, spec.inputs["reward"], config.adapter, device=context.device)
+    roles = build_roles(
+        spec,
+        found,
+        spec.inputs["reward"],
+        config.adapter,
+        device=context.device,
+        relative_returns=config.prompt_baseline,
+    )
     trainer = _trainer(config, context, roles, prompts, tokenizer.eos_token_id)
     last = train(trainer, context, headline="objective/score", period=trainer.steps_per_update)
     kept = ("objective/score", "objective/kl", "response_length", "eos_rate")
@@ -85,6 +92,12 @@ def _refuse_uneven_groups(config: PpoConfig, context: StageContext) -> None:
             f"{config.optim.batch_size} episodes do not divide by {config.completions_per_prompt} completions a prompt",
             where=f"{where}.completions_per_prompt",
             remedy="choose a divisor of optim.batch_size",
+        )
+    if config.prompt_baseline and config.completions_per_prompt == 1:
+        raise ConfigError(
+            "the baseline is the mean over the other completions of a prompt, and there are none",
+            where=f"{where}.prompt_baseline",
+            remedy="set completions_per_prompt to 2 or more",
         )
     if prompts % context.world_size:
         raise ConfigError(

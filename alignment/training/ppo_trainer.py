@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from alignment.algos.gae import advantages_and_returns, token_rewards
+from alignment.algos.gae import advantages_and_returns, leave_one_out, token_rewards
 from alignment.algos.kl import AdaptiveKl, FixedKl, k1, k3
 from alignment.algos.masked import center_and_scale, scale_only
 from alignment.algos.ppo import clipped_policy_loss, clipped_value_loss, explained_variance, log_ratio
@@ -151,7 +151,8 @@ class PpoTrainer(Trainer):
         kept_scores = torch.where(ended, scores, torch.full_like(scores, self.config.missing_eos_score))
         kl = k1(logprobs, reference) * mask
         self._check_start(update, kl)
-        rewards = token_rewards(kept_scores, kl, mask, kl_coefficient=self.price.coefficient)
+        told = leave_one_out(kept_scores, self.episodes.group) if self.config.prompt_baseline else kept_scores
+        rewards = token_rewards(told, kl, mask, kl_coefficient=self.price.coefficient)
         if self.config.whiten_rewards:
             rewards = scale_only(rewards, mask)
         raw, returns = advantages_and_returns(

@@ -76,7 +76,14 @@ def bench(tmp_path: Path) -> Callable[..., Bench]:
         config = PpoConfig(adapter=adapter, **{**settings, **changes})
         spec = tiny_spec(tmp_path / name, config, base_path=base)
         context = StageContext(spec=spec, rank=0, world_size=1)
-        roles = build_roles(spec, found, rewards[adapter.kind], adapter, device=context.device)
+        roles = build_roles(
+            spec,
+            found,
+            rewards[adapter.kind],
+            adapter,
+            device=context.device,
+            relative_returns=config.prompt_baseline,
+        )
         trainer = stage._trainer(config, context, roles, prompts, END)
         return Bench(context=context, config=config, roles=roles, trainer=trainer)
 
@@ -223,6 +230,30 @@ def test_more_minibatches_than_episodes_are_refused(bench: Callable[..., Bench])
 def test_episodes_that_do_not_divide_by_completions_are_refused(bench: Callable[..., Bench]) -> None:
     with pytest.raises(ConfigError, match="8 episodes do not divide by 3 completions a prompt"):
         bench(completions_per_prompt=3)
+
+
+def test_a_baseline_of_other_completions_needs_some(bench: Callable[..., Bench]) -> None:
+    with pytest.raises(ConfigError, match="the mean over the other completions of a prompt, and there are none"):
+        bench(prompt_baseline=True)
+
+
+def test_with_a_prompt_baseline_rewards_are_relative_to_the_other_completions(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collected = _collected(monkeypatch)
+    run = bench(completions_per_prompt=4, prompt_baseline=True, temperature=3.0, updates=1)
+    assert not any(run.trainer._policy_and_values(PROMPTS[:2], [[3, 4], [5]])[2].tolist()), "the critic starts at 0"
+    run.train()
+    (experience,) = collected
+    first = experience.returns[:, 0]  # at γ = 1 all that is still to come; λ < 1 mixes in values, which are 0 here
+    for group in range(2):
+        rows = slice(4 * group, 4 * group + 4)
+        scores = experience.scores[rows]
+        for row, score in enumerate(scores.tolist()):
+            others = (float(scores.sum()) - score) / 3
+            length = int(experience.response_mask[rows][row].sum())
+            expected = (score - others) * run.config.gae_lambda ** (length - 1)
+            assert float(first[rows][row]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_several_answers_to_a_prompt_are_sampled_and_learned_from_together(
