@@ -2,17 +2,30 @@
 
 No top-k, top-p or repetition penalty can leak in from a model's generation config. Sampling inverts the cumulative
 distribution at one uniform number a row and step, drawn beforehand: the same seed gives the same answers whatever the
-batch size and whichever rows have finished. Finished rows leave the batch, and the cache with them.
+batch size and whichever rows have finished. Equal prompts are read once. Finished rows leave the batch, and the cache
+with them, when there are enough of them to pay for moving the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
+
+from alignment.models.cache import RowsCache, decoding
+
+PREFILL_TOKENS = 1024
+"""Prompt tokens read at once, padding included; few rows of nearly the same length leave little of it."""
+
+FULL_ENOUGH = 0.75
+"""Share of unfinished rows above which finished ones stay: a step costs nearly the same with a few rows less."""
+
+BLOCK = 256
+"""Tokens of the vocabulary whose probabilities are first taken together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,84 +49,155 @@ def generate(
 ) -> list[list[int]]:
     """Answers to ``prompts`` (token ids), in their order; an answer ends with one of ``end_ids`` or at the limit.
 
-    Without ``sampling`` the likeliest token is taken. ``progress`` is told how many prompts are done.
+    Without ``sampling`` the likeliest token is taken. ``progress`` is told how many prompts are done. On CPU in
+    bfloat16 the linear weights are held twice meanwhile.
 
     Raises:
         ValueError: an empty prompt.
+        ModelError: the model has layers that keep something else than keys and values.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no token")
     answers: list[list[int]] = [[] for _ in prompts]
-    # Similar lengths together, so that little is computed on padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        found = _generate_batch(
-            model,
-            [prompts[i] for i in batch],
-            max_new_tokens=max_new_tokens,
-            end_ids=frozenset(end_ids),
-            temperature=1.0 if sampling is None else sampling.temperature,
-            uniforms=None if sampling is None else sampling.uniforms[batch],
-        )
-        for index, answer in zip(batch, found, strict=True):
-            answers[index] = answer
-        if progress is not None:
-            progress(start + len(batch))
+    # Similar lengths together, so that little is computed on padding; equal prompts side by side.
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])), reverse=True)
+    with decoding(model, min(batch_size, len(prompts))) as room:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            found = _generate_batch(
+                model,
+                [prompts[i] for i in batch],
+                room=room,
+                max_new_tokens=max_new_tokens,
+                end_ids=frozenset(end_ids),
+                temperature=1.0 if sampling is None else sampling.temperature,
+                uniforms=None if sampling is None else sampling.uniforms[batch],
+            )
+            for index, answer in zip(batch, found, strict=True):
+                answers[index] = answer
+            if progress is not None:
+                progress(start + len(batch))
     return answers
 
 
 def _generate_batch(
     model: PreTrainedModel,
-    prompts: list[Sequence[int]],
+    prompts: list[Sequence[int]],  # longest first, equal ones side by side
     *,
+    room: int,
     max_new_tokens: int,
     end_ids: frozenset[int],
     temperature: float,
     uniforms: Tensor | None,  # [rows, steps]
 ) -> list[list[int]]:
-    device = model.device
-    ids, mask = _left_pad(prompts, device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
     answers: list[list[int]] = [[] for _ in prompts]
-    alive = torch.arange(len(prompts), device=device)
+    rows = list(range(len(prompts)))  # which answer each row of the batch belongs to
+    unfinished = set(rows)
+    if uniforms is not None:
+        uniforms = uniforms.to(model.device)
+    cache, logits = _read_prompts(model, prompts, room)
+    seen = _left_aligned_mask(prompts, len(prompts[0]) + max_new_tokens, model.device)  # [rows, columns]
+    positions = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=model.device)
     for step in range(max_new_tokens):
-        output = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1
-        )
-        logits = output.logits[:, -1].float()
-        if uniforms is None:
-            tokens = logits.argmax(-1)
-        else:
-            tokens = _sample(logits / temperature, uniforms[alive.cpu(), step].to(device))
-        chosen = tokens.tolist()
-        for row, token in zip(alive.tolist(), chosen, strict=True):
-            answers[row].append(token)
-        going = torch.tensor([token not in end_ids for token in chosen], device=device)
-        if not bool(going.any()):
+        tokens = logits.argmax(-1) if uniforms is None else _sample(logits, uniforms[:, step], temperature)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if row in unfinished:
+                answers[row].append(token)
+                if token in end_ids:
+                    unfinished.remove(row)
+        if not unfinished or step == max_new_tokens - 1:
             break
-        if not bool(going.all()):
-            cache.batch_select_indices(going.nonzero().flatten())
-            alive, mask, positions, tokens = alive[going], mask[going], positions[going], tokens[going]
-        ids = tokens[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=-1)
-        positions = positions[:, -1:] + 1
+        if len(unfinished) <= FULL_ENOUGH * len(rows):
+            kept = torch.tensor([place for place, row in enumerate(rows) if row in unfinished], device=model.device)
+            rows = [row for row in rows if row in unfinished]
+            cache.select(kept)
+            tokens, seen, positions = tokens[kept], seen[kept], positions[kept]
+            uniforms = None if uniforms is None else uniforms[kept]
+        positions += 1
+        logits = _next_logits(model, tokens[:, None], seen[:, : len(prompts[0]) + step + 1], positions, cache)
     return answers
 
 
-def _sample(logits: Tensor, uniform: Tensor) -> Tensor:
-    """``[rows]`` tokens: the first whose cumulative probability exceeds the row's uniform number."""
-    cumulative = torch.softmax(logits.double(), dim=-1).cumsum(-1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+def _read_prompts(model: PreTrainedModel, prompts: list[Sequence[int]], room: int) -> tuple[RowsCache, Tensor]:
+    """The cache of all rows, and ``[rows, vocabulary]`` logits of their first new tokens."""
+    cache = RowsCache(model.config, room=room)
+    logits = []
+    first = 0
+    for part, repeats in _parts(prompts):
+        length = len(part[0])
+        read = RowsCache(model.config, room=0)
+        seen = _left_aligned_mask(part, length, model.device)
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)
+        found = _next_logits(model, _left_padded(part, length, model.device), seen, positions, read)
+        sources = torch.arange(len(part)).repeat_interleave(torch.tensor(repeats)).to(model.device)
+        cache.place(read, sources, first=first, rows=len(prompts), length=len(prompts[0]))
+        logits.append(found[sources])
+        first += len(sources)
+    return cache, torch.cat(logits)
 
 
-def _left_pad(prompts: list[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    length = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)
-    mask = torch.zeros(len(prompts), length, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
+def _parts(prompts: list[Sequence[int]]) -> Iterator[tuple[list[Sequence[int]], list[int]]]:
+    """Different prompts of at most ``PREFILL_TOKENS`` padded tokens, or one of more, and how often each is wanted."""
+    part: list[Sequence[int]] = []
+    repeats: list[int] = []
+    for _, group in groupby(prompts, key=tuple):
+        equal = list(group)
+        if part and (len(part) + 1) * len(part[0]) > PREFILL_TOKENS:
+            yield part, repeats
+            part, repeats = [], []
+        part.append(equal[0])
+        repeats.append(len(equal))
+    yield part, repeats
+
+
+def _next_logits(model: PreTrainedModel, ids: Tensor, seen: Tensor, positions: Tensor, cache: RowsCache) -> Tensor:
+    """``[rows, vocabulary]`` logits behind the last column."""
+    output = model(
+        input_ids=ids, attention_mask=seen, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1
+    )
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+def _sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """``[rows]`` tokens: the first whose cumulative probability exceeds the row's uniform number.
+
+    Weights are exp(z − max z) in float32; sums of blocks of them are cumulated in float64, so that no sum over a whole
+    vocabulary is rounded to float32. First a block is found, then the token in it.
+    """
+    rows, vocabulary = logits.shape
+    blocks = -(-vocabulary // BLOCK)
+    weights = torch.empty(rows, blocks * BLOCK, dtype=torch.float32, device=logits.device)
+    weights[:, :vocabulary] = logits
+    weights[:, vocabulary:] = float("-inf")
+    weights.sub_(weights.amax(-1, keepdim=True))
+    if temperature != 1.0:
+        weights.div_(temperature)
+    weights = weights.exp_().view(rows, blocks, BLOCK)
+    block, rest = _invert(weights.sum(-1).double(), uniform)
+    inside = weights[torch.arange(rows, device=block.device), block]
+    return block * BLOCK + _invert(inside.double(), rest)[0]
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of ``[rows, choices]``: the choice in whose share ``uniform`` falls, and how far into it, in [0, 1].
+
+    A choice of weight 0 is never taken, not even at a ``uniform`` of 0 or 1.
+    """
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1:]
+    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    choice = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[-1] - 1)
+    weight = weights.gather(-1, choice)
+    rest = (target - (cumulative.gather(-1, choice) - weight)) / weight
+    return choice.squeeze(-1), rest.clamp(0.0, 1.0).squeeze(-1)
+
+
+def _left_padded(prompts: list[Sequence[int]], length: int, device: torch.device) -> Tensor:
+    return torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+
+
+def _left_aligned_mask(prompts: list[Sequence[int]], columns: int, device: torch.device) -> Tensor:
+    """``[rows, columns]``, 1 from each prompt's first token on; that of the first prompt, the longest, is column 0."""
+    starts = torch.tensor([len(prompts[0]) - len(prompt) for prompt in prompts], device=device)
+    return (torch.arange(columns, device=device) >= starts[:, None]).long()

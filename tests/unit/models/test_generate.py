@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections import Counter
 
 import pytest
 import torch
+from peft import TaskType
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, PreTrainedConfig, Qwen3Config
 
+from alignment.config.adapter import AdapterConfig
+from alignment.models import cache as cache_module
+from alignment.models import generate as generate_module
+from alignment.models.adapters import add_adapter
 from alignment.models.answers import unwrapped
 from alignment.models.flat import use_flat_attention
 from alignment.models.generate import Sampling, generate
 from tests.oracles import logprobs as oracle
-from tests.tiny import ARCHITECTURES, tiny_model
+from tests.tiny import ARCHITECTURES, liven, tiny_model
 
 END = 2
 PROMPTS = [[5, 9, 2, 7], [8], [3, 2, 2, 6, 4, 9, 2, 11], [40, 41], [17, 18, 19, 20, 21]]
+_SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
+OTHERS: dict[str, PreTrainedConfig] = {
+    "qwen3": Qwen3Config(**_SIZES),
+    # Capped attention scores, which only the eager function has, capped logits, and every second layer with a window.
+    "gemma2": Gemma2Config(
+        **_SIZES, sliding_window=4, final_logit_softcapping=3.0, query_pre_attn_scalar=8, attn_implementation="eager"
+    ),
+    "gemma3": Gemma3TextConfig(**_SIZES, sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
+}
 
 
 def _own_greedy(model: torch.nn.Module, prompt: list[int], *, ends: list[int], limit: int) -> list[int]:
@@ -29,6 +55,16 @@ def _own_greedy(model: torch.nn.Module, prompt: list[int], *, ends: list[int], l
         pad_token_id=0,
     )
     return found[0, len(prompt) :].tolist()
+
+
+def _other_model(name: str) -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(OTHERS[name], dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.25)
+    return model.eval()
 
 
 def _uniforms(rows: int, steps: int, seed: int = 0) -> torch.Tensor:
@@ -51,6 +87,107 @@ def test_a_model_with_a_sliding_window_answers_as_transformers_does() -> None:
     model, reference = (tiny_model("mistral", sliding_window=3) for _ in range(2))
     found = generate(model, PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
     assert found == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("name", OTHERS)
+def test_windows_capped_scores_and_normalised_heads_are_those_of_the_model(name: str, batch_size: int) -> None:
+    model, reference = _other_model(name), _other_model(name)
+    found = generate(model, PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=batch_size)
+    assert found == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
+
+
+def test_a_model_with_learned_positions_answers_as_transformers_does() -> None:
+    model, reference = tiny_model("gpt2"), tiny_model("gpt2")
+    found = generate(model, PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
+    assert found == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize(("name", "value"), [("ROOM", 0), ("ROOM", 3), ("FULL_ENOUGH", 0.0), ("FULL_ENOUGH", 1.0)])
+def test_answers_never_depend_on_the_room_of_the_cache_or_on_when_rows_leave(
+    architecture: str, name: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of 40 tokens is beyond what is allocated at first."""
+    changes = {"sliding_window": 6} if architecture == "mistral" else {}
+    model, reference = (tiny_model(architecture, **changes) for _ in range(2))
+    monkeypatch.setattr(cache_module if name == "ROOM" else generate_module, name, value)
+    free = [_own_greedy(reference, prompt, ends=[], limit=40) for prompt in PROMPTS]
+    ends = [free[0][9], free[3][20]]
+    found = generate(model, PROMPTS, max_new_tokens=40, end_ids=ends, batch_size=5)
+    assert found == [_own_greedy(reference, prompt, ends=ends, limit=40) for prompt in PROMPTS]
+    assert len({len(answer) for answer in found}) > 1, "rows should finish at different steps"
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 20, 10_000])
+def test_answers_never_depend_on_how_prompts_are_read_together(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    expected = generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=1)
+    monkeypatch.setattr(generate_module, "PREFILL_TOKENS", tokens)
+    assert generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=5) == expected
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_order_of_prompts_never_changes_an_answer(seed: int) -> None:
+    model = tiny_model(vocab_size=8)
+    prompts = [[token % 8 for token in prompt] for prompt in [*PROMPTS, PROMPTS[2], PROMPTS[0]]]
+    uniforms = _uniforms(len(prompts), 16)
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def answers(places: list[int]) -> list[list[int]]:
+        return generate(
+            model,
+            [prompts[i] for i in places],
+            max_new_tokens=16,
+            end_ids=[END],
+            batch_size=4,
+            sampling=Sampling(temperature=1.0, uniforms=uniforms[places]),
+        )
+
+    straight = answers(list(range(len(prompts))))
+    assert answers(order) == [straight[i] for i in order]
+
+
+def test_equal_prompts_are_read_once_and_answered_each_for_itself() -> None:
+    model = tiny_model(vocab_size=8)
+    prompts = [[5, 6, 7, 4], [3, 1], [5, 6, 7, 4], [5, 6, 7, 4], [3, 1]]
+    sampling = Sampling(temperature=1.0, uniforms=_uniforms(5, 12))
+    read: list[int] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    shared = generate(model, prompts, max_new_tokens=12, end_ids=[END], batch_size=5, sampling=sampling)
+    assert read[0] == 8, "two prompts, the shorter one padded to four tokens"
+    assert max(read[1:]) <= 5
+    hook.remove()
+    alone = generate(model, prompts, max_new_tokens=12, end_ids=[END], batch_size=1, sampling=sampling)
+    assert shared == alone
+    assert len({tuple(answer) for answer in shared}) > 2
+
+
+def test_an_adapter_that_is_active_counts() -> None:
+    adapted = add_adapter(tiny_model(), AdapterConfig(rank=4), TaskType.CAUSAL_LM).eval()
+    liven(adapted)
+    merged = add_adapter(tiny_model(), AdapterConfig(rank=4), TaskType.CAUSAL_LM).eval()
+    liven(merged)
+    reference = merged.merge_and_unload()
+    found = generate(unwrapped(adapted), PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
+    assert found == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
+    assert found != generate(tiny_model(), PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16_answers_are_likely_under_the_models_own_forward(autocast: bool) -> None:
+    """Low precision may take another token where two are nearly as likely, and nowhere else."""
+    model = tiny_model() if autocast else tiny_model().to(torch.bfloat16)
+    context = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
+    with context:
+        answers = generate(model, PROMPTS, max_new_tokens=12, end_ids=[END], batch_size=5)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        with torch.no_grad(), context:
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
+        gap = logits.max(-1).values - logits.gather(-1, torch.tensor(answer)[:, None])[:, 0]
+        assert gap.max() < 0.1 * logits.std()
 
 
 def test_the_generation_config_of_a_model_never_leaks_in() -> None:
@@ -162,6 +299,49 @@ def test_random_uniforms_pass_a_chi_square_test_on_two_steps() -> None:
             expected = count * float(torch.tensor(one + two).exp())
             statistic += (seen[first, second] - expected) ** 2 / expected
     assert 2.0 < statistic < 37.7
+
+
+@pytest.mark.parametrize("vocabulary", [1, 5, 256, 257, 1_000])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sampling_inverts_the_cumulative_distribution(vocabulary: int, temperature: float) -> None:
+    """Exactly, but where a uniform number lies within float32 rounding of a step."""
+    rng = torch.Generator().manual_seed(vocabulary)
+    logits = 2 * torch.randn(1, vocabulary, generator=rng)
+    logits[0, vocabulary // 2 :: 3] = float("-inf")
+    logits[0, 0] = 0.0
+    finite = [logit if logit > float("-inf") else -1e9 for logit in logits[0].tolist()]
+    probabilities = torch.tensor(oracle.log_softmax(finite, temperature=temperature), dtype=torch.float64).exp()
+    cumulative = list(itertools.accumulate(probabilities.tolist()))
+    uniforms = _uniforms(2_000, 1)[:, 0]
+    found = generate_module._sample(logits.expand(2_000, -1), uniforms, temperature)
+    checked = 0
+    for uniform, token in zip(uniforms.tolist(), found.tolist(), strict=True):
+        if min(abs(uniform - step) for step in cumulative) > 1e-6:
+            assert token == bisect.bisect_right(cumulative, uniform)
+            checked += 1
+    assert checked > 1_900
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0 - 2.0**-53, 1.0])
+def test_a_token_of_probability_zero_is_never_drawn(uniform: float) -> None:
+    logits = torch.full((1, 600), float("-inf"))
+    logits[0, [300, 310]] = torch.tensor([1.0, 2.0])
+    token = generate_module._sample(logits, torch.tensor([uniform], dtype=torch.float64), 1.0)
+    assert int(token) == (300 if uniform == 0.0 else 310)
+
+
+def test_capped_logits_are_what_is_sampled_from() -> None:
+    model = _other_model("gemma2")
+    with torch.no_grad():
+        logits = model(torch.tensor([[5, 6]])).logits[0, -1].tolist()
+    assert max(map(abs, logits)) <= 3.0
+    count = 2_000
+    uniforms = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count
+    sampling = Sampling(temperature=0.7, uniforms=uniforms)
+    answers = generate(model, [[5, 6]] * count, max_new_tokens=1, end_ids=[], batch_size=count, sampling=sampling)
+    seen = Counter(answer[0] for answer in answers)
+    for token, logprob in enumerate(oracle.log_softmax(logits, temperature=0.7)):
+        assert abs(seen[token] / count - float(torch.tensor(logprob).exp())) < 1.5 / count
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])

@@ -1,0 +1,269 @@
+"""What a decoding batch keeps from step to step: keys and values, written in place, and weights laid out for products.
+
+transformers' ``DynamicCache`` copies all that it holds at every step and again whenever a row finishes; here room is
+allocated ahead, and rows move only when the caller asks. The attention of one new token a row reads the cache where it
+stands, once for all query heads that share a key head (Ainslie et al. 2023, grouped-query attention).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from alignment.errors import ModelError
+from alignment.models.attention import ATTENTION as FLAT_ATTENTION
+from alignment.models.precision import products_dtype
+
+ATTENTION = "decoding"
+
+ROOM = 64
+"""Columns allocated ahead. More of them would be computed on in vain; with fewer the cache would grow more often, and
+memory that is new to the process is slow to write."""
+
+
+# ---- keys and values --------------------------------------------------------------------------------------------
+
+
+class RowsLayer(CacheLayerMixin):
+    """``[rows, key heads, columns, width]`` keys and values of one layer; the first ``length`` columns are filled.
+
+    ``room`` columns are allocated ahead. ``update`` returns them too, for the model's mask hides them, as it hides
+    those that have left a sliding window. They hold the dtype of the products, which under autocast is autocast's.
+    """
+
+    is_sliding = False
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """No column, and no room for one yet."""
+        dtype = products_dtype(key_states)
+        self.keys, self.values = key_states[:, :, :0].to(dtype), value_states[:, :, :0].to(dtype)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes new columns; returns all that are allocated."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, columns = self.length, self._columns_after(key_states.shape[2])
+        self.length += key_states.shape[2]
+        if columns > self.keys.shape[2]:
+            self.keys, self.values = _widened(self.keys, columns), _widened(self.values, columns)
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns allocated after the next update, and the number of the first of them."""
+        return self._columns_after(query_length), 0
+
+    def get_seq_length(self) -> int:
+        """Filled columns."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """−1: there is no limit."""
+        return -1
+
+    def place(self, part: RowsLayer, sources: Tensor, first: int, rows: int, length: int) -> None:
+        """Writes ``part``'s rows ``sources`` from row ``first`` on, last column at ``length``, of ``rows`` in all."""
+        if not self.is_initialized:
+            self.keys, self.values = (
+                states.new_zeros(rows, states.shape[1], length + self.room, states.shape[3])
+                for states in (part.keys, part.values)
+            )
+            self.length, self.is_initialized = length, True
+        target = (slice(first, first + len(sources)), slice(None), slice(length - part.length, length))
+        self.keys[target] = part.keys[sources, :, : part.length]
+        self.values[target] = part.values[sources, :, : part.length]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps ``rows`` only, in their order."""
+        self.keys, self.values = _moved_up(self.keys, rows), _moved_up(self.values, rows)
+
+    def _columns_after(self, new: int) -> int:
+        allocated = self.keys.shape[2] if self.is_initialized else 0
+        needed = self.length + new
+        return allocated if needed <= allocated else needed + self.room
+
+
+class RowsCache(Cache):
+    """A ``RowsLayer`` for every layer of a model that has keys and values of its own.
+
+    Raises:
+        ModelError: a layer keeps something else, such as the state of a recurrence.
+    """
+
+    def __init__(self, config: PreTrainedConfig, *, room: int) -> None:
+        super().__init__(layers=[_layer_like(layer, room) for layer in DynamicCache(config=config).layers])
+
+    def place(self, part: RowsCache, sources: Tensor, *, first: int, rows: int, length: int) -> None:
+        """Writes ``part``'s rows ``sources`` from row ``first`` on; this cache has ``rows`` rows of ``length`` columns.
+
+        Last columns are aligned, and zeros stand in front of shorter rows. A row of ``part`` may be named repeatedly.
+        """
+        for layer, other in zip(self.layers, part.layers, strict=True):
+            if isinstance(layer, RowsLayer) and other.is_initialized:
+                layer.place(other, sources, first, rows, length)
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps ``rows`` only, in their order."""
+        for layer in self.layers:
+            if isinstance(layer, RowsLayer) and layer.is_initialized:
+                layer.select(rows)
+
+
+def _layer_like(layer: Any, room: int) -> Any:
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        return RowsLayer(room)
+    if isinstance(layer, DummyLayer):
+        return layer
+    raise ModelError(
+        f"generation does not serve layers that keep a {type(layer).__name__}",
+        where="model.source",
+        remedy="use a model whose layers have full or sliding-window attention",
+    )
+
+
+def _moved_up(states: Tensor, rows: Tensor) -> Tensor:
+    # In the memory that is there already: what is new to the process is slow to write.
+    return states[: len(rows)].copy_(states[rows])
+
+
+def _widened(old: Tensor, columns: int) -> Tensor:
+    # Zeros, because a hidden column still enters a product, with weight 0.
+    new = old.new_zeros(old.shape[0], old.shape[1], columns, old.shape[3])
+    new[:, :, : old.shape[2]] = old
+    return new
+
+
+# ---- attention --------------------------------------------------------------------------------------------------
+
+
+def decoding_attention(
+    module: nn.Module,
+    query: Tensor,  # [rows, heads, new tokens, width]
+    key: Tensor,  # [rows, key heads, columns, width]
+    value: Tensor,
+    attention_mask: Tensor | None,  # as decoding_mask makes it
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """``[rows, new tokens, heads, width]``; on CPU, with one new token a row, by two products with softmax in float32.
+
+    All else goes to transformers' function.
+    """
+    unusual = dropout or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
+    if unusual or not _is_one_step(query.shape[2], query.device):
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask == 0
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    rows, heads, columns, width = key.shape
+    groups = query.shape[1] // heads
+    query = query.to(key.dtype).reshape(rows * heads, groups, width)
+    # Keys on the left: the product with few queries takes half as long this way round.
+    scores = torch.bmm(key.reshape(-1, columns, width), query.transpose(1, 2)).view(rows, heads, columns, groups)
+    hidden = torch.zeros(1, device=query.device) if attention_mask is None else attention_mask
+    scores = torch.add(hidden, scores.transpose(2, 3), alpha=width**-0.5 if scaling is None else scaling)
+    weights = torch.softmax(scores, dim=-1).to(value.dtype).view(rows * heads, groups, columns)
+    attended = torch.bmm(weights, value.reshape(-1, columns, value.shape[-1]))
+    return attended.view(rows, 1, heads * groups, -1), None
+
+
+def decoding_mask(*, q_length: int, device: torch.device | str = "cpu", **kwargs: Any) -> Tensor | None:
+    """The mask of transformers' scaled-dot-product attention, once a step as a float32 summand: 0 or −infinity."""
+    seen = sdpa_mask(q_length=q_length, device=device, **kwargs)
+    if seen is None or not _is_one_step(q_length, torch.device(device)):
+        return seen
+    return torch.zeros(seen.shape, device=device).masked_fill_(~seen, float("-inf"))
+
+
+def _is_one_step(new_tokens: int, device: torch.device) -> bool:
+    return new_tokens == 1 and device.type == "cpu"
+
+
+AttentionInterface.register(ATTENTION, decoding_attention)
+AttentionMaskInterface.register(ATTENTION, decoding_mask)
+
+
+# ---- weights ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def decoding(model: PreTrainedModel, rows: int) -> Iterator[int]:
+    """Makes the model ready for steps of about ``rows`` rows, and undoes that; yields the room for its ``RowsCache``.
+
+    Attention that goes through scaled-dot-product attention reads the cache where it stands. Linear layers get their
+    weights in the dtype and, on CPU, in the layout of the products: without this autocast would convert a weight and
+    oneDNN rearrange it at every step. It takes a second copy of those weights while it lasts.
+    """
+    implementation = model.config._attn_implementation
+    ours = implementation in ("sdpa", FLAT_ATTENTION)
+    laid_out = _lay_out_linear_layers(model, rows)
+    try:
+        if ours:
+            model.set_attn_implementation(ATTENTION)
+        # Other functions than these may take allocated columns for filled ones.
+        yield ROOM if ours or implementation == "eager" else 0
+    finally:
+        if ours:
+            model.set_attn_implementation(implementation)
+        for module in laid_out:
+            del module.forward
+
+
+def _lay_out_linear_layers(model: nn.Module, rows: int) -> list[nn.Module]:
+    """Gives linear layers a ``forward`` with a copy of their weight; returns those that it was given to."""
+    found: list[nn.Module] = []
+    for module in model.modules():
+        if type(module) is nn.Linear and "forward" not in vars(module) and _is_whole(module):
+            forward = _laid_out(module, rows)
+            if forward is not None:
+                module.forward = forward  # type: ignore[method-assign, assignment]
+                found.append(module)
+    return found
+
+
+def _is_whole(module: nn.Linear) -> bool:
+    """Not sharded, quantised or offloaded."""
+    weight = module.weight
+    return (
+        type(weight) is nn.Parameter
+        and weight.shape == (module.out_features, module.in_features)
+        and weight.is_floating_point()
+        and not weight.is_meta
+    )
+
+
+def _laid_out(module: nn.Linear, rows: int) -> Callable[[Tensor], Tensor] | None:
+    """The layer as a function, or None where there is nothing to gain."""
+    weight, bias = module.weight.detach(), module.bias
+    dtype = products_dtype(weight)
+    held_bias = None if bias is None else bias.detach().to(dtype)
+    if dtype is torch.bfloat16 and weight.device.type == "cpu" and _has_bfloat16_products():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), rows)
+        product = torch.ops.mkldnn._linear_pointwise
+        return lambda states: product(states.to(dtype), packed, held_bias, "none", [], "")
+    if dtype == weight.dtype:
+        return None
+    held = weight.to(dtype)
+    return lambda states: nn.functional.linear(states.to(dtype), held, held_bias)
+
+
+def _has_bfloat16_products() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

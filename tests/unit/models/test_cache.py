@@ -1,0 +1,178 @@
+"""The cache and attention of decoding: what is written stays, hidden columns never count, nothing is left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import TaskType
+from torch import nn
+from transformers import DynamicCache, LlamaConfig
+
+from alignment.config.adapter import AdapterConfig
+from alignment.errors import ModelError
+from alignment.models import cache as cache_module
+from alignment.models.adapters import add_adapter
+from alignment.models.cache import ATTENTION, ROOM, RowsCache, decoding, decoding_attention, decoding_mask
+from tests.tiny import liven, tiny_config, tiny_model
+
+HEADS, WIDTH = 2, 8
+
+
+def _states(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, rows, HEADS, columns, WIDTH, generator=rng)
+    return keys, values
+
+
+@pytest.mark.parametrize("room", [0, 1, 3, 64])
+def test_columns_are_kept_in_order_whatever_the_room(room: int) -> None:
+    ours, theirs = RowsCache(tiny_config("llama"), room=room), DynamicCache(config=tiny_config("llama"))
+    for step, new in enumerate([5, 1, 1, 1, 2, 1]):
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        for layer in range(2):
+            states = _states(3, new, seed=10 * step + layer)
+            expected_columns, _ = ours.get_mask_sizes(new, layer)
+            found, expected = ours.update(*states, layer), theirs.update(*states, layer)
+            for mine, other in zip(found, expected, strict=True):
+                assert mine.shape[2] == expected_columns >= other.shape[2]
+                assert mine.shape[2] - other.shape[2] <= room
+                assert torch.equal(mine[:, :, : other.shape[2]], other)
+                assert not mine[:, :, other.shape[2] :].any()
+
+
+def test_selected_rows_keep_their_columns_and_go_on() -> None:
+    ours, theirs = RowsCache(tiny_config("llama"), room=4), DynamicCache(config=tiny_config("llama"))
+    kept = torch.tensor([0, 3])
+    for cache in (ours, theirs):
+        for layer in range(2):
+            cache.update(*_states(4, 6, seed=layer), layer)
+    ours.select(kept)
+    theirs.batch_select_indices(kept)
+    new = _states(2, 1, seed=9)
+    for mine, other in zip(ours.update(*new, 1), theirs.update(*new, 1), strict=True):
+        assert torch.equal(mine[:, :, :7], other)
+
+
+def test_placed_rows_end_at_the_same_column_and_may_repeat() -> None:
+    whole, part = (RowsCache(tiny_config("llama"), room=room) for room in (2, 0))
+    for layer in range(2):
+        part.update(*_states(2, 3, seed=layer), layer)
+    whole.place(part, torch.tensor([1, 1, 0]), first=1, rows=4, length=5)
+    assert whole.get_seq_length() == 5
+    keys = whole.layers[1].keys
+    source = part.layers[1].keys
+    assert keys.shape == (4, HEADS, 7, WIDTH)
+    for row, origin in ((1, 1), (2, 1), (3, 0)):
+        assert torch.equal(keys[row, :, 2:5], source[origin])
+    assert not keys[0].any()
+    assert not keys[:, :, :2].any()
+    assert not keys[:, :, 5:].any()
+
+
+def test_a_layer_with_another_kind_of_state_is_refused() -> None:
+    config = LlamaConfig(num_hidden_layers=2, layer_types=["full_attention", "linear_attention"])
+    with pytest.raises(ModelError, match="does not serve layers that keep a LinearAttentionLayer"):
+        RowsCache(config, room=0)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("scaling", [None, 0.7])
+def test_attention_of_one_new_token_equals_the_formula_in_float64(groups: int, scaling: float | None) -> None:
+    rows, columns = 3, 7
+    keys, values = _states(rows, columns, seed=0)
+    query = torch.randn(rows, HEADS * groups, 1, WIDTH, generator=torch.Generator().manual_seed(1))
+    seen = torch.ones(rows, 1, 1, columns, dtype=torch.bool)
+    seen[0, ..., :2] = False
+    seen[1, ..., -3:] = False
+    mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    found, _ = decoding_attention(nn.Module(), query, keys, values, mask, scaling=scaling)
+    assert found.shape == (rows, 1, HEADS * groups, WIDTH)
+    for row in range(rows):
+        for head in range(HEADS * groups):
+            visible = seen[row, 0, 0]
+            k, v = (states[row, head // groups][visible].double() for states in (keys, values))
+            scores = k @ query[row, head, 0].double() * (WIDTH**-0.5 if scaling is None else scaling)
+            expected = torch.softmax(scores, 0) @ v
+            torch.testing.assert_close(found[row, 0, head].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_mask_of_one_step_is_a_summand_and_that_of_a_prompt_is_not() -> None:
+    real = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0]]).bool()
+    step = decoding_mask(batch_size=2, q_length=1, kv_length=4, q_offset=2, attention_mask=real)
+    assert step is not None
+    assert (step == 0).squeeze().tolist() == [[False, True, True, False], [True, True, True, False]]
+    assert bool((step[step != 0] == float("-inf")).all())
+    prompt = decoding_mask(batch_size=2, q_length=3, kv_length=3, attention_mask=real[:, :3])
+    assert prompt is not None
+    assert prompt.dtype == torch.bool
+
+
+def test_attention_that_is_not_plain_goes_to_the_function_of_transformers() -> None:
+    keys, values = _states(1, 4, seed=0)
+    query = torch.randn(1, HEADS, 1, WIDTH)
+    with pytest.raises(ValueError, match="softcap"):
+        decoding_attention(nn.Module(), query, keys, values, None, softcap=5.0)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_model_is_left_as_it_was_even_after_an_error(implementation: str) -> None:
+    model = tiny_model().to(torch.bfloat16)
+    model.set_attn_implementation(implementation)
+    before = {name: vars(module).get("forward") for name, module in model.named_modules()}
+
+    def fail() -> None:
+        with decoding(model, 4) as room:
+            assert room == ROOM
+            assert model.config._attn_implementation == (ATTENTION if implementation == "sdpa" else "eager")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert model.config._attn_implementation == implementation
+    assert {name: vars(module).get("forward") for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_laid_out_give_the_same_products(bias: bool, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed by oneDNN where the processor has bfloat16 products, and converted once where it has none."""
+    if not packed:
+        monkeypatch.setattr(cache_module, "_has_bfloat16_products", lambda: False)
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(24, 40, bias=bias))
+    states = torch.randn(3, 2, 24)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = layer(states)
+        (changed,) = cache_module._lay_out_linear_layers(layer, 6)
+        assert changed is layer[0]
+        found = layer(states)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=2**-7)
+
+
+def test_layers_that_have_a_forward_or_weights_of_another_kind_are_left_alone() -> None:
+    class Special(nn.Linear):
+        pass
+
+    patched, sharded = nn.Linear(4, 4), nn.Linear(4, 4)
+    patched.forward = lambda states: states  # type: ignore[method-assign]
+    sharded.weight = nn.Parameter(torch.empty(0))
+    layers = nn.Sequential(patched, sharded, Special(4, 4), nn.Linear(4, 4, device="meta")).to(torch.bfloat16)
+    assert cache_module._lay_out_linear_layers(layers, 2) == []
+
+
+def test_float32_products_need_no_copy() -> None:
+    assert cache_module._lay_out_linear_layers(tiny_model(), 2) == []
+
+
+def test_an_adapter_counts_while_weights_are_laid_out() -> None:
+    model = add_adapter(tiny_model().to(torch.bfloat16), AdapterConfig(rank=4), TaskType.CAUSAL_LM).eval()
+    liven(model)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(ids).logits.float()
+        with decoding(model.get_base_model(), 1):
+            found = model(ids).logits.float()
+        with model.disable_adapter():
+            without = model(ids).logits.float()
+    assert (found - expected).abs().max() < 0.1 * (without - expected).abs().max()
