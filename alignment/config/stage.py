@@ -29,7 +29,7 @@ class SftConfig:
     """Supervised fine-tuning on conversations: only assistant turns are learned, their end included."""
 
     summary: ClassVar[str] = "instruction tuning on conversations"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     produces: ClassVar[str] = "policy"
 
     kind: str = "sft"
@@ -52,7 +52,7 @@ class RewardConfig:
     """
 
     summary: ClassVar[str] = "reward model from preference pairs"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     produces: ClassVar[str] = "reward"
 
     kind: str = "reward"
@@ -84,7 +84,7 @@ class DpoConfig:
     """
 
     summary: ClassVar[str] = "direct preference optimisation on the same pairs"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     produces: ClassVar[str] = "policy"
 
     kind: str = "dpo"
@@ -129,7 +129,7 @@ class PpoConfig:
     """
 
     summary: ClassVar[str] = "proximal policy optimisation against the reward model"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     produces: ClassVar[str] = "policy"
 
     kind: str = "ppo"
@@ -186,7 +186,7 @@ class EvaluateConfig:
     """
 
     summary: ClassVar[str] = "arms side by side on held-out prompts"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     produces: ClassVar[str] = "evaluation"
 
     kind: str = "evaluate"
