@@ -178,8 +178,9 @@ def decoding_attention(
     query = query.to(key.dtype).reshape(rows * heads, groups, width)
     # Keys on the left: the product with few queries takes half as long this way round.
     scores = torch.bmm(key.reshape(-1, columns, width), query.transpose(1, 2)).view(rows, heads, columns, groups)
-    hidden = torch.zeros(1, device=query.device) if attention_mask is None else attention_mask
-    scores = torch.add(hidden, scores.transpose(2, 3), alpha=width**-0.5 if scaling is None else scaling)
+    scores = scores.transpose(2, 3).contiguous()
+    summand = torch.zeros(1, device=query.device) if attention_mask is None else attention_mask
+    scores = torch.add(summand, scores, alpha=width**-0.5 if scaling is None else scaling)
     weights = torch.softmax(scores, dim=-1).to(value.dtype).view(rows * heads, groups, columns)
     attended = torch.bmm(weights, value.reshape(-1, columns, value.shape[-1]))
     return attended.view(rows, 1, heads * groups, -1), None
