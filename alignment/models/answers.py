@@ -68,16 +68,27 @@ def answer_statistics(model: PreTrainedModel, part: AnswerStream, *, temperature
     Raises:
         ModelError: its head does more than one matrix product.
     """
+    return statistics_of(model, answer_states(model, part), part, temperature=temperature)
+
+
+def answer_states(model: PreTrainedModel, part: AnswerStream) -> Tensor:
+    """``[answer tokens, width]`` states that predict the answer tokens."""
+    return trunk_states(model.base_model, part.rows)[part.places]
+
+
+def statistics_of(model: PreTrainedModel, states: Tensor, part: AnswerStream, *, temperature: float) -> TokenStatistics:
+    """What the model's head says of the answer tokens from their ``answer_states``.
+
+    Raises:
+        ModelError: the head does more than one matrix product.
+    """
     if transforms_logits(model):
         raise ModelError(
             f"{type(model).__name__} scales or caps its logits, or adds a bias to them",
             where="model.source",
             remedy="PPO and evaluation serve heads without these; SFT, reward and DPO serve this model",
         )
-    states = trunk_states(model.base_model, part.rows)
-    return token_statistics(
-        states[part.places], model.get_output_embeddings().weight, part.labels, temperature=temperature
-    )
+    return token_statistics(states, model.get_output_embeddings().weight, part.labels, temperature=temperature)
 
 
 def answer_values(model: PreTrainedModel, part: AnswerStream) -> Tensor:

@@ -7,6 +7,7 @@ variable-length kernel. A shared beginning is gathered in front of the row's own
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,33 +104,43 @@ def _row_backward(
     """Adds one row's share to the gradients. Scores are recomputed, a block of queries on the keys that it sees."""
     (query, key, value), (grad_query, grad_key, grad_value) = inputs, grads
     heads, (start, end) = key.shape[0], segment.own
-    groups = query.shape[0] // heads
     keys, values = _gathered(key, segment.keys), _gathered(value, segment.keys)
-    all_keys, all_values = torch.zeros_like(keys), torch.zeros_like(values)
     earlier = keys.shape[1] - (end - start)
     for first in range(start, end, QUERIES):
         last = min(first + QUERIES, end)
         seen = earlier + last - start
-        count = last - first
+        block, block_grad = (_grouped(states[:, first:last], heads) for states in (query, grad))
+        mask = _block_mask(last - first, seen, query.shape[0] // heads, query.dtype, query.device)
+        own = _block_gradients(block, keys[:, :seen], values[:, :seen], block_grad, mask, scale)
+        grad_query[:, first:last] = own[0].view(-1, last - first, query.shape[-1])
+        _scatter_add(grad_key, segment.keys, own[1])
+        _scatter_add(grad_value, segment.keys, own[2])
 
-        def grouped(tensor: Tensor, first: int = first, last: int = last, count: int = count) -> Tensor:
-            """The block of queries; heads that share a key head stand below one another."""
-            return tensor[:, first:last].reshape(heads, groups * count, -1)
 
-        block, block_grad = grouped(query), grouped(grad)
-        k, v = keys[:, :seen], values[:, :seen]
-        scores = torch.bmm(block * scale, k.transpose(1, 2)).view(heads, groups, count, seen)
-        hidden = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
-        scores[..., seen - count :].masked_fill_(hidden, float("-inf"))
-        weights = torch.softmax(scores, dim=-1)
-        flat = weights.view(heads, groups * count, seen)
-        all_values[:, :seen].baddbmm_(flat.transpose(1, 2), block_grad)
-        grad_weights = torch.bmm(block_grad, v.transpose(1, 2)).view_as(weights)
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).view_as(flat)
-        grad_query[:, first:last] = torch.bmm(grad_scores, k).mul_(scale).view(-1, count, query.shape[-1])
-        all_keys[:, :seen].baddbmm_(grad_scores.transpose(1, 2), block, alpha=scale)
-    _scatter_add(grad_key, segment.keys, all_keys)
-    _scatter_add(grad_value, segment.keys, all_values)
+def _grouped(states: Tensor, heads: int) -> Tensor:
+    """``[heads, …]`` of a block of queries: those of heads that share a key head stand below one another."""
+    return states.reshape(heads, -1, states.shape[-1])
+
+
+def _block_gradients(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of softmax(scale·q kᵀ + mask) v for ``[heads, queries or keys, width]``."""
+    weights = torch.softmax(torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale), dim=-1)
+    grad_value = torch.bmm(weights.transpose(1, 2), grad)
+    grad_weights = torch.bmm(grad, value.transpose(1, 2))
+    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    grad_query = torch.bmm(grad_scores, key).mul_(scale)
+    grad_key = torch.bmm(grad_scores.transpose(1, 2), query).mul_(scale)
+    return grad_query, grad_key, grad_value
+
+
+@functools.lru_cache(maxsize=32)
+def _block_mask(queries: int, keys: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[1, groups·queries, keys]``: 0 on what a query sees, −infinity on the later queries of its block."""
+    hidden = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
+    mask = torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+    return mask.repeat(1, groups, 1)
 
 
 def _visible(segment: Segment, device: torch.device) -> Tensor:
@@ -146,10 +157,12 @@ def _gathered(tensor: Tensor, ranges: Sequence[Range]) -> Tensor:
 
 
 def _scatter_add(into: Tensor, ranges: Sequence[Range], values: Tensor) -> None:
+    """Adds ``values``, which may end before the ranges do, along dimension 1."""
     offset = 0
     for start, end in ranges:
-        into[:, start:end] += values[:, offset : offset + end - start]
-        offset += end - start
+        count = min(end - start, values.shape[1] - offset)
+        into[:, start : start + count] += values[:, offset : offset + count]
+        offset += count
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float) -> Tensor:

@@ -7,19 +7,16 @@ stands, once for all query heads that share a key head (Ainslie et al. 2023, gro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from alignment.errors import ModelError
-from alignment.models.attention import ATTENTION as FLAT_ATTENTION
 from alignment.models.precision import products_dtype
 
 ATTENTION = "decoding"
@@ -200,71 +197,3 @@ def _is_one_step(new_tokens: int, device: torch.device) -> bool:
 
 AttentionInterface.register(ATTENTION, decoding_attention)
 AttentionMaskInterface.register(ATTENTION, decoding_mask)
-
-
-# ---- weights ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def decoding(model: PreTrainedModel, rows: int) -> Iterator[int]:
-    """Makes the model ready for steps of about ``rows`` rows, and undoes that; yields the room for its ``RowsCache``.
-
-    Attention that goes through scaled-dot-product attention reads the cache where it stands. Linear layers get their
-    weights in the dtype and, on CPU, in the layout of the products: without this autocast would convert a weight and
-    oneDNN rearrange it at every step. It takes a second copy of those weights while it lasts.
-    """
-    implementation = model.config._attn_implementation
-    ours = implementation in ("sdpa", FLAT_ATTENTION)
-    laid_out = _lay_out_linear_layers(model, rows)
-    try:
-        if ours:
-            model.set_attn_implementation(ATTENTION)
-        # Other functions than these may take allocated columns for filled ones.
-        yield ROOM if ours or implementation == "eager" else 0
-    finally:
-        if ours:
-            model.set_attn_implementation(implementation)
-        for module in laid_out:
-            del module.forward
-
-
-def _lay_out_linear_layers(model: nn.Module, rows: int) -> list[nn.Module]:
-    """Gives linear layers a ``forward`` with a copy of their weight; returns those that it was given to."""
-    found: list[nn.Module] = []
-    for module in model.modules():
-        if type(module) is nn.Linear and "forward" not in vars(module) and _is_whole(module):
-            forward = _laid_out(module, rows)
-            if forward is not None:
-                module.forward = forward  # type: ignore[method-assign, assignment]
-                found.append(module)
-    return found
-
-
-def _is_whole(module: nn.Linear) -> bool:
-    """Not sharded, quantised or offloaded."""
-    weight = module.weight
-    return (
-        type(weight) is nn.Parameter
-        and weight.shape == (module.out_features, module.in_features)
-        and weight.is_floating_point()
-        and not weight.is_meta
-    )
-
-
-def _laid_out(module: nn.Linear, rows: int) -> Callable[[Tensor], Tensor] | None:
-    """The layer as a function, or None where there is nothing to gain."""
-    weight, bias = module.weight.detach(), module.bias
-    dtype = products_dtype(weight)
-    held_bias = None if bias is None else bias.detach().to(dtype)
-    if dtype is torch.bfloat16 and weight.device.type == "cpu" and _has_bfloat16_products():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), rows)
-        product = torch.ops.mkldnn._linear_pointwise
-        return lambda states: product(states.to(dtype), packed, held_bias, "none", [], "")
-    if dtype == weight.dtype:
-        return None
-    held = weight.to(dtype)
-    return lambda states: nn.functional.linear(states.to(dtype), held, held_bias)
-
-
-def _has_bfloat16_products() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

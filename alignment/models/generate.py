@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.models.cache import RowsCache, decoding
+from alignment.models.cache import RowsCache
+from alignment.models.decoding import decoding
 
 PREFILL_TOKENS = 1024
 """Prompt tokens read at once, padding included; few rows of nearly the same length leave little of it."""

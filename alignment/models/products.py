@@ -35,6 +35,14 @@ def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     )
 
 
+def factors(layer: LoraLinear) -> tuple[Tensor, Tensor] | None:
+    """The adapter's ``a [rank, in]`` and ``s·b [out, rank]``; None where the layer computes more than W x + s·b a x."""
+    name = _only_adapter(layer)
+    if name is None:
+        return None
+    return layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach() * float(layer.scaling[name])
+
+
 def _only_adapter(layer: LoraLinear) -> str | None:
     """The adapter to add where it is one, unmerged, without dropout at work, bias or variant; else None.
 

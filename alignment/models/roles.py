@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.stage import Critic
 from alignment.models.adapters import add_adapter
-from alignment.models.answers import AnswerStream, answer_statistics, answer_values, unwrapped
+from alignment.models.answers import AnswerStream, answer_states, answer_values, statistics_of, unwrapped
 from alignment.models.flat import use_flat_attention
 from alignment.models.head import TokenStatistics
 from alignment.models.load import Lineage, load_policy, weights_dtype
@@ -26,17 +27,36 @@ from alignment.models.reward import load_reward_model, zero_head
 from alignment.stage_spec import StageInput, StageSpec
 
 
-class ActorCritic(nn.Module):
-    """Policy and value in one module, so that a trainer optimises, wraps and saves them together."""
+class ValueHead(nn.Module):
+    """``[tokens]`` values from ``[tokens, width]`` states, in float32; it says 0 until it learned otherwise."""
 
-    def __init__(self, policy: PreTrainedModel | PeftModel, value: PreTrainedModel | PeftModel) -> None:
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The values."""
+        return states.float() @ self.weight
+
+
+class ActorCritic(nn.Module):
+    """Policy and value in one module, so that a trainer optimises, wraps and saves them together.
+
+    ``value`` is a model of its own, or a ``ValueHead`` on the policy's trunk: then one pass serves both.
+    """
+
+    def __init__(self, policy: PreTrainedModel | PeftModel, value: PreTrainedModel | PeftModel | ValueHead) -> None:
         super().__init__()
         self.policy = policy
         self.value = value
 
     def forward(self, part: AnswerStream, temperature: float) -> tuple[TokenStatistics, Tensor]:
         """Statistics and values of the answer tokens, both ``[answer tokens]``."""
-        statistics = answer_statistics(unwrapped(self.policy), part, temperature=temperature)
+        policy = unwrapped(self.policy)
+        states = answer_states(policy, part)
+        statistics = statistics_of(policy, states, part, temperature=temperature)
+        if isinstance(self.value, ValueHead):
+            return statistics, self.value(states)
         return statistics, answer_values(unwrapped(self.value), part)
 
 
@@ -67,9 +87,10 @@ def build_roles(
     adapter: AdapterConfig,
     *,
     device: torch.device,
+    critic: Critic = Critic.separate,
     relative_returns: bool = False,
 ) -> Roles:
-    """Loads what PPO needs. The value model is trained whole or by adapter, as the reward model was.
+    """Loads what PPO needs. A separate value model is trained whole or by adapter, as the reward model was.
 
     With ``relative_returns`` (scores less a baseline) it starts from the reward model's trunk and a head of zeros, for
     what the reward model says is then far from what comes back.
@@ -81,12 +102,15 @@ def build_roles(
     use_flat_attention(policy)
     reference = copy.deepcopy(policy).requires_grad_(False) if full else None
     trained = add_adapter(policy, adapter, TaskType.CAUSAL_LM)
-    value = load_reward_model(spec, reward, trainable=True).to(device)
-    if relative_returns:
-        zero_head(value)
     scorer = load_reward_model(spec, reward).to(device)
-    for model in (value, scorer):
-        share_frozen(model, trained)
+    share_frozen(scorer, trained)
+    if critic is Critic.shared:
+        value: nn.Module = ValueHead(policy.get_output_embeddings().weight.shape[1]).to(device)
+    else:
+        value = load_reward_model(spec, reward, trainable=True).to(device)
+        share_frozen(value, trained)
+        if relative_returns:
+            zero_head(value)
     return Roles(actor_critic=ActorCritic(trained, value), reward=scorer, frozen_reference=reference)
 
 
