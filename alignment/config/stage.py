@@ -117,15 +117,22 @@ class KlConfig:
     horizon: int = 10_000
 
 
+class Critic(str, Enum):
+    """``separate`` is a model of its own that starts from the reward model; ``shared`` a head on the policy's trunk."""
+
+    separate = "separate"
+    shared = "shared"
+
+
 @dataclass(kw_only=True, slots=True)
 class PpoConfig:
     """Proximal policy optimisation against a reward model (Schulman et al. 2017; Huang et al. 2024 for the details).
 
     One update samples ``optim.batch_size`` episodes (``completions_per_prompt`` to a prompt) and takes ``ppo_epochs *
     num_minibatches`` optimiser steps on them; ``updates`` of these make the run. The policy starts from ``init``, which
-    is also the reference; the value model starts from ``reward``. ``missing_eos_score`` replaces the score of an answer
-    that never ended. With ``prompt_baseline`` the mean score of the other completions of the same prompt is taken off:
-    a Bradley-Terry reward says nothing across prompts.
+    is also the reference. The value model starts from ``reward``; as a shared head it starts at 0, and one pass serves
+    both. ``missing_eos_score`` replaces the score of an answer that never ended. With ``prompt_baseline`` the mean
+    score of the other completions of the same prompt is taken off: a Bradley-Terry reward says nothing across prompts.
     """
 
     summary: ClassVar[str] = "proximal policy optimisation against the reward model"
@@ -140,6 +147,7 @@ class PpoConfig:
     optim: PpoOptimConfig = field(default_factory=lambda: PpoOptimConfig())
     kl: KlConfig = field(default_factory=KlConfig)
     updates: int = 16
+    critic: Critic = Critic.separate
     completions_per_prompt: int = 1
     prompt_baseline: bool = False
     ppo_epochs: int = 4
@@ -198,7 +206,7 @@ class EvaluateConfig:
     reward: str | None = _reference("stage:reward", "reward")
     data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/heldout"))
     max_new_tokens: int = 96
-    batch_size: int = field(default=32, metadata={"identity": False})
+    batch_size: int = field(default=128, metadata={"identity": False})
     bootstrap_samples: int = 2000
 
 

@@ -88,6 +88,14 @@ def answer_all(
     return answers
 
 
+def side_by_side(prompts: Sequence[list[int]], arms: Sequence[Answered]) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of all arms' answers, those to one prompt next to each other, so that it is computed once."""
+    return (
+        [prompt for prompt in prompts for _ in arms],
+        [arm.answers[row].ids for row in range(len(prompts)) for arm in arms],
+    )
+
+
 @torch.no_grad()
 def sequence_logprobs(
     model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]

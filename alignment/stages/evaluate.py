@@ -13,7 +13,14 @@ from alignment.config.stage import EvaluateConfig
 from alignment.data.records import HeldOutPrompt
 from alignment.data.sources import read_jsonl
 from alignment.data.tokenize import prompt_ids, tokenize_rows
-from alignment.evaluation.arms import Answered, answer_all, reward_scores, sequence_logprobs, with_style_prompt
+from alignment.evaluation.arms import (
+    Answered,
+    answer_all,
+    reward_scores,
+    sequence_logprobs,
+    side_by_side,
+    with_style_prompt,
+)
 from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, samples
 from alignment.models.flat import use_flat_attention
 from alignment.models.load import (
@@ -43,8 +50,8 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     policies = _Policies(context)
     arms = {name: _answer(name, config, context, policies, tokenizer, rows, prompts) for name in config.arms}
     context.progress("scoring", len(arms) * len(rows), len(arms) * len(rows))
-    divergences = _divergences(config, context, policies, prompts, arms)
-    rewards = _rewards(config, context, prompts, arms)
+    divergences = _divergences(context, policies, prompts, arms)
+    rewards = _rewards(context, prompts, arms)
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
     table = [
         arm_row(name, arm, rewards=rewards[name], divergences=divergences[name], intervals=intervals)
@@ -109,30 +116,25 @@ class _Policies:
 
 
 def _divergences(
-    config: EvaluateConfig,
-    context: StageContext,
-    policies: _Policies,
-    prompts: list[list[int]],
-    arms: dict[str, Answered],
+    context: StageContext, policies: _Policies, prompts: list[list[int]], arms: dict[str, Answered]
 ) -> dict[str, list[float] | None]:
     """Log π − log ref of each arm's own answers, in nats a sequence; None for an arm that saw other prompts."""
     reference = policies.load(lineage(context.spec, context.spec.inputs["reference"]))
-    found: dict[str, list[float] | None] = {}
-    for name, arm in arms.items():
-        if name == "base+prompt":
-            found[name] = None
-            continue
-        under = sequence_logprobs(reference, prompts, arm.ids)
-        found[name] = [mine - theirs for mine, theirs in zip(arm.logprobs, under, strict=True)]
+    same = {name: arm for name, arm in arms.items() if name != "base+prompt"}
+    under = sequence_logprobs(reference, *side_by_side(prompts, list(same.values())))
+    found: dict[str, list[float] | None] = dict.fromkeys(arms)
+    for place, (name, arm) in enumerate(same.items()):
+        found[name] = [mine - theirs for mine, theirs in zip(arm.logprobs, under[place :: len(same)], strict=True)]
     return found
 
 
 def _rewards(
-    config: EvaluateConfig, context: StageContext, prompts: list[list[int]], arms: dict[str, Answered]
+    context: StageContext, prompts: list[list[int]], arms: dict[str, Answered]
 ) -> dict[str, list[float] | None]:
     """Every arm's answers are scored under the plain prompt, so that the scores can be compared."""
     if "reward" not in context.spec.inputs:
         return dict.fromkeys(arms)
     model = load_reward_model(context.spec, context.spec.inputs["reward"]).to(context.device)
     with products_in(context.spec.model.dtype, context.device):
-        return {name: reward_scores(model, prompts, arm.ids) for name, arm in arms.items()}
+        scores = reward_scores(model, *side_by_side(prompts, list(arms.values())))
+    return {name: scores[place :: len(arms)] for place, name in enumerate(arms)}

@@ -38,6 +38,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
         spec.inputs["reward"],
         config.adapter,
         device=context.device,
+        critic=config.critic,
         relative_returns=config.prompt_baseline,
     )
     trainer = _trainer(config, context, roles, prompts, tokenizer.eos_token_id)

@@ -17,11 +17,11 @@ import torch
 from transformers import TrainerCallback
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.stage import KlConfig, KlControl, PpoConfig, PpoOptimConfig
+from alignment.config.stage import Critic, KlConfig, KlControl, PpoConfig, PpoOptimConfig
 from alignment.errors import ConfigError, StageError
-from alignment.models.answers import unwrapped
+from alignment.models.answers import answer_stream, unwrapped
 from alignment.models.load import Lineage
-from alignment.models.roles import Roles, build_roles
+from alignment.models.roles import Roles, ValueHead, build_roles
 from alignment.stages import ppo as stage
 from alignment.training import ppo_trainer
 from alignment.training.context import StageContext
@@ -82,6 +82,7 @@ def bench(tmp_path: Path) -> Callable[..., Bench]:
             rewards[adapter.kind],
             adapter,
             device=context.device,
+            critic=config.critic,
             relative_returns=config.prompt_baseline,
         )
         trainer = stage._trainer(config, context, roles, prompts, END)
@@ -225,6 +226,23 @@ def test_every_episode_is_learned_from_once_an_epoch(
 def test_more_minibatches_than_episodes_are_refused(bench: Callable[..., Bench]) -> None:
     with pytest.raises(ConfigError, match="9 minibatches of 8 prompts leave 0 for 1 processes"):
         bench(num_minibatches=9)
+
+
+@KINDS
+def test_a_shared_critic_learns_with_the_policy_in_one_pass(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, adapter: AdapterConfig
+) -> None:
+    run = bench(adapter=adapter, critic=Critic.shared, updates=1, ppo_epochs=1, num_minibatches=1)
+    assert isinstance(run.roles.actor_critic.value, ValueHead)
+    passes: list[int] = []
+    unwrapped(run.roles.policy).model.norm.register_forward_hook(lambda *_: passes.append(1))
+    run.roles.actor_critic(answer_stream([[5, 6]], [[7]], torch.device("cpu")), 1.0)
+    assert passes == [1]
+    assert not run.roles.actor_critic.value.weight.any()
+    run.train()
+    assert run.roles.actor_critic.value.weight.any()
+    (update,) = run.metrics()
+    assert update["val/explained_variance"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_episodes_that_do_not_divide_by_completions_are_refused(bench: Callable[..., Bench]) -> None:
