@@ -60,7 +60,7 @@ def _lay_out(model: nn.Module, rows: int) -> list[tuple[nn.Module, Any]]:
 
 def _laid_out(module: nn.Module, rows: int) -> Forward | None:
     """The layer as a function, or None where it is no linear layer or there is nothing to gain."""
-    if type(module) is LoraLinear:
+    if isinstance(module, LoraLinear):
         base, pair = module.get_base_layer(), factors(module)
         if pair is None or not _is_whole(base):
             return None

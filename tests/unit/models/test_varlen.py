@@ -1,0 +1,79 @@
+"""The variable-length kernel is told the right rows. Its arithmetic is PyTorch's; on a GPU it is run for real."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import varlen
+
+from alignment.models import attention
+from alignment.models.attention import flat_attention
+from alignment.models.rows import FlatRows, stream
+from tests.unit.models.conftest import ROWS, relative
+
+HEADS, KEY_HEADS, WIDTH = 4, 2, 16
+
+
+def _states(rows: FlatRows, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    rng = torch.Generator().manual_seed(0)
+    tokens = len(rows.input_ids)
+    shapes = [(1, heads, tokens, WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    return tuple(torch.randn(shape, generator=rng).to(device, dtype).requires_grad_() for shape in shapes)
+
+
+def _slow_varlen(
+    query: torch.Tensor,  # [tokens, heads, width]
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    *_: int,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What torch's documentation says of the kernel, token by token; queries end where their keys end."""
+    assert window_size == (-1, 0)
+    assert enable_gqa
+    assert starts.dtype == key_starts.dtype == torch.int32
+    out = torch.empty_like(query)
+    bounds = [told.tolist() for told in (starts[:-1], starts[1:], key_starts[:-1], key_starts[1:])]
+    for start, end, key_start, key_end in zip(*bounds, strict=True):
+        for place in range(start, end):
+            seen = slice(key_start, key_end - (end - 1 - place))
+            for head in range(query.shape[1]):
+                mine = head * key.shape[1] // query.shape[1]
+                weights = (key[seen, mine] @ query[place, head] * scale).softmax(-1)
+                out[place, head] = weights @ value[seen, mine]
+    return out
+
+
+def _rows(name: str, device: str) -> FlatRows:
+    return stream([[*prompt, *answer] for prompt, answer in ROWS[name]], torch.device(device))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_kernel_gets_the_rows_and_their_shared_beginnings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", _slow_varlen)
+    rows = _rows(name, "cpu")
+    query, key, value = _states(rows, "cpu", torch.float32)
+    expected, _ = flat_attention(torch.nn.Identity(), query, key, value, None, segments=rows.segments)
+    found = attention._varlen(query[0], key[0], value[0], rows.segments, WIDTH**-0.5)
+    assert relative(found, expected[0]) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ROWS)
+def test_on_a_gpu_attention_and_its_gradients_are_those_of_the_cpu(name: str) -> None:
+    found: list[Any] = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        rows = _rows(name, device)
+        states = _states(rows, device, dtype)
+        out, _ = flat_attention(torch.nn.Identity(), *states, None, segments=rows.segments)
+        out.float().square().sum().backward()
+        found.append([out.float().cpu(), *(state.grad.float().cpu() for state in states)])
+    for mine, theirs in zip(*found, strict=True):
+        assert relative(mine, theirs) < 0.02
