@@ -33,7 +33,7 @@ _CPU_MEMORY = {
 }
 """Memory that a tensor gave back is used again. glibc would return it to the system and fetch fresh pages for the next
 tensor, which took as long as the arithmetic on it. oneDNN keeps code for 1,024 shapes of products, and nearly every
-batch has new ones: gigabytes after some dozen steps (docs/LOG.md, 2026-11-25). Other libraries ignore these."""
+batch has new ones: gigabytes after some dozen steps (docs/LOG.md, 2026-11-25). What the user has set stays."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,5 +226,5 @@ def _environment(threads: int, pythonpath: str) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        **_CPU_MEMORY,
+        **{name: value for name, value in _CPU_MEMORY.items() if name not in os.environ},
     }

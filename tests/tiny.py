@@ -60,7 +60,7 @@ _SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 4096,
 }
 _CONFIGS: Mapping[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,

@@ -20,7 +20,7 @@ class OptimConfig:
 
     ``micro_batch_tokens`` are held in memory at once on a device; a longer row stands alone.
     ``activation_checkpointing`` keeps a layer's input only, and computes the layer again in the backward pass. Both
-    change memory and time, not the result. ``max_steps`` stops earlier than ``epochs``.
+    change memory and time, not what is learned. ``max_steps`` stops earlier than ``epochs``.
     """
 
     lr: float

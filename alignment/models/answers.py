@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from alignment.errors import ModelError
 from alignment.models.flat import trunk_states
 from alignment.models.head import TokenStatistics, scalar_at, token_statistics, transforms_logits
-from alignment.models.rows import FlatRows, by_tokens, stream
+from alignment.models.rows import SHORTEST_SHARED, FlatRows, by_tokens, stream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,15 +51,18 @@ def batches(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, tokens: int, device: torch.device
 ) -> Iterator[AnswerStream]:
     """The rows in order, as many at a time as have at most ``tokens``."""
-    for piece in by_tokens(row_tokens(prompts, answers), tokens):
+    for piece in pieces_of(prompts, answers, tokens=tokens):
         yield answer_stream(prompts[piece.start : piece.stop], answers[piece.start : piece.stop], device)
 
 
-def row_tokens(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[int]:
-    """What each row adds to a stream: a prompt right after itself is there already."""
-    known = [row > 0 and prompts[row - 1] == prompt for row, prompt in enumerate(prompts)]
-    rows = zip(prompts, answers, known, strict=True)
-    return [len(answer) + (0 if again else len(prompt)) for prompt, answer, again in rows]
+def pieces_of(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, tokens: int) -> list[range]:
+    """Consecutive rows that make a stream of at most ``tokens``; a prompt right after itself is there already."""
+    alone = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    behind = [
+        len(answer) if row and prompts[row - 1] == prompt and len(prompt) >= SHORTEST_SHARED else alone[row]
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    return by_tokens(alone, tokens, behind=behind)
 
 
 def answer_statistics(model: PreTrainedModel, part: AnswerStream, *, temperature: float = 1.0) -> TokenStatistics:
@@ -86,7 +89,7 @@ def statistics_of(model: PreTrainedModel, states: Tensor, part: AnswerStream, *,
         raise ModelError(
             f"{type(model).__name__} scales or caps its logits, or adds a bias to them",
             where="model.source",
-            remedy="PPO and evaluation serve heads without these; SFT, reward and DPO serve this model",
+            remedy="PPO, evaluation and precompute_reference need a head without these; all else serves this model",
         )
     return token_statistics(states, model.get_output_embeddings().weight, part.labels, temperature=temperature)
 

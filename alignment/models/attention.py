@@ -38,24 +38,34 @@ def flat_attention(
     segments: Sequence[Segment] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """``[1, tokens, heads, head width]``; without ``segments`` the batch is padded and goes to the standard function.
+    """``[1, tokens, heads, value width]``; without ``segments`` the batch is padded and goes to the standard function.
 
     Raises:
-        ValueError: dropout on attention weights, which this function does not have.
+        ValueError: the model asks for something that this function does not have: dropout on attention weights, a bias
+            or a learned mask, sinks, capped scores.
     """
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if dropout:
-        raise ValueError("attention dropout is not supported in a flat stream; set attention_dropout to 0")
+    unusual = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
+    unusual += ["dropout"] * bool(dropout)
+    unusual += ["attention_mask"] * (attention_mask is not None and attention_mask.numel() != 1)
+    if unusual:
+        raise ValueError(f"{type(module).__name__} asks attention for {', '.join(unusual)}, which a flat stream lacks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Rotary positions may leave queries and keys in float32 where autocast has values in bfloat16.
     query, key, value = (states.to(products_dtype(value)) for states in (query, key, value))
-    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+    if _has_kernel(query, value):
         return _varlen(query[0], key[0], value[0], segments, scale)[None], None
     attended = _RowAttention.apply(query[0], key[0], value[0], tuple(segments), scale)
     return attended.transpose(0, 1)[None], None
+
+
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether CUDA's variable-length kernel takes these: half precision, values as wide as keys."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.device.type == "cuda" and half and query.shape[-1] == value.shape[-1]
 
 
 class _RowAttention(torch.autograd.Function):
@@ -65,7 +75,7 @@ class _RowAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], scale: float
     ) -> Tensor:
-        attended = torch.empty_like(query)
+        attended = query.new_empty(*query.shape[:2], value.shape[-1])
         for segment in segments:
             (start, end), keys = segment.own, segment.keys
             if start == end:
@@ -110,8 +120,8 @@ def _row_backward(
         last = min(first + QUERIES, end)
         seen = earlier + last - start
         block, block_grad = (_grouped(states[:, first:last], heads) for states in (query, grad))
-        mask = _block_mask(last - first, seen, query.shape[0] // heads, query.dtype, query.device)
-        own = _block_gradients(block, keys[:, :seen], values[:, :seen], block_grad, mask, scale)
+        hidden = _later(last - first, query.device)
+        own = _block_gradients(block, keys[:, :seen], values[:, :seen], block_grad, hidden, scale)
         grad_query[:, first:last] = own[0].view(-1, last - first, query.shape[-1])
         _scatter_add(grad_key, segment.keys, own[1])
         _scatter_add(grad_value, segment.keys, own[2])
@@ -123,10 +133,16 @@ def _grouped(states: Tensor, heads: int) -> Tensor:
 
 
 def _block_gradients(
-    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, mask: Tensor, scale: float
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, hidden: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of softmax(scale·q kᵀ + mask) v for ``[heads, queries or keys, width]``."""
-    weights = torch.softmax(torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale), dim=-1)
+    """Gradients of softmax(scale·q kᵀ) v for ``[heads, queries or keys, width]``; the last keys are the queries' own.
+
+    ``hidden`` is ``[count, count]``, True on later tokens of the block; queries are some times ``count``.
+    """
+    count, seen = hidden.shape[0], key.shape[1]
+    scores = torch.bmm(query * scale, key.transpose(1, 2))
+    scores.view(key.shape[0], -1, count, seen)[..., seen - count :].masked_fill_(hidden, float("-inf"))
+    weights = torch.softmax(scores, dim=-1)
     grad_value = torch.bmm(weights.transpose(1, 2), grad)
     grad_weights = torch.bmm(grad, value.transpose(1, 2))
     grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
@@ -135,12 +151,10 @@ def _block_gradients(
     return grad_query, grad_key, grad_value
 
 
-@functools.lru_cache(maxsize=32)
-def _block_mask(queries: int, keys: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[1, groups·queries, keys]``: 0 on what a query sees, −infinity on the later queries of its block."""
-    hidden = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
-    mask = torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-    return mask.repeat(1, groups, 1)
+@functools.lru_cache(maxsize=QUERIES)
+def _later(count: int, device: torch.device) -> Tensor:
+    """``[count, count]``: True where the key comes after the query."""
+    return torch.ones(count, count, dtype=torch.bool, device=device).triu(1)
 
 
 def _visible(segment: Segment, device: torch.device) -> Tensor:

@@ -20,8 +20,12 @@ from alignment.models.rows import FlatRows
 log = logging.getLogger(__name__)
 
 
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+"""What configurations call dropout on attention weights."""
+
+
 def can_run_flat(model: PreTrainedModel) -> bool:
-    """Whether the model's attention can be cut at row boundaries: full causal attention through the interface."""
+    """Whether attention can be cut at row boundaries: full, causal, without dropout, through the interface."""
     config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
@@ -29,7 +33,7 @@ def can_run_flat(model: PreTrainedModel) -> bool:
         and layer_types == {"full_attention"}
         and not getattr(config, "sliding_window", None)
         and not getattr(config, "attn_logit_softcapping", None)
-        and not getattr(config, "attention_dropout", 0.0)
+        and not any(getattr(config, name, 0.0) for name in _DROPOUTS)
     )
 
 

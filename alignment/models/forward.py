@@ -8,6 +8,7 @@ positions only.
 from __future__ import annotations
 
 import functools
+import logging
 import types
 from typing import Any
 
@@ -21,6 +22,8 @@ from alignment.models.flat import trunk_states, use_flat_attention
 from alignment.models.head import scalar_at, token_statistics, transforms_logits
 from alignment.models.rows import FlatRows, flatten, stream
 
+log = logging.getLogger(__name__)
+
 IGNORED = -100
 
 
@@ -31,6 +34,9 @@ def install_causal(model: PreTrainedModel) -> None:
     TRL's.
     """
     if transforms_logits(model):
+        log.warning(
+            "%s scales or caps its logits; TRL's own forward serves it, padding is computed.", type(model).__name__
+        )
         return
     use_flat_attention(model)
     otherwise = model.forward

@@ -57,28 +57,23 @@ def _forward_of(eps: float, shift: float) -> Any:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, shift: float) -> Tensor:
-        width = x.shape[-1]
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        rate = norm.square_().div_(width).add_(eps).rsqrt_()  # [..., 1], float32
+        rate = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # [..., 1], float32
         ctx.save_for_backward(x, weight, rate)
         ctx.shift = shift
-        # Products with the float32 rate are made in float32 and rounded once, as the models do.
-        scaled = torch.mul(x, rate, out=torch.empty_like(x))
-        return scaled * _scale(weight, shift, x.dtype)
+        if shift:  # (1 + weight) · x/rms in float32, rounded once
+            return (torch.mul(x, rate) * (weight.float() + shift)).to(x.dtype)
+        return torch.mul(x, rate, out=torch.empty_like(x)) * weight  # x/rms is rounded before the weight
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rate = ctx.saved_tensors
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            scaled = torch.mul(x, rate)
-            grad_weight = (grad * scaled).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        weighted = grad * _scale(weight, ctx.shift, grad.dtype)
+            grad_weight = (grad * torch.mul(x, rate)).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        scale = weight + ctx.shift if ctx.shift else weight
+        weighted = (grad * scale).to(x.dtype)
         along = (weighted * x).sum(-1, keepdim=True, dtype=torch.float32)
         slope = (rate.pow(3) * along).div_(-x.shape[-1])
         grad_x = torch.mul(weighted, rate, out=torch.empty_like(x))
         return grad_x.add_(torch.mul(x, slope, out=torch.empty_like(x))), grad_weight, None, None
-
-
-def _scale(weight: Tensor, shift: float, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype) if shift == 0 else (weight.float() + shift).to(dtype)

@@ -36,7 +36,8 @@ class ValueHead(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """The values."""
-        return states.float() @ self.weight
+        with torch.autocast(states.device.type, enabled=False):
+            return states.float() @ self.weight
 
 
 class ActorCritic(nn.Module):

@@ -92,19 +92,21 @@ def stream(rows: Sequence[Sequence[int]], device: torch.device, *, share: bool =
     return _laid_out(rows, kept, device, share=share)
 
 
-def by_tokens(lengths: Sequence[int], limit: int) -> list[range]:
+def by_tokens(lengths: Sequence[int], limit: int, *, behind: Sequence[int] | None = None) -> list[range]:
     """Consecutive rows whose tokens add up to at most ``limit``; a longer row stands alone.
 
-    Example: lengths ``[3, 3, 9, 1]`` with limit 6 give rows 0-1, 2, 3.
+    ``behind`` are the rows' tokens where the row before is in the same piece, if that makes a difference. Example:
+    lengths ``[3, 3, 9, 1]`` with limit 6 give rows 0-1, 2, 3.
     """
     found: list[range] = []
     start, tokens = 0, 0
     for row, length in enumerate(lengths):
-        if row > start and tokens + length > limit:
+        added = length if row == start or behind is None else behind[row]
+        if row > start and tokens + added > limit:
             found.append(range(start, row))
-            start, tokens = row, 0
-        tokens += length
-    return [*found, range(start, len(lengths))]
+            start, tokens, added = row, 0, length
+        tokens += added
+    return [*found, range(start, len(lengths))] if lengths else []
 
 
 def _laid_out(rows: Sequence[Sequence[int]], kept: Tensor, device: torch.device, *, share: bool) -> FlatRows:

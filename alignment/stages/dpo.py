@@ -76,7 +76,7 @@ class TokenizedDpoTrainer(MicroBatches, DPOTrainer):
         return dataset
 
 
-def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: Any, pairs: Any) -> DPOTrainer:
+def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: Any, pairs: Any) -> TokenizedDpoTrainer:
     full = config.adapter.kind is AdapterKind.full
     policy = load_policy(found, weights_dtype(context.spec.model.dtype, trained=full))
     rows = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs]
@@ -116,7 +116,7 @@ def _add_reference(
         row |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
 
-def check_start(trainer: DPOTrainer, config: DpoConfig) -> None:
+def check_start(trainer: TokenizedDpoTrainer, config: DpoConfig) -> None:
     """Policy and reference must agree before the first step: the loss is then a known constant.
 
     Raises:
@@ -124,9 +124,11 @@ def check_start(trainer: DPOTrainer, config: DpoConfig) -> None:
     """
     expected = {DpoLoss.sigmoid: math.log(2), DpoLoss.hinge: 1.0, DpoLoss.ipo: 1 / (4 * config.beta**2)}[config.loss]
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    piece, _ = trainer._parts(batch)[0]
     with torch.no_grad(), trainer.accelerator.autocast():
-        loss = float(trainer.compute_loss(trainer.model, batch))
+        loss = float(trainer.compute_loss(trainer.model, piece))
     trainer._metrics["train"].clear()
+    trainer._total_train_tokens = 0
     tolerance = PRECOMPUTED_TOLERANCE if config.precompute_reference else START_TOLERANCE
     if abs(loss - expected) > tolerance * max(1.0, expected):
         raise StageError(

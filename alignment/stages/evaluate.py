@@ -120,11 +120,11 @@ def _divergences(
 ) -> dict[str, list[float] | None]:
     """Log π − log ref of each arm's own answers, in nats a sequence; None for an arm that saw other prompts."""
     reference = policies.load(lineage(context.spec, context.spec.inputs["reference"]))
-    same = {name: arm for name, arm in arms.items() if name != "base+prompt"}
-    under = sequence_logprobs(reference, *side_by_side(prompts, list(same.values())))
     found: dict[str, list[float] | None] = dict.fromkeys(arms)
-    for place, (name, arm) in enumerate(same.items()):
-        found[name] = [mine - theirs for mine, theirs in zip(arm.logprobs, under[place :: len(same)], strict=True)]
+    for name, arm in arms.items():
+        if name != "base+prompt":  # rows as its own model saw them, so that the reference's distance to itself is 0
+            under = sequence_logprobs(reference, prompts, arm.ids)
+            found[name] = [mine - theirs for mine, theirs in zip(arm.logprobs, under, strict=True)]
     return found
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -30,22 +31,39 @@ VERSION = 1
 def reference_logprobs(
     policy: PreTrainedModel, found: Lineage, pairs: Sequence[TokenizedPair], context: StageContext, *, tokens: int
 ) -> tuple[list[float], list[float]]:
-    """Sums over chosen and over rejected answers in nats, one a pair, from the cache or computed by the main process.
+    """Sums over chosen and over rejected answers in nats, one a pair: kept ones, or each process computes its share.
 
     ``tokens`` are held in memory at once.
     """
     dtype = context.spec.model.dtype
     file = context.spec.artifact.parent / "cache" / f"reference-{_key(found, pairs, dtype)}.safetensors"
-    if context.is_main and not file.is_file():
+    if not _everywhere(file.is_file()):
         context.progress("reference log-probabilities")
+        mine = pairs[context.rank :: context.world_size]
         with products_in(dtype, context.device):
-            chosen = _sums(policy, pairs, [pair.chosen for pair in pairs], tokens=tokens)
-            rejected = _sums(policy, pairs, [pair.rejected for pair in pairs], tokens=tokens)
-        _write(file, {"chosen": chosen, "rejected": rejected})
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+            chosen = _sums(policy, mine, [pair.chosen for pair in mine], tokens=tokens)
+            rejected = _sums(policy, mine, [pair.rejected for pair in mine], tokens=tokens)
+        shares = gather_object([(chosen, rejected)])
+        if context.is_main:
+            columns = [_interleaved([share[place] for share in shares]) for place in (0, 1)]
+            _write(file, {"chosen": columns[0], "rejected": columns[1]})
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
     saved = load_file(file)
     return saved["chosen"].tolist(), saved["rejected"].tolist()
+
+
+def _everywhere(here: bool) -> bool:
+    """Whether it is so on every process."""
+    return all(gather_object([here]))
+
+
+def _interleaved(shares: Sequence[Tensor]) -> Tensor:
+    """Values of processes that took every n-th pair each, in the order of the pairs."""
+    whole = torch.empty(sum(len(share) for share in shares))
+    for rank, share in enumerate(shares):
+        whole[rank :: len(shares)] = share
+    return whole
 
 
 @torch.no_grad()
@@ -56,7 +74,7 @@ def _sums(
     for part in batches([pair.prompt for pair in pairs], answers, tokens=tokens, device=policy.device):
         logprobs = answer_statistics(policy, part).logprobs
         sums += [row.sum() for row in logprobs.split(list(part.lengths))]
-    return torch.stack(sums).cpu()
+    return torch.stack(sums).cpu() if sums else torch.empty(0)
 
 
 def _key(found: Lineage, pairs: Sequence[TokenizedPair], dtype: Dtype) -> str:

@@ -23,15 +23,21 @@ Batch = dict[str, Any]
 
 
 def same_number_everywhere(pieces: list[range], accelerator: Accelerator) -> list[range]:
-    """As many pieces as the process with most of them has: processes meet after each. Rows are the same number."""
+    """As many pieces as the process with most of them has, because TRL's trainers meet in each; some may be empty."""
     if accelerator.num_processes == 1:
         return pieces
     number = torch.tensor(len(pieces), device=accelerator.device)
     torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-    wanted = int(number)
+    return divided(pieces, int(number))
+
+
+def divided(pieces: list[range], wanted: int) -> list[range]:
+    """The rows of ``pieces`` in ``wanted`` pieces, which are not fewer; the last ones are empty if rows run out."""
+    rows = pieces[-1].stop
     if wanted == len(pieces):
         return pieces
-    bounds = [round(pieces[-1].stop * part / wanted) for part in range(wanted + 1)]
+    filled = min(wanted, rows)
+    bounds = [rows * part // filled for part in range(filled + 1)] + [rows] * (wanted - filled)
     return [range(start, end) for start, end in itertools.pairwise(bounds)]
 
 
@@ -95,8 +101,16 @@ class MicroBatches(Trainer):
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(positions)]
         lengths = [end - start for start, end in itertools.pairwise(starts)]
         pieces = same_number_everywhere(by_tokens(lengths, self.micro_batch_tokens), self.accelerator)
-        names = ("input_ids", "labels", "position_ids")
-        return [{name: inputs[name][:, starts[p.start] : starts[p.stop]] for name in names} for p in pieces]
+        return [self._packed_part(inputs, starts[piece.start], starts[piece.stop], starts[1]) for piece in pieces]
+
+    @staticmethod
+    def _packed_part(inputs: Batch, start: int, end: int, first: int) -> Batch:
+        """The columns from ``start`` to ``end``; where there are none, the first row with nothing to learn in it."""
+        columns = slice(start, end) if end > start else slice(0, first)
+        part = {name: inputs[name][:, columns] for name in ("input_ids", "labels", "position_ids")}
+        if end == start:
+            part["labels"] = torch.full_like(part["labels"], IGNORED)
+        return part
 
 
 def _cut(value: Any, piece: range, number: int) -> Any:
@@ -116,9 +130,13 @@ def _pairs_of(inputs: Batch, piece: range, number: int) -> Batch:
 
 
 def _weigh(metrics: dict[str, list[float]], before: dict[str, int], shares: Sequence[float]) -> None:
-    """Figures that each piece appended become one: their mean, weighted by the pieces' shares."""
+    """Figures that each piece appended become one: the extreme of extremes, the mean by share of all others."""
     for name, values in metrics.items():
         added = values[before.get(name, 0) :]
-        if len(added) == len(shares) > 1:
-            mean = sum(value * share for value, share in zip(added, shares, strict=True)) / sum(shares)
-            values[before.get(name, 0) :] = [mean]
+        if len(added) != len(shares) or len(shares) == 1:
+            continue
+        if name.startswith(("min_", "max_")):
+            one = min(added) if name.startswith("min_") else max(added)
+        else:
+            one = sum(value * share for value, share in zip(added, shares, strict=True)) / sum(shares)
+        values[before.get(name, 0) :] = [one]

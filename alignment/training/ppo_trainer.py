@@ -27,10 +27,9 @@ from alignment.algos.masked import center_and_scale, scale_only
 from alignment.algos.ppo import clipped_policy_loss, clipped_value_loss, explained_variance, log_ratio
 from alignment.config.stage import PpoConfig
 from alignment.errors import StageError
-from alignment.models.answers import answer_statistics, answer_stream, batches, row_tokens, scalar_scores, unwrapped
+from alignment.models.answers import answer_statistics, answer_stream, batches, pieces_of, scalar_scores, unwrapped
 from alignment.models.generate import Sampling, generate
 from alignment.models.roles import Roles
-from alignment.models.rows import by_tokens
 from alignment.training.context import StageContext
 from alignment.training.experience import (
     Experience,
@@ -42,7 +41,7 @@ from alignment.training.experience import (
     spread,
     stack,
 )
-from alignment.training.micro_batches import accumulating, same_number_everywhere
+from alignment.training.micro_batches import accumulating
 from alignment.training.ppo_figures import UpdateFigures
 
 KlPrice = FixedKl | AdaptiveKl
@@ -282,8 +281,8 @@ class PpoTrainer(Trainer):
         tokens = experience.response_mask[rows_of(prompts, group)].sum().float()
         rows = rows_of(prompts[self.context.rank :: self.context.world_size], group)
         total = torch.zeros((), device=self.args.device)
-        lengths = row_tokens([experience.prompts[row] for row in rows], [experience.answers[row] for row in rows])
-        pieces = same_number_everywhere(by_tokens(lengths, self.episodes.micro_batch_tokens), self.accelerator)
+        told = [experience.prompts[row] for row in rows], [experience.answers[row] for row in rows]
+        pieces = pieces_of(*told, tokens=self.episodes.micro_batch_tokens)
         for number, piece in enumerate(pieces):
             with accumulating(self.accelerator, model, last=number == len(pieces) - 1):
                 with self.compute_loss_context_manager():

@@ -52,6 +52,13 @@ def test_accelerate_is_refused_where_it_would_start_one_process_of_two() -> None
         argv(LaunchConfig(kind=LauncherKind.accelerate, num_processes=2), num_devices=0)
 
 
+def test_what_the_user_has_set_for_the_allocator_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    environment = command(LaunchConfig(), Path("stage.yaml"), num_devices=0, num_cores=2).environment
+    assert "MALLOC_TOP_PAD_" not in environment
+    assert {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"} <= set(environment)
+
+
 def test_more_processes_than_gpus_are_refused() -> None:
     with pytest.raises(ConfigError, match="4 processes, but this machine has 2 GPUs"):
         argv(LaunchConfig(num_processes=4), num_devices=2)

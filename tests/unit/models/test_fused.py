@@ -37,12 +37,19 @@ def test_a_fused_norm_equals_the_models_own(kind: Any) -> None:
         assert relative(found, expected) < 1e-6
 
 
-def test_a_fused_norm_rounds_as_the_models_own() -> None:
-    own = LlamaRMSNorm(64).bfloat16()
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm, Qwen3RMSNorm])
+def test_a_fused_norm_rounds_as_the_models_own(kind: Any, weights: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(0)
+    own = kind(64, eps=1e-3)
+    own.weight.data = torch.randn(64, generator=rng).to(weights)
     fused = copy.deepcopy(own)
-    fuse_norms(fused)
-    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16() * 7
-    assert torch.equal(fused(x), own(x))
+    assert fuse_norms(fused) == 1
+    x = torch.randn(5, 64, generator=rng).bfloat16() * 7
+    found, expected = fused(x), own(x)
+    assert found.dtype == expected.dtype
+    assert relative(found, expected) < 1e-3
+    assert float((found != expected).float().mean()) < 0.02, "another order of summing may round a few otherwise"
 
 
 class OddRMSNorm(LlamaRMSNorm):

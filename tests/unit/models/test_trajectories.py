@@ -16,6 +16,7 @@ from tests.tiny import ARCHITECTURES, tiny_model
 from tests.unit.models.conftest import IGNORED, ROWS, padded, plain, twin
 
 STEPS = 20
+TOLERANCE = 5e-5  # a step's losses agree within 1e-5 (test_forward.py); twenty steps of momentum carry rounding on
 BATCHES = [ROWS["pairs of one prompt"], ROWS["ragged"], ROWS["answers to one prompt"], ROWS["one-token completions"]]
 Rows = list[tuple[list[int], list[int]]]
 Loss = Callable[[PreTrainedModel, Rows], torch.Tensor]
@@ -70,8 +71,8 @@ def test_padded_packed_and_prefix_shared_batches_learn_alike(architecture: str) 
     for loss_of in (_padded, _packed):
         model = tiny_model(architecture)
         install_causal(model)
-        assert _losses(model, loss_of) == pytest.approx(expected, rel=1e-5), loss_of.__name__
+        assert _losses(model, loss_of) == pytest.approx(expected, rel=TOLERANCE), loss_of.__name__
     for loss_of in (_shared, _unshared):
         model = tiny_model(architecture)
         use_flat_attention(model)
-        assert _losses(model, loss_of) == pytest.approx(expected, rel=1e-5), loss_of.__name__
+        assert _losses(model, loss_of) == pytest.approx(expected, rel=TOLERANCE), loss_of.__name__

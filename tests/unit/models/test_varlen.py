@@ -64,6 +64,39 @@ def test_the_kernel_gets_the_rows_and_their_shared_beginnings(name: str, monkeyp
     assert relative(found, expected[0]) < 1e-5
 
 
+def test_values_may_have_another_width_than_keys() -> None:
+    rows = _rows("pairs of one prompt", "cpu")
+    query, key, _ = _states(rows, "cpu", torch.float32)
+    value = torch.randn(1, KEY_HEADS, len(rows.input_ids), 5).requires_grad_()
+    found, _ = flat_attention(torch.nn.Identity(), query, key, value, None, segments=rows.segments)
+    found.square().sum().backward()
+    mine = [found, query.grad, key.grad, value.grad]
+    for state in (query, key, value):
+        state.grad = None
+    expected = []
+    for row, segment in enumerate(rows.segments):
+        places = rows.place[row][rows.kept[row]]
+        states = [state[:, :, places].repeat_interleave(HEADS // state.shape[1], 1) for state in (query, key, value)]
+        later = torch.ones(len(places), len(places)).triu(1).bool()
+        scores = (states[0] @ states[1].transpose(-1, -2) * WIDTH**-0.5).masked_fill(later, float("-inf"))
+        shared = len(places) - (segment.own[1] - segment.own[0])
+        expected.append((scores.softmax(-1) @ states[2])[0, :, shared:])
+    whole = torch.cat(expected, dim=1).transpose(0, 1)[None]
+    whole.square().sum().backward()
+    for one, other in zip(mine, [whole, query.grad, key.grad, value.grad], strict=True):
+        assert relative(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("asked", [{"s_aux": torch.zeros(4)}, {"softcap": 30.0}, {"dropout": 0.1}])
+def test_what_a_flat_stream_lacks_is_refused(asked: dict[str, Any]) -> None:
+    rows = _rows("ragged", "cpu")
+    states = _states(rows, "cpu", torch.float32)
+    with pytest.raises(ValueError, match=f"asks attention for {next(iter(asked))}"):
+        flat_attention(torch.nn.Identity(), *states, None, segments=rows.segments, **asked)
+    with pytest.raises(ValueError, match="asks attention for attention_mask"):
+        flat_attention(torch.nn.Identity(), *states, torch.zeros(1, 1, 8, 8), segments=rows.segments)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ROWS)

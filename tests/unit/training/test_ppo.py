@@ -239,6 +239,8 @@ def test_a_shared_critic_learns_with_the_policy_in_one_pass(
     run.roles.actor_critic(answer_stream([[5, 6]], [[7]], torch.device("cpu")), 1.0)
     assert passes == [1]
     assert not run.roles.actor_critic.value.weight.any()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run.roles.actor_critic.value(torch.ones(2, 32)).dtype == torch.float32
     run.train()
     assert run.roles.actor_critic.value.weight.any()
     (update,) = run.metrics()
