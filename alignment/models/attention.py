@@ -120,7 +120,7 @@ def _row_backward(
         last = min(first + QUERIES, end)
         seen = earlier + last - start
         block, block_grad = (_grouped(states[:, first:last], heads) for states in (query, grad))
-        hidden = _later(last - first, query.device)
+        hidden = _later(last - first, query.dtype, query.device)
         own = _block_gradients(block, keys[:, :seen], values[:, :seen], block_grad, hidden, scale)
         grad_query[:, first:last] = own[0].view(-1, last - first, query.shape[-1])
         _scatter_add(grad_key, segment.keys, own[1])
@@ -137,11 +137,11 @@ def _block_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of softmax(scale·q kᵀ) v for ``[heads, queries or keys, width]``; the last keys are the queries' own.
 
-    ``hidden`` is ``[count, count]``, True on later tokens of the block; queries are some times ``count``.
+    ``hidden`` is ``[count, count]``, −∞ on later tokens of the block, else 0; queries are some times ``count``.
     """
     count, seen = hidden.shape[0], key.shape[1]
     scores = torch.bmm(query * scale, key.transpose(1, 2))
-    scores.view(key.shape[0], -1, count, seen)[..., seen - count :].masked_fill_(hidden, float("-inf"))
+    scores.view(key.shape[0], -1, count, seen)[..., seen - count :].add_(hidden)
     weights = torch.softmax(scores, dim=-1)
     grad_value = torch.bmm(weights.transpose(1, 2), grad)
     grad_weights = torch.bmm(grad, value.transpose(1, 2))
@@ -152,9 +152,9 @@ def _block_gradients(
 
 
 @functools.lru_cache(maxsize=QUERIES)
-def _later(count: int, device: torch.device) -> Tensor:
-    """``[count, count]``: True where the key comes after the query."""
-    return torch.ones(count, count, dtype=torch.bool, device=device).triu(1)
+def _later(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[count, count]``: −∞ where the key comes after the query. Adding it is faster than filling by a mask."""
+    return torch.full((count, count), float("-inf"), dtype=dtype, device=device).triu(1)
 
 
 def _visible(segment: Segment, device: torch.device) -> Tensor:
