@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ class StageInput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSpec:
-    """One stage, resolved. Paths are absolute."""
+    """One stage, resolved. Paths are absolute.
+
+    ``extra_data`` holds files beside the main one, by the field that names them: ``{"ptx.data": Path("…")}``.
+    """
 
     run: str
     stage: str
@@ -43,6 +46,7 @@ class StageSpec:
     seed: int
     tracking: TrackingConfig
     git_commit: str
+    extra_data: dict[str, Path] = field(default_factory=dict)
 
 
 def read_spec(path: Path) -> StageSpec:
@@ -55,6 +59,7 @@ def read_spec(path: Path) -> StageSpec:
         inputs={name: _input(value) for name, value in raw["inputs"].items()},
         arms={name: _input(value) for name, value in raw["arms"].items()},
         data_path=Path(raw["data_path"]),
+        extra_data={name: Path(path) for name, path in raw.get("extra_data", {}).items()},
         artifact=Path(raw["artifact"]),
         work=Path(raw["work"]),
         run_folder=Path(raw["run_folder"]),

@@ -16,11 +16,14 @@ from alignment.config.run import RunConfig
 from alignment.config.stage import (
     DpoConfig,
     EvaluateConfig,
+    GuardConfig,
     KlConfig,
     PpoConfig,
     PpoOptimConfig,
+    PtxConfig,
     ReportConfig,
     RewardConfig,
+    ScorerConfig,
     SftConfig,
 )
 from alignment.config.tracking import TrackingConfig
@@ -31,6 +34,14 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 def is_name(value: str) -> bool:
     """Whether ``value`` may name a run or a stage: it becomes a folder's name and a word in commands."""
     return _NAME.fullmatch(value) is not None
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,7 @@ POSITIVE = Rule(lambda value: value > 0 and math.isfinite(value), "a number abov
 NOT_NEGATIVE = Rule(lambda value: value >= 0 and math.isfinite(value), "0 or more")
 FINITE = Rule(lambda value: math.isfinite(value), "a finite number")
 FRACTION = Rule(lambda value: 0 <= value <= 1, "from 0 to 1")
+PATTERN = Rule(lambda value: _compiles(value), "a regular expression as Python writes them")
 BELOW_ONE = Rule(lambda value: 0 <= value < 1, "from 0 to below 1")
 
 RULES: dict[tuple[type, str], Rule] = {
@@ -81,6 +93,16 @@ RULES: dict[tuple[type, str], Rule] = {
     (KlConfig, "coefficient"): NOT_NEGATIVE,
     (KlConfig, "target"): POSITIVE,
     (KlConfig, "horizon"): POSITIVE,
+    (ScorerConfig, "source"): FILLED,
+    (ScorerConfig, "weight"): FINITE,
+    (ScorerConfig, "clip"): POSITIVE,
+    (ScorerConfig, "pattern"): PATTERN,
+    (ScorerConfig, "target"): POSITIVE,
+    (GuardConfig, "every"): NOT_NEGATIVE,
+    (GuardConfig, "prompts"): POSITIVE,
+    (GuardConfig, "max_kl"): POSITIVE,
+    (PtxConfig, "coefficient"): NOT_NEGATIVE,
+    (PtxConfig, "batch_size"): POSITIVE,
     (SftConfig, "max_length"): POSITIVE,
     (SftConfig, "log_every"): POSITIVE,
     (SftConfig, "save_every"): POSITIVE,
@@ -93,7 +115,10 @@ RULES: dict[tuple[type, str], Rule] = {
     (DpoConfig, "beta"): POSITIVE,
     (DpoConfig, "log_every"): POSITIVE,
     (DpoConfig, "save_every"): POSITIVE,
+    (PpoConfig, "scorers"): FILLED,
     (PpoConfig, "updates"): POSITIVE,
+    (PpoConfig, "critic_warmup"): NOT_NEGATIVE,
+    (PpoConfig, "max_approxkl"): POSITIVE,
     (PpoConfig, "completions_per_prompt"): POSITIVE,
     (PpoConfig, "ppo_epochs"): POSITIVE,
     (PpoConfig, "num_minibatches"): POSITIVE,

@@ -125,33 +125,88 @@ class Critic(str, Enum):
 
 
 @dataclass(kw_only=True, slots=True)
+class ScorerConfig:
+    """One part of an answer's score: ``weight`` times what ``source`` says of it.
+
+    ``source`` is ``reward`` (the model that the stage's ``reward`` names), ``FILE.py:FUNCTION`` (your code), or a rule:
+    ``exact_answer``, ``regex`` (with ``pattern``), ``length`` (with ``target``, in words) or ``house_style``.
+    With ``normalize`` the running mean is taken off and the running standard deviation divided out; ``clip`` then
+    bounds the absolute value.
+    """
+
+    source: str = "reward"
+    weight: float = 1.0
+    normalize: bool = False
+    clip: float | None = None
+    pattern: str | None = None
+    target: int | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class GuardConfig:
+    """Watching for over-optimisation (Gao et al. 2022): rising scores that a second opinion does not share.
+
+    Every ``every`` updates (0: never) the policy answers ``prompts`` rows of the stage's data that training never sees;
+    the stage's own scorers and ``scorer`` judge the answers. With ``keep_best`` the stage hands on the policy that
+    ``scorer`` liked best, not the last one. A rollout batch with a mean KL above ``max_kl`` (nats a sequence) ends the
+    stage, looked at or not.
+    """
+
+    every: int = 0
+    prompts: int = 64
+    scorer: ScorerConfig = field(default_factory=lambda: ScorerConfig(source="house_style"))
+    keep_best: bool = True
+    max_kl: float | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class PtxConfig:
+    """Ordinary language modelling beside PPO, against forgetting (Ouyang et al. 2022, eq. 2).
+
+    ``coefficient`` weighs the token-mean loss on the assistant turns of ``batch_size`` conversations a step; 0 is off.
+    """
+
+    coefficient: float = 0.0
+    batch_size: int = 8
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/conversations"))
+
+
+@dataclass(kw_only=True, slots=True)
 class PpoConfig:
-    """Proximal policy optimisation against a reward model (Schulman et al. 2017; Huang et al. 2024 for the details).
+    """Proximal policy optimisation against a reward (Schulman et al. 2017; Huang et al. 2024 for the details).
 
     One update samples ``optim.batch_size`` episodes (``completions_per_prompt`` to a prompt) and takes ``ppo_epochs *
     num_minibatches`` optimiser steps on them; ``updates`` of these make the run. The policy starts from ``init``, which
-    is also the reference. The value model starts from ``reward``; as a shared head it starts at 0, and one pass serves
-    both. ``missing_eos_score`` replaces the score of an answer that never ended. With ``prompt_baseline`` the mean
-    score of the other completions of the same prompt is taken off: a Bradley-Terry reward says nothing across prompts.
+    is also the reference. An answer's score is the sum of ``scorers``. The value model starts from ``reward`` where that
+    is a reward model of ours, else from the policy under a head of zeros; as a shared head it starts at 0, and one pass
+    serves both. It learns alone for the first ``critic_warmup`` updates. ``missing_eos_score`` replaces the score of an
+    answer that never ended; null leaves it. With ``prompt_baseline`` the mean score of the other completions of the same prompt is taken
+    off: a Bradley-Terry reward says nothing across prompts. An epoch whose mean ``policy/approxkl`` exceeds
+    ``max_approxkl`` is the update's last.
     """
 
     summary: ClassVar[str] = "proximal policy optimisation against the reward model"
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
     produces: ClassVar[str] = "policy"
 
     kind: str = "ppo"
     init: str = _reference("stage:sft", "policy")
-    reward: str = _reference("stage:reward", "reward")
+    reward: str | None = _reference("stage:reward", "reward")
+    scorers: list[ScorerConfig] = field(default_factory=lambda: [ScorerConfig()])
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/preferences"))
     optim: PpoOptimConfig = field(default_factory=lambda: PpoOptimConfig())
     kl: KlConfig = field(default_factory=KlConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    ptx: PtxConfig = field(default_factory=PtxConfig)
     updates: int = 16
     critic: Critic = Critic.separate
+    critic_warmup: int = 0
     completions_per_prompt: int = 1
     prompt_baseline: bool = False
     ppo_epochs: int = 4
     num_minibatches: int = 1
+    max_approxkl: float | None = None
     max_prompt_length: int = 512
     max_new_tokens: int = 64
     temperature: float = 1.0
@@ -161,7 +216,7 @@ class PpoConfig:
     value_clip: float = 0.2
     value_coefficient: float = 0.1
     whiten_rewards: bool = False
-    missing_eos_score: float = -1.0
+    missing_eos_score: float | None = -1.0
     save_every: int = _not_identity(1)
 
 

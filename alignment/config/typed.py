@@ -133,8 +133,9 @@ class _Conversion:
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
             return self.instance(hint, value, where=where, defaults=default)
+        item = listed_dataclass(hint)
         try:
-            converted = _scalar_or_list(hint, value)
+            converted = _scalar_or_list(hint, value) if item is None else self._instances(item, value, where=where)
         except _Wrong as wrong:
             self._fault(where, f"{value!r} is not allowed; {wrong}")
             return default
@@ -143,6 +144,14 @@ class _Conversion:
             self._fault(where, f"{value!r} is not allowed; {rule.allowed}")
             return default
         return converted
+
+    def _instances(self, cls: type, value: Any, *, where: str) -> list[Any]:
+        """A list of groups of settings; what one leaves out has the default of its class."""
+        if not isinstance(value, (list, tuple)):
+            raise _Wrong(f"it takes a list of groups, each with some of the keys {', '.join(field_types(cls))}")
+        return [
+            self.instance(cls, item, where=f"{where}[{number}]", defaults=cls()) for number, item in enumerate(value)
+        ]
 
     def _fault(self, where: str, message: str) -> None:
         self.faults.append(Fault(where=where or "recipe", message=message))
@@ -153,6 +162,12 @@ def field_types(cls: type) -> dict[str, Any]:
     """Each field of a dataclass with its resolved type, in order."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def listed_dataclass(hint: Any) -> type | None:
+    """The dataclass that a field lists, if it is a list of dataclasses."""
+    items = typing.get_args(hint) if typing.get_origin(hint) is list else ()
+    return items[0] if items and dataclasses.is_dataclass(items[0]) and isinstance(items[0], type) else None
 
 
 def _scalar_or_list(hint: Any, value: Any) -> Any:

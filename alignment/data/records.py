@@ -7,7 +7,7 @@ file and line, the field, and a row of the right form.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn, Self
 
 from alignment.errors import DataError
@@ -89,6 +89,8 @@ class PreferencePair:
 class Prompt:
     """Turns that an answer is sampled for; a trailing assistant turn in the row is dropped.
 
+    ``row`` is the whole row and ``where`` its ``FILE:LINE``, for scorers that look at more than the prompt.
+
     Example row: ``{"messages": [{"role": "user", "content": "Summarise: …"}]}``
     """
 
@@ -97,6 +99,8 @@ class Prompt:
     messages: tuple[Message, ...]
     id: str = ""
     task: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    where: str = field(default="", compare=False)
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], *, where: str) -> Self:
@@ -106,6 +110,8 @@ class Prompt:
             messages=fields.prompt(drop_answer=True),
             id=fields.label("id"),
             task=fields.label("task"),
+            row=row,
+            where=where,
         )
 
 
@@ -137,6 +143,17 @@ class HeldOutPrompt:
             id=fields.label("id"),
             task=fields.label("task"),
         )
+
+
+def facts_in(prompt: Prompt) -> tuple[tuple[str, ...], ...] | None:
+    """The key facts that the row of a prompt lists, or None where it lists none.
+
+    Raises:
+        DataError: its field ``facts`` is of another form.
+    """
+    if prompt.row.get("facts") is None:
+        return None
+    return _Fields(prompt.row, where=prompt.where, example=HeldOutPrompt.EXAMPLE).facts()
 
 
 class _Fields:

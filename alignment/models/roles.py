@@ -21,8 +21,9 @@ from alignment.config.stage import Critic
 from alignment.models.adapters import add_adapter
 from alignment.models.answers import AnswerStream, answer_states, answer_values, statistics_of, unwrapped
 from alignment.models.flat import use_flat_attention
+from alignment.models.forward import install_scalar
 from alignment.models.head import TokenStatistics
-from alignment.models.load import Lineage, load_policy, weights_dtype
+from alignment.models.load import Lineage, load_policy, load_scalar, weights_dtype
 from alignment.models.reward import load_reward_model, zero_head
 from alignment.stage_spec import StageInput, StageSpec
 
@@ -51,22 +52,30 @@ class ActorCritic(nn.Module):
         self.policy = policy
         self.value = value
 
-    def forward(self, part: AnswerStream, temperature: float) -> tuple[TokenStatistics, Tensor]:
-        """Statistics and values of the answer tokens, both ``[answer tokens]``."""
+    def forward(
+        self, part: AnswerStream, temperature: float, *, policy_learns: bool = True
+    ) -> tuple[TokenStatistics, Tensor]:
+        """Statistics and values of the answer tokens, both ``[answer tokens]``.
+
+        Where the policy does not learn, a head on its trunk must not teach the trunk either.
+        """
         policy = unwrapped(self.policy)
         states = answer_states(policy, part)
         statistics = statistics_of(policy, states, part, temperature=temperature)
         if isinstance(self.value, ValueHead):
-            return statistics, self.value(states)
+            return statistics, self.value(states if policy_learns else states.detach())
         return statistics, answer_values(unwrapped(self.value), part)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Roles:
-    """``frozen_reference`` is None when the reference is the policy with its adapter off."""
+    """``frozen_reference`` is None when the reference is the policy with its adapter off.
+
+    ``reward`` is None where answers are scored by something else than a reward model of ours.
+    """
 
     actor_critic: ActorCritic
-    reward: PreTrainedModel | PeftModel
+    reward: PreTrainedModel | PeftModel | None
     frozen_reference: PreTrainedModel | None
 
     @property
@@ -80,21 +89,39 @@ class Roles:
             return contextlib.nullcontext(self.frozen_reference)
         return _adapter_off(self.policy)
 
+    def base_copies(self) -> float:
+        """Bytes of all roles' matrices, adapters aside and shared memory counted once, over those of the policy."""
+        models = (self.actor_critic, self.reward, self.frozen_reference)
+        resident = [_matrices(model) for model in models if model is not None]
+        return sum({place: size for found in resident for place, size in found.items()}.values()) / sum(
+            _matrices(self.policy).values()
+        )
+
+
+def _matrices(model: nn.Module) -> dict[int, int]:
+    """Where the matrices lie, and how many bytes each has."""
+    return {
+        parameter.data_ptr(): parameter.nbytes
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and "lora_" not in name
+    }
+
 
 def build_roles(
     spec: StageSpec,
     found: Lineage,
-    reward: StageInput,
+    reward: StageInput | None,
     adapter: AdapterConfig,
     *,
     device: torch.device,
     critic: Critic = Critic.separate,
     relative_returns: bool = False,
 ) -> Roles:
-    """Loads what PPO needs. A separate value model is trained whole or by adapter, as the reward model was.
+    """Loads what PPO needs; ``reward`` is a reward model of ours, if there is one.
 
-    With ``relative_returns`` (scores less a baseline) it starts from the reward model's trunk and a head of zeros, for
-    what the reward model says is then far from what comes back.
+    A separate value model starts from it and is trained whole or by adapter, as the reward model was. With
+    ``relative_returns`` (scores less a baseline) its head starts at zero, for what the reward model says is then far
+    from what comes back. Without a reward model the value model starts from the policy, under a head of zeros.
 
     Every model is on ``device`` before memory is shared: moving one later would give it copies of its own.
     """
@@ -103,16 +130,28 @@ def build_roles(
     use_flat_attention(policy)
     reference = copy.deepcopy(policy).requires_grad_(False) if full else None
     trained = add_adapter(policy, adapter, TaskType.CAUSAL_LM)
-    scorer = load_reward_model(spec, reward).to(device)
-    share_frozen(scorer, trained)
+    scorer = None if reward is None else load_reward_model(spec, reward).to(device)
+    if scorer is not None:
+        share_frozen(scorer, trained)
     if critic is Critic.shared:
         value: nn.Module = ValueHead(policy.get_output_embeddings().weight.shape[1]).to(device)
     else:
-        value = load_reward_model(spec, reward, trainable=True).to(device)
+        value = _value_model(spec, found, reward, adapter).to(device)
         share_frozen(value, trained)
-        if relative_returns:
+        if relative_returns or reward is None:
             zero_head(value)
     return Roles(actor_critic=ActorCritic(trained, value), reward=scorer, frozen_reference=reference)
+
+
+def _value_model(
+    spec: StageSpec, found: Lineage, reward: StageInput | None, adapter: AdapterConfig
+) -> PreTrainedModel | PeftModel:
+    if reward is not None:
+        return load_reward_model(spec, reward, trainable=True)
+    full = adapter.kind is AdapterKind.full
+    model = load_scalar(found, weights_dtype(spec.model.dtype, trained=full))
+    install_scalar(model)
+    return add_adapter(model, adapter, TaskType.SEQ_CLS).eval()
 
 
 def share_frozen(model: nn.Module, owner: nn.Module) -> int:

@@ -21,6 +21,7 @@ from alignment.errors import (
     DataError,
     ModelError,
     NonFiniteError,
+    RewardError,
     StageError,
 )
 from alignment.pipeline.plan import Plan, PlannedStage
@@ -28,7 +29,7 @@ from alignment.stage_spec import StageInput
 
 _ERRORS = {
     kind.exit_code: kind
-    for kind in (ConfigError, DataError, ModelError, StageError, NonFiniteError, ArtifactError, Busy)
+    for kind in (ConfigError, DataError, ModelError, StageError, NonFiniteError, RewardError, ArtifactError, Busy)
 }
 _TAIL_LINES = 15
 
@@ -61,6 +62,7 @@ def write_stage_file(plan: Plan, stage: PlannedStage, *, git_commit: str) -> Pat
         "inputs": {field: _input(one) for field, one in stage.inputs.items()},
         "arms": {arm: _input(one) for arm, one in stage.arms.items()},
         "data_path": str(stage.data),
+        "extra_data": {field: str(path) for field, path in stage.extra_data.items()},
         "fingerprint": stage.fingerprint,
         "identity": stage.identity,
         "input_fingerprints": stage.input_fingerprints,

@@ -8,10 +8,11 @@ from typing import Any
 from alignment.config.run import RunConfig
 from alignment.config.stage import EvaluateConfig
 from alignment.fingerprint import canonical, file_sha256
+from alignment.pipeline import scorers
 from alignment.pipeline.sources import ModelSource, remembered_sha256
 
 RULE = Path(__file__).parents[1] / "evaluation" / "house_style.py"
-"""The gold rule and the style prompt: an evaluation under an older rule is not reused."""
+"""The gold rule and the style prompt: what was judged under an older rule is not reused."""
 
 
 def of_stage(
@@ -19,27 +20,31 @@ def of_stage(
     name: str,
     *,
     base: ModelSource,
-    data: Path | None,
+    data: dict[str, Path],
     inputs: dict[str, str],
     arms: dict[str, str],
 ) -> dict[str, Any]:
-    """``inputs`` and ``arms`` give the fingerprint of what each slot holds.
+    """``data`` are the stage's files by field; ``inputs`` and ``arms`` give the fingerprint of what each slot holds.
 
     The stage's name is part of it because random numbers are drawn by it. Paths, launch, tracking, and how often a
     stage logs or saves are not.
     """
     stage = run.stages[name]
+    judged = isinstance(stage, EvaluateConfig) or scorers.uses_house_style(stage)
+    others = {field: remembered_sha256(path) for field, path in data.items() if field != "data"}
+    seldom = {"extra_data": others, "code": scorers.code(stage)}  # absent where empty, as in results made before these
     return {
         "stage": name,
         "kind": stage.kind,
         "revision": stage.revision,
-        "rule": file_sha256(RULE) if isinstance(stage, EvaluateConfig) else None,
-        "config": canonical(stage),
-        "data": None if data is None else remembered_sha256(data),
+        "rule": file_sha256(RULE) if judged else None,
+        "config": canonical(scorers.without_places(stage)),
+        "data": remembered_sha256(data["data"]),
         "inputs": inputs,
         "arms": arms,
         "base": {"content": base.identity, "dtype": run.model.dtype.value},
         "seed": run.seed,
+        **{key: value for key, value in seldom.items() if value},
     }
 
 

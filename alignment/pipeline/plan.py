@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from alignment.artifacts import folder_name, read_manifest, verify
+from alignment.config.data import DataConfig
 from alignment.config.faults import refuse
 from alignment.config.run import RunConfig
-from alignment.config.stage import ReportConfig, StageConfig
+from alignment.config.stage import PpoConfig, ReportConfig, StageConfig
 from alignment.config.typed import convert
+from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair, Prompt
 from alignment.data.sources import RECORDS, locate, read_jsonl
 from alignment.errors import ArtifactError, ModelError
 from alignment.fingerprint import digest
-from alignment.pipeline import identity, references
+from alignment.pipeline import identity, references, scorers
 from alignment.pipeline.compose import compose
 from alignment.pipeline.reasons import Made, made, reason_to_run
 from alignment.pipeline.references import Slot
-from alignment.pipeline.sources import ModelSource, resolve
+from alignment.pipeline.sources import ModelSource, refuse_policy, resolve
 from alignment.stage_spec import StageInput
 
 CHECKPOINT_MANIFEST = "alignment_checkpoint.json"
@@ -29,6 +31,9 @@ CHECKPOINT_MANIFEST = "alignment_checkpoint.json"
 
 CHECKED_ROWS = 20_000
 """Rows of a data file looked at while planning, to keep a plan quick; the stage checks all of them as it reads."""
+
+DATA = "data"
+"""The field of a stage's main data file."""
 
 
 class Action(str, Enum):
@@ -43,8 +48,9 @@ class Action(str, Enum):
 class PlannedStage:
     """A stage with its inputs resolved and its result named.
 
-    ``inputs`` has an entry for each reference except arms; ``artifact`` is where the result is or will be, ``work``
-    where it is made.
+    ``inputs`` has an entry for each reference except arms; ``extra_data`` holds files beside the main one, by field;
+    ``code`` are the functions of the user that it runs. ``artifact`` is where the result is or will be, ``work`` where
+    it is made.
     """
 
     name: str
@@ -57,6 +63,8 @@ class PlannedStage:
     arms: dict[str, StageInput]
     input_fingerprints: dict[str, str]
     data: Path | None
+    extra_data: dict[str, Path]
+    code: tuple[str, ...]
     artifact: Path
     work: Path
 
@@ -90,7 +98,9 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     """
     composition = compose(recipe, overrides)
     config, faults = convert(composition.tree)
-    refuse([*composition.faults, *faults, *references.faults(config.stages)])
+    faults = [*composition.faults, *faults, *references.faults(config.stages)]
+    named = {fault.where for fault in faults}  # a faulty field holds its default, of which nothing more need be said
+    refuse([*faults, *(fault for fault in scorers.faults(config.stages) if fault.where not in named)])
     data = _checked_data(config)
     output = Path(config.output).expanduser().absolute()
     builder = _Builder(config, output=output, data=data, base=resolve(config.model.source, where="model.source"))
@@ -106,21 +116,39 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     )
 
 
-def _checked_data(config: RunConfig) -> dict[str, Path]:
-    """Each stage's data file, its first rows read."""
-    located: dict[str, Path] = {}
-    read: set[tuple[Path, str]] = set()
+def _checked_data(config: RunConfig) -> dict[str, dict[str, Path]]:
+    """Each stage's data files by field, their first rows read."""
+    located: dict[str, dict[str, Path]] = {}
+    read: set[Any] = set()
     for name, stage in config.stages.items():
-        if isinstance(stage, ReportConfig):
-            continue
-        path = locate(stage.data.source, where=f"stages.{name}.data.source")
-        record = RECORDS[stage.kind]
-        if (path, record.__name__) not in read:
-            for _ in islice(read_jsonl(path, record, limit=stage.data.limit), CHECKED_ROWS):
-                pass
-            read.add((path, record.__name__))
-        located[name] = path
+        located[name] = {}
+        for file in _files_of(stage):
+            path = locate(file.data.source, where=f"stages.{name}.{file.field}.source")
+            if (path, file.record, file.checks) not in read:
+                for row in islice(read_jsonl(path, file.record, limit=file.data.limit), CHECKED_ROWS):
+                    for check in file.checks:
+                        check(row)
+                read.add((path, file.record, file.checks))
+            located[name][file.field] = path
     return located
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _File:
+    """A data file that a stage names in ``field``, what its rows must be, and what else is looked at in each."""
+
+    field: str
+    data: DataConfig
+    record: type[Conversation] | type[PreferencePair] | type[Prompt] | type[HeldOutPrompt]
+    checks: tuple[Callable[[Any], object], ...] = ()
+
+
+def _files_of(stage: StageConfig) -> Iterator[_File]:
+    if isinstance(stage, ReportConfig):
+        return
+    yield _File(field=DATA, data=stage.data, record=RECORDS[stage.kind], checks=scorers.row_checks(stage))
+    if isinstance(stage, PpoConfig) and stage.ptx.coefficient > 0:
+        yield _File(field="ptx.data", data=stage.ptx.data, record=Conversation)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +163,7 @@ class _Resolved:
 class _Builder:
     """Plans stages in order; each finds its inputs among those planned before."""
 
-    def __init__(self, config: RunConfig, *, output: Path, data: dict[str, Path], base: ModelSource) -> None:
+    def __init__(self, config: RunConfig, *, output: Path, data: dict[str, dict[str, Path]], base: ModelSource) -> None:
         self.base = base
         self.sources: dict[str, ModelSource] = {}
         self._config = config
@@ -158,7 +186,7 @@ class _Builder:
         action, reason = self._action(name, fingerprint, artifact, work, described, refs)
         planned = PlannedStage(
             name=name,
-            config=config,
+            config=scorers.with_files(config),
             action=action,
             reason=reason,
             fingerprint=fingerprint,
@@ -166,7 +194,9 @@ class _Builder:
             inputs={field: StageInput(ref=one.ref, path=one.path) for field, one in inputs.items()},
             arms={arm: StageInput(ref=one.ref, path=one.path) for arm, one in arms.items()},
             input_fingerprints={key: one.fingerprint for key, one in {**inputs, **arms}.items()},
-            data=self._data.get(name),
+            data=self._data[name].get(DATA),
+            extra_data={field: path for field, path in self._data[name].items() if field != DATA},
+            code=tuple(map(str, scorers.functions(config).values())),
             artifact=artifact,
             work=work,
         )
@@ -204,15 +234,24 @@ class _Builder:
         if slot.ref.startswith("path:"):
             folder = Path(slot.ref.removeprefix("path:")).expanduser().absolute()
             if read_manifest(folder) is not None:
-                return _Resolved(ref=slot.ref, path=folder, fingerprint=_fitting_artifact(folder, slot, where=where))
-            if "policy" not in slot.takes:
-                raise ModelError(
-                    f"no artifact in {folder}",
-                    where=where,
-                    remedy=f"this slot takes an artifact of kind {slot.takes[0]}",
-                )
+                return self._artifact(folder, slot, where=where)
+            if "policy" not in slot.takes and not slot.external:
+                raise ModelError(f"no artifact in {folder}", where=where, remedy=self._what_fits(slot))
         source = self.sources[slot.ref] = resolve(slot.ref, where=where)
+        if slot.external:
+            refuse_policy(source, where=where, advice=self._what_fits(slot))
         return _Resolved(ref=slot.ref, path=source.folder, fingerprint=source.identity)
+
+    def _artifact(self, folder: Path, slot: Slot, *, where: str) -> _Resolved:
+        manifest = verify(folder, content=False)
+        if manifest.kind not in slot.takes:
+            raise ModelError(
+                f"{folder} holds an artifact of kind {manifest.kind}", where=where, remedy=self._what_fits(slot)
+            )
+        return _Resolved(ref=slot.ref, path=folder, fingerprint=manifest.fingerprint)
+
+    def _what_fits(self, slot: Slot) -> str:
+        return references.what_fits(slot, self._config.stages)
 
     def _action(
         self,
@@ -241,14 +280,3 @@ def newest_checkpoint(work: Path) -> Path | None:
     """The last complete checkpoint of a stage under way. The worker verifies it before it goes on from there."""
     complete = [manifest.parent for manifest in (work / "checkpoints").glob(f"checkpoint-*/{CHECKPOINT_MANIFEST}")]
     return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-
-
-def _fitting_artifact(folder: Path, slot: Slot, *, where: str) -> str:
-    manifest = verify(folder, content=False)
-    if manifest.kind not in slot.takes:
-        raise ModelError(
-            f"{folder} holds an artifact of kind {manifest.kind}",
-            where=where,
-            remedy=f"this slot takes {slot.takes[0]}",
-        )
-    return manifest.fingerprint

@@ -72,6 +72,12 @@ def _in_words(path: tuple[str, ...], old: Any, new: Any, refs: dict[str, str]) -
         return "base model changes" if rest == "content" else f"dtype {old} → {new}"
     if head == "data":
         return "data changes"
+    if head == "extra_data":
+        return f"{rest} changes"
+    if head == "code":
+        return "your code changes"
+    if head == "rule":
+        return "the rule of the house style changes"
     if head == "revision":
         return "the stage itself was revised"
     return f"{'.'.join(path)} {_value(old)} → {_value(new)}"
@@ -81,6 +87,9 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _leaves(item, (*path, key))
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        for number, item in enumerate(value):
+            yield from _leaves(item, (*path[:-1], f"{path[-1]}[{number}]"))
     else:
         yield path, value
 

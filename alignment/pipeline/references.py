@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+import typing
 from collections.abc import Iterator, Mapping
 
 from alignment.config.faults import Fault
 from alignment.config.near import suggestion
-from alignment.config.stage import EvaluateConfig, ReportConfig, StageConfig
+from alignment.config.stage import EvaluateConfig, PpoConfig, ReportConfig, StageConfig
+from alignment.config.typed import field_types
+from alignment.rewards.sources import REWARD, in_use, is_reference, source_field
 
 BASE = "base"
 PROMPTED_BASE = "base+prompt"
@@ -21,11 +25,14 @@ class Slot:
     """A place in a stage's configuration that holds a reference.
 
     Example: ``Slot(field="reward", takes=("reward",), ref="stage:reward")``; ``field`` is ``arms[2]`` inside a list.
+    ``external``: a reward model that no stage made fits too, from a folder or a hub. ``optional``: it may be null.
     """
 
     field: str
     takes: tuple[str, ...]
     ref: str
+    external: bool = False
+    optional: bool = False
 
     @property
     def stage(self) -> str | None:
@@ -45,16 +52,32 @@ class Slot:
 
 def slots(stage: StageConfig) -> Iterator[Slot]:
     """Every filled slot of a stage, in the order of its fields."""
+    kind: type = type(stage)
     for field in dataclasses.fields(stage):
         takes = field.metadata.get("reference")
         value = getattr(stage, field.name)
         if takes is None or value is None:
             continue
         if isinstance(value, str):
-            yield Slot(field=field.name, takes=takes, ref=value)
+            yield Slot(
+                field=field.name,
+                takes=takes,
+                ref=value,
+                external=isinstance(stage, PpoConfig) and field.name == REWARD,
+                optional=types.NoneType in typing.get_args(field_types(kind)[field.name]),
+            )
         else:
             for number, ref in enumerate(value):
                 yield Slot(field=f"{field.name}[{number}]", takes=takes, ref=ref)
+    if isinstance(stage, PpoConfig):
+        yield from _scorer_slots(stage)
+
+
+def _scorer_slots(stage: PpoConfig) -> Iterator[Slot]:
+    """Scorers that are reward models of their own."""
+    for name, scorer in in_use(stage).items():
+        if is_reference(scorer.source):
+            yield Slot(field=source_field(name), takes=("reward",), ref=scorer.source, external=True)
 
 
 def inputs_of(name: str, stages: Mapping[str, StageConfig]) -> list[str]:
@@ -114,27 +137,34 @@ def _problem(slot: Slot, stages: Mapping[str, StageConfig]) -> str | None:
     if slot.stage is None:
         return f"{slot.ref!r} is no reference; write base, stage:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
     if slot.stage not in stages:
-        leave_out = " Otherwise take this arm out." if slot.is_arm else ""
-        return f"no stage '{slot.stage}' in this run; {suggestion(slot.stage, stages)}{leave_out}"
+        return f"no stage '{slot.stage}' in this run; {suggestion(slot.stage, stages)}{_otherwise(slot)}"
     produced = stages[slot.stage].produces
     if produced not in slot.takes:
-        return f"{slot.ref!r} is {_NOUNS[produced]}; {_takes(slot, stages)}"
+        return f"{slot.ref!r} is {_NOUNS[produced]}; {what_fits(slot, stages)}"
     return None
 
 
+def _otherwise(slot: Slot) -> str:
+    if slot.is_arm:
+        return " Otherwise take this arm out."
+    return " Otherwise write null." if slot.optional else ""
+
+
 def _external_problem(slot: Slot, stages: Mapping[str, StageConfig]) -> str | None:
-    if "policy" in slot.takes or slot.ref.startswith("path:"):
+    if "policy" in slot.takes or slot.ref.startswith("path:") or (slot.external and slot.ref.startswith("hub:")):
         return None
-    return f"{slot.ref!r} is a language model; {_takes(slot, stages)}"
+    return f"{slot.ref!r} is a language model; {what_fits(slot, stages)}"
 
 
-def _takes(slot: Slot, stages: Mapping[str, StageConfig]) -> str:
+def what_fits(slot: Slot, stages: Mapping[str, StageConfig]) -> str:
     """``this slot takes a reward model. Use 'stage:reward'.``"""
     wanted = " or ".join(_NOUNS[kind] for kind in slot.takes)
     fitting = [name for name, stage in stages.items() if stage.produces in slot.takes]
-    advice = (
-        f"Use {' or '.join(repr(_STAGE + name) for name in fitting)}." if fitting else "No stage of this run makes one."
-    )
+    advice = "No stage of this run makes one."
+    if fitting:
+        advice = f"Use {' or '.join(repr(_STAGE + name) for name in fitting)}."
+    elif slot.external:
+        advice += " From outside it takes a …ForSequenceClassification with one label, by path: or hub:."
     return f"this slot takes {wanted}. {advice}"
 
 

@@ -142,6 +142,8 @@ def _one_stage(plan: Plan, stage: PlannedStage, record: RunRecord, display: Disp
         _point_to_result(plan, stage)
         display.end(stage.name, "reused", stage.artifact.name)
         return
+    for function in stage.code:
+        display.note(f"{stage.name} runs your code: {function}")
     display.begin(stage.name, stage.reason)
     record.stage(stage.name, "running")
     started = time.monotonic()

@@ -9,6 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from alignment import bundled
 from alignment.artifacts import write_json
@@ -18,6 +19,7 @@ from alignment.fingerprint import digest, file_sha256
 _HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _IDENTITY_SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".txt"}
 _LARGE = 16 << 20
+_SCORER = "ForSequenceClassification"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +94,39 @@ def model_folder(path: str, *, where: str) -> Path:
             remedy="only safetensors weights are read, never pickles",
         )
     return folder
+
+
+def refuse_policy(model: ModelSource, *, where: str, advice: str) -> None:
+    """Does nothing if the model gives one score to a text, or is not on this machine yet.
+
+    Raises:
+        ModelError: it is a language model, or a classifier with several labels; ``advice`` says what would fit.
+    """
+    if model.folder is None or not model.ready:
+        return
+    config = _config_of(model.folder, where=where)
+    architectures = config.get("architectures") or ["model of no named architecture"]
+    if not any(str(name).endswith(_SCORER) for name in architectures):
+        raise ModelError(
+            f"{model.folder} holds a {architectures[0]}, which gives no scores", where=where, remedy=advice
+        )
+    labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+    if labels != 1:
+        raise ModelError(
+            f"{model.folder} holds a classifier with {labels} labels; a reward model has one",
+            where=where,
+            remedy=advice,
+        )
+
+
+def _config_of(folder: Path, *, where: str) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder}/config.json is not JSON: {error}", where=where) from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder}/config.json is no JSON object", where=where)
+    return config
 
 
 def _folder_digest(folder: Path) -> str:

@@ -18,13 +18,18 @@ REPORT = "report.html"
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    """One line a stage: what happens to it, and why."""
+    """One line a stage: what happens to it, and why; then what code of the user's would run."""
     console.print(f"[bold]{escape(plan.config.name)}[/]  {escape(plan.config.summary)}", highlight=False)
     table = _grid()
     for stage in plan.stages:
         colour = "cyan" if stage.action is Action.reuse else "green"
         table.add_row(escape(stage.name), f"[{colour}]{stage.action.value}[/]", escape(stage.reason))
     console.print(table)
+    for stage in plan.stages:
+        if stage.action is not Action.reuse:
+            for function in stage.code:
+                line = f"{stage.name} runs your code: {function}"
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
     to_run = sum(stage.action is not Action.reuse for stage in plan.stages)
     console.print(f"{to_run} to run, {len(plan.stages) - to_run} reused", highlight=False)
 

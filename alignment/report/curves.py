@@ -26,13 +26,17 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """A figure to draw: ``Choice("Margin", "chosen − rejected", ("rewards/margins",), guide=0.0)``."""
+    """A figure to draw: ``Choice("Margin", "chosen − rejected", ("rewards/margins",), guide=0.0)``.
+
+    It is drawn over the steps, or over the square root of the figure ``over``.
+    """
 
     title: str
     unit: str
     keys: tuple[str, ...]
     labels: tuple[str, ...] = ("",)
     guide: float | None = None
+    over: str = ""
 
 
 def _choice(title: str, unit: str, key: str, guide: float | None = None) -> Choice:
@@ -62,8 +66,15 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
         ),
     ),
     "ppo": (
-        _choice("Reward-model score", "mean of an update", "objective/score"),
+        _choice("Score", "what PPO maximises, mean of an update", "objective/score"),
         _choice("KL to the reference", "nats a sequence", "objective/kl"),
+        Choice(
+            title="Held-out answers, over √KL",
+            unit="mean score: what PPO maximises, and the guard's second opinion",
+            keys=("guard/proxy", "guard/gold"),
+            labels=("proxy", "gold"),
+            over="guard/kl",
+        ),
         _choice("KL coefficient", "", "objective/kl_coef"),
         _choice("Policy loss", "", "loss/policy"),
         _choice("Value loss", "", "loss/value"),
@@ -86,7 +97,7 @@ def charts(stage: Stage) -> list[Chart]:
         lines = [
             Line(label=label, points=points)
             for key, label in zip(choice.keys, choice.labels, strict=True)
-            if (points := _points(stage.metrics, key))
+            if (points := _points(stage.metrics, key, choice.over))
         ]
         if lines and not (choice.keys[0] in ONLY_IF_IT_MOVES and len({y for _, y in lines[0].points}) == 1):
             svg = curve(lines, title=f"{stage.name}, {choice.title}", guide=choice.guide)
@@ -108,11 +119,15 @@ def num_gaps(stage: Stage) -> int:
     return sum(key in row and text.finite(row[key]) is None for row in stage.metrics for key in keys)
 
 
-def _points(rows: list[dict[str, Any]], key: str) -> Points:
+def _points(rows: list[dict[str, Any]], key: str, over: str) -> Points:
     """The series of ``key``; a row that does not log it is skipped, one that logs something not finite is a gap."""
     points = []
     for position, row in enumerate(rows, start=1):
         if key in row:
-            step = text.finite(row.get("step"))
-            points.append((float(position) if step is None else step, text.finite(row[key])))
+            place = text.finite(row.get(over or "step"))
+            if over:
+                place = None if place is None else math.sqrt(max(0.0, place))
+            points.append((float(position) if place is None else place, text.finite(row[key])))
+    if over:
+        points.sort(key=lambda point: point[0])
     return points if any(y is not None for _, y in points) else []

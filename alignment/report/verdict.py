@@ -29,11 +29,11 @@ def judge(run: Run) -> Verdict:
     evaluation = run.evaluation
     if evaluation is None:
         lead = f"{run.evaluation_note} Nothing can be said yet about which stage helped."
-        return Verdict(lead=lead, differences=[], warnings=_unfinished(run))
+        return Verdict(lead=lead, differences=[], warnings=_unfinished(run) + _handed_on(run))
     return Verdict(
         lead=_lead(run, evaluation),
         differences=_differences(evaluation),
-        warnings=_unfinished(run) + _arm_warnings(evaluation) + _overoptimised(run, evaluation),
+        warnings=_unfinished(run) + _arm_warnings(evaluation) + _overoptimised(run, evaluation) + _handed_on(run),
     )
 
 
@@ -161,4 +161,22 @@ def _overoptimised(run: Run, evaluation: Evaluation) -> list[str]:
                     f"The reward model scores {evaluation.label(item.arm)} above {evaluation.label(sft)} although its "
                     "gold score is really lower: a sign of over-optimisation."
                 )
+    return warnings
+
+
+def _handed_on(run: Run) -> list[str]:
+    """Stages whose guard liked an earlier policy better than the last one, or whose KL reached its budget."""
+    warnings = []
+    for stage in run.stages:
+        metrics = stage.manifest.metrics if stage.manifest and isinstance(stage.manifest.metrics, dict) else {}
+        found = {name: text.finite(value) for name, value in metrics.items()}
+        kept, done, planned = found.get("guard/kept_update"), found.get("updates"), stage.config.get("updates")
+        if kept is not None and done is not None and kept < done:
+            best, last = found.get("guard/best_gold"), found.get("guard/gold")
+            warnings.append(
+                f"{stage.name} hands on its policy after update {kept:.0f} of {done:.0f}: on held-out prompts the second "
+                f"opinion was {text.number(best, 3)} there and {text.number(last, 3)} at the end."
+            )
+        if done is not None and isinstance(planned, int) and done < planned:
+            warnings.append(f"{stage.name} ended after {done:.0f} of {planned} updates: its KL was above guard.max_kl.")
     return warnings

@@ -1,51 +1,169 @@
-"""Proximal policy optimisation against a reward model, on our own trainer (docs/design/0002)."""
+"""Proximal policy optimisation against a reward, on our own trainer (docs/design/0002)."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import nn
 from transformers import TrainingArguments
 
 from alignment.algos.kl import AdaptiveKl, FixedKl
+from alignment.artifacts import read_manifest
 from alignment.config.stage import KlConfig, KlControl, PpoConfig
 from alignment.data.fit import rows_that_fit
-from alignment.data.records import Prompt
+from alignment.data.records import Conversation, Prompt
 from alignment.data.sources import read_jsonl
-from alignment.data.tokenize import prompt_ids, tokenize_rows
+from alignment.data.tokenize import prompt_ids, tokenize_conversation, tokenize_rows
 from alignment.errors import ConfigError
 from alignment.models.load import lineage, load_tokenizer, refuse_other_tokenizer
 from alignment.models.roles import Roles, build_roles
+from alignment.rewards.build import build_rewards, build_scorer
+from alignment.rewards.slot import Rewards
+from alignment.stage_spec import StageInput
 from alignment.stages.result import StageResult, save_model
 from alignment.training.arguments import SCHEDULES, quiet_arguments
 from alignment.training.context import StageContext
-from alignment.training.ppo_trainer import Episodes, PpoTrainer
+from alignment.training.guard import Guard
+from alignment.training.ppo_trainer import EndsOverBudget, PpoTrainer
+from alignment.training.ptx import Ptx
+from alignment.training.rollouts import Episodes, Prompts
+from alignment.training.samples import Samples
 from alignment.training.session import train
+
+KEPT = ("objective/score", "objective/kl", "response_length", "eos_rate", "memory/base_copies")
 
 
 def run(config: PpoConfig, context: StageContext) -> StageResult:
-    """A policy, a reward model and prompts in, policy out."""
+    """A policy, prompts and whatever scores answers in, policy out."""
     spec = context.spec
     context.progress("loading")
     found = lineage(spec, spec.inputs["init"])
     tokenizer = load_tokenizer(found.base)
-    refuse_other_tokenizer(spec, spec.inputs["reward"], tokenizer)
-    records = read_jsonl(spec.data_path, Prompt, limit=config.data.limit)
-    rows = tokenize_rows(spec.data_path, records, lambda record: prompt_ids(tokenizer, record.messages))
-    prompts, dropped = rows_that_fit(
-        rows, len, max_length=config.max_prompt_length, where=f"stages.{spec.stage}.max_prompt_length"
-    )
+    own = own_reward_model(context)
+    if own is not None:
+        refuse_other_tokenizer(spec, own, tokenizer)
+    rows = list(read_jsonl(spec.data_path, Prompt, limit=config.data.limit))
+    prompts, dropped = _prompts(config, context, tokenizer, rows)
+    learned, held_out = hold_out(prompts, config, context)
     roles = build_roles(
         spec,
         found,
-        spec.inputs["reward"],
+        own,
         config.adapter,
         device=context.device,
         critic=config.critic,
         relative_returns=config.prompt_baseline,
     )
-    trainer = _trainer(config, context, roles, prompts, tokenizer.eos_token_id)
+    told = (config, spec, tokenizer, rows, roles.reward)
+    trainer = build_trainer(
+        config,
+        context,
+        roles,
+        learned,
+        tokenizer.eos_token_id,
+        build_rewards(*told, device=context.device),
+        ptx=_ptx(config, context, tokenizer),
+        samples=Samples(context, tokenizer, group=config.completions_per_prompt),
+    )
+    if config.guard.every:
+        trainer.guard = Guard(
+            config.guard,
+            context,
+            held_out,
+            scorer=build_scorer(*told, device=context.device),
+            policy=roles.policy,
+            proxy=lambda rollout: trainer.scores_of(rollout, learn=False),
+        )
     last = train(trainer, context, headline="objective/score", period=trainer.steps_per_update)
-    kept = ("objective/score", "objective/kl", "response_length", "eos_rate")
-    metrics = {name: last[name] for name in kept} | {"rows": float(len(prompts)), "rows_too_long": float(dropped)}
-    return save_model(roles.policy, tokenizer, context, found, metrics)
+    metrics = {name: last[name] for name in KEPT} | {"rows": float(len(prompts)), "rows_too_long": float(dropped)}
+    metrics["updates"] = float(trainer.updates_done)
+    if trainer.guard is not None:
+        context.progress("held-out answers")
+        roles.actor_critic.eval()
+        metrics |= trainer.guard.finish(trainer.updates_done, trainer.rollouts)
+    result = save_model(roles.policy, tokenizer, context, found, metrics)
+    if context.is_main:
+        _save_critic(roles.actor_critic.value, context)
+    return result
+
+
+def own_reward_model(context: StageContext) -> StageInput | None:
+    """The reward model, where it is an artifact of ours: the value model can then start from it."""
+    reward = context.spec.inputs.get("reward")
+    if reward is None or reward.path is None or read_manifest(reward.path) is None:
+        return None
+    return reward
+
+
+def _prompts(config: PpoConfig, context: StageContext, tokenizer: Any, rows: list[Prompt]) -> tuple[Prompts, int]:
+    spec = context.spec
+    ids = tokenize_rows(spec.data_path, rows, lambda row: prompt_ids(tokenizer, row.messages))
+    kept, dropped = rows_that_fit(
+        list(enumerate(ids)),
+        lambda row: len(row[1]),
+        max_length=config.max_prompt_length,
+        where=f"stages.{spec.stage}.max_prompt_length",
+    )
+    return Prompts(ids=[prompt for _, prompt in kept], rows=[row for row, _ in kept]), dropped
+
+
+def hold_out(prompts: Prompts, config: PpoConfig, context: StageContext) -> tuple[Prompts, Prompts]:
+    """Prompts to learn from and prompts for the guard; a prompt that stands in several rows is on one side only.
+
+    Raises:
+        ConfigError: too few different prompts.
+    """
+    if not config.guard.every:
+        return prompts, Prompts(ids=[], rows=[])
+    different = sorted({tuple(prompt) for prompt in prompts.ids})
+    number = config.guard.prompts
+    if not context.world_size <= number < len(different):
+        raise ConfigError(
+            f"{number} prompts cannot be held out of {len(different)} different ones, by {context.world_size} processes",
+            where=f"stages.{context.spec.stage}.guard.prompts",
+            remedy=f"choose {context.world_size} to {len(different) - 1}, or set guard.every to 0",
+        )
+    order = torch.randperm(len(different), generator=context.generator("held out")).tolist()
+    chosen = {different[place] for place in order[:number]}
+    held_out: dict[tuple[int, ...], int] = {}
+    learned = []
+    for place, prompt in enumerate(prompts.ids):
+        if tuple(prompt) in chosen:
+            held_out.setdefault(tuple(prompt), place)
+        else:
+            learned.append(place)
+    return _some(prompts, learned), _some(prompts, list(held_out.values()))
+
+
+def _some(prompts: Prompts, places: list[int]) -> Prompts:
+    return Prompts(ids=[prompts.ids[place] for place in places], rows=[prompts.rows[place] for place in places])
+
+
+def _ptx(config: PpoConfig, context: StageContext, tokenizer: Any) -> Ptx | None:
+    if not config.ptx.coefficient:
+        return None
+    path = context.spec.extra_data["ptx.data"]
+    records = read_jsonl(path, Conversation, limit=config.ptx.data.limit)
+    rows = tokenize_rows(path, records, lambda record: tokenize_conversation(tokenizer, record.messages))
+    kept, _ = rows_that_fit(
+        rows,
+        lambda row: len(row.input_ids),
+        max_length=config.max_prompt_length + config.max_new_tokens,
+        where=f"stages.{context.spec.stage}.ptx.data",
+    )
+    return Ptx(config.ptx, kept, context, tokens=config.optim.micro_batch_tokens)
+
+
+def _save_critic(value: nn.Module, context: StageContext) -> None:
+    """What was trained of the value model, for whoever wants to go on from there; the policy needs none of it."""
+    prefix = "base_model.model." if isinstance(value, PeftModel) else ""
+    trained = {
+        name.removeprefix(prefix): p.detach().contiguous() for name, p in value.named_parameters() if p.requires_grad
+    }
+    save_file(trained, context.content / "critic.safetensors")
 
 
 def kl_price(config: KlConfig) -> FixedKl | AdaptiveKl:
@@ -55,9 +173,22 @@ def kl_price(config: KlConfig) -> FixedKl | AdaptiveKl:
     return FixedKl(coefficient=config.coefficient)
 
 
-def _trainer(
-    config: PpoConfig, context: StageContext, roles: Roles, prompts: list[list[int]], end_id: int
+def build_trainer(
+    config: PpoConfig,
+    context: StageContext,
+    roles: Roles,
+    prompts: Prompts,
+    end_id: int,
+    rewards: Rewards,
+    *,
+    ptx: Ptx | None = None,
+    samples: Samples | None = None,
 ) -> PpoTrainer:
+    """The trainer of a stage; ``end_id`` is the token that ends an answer.
+
+    Raises:
+        ConfigError: episodes, prompts, processes and minibatches do not divide.
+    """
     _refuse_uneven_groups(config, context)
     steps_per_update = config.ppo_epochs * config.num_minibatches
     arguments = TrainingArguments(
@@ -77,7 +208,19 @@ def _trainer(
         group=config.completions_per_prompt,
         micro_batch_tokens=config.optim.micro_batch_tokens,
     )
-    return PpoTrainer(roles, config, context, episodes=episodes, price=kl_price(config.kl), args=arguments)
+    trainer = PpoTrainer(
+        roles,
+        config,
+        context,
+        episodes=episodes,
+        rewards=rewards,
+        price=kl_price(config.kl),
+        args=arguments,
+        ptx=ptx,
+        samples=samples,
+    )
+    trainer.add_callback(EndsOverBudget(trainer))
+    return trainer
 
 
 def _refuse_uneven_groups(config: PpoConfig, context: StageContext) -> None:

@@ -13,17 +13,19 @@ from torch import Tensor
 class Rollout:
     """Answers to prompts and what policy, reference, value and reward model say of them; one entry a row.
 
-    ``logprobs``, ``reference_logprobs``, ``entropy`` and ``values`` hold one float32 tensor ``[tokens of the answer]``
-    a row; ``scores`` are the reward model's. Rows are plain, so they can travel between processes.
+    ``rows`` are the prompts' places in the stage's data. ``logprobs``, ``reference_logprobs``, ``entropy`` and
+    ``values`` hold one float32 tensor ``[tokens of the answer]`` a row; ``scores`` what each scorer says, by its name.
+    Entries are plain, so they can travel between processes.
     """
 
+    rows: list[int]
     prompts: list[list[int]]
     answers: list[list[int]]
     logprobs: list[Tensor]
     reference_logprobs: list[Tensor]
     entropy: list[Tensor]
     values: list[Tensor]
-    scores: list[float]
+    scores: list[dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +33,7 @@ class Experience:
     """The rollout batch of an update, of all processes, the same on each of them.
 
     Tensors are ``[rows, tokens]`` float32 unless said otherwise, zero outside ``response_mask``; ``scores`` is
-    ``[rows]``, as the reward model gave them, with the score of unended answers replaced. ``advantages`` are whitened.
+    ``[rows]``, with the score of unended answers replaced. ``advantages`` are whitened.
     """
 
     prompts: Sequence[Sequence[int]]

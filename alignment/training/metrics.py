@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one line a logged step; steps rise strictly, so a curve never doubles back after a resume."""
+"""``metrics.jsonl`` and its like: lines by step, none of which doubles back after a resume."""
 
 from __future__ import annotations
 
@@ -32,8 +32,12 @@ class MetricsLog:
 
     def last(self) -> dict[str, Any]:
         """The newest step, or an empty dict."""
+        return (self.rows() or [{}])[-1]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All that is there."""
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        return json.loads(lines[-1]) if lines else {}
+        return [json.loads(line) for line in lines]
 
 
 def _step_of(line: str) -> float:

@@ -23,6 +23,7 @@ class UpdateFigures:
         self.values: dict[str, float] = {}
         self._shares: dict[str, float] = defaultdict(float)
         self._steps = 0
+        self._closed = 0.0
 
     def add_means(self, named: dict[str, Tensor], mask: Tensor) -> None:
         """Means over counted elements of all processes; ``mask`` has the values' shape."""
@@ -43,14 +44,23 @@ class UpdateFigures:
         """Time spent in a phase of the update."""
         self.values[f"time/{name}"] = self.values.get(f"time/{name}", 0.0) + seconds
 
-    def step_done(self) -> None:
-        """Closes a minibatch. The first one's approximate KL must be zero: nothing has been learned yet."""
+    def step_done(self) -> float:
+        """Closes a minibatch; returns this process's share of its approximate KL.
+
+        The first one's must be zero: nothing has been learned yet.
+        """
+        total = self._shares["policy/approxkl"]
         if self._steps == 0:
-            self.values["policy/approxkl_first"] = self._shares["policy/approxkl"]
+            self.values["policy/approxkl_first"] = total
         self._steps += 1
+        self.values["policy/steps"] = float(self._steps)
+        share, self._closed = total - self._closed, total
+        return share
 
     def result(self) -> dict[str, float]:
         """All figures; shares are averaged over the update's optimiser steps. Every process must call this."""
+        if not self._shares:  # the update was only sampled
+            return dict(self.values)
         totals = self._sum(*(torch.tensor(total) for total in self._shares.values()))
         shares = {name: float(total) / self._steps for name, total in zip(self._shares, totals, strict=True)}
         return {**self.values, **shares}

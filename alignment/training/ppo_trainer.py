@@ -9,17 +9,16 @@ but weights, optimiser, price of KL and step number is needed to go on: all rand
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignment.algos.gae import advantages_and_returns, leave_one_out, token_rewards
 from alignment.algos.kl import AdaptiveKl, FixedKl, k1, k3
@@ -27,46 +26,23 @@ from alignment.algos.masked import center_and_scale, scale_only
 from alignment.algos.ppo import clipped_policy_loss, clipped_value_loss, explained_variance, log_ratio
 from alignment.config.stage import PpoConfig
 from alignment.errors import StageError
-from alignment.models.answers import answer_statistics, answer_stream, batches, pieces_of, scalar_scores, unwrapped
-from alignment.models.generate import Sampling, generate
+from alignment.models.answers import answer_stream, pieces_of, unwrapped
 from alignment.models.roles import Roles
+from alignment.rewards.slot import Rewards
 from alignment.training.context import StageContext
-from alignment.training.experience import (
-    Experience,
-    Rollout,
-    interleave,
-    prompt_order,
-    response_mask,
-    rows_of,
-    spread,
-    stack,
-)
+from alignment.training.experience import Experience, Rollout, response_mask, rows_of, spread, stack
+from alignment.training.guard import Guard
 from alignment.training.micro_batches import accumulating
 from alignment.training.ppo_figures import UpdateFigures
+from alignment.training.ptx import Ptx
+from alignment.training.rollouts import Episodes, Rollouts
+from alignment.training.samples import Samples
+
+log = logging.getLogger(__name__)
 
 KlPrice = FixedKl | AdaptiveKl
 START_KL_TOLERANCE = 0.02
 """Nats a sequence that bfloat16 may make of a KL of zero; a wrong reference is off by far more."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Episodes:
-    """How episodes are made: from which prompts, how answers end, and how many an update, over all processes.
-
-    ``group`` answers are sampled to each prompt; they stay together, so that their prompt is computed once.
-    ``micro_batch_tokens`` are learned from at once; a process samples its whole share at once.
-    """
-
-    prompts: Sequence[Sequence[int]]
-    end_id: int
-    per_update: int
-    group: int
-    micro_batch_tokens: int
-
-    @property
-    def prompts_per_update(self) -> int:
-        """Distinct draws from the prompts in one update."""
-        return self.per_update // self.group
 
 
 class PpoTrainer(Trainer):
@@ -79,19 +55,32 @@ class PpoTrainer(Trainer):
         context: StageContext,
         *,
         episodes: Episodes,
+        rewards: Rewards,
         price: KlPrice,
         args: TrainingArguments,
+        ptx: Ptx | None = None,
+        samples: Samples | None = None,
     ) -> None:
         self.roles = roles
         self.config = config
         self.context = context
         self.episodes = episodes
+        self.rewards = rewards
         self.price = price
+        self.ptx = ptx
+        self.samples = samples
+        self.guard: Guard | None = None
+        self.over_budget = False
         self._experience: Experience | None = None
+        self._update_ended = False
+        self._epoch_kl = 0.0
         self.figures = UpdateFigures(self._summed)
         steps = range(args.max_steps * context.world_size)
         super().__init__(
             model=roles.actor_critic, args=args, train_dataset=list(steps), data_collator=lambda rows: {"step": rows}
+        )
+        self.rollouts = Rollouts(
+            roles, config, context, episodes=episodes, rewards=rewards, accelerator=self.accelerator
         )
 
     @property
@@ -112,44 +101,89 @@ class PpoTrainer(Trainer):
         )
         return self.optimizer
 
+    @property
+    def updates_done(self) -> int:
+        """Updates that were learned from; one that was only sampled, and found to be over the budget, is none."""
+        return (self.state.global_step - int(self.over_budget)) // self.steps_per_update
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One minibatch: gradients of the whole of it, ready for the optimiser. An update begins by sampling."""
+        """One minibatch: gradients of the whole of it, ready for the optimiser. An update begins by sampling.
+
+        A minibatch that is passed over leaves no gradients, and the optimiser then changes nothing.
+        """
         update, place = divmod(self.state.global_step, self.steps_per_update)
         model.eval()  # dropout would make the ratio noisy; everything here runs without it
         if place == 0:
-            self._experience = self._collect(update)
+            self._begin(update)
         if self._experience is None:
             raise StageError(
                 f"a checkpoint inside update {update} cannot be continued",
                 remedy="delete the stage's .work folder and run again",
             )
+        loss = torch.zeros((), device=self.args.device)
+        if not (self.over_budget or self._update_ended):
+            loss = self._learn(model, self._experience, update, place)
+        if place == self.steps_per_update - 1:
+            self.price = self.price.after(self.figures.values["objective/kl"], self.episodes.per_update)
+        return loss
+
+    def _begin(self, update: int) -> None:
+        self._update_ended = False
+        self._epoch_kl = 0.0
+        self.figures.clear()
+        self.context.progress("rollouts", self.state.global_step, self.args.max_steps)
+        if self.guard is not None and self.guard.due(update):
+            started = time.monotonic()
+            self.figures.values |= self.guard.look(update, self.rollouts)
+            self.figures.add_seconds("guard", time.monotonic() - started)
+        self._experience = self._collect(update)
+
+    def _learn(self, model: Any, experience: Experience, update: int, place: int) -> Tensor:
         epoch, minibatch = divmod(place, self.config.num_minibatches)
         order = torch.randperm(
             self.episodes.prompts_per_update, generator=self.context.generator("minibatches", update, epoch)
         ).tensor_split(self.config.num_minibatches)[minibatch]
         started = time.monotonic()
-        loss = self._backward(model, self._experience, order.tolist())
-        self.figures.step_done()
+        policy_learns = update >= self.config.critic_warmup
+        if self.ptx is not None and policy_learns:
+            self._add_ptx(model)
+        loss = self._backward(model, experience, order.tolist(), policy_learns=policy_learns)
+        if not policy_learns:
+            for parameter in _trained(self.roles.policy):
+                parameter.grad = None  # with zeros instead, Adam would count the step
+        self._epoch_kl += self.figures.step_done()
+        if minibatch == self.config.num_minibatches - 1:
+            self._end_epoch()
         self.figures.add_seconds("learning", time.monotonic() - started)
-        if place == self.steps_per_update - 1:
-            self.price = self.price.after(self.figures.values["objective/kl"], self.episodes.per_update)
         return loss
+
+    def _add_ptx(self, model: Any) -> None:
+        assert self.ptx is not None
+        with self.accelerator.no_sync(model):
+            share = self.ptx.add_gradients(unwrapped(self.roles.policy), self.state.global_step, self.accelerator)
+        self.figures.add_share({"loss/ptx": share})
+
+    def _end_epoch(self) -> None:
+        """After an epoch that moved the policy too far, the update's remaining minibatches are passed over."""
+        (total,) = self._summed(torch.tensor(self._epoch_kl))
+        limit = self.config.max_approxkl
+        self._update_ended = limit is not None and float(total) / self.config.num_minibatches > limit
+        self._epoch_kl = 0.0
 
     # ---- sampling -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _collect(self, update: int) -> Experience:
-        self.figures.clear()
-        rollout = self._rollout(update)
+        rollout = self.rollouts.of_update(update, self.figures)
         device = self.args.device
         mask = response_mask(rollout.answers, device)
         logprobs, values = stack(rollout.logprobs, mask), stack(rollout.values, mask)
         reference = stack(rollout.reference_logprobs, mask)
-        scores = torch.tensor(rollout.scores, device=device)
-        ended = torch.tensor([answer[-1] == self.episodes.end_id for answer in rollout.answers], device=device)
-        kept_scores = torch.where(ended, scores, torch.full_like(scores, self.config.missing_eos_score))
+        kept_scores = self.scores_of(rollout, learn=True)
+        ended = self._ended(rollout)
         kl = k1(logprobs, reference) * mask
         self._check_start(update, kl)
+        self._check_scores(kept_scores)
         told = leave_one_out(kept_scores, self.episodes.group) if self.config.prompt_baseline else kept_scores
         rewards = token_rewards(told, kl, mask, kl_coefficient=self.price.coefficient)
         if self.config.whiten_rewards:
@@ -172,6 +206,9 @@ class PpoTrainer(Trainer):
             },
         )
         self.figures.values["val/explained_variance"] = explained_variance(values, returns, mask)
+        self._check_budget(update)
+        if self.samples is not None:
+            self.samples.keep(update, rollout, kept_scores.tolist())
         return Experience(
             prompts=rollout.prompts,
             answers=rollout.answers,
@@ -183,85 +220,38 @@ class PpoTrainer(Trainer):
             returns=returns,
         )
 
-    def _rollout(self, update: int) -> Rollout:
-        """The whole batch on every process: each makes its share, then all are put together."""
-        prompts, answers = self._sample(update)
-        started = time.monotonic()
-        lengths = [len(answer) for answer in answers]
+    def scores_of(self, rollout: Rollout, *, learn: bool) -> Tensor:
+        """``[rows]`` scores that PPO maximises: scorers put together, the score of unended answers replaced."""
+        device = self.args.device
+        names = rollout.scores[0]
+        raw = {name: torch.tensor([scores[name] for scores in rollout.scores], device=device) for name in names}
+        if learn:
+            self.figures.values |= {f"score/{name}": float(values.mean()) for name, values in raw.items()}
+        total = self.rewards.total(raw, learn=learn)
+        if self.config.missing_eos_score is None:
+            return total
+        return torch.where(self._ended(rollout), total, torch.full_like(total, self.config.missing_eos_score))
 
-        def rows(flat: Tensor) -> list[Tensor]:
-            return list(flat.float().cpu().split(lengths))
+    def _ended(self, rollout: Rollout) -> Tensor:
+        ended = [answer[-1] == self.episodes.end_id for answer in rollout.answers]
+        return torch.tensor(ended, device=self.args.device)
 
-        with self.accelerator.autocast():
-            logprobs, entropy, values = self._policy_and_values(prompts, answers)
-            share = Rollout(
-                prompts=prompts,
-                answers=answers,
-                logprobs=rows(logprobs),
-                reference_logprobs=rows(self._reference_logprobs(prompts, answers)),
-                entropy=rows(entropy),
-                values=rows(values),
-                scores=self._scores(prompts, answers).tolist(),
+    def _check_scores(self, scores: Tensor) -> None:
+        """Without differences there is nothing to prefer; the update then only returns towards the reference."""
+        self.figures.values["objective/score_std"] = float(scores.std(unbiased=False))
+        if float(scores.max() - scores.min()) == 0.0 and self.context.is_main:
+            log.warning(
+                "all %d answers of this update score %g, so there is nothing to learn from them. If this goes on: look "
+                "at samples.jsonl, raise max_new_tokens if no answer ends, or choose a scorer with more shades.",
+                len(scores),
+                float(scores[0]),
             )
-        whole = interleave(gather_object([share]), group=self.episodes.group)
-        self.figures.add_seconds("scoring", time.monotonic() - started)
-        return whole
 
-    def _sample(self, update: int) -> tuple[list[list[int]], list[list[int]]]:
-        """This process's share of the update's episodes; the whole batch does not depend on how many share it."""
-        started = time.monotonic()
-        rank, world = self.context.rank, self.context.world_size
-        group, number = self.episodes.group, self.episodes.prompts_per_update
-        order = prompt_order(
-            len(self.episodes.prompts),
-            update * number,
-            number,
-            lambda round_: self.context.generator("prompts", round_),
-        )
-        uniforms = torch.rand(
-            self.episodes.per_update,
-            self.config.max_new_tokens,
-            generator=self.context.generator("sampling", update),
-            dtype=torch.float64,
-        )
-        mine = range(rank, number, world)
-        prompts = [list(self.episodes.prompts[order[i]]) for i in mine for _ in range(group)]
-        self.context.progress("rollouts", self.state.global_step, self.args.max_steps)
-        with self.accelerator.autocast():
-            answers = generate(
-                unwrapped(self.roles.policy),
-                prompts,
-                max_new_tokens=self.config.max_new_tokens,
-                end_ids=[self.episodes.end_id],
-                batch_size=len(prompts),
-                sampling=Sampling(temperature=self.config.temperature, uniforms=uniforms[rows_of(mine, group)]),
-            )
-        self.figures.add_seconds("rollouts", time.monotonic() - started)
-        return prompts, answers
-
-    def _policy_and_values(self, prompts: Any, answers: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities recomputed by the training forward: those of sampling drift in low precision."""
-        parts = [self.roles.actor_critic(part, self.config.temperature) for part in self._parts(prompts, answers)]
-        statistics = [statistics for statistics, _ in parts]
-        return (
-            torch.cat([found.logprobs for found in statistics]),
-            torch.cat([found.entropy for found in statistics]),
-            torch.cat([values for _, values in parts]),
-        )
-
-    def _reference_logprobs(self, prompts: Any, answers: Any) -> Tensor:
-        with self.roles.reference() as reference:
-            found = [
-                answer_statistics(reference, part, temperature=self.config.temperature).logprobs
-                for part in self._parts(prompts, answers)
-            ]
-        return torch.cat(found)
-
-    def _scores(self, prompts: Any, answers: Any) -> Tensor:
-        return torch.cat([scalar_scores(self.roles.reward, part.rows) for part in self._parts(prompts, answers)])
-
-    def _parts(self, prompts: Any, answers: Any) -> Any:
-        return batches(prompts, answers, tokens=self.episodes.micro_batch_tokens, device=self.args.device)
+    def _check_budget(self, update: int) -> None:
+        limit, kl = self.config.guard.max_kl, self.figures.values["objective/kl"]
+        self.over_budget = limit is not None and kl > limit
+        if self.over_budget and self.context.is_main:
+            log.warning("the KL of %.2f nats is above guard.max_kl; the stage ends after %d updates.", kl, update)
 
     def _check_start(self, update: int, kl: Tensor) -> None:
         """Policy and reference are the same before the first step."""
@@ -275,7 +265,7 @@ class PpoTrainer(Trainer):
 
     # ---- learning -------------------------------------------------------------------------------------------------
 
-    def _backward(self, model: Any, experience: Experience, prompts: list[int]) -> Tensor:
+    def _backward(self, model: Any, experience: Experience, prompts: list[int], *, policy_learns: bool) -> Tensor:
         """Sums over the minibatch divided by its tokens, across micro-batches and processes: never a mean of means."""
         group = self.episodes.group
         tokens = experience.response_mask[rows_of(prompts, group)].sum().float()
@@ -286,20 +276,25 @@ class PpoTrainer(Trainer):
         for number, piece in enumerate(pieces):
             with accumulating(self.accelerator, model, last=number == len(pieces) - 1):
                 with self.compute_loss_context_manager():
-                    policy_loss, value_loss = self._losses(model, experience, [rows[i] for i in piece], tokens)
-                    loss = policy_loss + self.config.value_coefficient * value_loss
+                    policy_loss, value_loss = self._losses(
+                        model, experience, [rows[i] for i in piece], tokens, policy_learns=policy_learns
+                    )
+                    # Gradients of 0 rather than none: DDP waits for those of every parameter.
+                    loss = float(policy_learns) * policy_loss + self.config.value_coefficient * value_loss
                 # DDP averages over processes; the sum over all of them is wanted.
                 self.accelerator.backward(loss * self.context.world_size)
             total += loss.detach()
         return total
 
-    def _losses(self, model: Any, experience: Experience, rows: list[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(
+        self, model: Any, experience: Experience, rows: list[int], tokens: Tensor, *, policy_learns: bool
+    ) -> tuple[Tensor, Tensor]:
         width = max(len(experience.answers[row]) for row in rows)
         mask = experience.response_mask[rows, :width]
         part = answer_stream(
             [experience.prompts[row] for row in rows], [experience.answers[row] for row in rows], self.args.device
         )
-        statistics, flat_values = model(part, self.config.temperature)
+        statistics, flat_values = model(part, self.config.temperature, policy_learns=policy_learns)
         logprobs, values = spread(statistics.logprobs, mask), spread(flat_values, mask)
         change = log_ratio(logprobs, experience.logprobs[rows, :width])
         advantages = experience.advantages[rows, :width]
@@ -333,6 +328,7 @@ class PpoTrainer(Trainer):
         self.figures.add_means(episodes, torch.ones_like(scores))
         self.figures.add_means({name: values for name, values in named.items() if name not in summed}, mask)
         self.figures.values["objective/kl_coef"] = self.price.coefficient
+        self.figures.values["memory/base_copies"] = self.roles.base_copies()
 
     @torch.no_grad()
     def _log_minibatch(
@@ -372,7 +368,10 @@ class PpoTrainer(Trainer):
             },
             folder / "actor_critic.safetensors",
         )
-        (folder / "ppo.json").write_text(json.dumps({"kl_coefficient": self.price.coefficient}))
+        state = {"kl_coefficient": self.price.coefficient, "rewards": self.rewards.state()}
+        if self.guard is not None:
+            state["guard"] = self.guard.save(folder)
+        (folder / "ppo.json").write_text(json.dumps(state))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / "actor_critic.safetensors")
@@ -380,9 +379,26 @@ class PpoTrainer(Trainer):
             for name, parameter in self.roles.actor_critic.named_parameters():
                 if parameter.requires_grad:
                     parameter.copy_(saved[name])
-        coefficient = json.loads((Path(resume_from_checkpoint) / "ppo.json").read_text())["kl_coefficient"]
+        state = json.loads((Path(resume_from_checkpoint) / "ppo.json").read_text())
         if isinstance(self.price, AdaptiveKl):
-            self.price = AdaptiveKl(coefficient=coefficient, target=self.price.target, horizon=self.price.horizon)
+            self.price = replace(self.price, coefficient=state["kl_coefficient"])
+        self.rewards.restore(state["rewards"])
+        if self.guard is not None:
+            self.guard.restore(Path(resume_from_checkpoint), state["guard"])
+
+
+class EndsOverBudget(TrainerCallback):
+    """Ends the training where the policy went further from the reference than it may; nothing more was learned."""
+
+    def __init__(self, trainer: PpoTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """All processes have the same rollout batch, so they agree."""
+        if self._trainer.over_budget:
+            control.should_log = True
+            control.should_save = False  # inside an update
+            control.should_training_stop = True
 
 
 def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:

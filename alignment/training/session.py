@@ -53,6 +53,7 @@ def train(trainer: Trainer, context: StageContext, *, headline: str, period: int
     try:
         with contextlib.suppress(NothingLeft):  # every step was done before; the checkpoint is loaded
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        tracker.table("samples", MetricsLog(context.content / "samples.jsonl").rows())
     finally:
         tracker.close()
     if stop.stopped:

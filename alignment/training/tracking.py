@@ -6,8 +6,10 @@ A tracker never stops a training: when it fails, that is said once and the stage
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignment.config.tracking import TrackerKind
@@ -27,6 +29,11 @@ class Tracker:
         """Sends one step."""
         self._guarded(lambda run: run.log(figures, step=step))
 
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Sends rows of the same fields as a table; fields that hold more than one value become JSON."""
+        if rows:
+            self._guarded(lambda run: run.log({name: _table(rows)}))
+
     def summarise(self, metrics: dict[str, float]) -> None:
         """Sets the headline figures of the stage."""
         self._guarded(lambda run: run.summary.update(metrics))
@@ -43,6 +50,14 @@ class Tracker:
         except Exception as error:  # noqa: BLE001 - a tracker raises whatever its transport raises
             log.warning("Weights & Biases failed and is not used any more in this stage: %s", error)
             self._run = None
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    import wandb
+
+    columns = list(rows[0])
+    cells = [[json.dumps(row[c]) if isinstance(row[c], (dict, list)) else row[c] for c in columns] for row in rows]
+    return wandb.Table(columns=columns, data=cells)
 
 
 def open_tracker(context: StageContext) -> Tracker:

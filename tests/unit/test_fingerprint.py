@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from alignment.config.adapter import AdapterKind
-from alignment.config.stage import DpoConfig, SftConfig
+from alignment.config.stage import DpoConfig, PpoConfig, ScorerConfig, SftConfig
 from alignment.fingerprint import canonical, digest
 
 
@@ -41,3 +41,18 @@ def test_fields_that_change_no_result_are_left_out() -> None:
     assert "micro_batch_tokens" not in kept["optim"]
     assert "source" not in kept["data"]
     assert canonical(DpoConfig(beta=0.1)) != canonical(DpoConfig(beta=0.2))
+
+
+def test_entries_of_a_list_of_groups_count_one_by_one_and_in_order() -> None:
+    one, other = ScorerConfig(weight=2.0), ScorerConfig(source="length", target=20)
+    kept = canonical(PpoConfig(scorers=[one, other]))["scorers"]
+    assert kept[0] == {
+        "source": "reward",
+        "weight": 2,
+        "normalize": False,
+        "clip": None,
+        "pattern": None,
+        "target": None,
+    }
+    assert canonical(PpoConfig(scorers=[other, one]))["scorers"] == kept[::-1]
+    assert digest(PpoConfig(scorers=[one])) != digest(PpoConfig(scorers=[ScorerConfig(weight=2.5)]))

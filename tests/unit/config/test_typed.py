@@ -9,8 +9,8 @@ import pytest
 
 from alignment.config.near import nearest
 from alignment.config.rules import RULES
-from alignment.config.stage import STAGES, PpoConfig, SftConfig
-from alignment.config.typed import convert, field_types, stage_from_plain, to_plain, typed
+from alignment.config.stage import STAGES, PpoConfig, ScorerConfig, SftConfig
+from alignment.config.typed import convert, field_types, listed_dataclass, stage_from_plain, to_plain, typed
 from alignment.errors import ConfigError
 
 
@@ -18,6 +18,12 @@ def with_stage(**fields: Any) -> dict[str, Any]:
     return {"name": "run", "stages": {"sft": {"kind": "sft", **fields}}}
 
 
+def with_ppo(**fields: Any) -> dict[str, Any]:
+    return {"name": "run", "stages": {"ppo": {"kind": "ppo", **fields}}}
+
+
+SCORER = {"source": "reward"}
+SCORER_KEYS = "it takes the keys source, weight, normalize, clip, pattern, target"
 FAULTS = [
     (with_stage(pakcing=True), "stages.sft.pakcing: unknown key; did you mean 'packing'?"),
     ({**with_stage(), "lauch": {}}, "lauch: unknown key; did you mean 'launch'?"),
@@ -51,6 +57,24 @@ FAULTS = [
     (
         {**with_stage(), "name": "../x"},
         "name: '../x' is not allowed; 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot",
+    ),
+    (
+        with_ppo(scorers=[{"source": "reward"}, {"weigth": 2}]),
+        "stages.ppo.scorers[1].weigth: unknown key; did you mean 'weight'?",
+    ),
+    (with_ppo(scorers=[{"weight": "x"}]), "stages.ppo.scorers[0].weight: 'x' is not allowed; it takes a number"),
+    (with_ppo(scorers=[{"clip": 0}]), "stages.ppo.scorers[0].clip: 0 is not allowed; a number above 0"),
+    (with_ppo(scorers=[]), "stages.ppo.scorers: [] is not allowed; at least one entry"),
+    (with_ppo(scorers=[SCORER, "reward"]), f"stages.ppo.scorers[1]: 'reward' is no group of settings; {SCORER_KEYS}"),
+    (
+        with_ppo(scorers={"source": "reward"}),
+        "stages.ppo.scorers: {'source': 'reward'} is not allowed; it takes a list of groups, each with some of the "
+        "keys source, weight, normalize, clip, pattern, target",
+    ),
+    (with_ppo(guard={"scorer": {"sauce": "x"}}), "stages.ppo.guard.scorer.sauce: unknown key; did you mean 'source'?"),
+    (
+        with_ppo(guard={"scorer": {"pattern": "("}}),
+        "stages.ppo.guard.scorer.pattern: '(' is not allowed; a regular expression as Python writes them",
     ),
     (
         {"name": "run", "stages": {"a\nb": {"kind": "sft"}}},
@@ -119,6 +143,23 @@ def test_none_is_taken_only_where_it_means_something() -> None:
     assert stage.optim.critic_lr is None
 
 
+def test_what_an_entry_of_a_list_leaves_out_has_the_default_of_its_class() -> None:
+    stage = stage_from_plain(
+        {"kind": "ppo", "scorers": [{"weight": 2}, {"source": "regex", "pattern": "x", "clip": "1e-1"}]}
+    )
+    assert isinstance(stage, PpoConfig)
+    assert stage.scorers == [ScorerConfig(weight=2.0), ScorerConfig(source="regex", pattern="x", clip=0.1)]
+    assert stage_from_plain(to_plain(stage)) == stage
+
+
+def test_a_fault_in_one_entry_leaves_the_others() -> None:
+    config, faults = convert(with_ppo(scorers=[{"weight": "x"}, {"source": "length", "target": 3}]))
+    assert [fault.where for fault in faults] == ["stages.ppo.scorers[0].weight"]
+    stage = config.stages["ppo"]
+    assert isinstance(stage, PpoConfig)
+    assert stage.scorers == [ScorerConfig(), ScorerConfig(source="length", target=3)]
+
+
 def test_every_rule_names_a_field_that_exists() -> None:
     for cls, name in RULES:
         assert name in field_types(cls), f"{cls.__name__}.{name}"
@@ -135,6 +176,8 @@ def test_every_number_of_a_stage_has_a_rule() -> None:
         for name, hint in field_types(cls).items():
             if dataclasses.is_dataclass(hint):
                 todo.append(hint)
+            elif (item := listed_dataclass(hint)) is not None:
+                todo.append(item)
             elif hint in (int, float, int | None, float | None) and (cls, name) not in RULES:
                 missing.append(f"{cls.__name__}.{name}")
     assert not missing

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from alignment.data.records import Conversation, HeldOutPrompt, Message, PreferencePair, Prompt
+from alignment.data.records import Conversation, HeldOutPrompt, Message, PreferencePair, Prompt, facts_in
 from alignment.data.sources import RECORDS, locate, read_jsonl
 from alignment.errors import DataError
 
@@ -110,3 +110,21 @@ def test_every_shipped_row_fits_the_stages_that_read_it(kind: str, name: str) ->
     rows = list(read_jsonl(locate(f"bundled:quickstart/{name}"), RECORDS[kind]))
     assert len(rows) >= 100
     assert len({row.id for row in rows}) == len(rows)
+
+
+def test_a_prompt_carries_its_row_and_where_it_stands(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    row = {"messages": [USER, ANSWER], "answer": "#### 4", "nested": {"a": [1]}}
+    file.write_text("\n" + json.dumps(row) + "\n")
+    (prompt,) = read_jsonl(file, Prompt)
+    assert prompt.row == row
+    assert prompt.where == f"{file}:2"
+    assert prompt == Prompt(messages=(Message(role="user", content="2 + 2?"),)), "the row is no part of what it is"
+
+
+def test_facts_of_a_prompt_s_row_are_optional_but_never_of_another_form() -> None:
+    assert facts_in(Prompt.from_row({"messages": [USER]}, where="x:1")) is None
+    assert facts_in(Prompt.from_row({"messages": [USER], "facts": None}, where="x:1")) is None
+    assert facts_in(Prompt.from_row({"messages": [USER], "facts": [["4", "four"]]}, where="x:1")) == (("4", "four"),)
+    with pytest.raises(DataError, match=r"x:1: 'facts\[0\]' must be a list of wordings; it is 4"):
+        facts_in(Prompt.from_row({"messages": [USER], "facts": [4]}, where="x:1"))

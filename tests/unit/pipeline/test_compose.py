@@ -9,6 +9,7 @@ import yaml
 
 from alignment.config.faults import Fault
 from alignment.config.run import RunConfig
+from alignment.config.stage import ScorerConfig
 from alignment.config.store import GROUPS, conf_folder, recipe_names, recipes_folder
 from alignment.config.typed import convert, typed
 from alignment.errors import ConfigError
@@ -194,3 +195,35 @@ def test_choices_say_nothing_that_the_dataclass_does_not_know() -> None:
     for group, choice in CHOICES:
         content = yaml.safe_load((conf_folder() / group / f"{choice}.yaml").read_text())
         assert isinstance(content, dict), f"{group}/{choice}"
+
+
+def test_a_list_of_groups_is_given_as_one_value_and_replaces_the_recipe_s(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "defaults: [quickstart, _self_]\n"
+        "stages: {ppo: {scorers: [{source: reward, normalize: true}, {source: length, target: 20}]}}\n"
+    )
+    ppo = composed(str(recipe)).stages["ppo"]
+    assert ppo.scorers == [  # type: ignore[union-attr]
+        ScorerConfig(normalize=True),
+        ScorerConfig(source="length", target=20),
+    ]
+    for override in (
+        "stages.ppo.scorers=[{source: score.py:brevity, weight: 0.5}]",
+        "stages.ppo.scorers=[{source: 'score.py:brevity', weight: 5e-1}]",
+    ):
+        for start in ("quickstart", str(recipe)):
+            ppo = composed(start, override).stages["ppo"]
+            assert ppo.scorers == [ScorerConfig(source="score.py:brevity", weight=0.5)]  # type: ignore[union-attr]
+    ppo = composed(str(recipe), "stages.ppo.scorers.1.target=30", "stages.ppo.guard.scorer.source=reward").stages["ppo"]
+    assert ppo.scorers[1].target == 30  # type: ignore[union-attr]
+    assert ppo.guard.scorer == ScorerConfig(source="reward")  # type: ignore[union-attr]
+
+
+def test_a_pattern_arrives_as_it_was_written() -> None:
+    ppo = composed("quickstart", r"stages.ppo.scorers=[{source: regex, pattern: '^\s*<a>\d+</a>$'}]").stages["ppo"]
+    assert ppo.scorers[0].pattern == r"^\s*<a>\d+</a>$"  # type: ignore[union-attr]
+
+
+def test_what_could_run_code_is_refused_inside_lists_too() -> None:
+    assert any("is not taken" in fault for fault in faults("stages.ppo.scorers=[{_target_: os.system}]"))

@@ -156,8 +156,8 @@ def test_another_run_s_artifact_fits_a_slot_of_its_kind(plan: MakePlan) -> None:
 def test_a_model_folder_fits_where_a_policy_is_taken(plan: MakePlan, tmp_path: Path) -> None:
     planned = plan(f"stages.dpo.init=path:{tmp_path / 'model'}").stages
     assert {s.name: s for s in planned}["dpo"].inputs["init"].path == tmp_path / "model"
-    with pytest.raises(ModelError, match=r"stages\.ppo\.reward: no artifact in"):
-        plan(f"stages.ppo.reward=path:{tmp_path / 'model'}")
+    with pytest.raises(ModelError, match=r"stages\.evaluate\.reward: no artifact in"):
+        plan(f"stages.evaluate.reward=path:{tmp_path / 'model'}")
 
 
 @pytest.mark.parametrize(

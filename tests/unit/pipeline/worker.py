@@ -1,6 +1,7 @@
 """A worker without a model: reads ``stage.yaml`` and does what the contract asks of a worker, in a process of its own.
 
-``WORKER_FAULT=stage:what`` makes that stage ``fail``, ``crash``, ``bug``, ``preempt`` or ``hang``.
+``WORKER_FAULT=stage:what`` makes that stage ``fail``, ``reward``, ``crash``, ``bug``, ``preempt`` or
+``hang``.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def misbehave(spec: StageSpec, fault: str) -> None:
         time.sleep(60)
     states = {
         "fail": ("failed", 6, "the loss is NaN at step 3\n  → lower the learning rate"),
+        "reward": ("failed", 9, "score.py:brevity: gave nan"),
         "bug": ("failed", 1, "KeyError: 'x'"),
         "preempt": ("preempted", 75, "stopped on request"),
     }

@@ -40,6 +40,7 @@ class FakeRun:
         self.root = root
         self.folder = root / "runs" / "quickstart"
         self.run = run_json()
+        self.headlines: dict[str, dict[str, float]] = {"reward": {"eval_accuracy": 0.9667, "rows": 270.0}}
         self.metrics = {kind: metrics(kind) for kind in ("sft", "reward", "dpo", "ppo")}
         self.evaluation: dict[str, Any] | None = evaluation_json()
         self.samples: list[dict[str, Any]] | None = [sample(index) for index in range(40)]
@@ -60,7 +61,8 @@ class FakeRun:
             folder = folder if complete else folder.with_name(folder.name + ".work") / "content"
             folder.mkdir(parents=True, exist_ok=True)
             if complete:
-                (folder / "manifest.json").write_text(json.dumps(asdict(manifest(stage, entry))), encoding="utf-8")
+                made = manifest(stage, entry, self.headlines.get(stage, {}))
+                (folder / "manifest.json").write_text(json.dumps(asdict(made)), encoding="utf-8")
             if stage in self.metrics:
                 write_lines(folder / "metrics.jsonl", self.metrics[stage])
             if entry["kind"] == "evaluate" and self.evaluation is not None:
@@ -134,7 +136,7 @@ def digest(name: str) -> str:
     return f"{random.Random(name).getrandbits(256):064x}"
 
 
-def manifest(stage: str, entry: dict[str, Any]) -> Manifest:
+def manifest(stage: str, entry: dict[str, Any], headlines: dict[str, float]) -> Manifest:
     """The manifest of a finished stage."""
     return Manifest(
         stage=stage,
@@ -145,7 +147,7 @@ def manifest(stage: str, entry: dict[str, Any]) -> Manifest:
         base={"source": "bundled:smollm2-135m", "sha256": digest("base")},
         adapters=["adapters/0-sft", f"adapters/1-{stage}"] if stage in ("dpo", "ppo") else ["adapters/0-sft"],
         usage={"seconds": 312.4 if stage == "sft" else entry["seconds"] or 1.0, "peak_rss_bytes": 2.4e9},
-        metrics={"eval_accuracy": 0.9667, "rows": 270.0} if stage == "reward" else {},
+        metrics=headlines,
         versions={"torch": "2.9.0", "transformers": "5.3.1", "trl": "1.16.0"},
         git_commit="4f2c9d1e0b7a",
         created="2026-03-14T09:40:11Z",

@@ -102,7 +102,7 @@ def test_every_kind_of_stage_shows_its_figures(fake_run):
         "reward": ["Loss", "Accuracy, training pairs", "Margin"],
         "dpo": ["Loss", "Accuracy", "Margin", "Log-probability of the answers"],
         "ppo": [
-            "Reward-model score",
+            "Score",
             "KL to the reference",
             "Policy loss",
             "Value loss",

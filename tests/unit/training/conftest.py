@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from alignment.config.stage import SftConfig
 from alignment.training.context import StageContext
 from tests.tiny import tiny_spec
+from tests.unit.training.ppo_bench import Bench, bench_in
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +38,9 @@ def _signals() -> Iterator[None]:
 def context(tmp_path: Path) -> StageContext:
     """A stage under way, alone."""
     return StageContext(spec=tiny_spec(tmp_path, SftConfig()), rank=0, world_size=1)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Callable[..., Bench]:
+    """Makes PPO stages on a tiny model."""
+    return bench_in(tmp_path)

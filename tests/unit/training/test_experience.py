@@ -66,7 +66,7 @@ def _rollout(rows: list[int]) -> Rollout:
     """Figures that name their row."""
     named = {name: [float(row) for row in rows] for name in ("logprobs", "reference_logprobs", "entropy", "values")}
     ids = [[row] for row in rows]
-    return Rollout(prompts=ids, answers=ids, scores=[float(row) for row in rows], **named)
+    return Rollout(rows=rows, prompts=ids, answers=ids, scores=[{"rule": float(row)} for row in rows], **named)
 
 
 def test_rows_are_stacked_as_a_stream_is_spread() -> None:

@@ -2,108 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.stage import Critic, KlConfig, KlControl, PpoConfig, PpoOptimConfig
+from alignment.config.adapter import AdapterConfig
+from alignment.config.stage import Critic, KlConfig, KlControl
 from alignment.errors import ConfigError, StageError
 from alignment.models.answers import answer_stream, unwrapped
-from alignment.models.load import Lineage
-from alignment.models.roles import Roles, ValueHead, build_roles
-from alignment.stages import ppo as stage
+from alignment.models.roles import ValueHead
 from alignment.training import ppo_trainer
-from alignment.training.context import StageContext
+from alignment.training import rollouts as making
 from alignment.training.experience import Experience, Rollout
+from alignment.training.ppo_figures import UpdateFigures
 from alignment.training.ppo_trainer import PpoTrainer
-from alignment.training.session import Preempted, train
+from alignment.training.rollouts import Rollouts
+from alignment.training.session import Preempted
 from tests.oracles import gae as gae_oracle
 from tests.oracles import masked as masked_oracle
 from tests.oracles.close import close
-from tests.tiny import BASE_SOURCE, tiny_model, tiny_reward, tiny_spec, tiny_tokenizer
-
-LORA = AdapterConfig(rank=4)
-FULL = AdapterConfig(kind=AdapterKind.full)
-KINDS = pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
-END = 2
-PROMPTS = [[5, 9, 2, 7], [8], [3, 2, 6, 4, 9, 2, 11], [4, 10], [17, 18, 19], [1, 12, 2], [13], [14, 15, 16, 20]]
-
-
-@dataclass(kw_only=True)
-class Bench:
-    """One PPO stage under way, with all that a test looks at."""
-
-    context: StageContext
-    config: PpoConfig
-    roles: Roles
-    trainer: PpoTrainer
-
-    def train(self) -> dict[str, float]:
-        """Runs to the end, as the stage does."""
-        return train(self.trainer, self.context, headline="objective/score", period=self.trainer.steps_per_update)
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """What was logged, a line an update."""
-        lines = (self.context.content / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Callable[..., Bench]:
-    """Makes a stage on a model of 24 tokens, so that answers do end; the same arguments give the same stage."""
-    base = tmp_path / "base"
-    tiny_model(vocab_size=24).save_pretrained(str(base))
-    tiny_tokenizer().save_pretrained(str(base))  # asked for its hashes only
-    found = Lineage(source=BASE_SOURCE, base=base, adapters=())
-    rewards = {}
-
-    def make(name: str = "run", *, adapter: AdapterConfig = FULL, prompts: Any = PROMPTS, **changes: Any) -> Bench:
-        if adapter.kind not in rewards:
-            rewards[adapter.kind] = tiny_reward(tmp_path / f"reward-{adapter.kind.value}", adapter, found=found)
-        optim = PpoOptimConfig(lr=1e-3, batch_size=8, micro_batch_tokens=1000)
-        settings = {"updates": 2, "ppo_epochs": 2, "num_minibatches": 2, "max_new_tokens": 6, "optim": optim}
-        config = PpoConfig(adapter=adapter, **{**settings, **changes})
-        spec = tiny_spec(tmp_path / name, config, base_path=base)
-        context = StageContext(spec=spec, rank=0, world_size=1)
-        roles = build_roles(
-            spec,
-            found,
-            rewards[adapter.kind],
-            adapter,
-            device=context.device,
-            critic=config.critic,
-            relative_returns=config.prompt_baseline,
-        )
-        trainer = stage._trainer(config, context, roles, prompts, END)
-        return Bench(context=context, config=config, roles=roles, trainer=trainer)
-
-    return make
-
-
-def _optim(**changes: Any) -> PpoOptimConfig:
-    return replace(PpoOptimConfig(lr=1e-3, batch_size=8, micro_batch_tokens=1000), **changes)
-
-
-def _sha256(parameters: Any) -> str:
-    sha = hashlib.sha256()
-    for parameter in parameters:
-        sha.update(parameter.detach().numpy().tobytes())
-    return sha.hexdigest()
-
-
-def _trained(roles: Roles) -> list[torch.Tensor]:
-    return [parameter for parameter in roles.actor_critic.parameters() if parameter.requires_grad]
+from tests.unit.training.ppo_bench import END, KINDS, PROMPTS, Bench, optim, sha256, trained
 
 
 def _collected(monkeypatch: pytest.MonkeyPatch) -> list[Experience]:
@@ -150,10 +75,10 @@ def test_a_wrong_reference_stops_before_anything_is_learned(bench: Callable[...,
     run = bench()
     with torch.no_grad():
         run.roles.frozen_reference.model.norm.weight.mul_(1.5)
-    before = _sha256(_trained(run.roles))
+    before = sha256(trained(run.roles))
     with pytest.raises(StageError, match="the reference is not the policy that the stage starts from"):
         run.train()
-    assert _sha256(_trained(run.roles)) == before
+    assert sha256(trained(run.roles)) == before
 
 
 # ---- counting -------------------------------------------------------------------------------------------------------
@@ -193,7 +118,7 @@ def test_an_update_takes_exactly_epochs_times_minibatches_steps(
         updates=updates,
         ppo_epochs=epochs,
         num_minibatches=minibatches,
-        optim=_optim(batch_size=batch, micro_batch_tokens=micro),
+        optim=optim(batch_size=batch, micro_batch_tokens=micro),
     )
     run.train()
     total = updates * epochs * minibatches
@@ -210,12 +135,12 @@ def test_every_episode_is_learned_from_once_an_epoch(
     seen: list[list[int]] = []
     backward = PpoTrainer._backward
 
-    def noted(self: PpoTrainer, model: Any, experience: Experience, rows: list[int]) -> torch.Tensor:
+    def noted(self: PpoTrainer, model: Any, experience: Experience, rows: list[int], **told: Any) -> torch.Tensor:
         seen.append(rows)
-        return backward(self, model, experience, rows)
+        return backward(self, model, experience, rows, **told)
 
     monkeypatch.setattr(PpoTrainer, "_backward", noted)
-    bench(updates=2, ppo_epochs=3, num_minibatches=4, optim=_optim(batch_size=10)).train()
+    bench(updates=2, ppo_epochs=3, num_minibatches=4, optim=optim(batch_size=10)).train()
     epochs = [[row for rows in seen[start : start + 4] for row in rows] for start in range(0, len(seen), 4)]
     assert len(epochs) == 6
     assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 6
@@ -262,7 +187,9 @@ def test_with_a_prompt_baseline_rewards_are_relative_to_the_other_completions(
 ) -> None:
     collected = _collected(monkeypatch)
     run = bench(completions_per_prompt=4, prompt_baseline=True, temperature=3.0, updates=1)
-    assert not any(run.trainer._policy_and_values(PROMPTS[:2], [[3, 4], [5]])[2].tolist()), "the critic starts at 0"
+    assert not any(run.trainer.rollouts._policy_and_values(PROMPTS[:2], [[3, 4], [5]])[2].tolist()), (
+        "the critic starts at 0"
+    )
     run.train()
     (experience,) = collected
     first = experience.returns[:, 0]  # at γ = 1 all that is still to come; λ < 1 mixes in values, which are 0 here
@@ -291,7 +218,7 @@ def test_several_answers_to_a_prompt_are_sampled_and_learned_from_together(
 
 
 def test_the_critic_may_have_a_rate_of_its_own(bench: Callable[..., Bench]) -> None:
-    run = bench(optim=_optim(lr=1e-3, critic_lr=5e-3))
+    run = bench(optim=optim(lr=1e-3, critic_lr=5e-3))
     optimizer = run.trainer.create_optimizer()
     policy, value = optimizer.param_groups
     assert (policy["lr"], value["lr"]) == (1e-3, 5e-3)
@@ -311,14 +238,14 @@ def test_an_experience_is_what_the_papers_say_of_its_own_figures(
     rollouts = _collected(monkeypatch)
     run = bench(updates=2, gae_lambda=0.9, gamma=0.98, kl=KlConfig(coefficient=0.3))
     references = []
-    rollout = PpoTrainer._rollout
+    rollout = Rollouts.of_update
 
-    def noted(self: PpoTrainer, update: int) -> Rollout:
-        found = rollout(self, update)
+    def noted(self: Rollouts, update: int, figures: UpdateFigures) -> Rollout:
+        found = rollout(self, update, figures)
         references.append(torch.nn.utils.rnn.pad_sequence(found.reference_logprobs, batch_first=True))
         return found
 
-    monkeypatch.setattr(PpoTrainer, "_rollout", noted)
+    monkeypatch.setattr(Rollouts, "of_update", noted)
     run.train()
     for experience, reference in zip(rollouts, references, strict=True):
         lengths = [len(answer) for answer in experience.answers]
@@ -337,13 +264,13 @@ def test_every_update_samples_with_numbers_of_its_own(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[torch.Tensor] = []
-    generate = ppo_trainer.generate
+    generate = making.generate
 
     def noted(*args: Any, **kwargs: Any) -> list[list[int]]:
         drawn.append(kwargs["sampling"].uniforms)
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(ppo_trainer, "generate", noted)
+    monkeypatch.setattr(making, "generate", noted)
     bench(updates=3).train()
     numbers = torch.cat([uniforms.flatten() for uniforms in drawn])
     assert numbers.numel() == 3 * 8 * 6
@@ -354,7 +281,7 @@ def test_an_answer_that_never_ended_gets_the_configured_score(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rollouts = _collected(monkeypatch)
-    run = bench(updates=2, missing_eos_score=-3.25, optim=_optim(batch_size=32))
+    run = bench(updates=2, missing_eos_score=-3.25, optim=optim(batch_size=32))
     run.train()
     answers = [answer for rollout in rollouts for answer in rollout.answers]
     scores = torch.cat([rollout.scores for rollout in rollouts]).tolist()
@@ -381,10 +308,10 @@ def test_policy_and_critic_change_and_nothing_else_does(bench: Callable[..., Ben
         "base of the value": [p for p in roles.actor_critic.value.parameters() if not p.requires_grad],
         "reference": [] if roles.frozen_reference is None else list(roles.frozen_reference.parameters()),
     }
-    before = {name: _sha256(parameters) for name, parameters in frozen.items()}
+    before = {name: sha256(parameters) for name, parameters in frozen.items()}
     learned = {name: p.detach().clone() for name, p in roles.actor_critic.named_parameters() if p.requires_grad}
     run.train()
-    assert {name: _sha256(parameters) for name, parameters in frozen.items()} == before
+    assert {name: sha256(parameters) for name, parameters in frozen.items()} == before
     now = dict(roles.actor_critic.named_parameters())
     changed = {name for name, parameter in learned.items() if not torch.equal(now[name], parameter)}
     # The key's bias and the like may rest; here there is none, so everything that is trained moves.
@@ -398,9 +325,9 @@ def test_the_size_of_a_micro_batch_never_changes_the_weights(
 ) -> None:
     weights = {}
     for size in (1, 40, 1000):
-        run = bench(f"micro-{size}", adapter=adapter, num_minibatches=1, optim=_optim(micro_batch_tokens=size))
+        run = bench(f"micro-{size}", adapter=adapter, num_minibatches=1, optim=optim(micro_batch_tokens=size))
         run.train()
-        weights[size] = torch.cat([parameter.detach().flatten() for parameter in _trained(run.roles)]).double()
+        weights[size] = torch.cat([parameter.detach().flatten() for parameter in trained(run.roles)]).double()
     for size in (1, 40):
         difference = (weights[size] - weights[1000]).norm() / weights[1000].norm()
         assert float(difference) < 1e-5
@@ -417,7 +344,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_does_not(
             run.context = replace(run.context, spec=replace(run.context.spec, seed=1))
             run.trainer.context = run.context
         run.train()
-        found.append(_sha256(run.roles.policy.parameters()))
+        found.append(sha256(run.roles.policy.parameters()))
     assert found[0] == found[1] != found[2]
 
 
@@ -454,7 +381,7 @@ def test_a_resumed_run_equals_the_straight_one(
 
     resumed = bench("resumed", **settings)
     resumed.train()
-    assert _sha256(_trained(resumed.roles)) == _sha256(_trained(straight.roles))
+    assert sha256(trained(resumed.roles)) == sha256(trained(straight.roles))
     assert resumed.trainer.price == straight.trainer.price
     assert [line["step"] for line in resumed.metrics()] == [4, 8, 12]
     for mine, other in zip(resumed.metrics(), straight.metrics(), strict=True):
@@ -491,7 +418,7 @@ def test_ppo_finds_the_closed_form_optimum_of_a_bandit(bench: Callable[..., Benc
         save_every=1000,
         kl=KlConfig(coefficient=beta),
         value_coefficient=1.0,
-        optim=_optim(lr=1e-3, batch_size=128, micro_batch_tokens=100_000),
+        optim=optim(lr=1e-3, batch_size=128, micro_batch_tokens=100_000),
     )
     start = [_distribution(run, prompt) for prompt in PROMPTS]
     rewards = [_rewards(run, prompt, missing) for prompt in PROMPTS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -100,3 +101,18 @@ def test_an_offline_run_is_written_into_the_run_folder_with_the_stable_id(
     assert b"loss" in content
     assert b"test/sft" in content
     assert "Weights & Biases failed" not in caplog.text
+
+
+def test_sampled_answers_become_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    context = _with_wandb(tmp_path)
+    tracker = open_tracker(context)
+    tracker.table(
+        "samples", [{"answer": "yes", "scorers": {"reward": 0.5}}, {"answer": "no", "scorers": {"reward": 0}}]
+    )
+    tracker.close()
+    (file,) = context.spec.run_folder.rglob("*.table.json")
+    told = json.loads(file.read_text())
+    assert told["columns"] == ["answer", "scorers"]
+    assert told["data"] == [["yes", '{"reward": 0.5}'], ["no", '{"reward": 0}']]

@@ -1,0 +1,182 @@
+"""Scorers as a plan sees them: whether each can be what it says, which code they run, and what counts of their sources.
+
+A user's file is parsed, never imported: planning runs nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from alignment.artifacts import read_manifest
+from alignment.config.faults import Fault
+from alignment.config.near import nearest, suggestion
+from alignment.config.stage import Critic, PpoConfig, ScorerConfig, StageConfig
+from alignment.data.records import Prompt, facts_in
+from alignment.fingerprint import file_sha256
+from alignment.rewards.sources import (
+    REWARD,
+    VERIFIERS,
+    FunctionSource,
+    function_of,
+    in_use,
+    is_reference,
+    source_field,
+    with_sources,
+)
+from alignment.rewards.verifiers import expected_answer
+
+ALLOWED = f"it takes {REWARD}, FILE.py:FUNCTION, or one of: {', '.join(VERIFIERS)}"
+
+
+def faults(stages: Mapping[str, StageConfig]) -> list[Fault]:
+    """Everything wrong with the scorers of a run."""
+    found: list[Fault] = []
+    for name, stage in stages.items():
+        if isinstance(stage, PpoConfig):
+            for field, scorer in in_use(stage).items():
+                found += _scorer_faults(f"stages.{name}.{field}", scorer, stage, where_reward=f"stages.{name}.reward")
+            if _reads_no_reward(stage):
+                found.append(Fault(where=f"stages.{name}.reward", message=_unread(stage)))
+    return found
+
+
+def functions(stage: StageConfig) -> dict[str, FunctionSource]:
+    """The user's functions that a stage runs, by the field that names each."""
+    if not isinstance(stage, PpoConfig):
+        return {}
+    named = {source_field(field): function_of(scorer.source) for field, scorer in in_use(stage).items()}
+    return {field: function for field, function in named.items() if function is not None}
+
+
+def code(stage: StageConfig) -> dict[str, str]:
+    """SHA-256 of the file of each function. Call it after ``faults``."""
+    return {field: file_sha256(function.file) for field, function in functions(stage).items()}
+
+
+def uses_house_style(stage: StageConfig) -> bool:
+    """Whether the rule of the house style scores the stage's answers."""
+    return isinstance(stage, PpoConfig) and any(scorer.source == "house_style" for scorer in in_use(stage).values())
+
+
+def with_files(stage: StageConfig) -> StageConfig:
+    """The stage with absolute file names: its worker may run in another folder."""
+    if not isinstance(stage, PpoConfig):
+        return stage
+    found = {field: function_of(scorer.source) for field, scorer in in_use(stage).items()}
+    return with_sources(stage, {field: str(function) for field, function in found.items() if function is not None})
+
+
+def without_places(stage: StageConfig) -> StageConfig:
+    """The stage as its identity holds it: a function by its name, a model by being one; their content is hashed."""
+    if not isinstance(stage, PpoConfig):
+        return stage
+    return with_sources(stage, {field: _kind(scorer.source) for field, scorer in in_use(stage).items()})
+
+
+def _kind(source: str) -> str:
+    function = function_of(source)
+    if function is not None:
+        return f"function {function.name}"
+    return "model" if is_reference(source) else source
+
+
+def row_checks(stage: StageConfig) -> tuple[Callable[[Prompt], object], ...]:
+    """What the stage's verifiers look at in a row; each raises DataError where that is not there."""
+    if not isinstance(stage, PpoConfig):
+        return ()
+    sources = {scorer.source for scorer in in_use(stage).values()}
+    return tuple(check for source, check in _ROW_CHECKS.items() if source in sources)
+
+
+def _has_answer(prompt: Prompt) -> None:
+    expected_answer(prompt.row, where=prompt.where)
+
+
+_ROW_CHECKS: dict[str, Callable[[Prompt], object]] = {"exact_answer": _has_answer, "house_style": facts_in}
+
+
+def _scorer_faults(where: str, scorer: ScorerConfig, stage: PpoConfig, *, where_reward: str) -> Iterator[Fault]:
+    problem = _source_problem(scorer.source, stage, where_reward)
+    if problem:
+        yield Fault(where=f"{where}.source", message=problem)
+    if not _is_known(scorer.source):
+        return  # which settings it needs, nobody can tell
+    needed = VERIFIERS.get(scorer.source)
+    for user, setting in VERIFIERS.items():
+        if setting is None:
+            continue
+        value = getattr(scorer, setting)
+        if setting == needed and value is None:
+            yield Fault(where=f"{where}.{setting}", message=f"missing; '{scorer.source}' needs it")
+        elif setting != needed and value is not None:
+            yield Fault(where=f"{where}.{setting}", message=f"{value!r} is read by nothing; only '{user}' reads it")
+
+
+def _is_known(source: str) -> bool:
+    return source == REWARD or source in VERIFIERS or is_reference(source) or function_of(source) is not None
+
+
+def _source_problem(source: str, stage: PpoConfig, where_reward: str) -> str | None:
+    function = function_of(source)
+    if function is not None:
+        return _function_problem(function)
+    if source == REWARD and stage.reward is None:
+        return f"'{REWARD}' is the model that {where_reward} names, which is null; name one, or take this scorer out"
+    if _is_known(source):
+        return None
+    if source.endswith(".py"):
+        return f"{source!r} names no function; write {source}:FUNCTION"
+    close = nearest(source, [REWARD, *VERIFIERS])
+    return f"{source!r} is no scorer; {f'did you mean {close!r}? ' if close else ''}{ALLOWED}"
+
+
+def _function_problem(function: FunctionSource) -> str | None:
+    try:
+        tree = ast.parse(function.file.read_bytes(), filename=str(function.file))
+    except FileNotFoundError:
+        return f"no file {function.file}"
+    except OSError as error:
+        return f"{function.file} cannot be read: {error.strerror}"
+    except SyntaxError as error:
+        return f"{function.file} is not Python: line {error.lineno}: {error.msg}"
+    except ValueError as error:
+        return f"{function.file} is not Python: {error}"
+    defined = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    node = defined.get(function.name)
+    if node is None:
+        return f"{function.file} defines no function '{function.name}'; {suggestion(function.name, defined)}"
+    if isinstance(node, ast.AsyncFunctionDef):
+        return f"'{function.name}' is async; it must be an ordinary function"
+    if not node.decorator_list and not _takes_three(node.args):
+        return f"'{function.name}' cannot be called as {function.name}(prompts, completions, rows)"
+    return None
+
+
+def _takes_three(arguments: ast.arguments) -> bool:
+    positional = len(arguments.posonlyargs) + len(arguments.args)
+    required = positional - len(arguments.defaults)
+    enough = positional >= 3 or arguments.vararg is not None
+    return required <= 3 and enough and all(default is not None for default in arguments.kw_defaults)
+
+
+def _reads_no_reward(stage: PpoConfig) -> bool:
+    sources = [scorer.source for scorer in in_use(stage).values()]
+    if stage.reward is None or REWARD in sources or not all(map(_is_known, sources)):
+        return False  # a misspelt source may have been meant to read it
+    return stage.critic is Critic.shared or _is_outside(stage.reward)
+
+
+def _unread(stage: PpoConfig) -> str:
+    shared = stage.critic is Critic.shared
+    why = "a shared critic starts at 0" if shared else "a critic starts only from a reward model that a stage made"
+    return f"{stage.reward!r} is read by nothing: no scorer is '{REWARD}', and {why}; write null, or add the scorer"
+
+
+def _is_outside(ref: str) -> bool:
+    """Whether a reference leads to a reward model that no stage made."""
+    if ref.startswith("path:"):
+        folder = Path(ref.removeprefix("path:")).expanduser().absolute()
+        return folder.is_dir() and read_manifest(folder) is None
+    return ref.startswith("hub:")

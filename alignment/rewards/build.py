@@ -1,0 +1,132 @@
+"""The reward slot of a PPO stage, from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from alignment.artifacts import read_manifest
+from alignment.config.stage import PpoConfig, ScorerConfig
+from alignment.data.records import Prompt
+from alignment.models.load import refuse_other_tokenizer
+from alignment.models.reward import load_reward_model
+from alignment.rewards.functions import FunctionScorer, load_function
+from alignment.rewards.mix import Part, RewardMix
+from alignment.rewards.models import Computation, TextScorer, TokenScorer, load_external
+from alignment.rewards.scorers import ExactAnswer, HouseStyle, Length, Regex, Scorer
+from alignment.rewards.sources import GUARD, REWARD, function_of, in_use, input_field, source_field
+from alignment.stage_spec import StageSpec
+
+
+def build_rewards(
+    config: PpoConfig,
+    spec: StageSpec,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    reward_model: PreTrainedModel | PeftModel | None,
+    *,
+    device: torch.device,
+) -> RewardMix:
+    """All scorers of a stage, put together.
+
+    ``prompts`` are all rows of the stage's data (up to ``data.limit``), too long ones included: ``raw`` is told their
+    indices. ``tokenizer`` is the policy's. ``reward_model`` is the model behind ``reward`` where that is an artifact of
+    ours and loaded already; otherwise it is loaded here.
+
+    Raises:
+        DataError: a row lacks what a scorer looks at, or a function's file changed since the run was planned.
+        ModelError: a reward model cannot be loaded, or its tokenizer does not fit.
+        RewardError: a function's file cannot be imported.
+    """
+    maker = _maker(config, spec, tokenizer, prompts, reward_model, device)
+    return maker.mix({field: scorer for field, scorer in in_use(config).items() if field != GUARD})
+
+
+def build_scorer(
+    config: PpoConfig,
+    spec: StageSpec,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    reward_model: PreTrainedModel | PeftModel | None,
+    *,
+    device: torch.device,
+) -> RewardMix:
+    """The guard's second opinion: a slot that holds ``guard.scorer`` alone; everything else as in ``build_rewards``."""
+    maker = _maker(config, spec, tokenizer, prompts, reward_model, device)
+    return maker.mix({GUARD: config.guard.scorer})
+
+
+def _maker(
+    config: PpoConfig,
+    spec: StageSpec,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    reward_model: PreTrainedModel | PeftModel | None,
+    device: torch.device,
+) -> _Maker:
+    run = Computation(device=device, dtype=spec.model.dtype, tokens=config.optim.micro_batch_tokens)
+    return _Maker(spec=spec, tokenizer=tokenizer, prompts=prompts, reward_model=reward_model, run=run)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Maker:
+    """What every scorer of a stage is made from."""
+
+    spec: StageSpec
+    tokenizer: Any
+    prompts: Sequence[Prompt]
+    reward_model: PreTrainedModel | PeftModel | None
+    run: Computation
+
+    def mix(self, asked: dict[str, ScorerConfig]) -> RewardMix:
+        """The scorers at these fields of the configuration as one slot."""
+        parts = [
+            Part(
+                source=str(function_of(scorer.source) or scorer.source),
+                scorer=self._scorer(field, scorer),
+                weight=scorer.weight,
+                normalize=scorer.normalize,
+                clip=scorer.clip,
+            )
+            for field, scorer in asked.items()
+        ]
+        return RewardMix(parts, self.tokenizer, self.prompts)
+
+    def _scorer(self, field: str, scorer: ScorerConfig) -> Scorer:
+        function = function_of(scorer.source)
+        if function is not None:
+            planned = self.spec.identity.get("code", {}).get(source_field(field))
+            return FunctionScorer(function, load_function(function, planned=planned))
+        name = input_field(field, scorer)
+        return self._verifier(scorer) if name is None else self._model(name, source=scorer.source)
+
+    def _verifier(self, scorer: ScorerConfig) -> Scorer:
+        match scorer.source:
+            case "exact_answer":
+                return ExactAnswer(self.prompts)
+            case "regex":
+                assert scorer.pattern is not None, "the plan refuses a regex without its pattern"
+                return Regex(scorer.pattern)
+            case "length":
+                assert scorer.target is not None, "the plan refuses a length without its target"
+                return Length(scorer.target)
+            case "house_style":
+                return HouseStyle(self.prompts)
+        raise AssertionError(f"the plan refuses the source {scorer.source!r}")
+
+    def _model(self, name: str, *, source: str) -> Scorer:
+        """The reward model that stands in an input of the stage."""
+        if name == REWARD and self.reward_model is not None:
+            return TokenScorer(self.reward_model, self.run)
+        told = self.spec.inputs[name]
+        assert told.path is not None, "the plan refuses 'base' in a reward slot"
+        if read_manifest(told.path) is not None:
+            refuse_other_tokenizer(self.spec, told, self.tokenizer)
+            return TokenScorer(load_reward_model(self.spec, told).to(self.run.device), self.run)
+        model, tokenizer = load_external(told.path, self.run.dtype, source=told.ref)
+        return TextScorer(model.to(self.run.device), tokenizer, self.prompts, self.run, source=told.ref)

@@ -1,0 +1,102 @@
+"""A function of the user's as a scorer (docs/rewards.md). Its file is code, and runs as whoever started the stage."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from alignment.errors import DataError, RewardError
+from alignment.fingerprint import digest, file_sha256
+from alignment.rewards.scorers import Answers
+from alignment.rewards.sources import FunctionSource
+
+Function = Callable[[list[list[dict[str, str]]], list[str], list[dict[str, Any]]], Any]
+
+
+class FunctionScorer:
+    """Calls ``function(prompts, completions, rows)`` once a batch.
+
+    ``prompts`` are lists of ``{"role", "content"}`` messages, ``completions`` are text, ``rows`` the JSON rows of the
+    data file; all are copies, so that a function may change them.
+    """
+
+    def __init__(self, source: FunctionSource, function: Function) -> None:
+        self._source = source
+        self._function = function
+
+    def scores(self, answers: Answers) -> Any:
+        """Whatever the function gives.
+
+        Raises:
+            RewardError: it raised; names the line of the user's file.
+        """
+        prompts = [[message.as_dict() for message in prompt.messages] for prompt in answers.prompts]
+        rows = [copy.deepcopy(dict(prompt.row)) for prompt in answers.prompts]
+        try:
+            return self._function(prompts, list(answers.texts), rows)
+        except (Exception, SystemExit) as error:  # it is the user's, and raises whatever it likes
+            if _is_ours(error):
+                raise
+            raise _raised(error, self._source, f"asked about answers to {answers.places()}") from error
+
+
+def load_function(source: FunctionSource, *, planned: str | None) -> Function:
+    """The function, its file imported once a process; ``planned`` is the file's SHA-256 when the run was planned.
+
+    Modules beside the file can be imported by it; installed ones come first.
+
+    Raises:
+        DataError: the file has changed since.
+        RewardError: it cannot be imported, or holds no such function.
+    """
+    sha256 = file_sha256(source.file)
+    if planned is not None and sha256 != planned:
+        raise DataError(
+            "changed since the run was planned", where=str(source.file), remedy="start the run again to plan anew"
+        )
+    function = getattr(_module(source, sha256), source.name, None)
+    if not callable(function):
+        raise RewardError(f"defines no function '{source.name}'", where=str(source.file))
+    found: Function = function
+    return found
+
+
+def _module(source: FunctionSource, sha256: str) -> ModuleType:
+    name = f"_reward_{digest([str(source.file), sha256])[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, source.file)
+    assert spec is not None, "the file ends in .py"
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles of its own look it up there
+    if (folder := str(source.file.parent)) not in sys.path:
+        sys.path.append(folder)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        if _is_ours(error):
+            raise
+        raise _raised(error, source, "while its file was imported") from error
+    return module
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it comes from this package, such as a request to stop that arrived meanwhile."""
+    return type(error).__module__.startswith("alignment.")
+
+
+def _raised(error: BaseException, source: FunctionSource, when: str) -> RewardError:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(source.file)]
+    at = f" at line {lines[-1]}" if lines else ""
+    return RewardError(
+        f"raised {type(error).__name__}: {error}{at}, {when}; nothing was learned from it",
+        where=str(source),
+        remedy="mend the function and run again; the stage then starts anew, for it is another one",
+    )

@@ -1,0 +1,140 @@
+"""Several scorers as one reward: each part normalised and clipped if asked for, then the weighted sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignment.data.records import Prompt
+from alignment.rewards.scorers import Answers, Scorer, checked
+from alignment.rewards.sources import label
+
+_FLAT = 1e-8
+"""A deviation below this share of the mean (or of 1) is rounding: such scores are all the same."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A scorer and how its scores enter the total; ``source`` names it in errors."""
+
+    source: str
+    scorer: Scorer
+    weight: float = 1.0
+    normalize: bool = False
+    clip: float | None = None
+
+
+class RunningMoments:
+    """Mean and deviation of all numbers so far, taken in batch by batch (Welford 1962; Chan et al. 1979, eq. 1.5)."""
+
+    def __init__(self, *, count: int = 0, mean: float = 0.0, squares: float = 0.0) -> None:
+        self._count = count
+        self._mean = mean
+        self._squares = squares  # the sum of squared distances from the mean
+
+    def take_in(self, values: Tensor) -> None:
+        """Adds ``[values]`` in float64."""
+        number = values.numel()
+        if number == 0:
+            return
+        mean = float(values.mean())
+        squares = float(((values - mean) ** 2).sum())
+        apart, total = mean - self._mean, self._count + number
+        self._squares += squares + apart**2 * self._count * number / total
+        self._mean += apart * number / total
+        self._count = total
+
+    def normalised(self, values: Tensor) -> Tensor:
+        """Less the mean, over the deviation; where nothing was taken in or all was the same, less the mean alone."""
+        deviation = math.sqrt(self._squares / self._count) if self._count else 0.0
+        flat = deviation <= _FLAT * max(1.0, abs(self._mean))
+        return (values - self._mean) / (1.0 if flat else deviation)
+
+    def state(self) -> dict[str, float]:
+        """The arguments that make this again."""
+        return {"count": self._count, "mean": self._mean, "squares": self._squares}
+
+
+class RewardMix:
+    """The reward slot of a stage (``alignment.rewards.slot.Rewards``).
+
+    ``tokenizer`` is the policy's; ``prompts`` are all rows of the stage's data.
+    """
+
+    def __init__(self, parts: Sequence[Part], tokenizer: Any, prompts: Sequence[Prompt]) -> None:
+        self._parts = dict(zip(_names([part.source for part in parts]), parts, strict=True))
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._moments = {name: RunningMoments() for name, part in self._parts.items() if part.normalize}
+
+    @property
+    def names(self) -> list[str]:
+        """What the scorers are called in figures; a second of the same name is ``NAME#2``."""
+        return list(self._parts)
+
+    def raw(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: Sequence[int]
+    ) -> dict[str, list[float]]:
+        """Each scorer's scores, one an answer; a batch without answers asks nobody.
+
+        Raises:
+            RewardError: a score is missing, too much, no number or not finite; names row, scorer and value.
+        """
+        if not answers:
+            return {name: [] for name in self._parts}
+        asked = Answers(
+            prompt_ids=prompts,
+            answer_ids=answers,
+            texts=[self._text(answer) for answer in answers],
+            prompts=[self._prompts[row] for row in rows],
+            rows=rows,
+        )
+        return {
+            name: checked(part.scorer.scores(asked), asked, source=part.source) for name, part in self._parts.items()
+        }
+
+    def total(self, raw: Mapping[str, Tensor], *, learn: bool) -> Tensor:
+        """``[answers]``: the weighted sum of normalised and clipped scores, float32, computed in float64.
+
+        With ``learn`` the running means and deviations take these scores in first. Given the whole batch, every
+        process comes to the same numbers.
+        """
+        return torch.stack([self._share(name, raw[name].double(), learn=learn) for name in self._parts]).sum(0).float()
+
+    def state(self) -> dict[str, Any]:
+        """Running means and deviations, as plain JSON values."""
+        return {name: moments.state() for name, moments in self._moments.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes back what ``state`` gave."""
+        self._moments = {name: RunningMoments(**state[name]) for name in self._moments}
+
+    def _share(self, name: str, scores: Tensor, *, learn: bool) -> Tensor:
+        part = self._parts[name]
+        if part.normalize:
+            if learn:
+                self._moments[name].take_in(scores)
+            scores = self._moments[name].normalised(scores)
+        if part.clip is not None:
+            scores = scores.clamp(-part.clip, part.clip)
+        return part.weight * scores
+
+    def _text(self, answer: Sequence[int]) -> str:
+        """What was written, nothing tidied up: a scorer may look at spaces."""
+        text = self._tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+def _names(sources: Sequence[str]) -> list[str]:
+    """``["exact_answer", "regex", "regex"]`` → ``["exact_answer", "regex", "regex#2"]``."""
+    labels = [label(source) for source in sources]
+    return [
+        name if (number := labels[: place + 1].count(name)) == 1 else f"{name}#{number}"
+        for place, name in enumerate(labels)
+    ]

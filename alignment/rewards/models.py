@@ -1,0 +1,176 @@
+"""Reward models as scorers: one of ours reads the policy's tokens, any other reads the text anew.
+
+Another model has a tokenizer and a chat template of its own. So the answer is decoded, put behind its prompt, rendered
+as that model was trained to read conversations, and scored at the last real token, found by length and never by pad id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from alignment.config.model import Dtype
+from alignment.data.records import Message, Prompt
+from alignment.data.tokenize import encode, render
+from alignment.errors import DataError, ModelError, RewardError
+from alignment.models.answers import batches, scalar_scores
+from alignment.models.flat import use_flat_attention
+from alignment.models.load import DTYPES, load_tokenizer, products_in
+from alignment.models.rows import by_tokens, stream
+from alignment.rewards.scorers import Answers
+
+_ANY_ANSWER = "Yes."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Computation:
+    """How a model is run: on which device, with products in which type, and how many ``tokens`` at once."""
+
+    device: torch.device
+    dtype: Dtype
+    tokens: int
+
+
+class TokenScorer:
+    """A reward model that shares the policy's tokenizer: token ids go in as they are."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, run: Computation) -> None:
+        self._model = model
+        self._run = run
+
+    @torch.no_grad()
+    def scores(self, answers: Answers) -> list[float]:
+        """The score at each answer's last token."""
+        with products_in(self._run.dtype, self._run.device):
+            parts = batches(answers.prompt_ids, answers.answer_ids, tokens=self._run.tokens, device=self._run.device)
+            found = torch.cat([scalar_scores(self._model, part.rows) for part in parts])
+        scores: list[float] = found.tolist()
+        return scores
+
+
+class TextScorer:
+    """A sequence-classification model from outside, with a tokenizer and a chat template of its own.
+
+    ``prompts`` are all rows of the stage's data: each is rendered once here, so that one which the template refuses is
+    found before anything is sampled.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], run: Computation, *, source: str
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._run = run
+        self._source = source
+        self._control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        for prompt in prompts:
+            try:
+                self._text(prompt, _ANY_ANSWER)
+            except DataError as error:
+                raise DataError(
+                    f"cannot be scored by {source}: {error.message}", where=prompt.where, remedy=error.remedy
+                ) from error
+
+    @torch.no_grad()
+    def scores(self, answers: Answers) -> list[float]:
+        """The score at the end of each conversation.
+
+        Raises:
+            ModelError: one is longer than the model's positions.
+            RewardError: the model's template refuses one.
+        """
+        rows = [self._ids(prompt, text) for prompt, text in zip(answers.prompts, answers.texts, strict=True)]
+        self._refuse_too_long(rows, answers)
+        found: list[float] = []
+        with products_in(self._run.dtype, self._run.device):
+            for piece in by_tokens([len(row) for row in rows], self._run.tokens):
+                part = stream(rows[piece.start : piece.stop], self._run.device)
+                found += scalar_scores(self._model, part).tolist()
+        return found
+
+    def _ids(self, prompt: Prompt, text: str) -> list[int]:
+        try:
+            return encode(self._tokenizer, self._text(prompt, text))
+        except DataError as error:
+            raise RewardError(
+                f"cannot score an answer to {prompt.where}: {error.message}", where=self._source
+            ) from error
+
+    def _text(self, prompt: Prompt, answer: str) -> str:
+        """Prompt and answer as the model's own chat template writes a conversation."""
+        turn = Message(role="assistant", content=_without(self._control, answer))
+        return render(self._tokenizer, [*prompt.messages, turn], answering=False)
+
+    def _refuse_too_long(self, rows: Sequence[Sequence[int]], answers: Answers) -> None:
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        lengths = [len(row) for row in rows]
+        if positions is None or max(lengths) <= positions:
+            return
+        row = lengths.index(max(lengths))
+        raise ModelError(
+            f"has {positions} positions; prompt and answer of {answers.prompts[row].where} are {lengths[row]} of its "
+            "tokens",
+            where=self._source,
+            remedy="lower max_prompt_length or max_new_tokens, or take a reward model with more positions",
+        )
+
+
+def _without(control: Sequence[str], text: str) -> str:
+    """A text without what the reward model would read as a control token: a policy must not end its own turn there."""
+    before = None
+    while text != before:
+        before = text
+        for token in control:
+            text = text.replace(token, "")
+    return text
+
+
+def load_external(folder: Path, dtype: Dtype, *, source: str) -> tuple[PreTrainedModel, Any]:
+    """A plain transformers sequence-classification model with one label, and its tokenizer.
+
+    Its score layer is float32. ``source`` names it in errors, as the user wrote it.
+
+    Raises:
+        ModelError: it is not one, has no score layer over its last token, or its tokenizer has no chat template.
+    """
+    tokenizer = load_tokenizer(folder)
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "its tokenizer has no chat template, so nobody can tell how it reads a conversation",
+            where=source,
+            remedy="put the template that it was trained with into its folder (chat_template.jinja)",
+        )
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            str(folder),
+            dtype=DTYPES[dtype],
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"the model cannot be loaded: {error}", where=source) from error
+    name = type(model).__name__
+    if not hasattr(model, "score"):
+        raise ModelError(
+            f"{name} does not score at the last token", where=source, remedy="take a decoder with a 'score' layer"
+        )
+    if report["missing_keys"]:
+        raise ModelError(
+            f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}, which {name} has",
+            where=source,
+            remedy="take a folder that was saved as a sequence-classification model",
+        )
+    if model.config.num_labels != 1:
+        raise ModelError(f"it has {model.config.num_labels} labels; a reward model has one", where=source)
+    model.score.float()
+    model.register_buffer("score_offset", torch.zeros(()), persistent=False)  # what our own heads subtract
+    use_flat_attention(model)
+    return model.requires_grad_(False).eval(), tokenizer

@@ -1,0 +1,134 @@
+"""What a scorer is given and what it may give back, and the verifiers as scorers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Protocol
+
+from alignment.data.records import Prompt, facts_in
+from alignment.errors import RewardError
+from alignment.evaluation.arms import source_text
+from alignment.rewards import verifiers
+
+_LARGEST = 3.4e38
+"""What float32 holds, in which the scores go on."""
+_REMEDY = "give one finite number an answer, in the answers' order"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answers:
+    """Answers to score, at least one, as scorers look at them: token ids, text without special tokens, or the row.
+
+    ``rows`` are the indices of the prompts in the stage's data. Example: ``Answers(prompt_ids=[[1, 5]],
+    answer_ids=[[7, 2]], texts=["Hi."], prompts=[Prompt(…)], rows=[12])``.
+    """
+
+    prompt_ids: Sequence[Sequence[int]]
+    answer_ids: Sequence[Sequence[int]]
+    texts: Sequence[str]
+    prompts: Sequence[Prompt]
+    rows: Sequence[int]
+
+    def places(self) -> str:
+        """Where the prompts stand, the first three of them: ``a.jsonl:1, a.jsonl:7 and 2 more``."""
+        different = list(dict.fromkeys(prompt.where for prompt in self.prompts))
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        return ", ".join(different[:3]) + more
+
+
+class Scorer(Protocol):
+    """One source of scores."""
+
+    def scores(self, answers: Answers) -> Any:
+        """A score an answer, in order; whoever asks checks that they are that."""
+
+
+def checked(given: Any, answers: Answers, *, source: str) -> list[float]:
+    """What a scorer gave, as one finite number an answer.
+
+    Raises:
+        RewardError: it is something else; names the scorer by its ``source``, the row and the value.
+    """
+    count = len(answers.texts)
+    if not isinstance(given, (list, tuple)):
+        raise _refused(f"gave a {type(given).__name__}: {given!r:.80}", source, f"give a list of {count} numbers")
+    if len(given) != count:
+        raise _refused(f"gave {len(given)} scores for {count} answers to {answers.places()}", source)
+    return [
+        _number(value, where=prompt.where, source=source) for value, prompt in zip(given, answers.prompts, strict=True)
+    ]
+
+
+def _number(value: Any, *, where: str, source: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise _refused(
+            f"gave {value!r:.80} ({type(value).__name__}) for an answer to {where}, which is no number", source
+        )
+    number = _as_float(value)
+    if not abs(number) <= _LARGEST:
+        raise _refused(f"gave {value!r:.80} for an answer to {where}, which is not finite", source)
+    return number
+
+
+def _as_float(value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond all floats
+        return math.inf
+
+
+def _refused(problem: str, source: str, remedy: str = _REMEDY) -> RewardError:
+    return RewardError(f"{problem}; nothing was learned from these scores", where=source, remedy=remedy)
+
+
+class ExactAnswer:
+    """Whether an answer ends with the number that its row asks for."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._expected = [verifiers.expected_answer(prompt.row, where=prompt.where) for prompt in prompts]
+
+    def scores(self, answers: Answers) -> list[float]:
+        """1 or 0 an answer."""
+        pairs = zip(answers.texts, answers.rows, strict=True)
+        return [verifiers.exact_answer(text, self._expected[row]) for text, row in pairs]
+
+
+class Regex:
+    """Whether a pattern is found in an answer."""
+
+    def __init__(self, pattern: str) -> None:
+        self._pattern = re.compile(pattern)
+
+    def scores(self, answers: Answers) -> list[float]:
+        """1 or 0 an answer."""
+        return [verifiers.regex(text, self._pattern) for text in answers.texts]
+
+
+class Length:
+    """How near an answer comes to a number of words."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+
+    def scores(self, answers: Answers) -> list[float]:
+        """From 0 to 1 an answer."""
+        return [verifiers.length(text, self._target) for text in answers.texts]
+
+
+class HouseStyle:
+    """The style of the quickstart, and the key facts of rows that list some."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._facts = [facts_in(prompt) for prompt in prompts]
+
+    def scores(self, answers: Answers) -> list[float]:
+        """From 0 to 1 an answer."""
+        asked = zip(answers.texts, answers.prompts, answers.rows, strict=True)
+        return [
+            verifiers.house_style(text, source=source_text(prompt.messages), facts=self._facts[row])
+            for text, prompt, row in asked
+        ]

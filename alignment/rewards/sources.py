@@ -1,0 +1,86 @@
+"""What a scorer's ``source`` can be, as the plan checks it and the worker builds it. Nothing here is imported or run.
+
+A source is ``reward`` (the stage's reward model), a reference to another reward model (``stage:NAME``, ``path:FOLDER``,
+``hub:ORG/NAME@REVISION``), a function of the user's (``FILE.py:FUNCTION``), or the name of a verifier.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment.config.stage import PpoConfig, ScorerConfig
+
+REWARD = "reward"
+"""Both the source and the field of the stage that it reads."""
+GUARD = "guard.scorer"
+"""The field of the guard's second opinion; the others are ``scorers[0]`` and so on."""
+
+VERIFIERS: dict[str, str | None] = {
+    "exact_answer": None,
+    "regex": "pattern",
+    "length": "target",
+    "house_style": None,
+}
+"""Each rule with the setting that it needs; no other source uses that setting."""
+
+_REFERENCES = ("stage:", "path:", "hub:")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FunctionSource:
+    """A function of the user's: ``FunctionSource(file=Path("/home/me/score.py"), name="brevity")``."""
+
+    file: Path
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.name}"
+
+
+def function_of(source: str) -> FunctionSource | None:
+    """The function that ``FILE.py:FUNCTION`` names, its file made absolute; None for a source of another form."""
+    file, _, name = source.rpartition(":")
+    if is_reference(source) or not file.endswith(".py"):
+        return None
+    return FunctionSource(file=Path(file).expanduser().absolute(), name=name)
+
+
+def is_reference(source: str) -> bool:
+    """Whether a source names a reward model of its own, beside the stage's."""
+    return source.startswith(_REFERENCES)
+
+
+def in_use(config: PpoConfig) -> dict[str, ScorerConfig]:
+    """Each scorer that a stage asks, by its field: ``scorers[0]``, ``guard.scorer``. A guard that is off asks none."""
+    found = {f"scorers[{number}]": scorer for number, scorer in enumerate(config.scorers)}
+    return {**found, GUARD: config.guard.scorer} if config.guard.every > 0 else found
+
+
+def source_field(field: str) -> str:
+    """Where a scorer's source stands: ``scorers[0].source``."""
+    return f"{field}.source"
+
+
+def input_field(field: str, scorer: ScorerConfig) -> str | None:
+    """The input of the stage that holds a scorer's reward model; None for a scorer that is no reward model."""
+    if scorer.source == REWARD:
+        return REWARD
+    return source_field(field) if is_reference(scorer.source) else None
+
+
+def label(source: str) -> str:
+    """A source in a word, for figures: ``/home/me/score.py:brevity`` → ``brevity``, ``stage:judge`` → ``judge``."""
+    return source.rstrip("/").rpartition(":")[2].partition("@")[0].rpartition("/")[2] or source
+
+
+def with_sources(config: PpoConfig, sources: dict[str, str]) -> PpoConfig:
+    """The stage with other sources, by field; fields that are not named keep theirs."""
+
+    def changed(field: str, scorer: ScorerConfig) -> ScorerConfig:
+        return dataclasses.replace(scorer, source=sources.get(field, scorer.source))
+
+    scorers = [changed(f"scorers[{number}]", scorer) for number, scorer in enumerate(config.scorers)]
+    guard = dataclasses.replace(config.guard, scorer=changed(GUARD, config.guard.scorer))
+    return dataclasses.replace(config, scorers=scorers, guard=guard)

@@ -1,0 +1,74 @@
+"""Rules that score an answer's text: functions of text and numbers, each from 0 to 1."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from alignment.errors import DataError
+from alignment.evaluation.house_style import fact_recall, style_checks
+
+ANSWER = "answer"
+_MARK = "####"
+_EXAMPLE = '{"messages": […], "answer": "6 times 3 is 18. #### 18"}'
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w.)\]%])[-−])?"  # a minus, where it does not stand between two operands: 5-3
+    r"(?:[$€£¥](?P<inner_sign>[-−])?)?"
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+)
+
+
+def exact_answer(completion: str, expected: Decimal) -> float:
+    """1 if the last number of the completion is ``expected``, else 0 (Cobbe et al. 2021, GSM8K).
+
+    Thousands separators, currency signs and trailing zeros do not count: ``$1,080.00`` is 1080.
+    """
+    numbers = list(_NUMBER.finditer(completion))
+    return float(bool(numbers) and _value(numbers[-1]) == expected)
+
+
+def expected_answer(row: Mapping[str, Any], *, where: str) -> Decimal:
+    """The number after ``####`` in a row's ``answer``, or the field itself where that is a number.
+
+    Raises:
+        DataError: there is no such number.
+    """
+    answer = row.get(ANSWER)
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = str(answer)
+    if isinstance(answer, str):
+        _, mark, after = answer.rpartition(_MARK)
+        found = _NUMBER.search(after) if mark else _NUMBER.fullmatch(answer.strip().rstrip(".%"))
+        if found:
+            return _value(found)
+    missing = "is missing" if ANSWER not in row else f"holds no number to check against; it is {answer!r:.60}"
+    raise DataError(
+        f"'{ANSWER}' {missing}", where=where, remedy=f"exact_answer takes the number after {_MARK}: {_EXAMPLE}"
+    )
+
+
+def regex(completion: str, pattern: re.Pattern[str]) -> float:
+    """1 if the pattern is found anywhere in the completion, else 0."""
+    return float(pattern.search(completion) is not None)
+
+
+def length(completion: str, target: int) -> float:
+    """1 at ``target`` words, falling linearly to 0 at no word and at twice as many."""
+    return max(0.0, 1.0 - abs(len(completion.split()) - target) / target)
+
+
+def house_style(completion: str, *, source: str, facts: Sequence[Sequence[str]] | None) -> float:
+    """The product of all style checks, times the share of ``facts`` that the completion carries, if there are any.
+
+    ``source`` is the text that the completion may draw on.
+    """
+    style = math.prod(style_checks(completion, source=source).values())
+    return style if facts is None else style * fact_recall(completion, [list(fact) for fact in facts])
+
+
+def _value(number: re.Match[str]) -> Decimal:
+    size = Decimal(number["digits"].replace(",", ""))
+    return -size if number["sign"] or number["inner_sign"] else size

@@ -1,0 +1,65 @@
+"""Ordinary language modelling beside PPO, against forgetting what the policy could do (Ouyang et al. 2022, eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignment.config.stage import PtxConfig
+from alignment.data.tokenize import IGNORED, TokenizedConversation
+from alignment.models.flat import trunk_states
+from alignment.models.head import token_statistics
+from alignment.models.rows import by_tokens, stream
+from alignment.training.context import StageContext
+from alignment.training.experience import prompt_order
+
+
+class Ptx:
+    """Adds ``coefficient`` times the token-mean loss of a few conversations to the gradients of each optimiser step."""
+
+    def __init__(
+        self, config: PtxConfig, rows: Sequence[TokenizedConversation], context: StageContext, *, tokens: int
+    ) -> None:
+        self._config = config
+        self._rows = rows
+        self._context = context
+        self._tokens = tokens
+
+    def add_gradients(self, policy: PreTrainedModel, step: int, accelerator: Accelerator) -> Tensor:
+        """This process's share of the loss of the step's conversations, not yet weighed.
+
+        The caller synchronises: gradients wait in the parameters until a later backward pass does.
+        """
+        size = self._config.batch_size
+        batch = prompt_order(len(self._rows), step * size, size, lambda round_: self._context.generator("ptx", round_))
+        learned = sum(label != IGNORED for place in batch for label in self._rows[place].labels)
+        mine = [self._rows[place] for place in batch[self._context.rank :: self._context.world_size]]
+        total = torch.zeros((), device=self._context.device)
+        for piece in by_tokens([len(row.input_ids) for row in mine], self._tokens):
+            with accelerator.autocast():
+                loss = _loss_sum(policy, [mine[place] for place in piece], self._context.device) / learned
+            # Gradients are averaged over processes; the sum over all of them is wanted.
+            accelerator.backward(loss * self._config.coefficient * self._context.world_size)
+            total += loss.detach()
+        return total
+
+
+def _loss_sum(policy: PreTrainedModel, rows: Sequence[TokenizedConversation], device: torch.device) -> Tensor:
+    """Sum of −log p over the learned tokens of the rows."""
+    laid_out = stream([row.input_ids for row in rows], device)
+    told = [(row, column) for row, tokens in enumerate(rows) for column, label in _learned(tokens)]
+    labels = [label for tokens in rows for _, label in _learned(tokens)]
+    at = torch.tensor(told, device=device)
+    places = laid_out.place[at[:, 0], at[:, 1] - 1]  # the state before a token predicts it
+    states = trunk_states(policy.base_model, laid_out)[places]
+    statistics = token_statistics(states, policy.get_output_embeddings().weight, torch.tensor(labels, device=device))
+    return -statistics.logprobs.sum()
+
+
+def _learned(row: TokenizedConversation) -> list[tuple[int, int]]:
+    """Column and token of what is learned; a row's first token is never predicted."""
+    return [(column, label) for column, label in enumerate(row.labels) if column and label != IGNORED]

@@ -1,0 +1,162 @@
+"""Answers sampled to prompts, and what every role of PPO says about them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from alignment.config.stage import PpoConfig
+from alignment.models.answers import AnswerStream, answer_statistics, batches, unwrapped
+from alignment.models.generate import Sampling, generate
+from alignment.models.roles import Roles
+from alignment.rewards.slot import Rewards
+from alignment.training.context import StageContext
+from alignment.training.experience import Rollout, interleave, prompt_order, rows_of
+from alignment.training.ppo_figures import UpdateFigures
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompts:
+    """Token ids of prompts, and which row of the stage's data each one is."""
+
+    ids: Sequence[Sequence[int]]
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Episodes:
+    """How episodes are made: from which prompts, how answers end, and how many an update, over all processes.
+
+    ``group`` answers are sampled to each prompt; they stay together, so that their prompt is computed once.
+    ``micro_batch_tokens`` are learned from at once; a process samples its whole share at once.
+    """
+
+    prompts: Prompts
+    end_id: int
+    per_update: int
+    group: int
+    micro_batch_tokens: int
+
+    @property
+    def prompts_per_update(self) -> int:
+        """Distinct draws from the prompts in one update."""
+        return self.per_update // self.group
+
+
+class Rollouts:
+    """Each process makes its share of a batch; then all are put together, so that every process holds the whole."""
+
+    def __init__(
+        self,
+        roles: Roles,
+        config: PpoConfig,
+        context: StageContext,
+        *,
+        episodes: Episodes,
+        rewards: Rewards,
+        accelerator: Accelerator,
+    ) -> None:
+        self._roles = roles
+        self._config = config
+        self._context = context
+        self._episodes = episodes
+        self._rewards = rewards
+        self._accelerator = accelerator
+
+    def of_update(self, update: int, figures: UpdateFigures) -> Rollout:
+        """The episodes of an update; they do not depend on how many processes share them."""
+        number = self._episodes.prompts_per_update
+        prompts = self._episodes.prompts
+        drawn = prompt_order(
+            len(prompts), update * number, number, lambda round_: self._context.generator("prompts", round_)
+        )
+        uniforms = self._uniforms(self._episodes.per_update, "sampling", update)
+        return self._make(prompts, drawn, uniforms, self._episodes.group, figures)
+
+    def of_prompts(self, prompts: Prompts, figures: UpdateFigures) -> Rollout:
+        """One answer to each of the prompts, sampled with the same random numbers at every call."""
+        uniforms = self._uniforms(len(prompts), "guard")
+        return self._make(prompts, range(len(prompts)), uniforms, 1, figures)
+
+    def _uniforms(self, rows: int, name: str, *numbers: int) -> Tensor:
+        generator = self._context.generator(name, *numbers)
+        return torch.rand(rows, self._config.max_new_tokens, generator=generator, dtype=torch.float64)
+
+    @torch.no_grad()
+    def _make(
+        self, prompts: Prompts, drawn: Sequence[int], uniforms: Tensor, group: int, figures: UpdateFigures
+    ) -> Rollout:
+        mine = range(self._context.rank, len(drawn), self._context.world_size)
+        places = [drawn[i] for i in mine for _ in range(group)]
+        asked = [list(prompts.ids[place]) for place in places]
+        started = time.monotonic()
+        answers = self._answers(asked, uniforms[rows_of(mine, group)])
+        sampled = time.monotonic()
+        share = self._described(asked, answers, [prompts.rows[place] for place in places])
+        whole = interleave(gather_object([share]), group=group)
+        figures.add_seconds("rollouts", sampled - started)
+        figures.add_seconds("scoring", time.monotonic() - sampled)
+        return whole
+
+    def _answers(self, prompts: list[list[int]], uniforms: Tensor) -> list[list[int]]:
+        with self._accelerator.autocast():
+            return generate(
+                unwrapped(self._roles.policy),
+                prompts,
+                max_new_tokens=self._config.max_new_tokens,
+                end_ids=[self._episodes.end_id],
+                batch_size=len(prompts),
+                sampling=Sampling(temperature=self._config.temperature, uniforms=uniforms),
+            )
+
+    def _described(self, prompts: list[list[int]], answers: list[list[int]], rows: list[int]) -> Rollout:
+        lengths = [len(answer) for answer in answers]
+
+        def apart(flat: Tensor) -> list[Tensor]:
+            return list(flat.float().cpu().split(lengths))
+
+        with self._accelerator.autocast():
+            logprobs, entropy, values = self._policy_and_values(prompts, answers)
+            reference = self._reference_logprobs(prompts, answers)
+            raw = self._rewards.raw(prompts, answers, rows)
+        return Rollout(
+            rows=rows,
+            prompts=prompts,
+            answers=answers,
+            logprobs=apart(logprobs),
+            reference_logprobs=apart(reference),
+            entropy=apart(entropy),
+            values=apart(values),
+            scores=[dict(zip(raw, each, strict=True)) for each in zip(*raw.values(), strict=True)],
+        )
+
+    def _policy_and_values(self, prompts: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities recomputed by the training forward: those of sampling drift in low precision."""
+        parts = [self._roles.actor_critic(part, self._config.temperature) for part in self._parts(prompts, answers)]
+        statistics = [statistics for statistics, _ in parts]
+        return (
+            torch.cat([found.logprobs for found in statistics]),
+            torch.cat([found.entropy for found in statistics]),
+            torch.cat([values for _, values in parts]),
+        )
+
+    def _reference_logprobs(self, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+        with self._roles.reference() as reference:
+            found = [
+                answer_statistics(reference, part, temperature=self._config.temperature).logprobs
+                for part in self._parts(prompts, answers)
+            ]
+        return torch.cat(found)
+
+    def _parts(self, prompts: list[list[int]], answers: list[list[int]]) -> Iterator[AnswerStream]:
+        return batches(prompts, answers, tokens=self._episodes.micro_batch_tokens, device=self._context.device)

@@ -1,0 +1,38 @@
+"""A few answers of every update, to be read: ``samples.jsonl``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from alignment.training.context import StageContext
+from alignment.training.experience import Rollout
+from alignment.training.metrics import MetricsLog
+
+
+class Samples:
+    """Writes the first answers to the first ``number`` prompts of a rollout batch, a line each."""
+
+    def __init__(self, context: StageContext, tokenizer: Any, *, group: int, number: int = 4) -> None:
+        self._context = context
+        self._tokenizer = tokenizer
+        self._group = group
+        self._number = number
+        self._log = MetricsLog(context.content / "samples.jsonl")
+
+    def keep(self, update: int, rollout: Rollout, scores: Sequence[float]) -> None:
+        """Only the main process writes. ``scores`` are those that PPO maximises; scorers' own stand beside them."""
+        if not self._context.is_main:
+            return
+        self._log.keep_through(update - 1)  # a resumed stage samples this update again
+        for row in range(0, min(self._number * self._group, len(scores)), self._group):
+            kl = float((rollout.logprobs[row] - rollout.reference_logprobs[row]).sum())
+            said = {
+                "row": rollout.rows[row],
+                "prompt": self._tokenizer.decode(rollout.prompts[row]),
+                "answer": self._tokenizer.decode(rollout.answers[row]),
+                "score": scores[row],
+                "kl": kl,
+                "scorers": rollout.scores[row],
+            }
+            self._log.append(update, said)

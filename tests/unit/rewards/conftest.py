@@ -1,0 +1,39 @@
+"""Prompts with the rows that they come from, and one thread a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from alignment.data.records import Prompt
+from alignment.rewards.scorers import Answers
+from tests.tiny import tiny_tokenizer
+
+
+def prompt(text: str = "When is the shop closed?", *, line: int = 1, **fields: Any) -> Prompt:
+    """A prompt of one turn whose row has more fields."""
+    return Prompt.from_row({"messages": [{"role": "user", "content": text}], **fields}, where=f"rows.jsonl:{line}")
+
+
+def answers_to(prompts: Sequence[Prompt], texts: Sequence[str]) -> Answers:
+    """One answer to each prompt, as a scorer sees it."""
+    tokenizer = tiny_tokenizer()
+    return Answers(
+        prompt_ids=[tokenizer(one.messages[-1].content)["input_ids"] for one in prompts],
+        answer_ids=[[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts],
+        texts=texts,
+        prompts=prompts,
+        rows=range(len(prompts)),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models of width 32 gain nothing from threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,134 @@
+"""A stage's configuration becomes its reward slot, with reward models of every origin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.stage import GuardConfig, PpoConfig, ScorerConfig
+from alignment.errors import DataError, ModelError
+from alignment.models.answers import scalar_scores
+from alignment.models.load import Lineage, load_tokenizer
+from alignment.models.reward import load_reward_model
+from alignment.models.rows import stream
+from alignment.rewards.build import build_rewards, build_scorer
+from alignment.rewards.mix import RewardMix
+from alignment.stage_spec import StageInput
+from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_reward, tiny_spec
+from tests.unit.rewards.conftest import answers_to, prompt
+from tests.unit.rewards.test_models import external, scorer
+
+CPU = torch.device("cpu")
+PROMPTS = [prompt(line=1, answer="#### 3"), prompt("Where are the keys?", line=2, answer="#### 4", facts=[["hall"]])]
+TEXTS = ["In the hall, at 3.", "They are in the hall."]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Lineage:
+    """A model folder as a run's base."""
+    return Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path / "base"), adapters=())
+
+
+def slot(
+    tmp_path: Path, config: PpoConfig, reward_model: Any = None, *, build: Any = build_rewards, **told: Any
+) -> RewardMix:
+    spec = tiny_spec(tmp_path, config, **told)
+    found: RewardMix = build(config, spec, load_tokenizer(spec.base_path), PROMPTS, reward_model, device=CPU)
+    return found
+
+
+def raw(mix: RewardMix, base: Lineage) -> dict[str, list[float]]:
+    prompts, answers = rows(base)
+    return mix.raw(prompts, answers, [0, 1])
+
+
+def rows(base: Lineage) -> tuple[list[list[int]], list[list[int]]]:
+    tokenizer = load_tokenizer(base.base)
+    prompts = [tokenizer(one.messages[-1].content)["input_ids"] for one in PROMPTS]
+    return prompts, [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS]
+
+
+def test_every_rule_and_a_function_stand_side_by_side(tmp_path: Path, base: Lineage) -> None:
+    file = tmp_path / "score.py"
+    file.write_text("def brevity(prompts, completions, rows): return [-len(text) for text in completions]\n")
+    scorers = [
+        ScorerConfig(source="exact_answer"),
+        ScorerConfig(source="regex", pattern=r"at \d", weight=2.0),
+        ScorerConfig(source="length", target=5),
+        ScorerConfig(source=f"{file}:brevity", weight=0.1, clip=10.0),
+        ScorerConfig(source="regex", pattern="^They"),
+    ]
+    mix = slot(tmp_path, PpoConfig(reward=None, scorers=scorers))
+    scores = raw(mix, base)
+    assert scores == {
+        "exact_answer": [1.0, 0.0],
+        "regex": [1.0, 0.0],
+        "length": [1.0, 1.0],
+        "brevity": [-18.0, -21.0],
+        "regex#2": [0.0, 1.0],
+    }
+    total = mix.total({name: torch.tensor(each) for name, each in scores.items()}, learn=True)
+    assert total.tolist() == pytest.approx([1 + 2 + 1 - 1 + 0, 0 + 0 + 1 - 1 + 1])
+
+
+@pytest.mark.parametrize("kind", list(AdapterKind))
+def test_a_reward_model_of_ours_scores_token_ids_loaded_before_or_not(
+    tmp_path: Path, base: Lineage, kind: AdapterKind
+) -> None:
+    told = tiny_reward(tmp_path / "reward", AdapterConfig(kind=kind, rank=4), found=base)
+    config = PpoConfig()
+    spec = tiny_spec(tmp_path, config, inputs={"reward": told})
+    model = load_reward_model(spec, told)
+    prompts, answers = rows(base)
+    with torch.no_grad():
+        alone = [scalar_scores(model, stream([p + a], CPU)).item() for p, a in zip(prompts, answers, strict=True)]
+    for loaded in (None, model):
+        mix = slot(tmp_path, config, loaded, inputs={"reward": told})
+        assert raw(mix, base) == {"reward": pytest.approx(alone, rel=1e-5)}
+
+
+def test_a_loaded_reward_model_is_not_loaded_again(tmp_path: Path, base: Lineage) -> None:
+    told = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=base)
+    model = load_reward_model(tiny_spec(tmp_path, PpoConfig()), told)
+    gone = StageInput(ref="stage:reward", path=tmp_path / "gone")
+    assert set(raw(slot(tmp_path, PpoConfig(), model, inputs={"reward": gone}), base)) == {"reward"}
+
+
+def test_a_reward_model_from_outside_scores_text(tmp_path: Path, base: Lineage) -> None:
+    folder = external(tmp_path / "judge")
+    told = StageInput(ref="hub:org/judge", path=folder)
+    found = raw(slot(tmp_path, PpoConfig(), inputs={"reward": told}), base)
+    assert found["reward"] == pytest.approx(scorer(folder, prompts=PROMPTS).scores(answers_to(PROMPTS, TEXTS)))
+
+
+def test_the_guard_has_a_slot_of_its_own_with_a_model_of_its_own(tmp_path: Path, base: Lineage) -> None:
+    told = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=base)
+    judge = StageInput(ref="path:judge", path=external(tmp_path / "judge"))
+    guard = GuardConfig(every=1, scorer=ScorerConfig(source="path:judge"))
+    config = PpoConfig(guard=guard)
+    inputs = {"reward": told, "guard.scorer.source": judge}
+    assert slot(tmp_path, config, inputs=inputs).names == ["reward"]
+    second = slot(tmp_path, config, build=build_scorer, inputs=inputs)
+    assert second.names == ["judge"]
+    assert len(raw(second, base)["judge"]) == 2
+
+
+def test_a_reward_model_of_ours_with_another_tokenizer_is_refused(tmp_path: Path, base: Lineage) -> None:
+    told = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=base)
+    spec = tiny_spec(tmp_path, PpoConfig(), inputs={"reward": told})
+    tokenizer = load_tokenizer(base.base)
+    tokenizer.chat_template = "{{ messages }}"
+    with pytest.raises(ModelError, match="stage:reward has another tokenizer or chat template"):
+        build_rewards(PpoConfig(), spec, tokenizer, PROMPTS, None, device=CPU)
+
+
+def test_code_that_changed_since_the_plan_is_refused(tmp_path: Path, base: Lineage) -> None:
+    file = tmp_path / "score.py"
+    file.write_text("def brevity(prompts, completions, rows): return [0 for _ in rows]\n")
+    config = PpoConfig(reward=None, scorers=[ScorerConfig(source=f"{file}:brevity")])
+    with pytest.raises(DataError, match="changed since the run was planned"):
+        slot(tmp_path, config, identity={"code": {"scorers[0].source": "0" * 64}})

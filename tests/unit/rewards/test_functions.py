@@ -1,0 +1,166 @@
+"""A function of the user's is called with lists, and what it gives is believed only where it is numbers."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.errors import DataError, RewardError
+from alignment.fingerprint import file_sha256
+from alignment.rewards.functions import FunctionScorer, load_function
+from alignment.rewards.scorers import checked
+from alignment.rewards.sources import FunctionSource
+from tests.unit.rewards.conftest import answers_to, prompt
+
+PROMPTS = [prompt("Hi?", line=4, weight=2.5), prompt("And?", line=9, weight=0.5)]
+ANSWERS = answers_to(PROMPTS, ["Hello there.", "No."])
+
+
+def score(folder: Path, body: str, *, preamble: str = "") -> list[float]:
+    """What a function with this body makes of two answers."""
+    file = folder / "score.py"
+    file.write_text(f"{preamble}\ndef brevity(prompts, completions, rows):\n    {body}\n")
+    source = FunctionSource(file=file, name="brevity")
+    scorer = FunctionScorer(source, load_function(source, planned=file_sha256(file)))
+    return checked(scorer.scores(ANSWERS), ANSWERS, source=str(source))
+
+
+def test_a_function_sees_messages_text_and_the_whole_row(tmp_path: Path) -> None:
+    body = """return [
+        row["weight"] * len(completion.split()) + len(prompt) + (prompt[-1]["role"] == "user") + len(row["messages"])
+        for prompt, completion, row in zip(prompts, completions, rows)
+    ]"""
+    assert score(tmp_path, body) == [2.5 * 2 + 3, 0.5 + 3]
+
+
+def test_what_a_function_changes_in_its_arguments_changes_nothing_else(tmp_path: Path) -> None:
+    body = """for row in rows: row["messages"].clear(); row["weight"] = 0
+    completions.clear(); prompts[0][0]["content"] = ""; prompts.clear()
+    return [1, 2]"""
+    assert score(tmp_path, body) == [1.0, 2.0]
+    assert [one.row["weight"] for one in PROMPTS] == [2.5, 0.5]
+    assert PROMPTS[0].row["messages"][0]["content"] == PROMPTS[0].messages[0].content == "Hi?"
+    assert list(ANSWERS.texts) == ["Hello there.", "No."]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ("[1, 0.5]", [1.0, 0.5]),
+        ("(1, -2)", [1.0, -2.0]),
+        ("[numpy.float32(0.5), numpy.int64(3)]", [0.5, 3.0]),
+        ("[Fraction(1, 4), 0]", [0.25, 0.0]),
+    ],
+)
+def test_numbers_of_any_kind_are_scores(tmp_path: Path, values: str, expected: list[float]) -> None:
+    assert score(tmp_path, f"return {values}", preamble="import numpy\nfrom fractions import Fraction") == expected
+
+
+BAD = [
+    ("[1.0]", "gave 1 scores for 2 answers to rows.jsonl:4, rows.jsonl:9"),
+    ("[1, 2, 3]", "gave 3 scores for 2 answers to rows.jsonl:4, rows.jsonl:9"),
+    ("None", "gave a NoneType: None"),
+    ("3.0", "gave a float: 3.0"),
+    ("'ab'", "gave a str: 'ab'"),
+    ("{1: 2, 3: 4}", "gave a dict: {1: 2, 3: 4}"),
+    ("numpy.ones(2)", "gave a ndarray: array([1., 1.])"),
+    ("[1, None]", "gave None (NoneType) for an answer to rows.jsonl:9, which is no number"),
+    ("['1', 2]", "gave '1' (str) for an answer to rows.jsonl:4, which is no number"),
+    ("[1, True]", "gave True (bool) for an answer to rows.jsonl:9, which is no number"),
+    ("[[1], 2]", "gave [1] (list) for an answer to rows.jsonl:4, which is no number"),
+    ("[1j, 2]", "gave 1j (complex) for an answer to rows.jsonl:4, which is no number"),
+    ("[1, float('nan')]", "gave nan for an answer to rows.jsonl:9, which is not finite"),
+    ("[float('inf'), 1]", "gave inf for an answer to rows.jsonl:4, which is not finite"),
+    ("[1, -float('inf')]", "gave -inf for an answer to rows.jsonl:9, which is not finite"),
+    ("[1e300, 1]", "gave 1e+300 for an answer to rows.jsonl:4, which is not finite"),
+    ("[1, numpy.float64('nan')]", "gave np.float64(nan) for an answer to rows.jsonl:9, which is not finite"),
+    ("[10 ** 400, 1]", "for an answer to rows.jsonl:4, which is not finite"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD, ids=[values for values, _ in BAD])
+def test_what_is_no_score_is_refused_by_function_row_and_value(tmp_path: Path, values: str, message: str) -> None:
+    with pytest.raises(RewardError) as caught:
+        score(tmp_path, f"return {values}", preamble="import numpy")
+    assert str(caught.value).startswith(f"{tmp_path}/score.py:brevity: ")
+    assert f"{message}; nothing was learned" in str(caught.value)
+    assert caught.value.exit_code == 9
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [1 / 0, 2]", "raised ZeroDivisionError: division by zero at line 3"),
+        ("return [rows[0]['colour'], 2]", "raised KeyError: 'colour' at line 3"),
+        ("import sys; sys.exit(3)", "raised SystemExit: 3 at line 3"),
+        ("return helper()", "raised ValueError: deep at line 1"),
+    ],
+)
+def test_a_function_that_raises_is_named_with_the_line_that_did(tmp_path: Path, body: str, message: str) -> None:
+    with pytest.raises(RewardError) as caught:
+        score(tmp_path, body, preamble="def helper(): raise ValueError('deep')")
+    asked = "asked about answers to rows.jsonl:4, rows.jsonl:9; nothing was learned from it"
+    assert str(caught.value).splitlines()[0] == f"{tmp_path}/score.py:brevity: {message}, {asked}"
+
+
+def test_a_file_that_cannot_be_imported_is_named_and_tried_anew(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(RewardError, match="raised ModuleNotFoundError: No module named 'nowhere_at_all' at line 1"):
+            score(tmp_path, "return [1, 2]", preamble="import nowhere_at_all")
+
+
+def test_a_file_s_neighbours_can_be_imported_but_never_hide_what_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "reward_neighbour.py").write_text("VALUE = 0.75\n")
+    (tmp_path / "colorsys.py").write_text("raise RuntimeError('hidden')\n")
+    preamble = "import colorsys\nfrom reward_neighbour import VALUE"
+    assert score(tmp_path, "return [VALUE, colorsys.ONE_THIRD * 3]", preamble=preamble) == [0.75, 1.0]
+
+
+def test_two_functions_of_a_file_share_its_module_and_a_changed_file_is_another(tmp_path: Path) -> None:
+    file = tmp_path / "score.py"
+    file.write_text(
+        "seen = []\ndef one(p, c, r):\n    seen.extend(c)\n    return [0, 0]\ndef two(p, c, r): return seen\n"
+    )
+    one, two = (load_function(FunctionSource(file=file, name=name), planned=None) for name in ("one", "two"))
+    one([], ["a", "b"], [])
+    assert two([], [], []) == ["a", "b"]
+    file.write_text("def one(p, c, r): return 'new'\n")
+    assert load_function(FunctionSource(file=file, name="one"), planned=None)([], [], []) == "new"
+
+
+def test_a_file_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "score.py"
+    file.write_text("def brevity(p, c, r): return [1]\n")
+    planned = file_sha256(file)
+    file.write_text("def brevity(p, c, r): return [2]\n")
+    with pytest.raises(DataError, match=r"score\.py: changed since the run was planned"):
+        load_function(FunctionSource(file=file, name="brevity"), planned=planned)
+
+
+def test_a_request_to_stop_that_arrives_meanwhile_is_no_fault_of_the_function(tmp_path: Path) -> None:
+    from alignment.training.session import Preempted
+
+    def interrupted(*_: Any) -> Any:
+        raise Preempted
+
+    with pytest.raises(Preempted):
+        FunctionScorer(FunctionSource(file=tmp_path / "x.py", name="f"), interrupted).scores(ANSWERS)
+
+
+def test_the_example_in_the_documentation_is_a_function_that_scores(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs/rewards.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    file = tmp_path / "score.py"
+    file.write_text(example)
+    source = FunctionSource(file=file, name="brevity")
+    prompts = [prompt(), prompt(max_words=2), prompt(max_words=2)]
+    answers = answers_to(prompts, ["It is closed on Monday.", "On Monday.", "It is closed on Monday."])
+    scores = FunctionScorer(source, load_function(source, planned=None)).scores(answers)
+    assert checked(scores, answers, source="brevity") == pytest.approx([1.0, 1.0, 0.7])

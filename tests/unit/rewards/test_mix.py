@@ -1,0 +1,157 @@
+"""Several scorers become one reward: named, normalised, clipped, weighted, and the same after a restart."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from statistics import fmean, pstdev
+from typing import Any
+
+import pytest
+import torch
+
+from alignment.errors import RewardError
+from alignment.rewards.mix import Part, RewardMix
+from alignment.rewards.scorers import Answers, Length, Regex
+from tests.tiny import tiny_tokenizer
+from tests.unit.rewards.conftest import prompt
+
+TOKENIZER = tiny_tokenizer()
+PROMPTS = [prompt(line=number + 1) for number in range(4)]
+
+
+class Told:
+    """Gives what it was told to give, and remembers what it was asked."""
+
+    def __init__(self, scores: Sequence[Any] = ()) -> None:
+        self._scores = scores
+        self.asked: list[Answers] = []
+
+    def scores(self, answers: Answers) -> list[Any]:
+        """The scores, whatever the answers."""
+        self.asked.append(answers)
+        return list(self._scores)
+
+
+def mix(*parts: Part) -> RewardMix:
+    return RewardMix(parts, TOKENIZER, PROMPTS)
+
+
+def ids(text: str) -> list[int]:
+    found: list[int] = TOKENIZER(text)["input_ids"]
+    return [*found, TOKENIZER.eos_token_id]
+
+
+def batches(count: int, size: int) -> list[list[float]]:
+    rng = random.Random(1)
+    return [[rng.gauss(1000.0, 3.0) for _ in range(size)] for _ in range(count)]
+
+
+def as_tensors(**scores: Sequence[float]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(values) for name, values in scores.items()}
+
+
+def test_a_second_scorer_of_the_same_name_gets_a_number() -> None:
+    sources = ["exact_answer", "regex", "reward", "regex", "/a/score.py:brevity", "/b/score.py:brevity", "stage:judge"]
+    sources += ["path:/models/judge/", "hub:org/judge@v1/x"]
+    slot = mix(*(Part(source=source, scorer=Told()) for source in sources))
+    assert slot.names == [
+        "exact_answer", "regex", "reward", "regex#2", "brevity", "brevity#2", "judge", "judge#2", "judge#3",
+    ]  # fmt: skip
+
+
+def test_a_scorer_sees_text_without_special_tokens_and_the_row_of_each_prompt() -> None:
+    told = Told([1.0, 2.0])
+    answers = [[*ids(" It is  closed .\n")[:-1], 1, TOKENIZER.eos_token_id], ids("Yes.")]
+    assert mix(Part(source="x", scorer=told)).raw([[5], [6]], answers, [3, 0]) == {"x": [1.0, 2.0]}
+    (asked,) = told.asked
+    assert list(asked.texts) == [" It is  closed .\n", "Yes."]
+    assert list(asked.prompts) == [PROMPTS[3], PROMPTS[0]]
+    assert [one.where for one in asked.prompts] == ["rows.jsonl:4", "rows.jsonl:1"]
+    assert (asked.prompt_ids, asked.answer_ids, asked.rows) == ([[5], [6]], answers, [3, 0])
+
+
+def test_a_batch_without_answers_asks_nobody() -> None:
+    told = Told()
+    assert mix(Part(source="x", scorer=told)).raw([], [], []) == {"x": []}
+    assert not told.asked
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_what_is_no_score_is_refused_whoever_gave_it(bad: Any) -> None:
+    slot = mix(Part(source="regex", scorer=Regex("."), weight=0.0), Part(source="reward", scorer=Told([0.5, bad])))
+    with pytest.raises(RewardError, match=r"^reward: gave (nan|inf|None).* for an answer to rows\.jsonl:3"):
+        slot.raw([[5], [6]], [ids("a"), ids("b")], [0, 2])
+
+
+def test_the_total_is_the_weighted_sum_of_clipped_scores() -> None:
+    slot = mix(
+        Part(source="regex", scorer=Regex("x"), weight=2.0),
+        Part(source="length", scorer=Length(3), weight=-0.5, clip=4.0),
+    )
+    total = slot.total(as_tensors(regex=[1.0, 0.0, 1.0], length=[-7.0, 3.0, 9.0]), learn=True)
+    assert total.tolist() == [2 + 2, 0 - 1.5, 2 - 2]
+    assert total.dtype == torch.float32
+
+
+def test_scores_are_normalised_by_all_scores_so_far() -> None:
+    slot = mix(Part(source="a", scorer=Told(), normalize=True), Part(source="b", scorer=Told(), weight=0.0))
+    seen: list[float] = []
+    for batch in batches(6, 5):
+        rounded = torch.tensor(batch).tolist()  # the scores as float32 has them
+        seen += rounded
+        expected = [(score - fmean(seen)) / pstdev(seen) for score in rounded]
+        total = slot.total(as_tensors(a=batch, b=batch), learn=True)
+        assert total.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_looking_without_learning_changes_nothing() -> None:
+    slot = mix(Part(source="a", scorer=Told(), normalize=True))
+    first = as_tensors(a=[1.0, 3.0])
+    assert slot.total(first, learn=False).tolist() == [1.0, 3.0], "nothing is known yet"
+    assert slot.total(first, learn=True).tolist() == [-1.0, 1.0]
+    before = slot.state()
+    assert slot.total(as_tensors(a=[7.0]), learn=False).tolist() == [5.0]
+    assert slot.state() == before
+
+
+def test_clipping_comes_after_normalising() -> None:
+    slot = mix(Part(source="a", scorer=Told(), weight=10.0, normalize=True, clip=0.5))
+    assert slot.total(as_tensors(a=[100.0, 300.0, 200.0]), learn=True).tolist() == [-5.0, 5.0, 0.0]
+
+
+@pytest.mark.parametrize("constant", [0.1, -3.7, 1e6, 0.0])
+def test_scores_that_are_all_the_same_become_zero_and_never_rounding_noise(constant: float) -> None:
+    slot = mix(Part(source="a", scorer=Told(), normalize=True))
+    for size in (3, 7, 1, 5):
+        assert slot.total(as_tensors(a=[constant] * size), learn=True).abs().max() < 1e-6
+    apart = float(slot.total(as_tensors(a=[constant + 1.0]), learn=False))
+    assert apart == pytest.approx(1.0, rel=1e-4), "one that differs is told apart, not divided by nothing"
+
+
+def test_how_scores_are_cut_into_batches_does_not_count_in_the_end() -> None:
+    values = [score for batch in batches(4, 6) for score in batch]
+    probe = as_tensors(a=[990.0, 1000.0, 1010.0])
+    totals = []
+    for size in (1, 4, 24):
+        slot = mix(Part(source="a", scorer=Told(), normalize=True))
+        for start in range(0, len(values), size):
+            slot.total(as_tensors(a=values[start : start + size]), learn=True)
+        totals.append(slot.total(probe, learn=False))
+    assert torch.allclose(totals[0], totals[1], rtol=1e-6)
+    assert torch.allclose(totals[0], totals[2], rtol=1e-6)
+
+
+def test_a_restored_slot_goes_on_as_the_straight_one() -> None:
+    def fresh() -> RewardMix:
+        return mix(*(Part(source="regex", scorer=Told(), normalize=normalize) for normalize in (True, False, True)))
+
+    told = [as_tensors(**{"regex": one, "regex#2": one, "regex#3": [x * x for x in one]}) for one in batches(5, 4)]
+    straight, first, resumed = fresh(), fresh(), fresh()
+    expected = [straight.total(raw, learn=True).tolist() for raw in told]
+    found = [first.total(raw, learn=True).tolist() for raw in told[:3]]
+    resumed.restore(json.loads(json.dumps(first.state())))
+    found += [resumed.total(raw, learn=True).tolist() for raw in told[3:]]
+    assert found == expected
+    assert resumed.state() == straight.state()

@@ -1,0 +1,147 @@
+"""A PPO stage on a model of 24 tokens, width 32, float32, so that answers do end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.stage import PpoConfig, PpoOptimConfig
+from alignment.models.answers import batches, scalar_scores
+from alignment.models.load import Lineage
+from alignment.models.roles import Roles, build_roles
+from alignment.rewards.slot import Rewards
+from alignment.stages import ppo as stage
+from alignment.training.context import StageContext
+from alignment.training.ppo_trainer import PpoTrainer
+from alignment.training.rollouts import Prompts
+from alignment.training.session import train
+from tests.tiny import BASE_SOURCE, tiny_model, tiny_reward, tiny_spec, tiny_tokenizer
+
+LORA = AdapterConfig(rank=4)
+FULL = AdapterConfig(kind=AdapterKind.full)
+KINDS = pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
+END = 2
+PROMPTS = [[5, 9, 2, 7], [8], [3, 2, 6, 4, 9, 2, 11], [4, 10], [17, 18, 19], [1, 12, 2], [13], [14, 15, 16, 20]]
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """One PPO stage under way, with all that a test looks at."""
+
+    context: StageContext
+    config: PpoConfig
+    roles: Roles
+    trainer: PpoTrainer
+
+    def train(self) -> dict[str, float]:
+        """Runs to the end, as the stage does."""
+        return train(self.trainer, self.context, headline="objective/score", period=self.trainer.steps_per_update)
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """A JSON Lines file of the stage's content."""
+        return [json.loads(line) for line in (self.context.content / name).read_text().splitlines()]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What was logged, a line an update."""
+        return self.lines("metrics.jsonl")
+
+
+class TokenRewards:
+    """Scores by a function of prompt and answer tokens."""
+
+    def __init__(self, score: Callable[[Sequence[int], Sequence[int]], float], name: str = "rule") -> None:
+        self._score = score
+        self._name = name
+
+    def raw(self, prompts: Any, answers: Any, rows: Any) -> dict[str, list[float]]:
+        """One score an answer."""
+        return {self._name: [self._score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]}
+
+    def total(self, raw: Mapping[str, torch.Tensor], *, learn: bool) -> torch.Tensor:
+        """There is only one."""
+        return raw[self._name]
+
+    def state(self) -> dict[str, Any]:
+        """Nothing is remembered."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing is remembered."""
+
+
+class OwnReward(TokenRewards):
+    """The reward model among the roles."""
+
+    def __init__(self, roles: Roles) -> None:
+        super().__init__(lambda prompt, answer: 0.0, name="reward")
+        self._model = roles.reward
+
+    def raw(self, prompts: Any, answers: Any, rows: Any) -> dict[str, list[float]]:
+        """Its scores at the last tokens."""
+        parts = batches(prompts, answers, tokens=1000, device=torch.device("cpu"))
+        return {self._name: torch.cat([scalar_scores(self._model, part.rows) for part in parts]).tolist()}
+
+
+def bench_in(folder: Path) -> Callable[..., Bench]:
+    """Makes stages in ``folder``; the same arguments give the same stage. ``reward=False`` has no reward model."""
+    base = folder / "base"
+    tiny_model(vocab_size=24).save_pretrained(str(base))
+    tiny_tokenizer().save_pretrained(str(base))  # asked for its hashes only
+    found = Lineage(source=BASE_SOURCE, base=base, adapters=())
+    made = {}
+
+    def make(
+        name: str = "run",
+        *,
+        adapter: AdapterConfig = FULL,
+        prompts: Any = PROMPTS,
+        reward: bool = True,
+        rewards: Rewards | None = None,
+        **changes: Any,
+    ) -> Bench:
+        if adapter.kind not in made:
+            made[adapter.kind] = tiny_reward(folder / f"reward-{adapter.kind.value}", adapter, found=found)
+        settings = {"updates": 2, "ppo_epochs": 2, "num_minibatches": 2, "max_new_tokens": 6, "optim": optim()}
+        config = PpoConfig(adapter=adapter, **{**settings, **changes})
+        spec = tiny_spec(folder / name, config, base_path=base)
+        context = StageContext(spec=spec, rank=0, world_size=1)
+        roles = build_roles(
+            spec,
+            found,
+            made[adapter.kind] if reward else None,
+            adapter,
+            device=context.device,
+            critic=config.critic,
+            relative_returns=config.prompt_baseline,
+        )
+        told = Prompts(ids=prompts, rows=range(len(prompts)))
+        trainer = stage.build_trainer(config, context, roles, told, END, rewards or OwnReward(roles))
+        return Bench(context=context, config=config, roles=roles, trainer=trainer)
+
+    return make
+
+
+def optim(**changes: Any) -> PpoOptimConfig:
+    """Eight episodes an update, all held at once."""
+    return replace(PpoOptimConfig(lr=1e-3, batch_size=8, micro_batch_tokens=1000), **changes)
+
+
+def sha256(parameters: Any) -> str:
+    """Of all weights together."""
+    sha = hashlib.sha256()
+    for parameter in parameters:
+        sha.update(parameter.detach().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def trained(roles: Roles) -> list[torch.Tensor]:
+    """What PPO trains: policy and critic."""
+    return [parameter for parameter in roles.actor_critic.parameters() if parameter.requires_grad]

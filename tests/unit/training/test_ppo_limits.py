@@ -1,0 +1,323 @@
+"""What holds PPO back or beside it: warm-up of the critic, early stops, the guard, language modelling, odd scores."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from alignment.config.adapter import AdapterConfig
+from alignment.config.optim import Schedule
+from alignment.config.stage import Critic, GuardConfig, PtxConfig
+from alignment.data.tokenize import TokenizedConversation
+from alignment.errors import ConfigError
+from alignment.models.answers import unwrapped
+from alignment.stages.ppo import hold_out
+from alignment.training.guard import Guard
+from alignment.training.ptx import Ptx
+from alignment.training.rollouts import Prompts
+from alignment.training.samples import Samples
+from tests.tiny import tiny_tokenizer
+from tests.unit.training.ppo_bench import END, FULL, KINDS, LORA, PROMPTS, Bench, TokenRewards, optim, sha256
+
+SHORT = TokenRewards(lambda prompt, answer: -float(len(answer)))
+
+
+def _policy(run: Bench) -> str:
+    return sha256(p for p in run.roles.policy.parameters() if p.requires_grad)
+
+
+def _critic(run: Bench) -> str:
+    return sha256(p for p in run.roles.actor_critic.value.parameters() if p.requires_grad)
+
+
+# ---- warm-up of the critic ------------------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("critic", list(Critic))
+def test_only_the_critic_learns_while_it_warms_up(
+    bench: Callable[..., Bench], adapter: AdapterConfig, critic: Critic
+) -> None:
+    run = bench(adapter=adapter, critic=critic, updates=2, critic_warmup=2)
+    policy, value = _policy(run), _critic(run)
+    run.train()
+    assert _policy(run) == policy
+    assert _critic(run) != value
+    assert all(abs(line["policy/approxkl"]) < 1e-10 for line in run.metrics())
+    after = bench("after", adapter=adapter, critic=critic, updates=3, critic_warmup=2)
+    after.train()
+    assert _policy(after) != policy
+
+
+def test_adam_counts_none_of_the_policys_warm_up_steps(bench: Callable[..., Bench]) -> None:
+    run = bench(updates=2, critic_warmup=1)
+    run.train()
+    counts = {
+        int(state["step"])
+        for parameter, state in run.trainer.optimizer.state.items()
+        if any(parameter is p for p in run.roles.policy.parameters())
+    }
+    assert counts == {4}, "two epochs of two minibatches in the second update"
+
+
+# ---- the end of an update, and of a stage ---------------------------------------------------------------------------
+
+
+def test_an_epoch_that_moved_too_far_is_the_updates_last(bench: Callable[..., Bench]) -> None:
+    free = bench("free", updates=2, ppo_epochs=4)
+    free.train()
+    assert [line["policy/steps"] for line in free.metrics()] == [8, 8]
+    held = bench("held", updates=2, ppo_epochs=4, max_approxkl=1e-9)
+    held.train()
+    lines = held.metrics()
+    assert [line["policy/steps"] for line in lines] == [2, 2], "the first epoch's second minibatch sees a change"
+    assert [line["step"] for line in lines] == [8, 16], "the rate is annealed as before"
+
+
+def test_minibatches_that_are_passed_over_change_nothing(bench: Callable[..., Bench]) -> None:
+    held = bench("held", updates=1, ppo_epochs=4, max_approxkl=1e-9, optim=optim(schedule=Schedule.constant))
+    held.train()
+    one = bench("one", updates=1, ppo_epochs=1, optim=optim(schedule=Schedule.constant))
+    one.train()
+    assert _policy(held) == _policy(one)
+    assert _critic(held) == _critic(one)
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_a_kl_above_the_budget_ends_the_stage(
+    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture, minibatches: int
+) -> None:
+    settings = {"ppo_epochs": 1, "num_minibatches": minibatches, "optim": optim(lr=5e-3), "updates": 6}
+    free = bench("free", **settings)
+    free.train()
+    kls = [line["objective/kl"] for line in free.metrics()]
+    limit = max(kls) / 2
+    first = next(number for number, kl in enumerate(kls) if kl > limit)
+    held = bench("held", guard=GuardConfig(max_kl=limit), **settings)
+    with caplog.at_level(logging.WARNING):
+        held.train()
+    assert held.trainer.updates_done == first
+    assert f"the stage ends after {first} updates" in caplog.text
+    assert held.metrics()[-1]["objective/kl"] == kls[first], "what ended it is the last line"
+    assert first > 0
+
+
+# ---- the guard ------------------------------------------------------------------------------------------------------
+
+
+LOW = TokenRewards(lambda prompt, answer: float(sum(token < 12 for token in answer)))
+HIGH = TokenRewards(lambda prompt, answer: -float(sum(token < 12 for token in answer)), name="gold")
+WATCHED = {"updates": 4, "optim": optim(lr=5e-3, batch_size=32), "missing_eos_score": None}
+
+
+def _watched(bench: Callable[..., Bench], name: str, **changes: Any) -> Bench:
+    """A stage that likes low tokens, watched on prompts of its own by an opinion that dislikes them."""
+    guard = GuardConfig(every=1, prompts=8, **changes.pop("guard", {}))
+    run = bench(name, rewards=LOW, guard=guard, **{**WATCHED, **changes})
+    run.trainer.guard = Guard(
+        guard,
+        run.context,
+        Prompts(ids=[[6, 7, 8], [21, 22], [9], [3, 3], [20], [18, 5, 4], [11, 12], [1, 9]], rows=range(100, 108)),
+        scorer=HIGH,
+        policy=run.roles.policy,
+        proxy=lambda rollout: run.trainer.scores_of(rollout, learn=False),
+    )
+    return run
+
+
+@KINDS
+def test_the_best_policy_by_the_second_opinion_is_handed_on(
+    bench: Callable[..., Bench], adapter: AdapterConfig
+) -> None:
+    """Gold dislikes what training wants, so it is best before anything was learned."""
+    run = _watched(bench, "run", adapter=adapter)
+    start = _policy(run)
+    run.train()
+    assert _policy(run) != start
+    told = run.trainer.guard.finish(run.trainer.updates_done, run.trainer.rollouts)
+    lines = run.lines("guard.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    golds = [line["guard/gold"] for line in lines]
+    assert golds[-1] < golds[0] - 0.5
+    assert [line["guard/proxy"] for line in lines] == pytest.approx([-gold for gold in golds])
+    assert lines[0]["guard/kl"] == pytest.approx(0.0, abs=1e-5)
+    best = golds.index(max(golds))
+    assert told["guard/kept_update"] == best
+    again = run.trainer.guard.look(9, run.trainer.rollouts)
+    assert again["guard/gold"] == pytest.approx(max(golds)), "the weights are those that did best"
+    if best == 0:
+        assert _policy(run) == start
+
+
+def test_without_keep_best_the_last_policy_is_handed_on(bench: Callable[..., Bench]) -> None:
+    run = _watched(bench, "run", guard={"keep_best": False})
+    run.train()
+    last = _policy(run)
+    told = run.trainer.guard.finish(run.trainer.updates_done, run.trainer.rollouts)
+    assert _policy(run) == last
+    assert "guard/kept_update" not in told
+
+
+def test_the_guard_neither_disturbs_training_nor_forgets_over_a_resume(bench: Callable[..., Bench]) -> None:
+    alone = bench("alone", rewards=LOW, **WATCHED)
+    alone.train()
+    straight = _watched(bench, "straight")
+    straight.train()
+    assert _policy(straight) == _policy(alone)
+
+    cut = _watched(bench, "cut")
+    look = cut.trainer.guard.look
+
+    def breaks(updates: int, rollouts: Any) -> Any:
+        if updates == 2:
+            raise KeyboardInterrupt
+        return look(updates, rollouts)
+
+    cut.trainer.guard.look = breaks
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    resumed = _watched(bench, "cut")
+    resumed.train()
+    for run in (straight, resumed):
+        run.trainer.guard.finish(run.trainer.updates_done, run.trainer.rollouts)
+    assert resumed.lines("guard.jsonl") == straight.lines("guard.jsonl")
+    assert _policy(resumed) == _policy(straight)
+
+
+def test_held_out_prompts_are_never_learned_from(bench: Callable[..., Bench]) -> None:
+    run = bench()
+    prompts = Prompts(ids=[*PROMPTS, PROMPTS[0]], rows=range(40, 49))
+    config = replace(run.config, guard=GuardConfig(every=1, prompts=3))
+    learned, held_out = hold_out(prompts, config, run.context)
+    assert len(held_out) == 3
+    assert not {tuple(ids) for ids in learned.ids} & {tuple(ids) for ids in held_out.ids}
+    assert {tuple(ids) for ids in [*learned.ids, *held_out.ids]} == {tuple(ids) for ids in PROMPTS}
+    for one in (learned, held_out):
+        assert all(prompts.ids[row - 40] == ids for row, ids in zip(one.rows, one.ids, strict=True))
+    with pytest.raises(ConfigError, match="8 prompts cannot be held out of 8 different ones"):
+        hold_out(prompts, replace(config, guard=GuardConfig(every=1, prompts=8)), run.context)
+
+
+# ---- language modelling beside it -----------------------------------------------------------------------------------
+
+CONVERSATIONS = [
+    TokenizedConversation(input_ids=[1, 5, 9, 6, END], labels=[-100, -100, 9, 6, END]),
+    TokenizedConversation(input_ids=[1, 7, END, 1, 8, 3, 4, END], labels=[-100, 7, END, -100, -100, 3, 4, END]),
+    TokenizedConversation(input_ids=[1, 10, 11], labels=[-100, -100, 11]),
+]
+
+
+def _ptx_loss(run: Bench) -> torch.Tensor:
+    """Mean of −log p over learned tokens of all conversations, one plain forward each."""
+    losses = []
+    for row in CONVERSATIONS:
+        logprobs = unwrapped(run.roles.policy)(torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
+        losses += [-logprobs[at - 1, label] for at, label in enumerate(row.labels) if label != -100]
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("tokens", [1, 1000])
+def test_ptx_adds_the_token_mean_of_its_conversations(bench: Callable[..., Bench], tokens: int) -> None:
+    run = bench()
+    loss = _ptx_loss(run)
+    expected = float(loss.detach())
+    weights = [p for p in run.roles.policy.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(0.3 * loss, weights)
+    ptx = Ptx(PtxConfig(coefficient=0.3, batch_size=3), CONVERSATIONS, run.context, tokens=tokens)
+    found = ptx.add_gradients(unwrapped(run.roles.policy), 0, run.trainer.accelerator)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    for parameter, gradient in zip(weights, gradients, strict=True):
+        assert float((parameter.grad - gradient).norm()) <= 1e-5 * max(1.0, float(gradient.norm()))
+
+
+@KINDS
+def test_ptx_keeps_what_it_practises(bench: Callable[..., Bench], adapter: AdapterConfig) -> None:
+    after = {}
+    for coefficient in (0.0, 5.0):
+        run = bench(f"ptx-{coefficient}", adapter=adapter, updates=4, optim=optim(lr=5e-3))
+        if coefficient:
+            run.trainer.ptx = Ptx(
+                PtxConfig(coefficient=coefficient, batch_size=3), CONVERSATIONS, run.context, tokens=1000
+            )
+        start = float(_ptx_loss(run).detach())
+        run.train()
+        after[coefficient] = float(_ptx_loss(run).detach())
+        assert ("loss/ptx" in run.metrics()[0]) is bool(coefficient)
+    assert after[5.0] < start - 0.1
+    assert after[5.0] < after[0.0]
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------------
+
+
+def test_answers_that_all_score_alike_are_warned_of(
+    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = bench(rewards=TokenRewards(lambda prompt, answer: 1.0), missing_eos_score=None, updates=1)
+    with caplog.at_level(logging.WARNING):
+        run.train()
+    assert "all 8 answers of this update score 1" in caplog.text
+    assert run.metrics()[0]["objective/score_std"] == 0.0
+
+
+def test_without_a_missing_eos_score_every_score_stays(bench: Callable[..., Bench]) -> None:
+    run = bench(rewards=SHORT, missing_eos_score=None, updates=1)
+    run.train()
+    (line,) = run.metrics()
+    assert line["objective/score"] == pytest.approx(-line["response_length"])
+    assert line["score/rule"] == line["objective/score"]
+
+
+@KINDS
+def test_without_a_reward_model_the_critic_starts_from_the_policy_at_zero(
+    bench: Callable[..., Bench], adapter: AdapterConfig
+) -> None:
+    run = bench(adapter=adapter, reward=False, rewards=SHORT, updates=1)
+    assert run.roles.reward is None
+    values = run.trainer.rollouts._policy_and_values(PROMPTS[:2], [[3, 4], [5]])[2]
+    assert not any(values.tolist())
+    before = _critic(run)
+    run.train()
+    assert _critic(run) != before
+    assert run.trainer.rollouts._policy_and_values(PROMPTS[:2], [[3, 4], [5]])[2].any()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "critic", "reward", "copies"),
+    [
+        (LORA, Critic.separate, True, 1.0),
+        (LORA, Critic.shared, True, 1.0),
+        (LORA, Critic.separate, False, 1.0),
+        (FULL, Critic.shared, False, 2.0),
+        (FULL, Critic.separate, True, 4.0),
+    ],
+)
+def test_copies_of_the_base_are_counted(
+    bench: Callable[..., Bench], adapter: AdapterConfig, critic: Critic, reward: bool, copies: float
+) -> None:
+    rewards = None if reward else SHORT
+    run = bench(adapter=adapter, critic=critic, reward=reward, rewards=rewards, updates=1)
+    assert run.roles.base_copies() == pytest.approx(copies, abs=0.02)  # scalar heads count a little
+    run.train()
+    assert run.metrics()[0]["memory/base_copies"] == pytest.approx(copies, abs=0.02)
+
+
+def test_a_few_answers_of_every_update_can_be_read(bench: Callable[..., Bench]) -> None:
+    run = bench(completions_per_prompt=2, rewards=SHORT, missing_eos_score=None)
+    run.trainer.samples = Samples(run.context, tiny_tokenizer(), group=2, number=3)
+    run.train()
+    lines = run.lines("samples.jsonl")
+    assert [line["step"] for line in lines] == [0, 0, 0, 1, 1, 1]
+    for line in lines:
+        assert {"row", "prompt", "answer", "score", "kl", "scorers"} <= set(line)
+        assert line["scorers"] == {"rule": line["score"]}
+        assert math.isfinite(line["kl"])
+    assert len({line["row"] for line in lines[:3]}) == 3
+    assert json.dumps(lines)
