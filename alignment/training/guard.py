@@ -61,7 +61,7 @@ class Guard:
 
         Every process must call this. The same policy gets the same figures, whenever it is asked.
         """
-        found = rollouts.of_prompts(self._prompts, UpdateFigures(lambda *values: values))
+        found = rollouts.of_prompts(self._prompts, UpdateFigures(lambda values: values[None]))
         gold = self._scorer.raw(found.prompts, found.answers, found.rows)
         total = self._scorer.total({name: torch.tensor(scores) for name, scores in gold.items()}, learn=False)
         pairs = zip(found.logprobs, found.reference_logprobs, strict=True)

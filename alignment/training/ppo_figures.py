@@ -1,4 +1,4 @@
-"""The figures of one PPO update, gathered while it happens and summed over processes at its end."""
+"""The figures of one PPO update, noted while it happens and put together over processes at its end."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Sum = Callable[..., tuple[Tensor, ...]]
+Gather = Callable[[Tensor], Tensor]
 
 
 class UpdateFigures:
-    """``sum_over_processes`` takes scalars and returns each summed over all processes."""
+    """``gather`` takes this process's ``[figures]`` and returns ``[processes, figures]``."""
 
-    def __init__(self, sum_over_processes: Sum) -> None:
-        self._sum = sum_over_processes
+    def __init__(self, gather: Gather) -> None:
+        self._gather = gather
         self.clear()
 
     def clear(self) -> None:
         """A new update begins."""
         self.values: dict[str, float] = {}
         self._shares: dict[str, float] = defaultdict(float)
+        self._maxima: dict[str, float] = {}
         self._steps = 0
         self._closed = 0.0
 
     def add_means(self, named: dict[str, Tensor], mask: Tensor) -> None:
         """Means over counted elements of all processes; ``mask`` has the values' shape."""
-        sums = self._sum(mask.sum().float(), *((values * mask).sum() for values in named.values()))
-        for name, total in zip(named, sums[1:], strict=True):
-            self.values[name] = float(total / sums[0])
+        told = [mask.sum().float(), *((values * mask).sum() for values in named.values())]
+        count, *sums = self._gather(torch.stack(told)).sum(0).tolist()
+        for name, total in zip(named, sums, strict=True):
+            self.values[name] = total / count
 
     def add_share(self, named: dict[str, Tensor]) -> None:
         """A micro-batch's share of its minibatch's figure: sums already divided by the minibatch's tokens."""
@@ -37,8 +39,8 @@ class UpdateFigures:
             self._shares[name] += float(value)
 
     def add_maximum(self, name: str, value: Tensor) -> None:
-        """The largest value seen in the update, on the process that logs."""
-        self.values[name] = max(self.values.get(name, float("-inf")), float(value))
+        """The largest value seen in the update."""
+        self._maxima[name] = max(self._maxima.get(name, float("-inf")), float(value))
 
     def add_seconds(self, name: str, seconds: float) -> None:
         """Time spent in a phase of the update."""
@@ -61,6 +63,7 @@ class UpdateFigures:
         """All figures; shares are averaged over the update's optimiser steps. Every process must call this."""
         if not self._shares:  # the update was only sampled
             return dict(self.values)
-        totals = self._sum(*(torch.tensor(total) for total in self._shares.values()))
-        shares = {name: float(total) / self._steps for name, total in zip(self._shares, totals, strict=True)}
-        return {**self.values, **shares}
+        totals = self._gather(torch.tensor(list(self._shares.values()))).sum(0).tolist()
+        shares = {name: total / self._steps for name, total in zip(self._shares, totals, strict=True)}
+        highest = self._gather(torch.tensor(list(self._maxima.values()))).amax(0).tolist() if self._maxima else []
+        return {**self.values, **dict(zip(self._maxima, highest, strict=True)), **shares}

@@ -74,7 +74,7 @@ class PpoTrainer(Trainer):
         self._experience: Experience | None = None
         self._update_ended = False
         self._epoch_kl = 0.0
-        self.figures = UpdateFigures(self._summed)
+        self.figures = UpdateFigures(self._gathered)
         steps = range(args.max_steps * context.world_size)
         super().__init__(
             model=roles.actor_critic, args=args, train_dataset=list(steps), data_collator=lambda rows: {"step": rows}
@@ -165,9 +165,9 @@ class PpoTrainer(Trainer):
 
     def _end_epoch(self) -> None:
         """After an epoch that moved the policy too far, the update's remaining minibatches are passed over."""
-        (total,) = self._summed(torch.tensor(self._epoch_kl))
+        total = float(self._gathered(torch.tensor([self._epoch_kl])).sum())
         limit = self.config.max_approxkl
-        self._update_ended = limit is not None and float(total) / self.config.num_minibatches > limit
+        self._update_ended = limit is not None and total / self.config.num_minibatches > limit
         self._epoch_kl = 0.0
 
     # ---- sampling -------------------------------------------------------------------------------------------------
@@ -313,10 +313,10 @@ class PpoTrainer(Trainer):
         self._log_minibatch(losses, change.detach(), statistics.entropy, mask, tokens)
         return policy_loss, value_loss
 
-    def _summed(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """Each value summed over processes."""
-        stacked = torch.stack([value.to(self.args.device) for value in values])
-        return tuple(self.accelerator.reduce(stacked, reduction="sum").unbind())
+    def _gathered(self, values: Tensor) -> Tensor:
+        """``[processes, values]``."""
+        found: Tensor = self.accelerator.gather(values.to(self.args.device)[None])
+        return found
 
     # ---- figures --------------------------------------------------------------------------------------------------
 

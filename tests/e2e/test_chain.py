@@ -130,6 +130,7 @@ def test_two_processes_train_what_one_does(new_align: Callable[[], Align], finis
     align = new_align()
     align("run", "launch.num_processes=2")
     assert set(states(align).values()) == {"done"}
+    assert verify(align.artifact("ppo"), content=False).metrics["memory/base_copies"] < 1.1, "shared on each process"
     for stage in ("sft", "reward", "dpo", "ppo"):
         status = json.loads((align.output / f"runs/quickstart/{stage}/status.json").read_text())
         assert status["where"].endswith("of 2")

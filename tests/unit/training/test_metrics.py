@@ -82,12 +82,16 @@ def test_the_last_step_is_the_newest(tmp_path: Path) -> None:
 # ---- the figures of a PPO update ------------------------------------------------------------------------------------
 
 
-def _alone(*values: Tensor) -> tuple[Tensor, ...]:
-    return values
+def _alone(values: Tensor) -> Tensor:
+    return values[None]
 
 
-def _two_equal_processes(*values: Tensor) -> tuple[Tensor, ...]:
-    return tuple(2 * value for value in values)
+def _two_equal_processes(values: Tensor) -> Tensor:
+    return torch.stack([values, values])
+
+
+def _beside_a_higher_one(values: Tensor) -> Tensor:
+    return torch.stack([values, values + 10.0])
 
 
 @pytest.mark.parametrize("processes", [_alone, _two_equal_processes])
@@ -126,13 +130,15 @@ def test_the_approximate_kl_of_the_first_step_is_kept_apart() -> None:
 
 
 def test_maxima_and_seconds_gather_over_an_update_and_end_with_it() -> None:
-    figures = UpdateFigures(_alone)
+    figures = UpdateFigures(_beside_a_higher_one)
     for value in (-3.0, -1.0, -2.0):
         figures.add_maximum("worst", torch.tensor(value))
         figures.add_seconds("learning", 0.5)
-    assert figures.values == {"worst": -1.0, "time/learning": 1.5}
+    figures.add_share({"loss": torch.tensor(1.0)})
+    figures.step_done()
+    assert figures.result()["worst"] == 9.0
+    assert figures.result()["time/learning"] == 1.5
     figures.clear()
     figures.add_share({"loss": torch.tensor(1.0)})
     figures.step_done()
-    assert figures.result()["loss"] == 1.0
-    assert "worst" not in figures.result()
+    assert not {"worst", "time/learning"} & set(figures.result())
