@@ -24,23 +24,24 @@ examples:
   align run ./mine.yaml launch.num_processes=2    a recipe of your own, on two processes
   align run quickstart adapter=full               another choice from conf/, for every stage
 
-exit codes: 0 well, 2 configuration, 3 data, 4 model, 5 stage, 6 not finite, 7 artifact, 8 busy, 75 preempted,
-130 interrupted
+exit codes: 0 well, 2 configuration, 3 data, 4 model, 5 stage, 6 not finite, 7 artifact, 8 busy,
+9 a scorer that failed, 75 preempted, 130 interrupted
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code (alignment/errors.py)."""
     options = _parser().parse_args(arguments)
-    console = Console(soft_wrap=False)
+    console = Console(soft_wrap=False, emoji=False)
     try:
         _refuse_other_package()
         return _dispatch(options, console)
     except AlignmentError as error:
-        Console(stderr=True).print(f"{_label(error)}: {error}", markup=False, highlight=False, soft_wrap=True)
+        told = f"{_label(error)}: {error}"
+        Console(stderr=True, emoji=False).print(told, markup=False, highlight=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; nothing was started")
+        Console(stderr=True, emoji=False).print("interrupted; nothing was started")
         return 130
 
 
@@ -128,7 +129,8 @@ def _refuse_other_package() -> None:
 
 
 def _label(error: AlignmentError) -> str:
-    return {2: "configuration", 3: "data", 4: "model", 7: "artifact", 8: "busy"}.get(error.exit_code, "error")
+    kinds = {2: "configuration", 3: "data", 4: "model", 7: "artifact", 8: "busy", 9: "scorer"}
+    return kinds.get(error.exit_code, "error")
 
 
 def console_script() -> None:

@@ -99,11 +99,13 @@ def _run(spec: StageSpec, context: StageContext) -> None:
 
 def _refuse_changed_data(spec: StageSpec) -> None:
     """The fingerprint was taken when the run was planned, which may be hours ago."""
-    planned = spec.identity.get("data")
-    if planned is not None and file_sha256(spec.data_path) != planned:
-        raise DataError(
-            "changed since the run was planned", where=str(spec.data_path), remedy="start the run again to plan anew"
-        )
+    told = [(spec.data_path, spec.identity.get("data"))]
+    told += [(spec.extra_data[field], planned) for field, planned in spec.identity.get("extra_data", {}).items()]
+    for path, planned in told:
+        if planned is not None and file_sha256(path) != planned:
+            raise DataError(
+                "changed since the run was planned", where=str(path), remedy="start the run again to plan anew"
+            )
 
 
 def _stop_now(_: int, __: FrameType | None) -> None:

@@ -128,7 +128,8 @@ class Critic(str, Enum):
 class ScorerConfig:
     """One part of an answer's score: ``weight`` times what ``source`` says of it.
 
-    ``source`` is ``reward`` (the model that the stage's ``reward`` names), ``FILE.py:FUNCTION`` (your code), or a rule:
+    ``source`` is ``reward`` (the model that the stage's ``reward`` names), another reward model (``stage:NAME``,
+    ``path:FOLDER``, ``hub:ORG/NAME@REVISION``), ``FILE.py:FUNCTION`` (your code), or a rule:
     ``exact_answer``, ``regex`` (with ``pattern``), ``length`` (with ``target``, in words) or ``house_style``.
     With ``normalize`` the running mean is taken off and the running standard deviation divided out; ``clip`` then
     bounds the absolute value.
@@ -177,12 +178,12 @@ class PpoConfig:
 
     One update samples ``optim.batch_size`` episodes (``completions_per_prompt`` to a prompt) and takes ``ppo_epochs *
     num_minibatches`` optimiser steps on them; ``updates`` of these make the run. The policy starts from ``init``, which
-    is also the reference. An answer's score is the sum of ``scorers``. The value model starts from ``reward`` where that
-    is a reward model of ours, else from the policy under a head of zeros; as a shared head it starts at 0, and one pass
-    serves both. It learns alone for the first ``critic_warmup`` updates. ``missing_eos_score`` replaces the score of an
-    answer that never ended; null leaves it. With ``prompt_baseline`` the mean score of the other completions of the same prompt is taken
-    off: a Bradley-Terry reward says nothing across prompts. An epoch whose mean ``policy/approxkl`` exceeds
-    ``max_approxkl`` is the update's last.
+    is also the reference. An answer's score is the sum of ``scorers``. The value model starts from ``reward`` where
+    that is a reward model of ours, else from the policy under a head of zeros; as a shared head it starts at 0, and one
+    pass serves both. It learns alone for the first ``critic_warmup`` updates. ``missing_eos_score`` replaces the score
+    of an answer that never ended; null leaves it. With ``prompt_baseline`` the mean score of the other completions of
+    the same prompt is taken off: a Bradley-Terry reward says nothing across prompts. An epoch whose mean
+    ``policy/approxkl`` exceeds ``max_approxkl`` is the update's last.
     """
 
     summary: ClassVar[str] = "proximal policy optimisation against the reward model"

@@ -62,7 +62,7 @@ class _Live:
         self._bar: Progress | None = None
 
     def note(self, text: str) -> None:
-        self._console.print(f"  {escape(text)}", highlight=False)
+        self._console.print(f"  {text}", markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def begin(self, stage: str, reason: str) -> None:
         self._bar = Progress(
@@ -126,4 +126,4 @@ class _Plain:
         self._print(f"{stage}: {state}  {detail}".rstrip())
 
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)

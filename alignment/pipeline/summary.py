@@ -29,7 +29,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         if stage.action is not Action.reuse:
             for function in stage.code:
                 line = f"{stage.name} runs your code: {function}"
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+                console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
     to_run = sum(stage.action is not Action.reuse for stage in plan.stages)
     console.print(f"{to_run} to run, {len(plan.stages) - to_run} reused", highlight=False)
 

@@ -174,8 +174,8 @@ def _handed_on(run: Run) -> list[str]:
         if kept is not None and done is not None and kept < done:
             best, last = found.get("guard/best_gold"), found.get("guard/gold")
             warnings.append(
-                f"{stage.name} hands on its policy after update {kept:.0f} of {done:.0f}: on held-out prompts the second "
-                f"opinion was {text.number(best, 3)} there and {text.number(last, 3)} at the end."
+                f"{stage.name} hands on its policy after update {kept:.0f} of {done:.0f}: on held-out prompts the "
+                f"second opinion was {text.number(best, 3)} there and {text.number(last, 3)} at the end."
             )
         if done is not None and isinstance(planned, int) and done < planned:
             warnings.append(f"{stage.name} ended after {done:.0f} of {planned} updates: its KL was above guard.max_kl.")

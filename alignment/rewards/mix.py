@@ -14,8 +14,8 @@ from alignment.data.records import Prompt
 from alignment.rewards.scorers import Answers, Scorer, checked
 from alignment.rewards.sources import label
 
-_FLAT = 1e-8
-"""A deviation below this share of the mean (or of 1) is rounding: such scores are all the same."""
+_FLAT = 1e-6
+"""A deviation below this share of the mean is float32's rounding: such scores are all the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +52,7 @@ class RunningMoments:
     def normalised(self, values: Tensor) -> Tensor:
         """Less the mean, over the deviation; where nothing was taken in or all was the same, less the mean alone."""
         deviation = math.sqrt(self._squares / self._count) if self._count else 0.0
-        flat = deviation <= _FLAT * max(1.0, abs(self._mean))
+        flat = deviation <= _FLAT * abs(self._mean)
         return (values - self._mean) / (1.0 if flat else deviation)
 
     def state(self) -> dict[str, float]:

@@ -122,7 +122,7 @@ def hold_out(prompts: Prompts, config: PpoConfig, context: StageContext) -> tupl
     number = config.guard.prompts
     if not context.world_size <= number < len(different):
         raise ConfigError(
-            f"{number} prompts cannot be held out of {len(different)} different ones, by {context.world_size} processes",
+            f"{number} prompts cannot be held out of {len(different)}, by {context.world_size} processes",
             where=f"stages.{context.spec.stage}.guard.prompts",
             remedy=f"choose {context.world_size} to {len(different) - 1}, or set guard.every to 0",
         )

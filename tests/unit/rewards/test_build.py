@@ -132,3 +132,12 @@ def test_code_that_changed_since_the_plan_is_refused(tmp_path: Path, base: Linea
     config = PpoConfig(reward=None, scorers=[ScorerConfig(source=f"{file}:brevity")])
     with pytest.raises(DataError, match="changed since the run was planned"):
         slot(tmp_path, config, identity={"code": {"scorers[0].source": "0" * 64}})
+
+
+def test_normalising_and_clipping_are_the_configuration_s(tmp_path: Path, base: Lineage) -> None:
+    scorer_config = ScorerConfig(source="regex", pattern="^They", normalize=True, clip=0.75, weight=2.0)
+    mix = slot(tmp_path, PpoConfig(reward=None, scorers=[scorer_config]))
+    scores = {name: torch.tensor(each) for name, each in raw(mix, base).items()}
+    assert mix.total(scores, learn=False).tolist() == [0.0, 1.5], "nothing is known yet"
+    assert mix.total(scores, learn=True).tolist() == [-1.5, 1.5]
+    assert mix.state()["regex"]["count"] == 2

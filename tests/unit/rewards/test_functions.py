@@ -117,6 +117,7 @@ def test_a_file_s_neighbours_can_be_imported_but_never_hide_what_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     (tmp_path / "reward_neighbour.py").write_text("VALUE = 0.75\n")
     (tmp_path / "colorsys.py").write_text("raise RuntimeError('hidden')\n")
     preamble = "import colorsys\nfrom reward_neighbour import VALUE"

@@ -130,6 +130,14 @@ def test_scores_that_are_all_the_same_become_zero_and_never_rounding_noise(const
     assert apart == pytest.approx(1.0, rel=1e-4), "one that differs is told apart, not divided by nothing"
 
 
+def test_rounding_in_the_last_place_is_no_difference_and_a_small_scale_is_one() -> None:
+    slot = mix(Part(source="a", scorer=Told(), normalize=True))
+    nearly = [0.1, float(torch.nextafter(torch.tensor(0.1), torch.tensor(1.0)))]
+    assert slot.total(as_tensors(a=nearly * 4), learn=True).abs().max() < 1e-6
+    slot = mix(Part(source="a", scorer=Told(), normalize=True))
+    assert slot.total(as_tensors(a=[1e-9, 3e-9]), learn=True).tolist() == pytest.approx([-1.0, 1.0])
+
+
 def test_how_scores_are_cut_into_batches_does_not_count_in_the_end() -> None:
     values = [score for batch in batches(4, 6) for score in batch]
     probe = as_tensors(a=[990.0, 1000.0, 1010.0])

@@ -153,9 +153,9 @@ def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
 
 def test_a_language_model_is_refused_rather_than_given_a_random_head(tmp_path: Path) -> None:
     tokenizer = tokenizer_of_another_family()
-    tiny_model(vocab_size=len(tokenizer)).save_pretrained(str(tmp_path))
+    tiny_model(vocab_size=len(tokenizer), num_labels=1).save_pretrained(str(tmp_path))
     tokenizer.save_pretrained(str(tmp_path))
-    with pytest.raises(ModelError, match=r"path:judge: (its weights lack score\.weight|it has 2 labels)"):
+    with pytest.raises(ModelError, match=r"path:judge: its weights lack score\.weight"):
         load_external(tmp_path, Dtype.float32, source="path:judge")
 
 
