@@ -1,0 +1,137 @@
+"""``python -m tests.proofs``: runs the proofs, prints each figure with its bound, and writes docs/proofs.json.
+
+The file holds whole runs only. Exit code: 0 all passed or were skipped, 1 one failed, 2 a wrong option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from alignment.artifacts import write_json
+from alignment.worker import PACKAGES
+from benchmarks.machine import processor
+from tests.proofs import bandit, count, dpo, kills, overoptimisation, plain_script, story
+from tests.proofs.common import Claim, Skipped
+
+RESULTS = Path(__file__).parents[2] / "docs/proofs.json"
+PROOFS: dict[str, Callable[[Path], list[Claim]]] = {
+    "bandit": bandit.run,
+    "count": count.run,
+    "dpo": dpo.run,
+    "story": story.run,
+    "overoptimisation": overoptimisation.run,
+    "kills": kills.run,
+    "plain_script": plain_script.run,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a proof went. ``reason`` says why it was skipped or broke off, and is empty for one that ran to its end."""
+
+    name: str
+    state: str
+    claims: tuple[Claim, ...]
+    seconds: float
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        claims = [
+            {
+                "figure": claim.figure,
+                "values": [float(f"{value:.6g}") for value in claim.values],
+                "at_least": claim.at_least,
+                "at_most": claim.at_most,
+                "holds": claim.holds,
+            }
+            for claim in self.claims
+        ]
+        told = {"name": self.name, "state": self.state, "seconds": round(self.seconds, 1), "claims": claims}
+        return told | ({"reason": self.reason} if self.reason else {})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what was asked for; see the module for the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.proofs", description=__doc__)
+    parser.add_argument("--only", help=f"comma-separated: {', '.join(PROOFS)}; prints, and writes nothing")
+    only = parser.parse_args(argv).only
+    names = list(PROOFS) if only is None else only.split(",")
+    if unknown := [name for name in names if name not in PROOFS]:
+        parser.error(f"no proof {', '.join(unknown)}; there are {', '.join(PROOFS)}")
+    _quiet()
+    outcomes = [_tried(name) for name in names]
+    if only is None:
+        write_json(RESULTS, _record(outcomes))
+    return int(any(outcome.state == "failed" for outcome in outcomes))
+
+
+def _tried(name: str) -> Outcome:
+    print(f"{name}", flush=True)
+    started = time.monotonic()
+    claims: list[Claim] = []
+    state, reason = "failed", ""
+    # Trainers print what they log.
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            claims = PROOFS[name](Path(folder))
+            state = "passed" if claims and all(claim.holds for claim in claims) else "failed"
+        except Skipped as why:
+            state, reason = "skipped", str(why)
+        except Exception as error:  # noqa: BLE001 - the other proofs are still worth running
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}"
+    outcome = Outcome(name=name, state=state, claims=tuple(claims), seconds=time.monotonic() - started, reason=reason)
+    for claim in claims:
+        print(f"  {'ok ' if claim.holds else 'NOT'} {_line(claim)}")
+    print(f"  {state} in {outcome.seconds:.0f} s{': ' if reason else ''}{reason}", flush=True)
+    return outcome
+
+
+def _line(claim: Claim) -> str:
+    values = " ".join(f"{value:.4g}" for value in claim.values)
+    bounds = [f"{sign} {bound:g}" for sign, bound in (("≥", claim.at_least), ("≤", claim.at_most)) if bound is not None]
+    return f"{claim.figure}: {values} ({', '.join(bounds)})"
+
+
+def _record(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    packages = [package for package in PACKAGES if package != "alignment-pipeline"]
+    machine = processor()
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": machine["model"],
+        "cores": machine["cores"],
+        "versions": {
+            "python": sys.version.split()[0],
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+        "proofs": [outcome.as_dict() for outcome in outcomes],
+    }
+
+
+def _quiet() -> None:
+    """The lines of the proofs alone, and one thread: these models gain nothing from more."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

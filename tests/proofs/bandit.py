@@ -1,0 +1,144 @@
+"""One-token answers: PPO reaches the closed-form optimum π* ∝ ref·exp(r/β), worth J* = β·log E_ref[exp(r/β)].
+
+Every prompt has a random table of rewards r = log w, w a whole number from 1 to 3, so that a Bradley–Terry judge
+prefers token a to b in the exact proportion w_a : w_b (tests/proofs/dpo.py). The policy is judged by enumeration,
+not by samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alignment.config.stage import KlConfig, PpoConfig, PpoOptimConfig
+from tests.proofs.common import MODES, SEEDS, Claim, Mode, TokenRewards, each, logprobs_after, ppo_stage
+from tests.tiny import tiny_model
+
+VOCABULARY = 8
+PROMPTS = ((1,), (5, 2), (3, 4, 6))
+END = 2
+BETA = 0.5
+UPDATES = 100
+MOST = 3  # the largest w: the best token is worth log 3 more than the worst
+
+GAIN = 0.99  # share of what can be gained on the reference, and of J* itself
+ERROR = 0.01  # largest |π − π*| over prompts and tokens
+POSSIBLE = 0.1  # J* − J(ref), nats·β: below this there would be nothing to prove
+APART = 0.1  # largest |ref − π*|
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bandit:
+    """``strengths [prompts, tokens]`` are the w; ``reference`` has the same shape: log-probabilities, float64."""
+
+    base: Path
+    strengths: Tensor
+    reference: Tensor
+
+    @property
+    def rewards(self) -> Tensor:
+        """``[prompts, tokens]``."""
+        return self.strengths.double().log()
+
+    @property
+    def optimum(self) -> Tensor:
+        """``[prompts, tokens]`` log π*."""
+        return (self.reference + self.rewards / BETA).log_softmax(-1)
+
+    def worth(self, policy: Tensor) -> float:
+        """E_π[r] − β·KL(π ‖ ref), the mean over prompts; ``policy`` are log-probabilities."""
+        return float((policy.exp() * (self.rewards - BETA * (policy - self.reference))).sum(-1).mean())
+
+    def best(self) -> float:
+        """J* by its closed form, the mean over prompts."""
+        return float(BETA * (self.reference + self.rewards / BETA).logsumexp(-1).mean())
+
+    def policy_of(self, model: object) -> Tensor:
+        """``[prompts, tokens]`` log-probabilities of a model's first token."""
+        return torch.stack([logprobs_after(model, [prompt])[0, -1] for prompt in PROMPTS])
+
+    def error(self, policy: Tensor) -> float:
+        """Largest |π − π*|."""
+        return float((policy.exp() - self.optimum.exp()).abs().max())
+
+
+def make_bandit(folder: Path, seed: int) -> Bandit:
+    """A random model of one layer as the reference, and random strengths."""
+    model = tiny_model(seed=seed, vocab_size=VOCABULARY, num_hidden_layers=1)
+    model.save_pretrained(str(folder))
+    rng = torch.Generator().manual_seed(seed)
+    strengths = torch.randint(1, MOST + 1, (len(PROMPTS), VOCABULARY), generator=rng)
+    reference = torch.stack([logprobs_after(model, [prompt])[0, -1] for prompt in PROMPTS])
+    return Bandit(base=folder, strengths=strengths, reference=reference)
+
+
+def learned(folder: Path, bandit: Bandit, mode: Mode, *, updates: int, seed: int) -> Tensor:
+    """``[prompts, tokens]`` log-probabilities after PPO."""
+    rewards = bandit.rewards.tolist()
+    config = PpoConfig(
+        reward=None,
+        adapter=mode.adapter,
+        critic=mode.critic,
+        updates=updates,
+        max_new_tokens=1,
+        missing_eos_score=None,  # every token is a whole answer here, whether it ends one or not
+        value_clip=10.0,  # far from any value: the critic may move freely
+        kl=KlConfig(coefficient=BETA),
+        save_every=updates + 1,
+        optim=PpoOptimConfig(lr=3e-3, critic_lr=1e-2, batch_size=256, micro_batch_tokens=100_000),
+    )
+    stage = ppo_stage(
+        folder,
+        config,
+        base=bandit.base,
+        prompts=PROMPTS,
+        end_id=END,
+        rewards=TokenRewards(table=each(lambda prompt, answer: rewards[PROMPTS.index(tuple(prompt))][answer[0]])),
+        seed=seed,
+    )
+    stage.train()
+    return bandit.policy_of(stage.roles.policy)
+
+
+def run(folder: Path) -> list[Claim]:
+    """Three ways to train, three seeds each."""
+    bandits = [make_bandit(folder / f"base-{seed}", seed) for seed in SEEDS]
+    return [*task_claims(bandits), *(claim for mode in MODES for claim in _mode_claims(folder, bandits, mode))]
+
+
+def task_claims(bandits: list[Bandit]) -> list[Claim]:
+    """That there is something to learn."""
+    possible = tuple(bandit.best() - bandit.worth(bandit.reference) for bandit in bandits)
+    apart = tuple(bandit.error(bandit.reference) for bandit in bandits)
+    return [
+        Claim(figure="J* − J(ref)", values=possible, at_least=POSSIBLE),
+        Claim(figure="largest |ref − π*|", values=apart, at_least=APART),
+    ]
+
+
+def _mode_claims(folder: Path, bandits: list[Bandit], mode: Mode) -> list[Claim]:
+    policies = [
+        learned(folder / f"{mode.name}-{seed}", bandit, mode, updates=UPDATES, seed=seed)
+        for seed, bandit in zip(SEEDS, bandits, strict=True)
+    ]
+    return policy_claims(mode.name, bandits, policies)
+
+
+def policy_claims(name: str, bandits: list[Bandit], policies: list[Tensor]) -> list[Claim]:
+    """How near each policy is to its bandit's optimum."""
+    pairs = list(zip(bandits, policies, strict=True))
+    gains = tuple(gain(bandit, policy) for bandit, policy in pairs)
+    return [
+        Claim(figure=f"{name}: (J(π) − J(ref)) / (J* − J(ref))", values=gains, at_least=GAIN),
+        Claim(figure=f"{name}: J(π) / J*", values=tuple(b.worth(p) / b.best() for b, p in pairs), at_least=GAIN),
+        Claim(figure=f"{name}: largest |π − π*|", values=tuple(b.error(p) for b, p in pairs), at_most=ERROR),
+    ]
+
+
+def gain(bandit: Bandit, policy: Tensor) -> float:
+    """The share of what could be gained on the reference."""
+    start = bandit.worth(bandit.reference)
+    return (bandit.worth(policy) - start) / (bandit.best() - start)

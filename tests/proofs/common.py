@@ -1,0 +1,163 @@
+"""What the proofs share: claims with bounds, rewards that are functions of token ids, and PPO stages around them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.stage import Critic, PpoConfig
+from alignment.models.answers import unwrapped
+from alignment.models.load import Lineage
+from alignment.models.roles import Roles, build_roles
+from alignment.rewards.slot import Rewards
+from alignment.stages import ppo
+from alignment.training.context import StageContext
+from alignment.training.guard import Guard
+from alignment.training.ppo_trainer import PpoTrainer
+from alignment.training.rollouts import Prompts
+from alignment.training.session import train
+from tests.tiny import BASE_SOURCE, tiny_spec
+
+SEEDS = (0, 1, 2)
+Tokens = Sequence[int]
+Scores = Callable[[Sequence[Tokens], Sequence[Tokens]], list[float]]
+"""What answers to prompts are worth; both are token ids."""
+
+
+class Skipped(Exception):
+    """A proof cannot run here; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """A figure, once for each seed, and the bounds that all of them must keep, set before any was known.
+
+    Example: ``Claim(figure="share of the possible gain", values=(0.996, 0.998), at_least=0.99)`` holds.
+    """
+
+    figure: str
+    values: tuple[float, ...]
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether there are values and every one keeps the bounds; NaN keeps none."""
+        low = -math.inf if self.at_least is None else self.at_least
+        high = math.inf if self.at_most is None else self.at_most
+        return bool(self.values) and all(low <= value <= high for value in self.values)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mode:
+    """How policy and critic are trained."""
+
+    name: str
+    adapter: AdapterConfig
+    critic: Critic
+
+
+MODES = (
+    Mode(name="full", adapter=AdapterConfig(kind=AdapterKind.full), critic=Critic.separate),
+    Mode(name="LoRA", adapter=AdapterConfig(rank=8), critic=Critic.separate),
+    Mode(name="LoRA, shared pass", adapter=AdapterConfig(rank=8), critic=Critic.shared),
+)
+
+
+class TokenRewards:
+    """Functions of token ids as what PPO scores answers with; the first is maximised, the others are only logged."""
+
+    def __init__(self, **scores: Scores) -> None:
+        self._scores = scores
+
+    def raw(self, prompts: Sequence[Tokens], answers: Sequence[Tokens], rows: Sequence[int]) -> dict[str, list[float]]:
+        """One score an answer and function."""
+        return {name: score(prompts, answers) for name, score in self._scores.items()}
+
+    def total(self, raw: Mapping[str, Tensor], *, learn: bool) -> Tensor:
+        """The first function's scores as they are."""
+        return raw[next(iter(self._scores))]
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: a function learns nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing was kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PpoStage:
+    """A PPO stage ready to be trained."""
+
+    context: StageContext
+    roles: Roles
+    trainer: PpoTrainer
+
+    def train(self) -> list[dict[str, Any]]:
+        """Runs it to its end; returns what was logged, one entry an update. The guard then has its last word."""
+        train(self.trainer, self.context, headline="objective/score", period=self.trainer.steps_per_update)
+        if self.trainer.guard is not None:
+            self.trainer.guard.finish(self.trainer.updates_done, self.trainer.rollouts)
+        lines = (self.context.content / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def ppo_stage(
+    folder: Path,
+    config: PpoConfig,
+    *,
+    base: Path,
+    prompts: Sequence[Sequence[int]],
+    end_id: int,
+    rewards: Rewards,
+    seed: int,
+    second_opinion: Rewards | None = None,
+) -> PpoStage:
+    """The stage's own models and trainer on token ids, in ``folder``, starting from the model in ``base``.
+
+    ``second_opinion`` is the guard's scorer, where the configuration has a guard.
+    """
+    spec = tiny_spec(folder, config, base_path=base, seed=seed)
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    roles = build_roles(
+        spec,
+        Lineage(source=BASE_SOURCE, base=base, adapters=()),
+        None,
+        config.adapter,
+        device=context.device,
+        critic=config.critic,
+        relative_returns=config.prompt_baseline,
+    )
+    ids = [list(prompt) for prompt in prompts]
+    learned, held_out = ppo.hold_out(Prompts(ids=ids, rows=range(len(ids))), config, context)
+    trainer = ppo.build_trainer(config, context, roles, learned, end_id, rewards)
+    if second_opinion is not None:
+        trainer.guard = Guard(
+            config.guard,
+            context,
+            held_out,
+            scorer=second_opinion,
+            policy=roles.policy,
+            proxy=lambda rollout: trainer.scores_of(rollout, learn=False),
+        )
+    return PpoStage(context=context, roles=roles, trainer=trainer)
+
+
+@torch.no_grad()
+def logprobs_after(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    """``[rows, tokens, vocabulary]``: log p(next | prefix) at every place of rows of one length, float64."""
+    return unwrapped(model)(torch.tensor(rows)).logits.double().log_softmax(-1)
+
+
+def each(score: Callable[[Tokens, Tokens], float]) -> Scores:
+    """A function of one prompt and answer as one of many."""
+    return lambda prompts, answers: [score(*pair) for pair in zip(prompts, answers, strict=True)]

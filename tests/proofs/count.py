@@ -1,0 +1,145 @@
+"""Answers of T tokens, rewarded by the number of A in them; the reference draws A with probability p every time.
+
+The optimum draws A with π* = p·e^{1/β} / (1 − p + p·e^{1/β}) after every prefix and is worth
+J* = T·β·log(1 − p + p·e^{1/β}). The score comes at the last token alone, so PPO has to find out which tokens earned it.
+The policy is judged by enumerating all answers, and by π(A) after every prefix, the rarest of which has a share of 6 %.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignment.config.stage import KlConfig, PpoConfig, PpoOptimConfig
+from tests.proofs.common import MODES, SEEDS, Claim, Mode, TokenRewards, each, logprobs_after, ppo_stage
+from tests.tiny import tiny_model
+
+A, B, END, START = range(4)
+LENGTH = 5
+P = 0.25
+BETA = 0.9
+UPDATES = 150
+ANSWERS = tuple(itertools.product((A, B), repeat=LENGTH))
+
+BEST_A = P * math.exp(1 / BETA) / (1 - P + P * math.exp(1 / BETA))
+BEST = LENGTH * BETA * math.log(1 - P + P * math.exp(1 / BETA))
+REFERENCE = LENGTH * P  # what the reference is worth: it pays no KL
+
+GAIN = 0.99  # share of what can be gained on the reference, and of J* itself
+ERROR = 0.01  # largest |π(A) − π*(A)| over prefixes
+OUTSIDE = 1e-6  # probability of any other token than A and B
+IID = 1e-6  # how far the reference's π(A) may be from p after any prefix
+
+_CONSTANT, _FREE = 2.0, 8
+"""The state's first channel is a constant, and the next few are zero until something is learned."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """What enumeration says of a policy."""
+
+    worth: float
+    error: float
+    outside: float
+
+    @property
+    def gain(self) -> float:
+        """The share of what could be gained on the reference."""
+        return (self.worth - REFERENCE) / (BEST - REFERENCE)
+
+
+def iid_policy(seed: int) -> PreTrainedModel:
+    """Draws A with probability p and B otherwise, whatever went before; what it learns may depend on all of that.
+
+    Attention and MLP read the tokens but write nothing yet. The head reads a channel that all tokens have in common,
+    and some that are zero in all of them, into which training can write.
+    """
+    model = tiny_model(seed=seed, vocab_size=4, num_hidden_layers=1, tie_word_embeddings=False)
+    layer, table, head = model.model.layers[0], model.model.embed_tokens.weight, model.lm_head.weight
+    told = 1 + _FREE
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+        table[:, 0] = _CONSTANT
+        table[:, 1:told] = 0.0
+        # All states have mean square 1, so the last norm leaves them as they are.
+        table[:, told:] *= math.sqrt(table.shape[1] - _CONSTANT**2) / table[:, told:].norm(dim=-1, keepdim=True)
+        head[:, 0] = torch.tensor([math.log(P), math.log(1 - P), -200.0, -200.0]) / _CONSTANT
+        head[[END, START], 1:] = 0.0
+        head[:, told:] = 0.0
+    return model
+
+
+def judged(policy: Tensor) -> Judged:
+    """``policy`` is ``[answers, tokens, vocabulary]``: log-probabilities before each token of ``ANSWERS``."""
+    answers = torch.tensor(ANSWERS)
+    chosen = policy.gather(-1, answers[..., None]).squeeze(-1).sum(-1)  # [answers] log π
+    count = (answers == A).sum(-1).double()
+    reference = count * math.log(P) + (LENGTH - count) * math.log(1 - P)
+    worth = (chosen.exp() * (count - BETA * (chosen - reference))).sum()
+    error = (policy[..., A].exp() - BEST_A).abs().max()
+    outside = 1.0 - policy[..., [A, B]].exp().sum(-1).min()
+    return Judged(worth=float(worth), error=float(error), outside=float(outside))
+
+
+def before_each_token(model: object) -> Tensor:
+    """``[answers, tokens, vocabulary]`` log-probabilities of a model, for ``judged``."""
+    return logprobs_after(model, [[START, *answer] for answer in ANSWERS])[:, :-1]
+
+
+def learned(folder: Path, mode: Mode, *, updates: int, seed: int) -> Tensor:
+    """The log-probabilities before each token after PPO, which starts from the i.i.d. policy."""
+    base = folder / "base"
+    iid_policy(seed).save_pretrained(str(base))
+    config = PpoConfig(
+        reward=None,
+        adapter=mode.adapter,
+        critic=mode.critic,
+        updates=updates,
+        max_new_tokens=LENGTH,
+        missing_eos_score=None,  # answers have exactly T tokens; none ever ends
+        gae_lambda=1.0,  # the optimum is that of undiscounted returns, however good the critic is
+        value_clip=10.0,  # far from any value: the critic may move freely
+        kl=KlConfig(coefficient=BETA),
+        save_every=updates + 1,
+        optim=PpoOptimConfig(lr=2e-3, critic_lr=5e-3, batch_size=256, micro_batch_tokens=100_000),
+    )
+    stage = ppo_stage(
+        folder,
+        config,
+        base=base,
+        prompts=[(START,)],
+        end_id=END,
+        rewards=TokenRewards(count=each(lambda _, answer: float(sum(token == A for token in answer)))),
+        seed=seed,
+    )
+    stage.train()
+    return before_each_token(stage.roles.policy)
+
+
+def run(folder: Path) -> list[Claim]:
+    """Three ways to train, three seeds each."""
+    starts = [before_each_token(iid_policy(seed)) for seed in SEEDS]
+    away = tuple(float((start[..., A].exp() - P).abs().max()) for start in starts)
+    task = [
+        Claim(figure="(J* − J(ref)) / J*", values=((BEST - REFERENCE) / BEST,), at_least=0.2),
+        Claim(figure="the reference: largest |π(A) − p| after any prefix", values=away, at_most=IID),
+    ]
+    return [*task, *(claim for mode in MODES for claim in _mode_claims(folder, mode))]
+
+
+def _mode_claims(folder: Path, mode: Mode) -> list[Claim]:
+    found = [judged(learned(folder / f"{mode.name}-{seed}", mode, updates=UPDATES, seed=seed)) for seed in SEEDS]
+    name = mode.name
+    return [
+        Claim(figure=f"{name}: (J(π) − J(ref)) / (J* − J(ref))", values=tuple(f.gain for f in found), at_least=GAIN),
+        Claim(figure=f"{name}: J(π) / J*", values=tuple(f.worth / BEST for f in found), at_least=GAIN),
+        Claim(figure=f"{name}: largest |π(A) − π*(A)|", values=tuple(f.error for f in found), at_most=ERROR),
+        Claim(figure=f"{name}: probability of other tokens", values=tuple(f.outside for f in found), at_most=OUTSIDE),
+    ]

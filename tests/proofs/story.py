@@ -1,0 +1,106 @@
+"""A language model learns to tell happier stories (as Ziegler et al. 2019 did with GPT-2), its KL in hand.
+
+The reward is vaderSentiment's compound score of an answer of 40 tokens, from −1 (dark) to 1 (bright). At a fixed price
+of KL the mean reward must rise to .8 within 15 nats a sequence. With the adaptive price the KL must settle at its
+target of 6: over the last quarter of the updates, means of five updates stay within 6 ± 1.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.stage import Critic, KlConfig, KlControl, PpoConfig, PpoOptimConfig
+from tests.proofs.common import SEEDS, Claim, TokenRewards, each, ppo_stage
+from tests.proofs.stories import Stories
+
+TOKENS = 40
+UPDATES = 60
+LAST = 5  # updates whose mean is taken, so that 320 answers stand behind a figure
+
+START = 0.45  # the mean reward begins below
+REWARD = 0.8  # and ends above
+MOST_KL = 15.0  # nats a sequence
+TARGET, AROUND = 6.0, 1.0
+SECONDS = 180.0  # a run, on two cores
+
+FIXED = KlConfig(coefficient=0.03)
+ADAPTIVE = KlConfig(control=KlControl.adaptive, coefficient=0.06, target=TARGET, horizon=600)
+
+
+def config(kl: KlConfig) -> PpoConfig:
+    """All weights are trained, and the critic is a head on the policy."""
+    return PpoConfig(
+        reward=None,
+        adapter=AdapterConfig(kind=AdapterKind.full),
+        critic=Critic.shared,
+        updates=UPDATES,
+        ppo_epochs=2,
+        max_new_tokens=TOKENS,
+        missing_eos_score=None,  # the model never ends a story; every answer has 40 tokens
+        value_clip=10.0,  # far from any value: the critic may move freely
+        kl=kl,
+        save_every=UPDATES + 1,
+        optim=PpoOptimConfig(lr=1e-3, batch_size=64, micro_batch_tokens=8192),
+    )
+
+
+def learned(folder: Path, stories: Stories, kl: KlConfig, *, seed: int) -> tuple[list[dict[str, Any]], float]:
+    """What was logged, an entry an update, and the seconds that it took."""
+    judge = SentimentIntensityAnalyzer()
+    started = time.monotonic()
+    stage = ppo_stage(
+        folder,
+        config(kl),
+        base=stories.folder,
+        prompts=stories.prompts(),
+        end_id=stories.end_id,
+        rewards=TokenRewards(sentiment=each(lambda _, answer: judge.polarity_scores(stories.text(answer))["compound"])),
+        seed=seed,
+    )
+    return stage.train(), time.monotonic() - started
+
+
+def run(folder: Path) -> list[Claim]:
+    """A fixed and an adaptive price, three seeds each."""
+    stories = Stories()
+    fixed = [learned(folder / f"fixed-{seed}", stories, FIXED, seed=seed) for seed in SEEDS]
+    steered = [learned(folder / f"adaptive-{seed}", stories, ADAPTIVE, seed=seed) for seed in SEEDS]
+    scores = [[line["objective/score"] for line in lines] for lines, _ in fixed]
+    settled = [_settled(lines) for lines, _ in steered]
+    return [
+        Claim(figure="mean reward, first update", values=tuple(score[0] for score in scores), at_most=START),
+        Claim(
+            figure="mean reward, last updates", values=tuple(_mean(score[-LAST:]) for score in scores), at_least=REWARD
+        ),
+        Claim(
+            figure="KL of the last updates, nats a sequence",
+            values=tuple(_mean([line["objective/kl"] for line in lines[-LAST:]]) for lines, _ in fixed),
+            at_most=MOST_KL,
+        ),
+        Claim(figure="seconds", values=tuple(seconds for _, seconds in [*fixed, *steered]), at_most=SECONDS),
+        Claim(
+            figure="adaptive price: lowest KL over the last quarter",
+            values=tuple(min(means) for means in settled),
+            at_least=TARGET - AROUND,
+        ),
+        Claim(
+            figure="adaptive price: highest KL over the last quarter",
+            values=tuple(max(means) for means in settled),
+            at_most=TARGET + AROUND,
+        ),
+    ]
+
+
+def _settled(lines: list[dict[str, Any]]) -> list[float]:
+    """Means of every five updates in a row that lie in the last quarter."""
+    kl = [line["objective/kl"] for line in lines[-(len(lines) // 4) :]]
+    return [_mean(kl[start : start + LAST]) for start in range(len(kl) - LAST + 1)]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
