@@ -24,7 +24,7 @@ from tests.proofs.bandit import BETA, PROMPTS, VOCABULARY, Bandit, make_bandit, 
 from tests.proofs.common import MODES, SEEDS, Claim
 from tests.tiny import BASE_SOURCE, tiny_spec, tiny_tokenizer
 
-STEPS = 300
+STEPS = 120
 
 
 def pairs_of(bandit: Bandit) -> list[TokenizedPair]:
