@@ -8,6 +8,7 @@ no recomputation, no padding, a pair's prompt once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -15,15 +16,25 @@ from benchmarks.setting import PPO_EPOCHS
 
 FORWARD = 2
 TRAINED = {"lora": 4, "full": 6}
-PPO_ROLES = 4
-PPO_TRAINED = 2
+PHASES = {"rollouts": "rollout", "scoring": "score", "learning": "train"}
+"""Of a PPO update: what our stage calls their seconds (``time/…``), and what they are called here."""
 SAME_LOSS = 0.02
 """Largest relative difference of first losses that bfloat16 products explain."""
 
 Figures = dict[str, float]
 
 
-def useful_flop(kind: str, adapter: str, model: Mapping[str, int], counts: Mapping[str, float]) -> float:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sharing:
+    """What a PPO update need not do twice: ``completions`` answers to a prompt, policy and value in ``one_pass``."""
+
+    completions: int = 1
+    one_pass: bool = False
+
+
+def useful_flop(
+    kind: str, adapter: str, model: Mapping[str, int], counts: Mapping[str, float], sharing: Sharing | None = None
+) -> float:
     """FLOP of one step (PPO: update; sampling: all answers of a measurement).
 
     ``counts`` holds ``trunk_tokens`` and ``scored_tokens``; PPO and sampling take ``prompt_tokens`` and
@@ -32,25 +43,43 @@ def useful_flop(kind: str, adapter: str, model: Mapping[str, int], counts: Mappi
     linear, head = model["linear"], model["head"]
     if kind == "sampling":
         return FORWARD * (linear * (counts["prompt_tokens"] + counts["answer_tokens"]) + head * counts["answer_tokens"])
-    trained = TRAINED[adapter]
     if kind == "ppo":
-        # Policy, reference, value and reward look once at the answers; policy and value learn from them in each epoch.
-        trunk = FORWARD * PPO_ROLES + trained * PPO_TRAINED * PPO_EPOCHS
-        scores = FORWARD * 2 + trained * PPO_EPOCHS
-        return (
-            linear * trunk * (counts["prompt_tokens"] + counts["answer_tokens"])
-            + head * scores * (counts["answer_tokens"])
-        )
+        return sum(phase_flop(adapter, model, counts, sharing or Sharing()).values())
+    trained = TRAINED[adapter]
     once = linear * counts["trunk_tokens"] + head * counts["scored_tokens"]
     reference = FORWARD * once if kind == "dpo" else 0
     return trained * once + reference
 
 
+def phase_flop(
+    adapter: str, model: Mapping[str, int], counts: Mapping[str, float], sharing: Sharing
+) -> dict[str, float]:
+    """FLOP of each phase of a PPO update; ``counts`` has ``prompt_tokens``, one for each answer, and ``answer_tokens``.
+
+    The policy looks at its answers while it samples them; reference, reward and value look once; policy and value
+    learn in each epoch. In one pass the value costs nothing, and answers of one prompt share it.
+    """
+    trunk = model["linear"] * (counts["prompt_tokens"] / sharing.completions + counts["answer_tokens"])
+    head = model["head"] * counts["answer_tokens"]
+    passes = 1 if sharing.one_pass else 2
+    return {
+        "rollout": FORWARD * (trunk + head),
+        "score": FORWARD * ((1 + passes) * trunk + head),
+        "train": TRAINED[adapter] * PPO_EPOCHS * (passes * trunk + head),
+    }
+
+
 def figures_of(
-    kind: str, adapter: str, model: Mapping[str, int], counts: Mapping[str, float], result: Mapping[str, Any]
+    kind: str,
+    adapter: str,
+    model: Mapping[str, int],
+    counts: Mapping[str, float],
+    result: Mapping[str, Any],
+    sharing: Sharing | None = None,
 ) -> Figures:
     """One measurement: ``seconds_per_step`` (or ``…_update``), ``tokens_per_second``, ``mfu``, ``peak_memory`` in
-    bytes, and for training the losses of the first two steps, which everyone takes."""
+    bytes, and for training the losses of the first two steps, which everyone takes. Of our PPO also each phase's
+    seconds, its floor (its FLOP at the peak), and how many copies of the base were held."""
     found: Figures = {"peak_memory": float(result["peak_memory"])}
     seconds = median(result["seconds"])
     known = dict(counts)
@@ -62,12 +91,25 @@ def figures_of(
     elif kind == "ppo":
         known["answer_tokens"] = result["answer_tokens"]
         found |= {"seconds_per_update": seconds, "answer_tokens": float(result["answer_tokens"])}
+        floors = phase_flop(adapter, model, known, sharing or Sharing())
+        found |= _phases(result["updates"][1:], {name: flop / result["matmul_peak"] for name, flop in floors.items()})
     else:
         found |= {"seconds_per_step": seconds, "tokens_per_second": counts["tokens"] / seconds}
-    found["mfu"] = useful_flop(kind, adapter, model, known) / (seconds * result["matmul_peak"])
+    found["mfu"] = useful_flop(kind, adapter, model, known, sharing) / (seconds * result["matmul_peak"])
     if result["losses"]:
         found |= {"first_loss": result["losses"][0], "second_loss": result["losses"][1]}
     return found
+
+
+def _phases(updates: Sequence[Mapping[str, float]], floors: Mapping[str, float]) -> Figures:
+    """``updates`` are what was logged; a rival's does not tell its phases apart."""
+    found: Figures = {}
+    for logged, name in PHASES.items():
+        seconds = [update[f"time/{logged}"] for update in updates if f"time/{logged}" in update]
+        if seconds:
+            found |= {f"{name}_seconds": median(seconds), f"{name}_floor": floors[name]}
+    copies = [update["memory/base_copies"] for update in updates if "memory/base_copies" in update]
+    return found | ({"base_copies": max(copies)} if copies else {})
 
 
 def medians(measured: Sequence[Figures]) -> Figures:

@@ -10,9 +10,10 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.data import DataConfig
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig, Schedule
-from alignment.config.stage import DpoConfig, PpoConfig, PpoOptimConfig, RewardConfig, SftConfig, StageConfig
+from alignment.config.stage import Critic, DpoConfig, PpoConfig, PpoOptimConfig, RewardConfig, SftConfig, StageConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.config.typed import to_plain
+from benchmarks.figures import Sharing
 from benchmarks.setting import (
     BETA,
     LEARNING_RATE,
@@ -33,7 +34,14 @@ MODEL = ModelConfig(source="bundled:smollm2-135m", dtype=Dtype.bfloat16)
 
 
 def stage_config(
-    kind: str, adapter: str, data: Path, *, steps: int, rows: int, max_length: int = MAX_LENGTH
+    kind: str,
+    adapter: str,
+    data: Path,
+    *,
+    steps: int,
+    rows: int,
+    max_length: int = MAX_LENGTH,
+    sharing: Sharing | None = None,
 ) -> StageConfig:
     """A stage of ``kind`` that takes ``steps`` steps (PPO: updates), all of them on the ``rows`` rows of ``data``."""
     source = DataConfig(source=f"path:{data}")
@@ -45,7 +53,7 @@ def stage_config(
         target_modules=[str(LORA["target_modules"])],
     )
     if kind == "ppo":
-        return _ppo(source, how, lr=LEARNING_RATE[adapter], updates=steps)
+        return _ppo(source, how, lr=LEARNING_RATE[adapter], updates=steps, sharing=sharing or Sharing())
     optim = OptimConfig(
         lr=LEARNING_RATE[adapter],
         batch_size=rows,
@@ -73,9 +81,10 @@ def stage_config(
     return SftConfig(adapter=how, data=source, optim=optim, max_length=max_length, save_every=_NEVER)
 
 
-def _ppo(source: DataConfig, adapter: AdapterConfig, *, lr: float, updates: int) -> PpoConfig:
+def _ppo(source: DataConfig, adapter: AdapterConfig, *, lr: float, updates: int, sharing: Sharing) -> PpoConfig:
     return PpoConfig(
         adapter=adapter,
+        critic=Critic.shared if sharing.one_pass else Critic.separate,
         data=source,
         optim=PpoOptimConfig(
             lr=lr,
@@ -85,7 +94,7 @@ def _ppo(source: DataConfig, adapter: AdapterConfig, *, lr: float, updates: int)
             max_grad_norm=MAX_GRAD_NORM,
         ),
         updates=updates,
-        completions_per_prompt=1,
+        completions_per_prompt=sharing.completions,
         ppo_epochs=PPO_EPOCHS,
         num_minibatches=1,
         max_prompt_length=MAX_PROMPT_LENGTH,

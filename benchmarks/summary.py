@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.figures import Figures, figures_of, loss_differences, medians, ratios
+from benchmarks.figures import PHASES, Figures, figures_of, loss_differences, medians, ratios
 from benchmarks.works import OURS, SERIES, WORKS, Contestant, Work
 
 _COLUMNS = {
@@ -14,6 +14,7 @@ _COLUMNS = {
     "mean_length": ("mean tokens", lambda value: f"{value:.1f}"),
     "peak_memory": ("peak memory", lambda value: f"{value / 1e9:.2f} GB"),
     "mfu": ("MFU", lambda value: f"{value:.1%}"),
+    "base_copies": ("copies of the base", lambda value: f"{value:.2f}"),
     "first_loss": ("first loss", lambda value: f"{value:.4f}"),
     "second_loss": ("second loss", lambda value: f"{value:.4f}"),
 }
@@ -44,8 +45,18 @@ def summarise(
         "rivals": rivals,
         "ratios": _against(work, found, lambda how, ours, rival: ratios(ours, rival, work.quantity)),
     }
-    if variants := {one: middle[one] for one in own & set(middle) if one != OURS and OURS in own}:
-        content["other_variants_of_ours"] = variants
+    if variants := [one for one in work.contestants if one in own & set(middle) and one != OURS and OURS in own]:
+        content["other_variants_of_ours"] = {one: middle[one] for one in variants}
+        # Where nobody is compared with a variant alone, everybody is compared with each.
+        if not any(how.against in variants for how in work.contestants.values()):
+            content["ratios_of_variants"] = {
+                one: {
+                    rival: ratios(found[one], found[rival], work.quantity)
+                    for rival, how in work.contestants.items()
+                    if how.against is not None and rival in found
+                }
+                for one in variants
+            }
     if work.kind in ("sft", "reward", "dpo"):
         content["learning"] = _against(work, found, lambda how, ours, rival: loss_differences(ours, rival))
     if failures:
@@ -71,7 +82,8 @@ def _figures(
 ) -> Figures:
     chosen = inputs["repetitions"][repetition]
     if work.kind != "growth":
-        return figures_of(work.kind, work.adapter, inputs["models"]["base"], chosen["counts"], result)
+        sharing = work.contestants[contestant].sharing
+        return figures_of(work.kind, work.adapter, inputs["models"]["base"], chosen["counts"], result, sharing)
     from benchmarks.works import POINTS
 
     model = inputs["models"][POINTS[contestant].model or "base"]
@@ -94,9 +106,31 @@ def table(content: Mapping[str, Any]) -> str:
             ratio = content["ratios"].get(name, {})
             cells += [_times(ratio, work.quantity), _times(ratio, "peak_memory")]
         text.append("| " + " | ".join(cells) + " |")
-    notes = [f"- {name}: {how.allowed}" for name, how in _noted(work)]
+    notes = [*_phases(lines), *_variants(work, content)]
+    notes += [f"- {name}: {how.allowed}" for name, how in _noted(work)]
     notes += [f"- {name} failed: {reason}" for name, reason in content.get("failures", {}).items()]
     return "\n".join([*text, "", *notes]) + "\n"
+
+
+def _phases(lines: Sequence[tuple[str, Mapping[str, float]]]) -> list[str]:
+    """A line for each contestant that tells its phases apart."""
+    found = []
+    for name, figures in lines:
+        if phases := [phase for phase in PHASES.values() if f"{phase}_seconds" in figures]:
+            pairs = [(phase, figures[f"{phase}_seconds"], figures[f"{phase}_floor"]) for phase in phases]
+            told = ", ".join(f"{phase} {seconds:.1f} s ({floor:.1f})" for phase, seconds, floor in pairs)
+            found.append(f"- {name}: {told}; in brackets the phase's FLOP at the measured peak")
+    return found
+
+
+def _variants(work: Work, content: Mapping[str, Any]) -> list[str]:
+    """A line for each variant of ours and rival."""
+    return [
+        f"- {variant} ÷ {rival}: {_times(ratio, work.quantity)} in {_COLUMNS[work.quantity][0]}, "
+        f"{_times(ratio, 'peak_memory')} in memory"
+        for variant, rivals in content.get("ratios_of_variants", {}).items()
+        for rival, ratio in rivals.items()
+    ]
 
 
 def _lines(work: Work, content: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from benchmarks.figures import Sharing
 from benchmarks.setting import MICRO_BATCH_TOKENS, PPO_MICRO_BATCH_TOKENS
 
 OURS = "ours"
@@ -15,7 +16,7 @@ class Contestant:
     """``module`` runs one measurement. ``allowed`` says what it was given. ``measured`` steps follow one warm-up step.
 
     ``against`` names which of ours a rival is compared with; None for our own. ``environment`` names a requirements
-    file in ``environments/``, or None for the project's own.
+    file in ``environments/``, or None for the project's own. ``sharing`` is about PPO.
     """
 
     module: str
@@ -23,6 +24,7 @@ class Contestant:
     measured: int = 2
     against: str | None = OURS
     environment: str | None = None
+    sharing: Sharing = field(default_factory=Sharing)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,12 +71,27 @@ def _ppo(adapter: str) -> Work:
         measured=1,
         environment="trl-1.12",
     )
+    shared, four = Sharing(one_pass=True), Sharing(completions=4)
+    variants = {
+        "ours_shared": _our_ppo("policy and value in one pass", shared),
+        "ours_4": _our_ppo("4 answers to each of 8 prompts", four),
+        "ours_shared_4": _our_ppo("both", Sharing(completions=4, one_pass=True)),
+    }
     return Work(
         kind="ppo",
         adapter=adapter,
-        contestants={OURS: _ours(PPO_MICRO_BATCH_TOKENS), f"trl_1_12_{name}": rival},
+        contestants={
+            OURS: _our_ppo("a critic of its own", Sharing()),
+            **(variants if adapter == "lora" else {}),
+            f"trl_1_12_{name}": rival,
+        },
         quantity="seconds_per_update",
     )
+
+
+def _our_ppo(difference: str, sharing: Sharing) -> Contestant:
+    allowed = f"{difference}; {_STAGE.format(PPO_MICRO_BATCH_TOKENS)}"
+    return Contestant(module="ours", allowed=allowed, against=None, sharing=sharing)
 
 
 def _sampling() -> Work:

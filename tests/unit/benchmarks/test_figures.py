@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import rows
-from benchmarks.figures import figures_of, loss_differences, medians, ratios, useful_flop
+from benchmarks.figures import Sharing, figures_of, loss_differences, medians, phase_flop, ratios, useful_flop
 from benchmarks.journal import Journal, OtherConditions
 from benchmarks.machine import processor, scrubbed
 from benchmarks.summary import summarise, table
@@ -35,6 +35,22 @@ def test_useful_work_is_that_of_the_table_in_the_readme(
     kind: str, adapter: str, counts: dict[str, float], flop: float
 ) -> None:
     assert useful_flop(kind, adapter, MODEL, counts) == flop
+
+
+@pytest.mark.parametrize(
+    ("adapter", "sharing", "flop"),
+    [
+        ("lora", Sharing(), (2 * 3500 + 2 * 50, 6 * 3500 + 2 * 50, 32 * 3500 + 16 * 50)),
+        ("full", Sharing(), (2 * 3500 + 2 * 50, 6 * 3500 + 2 * 50, 48 * 3500 + 24 * 50)),
+        ("lora", Sharing(one_pass=True), (2 * 3500 + 2 * 50, 4 * 3500 + 2 * 50, 16 * 3500 + 16 * 50)),
+        ("lora", Sharing(completions=3), (2 * 1500 + 2 * 50, 6 * 1500 + 2 * 50, 32 * 1500 + 16 * 50)),
+    ],
+)
+def test_a_phase_of_ppo_needs_what_it_cannot_share(
+    adapter: str, sharing: Sharing, flop: tuple[float, float, float]
+) -> None:
+    counts = {"prompt_tokens": 30, "answer_tokens": 5}
+    assert phase_flop(adapter, MODEL, counts, sharing) == dict(zip(("rollout", "score", "train"), flop, strict=True))
 
 
 def test_mfu_divides_useful_work_by_what_the_peak_would_have_done_in_that_time() -> None:
@@ -155,19 +171,34 @@ def test_the_json_has_ours_rivals_ratios_and_every_measurement() -> None:
     assert "- trl_default failed: exit code 1: it broke" in text
 
 
-def test_ppo_is_compared_by_seconds_an_update() -> None:
+def test_ppo_is_compared_by_seconds_an_update_and_each_variant_with_every_rival() -> None:
     inputs = {"models": {"base": MODEL}, "repetitions": [{"counts": {"prompt_tokens": 30}}]}
+    seconds = {"ours": 3.0, "ours_shared": 2.0, "ours_shared_4": 1.0, "trl_1_12_peft": 12.0}
+    phases = {"time/rollouts": 0.5, "time/scoring": 0.25, "time/learning": 2.0, "memory/base_copies": 1.0}
+    logged = {"ours": [{"time/rollouts": 99.0}, phases, {**phases, "time/learning": 4.0}], "trl_1_12_peft": [{}, {}]}
     measurements = [
         {
             "contestant": name,
             "repetition": 0,
-            "result": {**_result(50 / seconds, 0.0), "losses": [], "answer_tokens": 5.0},
+            "result": {
+                **_result(50 / taken, 0.0),
+                "losses": [],
+                "answer_tokens": 5.0,
+                "updates": logged.get(name, []),
+            },
         }
-        for name, seconds in (("ours", 3.0), ("trl_1_12_peft", 12.0))
+        for name, taken in seconds.items()
     ]
     content = summarise("ppo_lora", inputs, measurements, {})
     assert content["ratios"]["trl_1_12_peft"]["seconds_per_update"] == pytest.approx(0.25)
-    assert "s an update" in table(content)
+    variants = content["ratios_of_variants"]
+    assert variants["ours_shared_4"]["trl_1_12_peft"]["seconds_per_update"] == pytest.approx(1 / 12)
+    assert content["ours"]["train_seconds"] == 3.0, "the warm-up does not count"
+    assert content["ours"]["train_floor"] == pytest.approx((32 * 100 * 35 + 16 * 10 * 5) / 1e5)
+    text = table(content)
+    assert "s an update" in text
+    assert "- ours: rollout 0.5 s (0.1), score 0.2 s (0.2), train 3.0 s (1.1)" in text
+    assert "- ours_shared ÷ trl_1_12_peft: 0.17 (0.17–0.17) in s an update, 1.00 in memory" in text
 
 
 def test_float32_sampling_is_compared_with_ours_in_float32() -> None:
