@@ -1,0 +1,114 @@
+"""Draws what the measured works reach of this machine's roof, as docs/roofline.svg: ``python -m benchmarks.roofline``.
+
+x is useful FLOP for each byte of weights read once a pass, y FLOP/s, both logarithmic (Williams et al. 2009). The roof
+is the bfloat16 matrix-product peak noted with the measurements, and this machine's bandwidth measured now by copying.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.machine import ROOT
+from benchmarks.setting import PROMPTS, ROWS
+
+WIDTH, HEIGHT = 560, 330
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 20, 44
+X_RANGE, Y_RANGE = (1.0, 1e4), (1e9, 1e13)
+COPIED = 256 << 20
+"""Bytes copied at once to measure the bandwidth: more than any cache here gives back."""
+BYTES_PER_WEIGHT = 2
+
+
+def bandwidth() -> float:
+    """Bytes/s read and written together, the best of several copies."""
+    source = torch.ones(COPIED, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - started)
+    return 2 * COPIED / best
+
+
+def reached(name: str, folder: Path) -> tuple[float, float, float] | None:
+    """FLOP a byte of weights, FLOP/s and the peak of a work of ours, from its results; None where there are none."""
+    file = folder / f"{name}.json"
+    if not file.exists():
+        return None
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    mine = [one["result"] for one in content["measurements"] if one["contestant"] == "ours" and "result" in one]
+    peak = median(one["matmul_peak"] for one in mine)
+    speed = content["ours"]["mfu"] * peak
+    weights = sum(content["parameters"]["base"].values()) * BYTES_PER_WEIGHT
+    if name == "sampling":  # a step reads all weights and makes one token a row
+        return 2 * PROMPTS / BYTES_PER_WEIGHT, speed, peak
+    work = speed * content["ours"]["seconds_per_step"]
+    return work / (2 * weights), speed, peak  # weights are read forward and backward
+
+
+def _x(value: float) -> float:
+    low, high = (math.log10(end) for end in X_RANGE)
+    return LEFT + (math.log10(value) - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
+
+def _y(value: float) -> float:
+    low, high = (math.log10(end) for end in Y_RANGE)
+    return TOP + (high - math.log10(value)) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+
+def _text(x: float, y: float, words: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{words}</text>'
+
+
+def drawing(points: dict[str, tuple[float, float]], *, peak: float, bytes_per_second: float) -> str:
+    """The figure as SVG: roof, points and labels."""
+    knee = peak / bytes_per_second
+    roof = [(X_RANGE[0], X_RANGE[0] * bytes_per_second), (knee, peak), (X_RANGE[1], peak)]
+    path = " ".join(f"{_x(x):.1f},{_y(y):.1f}" for x, y in roof)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+        'font-size="11">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+        f'<polyline points="{path}" fill="none" stroke="#444" stroke-width="1.5"/>',
+        _text(_x(X_RANGE[1]), _y(peak) - 6, f"bf16 products {peak / 1e12:.2f} TFLOP/s", "end"),
+        _text(_x(2.0), _y(2.0 * bytes_per_second) - 8, f"copies {bytes_per_second / 1e9:.0f} GB/s"),
+    ]
+    for power in range(9, 14):
+        parts.append(_text(LEFT - 6, _y(10.0**power) + 4, f"10{_raised(power)}", "end"))
+    for power in range(5):
+        parts.append(_text(_x(10.0**power), HEIGHT - BOTTOM + 16, f"10{_raised(power)}", "middle"))
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "useful FLOP for each byte of weights", "middle"))
+    parts.append(_text(LEFT, TOP - 6, "useful FLOP/s"))
+    for name, (x, y) in points.items():
+        parts.append(f'<circle cx="{_x(x):.1f}" cy="{_y(y):.1f}" r="4" fill="#1f6feb"/>')
+        parts.append(_text(_x(x) - 8, _y(y) + 4, name, "end"))
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _raised(power: int) -> str:
+    return "".join("⁰¹²³⁴⁵⁶⁷⁸⁹"[int(digit)] for digit in str(power))
+
+
+def main() -> None:
+    """Writes the figure from the results that there are."""
+    folder = ROOT / "benchmarks" / "results"
+    found = {name: reached(name, folder) for name in ("sft_lora", "sft_full", "reward_lora", "dpo_lora", "sampling")}
+    known = {name.replace("_", " "): one for name, one in found.items() if one is not None}
+    if not known:
+        raise SystemExit("no results yet; run 'make bench' first")
+    peak = median(one[2] for one in known.values())
+    figure = drawing({name: one[:2] for name, one in known.items()}, peak=peak, bytes_per_second=bandwidth())
+    (ROOT / "docs" / "roofline.svg").write_text(figure, encoding="utf-8")
+    print(f"docs/roofline.svg: {', '.join(known)}; {ROWS} rows a step")
+
+
+if __name__ == "__main__":
+    main()
