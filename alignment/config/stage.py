@@ -150,7 +150,8 @@ class GuardConfig:
     Every ``every`` updates (0: never) the policy answers ``prompts`` rows of the stage's data that training never sees;
     the stage's own scorers and ``scorer`` judge the answers. With ``keep_best`` the stage hands on the policy that
     ``scorer`` liked best, not the last one. A rollout batch with a mean KL above ``max_kl`` (nats a sequence) ends the
-    stage, looked at or not.
+    stage, looked at or not; a policy that was looked at and lies above it is never the best, but without ``every``
+    the stage hands on the one that went over. ``scorer`` is never normalised, and is called by every process.
     """
 
     every: int = 0

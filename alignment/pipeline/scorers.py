@@ -16,6 +16,7 @@ from alignment.config.stage import Critic, PpoConfig, ScorerConfig, StageConfig
 from alignment.data.records import Prompt, facts_in
 from alignment.fingerprint import file_sha256
 from alignment.rewards.sources import (
+    GUARD,
     REWARD,
     VERIFIERS,
     FunctionSource,
@@ -37,6 +38,8 @@ def faults(stages: Mapping[str, StageConfig]) -> list[Fault]:
         if isinstance(stage, PpoConfig):
             for field, scorer in in_use(stage).items():
                 found += _scorer_faults(f"stages.{name}.{field}", scorer, stage, where_reward=f"stages.{name}.reward")
+                if field == GUARD:
+                    found += _guard_faults(f"stages.{name}.{field}", scorer)
             if _reads_no_reward(stage):
                 found.append(Fault(where=f"stages.{name}.reward", message=_unread(stage)))
     return found
@@ -112,6 +115,15 @@ def _scorer_faults(where: str, scorer: ScorerConfig, stage: PpoConfig, *, where_
             yield Fault(where=f"{where}.{setting}", message=f"missing; '{scorer.source}' needs it")
         elif setting != needed and value is not None:
             yield Fault(where=f"{where}.{setting}", message=f"{value!r} is read by nothing; only '{user}' reads it")
+
+
+def _guard_faults(where: str, scorer: ScorerConfig) -> Iterator[Fault]:
+    """Policies are compared by this scorer, so it must be the same for all of them and tell them apart."""
+    if scorer.normalize:
+        message = "true, but a moving scale cannot compare policies; a second opinion scores as it is"
+        yield Fault(where=f"{where}.normalize", message=message)
+    if scorer.weight == 0.0:
+        yield Fault(where=f"{where}.weight", message="0, so all policies would be equally good; choose another weight")
 
 
 def _is_known(source: str) -> bool:

@@ -85,7 +85,8 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
         roles.actor_critic.eval()
         metrics |= trainer.guard.finish(trainer.updates_done, trainer.rollouts)
     result = save_model(roles.policy, tokenizer, context, found, metrics)
-    if context.is_main:
+    # The critic that learned last says nothing of an earlier policy.
+    if context.is_main and metrics.get("guard/kept_update", metrics["updates"]) == metrics["updates"]:
         _save_critic(roles.actor_critic.value, context)
     return result
 

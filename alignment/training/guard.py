@@ -70,7 +70,9 @@ class Guard:
             "guard/gold": float(total.mean()),
             "guard/kl": sum(float((mine - theirs).sum()) for mine, theirs in pairs) / len(found.answers),
         }
-        if figures["guard/gold"] > self.best_gold:
+        limit = self._config.max_kl
+        affordable = limit is None or figures["guard/kl"] <= limit or not self._best  # the first is the reference
+        if figures["guard/gold"] > self.best_gold and affordable:
             self.best_gold, self.best_updates = figures["guard/gold"], updates
             self._best = {name: p.detach().cpu().clone() for name, p in _trained(self._policy)}
         if self._context.is_main:

@@ -25,6 +25,7 @@ class UpdateFigures:
         self._maxima: dict[str, float] = {}
         self._steps = 0
         self._closed = 0.0
+        self._first = 0.0
 
     def add_means(self, named: dict[str, Tensor], mask: Tensor) -> None:
         """Means over counted elements of all processes; ``mask`` has the values' shape."""
@@ -53,7 +54,7 @@ class UpdateFigures:
         """
         total = self._shares["policy/approxkl"]
         if self._steps == 0:
-            self.values["policy/approxkl_first"] = total
+            self._first = total
         self._steps += 1
         self.values["policy/steps"] = float(self._steps)
         share, self._closed = total - self._closed, total
@@ -63,7 +64,10 @@ class UpdateFigures:
         """All figures; shares are averaged over the update's optimiser steps. Every process must call this."""
         if not self._shares:  # the update was only sampled
             return dict(self.values)
-        totals = self._gather(torch.tensor(list(self._shares.values()))).sum(0).tolist()
+        told = torch.tensor([self._first, *self._shares.values()])
+        first, *totals = self._gather(told).sum(0).tolist()
         shares = {name: total / self._steps for name, total in zip(self._shares, totals, strict=True)}
+        if "policy/approxkl" in shares:
+            shares["policy/approxkl_first"] = first
         highest = self._gather(torch.tensor(list(self._maxima.values()))).amax(0).tolist() if self._maxima else []
         return {**self.values, **dict(zip(self._maxima, highest, strict=True)), **shares}

@@ -198,7 +198,6 @@ class PpoTrainer(Trainer):
             {
                 "objective/kl": kl,
                 "objective/kl_k3": k3(logprobs, reference) * mask,
-                "objective/rlhf_reward": rewards,
                 "objective/entropy": stack(rollout.entropy, mask),
                 "val/returns": returns,
                 "val/advantages": raw,
@@ -322,8 +321,10 @@ class PpoTrainer(Trainer):
 
     def _log_episodes(self, scores: Tensor, ended: Tensor, mask: Tensor, named: dict[str, Tensor]) -> None:
         """Sums over tokens become means over episodes; the rest are means over counted tokens."""
-        summed = ("objective/kl", "objective/kl_k3", "objective/rlhf_reward")
+        summed = ("objective/kl", "objective/kl_k3")
         episodes = {name: named[name].sum(-1) for name in summed}
+        # What is maximised, before any baseline or scaling.
+        episodes["objective/rlhf_reward"] = scores - self.price.coefficient * episodes["objective/kl"]
         episodes |= {"objective/score": scores, "eos_rate": ended.float(), "response_length": mask.sum(-1).float()}
         self.figures.add_means(episodes, torch.ones_like(scores))
         self.figures.add_means({name: values for name, values in named.items() if name not in summed}, mask)

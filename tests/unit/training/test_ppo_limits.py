@@ -120,16 +120,26 @@ WATCHED = {"updates": 4, "optim": optim(lr=5e-3, batch_size=32), "missing_eos_sc
 def _watched(bench: Callable[..., Bench], name: str, **changes: Any) -> Bench:
     """A stage that likes low tokens, watched on prompts of its own by an opinion that dislikes them."""
     guard = GuardConfig(every=1, prompts=8, **changes.pop("guard", {}))
+    scorer = changes.pop("scorer", HIGH)
     run = bench(name, rewards=LOW, guard=guard, **{**WATCHED, **changes})
     run.trainer.guard = Guard(
         guard,
         run.context,
         Prompts(ids=[[6, 7, 8], [21, 22], [9], [3, 3], [20], [18, 5, 4], [11, 12], [1, 9]], rows=range(100, 108)),
-        scorer=HIGH,
+        scorer=scorer,
         policy=run.roles.policy,
         proxy=lambda rollout: run.trainer.scores_of(rollout, learn=False),
     )
     return run
+
+
+def test_a_policy_above_the_budget_is_never_the_best(bench: Callable[..., Bench]) -> None:
+    run = _watched(bench, "run", scorer=LOW)  # likes what is learned: only the budget speaks against it
+    run.trainer.guard._config = replace(run.trainer.guard._config, max_kl=1e-3)  # the stage itself goes on
+    run.train()
+    golds = [line["guard/gold"] for line in run.lines("guard.jsonl")]
+    assert max(golds) > golds[0] + 0.25
+    assert run.trainer.guard.best_updates == 0
 
 
 @KINDS
