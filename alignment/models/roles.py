@@ -51,7 +51,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy = policy
         self.value = value
-        # DDP would send the frozen weights around, equal as they are, and give each of them memory of its own.
+        # DDP would send the frozen weights around, equal as they are.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         self._ddp_params_and_buffers_to_ignore = frozen
 

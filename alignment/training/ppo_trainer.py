@@ -79,9 +79,14 @@ class PpoTrainer(Trainer):
         super().__init__(
             model=roles.actor_critic, args=args, train_dataset=list(steps), data_collator=lambda rows: {"step": rows}
         )
+        self.accelerator.device_placement = False
         self.rollouts = Rollouts(
             roles, config, context, episodes=episodes, rewards=rewards, accelerator=self.accelerator
         )
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """Nothing: all roles are on their device, and among several processes on CPUs that has another name here
+        (``cpu:0``), to which torch copies whatever it moves: roles would no longer share memory."""
 
     @property
     def steps_per_update(self) -> int:
