@@ -1,6 +1,6 @@
 """``python -m tests.proofs``: runs the proofs, prints each figure with its bound, and writes docs/proofs.json.
 
-The file holds whole runs only. Exit code: 0 all passed or were skipped, 1 one failed, 2 a wrong option.
+The file holds whole runs only, in which nothing was skipped. Exit code: 0 all passed or were skipped, 1 one failed, 2 a wrong option.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from alignment.artifacts import write_json
+from alignment.pipeline.handover import commit_of_checkout
 from alignment.worker import PACKAGES
 from benchmarks.machine import processor
 from tests.proofs import bandit, count, dpo, kills, overoptimisation, plain_script, story
@@ -70,15 +71,18 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what was asked for; see the module for the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.proofs", description=__doc__)
-    parser.add_argument("--only", help=f"comma-separated: {', '.join(PROOFS)}; prints, and writes nothing")
+    parser.add_argument("--only", help=f"comma-separated: {', '.join(PROOFS)}; leaves docs/proofs.json alone")
     only = parser.parse_args(argv).only
     names = list(PROOFS) if only is None else only.split(",")
     if unknown := [name for name in names if name not in PROOFS]:
         parser.error(f"no proof {', '.join(unknown)}; there are {', '.join(PROOFS)}")
     _quiet()
     outcomes = [_tried(name) for name in names]
-    if only is None:
+    skipped = [outcome.name for outcome in outcomes if outcome.state == "skipped"]
+    if only is None and not skipped:
         write_json(RESULTS, _record(outcomes))
+    elif skipped:
+        print(f"docs/proofs.json is left as it is, because of what was skipped: {', '.join(skipped)}")
     return int(any(outcome.state == "failed" for outcome in outcomes))
 
 
@@ -115,6 +119,7 @@ def _record(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     machine = processor()
     return {
         "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit_of_checkout(RESULTS.parents[1]),
         "processor": machine["model"],
         "cores": machine["cores"],
         "versions": {

@@ -35,15 +35,16 @@ def run(folder: Path) -> list[Claim]:
         align.output.mkdir()
         align("run", *BEFORE)
     straight("run", *PPO)
-    longest = max(line["seconds"] for line in _lines(straight.artifact("ppo"))) / UPDATES
+    an_update = _lines(straight.artifact("ppo"))[-1]["seconds"] / UPDATES
     rng = random.Random(0)
     updates = sorted(rng.sample(range(1, UPDATES - SPARE), KILLS))
-    reached = [_killed_after(killed, update, rng.uniform(0.0, longest)) for update in updates]
+    lost = [_killed_after(killed, update, rng.uniform(0.0, an_update)) for update in updates]
     killed("run", *PPO)
     expected = [STEPS_PER_UPDATE * (update + 1) for update in range(UPDATES)]
     found = [line["step"] for line in _metrics(killed)]
     return [
-        Claim(figure="kills, each after updates that are new", values=(_advanced(reached),), at_least=KILLS),
+        Claim(figure="kills, each after updates that are new", values=(float(len(lost)),), at_least=KILLS),
+        Claim(figure="updates that an attempt did again, at most", values=(float(max(lost)),), at_most=1),
         Claim(figure="files of weights", values=(float(len(killed.weights())),), at_least=3),
         Claim(figure="files of weights that differ", values=(_differing(straight, killed),), at_most=0),
         Claim(figure="updates logged other than once", values=(float(found != expected),), at_most=0),
@@ -56,16 +57,19 @@ def run(folder: Path) -> list[Claim]:
 
 
 def _killed_after(align: Align, updates: int, seconds: float) -> int:
-    """SIGKILL to the driver and all its processes, so long after so many updates were logged; returns how many were.
+    """SIGKILL to the driver and all its processes, so long after so many updates were logged.
 
+    Returns how many of those that stood in the log before it did again, having gone on from its checkpoint.
     An attempt logs one update more than those before it at the least, so that it is at work when it is killed.
     """
-    updates = max(updates, _updates(align) + 1)
+    before = lowest = _updates(align)
+    updates = max(updates, before + 1)
     process = subprocess.Popen(
         align.argv("run", *PPO), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
     )
     begun = time.monotonic()
-    while _updates(align) < updates:
+    while (now := _updates(align)) < updates:
+        lowest = min(lowest, now)
         _check_runs(process, align)
         if time.monotonic() > begun + PATIENCE:
             raise TimeoutError(f"no update {updates} in {PATIENCE:.0f} s\n{align.logs()}")
@@ -77,7 +81,7 @@ def _killed_after(align: Align, updates: int, seconds: float) -> int:
         os.kill(one.pid, signal.SIGKILL)
     process.wait()
     psutil.wait_procs(everyone, timeout=30)
-    return _updates(align)
+    return before - lowest
 
 
 def _updates(align: Align) -> int:
@@ -88,11 +92,6 @@ def _updates(align: Align) -> int:
 def _check_runs(process: subprocess.Popen[bytes], align: Align) -> None:
     if process.poll() is not None:
         raise RuntimeError(f"the run ended before it could be killed\n{align.logs()}")
-
-
-def _advanced(reached: list[int]) -> float:
-    """How many attempts got further than all before them."""
-    return float(sum(now > max([0, *reached[:number]]) for number, now in enumerate(reached)))
 
 
 def _differing(straight: Align, killed: Align) -> float:

@@ -64,7 +64,7 @@ def run(folder: Path) -> list[Claim]:
         ),
         Claim(
             figure="answers that PPO changed",
-            values=(_differing(plain, [a["base"]["text"] for a in shown]),),
+            values=(_differing(plain, [a["stage:sft"]["text"] for a in shown]),),
             at_least=1,
         ),
     ]

@@ -3,6 +3,7 @@
 The reward is vaderSentiment's compound score of an answer of 40 tokens, from −1 (dark) to 1 (bright). At a fixed price
 of KL the mean reward must rise to .8 within 15 nats a sequence. With the adaptive price the KL must settle at its
 target of 6: over the last quarter of the updates, means of five updates stay within 6 ± 1.
+Rates, batch size and prices were chosen on these seeds (docs/LOG.md, 2026-11-25); the bounds were not.
 """
 
 from __future__ import annotations
