@@ -1,6 +1,7 @@
 """``python -m tests.proofs``: runs the proofs, prints each figure with its bound, and writes docs/proofs.json.
 
-The file holds whole runs only, in which nothing was skipped. Exit code: 0 all passed or were skipped, 1 one failed, 2 a wrong option.
+The file holds whole runs only, in which nothing was skipped. Exit code: 0 all passed or were skipped, 1 one failed, 2 a
+wrong option.
 """
 
 from __future__ import annotations
