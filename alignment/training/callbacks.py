@@ -138,7 +138,8 @@ class StopOnSignal(TrainerCallback):
             flag = torch.tensor(int(asked), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             asked = bool(flag.item())
-        if asked and state.global_step < state.max_steps:
+        ends_anyway = control.should_training_stop or state.global_step >= state.max_steps
+        if asked and not ends_anyway:
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True

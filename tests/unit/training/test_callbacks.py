@@ -64,6 +64,14 @@ def test_a_signal_during_the_last_step_lets_the_stage_finish(arguments: Training
     assert not control.should_training_stop
 
 
+def test_a_signal_when_the_stage_ends_by_itself_saves_nothing(arguments: TrainingArguments) -> None:
+    """PPO over its KL budget ends inside an update, where a checkpoint would count an update that was not learned."""
+    stop, control = StopOnSignal(period=1), TrainerControl(should_training_stop=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    stop.on_step_end(arguments, _state(7), control)
+    assert (stop.stopped, control.should_save) == (False, False)
+
+
 # ---- gradients ------------------------------------------------------------------------------------------------------
 
 
