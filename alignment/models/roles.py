@@ -13,61 +13,18 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel, TaskType
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.stage import Critic
+from alignment.models.actor_critic import ActorCritic, ValueHead
 from alignment.models.adapters import add_adapter
-from alignment.models.answers import AnswerStream, answer_states, answer_values, statistics_of, unwrapped
 from alignment.models.flat import use_flat_attention
 from alignment.models.forward import install_scalar
-from alignment.models.head import TokenStatistics
-from alignment.models.load import Lineage, load_policy, load_scalar, weights_dtype
+from alignment.models.load import DTYPES, Lineage, load_policy, load_scalar, weights_dtype
 from alignment.models.reward import load_reward_model, zero_head
 from alignment.stage_spec import StageInput, StageSpec
-
-
-class ValueHead(nn.Module):
-    """``[tokens]`` values from ``[tokens, width]`` states, in float32; it says 0 until it learned otherwise."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width))
-
-    def forward(self, states: Tensor) -> Tensor:
-        """The values."""
-        with torch.autocast(states.device.type, enabled=False):
-            return states.float() @ self.weight
-
-
-class ActorCritic(nn.Module):
-    """Policy and value in one module, so that a trainer optimises, wraps and saves them together.
-
-    ``value`` is a model of its own, or a ``ValueHead`` on the policy's trunk: then one pass serves both.
-    """
-
-    def __init__(self, policy: PreTrainedModel | PeftModel, value: PreTrainedModel | PeftModel | ValueHead) -> None:
-        super().__init__()
-        self.policy = policy
-        self.value = value
-        # DDP would send the frozen weights around, equal as they are.
-        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
-        self._ddp_params_and_buffers_to_ignore = frozen
-
-    def forward(
-        self, part: AnswerStream, temperature: float, *, policy_learns: bool = True
-    ) -> tuple[TokenStatistics, Tensor]:
-        """Statistics and values of the answer tokens, both ``[answer tokens]``.
-
-        Where the policy does not learn, a head on its trunk must not teach the trunk either.
-        """
-        policy = unwrapped(self.policy)
-        states = answer_states(policy, part)
-        statistics = statistics_of(policy, states, part, temperature=temperature)
-        if isinstance(self.value, ValueHead):
-            return statistics, self.value(states if policy_learns else states.detach())
-        return statistics, answer_values(unwrapped(self.value), part)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +88,7 @@ def build_roles(
     full = adapter.kind is AdapterKind.full
     policy = load_policy(found, weights_dtype(spec.model.dtype, trained=full)).to(device)
     use_flat_attention(policy)
-    reference = copy.deepcopy(policy).requires_grad_(False) if full else None
+    reference = _frozen_copy(policy, DTYPES[spec.model.dtype]) if full else None
     trained = add_adapter(policy, adapter, TaskType.CAUSAL_LM)
     scorer = None if reward is None else load_reward_model(spec, reward).to(device)
     if scorer is not None:
@@ -144,6 +101,17 @@ def build_roles(
         if relative_returns or reward is None:
             zero_head(value)
     return Roles(actor_critic=ActorCritic(trained, value), reward=scorer, frozen_reference=reference)
+
+
+def _frozen_copy(model: PreTrainedModel, products: torch.dtype) -> PreTrainedModel:
+    """The model, with weights that only enter matrix products in the format of the products: autocast rounds the
+    original's to the same numbers at each use, so both say exactly the same."""
+    copied = copy.deepcopy(model).requires_grad_(False)
+    tied = copied.get_input_embeddings().weight
+    for module in copied.modules():
+        if type(module) is nn.Linear and module.weight is not tied:
+            module.to(products)
+    return copied
 
 
 def _value_model(

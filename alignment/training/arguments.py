@@ -57,7 +57,7 @@ def quiet_arguments(context: StageContext) -> dict[str, Any]:
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",
     }
 
 

@@ -102,7 +102,7 @@ class PpoTrainer(Trainer):
             {"params": _trained(self.roles.actor_critic.value), "lr": critic_lr},
         ]
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            groups, lr=optim.lr, eps=optim.adam_eps, weight_decay=0.0
+            groups, lr=optim.lr, eps=optim.adam_eps, weight_decay=0.0, fused=True
         )
         return self.optimizer
 
@@ -125,12 +125,11 @@ class PpoTrainer(Trainer):
                 f"a checkpoint inside update {update} cannot be continued",
                 remedy="delete the stage's .work folder and run again",
             )
-        loss = torch.zeros((), device=self.args.device)
         if not (self.over_budget or self._update_ended):
-            loss = self._learn(model, self._experience, update, place)
+            self._learn(model, self._experience, update, place)
         if place == self.steps_per_update - 1:
             self.price = self.price.after(self.figures.values["objective/kl"], self.episodes.per_update)
-        return loss
+        return torch.zeros((), device=self.args.device)  # losses are among the figures, by name
 
     def _begin(self, update: int) -> None:
         self._update_ended = False
@@ -143,7 +142,7 @@ class PpoTrainer(Trainer):
             self.figures.add_seconds("guard", time.monotonic() - started)
         self._experience = self._collect(update)
 
-    def _learn(self, model: Any, experience: Experience, update: int, place: int) -> Tensor:
+    def _learn(self, model: Any, experience: Experience, update: int, place: int) -> None:
         epoch, minibatch = divmod(place, self.config.num_minibatches)
         order = torch.randperm(
             self.episodes.prompts_per_update, generator=self.context.generator("minibatches", update, epoch)
@@ -152,7 +151,7 @@ class PpoTrainer(Trainer):
         policy_learns = update >= self.config.critic_warmup
         if self.ptx is not None and policy_learns:
             self._add_ptx(model)
-        loss = self._backward(model, experience, order.tolist(), policy_learns=policy_learns)
+        self._backward(model, experience, order.tolist(), policy_learns=policy_learns)
         if not policy_learns:
             for parameter in _trained(self.roles.policy):
                 parameter.grad = None  # with zeros instead, Adam would count the step
@@ -160,7 +159,6 @@ class PpoTrainer(Trainer):
         if minibatch == self.config.num_minibatches - 1:
             self._end_epoch()
         self.figures.add_seconds("learning", time.monotonic() - started)
-        return loss
 
     def _add_ptx(self, model: Any) -> None:
         assert self.ptx is not None
@@ -269,53 +267,43 @@ class PpoTrainer(Trainer):
 
     # ---- learning -------------------------------------------------------------------------------------------------
 
-    def _backward(self, model: Any, experience: Experience, prompts: list[int], *, policy_learns: bool) -> Tensor:
+    def _backward(self, model: Any, experience: Experience, prompts: list[int], *, policy_learns: bool) -> None:
         """Sums over the minibatch divided by its tokens, across micro-batches and processes: never a mean of means."""
         group = self.episodes.group
         tokens = experience.response_mask[rows_of(prompts, group)].sum().float()
         rows = rows_of(prompts[self.context.rank :: self.context.world_size], group)
-        total = torch.zeros((), device=self.args.device)
         told = [experience.prompts[row] for row in rows], [experience.answers[row] for row in rows]
         pieces = pieces_of(*told, tokens=self.episodes.micro_batch_tokens)
         for number, piece in enumerate(pieces):
             with accumulating(self.accelerator, model, last=number == len(pieces) - 1):
                 with self.compute_loss_context_manager():
-                    policy_loss, value_loss = self._losses(
-                        model, experience, [rows[i] for i in piece], tokens, policy_learns=policy_learns
-                    )
-                    # Gradients of 0 rather than none: DDP waits for those of every parameter.
-                    loss = float(policy_learns) * policy_loss + self.config.value_coefficient * value_loss
+                    loss = self._loss(model, experience, [rows[i] for i in piece], tokens, policy_learns=policy_learns)
                 # DDP averages over processes; the sum over all of them is wanted.
                 self.accelerator.backward(loss * self.context.world_size)
-            total += loss.detach()
-        return total
 
-    def _losses(
+    def _loss(
         self, model: Any, experience: Experience, rows: list[int], tokens: Tensor, *, policy_learns: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
+        """A micro-batch's share; of the value loss only the gradient is sure to be in it (``ActorCritic``)."""
         width = max(len(experience.answers[row]) for row in rows)
         mask = experience.response_mask[rows, :width]
         part = answer_stream(
             [experience.prompts[row] for row in rows], [experience.answers[row] for row in rows], self.args.device
         )
-        statistics, flat_values = model(part, self.config.temperature, policy_learns=policy_learns)
-        logprobs, values = spread(statistics.logprobs, mask), spread(flat_values, mask)
-        change = log_ratio(logprobs, experience.logprobs[rows, :width])
+
+        def value_loss(flat: Tensor) -> Tensor:
+            old, returns = experience.values[rows, :width], experience.returns[rows, :width]
+            loss = clipped_value_loss(spread(flat, mask), old, returns, mask, clip=self.config.value_clip) / tokens
+            self.figures.add_share({"loss/value": loss.detach()})
+            return self.config.value_coefficient * loss
+
+        statistics, loss = model(part, self.config.temperature, value_loss, policy_learns=policy_learns)
+        change = log_ratio(spread(statistics.logprobs, mask), experience.logprobs[rows, :width])
         advantages = experience.advantages[rows, :width]
         policy_loss = clipped_policy_loss(change.exp(), advantages, mask, clip=self.config.clip) / tokens
-        value_loss = (
-            clipped_value_loss(
-                values,
-                experience.values[rows, :width],
-                experience.returns[rows, :width],
-                mask,
-                clip=self.config.value_clip,
-            )
-            / tokens
-        )
-        losses = {"loss/policy": policy_loss.detach(), "loss/value": value_loss.detach()}
-        self._log_minibatch(losses, change.detach(), statistics.entropy, mask, tokens)
-        return policy_loss, value_loss
+        self._log_minibatch(policy_loss.detach(), change.detach(), statistics.entropy, mask, tokens)
+        # Gradients of 0 rather than none: DDP waits for those of every parameter.
+        return float(policy_learns) * policy_loss + loss
 
     def _gathered(self, values: Tensor) -> Tensor:
         """``[processes, values]``."""
@@ -338,13 +326,13 @@ class PpoTrainer(Trainer):
 
     @torch.no_grad()
     def _log_minibatch(
-        self, losses: dict[str, Tensor], change: Tensor, entropy: Tensor, mask: Tensor, tokens: Tensor
+        self, policy_loss: Tensor, change: Tensor, entropy: Tensor, mask: Tensor, tokens: Tensor
     ) -> None:
         ratio = change.exp()
         clipped = ((ratio - 1.0).abs() > self.config.clip).float()
         self.figures.add_share(
             {
-                **losses,
+                "loss/policy": policy_loss,
                 "policy/approxkl": (0.5 * change**2 * mask).sum() / tokens,
                 "policy/clipfrac": (clipped * mask).sum() / tokens,
                 "policy/entropy": entropy.sum() / tokens,
@@ -356,7 +344,7 @@ class PpoTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the update's figures to the trainer's own; one line an update."""
         if "loss" in logs:
-            logs.pop("loss")  # the trainer's sum of two losses over several steps says nothing
+            logs.pop("loss")
             logs.update(self.figures.result())
         super().log(logs, start_time)
 

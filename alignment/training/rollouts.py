@@ -142,7 +142,8 @@ class Rollouts:
 
     def _policy_and_values(self, prompts: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities recomputed by the training forward: those of sampling drift in low precision."""
-        parts = [self._roles.actor_critic(part, self._config.temperature) for part in self._parts(prompts, answers)]
+        look = self._roles.actor_critic.look
+        parts = [look(part, self._config.temperature) for part in self._parts(prompts, answers)]
         statistics = [statistics for statistics, _ in parts]
         return (
             torch.cat([found.logprobs for found in statistics]),

@@ -161,7 +161,7 @@ def test_a_shared_critic_learns_with_the_policy_in_one_pass(
     assert isinstance(run.roles.actor_critic.value, ValueHead)
     passes: list[int] = []
     unwrapped(run.roles.policy).model.norm.register_forward_hook(lambda *_: passes.append(1))
-    run.roles.actor_critic(answer_stream([[5, 6]], [[7]], torch.device("cpu")), 1.0)
+    run.roles.actor_critic.look(answer_stream([[5, 6]], [[7]], torch.device("cpu")), 1.0)
     assert passes == [1]
     assert not run.roles.actor_critic.value.weight.any()
     with torch.autocast("cpu", torch.bfloat16):
