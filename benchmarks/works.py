@@ -91,7 +91,7 @@ def _ppo(adapter: str) -> Work:
 
 def _our_ppo(difference: str, sharing: Sharing) -> Contestant:
     allowed = f"{difference}; {_STAGE.format(PPO_MICRO_BATCH_TOKENS)}"
-    return Contestant(module="ours", allowed=allowed, against=None, sharing=sharing)
+    return Contestant(module="ours", allowed=allowed, measured=1, against=None, sharing=sharing)
 
 
 def _sampling() -> Work:
