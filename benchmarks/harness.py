@@ -190,7 +190,14 @@ def _stage_file(told: _Measurement, folder: Path, data: Path, steps: int) -> Pat
         kind, count, length = "sft", point.rows, point.length
         base = told.base if point.model is None else told.folder / "models" / point.model
     config = stage_config(
-        kind, told.work.adapter, data, steps=steps, rows=count, max_length=length, sharing=told.how.sharing
+        kind,
+        told.work.adapter,
+        data,
+        steps=steps,
+        rows=count,
+        max_length=length,
+        sharing=told.how.sharing,
+        master_weights=told.how.master_weights,
     )
     reward = Path(told.inputs["reward_artifact"]) if "reward_artifact" in told.inputs else None
     return write_stage(folder, config, base=base, data=data, reward=reward)

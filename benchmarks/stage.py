@@ -42,6 +42,7 @@ def stage_config(
     rows: int,
     max_length: int = MAX_LENGTH,
     sharing: Sharing | None = None,
+    master_weights: bool = True,
 ) -> StageConfig:
     """A stage of ``kind`` that takes ``steps`` steps (PPO: updates), all of them on the ``rows`` rows of ``data``."""
     source = DataConfig(source=f"path:{data}")
@@ -51,6 +52,7 @@ def stage_config(
         alpha=float(str(LORA["lora_alpha"])),
         dropout=float(str(LORA["lora_dropout"])),
         target_modules=[str(LORA["target_modules"])],
+        master_weights=master_weights,
     )
     if kind == "ppo":
         return _ppo(source, how, lr=LEARNING_RATE[adapter], updates=steps, sharing=sharing or Sharing())

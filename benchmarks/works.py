@@ -16,7 +16,8 @@ class Contestant:
     """``module`` runs one measurement. ``allowed`` says what it was given. ``measured`` steps follow one warm-up step.
 
     ``against`` names which of ours a rival is compared with; None for our own. ``environment`` names a requirements
-    file in ``environments/``, or None for the project's own. ``sharing`` is about PPO.
+    file in ``environments/``, or None for the project's own. ``sharing`` is about PPO, ``master_weights`` about full
+    training of ours.
     """
 
     module: str
@@ -25,6 +26,7 @@ class Contestant:
     against: str | None = OURS
     environment: str | None = None
     sharing: Sharing = field(default_factory=Sharing)
+    master_weights: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,27 +73,34 @@ def _ppo(adapter: str) -> Work:
         measured=1,
         environment="trl-1.12",
     )
-    shared, four = Sharing(one_pass=True), Sharing(completions=4)
     variants = {
-        "ours_shared": _our_ppo("policy and value in one pass", shared),
-        "ours_4": _our_ppo("4 answers to each of 8 prompts", four),
+        "ours_shared": _our_ppo("policy and value in one pass", Sharing(one_pass=True)),
+        "ours_4": _our_ppo("4 answers to each of 8 prompts", Sharing(completions=4)),
         "ours_shared_4": _our_ppo("both", Sharing(completions=4, one_pass=True)),
     }
+    if adapter == "full":
+        variants = {"ours_without_masters": _our_ppo("all weights bf16, as the rival's", master_weights=False)}
     return Work(
         kind="ppo",
         adapter=adapter,
         contestants={
-            OURS: _our_ppo("a critic of its own", Sharing()),
-            **(variants if adapter == "lora" else {}),
+            OURS: _our_ppo("a critic of its own"),
+            **variants,
             f"trl_1_12_{name}": rival,
         },
         quantity="seconds_per_update",
     )
 
 
-def _our_ppo(difference: str, sharing: Sharing) -> Contestant:
-    allowed = f"{difference}; {_STAGE.format(PPO_MICRO_BATCH_TOKENS)}"
-    return Contestant(module="ours", allowed=allowed, measured=1, against=None, sharing=sharing)
+def _our_ppo(difference: str, sharing: Sharing | None = None, *, master_weights: bool = True) -> Contestant:
+    return Contestant(
+        module="ours",
+        allowed=f"{difference}; {_STAGE.format(PPO_MICRO_BATCH_TOKENS)}",
+        measured=1,
+        against=None,
+        sharing=sharing or Sharing(),
+        master_weights=master_weights,
+    )
 
 
 def _sampling() -> Work:

@@ -46,15 +46,16 @@ class ActorCritic(nn.Module):
     ) -> tuple[TokenStatistics, Tensor]:
         """Statistics of the answer tokens, ``[answer tokens]``, and the scalar ``value_loss`` of their values.
 
-        A model of its own makes its pass when the backward pass comes to this loss, which reads 0 until then: so the
-        activations of one model are held at a time. Where the policy does not learn, a head on its trunk must not teach
-        the trunk either.
+        The loss is there to be backpropagated, not to be read: a model of its own makes its pass when the backward pass
+        comes to it, so that the activations of one model are held at a time, and it says 0 until then. Where the policy
+        does not learn, a head on its trunk must not teach the trunk either.
         """
+        assert torch.is_grad_enabled(), "who learns nothing looks"
         if not isinstance(self.value, ValueHead):
             model = unwrapped(self.value)
             # Made before the policy's graph, because backward passes come last to what was made first.
-            later = _later(lambda: value_loss(answer_values(model, part)), part.labels.device)
-            return self._statistics(part, temperature)[0], later
+            deferred = _deferred(lambda: value_loss(answer_values(model, part)), part.labels.device)
+            return self._statistics(part, temperature)[0], deferred
         statistics, states = self._statistics(part, temperature)
         return statistics, value_loss(self.value(states if policy_learns else states.detach()))
 
@@ -71,12 +72,12 @@ class ActorCritic(nn.Module):
         return statistics_of(policy, states, part, temperature=temperature), states
 
 
-def _later(loss: Callable[[], Tensor], device: torch.device) -> Tensor:
-    found: Tensor = _Later.apply(torch.zeros((), device=device, requires_grad=True), loss)
+def _deferred(loss: Callable[[], Tensor], device: torch.device) -> Tensor:
+    found: Tensor = _DeferredLoss.apply(torch.zeros((), device=device, requires_grad=True), loss)
     return found
 
 
-class _Later(torch.autograd.Function):
+class _DeferredLoss(torch.autograd.Function):
     """A loss whose forward pass is made in the backward pass, under the autocast of the place where it was asked for.
 
     The first argument is there for autograd alone, which skips a function without an input that wants a gradient.

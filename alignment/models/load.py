@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from alignment.artifacts import Manifest, inside, read_manifest, verify
+from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype
 from alignment.errors import ModelError
 from alignment.models.adapters import merge_adapter
@@ -175,11 +176,28 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise ModelError(f"the model cannot be loaded: {error}", where=str(folder)) from error
 
 
-def weights_dtype(compute: Dtype, *, trained: bool) -> torch.dtype:
-    """Trained weights are float32 (autocast does the products); frozen weights take the compute dtype."""
-    return torch.float32 if trained else DTYPES[compute]
+def weights_dtype(compute: Dtype, adapter: AdapterConfig) -> torch.dtype:
+    """Of a model that is trained so: frozen weights take the compute dtype."""
+    return trained_dtype(compute, adapter) if adapter.kind is AdapterKind.full else DTYPES[compute]
+
+
+def trained_dtype(compute: Dtype, adapter: AdapterConfig) -> torch.dtype:
+    """Of weights that are trained themselves, as a stage's adapter has it: float32, and autocast does the products."""
+    bare = adapter.kind is AdapterKind.full and not adapter.master_weights
+    return DTYPES[compute] if bare else torch.float32
 
 
 def products_in(compute: Dtype, device: torch.device) -> torch.autocast:
     """Matrix products in the compute dtype, for models whose adapters are float32 on a frozen base."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute is Dtype.bfloat16)
+
+
+def frozen_copy(model: PreTrainedModel, products: torch.dtype) -> PreTrainedModel:
+    """The model, with weights that only enter matrix products in the format of the products: autocast rounds the
+    original's to the same numbers at each use, so both say exactly the same."""
+    copied = copy.deepcopy(model).requires_grad_(False)
+    tied = copied.get_input_embeddings().weight
+    for module in copied.modules():
+        if type(module) is torch.nn.Linear and module.weight is not tied:
+            module.to(products)
+    return copied

@@ -14,9 +14,11 @@ from alignment.stage_spec import StageInput, StageSpec
 
 
 def load_reward_model(
-    spec: StageSpec, stage_input: StageInput, *, trainable: bool = False
+    spec: StageSpec, stage_input: StageInput, *, trained: torch.dtype | None = None
 ) -> PreTrainedModel | PeftModel:
-    """The reward model behind a reference; ``trainable`` for a value model that starts from it.
+    """The reward model behind a reference; ``trained`` for a value model that starts from it.
+
+    ``trained`` is the dtype of its weights if they are trained whole; under an adapter they are frozen.
 
     Its own adapter, the top one, stays unmerged, so that the scores are those of its training.
 
@@ -30,13 +32,12 @@ def load_reward_model(
     found = lineage(spec, stage_input)
     below = Lineage(source=found.source, base=found.base, adapters=found.adapters[:-1])
     full = not found.adapters
-    dtype = torch.float32 if full and trainable else DTYPES[spec.model.dtype]
-    model = load_scalar(below, dtype)
+    model = load_scalar(below, trained if full and trained is not None else DTYPES[spec.model.dtype])
     load_scalar_head(model, head)
     install_scalar(model)
     if full:
-        return model.requires_grad_(trainable)
-    return _with_adapter(model, found, trainable=trainable)
+        return model.requires_grad_(trained is not None)
+    return _with_adapter(model, found, trainable=trained is not None)
 
 
 def zero_head(model: PreTrainedModel | PeftModel) -> None:

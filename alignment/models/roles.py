@@ -7,7 +7,6 @@ have in common are one tensor in memory. In full training each role has weights 
 from __future__ import annotations
 
 import contextlib
-import copy
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from alignment.models.actor_critic import ActorCritic, ValueHead
 from alignment.models.adapters import add_adapter
 from alignment.models.flat import use_flat_attention
 from alignment.models.forward import install_scalar
-from alignment.models.load import DTYPES, Lineage, load_policy, load_scalar, weights_dtype
+from alignment.models.load import DTYPES, Lineage, frozen_copy, load_policy, load_scalar, trained_dtype, weights_dtype
 from alignment.models.reward import load_reward_model, zero_head
 from alignment.stage_spec import StageInput, StageSpec
 
@@ -85,10 +84,9 @@ def build_roles(
 
     Every model is on ``device`` before memory is shared: moving one later would give it copies of its own.
     """
-    full = adapter.kind is AdapterKind.full
-    policy = load_policy(found, weights_dtype(spec.model.dtype, trained=full)).to(device)
+    policy = load_policy(found, weights_dtype(spec.model.dtype, adapter)).to(device)
     use_flat_attention(policy)
-    reference = _frozen_copy(policy, DTYPES[spec.model.dtype]) if full else None
+    reference = frozen_copy(policy, DTYPES[spec.model.dtype]) if adapter.kind is AdapterKind.full else None
     trained = add_adapter(policy, adapter, TaskType.CAUSAL_LM)
     scorer = None if reward is None else load_reward_model(spec, reward).to(device)
     if scorer is not None:
@@ -103,24 +101,12 @@ def build_roles(
     return Roles(actor_critic=ActorCritic(trained, value), reward=scorer, frozen_reference=reference)
 
 
-def _frozen_copy(model: PreTrainedModel, products: torch.dtype) -> PreTrainedModel:
-    """The model, with weights that only enter matrix products in the format of the products: autocast rounds the
-    original's to the same numbers at each use, so both say exactly the same."""
-    copied = copy.deepcopy(model).requires_grad_(False)
-    tied = copied.get_input_embeddings().weight
-    for module in copied.modules():
-        if type(module) is nn.Linear and module.weight is not tied:
-            module.to(products)
-    return copied
-
-
 def _value_model(
     spec: StageSpec, found: Lineage, reward: StageInput | None, adapter: AdapterConfig
 ) -> PreTrainedModel | PeftModel:
     if reward is not None:
-        return load_reward_model(spec, reward, trainable=True)
-    full = adapter.kind is AdapterKind.full
-    model = load_scalar(found, weights_dtype(spec.model.dtype, trained=full))
+        return load_reward_model(spec, reward, trained=trained_dtype(spec.model.dtype, adapter))
+    model = load_scalar(found, weights_dtype(spec.model.dtype, adapter))
     install_scalar(model)
     return add_adapter(model, adapter, TaskType.SEQ_CLS).eval()
 

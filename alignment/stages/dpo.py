@@ -7,7 +7,6 @@ so the loss must be ln 2; a stage where it is not stops with a reason.
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -23,10 +22,11 @@ from alignment.errors import StageError
 from alignment.models.adapters import add_adapter
 from alignment.models.flat import use_flat_attention
 from alignment.models.forward import install_causal
-from alignment.models.load import lineage, load_policy, load_tokenizer, weights_dtype
+from alignment.models.load import DTYPES, frozen_copy, lineage, load_policy, load_tokenizer, weights_dtype
 from alignment.stages.pairs import read_pairs
 from alignment.stages.reference_cache import reference_logprobs
 from alignment.stages.result import StageResult, save_model
+from alignment.training.adamw import adamw
 from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import MicroBatches
@@ -77,14 +77,13 @@ class TokenizedDpoTrainer(MicroBatches, DPOTrainer):
 
 
 def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: Any, pairs: Any) -> TokenizedDpoTrainer:
-    full = config.adapter.kind is AdapterKind.full
-    policy = load_policy(found, weights_dtype(context.spec.model.dtype, trained=full))
+    policy = load_policy(found, weights_dtype(context.spec.model.dtype, config.adapter))
     rows = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs]
     reference = None
     if config.precompute_reference:
         _add_reference(rows, policy, config, context, found, pairs)
-    elif full:
-        reference = copy.deepcopy(policy).requires_grad_(False)
+    elif config.adapter.kind is AdapterKind.full:
+        reference = frozen_copy(policy, DTYPES[context.spec.model.dtype])
     trainer = TokenizedDpoTrainer(
         model=add_adapter(policy, config.adapter, TaskType.CAUSAL_LM),
         ref_model=reference,
@@ -99,6 +98,7 @@ def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: An
         processing_class=tokenizer,
     )
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens
+    trainer.optimizer_cls_and_kwargs = adamw(config.adapter, config.optim, context)
     install_causal(policy)
     if reference is not None:
         install_causal(reference)

@@ -24,7 +24,7 @@ from alignment.models.load import Lineage, products_in
 from alignment.stages.pairs import TokenizedPair
 from alignment.training.context import StageContext
 
-VERSION = 1
+VERSION = 2
 """Raised when the computation changes, so that older files are not found."""
 
 
@@ -36,7 +36,7 @@ def reference_logprobs(
     ``tokens`` are held in memory at once.
     """
     dtype = context.spec.model.dtype
-    file = context.spec.artifact.parent / "cache" / f"reference-{_key(found, pairs, dtype)}.safetensors"
+    file = context.spec.artifact.parent / "cache" / f"reference-{_key(found, pairs, dtype, policy.dtype)}.safetensors"
     if not _everywhere(file.is_file()):
         context.progress("reference log-probabilities")
         mine = pairs[context.rank :: context.world_size]
@@ -77,8 +77,9 @@ def _sums(
     return torch.stack(sums).cpu() if sums else torch.empty(0)
 
 
-def _key(found: Lineage, pairs: Sequence[TokenizedPair], dtype: Dtype) -> str:
-    sha = hashlib.sha256(json.dumps([VERSION, dtype.value, torch.__version__]).encode())
+def _key(found: Lineage, pairs: Sequence[TokenizedPair], dtype: Dtype, weights: torch.dtype) -> str:
+    """``weights`` are held in another format than products are made in where they are trained with masters."""
+    sha = hashlib.sha256(json.dumps([VERSION, dtype.value, str(weights), torch.__version__]).encode())
     for folder in (found.base, *found.adapters):
         for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
             sha.update(file.name.encode())

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
-from alignment.config.adapter import AdapterKind
 from alignment.config.stage import RewardConfig
 from alignment.errors import DataError
 from alignment.models.adapters import add_adapter
@@ -26,6 +25,7 @@ from alignment.models.forward import install_scalar
 from alignment.models.load import lineage, load_scalar, load_tokenizer, weights_dtype
 from alignment.stages.pairs import TokenizedPair, read_pairs
 from alignment.stages.result import StageResult, save_model
+from alignment.training.adamw import adamw
 from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import MicroBatches
@@ -93,8 +93,7 @@ def _trainer(
     learned: list[TokenizedPair],
 ) -> RewardTrainer:
     torch.manual_seed(context.seed("head") % 2**63)
-    full = config.adapter.kind is AdapterKind.full
-    model = load_scalar(found, weights_dtype(context.spec.model.dtype, trained=full))
+    model = load_scalar(found, weights_dtype(context.spec.model.dtype, config.adapter))
     trainer = PiecewiseRewardTrainer(
         model=add_adapter(model, config.adapter, TaskType.SEQ_CLS),
         args=TrlRewardConfig(
@@ -106,6 +105,7 @@ def _trainer(
         processing_class=tokenizer,
     )
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens
+    trainer.optimizer_cls_and_kwargs = adamw(config.adapter, config.optim, context)
     install_scalar(model)
     return trainer
 

@@ -8,7 +8,6 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer
 
-from alignment.config.adapter import AdapterKind
 from alignment.config.stage import SftConfig
 from alignment.data.fit import rows_that_fit
 from alignment.data.records import Conversation
@@ -18,6 +17,7 @@ from alignment.models.adapters import add_adapter
 from alignment.models.forward import install_causal
 from alignment.models.load import lineage, load_policy, load_tokenizer, weights_dtype
 from alignment.stages.result import StageResult, save_model
+from alignment.training.adamw import adamw
 from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import MicroBatches
@@ -31,7 +31,7 @@ def run(config: SftConfig, context: StageContext) -> StageResult:
     found = lineage(spec, spec.inputs["init"])
     tokenizer = load_tokenizer(found.base)
     dataset, dropped = _dataset(config, context, tokenizer)
-    policy = load_policy(found, weights_dtype(spec.model.dtype, trained=config.adapter.kind is AdapterKind.full))
+    policy = load_policy(found, weights_dtype(spec.model.dtype, config.adapter))
     trainer = PiecewiseSftTrainer(
         model=add_adapter(policy, config.adapter, TaskType.CAUSAL_LM),
         args=TrlSftConfig(
@@ -43,6 +43,7 @@ def run(config: SftConfig, context: StageContext) -> StageResult:
         processing_class=tokenizer,
     )
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens
+    trainer.optimizer_cls_and_kwargs = adamw(config.adapter, config.optim, context)
     install_causal(policy)
     last = train(trainer, context, headline="loss")
     metrics = {"loss": last["loss"], "rows": float(len(dataset)), "rows_too_long": float(dropped)}

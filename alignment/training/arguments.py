@@ -30,11 +30,10 @@ def common_arguments(optim: OptimConfig, context: StageContext, *, log_every: in
         "activation_checkpointing_kwargs": {"use_reentrant": False},
         "num_train_epochs": optim.epochs,
         "max_steps": -1 if optim.max_steps is None else optim.max_steps,
-        "learning_rate": optim.lr,
+        "learning_rate": optim.lr,  # the optimiser itself is made by adamw.py
         "lr_scheduler_type": SCHEDULES[optim.schedule],
         "warmup_steps": optim.warmup_ratio,
         "weight_decay": optim.weight_decay,
-        "adam_epsilon": optim.adam_eps,
         "max_grad_norm": optim.max_grad_norm,
         "logging_steps": log_every,
         "save_steps": save_every,
@@ -57,7 +56,6 @@ def quiet_arguments(context: StageContext) -> dict[str, Any]:
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,
-        "optim": "adamw_torch_fused",
     }
 
 

@@ -29,6 +29,7 @@ from alignment.errors import StageError
 from alignment.models.answers import answer_stream, pieces_of, unwrapped
 from alignment.models.roles import Roles
 from alignment.rewards.slot import Rewards
+from alignment.training.adamw import adamw
 from alignment.training.context import StageContext
 from alignment.training.experience import Experience, Rollout, response_mask, rows_of, spread, stack
 from alignment.training.guard import Guard
@@ -101,9 +102,8 @@ class PpoTrainer(Trainer):
             {"params": _trained(self.roles.actor_critic.policy), "lr": optim.lr},
             {"params": _trained(self.roles.actor_critic.value), "lr": critic_lr},
         ]
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            groups, lr=optim.lr, eps=optim.adam_eps, weight_decay=0.0, fused=True
-        )
+        kind, arguments = adamw(self.config.adapter, optim, self.context)
+        self.optimizer: torch.optim.Optimizer = kind(groups, **arguments, weight_decay=0.0)
         return self.optimizer
 
     @property
@@ -284,7 +284,7 @@ class PpoTrainer(Trainer):
     def _loss(
         self, model: Any, experience: Experience, rows: list[int], tokens: Tensor, *, policy_learns: bool
     ) -> Tensor:
-        """A micro-batch's share; of the value loss only the gradient is sure to be in it (``ActorCritic``)."""
+        """A micro-batch's share, to be backpropagated and not read (``ActorCritic.forward``)."""
         width = max(len(experience.answers[row]) for row in rows)
         mask = experience.response_mask[rows, :width]
         part = answer_stream(

@@ -17,19 +17,30 @@ from alignment.models.adapters import add_adapter
 from alignment.models.answers import scalar_scores, unwrapped
 from alignment.models.load import (
     Lineage,
+    frozen_copy,
     lineage,
     load_policy,
     load_scalar,
     load_tokenizer,
     refuse_other_tokenizer,
     tokenizer_hashes,
+    trained_dtype,
     weights_dtype,
 )
 from alignment.models.reward import load_reward_model
 from alignment.models.rows import stream
 from alignment.stage_spec import StageInput
 from tests.oracles.close import close
-from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_reward, tiny_spec
+from tests.tiny import (
+    ARCHITECTURES,
+    BASE_SOURCE,
+    liven,
+    publish_tiny,
+    save_tiny_model,
+    tiny_model,
+    tiny_reward,
+    tiny_spec,
+)
 from tests.unit.models.conftest import relative
 
 IDS = torch.tensor([[5, 6, 7, 8, 2]])
@@ -183,10 +194,31 @@ def test_a_policy_is_loaded_without_dropout_and_without_a_cache(base: Lineage) -
     assert model.config.use_cache is False
 
 
-def test_trained_weights_are_float32_and_frozen_ones_take_the_compute_dtype() -> None:
-    assert weights_dtype(Dtype.bfloat16, trained=True) is torch.float32
-    assert weights_dtype(Dtype.bfloat16, trained=False) is torch.bfloat16
-    assert weights_dtype(Dtype.float32, trained=False) is torch.float32
+BARE = AdapterConfig(kind=AdapterKind.full, master_weights=False)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "whole", "trained"),
+    [(LORA, torch.bfloat16, torch.float32), (FULL, torch.float32, torch.float32), (BARE, torch.bfloat16, torch.bfloat16)],
+    ids=["lora", "full", "without masters"],
+)
+def test_trained_weights_are_float32_unless_they_have_no_masters(
+    adapter: AdapterConfig, whole: torch.dtype, trained: torch.dtype
+) -> None:
+    assert weights_dtype(Dtype.bfloat16, adapter) is whole
+    assert trained_dtype(Dtype.bfloat16, adapter) is trained
+    assert weights_dtype(Dtype.float32, adapter) is trained_dtype(Dtype.float32, adapter) is torch.float32
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_frozen_copy_says_the_same_in_less_memory(architecture: str) -> None:
+    """Biases, heads that are tied and heads that are not."""
+    model = tiny_model(architecture).eval()
+    copied = frozen_copy(model, torch.bfloat16)
+    assert not any(parameter.requires_grad for parameter in copied.parameters())
+    assert sum(p.nbytes for p in copied.parameters()) < 0.75 * sum(p.nbytes for p in model.parameters())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(copied(IDS).logits, model(IDS).logits)
 
 
 # ---- reward models --------------------------------------------------------------------------------------------------
@@ -229,7 +261,7 @@ def test_a_reward_model_scores_the_same_after_a_reload(
     spec = tiny_spec(tmp_path, PpoConfig())
     tensors = {"weight": weight, "offset": torch.tensor(0.5)}
     reward = publish_tiny(tiny_spec(tmp_path / "reward", PpoConfig()), model, base, head=tensors)
-    again = load_reward_model(spec, reward, trainable=trainable)
+    again = load_reward_model(spec, reward, trained=torch.float32 if trainable else None)
     close(_scores(again), before - 0.5, atol=1e-6)
     assert float(before.std()) > 0.05, "scores should differ"
     assert not again.training
@@ -243,7 +275,7 @@ def test_a_reward_model_is_frozen_and_a_value_model_is_trained_as_the_reward_mod
     spec = tiny_spec(tmp_path, PpoConfig())
     frozen = load_reward_model(spec, reward)
     assert not [name for name, parameter in frozen.named_parameters() if parameter.requires_grad]
-    value = load_reward_model(spec, reward, trainable=True)
+    value = load_reward_model(spec, reward, trained=torch.float32)
     trained = [name for name, parameter in value.named_parameters() if parameter.requires_grad]
     assert any("score" in name for name in trained)
     if adapter.kind is AdapterKind.full:

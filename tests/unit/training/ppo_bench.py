@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import PpoConfig, PpoOptimConfig
 from alignment.models.answers import batches, scalar_scores
 from alignment.models.load import Lineage
@@ -105,13 +106,15 @@ def bench_in(folder: Path) -> Callable[..., Bench]:
         prompts: Any = PROMPTS,
         reward: bool = True,
         rewards: Rewards | None = None,
+        dtype: Dtype = Dtype.float32,
         **changes: Any,
     ) -> Bench:
         if adapter.kind not in made:
             made[adapter.kind] = tiny_reward(folder / f"reward-{adapter.kind.value}", adapter, found=found)
         settings = {"updates": 2, "ppo_epochs": 2, "num_minibatches": 2, "max_new_tokens": 6, "optim": optim()}
         config = PpoConfig(adapter=adapter, **{**settings, **changes})
-        spec = tiny_spec(folder / name, config, base_path=base)
+        model = ModelConfig(source=BASE_SOURCE, dtype=dtype)
+        spec = tiny_spec(folder / name, config, base_path=base, model=model)
         context = StageContext(spec=spec, rank=0, world_size=1)
         roles = build_roles(
             spec,
@@ -138,7 +141,7 @@ def sha256(parameters: Any) -> str:
     """Of all weights together."""
     sha = hashlib.sha256()
     for parameter in parameters:
-        sha.update(parameter.detach().numpy().tobytes())
+        sha.update(parameter.detach().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 

@@ -88,7 +88,6 @@ def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path) -> N
         "learning_rate": 3e-4,
         "lr_scheduler_type": "linear",
         "weight_decay": 0.125,
-        "adam_epsilon": 1e-6,
         "max_grad_norm": 0.5,
         "activation_checkpointing": True,
         "logging_steps": 3,

@@ -13,14 +13,16 @@ import torch
 from safetensors.torch import load_file
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig, Schedule
 from alignment.config.stage import DpoConfig, RewardConfig, SftConfig
 from alignment.models.rows import by_tokens
 from alignment.stages import dpo, reward, sft
+from alignment.training.adamw import RandomlyRoundedAdamW
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
 from alignment.training.micro_batches import MicroBatches, divided
-from tests.tiny import save_tiny_model, tiny_spec
+from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
 
 OPTIM = OptimConfig(lr=1e-3, batch_size=6, max_steps=3, schedule=Schedule.constant, warmup_ratio=0.0)
 ADAPTER = AdapterConfig(kind=AdapterKind.lora, rank=4)
@@ -100,6 +102,33 @@ def test_what_saves_memory_changes_neither_weights_nor_figures(tmp_path: Path, k
         assert told.keys() == figures[0].keys()
         for name in told.keys() - (NOT_EXACT if kind in PAIRS else {"seconds"}):
             assert told[name] == pytest.approx(figures[0][name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_without_masters_a_stage_keeps_and_saves_bfloat16_and_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    config, run = STAGES[kind]
+    steps: list[set[torch.dtype]] = []
+    step = RandomlyRoundedAdamW.step
+
+    def noted(self: RandomlyRoundedAdamW, closure: Any = None) -> None:
+        steps.append({p.dtype for group in self.param_groups for p in group["params"] if p.dim() > 1 and len(p) > 1})
+        step(self, closure)
+
+    monkeypatch.setattr(RandomlyRoundedAdamW, "step", noted)
+    save_tiny_model(tmp_path / "base")
+    write_rows(tmp_path / "data.jsonl", pairs=kind in PAIRS)
+    told = replace(config, adapter=AdapterConfig(kind=AdapterKind.full, master_weights=False))
+    model = ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)
+    context = StageContext(spec=tiny_spec(tmp_path, told, model=model), rank=0, world_size=1)
+    run(told, context)
+    assert steps == [{torch.bfloat16}] * 3
+    (file,) = context.content.glob("model/*.safetensors")
+    saved, before = load_file(file), load_file(next((tmp_path / "base").glob("*.safetensors")))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert saved[name].dtype == torch.bfloat16
+    assert 1e-4 < float((saved[name].float() - before[name]).abs().mean()) < 1e-2
 
 
 def write_rows(file: Path, *, pairs: bool, rows: int = 12) -> None:

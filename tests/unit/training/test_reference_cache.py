@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import DpoConfig
 from alignment.stages import dpo, reference_cache
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
-from tests.tiny import save_tiny_model, tiny_spec
+from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
 from tests.unit.training.test_micro_batches import ADAPTER, OPTIM, trained_weights, write_rows
 
 FULL = AdapterConfig(kind=AdapterKind.full)
 
 
-def _train(folder: Path, config: DpoConfig) -> torch.Tensor:
-    context = StageContext(spec=tiny_spec(folder, config), rank=0, world_size=1)
+def _train(folder: Path, config: DpoConfig, **changes: Any) -> torch.Tensor:
+    context = StageContext(spec=tiny_spec(folder, config, **changes), rank=0, world_size=1)
     torch.manual_seed(0)
     dpo.run(config, context)
     assert MetricsLog(context.content / "metrics.jsonl").last()["loss"] < 0.69
@@ -68,3 +70,11 @@ def test_the_reference_is_computed_once_and_again_when_something_changed(
     save_tiny_model(folder / "base", seed=1)
     _train(folder, config)
     assert computed == [12, 12, 10, 10, 10, 10]
+
+
+def test_weights_in_another_format_have_a_reference_of_their_own(folder: Path) -> None:
+    half = ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)
+    for adapter in (ADAPTER, FULL, replace(FULL, master_weights=False)):
+        config = DpoConfig(optim=OPTIM, adapter=adapter, precompute_reference=True)
+        _train(folder, config, model=half)
+    assert len(list((folder / "artifacts/cache").glob("reference-*"))) == 2, "frozen and bare weights are both bfloat16"

@@ -1,0 +1,113 @@
+"""AdamW (Loshchilov and Hutter 2019), also for weights that have no float32 master copy.
+
+In bfloat16 a step of less than about 1/256 of a weight is lost when it is rounded to the nearest number, and Adam's
+second moment, which moves by a thousandth a step, never moves at all. Rounding at random, up or down in proportion to
+what is cut off, is right on average (Gupta et al. 2015), so small steps add up, with noise. The first moment is rounded
+to the nearest number: a tenth of it is new in each step, so it stays within a few per cent of what it should be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.optim import OptimConfig
+from alignment.config.stage import PpoOptimConfig
+from alignment.training.context import StageContext
+
+BETAS = (0.9, 0.999)
+CHUNK = 2**20
+"""Weights whose float32 temporaries are held at once: seven times 4 MB."""
+CUT = 16
+"""Bits of a float32 that bfloat16 does not have."""
+
+
+def adamw(
+    adapter: AdapterConfig, optim: OptimConfig | PpoOptimConfig, context: StageContext
+) -> tuple[type[Any], dict[str, Any]]:
+    """The optimiser's class and its keyword arguments, weight decay aside, which is a parameter group's own."""
+    kwargs = {"lr": optim.lr, "betas": BETAS, "eps": optim.adam_eps}
+    if adapter.kind is AdapterKind.full and not adapter.master_weights:
+        return RandomlyRoundedAdamW, {**kwargs, "seed": context.seed("rounding")}
+    return torch.optim.AdamW, {**kwargs, "fused": True}
+
+
+class RandomlyRoundedAdamW(torch.optim.Optimizer):
+    """AdamW that computes in float32; bfloat16 weights and their second moments are rounded at random.
+
+    Weights of another dtype take the same steps without that. Random numbers depend on ``seed``, the step and the
+    place of the parameter, so all processes draw the same ones, and a resumed run goes on with those that it would have
+    drawn. Weights must be contiguous.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = BETAS,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        seed: int,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step for every parameter that has a gradient."""
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        for number, (group, parameter) in enumerate((g, p) for g in self.param_groups for p in g["params"]):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state["step"] += 1
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            random = _generator(parameter.device, group["seed"], number, int(state["step"]))
+            flat = [tensor.view(-1).split(CHUNK) for tensor in (parameter, parameter.grad.contiguous(), *moments)]
+            for part in zip(*flat, strict=True):
+                _step(part, group, float(state["step"]), random)
+
+
+def _generator(device: torch.device, *numbers: int) -> torch.Generator:
+    # torch's generator on the CPU takes 32 bits of a seed.
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "big"))
+
+
+def _step(part: tuple[Tensor, ...], group: dict[str, Any], step: float, random: torch.Generator) -> None:
+    """``part``: weights, gradients, first and second moments, all ``[weights]``."""
+    weight, grad, first, second = part
+    (beta1, beta2), grad = group["betas"], grad.float()
+    mean = first.float().lerp_(grad, 1 - beta1)
+    square = second.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    scale = square.div(1 - beta2**step).sqrt_().add_(group["eps"])
+    moved = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
+    moved.addcdiv_(mean, scale, value=-group["lr"] / (1 - beta1**step))
+    first.copy_(mean)
+    if weight.dtype is not torch.bfloat16:
+        weight.copy_(moved)
+        second.copy_(square)
+        return
+    bits = torch.empty_like(moved, dtype=torch.int32).random_(generator=random)
+    weight.copy_(rounded_at_random(moved, bits & (2**CUT - 1)))
+    second.copy_(rounded_at_random(square, (bits >> CUT) << 1))  # the 15 bits that weights did not use
+
+
+def rounded_at_random(values: Tensor, bits: Tensor) -> Tensor:
+    """``values`` (float32, finite; overwritten) as a neighbour among the numbers that bfloat16 has.
+
+    ``bits`` are random integers from 0 to 2¹⁶ − 1. Each neighbour has the probability that makes the mean right.
+    """
+    whole = values.view(torch.int32)
+    whole.add_(bits).bitwise_and_(-(2**CUT))
+    return values

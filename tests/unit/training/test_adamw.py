@@ -1,0 +1,141 @@
+"""AdamW with and without float32 master weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.stage import SftConfig
+from alignment.training import adamw as module
+from alignment.training.adamw import RandomlyRoundedAdamW, adamw, rounded_at_random
+from alignment.training.context import StageContext
+from tests.tiny import tiny_spec
+
+BARE = AdapterConfig(kind=AdapterKind.full, master_weights=False)
+
+
+def _steps(optimizer: torch.optim.Optimizer, weight: nn.Parameter, count: int, start: int = 0) -> None:
+    for step in range(start, start + count):
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+        weight.grad = (weight.detach().float() - 1.0 + 0.1 * noise).to(weight.dtype)
+        optimizer.step()
+
+
+def _weight(dtype: torch.dtype = torch.bfloat16, count: int = 64) -> nn.Parameter:
+    return nn.Parameter(torch.linspace(-1, 1, count).to(dtype))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_float32_weights_take_torchs_own_steps(decay: float) -> None:
+    found, expected = _weight(torch.float32), _weight(torch.float32)
+    told: dict[str, Any] = {"lr": 0.01, "eps": 1e-5, "weight_decay": decay}
+    _steps(RandomlyRoundedAdamW([found], **told, seed=3), found, 50)
+    _steps(torch.optim.AdamW([expected], **told), expected, 50)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_below_the_spacing_of_bfloat16_add_up() -> None:
+    """At 1 bfloat16 numbers are 1/128 or 1/256 apart; 500 steps of 1/10,000 are lost one by one when rounded."""
+    found, lost = _weight(count=4096), _weight(count=4096)
+    exact = _weight(torch.float32, count=4096)
+    for weight, optimizer in (
+        (found, RandomlyRoundedAdamW([found], lr=1e-4, seed=3)),
+        (lost, torch.optim.AdamW([lost], lr=1e-4, weight_decay=0.0)),
+        (exact, torch.optim.AdamW([exact], lr=1e-4, weight_decay=0.0)),
+    ):
+        _steps(optimizer, weight, 500)
+    start = torch.linspace(-1, 1, 4096)
+    far = start < -0.5  # where a step is below half of the spacing, and the gradient always has the same sign
+    moved = {name: float((w.detach().float() - start)[far].mean()) for name, w in (("f", found), ("l", lost))}
+    expected = float((exact.detach() - start)[far].mean())
+    assert moved["f"] == pytest.approx(expected, rel=0.05)
+    assert abs(moved["l"]) < 0.1 * expected
+
+
+def test_the_second_moment_of_bfloat16_weights_follows_the_gradient() -> None:
+    weight = nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16))
+    optimizer = RandomlyRoundedAdamW([weight], lr=0.0, seed=3)
+    for size, count in ((1.0, 3000), (0.1, 3000)):
+        for _ in range(count):
+            weight.grad = torch.full_like(weight, size)
+            optimizer.step()
+    expected = 0.01 + (1.0 - 0.999**3000 - 0.01) * 0.999**3000
+    assert float(optimizer.state[weight]["exp_avg_sq"].float().mean()) == pytest.approx(expected, rel=0.05)
+
+
+def test_rounding_is_right_on_average_and_goes_to_a_neighbour() -> None:
+    values = torch.tensor([1.0, 1.0 + 2**-9, -1.0 - 2**-9, 3e-5, 1e-30, 2.0 - 2**-20]).repeat(20_000, 1)
+    bits = torch.randint(0, 2**16, values.shape, dtype=torch.int32, generator=torch.Generator().manual_seed(1))
+    found = rounded_at_random(values.clone(), bits)
+    assert torch.equal(found, found.bfloat16().float())
+    spacing = values.abs() * 2**-7
+    assert bool(((found - values).abs() <= spacing).all())
+    assert torch.allclose(found.double().mean(0), values[0].double(), rtol=1e-4, atol=0.0)
+    assert torch.equal(found[:, 0], values[:, 0])
+    assert set(found[:, 5].tolist()) <= {2.0, 2.0 - 2**-7}, "a carry goes into the exponent"
+    infinite = torch.tensor([float("inf"), float("-inf")])
+    assert torch.equal(rounded_at_random(infinite.clone(), torch.full((2,), 2**16 - 1, dtype=torch.int32)), infinite)
+
+
+@pytest.mark.parametrize("chunk", [2**20, 7])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    whole, half = _weight(), _weight()
+    _steps(RandomlyRoundedAdamW([whole], lr=0.01, seed=3), whole, 20)
+    first = RandomlyRoundedAdamW([half], lr=0.01, seed=3)
+    _steps(first, half, 10)
+    second = RandomlyRoundedAdamW([half], lr=0.01, seed=3)
+    second.load_state_dict(first.state_dict())
+    _steps(second, half, 10, start=10)
+    assert torch.equal(whole, half)
+
+
+def test_a_closure_may_learn() -> None:
+    weight = _weight(torch.float32)
+
+    def closure() -> float:
+        loss = weight.square().sum()
+        loss.backward()
+        return float(loss.detach())
+
+    RandomlyRoundedAdamW([weight], lr=0.1, seed=1).step(closure)
+    assert not torch.equal(weight.detach(), torch.linspace(-1, 1, 64))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_bfloat16_weights_follow_those_with_masters(decay: float) -> None:
+    found, expected = _weight(count=4096), _weight(torch.float32, count=4096)
+    _steps(RandomlyRoundedAdamW([found], lr=0.01, weight_decay=decay, seed=3), found, 100)
+    _steps(torch.optim.AdamW([expected], lr=0.01, weight_decay=decay), expected, 100)
+    assert float((found.detach().float() - expected.detach()).abs().mean()) < 0.02
+    assert abs(float((found.detach().float() - expected.detach()).mean())) < 0.002
+
+
+def test_another_seed_or_parameter_rounds_otherwise() -> None:
+    def after(seed: int) -> list[Tensor]:
+        weights = [_weight(), _weight()]
+        optimizer = RandomlyRoundedAdamW(weights, lr=1e-3, seed=seed)
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        return weights
+
+    first, other = after(1), after(2)
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], other[0])
+    assert torch.equal(first[0], after(1)[0])
+
+
+def test_master_weights_decide_which_optimiser_it_is(tmp_path: Path) -> None:
+    config = SftConfig()
+    context = StageContext(spec=tiny_spec(tmp_path, config), rank=0, world_size=1)
+    assert adamw(BARE, config.optim, context)[0] is RandomlyRoundedAdamW
+    for adapter in (AdapterConfig(), AdapterConfig(master_weights=False), AdapterConfig(kind=AdapterKind.full)):
+        kind, arguments = adamw(adapter, config.optim, context)
+        assert kind is torch.optim.AdamW
+        assert arguments == {"lr": config.optim.lr, "betas": (0.9, 0.999), "eps": config.optim.adam_eps, "fused": True}
