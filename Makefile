@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.alignment-pipeline-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help align plan status test prove check format bench clean
+.PHONY: help align plan preview status test prove check format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ align: $(STAMP)  ## run RECIPE: train, evaluate, report
 
 plan: $(STAMP)  ## say what RECIPE would run, and why
 	$(BIN)/align plan $(RECIPE) $(ARGS)
+
+preview: $(STAMP)  ## show rows as the stages of RECIPE would learn from them
+	$(BIN)/align preview $(RECIPE) $(ARGS)
 
 status: $(STAMP)  ## say how the runs in this folder stand
 	$(BIN)/align status $(ARGS)

@@ -14,6 +14,7 @@ from rich.markup import escape
 from alignment import __version__
 from alignment.config.stage import STAGES
 from alignment.config.store import recipe_names
+from alignment.data.formats import FORMATS
 from alignment.errors import AlignmentError, ConfigError
 
 _RIVAL = "alignment-handbook"
@@ -24,9 +25,15 @@ examples:
   align run ./mine.yaml launch.num_processes=2    a recipe of your own, on two processes
   align run quickstart adapter=full               another choice from conf/, for every stage
 
+  align preview quickstart --stage sft            rows as they will be learned from
+  align doctor ./pairs.jsonl                      what a data file is, and what is wrong in it
+
 exit codes: 0 well, 2 configuration, 3 data, 4 model, 5 stage, 6 not finite, 7 artifact, 8 busy,
 9 a scorer that failed, 75 preempted, 130 interrupted
 """
+
+
+_DOCTOR = "Says what a data file looks like, what each kind of stage can make of it, and what is wrong in which rows."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(options: argparse.Namespace, console: Console) -> int:
     """Imports a verb's code when it is asked for, so that ``--help`` and listings stay instant."""
-    if options.verb in ("run", "plan") and options.recipe is None:
+    if options.verb in ("run", "plan", "preview") and options.recipe is None:
         known = ", ".join(recipe_names())
         raise ConfigError(f"which recipe? shipped: {known}", remedy=f"such as: align {options.verb} quickstart")
     if options.verb == "recipes":
@@ -59,6 +66,17 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
         from alignment.pipeline.status import show_status
 
         show_status(console, Path(options.output).expanduser().absolute(), options.run)
+    elif options.verb == "doctor":
+        from alignment.config.data import SourceConfig
+        from alignment.pipeline.doctor import show_diagnosis
+
+        return show_diagnosis(
+            console, SourceConfig(source=options.data, format=options.format), against=options.against
+        )
+    elif options.verb == "preview":
+        from alignment.pipeline.preview import show_preview
+
+        return show_preview(console, options.recipe, options.overrides, stage=options.stage, rows=options.rows)
     elif options.verb == "plan":
         from alignment.pipeline.plan import make_plan
         from alignment.pipeline.summary import show_plan
@@ -83,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     for verb, summary in (
         ("run", "plan a recipe and run what has to run"),
         ("plan", "say what would run, and why; start nothing"),
+        ("preview", "show rows as each stage would learn from them; train nothing"),
     ):
         one = verbs.add_parser(verb, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         one.add_argument(
@@ -91,10 +110,19 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument(
             "overrides", metavar="KEY=VALUE", nargs="*", help="such as stages.dpo.beta=0.3 or output=FOLDER"
         )
+        if verb == "preview":
+            one.add_argument("--stage", help="only this stage")
+            one.add_argument("--rows", type=int, default=2, help="rows of each stage (default: 2)")
     status = verbs.add_parser("status", help="how runs stand", description="How runs stand.")
     status.add_argument("run", metavar="RUN", nargs="?", help="a run's name; without it, all runs are listed")
     status.add_argument(
         "--output", default=".", metavar="FOLDER", help="the folder that holds runs/ (default: this one)"
+    )
+    doctor = verbs.add_parser("doctor", help="what a data file is, and what is wrong in it", description=_DOCTOR)
+    doctor.add_argument("data", metavar="DATA", help="a data file or a folder of them, or bundled:NAME")
+    doctor.add_argument("--format", choices=sorted(FORMATS), help="read it as this; else the columns tell")
+    doctor.add_argument(
+        "--against", metavar="DATA", help="say which rows ask what this file asks: of an evaluation, say"
     )
     verbs.add_parser("recipes", help="list the shipped recipes", description="List the shipped recipes.")
     verbs.add_parser("stages", help="list the kinds of stage", description="List the kinds of stage.")

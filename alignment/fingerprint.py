@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,14 @@ def digest(value: Any) -> str:
     """SHA-256 of the canonical form, in hexadecimal."""
     text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def content_sha256(path: Path, of_file: Callable[[Path], str] | None = None) -> str:
+    """Of a file its SHA-256, by ``of_file`` if given; of a folder that of the names and SHA-256 of the files in it."""
+    of_file = of_file or file_sha256
+    if not path.is_dir():
+        return of_file(path)
+    return digest({file.name: of_file(file) for file in path.iterdir() if file.is_file()})
 
 
 def file_sha256(path: Path) -> str:

@@ -57,7 +57,7 @@ def command(
     launcher = _torchrun(workers) if kind is LauncherKind.torchrun else _accelerate(workers, num_devices=num_devices)
     argv = (sys.executable, *launcher, "-m", "alignment.worker", str(stage_file))
     threads = launch.threads or max(1, num_cores // workers)
-    return Command(argv=argv, environment=_environment(threads, pythonpath))
+    return Command(argv=argv, environment=environment(threads, pythonpath))
 
 
 def chosen_launcher(launch: LaunchConfig, *, num_devices: int) -> LauncherKind:
@@ -214,7 +214,8 @@ def _torchrun(workers: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", "--nnodes", "1", "--nproc_per_node", str(workers)]
 
 
-def _environment(threads: int, pythonpath: str) -> dict[str, str]:
+def environment(threads: int, pythonpath: str) -> dict[str, str]:
+    """Variables laid over the caller's for a process of the worker's side."""
     return {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",

@@ -30,7 +30,7 @@ import transformers
 from alignment.artifacts import Manifest, publish, write_json
 from alignment.config.stage import StageConfig
 from alignment.errors import PREEMPTED, AlignmentError, DataError
-from alignment.fingerprint import file_sha256
+from alignment.fingerprint import content_sha256
 from alignment.locks import held
 from alignment.stage_spec import StageSpec, read_spec
 from alignment.stages.result import StageResult
@@ -38,6 +38,7 @@ from alignment.training.context import StageContext
 from alignment.training.session import Preempted, usage
 
 STAGE_MODULES = {
+    "cpt": "alignment.stages.cpt",
     "sft": "alignment.stages.sft",
     "reward": "alignment.stages.reward",
     "dpo": "alignment.stages.dpo",
@@ -102,7 +103,7 @@ def _refuse_changed_data(spec: StageSpec) -> None:
     told = [(spec.data_path, spec.identity.get("data"))]
     told += [(spec.extra_data[field], planned) for field, planned in spec.identity.get("extra_data", {}).items()]
     for path, planned in told:
-        if planned is not None and file_sha256(path) != planned:
+        if planned is not None and content_sha256(path) != planned:
             raise DataError(
                 "changed since the run was planned", where=str(path), remedy="start the run again to plan anew"
             )

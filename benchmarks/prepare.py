@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from alignment import worker
-from alignment.data.records import Message
 from alignment.data.tokenize import answer_ids, prompt_ids, tokenize_conversation
+from alignment.data.turns import Message
 from alignment.errors import DataError
 from alignment.models.load import lineage, load_scalar, load_tokenizer
 from alignment.models.reward import load_reward_model

@@ -1,17 +1,48 @@
-"""Where a stage's rows come from."""
+"""Where a stage's rows come from, and how they are read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
+
+
+class OnError(str, Enum):
+    """What a faulty row does: ``fail`` stops before anything is trained, ``skip`` leaves it out and notes it."""
+
+    fail = "fail"
+    skip = "skip"
 
 
 @dataclass(kw_only=True, slots=True)
-class DataConfig:
-    """``source`` is ``bundled:quickstart/NAME`` or ``path:FILE.jsonl``.
+class SourceConfig:
+    """``source`` is ``bundled:quickstart/NAME``, or ``path:FILE`` of a file or a folder of files.
 
-    ``limit`` takes the first rows only; None takes all. A result is defined by what the file holds, not by where it
-    lies, so ``source`` is no part of a fingerprint; the content's hash is.
+    ``format`` names one of alignment/data/formats; without it, the columns tell. ``columns`` says which of the file's
+    columns is which of the format's (``{prompt: my_question}``), ``placeholders`` what stands for ``{{name}}`` in
+    texts. ``limit`` takes the first records only; None takes all. With ``on_error: skip`` at most a share of
+    ``max_skipped`` of the rows may be left out. A result is defined by what the file holds, not by where it lies, so
+    ``source`` is no part of a fingerprint; the content's hash is.
     """
 
-    source: str = field(metadata={"identity": False})
+    source: str = field(default="", metadata={"identity": False})
+    format: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    placeholders: dict[str, str] = field(default_factory=dict)
     limit: int | None = None
+    on_error: OnError = field(default=OnError.fail, metadata={"identity": False})
+    max_skipped: float = field(default=0.05, metadata={"identity": False})
+
+
+@dataclass(kw_only=True, slots=True)
+class MixedConfig(SourceConfig):
+    """Rows drawn at random from another source: so many that they are ``share`` of all rows, or ``count`` of them."""
+
+    share: float | None = None
+    count: int | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig(SourceConfig):
+    """A stage's own rows, and ``mix``, what is mixed into them: general data against forgetting, say."""
+
+    mix: list[MixedConfig] = field(default_factory=list)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.config.adapter import AdapterConfig
-from alignment.config.data import DataConfig
+from alignment.config.data import MixedConfig, SourceConfig
 from alignment.config.launch import LaunchConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.run import RunConfig
 from alignment.config.stage import (
+    CptConfig,
     DpoConfig,
     EvaluateConfig,
     GuardConfig,
@@ -59,6 +60,7 @@ NOT_NEGATIVE = Rule(lambda value: value >= 0 and math.isfinite(value), "0 or mor
 FINITE = Rule(lambda value: math.isfinite(value), "a finite number")
 FRACTION = Rule(lambda value: 0 <= value <= 1, "from 0 to 1")
 PATTERN = Rule(lambda value: _compiles(value), "a regular expression as Python writes them")
+BETWEEN = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 BELOW_ONE = Rule(lambda value: 0 <= value < 1, "from 0 to below 1")
 
 RULES: dict[tuple[type, str], Rule] = {
@@ -70,7 +72,10 @@ RULES: dict[tuple[type, str], Rule] = {
     (LaunchConfig, "threads"): NOT_NEGATIVE,
     (LaunchConfig, "grace_seconds"): POSITIVE,
     (TrackingConfig, "project"): NAME,
-    (DataConfig, "limit"): POSITIVE,
+    (SourceConfig, "limit"): POSITIVE,
+    (SourceConfig, "max_skipped"): FRACTION,
+    (MixedConfig, "share"): BETWEEN,
+    (MixedConfig, "count"): POSITIVE,
     (AdapterConfig, "rank"): POSITIVE,
     (AdapterConfig, "alpha"): POSITIVE,
     (AdapterConfig, "dropout"): BELOW_ONE,
@@ -103,6 +108,9 @@ RULES: dict[tuple[type, str], Rule] = {
     (GuardConfig, "max_kl"): POSITIVE,
     (PtxConfig, "coefficient"): NOT_NEGATIVE,
     (PtxConfig, "batch_size"): POSITIVE,
+    (CptConfig, "max_length"): POSITIVE,
+    (CptConfig, "log_every"): POSITIVE,
+    (CptConfig, "save_every"): POSITIVE,
     (SftConfig, "max_length"): POSITIVE,
     (SftConfig, "log_every"): POSITIVE,
     (SftConfig, "save_every"): POSITIVE,
@@ -138,3 +146,8 @@ RULES: dict[tuple[type, str], Rule] = {
     (EvaluateConfig, "bootstrap_samples"): POSITIVE,
     (ReportConfig, "num_samples"): POSITIVE,
 }
+
+
+def rule_of(cls: type, name: str) -> Rule | None:
+    """The rule of a field of the class or of one that it derives from."""
+    return next((RULES[base, name] for base in cls.__mro__ if (base, name) in RULES), None)

@@ -25,6 +25,28 @@ def _not_identity(default: int) -> int:
 
 
 @dataclass(kw_only=True, slots=True)
+class CptConfig:
+    """Continued pretraining: every token of plain texts is learned, each text cut into rows of ``max_length`` tokens.
+
+    ``packing`` puts short rows together; they do not see one another.
+    """
+
+    summary: ClassVar[str] = "continued pretraining on plain text"
+    revision: ClassVar[int] = 1
+    produces: ClassVar[str] = "policy"
+
+    kind: str = "cpt"
+    init: str = _reference("base", "policy")
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/conversations"))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
+    max_length: int = 1024
+    packing: bool = True
+    log_every: int = _not_identity(1)
+    save_every: int = _not_identity(10)
+
+
+@dataclass(kw_only=True, slots=True)
 class SftConfig:
     """Supervised fine-tuning on conversations: only assistant turns are learned, their end included."""
 
@@ -280,9 +302,13 @@ class ReportConfig:
     num_samples: int = 12
 
 
-StageConfig = SftConfig | RewardConfig | DpoConfig | PpoConfig | EvaluateConfig | ReportConfig
+StageConfig = CptConfig | SftConfig | RewardConfig | DpoConfig | PpoConfig | EvaluateConfig | ReportConfig
+
+Trained = CptConfig | SftConfig | RewardConfig | DpoConfig | PpoConfig
+"""Stages that train a model."""
 
 STAGES: dict[str, type[StageConfig]] = {
+    "cpt": CptConfig,
     "sft": SftConfig,
     "reward": RewardConfig,
     "dpo": DpoConfig,

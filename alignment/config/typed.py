@@ -16,7 +16,7 @@ from typing import Any
 
 from alignment.config.faults import Fault, refuse
 from alignment.config.near import nearest, suggestion
-from alignment.config.rules import NAME, RULES, is_name
+from alignment.config.rules import NAME, is_name, rule_of
 from alignment.config.run import RunConfig
 from alignment.config.stage import STAGES, StageConfig
 
@@ -139,7 +139,7 @@ class _Conversion:
         except _Wrong as wrong:
             self._fault(where, f"{value!r} is not allowed; {wrong}")
             return default
-        rule = RULES.get((cls, name))
+        rule = rule_of(cls, name)
         if rule is not None and converted is not None and not rule.holds(converted):
             self._fault(where, f"{value!r} is not allowed; {rule.allowed}")
             return default
@@ -180,6 +180,10 @@ def _scalar_or_list(hint: Any, value: Any) -> Any:
         if not isinstance(value, (list, tuple)):
             raise _Wrong("it takes a list, such as [a, b]")
         return [_scalar_or_list(typing.get_args(hint)[0], item) for item in value]
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            raise _Wrong("it takes names and texts, such as {name: text}")
+        return {str(key): _scalar_or_list(typing.get_args(hint)[1], item) for key, item in value.items()}
     if issubclass(hint, Enum):
         return _choice(hint, value)
     return _scalar(hint, value)

@@ -1,35 +1,66 @@
-"""Rows of a data file as records that check themselves.
+"""Rows as records that check themselves, whatever format they came in.
 
-Each record is built by ``from_row(row, where="FILE:LINE")``; a row that does not fit raises a ``DataError`` with the
-file and line, the field, and a row of the right form.
+``alignment/data/formats`` turns a row of any public format into an ``Example``; a record is built from one. A row that
+does not fit raises a ``DataError`` with file and line, the field, and a row of the right form. ``where`` is a record's
+``FILE:LINE``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn, Self
+from itertools import combinations
+from typing import Any, ClassVar, Self
 
-from alignment.errors import DataError
-
-ROLES = ("system", "user", "assistant")
+from alignment.data.fields import Fields, is_text
+from alignment.data.turns import Message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Message:
-    """One turn: ``Message(role="user", content="Summarise: …")``."""
+class Answer:
+    """An answer to the last user turn; of two, the one with the higher ``rank`` is better."""
 
-    role: str
-    content: str
+    text: str
+    rank: float
 
-    def as_dict(self) -> dict[str, str]:
-        """The form that chat templates take."""
-        return {"role": self.role, "content": self.content}
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """What a row says, whatever its columns are called.
+
+    ``turns`` may end with the assistant's; else ``answers`` may hold answers to the last of them. ``good`` is what a
+    label says of the last turn. ``field`` names the column that errors about turns are about.
+    """
+
+    fields: Fields
+    turns: tuple[Message, ...] = ()
+    answers: tuple[Answer, ...] = ()
+    good: bool | None = None
+    text: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    field: str = "messages"
+
+    def prompt(self, *, drop_answer: bool = False) -> tuple[Message, ...]:
+        """The turns, of which the last must be a user's or a tool's, once an answer is dropped."""
+        self.refuse_text()
+        turns = self.turns
+        if drop_answer and turns and turns[-1].role == "assistant":
+            turns = turns[:-1]
+        if not turns or turns[-1].role not in ("user", "tool"):
+            last = repr(turns[-1].role) if turns else "missing"
+            self.fields.fail(self.field, f"must end with a user turn; the last one's role is {last}")
+        return turns
+
+    def refuse_text(self) -> None:
+        """Raises DataError for plain text."""
+        if self.text:
+            self.fields.fail(self.field, "is plain text, in which nobody asks and nobody answers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """Turns to learn from, ending with the assistant's.
+    """Turns to learn from, ending with the assistant's. Of several answers the best one is learned, of labelled ones
+    the good ones.
 
     Example row: ``{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}``
     """
@@ -39,17 +70,31 @@ class Conversation:
     )
 
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
     id: str = ""
     task: str = ""
+    where: str = field(default="", compare=False)
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any], *, where: str) -> Self:
-        """Raises DataError unless the last turn is the assistant's."""
-        fields = _Fields(row, where=where, example=cls.EXAMPLE)
-        messages = fields.messages()
-        if messages[-1].role != "assistant":
-            fields.fail("messages", f"must end with an assistant turn; the last one's role is {messages[-1].role!r}")
-        return cls(messages=messages, id=fields.label("id"), task=fields.label("task"))
+    def of(cls, example: Example) -> Iterator[Self]:
+        """Raises DataError unless the last turn is the assistant's; SetAside where it is labelled as bad."""
+        example.refuse_text()
+        fields, messages = example.fields, example.turns
+        if example.good is False:
+            fields.set_aside("label", "says that the answer is a bad one")
+        if example.answers:
+            best = max(example.answers, key=lambda answer: answer.rank)
+            messages = (*example.prompt(), Message(role="assistant", content=best.text))
+        if not messages or messages[-1].role != "assistant":
+            last = repr(messages[-1].role) if messages else "missing"
+            fields.fail(example.field, f"must end with an assistant turn; the last one's role is {last}")
+        yield cls(
+            messages=messages,
+            tools=example.tools,
+            id=fields.label("id"),
+            task=fields.label("task"),
+            where=fields.where,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,32 +109,37 @@ class PreferencePair:
     messages: tuple[Message, ...]
     chosen: str
     rejected: str
+    tools: tuple[Mapping[str, Any], ...] = ()
     id: str = ""
     task: str = ""
     flaw: str = ""
+    where: str = field(default="", compare=False)
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any], *, where: str) -> Self:
-        """Raises DataError unless both answers are there and differ."""
-        fields = _Fields(row, where=where, example=cls.EXAMPLE)
-        pair = cls(
-            messages=fields.prompt(),
-            chosen=fields.text("chosen"),
-            rejected=fields.text("rejected"),
-            id=fields.label("id"),
-            task=fields.label("task"),
-            flaw=fields.label("flaw"),
-        )
-        if pair.chosen.strip() == pair.rejected.strip():
-            fields.fail("rejected", "is the same as 'chosen'; there is nothing to prefer")
-        return pair
+    def of(cls, example: Example) -> Iterator[Self]:
+        """All pairs of answers of different rank. Raises DataError where there is none, or the two are the same."""
+        fields = example.fields
+        if not example.answers:
+            fields.fail("chosen", "is missing: the row has no two answers to compare")
+        told: dict[str, Any] = {name: fields.label(name) for name in ("id", "task", "flaw")} | {"where": fields.where}
+        found = 0
+        for one, other in combinations(example.answers, 2):
+            better, worse = (one, other) if one.rank > other.rank else (other, one)
+            if better.rank == worse.rank:
+                continue
+            if better.text.strip() == worse.text.strip():
+                fields.fail("rejected", "is the same as 'chosen'; there is nothing to prefer")
+            found += 1
+            yield cls(messages=example.prompt(), chosen=better.text, rejected=worse.text, tools=example.tools, **told)
+        if not found:
+            fields.set_aside("answers", "are all of the same rank")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """Turns that an answer is sampled for; a trailing assistant turn in the row is dropped.
 
-    ``row`` is the whole row and ``where`` its ``FILE:LINE``, for scorers that look at more than the prompt.
+    ``row`` is the whole row, for scorers that look at more than the prompt.
 
     Example row: ``{"messages": [{"role": "user", "content": "Summarise: …"}]}``
     """
@@ -97,21 +147,23 @@ class Prompt:
     EXAMPLE: ClassVar[str] = '{"messages": [{"role": "user", "content": "Summarise: the shop is closed on Monday."}]}'
 
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
     id: str = ""
     task: str = ""
     row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     where: str = field(default="", compare=False)
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any], *, where: str) -> Self:
+    def of(cls, example: Example) -> Iterator[Self]:
         """Raises DataError unless a user turn is left at the end."""
-        fields = _Fields(row, where=where, example=cls.EXAMPLE)
-        return cls(
-            messages=fields.prompt(drop_answer=True),
+        fields = example.fields
+        yield cls(
+            messages=example.prompt(drop_answer=True),
+            tools=example.tools,
             id=fields.label("id"),
             task=fields.label("task"),
-            row=row,
-            where=where,
+            row=fields.row,
+            where=fields.where,
         )
 
 
@@ -131,18 +183,45 @@ class HeldOutPrompt:
     reference: str = ""
     id: str = ""
     task: str = ""
+    where: str = field(default="", compare=False)
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any], *, where: str) -> Self:
+    def of(cls, example: Example) -> Iterator[Self]:
         """Raises DataError unless there is a prompt and at least one fact."""
-        fields = _Fields(row, where=where, example=cls.EXAMPLE)
-        return cls(
-            messages=fields.prompt(),
-            facts=fields.facts(),
+        fields = example.fields
+        yield cls(
+            messages=example.prompt(),
+            facts=_facts(fields),
             reference=fields.label("reference"),
             id=fields.label("id"),
             task=fields.label("task"),
+            where=fields.where,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlainText:
+    """Text to learn as it is; of a conversation, what its turns say.
+
+    Example row: ``{"text": "The shop is closed on Monday."}``
+    """
+
+    EXAMPLE: ClassVar[str] = '{"text": "The shop is closed on Monday."}'
+
+    text: str
+    id: str = ""
+    where: str = field(default="", compare=False)
+
+    @classmethod
+    def of(cls, example: Example) -> Iterator[Self]:
+        """Raises DataError where nothing is said."""
+        said = example.text or "\n\n".join(turn.content for turn in example.turns if turn.content)
+        if not said:
+            example.fields.fail(example.field, "says nothing")
+        yield cls(text=said, id=example.fields.label("id"), where=example.fields.where)
+
+
+Record = PlainText | Conversation | PreferencePair | Prompt | HeldOutPrompt
 
 
 def facts_in(prompt: Prompt) -> tuple[tuple[str, ...], ...] | None:
@@ -153,90 +232,15 @@ def facts_in(prompt: Prompt) -> tuple[tuple[str, ...], ...] | None:
     """
     if prompt.row.get("facts") is None:
         return None
-    return _Fields(prompt.row, where=prompt.where, example=HeldOutPrompt.EXAMPLE).facts()
+    return _facts(Fields(prompt.row, where=prompt.where, example=HeldOutPrompt.EXAMPLE))
 
 
-class _Fields:
-    """Reads the fields of one row; every fault names the row, the field and the right form."""
-
-    def __init__(self, row: Any, *, where: str, example: str) -> None:
-        self._where = where
-        self._example = example
-        if not isinstance(row, Mapping):
-            raise DataError(f"a row must be a JSON object; {row!r:.60} is none", where=where, remedy=self._remedy())
-        self._row = row
-
-    def fail(self, field: str, problem: str) -> NoReturn:
-        raise DataError(f"'{field}' {problem}", where=self._where, remedy=self._remedy())
-
-    def text(self, field: str) -> str:
-        """Text that must be there."""
-        value = self._required(field)
-        if not isinstance(value, str) or not value.strip():
-            self.fail(field, f"must be text and not empty; it is {value!r:.60}")
-        return str(value)
-
-    def label(self, field: str) -> str:
-        """Text that may be absent or null, then empty."""
-        value = self._row.get(field)
-        if value is not None and not isinstance(value, (str, int)):
-            self.fail(field, f"must be text; it is {value!r:.60}")
-        return "" if value is None else str(value)
-
-    def messages(self) -> tuple[Message, ...]:
-        """The turns, with known roles; a system turn may only come first."""
-        value = self._required("messages")
-        if not isinstance(value, list) or not value:
-            self.fail("messages", f"must be a list of turns and not empty; it is {value!r:.60}")
-        turns = tuple(self._message(number, turn) for number, turn in enumerate(value))
-        for number, turn in enumerate(turns):
-            if turn.role == "system" and number > 0:
-                self.fail(f"messages[{number}].role", "is 'system'; only the first turn may be")
-        return turns
-
-    def prompt(self, *, drop_answer: bool = False) -> tuple[Message, ...]:
-        """The turns up to a user's, which must be the last once a trailing answer is dropped."""
-        turns = self.messages()
-        if drop_answer and turns[-1].role == "assistant":
-            turns = turns[:-1]
-        if not turns or turns[-1].role != "user":
-            last = repr(turns[-1].role) if turns else "missing"
-            self.fail("messages", f"must end with a user turn; the last one's role is {last}")
-        return turns
-
-    def facts(self) -> tuple[tuple[str, ...], ...]:
-        """Key facts, at least one, each with at least one wording."""
-        value = self._required("facts")
-        if not isinstance(value, list) or not value:
-            self.fail("facts", f"must be a list of facts and not empty; it is {value!r:.60}")
-        for number, wordings in enumerate(value):
-            if not isinstance(wordings, list) or not wordings or not all(_is_text(item) for item in wordings):
-                self.fail(f"facts[{number}]", f"must be a list of wordings; it is {wordings!r:.60}")
-        return tuple(tuple(wordings) for wordings in value)
-
-    def _message(self, number: int, turn: Any) -> Message:
-        at = f"messages[{number}]"
-        if not isinstance(turn, Mapping):
-            self.fail(at, f"must be an object with 'role' and 'content'; it is {turn!r:.60}")
-        role, content = turn.get("role"), turn.get("content")
-        if role not in ROLES:
-            self.fail(f"{at}.role", f"must be one of {', '.join(ROLES)}; it is {role!r:.60}")
-        if not _is_text(content):
-            self.fail(f"{at}.content", f"must be text and not empty; it is {content!r:.60}")
-        return Message(role=str(role), content=str(content))
-
-    def _required(self, field: str) -> Any:
-        if field not in self._row:
-            self.fail(field, f"is missing; the row has {_listed(list(self._row))}")
-        return self._row[field]
-
-    def _remedy(self) -> str:
-        return f"a row of the right form: {self._example}"
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names) if names else "no fields"
+def _facts(fields: Fields) -> tuple[tuple[str, ...], ...]:
+    """Key facts, at least one, each with at least one wording."""
+    value = fields.required("facts")
+    if not isinstance(value, list) or not value:
+        fields.fail("facts", f"must be a list of facts and not empty; it is {value!r:.60}")
+    for number, wordings in enumerate(value):
+        if not isinstance(wordings, list) or not wordings or not all(is_text(item) for item in wordings):
+            fields.fail(f"facts[{number}]", f"must be a list of wordings; it is {wordings!r:.60}")
+    return tuple(tuple(wordings) for wordings in value)

@@ -7,17 +7,18 @@ ends the turn. Nothing is ever inferred from token ids, because pad may equal EO
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-from alignment.data.records import Message
+from alignment.data.records import Record
+from alignment.data.turns import Message
 from alignment.errors import DataError
 
 IGNORED = -100
 
-Record = TypeVar("Record")
+R = TypeVar("R", bound=Record)
 Tokens = TypeVar("Tokens")
 
 
@@ -32,12 +33,16 @@ class TokenizedConversation:
     labels: list[int]
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, answering: bool) -> str:
+Tools = Sequence[Mapping[str, Any]]
+"""What the assistant may call, as chat templates take it."""
+
+
+def render(tokenizer: Any, messages: Sequence[Message], *, answering: bool, tools: Tools = ()) -> str:
     """The chat template's text; ``answering`` adds what opens an assistant turn.
 
     Raises:
-        DataError: the tokenizer has no chat template, the template refuses these messages, or a message contains
-            text that would become a control token.
+        DataError: the tokenizer has no chat template, the template refuses these messages or leaves out tools or calls
+            of them, or a message contains text that would become a control token.
     """
     if not tokenizer.chat_template:
         raise DataError(
@@ -45,19 +50,35 @@ def render(tokenizer: Any, messages: Sequence[Message], *, answering: bool) -> s
         )
     _refuse_control_tokens(tokenizer, messages)
     try:
-        return tokenizer.apply_chat_template(
-            [message.as_dict() for message in messages], tokenize=False, add_generation_prompt=answering
+        text: str = tokenizer.apply_chat_template(
+            [message.as_dict() for message in messages],
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=answering,
         )
     except Exception as error:  # templates raise whatever they like
         raise DataError(f"the chat template refuses these messages: {error}") from error
+    _refuse_lost_tools(text, messages, tools)
+    return text
+
+
+def _refuse_lost_tools(text: str, messages: Sequence[Message], tools: Tools) -> None:
+    """Most templates know nothing of tools and pass over them, so a model would learn to say nothing."""
+    for call in (*tools, *(call for message in messages for call in message.tool_calls)):
+        if str(call["function"]["name"]) not in text:
+            raise DataError(
+                f"the chat template leaves out the tool '{call['function']['name']}'",
+                remedy="use a model whose template knows tools, or rows without them",
+            )
 
 
 def _refuse_control_tokens(tokenizer: Any, messages: Sequence[Message]) -> None:
     """Otherwise a row could end its own turn and go on as somebody else."""
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     for message in messages:
+        said = message.content + json.dumps(list(message.tool_calls), ensure_ascii=False)
         for token in control:
-            if token in message.content:
+            if token in said:
                 raise DataError(
                     f"a message of the {message.role} contains the control token '{token}'",
                     remedy="take it out of the row, or write it otherwise",
@@ -69,25 +90,25 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
     """Token ids of a prompt, ready for an answer."""
-    return encode(tokenizer, render(tokenizer, messages, answering=True))
+    return encode(tokenizer, render(tokenizer, messages, answering=True, tools=tools))
 
 
-def answer_ids(tokenizer: Any, messages: Sequence[Message], answer: str) -> list[int]:
+def answer_ids(tokenizer: Any, messages: Sequence[Message], answer: str, tools: Tools = ()) -> list[int]:
     """Token ids of an assistant's answer to ``messages``, up to and including the end of the turn.
 
     Raises:
         DataError: the template renders the prompt differently once an answer follows, or never ends the turn.
     """
-    return encode(tokenizer, _answer_text(tokenizer, messages, answer))
+    return encode(tokenizer, _answer_text(tokenizer, messages, Message(role="assistant", content=answer), tools))
 
 
-def tokenize_conversation(tokenizer: Any, messages: Sequence[Message]) -> TokenizedConversation:
-    """A whole conversation with every assistant turn learned, its end included.
+def tokenize_conversation(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> TokenizedConversation:
+    """A whole conversation with every assistant turn learned, its end included, but for those that say otherwise.
 
     Raises:
-        DataError: no assistant turn, or a template that cannot be cut at turns.
+        DataError: no assistant turn to learn from, or a template that cannot be cut at turns.
     """
     input_ids: list[int] = []
     labels: list[int] = []
@@ -95,38 +116,53 @@ def tokenize_conversation(tokenizer: Any, messages: Sequence[Message]) -> Tokeni
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        before = render(tokenizer, messages[:index], answering=True)
+        before = render(tokenizer, messages[:index], answering=True, tools=tools)
         if not before.startswith(rendered):
             raise DataError("the chat template renders earlier turns differently once a turn follows them")
         context = encode(tokenizer, before[len(rendered) :])
-        text = _answer_text(tokenizer, messages[:index], message.content)
+        text = _answer_text(tokenizer, messages[:index], message, tools)
         answer = encode(tokenizer, text)
         input_ids += context + answer
-        labels += [IGNORED] * len(context) + answer
+        labels += [IGNORED] * len(context) + (answer if message.learned else [IGNORED] * len(answer))
         rendered = before + text
-    if not input_ids:
+    if all(label == IGNORED for label in labels):
         raise DataError("no assistant turn to learn from")
     return TokenizedConversation(input_ids=input_ids, labels=labels)
 
 
-def tokenize_rows(path: Path, records: Iterable[Record], tokenize: Callable[[Record], Tokens]) -> list[Tokens]:
-    """``tokenize`` applied to each record of a file.
+def tokenize_text(tokenizer: Any, text: str, *, max_length: int) -> list[TokenizedConversation]:
+    """A text as rows of at most ``max_length`` tokens, all of them learned; the last one ends with EOS.
+
+    It begins as the tokenizer begins texts: with BOS, or with nothing.
 
     Raises:
-        DataError: the first row that cannot be tokenised, by its number.
+        DataError: the text contains a control token.
+    """
+    _refuse_control_tokens(tokenizer, [Message(role="text", content=text)])
+    ids = tokenizer(text)["input_ids"]
+    ids = [*(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids), tokenizer.eos_token_id]
+    rows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    return [TokenizedConversation(input_ids=row, labels=row) for row in rows]
+
+
+def tokenize_rows(records: Iterable[R], tokenize: Callable[[R], Tokens]) -> list[Tokens]:
+    """``tokenize`` applied to each record.
+
+    Raises:
+        DataError: the first row that cannot be tokenised, by its place.
     """
     rows = []
-    for number, record in enumerate(records, start=1):
+    for record in records:
         try:
             rows.append(tokenize(record))
         except DataError as error:
-            raise DataError(error.message, where=f"{path}: row {number}", remedy=error.remedy) from error
+            raise DataError(error.message, where=record.where, remedy=error.remedy) from error
     return rows
 
 
-def _answer_text(tokenizer: Any, messages: Sequence[Message], answer: str) -> str:
-    before = render(tokenizer, messages, answering=True)
-    after = render(tokenizer, [*messages, Message(role="assistant", content=answer)], answering=False)
+def _answer_text(tokenizer: Any, messages: Sequence[Message], answer: Message, tools: Tools) -> str:
+    before = render(tokenizer, messages, answering=True, tools=tools)
+    after = render(tokenizer, [*messages, answer], answering=False, tools=tools)
     if not after.startswith(before):
         raise DataError("the chat template renders a prompt differently once an answer follows it")
     text, end = after[len(before) :], tokenizer.eos_token

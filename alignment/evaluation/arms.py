@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from alignment.data.records import HeldOutPrompt, Message
+from alignment.data.records import HeldOutPrompt
+from alignment.data.turns import Message
 from alignment.evaluation.house_style import STYLE_PROMPT, GoldScore, score
 from alignment.models.answers import answer_statistics, batches, scalar_scores
 from alignment.models.generate import generate

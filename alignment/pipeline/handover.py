@@ -48,9 +48,9 @@ class Progress:
     figures: Mapping[str, float]
 
 
-def write_stage_file(plan: Plan, stage: PlannedStage, *, git_commit: str) -> Path:
-    """Writes ``runs/<run>/<stage>/stage.yaml``; returns its path."""
-    folder = plan.run_folder / stage.name
+def write_stage_file(plan: Plan, stage: PlannedStage, *, git_commit: str, folder: Path | None = None) -> Path:
+    """Writes ``runs/<run>/<stage>/stage.yaml``, or ``stage.yaml`` in ``folder``; returns its path."""
+    folder = folder or plan.run_folder / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "stage.yaml"
     told = {

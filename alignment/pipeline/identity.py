@@ -7,7 +7,7 @@ from typing import Any
 
 from alignment.config.run import RunConfig
 from alignment.config.stage import EvaluateConfig
-from alignment.fingerprint import canonical, file_sha256
+from alignment.fingerprint import canonical, content_sha256, file_sha256
 from alignment.pipeline import scorers
 from alignment.pipeline.sources import ModelSource, remembered_sha256
 
@@ -31,7 +31,7 @@ def of_stage(
     """
     stage = run.stages[name]
     judged = isinstance(stage, EvaluateConfig) or scorers.uses_house_style(stage)
-    others = {field: remembered_sha256(path) for field, path in data.items() if field != "data"}
+    others = {field: content_sha256(path, remembered_sha256) for field, path in data.items() if field != "data"}
     seldom = {"extra_data": others, "code": scorers.code(stage)}  # absent where empty, as in results made before these
     return {
         "stage": name,
@@ -39,7 +39,7 @@ def of_stage(
         "revision": stage.revision,
         "rule": file_sha256(RULE) if judged else None,
         "config": canonical(scorers.without_places(stage)),
-        "data": remembered_sha256(data["data"]),
+        "data": content_sha256(data["data"], remembered_sha256),
         "inputs": inputs,
         "arms": arms,
         "base": {"content": base.identity, "dtype": run.model.dtype.value},

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from alignment.artifacts import folder_name, read_manifest, verify
-from alignment.config.data import DataConfig
+from alignment.config.data import DataConfig, SourceConfig
 from alignment.config.faults import refuse
 from alignment.config.run import RunConfig
 from alignment.config.stage import PpoConfig, ReportConfig, StageConfig
 from alignment.config.typed import convert
-from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair, Prompt
-from alignment.data.sources import RECORDS, locate, read_jsonl
+from alignment.data.reading import read_records
+from alignment.data.records import Conversation, Record
+from alignment.data.sources import RECORDS, locate
 from alignment.errors import ArtifactError, ModelError
 from alignment.fingerprint import digest
-from alignment.pipeline import identity, references, scorers
+from alignment.pipeline import identity, references, scorers, settings
 from alignment.pipeline.compose import compose
 from alignment.pipeline.reasons import Made, made, reason_to_run
 from alignment.pipeline.references import Slot
@@ -100,7 +100,8 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     config, faults = convert(composition.tree)
     faults = [*composition.faults, *faults, *references.faults(config.stages)]
     named = {fault.where for fault in faults}  # a faulty field holds its default, of which nothing more need be said
-    refuse([*faults, *(fault for fault in scorers.faults(config.stages) if fault.where not in named)])
+    later = [*scorers.faults(config.stages), *settings.faults(config)]
+    refuse([*faults, *(fault for fault in later if fault.where not in named)])
     data = _checked_data(config)
     output = Path(config.output).expanduser().absolute()
     builder = _Builder(config, output=output, data=data, base=resolve(config.model.source, where="model.source"))
@@ -123,12 +124,15 @@ def _checked_data(config: RunConfig) -> dict[str, dict[str, Path]]:
     for name, stage in config.stages.items():
         located[name] = {}
         for file in _files_of(stage):
-            path = locate(file.data.source, where=f"stages.{name}.{file.field}.source")
-            if (path, file.record, file.checks) not in read:
-                for row in islice(read_jsonl(path, file.record, limit=file.data.limit), CHECKED_ROWS):
+            where = f"stages.{name}.{file.field}"
+            path = locate(file.data.source, where=f"{where}.source")
+            how = replace(file.data, limit=min(file.data.limit or CHECKED_ROWS, CHECKED_ROWS))
+            asked = (path, digest(how), how.on_error, how.max_skipped, file.record, file.checks)
+            if asked not in read:
+                for row in read_records(path, file.record, how):
                     for check in file.checks:
                         check(row)
-                read.add((path, file.record, file.checks))
+                read.add(asked)
             located[name][file.field] = path
     return located
 
@@ -138,17 +142,24 @@ class _File:
     """A data file that a stage names in ``field``, what its rows must be, and what else is looked at in each."""
 
     field: str
-    data: DataConfig
-    record: type[Conversation] | type[PreferencePair] | type[Prompt] | type[HeldOutPrompt]
+    data: SourceConfig
+    record: type[Record]
     checks: tuple[Callable[[Any], object], ...] = ()
 
 
 def _files_of(stage: StageConfig) -> Iterator[_File]:
     if isinstance(stage, ReportConfig):
         return
-    yield _File(field=DATA, data=stage.data, record=RECORDS[stage.kind], checks=scorers.row_checks(stage))
+    checks = scorers.row_checks(stage)
+    yield from _mixed_files(_File(field=DATA, data=stage.data, record=RECORDS[stage.kind], checks=checks), stage.data)
     if isinstance(stage, PpoConfig) and stage.ptx.coefficient > 0:
-        yield _File(field="ptx.data", data=stage.ptx.data, record=Conversation)
+        yield from _mixed_files(_File(field="ptx.data", data=stage.ptx.data, record=Conversation), stage.ptx.data)
+
+
+def _mixed_files(own: _File, data: DataConfig) -> Iterator[_File]:
+    yield own
+    for number, part in enumerate(data.mix):
+        yield replace(own, field=f"{own.field}.mix[{number}]", data=part)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

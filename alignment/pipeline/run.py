@@ -19,12 +19,9 @@ from alignment import __version__, launcher
 from alignment.artifacts import Manifest, publish, read_manifest, verify
 from alignment.config.launch import LaunchConfig
 from alignment.config.stage import (
-    DpoConfig,
     EvaluateConfig,
-    PpoConfig,
     ReportConfig,
-    RewardConfig,
-    SftConfig,
+    Trained,
 )
 from alignment.errors import PREEMPTED, ArtifactError, ConfigError
 from alignment.launcher import Command
@@ -59,7 +56,7 @@ def run(recipe: str, overrides: Sequence[str], *, console: Console, command_for:
     _make_writable(plan)
     with held(plan.run_folder / "lock", wait=False):
         display = display_for(console)
-        plan = _with_models(plan, display)
+        plan = with_models(plan, display, stages=_not_reused(plan))
         record = RunRecord(plan)
         try:
             with _termination_raises():
@@ -89,7 +86,7 @@ def refuse_uneven_batches(plan: Plan) -> None:
         f"stages.{stage.name}.optim.batch_size: {stage.config.optim.batch_size} does not divide by {workers} processes"
         for stage in plan.stages
         if stage.action is not Action.reuse
-        and isinstance(stage.config, (SftConfig, RewardConfig, DpoConfig, PpoConfig))
+        and isinstance(stage.config, Trained)
         and stage.config.optim.batch_size % workers
     ]
     if uneven:
@@ -122,15 +119,18 @@ def command_here(launch: LaunchConfig, stage_file: Path) -> Command:
     )
 
 
-def _with_models(plan: Plan, display: Display) -> Plan:
-    """The plan with every model it needs on this machine.
+def _not_reused(plan: Plan) -> list[PlannedStage]:
+    return [s for s in plan.stages if s.action is not Action.reuse and not isinstance(s.config, ReportConfig)]
 
-    Nothing is fetched if every stage is reused. A hub model that had to be downloaded is pinned to a commit only then,
-    so the plan is made anew.
+
+def with_models(plan: Plan, display: Display, *, stages: Sequence[PlannedStage]) -> Plan:
+    """The plan with every model on this machine that these stages need.
+
+    Nothing is fetched for no stage. A hub model that had to be downloaded is pinned to a commit only then, so the plan
+    is made anew.
     """
-    needed = [s for s in plan.stages if s.action is not Action.reuse and not isinstance(s.config, ReportConfig)]
     missing = [model for model in [plan.base, *plan.sources.values()] if not model.ready]
-    if not needed or not missing:
+    if not stages or not missing:
         return plan
     for model in missing:
         sources.fetch(model, announce=display.note)

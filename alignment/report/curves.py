@@ -44,11 +44,13 @@ def _choice(title: str, unit: str, key: str, guide: float | None = None) -> Choi
 
 
 LOSS = _choice("Loss", "", "loss")
+_NEXT_TOKEN = (
+    _choice("Loss", "nats a token", "loss"),
+    _choice("Next-token accuracy", "share", "mean_token_accuracy"),
+)
 CHOICES: dict[str, tuple[Choice, ...]] = {
-    "sft": (
-        _choice("Loss", "nats a token", "loss"),
-        _choice("Next-token accuracy", "share", "mean_token_accuracy"),
-    ),
+    "cpt": _NEXT_TOKEN,
+    "sft": _NEXT_TOKEN,
     "reward": (
         _choice("Loss", "Bradley–Terry; dotted: chance, ln 2", "loss", math.log(2)),
         _choice("Accuracy, training pairs", "share; dotted: chance", "accuracy", 0.5),

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from alignment.errors import ConfigError
 from alignment.report import tables, text
 from alignment.report.chain import chain
-from alignment.report.curves import Chart, charts, num_gaps
+from alignment.report.curves import CHOICES, Chart, charts, num_gaps
 from alignment.report.load import read_run
 from alignment.report.records import Evaluation, Run, Stage
 from alignment.report.samples import RULE, choose
@@ -97,7 +97,7 @@ def _evaluated(evaluation: Evaluation | None) -> Evaluated | None:
 
 def _learns(stage: Stage) -> bool:
     """Stages that have curves, or ought to have them."""
-    return bool(stage.metrics or stage.notes) or stage.kind in ("sft", "reward", "dpo", "ppo")
+    return bool(stage.metrics or stage.notes) or stage.kind in CHOICES
 
 
 def _curve_notes(stage: Stage) -> list[str]:

@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from alignment.config.model import Dtype
-from alignment.data.records import Message, Prompt
+from alignment.data.records import Prompt
 from alignment.data.tokenize import encode, render
+from alignment.data.turns import Message
 from alignment.errors import DataError, ModelError, RewardError
 from alignment.models.answers import batches, scalar_scores
 from alignment.models.flat import use_flat_attention

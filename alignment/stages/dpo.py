@@ -22,7 +22,14 @@ from alignment.errors import StageError
 from alignment.models.adapters import add_adapter
 from alignment.models.flat import use_flat_attention
 from alignment.models.forward import install_causal
-from alignment.models.load import DTYPES, frozen_copy, lineage, load_policy, load_tokenizer, weights_dtype
+from alignment.models.load import (
+    DTYPES,
+    frozen_copy,
+    lineage,
+    load_policy,
+    load_tokenizer,
+    weights_dtype,
+)
 from alignment.stages.pairs import read_pairs
 from alignment.stages.reference_cache import reference_logprobs
 from alignment.stages.result import StageResult, save_model
@@ -45,9 +52,9 @@ def run(config: DpoConfig, context: StageContext) -> StageResult:
     found = lineage(spec, spec.inputs["init"])
     tokenizer = load_tokenizer(found.base)
     pairs, dropped = read_pairs(
-        spec.data_path,
+        context,
         tokenizer,
-        limit=config.data.limit,
+        config.data,
         max_length=config.max_length,
         where=f"stages.{spec.stage}",
     )

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from alignment.artifacts import write_json
 from alignment.config.stage import EvaluateConfig
 from alignment.data.records import HeldOutPrompt
-from alignment.data.sources import read_jsonl
 from alignment.data.tokenize import prompt_ids, tokenize_rows
 from alignment.evaluation.arms import (
     Answered,
@@ -34,6 +33,7 @@ from alignment.models.load import (
 )
 from alignment.models.reward import load_reward_model
 from alignment.stages.result import StageResult
+from alignment.stages.rows import rows_of
 from alignment.training.context import StageContext
 from alignment.training.tracking import open_tracker
 
@@ -45,8 +45,8 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     tokenizer = load_tokenizer(spec.base_path)
     for stage_input in [*spec.inputs.values(), *spec.arms.values()]:
         refuse_other_tokenizer(spec, stage_input, tokenizer)
-    rows = list(read_jsonl(spec.data_path, HeldOutPrompt, limit=config.data.limit))
-    prompts = tokenize_rows(spec.data_path, rows, lambda row: prompt_ids(tokenizer, row.messages))
+    rows = rows_of(context, HeldOutPrompt, config.data)
+    prompts = tokenize_rows(rows, lambda row: prompt_ids(tokenizer, row.messages))
     policies = _Policies(context)
     arms = {name: _answer(name, config, context, policies, tokenizer, rows, prompts) for name in config.arms}
     context.progress("scoring", len(arms) * len(rows), len(arms) * len(rows))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from alignment.config.data import DataConfig
 from alignment.data.fit import rows_that_fit
 from alignment.data.records import PreferencePair
-from alignment.data.sources import read_jsonl
 from alignment.data.tokenize import answer_ids, prompt_ids, tokenize_rows
+from alignment.stages.rows import rows_of
+from alignment.training.context import StageContext
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,17 +28,17 @@ class TokenizedPair:
 
 
 def read_pairs(
-    path: Path, tokenizer: Any, *, limit: int | None, max_length: int, where: str
+    context: StageContext, tokenizer: Any, data: DataConfig, *, max_length: int, where: str
 ) -> tuple[list[TokenizedPair], int]:
     """The pairs that fit, and how many were too long."""
-    records = read_jsonl(path, PreferencePair, limit=limit)
+    records = rows_of(context, PreferencePair, data)
 
     def tokenize(record: PreferencePair) -> TokenizedPair:
         return TokenizedPair(
-            prompt=prompt_ids(tokenizer, record.messages),
-            chosen=answer_ids(tokenizer, record.messages, record.chosen),
-            rejected=answer_ids(tokenizer, record.messages, record.rejected),
+            prompt=prompt_ids(tokenizer, record.messages, record.tools),
+            chosen=answer_ids(tokenizer, record.messages, record.chosen, record.tools),
+            rejected=answer_ids(tokenizer, record.messages, record.rejected, record.tools),
         )
 
-    pairs = tokenize_rows(path, records, tokenize)
+    pairs = tokenize_rows(records, tokenize)
     return rows_that_fit(pairs, lambda pair: pair.longest, max_length=max_length, where=where)

@@ -15,7 +15,6 @@ from alignment.artifacts import read_manifest
 from alignment.config.stage import KlConfig, KlControl, PpoConfig
 from alignment.data.fit import rows_that_fit
 from alignment.data.records import Conversation, Prompt
-from alignment.data.sources import read_jsonl
 from alignment.data.tokenize import prompt_ids, tokenize_conversation, tokenize_rows
 from alignment.errors import ConfigError
 from alignment.models.load import lineage, load_tokenizer, refuse_other_tokenizer
@@ -24,6 +23,7 @@ from alignment.rewards.build import build_rewards, build_scorer
 from alignment.rewards.slot import Rewards
 from alignment.stage_spec import StageInput
 from alignment.stages.result import StageResult, save_model
+from alignment.stages.rows import rows_of
 from alignment.training.arguments import SCHEDULES, quiet_arguments
 from alignment.training.context import StageContext
 from alignment.training.guard import Guard
@@ -45,7 +45,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
     own = own_reward_model(context)
     if own is not None:
         refuse_other_tokenizer(spec, own, tokenizer)
-    rows = list(read_jsonl(spec.data_path, Prompt, limit=config.data.limit))
+    rows = rows_of(context, Prompt, config.data)
     prompts, dropped = _prompts(config, context, tokenizer, rows)
     learned, held_out = hold_out(prompts, config, context)
     roles = build_roles(
@@ -101,7 +101,7 @@ def own_reward_model(context: StageContext) -> StageInput | None:
 
 def _prompts(config: PpoConfig, context: StageContext, tokenizer: Any, rows: list[Prompt]) -> tuple[Prompts, int]:
     spec = context.spec
-    ids = tokenize_rows(spec.data_path, rows, lambda row: prompt_ids(tokenizer, row.messages))
+    ids = tokenize_rows(rows, lambda row: prompt_ids(tokenizer, row.messages, row.tools))
     kept, dropped = rows_that_fit(
         list(enumerate(ids)),
         lambda row: len(row[1]),
@@ -146,9 +146,8 @@ def _some(prompts: Prompts, places: list[int]) -> Prompts:
 def _ptx(config: PpoConfig, context: StageContext, tokenizer: Any) -> Ptx | None:
     if not config.ptx.coefficient:
         return None
-    path = context.spec.extra_data["ptx.data"]
-    records = read_jsonl(path, Conversation, limit=config.ptx.data.limit)
-    rows = tokenize_rows(path, records, lambda record: tokenize_conversation(tokenizer, record.messages))
+    records = rows_of(context, Conversation, config.ptx.data, field="ptx.data")
+    rows = tokenize_rows(records, lambda record: tokenize_conversation(tokenizer, record.messages, record.tools))
     kept, _ = rows_that_fit(
         rows,
         lambda row: len(row.input_ids),

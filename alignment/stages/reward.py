@@ -42,9 +42,7 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
     context.progress("loading")
     found = lineage(spec, spec.inputs["init"])
     tokenizer = load_tokenizer(found.base)
-    pairs, dropped = read_pairs(
-        spec.data_path, tokenizer, limit=config.data.limit, max_length=config.max_length, where=where
-    )
+    pairs, dropped = read_pairs(context, tokenizer, config.data, max_length=config.max_length, where=where)
     learned, held_out = split(pairs, config.eval_fraction, context.generator("split"), where=where)
     trainer = _trainer(config, context, found, tokenizer, learned)
     train(trainer, context, headline="loss")

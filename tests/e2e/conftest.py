@@ -15,10 +15,14 @@ from typing import Any
 
 import pytest
 
+from alignment.config.store import recipes_folder
 from tests.tiny import save_tiny_model
 
 SMALL = (
     "model.dtype=float32",
+    "stages.cpt.data.limit=12",
+    "stages.cpt.max_length=64",
+    "stages.cpt.optim={batch_size: 4, micro_batch_tokens: 60, lr: 1e-3}",
     "stages.sft.data.limit=12",
     "stages.sft.optim={batch_size: 4, micro_batch_tokens: 60, epochs: 2, lr: 1e-3}",
     "stages.sft.save_every=2",
@@ -29,6 +33,7 @@ SMALL = (
     "stages.dpo.data.limit=8",
     "stages.dpo.optim={batch_size: 4, micro_batch_tokens: 60, lr: 1e-3}",
     "stages.dpo.save_every=1",
+    "stages.ppo.critic=separate",
     "stages.ppo.data.limit=6",
     "stages.ppo.updates=3",
     "stages.ppo.ppo_epochs=2",
@@ -45,17 +50,24 @@ SMALL = (
 )
 
 
+def _small(recipe: str) -> list[str]:
+    """The settings that are about stages of the recipe, or about none."""
+    stages = re.findall(r"stage@(stages\.\w+)", (recipes_folder() / f"{recipe}.yaml").read_text())
+    return [setting for setting in SMALL if not setting.startswith("stages.") or setting.startswith(tuple(stages))]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Align:
     """The command with a tiny model; ``output`` holds its runs and artifacts."""
 
     output: Path
     model: Path
+    recipe: str = "quickstart"
 
-    def argv(self, verb: str, *overrides: str, recipe: str = "quickstart") -> list[str]:
+    def argv(self, verb: str, *overrides: str) -> list[str]:
         """The command line, as a list."""
         own = (f"output={self.output}", f"model.source=path:{self.model}")
-        return [sys.executable, "-m", "alignment.cli", verb, recipe, *own, *SMALL, *overrides]
+        return [sys.executable, "-m", "alignment.cli", verb, self.recipe, *own, *_small(self.recipe), *overrides]
 
     def __call__(self, verb: str, *overrides: str, code: int = 0) -> str:
         """Runs the command to its end, checks its exit code and returns all that it printed."""
@@ -72,7 +84,9 @@ class Align:
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """What ``run.json`` says of each stage."""
-        found: dict[str, dict[str, Any]] = json.loads((self.output / "runs/quickstart/run.json").read_text())["stages"]
+        found: dict[str, dict[str, Any]] = json.loads((self.output / f"runs/{self.recipe}/run.json").read_text())[
+            "stages"
+        ]
         return found
 
     def artifact(self, stage: str) -> Path:

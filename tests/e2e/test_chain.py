@@ -10,6 +10,8 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -142,10 +144,13 @@ def test_two_processes_train_what_one_does(new_align: Callable[[], Align], finis
 
 def test_full_training_runs_the_whole_chain(new_align: Callable[[], Align]) -> None:
     align = new_align()
-    align("run", "adapter=full")
+    without = [f"stages.{stage}.adapter.master_weights=false" for stage in ("sft", "ppo")]
+    align("run", "adapter=full", "model.dtype=bfloat16", *without)
     assert set(states(align).values()) == {"done"}
-    for stage in ("sft", "dpo", "ppo"):
+    for stage, dtype in (("sft", torch.bfloat16), ("dpo", torch.float32), ("ppo", torch.bfloat16)):
         AutoModelForCausalLM.from_pretrained(str(align.artifact(stage) / "model"))
+        weights = load_file(align.artifact(stage) / "model/model.safetensors")
+        assert weights["model.embed_tokens.weight"].dtype == dtype
 
 
 def test_a_damaged_input_stops_before_training(new_align: Callable[[], Align]) -> None:
@@ -186,3 +191,25 @@ def _kill_during(align: Align, stage: str) -> None:
         os.kill(one.pid, signal.SIGKILL)
     process.wait()
     psutil.wait_procs(everyone, timeout=30)
+
+
+def test_plain_text_comes_before_conversations_and_pairs(new_align: Callable[[], Align], tmp_path: Path) -> None:
+    """Texts of the user's own, and pairs from a CSV file mixed into those of DPO, a faulty one skipped."""
+    align = replace(new_align(), recipe="cpt_sft_dpo")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"Number {number} is open. " * 30}) + "\n" for number in range(6)))
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("prompt,chosen,rejected\nOpen?,Yes it is.,No.\nWhen?,At nine.,\nWhere?,Here.,There.\n")
+    printed = align(
+        "run",
+        f"stages.cpt.data.source=path:{texts}",
+        f"stages.dpo.data.mix=[{{source: 'path:{pairs}', count: 2, on_error: skip, max_skipped: 0.5}}]",
+    )
+    assert set(states(align).values()) == {"done"}, printed
+    assert verify(align.artifact("cpt"), content=False).metrics["texts"] == 6
+    assert verify(align.artifact("cpt"), content=False).metrics["rows"] > 6, "long texts are cut"
+    assert verify(align.artifact("dpo"), content=False).metrics["rows"] == 10
+    (left_out,) = (align.artifact("dpo") / "left_out.jsonl").read_text().splitlines()
+    assert json.loads(left_out)["where"] == f"{pairs}:3"
+    evaluation = json.loads((align.artifact("evaluate") / "evaluation.json").read_text())
+    assert [arm["label"] for arm in evaluation["arms"]] == ["base", "base+prompt", "cpt", "sft", "dpo"]

@@ -72,6 +72,30 @@ def test_a_fault_has_its_exit_code(capsys: Captured, arguments: list[str], code:
     assert capsys.readouterr().err.startswith(message)
 
 
+def test_the_doctor_explains_a_file_and_its_faults_have_an_exit_code(capsys: Captured, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    good = '{"prompt": "2 + 2?", "chosen": "4.", "rejected": "5."}\n'
+    file.write_text(good * 2)
+    assert cli.main(["doctor", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "format       preference: " in printed
+    assert "reward, dpo  2 pairs, 1 of them repeated" in printed
+    assert "faulty       no row" in printed
+    assert f"to use it    stages.dpo.data.source=path:{file}" in printed
+    file.write_text(good * 2 + "{\n")
+    assert cli.main(["doctor", str(file)]) == 3
+    printed = capsys.readouterr().out
+    assert "pairs.jsonl:3: not JSON: " in printed
+    assert "data.on_error=skip" in printed
+    assert cli.main(["doctor", "bundled:quickstart/preferences", "--against", "bundled:quickstart/heldout"]) == 0
+    assert "overlap      none with bundled:quickstart/heldout" in capsys.readouterr().out
+    heldout = "bundled:quickstart/heldout"
+    assert cli.main(["doctor", heldout, "--against", heldout]) == 0
+    assert f"overlap      102 rows ask what {heldout} asks" in capsys.readouterr().out
+    assert cli.main(["doctor", str(tmp_path / "absent.jsonl")]) == 3
+    assert "DATA: no file" in capsys.readouterr().err
+
+
 def test_status_without_runs_says_so(capsys: Captured, tmp_path: Path) -> None:
     assert cli.main(["status", "--output", str(tmp_path)]) == 0
     assert "no runs" in capsys.readouterr().out

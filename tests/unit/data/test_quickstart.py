@@ -8,14 +8,18 @@ from statistics import mean
 
 import pytest
 
-from alignment.data.records import Conversation, HeldOutPrompt, Message, PreferencePair
-from alignment.data.sources import locate, read_jsonl
+from alignment.config.data import DataConfig
+from alignment.data.reading import read_records
+from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair
+from alignment.data.sources import locate
+from alignment.data.turns import Message
 from alignment.evaluation.arms import source_text
 from alignment.evaluation.house_style import normalise, score, style_checks
 
-CONVERSATIONS = list(read_jsonl(locate("bundled:quickstart/conversations"), Conversation))
-PAIRS = list(read_jsonl(locate("bundled:quickstart/preferences"), PreferencePair))
-HELD_OUT = list(read_jsonl(locate("bundled:quickstart/heldout"), HeldOutPrompt))
+ALL = DataConfig(source="")
+CONVERSATIONS = read_records(locate("bundled:quickstart/conversations"), Conversation, ALL)
+PAIRS = read_records(locate("bundled:quickstart/preferences"), PreferencePair, ALL)
+HELD_OUT = read_records(locate("bundled:quickstart/heldout"), HeldOutPrompt, ALL)
 FILES = {"conversations": CONVERSATIONS, "preferences": PAIRS, "heldout": HELD_OUT}
 ROWS = [row for rows in FILES.values() for row in rows]
 

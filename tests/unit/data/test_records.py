@@ -8,30 +8,42 @@ from typing import Any
 
 import pytest
 
-from alignment.data.records import Conversation, HeldOutPrompt, Message, PreferencePair, Prompt, facts_in
-from alignment.data.sources import RECORDS, locate, read_jsonl
+from alignment.config.data import DataConfig
+from alignment.data.fields import Fields
+from alignment.data.formats import FORMATS
+from alignment.data.reading import read_records, right_form
+from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair, Prompt, facts_in
+from alignment.data.sources import RECORDS, locate
+from alignment.data.turns import Message
 from alignment.errors import DataError
 
 USER = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4."}
+ALL = DataConfig(source="")
 RECORD_TYPES = [Conversation, PreferencePair, Prompt, HeldOutPrompt]
+
+
+def _made(record: Any, row: Any, where: str = "x:1") -> Any:
+    form = FORMATS["preference" if record is PreferencePair else "messages"]
+    (made,) = record.of(form.read(Fields(row, where=where, example=right_form(form, record))))
+    return made
 
 
 @pytest.mark.parametrize("record", RECORD_TYPES)
 def test_the_example_in_an_error_is_itself_a_right_row(record: Any) -> None:
-    assert record.from_row(json.loads(record.EXAMPLE), where="x:1").messages
+    assert _made(record, json.loads(record.EXAMPLE)).messages
 
 
 WRONG = [
     (Conversation, {}, "'messages' is missing; the row has no fields"),
-    (Conversation, {"conversations": []}, "'messages' is missing; the row has 'conversations'"),
+    (Conversation, {"dialogue": []}, "'messages' is missing; the row has 'dialogue'"),
     (Conversation, [], "a row must be a JSON object; [] is none"),
-    (Conversation, {"messages": "hi"}, "'messages' must be a list of turns and not empty; it is 'hi'"),
+    (Conversation, {"messages": []}, "'messages' must be a list of turns and not empty; it is []"),
     (Conversation, {"messages": [USER]}, "'messages' must end with an assistant turn; the last one's role is 'user'"),
     (
         Conversation,
         {"messages": [{"role": "human", "content": "x"}]},
-        "'messages[0].role' must be one of system, user, assistant; it is 'human'",
+        "'messages[0].role' must be one of system, user, assistant, tool; it is 'human'",
     ),
     (
         Conversation,
@@ -68,12 +80,13 @@ WRONG = [
 @pytest.mark.parametrize(("record", "row", "message"), WRONG, ids=[text[:40] for *_, text in WRONG])
 def test_a_wrong_row_is_named_exactly(record: Any, row: Any, message: str) -> None:
     with pytest.raises(DataError) as caught:
-        record.from_row(row, where="rows.jsonl:7")
-    assert str(caught.value) == f"rows.jsonl:7: {message}\n  → a row of the right form: {record.EXAMPLE}"
+        _made(record, row, where="rows.jsonl:7")
+    form = FORMATS["preference" if record is PreferencePair else "messages"]
+    assert str(caught.value) == f"rows.jsonl:7: {message}\n  → a row of the right form: {right_form(form, record)}"
 
 
 def test_a_prompt_drops_the_answer_that_a_row_ends_with() -> None:
-    prompt = Prompt.from_row({"messages": [USER, ANSWER]}, where="x:1")
+    prompt = _made(Prompt, {"messages": [USER, ANSWER]})
     assert prompt.messages == (Message(role="user", content="2 + 2?"),)
 
 
@@ -81,8 +94,8 @@ def test_rows_are_read_in_order_up_to_the_limit_and_blank_lines_passed_over(tmp_
     file = tmp_path / "rows.jsonl"
     rows = [json.dumps({"id": str(number), "messages": [USER, ANSWER]}) for number in range(4)]
     file.write_text("\n\n".join(rows))
-    assert [row.id for row in read_jsonl(file, Conversation)] == ["0", "1", "2", "3"]
-    assert [row.id for row in read_jsonl(file, Conversation, limit=2)] == ["0", "1"]
+    assert [row.id for row in read_records(file, Conversation, ALL)] == ["0", "1", "2", "3"]
+    assert [row.id for row in read_records(file, Conversation, DataConfig(source="", limit=2))] == ["0", "1"]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +111,7 @@ def test_a_file_that_does_not_parse_is_named_by_line(tmp_path: Path, content: by
     file = tmp_path / "rows.jsonl"
     file.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        list(read_jsonl(file, Conversation))
+        read_records(file, Conversation, ALL)
     assert message in str(caught.value)
 
 
@@ -107,7 +120,7 @@ def test_a_file_that_does_not_parse_is_named_by_line(tmp_path: Path, content: by
     [("sft", "conversations"), ("reward", "preferences"), ("ppo", "preferences"), ("evaluate", "heldout")],
 )
 def test_every_shipped_row_fits_the_stages_that_read_it(kind: str, name: str) -> None:
-    rows = list(read_jsonl(locate(f"bundled:quickstart/{name}"), RECORDS[kind]))
+    rows = read_records(locate(f"bundled:quickstart/{name}"), RECORDS[kind], ALL)
     assert len(rows) >= 100
     assert len({row.id for row in rows}) == len(rows)
 
@@ -116,15 +129,15 @@ def test_a_prompt_carries_its_row_and_where_it_stands(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     row = {"messages": [USER, ANSWER], "answer": "#### 4", "nested": {"a": [1]}}
     file.write_text("\n" + json.dumps(row) + "\n")
-    (prompt,) = read_jsonl(file, Prompt)
+    (prompt,) = read_records(file, Prompt, ALL)
     assert prompt.row == row
     assert prompt.where == f"{file}:2"
     assert prompt == Prompt(messages=(Message(role="user", content="2 + 2?"),)), "the row is no part of what it is"
 
 
 def test_facts_of_a_prompt_s_row_are_optional_but_never_of_another_form() -> None:
-    assert facts_in(Prompt.from_row({"messages": [USER]}, where="x:1")) is None
-    assert facts_in(Prompt.from_row({"messages": [USER], "facts": None}, where="x:1")) is None
-    assert facts_in(Prompt.from_row({"messages": [USER], "facts": [["4", "four"]]}, where="x:1")) == (("4", "four"),)
+    assert facts_in(_made(Prompt, {"messages": [USER]})) is None
+    assert facts_in(_made(Prompt, {"messages": [USER], "facts": None})) is None
+    assert facts_in(_made(Prompt, {"messages": [USER], "facts": [["4", "four"]]})) == (("4", "four"),)
     with pytest.raises(DataError, match=r"x:1: 'facts\[0\]' must be a list of wordings; it is 4"):
-        facts_in(Prompt.from_row({"messages": [USER], "facts": [4]}, where="x:1"))
+        facts_in(_made(Prompt, {"messages": [USER], "facts": [4]}))

@@ -8,7 +8,6 @@ import pytest
 from tokenizers import normalizers
 
 from alignment.data.fit import rows_that_fit
-from alignment.data.records import Message
 from alignment.data.tokenize import (
     IGNORED,
     answer_ids,
@@ -17,6 +16,7 @@ from alignment.data.tokenize import (
     render,
     tokenize_conversation,
 )
+from alignment.data.turns import Message
 from alignment.errors import DataError
 from tests.tiny import tiny_tokenizer
 
@@ -232,3 +232,61 @@ def test_too_many_long_rows_are_an_error_that_says_how_long() -> None:
 def test_no_row_left_is_an_error(rows: list[str]) -> None:
     with pytest.raises(DataError):
         rows_that_fit(rows, len, max_length=5, where="stages.sft")
+
+
+# ---- tools and weights ----------------------------------------------------------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+CALLING = [
+    Message(role="user", content="2 + 2?"),
+    Message(role="assistant", content="", tool_calls=(CALL,)),
+    Message(role="tool", content="4"),
+    Message(role="assistant", content="It is 4."),
+]
+KNOWS_TOOLS = (
+    "{% if tools %}{{ 'Tools: ' + (tools | tojson) + '\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{% if message['tool_calls'] %}{{ 'CALL ' + (message['tool_calls'] | tojson) }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}" + OPEN
+)
+
+
+def test_tools_are_read_and_calls_are_learned() -> None:
+    tokenizer = _with_template(KNOWS_TOOLS)
+    row = tokenize_conversation(tokenizer, CALLING, [TOOL])
+    segments = _segments(tokenizer, row.input_ids, row.labels)
+    assert segments[0][1].startswith('Tools: [{"type": "function", "function": {"name": "add"')
+    learned = [text for learned, text in segments if learned]
+    assert learned[0].startswith('CALL [{"type": "function", "function": {"name": "add"')
+    assert learned[0].endswith("<|im_end|>")
+    assert learned[1] == "It is 4.<|im_end|>"
+    assert segments[2][1].startswith("\n<|im_start|>tool\n4<|im_end|>")
+
+
+@pytest.mark.parametrize("tools", [[], [TOOL]])
+def test_a_template_that_leaves_tools_or_calls_out_is_refused(tokenizer: Any, tools: list[Any]) -> None:
+    with pytest.raises(DataError, match="the chat template leaves out the tool 'add'"):
+        tokenize_conversation(tokenizer, CALLING if not tools else CALLING[:1] + CALLING[3:], tools)
+
+
+def test_a_call_cannot_smuggle_a_control_token_in() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": "<|im_end|>"}}}
+    turns = [CALLING[0], Message(role="assistant", content="", tool_calls=(call,))]
+    with pytest.raises(DataError, match=r"contains the control token '<\|im_end\|>'"):
+        tokenize_conversation(_with_template(KNOWS_TOOLS), turns, [TOOL])
+
+
+def test_a_turn_that_is_not_to_be_learned_is_context(tokenizer: Any) -> None:
+    turns = [
+        Message(role="user", content="Hi."),
+        Message(role="assistant", content="Wrong.", learned=False),
+        Message(role="user", content="No."),
+        Message(role="assistant", content="Right."),
+    ]
+    row = tokenize_conversation(tokenizer, turns)
+    assert [text for learned, text in _segments(tokenizer, row.input_ids, row.labels) if learned] == [
+        "Right.<|im_end|>"
+    ]
+    with pytest.raises(DataError, match="no assistant turn to learn from"):
+        tokenize_conversation(tokenizer, turns[:2])

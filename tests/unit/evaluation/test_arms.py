@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignment.data.records import HeldOutPrompt, Message
+from alignment.data.records import HeldOutPrompt
 from alignment.data.tokenize import prompt_ids
+from alignment.data.turns import Message
 from alignment.evaluation import arms
 from alignment.evaluation.arms import (
     answer_all,

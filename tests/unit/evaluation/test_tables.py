@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from alignment.data.records import HeldOutPrompt, Message
+from alignment.data.records import HeldOutPrompt
+from alignment.data.turns import Message
 from alignment.evaluation.arms import Answer, Answered
 from alignment.evaluation.house_style import GoldScore
 from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, samples

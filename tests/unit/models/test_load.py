@@ -199,7 +199,11 @@ BARE = AdapterConfig(kind=AdapterKind.full, master_weights=False)
 
 @pytest.mark.parametrize(
     ("adapter", "whole", "trained"),
-    [(LORA, torch.bfloat16, torch.float32), (FULL, torch.float32, torch.float32), (BARE, torch.bfloat16, torch.bfloat16)],
+    [
+        (LORA, torch.bfloat16, torch.float32),
+        (FULL, torch.float32, torch.float32),
+        (BARE, torch.bfloat16, torch.bfloat16),
+    ],
     ids=["lora", "full", "without masters"],
 )
 def test_trained_weights_are_float32_unless_they_have_no_masters(

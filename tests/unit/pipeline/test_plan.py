@@ -11,6 +11,8 @@ from alignment.errors import ArtifactError, ConfigError, DataError, ModelError
 from alignment.pipeline.plan import CHECKPOINT_MANIFEST, Action, Plan
 from tests.unit.pipeline.conftest import MakePlan, leave_artifact
 
+SKIP = ("on_error=skip", "max_skipped=0.5")
+
 
 def prints(plan: Plan) -> dict[str, str]:
     return {stage.name: stage.fingerprint for stage in plan.stages}
@@ -208,6 +210,69 @@ def test_a_row_that_does_not_fit_is_named_by_file_and_line(plan: MakePlan, tmp_p
     file.write_text(file.read_text() + '{"messages": []}\n')
     with pytest.raises(DataError, match=r"preferences\.jsonl:2: 'messages' must be a list of turns and not empty"):
         plan()
+
+
+def test_faulty_rows_may_be_skipped_by_the_plan_too(plan: MakePlan, tmp_path: Path) -> None:
+    file = tmp_path / "preferences.jsonl"
+    before = plan()
+    file.write_text(file.read_text() + '{"messages": []}\n')
+    skipping = [f"stages.{stage}.data.{key}" for stage in ("reward", "dpo", "ppo") for key in SKIP]
+    after = plan(*skipping)
+    assert changed(before, after) == {"reward", "dpo", "ppo", "evaluate", "report"}, "the content is another"
+    file.write_text(file.read_text().splitlines()[0] + "\n")
+    assert changed(before, plan(*skipping)) == set(), "what a faulty row would do shapes no result"
+
+
+def test_a_format_is_named_right_or_refused(plan: MakePlan) -> None:
+    with pytest.raises(ConfigError, match=r"stages\.dpo\.data\.format: 'preferense' is no format; did you mean 'pref"):
+        plan("stages.dpo.data.format=preferense")
+    assert changed(plan(), plan("stages.dpo.data.format=preference")) == {"dpo", "evaluate", "report"}
+
+
+def test_weights_without_masters_are_refused_where_that_means_nothing(plan: MakePlan) -> None:
+    off = "stages.dpo.adapter.master_weights=false"
+    with pytest.raises(ConfigError, match=r"stages\.dpo\.adapter\.master_weights: false is read by nothing"):
+        plan(off)
+    with pytest.raises(ConfigError, match=r"master_weights: false saves nothing where model\.dtype is float32"):
+        plan(off, "stages.dpo.adapter.kind=full", "model.dtype=float32")
+    full = plan("stages.dpo.adapter.kind=full")
+    assert changed(full, plan("stages.dpo.adapter.kind=full", off)) == {"dpo", "evaluate", "report"}
+
+
+def test_a_folder_of_files_counts_by_what_is_in_it(plan: MakePlan, tmp_path: Path) -> None:
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes((tmp_path / "preferences.jsonl").read_bytes())
+    told = f"stages.dpo.data.source=path:{folder}"
+    before = plan(told)
+    assert changed(before, plan(told)) == set()
+    (folder / "b.jsonl").write_bytes((tmp_path / "preferences.jsonl").read_bytes())
+    assert changed(before, plan(told)) == {"dpo", "evaluate", "report"}
+
+
+def test_what_is_mixed_in_counts_by_its_content_and_its_share(plan: MakePlan, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_bytes((tmp_path / "preferences.jsonl").read_bytes())
+
+    def told(**part: object) -> str:
+        settings = ", ".join(f"{key}: {value}" for key, value in {"source": f"path:{other}", **part}.items())
+        return f"stages.dpo.data.mix=[{{{settings}}}]"
+
+    before = plan(told(share=0.2))
+    dpo = next(stage for stage in before.stages if stage.name == "dpo")
+    assert dpo.extra_data == {"data.mix[0]": other}
+    assert changed(plan(), before) == {"dpo", "evaluate", "report"}
+    assert changed(before, plan(told(share=0.3))) == {"dpo", "evaluate", "report"}
+    other.write_text(other.read_text() * 2)
+    assert changed(before, plan(told(share=0.2))) == {"dpo", "evaluate", "report"}
+    for part, message in (
+        ({}, r"stages\.dpo\.data\.mix\[0\]: set either share or count"),
+        ({"share": 0.2, "count": 3}, r"stages\.dpo\.data\.mix\[0\]: set either share or count"),
+        ({"share": 1.0}, r"stages\.dpo\.data\.mix\[0\]\.share: 1.0 is not allowed; above 0 and below 1"),
+        ({"share": 0.2, "limit": 0}, r"stages\.dpo\.data\.mix\[0\]\.limit: 0 is not allowed; a number above 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan(told(**part))
 
 
 def test_a_hub_model_that_is_not_here_is_planned_by_its_name(plan: MakePlan) -> None:

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from alignment.data.records import Prompt
+from alignment.data.turns import Message
 from alignment.rewards.scorers import Answers
 from tests.tiny import tiny_tokenizer
 
 
 def prompt(text: str = "When is the shop closed?", *, line: int = 1, **fields: Any) -> Prompt:
     """A prompt of one turn whose row has more fields."""
-    return Prompt.from_row({"messages": [{"role": "user", "content": text}], **fields}, where=f"rows.jsonl:{line}")
+    row = {"messages": [{"role": "user", "content": text}], **fields}
+    return Prompt(messages=(Message(role="user", content=text),), row=row, where=f"rows.jsonl:{line}")
 
 
 def answers_to(prompts: Sequence[Prompt], texts: Sequence[str]) -> Answers:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from alignment.data.records import Message
+from alignment.data.turns import Message
 from alignment.errors import DataError
 from alignment.evaluation.arms import source_text
 from alignment.evaluation.house_style import score

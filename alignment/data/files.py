@@ -1,0 +1,147 @@
+"""Rows of a file as they stand there: JSON Lines, JSON, CSV and Parquet, compressed or not, or a folder of these.
+
+What cannot be parsed becomes a ``DataError`` in the place of the row, so that one pass finds all that is wrong.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from alignment.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawRow:
+    """``where`` is ``FILE:LINE`` where rows are lines, else ``FILE: row NUMBER``; numbers begin at 1."""
+
+    where: str
+    value: Any
+
+
+def rows_of(path: Path) -> Iterator[RawRow | DataError]:
+    """The rows in order, files of a folder in the order of their names. Nothing but a row is held in memory, and of a
+    JSON file the whole list.
+
+    Raises:
+        DataError: the file as a whole cannot be read.
+    """
+    for file in files_of(path):
+        yield from _READERS[_suffix(file)](file)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file itself, or those of a folder whose names end as those of data files do.
+
+    Raises:
+        DataError: another kind of file, or a folder without any.
+    """
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.is_file() and _suffix(file) in _READERS)
+        if not found:
+            raise DataError("holds no data file", where=str(path), remedy=_REMEDY)
+        return found
+    if _suffix(path) not in _READERS:
+        raise DataError("is of no known kind", where=str(path), remedy=_REMEDY)
+    return [path]
+
+
+def _suffix(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast("BinaryIO", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def _json_lines(path: Path) -> Iterator[RawRow | DataError]:
+    with _open(path) as stream:
+        number = 0
+        try:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield _parsed(line, f"{path}:{number}")
+        except (OSError, EOFError) as error:
+            raise DataError(f"cannot be unpacked: {error}", where=f"{path}:{number + 1}") from error
+
+
+def _parsed(text: bytes, where: str) -> RawRow | DataError:
+    try:
+        return RawRow(where=where, value=json.loads(text))
+    except UnicodeDecodeError as error:
+        return DataError(f"not UTF-8: {error.reason}", where=where, remedy="save the file as UTF-8")
+    except (ValueError, RecursionError) as error:
+        return DataError(f"not JSON: {error}", where=where, remedy="one JSON object a line (JSON Lines)")
+
+
+def _json(path: Path) -> Iterator[RawRow | DataError]:
+    """A list of rows; or JSON Lines under a wrong name, which public data sets often are."""
+    with _open(path) as stream:
+        text = stream.read()
+    whole = _parsed(text, str(path))
+    if isinstance(whole, RawRow) and isinstance(whole.value, list):
+        for number, value in enumerate(whole.value, start=1):
+            yield RawRow(where=f"{path}: row {number}", value=value)
+    elif text.lstrip()[:1] == b"{":
+        yield from _json_lines(path)
+    elif isinstance(whole, DataError):
+        raise whole
+    else:
+        raise DataError("is JSON, but no list of rows", where=str(path), remedy=_REMEDY)
+
+
+def _csv(path: Path) -> Iterator[RawRow | DataError]:
+    csv.field_size_limit(sys.maxsize)
+    with _open(path) as stream:
+        try:
+            text = stream.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"not UTF-8: {error.reason}", where=str(path), remedy="save the file as UTF-8") from error
+    # Line breaks inside quotes are part of a field, so lines are not split here.
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    while True:
+        where = f"{path}:{reader.line_num + 1}"
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield DataError(f"not CSV: {error}", where=where)
+            continue
+        if None in row or None in row.values():
+            yield DataError(f"has not the {len(reader.fieldnames or [])} fields of the header", where=where)
+        else:
+            yield RawRow(where=where, value={name: value or None for name, value in row.items()})
+
+
+def _parquet(path: Path) -> Iterator[RawRow | DataError]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for value in batch.to_pylist():
+                    number += 1
+                    yield RawRow(where=f"{path}: row {number}", value=value)
+    except (ArrowException, OSError) as error:
+        raise DataError(f"not Parquet: {error}", where=str(path)) from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[RawRow | DataError]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+_REMEDY = (
+    "give .jsonl, .json (a list of rows), .csv or .parquet, also .jsonl.gz, .json.gz, .csv.gz, or a folder of these"
+)

@@ -1,0 +1,70 @@
+"""Formats of public data, told apart by their columns. A new one is a function and an entry in ``FORMATS``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from alignment.data.formats.answers import (
+    ALPACA,
+    PROMPT,
+    PROMPT_COMPLETION,
+    QUESTION_ANSWER,
+    QUESTIONS,
+    RANKED,
+    TEXT,
+)
+from alignment.data.formats.conversations import KTO, MESSAGES, SHAREGPT
+from alignment.data.formats.form import Format
+from alignment.data.formats.pairs import PAIRED, PREFERENCE, TRANSCRIPTS, WHOLE
+from alignment.errors import DataError
+
+# The more columns a format asks for, the earlier it stands: the first that fits a row is taken.
+_IN_ORDER = (
+    TRANSCRIPTS,
+    WHOLE,
+    PREFERENCE,
+    PAIRED,
+    RANKED,
+    KTO,
+    MESSAGES,
+    SHAREGPT,
+    PROMPT_COMPLETION,
+    ALPACA,
+    QUESTION_ANSWER,
+    QUESTIONS,
+    PROMPT,
+    TEXT,
+)
+FORMATS: dict[str, Format] = {one.name: one for one in _IN_ORDER}
+
+
+def format_of(row: Any) -> Format | None:
+    """The first format that the row's columns fit."""
+    return next((one for one in _IN_ORDER if isinstance(row, Mapping) and one.fits(row)), None)
+
+
+def _named_like(row: Any) -> Format | None:
+    """The first format whose columns the row has, whatever is in them: enough to say what is wrong with it."""
+    columns = set(row) if isinstance(row, Mapping) else set()
+    return next((one for one in _IN_ORDER if set(json.loads(one.row)) <= columns), None)
+
+
+def detect(rows: Sequence[Any], *, where: str) -> Format:
+    """The format that most of the rows have; where none has one, that whose columns most of them have.
+
+    Raises:
+        DataError: no format fits any of them; names the columns that are there.
+    """
+    for told in (format_of, _named_like):
+        found = Counter(one.name for row in rows if (one := told(row)) is not None)
+        if found:
+            return FORMATS[found.most_common(1)[0][0]]
+    columns = sorted({name for row in rows if isinstance(row, Mapping) for name in row})
+    raise DataError(
+        f"no format is known for rows with the columns {', '.join(map(repr, columns)) or 'none'}",
+        where=where,
+        remedy=f"say which column is which (data.columns={{prompt: YOURS}}), for one of: {', '.join(FORMATS)}",
+    )

@@ -1,0 +1,119 @@
+"""One answer to a prompt, several of different rank, or none yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from alignment.data.fields import Fields, is_text
+from alignment.data.formats.form import PROMPTS, Format, answer_text, asked, holds, is_question
+from alignment.data.records import Answer, Example
+from alignment.data.turns import Message, tools_of
+
+_TEXTS = ("text", "content", "response", "completion")
+_SCORES = ("score", "overall_score", "rating", "rank")
+
+
+def _answered(name: str) -> Any:
+    """A reader of rows whose answer is in the column ``name``."""
+
+    def read(fields: Fields) -> Example:
+        turns, field = asked(fields)
+        turns = (*turns, Message(role="assistant", content=answer_text(fields, name)))
+        return Example(fields=fields, turns=turns, tools=tools_of(fields), field=field)
+
+    return read
+
+
+def _ranked(fields: Fields) -> Example:
+    turns, field = asked(fields)
+    answers = tuple(_answer(fields, number, told) for number, told in enumerate(fields.items("completions")))
+    return Example(fields=fields, turns=turns, answers=answers, field=field)
+
+
+def _answer(fields: Fields, number: int, told: Any) -> Answer:
+    """An object with a text, and a score (higher is better) or a rank (1 is best)."""
+    at = f"completions[{number}]"
+    if not isinstance(told, Mapping):
+        fields.fail(at, f"must be an object with a text and a score or rank; it is {told!r:.60}")
+    text = next((told[name] for name in _TEXTS if is_text(told.get(name))), None)
+    if text is None:
+        fields.fail(at, f"has no text under any of {', '.join(_TEXTS)}")
+    named = {name: told[name] for name in _SCORES if _is_number(told.get(name))}
+    if not named:
+        fields.fail(at, f"has no number under any of {', '.join(_SCORES)}")
+    name, value = next(iter(named.items()))
+    return Answer(text=text, rank=-value if name == "rank" else value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _asked_only(fields: Fields) -> Example:
+    turns, field = asked(fields)
+    return Example(fields=fields, turns=turns, tools=tools_of(fields), field=field)
+
+
+def _first_turn(fields: Fields) -> Example:
+    first = fields.items("turns")[0]
+    if not is_text(first):
+        fields.fail("turns[0]", f"must be text and not empty; it is {first!r:.60}")
+    return Example(fields=fields, turns=(Message(role="user", content=first),), field="turns")
+
+
+RANKED = Format(
+    name="ranked",
+    summary="a prompt and several answers with scores (higher is better) or ranks (1 is best): every pair of them",
+    row='{"prompt": "2 + 2?", "completions": [{"text": "4.", "score": 9}, {"text": "5.", "score": 1}]}',
+    fits=lambda row: isinstance(row.get("completions"), list) and any(is_question(row.get(name)) for name in PROMPTS),
+    read=_ranked,
+)
+
+PROMPT_COMPLETION = Format(
+    name="prompt_completion",
+    summary="a prompt and its answer",
+    row='{"prompt": "2 + 2?", "completion": "4."}',
+    fits=lambda row: holds(row, "completion") and is_question(row.get("prompt")),
+    read=_answered("completion"),
+)
+
+ALPACA = Format(
+    name="alpaca",
+    summary="an instruction, perhaps with an input, and the output; perhaps system and history",
+    row='{"instruction": "Add the numbers.", "input": "2 and 2", "output": "4."}',
+    fits=lambda row: holds(row, "instruction", "output"),
+    read=_answered("output"),
+)
+
+QUESTION_ANSWER = Format(
+    name="question_answer",
+    summary="a question and its answer, which may end in a number that can be checked (gsm8k)",
+    row='{"question": "2 + 2?", "answer": "2 and 2 make 4.\\n#### 4"}',
+    fits=lambda row: all(isinstance(row.get(name), str) for name in ("question", "answer")),
+    read=_answered("answer"),
+)
+
+QUESTIONS = Format(
+    name="turns",
+    summary="questions to ask one after another, of which the first is taken (MT-Bench)",
+    row='{"turns": ["Write a haiku.", "Now without nouns."]}',
+    fits=lambda row: isinstance(row.get("turns"), list),
+    read=_first_turn,
+)
+
+PROMPT = Format(
+    name="prompt",
+    summary="a prompt alone",
+    row='{"prompt": "Summarise: the shop is closed on Monday."}',
+    fits=lambda row: any(is_question(row.get(name)) for name in PROMPTS),
+    read=_asked_only,
+)
+
+TEXT = Format(
+    name="text",
+    summary="plain text",
+    row='{"text": "The shop is closed on Monday."}',
+    fits=lambda row: isinstance(row.get("text"), str),
+    read=lambda fields: Example(fields=fields, text=fields.text("text"), field="text"),
+)

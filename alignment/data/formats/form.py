@@ -1,0 +1,116 @@
+"""What a format is, and the parts that several formats are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.data.fields import Fields, is_text
+from alignment.data.records import Answer, Example
+from alignment.data.turns import Message, turn_of, turns_of
+
+PROMPTS = ("messages", "prompt", "conversations", "instruction", "question")
+"""Columns that hold what is asked, in the order in which they are looked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Format:
+    """``fits`` looks at the columns of a row and the types in them, never at all of its content; ``read`` says what the
+    row means, and names what is wrong with it. ``row`` is a literal row, as JSON."""
+
+    name: str
+    summary: str
+    row: str
+    fits: Callable[[Mapping[str, Any]], bool]
+    read: Callable[[Fields], Example]
+
+
+def holds(row: Mapping[str, Any], *names: str) -> bool:
+    """Whether the row has all of these columns, with something in them."""
+    return all(row.get(name) is not None for name in names)
+
+
+def starts_with_turn(value: Any) -> bool:
+    """Whether it is a list whose first entry looks like a turn."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, Mapping) and ("role" in first or "from" in first)
+
+
+def is_question(value: Any) -> bool:
+    """Whether a column can hold a prompt: text, or turns."""
+    return isinstance(value, str) or starts_with_turn(value)
+
+
+def asked(fields: Fields) -> tuple[tuple[Message, ...], str]:
+    """The turns that ask, from whichever column has them, and its name. ``system`` and ``history`` go before them.
+
+    Raises:
+        DataError: none of the columns is there, or its content is neither text nor turns.
+    """
+    field = fields.first_of(*PROMPTS)
+    if isinstance(fields.row[field], list):
+        turns = turns_of(fields, field)
+    else:
+        turns = (Message(role="user", content=_question(fields, field)),)
+    earlier = [*_history(fields), *turns] if field == "instruction" else list(turns)
+    system = fields.optional_text("system")
+    if system.strip() and earlier[0].role != "system":
+        earlier.insert(0, Message(role="system", content=system))
+    return tuple(earlier), field
+
+
+def answer_text(fields: Fields, field: str) -> str:
+    """An answer that is text, a turn of the assistant's, or a list of one such turn.
+
+    Raises:
+        DataError: it is something else.
+    """
+    value = fields.required(field)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, Mapping):
+        return fields.text(field)
+    turn = turn_of(fields, field, value)
+    if turn.role != "assistant" or turn.tool_calls:
+        fields.fail(field, f"must be an assistant's text; its role is {turn.role!r}")
+    return turn.content
+
+
+def preferred(chosen: str, rejected: str) -> tuple[Answer, ...]:
+    """Two answers, the first one better."""
+    return (Answer(text=chosen, rank=1.0), Answer(text=rejected, rank=0.0))
+
+
+def answers_of_whole(
+    fields: Fields, chosen: tuple[Message, ...], rejected: tuple[Message, ...]
+) -> tuple[tuple[Message, ...], tuple[Answer, ...]]:
+    """The common prompt and the two last turns of two whole conversations.
+
+    Raises:
+        DataError: a conversation does not end with the assistant's turn.
+        SetAside: they differ before their last turns, so they do not answer the same prompt.
+    """
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if turns[-1].role != "assistant":
+            fields.fail(name, f"must end with an assistant turn; the last one's role is {turns[-1].role!r}")
+    if chosen[:-1] != rejected[:-1]:
+        fields.set_aside("rejected", "differs from 'chosen' before its last turn, so the two answer different prompts")
+    return chosen[:-1], preferred(chosen[-1].content, rejected[-1].content)
+
+
+def _question(fields: Fields, field: str) -> str:
+    """Text; Alpaca's ``input`` goes behind its ``instruction``."""
+    more = fields.optional_text("input") if field == "instruction" else ""
+    return f"{fields.text(field)}\n\n{more}" if is_text(more) else fields.text(field)
+
+
+def _history(fields: Fields) -> list[Message]:
+    """Alpaca's earlier questions and answers, ``[[question, answer], …]``."""
+    value = fields.row.get("history") or []
+    told = []
+    for number, pair in enumerate(value if isinstance(value, list) else [value]):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(is_text(text) for text in pair):
+            fields.fail(f"history[{number}]", f"must be a question and an answer; it is {pair!r:.60}")
+        told += [Message(role="user", content=pair[0]), Message(role="assistant", content=pair[1])]
+    return told

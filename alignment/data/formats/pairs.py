@@ -1,0 +1,113 @@
+"""Two answers to one prompt, in all the forms that public preference data has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from alignment.data.fields import Fields
+from alignment.data.formats.form import (
+    PROMPTS,
+    Format,
+    answer_text,
+    answers_of_whole,
+    asked,
+    holds,
+    is_question,
+    preferred,
+    starts_with_turn,
+)
+from alignment.data.records import Example
+from alignment.data.turns import Message, tools_of, turns_of
+
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def _preference(fields: Fields) -> Example:
+    turns, field = asked(fields)
+    answers = preferred(answer_text(fields, "chosen"), answer_text(fields, "rejected"))
+    return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field=field)
+
+
+def _is_preference(row: Mapping[str, Any]) -> bool:
+    return holds(row, "chosen", "rejected") and any(is_question(row.get(name)) for name in PROMPTS)
+
+
+def _whole(fields: Fields) -> Example:
+    chosen, rejected = turns_of(fields, "chosen"), turns_of(fields, "rejected")
+    turns, answers = answers_of_whole(fields, chosen, rejected)
+    return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field="chosen")
+
+
+def _is_whole(row: Mapping[str, Any]) -> bool:
+    return all(starts_with_turn(row.get(name)) and len(row[name]) > 1 for name in ("chosen", "rejected"))
+
+
+def _transcripts(fields: Fields) -> Example:
+    told = [_turns_in(fields, name) for name in ("chosen", "rejected")]
+    turns, answers = answers_of_whole(fields, *told)
+    return Example(fields=fields, turns=turns, answers=answers, field="chosen")
+
+
+def _turns_in(fields: Fields, field: str) -> tuple[Message, ...]:
+    r"""The turns of ``"\n\nHuman: …\n\nAssistant: …"``; the public file has empty ones."""
+    text = fields.text(field)
+    before, *pieces = _SPEAKER.split(text)
+    if before.strip() or not pieces:
+        fields.fail(field, f"must be a transcript that begins with 'Human:'; it is {text!r:.60}")
+    turns = []
+    for speaker, said in zip(pieces[::2], pieces[1::2], strict=True):
+        if not said.strip():
+            fields.set_aside(field, f"has an empty turn of the {speaker}")
+        turns.append(Message(role=_ROLES[speaker], content=said.strip()))
+    return tuple(turns)
+
+
+def _is_transcripts(row: Mapping[str, Any]) -> bool:
+    return all(
+        isinstance(row.get(name), str) and row[name].lstrip().startswith("Human:") for name in ("chosen", "rejected")
+    )
+
+
+def _paired(fields: Fields) -> Example:
+    turns, field = asked(fields)
+    answers = preferred(fields.text("response_j"), fields.text("response_k"))
+    return Example(fields=fields, turns=turns, answers=answers, field=field)
+
+
+PREFERENCE = Format(
+    name="preference",
+    summary="a prompt, and a chosen and a rejected answer to it",
+    row='{"prompt": "2 + 2?", "chosen": "4.", "rejected": "5."}',
+    fits=_is_preference,
+    read=_preference,
+)
+
+WHOLE = Format(
+    name="chosen_rejected",
+    summary="two whole conversations that differ in the last turn (UltraFeedback)",
+    row=(
+        '{"chosen": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4."}], '
+        '"rejected": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "5."}]}'
+    ),
+    fits=_is_whole,
+    read=_whole,
+)
+
+TRANSCRIPTS = Format(
+    name="hh",
+    summary="two transcripts of Human and Assistant (Anthropic HH)",
+    row=(r'{"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4.", "rejected": "\n\nHuman: 2 + 2?\n\nAssistant: 5."}'),
+    fits=_is_transcripts,
+    read=_transcripts,
+)
+
+PAIRED = Format(
+    name="stack_exchange",
+    summary="a question with a better answer (response_j) and a worse one (response_k)",
+    row='{"question": "2 + 2?", "response_j": "4.", "response_k": "5."}',
+    fits=lambda row: holds(row, "question", "response_j", "response_k"),
+    read=_paired,
+)

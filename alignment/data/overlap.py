@@ -1,0 +1,64 @@
+"""Rows that stand in two data sets: what is learned must not be what is asked in the evaluation.
+
+Two texts overlap by the share of one's runs of ``NGRAM`` words that stand in the other too (Brown et al. 2020 looked at
+13 words; short prompts have fewer). Case and punctuation do not count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+NGRAM = 8
+LIKELY = 0.5
+"""Share from which a row is reported."""
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placed:
+    """A text and where it stands."""
+
+    where: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overlap:
+    """``share`` of the runs of words of the row at ``held_out`` stand in the one at ``learned``."""
+
+    learned: str
+    held_out: str
+    share: float
+
+
+class HeldOut:
+    """Texts that must not be learned. Only their runs of words are kept in memory."""
+
+    def __init__(self, texts: Iterable[Placed]) -> None:
+        self._sizes: dict[str, int] = {}
+        self._places: dict[int, set[str]] = defaultdict(set)
+        for placed in texts:
+            runs = set(_runs(placed.text))
+            self._sizes[placed.where] = len(runs)
+            for run in runs:
+                self._places[run].add(placed.where)
+
+    def overlaps(self, texts: Iterable[Placed]) -> Iterator[Overlap]:
+        """For each text the held-out one with which it has most in common, if that is ``LIKELY`` enough."""
+        for placed in texts:
+            shared = Counter(where for run in set(_runs(placed.text)) for where in self._places.get(run, ()))
+            shares = {where: count / self._sizes[where] for where, count in shared.items()}
+            if shares and (best := max(shares.items(), key=lambda item: item[1]))[1] >= LIKELY:
+                yield Overlap(learned=placed.where, held_out=best[0], share=best[1])
+
+
+def _runs(text: str) -> Iterator[int]:
+    """Hashes of all runs of ``NGRAM`` words; a shorter text is one run."""
+    words = _WORD.findall(text.lower())
+    for start in range(max(1, len(words) - NGRAM + 1)):
+        run = words[start : start + NGRAM]
+        if run:
+            yield hash(tuple(run))

@@ -1,0 +1,171 @@
+"""A data source read as records: rows, their format, and what was left out and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from alignment.config.data import OnError, SourceConfig
+from alignment.data.fields import Fields, SetAside
+from alignment.data.files import RawRow, rows_of
+from alignment.data.formats import FORMATS, detect
+from alignment.data.formats.form import Format
+from alignment.data.records import Record
+from alignment.errors import DataError
+
+R = TypeVar("R", bound=Record)
+
+LOOKED_AT = 100
+"""Rows from which a format is told."""
+NAMED = 20
+"""Faults that an error spells out; it counts the others."""
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """``format`` is known once a row was read; ``faults`` and ``set_aside`` grow while ``records`` go by."""
+
+    path: Path
+    format: Format
+    rows: int = 0
+    faults: list[DataError] = field(default_factory=list)
+    set_aside: list[SetAside] = field(default_factory=list)
+
+    def ledger(self) -> list[dict[str, str]]:
+        """What was left out, as rows of a file."""
+        return [
+            {"where": error.where, "kind": kind, "reason": error.message}
+            for kind, errors in (("fault", self.faults), ("set aside", self.set_aside))
+            for error in errors
+        ]
+
+
+def read_records(path: Path, record: type[R], data: SourceConfig) -> list[R]:
+    """All records of the source, at most ``data.limit``.
+
+    Raises:
+        DataError: see ``iterate``.
+    """
+    return list(iterate(path, record, data))
+
+
+def iterate(path: Path, record: type[R], data: SourceConfig, *, reading: Reading | None = None) -> Iterator[R]:
+    """The source's records one by one. ``reading`` is told what was left out; ``start`` makes one.
+
+    Raises:
+        DataError: rows that are faulty, all named together, unless ``data.on_error`` skips them and they are few; or a
+            source without a single record.
+    """
+    told = start(path, data) if reading is None else reading
+    taken = 0
+    for found in _examined(told, record, data):
+        yield found
+        taken += 1
+        if taken == data.limit:
+            break
+    _refuse_faults(told, data)
+    if not taken:
+        raise _nothing(told)
+
+
+def start(path: Path, data: SourceConfig) -> Reading:
+    """A reading at its beginning: the format is named, or told from the first rows.
+
+    Raises:
+        DataError: no row, or none whose columns are known.
+    """
+    if data.format is not None:
+        return Reading(path=path, format=FORMATS[data.format])
+    head = list(islice(rows_of(path), LOOKED_AT))
+    rows = [_renamed(row.value, data) for row in head if isinstance(row, RawRow)]
+    if not rows:
+        faults = [row for row in head if isinstance(row, DataError)]
+        raise together(faults) if faults else DataError("holds no row", where=str(path), remedy="one row at least")
+    return Reading(path=path, format=detect(rows, where=str(path)))
+
+
+def _examined(told: Reading, record: type[R], data: SourceConfig) -> Iterator[R]:
+    example = right_form(told.format, record)
+    for row in rows_of(told.path):
+        told.rows += 1
+        try:
+            if isinstance(row, DataError):
+                raise row
+            value = prepared(row.value, data)
+            # All records of a row or none: a fault in its last pair is a fault of the row.
+            found: list[Any] = list(record.of(told.format.read(Fields(value, where=row.where, example=example))))
+        except SetAside as reason:
+            told.set_aside.append(reason)
+        except DataError as fault:
+            told.faults.append(fault)
+        else:
+            yield from found
+
+
+def right_form(form: Format, record: type[Any]) -> str:
+    """A row to hold against a faulty one: the format's own, if the record can be made of it."""
+    try:
+        list(record.of(form.read(Fields(json.loads(form.row), where="", example=""))))
+    except DataError:
+        return str(record.EXAMPLE)
+    return form.row
+
+
+def together(faults: list[DataError]) -> DataError:
+    """One error for all of them, each with its place."""
+    if len(faults) == 1:
+        return faults[0]
+    lines = "".join(f"\n  {fault.where}: {fault.message}" for fault in faults[:NAMED])
+    more = f"\n  and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+    return DataError(f"{len(faults)} faulty rows:{lines}{more}", remedy=faults[0].remedy)
+
+
+def _refuse_faults(told: Reading, data: SourceConfig) -> None:
+    if not told.faults:
+        return
+    if data.on_error is OnError.fail:
+        raise together(told.faults)
+    if len(told.faults) > data.max_skipped * told.rows:
+        error = together(told.faults)
+        raise DataError(
+            f"more than {data.max_skipped:.0%} of {told.rows} rows are faulty; {error.message}",
+            where=str(told.path),
+            remedy="mend the rows, or raise data.max_skipped",
+        )
+
+
+def _nothing(told: Reading) -> DataError:
+    reasons = sorted({error.message for error in told.set_aside})
+    why = f": all {told.rows} rows were set aside ({'; '.join(reasons)})" if reasons else ""
+    return DataError(f"holds no row that can be used{why}", where=str(told.path))
+
+
+def prepared(row: Any, data: SourceConfig) -> Any:
+    """The row with the columns and texts that the configuration gives it."""
+    return _filled(_renamed(row, data), data.placeholders)
+
+
+def _renamed(row: Any, data: SourceConfig) -> Any:
+    """``data.columns`` says which of the file's columns is which of the format's."""
+    if not data.columns or not isinstance(row, Mapping):
+        return row
+    taken = set(data.columns.values())
+    kept = {name: value for name, value in row.items() if name not in taken}
+    return kept | {ours: row[theirs] for ours, theirs in data.columns.items() if theirs in row}
+
+
+def _filled(value: Any, placeholders: Mapping[str, str]) -> Any:
+    """``{{name}}`` in every text of a row, by what the configuration says for ``name``."""
+    if not placeholders:
+        return value
+    if isinstance(value, str):
+        for name, text in placeholders.items():
+            value = value.replace("{{" + name + "}}", text)
+        return value
+    if isinstance(value, Mapping):
+        return {key: _filled(item, placeholders) for key, item in value.items()}
+    return [_filled(item, placeholders) for item in value] if isinstance(value, list) else value

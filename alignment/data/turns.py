@@ -1,0 +1,143 @@
+"""Turns of a conversation, in the two forms that public files write them: OpenAI's and ShareGPT's.
+
+Both become messages with the roles that chat templates know. Tool calls and results are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.data.fields import Fields, is_text
+
+ROLES = ("system", "user", "assistant", "tool")
+_ROLES_OPENAI = {"developer": "system", "function": "tool", **{role: role for role in ROLES}}
+_ROLES_SHAREGPT = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """One turn: ``Message(role="user", content="Summarise: …")``.
+
+    ``tool_calls`` are an assistant's, each ``{"type": "function", "function": {"name": …, "arguments": {…}}}``.
+    ``learned`` is False for a turn of the assistant that SFT reads and does not learn (``"weight": 0``).
+    """
+
+    role: str
+    content: str
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    learned: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form that chat templates take."""
+        calls = {"tool_calls": list(self.tool_calls)} if self.tool_calls else {}
+        return {"role": self.role, "content": self.content, **calls}
+
+
+def turns_of(fields: Fields, field: str) -> tuple[Message, ...]:
+    """The turns at ``field``, in either form; a system turn may only come first.
+
+    Raises:
+        DataError: names the turn and what is wrong with it.
+    """
+    value = fields.required(field)
+    if not isinstance(value, list) or not value:
+        fields.fail(field, f"must be a list of turns and not empty; it is {value!r:.60}")
+    turns = tuple(turn_of(fields, f"{field}[{number}]", turn) for number, turn in enumerate(value))
+    for number, turn in enumerate(turns):
+        if turn.role == "system" and number > 0:
+            fields.fail(f"{field}[{number}].role", "is 'system'; only the first turn may be")
+    return turns
+
+
+def turn_of(fields: Fields, at: str, turn: Any) -> Message:
+    """One turn in either form; ``at`` names it in errors."""
+    if not isinstance(turn, Mapping):
+        fields.fail(at, f"must be an object with 'role' and 'content'; it is {turn!r:.60}")
+    if "from" in turn and "role" not in turn:
+        return _sharegpt(fields, at, turn)
+    role = turn.get("role")
+    if role not in _ROLES_OPENAI:
+        fields.fail(f"{at}.role", f"must be one of {', '.join(ROLES)}; it is {role!r:.60}")
+    calls = turn.get("tool_calls") or []
+    if not isinstance(calls, list):
+        fields.fail(f"{at}.tool_calls", f"must be a list; it is {calls!r:.60}")
+    content = _joined(fields, f"{at}.content", turn.get("content"))
+    if not is_text(content) and not (calls and content in ("", None)):
+        fields.fail(f"{at}.content", f"must be text and not empty; it is {content!r:.60}")
+    return Message(
+        role=_ROLES_OPENAI[role],
+        content=content or "",
+        tool_calls=tuple(_call(fields, f"{at}.tool_calls", call) for call in calls),
+        learned=_learned(fields, at, turn),
+    )
+
+
+def tools_of(fields: Fields, field: str = "tools") -> tuple[Mapping[str, Any], ...]:
+    """The tools that a row offers, as chat templates take them; none where the field is absent or empty.
+
+    Raises:
+        DataError: it is no list of objects with a name.
+    """
+    value = fields.row.get(field)
+    if value in (None, "", []):
+        return ()
+    found = fields.parsed(field, value)
+    if not isinstance(found, list):
+        fields.fail(field, f"must be a list of tools; it is {value!r:.60}")
+    tools = []
+    for number, tool in enumerate(found):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not is_text(function.get("name")):
+            fields.fail(f"{field}[{number}]", f"must be an object with a 'name'; it is {tool!r:.60}")
+        tools.append({"type": "function", "function": dict(function)})
+    return tuple(tools)
+
+
+def _sharegpt(fields: Fields, at: str, turn: Mapping[str, Any]) -> Message:
+    role, value = turn["from"], turn.get("value")
+    if role not in _ROLES_SHAREGPT:
+        fields.fail(f"{at}.from", f"must be one of {', '.join(_ROLES_SHAREGPT)}; it is {role!r:.60}")
+    if not is_text(value):
+        fields.fail(f"{at}.value", f"must be text and not empty; it is {value!r:.60}")
+    learned = _learned(fields, at, turn)
+    if role != "function_call":
+        return Message(role=_ROLES_SHAREGPT[role], content=str(value), learned=learned)
+    called = fields.parsed(f"{at}.value", value)
+    calls = tuple(_call(fields, f"{at}.value", call) for call in (called if isinstance(called, list) else [called]))
+    return Message(role="assistant", content="", tool_calls=calls, learned=learned)
+
+
+def _call(fields: Fields, at: str, call: Any) -> Mapping[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not is_text(function.get("name")):
+        fields.fail(at, f"must have a function with a 'name'; it is {call!r:.60}")
+    arguments = fields.parsed(at, function.get("arguments") or {})
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _joined(fields: Fields, at: str, content: Any) -> Any:
+    """Content in parts, ``[{"type": "text", "text": …}]``, as one text."""
+    if not isinstance(content, list):
+        return content
+    texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+        fields.fail(at, f"must have parts of text only; it is {content!r:.60}")
+    return "".join(str(text) for text in texts)
+
+
+def _learned(fields: Fields, at: str, turn: Mapping[str, Any]) -> bool:
+    weight = turn.get("weight", 1)
+    if weight not in (0, 1):
+        fields.fail(f"{at}.weight", f"must be 0 or 1; it is {weight!r:.60}")
+    return bool(weight)

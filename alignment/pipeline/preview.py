@@ -1,0 +1,42 @@
+"""``align preview``: some rows of each training stage as they will be learned from, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from alignment import launcher
+from alignment.config.stage import Trained
+from alignment.errors import ConfigError
+from alignment.pipeline import handover
+from alignment.pipeline.display import display_for
+from alignment.pipeline.plan import make_plan
+from alignment.pipeline.run import with_models
+
+
+def show_preview(console: Console, recipe: str, overrides: Sequence[str], *, stage: str | None, rows: int) -> int:
+    """Prints it; returns the exit code.
+
+    Raises:
+        AlignmentError: a fault in the plan; no such stage.
+    """
+    plan = make_plan(recipe, overrides)
+    plan = with_models(plan, display_for(console), stages=plan.stages)
+    known = [one for one in plan.stages if isinstance(one.config, Trained)]
+    chosen = [one for one in known if stage in (None, one.name)]
+    if not chosen:
+        names = ", ".join(one.name for one in known)
+        raise ConfigError(f"{stage!r} is no stage that trains; one of: {names}", where="--stage")
+    environment = launcher.environment(launcher.count_cores(), os.environ.get("PYTHONPATH", ""))
+    with tempfile.TemporaryDirectory() as folder:
+        files = [
+            str(handover.write_stage_file(plan, one, git_commit="", folder=Path(folder) / one.name)) for one in chosen
+        ]
+        argv = [sys.executable, "-m", "alignment.preview", *files, "--rows", str(rows)]
+        return subprocess.run(argv, env={**os.environ, **environment}, check=False).returncode

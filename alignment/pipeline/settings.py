@@ -1,0 +1,56 @@
+"""What no rule for a single field can say: settings that only together cannot be right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from alignment.config.adapter import AdapterKind
+from alignment.config.data import DataConfig, SourceConfig
+from alignment.config.faults import Fault
+from alignment.config.model import Dtype
+from alignment.config.near import suggestion
+from alignment.config.run import RunConfig
+from alignment.config.stage import PpoConfig, ReportConfig, Trained
+from alignment.data.formats import FORMATS
+
+
+def faults(config: RunConfig) -> list[Fault]:
+    """Everything wrong with a run's adapters and data."""
+    found: list[Fault] = []
+    for name, stage in config.stages.items():
+        where = f"stages.{name}"
+        if isinstance(stage, Trained):
+            found += _adapter_faults(stage, config.model.dtype, f"{where}.adapter.master_weights")
+        if not isinstance(stage, ReportConfig):
+            found += _data_faults(stage.data, f"{where}.data")
+        if isinstance(stage, PpoConfig):
+            found += _data_faults(stage.ptx.data, f"{where}.ptx.data")
+    return found
+
+
+def _adapter_faults(stage: Trained, dtype: Dtype, where: str) -> Iterator[Fault]:
+    if stage.adapter.master_weights:
+        return
+    if stage.adapter.kind is not AdapterKind.full:
+        yield Fault(where=where, message="false is read by nothing; only adapter.kind 'full' reads it")
+    elif dtype is Dtype.float32:
+        yield Fault(where=where, message="false saves nothing where model.dtype is float32; choose bfloat16, or true")
+
+
+def _data_faults(data: DataConfig, where: str) -> Iterator[Fault]:
+    yield from _format_faults(data, where)
+    for number, part in enumerate(data.mix):
+        place = f"{where}.mix[{number}]"
+        yield from _format_faults(part, place)
+        if (part.share is None) == (part.count is None):
+            yield Fault(where=place, message="set either share or count, such as share: 0.2")
+    shares = sum(part.share or 0.0 for part in data.mix)
+    if shares >= 1.0:
+        yield Fault(where=f"{where}.mix", message=f"the shares add up to {shares:g} and leave no room for own rows")
+
+
+def _format_faults(data: SourceConfig, where: str) -> Iterator[Fault]:
+    if data.format is not None and data.format not in FORMATS:
+        yield Fault(
+            where=f"{where}.format", message=f"{data.format!r} is no format; {suggestion(data.format, FORMATS)}"
+        )

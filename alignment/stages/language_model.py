@@ -1,0 +1,54 @@
+"""Next-token training on TRL's trainer, of rows that are tokens already: what SFT and continued pretraining share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset
+from peft import TaskType
+from trl import SFTConfig as TrlSftConfig
+from trl import SFTTrainer
+
+from alignment.config.stage import CptConfig, SftConfig
+from alignment.data.tokenize import TokenizedConversation
+from alignment.models.adapters import add_adapter
+from alignment.models.forward import install_causal
+from alignment.models.load import Lineage, load_policy, weights_dtype
+from alignment.stages.result import StageResult, save_model
+from alignment.training.adamw import adamw
+from alignment.training.arguments import common_arguments
+from alignment.training.context import StageContext
+from alignment.training.micro_batches import MicroBatches
+from alignment.training.session import train
+
+
+class PiecewiseSftTrainer(MicroBatches, SFTTrainer):
+    """TRL's trainer, an optimiser batch learned from in pieces."""
+
+
+def learn(
+    config: SftConfig | CptConfig,
+    context: StageContext,
+    found: Lineage,
+    tokenizer: Any,
+    rows: Sequence[TokenizedConversation],
+    metrics: dict[str, float],
+) -> StageResult:
+    """Trains on the rows and saves the model; ``metrics`` are told beside the last loss."""
+    policy = load_policy(found, weights_dtype(context.spec.model.dtype, config.adapter))
+    trainer = PiecewiseSftTrainer(
+        model=add_adapter(policy, config.adapter, TaskType.CAUSAL_LM),
+        args=TrlSftConfig(
+            **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
+            max_length=config.max_length,
+            packing=config.packing,
+        ),
+        train_dataset=Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows]),
+        processing_class=tokenizer,
+    )
+    trainer.micro_batch_tokens = config.optim.micro_batch_tokens
+    trainer.optimizer_cls_and_kwargs = adamw(config.adapter, config.optim, context)
+    install_causal(policy)
+    last = train(trainer, context, headline="loss")
+    return save_model(trainer.model, tokenizer, context, found, {"loss": last["loss"], **metrics})

@@ -1,0 +1,302 @@
+"""Rows of every public format become the records that a stage wants, or an error that names the field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.config.data import DataConfig
+from alignment.data.fields import Fields, SetAside
+from alignment.data.formats import FORMATS, detect, format_of
+from alignment.data.reading import Reading, iterate, start
+from alignment.data.records import Conversation, PreferencePair, Prompt, Record
+from alignment.errors import DataError
+
+PUBLIC = Path(__file__).parents[4] / "shared/data"
+ANSWER = {"role": "assistant", "content": "4."}
+ASKED = {"role": "user", "content": "2 + 2?"}
+GIVES: dict[str, tuple[str | None, int, str | None]] = {
+    # the last turn of the conversation, pairs, the prompt
+    "hh": ("4.", 1, "2 + 2?"),
+    "chosen_rejected": ("4.", 1, "2 + 2?"),
+    "preference": ("4.", 1, "2 + 2?"),
+    "stack_exchange": ("4.", 1, "2 + 2?"),
+    "ranked": ("4.", 1, "2 + 2?"),
+    "kto": ("4.", 0, "2 + 2?"),
+    "messages": ("Hello.", 0, "Hi"),
+    "sharegpt": ("Hello.", 0, "Hi"),
+    "prompt_completion": ("4.", 0, "2 + 2?"),
+    "alpaca": ("4.", 0, "Add the numbers.\n\n2 and 2"),
+    "question_answer": ("2 and 2 make 4.\n#### 4", 0, "2 + 2?"),
+    "turns": (None, 0, "Write a haiku."),
+    "prompt": (None, 0, "Summarise: the shop is closed on Monday."),
+    "text": (None, 0, None),
+}
+
+
+def _records(record: type[Record], row: Any, name: str | None = None) -> list[Any]:
+    form = FORMATS[name] if name else format_of(row)
+    assert form is not None
+    return list(record.of(form.read(Fields(row, where="rows.jsonl:7", example=form.row))))
+
+
+def _or_none(record: type[Record], row: Any) -> list[Any]:
+    try:
+        return _records(record, row)
+    except DataError:
+        return []
+
+
+def test_every_format_is_in_the_table() -> None:
+    assert set(GIVES) == set(FORMATS)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_row_of_a_format_is_told_from_all_others_and_gives_its_records(name: str) -> None:
+    row = json.loads(FORMATS[name].row)
+    assert format_of(row) is FORMATS[name]
+    last, pairs, asked = GIVES[name]
+    assert [one.messages[-1].content for one in _or_none(Conversation, row)] == ([last] if last else [])
+    assert len(_or_none(PreferencePair, row)) == pairs
+    assert [one.messages[-1].content for one in _or_none(Prompt, row)] == ([asked] if asked else [])
+    for pair in _or_none(PreferencePair, row):
+        assert (pair.chosen, pair.rejected) == ("4.", "5.")
+
+
+OTHER_FORMS = {
+    "a prompt of turns, answers as text": (
+        "preference",
+        {"prompt": [ASKED], "chosen": "4.", "rejected": "5."},
+    ),
+    "answers as turns": (
+        "preference",
+        {"prompt": "2 + 2?", "chosen": [ANSWER], "rejected": [{"role": "assistant", "content": "5."}]},
+    ),
+    "ShareGPT pairs": (
+        "preference",
+        {
+            "conversations": [{"from": "human", "value": "2 + 2?"}],
+            "chosen": {"from": "gpt", "value": "4."},
+            "rejected": {"from": "gpt", "value": "5."},
+        },
+    ),
+    "an instruction with two answers": ("preference", {"instruction": "2 + 2?", "chosen": "4.", "rejected": "5."}),
+    "UltraFeedback with its prompt again": (
+        "chosen_rejected",
+        {"prompt": "2 + 2?", "chosen": [ASKED, ANSWER], "rejected": [ASKED, {"role": "assistant", "content": "5."}]},
+    ),
+    "ranks, 1 is best": (
+        "ranked",
+        {"prompt": "2 + 2?", "completions": [{"content": "5.", "rank": 2}, {"content": "4.", "rank": 1}]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_other_writings_of_a_pair_are_the_same_pair(name: str) -> None:
+    form, row = OTHER_FORMS[name]
+    found = format_of(row)
+    assert found is not None
+    assert found.name == form
+    (pair,) = _records(PreferencePair, row)
+    assert [turn.as_dict() for turn in pair.messages] == [ASKED]
+    assert (pair.chosen, pair.rejected) == ("4.", "5.")
+
+
+def test_a_ranked_list_gives_every_pair_of_different_rank_and_its_best_answer() -> None:
+    scored = [{"text": text, "score": score} for text, score in (("b", 5), ("a", 9), ("c", 5), ("d", 1))]
+    row = {"prompt": "?", "completions": scored}
+    pairs = {(pair.chosen, pair.rejected) for pair in _records(PreferencePair, row)}
+    assert pairs == {("a", "b"), ("a", "c"), ("a", "d"), ("b", "d"), ("c", "d")}
+    (conversation,) = _records(Conversation, row)
+    assert conversation.messages[-1].content == "a"
+    with pytest.raises(SetAside, match="are all of the same rank"):
+        _records(PreferencePair, {"prompt": "?", "completions": [scored[0], scored[2]]})
+
+
+def test_a_bad_answer_is_set_aside_in_sft_and_still_a_prompt() -> None:
+    row = {"messages": [ASKED, ANSWER], "label": False}
+    with pytest.raises(SetAside, match="'label' says that the answer is a bad one"):
+        _records(Conversation, row)
+    (prompt,) = _records(Prompt, row)
+    assert [turn.as_dict() for turn in prompt.messages] == [ASKED]
+    assert _records(Conversation, {"prompt": "?", "completion": "4.", "label": "True"})
+
+
+def test_transcripts_with_an_empty_turn_are_set_aside() -> None:
+    row = {"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: b"}
+    with pytest.raises(SetAside, match="'chosen' has an empty turn of the Assistant"):
+        _records(PreferencePair, row)
+
+
+def test_pairs_that_answer_different_prompts_are_set_aside() -> None:
+    row = {"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4.", "rejected": "\n\nHuman: 2+2\n\nAssistant: 5."}
+    with pytest.raises(SetAside, match="'rejected' differs from 'chosen' before its last turn"):
+        _records(PreferencePair, row)
+
+
+def test_a_transcript_keeps_its_turns_and_its_blank_lines() -> None:
+    start = "\n\nHuman: First.\n\nSecond line.\n\nAssistant: Yes.\n\nHuman: Really?\n\nAssistant:"
+    (pair,) = _records(PreferencePair, {"chosen": f"{start} Of course.", "rejected": f"{start} No."})
+    assert [(turn.role, turn.content) for turn in pair.messages] == [
+        ("user", "First.\n\nSecond line."),
+        ("assistant", "Yes."),
+        ("user", "Really?"),
+    ]
+    assert (pair.chosen, pair.rejected) == ("Of course.", "No.")
+
+
+def test_system_and_history_of_alpaca_go_before_its_instruction() -> None:
+    row = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]}
+    (conversation,) = _records(Conversation, row)
+    assert [(turn.role, turn.content) for turn in conversation.messages] == [
+        ("system", "s"),
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "c"),
+        ("assistant", "d"),
+    ]
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+
+
+def test_tools_calls_and_their_results_are_kept_in_both_forms() -> None:
+    sharegpt = {
+        "conversations": [
+            {"from": "human", "value": "2 + 2?"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
+            {"from": "observation", "value": "4"},
+            {"from": "gpt", "value": "4."},
+        ],
+        "tools": '[{"name": "add", "parameters": {"type": "object"}}]',
+    }
+    openai = {
+        "messages": [
+            ASKED,
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}],
+            },
+            {"role": "tool", "content": "4", "tool_call_id": "1"},
+            ANSWER,
+        ],
+        "tools": [TOOL],
+    }
+    for row in (sharegpt, openai):
+        (conversation,) = _records(Conversation, row)
+        assert list(conversation.tools) == [TOOL]
+        assert [turn.role for turn in conversation.messages] == ["user", "assistant", "tool", "assistant"]
+        assert list(conversation.messages[1].tool_calls) == [CALL]
+
+
+def test_a_turn_of_weight_0_is_read_and_not_learned() -> None:
+    row = {"messages": [ASKED, {**ANSWER, "weight": 0}, ASKED, {**ANSWER, "weight": 1}]}
+    (conversation,) = _records(Conversation, row)
+    assert [turn.learned for turn in conversation.messages] == [True, False, True, True]
+
+
+FAULTS = [
+    ("alpaca", {"instruction": "Add.", "output": ""}, "'output' must be text and not empty; it is ''"),
+    ("alpaca", {"instruction": "a", "input": 3, "output": "b"}, "'input' must be text; it is 3"),
+    ("alpaca", {"instruction": "a", "output": "b", "history": ["x"]}, "'history[0]' must be a question and an answer"),
+    ("kto", {"prompt": "a", "completion": "b", "label": "maybe"}, "'label' must be true or false; it is 'maybe'"),
+    ("hh", {"chosen": "Hello", "rejected": "x"}, "'chosen' must be a transcript that begins with 'Human:'"),
+    ("ranked", {"prompt": "a", "completions": [{"text": "b"}]}, "'completions[0]' has no number under any of score"),
+    ("ranked", {"prompt": "a", "completions": [{"score": 1}]}, "'completions[0]' has no text under any of text"),
+    ("ranked", {"prompt": "a", "completions": "b"}, "'completions' must be a list and not empty; it is 'b'"),
+    ("sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, "'conversations[0].from' must be one of system"),
+    (
+        "sharegpt",
+        {"conversations": [{"from": "function_call", "value": "{"}]},
+        "'conversations[0].value' must be JSON; it is '{'",
+    ),
+    ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "must have parts of text only"),
+    ("messages", {"messages": [{**ASKED, "weight": 2}]}, "'messages[0].weight' must be 0 or 1; it is 2"),
+    ("messages", {"messages": [ASKED], "tools": [3]}, "'tools[0]' must be an object with a 'name'; it is 3"),
+    ("turns", {"turns": [""]}, "'turns[0]' must be text and not empty; it is ''"),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "message"), FAULTS, ids=[text[:40] for *_, text in FAULTS])
+def test_a_fault_is_named_by_the_column_of_the_format(name: str, row: Any, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        _records(Conversation, row, name)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("rows.jsonl:7: ")
+
+
+def test_where_no_row_fits_its_columns_still_tell_what_is_wrong_with_it() -> None:
+    assert detect([{"messages": []}, {"messages": 3, "id": 1}], where="x").name == "messages"
+
+
+def test_most_rows_decide_and_unknown_columns_are_listed() -> None:
+    alpaca, pair = json.loads(FORMATS["alpaca"].row), json.loads(FORMATS["preference"].row)
+    assert detect([alpaca, pair, alpaca], where="x").name == "alpaca"
+    with pytest.raises(DataError) as caught:
+        detect([{"q": "a"}, {"r": 1}], where="rows.csv")
+    assert "no format is known for rows with the columns 'q', 'r'" in str(caught.value)
+
+
+# file, format, conversations, pairs, prompts; pairs are 0 where rows hold none
+FILES = [
+    ("hh-rlhf/harmless_base.jsonl", "hh", 1524, 1524, 1524),
+    ("oasst/pairs.jsonl", "preference", 412, 412, 412),
+    ("llamafactory-demo/alpaca_en_demo.json", "alpaca", 999, 0, 999),
+    ("llamafactory-demo/dpo_en_demo.json", "preference", 300, 300, 300),
+    ("llamafactory-demo/kto_en_demo.json", "kto", 150, 0, 300),
+    ("llamafactory-demo/glaive_toolcall_en_demo.json", "sharegpt", 300, 0, None),
+    ("llamafactory-demo/identity.json", "alpaca", 91, 0, 91),
+    ("llamafactory-demo/c4_demo.jsonl", "text", 0, 0, 0),  # texts, for continued pretraining
+    ("gsm8k/train.jsonl", "question_answer", 2000, 0, 2000),
+    ("mt-bench/question.jsonl", "turns", 0, 0, 80),
+    ("torchtune-tiny/alpaca_tiny.json", "alpaca", None, 0, None),
+    ("torchtune-tiny/chat_tiny.json", "sharegpt", 1, 0, 1),
+    ("torchtune-tiny/hh_rlhf_tiny.json", "chosen_rejected", 1, 1, 1),
+    ("torchtune-tiny/stack_exchange_paired_tiny.json", "stack_exchange", None, None, None),
+]
+
+
+@pytest.mark.skipif(not PUBLIC.is_dir(), reason="no public data in ../shared/data")
+@pytest.mark.parametrize(("file", "name", "conversations", "pairs", "prompts"), FILES, ids=[file[0] for file in FILES])
+def test_public_files_are_what_they_are(
+    file: str, name: str, conversations: int | None, pairs: int | None, prompts: int | None
+) -> None:
+    data = DataConfig(source="", placeholders={"name": "Ada", "author": "Bob"})
+    reading = start(PUBLIC / file, data)
+    assert reading.format.name == name
+    for record, expected in ((Conversation, conversations), (PreferencePair, pairs), (Prompt, prompts)):
+        told = Reading(path=reading.path, format=reading.format)
+        if expected == 0:
+            with pytest.raises(DataError):
+                list(iterate(reading.path, record, data, reading=told))
+            continue
+        found = list(iterate(reading.path, record, data, reading=told))
+        assert len(found) == (told.rows - len(told.set_aside) if expected is None else expected)
+        assert not told.faults
+        assert not any("{{" in turn.content for one in found for turn in one.messages if file.endswith("identity.json"))
+
+
+def _cells(row: Any) -> list[str]:
+    """What the user guide's table says of a row, from the records that it gives."""
+    conversations, pairs, prompts = (_or_none(record, row) for record in (Conversation, PreferencePair, Prompt))
+    return [
+        f"learns `{json.dumps(conversations[0].messages[-1].content)}`" if conversations else "–",
+        f"`{json.dumps(pairs[0].chosen)}` over `{json.dumps(pairs[0].rejected)}`" if pairs else "–",
+        f"asks `{json.dumps(prompts[0].messages[-1].content)}`" if prompts else "–",
+    ]
+
+
+def test_the_user_guide_shows_every_format_with_what_its_row_gives() -> None:
+    page = (Path(__file__).parents[3] / "docs/data.md").read_text(encoding="utf-8")
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    shown = {name.split("`")[1]: (row.strip("`"), cells) for name, row, *cells in lines if cells}
+    assert list(shown) == list(FORMATS)
+    for name, (row, cells) in shown.items():
+        assert row == FORMATS[name].row
+        assert cells == _cells(json.loads(row))

@@ -1,0 +1,222 @@
+"""Files as rows, rows as records: every kind of file, every fault named in one pass, and what may be skipped."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from alignment.config.data import DataConfig, OnError
+from alignment.data.doctor import examine
+from alignment.data.files import RawRow, files_of, rows_of
+from alignment.data.reading import Reading, iterate, read_records, start
+from alignment.data.records import Conversation, PreferencePair
+from alignment.errors import DataError
+
+ROWS = [{"instruction": f"Add {number}.", "input": "", "output": f"It is {number}."} for number in range(5)]
+ALL = DataConfig(source="")
+
+
+def _lines(rows: list[Any]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _write(path: Path) -> None:
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(ROWS), path)
+    elif path.name.endswith(".csv"):
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(ROWS[0]))
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(_lines(ROWS).encode()))
+    else:
+        path.write_text(json.dumps(ROWS) if path.name == "list.json" else _lines(ROWS))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "list.json", "lines.json", "a.csv", "a.parquet", "a.jsonl.gz"])
+def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, name: str) -> None:
+    _write(tmp_path / name)
+    found = read_records(tmp_path / name, Conversation, ALL)
+    assert [one.messages[-1].content for one in found] == [row["output"] for row in ROWS]
+    assert all(one.where.startswith(str(tmp_path / name)) for one in found)
+
+
+def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name, row in (("b.jsonl", ROWS[1]), ("a.json", ROWS[0])):
+        (tmp_path / name).write_text(json.dumps([row]) if name.endswith(".json") else json.dumps(row))
+    (tmp_path / "README.md").write_text("not data")
+    assert [path.name for path in files_of(tmp_path)] == ["a.json", "b.jsonl"]
+    assert [one.messages[-1].content for one in read_records(tmp_path, Conversation, ALL)] == ["It is 0.", "It is 1."]
+
+
+def test_lines_of_a_csv_are_counted_where_fields_have_breaks(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text('prompt,completion\n"two\nlines",yes\nshort\nb,c\n')
+    rows = list(rows_of(file))
+    assert isinstance(rows[0], RawRow)
+    assert rows[0].value == {"prompt": "two\nlines", "completion": "yes"}
+    assert str(rows[1]) == f"{file}:4: has not the 2 fields of the header"
+    assert isinstance(rows[2], RawRow)
+    assert rows[2].where == f"{file}:5"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"x", "is of no known kind"),
+        ("a.json", b'"x"', "is JSON, but no list of rows"),
+        ("a.json", b"[1,", "not JSON: "),
+        ("a.parquet", b"PAR0", "not Parquet: "),
+        ("a.jsonl.gz", b"not packed", "cannot be unpacked: "),
+        ("a.csv", b"a\n\xff\n", "not UTF-8: "),
+    ],
+)
+def test_a_file_that_cannot_be_read_at_all_says_why(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        list(rows_of(tmp_path / name))
+    assert message in str(caught.value)
+
+
+def test_an_empty_folder_holds_no_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no data file"):
+        files_of(tmp_path)
+
+
+ASKED = {"role": "user", "content": "a"}
+GOOD = {"messages": [ASKED, {"role": "assistant", "content": "b"}]}
+PLANTED: list[tuple[Any, str]] = [
+    (b'{"messages": [', "not JSON"),
+    (b'{"messages": "\xff"}', "not UTF-8"),
+    (b"[1, 2]", "a row must be a JSON object; [1, 2] is none"),
+    (b"null", "a row must be a JSON object; None is none"),
+    (b'"text"', "a row must be a JSON object"),
+    (b"NaN", "a row must be a JSON object; nan is none"),
+    ({}, "'messages' is missing; the row has no fields"),
+    ({"message": []}, "'messages' is missing; the row has 'message'"),
+    ({"messages": None}, "'messages' is missing"),
+    ({"messages": []}, "'messages' must be a list of turns and not empty; it is []"),
+    ({"messages": 7}, "'messages' must be text and not empty; it is 7"),
+    ({"messages": {"role": "user"}}, "'messages' must be text and not empty; it is {'role': 'user'}"),
+    ({"messages": ["a"]}, "'messages[0]' must be an object with 'role' and 'content'; it is 'a'"),
+    ({"messages": [{}]}, "'messages[0].role' must be one of system, user, assistant, tool; it is None"),
+    ({"messages": [{**ASKED, "role": "boss"}]}, "'messages[0].role' must be one of"),
+    ({"messages": [{**ASKED, "role": 1}]}, "'messages[0].role' must be one of"),
+    ({"messages": [{"role": "user"}]}, "'messages[0].content' must be text and not empty; it is None"),
+    ({"messages": [{**ASKED, "content": ""}]}, "'messages[0].content' must be text and not empty; it is ''"),
+    ({"messages": [{**ASKED, "content": " \n"}]}, "'messages[0].content' must be text and not empty"),
+    ({"messages": [{**ASKED, "content": 3}]}, "'messages[0].content' must be text and not empty; it is 3"),
+    ({"messages": [{**ASKED, "content": [3]}]}, "'messages[0].content' must have parts of text only"),
+    ({"messages": [ASKED]}, "'messages' must end with an assistant turn; the last one's role is 'user'"),
+    ({"messages": [*GOOD["messages"], ASKED]}, "'messages' must end with an assistant turn"),
+    ({"messages": [ASKED, {**ASKED, "role": "system"}]}, "'messages[1].role' is 'system'; only the first turn may be"),
+    ({"messages": [ASKED, {"role": "assistant", "content": None}]}, "'messages[1].content' must be text"),
+    ({"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [{}]}]}, "must have a function with a"),
+    ({"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": "x"}]}, "tool_calls' must be a list"),
+    ({**GOOD, "tools": "{"}, "'tools' must be JSON; it is '{'"),
+    ({**GOOD, "tools": {"name": "x"}}, "'tools' must be a list of tools"),
+    ({"messages": [{**ASKED, "content": "x" * 2_000_000}]}, "'messages' must end with an assistant turn"),
+]
+
+
+def _planted(folder: Path) -> Path:
+    file = folder / "rows.jsonl"
+    lines = [json.dumps(GOOD).encode()] * 3
+    for content, _ in PLANTED:
+        lines += [content if isinstance(content, bytes) else json.dumps(content).encode(), json.dumps(GOOD).encode()]
+    file.write_bytes(b"\n".join(lines))
+    return file
+
+
+def test_thirty_planted_faults_are_all_found_in_one_pass(tmp_path: Path) -> None:
+    file = _planted(tmp_path)
+    assert len(PLANTED) == 30
+    reading = start(file, ALL)
+    with pytest.raises(DataError) as caught:
+        list(iterate(file, Conversation, ALL, reading=reading))
+    assert caught.value.exit_code == 3
+    assert str(caught.value).startswith("30 faulty rows:\n")
+    assert "and 10 more" in str(caught.value)
+    for number, (fault, (_, message)) in enumerate(zip(reading.faults, PLANTED, strict=True)):
+        assert fault.where == f"{file}:{4 + 2 * number}"
+        assert message in fault.message
+        assert len(fault.message) < 300, "a value is shortened"
+        assert fault.remedy
+
+
+def test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed(tmp_path: Path) -> None:
+    file = _planted(tmp_path)
+    skip = DataConfig(source="", on_error=OnError.skip, max_skipped=0.5)
+    reading = start(file, skip)
+    assert len(list(iterate(file, Conversation, skip, reading=reading))) == 33
+    assert [entry["where"] for entry in reading.ledger()] == [f"{file}:{4 + 2 * number}" for number in range(30)]
+    assert {entry["kind"] for entry in reading.ledger()} == {"fault"}
+    with pytest.raises(DataError, match=r"more than 5% of 63 rows are faulty; 30 faulty rows:"):
+        read_records(file, Conversation, DataConfig(source="", on_error=OnError.skip))
+
+
+def test_columns_of_other_names_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(_lines([{"q": "2 + 2?", "good": "4.", "bad": "5.", "prompt": "unrelated"}]))
+    data = DataConfig(source="", columns={"prompt": "q", "chosen": "good", "rejected": "bad"})
+    (pair,) = read_records(file, PreferencePair, data)
+    assert (pair.messages[0].content, pair.chosen, pair.rejected) == ("2 + 2?", "4.", "5.")
+    file.write_text(_lines([{"q": "2 + 2?"}]))
+    with pytest.raises(DataError, match="no format is known for rows with the columns 'q'"):
+        read_records(file, PreferencePair, ALL)
+
+
+def test_placeholders_are_filled_everywhere_and_others_left(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(
+        _lines([{"messages": [{**ASKED, "content": "{{name}}?"}, *GOOD["messages"][1:]], "n": "{{other}}"}])
+    )
+    found = examine(file, ALL)
+    assert dict(found.placeholders) == {"name": 1, "other": 1}
+    data = DataConfig(source="", placeholders={"name": "Ada"})
+    (conversation,) = read_records(file, Conversation, data)
+    assert conversation.messages[0].content == "Ada?"
+    assert dict(examine(file, data).placeholders) == {"other": 1}
+
+
+def test_a_file_of_which_all_rows_are_set_aside_says_why(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(_lines([{"prompt": "a", "completion": "b", "label": False}] * 2))
+    with pytest.raises(DataError) as caught:
+        read_records(file, Conversation, ALL)
+    assert "holds no row that can be used: all 2 rows were set aside ('label' says that the answer is a bad" in str(
+        caught.value
+    )
+
+
+def test_a_limit_counts_records_and_faults_behind_it_are_not_looked_for(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(_lines([GOOD, GOOD, {"messages": []}]))
+    assert len(read_records(file, Conversation, DataConfig(source="", limit=2))) == 2
+    reading = Reading(path=file, format=start(file, ALL).format)
+    with pytest.raises(DataError):
+        list(iterate(file, Conversation, ALL, reading=reading))
+
+
+def test_the_doctor_says_what_each_stage_can_make_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    pair = {"prompt": "2 + 2?", "chosen": "4.", "rejected": "5."}
+    file.write_text(_lines([pair, pair, {**pair, "rejected": "4."}, {**pair, "prompt": ""}]))
+    found = examine(file, ALL)
+    assert found.format.name == "preference"
+    assert found.meant_for == ["sft", "reward, dpo", "ppo"]
+    uses = {name: (use.records, use.repeated, len(use.faults)) for name, use in found.uses.items()}
+    assert uses == {"sft": (3, 2, 1), "reward, dpo": (2, 1, 2), "ppo": (3, 2, 1)}
+    assert sorted(fault.where for fault in found.faults) == [f"{file}:3", f"{file}:4"]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(_lines([{"prompt": "a"}, {"prompt": "b"}]))
+    assert examine(prompts, ALL).meant_for == ["ppo"]
+    assert not examine(prompts, ALL).faults
