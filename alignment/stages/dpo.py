@@ -28,6 +28,7 @@ from alignment.models.load import (
     lineage,
     load_policy,
     load_tokenizer,
+    products_in,
     weights_dtype,
 )
 from alignment.stages.pairs import read_pairs
@@ -109,7 +110,19 @@ def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: An
     install_causal(policy)
     if reference is not None:
         install_causal(reference)
+        _compute_like_the_policy(reference, context)
     return trainer
+
+
+def _compute_like_the_policy(reference: Any, context: StageContext) -> None:
+    """Accelerate puts autocast around the forward of a model that is trained, and of no other."""
+    forward = reference.forward
+
+    def in_the_products_dtype(*args: Any, **kwargs: Any) -> Any:
+        with products_in(context.spec.model.dtype, context.device):
+            return forward(*args, **kwargs)
+
+    reference.forward = in_the_products_dtype
 
 
 def _add_reference(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,17 @@ def test_live_and_precomputed_references_train_the_same_policy(folder: Path, ada
     live = _train(folder, config)
     precomputed = _train(folder, replace(config, precompute_reference=True))
     assert float((live - precomputed).norm() / live.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, FULL, replace(FULL, master_weights=False)], ids=["lora", "full", "bare"])
+def test_a_live_reference_computes_in_the_format_of_the_policy(folder: Path, adapter: AdapterConfig) -> None:
+    """Else the first loss would be ln 2 but for the rounding of bfloat16, and every later one would carry it on."""
+    config = DpoConfig(optim=OPTIM, adapter=adapter)
+    half = ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)
+    context = StageContext(spec=tiny_spec(folder, config, model=half), rank=0, world_size=1)
+    dpo.run(config, context)
+    first = MetricsLog(context.content / "metrics.jsonl").rows()[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_the_reference_is_computed_once_and_again_when_something_changed(
