@@ -95,9 +95,21 @@ def stream(rows: Sequence[Sequence[int]], device: torch.device, *, share: bool =
 def by_tokens(lengths: Sequence[int], limit: int, *, behind: Sequence[int] | None = None) -> list[range]:
     """Consecutive rows whose tokens add up to at most ``limit``; a longer row stands alone.
 
-    ``behind`` are the rows' tokens where the row before is in the same piece, if that makes a difference. Example:
-    lengths ``[3, 3, 9, 1]`` with limit 6 give rows 0-1, 2, 3.
+    There are as few pieces as can be, and of these the largest is as small as can be: a small rest would cost more than
+    its share of time, and a full piece more memory than it must. ``behind`` are the rows' tokens where the row before
+    is in the same piece, if that makes a difference. Examples: lengths ``[3, 3, 9, 1]`` with limit 6 give rows 0-1, 2,
+    3; lengths ``[2, 2, 2, 2]`` with limit 6 give rows 0-1, 2-3.
     """
+    fewest = len(_filled(lengths, limit, behind))
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_filled(lengths, middle, behind)) == fewest else (middle + 1, high)
+    return _filled(lengths, high, behind)
+
+
+def _filled(lengths: Sequence[int], limit: int, behind: Sequence[int] | None) -> list[range]:
+    """Each piece takes rows until the next one would be too much."""
     found: list[range] = []
     start, tokens = 0, 0
     for row, length in enumerate(lengths):

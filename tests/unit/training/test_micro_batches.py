@@ -46,9 +46,12 @@ TEXT = "the keys are with the caretaker in the hall and the shop is closed on Mo
         ([3, 3], 100, [(0, 2)]),
         ([7], 1, [(0, 1)]),
         ([1, 1, 1], 1, [(0, 1), (1, 2), (2, 3)]),
+        ([2, 2, 2, 2], 6, [(0, 2), (2, 4)]),
+        ([5, 1, 1, 1, 1], 8, [(0, 1), (1, 5)]),
+        ([9, 2, 2, 2], 4, [(0, 1), (1, 3), (3, 4)]),
     ],
 )
-def test_rows_are_cut_where_their_tokens_reach_the_limit(
+def test_rows_are_cut_into_few_pieces_of_like_size(
     lengths: list[int], limit: int, expected: list[tuple[int, int]]
 ) -> None:
     assert [(piece.start, piece.stop) for piece in by_tokens(lengths, limit)] == expected
