@@ -9,6 +9,7 @@ import csv
 import gzip
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,10 @@ def rows_of(path: Path) -> Iterator[RawRow | DataError]:
         DataError: the file as a whole cannot be read.
     """
     for file in files_of(path):
-        yield from _READERS[_suffix(file)](file)
+        try:
+            yield from _READERS[_suffix(file)](file)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"cannot be read or unpacked: {error}", where=str(file)) from error
 
 
 def files_of(path: Path) -> list[Path]:
@@ -62,13 +66,9 @@ def _open(path: Path) -> BinaryIO:
 
 def _json_lines(path: Path) -> Iterator[RawRow | DataError]:
     with _open(path) as stream:
-        number = 0
-        try:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield _parsed(line, f"{path}:{number}")
-        except (OSError, EOFError) as error:
-            raise DataError(f"cannot be unpacked: {error}", where=f"{path}:{number + 1}") from error
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield _parsed(line, f"{path}:{number}")
 
 
 def _parsed(text: bytes, where: str) -> RawRow | DataError:

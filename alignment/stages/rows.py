@@ -27,6 +27,8 @@ def rows_of(context: StageContext, record: type[R], data: DataConfig, *, field: 
         DataError: rows are faulty and may not be skipped, no record is left, or too few to mix.
     """
     spec = context.spec
+    if field == "data" and context.is_main:  # an interrupted attempt has left its own list
+        (context.content / LEFT_OUT).unlink(missing_ok=True)
     own = _read(context, record, data, spec.data_path if field == "data" else spec.extra_data[field])
     if not data.mix:
         return own

@@ -75,7 +75,8 @@ def test_lines_of_a_csv_are_counted_where_fields_have_breaks(tmp_path: Path) -> 
         ("a.json", b'"x"', "is JSON, but no list of rows"),
         ("a.json", b"[1,", "not JSON: "),
         ("a.parquet", b"PAR0", "not Parquet: "),
-        ("a.jsonl.gz", b"not packed", "cannot be unpacked: "),
+        ("a.jsonl.gz", b"not packed", "cannot be read or unpacked: "),
+        ("a.json.gz", b"not packed", "cannot be read or unpacked: "),
         ("a.csv", b"a\n\xff\n", "not UTF-8: "),
     ],
 )
