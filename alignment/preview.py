@@ -15,7 +15,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.text import Text
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from alignment.config.data import OnError
@@ -25,6 +24,7 @@ from alignment.data.records import Conversation, PlainText, PreferencePair, Prom
 from alignment.data.sources import RECORDS
 from alignment.data.tokenize import IGNORED, answer_ids, prompt_ids, tokenize_conversation, tokenize_text
 from alignment.errors import AlignmentError, DataError
+from alignment.models.load import load_tokenizer
 from alignment.stage_spec import StageSpec, read_spec
 
 LOOKED_AT = 5_000
@@ -80,7 +80,7 @@ def show_stage(console: Console, spec: StageSpec, *, rows: int) -> None:
     """
     config = spec.config
     assert isinstance(config, Trained), "the driver hands on training stages"
-    tokenizer = AutoTokenizer.from_pretrained(str(spec.base_path), trust_remote_code=False)
+    tokenizer = load_tokenizer(spec.base_path)
     limit = config.max_prompt_length if isinstance(config, PpoConfig) else config.max_length
     mixed = [(part, spec.extra_data[f"data.mix[{number}]"]) for number, part in enumerate(config.data.mix)]
     for data, path in [(config.data, spec.data_path), *mixed]:

@@ -92,15 +92,13 @@ def _of_use(records: str, use: Use, found: Diagnosis) -> str:
 
 def _set_aside(found: Diagnosis) -> dict[str, tuple[list[str], list[str]]]:
     """For each reason the stages that set rows aside for it, and which rows."""
-    reasons: dict[str, tuple[list[str], list[str]]] = {}
+    reasons: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     for stages in found.meant_for:
         for error in found.uses[stages].set_aside:
-            told, places = reasons.setdefault(error.message, ([], []))
-            if stages not in told:
-                told.append(stages)
-            if _place(error.where) not in places:
-                places.append(_place(error.where))
-    return reasons
+            told, places = reasons.setdefault(error.message, ({}, {}))  # each once, in order
+            told[stages] = None
+            places[_place(error.where)] = None
+    return {reason: (list(told), list(places)) for reason, (told, places) in reasons.items()}
 
 
 def _settings(found: Diagnosis) -> str:
