@@ -30,8 +30,8 @@ PPO_NEW_TOKENS = 48
 PPO_EPOCHS = 4
 PPO_MICRO_BATCH = 8
 """Rows, for TRL."""
-PPO_MICRO_BATCH_TOKENS = 2048
-"""The default of our PPO stage."""
+PPO_MICRO_BATCH_TOKENS = {"lora": 2048, "full": 1024}
+"""The default of our PPO stage; full training takes half of it, to hold fewer activations."""
 
 
 def read_json(path: Path) -> Any:

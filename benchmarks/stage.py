@@ -55,7 +55,7 @@ def stage_config(
         master_weights=master_weights,
     )
     if kind == "ppo":
-        return _ppo(source, how, lr=LEARNING_RATE[adapter], updates=steps, sharing=sharing or Sharing())
+        return _ppo(source, how, updates=steps, sharing=sharing or Sharing())
     optim = OptimConfig(
         lr=LEARNING_RATE[adapter],
         batch_size=rows,
@@ -83,15 +83,15 @@ def stage_config(
     return SftConfig(adapter=how, data=source, optim=optim, max_length=max_length, save_every=_NEVER)
 
 
-def _ppo(source: DataConfig, adapter: AdapterConfig, *, lr: float, updates: int, sharing: Sharing) -> PpoConfig:
+def _ppo(source: DataConfig, adapter: AdapterConfig, *, updates: int, sharing: Sharing) -> PpoConfig:
     return PpoConfig(
         adapter=adapter,
         critic=Critic.shared if sharing.one_pass else Critic.separate,
         data=source,
         optim=PpoOptimConfig(
-            lr=lr,
+            lr=LEARNING_RATE[adapter.kind.value],
             batch_size=PROMPTS,
-            micro_batch_tokens=PPO_MICRO_BATCH_TOKENS,
+            micro_batch_tokens=PPO_MICRO_BATCH_TOKENS[adapter.kind.value],
             schedule=Schedule.constant,
             max_grad_norm=MAX_GRAD_NORM,
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 from benchmarks.figures import Sharing
@@ -73,18 +74,19 @@ def _ppo(adapter: str) -> Work:
         measured=1,
         environment="trl-1.12",
     )
+    ours = functools.partial(_our_ppo, PPO_MICRO_BATCH_TOKENS[adapter])
     variants = {
-        "ours_shared": _our_ppo("policy and value in one pass", Sharing(one_pass=True)),
-        "ours_4": _our_ppo("4 answers to each of 8 prompts", Sharing(completions=4)),
-        "ours_shared_4": _our_ppo("both", Sharing(completions=4, one_pass=True)),
+        "ours_shared": ours("policy and value in one pass", Sharing(one_pass=True)),
+        "ours_4": ours("4 answers to each of 8 prompts", Sharing(completions=4)),
+        "ours_shared_4": ours("both", Sharing(completions=4, one_pass=True)),
     }
     if adapter == "full":
-        variants = {"ours_without_masters": _our_ppo("all weights bf16, as the rival's", master_weights=False)}
+        variants = {"ours_without_masters": ours("all weights bf16, as the rival's", master_weights=False)}
     return Work(
         kind="ppo",
         adapter=adapter,
         contestants={
-            OURS: _our_ppo("a critic of its own"),
+            OURS: ours("a critic of its own"),
             **variants,
             f"trl_1_12_{name}": rival,
         },
@@ -92,10 +94,12 @@ def _ppo(adapter: str) -> Work:
     )
 
 
-def _our_ppo(difference: str, sharing: Sharing | None = None, *, master_weights: bool = True) -> Contestant:
+def _our_ppo(
+    micro_batch_tokens: int, difference: str, sharing: Sharing | None = None, *, master_weights: bool = True
+) -> Contestant:
     return Contestant(
         module="ours",
-        allowed=f"{difference}; {_STAGE.format(PPO_MICRO_BATCH_TOKENS)}",
+        allowed=f"{difference}; {_STAGE.format(micro_batch_tokens)}",
         measured=1,
         against=None,
         sharing=sharing or Sharing(),

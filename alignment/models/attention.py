@@ -1,14 +1,17 @@
 """Attention inside the rows of a stream, as a function that transformers' models call (AttentionInterface).
 
 On CPU every row is one call of scaled-dot-product attention; its backward pass is written out, because PyTorch's flash
-kernel for CPU took four times as long as the matrix products that it is made of. On CUDA all rows are one call of the
-variable-length kernel. A shared beginning is gathered in front of the row's own keys and values.
+kernel for CPU took four times as long as the matrix products that it is made of. Rows that follow one another behind
+the same beginning, such as n answers to a prompt, are one call, as far as their queries fit into one block. On CUDA all
+rows are one call of the variable-length kernel. A shared beginning is gathered in front of the row's own keys and
+values.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,7 +61,8 @@ def flat_attention(
     query, key, value = (states.to(products_dtype(value)) for states in (query, key, value))
     if _has_kernel(query, value):
         return _varlen(query[0], key[0], value[0], segments, scale)[None], None
-    attended = _RowAttention.apply(query[0], key[0], value[0], tuple(segments), scale)
+    blocks = _blocks(tuple(segments), query.dtype, query.device)
+    attended = _RowAttention.apply(query[0], key[0], value[0], blocks, scale)
     return attended.transpose(0, 1)[None], None
 
 
@@ -68,29 +72,71 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
     return query.device.type == "cuda" and half and query.shape[-1] == value.shape[-1]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Block:
+    """Queries of one row, or of several behind the same beginning, that are computed in one call.
+
+    ``hidden`` is ``[queries, keys]``, −∞ where a query does not see a key, else 0; None where each query sees all keys
+    up to itself.
+    """
+
+    own: Range
+    keys: tuple[Range, ...]
+    hidden: Tensor | None
+
+
+@functools.lru_cache(maxsize=4)  # all layers, and the models that read the same stream, ask for the same ones
+def _blocks(segments: tuple[Segment, ...], dtype: torch.dtype, device: torch.device) -> tuple[_Block, ...]:
+    """The calls that a stream takes."""
+    found = []
+    for rows in _alike(segments):
+        own, before = (rows[0].own[0], rows[-1].own[1]), rows[0].before
+        hidden = None
+        if before:
+            lengths = [end - start for start, end in (row.own for row in rows)]
+            among = torch.block_diag(*(torch.ones(length, length).tril() for length in lengths)).bool()
+            own_hidden = torch.zeros(among.shape, dtype=dtype).masked_fill_(~among, float("-inf"))
+            hidden = nn.functional.pad(own_hidden, (sum(end - start for start, end in before), 0)).to(device)
+        found.append(_Block(own=own, keys=(*before, own), hidden=hidden))
+    return tuple(found)
+
+
+def _alike(segments: tuple[Segment, ...]) -> Iterator[list[Segment]]:
+    """Runs of rows behind the same shared beginning whose queries fit into one block, and all others one by one."""
+    run: list[Segment] = []
+    for segment in segments:
+        if segment.own[0] == segment.own[1]:
+            continue
+        same = run and segment.before and segment.before == run[0].before
+        if run and not (same and segment.own[1] - run[0].own[0] <= QUERIES):
+            yield run
+            run = []
+        run.append(segment)
+    if run:
+        yield run
+
+
 class _RowAttention(torch.autograd.Function):
-    """``[heads, tokens, width]`` queries on ``[key heads, tokens, width]`` keys and values, row by row."""
+    """``[heads, tokens, width]`` queries on ``[key heads, tokens, width]`` keys and values, block by block."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[_Block, ...], scale: float
     ) -> Tensor:
         attended = query.new_empty(*query.shape[:2], value.shape[-1])
-        for segment in segments:
-            (start, end), keys = segment.own, segment.keys
-            if start == end:
-                continue
+        for block in blocks:
+            start, end = block.own
             attended[:, start:end] = nn.functional.scaled_dot_product_attention(
                 query[None, :, start:end],
-                _gathered(key, keys)[None],
-                _gathered(value, keys)[None],
-                attn_mask=_visible(segment, query.device) if segment.before else None,
-                is_causal=not segment.before,
+                _gathered(key, block.keys)[None],
+                _gathered(value, block.keys)[None],
+                attn_mask=block.hidden,
+                is_causal=block.hidden is None,
                 scale=scale,
                 enable_gqa=query.shape[0] != key.shape[0],
             )[0]
         ctx.save_for_backward(query, key, value)
-        ctx.segments, ctx.scale = segments, scale
+        ctx.blocks, ctx.scale = blocks, scale
         return attended
 
     @staticmethod
@@ -98,33 +144,35 @@ class _RowAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         grad = grad.to(query.dtype)
-        for segment in ctx.segments:
-            if segment.own[0] < segment.own[1]:
-                _row_backward((query, key, value), grads, grad, segment, ctx.scale)
+        for block in ctx.blocks:
+            _block_backward((query, key, value), grads, grad, block, ctx.scale)
         return *grads, None, None
 
 
-def _row_backward(
+def _block_backward(
     inputs: tuple[Tensor, Tensor, Tensor],
     grads: tuple[Tensor, Tensor, Tensor],
     grad: Tensor,
-    segment: Segment,
+    block: _Block,
     scale: float,
 ) -> None:
-    """Adds one row's share to the gradients. Scores are recomputed, a block of queries on the keys that it sees."""
+    """Adds one block's share to the gradients. Scores are recomputed, some queries at a time on the keys they see."""
     (query, key, value), (grad_query, grad_key, grad_value) = inputs, grads
-    heads, (start, end) = key.shape[0], segment.own
-    keys, values = _gathered(key, segment.keys), _gathered(value, segment.keys)
+    heads, (start, end) = key.shape[0], block.own
+    keys, values = _gathered(key, block.keys), _gathered(value, block.keys)
     earlier = keys.shape[1] - (end - start)
     for first in range(start, end, QUERIES):
         last = min(first + QUERIES, end)
         seen = earlier + last - start
-        block, block_grad = (_grouped(states[:, first:last], heads) for states in (query, grad))
-        hidden = _later(last - first, query.dtype, query.device)
-        own = _block_gradients(block, keys[:, :seen], values[:, :seen], block_grad, hidden, scale)
+        queries, queries_grad = (_grouped(states[:, first:last], heads) for states in (query, grad))
+        if block.hidden is None:
+            hidden = _later(last - first, query.dtype, query.device)
+        else:
+            hidden = block.hidden[first - start : last - start, seen - (last - first) : seen]
+        own = _query_gradients(queries, keys[:, :seen], values[:, :seen], queries_grad, hidden, scale)
         grad_query[:, first:last] = own[0].view(-1, last - first, query.shape[-1])
-        _scatter_add(grad_key, segment.keys, own[1])
-        _scatter_add(grad_value, segment.keys, own[2])
+        _scatter_add(grad_key, block.keys, own[1])
+        _scatter_add(grad_value, block.keys, own[2])
 
 
 def _grouped(states: Tensor, heads: int) -> Tensor:
@@ -132,12 +180,13 @@ def _grouped(states: Tensor, heads: int) -> Tensor:
     return states.reshape(heads, -1, states.shape[-1])
 
 
-def _block_gradients(
+def _query_gradients(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, hidden: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of softmax(scale·q kᵀ) v for ``[heads, queries or keys, width]``; the last keys are the queries' own.
 
-    ``hidden`` is ``[count, count]``, −∞ on later tokens of the block, else 0; queries are some times ``count``.
+    ``hidden`` is ``[count, count]`` about these last keys, −∞ on those that a query does not see, else 0; queries are
+    some times ``count``.
     """
     count, seen = hidden.shape[0], key.shape[1]
     scores = torch.bmm(query * scale, key.transpose(1, 2))
@@ -155,13 +204,6 @@ def _block_gradients(
 def _later(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[count, count]``: −∞ where the key comes after the query. Adding it is faster than filling by a mask."""
     return torch.full((count, count), float("-inf"), dtype=dtype, device=device).triu(1)
-
-
-def _visible(segment: Segment, device: torch.device) -> Tensor:
-    """``[queries, keys]``: a token sees all that stands before its row's own tokens, and those up to itself."""
-    queries = segment.own[1] - segment.own[0]
-    keys = sum(end - start for start, end in segment.keys)
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def _gathered(tensor: Tensor, ranges: Sequence[Range]) -> Tensor:

@@ -188,14 +188,28 @@ def test_a_common_beginning_is_computed_once(rows: str, computed: int) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_long_rows_are_attended_to_in_blocks(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
     monkeypatch.setattr(attention, "QUERIES", 4)
+    attention._blocks.cache_clear()
     model = tiny_model(architecture)
     reference = twin(model)
     install_causal(model)
-    for rows in ("pairs of one prompt", "ragged"):
+    for rows in ("pairs of one prompt", "ragged", "answers to one prompt"):
         batch = padded(ROWS[rows])
         model(**batch.arguments(), fused_lm_head=True).loss.backward()
         plain(reference, batch).loss.backward()
+    attention._blocks.cache_clear()
     _assert_same_gradients(model, reference)
+
+
+def test_answers_behind_one_prompt_are_one_block_of_attention() -> None:
+    prompt = list(range(3, 23))
+    rows = stream([[*prompt, 30, 31], [*prompt, 40], [*prompt, 50, 51, 52], [5, 6]], torch.device("cpu"))
+    blocks = attention._blocks(rows.segments, torch.float32, torch.device("cpu"))
+    assert [block.own for block in blocks] == [(0, 22), (22, 26), (26, 28)]
+    assert [block.keys for block in blocks] == [((0, 22),), ((0, 20), (22, 26)), ((26, 28),)]
+    hidden = blocks[1].hidden
+    assert hidden is not None
+    seen = [[place for place in range(24) if line[place] == 0] for line in hidden.tolist()]
+    assert seen == [[*range(20), 20], [*range(20), 21], [*range(20), 21, 22], [*range(20), 21, 22, 23]]
 
 
 def test_dropout_inside_attention_takes_the_padded_path(caplog: pytest.LogCaptureFixture) -> None:
