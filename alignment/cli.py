@@ -70,13 +70,14 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
         from alignment.config.data import SourceConfig
         from alignment.pipeline.doctor import show_diagnosis
 
-        return show_diagnosis(
-            console, SourceConfig(source=options.data, format=options.format), against=options.against
-        )
+        told = {name: getattr(options, name) for name in ("format", "split", "subset") if getattr(options, name)}
+        return show_diagnosis(console, SourceConfig(source=options.data, **told), against=options.against)
     elif options.verb == "preview":
         from alignment.pipeline.preview import show_preview
 
-        return show_preview(console, options.recipe, options.overrides, stage=options.stage, rows=options.rows)
+        return show_preview(
+            console, options.recipe, options.overrides, stage=options.stage, rows=options.rows, html=options.html
+        )
     elif options.verb == "plan":
         from alignment.pipeline.plan import make_plan
         from alignment.pipeline.summary import show_plan
@@ -113,14 +114,19 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "preview":
             one.add_argument("--stage", help="only this stage")
             one.add_argument("--rows", type=int, default=2, help="rows of each stage (default: 2)")
+            one.add_argument("--html", metavar="FILE", help="write the same as a page")
     status = verbs.add_parser("status", help="how runs stand", description="How runs stand.")
     status.add_argument("run", metavar="RUN", nargs="?", help="a run's name; without it, all runs are listed")
     status.add_argument(
         "--output", default=".", metavar="FOLDER", help="the folder that holds runs/ (default: this one)"
     )
     doctor = verbs.add_parser("doctor", help="what a data file is, and what is wrong in it", description=_DOCTOR)
-    doctor.add_argument("data", metavar="DATA", help="a data file or a folder of them, or bundled:NAME")
+    doctor.add_argument(
+        "data", metavar="DATA", help="a data file or a folder of them, bundled:NAME, or hub:ORG/NAME@REVISION"
+    )
     doctor.add_argument("--format", choices=sorted(FORMATS), help="read it as this; else the columns tell")
+    doctor.add_argument("--split", help="of a hub's data set (default: train)")
+    doctor.add_argument("--subset", help="of a hub's data set, where it has several")
     doctor.add_argument(
         "--against", metavar="DATA", help="say which rows ask what this file asks: of an evaluation, say"
     )

@@ -1,6 +1,7 @@
 """Rows as a stage will learn from them, printed: ``python -m alignment.preview STAGE.YAML … --rows N``.
 
-``align preview`` calls it. It loads the tokenizer, no model. What is learned stands in ``⟦ ⟧``, on a terminal in green.
+``align preview`` calls it. It loads the tokenizer, no model. What is learned stands in ``⟦ ⟧``, on a terminal in green;
+control tokens are magenta, and what two answers do not share is underlined.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -18,41 +19,19 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from alignment.config.data import OnError
-from alignment.config.stage import PpoConfig, Trained
+from alignment.config.stage import EvaluateConfig, Trained
+from alignment.data.doctor import record_key
+from alignment.data.kinds import KINDS, Tokenized, tokenized
+from alignment.data.limits import Limits, RowTooLong
+from alignment.data.overlap import HeldOut, asked, asked_in
 from alignment.data.reading import Reading, iterate, start
-from alignment.data.records import Conversation, PlainText, PreferencePair, Prompt, Record
-from alignment.data.sources import RECORDS
-from alignment.data.tokenize import IGNORED, answer_ids, prompt_ids, tokenize_conversation, tokenize_text
-from alignment.errors import AlignmentError, DataError
-from alignment.models.load import load_tokenizer
+from alignment.data.shown import Run, Shown, histogram, shown
+from alignment.data.tokenizer import load_tokenizer
+from alignment.errors import AlignmentError
 from alignment.stage_spec import StageSpec, read_spec
 
 LOOKED_AT = 5_000
 """Records whose tokens are counted."""
-BARS = 8
-WIDTH = 30
-
-
-Tokens = tuple[list[int], list[bool]]
-"""Token ids, and which of them are learned."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """Tokens that are all learned, or all not, as text."""
-
-    text: str
-    learned: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shown:
-    """A record as the stage sees it: one sequence, or two for a pair; ``tokens`` of the longest, ``learned`` of all."""
-
-    where: str
-    sequences: dict[str, list[Piece]]
-    tokens: int
-    learned: int
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,127 +39,119 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m alignment.preview", description=__doc__)
     parser.add_argument("stage_files", nargs="+", type=Path)
     parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--html", type=Path)
+    parser.add_argument("--against", type=Path, help="an evaluation's stage file: its prompts must not be learned")
     told = parser.parse_args(arguments)
     transformers_logging.set_verbosity_error()
-    console = Console(soft_wrap=True, emoji=False, highlight=False)
+    console = Console(soft_wrap=True, emoji=False, highlight=False, record=told.html is not None)
     try:
+        held_out = None if told.against is None else _held_out(read_spec(told.against))
         for file in told.stage_files:
-            show_stage(console, read_spec(file), rows=told.rows)
+            show_stage(console, read_spec(file), rows=told.rows, held_out=held_out)
     except AlignmentError as error:
         Console(stderr=True, emoji=False).print(f"{error}", markup=False, highlight=False, soft_wrap=True)
         return error.exit_code
+    if told.html is not None:
+        console.save_html(str(told.html))
     return 0
 
 
-def show_stage(console: Console, spec: StageSpec, *, rows: int) -> None:
+def _held_out(spec: StageSpec) -> HeldOut:
+    assert isinstance(spec.config, EvaluateConfig), "the driver names an evaluation"
+    return HeldOut(asked_in(spec.data_path, spec.config.data))
+
+
+def show_stage(console: Console, spec: StageSpec, *, rows: int, held_out: HeldOut | None = None) -> None:
     """Prints the first records of each of a stage's sources and what all of them amount to.
 
     Raises:
-        DataError: no row can be read, or one cannot be tokenised.
+        DataError: no row can be read, or none can be tokenised.
     """
     config = spec.config
     assert isinstance(config, Trained), "the driver hands on training stages"
-    tokenizer = load_tokenizer(spec.base_path)
-    limit = config.max_prompt_length if isinstance(config, PpoConfig) else config.max_length
+    tokenizer = load_tokenizer(spec.base_path, spec.model.chat_template)
+    kind, limits = KINDS[config.kind], Limits.of(config)
     mixed = [(part, spec.extra_data[f"data.mix[{number}]"]) for number, part in enumerate(config.data.mix)]
     for data, path in [(config.data, spec.data_path), *mixed]:
         lenient = replace(data, on_error=OnError.skip, max_skipped=1.0)  # faults are shown, not a reason to stop
         reading = start(path, lenient)
-        records = islice(iterate(path, RECORDS[config.kind], lenient, reading=reading), LOOKED_AT)
-        found = [shown(tokenizer, record, max_length=limit) for record in records]
+        records = list(islice(iterate(path, kind.record, lenient, reading=reading), LOOKED_AT))
+        found = list(tokenized(tokenizer, kind, records, limits))
+        readable = [shown(tokenizer, one) for one in found if one.parts is not None]
+        faults = [one.fault for one in found if one.fault is not None and not isinstance(one.fault, RowTooLong)]
+        if len(faults) == len(found):
+            raise faults[0]
         console.print(Text(f"{spec.stage}: {path}", style="bold"))
         console.print(f"format {reading.format.name}: {reading.format.summary}", markup=False)
-        for one in found[:rows]:
+        for one in readable[:rows]:
             _print_record(console, one)
-        for line in summary(found, reading, limit=limit):
+        reading.faults += faults
+        lines = [*_of_tokens(found, readable, limits), *_of_rows(found, readable, reading)]
+        for line in [*lines, *_overlaps(records, held_out)]:
             console.print(line, markup=False)
         console.print()
 
 
-def shown(tokenizer: Any, record: Record, *, max_length: int) -> Shown:
-    """The record's tokens, decoded again, with special tokens; a text is cut where the stage cuts it.
-
-    Raises:
-        DataError: it cannot be tokenised.
-    """
-    try:
-        sequences, longest = _sequences(tokenizer, record, max_length)
-    except DataError as error:
-        raise DataError(error.message, where=record.where, remedy=error.remedy) from error
-    learned = sum(sum(flags) for _, flags in sequences.values())
-    pieces = {name: _pieces(tokenizer, ids, flags) for name, (ids, flags) in sequences.items()}
-    return Shown(where=record.where, sequences=pieces, tokens=longest, learned=learned)
-
-
-def _sequences(tokenizer: Any, record: Record, max_length: int) -> tuple[dict[str, Tokens], int]:
-    """Tokens by name, with which of them are learned, and how long the longest row of the stage is."""
-    if isinstance(record, PlainText):
-        rows = [row.input_ids for row in tokenize_text(tokenizer, record.text, max_length=max_length)]
-        named = {f"row {number}": _all(row, learned=True) for number, row in enumerate(rows, start=1)}
-        return named, max(map(len, rows))
-    if isinstance(record, Conversation):
-        row = tokenize_conversation(tokenizer, record.messages, record.tools)
-        return {"": (row.input_ids, [label != IGNORED for label in row.labels])}, len(row.input_ids)
-    if isinstance(record, PreferencePair):
-        prompt = prompt_ids(tokenizer, record.messages, record.tools)
-        told = {"chosen": record.chosen, "rejected": record.rejected}
-        answers = {name: answer_ids(tokenizer, record.messages, text, record.tools) for name, text in told.items()}
-        named = {name: _all(ids, learned=True) for name, ids in answers.items()}
-        longest = len(prompt) + max(map(len, answers.values()))
-        return {"prompt": _all(prompt, learned=False), **named}, longest
-    assert isinstance(record, Prompt), "no stage that trains reads another record"
-    prompt = prompt_ids(tokenizer, record.messages, record.tools)
-    return {"prompt": _all(prompt, learned=False)}, len(prompt)
-
-
-def _all(ids: list[int], *, learned: bool) -> Tokens:
-    return ids, [learned] * len(ids)
-
-
-def summary(found: Sequence[Shown], reading: Reading, *, limit: int) -> list[str]:
-    """How long records are, how many are too long, how much is learned, and what was left out."""
-    lengths = [one.tokens for one in found]
-    too_long = sum(length > limit for length in lengths)
-    total, learned = sum(lengths), sum(one.learned for one in found)
+def _of_tokens(found: Sequence[Tokenized], readable: Sequence[Shown], limits: Limits) -> list[str]:
+    """How long records are, how many are too long, and how much is learned."""
+    lengths = [one.tokens for one in found if one.tokens]
+    too_long = sum(isinstance(one.fault, RowTooLong) for one in found)
+    cut = sum(one.cut != "" for one in found)
+    learned = sum(one.learned for one in readable)
     counted = f"the first {len(found):,} records" if len(found) == LOOKED_AT else f"{len(found):,} records"
-    lines = [
-        f"{counted}, {total:,} tokens"
+    return [
+        f"{counted}, {sum(lengths):,} tokens"
         + (f", {learned:,} learned" if learned else "")
-        + f"; longest {max(lengths):,}, limit {limit:,}: {too_long:,} too long",
+        + f"; longest {max(lengths):,}, limit {limits.row:,}: {too_long:,} too long"
+        + (f", {cut:,} cut" if limits.cuts else ""),
         *histogram(lengths),
     ]
+
+
+def _of_rows(found: Sequence[Tokenized], readable: Sequence[Shown], reading: Reading) -> list[str]:
+    """What is odd about rows, each with an example."""
+    keys = [record_key(one.record) for one in found]
+    first = {key: place for place, key in reversed(list(enumerate(keys)))}
+    repeated = [one.record.where for place, one in enumerate(found) if first[keys[place]] != place]
+    lookalikes = [one.where for one in readable if one.has_lookalikes]
+    told = [
+        ("repeat an earlier one", repeated),
+        ("have text that reads like a control token and stays text", lookalikes),
+    ]
+    lines = [f"{len(places):,} records {what}, such as {places[0]}" for what, places in told if places]
     for name, errors in (("set aside", reading.set_aside), ("faulty", reading.faults)):
         if errors:
             lines.append(f"{len(errors):,} rows {name}, such as {errors[0].where}: {errors[0].message}")
     return lines
 
 
-def histogram(lengths: Sequence[int]) -> list[str]:
-    """A bar for each of some equal ranges of lengths."""
-    step = -(-max(lengths) // BARS)
-    counts = [0] * BARS
-    for length in lengths:
-        counts[min(BARS - 1, (length - 1) // step)] += 1
-    most = max(counts)
+def _overlaps(records: Sequence[Any], held_out: HeldOut | None) -> list[str]:
+    found = [] if held_out is None else list(held_out.overlaps(asked(record) for record in records))
+    if not found:
+        return []
+    one = found[0]
     return [
-        f"  {place * step + 1:>6}–{(place + 1) * step:<6} {'█' * round(WIDTH * count / most)} {count:,}".rstrip()
-        for place, count in enumerate(counts)
+        f"{len(found):,} records ask what the evaluation asks, such as {one.learned}, which has {one.share:.0%} of "
+        f"{one.held_out}"
     ]
 
 
-def _pieces(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> list[Piece]:
-    runs = groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1])
-    return [Piece(text=tokenizer.decode([token for token, _ in run]), learned=which) for which, run in runs]
-
-
 def _print_record(console: Console, one: Shown) -> None:
-    console.print(Text(f"── {Path(one.where).name} · {one.tokens:,} tokens", style="dim"))
-    for name, pieces in one.sequences.items():
+    cut = f" · cut: {one.cut}" if one.cut else ""
+    console.print(Text(f"── {Path(one.where).name} · {one.tokens:,} tokens{cut}", style="dim"))
+    for name, runs in one.sequences.items():
         text = Text(f"{name}: " if name else "", style="bold")
-        for piece in pieces:
-            shown_as = f"⟦{piece.text}⟧" if piece.learned else piece.text
-            text.append(shown_as, style="green" if piece.learned else "not bold")
+        for learned, group in groupby(runs, key=lambda run: run.learned):
+            text.append("⟦" if learned else "", style="green")
+            for run in group:
+                text.append(run.text, style=_style(run))
+            text.append("⟧" if learned else "", style="green")
         console.print(text)
+
+
+def _style(run: Run) -> str:
+    colour = "magenta" if run.control else "green" if run.learned else "default"
+    return f"not bold {'underline ' if run.differs else ''}{colour}"
 
 
 if __name__ == "__main__":

@@ -54,7 +54,11 @@ def read_spec(path: Path) -> StageSpec:
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     return StageSpec(
         config=stage_from_plain(raw["config"]),
-        model=ModelConfig(source=raw["model"]["source"], dtype=Dtype(raw["model"]["dtype"])),
+        model=ModelConfig(
+            source=raw["model"]["source"],
+            dtype=Dtype(raw["model"]["dtype"]),
+            chat_template=raw["model"].get("chat_template"),
+        ),
         base_path=Path(raw["base_path"]),
         inputs={name: _input(value) for name, value in raw["inputs"].items()},
         arms={name: _input(value) for name, value in raw["arms"].items()},

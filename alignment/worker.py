@@ -29,8 +29,8 @@ import transformers
 
 from alignment.artifacts import Manifest, publish, write_json
 from alignment.config.stage import StageConfig
+from alignment.data.hub import content_of
 from alignment.errors import PREEMPTED, AlignmentError, DataError
-from alignment.fingerprint import content_sha256
 from alignment.locks import held
 from alignment.stage_spec import StageSpec, read_spec
 from alignment.stages.result import StageResult
@@ -103,7 +103,7 @@ def _refuse_changed_data(spec: StageSpec) -> None:
     told = [(spec.data_path, spec.identity.get("data"))]
     told += [(spec.extra_data[field], planned) for field, planned in spec.identity.get("extra_data", {}).items()]
     for path, planned in told:
-        if planned is not None and content_sha256(path) != planned:
+        if planned is not None and content_of(path) != planned:
             raise DataError(
                 "changed since the run was planned", where=str(path), remedy="start the run again to plan anew"
             )

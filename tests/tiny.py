@@ -5,7 +5,7 @@ The tokenizer is a byte-level BPE with ChatML turns, a default system turn and p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ from alignment.config.adapter import AdapterConfig
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import RewardConfig, StageConfig
 from alignment.config.tracking import TrackerKind, TrackingConfig
+from alignment.data.tokenizer import load_tokenizer
 from alignment.models.adapters import add_adapter
 from alignment.models.answers import unwrapped
-from alignment.models.load import Lineage, load_scalar, load_tokenizer
+from alignment.models.load import Lineage, load_scalar
 from alignment.stage_spec import StageInput, StageSpec
 from alignment.stages.result import save_model
 from alignment.training.context import StageContext
@@ -80,19 +81,25 @@ ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma")
 """Rotary positions and grouped-query attention; ``gpt2`` has neither and learns its positions."""
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """About 330 tokens; any text goes in and comes out unchanged."""
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+def tiny_bpe(control: Sequence[str]) -> Tokenizer:
+    """A byte-level BPE whose first ids are the control tokens; any text goes in and comes out unchanged."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=specials,
+        vocab_size=327 + len(control),
+        special_tokens=list(control),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator([_TEXT], trainer)
+    return bpe
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """About 330 tokens, the first three being those of ChatML."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = tiny_bpe(specials)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=specials[1], eos_token=specials[2], pad_token=specials[2], unk_token=specials[0]
     )

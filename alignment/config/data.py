@@ -15,7 +15,8 @@ class OnError(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
-    """``source`` is ``bundled:quickstart/NAME``, or ``path:FILE`` of a file or a folder of files.
+    """``source`` is ``bundled:quickstart/NAME``, ``path:FILE`` of a file or a folder of files, or a hub's data set,
+    ``hub:ORG/NAME@REVISION``, of which ``split`` and ``subset`` (its name for a configuration) are read.
 
     ``format`` names one of alignment/data/formats; without it, the columns tell. ``columns`` says which of the file's
     columns is which of the format's (``{prompt: my_question}``), ``placeholders`` what stands for ``{{name}}`` in
@@ -25,6 +26,8 @@ class SourceConfig:
     """
 
     source: str = field(default="", metadata={"identity": False})
+    split: str = "train"
+    subset: str | None = None
     format: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     placeholders: dict[str, str] = field(default_factory=dict)
@@ -43,6 +46,11 @@ class MixedConfig(SourceConfig):
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig(SourceConfig):
-    """A stage's own rows, and ``mix``, what is mixed into them: general data against forgetting, say."""
+    """A stage's own rows, and ``mix``, what is mixed into them: general data against forgetting, say.
+
+    ``fraction`` takes that part of the own rows, drawn at random: those of .25 are among those of .5, whatever the
+    stage is called.
+    """
 
     mix: list[MixedConfig] = field(default_factory=list)
+    fraction: float = 1.0

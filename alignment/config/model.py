@@ -19,7 +19,10 @@ class ModelConfig:
 
     ``source`` is ``bundled:smollm2-135m``, ``path:FOLDER`` or ``hub:ORG/NAME[@REVISION]``. Code that a model
     repository brings along is never run. A fingerprint covers what the source holds, not how it is named.
+    ``chat_template`` stands in for the tokenizer's own, which base models often lack: ``chatml`` or ``path:FILE`` of a
+    Jinja template (alignment/data/chat_template.py).
     """
 
     source: str = field(default="bundled:smollm2-135m", metadata={"identity": False})
     dtype: Dtype = Dtype.bfloat16
+    chat_template: str | None = field(default=None, metadata={"identity": False})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.config.adapter import AdapterConfig
-from alignment.config.data import MixedConfig, SourceConfig
+from alignment.config.data import DataConfig, MixedConfig, SourceConfig
 from alignment.config.launch import LaunchConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.run import RunConfig
@@ -27,6 +27,7 @@ from alignment.config.stage import (
     ScorerConfig,
     SftConfig,
 )
+from alignment.config.too_long import TooLongConfig
 from alignment.config.tracking import TrackingConfig
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
@@ -62,6 +63,7 @@ FRACTION = Rule(lambda value: 0 <= value <= 1, "from 0 to 1")
 PATTERN = Rule(lambda value: _compiles(value), "a regular expression as Python writes them")
 BETWEEN = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 BELOW_ONE = Rule(lambda value: 0 <= value < 1, "from 0 to below 1")
+PART = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 RULES: dict[tuple[type, str], Rule] = {
     (RunConfig, "name"): NAME,
@@ -72,8 +74,11 @@ RULES: dict[tuple[type, str], Rule] = {
     (LaunchConfig, "threads"): NOT_NEGATIVE,
     (LaunchConfig, "grace_seconds"): POSITIVE,
     (TrackingConfig, "project"): NAME,
+    (SourceConfig, "split"): FILLED,
+    (SourceConfig, "subset"): FILLED,
     (SourceConfig, "limit"): POSITIVE,
     (SourceConfig, "max_skipped"): FRACTION,
+    (DataConfig, "fraction"): PART,
     (MixedConfig, "share"): BETWEEN,
     (MixedConfig, "count"): POSITIVE,
     (AdapterConfig, "rank"): POSITIVE,
@@ -111,15 +116,22 @@ RULES: dict[tuple[type, str], Rule] = {
     (CptConfig, "max_length"): POSITIVE,
     (CptConfig, "log_every"): POSITIVE,
     (CptConfig, "save_every"): POSITIVE,
+    (TooLongConfig, "max_share"): FRACTION,
     (SftConfig, "max_length"): POSITIVE,
+    (SftConfig, "max_prompt_length"): POSITIVE,
+    (SftConfig, "max_answer_length"): POSITIVE,
     (SftConfig, "log_every"): POSITIVE,
     (SftConfig, "save_every"): POSITIVE,
     (RewardConfig, "max_length"): POSITIVE,
+    (RewardConfig, "max_prompt_length"): POSITIVE,
+    (RewardConfig, "max_answer_length"): POSITIVE,
     (RewardConfig, "center_coefficient"): NOT_NEGATIVE,
     (RewardConfig, "eval_fraction"): BELOW_ONE,
     (RewardConfig, "log_every"): POSITIVE,
     (RewardConfig, "save_every"): POSITIVE,
     (DpoConfig, "max_length"): POSITIVE,
+    (DpoConfig, "max_prompt_length"): POSITIVE,
+    (DpoConfig, "max_answer_length"): POSITIVE,
     (DpoConfig, "beta"): POSITIVE,
     (DpoConfig, "log_every"): POSITIVE,
     (DpoConfig, "save_every"): POSITIVE,

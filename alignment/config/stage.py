@@ -3,6 +3,9 @@
 A field whose metadata says ``identity: False`` does not change the result and stays out of the fingerprint. A field
 whose metadata says ``reference`` names another stage (``stage:NAME``), the run's base model (``base``) or a folder
 (``path:FOLDER``), and which kinds of artifact it takes; what it points to is fingerprinted, not its name.
+
+``max_length`` counts the tokens of a whole row, ``max_prompt_length`` and ``max_answer_length`` those of its parts: of
+a conversation all before the last turn, and that turn. ``too_long`` says what becomes of longer rows.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import ClassVar
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
 from alignment.config.optim import OptimConfig, Schedule
+from alignment.config.too_long import TooLongConfig
 
 
 def _reference(default: str, *kinds: str) -> str:
@@ -60,6 +64,9 @@ class SftConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/conversations"))
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4))
     max_length: int = 1024
+    max_prompt_length: int | None = None
+    max_answer_length: int | None = None
+    too_long: TooLongConfig = field(default_factory=TooLongConfig)
     packing: bool = False
     log_every: int = _not_identity(1)
     save_every: int = _not_identity(10)
@@ -83,6 +90,9 @@ class RewardConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/preferences"))
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, adam_eps=1e-5))
     max_length: int = 1024
+    max_prompt_length: int | None = None
+    max_answer_length: int | None = None
+    too_long: TooLongConfig = field(default_factory=TooLongConfig)
     center_coefficient: float = 0.0
     eval_fraction: float = 0.1
     log_every: int = _not_identity(1)
@@ -115,6 +125,9 @@ class DpoConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/preferences"))
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5))
     max_length: int = 1024
+    max_prompt_length: int | None = None
+    max_answer_length: int | None = None
+    too_long: TooLongConfig = field(default_factory=TooLongConfig)
     beta: float = 0.1
     loss: DpoLoss = DpoLoss.sigmoid
     precompute_reference: bool = field(default=False, metadata={"identity": False})
@@ -232,6 +245,7 @@ class PpoConfig:
     num_minibatches: int = 1
     max_approxkl: float | None = None
     max_prompt_length: int = 512
+    too_long: TooLongConfig = field(default_factory=TooLongConfig)
     max_new_tokens: int = 64
     temperature: float = 1.0
     gamma: float = 1.0

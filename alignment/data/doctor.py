@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from alignment.config.data import SourceConfig
 from alignment.data.fields import Fields, SetAside
-from alignment.data.files import RawRow, rows_of
+from alignment.data.files import RawRow
 from alignment.data.formats.answers import TEXT
 from alignment.data.formats.form import Format
+from alignment.data.hub import source_rows
+from alignment.data.near import NearRepeats
+from alignment.data.overlap import Placed
 from alignment.data.reading import prepared, right_form, start
 from alignment.data.records import Conversation, PlainText, PreferencePair, Prompt, Record
 from alignment.errors import DataError
@@ -26,6 +29,8 @@ USES: dict[str, tuple[str, type[Record]]] = {
     "ppo": ("prompts", Prompt),
 }
 """Stages, what they call their records, and those."""
+_FULLEST = ("reward, dpo", "sft", "ppo", "cpt")
+"""Stages, those that take most of a row first."""
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 
 
@@ -43,7 +48,8 @@ class Use:
 @dataclass(kw_only=True)
 class Diagnosis:
     """``unreadable`` rows are no rows at all; ``columns`` counts in how many rows each stands, ``placeholders`` how
-    many rows have each ``{{name}}`` in them."""
+    many rows have each ``{{name}}`` in them. ``near`` has rows that say nearly the same as an earlier one, without
+    those that say exactly the same."""
 
     path: Path
     format: Format
@@ -52,6 +58,7 @@ class Diagnosis:
     placeholders: Counter[str] = field(default_factory=Counter)
     unreadable: list[DataError] = field(default_factory=list)
     uses: dict[str, Use] = field(default_factory=dict)
+    near: NearRepeats = field(default_factory=NearRepeats)
 
     @property
     def meant_for(self) -> list[str]:
@@ -78,7 +85,7 @@ def examine(path: Path, data: SourceConfig) -> Diagnosis:
     told.uses = {name: Use() for name in uses}
     seen: dict[str, set[str]] = {name: set() for name in uses}
     examples = {name: right_form(told.format, record) for name, record in uses.items()}
-    for row in rows_of(path):
+    for row in source_rows(path, data):
         told.rows += 1
         if isinstance(row, DataError):
             told.unreadable.append(row)
@@ -87,12 +94,17 @@ def examine(path: Path, data: SourceConfig) -> Diagnosis:
             told.columns.update(row.value.keys())
         value = prepared(row.value, data)
         told.placeholders.update(set(_PLACEHOLDER.findall(repr(value))))
-        for name, record in uses.items():
-            _try(told.uses[name], record, told.format, RawRow(where=row.where, value=value), examples[name], seen[name])
+        given = RawRow(where=row.where, value=value)
+        new = {
+            name: _try(told.uses[name], record, told.format, given, examples[name], seen[name])
+            for name, record in uses.items()
+        }
+        told.near.add(Placed(where=row.where, text=_said(new)))
     return told
 
 
-def _try(use: Use, record: type[Record], form: Format, row: RawRow, example: str, seen: set[str]) -> None:
+def _try(use: Use, record: type[Record], form: Format, row: RawRow, example: str, seen: set[str]) -> list[Record]:
+    """Counts what the row is to one kind of stage; returns its records without those that an earlier row gave too."""
     try:
         found: list[Any] = list(record.of(form.read(Fields(row.value, where=row.where, example=example))))
     except SetAside as reason:
@@ -101,12 +113,28 @@ def _try(use: Use, record: type[Record], form: Format, row: RawRow, example: str
         use.faults.append(fault)
     else:
         use.records += len(found)
-        keys = {_key(one) for one in found}
-        use.repeated += len(keys & seen)
-        seen |= keys
+        keyed = {record_key(one): one for one in found}
+        new = [one for key, one in keyed.items() if key not in seen]
+        use.repeated += len(keyed) - len(new)
+        seen.update(keyed)
+        return new
+    return []
 
 
-def _key(record: Record) -> str:
+def record_key(record: Record) -> str:
     """The same for records that say the same."""
     said = [message.as_dict() for message in getattr(record, "messages", ())]
     return digest([*said, *(getattr(record, name, "") for name in ("text", "chosen", "rejected"))])
+
+
+def _said(new: Mapping[str, Sequence[Record]]) -> str:
+    """All that the new records of a row say, as the stage has them that takes most of it; empty where none is new.
+
+    System turns are left out: many rows share one, and would be alike by it alone.
+    """
+    records = next((new[name] for name in _FULLEST if new.get(name)), ())
+    parts: list[str] = []
+    for record in records:
+        parts += [message.content for message in getattr(record, "messages", ()) if message.role != "system"]
+        parts += [getattr(record, name, "") for name in ("text", "chosen", "rejected")]
+    return "\n".join(dict.fromkeys(parts))

@@ -1,12 +1,14 @@
 """Rows of a file as they stand there: JSON Lines, JSON, CSV and Parquet, compressed or not, or a folder of these.
 
-What cannot be parsed becomes a ``DataError`` in the place of the row, so that one pass finds all that is wrong.
+What cannot be parsed becomes a ``DataError`` in the place of the row, so that one pass finds all that is wrong. Lines
+of JSON can also be had unparsed, to be parsed by several processes.
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import sys
 import zlib
@@ -26,9 +28,29 @@ class RawRow:
     value: Any
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JsonLine:
+    """A line that was not parsed yet."""
+
+    where: str
+    text: bytes
+
+
+Unparsed = JsonLine | RawRow | DataError
+
+
 def rows_of(path: Path) -> Iterator[RawRow | DataError]:
     """The rows in order, files of a folder in the order of their names. Nothing but a row is held in memory, and of a
     JSON file the whole list.
+
+    Raises:
+        DataError: the file as a whole cannot be read.
+    """
+    return map(parsed, unparsed_rows_of(path))
+
+
+def unparsed_rows_of(path: Path) -> Iterator[Unparsed]:
+    """As ``rows_of``, with lines of JSON as they stand in the file: ``parsed`` makes rows of them.
 
     Raises:
         DataError: the file as a whole cannot be read.
@@ -38,6 +60,11 @@ def rows_of(path: Path) -> Iterator[RawRow | DataError]:
             yield from _READERS[_suffix(file)](file)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"cannot be read or unpacked: {error}", where=str(file)) from error
+
+
+def parsed(row: Unparsed) -> RawRow | DataError:
+    """The row of a line, or why there is none."""
+    return _parsed(row.text, row.where) if isinstance(row, JsonLine) else row
 
 
 def files_of(path: Path) -> list[Path]:
@@ -64,11 +91,11 @@ def _open(path: Path) -> BinaryIO:
     return cast("BinaryIO", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
-def _json_lines(path: Path) -> Iterator[RawRow | DataError]:
+def _json_lines(path: Path) -> Iterator[Unparsed]:
     with _open(path) as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield _parsed(line, f"{path}:{number}")
+                yield JsonLine(where=f"{path}:{number}", text=line)
 
 
 def _parsed(text: bytes, where: str) -> RawRow | DataError:
@@ -80,7 +107,7 @@ def _parsed(text: bytes, where: str) -> RawRow | DataError:
         return DataError(f"not JSON: {error}", where=where, remedy="one JSON object a line (JSON Lines)")
 
 
-def _json(path: Path) -> Iterator[RawRow | DataError]:
+def _json(path: Path) -> Iterator[Unparsed]:
     """A list of rows; or JSON Lines under a wrong name, which public data sets often are."""
     with _open(path) as stream:
         text = stream.read()
@@ -96,31 +123,29 @@ def _json(path: Path) -> Iterator[RawRow | DataError]:
         raise DataError("is JSON, but no list of rows", where=str(path), remedy=_REMEDY)
 
 
-def _csv(path: Path) -> Iterator[RawRow | DataError]:
+def _csv(path: Path) -> Iterator[Unparsed]:
     csv.field_size_limit(sys.maxsize)
-    with _open(path) as stream:
-        try:
-            text = stream.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"not UTF-8: {error.reason}", where=str(path), remedy="save the file as UTF-8") from error
-    # Line breaks inside quotes are part of a field, so lines are not split here.
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
-    while True:
-        where = f"{path}:{reader.line_num + 1}"
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield DataError(f"not CSV: {error}", where=where)
-            continue
-        if None in row or None in row.values():
-            yield DataError(f"has not the {len(reader.fieldnames or [])} fields of the header", where=where)
-        else:
-            yield RawRow(where=where, value={name: value or None for name, value in row.items()})
+    # Line breaks inside quotes are part of a field, so the reader gets them as they are.
+    with _open(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, strict=True)
+        while True:
+            where = f"{path}:{reader.line_num + 1}"
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except UnicodeDecodeError as error:
+                raise DataError(f"not UTF-8: {error.reason}", where=where, remedy="save the file as UTF-8") from error
+            except csv.Error as error:
+                yield DataError(f"not CSV: {error}", where=where)
+                continue
+            if None in row or None in row.values():
+                yield DataError(f"has not the {len(reader.fieldnames or [])} fields of the header", where=where)
+            else:
+                yield RawRow(where=where, value={name: value or None for name, value in row.items()})
 
 
-def _parquet(path: Path) -> Iterator[RawRow | DataError]:
+def _parquet(path: Path) -> Iterator[Unparsed]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -135,7 +160,7 @@ def _parquet(path: Path) -> Iterator[RawRow | DataError]:
         raise DataError(f"not Parquet: {error}", where=str(path)) from error
 
 
-_READERS: dict[str, Callable[[Path], Iterator[RawRow | DataError]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Unparsed]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,

@@ -1,40 +1,51 @@
-"""Rows of several sources in one list, by share or by count."""
+"""Which rows of several sources make a data set, by share or by count, and parts that lie within larger parts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TypeVar
+from fractions import Fraction
 
 import torch
 
 from alignment.config.data import MixedConfig
 from alignment.errors import DataError
 
-Row = TypeVar("Row")
 
+def mixed(own: int, parts: Sequence[tuple[MixedConfig, int]], generator: torch.Generator, *, where: str) -> list[int]:
+    """The places of all ``own`` rows and of what each part's configuration wants of its rows, in random order.
 
-def mixed(
-    own: Sequence[Row], parts: Sequence[tuple[MixedConfig, Sequence[Row]]], generator: torch.Generator, *, where: str
-) -> list[Row]:
-    """All of ``own`` and what each part's configuration wants of its rows, drawn without replacement, in random order.
-
-    Shares are of the whole, up to half a row. Example: 80 own rows and a share of .2 give 20 others.
+    ``parts`` say how many rows each has; places count through own rows and parts, one after another. Rows are drawn
+    without replacement. Shares are of the whole, up to half a row. Example: 80 own rows and a share of .2 give 20
+    others.
 
     Raises:
         DataError: a source has fewer rows than are wanted.
     """
     counts = [part.count for part, _ in parts if part.count is not None]
     rest = 1.0 - sum(part.share for part, _ in parts if part.share is not None)
-    total = (len(own) + sum(counts)) / rest
-    rows = list(own)
+    total = (own + sum(counts)) / rest
+    places = list(range(own))
+    first = own
     for number, (part, others) in enumerate(parts):
         wanted = part.count if part.share is None else round(part.share * total)
         assert wanted is not None, "a plan refuses a part without share and count"
-        if wanted > len(others):
+        if wanted > others:
             raise DataError(
-                f"{len(others)} rows are there and {wanted} are wanted",
+                f"{others} rows are there and {wanted} are wanted",
                 where=f"{where}.mix[{number}]",
                 remedy="lower its share or count, or give it more rows",
             )
-        rows += [others[place] for place in torch.randperm(len(others), generator=generator)[:wanted].tolist()]
-    return [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]
+        places += [first + place for place in torch.randperm(others, generator=generator)[:wanted].tolist()]
+        first += others
+    return [places[place] for place in torch.randperm(len(places), generator=generator).tolist()]
+
+
+def subset(count: int, fraction: float, generator: torch.Generator) -> list[int]:
+    """The places, in order, of ⌈fraction · count⌉ of ``count`` rows, drawn without replacement.
+
+    They are the first of one permutation, so a smaller fraction under the same seed gives some of a larger one's. The
+    fraction counts as it is written: .07 of 100 rows are 7, although 0.07 * 100 is a little more.
+    """
+    size = math.ceil(Fraction(str(fraction)) * count)
+    return sorted(torch.randperm(count, generator=generator)[:size].tolist())

@@ -9,7 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from alignment.config.data import OnError, SourceConfig
+from alignment.data.reading import iterate
+from alignment.data.records import Prompt, Record
 
 NGRAM = 8
 LIKELY = 0.5
@@ -23,6 +28,18 @@ class Placed:
 
     where: str
     text: str
+
+
+def asked(record: Record) -> Placed:
+    """What a record asks: what its user turns say, or its text."""
+    turns = [turn.content for turn in getattr(record, "messages", ()) if turn.role == "user"]
+    return Placed(where=record.where, text="\n".join(turns) or getattr(record, "text", ""))
+
+
+def asked_in(path: Path, data: SourceConfig) -> Iterator[Placed]:
+    """What the prompts of a source ask; rows without one are passed over."""
+    lenient = replace(data, on_error=OnError.skip, max_skipped=1.0)
+    return map(asked, iterate(path, Prompt, lenient))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

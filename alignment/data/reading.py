@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from alignment.config.data import OnError, SourceConfig
 from alignment.data.fields import Fields, SetAside
-from alignment.data.files import RawRow, rows_of
+from alignment.data.files import RawRow
 from alignment.data.formats import FORMATS, detect
 from alignment.data.formats.form import Format
+from alignment.data.hub import source_rows
 from alignment.data.records import Record
 from alignment.errors import DataError
 
@@ -67,9 +69,10 @@ def iterate(path: Path, record: type[R], data: SourceConfig, *, reading: Reading
         taken += 1
         if taken == data.limit:
             break
-    _refuse_faults(told, data)
+    where = str(told.path)
+    refuse_faults(told.faults, data, count=len(told.faults), rows=told.rows, where=where)
     if not taken:
-        raise _nothing(told)
+        raise nothing((error.message for error in told.set_aside), rows=told.rows, where=where)
 
 
 def start(path: Path, data: SourceConfig) -> Reading:
@@ -80,7 +83,7 @@ def start(path: Path, data: SourceConfig) -> Reading:
     """
     if data.format is not None:
         return Reading(path=path, format=FORMATS[data.format])
-    head = list(islice(rows_of(path), LOOKED_AT))
+    head = list(islice(source_rows(path, data), LOOKED_AT))
     rows = [_renamed(row.value, data) for row in head if isinstance(row, RawRow)]
     if not rows:
         faults = [row for row in head if isinstance(row, DataError)]
@@ -89,21 +92,41 @@ def start(path: Path, data: SourceConfig) -> Reading:
 
 
 def _examined(told: Reading, record: type[R], data: SourceConfig) -> Iterator[R]:
-    example = right_form(told.format, record)
-    for row in rows_of(told.path):
+    reader = Reader(format=told.format, record=record, data=data)
+    for row in source_rows(told.path, data):
         told.rows += 1
         try:
-            if isinstance(row, DataError):
-                raise row
-            value = prepared(row.value, data)
-            # All records of a row or none: a fault in its last pair is a fault of the row.
-            found: list[Any] = list(record.of(told.format.read(Fields(value, where=row.where, example=example))))
+            found = reader.records(row)
         except SetAside as reason:
             told.set_aside.append(reason)
         except DataError as fault:
             told.faults.append(fault)
         else:
             yield from found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Makes records of rows: those of ``format``, by what ``data`` says of columns and placeholders."""
+
+    format: Format
+    record: type[Any]
+    data: SourceConfig
+
+    @cached_property
+    def _example(self) -> str:
+        return right_form(self.format, self.record)
+
+    def records(self, row: RawRow | DataError) -> list[Any]:
+        """All records of a row or none: a fault in its last pair is a fault of the row.
+
+        Raises:
+            DataError: the row is faulty, or (SetAside) of no use.
+        """
+        if isinstance(row, DataError):
+            raise row
+        value = prepared(row.value, self.data)
+        return list(self.record.of(self.format.read(Fields(value, where=row.where, example=self._example))))
 
 
 def right_form(form: Format, record: type[Any]) -> str:
@@ -115,33 +138,40 @@ def right_form(form: Format, record: type[Any]) -> str:
     return form.row
 
 
-def together(faults: list[DataError]) -> DataError:
-    """One error for all of them, each with its place."""
-    if len(faults) == 1:
+def together(faults: Sequence[DataError], count: int | None = None) -> DataError:
+    """One error for all of them, each with its place; ``count`` says how many there are if these are the first ones."""
+    count = len(faults) if count is None else count
+    if count == 1:
         return faults[0]
     lines = "".join(f"\n  {fault.where}: {fault.message}" for fault in faults[:NAMED])
-    more = f"\n  and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-    return DataError(f"{len(faults)} faulty rows:{lines}{more}", remedy=faults[0].remedy)
+    more = f"\n  and {count - NAMED} more" if count > NAMED else ""
+    return DataError(f"{count} faulty rows:{lines}{more}", remedy=faults[0].remedy)
 
 
-def _refuse_faults(told: Reading, data: SourceConfig) -> None:
-    if not told.faults:
+def refuse_faults(faults: Sequence[DataError], data: SourceConfig, *, count: int, rows: int, where: str) -> None:
+    """Does nothing if there are none, or ``data`` has them skipped and they are few of the ``rows``.
+
+    Raises:
+        DataError: otherwise; names the first of ``count``, which ``faults`` begins with.
+    """
+    if not count:
         return
+    error = together(faults, count)
     if data.on_error is OnError.fail:
-        raise together(told.faults)
-    if len(told.faults) > data.max_skipped * told.rows:
-        error = together(told.faults)
+        raise error
+    if count > data.max_skipped * rows:
         raise DataError(
-            f"more than {data.max_skipped:.0%} of {told.rows} rows are faulty; {error.message}",
-            where=str(told.path),
+            f"more than {data.max_skipped:.0%} of {rows} rows are faulty; {error.message}",
+            where=where,
             remedy="mend the rows, or raise data.max_skipped",
         )
 
 
-def _nothing(told: Reading) -> DataError:
-    reasons = sorted({error.message for error in told.set_aside})
-    why = f": all {told.rows} rows were set aside ({'; '.join(reasons)})" if reasons else ""
-    return DataError(f"holds no row that can be used{why}", where=str(told.path))
+def nothing(set_aside: Iterable[str], *, rows: int, where: str) -> DataError:
+    """A source without a single record."""
+    reasons = sorted(set(set_aside))
+    why = f": all {rows} rows were set aside ({'; '.join(reasons)})" if reasons else ""
+    return DataError(f"holds no row that can be used{why}", where=where)
 
 
 def prepared(row: Any, data: SourceConfig) -> Any:

@@ -36,7 +36,11 @@ def locate(source: str, *, where: str = "") -> Path:
         return path
     if scheme == "bundled" and rest:
         return _bundled(rest, where=where)
-    raise DataError(f"{source!r} is no data source", where=where, remedy="write bundled:quickstart/NAME or path:FILE")
+    raise DataError(
+        f"{source!r} is no data source",
+        where=where,
+        remedy="write bundled:quickstart/NAME, path:FILE or hub:ORG/NAME@REVISION",
+    )
 
 
 def _bundled(name: str, *, where: str) -> Path:

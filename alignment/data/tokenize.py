@@ -1,25 +1,28 @@
-"""Messages → token ids, and which of them are learned.
-
-A conversation is rendered once with the tokenizer's own chat template. What is learned is found by rendering prefixes:
-an assistant turn is what its prefix adds to the prefix with a generation prompt, up to and including the token that
-ends the turn. Nothing is ever inferred from token ids, because pad may equal EOS.
-"""
+"""Rendered text → token ids, and which of them are learned (alignment/data/templates.py says what a turn is)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from alignment.data.records import Record
+from alignment.data.templates import (
+    Piece,
+    Tools,
+    answer_text,
+    control_tokens,
+    conversation_pieces,
+    prompt_text,
+)
 from alignment.data.turns import Message
 from alignment.errors import DataError
 
 IGNORED = -100
 
 R = TypeVar("R", bound=Record)
-Tokens = TypeVar("Tokens")
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,66 +36,81 @@ class TokenizedConversation:
     labels: list[int]
 
 
-Tools = Sequence[Mapping[str, Any]]
-"""What the assistant may call, as chat templates take it."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """Token ids, and which of them are learned."""
 
+    ids: list[int]
+    learned: list[bool]
 
-def render(tokenizer: Any, messages: Sequence[Message], *, answering: bool, tools: Tools = ()) -> str:
-    """The chat template's text; ``answering`` adds what opens an assistant turn.
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.ids)
 
-    Raises:
-        DataError: the tokenizer has no chat template, the template refuses these messages or leaves out tools or calls
-            of them, or a message contains text that would become a control token.
-    """
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the tokenizer has no chat template", remedy="use a chat model, or add a template to its folder"
-        )
-    _refuse_control_tokens(tokenizer, messages)
-    try:
-        text: str = tokenizer.apply_chat_template(
-            [message.as_dict() for message in messages],
-            tools=list(tools) or None,
-            tokenize=False,
-            add_generation_prompt=answering,
-        )
-    except Exception as error:  # templates raise whatever they like
-        raise DataError(f"the chat template refuses these messages: {error}") from error
-    _refuse_lost_tools(text, messages, tools)
-    return text
+    def __add__(self, other: Tokens) -> Tokens:
+        """These, then those."""
+        return Tokens(ids=self.ids + other.ids, learned=self.learned + other.learned)
 
+    def __getitem__(self, part: slice) -> Tokens:
+        """Some of them."""
+        return Tokens(ids=self.ids[part], learned=self.learned[part])
 
-def _refuse_lost_tools(text: str, messages: Sequence[Message], tools: Tools) -> None:
-    """Most templates know nothing of tools and pass over them, so a model would learn to say nothing."""
-    for call in (*tools, *(call for message in messages for call in message.tool_calls)):
-        if str(call["function"]["name"]) not in text:
-            raise DataError(
-                f"the chat template leaves out the tool '{call['function']['name']}'",
-                remedy="use a model whose template knows tools, or rows without them",
-            )
-
-
-def _refuse_control_tokens(tokenizer: Any, messages: Sequence[Message]) -> None:
-    """Otherwise a row could end its own turn and go on as somebody else."""
-    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for message in messages:
-        said = message.content + json.dumps(list(message.tool_calls), ensure_ascii=False)
-        for token in control:
-            if token in said:
-                raise DataError(
-                    f"a message of the {message.role} contains the control token '{token}'",
-                    remedy="take it out of the row, or write it otherwise",
-                )
+    @property
+    def labels(self) -> list[int]:
+        """The ids of learned tokens, -100 elsewhere."""
+        return [token if learned else IGNORED for token, learned in zip(self.ids, self.learned, strict=True)]
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of already rendered text: nothing is added to it."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return encode_all(tokenizer, [text])[0]
+
+
+def encode_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """``encode`` of many texts at once, which is several times as fast."""
+    control = control_tokens(tokenizer)
+    escaped = [place for place, text in enumerate(texts) if control.is_escaped(text)]
+    if not texts:
+        return []
+    ids_only = {"return_attention_mask": False, "return_token_type_ids": False}
+    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, **ids_only)["input_ids"]
+    for place in escaped:
+        found[place] = _encode_escaped(tokenizer, texts[place])
+    return found
+
+
+def _encode_escaped(tokenizer: Any, text: str) -> list[int]:
+    """The template's control tokens as such, what is written between them as text, whatever it looks like."""
+    control = control_tokens(tokenizer)
+    ids: list[int] = []
+    end = 0
+    for match in [*control.pattern.finditer(text), None]:
+        between = control.restored(text[end : match.start() if match else None])
+        if between:
+            ids += tokenizer(between, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if match:
+            ids.append(control.ids[match[0]])
+            end = match.end()
+    return ids
+
+
+def tokens_of(tokenizer: Any, many: Sequence[Sequence[Piece]]) -> list[Tokens]:
+    """The tokens of each row of pieces, all encoded at once."""
+    encoded = iter(encode_all(tokenizer, [piece.text for pieces in many for piece in pieces]))
+    found = []
+    for pieces in many:
+        row = Tokens(ids=[], learned=[])
+        for piece in pieces:
+            ids = next(encoded)
+            row.ids.extend(ids)
+            row.learned.extend([piece.learned] * len(ids))
+        found.append(row)
+    return found
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
     """Token ids of a prompt, ready for an answer."""
-    return encode(tokenizer, render(tokenizer, messages, answering=True, tools=tools))
+    return encode(tokenizer, prompt_text(tokenizer, messages, tools))
 
 
 def answer_ids(tokenizer: Any, messages: Sequence[Message], answer: str, tools: Tools = ()) -> list[int]:
@@ -101,7 +119,17 @@ def answer_ids(tokenizer: Any, messages: Sequence[Message], answer: str, tools: 
     Raises:
         DataError: the template renders the prompt differently once an answer follows, or never ends the turn.
     """
-    return encode(tokenizer, _answer_text(tokenizer, messages, Message(role="assistant", content=answer), tools))
+    return encode(tokenizer, answer_text(tokenizer, messages, answer, tools))
+
+
+@functools.lru_cache(maxsize=16)
+def turn_end_id(tokenizer: Any) -> int:
+    """The token that ends an answer, which is EOS in most chat templates and ``<end_of_turn>`` in Gemma's.
+
+    Raises:
+        DataError: see ``answer_ids``.
+    """
+    return answer_ids(tokenizer, [Message(role="user", content="Hi.")], "Hello.")[-1]
 
 
 def tokenize_conversation(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> TokenizedConversation:
@@ -110,42 +138,38 @@ def tokenize_conversation(tokenizer: Any, messages: Sequence[Message], tools: To
     Raises:
         DataError: no assistant turn to learn from, or a template that cannot be cut at turns.
     """
-    input_ids: list[int] = []
-    labels: list[int] = []
-    rendered = ""
-    for index, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        before = render(tokenizer, messages[:index], answering=True, tools=tools)
-        if not before.startswith(rendered):
-            raise DataError("the chat template renders earlier turns differently once a turn follows them")
-        context = encode(tokenizer, before[len(rendered) :])
-        text = _answer_text(tokenizer, messages[:index], message, tools)
-        answer = encode(tokenizer, text)
-        input_ids += context + answer
-        labels += [IGNORED] * len(context) + (answer if message.learned else [IGNORED] * len(answer))
-        rendered = before + text
-    if all(label == IGNORED for label in labels):
-        raise DataError("no assistant turn to learn from")
-    return TokenizedConversation(input_ids=input_ids, labels=labels)
+    (row,) = tokens_of(tokenizer, [conversation_pieces(tokenizer, messages, tools)])
+    return TokenizedConversation(input_ids=row.ids, labels=row.labels)
 
 
 def tokenize_text(tokenizer: Any, text: str, *, max_length: int) -> list[TokenizedConversation]:
     """A text as rows of at most ``max_length`` tokens, all of them learned; the last one ends with EOS.
 
     It begins as the tokenizer begins texts: with BOS, or with nothing.
-
-    Raises:
-        DataError: the text contains a control token.
     """
-    _refuse_control_tokens(tokenizer, [Message(role="text", content=text)])
-    ids = tokenizer(text)["input_ids"]
-    ids = [*(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids), tokenizer.eos_token_id]
-    rows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    rows = text_rows(tokenizer, encode(tokenizer, escaped_text(tokenizer, text)), max_length=max_length)
     return [TokenizedConversation(input_ids=row, labels=row) for row in rows]
 
 
-def tokenize_rows(records: Iterable[R], tokenize: Callable[[R], Tokens]) -> list[Tokens]:
+def escaped_text(tokenizer: Any, text: str) -> str:
+    """Plain text ready for ``encode``: control tokens in it stay text."""
+    return str(control_tokens(tokenizer).escaped(text))
+
+
+def text_rows(tokenizer: Any, ids: list[int], *, max_length: int) -> list[list[int]]:
+    """A text's tokens between what the tokenizer puts in front of texts, if anything, and EOS, cut into rows."""
+    whole = [*_front(tokenizer), *ids, tokenizer.eos_token_id]
+    return [whole[start : start + max_length] for start in range(0, len(whole), max_length)]
+
+
+@functools.lru_cache(maxsize=16)
+def _front(tokenizer: Any) -> tuple[int, ...]:
+    whole, bare = tokenizer("a")["input_ids"], encode(tokenizer, "a")
+    starts = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
+    return tuple(whole[: starts[0]]) if starts else ()
+
+
+def tokenize_rows(records: Iterable[R], tokenize: Callable[[R], Row]) -> list[Row]:
     """``tokenize`` applied to each record.
 
     Raises:
@@ -158,15 +182,3 @@ def tokenize_rows(records: Iterable[R], tokenize: Callable[[R], Tokens]) -> list
         except DataError as error:
             raise DataError(error.message, where=record.where, remedy=error.remedy) from error
     return rows
-
-
-def _answer_text(tokenizer: Any, messages: Sequence[Message], answer: Message, tools: Tools) -> str:
-    before = render(tokenizer, messages, answering=True, tools=tools)
-    after = render(tokenizer, [*messages, answer], answering=False, tools=tools)
-    if not after.startswith(before):
-        raise DataError("the chat template renders a prompt differently once an answer follows it")
-    text, end = after[len(before) :], tokenizer.eos_token
-    if end not in text:
-        raise DataError("the chat template does not end an assistant turn with the tokenizer's EOS token")
-    # What follows the turn's end (a line break in ChatML) belongs to no answer.
-    return text[: text.rindex(end) + len(end)]

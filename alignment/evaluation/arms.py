@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from alignment.data.records import HeldOutPrompt
+from alignment.data.tokenize import turn_end_id
 from alignment.data.turns import Message
 from alignment.evaluation.house_style import STYLE_PROMPT, GoldScore, score
 from alignment.models.answers import answer_statistics, batches, scalar_scores
@@ -72,12 +73,12 @@ def answer_all(
     progress: Callable[[int], None],
 ) -> list[Answer]:
     """Greedy answers, scored by the gold rule against the row's own text."""
-    end = tokenizer.eos_token_id
+    ends = {turn_end_id(tokenizer), tokenizer.eos_token_id}
     found = generate(
         model,
         prompts,
         max_new_tokens=max_new_tokens,
-        end_ids=[end],
+        end_ids=sorted(ends),
         batch_size=batch_size,
         progress=progress,
     )
@@ -85,7 +86,7 @@ def answer_all(
     for row, ids in zip(rows, found, strict=True):
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
         gold = score(text, source=source_text(row.messages), facts=[list(fact) for fact in row.facts])
-        answers.append(Answer(ids=ids, text=text, ended=ids[-1] == end, gold=gold))
+        answers.append(Answer(ids=ids, text=text, ended=ids[-1] in ends, gold=gold))
     return answers
 
 

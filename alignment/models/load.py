@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from alignment.artifacts import Manifest, inside, read_manifest, verify
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype
+from alignment.data.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.errors import ModelError
 from alignment.models.adapters import merge_adapter
 from alignment.stage_spec import StageInput, StageSpec
@@ -136,33 +135,6 @@ def load_scalar_head(model: PreTrainedModel, file: Path) -> None:
     with torch.no_grad():
         model.score.weight.copy_(saved["weight"])
         model.score_offset.copy_(saved["offset"])
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, with a pad token (EOS where it has none: masks never look at it).
-
-    Raises:
-        ModelError: no tokenizer, or one without an EOS token.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no usable tokenizer: {error}", where=str(folder)) from error
-    if tokenizer.eos_token_id is None:
-        raise ModelError("the tokenizer has no EOS token, so an answer could never end", where=str(folder))
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def tokenizer_hashes(tokenizer: Any) -> dict[str, str]:
-    """SHA-256 of the vocabulary with its special tokens, and of the chat template."""
-    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.all_special_tokens])
-    template = tokenizer.chat_template or ""
-    return {
-        "tokenizer_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
-    }
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -2,48 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from alignment.config.data import OnError, SourceConfig
+from alignment.config.data import SourceConfig
+from alignment.config.faults import refuse
 from alignment.data.doctor import USES, Diagnosis, Use, examine
-from alignment.data.overlap import HeldOut, Placed
-from alignment.data.reading import NAMED, iterate
-from alignment.data.records import Prompt
+from alignment.data.hub import snapshot_name
+from alignment.data.overlap import HeldOut, asked_in
+from alignment.data.reading import NAMED
 from alignment.data.sources import locate
 from alignment.errors import DataError
+from alignment.pipeline import data_sources, settings
 
 _PLACES = 8
 """Places that a reason spells out."""
+_PAIRS = 5
+"""Near repeats that are spelled out."""
 _FIRST = ("dpo", "sft", "ppo", "cpt")
 """The stages for which settings are shown, the one that needs most of a row first."""
 
 
 def show_diagnosis(console: Console, data: SourceConfig, *, against: str | None = None) -> int:
     """Prints what the file is, and which of its rows stand in ``against`` too; exit code 0, or 3 where rows are faulty.
+    A hub's data set that is not on this machine is downloaded.
 
     Raises:
-        DataError: the file cannot be read at all.
+        ConfigError: the settings cannot be right.
+        DataError: the file cannot be had, or not be read at all.
     """
-    path = _path_of(data.source, where="DATA")
-    found = examine(path, data)
-    for line in [*_lines(found), *_overlaps(path, data, against)]:
+    refuse(list(settings.source_faults(data, "DATA")))
+
+    def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    path = _path_of(data.source, where="DATA", announce=say)
+    other = None if against is None else _path_of(against, where="--against", announce=say)
+    found = examine(path, data)
+    for line in _lines(found, data):
+        say(line)
+    if against is not None and other is not None:
+        for line in _overlaps(path, data, against, other):
+            say(line)
     return DataError.exit_code if found.faults else 0
 
 
-def _path_of(source: str, *, where: str) -> Path:
-    return locate(source if ":" in source else f"path:{source}", where=where)
+def _path_of(source: str, *, where: str, announce: Callable[[str], None]) -> Path:
+    if not source.startswith("hub:"):
+        return locate(source if ":" in source else f"path:{source}", where=where)
+    path = data_sources.fetch(data_sources.resolve(source, where=where), announce=announce).path
+    assert path is not None, "what was fetched is here"
+    return path
 
 
-def _overlaps(path: Path, data: SourceConfig, against: str | None) -> list[str]:
-    if against is None:
-        return []
-    held_out = HeldOut(_asked(_path_of(against, where="--against"), SourceConfig()))
-    found = list(held_out.overlaps(_asked(path, data)))
+def _overlaps(path: Path, data: SourceConfig, against: str, other: Path) -> list[str]:
+    held_out = HeldOut(asked_in(other, SourceConfig()))
+    found = list(held_out.overlaps(asked_in(path, data)))
     lines = [_line("overlap", f"{len(found):,} rows ask what {against} asks" if found else f"none with {against}")]
     lines += [
         _line("", f"{_place(one.learned)} has {one.share:.0%} of {_place(one.held_out)}") for one in found[:NAMED]
@@ -51,18 +67,10 @@ def _overlaps(path: Path, data: SourceConfig, against: str | None) -> list[str]:
     return lines + ([_line("", f"and {len(found) - NAMED:,} more")] if len(found) > NAMED else [])
 
 
-def _asked(path: Path, data: SourceConfig) -> Iterator[Placed]:
-    """What the prompts of a file ask; rows without one are passed over."""
-    lenient = replace(data, on_error=OnError.skip, max_skipped=1.0)
-    for prompt in iterate(path, Prompt, lenient):
-        asked = [turn.content for turn in prompt.messages if turn.role == "user"]
-        yield Placed(where=prompt.where, text="\n".join(asked))
-
-
-def _lines(found: Diagnosis) -> list[str]:
+def _lines(found: Diagnosis, data: SourceConfig) -> list[str]:
     columns = ", ".join(name if count == found.rows else f"{name} ({count:,})" for name, count in found.columns.items())
     lines = [
-        f"{found.path}: {found.rows:,} rows",
+        f"{snapshot_name(found.path) or found.path}: {found.rows:,} rows",
         _line("format", f"{found.format.name}: {found.format.summary}"),
         _line("columns", columns),
     ]
@@ -73,11 +81,12 @@ def _lines(found: Diagnosis) -> list[str]:
         rows = ", ".join(f"{{{{{name}}}}} in {count:,} rows" for name, count in sorted(found.placeholders.items()))
         names = ", ".join(f"{name}: TEXT" for name in sorted(found.placeholders))
         lines.append(_line("unfilled", f"{rows}; data.placeholders={{{names}}} fills them"))
+    lines += _near(found)
     lines.append(_line("faulty", f"{len(found.faults):,} rows" if found.faults else "no row"))
     lines += [_line("", f"{_place(fault.where)}: {fault.message}") for fault in found.faults[:NAMED]]
     if len(found.faults) > NAMED:
         lines.append(_line("", f"and {len(found.faults) - NAMED:,} more"))
-    return [*lines, _line("to use it", _settings(found))]
+    return [*lines, _line("to use it", _settings(found, data))]
 
 
 def _line(name: str, text: str) -> str:
@@ -101,12 +110,27 @@ def _set_aside(found: Diagnosis) -> dict[str, tuple[list[str], list[str]]]:
     return {reason: (list(told), list(places)) for reason, (told, places) in reasons.items()}
 
 
-def _settings(found: Diagnosis) -> str:
+def _near(found: Diagnosis) -> Iterator[str]:
+    near = found.near.found
+    told = f"{len(near):,} rows say nearly what an earlier row says; keep one of each, they count more than the others"
+    yield _line("near repeats", told if near else "no row")
+    for one in near[:_PAIRS]:
+        yield _line("", f"{_place(one.where)} shares {one.share:.0%} of its runs of words with {_place(one.earlier)}")
+    if len(near) > _PAIRS:
+        yield _line("", f"and {len(near) - _PAIRS:,} more")
+    if found.near.passed_over:
+        yield _line("", f"only the first {found.near.looked_at:,} rows that differ were compared")
+
+
+def _settings(found: Diagnosis, data: SourceConfig) -> str:
     stage = next((stage for stage in _FIRST if any(stage in name for name in found.meant_for)), None)
     if stage is None:
         return "no stage can"
     skip = f" stages.{stage}.data.on_error=skip" if found.faults else ""
-    return f"stages.{stage}.data.source=path:{found.path}{skip}"
+    source = snapshot_name(found.path) or f"path:{found.path}"
+    chosen = "" if data.split == SourceConfig().split else f" stages.{stage}.data.split={data.split}"
+    chosen += f" stages.{stage}.data.subset={data.subset}" if data.subset else ""
+    return f"stages.{stage}.data.source={source}{chosen}{skip}"
 
 
 def _place(where: str) -> str:

@@ -11,7 +11,9 @@ from typing import Any
 
 import yaml
 
+from alignment.config.model import ModelConfig
 from alignment.config.typed import to_plain
+from alignment.data.chat_template import template_file
 from alignment.errors import (
     PREEMPTED,
     AlignmentError,
@@ -57,7 +59,7 @@ def write_stage_file(plan: Plan, stage: PlannedStage, *, git_commit: str, folder
         "run": plan.config.name,
         "stage": stage.name,
         "config": to_plain(stage.config),
-        "model": to_plain(plan.config.model),
+        "model": _model(plan.config.model),
         "base_path": str(plan.base.folder),
         "inputs": {field: _input(one) for field, one in stage.inputs.items()},
         "arms": {arm: _input(one) for arm, one in stage.arms.items()},
@@ -75,6 +77,13 @@ def write_stage_file(plan: Plan, stage: PlannedStage, *, git_commit: str, folder
     }
     path.write_text(yaml.safe_dump(told, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path
+
+
+def _model(config: ModelConfig) -> dict[str, Any]:
+    """A worker is told absolute paths."""
+    plain: dict[str, Any] = to_plain(config)
+    file = None if config.chat_template is None else template_file(config.chat_template)
+    return plain if file is None else plain | {"chat_template": f"path:{file}"}
 
 
 def read_progress(work: Path) -> Progress | None:

@@ -7,9 +7,10 @@ from typing import Any
 
 from alignment.config.run import RunConfig
 from alignment.config.stage import EvaluateConfig
-from alignment.fingerprint import canonical, content_sha256, file_sha256
+from alignment.data.chat_template import template_text
+from alignment.fingerprint import canonical, digest, file_sha256
 from alignment.pipeline import scorers
-from alignment.pipeline.sources import ModelSource, remembered_sha256
+from alignment.pipeline.sources import ModelSource
 
 RULE = Path(__file__).parents[1] / "evaluation" / "house_style.py"
 """The gold rule and the style prompt: what was judged under an older rule is not reused."""
@@ -20,18 +21,19 @@ def of_stage(
     name: str,
     *,
     base: ModelSource,
-    data: dict[str, Path],
+    data: dict[str, str],
     inputs: dict[str, str],
     arms: dict[str, str],
 ) -> dict[str, Any]:
-    """``data`` are the stage's files by field; ``inputs`` and ``arms`` give the fingerprint of what each slot holds.
+    """``data`` stands for the content of the stage's data by field; ``inputs`` and ``arms`` give the fingerprint of
+    what each slot holds.
 
     The stage's name is part of it because random numbers are drawn by it. Paths, launch, tracking, and how often a
     stage logs or saves are not.
     """
     stage = run.stages[name]
     judged = isinstance(stage, EvaluateConfig) or scorers.uses_house_style(stage)
-    others = {field: content_sha256(path, remembered_sha256) for field, path in data.items() if field != "data"}
+    others = {field: content for field, content in data.items() if field != "data"}
     seldom = {"extra_data": others, "code": scorers.code(stage)}  # absent where empty, as in results made before these
     return {
         "stage": name,
@@ -39,13 +41,19 @@ def of_stage(
         "revision": stage.revision,
         "rule": file_sha256(RULE) if judged else None,
         "config": canonical(scorers.without_places(stage)),
-        "data": content_sha256(data["data"], remembered_sha256),
+        "data": data["data"],
         "inputs": inputs,
         "arms": arms,
-        "base": {"content": base.identity, "dtype": run.model.dtype.value},
+        "base": {"content": base.identity, "dtype": run.model.dtype.value, **_template(run)},
         "seed": run.seed,
         **{key: value for key, value in seldom.items() if value},
     }
+
+
+def _template(run: RunConfig) -> dict[str, str]:
+    """Absent where the tokenizer's own is used, as in results made before there was another."""
+    told = run.model.chat_template
+    return {} if told is None else {"chat_template": digest(template_text(told))}
 
 
 def of_report(run: RunConfig, name: str, *, inputs: dict[str, str]) -> dict[str, Any]:

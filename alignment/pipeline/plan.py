@@ -16,11 +16,12 @@ from alignment.config.stage import PpoConfig, ReportConfig, StageConfig
 from alignment.config.typed import convert
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation, Record
-from alignment.data.sources import RECORDS, locate
+from alignment.data.sources import RECORDS
 from alignment.errors import ArtifactError, ModelError
 from alignment.fingerprint import digest
-from alignment.pipeline import identity, references, scorers, settings
+from alignment.pipeline import data_sources, identity, references, scorers, settings
 from alignment.pipeline.compose import compose
+from alignment.pipeline.data_sources import DataSource
 from alignment.pipeline.reasons import Made, made, reason_to_run
 from alignment.pipeline.references import Slot
 from alignment.pipeline.sources import ModelSource, refuse_policy, resolve
@@ -49,8 +50,8 @@ class PlannedStage:
     """A stage with its inputs resolved and its result named.
 
     ``inputs`` has an entry for each reference except arms; ``extra_data`` holds files beside the main one, by field;
-    ``code`` are the functions of the user that it runs. ``artifact`` is where the result is or will be, ``work`` where
-    it is made.
+    neither has a hub's data set that is not on this machine, but ``hub_data`` has every one. ``code`` are the functions
+    of the user that it runs. ``artifact`` is where the result is or will be, ``work`` where it is made.
     """
 
     name: str
@@ -64,6 +65,7 @@ class PlannedStage:
     input_fingerprints: dict[str, str]
     data: Path | None
     extra_data: dict[str, Path]
+    hub_data: tuple[DataSource, ...]
     code: tuple[str, ...]
     artifact: Path
     work: Path
@@ -117,23 +119,24 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     )
 
 
-def _checked_data(config: RunConfig) -> dict[str, dict[str, Path]]:
-    """Each stage's data files by field, their first rows read."""
-    located: dict[str, dict[str, Path]] = {}
+def _checked_data(config: RunConfig) -> dict[str, dict[str, DataSource]]:
+    """Each stage's data by field, the first rows read of what is on this machine."""
+    located: dict[str, dict[str, DataSource]] = {}
     read: set[Any] = set()
     for name, stage in config.stages.items():
         located[name] = {}
         for file in _files_of(stage):
             where = f"stages.{name}.{file.field}"
-            path = locate(file.data.source, where=f"{where}.source")
+            found = located[name][file.field] = data_sources.resolve(file.data.source, where=f"{where}.source")
+            if found.path is None:
+                continue
             how = replace(file.data, limit=min(file.data.limit or CHECKED_ROWS, CHECKED_ROWS))
-            asked = (path, digest(how), how.on_error, how.max_skipped, file.record, file.checks)
+            asked = (found.path, digest(how), how.on_error, how.max_skipped, file.record, file.checks)
             if asked not in read:
-                for row in read_records(path, file.record, how):
+                for row in read_records(found.path, file.record, how):
                     for check in file.checks:
                         check(row)
                 read.add(asked)
-            located[name][file.field] = path
     return located
 
 
@@ -174,7 +177,9 @@ class _Resolved:
 class _Builder:
     """Plans stages in order; each finds its inputs among those planned before."""
 
-    def __init__(self, config: RunConfig, *, output: Path, data: dict[str, dict[str, Path]], base: ModelSource) -> None:
+    def __init__(
+        self, config: RunConfig, *, output: Path, data: dict[str, dict[str, DataSource]], base: ModelSource
+    ) -> None:
         self.base = base
         self.sources: dict[str, ModelSource] = {}
         self._config = config
@@ -194,6 +199,7 @@ class _Builder:
         artifact = self._artifacts / folder_name(name, fingerprint)
         work = artifact.with_name(f"{artifact.name}.work")
         refs = {field: one.ref for field, one in inputs.items()}
+        paths = {field: one.path for field, one in self._data[name].items() if one.path is not None}
         action, reason = self._action(name, fingerprint, artifact, work, described, refs)
         planned = PlannedStage(
             name=name,
@@ -205,8 +211,9 @@ class _Builder:
             inputs={field: StageInput(ref=one.ref, path=one.path) for field, one in inputs.items()},
             arms={arm: StageInput(ref=one.ref, path=one.path) for arm, one in arms.items()},
             input_fingerprints={key: one.fingerprint for key, one in {**inputs, **arms}.items()},
-            data=self._data[name].get(DATA),
-            extra_data={field: path for field, path in self._data[name].items() if field != DATA},
+            data=paths.get(DATA),
+            extra_data={field: path for field, path in paths.items() if field != DATA},
+            hub_data=tuple(one for one in self._data[name].values() if one.is_hub),
             code=tuple(map(str, scorers.functions(config).values())),
             artifact=artifact,
             work=work,
@@ -230,7 +237,7 @@ class _Builder:
             self._config,
             name,
             base=self.base,
-            data=self._data[name],
+            data={field: one.identity for field, one in self._data[name].items()},
             inputs={field: one.fingerprint for field, one in inputs.items()},
             arms={arm: one.fingerprint for arm, one in arms.items()},
         )

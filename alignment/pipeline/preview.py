@@ -12,16 +12,18 @@ from pathlib import Path
 from rich.console import Console
 
 from alignment import launcher
-from alignment.config.stage import Trained
+from alignment.config.stage import EvaluateConfig, Trained
 from alignment.errors import ConfigError
 from alignment.pipeline import handover
 from alignment.pipeline.display import display_for
-from alignment.pipeline.plan import make_plan
+from alignment.pipeline.plan import PlannedStage, make_plan
 from alignment.pipeline.run import with_models
 
 
-def show_preview(console: Console, recipe: str, overrides: Sequence[str], *, stage: str | None, rows: int) -> int:
-    """Prints it; returns the exit code.
+def show_preview(
+    console: Console, recipe: str, overrides: Sequence[str], *, stage: str | None, rows: int, html: str | None
+) -> int:
+    """Prints it, and writes the same to the file ``html`` if one is named; returns the exit code.
 
     Raises:
         AlignmentError: a fault in the plan; no such stage.
@@ -35,8 +37,12 @@ def show_preview(console: Console, recipe: str, overrides: Sequence[str], *, sta
         raise ConfigError(f"{stage!r} is no stage that trains; one of: {names}", where="--stage")
     environment = launcher.environment(launcher.count_cores(), os.environ.get("PYTHONPATH", ""))
     with tempfile.TemporaryDirectory() as folder:
-        files = [
-            str(handover.write_stage_file(plan, one, git_commit="", folder=Path(folder) / one.name)) for one in chosen
-        ]
-        argv = [sys.executable, "-m", "alignment.preview", *files, "--rows", str(rows)]
+
+        def file_of(one: PlannedStage) -> str:
+            return str(handover.write_stage_file(plan, one, git_commit="", folder=Path(folder) / one.name))
+
+        argv = [sys.executable, "-m", "alignment.preview", *map(file_of, chosen), "--rows", str(rows)]
+        argv += ["--html", html] if html else []
+        evaluation = next((one for one in plan.stages if isinstance(one.config, EvaluateConfig)), None)
+        argv += ["--against", file_of(evaluation)] if evaluation else []
         return subprocess.run(argv, env={**os.environ, **environment}, check=False).returncode

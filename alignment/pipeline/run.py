@@ -26,7 +26,7 @@ from alignment.config.stage import (
 from alignment.errors import PREEMPTED, ArtifactError, ConfigError
 from alignment.launcher import Command
 from alignment.locks import held
-from alignment.pipeline import handover, sources
+from alignment.pipeline import data_sources, handover, sources
 from alignment.pipeline.display import Display, display_for, duration
 from alignment.pipeline.handover import Preempted
 from alignment.pipeline.plan import Action, Plan, PlannedStage, make_plan
@@ -124,16 +124,19 @@ def _not_reused(plan: Plan) -> list[PlannedStage]:
 
 
 def with_models(plan: Plan, display: Display, *, stages: Sequence[PlannedStage]) -> Plan:
-    """The plan with every model on this machine that these stages need.
+    """The plan with every model and all data on this machine that these stages need.
 
-    Nothing is fetched for no stage. A hub model that had to be downloaded is pinned to a commit only then, so the plan
-    is made anew.
+    Nothing is fetched for no stage. What had to be downloaded from a hub is pinned to a commit only then, and its rows
+    were not checked yet, so the plan is made anew.
     """
     missing = [model for model in [plan.base, *plan.sources.values()] if not model.ready]
-    if not stages or not missing:
+    data = {one.source: one for stage in stages for one in stage.hub_data if not one.complete}
+    if not stages or not (missing or data):
         return plan
     for model in missing:
         sources.fetch(model, announce=display.note)
+    for one in data.values():
+        data_sources.fetch(one, announce=display.note)
     return make_plan(plan.recipe, plan.overrides)
 
 

@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from alignment.config.adapter import AdapterKind
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.config.faults import Fault
-from alignment.config.model import Dtype
+from alignment.config.model import Dtype, ModelConfig
 from alignment.config.near import suggestion
 from alignment.config.run import RunConfig
 from alignment.config.stage import PpoConfig, ReportConfig, Trained
+from alignment.data.chat_template import template_text
 from alignment.data.formats import FORMATS
+from alignment.errors import DataError
 
 
 def faults(config: RunConfig) -> list[Fault]:
-    """Everything wrong with a run's adapters and data."""
-    found: list[Fault] = []
+    """Everything wrong with a run's template, adapters and data."""
+    found: list[Fault] = list(_template_faults(config.model))
     for name, stage in config.stages.items():
         where = f"stages.{name}"
         if isinstance(stage, Trained):
@@ -28,6 +30,14 @@ def faults(config: RunConfig) -> list[Fault]:
     return found
 
 
+def _template_faults(model: ModelConfig) -> Iterator[Fault]:
+    try:
+        if model.chat_template is not None:
+            template_text(model.chat_template)
+    except DataError as error:
+        yield Fault(where=error.where, message=f"{error.message}; {error.remedy}")
+
+
 def _adapter_faults(stage: Trained, dtype: Dtype, where: str) -> Iterator[Fault]:
     if stage.adapter.master_weights:
         return
@@ -37,20 +47,27 @@ def _adapter_faults(stage: Trained, dtype: Dtype, where: str) -> Iterator[Fault]
         yield Fault(where=where, message="false saves nothing where model.dtype is float32; choose bfloat16, or true")
 
 
+def source_faults(data: SourceConfig, where: str) -> Iterator[Fault]:
+    """What cannot be right in a source by itself."""
+    if data.format is not None and data.format not in FORMATS:
+        yield Fault(
+            where=f"{where}.format", message=f"{data.format!r} is no format; {suggestion(data.format, FORMATS)}"
+        )
+    if not data.source.startswith("hub:"):
+        told = {"split": data.split, "subset": data.subset}
+        for name, value in told.items():
+            if value != getattr(SourceConfig(), name):
+                message = f"{value!r} is read by nothing; only a data set of a hub has a {name}"
+                yield Fault(where=f"{where}.{name}", message=message)
+
+
 def _data_faults(data: DataConfig, where: str) -> Iterator[Fault]:
-    yield from _format_faults(data, where)
+    yield from source_faults(data, where)
     for number, part in enumerate(data.mix):
         place = f"{where}.mix[{number}]"
-        yield from _format_faults(part, place)
+        yield from source_faults(part, place)
         if (part.share is None) == (part.count is None):
             yield Fault(where=place, message="set either share or count, such as share: 0.2")
     shares = sum(part.share or 0.0 for part in data.mix)
     if shares >= 1.0:
         yield Fault(where=f"{where}.mix", message=f"the shares add up to {shares:g} and leave no room for own rows")
-
-
-def _format_faults(data: SourceConfig, where: str) -> Iterator[Fault]:
-    if data.format is not None and data.format not in FORMATS:
-        yield Fault(
-            where=f"{where}.format", message=f"{data.format!r} is no format; {suggestion(data.format, FORMATS)}"
-        )

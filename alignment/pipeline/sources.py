@@ -6,7 +6,6 @@ Planning looks only at what is on this machine; ``fetch`` is where anything is d
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from alignment import bundled
 from alignment.artifacts import write_json
 from alignment.errors import ModelError
 from alignment.fingerprint import digest, file_sha256
+from alignment.pipeline import hub
 
-_HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _IDENTITY_SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".txt"}
 _LARGE = 16 << 20
 _SCORER = "ForSequenceClassification"
@@ -52,8 +51,8 @@ def resolve(source: str, *, where: str) -> ModelSource:
     if scheme == "path" and rest:
         folder = model_folder(rest, where=where)
         return ModelSource(source=source, identity=f"files-sha256:{_folder_digest(folder)}", folder=folder, ready=True)
-    if scheme == "hub" and (match := _HUB.fullmatch(rest)):
-        return _hub(source, match["id"], match["revision"] or "main", download=False)
+    if repository := hub.repository(source, kind="model"):
+        return _hub(source, repository, download=False)
     raise ModelError(
         f"{source!r} is no model source", where=where, remedy="write bundled:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
     )
@@ -69,10 +68,10 @@ def fetch(model: ModelSource, *, announce: bundled.Announce) -> ModelSource:
     if scheme == "bundled":
         bundled.ensure(bundled.lookup(rest), announce=announce)
     elif not model.ready:
-        match = _HUB.fullmatch(rest)
-        assert match is not None, "resolve() let the form pass"
+        repository = hub.repository(model.source, kind="model")
+        assert repository is not None, "resolve() let the form pass"
         announce(f"downloading {rest} from its hub")
-        return _hub(model.source, match["id"], match["revision"] or "main", download=True)
+        return _hub(model.source, repository, download=True)
     return resolve(model.source, where="model.source")
 
 
@@ -149,26 +148,10 @@ def remembered_sha256(path: Path) -> str:
     return sha256
 
 
-def _hub(source: str, repository: str, revision: str, *, download: bool) -> ModelSource:
-    """The hub client is imported here and nowhere else, only for runs that name a hub repository."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
+def _hub(source: str, repository: hub.Repository, *, download: bool) -> ModelSource:
     patterns = [f"*{suffix}" for suffix in sorted(_IDENTITY_SUFFIXES)]
-    try:
-        found = snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=not download)
-    except LocalEntryNotFoundError as error:
-        if not download:
-            return ModelSource(source=source, identity=f"hub:{repository}@{revision}", folder=None, ready=False)
-        raise _unreachable(source, error) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise _unreachable(source, error) from error
-    folder = model_folder(found, where=source)
-    return ModelSource(source=source, identity=f"hub:{repository}@{folder.name}", folder=folder, ready=True)
-
-
-def _unreachable(source: str, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines()[0]
-    return ModelError(
-        f"could not be downloaded: {reason}", where=source, remedy="check the name, or give model.source=path:FOLDER"
-    )
+    found = hub.snapshot(repository, patterns=patterns, download=download, failure=ModelError)
+    if found is None:
+        return ModelSource(source=source, identity=repository.named, folder=None, ready=False)
+    folder = model_folder(str(found), where=source)
+    return ModelSource(source=source, identity=f"hub:{repository.id}@{folder.name}", folder=folder, ready=True)

@@ -18,7 +18,7 @@ REPORT = "report.html"
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    """One line a stage: what happens to it, and why; then what code of the user's would run."""
+    """One line a stage: what happens to it, and why; then what data of a hub and code of the user's it would take."""
     console.print(f"[bold]{escape(plan.config.name)}[/]  {escape(plan.config.summary)}", highlight=False)
     table = _grid()
     for stage in plan.stages:
@@ -27,9 +27,10 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.print(table)
     for stage in plan.stages:
         if stage.action is not Action.reuse:
-            for function in stage.code:
-                line = f"{stage.name} runs your code: {function}"
-                console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+            lines = [f"reads {one.identity}{'' if one.path else ', which a run downloads'}" for one in stage.hub_data]
+            lines += [f"runs your code: {function}" for function in stage.code]
+            for line in lines:
+                console.print(f"{stage.name} {line}", markup=False, highlight=False, emoji=False, soft_wrap=True)
     to_run = sum(stage.action is not Action.reuse for stage in plan.stages)
     console.print(f"{to_run} to run, {len(plan.stages) - to_run} reused", highlight=False)
 

@@ -5,7 +5,9 @@ Every text from outside passes ``Markup.format``, which escapes it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from statistics import fmean
 
 from markupsafe import Markup
 
@@ -17,6 +19,8 @@ WIDTH, HEIGHT = 340, 176
 LEFT, RIGHT, TOP, BOTTOM = 46, 56, 10, 24
 MAX_POINTS = 420
 MIN_TO_SMOOTH = 24
+MIN_TICK_GAP = 34
+"""Pixels between the middles of two numbers under a plot, so that they can be told apart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +67,36 @@ def curve(lines: list[Line], *, title: str, guide: float | None) -> Markup:
     for index, line in enumerate(lines):
         parts.append(_series(line.points, frame, index))
     parts.append(_end_labels(lines, frame))
+    return _drawing(_spoken(title, lines), parts)
+
+
+def interval_curve(points: list[tuple[float, Interval]], *, title: str, guide: float | None) -> Markup:
+    """Dots on their intervals over a logarithmic axis with the numbers of the points; a line joins their means.
+
+    ``points`` are in order of x, which is above 0; y is a score in [0, 1]. ``guide`` is drawn dotted.
+    """
+    scale = scale_of([item for _, item in points], within=(0.0, 1.0), include=guide)
+    places = sorted({x for x, _ in points})
+    low_x, high_x = padded([math.log10(x) for x in places])
+    frame = Frame(low_x=low_x, high_x=high_x, low_y=scale.low, high_y=scale.high)
+    pixels = {place: frame.x(math.log10(place)) for place in places}
+    parts = [_y_axis(frame), _axis_of_places(pixels)]
+    if guide is not None:
+        parts.append(_rule(LEFT, frame.y(guide), WIDTH - RIGHT, "guide"))
+    parts += [_upright(pixels[x], item, frame) for x, item in points]
+    means = [fmean(item.mean for x, item in points if x == place) for place in places]
+    joined = _path([(math.log10(place), mean) for place, mean in zip(places, means, strict=True)], frame)
+    parts.append(Markup('<path class="line s0" d="{}"/>').format(joined))
+    parts += [_dot(pixels[x], frame.y(item.mean)) for x, item in points]
+    last = means[-1]
+    parts.append(_label(WIDTH - RIGHT + 7, frame.y(last) + 4, text.compact(last), "end s0"))
+    spoken = ", ".join(f"{text.number(item.mean)} at {text.number(x, 0)}" for x, item in points)
+    return _drawing(f"{title}: {spoken}", parts)
+
+
+def _drawing(spoken: str, parts: list[Markup]) -> Markup:
     return Markup('<svg class="curve" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        WIDTH, HEIGHT, _spoken(title, lines), Markup("").join(parts)
+        WIDTH, HEIGHT, spoken, Markup("").join(parts)
     )
 
 
@@ -98,14 +130,36 @@ def _y_axis(frame: Frame) -> Markup:
 def _x_axis(frame: Frame, last: float) -> Markup:
     ticks = [tick for tick in nice_ticks(max(0.0, frame.low_x), frame.high_x, 5) if tick == int(tick) and tick <= last]
     ticks = ticks or [last]
+    return _axis_below([frame.x(tick) for tick in ticks], tick_labels(ticks))
+
+
+def _axis_of_places(pixels: dict[float, float]) -> Markup:
+    """A number under every place, but under none that would run into that of a larger one."""
+    kept: list[float] = []
+    for place in sorted(pixels, reverse=True):
+        if not kept or pixels[kept[0]] - pixels[place] >= MIN_TICK_GAP:
+            kept.insert(0, place)
+    return _axis_below([pixels[place] for place in kept], tick_labels(kept))
+
+
+def _axis_below(pixels: list[float], labels: list[str]) -> Markup:
     parts = [_rule(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, "axis")]
-    for tick, label in zip(ticks, tick_labels(ticks), strict=True):
+    for x, label in zip(pixels, labels, strict=True):
         parts.append(
-            Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-                frame.x(tick), HEIGHT - 8, label
-            )
+            Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x, HEIGHT - 8, label)
         )
     return Markup("").join(parts)
+
+
+def _upright(x: float, item: Interval, frame: Frame) -> Markup:
+    """The interval as an upright line, or nothing where none was recorded."""
+    if item.low is None or item.high is None:
+        return Markup("")
+    return Markup('<path class="raw s0" d="M{:.1f} {:.1f}V{:.1f}"/>').format(x, frame.y(item.low), frame.y(item.high))
+
+
+def _dot(x: float, y: float) -> Markup:
+    return Markup('<circle class="dot s0" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(x, y)
 
 
 def _series(points: Points, frame: Frame, index: int) -> Markup:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alignment.artifacts import Manifest
+from alignment.report import text
 
 COMPLETE = ("done", "reused")
 """States of a stage whose artifact can be relied on."""
@@ -119,6 +120,13 @@ class Stage:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     error: str = ""
+
+    @property
+    def headlines(self) -> dict[str, float]:
+        """The finite figures of its manifest, by name."""
+        metrics = self.manifest.metrics if self.manifest and isinstance(self.manifest.metrics, dict) else {}
+        found = {name: text.finite(value) for name, value in metrics.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,7 @@ from alignment.report.curves import CHOICES, Chart, charts, num_gaps
 from alignment.report.load import read_run
 from alignment.report.records import Evaluation, Run, Stage
 from alignment.report.samples import RULE, choose
+from alignment.report.sizes import size_curves
 from alignment.report.verdict import judge
 
 NUM_OPEN_SAMPLES = 3
@@ -64,6 +65,7 @@ def page(run: Run, *, num_samples: int) -> str:
         chain=chain(run),
         evaluation=run.evaluation,
         evaluated=_evaluated(run.evaluation),
+        sizes=size_curves(run),
         learning=[(stage, charts(stage), _curve_notes(stage)) for stage in run.stages if _learns(stage)],
         chosen=chosen,
         num_open=NUM_OPEN_SAMPLES,

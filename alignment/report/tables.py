@@ -198,12 +198,11 @@ def usage_rows(run: Run) -> list[UsageRow]:
 
 def _closing_figures(stage: Stage) -> list[tuple[str, str]]:
     """The manifest's headline figures, counts without decimals; the evaluation's own table says more of its arms."""
-    metrics = stage.manifest.metrics if stage.manifest and isinstance(stage.manifest.metrics, dict) else {}
-    pairs = [(text.name(name), text.finite(value)) for name, value in metrics.items()]
+    if stage.kind == "evaluate":
+        return []
     return [
-        (name, text.number(value, 0 if value == round(value) else 3))
-        for name, value in pairs
-        if value is not None and stage.kind != "evaluate"
+        (text.name(name), text.number(value, 0 if value == round(value) else 3))
+        for name, value in stage.headlines.items()
     ]
 
 

@@ -168,8 +168,7 @@ def _handed_on(run: Run) -> list[str]:
     """Stages whose guard liked an earlier policy better than the last one, or whose KL reached its budget."""
     warnings = []
     for stage in run.stages:
-        metrics = stage.manifest.metrics if stage.manifest and isinstance(stage.manifest.metrics, dict) else {}
-        found = {name: text.finite(value) for name, value in metrics.items()}
+        found = stage.headlines
         kept, done, planned = found.get("guard/kept_update"), found.get("updates"), stage.config.get("updates")
         if kept is not None and done is not None and kept < done:
             best, last = found.get("guard/best_gold"), found.get("guard/gold")

@@ -18,12 +18,14 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from alignment.config.model import Dtype
 from alignment.data.records import Prompt
-from alignment.data.tokenize import encode, render
+from alignment.data.templates import render
+from alignment.data.tokenize import encode
+from alignment.data.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.errors import DataError, ModelError, RewardError
 from alignment.models.answers import batches, scalar_scores
 from alignment.models.flat import use_flat_attention
-from alignment.models.load import DTYPES, load_tokenizer, products_in
+from alignment.models.load import DTYPES, products_in
 from alignment.models.rows import by_tokens, stream
 from alignment.rewards.scorers import Answers
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from alignment.config.stage import CptConfig
-from alignment.data.records import PlainText
-from alignment.data.tokenize import tokenize_rows, tokenize_text
-from alignment.models.load import lineage, load_tokenizer
+from alignment.data.kinds import TEXTS
+from alignment.data.limits import Limits
+from alignment.data.tokenizer import load_tokenizer
+from alignment.models.load import lineage
 from alignment.stages.language_model import learn
 from alignment.stages.result import StageResult
-from alignment.stages.rows import rows_of
+from alignment.stages.rows import token_rows
 from alignment.training.context import StageContext
 
 
@@ -17,8 +18,6 @@ def run(config: CptConfig, context: StageContext) -> StageResult:
     spec = context.spec
     context.progress("loading")
     found = lineage(spec, spec.inputs["init"])
-    tokenizer = load_tokenizer(found.base)
-    texts = rows_of(context, PlainText, config.data)
-    cut = tokenize_rows(texts, lambda record: tokenize_text(tokenizer, record.text, max_length=config.max_length))
-    rows = [row for text in cut for row in text]
-    return learn(config, context, found, tokenizer, rows, {"rows": float(len(rows)), "texts": float(len(texts))})
+    tokenizer = load_tokenizer(found.base, spec.model.chat_template)
+    rows, counts = token_rows(context, TEXTS, config.data, Limits.of(config), tokenizer)
+    return learn(config, context, found, tokenizer, rows, {"rows": counts["rows"]})

@@ -18,19 +18,12 @@ from trl import DPOTrainer
 
 from alignment.config.adapter import AdapterKind
 from alignment.config.stage import DpoConfig, DpoLoss
+from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import StageError
 from alignment.models.adapters import add_adapter
 from alignment.models.flat import use_flat_attention
 from alignment.models.forward import install_causal
-from alignment.models.load import (
-    DTYPES,
-    frozen_copy,
-    lineage,
-    load_policy,
-    load_tokenizer,
-    products_in,
-    weights_dtype,
-)
+from alignment.models.load import DTYPES, frozen_copy, lineage, load_policy, products_in, weights_dtype
 from alignment.stages.pairs import read_pairs
 from alignment.stages.reference_cache import reference_logprobs
 from alignment.stages.result import StageResult, save_model
@@ -51,14 +44,8 @@ def run(config: DpoConfig, context: StageContext) -> StageResult:
     spec = context.spec
     context.progress("loading")
     found = lineage(spec, spec.inputs["init"])
-    tokenizer = load_tokenizer(found.base)
-    pairs, dropped = read_pairs(
-        context,
-        tokenizer,
-        config.data,
-        max_length=config.max_length,
-        where=f"stages.{spec.stage}",
-    )
+    tokenizer = load_tokenizer(found.base, spec.model.chat_template)
+    pairs, counts = read_pairs(config, context, tokenizer)
     trainer = _trainer(config, context, found, tokenizer, pairs)
     check_start(trainer, config)
     last = train(trainer, context, headline="loss")
@@ -66,8 +53,7 @@ def run(config: DpoConfig, context: StageContext) -> StageResult:
         "loss": last["loss"],
         "rewards/accuracies": last["rewards/accuracies"],
         "rewards/margins": last["rewards/margins"],
-        "rows": float(len(pairs)),
-        "rows_too_long": float(dropped),
+        **counts,
     }
     return save_model(trainer.model, tokenizer, context, found, metrics)
 

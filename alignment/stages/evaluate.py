@@ -12,6 +12,7 @@ from alignment.artifacts import write_json
 from alignment.config.stage import EvaluateConfig
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokenize import prompt_ids, tokenize_rows
+from alignment.data.tokenizer import load_tokenizer
 from alignment.evaluation.arms import (
     Answered,
     answer_all,
@@ -22,15 +23,7 @@ from alignment.evaluation.arms import (
 )
 from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, samples
 from alignment.models.flat import use_flat_attention
-from alignment.models.load import (
-    DTYPES,
-    Lineage,
-    lineage,
-    load_policy,
-    load_tokenizer,
-    products_in,
-    refuse_other_tokenizer,
-)
+from alignment.models.load import DTYPES, Lineage, lineage, load_policy, products_in, refuse_other_tokenizer
 from alignment.models.reward import load_reward_model
 from alignment.stages.result import StageResult
 from alignment.stages.rows import rows_of
@@ -42,7 +35,7 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     """Policies and a reward model in, ``evaluation.json`` and ``samples.jsonl`` out. One process does it all."""
     spec = context.spec
     context.progress("loading")
-    tokenizer = load_tokenizer(spec.base_path)
+    tokenizer = load_tokenizer(spec.base_path, spec.model.chat_template)
     for stage_input in [*spec.inputs.values(), *spec.arms.values()]:
         refuse_other_tokenizer(spec, stage_input, tokenizer)
     rows = rows_of(context, HeldOutPrompt, config.data)

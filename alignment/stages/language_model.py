@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -11,7 +10,6 @@ from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer
 
 from alignment.config.stage import CptConfig, SftConfig
-from alignment.data.tokenize import TokenizedConversation
 from alignment.models.adapters import add_adapter
 from alignment.models.forward import install_causal
 from alignment.models.load import Lineage, load_policy, weights_dtype
@@ -32,10 +30,10 @@ def learn(
     context: StageContext,
     found: Lineage,
     tokenizer: Any,
-    rows: Sequence[TokenizedConversation],
+    rows: Dataset,
     metrics: dict[str, float],
 ) -> StageResult:
-    """Trains on the rows and saves the model; ``metrics`` are told beside the last loss."""
+    """Trains on rows of ``input_ids`` and ``labels`` and saves the model; ``metrics`` are told beside the last loss."""
     policy = load_policy(found, weights_dtype(context.spec.model.dtype, config.adapter))
     trainer = PiecewiseSftTrainer(
         model=add_adapter(policy, config.adapter, TaskType.CAUSAL_LM),
@@ -43,8 +41,10 @@ def learn(
             **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
             max_length=config.max_length,
             packing=config.packing,
+            # Without packing nothing is left to do, and TRL would write a copy of all rows beside them.
+            dataset_kwargs={"skip_prepare_dataset": not config.packing},
         ),
-        train_dataset=Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows]),
+        train_dataset=rows,
         processing_class=tokenizer,
     )
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens

@@ -13,17 +13,19 @@ from transformers import TrainingArguments
 from alignment.algos.kl import AdaptiveKl, FixedKl
 from alignment.artifacts import read_manifest
 from alignment.config.stage import KlConfig, KlControl, PpoConfig
-from alignment.data.fit import rows_that_fit
-from alignment.data.records import Conversation, Prompt
-from alignment.data.tokenize import prompt_ids, tokenize_conversation, tokenize_rows
+from alignment.data.kinds import CONVERSATIONS, PROMPTS
+from alignment.data.limits import Limits
+from alignment.data.records import Prompt
+from alignment.data.tokenize import TokenizedConversation, turn_end_id
+from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import ConfigError
-from alignment.models.load import lineage, load_tokenizer, refuse_other_tokenizer
+from alignment.models.load import lineage, refuse_other_tokenizer
 from alignment.models.roles import Roles, build_roles
 from alignment.rewards.build import build_rewards, build_scorer
 from alignment.rewards.slot import Rewards
 from alignment.stage_spec import StageInput
 from alignment.stages.result import StageResult, save_model
-from alignment.stages.rows import rows_of
+from alignment.stages.rows import fitting, rows_of, token_rows
 from alignment.training.arguments import SCHEDULES, quiet_arguments
 from alignment.training.context import StageContext
 from alignment.training.guard import Guard
@@ -41,12 +43,12 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
     spec = context.spec
     context.progress("loading")
     found = lineage(spec, spec.inputs["init"])
-    tokenizer = load_tokenizer(found.base)
+    tokenizer = load_tokenizer(found.base, spec.model.chat_template)
     own = own_reward_model(context)
     if own is not None:
         refuse_other_tokenizer(spec, own, tokenizer)
     rows = rows_of(context, Prompt, config.data)
-    prompts, dropped = _prompts(config, context, tokenizer, rows)
+    prompts, counts = _prompts(config, context, tokenizer, rows)
     learned, held_out = hold_out(prompts, config, context)
     roles = build_roles(
         spec,
@@ -63,7 +65,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
         context,
         roles,
         learned,
-        tokenizer.eos_token_id,
+        turn_end_id(tokenizer),
         build_rewards(*told, device=context.device),
         ptx=_ptx(config, context, tokenizer),
         samples=Samples(context, tokenizer, group=config.completions_per_prompt),
@@ -78,7 +80,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
             proxy=lambda rollout: trainer.scores_of(rollout, learn=False),
         )
     last = train(trainer, context, headline="objective/score", period=trainer.steps_per_update)
-    metrics = {name: last[name] for name in KEPT} | {"rows": float(len(prompts)), "rows_too_long": float(dropped)}
+    metrics = {name: last[name] for name in KEPT} | counts
     metrics["updates"] = float(trainer.updates_done)
     if trainer.guard is not None:
         context.progress("held-out answers")
@@ -99,16 +101,12 @@ def own_reward_model(context: StageContext) -> StageInput | None:
     return reward
 
 
-def _prompts(config: PpoConfig, context: StageContext, tokenizer: Any, rows: list[Prompt]) -> tuple[Prompts, int]:
-    spec = context.spec
-    ids = tokenize_rows(rows, lambda row: prompt_ids(tokenizer, row.messages, row.tools))
-    kept, dropped = rows_that_fit(
-        list(enumerate(ids)),
-        lambda row: len(row[1]),
-        max_length=config.max_prompt_length,
-        where=f"stages.{spec.stage}.max_prompt_length",
-    )
-    return Prompts(ids=[prompt for _, prompt in kept], rows=[row for row, _ in kept]), dropped
+def _prompts(
+    config: PpoConfig, context: StageContext, tokenizer: Any, rows: list[Prompt]
+) -> tuple[Prompts, dict[str, float]]:
+    found, counts = fitting(context, PROMPTS, rows, Limits.of(config), tokenizer)
+    ids = [one.rows[0]["prompt"] for one in found.values()]
+    return Prompts(ids=ids, rows=list(found)), counts
 
 
 def hold_out(prompts: Prompts, config: PpoConfig, context: StageContext) -> tuple[Prompts, Prompts]:
@@ -146,15 +144,10 @@ def _some(prompts: Prompts, places: list[int]) -> Prompts:
 def _ptx(config: PpoConfig, context: StageContext, tokenizer: Any) -> Ptx | None:
     if not config.ptx.coefficient:
         return None
-    records = rows_of(context, Conversation, config.ptx.data, field="ptx.data")
-    rows = tokenize_rows(records, lambda record: tokenize_conversation(tokenizer, record.messages, record.tools))
-    kept, _ = rows_that_fit(
-        rows,
-        lambda row: len(row.input_ids),
-        max_length=config.max_prompt_length + config.max_new_tokens,
-        where=f"stages.{context.spec.stage}.ptx.data",
-    )
-    return Ptx(config.ptx, kept, context, tokens=config.optim.micro_batch_tokens)
+    limits = Limits(row=config.max_prompt_length + config.max_new_tokens, too_long=config.too_long)
+    rows, _ = token_rows(context, CONVERSATIONS, config.ptx.data, limits, tokenizer, field="ptx.data")
+    learned = [TokenizedConversation(**row) for row in rows]
+    return Ptx(config.ptx, learned, context, tokens=config.optim.micro_batch_tokens)
 
 
 def _save_critic(value: nn.Module, context: StageContext) -> None:

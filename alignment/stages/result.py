@@ -10,7 +10,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from alignment.models.load import Lineage, base_record, tokenizer_hashes
+from alignment.data.tokenizer import tokenizer_hashes
+from alignment.models.load import Lineage, base_record
 from alignment.training.context import StageContext
 from alignment.training.session import fresh_folder
 

@@ -18,11 +18,12 @@ from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
 from alignment.config.stage import RewardConfig
+from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import DataError
 from alignment.models.adapters import add_adapter
 from alignment.models.answers import batches, scalar_scores
 from alignment.models.forward import install_scalar
-from alignment.models.load import lineage, load_scalar, load_tokenizer, weights_dtype
+from alignment.models.load import lineage, load_scalar, weights_dtype
 from alignment.stages.pairs import TokenizedPair, read_pairs
 from alignment.stages.result import StageResult, save_model
 from alignment.training.adamw import adamw
@@ -38,18 +39,17 @@ OFFSET_SAMPLE = 64
 def run(config: RewardConfig, context: StageContext) -> StageResult:
     """Pairs and a policy in, reward model out."""
     spec = context.spec
-    where = f"stages.{spec.stage}"
     context.progress("loading")
     found = lineage(spec, spec.inputs["init"])
-    tokenizer = load_tokenizer(found.base)
-    pairs, dropped = read_pairs(context, tokenizer, config.data, max_length=config.max_length, where=where)
-    learned, held_out = split(pairs, config.eval_fraction, context.generator("split"), where=where)
+    tokenizer = load_tokenizer(found.base, spec.model.chat_template)
+    pairs, counts = read_pairs(config, context, tokenizer)
+    learned, held_out = split(pairs, config.eval_fraction, context.generator("split"), where=f"stages.{spec.stage}")
     trainer = _trainer(config, context, found, tokenizer, learned)
     train(trainer, context, headline="loss")
     context.progress("scoring")
     sample = learned[:OFFSET_SAMPLE]
     offset = float(_scores(trainer, [pair.prompt for pair in sample], [pair.chosen for pair in sample]).mean())
-    metrics = {"score_offset": offset, "rows": float(len(learned)), "rows_too_long": float(dropped)}
+    metrics = {"score_offset": offset, **counts, "rows": float(len(learned))}
     if held_out:
         prompts = [pair.prompt for pair in held_out]
         chosen = _scores(trainer, prompts, [pair.chosen for pair in held_out])

@@ -1,16 +1,25 @@
-"""A stage's rows as records, with a list of what was left out beside the result."""
+"""A stage's rows, as records or as rows of token ids, with a list of what was left out beside the result."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from datasets import Dataset, concatenate_datasets
 
 from alignment.config.data import DataConfig, SourceConfig
-from alignment.data.mix import mixed
+from alignment.data.chunks import CHUNK, CUT, TOO_LONG, Note
+from alignment.data.kinds import Kind, Tokenized, tokenized
+from alignment.data.limits import Limits, RowTooLong, refuse_losses
+from alignment.data.mix import mixed, subset
 from alignment.data.reading import iterate, start
 from alignment.data.records import Record
+from alignment.data.token_table import TokenTable, token_table
+from alignment.launcher import count_cores
 from alignment.training.context import StageContext
 
 log = logging.getLogger(__name__)
@@ -26,33 +35,145 @@ def rows_of(context: StageContext, record: type[R], data: DataConfig, *, field: 
     Raises:
         DataError: rows are faulty and may not be skipped, no record is left, or too few to mix.
     """
-    spec = context.spec
-    if field == "data" and context.is_main:  # an interrupted attempt has left its own list
+    _begin_anew(context, field)
+    sources = [_read(context, record, part, path) for part, path in _sources(context, data, field)]
+    rows = [row for source in sources for row in source]
+    return [rows[place] for place in _places(context, data, field, [len(source) for source in sources])]
+
+
+def token_rows(
+    context: StageContext, kind: Kind, data: DataConfig, limits: Limits, tokenizer: Any, *, field: str = "data"
+) -> tuple[Dataset, dict[str, float]]:
+    """As ``rows_of``, tokenised, with the kind's columns; and how many rows there are, were too long or were cut.
+
+    Raises:
+        DataError: as ``rows_of``, or too many rows are too long.
+    """
+    _begin_anew(context, field)
+    tables = [
+        token_table(
+            path,
+            part,
+            kind,
+            limits,
+            tokenizer,
+            cache=context.spec.artifact.parent / "cache",
+            processes=count_cores(),
+            progress=lambda rows: context.progress("tokenising", rows),
+        )
+        for part, path in _sources(context, data, field)
+    ]
+    for table in tables:
+        _hand_on_ledger(context, table)
+    places = _places(context, data, field, [len(table.rows) for table in tables])
+    rows = concatenate_datasets([table.rows.select_columns(list(kind.columns)) for table in tables])
+    rows = rows if places == range(len(rows)) else rows.select(places)
+    return rows, _counts(
+        rows=len(rows),
+        dropped=sum(table.count(TOO_LONG) for table in tables),
+        cut=sum(table.count(CUT) for table in tables),
+    )
+
+
+def fitting(
+    context: StageContext, kind: Kind, records: Sequence[Any], limits: Limits, tokenizer: Any
+) -> tuple[dict[int, Tokenized], dict[str, float]]:
+    """The records that have token rows within the limits, by their place; and counts as in ``token_rows``.
+
+    Raises:
+        DataError: one cannot be tokenised, or too many are too long.
+    """
+    found: dict[int, Tokenized] = {}
+    notes: list[Note] = []
+    longest = 0
+    for first in range(0, len(records), CHUNK):
+        for place, one in enumerate(tokenized(tokenizer, kind, records[first : first + CHUNK], limits), start=first):
+            longest = max(longest, one.tokens)
+            if isinstance(one.fault, RowTooLong):
+                notes.append(Note(where=one.fault.where, kind=TOO_LONG, reason=one.fault.message))
+            elif one.fault is not None:
+                raise one.fault
+            else:
+                found[place] = one
+                notes += [Note(where=one.record.where, kind=CUT, reason=one.cut)] if one.cut else []
+    dropped = len(records) - len(found)
+    refuse_losses(
+        limits,
+        dropped=dropped,
+        cut=len(notes) - dropped,
+        records=len(records),
+        longest=longest,
+        where=f"stages.{context.spec.stage}",
+    )
+    _note(context, [note.as_row() for note in notes])
+    return found, _counts(rows=len(found), dropped=dropped, cut=len(notes) - dropped)
+
+
+def _counts(*, rows: int, dropped: int, cut: int) -> dict[str, float]:
+    return {"rows": float(rows), "rows_too_long": float(dropped), "rows_cut": float(cut)}
+
+
+def _begin_anew(context: StageContext, field: str) -> None:
+    """An interrupted attempt has left a list of its own."""
+    if field == "data" and context.is_main:
         (context.content / LEFT_OUT).unlink(missing_ok=True)
-    own = _read(context, record, data, spec.data_path if field == "data" else spec.extra_data[field])
+
+
+def _sources(context: StageContext, data: DataConfig, field: str) -> list[tuple[SourceConfig, Path]]:
+    """The stage's own source, then those that are mixed in."""
+    spec = context.spec
+    own = spec.data_path if field == "data" else spec.extra_data[field]
+    mixed = [(part, spec.extra_data[f"{field}.mix[{number}]"]) for number, part in enumerate(data.mix)]
+    return [(data, own), *mixed]
+
+
+def _places(context: StageContext, data: DataConfig, field: str, counts: Sequence[int]) -> Sequence[int]:
+    """Which rows of all sources, one after another, the stage takes, and in which order."""
+    own: Sequence[int] = range(counts[0])
+    if data.fraction < 1.0:
+        own = subset(counts[0], data.fraction, context.run_generator(f"{field}.fraction"))
     if not data.mix:
         return own
-    parts = [
-        (part, _read(context, record, part, spec.extra_data[f"{field}.mix[{number}]"]))
-        for number, part in enumerate(data.mix)
-    ]
-    return mixed(own, parts, context.generator(f"{field}.mix"), where=f"stages.{spec.stage}.{field}")
+    parts = list(zip(data.mix, counts[1:], strict=True))
+    places = mixed(len(own), parts, context.generator(f"{field}.mix"), where=f"stages.{context.spec.stage}.{field}")
+    return [own[place] if place < len(own) else place - len(own) + counts[0] for place in places]
 
 
 def _read(context: StageContext, record: type[R], data: SourceConfig, path: Path) -> list[R]:
     reading = start(path, data)
     records = list(iterate(path, record, data, reading=reading))
-    left_out = reading.ledger()
-    if left_out and context.is_main:
+    _note(context, reading.ledger())
+    _warn(path, reading.rows, reading.ledger())
+    return records
+
+
+def _hand_on_ledger(context: StageContext, table: TokenTable) -> None:
+    with table.ledger.open(encoding="utf-8") as stream:
+        _append(context, stream)
+    _warn(table.path, table.read, [note for notes in table.first.values() for note in notes], sum(table.notes.values()))
+
+
+def _note(context: StageContext, entries: Iterable[Mapping[str, str]]) -> None:
+    _append(context, (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+
+
+def _append(context: StageContext, lines: Iterable[str]) -> None:
+    """There is no file where nothing was left out."""
+    lines = iter(lines)
+    first = next(lines, None)
+    if context.is_main and first is not None:
         with (context.content / LEFT_OUT).open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in left_out)
+            stream.writelines(chain([first], lines))
+
+
+def _warn(path: Path, rows: int, entries: Sequence[Mapping[str, str]], count: int | None = None) -> None:
+    if entries:
         log.warning(
-            "%d of %d rows of %s were left out, such as %s: %s (%s has them all)",
-            len(left_out),
-            reading.rows,
+            "%d of %d rows of %s were left out or cut, such as %s: %s (%s has them all)",
+            len(entries) if count is None else count,
+            rows,
             path,
-            left_out[0]["where"],
-            left_out[0]["reason"],
+            entries[0]["where"],
+            entries[0]["reason"],
             LEFT_OUT,
         )
-    return records

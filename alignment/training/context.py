@@ -59,12 +59,15 @@ class StageContext:
 
     def seed(self, name: str, *numbers: int) -> int:
         """A seed derived by name, so that a stage resumed anywhere draws the same numbers."""
-        text = "/".join([str(self.spec.seed), self.spec.stage, name, *map(str, numbers)])
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        return _seed(self.spec.seed, self.spec.stage, name, *numbers)
 
     def generator(self, name: str, *numbers: int) -> torch.Generator:
         """A generator on the CPU, seeded by name."""
         return torch.Generator().manual_seed(self.seed(name, *numbers))
+
+    def run_generator(self, name: str) -> torch.Generator:
+        """A generator on the CPU, seeded by name, that gives every stage of the run the same numbers."""
+        return torch.Generator().manual_seed(_seed(self.spec.seed, name))
 
     def progress(self, phase: str, step: int = 0, total: int | None = None, **figures: float) -> None:
         """Tells the driver how far the stage is; cheap, and never the reason a stage fails half-written."""
@@ -73,3 +76,7 @@ class StageContext:
         temporary = self.spec.work / ".progress.json.tmp"
         temporary.write_text(json.dumps({"phase": phase, "step": step, "total": total, "figures": figures}))
         os.replace(temporary, self.spec.work / "progress.json")
+
+
+def _seed(*parts: str | int) -> int:
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:7], "big")

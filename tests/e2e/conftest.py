@@ -51,9 +51,13 @@ SMALL = (
 
 
 def _small(recipe: str) -> list[str]:
-    """The settings that are about stages of the recipe, or about none."""
-    stages = re.findall(r"stage@(stages\.\w+)", (recipes_folder() / f"{recipe}.yaml").read_text())
-    return [setting for setting in SMALL if not setting.startswith("stages.") or setting.startswith(tuple(stages))]
+    """The settings that are about no stage, and for each stage of the recipe those of its kind."""
+    stages = re.findall(r"stage@stages\.(\w+): (\w+)", (recipes_folder() / f"{recipe}.yaml").read_text())
+    told = [setting for setting in SMALL if not setting.startswith("stages.")]
+    for name, kind in stages:
+        own = f"stages.{kind}."
+        told += [f"stages.{name}.{setting.removeprefix(own)}" for setting in SMALL if setting.startswith(own)]
+    return told
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -206,10 +206,23 @@ def test_plain_text_comes_before_conversations_and_pairs(new_align: Callable[[],
         f"stages.dpo.data.mix=[{{source: 'path:{pairs}', count: 2, on_error: skip, max_skipped: 0.5}}]",
     )
     assert set(states(align).values()) == {"done"}, printed
-    assert verify(align.artifact("cpt"), content=False).metrics["texts"] == 6
     assert verify(align.artifact("cpt"), content=False).metrics["rows"] > 6, "long texts are cut"
     assert verify(align.artifact("dpo"), content=False).metrics["rows"] == 10
+    assert not (align.artifact("cpt") / "left_out.jsonl").exists()
     (left_out,) = (align.artifact("dpo") / "left_out.jsonl").read_text().splitlines()
     assert json.loads(left_out)["where"] == f"{pairs}:3"
     evaluation = json.loads((align.artifact("evaluate") / "evaluation.json").read_text())
     assert [arm["label"] for arm in evaluation["arms"]] == ["base", "base+prompt", "cpt", "sft", "dpo"]
+
+
+def test_parts_of_the_data_are_trained_on_and_drawn_as_a_curve(new_align: Callable[[], Align]) -> None:
+    align = replace(new_align(), recipe="learning_curve")
+    printed = align("run")
+    assert set(states(align).values()) == {"done"}, printed
+    parts = ["sft_12", "sft_25", "sft_50", "sft"]
+    assert [verify(align.artifact(part), content=False).metrics["rows"] for part in parts] == [2, 3, 6, 12]
+    evaluation = json.loads((align.artifact("evaluate") / "evaluation.json").read_text())
+    assert [arm["name"] for arm in evaluation["arms"]] == ["base", "base+prompt", *(f"stage:{part}" for part in parts)]
+    page = (align.output / "runs/learning_curve/report.html").read_text()
+    (spoken,) = re.findall(r'aria-label="sft, gold over rows: ([^"]*)"', page)
+    assert re.findall(r" at (\d+)", spoken) == ["2", "3", "6", "12"]

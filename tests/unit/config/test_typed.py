@@ -40,6 +40,8 @@ FAULTS = [
         with_stage(data={"placeholders": {"name": 3}}),
         "stages.sft.data.placeholders: {'name': 3} is not allowed; it takes text",
     ),
+    (with_stage(data={"fraction": 0}), "stages.sft.data.fraction: 0 is not allowed; above 0 and at most 1"),
+    (with_stage(data={"fraction": 1.5}), "stages.sft.data.fraction: 1.5 is not allowed; above 0 and at most 1"),
     (with_stage(optim={"lr": "fast"}), "stages.sft.optim.lr: 'fast' is not allowed; it takes a number"),
     (with_stage(optim={"lr": float("nan")}), "stages.sft.optim.lr: nan is not allowed; a number above 0"),
     (with_stage(optim={"warmup_ratio": 1.5}), "stages.sft.optim.warmup_ratio: 1.5 is not allowed; from 0 to 1"),

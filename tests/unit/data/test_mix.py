@@ -1,12 +1,15 @@
-"""Rows of several sources in the shares that were asked for."""
+"""Rows of several sources in the shares that were asked for, and parts of rows that lie within one another."""
 
 from __future__ import annotations
+
+import itertools
+from typing import Any
 
 import pytest
 import torch
 
 from alignment.config.data import MixedConfig
-from alignment.data.mix import mixed
+from alignment.data.mix import mixed, subset
 from alignment.errors import DataError
 
 
@@ -14,10 +17,17 @@ def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def _mixed(own: list[Any], parts: list[tuple[MixedConfig, list[Any]]], *, seed: int = 0) -> list[Any]:
+    """The rows at the places that are chosen."""
+    rows = [*own, *(row for _, others in parts for row in others)]
+    sizes = [(part, len(others)) for part, others in parts]
+    return [rows[place] for place in mixed(len(own), sizes, _generator(seed), where="data")]
+
+
 def test_shares_are_of_the_whole_and_every_own_row_is_there_once() -> None:
     own, general, code = ([f"{name}{n}" for n in range(1000)] for name in "ogc")
     parts = [(MixedConfig(share=0.2), general), (MixedConfig(share=0.1), code)]
-    rows = mixed(own, parts, _generator(), where="data")
+    rows = _mixed(own, parts)
     counts = {name: sum(row[0] == name for row in rows) / len(rows) for name in "ogc"}
     assert counts == pytest.approx({"o": 0.7, "g": 0.2, "c": 0.1}, abs=0.001)
     assert sorted(row for row in rows if row[0] == "o") == sorted(own)
@@ -27,7 +37,7 @@ def test_shares_are_of_the_whole_and_every_own_row_is_there_once() -> None:
 
 def test_counts_and_shares_go_together() -> None:
     parts = [(MixedConfig(count=20), list(range(100, 200))), (MixedConfig(share=0.5), list(range(1000, 2000)))]
-    rows = mixed(list(range(80)), parts, _generator(), where="data")
+    rows = _mixed(list(range(80)), parts)
     assert [sum(low <= row < high for row in rows) for low, high in ((0, 80), (100, 200), (1000, 2000))] == [
         80,
         20,
@@ -38,12 +48,40 @@ def test_counts_and_shares_go_together() -> None:
 def test_the_seed_decides_which_rows_and_in_which_order() -> None:
     parts = [(MixedConfig(count=5), list(range(100, 200)))]
     own = list(range(20))
-    first = mixed(own, parts, _generator(), where="data")
-    assert mixed(own, parts, _generator(), where="data") == first
-    assert mixed(own, parts, _generator(1), where="data") != first
+    first = _mixed(own, parts)
+    assert _mixed(own, parts) == first
+    assert _mixed(own, parts, seed=1) != first
 
 
 def test_a_source_with_too_few_rows_is_named() -> None:
     with pytest.raises(DataError) as caught:
-        mixed([1] * 80, [(MixedConfig(count=1), [2]), (MixedConfig(share=0.2), [3] * 10)], _generator(), where="s.data")
+        mixed(80, [(MixedConfig(count=1), 1), (MixedConfig(share=0.2), 10)], _generator(), where="s.data")
     assert str(caught.value).startswith("s.data.mix[1]: 10 rows are there and 20 are wanted\n")
+
+
+FRACTIONS = (0.001, 0.07, 0.125, 0.25, 0.5, 0.9, 1.0)
+
+
+@pytest.mark.parametrize("count", [1, 7, 100, 300])
+def test_a_smaller_part_lies_within_a_larger_one(count: int) -> None:
+    found = [subset(count, fraction, _generator()) for fraction in FRACTIONS]
+    for small, large in itertools.pairwise(found):
+        assert set(small) <= set(large)
+    assert found[-1] == list(range(count)), "all of it is all rows, in their order"
+    for places in found:
+        assert places == sorted(set(places))
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "size"),
+    [(300, 0.125, 38), (300, 0.25, 75), (10, 0.01, 1), (100, 0.07, 7), (300, 0.1, 30), (1000, 1e-05, 1), (0, 0.5, 0)],
+)
+def test_a_part_is_as_large_as_written_rounded_up(count: int, fraction: float, size: int) -> None:
+    assert len(subset(count, fraction, _generator())) == size
+
+
+def test_the_seed_decides_which_rows_a_part_has() -> None:
+    first = subset(1000, 0.25, _generator())
+    assert subset(1000, 0.25, _generator()) == first
+    assert subset(1000, 0.25, _generator(1)) != first
+    assert first != list(range(250)), "not just the beginning"

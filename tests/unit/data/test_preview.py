@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,14 @@ from rich.console import Console
 
 from alignment.config.data import DataConfig, MixedConfig
 from alignment.config.stage import DpoConfig, PpoConfig, SftConfig
+from alignment.config.too_long import TooLong, TooLongConfig
+from alignment.data.kinds import CONVERSATIONS, PAIRS, PROMPTS, Kind, tokenized
+from alignment.data.limits import Limits
+from alignment.data.overlap import HeldOut, Placed
 from alignment.data.records import Conversation, PreferencePair, Prompt
+from alignment.data.shown import Shown, histogram, shown
 from alignment.data.turns import Message
-from alignment.preview import histogram, show_stage, shown
+from alignment.preview import main, show_stage
 from tests.tiny import save_tiny_model, tiny_spec, tiny_tokenizer
 
 ASKED = (Message(role="user", content="Hi."),)
@@ -26,31 +32,52 @@ def tokenizer() -> Any:
     return tiny_tokenizer()
 
 
-def _told(sequences: Any) -> dict[str, list[tuple[str, bool]]]:
-    return {name: [(piece.text, piece.learned) for piece in pieces] for name, pieces in sequences.items()}
+def _shown(tokenizer: Any, kind: Kind, record: Any) -> Shown:
+    (one,) = tokenized(tokenizer, kind, [record], Limits(row=100))
+    return shown(tokenizer, one)
+
+
+def _told(one: Shown) -> dict[str, list[tuple[str, bool]]]:
+    """Runs of learned and unlearned tokens as text, by sequence."""
+    return {
+        name: [
+            ("".join(run.text for run in group), learned)
+            for learned, group in itertools.groupby(runs, key=lambda run: run.learned)
+        ]
+        for name, runs in one.sequences.items()
+    }
 
 
 def test_a_conversation_shows_which_tokens_are_learned(tokenizer: Any) -> None:
-    one = shown(
-        tokenizer,
-        Conversation(messages=(*ASKED, Message(role="assistant", content="Hello.")), where="x:1"),
-        max_length=100,
-    )
-    assert _told(one.sequences) == {"": [(OPENED, False), ("Hello.<|im_end|>", True)]}
+    record = Conversation(messages=(*ASKED, Message(role="assistant", content="Hello.")), where="x:1")
+    one = _shown(tokenizer, CONVERSATIONS, record)
+    assert [run.text for run in one.sequences[""] if run.control and run.learned] == ["<|im_end|>"]
+    assert _told(one) == {"": [(OPENED, False), ("Hello.<|im_end|>", True)]}
     assert one.tokens > one.learned > 0
 
 
 def test_a_pair_shows_both_answers_and_a_prompt_none(tokenizer: Any) -> None:
-    one = shown(tokenizer, PreferencePair(messages=ASKED, chosen="Hello.", rejected="Go.", where="x:1"), max_length=100)
-    assert _told(one.sequences) == {
+    record = PreferencePair(messages=ASKED, chosen="Hello.", rejected="Go.", where="x:1")
+    one = _shown(tokenizer, PAIRS, record)
+    assert _told(one) == {
         "prompt": [(OPENED, False)],
         "chosen": [("Hello.<|im_end|>", True)],
         "rejected": [("Go.<|im_end|>", True)],
     }
-    prompt = shown(tokenizer, Prompt(messages=ASKED, where="x:1"), max_length=100)
-    assert _told(prompt.sequences) == {"prompt": [(OPENED, False)]}
+    prompt = _shown(tokenizer, PROMPTS, Prompt(messages=ASKED, where="x:1"))
+    assert _told(prompt) == {"prompt": [(OPENED, False)]}
     assert prompt.learned == 0
     assert one.tokens == prompt.tokens + len(tokenizer("Hello.<|im_end|>")["input_ids"])
+
+
+def test_what_two_answers_do_not_share_is_marked(tokenizer: Any) -> None:
+    record = PreferencePair(messages=ASKED, chosen="We open at nine.", rejected="We open at six.", where="x:1")
+    one = _shown(tokenizer, PAIRS, record)
+    for name, word in (("chosen", "nine"), ("rejected", "six")):
+        marked = "".join(run.text for run in one.sequences[name] if run.differs)
+        assert marked.strip()
+        assert marked.strip() in word
+    assert not any(run.differs for run in one.sequences["prompt"])
 
 
 def test_bars_cover_all_lengths() -> None:
@@ -100,3 +127,42 @@ def test_prompts_of_ppo_are_shown_ready_for_an_answer(tmp_path: Path, capsys: py
     printed = _printed(tmp_path, PpoConfig(), [{"prompt": "Hi."}], capsys)
     assert "prompt: <|im_start|>system" in printed
     assert "learned" not in printed
+
+
+def test_odd_rows_are_counted_with_an_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_model(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(str(tmp_path / "base"))
+    asked = "When does the shop in the hall open and who has the keys of it?"
+    rows = [(asked, "At nine."), ("Hi.", "The end: <|im_end|>"), ("Hi.", "The end: <|im_end|>")]
+    told = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in rows]
+    (tmp_path / "data.jsonl").write_text("\n".join(told))
+    held_out = HeldOut([Placed(where="heldout.jsonl:7", text=asked.upper())])
+    show_stage(Console(width=300), tiny_spec(tmp_path, SftConfig(max_length=100)), rows=1, held_out=held_out)
+    printed = capsys.readouterr().out
+    assert f"1 records repeat an earlier one, such as {tmp_path}/data.jsonl:3" in printed
+    assert "2 records have text that reads like a control token and stays text, such as " in printed
+    assert "1 records ask what the evaluation asks, such as " in printed
+    assert "which has 100% of heldout.jsonl:7" in printed
+
+
+def test_a_row_that_is_cut_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = SftConfig(max_length=40, too_long=TooLongConfig(do=TooLong.cut))
+    printed = _printed(tmp_path, config, [{"prompt": "Why?" * 40, "completion": "So."}], capsys)
+    assert "· cut: the row has " in printed
+    assert "limit 40: 0 too long, 1 cut" in printed
+    assert printed.count("system") == 0, "the beginning of the prompt is gone"
+
+
+def test_the_page_shows_what_the_terminal_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(str(tmp_path / "base"))
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Hi.", "completion": "<b>Hello</b>."}\n')
+    spec = tiny_spec(tmp_path, SftConfig(max_length=100))
+    monkeypatch.setattr("alignment.preview.read_spec", lambda _: spec)
+    assert main(["stage.yaml", "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "&lt;b&gt;Hello&lt;/b&gt;." in page
+    assert "1 records, " in page
+    assert "1 records, " in capsys.readouterr().out

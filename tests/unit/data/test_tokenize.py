@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 from tokenizers import normalizers
 
-from alignment.data.fit import rows_that_fit
+from alignment.data.templates import LAST_STAND_IN, render
 from alignment.data.tokenize import (
     IGNORED,
     answer_ids,
     encode,
     prompt_ids,
-    render,
     tokenize_conversation,
+    tokenize_text,
+    turn_end_id,
 )
 from alignment.data.turns import Message
 from alignment.errors import DataError
@@ -142,6 +143,32 @@ def test_a_tokenizer_that_normalises_text_is_served_as_well() -> None:
     assert learned == ["Caf\u00e9.<|im_end|>", "Zo\u00eb.<|im_end|>"]
 
 
+GENERATION = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_generation_markers_of_a_template_say_the_same(name: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = GENERATION
+    messages = _messages(CONVERSATIONS[name])
+    row = tokenize_conversation(tokenizer, messages)
+    theirs = tokenizer.apply_chat_template(
+        [message.as_dict() for message in messages],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    count = len(row.input_ids)
+    assert theirs["input_ids"][:count] == row.input_ids
+    assert theirs["assistant_masks"][:count] == [int(label != IGNORED) for label in row.labels]
+    assert not any(theirs["assistant_masks"][count:])
+
+
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +189,7 @@ TEMPLATES = {
     "a template without an end of turn": (
         "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
-        "the chat template does not end an assistant turn with the tokenizer's EOS token",
+        "the chat template does not end an assistant turn with EOS or another control token",
     ),
     "a template that opens a turn otherwise than it renders it": (
         "{% for message in messages %}" + TURN + "{% endfor %}"
@@ -198,40 +225,46 @@ def test_a_conversation_without_an_assistant_turn_is_an_error(tokenizer: Any) ->
         tokenize_conversation(tokenizer, _messages([("user", "Hi.")]))
 
 
+# ---- what reads like a control token ---------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("control", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
-def test_text_that_would_become_a_control_token_is_refused(tokenizer: Any, role: str, control: str) -> None:
+def test_a_control_token_that_somebody_wrote_stays_text(tokenizer: Any, role: str, control: str) -> None:
     """Otherwise a row could end its own turn and speak as somebody else."""
     turns = [("system", "Be brief."), ("user", "Hi."), ("assistant", "Hello.")]
-    injected = [(name, f"{text} {control} more" if name == role else text) for name, text in turns]
-    with pytest.raises(DataError, match="contains the control token") as caught:
-        tokenize_conversation(tokenizer, _messages(injected))
-    assert control in str(caught.value)
+    written = [(name, f"{text} {control} more" if name == role else text) for name, text in turns]
+    harmless, row = (tokenize_conversation(tokenizer, _messages(one)) for one in (turns, written))
+    special = set(tokenizer.all_special_ids)
+    assert [token for token in row.input_ids if token in special] == [
+        token for token in harmless.input_ids if token in special
+    ]
+    learned = [text for is_learned, text in _segments(tokenizer, row.input_ids, row.labels) if is_learned]
+    assert learned == [f"Hello.{f' {control} more' if role == 'assistant' else ''}<|im_end|>"]
 
 
-# ---- rows that fit --------------------------------------------------------------------------------------------------
+def test_text_around_a_written_control_token_is_tokenised_as_ever(tokenizer: Any) -> None:
+    plain = encode(tokenizer, "<|im_start|>user\nThe shop")
+    turns = [("user", "The shop<|im_end|>"), ("assistant", "Hello.")]
+    ids = tokenize_conversation(tokenizer, _messages(turns)).input_ids
+    start = next(place for place in range(len(ids)) if ids[place : place + len(plain)] == plain)
+    assert start > 0
 
 
-def test_rows_that_are_too_long_are_left_out_and_counted() -> None:
-    rows = ["a" * n for n in (3, 5, 5, 5, 5, 5, 5, 5, 5, 6)]
-    kept, dropped = rows_that_fit(rows, len, max_length=5, where="stages.sft")
-    assert kept == rows[:9]
-    assert dropped == 1
+def test_plain_text_holds_no_control_token_but_its_end(tokenizer: Any) -> None:
+    (row,) = tokenize_text(tokenizer, "One<|im_end|>two<|im_start|>", max_length=1000)
+    special = set(tokenizer.all_special_ids)
+    assert [token for token in row.input_ids if token in special] == [tokenizer.eos_token_id]
+    assert tokenizer.decode(row.input_ids) == "One<|im_end|>two<|im_start|><|im_end|>"
 
 
-def test_too_many_long_rows_are_an_error_that_says_how_long() -> None:
-    with pytest.raises(DataError) as caught:
-        rows_that_fit(["a" * 9, "a" * 7, "a", "a"], len, max_length=5, where="stages.sft")
-    assert str(caught.value) == (
-        "stages.sft: 2 of 4 rows are longer than 5 tokens (the longest has 9)\n"
-        "  → raise the stage's length limit to at least 9, or shorten the rows"
-    )
+def test_a_character_that_stands_for_a_control_token_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"contains the private-use character U\+10FFFD"):
+        tokenize_conversation(tokenizer, _messages([("user", chr(LAST_STAND_IN)), ("assistant", "Hello.")]))
 
 
-@pytest.mark.parametrize("rows", [[], ["aaaaaa"]])
-def test_no_row_left_is_an_error(rows: list[str]) -> None:
-    with pytest.raises(DataError):
-        rows_that_fit(rows, len, max_length=5, where="stages.sft")
+def test_answers_end_with_the_token_that_ends_a_turn(tokenizer: Any) -> None:
+    assert turn_end_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 # ---- tools and weights ----------------------------------------------------------------------------------------------
@@ -273,8 +306,11 @@ def test_a_template_that_leaves_tools_or_calls_out_is_refused(tokenizer: Any, to
 def test_a_call_cannot_smuggle_a_control_token_in() -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": "<|im_end|>"}}}
     turns = [CALLING[0], Message(role="assistant", content="", tool_calls=(call,))]
-    with pytest.raises(DataError, match=r"contains the control token '<\|im_end\|>'"):
-        tokenize_conversation(_with_template(KNOWS_TOOLS), turns, [TOOL])
+    tokenizer = _with_template(KNOWS_TOOLS)
+    row = tokenize_conversation(tokenizer, turns, [TOOL])
+    (learned,) = [text for is_learned, text in _segments(tokenizer, row.input_ids, row.labels) if is_learned]
+    assert '"a": "<|im_end|>"' in learned
+    assert [label for label in row.labels if label in tokenizer.all_special_ids] == [tokenizer.eos_token_id]
 
 
 def test_a_turn_that_is_not_to_be_learned_is_context(tokenizer: Any) -> None:

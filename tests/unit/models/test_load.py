@@ -12,6 +12,7 @@ from peft import PeftModel, TaskType
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import DpoConfig, PpoConfig, SftConfig
+from alignment.data.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.errors import ArtifactError, ModelError
 from alignment.models.adapters import add_adapter
 from alignment.models.answers import scalar_scores, unwrapped
@@ -21,9 +22,7 @@ from alignment.models.load import (
     lineage,
     load_policy,
     load_scalar,
-    load_tokenizer,
     refuse_other_tokenizer,
-    tokenizer_hashes,
     trained_dtype,
     weights_dtype,
 )

@@ -45,6 +45,7 @@ def test_stages_come_after_their_inputs(plan: MakePlan) -> None:
         ("seed=1", {"sft", "reward", "dpo", "ppo", "evaluate", "report"}),
         ("model.dtype=float32", {"sft", "reward", "dpo", "ppo", "evaluate", "report"}),
         ("stages.sft.data.limit=1", {"sft", "reward", "dpo", "ppo", "evaluate", "report"}),
+        ("stages.sft.data.fraction=0.5", {"sft", "reward", "dpo", "ppo", "evaluate", "report"}),
         ("launch.num_processes=2", set()),
         ("launch.threads=3", set()),
         ("tracking=wandb", set()),

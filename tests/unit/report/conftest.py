@@ -7,7 +7,7 @@ import json
 import math
 import random
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class FakeRun:
         self.folder = root / "runs" / "quickstart"
         self.run = run_json()
         self.headlines: dict[str, dict[str, float]] = {"reward": {"eval_accuracy": 0.9667, "rows": 270.0}}
+        self.identities: dict[str, dict[str, Any]] = {}
         self.metrics = {kind: metrics(kind) for kind in ("sft", "reward", "dpo", "ppo")}
         self.evaluation: dict[str, Any] | None = evaluation_json()
         self.samples: list[dict[str, Any]] | None = [sample(index) for index in range(40)]
@@ -62,6 +63,7 @@ class FakeRun:
             folder.mkdir(parents=True, exist_ok=True)
             if complete:
                 made = manifest(stage, entry, self.headlines.get(stage, {}))
+                made = replace(made, identity=self.identities.get(stage, made.identity))
                 (folder / "manifest.json").write_text(json.dumps(asdict(made)), encoding="utf-8")
             if stage in self.metrics:
                 write_lines(folder / "metrics.jsonl", self.metrics[stage])

@@ -10,9 +10,10 @@ import torch
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.stage import GuardConfig, PpoConfig, ScorerConfig
+from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import DataError, ModelError
 from alignment.models.answers import scalar_scores
-from alignment.models.load import Lineage, load_tokenizer
+from alignment.models.load import Lineage
 from alignment.models.reward import load_reward_model
 from alignment.models.rows import stream
 from alignment.rewards.build import build_rewards, build_scorer

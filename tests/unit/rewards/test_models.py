@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from alignment.config.model import Dtype
 from alignment.data.records import Prompt
+from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import DataError, ModelError, RewardError
-from alignment.models.load import load_tokenizer
 from alignment.rewards.models import Computation, TextScorer, load_external
 from alignment.rewards.scorers import Answers
 from tests.tiny import tiny_model, tiny_scorer, tiny_tokenizer
@@ -127,11 +127,13 @@ def test_a_conversation_beyond_the_model_s_positions_is_named(tmp_path: Path) ->
 
 
 def test_a_prompt_that_the_template_refuses_is_named_before_anything_is_scored(tmp_path: Path) -> None:
-    hostile = prompt(f"Say {END} now", line=7)
-    with pytest.raises(
-        DataError, match=r"rows\.jsonl:7: cannot be scored by path:judge: a message of the user contains"
-    ):
-        scorer(external(tmp_path), prompts=[*PROMPTS, hostile])
+    folder = external(tmp_path)
+    tokenizer = load_tokenizer(folder)
+    refusal = "{% if 'secret' in messages[0]['content'] %}{{ raise_exception('no secrets') }}{% endif %}"
+    tokenizer.chat_template = refusal + TEMPLATE
+    tokenizer.save_pretrained(str(folder))
+    with pytest.raises(DataError, match=r"rows\.jsonl:7: cannot be scored by path:judge: .*no secrets"):
+        scorer(folder, prompts=[*PROMPTS, prompt("Say the secret.", line=7)])
 
 
 def test_an_answer_that_the_template_refuses_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""Chat templates that stand in for the tokenizer's own: ChatML, or the user's.
+
+ChatML for base models: where the vocabulary has its control tokens they are used, and the one that ends a turn becomes
+EOS. Elsewhere a turn opens with the same words as ordinary text and ends with the tokenizer's EOS: no token is new, so
+no embedding is, and an adapter needs nothing beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from alignment.errors import DataError
+
+CHATML = "chatml"
+_START, _END = "<|im_start|>", "<|im_end|>"
+_TURN = "{{{{ '{start}' + message['role'] + '\\n' + message['content'] + '{end}\\n' }}}}"
+_TEMPLATE = (
+    "{begin}{{% for message in messages %}}" + _TURN + "{{% endfor %}}"
+    "{{% if add_generation_prompt %}}{{{{ '{start}assistant\\n' }}}}{{% endif %}}"
+)
+
+
+def set_template(tokenizer: Any, source: str) -> None:
+    """Gives the tokenizer the template that ``source`` names: ``chatml`` or ``path:FILE``.
+
+    Raises:
+        DataError: see ``template_text``.
+    """
+    if source != CHATML:
+        tokenizer.chat_template = template_text(source)
+        return
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if {_START, _END} <= special:
+        tokenizer.eos_token = _END
+    begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    begin = "{{ bos_token }}" if begins_with_bos else ""
+    tokenizer.chat_template = _TEMPLATE.format(begin=begin, start=_START, end=tokenizer.eos_token)
+
+
+def template_file(source: str) -> Path | None:
+    """The file that ``path:FILE`` names; None for ``chatml``."""
+    return None if source == CHATML else Path(source.removeprefix("path:")).expanduser().absolute()
+
+
+def template_text(source: str) -> str:
+    """The template as text that two sources must share to give the same rows: that of the file, or ``chatml``.
+
+    Raises:
+        DataError: neither form, or no such file, or one that is not UTF-8.
+    """
+    file = template_file(source)
+    if file is None:
+        return CHATML
+    try:
+        if source.startswith("path:"):
+            return file.read_text(encoding="utf-8")
+        reason = f"{source!r} is no template"
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f"{file} cannot be read: {error}"
+    raise DataError(reason, where="model.chat_template", remedy=f"write {CHATML}, or path:FILE of a Jinja template")

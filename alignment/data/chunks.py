@@ -1,0 +1,177 @@
+"""Rows of a source → rows of token ids, some hundreds at a time, by several processes where there are many."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from multiprocessing import get_context
+from typing import Any
+
+import pyarrow as pa
+
+from alignment.data.fields import SetAside
+from alignment.data.files import Unparsed, parsed
+from alignment.data.kinds import Kind, tokenized
+from alignment.data.limits import Limits, RowTooLong
+from alignment.data.reading import Reader
+from alignment.errors import DataError, StageError
+
+CHUNK = 1_000
+"""Rows that a process is handed at once."""
+FEW = 8
+"""Chunks below which it is not worth starting processes."""
+
+FAULT, SET_ASIDE, TOO_LONG, CUT = "fault", "set aside", "too long", "cut"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Note:
+    """Why a row was left out, or what was cut from it; ``kind`` is one of the four above."""
+
+    where: str
+    kind: str
+    reason: str
+    remedy: str = ""
+
+    def as_row(self) -> dict[str, str]:
+        """The form in which it stands in a file."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """``batch`` holds the token rows of ``records`` records, which ``rows`` rows of the source gave; ``longest`` is the
+    number of tokens of the longest one, whether it was kept or not."""
+
+    batch: pa.RecordBatch
+    notes: Sequence[Note]
+    rows: int
+    records: int
+    longest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is done to every row."""
+
+    tokenizer: Any
+    kind: Kind
+    reader: Reader
+    limits: Limits
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the token rows, and where in the source each comes from."""
+        return pa.schema([("where", pa.string()), *((name, pa.list_(pa.int32())) for name in self.kind.columns)])
+
+    def __call__(self, rows: Sequence[Unparsed], at_most: int | None = None) -> Chunk:
+        """The token rows of these rows, of their first ``at_most`` records."""
+        notes: list[Note] = []
+        records: list[Any] = []
+        read = 0
+        for row in rows:
+            if at_most is not None and len(records) >= at_most:
+                break
+            read += 1
+            try:
+                records += self.reader.records(parsed(row))
+            except DataError as error:
+                notes.append(_note(error))
+        columns: dict[str, list[Any]] = {name: [] for name in self.schema.names}
+        longest = 0
+        for one in tokenized(self.tokenizer, self.kind, records[:at_most], self.limits):
+            longest = max(longest, one.tokens)
+            if one.fault is not None:
+                notes.append(_note(one.fault))
+            elif one.cut:
+                notes.append(Note(where=one.record.where, kind=CUT, reason=one.cut))
+            for found in one.rows:
+                columns["where"].append(one.record.where)
+                for name, ids in found.items():
+                    columns[name].append(ids)
+        return Chunk(
+            batch=pa.RecordBatch.from_pydict(columns, schema=self.schema),
+            notes=notes,
+            rows=read,
+            records=len(records[:at_most]),
+            longest=longest,
+        )
+
+
+def _note(error: DataError) -> Note:
+    kind = {SetAside: SET_ASIDE, RowTooLong: TOO_LONG}.get(type(error), FAULT)
+    return Note(where=error.where, kind=kind, reason=error.message, remedy=error.remedy)
+
+
+def run(job: Job, rows: Iterable[Unparsed], *, limit: int | None, processes: int) -> Iterator[Chunk]:
+    """Chunks in the order of the rows, until ``limit`` records were read; then by one process.
+
+    Raises:
+        StageError: a process died.
+    """
+    chunks = _chunks(rows)
+    first = list(islice(chunks, FEW))
+    if limit is not None:
+        yield from _limited(job, chain(first, chunks), limit)
+    elif len(first) < FEW or processes == 1 or sys.platform != "linux":  # elsewhere a process starts from nothing
+        yield from map(job, chain(first, chunks))
+    else:
+        yield from _in_parallel(job, chain(first, chunks), processes)
+
+
+def _chunks(rows: Iterable[Unparsed]) -> Iterator[list[Unparsed]]:
+    rows = iter(rows)
+    while chunk := list(islice(rows, CHUNK)):
+        yield chunk
+
+
+def _limited(job: Job, chunks: Iterable[Sequence[Unparsed]], limit: int) -> Iterator[Chunk]:
+    for rows in chunks:
+        chunk = job(rows, limit)
+        yield chunk
+        limit -= chunk.records
+        if limit == 0:
+            return
+
+
+def _in_parallel(job: Job, chunks: Iterable[Sequence[Unparsed]], processes: int) -> Iterator[Chunk]:
+    """No more chunks are under way than keep the processes busy, so that memory does not grow with the source."""
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("fork"), initializer=_begin, initargs=(job,))
+    under_way: deque[Future[Chunk]] = deque()
+    try:
+        for rows in chunks:
+            under_way.append(pool.submit(_work, rows))
+            if len(under_way) > 2 * processes:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        raise StageError(
+            "a process that tokenised rows died",
+            remedy="look for a lack of memory; the stage starts anew when run again",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_job: Job
+
+
+def _begin(job: Job) -> None:
+    """A forked process has the job already. Who stops the stage stops its parent, which ends it."""
+    global _job
+    _job = job
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many processes as cores
+
+
+def _work(rows: Sequence[Unparsed]) -> Chunk:
+    return _job(rows)

@@ -1,0 +1,149 @@
+"""A source as rows of token ids on disk, made once and kept by content; memory holds what is looked at.
+
+What could change a row is part of the name: the rows' content, how they are read, the limits, tokenizer and template,
+this code's version. Two processes that want the same table make it once: the second waits.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+
+from alignment.config.data import SourceConfig
+from alignment.data.chunks import CUT, FAULT, SET_ASIDE, TOO_LONG, Chunk, Job, run
+from alignment.data.hub import content_of, unparsed_source_rows
+from alignment.data.kinds import Kind
+from alignment.data.limits import Limits, refuse_losses
+from alignment.data.reading import NAMED, Reader, nothing, refuse_faults, start
+from alignment.data.tokenizer import tokenizer_hashes
+from alignment.errors import DataError
+from alignment.fingerprint import digest
+from alignment.locks import held
+
+VERSION = 1
+"""Raised when rows come out otherwise, so that older tables are not found."""
+
+LEDGER = "left_out.jsonl"
+_ROWS, _COUNTS = "rows.arrow", "counts.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTable:
+    """``rows`` has the kind's columns and ``where``. ``notes`` counts by kind what stands in the file ``ledger``, of
+    which ``first`` are the first ones; ``read`` rows gave ``records`` records of at most ``longest`` tokens."""
+
+    path: Path
+    rows: Dataset
+    ledger: Path
+    read: int
+    records: int
+    longest: int
+    notes: dict[str, int]
+    first: dict[str, list[dict[str, str]]]
+
+    def count(self, kind: str) -> int:
+        """Notes of a kind."""
+        return self.notes.get(kind, 0)
+
+
+def token_table(
+    path: Path,
+    data: SourceConfig,
+    kind: Kind,
+    limits: Limits,
+    tokenizer: Any,
+    *,
+    cache: Path,
+    processes: int,
+    progress: Callable[[int], None] | None = None,
+) -> TokenTable:
+    """The source's table from the folder ``cache``, made there if it is not. ``progress`` is told rows read.
+
+    Raises:
+        DataError: the source cannot be read at all; rows are faulty and may not be skipped; too many are too long; or
+            none is left.
+    """
+    form = start(path, data).format
+    job = Job(tokenizer=tokenizer, kind=kind, reader=Reader(format=form, record=kind.record, data=data), limits=limits)
+    folder = cache / f"tokens-{_key(path, data, job)}"
+    with held(cache / f".{folder.name}.lock", wait=True):
+        if not folder.is_dir():
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            chunks = run(job, unparsed_source_rows(path, data), limit=data.limit, processes=processes)
+            _write(partial, job.schema, chunks, progress)
+            partial.rename(folder)
+    table = _open(path, folder)
+    faults = [
+        DataError(note["reason"], where=note["where"], remedy=note.get("remedy", ""))
+        for note in table.first.get(FAULT, [])
+    ]
+    refuse_faults(faults, data, count=table.count(FAULT), rows=table.read, where=str(path))
+    refuse_losses(
+        limits,
+        dropped=table.count(TOO_LONG),
+        cut=table.count(CUT),
+        records=table.records,
+        longest=table.longest,
+        where=str(path),
+    )
+    if not len(table.rows):
+        reasons = (note["reason"] for note in table.first.get(SET_ASIDE, []))
+        raise nothing(reasons, rows=table.read, where=str(path))
+    return table
+
+
+def _key(path: Path, data: SourceConfig, job: Job) -> str:
+    versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers")]
+    told = {
+        "version": [VERSION, *versions],
+        "content": content_of(path),
+        "where": [str(path), data.split, data.subset],  # it stands in the rows
+        "format": job.reader.format.name,
+        "columns": data.columns,
+        "placeholders": data.placeholders,
+        "limit": data.limit,
+        "kind": job.kind.name,
+        "limits": job.limits,
+        "tokenizer": tokenizer_hashes(job.tokenizer),
+    }
+    return digest(told)[:32]
+
+
+def _write(folder: Path, schema: pa.Schema, chunks: Iterator[Chunk], progress: Callable[[int], None] | None) -> None:
+    read = records = longest = 0
+    notes: Counter[str] = Counter()
+    first: dict[str, list[dict[str, str]]] = {}
+    with (
+        pa.OSFile(str(folder / _ROWS), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as stream,
+        (folder / LEDGER).open("w", encoding="utf-8") as ledger,
+    ):
+        for chunk in chunks:
+            stream.write_batch(chunk.batch)
+            for note in chunk.notes:
+                notes[note.kind] += 1
+                row = note.as_row()
+                ledger.write(json.dumps(row, ensure_ascii=False) + "\n")
+                if notes[note.kind] <= NAMED:
+                    first.setdefault(note.kind, []).append(row)
+            read, records, longest = read + chunk.rows, records + chunk.records, max(longest, chunk.longest)
+            if progress is not None:
+                progress(read)
+    counts = {"read": read, "records": records, "longest": longest, "notes": notes, "first": first}
+    (folder / _COUNTS).write_text(json.dumps(counts, ensure_ascii=False), encoding="utf-8")
+
+
+def _open(path: Path, folder: Path) -> TokenTable:
+    counts = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
+    return TokenTable(path=path, rows=Dataset.from_file(str(folder / _ROWS)), ledger=folder / LEDGER, **counts)

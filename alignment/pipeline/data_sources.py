@@ -1,0 +1,76 @@
+"""Data that a run takes from outside: files, or a data set of a hub.
+
+As with models, planning looks only at what is on this machine; ``fetch`` is where anything is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment.data.hub import content_of
+from alignment.data.sources import locate
+from alignment.errors import DataError
+from alignment.pipeline import hub
+from alignment.pipeline.sources import remembered_sha256
+
+_PATTERNS = ("README.md", "*.json", "*.json.*", "*.jsonl", "*.jsonl.*", "*.csv", "*.csv.*", "*.tsv", "*.parquet")
+"""Files that are downloaded: what says which splits there are, and data."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSource:
+    """Data as a plan sees it.
+
+    ``identity`` stands for its content in a fingerprint. ``path`` is None for a hub's data set that is not on this
+    machine yet, whose ``identity`` then names the revision asked for. A snapshot is not ``complete`` where nobody can
+    tell, such as after another program fetched some files of the repository.
+    """
+
+    source: str
+    identity: str
+    path: Path | None
+    complete: bool = True
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether a hub has it, and not the user."""
+        return self.source.startswith("hub:")
+
+
+def resolve(source: str, *, where: str) -> DataSource:
+    """Looks data up without downloading anything.
+
+    Raises:
+        DataError: the source has no known form, or there is nothing that can be read.
+    """
+    if source.startswith("hub:"):
+        return _hub(source, where=where, download=False)
+    path = locate(source, where=where)
+    return DataSource(source=source, identity=content_of(path, remembered_sha256), path=path)
+
+
+def fetch(data: DataSource, *, announce: Callable[[str], None]) -> DataSource:
+    """The same data, on this machine.
+
+    Raises:
+        DataError: it cannot be had; says why, and what to do.
+    """
+    if data.complete:
+        return data
+    announce(f"downloading the data set {data.source.removeprefix('hub:')} from its hub")
+    found = _hub(data.source, where="data.source", download=True)
+    if not found.complete:
+        announce(f"{found.identity}: its hub cannot be reached; nobody can tell whether all its files are here")
+    return found
+
+
+def _hub(source: str, *, where: str, download: bool) -> DataSource:
+    repository = hub.repository(source, kind="dataset")
+    if repository is None:
+        raise DataError(f"{source!r} names no data set", where=where, remedy="write hub:ORG/NAME@REVISION")
+    folder = hub.snapshot(repository, patterns=_PATTERNS, download=download, failure=DataError)
+    if folder is None:
+        return DataSource(source=source, identity=repository.named, path=None, complete=False)
+    return DataSource(source=source, identity=content_of(folder), path=folder, complete=hub.is_listed(repository))

@@ -1,0 +1,102 @@
+"""Repositories of a hub, with models or with data: what of them is on this machine, and fetching them.
+
+The hub's client is imported here and nowhere else, only for runs that name a repository.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment.errors import DataError, ModelError
+
+_FORM = re.compile(r"hub:(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_LOG_IN = "log in (hf auth login, or HF_TOKEN)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Repository:
+    """``hub:ORG/NAME@REVISION`` with a branch, a tag or a commit; ``kind`` is model or dataset."""
+
+    id: str
+    revision: str
+    kind: str
+
+    @property
+    def named(self) -> str:
+        """As a user writes it, with the revision."""
+        return f"hub:{self.id}@{self.revision}"
+
+
+def repository(source: str, *, kind: str) -> Repository | None:
+    """The repository that ``source`` names, of the revision main where it names none; None of another form."""
+    match = _FORM.fullmatch(source)
+    if match is None:
+        return None
+    return Repository(id=match["id"], revision=match["revision"] or "main", kind=kind)
+
+
+def snapshot(
+    asked: Repository, *, patterns: Sequence[str], download: bool, failure: type[ModelError | DataError]
+) -> Path | None:
+    """The folder, named by its commit, with the files that fit ``patterns``; None where they are not on this machine
+    and ``download`` is false. Without its hub, a snapshot that is on this machine is taken as it is.
+
+    Raises:
+        ModelError or DataError: what ``failure`` says: it cannot be had; with why, and what to do.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(
+            asked.id,
+            repo_type=asked.kind,
+            revision=asked.revision,
+            allow_patterns=list(patterns),
+            local_files_only=not download,
+        )
+    except LocalEntryNotFoundError as error:
+        if not download:
+            return None
+        raise _failed(asked, error, failure) from error
+    except Exception as error:  # the client lets through whatever its transport raises
+        raise _failed(asked, error, failure) from error
+    return Path(found)
+
+
+def is_listed(asked: Repository) -> bool:
+    """Whether it is known which files the repository has, and so that a snapshot on this machine is complete."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        get_cached_repo_tree(asked.id, repo_type=asked.kind, revision=asked.revision)
+    except CachedRepoTreeNotFoundError:
+        return False
+    return True
+
+
+def _failed(asked: Repository, error: Exception, failure: type[ModelError | DataError]) -> ModelError | DataError:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    told: dict[type[Exception], tuple[str, str]] = {
+        GatedRepoError: ("is gated", f"ask for access on its page, then {_LOG_IN}"),
+        RepositoryNotFoundError: ("is not there, or private", f"check ORG/NAME; for a private one {_LOG_IN}"),
+        RevisionNotFoundError: (f"has no revision '{asked.revision}'", "name a branch, a tag or a commit"),
+        HFValidationError: ("is no name that a repository can have", "write hub:ORG/NAME@REVISION"),
+        LocalEntryNotFoundError: ("is not on this machine, and its hub cannot be reached", "check the connection"),
+    }
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    what, remedy = next(
+        (text for kind, text in told.items() if isinstance(error, kind)), ("cannot be downloaded", "try again")
+    )
+    return failure(f"{what}: {reason}", where=asked.named, remedy=f"{remedy}; or give path:FOLDER")

@@ -1,0 +1,95 @@
+"""Gold over how much was learned from, where stages differ in nothing but the amount of their data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from alignment.report.plots import interval_curve
+from alignment.report.records import Evaluation, Interval, Run, Stage
+
+AMOUNT = ("fraction", "limit")
+"""The settings of a stage's data that say how much of it is learned from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SizeCurve:
+    """A figure as the page shows it; ``caption`` says what it shows and what it does not."""
+
+    title: str
+    caption: str
+    svg: Markup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """An evaluated stage that learned from ``rows`` rows."""
+
+    stage: Stage
+    rows: float
+    gold: Interval
+
+
+def size_curves(run: Run) -> list[SizeCurve]:
+    """A figure for every kind of stage that was trained from one model on several amounts of the same data.
+
+    Only the optimiser's settings may differ besides: fewer rows may want more epochs.
+    """
+    evaluation = run.evaluation
+    if evaluation is None:
+        return []
+    groups: dict[str, list[Point]] = {}
+    for point in sorted(_points(run.stages, evaluation), key=lambda point: point.rows):
+        groups.setdefault(_shared(point.stage), []).append(point)
+    return [_drawn(points, evaluation) for points in groups.values() if points[0].rows < points[-1].rows]
+
+
+def _points(stages: Sequence[Stage], evaluation: Evaluation) -> Iterator[Point]:
+    known = {f"stage:{stage.name}": stage for stage in stages}
+    for arm in evaluation.arms:
+        stage = known.get(arm.name)
+        if stage is None or arm.gold is None:
+            continue
+        rows = stage.headlines.get("rows", 0.0)
+        if rows >= 1:
+            yield Point(stage=stage, rows=rows, gold=arm.gold)
+
+
+def _shared(stage: Stage) -> str:
+    """All that shaped the result but the stage's name, the amount of its data and the optimiser's settings."""
+    identity = _without(stage.manifest.identity if stage.manifest else None, "stage")
+    config = _without(identity.get("config"), "optim")
+    data = _without(config.get("data"), *AMOUNT)
+    return json.dumps([stage.kind, {**identity, "config": {**config, "data": data}}], sort_keys=True)
+
+
+def _without(value: Any, *keys: str) -> dict[str, Any]:
+    """The mapping without the keys; anything else is an empty one."""
+    return {key: item for key, item in value.items() if key not in keys} if isinstance(value, dict) else {}
+
+
+def _drawn(points: list[Point], evaluation: Evaluation) -> SizeCurve:
+    kind = points[0].stage.kind
+    init = dict(points[0].stage.inputs).get("init", "")
+    start = next((arm.gold for arm in evaluation.arms if arm.name == init), None)
+    caption = "over rows trained on (log scale), with 95\u202f% intervals over prompts"
+    if start is not None:
+        caption += f"; dotted: {evaluation.label(init)}, where each starts"
+    caption += "; one run a point, so what another seed or other rows would give is not shown"
+    if len({_optim(point.stage) for point in points}) > 1:
+        caption += "; the optimiser’s settings differ too"
+    svg = interval_curve(
+        [(point.rows, point.gold) for point in points],
+        title=f"{kind}, gold over rows",
+        guide=None if start is None else start.mean,
+    )
+    return SizeCurve(title=f"Gold of {kind}", caption=caption, svg=svg)
+
+
+def _optim(stage: Stage) -> str:
+    identity = _without(stage.manifest.identity if stage.manifest else None)
+    return json.dumps(_without(identity.get("config")).get("optim"), sort_keys=True)

@@ -1,0 +1,147 @@
+"""Rows that say nearly the same are found and named, and others are not."""
+
+from __future__ import annotations
+
+import json
+import random
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from alignment.config.data import SourceConfig
+from alignment.data import near
+from alignment.data.doctor import examine
+from alignment.data.near import NearRepeat, NearRepeats
+from alignment.data.overlap import Placed
+from alignment.pipeline.doctor import show_diagnosis
+
+RNG = random.Random(0)
+WORDS = ["".join(RNG.choices("abcdefghijklmnopqrstuvwxyz", k=RNG.randint(2, 9))) for _ in range(400)]
+
+
+def _text(count: int) -> str:
+    return " ".join(RNG.choices(WORDS, k=count))
+
+
+def _changed(text: str, *places: int) -> str:
+    words = text.split()
+    for place in places:
+        words[place] = "altogether"
+    return " ".join(words)
+
+
+def _found(*texts: str) -> list[NearRepeat]:
+    repeats = NearRepeats()
+    for number, text in enumerate(texts, start=1):
+        repeats.add(Placed(where=f"a.jsonl:{number}", text=text))
+    return repeats.found
+
+
+def _write(file: Path, rows: list[Any]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def _diagnosis(file: Path) -> str:
+    screen = StringIO()
+    assert show_diagnosis(Console(file=screen, width=80), SourceConfig(source=str(file))) == 0
+    return screen.getvalue()
+
+
+def test_one_word_changed_in_thirty_is_found_wherever_it_stands() -> None:
+    text = _text(30)
+    for place in (0, 7, 15, 29):
+        (one,) = _found(_text(30), text, _text(30), _changed(text, place))
+        assert (one.where, one.earlier) == ("a.jsonl:4", "a.jsonl:2")
+        assert one.share == pytest.approx(28 / 30 if place in (0, 29) else 27 / 31)
+
+
+def test_unrelated_and_half_alike_texts_are_not_near_repeats() -> None:
+    text = _text(30)
+    assert _found(*(_text(30) for _ in range(300))) == []
+    assert _found(text, _changed(text, *range(0, 30, 3)), " ".join(reversed(text.split()))) == []
+
+
+def test_nearly_all_planted_near_repeats_are_found_and_nothing_else() -> None:
+    texts = [_text(40) for _ in range(400)]
+    planted = [_changed(text, 20) for text in texts[:100]]
+    found = {(one.earlier, one.where) for one in _found(*texts, *planted)}
+    expected = {(f"a.jsonl:{number}", f"a.jsonl:{400 + number}") for number in range(1, 101)}
+    assert found <= expected
+    assert len(found) >= 98
+
+
+def test_short_texts_must_be_the_same_but_for_case_and_spaces() -> None:
+    assert _found("What is 2 + 2?", "What is 2 + 3?", "Yes", "No", "Yes.") == []
+    assert [one.where for one in _found("Good  morning", "good morning", "Yes", "yes")] == ["a.jsonl:2", "a.jsonl:4"]
+    assert _found("", " ", "\n") == []
+    assert _found("\ud800 lone", "\ud800 LONE")[0].share == 1.0
+
+
+def test_of_several_that_are_alike_each_later_one_is_named_with_the_first() -> None:
+    text = _text(60)
+    found = _found(text, _changed(text, 10), _changed(text, 50), _changed(text, 30))
+    assert [(one.where, one.earlier) for one in found] == [(f"a.jsonl:{line}", "a.jsonl:1") for line in (2, 3, 4)]
+
+
+def test_the_same_texts_give_the_same_answer() -> None:
+    texts = [_text(30) for _ in range(100)]
+    texts += [_changed(text, 3, 20) for text in texts]
+    assert _found(*texts) == _found(*texts)
+
+
+def test_the_doctor_names_near_repeats_and_leaves_exact_ones_to_their_own_count(tmp_path: Path) -> None:
+    said = [_text(30) for _ in range(10)]
+    rows = [{"prompt": f"Go on from {text}", "completion": text[::-1]} for text in said]
+    near_one = {**rows[4], "prompt": _changed(rows[4]["prompt"], 12)}
+    file = _write(tmp_path / "rows.jsonl", [*rows, rows[2], near_one, rows[2]])
+    found = examine(file, SourceConfig())
+    assert [(one.where, one.earlier) for one in found.near.found] == [(f"{file}:12", f"{file}:5")]
+    assert found.uses["sft"].repeated == 2
+    printed = _diagnosis(file)
+    assert "near repeats 1 rows say nearly what an earlier row says; keep one of each" in printed
+    assert f"rows.jsonl:12 shares {found.near.found[0].share:.0%} of its runs of words with rows.jsonl:5" in printed
+    assert "only the first" not in printed
+    assert "near repeats no row" in _diagnosis(_write(tmp_path / "other.jsonl", rows))
+
+
+def test_a_system_turn_that_all_rows_share_makes_none_of_them_alike(tmp_path: Path) -> None:
+    system = {"role": "system", "content": _text(200)}
+
+    def row(text: str) -> dict[str, Any]:
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]
+        return {"messages": [system, *turns]}
+
+    assert examine(_write(tmp_path / "a.jsonl", [row(_text(12)) for _ in range(20)]), SourceConfig()).near.found == []
+
+
+def test_pairs_are_compared_with_both_of_their_answers(tmp_path: Path) -> None:
+    prompt, chosen = _text(10), _text(30)
+    rows = [{"prompt": prompt, "chosen": chosen, "rejected": _text(30)} for _ in range(5)]
+    assert examine(_write(tmp_path / "a.jsonl", rows), SourceConfig()).near.found == []
+
+
+def test_rows_behind_the_limit_are_not_compared_and_the_doctor_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [_text(30) for _ in range(6)]
+    rows = [{"text": text} for text in [*texts[:3], _changed(texts[0], 9), *texts[3:], _changed(texts[1], 9)]]
+    file = _write(tmp_path / "a.jsonl", rows)
+    monkeypatch.setattr(near, "TEXTS", 5)
+    found = examine(file, SourceConfig()).near
+    assert [(one.where, one.earlier) for one in found.found] == [(f"{file}:4", f"{file}:1")]
+    assert (found.looked_at, found.passed_over) == (5, 3)
+    assert "only the first 5 rows that differ were compared" in _diagnosis(file)
+
+
+def test_a_file_of_rows_that_are_all_half_alike_does_not_take_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near, "COMPARISONS", 50)
+    shared = _text(60)
+    repeats = NearRepeats()
+    for number in range(200):
+        repeats.add(Placed(where=f"a.jsonl:{number}", text=f"{shared} {_text(20)}"))
+    assert repeats.passed_over > 100
+    assert repeats.looked_at + repeats.passed_over == 200

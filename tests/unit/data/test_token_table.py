@@ -1,0 +1,193 @@
+"""A source as token rows on disk: the same rows however they are made, made once, with a list of what was left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.config.data import DataConfig, OnError
+from alignment.config.too_long import TooLong, TooLongConfig
+from alignment.data import chunks, token_table
+from alignment.data.chunks import Job
+from alignment.data.files import unparsed_rows_of
+from alignment.data.kinds import CONVERSATIONS, PAIRS, TEXTS, Kind
+from alignment.data.limits import Limits
+from alignment.data.reading import Reader, read_records, start
+from alignment.data.records import Conversation
+from alignment.data.token_table import TokenTable
+from alignment.data.tokenize import tokenize_conversation
+from alignment.errors import DataError, StageError
+from tests.tiny import tiny_tokenizer
+
+ALL = DataConfig(source="")
+WIDE = Limits(row=500)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Byte-level BPE with ChatML turns."""
+    return tiny_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK", 4)
+    monkeypatch.setattr(chunks, "FEW", 2)
+
+
+def _rows(folder: Path, rows: list[Any]) -> Path:
+    file = folder / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def _talk(number: int) -> dict[str, Any]:
+    return {"prompt": f"When does shop {number} open?", "completion": "At nine. " * (number % 3 + 1)}
+
+
+def _table(file: Path, tokenizer: Any, **changes: Any) -> TokenTable:
+    told: dict[str, Any] = {"data": ALL, "kind": CONVERSATIONS, "limits": WIDE, "processes": 1}
+    return token_table.token_table(file, tokenizer=tokenizer, cache=file.parent / "cache", **(told | changes))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rows_are_those_of_the_records_in_their_order(tmp_path: Path, tokenizer: Any, processes: int) -> None:
+    file = _rows(tmp_path, [_talk(number) for number in range(50)])
+    table = _table(file, tokenizer, processes=processes)
+    expected = [tokenize_conversation(tokenizer, one.messages) for one in read_records(file, Conversation, ALL)]
+    assert table.rows["input_ids"][:] == [row.input_ids for row in expected]
+    assert table.rows["labels"][:] == [row.labels for row in expected]
+    assert table.rows["where"][:] == [f"{file}:{line}" for line in range(1, 51)]
+    assert (table.read, table.records) == (50, 50)
+    assert table.longest == max(len(row.input_ids) for row in expected)
+
+
+def test_a_table_is_made_once(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = _rows(tmp_path, [_talk(number) for number in range(9)])
+    first = _table(file, tokenizer)
+    monkeypatch.setattr(token_table, "run", lambda *_, **__: pytest.fail("made again"))
+    again = _table(file, tiny_tokenizer())
+    assert again.rows.to_list() == first.rows.to_list()
+    assert (again.read, again.records, again.longest) == (first.read, first.records, first.longest)
+
+
+def _other_template() -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("You are tiny.", "You are small.")
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"limits": Limits(row=499)},
+        {"limits": Limits(row=500, answer=499)},
+        {"data": DataConfig(source="", limit=8)},
+        {"data": DataConfig(source="", placeholders={"shop": "store"})},
+        {"tokenizer": _other_template()},
+    ],
+    ids=["row", "answer", "limit", "placeholders", "template"],
+)
+def test_what_changes_rows_changes_the_table(tmp_path: Path, tokenizer: Any, changes: dict[str, Any]) -> None:
+    file = _rows(tmp_path, [_talk(number) for number in range(9)])
+    _table(file, tokenizer)
+    _table(file, **({"tokenizer": tokenizer} | changes))
+    assert len(list((tmp_path / "cache").glob("tokens-*"))) == 2
+
+
+def test_a_file_with_other_rows_gives_another_table(tmp_path: Path, tokenizer: Any) -> None:
+    assert len(_table(_rows(tmp_path, [_talk(1)]), tokenizer).rows) == 1
+    assert len(_table(_rows(tmp_path, [_talk(1), _talk(2)]), tokenizer).rows) == 2
+
+
+def test_how_faults_are_taken_needs_no_new_table(tmp_path: Path, tokenizer: Any) -> None:
+    file = _rows(tmp_path, [*(_talk(number) for number in range(30)), {"prompt": "Hi.", "completion": ""}])
+    for _ in range(2):
+        with pytest.raises(DataError, match="'completion' must be text and not empty") as caught:
+            _table(file, tokenizer)
+        assert caught.value.where == f"{file}:31"
+        assert caught.value.remedy is not None
+    table = _table(file, tokenizer, data=DataConfig(source="", on_error=OnError.skip))
+    assert len(table.rows) == 30
+    assert len(list((tmp_path / "cache").glob("tokens-*"))) == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_ledger_says_what_became_of_every_row(tmp_path: Path, tokenizer: Any, processes: int) -> None:
+    rows: list[Any] = [_talk(number) | {"label": True} for number in range(60)]
+    rows[7] |= {"label": False}
+    rows[11] |= {"completion": 5}
+    rows[20] |= {"prompt": "Why? " * 200}
+    file = _rows(tmp_path, rows)
+    data = DataConfig(source="", on_error=OnError.skip)
+    table = _table(file, tokenizer, data=data, limits=Limits(row=200), processes=processes)
+    notes = [json.loads(line) for line in table.ledger.read_text().splitlines()]
+    assert sorted((int(note["where"].rsplit(":")[-1]), note["kind"], note["reason"]) for note in notes) == [
+        (8, "set aside", "'label' says that the answer is a bad one"),
+        (12, "fault", "'completion' must be text and not empty; it is 5"),
+        (21, "too long", f"the row has {table.longest} tokens of 200"),
+    ]
+    assert (table.read, len(table.rows)) == (60, 57)
+
+
+def test_cut_rows_are_kept_and_noted(tmp_path: Path, tokenizer: Any) -> None:
+    file = _rows(tmp_path, [*(_talk(number) for number in range(20)), {"prompt": "Why? " * 200, "completion": "So."}])
+    table = _table(file, tokenizer, limits=Limits(row=100, too_long=TooLongConfig(do=TooLong.cut)))
+    assert len(table.rows) == 21
+    assert len(table.rows[20]["input_ids"]) == 100
+    assert [json.loads(line)["kind"] for line in table.ledger.read_text().splitlines()] == ["cut"]
+
+
+def test_too_many_long_rows_are_refused_with_the_longest(tmp_path: Path, tokenizer: Any) -> None:
+    file = _rows(tmp_path, [_talk(1), {"prompt": "Why? " * 200, "completion": "So."}])
+    with pytest.raises(DataError, match=r"1 of 2 rows are too long and would be dropped, more than 10%"):
+        _table(file, tokenizer, limits=Limits(row=100))
+
+
+def test_a_limit_takes_the_first_records_and_reads_no_further(tmp_path: Path, tokenizer: Any) -> None:
+    file = _rows(tmp_path, [*(_talk(number) for number in range(6)), {"prompt": "Hi.", "completion": ""}])
+    table = _table(file, tokenizer, data=DataConfig(source="", limit=6), processes=2)
+    assert (len(table.rows), table.records, table.read) == (6, 6, 6)
+
+
+def test_a_pair_has_three_columns_and_a_text_several_rows(tmp_path: Path, tokenizer: Any) -> None:
+    pairs = _rows(tmp_path, [{"prompt": "Hi.", "chosen": "Hello.", "rejected": "Go."}])
+    (pair,) = _table(pairs, tokenizer, kind=PAIRS).rows.select_columns(["prompt", "chosen", "rejected"])
+    assert tokenizer.decode(pair["chosen"]) == "Hello.<|im_end|>"
+    texts = _rows(tmp_path, [{"text": "The shop is closed on Monday."}])
+    rows = _table(texts, tokenizer, kind=TEXTS, limits=Limits(row=5)).rows
+    assert [len(row["input_ids"]) for row in rows][:-1] == [5] * (len(rows) - 1)
+    whole = [token for row in rows for token in row["input_ids"]]
+    assert tokenizer.decode(whole) == "The shop is closed on Monday.<|im_end|>"
+
+
+def test_an_interrupted_table_is_made_anew(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = _rows(tmp_path, [_talk(number) for number in range(9)])
+
+    def breaks_off(job: Job, rows: Any, **_: Any) -> Any:
+        yield job(list(rows)[:4])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_table, "run", breaks_off)
+        with pytest.raises(KeyboardInterrupt):
+            _table(file, tokenizer)
+    assert len(_table(file, tokenizer).rows) == 9
+
+
+def _dies(*_: Any) -> Any:
+    os._exit(1)
+
+
+def test_a_process_that_dies_stops_the_stage(tmp_path: Path, tokenizer: Any) -> None:
+    file = _rows(tmp_path, [_talk(number) for number in range(40)])
+    kind: Kind = dataclasses.replace(CONVERSATIONS, texts=_dies)
+    reader = Reader(format=start(file, ALL).format, record=Conversation, data=ALL)
+    job = Job(tokenizer=tokenizer, kind=kind, reader=reader, limits=WIDE)
+    with pytest.raises(StageError, match="a process that tokenised rows died"):
+        list(chunks.run(job, unparsed_rows_of(file), limit=None, processes=2))

@@ -1,0 +1,206 @@
+"""Data sets of a hub in a plan and a run: nothing is downloaded before a run starts, and a commit is what counts."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from rich.console import Console
+
+from alignment import cli
+from alignment.errors import ConfigError, DataError, ModelError
+from alignment.pipeline import data_sources, sources
+from alignment.pipeline.data_sources import DataSource
+from alignment.pipeline.plan import Plan, PlannedStage
+from alignment.pipeline.run import run
+from alignment.pipeline.summary import show_plan
+from tests.hub import COMMIT, NAME, leave_data_set, refusal, use_cache
+from tests.unit.pipeline.conftest import ROWS, MakePlan
+from tests.unit.pipeline.test_run import fake
+
+SOURCE = "stages.sft.data.source=hub:org/name@v1"
+LINE = json.dumps(ROWS["conversations"]) + "\n"
+FILES = {"data/train.jsonl": LINE * 2, "data/test.jsonl": LINE}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder below which a hub's cache lies."""
+    use_cache(monkeypatch, tmp_path)
+    return tmp_path
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> list[dict[str, Any]]:
+    """Has the client's download do ``outcome``, or raise it; what it was asked for is listed."""
+    asked: list[dict[str, Any]] = []
+
+    def snapshot_download(repository: str, **told: Any) -> str:
+        asked.append({"repository": repository, **told})
+        if told["local_files_only"]:
+            raise LocalEntryNotFoundError("not here")
+        if isinstance(outcome, Exception):
+            raise outcome
+        return str(outcome())
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return asked
+
+
+def sft(plan: Plan) -> PlannedStage:
+    return next(stage for stage in plan.stages if stage.name == "sft")
+
+
+def shown(plan: Plan) -> str:
+    screen = StringIO()
+    show_plan(Console(file=screen, width=60), plan)
+    return screen.getvalue()
+
+
+def test_what_is_not_here_is_planned_by_its_revision_and_nothing_is_downloaded(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = answer(monkeypatch, AssertionError("a plan downloads nothing"))
+    planned = plan(SOURCE)
+    assert (sft(planned).data, sft(planned).identity["data"]) == (None, "hub:org/name@v1")
+    assert "sft reads hub:org/name@v1, which a run downloads\n" in shown(planned)
+    assert [(one["repository"], one["repo_type"], one["revision"]) for one in asked] == [("org/name", "dataset", "v1")]
+    assert sft(plan("stages.sft.data.source=hub:org/name")).identity["data"] == "hub:org/name@main"
+    mixed = plan("stages.sft.data.mix=[{source: 'hub:org/name', count: 1}]")
+    assert sft(mixed).extra_data == {}
+    assert sft(mixed).identity["extra_data"] == {"data.mix[0]": "hub:org/name@main"}
+
+
+def test_what_is_here_is_planned_by_its_commit_and_its_rows_are_checked(plan: MakePlan, cache: Path) -> None:
+    folder = leave_data_set(cache, FILES, revision="v1")
+    planned = plan(SOURCE)
+    assert (sft(planned).data, sft(planned).identity["data"]) == (folder, NAME)
+    assert f"sft reads {NAME}\n" in shown(planned)
+    (folder / "data/train.jsonl").write_text(LINE + '{"messages": []}\n')
+    with pytest.raises(DataError, match=rf"{NAME} train: row 2: 'messages' must be a list"):
+        plan(SOURCE)
+    plan(SOURCE, "stages.sft.data.split=test")
+    with pytest.raises(DataError, match=r"has no split 'dev'; it has (train, test|test, train)\n  → choose one with"):
+        plan(SOURCE, "stages.sft.data.split=dev")
+
+
+def test_split_and_subset_count_and_are_refused_where_nothing_reads_them(plan: MakePlan, cache: Path) -> None:
+    leave_data_set(cache, FILES, revision="v1")
+    fingerprints = [sft(plan(SOURCE, *more)).fingerprint for more in ((), ("stages.sft.data.split=test",))]
+    assert fingerprints[0] != fingerprints[1]
+    assert sft(plan(SOURCE, "stages.sft.data.subset=default")).fingerprint not in fingerprints
+    for more, said in (("split=test", "split: 'test'"), ("subset=a", "subset: 'a'")):
+        with pytest.raises(ConfigError, match=rf"stages\.sft\.data\.{said} is read by nothing; only a data set of a"):
+            plan(f"stages.sft.data.{more}")
+    with pytest.raises(ConfigError, match=r"stages\.sft\.data\.split: '' is not allowed"):
+        plan(SOURCE, "stages.sft.data.split=''")
+    with pytest.raises(DataError, match=r"stages\.sft\.data\.source: 'hub:name' names no data set"):
+        plan("stages.sft.data.source=hub:name")
+
+
+def test_a_run_says_that_it_downloads_and_tells_the_worker_where_the_snapshot_is(
+    overrides: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+
+        def download() -> Path:
+            patched.undo()  # asked again, the client itself finds what the download has left
+            return leave_data_set(cache, FILES, revision="v1")
+
+        answer(patched, download)
+        screen = StringIO()
+        told = [*overrides, SOURCE, "stages.sft.data.split=test"]
+        assert run("quickstart", told, console=Console(file=screen, width=200), command_for=fake) == 0
+    assert "downloading the data set org/name@v1 from its hub" in screen.getvalue()
+    stage = yaml.safe_load((cache / "out/runs/quickstart/sft/stage.yaml").read_text())
+    assert stage["data_path"].endswith(f"datasets--org--name/snapshots/{COMMIT}")
+    assert stage["identity"]["data"] == NAME
+    assert (stage["config"]["data"]["split"], stage["config"]["data"]["subset"]) == ("test", None)
+
+    again = StringIO()
+    assert run("quickstart", told, console=Console(file=again, width=200), command_for=fake) == 0
+    assert "downloading" not in again.getvalue()
+
+
+REFUSED = [
+    (
+        refusal(GatedRepoError),
+        "is gated: 403 Client Error.\n  → ask for access on its page, then log in (hf auth login",
+    ),
+    (
+        refusal(RepositoryNotFoundError),
+        "is not there, or private: 403 Client Error.\n  → check ORG/NAME; for a private",
+    ),
+    (refusal(RevisionNotFoundError), "has no revision 'v1': 403 Client Error.\n  → name a branch, a tag or a commit"),
+    (
+        LocalEntryNotFoundError("Got: ConnectError\nmore"),
+        "is not on this machine, and its hub cannot be reached: Got: ",
+    ),
+    (TimeoutError("timed out"), "cannot be downloaded: timed out\n  → try again; or give path:FOLDER"),
+]
+
+
+@pytest.mark.parametrize(("error", "message"), REFUSED, ids=[message[:20] for _, message in REFUSED])
+def test_what_cannot_be_had_is_an_error_that_says_why_and_what_to_do(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer(monkeypatch, error)
+    with pytest.raises(DataError) as caught:
+        data_sources.fetch(data_sources.resolve("hub:org/name@v1", where="x"), announce=lambda _: None)
+    assert str(caught.value).startswith(f"hub:org/name@v1: {message}")
+    assert str(caught.value).endswith("or give path:FOLDER")
+    with pytest.raises(ModelError) as of_model:
+        sources.fetch(sources.resolve("hub:org/name@v1", where="x"), announce=lambda _: None)
+    assert str(of_model.value) == str(caught.value)
+
+
+def test_a_name_that_no_repository_can_have_is_refused_while_planning(plan: MakePlan) -> None:
+    with pytest.raises(DataError, match=r"hub:org/a--b@main: is no name that a repository can have: "):
+        plan("stages.sft.data.source=hub:org/a--b")
+
+
+def test_a_snapshot_that_lacks_files_is_fetched_before_it_is_read(plan: MakePlan, cache: Path) -> None:
+    leave_data_set(cache, FILES, revision="v1", listed=("data/train-2.jsonl",))
+    assert sft(plan(SOURCE)).data is None
+
+
+def test_files_that_are_no_data_may_be_absent(plan: MakePlan, cache: Path) -> None:
+    folder = leave_data_set(cache, FILES, revision="v1", listed=("weights.bin", "name.py"))
+    assert sft(plan(SOURCE)).data == folder
+
+
+def test_a_snapshot_of_which_nobody_knows_whether_it_is_complete_is_completed_or_told(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = leave_data_set(cache, FILES, listed=None)
+    found = data_sources.resolve("hub:org/name", where="x")
+    assert found == DataSource(source="hub:org/name", identity=NAME, path=folder, complete=False)
+    said: list[str] = []
+    answer(monkeypatch, lambda: folder)
+    assert data_sources.fetch(found, announce=said.append) == found
+    assert said[0] == "downloading the data set org/name from its hub"
+    assert said[1] == f"{NAME}: its hub cannot be reached; nobody can tell whether all its files are here"
+    answer(monkeypatch, lambda: leave_data_set(cache, FILES))
+    assert data_sources.fetch(found, announce=said.append).complete
+    assert len(said) == 3
+
+
+def test_the_doctor_explains_a_split_of_a_data_set(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leave_data_set(cache, FILES)
+    assert cli.main(["doctor", "hub:org/name", "--split", "test"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{NAME}: 1 rows\n")
+    assert f"to use it    stages.sft.data.source={NAME} stages.sft.data.split=test\n" in printed
+    assert cli.main(["doctor", "hub:org/name", "--subset", "x"]) == 3
+    assert "has no subset 'x'; it has default" in capsys.readouterr().err
+    assert cli.main(["doctor", "bundled:quickstart/heldout", "--split", "test"]) == 2
+    assert "DATA.split: 'test' is read by nothing" in capsys.readouterr().err

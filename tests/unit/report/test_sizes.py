@@ -1,0 +1,147 @@
+"""Gold over the number of rows: drawn where arms differ in the amount of their data, and nowhere else."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+PARTS = {"sft_25": (75.0, 0.41), "sft_50": (150.0, 0.5), "sft": (300.0, 0.62)}
+SPOKEN = 'aria-label="sft, gold over rows: '
+
+
+def identity(stage: str) -> dict:
+    """What defines a part's result, as its manifest holds it."""
+    data = {"fraction": PARTS[stage][0] / 300, "limit": None}
+    return {
+        "stage": stage,
+        "kind": "sft",
+        "config": {"kind": "sft", "data": data, "optim": {"lr": 5e-4, "epochs": 2}, "max_length": 1024},
+        "data": "5" * 64,
+        "inputs": {"init": "b" * 64},
+        "seed": 42,
+    }
+
+
+@pytest.fixture
+def parts(fake_run):
+    """The ordinary run with SFT on a quarter and on half of its conversations besides."""
+    stages, arms = fake_run.run["stages"], fake_run.evaluation["arms"]
+    for name, (rows, gold) in PARTS.items():
+        stages.setdefault(name, {**stages["sft"], "artifact": f"{name}-0123abcd"})
+        fake_run.headlines[name] = {"loss": 1.4, "rows": rows}
+        fake_run.identities[name] = identity(name)
+        if name != "sft":
+            bounds = {"mean": gold, "low": gold - 0.05, "high": gold + 0.05}
+            arms.append({"name": f"stage:{name}", "label": name, "gold": bounds})
+    return fake_run
+
+
+def drawing(html: str) -> str:
+    """The inside of the only figure of this kind."""
+    (found,) = re.findall(SPOKEN + r".*?</svg>", html, re.DOTALL)
+    return found
+
+
+def test_parts_of_the_same_data_are_drawn_from_least_to_most(parts):
+    html = parts.html()
+    assert f'{SPOKEN}0.41 at 75, 0.50 at 150, 0.62 at 300"' in html
+    assert re.findall(r'text-anchor="middle">(.*?)</text>', drawing(html)) == ["75", "150", "300"]
+    assert drawing(html).count('<path class="raw s0"') == 3, "an interval each"
+    assert "dotted: base, where each starts; one run a point, so what another seed" in html
+    assert "settings differ too" not in html
+
+
+def test_doublings_stand_equally_far_apart(parts):
+    left, middle, right = map(float, re.findall(r'<circle class="dot s0" cx="([\d.]+)"', drawing(parts.html())))
+    assert middle - left == pytest.approx(right - middle, abs=0.11)
+
+
+def test_an_ordinary_run_has_no_such_figure(fake_run):
+    html = fake_run.html()
+    assert "gold over rows" not in html
+    assert "More data" not in html
+
+
+def no_gold(run):
+    run.evaluation["arms"][-1]["gold"] = None
+
+
+def not_evaluated(run):
+    del run.evaluation["arms"][-1]
+
+
+def as_many_rows(run):
+    run.headlines["sft_50"] = run.headlines["sft"]
+
+
+def rows_not_counted(run):
+    run.headlines["sft_50"] = {"loss": 1.4}
+
+
+def other_data(run):
+    run.identities["sft_50"]["data"] = "6" * 64
+
+
+def other_start(run):
+    run.identities["sft_50"]["inputs"] = {"init": "c" * 64}
+
+
+def other_setting(run):
+    run.identities["sft_50"]["config"]["max_length"] = 512
+
+
+def unfinished(run):
+    run.run["stages"]["sft_50"]["state"] = "failed"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [no_gold, not_evaluated, as_many_rows, rows_not_counted, other_data, other_start, other_setting, unfinished],
+)
+def test_two_arms_that_show_nothing_about_the_amount_are_not_drawn(parts, change):
+    parts.drop_arms(["base", "stage:sft", "stage:sft_50"])
+    assert SPOKEN in parts.html()
+    change(parts)
+    assert SPOKEN not in _again(parts)
+
+
+def _again(run) -> str:
+    """The page of the changed files; a folder that an earlier state left is none of them."""
+    (run.artifact("sft_50") / "manifest.json").unlink()
+    return run.html()
+
+
+def test_other_epochs_for_fewer_rows_are_drawn_and_said(parts):
+    parts.identities["sft_25"]["config"]["optim"] = {"lr": 5e-4, "epochs": 8}
+    html = parts.html()
+    assert "0.41 at 75" in drawing(html)
+    assert "the optimiser’s settings differ too" in html
+
+
+def test_a_limit_is_an_amount_as_well(parts):
+    parts.identities["sft_25"]["config"]["data"] = {"fraction": 1, "limit": 75}
+    assert "0.41 at 75" in drawing(parts.html())
+
+
+def test_without_bounds_and_without_the_base_there_are_dots_and_a_line(parts):
+    parts.drop_arms([f"stage:{name}" for name in PARTS])
+    for arm in parts.evaluation["arms"]:
+        arm["gold"] = arm["gold"]["mean"]
+    html = parts.html()
+    assert drawing(html).count("<circle") == 3
+    assert 'class="raw' not in drawing(html)
+    assert 'class="guide"' not in drawing(html)
+    assert "where each starts" not in html
+
+
+def test_the_same_amount_twice_gives_two_dots_and_one_number_below(parts):
+    parts.headlines["sft_50"] = {"rows": 75.0}
+    found = drawing(parts.html())
+    assert found.count("<circle") == 3
+    assert re.findall(r'text-anchor="middle">(.*?)</text>', found) == ["75", "300"]
+
+
+def test_numbers_below_never_run_into_each_other(parts):
+    parts.headlines["sft_25"], parts.headlines["sft_50"] = {"rows": 10.0}, {"rows": 299.0}
+    assert re.findall(r'text-anchor="middle">(.*?)</text>', drawing(parts.html())) == ["10", "300"]
