@@ -29,8 +29,10 @@ import transformers
 
 from alignment.artifacts import Manifest, publish, write_json
 from alignment.config.stage import StageConfig
+from alignment.data.chat_template import template_text
 from alignment.data.hub import content_of
 from alignment.errors import PREEMPTED, AlignmentError, DataError
+from alignment.fingerprint import digest
 from alignment.locks import held
 from alignment.stage_spec import StageSpec, read_spec
 from alignment.stages.result import StageResult
@@ -107,6 +109,11 @@ def _refuse_changed_data(spec: StageSpec) -> None:
             raise DataError(
                 "changed since the run was planned", where=str(path), remedy="start the run again to plan anew"
             )
+    template, planned = spec.model.chat_template, spec.identity.get("base", {}).get("chat_template")
+    if template is not None and planned is not None and digest(template_text(template)) != planned:
+        raise DataError(
+            "changed since the run was planned", where="model.chat_template", remedy="start the run again to plan anew"
+        )
 
 
 def _stop_now(_: int, __: FrameType | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -22,11 +22,12 @@ class Side(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class TooLongConfig:
-    """With ``do: cut`` an answer loses its end, and with it the token that ends the turn; then the prompt loses what is
-    still too much at its ``side``. On the right, what the template puts behind the last turn stays. No more than a
-    share of ``max_share`` of a source's rows may be dropped or cut.
+    """With ``do: cut`` an answer longer than ``max_answer_length`` loses its end, and with it the token that ends the
+    turn; then the prompt loses what is still too much at its ``side``, but for BOS and what the template puts behind
+    the last turn. A row of which nothing else would be left is dropped. No more than a share of ``max_share`` of a
+    source's rows may be dropped or cut.
     """
 
     do: TooLong = TooLong.drop
     side: Side = Side.left
-    max_share: float = 0.1
+    max_share: float = field(default=0.1, metadata={"identity": False})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,7 +20,7 @@ import pyarrow as pa
 
 from alignment.data.fields import SetAside
 from alignment.data.files import Unparsed, parsed
-from alignment.data.kinds import Kind, tokenized
+from alignment.data.kinds import Kind, Tokenized, tokenized
 from alignment.data.limits import Limits, RowTooLong
 from alignment.data.reading import Reader
 from alignment.errors import DataError, StageError
@@ -88,10 +90,8 @@ class Job:
         longest = 0
         for one in tokenized(self.tokenizer, self.kind, records[:at_most], self.limits):
             longest = max(longest, one.tokens)
-            if one.fault is not None:
-                notes.append(_note(one.fault))
-            elif one.cut:
-                notes.append(Note(where=one.record.where, kind=CUT, reason=one.cut))
+            if note := note_of(one):
+                notes.append(note)
             for found in one.rows:
                 columns["where"].append(one.record.where)
                 for name, ids in found.items():
@@ -103,6 +103,13 @@ class Job:
             records=len(records[:at_most]),
             longest=longest,
         )
+
+
+def note_of(one: Tokenized) -> Note | None:
+    """What became of a record, if anything."""
+    if one.fault is not None:
+        return _note(one.fault)
+    return Note(where=one.record.where, kind=CUT, reason=one.cut) if one.cut else None
 
 
 def _note(error: DataError) -> Note:
@@ -117,13 +124,17 @@ def run(job: Job, rows: Iterable[Unparsed], *, limit: int | None, processes: int
         StageError: a process died.
     """
     chunks = _chunks(rows)
-    first = list(islice(chunks, FEW))
     if limit is not None:
-        yield from _limited(job, chain(first, chunks), limit)
-    elif len(first) < FEW or processes == 1 or sys.platform != "linux":  # elsewhere a process starts from nothing
-        yield from map(job, chain(first, chunks))
+        yield from _limited(job, chunks, limit)
+        return
+    first = list(islice(chunks, FEW))
+    few = len(first) < FEW
+    chunks = chain(first, chunks)
+    del first  # thousands of rows
+    if few or processes == 1 or sys.platform != "linux":  # elsewhere a process starts from nothing
+        yield from map(job, chunks)
     else:
-        yield from _in_parallel(job, chain(first, chunks), processes)
+        yield from _in_parallel(job, chunks, processes)
 
 
 def _chunks(rows: Iterable[Unparsed]) -> Iterator[list[Unparsed]]:
@@ -143,7 +154,8 @@ def _limited(job: Job, chunks: Iterable[Sequence[Unparsed]], limit: int) -> Iter
 
 def _in_parallel(job: Job, chunks: Iterable[Sequence[Unparsed]], processes: int) -> Iterator[Chunk]:
     """No more chunks are under way than keep the processes busy, so that memory does not grow with the source."""
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("fork"), initializer=_begin, initargs=(job,))
+    fork = get_context("fork")
+    pool = ProcessPoolExecutor(processes, mp_context=fork, initializer=_begin, initargs=(job, os.getpid()))
     under_way: deque[Future[Chunk]] = deque()
     try:
         for rows in chunks:
@@ -164,13 +176,21 @@ def _in_parallel(job: Job, chunks: Iterable[Sequence[Unparsed]], processes: int)
 _job: Job
 
 
-def _begin(job: Job) -> None:
-    """A forked process has the job already. Who stops the stage stops its parent, which ends it."""
+def _begin(job: Job, parent: int) -> None:
+    """A forked process has the job already. Who stops the stage stops its parent, and it ends with that."""
     global _job
     _job = job
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many processes as cores
+
+
+def _end_with(parent: int) -> None:
+    """A parent that is killed tells nobody, and its locks are held for as long as its children have them open."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _work(rows: Sequence[Unparsed]) -> Chunk:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from alignment.data.limits import Limits, Parts, RowTooLong, fitted
-from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt
+from alignment.data.limits import Limits, Parts, RowTooLong, cut_to, excess
+from alignment.data.records import Conversation, PlainText, PreferencePair, Prompt
 from alignment.data.templates import Piece, Tools, answer_texts, conversation_pieces, prompt_tail, prompt_text
-from alignment.data.tokenize import Tokens, escaped_text, text_rows, tokens_of
+from alignment.data.tokenize import Tokens, encode, escaped_text, front, text_rows, tokens_of
 from alignment.data.turns import Message
 from alignment.errors import DataError
 
-PROMPT, TAIL = "prompt", "tail"
-"""Names of pieces; all others are answers."""
+PROMPT = "prompt"
+"""The name of a row's prompt; all other pieces are answers."""
 
 Texts = dict[str, list[Piece]]
 Row = dict[str, list[int]]
@@ -24,6 +24,8 @@ Row = dict[str, list[int]]
 class Kind:
     """``texts`` renders a record, ``rows`` makes token ids of its parts; ``columns`` are what these rows have.
 
+    ``asked`` gives the messages and tools that the prompt was rendered from.
+
     Raises:
         DataError: from ``texts``, where the record cannot be rendered.
     """
@@ -31,7 +33,8 @@ class Kind:
     name: str
     record: type[Any]
     columns: tuple[str, ...]
-    texts: Callable[[Any, Any, Limits], Texts]
+    texts: Callable[[Any, Any], Texts]
+    asked: Callable[[Any], tuple[Sequence[Message], Tools]]
     rows: Callable[[Any, Parts, Limits], list[Row]]
 
 
@@ -55,7 +58,7 @@ def tokenized(tokenizer: Any, kind: Kind, records: Sequence[Any], limits: Limits
     rendered: list[Texts | DataError] = []
     for record in records:
         try:
-            rendered.append(kind.texts(tokenizer, record, limits))
+            rendered.append(kind.texts(tokenizer, record))
         except DataError as fault:
             rendered.append(_placed(fault, record.where))
     encoded = iter(
@@ -67,7 +70,7 @@ def tokenized(tokenizer: Any, kind: Kind, records: Sequence[Any], limits: Limits
             continue
         whole = _parts({name: next(encoded) for name in texts})
         try:
-            parts, cut = (whole, "") if kind is TEXTS else fitted(whole, limits)
+            parts, cut = _fitted(tokenizer, kind, record, whole, limits)
         except RowTooLong as reason:
             yield Tokenized(record=record, fault=_placed(reason, record.where), tokens=whole.longest)
         else:
@@ -75,38 +78,52 @@ def tokenized(tokenizer: Any, kind: Kind, records: Sequence[Any], limits: Limits
             yield Tokenized(record=record, rows=rows, parts=parts, tokens=whole.longest, cut=cut)
 
 
+def _fitted(tokenizer: Any, kind: Kind, record: Any, whole: Parts, limits: Limits) -> tuple[Parts, str]:
+    """The parts within their limits, and what was cut, in words; a text is of any length.
+
+    Raises:
+        RowTooLong: they are longer, and rows are not cut or this one cannot be.
+    """
+    over = "" if kind is TEXTS else excess(whole, limits)
+    if not over:
+        return whole, ""
+    if not limits.cuts:
+        raise RowTooLong(over)
+    tail = _tail(tokenizer, kind, record, whole.prompt.ids)
+    if tail is None:
+        raise RowTooLong(f"{over}; where the last turn ends in the prompt cannot be told, so it cannot be cut")
+    begin = front(tokenizer)
+    head = len(begin) if tuple(whole.prompt.ids[: len(begin)]) == begin else 0
+    return cut_to(replace(whole, head=head, tail=tail), limits), over
+
+
+def _tail(tokenizer: Any, kind: Kind, record: Any, prompt: list[int]) -> int | None:
+    """How many tokens the template puts behind the content of the prompt's last turn, or None."""
+    text = prompt_tail(tokenizer, *kind.asked(record))
+    ids = [] if text is None else encode(tokenizer, text)
+    return len(ids) if text is not None and prompt[len(prompt) - len(ids) :] == ids else None
+
+
 def _placed(fault: DataError, where: str) -> DataError:
     return type(fault)(fault.message, where=where, remedy=fault.remedy)
 
 
 def _parts(named: Mapping[str, Tokens]) -> Parts:
-    none = Tokens(ids=[], learned=[])
-    tail = named.get(TAIL, none)
-    answers = {name: tokens for name, tokens in named.items() if name not in (PROMPT, TAIL)}
-    return Parts(prompt=named.get(PROMPT, none) + tail, answers=answers, tail=len(tail))
-
-
-def _prompt_texts(
-    tokenizer: Any, read: list[Piece], messages: Sequence[Message], limits: Limits, *, learned: bool = False
-) -> Texts:
-    """The prompt in one, or without the tail that must outlive a cut from the right."""
-    count = prompt_tail(tokenizer, read[-1].text, messages) if limits.keeps_tail else 0
-    if not count:
-        return {PROMPT: read}
-    text = read[-1].text
-    return {
-        PROMPT: [*read[:-1], Piece(text=text[:-count], learned=learned)],
-        TAIL: [Piece(text=text[-count:], learned=learned)],
-    }
+    answers = {name: tokens for name, tokens in named.items() if name != PROMPT}
+    return Parts(prompt=named.get(PROMPT, Tokens(ids=[], learned=[])), answers=answers)
 
 
 # ---- conversations --------------------------------------------------------------------------------------------------
 
 
-def _conversation_texts(tokenizer: Any, record: Conversation, limits: Limits) -> Texts:
+def _conversation_texts(tokenizer: Any, record: Conversation) -> Texts:
     pieces = conversation_pieces(tokenizer, record.messages, record.tools)
+    return {PROMPT: pieces[:-1], "answer": pieces[-1:]}
+
+
+def _before_the_last_answer(record: Conversation) -> tuple[Sequence[Message], Tools]:
     last = max(place for place, message in enumerate(record.messages) if message.role == "assistant")
-    return {**_prompt_texts(tokenizer, pieces[:-1], record.messages[:last], limits), "answer": pieces[-1:]}
+    return record.messages[:last], record.tools
 
 
 def _conversation_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
@@ -117,16 +134,18 @@ def _conversation_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
 # ---- pairs and prompts ----------------------------------------------------------------------------------------------
 
 
-def _read(tokenizer: Any, messages: Sequence[Message], tools: Tools, limits: Limits) -> Texts:
-    text = prompt_text(tokenizer, messages, tools)
-    return _prompt_texts(tokenizer, [Piece(text=text, learned=False)], messages, limits)
+def _asked(record: PreferencePair | Prompt) -> tuple[Sequence[Message], Tools]:
+    return record.messages, record.tools
 
 
-def _pair_texts(tokenizer: Any, record: PreferencePair, limits: Limits) -> Texts:
-    told = (record.chosen, record.rejected)
-    chosen, rejected = answer_texts(tokenizer, record.messages, told, record.tools)
+def _prompt_texts(tokenizer: Any, record: PreferencePair | Prompt) -> Texts:
+    return {PROMPT: [Piece(text=prompt_text(tokenizer, record.messages, record.tools), learned=False)]}
+
+
+def _pair_texts(tokenizer: Any, record: PreferencePair) -> Texts:
+    chosen, rejected = answer_texts(tokenizer, record.messages, (record.chosen, record.rejected), record.tools)
     return {
-        **_read(tokenizer, record.messages, record.tools, limits),
+        **_prompt_texts(tokenizer, record),
         "chosen": [Piece(text=chosen, learned=True)],
         "rejected": [Piece(text=rejected, learned=True)],
     }
@@ -136,14 +155,10 @@ def _pair_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
     return [{PROMPT: parts.prompt.ids, **{name: tokens.ids for name, tokens in parts.answers.items()}}]
 
 
-def _prompt_only_texts(tokenizer: Any, record: Prompt | HeldOutPrompt, limits: Limits) -> Texts:
-    return _read(tokenizer, record.messages, getattr(record, "tools", ()), limits)
-
-
 # ---- texts ----------------------------------------------------------------------------------------------------------
 
 
-def _plain_texts(tokenizer: Any, record: PlainText, _: Limits) -> Texts:
+def _plain_texts(tokenizer: Any, record: PlainText) -> Texts:
     return {"text": [Piece(text=escaped_text(tokenizer, record.text), learned=True)]}
 
 
@@ -158,6 +173,7 @@ CONVERSATIONS = Kind(
     record=Conversation,
     columns=_LEARNED,
     texts=_conversation_texts,
+    asked=_before_the_last_answer,
     rows=_conversation_rows,
 )
 PAIRS = Kind(
@@ -165,10 +181,25 @@ PAIRS = Kind(
     record=PreferencePair,
     columns=(PROMPT, "chosen", "rejected"),
     texts=_pair_texts,
+    asked=_asked,
     rows=_pair_rows,
 )
-PROMPTS = Kind(name="prompt", record=Prompt, columns=(PROMPT,), texts=_prompt_only_texts, rows=_pair_rows)
-TEXTS = Kind(name="text", record=PlainText, columns=_LEARNED, texts=_plain_texts, rows=_plain_rows)
+PROMPTS = Kind(
+    name="prompt",
+    record=Prompt,
+    columns=(PROMPT,),
+    texts=_prompt_texts,
+    asked=_asked,
+    rows=_pair_rows,
+)
+TEXTS = Kind(
+    name="text",
+    record=PlainText,
+    columns=_LEARNED,
+    texts=_plain_texts,
+    asked=lambda _: ((), ()),
+    rows=_plain_rows,
+)
 """Of any length: a text is cut into rows."""
 KINDS = {"cpt": TEXTS, "sft": CONVERSATIONS, "reward": PAIRS, "dpo": PAIRS, "ppo": PROMPTS}
 """What each kind of stage learns from."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from alignment.config.stage import CptConfig, DpoConfig, PpoConfig, RewardConfig, SftConfig
@@ -47,18 +47,15 @@ class Limits:
         """Whether rows are cut, not dropped."""
         return self.too_long.do is TooLong.cut
 
-    @property
-    def keeps_tail(self) -> bool:
-        """Whether prompts are cut in front of what the template puts behind the last turn."""
-        return self.cuts and self.too_long.side is Side.right
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
-    """A row's prompt and its answers by name; the last ``tail`` tokens of the prompt are never cut from the right."""
+    """A row's prompt and its answers by name. Its first ``head`` tokens (BOS) and its last ``tail`` tokens (what the
+    template puts behind the last turn's content) are never cut."""
 
     prompt: Tokens
     answers: Mapping[str, Tokens] = field(default_factory=dict)
+    head: int = 0
     tail: int = 0
 
     @property
@@ -67,44 +64,43 @@ class Parts:
         return len(self.prompt) + max(map(len, self.answers.values()), default=0)
 
 
-def fitted(parts: Parts, limits: Limits) -> tuple[Parts, str]:
-    """The parts within their limits, and what was cut, in words; nothing if nothing was.
-
-    Raises:
-        RowTooLong: they are longer, and rows are not cut, or nothing would be left of the prompt.
-    """
-    over = _over(parts, limits)
-    if not over:
-        return parts, ""
-    if not limits.cuts:
-        raise RowTooLong(over)
-    answers = {name: tokens[: limits.answer] for name, tokens in parts.answers.items()}
-    room = limits.row - max(map(len, answers.values()), default=0)
-    room = room if limits.prompt is None else min(room, limits.prompt)
-    if room <= parts.tail:
-        raise RowTooLong(f"{over}; cut, nothing would be left of the prompt")
-    cut = Parts(prompt=_shortened(parts, room, limits), answers=answers, tail=parts.tail)
-    if answers and not any(any(part.learned) for part in (cut.prompt, *answers.values())):
-        raise RowTooLong(f"{over}; cut, nothing would be left to learn")
-    return cut, over
-
-
-def _shortened(parts: Parts, room: int, limits: Limits) -> Tokens:
-    prompt = parts.prompt
-    if len(prompt) <= room:
-        return prompt
-    if limits.too_long.side is Side.left:
-        return prompt[len(prompt) - room :]
-    return prompt[: room - parts.tail] + prompt[len(prompt) - parts.tail :]
-
-
-def _over(parts: Parts, limits: Limits) -> str:
-    """Which limits are broken and by what; empty if none is."""
+def excess(parts: Parts, limits: Limits) -> str:
+    """Which limits are broken and by what, in words; empty if none is."""
     told = [("the row", parts.longest, limits.row), ("the prompt", len(parts.prompt), limits.prompt)]
     told += [(f"'{name}'", len(tokens), limits.answer) for name, tokens in parts.answers.items()]
     return ", ".join(
         f"{what} has {length} tokens of {limit}" for what, length, limit in told if limit is not None and length > limit
     )
+
+
+def cut_to(parts: Parts, limits: Limits) -> Parts:
+    """The parts within their limits.
+
+    Raises:
+        RowTooLong: nothing would be left of the prompt, or to learn, or two answers would be the same.
+    """
+    over = excess(parts, limits)
+    answers = {name: tokens[: limits.answer] for name, tokens in parts.answers.items()}
+    room = limits.row - max(map(len, answers.values()), default=0)
+    room = room if limits.prompt is None else min(room, limits.prompt)
+    if room <= parts.head + parts.tail:
+        raise RowTooLong(f"{over}; cut, nothing would be left of the prompt")
+    prompt = _shortened(parts, room, limits.too_long.side)
+    if answers and not any(any(part.learned) for part in (prompt, *answers.values())):
+        raise RowTooLong(f"{over}; cut, nothing would be left to learn")
+    ids = [tokens.ids for tokens in answers.values()]
+    if len(ids) == 2 and ids[0] == ids[1]:
+        raise RowTooLong(f"{over}; cut, its answers would be the same")
+    return replace(parts, prompt=prompt, answers=answers)
+
+
+def _shortened(parts: Parts, room: int, side: Side) -> Tokens:
+    prompt = parts.prompt
+    if len(prompt) <= room:
+        return prompt
+    if side is Side.left:
+        return prompt[: parts.head] + prompt[len(prompt) - (room - parts.head) :]
+    return prompt[: room - parts.tail] + prompt[len(prompt) - parts.tail :]
 
 
 def refuse_losses(limits: Limits, *, dropped: int, cut: int, records: int, longest: int, where: str) -> None:
@@ -113,13 +109,14 @@ def refuse_losses(limits: Limits, *, dropped: int, cut: int, records: int, longe
     Raises:
         DataError: otherwise, or if all were dropped; says how long the longest is.
     """
-    lost, share = dropped + cut, limits.too_long.max_share
-    if lost <= share * records and not (records and dropped == records):
+    share = limits.too_long.max_share
+    if dropped + cut <= share * records and not (records and dropped == records):
         return
-    what = "cut" if limits.cuts else "dropped"
+    what = " and ".join(f"{count} {word}" for count, word in ((dropped, "dropped"), (cut, "cut")) if count)
+    other = "" if limits.cuts else ", set too_long.do=cut"
     raise DataError(
-        f"{lost} of {records} rows are too long and would be {what}, more than {share:.0%} (the longest has {longest} "
-        f"tokens; the limit is {limits.row})",
+        f"{what} of {records} rows, because too long, more than {share:.0%} (the longest has {longest} tokens, "
+        f"the limit is {limits.row})",
         where=where,
-        remedy="raise the stage's length limits, set too_long.do=cut, or raise too_long.max_share",
+        remedy=f"raise the stage's length limits{other}, or raise too_long.max_share",
     )

@@ -6,18 +6,12 @@ from pathlib import Path
 
 from alignment.config.near import suggestion
 from alignment.data.files import files_of
-from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Record
+from alignment.data.kinds import KINDS
+from alignment.data.records import HeldOutPrompt, Record
 from alignment.errors import DataError
 from alignment.resources import shipped
 
-RECORDS: dict[str, type[Record]] = {
-    "cpt": PlainText,
-    "sft": Conversation,
-    "reward": PreferencePair,
-    "dpo": PreferencePair,
-    "ppo": Prompt,
-    "evaluate": HeldOutPrompt,
-}
+RECORDS: dict[str, type[Record]] = {name: kind.record for name, kind in KINDS.items()} | {"evaluate": HeldOutPrompt}
 """What each kind of stage reads."""
 
 

@@ -13,7 +13,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from alignment.data.turns import Message
@@ -44,6 +44,8 @@ class ControlTokens:
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._stand_ins = {token: chr(LAST_STAND_IN - place) for place, token in enumerate(longest_first)}
         self._tokens = {ord(stand_in): token for token, stand_in in self._stand_ins.items()}
+        self.unused = chr(LAST_STAND_IN - len(found))
+        """Stands for nothing."""
         self._used = re.compile("[" + "".join(self._stand_ins.values()) + "]" if found else "(?!)")
 
     def escaped(self, value: Any) -> Any:
@@ -182,8 +184,13 @@ def _turn_end(tokenizer: Any, text: str) -> int:
     return found[-1].end()
 
 
-def prompt_tail(tokenizer: Any, prompt: str, messages: Sequence[Message]) -> int:
-    """How many characters of a rendered prompt the template put behind the last turn's content."""
-    said = str(control_tokens(tokenizer).escaped(messages[-1].content)).strip()
-    place = prompt.rfind(said) if said else -1
-    return 0 if place < 0 else len(prompt) - place - len(said)
+def prompt_tail(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> str | None:
+    """What the template puts behind the last turn's content, found by a character in its place; None if it is lost.
+
+    Raises:
+        DataError: see ``render``.
+    """
+    mark = control_tokens(tokenizer).unused
+    said = prompt_text(tokenizer, [*messages[:-1], replace(messages[-1], content=mark)], tools)
+    before, found, tail = said.partition(mark)
+    return tail if found and before and mark not in tail else None

@@ -1,13 +1,16 @@
 """A source as rows of token ids on disk, made once and kept by content; memory holds what is looked at.
 
 What could change a row is part of the name: the rows' content, how they are read, the limits, tokenizer and template,
-this code's version. Two processes that want the same table make it once: the second waits.
+this code's version; but for a template that asks for today's date, whose rows keep the day on which they were made.
+Two processes that want the same table make it once: the second waits.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,14 +21,15 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
+from alignment.artifacts import write_json
 from alignment.config.data import SourceConfig
 from alignment.data.chunks import CUT, FAULT, SET_ASIDE, TOO_LONG, Chunk, Job, run
-from alignment.data.hub import content_of, unparsed_source_rows
+from alignment.data.hub import content_of, snapshot_name, unparsed_source_rows
 from alignment.data.kinds import Kind
 from alignment.data.limits import Limits, refuse_losses
 from alignment.data.reading import NAMED, Reader, nothing, refuse_faults, start
 from alignment.data.tokenizer import tokenizer_hashes
-from alignment.errors import DataError
+from alignment.errors import DataError, StageError
 from alignment.fingerprint import digest
 from alignment.locks import held
 
@@ -71,18 +75,15 @@ def token_table(
     Raises:
         DataError: the source cannot be read at all; rows are faulty and may not be skipped; too many are too long; or
             none is left.
+        StageError: the table cannot be written, or a process that makes it died.
     """
     form = start(path, data).format
     job = Job(tokenizer=tokenizer, kind=kind, reader=Reader(format=form, record=kind.record, data=data), limits=limits)
     folder = cache / f"tokens-{_key(path, data, job)}"
     with held(cache / f".{folder.name}.lock", wait=True):
-        if not folder.is_dir():
-            partial = folder.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+        if not (folder / _COUNTS).is_file():  # written last
             chunks = run(job, unparsed_source_rows(path, data), limit=data.limit, processes=processes)
-            _write(partial, job.schema, chunks, progress)
-            partial.rename(folder)
+            _make(folder, job.schema, chunks, progress)
     table = _open(path, folder)
     faults = [
         DataError(note["reason"], where=note["where"], remedy=note.get("remedy", ""))
@@ -107,7 +108,7 @@ def _key(path: Path, data: SourceConfig, job: Job) -> str:
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers")]
     told = {
         "version": [VERSION, *versions],
-        "content": content_of(path),
+        "content": [content_of(path), *_files(path)],
         "where": [str(path), data.split, data.subset],  # it stands in the rows
         "format": job.reader.format.name,
         "columns": data.columns,
@@ -115,33 +116,64 @@ def _key(path: Path, data: SourceConfig, job: Job) -> str:
         "limit": data.limit,
         "kind": job.kind.name,
         "limits": job.limits,
-        "tokenizer": tokenizer_hashes(job.tokenizer),
+        "tokenizer": _of_tokenizer(job.tokenizer),
     }
     return digest(told)[:32]
+
+
+def _files(path: Path) -> list[list[str | int]]:
+    """Of a hub's snapshot which files are here: its name stands for all of them."""
+    if snapshot_name(path) is None:
+        return []
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return [[file.relative_to(path).as_posix(), file.stat().st_size] for file in files]
+
+
+def _of_tokenizer(tokenizer: Any) -> list[str]:
+    """Its whole pipeline: merges, normaliser, what it puts around texts, and which tokens are special."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    pipeline = "" if backend is None else backend.to_str()
+    return [*tokenizer_hashes(tokenizer).values(), hashlib.sha256(pipeline.encode()).hexdigest()]
+
+
+def _make(folder: Path, schema: pa.Schema, chunks: Iterator[Chunk], progress: Callable[[int], None] | None) -> None:
+    """Nothing is left of a table that was not finished."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        _write(folder, schema, chunks, progress)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise StageError(
+            f"token rows cannot be written: {error}", where=str(folder), remedy="free space, or choose another output="
+        ) from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _write(folder: Path, schema: pa.Schema, chunks: Iterator[Chunk], progress: Callable[[int], None] | None) -> None:
     read = records = longest = 0
     notes: Counter[str] = Counter()
     first: dict[str, list[dict[str, str]]] = {}
-    with (
-        pa.OSFile(str(folder / _ROWS), "wb") as sink,
-        pa.ipc.new_stream(sink, schema) as stream,
-        (folder / LEDGER).open("w", encoding="utf-8") as ledger,
-    ):
-        for chunk in chunks:
-            stream.write_batch(chunk.batch)
-            for note in chunk.notes:
-                notes[note.kind] += 1
-                row = note.as_row()
-                ledger.write(json.dumps(row, ensure_ascii=False) + "\n")
-                if notes[note.kind] <= NAMED:
-                    first.setdefault(note.kind, []).append(row)
-            read, records, longest = read + chunk.rows, records + chunk.records, max(longest, chunk.longest)
-            if progress is not None:
-                progress(read)
+    with (folder / _ROWS).open("wb") as sink, (folder / LEDGER).open("w", encoding="utf-8") as ledger:
+        with pa.ipc.new_stream(sink, schema) as stream:
+            for chunk in chunks:
+                stream.write_batch(chunk.batch)
+                for note in chunk.notes:
+                    notes[note.kind] += 1
+                    row = note.as_row()
+                    ledger.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    if notes[note.kind] <= NAMED:
+                        first.setdefault(note.kind, []).append(row)
+                read, records, longest = read + chunk.rows, records + chunk.records, max(longest, chunk.longest)
+                if progress is not None:
+                    progress(read)
+        for file in (sink, ledger):
+            file.flush()
+            os.fsync(file.fileno())
     counts = {"read": read, "records": records, "longest": longest, "notes": notes, "first": first}
-    (folder / _COUNTS).write_text(json.dumps(counts, ensure_ascii=False), encoding="utf-8")
+    write_json(folder / _COUNTS, counts)
 
 
 def _open(path: Path, folder: Path) -> TokenTable:

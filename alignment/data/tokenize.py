@@ -142,15 +142,6 @@ def tokenize_conversation(tokenizer: Any, messages: Sequence[Message], tools: To
     return TokenizedConversation(input_ids=row.ids, labels=row.labels)
 
 
-def tokenize_text(tokenizer: Any, text: str, *, max_length: int) -> list[TokenizedConversation]:
-    """A text as rows of at most ``max_length`` tokens, all of them learned; the last one ends with EOS.
-
-    It begins as the tokenizer begins texts: with BOS, or with nothing.
-    """
-    rows = text_rows(tokenizer, encode(tokenizer, escaped_text(tokenizer, text)), max_length=max_length)
-    return [TokenizedConversation(input_ids=row, labels=row) for row in rows]
-
-
 def escaped_text(tokenizer: Any, text: str) -> str:
     """Plain text ready for ``encode``: control tokens in it stay text."""
     return str(control_tokens(tokenizer).escaped(text))
@@ -158,12 +149,13 @@ def escaped_text(tokenizer: Any, text: str) -> str:
 
 def text_rows(tokenizer: Any, ids: list[int], *, max_length: int) -> list[list[int]]:
     """A text's tokens between what the tokenizer puts in front of texts, if anything, and EOS, cut into rows."""
-    whole = [*_front(tokenizer), *ids, tokenizer.eos_token_id]
+    whole = [*front(tokenizer), *ids, tokenizer.eos_token_id]
     return [whole[start : start + max_length] for start in range(0, len(whole), max_length)]
 
 
 @functools.lru_cache(maxsize=16)
-def _front(tokenizer: Any) -> tuple[int, ...]:
+def front(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer puts in front of texts: BOS, or nothing."""
     whole, bare = tokenizer("a")["input_ids"], encode(tokenizer, "a")
     starts = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
     return tuple(whole[: starts[0]]) if starts else ()

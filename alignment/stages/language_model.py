@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, disable_caching
 from peft import TaskType
 from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer
@@ -34,6 +34,8 @@ def learn(
     metrics: dict[str, float],
 ) -> StageResult:
     """Trains on rows of ``input_ids`` and ``labels`` and saves the model; ``metrics`` are told beside the last loss."""
+    if config.packing:  # TRL packs by a map, whose result it would keep beside the token rows, under a name of its own
+        disable_caching()
     policy = load_policy(found, weights_dtype(context.spec.model.dtype, config.adapter))
     trainer = PiecewiseSftTrainer(
         model=add_adapter(policy, config.adapter, TaskType.CAUSAL_LM),

@@ -104,7 +104,7 @@ def own_reward_model(context: StageContext) -> StageInput | None:
 def _prompts(
     config: PpoConfig, context: StageContext, tokenizer: Any, rows: list[Prompt]
 ) -> tuple[Prompts, dict[str, float]]:
-    found, counts = fitting(context, PROMPTS, rows, Limits.of(config), tokenizer)
+    found, counts = fitting(context, PROMPTS, rows, config.data, Limits.of(config), tokenizer)
     ids = [one.rows[0]["prompt"] for one in found.values()]
     return Prompts(ids=ids, rows=list(found)), counts
 

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 from datasets import Dataset, concatenate_datasets
 
 from alignment.config.data import DataConfig, SourceConfig
-from alignment.data.chunks import CHUNK, CUT, TOO_LONG, Note
+from alignment.data.chunks import CHUNK, CUT, TOO_LONG, note_of
 from alignment.data.kinds import Kind, Tokenized, tokenized
 from alignment.data.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.mix import mixed, subset
-from alignment.data.reading import iterate, start
+from alignment.data.reading import iterate, refuse_faults, start
 from alignment.data.records import Record
 from alignment.data.token_table import TokenTable, token_table
 from alignment.launcher import count_cores
@@ -76,37 +76,28 @@ def token_rows(
 
 
 def fitting(
-    context: StageContext, kind: Kind, records: Sequence[Any], limits: Limits, tokenizer: Any
+    context: StageContext, kind: Kind, records: Sequence[Any], data: DataConfig, limits: Limits, tokenizer: Any
 ) -> tuple[dict[int, Tokenized], dict[str, float]]:
     """The records that have token rows within the limits, by their place; and counts as in ``token_rows``.
 
     Raises:
-        DataError: one cannot be tokenised, or too many are too long.
+        DataError: some cannot be tokenised and may not be skipped, or too many are too long.
     """
-    found: dict[int, Tokenized] = {}
-    notes: list[Note] = []
-    longest = 0
-    for first in range(0, len(records), CHUNK):
-        for place, one in enumerate(tokenized(tokenizer, kind, records[first : first + CHUNK], limits), start=first):
-            longest = max(longest, one.tokens)
-            if isinstance(one.fault, RowTooLong):
-                notes.append(Note(where=one.fault.where, kind=TOO_LONG, reason=one.fault.message))
-            elif one.fault is not None:
-                raise one.fault
-            else:
-                found[place] = one
-                notes += [Note(where=one.record.where, kind=CUT, reason=one.cut)] if one.cut else []
-    dropped = len(records) - len(found)
-    refuse_losses(
-        limits,
-        dropped=dropped,
-        cut=len(notes) - dropped,
-        records=len(records),
-        longest=longest,
-        where=f"stages.{context.spec.stage}",
-    )
+    every = [
+        one
+        for first in range(0, len(records), CHUNK)
+        for one in tokenized(tokenizer, kind, records[first : first + CHUNK], limits)
+    ]
+    notes = [note for one in every if (note := note_of(one)) is not None]
+    faults = [one.fault for one in every if one.fault is not None and not isinstance(one.fault, RowTooLong)]
+    dropped, cut = (sum(note.kind == kind for note in notes) for kind in (TOO_LONG, CUT))
+    where = f"stages.{context.spec.stage}"
+    refuse_faults(faults, data, count=len(faults), rows=len(records), where=where)
+    longest = max((one.tokens for one in every), default=0)
+    refuse_losses(limits, dropped=dropped, cut=cut, records=len(records), longest=longest, where=where)
     _note(context, [note.as_row() for note in notes])
-    return found, _counts(rows=len(found), dropped=dropped, cut=len(notes) - dropped)
+    found = {place: one for place, one in enumerate(every) if one.fault is None}
+    return found, _counts(rows=len(found), dropped=dropped, cut=cut)
 
 
 def _counts(*, rows: int, dropped: int, cut: int) -> dict[str, float]:

@@ -27,8 +27,11 @@ from alignment.training.metrics import MetricsLog
 from alignment.training.tracking import open_tracker
 
 
-class Preempted(Exception):
-    """The stage was asked to stop, saved a checkpoint and did."""
+class Preempted(BaseException):
+    """The stage was asked to stop, saved a checkpoint and did.
+
+    It is raised by a signal wherever the stage is, so that no ``except Exception`` on the way may take it for a fault.
+    """
 
 
 def train(trainer: Trainer, context: StageContext, *, headline: str, period: int = 1) -> dict[str, float]:

@@ -9,11 +9,13 @@ import pytest
 from alignment.config.stage import CptConfig, DpoConfig, PpoConfig
 from alignment.config.too_long import Side, TooLong, TooLongConfig
 from alignment.data.kinds import CONVERSATIONS, PAIRS, PROMPTS, tokenized
-from alignment.data.limits import Limits, Parts, RowTooLong, fitted, refuse_losses
+from alignment.data.limits import Limits, Parts, RowTooLong, cut_to, excess, refuse_losses
 from alignment.data.records import Conversation, PreferencePair, Prompt
-from alignment.data.tokenize import Tokens, prompt_ids
+from alignment.data.templates import prompt_text
+from alignment.data.tokenize import Tokens, encode, prompt_ids
 from alignment.data.turns import Message
 from alignment.errors import DataError
+from tests.templates import STYLES, styled_tokenizer
 from tests.tiny import tiny_tokenizer
 
 LEFT = TooLongConfig(do=TooLong.cut)
@@ -34,12 +36,13 @@ def _tokens(*ids: int, learned: bool = False) -> Tokens:
 PARTS = Parts(
     prompt=_tokens(1, 2, 3, 4, 5),
     answers={"chosen": _tokens(6, 7, 8, learned=True), "rejected": _tokens(9, learned=True)},
+    head=1,
     tail=2,
 )
 
 
-def test_a_row_within_its_limits_is_left_as_it_is() -> None:
-    assert fitted(PARTS, Limits(row=8, prompt=5, answer=3)) == (PARTS, "")
+def test_a_row_within_its_limits_exceeds_nothing() -> None:
+    assert excess(PARTS, Limits(row=8, prompt=5, answer=3)) == ""
 
 
 @pytest.mark.parametrize(
@@ -51,39 +54,43 @@ def test_a_row_within_its_limits_is_left_as_it_is() -> None:
         (Limits(row=7, prompt=4), "the row has 8 tokens of 7, the prompt has 5 tokens of 4"),
     ],
 )
-def test_a_longer_row_is_refused_with_the_limits_that_it_breaks(limits: Limits, message: str) -> None:
-    with pytest.raises(RowTooLong) as caught:
-        fitted(PARTS, limits)
-    assert caught.value.message == message
+def test_the_limits_that_a_longer_row_breaks_are_named(limits: Limits, message: str) -> None:
+    assert excess(PARTS, limits) == message
 
 
 @pytest.mark.parametrize(
     ("limits", "prompt", "chosen"),
     [
-        (Limits(row=7, too_long=LEFT), [2, 3, 4, 5], [6, 7, 8]),
-        (Limits(row=9, prompt=3, too_long=LEFT), [3, 4, 5], [6, 7, 8]),
+        (Limits(row=7, too_long=LEFT), [1, 3, 4, 5], [6, 7, 8]),
+        (Limits(row=9, prompt=4, too_long=LEFT), [1, 3, 4, 5], [6, 7, 8]),
         (Limits(row=7, answer=2, too_long=LEFT), [1, 2, 3, 4, 5], [6, 7]),
         (Limits(row=7, too_long=RIGHT), [1, 2, 4, 5], [6, 7, 8]),
-        (Limits(row=6, too_long=RIGHT), [1, 4, 5], [6, 7, 8]),
+        (Limits(row=9, prompt=4, too_long=RIGHT), [1, 2, 4, 5], [6, 7, 8]),
     ],
 )
 def test_an_answer_loses_its_end_and_the_prompt_its_side(limits: Limits, prompt: list[int], chosen: list[int]) -> None:
-    cut, what = fitted(PARTS, limits)
+    cut = cut_to(PARTS, limits)
     assert (cut.prompt.ids, cut.answers["chosen"].ids, cut.answers["rejected"].ids) == (prompt, chosen, [9])
-    assert what.startswith(("the row has", "the prompt has", "'chosen' has"))
 
 
-@pytest.mark.parametrize("row", [3, 5])
-def test_a_cut_that_leaves_nothing_of_the_prompt_is_refused(row: int) -> None:
+@pytest.mark.parametrize("how", [LEFT, RIGHT])
+@pytest.mark.parametrize("row", [3, 6])
+def test_a_cut_that_leaves_nothing_of_what_was_said_is_refused(row: int, how: TooLongConfig) -> None:
     with pytest.raises(RowTooLong, match="nothing would be left of the prompt"):
-        fitted(PARTS, Limits(row=row, too_long=RIGHT))
+        cut_to(PARTS, Limits(row=row, too_long=how))
 
 
 def test_a_cut_that_leaves_nothing_to_learn_is_refused() -> None:
     earlier = Tokens(ids=[1, 2, 3], learned=[True, False, False])
     parts = Parts(prompt=earlier, answers={"answer": _tokens(4, 5)})
     with pytest.raises(RowTooLong, match="nothing would be left to learn"):
-        fitted(parts, Limits(row=4, too_long=LEFT))
+        cut_to(parts, Limits(row=4, too_long=LEFT))
+
+
+def test_a_cut_that_makes_two_answers_the_same_is_refused() -> None:
+    answers = {"chosen": _tokens(6, 7, learned=True), "rejected": _tokens(6, 8, learned=True)}
+    with pytest.raises(RowTooLong, match=r"'chosen' has 2 tokens of 1, .*; cut, its answers would be the same"):
+        cut_to(Parts(prompt=_tokens(1), answers=answers), Limits(row=9, answer=1, too_long=LEFT))
 
 
 def test_each_stage_has_its_own_limits() -> None:
@@ -111,6 +118,47 @@ def test_a_prompt_that_is_cut_still_opens_the_assistants_turn(
     assert kept in text
     assert lost not in text.removesuffix(HEADER)
     assert one.cut == f"the row has {one.tokens} tokens of 60"
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("said", ["a", "id", "assistant", "end"])
+@pytest.mark.parametrize("how", [LEFT, RIGHT])
+def test_any_family_s_prompt_keeps_its_beginning_and_its_end(style: str, said: str, how: TooLongConfig) -> None:
+    """A last turn that reads like a part of the template is not taken for it."""
+    tokenizer = styled_tokenizer(style)
+    turns = (
+        Message(role="user", content="First this. " * 20),
+        Message(role="assistant", content="Yes."),
+        Message(role="user", content=f"{said} " * 30 + said),
+    )
+    whole = prompt_ids(tokenizer, turns)
+    header = encode(tokenizer, prompt_text(tokenizer, [Message(role="user", content="xyz")]).partition("xyz")[2])
+    (one,) = tokenized(tokenizer, PROMPTS, [Prompt(messages=turns, where="x:1")], Limits(row=50, too_long=how))
+    ids = one.rows[0]["prompt"]
+    assert len(ids) == 50 < len(whole)
+    assert ids[-len(header) :] == header == whole[-len(header) :]
+    if STYLES[style].bos:
+        assert ids[0] == whole[0] == tokenizer.bos_token_id
+    if how is LEFT:
+        assert ids[1:] == whole[len(whole) - 49 :]
+
+
+def test_rows_within_limits_are_the_same_whether_others_are_cut_or_not(tokenizer: Any) -> None:
+    records = [Prompt(messages=(Message(role="user", content=said),), where="x:1") for said in ("a", "is", "Hi there.")]
+    found = [
+        [one.rows for one in tokenized(tokenizer, PROMPTS, records, Limits(row=200, too_long=how))]
+        for how in (TooLongConfig(), LEFT, RIGHT)
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_prompt_whose_end_cannot_be_told_is_dropped(tokenizer: Any) -> None:
+    """This template says the last turn twice, so what stands behind it is not known."""
+    odd = tiny_tokenizer()
+    odd.chat_template = odd.chat_template + "{{ messages[-1]['content'] }}"
+    (one,) = tokenized(odd, PROMPTS, [Prompt(messages=(LONG,), where="x:1")], Limits(row=60, too_long=RIGHT))
+    assert one.fault is not None
+    assert one.fault.message.endswith("so it cannot be cut")
 
 
 def test_an_answer_that_is_cut_does_not_end(tokenizer: Any) -> None:
@@ -142,9 +190,12 @@ def test_few_lost_rows_are_allowed_and_many_are_not() -> None:
     with pytest.raises(DataError) as caught:
         refuse_losses(limits, dropped=2, cut=0, records=10, longest=9, where="x")
     assert str(caught.value) == (
-        "x: 2 of 10 rows are too long and would be dropped, more than 10% (the longest has 9 tokens; the limit is 5)\n"
+        "x: 2 dropped of 10 rows, because too long, more than 10% (the longest has 9 tokens, the limit is 5)\n"
         "  → raise the stage's length limits, set too_long.do=cut, or raise too_long.max_share"
     )
+    with pytest.raises(DataError, match="1 dropped and 2 cut of 10 rows") as caught:
+        refuse_losses(Limits(row=5, too_long=LEFT), dropped=1, cut=2, records=10, longest=9, where="x")
+    assert "do=cut" not in caught.value.remedy
     refuse_losses(
         Limits(row=5, too_long=TooLongConfig(max_share=0.2)), dropped=1, cut=1, records=10, longest=9, where="x"
     )

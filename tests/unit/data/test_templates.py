@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
+from alignment.data.kinds import TEXTS, tokenized
+from alignment.data.limits import Limits
+from alignment.data.records import PlainText
 from alignment.data.tokenize import (
     IGNORED,
     TokenizedConversation,
     answer_ids,
     prompt_ids,
     tokenize_conversation,
-    tokenize_text,
 )
 from alignment.data.turns import Message
 from alignment.errors import DataError
@@ -254,7 +256,8 @@ def test_plain_text_stays_text_between_bos_and_eos(name: str) -> None:
     bos, eos = STYLES[name].bos, STYLES[name].eos
     frame = [tokenizer.convert_tokens_to_ids(token) for token in (bos, eos) if token]
     for text in (_hostile(rng) for _ in range(NUM_ROWS)):
-        (row,) = tokenize_text(tokenizer, text, max_length=1000)
-        assert row.labels == row.input_ids
-        assert _control(tokenizer, row.input_ids) == frame
-        assert tokenizer.decode(row.input_ids) == bos + text + eos
+        (one,) = tokenized(tokenizer, TEXTS, [PlainText(text=text, where="x:1")], Limits(row=1000))
+        (row,) = one.rows
+        assert row["labels"] == row["input_ids"]
+        assert _control(tokenizer, row["input_ids"]) == frame
+        assert tokenizer.decode(row["input_ids"]) == bos + text + eos

@@ -5,23 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from tokenizers import normalizers
 
 from alignment.config.data import DataConfig, OnError
 from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.data import chunks, token_table
 from alignment.data.chunks import Job
 from alignment.data.files import unparsed_rows_of
-from alignment.data.kinds import CONVERSATIONS, PAIRS, TEXTS, Kind
+from alignment.data.kinds import CONVERSATIONS, PAIRS, PROMPTS, TEXTS, Kind
 from alignment.data.limits import Limits
 from alignment.data.reading import Reader, read_records, start
 from alignment.data.records import Conversation
 from alignment.data.token_table import TokenTable
 from alignment.data.tokenize import tokenize_conversation
 from alignment.errors import DataError, StageError
+from alignment.training.session import Preempted
 from tests.tiny import tiny_tokenizer
 
 ALL = DataConfig(source="")
@@ -82,6 +89,12 @@ def _other_template() -> Any:
     return tokenizer
 
 
+def _other_pipeline() -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -89,15 +102,27 @@ def _other_template() -> Any:
         {"limits": Limits(row=500, answer=499)},
         {"data": DataConfig(source="", limit=8)},
         {"data": DataConfig(source="", placeholders={"shop": "store"})},
+        {"data": DataConfig(source="", format="prompt")},
+        {"data": DataConfig(source="", columns={"prompt": "completion"})},
+        {"kind": PROMPTS},
         {"tokenizer": _other_template()},
+        {"tokenizer": _other_pipeline()},
     ],
-    ids=["row", "answer", "limit", "placeholders", "template"],
+    ids=["row", "answer", "limit", "placeholders", "format", "columns", "kind", "template", "normaliser"],
 )
 def test_what_changes_rows_changes_the_table(tmp_path: Path, tokenizer: Any, changes: dict[str, Any]) -> None:
     file = _rows(tmp_path, [_talk(number) for number in range(9)])
-    _table(file, tokenizer)
-    _table(file, **({"tokenizer": tokenizer} | changes))
+    _table(file, tokenizer, kind=PROMPTS if "data" in changes else CONVERSATIONS)
+    _table(file, **({"tokenizer": tokenizer, "kind": PROMPTS if "data" in changes else CONVERSATIONS} | changes))
     assert len(list((tmp_path / "cache").glob("tokens-*"))) == 2
+
+
+def test_shares_that_may_be_lost_are_no_part_of_a_table(tmp_path: Path, tokenizer: Any) -> None:
+    file = _rows(tmp_path, [*(_talk(number) for number in range(4)), {"prompt": "Why? " * 200, "completion": "So."}])
+    with pytest.raises(DataError, match=r"raise too_long\.max_share"):
+        _table(file, tokenizer, limits=Limits(row=100))
+    assert len(_table(file, tokenizer, limits=Limits(row=100, too_long=TooLongConfig(max_share=0.5))).rows) == 4
+    assert len(list((tmp_path / "cache").glob("tokens-*"))) == 1
 
 
 def test_a_file_with_other_rows_gives_another_table(tmp_path: Path, tokenizer: Any) -> None:
@@ -145,7 +170,7 @@ def test_cut_rows_are_kept_and_noted(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_too_many_long_rows_are_refused_with_the_longest(tmp_path: Path, tokenizer: Any) -> None:
     file = _rows(tmp_path, [_talk(1), {"prompt": "Why? " * 200, "completion": "So."}])
-    with pytest.raises(DataError, match=r"1 of 2 rows are too long and would be dropped, more than 10%"):
+    with pytest.raises(DataError, match=r"1 dropped of 2 rows, because too long, more than 10%"):
         _table(file, tokenizer, limits=Limits(row=100))
 
 
@@ -166,18 +191,64 @@ def test_a_pair_has_three_columns_and_a_text_several_rows(tmp_path: Path, tokeni
     assert tokenizer.decode(whole) == "The shop is closed on Monday.<|im_end|>"
 
 
-def test_an_interrupted_table_is_made_anew(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Preempted])
+def test_an_interrupted_table_is_made_anew(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
     file = _rows(tmp_path, [_talk(number) for number in range(9)])
 
     def breaks_off(job: Job, rows: Any, **_: Any) -> Any:
         yield job(list(rows)[:4])
-        raise KeyboardInterrupt
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(token_table, "run", breaks_off)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(error):
             _table(file, tokenizer)
+    assert not list((tmp_path / "cache").glob("tokens-*"))
     assert len(_table(file, tokenizer).rows) == 9
+
+
+def test_a_table_that_a_killed_process_left_is_made_anew(tmp_path: Path, tokenizer: Any) -> None:
+    file = _rows(tmp_path, [_talk(number) for number in range(9)])
+    _table(file, tokenizer)
+    (folder,) = (tmp_path / "cache").glob("tokens-*")
+    (folder / "counts.json").unlink()  # it is written last
+    (folder / "rows.arrow").write_bytes(b"half")
+    assert len(_table(file, tokenizer).rows) == 9
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = _rows(tmp_path, [_talk(1)])
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(token_table, "write_json", full)
+    with pytest.raises(StageError, match=r"token rows cannot be written: .*No space left") as caught:
+        _table(file, tokenizer)
+    assert "free space" in caught.value.remedy
+    assert not list((tmp_path / "cache").glob("tokens-*"))
+
+
+def test_of_two_that_want_a_table_one_makes_it_and_the_other_waits(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = _rows(tmp_path, [_talk(number) for number in range(9)])
+    made: list[int] = []
+
+    def slowly(*args: Any, **told: Any) -> Any:
+        made.append(1)
+        time.sleep(0.3)
+        yield from chunks.run(*args, **told)
+
+    monkeypatch.setattr(token_table, "run", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: len(_table(file, tokenizer).rows), range(2)))
+    assert found == [9, 9]
+    assert made == [1]
 
 
 def _dies(*_: Any) -> Any:
@@ -191,3 +262,29 @@ def test_a_process_that_dies_stops_the_stage(tmp_path: Path, tokenizer: Any) -> 
     job = Job(tokenizer=tokenizer, kind=kind, reader=reader, limits=WIDE)
     with pytest.raises(StageError, match="a process that tokenised rows died"):
         list(chunks.run(job, unparsed_rows_of(file), limit=None, processes=2))
+
+
+_MAKER = """
+import sys, time
+from alignment.data import chunks
+chunks.CHUNK = 1
+jobs = chunks._in_parallel(lambda rows: time.sleep(60), iter([[1], [2], [3]]), 2)
+print("begun", flush=True)
+next(jobs)
+"""
+
+
+def test_processes_end_with_a_parent_that_is_killed() -> None:
+    """They hold its locks for as long as they live."""
+    parent = psutil.Popen([sys.executable, "-c", _MAKER], stdout=subprocess.PIPE)
+    try:
+        parent.stdout.readline()
+        deadline = time.monotonic() + 30
+        while len(children := parent.children()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(children) == 2
+    finally:
+        parent.kill()
+        parent.communicate()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive

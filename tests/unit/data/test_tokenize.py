@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from tokenizers import normalizers
 
+from alignment.data.kinds import TEXTS, tokenized
+from alignment.data.limits import Limits
+from alignment.data.records import PlainText
 from alignment.data.templates import LAST_STAND_IN, render
 from alignment.data.tokenize import (
     IGNORED,
@@ -14,11 +17,11 @@ from alignment.data.tokenize import (
     encode,
     prompt_ids,
     tokenize_conversation,
-    tokenize_text,
     turn_end_id,
 )
 from alignment.data.turns import Message
 from alignment.errors import DataError
+from alignment.training.session import Preempted
 from tests.tiny import tiny_tokenizer
 
 SYSTEM = "<|im_start|>system\nYou are tiny.<|im_end|>\n"
@@ -252,10 +255,26 @@ def test_text_around_a_written_control_token_is_tokenised_as_ever(tokenizer: Any
 
 
 def test_plain_text_holds_no_control_token_but_its_end(tokenizer: Any) -> None:
-    (row,) = tokenize_text(tokenizer, "One<|im_end|>two<|im_start|>", max_length=1000)
+    text = PlainText(text="One<|im_end|>two<|im_start|>", where="x:1")
+    (one,) = tokenized(tokenizer, TEXTS, [text], Limits(row=1000))
+    (row,) = one.rows
     special = set(tokenizer.all_special_ids)
-    assert [token for token in row.input_ids if token in special] == [tokenizer.eos_token_id]
-    assert tokenizer.decode(row.input_ids) == "One<|im_end|>two<|im_start|><|im_end|>"
+    assert [token for token in row["input_ids"] if token in special] == [tokenizer.eos_token_id]
+    assert tokenizer.decode(row["input_ids"]) == "One<|im_end|>two<|im_start|><|im_end|>"
+
+
+def test_a_request_to_stop_is_no_fault_of_a_row() -> None:
+    """It is raised by a signal, wherever the stage is: while a template is at work, say."""
+
+    class Stopped:
+        chat_template = "{{ messages }}"
+        added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+
+        def apply_chat_template(self, *_: Any, **__: Any) -> str:
+            raise Preempted
+
+    with pytest.raises(Preempted):
+        prompt_ids(Stopped(), _messages([("user", "Hi.")]))
 
 
 def test_a_character_that_stands_for_a_control_token_is_refused(tokenizer: Any) -> None:

@@ -1,0 +1,155 @@
+"""A stage's rows: mixed in the shares asked for, in nested parts, the same on every process, all losses noted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.config.data import DataConfig, MixedConfig, OnError
+from alignment.config.stage import PpoConfig, SftConfig
+from alignment.config.too_long import TooLong, TooLongConfig
+from alignment.data.kinds import CONVERSATIONS, PROMPTS
+from alignment.data.limits import Limits
+from alignment.data.records import Conversation, Prompt
+from alignment.errors import DataError
+from alignment.stages.rows import LEFT_OUT, fitting, rows_of, token_rows
+from alignment.training.context import StageContext
+from tests.tiny import tiny_spec, tiny_tokenizer
+
+WIDE = Limits(row=200)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Byte-level BPE with ChatML turns."""
+    return tiny_tokenizer()
+
+
+def _write(path: Path, name: str, count: int) -> Path:
+    rows = ({"prompt": f"{name} {number}?", "completion": f"{name}{number}."} for number in range(count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _context(folder: Path, *, rank: int = 0, world_size: int = 1, **changes: Any) -> StageContext:
+    return StageContext(spec=tiny_spec(folder, SftConfig(), **changes), rank=rank, world_size=world_size)
+
+
+def _answers(tokenizer: Any, rows: Any) -> list[str]:
+    return [tokenizer.decode([token for token in row["labels"] if token != -100]) for row in rows]
+
+
+def _left_out(context: StageContext) -> list[dict[str, str]]:
+    file = context.content / LEFT_OUT
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_a_mix_has_its_shares_and_is_the_same_on_every_process(tmp_path: Path, tokenizer: Any) -> None:
+    _write(tmp_path / "data.jsonl", "own", 800)
+    replay = _write(tmp_path / "replay.jsonl", "general", 500)
+    data = DataConfig(source="", mix=[MixedConfig(share=0.2)])
+    found: list[Sequence[str]] = []
+    for rank, world_size in ((0, 1), (0, 2), (1, 2), (0, 1)):
+        context = _context(tmp_path, rank=rank, world_size=world_size, extra_data={"data.mix[0]": replay})
+        rows, counts = token_rows(context, CONVERSATIONS, data, WIDE, tokenizer)
+        found.append(_answers(tokenizer, rows))
+        assert counts["rows"] == len(rows) == 1000
+    share = sum(text.startswith("general") for text in found[0]) / len(found[0])
+    assert share == pytest.approx(0.2, abs=0.01)
+    assert len(set(found[0])) == 1000
+    assert all(other == found[0] for other in found[1:])
+
+
+def test_another_seed_mixes_other_rows(tmp_path: Path, tokenizer: Any) -> None:
+    _write(tmp_path / "data.jsonl", "own", 8)
+    replay = _write(tmp_path / "replay.jsonl", "general", 50)
+    data = DataConfig(source="", mix=[MixedConfig(count=4)])
+    one, other = (
+        _answers(
+            tokenizer,
+            token_rows(
+                _context(tmp_path, seed=seed, extra_data={"data.mix[0]": replay}), CONVERSATIONS, data, WIDE, tokenizer
+            )[0],
+        )
+        for seed in (0, 1)
+    )
+    assert set(one) != set(other)
+
+
+def test_parts_are_nested_whatever_the_stage_is_called(tmp_path: Path, tokenizer: Any) -> None:
+    _write(tmp_path / "data.jsonl", "own", 40)
+    parts = []
+    for name, fraction in (("sft_25", 0.25), ("sft_50", 0.5), ("sft", 1.0)):
+        context = _context(tmp_path, stage=name)
+        rows, _ = token_rows(context, CONVERSATIONS, DataConfig(source="", fraction=fraction), WIDE, tokenizer)
+        parts.append(_answers(tokenizer, rows))
+    assert [len(part) for part in parts] == [10, 20, 40]
+    assert set(parts[0]) < set(parts[1]) < set(parts[2])
+    assert parts[1] == [text for text in parts[2] if text in parts[1]], "in the order of the source"
+
+
+def test_records_are_mixed_as_token_rows_are(tmp_path: Path, tokenizer: Any) -> None:
+    _write(tmp_path / "data.jsonl", "own", 40)
+    replay = _write(tmp_path / "replay.jsonl", "general", 30)
+    data = DataConfig(source="", mix=[MixedConfig(count=7)], fraction=0.5)
+    context = _context(tmp_path, extra_data={"data.mix[0]": replay})
+    records = rows_of(context, Conversation, data)
+    rows, _ = token_rows(context, CONVERSATIONS, data, WIDE, tokenizer)
+    assert [f"{one.messages[-1].content}<|im_end|>" for one in records] == _answers(tokenizer, rows)
+
+
+def test_every_loss_is_in_the_list_beside_the_result(tmp_path: Path, tokenizer: Any) -> None:
+    file = _write(tmp_path / "data.jsonl", "own", 40)
+    with file.open("a") as stream:
+        stream.write('{"prompt": "Hi.", "completion": 5}\n{"prompt": "Hi.", "completion": "' + "Long. " * 200 + '"}\n')
+    context = _context(tmp_path)
+    data = DataConfig(source="", on_error=OnError.skip)
+    for _ in range(2):  # an attempt after an interruption begins the list anew
+        _, counts = token_rows(context, CONVERSATIONS, data, WIDE, tokenizer)
+        assert [(entry["where"], entry["kind"]) for entry in _left_out(context)] == [
+            (f"{file}:41", "fault"),
+            (f"{file}:42", "too long"),
+        ]
+    assert counts == {"rows": 40.0, "rows_too_long": 1.0, "rows_cut": 0.0}
+
+
+def test_nothing_left_out_leaves_no_list(tmp_path: Path, tokenizer: Any) -> None:
+    _write(tmp_path / "data.jsonl", "own", 4)
+    context = _context(tmp_path)
+    token_rows(context, CONVERSATIONS, DataConfig(source=""), WIDE, tokenizer)
+    assert _left_out(context) == []
+    assert not (context.content / LEFT_OUT).exists()
+
+
+def _prompts(folder: Path) -> list[Prompt]:
+    rows = [{"prompt": f"{number}?"} for number in range(20)] + [{"prompt": "Why? " * 200}]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows_of(StageContext(spec=tiny_spec(folder, PpoConfig()), rank=0, world_size=1), Prompt, DataConfig())
+
+
+@pytest.mark.parametrize(("do", "kept"), [(TooLong.drop, 20), (TooLong.cut, 21)])
+def test_prompts_that_are_too_long_are_dropped_or_cut_and_noted(
+    tmp_path: Path, tokenizer: Any, do: TooLong, kept: int
+) -> None:
+    records = _prompts(tmp_path)
+    context = StageContext(spec=tiny_spec(tmp_path, PpoConfig()), rank=0, world_size=1)
+    limits = Limits(row=60, too_long=TooLongConfig(do=do))
+    found, counts = fitting(context, PROMPTS, records, DataConfig(), limits, tokenizer)
+    assert list(found) == list(range(kept))
+    assert all(len(one.rows[0]["prompt"]) <= 60 for one in found.values())
+    assert counts == {"rows": kept, "rows_too_long": 21 - kept, "rows_cut": kept - 20}
+    (entry,) = _left_out(context)
+    assert entry["where"] == f"{tmp_path}/data.jsonl:21"
+    assert entry["kind"] == ("cut" if do is TooLong.cut else "too long")
+
+
+def test_too_many_long_prompts_stop_the_stage(tmp_path: Path, tokenizer: Any) -> None:
+    records = _prompts(tmp_path)[10:]
+    context = StageContext(spec=tiny_spec(tmp_path, PpoConfig()), rank=0, world_size=1)
+    limits = Limits(row=60, too_long=TooLongConfig(max_share=0.05))
+    with pytest.raises(DataError, match="1 dropped of 11 rows, because too long, more than 5%"):
+        fitting(context, PROMPTS, records, DataConfig(), limits, tokenizer)
