@@ -36,7 +36,7 @@ class CptConfig:
     """
 
     summary: ClassVar[str] = "continued pretraining on plain text"
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     produces: ClassVar[str] = "policy"
 
     kind: str = "cpt"

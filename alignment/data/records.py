@@ -201,7 +201,7 @@ class HeldOutPrompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlainText:
-    """Text to learn as it is; of a conversation, what its turns say.
+    """Text to learn as it is; of a conversation, what its turns say, and of several answers the best one.
 
     Example row: ``{"text": "The shop is closed on Monday."}``
     """
@@ -215,7 +215,9 @@ class PlainText:
     @classmethod
     def of(cls, example: Example) -> Iterator[Self]:
         """Raises DataError where nothing is said."""
-        said = example.text or "\n\n".join(turn.content for turn in example.turns if turn.content)
+        best = sorted(example.answers, key=lambda answer: -answer.rank)[:1]
+        turns = [*(turn.content for turn in example.turns), *(answer.text for answer in best)]
+        said = example.text or "\n\n".join(filter(None, turns))
         if not said:
             example.fields.fail(example.field, "says nothing")
         yield cls(text=said, id=example.fields.label("id"), where=example.fields.where)

@@ -132,6 +132,15 @@ def turn_end_id(tokenizer: Any) -> int:
     return answer_ids(tokenizer, [Message(role="user", content="Hi.")], "Hello.")[-1]
 
 
+def end_ids(tokenizer: Any) -> frozenset[int]:
+    """The tokens at which an answer is over: the one that ends a turn, and EOS, which a base model may say instead.
+
+    Raises:
+        DataError: see ``answer_ids``.
+    """
+    return frozenset({turn_end_id(tokenizer), tokenizer.eos_token_id})
+
+
 def tokenize_conversation(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> TokenizedConversation:
     """A whole conversation with every assistant turn learned, its end included, but for those that say otherwise.
 

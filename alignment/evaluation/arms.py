@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from alignment.data.records import HeldOutPrompt
-from alignment.data.tokenize import turn_end_id
+from alignment.data.tokenize import end_ids
 from alignment.data.turns import Message
 from alignment.evaluation.house_style import STYLE_PROMPT, GoldScore, score
 from alignment.models.answers import answer_statistics, batches, scalar_scores
@@ -73,7 +73,7 @@ def answer_all(
     progress: Callable[[int], None],
 ) -> list[Answer]:
     """Greedy answers, scored by the gold rule against the row's own text."""
-    ends = {turn_end_id(tokenizer), tokenizer.eos_token_id}
+    ends = end_ids(tokenizer)
     found = generate(
         model,
         prompts,

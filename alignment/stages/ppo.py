@@ -16,7 +16,7 @@ from alignment.config.stage import KlConfig, KlControl, PpoConfig
 from alignment.data.kinds import CONVERSATIONS, PROMPTS
 from alignment.data.limits import Limits
 from alignment.data.records import Prompt
-from alignment.data.tokenize import TokenizedConversation, turn_end_id
+from alignment.data.tokenize import TokenizedConversation, end_ids
 from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import ConfigError
 from alignment.models.load import lineage, refuse_other_tokenizer
@@ -65,7 +65,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
         context,
         roles,
         learned,
-        turn_end_id(tokenizer),
+        end_ids(tokenizer),
         build_rewards(*told, device=context.device),
         ptx=_ptx(config, context, tokenizer),
         samples=Samples(context, tokenizer, group=config.completions_per_prompt),
@@ -171,13 +171,13 @@ def build_trainer(
     context: StageContext,
     roles: Roles,
     prompts: Prompts,
-    end_id: int,
+    end_ids: frozenset[int],
     rewards: Rewards,
     *,
     ptx: Ptx | None = None,
     samples: Samples | None = None,
 ) -> PpoTrainer:
-    """The trainer of a stage; ``end_id`` is the token that ends an answer.
+    """The trainer of a stage; an answer is over at one of ``end_ids``.
 
     Raises:
         ConfigError: episodes, prompts, processes and minibatches do not divide.
@@ -196,7 +196,7 @@ def build_trainer(
     )
     episodes = Episodes(
         prompts=prompts,
-        end_id=end_id,
+        end_ids=end_ids,
         per_update=config.optim.batch_size,
         group=config.completions_per_prompt,
         micro_batch_tokens=config.optim.micro_batch_tokens,

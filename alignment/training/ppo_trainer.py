@@ -235,7 +235,7 @@ class PpoTrainer(Trainer):
         return torch.where(self._ended(rollout), total, torch.full_like(total, self.config.missing_eos_score))
 
     def _ended(self, rollout: Rollout) -> Tensor:
-        ended = [answer[-1] == self.episodes.end_id for answer in rollout.answers]
+        ended = [answer[-1] in self.episodes.end_ids for answer in rollout.answers]
         return torch.tensor(ended, device=self.args.device)
 
     def _check_scores(self, scores: Tensor) -> None:

@@ -42,7 +42,7 @@ class Episodes:
     """
 
     prompts: Prompts
-    end_id: int
+    end_ids: frozenset[int]
     per_update: int
     group: int
     micro_batch_tokens: int
@@ -114,7 +114,7 @@ class Rollouts:
                 unwrapped(self._roles.policy),
                 prompts,
                 max_new_tokens=self._config.max_new_tokens,
-                end_ids=[self._episodes.end_id],
+                end_ids=sorted(self._episodes.end_ids),
                 batch_size=len(prompts),
                 sampling=Sampling(temperature=self._config.temperature, uniforms=uniforms),
             )

@@ -139,7 +139,7 @@ def ppo_stage(
     )
     ids = [list(prompt) for prompt in prompts]
     learned, held_out = ppo.hold_out(Prompts(ids=ids, rows=range(len(ids))), config, context)
-    trainer = ppo.build_trainer(config, context, roles, learned, end_id, rewards)
+    trainer = ppo.build_trainer(config, context, roles, learned, frozenset({end_id}), rewards)
     if second_opinion is not None:
         trainer.guard = Guard(
             config.guard,

@@ -12,10 +12,10 @@ from alignment.config.data import DataConfig
 from alignment.data.fields import Fields, SetAside
 from alignment.data.formats import FORMATS, detect, format_of
 from alignment.data.reading import Reading, iterate, start
-from alignment.data.records import Conversation, PreferencePair, Prompt, Record
+from alignment.data.records import Conversation, PlainText, PreferencePair, Prompt, Record
 from alignment.errors import DataError
+from tests.public import PUBLIC, needs_public_data
 
-PUBLIC = Path(__file__).parents[4] / "shared/data"
 ANSWER = {"role": "assistant", "content": "4."}
 ASKED = {"role": "user", "content": "2 + 2?"}
 GIVES: dict[str, tuple[str | None, int, str | None]] = {
@@ -262,7 +262,7 @@ FILES = [
 ]
 
 
-@pytest.mark.skipif(not PUBLIC.is_dir(), reason="no public data in ../shared/data")
+@needs_public_data
 @pytest.mark.parametrize(("file", "name", "conversations", "pairs", "prompts"), FILES, ids=[file[0] for file in FILES])
 def test_public_files_are_what_they_are(
     file: str, name: str, conversations: int | None, pairs: int | None, prompts: int | None
@@ -284,8 +284,11 @@ def test_public_files_are_what_they_are(
 
 def _cells(row: Any) -> list[str]:
     """What the user guide's table says of a row, from the records that it gives."""
-    conversations, pairs, prompts = (_or_none(record, row) for record in (Conversation, PreferencePair, Prompt))
+    texts, conversations, pairs, prompts = (
+        _or_none(record, row) for record in (PlainText, Conversation, PreferencePair, Prompt)
+    )
     return [
+        f"learns `{json.dumps(texts[0].text)}`" if texts else "–",
         f"learns `{json.dumps(conversations[0].messages[-1].content)}`" if conversations else "–",
         f"`{json.dumps(pairs[0].chosen)}` over `{json.dumps(pairs[0].rejected)}`" if pairs else "–",
         f"asks `{json.dumps(prompts[0].messages[-1].content)}`" if prompts else "–",

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from alignment.config.data import DataConfig, MixedConfig
-from alignment.config.stage import DpoConfig, PpoConfig, SftConfig
+from alignment.config.stage import CptConfig, DpoConfig, PpoConfig, RewardConfig, SftConfig
 from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.data.kinds import CONVERSATIONS, PAIRS, PROMPTS, Kind, tokenized
 from alignment.data.limits import Limits
@@ -20,6 +20,8 @@ from alignment.data.records import Conversation, PreferencePair, Prompt
 from alignment.data.shown import Shown, histogram, shown
 from alignment.data.turns import Message
 from alignment.preview import main, show_stage
+from tests.public import PUBLIC, needs_public_data
+from tests.templates import styled_tokenizer
 from tests.tiny import save_tiny_model, tiny_spec, tiny_tokenizer
 
 ASKED = (Message(role="user", content="Hi."),)
@@ -166,3 +168,37 @@ def test_the_page_shows_what_the_terminal_shows(
     assert "&lt;b&gt;Hello&lt;/b&gt;." in page
     assert "1 records, " in page
     assert "1 records, " in capsys.readouterr().out
+
+
+FILES = {
+    "hh-rlhf/harmless_base.jsonl": DpoConfig,
+    "oasst/pairs.jsonl": RewardConfig,
+    "llamafactory-demo/alpaca_en_demo.json": SftConfig,
+    "llamafactory-demo/dpo_en_demo.json": DpoConfig,
+    "llamafactory-demo/kto_en_demo.json": SftConfig,
+    "llamafactory-demo/glaive_toolcall_en_demo.json": SftConfig,
+    "llamafactory-demo/identity.json": SftConfig,
+    "llamafactory-demo/c4_demo.jsonl": CptConfig,
+    "gsm8k/train.jsonl": SftConfig,
+    "mt-bench/question.jsonl": PpoConfig,
+    "torchtune-tiny/alpaca_tiny.json": SftConfig,
+    "torchtune-tiny/chat_tiny.json": SftConfig,
+    "torchtune-tiny/hh_rlhf_tiny.json": DpoConfig,
+    "torchtune-tiny/stack_exchange_paired_tiny.json": RewardConfig,
+}
+
+
+@needs_public_data
+@pytest.mark.parametrize("file", FILES)
+def test_public_files_are_shown_as_they_are(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a template that knows tools."""
+    styled_tokenizer("qwen").save_pretrained(str(tmp_path / "base"))
+    data = DataConfig(source="", limit=300, placeholders={"name": "Ada", "author": "Bob"})
+    spec = tiny_spec(tmp_path, FILES[file](data=data), data_path=PUBLIC / file)
+    show_stage(Console(width=200), spec, rows=2)
+    printed = capsys.readouterr().out
+    assert "records, " in printed
+    assert "faulty" not in printed
+    assert "{{" not in printed or not file.endswith("identity.json")
+    if "glaive" in file:
+        assert "<tools>" in printed

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from alignment.errors import ArtifactError, ConfigError, DataError, ModelError
+from alignment.pipeline.handover import write_stage_file
 from alignment.pipeline.plan import CHECKPOINT_MANIFEST, Action, Plan
 from tests.unit.pipeline.conftest import MakePlan, leave_artifact
 
@@ -46,6 +48,10 @@ def test_stages_come_after_their_inputs(plan: MakePlan) -> None:
         ("model.dtype=float32", {"sft", "reward", "dpo", "ppo", "evaluate", "report"}),
         ("stages.sft.data.limit=1", {"sft", "reward", "dpo", "ppo", "evaluate", "report"}),
         ("stages.sft.data.fraction=0.5", {"sft", "reward", "dpo", "ppo", "evaluate", "report"}),
+        ("model.chat_template=chatml", {"sft", "reward", "dpo", "ppo", "evaluate", "report"}),
+        ("stages.dpo.max_answer_length=9", {"dpo", "evaluate", "report"}),
+        ("stages.dpo.too_long.do=cut", {"dpo", "evaluate", "report"}),
+        ("stages.dpo.too_long.max_share=0.5", set()),
         ("launch.num_processes=2", set()),
         ("launch.threads=3", set()),
         ("tracking=wandb", set()),
@@ -68,6 +74,26 @@ def test_the_content_of_data_counts_and_its_place_does_not(plan: MakePlan, tmp_p
     row = json.loads(file.read_text())
     file.write_text(json.dumps({**row, "chosen": "It is on 21 March."}) + "\n")
     assert changed(before, plan()) == {"reward", "dpo", "ppo", "evaluate", "report"}
+
+
+def test_a_template_counts_by_its_content_and_the_worker_is_told_its_whole_path(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages[0]['content'] }}")
+    monkeypatch.chdir(tmp_path)
+    before = plan("model.chat_template=path:mine.jinja")
+    told = yaml.safe_load(write_stage_file(before, before.stages[0], git_commit="").read_text())
+    assert told["model"]["chat_template"] == f"path:{file}"
+    assert changed(before, plan(f"model.chat_template=path:{file}")) == set()
+    file.write_text("{{ messages[1]['content'] }}")
+    assert "sft" in changed(before, plan("model.chat_template=path:mine.jinja"))
+
+
+@pytest.mark.parametrize("source", ["path:nowhere.jinja", "llama3"])
+def test_a_template_that_is_none_is_a_fault_of_the_configuration(plan: MakePlan, source: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.chat_template: .*write chatml, or path:FILE"):
+        plan(f"model.chat_template={source}")
 
 
 def test_the_content_of_the_base_model_counts_and_its_place_does_not(plan: MakePlan, tmp_path: Path) -> None:

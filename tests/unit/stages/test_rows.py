@@ -147,6 +147,21 @@ def test_prompts_that_are_too_long_are_dropped_or_cut_and_noted(
     assert entry["kind"] == ("cut" if do is TooLong.cut else "too long")
 
 
+def test_prompts_that_cannot_be_rendered_are_skipped_where_faults_are(tmp_path: Path) -> None:
+    records = _prompts(tmp_path)[:20]
+    context = StageContext(spec=tiny_spec(tmp_path, PpoConfig()), rank=0, world_size=1)
+    picky = tiny_tokenizer()
+    picky.chat_template = "{% if '7' in messages[0]['content'] %}{{ raise_exception('no sevens') }}{% endif %}" + str(
+        picky.chat_template
+    )
+    with pytest.raises(DataError, match="2 faulty rows:"):
+        fitting(context, PROMPTS, records, DataConfig(), WIDE, picky)
+    data = DataConfig(on_error=OnError.skip, max_skipped=0.5)
+    found, counts = fitting(context, PROMPTS, records, data, WIDE, picky)
+    assert len(found) == counts["rows"] == 18
+    assert [(entry["where"][-2:], entry["kind"]) for entry in _left_out(context)] == [(":8", "fault"), ("18", "fault")]
+
+
 def test_too_many_long_prompts_stop_the_stage(tmp_path: Path, tokenizer: Any) -> None:
     records = _prompts(tmp_path)[10:]
     context = StageContext(spec=tiny_spec(tmp_path, PpoConfig()), rank=0, world_size=1)

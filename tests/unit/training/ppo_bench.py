@@ -126,7 +126,7 @@ def bench_in(folder: Path) -> Callable[..., Bench]:
             relative_returns=config.prompt_baseline,
         )
         told = Prompts(ids=prompts, rows=range(len(prompts)))
-        trainer = stage.build_trainer(config, context, roles, told, END, rewards or OwnReward(roles))
+        trainer = stage.build_trainer(config, context, roles, told, frozenset({END}), rewards or OwnReward(roles))
         return Bench(context=context, config=config, roles=roles, trainer=trainer)
 
     return make
