@@ -9,7 +9,7 @@ from typing import Any
 
 from alignment.data.kinds import Tokenized
 from alignment.data.limits import Parts
-from alignment.data.templates import control_tokens
+from alignment.data.rendering import control_tokens
 from alignment.data.tokenize import Tokens
 
 BARS = 8

@@ -1,4 +1,4 @@
-"""Rendered text → token ids, and which of them are learned (alignment/data/templates.py says what a turn is)."""
+"""Rendered text → token ids, and which of them are learned (alignment/data/rendering.py says what a turn is)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from alignment.data.records import Record
-from alignment.data.templates import (
+from alignment.data.rendering import (
     Piece,
     Tools,
     answer_text,

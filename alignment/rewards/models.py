@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from alignment.config.model import Dtype
 from alignment.data.records import Prompt
-from alignment.data.templates import render
+from alignment.data.rendering import render
 from alignment.data.tokenize import encode
 from alignment.data.tokenizer import load_tokenizer
 from alignment.data.turns import Message

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on conversations, tokenised and masked by us (alignment/data/templates.py)."""
+"""Supervised fine-tuning on conversations, tokenised and masked by us (alignment/data/rendering.py)."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from alignment.data.chat_template import CHATML, set_template, template_text
-from alignment.data.templates import render
+from alignment.data.rendering import render
 from alignment.data.tokenize import tokenize_conversation, turn_end_id
 from alignment.data.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.data.turns import Message

@@ -10,7 +10,7 @@ from tokenizers import normalizers
 from alignment.data.kinds import TEXTS, tokenized
 from alignment.data.limits import Limits
 from alignment.data.records import PlainText
-from alignment.data.templates import LAST_STAND_IN, render
+from alignment.data.rendering import LAST_STAND_IN, render
 from alignment.data.tokenize import (
     IGNORED,
     answer_ids,
