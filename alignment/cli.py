@@ -38,7 +38,7 @@ _DOCTOR = "Says what a data file looks like, what each kind of stage can make of
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code (alignment/errors.py)."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     console = Console(soft_wrap=False, emoji=False)
     try:
         _refuse_other_package()
@@ -50,6 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         Console(stderr=True, emoji=False).print("interrupted; nothing was started")
         return 130
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options may stand between a recipe and its overrides, where argparse would take no more of these."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _dispatch(options: argparse.Namespace, console: Console) -> int:

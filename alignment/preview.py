@@ -7,6 +7,7 @@ control tokens are magenta, and what two answers do not share is underlined.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,16 +19,16 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-from alignment.config.data import OnError
+from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig
 from alignment.config.stage import EvaluateConfig, Trained
 from alignment.data.doctor import record_key
 from alignment.data.kinds import KINDS, Tokenized, tokenized
-from alignment.data.limits import Limits, RowTooLong
+from alignment.data.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.overlap import HeldOut, asked, asked_in
-from alignment.data.reading import Reading, iterate, start
+from alignment.data.reading import Reading, iterate, refuse_faults, start
 from alignment.data.shown import Run, Shown, histogram, shown
 from alignment.data.tokenizer import load_tokenizer
-from alignment.errors import AlignmentError
+from alignment.errors import AlignmentError, DataError
 from alignment.stage_spec import StageSpec, read_spec
 
 LOOKED_AT = 5_000
@@ -87,7 +88,8 @@ def show_stage(console: Console, spec: StageSpec, *, rows: int, held_out: HeldOu
             _print_record(console, one)
         reading.faults += faults
         lines = [*_of_tokens(found, readable, limits), *_of_rows(found, readable, reading)]
-        for line in [*lines, *_overlaps(records, held_out)]:
+        lines += [*_overlaps(records, held_out), *_taken(data, len(records)), *_stops(found, reading, data, limits)]
+        for line in lines:
             console.print(line, markup=False)
         console.print()
 
@@ -134,6 +136,27 @@ def _overlaps(records: Sequence[Any], held_out: HeldOut | None) -> list[str]:
         f"{len(found):,} records ask what the evaluation asks, such as {one.learned}, which has {one.share:.0%} of "
         f"{one.held_out}"
     ]
+
+
+def _taken(data: SourceConfig, records: int) -> list[str]:
+    """What the stage takes of these records, where that is not all of them."""
+    if isinstance(data, MixedConfig):
+        return [f"mixed in: {f'{data.count:,} of these' if data.share is None else f'{data.share:.0%} of all rows'}"]
+    if isinstance(data, DataConfig) and data.fraction < 1.0:
+        return [f"data.fraction={data.fraction:g}: about {math.ceil(data.fraction * records):,} of these are taken"]
+    return []
+
+
+def _stops(found: Sequence[Tokenized], reading: Reading, data: SourceConfig, limits: Limits) -> list[str]:
+    """Why the stage would stop on these records instead of training."""
+    dropped, cut = sum(isinstance(one.fault, RowTooLong) for one in found), sum(one.cut != "" for one in found)
+    longest, where = max(one.tokens for one in found), str(reading.path)
+    try:
+        refuse_faults(reading.faults, data, count=len(reading.faults), rows=reading.rows, where=where)
+        refuse_losses(limits, dropped=dropped, cut=cut, records=len(found), longest=longest, where=where)
+    except DataError as error:
+        return [f"the stage would stop: {error.message.splitlines()[0]} → {error.remedy}"]
+    return []
 
 
 def _print_record(console: Console, one: Shown) -> None:

@@ -31,6 +31,8 @@ USES: dict[str, tuple[str, type[Record]]] = {
 """Stages, what they call their records, and those."""
 _FULLEST = ("reward, dpo", "sft", "ppo", "cpt")
 """Stages, those that take most of a row first."""
+MEANT = 0.1
+"""Share of rows from which a file is meant for a stage; all others are then faulty."""
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 
 
@@ -62,9 +64,11 @@ class Diagnosis:
 
     @property
     def meant_for(self) -> list[str]:
-        """The stages that at least half of the readable rows are of use to."""
-        readable = self.rows - len(self.unreadable)
-        return [name for name, use in self.uses.items() if use.records and len(use.faults) <= readable / 2]
+        """The stages that a tenth of the readable rows or more are of use to; else the one that finds least fault."""
+        few = MEANT * (self.rows - len(self.unreadable))
+        meant = [name for name, use in self.uses.items() if use.records and use.records >= few]
+        best = min(self.uses, key=lambda name: (-self.uses[name].records, len(self.uses[name].faults)))
+        return meant or [best]
 
     @property
     def faults(self) -> list[DataError]:

@@ -100,7 +100,14 @@ def _json_lines(path: Path) -> Iterator[Unparsed]:
 
 def _parsed(text: bytes, where: str) -> RawRow | DataError:
     try:
-        return RawRow(where=where, value=json.loads(text))
+        value = json.loads(text)
+        if b"\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return RawRow(where=where, value=value)
+    except UnicodeEncodeError:
+        return DataError(
+            "holds half of a surrogate pair, which is no character", where=where, remedy="write the character whole"
+        )
     except UnicodeDecodeError as error:
         return DataError(f"not UTF-8: {error.reason}", where=where, remedy="save the file as UTF-8")
     except (ValueError, RecursionError) as error:
@@ -129,8 +136,10 @@ def _csv(path: Path) -> Iterator[Unparsed]:
     with _open(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, strict=True)
         while True:
-            where = f"{path}:{reader.line_num + 1}"
+            where = str(path)
             try:
+                names = reader.fieldnames or []  # reads the header, before the first row has a number
+                where = f"{path}:{reader.line_num + 1}"
                 row = next(reader)
             except StopIteration:
                 return
@@ -140,7 +149,7 @@ def _csv(path: Path) -> Iterator[Unparsed]:
                 yield DataError(f"not CSV: {error}", where=where)
                 continue
             if None in row or None in row.values():
-                yield DataError(f"has not the {len(reader.fieldnames or [])} fields of the header", where=where)
+                yield DataError(f"has not the {len(names)} fields of the header", where=where)
             else:
                 yield RawRow(where=where, value={name: value or None for name, value in row.items()})
 

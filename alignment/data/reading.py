@@ -81,14 +81,28 @@ def start(path: Path, data: SourceConfig) -> Reading:
     Raises:
         DataError: no row, or none whose columns are known.
     """
-    if data.format is not None:
+    if data.format is not None and not data.columns:
         return Reading(path=path, format=FORMATS[data.format])
     head = list(islice(source_rows(path, data), LOOKED_AT))
+    _refuse_unknown_columns([row.value for row in head if isinstance(row, RawRow)], data, where=str(path))
+    if data.format is not None:
+        return Reading(path=path, format=FORMATS[data.format])
     rows = [_renamed(row.value, data) for row in head if isinstance(row, RawRow)]
     if not rows:
         faults = [row for row in head if isinstance(row, DataError)]
         raise together(faults) if faults else DataError("holds no row", where=str(path), remedy="one row at least")
     return Reading(path=path, format=detect(rows, where=str(path)))
+
+
+def _refuse_unknown_columns(rows: Sequence[Any], data: SourceConfig, *, where: str) -> None:
+    known = {name for row in rows if isinstance(row, Mapping) for name in row}
+    for theirs in data.columns.values():
+        if known and theirs not in known:
+            raise DataError(
+                f"data.columns names a column {theirs!r}, which no row has",
+                where=where,
+                remedy=f"the columns are {', '.join(sorted(known))}",
+            )
 
 
 def _examined(told: Reading, record: type[R], data: SourceConfig) -> Iterator[R]:

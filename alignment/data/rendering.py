@@ -130,6 +130,8 @@ def conversation_pieces(tokenizer: Any, messages: Sequence[Message], tools: Tool
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
+        if index == 0:
+            raise DataError("begins with a turn of the assistant, to which nobody has said anything")
         before = render(tokenizer, messages[:index], answering=True, tools=tools)
         if not before.startswith(rendered):
             raise DataError("the chat template renders earlier turns differently once a turn follows them")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -126,7 +127,9 @@ def _settings(found: Diagnosis, data: SourceConfig) -> str:
     stage = next((stage for stage in _FIRST if any(stage in name for name in found.meant_for)), None)
     if stage is None:
         return "no stage can"
+    share = math.ceil(100 * len(found.faults) / found.rows) / 100
     skip = f" stages.{stage}.data.on_error=skip" if found.faults else ""
+    skip += f" stages.{stage}.data.max_skipped={share:g}" if share > data.max_skipped else ""
     source = snapshot_name(found.path) or f"path:{found.path}"
     chosen = "" if data.split == SourceConfig().split else f" stages.{stage}.data.split={data.split}"
     chosen += f" stages.{stage}.data.subset={data.subset}" if data.subset else ""

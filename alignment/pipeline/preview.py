@@ -28,6 +28,8 @@ def show_preview(
     Raises:
         AlignmentError: a fault in the plan; no such stage.
     """
+    if html is not None and (Path(html).is_dir() or not Path(html).absolute().parent.is_dir()):
+        raise ConfigError(f"{html!r} cannot be a file", where="--html", remedy="name a file in a folder that is there")
     plan = make_plan(recipe, overrides)
     plan = with_models(plan, display_for(console), stages=plan.stages)
     known = [one for one in plan.stages if isinstance(one.config, Trained)]

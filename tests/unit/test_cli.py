@@ -130,3 +130,23 @@ def test_the_command_answers_as_a_process_of_its_own() -> None:
         check=True,
     )
     assert len(done.stdout.splitlines()) == len(STAGES)
+
+
+def test_options_may_stand_before_between_and_behind_overrides() -> None:
+    before = cli._options(["preview", "--rows", "1", "quickstart", "seed=1", "name=x"])
+    between = cli._options(["preview", "quickstart", "--rows", "1", "seed=1", "name=x"])
+    behind = cli._options(["preview", "quickstart", "seed=1", "name=x", "--rows", "1"])
+    assert before == between == behind
+    assert before.overrides == ["seed=1", "name=x"]
+
+
+@pytest.mark.parametrize("words", [["preview", "quickstart", "--rwos", "1"], ["doctor", "a.jsonl", "b.jsonl"]])
+def test_words_that_nobody_knows_are_refused(words: list[str], capsys: Captured) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, capsys: Captured) -> None:
+    assert cli.main(["preview", "quickstart", "--html", str(tmp_path / "nowhere/page.html")]) == 2
+    assert "cannot be a file" in capsys.readouterr().err

@@ -52,14 +52,22 @@ def _named_like(row: Any) -> Format | None:
     return next((one for one in _IN_ORDER if set(json.loads(one.row)) <= columns), None)
 
 
+def _meant(fits: Format, row: Any, present: set[str]) -> Format:
+    """A row with the columns of a format that asks for more, which other rows fit, is a faulty row of that one."""
+    more = _IN_ORDER[: _IN_ORDER.index(fits)]
+    return next((one for one in more if one.name in present and set(json.loads(one.row)) <= set(row)), fits)
+
+
 def detect(rows: Sequence[Any], *, where: str) -> Format:
     """The format that most of the rows have; where none has one, that whose columns most of them have.
 
     Raises:
         DataError: no format fits any of them; names the columns that are there.
     """
-    for told in (format_of, _named_like):
-        found = Counter(one.name for row in rows if (one := told(row)) is not None)
+    fitting = [format_of(row) for row in rows]
+    present = {one.name for one in fitting if one is not None}
+    for told in (fitting, [_named_like(row) for row in rows]):
+        found = Counter(_meant(one, row, present).name for one, row in zip(told, rows, strict=True) if one is not None)
         if found:
             return FORMATS[found.most_common(1)[0][0]]
     columns = sorted({name for row in rows if isinstance(row, Mapping) for name in row})

@@ -155,6 +155,25 @@ def test_a_row_that_is_cut_says_so(tmp_path: Path, capsys: pytest.CaptureFixture
     assert printed.count("system") == 0, "the beginning of the prompt is gone"
 
 
+def test_what_would_stop_the_stage_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "Hi.", "completion": "Hello."}, {"prompt": "Why?" * 40, "completion": "So."}]
+    printed = _printed(tmp_path, SftConfig(max_length=60), rows, capsys)
+    assert "the stage would stop: 1 dropped of 2 rows, because too long, more than 10%" in printed
+    printed = _printed(tmp_path, SftConfig(), [rows[0], {"prompt": "Hi.", "completion": 5}], capsys)
+    assert "the stage would stop: 'completion' must be text" in printed
+    assert "would stop" not in _printed(tmp_path, SftConfig(), rows, capsys)
+
+
+def test_what_is_taken_of_the_rows_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "Hi.", "completion": "Good."}\n')
+    data = DataConfig(source="", fraction=0.5, mix=[MixedConfig(share=0.25)])
+    rows = [{"prompt": f"{number}?", "completion": "Yes."} for number in range(6)]
+    printed = _printed(tmp_path, SftConfig(data=data), rows, capsys, extra_data={"data.mix[0]": other})
+    assert "data.fraction=0.5: about 3 of these are taken" in printed
+    assert "mixed in: 25% of all rows" in printed
+
+
 def test_the_page_shows_what_the_terminal_shows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

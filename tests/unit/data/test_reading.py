@@ -221,3 +221,46 @@ def test_the_doctor_says_what_each_stage_can_make_of_a_file(tmp_path: Path) -> N
     prompts.write_text(_lines([{"prompt": "a"}, {"prompt": "b"}]))
     assert examine(prompts, ALL).meant_for == ["ppo"]
     assert not examine(prompts, ALL).faults
+
+
+def test_half_a_surrogate_pair_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "a \\ud83d b", "completion": "c"}\n{"prompt": "\\ud83d\\ude00", "completion": "d"}\n')
+    first, second = rows_of(file)
+    assert isinstance(first, DataError)
+    assert first.where == f"{file}:1"
+    assert isinstance(second, RawRow)
+    assert second.value["prompt"] == "\U0001f600"
+
+
+def test_the_first_row_of_a_csv_stands_in_its_second_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("prompt,chosen,rejected\nHi.,,No.\nHi.,Yes.,No.\n")
+    with pytest.raises(DataError, match="'chosen'") as caught:
+        read_records(file, PreferencePair, ALL)
+    assert caught.value.where == f"{file}:2"
+
+
+def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(_lines([{"q": "Hi.", "a": "Hello."}]))
+    data = DataConfig(source="", columns={"prompt": "q", "completion": "nosuch"})
+    with pytest.raises(DataError, match="names a column 'nosuch', which no row has") as caught:
+        read_records(file, Conversation, data)
+    assert caught.value.remedy == "the columns are a, q"
+
+
+PAIR = {"prompt": "Hi.", "chosen": "Yes.", "rejected": "No."}
+
+
+@pytest.mark.parametrize(
+    ("faulty", "count"),
+    [({"chosen": None}, 6), ({"chosen": None}, 9), ({"rejected": "Yes."}, 7), ({"chosen": None}, 12)],
+)
+def test_rows_are_faulty_however_many_they_are(tmp_path: Path, faulty: dict[str, Any], count: int) -> None:
+    file = tmp_path / "a.jsonl"
+    rows = [PAIR | {"prompt": f"{number}?"} | (faulty if number < count else {}) for number in range(12)]
+    file.write_text(_lines(rows))
+    found = examine(file, DataConfig(source="", format="preference" if count == 12 else None))
+    assert found.format.name == "preference"
+    assert [fault.where for fault in found.faults] == [f"{file}:{line}" for line in range(1, count + 1)]

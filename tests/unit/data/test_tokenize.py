@@ -228,6 +228,11 @@ def test_a_conversation_without_an_assistant_turn_is_an_error(tokenizer: Any) ->
         tokenize_conversation(tokenizer, _messages([("user", "Hi.")]))
 
 
+def test_a_conversation_that_begins_with_the_assistant_is_an_error(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="begins with a turn of the assistant"):
+        tokenize_conversation(tokenizer, _messages([("assistant", "Hello."), ("user", "Hi."), ("assistant", "Yes.")]))
+
+
 # ---- what reads like a control token ---------------------------------------------------------------------------------
 
 
