@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from alignment.data.rendering import control_tokens
+from alignment.data.tokenize import front
 from alignment.errors import DataError
 
 CHATML = "chatml"
@@ -30,11 +32,9 @@ def set_template(tokenizer: Any, source: str) -> None:
     if source != CHATML:
         tokenizer.chat_template = template_text(source)
         return
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if {_START, _END} <= special:
+    if {_START, _END} <= control_tokens(tokenizer).ids.keys():
         tokenizer.eos_token = _END
-    begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    begin = "{{ bos_token }}" if begins_with_bos else ""
+    begin = "{{ bos_token }}" if front(tokenizer) else ""
     tokenizer.chat_template = _TEMPLATE.format(begin=begin, start=_START, end=tokenizer.eos_token)
 
 

@@ -85,7 +85,7 @@ class Job:
             try:
                 records += self.reader.records(parsed(row))
             except DataError as error:
-                notes.append(_note(error))
+                notes.append(note_of_error(error))
         columns: dict[str, list[Any]] = {name: [] for name in self.schema.names}
         longest = 0
         for one in tokenized(self.tokenizer, self.kind, records[:at_most], self.limits):
@@ -108,11 +108,12 @@ class Job:
 def note_of(one: Tokenized) -> Note | None:
     """What became of a record, if anything."""
     if one.fault is not None:
-        return _note(one.fault)
+        return note_of_error(one.fault)
     return Note(where=one.record.where, kind=CUT, reason=one.cut) if one.cut else None
 
 
-def _note(error: DataError) -> Note:
+def note_of_error(error: DataError) -> Note:
+    """Why a row was left out."""
     kind = {SetAside: SET_ASIDE, RowTooLong: TOO_LONG}.get(type(error), FAULT)
     return Note(where=error.where, kind=kind, reason=error.message, remedy=error.remedy)
 

@@ -37,14 +37,6 @@ class Reading:
     faults: list[DataError] = field(default_factory=list)
     set_aside: list[SetAside] = field(default_factory=list)
 
-    def ledger(self) -> list[dict[str, str]]:
-        """What was left out, as rows of a file."""
-        return [
-            {"where": error.where, "kind": kind, "reason": error.message}
-            for kind, errors in (("fault", self.faults), ("set aside", self.set_aside))
-            for error in errors
-        ]
-
 
 def read_records(path: Path, record: type[R], data: SourceConfig) -> list[R]:
     """All records of the source, at most ``data.limit``.

@@ -142,14 +142,13 @@ def _make(folder: Path, schema: pa.Schema, chunks: Iterator[Chunk], progress: Ca
     folder.mkdir(parents=True)
     try:
         _write(folder, schema, chunks, progress)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise StageError(
             f"token rows cannot be written: {error}", where=str(folder), remedy="free space, or choose another output="
         ) from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _write(folder: Path, schema: pa.Schema, chunks: Iterator[Chunk], progress: Callable[[int], None] | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from datasets import Dataset, concatenate_datasets
 
 from alignment.config.data import DataConfig, SourceConfig
-from alignment.data.chunks import CHUNK, CUT, TOO_LONG, note_of
+from alignment.data.chunks import CHUNK, CUT, TOO_LONG, note_of, note_of_error
 from alignment.data.kinds import Kind, Tokenized, tokenized
 from alignment.data.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.mix import mixed, subset
@@ -133,15 +133,17 @@ def _places(context: StageContext, data: DataConfig, field: str, counts: Sequenc
 def _read(context: StageContext, record: type[R], data: SourceConfig, path: Path) -> list[R]:
     reading = start(path, data)
     records = list(iterate(path, record, data, reading=reading))
-    _note(context, reading.ledger())
-    _warn(path, reading.rows, reading.ledger())
+    left_out = [note_of_error(error).as_row() for error in (*reading.faults, *reading.set_aside)]
+    _note(context, left_out)
+    _warn(context, path, reading.rows, left_out, len(left_out))
     return records
 
 
 def _hand_on_ledger(context: StageContext, table: TokenTable) -> None:
     with table.ledger.open(encoding="utf-8") as stream:
         _append(context, stream)
-    _warn(table.path, table.read, [note for notes in table.first.values() for note in notes], sum(table.notes.values()))
+    first = [note for notes in table.first.values() for note in notes]
+    _warn(context, table.path, table.read, first, sum(table.notes.values()))
 
 
 def _note(context: StageContext, entries: Iterable[Mapping[str, str]]) -> None:
@@ -157,11 +159,11 @@ def _append(context: StageContext, lines: Iterable[str]) -> None:
             stream.writelines(chain([first], lines))
 
 
-def _warn(path: Path, rows: int, entries: Sequence[Mapping[str, str]], count: int | None = None) -> None:
-    if entries:
+def _warn(context: StageContext, path: Path, rows: int, entries: Sequence[Mapping[str, str]], count: int) -> None:
+    if entries and context.is_main:
         log.warning(
             "%d of %d rows of %s were left out or cut, such as %s: %s (%s has them all)",
-            len(entries) if count is None else count,
+            count,
             rows,
             path,
             entries[0]["where"],

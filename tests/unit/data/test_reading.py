@@ -158,8 +158,7 @@ def test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed(tmp_path: Path)
     skip = DataConfig(source="", on_error=OnError.skip, max_skipped=0.5)
     reading = start(file, skip)
     assert len(list(iterate(file, Conversation, skip, reading=reading))) == 33
-    assert [entry["where"] for entry in reading.ledger()] == [f"{file}:{4 + 2 * number}" for number in range(30)]
-    assert {entry["kind"] for entry in reading.ledger()} == {"fault"}
+    assert [fault.where for fault in reading.faults] == [f"{file}:{4 + 2 * number}" for number in range(30)]
     with pytest.raises(DataError, match=r"more than 5% of 63 rows are faulty; 30 faulty rows:"):
         read_records(file, Conversation, DataConfig(source="", on_error=OnError.skip))
 
