@@ -1,9 +1,10 @@
 """Attention inside the rows of a stream, as a function that transformers' models call (AttentionInterface).
 
-On CPU every row is one call of scaled-dot-product attention; its backward pass is written out, because PyTorch's flash
-kernel for CPU took four times as long as the matrix products that it is made of. Rows that follow one another behind
-the same beginning, such as n answers to a prompt, are one call, as far as their queries fit into one block. On CUDA all
-rows are one call of the variable-length kernel. A shared beginning is gathered in front of the row's own keys and
+On CPU a row whose queries fit into one block is two matrix products with a softmax between, which is kept for the
+backward pass; rows that follow one another behind the same beginning, such as n answers to a prompt, are one block as
+far as they fit. A longer row is one call of scaled-dot-product attention. The backward pass is written out, because
+PyTorch's flash kernel for CPU took four times as long as the matrix products that it is made of. On CUDA all rows are
+one call of the variable-length kernel. A shared beginning is gathered in front of the row's own keys and
 values.
 """
 
@@ -26,7 +27,7 @@ from alignment.models.rows import Range, Segment
 ATTENTION = "flat_sdpa"
 
 QUERIES = 256
-"""Queries whose scores are held at once in the backward pass: 9 heads × 256 × 2,048 bfloat16 are 9 MB."""
+"""Queries whose scores are held at once: 9 heads × 256 × 2,048 bfloat16 are 9 MB."""
 
 
 def flat_attention(
@@ -84,6 +85,19 @@ class _Block:
     keys: tuple[Range, ...]
     hidden: Tensor | None
 
+    @property
+    def is_small(self) -> bool:
+        """Whether its weights are computed as they are written, and kept for the backward pass."""
+        return self.own[1] - self.own[0] <= QUERIES
+
+    def hidden_among(self, first: int, last: int, like: Tensor) -> Tensor:
+        """``[last - first] × 2``: what the queries of these places hide of their own keys; ``like`` has the dtype."""
+        count = last - first
+        if self.hidden is None:
+            return _later(count, like.dtype, like.device)
+        seen = self.hidden.shape[1] - (self.own[1] - last)
+        return self.hidden[first - self.own[0] : last - self.own[0], seen - count : seen]
+
 
 @functools.lru_cache(maxsize=4)  # all layers, and the models that read the same stream, ask for the same ones
 def _blocks(segments: tuple[Segment, ...], dtype: torch.dtype, device: torch.device) -> tuple[_Block, ...]:
@@ -124,28 +138,36 @@ class _RowAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[_Block, ...], scale: float
     ) -> Tensor:
         attended = query.new_empty(*query.shape[:2], value.shape[-1])
+        kept = []
         for block in blocks:
             start, end = block.own
-            attended[:, start:end] = nn.functional.scaled_dot_product_attention(
-                query[None, :, start:end],
-                _gathered(key, block.keys)[None],
-                _gathered(value, block.keys)[None],
-                attn_mask=block.hidden,
-                is_causal=block.hidden is None,
-                scale=scale,
-                enable_gqa=query.shape[0] != key.shape[0],
-            )[0]
-        ctx.save_for_backward(query, key, value)
+            queries, keys, values = query[:, start:end], _gathered(key, block.keys), _gathered(value, block.keys)
+            if block.is_small:
+                weights = _weights(_grouped(queries, key.shape[0]), keys, block.hidden_among(start, end, query), scale)
+                attended[:, start:end] = torch.bmm(weights, values).view(-1, end - start, value.shape[-1])
+                kept.append(weights)
+            else:
+                attended[:, start:end] = nn.functional.scaled_dot_product_attention(
+                    queries[None],
+                    keys[None],
+                    values[None],
+                    attn_mask=block.hidden,
+                    is_causal=block.hidden is None,
+                    scale=scale,
+                    enable_gqa=query.shape[0] != key.shape[0],
+                )[0]
+        ctx.save_for_backward(query, key, value, *kept)
         ctx.blocks, ctx.scale = blocks, scale
         return attended
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        grad = grad.to(query.dtype)
+        grad, weights = grad.to(query.dtype), iter(kept)
         for block in ctx.blocks:
-            _block_backward((query, key, value), grads, grad, block, ctx.scale)
+            of_block = next(weights) if block.is_small else None
+            _block_backward((query, key, value), grads, grad, block, of_block, ctx.scale)
         return *grads, None, None
 
 
@@ -154,22 +176,23 @@ def _block_backward(
     grads: tuple[Tensor, Tensor, Tensor],
     grad: Tensor,
     block: _Block,
+    kept: Tensor | None,
     scale: float,
 ) -> None:
-    """Adds one block's share to the gradients. Scores are recomputed, some queries at a time on the keys they see."""
+    """Adds one block's share to the gradients. Weights that were not ``kept`` are computed again, some queries at a
+    time on the keys they see."""
     (query, key, value), (grad_query, grad_key, grad_value) = inputs, grads
     heads, (start, end) = key.shape[0], block.own
     keys, values = _gathered(key, block.keys), _gathered(value, block.keys)
     earlier = keys.shape[1] - (end - start)
     for first in range(start, end, QUERIES):
         last = min(first + QUERIES, end)
-        seen = earlier + last - start
+        seen = slice(earlier + last - start)
         queries, queries_grad = (_grouped(states[:, first:last], heads) for states in (query, grad))
-        if block.hidden is None:
-            hidden = _later(last - first, query.dtype, query.device)
-        else:
-            hidden = block.hidden[first - start : last - start, seen - (last - first) : seen]
-        own = _query_gradients(queries, keys[:, :seen], values[:, :seen], queries_grad, hidden, scale)
+        weights = kept
+        if weights is None:
+            weights = _weights(queries, keys[:, seen], block.hidden_among(first, last, query), scale)
+        own = _query_gradients(queries, keys[:, seen], values[:, seen], weights, queries_grad, scale)
         grad_query[:, first:last] = own[0].view(-1, last - first, query.shape[-1])
         _scatter_add(grad_key, block.keys, own[1])
         _scatter_add(grad_value, block.keys, own[2])
@@ -180,18 +203,22 @@ def _grouped(states: Tensor, heads: int) -> Tensor:
     return states.reshape(heads, -1, states.shape[-1])
 
 
-def _query_gradients(
-    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, hidden: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of softmax(scale·q kᵀ) v for ``[heads, queries or keys, width]``; the last keys are the queries' own.
+def _weights(query: Tensor, key: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    """softmax(scale·q kᵀ), ``[heads, queries, keys]``; the last keys are the queries' own.
 
     ``hidden`` is ``[count, count]`` about these last keys, −∞ on those that a query does not see, else 0; queries are
-    some times ``count``.
+    some times ``count``. In bfloat16 scores are rounded before the softmax, as transformers' eager attention does.
     """
     count, seen = hidden.shape[0], key.shape[1]
     scores = torch.bmm(query * scale, key.transpose(1, 2))
     scores.view(key.shape[0], -1, count, seen)[..., seen - count :].add_(hidden)
-    weights = torch.softmax(scores, dim=-1)
+    return torch.softmax(scores, dim=-1)
+
+
+def _query_gradients(
+    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, grad: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of softmax(scale·q kᵀ) v for ``[heads, queries or keys, width]``, given the softmax."""
     grad_value = torch.bmm(weights.transpose(1, 2), grad)
     grad_weights = torch.bmm(grad, value.transpose(1, 2))
     grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
