@@ -30,6 +30,7 @@ class Manifest:
 
     ``identity`` is the canonical form that was hashed, kept so that a plan can say what differs. ``base`` is the
     model that ``adapters`` stand on, in order; ``base`` with ``"source": "self"`` is the artifact's own ``model/``.
+    ``adapters_stood`` says how each stood on the model when it was trained (``SavedAdapter`` in models/load.py).
     ``metrics`` are the headline figures; ``usage`` holds seconds and peak memory in bytes.
     """
 
@@ -40,6 +41,7 @@ class Manifest:
     inputs: dict[str, str] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
     adapters: list[str] = field(default_factory=list)
+    adapters_stood: dict[str, dict[str, bool]] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     usage: dict[str, float] = field(default_factory=dict)
     tokenizer_sha256: str = ""

@@ -7,6 +7,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,10 +24,10 @@ examples:
   align run quickstart                            the whole chain on a small model
   align plan quickstart stages.dpo.beta=0.3       what would run, and why; starts nothing
   align run ./mine.yaml launch.num_processes=2    a recipe of your own, on two processes
-  align run quickstart adapter=full               another choice from conf/, for every stage
-
+  align run quickstart adapter=qlora              another choice from conf/, for every stage
   align preview quickstart --stage sft            rows as they will be learned from
   align doctor ./pairs.jsonl                      what a data file is, and what is wrong in it
+  align export quickstart/dpo --to ./model        a result as a folder that transformers reads
 
 exit codes: 0 well, 2 configuration, 3 data, 4 model, 5 stage, 6 not finite, 7 artifact, 8 busy,
 9 a scorer that failed, 75 preempted, 130 interrupted
@@ -89,6 +90,17 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
         return show_preview(
             console, options.recipe, options.overrides, stage=options.stage, rows=options.rows, html=options.html
         )
+    elif options.verb == "export":
+        from alignment.pipeline.export import export
+
+        return export(
+            console,
+            options.result,
+            to=options.to,
+            form=options.form,
+            max_gap=options.max_gap,
+            output=Path(options.output).expanduser().absolute(),
+        )
     elif options.verb == "plan":
         from alignment.pipeline.plan import make_plan
         from alignment.pipeline.summary import show_plan
@@ -141,9 +153,32 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--against", metavar="DATA", help="say which rows ask what this file asks: of an evaluation, say"
     )
+    _add_export(verbs)
     verbs.add_parser("recipes", help="list the shipped recipes", description="List the shipped recipes.")
     verbs.add_parser("stages", help="list the kinds of stage", description="List the kinds of stage.")
     return parser
+
+
+def _add_export(verbs: Any) -> None:
+    summary = "write a result as a folder that transformers or PEFT reads"
+    one = verbs.add_parser("export", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    one.add_argument("result", metavar="RESULT", help="an artifact's folder, or RUN/STAGE such as quickstart/dpo")
+    one.add_argument("--to", required=True, metavar="FOLDER", help="a folder that does not exist yet")
+    one.add_argument(
+        "--as",
+        dest="form",
+        choices=("model", "adapter"),
+        default="model",
+        help="adapters merged into whole weights (default), or the one adapter on its base",
+    )
+    one.add_argument(
+        "--max-gap",
+        type=float,
+        default=0.01,
+        metavar="NATS",
+        help="mean KL a token that merging may cause by rounding (default: 0.01)",
+    )
+    one.add_argument("--output", default=".", metavar="FOLDER", help="the folder that holds runs/ (default: this one)")
 
 
 def _show_recipes(console: Console) -> None:

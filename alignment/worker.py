@@ -131,6 +131,7 @@ def _publish(spec: StageSpec, context: StageContext, result: StageResult) -> Non
         inputs=spec.input_fingerprints,
         base=result.base,
         adapters=result.adapters,
+        adapters_stood=result.adapters_stood,
         metrics=result.metrics,
         usage=usage(context),
         versions=_versions(),

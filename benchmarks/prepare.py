@@ -241,7 +241,7 @@ def _reward_model(folder: Path, base: Path, tokenizer: Any, data: Path | None, a
     artifact = artifact_of(stage)
     if not artifact.exists() and worker.main(stage_file) != 0:
         raise RuntimeError("the reward stage failed; what it said stands above")
-    model = load_reward_model(spec, StageInput(ref="stage:reward", path=artifact))
+    model = load_reward_model(spec, StageInput(ref="stage:reward", path=artifact), device=torch.device("cpu"))
     plain = model.merge_and_unload() if adapter == "lora" else model
     plain.save_pretrained(str(folder / "reward-plain"))
     return {"reward_artifact": str(artifact), "reward_folder": str(folder / "reward-plain")}

@@ -32,9 +32,9 @@ from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import RewardConfig, StageConfig
 from alignment.config.tracking import TrackerKind, TrackingConfig
 from alignment.data.tokenizer import load_tokenizer
-from alignment.models.adapters import add_adapter
 from alignment.models.answers import unwrapped
-from alignment.models.load import Lineage, load_scalar
+from alignment.models.load import Lineage
+from alignment.models.start import load_start
 from alignment.stage_spec import StageInput, StageSpec
 from alignment.stages.result import save_model
 from alignment.training.context import StageContext
@@ -185,18 +185,24 @@ def publish_tiny(
         identity=spec.identity,
         base=result.base,
         adapters=result.adapters,
+        adapters_stood=result.adapters_stood,
         **result.hashes,
     )
     publish(context.content, spec.artifact, manifest)
     return StageInput(ref=f"stage:{spec.stage}", path=spec.artifact)
 
 
-def tiny_reward(folder: Path, adapter: AdapterConfig, *, found: Lineage, offset: float = 0.5) -> StageInput:
-    """A published reward model on ``found`` whose adapter and head say something; its spec lies in ``folder``."""
-    spec = tiny_spec(folder, RewardConfig(adapter=adapter))
+def tiny_reward(
+    folder: Path, adapter: AdapterConfig, *, found: Lineage, offset: float = 0.5, **changes: Any
+) -> StageInput:
+    """A published reward model on ``found`` whose adapter and head say something; its spec lies in ``folder``.
+
+    ``changes`` replace fields of the spec.
+    """
+    spec = tiny_spec(folder, RewardConfig(adapter=adapter), **changes)
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        model = add_adapter(load_scalar(found, torch.float32), adapter, TaskType.SEQ_CLS)
+        model = load_start(found, adapter, Dtype.float32, task=TaskType.SEQ_CLS, device=torch.device("cpu"))
         liven(model)
     base = unwrapped(model)
     score = base.score.modules_to_save["default"] if model is not base else base.score
@@ -205,10 +211,10 @@ def tiny_reward(folder: Path, adapter: AdapterConfig, *, found: Lineage, offset:
 
 
 def liven(model: torch.nn.Module) -> None:
-    """Gives a fresh adapter factors that do change the model (PEFT starts them at zero)."""
+    """Gives a fresh adapter factors that do change the model (PEFT starts them at zero); frozen ones stay."""
     rng = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name and parameter.requires_grad:
             parameter.data.normal_(std=0.1, generator=rng)
 
 

@@ -1,4 +1,4 @@
-"""How a stage changes the weights: all of them, or a low-rank adapter."""
+"""How a stage changes the weights: all of them, or an adapter beside them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,37 @@ from enum import Enum
 
 
 class AdapterKind(str, Enum):
-    """``full`` trains every weight; ``lora`` trains low-rank factors beside frozen weights (Hu et al. 2021)."""
+    """``full`` trains every weight, all others train low-rank factors beside frozen weights.
+
+    ``lora``: Hu et al. 2021. ``dora``: the factors turn a weight, and a magnitude for each of its outputs is trained
+    too (Liu et al. 2024). ``qlora``: the frozen linear weights are held in four bits, NF4 with double quantisation
+    (Dettmers et al. 2023).
+    """
 
     full = "full"
     lora = "lora"
+    dora = "dora"
+    qlora = "qlora"
+
+
+Chain = Enum("Chain", {"merge": "merge", "stack": "stack", "continue": "continue"}, type=str)
+"""What becomes of the adapters that a stage starts from. ``merge``: they are added into the frozen weights, below a
+fresh adapter. ``stack``: they stay beside the weights, frozen, and a fresh one learns on top. ``continue``: the topmost
+one is trained on, and no other is added."""
+
+CONTINUE = Chain("continue")  # a word that Python keeps for itself
+
+SHAPE = ("rank", "alpha", "rslora", "target_modules")
+"""Settings of an adapter that a stage which continues it cannot change."""
 
 
 @dataclass(kw_only=True, slots=True)
 class AdapterConfig:
-    """``rank``, ``alpha``, ``dropout`` and ``target_modules`` apply to adapters, ``master_weights`` to full training.
+    """What an adapter is made of, and how it stands on those of earlier stages.
+
+    ``rank``, ``alpha``, ``dropout``, ``rslora`` (scale by alpha/√rank instead of alpha/rank, Kalajdzievski 2023),
+    ``target_modules``, ``modules_to_save`` (trained whole, beside the factors) and ``chain`` apply to adapters,
+    ``master_weights`` to full training.
 
     ``target_modules`` is a list of module names, or the single word ``all-linear``. With ``master_weights`` the trained
     weights, their gradients and Adam's moments are float32; without, they have ``model.dtype``, half the bytes of each,
@@ -26,5 +48,8 @@ class AdapterConfig:
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
+    rslora: bool = False
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    modules_to_save: list[str] = field(default_factory=list)
+    chain: Chain = Chain.merge
     master_weights: bool = True

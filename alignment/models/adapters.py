@@ -1,16 +1,36 @@
-"""Putting an adapter on a model, and taking the sum of what was learned."""
+"""Putting adapters on a model, switching them, and adding them into its weights.
+
+The adapter that a stage trains is PEFT's ``default`` one. Others beside it are frozen: those of earlier stages that it
+stands on, or a copy of what it was when the stage began.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.errors import ModelError
+from alignment.errors import ConfigError, ModelError
 from alignment.models.products import fuse_adapters
+
+OWN = "default"
+WEIGHTS = "adapter_model.safetensors"
+_BELOW = "below"
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -> PreTrainedModel | PeftModel:
@@ -25,7 +45,15 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
     if config.target_modules == ["all-linear"]:
         targets = "all-linear"
     lora = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, task_type=task
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        use_dora=config.kind is AdapterKind.dora,
+        target_modules=targets,
+        modules_to_save=list(config.modules_to_save) or None,
+        ensure_weight_tying=bool(config.modules_to_save) and bool(model.config.tie_word_embeddings),
+        task_type=task,
     )
     try:
         return compute_in_base_dtype(get_peft_model(model, lora))
@@ -37,15 +65,77 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
         ) from error
 
 
+def train_on(model: PreTrainedModel, folder: Path, config: AdapterConfig, task: TaskType) -> PeftModel:
+    """The model with a saved adapter, to be trained further; a frozen copy of it stays beside it, switched off.
+
+    Raises:
+        ConfigError: the adapter is of another kind or shape than ``config`` says.
+        ModelError: it was made for another architecture.
+    """
+    saved = saved_config(folder)
+    _refuse_other_shape(saved, config, folder)
+    saved.task_type, saved.inference_mode = task, False
+    wrapped = get_peft_model(model, saved)
+    _load(wrapped, folder, OWN)
+    return _with_frozen(wrapped, folder, "start")
+
+
+def add_frozen(model: PeftModel, folders: Sequence[Path]) -> PeftModel:
+    """Lets saved adapters add to the model's weights too, below its own.
+
+    Raises:
+        ModelError: one was made for another architecture.
+    """
+    for number, folder in enumerate(folders):
+        _with_frozen(model, folder, f"{_BELOW}{number}")
+    return with_own(model)
+
+
+def with_own(model: PeftModel) -> PeftModel:
+    """The model with those adapters at work that it stands on, and its own last: as it is trained and used."""
+    _activate(model, [*(name for name in model.peft_config if name.startswith(_BELOW)), OWN])
+    return model
+
+
+def put_back(model: PreTrainedModel, folders: Sequence[Path], *, trainable: bool) -> PeftModel:
+    """Saved adapters on the weights that they stood on, bottom first; the last one is the model's own.
+
+    Raises:
+        ModelError: one was made for another architecture.
+    """
+    saved_config(folders[-1])
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(folders[-1]), is_trainable=trainable)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"this adapter does not fit the model: {error}", where=str(folders[-1])) from error
+    return add_frozen(wrapped, folders[:-1]).eval() if folders[1:] else compute_in_base_dtype(wrapped).eval()
+
+
+@contextmanager
+def at_start(model: PeftModel) -> Iterator[PreTrainedModel]:
+    """The model as it was when the stage began, for the duration of a ``with`` block: what it starts from."""
+    frozen = [name for name in model.peft_config if name != OWN]
+    if not frozen:
+        with model.disable_adapter():
+            yield model.get_base_model()
+        return
+    before = [(layer, layer.active_adapters) for layer in _layers(model)]
+    _activate(model, frozen)
+    try:
+        yield model.get_base_model()
+    finally:
+        for layer, names in before:
+            layer._active_adapter = names
+
+
 def compute_in_base_dtype(model: PeftModel) -> PeftModel:
     """Lets autocast choose the products' dtype; the factors themselves stay float32 for the optimiser.
 
     PEFT would convert every activation to float32 and back around each adapter, which costs a third of a step on CPU.
     Plain low-rank layers become one function each (alignment/models/products.py).
     """
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False
+    for module in _layers(model):
+        module.cast_input_dtype_enabled = False
     fuse_adapters(model)
     return model
 
@@ -56,9 +146,81 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     Raises:
         ModelError: the adapter was made for another architecture.
     """
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError("no adapter_model.safetensors here", where=str(folder), remedy="pickled adapters are not read")
+    saved_config(folder)
     try:
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"this adapter does not fit the model: {error}", where=str(folder)) from error
+
+
+def saved_config(folder: Path) -> Any:
+    """What PEFT wrote about a saved adapter.
+
+    Raises:
+        ModelError: there is no adapter in safetensors.
+    """
+    if not (folder / WEIGHTS).is_file():
+        raise ModelError(f"no {WEIGHTS} here", where=str(folder), remedy="pickled adapters are not read")
+    return PeftConfig.from_pretrained(str(folder))
+
+
+def _refuse_other_shape(saved: Any, config: AdapterConfig, folder: Path) -> None:
+    """A stage that continues an adapter changes its weights, not its shape."""
+    told = {
+        "rank": (config.rank, saved.r),
+        "alpha": (config.alpha, saved.lora_alpha),
+        "rslora": (config.rslora, saved.use_rslora),
+        "kind": (config.kind is AdapterKind.dora, saved.use_dora),
+    }
+    for name, (wanted, found) in told.items():
+        if wanted != found:
+            raise ConfigError(
+                f"the adapter that is to be continued has {found}, the stage asks for {wanted}",
+                where=f"adapter.{name}",
+                remedy=f"take the values of the earlier stage ({folder.name}), or adapter.chain=stack",
+            )
+
+
+def _with_frozen(model: PeftModel, folder: Path, name: str) -> PeftModel:
+    """The model with a saved adapter beside those it has, switched off. A sequence classifier's own way of adding one
+    would copy its head too."""
+    PeftModel.add_adapter(model, name, saved_config(folder))
+    _load(model, folder, name)
+    for parameter_name, parameter in model.named_parameters():
+        if f".{name}." in parameter_name:
+            parameter.requires_grad_(False)
+    return compute_in_base_dtype(model)
+
+
+def _load(model: PeftModel, folder: Path, name: str) -> None:
+    """Gives an adapter its saved weights; what was not saved, such as a head that is new here, stays as it is."""
+    weights = {**_whole_modules(model, name), **load_peft_weights(str(folder), device="cpu")}
+    try:
+        found = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except (RuntimeError, KeyError) as error:
+        raise ModelError(f"this adapter does not fit the model: {error}", where=str(folder)) from error
+    if found.unexpected_keys:
+        raise ModelError(
+            f"this adapter does not fit the model, which lacks {found.unexpected_keys[0]}", where=str(folder)
+        )
+
+
+def _whole_modules(model: PeftModel, adapter: str) -> dict[str, Any]:
+    """What an adapter holds beside its factors, under the names by which PEFT saves it."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            state = module.state_dict()
+            for saved, held in module.adapter_state_dict_load_map(adapter).items():
+                found[f"{name}.{saved}"] = state[held]
+    return found
+
+
+def _layers(model: PeftModel) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _activate(model: PeftModel, names: list[str]) -> None:
+    """Which adapters add to the weights. PEFT's own way would also say which of them are trained."""
+    for layer in _layers(model):
+        layer._active_adapter = names

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from alignment.models.attention import ATTENTION as FLAT_ATTENTION
 from alignment.models.cache import ATTENTION, ROOM
+from alignment.models.nf4 import Nf4Linear, computes_in, frozen_weight
 from alignment.models.precision import products_dtype
 from alignment.models.products import factors
 
@@ -64,8 +65,8 @@ def _laid_out(module: nn.Module, rows: int) -> Forward | None:
         base, pair = module.get_base_layer(), factors(module)
         if pair is None or not _is_whole(base):
             return None
-        return _with_adapter(_product(base, rows), *pair, products_dtype(base.weight))
-    if _is_whole(module) and _gains(module.weight):
+        return _with_adapter(_product(base, rows), *pair, computes_in(base))
+    if _is_whole(module) and (isinstance(module, Nf4Linear) or _gains(module.weight)):
         return _product(module, rows)
     return None
 
@@ -83,7 +84,9 @@ def _with_adapter(product: Forward, a: Tensor, b: Tensor, dtype: torch.dtype) ->
 
 
 def _is_whole(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """A linear layer that is not sharded, quantised or offloaded."""
+    """A linear layer that is not sharded or offloaded; in four bits only on a CPU, where there is room for a copy."""
+    if isinstance(module, Nf4Linear):
+        return module.weight.device.type == "cpu"
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     weight = module.weight
@@ -102,8 +105,8 @@ def _gains(weight: Tensor) -> bool:
 
 def _product(module: nn.Linear, rows: int) -> Forward:
     """The linear layer as a function on its copy of the weight."""
-    weight, bias = module.weight.detach(), module.bias
-    dtype = products_dtype(weight)
+    dtype, bias = computes_in(module), module.bias
+    weight = frozen_weight(module, dtype).detach()
     held_bias = None if bias is None else bias.detach().to(dtype)
     if _is_laid_out(weight):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), rows)

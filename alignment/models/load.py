@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,23 @@ from alignment.config.model import Dtype
 from alignment.data.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.errors import ModelError
 from alignment.models.adapters import merge_adapter
+from alignment.models.nf4 import round_trunk
 from alignment.stage_spec import StageInput, StageSpec
 
 DTYPES = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedAdapter:
+    """A folder as PEFT writes it, and how the adapter stood on the model when it was trained.
+
+    ``merged``: the adapters below it had been added into the weights; else they stood beside them. ``nf4``: linear
+    weights were held in four bits.
+    """
+
+    path: Path
+    merged: bool = True
+    nf4: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,12 +42,26 @@ class Lineage:
     """A policy as a base folder and the adapters on it, bottom first.
 
     ``source`` names the base as the user wrote it. Example: ``Lineage(source="bundled:smollm2-135m",
-    base=Path("…/smollm2-135m"), adapters=(Path("…/sft-5f0e9b1c/adapters/0-sft"),))``.
+    base=Path("…/smollm2-135m"), adapters=(SavedAdapter(path=Path("…/sft-5f0e9b1c/adapters/0-sft")),))``.
     """
 
     source: str
     base: Path
-    adapters: tuple[Path, ...]
+    adapters: tuple[SavedAdapter, ...]
+
+    @property
+    def beside(self) -> tuple[SavedAdapter, ...]:
+        """The topmost adapters, which stood together beside the same weights."""
+        return self.adapters[self._own_weights :]
+
+    @property
+    def weights(self) -> Lineage:
+        """What the weights that these stood on were made of."""
+        return replace(self, adapters=self.adapters[: self._own_weights])
+
+    @property
+    def _own_weights(self) -> int:
+        return max((place for place, adapter in enumerate(self.adapters) if adapter.merged), default=0)
 
 
 def lineage(spec: StageSpec, stage_input: StageInput) -> Lineage:
@@ -48,11 +76,22 @@ def lineage(spec: StageSpec, stage_input: StageInput) -> Lineage:
     if read_manifest(stage_input.path) is None:  # a plain model folder
         return Lineage(source=stage_input.ref, base=stage_input.path, adapters=())
     manifest = verify(stage_input.path, content=True)
-    adapters = tuple(inside(stage_input.path, name) for name in manifest.adapters)
+    adapters = saved_adapters(stage_input.path, manifest)
     if manifest.base["source"] == "self":
         return Lineage(source="self", base=stage_input.path / "model", adapters=adapters)
     base = _base_of(manifest, spec, stage_input)
     return Lineage(source=manifest.base["source"], base=base, adapters=adapters)
+
+
+def saved_adapters(artifact: Path, manifest: Manifest) -> tuple[SavedAdapter, ...]:
+    """The adapters in an artifact's folder, bottom first.
+
+    Raises:
+        ArtifactError: the manifest names one outside of it.
+    """
+    return tuple(
+        SavedAdapter(path=inside(artifact, name), **manifest.adapters_stood.get(name, {})) for name in manifest.adapters
+    )
 
 
 def base_record(spec: StageSpec, found: Lineage) -> dict[str, Any]:
@@ -103,10 +142,18 @@ def refuse_other_tokenizer(spec: StageSpec, stage_input: StageInput, tokenizer: 
 
 
 def load_policy(found: Lineage, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model with all adapters merged, in evaluation mode; every weight can be trained."""
-    model = _from_folder(found.base, dtype)
-    for folder in found.adapters:
-        model = merge_adapter(model, folder)
+    """A causal language model with all adapters merged, in evaluation mode; every weight can be trained.
+
+    Where an adapter was trained on weights in four bits, it is added to what these stand for.
+    """
+    if not found.adapters:
+        model = _from_folder(found.base, dtype)
+    else:
+        model = load_policy(found.weights, dtype)
+        if found.adapters[-1].nf4:
+            round_trunk(model)
+    for adapter in found.beside:
+        model = merge_adapter(model, adapter.path)
     model.config.use_cache = False
     return model.requires_grad_(True).eval()  # PEFT leaves frozen what it has merged
 

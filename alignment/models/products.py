@@ -1,11 +1,14 @@
-"""A low-rank adapter beside its linear layer as one function: y = x Wᵀ + b + s (x Aᵀ) Bᵀ (Hu et al. 2021, eq. 3).
+"""Low-rank adapters beside their linear layer as one function: y = x Wᵀ + b + s (x Aᵀ) Bᵀ (Hu et al. 2021, eq. 3).
 
 PEFT's layer does the same in nine passes over activations, of which autograd keeps several. Here the scale goes into
-the small factor, the sum into the matrix product, and only ``x`` and ``x Aᵀ`` are kept.
+the small factor, the sum into the matrix product, and only ``x`` and ``x Aᵀ`` are kept. Several adapters on one layer
+are one of all their ranks together, and layers that read the same input (queries, keys and values; gate and up) share
+the products with small factors, whose few columns leave a processor idle.
 """
 
 from __future__ import annotations
 
+import itertools
 import types
 from typing import Any
 
@@ -14,74 +17,119 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from alignment.models.precision import products_dtype
+from alignment.models.nf4 import Nf4Linear, computes_in, frozen_weight
 
 
 def fuse_adapters(model: PeftModel) -> None:
     """Lets every plain LoRA layer of the model compute in one function; layers of other kinds stay as they are."""
     for module in model.modules():
-        if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
+        if type(module) is LoraLinear and type(module.get_base_layer()) in (nn.Linear, Nf4Linear):
             module.forward = types.MethodType(_forward, module)
 
 
 def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    name = _only_adapter(self)
-    if args or kwargs or name is None:
+    if args or kwargs or not _plain_adapters(self):
         return LoraLinear.forward(self, x, *args, **kwargs)
-    base = self.base_layer
-    a, b = self.lora_A[name].weight, self.lora_B[name].weight
-    return _LowRankProduct.apply(
-        x.to(products_dtype(base.weight)), base.weight, base.bias, a, b, float(self.scaling[name])
-    )
+    return _together(x, (self,))[0]
+
+
+def products(x: Tensor, layers: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
+    """What several layers make of one input: one function where all of them have plain low-rank adapters."""
+    if all(_is_fused(layer) and _plain_adapters(layer) for layer in layers):
+        return _together(x, layers)
+    return tuple(layer(x) for layer in layers)
+
+
+def _is_fused(layer: nn.Module) -> bool:
+    return type(layer) is LoraLinear and getattr(vars(layer).get("forward"), "__func__", None) is _forward
+
+
+def _together(x: Tensor, layers: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    found = [_factors(layer, _plain_adapters(layer)) for layer in layers]
+    bases = tuple(layer.base_layer for layer in layers)
+    scales = tuple(scale for _, _, scale in found)
+    factors = itertools.chain(*((a, b) for a, b, _ in found))
+    return _LowRankProducts.apply(x.to(computes_in(bases[0])), bases, scales, *factors)
 
 
 def factors(layer: LoraLinear) -> tuple[Tensor, Tensor] | None:
-    """The adapter's ``a [rank, in]`` and ``s·b [out, rank]``; None where the layer computes more than W x + s·b a x."""
-    name = _only_adapter(layer)
-    if name is None:
+    """The adapters' ``a [rank, in]`` and ``s·b [out, rank]``; None where the layer computes more than W x + s·b a x."""
+    names = _plain_adapters(layer)
+    if not names:
         return None
-    return layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach() * float(layer.scaling[name])
+    a, b, scale = _factors(layer, names)
+    return a.detach(), b.detach() * scale
 
 
-def _only_adapter(layer: LoraLinear) -> str | None:
-    """The adapter to add where it is one, unmerged, without dropout at work, bias or variant; else None.
+def _factors(layer: LoraLinear, names: list[str]) -> tuple[Tensor, Tensor, float]:
+    """``a``, ``b`` and the scale of their product."""
+    scales = [float(layer.scaling[name]) for name in names]
+    a, b = ([part[name].weight for name in names] for part in (layer.lora_A, layer.lora_B))
+    if len(names) == 1:
+        return a[0], b[0], scales[0]
+    return torch.cat(a), torch.cat([up * scale for up, scale in zip(b, scales, strict=True)], dim=1), 1.0
+
+
+def _plain_adapters(layer: LoraLinear) -> list[str]:
+    """The adapters to add where all are unmerged, without dropout at work, bias or variant; else none.
 
     Layers whose forward somebody replaced (decoding lays weights out anew, offloading fetches them) want to be called.
     """
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or len(names) != 1 or "forward" in vars(layer.base_layer):
-        return None
-    name = names[0]
+    if layer.disable_adapters or layer.merged or "forward" in vars(layer.base_layer):
+        return []
+    frozen = not layer.get_base_layer().weight.requires_grad
+    return names if frozen and all(_is_plain(layer, name) for name in names) else []
+
+
+def _is_plain(layer: LoraLinear, name: str) -> bool:
     dropout = layer.lora_dropout[name]
     drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and layer.training
-    plain = name not in layer.lora_variant and layer.lora_B[name].bias is None
-    return name if plain and not drops and not layer.get_base_layer().weight.requires_grad else None
+    return name not in layer.lora_variant and layer.lora_B[name].bias is None and not drops
 
 
-class _LowRankProduct(torch.autograd.Function):
-    """Gradients for ``x [..., in]`` and the factors ``a [rank, in]``, ``b [out, rank]``; weight and bias are frozen."""
+class _LowRankProducts(torch.autograd.Function):
+    """Several layers of one input ``x [..., in]``: their frozen products, and those of all their factors at once.
+
+    ``factors`` are ``a [rank, in]`` and ``b [out, rank]`` of each layer, and get gradients; ``x`` does too.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, bases: tuple[nn.Linear, ...], scales: tuple[float, ...], *factors: Tensor
+    ) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
-        weight, low, up = weight.to(x.dtype), a.to(x.dtype), (b * scale).to(x.dtype)
+        low = torch.cat([a.to(x.dtype) for a in factors[::2]])
+        ups = [(b * scale).to(x.dtype) for b, scale in zip(factors[1::2], scales, strict=True)]
         with torch.autocast(x.device.type, enabled=False):
             inner = flat @ low.T
-            out = flat @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), flat, weight.T)
-            out.addmm_(inner, up.T)
-        ctx.save_for_backward(flat, weight, low, up, inner)
-        ctx.scale = scale
-        ctx.shape, ctx.factor_dtype = x.shape, a.dtype
-        return out.view(*x.shape[:-1], -1)
+            parts = inner.split([up.shape[1] for up in ups], dim=1)
+            outs = [_product(flat, base).addmm_(part, up.T) for base, part, up in zip(bases, parts, ups, strict=True)]
+        ctx.save_for_backward(flat, low, inner, *ups)
+        ctx.bases, ctx.scales, ctx.shape = bases, scales, x.shape
+        ctx.dtypes = [factor.dtype for factor in factors]
+        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, low, up, inner = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
-        grad_inner = grad @ up
-        grad_a = (grad_inner.T @ x).to(ctx.factor_dtype)
-        grad_b = (grad.T @ inner).to(ctx.factor_dtype).mul_(ctx.scale)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, low, inner, *ups = ctx.saved_tensors
+        flat = [grad.reshape(-1, grad.shape[-1]).to(x.dtype) for grad in grads]
+        ranks = [up.shape[1] for up in ups]
+        inwards = [grad @ up for grad, up in zip(flat, ups, strict=True)]
+        grad_inner = inwards[0] if len(inwards) == 1 else torch.cat(inwards, dim=1)
+        grads_a = (grad_inner.T @ x).split(ranks)
+        grads_b = [grad.T @ part for grad, part in zip(flat, inner.split(ranks, dim=1), strict=True)]
+        found = [(a, b.mul_(scale)) for a, b, scale in zip(grads_a, grads_b, ctx.scales, strict=True)]
+        factors = [grad.to(dtype) for grad, dtype in zip(itertools.chain(*found), ctx.dtypes, strict=True)]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_inner, low).view(ctx.shape)
-        return grad_x, None, None, grad_a, grad_b, None
+            grad_x = grad_inner @ low
+            for grad, base in zip(flat, ctx.bases, strict=True):
+                grad_x.addmm_(grad, frozen_weight(base, x.dtype))
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, None, None, *factors
+
+
+def _product(x: Tensor, base: nn.Linear) -> Tensor:
+    weight = frozen_weight(base, x.dtype)
+    return x @ weight.T if base.bias is None else torch.addmm(base.bias.to(x.dtype), x, weight.T)

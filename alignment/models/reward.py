@@ -7,20 +7,22 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from alignment.errors import ModelError
-from alignment.models.adapters import compute_in_base_dtype
+from alignment.models.adapters import put_back
 from alignment.models.forward import install_scalar
-from alignment.models.load import DTYPES, Lineage, lineage, load_scalar, load_scalar_head
+from alignment.models.load import DTYPES, lineage, load_scalar, load_scalar_head
+from alignment.models.nf4 import quantize_trunk
 from alignment.stage_spec import StageInput, StageSpec
 
 
 def load_reward_model(
-    spec: StageSpec, stage_input: StageInput, *, trained: torch.dtype | None = None
+    spec: StageSpec, stage_input: StageInput, *, device: torch.device, trained: torch.dtype | None = None
 ) -> PreTrainedModel | PeftModel:
     """The reward model behind a reference; ``trained`` for a value model that starts from it.
 
-    ``trained`` is the dtype of its weights if they are trained whole; under an adapter they are frozen.
+    ``trained`` is the dtype of its weights if they are trained whole; under an adapter they are frozen. Weights in four
+    bits are made on ``device``; the rest is moved by the caller.
 
-    Its own adapter, the top one, stays unmerged, so that the scores are those of its training.
+    Its own adapter, the top one, stands on the model as it did in training, so that the scores are the same.
 
     Raises:
         ModelError: the artifact has no scalar head.
@@ -30,14 +32,15 @@ def load_reward_model(
     if not head.exists():
         raise ModelError("no scalar head (head.safetensors) here", where=str(stage_input.path))
     found = lineage(spec, stage_input)
-    below = Lineage(source=found.source, base=found.base, adapters=found.adapters[:-1])
     full = not found.adapters
-    model = load_scalar(below, trained if full and trained is not None else DTYPES[spec.model.dtype])
+    model = load_scalar(found.weights, trained if full and trained is not None else DTYPES[spec.model.dtype])
     load_scalar_head(model, head)
     install_scalar(model)
     if full:
         return model.requires_grad_(trained is not None)
-    return _with_adapter(model, found, trainable=trained is not None)
+    if found.adapters[-1].nf4:
+        quantize_trunk(model, device)
+    return put_back(model, [one.path for one in found.beside], trainable=trained is not None)
 
 
 def zero_head(model: PreTrainedModel | PeftModel) -> None:
@@ -47,8 +50,3 @@ def zero_head(model: PreTrainedModel | PeftModel) -> None:
     with torch.no_grad():
         head.weight.zero_()
         base.score_offset.zero_()
-
-
-def _with_adapter(model: PreTrainedModel, found: Lineage, *, trainable: bool) -> PeftModel:
-    wrapped = PeftModel.from_pretrained(model, str(found.adapters[-1]), is_trainable=trainable)
-    return compute_in_base_dtype(wrapped).eval()

@@ -1,7 +1,8 @@
 """The four models of PPO: policy and value are trained, reference and reward are frozen.
 
-Under an adapter the reference is the policy with its adapter off, and all frozen weights that policy, value and reward
-have in common are one tensor in memory. In full training each role has weights of its own.
+Under an adapter the reference is the policy with its adapter off, or as it was at the start, and all frozen weights
+that policy, value and reward have in common are one tensor in memory. In full training each role has weights of its
+own.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from transformers import PreTrainedModel
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.stage import Critic
 from alignment.models.actor_critic import ActorCritic, ValueHead
-from alignment.models.adapters import add_adapter
+from alignment.models.adapters import at_start
+from alignment.models.answers import unwrapped
 from alignment.models.flat import use_flat_attention
 from alignment.models.forward import install_scalar
-from alignment.models.load import DTYPES, Lineage, frozen_copy, load_policy, load_scalar, trained_dtype, weights_dtype
+from alignment.models.load import DTYPES, Lineage, frozen_copy, trained_dtype
 from alignment.models.reward import load_reward_model, zero_head
+from alignment.models.start import load_start
 from alignment.stage_spec import StageInput, StageSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Roles:
-    """``frozen_reference`` is None when the reference is the policy with its adapter off.
+    """``frozen_reference`` is None when the reference is the policy with other adapters at work.
 
     ``reward`` is None where answers are scored by something else than a reward model of ours.
     """
@@ -46,7 +49,7 @@ class Roles:
         """The policy at the start of the stage, for the duration of a ``with`` block."""
         if self.frozen_reference is not None:
             return contextlib.nullcontext(self.frozen_reference)
-        return _adapter_off(self.policy)
+        return at_start(self.policy)
 
     def base_copies(self) -> float:
         """Bytes of all roles' matrices, adapters aside and shared memory counted once, over those of the policy."""
@@ -84,17 +87,17 @@ def build_roles(
 
     Every model is on ``device`` before memory is shared: moving one later would give it copies of its own.
     """
-    policy = load_policy(found, weights_dtype(spec.model.dtype, adapter)).to(device)
+    trained = load_start(found, adapter, spec.model.dtype, task=TaskType.CAUSAL_LM, device=device).to(device)
+    policy = unwrapped(trained)
     use_flat_attention(policy)
     reference = frozen_copy(policy, DTYPES[spec.model.dtype]) if adapter.kind is AdapterKind.full else None
-    trained = add_adapter(policy, adapter, TaskType.CAUSAL_LM)
-    scorer = None if reward is None else load_reward_model(spec, reward).to(device)
+    scorer = None if reward is None else load_reward_model(spec, reward, device=device).to(device)
     if scorer is not None:
         share_frozen(scorer, trained)
     if critic is Critic.shared:
         value: nn.Module = ValueHead(policy.get_output_embeddings().weight.shape[1]).to(device)
     else:
-        value = _value_model(spec, found, reward, adapter).to(device)
+        value = _value_model(spec, found, reward, adapter, device=device).to(device)
         share_frozen(value, trained)
         if relative_returns or reward is None:
             zero_head(value)
@@ -102,13 +105,13 @@ def build_roles(
 
 
 def _value_model(
-    spec: StageSpec, found: Lineage, reward: StageInput | None, adapter: AdapterConfig
+    spec: StageSpec, found: Lineage, reward: StageInput | None, adapter: AdapterConfig, *, device: torch.device
 ) -> PreTrainedModel | PeftModel:
     if reward is not None:
-        return load_reward_model(spec, reward, trained=trained_dtype(spec.model.dtype, adapter))
-    model = load_scalar(found, weights_dtype(spec.model.dtype, adapter))
-    install_scalar(model)
-    return add_adapter(model, adapter, TaskType.SEQ_CLS).eval()
+        return load_reward_model(spec, reward, device=device, trained=trained_dtype(spec.model.dtype, adapter))
+    model = load_start(found, adapter, spec.model.dtype, task=TaskType.SEQ_CLS, device=device)
+    install_scalar(unwrapped(model))
+    return model.eval()
 
 
 def share_frozen(model: nn.Module, owner: nn.Module) -> int:
@@ -123,9 +126,3 @@ def share_frozen(model: nn.Module, owner: nn.Module) -> int:
             parameter.data = other.data
             shared += 1
     return shared
-
-
-@contextlib.contextmanager
-def _adapter_off(model: PeftModel):  # type: ignore[no-untyped-def]
-    with model.disable_adapter():
-        yield model.get_base_model()

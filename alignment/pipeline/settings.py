@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from alignment.config.adapter import AdapterKind
+from alignment.config.adapter import CONTINUE, SHAPE, AdapterConfig, AdapterKind, Chain
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.config.faults import Fault
 from alignment.config.model import Dtype, ModelConfig
@@ -22,7 +22,8 @@ def faults(config: RunConfig) -> list[Fault]:
     for name, stage in config.stages.items():
         where = f"stages.{name}"
         if isinstance(stage, Trained):
-            found += _adapter_faults(stage, config.model.dtype, f"{where}.adapter.master_weights")
+            found += _master_faults(stage.adapter, config.model.dtype, f"{where}.adapter.master_weights")
+            found += _chain_faults(stage, config, f"{where}.adapter")
         if not isinstance(stage, ReportConfig):
             found += _data_faults(stage.data, f"{where}.data")
         if isinstance(stage, PpoConfig):
@@ -38,10 +39,46 @@ def _template_faults(model: ModelConfig) -> Iterator[Fault]:
         yield Fault(where=error.where, message=f"{error.message}; {error.remedy}")
 
 
-def _adapter_faults(stage: Trained, dtype: Dtype, where: str) -> Iterator[Fault]:
-    if stage.adapter.master_weights:
+def _chain_faults(stage: Trained, config: RunConfig, where: str) -> Iterator[Fault]:
+    """What is known of the stage that this one starts from, where it is one of the run's."""
+    adapter = stage.adapter
+    if adapter.kind is AdapterKind.full or adapter.chain is Chain.merge:
         return
-    if stage.adapter.kind is not AdapterKind.full:
+    if adapter.modules_to_save:
+        yield Fault(
+            where=f"{where}.chain", message=f"modules_to_save goes with chain 'merge' only, not {adapter.chain.value!r}"
+        )
+    if adapter.kind is AdapterKind.dora and adapter.chain is Chain.stack:
+        message = "DoRA turns the weights that it finds and cannot be added to others beside them; take chain 'merge'"
+        yield Fault(where=f"{where}.chain", message=message)
+    if adapter.chain is not CONTINUE:
+        return
+    before = config.stages.get(stage.init.removeprefix("stage:"))
+    if stage.init == "base" or (isinstance(before, Trained) and before.adapter.kind is AdapterKind.full):
+        yield Fault(where=f"{where}.chain", message=f"{stage.init} has no adapter to continue; set it to merge")
+    elif isinstance(before, Trained):
+        yield from _shape_faults(adapter, before.adapter, stage.init, where)
+
+
+def _shape_faults(adapter: AdapterConfig, before: AdapterConfig, init: str, where: str) -> Iterator[Fault]:
+    for name in SHAPE:
+        wanted, found = getattr(adapter, name), getattr(before, name)
+        if wanted != found:
+            message = (
+                f"{wanted!r} cannot continue an adapter with {found!r}; take the value of {init}, or chain 'stack'"
+            )
+            yield Fault(where=f"{where}.{name}", message=message)
+    if (adapter.kind is AdapterKind.dora) != (before.kind is AdapterKind.dora):
+        message = (
+            f"{adapter.kind.value} cannot continue what {init} trained with {before.kind.value}; take chain 'stack'"
+        )
+        yield Fault(where=f"{where}.kind", message=message)
+
+
+def _master_faults(adapter: AdapterConfig, dtype: Dtype, where: str) -> Iterator[Fault]:
+    if adapter.master_weights:
+        return
+    if adapter.kind is not AdapterKind.full:
         yield Fault(where=where, message="false is read by nothing; only adapter.kind 'full' reads it")
     elif dtype is Dtype.float32:
         yield Fault(where=where, message="false saves nothing where model.dtype is float32; choose bfloat16, or true")

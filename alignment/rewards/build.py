@@ -127,6 +127,6 @@ class _Maker:
         assert told.path is not None, "the plan refuses 'base' in a reward slot"
         if read_manifest(told.path) is not None:
             refuse_other_tokenizer(self.spec, told, self.tokenizer)
-            return TokenScorer(load_reward_model(self.spec, told).to(self.run.device), self.run)
+            return TokenScorer(load_reward_model(self.spec, told, device=self.run.device).to(self.run.device), self.run)
         model, tokenizer = load_external(told.path, self.run.dtype, source=told.ref)
         return TextScorer(model.to(self.run.device), tokenizer, self.prompts, self.run, source=told.ref)

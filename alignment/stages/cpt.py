@@ -5,8 +5,7 @@ from __future__ import annotations
 from alignment.config.stage import CptConfig
 from alignment.data.kinds import TEXTS
 from alignment.data.limits import Limits
-from alignment.data.tokenizer import load_tokenizer
-from alignment.models.load import lineage
+from alignment.stages.initial import initial_policy
 from alignment.stages.language_model import learn
 from alignment.stages.result import StageResult
 from alignment.stages.rows import token_rows
@@ -15,9 +14,6 @@ from alignment.training.context import StageContext
 
 def run(config: CptConfig, context: StageContext) -> StageResult:
     """Texts in, policy out. A text longer than ``max_length`` becomes several rows."""
-    spec = context.spec
-    context.progress("loading")
-    found = lineage(spec, spec.inputs["init"])
-    tokenizer = load_tokenizer(found.base, spec.model.chat_template)
+    found, tokenizer = initial_policy(context)
     rows, counts = token_rows(context, TEXTS, config.data, Limits.of(config), tokenizer)
     return learn(config, context, found, tokenizer, rows, {"rows": counts["rows"]})

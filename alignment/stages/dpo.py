@@ -1,8 +1,8 @@
 """Direct preference optimisation on TRL's trainer (Rafailov et al. 2023, eq. 7).
 
-The reference is the policy at the start of the stage: under an adapter it is the same base with the adapter as it was
-then, which TRL keeps as a copy named ``ref``; in full training it is a frozen copy of the model. At step 0 both agree,
-so the loss must be ln 2; a stage where it is not stops with a reason.
+The reference is the policy at the start of the stage: under an adapter it is the same base with the adapters as they
+were then; in full training it is a frozen copy of the model. At step 0 both agree, so the loss must be ln 2; a stage
+where it is not stops with a reason.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import TaskType
+from peft import PeftModel, TaskType
 from trl import DPOConfig as TrlDpoConfig
 from trl import DPOTrainer
 
 from alignment.config.adapter import AdapterKind
 from alignment.config.stage import DpoConfig, DpoLoss
-from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import StageError
-from alignment.models.adapters import add_adapter
+from alignment.models.adapters import at_start, with_own
+from alignment.models.answers import unwrapped
 from alignment.models.flat import use_flat_attention
 from alignment.models.forward import install_causal
-from alignment.models.load import DTYPES, frozen_copy, lineage, load_policy, products_in, weights_dtype
+from alignment.models.load import DTYPES, frozen_copy, products_in
+from alignment.stages.initial import initial_model, initial_policy
 from alignment.stages.pairs import read_pairs
 from alignment.stages.reference_cache import reference_logprobs
 from alignment.stages.result import StageResult, save_model
@@ -41,10 +42,7 @@ off by far more."""
 
 def run(config: DpoConfig, context: StageContext) -> StageResult:
     """Pairs and a policy in, policy out."""
-    spec = context.spec
-    context.progress("loading")
-    found = lineage(spec, spec.inputs["init"])
-    tokenizer = load_tokenizer(found.base, spec.model.chat_template)
+    found, tokenizer = initial_policy(context)
     pairs, counts = read_pairs(config, context, tokenizer)
     trainer = _trainer(config, context, found, tokenizer, pairs)
     check_start(trainer, config)
@@ -71,15 +69,15 @@ class TokenizedDpoTrainer(MicroBatches, DPOTrainer):
 
 
 def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: Any, pairs: Any) -> TokenizedDpoTrainer:
-    policy = load_policy(found, weights_dtype(context.spec.model.dtype, config.adapter))
+    policy = initial_model(context, found, TaskType.CAUSAL_LM)
     rows = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs]
     reference = None
     if config.precompute_reference:
-        _add_reference(rows, policy, config, context, found, pairs)
+        _add_reference(rows, unwrapped(policy), config, context, found, pairs)
     elif config.adapter.kind is AdapterKind.full:
         reference = frozen_copy(policy, DTYPES[context.spec.model.dtype])
     trainer = TokenizedDpoTrainer(
-        model=add_adapter(policy, config.adapter, TaskType.CAUSAL_LM),
+        model=policy,
         ref_model=reference,
         args=TrlDpoConfig(
             **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
@@ -93,11 +91,25 @@ def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: An
     )
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens
     trainer.optimizer_cls_and_kwargs = adamw(config.adapter, config.optim, context)
-    install_causal(policy)
+    install_causal(unwrapped(policy))
     if reference is not None:
         install_causal(reference)
         _compute_like_the_policy(reference, context)
+    elif isinstance(policy, PeftModel):
+        _refer_to_the_start(trainer, policy)
     return trainer
+
+
+def _refer_to_the_start(trainer: TokenizedDpoTrainer, policy: PeftModel) -> None:
+    """Instead of the copy of the adapter that TRL makes: it knows nothing of other adapters beside that one."""
+    policy.delete_adapter("ref")
+    with_own(policy)
+
+    def reference(**inputs: Any) -> Any:
+        with at_start(policy):
+            return trainer.model(**inputs)
+
+    trainer.ref_model = reference
 
 
 def _compute_like_the_policy(reference: Any, context: StageContext) -> None:

@@ -127,7 +127,7 @@ def _rewards(
     """Every arm's answers are scored under the plain prompt, so that the scores can be compared."""
     if "reward" not in context.spec.inputs:
         return dict.fromkeys(arms)
-    model = load_reward_model(context.spec, context.spec.inputs["reward"]).to(context.device)
+    model = load_reward_model(context.spec, context.spec.inputs["reward"], device=context.device).to(context.device)
     with products_in(context.spec.model.dtype, context.device):
         scores = reward_scores(model, *side_by_side(prompts, list(arms.values())))
     return {name: scores[place :: len(arms)] for place, name in enumerate(arms)}

@@ -10,9 +10,10 @@ from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer
 
 from alignment.config.stage import CptConfig, SftConfig
-from alignment.models.adapters import add_adapter
+from alignment.models.answers import unwrapped
 from alignment.models.forward import install_causal
-from alignment.models.load import Lineage, load_policy, weights_dtype
+from alignment.models.load import Lineage
+from alignment.stages.initial import initial_model
 from alignment.stages.result import StageResult, save_model
 from alignment.training.adamw import adamw
 from alignment.training.arguments import common_arguments
@@ -36,9 +37,9 @@ def learn(
     """Trains on rows of ``input_ids`` and ``labels`` and saves the model; ``metrics`` are told beside the last loss."""
     if config.packing:  # TRL packs by a map, whose result it would keep beside the token rows, under a name of its own
         disable_caching()
-    policy = load_policy(found, weights_dtype(context.spec.model.dtype, config.adapter))
+    policy = initial_model(context, found, TaskType.CAUSAL_LM)
     trainer = PiecewiseSftTrainer(
-        model=add_adapter(policy, config.adapter, TaskType.CAUSAL_LM),
+        model=policy,
         args=TrlSftConfig(
             **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
             max_length=config.max_length,
@@ -51,6 +52,6 @@ def learn(
     )
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens
     trainer.optimizer_cls_and_kwargs = adamw(config.adapter, config.optim, context)
-    install_causal(policy)
+    install_causal(unwrapped(policy))
     last = train(trainer, context, headline="loss")
     return save_model(trainer.model, tokenizer, context, found, {"loss": last["loss"], **metrics})

@@ -17,13 +17,13 @@ from alignment.data.kinds import CONVERSATIONS, PROMPTS
 from alignment.data.limits import Limits
 from alignment.data.records import Prompt
 from alignment.data.tokenize import TokenizedConversation, end_ids
-from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import ConfigError
-from alignment.models.load import lineage, refuse_other_tokenizer
+from alignment.models.load import refuse_other_tokenizer
 from alignment.models.roles import Roles, build_roles
 from alignment.rewards.build import build_rewards, build_scorer
 from alignment.rewards.slot import Rewards
 from alignment.stage_spec import StageInput
+from alignment.stages.initial import initial_policy
 from alignment.stages.result import StageResult, save_model
 from alignment.stages.rows import fitting, rows_of, token_rows
 from alignment.training.arguments import SCHEDULES, quiet_arguments
@@ -41,9 +41,7 @@ KEPT = ("objective/score", "objective/kl", "response_length", "eos_rate", "memor
 def run(config: PpoConfig, context: StageContext) -> StageResult:
     """A policy, prompts and whatever scores answers in, policy out."""
     spec = context.spec
-    context.progress("loading")
-    found = lineage(spec, spec.inputs["init"])
-    tokenizer = load_tokenizer(found.base, spec.model.chat_template)
+    found, tokenizer = initial_policy(context)
     own = own_reward_model(context)
     if own is not None:
         refuse_other_tokenizer(spec, own, tokenizer)

@@ -18,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.models.answers import answer_statistics, batches
 from alignment.models.load import Lineage, products_in
 from alignment.stages.pairs import TokenizedPair
 from alignment.training.context import StageContext
 
-VERSION = 2
+VERSION = 3
 """Raised when the computation changes, so that older files are not found."""
 
 
@@ -36,7 +37,8 @@ def reference_logprobs(
     ``tokens`` are held in memory at once.
     """
     dtype = context.spec.model.dtype
-    file = context.spec.artifact.parent / "cache" / f"reference-{_key(found, pairs, dtype, policy.dtype)}.safetensors"
+    key = _key(found, pairs, context.adapter, dtype, policy.dtype)
+    file = context.spec.artifact.parent / "cache" / f"reference-{key}.safetensors"
     if not _everywhere(file.is_file()):
         context.progress("reference log-probabilities")
         mine = pairs[context.rank :: context.world_size]
@@ -77,10 +79,16 @@ def _sums(
     return torch.stack(sums).cpu() if sums else torch.empty(0)
 
 
-def _key(found: Lineage, pairs: Sequence[TokenizedPair], dtype: Dtype, weights: torch.dtype) -> str:
+def _key(
+    found: Lineage, pairs: Sequence[TokenizedPair], adapter: AdapterConfig, dtype: Dtype, weights: torch.dtype
+) -> str:
     """``weights`` are held in another format than products are made in where they are trained with masters."""
-    sha = hashlib.sha256(json.dumps([VERSION, dtype.value, str(weights), torch.__version__]).encode())
-    for folder in (found.base, *found.adapters):
+    stood = [(saved.merged, saved.nf4) for saved in found.adapters]
+    nf4 = adapter.kind is AdapterKind.qlora
+    beside = adapter.kind is not AdapterKind.full and adapter.chain is not Chain.merge
+    told = [VERSION, dtype.value, str(weights), torch.__version__, stood, nf4, beside and bool(stood)]
+    sha = hashlib.sha256(json.dumps(told).encode())
+    for folder in (found.base, *(saved.path for saved in found.adapters)):
         for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
             sha.update(file.name.encode())
             with file.open("rb") as handle:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from alignment.data.tokenizer import tokenizer_hashes
+from alignment.models.adapters import OWN
 from alignment.models.load import Lineage, base_record
+from alignment.models.start import kept_below, saved_as
 from alignment.training.context import StageContext
 from alignment.training.session import fresh_folder
 
@@ -23,6 +24,7 @@ class StageResult:
     metrics: dict[str, float]
     base: dict[str, Any] = field(default_factory=dict)
     adapters: list[str] = field(default_factory=list)
+    adapters_stood: dict[str, dict[str, bool]] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
 
 
@@ -49,16 +51,16 @@ def save_model(
         return StageResult(metrics=metrics, base={"source": "self"}, hashes=hashes)
     if found.source == "self":  # the base is another artifact's own model; this one stands by itself
         shutil.copytree(found.base, fresh_folder(context, "model"), dirs_exist_ok=True)
-    names = [_copy(adapter, context) for adapter in found.adapters]
-    own = f"adapters/{len(names)}-{context.spec.stage}"
-    # TRL may keep a copy of the adapter as its reference; what was trained is the default one.
-    model.save_pretrained(str(fresh_folder(context, own)), selected_adapters=["default"])
-    (context.content / own / "README.md").unlink(missing_ok=True)  # a template that names nothing of this run
+    below = kept_below(found, context.adapter)
+    own = fresh_folder(context, f"adapters/{len(below)}-{context.spec.stage}")
+    # Frozen ones beside it are in folders of their own.
+    model.save_pretrained(str(own), selected_adapters=[OWN])
+    (own / "README.md").unlink(missing_ok=True)  # a template that names nothing of this run
+    for adapter in below:
+        shutil.copytree(adapter.path, context.content / "adapters" / adapter.path.name, dirs_exist_ok=True)
+    saved = {
+        f"adapters/{adapter.path.name}": {"merged": adapter.merged, "nf4": adapter.nf4}
+        for adapter in (*below, saved_as(found, context.adapter, own))
+    }
     base = base_record(context.spec, found)
-    return StageResult(metrics=metrics, base=base, adapters=[*names, own], hashes=hashes)
-
-
-def _copy(adapter: Path, context: StageContext) -> str:
-    name = f"adapters/{adapter.name}"
-    shutil.copytree(adapter, context.content / name, dirs_exist_ok=True)
-    return name
+    return StageResult(metrics=metrics, base=base, adapters=list(saved), adapters_stood=saved, hashes=hashes)

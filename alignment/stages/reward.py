@@ -18,12 +18,10 @@ from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
 from alignment.config.stage import RewardConfig
-from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import DataError
-from alignment.models.adapters import add_adapter
-from alignment.models.answers import batches, scalar_scores
+from alignment.models.answers import batches, scalar_scores, unwrapped
 from alignment.models.forward import install_scalar
-from alignment.models.load import lineage, load_scalar, weights_dtype
+from alignment.stages.initial import initial_model, initial_policy
 from alignment.stages.pairs import TokenizedPair, read_pairs
 from alignment.stages.result import StageResult, save_model
 from alignment.training.adamw import adamw
@@ -38,12 +36,11 @@ OFFSET_SAMPLE = 64
 
 def run(config: RewardConfig, context: StageContext) -> StageResult:
     """Pairs and a policy in, reward model out."""
-    spec = context.spec
-    context.progress("loading")
-    found = lineage(spec, spec.inputs["init"])
-    tokenizer = load_tokenizer(found.base, spec.model.chat_template)
+    found, tokenizer = initial_policy(context)
     pairs, counts = read_pairs(config, context, tokenizer)
-    learned, held_out = split(pairs, config.eval_fraction, context.generator("split"), where=f"stages.{spec.stage}")
+    learned, held_out = split(
+        pairs, config.eval_fraction, context.generator("split"), where=f"stages.{context.spec.stage}"
+    )
     trainer = _trainer(config, context, found, tokenizer, learned)
     train(trainer, context, headline="loss")
     context.progress("scoring")
@@ -91,9 +88,9 @@ def _trainer(
     learned: list[TokenizedPair],
 ) -> RewardTrainer:
     torch.manual_seed(context.seed("head") % 2**63)
-    model = load_scalar(found, weights_dtype(context.spec.model.dtype, config.adapter))
+    model = initial_model(context, found, TaskType.SEQ_CLS)
     trainer = PiecewiseRewardTrainer(
-        model=add_adapter(model, config.adapter, TaskType.SEQ_CLS),
+        model=model,
         args=TrlRewardConfig(
             **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
             max_length=None,
@@ -104,7 +101,7 @@ def _trainer(
     )
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens
     trainer.optimizer_cls_and_kwargs = adamw(config.adapter, config.optim, context)
-    install_scalar(model)
+    install_scalar(unwrapped(model))
     return trainer
 
 

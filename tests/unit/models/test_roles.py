@@ -12,7 +12,7 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.stage import PpoConfig, SftConfig
 from alignment.models.adapters import add_adapter
 from alignment.models.answers import answer_statistics, answer_stream, scalar_scores, unwrapped
-from alignment.models.load import Lineage, load_policy
+from alignment.models.load import Lineage, SavedAdapter, load_policy
 from alignment.models.roles import Roles, build_roles, share_frozen
 from alignment.models.rows import stream
 from tests.oracles.close import close
@@ -112,7 +112,9 @@ def test_the_reference_is_the_policy_at_the_start_whatever_is_learned(
     liven(sft)
     publish_tiny(tiny_spec(tmp_path, SftConfig()), sft, base)
     folder = next((tmp_path / "artifacts").glob("sft-*/adapters/0-sft"))
-    roles = _roles(tmp_path, Lineage(source=base.source, base=base.base, adapters=(folder,)), adapter)
+    roles = _roles(
+        tmp_path, Lineage(source=base.source, base=base.base, adapters=(SavedAdapter(path=folder),)), adapter
+    )
     start = answer_statistics(unwrapped(sft), PART).logprobs.detach()
     with torch.no_grad():
         for parameter in roles.policy.parameters():

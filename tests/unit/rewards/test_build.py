@@ -83,7 +83,7 @@ def test_a_reward_model_of_ours_scores_token_ids_loaded_before_or_not(
     told = tiny_reward(tmp_path / "reward", AdapterConfig(kind=kind, rank=4), found=base)
     config = PpoConfig()
     spec = tiny_spec(tmp_path, config, inputs={"reward": told})
-    model = load_reward_model(spec, told)
+    model = load_reward_model(spec, told, device=CPU)
     prompts, answers = rows(base)
     with torch.no_grad():
         alone = [scalar_scores(model, stream([p + a], CPU)).item() for p, a in zip(prompts, answers, strict=True)]
@@ -94,7 +94,7 @@ def test_a_reward_model_of_ours_scores_token_ids_loaded_before_or_not(
 
 def test_a_loaded_reward_model_is_not_loaded_again(tmp_path: Path, base: Lineage) -> None:
     told = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=base)
-    model = load_reward_model(tiny_spec(tmp_path, PpoConfig()), told)
+    model = load_reward_model(tiny_spec(tmp_path, PpoConfig()), told, device=CPU)
     gone = StageInput(ref="stage:reward", path=tmp_path / "gone")
     assert set(raw(slot(tmp_path, PpoConfig(), model, inputs={"reward": gone}), base)) == {"reward"}
 

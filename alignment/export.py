@@ -1,0 +1,247 @@
+"""A result as others read it: ``python -m alignment.export ARTIFACT --base FOLDER --to FOLDER --as model|adapter``.
+
+``align export`` calls it. Adapters are added into the weights that they were trained on (into what four bits stand for,
+where these were four bits), and the difference that the rounding of the sum makes is measured and limited. What was
+written is then loaded by plain transformers or PEFT and must say what it should, before the export is called done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from alignment.artifacts import Manifest, verify
+from alignment.config.model import Dtype
+from alignment.data.tokenizer import load_tokenizer
+from alignment.errors import AlignmentError, ModelError
+from alignment.model_card import model_card
+from alignment.models.adapters import put_back
+from alignment.models.answers import unwrapped
+from alignment.models.load import (
+    DTYPES,
+    Lineage,
+    load_policy,
+    load_scalar,
+    load_scalar_head,
+    products_in,
+    saved_adapters,
+)
+from alignment.models.nf4 import quantize_trunk
+
+CPU = torch.device("cpu")
+TEXTS = (
+    "The shop is closed on Monday. The keys are with the caretaker in the hall.",
+    "Write one sentence about the sea.",
+    "def area(width, height):\n    return width * height\n",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "Die Bahn nach Basel fährt um 9 Uhr 40 von Gleis 7.",
+    '{"name": "tea", "price": 3.5}',
+    "Q: Which is larger, a lake or a pond?\nA: A lake.",
+    "The meeting was moved from Tuesday to Thursday because two people were ill, and nobody told the third.",
+)
+"""Rows on which a written model must say what the one in memory says."""
+
+RELOADED = 1e-4
+"""How far log-probabilities may differ after a reload: the same weights in the same format, by another path of code."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gap:
+    """What merging changed on the fixed rows: mean KL a token from the unmerged policy, and the largest change of a
+    log-probability, both in nats."""
+
+    mean_kl: float
+    largest: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or that of the fault."""
+    parser = argparse.ArgumentParser(prog="python -m alignment.export", description=__doc__)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--base", type=Path, help="the folder of the base model; not needed by one with a model in it")
+    parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--as", dest="form", choices=("model", "adapter"), required=True)
+    parser.add_argument("--max-gap", type=float, required=True, help="largest mean KL a token that merging may cause")
+    told = parser.parse_args(arguments)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        print(export(told.artifact, told.base, told.to, form=told.form, max_gap=told.max_gap))
+    except AlignmentError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def export(artifact: Path, base: Path | None, to: Path, *, form: str, max_gap: float) -> str:
+    """Writes the folder ``to`` by one rename; returns what is to be said about it.
+
+    Raises:
+        ModelError: the result does not have this form, merging changed more than ``max_gap``, or what was written says
+            something else when it is read.
+    """
+    manifest = verify(artifact, content=True)
+    own = manifest.base["source"] == "self"
+    folder = artifact / "model" if own or base is None else base
+    found = Lineage(source=manifest.base["source"], base=folder, adapters=saved_adapters(artifact, manifest))
+    partial = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer = load_tokenizer(artifact / "tokenizer")
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    try:
+        if form == "adapter":
+            said = _write_adapter(found, partial, rows)
+        elif manifest.kind == "reward":
+            said = _write_reward(artifact, manifest, found, partial, rows, tokenizer)
+        else:
+            said = _write_policy(manifest, found, partial, rows, max_gap=max_gap)
+        tokenizer.save_pretrained(str(partial))
+        (partial / "README.md").write_text(model_card(manifest, form=form, notes=said), encoding="utf-8")
+        lineage = {name: value for name, value in vars_of(manifest).items() if name != "files"}
+        (partial / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False), encoding="utf-8")
+        partial.rename(to)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return "\n".join(said)
+
+
+def vars_of(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as plain values."""
+    return {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
+
+
+# ---- policies -------------------------------------------------------------------------------------------------------
+
+
+def _write_policy(
+    manifest: Manifest, found: Lineage, folder: Path, rows: Sequence[list[int]], *, max_gap: float
+) -> list[str]:
+    dtype = Dtype(manifest.identity["base"]["dtype"])
+    merged = load_policy(found, DTYPES[dtype])
+    said = []
+    expected = _logprobs(merged, rows)
+    if found.adapters:
+        gap = gap_between(_logprobs(_as_trained(found, dtype), rows, dtype), expected)
+        said.append(
+            f"merging changed log-probabilities by {gap.largest:.3g} at most, {gap.mean_kl:.2g} nats of KL a token"
+        )
+        if gap.mean_kl > max_gap:
+            raise ModelError(
+                f"{said[0]}, more than {max_gap:g}",
+                where=str(found.adapters[-1].path),
+                remedy="export it as an adapter, or allow more by --max-gap",
+            )
+    merged.config.use_cache = True
+    merged.save_pretrained(str(folder))
+    again = AutoModelForCausalLM.from_pretrained(str(folder), dtype=DTYPES[dtype], use_safetensors=True).eval()
+    _refuse_other_words(_logprobs(again, rows), expected, folder)
+    return [*said, "read again by transformers, it says the same on the fixed rows"]
+
+
+def _as_trained(found: Lineage, dtype: Dtype) -> PeftModel:
+    """The policy with its topmost adapters beside the weights, as they stood in training."""
+    model = load_policy(found.weights, DTYPES[dtype])
+    if found.adapters[-1].nf4:
+        quantize_trunk(model, CPU)
+    return put_back(model, [adapter.path for adapter in found.beside], trainable=False)
+
+
+def _write_adapter(found: Lineage, folder: Path, rows: Sequence[list[int]]) -> list[str]:
+    """The adapter's folder as PEFT wrote it; it must be all that stands between the base and the policy."""
+    if len(found.adapters) != 1 or found.source == "self":
+        stands = " on ".join(adapter.path.name for adapter in reversed(found.adapters)) or "no adapter"
+        raise ModelError(
+            f"it is not one adapter on a base that others have, but {stands} on {found.source}",
+            remedy="export it as a model",
+        )
+    shutil.copytree(found.adapters[0].path, folder)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = found.source.partition(":")[2].partition("@")[0]
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    base = load_policy(found.weights, torch.float32)
+    expected = _logprobs(put_back(base, [found.adapters[0].path], trainable=False), rows)
+    again = PeftModel.from_pretrained(load_policy(found.weights, torch.float32), str(folder)).eval()
+    _refuse_other_words(_logprobs(again, rows), expected, folder)
+    said = ["read again by PEFT on its base, it says the same on the fixed rows"]
+    if found.adapters[0].nf4:
+        said.append("it was trained on weights in four bits (NF4, double quantisation): load its base so")
+    return said
+
+
+# ---- reward models --------------------------------------------------------------------------------------------------
+
+
+def _write_reward(
+    artifact: Path, manifest: Manifest, found: Lineage, folder: Path, rows: Sequence[list[int]], tokenizer: Any
+) -> list[str]:
+    """A sequence classifier whose score is ours before the offset is taken off, for which it has no place."""
+    dtype = DTYPES[Dtype(manifest.identity["base"]["dtype"])]
+    model = load_scalar(found, dtype)
+    load_scalar_head(model, artifact / "head.safetensors")
+    offset = float(model.score_offset)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = True
+    expected = _scores(model, rows)
+    model.save_pretrained(str(folder))
+    again = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype=dtype, use_safetensors=True).eval()
+    again.score.float()
+    _refuse_other_words(_scores(again, rows), expected, folder)
+    return [
+        f"its scores are those of training plus {offset:.4f}, the offset that makes chosen answers score 0",
+        "read again by transformers, it says the same on the fixed rows, one row at a time",
+    ]
+
+
+@torch.no_grad()
+def _scores(model: PreTrainedModel, rows: Sequence[list[int]]) -> Tensor:
+    """``[rows]``; row by row, since transformers finds a row's end by its pad id, which may be a real token here."""
+    states = [model.base_model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
+    scores: Tensor = model.score(torch.stack(states).to(model.score.weight.dtype))
+    return scores.float().squeeze(-1)
+
+
+# ---- comparing ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _logprobs(model: Any, rows: Sequence[list[int]], dtype: Dtype | None = None) -> Tensor:
+    """``[tokens, vocabulary]``, the rows behind one another; ``dtype`` is that of products beside float32 factors."""
+    found = []
+    for row in rows:
+        if dtype is None:
+            logits = model(input_ids=torch.tensor([row])).logits[0]
+        else:
+            with products_in(dtype, CPU):
+                logits = unwrapped(model)(input_ids=torch.tensor([row])).logits[0]
+        found.append(logits.float().log_softmax(-1))
+    return torch.cat(found)
+
+
+def gap_between(before: Tensor, after: Tensor) -> Gap:
+    """Of ``[tokens, vocabulary]`` log-probabilities."""
+    kl = (before.exp() * (before - after)).sum(-1)
+    return Gap(mean_kl=float(kl.mean()), largest=float((before - after).abs().max()))
+
+
+def _refuse_other_words(found: Tensor, expected: Tensor, folder: Path) -> None:
+    worst = float((found - expected).abs().max())
+    if worst > RELOADED:
+        raise ModelError(
+            f"what was written differs by {worst:.3g} from what was meant; nothing was exported", where=str(folder)
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Linear weights in four bits: NF4 with double quantisation (Dettmers et al. 2023, section 3), by bitsandbytes.
+
+A layer of our own holds them, because bitsandbytes' rearranges its weight at the first call without gradients on some
+CPUs, and roles that share memory would then read another layout. Products are made with the weight written out, for as
+long as they take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from alignment.models.precision import products_dtype
+
+BLOCK = 64
+"""Weights that share a scale. The scales themselves are held in eight bits, 256 to a second scale: 4.13 bits a weight
+in all."""
+
+
+class Nf4Linear(nn.Linear):
+    """A linear layer whose ``weight`` is ``[out · in / 2, 1]`` pairs of four-bit numbers; frozen.
+
+    ``weight`` moves with the module, as do the scales; ``dtype`` is the format that it came in.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        from bitsandbytes.functional import quantize_4bit
+
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        packed, state = quantize_4bit(
+            layer.weight.data.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=True
+        )
+        self.dtype = layer.weight.dtype
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = layer.bias
+        self.register_buffer("scales", state.absmax)
+        self.register_buffer("offset", state.offset)
+        self.register_buffer("scales_of_scales", state.state2.absmax)
+        self.register_buffer("code_of_scales", state.state2.code)
+        self.register_buffer("code", state.code)
+        self._block_of_scales = state.state2.blocksize
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Nf4Linear:
+        """Moves it; a change of format would leave scales that no longer fit the four bits."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+    def dense(self) -> Tensor:
+        """``[out, in]``, the weight that the four bits stand for."""
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        inner = QuantState(
+            absmax=self.scales_of_scales, code=self.code_of_scales, blocksize=self._block_of_scales, dtype=torch.float32
+        )
+        state = QuantState(
+            absmax=self.scales,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=self.code,
+            blocksize=BLOCK,
+            quant_type="nf4",
+            dtype=self.dtype,
+            offset=self.offset,
+            state2=inner,
+        )
+        written_out: Tensor = dequantize_4bit(self.weight.data, state)
+        return written_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[…, out]``."""
+        product: Tensor = _Product.apply(x.to(computes_in(self)), self)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ for a frozen weight that is written out anew in the backward pass, and not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Nf4Linear) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return x @ layer.dense().to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype) @ ctx.layer.dense().to(ctx.dtype), None
+
+
+def computes_in(layer: nn.Linear) -> torch.dtype:
+    """The format in which a linear layer's product is made."""
+    held = layer.weight.new_empty(0, dtype=layer.dtype) if isinstance(layer, Nf4Linear) else layer.weight
+    return products_dtype(held)
+
+
+def frozen_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """``[out, in]`` weight of a linear layer in the dtype of a product, written out where it is held in four bits."""
+    return (layer.dense() if isinstance(layer, Nf4Linear) else layer.weight).to(dtype)
+
+
+def quantize_trunk(model: PreTrainedModel, device: torch.device) -> None:
+    """Holds the linear layers of the model's trunk in four bits, one after another on ``device``; heads and embeddings
+    stay as they are."""
+    for name, layer in _linear_layers(model.base_model):
+        path, _, own = name.rpartition(".")
+        setattr(model.base_model.get_submodule(path), own, Nf4Linear(layer.to(device)))
+
+
+@torch.no_grad()
+def round_trunk(model: PreTrainedModel) -> None:
+    """Replaces the weights of the trunk's linear layers by what their four bits would stand for."""
+    for _, layer in _linear_layers(model.base_model):
+        layer.weight.copy_(Nf4Linear(layer).dense())
+
+
+def _linear_layers(trunk: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(name, module) for name, module in trunk.named_modules() if type(module) is nn.Linear]

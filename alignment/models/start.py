@@ -1,0 +1,62 @@
+"""The model that a stage trains: the policy that it starts from, with the stage's adapter on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel, TaskType
+from transformers import PreTrainedModel
+
+from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
+from alignment.config.model import Dtype
+from alignment.errors import ConfigError
+from alignment.models.adapters import add_adapter, add_frozen, train_on
+from alignment.models.load import Lineage, SavedAdapter, load_policy, load_scalar, weights_dtype
+from alignment.models.nf4 import quantize_trunk
+
+
+def load_start(
+    found: Lineage, adapter: AdapterConfig, compute: Dtype, *, task: TaskType, device: torch.device
+) -> PreTrainedModel | PeftModel:
+    """The policy behind ``found``, ready to be trained as ``adapter`` says; under a scalar head for ``SEQ_CLS``.
+
+    Adapters of earlier stages are added into the weights or stay beside them, as ``adapter.chain`` says. Weights in
+    four bits are made on ``device``; the rest is moved by the caller.
+
+    Raises:
+        ConfigError: there is no adapter to continue, or one of another shape.
+        ModelError: an adapter does not fit the model.
+    """
+    merges = adapter.kind is AdapterKind.full or adapter.chain is Chain.merge or not found.adapters
+    below, beside = (found, ()) if merges else (found.weights, found.beside)
+    if adapter.kind is not AdapterKind.full and adapter.chain is CONTINUE and not found.adapters:
+        raise ConfigError(
+            "there is no adapter to continue: the stage starts from a whole model",
+            where="adapter.chain",
+            remedy="set it to merge, or let init name a stage that trained an adapter",
+        )
+    load = load_policy if task is TaskType.CAUSAL_LM else load_scalar
+    model = load(below, weights_dtype(compute, adapter))
+    if adapter.kind is AdapterKind.full:
+        return model
+    if adapter.kind is AdapterKind.qlora:
+        quantize_trunk(model, device)
+    continued = beside[-1:] if adapter.chain is CONTINUE else ()
+    trained = train_on(model, continued[0].path, adapter, task) if continued else add_adapter(model, adapter, task)
+    frozen = beside[: len(beside) - len(continued)]
+    return add_frozen(trained, [one.path for one in frozen]) if frozen else trained
+
+
+def kept_below(found: Lineage, adapter: AdapterConfig) -> tuple[SavedAdapter, ...]:
+    """Which adapters of the starting policy stay below the stage's own in its result."""
+    return found.adapters[:-1] if adapter.chain is CONTINUE else found.adapters
+
+
+def saved_as(found: Lineage, adapter: AdapterConfig, folder: Path) -> SavedAdapter:
+    """The stage's own adapter, saved in ``folder``: how it stood on the model when it was trained."""
+    if adapter.chain is CONTINUE:
+        merged = found.adapters[-1].merged
+    else:
+        merged = adapter.chain is Chain.merge or not found.adapters
+    return SavedAdapter(path=folder, merged=merged, nf4=adapter.kind is AdapterKind.qlora)

@@ -1,0 +1,36 @@
+"""Where a training stage starts: the policy behind ``init``, and the tokenizer that it was trained with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel, TaskType
+from transformers import PreTrainedModel
+
+from alignment.artifacts import read_manifest
+from alignment.data.tokenizer import load_tokenizer
+from alignment.models.load import Lineage, lineage, refuse_other_tokenizer
+from alignment.models.start import load_start
+from alignment.training.context import StageContext
+
+
+def initial_policy(context: StageContext) -> tuple[Lineage, Any]:
+    """The policy's lineage and its tokenizer, with the run's chat template.
+
+    Raises:
+        ArtifactError: the artifact is missing or damaged.
+        ModelError: it stands on another base than the run's, or was trained with another tokenizer or chat template.
+    """
+    spec = context.spec
+    context.progress("loading")
+    init = spec.inputs["init"]
+    found = lineage(spec, init)
+    tokenizer = load_tokenizer(found.base, spec.model.chat_template)
+    if init.path is not None and read_manifest(init.path) is not None:
+        refuse_other_tokenizer(spec, init, tokenizer)
+    return found, tokenizer
+
+
+def initial_model(context: StageContext, found: Lineage, task: TaskType) -> PreTrainedModel | PeftModel:
+    """The model that the stage trains, with its adapter on it (alignment/models/start.py)."""
+    return load_start(found, context.adapter, context.spec.model.dtype, task=task, device=context.device)

@@ -1,0 +1,193 @@
+"""Chains of stages under all kinds of adapters: each starts where the one before it ended, and its reference there."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from alignment import worker
+from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
+from alignment.config.data import DataConfig
+from alignment.config.optim import OptimConfig
+from alignment.config.stage import (
+    CptConfig,
+    DpoConfig,
+    PpoConfig,
+    PpoOptimConfig,
+    RewardConfig,
+    SftConfig,
+    StageConfig,
+)
+from alignment.errors import ModelError
+from alignment.models.load import lineage, load_policy
+from alignment.stage_spec import StageInput, StageSpec
+from alignment.training.context import StageContext
+from tests.oracles.close import close
+from tests.tiny import save_tiny_model, tiny_spec
+
+DATA = Path(__file__).parents[3] / "data" / "quickstart"
+IDS = torch.tensor([[5, 6, 7, 8, 2]])
+FILES = {"cpt": "conversations", "sft": "conversations", "reward": "preferences", "dpo": "preferences"}
+LORA, FULL = AdapterConfig(rank=4), AdapterConfig(kind=AdapterKind.full)
+QLORA = AdapterConfig(kind=AdapterKind.qlora, rank=4, chain=Chain.stack)
+DORA = AdapterConfig(kind=AdapterKind.dora, rank=4)
+
+
+def _lora(chain: Chain) -> AdapterConfig:
+    return AdapterConfig(rank=4, chain=chain)
+
+
+def _config(kind: str, adapter: AdapterConfig, **changes: Any) -> StageConfig:
+    """Two optimiser steps on eight rows."""
+    optim = OptimConfig(lr=1e-2, batch_size=4, warmup_ratio=0.0)
+    told: dict[str, Any] = {"adapter": adapter, "data": DataConfig(source=str(DATA), limit=8), **changes}
+    if kind == "cpt":
+        return CptConfig(optim=optim, max_length=64, **told)
+    if kind == "sft":
+        return SftConfig(optim=optim, max_length=4096, **told)
+    if kind == "reward":
+        return RewardConfig(optim=optim, max_length=4096, eval_fraction=0.0, **told)
+    if kind == "dpo":
+        return DpoConfig(optim=optim, max_length=4096, **told)
+    return PpoConfig(
+        optim=PpoOptimConfig(lr=1e-2, batch_size=4),
+        updates=2,
+        ppo_epochs=2,
+        max_prompt_length=4096,
+        max_new_tokens=6,
+        **told,
+    )
+
+
+class Chained:
+    """Runs stages in one folder as the worker does, one after another."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.base = save_tiny_model(folder / "base")
+        self.inputs: dict[str, StageInput] = {}
+
+    def spec(self, kind: str, adapter: AdapterConfig, *, init: str = "base", **changes: Any) -> StageSpec:
+        """What the stage is told; ``init`` names the stage that it starts from."""
+        inputs = {"init": self.inputs.get(init, StageInput(ref="base", path=None))}
+        if kind == "ppo":
+            inputs["reward"] = self.inputs["reward"]
+        return tiny_spec(
+            self.folder,
+            _config(kind, adapter),
+            inputs=inputs,
+            data_path=DATA / f"{FILES.get(kind, 'preferences')}.jsonl",
+            **changes,
+        )
+
+    def run(self, kind: str, adapter: AdapterConfig, *, init: str = "base", **changes: Any) -> list[dict[str, float]]:
+        """The lines of the stage's metrics."""
+        spec = self.spec(kind, adapter, init=init, **changes)
+        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+        self.inputs[kind] = StageInput(ref=f"stage:{kind}", path=spec.artifact)
+        return [json.loads(line) for line in (spec.artifact / "metrics.jsonl").read_text().splitlines()]
+
+    def policy(self, kind: str) -> Any:
+        """The stage's result with its adapters merged."""
+        return load_policy(lineage(self.spec("sft", LORA), self.inputs[kind]), torch.float32)
+
+
+@pytest.fixture
+def chained(tmp_path: Path) -> Chained:
+    return Chained(tmp_path)
+
+
+def _moved(chained: Chained, kind: str, since: str) -> float:
+    with torch.no_grad():
+        after, before = (chained.policy(name)(IDS).logits for name in (kind, since))
+    return float((after - before).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (FULL, LORA),
+        (LORA, FULL),
+        (QLORA, QLORA),
+        (LORA, QLORA),
+        (DORA, DORA),
+        (LORA, _lora(Chain.stack)),
+        (LORA, _lora(CONTINUE)),
+        (DORA, AdapterConfig(kind=AdapterKind.dora, rank=4, chain=CONTINUE)),
+        (QLORA, AdapterConfig(kind=AdapterKind.qlora, rank=4, chain=CONTINUE)),
+        (QLORA, AdapterConfig(kind=AdapterKind.qlora, rank=4)),
+    ],
+    ids=lambda adapter: f"{adapter.kind.value}-{adapter.chain.value}",
+)
+def test_dpo_starts_at_ln_2_from_whatever_sft_left(
+    chained: Chained, first: AdapterConfig, second: AdapterConfig
+) -> None:
+    chained.run("sft", first)
+    lines = chained.run("dpo", second, init="sft")
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert lines[-1]["loss"] < math.log(2) - 1e-4, "it learned"
+    assert _moved(chained, "dpo", "sft") > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("sft", "later"),
+    [
+        (LORA, LORA),
+        (QLORA, QLORA),
+        (DORA, DORA),
+        (LORA, _lora(Chain.stack)),
+        (LORA, _lora(CONTINUE)),
+        (FULL, LORA),
+        (LORA, FULL),
+    ],
+    ids=lambda adapter: f"{adapter.kind.value}-{adapter.chain.value}",
+)
+def test_ppo_starts_at_no_kl_with_one_base(chained: Chained, sft: AdapterConfig, later: AdapterConfig) -> None:
+    chained.run("sft", sft)
+    chained.run("reward", later, init="sft")
+    lines = chained.run("ppo", later, init="sft")
+    assert abs(lines[0]["objective/kl"]) < 1e-6
+    assert lines[1]["objective/kl"] != 0.0
+    copies = lines[0]["memory/base_copies"]
+    assert copies > 3 if later.kind is AdapterKind.full else copies == pytest.approx(1.0, abs=0.02)
+    assert _moved(chained, "ppo", "sft") > 1e-4
+
+
+def test_three_stages_continue_and_stack(chained: Chained) -> None:
+    chained.run("cpt", LORA)
+    chained.run("sft", _lora(CONTINUE), init="cpt")
+    lines = chained.run("dpo", _lora(Chain.stack), init="sft")
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    artifact = chained.inputs["dpo"].path
+    adapters = sorted(path.name for path in (artifact / "adapters").iterdir())
+    assert adapters == ["0-sft", "1-dpo"], "cpt's adapter became sft's"
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(chained.base), str(artifact / "adapters/0-sft")
+    )
+    plain.load_adapter(str(artifact / "adapters/1-dpo"), "dpo")
+    plain.base_model.set_adapter(["default", "dpo"])
+    with torch.no_grad():
+        close(plain(input_ids=IDS).logits, chained.policy("dpo")(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_of_another_base_is_refused_by_name(chained: Chained) -> None:
+    chained.run("sft", LORA, identity={"base": {"content": "one"}})
+    spec = chained.spec("dpo", LORA, init="sft", identity={"base": {"content": "another"}})
+    with pytest.raises(ModelError, match="stage:sft stands on path:tiny, which is not this run's base"):
+        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+
+
+def test_a_policy_of_another_tokenizer_is_refused_by_name(chained: Chained) -> None:
+    chained.run("sft", LORA)
+    file = chained.base / "chat_template.jinja"
+    file.write_text(file.read_text() + " ")
+    spec = chained.spec("dpo", LORA, init="sft")
+    with pytest.raises(ModelError, match="stage:sft has another tokenizer or chat template than path:tiny"):
+        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))

@@ -1,0 +1,134 @@
+"""What is exported is read by plain transformers and PEFT and says what the stage's result said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, TaskType
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
+from alignment.config.model import Dtype
+from alignment.config.stage import DpoConfig, SftConfig
+from alignment.errors import ArtifactError, ModelError
+from alignment.export import export, gap_between
+from alignment.models.answers import scalar_scores
+from alignment.models.load import Lineage, lineage
+from alignment.models.reward import load_reward_model
+from alignment.models.rows import stream
+from alignment.models.start import load_start
+from alignment.stage_spec import StageInput
+from tests.oracles.close import close
+from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_reward, tiny_spec
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 6, 7, 8, 2]])
+IDENTITY = {"kind": "sft", "base": {"content": None, "dtype": "float32"}}
+KINDS = [AdapterKind.full, AdapterKind.lora, AdapterKind.dora, AdapterKind.qlora]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Lineage:
+    """A model folder as a run's base."""
+    return Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path / "base"), adapters=())
+
+
+def _trained(
+    folder: Path, found: Lineage, kind: AdapterKind, chain: Chain = Chain.merge
+) -> tuple[torch.Tensor, StageInput]:
+    """What a trained policy says, and its artifact."""
+    adapter = AdapterConfig(kind=kind, rank=4, chain=chain)
+    model = load_start(found, adapter, Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU)
+    liven(model)
+    if kind is AdapterKind.full:
+        model.model.norm.weight.data.mul_(1.5)
+    config = SftConfig(adapter=adapter) if not found.adapters else DpoConfig(adapter=adapter)
+    spec = tiny_spec(folder, config, base_path=found.base, identity=IDENTITY)
+    with torch.no_grad():
+        said = model(input_ids=IDS).logits
+    return said, publish_tiny(spec, model, found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_policy_becomes_a_plain_model(tmp_path: Path, base: Lineage, kind: AdapterKind) -> None:
+    said, saved = _trained(tmp_path, base, kind)
+    told = export(saved.path, base.base, tmp_path / "out", form="model", max_gap=0.01)
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=IDS).logits
+    close(again, said, rtol=1e-4, atol=1e-4)
+    assert ("merging changed" in told) == (kind is not AdapterKind.full)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(base.base).chat_template
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModelForCausalLM" in card
+    assert json.loads((tmp_path / "out" / "lineage.json").read_text())["fingerprint"] in card
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_stacked_adapters_become_one_model(tmp_path: Path, base: Lineage) -> None:
+    _, saved = _trained(tmp_path, base, AdapterKind.qlora)
+    found = lineage(tiny_spec(tmp_path, DpoConfig(), base_path=base.base), saved)
+    said, saved = _trained(tmp_path, found, AdapterKind.qlora, Chain.stack)
+    export(saved.path, base.base, tmp_path / "out", form="model", max_gap=0.01)
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=IDS).logits
+    close(again, said, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_stays_one(tmp_path: Path, base: Lineage) -> None:
+    said, saved = _trained(tmp_path, base, AdapterKind.lora)
+    export(saved.path, base.base, tmp_path / "out", form="adapter", max_gap=0.01)
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.base), tmp_path / "out")
+        close(model(input_ids=IDS).logits, said, rtol=1e-5, atol=1e-5)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+
+
+def test_adapters_on_adapters_are_no_adapter_of_the_base(tmp_path: Path, base: Lineage) -> None:
+    _, saved = _trained(tmp_path, base, AdapterKind.lora)
+    found = lineage(tiny_spec(tmp_path, DpoConfig(), base_path=base.base), saved)
+    _, saved = _trained(tmp_path, found, AdapterKind.lora)
+    with pytest.raises(ModelError, match=r"1-dpo on 0-sft on path:tiny.*\n.*export it as a model"):
+        export(saved.path, base.base, tmp_path / "out", form="adapter", max_gap=0.01)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.lora])
+def test_a_reward_model_becomes_a_sequence_classifier(tmp_path: Path, base: Lineage, kind: AdapterKind) -> None:
+    saved = tiny_reward(tmp_path, AdapterConfig(kind=kind, rank=4), found=base, identity=IDENTITY)
+    told = export(saved.path, base.base, tmp_path / "out", form="model", max_gap=0.01)
+    spec = tiny_spec(tmp_path, DpoConfig(), base_path=base.base)
+    with torch.no_grad():
+        ours = scalar_scores(load_reward_model(spec, saved, device=CPU), stream([IDS[0].tolist()], CPU))
+        plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+        theirs = plain.score(plain.model(IDS).last_hidden_state[:, -1]).squeeze(-1)
+    close(theirs - 0.5, ours, rtol=1e-4, atol=1e-4)
+    assert "plus 0.5000" in told
+
+
+def test_too_wide_a_gap_is_refused(tmp_path: Path, base: Lineage) -> None:
+    _, saved = _trained(tmp_path, base, AdapterKind.lora)
+    with pytest.raises(ModelError, match=r"more than -1\n.*--max-gap"):
+        export(saved.path, base.base, tmp_path / "out", form="model", max_gap=-1.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_artifact_is_not_exported(tmp_path: Path, base: Lineage) -> None:
+    _, saved = _trained(tmp_path, base, AdapterKind.lora)
+    file = saved.path / "adapters/0-sft/adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(ArtifactError, match="content differs"):
+        export(saved.path, base.base, tmp_path / "out", form="model", max_gap=0.01)
+
+
+def test_the_gap_is_a_mean_kl() -> None:
+    before = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+    after = torch.tensor([[0.5, 0.5], [0.6, 0.4]]).log()
+    gap = gap_between(before, after)
+    kl = 0.9 * torch.log(torch.tensor(1.5)) + 0.1 * torch.log(torch.tensor(0.25))
+    assert gap.mean_kl == pytest.approx(float(kl) / 2, rel=1e-5)
+    assert gap.largest == pytest.approx(float(torch.log(torch.tensor(4.0))), rel=1e-5)
