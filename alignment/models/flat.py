@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from alignment.errors import ModelError
 from alignment.models.attention import ATTENTION
+from alignment.models.blocks import fuse_blocks
 from alignment.models.norms import fuse_norms
 from alignment.models.rows import FlatRows
 
@@ -40,12 +41,13 @@ def can_run_flat(model: PreTrainedModel) -> bool:
 def use_flat_attention(model: PreTrainedModel) -> bool:
     """Selects the flat attention function where the model allows it; says so once where it does not.
 
-    Norms are fused in either case (alignment/models/norms.py).
+    Norms are fused in either case (alignment/models/norms.py), blocks where it does (alignment/models/blocks.py).
     """
     fuse_norms(model)
     if not can_run_flat(model):
         log.warning("%s has attention that the flat path does not serve; padding is computed.", type(model).__name__)
         return False
+    fuse_blocks(model)
     model.set_attn_implementation(ATTENTION)
     return True
 
