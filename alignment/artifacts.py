@@ -58,14 +58,16 @@ def folder_name(stage: str, fingerprint: str) -> str:
     return f"{stage}-{fingerprint[:8]}"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it, even after a power cut."""
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of it: if ``durable`` even after a
+    power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as stream:
         json.dump(value, stream, indent=1, ensure_ascii=False)
         stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+        if durable:
+            stream.flush()
+            os.fsync(stream.fileno())
     os.replace(temporary, path)
 
 

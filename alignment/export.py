@@ -8,6 +8,7 @@ written is then loaded by plain transformers or PEFT and must say what it should
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
@@ -27,8 +28,9 @@ from alignment.config.model import Dtype
 from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import AlignmentError, ModelError
 from alignment.model_card import model_card
-from alignment.models.adapters import put_back
+from alignment.models.adapters import is_prefix, put_back
 from alignment.models.answers import unwrapped
+from alignment.models.flat import trunk_states, use_flat_attention
 from alignment.models.load import (
     DTYPES,
     Lineage,
@@ -39,6 +41,7 @@ from alignment.models.load import (
     saved_adapters,
 )
 from alignment.models.nf4 import quantize_trunk
+from alignment.models.rows import stream
 
 CPU = torch.device("cpu")
 TEXTS = (
@@ -109,17 +112,12 @@ def export(artifact: Path, base: Path | None, to: Path, *, form: str, max_gap: f
             said = _write_policy(manifest, found, partial, rows, max_gap=max_gap)
         tokenizer.save_pretrained(str(partial))
         (partial / "README.md").write_text(model_card(manifest, form=form, notes=said), encoding="utf-8")
-        lineage = {name: value for name, value in vars_of(manifest).items() if name != "files"}
+        lineage = {name: value for name, value in dataclasses.asdict(manifest).items() if name != "files"}
         (partial / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False), encoding="utf-8")
         partial.rename(to)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return "\n".join(said)
-
-
-def vars_of(manifest: Manifest) -> dict[str, Any]:
-    """The manifest as plain values."""
-    return {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
 
 
 # ---- policies -------------------------------------------------------------------------------------------------------
@@ -128,6 +126,7 @@ def vars_of(manifest: Manifest) -> dict[str, Any]:
 def _write_policy(
     manifest: Manifest, found: Lineage, folder: Path, rows: Sequence[list[int]], *, max_gap: float
 ) -> list[str]:
+    _refuse_prefix(found)
     dtype = Dtype(manifest.identity["base"]["dtype"])
     merged = load_policy(found, DTYPES[dtype])
     said = []
@@ -170,8 +169,8 @@ def _write_adapter(found: Lineage, folder: Path, rows: Sequence[list[int]]) -> l
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = found.source.partition(":")[2].partition("@")[0]
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    base = load_policy(found.weights, torch.float32)
-    expected = _logprobs(put_back(base, [found.adapters[0].path], trainable=False), rows)
+    ours = put_back(load_policy(found.weights, torch.float32), [found.adapters[0].path], trainable=False)
+    expected = _stream_logprobs(ours.get_base_model(), rows)
     again = PeftModel.from_pretrained(load_policy(found.weights, torch.float32), str(folder)).eval()
     _refuse_other_words(_logprobs(again, rows), expected, folder)
     said = ["read again by PEFT on its base, it says the same on the fixed rows"]
@@ -187,6 +186,7 @@ def _write_reward(
     artifact: Path, manifest: Manifest, found: Lineage, folder: Path, rows: Sequence[list[int]], tokenizer: Any
 ) -> list[str]:
     """A sequence classifier whose score is ours before the offset is taken off, for which it has no place."""
+    _refuse_prefix(found)
     dtype = DTYPES[Dtype(manifest.identity["base"]["dtype"])]
     model = load_scalar(found, dtype)
     load_scalar_head(model, artifact / "head.safetensors")
@@ -227,6 +227,20 @@ def _logprobs(model: Any, rows: Sequence[list[int]], dtype: Dtype | None = None)
                 logits = unwrapped(model)(input_ids=torch.tensor([row])).logits[0]
         found.append(logits.float().log_softmax(-1))
     return torch.cat(found)
+
+
+@torch.no_grad()
+def _stream_logprobs(model: PreTrainedModel, rows: Sequence[list[int]]) -> Tensor:
+    """The same by our own forward, which knows of a prefix."""
+    use_flat_attention(model)
+    states = [trunk_states(model.base_model, stream([row], CPU)) for row in rows]
+    logits: Tensor = model.get_output_embeddings()(torch.cat(states))
+    return logits.float().log_softmax(-1)
+
+
+def _refuse_prefix(found: Lineage) -> None:
+    if any(is_prefix(adapter.path) for adapter in found.adapters):
+        raise ModelError("a prefix cannot be merged into weights", remedy="export it as an adapter (--as adapter)")
 
 
 def gap_between(before: Tensor, after: Tensor) -> Gap:

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from alignment.config.launch import LaunchConfig, LauncherKind
-from alignment.errors import ConfigError
+from alignment.errors import AlignmentError, ConfigError
 
 _POLL_SECONDS = 0.5
 _ROOT = Path(__file__).resolve().parent.parent
@@ -106,7 +106,8 @@ def execute(
     The command has a session of its own, so that Ctrl-C reaches this process alone. If this call is interrupted (by
     Ctrl-C, or an exception raised in a signal handler), the workers are asked to stop, awaited for ``grace_seconds``,
     then killed; the interruption goes on. No process of the command outlives this call. ``on_poll`` is called twice a
-    second. Descriptors in ``keep_open`` stay open in the command, and locks with them.
+    second; where it finds that they are lost and raises an AlignmentError, they are killed at once. Descriptors in
+    ``keep_open`` stay open in the command, and locks with them.
     """
     with log.open("ab") as sink:
         leader = psutil.Popen(
@@ -124,6 +125,8 @@ def execute(
             family.look()
             on_poll()
         return code
+    except AlignmentError:
+        raise
     except BaseException:
         family.ask_to_stop()
         family.wait(grace_seconds)

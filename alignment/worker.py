@@ -31,7 +31,7 @@ from alignment.artifacts import Manifest, publish, write_json
 from alignment.config.stage import StageConfig
 from alignment.data.chat_template import template_text
 from alignment.data.hub import content_of
-from alignment.errors import PREEMPTED, AlignmentError, DataError
+from alignment.errors import PREEMPTED, AlignmentError, DataError, StageError
 from alignment.fingerprint import digest
 from alignment.locks import held
 from alignment.stage_spec import StageSpec, read_spec
@@ -57,6 +57,7 @@ def main(path: Path) -> int:
         spec=spec, rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1"))
     )
     _quiet()
+    context.pulse.start(spec.work / "pulse", context.rank)
     signal.signal(signal.SIGTERM, _stop_now)
     try:
         with _alone(context):
@@ -70,11 +71,26 @@ def main(path: Path) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except Exception as error:  # noqa: BLE001 - the last line of defence: the driver must hear of it
-        _finish(context, "failed", 1, f"{type(error).__name__}: {error}")
         traceback.print_exc()
+        if _is_out_of_memory(error):
+            _finish(context, "failed", StageError.exit_code, str(_too_large(error, context)))
+            return StageError.exit_code
+        _finish(context, "failed", 1, f"{type(error).__name__}: {error}")
         return 1
     _finish(context, "done", 0, "")
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """CUDA says so by a type, the CPU's allocator in words."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _too_large(error: Exception, context: StageContext) -> StageError:
+    return StageError(
+        f"out of memory while {context.pulse.phase}: {str(error).splitlines()[0]}",
+        remedy="lower optim.micro_batch_tokens, set optim.activation_checkpointing=true, or train an adapter",
+    )
 
 
 def _alone(context: StageContext) -> AbstractContextManager[object]:
@@ -159,11 +175,12 @@ def _finish(context: StageContext, state: str, exit_code: int, error: str) -> No
     path = context.spec.run_folder / "status.json"
     if path.exists() or (state == "done" and not context.is_main):
         return
+    several = f", process {context.rank} of {context.world_size}" if context.world_size > 1 else ""
     status = {
         "state": state,
         "exit_code": exit_code,
         "error": error,
-        "where": f"stage {context.spec.stage}, process {context.rank} of {context.world_size}",
+        "where": f"stage {context.spec.stage}" + several,
         "time": time.time(),
     }
     write_json(path, status)

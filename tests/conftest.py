@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several at once: each with a thread of its own
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 THIRD_PARTY_WARNINGS = (
     # PEFT asks transformers for a property by its old name:

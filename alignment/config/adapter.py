@@ -7,17 +7,19 @@ from enum import Enum
 
 
 class AdapterKind(str, Enum):
-    """``full`` trains every weight, all others train low-rank factors beside frozen weights.
+    """``full`` trains every weight, all others train something small beside frozen weights.
 
-    ``lora``: Hu et al. 2021. ``dora``: the factors turn a weight, and a magnitude for each of its outputs is trained
-    too (Liu et al. 2024). ``qlora``: the frozen linear weights are held in four bits, NF4 with double quantisation
-    (Dettmers et al. 2023).
+    ``lora``: low-rank factors (Hu et al. 2021). ``dora``: the factors turn a weight, and a magnitude for each of its
+    outputs is trained too (Liu et al. 2024). ``qlora``: LoRA, the frozen linear weights being held in four bits, NF4
+    with double quantisation (Dettmers et al. 2023). ``prefix``: keys and values of ``virtual_tokens`` in front of every
+    row, in every layer (Li and Liang 2021).
     """
 
     full = "full"
     lora = "lora"
     dora = "dora"
     qlora = "qlora"
+    prefix = "prefix"
 
 
 Chain = Enum("Chain", {"merge": "merge", "stack": "stack", "continue": "continue"}, type=str)
@@ -28,7 +30,9 @@ one is trained on, and no other is added."""
 CONTINUE = Chain("continue")  # a word that Python keeps for itself
 
 SHAPE = ("rank", "alpha", "rslora", "target_modules")
-"""Settings of an adapter that a stage which continues it cannot change."""
+"""Settings of a low-rank adapter that a stage which continues it cannot change."""
+PREFIX_SHAPE = ("virtual_tokens",)
+"""Those of a prefix."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,8 +40,8 @@ class AdapterConfig:
     """What an adapter is made of, and how it stands on those of earlier stages.
 
     ``rank``, ``alpha``, ``dropout``, ``rslora`` (scale by alpha/√rank instead of alpha/rank, Kalajdzievski 2023),
-    ``target_modules``, ``modules_to_save`` (trained whole, beside the factors) and ``chain`` apply to adapters,
-    ``master_weights`` to full training.
+    ``target_modules`` and ``modules_to_save`` (trained whole, beside the factors) apply to low-rank adapters,
+    ``virtual_tokens`` to prefixes, ``chain`` to both, ``master_weights`` to full training.
 
     ``target_modules`` is a list of module names, or the single word ``all-linear``. With ``master_weights`` the trained
     weights, their gradients and Adam's moments are float32; without, they have ``model.dtype``, half the bytes of each,
@@ -51,5 +55,6 @@ class AdapterConfig:
     rslora: bool = False
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     modules_to_save: list[str] = field(default_factory=list)
+    virtual_tokens: int = 16
     chain: Chain = Chain.merge
     master_weights: bool = True

@@ -22,10 +22,12 @@ class LauncherKind(str, Enum):
 class LaunchConfig:
     """``num_processes`` workers on this machine; ``threads`` per process, 0 shares the cores evenly.
 
-    ``grace_seconds`` is how long a stage that was asked to stop may take to save before it is killed.
+    ``grace_seconds`` is how long a stage that was asked to stop may take to save before it is killed. A stage in which
+    no process does anything for ``hang_seconds`` is ended (0: never).
     """
 
     kind: LauncherKind = LauncherKind.auto
     num_processes: int = 1
     threads: int = 0
     grace_seconds: int = 120
+    hang_seconds: int = 600

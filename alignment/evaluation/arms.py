@@ -37,11 +37,12 @@ class Answer:
 class Answered:
     """What one arm answered, one entry a held-out prompt.
 
-    ``logprobs`` are those of its own answers under its own prompts, in nats; ``seconds`` covers both.
+    ``logprobs`` are those of its own answers, in nats; None for an arm whose divergence is not asked for. ``seconds``
+    covers both.
     """
 
     answers: list[Answer]
-    logprobs: list[float]
+    logprobs: list[float] | None
     seconds: float
 
     @property

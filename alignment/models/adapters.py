@@ -15,6 +15,7 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PrefixTuningConfig,
     TaskType,
     get_peft_model,
     load_peft_weights,
@@ -26,21 +27,29 @@ from transformers import PreTrainedModel
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.errors import ConfigError, ModelError
+from alignment.models.prefix import prefix_of, put_prefix
 from alignment.models.products import fuse_adapters
 
 OWN = "default"
 WEIGHTS = "adapter_model.safetensors"
+START = "start"
 _BELOW = "below"
+_PREFIX_WEIGHTS = "prompt_embeddings"
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -> PreTrainedModel | PeftModel:
     """The model with a fresh adapter that changes nothing yet, or the model itself for full training.
+
+    A fresh prefix does change something: its keys and values are zero, and take a share of the attention.
 
     Raises:
         ModelError: the target modules do not exist in this model.
     """
     if config.kind is AdapterKind.full:
         return model
+    if config.kind is AdapterKind.prefix:
+        told = PrefixTuningConfig(num_virtual_tokens=config.virtual_tokens, init_weights="zero", task_type=task)
+        return put_prefix(get_peft_model(model, told))
     targets: str | list[str] = list(config.target_modules)
     if config.target_modules == ["all-linear"]:
         targets = "all-linear"
@@ -66,7 +75,7 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
 
 
 def train_on(model: PreTrainedModel, folder: Path, config: AdapterConfig, task: TaskType) -> PeftModel:
-    """The model with a saved adapter, to be trained further; a frozen copy of it stays beside it, switched off.
+    """The model with a saved adapter, to be trained further; a frozen copy of it is kept, switched off.
 
     Raises:
         ConfigError: the adapter is of another kind or shape than ``config`` says.
@@ -77,7 +86,9 @@ def train_on(model: PreTrainedModel, folder: Path, config: AdapterConfig, task: 
     saved.task_type, saved.inference_mode = task, False
     wrapped = get_peft_model(model, saved)
     _load(wrapped, folder, OWN)
-    return _with_frozen(wrapped, folder, "start")
+    if is_prefix(folder):
+        return put_prefix(wrapped)
+    return _with_frozen(wrapped, folder, START)
 
 
 def add_frozen(model: PeftModel, folders: Sequence[Path]) -> PeftModel:
@@ -103,7 +114,8 @@ def put_back(model: PreTrainedModel, folders: Sequence[Path], *, trainable: bool
     Raises:
         ModelError: one was made for another architecture.
     """
-    saved_config(folders[-1])
+    if is_prefix(folders[-1]):
+        return _put_back_prefix(model, folders[-1], trainable=trainable)
     try:
         wrapped = PeftModel.from_pretrained(model, str(folders[-1]), is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError) as error:
@@ -111,21 +123,60 @@ def put_back(model: PreTrainedModel, folders: Sequence[Path], *, trainable: bool
     return add_frozen(wrapped, folders[:-1]).eval() if folders[1:] else compute_in_base_dtype(wrapped).eval()
 
 
+def _put_back_prefix(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:
+    """PEFT itself refuses to train one that was loaded."""
+    saved = saved_config(folder)
+    saved.inference_mode = False
+    wrapped = get_peft_model(model, saved)
+    _load(wrapped, folder, OWN)
+    if not trainable:
+        wrapped.requires_grad_(False)
+    return put_prefix(wrapped).eval()
+
+
 @contextmanager
 def at_start(model: PeftModel) -> Iterator[PreTrainedModel]:
     """The model as it was when the stage began, for the duration of a ``with`` block: what it starts from."""
-    frozen = [name for name in model.peft_config if name != OWN]
-    if not frozen:
-        with model.disable_adapter():
-            yield model.get_base_model()
+    base = model.get_base_model()
+    if (prefix := prefix_of(base.base_model)) is not None:
+        with prefix.at_start():
+            yield base
         return
+    if START in model.peft_config:
+        with _start_instead(model):
+            yield base
+    elif any(name.startswith(_BELOW) for name in model.peft_config):
+        with _own_times_zero(model):
+            yield base
+    else:
+        with model.disable_adapter():
+            yield base
+
+
+@contextmanager
+def _start_instead(model: PeftModel) -> Iterator[None]:
+    """What the own adapter was, in its place."""
     before = [(layer, layer.active_adapters) for layer in _layers(model)]
-    _activate(model, frozen)
+    for layer, names in before:
+        layer._active_adapter = [START if name == OWN else name for name in names]
     try:
-        yield model.get_base_model()
+        yield
     finally:
         for layer, names in before:
             layer._active_adapter = names
+
+
+@contextmanager
+def _own_times_zero(model: PeftModel) -> Iterator[None]:
+    """Not switched off: when the stage begins, the model then computes to the last bit what its reference does."""
+    before = [(layer, layer.scaling[OWN]) for layer in _layers(model) if OWN in layer.scaling]
+    for layer, _ in before:
+        layer.scaling[OWN] = 0.0
+    try:
+        yield
+    finally:
+        for layer, scale in before:
+            layer.scaling[OWN] = scale
 
 
 def compute_in_base_dtype(model: PeftModel) -> PeftModel:
@@ -141,12 +192,13 @@ def compute_in_base_dtype(model: PeftModel) -> PeftModel:
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model with a saved adapter added into its weights.
+    """The model with a saved adapter added into its weights; a prefix has no place there and stays what it is.
 
     Raises:
         ModelError: the adapter was made for another architecture.
     """
-    saved_config(folder)
+    if is_prefix(folder):
+        return put_back(model, [folder], trainable=False).get_base_model()
     try:
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (ValueError, RuntimeError, KeyError) as error:
@@ -164,14 +216,25 @@ def saved_config(folder: Path) -> Any:
     return PeftConfig.from_pretrained(str(folder))
 
 
+def is_prefix(folder: Path) -> bool:
+    """Whether a saved adapter is a prefix.
+
+    Raises:
+        ModelError: there is no adapter in safetensors.
+    """
+    return bool(saved_config(folder).is_prompt_learning)
+
+
 def _refuse_other_shape(saved: Any, config: AdapterConfig, folder: Path) -> None:
     """A stage that continues an adapter changes its weights, not its shape."""
-    told = {
-        "rank": (config.rank, saved.r),
-        "alpha": (config.alpha, saved.lora_alpha),
-        "rslora": (config.rslora, saved.use_rslora),
-        "kind": (config.kind is AdapterKind.dora, saved.use_dora),
-    }
+    found_kind = _kind_of(saved)
+    told: dict[str, tuple[Any, Any]] = {"kind": (_family(config.kind).value, found_kind.value)}
+    if found_kind is AdapterKind.prefix:
+        told["virtual_tokens"] = (config.virtual_tokens, saved.num_virtual_tokens)
+    else:
+        told["rank"] = (config.rank, saved.r)
+        told["alpha"] = (config.alpha, saved.lora_alpha)
+        told["rslora"] = (config.rslora, saved.use_rslora)
     for name, (wanted, found) in told.items():
         if wanted != found:
             raise ConfigError(
@@ -192,6 +255,17 @@ def _with_frozen(model: PeftModel, folder: Path, name: str) -> PeftModel:
     return compute_in_base_dtype(model)
 
 
+def _family(kind: AdapterKind) -> AdapterKind:
+    """LoRA is LoRA, whatever it stands on."""
+    return AdapterKind.lora if kind is AdapterKind.qlora else kind
+
+
+def _kind_of(saved: Any) -> AdapterKind:
+    if saved.is_prompt_learning:
+        return AdapterKind.prefix
+    return AdapterKind.dora if saved.use_dora else AdapterKind.lora
+
+
 def _load(model: PeftModel, folder: Path, name: str) -> None:
     """Gives an adapter its saved weights; what was not saved, such as a head that is new here, stays as it is."""
     weights = {**_whole_modules(model, name), **load_peft_weights(str(folder), device="cpu")}
@@ -199,10 +273,9 @@ def _load(model: PeftModel, folder: Path, name: str) -> None:
         found = set_peft_model_state_dict(model, weights, adapter_name=name)
     except (RuntimeError, KeyError) as error:
         raise ModelError(f"this adapter does not fit the model: {error}", where=str(folder)) from error
-    if found.unexpected_keys:
-        raise ModelError(
-            f"this adapter does not fit the model, which lacks {found.unexpected_keys[0]}", where=str(folder)
-        )
+    unknown = [key for key in found.unexpected_keys if key != _PREFIX_WEIGHTS]  # which PEFT puts in its place itself
+    if unknown:
+        raise ModelError(f"this adapter does not fit the model, which lacks {unknown[0]}", where=str(folder))
 
 
 def _whole_modules(model: PeftModel, adapter: str) -> dict[str, Any]:

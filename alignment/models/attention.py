@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ def flat_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: Sequence[Segment] | None = None,
+    prefix: Tensor | None = None,  # [2 · layers, key heads, virtual tokens, head width]
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """``[1, tokens, heads, value width]``; without ``segments`` the batch is padded and goes to the standard function.
@@ -60,10 +61,15 @@ def flat_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Rotary positions may leave queries and keys in float32 where autocast has values in bfloat16.
     query, key, value = (states.to(products_dtype(value)) for states in (query, key, value))
+    keys, values, ahead = key[0], value[0], 0
+    if prefix is not None:
+        own_keys, own_values = prefix.unflatten(0, (-1, 2))[cast(int, module.layer_idx)]
+        keys, values = torch.cat([own_keys.to(keys), keys], dim=1), torch.cat([own_values.to(values), values], dim=1)
+        ahead = own_keys.shape[1]
     if _has_kernel(query, value):
-        return _varlen(query[0], key[0], value[0], segments, scale)[None], None
-    blocks = _blocks(tuple(segments), query.dtype, query.device)
-    attended = _RowAttention.apply(query[0], key[0], value[0], blocks, scale)
+        return _varlen(query[0], keys, values, segments, scale, ahead)[None], None
+    blocks = _blocks(tuple(segments), ahead, query.dtype, query.device)
+    attended = _RowAttention.apply(query[0], keys, values, blocks, scale)
     return attended.transpose(0, 1)[None], None
 
 
@@ -100,19 +106,26 @@ class _Block:
 
 
 @functools.lru_cache(maxsize=4)  # all layers, and the models that read the same stream, ask for the same ones
-def _blocks(segments: tuple[Segment, ...], dtype: torch.dtype, device: torch.device) -> tuple[_Block, ...]:
-    """The calls that a stream takes."""
+def _blocks(segments: tuple[Segment, ...], ahead: int, dtype: torch.dtype, device: torch.device) -> tuple[_Block, ...]:
+    """The calls that a stream takes, with ``ahead`` keys of a prefix in front of its own."""
     found = []
     for rows in _alike(segments):
-        own, before = (rows[0].own[0], rows[-1].own[1]), rows[0].before
+        own, before = (rows[0].own[0], rows[-1].own[1]), _behind(rows[0].before, ahead)
         hidden = None
         if before:
             lengths = [end - start for start, end in (row.own for row in rows)]
             among = torch.block_diag(*(torch.ones(length, length).tril() for length in lengths)).bool()
             own_hidden = torch.zeros(among.shape, dtype=dtype).masked_fill_(~among, float("-inf"))
             hidden = nn.functional.pad(own_hidden, (sum(end - start for start, end in before), 0)).to(device)
-        found.append(_Block(own=own, keys=(*before, own), hidden=hidden))
+        found.append(_Block(own=own, keys=(*before, (own[0] + ahead, own[1] + ahead)), hidden=hidden))
     return tuple(found)
+
+
+def _behind(ranges: Sequence[Range], ahead: int) -> tuple[Range, ...]:
+    """Ranges of a stream where a prefix stands before it, which comes first."""
+    if not ahead:
+        return tuple(ranges)
+    return ((0, ahead), *((start + ahead, end + ahead) for start, end in ranges))
 
 
 def _alike(segments: tuple[Segment, ...]) -> Iterator[list[Segment]]:
@@ -248,14 +261,14 @@ def _scatter_add(into: Tensor, ranges: Sequence[Range], values: Tensor) -> None:
         offset += count
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float, ahead: int) -> Tensor:
     """``[tokens, heads, width]`` by one kernel call on CUDA; queries are aligned with the end of their keys."""
     from torch.nn.attention.varlen import varlen_attn
 
     own = [end - start for segment in segments for start, end in [segment.own] if end > start]
-    rows = [segment.keys for segment in segments if segment.own[1] > segment.own[0]]
+    rows = [_behind(segment.keys, ahead) for segment in segments if segment.own[1] > segment.own[0]]
     whole = [sum(end - start for start, end in ranges) for ranges in rows]
-    if any(segment.before for segment in segments):
+    if ahead or any(segment.before for segment in segments):
         places = torch.cat([torch.arange(start, end) for ranges in rows for start, end in ranges]).to(key.device)
         key, value = key.index_select(1, places), value.index_select(1, places)
     attended = varlen_attn(

@@ -105,6 +105,12 @@ class RowsCache(Cache):
     def __init__(self, config: PreTrainedConfig, *, room: int) -> None:
         super().__init__(layers=[_layer_like(layer, room) for layer in DynamicCache(config=config).layers])
 
+    def begin(self, prefix: Tensor, *, rows: int) -> None:
+        """Puts ``[2 · layers, key heads, tokens, width]`` keys and values in front of every row of an empty cache."""
+        for number, layer in enumerate(self.layers):
+            keys, values = (prefix[2 * number + place].expand(rows, -1, -1, -1) for place in (0, 1))
+            layer.update(keys, values)
+
     def place(self, part: RowsCache, sources: Tensor, *, first: int, rows: int, length: int) -> None:
         """Writes ``part``'s rows ``sources`` from row ``first`` on; this cache has ``rows`` rows of ``length`` columns.
 

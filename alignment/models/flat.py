@@ -16,6 +16,7 @@ from alignment.errors import ModelError
 from alignment.models.attention import ATTENTION
 from alignment.models.blocks import fuse_blocks
 from alignment.models.norms import fuse_norms
+from alignment.models.prefix import prefix_of
 from alignment.models.rows import FlatRows
 
 log = logging.getLogger(__name__)
@@ -60,22 +61,31 @@ def trunk_states(trunk: PreTrainedModel, rows: FlatRows) -> Tensor:
     Raises:
         ModelError: a row is longer than the positions that the model was made for.
     """
+    prefix = prefix_of(trunk)
+    ahead = 0 if prefix is None else prefix.tokens
     positions = getattr(trunk.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and max(rows.lengths) > positions:
+    if positions is not None and max(rows.lengths) + ahead > positions:
         raise ModelError(
-            f"a row of {max(rows.lengths)} tokens is longer than the model's {positions} positions",
+            f"a row of {max(rows.lengths) + ahead} tokens is longer than the model's {positions} positions",
             remedy="lower max_length (or max_prompt_length and max_new_tokens)",
         )
     if trunk.config._attn_implementation != ATTENTION:
+        if prefix is not None:
+            raise ModelError(
+                f"{type(trunk).__name__} has attention that the flat path does not serve, and a prefix needs it",
+                where="adapter.kind",
+                remedy="take a low-rank adapter",
+            )
         return _padded_states(trunk, rows)
     # A four-dimensional mask is handed on as it is, which spares the model building one that nobody reads.
     unread = torch.empty(1, 1, 1, 1, device=rows.input_ids.device)
     output = trunk(
         input_ids=rows.input_ids[None],
-        position_ids=rows.position_ids[None],
+        position_ids=rows.position_ids[None] + ahead,
         attention_mask=unread,
         use_cache=False,
         segments=rows.segments,
+        **({} if prefix is None else {"prefix": prefix.states()}),
     )
     return output.last_hidden_state[0]
 

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from alignment.models.answers import unwrapped
 from alignment.models.cache import RowsCache
 from alignment.models.decoding import decoding
+from alignment.models.prefix import prefix_of
 
 PREFILL_TOKENS = 1024
 """Prompt tokens read at once, padding included; few rows of nearly the same length leave little of it."""
@@ -96,9 +98,10 @@ def _generate_batch(
     unfinished = set(rows)
     if uniforms is not None:
         uniforms = uniforms.to(model.device)
-    cache, logits = _read_prompts(model, prompts, room)
-    seen = _left_aligned_mask(prompts, len(prompts[0]) + max_new_tokens, model.device)  # [rows, columns]
-    positions = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=model.device)
+    cache, logits, seen = _read_prompts(model, prompts, room)
+    width = seen.shape[1]
+    seen = nn.functional.pad(seen, (0, max_new_tokens), value=1)  # [rows, columns]
+    positions = seen[:, :width].sum(-1, keepdim=True) - 1
     for step in range(max_new_tokens):
         tokens = logits.argmax(-1) if uniforms is None else _sample(logits, uniforms[:, step], temperature)
         for row, token in zip(rows, tokens.tolist(), strict=True):
@@ -115,26 +118,35 @@ def _generate_batch(
             tokens, seen, positions = tokens[kept], seen[kept], positions[kept]
             uniforms = None if uniforms is None else uniforms[kept]
         positions += 1
-        logits = _next_logits(model, tokens[:, None], seen[:, : len(prompts[0]) + step + 1], positions, cache)
+        logits = _next_logits(model, tokens[:, None], seen[:, : width + step + 1], positions, cache)
     return answers
 
 
-def _read_prompts(model: PreTrainedModel, prompts: list[Sequence[int]], room: int) -> tuple[RowsCache, Tensor]:
-    """The cache of all rows, and ``[rows, vocabulary]`` logits of their first new tokens."""
+def _read_prompts(model: PreTrainedModel, prompts: list[Sequence[int]], room: int) -> tuple[RowsCache, Tensor, Tensor]:
+    """The cache of all rows, ``[rows, vocabulary]`` logits of their first new tokens, and which columns a row sees.
+
+    A row's last column is its prompt's last token. A prefix stands first, before the padding of shorter prompts.
+    """
     cache = RowsCache(model.config, room=room)
-    logits = []
+    prefix = prefix_of(unwrapped(model).base_model)
+    ahead = 0 if prefix is None else prefix.tokens
+    columns = ahead + len(prompts[0])
+    logits, masks = [], []
     first = 0
     for part, repeats in _parts(prompts):
         length = len(part[0])
         read = RowsCache(model.config, room=0)
-        seen = _left_aligned_mask(part, length, model.device)
-        positions = (seen.cumsum(-1) - 1).clamp(min=0)
+        if prefix is not None:
+            read.begin(prefix.states().to(model.dtype), rows=len(part))
+        seen = nn.functional.pad(_left_aligned_mask(part, length, model.device), (ahead, 0), value=1)
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, ahead:]
         found = _next_logits(model, _left_padded(part, length, model.device), seen, positions, read)
         sources = torch.arange(len(part)).repeat_interleave(torch.tensor(repeats)).to(model.device)
-        cache.place(read, sources, first=first, rows=len(prompts), length=len(prompts[0]))
+        cache.place(read, sources, first=first, rows=len(prompts), length=columns)
         logits.append(found[sources])
+        masks.append(nn.functional.pad(seen[sources], (columns - seen.shape[1], 0)))
         first += len(sources)
-    return cache, torch.cat(logits)
+    return cache, torch.cat(logits), torch.cat(masks)
 
 
 def _parts(prompts: list[Sequence[int]]) -> Iterator[tuple[list[Sequence[int]], list[int]]]:

@@ -65,7 +65,7 @@ def _matrices(model: nn.Module) -> dict[int, int]:
     return {
         parameter.data_ptr(): parameter.nbytes
         for name, parameter in model.named_parameters()
-        if parameter.ndim > 1 and "lora_" not in name
+        if parameter.ndim > 1 and not any(part in name for part in ("lora_", "prompt_encoder"))
     }
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.errors import ConfigError
-from alignment.models.adapters import add_adapter, add_frozen, train_on
+from alignment.models.adapters import add_adapter, add_frozen, is_prefix, train_on
 from alignment.models.load import Lineage, SavedAdapter, load_policy, load_scalar, weights_dtype
 from alignment.models.nf4 import quantize_trunk
 
@@ -28,6 +28,13 @@ def load_start(
         ConfigError: there is no adapter to continue, or one of another shape.
         ModelError: an adapter does not fit the model.
     """
+    continues = adapter.kind is AdapterKind.prefix and adapter.chain is CONTINUE
+    if not continues and any(is_prefix(saved.path) for saved in found.adapters):
+        raise ConfigError(
+            "the stage starts from a prefix, which cannot be merged into weights",
+            where="adapter",
+            remedy="continue it (adapter.kind=prefix, adapter.chain=continue), or train a low-rank adapter before",
+        )
     merges = adapter.kind is AdapterKind.full or adapter.chain is Chain.merge or not found.adapters
     below, beside = (found, ()) if merges else (found.weights, found.beside)
     if adapter.kind is not AdapterKind.full and adapter.chain is CONTINUE and not found.adapters:

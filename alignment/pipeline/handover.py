@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,12 @@ _ERRORS = {
     for kind in (ConfigError, DataError, ModelError, StageError, NonFiniteError, RewardError, ArtifactError, Busy)
 }
 _TAIL_LINES = 15
+_REPORT_LINES = 60
+"""Within which a launcher reports on its processes."""
+_FIRST_FAILURE = re.compile(r"Root Cause.*?rank\s*:\s*(?P<rank>\d+)", re.DOTALL)
+_KILLED = re.compile(r"Root Cause.*?exitcode\s*:\s*-9\b", re.DOTALL)
+"""As torchrun reports on its processes."""
+_BUG = 1
 
 
 class Preempted(Exception):
@@ -103,30 +110,43 @@ def raise_for_status(folder: Path, *, code: int, stage: str) -> None:
         AlignmentError: it failed; the kind of error is the worker's own where it said so.
     """
     log = folder / "log.txt"
-    try:
-        status: dict[str, Any] = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    status = _status(folder)
+    printed = "\n".join(_last_lines(log, _REPORT_LINES)) if log.exists() else ""
+    # Where a process was killed, what the others say is that they lost their connection to it.
+    if status is None or (status["exit_code"] == _BUG and _KILLED.search(printed)):
         raise StageError(
-            f"its process ended {_how(code, tail(log))} without a word\n{tail(log)}",
+            f"{_who(printed)} ended {_how(code, printed)} without a word\n{tail(log)}",
             where=f"stage {stage}",
             remedy=f"log: {log}",
-        ) from None
+        )
     if status["state"] == "done":
         return
     if status["state"] == "preempted" or status["exit_code"] == PREEMPTED:
         raise Preempted
     kind = _ERRORS.get(status["exit_code"])
     if kind is not None:
-        raise kind(f"{status['error']}\n  log: {log}", where=f"stage {stage}")
+        raise kind(f"{status['error']}\n  log: {log}", where=status["where"])
     raise AlignmentError(
         f"{status['error']}\n{tail(log)}", where=f"stage {stage}", remedy=f"this is a fault of ours; the log is {log}"
     )
 
 
+def _status(folder: Path) -> dict[str, Any] | None:
+    """What the stage's processes said of how it ended, or None."""
+    try:
+        status: dict[str, Any] = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return status
+
+
 def tail(log: Path) -> str:
     """The last lines of a log, indented."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-    return "\n".join(f"  | {line}" for line in lines)
+    return "\n".join(f"  | {line}" for line in _last_lines(log, _TAIL_LINES))
+
+
+def _last_lines(log: Path, number: int) -> list[str]:
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-number:]
 
 
 def commit_of_checkout(root: Path) -> str:
@@ -135,6 +155,12 @@ def commit_of_checkout(root: Path) -> str:
         return ""
     outcome = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return outcome.stdout.strip() if outcome.returncode == 0 else ""
+
+
+def _who(printed: str) -> str:
+    """The process that failed first, as torchrun reports it."""
+    found = _FIRST_FAILURE.search(printed)
+    return "its process" if found is None else f"process {found['rank']}"
 
 
 def _how(code: int, printed: str) -> str:

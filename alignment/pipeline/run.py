@@ -26,7 +26,7 @@ from alignment.config.stage import (
 from alignment.errors import PREEMPTED, ArtifactError, ConfigError
 from alignment.launcher import Command
 from alignment.locks import held
-from alignment.pipeline import data_sources, handover, sources
+from alignment.pipeline import data_sources, handover, pulses, sources
 from alignment.pipeline.display import Display, display_for, duration
 from alignment.pipeline.handover import Preempted
 from alignment.pipeline.plan import Action, Plan, PlannedStage, make_plan
@@ -181,16 +181,26 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
     folder = stage_file.parent
     (folder / "status.json").unlink(missing_ok=True)
     (stage.work / "progress.json").unlink(missing_ok=True)
+    shutil.rmtree(stage.work / "pulse", ignore_errors=True)
+    launch = _launch_config(plan, stage)
 
     def on_poll() -> None:
         if (progress := handover.read_progress(stage.work)) is not None:
             display.update(progress)
+        if launch.hang_seconds:
+            pulses.refuse_stuck(
+                pulses.read_signs(stage.work),
+                processes=launch.num_processes,
+                limit=launch.hang_seconds,
+                now=time.time(),
+                stage=stage.name,
+            )
 
     code = launcher.execute(
-        command_for(_launch_config(plan, stage), stage_file),
+        command_for(launch, stage_file),
         log=folder / "log.txt",
         on_poll=on_poll,
-        grace_seconds=plan.config.launch.grace_seconds,
+        grace_seconds=launch.grace_seconds,
         keep_open=[lock],
     )
     handover.raise_for_status(folder, code=code, stage=stage.name)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from alignment.config.adapter import CONTINUE, SHAPE, AdapterConfig, AdapterKind, Chain
+from alignment.config.adapter import CONTINUE, PREFIX_SHAPE, SHAPE, AdapterConfig, AdapterKind, Chain
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.config.faults import Fault
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.near import suggestion
 from alignment.config.run import RunConfig
-from alignment.config.stage import PpoConfig, ReportConfig, Trained
+from alignment.config.stage import DpoConfig, PpoConfig, ReportConfig, Trained
 from alignment.data.chat_template import template_text
 from alignment.data.formats import FORMATS
 from alignment.errors import DataError
@@ -24,6 +24,9 @@ def faults(config: RunConfig) -> list[Fault]:
         if isinstance(stage, Trained):
             found += _master_faults(stage.adapter, config.model.dtype, f"{where}.adapter.master_weights")
             found += _chain_faults(stage, config, f"{where}.adapter")
+        if isinstance(stage, DpoConfig) and stage.adapter.kind is AdapterKind.prefix:
+            message = "TRL's DPO trainer copies adapters in a way that PEFT has for factors only; take adapter=lora"
+            found.append(Fault(where=f"{where}.adapter.kind", message=message))
         if not isinstance(stage, ReportConfig):
             found += _data_faults(stage.data, f"{where}.data")
         if isinstance(stage, PpoConfig):
@@ -42,18 +45,25 @@ def _template_faults(model: ModelConfig) -> Iterator[Fault]:
 def _chain_faults(stage: Trained, config: RunConfig, where: str) -> Iterator[Fault]:
     """What is known of the stage that this one starts from, where it is one of the run's."""
     adapter = stage.adapter
+    before = config.stages.get(stage.init.removeprefix("stage:"))
+    continues = adapter.kind is AdapterKind.prefix and adapter.chain is CONTINUE
+    if isinstance(before, Trained) and before.adapter.kind is AdapterKind.prefix and not continues:
+        message = f"{stage.init} trained a prefix, which cannot be merged; continue it, or train factors there"
+        yield Fault(where=where, message=message)
     if adapter.kind is AdapterKind.full or adapter.chain is Chain.merge:
         return
     if adapter.modules_to_save:
         yield Fault(
             where=f"{where}.chain", message=f"modules_to_save goes with chain 'merge' only, not {adapter.chain.value!r}"
         )
+    if adapter.kind is AdapterKind.prefix and adapter.chain is Chain.stack:
+        message = "a prefix does not stand on other adapters; take chain 'merge', or 'continue' for a prefix"
+        yield Fault(where=f"{where}.chain", message=message)
     if adapter.kind is AdapterKind.dora and adapter.chain is Chain.stack:
         message = "DoRA turns the weights that it finds and cannot be added to others beside them; take chain 'merge'"
         yield Fault(where=f"{where}.chain", message=message)
     if adapter.chain is not CONTINUE:
         return
-    before = config.stages.get(stage.init.removeprefix("stage:"))
     if stage.init == "base" or (isinstance(before, Trained) and before.adapter.kind is AdapterKind.full):
         yield Fault(where=f"{where}.chain", message=f"{stage.init} has no adapter to continue; set it to merge")
     elif isinstance(before, Trained):
@@ -61,14 +71,14 @@ def _chain_faults(stage: Trained, config: RunConfig, where: str) -> Iterator[Fau
 
 
 def _shape_faults(adapter: AdapterConfig, before: AdapterConfig, init: str, where: str) -> Iterator[Fault]:
-    for name in SHAPE:
+    for name in PREFIX_SHAPE if adapter.kind is AdapterKind.prefix else SHAPE:
         wanted, found = getattr(adapter, name), getattr(before, name)
         if wanted != found:
             message = (
                 f"{wanted!r} cannot continue an adapter with {found!r}; take the value of {init}, or chain 'stack'"
             )
             yield Fault(where=f"{where}.{name}", message=message)
-    if (adapter.kind is AdapterKind.dora) != (before.kind is AdapterKind.dora):
+    if any((adapter.kind is kind) != (before.kind is kind) for kind in (AdapterKind.dora, AdapterKind.prefix)):
         message = (
             f"{adapter.kind.value} cannot continue what {init} trained with {before.kind.value}; take chain 'stack'"
         )

@@ -30,6 +30,8 @@ from alignment.stages.rows import rows_of
 from alignment.training.context import StageContext
 from alignment.training.tracking import open_tracker
 
+PROMPTED = "base+prompt"
+
 
 def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     """Policies and a reward model in, ``evaluation.json`` and ``samples.jsonl`` out. One process does it all."""
@@ -73,7 +75,7 @@ def _answer(
 ) -> Answered:
     started = time.monotonic()
     prompts = plain
-    if name == "base+prompt":
+    if name == PROMPTED:
         prompts = [prompt_ids(tokenizer, with_style_prompt(row.messages)) for row in rows]
     model = policies.load(lineage(context.spec, context.spec.arms[name]))
     before, total = config.arms.index(name) * len(rows), len(config.arms) * len(rows)
@@ -86,7 +88,9 @@ def _answer(
         batch_size=config.batch_size,
         progress=lambda done: context.progress("answering", before + done, total),
     )
-    logprobs = sequence_logprobs(model, prompts, [answer.ids for answer in answers])
+    logprobs = None
+    if name != PROMPTED and not _is_reference(name, context):
+        logprobs = sequence_logprobs(model, prompts, [answer.ids for answer in answers])
     return Answered(answers=answers, logprobs=logprobs, seconds=time.monotonic() - started)
 
 
@@ -111,14 +115,26 @@ class _Policies:
 def _divergences(
     context: StageContext, policies: _Policies, prompts: list[list[int]], arms: dict[str, Answered]
 ) -> dict[str, list[float] | None]:
-    """Log π − log ref of each arm's own answers, in nats a sequence; None for an arm that saw other prompts."""
-    reference = policies.load(lineage(context.spec, context.spec.inputs["reference"]))
+    """Log π − log ref of each arm's own answers, in nats a sequence; None for an arm that saw other prompts.
+
+    The reference reads the answers of all arms side by side, so that a prompt is computed once.
+    """
     found: dict[str, list[float] | None] = dict.fromkeys(arms)
-    for name, arm in arms.items():
-        if name != "base+prompt":  # rows as its own model saw them, so that the reference's distance to itself is 0
-            under = sequence_logprobs(reference, prompts, arm.ids)
-            found[name] = [mine - theirs for mine, theirs in zip(arm.logprobs, under, strict=True)]
+    found |= {name: [0.0] * len(prompts) for name in arms if _is_reference(name, context)}
+    compared = {name: (arm, arm.logprobs) for name, arm in arms.items() if arm.logprobs is not None}
+    if not compared:
+        return found
+    reference = policies.load(lineage(context.spec, context.spec.inputs["reference"]))
+    under = sequence_logprobs(reference, *side_by_side(prompts, [arm for arm, _ in compared.values()]))
+    for place, (name, (_, own)) in enumerate(compared.items()):
+        theirs = under[place :: len(compared)]
+        found[name] = [mine - other for mine, other in zip(own, theirs, strict=True)]
     return found
+
+
+def _is_reference(name: str, context: StageContext) -> bool:
+    """Whether an arm is the policy from which divergences are taken."""
+    return name != PROMPTED and context.spec.arms[name].path == context.spec.inputs["reference"].path
 
 
 def _rewards(

@@ -8,9 +8,11 @@ from types import FrameType
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignment.errors import ConfigError, NonFiniteError
+from alignment.models.adapters import with_own
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
@@ -98,6 +100,18 @@ class WarmupEnds(TrainerCallback):
                 where="optim.warmup_ratio",
                 remedy="set it to 0, or take smaller batches, more rows or more epochs",
             )
+
+
+class AdaptersAtWork(TrainerCallback):
+    """Switches on again what the trainer switched off: reloading a checkpoint, it leaves one adapter active, without
+    those that it stands on."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Runs after a checkpoint was loaded."""
+        if isinstance(model, PeftModel):
+            with_own(model)
 
 
 class NothingLeft(Exception):

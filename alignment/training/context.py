@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from dataclasses import dataclass, field
@@ -11,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from alignment.artifacts import write_json
 from alignment.config.adapter import AdapterConfig
 from alignment.config.stage import Trained
 from alignment.stage_spec import StageSpec
+from alignment.training.pulse import Pulse
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,6 +37,7 @@ class StageContext:
     rank: int
     world_size: int
     clock: Clock = field(default_factory=Clock)
+    pulse: Pulse = field(default_factory=Pulse)
 
     @property
     def is_main(self) -> bool:
@@ -80,11 +82,12 @@ class StageContext:
 
     def progress(self, phase: str, step: int = 0, total: int | None = None, **figures: float) -> None:
         """Tells the driver how far the stage is; cheap, and never the reason a stage fails half-written."""
+        self.pulse.phase = phase
+        self.pulse.told += 1
         if not self.is_main:
             return
-        temporary = self.spec.work / ".progress.json.tmp"
-        temporary.write_text(json.dumps({"phase": phase, "step": step, "total": total, "figures": figures}))
-        os.replace(temporary, self.spec.work / "progress.json")
+        told = {"phase": phase, "step": step, "total": total, "figures": figures}
+        write_json(self.spec.work / "progress.json", told, durable=False)
 
 
 def _seed(*parts: str | int) -> int:

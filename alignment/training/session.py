@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from alignment.training import checkpoints
 from alignment.training.callbacks import (
+    AdaptersAtWork,
     Checkpoints,
     FiniteGradients,
     NoStepTooMany,
@@ -51,7 +52,8 @@ def train(trainer: Trainer, context: StageContext, *, headline: str, period: int
     tracker = open_tracker(context)
     stop = StopOnSignal(period=period)
     steps = StepLog(context, log, tracker, headline=headline)
-    for callback in (WarmupEnds(), steps, Checkpoints(context), FiniteGradients(), NoStepTooMany(), stop):
+    checks = (WarmupEnds(), FiniteGradients(), NoStepTooMany())
+    for callback in (AdaptersAtWork(), steps, Checkpoints(context), *checks, stop):
         trainer.add_callback(callback)
     try:
         with contextlib.suppress(NothingLeft):  # every step was done before; the checkpoint is loaded

@@ -52,7 +52,8 @@ FAULTS = [
     (
         with_stage(adapter="full"),
         "stages.sft.adapter: 'full' is no group of settings; "
-        "it takes the keys kind, rank, alpha, dropout, rslora, target_modules, modules_to_save, chain, master_weights",
+        "it takes the keys kind, rank, alpha, dropout, rslora, target_modules, modules_to_save, virtual_tokens, chain, "
+        "master_weights",
     ),
     (
         with_stage(adapter={"target_modules": "all-linear"}),

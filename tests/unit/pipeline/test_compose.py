@@ -56,7 +56,9 @@ def test_every_choice_composes(group: str, choice: str) -> None:
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_a_recipe_says_where_its_numbers_come_from(recipe: str) -> None:
     for line in (recipes_folder() / f"{recipe}.yaml").read_text().splitlines():
-        if any(character.isdigit() for character in line.partition("#")[0].partition(":")[2]):
+        if not line.startswith("summary:") and any(
+            character.isdigit() for character in line.partition("#")[0].partition(":")[2]
+        ):
             assert "#" in line, line
 
 

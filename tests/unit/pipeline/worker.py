@@ -91,7 +91,7 @@ def evaluation(spec: StageSpec) -> dict[str, Any]:
 
 def say(spec: StageSpec, state: str, code: int, error: str) -> int:
     """Writes ``status.json``; returns the exit code."""
-    status = {"state": state, "exit_code": code, "error": error, "where": spec.stage}
+    status = {"state": state, "exit_code": code, "error": error, "where": f"stage {spec.stage}"}
     (spec.run_folder / "status.json").write_text(json.dumps(status))
     return code
 

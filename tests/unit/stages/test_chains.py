@@ -26,8 +26,11 @@ from alignment.config.stage import (
     StageConfig,
 )
 from alignment.errors import ModelError
+from alignment.models.flat import trunk_states, use_flat_attention
 from alignment.models.load import lineage, load_policy
+from alignment.models.rows import stream
 from alignment.stage_spec import StageInput, StageSpec
+from alignment.training.callbacks import Checkpoints
 from alignment.training.context import StageContext
 from tests.oracles.close import close
 from tests.tiny import save_tiny_model, tiny_spec
@@ -38,6 +41,8 @@ FILES = {"cpt": "conversations", "sft": "conversations", "reward": "preferences"
 LORA, FULL = AdapterConfig(rank=4), AdapterConfig(kind=AdapterKind.full)
 QLORA = AdapterConfig(kind=AdapterKind.qlora, rank=4, chain=Chain.stack)
 DORA = AdapterConfig(kind=AdapterKind.dora, rank=4)
+PREFIX = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=4)
+SAME_PREFIX = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=4, chain=CONTINUE)
 
 
 def _lora(chain: Chain) -> AdapterConfig:
@@ -55,7 +60,7 @@ def _config(kind: str, adapter: AdapterConfig, **changes: Any) -> StageConfig:
     if kind == "reward":
         return RewardConfig(optim=optim, max_length=4096, eval_fraction=0.0, **told)
     if kind == "dpo":
-        return DpoConfig(optim=optim, max_length=4096, **told)
+        return DpoConfig(optim=optim, max_length=4096, save_every=1, **told)
     return PpoConfig(
         optim=PpoOptimConfig(lr=1e-2, batch_size=4),
         updates=2,
@@ -105,9 +110,13 @@ def chained(tmp_path: Path) -> Chained:
 
 
 def _moved(chained: Chained, kind: str, since: str) -> float:
-    with torch.no_grad():
-        after, before = (chained.policy(name)(IDS).logits for name in (kind, since))
-    return float((after - before).abs().max())
+    said = []
+    for name in (kind, since):
+        model = chained.policy(name)
+        use_flat_attention(model)
+        with torch.no_grad():
+            said.append(trunk_states(model.base_model, stream(IDS.tolist(), torch.device("cpu"))))
+    return float((said[0] - said[1]).abs().max())
 
 
 @pytest.mark.parametrize(
@@ -146,6 +155,7 @@ def test_dpo_starts_at_ln_2_from_whatever_sft_left(
         (LORA, _lora(CONTINUE)),
         (FULL, LORA),
         (LORA, FULL),
+        (PREFIX, SAME_PREFIX),
     ],
     ids=lambda adapter: f"{adapter.kind.value}-{adapter.chain.value}",
 )
@@ -175,6 +185,44 @@ def test_three_stages_continue_and_stack(chained: Chained) -> None:
     plain.base_model.set_adapter(["default", "dpo"])
     with torch.no_grad():
         close(plain(input_ids=IDS).logits, chained.policy("dpo")(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+class _Killed(BaseException):
+    """The process ended right after a checkpoint."""
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [_lora(Chain.stack), _lora(CONTINUE), QLORA],
+    ids=lambda adapter: f"{adapter.kind.value}-{adapter.chain.value}",
+)
+def test_a_killed_stage_goes_on_with_all_its_adapters(
+    tmp_path: Path, adapter: AdapterConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers reloads adapters one by one and leaves a single one active."""
+    saved = []
+    for killed in (False, True):
+        chained = Chained(tmp_path / str(killed))
+        chained.run("sft", QLORA if adapter is QLORA else LORA)
+        if killed:
+            with monkeypatch.context() as patch:
+                patch.setattr(Checkpoints, "on_save", _then_killed(Checkpoints.on_save))
+                with pytest.raises(_Killed):
+                    chained.run("dpo", adapter, init="sft")
+        lines = chained.run("dpo", adapter, init="sft")
+        assert [line["step"] for line in lines] == [1, 2]
+        (own,) = chained.inputs["dpo"].path.glob("adapters/*-dpo/adapter_model.safetensors")
+        saved.append(own.read_bytes())
+    assert saved[0] == saved[1]
+
+
+def _then_killed(on_save: Any) -> Any:
+    def save(self: Any, args: Any, state: Any, control: Any, **told: Any) -> None:
+        on_save(self, args, state, control, **told)
+        if state.global_step == 1:
+            raise _Killed
+
+    return save
 
 
 def test_an_adapter_of_another_base_is_refused_by_name(chained: Chained) -> None:

@@ -1,0 +1,67 @@
+"""Signs of life of a stage's processes, and which of them is stuck (alignment/training/pulse.py writes them)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment.errors import StageError
+
+SILENT = 10.0
+"""Seconds without a sign after which a process does not run at all: it was stopped, or its machine is gone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sign:
+    """The last sign of a process: it was at ``place`` in ``phase``, where nothing has happened since ``since``.
+
+    ``time`` and ``since`` are seconds of the wall clock; ``waits``: it is inside a collective operation.
+    """
+
+    rank: int
+    pid: int
+    phase: str
+    time: float
+    since: float
+    waits: bool
+    place: str
+
+    def idle(self, now: float) -> float:
+        """Seconds without anything done."""
+        return now - (self.since if now - self.time < SILENT else min(self.since, self.time))
+
+
+def read_signs(work: Path) -> list[Sign]:
+    """One of every process that gave any, by rank."""
+    signs = []
+    for file in sorted(work.glob("pulse/*.json"), key=lambda path: int(path.stem)):
+        signs.append(Sign(rank=int(file.stem), **json.loads(file.read_text(encoding="utf-8"))))
+    return signs
+
+
+def refuse_stuck(signs: Sequence[Sign], *, processes: int, limit: float, now: float, stage: str) -> None:
+    """Returns while any process is at work, or has yet to start.
+
+    Raises:
+        StageError: none did anything for ``limit`` seconds; it names the one for which the others wait.
+    """
+    if len(signs) < processes or any(sign.idle(now) < limit for sign in signs):
+        return
+    silent = [sign for sign in signs if now - sign.time >= SILENT]
+    alone = [sign for sign in signs if not sign.waits]
+    if not silent and not alone and processes > 1:
+        places = "\n".join(f"  process {sign.rank}: {sign.phase}, {sign.place}" for sign in signs)
+        raise StageError(
+            f"nothing happened for {limit:g} seconds: all processes wait for one another\n{places}",
+            where=f"stage {stage}",
+            remedy="start the run again to go on from the last checkpoint; launch.hang_seconds sets the limit",
+        )
+    culprit = (silent or alone or list(signs))[0]
+    how = "does not run any more" if silent else "is stuck"
+    raise StageError(
+        f"process {culprit.rank} of {processes} {how} for {limit:g} seconds: {culprit.phase}, {culprit.place}",
+        where=f"stage {stage}",
+        remedy="start the run again to go on from the last checkpoint; launch.hang_seconds sets the limit",
+    )

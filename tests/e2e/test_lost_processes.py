@@ -1,0 +1,119 @@
+"""A process that is killed, raises or is stuck ends the run, and is named with what it was about."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import Align, environment
+
+TWO = ("launch.num_processes=2", "stages.sft.optim={batch_size: 4, micro_batch_tokens: 60, epochs: 500, lr: 1e-3}")
+"""Training that would go on for minutes."""
+
+
+@pytest.fixture
+def align(new_align: Callable[[], Align]) -> Align:
+    return replace(new_align(), recipe="sft_dpo")
+
+
+@contextmanager
+def _running(align: Align, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        align.argv("run", *TWO, *overrides),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(),
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _worker(driver: subprocess.Popen[str], align: Align, rank: int) -> psutil.Process:
+    """The process of that rank, once the first steps are logged."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert driver.poll() is None, f"it ended by itself\n{align.logs()}"
+        logged = [path.read_text() for path in align.output.glob("artifacts/sft-*.work/content/metrics.jsonl")]
+        if logged and logged[0]:
+            return next(p for p in psutil.Process(driver.pid).children(recursive=True) if _is_worker(p, rank))
+        time.sleep(0.2)
+    raise AssertionError(f"no step in two minutes\n{align.logs()}")
+
+
+def _is_worker(process: psutil.Process, rank: int) -> bool:
+    told = process.environ()
+    return "alignment.worker" in process.cmdline() and told.get("RANK") == str(rank)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (signal.SIGKILL, "process 1 ended by signal 9"),
+        (signal.SIGSTOP, "process 1 of 2 does not run any more for 12 seconds: "),
+    ],
+)
+def test_a_lost_process_is_named(align: Align, number: signal.Signals, expected: str) -> None:
+    with _running(align, "launch.hang_seconds=12") as driver:
+        os.kill(_worker(driver, align, rank=1).pid, number)
+        started = time.monotonic()
+        printed, _ = driver.communicate(timeout=60)
+        seconds = time.monotonic() - started
+    assert driver.returncode == 5, printed
+    assert expected in printed, printed
+    assert "→" in printed, "and a remedy"
+    assert seconds < 60
+    assert not [p for p in psutil.process_iter() if str(align.output) in " ".join(_words(p))], "nobody is left"
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_a_process_that_raises_is_named(new_align: Callable[[], Align], tmp_path: Path) -> None:
+    file = tmp_path / "score.py"
+    file.write_text(
+        "import os\n\n"
+        "def second(prompts, completions, rows):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise ValueError('not today')\n"
+        "    return [0.5 for _ in completions]\n"
+    )
+    recipe = tmp_path / "only_ppo.yaml"
+    recipe.write_text("defaults: [base, stage@stages.ppo: ppo, _self_]\nsummary: PPO alone\n")
+    align = new_align()
+    argv = [
+        *align.argv("run")[:4],
+        str(recipe),
+        f"output={align.output}",
+        f"model.source=path:{align.model}",
+        "model.dtype=float32",
+        "launch.num_processes=2",
+        "stages.ppo.init=base",
+        "stages.ppo.reward=null",
+        f"stages.ppo.scorers=[{{source: '{file}:second'}}]",
+        "stages.ppo.data.limit=6",
+        "stages.ppo.max_prompt_length=4096",
+        "stages.ppo.max_new_tokens=8",
+        "stages.ppo.optim.batch_size=4",
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 9, printed + align.logs()
+    assert "stage ppo, process 1 of 2" in printed
+    assert "not today" in printed

@@ -1,0 +1,188 @@
+"""Prefix tuning on the stream says what PEFT's own forward says, learns the same, and samples by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, PeftModelForCausalLM, TaskType
+
+from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
+from alignment.config.model import Dtype
+from alignment.config.stage import DpoConfig, SftConfig
+from alignment.errors import ConfigError, ModelError
+from alignment.models.adapters import add_adapter, at_start
+from alignment.models.answers import answer_statistics, answer_stream
+from alignment.models.flat import trunk_states, use_flat_attention
+from alignment.models.generate import generate
+from alignment.models.load import Lineage, lineage, load_policy
+from alignment.models.rows import stream
+from alignment.models.start import load_start
+from tests.oracles.close import close
+from tests.tiny import ARCHITECTURES, BASE_SOURCE, publish_tiny, save_tiny_model, tiny_model, tiny_spec
+from tests.unit.models.conftest import relative
+
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT names it so
+CPU = torch.device("cpu")
+PREFIX = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=5)
+PROMPT = list(range(20, 40))
+ROWS = [[5, 6, 7, 8, 2], [9, 4, 4], [*PROMPT, 3, 3, 2], [*PROMPT, 11]]
+"""The last two share their beginning."""
+
+
+def _wrapped(architecture: str = "llama", **changes: Any) -> Any:
+    model = tiny_model(architecture, **changes)
+    wrapped = add_adapter(model, PREFIX, TaskType.CAUSAL_LM).eval()
+    rng = torch.Generator().manual_seed(3)
+    wrapped.prompt_encoder["default"].embedding.weight.data.normal_(std=0.5, generator=rng)
+    use_flat_attention(model)
+    return wrapped
+
+
+def _ours(wrapped: Any) -> list[torch.Tensor]:
+    base = wrapped.get_base_model()
+    rows = stream(ROWS, CPU)
+    logits = base.lm_head(trunk_states(base.base_model, rows))
+    return [logits[rows.place[number, : len(row)]] for number, row in enumerate(ROWS)]
+
+
+def _pefts(wrapped: Any) -> list[torch.Tensor]:
+    """By the forward of PEFT's class, one row at a time, with a cache in front."""
+    wrapped.get_base_model().set_attn_implementation("eager")
+    found = [PeftModelForCausalLM.forward(wrapped, input_ids=torch.tensor([row])).logits[0] for row in ROWS]
+    wrapped.get_base_model().set_attn_implementation("flat_sdpa")
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_and_gradients_are_pefts(architecture: str) -> None:
+    found = []
+    for compute in (_ours, _pefts):
+        wrapped = _wrapped(architecture)
+        logits = torch.cat(compute(wrapped))
+        logits.square().mean().backward()
+        trained = [p for p in wrapped.parameters() if p.requires_grad]
+        assert len(trained) == 1, "the prefix alone is trained"
+        found.append((logits.detach(), trained[0].grad))
+    assert relative(found[0][0], found[1][0]) < 1e-5
+    assert relative(found[0][1], found[1][1]) < 1e-4
+
+
+def test_the_prefix_counts() -> None:
+    wrapped = _wrapped()
+    with torch.no_grad():
+        before = _ours(wrapped)
+        wrapped.prompt_encoder["default"].embedding.weight.mul_(2.0)
+        assert all(relative(now, then) > 1e-3 for now, then in zip(_ours(wrapped), before, strict=True))
+
+
+def test_at_the_start_of_a_stage_it_was_what_it_was() -> None:
+    wrapped = add_adapter(tiny_model(), PREFIX, TaskType.CAUSAL_LM).eval()
+    use_flat_attention(wrapped.get_base_model())
+    part = answer_stream([[5, 6]], [[7, 2]], CPU)
+    with torch.no_grad():
+        began = answer_statistics(wrapped.get_base_model(), part).logprobs
+        wrapped.prompt_encoder["default"].embedding.weight.add_(0.5)
+        assert relative(answer_statistics(wrapped.get_base_model(), part).logprobs, began) > 1e-3
+        with at_start(wrapped) as reference:
+            close(answer_statistics(reference, part).logprobs, began)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_answers_follow_the_prefix(architecture: str) -> None:
+    """Greedy answers of prompts of several lengths, against the likeliest next token of the whole row each time."""
+    wrapped = _wrapped(architecture)
+    base = wrapped.get_base_model()
+    prompts = [[5, 6, 7], [9, 4, 4, 8, 8, 8, 1], [5, 6, 7], [3]]
+    found = generate(base, prompts, max_new_tokens=6, end_ids=[2], batch_size=4)
+    for prompt, answer in zip(prompts, found, strict=True):
+        row = list(prompt)
+        with torch.no_grad():
+            for token in answer:
+                states = trunk_states(base.base_model, stream([row], CPU))
+                assert int(base.lm_head(states[-1]).argmax()) == token
+                row.append(token)
+
+
+def test_in_bfloat16_the_cache_has_the_models_format() -> None:
+    wrapped = _wrapped()
+    wrapped.get_base_model().to(torch.bfloat16)
+    answers = generate(wrapped.get_base_model(), [[5, 6, 7], [3]], max_new_tokens=4, end_ids=[2], batch_size=2)
+    assert all(answers)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Lineage:
+    """A model folder as a run's base."""
+    return Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path / "base"), adapters=())
+
+
+def _start(found: Lineage, adapter: AdapterConfig) -> Any:
+    model = load_start(found, adapter, Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU).eval()
+    use_flat_attention(model.get_base_model())
+    return model
+
+
+def _saved(folder: Path, base: Lineage) -> tuple[list[torch.Tensor], Lineage]:
+    model = _start(base, PREFIX)
+    model.prompt_encoder["default"].embedding.weight.data.normal_(std=0.5)
+    spec = tiny_spec(folder, SftConfig(adapter=PREFIX))
+    found = lineage(spec, publish_tiny(spec, model, base))
+    with torch.no_grad():
+        return _ours(model), found
+
+
+def test_it_is_found_again_by_us_and_by_peft(tmp_path: Path, base: Lineage) -> None:
+    said, found = _saved(tmp_path, base)
+    again = load_policy(found, torch.float32)
+    use_flat_attention(again)
+    rows = stream(ROWS[:1], CPU)
+    with torch.no_grad():
+        close(again.lm_head(trunk_states(again.base_model, rows)), said[0], rtol=1e-5, atol=1e-5)
+        plain = PeftModel.from_pretrained(load_policy(base, torch.float32), str(found.adapters[0].path))
+        close(plain(input_ids=torch.tensor(ROWS[:1])).logits[0], said[0], rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_continued_and_nothing_is_put_on_it(tmp_path: Path, base: Lineage) -> None:
+    said, found = _saved(tmp_path, base)
+    continued = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=5, chain=CONTINUE)
+    model = _start(found, continued)
+    with torch.no_grad():
+        close(torch.cat(_ours(model)), torch.cat(said), rtol=1e-5, atol=1e-5)
+    assert [p.shape for p in model.parameters() if p.requires_grad] == [
+        model.prompt_encoder["default"].embedding.weight.shape
+    ]
+    for other in (AdapterConfig(rank=4), AdapterConfig(rank=4, chain=Chain.stack), PREFIX):
+        with pytest.raises(ConfigError, match="starts from a prefix"):
+            _start(found, other)
+    longer = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=6, chain=CONTINUE)
+    with pytest.raises(ConfigError, match=r"adapter\.virtual_tokens: the adapter that is to be continued has 5"):
+        _start(found, longer)
+
+
+def test_it_stands_on_merged_factors(tmp_path: Path, base: Lineage) -> None:
+    first = load_start(base, AdapterConfig(rank=4), Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU)
+    for name, parameter in first.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    spec = tiny_spec(tmp_path, SftConfig(adapter=AdapterConfig(rank=4)))
+    found = lineage(spec, publish_tiny(spec, first, base))
+    model = _start(found, PREFIX)
+    model.prompt_encoder["default"].embedding.weight.data.normal_(std=0.5)
+    spec = tiny_spec(tmp_path, DpoConfig(adapter=PREFIX))
+    again = load_policy(lineage(spec, publish_tiny(spec, model, found)), torch.float32)
+    use_flat_attention(again)
+    rows = stream(ROWS, CPU)
+    with torch.no_grad():
+        states = [trunk_states(one.base_model, rows) for one in (again, model.get_base_model())]
+    close(*states, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_that_cannot_be_cut_is_no_place_for_a_prefix() -> None:
+    model = tiny_model("mistral", sliding_window=8)
+    add_adapter(model, PREFIX, TaskType.CAUSAL_LM)
+    use_flat_attention(model)
+    with pytest.raises(ModelError, match="a prefix needs it"):
+        trunk_states(model.base_model, stream(ROWS, CPU))

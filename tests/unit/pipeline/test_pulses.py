@@ -1,0 +1,71 @@
+"""Which of a stage's processes is stuck, told from their signs of life."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.errors import StageError
+from alignment.pipeline.pulses import Sign, read_signs, refuse_stuck
+
+NOW = 1000.0
+
+
+def _sign(rank: int, **changes: Any) -> Sign:
+    """One that gave a sign just now and did something a moment before."""
+    told = {"pid": 1, "phase": "training", "time": NOW - 0.5, "since": NOW - 1, "waits": False, "place": f"here{rank}"}
+    return Sign(rank=rank, **{**told, **changes})
+
+
+def _judge(*signs: Sign, processes: int | None = None) -> None:
+    refuse_stuck(signs, processes=processes or len(signs), limit=60, now=NOW, stage="sft")
+
+
+STUCK = {"since": NOW - 61}
+WAITING = {"since": NOW - 61, "waits": True}
+
+
+def test_while_one_is_at_work_nobody_is_stuck() -> None:
+    _judge(_sign(0, **WAITING), _sign(1))
+    _judge(_sign(0, since=NOW - 59))
+
+
+def test_who_has_not_started_is_waited_for() -> None:
+    _judge(_sign(0, **WAITING), processes=2)
+
+
+@pytest.mark.parametrize(
+    ("signs", "expected"),
+    [
+        ([_sign(0, **STUCK)], "process 0 of 1 is stuck for 60 seconds: training, here0"),
+        ([_sign(0, **WAITING), _sign(1, **STUCK)], "process 1 of 2 is stuck for 60 seconds: training, here1"),
+        (
+            [_sign(0, **STUCK), _sign(1, time=NOW - 61)],
+            "process 1 of 2 does not run any more for 60 seconds: training, here1",
+        ),
+        (
+            [_sign(0, **WAITING), _sign(1, **WAITING)],
+            "all processes wait for one another\n  process 0: training, here0",
+        ),
+    ],
+    ids=["alone", "others wait", "stopped", "all wait"],
+)
+def test_the_one_that_others_wait_for_is_named(signs: list[Sign], expected: str) -> None:
+    with pytest.raises(StageError) as caught:
+        _judge(*signs)
+    assert expected in str(caught.value)
+    assert str(caught.value).startswith("stage sft: ")
+
+
+def test_signs_are_read_by_rank(tmp_path: Path) -> None:
+    folder = tmp_path / "pulse"
+    folder.mkdir()
+    told = {"pid": 7, "phase": "loading", "time": 1.0, "since": 0.5, "waits": False, "place": "x"}
+    for rank in (10, 2):
+        (folder / f"{rank}.json").write_text(json.dumps(told))
+    (folder / ".3.json.99.tmp").write_text("{")
+    assert [sign.rank for sign in read_signs(tmp_path)] == [2, 10]
+    assert read_signs(tmp_path / "nowhere") == []
