@@ -188,7 +188,7 @@ def _show_recipes(console: Console) -> None:
 
     for name in recipe_names():
         content = yaml.safe_load((recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
-        console.print(f"{name:<16} {escape(content['summary'])}", highlight=False)
+        console.print(f"{name:<20} {escape(content['summary'])}", highlight=False, soft_wrap=True)
 
 
 def _refuse_other_package() -> None:

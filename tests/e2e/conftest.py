@@ -20,6 +20,7 @@ from tests.tiny import save_tiny_model
 
 SMALL = (
     "model.dtype=float32",
+    "launch.threads=1",
     "stages.cpt.data.limit=12",
     "stages.cpt.max_length=64",
     "stages.cpt.optim={batch_size: 4, micro_batch_tokens: 60, lr: 1e-3}",

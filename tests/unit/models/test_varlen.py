@@ -60,8 +60,24 @@ def test_the_kernel_gets_the_rows_and_their_shared_beginnings(name: str, monkeyp
     rows = _rows(name, "cpu")
     query, key, value = _states(rows, "cpu", torch.float32)
     expected, _ = flat_attention(torch.nn.Identity(), query, key, value, None, segments=rows.segments)
-    found = attention._varlen(query[0], key[0], value[0], rows.segments, WIDTH**-0.5)
+    found = attention._varlen(query[0], key[0], value[0], rows.segments, WIDTH**-0.5, 0)
     assert relative(found, expected[0]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_kernel_gets_a_prefix_in_front_of_every_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", _slow_varlen)
+    rows = _rows(name, "cpu")
+    query, key, value = _states(rows, "cpu", torch.float32)
+    prefix = torch.randn(2, KEY_HEADS, 3, key.shape[-1])
+    layer = torch.nn.Identity()
+    layer.layer_idx = 0
+    expected, _ = flat_attention(layer, query, key, value, None, segments=rows.segments, prefix=prefix)
+    keys, values = torch.cat([prefix[0], key[0]], dim=1), torch.cat([prefix[1], value[0]], dim=1)
+    found = attention._varlen(query[0], keys, values, rows.segments, WIDTH**-0.5, 3)
+    assert relative(found, expected[0]) < 1e-5
+    without, _ = flat_attention(layer, query, key, value, None, segments=rows.segments)
+    assert relative(without, expected) > 1e-2
 
 
 def test_values_may_have_another_width_than_keys() -> None:
