@@ -5,7 +5,6 @@ RECIPE ?= quickstart
 ARGS ?=
 WORK ?= all
 DATA ?=
-JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.alignment-pipeline-installed
@@ -29,8 +28,8 @@ preview: $(STAMP)  ## show rows as the stages of RECIPE would learn from them
 status: $(STAMP)  ## say how the runs in this folder stand
 	$(BIN)/align status $(ARGS)
 
-test: $(STAMP)  ## run the tests, JOBS=2 at a time
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
 
 prove: $(STAMP)  ## run the slow proofs that the stages reach known optima: ARGS="--only bandit" runs some
 	$(BIN)/python -m tests.proofs $(ARGS)

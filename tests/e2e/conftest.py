@@ -114,13 +114,6 @@ def environment() -> dict[str, str]:
     return {**kept, "NETRC": os.devnull}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whoever looks at the finished chain does so where it was run."""
-    for item in items:
-        if "finished" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("finished"))
-
-
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One tiny model for all runs, so that its fingerprint is the same in each."""
