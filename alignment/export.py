@@ -104,6 +104,10 @@ def export(artifact: Path, base: Path | None, to: Path, *, form: str, max_gap: f
     tokenizer = load_tokenizer(artifact / "tokenizer")
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     try:
+        if form == "adapter" and manifest.kind == "reward":
+            raise ModelError(
+                "the head of a reward model and its offset have no place in an adapter", remedy="export it as a model"
+            )
         if form == "adapter":
             said = _write_adapter(found, partial, rows)
         elif manifest.kind == "reward":

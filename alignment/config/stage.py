@@ -274,7 +274,8 @@ class PpoOptimConfig:
     max_grad_norm: float = 1.0
 
 
-UNTRAINED_ARMS = ("base", "base+prompt")
+PROMPTED = "base+prompt"
+UNTRAINED_ARMS = ("base", PROMPTED)
 """Arms of an evaluation that no stage has touched; the others name a stage or a folder."""
 
 

@@ -240,7 +240,7 @@ def _refuse_other_shape(saved: Any, config: AdapterConfig, folder: Path) -> None
             raise ConfigError(
                 f"the adapter that is to be continued has {found}, the stage asks for {wanted}",
                 where=f"adapter.{name}",
-                remedy=f"take the values of the earlier stage ({folder.name}), or adapter.chain=stack",
+                remedy=f"take the values of the earlier stage ({folder.name}), or do not continue it",
             )
 
 

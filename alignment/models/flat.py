@@ -48,8 +48,8 @@ def use_flat_attention(model: PreTrainedModel) -> bool:
     if not can_run_flat(model):
         log.warning("%s has attention that the flat path does not serve; padding is computed.", type(model).__name__)
         return False
-    fuse_blocks(model)
     model.set_attn_implementation(ATTENTION)
+    fuse_blocks(model)
     return True
 
 

@@ -35,18 +35,18 @@ def load_start(
             where="adapter",
             remedy="continue it (adapter.kind=prefix, adapter.chain=continue), or train a low-rank adapter before",
         )
-    merges = adapter.kind is AdapterKind.full or adapter.chain is Chain.merge or not found.adapters
-    below, beside = (found, ()) if merges else (found.weights, found.beside)
-    if adapter.kind is not AdapterKind.full and adapter.chain is CONTINUE and not found.adapters:
+    load = load_policy if task is TaskType.CAUSAL_LM else load_scalar
+    dtype = weights_dtype(compute, adapter)
+    if adapter.kind is AdapterKind.full:
+        return load(found, dtype)
+    if adapter.chain is CONTINUE and not found.adapters:
         raise ConfigError(
             "there is no adapter to continue: the stage starts from a whole model",
             where="adapter.chain",
             remedy="set it to merge, or let init name a stage that trained an adapter",
         )
-    load = load_policy if task is TaskType.CAUSAL_LM else load_scalar
-    model = load(below, weights_dtype(compute, adapter))
-    if adapter.kind is AdapterKind.full:
-        return model
+    below, beside = (found, ()) if adapter.chain is Chain.merge else (found.weights, found.beside)
+    model = load(below, dtype)
     if adapter.kind is AdapterKind.qlora:
         quantize_trunk(model, device)
     continued = beside[-1:] if adapter.chain is CONTINUE else ()

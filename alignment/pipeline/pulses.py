@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def read_signs(work: Path) -> list[Sign]:
     """One of every process that gave any, by rank."""
     signs = []
     for file in sorted(work.glob("pulse/*.json"), key=lambda path: int(path.stem)):
-        signs.append(Sign(rank=int(file.stem), **json.loads(file.read_text(encoding="utf-8"))))
+        with suppress(FileNotFoundError):  # the stage is done, and its worker has just removed the folder
+            signs.append(Sign(rank=int(file.stem), **json.loads(file.read_text(encoding="utf-8"))))
     return signs
 
 

@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping
 
 from alignment.config.faults import Fault
 from alignment.config.near import suggestion
-from alignment.config.stage import EvaluateConfig, PpoConfig, ReportConfig, StageConfig
+from alignment.config.stage import PROMPTED, EvaluateConfig, PpoConfig, ReportConfig, StageConfig
 from alignment.config.typed import field_types
 from alignment.rewards.sources import REWARD, in_use, is_reference, source_field
 
 BASE = "base"
-PROMPTED_BASE = "base+prompt"
 _STAGE = "stage:"
 _EXTERNAL = ("path:", "hub:", "bundled:")
 _NOUNS = {"policy": "a policy", "reward": "a reward model", "evaluation": "an evaluation", "report": "a report"}
@@ -47,7 +46,7 @@ class Slot:
     @property
     def is_base(self) -> bool:
         """Whether it stands for the run's base model, with or without a prompt."""
-        return self.ref in (BASE, PROMPTED_BASE)
+        return self.ref in (BASE, PROMPTED)
 
 
 def slots(stage: StageConfig) -> Iterator[Slot]:
@@ -121,7 +120,7 @@ def _stage_faults(name: str, stage: StageConfig, stages: Mapping[str, StageConfi
         problem = _problem(slot, stages)
         if problem:
             yield Fault(where=where, message=problem)
-        elif slot.ref == PROMPTED_BASE and not isinstance(stage, EvaluateConfig):
+        elif slot.ref == PROMPTED and not isinstance(stage, EvaluateConfig):
             yield Fault(
                 where=where, message=f"{slot.ref!r} is an arm of an evaluation, not a model to start from; write 'base'"
             )

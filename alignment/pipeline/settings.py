@@ -74,14 +74,10 @@ def _shape_faults(adapter: AdapterConfig, before: AdapterConfig, init: str, wher
     for name in PREFIX_SHAPE if adapter.kind is AdapterKind.prefix else SHAPE:
         wanted, found = getattr(adapter, name), getattr(before, name)
         if wanted != found:
-            message = (
-                f"{wanted!r} cannot continue an adapter with {found!r}; take the value of {init}, or chain 'stack'"
-            )
+            message = f"{wanted!r} cannot continue an adapter with {found!r}; take the value of {init}"
             yield Fault(where=f"{where}.{name}", message=message)
     if any((adapter.kind is kind) != (before.kind is kind) for kind in (AdapterKind.dora, AdapterKind.prefix)):
-        message = (
-            f"{adapter.kind.value} cannot continue what {init} trained with {before.kind.value}; take chain 'stack'"
-        )
+        message = f"{adapter.kind.value} cannot continue what {init} trained with {before.kind.value}"
         yield Fault(where=f"{where}.kind", message=message)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from alignment.artifacts import write_json
-from alignment.config.stage import EvaluateConfig
+from alignment.config.stage import PROMPTED, EvaluateConfig
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokenize import prompt_ids, tokenize_rows
 from alignment.data.tokenizer import load_tokenizer
@@ -29,8 +29,6 @@ from alignment.stages.result import StageResult
 from alignment.stages.rows import rows_of
 from alignment.training.context import StageContext
 from alignment.training.tracking import open_tracker
-
-PROMPTED = "base+prompt"
 
 
 def run(config: EvaluateConfig, context: StageContext) -> StageResult:

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,6 +47,24 @@ def test_the_report_and_every_arm_are_there(finished: Align) -> None:
     page = (finished.output / "runs/quickstart/report.html").read_text()
     for label in ("base+prompt", "sft", "dpo", "ppo"):
         assert label in page
+
+
+def test_a_result_is_exported_and_plain_transformers_reads_it(finished: Align, tmp_path: Path) -> None:
+    def export(result: str, to: str, *more: str, code: int = 0) -> str:
+        argv = [sys.executable, "-m", "alignment.cli", "export", result, "--to", str(tmp_path / to), *more]
+        argv += ["--output", str(finished.output)]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    printed = export("quickstart/dpo", "model")
+    assert f"written: {tmp_path / 'model'}" in printed
+    assert "read again by transformers, it says the same" in printed
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert "export it as a model" in export("quickstart/dpo", "adapter", "--as", "adapter", code=4)
+    export("quickstart/sft", "adapter", "--as", "adapter")
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(finished.model), tmp_path / "adapter")
+    assert "did you mean 'ppo'" in export("quickstart/pppo", "other", code=2)
 
 
 def test_the_reference_arm_has_no_divergence_from_itself(finished: Align) -> None:

@@ -110,6 +110,27 @@ def test_a_reward_model_becomes_a_sequence_classifier(tmp_path: Path, base: Line
     assert "plus 0.5000" in told
 
 
+def test_a_reward_model_is_no_adapter(tmp_path: Path, base: Lineage) -> None:
+    """Its head and its offset would be lost."""
+    saved = tiny_reward(tmp_path, AdapterConfig(rank=4), found=base, identity=IDENTITY)
+    with pytest.raises(ModelError, match=r"have no place in an adapter\n.*export it as a model"):
+        export(saved.path, base.base, tmp_path / "out", form="adapter", max_gap=0.01)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prefix_is_an_adapter_and_no_model(tmp_path: Path, base: Lineage) -> None:
+    adapter = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=3)
+    model = load_start(base, adapter, Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU)
+    model.prompt_encoder["default"].embedding.weight.data.normal_(std=0.5)
+    spec = tiny_spec(tmp_path, SftConfig(adapter=adapter), base_path=base.base, identity=IDENTITY)
+    saved = publish_tiny(spec, model, base)
+    with pytest.raises(ModelError, match="a prefix cannot be merged"):
+        export(saved.path, base.base, tmp_path / "out", form="model", max_gap=0.01)
+    with pytest.warns(FutureWarning, match="past_key_values"):  # PEFT names it so
+        told = export(saved.path, base.base, tmp_path / "out", form="adapter", max_gap=0.01)
+    assert "read again by PEFT" in told
+
+
 def test_too_wide_a_gap_is_refused(tmp_path: Path, base: Lineage) -> None:
     _, saved = _trained(tmp_path, base, AdapterKind.lora)
     with pytest.raises(ModelError, match=r"more than -1\n.*--max-gap"):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from alignment import worker
 from alignment.config.model import ModelConfig
 from alignment.config.stage import SftConfig
 from alignment.data.chat_template import template_text
 from alignment.errors import DataError
 from alignment.fingerprint import content_sha256, digest
+from alignment.training.context import StageContext
 from alignment.worker import _refuse_changed_data
 from tests.tiny import tiny_spec
 
@@ -23,6 +27,32 @@ def test_data_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:
     file.write_text("{} ")
     with pytest.raises(DataError, match=r"data\.jsonl: changed since the run was planned"):
         _refuse_changed_data(spec)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("can't allocate memory: 9 GB"),
+    ],
+)
+def test_running_out_of_memory_comes_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    spec = tiny_spec(tmp_path, SftConfig())
+
+    def run(_: object, context: StageContext) -> None:
+        context.progress("training")
+        raise error
+
+    monkeypatch.setattr(worker, "read_spec", lambda path: spec)
+    monkeypatch.setattr(worker, "_run", run)
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    assert worker.main(tmp_path / "stage.yaml") == 5
+    status = json.loads((spec.run_folder / "status.json").read_text())
+    assert status["exit_code"] == 5
+    assert "out of memory while training" in status["error"]
+    assert "micro_batch_tokens" in status["error"]
 
 
 def test_a_template_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:

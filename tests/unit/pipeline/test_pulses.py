@@ -60,6 +60,18 @@ def test_the_one_that_others_wait_for_is_named(signs: list[Sign], expected: str)
     assert str(caught.value).startswith("stage sft: ")
 
 
+def test_a_sign_that_goes_while_it_is_read_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is done removes its folder at any moment."""
+    (tmp_path / "pulse").mkdir()
+    (tmp_path / "pulse" / "0.json").touch()
+
+    def gone(*_: Any, **__: Any) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", gone)
+    assert read_signs(tmp_path) == []
+
+
 def test_signs_are_read_by_rank(tmp_path: Path) -> None:
     folder = tmp_path / "pulse"
     folder.mkdir()

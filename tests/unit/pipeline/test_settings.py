@@ -1,0 +1,34 @@
+"""Settings that only together cannot be right are refused before anything starts, and named."""
+
+from __future__ import annotations
+
+import pytest
+
+from alignment.errors import ConfigError
+from tests.unit.pipeline.conftest import MakePlan
+
+DPO = "stages.dpo.adapter"
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (["adapter@stages.sft.adapter=full", f"{DPO}.chain=continue"], f"{DPO}.chain: stage:sft has no adapter"),
+        (["stages.dpo.init=base", f"{DPO}.chain=continue"], f"{DPO}.chain: base has no adapter to continue"),
+        ([f"{DPO}.chain=continue", f"{DPO}.rank=8"], f"{DPO}.rank: 8 cannot continue an adapter with 16"),
+        ([f"{DPO}.chain=continue", f"{DPO}.kind=dora"], f"{DPO}.kind: dora cannot continue what stage:sft trained"),
+        ([f"{DPO}.chain=stack", f"{DPO}.kind=dora"], f"{DPO}.chain: DoRA turns the weights"),
+        ([f"{DPO}.chain=stack", f"{DPO}.modules_to_save=[embed_tokens]"], f"{DPO}.chain: modules_to_save goes with"),
+        ([f"{DPO}.kind=prefix"], f"{DPO}.kind: TRL's DPO trainer"),
+        (["stages.reward.adapter={kind: prefix, chain: stack}"], "stages.reward.adapter.chain: a prefix does not"),
+        (["adapter@stages.sft.adapter=prefix"], "stages.reward.adapter: stage:sft trained a prefix"),
+    ],
+)
+def test_adapters_that_cannot_stand_on_one_another_are_refused(plan: MakePlan, told: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(*told)
+    assert words in str(caught.value)
+
+
+def test_adapters_that_can_are_not(plan: MakePlan) -> None:
+    plan(f"{DPO}.chain=continue", "stages.reward.adapter.chain=stack", "stages.ppo.adapter={kind: qlora, chain: stack}")
