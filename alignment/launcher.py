@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
-from alignment.config.launch import LaunchConfig, LauncherKind
+from alignment.config.launch import LaunchConfig, LauncherKind, Sharding
 from alignment.errors import AlignmentError, ConfigError
+from alignment.resources import shipped
 
 _POLL_SECONDS = 0.5
 _ROOT = Path(__file__).resolve().parent.parent
@@ -53,18 +54,33 @@ def command(
         ConfigError: this launcher cannot start so many processes here.
     """
     kind = chosen_launcher(launch, num_devices=num_devices)
-    workers = launch.num_processes
-    launcher = _torchrun(workers) if kind is LauncherKind.torchrun else _accelerate(workers, num_devices=num_devices)
-    argv = (sys.executable, *launcher, "-m", "alignment.worker", str(stage_file))
-    threads = launch.threads or max(1, num_cores // workers)
+    argv = (sys.executable, *_LAUNCHERS[kind](launch, num_devices), "alignment.worker", str(stage_file))
+    threads = launch.threads or max(1, num_cores // launch.num_processes)
     return Command(argv=argv, environment=environment(threads, pythonpath))
+
+
+def with_processes(launch: LaunchConfig, *, num_devices: int) -> LaunchConfig:
+    """The launch with one process for each GPU where it asks for that.
+
+    Raises:
+        ConfigError: there is no GPU.
+    """
+    if launch.num_processes:
+        return launch
+    if num_devices == 0:
+        raise ConfigError(
+            "one process for each GPU is asked for, and this machine has none",
+            where="launch.num_processes",
+            remedy="launch.num_processes=2 starts two processes on the CPU",
+        )
+    return replace(launch, num_processes=num_devices)
 
 
 def chosen_launcher(launch: LaunchConfig, *, num_devices: int) -> LauncherKind:
     """The launcher that ``auto`` stands for, or the one asked for if it can do it.
 
     Raises:
-        ConfigError: more processes than GPUs, or several CPU processes by accelerate.
+        ConfigError: more processes than GPUs, or what this launcher does not start.
     """
     workers = launch.num_processes
     if num_devices and workers > num_devices:
@@ -73,16 +89,29 @@ def chosen_launcher(launch: LaunchConfig, *, num_devices: int) -> LauncherKind:
             where="launch.num_processes",
             remedy=f"launch.num_processes={num_devices}",
         )
-    several_on_cpu = workers > 1 and num_devices == 0
-    if launch.kind is LauncherKind.accelerate and several_on_cpu:
-        raise ConfigError(
-            "accelerate starts one process, whatever it is told, on a machine without GPUs",
-            where="launch.kind",
-            remedy="launch.kind=auto or launch.kind=torchrun",
-        )
     if launch.kind is LauncherKind.auto:
-        return LauncherKind.torchrun if several_on_cpu else LauncherKind.accelerate
+        plain = launch.sharding is Sharding.none and launch.num_machines == 1
+        return LauncherKind.accelerate if plain and (workers == 1 or num_devices) else LauncherKind.torchrun
+    if why := _refusal(launch, num_devices):
+        raise ConfigError(why, where="launch.kind", remedy="launch.kind=auto or launch.kind=torchrun")
     return launch.kind
+
+
+def _refusal(launch: LaunchConfig, num_devices: int) -> str:
+    """Why the launcher that is asked for cannot start this, or nothing."""
+    if launch.kind is LauncherKind.torchrun:
+        return ""
+    if launch.num_machines > 1:
+        return f"several machines are started by torchrun, not by {launch.kind.value}"
+    if launch.kind is LauncherKind.deepspeed:
+        if not launch.sharding.by_deepspeed:
+            return f"the deepspeed launcher is for zero1 to zero3, not for launch.sharding={launch.sharding.value}"
+        return "" if num_devices else "the deepspeed launcher needs GPUs, and this machine has none"
+    if launch.sharding is not Sharding.none:
+        return f"{launch.sharding.value} needs a process group, which accelerate does not make"
+    if launch.num_processes > 1 and num_devices == 0:
+        return "accelerate starts one process, whatever it is told, on a machine without GPUs"
+    return ""
 
 
 def count_devices(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
@@ -193,28 +222,32 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _accelerate(workers: int, *, num_devices: int) -> list[str]:
-    """Every flag is given, so that no configuration file in the user's home folder has a say."""
-    flags = [
-        "--num_processes",
-        str(workers),
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    if num_devices == 0:
-        flags.append("--cpu")
-    elif workers > 1:
-        flags.append("--multi_gpu")
-    return ["-m", "accelerate.commands.launch", *flags]
+def _accelerate(launch: LaunchConfig, num_devices: int) -> list[str]:
+    """With a configuration file of ours, so that none in the user's home folder has a say."""
+    file = "ddp.yaml" if num_devices and launch.num_processes > 1 else "local.yaml"
+    told = ["--config_file", str(shipped("launch") / "accelerate" / file), "--num_processes", str(launch.num_processes)]
+    return ["-m", "accelerate.commands.launch", *told, *([] if num_devices else ["--cpu"]), "-m"]
 
 
-def _torchrun(workers: int) -> list[str]:
-    """A rendezvous on a port of its own choosing, so that two runs on one machine never meet."""
-    return ["-m", "torch.distributed.run", "--standalone", "--nnodes", "1", "--nproc_per_node", str(workers)]
+def _torchrun(launch: LaunchConfig, num_devices: int) -> list[str]:
+    """On one machine a rendezvous on a port of its own choosing, so that two runs on one machine never meet."""
+    meeting = ["--standalone", "--nnodes", "1"]
+    if launch.num_machines > 1:
+        meeting = ["--nnodes", str(launch.num_machines), "--node_rank", str(launch.machine_rank)]
+        meeting += ["--master_addr", launch.main_address, "--master_port", str(launch.main_port)]
+    return ["-m", "torch.distributed.run", *meeting, "--nproc_per_node", str(launch.num_processes), "-m"]
+
+
+def _deepspeed(launch: LaunchConfig, num_devices: int) -> list[str]:
+    told = ["--no_local_rank", "--num_gpus", str(launch.num_processes), "--module"]
+    return ["-m", "deepspeed.launcher.runner", *told]
+
+
+_LAUNCHERS = {
+    LauncherKind.accelerate: _accelerate,
+    LauncherKind.torchrun: _torchrun,
+    LauncherKind.deepspeed: _deepspeed,
+}
 
 
 def environment(threads: int, pythonpath: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Folders that ship beside the code: conf, recipes and data.
+"""Folders that ship beside the code: conf, launch, recipes and data.
 
 In a checkout they stand at its root, where a reader looks for them; the built package carries copies inside itself.
 """
@@ -11,6 +11,6 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped(name: str) -> Path:
-    """The folder ``conf``, ``recipes`` or ``data``."""
+    """The folder ``conf``, ``launch``, ``recipes`` or ``data``."""
     packaged = _PACKAGE / "_shipped" / name
     return packaged if packaged.is_dir() else _PACKAGE.parent / name

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from alignment.config.launch import Offload, Sharding
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import StageConfig
 from alignment.config.tracking import TrackerKind, TrackingConfig
@@ -24,7 +25,7 @@ class StageInput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSpec:
-    """One stage, resolved. Paths are absolute.
+    """One stage, resolved. Paths are absolute. Of how it is launched it knows what its processes share out.
 
     ``extra_data`` holds files beside the main one, by the field that names them: ``{"ptx.data": Path("…")}``.
     """
@@ -47,6 +48,8 @@ class StageSpec:
     tracking: TrackingConfig
     git_commit: str
     extra_data: dict[str, Path] = field(default_factory=dict)
+    sharding: Sharding = Sharding.none
+    offload: Offload = Offload.none
 
 
 def read_spec(path: Path) -> StageSpec:
@@ -63,6 +66,8 @@ def read_spec(path: Path) -> StageSpec:
         inputs={name: _input(value) for name, value in raw["inputs"].items()},
         arms={name: _input(value) for name, value in raw["arms"].items()},
         data_path=Path(raw["data_path"]),
+        sharding=Sharding(raw["launch"]["sharding"]),
+        offload=Offload(raw["launch"]["offload"]),
         extra_data={name: Path(path) for name, path in raw.get("extra_data", {}).items()},
         artifact=Path(raw["artifact"]),
         work=Path(raw["work"]),

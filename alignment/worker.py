@@ -38,6 +38,7 @@ from alignment.stage_spec import StageSpec, read_spec
 from alignment.stages.result import StageResult
 from alignment.training.context import StageContext
 from alignment.training.session import Preempted, usage
+from alignment.training.sharding import begin
 
 STAGE_MODULES = {
     "cpt": "alignment.stages.cpt",
@@ -106,6 +107,7 @@ def _run(spec: StageSpec, context: StageContext) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    begin(context)
     module = importlib.import_module(STAGE_MODULES[spec.config.kind])
     run: Callable[[StageConfig, StageContext], StageResult] = module.run
     result = run(spec.config, context)

@@ -10,24 +10,67 @@ class LauncherKind(str, Enum):
     """How worker processes are started.
 
     ``auto`` takes ``accelerate launch`` for one process or for GPUs, and ``torchrun`` for several CPU processes, which
-    ``accelerate launch`` cannot start on one machine (it starts a single one without saying so).
+    ``accelerate launch`` cannot start on one machine (it starts a single one without saying so), and for several
+    machines.
     """
 
     auto = "auto"
     accelerate = "accelerate"
     torchrun = "torchrun"
+    deepspeed = "deepspeed"
+
+
+class Sharding(str, Enum):
+    """What processes share out among themselves instead of all holding it.
+
+    ``none``: nothing; each holds a whole model and gradients are averaged (DistributedDataParallel). ``zero1``: the
+    optimiser's state; ``zero2``: gradients too; ``zero3``: weights too (Rajbhandari et al. 2020, by DeepSpeed).
+    ``fsdp``: all three, by PyTorch (Zhao et al. 2023, ``fully_shard``).
+    """
+
+    none = "none"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+    fsdp = "fsdp"
+
+    @property
+    def by_deepspeed(self) -> bool:
+        """Whether DeepSpeed does it."""
+        return self in (Sharding.zero1, Sharding.zero2, Sharding.zero3)
+
+
+class Offload(str, Enum):
+    """What a GPU's share gives to the machine's own memory: nothing, the optimiser's state, or weights as well."""
+
+    none = "none"
+    optimizer = "optimizer"
+    weights = "weights"
 
 
 @dataclass(kw_only=True, slots=True)
 class LaunchConfig:
-    """``num_processes`` workers on this machine; ``threads`` per process, 0 shares the cores evenly.
+    """``num_processes`` workers on each of ``num_machines``; 0 is one for each GPU of a machine.
 
-    ``grace_seconds`` is how long a stage that was asked to stop may take to save before it is killed. A stage in which
-    no process does anything for ``hang_seconds`` is ended (0: never).
+    ``threads`` are those of a process; 0 shares the cores evenly. ``grace_seconds`` is how long a stage that was asked
+    to stop may take to save before it is killed. A stage in which no process does anything for ``hang_seconds`` is
+    ended (0: never). With several machines, the same command is started on each with its own ``machine_rank`` on one
+    shared folder; they meet at ``main_address:main_port``, which is on the machine of rank 0.
     """
 
     kind: LauncherKind = LauncherKind.auto
+    sharding: Sharding = Sharding.none
+    offload: Offload = Offload.none
     num_processes: int = 1
+    num_machines: int = 1
+    machine_rank: int = 0
+    main_address: str = "127.0.0.1"
+    main_port: int = 29400
     threads: int = 0
     grace_seconds: int = 120
     hang_seconds: int = 600
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines together."""
+        return self.num_processes * self.num_machines

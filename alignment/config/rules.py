@@ -63,6 +63,7 @@ FRACTION = Rule(lambda value: 0 <= value <= 1, "from 0 to 1")
 PATTERN = Rule(lambda value: _compiles(value), "a regular expression as Python writes them")
 BETWEEN = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 BELOW_ONE = Rule(lambda value: 0 <= value < 1, "from 0 to below 1")
+PORT = Rule(lambda value: 0 < value < 65536, "a port from 1 to 65535")
 PART = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 RULES: dict[tuple[type, str], Rule] = {
@@ -70,7 +71,11 @@ RULES: dict[tuple[type, str], Rule] = {
     (RunConfig, "seed"): NOT_NEGATIVE,
     (RunConfig, "stages"): FILLED,
     (RunConfig, "output"): FILLED,
-    (LaunchConfig, "num_processes"): POSITIVE,
+    (LaunchConfig, "num_processes"): NOT_NEGATIVE,
+    (LaunchConfig, "num_machines"): POSITIVE,
+    (LaunchConfig, "machine_rank"): NOT_NEGATIVE,
+    (LaunchConfig, "main_address"): FILLED,
+    (LaunchConfig, "main_port"): PORT,
     (LaunchConfig, "threads"): NOT_NEGATIVE,
     (LaunchConfig, "grace_seconds"): POSITIVE,
     (LaunchConfig, "hang_seconds"): NOT_NEGATIVE,

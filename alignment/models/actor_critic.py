@@ -31,12 +31,16 @@ class ValueHead(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """``value`` is a model of its own, or a ``ValueHead`` on the policy's trunk: then one pass serves both."""
+    """``value`` is a model of its own, or a ``ValueHead`` on the policy's trunk: then one pass serves both.
+
+    With ``one_backward`` the passes of two models are made one after the other, and their gradients together.
+    """
 
     def __init__(self, policy: PreTrainedModel | PeftModel, value: PreTrainedModel | PeftModel | ValueHead) -> None:
         super().__init__()
         self.policy = policy
         self.value = value
+        self.one_backward = False
         # DDP would send the frozen weights around, equal as they are.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         self._ddp_params_and_buffers_to_ignore = frozen
@@ -53,6 +57,8 @@ class ActorCritic(nn.Module):
         assert torch.is_grad_enabled(), "who learns nothing looks"
         if not isinstance(self.value, ValueHead):
             model = unwrapped(self.value)
+            if self.one_backward:
+                return self._statistics(part, temperature)[0], value_loss(answer_values(model, part))
             # Made before the policy's graph, because backward passes come last to what was made first.
             deferred = _deferred(lambda: value_loss(answer_values(model, part)), part.labels.device)
             return self._statistics(part, temperature)[0], deferred

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from alignment.errors import ModelError
 from alignment.models.flat import trunk_states
-from alignment.models.head import TokenStatistics, scalar_at, token_statistics, transforms_logits
+from alignment.models.head import TokenStatistics, label_statistics, scalar_at, transforms_logits
 from alignment.models.rows import SHORTEST_SHARED, FlatRows, by_tokens, stream
 
 
@@ -91,7 +91,7 @@ def statistics_of(model: PreTrainedModel, states: Tensor, part: AnswerStream, *,
             where="model.source",
             remedy="PPO, evaluation and precompute_reference need a head without these; all else serves this model",
         )
-    return token_statistics(states, model.get_output_embeddings().weight, part.labels, temperature=temperature)
+    return label_statistics(model, states, part.labels, temperature=temperature)
 
 
 def answer_values(model: PreTrainedModel, part: AnswerStream) -> Tensor:

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl.trainer.utils import FusedCausalLMOutput
 
 from alignment.models.flat import trunk_states, use_flat_attention
-from alignment.models.head import scalar_at, token_statistics, transforms_logits
+from alignment.models.head import label_statistics, scalar_at, transforms_logits
 from alignment.models.rows import FlatRows, flatten, stream
 
 log = logging.getLogger(__name__)
@@ -92,8 +92,7 @@ def _causal_output(
     states = trunk_states(model.base_model, rows)
     # The state that predicts column c + 1 stands at column c.
     places = rows.place[:, :-1][label_mask]
-    head = model.get_output_embeddings()
-    statistics = token_statistics(states[places], head.weight, wanted[:, 1:][label_mask])
+    statistics = label_statistics(model, states[places], wanted[:, 1:][label_mask])
     mask = label_mask if wanted is labels else _packed(rows, label_mask, labels)
 
     def spread(values: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ gradient is the exact one of log softmax, chunk by chunk, so memory stays at one
 
 from __future__ import annotations
 
+import types
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignment.models.flat import trunk_states
@@ -42,8 +43,38 @@ def token_statistics(hidden: Tensor, weight: Tensor, labels: Tensor, *, temperat
         weight: ``[vocabulary, width]`` the head; it gets a gradient if it wants one.
         labels: ``[tokens]`` token ids.
     """
-    logprobs, entropy, mean_logits, is_top1 = _ChunkedLogSoftmax.apply(hidden, weight, labels, temperature)
-    return TokenStatistics(logprobs=logprobs, entropy=entropy, mean_logits=mean_logits, is_top1=is_top1)
+    found = _ChunkedLogSoftmax.apply(hidden, weight, labels, temperature)
+    return TokenStatistics(**dict(zip(_FIELDS, found, strict=True)))
+
+
+def label_statistics(
+    model: PreTrainedModel, hidden: Tensor, labels: Tensor, *, temperature: float = 1.0
+) -> TokenStatistics:
+    """``token_statistics`` under the model's own head."""
+    head = model.get_output_embeddings()
+    if getattr(head, _ANSWERS, False):
+        return TokenStatistics(**dict(zip(_FIELDS, head(hidden, labels, temperature), strict=True)))
+    return token_statistics(hidden, head.weight, labels, temperature=temperature)
+
+
+def answer_labels(head: nn.Module) -> None:
+    """Lets a call of the head itself compute ``label_statistics``: where weights are shared out among processes, they
+    are there while their module is called, and while gradients go through what the call gave."""
+    head.forward = types.MethodType(_forward_labels, head)
+    setattr(head, _ANSWERS, True)
+
+
+def _forward_labels(
+    self: nn.Linear, hidden: Tensor, labels: Tensor | None = None, temperature: float = 1.0
+) -> Tensor | tuple[Tensor, ...]:
+    if labels is None:
+        return type(self).forward(self, hidden)
+    found: tuple[Tensor, ...] = _ChunkedLogSoftmax.apply(hidden, self.weight, labels, temperature)
+    return found
+
+
+_ANSWERS = "answers_labels"
+_FIELDS = ("logprobs", "entropy", "mean_logits", "is_top1")
 
 
 def transforms_logits(model: PreTrainedModel) -> bool:

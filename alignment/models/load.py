@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from alignment.artifacts import Manifest, inside, read_manifest, verify
@@ -209,6 +211,18 @@ def trained_dtype(compute: Dtype, adapter: AdapterConfig) -> torch.dtype:
 def products_in(compute: Dtype, device: torch.device) -> torch.autocast:
     """Matrix products in the compute dtype, for models whose adapters are float32 on a frozen base."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute is Dtype.bfloat16)
+
+
+def compute_in(model: nn.Module, compute: Dtype, device: torch.device) -> None:
+    """Puts ``products_in`` around the model's forward, for a model around which no trainer puts its own."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with products_in(compute, device):
+            return forward(*args, **kwargs)
+
+    model.forward = inside
 
 
 def frozen_copy(model: PreTrainedModel, products: torch.dtype) -> PreTrainedModel:

@@ -45,6 +45,11 @@ class Roles:
         """The policy as it is trained and saved."""
         return self.actor_critic.policy
 
+    def trained_models(self) -> list[PreTrainedModel]:
+        """The language model and, if there is one, the scorer that are trained, without wrappers."""
+        value = self.actor_critic.value
+        return [unwrapped(model) for model in (self.policy, value) if not isinstance(model, ValueHead)]
+
     def reference(self) -> AbstractContextManager[PreTrainedModel]:
         """The policy at the start of the stage, for the duration of a ``with`` block."""
         if self.frozen_reference is not None:
@@ -61,12 +66,16 @@ class Roles:
 
 
 def _matrices(model: nn.Module) -> dict[int, int]:
-    """Where the matrices lie, and how many bytes each has."""
-    return {
-        parameter.data_ptr(): parameter.nbytes
-        for name, parameter in model.named_parameters()
-        if parameter.ndim > 1 and not any(part in name for part in ("lora_", "prompt_encoder"))
-    }
+    """Where the matrices lie, and how many bytes each has.
+
+    One that is shared out among processes (ZeRO-3) counts whole, and has no place but its own parameter.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        if len(shape) > 1 and not any(part in name for part in ("lora_", "prompt_encoder")):
+            found[parameter.data_ptr() or id(parameter)] = shape.numel() * parameter.element_size()
+    return found
 
 
 def build_roles(
@@ -115,14 +124,18 @@ def _value_model(
 
 
 def share_frozen(model: nn.Module, owner: nn.Module) -> int:
-    """Lets frozen weights of ``model`` that equal the owner's frozen ones be the same memory; returns how many."""
-    owned = {name: p for name, p in owner.named_parameters() if not p.requires_grad}
-    shared = 0
-    for name, parameter in model.named_parameters():
+    """Lets frozen weights of ``model`` that equal the owner's frozen ones be the same; returns how many.
+
+    They are the same parameters, and not only the same memory, so that there is still one of them where they are shared
+    out among processes (ZeRO-3).
+    """
+    owned = {name: p for name, p in owner.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    shared: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         other = owned.get(name)
         if parameter.requires_grad or other is None or other.dtype != parameter.dtype:
             continue
-        if other.shape == parameter.shape and torch.equal(other, parameter):
-            parameter.data = other.data
-            shared += 1
-    return shared
+        if id(parameter) in shared or (other.shape == parameter.shape and torch.equal(other, parameter)):
+            path, _, own = name.rpartition(".")
+            setattr(model.get_submodule(path), own, shared.setdefault(id(parameter), other))
+    return len(shared)

@@ -130,7 +130,7 @@ def _malformed(text: str) -> Fault:
 
 
 def _is_group(override: Override) -> bool:
-    """Whether an override picks a file (``launch=two_processes``, ``adapter@stages.sft.adapter=full``)."""
+    """Whether an override picks a file (``launch=zero2``, ``adapter@stages.sft.adapter=full``)."""
     return override.package is not None or override.key_or_group in GROUPS
 
 

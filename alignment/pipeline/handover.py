@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from alignment.config.launch import LaunchConfig
 from alignment.config.model import ModelConfig
 from alignment.config.typed import to_plain
 from alignment.data.chat_template import template_file
@@ -57,7 +58,9 @@ class Progress:
     figures: Mapping[str, float]
 
 
-def write_stage_file(plan: Plan, stage: PlannedStage, *, git_commit: str, folder: Path | None = None) -> Path:
+def write_stage_file(
+    plan: Plan, stage: PlannedStage, launch: LaunchConfig, *, git_commit: str, folder: Path | None = None
+) -> Path:
     """Writes ``runs/<run>/<stage>/stage.yaml``, or ``stage.yaml`` in ``folder``; returns its path."""
     folder = folder or plan.run_folder / stage.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +82,7 @@ def write_stage_file(plan: Plan, stage: PlannedStage, *, git_commit: str, folder
         "work": str(stage.work),
         "run_folder": str(folder),
         "seed": plan.config.seed,
+        "launch": {"sharding": launch.sharding.value, "offload": launch.offload.value},
         "tracking": to_plain(plan.config.tracking),
         "git_commit": git_commit,
     }

@@ -19,7 +19,7 @@ from alignment.data.records import Conversation, Record
 from alignment.data.sources import RECORDS
 from alignment.errors import ArtifactError, ModelError
 from alignment.fingerprint import digest
-from alignment.pipeline import data_sources, identity, references, scorers, settings
+from alignment.pipeline import compatibility, data_sources, identity, references, scorers, settings
 from alignment.pipeline.compose import compose
 from alignment.pipeline.data_sources import DataSource
 from alignment.pipeline.reasons import Made, made, reason_to_run
@@ -102,7 +102,7 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     config, faults = convert(composition.tree)
     faults = [*composition.faults, *faults, *references.faults(config.stages)]
     named = {fault.where for fault in faults}  # a faulty field holds its default, of which nothing more need be said
-    later = [*scorers.faults(config.stages), *settings.faults(config)]
+    later = [*scorers.faults(config.stages), *settings.faults(config), *compatibility.faults(config)]
     refuse([*faults, *(fault for fault in later if fault.where not in named)])
     data = _checked_data(config)
     output = Path(config.output).expanduser().absolute()

@@ -41,7 +41,9 @@ def show_preview(
     with tempfile.TemporaryDirectory() as folder:
 
         def file_of(one: PlannedStage) -> str:
-            return str(handover.write_stage_file(plan, one, git_commit="", folder=Path(folder) / one.name))
+            return str(
+                handover.write_stage_file(plan, one, plan.config.launch, git_commit="", folder=Path(folder) / one.name)
+            )
 
         argv = [sys.executable, "-m", "alignment.preview", *map(file_of, chosen), "--rows", str(rows)]
         argv += ["--html", html] if html else []

@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
 from alignment import __version__, launcher
 from alignment.artifacts import Manifest, publish, read_manifest, verify
 from alignment.config.launch import LaunchConfig
-from alignment.config.stage import (
-    EvaluateConfig,
-    ReportConfig,
-    Trained,
-)
+from alignment.config.stage import ReportConfig
 from alignment.errors import PREEMPTED, ArtifactError, ConfigError
 from alignment.launcher import Command
 from alignment.locks import held
-from alignment.pipeline import data_sources, handover, pulses, sources
+from alignment.pipeline import data_sources, handover, launching, machines, pulses, sources
 from alignment.pipeline.display import Display, display_for, duration
 from alignment.pipeline.handover import Preempted
 from alignment.pipeline.plan import Action, Plan, PlannedStage, make_plan
 from alignment.pipeline.record import RunRecord
+from alignment.pipeline.signals import INTERRUPTED, Terminated, termination_raises
 from alignment.pipeline.summary import REPORT, show_results
-
-INTERRUPTED = 130
 
 CommandFor = Callable[[LaunchConfig, Path], Command]
 """Makes the command that runs a stage file."""
-
-
-class Terminated(BaseException):
-    """The driver itself was asked to stop, by SIGTERM or by its terminal closing."""
 
 
 def run(recipe: str, overrides: Sequence[str], *, console: Console, command_for: CommandFor | None = None) -> int:
@@ -51,15 +38,19 @@ def run(recipe: str, overrides: Sequence[str], *, console: Console, command_for:
     """
     command_for = command_for or command_here
     plan = make_plan(recipe, overrides)
-    command_for(plan.config.launch, plan.run_folder / "stage.yaml")  # refuses what this machine cannot start
-    refuse_uneven_batches(plan)
+    launch = launching.launch_of(plan)
+    command_for(launch, plan.run_folder / "stage.yaml")  # refuses what this machine cannot start
+    launching.refuse_uneven_batches(plan, launch)
     _make_writable(plan)
+    display = display_for(console)
+    if launch.machine_rank:
+        plan = with_models(plan, display, stages=_not_reused(plan))
+        return machines.follow(plan, launch, console=console, command_for=command_for)
     with held(plan.run_folder / "lock", wait=False):
-        display = display_for(console)
         plan = with_models(plan, display, stages=_not_reused(plan))
         record = RunRecord(plan)
         try:
-            with _termination_raises():
+            with termination_raises():
                 for stage in plan.stages:
                     _one_stage(plan, stage, record, display, command_for)
         except (KeyboardInterrupt, Terminated, Preempted) as stop:
@@ -73,24 +64,6 @@ def run(recipe: str, overrides: Sequence[str], *, console: Console, command_for:
         record.finish("done")
     show_results(console, plan.run_folder, record.content)
     return 0
-
-
-def refuse_uneven_batches(plan: Plan) -> None:
-    """A global batch is split evenly over processes; better said now than after the stages before.
-
-    Raises:
-        ConfigError: some stage that has to run cannot split its batch.
-    """
-    workers = plan.config.launch.num_processes
-    uneven = [
-        f"stages.{stage.name}.optim.batch_size: {stage.config.optim.batch_size} does not divide by {workers} processes"
-        for stage in plan.stages
-        if stage.action is not Action.reuse
-        and isinstance(stage.config, Trained)
-        and stage.config.optim.batch_size % workers
-    ]
-    if uneven:
-        raise ConfigError("\n  ".join(uneven), remedy=f"choose multiples of {workers}, or another launch.num_processes")
 
 
 def _make_writable(plan: Plan) -> None:
@@ -177,12 +150,12 @@ def _make(plan: Plan, stage: PlannedStage, display: Display, command_for: Comman
 
 def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: CommandFor, lock: int) -> None:
     commit = handover.commit_of_checkout(Path(__file__).resolve().parents[2])
-    stage_file = handover.write_stage_file(plan, stage, git_commit=commit)
+    launch = launching.of_stage(launching.launch_of(plan), stage.config)
+    stage_file = handover.write_stage_file(plan, stage, launch, git_commit=commit)
     folder = stage_file.parent
     (folder / "status.json").unlink(missing_ok=True)
     (stage.work / "progress.json").unlink(missing_ok=True)
     shutil.rmtree(stage.work / "pulse", ignore_errors=True)
-    launch = _launch_config(plan, stage)
 
     def on_poll() -> None:
         if (progress := handover.read_progress(stage.work)) is not None:
@@ -190,32 +163,26 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
         if launch.hang_seconds:
             pulses.refuse_stuck(
                 pulses.read_signs(stage.work),
-                processes=launch.num_processes,
+                processes=launch.world_size,
                 limit=launch.hang_seconds,
                 now=time.time(),
                 stage=stage.name,
             )
 
-    code = launcher.execute(
-        command_for(launch, stage_file),
-        log=folder / "log.txt",
-        on_poll=on_poll,
-        grace_seconds=launch.grace_seconds,
-        keep_open=[lock],
-    )
+    with machines.announced(folder, launch):
+        code = launcher.execute(
+            command_for(launch, stage_file),
+            log=folder / "log.txt",
+            on_poll=on_poll,
+            grace_seconds=launch.grace_seconds,
+            keep_open=[lock],
+        )
     handover.raise_for_status(folder, code=code, stage=stage.name)
     manifest = read_manifest(stage.artifact)
     if manifest is None or manifest.fingerprint != stage.fingerprint:
         raise ArtifactError(
             "the stage said it was done, but its result is not there", where=str(stage.artifact), remedy="run it again"
         )
-
-
-def _launch_config(plan: Plan, stage: PlannedStage) -> LaunchConfig:
-    """An evaluation is one process's work, which then has all the cores."""
-    if isinstance(stage.config, EvaluateConfig):
-        return dataclasses.replace(plan.config.launch, num_processes=1)
-    return plan.config.launch
 
 
 def _make_report(plan: Plan, stage: PlannedStage, config: ReportConfig) -> None:
@@ -244,18 +211,3 @@ def _point_to_result(plan: Plan, stage: PlannedStage) -> None:
     """A report also stands in the run's folder, where a user looks for it."""
     if isinstance(stage.config, ReportConfig):
         shutil.copyfile(stage.artifact / REPORT, plan.run_folder / REPORT)
-
-
-@contextmanager
-def _termination_raises() -> Iterator[None]:
-    """SIGTERM and SIGHUP become an exception, so that a stage is asked to save before this process goes."""
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

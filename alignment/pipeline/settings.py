@@ -10,7 +10,7 @@ from alignment.config.faults import Fault
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.near import suggestion
 from alignment.config.run import RunConfig
-from alignment.config.stage import DpoConfig, PpoConfig, ReportConfig, Trained
+from alignment.config.stage import PpoConfig, ReportConfig, Trained
 from alignment.data.chat_template import template_text
 from alignment.data.formats import FORMATS
 from alignment.errors import DataError
@@ -24,9 +24,6 @@ def faults(config: RunConfig) -> list[Fault]:
         if isinstance(stage, Trained):
             found += _master_faults(stage.adapter, config.model.dtype, f"{where}.adapter.master_weights")
             found += _chain_faults(stage, config, f"{where}.adapter")
-        if isinstance(stage, DpoConfig) and stage.adapter.kind is AdapterKind.prefix:
-            message = "TRL's DPO trainer copies adapters in a way that PEFT has for factors only; take adapter=lora"
-            found.append(Fault(where=f"{where}.adapter.kind", message=message))
         if not isinstance(stage, ReportConfig):
             found += _data_faults(stage.data, f"{where}.data")
         if isinstance(stage, PpoConfig):

@@ -23,7 +23,7 @@ from alignment.models.adapters import at_start, with_own
 from alignment.models.answers import unwrapped
 from alignment.models.flat import use_flat_attention
 from alignment.models.forward import install_causal
-from alignment.models.load import DTYPES, frozen_copy, products_in
+from alignment.models.load import DTYPES, compute_in, frozen_copy
 from alignment.stages.initial import initial_model, initial_policy
 from alignment.stages.pairs import read_pairs
 from alignment.stages.reference_cache import reference_logprobs
@@ -33,6 +33,7 @@ from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
+from alignment.training.sharding import prepare
 
 START_TOLERANCE = 1e-3
 PRECOMPUTED_TOLERANCE = 2e-2
@@ -92,9 +93,10 @@ def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: An
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens
     trainer.optimizer_cls_and_kwargs = adamw(config.adapter, config.optim, context)
     install_causal(unwrapped(policy))
+    prepare(policy, context)
     if reference is not None:
         install_causal(reference)
-        _compute_like_the_policy(reference, context)
+        compute_in(reference, context.spec.model.dtype, context.device)  # as accelerate does for the policy
     elif isinstance(policy, PeftModel):
         _refer_to_the_start(trainer, policy)
     return trainer
@@ -110,17 +112,6 @@ def _refer_to_the_start(trainer: TokenizedDpoTrainer, policy: PeftModel) -> None
             return trainer.model(**inputs)
 
     trainer.ref_model = reference
-
-
-def _compute_like_the_policy(reference: Any, context: StageContext) -> None:
-    """Accelerate puts autocast around the forward of a model that is trained, and of no other."""
-    forward = reference.forward
-
-    def in_the_products_dtype(*args: Any, **kwargs: Any) -> Any:
-        with products_in(context.spec.model.dtype, context.device):
-            return forward(*args, **kwargs)
-
-    reference.forward = in_the_products_dtype
 
 
 def _add_reference(

@@ -20,6 +20,7 @@ from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
+from alignment.training.sharding import prepare
 
 
 class PiecewiseSftTrainer(MicroBatches, SFTTrainer):
@@ -53,5 +54,6 @@ def learn(
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens
     trainer.optimizer_cls_and_kwargs = adamw(config.adapter, config.optim, context)
     install_causal(unwrapped(policy))
+    prepare(policy, context)
     last = train(trainer, context, headline="loss")
     return save_model(trainer.model, tokenizer, context, found, {"loss": last["loss"], **metrics})

@@ -34,6 +34,7 @@ from alignment.training.ptx import Ptx
 from alignment.training.rollouts import Episodes, Prompts
 from alignment.training.samples import Samples
 from alignment.training.session import train
+from alignment.training.sharding import whole_state
 
 KEPT = ("objective/score", "objective/kl", "response_length", "eos_rate", "memory/base_copies")
 
@@ -86,7 +87,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
         metrics |= trainer.guard.finish(trainer.updates_done, trainer.rollouts)
     result = save_model(roles.policy, tokenizer, context, found, metrics)
     # The critic that learned last says nothing of an earlier policy.
-    if context.is_main and metrics.get("guard/kept_update", metrics["updates"]) == metrics["updates"]:
+    if metrics.get("guard/kept_update", metrics["updates"]) == metrics["updates"]:
         _save_critic(roles.actor_critic.value, context)
     return result
 
@@ -151,10 +152,9 @@ def _ptx(config: PpoConfig, context: StageContext, tokenizer: Any) -> Ptx | None
 def _save_critic(value: nn.Module, context: StageContext) -> None:
     """What was trained of the value model, for whoever wants to go on from there; the policy needs none of it."""
     prefix = "base_model.model." if isinstance(value, PeftModel) else ""
-    trained = {
-        name.removeprefix(prefix): p.detach().contiguous() for name, p in value.named_parameters() if p.requires_grad
-    }
-    save_file(trained, context.content / "critic.safetensors")
+    trained = {name.removeprefix(prefix): p for name, p in whole_state(value, trained_only=True).items()}
+    if context.is_main:
+        save_file({name: p.contiguous() for name, p in trained.items()}, context.content / "critic.safetensors")
 
 
 def kl_price(config: KlConfig) -> FixedKl | AdaptiveKl:

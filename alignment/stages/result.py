@@ -15,6 +15,7 @@ from alignment.models.load import Lineage, base_record
 from alignment.models.start import kept_below, saved_as
 from alignment.training.context import StageContext
 from alignment.training.session import fresh_folder
+from alignment.training.sharding import is_shared_out, whole_state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,16 +38,19 @@ def save_model(
 ) -> StageResult:
     """Writes a trained model: what lies below its adapter and that, or the whole model; and the tokenizer.
 
-    The folders are plain transformers and PEFT folders. Only the main process writes, since all hold the same weights.
+    The folders are plain transformers and PEFT folders. Only the main process writes, but all must call this: weights
+    may be shared out among them.
     """
+    is_adapter = isinstance(model, PeftModel)
+    state = whole_state(model, trained_only=is_adapter) if is_shared_out(model) else None
     if not context.is_main:
         return StageResult(metrics=metrics)
     tokenizer.save_pretrained(str(fresh_folder(context, "tokenizer")))
     hashes = tokenizer_hashes(tokenizer)
-    if not isinstance(model, PeftModel):
+    if not is_adapter:
         folder = fresh_folder(context, "model")
         model.config.use_cache = True  # off while training; whoever loads it wants to generate
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=state)
         tokenizer.save_pretrained(str(folder))
         return StageResult(metrics=metrics, base={"source": "self"}, hashes=hashes)
     if found.source == "self":  # the base is another artifact's own model; this one stands by itself
@@ -54,7 +58,7 @@ def save_model(
     below = kept_below(found, context.adapter)
     own = fresh_folder(context, f"adapters/{len(below)}-{context.spec.stage}")
     # Frozen ones beside it are in folders of their own.
-    model.save_pretrained(str(own), selected_adapters=[OWN])
+    model.save_pretrained(str(own), selected_adapters=[OWN], state_dict=state)
     (own / "README.md").unlink(missing_ok=True)  # a template that names nothing of this run
     for adapter in below:
         shutil.copytree(adapter.path, context.content / "adapters" / adapter.path.name, dirs_exist_ok=True)

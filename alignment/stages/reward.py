@@ -21,6 +21,7 @@ from alignment.config.stage import RewardConfig
 from alignment.errors import DataError
 from alignment.models.answers import batches, scalar_scores, unwrapped
 from alignment.models.forward import install_scalar
+from alignment.models.load import products_in
 from alignment.stages.initial import initial_model, initial_policy
 from alignment.stages.pairs import TokenizedPair, read_pairs
 from alignment.stages.result import StageResult, save_model
@@ -29,6 +30,7 @@ from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
+from alignment.training.sharding import gathered, prepare, whole
 
 OFFSET_SAMPLE = 64
 """Pairs whose chosen answers set the offset."""
@@ -45,16 +47,18 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
     train(trainer, context, headline="loss")
     context.progress("scoring")
     sample = learned[:OFFSET_SAMPLE]
-    offset = float(_scores(trainer, [pair.prompt for pair in sample], [pair.chosen for pair in sample]).mean())
-    metrics = {"score_offset": offset, **counts, "rows": float(len(learned))}
-    if held_out:
-        prompts = [pair.prompt for pair in held_out]
-        chosen = _scores(trainer, prompts, [pair.chosen for pair in held_out])
-        rejected = _scores(trainer, prompts, [pair.rejected for pair in held_out])
-        metrics |= held_out_metrics(chosen, rejected, held_out)
+    with gathered(trainer, trainer.model):
+        offset = float(scores(trainer, context, [pair.prompt for pair in sample], [p.chosen for p in sample]).mean())
+        metrics = {"score_offset": offset, **counts, "rows": float(len(learned))}
+        if held_out:
+            prompts = [pair.prompt for pair in held_out]
+            chosen = scores(trainer, context, prompts, [pair.chosen for pair in held_out])
+            rejected = scores(trainer, context, prompts, [pair.rejected for pair in held_out])
+            metrics |= held_out_metrics(chosen, rejected, held_out)
     result = save_model(trainer.model, tokenizer, context, found, metrics)
+    weight = whole(_score_head(trainer.model).weight)
     if context.is_main:
-        head = {"weight": _score_weight(trainer.model), "offset": torch.tensor(offset)}
+        head = {"weight": weight.detach().float().cpu().contiguous(), "offset": torch.tensor(offset)}
         save_file(head, context.content / "head.safetensors")
     return result
 
@@ -102,6 +106,7 @@ def _trainer(
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens
     trainer.optimizer_cls_and_kwargs = adamw(config.adapter, config.optim, context)
     install_scalar(unwrapped(model))
+    prepare(model, context)
     return trainer
 
 
@@ -134,15 +139,19 @@ def _share_won(margins: torch.Tensor) -> float:
     return float(((margins > 0).float() + 0.5 * (margins == 0).float()).mean())
 
 
-def _scores(trainer: PiecewiseRewardTrainer, prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
+def scores(
+    trainer: PiecewiseRewardTrainer,
+    context: StageContext,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+) -> torch.Tensor:
     """``[rows]`` scores; every process computes the same."""
-    with torch.no_grad(), trainer.accelerator.autocast():
+    with torch.no_grad(), products_in(context.spec.model.dtype, context.device):
         parts = batches(prompts, answers, tokens=trainer.micro_batch_tokens, device=trainer.args.device)
         return torch.cat([scalar_scores(trainer.model, part.rows) for part in parts]).cpu()
 
 
-def _score_weight(model: Any) -> torch.Tensor:
-    head = model.get_base_model().score if isinstance(model, PeftModel) else model.score
+def _score_head(model: Any) -> torch.nn.Linear:
     if isinstance(model, PeftModel):
-        head = head.modules_to_save["default"]
-    return head.weight.detach().float().cpu().contiguous()
+        return model.get_base_model().score.modules_to_save["default"]
+    return model.score

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from alignment.config.launch import Sharding
 from alignment.config.model import Dtype
 from alignment.config.optim import OptimConfig, Schedule
 from alignment.errors import ConfigError
 from alignment.training.context import StageContext
+from alignment.training.sharding import sharding_arguments
 
 SCHEDULES = {
     Schedule.constant: "constant_with_warmup",
@@ -43,9 +45,11 @@ def common_arguments(optim: OptimConfig, context: StageContext, *, log_every: in
 def quiet_arguments(context: StageContext) -> dict[str, Any]:
     """What has nothing to do with the optimiser: folders, seeds, precision, and no noise."""
     return {
+        **sharding_arguments(context),
         "output_dir": str(context.checkpoints),
         "seed": context.seed("trainer") % 2**32,
-        "bf16": context.spec.model.dtype is Dtype.bfloat16,
+        # Where weights are shared out, autocast is our own (sharding.py).
+        "bf16": context.spec.model.dtype is Dtype.bfloat16 and context.spec.sharding is Sharding.none,
         "use_cpu": not torch.cuda.is_available(),
         "save_strategy": "steps",
         "logging_strategy": "steps",

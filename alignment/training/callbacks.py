@@ -3,19 +3,22 @@ refusing to step on numbers that are not finite."""
 
 from __future__ import annotations
 
+import math
 import signal
 from types import FrameType
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignment.errors import ConfigError, NonFiniteError
 from alignment.models.adapters import with_own
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
+from alignment.training.sharding import layout
 from alignment.training.tracking import Tracker
 
 _NAMES = {"learning_rate": "lr"}
@@ -70,23 +73,38 @@ class Checkpoints(TrainerCallback):
             torch.distributed.barrier()
         if self._context.is_main:
             folder = self._context.checkpoints / f"checkpoint-{state.global_step}"
-            checkpoints.seal(folder, fingerprint=self._context.spec.fingerprint)
+            checkpoints.seal(folder, fingerprint=self._context.spec.fingerprint, layout=layout(self._context))
             checkpoints.rotate(self._context.checkpoints)
 
 
 class FiniteGradients(TrainerCallback):
-    """Stops before the optimiser takes a step on NaN or infinity; the last good checkpoint stays."""
+    """Stops before anything is kept of a step on NaN or infinity; the last good checkpoint stays."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Gradients are already summed over processes here, so all of them see the same fault."""
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-                raise NonFiniteError(
-                    f"a gradient is not finite at step {state.global_step + 1} ({name})",
-                    remedy="lower the learning rate, or look at the rows of this step; the last checkpoint is kept",
-                )
+        engine = getattr(self._trainer, "deepspeed", None)
+        if engine is None:
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None and not bool(_own_share(parameter.grad).isfinite().all()):
+                    raise _not_finite(f"a gradient is not finite at step {state.global_step + 1} ({name})")
+        # DeepSpeed has taken the step by now, and keeps of its gradients the norm alone.
+        elif (norm := engine.get_global_grad_norm()) is not None and not math.isfinite(norm):
+            raise _not_finite(f"a gradient is not finite at step {state.global_step + 1}")
+
+
+def _own_share(grad: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a gradient; where it holds a share, so do the others, and all must agree."""
+    return grad.full_tensor() if isinstance(grad, DTensor) else grad
+
+
+def _not_finite(message: str) -> NonFiniteError:
+    remedy = "lower the learning rate, or look at the rows of this step; the last checkpoint is kept"
+    return NonFiniteError(message, remedy=remedy)
 
 
 class WarmupEnds(TrainerCallback):

@@ -15,16 +15,23 @@ from alignment.fingerprint import file_sha256
 
 MANIFEST = "alignment_checkpoint.json"
 KEPT = 2
+WHOLE = "whole weights"
+"""The layout from which any number of processes goes on."""
 
 
-def seal(checkpoint: Path, *, fingerprint: str) -> None:
-    """Lists every file of a finished checkpoint; from then on it counts."""
+def seal(checkpoint: Path, *, fingerprint: str, layout: str = WHOLE) -> None:
+    """Lists every file of a finished checkpoint; from then on it counts. ``layout`` says how weights lie in it."""
     files = {
         path.relative_to(checkpoint).as_posix(): {"size": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path != checkpoint / MANIFEST
     }
-    write_json(checkpoint / MANIFEST, {"fingerprint": fingerprint, "files": files})
+    write_json(checkpoint / MANIFEST, {"fingerprint": fingerprint, "layout": layout, "files": files})
+
+
+def layout_of(checkpoint: Path) -> str:
+    """How weights lie in a sealed checkpoint."""
+    return str(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("layout", WHOLE))
 
 
 def newest(folder: Path, *, fingerprint: str) -> Path | None:

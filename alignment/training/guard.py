@@ -21,6 +21,7 @@ from alignment.training.experience import Rollout
 from alignment.training.metrics import MetricsLog
 from alignment.training.ppo_figures import UpdateFigures
 from alignment.training.rollouts import Prompts, Rollouts
+from alignment.training.sharding import put, whole
 
 BEST = "guard_best.safetensors"
 
@@ -74,7 +75,7 @@ class Guard:
         affordable = limit is None or figures["guard/kl"] <= limit or not self._best  # the first is the reference
         if figures["guard/gold"] > self.best_gold and affordable:
             self.best_gold, self.best_updates = figures["guard/gold"], updates
-            self._best = {name: p.detach().cpu().clone() for name, p in _trained(self._policy)}
+            self._best = {name: whole(p).detach().cpu().clone() for name, p in _trained(self._policy)}
         if self._context.is_main:
             self._log.keep_through(updates - 1)  # a resumed stage looks again
             self._log.append(updates, figures)
@@ -92,7 +93,7 @@ class Guard:
     def _put_back(self) -> None:
         with torch.no_grad():
             for name, parameter in _trained(self._policy):
-                parameter.copy_(self._best[name])
+                put(parameter, self._best[name])
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Writes the best weights so far beside a checkpoint; returns the rest as plain values."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from alignment.training.ppo_figures import UpdateFigures
 from alignment.training.ptx import Ptx
 from alignment.training.rollouts import Episodes, Rollouts
 from alignment.training.samples import Samples
+from alignment.training.sharding import gathered, prepare
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +84,17 @@ class PpoTrainer(Trainer):
         )
         self.accelerator.device_placement = False
         self.rollouts = Rollouts(
-            roles, config, context, episodes=episodes, rewards=rewards, accelerator=self.accelerator
+            roles, config, context, episodes=episodes, rewards=rewards, gathered=self._gathered_roles
         )
+        prepare(roles.actor_critic, context, *roles.trained_models())
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """Nothing: all roles are on their device, and among several processes on CPUs that has another name here
         (``cpu:0``), to which torch copies whatever it moves: roles would no longer share memory."""
+
+    def _gathered_roles(self) -> AbstractContextManager[None]:
+        """Whole weights, to sample and score with."""
+        return gathered(self, self.roles.actor_critic)
 
     @property
     def steps_per_update(self) -> int:
@@ -162,7 +169,7 @@ class PpoTrainer(Trainer):
 
     def _add_ptx(self, model: Any) -> None:
         assert self.ptx is not None
-        with self.accelerator.no_sync(model):
+        with accumulating(self.accelerator, model, last=False):
             share = self.ptx.add_gradients(unwrapped(self.roles.policy), self.state.global_step, self.accelerator)
         self.figures.add_share({"loss/ptx": share})
 
@@ -350,10 +357,17 @@ class PpoTrainer(Trainer):
 
     # ---- price of KL and checkpoints ------------------------------------------------------------------------------
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """DeepSpeed writes weights with the optimiser's state, and every process its share."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self._save_state(Path(output_dir or self.args.output_dir))
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What is trained and the price of KL; frozen weights are the base's and are not copied."""
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._save_state(folder)
         save_file(
             {
                 name: p.detach().contiguous()
@@ -362,6 +376,9 @@ class PpoTrainer(Trainer):
             },
             folder / "actor_critic.safetensors",
         )
+
+    def _save_state(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         state = {"kl_coefficient": self.price.coefficient, "rewards": self.rewards.state()}
         if self.guard is not None:
             state["guard"] = self.guard.save(folder)
@@ -373,12 +390,20 @@ class PpoTrainer(Trainer):
             for name, parameter in self.roles.actor_critic.named_parameters():
                 if parameter.requires_grad:
                     parameter.copy_(saved[name])
-        state = json.loads((Path(resume_from_checkpoint) / "ppo.json").read_text())
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As every trainer does, from a checkpoint with the state of what is no model."""
+        if resume_from_checkpoint is not None:
+            self._restore_state(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _restore_state(self, folder: Path) -> None:
+        state = json.loads((folder / "ppo.json").read_text())
         if isinstance(self.price, AdaptiveKl):
             self.price = replace(self.price, coefficient=state["kl_coefficient"])
         self.rewards.restore(state["rewards"])
         if self.guard is not None:
-            self.guard.restore(Path(resume_from_checkpoint), state["guard"])
+            self.guard.restore(folder, state["guard"])
 
 
 class EndsOverBudget(TrainerCallback):

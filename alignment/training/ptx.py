@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from alignment.config.stage import PtxConfig
 from alignment.data.tokenize import IGNORED, TokenizedConversation
 from alignment.models.flat import trunk_states
-from alignment.models.head import token_statistics
+from alignment.models.head import label_statistics
+from alignment.models.load import products_in
 from alignment.models.rows import by_tokens, stream
 from alignment.training.context import StageContext
 from alignment.training.experience import prompt_order
@@ -40,7 +41,7 @@ class Ptx:
         mine = [self._rows[place] for place in batch[self._context.rank :: self._context.world_size]]
         total = torch.zeros((), device=self._context.device)
         for piece in by_tokens([len(row.input_ids) for row in mine], self._tokens):
-            with accelerator.autocast():
+            with products_in(self._context.spec.model.dtype, self._context.device):
                 loss = _loss_sum(policy, [mine[place] for place in piece], self._context.device) / learned
             # Gradients are averaged over processes; the sum over all of them is wanted.
             accelerator.backward(loss * self._config.coefficient * self._context.world_size)
@@ -56,8 +57,7 @@ def _loss_sum(policy: PreTrainedModel, rows: Sequence[TokenizedConversation], de
     at = torch.tensor(told, device=device)
     places = laid_out.place[at[:, 0], at[:, 1] - 1]  # the state before a token predicts it
     states = trunk_states(policy.base_model, laid_out)[places]
-    statistics = token_statistics(states, policy.get_output_embeddings().weight, torch.tensor(labels, device=device))
-    return -statistics.logprobs.sum()
+    return -label_statistics(policy, states, torch.tensor(labels, device=device)).logprobs.sum()
 
 
 def _learned(row: TokenizedConversation) -> list[tuple[int, int]]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from alignment.config.stage import PpoConfig
 from alignment.models.answers import AnswerStream, answer_statistics, batches, unwrapped
 from alignment.models.generate import Sampling, generate
+from alignment.models.load import products_in
 from alignment.models.roles import Roles
 from alignment.rewards.slot import Rewards
 from alignment.training.context import StageContext
@@ -54,7 +55,10 @@ class Episodes:
 
 
 class Rollouts:
-    """Each process makes its share of a batch; then all are put together, so that every process holds the whole."""
+    """Each process makes its share of a batch; then all are put together, so that every process holds the whole.
+
+    ``gathered`` makes weights whole that are shared out among processes.
+    """
 
     def __init__(
         self,
@@ -64,14 +68,14 @@ class Rollouts:
         *,
         episodes: Episodes,
         rewards: Rewards,
-        accelerator: Accelerator,
+        gathered: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._roles = roles
         self._config = config
         self._context = context
         self._episodes = episodes
         self._rewards = rewards
-        self._accelerator = accelerator
+        self._gathered = gathered
 
     def of_update(self, update: int, figures: UpdateFigures) -> Rollout:
         """The episodes of an update; they do not depend on how many processes share them."""
@@ -100,24 +104,24 @@ class Rollouts:
         places = [drawn[i] for i in mine for _ in range(group)]
         asked = [list(prompts.ids[place]) for place in places]
         started = time.monotonic()
-        answers = self._answers(asked, uniforms[rows_of(mine, group)])
-        sampled = time.monotonic()
-        share = self._described(asked, answers, [prompts.rows[place] for place in places])
+        with self._gathered(), products_in(self._context.spec.model.dtype, self._context.device):
+            answers = self._answers(asked, uniforms[rows_of(mine, group)])
+            sampled = time.monotonic()
+            share = self._described(asked, answers, [prompts.rows[place] for place in places])
         whole = interleave(gather_object([share]), group=group)
         figures.add_seconds("rollouts", sampled - started)
         figures.add_seconds("scoring", time.monotonic() - sampled)
         return whole
 
     def _answers(self, prompts: list[list[int]], uniforms: Tensor) -> list[list[int]]:
-        with self._accelerator.autocast():
-            return generate(
-                unwrapped(self._roles.policy),
-                prompts,
-                max_new_tokens=self._config.max_new_tokens,
-                end_ids=sorted(self._episodes.end_ids),
-                batch_size=len(prompts),
-                sampling=Sampling(temperature=self._config.temperature, uniforms=uniforms),
-            )
+        return generate(
+            unwrapped(self._roles.policy),
+            prompts,
+            max_new_tokens=self._config.max_new_tokens,
+            end_ids=sorted(self._episodes.end_ids),
+            batch_size=len(prompts),
+            sampling=Sampling(temperature=self._config.temperature, uniforms=uniforms),
+        )
 
     def _described(self, prompts: list[list[int]], answers: list[list[int]], rows: list[int]) -> Rollout:
         lengths = [len(answer) for answer in answers]
@@ -125,10 +129,9 @@ class Rollouts:
         def apart(flat: Tensor) -> list[Tensor]:
             return list(flat.float().cpu().split(lengths))
 
-        with self._accelerator.autocast():
-            logprobs, entropy, values = self._policy_and_values(prompts, answers)
-            reference = self._reference_logprobs(prompts, answers)
-            raw = self._rewards.raw(prompts, answers, rows)
+        logprobs, entropy, values = self._policy_and_values(prompts, answers)
+        reference = self._reference_logprobs(prompts, answers)
+        raw = self._rewards.raw(prompts, answers, rows)
         return Rollout(
             rows=rows,
             prompts=prompts,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from alignment.errors import ConfigError
 from alignment.training import checkpoints
 from alignment.training.callbacks import (
     AdaptersAtWork,
@@ -25,6 +26,7 @@ from alignment.training.callbacks import (
 )
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
+from alignment.training.sharding import layout
 from alignment.training.tracking import open_tracker
 
 
@@ -52,7 +54,7 @@ def train(trainer: Trainer, context: StageContext, *, headline: str, period: int
     tracker = open_tracker(context)
     stop = StopOnSignal(period=period)
     steps = StepLog(context, log, tracker, headline=headline)
-    checks = (WarmupEnds(), FiniteGradients(), NoStepTooMany())
+    checks = (WarmupEnds(), FiniteGradients(trainer), NoStepTooMany())
     for callback in (AdaptersAtWork(), steps, Checkpoints(context), *checks, stop):
         trainer.add_callback(callback)
     try:
@@ -71,7 +73,24 @@ def _newest_checkpoint(context: StageContext) -> Path | None:
     found = [checkpoints.newest(context.checkpoints, fingerprint=context.spec.fingerprint) if context.is_main else None]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(found, src=0)
+    if found[0] is not None:
+        _refuse_other_layout(found[0], context)
     return found[0]
+
+
+def _refuse_other_layout(checkpoint: Path, context: StageContext) -> None:
+    """Shares of one number of processes are of no use to another.
+
+    Raises:
+        ConfigError: the checkpoint was written by processes that shared otherwise.
+    """
+    theirs, ours = checkpoints.layout_of(checkpoint), layout(context)
+    if theirs != ours:
+        raise ConfigError(
+            f"{checkpoint.name} holds {theirs}, and this launch goes on from {ours} only",
+            where="launch",
+            remedy=f"launch it as before, or delete {checkpoint.parent} to train the stage anew",
+        )
 
 
 def usage(context: StageContext) -> dict[str, float]:

@@ -7,14 +7,16 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from alignment.config.launch import LaunchConfig, LauncherKind
+from alignment.config.launch import LaunchConfig, LauncherKind, Sharding
 from alignment.errors import ConfigError
-from alignment.launcher import Command, command, count_devices, execute
+from alignment.launcher import Command, command, count_devices, execute, with_processes
 from alignment.locks import held, is_held
+from alignment.resources import shipped
 
 STAGE_FILE = Path("/runs/r/dpo/stage.yaml")
 
@@ -26,30 +28,66 @@ def argv(launch: LaunchConfig, *, num_devices: int) -> str:
 
 
 WORKER = "-m alignment.worker /runs/r/dpo/stage.yaml"
-ACCELERATE = (
-    "-m accelerate.commands.launch --num_processes {} --num_machines 1 --mixed_precision no --dynamo_backend no"
-)
+ACCELERATE = "-m accelerate.commands.launch --config_file {} --num_processes {}"
 TORCHRUN = "-m torch.distributed.run --standalone --nnodes 1 --nproc_per_node {}"
+LOCAL, DDP = (str(shipped("launch") / "accelerate" / name) for name in ("local.yaml", "ddp.yaml"))
 
 
 @pytest.mark.parametrize(
-    ("kind", "processes", "devices", "expected"),
+    ("told", "devices", "expected"),
     [
-        (LauncherKind.auto, 1, 0, f"{ACCELERATE.format(1)} --cpu {WORKER}"),
-        (LauncherKind.auto, 2, 0, f"{TORCHRUN.format(2)} {WORKER}"),
-        (LauncherKind.auto, 1, 4, f"{ACCELERATE.format(1)} {WORKER}"),
-        (LauncherKind.auto, 4, 4, f"{ACCELERATE.format(4)} --multi_gpu {WORKER}"),
-        (LauncherKind.torchrun, 1, 0, f"{TORCHRUN.format(1)} {WORKER}"),
-        (LauncherKind.torchrun, 4, 4, f"{TORCHRUN.format(4)} {WORKER}"),
+        ({}, 0, f"{ACCELERATE.format(LOCAL, 1)} --cpu {WORKER}"),
+        ({"num_processes": 2}, 0, f"{TORCHRUN.format(2)} {WORKER}"),
+        ({}, 4, f"{ACCELERATE.format(LOCAL, 1)} {WORKER}"),
+        ({"num_processes": 4}, 4, f"{ACCELERATE.format(DDP, 4)} {WORKER}"),
+        ({"kind": LauncherKind.torchrun}, 0, f"{TORCHRUN.format(1)} {WORKER}"),
+        ({"kind": LauncherKind.torchrun, "num_processes": 4}, 4, f"{TORCHRUN.format(4)} {WORKER}"),
+        ({"sharding": Sharding.zero2, "num_processes": 4}, 4, f"{TORCHRUN.format(4)} {WORKER}"),
+        ({"sharding": Sharding.zero3}, 1, f"{TORCHRUN.format(1)} {WORKER}"),
+        ({"sharding": Sharding.fsdp, "num_processes": 2}, 0, f"{TORCHRUN.format(2)} {WORKER}"),
+        (
+            {"num_processes": 8, "num_machines": 2, "machine_rank": 1, "main_address": "10.0.0.1", "main_port": 4000},
+            8,
+            "-m torch.distributed.run --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 4000 "
+            f"--nproc_per_node 8 {WORKER}",
+        ),
+        (
+            {"kind": LauncherKind.deepspeed, "sharding": Sharding.zero2, "num_processes": 4},
+            4,
+            f"-m deepspeed.launcher.runner --no_local_rank --num_gpus 4 --module {WORKER.removeprefix('-m ')}",
+        ),
     ],
 )
-def test_the_launcher_suits_the_machine(kind: LauncherKind, processes: int, devices: int, expected: str) -> None:
-    assert argv(LaunchConfig(kind=kind, num_processes=processes), num_devices=devices) == expected
+def test_the_launcher_suits_the_machine(told: dict[str, Any], devices: int, expected: str) -> None:
+    assert argv(LaunchConfig(**told), num_devices=devices) == expected
 
 
-def test_accelerate_is_refused_where_it_would_start_one_process_of_two() -> None:
-    with pytest.raises(ConfigError, match="accelerate starts one process"):
-        argv(LaunchConfig(kind=LauncherKind.accelerate, num_processes=2), num_devices=0)
+@pytest.mark.parametrize(
+    ("told", "devices", "why"),
+    [
+        ({"kind": "accelerate", "num_processes": 2}, 0, "accelerate starts one process"),
+        ({"kind": "accelerate", "sharding": "zero2"}, 1, "zero2 needs a process group"),
+        ({"kind": "accelerate", "num_machines": 2}, 1, "several machines are started by torchrun"),
+        ({"kind": "deepspeed"}, 1, "the deepspeed launcher is for zero1 to zero3, not for launch.sharding=none"),
+        ({"kind": "deepspeed", "sharding": "zero2"}, 0, "the deepspeed launcher needs GPUs"),
+    ],
+)
+def test_what_a_launcher_does_not_start_is_refused(told: dict[str, Any], devices: int, why: str) -> None:
+    kinds = {"kind": LauncherKind, "sharding": Sharding}
+    launch = LaunchConfig(**{name: kinds.get(name, int)(value) for name, value in told.items()})
+    with pytest.raises(ConfigError, match=why) as caught:
+        argv(launch, num_devices=devices)
+    assert "launch.kind=torchrun" in caught.value.remedy
+
+
+def test_one_process_for_each_gpu_is_counted_and_refused_without_any() -> None:
+    launch = LaunchConfig(num_processes=0, num_machines=2)
+    assert with_processes(launch, num_devices=4).num_processes == 4
+    assert with_processes(launch, num_devices=4).world_size == 8
+    assert with_processes(LaunchConfig(num_processes=3), num_devices=4).num_processes == 3
+    with pytest.raises(ConfigError, match="this machine has none") as caught:
+        with_processes(launch, num_devices=0)
+    assert "launch.num_processes=2" in caught.value.remedy
 
 
 def test_what_the_user_has_set_for_the_allocator_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,9 +82,9 @@ def test_sharing_takes_equal_frozen_weights_only() -> None:
     parameters[names[2]].requires_grad_(True)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     assert share_frozen(model, owner) == len(names) - 2
-    owned = _places(owner)
-    assert [name for name, p in parameters.items() if p.data_ptr() not in owned] == [names[1], names[2]]
-    for name, parameter in parameters.items():
+    now, owned = dict(model.named_parameters()), dict(owner.named_parameters())
+    assert [name for name, parameter in now.items() if parameter is not owned[name]] == [names[1], names[2]]
+    for name, parameter in now.items():
         assert torch.equal(parameter, before[name])
 
 

@@ -91,11 +91,9 @@ def test_a_recipe_of_the_user_s_own_builds_on_shipped_ones_and_brings_choices(tm
 
 
 def test_misspellings_are_all_found() -> None:
-    found = faults(
-        "stages.sft.pakcing=true", "stages.dpo.bata=0.1", "stages.dop.beta=1", "launch=two_proceses", "sed=1"
-    )
+    found = faults("stages.sft.pakcing=true", "stages.dpo.bata=0.1", "stages.dop.beta=1", "launch=zeroo2", "sed=1")
     assert set(found) == {
-        "launch=two_proceses: no launch 'two_proceses'; did you mean 'two_processes'?",
+        "launch=zeroo2: no launch 'zeroo2'; did you mean 'zero2'?",
         "sed: unknown key; did you mean 'seed'?",
         "stages.sft.pakcing: unknown key; did you mean 'packing'?",
         "stages.dpo.bata: unknown key; did you mean 'beta'?",

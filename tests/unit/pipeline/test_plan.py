@@ -83,7 +83,7 @@ def test_a_template_counts_by_its_content_and_the_worker_is_told_its_whole_path(
     file.write_text("{{ messages[0]['content'] }}")
     monkeypatch.chdir(tmp_path)
     before = plan("model.chat_template=path:mine.jinja")
-    told = yaml.safe_load(write_stage_file(before, before.stages[0], git_commit="").read_text())
+    told = yaml.safe_load(write_stage_file(before, before.stages[0], before.config.launch, git_commit="").read_text())
     assert told["model"]["chat_template"] == f"path:{file}"
     assert changed(before, plan(f"model.chat_template=path:{file}")) == set()
     file.write_text("{{ messages[1]['content'] }}")

@@ -19,7 +19,7 @@ DPO = "stages.dpo.adapter"
         ([f"{DPO}.chain=continue", f"{DPO}.kind=dora"], f"{DPO}.kind: dora cannot continue what stage:sft trained"),
         ([f"{DPO}.chain=stack", f"{DPO}.kind=dora"], f"{DPO}.chain: DoRA turns the weights"),
         ([f"{DPO}.chain=stack", f"{DPO}.modules_to_save=[embed_tokens]"], f"{DPO}.chain: modules_to_save goes with"),
-        ([f"{DPO}.kind=prefix"], f"{DPO}.kind: TRL's DPO trainer"),
+        ([f"{DPO}.kind=prefix"], f"{DPO}.kind: does not work with any launch: TRL's DPO trainer"),
         (["stages.reward.adapter={kind: prefix, chain: stack}"], "stages.reward.adapter.chain: a prefix does not"),
         (["adapter@stages.sft.adapter=prefix"], "stages.reward.adapter: stage:sft trained a prefix"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,94 +13,19 @@ from transformers import AutoModelForCausalLM
 
 from alignment import worker
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
-from alignment.config.data import DataConfig
-from alignment.config.optim import OptimConfig
-from alignment.config.stage import (
-    CptConfig,
-    DpoConfig,
-    PpoConfig,
-    PpoOptimConfig,
-    RewardConfig,
-    SftConfig,
-    StageConfig,
-)
 from alignment.errors import ModelError
 from alignment.models.flat import trunk_states, use_flat_attention
-from alignment.models.load import lineage, load_policy
 from alignment.models.rows import stream
-from alignment.stage_spec import StageInput, StageSpec
 from alignment.training.callbacks import Checkpoints
 from alignment.training.context import StageContext
+from tests.chained import DORA, FULL, LORA, PREFIX, QLORA, SAME_PREFIX, Chained
 from tests.oracles.close import close
-from tests.tiny import save_tiny_model, tiny_spec
 
-DATA = Path(__file__).parents[3] / "data" / "quickstart"
 IDS = torch.tensor([[5, 6, 7, 8, 2]])
-FILES = {"cpt": "conversations", "sft": "conversations", "reward": "preferences", "dpo": "preferences"}
-LORA, FULL = AdapterConfig(rank=4), AdapterConfig(kind=AdapterKind.full)
-QLORA = AdapterConfig(kind=AdapterKind.qlora, rank=4, chain=Chain.stack)
-DORA = AdapterConfig(kind=AdapterKind.dora, rank=4)
-PREFIX = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=4)
-SAME_PREFIX = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=4, chain=CONTINUE)
 
 
 def _lora(chain: Chain) -> AdapterConfig:
     return AdapterConfig(rank=4, chain=chain)
-
-
-def _config(kind: str, adapter: AdapterConfig, **changes: Any) -> StageConfig:
-    """Two optimiser steps on eight rows."""
-    optim = OptimConfig(lr=1e-2, batch_size=4, warmup_ratio=0.0)
-    told: dict[str, Any] = {"adapter": adapter, "data": DataConfig(source=str(DATA), limit=8), **changes}
-    if kind == "cpt":
-        return CptConfig(optim=optim, max_length=64, **told)
-    if kind == "sft":
-        return SftConfig(optim=optim, max_length=4096, **told)
-    if kind == "reward":
-        return RewardConfig(optim=optim, max_length=4096, eval_fraction=0.0, **told)
-    if kind == "dpo":
-        return DpoConfig(optim=optim, max_length=4096, save_every=1, **told)
-    return PpoConfig(
-        optim=PpoOptimConfig(lr=1e-2, batch_size=4),
-        updates=2,
-        ppo_epochs=2,
-        max_prompt_length=4096,
-        max_new_tokens=6,
-        **told,
-    )
-
-
-class Chained:
-    """Runs stages in one folder as the worker does, one after another."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.base = save_tiny_model(folder / "base")
-        self.inputs: dict[str, StageInput] = {}
-
-    def spec(self, kind: str, adapter: AdapterConfig, *, init: str = "base", **changes: Any) -> StageSpec:
-        """What the stage is told; ``init`` names the stage that it starts from."""
-        inputs = {"init": self.inputs.get(init, StageInput(ref="base", path=None))}
-        if kind == "ppo":
-            inputs["reward"] = self.inputs["reward"]
-        return tiny_spec(
-            self.folder,
-            _config(kind, adapter),
-            inputs=inputs,
-            data_path=DATA / f"{FILES.get(kind, 'preferences')}.jsonl",
-            **changes,
-        )
-
-    def run(self, kind: str, adapter: AdapterConfig, *, init: str = "base", **changes: Any) -> list[dict[str, float]]:
-        """The lines of the stage's metrics."""
-        spec = self.spec(kind, adapter, init=init, **changes)
-        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
-        self.inputs[kind] = StageInput(ref=f"stage:{kind}", path=spec.artifact)
-        return [json.loads(line) for line in (spec.artifact / "metrics.jsonl").read_text().splitlines()]
-
-    def policy(self, kind: str) -> Any:
-        """The stage's result with its adapters merged."""
-        return load_policy(lineage(self.spec("sft", LORA), self.inputs[kind]), torch.float32)
 
 
 @pytest.fixture

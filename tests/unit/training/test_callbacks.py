@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,7 +83,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(arguments: Training
     model(torch.ones(1, 2)).sum().backward()
     model[1].weight.grad[0, 1] = value
     with pytest.raises(NonFiniteError, match=r"a gradient is not finite at step 8 \(1\.weight\)") as caught:
-        FiniteGradients().on_pre_optimizer_step(arguments, _state(7), TrainerControl(), model=model)
+        FiniteGradients(SimpleNamespace()).on_pre_optimizer_step(arguments, _state(7), TrainerControl(), model=model)
     assert caught.value.exit_code == 6
 
 
@@ -89,7 +91,18 @@ def test_finite_and_missing_gradients_pass(arguments: TrainingArguments) -> None
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1).requires_grad_(False))
     model(torch.ones(1, 2)).sum().backward()
     control = TrainerControl()
-    assert FiniteGradients().on_pre_optimizer_step(arguments, _state(7), control, model=model) is None
+    finite = FiniteGradients(SimpleNamespace())
+    assert finite.on_pre_optimizer_step(arguments, _state(7), control, model=model) is None
+
+
+@pytest.mark.parametrize(("norm", "stops"), [(None, False), (3.0, False), (float("nan"), True), (float("inf"), True)])
+def test_of_deepspeed_the_norm_of_the_gradients_tells(
+    arguments: TrainingArguments, norm: float | None, stops: bool
+) -> None:
+    engine = SimpleNamespace(get_global_grad_norm=lambda: norm)
+    finite = FiniteGradients(SimpleNamespace(deepspeed=engine))
+    with pytest.raises(NonFiniteError, match="step 8") if stops else contextlib.nullcontext():
+        finite.on_pre_optimizer_step(arguments, _state(7), TrainerControl(), model=torch.nn.Linear(2, 2))
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------

@@ -1,0 +1,164 @@
+"""Weights, gradients and optimiser state shared out among processes: what a stage of ours must know of it.
+
+A model is loaded whole by every process and shared out when its trainer begins. From then on a weight that is shared
+out (ZeRO-3, FSDP) is there only while the module that holds it is called, so whatever reads weights without a call
+needs them gathered: ``gathered`` for passes without gradients, ``whole_state`` for saving (docs/design/0009).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, Trainer
+
+from alignment.config.launch import Offload, Sharding
+from alignment.models.actor_critic import ActorCritic
+from alignment.models.answers import unwrapped
+from alignment.models.head import answer_labels
+from alignment.models.load import compute_in
+from alignment.resources import shipped
+from alignment.training.checkpoints import WHOLE
+from alignment.training.context import StageContext
+
+_SHARED_MEMORY_SUMS = "deepspeed_shm_comm"
+
+
+def begin(context: StageContext) -> None:
+    """Before any model is loaded: DeepSpeed makes the process group, or would take itself to be alone."""
+    if context.spec.sharding.by_deepspeed:
+        import deepspeed
+
+        # Its sums through shared memory would be compiled first, for which a machine may lack a compiler.
+        deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_SUMS] = False
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def layout(context: StageContext) -> str:
+    """How weights and the optimiser's state lie in a checkpoint."""
+    sharding = context.spec.sharding
+    return WHOLE if sharding is Sharding.none else f"shares of {context.world_size} processes ({sharding.value})"
+
+
+def sharding_arguments(context: StageContext) -> dict[str, Any]:
+    """What ``TrainingArguments`` is told; to be made after the models, which would otherwise be loaded in shares."""
+    sharding, offload = context.spec.sharding, context.spec.offload
+    if sharding is Sharding.none:
+        return {}
+    if sharding is Sharding.fsdp:
+        told = json.loads((shipped("launch") / "fsdp" / "fsdp.json").read_text(encoding="utf-8"))
+        return {"fsdp": True, "fsdp_config": told | {"cpu_offload": offload is Offload.weights}}
+    told = json.loads((shipped("launch") / "deepspeed" / f"{sharding.value}.json").read_text(encoding="utf-8"))
+    if offload is not Offload.none:
+        told["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if offload is Offload.weights:
+        told["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {"deepspeed": told}
+
+
+def prepare(model: nn.Module, context: StageContext, *parts: PreTrainedModel) -> None:
+    """After its fast forward was put on: lets a model be shared out. ``parts`` are the language models and scorers in
+    it, without wrappers; the model itself where there are none.
+
+    Its products are then made under an autocast of our own. DeepSpeed and FSDP have others, that would round adapters.
+    """
+    sharding = context.spec.sharding
+    if sharding is Sharding.none:
+        return
+    if isinstance(model, ActorCritic):
+        model.one_backward = True  # DeepSpeed does not expect a forward pass in the middle of a backward pass
+    compute_in(model, context.spec.model.dtype, context.device)
+    for part in parts or (unwrapped(model),):
+        head: nn.Module | None = part.get_output_embeddings()
+        if head is not None and sharding in (Sharding.zero3, Sharding.fsdp):
+            answer_labels(head)
+        if sharding is Sharding.zero3:
+            _gather_by_layer(part)
+
+
+def _gather_by_layer(model: PreTrainedModel) -> None:
+    """A layer's weights come together, because its blocks read those of the modules in it (models/blocks.py).
+
+    What goes into the first layer must want a gradient: DeepSpeed takes a layer's gradients when its input has one.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    names = set(model._no_split_modules or ())
+    kinds = {type(module) for module in model.modules() if type(module).__name__ in names}
+    if kinds:
+        set_z3_leaf_modules(model, list(kinds))
+        model.enable_input_require_grads()
+
+
+@contextlib.contextmanager
+def gathered(trainer: Trainer, *models: nn.Module) -> Iterator[None]:
+    """Whole weights on every process, for passes without gradients that read them without calling their modules.
+
+    Every process must enter.
+    """
+    engine = getattr(trainer, "deepspeed", None)
+    if engine is None or engine.zero_optimization_stage() < 3:
+        yield
+        return
+    import deepspeed
+    from trl.models.utils import add_hooks, remove_hooks
+
+    parameters = {id(parameter): parameter for model in models for parameter in model.parameters()}
+    shared_out = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(shared_out):
+        remove_hooks(engine)
+        try:
+            yield
+        finally:
+            add_hooks(engine)
+
+
+def whole(held: Tensor) -> Tensor:
+    """A weight, gathered where this process holds a share of it; every process must call this."""
+    if hasattr(held, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([held]):
+            return held.detach().clone()
+    return held.full_tensor() if isinstance(held, DTensor) else held
+
+
+@torch.no_grad()
+def put(held: Tensor, values: Tensor) -> None:
+    """Gives a weight, or this process's share of it, other values; every process must call this."""
+    if hasattr(held, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([held], modifier_rank=0):
+            held.copy_(values)
+    else:
+        held.copy_(values)
+
+
+def whole_state(model: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
+    """A model's weights, each of them whole, on the CPU; empty on all but the main process.
+
+    Every process must call this. One weight is gathered at a time.
+    """
+    main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    known: dict[int, Tensor] = {}  # a tied weight stays one tensor
+    found: dict[str, Tensor] = {}
+    for name, held in model.named_parameters(remove_duplicate=False):
+        if trained_only and not held.requires_grad:
+            continue
+        if id(held) not in known:
+            gathered_weight = whole(held).detach()
+            known[id(held)] = gathered_weight.cpu() if main else gathered_weight.new_empty(0)
+        if main:
+            found[name] = known[id(held)]
+    return found
+
+
+def is_shared_out(model: nn.Module) -> bool:
+    """Whether a process holds a share of the weights only."""
+    return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters())

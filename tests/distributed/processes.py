@@ -1,0 +1,88 @@
+"""A stage on several processes, as a launcher starts them, without the seconds that each would take to import torch.
+
+A server that has imported everything, and computed nothing, is forked for every process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import traceback
+from typing import Any
+
+from alignment.stage_spec import StageSpec
+
+PRELOADED = (
+    "alignment.worker",
+    "alignment.stages.ppo",
+    "alignment.stages.dpo",
+    "alignment.stages.reward",
+    "tests.chained",
+)
+SECONDS = 120
+
+
+def on_processes(spec: StageSpec, *, world_size: int = 2, stop_after: int | None = None) -> list[int]:
+    """Runs a stage on processes of its own; returns their exit codes, those of ``alignment.worker``.
+
+    ``stop_after``: SIGTERM reaches process 1 after this many steps.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    port = _free_port()
+    group = [
+        context.Process(target=_process, args=(spec, rank, world_size, port, stop_after)) for rank in range(world_size)
+    ]
+    for one in group:
+        one.start()
+    for one in group:
+        one.join(SECONDS)
+        if one.exitcode is None:
+            one.kill()
+            one.join()
+    return [int(one.exitcode or 0) for one in group]
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _process(spec: StageSpec, rank: int, world_size: int, port: int, stop_after: int | None) -> None:
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in told.items()})
+    with (spec.run_folder / f"log-{rank}.txt").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            sys.exit(_run(spec, stop_after if rank == 1 else None))
+        except Exception:
+            traceback.print_exc()
+            raise
+
+
+def _run(spec: StageSpec, stop_after: int | None) -> int:
+    from alignment import worker
+
+    if stop_after is not None:
+        _stop_after(stop_after)
+    worker.read_spec = lambda _: spec
+    return worker.main(spec.run_folder / "stage.yaml")
+
+
+def _stop_after(steps: int) -> None:
+    from alignment.training.callbacks import StopOnSignal
+
+    otherwise = StopOnSignal.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **told: Any) -> None:
+        if state.global_step == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        otherwise(self, args, state, control, **told)
+
+    StopOnSignal.on_step_end = on_step_end

@@ -1,0 +1,148 @@
+"""Two processes that share out weights, gradients or optimiser state train what one process trains.
+
+Every stage under every adapter and launcher is tried by ``make matrix``; here are those that differ in kind.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alignment.config.adapter import AdapterConfig
+from alignment.config.launch import Offload, Sharding
+from alignment.config.model import Dtype, ModelConfig
+from alignment.config.stage import StageConfig
+from alignment.stage_spec import StageInput, StageSpec
+from tests.chained import DORA, FULL, LORA, QLORA, Chained, config_of
+from tests.distributed.processes import on_processes
+from tests.oracles.close import close
+from tests.tiny import BASE_SOURCE
+
+ZERO1, ZERO2, ZERO3, FSDP = Sharding.zero1, Sharding.zero2, Sharding.zero3, Sharding.fsdp
+NAMES = {"ppo": ("objective/score", "loss/policy", "loss/value", "grad_norm")}
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+
+def shared_out(chained: Chained, kind: str, adapter: AdapterConfig, sharding: Sharding, **changes: Any) -> StageSpec:
+    return replace(chained.spec(kind, adapter, **changes), sharding=sharding)
+
+
+def steadied(kind: str, adapter: AdapterConfig) -> StageConfig:
+    """With an optimiser that does not blow a gradient up that is nothing but rounding."""
+    config: Any = config_of(kind, adapter)
+    return replace(config, optim=replace(config.optim, adam_eps=1e-2))
+
+
+def logs(spec: StageSpec) -> str:
+    return "\n".join(path.read_text()[-3000:] for path in sorted(spec.run_folder.glob("log-*.txt")))
+
+
+def figures(artifact: Path, kind: str) -> torch.Tensor:
+    lines = [json.loads(line) for line in (artifact / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([[line[name] for name in NAMES.get(kind, ("loss", "grad_norm"))] for line in lines])
+
+
+def weights(artifact: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in artifact.rglob("*.safetensors"):
+        found |= {f"{file.relative_to(artifact)}/{name}": held for name, held in load_file(file).items()}
+    return found
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("kind", "adapter", "sharding"),
+    [
+        ("sft", FULL, ZERO3),
+        ("sft", QLORA, ZERO2),
+        ("reward", LORA, ZERO3),
+        ("reward", FULL, FSDP),
+        ("dpo", FULL, ZERO3),
+        ("dpo", LORA, FSDP),
+        ("ppo", FULL, ZERO2),
+        ("ppo", LORA, ZERO1),
+        ("ppo", LORA, ZERO3),
+        ("ppo", FULL, ZERO3),
+        ("sft", DORA, ZERO3),
+    ],
+    ids=lambda value: getattr(getattr(value, "kind", value), "value", value),
+)
+def test_it_trains_what_one_process_trains(
+    tmp_path: Path, kind: str, adapter: AdapterConfig, sharding: Sharding
+) -> None:
+    found = []
+    config = steadied(kind, adapter)
+    for shared in (False, True):
+        chained = Chained(tmp_path / str(shared))
+        if kind == "ppo":
+            chained.run("reward", adapter)
+        if shared:
+            spec = shared_out(chained, kind, adapter, sharding, config=config)
+            assert on_processes(spec) == [0, 0], logs(spec)
+        else:
+            chained.run(kind, adapter, config=config)
+            spec = chained.spec(kind, adapter)
+        found.append((figures(spec.artifact, kind), weights(spec.artifact)))
+    (alone, theirs), (together, ours) = found
+    close(together, alone, atol=1e-4, rtol=1e-4)
+    assert ours.keys() == theirs.keys()
+    for name, held in ours.items():
+        assert held.shape == theirs[name].shape
+        close(held, theirs[name], atol=1e-5)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("kind", "sharding"), [("sft", ZERO3), ("ppo", ZERO2), ("sft", FSDP)])
+def test_stopped_and_started_again_it_ends_as_it_would_have(tmp_path: Path, kind: str, sharding: Sharding) -> None:
+    saved = []
+    for stopped in (False, True):
+        chained = Chained(tmp_path / str(stopped))
+        if kind == "ppo":
+            chained.run("reward", LORA)
+        spec = shared_out(chained, kind, LORA, sharding)
+        if stopped:
+            first = 1 if kind == "sft" else 2  # PPO stops where an update ends
+            assert on_processes(spec, stop_after=first) == [75, 75], logs(spec)
+            (spec.run_folder / "status.json").unlink()
+        assert on_processes(spec) == [0, 0], logs(spec)
+        saved.append(weights(spec.artifact))
+    assert saved[0].keys() == saved[1].keys()
+    for name, held in saved[0].items():
+        assert torch.equal(held, saved[1][name]), name
+
+
+@needs_deepspeed
+def test_shares_of_another_launch_are_refused(tmp_path: Path) -> None:
+    chained = Chained(tmp_path)
+    spec = shared_out(chained, "sft", LORA, ZERO2)
+    assert on_processes(spec, stop_after=1) == [75, 75], logs(spec)
+    (spec.run_folder / "status.json").unlink()
+    other = replace(spec, sharding=Sharding.none)
+    assert on_processes(other) == [2, 2], logs(other)
+    told = json.loads((spec.run_folder / "status.json").read_text())["error"]
+    assert "checkpoint-1 holds shares of 2 processes (zero2), and this launch goes on from whole weights only" in told
+
+
+@needs_deepspeed
+def test_low_precision_keeps_factors_in_float32(tmp_path: Path) -> None:
+    chained = Chained(tmp_path)
+    model = ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)
+    spec = shared_out(chained, "sft", LORA, ZERO3, model=model)
+    assert on_processes(spec) == [0, 0], logs(spec)
+    assert {held.dtype for held in weights(spec.artifact).values()} == {torch.float32}
+
+
+@needs_deepspeed
+def test_optimiser_state_and_weights_may_lie_in_the_machines_memory(tmp_path: Path) -> None:
+    chained = Chained(tmp_path)
+    spec = replace(shared_out(chained, "sft", LORA, ZERO3), offload=Offload.weights)
+    assert on_processes(spec) == [0, 0], logs(spec)
+    chained.inputs["sft"] = StageInput(ref="stage:sft", path=spec.artifact)
+    assert chained.policy("sft") is not None

@@ -1,0 +1,85 @@
+"""What does not go together is said before anything starts: where, why, and the nearest that does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.launch import LaunchConfig, Offload, Sharding
+from alignment.config.run import RunConfig
+from alignment.config.stage import DpoConfig, PpoConfig, PtxConfig, SftConfig, StageConfig
+from alignment.pipeline.compatibility import faults
+
+
+def found(stage: StageConfig, **launch: Any) -> list[str]:
+    return [str(fault) for fault in faults(RunConfig(name="r", stages={"s": stage}, launch=LaunchConfig(**launch)))]
+
+
+def adapter(kind: str, **more: Any) -> AdapterConfig:
+    return AdapterConfig(kind=AdapterKind(kind), **more)
+
+
+@pytest.mark.parametrize(
+    ("stage", "launch", "where", "why"),
+    [
+        (
+            SftConfig(adapter=adapter("qlora")),
+            "zero3",
+            "adapter.kind",
+            "weights in four bits cannot be cut into shares",
+        ),
+        (SftConfig(adapter=adapter("qlora")), "fsdp", "adapter.kind", "weights in four bits cannot be cut"),
+        (SftConfig(adapter=adapter("prefix")), "zero3", "adapter.kind", "a prefix is read by every layer"),
+        (
+            SftConfig(adapter=adapter("full", master_weights=False)),
+            "zero1",
+            "adapter.master_weights",
+            "DeepSpeed holds",
+        ),
+        (PpoConfig(), "fsdp", "kind", "its four roles share weights"),
+        (PpoConfig(critic_warmup=2), "zero2", "critic_warmup", "DeepSpeed takes its step on all weights"),
+        (PpoConfig(ptx=PtxConfig(coefficient=0.1)), "zero3", "ptx.coefficient", "its passes do not go through"),
+    ],
+)
+def test_a_stage_that_cannot_be_launched_so_is_refused(stage: StageConfig, launch: str, where: str, why: str) -> None:
+    told = found(stage, sharding=Sharding(launch))
+    assert len(told) == 1
+    assert told[0].startswith(f"stages.s.{where}: does not work with launch={launch}: {why}")
+    assert "; take " in told[0]
+    assert found(stage) == []
+
+
+def test_a_prefix_is_refused_in_dpo_wherever_it_runs() -> None:
+    (told,) = found(DpoConfig(adapter=adapter("prefix")))
+    assert told.startswith("stages.s.adapter.kind: does not work with any launch: TRL's DPO trainer copies adapters")
+    assert told.endswith("; take adapter=lora")
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "dora"])
+@pytest.mark.parametrize("sharding", ["none", "zero1", "zero2", "zero3"])
+def test_weights_and_factors_are_launched_in_every_way(kind: str, sharding: str) -> None:
+    for stage in (SftConfig, DpoConfig, PpoConfig):
+        assert found(stage(adapter=adapter(kind)), sharding=Sharding(sharding)) == []
+
+
+@pytest.mark.parametrize(
+    ("offload", "sharding", "expected"),
+    [
+        ("optimizer", "none", "launch.offload: 'optimizer' is read by nothing under launch.sharding=none; take zero1"),
+        ("optimizer", "fsdp", "launch.offload: 'optimizer' is read by nothing under launch.sharding=fsdp; take zero1"),
+        ("weights", "zero2", "launch.offload: 'weights' is read by nothing under launch.sharding=zero2; take zero3"),
+    ],
+)
+def test_an_offload_that_nothing_reads_is_refused(offload: str, sharding: str, expected: str) -> None:
+    told = found(SftConfig(), sharding=Sharding(sharding), offload=Offload(offload))
+    assert len(told) == 1
+    assert told[0].startswith(expected)
+
+
+def test_a_machine_that_is_not_among_them_is_refused() -> None:
+    assert found(SftConfig(), num_machines=2, machine_rank=1) == []
+    assert found(SftConfig(), num_machines=2, machine_rank=2) == [
+        "launch.machine_rank: 2 is no rank among 2 machines; the first is 0"
+    ]

@@ -1,0 +1,125 @@
+"""Machines after the first: they answer each attempt at a stage once, and end as the run does."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from alignment.artifacts import Manifest, publish
+from alignment.config.launch import LaunchConfig
+from alignment.config.stage import EvaluateConfig, SftConfig
+from alignment.errors import StageError
+from alignment.launcher import Command
+from alignment.pipeline import machines
+from alignment.pipeline.plan import Action
+
+LAUNCH = LaunchConfig(num_machines=2, machine_rank=1)
+
+
+class Shared:
+    """A folder that two machines share, with one stage to make."""
+
+    def __init__(self, folder: Path) -> None:
+        self.stage = SimpleNamespace(
+            name="sft", config=SftConfig(), action=Action.run, artifact=folder / "artifacts" / "sft-01234567"
+        )
+        judged = SimpleNamespace(name="evaluate", config=EvaluateConfig(), action=Action.run, artifact=folder / "never")
+        self.plan: Any = SimpleNamespace(run_folder=folder / "runs" / "r", stages=(self.stage, judged))
+        (self.plan.run_folder / "sft").mkdir(parents=True)
+        self.started = folder / "started"
+        self.content = folder / "content"
+        self.content.mkdir()
+
+    def says(self, state: str) -> None:
+        (self.plan.run_folder / "run.json").write_text(json.dumps({"state": state}))
+
+    def publish(self) -> None:
+        publish(
+            self.content, self.stage.artifact, Manifest(stage="sft", kind="policy", fingerprint="0" * 64, identity={})
+        )
+
+    def command(self, launch: LaunchConfig, stage_file: Path) -> Command:
+        """A launcher's stand-in that notes that it ran."""
+        assert stage_file == self.plan.run_folder / "sft" / "stage.yaml"
+        code = f"open({str(self.started)!r}, 'a').write('{launch.machine_rank}\\n')"
+        return Command(argv=(sys.executable, "-c", code), environment={})
+
+    def follow(self) -> int:
+        return machines.follow(self.plan, LAUNCH, console=Console(quiet=True), command_for=self.command)
+
+    def starts(self) -> int:
+        return len(self.started.read_text().splitlines()) if self.started.exists() else 0
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Shared:
+    return Shared(tmp_path)
+
+
+def until(condition: Any) -> None:
+    """Waits for what another thread does."""
+    done = threading.Event()
+    for _ in range(600):
+        if condition():
+            return
+        done.wait(0.05)
+    raise AssertionError("it never came")
+
+
+def test_an_attempt_is_answered_once_and_another_one_again(shared: Shared) -> None:
+    folder = shared.plan.run_folder / "sft"
+    codes: list[int] = []
+    follower = threading.Thread(target=lambda: codes.append(_follow_in_thread(shared)))
+    follower.start()
+    for attempt in (1, 2):
+        with machines.announced(folder, LAUNCH):
+            until(lambda attempt=attempt: shared.starts() == attempt)
+    shared.publish()
+    follower.join(30)
+    assert codes == [0]
+    assert shared.starts() == 2
+    assert (folder / "log-1.txt").exists()
+    assert not (folder / machines.ATTEMPT).exists()
+
+
+def _follow_in_thread(shared: Shared) -> int:
+    """Signals belong to the main thread, so the stages are followed without them."""
+    return machines._follow_stage(shared.plan, shared.stage, LAUNCH, shared.command)
+
+
+def test_one_machine_leaves_no_word(shared: Shared) -> None:
+    folder = shared.plan.run_folder / "sft"
+    with machines.announced(folder, LaunchConfig()):
+        assert list(folder.iterdir()) == []
+
+
+def test_what_is_there_already_starts_nothing(shared: Shared) -> None:
+    shared.publish()
+    assert shared.follow() == 0
+    assert shared.starts() == 0
+
+
+@pytest.mark.parametrize(("state", "code"), [("preempted", 75), ("interrupted", 130)])
+def test_it_ends_as_the_first_machine_does(
+    shared: Shared, state: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter(["running", state])
+    monkeypatch.setattr(machines, "_state", lambda _: next(told))
+    assert shared.follow() == code
+
+
+def test_what_an_earlier_run_left_is_not_taken_for_the_end_of_this_one(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter(["failed", "failed", "running", "failed"])
+    monkeypatch.setattr(machines, "_state", lambda _: next(told))
+    with pytest.raises(StageError, match="failed on the first machine"):
+        shared.follow()
+    assert next(told, None) is None
