@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.alignment-pipeline-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help align plan preview status test prove check format bench clean
+.PHONY: help align plan preview status test prove matrix check format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: $(STAMP)  ## run the tests
 
 prove: $(STAMP)  ## run the slow proofs that the stages reach known optima: ARGS="--only bandit" runs some
 	$(BIN)/python -m tests.proofs $(ARGS)
+
+matrix: $(STAMP)  ## try every stage under every adapter and launcher, write docs/compatibility.md: ARGS="--launcher ddp" tries some
+	$(BIN)/python -m tests.matrix $(ARGS)
 
 check: $(STAMP)  ## lint, types, import contracts
 	$(BIN)/ruff check .

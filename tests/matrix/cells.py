@@ -1,0 +1,189 @@
+"""One cell of the compatibility table: a stage under an adapter and a launcher, on a tiny model and a few rows.
+
+A cell works when its run of two processes tells the losses of the run of one, and its artifact, read by transformers
+and PEFT alone, holds the same weights, none of them empty, its scalar head included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from alignment.artifacts import verify
+
+STAGES = ("cpt", "sft", "reward", "dpo", "ppo")
+ADAPTERS = ("full", "lora", "dora", "qlora", "prefix")
+LAUNCHERS = ("local", "ddp", "fsdp", "zero1", "zero2", "zero3")
+IDS = torch.tensor([[5, 6, 7, 8, 2]])
+SAME = 1e-4
+"""Of losses and other figures of a step, relative to 1 or their own size: sums over processes are rounded otherwise."""
+LOGITS = 1e-3
+"""Of a model that two runs trained: the optimiser divides small gradients by their own size."""
+FIGURES = {"ppo": ("objective/score", "objective/kl", "loss/policy", "loss/value", "grad_norm")}
+LOSS = ("loss", "grad_norm")
+_OPTIM = "optim={batch_size: 4, micro_batch_tokens: 200, lr: 1e-3, warmup_ratio: 0.0, schedule: constant}"
+_SETTINGS = {
+    # As many steps as there are whole batches: of a last one that is not, processes repeat some rows (README.md).
+    "cpt": ("data.limit=12", "max_length=64", _OPTIM, "optim.max_steps=4"),
+    "sft": ("data.limit=12", "max_length=4096", _OPTIM),
+    "reward": ("data.limit=12", "max_length=4096", "eval_fraction=0.34", _OPTIM),
+    "dpo": ("data.limit=12", "max_length=4096", _OPTIM),
+    "ppo": (
+        "data.limit=8",
+        "updates=2",
+        "ppo_epochs=2",
+        "num_minibatches=1",
+        "max_prompt_length=4096",
+        "max_new_tokens=6",
+        "optim={batch_size: 4, micro_batch_tokens: 100, lr: 1e-3}",
+    ),
+}
+_ADAPTERS = {"full": (), "prefix": ("virtual_tokens=4",)}
+_FACTORS = ("rank=4",)
+
+
+class CellFailed(Exception):
+    """A cell neither works nor was refused; the message says how."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """What is tried."""
+
+    stage: str
+    adapter: str
+    launcher: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """``state`` is ``works``, ``refused`` or ``failed``; ``reason`` says why it does not work."""
+
+    cell: Cell
+    state: str
+    reason: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """Where cells run, and how: ``model`` is a folder, ``folder`` holds what they leave."""
+
+    folder: Path
+    model: Path
+    dtype: str = "float32"
+
+    def outcome(self, cell: Cell) -> Outcome:
+        """Runs the cell; one of another launcher wants the cell of ``local`` to have run."""
+        done = self._align(cell)
+        printed = done.stdout + done.stderr
+        if done.returncode == 2 and "Traceback" not in printed and self._reason(cell, printed):
+            return Outcome(cell=cell, state="refused", reason=self._reason(cell, printed))
+        try:
+            if done.returncode:
+                raise CellFailed(f"exit code {done.returncode}: {printed[-2000:]}")
+            return Outcome(cell=cell, state="works", figures=self._compared(cell))
+        except (CellFailed, KeyError, OSError, ValueError, RuntimeError) as error:
+            return Outcome(cell=cell, state="failed", reason=f"{type(error).__name__}: {error}")
+
+    def _align(self, cell: Cell) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "alignment.cli", "run", str(self._recipe(cell)), *self._overrides(cell)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "NETRC": os.devnull},
+        )
+
+    def _recipe(self, cell: Cell) -> Path:
+        path = self.folder / f"{cell.stage}.yaml"
+        path.write_text(
+            f"defaults: [base, stage@stages.{cell.stage}: {cell.stage}, _self_]\nsummary: one cell\n", encoding="utf-8"
+        )
+        return path
+
+    def _overrides(self, cell: Cell) -> list[str]:
+        stage = f"stages.{cell.stage}"
+        told = [f"output={self._output(cell)}", f"model.source=path:{self.model}", f"model.dtype={self.dtype}"]
+        told += [f"launch={cell.launcher}", "launch.threads=1"]
+        told += [] if cell.launcher == "local" else ["launch.num_processes=2"]
+        told += [f"adapter@{stage}.adapter={cell.adapter}"]
+        told += [f"{stage}.adapter.{setting}" for setting in _ADAPTERS.get(cell.adapter, _FACTORS)]
+        told += [f"{stage}.init=base", *(f"{stage}.{setting}" for setting in _SETTINGS[cell.stage])]
+        if cell.stage == "ppo":
+            reward = Cell(stage="reward", adapter=cell.adapter, launcher="local")
+            told.append(f"{stage}.reward=path:{self.artifact(reward)}")
+        return told
+
+    def _output(self, cell: Cell) -> Path:
+        return self.folder / cell.launcher / cell.adapter
+
+    def artifact(self, cell: Cell) -> Path:
+        """The folder of a cell's result."""
+        record = self._output(cell) / "runs" / cell.stage / "run.json"
+        return Path(json.loads(record.read_text(encoding="utf-8"))["stages"][cell.stage]["artifact"])
+
+    @staticmethod
+    def _reason(cell: Cell, printed: str) -> str:
+        """Why the driver says that the stage does not work so, or nothing."""
+        found = re.search(r"does not work with (?:any launch|launch=\S+): (.*)", printed)
+        return "" if found is None else found[1]
+
+    def _compared(self, cell: Cell) -> dict[str, float]:
+        alone = self.artifact(Cell(stage=cell.stage, adapter=cell.adapter, launcher="local"))
+        own = self.artifact(cell)
+        figures = {
+            "figures": _furthest(_told(own, cell.stage), _told(alone, cell.stage)),
+            "logits": _reread(self.model, own, cell.stage, against=alone),
+        }
+        for name, limit in (("figures", SAME), ("logits", LOGITS)):
+            if not figures[name] <= limit:
+                raise CellFailed(f"{name} differs by {figures[name]:.2g} from one process's, {limit:g} allowed")
+        return figures
+
+
+def _told(artifact: Path, stage: str) -> list[float]:
+    lines = (artifact / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [float(json.loads(line)[name]) for line in lines for name in FIGURES.get(stage, LOSS)]
+
+
+def _furthest(one: list[float], other: list[float]) -> float:
+    if len(one) != len(other) or not one:
+        raise CellFailed(f"{len(one)} steps were logged, {len(other)} by one process")
+    return max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(one, other, strict=True))
+
+
+def _reread(base: Path, own: Path, stage: str, *, against: Path) -> float:
+    """The largest difference between what two artifacts say, both read by transformers and PEFT."""
+    return float((_says(base, own, stage) - _says(base, against, stage)).abs().max())
+
+
+@torch.no_grad()
+def _says(base: Path, artifact: Path, stage: str) -> torch.Tensor:
+    manifest = verify(artifact, content=True)
+    for file in artifact.rglob("*.safetensors"):
+        empty = [name for name, held in load_file(file).items() if not held.numel()]
+        if empty:
+            raise CellFailed(f"{file.name} holds {empty[0]} without a number in it")
+    whole = artifact / "model" if manifest.base["source"] == "self" else base
+    kind = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
+    more: dict[str, Any] = {"num_labels": 1} if stage == "reward" else {}
+    model = kind.from_pretrained(str(whole), dtype=torch.float32, **more)
+    for adapter in manifest.adapters:
+        model = PeftModel.from_pretrained(model, str(artifact / adapter))
+    if stage == "reward":
+        head = load_file(artifact / "head.safetensors")["weight"]
+        states = (model.get_base_model() if manifest.adapters else model).model(IDS).last_hidden_state
+        return states @ head.T.float()
+    return model(IDS).logits
