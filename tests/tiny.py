@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -69,6 +70,7 @@ _CONFIGS: Mapping[str, type[PreTrainedConfig]] = {
     "mistral": MistralConfig,
     "gemma": GemmaConfig,
     "gpt2": GPT2Config,
+    "gpt_neox": GPTNeoXConfig,
 }
 _EXTRAS: Mapping[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
@@ -76,9 +78,11 @@ _EXTRAS: Mapping[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None, "tie_word_embeddings": False},
     "gemma": {"head_dim": 8},
     "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    "gpt_neox": {"tie_word_embeddings": False},
 }
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma")
-"""Rotary positions and grouped-query attention; ``gpt2`` has neither and learns its positions."""
+"""Rotary positions and grouped-query attention; ``gpt2`` has neither and learns its positions, ``gpt_neox`` turns a part
+of each head only, with attention and feed-forward side by side."""
 
 
 def tiny_bpe(control: Sequence[str]) -> Tokenizer:
@@ -111,8 +115,10 @@ def tiny_config(architecture: str, **changes: Any) -> PreTrainedConfig:
     """Two layers of width 32 with grouped-query attention; ``architecture`` is one of ``ARCHITECTURES``."""
     special = {"pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
     sizes = dict(_SIZES)
+    if architecture in ("gpt2", "gpt_neox"):
+        del sizes["num_key_value_heads"]
     if architecture == "gpt2":
-        del sizes["num_key_value_heads"], sizes["intermediate_size"]
+        del sizes["intermediate_size"]
     return _CONFIGS[architecture](**{**sizes, **special, **_EXTRAS[architecture], **changes})
 
 
@@ -128,10 +134,18 @@ def tiny_scorer(architecture: str = "llama", *, seed: int = 0, **changes: Any) -
     return model
 
 
-def save_tiny_model(folder: Path, *, seed: int = 0) -> Path:
+def pythia_tokenizer() -> PreTrainedTokenizerFast:
+    """As Pythia's: one control token for everything, nothing to pad with, no chat template."""
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=tiny_bpe([end]), bos_token=end, eos_token=end, unk_token=end)
+
+
+def save_tiny_model(
+    folder: Path, *, architecture: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None, seed: int = 0
+) -> Path:
     """A model folder with config, safetensors and tokenizer, as a user would have one; returns ``folder``."""
-    tokenizer = tiny_tokenizer()
-    tiny_model("llama", seed=seed, vocab_size=len(tokenizer)).save_pretrained(str(folder))
+    tokenizer = tokenizer or tiny_tokenizer()
+    tiny_model(architecture, seed=seed, vocab_size=len(tokenizer)).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     return folder
 

@@ -27,6 +27,8 @@ from alignment.config.faults import Fault, refuse
 from alignment.config.near import suggestion
 from alignment.config.store import GROUPS, conf_folder, recipe_names, recipes_folder
 from alignment.errors import ConfigError
+from alignment.pipeline import profile as profiles
+from alignment.pipeline.profile import Profile
 
 _HYDRA = "1.3"
 
@@ -52,15 +54,23 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
     with initialize_config_dir(config_dir=str(path.parent), version_base=_HYDRA):
         search = f"hydra.searchpath=[{_quoted(conf_folder())},{_quoted(recipes_folder())}]"
         try:
-            groups, group_faults = _group_overrides(path.stem, search, [o for o in parsed if _is_group(o)])
+            profile, profile_faults = _profile(path, search, [o for o in parsed if _is_profile(o)])
+            chosen = [o for o in parsed if _is_group(o)]
+            groups, group_faults = _group_overrides(path.stem, search, _with_choices(chosen, profile))
             tree = hydra_compose(config_name=path.stem, overrides=[search, *groups])
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(_first_paragraph(error), where=str(path)) from error
     OmegaConf.set_struct(tree, False)
-    value_faults = [fault for o in parsed if not _is_group(o) for fault in _apply(o, tree)]
+    if profile is not None:
+        tree = OmegaConf.create(profile.laid_over(_written(tree)))
+    values = [o for o in parsed if not _is_group(o) and not _is_profile(o)]
+    value_faults = [fault for o in values for fault in _apply(o, tree)]
     plain, plain_faults = _plain(tree)
     plain.setdefault("name", path.stem)
-    return Composition(recipe=recipe, tree=plain, faults=[*faults, *group_faults, *value_faults, *plain_faults])
+    if profile is not None and isinstance(plain["name"], str):
+        plain["name"] = profile.named(plain["name"])
+    found = [*faults, *profile_faults, *group_faults, *value_faults, *plain_faults]
+    return Composition(recipe=recipe, tree=plain, faults=found)
 
 
 def find_recipe(recipe: str) -> Path:
@@ -131,7 +141,39 @@ def _malformed(text: str) -> Fault:
 
 def _is_group(override: Override) -> bool:
     """Whether an override picks a file (``launch=zero2``, ``adapter@stages.sft.adapter=full``)."""
-    return override.package is not None or override.key_or_group in GROUPS
+    return not _is_profile(override) and (override.package is not None or override.key_or_group in GROUPS)
+
+
+def _is_profile(override: Override) -> bool:
+    return override.key_or_group == profiles.GROUP
+
+
+def _profile(path: Path, search: str, overrides: list[Override]) -> tuple[Profile | None, list[Fault]]:
+    """The profile that the command line asks for, and what is wrong with how it does.
+
+    Raises:
+        ConfigError: its file has another form.
+    """
+    if not overrides:
+        return None, []
+    where = " ".join(str(override.input_line) for override in overrides)
+    if len(overrides) > 1 or overrides[0].is_delete() or overrides[0].package is not None:
+        return None, [Fault(where=where, message=f"write {profiles.GROUP}=NAME, once")]
+    loader = GlobalHydra.instance().config_loader()
+    known = loader.get_group_options(profiles.GROUP, config_name=path.stem, overrides=[search])
+    name = str(overrides[0].value())
+    if name not in known:
+        return None, [Fault(where=where, message=f"no {profiles.GROUP} '{name}'; {suggestion(name, known)}")]
+    return profiles.read(name, [path.parent, conf_folder(), recipes_folder()]), []
+
+
+def _with_choices(overrides: list[Override], profile: Profile | None) -> list[Override]:
+    """The user's choices of files, and the profile's of groups that the user left alone."""
+    taken = {override.key_or_group for override in overrides}
+    choices = profile.choices if profile is not None else {}
+    parser = OverridesParser.create()
+    added = [parser.parse_override(f"{group}={choice}") for group, choice in choices.items() if group not in taken]
+    return [*added, *overrides]
 
 
 def _group_overrides(name: str, search: str, overrides: list[Override]) -> tuple[list[str], list[Fault]]:
@@ -190,9 +232,16 @@ def _apply(override: Override, tree: DictConfig) -> Iterator[Fault]:
         yield Fault(where=str(override.input_line), message=_first_paragraph(error))
 
 
+def _written(tree: DictConfig) -> dict[str, Any]:
+    """The tree as it was written, with its interpolations."""
+    written = OmegaConf.to_container(tree, resolve=False)
+    assert isinstance(written, dict)
+    return {str(key): value for key, value in written.items()}
+
+
 def _plain(tree: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
     """The tree as plain values, interpolations of its own keys resolved."""
-    written = OmegaConf.to_container(tree, resolve=False)
+    written: Any = _written(tree)
     faults = list(_hostile(written, where=""))
     if not faults:
         try:

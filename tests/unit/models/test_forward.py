@@ -54,11 +54,12 @@ def _assert_same_gradients(model: torch.nn.Module, other: torch.nn.Module) -> No
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gpt_neox"])
 def test_the_flat_path_equals_the_padded_forward(architecture: str, rows: str, side: str) -> None:
     model = tiny_model(architecture)
     reference = twin(model)
     install_causal(model)
+    assert model.config._attn_implementation == ATTENTION
     batch = padded(ROWS[rows], side=side, extra=2)
     output = model(**batch.arguments(), fused_lm_head=True)
     expected = plain(reference, batch)

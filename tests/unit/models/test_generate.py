@@ -72,7 +72,7 @@ def _uniforms(rows: int, steps: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gpt_neox"])
 def test_greedy_answers_equal_those_of_transformers_row_by_row(architecture: str, batch_size: int) -> None:
     model, reference = tiny_model(architecture), tiny_model(architecture)
     use_flat_attention(model)

@@ -1,0 +1,109 @@
+"""Profiles: what scales any recipe, laid over it by kind of stage (docs/design/0011).
+
+A file of ``conf/profile/`` cannot name the stages of a recipe that it has never seen, so it is not merged by Hydra: its
+values for a kind go to every stage of that kind, after the recipe's and before those of the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignment.config.near import suggestion
+from alignment.config.stage import STAGES
+from alignment.config.store import GROUPS
+from alignment.errors import ConfigError
+
+GROUP = "profile"
+_HUB = "hub:"
+_ALLOWED = {"choices": tuple(GROUPS), "stages": tuple(STAGES), "instead_of_hub": ("model", *STAGES)}
+"""Keys of a profile's parts; those of ``values`` are checked with the run's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """``choices`` are made of groups that the command line leaves alone. ``values`` are laid over the run, ``stages``
+    over each stage of a kind. ``instead_of_hub`` says what is read where a recipe names a hub: by every stage of a
+    kind, and as ``model``.
+
+    Example: ``Profile(name="smoke", stages={"ppo": {"updates": 2}})``
+    """
+
+    name: str
+    choices: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    instead_of_hub: Mapping[str, str] = field(default_factory=dict)
+
+    def laid_over(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """The tree of a recipe with this profile's values, from which everything that a run makes is named."""
+        told = merged(tree, self.values)
+        if "model" in self.instead_of_hub and _names_hub(told.get("model")):
+            told["model"] = merged(told["model"], {"source": self.instead_of_hub["model"]})
+        stages = told.get("stages")
+        if isinstance(stages, Mapping):
+            told["stages"] = {name: self._stage(stage) for name, stage in stages.items()}
+        return told
+
+    def named(self, name: str) -> str:
+        """What a run is called under this profile, so that nobody takes it for one without."""
+        return name if name.endswith(f"-{self.name}") else f"{name}-{self.name}"
+
+    def _stage(self, stage: Any) -> Any:
+        if not isinstance(stage, Mapping):
+            return stage
+        kind, told = str(stage.get("kind")), dict(stage)
+        if kind in self.instead_of_hub and _names_hub(told.get("data")):
+            told["data"] = {"source": self.instead_of_hub[kind]}  # split and columns were those of the other one
+        return merged(told, self.stages.get(kind, {}))
+
+
+def read(name: str, folders: list[Path]) -> Profile:
+    """The profile of this name, from the first of the folders that has it; one of them does.
+
+    Raises:
+        ConfigError: its file is not of the form above.
+    """
+    path = next(path for folder in folders if (path := folder / GROUP / f"{name}.yaml").is_file())
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not YAML: {error}", where=str(path)) from error
+    parts = _group(content, [part.name for part in fields(Profile) if part.name != "name"], where=str(path))
+    for part, value in parts.items():
+        _group(value, _ALLOWED.get(part), where=f"{path}: {part}")
+    for kind, value in parts.get("stages", {}).items():
+        _group(value, where=f"{path}: stages.{kind}")
+    return Profile(name=name, **parts)
+
+
+def merged(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, with the values of ``over`` where they have the same key; groups are merged, lists replaced."""
+    both = {
+        key: merged(tree[key], value) if isinstance(value, Mapping) and isinstance(tree.get(key), Mapping) else value
+        for key, value in over.items()
+    }
+    return {**tree, **both}
+
+
+def _names_hub(group: Any) -> bool:
+    source = group.get("source") if isinstance(group, Mapping) else None
+    return isinstance(source, str) and source.startswith(_HUB)
+
+
+def _group(content: Any, allowed: Sequence[str] | None = None, *, where: str) -> Mapping[str, Any]:
+    """The content, which has only the keys that are allowed.
+
+    Raises:
+        ConfigError: it has others, or is no group.
+    """
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{content!r} is no group of settings", where=where, remedy="write {key: value}")
+    for key in content:
+        if allowed is not None and key not in allowed:
+            raise ConfigError(f"unknown key '{key}'; {suggestion(str(key), allowed)}", where=where)
+    return content
