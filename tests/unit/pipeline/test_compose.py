@@ -9,11 +9,11 @@ import yaml
 
 from alignment.config.faults import Fault
 from alignment.config.run import RunConfig
-from alignment.config.stage import ScorerConfig
+from alignment.config.stage import STAGES, ScorerConfig
 from alignment.config.store import GROUPS, conf_folder, recipe_names, recipes_folder
 from alignment.config.typed import convert, typed
 from alignment.errors import ConfigError
-from alignment.pipeline import references
+from alignment.pipeline import references, settings
 from alignment.pipeline.compose import compose
 
 ROOT = Path(__file__).parents[3]
@@ -108,6 +108,9 @@ FAULTY = [
         "adapter@stages.sfd.adapter=full",
         "adapter@stages.sfd.adapter=full: the recipe does not choose that; did you mean 'adapter@stages.sft.adapter'?",
     ),
+    ("profile=smok", "profile=smok: no profile 'smok'; did you mean 'smoke'?"),
+    ("~profile", "~profile: write profile=NAME, once"),
+    ("profile@stages=smoke", "profile@stages=smoke: write profile=NAME, once"),
     ("~stages.pppo", "~stages.pppo: nothing to remove; did you mean 'ppo'?"),
     ("seed=1,2", "seed=1,2: several values for one key; give one"),
     ("seed", "seed: not an override; write key=value, such as stages.dpo.beta=0.3"),
@@ -227,3 +230,105 @@ def test_a_pattern_arrives_as_it_was_written() -> None:
 
 def test_what_could_run_code_is_refused_inside_lists_too() -> None:
     assert any("is not taken" in fault for fault in faults("stages.ppo.scorers=[{_target_: os.system}]"))
+
+
+# ---- profiles -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_is_scaled_down_to_this_machine(recipe: str) -> None:
+    config, full = composed(recipe, "profile=smoke"), composed(recipe)
+    assert not [*references.faults(config.stages), *settings.faults(config)]
+    assert (config.name, config.launch.num_processes) == (f"{recipe}-smoke", 1)
+    assert config.model.dtype.value == "float32"
+    assert config.stages.keys() == full.stages.keys()
+    assert "hub:" not in str(config)
+    for name, stage in config.stages.items():
+        assert stage.kind == full.stages[name].kind
+        assert stage.kind == "report" or stage.data.limit <= 8  # type: ignore[union-attr, operator]
+
+
+def test_the_smoke_profile_has_values_for_every_kind_of_stage() -> None:
+    told = yaml.safe_load((conf_folder() / "profile/smoke.yaml").read_text())
+    assert told["stages"].keys() == STAGES.keys()
+    assert told["instead_of_hub"].keys() == {"model", *STAGES} - {"report"}
+
+
+def test_the_command_line_has_the_last_word_over_a_profile() -> None:
+    told = ("launch=two_processes", "launch.num_processes=3", "stages.dpo.optim.batch_size=6", "name=mine")
+    config = composed("quickstart", "profile=smoke", *told)
+    assert (config.launch.num_processes, config.stages["dpo"].optim.batch_size) == (3, 6)  # type: ignore[union-attr]
+    assert config.name == "mine-smoke"
+    assert composed("quickstart", "profile=smoke", "name=a-smoke").name == "a-smoke"
+
+
+def test_a_profile_keeps_what_lies_on_this_machine_and_all_that_it_says_nothing_of(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "defaults: [base, stage@stages.first: sft, stage@stages.second: dpo, _self_]\n"
+        "model: {source: path:/models/mine, chat_template: chatml}\n"
+        "launch: {num_processes: 8}\n"
+        "stages:\n"
+        "  first:\n"
+        "    data: {source: path:rows.jsonl, columns: {prompt: q}, fraction: 0.5, mix: [{source: hub:a/b, count: 9}]}\n"
+        "    optim: {lr: 3e-3}\n"
+        "  second:\n"
+        "    init: stage:first\n"
+        "    data: {source: hub:a/b@c, split: prefs, columns: {chosen: x}}\n"
+        "    beta: 0.7\n"
+    )
+    config = composed(str(recipe), "profile=smoke")
+    assert (config.model.source, config.model.chat_template) == ("path:/models/mine", "chatml")
+    assert config.launch.num_processes == 1
+    first, second = (config.stages[name] for name in ("first", "second"))
+    assert (first.data.source, first.data.columns) == ("path:rows.jsonl", {"prompt": "q"})  # type: ignore[union-attr]
+    assert (first.data.fraction, first.data.mix, first.optim.lr) == (0.5, [], 3e-3)  # type: ignore[union-attr]
+    assert (second.data.source, second.data.split) == ("bundled:quickstart/preferences", "train")  # type: ignore[union-attr]
+    assert (second.data.columns, second.beta) == ({}, 0.7)  # type: ignore[union-attr]
+
+
+def test_a_profile_of_the_user_s_own_stands_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile/night.yaml").write_text("stages: {dpo: {beta: 0.5, bata: 1}}\n")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("defaults: [quickstart, _self_]\n")
+    assert faults("profile=night", recipe=str(recipe)) == ["stages.dpo.bata: unknown key; did you mean 'beta'?"]
+    composition = compose(str(recipe), ["profile=night"])
+    assert composition.tree["name"] == "mine-night"
+    assert composition.tree["stages"]["dpo"]["beta"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stage: {dpo: {}}", "mine.yaml: unknown key 'stage'; did you mean 'stages'?"),
+        ("stages: {dop: {}}", "mine.yaml: stages: unknown key 'dop'; did you mean 'dpo'?"),
+        ("stages: {dpo: 3}", "mine.yaml: stages.dpo: 3 is no group of settings"),
+        ("choices: {lanch: local}", "mine.yaml: choices: unknown key 'lanch'; did you mean 'launch'?"),
+        ("instead_of_hub: {modl: x}", "mine.yaml: instead_of_hub: unknown key 'modl'; did you mean 'model'?"),
+        ("values: 3", "mine.yaml: values: 3 is no group of settings"),
+        ("- a", "mine.yaml: ['a'] is no group of settings"),
+        ("a: [", "mine.yaml: not YAML"),
+    ],
+)
+def test_a_profile_of_another_form_says_so(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile/mine.yaml").write_text(text)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("defaults: [quickstart, _self_]\n")
+    with pytest.raises(ConfigError) as caught:
+        compose(str(recipe), ["profile=mine"])
+    assert message in str(caught.value)
+
+
+def test_what_a_profile_cannot_choose_is_named(tmp_path: Path) -> None:
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile/mine.yaml").write_text("choices: {launch: lokal}\nvalues: {summary: '${oc.env:HOME}'}\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("defaults: [quickstart, _self_]\n")
+    found = faults("profile=mine", recipe=str(recipe))
+    assert "launch=lokal: no launch 'lokal'; did you mean 'local'?" in found
+    assert any(fault.startswith("summary: ") and "is not taken" in fault for fault in found)
+    assert faults("profile=mine", "profile=mine", recipe=str(recipe)) == [
+        "profile=mine profile=mine: write profile=NAME, once"
+    ]
