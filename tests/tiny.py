@@ -81,8 +81,8 @@ _EXTRAS: Mapping[str, dict[str, Any]] = {
     "gpt_neox": {"tie_word_embeddings": False},
 }
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma")
-"""Rotary positions, grouped-query attention. ``gpt2`` has neither and learns its positions; ``gpt_neox`` turns a part of
-each head, and its attention and feed-forward stand side by side."""
+"""Rotary positions, grouped-query attention. ``gpt2`` has neither and learns its positions; ``gpt_neox`` turns a part
+of each head, and its attention and feed-forward stand side by side."""
 
 
 def tiny_bpe(control: Sequence[str]) -> Tokenizer:

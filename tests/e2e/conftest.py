@@ -63,21 +63,16 @@ def _small(recipe: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Align:
-    """The command with a tiny model; ``output`` holds its runs and artifacts.
-
-    Without a profile the settings above make the recipe small.
-    """
+    """The command with a tiny model; ``output`` holds its runs and artifacts."""
 
     output: Path
     model: Path
     recipe: str = "quickstart"
-    profile: str = ""
 
     def argv(self, verb: str, *overrides: str) -> list[str]:
         """The command line, as a list."""
         own = (f"output={self.output}", f"model.source=path:{self.model}")
-        small = [f"profile={self.profile}"] if self.profile else _small(self.recipe)
-        return [sys.executable, "-m", "alignment.cli", verb, self.recipe, *own, *small, *overrides]
+        return [sys.executable, "-m", "alignment.cli", verb, self.recipe, *own, *_small(self.recipe), *overrides]
 
     def __call__(self, verb: str, *overrides: str, code: int = 0) -> str:
         """Runs the command to its end, checks its exit code and returns all that it printed."""
@@ -94,8 +89,9 @@ class Align:
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """What ``run.json`` says of each stage."""
-        run = f"{self.recipe}-{self.profile}" if self.profile else self.recipe
-        found: dict[str, dict[str, Any]] = json.loads((self.output / f"runs/{run}/run.json").read_text())["stages"]
+        found: dict[str, dict[str, Any]] = json.loads((self.output / f"runs/{self.recipe}/run.json").read_text())[
+            "stages"
+        ]
         return found
 
     def artifact(self, stage: str) -> Path:

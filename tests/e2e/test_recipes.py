@@ -1,8 +1,11 @@
-"""Recipes for GPUs, scaled down: a tiny model and a few of the shipped rows in place of theirs, all else as written."""
+"""Recipes scaled down: those for GPUs with a tiny model and a few of the shipped rows in place of theirs, all else as
+written; and every one under the smoke profile."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from alignment.artifacts import verify
+from alignment.config.store import recipe_names
 from alignment.pipeline.compose import compose
-from tests.e2e.conftest import Align
+from tests.e2e.conftest import Align, environment
 from tests.tiny import pythia_tokenizer, save_tiny_model
 
 DATA = {"sft": "conversations", "reward": "preferences", "dpo": "preferences", "ppo": "preferences"}
@@ -59,19 +63,49 @@ PUBLIC = {
 """The recipe's architecture, its two data sets row by row, and which of them each stage reads."""
 
 
+def _told(recipe: str, folder: Path) -> list[str]:
+    """What a smoke run of a recipe is told: a model as tiny as can be, and rows like those that it was made for."""
+    architecture, row, reads = PUBLIC.get(recipe, ("llama", None, {}))
+    model = folder / architecture
+    if not model.exists():
+        tokenizer = pythia_tokenizer() if architecture == "gpt_neox" else None
+        save_tiny_model(model, architecture=architecture, tokenizer=tokenizer)
+    told = [f"output={folder / recipe}", f"model.source=path:{model}"]
+    for stage, which in reads.items():
+        file = folder / f"{recipe}-{stage}.jsonl"
+        file.write_text("".join(f"{json.dumps(row(number)[which])}\n" for number in range(1, 11)))
+        told.append(f"stages.{stage}.data.source=path:{file}")
+    return told
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every shipped recipe ran under the smoke profile, each below its own name."""
+    folder = tmp_path_factory.mktemp("smoke")
+    lines = [["run", recipe, "profile=smoke", *_told(recipe, folder)] for recipe in recipe_names()]
+    program = [sys.executable, "-m", "tests.e2e.forked"]
+    done = subprocess.run(
+        program, input=json.dumps(lines), capture_output=True, text=True, timeout=900, env=environment(), check=False
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [0] * len(lines), f"{done.stdout}{done.stderr}"
+    return folder
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_runs_as_smoke_and_says_so(smoke: Path, recipe: str) -> None:
+    run = json.loads((smoke / recipe / f"runs/{recipe}-smoke/run.json").read_text())
+    assert (run["name"], run["state"]) == (f"{recipe}-smoke", "done")
+    assert run["stages"].keys() == compose(recipe, []).tree["stages"].keys()
+    assert {stage["state"] for stage in run["stages"].values()} == {"done"}
+    if "report" in run["stages"]:
+        assert f"<title>{recipe}-smoke" in (smoke / recipe / f"runs/{recipe}-smoke/report.html").read_text()
+
+
 @pytest.mark.parametrize("recipe", PUBLIC)
-def test_a_recipe_trains_as_smoke_on_rows_like_the_public_ones(tmp_path: Path, recipe: str) -> None:
-    architecture, row, reads = PUBLIC[recipe]
-    tokenizer = pythia_tokenizer() if architecture == "gpt_neox" else None
-    model = save_tiny_model(tmp_path / "model", architecture=architecture, tokenizer=tokenizer)
-    files = [tmp_path / "turns.jsonl", tmp_path / "pairs.jsonl"]
-    for file, rows in zip(files, zip(*map(row, range(1, 11)), strict=True), strict=True):
-        file.write_text("".join(f"{json.dumps(one)}\n" for one in rows))
-    align = Align(output=tmp_path, model=model, recipe=recipe, profile="smoke")
-    printed = align("run", *(f"stages.{stage}.data.source=path:{files[which]}" for stage, which in reads.items()))
-    assert {stage: entry["state"] for stage, entry in align.stages().items()} == dict.fromkeys(reads, "done"), printed
-    base = load_file(model / "model.safetensors")
+def test_all_weights_learn_from_rows_like_the_public_ones(smoke: Path, recipe: str) -> None:
+    architecture, _, reads = PUBLIC[recipe]
+    base = load_file(smoke / architecture / "model.safetensors")
     for stage in reads:
-        trained = load_file(align.artifact(stage) / "model/model.safetensors")
-        shared = base.keys() & trained.keys()
-        assert any(not torch.equal(base[name], trained[name]) for name in shared), stage
+        (artifact,) = (smoke / recipe / "artifacts").glob(f"{stage}-*")
+        trained = load_file(artifact / "model/model.safetensors")
+        assert any(not torch.equal(base[name], trained[name]) for name in base.keys() & trained.keys()), stage
