@@ -40,7 +40,7 @@ class Profile:
     instead_of_hub: Mapping[str, str] = field(default_factory=dict)
 
     def laid_over(self, tree: Mapping[str, Any]) -> dict[str, Any]:
-        """The tree of a recipe with this profile's values, from which everything that a run makes is named."""
+        """The tree of a recipe with this profile's values."""
         told = merged(tree, self.values)
         if "model" in self.instead_of_hub and _names_hub(told.get("model")):
             told["model"] = merged(told["model"], {"source": self.instead_of_hub["model"]})

@@ -239,7 +239,7 @@ def test_what_could_run_code_is_refused_inside_lists_too() -> None:
 def test_every_recipe_is_scaled_down_to_this_machine(recipe: str) -> None:
     config, full = composed(recipe, "profile=smoke"), composed(recipe)
     assert not [*references.faults(config.stages), *settings.faults(config)]
-    assert (config.name, config.launch.num_processes) == (f"{recipe}-smoke", 1)
+    assert (config.name, config.launch.num_processes, config.launch.threads) == (f"{recipe}-smoke", 1, 1)
     assert config.model.dtype.value == "float32"
     assert config.stages.keys() == full.stages.keys()
     assert "hub:" not in str(config)
