@@ -100,9 +100,15 @@ class RewardConfig:
 
 
 class DpoLoss(str, Enum):
-    """Preference losses that TRL's DPO trainer offers and that we test."""
+    """Preference losses that TRL's DPO trainer offers and that we test, of log-ratios to the reference.
+
+    ``sigmoid``: −log σ(β Δ) of their sums over answers (Rafailov et al. 2023). ``sigmoid_norm``: the same of means
+    over an answer's tokens (Lambert et al. 2024), with a larger beta. ``hinge``: max(0, 1 − β Δ) (Zhao et al. 2023).
+    ``ipo``: (Δ − 1/(2 β))² of means (Azar et al. 2023).
+    """
 
     sigmoid = "sigmoid"
+    sigmoid_norm = "sigmoid_norm"
     hinge = "hinge"
     ipo = "ipo"
 

@@ -125,13 +125,20 @@ def _add_reference(
         row |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
 
+def start_loss(config: DpoConfig) -> float:
+    """The loss of a policy that is its reference."""
+    if config.loss is DpoLoss.hinge:
+        return 1.0
+    return 1 / (4 * config.beta**2) if config.loss is DpoLoss.ipo else math.log(2)
+
+
 def check_start(trainer: TokenizedDpoTrainer, config: DpoConfig) -> None:
     """Policy and reference must agree before the first step: the loss is then a known constant.
 
     Raises:
         StageError: they differ, so the reference is not the policy that the stage starts from.
     """
-    expected = {DpoLoss.sigmoid: math.log(2), DpoLoss.hinge: 1.0, DpoLoss.ipo: 1 / (4 * config.beta**2)}[config.loss]
+    expected = start_loss(config)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     piece, _ = trainer._parts(batch)[0]
     with torch.no_grad(), trainer.accelerator.autocast():

@@ -146,3 +146,18 @@ def test_optimiser_state_and_weights_may_lie_in_the_machines_memory(tmp_path: Pa
     assert on_processes(spec) == [0, 0], logs(spec)
     chained.inputs["sft"] = StageInput(ref="stage:sft", path=spec.artifact)
     assert chained.policy("sft") is not None
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("kind", "adapter"), [("sft", FULL), ("dpo", LORA)])
+def test_activations_may_be_computed_again(tmp_path: Path, kind: str, adapter: AdapterConfig) -> None:
+    found = []
+    for again in (False, True):
+        chained = Chained(tmp_path / str(again))
+        config: Any = steadied(kind, adapter)
+        config = replace(config, optim=replace(config.optim, activation_checkpointing=again))
+        spec = shared_out(chained, kind, adapter, ZERO3, config=config)
+        assert on_processes(spec) == [0, 0], logs(spec)
+        found.append(weights(spec.artifact))
+    for name, held in found[0].items():
+        close(held, found[1][name], atol=1e-6)
