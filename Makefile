@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.alignment-pipeline-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help align plan preview status test prove matrix check format bench clean
+.PHONY: help align plan preview status test test-slurm prove matrix check format bench clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  RECIPE=quickstart and ARGS='stages.dpo.beta=0.3 ...' go to align and plan"
 
 align: $(STAMP)  ## run RECIPE: train, evaluate, report
@@ -30,6 +30,9 @@ status: $(STAMP)  ## say how the runs in this folder stand
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slurm: $(STAMP)  ## run stages as jobs of a real Slurm, which is fetched and started on this machine (Debian)
+	$(BIN)/python -m pytest tests/slurm $(ARGS)
 
 prove: $(STAMP)  ## run the slow proofs that the stages reach known optima: ARGS="--only bandit" runs some
 	$(BIN)/python -m tests.proofs $(ARGS)

@@ -109,7 +109,7 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
     else:
         from alignment.pipeline.run import run
 
-        return run(options.recipe, options.overrides, console=console)
+        return run(options.recipe, options.overrides, console=console, only=options.stage)
     return 0
 
 
@@ -134,6 +134,8 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument(
             "overrides", metavar="KEY=VALUE", nargs="*", help="such as stages.dpo.beta=0.3 or output=FOLDER"
         )
+        if verb == "run":
+            one.add_argument("--stage", help="only this stage, from results of earlier ones")
         if verb == "preview":
             one.add_argument("--stage", help="only this stage")
             one.add_argument("--rows", type=int, default=2, help="rows of each stage (default: 2)")

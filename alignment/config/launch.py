@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -49,6 +49,27 @@ class Offload(str, Enum):
 
 
 @dataclass(kw_only=True, slots=True)
+class SlurmConfig:
+    """One Slurm job for each stage that has to run, if ``submit``; what is None is left to the cluster's defaults.
+
+    A job may take ``time`` (``"4:00:00"``, ``"2-12:00:00"``) and is asked to save ``signal_seconds`` before that is
+    over; it is then queued again and goes on. Its one machine gives it ``gpus``, ``cpus`` and ``memory`` (``64G``).
+    ``wait``: the command stays until the last job has ended and returns the run's exit code.
+    """
+
+    submit: bool = False
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = None
+    gpus: int = 0
+    cpus: int | None = None
+    memory: str | None = None
+    signal_seconds: int = 300
+    wait: bool = True
+
+
+@dataclass(kw_only=True, slots=True)
 class LaunchConfig:
     """``num_processes`` workers on each of ``num_machines``; 0 is one for each GPU of a machine.
 
@@ -69,6 +90,7 @@ class LaunchConfig:
     threads: int = 0
     grace_seconds: int = 120
     hang_seconds: int = 600
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     @property
     def world_size(self) -> int:

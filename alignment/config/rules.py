@@ -10,7 +10,7 @@ from typing import Any
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
-from alignment.config.launch import LaunchConfig
+from alignment.config.launch import LaunchConfig, SlurmConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.run import RunConfig
 from alignment.config.stage import (
@@ -64,6 +64,18 @@ PATTERN = Rule(lambda value: _compiles(value), "a regular expression as Python w
 BETWEEN = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 BELOW_ONE = Rule(lambda value: 0 <= value < 1, "from 0 to below 1")
 PORT = Rule(lambda value: 0 < value < 65536, "a port from 1 to 65535")
+SLURM_WORD = Rule(
+    lambda value: re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._,-]{0,127}", value) is not None,
+    "1 to 128 of A-Z a-z 0-9 . _ , -, beginning with a letter, a digit or _",
+)
+SLURM_TIME = Rule(
+    lambda value: re.fullmatch(r"(\d{1,3}-)?\d{1,4}:[0-5]\d:[0-5]\d", value, re.ASCII) is not None,
+    "hours:minutes:seconds as in '4:00:00', after days as in '2-12:00:00'",
+)
+SLURM_MEMORY = Rule(
+    lambda value: re.fullmatch(r"[1-9]\d{0,8}[KMGT]", value, re.ASCII) is not None,
+    "a whole number with K, M, G or T, as in 64G",
+)
 PART = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 RULES: dict[tuple[type, str], Rule] = {
@@ -79,6 +91,14 @@ RULES: dict[tuple[type, str], Rule] = {
     (LaunchConfig, "threads"): NOT_NEGATIVE,
     (LaunchConfig, "grace_seconds"): POSITIVE,
     (LaunchConfig, "hang_seconds"): NOT_NEGATIVE,
+    (SlurmConfig, "partition"): SLURM_WORD,
+    (SlurmConfig, "account"): SLURM_WORD,
+    (SlurmConfig, "qos"): SLURM_WORD,
+    (SlurmConfig, "time"): SLURM_TIME,
+    (SlurmConfig, "gpus"): NOT_NEGATIVE,
+    (SlurmConfig, "cpus"): POSITIVE,
+    (SlurmConfig, "memory"): SLURM_MEMORY,
+    (SlurmConfig, "signal_seconds"): POSITIVE,
     (TrackingConfig, "project"): NAME,
     (SourceConfig, "split"): FILLED,
     (SourceConfig, "subset"): FILLED,

@@ -31,10 +31,11 @@ from alignment.errors import (
 from alignment.pipeline.plan import Plan, PlannedStage
 from alignment.stage_spec import StageInput
 
-_ERRORS = {
+ERRORS = {
     kind.exit_code: kind
     for kind in (ConfigError, DataError, ModelError, StageError, NonFiniteError, RewardError, ArtifactError, Busy)
 }
+"""The kind of error that an exit code stands for."""
 _TAIL_LINES = 15
 _REPORT_LINES = 60
 """Within which a launcher reports on its processes."""
@@ -127,7 +128,7 @@ def raise_for_status(folder: Path, *, code: int, stage: str) -> None:
         return
     if status["state"] == "preempted" or status["exit_code"] == PREEMPTED:
         raise Preempted
-    kind = _ERRORS.get(status["exit_code"])
+    kind = ERRORS.get(status["exit_code"])
     if kind is not None:
         raise kind(f"{status['error']}\n  log: {log}", where=status["where"])
     raise AlignmentError(
@@ -145,7 +146,9 @@ def _status(folder: Path) -> dict[str, Any] | None:
 
 
 def tail(log: Path) -> str:
-    """The last lines of a log, indented."""
+    """The last lines of a log, indented; nothing without one."""
+    if not log.exists():
+        return ""
     return "\n".join(f"  | {line}" for line in _last_lines(log, _TAIL_LINES))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,14 +45,19 @@ def announced(folder: Path, launch: LaunchConfig) -> Iterator[None]:
 
 
 def follow(
-    plan: Plan, launch: LaunchConfig, *, console: Console, command_for: Callable[[LaunchConfig, Path], Command]
+    plan: Plan,
+    launch: LaunchConfig,
+    stages: Sequence[PlannedStage],
+    *,
+    console: Console,
+    command_for: Callable[[LaunchConfig, Path], Command],
 ) -> int:
-    """What every machine but the first does; returns the exit code of the run.
+    """What every machine but the first does for these stages; returns the exit code of the run.
 
     Raises:
         StageError: the run failed on the first machine.
     """
-    shared = [s for s in plan.stages if s.action is not Action.reuse and not _is_of_one(s)]
+    shared = [s for s in stages if s.action is not Action.reuse and not _is_of_one(s)]
     told = f"machine {launch.machine_rank} of {launch.num_machines}"
     try:
         with termination_raises():

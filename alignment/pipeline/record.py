@@ -11,25 +11,30 @@ from alignment.artifacts import read_manifest, write_json
 from alignment.config.typed import to_plain
 from alignment.errors import ArtifactError
 from alignment.pipeline import references
+from alignment.pipeline.job_file import HERE
 from alignment.pipeline.plan import Action, Plan, PlannedStage
 
 FILE = "run.json"
 
 
 class RunRecord:
-    """Writes how far a run is, for ``align status`` and for the report."""
+    """Writes how far a run is, for ``align status`` and for the report.
 
-    def __init__(self, plan: Plan) -> None:
+    Where the run is about one stage ``only``, what was recorded of results before stays.
+    """
+
+    def __init__(self, plan: Plan, *, only: str | None = None) -> None:
         self._path = plan.run_folder / FILE
+        earlier = _recorded(plan.run_folder) if only is not None else {}
         self._content: dict[str, Any] = {
             "name": plan.config.name,
             "recipe": plan.recipe,
-            "overrides": list(plan.overrides),
+            "overrides": [override for override in plan.overrides if override != HERE],
             "config": to_plain(plan.config),
-            "started": _now(),
+            "started": earlier.get("started", _now()),
             "finished": None,
             "state": "running",
-            "stages": {stage.name: _entry(stage) for stage in plan.stages},
+            "stages": {stage.name: _kept_or_new(stage, earlier, only) for stage in plan.stages},
         }
         self._save()
 
@@ -45,6 +50,16 @@ class RunRecord:
         if seconds is not None:
             entry["seconds"] = round(seconds, 2)
         self._save()
+
+    def end(self) -> bool:
+        """Notes that nothing more happens here; returns whether the run is done, or else waits for other calls."""
+        done = all(entry["state"] in ("done", "reused") for entry in self._content["stages"].values())
+        if done:
+            self.finish("done")
+        else:
+            self._content["state"] = "waiting"
+            self._save()
+        return done
 
     def finish(self, state: str) -> None:
         """Notes how the run ended: ``done``, ``failed``, ``preempted`` or ``interrupted``."""
@@ -75,6 +90,25 @@ def read_record(run_folder: Path) -> dict[str, Any]:
         ) from error
     assert isinstance(content, dict)
     return content
+
+
+def _recorded(run_folder: Path) -> dict[str, Any]:
+    """What is recorded of the run, or nothing where that cannot be read: it is written anew."""
+    try:
+        return read_record(run_folder)
+    except ArtifactError:
+        return {}
+
+
+def _kept_or_new(stage: PlannedStage, earlier: dict[str, Any], only: str | None) -> dict[str, Any]:
+    """The entry of a stage: the one before as long as it is true, and the stage is not about to be run."""
+    new = _entry(stage)
+    kept: dict[str, Any] | None = earlier.get("stages", {}).get(stage.name)
+    if kept is None or kept["artifact"] != new["artifact"]:
+        return new
+    if stage.action is Action.reuse:
+        return kept if kept["state"] in ("done", "reused") else new
+    return kept if kept["state"] in ("waiting", "failed") and stage.name != only else new
 
 
 def _entry(stage: PlannedStage) -> dict[str, Any]:

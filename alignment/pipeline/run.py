@@ -14,15 +14,16 @@ from rich.console import Console
 from alignment import __version__, launcher
 from alignment.artifacts import Manifest, publish, read_manifest, verify
 from alignment.config.launch import LaunchConfig
+from alignment.config.near import suggestion
 from alignment.config.stage import ReportConfig
 from alignment.errors import PREEMPTED, ArtifactError, ConfigError
 from alignment.launcher import Command
 from alignment.locks import held
-from alignment.pipeline import data_sources, handover, launching, machines, pulses, sources
+from alignment.pipeline import data_sources, handover, jobs, launching, machines, pulses, references, slurm, sources
 from alignment.pipeline.display import Display, display_for, duration
 from alignment.pipeline.handover import Preempted
 from alignment.pipeline.plan import Action, Plan, PlannedStage, make_plan
-from alignment.pipeline.record import RunRecord
+from alignment.pipeline.record import RunRecord, read_record
 from alignment.pipeline.signals import INTERRUPTED, Terminated, termination_raises
 from alignment.pipeline.summary import REPORT, show_results
 
@@ -30,28 +31,49 @@ CommandFor = Callable[[LaunchConfig, Path], Command]
 """Makes the command that runs a stage file."""
 
 
-def run(recipe: str, overrides: Sequence[str], *, console: Console, command_for: CommandFor | None = None) -> int:
-    """Plans and executes; returns the exit code (alignment/errors.py).
+def run(
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    console: Console,
+    only: str | None = None,
+    command_for: CommandFor | None = None,
+) -> int:
+    """Plans and executes all stages, or the one named ``only``; returns the exit code (alignment/errors.py).
 
     Raises:
         AlignmentError: a fault in the plan, or a stage that failed; what was done before stays and is reused.
     """
     command_for = command_for or command_here
     plan = make_plan(recipe, overrides)
+    if only is not None:
+        refuse_missing_inputs(plan, only)
+    if plan.config.launch.slurm.submit:
+        slurm.refuse_without_slurm()
+        asked = launcher.with_processes(plan.config.launch, num_devices=plan.config.launch.slurm.gpus)
+        launching.refuse_uneven_batches(plan, asked)
+        _make_writable(plan)
+        return _submit(plan, only, console)
     launch = launching.launch_of(plan)
     command_for(launch, plan.run_folder / "stage.yaml")  # refuses what this machine cannot start
     launching.refuse_uneven_batches(plan, launch)
     _make_writable(plan)
-    display = display_for(console)
+    if only is None:
+        jobs.refuse_queued(plan.run_folder)
     if launch.machine_rank:
-        plan = with_models(plan, display, stages=_not_reused(plan))
-        return machines.follow(plan, launch, console=console, command_for=command_for)
+        plan = with_models(plan, display_for(console), stages=_not_reused(plan, only))
+        return machines.follow(plan, launch, _chosen(plan, only), console=console, command_for=command_for)
+    return _execute(plan, only, console, command_for)
+
+
+def _execute(plan: Plan, only: str | None, console: Console, command_for: CommandFor) -> int:
     with held(plan.run_folder / "lock", wait=False):
-        plan = with_models(plan, display, stages=_not_reused(plan))
-        record = RunRecord(plan)
+        display = display_for(console)
+        plan = with_models(plan, display, stages=_not_reused(plan, only))
+        record = RunRecord(plan, only=only)
         try:
             with termination_raises():
-                for stage in plan.stages:
+                for stage in _chosen(plan, only):
                     _one_stage(plan, stage, record, display, command_for)
         except (KeyboardInterrupt, Terminated, Preempted) as stop:
             code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED
@@ -61,9 +83,57 @@ def run(recipe: str, overrides: Sequence[str], *, console: Console, command_for:
         except BaseException:
             record.finish("failed")
             raise
-        record.finish("done")
-    show_results(console, plan.run_folder, record.content)
+        done = record.end()
+    if done:
+        show_results(console, plan.run_folder, record.content)
     return 0
+
+
+def _submit(plan: Plan, only: str | None, console: Console) -> int:
+    """Hands the stages that have to run to Slurm, and stays until they have ended if asked to."""
+    display = display_for(console)
+    with held(plan.run_folder / "submit.lock", wait=False):
+        jobs.refuse_queued(plan.run_folder)
+        with held(plan.run_folder / "lock", wait=False):  # given back before the first job wants it
+            plan = with_models(plan, display, stages=_not_reused(plan, only))
+            RunRecord(plan, only=only).end()
+        waiting = []
+        for stage in _chosen(plan, only):
+            if stage.action is Action.reuse:
+                _reuse(plan, stage, display)
+            else:
+                waiting.append(stage)
+        submitted = jobs.submit(plan, waiting)
+    for name, job in submitted.items():
+        display.note(f"{name}: job {job}")
+    if submitted and not plan.config.launch.slurm.wait:
+        display.note(jobs.advice(plan.config.name, submitted))
+        return 0
+    try:
+        jobs.follow(plan, waiting, submitted, display)
+    except KeyboardInterrupt:
+        display.note(f"the jobs go on: {jobs.advice(plan.config.name, submitted)}")
+        return INTERRUPTED
+    show_results(console, plan.run_folder, read_record(plan.run_folder))
+    return 0
+
+
+def refuse_missing_inputs(plan: Plan, only: str) -> None:
+    """Returns if the stage can run by itself.
+
+    Raises:
+        ConfigError: there is no such stage, or one that it takes an input from has not been run.
+    """
+    if only not in plan.config.stages:
+        raise ConfigError(f"no stage '{only}' in this recipe; {suggestion(only, plan.config.stages)}", where="--stage")
+    reused = {stage.name for stage in plan.stages if stage.action is Action.reuse}
+    missing = [name for name in references.inputs_of(only, plan.config.stages) if name not in {*reused, only}]
+    if missing and only not in reused:
+        raise ConfigError(
+            f"{only} takes the result of {', '.join(missing)}, not made with these settings yet",
+            where="--stage",
+            remedy=f"first: align run {plan.recipe} --stage {missing[0]}, or leave --stage out to run all",
+        )
 
 
 def _make_writable(plan: Plan) -> None:
@@ -92,8 +162,13 @@ def command_here(launch: LaunchConfig, stage_file: Path) -> Command:
     )
 
 
-def _not_reused(plan: Plan) -> list[PlannedStage]:
-    return [s for s in plan.stages if s.action is not Action.reuse and not isinstance(s.config, ReportConfig)]
+def _chosen(plan: Plan, only: str | None) -> list[PlannedStage]:
+    return [stage for stage in plan.stages if only in (None, stage.name)]
+
+
+def _not_reused(plan: Plan, only: str | None) -> list[PlannedStage]:
+    """The chosen stages that take models or data."""
+    return [s for s in _chosen(plan, only) if s.action is not Action.reuse and not isinstance(s.config, ReportConfig)]
 
 
 def with_models(plan: Plan, display: Display, *, stages: Sequence[PlannedStage]) -> Plan:
@@ -115,8 +190,7 @@ def with_models(plan: Plan, display: Display, *, stages: Sequence[PlannedStage])
 
 def _one_stage(plan: Plan, stage: PlannedStage, record: RunRecord, display: Display, command_for: CommandFor) -> None:
     if stage.action is Action.reuse:
-        _point_to_result(plan, stage)
-        display.end(stage.name, "reused", stage.artifact.name)
+        _reuse(plan, stage, display)
         return
     for function in stage.code:
         display.note(f"{stage.name} runs your code: {function}")
@@ -134,6 +208,11 @@ def _one_stage(plan: Plan, stage: PlannedStage, record: RunRecord, display: Disp
         raise
     record.stage(stage.name, "done", seconds=time.monotonic() - started)
     display.end(stage.name, "done", f"{duration(time.monotonic() - started):<12} {stage.artifact.name}")
+
+
+def _reuse(plan: Plan, stage: PlannedStage, display: Display) -> None:
+    _point_to_result(plan, stage)
+    display.end(stage.name, "reused", stage.artifact.name)
 
 
 def _make(plan: Plan, stage: PlannedStage, display: Display, command_for: CommandFor) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from alignment.config.adapter import CONTINUE, PREFIX_SHAPE, SHAPE, AdapterConfig, AdapterKind, Chain
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.config.faults import Fault
+from alignment.config.launch import LaunchConfig
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.near import suggestion
 from alignment.config.run import RunConfig
@@ -17,8 +18,8 @@ from alignment.errors import DataError
 
 
 def faults(config: RunConfig) -> list[Fault]:
-    """Everything wrong with a run's template, adapters and data."""
-    found: list[Fault] = list(_template_faults(config.model))
+    """Everything wrong with a run's template, Slurm jobs, adapters and data."""
+    found: list[Fault] = [*_template_faults(config.model), *_slurm_faults(config.launch)]
     for name, stage in config.stages.items():
         where = f"stages.{name}"
         if isinstance(stage, Trained):
@@ -37,6 +38,36 @@ def _template_faults(model: ModelConfig) -> Iterator[Fault]:
             template_text(model.chat_template)
     except DataError as error:
         yield Fault(where=error.where, message=f"{error.message}; {error.remedy}")
+
+
+def _slurm_faults(launch: LaunchConfig) -> Iterator[Fault]:
+    """What would end a job after it has waited in a queue."""
+    slurm = launch.slurm
+    if slurm.submit and slurm.signal_seconds <= launch.grace_seconds:
+        message = (
+            f"{slurm.signal_seconds} seconds before its end a job is asked to save, for which a stage may take "
+            f"launch.grace_seconds, {launch.grace_seconds}; take more"
+        )
+        yield Fault(where="launch.slurm.signal_seconds", message=message)
+    if slurm.submit and slurm.time is not None and _seconds(slurm.time) <= slurm.signal_seconds:
+        message = f"{slurm.time!r} is over before a job would be asked to save, signal_seconds earlier; take more"
+        yield Fault(where="launch.slurm.time", message=message)
+    if slurm.submit and 0 < slurm.gpus < launch.num_processes:
+        message = f"{slurm.gpus} for {launch.num_processes} processes; take one for each: {launch.num_processes}"
+        yield Fault(where="launch.slurm.gpus", message=message)
+    if slurm.submit and not (slurm.gpus or launch.num_processes):
+        message = "0 for one process on each GPU; say how many a job gets, or take launch.num_processes=1"
+        yield Fault(where="launch.slurm.gpus", message=message)
+    if slurm.submit and launch.num_machines > 1:
+        message = f"{launch.num_machines} machines: a job has one; start several by hand (README.md), or take 1"
+        yield Fault(where="launch.num_machines", message=message)
+
+
+def _seconds(time: str) -> int:
+    """Of ``[days-]hours:minutes:seconds``."""
+    days, _, clock = time.rpartition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _chain_faults(stage: Trained, config: RunConfig, where: str) -> Iterator[Fault]:

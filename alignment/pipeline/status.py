@@ -11,7 +11,7 @@ from rich.markup import escape
 from alignment.config.near import suggestion
 from alignment.errors import ConfigError
 from alignment.locks import is_held
-from alignment.pipeline import handover
+from alignment.pipeline import handover, jobs
 from alignment.pipeline.record import FILE, read_record
 from alignment.pipeline.summary import progress_line, show_results, show_stages
 
@@ -41,7 +41,7 @@ def show_status(console: Console, output: Path, run: str | None) -> None:
 def _show_one(console: Console, folder: Path) -> None:
     record = read_record(folder)
     console.print(f"[bold]{escape(folder.name)}[/]  {_state(folder, record)}", highlight=False)
-    show_stages(console, record)
+    show_stages(console, record, jobs.states(folder))
     for name, stage in record["stages"].items():
         if stage["state"] == "running":
             artifact = Path(stage["artifact"])
@@ -53,7 +53,10 @@ def _show_one(console: Console, folder: Path) -> None:
 
 
 def _state(folder: Path, record: dict[str, Any]) -> str:
-    """The recorded state, unless the run says it is running and no process holds its lock."""
-    if record["state"] == "running" and not is_held(folder / "lock"):
+    """The recorded state, unless the run says it is running, no process holds its lock and no job of Slurm's is left.
+
+    The lock of a job on another machine is not seen from here on every file system.
+    """
+    if record["state"] == "running" and not is_held(folder / "lock") and not jobs.live(folder):
         return "killed"
     return str(record["state"])

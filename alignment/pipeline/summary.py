@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.print(f"{to_run} to run, {len(plan.stages) - to_run} reused", highlight=False)
 
 
-def show_stages(console: Console, record: dict[str, Any]) -> None:
-    """One line a stage: how it stands, what it took, where its result is."""
+def show_stages(console: Console, record: dict[str, Any], jobs: Mapping[str, str]) -> None:
+    """One line a stage: how it stands, what it took, where its result is; and its Slurm job, of those to come."""
     table = _grid()
     for name, stage in record["stages"].items():
-        table.add_row(escape(name), stage["state"], duration(stage["seconds"]), escape(Path(stage["artifact"]).name))
+        job = jobs.get(name, "") if stage["state"] in ("waiting", "running", "failed") else ""
+        folder = Path(stage["artifact"]).name
+        table.add_row(escape(name), stage["state"], duration(stage["seconds"]), escape(folder), escape(job))
     console.print(table)
 
 

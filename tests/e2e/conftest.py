@@ -8,8 +8,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +63,27 @@ def _small(recipe: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Align:
-    """The command with a tiny model; ``output`` holds its runs and artifacts."""
+    """The command with a tiny model; ``output`` holds its runs and artifacts, ``variables`` are laid over ours."""
 
     output: Path
     model: Path
     recipe: str = "quickstart"
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     def argv(self, verb: str, *overrides: str) -> list[str]:
         """The command line, as a list."""
         own = (f"output={self.output}", f"model.source=path:{self.model}")
         return [sys.executable, "-m", "alignment.cli", verb, self.recipe, *own, *_small(self.recipe), *overrides]
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """That of the command."""
+        return environment() | self.variables
+
     def __call__(self, verb: str, *overrides: str, code: int = 0) -> str:
         """Runs the command to its end, checks its exit code and returns all that it printed."""
         done = subprocess.run(
-            self.argv(verb, *overrides), capture_output=True, text=True, timeout=600, env=environment(), check=False
+            self.argv(verb, *overrides), capture_output=True, text=True, timeout=600, env=self.environment, check=False
         )
         printed = done.stdout + done.stderr
         assert done.returncode == code, f"exit code {done.returncode}, expected {code}\n{printed}{self.logs()}"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from alignment.config.near import nearest
-from alignment.config.rules import RULES, rule_of
+from alignment.config.rules import NAME, RULES, rule_of
 from alignment.config.stage import STAGES, PpoConfig, ScorerConfig, SftConfig
 from alignment.config.typed import convert, field_types, listed_dataclass, stage_from_plain, to_plain, typed
 from alignment.errors import ConfigError
@@ -22,6 +22,12 @@ def with_ppo(**fields: Any) -> dict[str, Any]:
     return {"name": "run", "stages": {"ppo": {"kind": "ppo", **fields}}}
 
 
+def with_slurm(**fields: Any) -> dict[str, Any]:
+    return {**with_stage(), "launch": {"slurm": fields}}
+
+
+SLURM_WORD = "1 to 128 of A-Z a-z 0-9 . _ , -, beginning with a letter, a digit or _"
+SLURM_TIME = "hours:minutes:seconds as in '4:00:00', after days as in '2-12:00:00'"
 SCORER = {"source": "reward"}
 SCORER_KEYS = "it takes the keys source, weight, normalize, clip, pattern, target"
 FAULTS = [
@@ -69,6 +75,20 @@ FAULTS = [
         {**with_stage(), "name": "../x"},
         "name: '../x' is not allowed; 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot",
     ),
+    *(
+        ({**with_stage(), "name": name}, f"name: {name!r} is not allowed; {NAME.allowed}")
+        for name in ("a\n#SBATCH --uid=0", "a;b", "$(id)")
+    ),
+    (with_slurm(partition="a\nb"), f"launch.slurm.partition: 'a\\nb' is not allowed; {SLURM_WORD}"),
+    (with_slurm(account="a b"), f"launch.slurm.account: 'a b' is not allowed; {SLURM_WORD}"),
+    (with_slurm(qos="$(id)"), f"launch.slurm.qos: '$(id)' is not allowed; {SLURM_WORD}"),
+    (with_slurm(time="4h"), f"launch.slurm.time: '4h' is not allowed; {SLURM_TIME}"),
+    (with_slurm(time="4:00:00\n"), f"launch.slurm.time: '4:00:00\\n' is not allowed; {SLURM_TIME}"),
+    (
+        with_slurm(memory="64 GB"),
+        "launch.slurm.memory: '64 GB' is not allowed; a whole number with K, M, G or T, as in 64G",
+    ),
+    (with_slurm(cpus=0), "launch.slurm.cpus: 0 is not allowed; a number above 0"),
     (
         with_ppo(scorers=[{"source": "reward"}, {"weigth": 2}]),
         "stages.ppo.scorers[1].weigth: unknown key; did you mean 'weight'?",

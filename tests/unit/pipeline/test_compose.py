@@ -255,7 +255,7 @@ def test_the_smoke_profile_has_values_for_every_kind_of_stage() -> None:
 
 
 def test_the_command_line_has_the_last_word_over_a_profile() -> None:
-    told = ("launch=two_processes", "launch.num_processes=3", "stages.dpo.optim.batch_size=6", "name=mine")
+    told = ("launch=ddp", "launch.num_processes=3", "stages.dpo.optim.batch_size=6", "name=mine")
     config = composed("quickstart", "profile=smoke", *told)
     assert (config.launch.num_processes, config.stages["dpo"].optim.batch_size) == (3, 6)  # type: ignore[union-attr]
     assert config.name == "mine-smoke"

@@ -52,7 +52,9 @@ class Shared:
         return Command(argv=(sys.executable, "-c", code), environment={})
 
     def follow(self) -> int:
-        return machines.follow(self.plan, LAUNCH, console=Console(quiet=True), command_for=self.command)
+        return machines.follow(
+            self.plan, LAUNCH, self.plan.stages, console=Console(quiet=True), command_for=self.command
+        )
 
     def starts(self) -> int:
         return len(self.started.read_text().splitlines()) if self.started.exists() else 0

@@ -42,11 +42,11 @@ class Align:
         self.output = Path(overrides[0].removeprefix("output="))
         self.run_folder = self.output / "runs/quickstart"
 
-    def __call__(self, *more: str) -> tuple[int, str]:
+    def __call__(self, *more: str, only: str | None = None) -> tuple[int, str]:
         """The exit code and what was printed."""
         screen = StringIO()
         console = Console(file=screen, width=120)
-        code = run("quickstart", [*self.overrides, *more], console=console, command_for=fake)
+        code = run("quickstart", [*self.overrides, *more], console=console, only=only, command_for=fake)
         return code, screen.getvalue()
 
     def status(self, name: str | None = "quickstart") -> str:
@@ -250,3 +250,53 @@ def test_a_run_without_a_reward_model_shows_none(overrides: list[str]) -> None:
     assert run("sft_dpo", wanted, console=Console(file=screen, width=120), command_for=fake) == 0
     row = next(line for line in screen.getvalue().splitlines() if line.startswith("base+prompt"))
     assert row.split()[-2:] == ["–", "–"]
+
+
+def test_stages_run_one_by_one_make_what_they_make_together(align: Align) -> None:
+    for number, stage in enumerate(STAGES, start=1):
+        code, printed = align("launch.slurm.submit=false", only=stage)
+        assert code == 0
+        assert align.states() == {name: "done" if name in STAGES[:number] else "waiting" for name in STAGES}
+        assert align.record()["state"] == ("done" if stage == "report" else "waiting")
+    assert "dpo against sft: +0.080" in printed
+    assert all(stage["seconds"] is not None for stage in align.record()["stages"].values())
+    assert align.record()["overrides"] == align.overrides, "how a job calls the driver is not what the user wrote"
+
+
+def test_what_was_recorded_of_other_stages_stays(align: Align) -> None:
+    align(only="sft")
+    before = align.record()
+    align("stages.reward.optim.lr=2e-4", only="reward")
+    assert align.record()["stages"]["sft"] == before["stages"]["sft"]
+    assert align.record()["started"] == before["started"]
+    assert align.record()["config"]["stages"]["reward"]["optim"]["lr"] == 2e-4
+    align("stages.sft.optim.lr=2e-4", only="sft")
+    assert align.states() | {"sft": "done", "reward": "waiting"} == align.states(), "reward was of another sft"
+
+
+def test_a_stage_that_is_there_is_not_made_again(align: Align) -> None:
+    align(only="sft")
+    before = align.record()["stages"]["sft"]
+    _, printed = align(only="sft")
+    assert "sft: reused" in printed
+    assert align.record()["stages"]["sft"] == before
+
+
+def test_a_result_that_another_run_has_made_meanwhile_counts(align: Align) -> None:
+    align(only="sft")
+    align("name=other", only="reward")
+    assert align.states()["reward"] == "waiting"
+    align(only="reward")
+    assert align.states()["reward"] == "reused"
+
+
+def test_a_stage_whose_inputs_are_not_there_names_them(align: Align) -> None:
+    align(only="sft")
+    with pytest.raises(ConfigError) as caught:
+        align(only="ppo")
+    assert str(caught.value) == (
+        "--stage: ppo takes the result of reward, not made with these settings yet\n"
+        "  → first: align run quickstart --stage reward, or leave --stage out to run all"
+    )
+    with pytest.raises(ConfigError, match="--stage: no stage 'dop' in this recipe; did you mean 'dpo'"):
+        align(only="dop")

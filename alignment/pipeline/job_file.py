@@ -1,0 +1,96 @@
+"""A stage as a job file for ``sbatch``: a pure function of the plan, and the template in ``launch/slurm``."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from alignment.config.launch import SlurmConfig
+from alignment.config.stage import EvaluateConfig, ReportConfig, StageConfig
+from alignment.errors import ConfigError
+from alignment.pipeline.plan import Plan, PlannedStage
+from alignment.resources import shipped
+
+TEMPLATE = Path("slurm") / "stage.sbatch"
+HERE = "launch.slurm.submit=false"
+"""What makes the driver inside a job run the stage itself."""
+
+_DIRECTIVE = re.compile(r"[A-Za-z0-9._/@:=,+%-]+")
+"""No newline, which would begin another directive, no space, no quote, nothing that a shell would read."""
+
+
+def render(plan: Plan, stage: PlannedStage, *, folder: Path) -> str:
+    """The job file of a stage; the job runs ``align run … --stage NAME`` in ``folder``, where the user called it.
+
+    Raises:
+        ConfigError: something cannot stand in a directive of Slurm, such as a folder with a space in its name.
+    """
+    slurm = plan.config.launch.slurm
+    directives = [_checked(one) for one in _directives(plan, stage)]
+    step = ["--ntasks=1", "--kill-on-bad-exit=1"]
+    if slurm.cpus is not None:
+        step.append(f"--cpus-per-task={slurm.cpus}")  # srun does not take it from the job
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    template = environment.from_string((shipped("launch") / TEMPLATE).read_text(encoding="utf-8"))
+    return template.render(
+        directives=directives,
+        folder=shlex.quote(str(folder)),
+        step=shlex.join(step),
+        command=shlex.join(_command(plan, stage)),
+    )
+
+
+def _command(plan: Plan, stage: PlannedStage) -> list[str]:
+    """What the user called, for one stage. ``-u``: a log shows each line when it is printed."""
+    driver = [sys.executable, "-u", "-m", "alignment.cli", "run", plan.recipe, "--stage", stage.name]
+    return [*driver, *plan.overrides, HERE]
+
+
+def _directives(plan: Plan, stage: PlannedStage) -> Iterator[str]:
+    slurm = plan.config.launch.slurm
+    yield f"--job-name={plan.config.name}.{stage.name}"
+    yield f"--output={_literal(plan.run_folder / stage.name)}/slurm-%j.log"
+    yield "--open-mode=append"
+    yield "--requeue"
+    yield f"--signal=TERM@{slurm.signal_seconds}"
+    yield "--nodes=1"
+    yield "--ntasks=1"
+    asked = {
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "time": slurm.time,
+        "gpus-per-node": _num_gpus(stage.config, slurm) or None,
+        "cpus-per-task": slurm.cpus,
+        "mem": slurm.memory,
+    }
+    for name, value in asked.items():
+        if value is not None:
+            yield f"--{name}={value}"
+
+
+def _num_gpus(config: StageConfig, slurm: SlurmConfig) -> int:
+    """A report draws and an evaluation is one process's work."""
+    if isinstance(config, ReportConfig):
+        return 0
+    return min(slurm.gpus, 1) if isinstance(config, EvaluateConfig) else slurm.gpus
+
+
+def _literal(path: Path) -> str:
+    """The path as Slurm reads it, which replaces what follows a % sign."""
+    return str(path).replace("%", "%%")
+
+
+def _checked(directive: str) -> str:
+    if _DIRECTIVE.fullmatch(directive) is None:
+        raise ConfigError(
+            f"{directive!r} cannot stand in a job file",
+            where="launch.slurm",
+            remedy="its names and folders may hold A-Z a-z 0-9 . _ / @ : = , + % -; output=FOLDER names another folder",
+        )
+    return directive

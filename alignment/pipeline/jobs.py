@@ -1,0 +1,155 @@
+"""A run as a chain of Slurm jobs, one a stage, each the ordinary driver: submit it, follow it, know it again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from alignment.artifacts import read_manifest, write_json
+from alignment.errors import Busy, ConfigError, StageError
+from alignment.pipeline import handover, job_file, slurm
+from alignment.pipeline.display import Display, duration
+from alignment.pipeline.plan import Plan, PlannedStage
+from alignment.pipeline.record import read_record
+from alignment.pipeline.slurm import Job
+
+FILE = "jobs.json"
+"""In the run's folder: stage → id of its job. What submits writes it, and jobs never do: they write ``run.json``."""
+
+_POLL_SECONDS = 5.0
+_SHOWN_LATE_SECONDS = 60.0
+"""Within which a shared file system shows here what another machine has written."""
+_FORGOTTEN = Job(state="COMPLETED", reason="Slurm has forgotten it")
+
+
+def submit(plan: Plan, stages: Sequence[PlannedStage]) -> dict[str, str]:
+    """Submits a job for each stage, in their order, each to start when the one before has ended well; returns the ids.
+
+    Raises:
+        ConfigError: Slurm refuses one; those before it are cancelled.
+    """
+    folder = Path.cwd()
+    files = {stage.name: job_file.render(plan, stage, folder=folder) for stage in stages}
+    jobs: dict[str, str] = {}
+    try:
+        for name, text in files.items():
+            file = plan.run_folder / name / job_file.TEMPLATE.name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+            jobs[name] = slurm.submit(file, after=next(reversed(jobs.values()), None))
+            write_json(plan.run_folder / FILE, jobs)
+    except BaseException:
+        slurm.cancel(list(jobs.values()))
+        (plan.run_folder / FILE).unlink(missing_ok=True)
+        raise
+    return jobs
+
+
+def read_jobs(run_folder: Path) -> dict[str, str]:
+    """Stage → id of the job that was submitted for it last; empty where none was."""
+    try:
+        found = json.loads((run_folder / FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return {str(stage): str(job) for stage, job in found.items()}
+
+
+def states(run_folder: Path) -> dict[str, str]:
+    """Stage → its job in words, ``job 12 PENDING (Priority)``; the id alone where Slurm cannot be asked."""
+    jobs = read_jobs(run_folder)
+    known = slurm.look(list(jobs.values())) or {}
+    return {stage: f"job {job} {known.get(job, '')}".rstrip() for stage, job in jobs.items()}
+
+
+def live(run_folder: Path) -> dict[str, str]:
+    """Stage → id of those jobs of the run of which Slurm says that they wait or run."""
+    jobs = read_jobs(run_folder)
+    known = slurm.look(list(jobs.values())) or {}
+    return {stage: job for stage, job in jobs.items() if job in known and not known[job].ended}
+
+
+def refuse_queued(run_folder: Path) -> None:
+    """Returns where no job of the run waits or runs; jobs that have ended are forgotten.
+
+    Raises:
+        Busy: some do.
+    """
+    left = live(run_folder)
+    if left:
+        told = ", ".join(f"{stage} (job {job})" for stage, job in left.items())
+        raise Busy(f"Slurm has jobs of this run: {told}", where=str(run_folder), remedy=advice(run_folder.name, left))
+    (run_folder / FILE).unlink(missing_ok=True)
+
+
+def follow(plan: Plan, stages: Sequence[PlannedStage], jobs: Mapping[str, str], display: Display) -> None:
+    """Shows each stage's job until it has ended; returns when all ended well. Interrupting it ends no job.
+
+    Raises:
+        AlignmentError: a job failed; the kind of error is that of the driver in it.
+    """
+    for stage in stages:
+        _follow_one(plan, stage, jobs[stage.name], display)
+
+
+def _follow_one(plan: Plan, stage: PlannedStage, job: str, display: Display) -> None:
+    told, running = "", False
+    try:
+        for found in _polled(job):
+            if running and found.state == "PENDING":
+                display.end(stage.name, "stopped", "queued again; it goes on from its checkpoint")
+                running = False
+            if not running and found.state == "RUNNING":
+                display.begin(stage.name, f"job {job}")
+                running = True
+            elif not running and str(found) != told:
+                display.note(f"{stage.name}: job {job} {found}")
+            told = str(found)
+            progress = handover.read_progress(stage.work) if running else None
+            if progress is not None:
+                display.update(progress)
+        _refuse_failed(plan, stage, job, found)
+    except BaseException as stop:
+        display.end(stage.name, "stopped" if isinstance(stop, KeyboardInterrupt) else "failed", f"job {job}")
+        raise
+    seconds = read_record(plan.run_folder)["stages"][stage.name]["seconds"]
+    display.end(stage.name, "done", f"{duration(seconds):<12} {stage.artifact.name}")
+
+
+def _polled(job: str) -> Iterator[Job]:
+    """What Slurm says of a job now and then; the last one is how it ended. Silence of Slurm is waited out."""
+    while True:
+        known = slurm.look([job])
+        if known is not None:
+            found = known.get(job, _FORGOTTEN)
+            yield found
+            if found.ended:
+                return
+        time.sleep(_POLL_SECONDS)
+
+
+def _refuse_failed(plan: Plan, stage: PlannedStage, job: str, found: Job) -> None:
+    log = plan.run_folder / stage.name / f"slurm-{job}.log"
+    if found.state != "COMPLETED":
+        kind = handover.ERRORS.get(found.exit_code, StageError)
+        raise kind(
+            f"job {job} ended as {found} with exit code {found.exit_code}\n{handover.tail(log)}".rstrip(),
+            where=f"stage {stage.name}",
+            remedy=f"log: {log}",
+        )
+    deadline = time.monotonic() + _SHOWN_LATE_SECONDS
+    while read_manifest(stage.artifact) is None and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    if read_manifest(stage.artifact) is None:
+        raise ConfigError(
+            f"job {job} has ended, but its result {stage.artifact.name} is not there; "
+            "were the recipe, its data or the code changed meanwhile?",
+            where=f"stage {stage.name}",
+            remedy=f"run it again; log: {log}",
+        )
+
+
+def advice(run: str, jobs: Mapping[str, str]) -> str:
+    """What a user can do about jobs that were submitted."""
+    return f"`align status {run}` shows them, `scancel {' '.join(jobs.values())}` ends them"

@@ -1,0 +1,132 @@
+"""Slurm's own commands, each called with a list of arguments and for a bounded time."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment.errors import ConfigError
+
+_ASK_SECONDS = 15.0
+_SUBMIT_SECONDS = 120.0
+_UNKNOWN_JOB = "Invalid job id"
+_ENDED = frozenset(
+    {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What Slurm says of a job: ``Job(state="PENDING", reason="Priority", exit_code=0)``.
+
+    ``reason`` is why it waits, or ``None`` as Slurm writes it; ``exit_code`` counts once it has ended.
+    """
+
+    state: str
+    reason: str = "None"
+    exit_code: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether it will never run again."""
+        return self.state in _ENDED
+
+    def __str__(self) -> str:
+        return self.state if self.reason in ("None", "") else f"{self.state} ({self.reason})"
+
+
+def refuse_without_slurm() -> None:
+    """Returns where jobs can be submitted.
+
+    Raises:
+        ConfigError: there is no ``sbatch``.
+    """
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "there is no sbatch on this machine",
+            where="launch.slurm.submit",
+            remedy="call it on a login node of the cluster, load its slurm module, or take launch=local",
+        )
+
+
+def submit(file: Path, *, after: str | None) -> str:
+    """Hands a job file to Slurm, to start when the job ``after`` has ended well; returns the job's id.
+
+    Raises:
+        ConfigError: Slurm refuses it; the message is Slurm's own.
+    """
+    argv = ["sbatch", "--parsable"]
+    if after is not None:
+        argv += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    outcome = _call([*argv, str(file)], seconds=_SUBMIT_SECONDS)
+    if outcome is None:
+        raise ConfigError(f"sbatch gave no answer in {_SUBMIT_SECONDS:.0f} seconds", where=str(file))
+    job = outcome.stdout.strip().partition(";")[0]  # behind it, the name of one of several clusters
+    if outcome.returncode != 0 or re.fullmatch(r"\d+", job, re.ASCII) is None:
+        said = outcome.stderr.strip() or outcome.stdout.strip() or "it gave no reason"
+        raise ConfigError(f"sbatch refused it: {said}", where=str(file), remedy="see launch.slurm.*, such as partition")
+    return job
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Ends jobs, as far as Slurm knows them."""
+    if jobs:
+        _call(["scancel", *jobs], seconds=_ASK_SECONDS)
+
+
+def look(jobs: Sequence[str]) -> dict[str, Job] | None:
+    """What Slurm knows of each job, by id; ended ones for some minutes, or for as long as it keeps accounts.
+
+    None: Slurm is not there, or gave no answer in time.
+    """
+    if not jobs:
+        return {}
+    queued = _queue(jobs)
+    if queued is None:
+        return None
+    gone = [job for job in jobs if job not in queued]
+    return queued | (_accounts(gone) if gone else {})
+
+
+def _queue(jobs: Sequence[str]) -> dict[str, Job] | None:
+    columns = "--Format=JobID:32,State:32,exit_code:16,Reason:64"
+    argv = ["squeue", "--noheader", "--states=all", columns, f"--jobs={','.join(jobs)}"]
+    outcome = _call(argv, seconds=_ASK_SECONDS)
+    if outcome is None or (outcome.returncode != 0 and _UNKNOWN_JOB not in outcome.stderr):
+        return None
+    rows = [line.split(maxsplit=3) for line in outcome.stdout.splitlines()]
+    return {
+        row[0]: Job(state=row[1], exit_code=_exit_code(row[2]), reason="".join(row[3:]).strip())
+        for row in rows
+        if len(row) >= 3
+    }
+
+
+def _accounts(jobs: Sequence[str]) -> dict[str, Job]:
+    """Jobs that the queue has forgotten; nothing where a cluster keeps no accounts."""
+    columns = "--format=JobIDRaw,State,ExitCode"
+    argv = ["sacct", "--noheader", "--parsable2", "--allocations", columns, f"--jobs={','.join(jobs)}"]
+    outcome = _call(argv, seconds=_ASK_SECONDS)
+    if outcome is None or outcome.returncode != 0:
+        return {}
+    rows = [line.split("|") for line in outcome.stdout.splitlines()]
+    # A cancelled job's state reads "CANCELLED by 1000".
+    return {row[0]: Job(state=row[1].split()[0], exit_code=_exit_code(row[2])) for row in rows if len(row) == 3}
+
+
+def _exit_code(text: str) -> int:
+    """``5`` of ``5:0``; behind the colon stands a signal."""
+    code = text.partition(":")[0]
+    return int(code) if code.isdecimal() else 0
+
+
+def _call(argv: Sequence[str], *, seconds: float) -> subprocess.CompletedProcess[str] | None:
+    """The outcome, or None if the command is not there or takes too long."""
+    try:
+        return subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None

@@ -1,0 +1,164 @@
+"""A stage as a job file: what it says, what it refuses, and what bash makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignment.errors import ConfigError
+from alignment.pipeline.job_file import render
+from alignment.pipeline.plan import Plan
+from alignment.resources import shipped
+from tests.unit.pipeline.conftest import MakePlan
+
+ASKED = (
+    "launch=slurm",
+    "launch.num_processes=2",
+    "launch.slurm.partition='gpu,long'",
+    "launch.slurm.account=lab_7",
+    "launch.slurm.qos=normal",
+    "launch.slurm.time=1-12:00:00",
+    "launch.slurm.gpus=2",
+    "launch.slurm.cpus=16",
+    "launch.slurm.memory=128G",
+    "launch.slurm.signal_seconds=600",
+)
+GOLDEN = """\
+#!/bin/bash
+# One stage of a run, as `align run` submits it (docs/design/0010-slurm.md).
+#SBATCH --job-name=quickstart.dpo
+#SBATCH --output={run}/dpo/slurm-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=TERM@600
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --partition=gpu,long
+#SBATCH --account=lab_7
+#SBATCH --qos=normal
+#SBATCH --time=1-12:00:00
+#SBATCH --gpus-per-node=2
+#SBATCH --cpus-per-task=16
+#SBATCH --mem=128G
+
+# Where Slurm ends the whole job (scancel, preemption, the end of its time) it asks this script too. The script then
+# waits until the driver has saved and leaves it to Slurm whether the job is queued again: a cancelled one must not be.
+ended_by_slurm=no
+trap 'ended_by_slurm=yes' TERM
+
+cd '/home/of user' || exit 2
+code=0
+srun --ntasks=1 --kill-on-bad-exit=1 --cpus-per-task=16 {python} -u -m alignment.cli run quickstart --stage dpo {told} \
+launch.slurm.submit=false || code=$?
+
+# 75: the stage was asked to stop and has saved. 143: the driver was asked before it had begun. Queued again, the job
+# goes on from the last checkpoint.
+if {{ [ "$code" -eq 75 ] || [ "$code" -eq 143 ]; }} && [ "$ended_by_slurm" = no ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
+"""
+
+
+def rendered(plan: Plan, name: str = "dpo", folder: Path = Path("/home/of user")) -> str:
+    """The job file of a stage."""
+    (stage,) = (stage for stage in plan.stages if stage.name == name)
+    return render(plan, stage, folder=folder)
+
+
+def directives(text: str) -> list[str]:
+    """What the file asks of Slurm."""
+    return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+
+
+def test_a_job_file_says_all_that_was_asked_for(plan: MakePlan) -> None:
+    made = plan(*ASKED)
+    assert rendered(made) == GOLDEN.format(
+        run=made.run_folder, python=shlex.quote(sys.executable), told=shlex.join(made.overrides)
+    )
+
+
+def test_what_was_not_asked_for_is_left_to_the_cluster(plan: MakePlan) -> None:
+    names = [one.partition("=")[0] for one in directives(rendered(plan("launch=slurm")))]
+    assert names == ["--job-name", "--output", "--open-mode", "--requeue", "--signal", "--nodes", "--ntasks"]
+
+
+@pytest.mark.parametrize(("stage", "gpus"), [("sft", ["2"]), ("evaluate", ["1"]), ("report", [])])
+def test_a_stage_asks_for_the_gpus_that_it_uses(plan: MakePlan, stage: str, gpus: list[str]) -> None:
+    asked = directives(rendered(plan(*ASKED), stage))
+    assert [one.partition("=")[2] for one in asked if one.startswith("--gpus-per-node")] == gpus
+
+
+def test_launch_settings_change_no_result(plan: MakePlan) -> None:
+    fingerprints = [stage.fingerprint for stage in plan().stages]
+    assert [stage.fingerprint for stage in plan(*ASKED).stages] == fingerprints
+
+
+@pytest.mark.parametrize("name", ["a\n#SBATCH --uid=0", "a;b", "$(id)", "a b", "a'b", 'a"b'])
+def test_a_name_that_slurm_or_a_shell_would_read_gets_into_no_job_file(plan: MakePlan, name: str) -> None:
+    made = plan("launch=slurm")
+    hostile = dataclasses.replace(made, config=dataclasses.replace(made.config, name=name))
+    with pytest.raises(ConfigError, match="cannot stand in a job file"):
+        rendered(hostile)
+
+
+def test_a_folder_with_a_space_is_refused_with_the_remedy(plan: MakePlan, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        rendered(plan("launch=slurm", f"output='{tmp_path}/two words'"))
+    assert "output=FOLDER names another folder" in str(caught.value)
+
+
+def test_a_percent_sign_in_a_folder_is_no_pattern_of_slurm(plan: MakePlan, tmp_path: Path) -> None:
+    text = rendered(plan("launch=slurm", f"output='{tmp_path}/100%j'"))
+    assert f"--output={tmp_path}/100%%j/runs/quickstart/dpo/slurm-%j.log" in directives(text)
+
+
+FAKES = {
+    "srun": 'printf "%s\\0" "$@" > "$FAKES/srun"; if [ "$ENDED" = yes ]; then kill -TERM "$PPID"; fi; exit "$CODE"',
+    "scontrol": 'echo "$@" > "$FAKES/scontrol"',
+}
+
+
+def execute(text: str, folder: Path, *, code: int, ended: bool = False) -> tuple[int, Path]:
+    """Runs a job file with an ``srun`` that ends with ``code``, Slurm having ``ended`` the whole job or not."""
+    for name, body in FAKES.items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / "bin").mkdir(exist_ok=True)
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / "bin" / name).chmod(0o755)
+    (folder / "stage.sbatch").write_text(text)
+    variables = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "FAKES": str(folder), "SLURM_JOB_ID": "12"}
+    variables |= {"CODE": str(code), "ENDED": "yes" if ended else "no"}
+    done = subprocess.run(["bash", str(folder / "stage.sbatch")], env=variables, check=False)
+    return done.returncode, folder / "scontrol"
+
+
+@pytest.mark.parametrize(
+    ("code", "ended", "requeued"),
+    [(0, False, False), (75, False, True), (143, False, True), (6, False, False), (75, True, False)],
+)
+def test_only_a_job_that_saved_and_was_not_ended_by_slurm_queues_itself_again(
+    plan: MakePlan, tmp_path: Path, code: int, ended: bool, requeued: bool
+) -> None:
+    found, scontrol = execute(rendered(plan("launch=slurm"), folder=tmp_path), tmp_path, code=code, ended=ended)
+    assert found == code
+    assert scontrol.exists() == requeued
+    assert not requeued or scontrol.read_text() == "requeue 12\n"
+
+
+def test_every_word_reaches_the_driver_as_it_was_written(plan: MakePlan, tmp_path: Path) -> None:
+    summary = 'summary="it\'s; $(touch here) `x` \\n"\n'
+    made = dataclasses.replace(plan("launch=slurm"), overrides=(summary,))
+    execute(rendered(made, folder=tmp_path), tmp_path, code=0)
+    words = (tmp_path / "srun").read_text().split("\0")
+    assert words[words.index("dpo") + 1 :] == [summary, "launch.slurm.submit=false", ""]
+    assert not (tmp_path / "here").exists()
+
+
+def test_the_template_lies_where_the_package_ships_it() -> None:
+    assert (shipped("launch") / "slurm/stage.sbatch").is_file()

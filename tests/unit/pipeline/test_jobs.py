@@ -1,0 +1,322 @@
+"""A run as a chain of jobs, with commands of Slurm that note what they are given and answer what a test laid down."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from alignment import cli
+from alignment.errors import AlignmentError, Busy, ConfigError, NonFiniteError, StageError
+from alignment.pipeline import jobs, slurm
+from alignment.pipeline.plan import Plan, make_plan
+from alignment.pipeline.record import RunRecord
+from alignment.pipeline.run import run
+from alignment.pipeline.status import show_status
+from tests.unit.pipeline.conftest import leave_artifact
+
+SBATCH = """
+number=$(($(ls "$FAKES"/submitted.* 2>/dev/null | wc -l) + 11))
+echo "$@" > "$FAKES/submitted.$number"
+if [ "$number" = "$REFUSED" ]; then echo "sbatch: error: invalid partition specified: gpu" >&2; exit 1; fi
+echo "$number;cluster"
+"""
+SQUEUE = """
+number=$(($(ls "$FAKES"/asked.* 2>/dev/null | wc -l) + 1))
+echo "$@" > "$FAKES/asked.$number"
+cat "$FAKES/answer.$number" 2>/dev/null || cat "$FAKES/answer" 2>/dev/null
+"""
+
+
+class Fakes:
+    """Slurm's commands in a folder that comes first on PATH."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "bin").mkdir(parents=True)
+        self.command("sbatch", SBATCH)
+        self.command("squeue", SQUEUE)
+        self.command("scancel", 'echo "$@" > "$FAKES/cancelled"')
+
+    def command(self, name: str, body: str) -> None:
+        """Writes one of the commands."""
+        path = self.folder / "bin" / name
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+
+    def answers(self, *answers: list[str]) -> None:
+        """What ``squeue`` says the next times, rows of id, state, exit code and reason; the last for good."""
+        for number, rows in enumerate(answers, start=1):
+            (self.folder / f"answer.{number}").write_text("".join(f"{row}\n" for row in rows))
+        (self.folder / "answer").write_text("".join(f"{row}\n" for row in answers[-1]))
+        for asked in self.folder.glob("asked.*"):
+            asked.unlink()
+
+    def submitted(self) -> list[list[str]]:
+        """The arguments of every ``sbatch``, in order."""
+        return [path.read_text().split() for path in sorted(self.folder.glob("submitted.*"))]
+
+    def cancelled(self) -> list[str]:
+        """The jobs that ``scancel`` was given last."""
+        path = self.folder / "cancelled"
+        return path.read_text().split() if path.exists() else []
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    """A cluster on which nothing happens by itself."""
+    made = Fakes(tmp_path / "fakes")
+    monkeypatch.setenv("PATH", f"{made.folder / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("FAKES", str(made.folder))
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(jobs, "_SHOWN_LATE_SECONDS", 0.0)
+    return made
+
+
+Submit = Callable[..., str]
+
+
+@pytest.fixture
+def submit(fakes: Fakes, overrides: list[str]) -> Submit:
+    """``align run quickstart launch=slurm`` that does not wait; returns what it prints."""
+
+    def call(*more: str, only: str | None = None, code: int = 0) -> str:
+        screen = StringIO()
+        told = [*overrides, "launch=slurm", "launch.slurm.wait=false", *more]
+        assert run("quickstart", told, console=Console(file=screen, width=120), only=only) == code
+        return screen.getvalue()
+
+    return call
+
+
+@pytest.fixture
+def run_folder(overrides: list[str]) -> Path:
+    """Where the run is recorded."""
+    return Path(overrides[0].removeprefix("output=")) / "runs/quickstart"
+
+
+def record(run_folder: Path) -> dict[str, Any]:
+    """The content of run.json."""
+    found: dict[str, Any] = json.loads((run_folder / "run.json").read_text())
+    return found
+
+
+def test_each_job_waits_for_the_one_before(submit: Submit, fakes: Fakes, run_folder: Path) -> None:
+    printed = submit()
+    names = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
+    files = [str(run_folder / name / "stage.sbatch") for name in names]
+    after = [[f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"] for job in range(11, 16)]
+    expected = [["--parsable", *words, file] for words, file in zip([[], *after], files, strict=True)]
+    assert fakes.submitted() == expected
+    assert jobs.read_jobs(run_folder) == {name: str(job) for job, name in enumerate(names, start=11)}
+    assert "dpo: job 13" in printed
+    assert "`align status quickstart` shows them, `scancel 11 12 13 14 15 16` ends them" in printed
+    assert record(run_folder)["state"] == "waiting"
+    assert {stage["state"] for stage in record(run_folder)["stages"].values()} == {"waiting"}
+
+
+def test_what_is_made_already_needs_no_job(submit: Submit, fakes: Fakes, overrides: list[str]) -> None:
+    plan = make_plan("quickstart", overrides)
+    for stage in plan.stages[:4]:
+        stage.work.mkdir(parents=True)
+        leave_artifact(stage)
+    assert "sft: reused" in submit()
+    assert [Path(words[-1]).parent.name for words in fakes.submitted()] == ["evaluate", "report"]
+
+
+def test_one_stage_is_submitted_alone(submit: Submit, fakes: Fakes) -> None:
+    submit(only="sft")
+    assert [Path(words[-1]).parent.name for words in fakes.submitted()] == ["sft"]
+
+
+def test_without_slurm_the_command_says_so(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main(["run", "quickstart", *overrides, "launch=slurm"]) == 2
+    assert capsys.readouterr().err == (
+        "configuration: launch.slurm.submit: there is no sbatch on this machine\n"
+        "  → call it on a login node of the cluster, load its slurm module, or take launch=local\n"
+    )
+
+
+def test_a_refusal_of_slurm_is_shown_and_cancels_what_was_submitted(
+    submit: Submit, fakes: Fakes, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFUSED", "13")
+    with pytest.raises(ConfigError) as caught:
+        submit("launch.slurm.partition=gpu")
+    assert "sbatch refused it: sbatch: error: invalid partition specified: gpu" in str(caught.value)
+    assert caught.value.where == str(run_folder / "dpo/stage.sbatch")
+    assert fakes.cancelled() == ["11", "12"]
+    assert jobs.read_jobs(run_folder) == {}
+
+
+@pytest.mark.parametrize("launch", ["slurm", "local"])
+def test_a_run_whose_jobs_wait_is_not_started_twice(submit: Submit, fakes: Fakes, launch: str) -> None:
+    submit()
+    fakes.answers(["11 COMPLETED 0:0 None", "12 PENDING 0:0 Priority"])
+    with pytest.raises(Busy, match=r"Slurm has jobs of this run: reward \(job 12\)") as caught:
+        submit(f"launch={launch}", "launch.num_processes=1")
+    assert caught.value.remedy == "`align status quickstart` shows them, `scancel 12` ends them"
+    assert len(fakes.submitted()) == 6
+    fakes.answers(["11 COMPLETED 0:0 None", "12 CANCELLED 0:15 None"])
+    submit()
+    assert len(fakes.submitted()) == 12
+
+
+def test_leaving_a_chain_leaves_its_jobs(submit: Submit, fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "follow", _interrupted)
+    assert "the jobs go on: `align status quickstart`" in submit("launch.slurm.wait=true", code=130)
+    assert fakes.cancelled() == []
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_chain_that_was_waited_for_ends_with_its_results(
+    submit: Submit, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "follow", lambda *_: (run_folder / "report.html").touch())
+    assert f"report: {run_folder / 'report.html'}" in submit("launch.slurm.wait=true")
+
+
+class Screen:
+    """Notes what a user would see."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+    def begin(self, stage: str, reason: str) -> None:
+        self.lines.append(f"{stage} begins: {reason}")
+
+    def update(self, progress: object) -> None:
+        self.lines.append("progress")
+
+    def end(self, stage: str, state: str, detail: str) -> None:
+        self.lines.append(f"{stage} {state}: {detail.strip()}")
+
+
+@pytest.fixture
+def sft(fakes: Fakes, overrides: list[str]) -> Plan:
+    """A plan of which SFT was submitted as job 11."""
+    plan = make_plan("quickstart", [*overrides, "launch=slurm"])
+    plan.run_folder.mkdir(parents=True)
+    RunRecord(plan)
+    return plan
+
+
+def follow(plan: Plan) -> list[str]:
+    """What is shown while job 11 is followed."""
+    screen = Screen()
+    jobs.follow(plan, plan.stages[:1], {"sft": "11"}, screen)
+    return screen.lines
+
+
+def test_a_job_is_followed_through_the_queue_and_through_being_queued_again(sft: Plan, fakes: Fakes) -> None:
+    stage = sft.stages[0]
+    stage.work.mkdir(parents=True)
+    leave_artifact(stage)
+    fakes.answers(
+        ["11 PENDING 0:0 Resources"],
+        ["11 PENDING 0:0 Resources"],
+        ["11 RUNNING 0:0 None"],
+        ["11 COMPLETING 0:0 None"],
+        ["11 PENDING 0:0 BeginTime"],
+        ["11 RUNNING 0:0 None"],
+        ["11 COMPLETED 0:0 None"],
+    )
+    assert follow(sft) == [
+        "sft: job 11 PENDING (Resources)",
+        "sft begins: job 11",
+        "sft stopped: queued again; it goes on from its checkpoint",
+        "sft: job 11 PENDING (BeginTime)",
+        "sft begins: job 11",
+        f"sft done: {stage.artifact.name}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "code"),
+    [
+        ("11 FAILED 6:0 NonZeroExitCode", NonFiniteError, 6),
+        ("11 CANCELLED 0:15 None", StageError, 5),
+        ("11 TIMEOUT 0:0 TimeLimit", StageError, 5),
+        ("11 COMPLETED 0:0 None", ConfigError, 2),
+    ],
+)
+def test_a_job_that_did_not_end_well_ends_the_run_as_its_driver_did(
+    sft: Plan, fakes: Fakes, answer: str, error: type[AlignmentError], code: int
+) -> None:
+    log = sft.run_folder / "sft/slurm-11.log"
+    log.parent.mkdir()
+    log.write_text("stage sft: the loss is NaN at step 3\n")
+    fakes.answers([answer])
+    with pytest.raises(error) as caught:
+        follow(sft)
+    assert caught.value.exit_code == code
+    assert caught.value.where == "stage sft"
+    assert f"log: {log}" in str(caught.value)
+    assert "the loss is NaN" in str(caught.value) or code == 2
+
+
+def test_a_job_that_the_queue_has_forgotten_is_looked_up_in_the_accounts(fakes: Fakes) -> None:
+    fakes.command("squeue", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')
+    fakes.command("sacct", 'echo "11|CANCELLED by 1000|0:0"; echo "12|FAILED|9:0"')
+    assert slurm.look(["11", "12", "13"]) == {
+        "11": slurm.Job(state="CANCELLED"),
+        "12": slurm.Job(state="FAILED", exit_code=9),
+    }
+
+
+def test_a_controller_that_gives_no_answer_is_none(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes.command("squeue", 'echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1')
+    assert slurm.look(["11"]) is None
+    fakes.command("squeue", "exec sleep 60")
+    monkeypatch.setattr(slurm, "_ASK_SECONDS", 0.05)
+    assert slurm.look(["11"]) is None
+
+
+def status(run_folder: Path) -> str:
+    """What ``align status quickstart`` prints."""
+    screen = StringIO()
+    show_status(Console(file=screen, width=160), run_folder.parent.parent, "quickstart")
+    return screen.getvalue()
+
+
+def test_status_shows_the_job_of_each_stage_to_come(submit: Submit, fakes: Fakes, run_folder: Path) -> None:
+    submit()
+    fakes.answers(["11 RUNNING 0:0 None", "12 PENDING 0:0 Dependency"])
+    shown = status(run_folder)
+    assert re.search(r"^sft +waiting .*job 11 RUNNING *$", shown, re.MULTILINE)
+    assert re.search(r"^reward +waiting .*job 12 PENDING \(Dependency\) *$", shown, re.MULTILINE)
+    assert re.search(r"^ppo +waiting .*job 14 *$", shown, re.MULTILINE)
+
+
+def test_status_needs_no_slurm(
+    submit: Submit, run_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    submit()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert re.search(r"^sft +waiting .*job 11 *$", status(run_folder), re.MULTILINE)
+
+
+def test_a_run_whose_lock_is_not_seen_here_but_whose_job_is_left_was_not_killed(
+    submit: Submit, fakes: Fakes, run_folder: Path
+) -> None:
+    submit()
+    (run_folder / "run.json").write_text(json.dumps({**record(run_folder), "state": "running"}))
+    fakes.answers(["11 RUNNING 0:0 None"])
+    assert status(run_folder).split()[:2] == ["quickstart", "running"]
+    fakes.answers(["11 FAILED 1:0 NonZeroExitCode"])
+    assert status(run_folder).split()[:2] == ["quickstart", "killed"]
