@@ -3,7 +3,8 @@
 The gold rule likes cheerful words up to four an answer, and dislikes each one more. The story model writes one or two,
 so the 2,000 pairs that the reward model learns from, a quarter of them labelled wrongly, hardly ever show too many: it
 learns that more is better. PPO raises its score on and on, while gold rises, peaks and falls. With the guard, whose
-second opinion is the gold rule, the stage hands on a policy near the peak. Both runs are drawn in
+second opinion is the gold rule, the stage hands on a policy near the peak. Where the peak is, many answers of
+the policies on the way say; the guard decides by fewer. Both runs of the first seed are drawn in
 docs/overoptimisation.svg.
 """
 
@@ -11,12 +12,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.optim import OptimConfig
@@ -28,13 +30,12 @@ from alignment.stages import reward
 from alignment.stages.pairs import TokenizedPair
 from alignment.training.context import StageContext
 from alignment.training.session import train
-from tests.proofs.common import Claim, PpoStage, TokenRewards, Tokens, each, ppo_stage
+from tests.proofs.common import SEEDS, Claim, PpoStage, Scores, TokenRewards, Tokens, each, ppo_stage
 from tests.proofs.drawing import draw
 from tests.proofs.stories import Stories
 from tests.tiny import BASE_SOURCE, tiny_spec
 
 FIGURE = Path(__file__).parents[2] / "docs/overoptimisation.svg"
-SEED = 0
 FULL = AdapterConfig(kind=AdapterKind.full)
 TOKENS = 40
 PAIRS, HELD_OUT = 2000, 500
@@ -43,6 +44,7 @@ UPDATES = 80
 EVERY = 4  # updates between two looks of the guard
 WATCHED = 256  # prompts that the guard holds out
 SMOOTH = 5  # updates whose mean is taken
+MEASURED = 4  # answers to each of the 512 prompts that measure a policy on the way
 
 _CHEERFUL = """
 happy happily smile smiled laugh laughed love loved fun play played friend friends nice good best great hug hugged
@@ -64,12 +66,86 @@ def gold_of(text: str) -> float:
     return float(min(count, 2 * ENOUGH - count))
 
 
+class _Curves:
+    """What a run did: means of a few updates each, by the square root of the KL in nats a sequence."""
+
+    def __init__(self, lines: Sequence[dict[str, Any]]) -> None:
+        def smooth(name: str) -> list[float]:
+            values = [float(line[name]) for line in lines]
+            return [_mean(values[start : start + SMOOTH]) for start in range(len(values) - SMOOTH + 1)]
+
+        self.proxy, self.gold = smooth("score/proxy"), smooth("score/gold")
+        self.distance = [math.sqrt(max(0.0, kl)) for kl in smooth("objective/kl")]
+
+    def line(self, label: str, values: Sequence[float]) -> Line:
+        """Values by distance."""
+        return Line(label=label, points=list(zip(self.distance, values, strict=True)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """A reward model, PPO against it without the guard, and the same with it.
+
+    ``free_gold`` and ``guarded_gold`` are measured on policies on the way, ``handed_on`` on the one that was handed on.
+    """
+
+    accuracy: float
+    free: _Curves
+    watched: _Curves
+    free_gold: list[float]
+    guarded_gold: list[float]
+    handed_on: float
+    best_updates: int
+
+
 def run(folder: Path) -> list[Claim]:
-    """A reward model, PPO against it without the guard, and the same with it."""
+    """Both runs, from every seed."""
     stories = Stories()
+    seen = [_see(folder / str(seed), stories, seed) for seed in SEEDS]
+    _draw(seen[0])
+
+    def of_each(figure: Callable[[_Seen], float]) -> tuple[float, ...]:
+        return tuple(figure(one) for one in seen)
+
+    def rise(one: _Seen) -> float:
+        return max(one.free_gold) - one.free_gold[0]
+
+    return [
+        Claim(
+            figure="the reward model's accuracy without wrong labels",
+            values=of_each(lambda one: one.accuracy),
+            at_least=ACCURACY,
+        ),
+        Claim(figure="unguarded: gold from start to peak", values=of_each(rise), at_least=RISE),
+        Claim(
+            figure="unguarded: its fall from the peak to the end, as a share of that",
+            values=of_each(lambda one: (max(one.free_gold) - one.free_gold[-1]) / rise(one)),
+            at_least=FALL,
+        ),
+        Claim(
+            figure="unguarded: rise of the proxy at the end, as a share of its highest",
+            values=of_each(
+                lambda one: (one.free.proxy[-1] - one.free.proxy[0]) / (max(one.free.proxy) - one.free.proxy[0])
+            ),
+            at_least=LATE,
+        ),
+        Claim(
+            figure="guarded: gold of what is handed on, as a share of the peak",
+            values=of_each(lambda one: one.handed_on / max(one.guarded_gold)),
+            at_least=NEAR_PEAK,
+        ),
+        Claim(
+            figure="guarded: updates from the peak of what is handed on to the end",
+            values=of_each(lambda one: float(UPDATES - one.best_updates)),
+            at_least=2 * EVERY,
+        ),
+    ]
+
+
+def _see(folder: Path, stories: Stories, seed: int) -> _Seen:
     gold = each(lambda _, answer: gold_of(stories.text(answer)))
-    trainer, accuracy = _reward_model(folder / "reward", stories)
-    rewards = TokenRewards(proxy=lambda prompts, answers: reward._scores(trainer, prompts, answers).tolist(), gold=gold)
+    proxy, accuracy = _reward_model(folder / "reward", stories, seed)
+    rewards = TokenRewards(proxy=proxy, gold=gold)
 
     def stage(name: str, guard: GuardConfig) -> PpoStage:
         return ppo_stage(
@@ -80,39 +156,49 @@ def run(folder: Path) -> list[Claim]:
             end_id=stories.end_id,
             rewards=rewards,
             second_opinion=TokenRewards(gold=gold) if guard.every else None,
-            seed=SEED,
+            seed=seed,
         )
 
-    free = _Curves(stage("free", GuardConfig()).train())
+    prompts = stories.prompts() * MEASURED
+
+    def watched(one: PpoStage) -> _OnTheWay:
+        def measured() -> float:
+            return _mean(gold(prompts, _answers(one.roles.policy, stories, prompts, seed=seed + 1)))
+
+        way = _OnTheWay(measured, every=EVERY * one.trainer.steps_per_update)
+        one.trainer.add_callback(way)
+        return way
+
+    free = stage("free", GuardConfig())
     guarded = stage("guarded", GuardConfig(every=EVERY, prompts=WATCHED))
-    watched = _Curves(guarded.train())
-    _draw(free, watched, guarded)
-    prompts = stories.prompts()
-    handed_on = _mean(gold(prompts, _answers(guarded.roles.policy, stories, prompts, seed=SEED + 1)))
-    return [
-        Claim(figure="the reward model's accuracy without wrong labels", values=(accuracy,), at_least=ACCURACY),
-        Claim(figure="unguarded: gold from start to peak", values=(max(free.gold) - free.gold[0],), at_least=RISE),
-        Claim(
-            figure="unguarded: its fall from the peak to the end, as a share of that",
-            values=((max(free.gold) - free.gold[-1]) / (max(free.gold) - free.gold[0]),),
-            at_least=FALL,
-        ),
-        Claim(
-            figure="unguarded: rise of the proxy at the end, as a share of its highest",
-            values=((free.proxy[-1] - free.proxy[0]) / (max(free.proxy) - free.proxy[0]),),
-            at_least=LATE,
-        ),
-        Claim(
-            figure="guarded: gold of what is handed on, as a share of the peak",
-            values=(handed_on / max(watched.gold),),
-            at_least=NEAR_PEAK,
-        ),
-        Claim(
-            figure="guarded: updates from the peak of what is handed on to the end",
-            values=(UPDATES - float(guarded.trainer.guard.best_updates),),
-            at_least=2 * EVERY,
-        ),
-    ]
+    free_way, guarded_way = watched(free), watched(guarded)
+    return _Seen(
+        accuracy=accuracy,
+        free=_Curves(free.train()),
+        watched=_Curves(guarded.train()),
+        free_gold=free_way.gold,
+        guarded_gold=guarded_way.gold,
+        handed_on=guarded_way.measure(),
+        best_updates=guarded.trainer.guard.best_updates,
+    )
+
+
+class _OnTheWay(TrainerCallback):
+    """Measures the policy where a run begins, and after every so many steps."""
+
+    def __init__(self, measure: Callable[[], float], *, every: int) -> None:
+        self.gold: list[float] = []
+        self.measure = measure
+        self._every = every
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Before anything was learned."""
+        self.gold.append(self.measure())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After the update that a guard then looks at."""
+        if state.global_step % self._every == 0:
+            self.gold.append(self.measure())
 
 
 def _config(guard: GuardConfig) -> PpoConfig:
@@ -125,34 +211,40 @@ def _config(guard: GuardConfig) -> PpoConfig:
         max_new_tokens=TOKENS,
         missing_eos_score=None,  # the model never ends a story; every answer has 40 tokens
         value_clip=10.0,  # far from any value: the critic may move freely
-        kl=KlConfig(coefficient=0.02),  # too cheap to hold the policy back
+        kl=KlConfig(coefficient=0.0),  # nothing holds the policy back
         guard=guard,
         save_every=UPDATES + 1,
         optim=PpoOptimConfig(lr=1e-3, batch_size=64, micro_batch_tokens=8192),
     )
 
 
-def _reward_model(folder: Path, stories: Stories) -> tuple[Any, float]:
-    """The trainer of a reward model that has learned, and its accuracy on fresh pairs that the gold rule labelled."""
+def _reward_model(folder: Path, stories: Stories, seed: int) -> tuple[Scores, float]:
+    """What a reward model that has learned says, and its accuracy on fresh pairs that the gold rule labelled."""
     found = Lineage(source=BASE_SOURCE, base=stories.folder, adapters=())
-    rng = torch.Generator().manual_seed(SEED)
+    rng = torch.Generator().manual_seed(seed)
     pairs = _pairs(stories, load_policy(found, torch.float32), PAIRS + HELD_OUT)
     wrong = torch.rand(PAIRS, generator=rng) < WRONG
     learned = [_flipped(pair) if flip else pair for pair, flip in zip(pairs, wrong.tolist(), strict=False)]
     config = RewardConfig(
-        adapter=FULL, optim=OptimConfig(lr=1e-3, batch_size=32, adam_eps=1e-5, micro_batch_tokens=8192), save_every=1000
+        adapter=FULL,
+        optim=OptimConfig(lr=1e-3, batch_size=32, epochs=2, adam_eps=1e-5, micro_batch_tokens=8192),
+        save_every=1000,
     )
-    context = StageContext(spec=tiny_spec(folder, config, base_path=stories.folder, seed=SEED), rank=0, world_size=1)
+    context = StageContext(spec=tiny_spec(folder, config, base_path=stories.folder, seed=seed), rank=0, world_size=1)
     trainer = reward._trainer(config, context, found, stories.tokenizer, learned)
     train(trainer, context, headline="loss")
     trainer.model.eval()
+
+    def says(prompts: Sequence[Tokens], answers: Sequence[Tokens]) -> list[float]:
+        return reward.scores(trainer, context, prompts, answers).tolist()
+
     held_out = pairs[PAIRS:]
     prompts = [pair.prompt for pair in held_out]
     better, worse = (
-        reward._scores(trainer, prompts, answers)
-        for answers in ([pair.chosen for pair in held_out], [pair.rejected for pair in held_out])
+        says(prompts, [pair.chosen for pair in held_out]),
+        says(prompts, [pair.rejected for pair in held_out]),
     )
-    return trainer, float((better > worse).float().mean())
+    return says, _mean([float(one > other) for one, other in zip(better, worse, strict=True)])
 
 
 def _pairs(stories: Stories, policy: PreTrainedModel, number: int) -> list[TokenizedPair]:
@@ -187,34 +279,17 @@ def _answers(policy: Any, stories: Stories, prompts: Sequence[Tokens], *, seed: 
     )
 
 
-class _Curves:
-    """What a run did: means of a few updates each, by the square root of the KL in nats a sequence."""
-
-    def __init__(self, lines: Sequence[dict[str, Any]]) -> None:
-        def smooth(name: str) -> list[float]:
-            values = [float(line[name]) for line in lines]
-            return [_mean(values[start : start + SMOOTH]) for start in range(len(values) - SMOOTH + 1)]
-
-        self.proxy, self.gold = smooth("score/proxy"), smooth("score/gold")
-        self.distance = [math.sqrt(max(0.0, kl)) for kl in smooth("objective/kl")]
-
-    def line(self, label: str, values: Sequence[float]) -> Line:
-        """Values by distance."""
-        return Line(label=label, points=list(zip(self.distance, values, strict=True)))
-
-
-def _draw(free: _Curves, watched: _Curves, guarded: PpoStage) -> None:
-    best = guarded.trainer.guard.best_updates
+def _draw(seen: _Seen) -> None:
     draw(
         FIGURE,
         {
             "Score of the reward model (the proxy)": [
-                free.line("free", free.proxy),
-                watched.line("guarded", watched.proxy),
+                seen.free.line("free", seen.free.proxy),
+                seen.watched.line("guarded", seen.watched.proxy),
             ],
-            "Gold": [free.line("free", free.gold), watched.line("guarded", watched.gold)],
+            "Gold": [seen.free.line("free", seen.free.gold), seen.watched.line("guarded", seen.watched.gold)],
         },
-        below=f"√KL to the reference, nats a sequence; the guard handed on the policy of update {best}",
+        below=f"√KL to the reference, nats a sequence; the guard handed on the policy of update {seen.best_updates}",
     )
 
 
