@@ -22,10 +22,8 @@ _RIVAL = "alignment-handbook"
 _EXAMPLES = """\
 examples:
   align run quickstart                            the whole chain on a small model
-  align plan quickstart stages.dpo.beta=0.3       what would run, and why; starts nothing
-  align run ./mine.yaml launch.num_processes=2    a recipe of your own, on two processes
-  align run quickstart adapter=qlora              another choice from conf/, for every stage
-  align preview quickstart --stage sft            rows as they will be learned from
+  align plan quickstart stages.dpo.beta=0.3       what would run, and why
+  align run ./mine.yaml adapter=qlora             a recipe of your own; another choice from conf/
   align doctor ./pairs.jsonl                      what a data file is, and what is wrong in it
   align export quickstart/dpo --to ./model        a result as a folder that transformers reads
 
@@ -34,6 +32,7 @@ exit codes: 0 well, 2 configuration, 3 data, 4 model, 5 stage, 6 not finite, 7 a
 """
 
 
+_ADD_TOKENS = "Writes a model with more special tokens, whose rows are the mean of all others, to start a run from."
 _DOCTOR = "Says what a data file looks like, what each kind of stage can make of it, and what is wrong in which rows."
 
 
@@ -101,6 +100,10 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
             max_gap=options.max_gap,
             output=Path(options.output).expanduser().absolute(),
         )
+    elif options.verb == "add-tokens":
+        from alignment.pipeline.new_tokens import add_tokens
+
+        return add_tokens(console, options.model, options.tokens, to=options.to)
     elif options.verb == "plan":
         from alignment.pipeline.plan import make_plan
         from alignment.pipeline.summary import show_plan
@@ -118,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="align",
         description="Align a language model: SFT, reward model, DPO and PPO as one planned run.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=16),
     )
     parser.add_argument("--version", action="version", version=f"align {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -156,6 +159,10 @@ def _parser() -> argparse.ArgumentParser:
         "--against", metavar="DATA", help="say which rows ask what this file asks: of an evaluation, say"
     )
     _add_export(verbs)
+    more = verbs.add_parser("add-tokens", help="write a model with more special tokens", description=_ADD_TOKENS)
+    more.add_argument("model", metavar="MODEL", help="what model.source takes: bundled:NAME, path:FOLDER, hub:ORG/NAME")
+    more.add_argument("tokens", metavar="TOKEN", nargs="+", help="such as '<|think|>'")
+    more.add_argument("--to", required=True, metavar="FOLDER", help="a folder that does not exist yet")
     verbs.add_parser("recipes", help="list the shipped recipes", description="List the shipped recipes.")
     verbs.add_parser("stages", help="list the kinds of stage", description="List the kinds of stage.")
     return parser

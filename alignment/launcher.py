@@ -263,5 +263,10 @@ def environment(threads: int, pythonpath: str) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        **{name: value for name, value in _CPU_MEMORY.items() if name not in os.environ},
+        **{name: value for name, value in (_CPU_MEMORY | _on_cpu()).items() if name not in os.environ},
     }
+
+
+def _on_cpu() -> dict[str, str]:
+    """DeepSpeed, where it is installed, would warn in every log that it found no GPU."""
+    return {} if count_devices() else {"DS_ACCELERATOR": "cpu"}

@@ -37,10 +37,7 @@ def export(console: Console, result: str, *, to: str, form: str, max_gap: float,
         raise ConfigError(
             f"{folder.name} is of kind {manifest.kind}; a policy or a reward model can be exported", where=result
         )
-    target = Path(to).expanduser().absolute()
-    if target.exists() or not target.parent.is_dir():
-        why = "exists already" if target.exists() else "lies in a folder that does not exist"
-        raise ConfigError(f"{to!r} {why}", where="--to", remedy="name a new folder inside one that is there")
+    target = new_folder(to)
     argv = [sys.executable, "-m", "alignment.export", str(folder), "--to", str(target), "--as", form]
     argv += ["--max-gap", str(max_gap)]
     if manifest.base["source"] != "self":
@@ -50,6 +47,19 @@ def export(console: Console, result: str, *, to: str, form: str, max_gap: float,
     if code == 0:
         console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)
     return code
+
+
+def new_folder(to: str) -> Path:
+    """Where a command writes.
+
+    Raises:
+        ConfigError: it is taken, or has no place.
+    """
+    target = Path(to).expanduser().absolute()
+    if target.exists() or not target.parent.is_dir():
+        why = "exists already" if target.exists() else "lies in a folder that does not exist"
+        raise ConfigError(f"{to!r} {why}", where="--to", remedy="name a new folder inside one that is there")
+    return target
 
 
 def _artifact(result: str, output: Path) -> Path:

@@ -1,0 +1,102 @@
+"""A model with more tokens: ``python -m alignment.new_tokens FOLDER --to FOLDER TOKEN…``, for ``align add-tokens``.
+
+A new token's row, in the embeddings and in the head, is the mean of all others: the model then gives it about the
+probability of an average token, and every other token nearly what it gave before (Hewitt 2021, "Initializing new word
+embeddings for pretrained language models").
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from alignment.errors import AlignmentError, ConfigError, ModelError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or that of the fault."""
+    parser = argparse.ArgumentParser(prog="python -m alignment.new_tokens", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("tokens", nargs="+")
+    told = parser.parse_args(arguments)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        print(add_tokens(told.folder, told.to, told.tokens))
+    except AlignmentError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def add_tokens(folder: Path, to: Path, tokens: Sequence[str]) -> str:
+    """Writes the folder ``to`` by one rename; returns what is to be said about it.
+
+    Raises:
+        ConfigError: a token is one already, or is named twice.
+        ModelError: the model cannot be read, or does not know its new tokens when it is read again.
+    """
+    partial = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model, tokenizer = _read(folder)
+    _refuse_known(tokenizer, tokens)
+    before = len(tokenizer)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+    rows = max(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for matrix in (model.get_input_embeddings(), model.get_output_embeddings()):
+        _give_mean(matrix, before, len(tokenizer))
+    try:
+        model.save_pretrained(str(partial))
+        tokenizer.save_pretrained(str(partial))
+        _refuse_lost(partial, tokens, rows)
+        partial.rename(to)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return f"{len(tokens)} new tokens, from {before} on; the model has {rows} rows"
+
+
+def _read(folder: Path) -> tuple[Any, Any]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype="auto", trust_remote_code=False, use_safetensors=True
+        )
+        return model, AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the model cannot be loaded: {error}", where=str(folder)) from error
+
+
+def _refuse_known(tokenizer: Any, tokens: Sequence[str]) -> None:
+    known = tokenizer.get_vocab()
+    for place, token in enumerate(tokens):
+        if token in known or token in tokens[:place] or not token.strip():
+            why = "is a token already" if token in known else "is named twice" if token.strip() else "is empty"
+            raise ConfigError(f"{token!r} {why}", where="TOKEN", remedy="name others")
+
+
+@torch.no_grad()
+def _give_mean(matrix: nn.Module, start: int, end: int) -> None:
+    """Twice for a head that is tied to the embeddings, which changes nothing."""
+    weight: Any = matrix.weight
+    weight[start:end] = weight[:start].float().mean(0).to(weight.dtype)
+
+
+def _refuse_lost(folder: Path, tokens: Sequence[str], rows: int) -> None:
+    model, tokenizer = _read(folder)
+    ids = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens]
+    if any(len(one) != 1 for one in ids) or model.get_input_embeddings().weight.shape[0] != rows:
+        raise ModelError("read again, it does not know its new tokens; nothing was written", where=str(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""``align add-tokens``: a model with more tokens as a folder to start a run from, made in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from alignment import launcher
+from alignment.pipeline import sources
+from alignment.pipeline.display import display_for
+from alignment.pipeline.export import new_folder
+
+ADVICE = """start from it by model.source=path:{}; an adapter trains the new rows with modules_to_save: [embed_tokens]
+(and lm_head, where that has weights of its own)"""
+
+
+def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str) -> int:
+    """Writes the folder ``to``; returns the exit code. ``source`` is what ``model.source`` takes.
+
+    Raises:
+        ConfigError: ``to`` is taken.
+        ModelError: there is no such model.
+    """
+    target = new_folder(to)
+    model = sources.resolve(source, where="MODEL")
+    if not model.ready:
+        model = sources.fetch(model, announce=display_for(console).note)
+    argv = [sys.executable, "-m", "alignment.new_tokens", str(model.folder), "--to", str(target), "--", *tokens]
+    environment = launcher.environment(launcher.count_cores(), os.environ.get("PYTHONPATH", ""))
+    code = subprocess.run(argv, env={**os.environ, **environment}, check=False).returncode
+    if code == 0:
+        console.print(f"written: {target}\n{ADVICE.format(target)}", markup=False, highlight=False, soft_wrap=True)
+    return code
