@@ -8,14 +8,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from alignment.config.store import recipes_folder
+from tests.e2e.forked import Forked
 from tests.tiny import save_tiny_model
 
 SMALL = (
@@ -63,12 +64,16 @@ def _small(recipe: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Align:
-    """The command with a tiny model; ``output`` holds its runs and artifacts, ``variables`` are laid over ours."""
+    """The command with a tiny model; ``output`` holds its runs and artifacts, ``variables`` are laid over ours.
+
+    With ``forked`` no launcher starts and nothing is imported anew, which saves seconds a stage.
+    """
 
     output: Path
     model: Path
     recipe: str = "quickstart"
     variables: Mapping[str, str] = field(default_factory=dict)
+    forked: Forked | None = None
 
     def argv(self, verb: str, *overrides: str) -> list[str]:
         """The command line, as a list."""
@@ -82,12 +87,15 @@ class Align:
 
     def __call__(self, verb: str, *overrides: str, code: int = 0) -> str:
         """Runs the command to its end, checks its exit code and returns all that it printed."""
-        done = subprocess.run(
-            self.argv(verb, *overrides), capture_output=True, text=True, timeout=600, env=self.environment, check=False
-        )
-        printed = done.stdout + done.stderr
-        assert done.returncode == code, f"exit code {done.returncode}, expected {code}\n{printed}{self.logs()}"
+        ended, printed = self._run(self.argv(verb, *overrides))
+        assert ended == code, f"exit code {ended}, expected {code}\n{printed}{self.logs()}"
         return printed
+
+    def _run(self, argv: list[str]) -> tuple[int, str]:
+        if self.forked is not None:
+            return self.forked.run(argv[argv.index("alignment.cli") + 1 :])
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=600, env=self.environment, check=False)
+        return done.returncode, done.stdout + done.stderr
 
     def logs(self) -> str:
         """The ends of all stage logs, for a failing test's message."""
@@ -130,6 +138,20 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def new_align(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Align]:
     """Makes a command with an empty output folder."""
     return lambda: Align(output=tmp_path_factory.mktemp("output"), model=tiny_model_folder)
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Forked]:
+    """The process from which drivers and stages are forked."""
+    one = Forked(environment())
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="session")
+def new_forked(new_align: Callable[[], Align], forked: Forked) -> Callable[[], Align]:
+    """Makes a command with an empty output folder whose stages are forked."""
+    return lambda: replace(new_align(), forked=forked)
 
 
 @pytest.fixture(scope="session")

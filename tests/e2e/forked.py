@@ -1,45 +1,94 @@
-"""The user's command, many times over: stages are forked from one process that has imported the libraries already.
+"""The user's command, many times over: drivers and stages are forked from one process that has imported the libraries.
 
-``python -m tests.e2e.forked`` reads command lines from stdin, as JSON, and prints their exit codes, as JSON.
+``python -m tests.e2e.forked`` reads command lines from stdin, each a line of JSON, and answers each with one: exit code
+and all that was printed. A stage has one process, which nobody polls or interrupts.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import datasets  # noqa: F401
-import peft  # noqa: F401
-import trl  # noqa: F401
-
-from alignment import cli, launcher, worker
-from alignment.launcher import Command
+from typing import IO, Any
 
 
-def execute(command: Command, *, log: Path, **_: Any) -> int:
-    """In place of the launcher's: its last word is the stage file; one process, which nobody polls or interrupts."""
+class Forked:
+    """The other end: the process that forks."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.forked"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def run(self, argv: Sequence[str]) -> tuple[int, str]:
+        """Exit code of ``align`` with these arguments, and all that it printed."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(list(argv)), file=self._process.stdin, flush=True)
+        answer = json.loads(self._process.stdout.readline())
+        return answer["code"], answer["printed"]
+
+    def close(self) -> None:
+        """Ends it."""
+        with self._process:
+            pass
+
+
+def _serve() -> None:
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+    import trl  # noqa: F401
+
+    from alignment import cli, launcher, report  # noqa: F401
+
+    launcher.execute = _execute
+    for line in sys.stdin:
+        argv = json.loads(line)
+        with tempfile.TemporaryFile() as sink:
+            code = _in_child(lambda argv=argv: cli.main(argv), sink)
+            sink.seek(0)
+            answer = {"code": code, "printed": sink.read().decode(errors="replace")}
+        print(json.dumps(answer), flush=True)
+
+
+def _execute(command: Any, *, log: Path, **_: Any) -> int:
+    """In place of the launcher's: the command's last word is the stage file."""
+    from alignment import worker
+
+    def stage() -> int:
+        os.environ.update(command.environment)
+        return worker.main(Path(command.argv[-1]))
+
+    with log.open("ab") as sink:
+        return _in_child(stage, sink)
+
+
+def _in_child(work: Callable[[], int], sink: IO[bytes]) -> int:
+    """The exit code of ``work`` in a process of its own, which prints into ``sink``."""
     sys.stdout.flush()
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    with log.open("ab") as sink:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(sink.fileno(), stream.fileno())
-    os.environ.update(command.environment)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(sink.fileno(), stream.fileno())
     try:
-        code = worker.main(Path(command.argv[-1]))
+        code = work()
     except BaseException:  # noqa: BLE001  nothing may go on in the parent's code
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
 if __name__ == "__main__":
-    launcher.execute = execute
-    codes = [cli.main(line) for line in json.load(sys.stdin)]
-    print(json.dumps(codes))
+    _serve()

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from alignment.artifacts import verify
 from alignment.training.tracking import stable_id
 from tests.e2e.conftest import Align, environment
+from tests.e2e.forked import Forked
 
 STAGES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
 
@@ -116,13 +117,14 @@ def test_a_second_run_reuses_everything_and_prints_the_arms(finished: Align) -> 
     assert "report.html" in printed
 
 
-def test_a_changed_beta_runs_dpo_evaluation_and_report_only(new_align: Callable[[], Align], finished: Align) -> None:
-    finished("run", "stages.dpo.beta=0.3")
-    found = states(finished)
+def test_a_changed_beta_runs_dpo_evaluation_and_report_only(finished: Align, forked: Forked) -> None:
+    align = replace(finished, forked=forked)
+    align("run", "stages.dpo.beta=0.3")
+    found = states(align)
     assert {name for name, state in found.items() if state == "done"} == {"dpo", "evaluate", "report"}
     assert {name for name, state in found.items() if state == "reused"} == {"sft", "reward", "ppo"}
-    finished("run")  # back to what the other tests look at
-    assert set(states(finished).values()) == {"reused"}
+    align("run")  # back to what the other tests look at
+    assert set(states(align).values()) == {"reused"}
 
 
 def test_more_processes_run_nothing_again(finished: Align) -> None:
@@ -161,8 +163,8 @@ def test_two_processes_train_what_one_does(new_align: Callable[[], Align], finis
                 torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=2e-5, msg=f"{stage} {name} differs")
 
 
-def test_full_training_runs_the_whole_chain(new_align: Callable[[], Align]) -> None:
-    align = new_align()
+def test_full_training_runs_the_whole_chain(new_forked: Callable[[], Align]) -> None:
+    align = new_forked()
     without = [f"stages.{stage}.adapter.master_weights=false" for stage in ("sft", "ppo")]
     align("run", "adapter=full", "model.dtype=bfloat16", *without)
     assert set(states(align).values()) == {"done"}
@@ -172,8 +174,8 @@ def test_full_training_runs_the_whole_chain(new_align: Callable[[], Align]) -> N
         assert weights["model.embed_tokens.weight"].dtype == dtype
 
 
-def test_a_damaged_input_stops_before_training(new_align: Callable[[], Align]) -> None:
-    align = new_align()
+def test_a_damaged_input_stops_before_training(new_forked: Callable[[], Align]) -> None:
+    align = new_forked()
     align("run", "~stages.reward", "~stages.dpo", "~stages.ppo", "stages.evaluate.reward=null",
           "stages.evaluate.arms=[base,stage:sft]")  # fmt: skip
     weights = next(align.artifact("sft").glob("adapters/*/adapter_model.safetensors"))
@@ -212,9 +214,9 @@ def _kill_during(align: Align, stage: str) -> None:
     psutil.wait_procs(everyone, timeout=30)
 
 
-def test_plain_text_comes_before_conversations_and_pairs(new_align: Callable[[], Align], tmp_path: Path) -> None:
+def test_plain_text_comes_before_conversations_and_pairs(new_forked: Callable[[], Align], tmp_path: Path) -> None:
     """Texts of the user's own, and pairs from a CSV file mixed into those of DPO, a faulty one skipped."""
-    align = replace(new_align(), recipe="cpt_sft_dpo")
+    align = replace(new_forked(), recipe="cpt_sft_dpo")
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"Number {number} is open. " * 30}) + "\n" for number in range(6)))
     pairs = tmp_path / "pairs.csv"
@@ -234,8 +236,8 @@ def test_plain_text_comes_before_conversations_and_pairs(new_align: Callable[[],
     assert [arm["label"] for arm in evaluation["arms"]] == ["base", "base+prompt", "cpt", "sft", "dpo"]
 
 
-def test_parts_of_the_data_are_trained_on_and_drawn_as_a_curve(new_align: Callable[[], Align]) -> None:
-    align = replace(new_align(), recipe="learning_curve")
+def test_parts_of_the_data_are_trained_on_and_drawn_as_a_curve(new_forked: Callable[[], Align]) -> None:
+    align = replace(new_forked(), recipe="learning_curve")
     printed = align("run")
     assert set(states(align).values()) == {"done"}, printed
     parts = ["sft_12", "sft_25", "sft_50", "sft"]

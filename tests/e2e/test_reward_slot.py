@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from alignment.artifacts import verify
 from tests.e2e.conftest import Align
+from tests.e2e.forked import Forked
 
 ALONE = ("~stages.reward", "~stages.dpo", "~stages.evaluate", "~stages.report", "stages.ppo.reward=null")
 
@@ -21,7 +23,8 @@ def _ppo(align: Align, run: str) -> Path:
     return Path(stages["ppo"]["artifact"])
 
 
-def test_a_function_scores_a_rule_joins_it_and_a_guard_watches(finished: Align, tmp_path: Path) -> None:
+def test_a_function_scores_a_rule_joins_it_and_a_guard_watches(finished: Align, forked: Forked, tmp_path: Path) -> None:
+    align = replace(finished, forked=forked)
     file = tmp_path / "score.py"
     file.write_text(
         "def brevity(prompts, completions, rows):\n    return [-float(len(text)) for text in completions]\n"
@@ -35,9 +38,9 @@ def test_a_function_scores_a_rule_joins_it_and_a_guard_watches(finished: Align, 
         "stages.ppo.ptx={coefficient: 0.1, batch_size: 2, data: {limit: 4}}",
         "stages.ppo.critic_warmup=1",
     )
-    assert f"runs your code: {file}:brevity" in finished("plan", *told)
-    finished("run", *told)
-    folder = _ppo(finished, "scored")
+    assert f"runs your code: {file}:brevity" in align("plan", *told)
+    align("run", *told)
+    folder = _ppo(align, "scored")
     manifest = verify(folder, content=True)
     lines = _lines(folder / "metrics.jsonl")
     assert {"score/brevity", "score/length", "objective/score"} <= set(lines[0])
@@ -52,11 +55,14 @@ def test_a_function_scores_a_rule_joins_it_and_a_guard_watches(finished: Align, 
     assert manifest.metrics["memory/base_copies"] < 1.1
 
 
-def test_a_function_that_gives_nan_is_named_with_its_row_and_nothing_is_made(finished: Align, tmp_path: Path) -> None:
+def test_a_function_that_gives_nan_is_named_with_its_row_and_nothing_is_made(
+    finished: Align, forked: Forked, tmp_path: Path
+) -> None:
+    align = replace(finished, forked=forked)
     file = tmp_path / "score.py"
     file.write_text("def broken(prompts, completions, rows):\n    return [0.5] * (len(rows) - 1) + [float('nan')]\n")
-    printed = finished("run", "name=broken", *ALONE, f"stages.ppo.scorers=[{{source: '{file}:broken'}}]", code=9)
+    printed = align("run", "name=broken", *ALONE, f"stages.ppo.scorers=[{{source: '{file}:broken'}}]", code=9)
     assert f"{file}:broken" in printed
     assert "nan" in printed
     assert "preferences.jsonl:" in printed, "the row is named"
-    assert not _ppo(finished, "broken").exists()
+    assert not _ppo(align, "broken").exists()
