@@ -14,6 +14,19 @@ class Schedule(str, Enum):
     cosine = "cosine"
 
 
+class Moments(str, Enum):
+    """How AdamW holds its two moments.
+
+    ``full``: in float32. ``eight_bit``: in eight bits, a scale for each block of 256 (Dettmers et al. 2022, by
+    bitsandbytes), for weights of 4,096 numbers and more. ``paged_eight_bit``: the same, in memory that a GPU pages out
+    to its machine's when it needs room.
+    """
+
+    full = "full"
+    eight_bit = "eight_bit"
+    paged_eight_bit = "paged_eight_bit"
+
+
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
     """AdamW. ``batch_size`` is global: it is split over processes, and does not change with them.
@@ -34,4 +47,5 @@ class OptimConfig:
     warmup_ratio: float = 0.05
     weight_decay: float = 0.0
     adam_eps: float = 1e-8
+    moments: Moments = Moments.full
     max_grad_norm: float = 1.0

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
-from alignment.config.optim import OptimConfig, Schedule
+from alignment.config.optim import Moments, OptimConfig, Schedule
 from alignment.config.too_long import TooLongConfig
 
 
@@ -277,6 +277,7 @@ class PpoOptimConfig:
     micro_batch_tokens: int = field(default=2048, metadata={"identity": False})
     schedule: Schedule = Schedule.linear
     adam_eps: float = 1e-5
+    moments: Moments = Moments.full
     max_grad_norm: float = 1.0
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from alignment.config.adapter import AdapterKind
 from alignment.config.faults import Fault
 from alignment.config.launch import LaunchConfig, Offload, Sharding
+from alignment.config.optim import Moments
 from alignment.config.run import RunConfig
 from alignment.config.stage import DpoConfig, PpoConfig, Trained
 
@@ -58,6 +59,9 @@ def _stage_faults(stage: Trained, launch: LaunchConfig) -> Iterator[tuple[str, s
     if launch.sharding.by_deepspeed and not stage.adapter.master_weights:
         why = "DeepSpeed holds float32 masters itself"
         yield "adapter.master_weights", why, "adapter=full: the masters are shared out too"
+    if launch.sharding is not Sharding.none and stage.optim.moments is not Moments.full:
+        why = "moments in eight bits have blocks, which shares would cut"
+        yield "optim.moments", why, "optim.moments=full: they are shared out"
     if isinstance(stage, PpoConfig):
         yield from _ppo_faults(stage, launch)
 

@@ -7,6 +7,7 @@ import importlib.util
 
 from alignment import launcher
 from alignment.config.launch import LaunchConfig, Offload, Sharding
+from alignment.config.optim import Moments
 from alignment.config.stage import EvaluateConfig, StageConfig, Trained
 from alignment.errors import ConfigError
 from alignment.pipeline.plan import Action, Plan
@@ -26,6 +27,24 @@ def launch_of(plan: Plan) -> LaunchConfig:
             remedy="pip install 'alignment-pipeline[deepspeed]', or launch=ddp",
         )
     return launch
+
+
+def refuse_paging_without_gpu(plan: Plan, *, num_devices: int) -> None:
+    """bitsandbytes itself would go on without pages, and say so in a log.
+
+    Raises:
+        ConfigError: a stage that has to run pages its moments, and there is no GPU.
+    """
+    for stage in plan.stages:
+        config = stage.config
+        if num_devices or stage.action is Action.reuse or not isinstance(config, Trained):
+            continue
+        if config.optim.moments is Moments.paged_eight_bit:
+            raise ConfigError(
+                "pages are a GPU's, and this machine has none",
+                where=f"stages.{stage.name}.optim.moments",
+                remedy="take eight_bit",
+            )
 
 
 def of_stage(launch: LaunchConfig, config: StageConfig) -> LaunchConfig:

@@ -55,6 +55,7 @@ def run(
         _make_writable(plan)
         return _submit(plan, only, console)
     launch = launching.launch_of(plan)
+    launching.refuse_paging_without_gpu(plan, num_devices=launcher.count_devices())
     command_for(launch, plan.run_folder / "stage.yaml")  # refuses what this machine cannot start
     launching.refuse_uneven_batches(plan, launch)
     _make_writable(plan)

@@ -10,6 +10,7 @@ from alignment.config.faults import Fault
 from alignment.config.launch import LaunchConfig
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.near import suggestion
+from alignment.config.optim import Moments
 from alignment.config.run import RunConfig
 from alignment.config.stage import PpoConfig, ReportConfig, Trained
 from alignment.data.chat_template import template_text
@@ -23,7 +24,7 @@ def faults(config: RunConfig) -> list[Fault]:
     for name, stage in config.stages.items():
         where = f"stages.{name}"
         if isinstance(stage, Trained):
-            found += _master_faults(stage.adapter, config.model.dtype, f"{where}.adapter.master_weights")
+            found += _master_faults(stage, config.model.dtype, where)
             found += _chain_faults(stage, config, f"{where}.adapter")
         if not isinstance(stage, ReportConfig):
             found += _data_faults(stage.data, f"{where}.data")
@@ -109,9 +110,13 @@ def _shape_faults(adapter: AdapterConfig, before: AdapterConfig, init: str, wher
         yield Fault(where=f"{where}.kind", message=message)
 
 
-def _master_faults(adapter: AdapterConfig, dtype: Dtype, where: str) -> Iterator[Fault]:
+def _master_faults(stage: Trained, dtype: Dtype, place: str) -> Iterator[Fault]:
+    adapter, where = stage.adapter, f"{place}.adapter.master_weights"
     if adapter.master_weights:
         return
+    if stage.optim.moments is not Moments.full:
+        message = f"{stage.optim.moments.value!r} goes with float32 weights only; take full, or master_weights: true"
+        yield Fault(where=f"{place}.optim.moments", message=message)
     if adapter.kind is not AdapterKind.full:
         yield Fault(where=where, message="false is read by nothing; only adapter.kind 'full' reads it")
     elif dtype is Dtype.float32:

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019), also for weights that have no float32 master copy.
+"""AdamW (Loshchilov and Hutter 2019), also with moments in eight bits, and for weights without a float32 master copy.
 
 In bfloat16 a step of less than about 1/256 of a weight is lost when it is rounded to the nearest number, and Adam's
 second moment, which moves by a thousandth a step, never moves at all. Rounding at random, up or down in proportion to
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.optim import OptimConfig
+from alignment.config.optim import Moments, OptimConfig
 from alignment.config.stage import PpoOptimConfig
 from alignment.training.context import StageContext
 
@@ -36,6 +36,11 @@ def adamw(
     kwargs = {"lr": optim.lr, "betas": BETAS, "eps": optim.adam_eps}
     if adapter.kind is AdapterKind.full and not adapter.master_weights:
         return RandomlyRoundedAdamW, {**kwargs, "seed": context.seed("rounding")}
+    if optim.moments is not Moments.full:
+        import bitsandbytes
+
+        kind = "AdamW8bit" if optim.moments is Moments.eight_bit else "PagedAdamW8bit"
+        return getattr(bitsandbytes.optim, kind), kwargs
     return torch.optim.AdamW, {**kwargs, "fused": True}
 
 

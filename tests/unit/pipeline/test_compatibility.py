@@ -8,6 +8,7 @@ import pytest
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.launch import LaunchConfig, Offload, Sharding
+from alignment.config.optim import Moments, OptimConfig
 from alignment.config.run import RunConfig
 from alignment.config.stage import DpoConfig, PpoConfig, PtxConfig, SftConfig, StageConfig
 from alignment.pipeline.compatibility import faults
@@ -37,6 +38,12 @@ def adapter(kind: str, **more: Any) -> AdapterConfig:
             "zero1",
             "adapter.master_weights",
             "DeepSpeed holds",
+        ),
+        (
+            SftConfig(optim=OptimConfig(lr=1e-4, moments=Moments.eight_bit)),
+            "zero2",
+            "optim.moments",
+            "moments in eight",
         ),
         (PpoConfig(), "fsdp", "kind", "its four roles share weights"),
         (PpoConfig(critic_warmup=2), "zero2", "critic_warmup", "DeepSpeed takes its step on all weights"),

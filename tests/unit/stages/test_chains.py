@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from alignment import worker
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
+from alignment.config.optim import Moments
 from alignment.errors import ModelError
 from alignment.models.flat import trunk_states, use_flat_attention
 from alignment.models.rows import stream
 from alignment.training.callbacks import Checkpoints
 from alignment.training.context import StageContext
-from tests.chained import DORA, FULL, LORA, PREFIX, QLORA, SAME_PREFIX, Chained
+from tests.chained import DORA, FULL, LORA, PREFIX, QLORA, SAME_PREFIX, Chained, config_of
 from tests.oracles.close import close
 
 IDS = torch.tensor([[5, 6, 7, 8, 2]])
@@ -138,6 +140,32 @@ def test_a_killed_stage_goes_on_with_all_its_adapters(
         (own,) = chained.inputs["dpo"].path.glob("adapters/*-dpo/adapter_model.safetensors")
         saved.append(own.read_bytes())
     assert saved[0] == saved[1]
+
+
+def test_a_killed_stage_goes_on_with_its_moments_in_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config: Any = config_of("dpo", FULL)
+    config = replace(config, optim=replace(config.optim, moments=Moments.eight_bit))
+    saved = []
+    for killed in (False, True):
+        chained = Chained(tmp_path / str(killed))
+        if killed:
+            with monkeypatch.context() as patch:
+                patch.setattr(Checkpoints, "on_save", _then_killed(Checkpoints.on_save))
+                with pytest.raises(_Killed):
+                    chained.run("dpo", FULL, config=config)
+            assert torch.uint8 in _formats(
+                torch.load(chained.spec("dpo", FULL).work / "checkpoints/checkpoint-1/optimizer.pt")
+            )
+        chained.run("dpo", FULL, config=config)
+        saved.append((chained.inputs["dpo"].path / "model/model.safetensors").read_bytes())
+    assert saved[0] == saved[1]
+
+
+def _formats(state: Any) -> set[torch.dtype]:
+    """Of all tensors in nested dictionaries."""
+    if isinstance(state, torch.Tensor):
+        return {state.dtype}
+    return set().union(*map(_formats, state.values())) if isinstance(state, dict) else set()
 
 
 def _then_killed(on_save: Any) -> Any:
