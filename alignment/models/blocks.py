@@ -7,7 +7,6 @@ dozen over all. A block is replaced only after it was found, on numbers of its o
 
 from __future__ import annotations
 
-import copy
 import types
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from alignment.models.nf4 import float32_copy
 from alignment.models.products import products
 
 _ATTENTION = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "GemmaAttention"}
@@ -47,7 +47,7 @@ def _replacement(module: nn.Module) -> Any:
         return None
     device = parameters[0].device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        own: Any = copy.deepcopy(module).float().eval()
+        own = float32_copy(module).eval()
         if type(module).__name__ in _FEED_FORWARD:
             probe = torch.linspace(-2, 2, 3 * own.gate_proj.in_features, device=device).view(1, 3, -1)
             return _feed_forward if torch.allclose(_feed_forward(own, probe), own(probe), atol=1e-5) else None

@@ -7,6 +7,7 @@ long as they take.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -88,6 +89,15 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.to(ctx.dtype) @ ctx.layer.dense().to(ctx.dtype), None
+
+
+def float32_copy(module: nn.Module) -> Any:
+    """A copy of a module whose products are all made in float32, also those of weights in four bits."""
+    own = copy.deepcopy(module).float()
+    for layer in own.modules():
+        if isinstance(layer, Nf4Linear):
+            layer.dtype = torch.float32
+    return own
 
 
 def computes_in(layer: nn.Linear) -> torch.dtype:

@@ -10,9 +10,10 @@ import torch
 from peft import TaskType
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from alignment.config.adapter import AdapterConfig
+from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.models.adapters import add_adapter
 from alignment.models.blocks import fuse_blocks
+from alignment.models.nf4 import quantize_trunk
 from tests.tiny import ARCHITECTURES, liven, tiny_model
 from tests.unit.models.conftest import gradients, relative
 
@@ -92,3 +93,18 @@ def test_with_a_cache_the_models_own_attention_serves() -> None:
     expected = copy.deepcopy(model).generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=2)
     fuse_blocks(model)
     assert torch.equal(model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=2), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_on_four_bits_are_understood_and_compute_the_same(dtype: torch.dtype) -> None:
+    found = []
+    for fused in (True, False):
+        model = tiny_model().to(dtype)
+        quantize_trunk(model, torch.device("cpu"))
+        model = add_adapter(model, AdapterConfig(kind=AdapterKind.qlora, rank=4), TaskType.CAUSAL_LM)
+        liven(model)
+        if fused:
+            assert fuse_blocks(model) == 2 * model.config.num_hidden_layers
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+            found.append(model(input_ids=IDS).logits.detach())
+    assert relative(*found) < (1e-6 if dtype is torch.float32 else 2e-2)

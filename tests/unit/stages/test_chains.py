@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from alignment import worker
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
+from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import Moments
 from alignment.errors import ModelError
 from alignment.models.flat import trunk_states, use_flat_attention
@@ -22,6 +23,7 @@ from alignment.training.callbacks import Checkpoints
 from alignment.training.context import StageContext
 from tests.chained import DORA, FULL, LORA, PREFIX, QLORA, SAME_PREFIX, Chained, config_of
 from tests.oracles.close import close
+from tests.tiny import BASE_SOURCE
 
 IDS = torch.tensor([[5, 6, 7, 8, 2]])
 
@@ -191,3 +193,11 @@ def test_a_policy_of_another_tokenizer_is_refused_by_name(chained: Chained) -> N
     spec = chained.spec("dpo", LORA, init="sft")
     with pytest.raises(ModelError, match="stage:sft has another tokenizer or chat template than path:tiny"):
         worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+
+
+def test_four_bits_train_through_all_stages_in_bfloat16(chained: Chained) -> None:
+    told = {"model": ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)}
+    for kind, init in (("cpt", "base"), ("sft", "cpt"), ("reward", "sft"), ("dpo", "sft"), ("ppo", "sft")):
+        lines = chained.run(kind, QLORA, init=init, **told)
+        figure = "objective/kl" if kind == "ppo" else "loss"
+        assert all(math.isfinite(line[figure]) for line in lines)
