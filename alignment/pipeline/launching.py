@@ -24,7 +24,7 @@ def launch_of(plan: Plan) -> LaunchConfig:
         raise ConfigError(
             f"{launch.sharding.value} is DeepSpeed's, which is not installed",
             where="launch.sharding",
-            remedy="pip install 'alignment-pipeline[deepspeed]', or launch=ddp",
+            remedy="pip install 'deepspeed>=0.19,<0.20', or launch=ddp",
         )
     return launch
 

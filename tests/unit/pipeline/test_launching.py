@@ -43,7 +43,7 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(launching.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="zero2 is DeepSpeed's, which is not installed") as caught:
         launching.launch_of(plan(SftConfig(), launch=LaunchConfig(sharding=Sharding.zero2)))
-    assert "alignment-pipeline[deepspeed]" in caught.value.remedy
+    assert "pip install 'deepspeed" in caught.value.remedy
     assert launching.launch_of(plan(SftConfig(), launch=LaunchConfig(num_processes=2))).num_processes == 2
 
 
