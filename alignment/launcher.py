@@ -98,17 +98,13 @@ def chosen_launcher(launch: LaunchConfig, *, num_devices: int) -> LauncherKind:
 
 
 def _refusal(launch: LaunchConfig, num_devices: int) -> str:
-    """Why the launcher that is asked for cannot start this, or nothing."""
+    """Why accelerate cannot start this, or nothing; torchrun starts all."""
     if launch.kind is LauncherKind.torchrun:
         return ""
     if launch.num_machines > 1:
-        return f"several machines are started by torchrun, not by {launch.kind.value}"
-    if launch.kind is LauncherKind.deepspeed:
-        if not launch.sharding.by_deepspeed:
-            return f"the deepspeed launcher is for zero1 to zero3, not for launch.sharding={launch.sharding.value}"
-        return "" if num_devices else "the deepspeed launcher needs GPUs, and this machine has none"
+        return "several machines are started by torchrun, not by accelerate"
     if launch.sharding is not Sharding.none:
-        return f"{launch.sharding.value} needs a process group, which accelerate does not make"
+        return f"{launch.sharding.value} needs a process group, which accelerate does not make for one process"
     if launch.num_processes > 1 and num_devices == 0:
         return "accelerate starts one process, whatever it is told, on a machine without GPUs"
     return ""
@@ -223,9 +219,12 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _accelerate(launch: LaunchConfig, num_devices: int) -> list[str]:
-    """With a configuration file of ours, so that none in the user's home folder has a say."""
-    file = "ddp.yaml" if num_devices and launch.num_processes > 1 else "local.yaml"
-    told = ["--config_file", str(shipped("launch") / "accelerate" / file), "--num_processes", str(launch.num_processes)]
+    """With a configuration file of ours, so that none in the user's home folder has a say, and a free port of its own
+    choosing, so that two runs on one machine never meet."""
+    several = num_devices > 0 and launch.num_processes > 1
+    file = shipped("launch") / "accelerate" / ("ddp.yaml" if several else "local.yaml")
+    told = ["--config_file", str(file), "--num_processes", str(launch.num_processes)]
+    told += ["--main_process_port", "0"] if several else []
     return ["-m", "accelerate.commands.launch", *told, *([] if num_devices else ["--cpu"]), "-m"]
 
 
@@ -238,15 +237,9 @@ def _torchrun(launch: LaunchConfig, num_devices: int) -> list[str]:
     return ["-m", "torch.distributed.run", *meeting, "--nproc_per_node", str(launch.num_processes), "-m"]
 
 
-def _deepspeed(launch: LaunchConfig, num_devices: int) -> list[str]:
-    told = ["--no_local_rank", "--num_gpus", str(launch.num_processes), "--module"]
-    return ["-m", "deepspeed.launcher.runner", *told]
-
-
 _LAUNCHERS = {
     LauncherKind.accelerate: _accelerate,
     LauncherKind.torchrun: _torchrun,
-    LauncherKind.deepspeed: _deepspeed,
 }
 
 

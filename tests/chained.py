@@ -47,14 +47,8 @@ def config_of(kind: str, adapter: AdapterConfig, **changes: Any) -> StageConfig:
         return RewardConfig(optim=optim, max_length=4096, eval_fraction=0.0, **told)
     if kind == "dpo":
         return DpoConfig(optim=optim, max_length=4096, save_every=1, **told)
-    return PpoConfig(
-        optim=PpoOptimConfig(lr=1e-2, batch_size=4),
-        updates=2,
-        ppo_epochs=2,
-        max_prompt_length=4096,
-        max_new_tokens=6,
-        **told,
-    )
+    told = {"updates": 2, "ppo_epochs": 2, "max_prompt_length": 4096, "max_new_tokens": 6, **told}
+    return PpoConfig(optim=PpoOptimConfig(lr=1e-2, batch_size=4), **told)
 
 
 class Chained:

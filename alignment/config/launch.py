@@ -17,7 +17,6 @@ class LauncherKind(str, Enum):
     auto = "auto"
     accelerate = "accelerate"
     torchrun = "torchrun"
-    deepspeed = "deepspeed"
 
 
 class Sharding(str, Enum):

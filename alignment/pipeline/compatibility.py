@@ -56,8 +56,8 @@ def _stage_faults(stage: Trained, launch: LaunchConfig) -> Iterator[tuple[str, s
         if kind is AdapterKind.prefix:
             why = "a prefix is read by every layer, and gathered for none"
             yield "adapter.kind", why, "launch=zero2, or adapter=lora"
-    if launch.sharding.by_deepspeed and not stage.adapter.master_weights:
-        why = "DeepSpeed holds float32 masters itself"
+    if launch.sharding is not Sharding.none and not stage.adapter.master_weights:
+        why = "what is rounded at random would depend on how weights are cut"
         yield "adapter.master_weights", why, "adapter=full: the masters are shared out too"
     if launch.sharding is not Sharding.none and stage.optim.moments is not Moments.full:
         why = "moments in eight bits have blocks, which shares would cut"

@@ -1,7 +1,8 @@
 """Several machines on one shared folder: the first runs the plan, the others start their processes of each stage.
 
 Before a stage's processes start, the first machine leaves word of the attempt beside the stage's file; every other one
-answers each attempt once, with the same command under its own rank.
+answers each attempt once, with the same command under its own rank. While the first is at work it shows signs of life,
+so that no machine waits for one that is gone.
 """
 
 from __future__ import annotations
@@ -19,51 +20,57 @@ from alignment import launcher
 from alignment.artifacts import read_manifest, write_json
 from alignment.config.launch import LaunchConfig
 from alignment.config.stage import EvaluateConfig, ReportConfig
-from alignment.errors import PREEMPTED, ArtifactError, StageError
+from alignment.errors import PREEMPTED, ArtifactError, ConfigError, StageError
 from alignment.launcher import Command
+from alignment.pipeline import launching
 from alignment.pipeline.plan import Action, Plan, PlannedStage
 from alignment.pipeline.record import read_record
 from alignment.pipeline.signals import INTERRUPTED, Terminated, termination_raises
 
 ATTEMPT = "attempt.json"
+LIFE = "machine-0.alive"
 _POLL_SECONDS = 0.5
-_ENDED = {"preempted": PREEMPTED, "interrupted": INTERRUPTED}
+_STOPPED = {"preempted": PREEMPTED, "interrupted": INTERRUPTED}
+
+CommandFor = Callable[[LaunchConfig, Path], Command]
 
 
 @contextmanager
-def announced(folder: Path, launch: LaunchConfig) -> Iterator[None]:
+def announced(folder: Path, launch: LaunchConfig, fingerprint: str) -> Iterator[None]:
     """Leaves word of an attempt at a stage in its folder while the block runs, where other machines wait for one."""
     file = folder / ATTEMPT
     if launch.num_machines == 1:
         yield
         return
-    write_json(file, {"attempt": uuid.uuid4().hex})
+    write_json(file, {"attempt": uuid.uuid4().hex, "fingerprint": fingerprint})
     try:
         yield
     finally:
         file.unlink(missing_ok=True)
 
 
-def follow(
-    plan: Plan,
-    launch: LaunchConfig,
-    stages: Sequence[PlannedStage],
-    *,
-    console: Console,
-    command_for: Callable[[LaunchConfig, Path], Command],
-) -> int:
+def show_life(run_folder: Path, launch: LaunchConfig) -> None:
+    """The first machine's sign of life, where others look for it."""
+    if launch.num_machines > 1:
+        (run_folder / LIFE).touch()
+
+
+def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, command_for: CommandFor) -> int:
     """What every machine but the first does for these stages; returns the exit code of the run.
 
     Raises:
-        StageError: the run failed on the first machine.
+        StageError: the run failed on the first machine, or nothing was heard of it for ``launch.hang_seconds``.
+        ConfigError: the first machine makes something else.
     """
-    shared = [s for s in stages if s.action is not Action.reuse and not _is_of_one(s)]
+    launch = plan.config.launch
     told = f"machine {launch.machine_rank} of {launch.num_machines}"
     try:
         with termination_raises():
-            for stage in shared:
+            for stage in stages:
+                if stage.action is Action.reuse or isinstance(stage.config, (EvaluateConfig, ReportConfig)):
+                    continue
                 console.print(f"{stage.name}: {told} waits for the first to start it", highlight=False)
-                code = _follow_stage(plan, stage, launch, command_for)
+                code = _Follower(plan, stage, command_for).follow()
                 if code:
                     return code
     except KeyboardInterrupt:
@@ -74,46 +81,76 @@ def follow(
     return 0
 
 
-def _is_of_one(stage: PlannedStage) -> bool:
-    return isinstance(stage.config, (EvaluateConfig, ReportConfig))
+class _Follower:
+    """Answers attempts at one stage until its artifact is there."""
+
+    def __init__(self, plan: Plan, stage: PlannedStage, command_for: CommandFor) -> None:
+        self._plan = plan
+        self._stage = stage
+        self._command_for = command_for
+        self._folder = plan.run_folder / stage.name
+        self._answered = ""
+        self._seen_running = False
+        self._began = time.time()
+
+    def follow(self) -> int:
+        """0, or the exit code of a run that was stopped."""
+        while read_manifest(self._stage.artifact) is None:
+            attempt = _read(self._folder / ATTEMPT)
+            if attempt.get("attempt", self._answered) != self._answered:
+                self._answer(attempt)
+                continue
+            state = _state(self._plan.run_folder)
+            self._seen_running = self._seen_running or state == "running"
+            if self._seen_running and state in _STOPPED:
+                return _STOPPED[state]
+            if self._seen_running and state == "failed":
+                raise self._failed("the run failed on the first machine")
+            if self._seen_running and state == "done" and read_manifest(self._stage.artifact) is None:
+                raise self._other()
+            self._refuse_silence()
+            time.sleep(_POLL_SECONDS)
+        return 0
+
+    def _answer(self, attempt: dict[str, str]) -> None:
+        if attempt["fingerprint"] != self._stage.fingerprint:
+            raise self._other()
+        self._answered, self._seen_running = attempt["attempt"], True
+        launch = launching.of_stage(self._plan.config.launch, self._stage.config, num_devices=launcher.count_devices())
+        launcher.execute(
+            self._command_for(launch, self._folder / "stage.yaml"),
+            log=self._folder / f"log-{launch.machine_rank}.txt",
+            on_poll=_nothing,
+            grace_seconds=launch.grace_seconds,
+        )
+
+    def _refuse_silence(self) -> None:
+        limit = self._plan.config.launch.hang_seconds
+        try:
+            heard = (self._plan.run_folder / LIFE).stat().st_mtime
+        except FileNotFoundError:
+            heard = 0.0
+        if limit and time.time() - max(heard, self._began) > limit:
+            raise self._failed(f"nothing was heard of the first machine for {limit} seconds (launch.hang_seconds)")
+
+    def _failed(self, message: str) -> StageError:
+        logs = f"{self._folder / 'log.txt'} and {self._folder / f'log-{self._plan.config.launch.machine_rank}.txt'}"
+        return StageError(message, where=f"stage {self._stage.name}", remedy=f"see there, or {logs}")
+
+    def _other(self) -> ConfigError:
+        return ConfigError(
+            "the first machine makes another result than this one would",
+            where=f"stage {self._stage.name}",
+            remedy="start the same command on each, with the same code and data; only launch.machine_rank differs",
+        )
 
 
-def _follow_stage(
-    plan: Plan, stage: PlannedStage, launch: LaunchConfig, command_for: Callable[[LaunchConfig, Path], Command]
-) -> int:
-    """Answers attempts until the artifact is there; returns the exit code of a run that was stopped."""
-    folder = plan.run_folder / stage.name
-    answered, seen_running = "", False
-    while read_manifest(stage.artifact) is None:
-        attempt = _attempt(folder)
-        if attempt not in ("", answered):
-            answered, seen_running = attempt, True
-            launcher.execute(
-                command_for(launch, folder / "stage.yaml"),
-                log=folder / f"log-{launch.machine_rank}.txt",
-                on_poll=_nothing,
-                grace_seconds=launch.grace_seconds,
-            )
-            continue
-        state = _state(plan.run_folder)
-        seen_running = seen_running or state == "running"
-        if seen_running and state in _ENDED:
-            return _ENDED[state]
-        if seen_running and state == "failed":
-            raise StageError(
-                "the run failed on the first machine",
-                where=f"stage {stage.name}",
-                remedy=f"see there, or {folder / 'log.txt'} and {folder / f'log-{launch.machine_rank}.txt'}",
-            )
-        time.sleep(_POLL_SECONDS)
-    return 0
-
-
-def _attempt(folder: Path) -> str:
+def _read(file: Path) -> dict[str, str]:
     try:
-        return str(json.loads((folder / ATTEMPT).read_text(encoding="utf-8"))["attempt"])
+        found: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return ""
+        return {}
+    return found
 
 
 def _state(run_folder: Path) -> str:

@@ -48,22 +48,19 @@ def run(
     plan = make_plan(recipe, overrides)
     if only is not None:
         refuse_missing_inputs(plan, only)
-    if plan.config.launch.slurm.submit:
+    launch = plan.config.launch
+    if launch.slurm.submit:
         slurm.refuse_without_slurm()
-        asked = launcher.with_processes(plan.config.launch, num_devices=plan.config.launch.slurm.gpus)
-        launching.refuse_uneven_batches(plan, asked)
+        launching.refuse_what_cannot_start(launch, _chosen(plan, only), num_devices=launch.slurm.gpus)
         _make_writable(plan)
         return _submit(plan, only, console)
-    launch = launching.launch_of(plan)
-    launching.refuse_paging_without_gpu(plan, num_devices=launcher.count_devices())
-    command_for(launch, plan.run_folder / "stage.yaml")  # refuses what this machine cannot start
-    launching.refuse_uneven_batches(plan, launch)
+    launching.refuse_what_cannot_start(launch, _chosen(plan, only), num_devices=launcher.count_devices())
     _make_writable(plan)
     if only is None:
         jobs.refuse_queued(plan.run_folder)
     if launch.machine_rank:
         plan = with_models(plan, display_for(console), stages=_not_reused(plan, only))
-        return machines.follow(plan, launch, _chosen(plan, only), console=console, command_for=command_for)
+        return machines.follow(plan, _chosen(plan, only), console=console, command_for=command_for)
     return _execute(plan, only, console, command_for)
 
 
@@ -230,7 +227,7 @@ def _make(plan: Plan, stage: PlannedStage, display: Display, command_for: Comman
 
 def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: CommandFor, lock: int) -> None:
     commit = handover.commit_of_checkout(Path(__file__).resolve().parents[2])
-    launch = launching.of_stage(launching.launch_of(plan), stage.config)
+    launch = launching.of_stage(plan.config.launch, stage.config, num_devices=launcher.count_devices())
     stage_file = handover.write_stage_file(plan, stage, launch, git_commit=commit)
     folder = stage_file.parent
     (folder / "status.json").unlink(missing_ok=True)
@@ -238,6 +235,7 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
     shutil.rmtree(stage.work / "pulse", ignore_errors=True)
 
     def on_poll() -> None:
+        machines.show_life(plan.run_folder, plan.config.launch)
         if (progress := handover.read_progress(stage.work)) is not None:
             display.update(progress)
         if launch.hang_seconds:
@@ -249,7 +247,7 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
                 stage=stage.name,
             )
 
-    with machines.announced(folder, launch):
+    with machines.announced(folder, launch, stage.fingerprint):
         code = launcher.execute(
             command_for(launch, stage_file),
             log=folder / "log.txt",

@@ -33,7 +33,7 @@ from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
-from alignment.training.sharding import prepare
+from alignment.training.sharding import prepare, read_in_calls
 
 START_TOLERANCE = 1e-3
 PRECOMPUTED_TOLERANCE = 2e-2
@@ -77,6 +77,8 @@ def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: An
         _add_reference(rows, unwrapped(policy), config, context, found, pairs)
     elif config.adapter.kind is AdapterKind.full:
         reference = frozen_copy(policy, DTYPES[context.spec.model.dtype])
+        use_flat_attention(reference)  # while its weights are whole: what it says is compared with the policy's
+        read_in_calls(reference, context)
     trainer = TokenizedDpoTrainer(
         model=policy,
         ref_model=reference,
@@ -148,6 +150,7 @@ def check_start(trainer: TokenizedDpoTrainer, config: DpoConfig) -> None:
     tolerance = PRECOMPUTED_TOLERANCE if config.precompute_reference else START_TOLERANCE
     if abs(loss - expected) > tolerance * max(1.0, expected):
         raise StageError(
-            f"at step 0 the DPO loss is {loss:.6f}, not {expected:.6f}: the reference is not the starting policy",
-            remedy="report this with the stage.yaml of the run; nothing was trained",
+            f"at step 0 the DPO loss is {loss:.6f}, not {expected:.6f} (within {tolerance:g}): the reference is not "
+            "the starting policy",
+            remedy="report this with the stage.yaml of the run; with model.dtype=float32 a rounding would show as such",
         )

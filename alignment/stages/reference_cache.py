@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,8 +23,9 @@ from alignment.models.answers import answer_statistics, batches
 from alignment.models.load import Lineage, products_in
 from alignment.stages.pairs import TokenizedPair
 from alignment.training.context import StageContext
+from alignment.training.sharding import everyones
 
-VERSION = 3
+VERSION = 4
 """Raised when the computation changes, so that older files are not found."""
 
 
@@ -45,9 +45,10 @@ def reference_logprobs(
         with products_in(dtype, context.device):
             chosen = _sums(policy, mine, [pair.chosen for pair in mine], tokens=tokens)
             rejected = _sums(policy, mine, [pair.rejected for pair in mine], tokens=tokens)
-        shares = gather_object([(chosen, rejected)])
+        shares = everyones((chosen, rejected))
         if context.is_main:
             columns = [_interleaved([share[place] for share in shares]) for place in (0, 1)]
+            assert all(len(column) == len(pairs) for column in columns), "a process's share is missing"
             _write(file, {"chosen": columns[0], "rejected": columns[1]})
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
@@ -57,7 +58,7 @@ def reference_logprobs(
 
 def _everywhere(here: bool) -> bool:
     """Whether it is so on every process."""
-    return all(gather_object([here]))
+    return all(everyones(here))
 
 
 def _interleaved(shares: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from alignment.models.adapters import with_own
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
-from alignment.training.sharding import layout
+from alignment.training.sharding import everyones, layout
 from alignment.training.tracking import Tracker
 
 _NAMES = {"learning_rate": "lr"}
@@ -88,23 +88,28 @@ class FiniteGradients(TrainerCallback):
     ) -> None:
         """Gradients are already summed over processes here, so all of them see the same fault."""
         engine = getattr(self._trainer, "deepspeed", None)
-        if engine is None:
-            for name, parameter in model.named_parameters():
-                if parameter.grad is not None and not bool(_own_share(parameter.grad).isfinite().all()):
-                    raise _not_finite(f"a gradient is not finite at step {state.global_step + 1} ({name})")
         # DeepSpeed has taken the step by now, and keeps of its gradients the norm alone.
-        elif (norm := engine.get_global_grad_norm()) is not None and not math.isfinite(norm):
-            raise _not_finite(f"a gradient is not finite at step {state.global_step + 1}")
+        fault = _first_fault(model) if engine is None else _fault_of_norm(engine.get_global_grad_norm())
+        if fault is not None:
+            raise NonFiniteError(
+                f"a gradient is not finite at step {state.global_step + 1}{fault}",
+                remedy="lower the learning rate, or look at the rows of this step; the last checkpoint is kept",
+            )
 
 
-def _own_share(grad: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a gradient; where it holds a share, so do the others, and all must agree."""
-    return grad.full_tensor() if isinstance(grad, DTensor) else grad
+def _fault_of_norm(norm: float | None) -> str | None:
+    return "" if norm is not None and not math.isfinite(norm) else None
 
 
-def _not_finite(message: str) -> NonFiniteError:
-    remedy = "lower the learning rate, or look at the rows of this step; the last checkpoint is kept"
-    return NonFiniteError(message, remedy=remedy)
+def _first_fault(model: Any) -> str | None:
+    """Where a gradient is not finite, in brackets; of shares, all processes say so if one finds it in its own."""
+    grads = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
+    shared_out = any(isinstance(grad, DTensor) for _, grad in grads)
+    own = ((name, grad.to_local() if isinstance(grad, DTensor) else grad) for name, grad in grads)
+    fault = next((f" ({name})" for name, grad in own if not bool(grad.isfinite().all())), None)
+    if not shared_out:
+        return fault
+    return next((found for found in everyones(fault) if found is not None), None)
 
 
 class WarmupEnds(TrainerCallback):

@@ -21,7 +21,7 @@ from alignment.training.experience import Rollout
 from alignment.training.metrics import MetricsLog
 from alignment.training.ppo_figures import UpdateFigures
 from alignment.training.rollouts import Prompts, Rollouts
-from alignment.training.sharding import put, whole
+from alignment.training.sharding import everyones, put, whole_state
 
 BEST = "guard_best.safetensors"
 
@@ -63,7 +63,8 @@ class Guard:
         Every process must call this. The same policy gets the same figures, whenever it is asked.
         """
         found = rollouts.of_prompts(self._prompts, UpdateFigures(lambda values: values[None]))
-        gold = self._scorer.raw(found.prompts, found.answers, found.rows)
+        with rollouts.gathered():  # a reward model may share the policy's weights
+            gold = self._scorer.raw(found.prompts, found.answers, found.rows)
         total = self._scorer.total({name: torch.tensor(scores) for name, scores in gold.items()}, learn=False)
         pairs = zip(found.logprobs, found.reference_logprobs, strict=True)
         figures = {
@@ -71,15 +72,18 @@ class Guard:
             "guard/gold": float(total.mean()),
             "guard/kl": sum(float((mine - theirs).sum()) for mine, theirs in pairs) / len(found.answers),
         }
-        limit = self._config.max_kl
-        affordable = limit is None or figures["guard/kl"] <= limit or not self._best  # the first is the reference
-        if figures["guard/gold"] > self.best_gold and affordable:
+        if everyones(self._is_best(figures))[0]:  # all do as the main process finds
             self.best_gold, self.best_updates = figures["guard/gold"], updates
-            self._best = {name: whole(p).detach().cpu().clone() for name, p in _trained(self._policy)}
+            self._best = whole_state(self._policy, trained_only=True)
         if self._context.is_main:
             self._log.keep_through(updates - 1)  # a resumed stage looks again
             self._log.append(updates, figures)
         return figures
+
+    def _is_best(self, figures: dict[str, float]) -> bool:
+        limit = self._config.max_kl
+        is_first = self.best_gold == float("-inf")  # the reference
+        return figures["guard/gold"] > self.best_gold and (is_first or limit is None or figures["guard/kl"] <= limit)
 
     def finish(self, updates: int, rollouts: Rollouts) -> dict[str, float]:
         """Looks once more, puts the best weights back if that is wanted, and says which these are."""
@@ -91,22 +95,19 @@ class Guard:
         return {**last, **kept}
 
     def _put_back(self) -> None:
-        with torch.no_grad():
-            for name, parameter in _trained(self._policy):
-                put(parameter, self._best[name])
+        for name, parameter in self._policy.named_parameters():
+            if parameter.requires_grad:
+                put(parameter, self._best.get(name))
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Writes the best weights so far beside a checkpoint; returns the rest as plain values."""
         if self._best:
             save_file({name: weights.contiguous() for name, weights in self._best.items()}, folder / BEST)
-        return {"best_updates": self.best_updates, "best_gold": self.best_gold if self._best else None}
+        known = self.best_gold != float("-inf")
+        return {"best_updates": self.best_updates, "best_gold": self.best_gold if known else None}
 
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
         """Takes back what ``save`` wrote."""
         if state["best_gold"] is not None:
             self.best_updates, self.best_gold = state["best_updates"], state["best_gold"]
-            self._best = load_file(folder / BEST)
-
-
-def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+            self._best = load_file(folder / BEST) if self._context.is_main else {}

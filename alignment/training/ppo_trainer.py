@@ -39,7 +39,7 @@ from alignment.training.ppo_figures import UpdateFigures
 from alignment.training.ptx import Ptx
 from alignment.training.rollouts import Episodes, Rollouts
 from alignment.training.samples import Samples
-from alignment.training.sharding import gathered, prepare
+from alignment.training.sharding import gathered, leave_frozen_out, prepare
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ class PpoTrainer(Trainer):
         self.over_budget = False
         self._experience: Experience | None = None
         self._update_ended = False
+        self._passed_over = False
         self._epoch_kl = 0.0
         self.figures = UpdateFigures(self._gathered)
         steps = range(args.max_steps * context.world_size)
@@ -132,7 +133,8 @@ class PpoTrainer(Trainer):
                 f"a checkpoint inside update {update} cannot be continued",
                 remedy="delete the stage's .work folder and run again",
             )
-        if not (self.over_budget or self._update_ended):
+        self._passed_over = self.over_budget or self._update_ended
+        if not self._passed_over:
             self._learn(model, self._experience, update, place)
         if place == self.steps_per_update - 1:
             self.price = self.price.after(self.figures.values["objective/kl"], self.episodes.per_update)
@@ -353,9 +355,17 @@ class PpoTrainer(Trainer):
         if "loss" in logs:
             logs.pop("loss")
             logs.update(self.figures.result())
+            if self._passed_over:
+                logs["grad_norm"] = 0.0  # DeepSpeed tells the last one
         super().log(logs, start_time)
 
     # ---- price of KL and checkpoints ------------------------------------------------------------------------------
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Follows right after DeepSpeed's engine is made, and comes before a checkpoint is loaded into it."""
+        if self.is_deepspeed_enabled:
+            leave_frozen_out(self.accelerator.deepspeed_engine_wrapped.engine)
+        return super().create_scheduler(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """DeepSpeed writes weights with the optimiser's state, and every process its share."""

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from alignment.config.stage import PpoConfig
@@ -20,6 +19,7 @@ from alignment.rewards.slot import Rewards
 from alignment.training.context import StageContext
 from alignment.training.experience import Rollout, interleave, prompt_order, rows_of
 from alignment.training.ppo_figures import UpdateFigures
+from alignment.training.sharding import everyones
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ class Rollouts:
         self._context = context
         self._episodes = episodes
         self._rewards = rewards
-        self._gathered = gathered
+        self.gathered = gathered
 
     def of_update(self, update: int, figures: UpdateFigures) -> Rollout:
         """The episodes of an update; they do not depend on how many processes share them."""
@@ -104,11 +104,11 @@ class Rollouts:
         places = [drawn[i] for i in mine for _ in range(group)]
         asked = [list(prompts.ids[place]) for place in places]
         started = time.monotonic()
-        with self._gathered(), products_in(self._context.spec.model.dtype, self._context.device):
+        with self.gathered(), products_in(self._context.spec.model.dtype, self._context.device):
             answers = self._answers(asked, uniforms[rows_of(mine, group)])
             sampled = time.monotonic()
             share = self._described(asked, answers, [prompts.rows[place] for place in places])
-        whole = interleave(gather_object([share]), group=group)
+        whole = interleave(everyones(share), group=group)
         figures.add_seconds("rollouts", sampled - started)
         figures.add_seconds("scoring", time.monotonic() - sampled)
         return whole

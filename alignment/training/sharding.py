@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +27,32 @@ from alignment.training.checkpoints import WHOLE
 from alignment.training.context import StageContext
 
 _SHARED_MEMORY_SUMS = "deepspeed_shm_comm"
+T = TypeVar("T")
 
 
 def begin(context: StageContext) -> None:
-    """Before any model is loaded: DeepSpeed makes the process group, or would take itself to be alone."""
+    """Makes the process group, before any model is loaded: stages meet before their trainers do, and DeepSpeed would
+    take itself to be alone."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(context.device)
     if context.spec.sharding.by_deepspeed:
         import deepspeed
 
         # Its sums through shared memory would be compiled first, for which a machine may lack a compiler.
         deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_SUMS] = False
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    elif context.world_size > 1:
+        torch.distributed.init_process_group(backend)
+
+
+def everyones(mine: T) -> list[T]:
+    """What each process has, by rank."""
+    if not torch.distributed.is_initialized():
+        return [mine]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    return found
 
 
 def layout(context: StageContext) -> str:
@@ -74,11 +90,17 @@ def prepare(model: nn.Module, context: StageContext, *parts: PreTrainedModel) ->
         model.one_backward = True  # DeepSpeed does not expect a forward pass in the middle of a backward pass
     compute_in(model, context.spec.model.dtype, context.device)
     for part in parts or (unwrapped(model),):
-        head: nn.Module | None = part.get_output_embeddings()
-        if head is not None and sharding in (Sharding.zero3, Sharding.fsdp):
-            answer_labels(head)
-        if sharding is Sharding.zero3:
-            _gather_by_layer(part)
+        read_in_calls(part, context)
+
+
+def read_in_calls(model: PreTrainedModel, context: StageContext) -> None:
+    """Lets the weights of a language model or scorer, once they are shared out, be read inside calls only."""
+    sharding = context.spec.sharding
+    head: nn.Module | None = model.get_output_embeddings()
+    if head is not None and sharding in (Sharding.zero3, Sharding.fsdp):
+        answer_labels(head)
+    if sharding is Sharding.zero3:
+        _gather_by_layer(model)
 
 
 def _gather_by_layer(model: PreTrainedModel) -> None:
@@ -129,15 +151,19 @@ def whole(held: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def put(held: Tensor, values: Tensor) -> None:
-    """Gives a weight, or this process's share of it, other values; every process must call this."""
+def put(held: Tensor, values: Tensor | None) -> None:
+    """Gives a weight, or this process's share of it, the values that the main process has; all must call this."""
     if hasattr(held, "ds_id"):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([held], modifier_rank=0):
-            held.copy_(values)
-    else:
+            if values is not None:
+                held.copy_(values)
+        return
+    if values is not None:
         held.copy_(values)
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast(held.data, src=0)
 
 
 def whole_state(model: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
@@ -153,10 +179,29 @@ def whole_state(model: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
             continue
         if id(held) not in known:
             gathered_weight = whole(held).detach()
-            known[id(held)] = gathered_weight.cpu() if main else gathered_weight.new_empty(0)
+            known[id(held)] = gathered_weight.cpu().clone() if main else gathered_weight.new_empty(0)
         if main:
             found[name] = known[id(held)]
     return found
+
+
+def leave_frozen_out(engine: Any) -> None:
+    """Checkpoints of DeepSpeed's engine without frozen weights, which are the base's.
+
+    transformers asks it for that only where the whole model is PEFT's, and leaves those that two parts share.
+    """
+    state_dict, load = engine.module_state_dict, engine.load_checkpoint
+    named = engine.module.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
+
+    def state_of_trained(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: held for name, held in state_dict(*args, **kwargs).items() if name not in frozen}
+
+    def load_trained(*args: Any, **kwargs: Any) -> Any:
+        return load(*args, **{**kwargs, "load_module_strict": False})
+
+    engine.module_state_dict = state_of_trained
+    engine.load_checkpoint = load_trained
 
 
 def is_shared_out(model: nn.Module) -> bool:

@@ -25,17 +25,17 @@ PRELOADED = (
 SECONDS = 120
 
 
-def on_processes(spec: StageSpec, *, world_size: int = 2, stop_after: int | None = None) -> list[int]:
+def on_processes(
+    spec: StageSpec, *, world_size: int = 2, stop_after: int | None = None, nan_at: int | None = None
+) -> list[int]:
     """Runs a stage on processes of its own; returns their exit codes, those of ``alignment.worker``.
 
-    ``stop_after``: SIGTERM reaches process 1 after this many steps.
+    Process 1 gets SIGTERM after the step ``stop_after``, or a loss that is no number in the step ``nan_at``.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    port = _free_port()
-    group = [
-        context.Process(target=_process, args=(spec, rank, world_size, port, stop_after)) for rank in range(world_size)
-    ]
+    told = (world_size, _free_port(), stop_after, nan_at)
+    group = [context.Process(target=_process, args=(spec, rank, *told)) for rank in range(world_size)]
     for one in group:
         one.start()
     for one in group:
@@ -52,7 +52,9 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def _process(spec: StageSpec, rank: int, world_size: int, port: int, stop_after: int | None) -> None:
+def _process(
+    spec: StageSpec, rank: int, world_size: int, port: int, stop_after: int | None, nan_at: int | None
+) -> None:
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in told.items()})
@@ -60,17 +62,19 @@ def _process(spec: StageSpec, rank: int, world_size: int, port: int, stop_after:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:
-            sys.exit(_run(spec, stop_after if rank == 1 else None))
+            sys.exit(_run(spec, *((stop_after, nan_at) if rank == 1 else (None, None))))
         except Exception:
             traceback.print_exc()
             raise
 
 
-def _run(spec: StageSpec, stop_after: int | None) -> int:
+def _run(spec: StageSpec, stop_after: int | None, nan_at: int | None) -> int:
     from alignment import worker
 
     if stop_after is not None:
         _stop_after(stop_after)
+    if nan_at is not None:
+        _nan_at(nan_at)
     worker.read_spec = lambda _: spec
     return worker.main(spec.run_folder / "stage.yaml")
 
@@ -86,3 +90,15 @@ def _stop_after(steps: int) -> None:
         otherwise(self, args, state, control, **told)
 
     StopOnSignal.on_step_end = on_step_end
+
+
+def _nan_at(step: int) -> None:
+    from alignment.training.micro_batches import MicroBatches
+
+    otherwise = MicroBatches.compute_loss
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = otherwise(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == step - 1 else loss
+
+    MicroBatches.compute_loss = compute_loss

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from safetensors.torch import load_file
 from alignment.config.adapter import AdapterConfig
 from alignment.config.launch import Offload, Sharding
 from alignment.config.model import Dtype, ModelConfig
-from alignment.config.stage import StageConfig
+from alignment.config.stage import GuardConfig, KlConfig, KlControl, ScorerConfig, StageConfig
 from alignment.stage_spec import StageInput, StageSpec
+from alignment.training.context import StageContext
+from alignment.training.sharding import sharding_arguments
 from tests.chained import DORA, FULL, LORA, QLORA, Chained, config_of
 from tests.distributed.processes import on_processes
 from tests.oracles.close import close
@@ -131,21 +134,122 @@ def test_shares_of_another_launch_are_refused(tmp_path: Path) -> None:
 
 
 @needs_deepspeed
-def test_low_precision_keeps_factors_in_float32(tmp_path: Path) -> None:
-    chained = Chained(tmp_path)
-    model = ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)
-    spec = shared_out(chained, "sft", LORA, ZERO3, model=model)
-    assert on_processes(spec) == [0, 0], logs(spec)
-    assert {held.dtype for held in weights(spec.artifact).values()} == {torch.float32}
+def test_a_stopped_ppo_keeps_price_means_and_best_policy(tmp_path: Path) -> None:
+    config = ppo(
+        updates=3,
+        kl=KlConfig(control=KlControl.adaptive, target=0.01, horizon=8),
+        scorers=[ScorerConfig(normalize=True)],
+        guard=GuardConfig(every=1, prompts=2, scorer=ScorerConfig(source="length", target=4)),
+    )
+    found = []
+    for stopped in (False, True):
+        chained = Chained(tmp_path / str(stopped))
+        chained.run("reward", LORA)
+        spec = shared_out(chained, "ppo", LORA, ZERO3, config=config)
+        if stopped:
+            assert on_processes(spec, stop_after=2) == [75, 75], logs(spec)
+            (spec.run_folder / "status.json").unlink()
+            (trained,) = spec.work.glob("checkpoints/checkpoint-2/**/zero_pp_rank_0_mp_rank_00_model_states.pt")
+            names = torch.load(trained, weights_only=False)["module"].keys()
+            assert names
+            assert all("lora_" in name or "score" in name for name in names), sorted(
+                n for n in names if "lora_" not in n
+            )
+        assert on_processes(spec) == [0, 0], logs(spec)
+        told = [json.loads(line) for line in (spec.artifact / "metrics.jsonl").read_text().splitlines()]
+        looks = (spec.artifact / "guard.jsonl").read_text()
+        found.append(
+            ([(line["objective/kl_coef"], line["loss/policy"]) for line in told], looks, weights(spec.artifact))
+        )
+    assert found[0][:2] == found[1][:2]
+    assert len({coefficient for coefficient, _ in found[0][0]}) == 3
+    for name, held in found[0][2].items():
+        assert torch.equal(held, found[1][2][name]), name
 
 
 @needs_deepspeed
-def test_optimiser_state_and_weights_may_lie_in_the_machines_memory(tmp_path: Path) -> None:
+def test_a_guard_may_ask_a_reward_model_that_shares_the_base(tmp_path: Path) -> None:
+    config = ppo(guard=GuardConfig(every=1, prompts=2, scorer=ScorerConfig(source="reward")))
+    looks = []
+    for world_size, sharding in ((1, Sharding.none), (2, ZERO3)):
+        chained = Chained(tmp_path / sharding.value)
+        chained.run("reward", LORA)
+        spec = shared_out(chained, "ppo", LORA, sharding, config=config)
+        assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
+        looks.append([json.loads(line) for line in (spec.artifact / "guard.jsonl").read_text().splitlines()])
+    for alone, together in zip(*looks, strict=True):
+        assert together == pytest.approx(alone, abs=1e-4)
+
+
+def ppo(**changes: Any) -> StageConfig:
+    config: Any = config_of("ppo", LORA, missing_eos_score=None, **changes)
+    return config
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("sharding", [Sharding.none, ZERO3], ids=lambda sharding: sharding.value)
+def test_the_reference_is_computed_once_by_all_processes(tmp_path: Path, sharding: Sharding) -> None:
+    config: Any = replace(steadied("dpo", LORA), precompute_reference=True)
+    found = []
+    for world_size in (1, 2):
+        chained = Chained(tmp_path / str(world_size))
+        spec = shared_out(chained, "dpo", LORA, sharding if world_size > 1 else Sharding.none, config=config)
+        assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
+        (kept,) = spec.artifact.parent.glob("cache/reference-*.safetensors")
+        found.append((load_file(kept), figures(spec.artifact, "dpo")))
+    for side in ("chosen", "rejected"):
+        assert len(found[0][0][side]) == 8
+        close(found[1][0][side], found[0][0][side], rtol=1e-5)
+    close(found[1][1], found[0][1], atol=1e-4, rtol=1e-4)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("kind", "adapter"), [("sft", LORA), ("dpo", FULL)])
+def test_in_low_precision_policy_and_reference_still_agree_and_learn_the_same(
+    tmp_path: Path, kind: str, adapter: AdapterConfig
+) -> None:
+    """A beta of 1 sums up what two roundings would differ by; the stage stops if the first loss is not ln 2."""
+    model = ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)
+    config: Any = steadied(kind, adapter)
+    config = replace(config, beta=1.0) if kind == "dpo" else config
+    found = []
+    for world_size, sharding in ((1, Sharding.none), (2, ZERO3)):
+        chained = Chained(tmp_path / str(world_size))
+        spec = shared_out(chained, kind, adapter, sharding, config=config, model=model)
+        assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
+        assert {held.dtype for held in weights(spec.artifact).values()} == {torch.float32}
+        found.append(figures(spec.artifact, kind)[:, 0].tolist())
+    assert found[1] == pytest.approx(found[0], rel=5e-3)
+    if kind == "dpo":
+        assert found[1][0] == pytest.approx(math.log(2), abs=1e-3)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("sharding", [Sharding.none, ZERO2, ZERO3, FSDP], ids=lambda sharding: sharding.value)
+def test_a_loss_that_is_no_number_on_one_process_stops_all_and_keeps_nothing(
+    tmp_path: Path, sharding: Sharding
+) -> None:
     chained = Chained(tmp_path)
-    spec = replace(shared_out(chained, "sft", LORA, ZERO3), offload=Offload.weights)
-    assert on_processes(spec) == [0, 0], logs(spec)
-    chained.inputs["sft"] = StageInput(ref="stage:sft", path=spec.artifact)
-    assert chained.policy("sft") is not None
+    spec = shared_out(chained, "sft", LORA, sharding)
+    assert on_processes(spec, nan_at=2) == [6, 6], logs(spec)
+    assert "a gradient is not finite at step 2" in json.loads((spec.run_folder / "status.json").read_text())["error"]
+    assert not spec.artifact.exists()
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("offload", [Offload.optimizer, Offload.weights], ids=lambda offload: offload.value)
+def test_what_lies_in_the_machines_memory_learns_the_same(tmp_path: Path, offload: Offload) -> None:
+    found = []
+    for where in (Offload.none, offload):
+        chained = Chained(tmp_path / where.value)
+        spec = replace(shared_out(chained, "sft", LORA, ZERO3, config=steadied("sft", LORA)), offload=where)
+        told = sharding_arguments(StageContext(spec=spec, rank=0, world_size=2))["deepspeed"]["zero_optimization"]
+        assert ("offload_optimizer" in told) == (where is not Offload.none)
+        assert ("offload_param" in told) == (where is Offload.weights)
+        assert on_processes(spec) == [0, 0], logs(spec)
+        found.append(weights(spec.artifact))
+    for name, held in found[0].items():
+        close(found[1][name], held, atol=1e-6)
 
 
 @needs_deepspeed

@@ -117,7 +117,8 @@ def _page(outcomes: Sequence[Outcome], record: dict[str, Any]) -> str:
         "# What goes together",
         "",
         f"Written by `make matrix` on {record['date']} at {record['commit'][:7]}: {record['device']}, "
-        f"{record['processes']} processes but for `local`, a tiny Llama in float32.",
+        f"{record['processes']} processes but for `local`, "
+        "a tiny Llama in float32, each stage at its default settings but for sizes.",
         "",
         "*works*: the figures of every step are those of one process within "
         f"{SAME:g} (same global batch), and the result, read by plain transformers and PEFT, says the same within "

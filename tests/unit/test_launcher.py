@@ -39,7 +39,7 @@ LOCAL, DDP = (str(shipped("launch") / "accelerate" / name) for name in ("local.y
         ({}, 0, f"{ACCELERATE.format(LOCAL, 1)} --cpu {WORKER}"),
         ({"num_processes": 2}, 0, f"{TORCHRUN.format(2)} {WORKER}"),
         ({}, 4, f"{ACCELERATE.format(LOCAL, 1)} {WORKER}"),
-        ({"num_processes": 4}, 4, f"{ACCELERATE.format(DDP, 4)} {WORKER}"),
+        ({"num_processes": 4}, 4, f"{ACCELERATE.format(DDP, 4)} --main_process_port 0 {WORKER}"),
         ({"kind": LauncherKind.torchrun}, 0, f"{TORCHRUN.format(1)} {WORKER}"),
         ({"kind": LauncherKind.torchrun, "num_processes": 4}, 4, f"{TORCHRUN.format(4)} {WORKER}"),
         ({"sharding": Sharding.zero2, "num_processes": 4}, 4, f"{TORCHRUN.format(4)} {WORKER}"),
@@ -50,11 +50,6 @@ LOCAL, DDP = (str(shipped("launch") / "accelerate" / name) for name in ("local.y
             8,
             "-m torch.distributed.run --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 4000 "
             f"--nproc_per_node 8 {WORKER}",
-        ),
-        (
-            {"kind": LauncherKind.deepspeed, "sharding": Sharding.zero2, "num_processes": 4},
-            4,
-            f"-m deepspeed.launcher.runner --no_local_rank --num_gpus 4 --module {WORKER.removeprefix('-m ')}",
         ),
     ],
 )
@@ -68,8 +63,6 @@ def test_the_launcher_suits_the_machine(told: dict[str, Any], devices: int, expe
         ({"kind": "accelerate", "num_processes": 2}, 0, "accelerate starts one process"),
         ({"kind": "accelerate", "sharding": "zero2"}, 1, "zero2 needs a process group"),
         ({"kind": "accelerate", "num_machines": 2}, 1, "several machines are started by torchrun"),
-        ({"kind": "deepspeed"}, 1, "the deepspeed launcher is for zero1 to zero3, not for launch.sharding=none"),
-        ({"kind": "deepspeed", "sharding": "zero2"}, 0, "the deepspeed launcher needs GPUs"),
     ],
 )
 def test_what_a_launcher_does_not_start_is_refused(told: dict[str, Any], devices: int, why: str) -> None:

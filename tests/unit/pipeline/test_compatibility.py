@@ -37,7 +37,7 @@ def adapter(kind: str, **more: Any) -> AdapterConfig:
             SftConfig(adapter=adapter("full", master_weights=False)),
             "zero1",
             "adapter.master_weights",
-            "DeepSpeed holds",
+            "what is rounded at random",
         ),
         (
             SftConfig(optim=OptimConfig(lr=1e-4, moments=Moments.eight_bit)),

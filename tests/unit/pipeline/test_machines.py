@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from rich.console import Console
 from alignment.artifacts import Manifest, publish
 from alignment.config.launch import LaunchConfig
 from alignment.config.stage import EvaluateConfig, SftConfig
-from alignment.errors import StageError
+from alignment.errors import ConfigError, StageError
 from alignment.launcher import Command
 from alignment.pipeline import machines
 from alignment.pipeline.plan import Action
@@ -28,10 +29,15 @@ class Shared:
 
     def __init__(self, folder: Path) -> None:
         self.stage = SimpleNamespace(
-            name="sft", config=SftConfig(), action=Action.run, artifact=folder / "artifacts" / "sft-01234567"
+            name="sft",
+            config=SftConfig(),
+            action=Action.run,
+            artifact=folder / "artifacts" / "sft-01234567",
+            fingerprint="0" * 64,
         )
         judged = SimpleNamespace(name="evaluate", config=EvaluateConfig(), action=Action.run, artifact=folder / "never")
-        self.plan: Any = SimpleNamespace(run_folder=folder / "runs" / "r", stages=(self.stage, judged))
+        config = SimpleNamespace(launch=LAUNCH)
+        self.plan: Any = SimpleNamespace(run_folder=folder / "runs" / "r", stages=(self.stage, judged), config=config)
         (self.plan.run_folder / "sft").mkdir(parents=True)
         self.started = folder / "started"
         self.content = folder / "content"
@@ -52,9 +58,7 @@ class Shared:
         return Command(argv=(sys.executable, "-c", code), environment={})
 
     def follow(self) -> int:
-        return machines.follow(
-            self.plan, LAUNCH, self.plan.stages, console=Console(quiet=True), command_for=self.command
-        )
+        return machines.follow(self.plan, self.plan.stages, console=Console(quiet=True), command_for=self.command)
 
     def starts(self) -> int:
         return len(self.started.read_text().splitlines()) if self.started.exists() else 0
@@ -81,7 +85,7 @@ def test_an_attempt_is_answered_once_and_another_one_again(shared: Shared) -> No
     follower = threading.Thread(target=lambda: codes.append(_follow_in_thread(shared)))
     follower.start()
     for attempt in (1, 2):
-        with machines.announced(folder, LAUNCH):
+        with machines.announced(folder, LAUNCH, "0" * 64):
             until(lambda attempt=attempt: shared.starts() == attempt)
     shared.publish()
     follower.join(30)
@@ -93,12 +97,12 @@ def test_an_attempt_is_answered_once_and_another_one_again(shared: Shared) -> No
 
 def _follow_in_thread(shared: Shared) -> int:
     """Signals belong to the main thread, so the stages are followed without them."""
-    return machines._follow_stage(shared.plan, shared.stage, LAUNCH, shared.command)
+    return machines._Follower(shared.plan, shared.stage, shared.command).follow()
 
 
 def test_one_machine_leaves_no_word(shared: Shared) -> None:
     folder = shared.plan.run_folder / "sft"
-    with machines.announced(folder, LaunchConfig()):
+    with machines.announced(folder, LaunchConfig(), "0" * 64):
         assert list(folder.iterdir()) == []
 
 
@@ -125,3 +129,25 @@ def test_what_an_earlier_run_left_is_not_taken_for_the_end_of_this_one(
     with pytest.raises(StageError, match="failed on the first machine"):
         shared.follow()
     assert next(told, None) is None
+
+
+def test_a_machine_that_would_make_something_else_is_refused(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = machines.announced(shared.plan.run_folder / "sft", LAUNCH, "1" * 64)
+    with other, pytest.raises(ConfigError, match="makes another result"):
+        shared.follow()
+    assert shared.starts() == 0
+    told = iter(["running", "done"])
+    monkeypatch.setattr(machines, "_state", lambda _: next(told))
+    with pytest.raises(ConfigError, match="makes another result"):
+        shared.follow()
+
+
+def test_no_machine_waits_for_one_that_is_gone(shared: Shared) -> None:
+    shared.says("running")
+    shared.plan.config.launch = replace(LAUNCH, hang_seconds=1)
+    with pytest.raises(StageError, match="nothing was heard of the first machine for 1 seconds"):
+        shared.follow()
+    machines.show_life(shared.plan.run_folder, LAUNCH)
+    assert (shared.plan.run_folder / machines.LIFE).exists()
+    machines.show_life(shared.plan.run_folder.parent, LaunchConfig())
+    assert not (shared.plan.run_folder.parent / machines.LIFE).exists()
