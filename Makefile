@@ -4,13 +4,14 @@ VENV ?= .venv
 RECIPE ?= quickstart
 ARGS ?=
 WORK ?= all
+SWEEP ?= dpo_beta
 DATA ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.alignment-pipeline-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help align plan preview status test test-slurm prove matrix check format bench clean
+.PHONY: help align plan sweep preview status test test-slurm prove matrix check format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +22,9 @@ align: $(STAMP)  ## run RECIPE: train, evaluate, report
 
 plan: $(STAMP)  ## say what RECIPE would run, and why
 	$(BIN)/align plan $(RECIPE) $(ARGS)
+
+sweep: $(STAMP)  ## run RECIPE with the settings of SWEEP=dpo_beta, one trial after another
+	$(BIN)/align sweep $(RECIPE) $(SWEEP) $(ARGS)
 
 preview: $(STAMP)  ## show rows as the stages of RECIPE would learn from them
 	$(BIN)/align preview $(RECIPE) $(ARGS)

@@ -22,7 +22,6 @@ _RIVAL = "alignment-handbook"
 _EXAMPLES = """\
 examples:
   align run quickstart                            the whole chain on a small model
-  align plan quickstart stages.dpo.beta=0.3       what would run, and why
   align run ./mine.yaml adapter=qlora             a recipe of your own; another choice from conf/
   align doctor ./pairs.jsonl                      what a data file is, and what is wrong in it
   align export quickstart/dpo --to ./model        a result as a folder that transformers reads
@@ -32,6 +31,7 @@ exit codes: 0 well, 2 configuration, 3 data, 4 model, 5 stage, 6 not finite, 7 a
 """
 
 
+_SWEEP = "Runs a recipe with many settings, each judged by its evaluation; called again, it makes what is missing."
 _ADD_TOKENS = "Writes a model with more special tokens, whose rows are the mean of all others, to start a run from."
 _DOCTOR = "Says what a data file looks like, what each kind of stage can make of it, and what is wrong in which rows."
 
@@ -104,6 +104,10 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
         from alignment.pipeline.new_tokens import add_tokens
 
         return add_tokens(console, options.model, options.tokens, to=options.to)
+    elif options.verb == "sweep":
+        from alignment.pipeline.sweep import sweep
+
+        return sweep(options.recipe, options.sweep, options.overrides, console=console)
     elif options.verb == "plan":
         from alignment.pipeline.plan import make_plan
         from alignment.pipeline.summary import show_plan
@@ -143,6 +147,10 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--stage", help="only this stage")
             one.add_argument("--rows", type=int, default=2, help="rows of each stage (default: 2)")
             one.add_argument("--html", metavar="FILE", help="write the same as a page")
+    sweep = verbs.add_parser("sweep", help="run a recipe with many settings", description=_SWEEP)
+    sweep.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or the path of your own .yaml")
+    sweep.add_argument("sweep", metavar="SWEEP", help="a file's name in conf/sweep, or the path of your own .yaml")
+    sweep.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="for every trial")
     status = verbs.add_parser("status", help="how runs stand", description="How runs stand.")
     status.add_argument("run", metavar="RUN", nargs="?", help="a run's name; without it, all runs are listed")
     status.add_argument(

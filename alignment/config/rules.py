@@ -27,6 +27,7 @@ from alignment.config.stage import (
     ScorerConfig,
     SftConfig,
 )
+from alignment.config.sweep import ObjectiveConfig, ParameterConfig, SweepConfig
 from alignment.config.too_long import TooLongConfig
 from alignment.config.tracking import TrackingConfig
 
@@ -180,6 +181,13 @@ RULES: dict[tuple[type, str], Rule] = {
     (PpoConfig, "missing_eos_score"): FINITE,
     (PpoConfig, "save_every"): POSITIVE,
     (EvaluateConfig, "arms"): FILLED,
+    (SweepConfig, "trials"): POSITIVE,
+    (SweepConfig, "seed"): NOT_NEGATIVE,
+    (SweepConfig, "parameters"): FILLED,
+    (ObjectiveConfig, "arm"): FILLED,
+    (ParameterConfig, "key"): FILLED,
+    (ParameterConfig, "low"): FINITE,
+    (ParameterConfig, "high"): FINITE,
     (EvaluateConfig, "max_new_tokens"): POSITIVE,
     (EvaluateConfig, "batch_size"): POSITIVE,
     (EvaluateConfig, "bootstrap_samples"): POSITIVE,

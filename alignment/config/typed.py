@@ -19,6 +19,7 @@ from alignment.config.near import nearest, suggestion
 from alignment.config.rules import NAME, is_name, rule_of
 from alignment.config.run import RunConfig
 from alignment.config.stage import STAGES, StageConfig
+from alignment.config.sweep import SweepConfig
 
 _STAGE_TYPES = tuple(STAGES.values())
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -56,6 +57,18 @@ def stage_from_plain(plain: Mapping[str, Any]) -> StageConfig:
     refuse(conversion.faults)
     assert stage is not None, "a stage without a type is a fault"
     return stage
+
+
+def sweep_from_plain(plain: Any, *, where: str) -> SweepConfig:
+    """The sweep that a file describes.
+
+    Raises:
+        ConfigError: lists every fault.
+    """
+    conversion = _Conversion()
+    found: SweepConfig = conversion.instance(SweepConfig, plain, where="", defaults=SweepConfig())
+    refuse([Fault(where=f"{where}: {fault.where}", message=fault.message) for fault in conversion.faults])
+    return found
 
 
 def to_plain(value: Any) -> Any:

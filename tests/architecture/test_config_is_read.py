@@ -13,6 +13,7 @@ from alignment.config.launch import LaunchConfig
 from alignment.config.model import ModelConfig
 from alignment.config.run import RunConfig
 from alignment.config.stage import STAGES
+from alignment.config.sweep import SweepConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.config.typed import field_types, listed_dataclass
 
@@ -24,7 +25,7 @@ GENERIC = {"kind"}
 def classes() -> list[type]:
     """Every configuration dataclass, found from the run and its stages."""
     found: list[type] = []
-    todo: list[Any] = [RunConfig, ModelConfig, LaunchConfig, TrackingConfig, *STAGES.values()]
+    todo: list[Any] = [RunConfig, ModelConfig, LaunchConfig, TrackingConfig, SweepConfig, *STAGES.values()]
     while todo:
         cls = todo.pop(0)
         if cls not in found:

@@ -17,7 +17,9 @@ from alignment.pipeline import references, settings
 from alignment.pipeline.compose import compose
 
 ROOT = Path(__file__).parents[3]
-CHOICES = sorted((path.parent.name, path.stem) for path in conf_folder().glob("*/*.yaml"))
+SWEEPS = "sweep"  # files of many runs, not choices of one
+FILES = sorted((path.parent.name, path.stem) for path in conf_folder().glob("*/*.yaml"))
+CHOICES = [(group, choice) for group, choice in FILES if group != SWEEPS]
 
 
 def composed(recipe: str, *overrides: str) -> RunConfig:
@@ -35,8 +37,8 @@ def faults(*overrides: str, recipe: str = "quickstart") -> list[str]:
 def test_the_recipes_and_choices_tested_here_are_those_on_disk() -> None:
     assert recipes_folder() == ROOT / "recipes"
     assert len(recipe_names()) == len(list((ROOT / "recipes").iterdir())) >= 3
-    assert len(CHOICES) == len([path for path in (ROOT / "conf").rglob("*") if path.is_file()]) - 1  # base.yaml
-    assert {group for group, _ in CHOICES} == {*GROUPS, "profile"}
+    assert len(FILES) == len([path for path in (ROOT / "conf").rglob("*") if path.is_file()]) - 1  # base.yaml
+    assert {group for group, _ in FILES} == {*GROUPS, "profile", SWEEPS}
 
 
 @pytest.mark.parametrize("recipe", recipe_names())

@@ -1,0 +1,196 @@
+"""Sweeps: what is tried and in which order, what a stop or a fault leaves, and which is said to be best."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from alignment.errors import ConfigError, NonFiniteError
+from alignment.pipeline import sweep as module
+from alignment.pipeline.sweep import sweep
+
+BETAS = ["0.05", "0.1", "0.3", "0.5"]
+
+
+class Runs:
+    """In place of runs: an evaluation whose figure is a function of the overrides; notes what was asked for."""
+
+    def __init__(self, output: Path, figure: Callable[[dict[str, str]], float | None]) -> None:
+        self.output = output
+        self.figure = figure
+        self.asked: list[dict[str, str]] = []
+        self.codes: dict[int, int] = {}
+        self.faults: dict[int, Exception] = {}
+
+    def __call__(self, recipe: str, overrides: Sequence[str], *, console: Console) -> int:
+        told = dict(one.split("=", 1) for one in overrides)
+        number = len(self.asked)
+        self.asked.append(told)
+        if number in self.faults:
+            raise self.faults[number]
+        if number in self.codes:
+            return self.codes[number]
+        run = self.output / "runs" / told["name"]
+        run.mkdir(parents=True)
+        mean = self.figure(told)
+        figure = None if mean is None else {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
+        (run / "evaluation.json").write_text(json.dumps({"arms": [{"name": "stage:dpo", "gold": figure}]}))
+        (run / "run.json").write_text(json.dumps({"stages": {"evaluate": {"artifact": str(run)}}}))
+        return 0
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> Runs:
+    fake = Runs(tmp_path, lambda told: 0.9 - abs(float(told["stages.dpo.beta"]) - 0.3))
+    monkeypatch.setattr(module, "run", fake)
+    return fake
+
+
+@pytest.fixture
+def tiny_base(tmp_path: Path) -> Path:
+    """A folder that a plan takes for a model."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_text("")
+    return folder
+
+
+def go(runs: Runs, name: str = "dpo_beta", *more: str) -> tuple[int, str]:
+    console = Console(width=200, record=True, quiet=False)
+    told = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", *more]
+    with console.capture() as captured:
+        code = sweep("quickstart", name, told, console=console)
+    return code, captured.get()
+
+
+def own(runs: Runs, tmp_path: Path, **changes: Any) -> str:
+    told = {
+        "search": "tpe",
+        "trials": 8,
+        "objective": {"arm": "stage:dpo"},
+        "parameters": [
+            {"key": "stages.dpo.beta", "low": 0.01, "high": 1.0, "log": True},
+            {"key": "stages.dpo.optim.batch_size", "values": [4, 8]},
+        ],
+    }
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps({**told, **changes}))
+    return str(file)
+
+
+def test_a_grid_tries_every_value_once_and_names_the_best(runs: Runs) -> None:
+    code, printed = go(runs, "dpo_beta", "seed=7")
+    assert code == 0
+    assert [told["stages.dpo.beta"] for told in runs.asked] == BETAS
+    assert len({told["name"] for told in runs.asked}) == 4
+    assert all(told["seed"] == "7" for told in runs.asked)
+    assert "best: stages.dpo.beta=0.3" in printed
+    assert "may be as good" not in printed
+    rows = json.loads((runs.output / "sweeps/quickstart.dpo_beta/sweep.json").read_text())
+    assert [row["settings"] for row in rows] == [[f"stages.dpo.beta={beta}"] for beta in ("0.3", "0.1", "0.5", "0.05")]
+    assert rows[0]["interval"] == [pytest.approx(0.85), pytest.approx(0.95)]
+    code, _ = go(runs)
+    assert (code, len(runs.asked)) == (0, 4), "all are there"
+
+
+def test_others_that_may_be_as_good_are_named(runs: Runs) -> None:
+    runs.figure = lambda told: 0.5 + 0.01 * float(told["stages.dpo.beta"])
+    _, printed = go(runs)
+    assert "best: stages.dpo.beta=0.5" in printed
+    assert "trials 2, 1, 0 may be as good" in printed
+
+
+@pytest.mark.parametrize("code", [75, 130])
+def test_stopped_in_a_trial_it_goes_on_with_that_one(runs: Runs, code: int) -> None:
+    runs.codes[2] = code
+    assert go(runs)[0] == code
+    assert [told["stages.dpo.beta"] for told in runs.asked] == BETAS[:3]
+    assert go(runs)[0] == 0
+    assert [told["stages.dpo.beta"] for told in runs.asked[3:]] == BETAS[2:]
+    assert runs.asked[3]["name"] == runs.asked[2]["name"], "its stages are found again"
+
+
+def test_a_trial_whose_process_was_killed_is_tried_again(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    runs.faults[1] = Killed()  # type: ignore[assignment]
+    with pytest.raises(Killed):
+        go(runs)
+    monkeypatch.setattr(module.psutil, "pid_exists", lambda _: False)
+    assert go(runs)[0] == 0
+    assert [told["stages.dpo.beta"] for told in runs.asked] == [BETAS[0], *BETAS[1:2], *BETAS[1:]]
+
+
+def test_a_trial_that_fails_is_listed_with_what_it_said_and_ends_no_sweep(runs: Runs, tmp_path: Path) -> None:
+    runs.faults[3] = NonFiniteError("a gradient is not finite at step 4", where="stage dpo")
+    code, printed = go(runs, own(runs, tmp_path))
+    assert (code, len(runs.asked)) == (0, 8)
+    rows = json.loads((runs.output / "sweeps/quickstart.mine/sweep.json").read_text())
+    assert sum(row["value"] is not None for row in rows) == 7
+    assert rows[-1]["error"] == "stage dpo: a gradient is not finite at step 4"
+    assert "a gradient is not finite" in printed
+    betas = [float(told["stages.dpo.beta"]) for told in runs.asked]
+    assert all(0.01 <= beta <= 1.0 for beta in betas)
+    assert len(set(betas)) == 8
+    assert {told["stages.dpo.optim.batch_size"] for told in runs.asked} <= {"4", "8"}
+    assert go(runs, own(runs, tmp_path, trials=9))[0] == 0
+    assert len(runs.asked) == 9, "the study is kept"
+
+
+def test_where_every_trial_fails_the_exit_code_says_so(runs: Runs) -> None:
+    runs.faults = {number: NonFiniteError("no") for number in range(4)}
+    assert go(runs)[0] == 5
+
+
+def test_less_may_be_better(runs: Runs, tmp_path: Path) -> None:
+    told = {"objective": {"arm": "stage:dpo", "minimize": True}, "search": "grid"}
+    file = own(runs, tmp_path, **told, parameters=[{"key": "stages.dpo.beta", "values": [0.3, 0.5, 0.9]}])
+    assert "best: stages.dpo.beta=0.9" in go(runs, file)[1]
+
+
+def test_a_figure_that_the_evaluation_does_not_tell_is_a_fault_of_the_trial(runs: Runs) -> None:
+    runs.figure = lambda told: None
+    code, printed = go(runs)
+    assert code == 5
+    assert "the evaluation tells no gold of stage:dpo" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"objective": {"arm": "stage:dop"}}, "no stage reports gold of 'stage:dop'"),
+        ({"objective": {"arm": "stage:dpo", "metric": "glod"}}, "did you mean 'gold'"),
+        ({"parameters": []}, "at least one entry"),
+        ({"parameters": [{"key": "stages.dpo.bata", "values": [0.1]}]}, "stages.dpo.bata: unknown key; did you mean"),
+        ({"parameters": [{"key": "stages.dpo.beta"}]}, "write values: [...], or low and high"),
+        ({"parameters": [{"key": "stages.dpo.beta", "values": [0.1], "low": 0, "high": 1}]}, "write values"),
+        ({"parameters": [{"key": "stages.dpo.beta", "low": 0, "high": 1, "log": True}]}, "log wants low above 0"),
+        ({"search": "grid"}, "a grid takes values"),
+        ({"trials": None}, "say how many"),
+        ({"searhc": "grid"}, "unknown key; did you mean 'search'"),
+    ],
+)
+def test_a_sweep_that_cannot_be_right_starts_nothing(
+    runs: Runs, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        go(runs, own(runs, tmp_path, **changes))
+    assert words in str(caught.value)
+    assert runs.asked == []
+
+
+def test_an_unknown_sweep_gets_the_nearest(runs: Runs) -> None:
+    with pytest.raises(ConfigError, match="no sweep 'dpo_bata'; did you mean 'dpo_beta'"):
+        go(runs, "dpo_bata")
+
+
+@pytest.mark.parametrize("name", ["dpo_beta", "ppo_kl", "sft_rate_and_rank"])
+def test_every_shipped_sweep_fits_the_quickstart(runs: Runs, name: str) -> None:
+    module.read_sweep("quickstart", name, [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}"])
