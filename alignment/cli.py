@@ -23,7 +23,6 @@ _EXAMPLES = """\
 examples:
   align run quickstart                            the whole chain on a small model
   align run ./mine.yaml adapter=qlora             a recipe of your own; another choice from conf/
-  align doctor ./pairs.jsonl                      what a data file is, and what is wrong in it
   align export quickstart/dpo --to ./model        a result as a folder that transformers reads
 
 exit codes: 0 well, 2 configuration, 3 data, 4 model, 5 stage, 6 not finite, 7 artifact, 8 busy,
@@ -31,6 +30,7 @@ exit codes: 0 well, 2 configuration, 3 data, 4 model, 5 stage, 6 not finite, 7 a
 """
 
 
+_COMPARE = "Settings that differ, arms side by side, and differences in gold from the first run, prompt by prompt."
 _SWEEP = "Runs a recipe with many settings, each judged by its evaluation; called again, it makes what is missing."
 _ADD_TOKENS = "Writes a model with more special tokens, whose rows are the mean of all others, to start a run from."
 _DOCTOR = "Says what a data file looks like, what each kind of stage can make of it, and what is wrong in which rows."
@@ -104,6 +104,10 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
         from alignment.pipeline.new_tokens import add_tokens
 
         return add_tokens(console, options.model, options.tokens, to=options.to)
+    elif options.verb == "compare":
+        from alignment.pipeline.compare import compare
+
+        compare(console, Path(options.output).expanduser().absolute(), options.runs)
     elif options.verb == "sweep":
         from alignment.pipeline.sweep import sweep
 
@@ -156,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--output", default=".", metavar="FOLDER", help="the folder that holds runs/ (default: this one)"
     )
+    runs = verbs.add_parser("compare", help="what differs between runs", description=_COMPARE)
+    runs.add_argument("runs", metavar="RUN", nargs="+", help="names of runs; the others are compared with the first")
+    runs.add_argument("--output", default=".", metavar="FOLDER", help="the folder that holds runs/ (default: this one)")
     doctor = verbs.add_parser("doctor", help="what a data file is, and what is wrong in it", description=_DOCTOR)
     doctor.add_argument(
         "data", metavar="DATA", help="a data file or a folder of them, bundled:NAME, or hub:ORG/NAME@REVISION"

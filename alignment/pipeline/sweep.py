@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from alignment.config.sweep import ParameterConfig, Search
+from alignment.config.sweep import Metric, ParameterConfig, Search
 from alignment.errors import PREEMPTED, AlignmentError, Busy, ConfigError
 from alignment.locks import held
+from alignment.pipeline import paired
 from alignment.pipeline.record import read_record
 from alignment.pipeline.run import run
 from alignment.pipeline.signals import INTERRUPTED
@@ -201,8 +202,8 @@ def show(console: Console, study: Any, wanted: Sweep) -> None:
     console.print(table)
     if rows and rows[0]["value"] is not None:
         console.print(f"best: {' '.join(rows[0]['settings'])}", markup=False, highlight=False, soft_wrap=True)
-        if clear := _as_good(rows, minimize=objective.minimize):
-            console.print(clear, markup=False, highlight=False, soft_wrap=True)
+        if objective.metric is Metric.gold and (told_even := _as_good(rows, wanted)):
+            console.print(told_even, markup=False, highlight=False, soft_wrap=True)
 
 
 def _row(trial: Any) -> dict[str, Any]:
@@ -216,11 +217,17 @@ def _row(trial: Any) -> dict[str, Any]:
     }
 
 
-def _as_good(rows: Sequence[dict[str, Any]], *, minimize: bool) -> str:
-    """Which others these prompts do not tell from the best: their intervals meet."""
-    low, high = rows[0]["interval"]
-    others = [row for row in rows[1:] if row["value"] is not None]
-    meet = [row for row in others if (row["interval"][0] <= high if minimize else row["interval"][1] >= low)]
-    if not meet:
-        return ""
-    return f"trials {', '.join(str(row['trial']) for row in meet)} may be as good: their intervals meet the best one's"
+def _as_good(rows: Sequence[dict[str, Any]], wanted: Sweep) -> str:
+    """Which others these prompts do not tell from the best, by differences prompt by prompt."""
+    best = _golds(rows[0], wanted)
+    even = []
+    for row in rows[1:]:
+        found = paired.difference(best, _golds(row, wanted)) if row["value"] is not None else None
+        if found is not None and not found.excludes_zero():
+            even.append(str(row["trial"]))
+    return f"trials {', '.join(even)} may be as good: their differences are within chance" if even else ""
+
+
+def _golds(row: dict[str, Any], wanted: Sweep) -> dict[str, float]:
+    artifact = paired.evaluations(wanted.folder.parents[1] / "runs" / row["run"])[wanted.evaluation]
+    return paired.gold(artifact, wanted.config.objective.arm)

@@ -75,8 +75,8 @@ class Guard:
         if everyones(self._is_best(figures))[0]:  # all do as the main process finds
             self.best_gold, self.best_updates = figures["guard/gold"], updates
             named = dict(self._policy.named_parameters())  # a tied weight once, since it is written once
-            found = whole_state(self._policy, trained_only=True)
-            self._best = {name: weights for name, weights in found.items() if name in named}
+            weights = whole_state(self._policy, trained_only=True)
+            self._best = {name: held for name, held in weights.items() if name in named}
         if self._context.is_main:
             self._log.keep_through(updates - 1)  # a resumed stage looks again
             self._log.append(updates, figures)

@@ -1,0 +1,104 @@
+"""Runs side by side: settings that differ, arms, and differences prompt by prompt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from alignment.errors import ConfigError
+from alignment.pipeline.compare import compare
+
+
+class Runs:
+    """Folders of runs as the driver leaves them."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def add(self, name: str, golds: dict[str, list[float]] | None, *, prompts: str = "p", **settings: Any) -> None:
+        run = self.output / "runs" / name
+        run.mkdir(parents=True)
+        config = {
+            "name": name,
+            "seed": 1,
+            "launch": {"threads": len(name)},
+            "stages": {"dpo": {"beta": 0.1, **settings}},
+        }
+        stages = {"dpo": {"kind": "dpo", "artifact": str(run / "none")}}
+        if golds is not None:
+            stages["judge"] = {"kind": "evaluate", "artifact": str(run)}
+            arms = [
+                {"name": arm, "gold": {"mean": sum(told) / len(told), "low": min(told), "high": max(told)}}
+                for arm, told in golds.items()
+            ]
+            (run / "evaluation.json").write_text(json.dumps({"arms": arms}))
+            number = len(next(iter(golds.values())))
+            lines = [
+                {"id": f"{prompts}{place}", "answers": {arm: {"gold": told[place]} for arm, told in golds.items()}}
+                for place in range(number)
+            ]
+            (run / "samples.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        (run / "run.json").write_text(json.dumps({"config": config, "stages": stages}))
+
+    def compared(self, *names: str) -> str:
+        console = Console(width=160)
+        with console.capture() as captured:
+            compare(console, self.output, names)
+        return captured.get()
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    return Runs(tmp_path)
+
+
+def test_what_differs_is_shown_and_nothing_else(runs: Runs) -> None:
+    runs.add("a", {"base": [0.1, 0.2, 0.3], "stage:dpo": [0.5, 0.6, 0.7]})
+    runs.add("bb", {"base": [0.1, 0.2, 0.3], "stage:dpo": [0.6, 0.7, 0.8]}, beta=0.3)
+    printed = runs.compared("a", "bb")
+    (setting,) = [line for line in printed.splitlines() if "stages." in line]
+    assert setting.split() == ["stages.dpo.beta", "0.1", "0.3"]
+    assert "launch" not in printed
+    assert "0.600 (0.500–0.700)" in printed
+    assert "dpo: bb against a: +0.100 (+0.100 to +0.100), better" in printed
+    assert "base: bb against a: +0.000 (+0.000 to +0.000), no real difference" in printed
+
+
+def test_differences_are_taken_prompt_by_prompt(runs: Runs) -> None:
+    """Each run's own interval is wide, and the difference the same on every prompt."""
+    runs.add("a", {"stage:dpo": [0.0, 0.5, 1.0]})
+    runs.add("b", {"stage:dpo": [-0.1, 0.4, 0.9]})
+    assert "dpo: b against a: -0.100 (-0.100 to -0.100), worse" in runs.compared("a", "b")
+
+
+def test_other_prompts_are_not_compared(runs: Runs) -> None:
+    runs.add("a", {"stage:dpo": [0.1, 0.2]})
+    runs.add("b", {"stage:dpo": [0.8, 0.9]}, prompts="q")
+    printed = runs.compared("a", "b")
+    assert "dpo: b against a: judged on other prompts" in printed
+    assert "better" not in printed
+
+
+def test_runs_without_evaluation_still_show_their_settings(runs: Runs) -> None:
+    runs.add("a", None)
+    runs.add("b", None, beta=0.2)
+    printed = runs.compared("a", "b")
+    assert "stages.dpo.beta" in printed
+    assert "none of them was evaluated" in printed
+    runs.add("c", None)
+    assert "no setting differs" in runs.compared("a", "c")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"), [(("a",), "name two runs or more"), (("a", "a"), "name two"), (("a", "bq"), "did you mean 'b'")]
+)
+def test_runs_that_are_not_there_are_refused(runs: Runs, names: tuple[str, ...], words: str) -> None:
+    runs.add("a", None)
+    runs.add("b", None)
+    with pytest.raises(ConfigError) as caught:
+        runs.compared(*names)
+    assert words in f"{caught.value}"
