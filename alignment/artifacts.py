@@ -71,6 +71,13 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     os.replace(temporary, path)
 
 
+def readable(folder: Path) -> None:
+    """Lets others read the files of a folder; safetensors writes them for their owner alone."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
+
+
 def publish(content: Path, target: Path, manifest: Manifest) -> Manifest:
     """Turns the folder ``content`` into the artifact ``target``; returns the manifest with its files listed.
 
@@ -83,8 +90,8 @@ def publish(content: Path, target: Path, manifest: Manifest) -> Manifest:
         raise ArtifactError("this artifact exists and is complete", where=str(target), remedy="delete it to remake it")
     (content / MANIFEST).unlink(missing_ok=True)  # of an attempt that was stopped before the rename
     files = {}
+    readable(content)
     for path in sorted(p for p in content.rglob("*") if p.is_file()):
-        path.chmod(0o644)
         _flush(path)
         files[path.relative_to(content).as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     complete = dataclasses.replace(manifest, files=files)

@@ -113,10 +113,14 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
 
         return sweep(options.recipe, options.sweep, options.overrides, console=console)
     elif options.verb == "plan":
+        from alignment.pipeline.launching import why_not_here
         from alignment.pipeline.plan import make_plan
         from alignment.pipeline.summary import show_plan
 
-        show_plan(console, make_plan(options.recipe, options.overrides))
+        plan = make_plan(options.recipe, options.overrides)
+        show_plan(console, plan)
+        if why := why_not_here(plan):
+            console.print(f"this machine cannot start it: {why}", markup=False, highlight=False, soft_wrap=True)
     else:
         from alignment.pipeline.run import run
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from alignment.artifacts import Manifest, verify
+from alignment.artifacts import Manifest, readable, verify
 from alignment.config.model import Dtype
 from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import AlignmentError, ModelError
@@ -118,6 +118,7 @@ def export(artifact: Path, base: Path | None, to: Path, *, form: str, max_gap: f
         (partial / "README.md").write_text(model_card(manifest, form=form, notes=said), encoding="utf-8")
         lineage = {name: value for name, value in dataclasses.asdict(manifest).items() if name != "files"}
         (partial / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False), encoding="utf-8")
+        readable(partial)
         partial.rename(to)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -171,7 +172,8 @@ def _write_adapter(found: Lineage, folder: Path, rows: Sequence[list[int]]) -> l
         )
     shutil.copytree(found.adapters[0].path, folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = found.source.partition(":")[2].partition("@")[0]
+    of_hub = found.source.partition(":")[2].partition("@")[0]
+    config["base_model_name_or_path"] = str(found.base) if found.source.startswith("path:") else of_hub
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     ours = put_back(load_policy(found.weights, torch.float32), [found.adapters[0].path], trainable=False)
     expected = _stream_logprobs(ours.get_base_model(), rows)

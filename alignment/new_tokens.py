@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from alignment.artifacts import readable
 from alignment.errors import AlignmentError, ConfigError, ModelError
 
 
@@ -60,10 +61,11 @@ def add_tokens(folder: Path, to: Path, tokens: Sequence[str]) -> str:
         model.save_pretrained(str(partial))
         tokenizer.save_pretrained(str(partial))
         _refuse_lost(partial, tokens, rows)
+        readable(partial)
         partial.rename(to)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return f"{len(tokens)} new tokens, from {before} on; the model has {rows} rows"
+    return f"new tokens: {len(tokens)}, from {before} on; the model has {rows} rows"
 
 
 def _read(folder: Path) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments
 from alignment.config.stage import EvaluateConfig, ReportConfig, StageConfig, Trained
 from alignment.errors import ConfigError
-from alignment.pipeline.plan import Action, PlannedStage
+from alignment.pipeline.plan import Action, Plan, PlannedStage
 
 
 def of_stage(launch: LaunchConfig, config: StageConfig, *, num_devices: int) -> LaunchConfig:
@@ -26,6 +26,18 @@ def of_stage(launch: LaunchConfig, config: StageConfig, *, num_devices: int) -> 
             launch, num_processes=1, num_machines=1, sharding=Sharding.none, offload=Offload.none
         )
     return launcher.with_processes(launch, num_devices=num_devices)
+
+
+def why_not_here(plan: Plan) -> str:
+    """Why this machine cannot start what the plan has to run, or nothing; a plan may be meant for another one."""
+    launch, num_devices = plan.config.launch, launcher.count_devices()
+    try:
+        refuse_what_cannot_start(
+            launch, plan.stages, num_devices=launch.slurm.gpus if launch.slurm.submit else num_devices
+        )
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def refuse_what_cannot_start(launch: LaunchConfig, stages: Sequence[PlannedStage], *, num_devices: int) -> None:

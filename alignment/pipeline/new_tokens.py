@@ -14,8 +14,8 @@ from alignment.pipeline import sources
 from alignment.pipeline.display import display_for
 from alignment.pipeline.export import new_folder
 
-ADVICE = """start from it by model.source=path:{}; an adapter trains the new rows with modules_to_save: [embed_tokens]
-(and lm_head, where that has weights of its own)"""
+ADVICE = """start from it by model.source=path:{}; an adapter learns the new rows only with
+stages.NAME.adapter.modules_to_save=[embed_tokens] (and lm_head, where that has weights of its own)"""
 
 
 def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str) -> int:

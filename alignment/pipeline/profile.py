@@ -51,7 +51,8 @@ class Profile:
 
     def named(self, name: str) -> str:
         """What a run is called under this profile, so that nobody takes it for one without."""
-        return name if name.endswith(f"-{self.name}") else f"{name}-{self.name}"
+        parts = name.split(".")  # a sweep's trials say it in the first: mine-smoke.dpo_beta.3
+        return name if any(part.endswith(f"-{self.name}") for part in parts) else f"{name}-{self.name}"
 
     def _stage(self, stage: Any) -> Any:
         if not isinstance(stage, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from alignment.artifacts import Manifest, publish, read_manifest, verify
 from alignment.config.launch import LaunchConfig
 from alignment.config.near import suggestion
 from alignment.config.stage import ReportConfig
-from alignment.errors import PREEMPTED, ArtifactError, ConfigError
+from alignment.errors import PREEMPTED, ArtifactError, Busy, ConfigError
 from alignment.launcher import Command
 from alignment.locks import held
 from alignment.pipeline import data_sources, handover, jobs, launching, machines, pulses, references, slurm, sources
@@ -130,8 +131,13 @@ def refuse_missing_inputs(plan: Plan, only: str) -> None:
         raise ConfigError(
             f"{only} takes the result of {', '.join(missing)}, not made with these settings yet",
             where="--stage",
-            remedy=f"first: align run {plan.recipe} --stage {missing[0]}, or leave --stage out to run all",
+            remedy=f"first: {_command_of(plan, missing[0])}, or leave --stage out to run all",
         )
+
+
+def _command_of(plan: Plan, stage: str) -> str:
+    """What makes one stage with the settings of this plan."""
+    return shlex.join(["align", "run", plan.recipe, *plan.overrides, "--stage", stage])
 
 
 def _make_writable(plan: Plan) -> None:
@@ -200,7 +206,8 @@ def _one_stage(plan: Plan, stage: PlannedStage, record: RunRecord, display: Disp
         verify(stage.artifact, content=False)
         _point_to_result(plan, stage)
     except BaseException as stop:
-        interrupted = isinstance(stop, (KeyboardInterrupt, Terminated, Preempted))
+        # Busy: a process of an earlier call, whose driver was killed, is still at it.
+        interrupted = isinstance(stop, (KeyboardInterrupt, Terminated, Preempted, Busy))
         record.stage(stage.name, "waiting" if interrupted else "failed", seconds=time.monotonic() - started)
         display.end(stage.name, "failed" if not interrupted else "stopped", duration(time.monotonic() - started))
         raise

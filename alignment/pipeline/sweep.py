@@ -41,11 +41,13 @@ def sweep(recipe: str, name: str, overrides: Sequence[str], *, console: Console)
     study = _study(wanted)
     with held(wanted.folder / "lock", wait=False):
         _retry_cut_off(study)
+        console.print(f"{wanted.name}: {wanted.number} trials of {wanted.run_name}", highlight=False)
         for number in itertools.count(1):
             trial = _next(study, wanted)
             if trial is None:
                 break
-            console.print(f"[bold]trial {trial.number}[/]  {escape(' '.join(_told(trial.params)))}", highlight=False)
+            number_told = trial.user_attrs["run"].rpartition(".")[2]
+            console.print(f"[bold]trial {number_told}[/]  {escape(' '.join(_told(trial.params)))}", highlight=False)
             code = _try(study, trial, wanted, console)
             if code in (INTERRUPTED, PREEMPTED):
                 console.print("stopped; the same command goes on from here", highlight=False)
@@ -89,7 +91,7 @@ def _again(study: Any, trial: Any) -> None:
     import optuna
 
     study.tell(trial.number, state=optuna.trial.TrialState.PRUNED)
-    study.enqueue_trial(trial.params, user_attrs={"run": trial.user_attrs.get("run", "")})
+    study.enqueue_trial(trial.params, user_attrs={"run": trial.user_attrs["run"]})
 
 
 def _next(study: Any, wanted: Sweep) -> Any | None:
@@ -109,6 +111,8 @@ def _next(study: Any, wanted: Sweep) -> Any | None:
             study.enqueue_trial(combination)
     trial = study.ask({one.key: _distribution(one) for one in wanted.config.parameters})
     trial.set_user_attr("pid", os.getpid())
+    if "run" not in trial.user_attrs:
+        trial.set_user_attr("run", f"{wanted.run_name}.{wanted.name}.{trial.number}")
     return trial
 
 
@@ -140,8 +144,7 @@ def _try(study: Any, trial: Any, wanted: Sweep, console: Console) -> int:
     """Runs a trial and tells the study of it; a fault is written down and ends no sweep."""
     import optuna
 
-    name = trial.user_attrs.get("run") or f"{wanted.run_name}.{wanted.name}.{trial.number}"
-    trial.set_user_attr("run", name)
+    name = trial.user_attrs["run"]
     told = [*wanted.overrides, *_told(trial.params), f"name={name}"]
     try:
         code = run(wanted.recipe, told, console=console)
@@ -208,8 +211,8 @@ def show(console: Console, study: Any, wanted: Sweep) -> None:
 
 def _row(trial: Any) -> dict[str, Any]:
     return {
-        "trial": trial.number,
-        "run": trial.user_attrs.get("run", ""),
+        "trial": int(trial.user_attrs["run"].rpartition(".")[2]),  # one that was tried again keeps its number
+        "run": trial.user_attrs["run"],
         "settings": _told(trial.params),
         "value": trial.value,
         "interval": trial.user_attrs.get("interval", []),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,13 @@ class Sweep:
     evaluation: str
     folder: Path
 
+    @property
+    def number(self) -> int:
+        """How many trials there are in all."""
+        if self.config.search is Search.tpe:
+            return self.config.trials or 0
+        return math.prod(len(one.values) for one in self.config.parameters)
+
 
 def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
     """A shipped sweep by its name, or a file's by its path, laid over the recipe.
@@ -45,7 +53,7 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
         raise ConfigError(f"no sweep {name!r}; {suggestion(name, known)}", where="SWEEP", remedy="or give a .yaml file")
     config = sweep_from_plain(_plain(path), where=str(path))
     refuse(list(_faults(config, where=str(path))))
-    plan = make_plan(recipe, [*overrides, *(f"{one.key}={_first(one)}" for one in config.parameters)])
+    plan = _checked_plan(recipe, overrides, config.parameters)
     return Sweep(
         name=path.stem,
         config=config,
@@ -55,6 +63,20 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
         evaluation=_evaluation(plan, config, where=str(path)),
         folder=plan.output / "sweeps" / f"{plan.config.name}.{path.stem}",
     )
+
+
+def _checked_plan(recipe: str, overrides: Sequence[str], parameters: Sequence[ParameterConfig]) -> Plan:
+    """The plan of the first values; each of the others is planned beside these, so that a wrong one is found now."""
+    first = {one.key: _first(one) for one in parameters}
+    plan = make_plan(recipe, [*overrides, *_words(first)])
+    for one in parameters:
+        for value in one.values[1:]:
+            make_plan(recipe, [*overrides, *_words(first | {one.key: value})])
+    return plan
+
+
+def _words(values: dict[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in values.items()]
 
 
 def _plain(path: Path) -> Any:

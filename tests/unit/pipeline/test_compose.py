@@ -261,7 +261,8 @@ def test_the_command_line_has_the_last_word_over_a_profile() -> None:
     config = composed("quickstart", "profile=smoke", *told)
     assert (config.launch.num_processes, config.stages["dpo"].optim.batch_size) == (3, 6)  # type: ignore[union-attr]
     assert config.name == "mine-smoke"
-    assert composed("quickstart", "profile=smoke", "name=a-smoke").name == "a-smoke"
+    for name in ("a-smoke", "a-smoke.dpo_beta.3"):
+        assert composed("quickstart", "profile=smoke", f"name={name}").name == name
 
 
 def test_a_profile_keeps_what_lies_on_this_machine_and_all_that_it_says_nothing_of(tmp_path: Path) -> None:

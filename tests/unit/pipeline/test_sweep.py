@@ -118,6 +118,8 @@ def test_stopped_in_a_trial_it_goes_on_with_that_one(runs: Runs, code: int) -> N
     assert go(runs)[0] == 0
     assert [told["stages.dpo.beta"] for told in runs.asked[3:]] == BETAS[2:]
     assert runs.asked[3]["name"] == runs.asked[2]["name"], "its stages are found again"
+    rows = json.loads((runs.output / "sweeps/quickstart.dpo_beta/sweep.json").read_text())
+    assert all(row["run"].endswith(f".{row['trial']}") for row in rows)
 
 
 def test_a_trial_whose_process_was_killed_is_tried_again(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +175,7 @@ def test_a_figure_that_the_evaluation_does_not_tell_is_a_fault_of_the_trial(runs
         ({"objective": {"arm": "stage:dpo", "metric": "glod"}}, "did you mean 'gold'"),
         ({"parameters": []}, "at least one entry"),
         ({"parameters": [{"key": "stages.dpo.bata", "values": [0.1]}]}, "stages.dpo.bata: unknown key; did you mean"),
+        ({"parameters": [{"key": "stages.dpo.beta", "values": [0.1, "x"]}]}, "stages.dpo.beta: 'x' is not allowed"),
         ({"parameters": [{"key": "stages.dpo.beta"}]}, "write values: [...], or low and high"),
         ({"parameters": [{"key": "stages.dpo.beta", "values": [0.1], "low": 0, "high": 1}]}, "write values"),
         ({"parameters": [{"key": "stages.dpo.beta", "low": 0, "high": 1, "log": True}]}, "log wants low above 0"),
