@@ -113,19 +113,23 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
 
         return sweep(options.recipe, options.sweep, options.overrides, console=console)
     elif options.verb == "plan":
-        from alignment.pipeline.launching import why_not_here
-        from alignment.pipeline.plan import make_plan
-        from alignment.pipeline.summary import show_plan
-
-        plan = make_plan(options.recipe, options.overrides)
-        show_plan(console, plan)
-        if why := why_not_here(plan):
-            console.print(f"this machine cannot start it: {why}", markup=False, highlight=False, soft_wrap=True)
+        _show_plan(console, options.recipe, options.overrides)
     else:
         from alignment.pipeline.run import run
 
         return run(options.recipe, options.overrides, console=console, only=options.stage)
     return 0
+
+
+def _show_plan(console: Console, recipe: str, overrides: Sequence[str]) -> None:
+    from alignment.pipeline.launching import why_not_here
+    from alignment.pipeline.plan import make_plan
+    from alignment.pipeline.summary import show_plan
+
+    plan = make_plan(recipe, overrides)
+    show_plan(console, plan)
+    if why := why_not_here(plan):
+        console.print(f"this machine cannot start it: {why}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:

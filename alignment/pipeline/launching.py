@@ -28,13 +28,16 @@ def of_stage(launch: LaunchConfig, config: StageConfig, *, num_devices: int) -> 
     return launcher.with_processes(launch, num_devices=num_devices)
 
 
+def devices_for(launch: LaunchConfig) -> int:
+    """GPUs that stages will find: those of a job, or of this machine."""
+    return launch.slurm.gpus if launch.slurm.submit else launcher.count_devices()
+
+
 def why_not_here(plan: Plan) -> str:
-    """Why this machine cannot start what the plan has to run, or nothing; a plan may be meant for another one."""
-    launch, num_devices = plan.config.launch, launcher.count_devices()
+    """Why what the plan has to run cannot be started, or nothing; a plan may be meant for another machine."""
+    launch = plan.config.launch
     try:
-        refuse_what_cannot_start(
-            launch, plan.stages, num_devices=launch.slurm.gpus if launch.slurm.submit else num_devices
-        )
+        refuse_what_cannot_start(launch, plan.stages, num_devices=devices_for(launch))
     except ConfigError as error:
         return str(error)
     return ""

@@ -50,12 +50,11 @@ def run(
     if only is not None:
         refuse_missing_inputs(plan, only)
     launch = plan.config.launch
+    launching.refuse_what_cannot_start(launch, _chosen(plan, only), num_devices=launching.devices_for(launch))
     if launch.slurm.submit:
         slurm.refuse_without_slurm()
-        launching.refuse_what_cannot_start(launch, _chosen(plan, only), num_devices=launch.slurm.gpus)
         _make_writable(plan)
         return _submit(plan, only, console)
-    launching.refuse_what_cannot_start(launch, _chosen(plan, only), num_devices=launcher.count_devices())
     _make_writable(plan)
     if only is None:
         jobs.refuse_queued(plan.run_folder)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -42,17 +40,13 @@ def sweep(recipe: str, name: str, overrides: Sequence[str], *, console: Console)
     with held(wanted.folder / "lock", wait=False):
         _retry_cut_off(study)
         console.print(f"{wanted.name}: {wanted.number} trials of {wanted.run_name}", highlight=False)
-        for number in itertools.count(1):
-            trial = _next(study, wanted)
-            if trial is None:
-                break
-            number_told = trial.user_attrs["run"].rpartition(".")[2]
-            console.print(f"[bold]trial {number_told}[/]  {escape(' '.join(_told(trial.params)))}", highlight=False)
+        while (trial := _next(study, wanted)) is not None:
+            number = trial.user_attrs["run"].rpartition(".")[2]
+            console.print(f"[bold]trial {number}[/]  {escape(' '.join(_told(trial.params)))}", highlight=False)
             code = _try(study, trial, wanted, console)
             if code in (INTERRUPTED, PREEMPTED):
                 console.print("stopped; the same command goes on from here", highlight=False)
                 return code
-            assert number < 10_000, "a sampler that never ends"
     show(console, study, wanted)
     return 0 if any(trial.value is not None for trial in study.trials) else 5
 
@@ -61,7 +55,7 @@ def sweep(recipe: str, name: str, overrides: Sequence[str], *, console: Console)
 
 
 def _study(wanted: Sweep) -> Any:
-    """The study in the sweep's folder, a new one if there is none."""
+    """The study of just these questions in the sweep's folder, a new one if there is none."""
     try:
         import optuna
         from optuna.storages.journal import JournalFileBackend
@@ -70,7 +64,7 @@ def _study(wanted: Sweep) -> Any:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     wanted.folder.mkdir(parents=True, exist_ok=True)
     return optuna.create_study(
-        study_name=wanted.name,
+        study_name=f"{wanted.name}-{wanted.identity[:16]}",
         storage=optuna.storages.JournalStorage(JournalFileBackend(str(wanted.folder / JOURNAL))),
         direction="minimize" if wanted.config.objective.minimize else "maximize",
         sampler=optuna.samplers.TPESampler(seed=wanted.config.seed),
@@ -79,19 +73,19 @@ def _study(wanted: Sweep) -> Any:
 
 
 def _retry_cut_off(study: Any) -> None:
-    """What a process that is gone was at is tried again; its stages go on from their checkpoints."""
+    """What a process was at that is gone, since the lock is ours, is tried again; its stages go on from checkpoints."""
     import optuna
 
     for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
-        if not psutil.pid_exists(int(trial.user_attrs.get("pid", -1))):
-            _again(study, trial)
+        _again(study, trial)
 
 
 def _again(study: Any, trial: Any) -> None:
     import optuna
 
     study.tell(trial.number, state=optuna.trial.TrialState.PRUNED)
-    study.enqueue_trial(trial.params, user_attrs={"run": trial.user_attrs["run"]})
+    if "run" in trial.user_attrs:  # else it was cut off before it had a name, and asks nothing yet
+        study.enqueue_trial(trial.params, user_attrs={"run": trial.user_attrs["run"]})
 
 
 def _next(study: Any, wanted: Sweep) -> Any | None:
@@ -110,7 +104,6 @@ def _next(study: Any, wanted: Sweep) -> Any | None:
                 return None
             study.enqueue_trial(combination)
     trial = study.ask({one.key: _distribution(one) for one in wanted.config.parameters})
-    trial.set_user_attr("pid", os.getpid())
     if "run" not in trial.user_attrs:
         trial.set_user_attr("run", f"{wanted.run_name}.{wanted.name}.{trial.number}")
     return trial

@@ -18,12 +18,13 @@ from alignment.config.store import conf_folder
 from alignment.config.sweep import ParameterConfig, Search, SweepConfig
 from alignment.config.typed import sweep_from_plain
 from alignment.errors import ConfigError
+from alignment.fingerprint import digest
 from alignment.pipeline.plan import Plan, make_plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """A sweep over a recipe, checked."""
+    """A sweep over a recipe, checked. ``identity`` stands for all that its trials' figures depend on."""
 
     name: str
     config: SweepConfig
@@ -31,6 +32,7 @@ class Sweep:
     overrides: tuple[str, ...]
     run_name: str
     evaluation: str
+    identity: str
     folder: Path
 
     @property
@@ -54,13 +56,17 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
     config = sweep_from_plain(_plain(path), where=str(path))
     refuse(list(_faults(config, where=str(path))))
     plan = _checked_plan(recipe, overrides, config.parameters)
+    evaluation = _evaluation(plan, config, where=str(path))
+    # An evaluation's fingerprint covers recipe, overrides and data; what it does not reach changes no figure.
+    judged = next(stage.fingerprint for stage in plan.stages if stage.name == evaluation)
     return Sweep(
         name=path.stem,
         config=config,
         recipe=recipe,
         overrides=tuple(overrides),
         run_name=plan.config.name,
-        evaluation=_evaluation(plan, config, where=str(path)),
+        evaluation=evaluation,
+        identity=digest([judged, config.search, config.seed, config.objective, config.parameters]),
         folder=plan.output / "sweeps" / f"{plan.config.name}.{path.stem}",
     )
 

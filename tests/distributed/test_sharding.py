@@ -236,16 +236,33 @@ def test_a_loss_that_is_no_number_on_one_process_stops_all_and_keeps_nothing(
     assert not spec.artifact.exists()
 
 
+@pytest.mark.parametrize(
+    ("sharding", "offload", "told"),
+    [
+        (ZERO2, Offload.optimizer, {"offload_optimizer"}),
+        (ZERO3, Offload.optimizer, {"offload_optimizer"}),
+        (ZERO3, Offload.weights, {"offload_optimizer", "offload_param"}),
+        (ZERO3, Offload.none, set()),
+    ],
+)
+def test_deepspeed_is_told_what_to_offload(
+    tmp_path: Path, sharding: Sharding, offload: Offload, told: set[str]
+) -> None:
+    spec = replace(shared_out(Chained(tmp_path), "sft", LORA, sharding), offload=offload)
+    zero = sharding_arguments(StageContext(spec=spec, rank=0, world_size=2))["deepspeed"]["zero_optimization"]
+    assert {name for name in zero if name.startswith("offload")} == told
+
+
 @needs_deepspeed
-@pytest.mark.parametrize("offload", [Offload.optimizer, Offload.weights], ids=lambda offload: offload.value)
-def test_what_lies_in_the_machines_memory_learns_the_same(tmp_path: Path, offload: Offload) -> None:
+@pytest.mark.parametrize("sharding", [ZERO3, FSDP], ids=lambda sharding: sharding.value)
+def test_what_lies_in_the_machines_memory_learns_the_same(tmp_path: Path, sharding: Sharding) -> None:
     found = []
-    for where in (Offload.none, offload):
+    for where in (Offload.none, Offload.weights):
         chained = Chained(tmp_path / where.value)
-        spec = replace(shared_out(chained, "sft", LORA, ZERO3, config=steadied("sft", LORA)), offload=where)
-        told = sharding_arguments(StageContext(spec=spec, rank=0, world_size=2))["deepspeed"]["zero_optimization"]
-        assert ("offload_optimizer" in told) == (where is not Offload.none)
-        assert ("offload_param" in told) == (where is Offload.weights)
+        spec = replace(shared_out(chained, "sft", LORA, sharding, config=steadied("sft", LORA)), offload=where)
+        if sharding is FSDP:
+            told = sharding_arguments(StageContext(spec=spec, rank=0, world_size=2))["fsdp_config"]
+            assert told["cpu_offload"] == (where is Offload.weights)
         assert on_processes(spec) == [0, 0], logs(spec)
         found.append(weights(spec.artifact))
     for name, held in found[0].items():

@@ -36,7 +36,7 @@ class Runs:
         if number in self.codes:
             return self.codes[number]
         run = self.output / "runs" / told["name"]
-        run.mkdir(parents=True)
+        run.mkdir(parents=True, exist_ok=True)
         mean = self.figure(told)
         figure = None if mean is None else {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
         (run / "evaluation.json").write_text(json.dumps({"arms": [{"name": "stage:dpo", "gold": figure}]}))
@@ -98,8 +98,20 @@ def test_a_grid_tries_every_value_once_and_names_the_best(runs: Runs) -> None:
     rows = json.loads((runs.output / "sweeps/quickstart.dpo_beta/sweep.json").read_text())
     assert [row["settings"] for row in rows] == [[f"stages.dpo.beta={beta}"] for beta in ("0.3", "0.1", "0.5", "0.05")]
     assert rows[0]["interval"] == [pytest.approx(0.85), pytest.approx(0.95)]
-    code, _ = go(runs)
-    assert (code, len(runs.asked)) == (0, 4), "all are there"
+    code, _ = go(runs, "dpo_beta", "seed=7", "launch.threads=3")
+    assert (code, len(runs.asked)) == (0, 4), "all are there, and a launch changes no figure"
+
+
+def test_what_was_found_under_other_settings_is_not_told_as_these(runs: Runs, tmp_path: Path) -> None:
+    grid = {"search": "grid", "parameters": [{"key": "stages.dpo.beta", "values": [0.1, 0.3]}]}
+    go(runs, own(runs, tmp_path, **grid))
+    go(runs, own(runs, tmp_path, **grid), "seed=7")
+    assert len(runs.asked) == 4, "another seed"
+    go(runs, own(runs, tmp_path, **grid, objective={"arm": "stage:dpo", "minimize": True}))
+    assert len(runs.asked) == 6, "another objective"
+    grid["parameters"] = [{"key": "stages.dpo.beta", "values": [0.1, 0.3, 0.5]}]
+    assert go(runs, own(runs, tmp_path, **grid))[0] == 0
+    assert len(runs.asked) == 9, "another value"
 
 
 def test_others_that_may_be_as_good_are_named(runs: Runs) -> None:
@@ -122,14 +134,13 @@ def test_stopped_in_a_trial_it_goes_on_with_that_one(runs: Runs, code: int) -> N
     assert all(row["run"].endswith(f".{row['trial']}") for row in rows)
 
 
-def test_a_trial_whose_process_was_killed_is_tried_again(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_whose_process_was_killed_is_tried_again(runs: Runs) -> None:
     class Killed(BaseException):
         pass
 
     runs.faults[1] = Killed()  # type: ignore[assignment]
     with pytest.raises(Killed):
         go(runs)
-    monkeypatch.setattr(module.psutil, "pid_exists", lambda _: False)
     assert go(runs)[0] == 0
     assert [told["stages.dpo.beta"] for told in runs.asked] == [BETAS[0], *BETAS[1:2], *BETAS[1:]]
 
