@@ -134,6 +134,7 @@ def write_stage(folder: Path, config: StageConfig, *, base: Path, data: Path, re
         "work": str(work),
         "run_folder": str(run),
         "seed": SEED,
+        "launch": {"sharding": "none", "offload": "none"},
         "tracking": to_plain(TrackingConfig()),
         "git_commit": "",
     }
