@@ -32,8 +32,8 @@ preview: $(STAMP)  ## show rows as the stages of RECIPE would learn from them
 status: $(STAMP)  ## say how the runs in this folder stand
 	$(BIN)/align status $(ARGS)
 
-test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## run the tests, on several cores at once
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup $(ARGS)
 
 test-slurm: $(STAMP)  ## run stages as jobs of a real Slurm, which is fetched and started on this machine (Debian)
 	$(BIN)/python -m pytest tests/slurm $(ARGS)
