@@ -107,7 +107,7 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
     elif options.verb == "compare":
         from alignment.pipeline.compare import compare
 
-        compare(console, Path(options.output).expanduser().absolute(), options.runs)
+        compare(console, Path(options.output).expanduser().absolute(), options.runs, html=options.html)
     elif options.verb == "sweep":
         from alignment.pipeline.sweep import sweep
 
@@ -170,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     runs = verbs.add_parser("compare", help="what differs between runs", description=_COMPARE)
     runs.add_argument("runs", metavar="RUN", nargs="+", help="names of runs; the others are compared with the first")
+    runs.add_argument("--html", metavar="FILE", help="write a page with curves laid over each other and answers, too")
     runs.add_argument("--output", default=".", metavar="FOLDER", help="the folder that holds runs/ (default: this one)")
     doctor = verbs.add_parser("doctor", help="what a data file is, and what is wrong in it", description=_DOCTOR)
     doctor.add_argument(

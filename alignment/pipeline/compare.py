@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,52 @@ from alignment.config.near import suggestion
 from alignment.errors import ConfigError
 from alignment.pipeline import paired
 from alignment.pipeline.record import FILE, read_record
+from alignment.report.comparison import GOLD, MOST_RUNS, build_comparison
+from alignment.report.records import Difference, Interval
 
 NOT_SETTINGS = ("name", "output", "summary", "launch", "tracking")
 """What a run is told that changes no result."""
 
+ABSENT = "–"
 
-def compare(console: Console, output: Path, runs: Sequence[str]) -> None:
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Judged:
+    """An arm of a run: its line of the evaluation, and the figures of its answers by prompt."""
+
+    row: dict[str, Any]
+    scores: dict[str, dict[str, float]]
+
+
+def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | None = None) -> None:
     """Settings that differ, arms side by side, and differences from the first run, prompt by prompt.
 
     Raises:
-        ConfigError: fewer than two runs, or one that is not there.
+        ConfigError: fewer than two runs, one that is not there, or a page that cannot be written to ``html``.
     """
+    page = None if html is None else _page(html, runs)
     folders = _folders(output, runs)
-    records = [read_record(folder) for folder in folders]
-    _show_settings(console, runs, [_flat(_settings(record["config"])) for record in records])
-    told = [_arms(folder) for folder in folders]
-    if not any(told):
+    differing = dict(_differing([_settings(read_record(folder)["config"]) for folder in folders]))
+    judged = [_arms(folder) for folder in folders]
+    differences = list(_differences(judged))
+    _show_settings(console, runs, differing)
+    if any(judged):
+        _show_arms(console, runs, judged)
+        _show_differences(console, runs, differences)
+    else:
         console.print("\nnone of them was evaluated; add an evaluate stage", highlight=False)
-        return
-    _show_arms(console, runs, told)
-    _show_differences(console, runs, told)
+    if page is not None:
+        build_comparison(folders, page, settings=differing, differences=differences)
+        console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _page(html: str, runs: Sequence[str]) -> Path:
+    if len(runs) > MOST_RUNS:
+        raise ConfigError(f"a page holds {MOST_RUNS} runs at most", where="--html", remedy="name fewer")
+    path = Path(html).expanduser().absolute()
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"{html!r} cannot be a file", where="--html", remedy="name a file in a folder that is there")
+    return path
 
 
 def _folders(output: Path, runs: Sequence[str]) -> list[Path]:
@@ -51,6 +78,26 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in NOT_SETTINGS}
 
 
+def _differing(told: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:
+    """The value in each run of every setting that differs between those that have it.
+
+    Of a stage that some runs do not have, it is said which do.
+    """
+    flat = [_flat(one) for one in told]
+    stages = {name for one in told for name in one["stages"]}
+    lacking = {name for name in stages if any(name not in one["stages"] for one in told)}
+    said = set()
+    for key in dict.fromkeys(key for one in flat for key in one):
+        stage = key.split(".")[1] if key.startswith("stages.") else ""
+        if stage in lacking and stage not in said:
+            said.add(stage)
+            yield f"stages.{stage}", [one["stages"].get(stage, {}).get("kind", ABSENT) for one in told]
+        values = [str(one.get(key, ABSENT)) for one in flat]
+        counted = [value for value, one in zip(values, told, strict=True) if not stage or stage in one["stages"]]
+        if len(set(counted)) > 1:
+            yield key, values
+
+
 def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     """Values by dotted key."""
     if not isinstance(tree, Mapping):
@@ -61,56 +108,62 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
-def _show_settings(console: Console, runs: Sequence[str], told: Sequence[dict[str, Any]]) -> None:
-    keys = list(dict.fromkeys(key for one in told for key in one))
-    differ = [key for key in keys if any(one.get(key) != told[0].get(key) for one in told)]
-    if not differ:
+def _show_settings(console: Console, runs: Sequence[str], differing: dict[str, list[str]]) -> None:
+    if not differing:
         console.print("no setting differs", highlight=False)
         return
     table = _table("setting", *runs)
-    for key in differ:
-        table.add_row(escape(key), *(escape(str(one.get(key, "–"))) for one in told))
+    for key, values in differing.items():
+        table.add_row(escape(key), *map(escape, values))
     console.print(table)
 
 
-def _arms(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
-    """Each arm's line of the evaluation, and its gold by prompt."""
+def _arms(folder: Path) -> dict[str, _Judged]:
+    """The arms of all evaluations of a run, by name."""
     found = {}
     for artifact in paired.evaluations(folder).values():
-        for arm in json.loads((artifact / "evaluation.json").read_text(encoding="utf-8"))["arms"]:
-            found[arm["name"]] = (arm, paired.gold(artifact, arm["name"]))
+        for row in json.loads((artifact / "evaluation.json").read_text(encoding="utf-8"))["arms"]:
+            found[row["name"]] = _Judged(row=row, scores=paired.scores(artifact, row["name"]))
     return found
 
 
-def _show_arms(
-    console: Console, runs: Sequence[str], told: Sequence[dict[str, tuple[dict[str, Any], dict[str, float]]]]
-) -> None:
+def _show_arms(console: Console, runs: Sequence[str], judged: Sequence[dict[str, _Judged]]) -> None:
     table = _table("gold, 95 %", *runs)
-    for name in dict.fromkeys(name for one in told for name in one):
+    for name in dict.fromkeys(name for one in judged for name in one):
         cells = []
-        for one in told:
-            figure = one[name][0]["gold"] if name in one else None
+        for one in judged:
+            figure = one[name].row.get("gold") if name in one else None
             cells.append("–" if figure is None else f"{figure['mean']:.3f} ({figure['low']:.3f}–{figure['high']:.3f})")
         table.add_row(escape(name.removeprefix("stage:")), *cells)
     console.print()
     console.print(table)
 
 
-def _show_differences(
-    console: Console, runs: Sequence[str], told: Sequence[dict[str, tuple[dict[str, Any], dict[str, float]]]]
-) -> None:
-    for run, one in zip(runs[1:], told[1:], strict=True):
-        for name in [name for name in one if name in told[0]]:
-            found = paired.difference(one[name][1], told[0][name][1])
-            label = f"{name.removeprefix('stage:')}: {run} against {runs[0]}"
-            if found is None:
-                line = f"{label}: judged on other prompts, which cannot be compared"
-            else:
-                verdict = "no real difference"
-                if found.excludes_zero():
-                    verdict = "better" if found.mean > 0 else "worse"
-                line = f"{label}: {found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f}), {verdict}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+def _differences(judged: Sequence[dict[str, _Judged]]) -> Iterator[Difference]:
+    """What each other run has less the first, in every figure of the answers of an arm that both have."""
+    for place, one in enumerate(judged[1:], start=1):
+        for name in [name for name in one if name in judged[0]]:
+            ours, theirs = one[name].scores, judged[0][name].scores
+            for figure in [figure for figure in ours if figure in theirs]:
+                found = paired.difference(ours[figure], theirs[figure])
+                interval = None if found is None else Interval(mean=found.mean, low=found.low, high=found.high)
+                yield Difference(run=place, arm=name, figure=figure, interval=interval)
+
+
+def _show_differences(console: Console, runs: Sequence[str], differences: Sequence[Difference]) -> None:
+    for one in differences:
+        if one.figure != GOLD:
+            continue
+        label = f"{one.arm.removeprefix('stage:')}: {runs[one.run]} against {runs[0]}"
+        found = one.interval
+        if found is None:
+            line = f"{label}: judged on other prompts, which cannot be compared"
+        else:
+            verdict = "no real difference"
+            if one.real:
+                verdict = "better" if found.mean > 0 else "worse"
+            line = f"{label}: {found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f}), {verdict}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(*titles: str) -> Table:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from alignment.evaluation.bootstrap import Interval, mean_interval
 from alignment.pipeline.record import read_record
@@ -24,11 +23,25 @@ def evaluations(run_folder: Path) -> dict[str, Path]:
     return {name: artifact for name, artifact in found.items() if (artifact / "evaluation.json").is_file()}
 
 
+def scores(artifact: Path, arm: str) -> dict[str, dict[str, float]]:
+    """Every figure of an arm's answers (gold and its parts, or whatever else was judged), by prompt.
+
+    A prompt is its id and its turns: rows may have no id, and files may count theirs alike.
+    """
+    file = artifact / "samples.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    found: dict[str, dict[str, float]] = {}
+    for row in map(json.loads, lines):
+        prompt = json.dumps([row.get("id"), row.get("messages")], sort_keys=True)
+        for figure, value in row["answers"].get(arm, {}).items():
+            if isinstance(value, (int, float)):
+                found.setdefault(figure, {})[prompt] = float(value)
+    return found
+
+
 def gold(artifact: Path, arm: str) -> dict[str, float]:
     """The gold of an arm's answers, by prompt."""
-    lines = (artifact / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    return {str(row["id"]): float(row["answers"][arm]["gold"]) for row in rows if arm in row["answers"]}
+    return scores(artifact, arm).get("gold", {})
 
 
 def difference(one: dict[str, float], other: dict[str, float]) -> Interval | None:

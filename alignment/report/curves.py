@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,10 +102,38 @@ def charts(stage: Stage) -> list[Chart]:
             for key, label in zip(choice.keys, choice.labels, strict=True)
             if (points := _points(stage.metrics, key, choice.over))
         ]
-        if lines and not (choice.keys[0] in ONLY_IF_IT_MOVES and len({y for _, y in lines[0].points}) == 1):
-            svg = curve(lines, title=f"{stage.name}, {choice.title}", guide=choice.guide)
-            found.append(Chart(title=choice.title, unit=choice.unit, keys=" ".join(choice.keys), svg=svg))
+        if chart := _chart(choice, choice.keys, lines, title=choice.title, of=stage.name):
+            found.append(chart)
     return found
+
+
+def overlaid(stages: Sequence[tuple[str, int, Stage]]) -> list[Chart]:
+    """One stage of several runs, each ``(tag, look, stage)``: a chart for each figure, a line for each run that has it.
+
+    A guide is drawn only where it holds for all of them.
+    """
+    found = []
+    choices = min((_choices(stage) for _, _, stage in stages), key=lambda some: sum(c.guide is not None for c in some))
+    for choice in choices:
+        for key, label in zip(choice.keys, choice.labels, strict=True):
+            lines = [
+                Line(tag=tag, look=look, points=points)
+                for tag, look, stage in stages
+                if (points := _points(stage.metrics, key, choice.over))
+            ]
+            title = f"{choice.title}, {label}" if label else choice.title
+            if chart := _chart(choice, (key,), lines, title=title, of=stages[0][2].name):
+                found.append(chart)
+    return found
+
+
+def _chart(choice: Choice, keys: tuple[str, ...], lines: list[Line], *, title: str, of: str) -> Chart | None:
+    """The chart of a stage, or None where there is nothing to draw."""
+    still = len({y for line in lines for _, y in line.points}) == 1
+    if not lines or (keys[0] in ONLY_IF_IT_MOVES and still):
+        return None
+    svg = curve(lines, title=f"{of}, {title}", guide=choice.guide)
+    return Chart(title=title, unit=choice.unit, keys=" ".join(keys), svg=svg)
 
 
 def _choices(stage: Stage) -> tuple[Choice, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,21 @@ def _arm(raw: dict[str, Any]) -> Arm:
         distinct=text.finite(raw.get("distinct")),
         ended=text.finite(raw.get("ended")),
         seconds=text.finite(raw.get("seconds")),
+        figures=dict(_figures(raw)),
     )
+
+
+def _figures(raw: dict[str, Any]) -> Iterator[tuple[str, Interval]]:
+    """Every figure of an arm's row, also of groups of them (``{"wins": {"sft": {"mean": …}}}`` gives ``wins sft``)."""
+    for key, value in raw.items():
+        if key == "seconds":  # says nothing of the answers
+            continue
+        if item := _interval(value):
+            yield text.name(key), item
+        elif isinstance(value, dict) and "mean" not in value:
+            for inner, one in value.items():
+                if item := _interval(one):
+                    yield text.name(f"{key} {inner}"), item
 
 
 def _interval(raw: Any) -> Interval | None:

@@ -6,7 +6,7 @@ Every text from outside passes ``Markup.format``, which escapes it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from markupsafe import Markup
@@ -25,10 +25,16 @@ MIN_TICK_GAP = 34
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """A named series of a chart. ``label`` stands beside its last value and is empty where a chart has one line."""
+    """A series of a chart.
 
-    label: str
+    ``label`` stands below its last value and is empty where a chart has one line; ``tag``, a letter or two, stands
+    before the value. ``look`` numbers its colour, dashes and mark: None is its place in the chart.
+    """
+
     points: Points
+    label: str = ""
+    tag: str = ""
+    look: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +60,7 @@ def curve(lines: list[Line], *, title: str, guide: float | None) -> Markup:
 
     ``guide`` is a value worth comparing with (chance, ln 2), drawn dotted. Every line needs a finite point.
     """
+    lines = [replace(line, look=place) if line.look is None else line for place, line in enumerate(lines)]
     values = [y for line in lines for _, y in line.points if y is not None]
     steps = [x for line in lines for x, y in line.points if y is not None]
     low_x, high_x = min(steps), max(steps)
@@ -64,8 +71,7 @@ def curve(lines: list[Line], *, title: str, guide: float | None) -> Markup:
     parts = [_y_axis(frame), _x_axis(frame, max(steps))]
     if guide is not None:
         parts.append(_rule(LEFT, frame.y(guide), WIDTH - RIGHT, "guide"))
-    for index, line in enumerate(lines):
-        parts.append(_series(line.points, frame, index))
+    parts += [_series(line.points, frame, line.look) for line in lines]
     parts.append(_end_labels(lines, frame))
     return _drawing(_spoken(title, lines), parts)
 
@@ -105,7 +111,7 @@ def _spoken(title: str, lines: list[Line]) -> str:
     parts = []
     for line in lines:
         known = [y for _, y in line.points if y is not None]
-        who = f"{line.label} " if line.label else ""
+        who = "".join(f"{word} " for word in (line.tag, line.label) if word)
         parts.append(f"{who}from {text.compact(known[0])} to {text.compact(known[-1])}")
     return f"{title}: {', '.join(parts)}"
 
@@ -162,12 +168,12 @@ def _dot(x: float, y: float) -> Markup:
     return Markup('<circle class="dot s0" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(x, y)
 
 
-def _series(points: Points, frame: Frame, index: int) -> Markup:
+def _series(points: Points, frame: Frame, look: int | None) -> Markup:
     raw = _path(thinned(points, MAX_POINTS), frame)
     if len(points) < MIN_TO_SMOOTH:
-        return Markup('<path class="line s{}" d="{}"/>').format(index, raw)
+        return Markup('<path class="line s{}" d="{}"/>').format(look, raw)
     smooth = _path(thinned(smoothed(points), MAX_POINTS), frame)
-    return Markup('<path class="raw s{}" d="{}"/><path class="line s{}" d="{}"/>').format(index, raw, index, smooth)
+    return Markup('<path class="raw s{}" d="{}"/><path class="line s{}" d="{}"/>').format(look, raw, look, smooth)
 
 
 def _path(points: Points, frame: Frame) -> str:
@@ -182,25 +188,47 @@ def _path(points: Points, frame: Frame) -> str:
 def _end_labels(lines: list[Line], frame: Frame) -> Markup:
     """The last finite value of each line, moved apart where two would overlap."""
     ends = []
-    for index, line in enumerate(lines):
+    for place, line in enumerate(lines):
         shown = smoothed(line.points) if len(line.points) >= MIN_TO_SMOOTH else line.points
         x, y = [(x, y) for x, y in shown if y is not None][-1]
-        ends.append((frame.y(y), index, x, y, line.label))
+        ends.append((frame.y(y), place, x, y))
     ends.sort()
     height = 25 if any(line.label for line in lines) else 13
     parts: list[Markup] = []
     floor = float(TOP)
     room = len(ends) * height
-    for pixel, index, x, y, label in ends:
+    for pixel, place, x, y in ends:
+        line = lines[place]
         top = min(max(pixel - 4, floor), HEIGHT - BOTTOM - room + 8)
         floor, room = top + height, room - height
-        parts.append(
-            Markup('<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>').format(index, frame.x(x), pixel)
-        )
-        parts.append(_label(WIDTH - RIGHT + 7, top + 8, text.compact(y), f"end s{index}"))
-        if label:
-            parts.append(_label(WIDTH - RIGHT + 7, top + 19, label, f"tick s{index}"))
+        parts.append(mark((line.look or 0) if line.tag else 0, frame.x(x), pixel, f"dot s{line.look}"))
+        value = f"{line.tag} {text.compact(y)}".strip()
+        parts.append(_label(WIDTH - RIGHT + 7, top + 8, value, f"end s{line.look}"))
+        if line.label:
+            parts.append(_label(WIDTH - RIGHT + 7, top + 19, line.label, f"tick s{line.look}"))
     return Markup("").join(parts)
+
+
+MARKS = (
+    "m-2.6 0a2.6 2.6 0 1 0 5.2 0a2.6 2.6 0 1 0 -5.2 0z",
+    "m-2.8 -2.8h5.6v5.6h-5.6z",
+    "m0 -3.8l3.6 6.4h-7.2z",
+    "m0 -4l4 4l-4 4l-4 -4z",
+)
+"""A circle, a square, a triangle, a diamond, so that lines are not told apart by colour alone."""
+
+
+def mark(look: int, x: float, y: float, kind: str) -> Markup:
+    """The mark of a series at a point."""
+    return Markup('<path class="{}" d="M{:.1f} {:.1f}{}"/>').format(kind, x, y, MARKS[look % len(MARKS)])
+
+
+def swatch(look: int) -> Markup:
+    """A piece of a series' line with its mark, for a legend."""
+    line = Markup('<path class="line s{}" d="M2 6H34"/>').format(look)
+    return Markup('<svg class="swatch" viewBox="0 0 36 12" aria-hidden="true">{}{}</svg>').format(
+        line, mark(look, 18, 6, f"dot s{look}")
+    )
 
 
 def _label(x: float, y: float, words: str, kind: str) -> Markup:

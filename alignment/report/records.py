@@ -31,7 +31,8 @@ class Interval:
 class Arm:
     """One arm of the evaluation; None stands for a figure that was not measured.
 
-    ``kl`` is in nats a sequence, ``distinct`` and ``ended`` are shares of the answers.
+    ``kl`` is in nats a sequence, ``distinct`` and ``ended`` are shares of the answers. ``figures`` holds all that the
+    row says in numbers, these and whatever else, by name.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Arm:
     distinct: float | None = None
     ended: float | None = None
     seconds: float | None = None
+    figures: dict[str, Interval] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,27 @@ class Comparison:
     def real(self) -> bool:
         """Whether the interval excludes zero; read off the interval so that words and numbers cannot disagree."""
         return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """The run of this place less the first one, in a figure of an arm's answers, paired by prompt.
+
+    ``interval`` is None where they were judged on other prompts.
+    """
+
+    run: int
+    arm: str
+    figure: str
+    interval: Interval | None
+
+    @property
+    def real(self) -> bool:
+        """Whether the interval excludes zero."""
+        found = self.interval
+        return (
+            found is not None and found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

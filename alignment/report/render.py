@@ -39,15 +39,19 @@ def build(run_folder: Path, output: Path, *, num_samples: int) -> None:
     """
     if num_samples < 0:
         raise ConfigError(f"{num_samples} is negative", where="num_samples", remedy="give 0 or more")
-    html = page(read_run(run_folder), num_samples=num_samples)
+    write_page(page(read_run(run_folder), num_samples=num_samples), output)
+
+
+def write_page(html: str, output: Path) -> None:
+    """Writes a page by one rename."""
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     temporary.write_bytes(html.encode("utf-8", "replace"))
     os.replace(temporary, output)
 
 
-def page(run: Run, *, num_samples: int) -> str:
-    """The page as HTML."""
+def rendered(template: str, **values: Any) -> str:
+    """A template filled; all that is not ``Markup`` is escaped."""
     environment = Environment(
         loader=PackageLoader("alignment.report", "templates"),
         autoescape=True,
@@ -57,8 +61,14 @@ def page(run: Run, *, num_samples: int) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(number=text.number, share=text.share, bounds=tables.bounds, short=_short)
+    return environment.get_template(template).render(**values)
+
+
+def page(run: Run, *, num_samples: int) -> str:
+    """The page as HTML."""
     chosen = choose(run.samples, num_samples)
-    return environment.get_template("report.html.j2").render(
+    return rendered(
+        "report.html.j2",
         run=run,
         facts=tables.facts(run),
         verdict=judge(run),

@@ -28,12 +28,15 @@ class Chosen:
     why: str
 
 
-def choose(samples: list[Sample], num_samples: int) -> list[Chosen]:
-    """``num_samples`` samples, or all if there are fewer; the same samples give the same choice in any order."""
+def choose(samples: list[Sample], num_samples: int, *, widest: str = WIDEST) -> list[Chosen]:
+    """``num_samples`` samples, or all if there are fewer; the same samples give the same choice in any order.
+
+    ``widest`` says why those whose answers differ most in gold were taken.
+    """
     ordered = sorted(samples, key=_hash)
     num_widest = (num_samples + 1) // 2
-    by_gap = sorted((s for s in ordered if _gap(s) > 0), key=lambda s: -_gap(s))
-    chosen = [Chosen(sample=s, why=WIDEST) for s in _in_turn(by_gap, num_widest, lambda s: s.task)]
+    by_gap = sorted((s for s in ordered if gap(s) > 0), key=lambda s: -gap(s))
+    chosen = [Chosen(sample=s, why=widest) for s in _in_turn(by_gap, num_widest, lambda s: s.task)]
     taken = {id(item.sample) for item in chosen}
     rest = [s for s in ordered if id(s) not in taken]
     halves = _halves(ordered)
@@ -52,7 +55,8 @@ def _golds(sample: Sample) -> list[float]:
     return [answer.gold for answer in sample.answers if answer.gold is not None]
 
 
-def _gap(sample: Sample) -> float:
+def gap(sample: Sample) -> float:
+    """How far its answers lie apart in gold."""
     golds = _golds(sample)
     return max(golds) - min(golds) if golds else 0.0
 

@@ -19,7 +19,9 @@ class Runs:
     def __init__(self, output: Path) -> None:
         self.output = output
 
-    def add(self, name: str, golds: dict[str, list[float]] | None, *, prompts: str = "p", **settings: Any) -> None:
+    def add(
+        self, name: str, golds: dict[str, list[float]] | None, *, prompts: str = "p", ids: bool = True, **settings: Any
+    ) -> None:
         run = self.output / "runs" / name
         run.mkdir(parents=True)
         config = {
@@ -38,16 +40,20 @@ class Runs:
             (run / "evaluation.json").write_text(json.dumps({"arms": arms}))
             number = len(next(iter(golds.values())))
             lines = [
-                {"id": f"{prompts}{place}", "answers": {arm: {"gold": told[place]} for arm, told in golds.items()}}
+                {
+                    "id": ids and f"{prompts}{place}",
+                    "messages": [f"{prompts}{place}"],
+                    "answers": {arm: {"gold": told[place]} for arm, told in golds.items()},
+                }
                 for place in range(number)
             ]
             (run / "samples.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         (run / "run.json").write_text(json.dumps({"config": config, "stages": stages}))
 
-    def compared(self, *names: str) -> str:
+    def compared(self, *names: str, html: str | None = None) -> str:
         console = Console(width=160)
         with console.capture() as captured:
-            compare(console, self.output, names)
+            compare(console, self.output, names, html=html)
         return captured.get()
 
 
@@ -81,6 +87,35 @@ def test_other_prompts_are_not_compared(runs: Runs) -> None:
     printed = runs.compared("a", "b")
     assert "dpo: b against a: judged on other prompts" in printed
     assert "better" not in printed
+
+
+def test_prompts_without_ids_are_told_apart_by_what_they_say(runs: Runs) -> None:
+    runs.add("a", {"stage:dpo": [0.1, 0.2]}, ids=False)
+    runs.add("b", {"stage:dpo": [0.8, 0.9]}, ids=False)
+    runs.add("c", {"stage:dpo": [0.8, 0.9]}, ids=False, prompts="q")
+    assert "dpo: b against a: +0.700 (+0.700 to +0.700), better" in runs.compared("a", "b")
+    assert "judged on other prompts" in runs.compared("a", "c")
+
+
+def test_of_a_stage_that_a_run_lacks_only_that_is_said(runs: Runs) -> None:
+    runs.add("a", None)
+    runs.add("b", None)
+    record = json.loads((runs.output / "runs" / "b" / "run.json").read_text())
+    record["config"]["stages"]["ppo"] = {"kind": "ppo", "updates": 4}
+    (runs.output / "runs" / "b" / "run.json").write_text(json.dumps(record))
+    lines = [line.split() for line in runs.compared("a", "b").splitlines() if "stages." in line]
+    assert lines == [["stages.ppo", "–", "ppo"]]
+
+
+def test_a_page_is_written_where_asked_for(runs: Runs, tmp_path: Path) -> None:
+    runs.add("a", {"stage:dpo": [0.0, 0.5, 1.0]})
+    runs.add("b", {"stage:dpo": [-0.1, 0.4, 0.9]})
+    page = tmp_path / "page.html"
+    assert f"page: {page}" in runs.compared("a", "b", html=str(page))
+    assert "dpo: B is really worse than A: −0.100 gold" in page.read_text()
+    for place, words in ((str(tmp_path), "cannot be a file"), (str(tmp_path / "no" / "page.html"), "cannot be a file")):
+        with pytest.raises(ConfigError, match=words):
+            runs.compared("a", "b", html=place)
 
 
 def test_runs_without_evaluation_still_show_their_settings(runs: Runs) -> None:

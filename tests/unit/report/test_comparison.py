@@ -1,0 +1,178 @@
+"""The page of several runs: what differs, whose line is whose, what is missing; nothing that a browser would run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from alignment.report.comparison import MOST_RUNS, build_comparison
+from alignment.report.records import Difference, Interval
+from tests.unit.report.conftest import FakeRun
+from tests.unit.report.test_page import HOSTILE, Page, assert_harmless
+
+
+class Compared:
+    """Runs in folders of their own, and the page about them."""
+
+    def __init__(self, root: Path, count: int = 2) -> None:
+        self.root = root
+        self.runs = [FakeRun(root / str(place)) for place in range(count)]
+        for place, run in enumerate(self.runs):
+            run.run["name"] = f"run {place}"
+            for stage, entry in run.run["stages"].items():
+                entry["artifact"] = f"{stage}-{place}"
+        self.settings = {"stages.dpo.beta": ["0.1", "0.3"][:count] + ["0.5"] * (count - 2)}
+        self.differences = [_difference("stage:dpo", 0.09, 0.05), _difference("stage:ppo", 0.01, 0.05)]
+
+    def html(self) -> str:
+        for run in self.runs:
+            run.write()
+        output = self.root / "page.html"
+        build_comparison(
+            [run.folder for run in self.runs], output, settings=self.settings, differences=self.differences
+        )
+        return output.read_text(encoding="utf-8")
+
+
+def _difference(arm: str, mean: float, half: float, **changes: Any) -> Difference:
+    interval = Interval(mean=mean, low=mean - half, high=mean + half)
+    return Difference(**{"run": 1, "arm": arm, "figure": "gold", "interval": interval, **changes})
+
+
+@pytest.fixture
+def compared(tmp_path: Path) -> Compared:
+    return Compared(tmp_path)
+
+
+def test_it_stands_alone_and_every_drawing_is_well_formed(compared: Compared) -> None:
+    html = compared.html()
+    assert_harmless(html)
+    assert "http" not in html.replace("http-equiv", "")
+    drawings = re.findall(r"<svg.*?</svg>(?!</svg>)", html, flags=re.DOTALL)
+    assert len(drawings) > 30
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+    assert html == compared.html(), "the same files give the same bytes"
+    assert str(compared.root) not in html
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_text_stays_text(compared: Compared, hostile: str) -> None:
+    for run in compared.runs:
+        run.run.update(name=hostile, recipe=hostile)
+        run.run["stages"]["ppo"].update(state=hostile, kind=hostile)
+        run.evaluation["arms"][0]["label"] = hostile
+        run.evaluation["arms"][0][hostile] = {"mean": 1.0, "low": 0.5, "high": 1.5}
+        for row in run.samples[:3]:
+            row.update(task=hostile, reference=hostile, messages=[{"role": hostile, "content": hostile}])
+            row["answers"] = {hostile: {"text": hostile, "gold": 0.5, "checks": {hostile: 0.5}}}
+    compared.settings[hostile] = [hostile, "plain"]
+    compared.differences.append(_difference(hostile, 0.1, 0.05, figure=hostile))
+    assert_harmless(compared.html())
+
+
+def test_settings_arms_and_what_may_be_said_of_them(compared: Compared) -> None:
+    html = compared.html()
+    page = Page(html).text
+    assert '<th scope="row"><code>stages.dpo.beta</code></th><td><code>0.1</code></td><td><code>0.3</code></td>' in html
+    assert "1 of 2 differences from A in gold is real." in page
+    assert "dpo: B is really better than A: +0.090 gold (95 % interval +0.040 to +0.140)." in page
+    assert "ppo: a difference between B and A is not shown: +0.010 gold" in page
+    assert "A dpo 0.71 0.66 to 0.76 B dpo 0.71 0.66 to 0.76" in page, "an arm's runs stand below each other"
+
+
+def test_figures_that_nobody_knew_of_become_columns(compared: Compared) -> None:
+    row = compared.runs[1].evaluation["arms"][3]
+    row["perplexity"] = {"mean": 7.25, "low": 6.5, "high": 8.125}
+    row["wins"] = {"stage:sft": {"mean": 0.625, "low": 0.5, "high": 0.75}}
+    html = compared.html()
+    assert '<th scope="col"><bdi>perplexity</bdi></th><th scope="col"><bdi>wins stage:sft</bdi></th>' in html
+    assert "<td>7.25<small>6.50 to 8.12</small></td><td>0.62<small>0.50 to 0.75</small></td>" in html
+    assert html.count("<td>–</td><td>–</td></tr>") >= len(compared.runs[0].evaluation["arms"]), "the others have none"
+
+
+def test_curves_of_a_stage_lie_over_each_other(compared: Compared) -> None:
+    html = compared.html()
+    (drawn,) = re.findall(r'<svg class="curve"[^>]*aria-label="dpo, Loss: A from[^"]*, B from[^"]*">.*?</svg>', html)
+    assert {'class="line s0"', 'class="line s1"'} <= set(re.findall(r'class="line s\d"', drawn))
+    ends = re.findall(r'<text class="end s(\d)"[^>]*>(\w) ', drawn)
+    assert sorted(ends) == [("0", "A"), ("1", "B")]
+    assert len(set(re.findall(r'<path class="dot s\d" d="M[\d. ]+(m[^"]+)"', drawn))) == 2, (
+        "marks differ, not only colour"
+    )
+    style = html.split("<style>")[1].split("</style>")[0]
+    light = style.split("@media (prefers-color-scheme: dark)")[1:]
+    assert light
+    looks = re.findall(r"\.s(\d) \{ --run: (#\w+); --dash: ([^;]+); \}", style)
+    assert len(looks) == len({colour for _, colour, _ in looks}) == len({dash for _, _, dash in looks}) == MOST_RUNS
+
+
+def test_a_result_that_runs_share_is_drawn_once(compared: Compared) -> None:
+    for run in compared.runs:
+        run.run["stages"]["sft"]["artifact"] = "sft-0"
+    html = compared.html()
+    assert "B has the same result as A, drawn once." in html
+    assert re.search(r'aria-label="sft, Loss: A from [^B"]*"', html)
+
+
+def test_a_guide_that_holds_for_one_only_is_left_out(compared: Compared) -> None:
+    compared.runs[1].run["config"]["stages"]["dpo"]["loss"] = "ipo"
+    drawn = re.search(r'aria-label="dpo, Loss: .*?</svg>', compared.html())[0]
+    assert 'class="guide"' not in drawn
+
+
+def test_what_a_run_lacks_is_said(compared: Compared) -> None:
+    first, second = compared.runs
+    second.evaluation = second.samples = None
+    second.run["stages"]["evaluate"].update(state="waiting", artifact=None)
+    second.run["stages"]["ppo"].update(state="failed")
+    del second.metrics["ppo"]
+    compared.differences = []
+    page = Page(compared.html()).text
+    assert "No arm was judged in gold both in A and in another run" in page
+    assert "The evaluation (evaluate) has no result yet." in page
+    assert "The run is not complete: ppo (failed) and evaluate (waiting)." in page
+    assert "B has no curves of it yet (failed)." in page
+    assert "No prompt was answered by an arm of the same name in two of these runs." in page
+    first.evaluation = first.samples = None
+    first.run["stages"]["evaluate"].update(state="waiting", artifact=None)
+    assert "None of these runs was evaluated" in Page(compared.html()).text
+
+
+def test_runs_judged_on_other_prompts_are_not_compared(compared: Compared) -> None:
+    compared.differences = [_difference("stage:dpo", 0.0, 0.0, interval=None)]
+    for row in compared.runs[1].samples:
+        row["messages"] = [{"role": "user", "content": f"Another question. {row['id']}"}]
+    page = Page(compared.html()).text
+    assert "The other runs were judged on other prompts than A, so no difference can be told." in page
+    assert "dpo: B was judged on other prompts than A." in page
+    assert "No prompt was answered by an arm of the same name in two of these runs." in page
+
+
+def test_answers_of_one_arm_stand_together_and_equal_ones_once(compared: Compared) -> None:
+    for run in compared.runs:
+        run.samples = run.samples[:1]
+        run.samples[0]["answers"] = {
+            "base": {"text": "The same.", "gold": 0.5},
+            "stage:dpo": {"text": f"Of {run.run['name']}.", "gold": 0.5},
+        }
+    compared.runs[0].samples[0]["answers"]["stage:ppo"] = {"text": "Only here.", "gold": 1.0}
+    page = Page(compared.html()).text
+    assert "base A B The same." in page
+    assert page.index("dpo A Of run 0.") < page.index("dpo B Of run 1.")
+    assert "Only here." not in page
+
+
+def test_time_and_memory_stand_beside_each_other(compared: Compared) -> None:
+    compared.runs[1].run["stages"]["dpo"]["seconds"] = 61.0
+    times = r"<td>6\u202fmin 43\u202fs</td><td>2\.4\u202fGB</td><td>1\u202fmin 01\u202fs</td>"
+    assert re.search(rf'<th scope="row"><bdi>dpo</bdi></th>{times}', compared.html())
+
+
+def test_as_many_runs_as_have_a_look_fit(tmp_path: Path) -> None:
+    html = Compared(tmp_path, count=MOST_RUNS).html()
+    assert "H run 7" in Page(html).text
