@@ -31,6 +31,7 @@ exit codes: 0 well, 2 configuration, 3 data, 4 model, 5 stage, 6 not finite, 7 a
 
 
 _COMPARE = "Settings that differ, arms side by side, and differences in gold from the first run, prompt by prompt."
+_CHAT = "Talks to a policy of a run, line by line, from a terminal or a pipe: /reset begins anew, /exit or Ctrl-D ends."
 _SWEEP = "Runs a recipe with many settings, each judged by its evaluation; called again, it makes what is missing."
 _ADD_TOKENS = "Writes a model with more special tokens, whose rows are the mean of all others, to start a run from."
 _DOCTOR = "Says what a data file looks like, what each kind of stage can make of it, and what is wrong in which rows."
@@ -108,6 +109,16 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
         from alignment.pipeline.compare import compare
 
         compare(console, Path(options.output).expanduser().absolute(), options.runs, html=options.html)
+    elif options.verb == "chat":
+        from alignment.pipeline.chat import chat
+
+        return chat(
+            console,
+            options.result,
+            options.arms,
+            manner={name: getattr(options, name) for name in ("system", "max_new_tokens", "temperature", "seed")},
+            output=Path(options.output).expanduser().absolute(),
+        )
     elif options.verb == "sweep":
         from alignment.pipeline.sweep import sweep
 
@@ -183,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         "--against", metavar="DATA", help="say which rows ask what this file asks: of an evaluation, say"
     )
     _add_export(verbs)
+    _add_chat(verbs)
     more = verbs.add_parser("add-tokens", help="write a model with more special tokens", description=_ADD_TOKENS)
     more.add_argument("model", metavar="MODEL", help="what model.source takes: bundled:NAME, path:FOLDER, hub:ORG/NAME")
     more.add_argument("tokens", metavar="TOKEN", nargs="+", help="such as '<|think|>'")
@@ -211,6 +223,30 @@ def _add_export(verbs: Any) -> None:
         metavar="NATS",
         help="mean KL a token that merging may cause by rounding (default: 0.01)",
     )
+    one.add_argument("--output", default=".", metavar="FOLDER", help="the folder that holds runs/ (default: this one)")
+
+
+def _add_chat(verbs: Any) -> None:
+    one = verbs.add_parser("chat", help="talk to a stage's policy, or to two side by side", description=_CHAT)
+    one.add_argument("result", metavar="RUN", help="a run's name, RUN/STAGE, or an artifact's folder")
+    one.add_argument(
+        "--arm",
+        dest="arms",
+        action="append",
+        default=[],
+        metavar="ARM",
+        help="a stage of the run, base, or RUN/STAGE of another; give it twice for two (default: the last policy)",
+    )
+    one.add_argument("--system", default="", metavar="TEXT", help="what the system message says")
+    one.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
+    one.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0, the likeliest token each time (default), or more",
+    )
+    one.add_argument("--seed", type=int, default=0, metavar="N", help="of answers above temperature 0 (default: 0)")
     one.add_argument("--output", default=".", metavar="FOLDER", help="the folder that holds runs/ (default: this one)")
 
 

@@ -49,11 +49,13 @@ def generate(
     batch_size: int,
     sampling: Sampling | None = None,
     progress: Callable[[int], None] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Answers to ``prompts`` (token ids), in their order; an answer ends with one of ``end_ids`` or at the limit.
 
-    Without ``sampling`` the likeliest token is taken. ``progress`` is told how many prompts are done. On CPU in
-    bfloat16 the linear weights are held twice meanwhile.
+    Without ``sampling`` the likeliest token is taken. ``progress`` is told how many prompts are done, ``on_token`` each
+    token as it is taken: the place of its prompt, and its id. On CPU in bfloat16 the linear weights are held twice
+    meanwhile.
 
     Raises:
         ValueError: an empty prompt.
@@ -75,6 +77,8 @@ def generate(
                 end_ids=frozenset(end_ids),
                 temperature=1.0 if sampling is None else sampling.temperature,
                 uniforms=None if sampling is None else sampling.uniforms[batch],
+                on_token=on_token,
+                places=batch,
             )
             for index, answer in zip(batch, found, strict=True):
                 answers[index] = answer
@@ -92,6 +96,8 @@ def _generate_batch(
     end_ids: frozenset[int],
     temperature: float,
     uniforms: Tensor | None,  # [rows, steps]
+    on_token: Callable[[int, int], None] | None,
+    places: Sequence[int],  # of the prompts, as ``on_token`` is told them
 ) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # which answer each row of the batch belongs to
@@ -107,6 +113,8 @@ def _generate_batch(
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if row in unfinished:
                 answers[row].append(token)
+                if on_token is not None:
+                    on_token(places[row], token)
                 if token in end_ids:
                     unfinished.remove(row)
         if not unfinished or step == max_new_tokens - 1:

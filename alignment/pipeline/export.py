@@ -29,7 +29,7 @@ def export(console: Console, result: str, *, to: str, form: str, max_gap: float,
         ConfigError: there is no such result, or ``to`` is taken.
         ModelError: the base that it stands on is not here.
     """
-    folder = _artifact(result, output)
+    folder = artifact_of(result, output)
     manifest = read_manifest(folder)
     if manifest is None:
         raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")
@@ -41,7 +41,7 @@ def export(console: Console, result: str, *, to: str, form: str, max_gap: float,
     argv = [sys.executable, "-m", "alignment.export", str(folder), "--to", str(target), "--as", form]
     argv += ["--max-gap", str(max_gap)]
     if manifest.base["source"] != "self":
-        argv += ["--base", str(_base(manifest, folder, console))]
+        argv += ["--base", str(base_of(manifest, folder, console))]
     environment = launcher.environment(launcher.count_cores(), os.environ.get("PYTHONPATH", ""))
     code = subprocess.run(argv, env={**os.environ, **environment}, check=False).returncode
     if code == 0:
@@ -62,7 +62,12 @@ def new_folder(to: str) -> Path:
     return target
 
 
-def _artifact(result: str, output: Path) -> Path:
+def artifact_of(result: str, output: Path) -> Path:
+    """The folder of a result: an artifact's own, or that of ``RUN/STAGE`` of a run under ``output``.
+
+    Raises:
+        ConfigError: there is no such folder, run or stage.
+    """
     folder = Path(result).expanduser()
     if folder.is_dir():
         return folder.absolute()
@@ -80,8 +85,12 @@ def _artifact(result: str, output: Path) -> Path:
     return Path(stages[stage]["artifact"])
 
 
-def _base(manifest: Manifest, artifact: Path, console: Console) -> Path:
-    """The folder of the base, checked by content where the manifest recorded that."""
+def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:
+    """The folder of the base, checked by content where the manifest recorded that.
+
+    Raises:
+        ModelError: it is gone, or another one now.
+    """
     recorded, there = manifest.base["content"], Path(manifest.base["path"])
     if recorded is None:
         if (there / "config.json").is_file():

@@ -1,0 +1,167 @@
+"""``align chat``: one policy of a run or two, to talk to, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from alignment import launcher
+from alignment.artifacts import MANIFEST, Manifest, read_manifest
+from alignment.config.near import suggestion
+from alignment.errors import ArtifactError, ConfigError
+from alignment.pipeline import sources
+from alignment.pipeline.display import display_for
+from alignment.pipeline.export import artifact_of, base_of
+from alignment.pipeline.record import FILE, read_record
+from alignment.pipeline.references import BASE
+
+MOST_ARMS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speaker:
+    """A policy that answers: an ``artifact`` on its ``base``, or the bare base; ``described`` says what it is."""
+
+    name: str
+    described: str
+    artifact: str | None
+    base: str | None
+    dtype: str
+    chat_template: str | None = None
+
+
+def chat(console: Console, result: str, arms: Sequence[str], *, manner: Mapping[str, Any], output: Path) -> int:
+    """Talks until the user ends it; returns the exit code.
+
+    ``result`` is a run under ``output``, or what ``align export`` takes. ``arms`` are stages of that run, ``base``, or
+    such results; without any it is the last policy of the run that is done. ``manner`` is told to ``alignment.voice``.
+
+    Raises:
+        ConfigError: there is no such run, stage or result, or one that is no policy; more than two arms; a limit or a
+            temperature that cannot be.
+        ArtifactError: a stage that has made nothing yet.
+        ModelError: a base that is not here.
+    """
+    _refuse_manner(manner)
+    if len(arms) > MOST_ARMS:
+        raise ConfigError(f"{len(arms)} arms; two fit beside each other", where="--arm", remedy="name one or two")
+    finder = _Finder(console, result, output)
+    speakers = [finder.speaker(arm) for arm in arms or [finder.default()]]
+    environment = launcher.environment(launcher.count_cores(), os.environ.get("PYTHONPATH", ""))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "voices.json"
+        told = {"voices": [asdict(one) for one in speakers], "manner": dict(manner)}
+        file.write_text(json.dumps(told), encoding="utf-8")
+        argv = [sys.executable, "-m", "alignment.chat", str(file)]
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops an answer, which is the other's to do
+        try:
+            return subprocess.run(argv, env={**os.environ, **environment}, check=False).returncode
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def _refuse_manner(manner: Mapping[str, Any]) -> None:
+    if manner["max_new_tokens"] < 1:
+        raise ConfigError(f"{manner['max_new_tokens']} is no length", where="--max-new-tokens", remedy="give 1 or more")
+    if not 0 <= manner["temperature"] < float("inf"):
+        raise ConfigError(
+            f"{manner['temperature']} is no temperature", where="--temperature", remedy="give 0 (greedy) or more"
+        )
+
+
+class _Finder:
+    """What the words of a command line mean: within a run where the first one names one."""
+
+    def __init__(self, console: Console, result: str, output: Path) -> None:
+        self._console = console
+        self._result = result
+        self._output = output
+        is_artifact = (Path(result).expanduser() / MANIFEST).is_file()
+        is_run = (output / "runs" / result / FILE).is_file() and not is_artifact
+        self._record = read_record(output / "runs" / result) if is_run else None
+
+    def default(self) -> str:
+        """The last policy of the run that is done, or the result itself."""
+        if self._record is None:
+            return self._result
+        for name, stage in reversed(self._record["stages"].items()):
+            manifest = read_manifest(Path(stage["artifact"]))
+            if manifest is not None and manifest.kind == "policy":
+                return str(name)
+        raise ArtifactError(
+            "no stage of this run has made a policy yet", where=self._result, remedy="run it, or talk to --arm base"
+        )
+
+    def speaker(self, arm: str) -> Speaker:
+        """The policy that ``arm`` names."""
+        if arm == BASE:
+            return self._bare()
+        stages = {} if self._record is None else self._record["stages"]
+        name = arm.removeprefix("stage:")
+        if name in stages:
+            return self._of(Path(stages[name]["artifact"]), name)
+        if self._record is not None and "/" not in arm:
+            raise ConfigError(
+                f"run {self._result!r} has no stage {arm!r}; {suggestion(name, [*stages, BASE])}",
+                where="--arm",
+                remedy="another run's goes by RUN/STAGE, a folder by its path",
+            )
+        return self._of(
+            artifact_of(arm, self._output), arm.rstrip("/").rpartition("/")[2] if Path(arm).is_dir() else arm
+        )
+
+    def _of(self, folder: Path, name: str) -> Speaker:
+        manifest = _policy(folder)
+        own = manifest.base["source"] == "self"
+        return Speaker(
+            name=name,
+            described=f"{folder.name}" + ("" if own else f" on {manifest.base['source']}"),
+            artifact=str(folder),
+            base=None if own else str(base_of(manifest, folder, self._console)),
+            dtype=manifest.identity["base"]["dtype"],
+        )
+
+    def _bare(self) -> Speaker:
+        """The run's base model, or that of the result."""
+        if self._record is None:
+            folder = artifact_of(self._result, self._output)
+            manifest = _policy(folder)
+            if manifest.base["source"] == "self":
+                raise ConfigError(f"{folder.name} holds whole weights and no base", where="--arm", remedy="name others")
+            where, source = base_of(manifest, folder, self._console), manifest.base["source"]
+            return Speaker(name=BASE, described=source, artifact=None, base=str(where), dtype=_dtype(manifest))
+        model = self._record["config"]["model"]
+        found = sources.resolve(model["source"], where="model.source")
+        if not found.ready:
+            found = sources.fetch(found, announce=display_for(self._console).note)
+        return Speaker(
+            name=BASE,
+            described=model["source"],
+            artifact=None,
+            base=str(found.folder),
+            dtype=model["dtype"],
+            chat_template=model.get("chat_template"),
+        )
+
+
+def _dtype(manifest: Manifest) -> str:
+    return str(manifest.identity["base"]["dtype"])
+
+
+def _policy(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")
+    if manifest.kind != "policy":
+        raise ConfigError(f"{folder.name} is of kind {manifest.kind}; only a policy can talk", where="--arm")
+    return manifest

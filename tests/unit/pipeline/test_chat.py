@@ -1,0 +1,124 @@
+"""Whom ``align chat`` talks to, and what it refuses before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from alignment.artifacts import Manifest, publish
+from alignment.errors import AlignmentError
+from alignment.pipeline.chat import chat
+
+MANNER = {"system": "", "max_new_tokens": 8, "temperature": 0.0, "seed": 0}
+
+
+class Runs:
+    """A run with results that have nothing in them, and whom a conversation was begun with."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.base = output / "base"
+        self.base.mkdir()
+        (self.base / "config.json").write_text("{}")
+        (self.base / "model.safetensors").write_bytes(b"weights")
+        self.speakers: list[dict[str, Any]] = []
+        self.ignored = False
+
+    def add(self, run: str, **kinds: str | None) -> None:
+        stages = {stage: {"kind": stage, "artifact": str(self.artifact(run, stage))} for stage in kinds}
+        for stage, kind in kinds.items():
+            if kind is not None:
+                self.publish(self.artifact(run, stage), stage, kind)
+        folder = self.output / "runs" / run
+        folder.mkdir(parents=True)
+        model = {"source": f"path:{self.base}", "dtype": "bfloat16", "chat_template": "chatml"}
+        (folder / "run.json").write_text(json.dumps({"config": {"model": model}, "stages": stages}))
+
+    def artifact(self, run: str, stage: str) -> Path:
+        return self.output / "artifacts" / f"{stage}-{run}"
+
+    def publish(self, folder: Path, stage: str, kind: str) -> None:
+        content = self.output / "content"
+        content.mkdir()
+        base = {"source": f"path:{self.base}", "path": str(self.base), "content": None}
+        identity = {"kind": stage, "base": {"dtype": "float32"}}
+        publish(content, folder, Manifest(stage=stage, kind=kind, fingerprint="0" * 64, identity=identity, base=base))
+
+    def talk(self, result: str, *arms: str, **manner: Any) -> list[str]:
+        """The names of those who would speak."""
+        chat(Console(), result, arms, manner={**MANNER, **manner}, output=self.output)
+        return [one["name"] for one in self.speakers]
+
+    def refused(self, result: str, *arms: str, **manner: Any) -> str:
+        with pytest.raises(AlignmentError) as caught:
+            self.talk(result, *arms, **manner)
+        return str(caught.value)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    found = Runs(tmp_path)
+
+    def hear(argv: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        found.speakers = json.loads(Path(argv[-1]).read_text())["voices"]
+        found.ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        return subprocess.CompletedProcess(argv, 0)
+
+    monkeypatch.setattr("alignment.pipeline.chat.subprocess.run", hear)
+    found.add("a", sft="policy", reward="reward", dpo="policy", ppo=None)
+    return found
+
+
+def test_without_an_arm_the_last_policy_that_is_done_speaks(runs: Runs) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    assert runs.talk("a") == ["dpo"]
+    (one,) = runs.speakers
+    assert one["artifact"] == str(runs.artifact("a", "dpo"))
+    assert one["base"] == str(runs.base)
+    assert one["dtype"] == "float32"
+    assert runs.ignored, "Ctrl-C is the other process's"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.fixture
+def arms_of(runs: Runs) -> Callable[..., list[str]]:
+    runs.add("b", dpo="policy")
+    return runs.talk
+
+
+def test_arms_are_stages_the_base_or_other_results(runs: Runs, arms_of: Callable[..., list[str]]) -> None:
+    assert arms_of("a", "stage:sft", "base") == ["sft", "base"]
+    assert runs.speakers[1]["artifact"] is None
+    assert (runs.speakers[1]["dtype"], runs.speakers[1]["chat_template"]) == ("bfloat16", "chatml")
+    assert arms_of("a", "dpo", "b/dpo") == ["dpo", "b/dpo"]
+    assert arms_of("a/sft") == ["a/sft"]
+    assert arms_of(str(runs.artifact("a", "sft")), "base") == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("a", "dpp"), "run 'a' has no stage 'dpp'; did you mean 'dpo'?"),
+        (("a", "reward"), "of kind reward; only a policy can talk"),
+        (("a", "ppo"), "no complete artifact here"),
+        (("c",), "there is no run 'c'"),
+        (("a", "sft", "dpo", "base"), "3 arms; two fit beside each other"),
+    ],
+)
+def test_what_cannot_talk_is_named(runs: Runs, words: tuple[str, ...], said: str) -> None:
+    assert said in runs.refused(*words)
+
+
+def test_a_run_without_a_policy_and_limits_that_cannot_be_are_refused(runs: Runs) -> None:
+    runs.add("young", sft=None)
+    assert "no stage of this run has made a policy yet" in runs.refused("young")
+    assert "--max-new-tokens: 0 is no length" in runs.refused("a", max_new_tokens=0)
+    assert "--temperature: -1.0 is no temperature" in runs.refused("a", temperature=-1.0)
+    assert "nan is no temperature" in runs.refused("a", temperature=float("nan"))

@@ -1,0 +1,198 @@
+"""Talking to policies: what they hear, what reaches the terminal, and how it is ended."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import TaskType
+
+from alignment import chat
+from alignment.chat import Screen, converse, harmless
+from alignment.config.adapter import AdapterConfig
+from alignment.config.model import Dtype
+from alignment.config.stage import SftConfig
+from alignment.data.tokenize import prompt_ids
+from alignment.data.tokenizer import load_tokenizer
+from alignment.data.turns import Message
+from alignment.errors import DataError
+from alignment.models.generate import generate
+from alignment.models.load import Lineage
+from alignment.models.start import load_start
+from alignment.voice import Manner, Voice, load_voice
+from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_spec
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("chat") / "base")
+
+
+@pytest.fixture
+def voice_with(base: Path) -> Callable[..., Voice]:
+    def make(**manner: object) -> Voice:
+        told = Manner(**{"max_new_tokens": 12, **manner})
+        return load_voice("base", None, base, Dtype.float32, manner=told, chat_template=None)
+
+    return make
+
+
+def _say(voice: Voice, words: str) -> tuple[str, list[str]]:
+    pieces: list[str] = []
+    notes: list[str] = []
+    voice.answer(words, on_text=pieces.append, note=notes.append)
+    return "".join(pieces), notes
+
+
+def test_it_hears_the_conversation_so_far(voice_with: Callable[..., Voice], base: Path) -> None:
+    voice = voice_with(system="You are brief.")
+    first, _ = _say(voice, "The shop?")
+    second, _ = _say(voice, "And the keys?")
+    turns = [Message(role="system", content="You are brief."), Message(role="user", content="The shop?")]
+    turns += [Message(role="assistant", content=first), Message(role="user", content="And the keys?")]
+    tokenizer = load_tokenizer(base)
+    (ids,) = generate(
+        voice.model, [prompt_ids(tokenizer, turns)], max_new_tokens=12, end_ids=sorted(voice.ends), batch_size=1
+    )
+    assert second == tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+    voice.forget()
+    assert _say(voice, "The shop?")[0] == first, "a new conversation"
+
+
+def test_draws_come_from_the_seed(voice_with: Callable[..., Voice]) -> None:
+    once, again, other = (voice_with(temperature=1.0, seed=seed) for seed in (0, 0, 1))
+    said = [[_say(voice, "Hi.")[0] for _ in range(2)] for voice in (once, again, other)]
+    assert said[0] == said[1]
+    assert said[0] != said[2]
+
+
+def test_the_oldest_exchanges_are_dropped_and_that_is_said(voice_with: Callable[..., Voice]) -> None:
+    voice = voice_with()
+    voice.model.config.max_position_embeddings = 180
+    notes = [_say(voice, f"The note says that the shop is closed, {place}.")[1] for place in range(5)]
+    assert notes[0] == []
+    assert any(
+        "the oldest exchange was dropped, since the model reads 180 tokens at most" in n for one in notes for n in one
+    )
+    assert len(voice.history) < 10
+    assert voice.history[0].role == "user"
+    before = list(voice.history)
+    with pytest.raises(DataError, match=r"tokens; base reads 180, its answer included\n.*say less"):
+        _say(voice, "word " * 300)
+    assert voice.history == before, "nothing was said"
+
+
+def test_an_answer_that_is_stopped_stays_as_far_as_it_came(voice_with: Callable[..., Voice]) -> None:
+    voice = voice_with(max_new_tokens=200)
+    pieces: list[str] = []
+
+    def stop(text: str) -> None:
+        pieces.append(text)
+        if len(pieces) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        voice.answer("Hi.", on_text=stop, note=pieces.append)
+    assert [turn.content for turn in voice.history] == ["Hi.", "".join(pieces)]
+
+
+def test_a_model_without_a_template_is_refused_at_once(voice_with: Callable[..., Voice]) -> None:
+    voice = voice_with()
+    voice.tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        Voice(name="bare", model=voice.model, tokenizer=voice.tokenizer, manner=Manner())
+
+
+@pytest.mark.parametrize("hostile", ["\x1b[31m", "\x1b]0;title\x07", "a\rb", "\x9b2J", "\u202eabc", "\x08"])
+def test_nothing_that_a_model_says_commands_the_terminal(hostile: str) -> None:
+    shown = harmless(f"before {hostile} after [bold]")
+    assert not {"\x1b", "\r", "\x9b", "\x07", "\x08", "\u202e"} & set(shown)
+    assert shown.startswith("before ")
+    assert shown.endswith(" after [bold]")
+
+
+class _Echo:
+    """Says what it is told, or raises it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.heard: list[str] = []
+
+    def answer(self, words: str, *, on_text: Callable[[str], None], note: Callable[[str], None]) -> None:
+        self.heard.append(words)
+        on_text(f"{words} \x1b[2J")
+        if words == "stop":
+            raise KeyboardInterrupt
+        if words == "long":
+            raise DataError("too long")
+
+    def forget(self) -> None:
+        self.heard.clear()
+
+
+@pytest.fixture
+def piped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def talk(voices: list[_Echo], lines: str, *, wide: bool = False) -> str:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+        monkeypatch.setattr(Screen, "is_wide", wide)
+        converse(voices, Screen())
+        return capsys.readouterr().out
+
+    return talk
+
+
+def test_a_pipe_is_a_conversation(piped: Callable[..., str]) -> None:
+    voices = [_Echo("sft"), _Echo("dpo")]
+    said = piped(voices, "one\n\nstop\nlong\n/reset\ntwo\n/exit\nthree\n").splitlines()
+    assert said[:2] == ["sft: one \ufffd[2J", "dpo: one \ufffd[2J"]
+    assert said[2:4] == ["sft: stop \ufffd[2J [stopped]", "dpo: stop \ufffd[2J [stopped]"], "the other one still speaks"
+    assert said[4] == "sft: long \ufffd[2J[too long]"
+    assert said[6:] == ["a new conversation", "sft: two \ufffd[2J", "dpo: two \ufffd[2J"]
+    assert voices[0].heard == ["two"]
+
+
+def test_two_stand_beside_each_other_where_there_is_room(piped: Callable[..., str]) -> None:
+    said = piped([_Echo("sft"), _Echo("dpo")], "one [bold]\n", wide=True)
+    (line,) = [line for line in said.splitlines() if "one" in line]
+    assert line.count("one [bold] \ufffd[2J") == 2
+    assert "sft is thinking" in said
+
+
+def test_the_command_talks_to_a_stage_and_to_its_base(tmp_path: Path, base: Path) -> None:
+    """From the command line to the answer, through a pipe."""
+    found = Lineage(source=BASE_SOURCE, base=base, adapters=())
+    model = load_start(found, AdapterConfig(rank=4), Dtype.float32, task=TaskType.CAUSAL_LM, device=torch.device("cpu"))
+    liven(model)
+    identity = {"kind": "sft", "base": {"content": None, "dtype": "float32"}}
+    spec = tiny_spec(tmp_path, SftConfig(adapter=AdapterConfig(rank=4)), base_path=base, identity=identity)
+    saved = publish_tiny(spec, model, found)
+    record = {
+        "config": {"model": {"source": f"path:{base}", "dtype": "float32"}},
+        "stages": {"sft": {"kind": "sft", "artifact": str(saved.path)}},
+    }
+    (tmp_path / "runs" / "test" / "run.json").write_text(json.dumps(record))
+    argv = [sys.executable, "-m", "alignment.cli", "chat", "test", "--arm", "sft", "--arm", "base"]
+    argv += ["--output", str(tmp_path), "--max-new-tokens", "8", "--temperature", "1"]
+    done = subprocess.run(argv, input="Hi.\nHi again.\n", capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    answers = [line for line in done.stdout.splitlines() if line.startswith(("sft: ", "base: "))]
+    assert [line.partition(":")[0] for line in answers if "…" not in line] == ["sft", "base", "sft", "base"]
+    assert done.stderr == ""
+
+
+def test_a_fault_while_loading_has_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    one = {"name": "x", "described": "x", "artifact": str(tmp_path), "base": None, "dtype": "float32"}
+    file = tmp_path / "voices.json"
+    file.write_text(json.dumps({"voices": [{**one, "chat_template": None}], "manner": {}}))
+    assert chat.main([str(file)]) == 7
+    assert "no complete artifact here" in capsys.readouterr().err
