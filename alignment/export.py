@@ -42,6 +42,7 @@ from alignment.models.load import (
 )
 from alignment.models.nf4 import quantize_trunk
 from alignment.models.rows import stream
+from alignment.provenance import provenance, without_places
 
 CPU = torch.device("cpu")
 TEXTS = (
@@ -76,19 +77,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, help="the folder of the base model; not needed by one with a model in it")
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--as", dest="form", choices=("model", "adapter"), required=True)
+    parser.add_argument("--run", help="the run whose evaluation the card tells, where several know this artifact")
     parser.add_argument("--max-gap", type=float, required=True, help="largest mean KL a token that merging may cause")
     told = parser.parse_args(arguments)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        print(export(told.artifact, told.base, told.to, form=told.form, max_gap=told.max_gap))
+        print(export(told.artifact, told.base, told.to, form=told.form, max_gap=told.max_gap, run=told.run))
     except AlignmentError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def export(artifact: Path, base: Path | None, to: Path, *, form: str, max_gap: float) -> str:
+def export(artifact: Path, base: Path | None, to: Path, *, form: str, max_gap: float, run: str | None = None) -> str:
     """Writes the folder ``to`` by one rename; returns what is to be said about it.
 
     Raises:
@@ -115,14 +117,35 @@ def export(artifact: Path, base: Path | None, to: Path, *, form: str, max_gap: f
         else:
             said = _write_policy(manifest, found, partial, rows, max_gap=max_gap)
         tokenizer.save_pretrained(str(partial))
-        (partial / "README.md").write_text(model_card(manifest, form=form, notes=said), encoding="utf-8")
-        lineage = {name: value for name, value in dataclasses.asdict(manifest).items() if name != "files"}
-        (partial / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False), encoding="utf-8")
+        _describe(artifact, manifest, partial, form=form, said=said, run=run)
         readable(partial)
         partial.rename(to)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return "\n".join(said)
+
+
+def _describe(
+    artifact: Path, manifest: Manifest, folder: Path, *, form: str, said: Sequence[str], run: str | None
+) -> None:
+    """The card, and what the manifests say of every stage on the way; neither names a folder of this machine."""
+    found = provenance(artifact, manifest, run)
+    card = model_card(manifest, found, form=form, notes=said)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    told = [_lineage(step.manifest) for step in found.steps]
+    (folder / "lineage.json").write_text(
+        json.dumps({**told[-1], "made_from": told[:-1]}, indent=1, ensure_ascii=False), encoding="utf-8"
+    )
+
+
+def _lineage(manifest: Manifest) -> dict[str, Any]:
+    told = {name: value for name, value in dataclasses.asdict(manifest).items() if name != "files"}
+    told["base"] = {
+        name: without_places(str(value)) if name == "source" else value
+        for name, value in manifest.base.items()
+        if name != "path"
+    }
+    return told
 
 
 # ---- policies -------------------------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ def export(console: Console, result: str, *, to: str, form: str, max_gap: float,
     argv += ["--max-gap", str(max_gap)]
     if manifest.base["source"] != "self":
         argv += ["--base", str(base_of(manifest, folder, console))]
+    if not Path(result).expanduser().is_dir():
+        argv += ["--run", result.partition("/")[0]]
     environment = launcher.environment(launcher.count_cores(), os.environ.get("PYTHONPATH", ""))
     code = subprocess.run(argv, env={**os.environ, **environment}, check=False).returncode
     if code == 0:

@@ -1,0 +1,173 @@
+"""What an artifact came from and what was measured of it, read from the artifacts and runs that lie around it.
+
+Names of stages and of data are in the run's record, content and figures in the artifacts. What is not there any more is
+left out, and said.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alignment.artifacts import MANIFEST, Manifest, read_manifest
+from alignment.errors import ArtifactError
+
+_PLACE = re.compile(r"(?<![\w.])(?:~|\.\.?)?/(?:[^\s/'\",\]})]+/)*")
+"""A path but for its last part, wherever it begins in a text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """A stage on the way to the artifact; ``data`` are its sources as the run's record names them, main one first."""
+
+    manifest: Manifest
+    data: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """An evaluation's figures of this artifact: its row, and the paired differences that it is part of."""
+
+    row: dict[str, Any]
+    comparisons: list[dict[str, Any]]
+    num_prompts: int | None
+    manifest: Manifest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provenance:
+    """``steps`` are in order, the artifact itself last; ``lost`` names inputs whose artifacts are not there.
+
+    ``command`` is what made the run, without the machine's folders; empty where no run is known.
+    """
+
+    steps: list[Step]
+    lost: list[str] = field(default_factory=list)
+    evaluation: Judged | None = None
+    command: list[str] = field(default_factory=list)
+
+
+def provenance(artifact: Path, manifest: Manifest, run: str | None = None) -> Provenance:
+    """Of a result in a store of artifacts beside which runs are recorded; ``run`` is preferred among those."""
+    store = _store(artifact.parent)
+    records = _records(artifact.parent.parent / "runs", run)
+    steps, lost = _steps(manifest, store)
+    mine = next((record for record in records if artifact.name in _artifacts(record)), None)
+    named = [Step(manifest=one, data=_sources(store.get(one.fingerprint, artifact).name, records)) for one in steps]
+    return Provenance(
+        steps=named, lost=lost, evaluation=_evaluation(manifest, store, mine), command=_command(mine) if mine else []
+    )
+
+
+def without_places(text: str) -> str:
+    """The text without the folders of the machine that it was written on: of a path only the last part stays."""
+    return _PLACE.sub("", text)
+
+
+def _store(folder: Path) -> dict[str, Path]:
+    """Artifacts by fingerprint."""
+    found = {}
+    for path in sorted(folder.glob(f"*/{MANIFEST}")):
+        one = _read(path.parent)
+        if one is not None:
+            found[one.fingerprint] = path.parent
+    return found
+
+
+def _read(folder: Path) -> Manifest | None:
+    try:
+        return read_manifest(folder)
+    except ArtifactError:  # another one's damage is not this one's
+        return None
+
+
+def _records(folder: Path, first: str | None) -> list[dict[str, Any]]:
+    """What runs are recorded, the named one first, then the newest ones."""
+    found = []
+    for path in folder.glob("*/run.json"):
+        try:
+            found.append((path.parent.name == first, json.loads(path.read_text(encoding="utf-8"))))
+        except ValueError:
+            continue
+    return [record for _, record in sorted(found, key=lambda pair: (pair[0], pair[1].get("started", "")), reverse=True)]
+
+
+def _artifacts(record: dict[str, Any]) -> dict[str, str]:
+    """The stages of a run by their artifact's name."""
+    return {Path(stage["artifact"]).name: name for name, stage in record["stages"].items()}
+
+
+def _steps(manifest: Manifest, store: dict[str, Path]) -> tuple[list[Manifest], list[str]]:
+    """The artifact and all that it was made of, each behind its inputs."""
+    done: dict[str, Manifest] = {}
+    lost: list[str] = []
+
+    def visit(one: Manifest) -> None:
+        for name, fingerprint in one.inputs.items():
+            if fingerprint in done or not _is_fingerprint(fingerprint):  # else a model from outside
+                continue
+            folder = store.get(fingerprint)
+            found = None if folder is None else _read(folder)
+            if found is None:
+                lost.append(f"{name} of {one.stage}, `{fingerprint[:8]}`")
+            else:
+                visit(found)
+        done[one.fingerprint] = one
+
+    visit(manifest)
+    return list(done.values()), lost
+
+
+def _is_fingerprint(value: str) -> bool:
+    return ":" not in value
+
+
+def _sources(artifact: str, records: list[dict[str, Any]]) -> list[str]:
+    for record in records:
+        stage = _artifacts(record).get(artifact)
+        config = record["config"]["stages"].get(stage) if stage else None
+        if config is not None:
+            return [without_places(source) for source in _named(config.get("data")) if source]
+    return []
+
+
+def _named(data: Any) -> Iterator[str]:
+    if isinstance(data, dict):
+        yield str(data.get("source") or "")
+        for part in data.get("mix") or []:
+            yield str(part.get("source") or "")
+
+
+def _command(record: dict[str, Any]) -> list[str]:
+    """Settings that say where a run lies say nothing of how it was made."""
+    told = [one for one in record.get("overrides", []) if not one.startswith(("output=", "launch", "tracking"))]
+    return ["align", "run", without_places(str(record.get("recipe") or "RECIPE")), *map(without_places, told)]
+
+
+def _evaluation(manifest: Manifest, store: dict[str, Path], run: dict[str, Any] | None) -> Judged | None:
+    """The run's own evaluation of the artifact, or else the newest one."""
+    own = _artifacts(run) if run else {}
+    found = []
+    for folder in store.values():
+        one = _read(folder)
+        if one is None or one.kind != "evaluation":
+            continue
+        arm = next((name for name in one.identity["arms"] if one.inputs.get(name) == manifest.fingerprint), None)
+        if arm is not None:
+            found.append(((folder.name in own, one.created), folder, one, arm))
+    if not found:
+        return None
+    _, folder, one, arm = max(found, key=lambda pair: pair[0])
+    try:
+        content = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    row = next((row for row in content["arms"] if row["name"] == arm), None)
+    if row is None:
+        return None
+    comparisons = [one for one in content.get("comparisons", []) if arm in (one["arm"], one["against"])]
+    return Judged(row=row, comparisons=comparisons, num_prompts=content.get("num_prompts"), manifest=one)

@@ -1,0 +1,171 @@
+"""A card says what manifests and evaluation say, and nothing of the machine it was written on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from alignment.artifacts import Manifest, publish, read_manifest
+from alignment.model_card import model_card
+from alignment.provenance import provenance, without_places
+
+OPTIM = {"lr": 2e-4, "batch_size": 8, "epochs": 1, "max_steps": None}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sft": {"kind": "sft", "adapter": {"kind": "lora", "rank": 16}, "optim": OPTIM, "max_length": 512},
+    "reward": {"kind": "reward", "adapter": {"kind": "full", "master_weights": True}, "optim": OPTIM},
+    "ppo": {
+        "kind": "ppo",
+        "adapter": {"kind": "prefix", "virtual_tokens": 8},
+        "kl": {"coefficient": 0.05},
+        "empty": [],
+    },
+}
+INPUTS = {"sft": {}, "reward": {"init": "sft"}, "ppo": {"init": "sft", "reward": "reward"}}
+
+
+def _fingerprint(stage: str) -> str:
+    return stage.encode().hex().ljust(64, "0")
+
+
+class Store:
+    """Artifacts of a chain, an evaluation and the run that made them, with nothing in their folders."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for stage in CONFIGS:
+            self.publish(stage, kind="reward" if stage == "reward" else "policy", config=CONFIGS[stage])
+        self.record("mine", self.evaluate("evaluate", gold=0.625))
+
+    def publish(self, stage: str, *, kind: str, config: dict[str, Any], **changes: Any) -> Path:
+        content = self.root / "content"
+        content.mkdir(exist_ok=True)
+        told = {
+            "stage": stage,
+            "kind": kind,
+            "fingerprint": _fingerprint(stage),
+            "identity": {"kind": config["kind"], "config": config, "data": f"data-of-{stage}", "seed": 42},
+            "inputs": {name: _fingerprint(other) for name, other in INPUTS.get(stage, {}).items()},
+            "base": {"source": f"path:{self.root}/base", "path": str(self.root / "base"), "content": None},
+            "metrics": {"loss": 0.34567, "rows": 270.0},
+            "versions": {"torch": "2.9.0"},
+            "created": "2026-03-14T09:40:11Z",
+            "git_commit": "4f2c9d1e0b7a",
+        }
+        folder = self.root / "artifacts" / stage
+        publish(content, folder, Manifest(**{**told, **changes}))
+        return folder
+
+    def evaluate(self, name: str, *, gold: float, arm: str = "stage:ppo", of: str = "ppo") -> Path:
+        content = self.root / "content"
+        content.mkdir()
+        row = {"name": arm, "label": "ppo", "gold": {"mean": gold, "low": 0.5, "high": 0.75}, "words": 21.5}
+        row |= {"kl": None, "wins": {"sft": {"mean": 0.5625, "low": 0.4375, "high": 0.6875}}, "seconds": 3.0}
+        pair = {"arm": arm, "against": "stage:sft", "difference": 0.11, "low": 0.02, "high": 0.2, "real": True}
+        told = {"num_prompts": 102, "arms": [row], "comparisons": [pair]}
+        (content / "evaluation.json").write_text(json.dumps(told))
+        identity = {"arms": {arm: _fingerprint(of)}}
+        inputs = {arm: _fingerprint(of)}
+        return self.publish(name, kind="evaluation", config={"kind": "evaluate"}, identity=identity, inputs=inputs)
+
+    def record(self, run: str, evaluation: Path) -> None:
+        folder = self.root / "runs" / run
+        folder.mkdir(parents=True)
+        stages = {stage: {"artifact": str(self.root / "artifacts" / stage)} for stage in CONFIGS}
+        stages["evaluate"] = {"artifact": str(evaluation)}
+        sources = {"sft": "hub:org/chats@0123", "reward": f"path:{self.root}/pairs.jsonl", "ppo": "bundled:x"}
+        config = {"stages": {stage: {"data": {"source": source}} for stage, source in sources.items()}}
+        overrides = [f"stages.sft.data.source=path:{self.root}/a.jsonl", f"output={self.root}", "launch=ddp", "seed=7"]
+        told = {"recipe": f"{self.root}/mine.yaml", "overrides": overrides, "config": config, "stages": stages}
+        (folder / "run.json").write_text(json.dumps({**told, "started": run}))
+
+    def card(self, stage: str = "ppo", *, run: str | None = None, form: str = "model") -> str:
+        folder = self.root / "artifacts" / stage
+        manifest = read_manifest(folder)
+        assert manifest is not None
+        return model_card(manifest, provenance(folder, manifest, run), form=form, notes=["a note"])
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def test_its_figures_are_those_of_manifest_and_evaluation(store: Store) -> None:
+    card = store.card()
+    figures = dict(re.findall(r"^\| ([\w /]+) \| ([\d.]+) \|", card, flags=re.MULTILINE))
+    assert figures == {
+        "loss": "0.3457",
+        "rows": "270",
+        "gold": "0.625",
+        "words": "21.5",
+        "wins sft": "0.5625",
+    }
+    assert "| gold | 0.625 | 0.5 to 0.75 |" in card
+    assert "on 102 held-out prompts" in card
+    assert "- ppo against sft: +0.110 (+0.020 to +0.200), better" in card
+
+
+def test_its_lineage_names_every_stage_with_data_and_settings(store: Store) -> None:
+    card = store.card()
+    assert "base → sft (sft) → reward (reward) → ppo (ppo)" in card
+    for stage in CONFIGS:
+        assert f"fingerprint `{_fingerprint(stage)}`" in card
+        assert f"content `data-of-{stage}`" in card
+    assert "data: `hub:org/chats@0123`" in card
+    assert "adapter: kind lora, rank 16\n" in card
+    assert "adapter: kind prefix, virtual_tokens 8\n" in card
+    assert "optimiser: lr 0.0002, batch_size 8, epochs 1\n" in card
+    assert "settings: kl.coefficient 0.05; seed 42" in card
+    assert "4f2c9d1e0b7a" in card
+    assert "torch 2.9.0" in card
+
+
+def test_no_folder_of_the_machine_is_in_it(store: Store) -> None:
+    card = store.card()
+    assert str(store.root) not in card
+    assert not re.search(r"(?<![\w.])/\w+/", card)
+    assert "$ align run mine.yaml stages.sft.data.source=path:a.jsonl seed=7\n" in card
+    assert "data: `path:pairs.jsonl`" in card
+    assert without_places("hub:org/name@1 ./mine.yaml ~/x/y.jsonl path:sub/x.jsonl") == (
+        "hub:org/name@1 mine.yaml y.jsonl path:sub/x.jsonl"
+    )
+
+
+def test_its_header_is_what_hubs_read(store: Store) -> None:
+    header = yaml.safe_load(store.card().split("---")[1])
+    assert header["library_name"] == "transformers"
+    assert header["pipeline_tag"] == "text-generation"
+    assert header["datasets"] == ["org/chats"]
+    assert "base_model" not in header, "a folder is no name on a hub"
+    assert header["tags"] == ["alignment-pipeline", "sft", "reward", "ppo"]
+    assert yaml.safe_load(store.card("reward").split("---")[1])["pipeline_tag"] == "text-classification"
+
+
+def test_the_evaluation_of_the_run_that_is_named_counts(store: Store) -> None:
+    other = store.evaluate("evaluate-later", gold=0.25)
+    store.record("other", other)
+    assert "| gold | 0.625 |" in store.card(run="mine")
+    assert "| gold | 0.25 |" in store.card(run="other")
+
+
+def test_what_is_not_known_is_said(store: Store) -> None:
+    for path in (store.root / "artifacts" / "reward" / "manifest.json", store.root / "runs" / "mine" / "run.json"):
+        path.unlink()
+    card = store.card("sft")
+    assert "No evaluation of it is recorded beside it." in card
+    assert "whether it is better than its base is not known" in card
+    assert "The command that made it is not recorded beside it." in card
+    assert "data: a source whose name is not recorded" in card
+    assert f"not found beside it, so not told here: reward of ppo, `{_fingerprint('reward')[:8]}`" in store.card()
+
+
+def test_damaged_neighbours_do_not_stop_it(store: Store) -> None:
+    (store.root / "artifacts" / "reward" / "manifest.json").write_text("{")
+    (store.root / "runs" / "mine" / "run.json").write_text("{")
+    (store.root / "artifacts" / "evaluate" / "evaluation.json").write_text("{")
+    assert "No evaluation of it is recorded beside it." in store.card()
