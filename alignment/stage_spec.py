@@ -11,7 +11,7 @@ import yaml
 from alignment.config.launch import Offload, Sharding
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import StageConfig
-from alignment.config.tracking import TrackerKind, TrackingConfig
+from alignment.config.tracking import TrackingConfig
 from alignment.config.typed import stage_from_plain
 
 
@@ -31,6 +31,7 @@ class StageSpec:
     """
 
     run: str
+    recipe: str
     stage: str
     config: StageConfig
     model: ModelConfig
@@ -72,10 +73,10 @@ def read_spec(path: Path) -> StageSpec:
         artifact=Path(raw["artifact"]),
         work=Path(raw["work"]),
         run_folder=Path(raw["run_folder"]),
-        tracking=TrackingConfig(kind=TrackerKind(raw["tracking"]["kind"]), project=raw["tracking"]["project"]),
+        tracking=TrackingConfig(**raw["tracking"]),
         **{
             name: raw[name]
-            for name in ("run", "stage", "fingerprint", "identity", "input_fingerprints", "seed", "git_commit")
+            for name in ("run", "recipe", "stage", "fingerprint", "identity", "input_fingerprints", "seed", "git_commit")
         },
     )
 

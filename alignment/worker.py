@@ -7,7 +7,6 @@ Reads what the driver froze, runs the stage, and on the main process publishes t
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import logging
 import os
 import random
@@ -17,8 +16,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -39,6 +38,7 @@ from alignment.stages.result import StageResult
 from alignment.training.context import StageContext
 from alignment.training.session import Preempted, usage
 from alignment.training.sharding import begin
+from alignment.versions import versions
 
 STAGE_MODULES = {
     "cpt": "alignment.stages.cpt",
@@ -48,7 +48,6 @@ STAGE_MODULES = {
     "ppo": "alignment.stages.ppo",
     "evaluate": "alignment.stages.evaluate",
 }
-PACKAGES = ("alignment-pipeline", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
 def main(path: Path) -> int:
@@ -108,14 +107,28 @@ def _run(spec: StageSpec, context: StageContext) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     begin(context)
-    module = importlib.import_module(STAGE_MODULES[spec.config.kind])
-    run: Callable[[StageConfig, StageContext], StageResult] = module.run
-    result = run(spec.config, context)
-    if context.is_main:
-        _publish(spec, context, result)
+    with _tracked(context):
+        module = importlib.import_module(STAGE_MODULES[spec.config.kind])
+        run: Callable[[StageConfig, StageContext], StageResult] = module.run
+        result = run(spec.config, context)
+        if context.is_main:
+            context.trackers.result(_publish(spec, context, result), spec.artifact)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _tracked(context: StageContext) -> Iterator[None]:
+    """Trackers follow the stage from here to its end, whatever that is."""
+    if context.is_main:
+        context.trackers.start(context.spec)
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        context.trackers.close(done=done)
 
 
 def _refuse_changed_data(spec: StageSpec) -> None:
@@ -139,7 +152,7 @@ def _stop_now(_: int, __: FrameType | None) -> None:
     raise Preempted
 
 
-def _publish(spec: StageSpec, context: StageContext, result: StageResult) -> None:
+def _publish(spec: StageSpec, context: StageContext, result: StageResult) -> Manifest:
     context.progress("saving")
     manifest = Manifest(
         stage=spec.stage,
@@ -152,24 +165,15 @@ def _publish(spec: StageSpec, context: StageContext, result: StageResult) -> Non
         adapters_stood=result.adapters_stood,
         metrics=result.metrics,
         usage=usage(context),
-        versions=_versions(),
+        versions=versions(),
         git_commit=spec.git_commit,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         tokenizer_sha256=result.hashes.get("tokenizer_sha256", ""),
         chat_template_sha256=result.hashes.get("chat_template_sha256", ""),
     )
-    publish(context.content, spec.artifact, manifest)
+    complete = publish(context.content, spec.artifact, manifest)
     shutil.rmtree(spec.work, ignore_errors=True)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # our own, when it runs from a folder
-            found[package] = "not installed"
-    return found
+    return complete
 
 
 def _finish(context: StageContext, state: str, exit_code: int, error: str) -> None:
@@ -184,6 +188,7 @@ def _finish(context: StageContext, state: str, exit_code: int, error: str) -> No
         "error": error,
         "where": f"stage {context.spec.stage}" + several,
         "time": time.time(),
+        "notes": context.trackers.faults,
     }
     write_json(path, status)
 

@@ -120,6 +120,7 @@ def write_stage(folder: Path, config: StageConfig, *, base: Path, data: Path, re
         inputs["reward"] = {"ref": "stage:reward", "path": str(reward)}
     told = {
         "run": "benchmark",
+        "recipe": "benchmark",
         "stage": config.kind,
         "config": to_plain(config),
         "model": to_plain(MODEL),

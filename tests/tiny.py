@@ -31,7 +31,7 @@ from alignment.artifacts import Manifest, publish
 from alignment.config.adapter import AdapterConfig
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import RewardConfig, StageConfig
-from alignment.config.tracking import TrackerKind, TrackingConfig
+from alignment.config.tracking import TrackingConfig
 from alignment.data.tokenizer import load_tokenizer
 from alignment.models.answers import unwrapped
 from alignment.models.load import Lineage
@@ -161,6 +161,7 @@ def tiny_spec(folder: Path, config: StageConfig, **changes: Any) -> StageSpec:
         path.mkdir(parents=True, exist_ok=True)
     told: dict[str, Any] = {
         "run": "test",
+        "recipe": "tiny",
         "stage": config.kind,
         "config": config,
         "model": ModelConfig(source=BASE_SOURCE, dtype=Dtype.float32),
@@ -175,7 +176,7 @@ def tiny_spec(folder: Path, config: StageConfig, **changes: Any) -> StageSpec:
         "work": work,
         "run_folder": run_folder,
         "seed": 0,
-        "tracking": TrackingConfig(kind=TrackerKind.jsonl),
+        "tracking": TrackingConfig(),
         "git_commit": "",
     }
     return StageSpec(**{**told, **changes})

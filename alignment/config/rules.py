@@ -77,6 +77,7 @@ SLURM_MEMORY = Rule(
     lambda value: re.fullmatch(r"[1-9]\d{0,8}[KMGT]", value, re.ASCII) is not None,
     "a whole number with K, M, G or T, as in 64G",
 )
+TAGS = Rule(lambda value: all(0 < len(tag) <= 64 for tag in value), "tags of 1 to 64 characters")
 PART = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 RULES: dict[tuple[type, str], Rule] = {
@@ -101,6 +102,9 @@ RULES: dict[tuple[type, str], Rule] = {
     (SlurmConfig, "memory"): SLURM_MEMORY,
     (SlurmConfig, "signal_seconds"): POSITIVE,
     (TrackingConfig, "project"): NAME,
+    (TrackingConfig, "entity"): NAME,
+    (TrackingConfig, "group"): NAME,
+    (TrackingConfig, "tags"): TAGS,
     (SourceConfig, "split"): FILLED,
     (SourceConfig, "subset"): FILLED,
     (SourceConfig, "limit"): POSITIVE,

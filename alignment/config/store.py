@@ -23,6 +23,8 @@ GROUPS: dict[str, object] = {
     "stage": StageConfig,
     "tracking": TrackingConfig,
 }
+SEVERAL = ("tracking",)
+"""Groups of which several files may be chosen together: ``tracking=[wandb, tensorboard]``."""
 
 
 def conf_folder() -> Path:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
-
-
-class TrackerKind(str, Enum):
-    """``jsonl`` alone, or Weights & Biases beside it."""
-
-    jsonl = "jsonl"
-    wandb = "wandb"
+from dataclasses import dataclass, field
 
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
-    """With ``wandb``: online when the user is logged in, offline otherwise; one group a run, one W&B run a stage."""
+    """Weights & Biases, TensorBoard, both or none. What is below the first two is told to W&B.
 
-    kind: TrackerKind = TrackerKind.jsonl
+    ``project`` and ``entity`` say where its runs belong (None: the user's own default), ``group`` what they are shown
+    under (None: the run's name), ``tags`` what they carry beside recipe, adapter and sharding.
+    """
+
+    wandb: bool = False
+    tensorboard: bool = False
     project: str = "alignment"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config.faults import Fault, refuse
 from alignment.config.near import suggestion
-from alignment.config.store import GROUPS, conf_folder, recipe_names, recipes_folder
+from alignment.config.store import GROUPS, SEVERAL, conf_folder, recipe_names, recipes_folder
 from alignment.errors import ConfigError
 from alignment.pipeline import profile as profiles
 from alignment.pipeline.profile import Profile
@@ -203,15 +203,18 @@ def _expand(override: Override, keys: list[str], files: dict[str, list[str]]) ->
         return [], Fault(where=where, message=f"no group '{group}'; {suggestion(group, GROUPS)}")
     if override.is_delete():
         return [], Fault(where=where, message="a group cannot be removed; choose another of its files")
-    if choice not in files[group]:
-        return [], Fault(where=where, message=f"no {group} '{choice}'; {suggestion(str(choice), files[group])}")
+    chosen = choice if isinstance(choice, list) and group in SEVERAL else [choice]
+    for one in chosen:
+        if one not in files[group]:
+            return [], Fault(where=where, message=f"no {group} '{one}'; {suggestion(str(one), files[group])}")
     if override.is_add():
         return [where], None
     wanted = override.get_key_element()
     matching = [key for key in keys if key == wanted or (override.package is None and key.split("@")[0] == group)]
     if not matching:
         return [], Fault(where=where, message=f"the recipe does not choose that; {suggestion(wanted, keys)}")
-    return [f"{key}={choice}" for key in matching], None
+    told = f"[{','.join(chosen)}]" if isinstance(choice, list) else choice
+    return [f"{key}={told}" for key in matching], None
 
 
 def _apply(override: Override, tree: DictConfig) -> Iterator[Fault]:

@@ -68,6 +68,7 @@ def write_stage_file(
     path = folder / "stage.yaml"
     told = {
         "run": plan.config.name,
+        "recipe": Path(plan.recipe).stem,
         "stage": stage.name,
         "config": to_plain(stage.config),
         "model": _model(plan.config.model),
@@ -134,6 +135,11 @@ def raise_for_status(folder: Path, *, code: int, stage: str) -> None:
     raise AlignmentError(
         f"{status['error']}\n{tail(log)}", where=f"stage {stage}", remedy=f"this is a fault of ours; the log is {log}"
     )
+
+
+def notes(folder: Path) -> list[str]:
+    """What the stage in ``folder`` had to say though it ended well."""
+    return list((_status(folder) or {}).get("notes", []))
 
 
 def _status(folder: Path) -> dict[str, Any] | None:

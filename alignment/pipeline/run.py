@@ -261,6 +261,8 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
             grace_seconds=launch.grace_seconds,
             keep_open=[lock],
         )
+    for note in handover.notes(folder):
+        display.note(f"{stage.name}: {note}")
     handover.raise_for_status(folder, code=code, stage=stage.name)
     manifest = read_manifest(stage.artifact)
     if manifest is None or manifest.fingerprint != stage.fingerprint:

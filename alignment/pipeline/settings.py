@@ -1,8 +1,9 @@
-"""What no rule for a single field can say: settings that only together cannot be right."""
+"""What no rule for a single field can say: settings that only together, or only here, cannot be right."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import metadata
 
 from alignment.config.adapter import CONTINUE, PREFIX_SHAPE, SHAPE, AdapterConfig, AdapterKind, Chain
 from alignment.config.data import DataConfig, SourceConfig
@@ -13,14 +14,16 @@ from alignment.config.near import suggestion
 from alignment.config.optim import Moments
 from alignment.config.run import RunConfig
 from alignment.config.stage import PpoConfig, ReportConfig, Trained
+from alignment.config.tracking import TrackingConfig
 from alignment.data.chat_template import template_text
 from alignment.data.formats import FORMATS
 from alignment.errors import DataError
 
 
 def faults(config: RunConfig) -> list[Fault]:
-    """Everything wrong with a run's template, Slurm jobs, adapters and data."""
+    """Everything wrong with a run's template, Slurm jobs, trackers, adapters and data."""
     found: list[Fault] = [*_template_faults(config.model), *_slurm_faults(config.launch)]
+    found += _tracking_faults(config.tracking)
     for name, stage in config.stages.items():
         where = f"stages.{name}"
         if isinstance(stage, Trained):
@@ -62,6 +65,25 @@ def _slurm_faults(launch: LaunchConfig) -> Iterator[Fault]:
     if slurm.submit and launch.num_machines > 1:
         message = f"{launch.num_machines} machines: a job has one; start several by hand (README.md), or take 1"
         yield Fault(where="launch.num_machines", message=message)
+
+
+def _tracking_faults(tracking: TrackingConfig) -> Iterator[Fault]:
+    """What a stage would find out hours later. A folder called wandb would pass for a module, so packages are asked."""
+    for name, wanted, versions in (
+        ("wandb", tracking.wandb, ">=0.31,<0.32"),
+        ("tensorboard", tracking.tensorboard, ">=2.20,<3"),
+    ):
+        if wanted and not _is_installed(name):
+            message = f"{name} is not installed; pip install '{name}{versions}', or leave it out"
+            yield Fault(where=f"tracking.{name}", message=message)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _seconds(time: str) -> int:

@@ -138,7 +138,8 @@ def _try(study: Any, trial: Any, wanted: Sweep, console: Console) -> int:
     import optuna
 
     name = trial.user_attrs["run"]
-    told = [*wanted.overrides, *_told(trial.params), f"name={name}"]
+    group = f"tracking.group={wanted.run_name}.{wanted.name}"
+    told = [group, *wanted.overrides, *_told(trial.params), f"name={name}"]
     try:
         code = run(wanted.recipe, told, console=console)
         if code:  # stopped: what it has made is found again

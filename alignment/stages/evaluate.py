@@ -28,7 +28,6 @@ from alignment.models.reward import load_reward_model
 from alignment.stages.result import StageResult
 from alignment.stages.rows import rows_of
 from alignment.training.context import StageContext
-from alignment.training.tracking import open_tracker
 
 
 def run(config: EvaluateConfig, context: StageContext) -> StageResult:
@@ -53,13 +52,12 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     comparisons = compare(arms, reference=spec.inputs["reference"].ref, intervals=intervals)
     evaluation = {"num_prompts": len(rows), "arms": table, "comparisons": comparisons, "tasks": by_task(rows, arms)}
     write_json(context.content / "evaluation.json", evaluation)
-    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples(rows, arms)]
+    answered = samples(rows, arms)
+    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in answered]
     (context.content / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
-    metrics = {f"gold/{arm['label']}": arm["gold"]["mean"] for arm in table}
-    tracker = open_tracker(context)
-    tracker.summarise(metrics)
-    tracker.close()
-    return StageResult(metrics=metrics)
+    context.trackers.table("arms", table)
+    context.trackers.table("samples", answered)
+    return StageResult(metrics={f"gold/{arm['label']}": arm["gold"]["mean"] for arm in table})
 
 
 def _answer(

@@ -19,18 +19,16 @@ from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
 from alignment.training.sharding import everyones, layout
-from alignment.training.tracking import Tracker
 
 _NAMES = {"learning_rate": "lr"}
 
 
 class StepLog(TrainerCallback):
-    """Writes each logged step to ``metrics.jsonl``, the tracker and the progress line (main process only)."""
+    """Writes each logged step to ``metrics.jsonl``, the trackers and the progress line (main process only)."""
 
-    def __init__(self, context: StageContext, log: MetricsLog, tracker: Tracker, *, headline: str) -> None:
+    def __init__(self, context: StageContext, log: MetricsLog, *, headline: str) -> None:
         self._context = context
         self._log = log
-        self._tracker = tracker
         self._headline = headline
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -56,7 +54,7 @@ class StepLog(TrainerCallback):
         figures = {_NAMES.get(name, name): value for name, value in logs.items()}
         figures["seconds"] = self._context.clock.seconds()
         self._log.append(state.global_step, figures)
-        self._tracker.log(state.global_step, figures)
+        self._context.trackers.log(state.global_step, figures)
         shown = {self._headline: figures[self._headline]} if self._headline in figures else {}
         self._context.progress("training", state.global_step, state.max_steps, **shown)
 

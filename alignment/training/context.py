@@ -15,6 +15,7 @@ from alignment.config.adapter import AdapterConfig
 from alignment.config.stage import Trained
 from alignment.stage_spec import StageSpec
 from alignment.training.pulse import Pulse
+from alignment.training.tracking import Trackers
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,6 +39,7 @@ class StageContext:
     world_size: int
     clock: Clock = field(default_factory=Clock)
     pulse: Pulse = field(default_factory=Pulse)
+    trackers: Trackers = field(default_factory=Trackers)
 
     @property
     def is_main(self) -> bool:

@@ -27,7 +27,6 @@ from alignment.training.callbacks import (
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
 from alignment.training.sharding import layout
-from alignment.training.tracking import open_tracker
 
 
 class Preempted(BaseException):
@@ -51,20 +50,18 @@ def train(trainer: Trainer, context: StageContext, *, headline: str, period: int
     if context.is_main:
         log.keep_through(0 if resumed is None else checkpoints.step_of(resumed))
         context.clock.earlier = float(log.last().get("seconds", 0.0))
-    tracker = open_tracker(context)
+        context.trackers.catch_up(log.rows())
     stop = StopOnSignal(period=period)
-    steps = StepLog(context, log, tracker, headline=headline)
+    steps = StepLog(context, log, headline=headline)
     checks = (WarmupEnds(), FiniteGradients(trainer), NoStepTooMany())
     for callback in (AdaptersAtWork(), steps, Checkpoints(context), *checks, stop):
         trainer.add_callback(callback)
-    try:
-        with contextlib.suppress(NothingLeft):  # every step was done before; the checkpoint is loaded
-            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        tracker.table("samples", MetricsLog(context.content / "samples.jsonl").rows())
-    finally:
-        tracker.close()
+    with contextlib.suppress(NothingLeft):  # every step was done before; the checkpoint is loaded
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     if stop.stopped:
         raise Preempted
+    if context.is_main:
+        context.trackers.table("samples", MetricsLog(context.content / "samples.jsonl").rows())
     return {key: value for key, value in log.last().items() if isinstance(value, (int, float))}
 
 

@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alignment.artifacts import verify
-from alignment.training.tracking import stable_id
 from tests.e2e.conftest import Align, environment
 from tests.e2e.forked import Forked
 
@@ -184,16 +183,6 @@ def test_a_damaged_input_stops_before_training(new_forked: Callable[[], Align]) 
     weights.write_bytes(bytes(data))
     printed = align("run", code=7)
     assert "adapter_model.safetensors" in printed
-
-
-def test_without_a_login_weights_and_biases_is_written_offline(new_align: Callable[[], Align]) -> None:
-    align = new_align()
-    others = [f"~stages.{stage}" for stage in STAGES if stage != "sft"]
-    align("run", "tracking=wandb", *others)
-    (record,) = (align.output / "runs/quickstart/sft/wandb").glob("offline-run-*/run-*.wandb")
-    fingerprint = verify(align.artifact("sft"), content=False).fingerprint
-    assert record.stem == f"run-{stable_id('quickstart', 'sft', fingerprint)}"
-    assert record.stat().st_size > 1000
 
 
 def _kill_during(align: Align, stage: str) -> None:

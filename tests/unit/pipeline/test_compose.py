@@ -76,6 +76,26 @@ def test_a_choice_for_one_stage_leaves_the_others() -> None:
     assert config.stages["sft"].adapter.kind.value == "lora"  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("told", "wandb", "tensorboard"),
+    [
+        ("jsonl", False, False),
+        ("wandb", True, False),
+        ("[wandb, tensorboard]", True, True),
+        ("[jsonl, tensorboard]", False, True),
+        ("[jsonl,wandb,tensorboard]", True, True),
+        ("[]", False, False),
+    ],
+)
+def test_trackers_are_chosen_by_name_one_or_several(tmp_path: Path, told: str, wandb: bool, tensorboard: bool) -> None:
+    recipe = tmp_path / "tracked.yaml"
+    recipe.write_text(f"defaults: [quickstart, {{override tracking: {told}}}, _self_]\n")
+    for config in (composed("quickstart", f"tracking={told}"), composed(str(recipe))):
+        assert (config.tracking.wandb, config.tracking.tensorboard) == (wandb, tensorboard)
+    tracking = composed("quickstart", f"tracking={told}", "tracking.project=mine", "tracking.tags=[a, b]").tracking
+    assert (tracking.wandb, tracking.project, tracking.tags) == (wandb, "mine", ["a", "b"])
+
+
 def test_a_stage_can_be_taken_out_and_another_added() -> None:
     config = composed("quickstart", "~stages.ppo", "+stage@stages.dpo_low=dpo", "stages.dpo_low.beta=0.05")
     assert "ppo" not in config.stages
@@ -109,6 +129,15 @@ FAULTY = [
     (
         "adapter@stages.sfd.adapter=full",
         "adapter@stages.sfd.adapter=full: the recipe does not choose that; did you mean 'adapter@stages.sft.adapter'?",
+    ),
+    (
+        "tracking=[jsonl,wandbb]",
+        "tracking=[jsonl,wandbb]: no tracking 'wandbb'; did you mean 'wandb'?",
+    ),
+    ("tracking=[[wandb]]", "tracking=[[wandb]]: no tracking '['wandb']'; did you mean 'wandb'?"),
+    (
+        "adapter=[lora,full]",
+        "adapter=[lora,full]: no adapter '['lora', 'full']'; one of: dora, full, full_without_masters, lora, prefix, qlora",
     ),
     ("profile=smok", "profile=smok: no profile 'smok'; did you mean 'smoke'?"),
     ("~profile", "~profile: write profile=NAME, once"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError
+
 import pytest
 
 from alignment.errors import ConfigError
+from alignment.pipeline import settings
 from tests.unit.pipeline.conftest import MakePlan
 
 DPO = "stages.dpo.adapter"
@@ -51,3 +54,18 @@ def test_a_job_that_would_fail_after_it_has_waited_is_refused(plan: MakePlan, to
     with pytest.raises(ConfigError, match=words):
         plan("launch=slurm", *told)
     plan(*told)  # nothing is submitted, so that nothing of it counts
+
+
+def test_a_tracker_that_is_not_installed_is_refused_with_the_command_that_installs_it(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings.metadata, "version", _nothing_is_installed)
+    plan()
+    with pytest.raises(ConfigError) as caught:
+        plan("tracking=[wandb,tensorboard]")
+    for name, package in (("wandb", "wandb>=0.31,<0.32"), ("tensorboard", "tensorboard>=2.20,<3")):
+        assert f"tracking.{name}: {name} is not installed; pip install '{package}', or leave it out" in str(caught.value)
+
+
+def _nothing_is_installed(package: str) -> str:
+    raise PackageNotFoundError(package)

@@ -93,6 +93,7 @@ def test_a_grid_tries_every_value_once_and_names_the_best(runs: Runs) -> None:
     assert [told["stages.dpo.beta"] for told in runs.asked] == BETAS
     assert len({told["name"] for told in runs.asked}) == 4
     assert all(told["seed"] == "7" for told in runs.asked)
+    assert {told["tracking.group"] for told in runs.asked} == {"quickstart.dpo_beta"}
     assert "best: stages.dpo.beta=0.3" in printed
     assert "may be as good" not in printed
     rows = json.loads((runs.output / "sweeps/quickstart.dpo_beta/sweep.json").read_text())

@@ -18,7 +18,6 @@ from alignment.training.callbacks import Checkpoints, FiniteGradients, StepLog, 
 from alignment.training.checkpoints import newest
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
-from alignment.training.tracking import Tracker
 
 
 @pytest.fixture
@@ -108,28 +107,19 @@ def test_of_deepspeed_the_norm_of_the_gradients_tells(
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 
-class _Run:
-    """Takes what a W&B run takes."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[int, dict[str, float]]] = []
-
-    def log(self, figures: dict[str, float], step: int) -> None:
-        self.steps.append((step, figures))
-
-
-def test_a_logged_step_goes_to_the_file_the_tracker_and_the_progress_line(
-    arguments: TrainingArguments, context: StageContext
+def test_a_logged_step_goes_to_the_file_the_trackers_and_the_progress_line(
+    arguments: TrainingArguments, context: StageContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = _Run()
+    sent: list[tuple[int, float]] = []
+    monkeypatch.setattr(context.trackers, "log", lambda step, figures: sent.append((step, figures["lr"])))
     log = MetricsLog(context.content / "metrics.jsonl")
-    callback = StepLog(context, log, Tracker(run), headline="loss")
+    callback = StepLog(context, log, headline="loss")
     logs = {"loss": 1.5, "learning_rate": 1e-4, "grad_norm": 0.5}
     callback.on_log(arguments, _state(3, 9), TrainerControl(), logs=logs)
     seconds = log.last().pop("seconds")
     assert log.last() == {"step": 3, "loss": 1.5, "lr": 1e-4, "grad_norm": 0.5, "seconds": seconds}
     assert 0.0 <= seconds < 600.0
-    assert [(step, figures["lr"]) for step, figures in run.steps] == [(3, 1e-4)]
+    assert sent == [(3, 1e-4)]
     assert json.loads((context.spec.work / "progress.json").read_text()) == {
         "phase": "training",
         "step": 3,
@@ -143,7 +133,7 @@ def test_the_trainers_closing_summary_is_no_step(
     arguments: TrainingArguments, context: StageContext, logs: dict[str, float] | None
 ) -> None:
     log = MetricsLog(context.content / "metrics.jsonl")
-    callback = StepLog(context, log, Tracker(None), headline="loss")
+    callback = StepLog(context, log, headline="loss")
     callback.on_log(arguments, _state(9, 9), TrainerControl(), logs=logs)
     assert log.last() == {}
 
@@ -151,7 +141,7 @@ def test_the_trainers_closing_summary_is_no_step(
 def test_the_length_of_the_work_is_shown_before_its_first_step(
     arguments: TrainingArguments, context: StageContext
 ) -> None:
-    callback = StepLog(context, MetricsLog(context.content / "metrics.jsonl"), Tracker(None), headline="loss")
+    callback = StepLog(context, MetricsLog(context.content / "metrics.jsonl"), headline="loss")
     callback.on_train_begin(arguments, _state(0, 9), TrainerControl())
     told = json.loads((context.spec.work / "progress.json").read_text())
     assert (told["phase"], told["step"], told["total"]) == ("training", 0, 9)

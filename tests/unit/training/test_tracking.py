@@ -1,18 +1,199 @@
-"""Weights & Biases: one id a stage, nothing on the network without a login, and never the reason a training stops."""
+"""Trackers: what they are told, one id a stage, nothing twice, nothing secret, and never the reason a training stops."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from alignment.config.stage import SftConfig
-from alignment.config.tracking import TrackerKind, TrackingConfig
+from alignment import worker
+from alignment.artifacts import Manifest, publish
+from alignment.config.adapter import AdapterConfig
+from alignment.config.stage import STAGES, DpoConfig, EvaluateConfig, SftConfig
+from alignment.config.tracking import TrackingConfig
+from alignment.config.typed import to_plain
+from alignment.stage_spec import StageInput
 from alignment.training.context import StageContext
-from alignment.training.tracking import Tracker, open_tracker, stable_id
+from alignment.training.trackers.tracker import Tracker, columns_and_rows, settings, tags
+from alignment.training.trackers.wandb import _mode, stable_id
+from alignment.training.trackers.wandb_log import records
+from alignment.training.tracking import Trackers
 from tests.tiny import tiny_spec
+from tests.unit.training.tracked import STEPS, TRACKING, context_in, train_line
+
+ROOT = Path(__file__).parents[3]
+AGENT = {"WANDB_SWEEP_ID": "5weep", "WANDB_RUN_ID": "tr1al", "WANDB_PROJECT": "tests", "WANDB_ENTITY": "us"}
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """W&B that reaches for no network, begun anew for the test."""
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ERROR_REPORTING", "WANDB_SILENT", "WANDB_DIR", *AGENT):
+        monkeypatch.setenv(name, "")  # to be put back afterwards, whatever becomes of it
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """All that W&B's files hold by step, of all attempts in order."""
+    files = sorted(folder.rglob("*.wandb"))
+    found = [record.history for file in files for record in records(file) if record.HasField("history")]
+    return [{"/".join(one.nested_key): json.loads(one.value_json) for one in line.item} for line in found]
+
+
+def recorded(folder: Path, kind: str) -> list[Any]:
+    """What W&B's only file holds of a kind of record."""
+    (file,) = folder.rglob("*.wandb")
+    return [getattr(record, kind) for record in records(file) if record.HasField(kind)]
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """What TensorBoard shows of a curve."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+# ---- all of them as one ---------------------------------------------------------------------------------------------
+
+
+class _Fake(Tracker):
+    """Counts what it is told, and raises if it is broken."""
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.told: list[str] = []
+        self._broken = broken
+
+    def _note(self, name: str) -> None:
+        self.told.append(name)
+        if self._broken:
+            raise ConnectionError("no route to host")
+
+    def log(self, step: int, figures: Mapping[str, Any]) -> None:
+        self._note(f"step {step}")
+
+    def table(self, *_: Any) -> None:
+        self._note("table")
+
+    def result(self, *_: Any) -> None:
+        self._note("result")
+
+    def close(self, *, done: bool) -> None:
+        self._note(f"closed, done={done}")
+
+
+def test_a_tracker_that_fails_is_said_once_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    trackers, broken, sound = Trackers(), _Fake(broken=True), _Fake()
+    trackers._open = {"Broken": broken, "Sound": sound}
+    with caplog.at_level(logging.WARNING):
+        trackers.catch_up([{"step": 1, "loss": 2.0}])
+        trackers.log(2, {"loss": 1.0})
+        trackers.table("nothing", [])
+        trackers.close(done=True)
+    assert broken.told == ["step 1"]
+    assert sound.told == ["step 1", "step 2", "closed, done=True"]
+    assert [record.getMessage() for record in caplog.records] == trackers.faults
+    assert trackers.faults == ["Broken failed and is not used any more in this stage: no route to host"]
+
+
+def test_only_the_main_process_tracks_and_only_if_asked(tmp_path: Path, context: StageContext) -> None:
+    spec = tiny_spec(tmp_path, SftConfig(), tracking=TRACKING)
+    for quiet in (StageContext(spec=spec, rank=1, world_size=2), context):
+        with worker._tracked(quiet):
+            quiet.trackers.log(1, {"loss": 1.0})
+        assert list(quiet.spec.run_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("raised", [None, KeyboardInterrupt])
+def test_trackers_are_told_whether_the_stage_came_to_its_end(
+    context: StageContext, raised: type[BaseException] | None
+) -> None:
+    fake = context.trackers._open["Fake"] = _Fake()
+    try:
+        with worker._tracked(context):
+            if raised is not None:
+                raise raised
+    except KeyboardInterrupt:
+        pass
+    assert fake.told == [f"closed, done={raised is None}"]
+
+
+def test_what_lies_in_groups_becomes_columns() -> None:
+    rows = [{"arm": "sft", "gold": {"mean": 0.5, "low": 0.4}, "kl": None}, {"arm": "dpo", "kl": {"mean": 2.0}, "n": [1]}]
+    assert columns_and_rows(rows) == (
+        ["arm", "gold/mean", "gold/low", "kl", "kl/mean", "n"],
+        [["sft", 0.5, 0.4, None, None, None], ["dpo", None, None, None, 2.0, "[1]"]],
+    )
+
+
+@pytest.mark.parametrize("kind", sorted(set(STAGES) - {"report"}))
+def test_settings_are_the_stage_s_and_what_stands_beside_hides_none(tmp_path: Path, kind: str) -> None:
+    config = STAGES[kind]()
+    told = settings(tiny_spec(tmp_path, config))
+    assert told == told | to_plain(config)
+    assert told["fingerprint"] == "0123abcd" * 8
+
+
+# ---- in the way of a training ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("offline")
+def test_with_folders_that_cannot_be_written_training_goes_on_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = context_in(tmp_path)
+    for name in ("wandb", "tensorboard"):
+        (context.spec.run_folder / name).touch()
+    with caplog.at_level(logging.WARNING, logger="alignment"), worker._tracked(context):
+        train_line(context)
+    lines = (context.content / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+    said = [record.getMessage() for record in caplog.records]
+    assert said == context.trackers.faults
+    assert [line.partition(" failed")[0] for line in said] == ["Weights & Biases", "TensorBoard"]
+    for name, line in zip(("wandb", "tensorboard"), said, strict=True):
+        assert str(context.spec.run_folder / name) in line
+
+
+def test_a_stage_killed_twice_is_one_run_in_which_every_step_stands_once(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.unit.training.tracked", str(tmp_path)],
+        env=variables | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    spec = context_in(tmp_path).spec
+    folder = spec.run_folder / "wandb"
+    assert {file.stem for file in folder.rglob("*.wandb")} == {f"run-{stable_id('test', 'sft', spec.fingerprint)}"}
+    assert len(list(folder.rglob("*.wandb"))) == 3
+    rows = [json.loads(line) for line in (spec.work / "content" / "metrics.jsonl").read_text().splitlines()]
+    steps = list(range(1, STEPS + 1))
+    for found in (history(folder), rows):
+        assert [line["step"] for line in found] == steps
+    assert [line["loss"] for line in history(folder)] == pytest.approx([row["loss"] for row in rows], rel=1e-5)
+    assert scalars(spec.run_folder / "tensorboard", "loss") == [
+        (row["step"], pytest.approx(row["loss"], rel=1e-5)) for row in rows
+    ]
+
+
+# ---- Weights & Biases -----------------------------------------------------------------------------------------------
 
 
 def test_the_id_is_the_same_for_the_same_stage_of_the_same_run_only() -> None:
@@ -24,95 +205,137 @@ def test_the_id_is_the_same_for_the_same_stage_of_the_same_run_only() -> None:
     assert len(others) == 4
 
 
-def test_without_a_tracker_nothing_happens(context: StageContext) -> None:
-    tracker = open_tracker(context)
-    tracker.log(1, {"loss": 1.0})
-    tracker.summarise({"loss": 1.0})
-    tracker.close()
-    assert list(context.spec.run_folder.iterdir()) == []
+@pytest.mark.usefixtures("offline")
+def test_it_is_offline_without_a_login_and_whatever_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _mode() == "offline"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert _mode() == "disabled"
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("NETRC", os.devnull)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert _mode() == "offline"
 
 
-class _Broken:
-    """A run whose transport is gone."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def log(self, *_: object, **__: object) -> None:
-        self.calls += 1
-        raise ConnectionError("no route to host")
+def _published(folder: Path, manifest: Manifest) -> StageInput:
+    """An artifact with one file of weights."""
+    content, target = folder / "content", folder / "artifacts" / f"{manifest.stage}-{manifest.fingerprint[:8]}"
+    content.mkdir(exist_ok=True)
+    (content / "model.safetensors").write_text("weights")
+    publish(content, target, manifest)
+    return StageInput(ref=f"stage:{manifest.stage}", path=target)
 
 
-def test_a_tracker_that_fails_is_reported_once_and_left_alone(caplog: pytest.LogCaptureFixture) -> None:
-    run = _Broken()
-    tracker = Tracker(run)
-    with caplog.at_level(logging.WARNING):
-        for step in range(3):
-            tracker.log(step, {"loss": 1.0})
-        tracker.close()
-    assert run.calls == 1
-    assert [record.getMessage() for record in caplog.records] == [
-        "Weights & Biases failed and is not used any more in this stage: no route to host"
-    ]
-
-
-def _with_wandb(folder: Path, rank: int = 0) -> StageContext:
-    tracking = TrackingConfig(kind=TrackerKind.wandb, project="tests")
-    return StageContext(spec=tiny_spec(folder, SftConfig(), tracking=tracking), rank=rank, world_size=2)
-
-
-def test_only_the_main_process_tracks(tmp_path: Path) -> None:
-    context = _with_wandb(tmp_path, rank=1)
-    open_tracker(context).log(1, {"loss": 1.0})
-    assert list(context.spec.run_folder.iterdir()) == []
-
-
-def test_a_tracker_that_cannot_start_is_reported_and_the_stage_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    wandb = pytest.importorskip("wandb")
-
-    def refuse(**_: object) -> None:
-        raise RuntimeError("no disk")
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(wandb, "init", refuse)
-    with caplog.at_level(logging.WARNING):
-        open_tracker(_with_wandb(tmp_path)).log(1, {"loss": 1.0})
-    assert "could not start and is not used in this stage: no disk" in caplog.text
-
-
-def test_an_offline_run_is_written_into_the_run_folder_with_the_stable_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    pytest.importorskip("wandb")
-    for name, value in {"MODE": "offline", "SILENT": "true", "DIR": "", "CACHE_DIR": str(tmp_path / "cache")}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    context = _with_wandb(tmp_path)
-    tracker = open_tracker(context)
-    for step in (1, 2):
-        tracker.log(step, {"loss": 1.0 / step})
-    tracker.summarise({"loss": 0.5})
-    tracker.close()
-    identity = stable_id("test", "sft", context.spec.fingerprint)
-    files = list(context.spec.run_folder.glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb"))
-    assert len(files) == 1
-    content = files[0].read_bytes()
-    assert b"loss" in content
-    assert b"test/sft" in content
-    assert "Weights & Biases failed" not in caplog.text
-
-
-def test_sampled_answers_become_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    context = _with_wandb(tmp_path)
-    tracker = open_tracker(context)
-    tracker.table(
-        "samples", [{"answer": "yes", "scorers": {"reward": 0.5}}, {"answer": "no", "scorers": {"reward": 0}}]
+def _tracked_dpo(folder: Path) -> StageContext:
+    """A DPO stage on an SFT artifact that W&B followed from beginning to end."""
+    sft = Manifest(stage="sft", kind="policy", fingerprint="5f" * 32, identity={})
+    config = DpoConfig(beta=0.3, adapter=AdapterConfig(rank=4))
+    spec = tiny_spec(folder, config, tracking=TRACKING, inputs={"init": _published(folder, sft)})
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    dpo = Manifest(
+        stage="dpo",
+        kind="policy",
+        fingerprint=spec.fingerprint,
+        identity={},
+        inputs={"init": sft.fingerprint},
+        metrics={"loss": 0.25},
     )
-    tracker.close()
-    (file,) = context.spec.run_folder.rglob("*.table.json")
-    told = json.loads(file.read_text())
-    assert told["columns"] == ["answer", "scorers"]
-    assert told["data"] == [["yes", '{"reward": 0.5}'], ["no", '{"reward": 0}']]
+    with worker._tracked(context):
+        for step in (1, 2):
+            context.trackers.log(step, {"loss": 1 / step, "rewards/margin": 0.5})
+        context.trackers.table("samples", [{"answer": "yes", "scorers": {"reward": 0.5}}])
+        result = _published(folder, dpo)
+        assert result.path is not None
+        context.trackers.result(dpo, result.path)
+    assert not context.trackers.faults
+    return context
+
+
+@pytest.mark.usefixtures("offline")
+def test_an_offline_run_holds_metrics_settings_group_job_type_and_samples(tmp_path: Path) -> None:
+    folder = _tracked_dpo(tmp_path).spec.run_folder
+    (run,) = recorded(folder, "run")
+    assert (run.project, run.run_group, run.job_type, run.display_name) == ("tests", "test", "dpo", "test/dpo")
+    assert list(run.tags) == ["tiny", "lora", "mine"]
+    told = {one.key: json.loads(one.value_json) for one in run.config.update}
+    assert (told["beta"], told["adapter"]["rank"], told["seed"], told["stage"]) == (0.3, 4, 0, "dpo")
+    assert told["launch"] == {"sharding": "none", "offload": "none"}
+    assert told["fingerprint"] == "0123abcd" * 8
+    assert {"python", "torch"} <= set(told["versions"])
+    steps = history(folder)
+    assert [(line["step"], line["loss"], line["rewards/margin"]) for line in steps[:2]] == [(1, 1, 0.5), (2, 0.5, 0.5)]
+    assert [one.step_metric for one in recorded(folder, "metric")] == ["step"]
+    (table,) = folder.rglob("*.table.json")
+    assert json.loads(table.read_text()) == {"columns": ["answer", "scorers/reward"], "data": [["yes", 0.5]]}
+    assert steps[2]["samples/nrows"] == 1
+    assert "loss" not in steps[2]
+    summary = {one.key: one.value_json for line in recorded(folder, "summary") for one in line.update}
+    assert json.loads(summary["loss"]) == 0.25
+
+
+@pytest.mark.usefixtures("offline")
+def test_an_offline_run_holds_the_lineage_of_our_manifests_and_no_weights(tmp_path: Path) -> None:
+    folder = _tracked_dpo(tmp_path).spec.run_folder
+    used, made = [one for one in recorded(folder, "artifact") if one.user_created or one.type == "policy"]
+    assert (used.name, used.type, used.use_after_commit) == ("sft-5f5f5f5f", "policy", True)
+    assert (made.name, made.type, made.use_after_commit) == ("dpo-0123abcd", "policy", False)
+    assert list(made.aliases) == ["latest", "test"]
+    for one in (used, made):
+        (file,) = one.manifest.contents
+        assert (file.path, file.local_path) == ("manifest.json", str(tmp_path / "artifacts" / one.name / "manifest.json"))
+    assert json.loads(made.metadata)["inputs"] == {"init": json.loads(used.metadata)["fingerprint"]}
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("config", [SftConfig(), EvaluateConfig()], ids=lambda config: config.kind)
+def test_under_a_sweep_s_agent_the_evaluation_is_the_agent_s_run_and_no_other_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: SftConfig | EvaluateConfig
+) -> None:
+    for name, value in AGENT.items():
+        monkeypatch.setenv(name, value)
+    tracking = TrackingConfig(wandb=True, project="tests", group="5weep")
+    context = StageContext(spec=tiny_spec(tmp_path, config, tracking=tracking), rank=0, world_size=1)
+    manifest = Manifest(
+        stage=config.kind, kind="evaluation", fingerprint="e" * 64, identity={}, metrics={"gold/dpo": 0.5}
+    )
+    with worker._tracked(context):
+        result = _published(tmp_path, manifest)
+        assert result.path is not None
+        context.trackers.result(manifest, result.path)
+    assert not context.trackers.faults
+    (run,) = recorded(context.spec.run_folder, "run")
+    own = stable_id("test", config.kind, context.spec.fingerprint)
+    expected = ("tr1al", "5weep") if isinstance(config, EvaluateConfig) else (own, "")
+    assert (run.run_id, run.sweep_id) == expected
+    assert run.run_group == "5weep"
+    summary = {one.key: one.value_json for line in recorded(context.spec.run_folder, "summary") for one in line.update}
+    assert json.loads(summary["gold/dpo"]) == 0.5
+
+
+def test_tags_say_recipe_adapter_and_the_user_s_own_once(tmp_path: Path) -> None:
+    tracking = TrackingConfig(tags=["tiny", "mine"])
+    assert tags(tiny_spec(tmp_path, SftConfig(), tracking=tracking)) == ["tiny", "lora", "mine"]
+    assert tags(tiny_spec(tmp_path, EvaluateConfig())) == ["tiny"]
+
+
+# ---- TensorBoard ----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_holds_curves_settings_samples_and_headline_figures(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    spec = tiny_spec(tmp_path, SftConfig(), tracking=TrackingConfig(tensorboard=True))
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    manifest = Manifest(stage="sft", kind="policy", fingerprint="a" * 64, identity={}, metrics={"loss": 0.5})
+    with worker._tracked(context):
+        context.trackers.log(1, {"loss": 1.0, "note": "no number"})
+        context.trackers.table("samples", [{"answer": "a|b\nc"}])
+        context.trackers.result(manifest, tmp_path / "sft-aaaaaaaa")
+    assert not context.trackers.faults
+    assert scalars(spec.run_folder / "tensorboard", "loss") == [(1, 1.0)]
+    assert scalars(spec.run_folder / "tensorboard", "result/loss") == [(1, 0.5)]
+    events = accumulator.EventAccumulator(str(spec.run_folder / "tensorboard")).Reload()
+    texts = {
+        tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]
+    }
+    assert "a\\|b<br>c" in texts["samples/text_summary"]
+    assert "kind: sft" in texts["settings/text_summary"]
+    assert "sft-aaaaaaaa" in texts["lineage/text_summary"]

@@ -1,0 +1,70 @@
+"""TensorBoard's event files in ``runs/<run>/<stage>/tensorboard``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignment.artifacts import Manifest
+from alignment.stage_spec import StageSpec
+from alignment.training.trackers.tracker import Cell, Tracker, settings
+
+
+class TensorBoardTracker(Tracker):
+    """Scalars by step; settings, samples and tables as text. What comes again takes the place of what was there."""
+
+    def __init__(self, spec: StageSpec) -> None:
+        self._folder = spec.run_folder / "tensorboard"
+        self._settings = settings(spec)
+        self._writer: Any = None
+        self._step = 0
+
+    def log(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Written through at once: a killed process loses nothing that its checkpoint counts on."""
+        writer = self._opened(step)
+        self._step = step
+        for name, value in figures.items():
+            if isinstance(value, (int, float)):
+                writer.add_scalar(name, value, step)
+        writer.flush()
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """As Markdown, which TensorBoard draws."""
+        lines = [columns, ["---"] * len(columns), *rows]
+        text = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+        self._opened(0).add_text(name, text, self._step)
+
+    def result(self, manifest: Manifest, folder: Path) -> None:
+        """The headline figures, under ``result/``, and the fingerprints of what it was made from."""
+        for name, value in manifest.metrics.items():
+            self._opened(0).add_scalar(f"result/{name}", value, self._step)
+        lineage = {"artifact": folder.name, "fingerprint": manifest.fingerprint, "inputs": manifest.inputs}
+        self._opened(0).add_text("lineage", _block(lineage), self._step)
+
+    def close(self, *, done: bool) -> None:
+        """Flushes; event files have no place for how a stage ended."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _opened(self, step: int) -> Any:
+        """The writer; opened by the first of this attempt's steps, it has readers forget those from there on."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=step)
+            self._writer.add_text("settings", _block(self._settings), step)
+        return self._writer
+
+
+def _cell(value: Cell) -> str:
+    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", "<br>")
+
+
+def _block(value: Any) -> str:
+    """YAML, indented as Markdown wants code."""
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -1,0 +1,78 @@
+"""What a tracker is, and what every tracker is told of a stage. Nothing of it comes from the environment."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignment.artifacts import Manifest
+from alignment.config.launch import Sharding
+from alignment.config.stage import Trained
+from alignment.config.typed import to_plain
+from alignment.stage_spec import StageSpec
+from alignment.versions import versions
+
+Cell = str | int | float | bool | None
+
+
+class Tracker(ABC):
+    """Follows one stage. Any method may raise: whoever calls then goes on without this tracker."""
+
+    @abstractmethod
+    def log(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Sends one step. Steps that an earlier attempt has sent may come again, always from some step onwards."""
+
+    @abstractmethod
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """Sends a table."""
+
+    @abstractmethod
+    def result(self, manifest: Manifest, folder: Path) -> None:
+        """Sends the headline figures of the artifact in ``folder``, and what it was made from."""
+
+    @abstractmethod
+    def close(self, *, done: bool) -> None:
+        """Flushes what was sent; ``done``: the stage came to its end."""
+
+
+def settings(spec: StageSpec) -> dict[str, Any]:
+    """The stage's settings as resolved, and what they were resolved against."""
+    told: dict[str, Any] = to_plain(spec.config)
+    return told | {
+        "run": spec.run,
+        "recipe": spec.recipe,
+        "stage": spec.stage,
+        "model": to_plain(spec.model),
+        "seed": spec.seed,
+        "launch": {"sharding": spec.sharding.value, "offload": spec.offload.value},
+        "fingerprint": spec.fingerprint,
+        "git_commit": spec.git_commit,
+        "versions": versions(),
+    }
+
+
+def tags(spec: StageSpec) -> list[str]:
+    """Recipe, kind of adapter, sharding, and the user's own, each once."""
+    adapter = [spec.config.adapter.kind.value] if isinstance(spec.config, Trained) else []
+    sharding = [spec.sharding.value] if spec.sharding is not Sharding.none else []
+    return list(dict.fromkeys([spec.recipe, *adapter, *sharding, *spec.tracking.tags]))
+
+
+def columns_and_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
+    """Rows as a table: what lies in groups gets columns of its own (``gold/mean``), lists become JSON."""
+    flat = [_flat(row) for row in rows]
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    return columns, [[row.get(name) for name in columns] for row in flat]
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Cell]:
+    cells: dict[str, Cell] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            cells |= _flat(value, f"{prefix}{name}/")
+        else:
+            cells[prefix + name] = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+    return cells

@@ -1,0 +1,116 @@
+"""A stage with every tracker that is killed twice: ``python -m tests.unit.training.tracked FOLDER``.
+
+Each attempt is a process forked from one that has imported the libraries, and is killed with all that it started: the
+first before W&B has written anything, the second once its file holds a step after the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from alignment.config.stage import SftConfig
+from alignment.config.tracking import TrackingConfig
+from alignment.training.arguments import quiet_arguments
+from alignment.training.context import StageContext
+from alignment.training.session import train
+from alignment.training.trackers.wandb import stable_id
+from alignment.training.trackers.wandb_log import last_step
+from tests.tiny import tiny_spec
+
+STEPS = 8
+TRACKING = TrackingConfig(wandb=True, tensorboard=True, project="tests", tags=["mine"])
+
+
+class Line(torch.nn.Module):
+    """One weight, and a loss that a step lowers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The mean of squares."""
+        return {"loss": ((x * self.weight).sum(-1) ** 2).mean()}
+
+
+class _Killed(TrainerCallback):
+    """As when a machine is switched off, as it begins the step after ``step``."""
+
+    def __init__(self, context: StageContext, step: int, *, written: int) -> None:
+        self._context = context
+        self._step = step
+        self._written = written
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Once ``written`` steps are in W&B's file."""
+        if state.global_step == self._step:
+            deadline = time.monotonic() + 60
+            while written(self._context) < self._written and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.killpg(0, signal.SIGKILL)
+
+
+def written(context: StageContext) -> int:
+    """The last step in W&B's files."""
+    spec = context.spec
+    return last_step(spec.run_folder / "wandb", stable_id(spec.run, spec.stage, spec.fingerprint))
+
+
+def context_in(folder: Path, **changes: Any) -> StageContext:
+    """A stage under way whose trackers are not started."""
+    return StageContext(spec=tiny_spec(folder, SftConfig(), tracking=TRACKING, **changes), rank=0, world_size=1)
+
+
+def train_line(context: StageContext, *callbacks: TrainerCallback) -> None:
+    """Trains the line: eight steps, each of them logged, a checkpoint every third."""
+    arguments = TrainingArguments(
+        **quiet_arguments(context),
+        max_steps=STEPS,
+        logging_steps=1,
+        save_steps=3,
+        learning_rate=0.01,
+        per_device_train_batch_size=2,
+    )
+    rows = [{"x": torch.tensor([float(number), 1.0])} for number in range(8)]
+    trainer = Trainer(model=Line(), args=arguments, train_dataset=rows, callbacks=list(callbacks))
+    train(trainer, context, headline="loss")
+
+
+def _attempt(folder: Path, *, killed_after: int | None = None, written: int = 0) -> int:
+    """Exit code of a process that goes on with the stage."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    try:
+        os.setsid()
+        context = context_in(folder)
+        context.trackers.start(context.spec)
+        train_line(context, *([] if killed_after is None else [_Killed(context, killed_after, written=written)]))
+        context.trackers.close(done=True)
+        code = len(context.trackers.faults)
+    except BaseException:  # noqa: BLE001  nothing may go on in the parent's code
+        traceback.print_exc()
+    os._exit(code)
+
+
+def main(folder: Path) -> int:
+    """0 if the stage came to its end after two attempts that were killed."""
+    codes = [_attempt(folder, killed_after=4)]
+    os.environ["WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"] = "0.05"  # seconds; W&B's own default is 15
+    codes += [_attempt(folder, killed_after=5, written=4), _attempt(folder)]
+    print(f"exit codes: {codes}")
+    return int(codes != [-signal.SIGKILL, -signal.SIGKILL, 0])
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
