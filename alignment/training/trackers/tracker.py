@@ -55,10 +55,10 @@ def settings(spec: StageSpec) -> dict[str, Any]:
 
 
 def tags(spec: StageSpec) -> list[str]:
-    """Recipe, kind of adapter, sharding, and the user's own, each once."""
+    """Recipe, kind of adapter, sharding, and the user's own, each once; W&B takes 64 characters of a tag."""
     adapter = [spec.config.adapter.kind.value] if isinstance(spec.config, Trained) else []
     sharding = [spec.sharding.value] if spec.sharding is not Sharding.none else []
-    return list(dict.fromkeys([spec.recipe, *adapter, *sharding, *spec.tracking.tags]))
+    return list(dict.fromkeys([spec.recipe[:64], *adapter, *sharding, *spec.tracking.tags]))
 
 
 def columns_and_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Cell]]]:

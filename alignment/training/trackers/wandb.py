@@ -35,14 +35,9 @@ class WandbTracker(Tracker):
     """One W&B run, online if the user is logged in, offline otherwise."""
 
     def __init__(self, spec: StageSpec) -> None:
-        folder = spec.run_folder / "wandb"
-        folder.mkdir(exist_ok=True)
-        if not os.access(folder, os.W_OK):  # W&B would go on in the machine's temporary folder
-            raise PermissionError(f"{folder} cannot be written")
-        os.environ |= {"WANDB_CACHE_DIR": str(folder / "cache"), "WANDB_DATA_DIR": str(folder / "data")}
-        os.environ |= {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
+        folder = _own_folder(spec)
         belongs = _belonging(spec)
-        import wandb
+        import wandb  # reads the environment
 
         self._wandb = wandb
         self._run = wandb.init(
@@ -60,13 +55,7 @@ class WandbTracker(Tracker):
         self._run.define_metric("*", step_metric="step")
         # A server says itself how far it is; offline the files do.
         self._step = last_step(folder, self._run.id) if self._run.offline else self._run.step - 1
-        self._alias = spec.run
-        for one in {**spec.inputs, **spec.arms}.values():
-            if one.path is not None and (manifest := read_manifest(one.path)) is not None:
-                # `use_artifact` does this and waits for a server, which offline it refuses to do.
-                self._run._log_artifact(
-                    self._artifact(manifest, one.path), is_user_created=True, use_after_commit=True
-                )
+        self._declare_inputs(spec)
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
         """Steps that W&B has are left out: training is deterministic, so they would say the same again."""
@@ -82,11 +71,18 @@ class WandbTracker(Tracker):
     def result(self, manifest: Manifest, folder: Path) -> None:
         """The headline figures as the run's summary; the manifest, never weights, as an artifact."""
         self._run.summary.update(manifest.metrics)
-        self._run.log_artifact(self._artifact(manifest, folder), aliases=["latest", self._alias])
+        self._run.log_artifact(self._artifact(manifest, folder))
 
     def close(self, *, done: bool) -> None:
         """Waits for what is on its way."""
         self._run.finish(exit_code=0 if done else 1)
+
+    def _declare_inputs(self, spec: StageSpec) -> None:
+        """As `use_artifact` does, which waits for a server and offline does nothing but refuse."""
+        for one in {**spec.inputs, **spec.arms}.values():
+            if one.path is not None and (manifest := read_manifest(one.path)) is not None:
+                artifact = self._artifact(manifest, one.path)
+                self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
 
     def _artifact(self, manifest: Manifest, folder: Path) -> Any:
         """The same for whoever made it and whoever takes it, so that W&B finds them to be one."""
@@ -110,6 +106,21 @@ class WandbTracker(Tracker):
 def stable_id(run: str, stage: str, fingerprint: str) -> str:
     """The W&B run id of a stage: the same whenever the same stage of the same run goes on."""
     return hashlib.sha256(f"{run}/{stage}/{fingerprint}".encode()).hexdigest()[:16]
+
+
+def _own_folder(spec: StageSpec) -> Path:
+    """Where W&B keeps everything of the stage.
+
+    Raises:
+        OSError: it cannot be written; W&B would go on in the machine's temporary folder.
+    """
+    folder = spec.run_folder / "wandb"
+    folder.mkdir(exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written")
+    os.environ |= {"WANDB_CACHE_DIR": str(folder / "cache"), "WANDB_DATA_DIR": str(folder / "data")}
+    os.environ |= {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
+    return folder
 
 
 def _belonging(spec: StageSpec) -> dict[str, str | None]:

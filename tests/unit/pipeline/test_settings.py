@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from alignment.pipeline import settings
 from tests.unit.pipeline.conftest import MakePlan
 
 DPO = "stages.dpo.adapter"
+PROJECT = Path(__file__).parents[3] / "pyproject.toml"
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_command_that_instal
         plan("tracking=[wandb,tensorboard]")
     for name, package in (("wandb", "wandb>=0.31,<0.32"), ("tensorboard", "tensorboard>=2.20,<3")):
         assert f"tracking.{name}: {name} is not installed; pip install '{package}', or leave it out" in str(caught.value)
+        assert f'{name} = ["{package}"]' in PROJECT.read_text(encoding="utf-8"), "as the extra has it"
 
 
 def _nothing_is_installed(package: str) -> str:

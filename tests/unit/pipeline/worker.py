@@ -1,7 +1,7 @@
 """A worker without a model: reads ``stage.yaml`` and does what the contract asks of a worker, in a process of its own.
 
 ``WORKER_FAULT=stage:what`` makes that stage ``fail``, ``reward``, ``crash``, ``bug``, ``preempt`` or
-``hang``.
+``hang``, or come to its end with a ``note``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def main(path: Path) -> int:
     spec = read_spec(path)
     print(f"working on {spec.stage}")
     stage, _, fault = os.environ.get("WORKER_FAULT", ":").partition(":")
-    if stage == spec.stage:
+    noted = stage == spec.stage and fault == "note"
+    if stage == spec.stage and not noted:
         misbehave(spec, fault)
     write_json(spec.work / "progress.json", {"phase": "training", "step": 1, "total": 2, "figures": {"loss": 1.5}})
     content = spec.work / "content"
@@ -44,7 +46,7 @@ def main(path: Path) -> int:
     )
     publish(content, spec.artifact, manifest)
     shutil.rmtree(spec.work)
-    return say(spec, "done", 0, "")
+    return say(spec, "done", 0, "", notes=["TensorBoard failed"] if noted else [])
 
 
 def misbehave(spec: StageSpec, fault: str) -> None:
@@ -89,9 +91,9 @@ def evaluation(spec: StageSpec) -> dict[str, Any]:
     return {"num_prompts": 1, "arms": arms, "comparisons": comparisons, "tasks": {}}
 
 
-def say(spec: StageSpec, state: str, code: int, error: str) -> int:
+def say(spec: StageSpec, state: str, code: int, error: str, *, notes: Sequence[str] = ()) -> int:
     """Writes ``status.json``; returns the exit code."""
-    status = {"state": state, "exit_code": code, "error": error, "where": f"stage {spec.stage}"}
+    status = {"state": state, "exit_code": code, "error": error, "where": f"stage {spec.stage}", "notes": notes}
     (spec.run_folder / "status.json").write_text(json.dumps(status))
     return code
 
