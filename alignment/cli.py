@@ -122,13 +122,13 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
     elif options.verb == "sweep":
         from alignment.pipeline.sweep import sweep
 
-        return sweep(options.recipe, options.sweep, options.overrides, console=console)
+        return sweep(options.recipe, options.sweep, options.overrides, console=console, at_once=options.at_once)
     elif options.verb == "plan":
         _show_plan(console, options.recipe, options.overrides)
     else:
         from alignment.pipeline.run import run
 
-        return run(options.recipe, options.overrides, console=console, only=options.stage)
+        return run(options.recipe, options.overrides, console=console, only=options.stage, wait=options.wait)
     return 0
 
 
@@ -166,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         if verb == "run":
             one.add_argument("--stage", help="only this stage, from results of earlier ones")
+            one.add_argument("--wait", action="store_true", help="wait for a result that another process works on")
         if verb == "preview":
             one.add_argument("--stage", help="only this stage")
             one.add_argument("--rows", type=int, default=2, help="rows of each stage (default: 2)")
@@ -174,6 +175,13 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or the path of your own .yaml")
     sweep.add_argument("sweep", metavar="SWEEP", help="a file's name in conf/sweep, or the path of your own .yaml")
     sweep.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="for every trial")
+    sweep.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="trials at the same time, each with its share of the machine",
+    )
     status = verbs.add_parser("status", help="how runs stand", description="How runs stand.")
     status.add_argument("run", metavar="RUN", nargs="?", help="a run's name; without it, all runs are listed")
     status.add_argument(

@@ -110,12 +110,17 @@ def _refusal(launch: LaunchConfig, num_devices: int) -> str:
     return ""
 
 
-def count_devices(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
-    """GPUs that this machine lets us use, counted without importing torch."""
+def visible_devices(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> list[str]:
+    """GPUs that this machine lets us use, as ``CUDA_VISIBLE_DEVICES`` names them; found without importing torch."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
-    return sum(1 for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
+        return [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
+    return [str(n) for n in range(sum(1 for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)))]
+
+
+def count_devices(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
+    """How many GPUs this machine lets us use."""
+    return len(visible_devices(environment, devices))
 
 
 def count_cores() -> int:
@@ -248,8 +253,7 @@ def environment(threads: int, pythonpath: str) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
-        "PYTHONSAFEPATH": "1",
-        "PYTHONPATH": os.pathsep.join(part for part in (str(_ROOT), pythonpath) if part),
+        **own_code(pythonpath),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
@@ -258,6 +262,11 @@ def environment(threads: int, pythonpath: str) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         **{name: value for name, value in (_CPU_MEMORY | _on_cpu()).items() if name not in os.environ},
     }
+
+
+def own_code(pythonpath: str) -> dict[str, str]:
+    """Variables by which a process finds this package first, whatever lies in the folder that it starts in."""
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(part for part in (str(_ROOT), pythonpath) if part)}
 
 
 def _on_cpu() -> dict[str, str]:

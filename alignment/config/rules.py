@@ -27,7 +27,7 @@ from alignment.config.stage import (
     ScorerConfig,
     SftConfig,
 )
-from alignment.config.sweep import ObjectiveConfig, ParameterConfig, SweepConfig
+from alignment.config.sweep import ObjectiveConfig, ParameterConfig, PruningConfig, SweepConfig
 from alignment.config.too_long import TooLongConfig
 from alignment.config.tracking import TrackingConfig
 
@@ -189,6 +189,10 @@ RULES: dict[tuple[type, str], Rule] = {
     (SweepConfig, "seed"): NOT_NEGATIVE,
     (SweepConfig, "parameters"): FILLED,
     (ObjectiveConfig, "arm"): FILLED,
+    (ObjectiveConfig, "stage"): FILLED,
+    (ObjectiveConfig, "metric"): FILLED,
+    (PruningConfig, "startup_trials"): POSITIVE,
+    (PruningConfig, "warmup_steps"): NOT_NEGATIVE,
     (ParameterConfig, "key"): FILLED,
     (ParameterConfig, "low"): FINITE,
     (ParameterConfig, "high"): FINITE,

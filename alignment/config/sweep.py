@@ -25,11 +25,37 @@ class Metric(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class ObjectiveConfig:
-    """``metric`` of ``arm`` in the recipe's evaluation, the more the better, or the less."""
+    """A figure, the more the better, or the less: ``metric`` of an ``arm`` of the recipe's evaluation (a ``Metric``),
+    or of what a ``stage`` says of itself in its manifest, such as a reward model's ``eval_accuracy``.
+    """
 
     arm: str = ""
-    metric: Metric = Metric.gold
+    stage: str = ""
+    metric: str = "gold"
     minimize: bool = False
+
+
+class Pruner(str, Enum):
+    """``median``: a trial whose best figure so far is worse than the median of finished ones at the same step."""
+
+    none = "none"
+    median = "median"
+
+
+@dataclass(kw_only=True, slots=True)
+class PruningConfig:
+    """Trials that are stopped early, by ``metric`` in the metrics.jsonl of ``stage``, the less the better or the more.
+
+    The objective comes after that stage, so this may stop a trial that would have been the best. The first
+    ``startup_trials`` finished trials and the first ``warmup_steps`` steps of each are left alone.
+    """
+
+    pruner: Pruner = Pruner.none
+    stage: str = ""
+    metric: str = "loss"
+    minimize: bool = True
+    startup_trials: int = 4
+    warmup_steps: int = 0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,11 +75,12 @@ class ParameterConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SweepConfig:
-    """``trials`` is how many ``tpe`` makes; a grid makes all."""
+    """``trials`` is how many ``tpe`` makes; a grid makes all. A file may give its one ``objective`` without a list."""
 
     summary: str = ""
     search: Search = Search.grid
     trials: int | None = None
     seed: int = 0
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: list[ObjectiveConfig] = field(default_factory=list)
     parameters: list[ParameterConfig] = field(default_factory=list)
+    pruning: PruningConfig = field(default_factory=PruningConfig)

@@ -24,8 +24,9 @@ _DIRECTIVE = re.compile(r"[A-Za-z0-9._/@:=,+%-]+")
 """No newline, which would begin another directive, no space, no quote, nothing that a shell would read."""
 
 
-def render(plan: Plan, stage: PlannedStage, *, folder: Path) -> str:
-    """The job file of a stage; the job runs ``align run … --stage NAME`` in ``folder``, where the user called it.
+def render(plan: Plan, stage: PlannedStage, *, folder: Path, wait: bool = False) -> str:
+    """The job file of a stage; the job runs ``align run … --stage NAME`` in ``folder``, where the user called it, and
+    with ``wait`` waits for another one that makes the same result.
 
     Raises:
         ConfigError: something cannot stand in a directive of Slurm, such as a folder with a space in its name.
@@ -41,14 +42,14 @@ def render(plan: Plan, stage: PlannedStage, *, folder: Path) -> str:
         directives=directives,
         folder=shlex.quote(str(folder)),
         step=shlex.join(step),
-        command=shlex.join(_command(plan, stage)),
+        command=shlex.join(_command(plan, stage, wait=wait)),
     )
 
 
-def _command(plan: Plan, stage: PlannedStage) -> list[str]:
+def _command(plan: Plan, stage: PlannedStage, *, wait: bool) -> list[str]:
     """What the user called, for one stage. ``-u``: a log shows each line when it is printed."""
     driver = [sys.executable, "-u", "-m", "alignment.cli", "run", plan.recipe, "--stage", stage.name]
-    return [*driver, *plan.overrides, HERE]
+    return [*driver, *(["--wait"] if wait else []), *plan.overrides, HERE]
 
 
 def _directives(plan: Plan, stage: PlannedStage) -> Iterator[str]:

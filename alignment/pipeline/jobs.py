@@ -24,14 +24,14 @@ _SHOWN_LATE_SECONDS = 60.0
 _FORGOTTEN = Job(state="COMPLETED", reason="Slurm has forgotten it")
 
 
-def submit(plan: Plan, stages: Sequence[PlannedStage]) -> dict[str, str]:
+def submit(plan: Plan, stages: Sequence[PlannedStage], *, wait: bool) -> dict[str, str]:
     """Submits a job for each stage, in their order, each to start when the one before has ended well; returns the ids.
 
     Raises:
         ConfigError: Slurm refuses one; those before it are cancelled.
     """
     folder = Path.cwd()
-    files = {stage.name: job_file.render(plan, stage, folder=folder) for stage in stages}
+    files = {stage.name: job_file.render(plan, stage, folder=folder, wait=wait) for stage in stages}
     jobs: dict[str, str] = {}
     try:
         for name, text in files.items():

@@ -118,12 +118,12 @@ def _entry(stage: PlannedStage) -> dict[str, Any]:
         "state": "reused" if reused else "waiting",
         "reason": stage.reason,
         "artifact": str(stage.artifact),
-        "seconds": _seconds_then(stage) if reused else None,
+        "seconds": seconds_then(stage) if reused else None,
         "inputs": _inputs(stage),
     }
 
 
-def _seconds_then(stage: PlannedStage) -> float | None:
+def seconds_then(stage: PlannedStage) -> float | None:
     """What the result took when it was made."""
     manifest = read_manifest(stage.artifact)
     return manifest.usage.get("seconds") if manifest else None

@@ -19,12 +19,12 @@ from alignment.config.near import suggestion
 from alignment.config.stage import ReportConfig
 from alignment.errors import PREEMPTED, ArtifactError, Busy, ConfigError
 from alignment.launcher import Command
-from alignment.locks import held
+from alignment.locks import held, is_held
 from alignment.pipeline import data_sources, handover, jobs, launching, machines, pulses, references, slurm, sources
 from alignment.pipeline.display import Display, display_for, duration
 from alignment.pipeline.handover import Preempted
 from alignment.pipeline.plan import Action, Plan, PlannedStage, make_plan
-from alignment.pipeline.record import RunRecord, read_record
+from alignment.pipeline.record import RunRecord, read_record, seconds_then
 from alignment.pipeline.signals import INTERRUPTED, Terminated, termination_raises
 from alignment.pipeline.summary import REPORT, show_results
 
@@ -38,9 +38,13 @@ def run(
     *,
     console: Console,
     only: str | None = None,
+    wait: bool = False,
     command_for: CommandFor | None = None,
 ) -> int:
     """Plans and executes all stages, or the one named ``only``; returns the exit code (alignment/errors.py).
+
+    With ``wait`` it waits for another process that works on this run or on a result that it needs, and reuses what that
+    one made; without, it is refused.
 
     Raises:
         AlignmentError: a fault in the plan, or a stage that failed; what was done before stays and is reused.
@@ -54,25 +58,25 @@ def run(
     if launch.slurm.submit:
         slurm.refuse_without_slurm()
         _make_writable(plan)
-        return _submit(plan, only, console)
+        return _submit(plan, only, console, wait=wait)
     _make_writable(plan)
     if only is None:
         jobs.refuse_queued(plan.run_folder)
     if launch.machine_rank:
         plan = with_models(plan, display_for(console), stages=_not_reused(plan, only))
         return machines.follow(plan, _chosen(plan, only), console=console, command_for=command_for)
-    return _execute(plan, only, console, command_for)
+    return _execute(plan, only, console, command_for, wait=wait)
 
 
-def _execute(plan: Plan, only: str | None, console: Console, command_for: CommandFor) -> int:
-    with held(plan.run_folder / "lock", wait=False):
+def _execute(plan: Plan, only: str | None, console: Console, command_for: CommandFor, *, wait: bool) -> int:
+    with held(plan.run_folder / "lock", wait=wait):
         display = display_for(console)
         plan = with_models(plan, display, stages=_not_reused(plan, only))
         record = RunRecord(plan, only=only)
         try:
             with termination_raises():
                 for stage in _chosen(plan, only):
-                    _one_stage(plan, stage, record, display, command_for)
+                    _one_stage(plan, stage, record, display, command_for, wait=wait)
         except (KeyboardInterrupt, Terminated, Preempted) as stop:
             code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED
             record.finish("interrupted" if code == INTERRUPTED else "preempted")
@@ -87,7 +91,7 @@ def _execute(plan: Plan, only: str | None, console: Console, command_for: Comman
     return 0
 
 
-def _submit(plan: Plan, only: str | None, console: Console) -> int:
+def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> int:
     """Hands the stages that have to run to Slurm, and stays until they have ended if asked to."""
     display = display_for(console)
     with held(plan.run_folder / "submit.lock", wait=False):
@@ -101,7 +105,7 @@ def _submit(plan: Plan, only: str | None, console: Console) -> int:
                 _reuse(plan, stage, display)
             else:
                 waiting.append(stage)
-        submitted = jobs.submit(plan, waiting)
+        submitted = jobs.submit(plan, waiting, wait=wait)
     for name, job in submitted.items():
         display.note(f"{name}: job {job}")
     if submitted and not plan.config.launch.slurm.wait:
@@ -191,7 +195,9 @@ def with_models(plan: Plan, display: Display, *, stages: Sequence[PlannedStage])
     return make_plan(plan.recipe, plan.overrides)
 
 
-def _one_stage(plan: Plan, stage: PlannedStage, record: RunRecord, display: Display, command_for: CommandFor) -> None:
+def _one_stage(
+    plan: Plan, stage: PlannedStage, record: RunRecord, display: Display, command_for: CommandFor, *, wait: bool
+) -> None:
     if stage.action is Action.reuse:
         _reuse(plan, stage, display)
         return
@@ -201,7 +207,7 @@ def _one_stage(plan: Plan, stage: PlannedStage, record: RunRecord, display: Disp
     record.stage(stage.name, "running")
     started = time.monotonic()
     try:
-        _make(plan, stage, display, command_for)
+        made = _make(plan, stage, display, command_for, wait=wait)
         verify(stage.artifact, content=False)
         _point_to_result(plan, stage)
     except BaseException as stop:
@@ -210,6 +216,10 @@ def _one_stage(plan: Plan, stage: PlannedStage, record: RunRecord, display: Disp
         record.stage(stage.name, "waiting" if interrupted else "failed", seconds=time.monotonic() - started)
         display.end(stage.name, "failed" if not interrupted else "stopped", duration(time.monotonic() - started))
         raise
+    if not made:
+        record.stage(stage.name, "reused", seconds=seconds_then(stage))
+        display.end(stage.name, "reused", stage.artifact.name)
+        return
     record.stage(stage.name, "done", seconds=time.monotonic() - started)
     display.end(stage.name, "done", f"{duration(time.monotonic() - started):<12} {stage.artifact.name}")
 
@@ -219,16 +229,22 @@ def _reuse(plan: Plan, stage: PlannedStage, display: Display) -> None:
     display.end(stage.name, "reused", stage.artifact.name)
 
 
-def _make(plan: Plan, stage: PlannedStage, display: Display, command_for: CommandFor) -> None:
-    """Makes the artifact, alone: another run that wants the same one is refused while this one works on it."""
-    with held(stage.work / "lock", wait=False) as lock:
+def _make(plan: Plan, stage: PlannedStage, display: Display, command_for: CommandFor, *, wait: bool) -> bool:
+    """Makes the artifact, alone: another run that wants the same one is refused, or waits, while this one works on it.
+
+    False: another process made it meanwhile.
+    """
+    if wait and is_held(stage.work / "lock"):
+        display.note(f"{stage.name}: another process works on it; waiting")
+    with held(stage.work / "lock", wait=wait) as lock:
         if read_manifest(stage.artifact) is not None:
-            return
+            return False
         if isinstance(stage.config, ReportConfig):
             _make_report(plan, stage, stage.config)
         else:
             _launch(plan, stage, display, command_for, lock)
     shutil.rmtree(stage.work, ignore_errors=True)
+    return True
 
 
 def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: CommandFor, lock: int) -> None:

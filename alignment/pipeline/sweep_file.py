@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,17 @@ from typing import Any
 import yaml
 
 from alignment.config.faults import Fault, refuse
+from alignment.config.launch import LaunchConfig
 from alignment.config.near import suggestion
-from alignment.config.stage import EvaluateConfig
+from alignment.config.rules import NAME, is_name
+from alignment.config.stage import EvaluateConfig, ReportConfig, StageConfig
 from alignment.config.store import conf_folder
-from alignment.config.sweep import ParameterConfig, Search, SweepConfig
+from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Search, SweepConfig
 from alignment.config.typed import sweep_from_plain
-from alignment.errors import ConfigError
+from alignment.errors import AlignmentError, ConfigError
 from alignment.fingerprint import digest
+from alignment.pipeline import objectives
+from alignment.pipeline.objectives import Objective
 from alignment.pipeline.plan import Plan, make_plan
 
 
@@ -31,9 +35,15 @@ class Sweep:
     recipe: str
     overrides: tuple[str, ...]
     run_name: str
-    evaluation: str
+    launch: LaunchConfig
+    objectives: tuple[Objective, ...]
     identity: str
     folder: Path
+
+    @property
+    def output(self) -> Path:
+        """The folder that holds the trials' runs."""
+        return self.folder.parents[1]
 
     @property
     def number(self) -> int:
@@ -53,32 +63,47 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
     if not path.is_file():
         known = sorted(one.stem for one in (conf_folder() / "sweep").glob("*.yaml"))
         raise ConfigError(f"no sweep {name!r}; {suggestion(name, known)}", where="SWEEP", remedy="or give a .yaml file")
+    if not is_name(path.stem):
+        raise ConfigError(f"{path.stem!r} cannot name a sweep; allowed: {NAME.allowed}", where=str(path))
     config = sweep_from_plain(_plain(path), where=str(path))
-    refuse(list(_faults(config, where=str(path))))
-    plan = _checked_plan(recipe, overrides, config.parameters)
-    evaluation = _evaluation(plan, config, where=str(path))
-    # An evaluation's fingerprint covers recipe, overrides and data; what it does not reach changes no figure.
-    judged = next(stage.fingerprint for stage in plan.stages if stage.name == evaluation)
+    refuse(_placed(path, _faults(config)))
+    plan = _checked_plan(recipe, overrides, config.parameters, path)
+    refuse(_placed(path, _faults_beside(config, plan.config.stages)))
+    _refuse_unwatched(plan.config.launch)
+    found = objectives.resolve(config.objective, plan.config.stages)
+    # The fingerprint of a stage covers recipe, overrides and data; what it does not reach changes no figure of it.
+    judged = [stage.fingerprint for one in found for stage in plan.stages if stage.name == one.stage]
     return Sweep(
         name=path.stem,
         config=config,
         recipe=recipe,
         overrides=tuple(overrides),
         run_name=plan.config.name,
-        evaluation=evaluation,
-        identity=digest([judged, config.search, config.seed, config.objective, config.parameters]),
+        launch=plan.config.launch,
+        objectives=found,
+        identity=digest([judged, config.search, config.seed, config.objective, config.parameters, config.pruning]),
         folder=plan.output / "sweeps" / f"{plan.config.name}.{path.stem}",
     )
 
 
-def _checked_plan(recipe: str, overrides: Sequence[str], parameters: Sequence[ParameterConfig]) -> Plan:
+def _checked_plan(recipe: str, overrides: Sequence[str], parameters: Sequence[ParameterConfig], path: Path) -> Plan:
     """The plan of the first values; each of the others is planned beside these, so that a wrong one is found now."""
-    first = {one.key: _first(one) for one in parameters}
-    plan = make_plan(recipe, [*overrides, *_words(first)])
-    for one in parameters:
-        for value in one.values[1:]:
-            make_plan(recipe, [*overrides, *_words(first | {one.key: value})])
+    first = {one.key: _checked(one)[0] for one in parameters}
+    others = [first | {one.key: value} for one in parameters for value in _checked(one)[1:]]
+    try:
+        plan = make_plan(recipe, [*overrides, *_words(first)])
+        for values in others:
+            make_plan(recipe, [*overrides, *_words(values)])
+    except AlignmentError as error:
+        make_plan(recipe, overrides)  # a fault of the recipe's own is told as such
+        raise type(error)(error.message, where=f"{path}: {error.where}".rstrip(": "), remedy=error.remedy) from error
     return plan
+
+
+def _checked(one: ParameterConfig) -> list[str]:
+    """The values that a plan is made of before anything starts: all that are listed, or the ends of a range."""
+    ends = [end for end in (one.low, one.high) if end is not None]
+    return one.values or [str(int(end) if one.whole else end) for end in ends]
 
 
 def _words(values: dict[str, str]) -> list[str]:
@@ -86,50 +111,65 @@ def _words(values: dict[str, str]) -> list[str]:
 
 
 def _plain(path: Path) -> Any:
-    """As YAML holds it; values of parameters as the text that an override would have."""
+    """As YAML holds it; values of parameters as the text that an override would have, one objective as a list."""
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"not YAML: {error}", where=str(path)) from error
-    for one in plain.get("parameters", []) if isinstance(plain, dict) else []:
+    if not isinstance(plain, dict):
+        return plain
+    if isinstance(plain.get("objective"), dict):
+        plain["objective"] = [plain["objective"]]
+    parameters = plain.get("parameters")
+    for one in parameters if isinstance(parameters, list) else []:
         if isinstance(one, dict) and isinstance(one.get("values"), list):
             one["values"] = [value if isinstance(value, str) else json.dumps(value) for value in one["values"]]
     return plain
 
 
-def _faults(config: SweepConfig, *, where: str) -> Iterator[Fault]:
+def _placed(path: Path, faults: Iterator[Fault]) -> list[Fault]:
+    return [Fault(where=f"{path}: {fault.where}", message=fault.message) for fault in faults]
+
+
+def _faults(config: SweepConfig) -> Iterator[Fault]:
+    """What is wrong in the file, whatever the recipe."""
     if not config.parameters:
-        yield Fault(where=f"{where}: parameters", message="nothing to try; write - {key: …, values: […]}")
+        yield Fault(where="parameters", message="nothing to try; write - {key: …, values: […]}")
     if config.search is Search.tpe and not config.trials:
-        yield Fault(where=f"{where}: trials", message="say how many, such as trials: 12")
+        yield Fault(where="trials", message="say how many, such as trials: 12")
+    if config.pruning.pruner is not Pruner.none and len(config.objective) > 1:
+        yield Fault(where="pruning.pruner", message="trials with several objectives are never pruned; take none")
     for number, one in enumerate(config.parameters):
-        place = f"{where}: parameters[{number}]"
-        if not one.key:
-            yield Fault(where=place, message="which setting? write key: stages.dpo.beta")
-        between = one.low is not None and one.high is not None and one.low < one.high
-        if bool(one.values) == between:
-            yield Fault(where=place, message="write values: [...], or low and high with low below high")
-        if not one.values and config.search is Search.grid:
-            yield Fault(where=place, message="a grid takes values; take search: tpe for low and high")
-        if one.log and (one.low or 0) <= 0:
-            yield Fault(where=place, message="log wants low above 0")
+        for message in _wrong_with(one, config.search):
+            yield Fault(where=f"parameters[{number}]", message=message)
 
 
-def _evaluation(plan: Plan, config: SweepConfig, *, where: str) -> str:
-    """The stage that tells the objective."""
-    found = {name: stage for name, stage in plan.config.stages.items() if isinstance(stage, EvaluateConfig)}
-    arms = sorted({arm for stage in found.values() for arm in stage.arms})
-    for name, stage in found.items():
-        if config.objective.arm in stage.arms:
-            return name
-    raise ConfigError(
-        f"no stage reports {config.objective.metric.value} of {config.objective.arm!r}",
-        where=f"{where}: objective",
-        remedy=f"arms of this recipe: {', '.join(arms)}" if arms else "add an evaluate stage to the recipe",
-    )
+def _wrong_with(one: ParameterConfig, search: Search) -> Iterator[str]:
+    if not one.key:
+        yield "which setting? write key: stages.dpo.beta"
+    between = one.low is not None and one.high is not None and one.low < one.high
+    if bool(one.values) == between:
+        yield "write values: [...], or low and high with low below high"
+    if not one.values and search is Search.grid:
+        yield "a grid takes values; take search: tpe for low and high"
+    if one.log and (one.low or 0) <= 0:
+        yield "log wants low above 0"
 
 
-def _first(one: ParameterConfig) -> str:
-    if one.values:
-        return one.values[0]
-    return str(int(one.low or 0) if one.whole else one.low)
+def _faults_beside(config: SweepConfig, stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
+    """What does not fit these stages."""
+    yield from objectives.faults(config.objective, stages)
+    if config.pruning.pruner is not Pruner.none and (message := _unwatchable(config.pruning, stages)):
+        yield Fault(where="pruning.stage", message=message)
+
+
+def _unwatchable(pruning: PruningConfig, stages: Mapping[str, StageConfig]) -> str:
+    trained = [name for name, stage in stages.items() if not isinstance(stage, (EvaluateConfig, ReportConfig))]
+    return "" if pruning.stage in trained else f"no stage {pruning.stage!r} that learns; one of: {', '.join(trained)}"
+
+
+def _refuse_unwatched(launch: LaunchConfig) -> None:
+    if launch.slurm.submit and not launch.slurm.wait:
+        raise ConfigError(
+            "a sweep waits for its trials' jobs", where="launch.slurm.wait", remedy="leave it true, the default"
+        )

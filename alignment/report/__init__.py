@@ -1,7 +1,8 @@
-"""A run as one HTML file: reads the run's files, draws, writes. It never imports torch and needs no network."""
+"""A run or a sweep as one HTML file: reads its files, draws, writes. It never imports torch and needs no network."""
 
 from __future__ import annotations
 
 from alignment.report.render import build
+from alignment.report.sweep import build_sweep
 
-__all__ = ["build"]
+__all__ = ["build", "build_sweep"]

@@ -15,9 +15,10 @@ from markupsafe import Markup
 from alignment.report import tables, text
 from alignment.report.curves import Chart, overlaid
 from alignment.report.load import read_run
+from alignment.report.pages import template, write_page
 from alignment.report.plots import scale_axis, scale_of, swatch, whisker
 from alignment.report.records import Difference, Interval, Run, Stage
-from alignment.report.render import NUM_OPEN_SAMPLES, rendered, write_page
+from alignment.report.render import NUM_OPEN_SAMPLES
 from alignment.report.shared_samples import RULE, share
 from alignment.report.verdict import judge
 
@@ -77,8 +78,7 @@ class Told:
 def page(runs: Sequence[Told], *, settings: Mapping[str, Sequence[str]], differences: Sequence[Difference]) -> str:
     """The page as HTML."""
     shared = share([one.run for one in runs], NUM_SAMPLES)
-    return rendered(
-        "comparison.html.j2",
+    return template("comparison.html.j2").render(
         runs=runs,
         settings=[(text.name(key, limit=120), [text.prose(value) for value in told]) for key, told in settings.items()],
         lead=_lead(runs, differences),

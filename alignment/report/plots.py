@@ -100,6 +100,20 @@ def interval_curve(points: list[tuple[float, Interval]], *, title: str, guide: f
     return _drawing(f"{title}: {spoken}", parts)
 
 
+def interval_scatter(
+    points: list[tuple[float, Interval]], ticks: list[tuple[float, str]], *, title: str, marked: set[int]
+) -> Markup:
+    """Dots on their intervals at places from 0 to 1 along an axis with ``ticks``; ``marked`` ones, by index, show."""
+    scale = scale_of([item for _, item in points], within=None, include=None)
+    frame = Frame(low_x=-0.06, high_x=1.06, low_y=scale.low, high_y=scale.high)
+    parts = [_y_axis(frame), _axis_below([frame.x(place) for place, _ in ticks], [label for _, label in ticks])]
+    for index, (place, item) in enumerate(points):
+        colour = 1 if index in marked else 0
+        parts.append(_upright(frame.x(place), item, frame, colour))
+        parts.append(_dot(frame.x(place), frame.y(item.mean), colour))
+    return _drawing(f"{title}: {len(points)} trials", parts)
+
+
 def _drawing(spoken: str, parts: list[Markup]) -> Markup:
     return Markup('<svg class="curve" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         WIDTH, HEIGHT, spoken, Markup("").join(parts)
@@ -157,15 +171,16 @@ def _axis_below(pixels: list[float], labels: list[str]) -> Markup:
     return Markup("").join(parts)
 
 
-def _upright(x: float, item: Interval, frame: Frame) -> Markup:
+def _upright(x: float, item: Interval, frame: Frame, colour: int = 0) -> Markup:
     """The interval as an upright line, or nothing where none was recorded."""
     if item.low is None or item.high is None:
         return Markup("")
-    return Markup('<path class="raw s0" d="M{:.1f} {:.1f}V{:.1f}"/>').format(x, frame.y(item.low), frame.y(item.high))
+    bounds = frame.y(item.low), frame.y(item.high)
+    return Markup('<path class="raw s{}" d="M{:.1f} {:.1f}V{:.1f}"/>').format(colour, x, *bounds)
 
 
-def _dot(x: float, y: float) -> Markup:
-    return Markup('<circle class="dot s0" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(x, y)
+def _dot(x: float, y: float, colour: int = 0) -> Markup:
+    return Markup('<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(colour, x, y)
 
 
 def _series(points: Points, frame: Frame, look: int | None) -> Markup:

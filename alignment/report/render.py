@@ -1,17 +1,11 @@
-"""Puts the page together and writes it: one HTML file without scripts, requests or anything beside it.
-
-The page holds text from data sets and models, so templates escape everything, and a content security policy in the page
-forbids scripts and requests even if something slipped through.
-"""
+"""Puts the page about a run together and writes it."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from alignment.errors import ConfigError
@@ -19,6 +13,7 @@ from alignment.report import tables, text
 from alignment.report.chain import chain
 from alignment.report.curves import CHOICES, Chart, charts, num_gaps
 from alignment.report.load import read_run
+from alignment.report.pages import template, write_page
 from alignment.report.records import Evaluation, Run, Stage
 from alignment.report.samples import RULE, choose
 from alignment.report.sizes import size_curves
@@ -42,33 +37,10 @@ def build(run_folder: Path, output: Path, *, num_samples: int) -> None:
     write_page(page(read_run(run_folder), num_samples=num_samples), output)
 
 
-def write_page(html: str, output: Path) -> None:
-    """Writes a page by one rename."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(html.encode("utf-8", "replace"))
-    os.replace(temporary, output)
-
-
-def rendered(template: str, **values: Any) -> str:
-    """A template filled; all that is not ``Markup`` is escaped."""
-    environment = Environment(
-        loader=PackageLoader("alignment.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(number=text.number, share=text.share, bounds=tables.bounds, short=_short)
-    return environment.get_template(template).render(**values)
-
-
 def page(run: Run, *, num_samples: int) -> str:
     """The page as HTML."""
     chosen = choose(run.samples, num_samples)
-    return rendered(
-        "report.html.j2",
+    return template("report.html.j2").render(
         run=run,
         facts=tables.facts(run),
         verdict=judge(run),
@@ -130,6 +102,3 @@ def _curve_notes(stage: Stage) -> list[str]:
 def _label(name: str) -> str:
     return name.removeprefix("stage:")
 
-
-def _short(value: Any, limit: int = 90) -> str:
-    return text.name(value, limit=limit)

@@ -27,7 +27,8 @@ class Runs:
         self.codes: dict[int, int] = {}
         self.faults: dict[int, Exception] = {}
 
-    def __call__(self, recipe: str, overrides: Sequence[str], *, console: Console) -> int:
+    def __call__(self, recipe: str, overrides: Sequence[str], *, console: Console, wait: bool) -> int:
+        assert wait, "another process may be at work on what the trial needs"
         told = dict(one.split("=", 1) for one in overrides)
         number = len(self.asked)
         self.asked.append(told)
@@ -39,7 +40,7 @@ class Runs:
         run.mkdir(parents=True, exist_ok=True)
         mean = self.figure(told)
         figure = None if mean is None else {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
-        (run / "evaluation.json").write_text(json.dumps({"arms": [{"name": "stage:dpo", "gold": figure}]}))
+        (run / "evaluation.json").write_text(json.dumps({"arms": [{"name": "stage:dpo", "gold": figure, "words": 21.5}]}))
         golds = [] if mean is None else [mean + noise for noise in (-0.02, 0.0, 0.02)]
         lines = [{"id": str(place), "answers": {"stage:dpo": {"gold": one}}} for place, one in enumerate(golds)]
         (run / "samples.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -72,6 +73,12 @@ def go(runs: Runs, name: str = "dpo_beta", *more: str) -> tuple[int, str]:
     return code, captured.get()
 
 
+def trials(runs: Runs, name: str = "dpo_beta") -> list[dict[str, Any]]:
+    """What the sweep's file says of each, in its order."""
+    found: list[dict[str, Any]] = json.loads((runs.output / f"sweeps/quickstart.{name}/sweep.json").read_text())["trials"]
+    return found
+
+
 def own(runs: Runs, tmp_path: Path, **changes: Any) -> str:
     told = {
         "search": "tpe",
@@ -96,9 +103,9 @@ def test_a_grid_tries_every_value_once_and_names_the_best(runs: Runs) -> None:
     assert {told["tracking.group"] for told in runs.asked} == {"quickstart.dpo_beta"}
     assert "best: stages.dpo.beta=0.3" in printed
     assert "may be as good" not in printed
-    rows = json.loads((runs.output / "sweeps/quickstart.dpo_beta/sweep.json").read_text())
-    assert [row["settings"] for row in rows] == [[f"stages.dpo.beta={beta}"] for beta in ("0.3", "0.1", "0.5", "0.05")]
-    assert rows[0]["interval"] == [pytest.approx(0.85), pytest.approx(0.95)]
+    rows = trials(runs)
+    assert [row["words"] for row in rows] == [[f"stages.dpo.beta={beta}"] for beta in ("0.3", "0.1", "0.5", "0.05")]
+    assert rows[0]["figures"] == [{"mean": 0.9, "low": pytest.approx(0.85), "high": pytest.approx(0.95)}]
     code, _ = go(runs, "dpo_beta", "seed=7", "launch.threads=3")
     assert (code, len(runs.asked)) == (0, 4), "all are there, and a launch changes no figure"
 
@@ -131,8 +138,7 @@ def test_stopped_in_a_trial_it_goes_on_with_that_one(runs: Runs, code: int) -> N
     assert go(runs)[0] == 0
     assert [told["stages.dpo.beta"] for told in runs.asked[3:]] == BETAS[2:]
     assert runs.asked[3]["name"] == runs.asked[2]["name"], "its stages are found again"
-    rows = json.loads((runs.output / "sweeps/quickstart.dpo_beta/sweep.json").read_text())
-    assert all(row["run"].endswith(f".{row['trial']}") for row in rows)
+    assert all(row["run"].endswith(f".{row['number']}") for row in trials(runs))
 
 
 def test_a_trial_whose_process_was_killed_is_tried_again(runs: Runs) -> None:
@@ -150,8 +156,8 @@ def test_a_trial_that_fails_is_listed_with_what_it_said_and_ends_no_sweep(runs: 
     runs.faults[3] = NonFiniteError("a gradient is not finite at step 4", where="stage dpo")
     code, printed = go(runs, own(runs, tmp_path))
     assert (code, len(runs.asked)) == (0, 8)
-    rows = json.loads((runs.output / "sweeps/quickstart.mine/sweep.json").read_text())
-    assert sum(row["value"] is not None for row in rows) == 7
+    rows = trials(runs, "mine")
+    assert [row["state"] for row in rows] == [*["done"] * 7, "failed"]
     assert rows[-1]["error"] == "stage dpo: a gradient is not finite at step 4"
     assert "a gradient is not finite" in printed
     betas = [float(told["stages.dpo.beta"]) for told in runs.asked]
@@ -173,11 +179,11 @@ def test_less_may_be_better(runs: Runs, tmp_path: Path) -> None:
     assert "best: stages.dpo.beta=0.9" in go(runs, file)[1]
 
 
-def test_a_figure_that_the_evaluation_does_not_tell_is_a_fault_of_the_trial(runs: Runs) -> None:
+def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs: Runs) -> None:
     runs.figure = lambda told: None
-    code, printed = go(runs)
-    assert code == 5
-    assert "the evaluation tells no gold of stage:dpo" in printed
+    with pytest.raises(ConfigError, match="no stage reports gold of stage:dpo; it reports words"):
+        go(runs)
+    assert len(runs.asked) == 1
 
 
 @pytest.mark.parametrize(
@@ -194,6 +200,18 @@ def test_a_figure_that_the_evaluation_does_not_tell_is_a_fault_of_the_trial(runs
         ({"search": "grid"}, "a grid takes values"),
         ({"trials": None}, "say how many"),
         ({"searhc": "grid"}, "unknown key; did you mean 'search'"),
+        ({"parameters": [{"key": "stages.dpo.bata", "values": [0.1]}]}, "mine.yaml: stages.dpo.bata"),
+        ({"parameters": [{"key": "stages.dpo.optim.warmup_ratio", "low": 0.1, "high": 1.5}]}, "'1.5' is not allowed"),
+        ({"objective": []}, "by what? write"),
+        ({"objective": {"metric": "gold"}}, "write arm: … for a figure of the evaluation, or stage: …"),
+        ({"objective": {"arm": "stage:dpo", "stage": "dpo"}}, "write arm: … for a figure of the evaluation, or"),
+        ({"objective": {"stage": "rewrad"}}, "the recipe has no stage 'rewrad'; did you mean 'reward'"),
+        ({"objective": [{"arm": "stage:dpo"}, {"arm": "stage:dop"}]}, "objective[1]: no stage reports gold of"),
+        ({"pruning": {"pruner": "median", "stage": "evaluate"}}, "no stage 'evaluate' that learns; one of: sft"),
+        (
+            {"pruning": {"pruner": "median"}, "objective": [{"arm": "stage:dpo"}, {"arm": "stage:sft"}]},
+            "trials with several objectives are never pruned",
+        ),
     ],
 )
 def test_a_sweep_that_cannot_be_right_starts_nothing(

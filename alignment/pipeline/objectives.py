@@ -1,0 +1,116 @@
+"""What a sweep judges its trials by: looked up in the recipe before anything starts, read from each run when done."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.artifacts import read_manifest
+from alignment.config.faults import Fault
+from alignment.config.near import suggestion
+from alignment.config.stage import EvaluateConfig, StageConfig
+from alignment.config.sweep import Metric, ObjectiveConfig
+from alignment.errors import ConfigError, NonFiniteError
+from alignment.pipeline import paired
+from alignment.pipeline.record import read_record
+from alignment.report.records import Interval
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """A figure in the result of ``stage``: of an evaluation's ``arm``, or, without one, of the stage's manifest."""
+
+    stage: str
+    arm: str
+    metric: str
+    minimize: bool
+
+    def __str__(self) -> str:
+        return f"{self.metric} of {self.arm or self.stage}"
+
+    def read(self, run_folder: Path) -> Interval:
+        """The figure in a run that is done, with its interval where it is a mean over prompts.
+
+        Raises:
+            ConfigError: the run reports no such figure; says which it reports.
+            NonFiniteError: it is no finite number.
+        """
+        told = self._told(_artifact(run_folder, self.stage))
+        value = told.get(self.metric)
+        found = value if isinstance(value, Mapping) else {"mean": value, "low": None, "high": None}
+        if not isinstance(found["mean"], (int, float)):
+            raise ConfigError(
+                f"no stage reports {self}; it reports {', '.join(_names(told)) or 'nothing'}",
+                where="objective",
+                remedy="take another metric" + ("" if self.metric != "reward" else " or set stages.evaluate.reward"),
+            )
+        if not math.isfinite(found["mean"]):
+            raise NonFiniteError(f"{self} is not a finite number", where=f"stage {self.stage}")
+        return Interval(mean=float(found["mean"]), low=found["low"], high=found["high"])
+
+    def by_prompt(self, run_folder: Path) -> dict[str, float]:
+        """The figure prompt by prompt; empty where it is not kept so."""
+        return paired.scores(_artifact(run_folder, self.stage), self.arm).get(self.metric, {}) if self.arm else {}
+
+    def _told(self, artifact: Path) -> Mapping[str, Any]:
+        if not self.arm:
+            manifest = read_manifest(artifact)
+            return manifest.metrics if manifest else {}
+        arms = json.loads((artifact / "evaluation.json").read_text(encoding="utf-8"))["arms"]
+        return next((one for one in arms if one["name"] == self.arm), {})
+
+
+def _artifact(run_folder: Path, stage: str) -> Path:
+    return Path(read_record(run_folder)["stages"][stage]["artifact"])
+
+
+def _names(told: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in told.items() if isinstance(value, (Mapping, int, float))]
+
+
+def resolve(configs: Sequence[ObjectiveConfig], stages: Mapping[str, StageConfig]) -> tuple[Objective, ...]:
+    """The objectives by the stages that tell them; those with faults are left out."""
+    return tuple(
+        Objective(stage=stage, arm=one.arm, metric=one.metric, minimize=one.minimize)
+        for one in configs
+        if (stage := one.stage or next(iter(_telling(one, stages)), ""))
+    )
+
+
+def faults(configs: Sequence[ObjectiveConfig], stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
+    """Why these cannot be objectives of a recipe with these stages."""
+    if not configs:
+        yield Fault(where="objective", message="by what? write {arm: 'stage:dpo', metric: gold}")
+    for number, one in enumerate(configs):
+        where = f"objective[{number}]" if len(configs) > 1 else "objective"
+        if message := _fault(one, stages):
+            yield Fault(where=where, message=message)
+
+
+def _fault(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
+    if bool(one.arm) == bool(one.stage):
+        return "write arm: … for a figure of the evaluation, or stage: … for one that a stage reports of itself"
+    if one.stage:
+        return "" if one.stage in stages else f"the recipe has no stage {one.stage!r}; {suggestion(one.stage, stages)}"
+    known = [metric.value for metric in Metric]
+    if one.metric not in known:
+        return f"no evaluation reports {one.metric!r}; {suggestion(one.metric, known)}"
+    telling = _telling(one, stages)
+    if not telling:
+        arms = sorted({arm for stage in stages.values() if isinstance(stage, EvaluateConfig) for arm in stage.arms})
+        remedy = suggestion(one.arm, arms) if arms else "add an evaluate stage to the recipe, or take stage: …"
+        return f"no stage reports {one.metric} of {one.arm!r}; {remedy}"
+    first = next(iter(telling))
+    if one.metric == Metric.reward.value and telling[first].reward is None:
+        return f"no stage reports the reward of {one.arm!r}; give stages.{first}.reward a reward model"
+    return ""
+
+
+def _telling(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> dict[str, EvaluateConfig]:
+    """The evaluations that have the arm."""
+    found = {name: stage for name, stage in stages.items() if isinstance(stage, EvaluateConfig)}
+    return {name: stage for name, stage in found.items() if one.arm in stage.arms}

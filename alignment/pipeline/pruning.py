@@ -1,0 +1,85 @@
+"""A stage's curve told to the study while the stage runs, so that a hopeless trial is seen early."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from alignment.config.near import suggestion
+from alignment.config.sweep import Pruner
+from alignment.errors import ArtifactError, ConfigError
+from alignment.pipeline.record import read_record
+from alignment.pipeline.sweep_file import Sweep
+
+_FILE = "metrics.jsonl"
+
+
+class Curve:
+    """The metric that a trial is watched by; nothing where none was asked for."""
+
+    def __init__(self, wanted: Sweep, trial: Any) -> None:
+        self._config = wanted.config.pruning
+        self._run_folder = wanted.output / "runs" / trial.user_attrs["run"]
+        self._trial = trial
+        self._last = -1
+        # Optuna judges a curve in the direction of the objective.
+        self._sign = 1.0 if self._config.minimize == wanted.objectives[0].minimize else -1.0
+
+    def hopeless_at(self) -> int | None:
+        """Tells the study of new steps; the first one at which the trial ought to be stopped, or None.
+
+        A stage that is done is told of and stopped no more, one that is shared with other trials among them.
+        """
+        if self._config.pruner is Pruner.none:
+            return None
+        for step, value in self._new_steps():
+            self._last = step
+            self._trial.report(self._sign * value, step)
+            if self._state() == "running" and self._trial.should_prune():
+                return step
+        return None
+
+    def refuse_unseen(self) -> None:
+        """Returns where a trial that is done showed the metric.
+
+        Raises:
+            ConfigError: it did not, so nothing would ever be pruned; says what there is.
+        """
+        self.hopeless_at()
+        if self._config.pruner is not Pruner.none and self._last < 0:
+            names = sorted({name for row in self._rows() for name in row} - {"step", "seconds"})
+            raise ConfigError(
+                f"stage {self._config.stage} shows no {self._config.metric!r} while it learns; "
+                f"{suggestion(self._config.metric, names)}",
+                where="pruning.metric",
+            )
+
+    def _new_steps(self) -> Iterator[tuple[int, float]]:
+        for row in self._rows():
+            value = row.get(self._config.metric)
+            if row["step"] > self._last and isinstance(value, (int, float)) and math.isfinite(value):
+                yield row["step"], float(value)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, which lies in the work folder until the stage is done."""
+        artifact = self._entry().get("artifact")
+        for place in [Path(artifact), Path(f"{artifact}.work") / "content"] if artifact else []:
+            with suppress(FileNotFoundError):
+                lines = (place / _FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+                return [json.loads(line) for line in lines if line.endswith("\n")]
+        return []
+
+    def _state(self) -> str:
+        return str(self._entry().get("state"))
+
+    def _entry(self) -> dict[str, Any]:
+        """What the trial's run records of the stage; nothing before it is recorded."""
+        try:
+            found: dict[str, Any] = read_record(self._run_folder)["stages"].get(self._config.stage, {})
+        except ArtifactError:
+            return {}
+        return found

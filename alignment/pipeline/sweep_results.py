@@ -1,0 +1,159 @@
+"""What came of a sweep so far: a table, ``sweep.json`` and a page, made anew after each trial."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from alignment import report
+from alignment.artifacts import write_json
+from alignment.pipeline import paired
+from alignment.pipeline.study import Study, number_of
+from alignment.pipeline.summary import REPORT
+from alignment.pipeline.sweep_file import Sweep
+from alignment.report.records import Interval
+from alignment.report.sweep_records import FEWEST_FOR_IMPORTANCE, Goal, Parameter, Setting, SweepRecord, Trial
+
+PAGE = "sweep.html"
+FILE = "sweep.json"
+
+
+def words(settings: Mapping[str, Setting]) -> list[str]:
+    """Settings as overrides."""
+    return [f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()]
+
+
+def write(study: Study, wanted: Sweep) -> SweepRecord:
+    """Writes ``sweep.json`` and the page; returns what they say."""
+    record = _record(study, wanted)
+    write_json(wanted.folder / FILE, asdict(record))
+    report.build_sweep(record, wanted.folder / PAGE)
+    return record
+
+
+def show(console: Console, record: SweepRecord, wanted: Sweep) -> None:
+    """Every trial, the best one first, and the best as words to paste."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("trial")
+    for goal in record.goals:
+        table.add_column(goal.label)
+        table.add_column("95 %")
+    table.add_column("settings")
+    for trial in record.trials:
+        figures = [cell for one in trial.figures for cell in (f"{one.mean:.3f}", _bounds(one))]
+        blank = [trial.state, *[""] * (2 * len(record.goals) - 1)]
+        reason = f": {trial.error.splitlines()[0]}" if trial.error else ""
+        table.add_row(str(trial.number), *(figures or blank), escape(" ".join(trial.words) + reason))
+    console.print()
+    console.print(table)
+    for trial in record.trials:
+        if trial.number in record.best:
+            _say(console, f"best: {shlex.join(trial.words)}")
+    if record.verdict:
+        _say(console, record.verdict)
+    _say(console, f"report: {wanted.folder / PAGE}")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _bounds(one: Interval) -> str:
+    return "" if one.low is None or one.high is None else f"{one.low:.3f}–{one.high:.3f}"
+
+
+def _record(study: Study, wanted: Sweep) -> SweepRecord:
+    best = study.best()
+    trials = sorted((_trial(one, wanted) for one in study.told()), key=lambda trial: _rank(trial, best, wanted))
+    return SweepRecord(
+        name=wanted.folder.name,
+        recipe=wanted.recipe,
+        overrides=list(wanted.overrides),
+        summary=wanted.config.summary,
+        search=wanted.config.search.value,
+        number=wanted.number,
+        goals=[Goal(label=str(one), minimize=one.minimize) for one in wanted.objectives],
+        parameters=[
+            Parameter(key=one.key, values=one.values, low=one.low, high=one.high, log=one.log)
+            for one in wanted.config.parameters
+        ],
+        trials=trials,
+        best=best,
+        verdict=_verdict(trials, best, wanted),
+        importance=_importance(study, wanted),
+    )
+
+
+def _trial(told: Any, wanted: Sweep) -> Trial:
+    run = told.user_attrs["run"]
+    link = f"../../runs/{run}/{REPORT}"
+    error = told.user_attrs.get("error", "")
+    if "pruned_at" in told.user_attrs:
+        pruning = wanted.config.pruning
+        error = f"{pruning.metric} of {pruning.stage} was worse than the median at step {told.user_attrs['pruned_at']}"
+    bounds = told.user_attrs.get("intervals", [])
+    return Trial(
+        number=number_of(told),
+        run=run,
+        state={"COMPLETE": "done", "FAIL": "failed", "PRUNED": "pruned"}[told.state.name],
+        settings=dict(told.params),
+        words=words(told.params),
+        figures=[
+            Interval(mean=mean, low=low, high=high)
+            for mean, (low, high) in zip(told.values or [], bounds, strict=False)
+        ],
+        error=error,
+        report=link if (wanted.folder / link).is_file() else "",
+    )
+
+
+def _rank(trial: Trial, best: Sequence[int], wanted: Sweep) -> tuple[bool, bool, float, int]:
+    """Best first, then by the first goal; what has no figure comes last."""
+    sign = 1 if wanted.objectives[0].minimize else -1
+    return (
+        not trial.figures,
+        trial.number not in best,
+        sign * trial.figures[0].mean if trial.figures else 0.0,
+        trial.number,
+    )
+
+
+def _verdict(trials: Sequence[Trial], best: Sequence[int], wanted: Sweep) -> str:
+    done = [trial for trial in trials if trial.figures]
+    if len(wanted.objectives) > 1:
+        return (
+            f"{_named(best)} the Pareto set: no other trial is better in one figure and not worse in another"
+            if done
+            else ""
+        )
+    if len(done) < 2 or not (figures := _by_prompt(done[0], wanted)):
+        return ""
+    even = []
+    for trial in done[1:]:
+        found = paired.difference(figures, _by_prompt(trial, wanted))
+        if found is None or not found.excludes_zero():
+            even.append(trial.number)
+    if not even:
+        return "every other trial is worse, prompt by prompt, by more than chance"
+    which = f"trial {even[0]}" if len(even) == 1 else f"trials {', '.join(map(str, even))}"
+    return f"{which} may be as good: the difference is within chance"
+
+
+def _named(numbers: Sequence[int]) -> str:
+    return f"trial {numbers[0]} is" if len(numbers) == 1 else f"trials {', '.join(map(str, numbers))} are"
+
+
+def _by_prompt(trial: Trial, wanted: Sweep) -> dict[str, float]:
+    return wanted.objectives[0].by_prompt(wanted.output / "runs" / trial.run)
+
+
+def _importance(study: Study, wanted: Sweep) -> list[dict[str, float]]:
+    if len(wanted.config.parameters) < 2 or len(study.completed()) < FEWEST_FOR_IMPORTANCE:
+        return []
+    return [study.importance(place) for place in range(len(wanted.objectives))]

@@ -1,0 +1,47 @@
+"""``python -m alignment.pipeline.trial OUTCOME RECIPE OVERRIDE…``: a trial of a sweep as a process of its own.
+
+It is an ordinary run that waits for results which another trial makes. How it ended stands in the file ``OUTCOME``
+afterwards. Its stdin is a pipe that the sweep holds open: when that is closed, since the sweep was killed, it stops.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from alignment.artifacts import write_json
+from alignment.errors import AlignmentError
+from alignment.pipeline.run import run
+
+_WIDTH = 120
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the trial; returns its exit code (alignment/errors.py)."""
+    outcome, recipe, *overrides = arguments
+    threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
+    code, error = 0, ""
+    try:
+        code = run(recipe, overrides, console=Console(width=_WIDTH, emoji=False), wait=True)
+    except AlignmentError as fault:
+        code, error = fault.exit_code, str(fault)
+        print(error, flush=True)
+    write_json(Path(outcome), {"code": code, "error": error})
+    return code
+
+
+def _stop_with_the_sweep() -> None:
+    """As if this process had been asked to stop, so that the stage which runs saves first."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

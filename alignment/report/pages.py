@@ -1,0 +1,42 @@
+"""How every page is made: one HTML file without scripts, requests or anything beside it.
+
+A page holds text from data sets and models, so templates escape everything, and a content security policy in the page
+forbids scripts and requests even if something slipped through.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from alignment.report import tables, text
+
+
+def template(name: str, **filters: Callable[..., Any]) -> Template:
+    """A page's template; ``filters`` are its own beside those for figures that all have."""
+    environment = Environment(
+        loader=PackageLoader("alignment.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(number=text.number, share=text.share, bounds=tables.bounds, opening=_opening, **filters)
+    return environment.get_template(name)
+
+
+def _opening(words: str) -> str:
+    return text.name(words, limit=90)
+
+
+def write_page(html: str, output: Path) -> None:
+    """Writes the page so that a reader sees the old one or the new one, never half of it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(html.encode("utf-8", "replace"))
+    os.replace(temporary, output)

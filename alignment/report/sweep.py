@@ -1,0 +1,114 @@
+"""Puts the page about a sweep together and writes it: what was tried, what came of it, and the best to paste."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+
+from alignment.report import text
+from alignment.report.pages import template, write_page
+from alignment.report.parallel import parallel
+from alignment.report.plots import interval_scatter
+from alignment.report.sweep_axes import of_parameter, short
+from alignment.report.sweep_records import FEWEST_FOR_IMPORTANCE, Setting, SweepRecord
+
+
+def build_sweep(record: SweepRecord, output: Path) -> None:
+    """Writes the page to the file ``output``; the same record gives the same bytes."""
+    write_page(sweep_page(record), output)
+
+
+def sweep_page(record: SweepRecord) -> str:
+    """The page as HTML."""
+    return template("sweep.html.j2", short=short, setting=_setting).render(
+        sweep=record,
+        facts=_facts(record),
+        lead=_lead(record),
+        best=[trial for trial in record.trials if trial.number in record.best],
+        paste=lambda trial: shlex.join(trial.words),
+        command=lambda trial: shlex.join(["align", "run", record.recipe, *record.overrides, *trial.words]),
+        parallel=parallel(record),
+        slices=_slices(record),
+        importance=_importance(record),
+        fewest=FEWEST_FOR_IMPORTANCE,
+    )
+
+
+def _facts(record: SweepRecord) -> list[tuple[str, str]]:
+    counts = {state: sum(trial.state == state for trial in record.trials) for state in ("done", "failed", "pruned")}
+    told = ", ".join(f"{number} {state}" for state, number in counts.items() if number or state == "done")
+    pairs = [
+        ("recipe", record.recipe),
+        ("with", shlex.join(record.overrides)),
+        ("search", record.search),
+        ("trials", f"{told} of {record.number}"),
+        ("judged by", text.listing([f"{one.label}, {'less' if one.minimize else 'more'}" for one in record.goals])),
+    ]
+    return [(heading, text.name(value, limit=300)) for heading, value in pairs if value]
+
+
+def _lead(record: SweepRecord) -> str:
+    if not record.best:
+        return "No trial has come to its end yet." if not record.trials else "No trial came to its end with a figure."
+    so_far = "" if len(record.trials) >= record.number else " so far"
+    if len(record.goals) > 1:
+        return f"{len(record.best)} of {len(record.done)} trials{so_far} are not beaten in every figure by another."
+    best = record.trials[0]
+    figure = best.figures[0]
+    bounds = "" if figure.low is None else f" ({text.number(figure.low, 3)} to {text.number(figure.high, 3)})"
+    return f"Best {record.goals[0].label}{so_far}: {text.number(figure.mean, 3)}{bounds}, in trial {best.number}."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slice:
+    """A plot of one figure over one setting."""
+
+    title: str
+    goal: str
+    svg: Markup
+
+
+def _slices(record: SweepRecord) -> list[Slice]:
+    """Every figure over every setting; none before two trials are done."""
+    done = record.done
+    if len(done) < 2:
+        return []
+    marked = {index for index, trial in enumerate(done) if trial.number in record.best}
+    found = []
+    for index, goal in enumerate(record.goals):
+        for parameter in record.parameters:
+            axis = of_parameter(parameter)
+            points = [(axis.place(trial.settings[parameter.key]), trial.figures[index]) for trial in done]
+            svg = interval_scatter(points, axis.ticks, title=f"{goal.label} over {axis.title}", marked=marked)
+            found.append(Slice(title=axis.title, goal=goal.label, svg=svg))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weight:
+    """How much of a figure hangs on a setting: ``share`` as a length and in words."""
+
+    title: str
+    share: str
+    words: str
+
+
+def _importance(record: SweepRecord) -> list[tuple[str, list[Weight]]]:
+    """For each goal the settings, those that weigh most first."""
+    return [
+        (
+            goal.label,
+            [
+                Weight(title=short(key), share=f"{100 * share:.2f}%", words=text.share(share))
+                for key, share in sorted(shares.items(), key=lambda pair: -pair[1])
+            ],
+        )
+        for goal, shares in zip(record.goals, record.importance, strict=False)
+    ]
+
+
+def _setting(value: Setting) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else text.name(value, limit=40)

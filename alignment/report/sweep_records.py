@@ -1,0 +1,76 @@
+"""What the page about a sweep shows, as plain records; ``sweep.json`` holds the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from alignment.report.records import Interval
+
+Setting = str | int | float
+
+FEWEST_FOR_IMPORTANCE = 10
+"""Trials whose better half has five, below which optuna calls its measure of importance unstable."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Goal:
+    """What trials are judged by: ``Goal(label="gold of stage:dpo", minimize=False)``."""
+
+    label: str
+    minimize: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameter:
+    """A setting that is tried: one of ``values``, or a number from ``low`` to ``high``, by its size if ``log``."""
+
+    key: str
+    values: list[str]
+    low: float | None
+    high: float | None
+    log: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """A trial that ended: ``done`` with a figure for each goal, ``failed`` or ``pruned`` with the reason in words.
+
+    ``words`` are its settings as overrides; ``report`` is its run's page, as the sweep's page finds it, or empty.
+    """
+
+    number: int
+    run: str
+    state: str
+    settings: dict[str, Setting]
+    words: list[str]
+    figures: list[Interval] = field(default_factory=list)
+    error: str = ""
+    report: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepRecord:
+    """All that came of a sweep so far.
+
+    ``trials`` are in order: the ``best`` first (the Pareto set where there are several goals), failed and pruned ones
+    last. ``verdict`` says in words what else may be as good. ``importance`` has, for each goal, the share of each
+    parameter; none where there are too few trials to tell.
+    """
+
+    name: str
+    recipe: str
+    overrides: list[str]
+    summary: str
+    search: str
+    number: int
+    goals: list[Goal]
+    parameters: list[Parameter]
+    trials: list[Trial]
+    best: list[int]
+    verdict: str
+    importance: list[dict[str, float]]
+
+    @property
+    def done(self) -> list[Trial]:
+        """The trials that have figures."""
+        return [trial for trial in self.trials if trial.state == "done"]
