@@ -65,7 +65,8 @@ class Study:
         self._study.sampler = _sampler(config.seed + len(self._study.trials), config.trials or 0)
         trial = self._study.ask({one.key: _distribution(one) for one in config.parameters})
         if "run" not in trial.user_attrs:
-            trial.set_user_attr("run", f"{self._wanted.run_name}.{self._wanted.name}.{trial.number}")
+            number = sum("run" in one.user_attrs for one in counted)
+            trial.set_user_attr("run", f"{self._wanted.run_name}.{self._wanted.name}.{number}")
         return trial
 
     def again(self, trial: Any) -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from alignment.artifacts import MANIFEST, Manifest
+from alignment.config.store import conf_folder
 from alignment.errors import ConfigError, NonFiniteError
 from alignment.pipeline import sweep as module
 from alignment.pipeline.sweep import sweep
 
 BETAS = ["0.05", "0.1", "0.3", "0.5"]
+GRID = [{"key": "stages.dpo.beta", "values": [0.1, 0.3]}]
 
 
 class Runs:
@@ -23,6 +27,7 @@ class Runs:
     def __init__(self, output: Path, figure: Callable[[dict[str, str]], float | None]) -> None:
         self.output = output
         self.figure = figure
+        self.words: Callable[[dict[str, str]], float] = lambda told: 21.5
         self.asked: list[dict[str, str]] = []
         self.codes: dict[int, int] = {}
         self.faults: dict[int, Exception] = {}
@@ -40,10 +45,18 @@ class Runs:
         run.mkdir(parents=True, exist_ok=True)
         mean = self.figure(told)
         figure = None if mean is None else {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
-        (run / "evaluation.json").write_text(json.dumps({"arms": [{"name": "stage:dpo", "gold": figure, "words": 21.5}]}))
+        (run / "evaluation.json").write_text(
+            json.dumps({"arms": [{"name": "stage:dpo", "gold": figure, "words": 21.5}]})
+        )
         golds = [] if mean is None else [mean + noise for noise in (-0.02, 0.0, 0.02)]
         lines = [{"id": str(place), "answers": {"stage:dpo": {"gold": one}}} for place, one in enumerate(golds)]
         (run / "samples.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        metrics = {"words": self.words(told)}
+        (run / MANIFEST).write_text(
+            json.dumps(
+                asdict(Manifest(stage="evaluate", kind="evaluation", fingerprint="", identity={}, metrics=metrics))
+            )
+        )
         (run / "run.json").write_text(json.dumps({"stages": {"evaluate": {"kind": "evaluate", "artifact": str(run)}}}))
         return 0
 
@@ -65,17 +78,19 @@ def tiny_base(tmp_path: Path) -> Path:
     return folder
 
 
-def go(runs: Runs, name: str = "dpo_beta", *more: str) -> tuple[int, str]:
+def go(runs: Runs, name: str = "dpo_beta", *more: str, at_once: int = 1) -> tuple[int, str]:
     console = Console(width=200, record=True, quiet=False)
     told = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", *more]
     with console.capture() as captured:
-        code = sweep("quickstart", name, told, console=console)
+        code = sweep("quickstart", name, told, console=console, at_once=at_once)
     return code, captured.get()
 
 
 def trials(runs: Runs, name: str = "dpo_beta") -> list[dict[str, Any]]:
     """What the sweep's file says of each, in its order."""
-    found: list[dict[str, Any]] = json.loads((runs.output / f"sweeps/quickstart.{name}/sweep.json").read_text())["trials"]
+    found: list[dict[str, Any]] = json.loads((runs.output / f"sweeps/quickstart.{name}/sweep.json").read_text())[
+        "trials"
+    ]
     return found
 
 
@@ -201,7 +216,7 @@ def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs:
         ({"trials": None}, "say how many"),
         ({"searhc": "grid"}, "unknown key; did you mean 'search'"),
         ({"parameters": [{"key": "stages.dpo.bata", "values": [0.1]}]}, "mine.yaml: stages.dpo.bata"),
-        ({"parameters": [{"key": "stages.dpo.optim.warmup_ratio", "low": 0.1, "high": 1.5}]}, "'1.5' is not allowed"),
+        ({"parameters": [{"key": "stages.dpo.optim.warmup_ratio", "low": 0.1, "high": 1.5}]}, "1.5 is not allowed"),
         ({"objective": []}, "by what? write"),
         ({"objective": {"metric": "gold"}}, "write arm: … for a figure of the evaluation, or stage: …"),
         ({"objective": {"arm": "stage:dpo", "stage": "dpo"}}, "write arm: … for a figure of the evaluation, or"),
@@ -228,6 +243,54 @@ def test_an_unknown_sweep_gets_the_nearest(runs: Runs) -> None:
         go(runs, "dpo_bata")
 
 
-@pytest.mark.parametrize("name", ["dpo_beta", "ppo_kl", "sft_rate_and_rank"])
+def test_two_objectives_give_the_trials_that_none_beats_in_both(runs: Runs, tmp_path: Path) -> None:
+    """Beta .3 has the best gold, .5 the fewest words; .1 loses to both, .05 to .1 as well."""
+    runs.words = lambda told: 30.0 - 20.0 * float(told["stages.dpo.beta"])
+    both = [{"arm": "stage:dpo"}, {"stage": "evaluate", "metric": "words", "minimize": True}]
+    grid = {"search": "grid", "parameters": [{"key": "stages.dpo.beta", "values": [float(beta) for beta in BETAS]}]}
+    code, printed = go(runs, own(runs, tmp_path, objective=both, **grid))
+    assert code == 0
+    assert "trials 2, 3 are the Pareto set" in printed
+    told = json.loads((runs.output / "sweeps/quickstart.mine/sweep.json").read_text())
+    assert [goal["label"] for goal in told["goals"]] == ["gold of stage:dpo", "words of evaluate"]
+    assert told["best"] == [2, 3]
+    assert [row["number"] for row in told["trials"]] == [2, 3, 1, 0]
+    assert told["trials"][0]["figures"][1] == {"mean": 24.0, "low": None, "high": None}
+
+
+def test_a_recipe_without_an_evaluation_is_judged_by_what_a_stage_says_of_itself(runs: Runs, tmp_path: Path) -> None:
+    runs.words = lambda told: float(told["stages.dpo.beta"])
+    file = own(runs, tmp_path, objective={"stage": "evaluate", "metric": "words"}, search="grid", parameters=GRID)
+    assert "best: stages.dpo.beta=0.3" in go(runs, file)[1]
+    runs.words = lambda told: float("nan")
+    code, printed = go(runs, file, "seed=7")
+    assert (code, "words of evaluate is not a finite number" in printed) == (5, True)
+    wrong = own(runs, tmp_path, objective={"stage": "evaluate", "metric": "wrods"}, search="grid", parameters=GRID)
+    with pytest.raises(ConfigError, match="no stage reports wrods of evaluate; it reports words"):
+        go(runs, wrong)
+
+
+def test_what_is_drawn_does_not_depend_on_stops_in_between(runs: Runs, tmp_path: Path) -> None:
+    go(runs, own(runs, tmp_path))
+    straight = [told["stages.dpo.beta"] for told in runs.asked]
+    runs.asked.clear()
+    runs.codes[3] = 75
+    assert go(runs, own(runs, tmp_path, seed=1))[0] == 75
+    assert go(runs, own(runs, tmp_path, seed=1))[0] == 0
+    assert len({told["stages.dpo.beta"] for told in runs.asked}) == 8, "one was asked twice, none drawn twice"
+    assert [told["stages.dpo.beta"] for told in runs.asked] != straight
+
+
+def test_a_name_that_cannot_be_a_runs_is_refused(runs: Runs, tmp_path: Path) -> None:
+    file = tmp_path / "my betas.yaml"
+    file.write_text(Path(own(runs, tmp_path)).read_text())
+    with pytest.raises(ConfigError, match="'my betas' cannot name a sweep"):
+        go(runs, str(file))
+
+
+SHIPPED = sorted(path.stem for path in (conf_folder() / "sweep").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_sweep_fits_the_quickstart(runs: Runs, name: str) -> None:
     module.read_sweep("quickstart", name, [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}"])

@@ -1,0 +1,218 @@
+"""Sweeps whose trials are processes of their own: who runs when, what a stop leaves, which ones are pruned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.config.launch import LaunchConfig, SlurmConfig
+from alignment.errors import Busy, ConfigError
+from alignment.pipeline import sweep as module
+from alignment.pipeline import trials as shared
+from alignment.pipeline.trials import Outcome, Share, shares
+from tests.unit.pipeline.test_sweep import BETAS, Runs, go, own, runs, tiny_base, trials
+
+__all__ = ["runs", "tiny_base"]  # fixtures
+
+STEPS = 4
+
+
+class Processes:
+    """In place of trials' processes: each takes a step whenever it is looked at, and is done after ``STEPS`` of them.
+
+    A step writes a line of the DPO stage's metrics.jsonl, whose loss is ``losses`` by beta.
+    """
+
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+        self.alive: list[str] = []
+        self.seen: list[tuple[str, ...]] = []
+        self.shares: dict[str, Share] = {}
+        self.losses: dict[str, float] = {}
+        self.outcomes: dict[str, Outcome] = {}
+        self.interrupt_at: int | None = None
+
+    def start(self, run_folder: Path, argv: Sequence[str], *, log: Path, share: Share) -> Process:
+        """In place of ``Running``."""
+        self.shares[run_folder.name] = share
+        return Process(self, run_folder, argv)
+
+
+class Process:
+    def __init__(self, all_of_them: Processes, run_folder: Path, argv: Sequence[str]) -> None:
+        self.all = all_of_them
+        self.folder = run_folder
+        self.argv = argv
+        self.beta = next(word.split("=")[1] for word in argv if word.startswith("stages.dpo.beta="))
+        self.steps = 0
+        self.asked = False
+        self.all.alive.append(self.beta)
+        artifact = str(self.folder / "dpo")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "run.json").write_text(
+            json.dumps({"stages": {"dpo": {"state": "running", "artifact": artifact}}})
+        )
+        self.curve = self.folder / "dpo.work/content/metrics.jsonl"
+        self.curve.parent.mkdir(parents=True, exist_ok=True)
+        self.curve.write_text("")
+
+    def stage(self) -> str:
+        return "dpo"
+
+    def ended(self) -> Outcome | None:
+        self.all.seen.append(tuple(self.all.alive))
+        if len(self.all.seen) == self.all.interrupt_at:
+            raise KeyboardInterrupt
+        if self.asked:
+            return Outcome(code=75)
+        if self.steps < STEPS:
+            self.steps += 1
+            line = {"step": self.steps, "loss": self.all.losses.get(self.beta, 1.0), "seconds": 1.0}
+            with self.curve.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+            return None
+        if (outcome := self.all.outcomes.get(self.beta)) is not None:
+            return outcome
+        self.all.runs(self.argv[0], self.argv[1:], console=None, wait=True)  # type: ignore[arg-type]
+        told = json.loads((self.folder / "run.json").read_text())
+        told["stages"]["dpo"] = {"kind": "dpo", "state": "done", "artifact": str(self.folder / "dpo")}
+        (self.folder / "run.json").write_text(json.dumps(told))
+        return Outcome(code=0)
+
+    def ask_to_stop(self) -> None:
+        self.asked = True
+
+    def wait(self, seconds: float) -> None:
+        assert self.asked
+
+    def close(self) -> None:
+        self.all.alive.remove(self.beta)
+
+
+@pytest.fixture
+def processes(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> Processes:
+    fake = Processes(runs)
+    monkeypatch.setattr(module, "Running", fake.start)
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.0)
+    return fake
+
+
+def test_as_many_trials_run_at_once_as_are_asked_for_and_each_value_is_tried_once(
+    processes: Processes, runs: Runs
+) -> None:
+    code, printed = go(runs, at_once=2)
+    assert code == 0
+    assert sorted(told["stages.dpo.beta"] for told in runs.asked) == BETAS
+    assert {len(together) for together in processes.seen} <= {1, 2}
+    assert ("0.05", "0.1") in processes.seen
+    assert "best: stages.dpo.beta=0.3" in printed
+    assert "trial 2: dpo" in printed
+    assert processes.alive == []
+
+
+def test_a_trial_that_fails_leaves_the_others_alone(processes: Processes, runs: Runs) -> None:
+    processes.outcomes["0.1"] = Outcome(code=6, error="stage dpo: a gradient is not finite\n  → lower the rate")
+    assert go(runs, at_once=2)[0] == 0
+    rows = trials(runs)
+    assert [row["state"] for row in rows] == ["done", "done", "done", "failed"]
+    assert rows[-1]["error"].startswith("stage dpo: a gradient is not finite")
+
+
+def test_interrupted_it_stops_all_and_goes_on_with_those(processes: Processes, runs: Runs) -> None:
+    processes.interrupt_at = 3
+    code, printed = go(runs, at_once=2)
+    assert (code, runs.asked, processes.alive) == (130, [], [])
+    assert printed.count("stopped") == 1
+    assert go(runs, at_once=2)[0] == 0
+    assert sorted(told["stages.dpo.beta"] for told in runs.asked) == BETAS
+    assert {row["number"] for row in trials(runs)} == {0, 1, 2, 3}
+
+
+def test_jobs_of_a_trial_that_slurm_still_has_end_the_sweep_until_they_are_over(
+    processes: Processes, runs: Runs
+) -> None:
+    processes.outcomes["0.1"] = Outcome(code=8, error="Slurm has jobs of this run: sft (job 3)")
+    with pytest.raises(Busy, match="Slurm has jobs of this run"):
+        go(runs, at_once=2)
+    processes.outcomes.clear()
+    assert go(runs, at_once=2)[0] == 0
+    assert len(trials(runs)) == 4
+
+
+def median(runs: Runs, tmp_path: Path, **more: Any) -> str:
+    told = {"pruner": "median", "stage": "dpo", "startup_trials": 2, **more}
+    parameters = [{"key": "stages.dpo.beta", "values": [0.1, 0.3, 0.5]}]
+    return own(runs, tmp_path, search="grid", trials=None, parameters=parameters, pruning=told)
+
+
+def test_a_trial_whose_curve_is_hopeless_is_pruned_and_listed_with_its_step(
+    processes: Processes, runs: Runs, tmp_path: Path
+) -> None:
+    processes.losses = {"0.5": 3.0}
+    code, printed = go(runs, median(runs, tmp_path, warmup_steps=2))
+    assert code == 0
+    assert len(runs.asked) == 2, "the third was stopped on its way"
+    assert "trial 2 pruned at step 2" in printed
+    last = trials(runs, "mine")[-1]
+    assert (last["state"], last["error"]) == ("pruned", "loss of dpo was worse than the median at step 2")
+    assert go(runs, median(runs, tmp_path, warmup_steps=2))[0] == 0
+    assert len(runs.asked) == 2, "it is not tried again"
+
+
+def test_a_better_curve_is_not_pruned_whichever_way_the_objective_points(
+    processes: Processes, runs: Runs, tmp_path: Path
+) -> None:
+    processes.losses = {"0.5": 0.1}
+    assert go(runs, median(runs, tmp_path))[0] == 0
+    assert len(runs.asked) == 3
+    processes.losses = {"0.5": 3.0}
+    assert go(runs, median(runs, tmp_path, minimize=False))[0] == 0
+    assert len(runs.asked) == 6
+
+
+def test_a_metric_that_the_stage_does_not_show_ends_the_sweep(processes: Processes, runs: Runs, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="stage dpo shows no 'los' while it learns; did you mean 'loss'"):
+        go(runs, median(runs, tmp_path, metric="los"))
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def of(cores: int, devices: Sequence[str]) -> None:
+        monkeypatch.setattr(shared.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+        monkeypatch.setattr(shared.launcher, "visible_devices", lambda: list(devices))
+
+    return of
+
+
+def test_the_machine_is_shared_out_in_equal_parts(machine: Any) -> None:
+    machine(5, [])
+    assert [sorted(one.cores) for one in shares(2, LaunchConfig())] == [[0, 1], [2, 3]]
+    assert shares(1, LaunchConfig())[0].devices is None
+    machine(2, ["4", "5", "6", "7"])
+    parts = shares(2, LaunchConfig(num_processes=2))
+    assert [one.devices for one in parts] == [("4", "5"), ("6", "7")]
+    assert [sorted(one.cores) for one in shares(3, LaunchConfig())] == [[0], [1], [0]]
+    jobs = LaunchConfig(slurm=SlurmConfig(submit=True))
+    assert [one.devices for one in shares(8, jobs)] == [None] * 8, "jobs have their own"
+
+
+@pytest.mark.parametrize(
+    ("number", "launch", "words"),
+    [
+        (0, LaunchConfig(), "1 or more"),
+        (3, LaunchConfig(), "3 trials of 1 processes, but this machine has 2 GPUs"),
+        (2, LaunchConfig(num_processes=2), "--at-once 1"),
+        (2, LaunchConfig(num_machines=2), "several machines"),
+    ],
+)
+def test_a_machine_that_cannot_be_shared_so_is_refused(
+    machine: Any, number: int, launch: LaunchConfig, words: str
+) -> None:
+    machine(4, ["0", "1"])
+    with pytest.raises(ConfigError) as caught:
+        shares(number, launch)
+    assert words in str(caught.value)
