@@ -14,6 +14,7 @@ from alignment.report.sweep_records import SweepRecord, Trial
 WIDTH, HEIGHT = 940, 330
 LEFT, RIGHT, TOP, BOTTOM = 60, 70, 52, 14
 SHADES = 5
+MOST_IN_A_ROW = 4
 
 
 def parallel(record: SweepRecord) -> Markup:
@@ -39,14 +40,14 @@ def _y(place: float) -> float:
 
 
 def _axis(axes: list[Axis], at: int) -> Markup:
-    """The axis with its numbers; every other title stands higher, so that long ones do not meet."""
+    """The axis with its numbers; where there are many, every other title stands higher, so that they do not meet."""
     x = _x(at, len(axes))
     anchor = "start" if at == 0 else "end" if at == len(axes) - 1 else "middle"
     shift = {"start": -LEFT + 2, "end": RIGHT - 2, "middle": 0}[anchor]
     parts = [
         Markup('<path class="axis" d="M{:.1f} {}V{}"/>').format(x, TOP, HEIGHT - BOTTOM),
         Markup('<text class="head" x="{:.1f}" y="{}" text-anchor="{}">{}</text>').format(
-            x + shift, TOP - 14 - 18 * (at % 2), anchor, axes[at].title
+            x + shift, TOP - 14 - (18 * (at % 2) if len(axes) > MOST_IN_A_ROW else 0), anchor, axes[at].title
         ),
     ]
     for place, label in axes[at].ticks:

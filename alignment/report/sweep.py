@@ -45,7 +45,10 @@ def _facts(record: SweepRecord) -> list[tuple[str, str]]:
         ("with", shlex.join(record.overrides)),
         ("search", record.search),
         ("trials", f"{told} of {record.number}"),
-        ("judged by", text.listing([f"{one.label}, {'less' if one.minimize else 'more'}" for one in record.goals])),
+        (
+            "judged by",
+            text.listing([f"{one.label}, the {'less' if one.minimize else 'more'} the better" for one in record.goals]),
+        ),
     ]
     return [(heading, text.name(value, limit=300)) for heading, value in pairs if value]
 

@@ -1,0 +1,131 @@
+"""The page about a sweep: what it says, its plots, safe against hostile text, nothing to complain of in a browser."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from alignment.report import build_sweep
+from alignment.report.records import Interval
+from alignment.report.sweep import sweep_page
+from alignment.report.sweep_axes import log_ticks, of_parameter
+from alignment.report.sweep_records import Goal, Parameter, SweepRecord, Trial
+from tests.browser import browser, opened
+from tests.unit.report.test_page import HOSTILE, REQUESTS, TAGS, Page
+
+RATE = Parameter(key="stages.sft.optim.lr", values=[], low=1e-5, high=2e-3, log=True)
+RANK = Parameter(key="stages.sft.adapter.rank", values=["4", "16", "64"], low=None, high=None, log=False)
+
+
+def trial(number: int, lr: float, rank: str, mean: float | None, **more: object) -> Trial:
+    figures = [] if mean is None else [Interval(mean=mean, low=mean - 0.05, high=mean + 0.05)]
+    words = [f"stages.sft.optim.lr={lr:.6g}", f"stages.sft.adapter.rank={rank}"]
+    settings = {RATE.key: lr, RANK.key: rank}
+    told = {"state": "done", "figures": figures, "run": f"quickstart.mine.{number}", **more}
+    return Trial(number=number, settings=settings, words=words, **told)  # type: ignore[arg-type]
+
+
+def record(**changes: object) -> SweepRecord:
+    done = [trial(n, 1e-5 * 1.7**n, ["4", "16", "64"][n % 3], round(0.6 - 0.01 * (n - 6) ** 2, 3)) for n in range(10)]
+    ranked = sorted(done, key=lambda one: -one.figures[0].mean)
+    failed = trial(10, 1.9e-3, "64", None, state="failed", error="stage sft: a gradient is not finite\n  → lower it")
+    pruned = trial(11, 1.1e-5, "4", None, state="pruned", error="loss of sft was worse than the median at step 9")
+    told = SweepRecord(
+        name="quickstart.mine",
+        recipe="quickstart",
+        overrides=["seed=7"],
+        summary="rate and rank of SFT's adapter",
+        search="tpe",
+        number=12,
+        goals=[Goal(label="gold of stage:sft", minimize=False)],
+        parameters=[RATE, RANK],
+        trials=[*ranked, failed, pruned],
+        best=[6],
+        verdict="trials 5, 7 may be as good: the difference is within chance",
+        importance=[{RATE.key: 0.8, RANK.key: 0.2}],
+    )
+    return replace(told, **changes)  # type: ignore[arg-type]
+
+
+def words(html: str) -> str:
+    return " ".join(Page(html).words)
+
+
+def test_the_best_stands_first_with_its_interval_and_words_to_paste() -> None:
+    html = sweep_page(record())
+    said = words(html)
+    assert "Best gold of stage:sft: 0.600 (0.550 to 0.650), in trial 6." in said
+    assert "Trials 5, 7 may be as good" in said
+    assert '<pre class="command">stages.sft.optim.lr=0.000241376 stages.sft.adapter.rank=4</pre>' in html
+    assert "align run quickstart seed=7 stages.sft.optim.lr=0.000241376 stages.sft.adapter.rank=4" in said
+    assert "10 done, 1 failed, 1 pruned of 12" in said
+    assert "a gradient is not finite" in said
+    assert "worse than the median at step 9" in said
+
+
+def test_every_trial_is_a_line_and_every_figure_a_dot() -> None:
+    html = sweep_page(record())
+    lines = re.findall(r'<path class="trial (\w+)"', html)
+    assert len(lines) == 12
+    assert lines[-1] == "best", "drawn last, so that it lies on top"
+    assert {"failed", "pruned", "shade1", "shade4"} <= set(lines)
+    assert html.count('<circle class="dot s0"') == 2 * 9, "one over each of two settings"
+    assert html.count('<circle class="dot s1"') == 2
+
+
+def test_axes_are_logarithmic_for_ranges_that_are_and_even_for_listed_values() -> None:
+    axis = of_parameter(RATE)
+    assert [label for _, label in axis.ticks] == ["1e-05", "0.0001", "0.001"]
+    assert axis.place(math.sqrt(1e-5 * 2e-3)) == pytest.approx(0.5)
+    assert [axis.place(value) for axis in [of_parameter(RANK)] for value in ("4", "16", "64")] == [0.0, 0.5, 1.0]
+    assert log_ticks(0.02, 0.6) == pytest.approx([0.02, 0.05, 0.1, 0.2, 0.5])
+    assert log_ticks(0.11, 0.12) == [0.11, 0.12]
+    plain = of_parameter(replace(RATE, low=0.0, high=4.0, log=False))
+    assert plain.place(1.0) == 0.25
+
+
+def test_several_figures_name_the_trials_that_none_beats() -> None:
+    goals = [Goal(label="gold of stage:sft", minimize=False), Goal(label="kl of stage:sft", minimize=True)]
+    trials = [replace(one, figures=[*one.figures, Interval(mean=2.0)]) for one in record().done[:3]]
+    html = sweep_page(record(goals=goals, trials=trials, best=[6, 7], importance=[]))
+    said = words(html)
+    assert "2 of 3 trials so far are not beaten in every figure by another." in said
+    assert html.count('<pre class="command">') == 4
+    assert "Told for two settings or more, from 10 trials on" in said
+
+
+@pytest.mark.parametrize("trials", [0, 1])
+def test_a_sweep_that_has_just_begun_says_what_is_missing(trials: int) -> None:
+    told = record(trials=record().trials[:trials], best=[6][:trials], verdict="", importance=[])
+    said = words(sweep_page(told))
+    assert "Drawn from the second trial on" in said
+    assert ("None has ended yet." in said) == (trials == 0)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_text_from_outside_stays_text(hostile: str) -> None:
+    rank = replace(RANK, key=hostile, values=[hostile])
+    failed = replace(record().trials[-1], error=hostile, settings={RATE.key: 1e-4, hostile: hostile}, words=[hostile])
+    done = [replace(one, settings={RATE.key: 1e-4, hostile: hostile}, words=[hostile]) for one in record().done]
+    goals = [Goal(label=hostile, minimize=False)]
+    told = record(name=hostile, recipe=hostile, summary=hostile, goals=goals, verdict=hostile, overrides=[hostile])
+    html = sweep_page(replace(told, parameters=[RATE, rank], trials=[*done, failed]))
+    page = Page(html)
+    assert {tag for tag, _ in page.tags} <= TAGS
+    assert not {name for _, attributes in page.tags for name in attributes} & REQUESTS
+    assert "default-src 'none'" in html
+
+
+def test_a_browser_has_nothing_to_complain_of(tmp_path: Path) -> None:
+    if browser() is None:
+        pytest.skip("Chromium is not installed")
+    build_sweep(record(), tmp_path / "sweep.html")
+    told = opened(tmp_path / "sweep.html", tmp_path / "picture.png")
+    assert told.console == []
+    assert "Run the best again" in told.dom
+    (tmp_path / "bad.html").write_text("<script>console.error('no')</script>")
+    assert any("no" in line for line in opened(tmp_path / "bad.html", tmp_path / "bad.png").console)
