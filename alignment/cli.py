@@ -73,7 +73,7 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
         _show_recipes(console)
     elif options.verb == "stages":
         for kind, stage in STAGES.items():
-            console.print(f"{kind:<10} {stage.summary}", highlight=False)
+            console.print(f"{kind:<12} {stage.summary}", highlight=False)
     elif options.verb == "status":
         from alignment.pipeline.status import show_status
 

@@ -47,6 +47,7 @@ STAGE_MODULES = {
     "dpo": "alignment.stages.dpo",
     "ppo": "alignment.stages.ppo",
     "evaluate": "alignment.stages.evaluate",
+    "reward_card": "alignment.stages.reward_card",
 }
 
 

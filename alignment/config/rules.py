@@ -23,6 +23,7 @@ from alignment.config.stage import (
     PpoOptimConfig,
     PtxConfig,
     ReportConfig,
+    RewardCardConfig,
     RewardConfig,
     ScorerConfig,
     SftConfig,
@@ -200,6 +201,11 @@ RULES: dict[tuple[type, str], Rule] = {
     (EvaluateConfig, "batch_size"): POSITIVE,
     (EvaluateConfig, "bootstrap_samples"): POSITIVE,
     (ReportConfig, "num_samples"): POSITIVE,
+    (RewardCardConfig, "max_length"): POSITIVE,
+    (RewardCardConfig, "micro_batch_tokens"): POSITIVE,
+    (RewardCardConfig, "invariance_pairs"): NOT_NEGATIVE,
+    (RewardCardConfig, "bootstrap_samples"): POSITIVE,
+    (RewardCardConfig, "num_worst"): NOT_NEGATIVE,
 }
 
 

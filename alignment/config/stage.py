@@ -311,23 +311,63 @@ class EvaluateConfig:
     bootstrap_samples: int = 2000
 
 
+class Rule(str, Enum):
+    """A rule whose preferences a reward card holds against the model's. ``house_style``: that of the quickstart."""
+
+    house_style = "house_style"
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardCardConfig:
+    """A reward model held against pairs, and beside it what is told by length and by words alone.
+
+    ``reward`` may also be one that no stage made. ``learned`` are the pairs that it learned from: a bag of words learns
+    from the same, and with ``leave_out_learned`` no pair is judged whose prompt stands there. Without a source these
+    are the pairs of the stage that made the model, but for what that stage mixes in; of a model from elsewhere nothing
+    is known then, and there is no bag of words. ``invariance_pairs`` are scored again alone, padded, in another order
+    and in float32; 0 scores none. ``num_worst`` pairs are kept to read.
+    """
+
+    summary: ClassVar[str] = "a reward model's report card on held-out pairs"
+    revision: ClassVar[int] = 1
+    produces: ClassVar[str] = "reward_card"
+
+    kind: str = "reward_card"
+    reward: str = _reference("stage:reward", "reward")
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/preferences"))
+    learned: DataConfig = field(default_factory=DataConfig)
+    leave_out_learned: bool = True
+    rule: Rule | None = None
+    max_length: int = 2048
+    too_long: TooLongConfig = field(default_factory=TooLongConfig)
+    micro_batch_tokens: int = _not_identity(4096)
+    invariance_pairs: int = 16
+    bootstrap_samples: int = 2000
+    num_worst: int = 10
+
+
 @dataclass(kw_only=True, slots=True)
 class ReportConfig:
     """One self-contained HTML file about the run; made by the driver from files alone."""
 
     summary: ClassVar[str] = "one HTML page about the whole run"
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     produces: ClassVar[str] = "report"
 
     kind: str = "report"
-    evaluation: str = _reference("stage:evaluate", "evaluation")
+    evaluation: str | None = _reference("stage:evaluate", "evaluation")
     num_samples: int = 12
 
 
-StageConfig = CptConfig | SftConfig | RewardConfig | DpoConfig | PpoConfig | EvaluateConfig | ReportConfig
+StageConfig = (
+    CptConfig | SftConfig | RewardConfig | DpoConfig | PpoConfig | EvaluateConfig | RewardCardConfig | ReportConfig
+)
 
 Trained = CptConfig | SftConfig | RewardConfig | DpoConfig | PpoConfig
 """Stages that train a model."""
+
+Judging = EvaluateConfig | RewardCardConfig
+"""Stages that judge models: one process's work."""
 
 STAGES: dict[str, type[StageConfig]] = {
     "cpt": CptConfig,
@@ -337,4 +377,5 @@ STAGES: dict[str, type[StageConfig]] = {
     "ppo": PpoConfig,
     "evaluate": EvaluateConfig,
     "report": ReportConfig,
+    "reward_card": RewardCardConfig,
 }

@@ -72,6 +72,13 @@ class HeldOut:
                 yield Overlap(learned=placed.where, held_out=best[0], share=best[1])
 
 
+def asked_too(judged: Iterable[Record], learned: Iterable[Record]) -> set[str]:
+    """What of all that is asked of ``judged`` records, as ``asked`` gives it, a learned one asks too."""
+    distinct = {asked(record).text for record in judged}
+    held_out = HeldOut(Placed(where=text, text=text) for text in distinct)
+    return {found.held_out for found in held_out.overlaps(map(asked, learned))}
+
+
 def _runs(text: str) -> Iterator[int]:
     """Hashes of all runs of ``NGRAM`` words; a shorter text is one run."""
     words = _WORD.findall(text.lower())

@@ -99,7 +99,8 @@ class Conversation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreferencePair:
-    """Two answers to one prompt, the better one first. ``flaw`` says in a word what is wrong with ``rejected``.
+    """Two answers to one prompt, the better one first. ``flaw`` says in a word what is wrong with ``rejected``,
+    ``subset`` to which part of a benchmark the pair belongs.
 
     Example row: ``{"messages": [{"role": "user", "content": "2 + 2?"}], "chosen": "4.", "rejected": "5."}``
     """
@@ -113,6 +114,7 @@ class PreferencePair:
     id: str = ""
     task: str = ""
     flaw: str = ""
+    subset: str = ""
     where: str = field(default="", compare=False)
 
     @classmethod
@@ -121,7 +123,8 @@ class PreferencePair:
         fields = example.fields
         if not example.answers:
             fields.fail("chosen", "is missing: the row has no two answers to compare")
-        told: dict[str, Any] = {name: fields.label(name) for name in ("id", "task", "flaw")} | {"where": fields.where}
+        labels = {name: fields.label(name) for name in ("id", "task", "flaw", "subset")}
+        told: dict[str, Any] = labels | {"where": fields.where}
         found = 0
         for one, other in combinations(example.answers, 2):
             better, worse = (one, other) if one.rank > other.rank else (other, one)

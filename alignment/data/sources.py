@@ -7,11 +7,15 @@ from pathlib import Path
 from alignment.config.near import suggestion
 from alignment.data.files import files_of
 from alignment.data.kinds import KINDS
-from alignment.data.records import HeldOutPrompt, Record
+from alignment.data.records import HeldOutPrompt, PreferencePair, Record
 from alignment.errors import DataError
 from alignment.resources import shipped
 
-RECORDS: dict[str, type[Record]] = {name: kind.record for name, kind in KINDS.items()} | {"evaluate": HeldOutPrompt}
+RECORDS: dict[str, type[Record]] = {
+    **{name: kind.record for name, kind in KINDS.items()},
+    "evaluate": HeldOutPrompt,
+    "reward_card": PreferencePair,
+}
 """What each kind of stage reads."""
 
 

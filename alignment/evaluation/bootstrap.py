@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,3 +34,23 @@ def mean_interval(values: list[float], *, samples: int, seed: int) -> Interval:
     means = data[picks].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(mean=float(data.mean()), low=float(low), high=float(high))
+
+
+def grouped_interval(values: Sequence[float], groups: Sequence[str], *, samples: int, seed: int) -> Interval:
+    """The interval of a mean whose values are alike within a group, such as pairs of answers to one prompt: whole
+    groups are drawn.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("an interval needs at least one value")
+    names, places = np.unique(np.asarray(groups, dtype=object), return_inverse=True)
+    sums, counts = np.bincount(places, np.asarray(values, dtype=np.float64)), np.bincount(places)
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(samples):  # one at a time: all at once would be gigabytes for a large benchmark
+        picks = rng.integers(0, len(names), size=len(names))
+        means.append(sums[picks].sum() / counts[picks].sum())
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(mean=float(np.mean(values)), low=float(low), high=float(high))

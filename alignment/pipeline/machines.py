@@ -19,7 +19,7 @@ from rich.console import Console
 from alignment import launcher
 from alignment.artifacts import read_manifest, write_json
 from alignment.config.launch import LaunchConfig
-from alignment.config.stage import EvaluateConfig, ReportConfig
+from alignment.config.stage import Judging, ReportConfig
 from alignment.errors import PREEMPTED, ArtifactError, ConfigError, StageError
 from alignment.launcher import Command
 from alignment.pipeline import launching
@@ -67,7 +67,7 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, comm
     try:
         with termination_raises():
             for stage in stages:
-                if stage.action is Action.reuse or isinstance(stage.config, (EvaluateConfig, ReportConfig)):
+                if stage.action is Action.reuse or isinstance(stage.config, (Judging, ReportConfig)):
                     continue
                 console.print(f"{stage.name}: {told} waits for the first to start it", highlight=False)
                 code = _Follower(plan, stage, command_for).follow()

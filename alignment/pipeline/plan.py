@@ -12,14 +12,14 @@ from alignment.artifacts import folder_name, read_manifest, verify
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.config.faults import refuse
 from alignment.config.run import RunConfig
-from alignment.config.stage import PpoConfig, ReportConfig, StageConfig
+from alignment.config.stage import PpoConfig, ReportConfig, RewardCardConfig, StageConfig
 from alignment.config.typed import convert
 from alignment.data.reading import read_records
-from alignment.data.records import Conversation, Record
+from alignment.data.records import Conversation, PreferencePair, Record
 from alignment.data.sources import RECORDS
 from alignment.errors import ArtifactError, ModelError
 from alignment.fingerprint import digest
-from alignment.pipeline import compatibility, data_sources, identity, references, scorers, settings
+from alignment.pipeline import compatibility, data_sources, identity, learned, references, scorers, settings
 from alignment.pipeline.compose import compose
 from alignment.pipeline.data_sources import DataSource
 from alignment.pipeline.reasons import Made, made, reason_to_run
@@ -104,6 +104,7 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     named = {fault.where for fault in faults}  # a faulty field holds its default, of which nothing more need be said
     later = [*scorers.faults(config.stages), *settings.faults(config), *compatibility.faults(config)]
     refuse([*faults, *(fault for fault in later if fault.where not in named)])
+    config = learned.with_learned(config)
     data = _checked_data(config)
     output = Path(config.output).expanduser().absolute()
     builder = _Builder(config, output=output, data=data, base=resolve(config.model.source, where="model.source"))
@@ -157,6 +158,8 @@ def _files_of(stage: StageConfig) -> Iterator[_File]:
     yield from _mixed_files(_File(field=DATA, data=stage.data, record=RECORDS[stage.kind], checks=checks), stage.data)
     if isinstance(stage, PpoConfig) and stage.ptx.coefficient > 0:
         yield from _mixed_files(_File(field="ptx.data", data=stage.ptx.data, record=Conversation), stage.ptx.data)
+    if isinstance(stage, RewardCardConfig) and stage.learned.source:
+        yield from _mixed_files(_File(field="learned", data=stage.learned, record=PreferencePair), stage.learned)
 
 
 def _mixed_files(own: _File, data: DataConfig) -> Iterator[_File]:

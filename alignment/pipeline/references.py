@@ -9,14 +9,20 @@ from collections.abc import Iterator, Mapping
 
 from alignment.config.faults import Fault
 from alignment.config.near import suggestion
-from alignment.config.stage import PROMPTED, EvaluateConfig, PpoConfig, ReportConfig, StageConfig
+from alignment.config.stage import PROMPTED, EvaluateConfig, PpoConfig, ReportConfig, RewardCardConfig, StageConfig
 from alignment.config.typed import field_types
 from alignment.rewards.sources import REWARD, in_use, is_reference, source_field
 
 BASE = "base"
 _STAGE = "stage:"
 _EXTERNAL = ("path:", "hub:", "bundled:")
-_NOUNS = {"policy": "a policy", "reward": "a reward model", "evaluation": "an evaluation", "report": "a report"}
+_NOUNS = {
+    "policy": "a policy",
+    "reward": "a reward model",
+    "evaluation": "an evaluation",
+    "report": "a report",
+    "reward_card": "a reward card",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +68,7 @@ def slots(stage: StageConfig) -> Iterator[Slot]:
                 field=field.name,
                 takes=takes,
                 ref=value,
-                external=isinstance(stage, PpoConfig) and field.name == REWARD,
+                external=isinstance(stage, PpoConfig | RewardCardConfig) and field.name == REWARD,
                 optional=types.NoneType in typing.get_args(field_types(kind)[field.name]),
             )
         else:

@@ -12,7 +12,7 @@ from pathlib import Path
 from alignment.artifacts import read_manifest
 from alignment.config.faults import Fault
 from alignment.config.near import nearest, suggestion
-from alignment.config.stage import Critic, PpoConfig, ScorerConfig, StageConfig
+from alignment.config.stage import Critic, PpoConfig, RewardCardConfig, ScorerConfig, StageConfig
 from alignment.data.records import Prompt, facts_in
 from alignment.fingerprint import file_sha256
 from alignment.rewards.sources import (
@@ -60,6 +60,8 @@ def code(stage: StageConfig) -> dict[str, str]:
 
 def uses_house_style(stage: StageConfig) -> bool:
     """Whether the rule of the house style scores the stage's answers."""
+    if isinstance(stage, RewardCardConfig):
+        return stage.rule is not None
     return isinstance(stage, PpoConfig) and any(scorer.source == "house_style" for scorer in in_use(stage).values())
 
 

@@ -13,17 +13,18 @@ from alignment.config.model import Dtype, ModelConfig
 from alignment.config.near import suggestion
 from alignment.config.optim import Moments
 from alignment.config.run import RunConfig
-from alignment.config.stage import PpoConfig, ReportConfig, Trained
+from alignment.config.stage import PpoConfig, ReportConfig, RewardCardConfig, Trained
 from alignment.config.tracking import TrackingConfig
 from alignment.data.chat_template import template_text
 from alignment.data.formats import FORMATS
 from alignment.errors import DataError
+from alignment.pipeline import learned
 
 
 def faults(config: RunConfig) -> list[Fault]:
     """Everything wrong with a run's template, Slurm jobs, trackers, adapters and data."""
     found: list[Fault] = [*_template_faults(config.model), *_slurm_faults(config.launch)]
-    found += _tracking_faults(config.tracking)
+    found += [*_tracking_faults(config.tracking), *learned.faults(config)]
     for name, stage in config.stages.items():
         where = f"stages.{name}"
         if isinstance(stage, Trained):
@@ -33,6 +34,8 @@ def faults(config: RunConfig) -> list[Fault]:
             found += _data_faults(stage.data, f"{where}.data")
         if isinstance(stage, PpoConfig):
             found += _data_faults(stage.ptx.data, f"{where}.ptx.data")
+        if isinstance(stage, RewardCardConfig) and stage.learned.source:
+            found += _data_faults(stage.learned, f"{where}.learned")
     return found
 
 

@@ -47,11 +47,16 @@ def show_stages(console: Console, record: dict[str, Any], jobs: Mapping[str, str
 
 
 def show_results(console: Console, run_folder: Path, record: dict[str, Any]) -> None:
-    """The arms of every evaluation that is done, or where the results lie without one, and where the report is."""
+    """The arms of every evaluation that is done and the cards of reward models, or where the results lie without an
+    evaluation, and where the report is."""
     for stage in record["stages"].values():
         evaluation = Path(stage["artifact"]) / "evaluation.json"
         if stage["kind"] == "evaluate" and stage["state"] in ("done", "reused") and evaluation.is_file():
             show_evaluation(console, json.loads(evaluation.read_text(encoding="utf-8")))
+    for name, stage in record["stages"].items():
+        card = Path(stage["artifact"]) / "card.json"
+        if stage["kind"] == "reward_card" and stage["state"] in ("done", "reused") and card.is_file():
+            show_card(console, name, json.loads(card.read_text(encoding="utf-8")))
     if not any(stage["kind"] == "evaluate" for stage in record["stages"].values()):
         for name, stage in record["stages"].items():
             console.print(f"{name}: {stage['artifact']}", markup=False, highlight=False, soft_wrap=True)
@@ -85,6 +90,26 @@ def show_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
     console.print(
         f"gold = style × facts on {evaluation['num_prompts']} held-out prompts; KL in nats a sequence", highlight=False
     )
+
+
+def show_card(console: Console, name: str, card: dict[str, Any]) -> None:
+    """How often a reward model is right, beside simpler judges, and what must be known before."""
+    judges = [f"{judge['name']} {_share(judge['accuracy'])}, {_more(judge)}" for judge in card["baselines"]]
+    lines = [f"{name}: right on {_share(card['accuracy'])} of {card['num_pairs']} pairs; {'; '.join(judges)}"]
+    for line in [*lines, *(f"  {sentence}" for sentence in card["warnings"])]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _share(interval: dict[str, float | None]) -> str:
+    within = "" if interval["low"] is None else f" ({interval['low']:.3f}–{interval['high']:.3f})"
+    return f"{interval['mean']:.3f}{within}"
+
+
+def _more(judge: dict[str, Any]) -> str:
+    """By how much the model is right more often than a simpler judge."""
+    more = judge["difference"]
+    within = "" if more["low"] is None else f" ({more['low']:+.3f} to {more['high']:+.3f})"
+    return f"difference {more['mean']:+.3f}{within}"
 
 
 def progress_line(progress: Progress | None) -> str:

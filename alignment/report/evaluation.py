@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from alignment.report import text
-from alignment.report.records import Answer, Arm, Comparison, Evaluation, Interval, Sample
+from alignment.report.reading import interval, items, mapping
+from alignment.report.records import Answer, Arm, Comparison, Evaluation, Sample
 
 
 def read_evaluation(path: Path) -> tuple[Evaluation | None, str]:
@@ -17,11 +18,11 @@ def read_evaluation(path: Path) -> tuple[Evaluation | None, str]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None, "The file evaluation.json cannot be read."
-    arms = [_arm(item) for item in _items(raw, "arms") if isinstance(item, dict) and item.get("name")]
+    arms = [_arm(item) for item in items(raw, "arms") if isinstance(item, dict) and item.get("name")]
     if not arms:
         return None, "The file evaluation.json names no arms."
-    comparisons = [_comparison(item) for item in _items(raw, "comparisons")]
-    tasks = _mapping(raw, "tasks")
+    comparisons = [_comparison(item) for item in items(raw, "comparisons")]
+    tasks = mapping(raw, "tasks")
     num_prompts = text.finite(raw.get("num_prompts"))
     return Evaluation(
         num_prompts=None if num_prompts is None else int(num_prompts),
@@ -38,26 +39,16 @@ def read_samples(rows: list[dict[str, Any]]) -> tuple[list[Sample], int]:
     return kept, len(samples) - len(kept)
 
 
-def _items(raw: Any, key: str) -> list[Any]:
-    value = raw.get(key) if isinstance(raw, dict) else None
-    return value if isinstance(value, list) else []
-
-
-def _mapping(raw: dict[str, Any], key: str) -> dict[str, Any]:
-    value = raw.get(key)
-    return value if isinstance(value, dict) else {}
-
-
 def _arm(raw: dict[str, Any]) -> Arm:
     name = text.name(raw["name"])
     return Arm(
         name=name,
         label=text.name(raw.get("label") or name.removeprefix("stage:"), limit=48),
-        gold=_interval(raw.get("gold")),
-        style=_interval(raw.get("style")),
-        facts=_interval(raw.get("facts")),
-        reward=_interval(raw.get("reward")),
-        kl=_interval(raw.get("kl")),
+        gold=interval(raw.get("gold")),
+        style=interval(raw.get("style")),
+        facts=interval(raw.get("facts")),
+        reward=interval(raw.get("reward")),
+        kl=interval(raw.get("kl")),
         words=text.finite(raw.get("words")),
         distinct=text.finite(raw.get("distinct")),
         ended=text.finite(raw.get("ended")),
@@ -71,23 +62,12 @@ def _figures(raw: dict[str, Any]) -> Iterator[tuple[str, Interval]]:
     for key, value in raw.items():
         if key == "seconds":  # says nothing of the answers
             continue
-        if item := _interval(value):
+        if item := interval(value):
             yield text.name(key), item
         elif isinstance(value, dict) and "mean" not in value:
             for inner, one in value.items():
-                if item := _interval(one):
+                if item := interval(one):
                     yield text.name(f"{key} {inner}"), item
-
-
-def _interval(raw: Any) -> Interval | None:
-    """An interval; a bare number is a mean without bounds."""
-    if not isinstance(raw, dict):
-        mean = text.finite(raw)
-        return None if mean is None else Interval(mean=mean)
-    mean, low, high = (text.finite(raw.get(key)) for key in ("mean", "low", "high"))
-    if mean is None:
-        return None
-    return Interval(mean=mean, low=low, high=high) if low is not None and high is not None else Interval(mean=mean)
 
 
 def _comparison(raw: Any) -> Comparison | None:
@@ -106,8 +86,8 @@ def _means(raw: dict[str, Any]) -> dict[str, float]:
 
 
 def _sample(raw: dict[str, Any]) -> Sample:
-    messages = [item for item in _items(raw, "messages") if isinstance(item, dict)]
-    answers = _mapping(raw, "answers")
+    messages = [item for item in items(raw, "messages") if isinstance(item, dict)]
+    answers = mapping(raw, "answers")
     return Sample(
         id=text.name(raw.get("id", "")),
         task=text.name(raw.get("task") or "no task"),
@@ -118,7 +98,7 @@ def _sample(raw: dict[str, Any]) -> Sample:
 
 
 def _answer(arm: str, raw: dict[str, Any]) -> Answer:
-    checks = _mapping(raw, "checks")
+    checks = mapping(raw, "checks")
     factors = [(text.name(key), text.finite(value if not isinstance(value, bool) else float(value)))
                for key, value in checks.items()]  # fmt: skip
     failed = [(key, factor) for key, factor in factors if factor is not None and factor < 1]

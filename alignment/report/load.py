@@ -12,7 +12,8 @@ from alignment.artifacts import Manifest, read_manifest
 from alignment.errors import ArtifactError
 from alignment.report import text
 from alignment.report.evaluation import read_evaluation, read_samples
-from alignment.report.records import Evaluation, Run, Sample, Stage
+from alignment.report.records import Evaluation, RewardCard, Run, Sample, Stage
+from alignment.report.reward_card import read_card
 
 
 def read_run(run_folder: Path) -> Run:
@@ -44,6 +45,7 @@ def read_run(run_folder: Path) -> Run:
         evaluation_note=evaluation_note,
         samples=samples,
         samples_note=samples_note,
+        cards=_read_cards(stages, folders),
     )
 
 
@@ -192,6 +194,21 @@ def _read_evaluation_of(
     samples, left_out = read_samples(rows)
     lost = torn + left_out
     return evaluation, note, samples, f"{lost} rows of samples.jsonl cannot be read." if lost else ""
+
+
+def _read_cards(stages: list[Stage], folders: dict[str, Path | None]) -> list[RewardCard]:
+    """The card of every stage that left one; a stage whose card cannot be read gets a note."""
+    found = []
+    for stage in stages:
+        folder = folders[stage.name]
+        if stage.kind != "reward_card" or folder is None or not (folder / "card.json").exists():
+            continue
+        card = read_card(folder / "card.json", stage.name)
+        if card is None:
+            stage.notes.append("Its card.json cannot be read, so its card is not shown.")
+        else:
+            found.append(card)
+    return found
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -26,7 +26,9 @@ def template(name: str, **filters: Callable[..., Any]) -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(number=text.number, share=text.share, bounds=tables.bounds, opening=_opening, **filters)
+    environment.filters.update(
+        number=text.number, share=text.share, compact=text.compact, bounds=tables.bounds, opening=_opening, **filters
+    )
     return environment.get_template(name)
 
 

@@ -114,6 +114,43 @@ def interval_scatter(
     return _drawing(f"{title}: {len(points)} trials", parts)
 
 
+def calibration_curve(points: list[tuple[float, Interval]], *, title: str) -> Markup:
+    """How often a model is right over how sure it is, both from chance to certainty; dotted is where they are equal.
+
+    ``points`` are in order of x, which lies in [.5, 1].
+    """
+    low_y = min(0.5, *(item.mean if item.low is None else item.low for _, item in points))
+    frame = Frame(low_x=0.5, high_x=1.0, low_y=max(0.0, low_y - 0.02), high_y=1.0)
+    ticks = nice_ticks(0.5, 1.0, 5)
+    parts = [_y_axis(frame), _axis_below([frame.x(tick) for tick in ticks], tick_labels(ticks))]
+    parts.append(Markup('<path class="guide" d="{}"/>').format(_path([(0.5, 0.5), (1.0, 1.0)], frame)))
+    parts += [_upright(frame.x(x), item, frame) for x, item in points]
+    parts.append(Markup('<path class="line s0" d="{}"/>').format(_path([(x, item.mean) for x, item in points], frame)))
+    parts += [_dot(frame.x(x), frame.y(item.mean)) for x, item in points]
+    spoken = ", ".join(f"{text.number(item.mean)} at {text.number(x)}" for x, item in points)
+    return _drawing(f"{title}: {spoken}", parts)
+
+
+def histogram(edges: list[float], counts: list[int], *, title: str) -> Markup:
+    """Columns between neighbouring edges; those below 0 have the second colour."""
+    frame = Frame(low_x=edges[0], high_x=edges[-1], low_y=0.0, high_y=max(1, *counts) * 1.05)
+    ticks = nice_ticks(edges[0], edges[-1], 5)
+    parts = [_y_axis(frame)]
+    for start, end, count in zip(edges, edges[1:], counts, strict=False):
+        parts.append(
+            Markup('<rect class="column s{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
+                0 if (start + end) / 2 > 0 else 1,
+                frame.x(start) + 0.5,
+                frame.y(count),
+                max(0.5, frame.x(end) - frame.x(start) - 1),
+                frame.y(0) - frame.y(count),
+            )
+        )
+    parts.append(_axis_below([frame.x(tick) for tick in ticks], tick_labels(ticks)))
+    wrong = sum(count for start, end, count in zip(edges, edges[1:], counts, strict=False) if start + end <= 0)
+    return _drawing(f"{title}: {wrong} of {sum(counts)} below 0", parts)
+
+
 def _drawing(spoken: str, parts: list[Markup]) -> Markup:
     return Markup('<svg class="curve" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         WIDTH, HEIGHT, spoken, Markup("").join(parts)

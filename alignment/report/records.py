@@ -124,6 +124,81 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Judge:
+    """The model or a simpler judge: how often it is right, and by how much the model is right more often."""
+
+    name: str
+    accuracy: Interval
+    difference: Interval | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subset:
+    """A part of the pairs; ``others`` is how often each simpler judge is right there, by its name."""
+
+    name: str
+    num_pairs: int
+    accuracy: Interval | None
+    others: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bin:
+    """Pairs about which the model is equally sure: σ(|margin|) on average, and the share in which it is right."""
+
+    num_pairs: int
+    confidence: float
+    share: Interval
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """What should move no score, and by how much it did: the largest difference and pairs turned round, by format."""
+
+    name: str
+    moved: dict[str, tuple[float, int]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrongPair:
+    """A pair whose rejected answer the model prefers; ``messages`` are (role, text) pairs."""
+
+    id: str
+    subset: str
+    margin: float
+    messages: list[tuple[str, str]]
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardCard:
+    """The card of one stage; what it lacks is None or empty. ``figures`` are further ones, as (words, value)."""
+
+    stage: str
+    reward: str
+    num_pairs: int
+    num_prompts: int
+    model: Judge
+    judges: list[Judge]
+    subsets: list[Subset]
+    subset_mean: float | None
+    bins: list[Bin]
+    edges: list[float]
+    counts: list[int]
+    scales: dict[str, float] = field(default_factory=dict)
+    length: dict[str, float] = field(default_factory=dict)
+    rule: dict[str, Interval] = field(default_factory=dict)
+    rule_pairs: int = 0
+    learned: dict[str, Any] = field(default_factory=dict)
+    changes: list[Change] = field(default_factory=list)
+    num_changed: int = 0
+    spread: float | None = None
+    worst: list[WrongPair] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
     """A stage as the run left it.
 
@@ -167,6 +242,7 @@ class Run:
     evaluation_note: str
     samples: list[Sample]
     samples_note: str
+    cards: list[RewardCard] = field(default_factory=list)
 
     @property
     def unfinished(self) -> list[Stage]:

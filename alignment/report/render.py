@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from alignment.errors import ConfigError
-from alignment.report import tables, text
+from alignment.report import tables
+from alignment.report.card_page import card_view
 from alignment.report.chain import chain
 from alignment.report.curves import CHOICES, Chart, charts, num_gaps
 from alignment.report.load import read_run
@@ -47,6 +47,7 @@ def page(run: Run, *, num_samples: int) -> str:
         chain=chain(run),
         evaluation=run.evaluation,
         evaluated=_evaluated(run.evaluation),
+        cards=[card_view(card) for card in run.cards],
         sizes=size_curves(run),
         learning=[(stage, charts(stage), _curve_notes(stage)) for stage in run.stages if _learns(stage)],
         chosen=chosen,
@@ -101,4 +102,3 @@ def _curve_notes(stage: Stage) -> list[str]:
 
 def _label(name: str) -> str:
     return name.removeprefix("stage:")
-

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from alignment.config.stage import UNTRAINED_ARMS
 from alignment.report import text
+from alignment.report.card_page import lead
 from alignment.report.records import Arm, Comparison, Evaluation, Run
 
 MIN_DISTINCT = 0.9
@@ -28,12 +29,17 @@ def judge(run: Run) -> Verdict:
     """The verdict on a run, whatever is missing from it."""
     evaluation = run.evaluation
     if evaluation is None:
-        lead = f"{run.evaluation_note} Nothing can be said yet about which stage helped."
-        return Verdict(lead=lead, differences=[], warnings=_unfinished(run) + _handed_on(run))
+        told = f"{run.evaluation_note} Nothing can be said yet about which stage helped."
+        told = " ".join(map(lead, run.cards)) or told
+        return Verdict(lead=told, differences=[], warnings=_unfinished(run) + _handed_on(run) + _of_cards(run))
     return Verdict(
         lead=_lead(run, evaluation),
         differences=_differences(evaluation),
-        warnings=_unfinished(run) + _arm_warnings(evaluation) + _overoptimised(run, evaluation) + _handed_on(run),
+        warnings=_unfinished(run)
+        + _arm_warnings(evaluation)
+        + _overoptimised(run, evaluation)
+        + _handed_on(run)
+        + _of_cards(run),
     )
 
 
@@ -179,3 +185,8 @@ def _handed_on(run: Run) -> list[str]:
         if done is not None and isinstance(planned, int) and done < planned:
             warnings.append(f"{stage.name} ended after {done:.0f} of {planned} updates: its KL was above guard.max_kl.")
     return warnings
+
+
+def _of_cards(run: Run) -> list[str]:
+    """What each reward model's card says before its figures."""
+    return [f"{card.stage}: {sentence}" for card in run.cards for sentence in card.warnings]

@@ -89,7 +89,7 @@ class TextScorer:
             ModelError: one is longer than the model's positions.
             RewardError: the model's template refuses one.
         """
-        rows = [self._ids(prompt, text) for prompt, text in zip(answers.prompts, answers.texts, strict=True)]
+        rows = [self.ids(prompt, text) for prompt, text in zip(answers.prompts, answers.texts, strict=True)]
         self._refuse_too_long(rows, answers)
         found: list[float] = []
         with products_in(self._run.dtype, self._run.device):
@@ -98,7 +98,12 @@ class TextScorer:
                 found += scalar_scores(self._model, part).tolist()
         return found
 
-    def _ids(self, prompt: Prompt, text: str) -> list[int]:
+    def ids(self, prompt: Prompt, text: str) -> list[int]:
+        """The conversation of a prompt and an answer as the model reads it.
+
+        Raises:
+            RewardError: the model's template refuses it.
+        """
         try:
             return encode(self._tokenizer, self._text(prompt, text))
         except DataError as error:

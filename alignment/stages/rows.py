@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 R = TypeVar("R", bound=Record)
 
 LEFT_OUT = "left_out.jsonl"
+DRAWN_AS = {"learned": "data"}
+"""A part of the pairs that another stage learned from is drawn as that stage drew it."""
 
 
 def rows_of(context: StageContext, record: type[R], data: DataConfig, *, field: str = "data") -> list[R]:
@@ -122,7 +124,7 @@ def _places(context: StageContext, data: DataConfig, field: str, counts: Sequenc
     """Which rows of all sources, one after another, the stage takes, and in which order."""
     own: Sequence[int] = range(counts[0])
     if data.fraction < 1.0:
-        own = subset(counts[0], data.fraction, context.run_generator(f"{field}.fraction"))
+        own = subset(counts[0], data.fraction, context.run_generator(f"{DRAWN_AS.get(field, field)}.fraction"))
     if not data.mix:
         return own
     parts = list(zip(data.mix, counts[1:], strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from alignment.evaluation.bootstrap import Interval, mean_interval
+from alignment.evaluation.bootstrap import Interval, grouped_interval, mean_interval
 from tests.oracles.close import close
 
 
@@ -63,3 +63,13 @@ def test_no_values_are_an_error() -> None:
 )
 def test_zero_on_the_edge_is_not_excluded(low: float, high: float, excludes: bool) -> None:
     assert Interval(mean=(low + high) / 2, low=low, high=high).excludes_zero() is excludes
+
+
+def test_groups_are_drawn_whole() -> None:
+    values = [1.0, 1.0, 1.0, 0.0]
+    found = grouped_interval(values, ["a", "a", "a", "b"], samples=500, seed=0)
+    assert (found.mean, found.low, found.high) == (0.75, 0.0, 1.0)
+    by_itself = grouped_interval(values, ["a", "b", "c", "d"], samples=500, seed=0)
+    assert by_itself.low > 0.0
+    with pytest.raises(ValueError, match="at least one value"):
+        grouped_interval([], [], samples=5, seed=0)

@@ -1,0 +1,209 @@
+"""A bag of words as a judge of pairs: what can be told by which words an answer has, whatever their order.
+
+The log-odds that an answer is the better one are linear in the differences of log(1 + count) of each word, chosen minus
+rejected: logistic regression without an intercept, under an L2 penalty, in float64 by Newton's method. The same pairs
+give the same weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignment.errors import DataError
+
+Vector = NDArray[np.float64]
+
+PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+"""Of which the one with the smallest loss on pairs that were left out is taken. Chosen, not tuned."""
+FOLDS = 5
+FEWEST = 2
+"""Pairs in which a word must make a difference to be in the vocabulary."""
+_STEPS, _ROUNDS = 50, 1000
+"""Of Newton's method, and of conjugate gradients in each; some ten and some dozens are enough."""
+_SMALL = 1e-8
+"""Largest slope at which the fit has come to its end, a pair."""
+_WORD = re.compile(r"\w+(?:['’]\w+)?")
+
+Texts = tuple[str, str]
+"""A chosen and a rejected answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Differences:
+    """``[pairs, words]`` features as the entries that are not 0, by row and column."""
+
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    values: Vector
+    shape: tuple[int, int]
+
+    def times(self, weights: Vector) -> Vector:
+        """``[pairs]``: each pair's sum of features by weight."""
+        return _sums(self.rows, self.values * weights[self.columns], self.shape[0])
+
+    def back(self, factors: Vector) -> Vector:
+        """``[words]``: each word's sum of features by a factor of their pair."""
+        return _sums(self.columns, self.values * factors[self.rows], self.shape[1])
+
+    def of(self, kept: NDArray[np.bool_]) -> Differences:
+        """Those of the pairs where ``kept`` is true."""
+        places = np.cumsum(kept) - 1
+        mine = kept[self.rows]
+        return Differences(
+            rows=places[self.rows[mine]],
+            columns=self.columns[mine],
+            values=self.values[mine],
+            shape=(int(kept.sum()), self.shape[1]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BagOfWords:
+    """``weights`` of words in the log-odds, and the ``penalty`` that they were fitted under."""
+
+    words: tuple[str, ...]
+    weights: Vector
+    penalty: float
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        return {word: place for place, word in enumerate(self.words)}
+
+    def margins(self, pairs: Sequence[Texts]) -> list[float]:
+        """The log-odds that the first answer of each pair is the better one; 0 where no word tells them apart."""
+        return differences(pairs, self._vocabulary).times(self.weights).tolist()
+
+    def heaviest(self, count: int) -> tuple[list[str], list[str]]:
+        """The words that speak most for an answer, and those that speak most against it."""
+        order = np.argsort(self.weights, kind="stable")
+        against = [self.words[place] for place in order[:count] if self.weights[place] < 0]
+        return [self.words[place] for place in order[::-1][:count] if self.weights[place] > 0], against
+
+
+def fit(pairs: Sequence[Texts], groups: Sequence[str], *, seed: int) -> BagOfWords:
+    """Learns from ``pairs``; ``groups`` name each one's prompt, which stands on one side of a split only.
+
+    Raises:
+        DataError: no word makes a difference in as many pairs as it must.
+    """
+    counts = Counter(word for pair in pairs for word in _differences_of(pair))
+    words = tuple(sorted(word for word, count in counts.items() if count >= FEWEST))
+    if not words:
+        raise DataError(
+            f"no word makes a difference in {FEWEST} of the {len(pairs)} pairs that a bag of words would learn from",
+            remedy="name more pairs in 'learned'",
+        )
+    features = differences(pairs, {word: place for place, word in enumerate(words)})
+    penalty = _best_penalty(features, groups, seed)
+    return BagOfWords(words=words, weights=fitted(features, penalty), penalty=penalty)
+
+
+def words_of(text: str) -> Counter[str]:
+    """How often each word stands in a text; case does not count."""
+    return Counter(word.replace("’", "'") for word in _WORD.findall(text.lower()))
+
+
+def differences(pairs: Sequence[Texts], vocabulary: Mapping[str, int]) -> Differences:
+    """The features of pairs; words outside of the vocabulary count for nothing."""
+    entries = [
+        (row, vocabulary[word], value)
+        for row, pair in enumerate(pairs)
+        for word, value in _differences_of(pair).items()
+        if word in vocabulary
+    ]
+    rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())
+    return Differences(
+        rows=np.array(rows, dtype=np.int64),
+        columns=np.array(columns, dtype=np.int64),
+        values=np.array(values, dtype=np.float64),
+        shape=(len(pairs), len(vocabulary)),
+    )
+
+
+def _differences_of(pair: Texts) -> dict[str, float]:
+    chosen, rejected = map(words_of, pair)
+    told = {word: np.log1p(chosen[word]) - np.log1p(rejected[word]) for word in sorted(chosen | rejected)}
+    return {word: float(value) for word, value in told.items() if value}
+
+
+def loss(features: Differences, weights: Vector) -> float:
+    """Mean −log σ(margin), in nats."""
+    return float(np.logaddexp(0.0, -features.times(weights)).mean())
+
+
+def slope(features: Differences, weights: Vector, penalty: float) -> Vector:
+    """``[words]``: that of Σ −log σ(margin) + penalty/2 · |weights|²."""
+    return penalty * weights - features.back(_sigmoid(-features.times(weights)))
+
+
+def fitted(features: Differences, penalty: float) -> Vector:
+    """The weights where the slope is 0: Newton's method, each step by conjugate gradients, halved until it descends."""
+    weights: Vector = np.zeros(features.shape[1])
+    height = _penalised(features, weights, penalty)
+    for _ in range(_STEPS):
+        downhill = -slope(features, weights, penalty)
+        if np.abs(downhill).max() <= _SMALL * features.shape[0]:
+            break
+        shares = _sigmoid(features.times(weights))
+        step = _newton_step(features, shares * (1 - shares), penalty, downhill)
+        lower = _penalised(features, weights + step, penalty)
+        while lower > height and np.abs(step).max() > 1e-12:
+            step = step / 2
+            lower = _penalised(features, weights + step, penalty)
+        weights, height = weights + step, lower
+    return weights
+
+
+def _newton_step(features: Differences, curvature: Vector, penalty: float, downhill: Vector) -> Vector:
+    """The solution of (Xᵀ C X + penalty) step = downhill by conjugate gradients."""
+    step, rest = np.zeros_like(downhill), downhill
+    direction, size = rest, float(rest @ rest)
+    enough = 1e-12 * size
+    for _ in range(_ROUNDS):
+        if size <= enough:
+            break
+        image = features.back(curvature * features.times(direction)) + penalty * direction
+        length = size / float(direction @ image)
+        step, rest = step + length * direction, rest - length * image
+        before, size = size, float(rest @ rest)
+        direction = rest + size / before * direction
+    return step
+
+
+def _penalised(features: Differences, weights: Vector, penalty: float) -> float:
+    return features.shape[0] * loss(features, weights) + penalty / 2 * float(weights @ weights)
+
+
+def _best_penalty(features: Differences, groups: Sequence[str], seed: int) -> float:
+    """By the loss on folds of groups that were left out; the middle one where there are no two groups."""
+    names = sorted(set(groups))
+    if len(names) < 2:
+        return PENALTIES[len(PENALTIES) // 2]
+    order = np.random.default_rng(seed).permutation(len(names))
+    folds = {names[place]: number % min(FOLDS, len(names)) for number, place in enumerate(order.tolist())}
+    fold = np.array([folds[group] for group in groups])
+
+    def left_out(penalty: float) -> float:
+        total = 0.0
+        for number in sorted(set(folds.values())):
+            weights = fitted(features.of(fold != number), penalty)
+            total += loss(features.of(fold == number), weights) * int((fold == number).sum())
+        return total
+
+    return min(PENALTIES, key=left_out)
+
+
+def _sums(places: NDArray[np.int64], values: Vector, count: int) -> Vector:
+    """``[count]`` sums of the values at each place; without any, numpy would count in whole numbers."""
+    return np.bincount(places, values, minlength=count).astype(np.float64)
+
+
+def _sigmoid(values: Vector) -> Vector:
+    return np.exp(-np.logaddexp(0.0, -values))

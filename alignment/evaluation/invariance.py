@@ -1,0 +1,116 @@
+"""Whether a score depends on what it must not: the rows beside it, their order, and padding.
+
+Rows are scored as a card scores them, and again each alone, in another order, and padded on either side by the model's
+plain forward, which shares neither the stream nor its attention. In exact arithmetic nothing would change; in
+bfloat16 sums come out a little differently, and float32 tells rounding from a fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from alignment.models.answers import scalar_scores, unwrapped
+from alignment.models.rows import by_tokens, stream
+
+Rows = Sequence[Sequence[int]]
+Score = Callable[[Rows], Tensor]
+"""``[rows]`` scores of rows of token ids."""
+
+TOLERANCE = 1e-3
+"""Of the scores' standard deviation, beyond which float32 no longer explains a difference. Chosen, not tuned."""
+TOGETHER = 8
+"""Rows padded to one length."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Moved:
+    """The largest absolute difference of a score, and of how many pairs the other answer is preferred."""
+
+    largest: float
+    flips: int
+
+
+@torch.no_grad()
+def flat_scores(model: PreTrainedModel, rows: Rows, *, tokens: int, device: torch.device) -> Tensor:
+    """``[rows]`` scores, as many at a time as have at most ``tokens``; common beginnings are computed once."""
+    lengths = [len(row) for row in rows]
+    pieces = [rows[piece.start : piece.stop] for piece in by_tokens(lengths, tokens, behind=_behind(rows))]
+    return torch.cat([scalar_scores(model, stream(piece, device)) for piece in pieces]).cpu()
+
+
+def _behind(rows: Rows) -> list[int]:
+    """Tokens that each row adds behind the one before it, of which it repeats the beginning."""
+    added = [len(row) for row in rows]
+    for place in range(1, len(rows)):
+        one, other = rows[place - 1], rows[place]
+        same = next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(other))
+        added[place] -= same
+    return added
+
+
+@torch.no_grad()
+def padded_scores(model: PreTrainedModel, rows: Rows, *, left: bool, device: torch.device) -> Tensor:
+    """``[rows]`` scores by the trunk's plain forward over padded rows, at each one's last token."""
+    whole = unwrapped(model)
+    found = []
+    for first in range(0, len(rows), TOGETHER):
+        part = [torch.tensor(row) for row in rows[first : first + TOGETHER]]
+        side = "left" if left else "right"
+        ids, kept = (
+            pad_sequence(rows, batch_first=True, padding_side=side).to(device)
+            for rows in (part, [torch.ones_like(row) for row in part])
+        )
+        states = whole.base_model(
+            input_ids=ids,
+            attention_mask=kept,
+            position_ids=(kept.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        last = torch.full((len(part),), -1) if left else kept.sum(-1) - 1
+        with torch.autocast(device.type, enabled=False):
+            at_end = states[torch.arange(len(part)), last].float()
+            found.append((whole.score(at_end).squeeze(-1) - whole.score_offset).cpu())
+    return torch.cat(found)
+
+
+def moved(
+    score: Score, padded: Callable[[Rows, bool], Tensor] | None, rows: Rows, generator: torch.Generator
+) -> dict[str, Any]:
+    """How far each score moves, by what was changed; ``rows`` are pairs, chosen answer first.
+
+    ``padded`` is told whether padding stands on the left; None where the model cannot run so. ``spread`` is the scores'
+    standard deviation.
+    """
+    usual = score(rows)
+    order = torch.randperm(len(rows), generator=generator)
+    turned = torch.empty_like(usual)
+    turned[order] = score([rows[place] for place in order.tolist()])
+    changed = {
+        "alone": torch.cat([score([row]) for row in rows]),
+        "in another order": turned,
+    }
+    if padded is not None:
+        changed |= {"padded on the left": padded(rows, True), "padded on the right": padded(rows, False)}
+    return {
+        "spread": float(usual.std(correction=0)),
+        "changes": {name: asdict(_between(usual, scores)) for name, scores in changed.items()},
+    }
+
+
+def _between(usual: Tensor, changed: Tensor) -> Moved:
+    pairs = [scores.view(-1, 2) for scores in (usual, changed)]
+    one, other = (torch.sign(pair[:, 0] - pair[:, 1]) for pair in pairs)
+    return Moved(largest=float((usual - changed).abs().max()), flips=int((one != other).sum()))
+
+
+def beyond_rounding(exact: dict[str, Any]) -> list[str]:
+    """The changes that move a score in float32 by more than rounding does."""
+    limit = TOLERANCE * max(exact["spread"], 1e-6)
+    return [name for name, change in exact["changes"].items() if not change["largest"] <= limit]

@@ -1,0 +1,284 @@
+"""A reward model's report card, as plain data for ``card.json`` and ``pairs.jsonl`` (docs/design/0016).
+
+A margin is the score of the chosen answer minus that of the rejected one; σ(margin) is what a Bradley-Terry model says
+of the chance that the chosen answer is the better one. A tie counts as half right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignment.data.records import PreferencePair
+from alignment.evaluation.bootstrap import grouped_interval
+
+BINS = 5
+"""Of calibration, from chance to certainty. Chosen, not tuned: a hundred pairs a bin where there are five hundred."""
+BARS = 20
+"""Of the histogram of margins, half of them on each side of 0."""
+FEW = 10
+"""Prompts below which no interval is given: so few drawn again say too little."""
+_OUTLIERS = 0.99
+"""Share of margins within the histogram; the outermost bars hold the rest too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """A pair with what was said of it, chosen answer first.
+
+    ``scores`` are the model's, ``tokens`` the lengths of prompt and answer together. ``words`` is the margin by a bag
+    of words and ``rule`` what the rule says of each answer; None where there is none.
+    """
+
+    pair: PreferencePair
+    scores: tuple[float, float]
+    tokens: tuple[int, int]
+    words: float | None = None
+    rule: tuple[float, float] | None = None
+
+    @property
+    def margin(self) -> float:
+        """The score of the chosen answer minus that of the rejected one."""
+        return self.scores[0] - self.scores[1]
+
+    @property
+    def longer_by(self) -> int:
+        """Tokens that the chosen answer has more."""
+        return self.tokens[0] - self.tokens[1]
+
+    @property
+    def subset(self) -> str:
+        """The part of a benchmark, or the kind of task."""
+        return self.pair.subset or self.pair.task
+
+    @property
+    def prompt(self) -> str:
+        """The same for pairs of the same prompt."""
+        return repr(self.pair.messages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """A line of ``pairs.jsonl``."""
+        pair = self.pair
+        return {
+            "id": pair.id,
+            "where": pair.where,
+            "subset": self.subset,
+            "messages": [message.as_dict() for message in pair.messages],
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+            "scores": list(self.scores),
+            "margin": self.margin,
+            "tokens": list(self.tokens),
+            "bag_of_words": self.words,
+            "rule": None if self.rule is None else list(self.rule),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Intervals:
+    """How intervals are drawn: the same resamples of prompts for every figure of the same pairs."""
+
+    samples: int
+    seed: int
+
+    def of(self, values: Sequence[float], pairs: Sequence[Judged]) -> dict[str, float | None]:
+        """The mean over pairs with its 95 % interval, which is left out for few prompts."""
+        prompts = [judged.prompt for judged in pairs]
+        if len(set(prompts)) < FEW:
+            return {"mean": float(np.mean(values)), "low": None, "high": None}
+        return asdict(grouped_interval(values, prompts, samples=self.samples, seed=self.seed))
+
+
+def right(margins: Sequence[float]) -> list[float]:
+    """1 for each margin above 0, 0 below, .5 for a tie."""
+    return [1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins]
+
+
+def card_of(pairs: Sequence[Judged], *, intervals: Intervals, num_worst: int) -> dict[str, Any]:
+    """All figures that can be told from the pairs, of which there is at least one."""
+    return {
+        "num_pairs": len(pairs),
+        "num_prompts": len({judged.prompt for judged in pairs}),
+        "accuracy": intervals.of(_model(pairs), pairs),
+        "baselines": baselines(pairs, intervals),
+        "subsets": subsets(pairs, intervals),
+        "calibration": calibration([judged.margin for judged in pairs]),
+        "margins": histogram([judged.margin for judged in pairs]),
+        "length": length_bias(pairs),
+        "rule": rule_agreement(pairs, intervals),
+        "worst": [judged.as_dict() for judged in worst(pairs, num_worst)],
+    }
+
+
+def baselines(pairs: Sequence[Judged], intervals: Intervals) -> list[dict[str, Any]]:
+    """How often each simpler judge is right, and by how much the model is right more often, paired."""
+    mine = _model(pairs)
+    found = []
+    for name, theirs in _simpler(pairs).items():
+        more = [one - other for one, other in zip(mine, theirs, strict=True)]
+        found.append({"name": name, "accuracy": intervals.of(theirs, pairs), "difference": intervals.of(more, pairs)})
+    return found
+
+
+def subsets(pairs: Sequence[Judged], intervals: Intervals) -> list[dict[str, Any]]:
+    """Accuracy by subset, in the order in which they come; nothing where the pairs are not told apart so."""
+    names = list(dict.fromkeys(judged.subset for judged in pairs))
+    if len(names) < 2:
+        return []
+    found = []
+    for name in names:
+        mine = [judged for judged in pairs if judged.subset == name]
+        simpler = {key: float(np.mean(values)) for key, values in _simpler(mine).items()}
+        accuracy = intervals.of(_model(mine), mine)
+        found.append({"name": name or "none", "num_pairs": len(mine), "accuracy": accuracy, "baselines": simpler})
+    return found
+
+
+def _model(pairs: Sequence[Judged]) -> list[float]:
+    return right([judged.margin for judged in pairs])
+
+
+def _simpler(pairs: Sequence[Judged]) -> dict[str, list[float]]:
+    """What judges that read less than the model get right."""
+    words = [judged.words for judged in pairs if judged.words is not None]
+    found = {"bag of words": right(words)} if len(words) == len(pairs) else {}
+    return {**found, "longer answer": right([judged.longer_by for judged in pairs])}
+
+
+def calibration(margins: Sequence[float]) -> dict[str, Any]:
+    """Whether the model is right as often as it says: σ(|margin|) against the share of pairs in which it is.
+
+    Seen from the answer that the model prefers, so that no pair has to be turned at random. ``ece`` is the mean
+    distance of the two over the bins, weighed by their pairs (Naeini et al. 2015); ``brier`` is the mean of
+    (1 − σ(margin))² and ``log_loss`` that of −log σ(margin), in nats: .25 and .693 for a model that knows nothing.
+    """
+    values = np.asarray(margins, dtype=np.float64)
+    confidence = _sigmoid(np.abs(values))
+    share = np.asarray(right(margins))
+    place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    bins = []
+    for number in range(BINS):
+        mine = place == number
+        if mine.any():
+            bins.append(_bin(number, confidence[mine], share[mine]))
+    ece = sum(one["num_pairs"] * abs(one["share"] - one["confidence"]) for one in bins) / len(values)
+    return {
+        "bins": bins,
+        "ece": float(ece),
+        "brier": float(((1 - _sigmoid(values)) ** 2).mean()),
+        "log_loss": float(np.logaddexp(0.0, -values).mean()),
+    }
+
+
+def _bin(number: int, confidence: NDArray[np.float64], share: NDArray[np.float64]) -> dict[str, Any]:
+    low, high = wilson(float(share.mean()), len(share))
+    return {
+        "from": 0.5 + number / (2 * BINS),
+        "to": 0.5 + (number + 1) / (2 * BINS),
+        "num_pairs": len(share),
+        "confidence": float(confidence.mean()),
+        "share": float(share.mean()),
+        "low": low,
+        "high": high,
+    }
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share among ``count`` (Wilson 1927)."""
+    z = 1.959964
+    middle = share + z * z / (2 * count)
+    half = z * sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    whole = 1 + z * z / count
+    return (middle - half) / whole, (middle + half) / whole
+
+
+def histogram(margins: Sequence[float]) -> dict[str, Any]:
+    """Counts of margins between edges around 0; the outermost bars hold what lies beyond them too."""
+    values = np.asarray(margins, dtype=np.float64)
+    reach = float(np.quantile(np.abs(values), _OUTLIERS)) or 1.0
+    edges = np.linspace(-reach, reach, BARS + 1)
+    counts, _ = np.histogram(np.clip(values, -reach, reach), edges)
+    return {
+        "edges": edges.tolist(),
+        "counts": counts.tolist(),
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+    }
+
+
+def length_bias(pairs: Sequence[Judged]) -> dict[str, float | None]:
+    """Whether the model goes by length: the correlation of margin and difference in length, how often it prefers the
+    longer answer and how often that is the chosen one, and how often it is right where the chosen one is longer, and
+    shorter. Figures for which there are no pairs are None."""
+    different = [judged for judged in pairs if judged.longer_by]
+    prefers = [judged.margin * (1 if judged.longer_by > 0 else -1) for judged in different]
+    longer = [judged for judged in different if judged.longer_by > 0]
+    shorter = [judged for judged in different if judged.longer_by < 0]
+    return {
+        "correlation": _correlation([judged.margin for judged in pairs], [judged.longer_by for judged in pairs]),
+        "prefers_longer": _mean(right(prefers)),
+        "longer_is_chosen": _mean([float(judged.longer_by > 0) for judged in different]),
+        "accuracy_where_longer": _mean(_model(longer)),
+        "accuracy_where_shorter": _mean(_model(shorter)),
+    }
+
+
+def rule_agreement(pairs: Sequence[Judged], intervals: Intervals) -> dict[str, Any] | None:
+    """How often model and rule prefer the same answer, among pairs that the rule tells apart, and how often the rule is
+    right there; None without a rule."""
+    told = [(judged, judged.rule[0] - judged.rule[1]) for judged in pairs if judged.rule is not None]
+    apart = [(judged, margin) for judged, margin in told if margin]
+    if not apart:
+        return {"num_pairs": 0, "agreement": None, "accuracy": None} if told else None
+    kept = [judged for judged, _ in apart]
+    agree = right([judged.margin * margin for judged, margin in apart])
+    return {
+        "num_pairs": len(apart),
+        "agreement": intervals.of(agree, kept),
+        "accuracy": intervals.of(right([margin for _, margin in apart]), kept),
+    }
+
+
+def worst(pairs: Sequence[Judged], count: int) -> list[Judged]:
+    """The pairs in which the model is most sure of the wrong answer, first the surest."""
+    wrong = sorted((judged for judged in pairs if judged.margin < 0), key=lambda judged: judged.margin)
+    return wrong[:count]
+
+
+def warnings(card: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before the figures, a sentence each."""
+    found = []
+    learned = card["learned"]
+    if learned and learned["judged_too"] and not learned["left_out"]:
+        found.append(
+            f"{learned['judged_too']} of the {card['num_pairs']} pairs ask what the model learned from, so it may know "
+            "the answer by heart."
+        )
+    for baseline in card["baselines"]:
+        difference = baseline["difference"]
+        if difference["low"] is None or difference["low"] <= 0:
+            found.append(f"It is not shown to be right more often than the judge '{baseline['name']}'.")
+    moved = card["invariances"] and card["invariances"]["moved"]
+    if moved:
+        found.append(f"In float32 its scores depend on what they should not: {', '.join(moved)}.")
+    return found
+
+
+def _sigmoid(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.exp(-np.logaddexp(0.0, -values))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Pearson's; None where either does not vary."""
+    if len(one) < 2 or np.std(one) == 0 or np.std(other) == 0:
+        return None
+    return float(np.corrcoef(one, other)[0, 1])

@@ -1,0 +1,267 @@
+"""A reward model's report card: pairs in, ``card.json`` and ``pairs.jsonl`` out. One process does it all."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from alignment.artifacts import read_manifest, write_json
+from alignment.config.model import Dtype
+from alignment.config.stage import RewardCardConfig
+from alignment.data.kinds import PAIRS, PROMPT
+from alignment.data.limits import Limits, refuse_losses
+from alignment.data.overlap import asked, asked_too
+from alignment.data.records import PreferencePair, Prompt
+from alignment.data.tokenizer import load_tokenizer
+from alignment.errors import DataError, ModelError, RewardError
+from alignment.evaluation.arms import source_text
+from alignment.evaluation.bag_of_words import BagOfWords, fit
+from alignment.evaluation.invariance import Rows, beyond_rounding, flat_scores, moved, padded_scores
+from alignment.evaluation.reward_card import Intervals, Judged, card_of, warnings
+from alignment.models.answers import unwrapped
+from alignment.models.load import products_in, refuse_other_tokenizer
+from alignment.models.prefix import prefix_of
+from alignment.models.reward import load_reward_model
+from alignment.rewards.models import Computation, TextScorer, load_external
+from alignment.rewards.verifiers import house_style
+from alignment.stages.result import StageResult
+from alignment.stages.rows import fitting, rows_of
+from alignment.training.context import StageContext
+from alignment.training.tracking import open_tracker
+
+LEARNED = "learned"
+MOST_LEARNED = 20_000
+"""Pairs from which a bag of words learns, the first ones: a minute's work."""
+AT_ONCE = 128
+"""Rows between two words of progress."""
+NUM_WORDS = 10
+"""Words that speak most for an answer, and against one."""
+
+
+def run(config: RewardCardConfig, context: StageContext) -> StageResult:
+    """A reward model and pairs in, figures about it out."""
+    records = rows_of(context, PreferencePair, config.data)
+    learned = rows_of(context, PreferencePair, config.learned, field=LEARNED) if _knows_learned(context) else []
+    context.progress("learning words")
+    bag = _bag_of_words(context, learned)
+    kept, overlap = _without_learned(config, context, records, learned)
+    context.progress("loading")
+    reading = _read(config, context, kept)
+    scores = _scores(config, context, reading)
+    pairs = _judged(config, reading, scores, bag)
+    intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
+    card = {
+        "reward": context.spec.inputs["reward"].ref,
+        "rows_too_long": len(kept) - len(pairs),
+        "learned": overlap and {**overlap, **_words(bag)},
+        **card_of(pairs, intervals=intervals, num_worst=config.num_worst),
+        "invariances": _invariances(config, context, reading) if config.invariance_pairs else None,
+    }
+    card["warnings"] = warnings(card)
+    write_json(context.content / "card.json", card)
+    lines = [json.dumps(pair.as_dict(), ensure_ascii=False) + "\n" for pair in pairs]
+    (context.content / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+    metrics = _headlines(card)
+    tracker = open_tracker(context)
+    tracker.summarise(metrics)
+    tracker.close()
+    return StageResult(metrics=metrics)
+
+
+# ---- what was learned from -------------------------------------------------------------------------------------------
+
+
+def _knows_learned(context: StageContext) -> bool:
+    return LEARNED in context.spec.extra_data
+
+
+def _bag_of_words(context: StageContext, learned: Sequence[PreferencePair]) -> BagOfWords | None:
+    seen = learned[:MOST_LEARNED]
+    texts = [(pair.chosen, pair.rejected) for pair in seen]
+    return fit(texts, [repr(pair.messages) for pair in seen], seed=context.seed("folds")) if seen else None
+
+
+def _words(bag: BagOfWords | None) -> dict[str, Any]:
+    """What a bag of words came to."""
+    assert bag is not None, "it is learned wherever it is known from what"
+    speaks_for, against = bag.heaviest(NUM_WORDS)
+    return {"words": len(bag.words), "penalty": bag.penalty, "for": speaks_for, "against": against}
+
+
+def _without_learned(
+    config: RewardCardConfig, context: StageContext, records: list[PreferencePair], learned: list[PreferencePair]
+) -> tuple[list[PreferencePair], dict[str, Any] | None]:
+    """The pairs to judge, and how many of all ask what was learned; None where nobody knows.
+
+    Raises:
+        DataError: no other pair is left.
+    """
+    if not learned:
+        return records, None
+    known = asked_too(records, learned)
+    others = [record for record in records if asked(record).text not in known]
+    told = {"num_pairs": len(learned), "judged_too": len(records) - len(others), "left_out": config.leave_out_learned}
+    if not config.leave_out_learned:
+        return records, told
+    if not others:
+        raise DataError(
+            f"all {len(records)} pairs ask what the reward model learned from",
+            where=f"stages.{context.spec.stage}.data",
+            remedy="judge other pairs, or set leave_out_learned=false",
+        )
+    return others, told
+
+
+# ---- the model and what it reads -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Reading:
+    """The model, the pairs that it can read, and their rows of its token ids: chosen, rejected, chosen, …"""
+
+    model: PreTrainedModel | PeftModel
+    pairs: list[PreferencePair]
+    rows: list[list[int]]
+
+
+def _read(config: RewardCardConfig, context: StageContext, records: list[PreferencePair]) -> _Reading:
+    """Loads the model and makes its rows.
+
+    Raises:
+        ModelError: it cannot be loaded, has another tokenizer than the run's base, or cannot have rows cut.
+        DataError: too many pairs are too long.
+    """
+    told = context.spec.inputs["reward"]
+    assert told.path is not None, "the plan refuses 'base' in a reward slot"
+    if read_manifest(told.path) is None:
+        return _read_text(config, context, records)
+    tokenizer = load_tokenizer(context.spec.base_path, context.spec.model.chat_template)
+    refuse_other_tokenizer(context.spec, told, tokenizer)
+    found, _ = fitting(context, PAIRS, records, config.data, Limits.of(config), tokenizer)
+    parts = [row for one in found.values() for row in one.rows]
+    rows = [row[PROMPT] + row[answer] for row in parts for answer in ("chosen", "rejected")]
+    model = load_reward_model(context.spec, told, device=context.device).to(context.device)
+    return _Reading(model=model, pairs=[records[place] for place in found], rows=rows)
+
+
+def _read_text(config: RewardCardConfig, context: StageContext, records: list[PreferencePair]) -> _Reading:
+    """A model from outside has a tokenizer and a chat template of its own."""
+    spec, limits = context.spec, Limits.of(config)
+    told = spec.inputs["reward"]
+    assert told.path is not None, "the plan refuses 'base' in a reward slot"
+    if limits.cuts:
+        raise ModelError(
+            f"{told.ref} reads text, and its rows cannot be cut",
+            where=f"stages.{spec.stage}.too_long",
+            remedy="take too_long.do=drop",
+        )
+    model, tokenizer = load_external(told.path, spec.model.dtype, source=told.ref)
+    prompts = [Prompt(messages=record.messages, tools=record.tools, where=record.where) for record in records]
+    computation = Computation(device=context.device, dtype=spec.model.dtype, tokens=config.micro_batch_tokens)
+    scorer = TextScorer(model.to(context.device), tokenizer, prompts, computation, source=told.ref)
+    both = [
+        [scorer.ids(prompt, text) for text in (record.chosen, record.rejected)]
+        for prompt, record in zip(prompts, records, strict=True)
+    ]
+    longest = [max(map(len, rows)) for rows in both]
+    fits = [length <= limits.row for length in longest]
+    where = f"stages.{spec.stage}"
+    refuse_losses(
+        limits, dropped=fits.count(False), cut=0, records=len(records), longest=max(longest, default=0), where=where
+    )
+    return _Reading(
+        model=model,
+        pairs=[record for record, fit in zip(records, fits, strict=True) if fit],
+        rows=[row for rows, fit in zip(both, fits, strict=True) if fit for row in rows],
+    )
+
+
+# ---- what is said of them --------------------------------------------------------------------------------------------
+
+
+def _scores(config: RewardCardConfig, context: StageContext, reading: _Reading) -> list[float]:
+    """A score a row.
+
+    Raises:
+        RewardError: one is not finite.
+    """
+    found: list[float] = []
+    with products_in(context.spec.model.dtype, context.device):
+        for first in range(0, len(reading.rows), AT_ONCE):
+            context.progress("scoring", first, len(reading.rows))
+            found += flat_scores(
+                reading.model,
+                reading.rows[first : first + AT_ONCE],
+                tokens=config.micro_batch_tokens,
+                device=context.device,
+            ).tolist()
+    for place, score in enumerate(found):
+        if not math.isfinite(score):
+            where = reading.pairs[place // 2].where
+            raise RewardError(f"gave {score} for an answer to {where}", where=context.spec.inputs["reward"].ref)
+    return found
+
+
+def _judged(config: RewardCardConfig, reading: _Reading, scores: list[float], bag: BagOfWords | None) -> list[Judged]:
+    words = bag.margins([(pair.chosen, pair.rejected) for pair in reading.pairs]) if bag else None
+    return [
+        Judged(
+            pair=pair,
+            scores=(scores[2 * place], scores[2 * place + 1]),
+            tokens=(len(reading.rows[2 * place]), len(reading.rows[2 * place + 1])),
+            words=None if words is None else words[place],
+            rule=_by_rule(pair) if config.rule is not None else None,
+        )
+        for place, pair in enumerate(reading.pairs)
+    ]
+
+
+def _by_rule(pair: PreferencePair) -> tuple[float, float]:
+    source = source_text(pair.messages)
+    return house_style(pair.chosen, source=source, facts=None), house_style(pair.rejected, source=source, facts=None)
+
+
+def _invariances(config: RewardCardConfig, context: StageContext, reading: _Reading) -> dict[str, Any]:
+    """How far scores of the first pairs move by what should not move them, in the model's format and in float32.
+
+    It leaves the model in float32.
+    """
+    own = context.spec.model.dtype
+    formats = {}
+    for dtype in dict.fromkeys((own, Dtype.float32)):
+        context.progress(f"scoring again in {dtype.value}")
+        if dtype is not own:
+            reading.model.float()
+        formats[dtype.value] = _moved(config, context, reading, dtype)
+    exact = formats[Dtype.float32.value]
+    num_pairs = min(config.invariance_pairs, len(reading.pairs))
+    return {"num_pairs": num_pairs, "formats": formats, "moved": beyond_rounding(exact)}
+
+
+def _moved(config: RewardCardConfig, context: StageContext, reading: _Reading, dtype: Dtype) -> dict[str, Any]:
+    model, device = reading.model, context.device
+    rows = reading.rows[: 2 * config.invariance_pairs]
+
+    def score(rows: Rows) -> Any:
+        return flat_scores(model, rows, tokens=config.micro_batch_tokens, device=device)
+
+    def padded(rows: Rows, left: bool) -> Any:
+        return padded_scores(model, rows, left=left, device=device)
+
+    with products_in(dtype, device):
+        # A prefix is known to the flat forward alone.
+        plain = padded if prefix_of(unwrapped(model).base_model) is None else None
+        return moved(score, plain, rows, context.generator("order"))
+
+
+def _headlines(card: dict[str, Any]) -> dict[str, float]:
+    """What the manifest says in a line."""
+    found = {"pairs": float(card["num_pairs"]), "accuracy": card["accuracy"]["mean"]}
+    found |= {f"accuracy/{one['name'].replace(' ', '_')}": one["accuracy"]["mean"] for one in card["baselines"]}
+    return found | {name: card["calibration"][name] for name in ("ece", "brier", "log_loss")}

@@ -1,0 +1,108 @@
+"""A reward card knows the pairs that the run's reward model learns from, and its slots and settings are checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignment.config.stage import RewardCardConfig
+from alignment.errors import ConfigError, DataError, ModelError
+from alignment.pipeline.plan import Plan, PlannedStage, make_plan
+from alignment.pipeline.references import slots
+
+TURN = [{"role": "user", "content": "When is the training?"}]
+PAIR = {"messages": TURN, "chosen": "On 21 March.", "rejected": "Great question!"}
+MakePlan = Callable[..., Plan]
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakePlan:
+    """Plans the recipe on a model folder and pairs of its own, with more overrides."""
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"weights")
+    for name in ("learned", "judged", "others"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({**PAIR, "id": name}) + "\n")
+    told = [f"output={tmp_path / 'out'}", f"model.source=path:{model}"]
+    told += [f"stages.reward.data.source=path:{tmp_path}/learned.jsonl"]
+    told += [f"stages.card.data.source=path:{tmp_path}/judged.jsonl"]
+    return lambda *more: make_plan("reward_card", [*told, *more])
+
+
+def card_in(plan: Plan) -> PlannedStage:
+    return next(stage for stage in plan.stages if stage.name == "card")
+
+
+def test_the_pairs_of_the_reward_stage_are_those_that_were_learned(plan: MakePlan, tmp_path: Path) -> None:
+    mix = f"stages.reward.data.mix=[{{source: 'path:{tmp_path}/others.jsonl', count: 1}}]"
+    card = card_in(plan("stages.reward.data.limit=7", "stages.reward.data.fraction=0.5", mix))
+    assert isinstance(card.config, RewardCardConfig)
+    assert (card.config.learned.limit, card.config.learned.fraction, card.config.learned.mix) == (7, 0.5, [])
+    assert card.extra_data == {"learned": tmp_path / "learned.jsonl"}
+
+
+def test_other_pairs_may_be_named(plan: MakePlan, tmp_path: Path) -> None:
+    card = card_in(plan(f"stages.card.learned.source=path:{tmp_path}/others.jsonl", "stages.card.learned.limit=1"))
+    assert card.extra_data == {"learned": tmp_path / "others.jsonl"}
+
+
+def test_other_learned_pairs_and_another_rule_make_another_card(plan: MakePlan, tmp_path: Path) -> None:
+    cards = [
+        card_in(plan()),
+        card_in(plan(f"stages.card.learned.source=path:{tmp_path}/others.jsonl")),
+        card_in(plan("stages.card.rule=null")),
+    ]
+    assert len({card.fingerprint for card in cards}) == 3
+    assert card_in(plan("stages.card.micro_batch_tokens=99")).fingerprint == cards[0].fingerprint
+    assert cards[0].identity["rule"] is not None
+    assert cards[2].identity["rule"] is None
+
+
+def test_of_a_model_from_elsewhere_nothing_is_known(plan: MakePlan, tmp_path: Path) -> None:
+    judge = tmp_path / "judge"
+    judge.mkdir()
+    (judge / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}')
+    (judge / "model.safetensors").write_bytes(b"weights")
+    planned = plan("~stages.reward", f"stages.card.reward=path:{judge}")
+    card = card_in(planned)
+    assert card.extra_data == {}
+    assert card.inputs["reward"].path == judge
+    (slot,) = slots(card.config)
+    assert slot.external
+
+
+@pytest.mark.parametrize(
+    ("override", "kind", "message"),
+    [
+        ("stages.card.reward=base", ConfigError, r"stages.card.reward: 'base' is a language model; this slot takes a"),
+        (
+            "stages.card.reward=stage:card",
+            ConfigError,
+            r"'stage:card' is a reward card; this slot takes a reward model",
+        ),
+        ("stages.card.learned.limit=3", ConfigError, r"stages.card.learned.source: missing, so the other settings"),
+        ("stages.card.rule=house_stile", ConfigError, r"one of: house_style; did you mean 'house_style'\?"),
+        ("stages.card.data.source=bundled:quickstart/heldout", DataError, r"heldout.jsonl:1: 'chosen' is missing"),
+        ("stages.card.learned.source=path:nowhere.jsonl", DataError, r"no file .*nowhere.jsonl"),
+        ("stages.report.evaluation=stage:card", ConfigError, r"'stage:card' is a reward card; this slot takes an eval"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_before_anything_starts(
+    plan: MakePlan, override: str, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        plan(override)
+
+
+def test_a_policy_in_the_slot_is_refused(plan: MakePlan, tmp_path: Path) -> None:
+    policy = tmp_path / "policy"
+    policy.mkdir()
+    (policy / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (policy / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ModelError, match="this slot takes a reward model"):
+        plan(f"stages.card.reward=path:{policy}")
