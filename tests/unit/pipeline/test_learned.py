@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from alignment.config.stage import RewardCardConfig
 from alignment.errors import ConfigError, DataError, ModelError
 from alignment.pipeline.plan import Plan, PlannedStage, make_plan
 from alignment.pipeline.references import slots
+from alignment.pipeline.summary import show_card
 
 TURN = [{"role": "user", "content": "When is the training?"}]
 PAIR = {"messages": TURN, "chosen": "On 21 March.", "rejected": "Great question!"}
@@ -106,3 +109,20 @@ def test_a_policy_in_the_slot_is_refused(plan: MakePlan, tmp_path: Path) -> None
     (policy / "model.safetensors").write_bytes(b"weights")
     with pytest.raises(ModelError, match="this slot takes a reward model"):
         plan(f"stages.card.reward=path:{policy}")
+
+
+def test_the_screen_says_how_often_the_model_is_right_and_what_to_know_before() -> None:
+    def interval(mean: float, reach: float | None = 0.04) -> dict[str, float | None]:
+        low, high = (None, None) if reach is None else (mean - reach, mean + reach)
+        return {"mean": mean, "low": low, "high": high}
+
+    words = {"name": "bag of words", "accuracy": interval(0.6), "difference": interval(0.05)}
+    longer = {"name": "longer answer", "accuracy": interval(0.4, None), "difference": interval(0.25, None)}
+    card = {"accuracy": interval(0.65), "num_pairs": 500, "baselines": [words, longer], "warnings": ["[b]Beware.[/b]"]}
+    screen = StringIO()
+    show_card(Console(file=screen, width=40), "card", card)
+    assert screen.getvalue().splitlines() == [
+        "card: right on 0.650 (0.610–0.690) of 500 pairs; bag of words 0.600 (0.560–0.640), difference +0.050 "
+        "(+0.010 to +0.090); longer answer 0.400, difference +0.250",
+        "  [b]Beware.[/b]",
+    ]
