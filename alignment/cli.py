@@ -26,7 +26,7 @@ examples:
   align export quickstart/dpo --to ./model        a result as a folder that transformers reads
 
 exit codes: 0 well, 2 configuration, 3 data, 4 model, 5 stage, 6 not finite, 7 artifact, 8 busy,
-9 a scorer that failed, 75 preempted, 130 interrupted
+9 a scorer that failed, 10 a policy forgot too much, 75 preempted, 130 interrupted
 """
 
 
@@ -286,7 +286,7 @@ def _refuse_other_package() -> None:
 
 
 def _label(error: AlignmentError) -> str:
-    kinds = {2: "configuration", 3: "data", 4: "model", 7: "artifact", 8: "busy", 9: "scorer"}
+    kinds = {2: "configuration", 3: "data", 4: "model", 7: "artifact", 8: "busy", 9: "scorer", 10: "forgot"}
     return kinds.get(error.exit_code, "error")
 
 

@@ -8,7 +8,8 @@
     │   ├── NonFiniteError         6   NaN or infinity in a loss or gradient; the last good checkpoint stays
     │   └── RewardError            9   a scorer that raised, or gave the wrong number of scores or one that is no number
     ├── ArtifactError              7   an artifact or checkpoint that is damaged or belongs to something else
-    └── Busy                       8   another process works on the same run or artifact
+    ├── Busy                       8   another process works on the same run or artifact
+    └── Forgot                    10   a run that was done, but a policy lost more than its limits allow
 
 Other codes: 0 all is well, 1 a fault of ours (a bug), 75 preempted (start again to go on), 130 interrupted by the user.
 """
@@ -81,6 +82,12 @@ class Busy(AlignmentError):
     """Another process works on the same run or artifact."""
 
     exit_code = 8
+
+
+class Forgot(AlignmentError):
+    """All stages are done, but a policy has lost more of what the base model could than its limits allow."""
+
+    exit_code = 10
 
 
 PREEMPTED = 75

@@ -48,6 +48,7 @@ STAGE_MODULES = {
     "ppo": "alignment.stages.ppo",
     "evaluate": "alignment.stages.evaluate",
     "reward_card": "alignment.stages.reward_card",
+    "forgetting": "alignment.stages.forgetting",
 }
 
 

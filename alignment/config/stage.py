@@ -347,6 +347,28 @@ class RewardCardConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ForgettingConfig:
+    """What policies have lost of what the base model could, and a gate: a run in which one lost more ends with code 10.
+
+    The base model and then each of ``arms`` read the plain texts of ``data`` and choose answers to ``questions``. An
+    arm passes if its perplexity rose by at most ``max_perplexity_rise`` of the base's (.2: from 20 to 24), and its
+    share of right answers fell by at most ``max_ability_drop`` (.1: from .64 to .54). Both limits: chosen, not tuned.
+    """
+
+    summary: ClassVar[str] = "what policies forgot of general text and questions, with a gate"
+    revision: ClassVar[int] = 1
+    produces: ClassVar[str] = "forgetting"
+
+    kind: str = "forgetting"
+    arms: list[str] = field(default_factory=list, metadata={"reference": ("policy",), "identity": False})
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:general/texts"))
+    questions: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:general/questions"))
+    max_perplexity_rise: float = 0.2
+    max_ability_drop: float = 0.1
+    bootstrap_samples: int = 2000
+
+
+@dataclass(kw_only=True, slots=True)
 class ReportConfig:
     """One self-contained HTML file about the run; made by the driver from files alone."""
 
@@ -360,14 +382,22 @@ class ReportConfig:
 
 
 StageConfig = (
-    CptConfig | SftConfig | RewardConfig | DpoConfig | PpoConfig | EvaluateConfig | RewardCardConfig | ReportConfig
+    CptConfig
+    | SftConfig
+    | RewardConfig
+    | DpoConfig
+    | PpoConfig
+    | EvaluateConfig
+    | ForgettingConfig
+    | RewardCardConfig
+    | ReportConfig
 )
 
 Trained = CptConfig | SftConfig | RewardConfig | DpoConfig | PpoConfig
 """Stages that train a model."""
 
-Judging = EvaluateConfig | RewardCardConfig
-"""Stages that judge models: one process's work."""
+Measuring = EvaluateConfig | ForgettingConfig | RewardCardConfig
+"""Stages that measure models: one process's work."""
 
 STAGES: dict[str, type[StageConfig]] = {
     "cpt": CptConfig,
@@ -376,6 +406,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "dpo": DpoConfig,
     "ppo": PpoConfig,
     "evaluate": EvaluateConfig,
+    "forgetting": ForgettingConfig,
     "report": ReportConfig,
     "reward_card": RewardCardConfig,
 }

@@ -203,6 +203,44 @@ class HeldOutPrompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """Turns that end with a question, and answers to choose from; the one at the place ``right`` is right.
+
+    Example row: ``{"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}``
+    """
+
+    EXAMPLE: ClassVar[str] = '{"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}'
+
+    messages: tuple[Message, ...]
+    choices: tuple[str, ...]
+    right: int
+    id: str = ""
+    task: str = ""
+    where: str = field(default="", compare=False)
+
+    @classmethod
+    def of(cls, example: Example) -> Iterator[Self]:
+        """Raises DataError unless there are two answers or more, no two of them the same, and one is the best."""
+        fields, messages = example.fields, example.prompt()
+        texts = [answer.text.strip() for answer in example.answers]
+        if len(texts) < 2:
+            fields.fail("choices", "is missing: the row has no two answers to choose from")
+        if repeated := next((text for place, text in enumerate(texts) if text in texts[:place]), None):
+            fields.fail("choices", f"says {repeated!r:.60} twice; no two may be the same")
+        ranks = [answer.rank for answer in example.answers]
+        if ranks.count(max(ranks)) > 1:
+            fields.fail("choices", "has several answers that are the best; one must be")
+        yield cls(
+            messages=messages,
+            choices=tuple(texts),
+            right=ranks.index(max(ranks)),
+            id=fields.label("id"),
+            task=fields.label("task"),
+            where=fields.where,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlainText:
     """Text to learn as it is; of a conversation, what its turns say, and of several answers the best one.
 
@@ -226,7 +264,7 @@ class PlainText:
         yield cls(text=said, id=example.fields.label("id"), where=example.fields.where)
 
 
-Record = PlainText | Conversation | PreferencePair | Prompt | HeldOutPrompt
+Record = PlainText | Conversation | PreferencePair | Prompt | HeldOutPrompt | Question
 
 
 def facts_in(prompt: Prompt) -> tuple[tuple[str, ...], ...] | None:

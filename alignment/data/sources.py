@@ -7,16 +7,17 @@ from pathlib import Path
 from alignment.config.near import suggestion
 from alignment.data.files import files_of
 from alignment.data.kinds import KINDS
-from alignment.data.records import HeldOutPrompt, PreferencePair, Record
+from alignment.data.records import HeldOutPrompt, PlainText, PreferencePair, Record
 from alignment.errors import DataError
 from alignment.resources import shipped
 
 RECORDS: dict[str, type[Record]] = {
     **{name: kind.record for name, kind in KINDS.items()},
     "evaluate": HeldOutPrompt,
+    "forgetting": PlainText,
     "reward_card": PreferencePair,
 }
-"""What each kind of stage reads."""
+"""What each kind of stage reads as its ``data``."""
 
 
 def locate(source: str, *, where: str = "") -> Path:

@@ -21,19 +21,13 @@ class Interval:
         return self.low > 0.0 or self.high < 0.0
 
 
-def mean_interval(values: list[float], *, samples: int, seed: int) -> Interval:
+def mean_interval(values: Sequence[float], *, samples: int, seed: int) -> Interval:
     """The interval of a mean over prompts; of paired differences when ``values`` are such.
 
     Raises:
         ValueError: no values.
     """
-    if not values:
-        raise ValueError("an interval needs at least one value")
-    data = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(0, len(data), size=(samples, len(data)))
-    means = data[picks].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(mean=float(data.mean()), low=float(low), high=float(high))
+    return ratio_interval(values, [1] * len(values), samples=samples, seed=seed)
 
 
 def grouped_interval(values: Sequence[float], groups: Sequence[str], *, samples: int, seed: int) -> Interval:
@@ -45,12 +39,24 @@ def grouped_interval(values: Sequence[float], groups: Sequence[str], *, samples:
     """
     if not values:
         raise ValueError("an interval needs at least one value")
-    names, places = np.unique(np.asarray(groups, dtype=object), return_inverse=True)
+    _, places = np.unique(np.asarray(groups, dtype=object), return_inverse=True)
     sums, counts = np.bincount(places, np.asarray(values, dtype=np.float64)), np.bincount(places)
+    return ratio_interval(sums.tolist(), counts.tolist(), samples=samples, seed=seed)
+
+
+def ratio_interval(values: Sequence[float], sizes: Sequence[int], *, samples: int, seed: int) -> Interval:
+    """The interval of Σ values / Σ sizes, where each value comes with its size: of nats a token over texts, say.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not len(values):
+        raise ValueError("an interval needs at least one value")
+    data, weights = np.asarray(values, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
     rng = np.random.default_rng(seed)
-    means = []
+    drawn = []
     for _ in range(samples):  # one at a time: all at once would be gigabytes for a large benchmark
-        picks = rng.integers(0, len(names), size=len(names))
-        means.append(sums[picks].sum() / counts[picks].sum())
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(mean=float(np.mean(values)), low=float(low), high=float(high))
+        picks = rng.integers(0, len(data), size=len(data))
+        drawn.append(data[picks].sum() / weights[picks].sum())
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(mean=float(data.sum() / weights.sum()), low=float(low), high=float(high))

@@ -8,7 +8,7 @@ from typing import Any
 from alignment.config.stage import UNTRAINED_ARMS
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation.arms import Answer, Answered
-from alignment.evaluation.bootstrap import Interval, mean_interval
+from alignment.evaluation.bootstrap import Interval, mean_interval, ratio_interval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +21,10 @@ class Intervals:
     def of(self, values: list[float]) -> Interval:
         """The mean over prompts with its 95 % interval."""
         return mean_interval(values, samples=self.samples, seed=self.seed)
+
+    def of_ratio(self, values: list[float], sizes: list[int]) -> Interval:
+        """Σ values / Σ sizes with its 95 % interval."""
+        return ratio_interval(values, sizes, samples=self.samples, seed=self.seed)
 
 
 def label(arm: str) -> str:

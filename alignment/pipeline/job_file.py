@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from alignment.config.launch import SlurmConfig
-from alignment.config.stage import Judging, ReportConfig, StageConfig
+from alignment.config.stage import Measuring, ReportConfig, StageConfig
 from alignment.errors import ConfigError
 from alignment.pipeline.plan import Plan, PlannedStage
 from alignment.resources import shipped
@@ -76,10 +76,10 @@ def _directives(plan: Plan, stage: PlannedStage) -> Iterator[str]:
 
 
 def _num_gpus(config: StageConfig, slurm: SlurmConfig) -> int:
-    """A report draws and judging is one process's work."""
+    """A report draws, and measuring is one process's work."""
     if isinstance(config, ReportConfig):
         return 0
-    return min(slurm.gpus, 1) if isinstance(config, Judging) else slurm.gpus
+    return min(slurm.gpus, 1) if isinstance(config, Measuring) else slurm.gpus
 
 
 def _literal(path: Path) -> str:

@@ -10,18 +10,18 @@ from alignment import launcher
 from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments
-from alignment.config.stage import Judging, ReportConfig, StageConfig, Trained
+from alignment.config.stage import Measuring, ReportConfig, StageConfig, Trained
 from alignment.errors import ConfigError
 from alignment.pipeline.plan import Action, Plan, PlannedStage
 
 
 def of_stage(launch: LaunchConfig, config: StageConfig, *, num_devices: int) -> LaunchConfig:
-    """A stage's launch, its processes counted; judging is one process's work, which then has all the cores.
+    """A stage's launch, its processes counted; measuring is one process's work, which then has all the cores.
 
     Raises:
         ConfigError: it asks for a process on each GPU, and there is none.
     """
-    if isinstance(config, Judging):
+    if isinstance(config, Measuring):
         return dataclasses.replace(
             launch, num_processes=1, num_machines=1, sharding=Sharding.none, offload=Offload.none
         )

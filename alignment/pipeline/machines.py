@@ -19,10 +19,11 @@ from rich.console import Console
 from alignment import launcher
 from alignment.artifacts import read_manifest, write_json
 from alignment.config.launch import LaunchConfig
-from alignment.config.stage import Judging, ReportConfig
+from alignment.config.stage import Measuring, ReportConfig
 from alignment.errors import PREEMPTED, ArtifactError, ConfigError, StageError
 from alignment.launcher import Command
 from alignment.pipeline import launching
+from alignment.pipeline.forgetting import FORGOT
 from alignment.pipeline.plan import Action, Plan, PlannedStage
 from alignment.pipeline.record import read_record
 from alignment.pipeline.signals import INTERRUPTED, Terminated, termination_raises
@@ -67,7 +68,7 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, comm
     try:
         with termination_raises():
             for stage in stages:
-                if stage.action is Action.reuse or isinstance(stage.config, (Judging, ReportConfig)):
+                if stage.action is Action.reuse or isinstance(stage.config, Measuring | ReportConfig):
                     continue
                 console.print(f"{stage.name}: {told} waits for the first to start it", highlight=False)
                 code = _Follower(plan, stage, command_for).follow()
@@ -106,7 +107,7 @@ class _Follower:
                 return _STOPPED[state]
             if self._seen_running and state == "failed":
                 raise self._failed("the run failed on the first machine")
-            if self._seen_running and state == "done" and read_manifest(self._stage.artifact) is None:
+            if self._seen_running and state in ("done", FORGOT) and read_manifest(self._stage.artifact) is None:
                 raise self._other()
             self._refuse_silence()
             time.sleep(_POLL_SECONDS)

@@ -12,10 +12,10 @@ from alignment.artifacts import folder_name, read_manifest, verify
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.config.faults import refuse
 from alignment.config.run import RunConfig
-from alignment.config.stage import PpoConfig, ReportConfig, RewardCardConfig, StageConfig
+from alignment.config.stage import ForgettingConfig, PpoConfig, ReportConfig, RewardCardConfig, StageConfig
 from alignment.config.typed import convert
 from alignment.data.reading import read_records
-from alignment.data.records import Conversation, PreferencePair, Record
+from alignment.data.records import Conversation, PreferencePair, Question, Record
 from alignment.data.sources import RECORDS
 from alignment.errors import ArtifactError, ModelError
 from alignment.fingerprint import digest
@@ -160,6 +160,8 @@ def _files_of(stage: StageConfig) -> Iterator[_File]:
         yield from _mixed_files(_File(field="ptx.data", data=stage.ptx.data, record=Conversation), stage.ptx.data)
     if isinstance(stage, RewardCardConfig) and stage.learned.source:
         yield from _mixed_files(_File(field="learned", data=stage.learned, record=PreferencePair), stage.learned)
+    if isinstance(stage, ForgettingConfig):
+        yield from _mixed_files(_File(field="questions", data=stage.questions, record=Question), stage.questions)
 
 
 def _mixed_files(own: _File, data: DataConfig) -> Iterator[_File]:

@@ -62,7 +62,7 @@ class RunRecord:
         return done
 
     def finish(self, state: str) -> None:
-        """Notes how the run ended: ``done``, ``failed``, ``preempted`` or ``interrupted``."""
+        """Notes how the run ended: ``done``, ``forgot``, ``failed``, ``preempted`` or ``interrupted``."""
         self._content["state"] = state
         self._content["finished"] = _now()
         self._save()

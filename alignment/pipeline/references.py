@@ -9,7 +9,15 @@ from collections.abc import Iterator, Mapping
 
 from alignment.config.faults import Fault
 from alignment.config.near import suggestion
-from alignment.config.stage import PROMPTED, EvaluateConfig, PpoConfig, ReportConfig, RewardCardConfig, StageConfig
+from alignment.config.stage import (
+    PROMPTED,
+    EvaluateConfig,
+    ForgettingConfig,
+    PpoConfig,
+    ReportConfig,
+    RewardCardConfig,
+    StageConfig,
+)
 from alignment.config.typed import field_types
 from alignment.rewards.sources import REWARD, in_use, is_reference, source_field
 
@@ -20,8 +28,9 @@ _NOUNS = {
     "policy": "a policy",
     "reward": "a reward model",
     "evaluation": "an evaluation",
-    "report": "a report",
     "reward_card": "a reward card",
+    "forgetting": "a measurement of forgetting",
+    "report": "a report",
 }
 
 
@@ -121,11 +130,15 @@ def in_order(stages: Mapping[str, StageConfig]) -> list[str]:
 
 def _stage_faults(name: str, stage: StageConfig, stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
     seen = set()
+    if isinstance(stage, ForgettingConfig) and not stage.arms:
+        yield Fault(where=f"stages.{name}.arms", message="names no policy; write those to measure, such as [stage:sft]")
     for slot in slots(stage):
         where = f"stages.{name}.{slot.field}"
         problem = _problem(slot, stages)
         if problem:
             yield Fault(where=where, message=problem)
+        elif slot.is_base and isinstance(stage, ForgettingConfig):
+            yield Fault(where=where, message=f"{slot.ref!r} is nobody who forgot: the base model is measured anyway")
         elif slot.ref == PROMPTED and not isinstance(stage, EvaluateConfig):
             yield Fault(
                 where=where, message=f"{slot.ref!r} is an arm of an evaluation, not a model to start from; write 'base'"

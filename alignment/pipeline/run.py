@@ -20,9 +20,21 @@ from alignment.config.stage import ReportConfig
 from alignment.errors import PREEMPTED, ArtifactError, Busy, ConfigError
 from alignment.launcher import Command
 from alignment.locks import held, is_held
-from alignment.pipeline import data_sources, handover, jobs, launching, machines, pulses, references, slurm, sources
+from alignment.pipeline import (
+    data_sources,
+    forgetting,
+    handover,
+    jobs,
+    launching,
+    machines,
+    pulses,
+    references,
+    slurm,
+    sources,
+)
 from alignment.pipeline.display import Display, display_for, duration
 from alignment.pipeline.handover import Preempted
+from alignment.pipeline.job_file import HERE
 from alignment.pipeline.plan import Action, Plan, PlannedStage, make_plan
 from alignment.pipeline.record import RunRecord, read_record, seconds_then
 from alignment.pipeline.signals import INTERRUPTED, Terminated, termination_raises
@@ -47,7 +59,8 @@ def run(
     one made; without, it is refused.
 
     Raises:
-        AlignmentError: a fault in the plan, or a stage that failed; what was done before stays and is reused.
+        AlignmentError: a fault in the plan, or a stage that failed; what was done before stays and is reused. Forgot:
+            all is done, and a policy lost more than its limits allow.
     """
     command_for = command_for or command_here
     plan = make_plan(recipe, overrides)
@@ -85,9 +98,12 @@ def _execute(plan: Plan, only: str | None, console: Console, command_for: Comman
         except BaseException:
             record.finish("failed")
             raise
-        done = record.end()
-    if done:
-        show_results(console, plan.run_folder, record.content)
+        if record.end():
+            if forgetting.lost(plan.stages):
+                record.finish(forgetting.FORGOT)
+            show_results(console, plan.run_folder, record.content)
+    if HERE not in plan.overrides:  # in a job: the chain goes on, and who waits for its end hears of it
+        forgetting.refuse(_chosen(plan, only), plan.config.stages)
     return 0
 
 
@@ -117,6 +133,7 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
         display.note(f"the jobs go on: {jobs.advice(plan.config.name, submitted)}")
         return INTERRUPTED
     show_results(console, plan.run_folder, read_record(plan.run_folder))
+    forgetting.refuse(_chosen(plan, only), plan.config.stages)
     return 0
 
 

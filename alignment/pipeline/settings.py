@@ -13,7 +13,7 @@ from alignment.config.model import Dtype, ModelConfig
 from alignment.config.near import suggestion
 from alignment.config.optim import Moments
 from alignment.config.run import RunConfig
-from alignment.config.stage import PpoConfig, ReportConfig, RewardCardConfig, Trained
+from alignment.config.stage import ForgettingConfig, PpoConfig, ReportConfig, RewardCardConfig, Trained
 from alignment.config.tracking import TrackingConfig
 from alignment.data.chat_template import template_text
 from alignment.data.formats import FORMATS
@@ -36,6 +36,8 @@ def faults(config: RunConfig) -> list[Fault]:
             found += _data_faults(stage.ptx.data, f"{where}.ptx.data")
         if isinstance(stage, RewardCardConfig) and stage.learned.source:
             found += _data_faults(stage.learned, f"{where}.learned")
+        if isinstance(stage, ForgettingConfig):
+            found += _data_faults(stage.questions, f"{where}.questions")
     return found
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from alignment.pipeline import forgetting
 from alignment.pipeline.display import duration
 from alignment.pipeline.handover import Progress
 from alignment.pipeline.plan import Action, Plan
@@ -57,6 +58,9 @@ def show_results(console: Console, run_folder: Path, record: dict[str, Any]) -> 
         card = Path(stage["artifact"]) / "card.json"
         if stage["kind"] == "reward_card" and stage["state"] in ("done", "reused") and card.is_file():
             show_card(console, name, json.loads(card.read_text(encoding="utf-8")))
+        told = forgetting.read_outcome(Path(stage["artifact"])) if stage["kind"] == "forgetting" else None
+        if told is not None and stage["state"] in ("done", "reused"):
+            show_forgetting(console, name, told)
     if not any(stage["kind"] == "evaluate" for stage in record["stages"].values()):
         for name, stage in record["stages"].items():
             console.print(f"{name}: {stage['artifact']}", markup=False, highlight=False, soft_wrap=True)
@@ -110,6 +114,18 @@ def _more(judge: dict[str, Any]) -> str:
     more = judge["difference"]
     within = "" if more["low"] is None else f" ({more['low']:+.3f} to {more['high']:+.3f})"
     return f"difference {more['mean']:+.3f}{within}"
+
+
+def show_forgetting(console: Console, name: str, told: dict[str, Any]) -> None:
+    """A line an arm: before and after, and whether it passed."""
+    base, *arms = told["arms"]
+    for arm in arms:
+        line = (
+            f"{name}: {arm['label']} {'passed' if arm['passed'] else 'forgot too much'}: perplexity of general text "
+            f"{base['perplexity']:.2f} → {arm['perplexity']:.2f} ({arm['rise']['mean']:+.1%}), questions "
+            f"{base['ability']:.3f} → {arm['ability']:.3f} ({-arm['drop']['mean']:+.3f})"
+        )
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def progress_line(progress: Progress | None) -> str:

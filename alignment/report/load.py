@@ -12,6 +12,7 @@ from alignment.artifacts import Manifest, read_manifest
 from alignment.errors import ArtifactError
 from alignment.report import text
 from alignment.report.evaluation import read_evaluation, read_samples
+from alignment.report.forgetting import read_forgetting
 from alignment.report.records import Evaluation, RewardCard, Run, Sample, Stage
 from alignment.report.reward_card import read_card
 
@@ -46,6 +47,7 @@ def read_run(run_folder: Path) -> Run:
         samples=samples,
         samples_note=samples_note,
         cards=_read_cards(stages, folders),
+        forgetting=[read_forgetting(one.name, folders[one.name]) for one in stages if one.kind == "forgetting"],
     )
 
 

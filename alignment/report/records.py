@@ -101,6 +101,35 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Remembering:
+    """What one arm makes of general text and questions, beside the base model, whose ``rise`` and ``drop`` are None.
+
+    ``rise`` is that of the perplexity as a share of the base's, ``drop`` that of the share of right answers.
+    """
+
+    label: str
+    perplexity: float | None
+    ability: float | None
+    rise: Interval | None
+    drop: Interval | None
+    passed: bool
+    reasons: list[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forgetting:
+    """What a stage of that kind found; ``note`` says why there are no arms."""
+
+    stage: str
+    arms: list[Remembering] = field(default_factory=list)
+    num_texts: float | None = None
+    num_questions: float | None = None
+    max_rise: float | None = None
+    max_drop: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
     """One arm's answer; ``failed`` names the style checks below 1, worst first, with their factor."""
 
@@ -243,6 +272,7 @@ class Run:
     samples: list[Sample]
     samples_note: str
     cards: list[RewardCard] = field(default_factory=list)
+    forgetting: list[Forgetting] = field(default_factory=list)
 
     @property
     def unfinished(self) -> list[Stage]:

@@ -197,8 +197,8 @@ def usage_rows(run: Run) -> list[UsageRow]:
 
 
 def _closing_figures(stage: Stage) -> list[tuple[str, str]]:
-    """The manifest's headline figures, counts without decimals; the evaluation's own table says more of its arms."""
-    if stage.kind == "evaluate":
+    """The manifest's headline figures, counts without decimals; what measures arms has a table that says more."""
+    if stage.kind in ("evaluate", "forgetting"):
         return []
     return [
         (text.name(name), text.number(value, 0 if value == round(value) else 3))

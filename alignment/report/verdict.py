@@ -31,11 +31,14 @@ def judge(run: Run) -> Verdict:
     if evaluation is None:
         told = f"{run.evaluation_note} Nothing can be said yet about which stage helped."
         told = " ".join(map(lead, run.cards)) or told
-        return Verdict(lead=told, differences=[], warnings=_unfinished(run) + _handed_on(run) + _of_cards(run))
+        return Verdict(
+            lead=told, differences=[], warnings=_unfinished(run) + _forgot(run) + _handed_on(run) + _of_cards(run)
+        )
     return Verdict(
         lead=_lead(run, evaluation),
         differences=_differences(evaluation),
         warnings=_unfinished(run)
+        + _forgot(run)
         + _arm_warnings(evaluation)
         + _overoptimised(run, evaluation)
         + _handed_on(run)
@@ -121,6 +124,12 @@ def _unfinished(run: Run) -> list[str]:
         return []
     states = [f"{stage.name} ({stage.state})" for stage in stages]
     return [f"The run is not complete: {text.listing(states)}. This page shows what there is."]
+
+
+def _forgot(run: Run) -> list[str]:
+    """Arms over a limit of what may be forgotten."""
+    arms = [arm for measured in run.forgetting for arm in measured.arms if not arm.passed]
+    return [f"{arm.label} forgot too much: {'; '.join(arm.reasons)}." for arm in arms]
 
 
 def _arm_warnings(evaluation: Evaluation) -> list[str]:

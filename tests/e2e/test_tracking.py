@@ -53,9 +53,7 @@ def _repository(folder: Path) -> Path:
     return folder
 
 
-def test_an_agent_s_trial_is_tracked_whole_and_tells_no_secret(
-    new_align: Callable[[], Align], tmp_path: Path
-) -> None:
+def test_an_agent_s_trial_is_tracked_whole_and_tells_no_secret(new_align: Callable[[], Align], tmp_path: Path) -> None:
     align = new_align()
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "align"
@@ -88,9 +86,7 @@ def test_an_agent_s_trial_is_tracked_whole_and_tells_no_secret(
     assert {run.run_group for run in told.values()} == {"5weep"}
     summary = [line for one in runs["evaluate"] for line in one.summary.update if line.key == "gold/dpo"]
     assert [json.loads(line.value_json) for line in summary] == [_gold_of_dpo(align.output)]
-    made, used = (
-        {one.artifact.name for one in found if one.artifact.type == "policy"} for found in runs.values()
-    )
+    made, used = ({one.artifact.name for one in found if one.artifact.type == "policy"} for found in runs.values())
     assert made == used == {f"dpo-{dpo.fingerprint[:8]}"}
     assert len(list(align.output.glob("runs/*/*/tensorboard/events.*"))) == 2
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from alignment.data.formats.answers import (
     ALPACA,
+    CHOICES,
     PROMPT,
     PROMPT_COMPLETION,
     QUESTION_ANSWER,
@@ -28,6 +29,7 @@ _IN_ORDER = (
     PREFERENCE,
     PAIRED,
     RANKED,
+    CHOICES,
     KTO,
     MESSAGES,
     SHAREGPT,

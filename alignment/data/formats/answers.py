@@ -50,6 +50,30 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _chosen(fields: Fields) -> Example:
+    turns, field = asked(fields)
+    choices = fields.items("choices")
+    for number, choice in enumerate(choices):
+        if not is_text(choice):
+            fields.fail(f"choices[{number}]", f"must be text and not empty; it is {choice!r:.60}")
+    right = _place(fields, [choice.strip() for choice in choices])
+    answers = tuple(Answer(text=choice, rank=float(number == right)) for number, choice in enumerate(choices))
+    return Example(fields=fields, turns=turns, answers=answers, field=field)
+
+
+def _place(fields: Fields, choices: list[str]) -> int:
+    """Which of the choices is the answer: the one that it says, or the one at its place, from 0."""
+    answer = fields.required("answer")
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer < len(choices):
+            fields.fail("answer", f"is {answer}, and the places of {len(choices)} choices are 0 to {len(choices) - 1}")
+        return answer
+    said = fields.text("answer").strip()
+    if said not in choices:
+        fields.fail("answer", f"is {said!r:.60}, which is none of the choices: {', '.join(map(repr, choices)):.200}")
+    return choices.index(said)
+
+
 def _asked_only(fields: Fields) -> Example:
     turns, field = asked(fields)
     return Example(fields=fields, turns=turns, tools=tools_of(fields), field=field)
@@ -68,6 +92,18 @@ RANKED = Format(
     row='{"prompt": "2 + 2?", "completions": [{"text": "4.", "score": 9}, {"text": "5.", "score": 1}]}',
     fits=lambda row: isinstance(row.get("completions"), list) and any(is_question(row.get(name)) for name in PROMPTS),
     read=_ranked,
+)
+
+CHOICES = Format(
+    name="choices",
+    summary="a question, answers to choose from, and the right one or its place from 0 (MMLU)",
+    row='{"question": "2 + 2?", "choices": ["3", "4", "5"], "answer": "4"}',
+    fits=lambda row: (
+        isinstance(row.get("choices"), list)
+        and holds(row, "answer")
+        and any(is_question(row.get(name)) for name in PROMPTS)
+    ),
+    read=_chosen,
 )
 
 PROMPT_COMPLETION = Format(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from alignment.evaluation.bootstrap import Interval, grouped_interval, mean_interval
+from alignment.evaluation.bootstrap import Interval, grouped_interval, mean_interval, ratio_interval
 from tests.oracles.close import close
 
 
@@ -73,3 +73,18 @@ def test_groups_are_drawn_whole() -> None:
     assert by_itself.low > 0.0
     with pytest.raises(ValueError, match="at least one value"):
         grouped_interval([], [], samples=5, seed=0)
+
+
+def test_a_ratio_of_equal_sizes_is_a_mean() -> None:
+    values = np.random.default_rng(4).normal(3.0, 1.0, size=50).tolist()
+    one, other = ratio_interval(values, [1] * 50, samples=500, seed=7), mean_interval(values, samples=500, seed=7)
+    close([one.mean, one.low, one.high], [other.mean, other.low, other.high])
+
+
+def test_in_a_ratio_a_value_counts_by_its_size() -> None:
+    assert ratio_interval([10.0, 90.0], [10, 30], samples=100, seed=0) == Interval(mean=2.5, low=1.0, high=3.0)
+
+
+def test_a_ratio_needs_a_value() -> None:
+    with pytest.raises(ValueError, match="at least one value"):
+        ratio_interval([], [], samples=10, seed=0)

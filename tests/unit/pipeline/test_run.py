@@ -136,9 +136,7 @@ def test_what_a_worker_says_of_its_failure_reaches_the_user(align: Align, monkey
     assert align.states()["dpo"] == "done"
 
 
-def test_what_a_stage_noted_on_its_way_reaches_the_user_once(
-    align: Align, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_stage_noted_on_its_way_reaches_the_user_once(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORKER_FAULT", "dpo:note")
     _, printed = align()
     assert printed.count("dpo: TensorBoard failed") == 1

@@ -130,7 +130,10 @@ def test_trackers_are_told_whether_the_stage_came_to_its_end(
 
 
 def test_what_lies_in_groups_becomes_columns() -> None:
-    rows = [{"arm": "sft", "gold": {"mean": 0.5, "low": 0.4}, "kl": None}, {"arm": "dpo", "kl": {"mean": 2.0}, "n": [1]}]
+    rows = [
+        {"arm": "sft", "gold": {"mean": 0.5, "low": 0.4}, "kl": None},
+        {"arm": "dpo", "kl": {"mean": 2.0}, "n": [1]},
+    ]
     assert columns_and_rows(rows) == (
         ["arm", "gold/mean", "gold/low", "kl", "kl/mean", "n"],
         [["sft", 0.5, 0.4, None, None, None], ["dpo", None, None, None, 2.0, "[1]"]],
@@ -280,7 +283,10 @@ def test_an_offline_run_holds_the_lineage_of_our_manifests_and_no_weights(tmp_pa
     assert (made.name, made.type, made.use_after_commit) == ("dpo-0123abcd", "policy", False)
     for one in (used, made):
         (file,) = one.manifest.contents
-        assert (file.path, file.local_path) == ("manifest.json", str(tmp_path / "artifacts" / one.name / "manifest.json"))
+        assert (file.path, file.local_path) == (
+            "manifest.json",
+            str(tmp_path / "artifacts" / one.name / "manifest.json"),
+        )
     assert json.loads(made.metadata)["inputs"] == {"init": json.loads(used.metadata)["fingerprint"]}
 
 
@@ -332,9 +338,7 @@ def test_tensorboard_holds_curves_settings_samples_and_headline_figures(tmp_path
     assert scalars(spec.run_folder / "tensorboard", "loss") == [(1, 1.0)]
     assert scalars(spec.run_folder / "tensorboard", "result/loss") == [(1, 0.5)]
     events = accumulator.EventAccumulator(str(spec.run_folder / "tensorboard")).Reload()
-    texts = {
-        tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]
-    }
+    texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
     assert "a\\|b<br>c" in texts["samples/text_summary"]
     assert "kind: sft" in texts["settings/text_summary"]
     assert "sft-aaaaaaaa" in texts["lineage/text_summary"]

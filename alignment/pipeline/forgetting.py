@@ -1,0 +1,68 @@
+"""The gate behind a run: which policies lost more than their limits allow, and what a user can do about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignment.artifacts import read_manifest
+from alignment.config.stage import ForgettingConfig, PpoConfig, StageConfig
+from alignment.errors import Forgot
+from alignment.pipeline.plan import PlannedStage
+
+FORGOT = "forgot"
+"""How a run ended whose stages are all done."""
+FILE = "forgetting.json"
+
+
+def lost(stages: Sequence[PlannedStage]) -> list[str]:
+    """A sentence for each arm that lost too much, whether it was measured just now or results are reused."""
+    return [sentence for stage, told in _failed(stages) for sentence in _sentences(stage.name, told)]
+
+
+def refuse(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig]) -> None:
+    """Returns if no arm of these stages lost too much. ``configs`` are all stages of the run.
+
+    Raises:
+        Forgot: some did; names each arm, what it lost, and the remedies.
+    """
+    failed = _failed(stages)
+    if failed:
+        arms = [row["name"] for _, told in failed for row in told["arms"] if not row["passed"]]
+        remedies = [_remedy(arm, configs) for arm in dict.fromkeys(arms)]
+        limits = " and ".join(f"stages.{stage.name}.max_…" for stage, _ in failed)
+        raise Forgot("\n  ".join(lost(stages)), remedy="\n  → ".join([*remedies, f"{limits} are the limits"]))
+
+
+def read_outcome(artifact: Path) -> dict[str, Any] | None:
+    """What an artifact of this kind says, or None where it is not there yet."""
+    file = artifact / FILE
+    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found
+
+
+def _failed(stages: Sequence[PlannedStage]) -> list[tuple[PlannedStage, dict[str, Any]]]:
+    measured = [stage for stage in stages if isinstance(stage.config, ForgettingConfig)]
+    found = [(stage, read_outcome(stage.artifact)) for stage in measured if read_manifest(stage.artifact) is not None]
+    return [(stage, told) for stage, told in found if told is not None and not told["passed"]]
+
+
+def _sentences(stage: str, told: Mapping[str, Any]) -> Iterator[str]:
+    for row in told["arms"]:
+        if not row["passed"]:
+            yield f"stages.{stage}: {row['label']} forgot too much: {'; '.join(row['reasons'])}"
+
+
+def _remedy(arm: str, configs: Mapping[str, StageConfig]) -> str:
+    name = arm.removeprefix("stage:")
+    config = configs.get(name)
+    if config is None:
+        return f"{arm} was trained elsewhere; train it with general rows among its own, a lower rate or fewer epochs"
+    if isinstance(config, PpoConfig):
+        return f"replay: stages.{name}.ptx.coefficient=1.0 learns general conversations beside it; or lower optim.lr"
+    return (
+        f"replay: stages.{name}.data.mix=[{{source: 'bundled:general/conversations', share: 0.2}}] mixes general rows "
+        f"into its own; or lower stages.{name}.optim.lr, train fewer epochs, or train an adapter"
+    )

@@ -1,0 +1,65 @@
+"""What policies have lost of what the base model could: perplexity of general text, and questions with choices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from alignment.artifacts import write_json
+from alignment.config.stage import ForgettingConfig
+from alignment.data.records import PlainText, Question
+from alignment.data.tokenizer import load_tokenizer
+from alignment.evaluation.forgetting import BASE, Asked, Limits, headlines, question_rows, table, text_rows
+from alignment.evaluation.general import Material, Measured, material, measure
+from alignment.evaluation.tables import Intervals
+from alignment.models.flat import use_flat_attention
+from alignment.models.load import DTYPES, lineage, load_policy, refuse_other_tokenizer
+from alignment.stage_spec import StageInput
+from alignment.stages.result import StageResult
+from alignment.stages.rows import rows_of
+from alignment.training.context import StageContext
+from alignment.training.tracking import open_tracker
+
+
+def run(config: ForgettingConfig, context: StageContext) -> StageResult:
+    """Policies in, ``forgetting.json``, ``texts.jsonl`` and ``questions.jsonl`` out. One process does it all.
+
+    An arm over a limit is no fault of the stage: the driver ends the run with it once all else is done.
+    """
+    spec = context.spec
+    context.progress("loading")
+    tokenizer = load_tokenizer(spec.base_path, spec.model.chat_template)
+    for one in spec.arms.values():
+        refuse_other_tokenizer(spec, one, tokenizer)
+    texts = rows_of(context, PlainText, config.data)
+    questions = rows_of(context, Question, config.questions, field="questions")
+    told = material(tokenizer, texts, questions)
+    arms = {BASE: StageInput(ref=BASE, path=None), **{name: spec.arms[name] for name in config.arms}}
+    found: dict[str, Measured] = {}
+    for name, one in arms.items():
+        context.progress("measuring", len(found), len(arms))
+        found[name] = _measure(name, one, told, context)
+    asked = Asked(texts=texts, tokens=told.tokens, questions=questions)
+    limits = Limits(perplexity_rise=config.max_perplexity_rise, ability_drop=config.max_ability_drop)
+    intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
+    outcome = table(found, asked, limits=limits, intervals=intervals)
+    write_json(context.content / "forgetting.json", outcome)
+    _write_lines(context, "texts.jsonl", text_rows(found, asked))
+    _write_lines(context, "questions.jsonl", question_rows(found, asked))
+    metrics = headlines(outcome)
+    tracker = open_tracker(context)
+    tracker.summarise(metrics)
+    tracker.close()
+    return StageResult(metrics=metrics)
+
+
+def _measure(name: str, one: StageInput, told: Material, context: StageContext) -> Measured:
+    model = load_policy(lineage(context.spec, one), DTYPES[context.spec.model.dtype]).to(context.device)
+    use_flat_attention(model)
+    return measure(model, told, name=name)
+
+
+def _write_lines(context: StageContext, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (context.content / name).write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,102 @@
+"""Texts and choices read by the fast forward get what a slow one gives them, a token and a choice at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from alignment.data.records import PlainText, Question
+from alignment.data.tokenize import prompt_ids
+from alignment.data.turns import Message
+from alignment.errors import DataError, NonFiniteError
+from alignment.evaluation import general
+from alignment.evaluation.general import material, measure
+from alignment.models.flat import use_flat_attention
+from tests.oracles import logprobs as oracle
+from tests.oracles.close import close
+from tests.tiny import tiny_model, tiny_tokenizer
+
+TEXTS = [PlainText(text="The keys are in the hall."), PlainText(text="Closed — on Monday, <|im_end|> they say.")]
+QUESTIONS = [
+    Question(messages=(Message(role="user", content=text),), choices=choices, right=0)
+    for text, choices in (
+        ("Where are the keys of the shop?", ("With the caretaker", "Nowhere", "In the sea, I fear")),
+        ("When is the shop closed?", ("On Mondays", "Né lundi")),
+    )
+]
+
+
+def _slow(model: PreTrainedModel, read: Sequence[int], scored: Sequence[int]) -> float:
+    """Sum of log p(token | all before it), one forward a token."""
+    total, ids = 0.0, list(read)
+    for token in scored:
+        total += oracle.log_softmax(model(torch.tensor([ids])).logits[0, -1].tolist())[token]
+        ids.append(token)
+    return total
+
+
+@pytest.mark.parametrize("piece", [5, 512])
+def test_a_text_costs_the_nats_of_its_tokens_piece_by_piece(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr(general, "PIECE", piece)
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    expected, counts = [], []
+    for text in TEXTS:
+        ids = tokenizer(text.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        cut = [ids[start : start + piece] for start in range(0, len(ids), piece)]
+        expected.append(-sum(_slow(model, part[:1], part[1:]) for part in cut))
+        counts.append(sum(len(part) - 1 for part in cut))
+    use_flat_attention(model)
+    told = material(tokenizer, TEXTS, QUESTIONS)
+    assert told.tokens == counts
+    close(measure(model, told, name="base").nats, expected)
+
+
+def test_what_a_tokenizer_puts_in_front_of_texts_is_read_and_the_first_token_then_counts() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.post_processor = _with_bos(tokenizer)
+    ids = tokenizer(TEXTS[0].text)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    (piece,) = material(tokenizer, TEXTS[:1], QUESTIONS).pieces
+    assert (piece.read, piece.scored) == (ids[:1], ids[1:])
+
+
+def _with_bos(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    bos = tokenizer.bos_token
+    return TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
+
+
+def test_a_choice_scores_its_likelihood_a_byte_as_the_assistants_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    expected = []
+    for question in QUESTIONS:
+        prompt = prompt_ids(tokenizer, question.messages)
+        for choice in question.choices:
+            ids = tokenizer(choice, add_special_tokens=False)["input_ids"]
+            expected.append(_slow(model, prompt, ids) / len(choice.encode()))
+    use_flat_attention(model)
+    scores = measure(model, material(tokenizer, TEXTS, QUESTIONS), name="base").scores
+    assert [len(one) for one in scores] == [3, 2]
+    close([score for one in scores for score in one], expected)
+
+
+def test_a_text_in_which_nothing_can_be_foretold_is_named() -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: a text of a single token"):
+        material(tiny_tokenizer(), [PlainText(text="a", where="rows.jsonl:3")], QUESTIONS)
+
+
+def test_a_ruined_policy_is_named_and_never_passes() -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    told = material(tokenizer, TEXTS, QUESTIONS)
+    with torch.no_grad():
+        model.base_model.norm.weight.fill_(float("nan"))
+    use_flat_attention(model)
+    with pytest.raises(NonFiniteError, match="stage:sft gives log-probabilities that are not finite"):
+        measure(model, told, name="stage:sft")
