@@ -9,7 +9,7 @@ from typing import Any
 
 from alignment.report import text
 from alignment.report.reading import interval, items, mapping
-from alignment.report.records import Answer, Arm, Comparison, Evaluation, Sample
+from alignment.report.records import Answer, Arm, Comparison, Evaluation, Interval, Sample
 
 
 def read_evaluation(path: Path) -> tuple[Evaluation | None, str]:

@@ -19,7 +19,6 @@ from alignment.stage_spec import StageInput
 from alignment.stages.result import StageResult
 from alignment.stages.rows import rows_of
 from alignment.training.context import StageContext
-from alignment.training.tracking import open_tracker
 
 
 def run(config: ForgettingConfig, context: StageContext) -> StageResult:
@@ -47,11 +46,7 @@ def run(config: ForgettingConfig, context: StageContext) -> StageResult:
     write_json(context.content / "forgetting.json", outcome)
     _write_lines(context, "texts.jsonl", text_rows(found, asked))
     _write_lines(context, "questions.jsonl", question_rows(found, asked))
-    metrics = headlines(outcome)
-    tracker = open_tracker(context)
-    tracker.summarise(metrics)
-    tracker.close()
-    return StageResult(metrics=metrics)
+    return StageResult(metrics=headlines(outcome))
 
 
 def _measure(name: str, one: StageInput, told: Material, context: StageContext) -> Measured:

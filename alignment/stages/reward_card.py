@@ -33,7 +33,6 @@ from alignment.rewards.verifiers import house_style
 from alignment.stages.result import StageResult
 from alignment.stages.rows import fitting, rows_of
 from alignment.training.context import StageContext
-from alignment.training.tracking import open_tracker
 
 LEARNED = "learned"
 MOST_LEARNED = 20_000
@@ -67,11 +66,7 @@ def run(config: RewardCardConfig, context: StageContext) -> StageResult:
     write_json(context.content / "card.json", card)
     lines = [json.dumps(pair.as_dict(), ensure_ascii=False) + "\n" for pair in pairs]
     (context.content / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
-    metrics = _headlines(card)
-    tracker = open_tracker(context)
-    tracker.summarise(metrics)
-    tracker.close()
-    return StageResult(metrics=metrics)
+    return StageResult(metrics=_headlines(card))
 
 
 # ---- what was learned from -------------------------------------------------------------------------------------------
