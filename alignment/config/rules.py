@@ -10,6 +10,7 @@ from typing import Any
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
+from alignment.config.evaluation import EndpointConfig, FewShotConfig, JudgeConfig
 from alignment.config.launch import LaunchConfig, SlurmConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.run import RunConfig
@@ -81,6 +82,14 @@ SLURM_MEMORY = Rule(
 )
 TAGS = Rule(lambda value: all(0 < len(tag) <= 64 for tag in value), "tags of 1 to 64 characters")
 PART = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
+URL = Rule(
+    lambda value: re.fullmatch(r"(https?://[^\s/@?#]+(/[^\s@?#]*)?)?", value) is not None,
+    "http://HOST:PORT/PATH or https://…, without a key or a password in it (api_key_env names a variable)",
+)
+VARIABLE = Rule(
+    lambda value: re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", value) is not None,
+    "the name of an environment variable, in capitals; never the key itself",
+)
 
 RULES: dict[tuple[type, str], Rule] = {
     (RunConfig, "name"): NAME,
@@ -210,6 +219,16 @@ RULES: dict[tuple[type, str], Rule] = {
     (RewardCardConfig, "invariance_pairs"): NOT_NEGATIVE,
     (RewardCardConfig, "bootstrap_samples"): POSITIVE,
     (RewardCardConfig, "num_worst"): NOT_NEGATIVE,
+    (FewShotConfig, "count"): POSITIVE,
+    (JudgeConfig, "max_prompts"): POSITIVE,
+    (JudgeConfig, "max_invalid"): FRACTION,
+    (EndpointConfig, "base_url"): URL,
+    (EndpointConfig, "criteria"): FILLED,
+    (EndpointConfig, "max_tokens"): POSITIVE,
+    (EndpointConfig, "api_key_env"): VARIABLE,
+    (EndpointConfig, "timeout"): POSITIVE,
+    (EndpointConfig, "retries"): NOT_NEGATIVE,
+    (EndpointConfig, "concurrency"): POSITIVE,
 }
 
 

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
+from alignment.config.evaluation import FewShotConfig, JudgeConfig
 from alignment.config.optim import Moments, OptimConfig, Schedule
 from alignment.config.too_long import TooLongConfig
 
@@ -281,21 +282,17 @@ class PpoOptimConfig:
     max_grad_norm: float = 1.0
 
 
-PROMPTED = "base+prompt"
-UNTRAINED_ARMS = ("base", PROMPTED)
-"""Arms of an evaluation that no stage has touched; the others name a stage or a folder."""
-
-
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
     """Greedy answers of every arm to held-out prompts, scored by gold rule, reward model and KL to ``reference``.
 
-    ``arms`` are ``base``, ``base+prompt`` (the house style as a system message) and ``stage:NAME``. Without a reward
-    model (``reward: null``) that column stays empty.
+    ``arms`` are ``base``, ``base+prompt`` (the house style as a system message), ``base+few-shot`` (examples before the
+    prompt), ``stage:NAME``, and models from outside (``path:FOLDER``, ``hub:ORG/NAME@REVISION``), which may have a
+    tokenizer and a chat template of their own. Without a reward model (``reward: null``) that column stays empty.
     """
 
     summary: ClassVar[str] = "arms side by side on held-out prompts"
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
     produces: ClassVar[str] = "evaluation"
 
     kind: str = "evaluate"
@@ -309,6 +306,8 @@ class EvaluateConfig:
     max_new_tokens: int = 96
     batch_size: int = field(default=128, metadata={"identity": False})
     bootstrap_samples: int = 2000
+    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 class Rule(str, Enum):

@@ -14,13 +14,16 @@ class Search(str, Enum):
 
 
 class Metric(str, Enum):
-    """A figure of an evaluation's arm: a mean over held-out prompts."""
+    """A figure of an evaluation's arm: a mean over held-out prompts. ``win_rate`` is by the evaluation's judge."""
 
     gold = "gold"
     style = "style"
     facts = "facts"
     reward = "reward"
     kl = "kl"
+    win_rate = "win_rate"
+    loss = "loss"
+    perplexity = "perplexity"
 
 
 @dataclass(kw_only=True, slots=True)

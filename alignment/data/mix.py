@@ -47,5 +47,9 @@ def subset(count: int, fraction: float, generator: torch.Generator) -> list[int]
     They are the first of one permutation, so a smaller fraction under the same seed gives some of a larger one's. The
     fraction counts as it is written: .07 of 100 rows are 7, although 0.07 * 100 is a little more.
     """
-    size = math.ceil(Fraction(str(fraction)) * count)
-    return sorted(torch.randperm(count, generator=generator)[:size].tolist())
+    return some(count, math.ceil(Fraction(str(fraction)) * count), generator)
+
+
+def some(count: int, wanted: int, generator: torch.Generator) -> list[int]:
+    """The places, in order, of at most ``wanted`` of ``count`` rows, drawn without replacement."""
+    return sorted(torch.randperm(count, generator=generator)[:wanted].tolist())

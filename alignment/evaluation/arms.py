@@ -1,8 +1,8 @@
-"""One arm: a policy's greedy answers to the held-out prompts, and what rule, reward model and reference say of them."""
+"""One arm: a policy's answers to the held-out prompts, and what rule, reward model and reference say of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from alignment.data.tokenize import end_ids
 from alignment.data.turns import Message
 from alignment.evaluation.house_style import STYLE_PROMPT, GoldScore, score
 from alignment.models.answers import answer_statistics, batches, scalar_scores
-from alignment.models.generate import generate
 
 TOKENS = 4096
 """Tokens of rows that are scored at once."""
@@ -34,15 +33,25 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenSum:
+    """The log-probability of a text in nats, and of how many tokens it is the sum."""
+
+    logprob: float
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
     """What one arm answered, one entry a held-out prompt.
 
-    ``logprobs`` are those of its own answers, in nats; None for an arm whose divergence is not asked for. ``seconds``
-    covers both.
+    ``logprobs`` are those of its own answers, in nats; None for an arm whose divergence is not asked for.
+    ``references`` are those of the rows' reference answers, None for a row without one or an arm with other tokens.
+    ``seconds`` covers all of it, when it was computed.
     """
 
     answers: list[Answer]
     logprobs: list[float] | None
+    references: list[TokenSum | None]
     seconds: float
 
     @property
@@ -63,26 +72,9 @@ def source_text(messages: Sequence[Message]) -> str:
     return "\n".join(message.content for message in messages if message.role != "assistant")
 
 
-def answer_all(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    rows: Sequence[HeldOutPrompt],
-    prompts: Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    progress: Callable[[int], None],
-) -> list[Answer]:
-    """Greedy answers, scored by the gold rule against the row's own text."""
+def read_answers(tokenizer: Any, rows: Sequence[HeldOutPrompt], found: Sequence[list[int]]) -> list[Answer]:
+    """Answers as token ids, decoded and scored by the gold rule against the row's own text."""
     ends = end_ids(tokenizer)
-    found = generate(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        end_ids=sorted(ends),
-        batch_size=batch_size,
-        progress=progress,
-    )
     answers = []
     for row, ids in zip(rows, found, strict=True):
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -91,11 +83,13 @@ def answer_all(
     return answers
 
 
-def side_by_side(prompts: Sequence[list[int]], arms: Sequence[Answered]) -> tuple[list[list[int]], list[list[int]]]:
-    """Rows of all arms' answers, those to one prompt next to each other, so that it is computed once."""
+def side_by_side(
+    prompts: Sequence[list[int]], arms: Sequence[Sequence[list[int]]]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of all arms' answers (token ids), those to one prompt next to each other, so that it is computed once."""
     return (
         [prompt for prompt in prompts for _ in arms],
-        [arm.answers[row].ids for row in range(len(prompts)) for arm in arms],
+        [arm[row] for row in range(len(prompts)) for arm in arms],
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from alignment.data.records import PlainText, Question
 from alignment.evaluation.bootstrap import Interval
 from alignment.evaluation.general import Measured
-from alignment.evaluation.tables import Intervals, label
+from alignment.evaluation.tables import Intervals, labels
 
 BASE = "base"
 _MOST = 700.0
@@ -39,7 +39,11 @@ class Asked:
 
 def table(arms: Mapping[str, Measured], asked: Asked, *, limits: Limits, intervals: Intervals) -> dict[str, Any]:
     """The content of ``forgetting.json``: all arms, the base model first, and whether every one passed."""
-    rows = [_row(name, arm, arms[BASE], asked, limits, intervals) for name, arm in arms.items()]
+    called = labels(list(arms))
+    rows = [
+        {"name": name, "label": called[name], **_row(name, arm, arms[BASE], asked, limits, intervals)}
+        for name, arm in arms.items()
+    ]
     return {
         "num_texts": len(asked.texts),
         "num_tokens": sum(asked.tokens),
@@ -94,8 +98,6 @@ def _row(
     right, before = (_right(one, asked.questions) for one in (arm, base))
     nats = sum(arm.nats) / sum(asked.tokens)
     row = {
-        "name": name,
-        "label": label(name),
         "nats": nats,
         "perplexity": math.exp(min(nats, _MOST)),
         "ability": sum(right) / len(right),

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from alignment.config.stage import UNTRAINED_ARMS
+from alignment.config.evaluation import FEW_SHOT, PROMPTED, UNTRAINED_ARMS
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation.arms import Answer, Answered
-from alignment.evaluation.bootstrap import Interval, mean_interval, ratio_interval
+from alignment.evaluation.bootstrap import Interval, detectable, mean_interval, ratio_interval
+from alignment.evaluation.pairwise import (
+    LOSS,
+    TIE,
+    WIN,
+    BothOrders,
+    agreement,
+    invalid_share,
+    kappa,
+    position_bias,
+    same_share,
+)
+from alignment.evaluation.refusals import is_refusal
+
+NOTHING = "nothing can be concluded"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,49 +39,109 @@ class Intervals:
         """The mean over prompts with its 95 % interval."""
         return mean_interval(values, samples=self.samples, seed=self.seed)
 
-    def of_ratio(self, values: list[float], sizes: list[int]) -> Interval:
+    def of_ratio(self, values: Sequence[float], sizes: Sequence[float]) -> Interval:
         """Σ values / Σ sizes with its 95 % interval."""
         return ratio_interval(values, sizes, samples=self.samples, seed=self.seed)
 
 
-def label(arm: str) -> str:
-    """``stage:dpo`` → ``dpo``."""
-    return arm.removeprefix("stage:")
+
+def labels(arms: Sequence[str]) -> dict[str, str]:
+    """What a reader calls each arm: ``stage:dpo`` → ``dpo``, ``path:/models/tiny`` → ``tiny``; no two the same."""
+    short = {arm: Path(arm).name if arm.startswith("path:") else arm.removeprefix("stage:") for arm in arms}
+    taken = list(short.values())
+    return {arm: label if taken.count(label) == 1 else arm for arm, label in short.items()}
 
 
 def arm_row(
     name: str,
     arm: Answered,
     *,
+    label: str,
     rewards: list[float] | None,
     divergences: list[float] | None,
+    win_rate: dict[str, float] | None,
     intervals: Intervals,
 ) -> dict[str, Any]:
     """One arm's line of the table; ``divergences`` are log π − log ref of its answers, in nats."""
     answers = arm.answers
+    loss = _loss(arm, intervals)
     return {
         "name": name,
-        "label": label(name),
+        "label": label,
         "gold": asdict(intervals.of([answer.gold.gold for answer in answers])),
         "style": asdict(intervals.of([answer.gold.style for answer in answers])),
         "facts": asdict(intervals.of([answer.gold.facts for answer in answers])),
-        "words": sum(len(answer.text.split()) for answer in answers) / len(answers),
+        "words": asdict(intervals.of([float(len(answer.text.split())) for answer in answers])),
         "reward": None if rewards is None else asdict(intervals.of(rewards)),
         "kl": None if divergences is None else asdict(intervals.of(divergences)),
+        "win_rate": win_rate,
+        "loss": None if loss is None else asdict(loss),
+        "perplexity": None if loss is None else {key: math.exp(value) for key, value in asdict(loss).items()},
+        "refusals": asdict(intervals.of([float(is_refusal(answer.text)) for answer in answers])),
         "distinct": len({answer.text for answer in answers}) / len(answers),
-        "ended": sum(answer.ended for answer in answers) / len(answers),
+        "ended": asdict(intervals.of([float(answer.ended) for answer in answers])),
         "seconds": arm.seconds,
     }
+
+
+def _loss(arm: Answered, intervals: Intervals) -> Interval | None:
+    """Nats a token of the reference answers, over all tokens of all of them; None where there is none."""
+    told = [one for one in arm.references if one is not None]
+    return intervals.of_ratio([-one.logprob for one in told], [float(one.tokens) for one in told]) if told else None
 
 
 def compare(arms: dict[str, Answered], *, reference: str, intervals: Intervals) -> list[dict[str, Any]]:
     """Paired differences in gold: the reference arm against the untrained, trained arms against it and each other."""
     trained = [name for name in arms if name not in (*UNTRAINED_ARMS, reference)]
-    pairs = [("base+prompt", "base"), (reference, "base"), (reference, "base+prompt")]
+    told = (PROMPTED, FEW_SHOT)
+    pairs = [*((name, "base") for name in told), *((reference, name) for name in UNTRAINED_ARMS)]
     pairs += [(name, reference) for name in trained]
     pairs += [(later, earlier) for place, later in enumerate(trained) for earlier in trained[:place]]
     kept = {frozenset(pair): pair for pair in reversed(pairs) if len(set(pair)) == 2 and set(pair) <= set(arms)}
     return [_difference(arms, one, other, intervals) for one, other in reversed(kept.values())]
+
+
+def judged_pair(
+    arm: str,
+    against: str,
+    points: Sequence[float | None],
+    both: Sequence[BothOrders] | None,
+    *,
+    gold: Sequence[float] | None,
+    max_invalid: float,
+    intervals: Intervals,
+) -> dict[str, Any]:
+    """A line of the judge's table: ``points`` are the arm's on each prompt, None where a verdict is invalid.
+
+    ``both`` are the verdicts behind them, None for a judge of scores; ``gold`` the points by the gold rule, to hold
+    against the judge's. With more than a share of ``max_invalid`` of invalid verdicts there is no win rate.
+    """
+    counted = [place for place, value in enumerate(points) if value is not None]
+    valid = [value for value in points if value is not None]
+    invalid = 0.0 if both is None else invalid_share(both)
+    rate = intervals.of(valid) if valid and invalid <= max_invalid else None
+    beside = None if gold is None or not valid else [gold[place] for place in counted]
+    return {
+        "arm": arm,
+        "against": against,
+        "prompts": len(points),
+        "wins": valid.count(WIN),
+        "ties": valid.count(TIE),
+        "losses": valid.count(LOSS),
+        "win_rate": None if rate is None else asdict(rate),
+        "verdict": NOTHING if rate is None else _against_even(rate),
+        "invalid": invalid,
+        "agreement": None if both is None else agreement(both),
+        "position_bias": None if both is None else position_bias(both),
+        "gold_agreement": None if beside is None else same_share(valid, beside),
+        "gold_kappa": None if beside is None else kappa(valid, beside),
+    }
+
+
+def _against_even(rate: Interval) -> str:
+    if rate.low > TIE:
+        return "better"
+    return "worse" if rate.high < TIE else "no real difference"
 
 
 def by_task(rows: list[HeldOutPrompt], arms: dict[str, Answered]) -> dict[str, dict[str, float]]:
@@ -94,7 +171,8 @@ def samples(rows: list[HeldOutPrompt], arms: dict[str, Answered]) -> list[dict[s
 
 def _difference(arms: dict[str, Answered], arm: str, against: str, intervals: Intervals) -> dict[str, Any]:
     paired = zip(arms[arm].answers, arms[against].answers, strict=True)
-    interval = intervals.of([mine.gold.gold - theirs.gold.gold for mine, theirs in paired])
+    differences = [mine.gold.gold - theirs.gold.gold for mine, theirs in paired]
+    interval = intervals.of(differences)
     return {
         "arm": arm,
         "against": against,
@@ -102,6 +180,7 @@ def _difference(arms: dict[str, Answered], arm: str, against: str, intervals: In
         "low": interval.low,
         "high": interval.high,
         "real": interval.excludes_zero(),
+        "detectable": detectable(differences),
     }
 
 

@@ -7,11 +7,13 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 
 from alignment import launcher
+from alignment.config.evaluation import JudgeKind
 from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments
-from alignment.config.stage import Measuring, ReportConfig, StageConfig, Trained
+from alignment.config.stage import EvaluateConfig, Measuring, ReportConfig, StageConfig, Trained
 from alignment.errors import ConfigError
+from alignment.evaluation.endpoint import api_key
 from alignment.pipeline.plan import Action, Plan, PlannedStage
 
 
@@ -56,6 +58,8 @@ def refuse_what_cannot_start(launch: LaunchConfig, stages: Sequence[PlannedStage
         own = of_stage(launch, stage.config, num_devices=num_devices)
         _refuse_missing_package(own)
         launcher.chosen_launcher(own, num_devices=num_devices)
+        if isinstance(stage.config, EvaluateConfig) and stage.config.judge.kind is JudgeKind.endpoint:
+            api_key(stage.config.judge.endpoint, where=f"stages.{stage.name}.judge")
         if isinstance(stage.config, Trained):
             faults += _faults(stage.config, own, f"stages.{stage.name}.optim", num_devices=num_devices)
     refuse(faults)

@@ -10,9 +10,17 @@ from typing import Any
 
 from alignment.artifacts import folder_name, read_manifest, verify
 from alignment.config.data import DataConfig, SourceConfig
+from alignment.config.evaluation import FEW_SHOT
 from alignment.config.faults import refuse
 from alignment.config.run import RunConfig
-from alignment.config.stage import ForgettingConfig, PpoConfig, ReportConfig, RewardCardConfig, StageConfig
+from alignment.config.stage import (
+    EvaluateConfig,
+    ForgettingConfig,
+    PpoConfig,
+    ReportConfig,
+    RewardCardConfig,
+    StageConfig,
+)
 from alignment.config.typed import convert
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation, PreferencePair, Question, Record
@@ -162,6 +170,9 @@ def _files_of(stage: StageConfig) -> Iterator[_File]:
         yield from _mixed_files(_File(field="learned", data=stage.learned, record=PreferencePair), stage.learned)
     if isinstance(stage, ForgettingConfig):
         yield from _mixed_files(_File(field="questions", data=stage.questions, record=Question), stage.questions)
+    if isinstance(stage, EvaluateConfig) and FEW_SHOT in stage.arms:
+        examples = stage.few_shot.data
+        yield from _mixed_files(_File(field="few_shot.data", data=examples, record=Conversation), examples)
 
 
 def _mixed_files(own: _File, data: DataConfig) -> Iterator[_File]:

@@ -7,11 +7,10 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 
+from alignment.config.evaluation import UNTRAINED_ARMS
 from alignment.config.faults import Fault
 from alignment.config.near import suggestion
 from alignment.config.stage import (
-    PROMPTED,
-    EvaluateConfig,
     ForgettingConfig,
     PpoConfig,
     ReportConfig,
@@ -60,8 +59,8 @@ class Slot:
 
     @property
     def is_base(self) -> bool:
-        """Whether it stands for the run's base model, with or without a prompt."""
-        return self.ref in (BASE, PROMPTED)
+        """Whether it stands for the run's base model, with or without a prompt or examples."""
+        return self.ref in UNTRAINED_ARMS
 
 
 def slots(stage: StageConfig) -> Iterator[Slot]:
@@ -139,7 +138,7 @@ def _stage_faults(name: str, stage: StageConfig, stages: Mapping[str, StageConfi
             yield Fault(where=where, message=problem)
         elif slot.is_base and isinstance(stage, ForgettingConfig):
             yield Fault(where=where, message=f"{slot.ref!r} is nobody who forgot: the base model is measured anyway")
-        elif slot.ref == PROMPTED and not isinstance(stage, EvaluateConfig):
+        elif slot.is_base and slot.ref != BASE and not slot.is_arm:
             yield Fault(
                 where=where, message=f"{slot.ref!r} is an arm of an evaluation, not a model to start from; write 'base'"
             )

@@ -13,16 +13,16 @@ from alignment.config.model import Dtype, ModelConfig
 from alignment.config.near import suggestion
 from alignment.config.optim import Moments
 from alignment.config.run import RunConfig
-from alignment.config.stage import ForgettingConfig, PpoConfig, ReportConfig, RewardCardConfig, Trained
+from alignment.config.stage import EvaluateConfig, ForgettingConfig, PpoConfig, ReportConfig, RewardCardConfig, Trained
 from alignment.config.tracking import TrackingConfig
 from alignment.data.chat_template import template_text
 from alignment.data.formats import FORMATS
 from alignment.errors import DataError
-from alignment.pipeline import learned
+from alignment.pipeline import judges, learned
 
 
 def faults(config: RunConfig) -> list[Fault]:
-    """Everything wrong with a run's template, Slurm jobs, trackers, adapters and data."""
+    """Everything wrong with a run's template, Slurm jobs, trackers, adapters, data and judges."""
     found: list[Fault] = [*_template_faults(config.model), *_slurm_faults(config.launch)]
     found += [*_tracking_faults(config.tracking), *learned.faults(config)]
     for name, stage in config.stages.items():
@@ -38,6 +38,9 @@ def faults(config: RunConfig) -> list[Fault]:
             found += _data_faults(stage.learned, f"{where}.learned")
         if isinstance(stage, ForgettingConfig):
             found += _data_faults(stage.questions, f"{where}.questions")
+        if isinstance(stage, EvaluateConfig):
+            found += _data_faults(stage.few_shot.data, f"{where}.few_shot.data")
+            found += judges.faults(stage, where)
     return found
 
 

@@ -72,7 +72,7 @@ def show_results(console: Console, run_folder: Path, record: dict[str, Any]) -> 
 def show_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
     """The arms side by side, then a line a comparison that says whether the difference is real."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for title in ("arm", "gold", "95 %", "style", "facts", "words", "reward", "KL"):
+    for title in ("arm", "gold", "95 %", "style", "facts", "words", "reward", "KL", "loss"):
         table.add_column(title, justify="left" if title == "arm" else "right", no_wrap=True)
     for arm in evaluation["arms"]:
         gold = arm["gold"]
@@ -82,15 +82,19 @@ def show_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
             f"{gold['low']:.3f}–{gold['high']:.3f}",
             _mean(arm["style"]),
             _mean(arm["facts"]),
-            f"{arm['words']:.1f}",
+            _mean(arm["words"], digits=1),
             _mean(arm["reward"]),
             _mean(arm["kl"]),
+            _mean(arm.get("loss")),
         )
     console.print()
     console.print(table)
     labels = {arm["name"]: arm["label"] for arm in evaluation["arms"]}
     for comparison in evaluation["comparisons"]:
         console.print(_in_words(comparison, labels), markup=False, highlight=False, soft_wrap=True)
+    for judged in (evaluation.get("judge") or {}).get("pairs", []):
+        line = _judged_in_words(judged, labels, by=evaluation["judge"]["name"])
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"gold = style × facts on {evaluation['num_prompts']} held-out prompts; KL in nats a sequence", highlight=False
     )
@@ -143,8 +147,20 @@ def _in_words(comparison: dict[str, Any], labels: dict[str, str]) -> str:
     return f"{arm} against {against}: {interval}, {'better' if comparison['difference'] > 0 else 'worse'}"
 
 
-def _mean(interval: dict[str, float] | None) -> str:
-    return "–" if interval is None else f"{interval['mean']:.2f}"
+def _judged_in_words(judged: dict[str, Any], labels: dict[str, str], *, by: str) -> str:
+    arm, against = (labels.get(judged[key], judged[key]) for key in ("arm", "against"))
+    rate = judged["win_rate"]
+    if rate is None:
+        return f"by {by}, of {arm} and {against}: {judged['verdict']} ({judged['invalid']:.0%} of verdicts invalid)"
+    interval = f"{rate['mean']:.2f} ({rate['low']:.2f} to {rate['high']:.2f})"
+    return f"by {by}, {arm} wins {interval} against {against}: {judged['verdict']}"
+
+
+def _mean(figure: dict[str, float] | float | None, digits: int = 2) -> str:
+    """A mean with or without an interval, as older evaluations have it; a dash for what was not measured."""
+    if figure is None:
+        return "–"
+    return f"{figure['mean'] if isinstance(figure, dict) else figure:.{digits}f}"
 
 
 def _grid() -> Table:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from alignment.report import text
 from alignment.report.plots import calibration_curve, histogram, scale_axis, scale_of, whisker
-from alignment.report.records import Judge, RewardCard
+from alignment.report.records import Guesser, RewardCard
 from alignment.report.tables import Whisker, WhiskerPlot, bounds
 
 FEW_WORDS = 8
@@ -80,7 +80,7 @@ def _judges(card: RewardCard) -> WhiskerPlot:
     return WhiskerPlot(rows=rows, axis=scale_axis(scale))
 
 
-def _beside(judge: Judge) -> str:
+def _beside(judge: Guesser) -> str:
     within = bounds(judge.accuracy)
     if judge.difference is None:
         return within

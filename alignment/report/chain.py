@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from alignment.config.stage import UNTRAINED_ARMS
+from alignment.config.evaluation import UNTRAINED_ARMS
 from alignment.report import text
 from alignment.report.records import Run, Stage
 

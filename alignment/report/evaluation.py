@@ -9,7 +9,7 @@ from typing import Any
 
 from alignment.report import text
 from alignment.report.reading import interval, items, mapping
-from alignment.report.records import Answer, Arm, Comparison, Evaluation, Interval, Sample
+from alignment.report.records import Answer, Arm, Comparison, Evaluation, Interval, Judge, JudgedPair, Sample
 
 
 def read_evaluation(path: Path) -> tuple[Evaluation | None, str]:
@@ -29,6 +29,8 @@ def read_evaluation(path: Path) -> tuple[Evaluation | None, str]:
         arms=arms,
         comparisons=[item for item in comparisons if item],
         tasks={text.name(task): _means(by_arm) for task, by_arm in tasks.items() if isinstance(by_arm, dict)},
+        judge=_judge(mapping(raw, "judge")),
+        conclusions=[text.name(item, limit=2000) for item in items(raw, "conclusions") if isinstance(item, str)],
     ), ""
 
 
@@ -49,9 +51,13 @@ def _arm(raw: dict[str, Any]) -> Arm:
         facts=interval(raw.get("facts")),
         reward=interval(raw.get("reward")),
         kl=interval(raw.get("kl")),
-        words=text.finite(raw.get("words")),
+        win_rate=interval(raw.get("win_rate")),
+        loss=interval(raw.get("loss")),
+        perplexity=interval(raw.get("perplexity")),
+        refusals=interval(raw.get("refusals")),
+        words=interval(raw.get("words")),
         distinct=text.finite(raw.get("distinct")),
-        ended=text.finite(raw.get("ended")),
+        ended=interval(raw.get("ended")),
         seconds=text.finite(raw.get("seconds")),
         figures=dict(_figures(raw)),
     )
@@ -78,6 +84,37 @@ def _comparison(raw: Any) -> Comparison | None:
         return None
     arm, against = text.name(raw["arm"]), text.name(raw["against"])
     return Comparison(arm=arm, against=against, difference=difference, low=low, high=high)
+
+
+def _judge(raw: dict[str, Any]) -> Judge | None:
+    pairs = [_judged_pair(item) for item in items(raw, "pairs") if isinstance(item, dict)]
+    num_prompts = text.finite(raw.get("num_prompts"))
+    kept = [pair for pair in pairs if pair]
+    if not kept:
+        return None
+    return Judge(
+        name=text.name(raw.get("name") or "a judge"),
+        num_prompts=None if num_prompts is None else int(num_prompts),
+        pairs=kept,
+    )
+
+
+def _judged_pair(raw: dict[str, Any]) -> JudgedPair | None:
+    counts = [text.finite(raw.get(key)) for key in ("wins", "ties", "losses")]
+    if not raw.get("arm") or not raw.get("against") or None in counts:
+        return None
+    wins, ties, losses = (int(count or 0) for count in counts)
+    shares = ("invalid", "agreement", "position_bias", "gold_agreement", "gold_kappa")
+    return JudgedPair(
+        arm=text.name(raw["arm"]),
+        against=text.name(raw["against"]),
+        wins=wins,
+        ties=ties,
+        losses=losses,
+        verdict=text.name(raw.get("verdict") or ""),
+        win_rate=interval(raw.get("win_rate")),
+        **{share: text.finite(raw.get(share)) for share in shares},
+    )
 
 
 def _means(raw: dict[str, Any]) -> dict[str, float]:

@@ -31,8 +31,9 @@ class Interval:
 class Arm:
     """One arm of the evaluation; None stands for a figure that was not measured.
 
-    ``kl`` is in nats a sequence, ``distinct`` and ``ended`` are shares of the answers. ``figures`` holds all that the
-    row says in numbers, these and whatever else, by name.
+    ``kl`` is in nats a sequence, ``loss`` in nats a token; ``refusals``, ``distinct`` and ``ended`` are shares of the
+    answers, ``win_rate`` of the points against the reference. ``figures`` holds all that the row says in numbers, these
+    and whatever else, by name.
     """
 
     name: str
@@ -42,9 +43,13 @@ class Arm:
     facts: Interval | None = None
     reward: Interval | None = None
     kl: Interval | None = None
-    words: float | None = None
+    win_rate: Interval | None = None
+    loss: Interval | None = None
+    perplexity: Interval | None = None
+    refusals: Interval | None = None
+    words: Interval | None = None
     distinct: float | None = None
-    ended: float | None = None
+    ended: Interval | None = None
     seconds: float | None = None
     figures: dict[str, Interval] = field(default_factory=dict)
 
@@ -87,13 +92,49 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class JudgedPair:
+    """What the judge said of two arms; ``win_rate`` is None where nothing can be concluded.
+
+    ``wins``, ``ties`` and ``losses`` count prompts, ``invalid`` is a share of verdicts; the other figures lie in
+    docs/evaluation.md.
+    """
+
+    arm: str
+    against: str
+    wins: int
+    ties: int
+    losses: int
+    verdict: str
+    win_rate: Interval | None = None
+    invalid: float | None = None
+    agreement: float | None = None
+    position_bias: float | None = None
+    gold_agreement: float | None = None
+    gold_kappa: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judge:
+    """Who judged pairs of arms, on how many prompts, and what came of it."""
+
+    name: str
+    num_prompts: int | None
+    pairs: list[JudgedPair]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """The arms side by side. ``tasks`` maps a task to each arm's mean gold on it."""
+    """The arms side by side. ``tasks`` maps a task to each arm's mean gold on it.
+
+    ``conclusions`` are the evaluation's own sentences on what its size can show.
+    """
 
     num_prompts: int | None
     arms: list[Arm]
     comparisons: list[Comparison]
     tasks: dict[str, dict[str, float]]
+    judge: Judge | None = None
+    conclusions: list[str] = field(default_factory=list)
 
     def label(self, name: str) -> str:
         """What the reader calls the arm ``name``."""
@@ -153,7 +194,7 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Judge:
+class Guesser:
     """The model or a simpler judge: how often it is right, and by how much the model is right more often."""
 
     name: str
@@ -208,8 +249,8 @@ class RewardCard:
     reward: str
     num_pairs: int
     num_prompts: int
-    model: Judge
-    judges: list[Judge]
+    model: Guesser
+    judges: list[Guesser]
     subsets: list[Subset]
     subset_mean: float | None
     bins: list[Bin]

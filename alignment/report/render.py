@@ -68,6 +68,7 @@ class Evaluated:
     plot: tables.WhiskerPlot | None
     comparisons: list[tables.ComparisonRow]
     axis: Markup
+    judged: list[tables.JudgedRow]
     tasks: list[tuple[str, list[tuple[str, int]]]]
 
 
@@ -76,7 +77,11 @@ def _evaluated(evaluation: Evaluation | None) -> Evaluated | None:
         return None
     comparisons, axis = tables.comparison_rows(evaluation)
     return Evaluated(
-        plot=tables.gold_plot(evaluation), comparisons=comparisons, axis=axis, tasks=tables.task_rows(evaluation)
+        plot=tables.gold_plot(evaluation),
+        comparisons=comparisons,
+        axis=axis,
+        judged=tables.judged_rows(evaluation),
+        tasks=tables.task_rows(evaluation),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.report import text
 from alignment.report.reading import interval, items, mapping, part
-from alignment.report.records import Bin, Change, Judge, RewardCard, Subset, WrongPair
+from alignment.report.records import Bin, Change, Guesser, RewardCard, Subset, WrongPair
 
 
 def read_card(path: Path, stage: str) -> RewardCard | None:
@@ -32,7 +32,7 @@ def read_card(path: Path, stage: str) -> RewardCard | None:
         reward=text.name(part(raw, "reward") or ""),
         num_pairs=_count(raw, "num_pairs"),
         num_prompts=_count(raw, "num_prompts"),
-        model=Judge(name="reward model", accuracy=accuracy),
+        model=Guesser(name="reward model", accuracy=accuracy),
         judges=[found for found in map(_judge, items(raw, "baselines")) if found],
         subsets=subsets,
         subset_mean=sum(means) / len(means) if means else None,
@@ -52,12 +52,12 @@ def read_card(path: Path, stage: str) -> RewardCard | None:
     )
 
 
-def _judge(raw: Any) -> Judge | None:
+def _judge(raw: Any) -> Guesser | None:
     accuracy = interval(part(raw, "accuracy"))
     if accuracy is None:
         return None
     name = text.name(part(raw, "name") or "")
-    return Judge(name=name, accuracy=accuracy, difference=interval(part(raw, "difference")))
+    return Guesser(name=name, accuracy=accuracy, difference=interval(part(raw, "difference")))
 
 
 def _subset(raw: Any) -> Subset:

@@ -86,6 +86,46 @@ def comparison_rows(evaluation: Evaluation) -> tuple[list[ComparisonRow], Markup
     return rows, scale_axis(scale)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgedRow:
+    """A judged pair as the page shows it; ``counts`` are wins, ties and losses, ``tone`` as in ``ComparisonRow``."""
+
+    arm: str
+    against: str
+    rate: Interval | None
+    counts: str
+    invalid: str
+    agreement: str
+    bias: str
+    gold: str
+    verdict: str
+    tone: str
+
+
+def judged_rows(evaluation: Evaluation) -> list[JudgedRow]:
+    """The judge's table."""
+    pairs = evaluation.judge.pairs if evaluation.judge else []
+    return [
+        JudgedRow(
+            arm=evaluation.label(pair.arm),
+            against=evaluation.label(pair.against),
+            rate=pair.win_rate,
+            counts=f"{pair.wins} / {pair.ties} / {pair.losses}",
+            invalid=text.share(pair.invalid),
+            agreement=text.share(pair.agreement),
+            bias="–" if pair.position_bias is None else text.signed(pair.position_bias, 2),
+            gold=text.share(pair.gold_agreement) + _kappa(pair.gold_kappa),
+            verdict=pair.verdict,
+            tone={"better": "good", "worse": "bad"}.get(pair.verdict, "open"),
+        )
+        for pair in pairs
+    ]
+
+
+def _kappa(value: float | None) -> str:
+    return "" if value is None else f" (κ {text.number(value)})"
+
+
 def bounds(item: Interval | None, digits: int = 2) -> str:
     """``0.66 to 0.75``, or nothing where no interval was recorded."""
     if item is None or item.low is None or item.high is None:

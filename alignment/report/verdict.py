@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignment.config.stage import UNTRAINED_ARMS
+from alignment.config.evaluation import UNTRAINED_ARMS
 from alignment.report import text
 from alignment.report.card_page import lead
 from alignment.report.records import Arm, Comparison, Evaluation, Run
@@ -153,11 +153,11 @@ def _arm_warnings(evaluation: Evaluation) -> list[str]:
 
 
 def _cut(arm: Arm) -> bool:
-    return arm.ended is not None and arm.ended < 1
+    return arm.ended is not None and arm.ended.mean < 1
 
 
 def _never_ended(arm: Arm, num_prompts: int | None) -> str:
-    missing = 1 - (arm.ended or 0.0)
+    missing = 1 - (arm.ended.mean if arm.ended else 0.0)
     if num_prompts:
         return f"{max(1, round(missing * num_prompts))} of {num_prompts} from {arm.label}"
     return f"{text.share(missing)} from {arm.label}"

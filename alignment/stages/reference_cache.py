@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.models.answers import answer_statistics, batches
+from alignment.models.content import weights_sha256
 from alignment.models.load import Lineage, products_in
 from alignment.stages.pairs import TokenizedPair
 from alignment.training.context import StageContext
@@ -84,16 +85,11 @@ def _key(
     found: Lineage, pairs: Sequence[TokenizedPair], adapter: AdapterConfig, dtype: Dtype, weights: torch.dtype
 ) -> str:
     """``weights`` are held in another format than products are made in where they are trained with masters."""
-    stood = [(saved.merged, saved.nf4) for saved in found.adapters]
     nf4 = adapter.kind is AdapterKind.qlora
     beside = adapter.kind is not AdapterKind.full and adapter.chain is not Chain.merge
-    told = [VERSION, dtype.value, str(weights), torch.__version__, stood, nf4, beside and bool(stood)]
+    stacked = beside and bool(found.adapters)
+    told = [VERSION, dtype.value, str(weights), torch.__version__, weights_sha256(found), nf4, stacked]
     sha = hashlib.sha256(json.dumps(told).encode())
-    for folder in (found.base, *(saved.path for saved in found.adapters)):
-        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
-            sha.update(file.name.encode())
-            with file.open("rb") as handle:
-                sha.update(hashlib.file_digest(handle, "sha256").digest())
     for pair in pairs:
         sha.update(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode())
     return sha.hexdigest()[:32]

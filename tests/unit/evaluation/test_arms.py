@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from alignment.data.records import HeldOutPrompt
-from alignment.data.tokenize import prompt_ids
 from alignment.data.turns import Message
 from alignment.evaluation import arms
 from alignment.evaluation.arms import (
-    answer_all,
+    read_answers,
     reward_scores,
     sequence_logprobs,
     source_text,
@@ -73,25 +72,14 @@ def test_rewards_stand_at_the_last_token_whatever_the_batch(monkeypatch: pytest.
     close(reward_scores(model, PROMPTS, ANSWERS), expected)
 
 
-def test_answers_are_greedy_scored_and_know_whether_they_ended() -> None:
+def test_answers_are_decoded_scored_and_know_whether_they_ended() -> None:
     tokenizer = tiny_tokenizer()
-    model = tiny_model(vocab_size=len(tokenizer))
     rows = [
         HeldOutPrompt(messages=(Message(role="user", content=text),), facts=(("shop", "store"),))
         for text in ("When is the shop open?", "Who has the keys?")
     ]
-    prompts = [prompt_ids(tokenizer, row.messages) for row in rows]
-    done: list[int] = []
-    told = {"max_new_tokens": 4, "batch_size": 1, "progress": done.append}
-    answers = answer_all(model, tokenizer, rows, prompts, **told)
-    assert done == [1, 2]
-    for prompt, answer in zip(prompts, answers, strict=True):
-        assert len(answer.ids) == 4
-        assert not answer.ended
-        assert answer.text == tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
-        for place, token in enumerate(answer.ids):
-            assert int(model(torch.tensor([[*prompt, *answer.ids[:place]]])).logits[0, -1].argmax()) == token
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(answers[0].ids[1])
-    ended = answer_all(model, tokenizer, rows[:1], prompts[:1], **told)[0]
-    assert ended.ids == answers[0].ids[: answers[0].ids.index(answers[0].ids[1]) + 1]
-    assert ended.ended
+    said = tokenizer("The shop is open.")["input_ids"]
+    whole, cut = read_answers(tokenizer, rows, [[*said, tokenizer.eos_token_id], said])
+    assert (whole.text, cut.text) == ("The shop is open.", "The shop is open.")
+    assert (whole.ended, cut.ended) == (True, False)
+    assert whole.gold.facts == 1.0

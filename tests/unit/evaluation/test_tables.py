@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from alignment.data.records import HeldOutPrompt
 from alignment.data.turns import Message
-from alignment.evaluation.arms import Answer, Answered
+from alignment.evaluation.arms import Answer, Answered, TokenSum
 from alignment.evaluation.house_style import GoldScore
-from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, samples
+from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, labels, samples
 
 INTERVALS = Intervals(samples=500, seed=3)
 
@@ -23,7 +27,19 @@ def answered(golds: list[float], *, ended: bool = True) -> Answered:
         )
         for number, gold in enumerate(golds)
     ]
-    return Answered(answers=answers, logprobs=[-1.0] * len(golds), seconds=2.0)
+    return Answered(answers=answers, logprobs=[-1.0] * len(golds), references=[None] * len(golds), seconds=2.0)
+
+
+def row_of(arm: Answered, *, divergences: list[float] | None = None) -> dict[str, Any]:
+    return arm_row(
+        "stage:dpo",
+        arm,
+        label="dpo",
+        rewards=None,
+        divergences=divergences,
+        win_rate=None,
+        intervals=INTERVALS,
+    )
 
 
 @pytest.fixture
@@ -75,14 +91,32 @@ def test_arms_that_were_not_asked_for_are_not_compared() -> None:
 
 
 def test_a_row_says_how_many_answers_differ_and_ended() -> None:
-    arm = Answered(answers=answered([0.2]).answers * 4, logprobs=[0.0] * 4, seconds=1.0)
-    row = arm_row("stage:dpo", arm, rewards=None, divergences=[1.0, 2.0, 3.0, 2.0], intervals=INTERVALS)
+    arm = replace(answered([0.2] * 4), answers=answered([0.2]).answers * 4)
+    row = row_of(arm, divergences=[1.0, 2.0, 3.0, 2.0])
     assert row["label"] == "dpo"
     assert row["distinct"] == 0.25
-    assert row["ended"] == 1.0
-    assert row["words"] == 2.0
+    assert row["ended"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert row["words"] == {"mean": 2.0, "low": 2.0, "high": 2.0}
+    assert row["refusals"]["mean"] == 0.0
     assert row["reward"] is None
+    assert row["loss"] is None
+    assert row["perplexity"] is None
     assert row["kl"]["mean"] == pytest.approx(2.0)
+
+
+def test_the_loss_is_a_mean_over_all_reference_tokens_and_its_interval_over_prompts() -> None:
+    """Answers of 2 and 6 tokens: (3 + 3) / 8 nats a token, not the mean of 1.5 and .5; a row without one is no part."""
+    sums = [TokenSum(logprob=-3.0, tokens=2), None, TokenSum(logprob=-3.0, tokens=6)]
+    row = row_of(replace(answered([0.1, 0.2, 0.3]), references=sums))
+    assert row["loss"]["mean"] == pytest.approx(0.75)
+    assert row["loss"]["low"] == pytest.approx(0.5)
+    assert row["loss"]["high"] == pytest.approx(1.5)
+    assert row["perplexity"]["mean"] == pytest.approx(math.exp(0.75))
+
+
+def test_labels_are_short_where_they_stay_different() -> None:
+    arms = ["base", "stage:dpo", "path:/models/tiny", "path:/a/twin", "path:/b/twin", "hub:org/name@main"]
+    assert list(labels(arms).values()) == ["base", "dpo", "tiny", "path:/a/twin", "path:/b/twin", "hub:org/name@main"]
 
 
 def test_tasks_are_averaged_by_themselves_and_every_answer_is_kept() -> None:

@@ -182,7 +182,7 @@ def test_a_damaged_evaluation_is_said(fake_run, content):
 def test_an_arm_with_nothing_but_a_name_is_shown_with_dashes(fake_run):
     fake_run.evaluation["arms"][1] = {"name": "base+prompt", "reward": None, "kl": None, "gold": {"mean": None}}
     row = re.search(r"<tr><th scope=\"row\"><bdi>base\+prompt</bdi></th>(.*?)</tr>", fake_run.html()).group(1)
-    assert row.count("<td>–</td>") == 8
+    assert row.count("<td>–</td>") == 11
 
 
 def test_an_interrupted_run_shows_what_there_is(fake_run):

@@ -1,0 +1,76 @@
+"""What an evaluation can be told beside its arms: examples for the few-shot arm, and a judge for pairs of arms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from alignment.config.data import DataConfig
+
+PROMPTED = "base+prompt"
+FEW_SHOT = "base+few-shot"
+UNTRAINED_ARMS = ("base", PROMPTED, FEW_SHOT)
+"""Arms of an evaluation that no stage has touched; the others name a stage, a folder or a hub's model."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FewShotConfig:
+    """The arm ``base+few-shot``: ``count`` exchanges of ``data``, drawn once, stand before every prompt.
+
+    An exchange is a row of one user turn and its answer. None is taken whose prompt is much like a held-out one.
+    """
+
+    count: int = 3
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/conversations"))
+
+
+class JudgeKind(str, Enum):
+    """``rule`` and ``reward`` prefer the higher gold or reward score; ``endpoint`` asks a model, in both orders."""
+
+    none = "none"
+    rule = "rule"
+    reward = "reward"
+    endpoint = "endpoint"
+
+
+@dataclass(kw_only=True, slots=True)
+class PairConfig:
+    """Two arms, by their names; wins are counted for ``arm``."""
+
+    arm: str = ""
+    against: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class EndpointConfig:
+    """An OpenAI-compatible chat endpoint: ``base_url`` ends where ``/chat/completions`` begins.
+
+    ``api_key_env`` names the environment variable that holds the key; the key itself stands nowhere. ``criteria`` is
+    what the judge is told to look for. A call waits ``timeout`` seconds for an answer and is tried again ``retries``
+    times; ``concurrency`` calls are under way at once. Answers are greedy, of at most ``max_tokens`` tokens.
+    """
+
+    base_url: str = ""
+    model: str = ""
+    criteria: str = "Prefer the answer that does what the request asks, is correct and complete, and invents nothing."
+    max_tokens: int = 512
+    api_key_env: str | None = field(default=None, metadata={"identity": False})
+    timeout: float = field(default=60.0, metadata={"identity": False})
+    retries: int = field(default=2, metadata={"identity": False})
+    concurrency: int = field(default=4, metadata={"identity": False})
+
+
+@dataclass(kw_only=True, slots=True)
+class JudgeConfig:
+    """Pairwise win rates on at most ``max_prompts`` held-out prompts.
+
+    Without ``pairs`` every trained arm meets the reference arm and ``base+prompt``. Of a pair of which more than a
+    share of ``max_invalid`` of the verdicts is invalid, nothing is concluded; if more of an endpoint's calls fail, the
+    stage does.
+    """
+
+    kind: JudgeKind = JudgeKind.none
+    pairs: list[PairConfig] = field(default_factory=list)
+    max_prompts: int = 200
+    max_invalid: float = 0.2
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)

@@ -1,0 +1,167 @@
+"""A judge behind an OpenAI-compatible chat endpoint: many calls at once, retried, and kept as they come.
+
+Every reply is a line of a file at once, by what was asked; a stage that is started again asks only for the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.config.evaluation import EndpointConfig
+from alignment.errors import ConfigError, StageError
+
+log = logging.getLogger(__name__)
+
+GIVE_UP = 8
+"""Failed calls one after another, each tried several times, after which the endpoint is taken to be down."""
+
+PACKAGE = "openai>=3,<4"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """What came of a call: the judge's words, or the ``error`` after the last try."""
+
+    text: str = ""
+    error: str = ""
+
+
+class Endpoint:
+    """Asks the endpoint; ``kept`` is the file of its replies."""
+
+    def __init__(self, config: EndpointConfig, kept: Path, *, max_failed: float, where: str) -> None:
+        """Raises ConfigError if the client is not installed, or the key's variable is not set."""
+        self._config = config
+        self._kept = kept
+        self._max_failed = max_failed
+        self._where = where
+        self._key = api_key(config, where=where)
+        self._client = _client(config, self._key, where=where)
+
+    def ask(self, prompts: Sequence[str], progress: Callable[[int], None]) -> list[Reply]:
+        """A reply to each prompt, in order; ``progress`` is told how many are there.
+
+        Raises:
+            StageError: more than a share of ``max_failed`` of the calls failed, or ``GIVE_UP`` one after another.
+        """
+        known = _read(self._kept)
+        keys = [self._key_of(prompt) for prompt in prompts]
+        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
+        replies = {key: Reply(text=known[key]) for key in keys if key in known}
+        for key, reply in self._ask_missing(missing):
+            replies[key] = reply
+            progress(len(replies))
+        failed = [reply.error for reply in replies.values() if reply.error]
+        if len(failed) > self._max_failed * len(replies):
+            raise self._failure(len(failed), len(replies), failed[-1])
+        return [replies[key] for key in keys]
+
+    def _ask_missing(self, prompts: dict[str, str]) -> Any:
+        """Keys and replies as they come; those that are no failures are written down first."""
+        pool = ThreadPoolExecutor(self._config.concurrency)
+        try:
+            calls: dict[Future[Reply], str] = {pool.submit(self._call, prompt): key for key, prompt in prompts.items()}
+            in_a_row, done = 0, 0
+            for call in as_completed(calls):
+                reply, done = call.result(), done + 1
+                in_a_row = in_a_row + 1 if reply.error else 0
+                if in_a_row >= GIVE_UP:
+                    raise self._failure(in_a_row, done, reply.error)
+                if not reply.error:
+                    self._write(calls[call], reply.text)
+                yield calls[call], reply
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _call(self, prompt: str) -> Reply:
+        from openai import OpenAIError
+
+        try:
+            answer = self._client.chat.completions.create(
+                model=self._config.model,
+                messages=[{"role": "user", "content": prompt}],
+                temperature=0,
+                max_tokens=self._config.max_tokens,
+            )
+        except (OpenAIError, ValueError) as error:  # ValueError: the body is no JSON
+            return Reply(error=self._shown(f"{type(error).__name__}: {error}"))
+        try:
+            return Reply(text=str(answer.choices[0].message.content or ""))
+        except (AttributeError, IndexError, TypeError):
+            return Reply(error=self._shown(f"what came back is no chat completion: {answer!r}"))
+
+    def _shown(self, error: str) -> str:
+        """An error in a line, without the key, which some servers repeat."""
+        line = " ".join(error.split())
+        return (line.replace(self._key, "***") if self._key else line)[:300]
+
+    def _failure(self, failed: int, calls: int, error: str) -> StageError:
+        return StageError(
+            f"{failed} of {calls} calls of the judge at {self._config.base_url} failed; the last one: {error}",
+            where=f"{self._where}.endpoint",
+            remedy="look whether the endpoint is up, serves this model and answers in time (judge.endpoint.timeout), "
+            "then run again: verdicts that are there are kept. judge.kind=none evaluates without a judge",
+        )
+
+    def _key_of(self, prompt: str) -> str:
+        asked = [self._config.base_url, self._config.model, self._config.max_tokens, prompt]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    def _write(self, key: str, text: str) -> None:
+        """Called by one thread only."""
+        self._kept.parent.mkdir(parents=True, exist_ok=True)
+        with self._kept.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"key": key, "text": text}, ensure_ascii=False) + "\n")
+
+
+def api_key(config: EndpointConfig, *, where: str) -> str:
+    """The key, or nothing where none is asked for.
+
+    Raises:
+        ConfigError: the variable is not set.
+    """
+    if config.api_key_env is None:
+        return ""
+    key = os.environ.get(config.api_key_env, "")
+    if not key:
+        raise ConfigError(
+            f"the environment variable {config.api_key_env} is not set",
+            where=f"{where}.endpoint.api_key_env",
+            remedy=f"export {config.api_key_env}=…, or null for an endpoint without a key",
+        )
+    return key
+
+
+def _client(config: EndpointConfig, key: str, *, where: str) -> Any:
+    try:
+        from openai import OpenAI
+    except ImportError:
+        raise ConfigError(
+            "an endpoint is asked by the package openai, which is not installed",
+            where=f"{where}.kind",
+            remedy=f"pip install '{PACKAGE}'",
+        ) from None
+    # Without a key of its own the client would send the one in OPENAI_API_KEY to any server.
+    return OpenAI(base_url=config.base_url, api_key=key or "none", timeout=config.timeout, max_retries=config.retries)
+
+
+def _read(kept: Path) -> dict[str, str]:
+    """Replies by key; a line that was cut off when a stage was killed is passed over."""
+    found: dict[str, str] = {}
+    if not kept.is_file():
+        return found
+    for line in kept.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            told = json.loads(line)
+            found[told["key"]] = told["text"]
+        except (ValueError, KeyError, TypeError):
+            log.warning("a line of %s cannot be read; what it held is asked again", kept)
+    return found

@@ -1,0 +1,48 @@
+"""Examples for the arm *base + few-shot*: exchanges of the training conversations that stand before every prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from alignment.data.overlap import HeldOut, asked
+from alignment.data.records import Conversation, HeldOutPrompt
+from alignment.data.turns import Message
+from alignment.errors import DataError
+
+
+def draw_examples(
+    conversations: Sequence[Conversation],
+    held_out: Sequence[HeldOutPrompt],
+    *,
+    count: int,
+    generator: torch.Generator,
+    where: str,
+) -> list[Message]:
+    """``2 · count`` turns of as many exchanges: rows of one user turn and its answer, in random order.
+
+    Rows with a system message or several turns are passed over, and so is every row of which half of a held-out prompt
+    can be read (alignment/data/overlap.py): an example must not give an answer away.
+
+    Raises:
+        DataError: there are fewer such rows than ``count``.
+    """
+    fitting = [row for row in conversations if [turn.role for turn in row.messages] == ["user", "assistant"]]
+    near = {overlap.learned for overlap in HeldOut(map(asked, held_out)).overlaps(map(asked, fitting))}
+    free = [row for row in fitting if row.where not in near]
+    if len(free) < count:
+        raise DataError(
+            f"{count} examples are wanted, and {len(free)} of {len(conversations)} rows are one question and its "
+            "answer and not held out",
+            where=where,
+            remedy="lower few_shot.count, or give few_shot.data more rows",
+        )
+    drawn = torch.randperm(len(free), generator=generator)[:count].tolist()
+    return [turn for place in drawn for turn in free[place].messages]
+
+
+def with_examples(messages: Sequence[Message], examples: Sequence[Message]) -> list[Message]:
+    """The examples behind the system messages that the turns begin with, and before the rest."""
+    first = next((place for place, turn in enumerate(messages) if turn.role != "system"), len(messages))
+    return [*messages[:first], *examples, *messages[first:]]

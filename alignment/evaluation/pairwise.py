@@ -1,0 +1,102 @@
+"""Win rates of one arm against another: both orders put together, ties, position bias and agreement.
+
+A win counts only if both orders name the same answer; verdicts that contradict each other make a tie (Zheng et al.
+2023, section 3.4). A prompt with an invalid verdict is counted as invalid and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from alignment.config.evaluation import PROMPTED, UNTRAINED_ARMS, JudgeConfig
+from alignment.evaluation.grammar import Verdict
+
+WIN, TIE, LOSS = 1.0, 0.5, 0.0
+"""Points of a prompt for the arm that is judged."""
+
+_LEAN = {Verdict.first: 1.0, Verdict.second: -1.0, Verdict.tie: 0.0}
+
+
+def pairs_of(config: JudgeConfig, arms: Sequence[str], *, reference: str) -> list[tuple[str, str]]:
+    """The pairs that are judged: those asked for, or every trained arm against the reference and ``base+prompt``."""
+    if config.pairs:
+        return [(pair.arm, pair.against) for pair in config.pairs]
+    trained = [arm for arm in arms if arm not in UNTRAINED_ARMS]
+    return [(arm, other) for arm in trained for other in (reference, PROMPTED) if other in arms and other != arm]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BothOrders:
+    """The verdicts on one prompt: with the arm's answer shown first, and with the other's."""
+
+    arm_first: Verdict
+    arm_second: Verdict
+
+    @property
+    def valid(self) -> bool:
+        """Whether both can be read."""
+        return Verdict.invalid not in (self.arm_first, self.arm_second)
+
+    @property
+    def agree(self) -> bool:
+        """Whether they name the same answer, or both a tie."""
+        assert self.valid
+        return _LEAN[self.arm_first] == -_LEAN[self.arm_second]
+
+    @property
+    def points(self) -> float | None:
+        """The arm's points on this prompt; None if a verdict is invalid."""
+        if not self.valid:
+            return None
+        if not self.agree:
+            return TIE
+        return {Verdict.first: WIN, Verdict.tie: TIE, Verdict.second: LOSS}[self.arm_first]
+
+    @property
+    def lean(self) -> float:
+        """Towards the answer shown first, from 1 (both verdicts name it) to -1 (both name the second)."""
+        return (_LEAN[self.arm_first] + _LEAN[self.arm_second]) / 2
+
+
+def points_of_scores(arm: Sequence[float], against: Sequence[float]) -> list[float]:
+    """Points where two scores are compared; equal ones tie."""
+    return [WIN if mine > theirs else LOSS if mine < theirs else TIE for mine, theirs in zip(arm, against, strict=True)]
+
+
+def invalid_share(judged: Sequence[BothOrders]) -> float:
+    """The share of invalid verdicts."""
+    verdicts = [verdict for one in judged for verdict in (one.arm_first, one.arm_second)]
+    return sum(verdict is Verdict.invalid for verdict in verdicts) / len(verdicts)
+
+
+def agreement(judged: Sequence[BothOrders]) -> float | None:
+    """The share of prompts on which both orders say the same; None without a valid one."""
+    valid = [one for one in judged if one.valid]
+    return sum(one.agree for one in valid) / len(valid) if valid else None
+
+
+def position_bias(judged: Sequence[BothOrders]) -> float | None:
+    """Verdicts for the first place less those for the second, as a share of all valid ones, from -1 to 1.
+
+    A judge that says the same in both orders has 0; one that always names the first answer has 1.
+    """
+    valid = [one for one in judged if one.valid]
+    return sum(one.lean for one in valid) / len(valid) if valid else None
+
+
+def same_share(one: Sequence[float], other: Sequence[float]) -> float:
+    """The share of prompts with the same points."""
+    return sum(mine == theirs for mine, theirs in zip(one, other, strict=True)) / len(one)
+
+
+def kappa(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Cohen's κ of two judges' points (Cohen 1960): agreement beyond what their frequencies alone would give.
+
+    None where chance alone makes them agree on everything.
+    """
+    number = len(one)
+    ours, theirs = Counter(one), Counter(other)
+    chance = sum(ours[points] * theirs[points] for points in (WIN, TIE, LOSS)) / number**2
+    return None if chance == 1.0 else (same_share(one, other) - chance) / (1.0 - chance)

@@ -1,0 +1,55 @@
+"""Judges as a plan sees them: whether there is something to judge, and something to judge by."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+from alignment.config.evaluation import EndpointConfig, JudgeKind
+from alignment.config.faults import Fault
+from alignment.config.near import suggestion
+from alignment.config.stage import EvaluateConfig
+from alignment.evaluation.endpoint import PACKAGE
+from alignment.evaluation.pairwise import pairs_of
+
+
+def faults(stage: EvaluateConfig, where: str) -> Iterator[Fault]:
+    """Everything wrong with the judge of an evaluation; ``where`` is the stage's place."""
+    judge = stage.judge
+    place = f"{where}.judge"
+    if judge.kind is JudgeKind.none:
+        if judge.pairs:
+            yield Fault(where=f"{place}.pairs", message="read by nothing; judge.kind says who judges")
+    else:
+        yield from _pair_faults(stage, place)
+    if judge.kind is JudgeKind.reward and stage.reward is None:
+        yield Fault(where=f"{place}.kind", message=f"'reward' judges by {where}.reward, which is null; name a model")
+    if judge.kind is JudgeKind.endpoint:
+        yield from _endpoint_faults(judge.endpoint, place)
+    elif judge.endpoint != EndpointConfig():
+        message = f"read by nothing; only judge.kind 'endpoint' reads it, and it is '{judge.kind.value}'"
+        yield Fault(where=f"{place}.endpoint", message=message)
+
+
+def _pair_faults(stage: EvaluateConfig, place: str) -> Iterator[Fault]:
+    for number, pair in enumerate(stage.judge.pairs):
+        for name, arm in (("arm", pair.arm), ("against", pair.against)):
+            if arm not in stage.arms:
+                message = f"{arm!r} is no arm of this evaluation; {suggestion(arm, stage.arms)}"
+                yield Fault(where=f"{place}.pairs[{number}].{name}", message=message)
+        if pair.arm == pair.against:
+            yield Fault(where=f"{place}.pairs[{number}]", message=f"{pair.arm!r} cannot meet itself; name two arms")
+    if not pairs_of(stage.judge, stage.arms, reference=stage.reference):
+        message = (
+            "no trained arm meets the reference or base+prompt among these arms; name pairs: [{arm: …, against: …}]"
+        )
+        yield Fault(where=f"{place}.pairs", message=message)
+
+
+def _endpoint_faults(endpoint: EndpointConfig, place: str) -> Iterator[Fault]:
+    for name, example in (("base_url", "http://localhost:8000/v1"), ("model", "the name that the endpoint knows")):
+        if not getattr(endpoint, name):
+            yield Fault(where=f"{place}.endpoint.{name}", message=f"missing; such as {example}")
+    if importlib.util.find_spec("openai") is None:
+        message = f"an endpoint is asked by the package openai, which is not installed; pip install '{PACKAGE}'"
+        yield Fault(where=f"{place}.kind", message=message)

@@ -1,0 +1,210 @@
+"""What every arm of an evaluation is asked, and its answers: kept ones, or made by its policy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from alignment.artifacts import read_manifest
+from alignment.config.evaluation import FEW_SHOT, PROMPTED
+from alignment.config.stage import EvaluateConfig
+from alignment.data.records import Conversation, HeldOutPrompt
+from alignment.data.tokenize import answer_ids, end_ids, prompt_ids, tokenize_rows
+from alignment.data.tokenizer import load_tokenizer, tokenizer_hashes
+from alignment.data.turns import Message
+from alignment.errors import ModelError
+from alignment.evaluation.arms import Answered, TokenSum, read_answers, sequence_logprobs, with_style_prompt
+from alignment.evaluation.few_shot import draw_examples, with_examples
+from alignment.models.flat import use_flat_attention
+from alignment.models.generate import generate
+from alignment.models.load import DTYPES, Lineage, lineage, load_policy, refuse_other_tokenizer
+from alignment.stage_spec import StageInput
+from alignment.stages import arm_cache
+from alignment.stages.arm_cache import Kept
+from alignment.stages.rows import rows_of
+from alignment.training.context import StageContext
+
+Turns = Callable[[HeldOutPrompt], Sequence[Message]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What an arm is asked, in its own tokens.
+
+    ``own_tokens``: it comes from outside with a tokenizer of its own, so nothing that counts tokens can be compared.
+    ``plain``: it is asked the held-out prompts as they stand, so its answers can be held against the reference's.
+    """
+
+    found: Lineage
+    tokenizer: Any
+    prompts: list[list[int]]
+    references: list[list[int] | None]
+    plain: bool
+    own_tokens: bool
+
+
+class Policies:
+    """Loads policies one at a time; asking for the one that is loaded costs nothing."""
+
+    def __init__(self, context: StageContext) -> None:
+        self._context = context
+        self._found: Lineage | None = None
+        self._model: PreTrainedModel | None = None
+
+    def load(self, found: Lineage) -> PreTrainedModel:
+        """The policy with its adapters merged, on this process's device."""
+        if self._model is None or found != self._found:
+            self._model = None  # free the old weights before the new ones come
+            self._model = load_policy(found, DTYPES[self._context.spec.model.dtype]).to(self._context.device)
+            use_flat_attention(self._model)
+            self._found = found
+        return self._model
+
+
+def asked_of(
+    config: EvaluateConfig, context: StageContext, tokenizer: Any, rows: Sequence[HeldOutPrompt]
+) -> dict[str, Asked]:
+    """What every arm is asked; ``tokenizer`` is the run's.
+
+    Raises:
+        ModelError: an artifact has another tokenizer, or a model from outside no chat template.
+        DataError: a row cannot be rendered, or there are too few examples.
+    """
+    turns: dict[str, Turns] = {PROMPTED: lambda row: with_style_prompt(row.messages)}
+    if FEW_SHOT in config.arms:
+        examples = _examples(config, context, rows)
+        turns[FEW_SHOT] = lambda row: with_examples(row.messages, examples)
+    return {name: _asked(context, context.spec.arms[name], tokenizer, rows, turns.get(name)) for name in config.arms}
+
+
+def _asked(
+    context: StageContext, stage_input: StageInput, ours: Any, rows: Sequence[HeldOutPrompt], turns: Turns | None
+) -> Asked:
+    tokenizer = _tokenizer_of(context, stage_input, ours)
+    own_tokens = tokenizer is not ours
+    shown = turns or _as_they_stand
+    return Asked(
+        found=lineage(context.spec, stage_input),
+        tokenizer=tokenizer,
+        prompts=tokenize_rows(rows, lambda row: prompt_ids(tokenizer, shown(row))),
+        references=[None] * len(rows) if own_tokens else _references(tokenizer, rows, shown),
+        plain=turns is None,
+        own_tokens=own_tokens,
+    )
+
+
+def _as_they_stand(row: HeldOutPrompt) -> Sequence[Message]:
+    return row.messages
+
+
+def _examples(config: EvaluateConfig, context: StageContext, rows: Sequence[HeldOutPrompt]) -> list[Message]:
+    conversations = rows_of(context, Conversation, config.few_shot.data, field="few_shot.data")
+    return draw_examples(
+        conversations,
+        rows,
+        count=config.few_shot.count,
+        generator=context.generator("few_shot"),
+        where=f"stages.{context.spec.stage}.few_shot",
+    )
+
+
+def _tokenizer_of(context: StageContext, stage_input: StageInput, ours: Any) -> Any:
+    """The run's own tokenizer where the arm shares it, else that of the folder from outside."""
+    path = stage_input.path
+    if path is None or read_manifest(path) is not None:
+        refuse_other_tokenizer(context.spec, stage_input, ours)
+        return ours
+    theirs = load_tokenizer(path)
+    if tokenizer_hashes(theirs) == tokenizer_hashes(ours):
+        return ours
+    if not theirs.chat_template:
+        raise ModelError(
+            f"{stage_input.ref} has a tokenizer of its own without a chat template, so nobody can tell how to ask it",
+            where=f"stages.{context.spec.stage}.arms",
+            remedy="put the template that it was trained with into its folder (chat_template.jinja)",
+        )
+    return theirs
+
+
+def _references(tokenizer: Any, rows: Sequence[HeldOutPrompt], turns: Turns) -> list[list[int] | None]:
+    return tokenize_rows(rows, lambda row: answer_ids(tokenizer, turns(row), row.reference) if row.reference else None)
+
+
+def answers_of(
+    asked: Asked,
+    config: EvaluateConfig,
+    context: StageContext,
+    policies: Policies,
+    rows: Sequence[HeldOutPrompt],
+    *,
+    with_logprobs: bool,
+    progress: Callable[[int], None],
+) -> Answered:
+    """An arm's answers; ``progress`` is told how many are there."""
+    ends = sorted(end_ids(asked.tokenizer))
+    file = arm_cache.file_of(
+        context,
+        asked.found,
+        asked.prompts,
+        asked.references,
+        max_new_tokens=config.max_new_tokens,
+        ends=ends,
+        with_logprobs=with_logprobs,
+    )
+    kept = arm_cache.read(file, prompts=len(rows))
+    if kept is None:
+        started = time.monotonic()
+        model = policies.load(asked.found)
+        _refuse_too_long(model, asked, config.max_new_tokens, where=f"stages.{context.spec.stage}")
+        ids = generate(
+            model,
+            asked.prompts,
+            max_new_tokens=config.max_new_tokens,
+            end_ids=ends,
+            batch_size=config.batch_size,
+            progress=progress,
+        )
+        logprobs, references = _logprobs(model, asked, ids if with_logprobs else None)
+        kept = Kept(ids=ids, logprobs=logprobs, references=references, seconds=time.monotonic() - started)
+        arm_cache.write(file, kept)
+    return Answered(
+        answers=read_answers(asked.tokenizer, rows, kept.ids),
+        logprobs=kept.logprobs,
+        references=kept.references,
+        seconds=kept.seconds,
+    )
+
+
+def _logprobs(
+    model: PreTrainedModel, asked: Asked, ids: list[list[int]] | None
+) -> tuple[list[float] | None, list[TokenSum | None]]:
+    """Of the arm's own answers, if given, and of the reference answers, behind a prompt that is computed once."""
+    wanted = [
+        [*([ids[row]] if ids is not None else []), *([reference] if reference is not None else [])]
+        for row, reference in enumerate(asked.references)
+    ]
+    prompts = [prompt for prompt, texts in zip(asked.prompts, wanted, strict=True) for _ in texts]
+    found = sequence_logprobs(model, prompts, [text for texts in wanted for text in texts]) if prompts else []
+    sums = iter(found)
+    own: list[float] = []
+    references: list[TokenSum | None] = []
+    for reference in asked.references:
+        if ids is not None:
+            own.append(next(sums))
+        references.append(None if reference is None else TokenSum(logprob=next(sums), tokens=len(reference)))
+    return None if ids is None else own, references
+
+
+def _refuse_too_long(model: PreTrainedModel, asked: Asked, max_new_tokens: int, *, where: str) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, asked.prompts)) + max_new_tokens
+    if positions is not None and longest > positions:
+        raise ModelError(
+            f"{asked.found.source} has {positions} positions; the longest prompt and its answer take {longest}",
+            where=where,
+            remedy="lower max_new_tokens or few_shot.count, or leave out longer prompts",
+        )

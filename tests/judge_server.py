@@ -1,0 +1,89 @@
+"""A chat endpoint of this process on loopback that says what a test has it say; no model is behind it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from alignment.config.evaluation import EndpointConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """An answer of the server: ``text`` as a chat completion, or a ``body`` as it stands."""
+
+    text: str = ""
+    status: int = 200
+    body: str | None = None
+    kind: str = "application/json"
+
+
+Judge = Callable[[str, int], Response | None]
+"""From the prompt and the number of the call (from 0) to an answer; None never answers."""
+
+
+@dataclass
+class Served:
+    """A server at work: ``requests`` are the bodies that came, ``keys`` the Authorization headers."""
+
+    url: str
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+
+    def config(self, **changes: Any) -> EndpointConfig:
+        """How to ask it, one call at a time."""
+        told: dict[str, Any] = {"base_url": self.url, "model": "judge", "timeout": 5.0, "retries": 1, "concurrency": 1}
+        return EndpointConfig(**(told | changes))
+
+
+@contextmanager
+def serving(judge: Judge) -> Iterator[Served]:
+    """Serves until the block ends; calls that were never answered are then let go."""
+    over = threading.Event()
+    lock = threading.Lock()
+    served = Served(url="")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                number = len(served.requests)
+                served.requests.append(told)
+                served.keys.append(self.headers.get("Authorization"))
+            response = judge(told["messages"][0]["content"], number)
+            if response is None:
+                over.wait(30)
+                self.close_connection = True
+                return
+            body = response.body
+            if body is None:
+                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": response.text}}
+                completion = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge"}
+                body = json.dumps(completion | {"choices": [choice]})
+            self.send_response(response.status)
+            self.send_header("Content-Type", response.kind)
+            self.send_header("Content-Length", str(len(body.encode())))
+            self.send_header("retry-after-ms", "1")
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: Any) -> None:
+            """Tests have their own output."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    served.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    try:
+        yield served
+    finally:
+        over.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,64 @@
+"""What an evaluation of its size can and cannot show, in sentences and by a formula."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from alignment.evaluation.bootstrap import detectable
+from alignment.evaluation.conclusions import conclusions
+from alignment.evaluation.tables import NOTHING
+
+LABELS = {"stage:sft": "sft", "stage:dpo": "dpo", "base": "base"}
+
+
+def comparison(arm: str, against: str, difference: float, *, real: bool, size: float | None) -> dict[str, Any]:
+    return {"arm": arm, "against": against, "difference": difference, "real": real, "detectable": size}
+
+
+def test_the_detectable_difference_by_hand() -> None:
+    """Differences .1, .3, .1, .3: s = √(.04/3), so 2.8 · s / √4."""
+    assert detectable([0.1, 0.3, 0.1, 0.3]) == pytest.approx(2.8 * math.sqrt(0.04 / 3) / 2)
+    assert detectable([0.4]) is None
+
+
+def test_arms_are_told_apart_or_not_and_the_size_that_would_be_missed_is_said() -> None:
+    found = conclusions(
+        102,
+        [
+            comparison("stage:sft", "base", 0.4, real=True, size=0.11),
+            comparison("stage:dpo", "stage:sft", 0.01, real=False, size=0.052),
+        ],
+        None,
+        LABELS,
+    )
+    assert found == [
+        "102 prompts, by gold: sft is better than base; dpo and sft cannot be told apart.",
+        "A true difference in gold below about 0.05 would be missed more than one time in five at this number of "
+        "prompts.",
+    ]
+
+
+def test_one_prompt_or_one_arm_says_no_size() -> None:
+    assert conclusions(5, [], None, LABELS) == []
+    (sentence,) = conclusions(1, [comparison("stage:dpo", "base", 0.0, real=False, size=None)], None, LABELS)
+    assert "cannot be told apart" in sentence
+
+
+def test_a_judge_has_a_sentence_that_says_where_nothing_can_be_concluded() -> None:
+    pair = {"arm": "stage:dpo", "against": "stage:sft", "invalid": 0.05, "verdict": "better"}
+    rate = {"mean": 0.62, "low": 0.53, "high": 0.71}
+    judge = {
+        "name": "some-model",
+        "num_prompts": 100,
+        "pairs": [
+            pair | {"win_rate": rate},
+            pair | {"against": "base", "win_rate": None, "invalid": 0.4, "verdict": NOTHING},
+        ],
+    }
+    assert conclusions(100, [], judge, LABELS) == [
+        "By some-model on 100 prompts, ties as half a win: dpo wins 0.62 against sft (0.53 to 0.71), better; of dpo "
+        "and base nothing can be concluded (40% of the verdicts are invalid)."
+    ]

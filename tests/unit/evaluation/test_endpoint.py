@@ -1,0 +1,147 @@
+"""A judge's endpoint through the real client: what is asked, what is tried again, what fails, and what is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.config.evaluation import EndpointConfig
+from alignment.errors import ConfigError, StageError
+from alignment.evaluation.endpoint import GIVE_UP, Endpoint, Reply
+from tests.judge_server import Judge, Response, serving
+
+pytest.importorskip("openai")
+
+
+def ask(config: EndpointConfig, kept: Path, prompts: list[str], *, max_failed: float = 0.2) -> list[Reply]:
+    endpoint = Endpoint(config, kept, max_failed=max_failed, where="stages.evaluate.judge")
+    return endpoint.ask(prompts, lambda done: None)
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    return tmp_path / "work" / "judgements.work.jsonl"
+
+
+def failing(judge: Judge, kept: Path, *, prompts: int = 2, **changes: Any) -> str:
+    """What is said of an endpoint that fails."""
+    with serving(judge) as served, pytest.raises(StageError) as caught:
+        ask(served.config(**changes), kept, [f"prompt {number}" for number in range(prompts)])
+    assert "stages.evaluate.judge.endpoint" in str(caught.value)
+    assert "run again" in str(caught.value)
+    return caught.value.message
+
+
+def test_every_prompt_is_one_greedy_call_with_a_user_turn(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-somebody-elses")
+    done: list[int] = []
+    with serving(lambda prompt, _: Response(text=f"so much for {prompt}")) as served:
+        endpoint = Endpoint(served.config(concurrency=3, max_tokens=7), kept, max_failed=0.0, where="")
+        replies = endpoint.ask(["a", "b", "c", "b"], done.append)
+    assert [reply.text for reply in replies] == [f"so much for {prompt}" for prompt in "abcb"]
+    assert sorted(done) == [1, 2, 3]
+    assert len(served.requests) == 3, "the same prompt is asked once"
+    for request in served.requests:
+        assert request["model"] == "judge"
+        assert request["temperature"] == 0
+        assert request["max_tokens"] == 7
+        assert [message["role"] for message in request["messages"]] == ["user"]
+    assert not any("somebody" in str(key) for key in served.keys)
+
+
+def test_a_key_comes_from_its_variable_and_stands_nowhere_else(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "sk-canary-123")
+    with serving(lambda prompt, number: Response(text="fine")) as served:
+        ask(served.config(api_key_env="JUDGE_KEY"), kept, ["a"])
+    assert served.keys == ["Bearer sk-canary-123"]
+    assert "canary" not in kept.read_text()
+    refused = Response(status=401, body='{"error": {"message": "wrong key: sk-canary-123"}}')
+    message = failing(lambda *_: refused, kept, api_key_env="JUDGE_KEY")
+    assert "canary" not in message
+    assert "wrong key: ***" in message
+
+
+def test_a_key_that_is_not_there_is_named_before_anything_is_asked(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    with pytest.raises(ConfigError, match="variable JUDGE_KEY is not set"):
+        ask(EndpointConfig(base_url="http://localhost:1/v1", model="m", api_key_env="JUDGE_KEY"), kept, ["a"])
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_what_passes_is_tried_again(kept: Path, status: int) -> None:
+    with serving(lambda _, number: Response(status=status, body="{}") if number == 0 else Response(text="ok")) as served:
+        assert ask(served.config(retries=2), kept, ["a"]) == [Reply(text="ok")]
+    assert len(served.requests) == 2
+
+
+def test_one_call_that_fails_after_its_retries_is_an_error_in_its_place(kept: Path) -> None:
+    def judge(prompt: str, _: int) -> Response:
+        return Response(status=500, body="{}") if prompt == "b" else Response(text="[[A]]")
+
+    with serving(judge) as served:
+        replies = ask(served.config(), kept, ["a", "b", "c", "d", "e"])
+    assert [reply.text for reply in replies] == ["[[A]]", "", "[[A]]", "[[A]]", "[[A]]"]
+    assert "InternalServerError" in replies[1].error
+    assert sum(request["messages"][0]["content"] == "b" for request in served.requests) == 2
+
+
+def test_an_endpoint_that_never_answers_is_a_clear_error(kept: Path) -> None:
+    message = failing(lambda *_: None, kept, timeout=0.1, retries=0)
+    assert "2 of 2 calls" in message
+    assert "timed out" in message.lower()
+
+
+def test_an_endpoint_that_is_down_is_a_clear_error(kept: Path) -> None:
+    with serving(lambda *_: Response()) as served:
+        config = served.config(retries=0)
+    with pytest.raises(StageError, match="1 of 1 calls.*APIConnectionError"):
+        ask(config, kept, ["a"])
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        Response(body="<html>It works!</html>", kind="text/html"),
+        Response(body="{not json"),
+        Response(body="{}"),
+        Response(body='{"choices": []}'),
+        Response(body='[1, 2]'),
+        Response(body='"[[A]]"'),
+        Response(status=404, body='{"error": {"message": "no such model"}}'),
+    ],
+)
+def test_what_is_no_chat_completion_is_a_failure_and_never_a_verdict(kept: Path, response: Response) -> None:
+    assert "2 of 2 calls" in failing(lambda *_: response, kept)
+    assert not kept.exists()
+
+
+def test_words_without_a_verdict_are_a_reply_like_any_other(kept: Path) -> None:
+    with serving(lambda *_: Response(body=None, text="")) as served:
+        assert ask(served.config(), kept, ["a"]) == [Reply(text="")]
+
+
+def test_after_some_failures_in_a_row_nothing_more_is_asked(kept: Path) -> None:
+    with serving(lambda *_: Response(status=400, body="{}")) as served, pytest.raises(StageError) as caught:
+        ask(served.config(), kept, [f"prompt {number}" for number in range(100)], max_failed=1.0)
+    assert f"{GIVE_UP} of {GIVE_UP} calls" in caught.value.message
+    assert len(served.requests) < 2 * GIVE_UP
+
+
+def test_too_large_a_share_of_failures_ends_the_stage_and_what_was_answered_is_kept(kept: Path) -> None:
+    prompts = list("abcd")
+
+    def judge(prompt: str, _: int) -> Response:
+        return Response(status=400, body="{}") if prompt == "b" else Response(text=f"of {prompt}")
+
+    with serving(judge) as served:
+        with pytest.raises(StageError, match="1 of 4 calls"):
+            ask(served.config(), kept, prompts)
+        with kept.open("a") as stream:
+            stream.write('{"key": "cut o')
+    with serving(lambda prompt, _: Response(text=f"now of {prompt}")) as again:
+        config = served.config(base_url=served.url)
+        assert [r.text for r in ask(config, kept, list("acd"))] == ["of a", "of c", "of d"], "nobody is asked"
+        replies = ask(again.config(), kept, prompts)
+    assert [reply.text for reply in replies] == [f"now of {prompt}" for prompt in prompts], "another endpoint is asked"

@@ -1,0 +1,142 @@
+"""Both orders of a pair put together, against cases worked by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from alignment.config.evaluation import JudgeConfig, PairConfig
+from alignment.evaluation.grammar import Verdict
+from alignment.evaluation.pairwise import (
+    BothOrders,
+    agreement,
+    invalid_share,
+    kappa,
+    pairs_of,
+    points_of_scores,
+    position_bias,
+)
+from alignment.evaluation.tables import NOTHING, Intervals, judged_pair
+
+A, B, TIE, BAD = Verdict.first, Verdict.second, Verdict.tie, Verdict.invalid
+
+
+def both(arm_first: Verdict, arm_second: Verdict) -> BothOrders:
+    return BothOrders(arm_first=arm_first, arm_second=arm_second)
+
+
+@pytest.mark.parametrize(
+    ("arm_first", "arm_second", "points", "lean"),
+    [
+        (A, B, 1.0, 0.0),  # the arm's answer both times
+        (B, A, 0.0, 0.0),
+        (TIE, TIE, 0.5, 0.0),
+        (A, A, 0.5, 1.0),  # whichever comes first
+        (B, B, 0.5, -1.0),
+        (A, TIE, 0.5, 0.5),
+        (TIE, A, 0.5, 0.5),
+        (TIE, B, 0.5, -0.5),
+        (B, TIE, 0.5, -0.5),
+        (BAD, B, None, None),
+        (A, BAD, None, None),
+        (BAD, BAD, None, None),
+    ],
+)
+def test_a_win_needs_both_orders(arm_first: Verdict, arm_second: Verdict, points: float, lean: float) -> None:
+    one = both(arm_first, arm_second)
+    assert one.points == points
+    if points is not None:
+        assert one.lean == lean
+        assert one.agree == ((arm_first, arm_second) in [(A, B), (B, A), (TIE, TIE)])
+
+
+JUDGED = [both(A, B), both(A, B), both(B, A), both(TIE, TIE), both(A, A), both(A, TIE), both(B, B), both(A, A),
+          both(A, BAD), both(BAD, BAD)]  # fmt: skip
+
+
+def row(judged: list[BothOrders], **changes: Any) -> dict[str, Any]:
+    told = {"gold": None, "max_invalid": 0.2, "intervals": Intervals(samples=500, seed=0)} | changes
+    return judged_pair("stage:dpo", "stage:sft", [one.points for one in judged], judged, **told)
+
+
+def test_agreement_bias_and_invalid_shares_by_hand() -> None:
+    """Ten prompts, two invalid by three verdicts of twenty. Of eight, four agree; the leans are 1, .5, -1 and 1."""
+    assert invalid_share(JUDGED) == pytest.approx(3 / 20)
+    assert agreement(JUDGED) == pytest.approx(4 / 8)
+    assert position_bias(JUDGED) == pytest.approx(1.5 / 8)
+
+
+def test_a_row_counts_wins_ties_and_losses_and_ties_are_half_a_win() -> None:
+    found = row(JUDGED)
+    assert (found["prompts"], found["wins"], found["ties"], found["losses"]) == (10, 2, 5, 1)
+    assert found["win_rate"]["mean"] == pytest.approx((2 + 5 / 2) / 8)
+    assert found["win_rate"]["low"] < 0.5 < found["win_rate"]["high"]
+    assert found["verdict"] == "no real difference"
+    assert found["gold_agreement"] is None
+
+
+def test_a_judge_that_always_names_the_first_place_tells_nothing_apart() -> None:
+    found = row([both(A, A)] * 20)
+    assert found["win_rate"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert found["position_bias"] == 1.0
+    assert found["agreement"] == 0.0
+    assert found["verdict"] == "no real difference"
+
+
+def test_consistent_verdicts_are_called_better_and_worse() -> None:
+    assert row([both(A, B)] * 20)["verdict"] == "better"
+    assert row([both(B, A)] * 20)["verdict"] == "worse"
+
+
+@pytest.mark.parametrize(("max_invalid", "concludes"), [(0.1, False), (0.15, True), (1.0, True)])
+def test_too_many_invalid_verdicts_conclude_nothing(max_invalid: float, concludes: bool) -> None:
+    found = row(JUDGED, max_invalid=max_invalid)
+    assert (found["win_rate"] is not None) == concludes
+    assert (found["verdict"] != NOTHING) == concludes
+    assert found["wins"] == 2, "what was valid is still told"
+
+
+def test_without_one_valid_verdict_nothing_is_concluded_at_any_bound() -> None:
+    found = row([both(BAD, BAD)] * 4, max_invalid=1.0, gold=[1.0] * 4)
+    assert found["win_rate"] is None
+    assert found["verdict"] == NOTHING
+    assert found["agreement"] is None
+    assert found["gold_kappa"] is None
+
+
+def test_scores_are_compared_and_equal_ones_tie() -> None:
+    assert points_of_scores([0.2, 0.5, 0.1], [0.1, 0.5, 0.3]) == [1.0, 0.5, 0.0]
+
+
+def test_agreement_with_gold_leaves_invalid_prompts_out() -> None:
+    """Judge: win win loss tie tie tie tie tie; gold the same on the first four and wins after."""
+    gold = [1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+    found = row(JUDGED, gold=gold)
+    assert found["gold_agreement"] == pytest.approx(4 / 8)
+    # Chance: wins 2/8 · 6/8, ties 5/8 · 1/8, losses 1/8 · 1/8.
+    chance = (2 * 6 + 5 * 1 + 1 * 1) / 64
+    assert found["gold_kappa"] == pytest.approx((0.5 - chance) / (1 - chance))
+
+
+def test_kappa_by_a_table_worked_by_hand() -> None:
+    """20 both win, 5 win/lose, 10 lose/win, 15 both lose: .7 observed, .5 by chance, so κ = .4."""
+    one = [1.0] * 25 + [0.0] * 25
+    other = [1.0] * 20 + [0.0] * 5 + [1.0] * 10 + [0.0] * 15
+    assert kappa(one, other) == pytest.approx(0.4)
+    assert kappa(one, one) == pytest.approx(1.0)
+    assert kappa([1.0, 1.0], [1.0, 1.0]) is None
+
+
+def test_trained_arms_meet_reference_and_prompted_base_unless_pairs_are_named() -> None:
+    arms = ["base", "base+prompt", "base+few-shot", "stage:sft", "stage:dpo", "path:other"]
+    assert pairs_of(JudgeConfig(), arms, reference="stage:sft") == [
+        ("stage:sft", "base+prompt"),
+        ("stage:dpo", "stage:sft"),
+        ("stage:dpo", "base+prompt"),
+        ("path:other", "stage:sft"),
+        ("path:other", "base+prompt"),
+    ]
+    assert pairs_of(JudgeConfig(), ["base", "stage:dpo"], reference="stage:sft") == []
+    named = JudgeConfig(pairs=[PairConfig(arm="stage:dpo", against="base")])
+    assert pairs_of(named, arms, reference="stage:sft") == [("stage:dpo", "base")]
