@@ -42,7 +42,7 @@ class Served:
 
 
 @contextmanager
-def serving(judge: Judge) -> Iterator[Served]:
+def serving(judge: Judge, *, port: int = 0) -> Iterator[Served]:
     """Serves until the block ends; calls that were never answered are then let go."""
     over = threading.Event()
     lock = threading.Lock()
@@ -62,7 +62,11 @@ def serving(judge: Judge) -> Iterator[Served]:
                 return
             body = response.body
             if body is None:
-                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": response.text}}
+                choice = {
+                    "index": 0,
+                    "finish_reason": "stop",
+                    "message": {"role": "assistant", "content": response.text},
+                }
                 completion = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge"}
                 body = json.dumps(completion | {"choices": [choice]})
             self.send_response(response.status)
@@ -75,7 +79,7 @@ def serving(judge: Judge) -> Iterator[Served]:
         def log_message(self, *_: Any) -> None:
             """Tests have their own output."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

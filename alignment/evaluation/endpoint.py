@@ -116,10 +116,10 @@ class Endpoint:
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def _write(self, key: str, text: str) -> None:
-        """Called by one thread only."""
+        """Called by one thread only. A line begins with its break: the one before may have been cut off."""
         self._kept.parent.mkdir(parents=True, exist_ok=True)
         with self._kept.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"key": key, "text": text}, ensure_ascii=False) + "\n")
+            stream.write("\n" + json.dumps({"key": key, "text": text}))
 
 
 def api_key(config: EndpointConfig, *, where: str) -> str:
@@ -158,7 +158,7 @@ def _read(kept: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     if not kept.is_file():
         return found
-    for line in kept.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in filter(None, kept.read_text(encoding="utf-8", errors="replace").split("\n")):
         try:
             told = json.loads(line)
             found[told["key"]] = told["text"]

@@ -71,7 +71,9 @@ def test_a_key_that_is_not_there_is_named_before_anything_is_asked(kept: Path, m
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_what_passes_is_tried_again(kept: Path, status: int) -> None:
-    with serving(lambda _, number: Response(status=status, body="{}") if number == 0 else Response(text="ok")) as served:
+    with serving(
+        lambda _, number: Response(status=status, body="{}") if number == 0 else Response(text="ok")
+    ) as served:
         assert ask(served.config(retries=2), kept, ["a"]) == [Reply(text="ok")]
     assert len(served.requests) == 2
 
@@ -96,7 +98,7 @@ def test_an_endpoint_that_never_answers_is_a_clear_error(kept: Path) -> None:
 def test_an_endpoint_that_is_down_is_a_clear_error(kept: Path) -> None:
     with serving(lambda *_: Response()) as served:
         config = served.config(retries=0)
-    with pytest.raises(StageError, match="1 of 1 calls.*APIConnectionError"):
+    with pytest.raises(StageError, match=r"1 of 1 calls.*APIConnectionError"):
         ask(config, kept, ["a"])
 
 
@@ -107,7 +109,7 @@ def test_an_endpoint_that_is_down_is_a_clear_error(kept: Path) -> None:
         Response(body="{not json"),
         Response(body="{}"),
         Response(body='{"choices": []}'),
-        Response(body='[1, 2]'),
+        Response(body="[1, 2]"),
         Response(body='"[[A]]"'),
         Response(status=404, body='{"error": {"message": "no such model"}}'),
     ],
@@ -139,7 +141,7 @@ def test_too_large_a_share_of_failures_ends_the_stage_and_what_was_answered_is_k
         with pytest.raises(StageError, match="1 of 4 calls"):
             ask(served.config(), kept, prompts)
         with kept.open("a") as stream:
-            stream.write('{"key": "cut o')
+            stream.write('\n{"key": "cut o')
     with serving(lambda prompt, _: Response(text=f"now of {prompt}")) as again:
         config = served.config(base_url=served.url)
         assert [r.text for r in ask(config, kept, list("acd"))] == ["of a", "of c", "of d"], "nobody is asked"

@@ -1,0 +1,101 @@
+"""A judge served by transformers on this machine, asked through the real client by the user's command."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from alignment import bundled
+from alignment.evaluation.grammar import verdict_of
+from tests.e2e.conftest import Align
+
+NEEDED = ("openai", "fastapi", "uvicorn")
+"""The client, and what ``transformers serve`` is built on."""
+
+BOOTED = 90
+"""Seconds within which the server must answer."""
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """URL and model name of the shipped model behind ``transformers serve``."""
+    for package in NEEDED:
+        pytest.importorskip(package, reason=f"transformers serve needs {', '.join(NEEDED[1:])}: pip install {package}")
+    model = bundled.lookup("smollm2-135m")
+    if not bundled.is_ready(model):
+        pytest.skip("the shipped model is not on this machine; a run of the quickstart fetches it")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    name = str(bundled.folder(model))
+    argv = [sys.executable, "-m", "transformers.cli.transformers", "serve", name, "--device", "cpu"]
+    log = tmp_path / "server.log"
+    with log.open("wb") as sink:
+        server = subprocess.Popen(
+            [*argv, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=sink,
+            stderr=sink,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )
+    try:
+        _wait(f"http://127.0.0.1:{port}/health", server, log)
+        yield f"http://127.0.0.1:{port}/v1", name
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + BOOTED
+    while True:
+        assert server.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_served_model_judges_in_both_orders(
+    served: tuple[str, str], new_forked: Callable[[], Align], tmp_path: Path
+) -> None:
+    """A model of 135 million parameters is a poor judge; what it says is counted, and no silence becomes a verdict."""
+    url, model = served
+    align = replace(new_forked(), recipe="quickstart")
+    others = [f"~stages.{stage}" for stage in ("sft", "reward", "dpo", "ppo")]
+    printed = align(
+        "run",
+        *others,
+        "stages.evaluate.arms=[base,base+prompt,base+few-shot]",
+        "stages.evaluate.few_shot.count=1",
+        "stages.evaluate.reference=base",
+        "stages.evaluate.reward=null",
+        "stages.evaluate.judge.kind=endpoint",
+        "stages.evaluate.judge.max_prompts=2",
+        "stages.evaluate.judge.pairs=[{arm: base+few-shot, against: base}]",
+        f"stages.evaluate.judge.endpoint={{base_url: '{url}', model: '{model}', max_tokens: 24}}",
+    )
+    told = json.loads((align.artifact("evaluate") / "evaluation.json").read_text())
+    lines = (align.artifact("evaluate") / "judgements.jsonl").read_text().splitlines()
+    calls = [json.loads(line) for line in lines]
+    assert [call["shown_first"] for call in calls] == ["base+few-shot", "base"] * 2
+    for call in calls:
+        assert call["text"], "it answered"
+        assert not call["error"]
+        assert call["verdict"] == verdict_of(call["text"]).value
+    (pair,) = told["judge"]["pairs"]
+    assert pair["invalid"] == sum(call["verdict"] == "invalid" for call in calls) / len(calls)
+    assert pair["verdict"] in printed
+    assert [arm["name"] for arm in told["arms"]] == ["base", "base+prompt", "base+few-shot"]
