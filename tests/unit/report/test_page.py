@@ -345,3 +345,42 @@ def spoil(tree, rng: random.Random) -> None:
         else:
             tree[key] = copy.deepcopy(rng.choice(JUNK))
             return
+
+
+def test_an_evaluation_with_a_judge_shows_its_pairs_and_what_can_be_concluded(fake_run):
+    rate = {"mean": 0.62, "low": 0.53, "high": 0.71}
+    pair = {
+        "arm": "stage:dpo", "against": "stage:sft", "wins": 50, "ties": 24, "losses": 26, "win_rate": rate,
+        "verdict": "better", "invalid": 0.015, "agreement": 0.81, "position_bias": -0.12, "gold_agreement": 0.7,
+        "gold_kappa": 0.44,
+    }  # fmt: skip
+    none = pair | {"against": "base+prompt", "win_rate": None, "verdict": "nothing can be concluded", "invalid": 1.0}
+    fake_run.evaluation["judge"] = {"name": "a <b>judge</b>", "num_prompts": 100, "pairs": [pair, none, {"arm": "x"}]}
+    fake_run.evaluation["conclusions"] = ["100 prompts, by gold: <i>nothing</i>.", 7]
+    html = fake_run.html()
+    rows = re.findall(r"<tr><th scope=\"row\"><bdi>dpo</bdi></th><td><bdi>(.*?)</bdi></td>(.*?)</tr>", html)
+    assert [against for against, _ in rows] == ["sft", "base+prompt"]
+    for shown in ("0.62", "0.53 to 0.71", "50 / 24 / 26", "81", "−0.12", "κ 0.44", "better"):
+        assert shown in rows[0][1]
+    assert "<td>–</td>" in rows[1][1]
+    assert "nothing can be concluded" in rows[1][1]
+    assert "a &lt;b&gt;judge&lt;/b&gt;" in html
+    assert "by gold: &lt;i&gt;nothing&lt;/i&gt;." in html
+
+
+def test_an_evaluation_of_before_there_were_judges_is_shown_as_it_was(fake_run):
+    html = fake_run.html()
+    assert "Pairs before a judge" not in html
+    row = re.search(r"<tr><th scope=\"row\"><bdi>base\+prompt</bdi></th>(.*?)</tr>", html).group(1)
+    assert "<td>52.0</td>" in row, "words without an interval"
+
+
+def test_shares_and_losses_are_shown_with_their_intervals(fake_run):
+    figures = {"refusals": {"mean": 0.03, "low": 0.0, "high": 0.07}, "loss": {"mean": 1.5, "low": 1.4, "high": 1.6}}
+    figures["ended"] = {"mean": 0.98, "low": 0.95, "high": 1.0}
+    fake_run.evaluation["arms"][0] |= figures
+    html = fake_run.html()
+    row = re.search(r"<tr><th scope=\"row\"><bdi>base</bdi></th>(.*?)</tr>", html).group(1)
+    assert "1.40 to 1.60" in row
+    assert "3\u202f%<small>0\u202f% to 7\u202f%</small>" in row
+    assert "2 of 100 from base" in html

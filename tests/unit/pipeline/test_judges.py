@@ -1,0 +1,157 @@
+"""Evaluations with a judge, examples or models from outside: planned, or refused before anything starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from alignment.errors import ConfigError, DataError
+from alignment.pipeline.launching import why_not_here
+from alignment.pipeline.plan import Plan
+from alignment.pipeline.summary import show_evaluation
+from tests.unit.pipeline.conftest import TURN, MakePlan
+from tests.unit.pipeline.worker import INTERVAL
+
+JUDGE = "stages.evaluate.judge"
+ENDPOINT = [
+    f"{JUDGE}.kind=endpoint",
+    f"{JUDGE}.endpoint.base_url='http://localhost:8000/v1'",
+    f"{JUDGE}.endpoint.model=m",
+]
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ([f"{JUDGE}.kind=rules"], f"{JUDGE}.kind: 'rules' is not allowed; one of: none, rule, reward, endpoint"),
+        ([f"{JUDGE}.kind=endpoint"], f"{JUDGE}.endpoint.base_url: missing"),
+        ([f"{JUDGE}.kind=endpoint"], f"{JUDGE}.endpoint.model: missing"),
+        ([f"{JUDGE}.kind=rule", f"{JUDGE}.endpoint.model=m"], f"{JUDGE}.endpoint: read by nothing"),
+        ([f"{JUDGE}.pairs=[{{arm: base, against: stage:sft}}]"], f"{JUDGE}.pairs: read by nothing"),
+        ([f"{JUDGE}.kind=reward", "stages.evaluate.reward=null"], f"{JUDGE}.kind: 'reward' judges by"),
+        ([f"{JUDGE}.kind=rule", "stages.evaluate.arms=[base]"], f"{JUDGE}.pairs: no trained arm meets"),
+        (
+            [f"{JUDGE}.kind=rule", f"{JUDGE}.pairs=[{{arm: stage:dop, against: base}}]"],
+            f"{JUDGE}.pairs[0].arm: 'stage:dop' is no arm of this evaluation; did you mean 'stage:dpo'?",
+        ),
+        (
+            [f"{JUDGE}.kind=rule", f"{JUDGE}.pairs=[{{arm: base, against: base}}]"],
+            f"{JUDGE}.pairs[0]: 'base' cannot meet itself",
+        ),
+        ([*ENDPOINT, f"{JUDGE}.endpoint.base_url=localhost:8000"], f"{JUDGE}.endpoint.base_url: 'localhost:8000' is"),
+        ([*ENDPOINT, f"{JUDGE}.endpoint.base_url='https://me:pass@host/v1'"], "without a key or a password in it"),
+        ([*ENDPOINT, f"{JUDGE}.endpoint.base_url='https://host/v1?key=1'"], "without a key or a password in it"),
+        ([*ENDPOINT, f"{JUDGE}.endpoint.api_key_env=sk-123"], "the name of an environment variable"),
+        ([*ENDPOINT, f"{JUDGE}.endpoint.timeout=0"], f"{JUDGE}.endpoint.timeout: 0 is not allowed"),
+        ([*ENDPOINT, f"{JUDGE}.max_invalid=1.5"], f"{JUDGE}.max_invalid: 1.5 is not allowed"),
+        (["stages.evaluate.few_shot.count=0"], "stages.evaluate.few_shot.count: 0 is not allowed"),
+        (["stages.evaluate.reference=base+few-shot"], "'base+few-shot' is an arm of an evaluation"),
+        (["stages.sft.init=base+few-shot"], "'base+few-shot' is an arm of an evaluation"),
+    ],
+)
+def test_a_judge_that_cannot_judge_is_refused(plan: MakePlan, told: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(*told)
+    assert words in str(caught.value)
+
+
+def test_without_the_client_an_endpoint_is_refused_with_what_to_install(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan(*ENDPOINT)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openai" else find(name))
+    with pytest.raises(ConfigError, match=r"pip install 'openai>=3,<4'"):
+        plan(*ENDPOINT)
+    plan(f"{JUDGE}.kind=rule")
+
+
+def test_a_key_that_is_not_set_stops_a_run_and_no_plan(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    planned = plan(*ENDPOINT, f"{JUDGE}.endpoint.api_key_env=JUDGE_KEY")
+    assert "the environment variable JUDGE_KEY is not set" in why_not_here(planned)
+    monkeypatch.setenv("JUDGE_KEY", "sk-canary")
+    assert why_not_here(planned) == ""
+    assert "canary" not in repr(planned)
+
+
+def evaluation(plan: Plan) -> str:
+    return next(stage.fingerprint for stage in plan.stages if stage.name == "evaluate")
+
+
+def test_how_an_endpoint_is_asked_changes_no_result_and_whom_and_what_does(plan: MakePlan) -> None:
+    before = evaluation(plan(*ENDPOINT))
+    for told in ("timeout=3", "retries=0", "concurrency=9", "api_key_env=PATH"):
+        assert evaluation(plan(*ENDPOINT, f"{JUDGE}.endpoint.{told}")) == before
+    for told in ("model=other", "criteria=Shorter.", "base_url='http://localhost:1/v1'"):
+        assert evaluation(plan(*ENDPOINT, f"{JUDGE}.endpoint.{told}")) != before
+
+
+ARMS = "stages.evaluate.arms=[base,base+few-shot]"
+
+
+def test_examples_count_where_there_is_an_arm_for_them(plan: MakePlan, tmp_path: Path) -> None:
+    source = f"stages.evaluate.few_shot.data.source=path:{tmp_path}/conversations.jsonl"
+    (stage,) = [one for one in plan(ARMS, source).stages if one.name == "evaluate"]
+    assert stage.extra_data == {"few_shot.data": tmp_path / "conversations.jsonl"}
+    before, without = evaluation(plan(ARMS, source)), evaluation(plan(source))
+    answer = {"role": "assistant", "content": "On 22 March."}
+    (tmp_path / "conversations.jsonl").write_text(json.dumps({"messages": [TURN, answer]}) + "\n")
+    assert evaluation(plan(ARMS, source)) != before
+    assert evaluation(plan(source, "stages.evaluate.arms=[base]")) != without
+    (tmp_path / "conversations.jsonl").write_text("{}\n")
+    with pytest.raises(DataError):
+        plan(ARMS, source)
+
+
+def test_a_model_from_outside_may_be_an_arm(plan: MakePlan, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    (other / "model.safetensors").write_bytes(b"others")
+    planned = plan(f"stages.evaluate.arms=['path:{other}','hub:org/name@main']")
+    (stage,) = [one for one in planned.stages if one.name == "evaluate"]
+    assert stage.arms[f"path:{other}"].path == other
+    assert not planned.sources["hub:org/name@main"].ready, "a run downloads it"
+
+
+def test_an_empty_evaluation_set_is_refused(plan: MakePlan, tmp_path: Path) -> None:
+    (tmp_path / "heldout.jsonl").write_text("")
+    with pytest.raises(DataError, match="holds no row"):
+        plan()
+
+
+ARM = {"name": "stage:dpo", "label": "dpo", "words": 21.4, "reward": None, "kl": None} | dict.fromkeys(
+    ("gold", "style", "facts"), INTERVAL
+)
+OLD = {"num_prompts": 3, "arms": [ARM], "comparisons": [], "tasks": {}}
+
+
+def shown(told: dict[str, object]) -> str:
+    console = Console(width=200, record=True)
+    show_evaluation(console, told)
+    return console.export_text()
+
+
+def test_win_rates_stand_in_a_line_each_where_a_judge_was() -> None:
+    pair = {"arm": "stage:dpo", "against": "stage:sft", "invalid": 0.4}
+    rate = {"mean": 0.62, "low": 0.53, "high": 0.71}
+    pairs = [
+        pair | {"win_rate": rate, "verdict": "better"},
+        pair | {"win_rate": None, "verdict": "nothing can be concluded"},
+    ]
+    arms = [ARM | {"words": {"mean": 20.0}, "loss": {"mean": 1.234}}]
+    printed = shown(OLD | {"arms": arms, "judge": {"name": "some-model", "pairs": pairs}})
+    assert "by some-model, dpo wins 0.62 (0.53 to 0.71) against stage:sft: better" in printed
+    assert "of dpo and stage:sft: nothing can be concluded (40% of verdicts invalid)" in printed
+    assert "1.23" in printed
+
+
+def test_an_evaluation_of_before_there_were_judges_is_shown_as_it_was() -> None:
+    printed = shown(OLD)
+    assert "21.4" in printed
+    assert "wins" not in printed
