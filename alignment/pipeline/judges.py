@@ -13,8 +13,11 @@ from alignment.evaluation.endpoint import PACKAGE
 from alignment.evaluation.pairwise import pairs_of
 
 
-def faults(stage: EvaluateConfig, where: str) -> Iterator[Fault]:
-    """Everything wrong with the judge of an evaluation; ``where`` is the stage's place."""
+def faults(stage: EvaluateConfig, where: str, *, hang_seconds: float) -> Iterator[Fault]:
+    """Everything wrong with the judge of an evaluation; ``where`` is the stage's place.
+
+    A stage that does nothing for ``hang_seconds`` (0: however long) is ended.
+    """
     judge = stage.judge
     place = f"{where}.judge"
     if judge.kind is JudgeKind.none:
@@ -25,7 +28,10 @@ def faults(stage: EvaluateConfig, where: str) -> Iterator[Fault]:
     if judge.kind is JudgeKind.reward and stage.reward is None:
         yield Fault(where=f"{place}.kind", message=f"'reward' judges by {where}.reward, which is null; name a model")
     if judge.kind is JudgeKind.endpoint:
-        yield from _endpoint_faults(judge.endpoint, place)
+        yield from _endpoint_faults(judge.endpoint, f"{place}.endpoint", hang_seconds)
+        if importlib.util.find_spec("openai") is None:
+            message = f"an endpoint is asked by the package openai, which is not installed; pip install '{PACKAGE}'"
+            yield Fault(where=f"{place}.kind", message=message)
     elif judge.endpoint != EndpointConfig():
         message = f"read by nothing; only judge.kind 'endpoint' reads it, and it is '{judge.kind.value}'"
         yield Fault(where=f"{place}.endpoint", message=message)
@@ -46,10 +52,14 @@ def _pair_faults(stage: EvaluateConfig, place: str) -> Iterator[Fault]:
         yield Fault(where=f"{place}.pairs", message=message)
 
 
-def _endpoint_faults(endpoint: EndpointConfig, place: str) -> Iterator[Fault]:
+def _endpoint_faults(endpoint: EndpointConfig, place: str, hang_seconds: float) -> Iterator[Fault]:
     for name, example in (("base_url", "http://localhost:8000/v1"), ("model", "the name that the endpoint knows")):
         if not getattr(endpoint, name):
-            yield Fault(where=f"{place}.endpoint.{name}", message=f"missing; such as {example}")
-    if importlib.util.find_spec("openai") is None:
-        message = f"an endpoint is asked by the package openai, which is not installed; pip install '{PACKAGE}'"
-        yield Fault(where=f"{place}.kind", message=message)
+            yield Fault(where=f"{place}.{name}", message=f"missing; such as {example}")
+    longest = endpoint.timeout * (1 + endpoint.retries)
+    if 0 < hang_seconds <= longest:
+        message = (
+            f"{endpoint.timeout:g} seconds, {1 + endpoint.retries} times, are more than launch.hang_seconds "
+            f"({hang_seconds:g}), after which the stage would be taken to be stuck; lower it, or raise that"
+        )
+        yield Fault(where=f"{place}.timeout", message=message)

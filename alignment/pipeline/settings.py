@@ -40,7 +40,7 @@ def faults(config: RunConfig) -> list[Fault]:
             found += _data_faults(stage.questions, f"{where}.questions")
         if isinstance(stage, EvaluateConfig):
             found += _data_faults(stage.few_shot.data, f"{where}.few_shot.data")
-            found += judges.faults(stage, where)
+            found += judges.faults(stage, where, hang_seconds=config.launch.hang_seconds)
     return found
 
 

@@ -74,12 +74,11 @@ def _answers(
     asked: Mapping[str, Asked],
     rows: Sequence[HeldOutPrompt],
 ) -> dict[str, Answered]:
-    arms = {}
-    for number, (name, one) in enumerate(asked.items()):
-        before, total = number * len(rows), len(asked) * len(rows)
+    arms: dict[str, Answered] = {}
+    for name, one in asked.items():
 
-        def progress(done: int, before: int = before, total: int = total) -> None:
-            context.progress("answering", before + done, total)
+        def progress(done: int, before: int = len(arms) * len(rows)) -> None:
+            context.progress("answering", before + done, len(asked) * len(rows))
 
         compared = _is_compared(one) and not _is_reference(name, context)
         arms[name] = answers_of(one, config, context, policies, rows, with_logprobs=compared, progress=progress)

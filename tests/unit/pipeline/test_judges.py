@@ -47,6 +47,7 @@ ENDPOINT = [
         ([*ENDPOINT, f"{JUDGE}.endpoint.base_url='https://host/v1?key=1'"], "without a key or a password in it"),
         ([*ENDPOINT, f"{JUDGE}.endpoint.api_key_env=sk-123"], "the name of an environment variable"),
         ([*ENDPOINT, f"{JUDGE}.endpoint.timeout=0"], f"{JUDGE}.endpoint.timeout: 0 is not allowed"),
+        ([*ENDPOINT, f"{JUDGE}.endpoint.timeout=300"], f"{JUDGE}.endpoint.timeout: 300 seconds, 3 times, are more"),
         ([*ENDPOINT, f"{JUDGE}.max_invalid=1.5"], f"{JUDGE}.max_invalid: 1.5 is not allowed"),
         (["stages.evaluate.few_shot.count=0"], "stages.evaluate.few_shot.count: 0 is not allowed"),
         (["stages.evaluate.reference=base+few-shot"], "'base+few-shot' is an arm of an evaluation"),
