@@ -73,6 +73,7 @@ def read_spec(path: Path) -> StageSpec:
         artifact=Path(raw["artifact"]),
         work=Path(raw["work"]),
         run_folder=Path(raw["run_folder"]),
+        recipe=raw["recipe"],
         tracking=TrackingConfig(**raw["tracking"]),
         **{
             name: raw[name]

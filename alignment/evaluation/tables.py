@@ -44,7 +44,6 @@ class Intervals:
         return ratio_interval(values, sizes, samples=self.samples, seed=self.seed)
 
 
-
 def labels(arms: Sequence[str]) -> dict[str, str]:
     """What a reader calls each arm: ``stage:dpo`` → ``dpo``, ``path:/models/tiny`` → ``tiny``; no two the same."""
     short = {

@@ -213,7 +213,7 @@ def _expand(override: Override, keys: list[str], files: dict[str, list[str]]) ->
     matching = [key for key in keys if key == wanted or (override.package is None and key.split("@")[0] == group)]
     if not matching:
         return [], Fault(where=where, message=f"the recipe does not choose that; {suggestion(wanted, keys)}")
-    told = f"[{','.join(chosen)}]" if isinstance(choice, list) else choice
+    told = f"[{','.join(map(str, chosen))}]" if isinstance(choice, list) else choice
     return [f"{key}={told}" for key in matching], None
 
 

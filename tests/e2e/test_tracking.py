@@ -27,8 +27,11 @@ SECRETS = {
     "OPENAI_API_KEY": f"sk-{CANARY}",
     "GIT_ASKPASS_TOKEN": CANARY,
 }
+AGENT = {"WANDB_SWEEP_ID": "5weep", "WANDB_RUN_ID": "tr1al", "WANDB_PROJECT": "alignment"}
+OTHERS = ("sft", "reward", "ppo", "report")
+OF_THE_OTHERS = tuple(f"stages.{stage}." for stage in OTHERS)
 FEW = (
-    *(f"~stages.{stage}" for stage in ("sft", "reward", "ppo", "report")),
+    *(f"~stages.{stage}" for stage in OTHERS),
     "stages.dpo.init=base",
     "stages.evaluate={arms: [base, 'stage:dpo'], reference: base, reward: null}",
 )
@@ -48,27 +51,31 @@ def _agent_s_command(params: dict[str, Any]) -> list[str]:
 
 def _repository(folder: Path) -> Path:
     """A git repository whose remote has a password in it, to be called from."""
+    folder.mkdir()
     for argv in (["init", "-q"], ["remote", "add", "origin", f"https://me:{CANARY}@example.org/mine.git"]):
         subprocess.run(["git", *argv], cwd=folder, check=True)
     return folder
 
 
-def test_an_agent_s_trial_is_tracked_whole_and_tells_no_secret(new_align: Callable[[], Align], tmp_path: Path) -> None:
-    align = new_align()
-    (tmp_path / "bin").mkdir()
-    program = tmp_path / "bin" / "align"
+def _program(folder: Path) -> Path:
+    """``align``, as an installation puts it on the path."""
+    folder.mkdir()
+    program = folder / "align"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m alignment.cli "$@"\n')
     program.chmod(0o755)
-    root = Path(__file__).parents[2]
-    variables = align.environment | SECRETS
-    variables |= {"WANDB_SWEEP_ID": "5weep", "WANDB_RUN_ID": "tr1al", "WANDB_PROJECT": "alignment"}
-    variables |= {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "PYTHONPATH": str(root)}
-    variables["PATH"] = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
-    overrides = align.argv("run", "tracking=[jsonl,wandb,tensorboard]", *FEW)
-    small = [one for one in overrides[overrides.index("quickstart") + 1 :] if not one.startswith(_GONE)]
+    return program
+
+
+def _trial(align: Align, folder: Path) -> str:
+    """Runs a trial as an agent would, secrets and all; returns what it printed."""
+    variables = align.environment | SECRETS | AGENT | {"WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
+    variables["PATH"] = f"{_program(folder / 'bin').parent}{os.pathsep}{os.environ['PATH']}"
+    variables["PYTHONPATH"] = str(Path(__file__).parents[2])
+    argv = align.argv("run", "tracking=[jsonl,wandb,tensorboard]", *FEW)
+    overrides = [one for one in argv[argv.index("quickstart") + 1 :] if not one.startswith(OF_THE_OTHERS)]
     done = subprocess.run(
-        [*_agent_s_command({"stages.dpo.beta": 0.3}), *small],
-        cwd=_repository(tmp_path),
+        [*_agent_s_command({"stages.dpo.beta": 0.3}), *overrides],
+        cwd=_repository(folder / "mine"),
         env=variables,
         capture_output=True,
         text=True,
@@ -76,28 +83,34 @@ def test_an_agent_s_trial_is_tracked_whole_and_tells_no_secret(new_align: Callab
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr + align.logs()
+    return done.stdout + done.stderr
 
-    runs = {name: _records(align.output / "runs/quickstart.tr1al" / name) for name in ("dpo", "evaluate")}
+
+def test_an_agent_s_trial_is_tracked_whole_and_tells_no_secret(new_align: Callable[[], Align], tmp_path: Path) -> None:
+    align = new_align()
+    printed = _trial(align, tmp_path)
+    run_folder = align.output / "runs/quickstart.tr1al"
     dpo = verify(next(align.output.glob("artifacts/dpo-*")), content=False)
     assert dpo.identity["config"]["beta"] == 0.3
-    told = {name: next(one.run for one in found if one.HasField("run")) for name, found in runs.items()}
-    assert told["dpo"].run_id == stable_id("quickstart.tr1al", "dpo", dpo.fingerprint)
-    assert (told["evaluate"].run_id, told["evaluate"].sweep_id) == ("tr1al", "5weep")
-    assert {run.run_group for run in told.values()} == {"5weep"}
-    summary = [line for one in runs["evaluate"] for line in one.summary.update if line.key == "gold/dpo"]
+
+    found = {name: _records(run_folder / name) for name in ("dpo", "evaluate")}
+    runs = {name: next(one.run for one in told if one.HasField("run")) for name, told in found.items()}
+    assert runs["dpo"].run_id == stable_id("quickstart.tr1al", "dpo", dpo.fingerprint)
+    assert (runs["evaluate"].run_id, runs["evaluate"].sweep_id) == ("tr1al", "5weep")
+    assert {run.run_group for run in runs.values()} == {"5weep"}
+    summary = [line for one in found["evaluate"] for line in one.summary.update if line.key == "gold/dpo"]
     assert [json.loads(line.value_json) for line in summary] == [_gold_of_dpo(align.output)]
-    made, used = ({one.artifact.name for one in found if one.artifact.type == "policy"} for found in runs.values())
+    made, used = ({one.artifact.name for one in told if one.artifact.type == "policy"} for told in found.values())
     assert made == used == {f"dpo-{dpo.fingerprint[:8]}"}
-    assert len(list(align.output.glob("runs/*/*/tensorboard/events.*"))) == 2
+    for name in ("dpo", "evaluate"):
+        assert list((run_folder / name / "tensorboard").glob("events.*"))
+    assert list((run_folder / "evaluate").rglob("arms_*.table.json"))
 
-    files = [path for folder in (align.output, tmp_path) for path in folder.rglob("*") if path.is_file()]
-    git = tmp_path / ".git"
-    assert [path for path in files if not path.is_relative_to(git) and CANARY.encode() in path.read_bytes()] == []
-    assert CANARY not in done.stdout + done.stderr
-    assert not list(tmp_path.glob("wandb"))
-
-
-_GONE = tuple(f"stages.{stage}." for stage in ("sft", "reward", "ppo", "report"))
+    files = [path for path in align.output.rglob("*") if path.is_file()]
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+    assert CANARY not in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "mine"], "nothing outside the run's folder"
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [".git"]
 
 
 def _records(folder: Path) -> list[Any]:

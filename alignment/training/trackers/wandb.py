@@ -74,8 +74,9 @@ class WandbTracker(Tracker):
         self._run.log_artifact(self._artifact(manifest, folder))
 
     def close(self, *, done: bool) -> None:
-        """Waits for what is on its way."""
+        """Waits for what is on its way, and for the process that writes it to the disk."""
         self._run.finish(exit_code=0 if done else 1)
+        self._wandb.teardown()
 
     def _declare_inputs(self, spec: StageSpec) -> None:
         """As `use_artifact` does, which waits for a server and offline does nothing but refuse."""
@@ -123,7 +124,7 @@ def _own_folder(spec: StageSpec) -> Path:
     return folder
 
 
-def _belonging(spec: StageSpec) -> dict[str, str | None]:
+def _belonging(spec: StageSpec) -> dict[str, Any]:
     """Whose the W&B run is, and its id. An evaluation under an agent is the agent's run, which says all that itself."""
     if "WANDB_SWEEP_ID" in os.environ and spec.config.kind == "evaluate":
         return {}

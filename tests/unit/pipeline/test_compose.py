@@ -135,10 +135,7 @@ FAULTY = [
         "tracking=[jsonl,wandbb]: no tracking 'wandbb'; did you mean 'wandb'?",
     ),
     ("tracking=[[wandb]]", "tracking=[[wandb]]: no tracking '['wandb']'; did you mean 'wandb'?"),
-    (
-        "adapter=[lora,full]",
-        "adapter=[lora,full]: no adapter '['lora', 'full']'; one of: dora, full, full_without_masters, lora, prefix, qlora",
-    ),
+    ("launch=[]", "launch=[]: no launch '[]'; one of: ddp, fsdp, local, slurm, zero1, zero2, zero3"),
     ("profile=smok", "profile=smok: no profile 'smok'; did you mean 'smoke'?"),
     ("~profile", "~profile: write profile=NAME, once"),
     ("profile@stages=smoke", "profile@stages=smoke: write profile=NAME, once"),

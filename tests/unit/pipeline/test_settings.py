@@ -66,9 +66,8 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_command_that_instal
     with pytest.raises(ConfigError) as caught:
         plan("tracking=[wandb,tensorboard]")
     for name, package in (("wandb", "wandb>=0.31,<0.32"), ("tensorboard", "tensorboard>=2.20,<3")):
-        assert f"tracking.{name}: {name} is not installed; pip install '{package}', or leave it out" in str(
-            caught.value
-        )
+        told = f"tracking.{name}: {name} is not installed; pip install '{package}', or leave it out"
+        assert told in str(caught.value)
         assert f'{name} = ["{package}"]' in PROJECT.read_text(encoding="utf-8"), "as the extra has it"
 
 

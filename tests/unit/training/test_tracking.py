@@ -1,4 +1,4 @@
-"""Trackers: what they are told, one id a stage, nothing twice, nothing secret, and never the reason a training stops."""
+"""Trackers: what they are told, one id a stage, nothing twice, and never the reason a training stops."""
 
 from __future__ import annotations
 
@@ -283,10 +283,8 @@ def test_an_offline_run_holds_the_lineage_of_our_manifests_and_no_weights(tmp_pa
     assert (made.name, made.type, made.use_after_commit) == ("dpo-0123abcd", "policy", False)
     for one in (used, made):
         (file,) = one.manifest.contents
-        assert (file.path, file.local_path) == (
-            "manifest.json",
-            str(tmp_path / "artifacts" / one.name / "manifest.json"),
-        )
+        assert file.path == "manifest.json"
+        assert file.local_path == str(tmp_path / "artifacts" / one.name / "manifest.json")
     assert json.loads(made.metadata)["inputs"] == {"init": json.loads(used.metadata)["fingerprint"]}
 
 
