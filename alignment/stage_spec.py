@@ -77,16 +77,7 @@ def read_spec(path: Path) -> StageSpec:
         tracking=TrackingConfig(**raw["tracking"]),
         **{
             name: raw[name]
-            for name in (
-                "run",
-                "recipe",
-                "stage",
-                "fingerprint",
-                "identity",
-                "input_fingerprints",
-                "seed",
-                "git_commit",
-            )
+            for name in ("run", "stage", "fingerprint", "identity", "input_fingerprints", "seed", "git_commit")
         },
     )
 
