@@ -72,5 +72,6 @@ class Trackers:
 
     def _give_up(self, name: str, error: Exception) -> None:
         self._open.pop(name, None)
-        self.faults.append(f"{name} failed and is not used any more in this stage: {error}")
+        why = " ".join(str(error).split()) or type(error).__name__
+        self.faults.append(f"{name} failed and is not used any more in this stage: {why}")
         log.warning("%s", self.faults[-1])
