@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.artifacts import read_manifest
-from alignment.config.stage import ForgettingConfig, PpoConfig, StageConfig
+from alignment.config.stage import DpoConfig, ForgettingConfig, PpoConfig, StageConfig
 from alignment.errors import Forgot
 from alignment.pipeline.plan import PlannedStage
 
@@ -32,8 +32,8 @@ def refuse(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig]) -
     if failed:
         arms = [row["name"] for _, told in failed for row in told["arms"] if not row["passed"]]
         remedies = [_remedy(arm, configs) for arm in dict.fromkeys(arms)]
-        limits = " and ".join(f"stages.{stage.name}.max_…" for stage, _ in failed)
-        raise Forgot("\n  ".join(lost(stages)), remedy="\n  → ".join([*remedies, f"{limits} are the limits"]))
+        limits = [f"stages.{stage.name}.max_perplexity_rise and max_ability_drop set the limits" for stage, _ in failed]
+        raise Forgot("\n  ".join(lost(stages)), remedy="\n  → ".join([*remedies, *limits]))
 
 
 def read_outcome(artifact: Path) -> dict[str, Any] | None:
@@ -60,6 +60,8 @@ def _remedy(arm: str, configs: Mapping[str, StageConfig]) -> str:
     config = configs.get(name)
     if config is None:
         return f"{arm} was trained elsewhere; train it with general rows among its own, a lower rate or fewer epochs"
+    if isinstance(config, DpoConfig):
+        return f"raise stages.{name}.beta, lower its optim.lr or train fewer epochs; replay goes into the SFT before it"
     if isinstance(config, PpoConfig):
         return f"replay: stages.{name}.ptx.coefficient=1.0 learns general conversations beside it; or lower optim.lr"
     return (

@@ -137,7 +137,7 @@ def _stage_faults(name: str, stage: StageConfig, stages: Mapping[str, StageConfi
         if problem:
             yield Fault(where=where, message=problem)
         elif slot.is_base and isinstance(stage, ForgettingConfig):
-            yield Fault(where=where, message=f"{slot.ref!r} is nobody who forgot: the base model is measured anyway")
+            yield Fault(where=where, message=f"{slot.ref!r} was not trained; the base model is measured anyway")
         elif slot.is_base and slot.ref != BASE and not slot.is_arm:
             yield Fault(
                 where=where, message=f"{slot.ref!r} is an arm of an evaluation, not a model to start from; write 'base'"

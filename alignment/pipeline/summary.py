@@ -127,7 +127,7 @@ def show_forgetting(console: Console, name: str, told: dict[str, Any]) -> None:
         line = (
             f"{name}: {arm['label']} {'passed' if arm['passed'] else 'forgot too much'}: perplexity of general text "
             f"{base['perplexity']:.2f} → {arm['perplexity']:.2f} ({arm['rise']['mean']:+.1%}), questions "
-            f"{base['ability']:.3f} → {arm['ability']:.3f} ({-arm['drop']['mean']:+.3f})"
+            f"{base['ability']:.3f} → {arm['ability']:.3f} ({arm['ability'] - base['ability']:+.3f})"
         )
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

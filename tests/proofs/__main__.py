@@ -28,7 +28,7 @@ from alignment.artifacts import write_json
 from alignment.pipeline.handover import commit_of_checkout
 from alignment.worker import PACKAGES
 from benchmarks.machine import processor
-from tests.proofs import bandit, count, dpo, kills, overoptimisation, plain_script, story
+from tests.proofs import bandit, count, dpo, forgetting, kills, overoptimisation, plain_script, story
 from tests.proofs.common import Claim, Skipped
 
 RESULTS = Path(__file__).parents[2] / "docs/proofs.json"
@@ -40,6 +40,7 @@ PROOFS: dict[str, Callable[[Path], list[Claim]]] = {
     "overoptimisation": overoptimisation.run,
     "kills": kills.run,
     "plain_script": plain_script.run,
+    "forgetting": forgetting.run,
 }
 
 

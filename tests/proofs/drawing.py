@@ -6,15 +6,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
 
+from alignment.report import text
 from alignment.report.card_page import plots
-from alignment.report.plots import HEIGHT, WIDTH, Line, curve
+from alignment.report.plots import HEIGHT, WIDTH, Line, Scale, curve, scale_axis, scale_of, whisker
+from alignment.report.records import Interval
 from alignment.report.reward_card import read_card
 
 _TITLE = 34
+_ROW, _NAME, _PLOT, _VALUE = 26, 130, 270, 60
+"""Of a row of intervals: its height, and the widths of its name, its plot and its figure."""
 _STYLE = Markup("""
 svg { --ink: #201e1a; --muted: #6b665b; --rule: #e0dbcf; --one: #1d5a86; --two: #b0562b; }
 @media (prefers-color-scheme: dark) {
@@ -22,6 +28,7 @@ svg { --ink: #201e1a; --muted: #6b665b; --rule: #e0dbcf; --one: #1d5a86; --two: 
 }
 text { font-family: system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 .title { font-size: 13px; font-weight: 600; fill: var(--ink); }
+.name { font-size: 12px; fill: var(--ink); }
 .grid, .axis { stroke: var(--rule); fill: none; }
 .tick { font-size: 10.5px; fill: var(--muted); }
 .raw, .line { fill: none; stroke: var(--one); stroke-linejoin: round; stroke-linecap: round; }
@@ -30,9 +37,21 @@ text { font-family: system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
 .dot.s0, .end.s0, .tick.s0 { fill: var(--one); }
 .dot.s1, .end.s1, .tick.s1 { fill: var(--two); }
 .end { font-size: 12px; font-weight: 600; }
-.guide { stroke: var(--muted); stroke-dasharray: 1.5 3; fill: none; }
+.zero { stroke: var(--muted); } .guide { stroke: var(--ink); stroke-dasharray: 2 3; }
+.whisker, .cap { stroke-width: 1.5; }
 .column { fill: var(--one); opacity: .6; } .column.s1 { fill: var(--two); }
+.s0 .whisker, .s0 .cap { stroke: var(--one); } .s0 .dot { fill: var(--one); }
+.s1 .whisker, .s1 .cap { stroke: var(--two); } .s1 .dot { fill: var(--two); }
 """)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A named interval; ``tone`` is ``s0`` or ``s1``, one colour or the other."""
+
+    name: str
+    interval: Interval
+    tone: str
 
 
 def draw(file: Path, panels: dict[str, list[Line]], *, below: str) -> None:
@@ -43,17 +62,54 @@ def draw(file: Path, panels: dict[str, list[Line]], *, below: str) -> None:
 def stack(file: Path, panels: dict[str, Markup], *, below: str) -> None:
     """One chart under another, each under its title."""
     height = _TITLE + HEIGHT
-    parts = [Markup("<style>{}</style>").format(_STYLE)]
+    parts = []
     for number, (title, chart) in enumerate(panels.items()):
         top = number * height
-        parts.append(Markup('<text class="title" x="8" y="{}">{}</text>').format(top + 22, title))
+        parts.append(_title(title, top))
         parts.append(Markup('<svg y="{}" width="{}" height="{}">{}</svg>').format(top + _TITLE, WIDTH, HEIGHT, chart))
-    whole = len(panels) * height + 20
-    parts.append(
-        Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(WIDTH / 2, whole - 8, below)
+    _write(file, parts, width=WIDTH, height=len(panels) * height, below=below)
+
+
+def draw_intervals(file: Path, panels: dict[str, tuple[list[Row], float]], *, below: str) -> None:
+    """Rows of intervals under each title, beside the limit that none ought to pass, dotted."""
+    parts: list[Markup] = []
+    top = 0
+    for title, (rows, limit) in panels.items():
+        scale = scale_of([row.interval for row in rows], within=None, include=limit)
+        parts.append(_title(title, top))
+        parts += [_interval_row(row, scale, top + _TITLE + place * _ROW) for place, row in enumerate(rows)]
+        bottom = top + _TITLE + len(rows) * _ROW
+        dotted = Markup('<line class="guide" x1="{0}" x2="{0}" y1="0" y2="100%"/>').format(scale.percent(limit))
+        parts += [_plot(dotted, top + _TITLE, len(rows) * _ROW), _plot(scale_axis(scale), bottom, 20)]
+        top = bottom + 24
+    _write(file, parts, width=_NAME + _PLOT + _VALUE, height=top, below=below)
+
+
+def _interval_row(row: Row, scale: Scale, top: int) -> Markup:
+    name = Markup('<text class="name" x="8" y="{}">{}</text>').format(top + 17, row.name)
+    figure = Markup('<text class="name" x="{}" y="{}" text-anchor="end">{}</text>').format(
+        _NAME + _PLOT + _VALUE - 6, top + 17, text.signed(row.interval.mean)
     )
+    return name + _plot(whisker(row.interval, scale, tone=row.tone, zero=True), top, _ROW) + figure
+
+
+def _plot(inner: Markup, top: int, height: int) -> Markup:
+    return Markup('<svg x="{}" y="{}" width="{}" height="{}">{}</svg>').format(_NAME, top, _PLOT, height, inner)
+
+
+def _title(title: str, top: int) -> Markup:
+    return Markup('<text class="title" x="8" y="{}">{}</text>').format(top + 22, title)
+
+
+def _write(file: Path, parts: Sequence[Markup], *, width: int, height: int, below: str) -> None:
+    whole = height + 20
+    parts = [
+        Markup("<style>{}</style>").format(_STYLE),
+        *parts,
+        Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(width / 2, whole - 8, below),
+    ]
     svg = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" width="{}" height="{}">{}</svg>\n')
-    file.write_text(svg.format(WIDTH, whole, 2 * WIDTH, 2 * whole, Markup("").join(parts)), encoding="utf-8")
+    file.write_text(svg.format(width, whole, 2 * width, 2 * whole, Markup("").join(parts)), encoding="utf-8")
 
 
 def draw_card(card: Path, file: Path) -> None:

@@ -97,7 +97,7 @@ RANKED = Format(
 CHOICES = Format(
     name="choices",
     summary="a question, answers to choose from, and the right one or its place from 0 (MMLU)",
-    row='{"question": "2 + 2?", "choices": ["3", "4", "5"], "answer": "4"}',
+    row='{"question": "2 + 2?", "choices": ["5.", "4."], "answer": "4."}',
     fits=lambda row: (
         isinstance(row.get("choices"), list)
         and holds(row, "answer")

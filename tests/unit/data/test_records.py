@@ -12,7 +12,7 @@ from alignment.config.data import DataConfig
 from alignment.data.fields import Fields
 from alignment.data.formats import FORMATS
 from alignment.data.reading import read_records, right_form
-from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair, Prompt, facts_in
+from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair, Prompt, Question, facts_in
 from alignment.data.sources import RECORDS, locate
 from alignment.data.turns import Message
 from alignment.errors import DataError
@@ -73,6 +73,7 @@ WRONG = [
     ),
     (Prompt, {"messages": [ANSWER]}, "'messages' must end with a user turn; the last one's role is missing"),
     (HeldOutPrompt, {"messages": [USER], "facts": []}, "'facts' must be a list of facts and not empty; it is []"),
+    (Question, {"messages": [USER]}, "'choices' is missing: the row has no two answers to choose from"),
     (HeldOutPrompt, {"messages": [USER], "facts": ["4"]}, "'facts[0]' must be a list of wordings; it is '4'"),
 ]
 
@@ -141,3 +142,50 @@ def test_facts_of_a_prompt_s_row_are_optional_but_never_of_another_form() -> Non
     assert facts_in(_made(Prompt, {"messages": [USER], "facts": [["4", "four"]]})) == (("4", "four"),)
     with pytest.raises(DataError, match=r"x:1: 'facts\[0\]' must be a list of wordings; it is 4"):
         facts_in(_made(Prompt, {"messages": [USER], "facts": [4]}))
+
+
+CHOICES = {"question": "2 + 2?", "choices": ["3", "4", "5"], "answer": "4"}
+
+
+@pytest.mark.parametrize(("answer", "right"), [("4", 1), (" 4", 1), (1, 1), (0, 0)])
+def test_the_answer_to_a_question_is_one_of_its_choices_or_the_place_of_one(answer: Any, right: int) -> None:
+    row = {"id": 7, "task": "sums", "question": "2 + 2?", "choices": ["3", "4 ", "5"], "answer": answer}
+    assert _question(row) == Question(
+        messages=(Message(role="user", content="2 + 2?"),), choices=("3", "4", "5"), right=right, id="7", task="sums"
+    )
+
+
+def test_a_ranked_row_with_one_best_answer_is_a_question() -> None:
+    told = [{"text": "3", "score": 1}, {"text": "4", "score": 9}, {"text": "5", "score": 1}]
+    assert _question({"prompt": "2 + 2?", "completions": told}).right == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer": "6"}, "'answer' is '6', which is none of the choices: '3', '4', '5'"),
+        ({"answer": 3}, "'answer' is 3, and the places of 3 choices are 0 to 2"),
+        ({"answer": True}, "'answer' must be text and not empty; it is True"),
+        ({"choices": ["4", "4 ", "5"]}, "'choices' says '4' twice; no two may be the same"),
+        ({"choices": ["4"]}, "'choices' is missing: the row has no two answers to choose from"),
+        ({"choices": []}, "'choices' must be a list and not empty; it is []"),
+        ({"choices": ["4", ""]}, "'choices[1]' must be text and not empty; it is ''"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_named_exactly(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        _question(CHOICES | changes)
+    assert str(caught.value) == f"rows.jsonl:7: {message}\n  → a row of the right form: {FORMATS['choices'].row}"
+
+
+def test_a_question_with_two_best_answers_is_refused() -> None:
+    told = [{"text": "4", "score": 9}, {"text": "four", "score": 9}]
+    with pytest.raises(DataError, match="'choices' has several answers that are the best; one must be"):
+        _question({"prompt": "2 + 2?", "completions": told})
+
+
+def _question(row: dict[str, Any]) -> Question:
+    form = FORMATS["ranked" if "completions" in row else "choices"]
+    fields = Fields(row, where="rows.jsonl:7", example=right_form(form, Question))
+    (found,) = Question.of(form.read(fields))
+    return found

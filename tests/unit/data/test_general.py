@@ -1,0 +1,93 @@
+"""The general texts, questions and conversations that ship with the project: all different, and apart from each other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import permutations
+from statistics import mean
+
+import pytest
+
+from alignment.config.data import DataConfig
+from alignment.data.overlap import HeldOut, Placed
+from alignment.data.reading import read_records
+from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Question, Record
+from alignment.data.sources import locate
+from alignment.evaluation.arms import source_text
+from alignment.evaluation.house_style import style_checks
+
+ALL = DataConfig(source="")
+TEXTS = read_records(locate("bundled:general/texts"), PlainText, ALL)
+QUESTIONS = read_records(locate("bundled:general/questions"), Question, ALL)
+CONVERSATIONS = read_records(locate("bundled:general/conversations"), Conversation, ALL)
+FILES: dict[str, list[Record]] = {"texts": [*TEXTS], "questions": [*QUESTIONS], "conversations": [*CONVERSATIONS]}
+QUICKSTART: dict[str, type[Record]] = {
+    "conversations": Conversation,
+    "preferences": PreferencePair,
+    "heldout": HeldOutPrompt,
+}
+
+
+def _said(rows: list[Record]) -> Iterator[Placed]:
+    """All that a row says, its choices too."""
+    for row in rows:
+        turns = [turn.content for turn in getattr(row, "messages", ())]
+        parts = [*turns, *getattr(row, "choices", ()), getattr(row, "text", "")]
+        yield Placed(where=row.where, text="\n".join(filter(None, parts)))
+
+
+def test_there_are_enough_rows_and_each_has_an_id_of_its_own() -> None:
+    assert (len(TEXTS), len(QUESTIONS), len(CONVERSATIONS)) == (48, 110, 124)
+    ids = [row.id for rows in FILES.values() for row in rows]
+    assert [name for name, count in Counter(ids).items() if count > 1 or not name] == []
+
+
+@pytest.mark.parametrize(("one", "other"), list(permutations(FILES, 2)))
+def test_no_file_says_what_another_says(one: str, other: str) -> None:
+    assert list(HeldOut(_said(FILES[other])).overlaps(_said(FILES[one]))) == []
+
+
+@pytest.mark.parametrize("name", QUICKSTART)
+def test_nothing_of_the_quickstart_is_in_it(name: str) -> None:
+    theirs = read_records(locate(f"bundled:quickstart/{name}"), QUICKSTART[name], ALL)
+    held_out = HeldOut(placed for rows in FILES.values() for placed in _said(rows))
+    assert list(held_out.overlaps(_said([*theirs]))) == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_row_repeats_one_before_it(name: str) -> None:
+    rows = list(_said(FILES[name]))
+    found = [HeldOut(rows[:place]).overlaps([row]) for place, row in enumerate(rows) if place]
+    assert [one for overlaps in found for one in overlaps] == []
+
+
+def test_a_question_has_four_choices_and_each_place_is_right_as_often_as_chance_has_it() -> None:
+    assert {len(question.choices) for question in QUESTIONS} == {4}
+    assert len({question.messages for question in QUESTIONS}) == len(QUESTIONS)
+    assert min(Counter(question.right for question in QUESTIONS).values()) > 0.15 * len(QUESTIONS)
+    assert set(Counter(question.task for question in QUESTIONS).values()) == {22}
+
+
+def test_the_right_choice_is_rarely_told_by_its_length() -> None:
+    """Always taking the longest, or the shortest, is right about as often as chance."""
+    for chosen in (max, min):
+        right = [chosen(q.choices, key=len) == q.choices[q.right] for q in QUESTIONS]
+        assert mean(right) < 0.4, chosen
+
+
+def test_conversations_are_of_many_kinds_and_not_in_the_house_style() -> None:
+    assert len({row.task for row in CONVERSATIONS}) >= 10
+    first = [
+        next(place for place, turn in enumerate(row.messages) if turn.role == "assistant") for row in CONVERSATIONS
+    ]
+    checks = [
+        style_checks(row.messages[place].content, source=source_text(row.messages[:place]))
+        for row, place in zip(CONVERSATIONS, first, strict=True)
+    ]
+    assert mean(min(found.values()) == 1.0 for found in checks) < 0.2  # a short answer is in it by chance
+    assert len({prompt.messages for prompt in map(_prompt, CONVERSATIONS)}) == len(CONVERSATIONS)
+
+
+def _prompt(row: Conversation) -> Prompt:
+    return Prompt(messages=row.messages[:-1])

@@ -1,0 +1,122 @@
+"""The gate behind a run: which arms may be named, what a forgetful one is told, and in whose hands the run then ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from alignment.errors import ConfigError, DataError, Forgot
+from alignment.pipeline import forgetting
+from alignment.pipeline.plan import Plan, make_plan
+from tests.unit.pipeline.conftest import leave_artifact
+
+RECIPE = """
+defaults: [base, stage@stages.sft: sft, stage@stages.reward: reward, stage@stages.ppo: ppo, stage@stages.forgetting: forgetting, _self_]
+summary: a gate behind three stages
+"""
+
+Gate = Callable[..., Plan]
+
+
+@pytest.fixture
+def gate(tmp_path: Path, overrides: list[str]) -> Gate:
+    """Plans the recipe above with more overrides."""
+    recipe = tmp_path / "gate.yaml"
+    recipe.write_text(RECIPE)
+    told = [one for one in overrides if not one.startswith(("stages.dpo", "stages.evaluate"))]
+    return lambda *more: make_plan(str(recipe), [*told, *more])
+
+
+def _arms(*names: str) -> str:
+    return f"stages.forgetting.arms=[{','.join(repr(name) for name in names)}]"
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ([], "stages.forgetting.arms: names no policy; write those to measure, such as [stage:sft]"),
+        (["base"], "stages.forgetting.arms[0]: 'base' was not trained; the base model is measured anyway"),
+        (["stage:sft", "base+prompt"], "stages.forgetting.arms[1]: 'base+prompt' was not trained; "),
+        (["stage:reward"], "stages.forgetting.arms[0]: 'stage:reward' is a reward model; this slot takes a policy. "),
+        (["stage:sft", "stage:sft"], "stages.forgetting.arms[1]: 'stage:sft' stands there twice"),
+        (["stage:sfd"], "stages.forgetting.arms[0]: no stage 'sfd' in this run; did you mean 'sft'?"),
+    ],
+)
+def test_arms_are_policies_that_were_trained(gate: Gate, arms: Sequence[str], message: str) -> None:
+    told = [_arms(*arms)] if arms else []
+    with pytest.raises(ConfigError) as caught:
+        gate(*told)
+    assert message in str(caught.value)
+
+
+def test_questions_are_checked_while_planning_and_part_of_the_result(gate: Gate, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"question": "2 + 2?", "choices": ["3", "4"], "answer": "5"}\n')
+    told = (_arms("stage:sft"), f"stages.forgetting.questions.source=path:{file}")
+    with pytest.raises(DataError, match=r"mine\.jsonl:1: 'answer' is '5', which is none of the choices: '3', '4'"):
+        gate(*told)
+    file.write_text('{"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}\n')
+    before = gate(*told).stages[-1]
+    assert before.extra_data["questions"] == file
+    file.write_text('{"question": "2 + 2?", "choices": ["3", "4"], "answer": 0}\n')
+    assert gate(*told).stages[-1].fingerprint != before.fingerprint
+
+
+def test_no_texts_are_refused(gate: Gate, tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n")
+    with pytest.raises(DataError, match="holds no row"):
+        gate(_arms("stage:sft"), f"stages.forgetting.data.source=path:{file}")
+
+
+@pytest.mark.parametrize("setting", ["max_perplexity_rise=-0.1", "max_ability_drop=1.1"])
+def test_limits_are_shares(gate: Gate, setting: str) -> None:
+    with pytest.raises(ConfigError, match=setting.partition("=")[0]):
+        gate(_arms("stage:sft"), f"stages.forgetting.{setting}")
+
+
+def _left(plan: Plan, *forgetful: str) -> None:
+    """A result in which these arms are over a limit."""
+    stage = plan.stages[-1]
+    arms = [
+        {"name": name, "label": name.removeprefix("stage:"), "passed": name not in forgetful, "reasons": ["too dear"]}
+        for name in ("base", *stage.arms)
+    ]
+    leave_artifact(stage)
+    told = {"arms": arms, "passed": not forgetful}
+    (stage.artifact / "forgetting.json").write_text(json.dumps(told))
+
+
+def test_a_run_ends_with_the_arms_that_forgot_and_what_helps_each(gate: Gate) -> None:
+    told = _arms("stage:sft", "stage:ppo")
+    plan = gate(told)
+    _left(plan, "stage:ppo", "stage:sft")
+    with pytest.raises(Forgot) as caught:
+        forgetting.refuse(plan.stages, plan.config.stages)
+    assert caught.value.exit_code == 10
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "stages.forgetting: sft forgot too much: too dear"
+    assert lines[1] == "  stages.forgetting: ppo forgot too much: too dear"
+    assert "stages.sft.data.mix=[{source: 'bundled:general/conversations', share: 0.2}]" in lines[2]
+    assert "stages.ppo.ptx.coefficient" in lines[3]
+    assert lines[4] == "  → stages.forgetting.max_perplexity_rise and max_ability_drop set the limits"
+
+
+def test_the_remedy_that_is_named_is_one_that_plans(gate: Gate) -> None:
+    plan = gate(_arms("stage:sft"))
+    _left(plan, "stage:sft")
+    with pytest.raises(Forgot) as caught:
+        forgetting.refuse(plan.stages, plan.config.stages)
+    remedy = caught.value.remedy.split("replay: ")[1].split(" mixes")[0]
+    assert gate(_arms("stage:sft"), remedy).config.stages["sft"].data.mix[0].share == 0.2  # type: ignore[union-attr]
+
+
+def test_nothing_is_said_where_all_passed_or_nothing_was_measured(gate: Gate) -> None:
+    plan = gate(_arms("stage:sft"))
+    forgetting.refuse(plan.stages, plan.config.stages)
+    _left(plan)
+    forgetting.refuse(plan.stages, plan.config.stages)
+    assert forgetting.lost(plan.stages) == []
