@@ -66,17 +66,22 @@ class HeldOut:
     def overlaps(self, texts: Iterable[Placed]) -> Iterator[Overlap]:
         """For each text the held-out one with which it has most in common, if that is ``LIKELY`` enough."""
         for placed in texts:
-            shared = Counter(where for run in set(_runs(placed.text)) for where in self._places.get(run, ()))
-            shares = {where: count / self._sizes[where] for where, count in shared.items()}
+            shares = self.shares(placed.text)
             if shares and (best := max(shares.items(), key=lambda item: item[1]))[1] >= LIKELY:
                 yield Overlap(learned=placed.where, held_out=best[0], share=best[1])
+
+    def shares(self, text: str) -> dict[str, float]:
+        """For each held-out text, by its place, the share of its runs that stand in ``text``; without those at 0."""
+        shared = Counter(where for run in set(_runs(text)) for where in self._places.get(run, ()))
+        return {where: count / self._sizes[where] for where, count in shared.items()}
 
 
 def asked_too(judged: Iterable[Record], learned: Iterable[Record]) -> set[str]:
     """What of all that is asked of ``judged`` records, as ``asked`` gives it, a learned one asks too."""
     distinct = {asked(record).text for record in judged}
     held_out = HeldOut(Placed(where=text, text=text) for text in distinct)
-    return {found.held_out for found in held_out.overlaps(map(asked, learned))}
+    told = (held_out.shares(asked(record).text) for record in learned)
+    return {text for shares in told for text, share in shares.items() if share >= LIKELY}
 
 
 def _runs(text: str) -> Iterator[int]:

@@ -23,6 +23,9 @@ BARS = 20
 """Of the histogram of margins, half of them on each side of 0."""
 FEW = 10
 """Prompts below which no interval is given: so few drawn again say too little."""
+WORDS, LONGER = "bag of words", "longer answer"
+_JUDGES = {WORDS: "a bag of words", LONGER: "the rule that the longer answer is better"}
+"""The simpler judges, as a sentence calls them."""
 _OUTLIERS = 0.99
 """Share of margins within the histogram; the outermost bars hold the rest too."""
 
@@ -146,8 +149,8 @@ def _model(pairs: Sequence[Judged]) -> list[float]:
 def _simpler(pairs: Sequence[Judged]) -> dict[str, list[float]]:
     """What judges that read less than the model get right."""
     words = [judged.words for judged in pairs if judged.words is not None]
-    found = {"bag of words": right(words)} if len(words) == len(pairs) else {}
-    return {**found, "longer answer": right([judged.longer_by for judged in pairs])}
+    found = {WORDS: right(words)} if len(words) == len(pairs) else {}
+    return {**found, LONGER: right([judged.longer_by for judged in pairs])}
 
 
 def calibration(margins: Sequence[float]) -> dict[str, Any]:
@@ -262,7 +265,7 @@ def warnings(card: Mapping[str, Any]) -> list[str]:
     for baseline in card["baselines"]:
         difference = baseline["difference"]
         if difference["low"] is None or difference["low"] <= 0:
-            found.append(f"It is not shown to be right more often than the judge '{baseline['name']}'.")
+            found.append(f"It is not shown to be right more often than {_JUDGES[baseline['name']]}.")
     moved = card["invariances"] and card["invariances"]["moved"]
     if moved:
         found.append(f"In float32 its scores depend on what they should not: {', '.join(moved)}.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from alignment.data.overlap import HeldOut, Placed
+from alignment.data.overlap import HeldOut, Placed, asked_too
+from alignment.data.records import Prompt
+from alignment.data.turns import Message
 
 TEXT = "The library in Mill Lane opens at nine on weekdays and stays closed on Sundays until the end of March."
 
@@ -31,3 +33,13 @@ def test_a_text_of_a_few_words_counts_as_a_whole() -> None:
 def test_nothing_is_like_nothing() -> None:
     assert _found("", "") == []
     assert _found("?", "!") == []
+
+
+def _asking(*texts: str) -> list[Prompt]:
+    return [Prompt(messages=(Message(role="user", content=text),)) for text in texts]
+
+
+def test_a_learned_text_counts_for_every_judged_one_that_stands_in_it() -> None:
+    longer = f"{TEXT} Who has the keys, and where do they hang when the library is closed for the day?"
+    known = asked_too(_asking(TEXT, longer, "Something else"), _asking(longer, "Quite another"))
+    assert known == {TEXT, longer}
