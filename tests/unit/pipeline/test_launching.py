@@ -9,7 +9,7 @@ import pytest
 
 from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments, OptimConfig
-from alignment.config.stage import EvaluateConfig, ReportConfig, SftConfig
+from alignment.config.stage import EvaluateConfig, ReportConfig, RewardCardConfig, SftConfig
 from alignment.errors import ConfigError
 from alignment.pipeline import launching
 from alignment.pipeline.plan import Action
@@ -54,6 +54,7 @@ def test_an_evaluation_and_a_report_want_one_process_or_none() -> None:
     """They run as jobs of their own with one GPU, or none, behind stages that had several."""
     launch = LaunchConfig(num_processes=0, num_machines=2, sharding=Sharding.zero3, offload=Offload.weights, threads=3)
     assert launching.of_stage(launch, JUDGED, num_devices=1) == LaunchConfig(threads=3)
+    assert launching.of_stage(launch, RewardCardConfig(), num_devices=1) == LaunchConfig(threads=3)
     assert launching.of_stage(launch, SftConfig(), num_devices=4).num_processes == 4
     refuse(stage(JUDGED), num_processes=2, num_devices=1)
     refuse(stage(ReportConfig()), num_processes=0)
