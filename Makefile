@@ -23,7 +23,7 @@ align: $(STAMP)  ## run RECIPE: train, evaluate, report
 plan: $(STAMP)  ## say what RECIPE would run, and why
 	$(BIN)/align plan $(RECIPE) $(ARGS)
 
-sweep: $(STAMP)  ## run RECIPE with the settings of SWEEP=dpo_beta, one trial after another
+sweep: $(STAMP)  ## run RECIPE with the settings of SWEEP=dpo_beta: ARGS="--at-once 2" two trials at a time
 	$(BIN)/align sweep $(RECIPE) $(SWEEP) $(ARGS)
 
 preview: $(STAMP)  ## show rows as the stages of RECIPE would learn from them

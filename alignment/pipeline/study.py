@@ -99,8 +99,11 @@ class Study:
         return [one for one in self.told() if one.state is self._states.COMPLETE]
 
     def best(self) -> list[int]:
-        """Numbers of the best trial, or of those of the Pareto set; none before a trial is done."""
-        return [number_of(one) for one in self._study.best_trials] if self.completed() else []
+        """Number of the best trial, the first of equals, or those of the Pareto set; none before a trial is done."""
+        if not self.completed():
+            return []
+        several = len(self._wanted.objectives) > 1
+        return [number_of(one) for one in (self._study.best_trials if several else [self._study.best_trial])]
 
     def importance(self, place: int) -> dict[str, float]:
         """The share of each parameter in whether an objective comes out in its better half (Watanabe et al. 2023)."""

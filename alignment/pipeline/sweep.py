@@ -85,7 +85,10 @@ def _settle(study: Study, trial: Any, wanted: Sweep, outcome: Outcome, console: 
     error = outcome.error
     if not outcome.code:
         try:
-            study.complete(trial, [one.read(run_folder) for one in wanted.objectives])
+            figures = [one.read(run_folder) for one in wanted.objectives]
+            study.complete(trial, figures)
+            told = [f"{name} {figure.mean:.3f}" for name, figure in zip(wanted.objectives, figures, strict=True)]
+            _say(console, f"trial {number_of(trial)}: ", ", ".join(told))
         except ConfigError:
             study.again(trial)
             raise

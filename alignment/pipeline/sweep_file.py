@@ -21,7 +21,7 @@ from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Searc
 from alignment.config.typed import sweep_from_plain
 from alignment.errors import AlignmentError, ConfigError
 from alignment.fingerprint import digest
-from alignment.pipeline import objectives
+from alignment.pipeline import launching, objectives
 from alignment.pipeline.objectives import Objective
 from alignment.pipeline.plan import Plan, make_plan
 
@@ -70,6 +70,9 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
     plan = _checked_plan(recipe, overrides, config.parameters, path)
     refuse(_placed(path, _faults_beside(config, plan.config.stages)))
     _refuse_unwatched(plan.config.launch)
+    launching.refuse_what_cannot_start(
+        plan.config.launch, plan.stages, num_devices=launching.devices_for(plan.config.launch)
+    )
     found = objectives.resolve(config.objective, plan.config.stages)
     # The fingerprint of a stage covers recipe, overrides and data; what it does not reach changes no figure of it.
     judged = [stage.fingerprint for one in found for stage in plan.stages if stage.name == one.stage]

@@ -127,18 +127,13 @@ def _rank(trial: Trial, best: Sequence[int], wanted: Sweep) -> tuple[bool, bool,
 def _verdict(trials: Sequence[Trial], best: Sequence[int], wanted: Sweep) -> str:
     done = [trial for trial in trials if trial.figures]
     if len(wanted.objectives) > 1:
-        return (
-            f"{_named(best)} the Pareto set: no other trial is better in one figure and not worse in another"
-            if done
-            else ""
-        )
+        return f"{_named(best)} the Pareto set by their means: every other is beaten by one of them" if best else ""
     if len(done) < 2 or not (figures := _by_prompt(done[0], wanted)):
         return ""
-    even = []
-    for trial in done[1:]:
-        found = paired.difference(figures, _by_prompt(trial, wanted))
-        if found is None or not found.excludes_zero():
-            even.append(trial.number)
+    differences = {one.number: paired.difference(figures, _by_prompt(one, wanted)) for one in done[1:]}
+    even = [number for number, found in differences.items() if found is not None and not found.excludes_zero()]
+    if None in differences.values() and not even:
+        return ""  # judged on other prompts
     if not even:
         return "every other trial is worse, prompt by prompt, by more than chance"
     which = f"trial {even[0]}" if len(even) == 1 else f"trials {', '.join(map(str, even))}"

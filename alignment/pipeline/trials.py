@@ -52,7 +52,7 @@ def shares(number: int, launch: LaunchConfig) -> list[Share]:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     devices = [] if launch.slurm.submit else launcher.visible_devices()
     each = len(devices) // number
-    if devices and each < max(1, launch.num_processes):
+    if devices and number > 1 and each < max(1, launch.num_processes):
         most = len(devices) // max(1, launch.num_processes)
         raise ConfigError(
             f"{number} trials of {max(1, launch.num_processes)} processes, but this machine has {len(devices)} GPUs",
@@ -115,7 +115,7 @@ class Running:
             told = json.loads(self._outcome.read_text(encoding="utf-8"))
         except FileNotFoundError:
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-            return Outcome(code=_BUG, error=f"its process ended {how} without a word\n{tail(self._log)}")
+            return Outcome(code=_BUG, error=f"its process ended {how} without a word\n{tail(self._log)}".rstrip())
         return Outcome(**told)
 
     def ask_to_stop(self) -> None:

@@ -71,6 +71,13 @@ def rendered(plan: Plan, name: str = "dpo", folder: Path = Path("/home/of user")
     return render(plan, stage, folder=folder)
 
 
+def test_a_job_of_a_sweep_waits_for_what_another_makes(plan: MakePlan) -> None:
+    made = plan(*ASKED)
+    (stage,) = (stage for stage in made.stages if stage.name == "dpo")
+    assert "--stage dpo --wait " in render(made, stage, folder=Path("/home/user"), wait=True)
+    assert "--wait" not in rendered(made)
+
+
 def directives(text: str) -> list[str]:
     """What the file asks of Slurm."""
     return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]

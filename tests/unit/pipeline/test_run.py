@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,29 @@ def test_a_result_that_another_run_works_on_is_left_alone(align: Align) -> None:
     artifact.rename(artifact.with_name("gone"))
     with held(artifact.with_name(f"{artifact.name}.work") / "lock", wait=False), pytest.raises(Busy):
         align()
+
+
+def test_one_that_waits_takes_what_the_other_run_made(align: Align) -> None:
+    align()
+    artifact = Path(align.record()["stages"]["sft"]["artifact"])
+    hidden = artifact.rename(artifact.with_name("gone"))
+    screen = StringIO()
+    with ExitStack() as other:
+        other.enter_context(held(artifact.with_name(f"{artifact.name}.work") / "lock", wait=False))
+
+        def finish() -> None:
+            while "sft: another process works on it; waiting" not in screen.getvalue():
+                time.sleep(0.01)
+            hidden.rename(artifact)
+            other.close()
+
+        thread = threading.Thread(target=finish)
+        thread.start()
+        code = run("quickstart", align.overrides, console=Console(file=screen), wait=True, command_for=fake)
+        thread.join()
+    assert code == 0
+    assert {name: stage["state"] for name, stage in align.record()["stages"].items()}["sft"] == "reused"
+    assert align.record()["stages"]["sft"]["seconds"] == 1.0, "what it took when it was made"
 
 
 def test_more_processes_than_the_launcher_can_start_are_refused_before_anything_is_made(overrides: list[str]) -> None:

@@ -143,12 +143,15 @@ def test_others_that_may_be_as_good_are_named(runs: Runs) -> None:
     _, printed = go(runs)
     assert "best: stages.dpo.beta=0.05" in printed
     assert "trials 1, 2 may be as good" in printed
+    assert printed.count("best:") == 1
 
 
 @pytest.mark.parametrize("code", [75, 130])
 def test_stopped_in_a_trial_it_goes_on_with_that_one(runs: Runs, code: int) -> None:
     runs.codes[2] = code
-    assert go(runs)[0] == code
+    ended, printed = go(runs)
+    assert ended == code
+    assert "stopped" not in printed, "the run has said so"
     assert [told["stages.dpo.beta"] for told in runs.asked] == BETAS[:3]
     assert go(runs)[0] == 0
     assert [told["stages.dpo.beta"] for told in runs.asked[3:]] == BETAS[2:]

@@ -1,0 +1,48 @@
+"""A trial as a real process: how it ended is known, and it ends when the sweep that started it is gone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+
+from alignment.locks import held
+from alignment.pipeline.trials import Outcome, Running, Share
+
+ALL = Share(cores=frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset())
+
+
+def started(tmp_path: Path, *argv: str) -> Running:
+    return Running(tmp_path / "runs/one", argv, log=tmp_path / "trial-0.log", share=ALL)
+
+
+def test_what_it_said_of_its_fault_is_known(tmp_path: Path) -> None:
+    one = started(tmp_path, "quickstrat")
+    one.wait(60)
+    outcome = one.ended()
+    one.close()
+    assert outcome is not None
+    assert outcome.code == 2
+    assert "did you mean 'quickstart'" in outcome.error
+    assert outcome.error in (tmp_path / "trial-0.log").read_text()
+    assert one.stage() == ""
+
+
+def test_one_that_was_killed_is_told_from_one_that_failed(tmp_path: Path) -> None:
+    one = started(tmp_path, "quickstart", f"output={tmp_path}")
+    (process,) = psutil.Process().children()
+    process.kill()
+    one.wait(60)
+    assert one.ended() == Outcome(code=1, error="its process ended by signal 9 without a word")
+    one.close()
+
+
+def test_it_ends_when_the_sweep_lets_go_of_it(tmp_path: Path) -> None:
+    with held(tmp_path / "runs/quickstart/lock", wait=False):  # which it waits for, as long as the sweep is there
+        one = started(tmp_path, "quickstart", f"output={tmp_path}")
+        one.close()
+        one.wait(60)
+    outcome = one.ended()
+    assert outcome is not None
+    assert "by signal 15" in outcome.error
