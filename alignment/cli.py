@@ -23,7 +23,6 @@ _EXAMPLES = """\
 examples:
   align run quickstart                            the whole chain on a small model
   align run ./mine.yaml adapter=qlora             a recipe of your own; another choice from conf/
-  align export quickstart/dpo --to ./model        a result as a folder that transformers reads
 
 exit codes: 0 well, 2 configuration, 3 data, 4 model, 5 stage, 6 not finite, 7 artifact, 8 busy,
 9 a scorer that failed, 10 a policy forgot too much, 75 preempted, 130 interrupted

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from alignment.artifacts import readable
+from alignment.artifacts import readable, write_json
+from alignment.config.model import NEW_TOKENS
 from alignment.errors import AlignmentError, ConfigError, ModelError
 
 
@@ -60,6 +61,7 @@ def add_tokens(folder: Path, to: Path, tokens: Sequence[str]) -> str:
     try:
         model.save_pretrained(str(partial))
         tokenizer.save_pretrained(str(partial))
+        write_json(partial / NEW_TOKENS, list(tokens))
         _refuse_lost(partial, tokens, rows)
         readable(partial)
         partial.rename(to)

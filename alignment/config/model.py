@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+NEW_TOKENS = "new_tokens.json"
+"""In a folder that `align add-tokens` wrote: the tokens whose rows nobody has trained yet."""
+
 
 class Dtype(str, Enum):
     """Number format of matrix products and of frozen weights. Trained weights and optimiser states are float32."""

@@ -25,6 +25,8 @@ LOOKED_AT = 100
 """Rows from which a format is told."""
 NAMED = 20
 """Faults that an error spells out; it counts the others."""
+NEXT = "\n  → "
+"""Between one remedy and another."""
 
 
 @dataclass(kw_only=True)
@@ -151,7 +153,12 @@ def together(faults: Sequence[DataError], count: int | None = None) -> DataError
         return faults[0]
     lines = "".join(f"\n  {fault.where}: {fault.message}" for fault in faults[:NAMED])
     more = f"\n  and {count - NAMED} more" if count > NAMED else ""
-    return DataError(f"{count} faulty rows:{lines}{more}", remedy=faults[0].remedy)
+    return DataError(f"{count} faulty rows:{lines}{more}", remedy=_remedies(faults[:NAMED]))
+
+
+def _remedies(faults: Sequence[DataError]) -> str:
+    """What helps against each kind of fault."""
+    return NEXT.join(dict.fromkeys(fault.remedy for fault in faults if fault.remedy))
 
 
 def refuse_faults(faults: Sequence[DataError], data: SourceConfig, *, count: int, rows: int, where: str) -> None:
@@ -164,7 +171,8 @@ def refuse_faults(faults: Sequence[DataError], data: SourceConfig, *, count: int
         return
     error = together(faults, count)
     if data.on_error is OnError.fail:
-        raise error
+        looked = f"`align doctor {where}` looks at all rows; data.on_error=skip leaves faulty ones out"
+        raise DataError(error.message, where=error.where, remedy=NEXT.join(filter(None, [error.remedy, looked])))
     if count > data.max_skipped * rows:
         raise DataError(
             f"more than {data.max_skipped:.0%} of {rows} rows are faulty; {error.message}",

@@ -8,7 +8,7 @@ every misspelling is found rather than the first. Nothing in a configuration can
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,19 @@ _HYDRA = "1.3"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Composition:
-    """What the files and overrides amount to, not yet typed; ``faults`` were found on the way."""
+    """What the files and overrides amount to, not yet typed; ``faults`` were found on the way.
+
+    ``written`` are the dotted keys that a recipe file of the user's sets and no override does.
+    """
 
     recipe: str
     tree: dict[str, Any]
     faults: list[Fault]
+    written: frozenset[str] = frozenset()
+
+    def placed(self, fault: Fault) -> Fault:
+        """The fault with the file that it stands in, if it stands in the user's."""
+        return replace(fault, where=f"{self.recipe}: {fault.where}") if fault.where in self.written else fault
 
 
 def compose(recipe: str, overrides: Sequence[str]) -> Composition:
@@ -70,7 +78,19 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
     if profile is not None and isinstance(plain["name"], str):
         plain["name"] = profile.named(plain["name"])
     found = [*faults, *profile_faults, *group_faults, *value_faults, *plain_faults]
-    return Composition(recipe=recipe, tree=plain, faults=found)
+    written = frozenset() if recipe in recipe_names() else _keys_written(path) - {o.key_or_group for o in parsed}
+    return Composition(recipe=recipe, tree=plain, faults=found, written=written)
+
+
+def _keys_written(path: Path) -> frozenset[str]:
+    """Every dotted key of a YAML file, those of groups too."""
+
+    def keys(tree: Any, ahead: str) -> Iterator[str]:
+        for key, value in tree.items() if isinstance(tree, dict) else ():
+            yield f"{ahead}{key}"
+            yield from keys(value, f"{ahead}{key}.")
+
+    return frozenset(keys(yaml.safe_load(path.read_text(encoding="utf-8")), ""))
 
 
 def find_recipe(recipe: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -111,7 +112,8 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     faults = [*composition.faults, *faults, *references.faults(config.stages)]
     named = {fault.where for fault in faults}  # a faulty field holds its default, of which nothing more need be said
     later = [*scorers.faults(config.stages), *settings.faults(config), *compatibility.faults(config)]
-    refuse([*faults, *(fault for fault in later if fault.where not in named)])
+    found = [*faults, *(fault for fault in later if fault.where not in named)]
+    refuse([composition.placed(fault) for fault in found])
     config = learned.with_learned(config)
     data = _checked_data(config)
     output = Path(config.output).expanduser().absolute()
@@ -202,6 +204,7 @@ class _Builder:
         self._data = data
         self._artifacts = output / "artifacts"
         self._store: list[Made] = made(self._artifacts)
+        self._own = _results_of(output / "runs" / config.name)
         self._planned: dict[str, PlannedStage] = {}
 
     def stage(self, name: str) -> PlannedStage:
@@ -307,7 +310,16 @@ class _Builder:
         checkpoint = newest_checkpoint(work)
         if checkpoint is not None:
             return Action.resume, f"from {checkpoint.name}"
-        return Action.run, reason_to_run(name, described, refs, self._store)
+        return Action.run, reason_to_run(name, described, refs, self._store, own=self._own)
+
+
+def _results_of(run_folder: Path) -> frozenset[str]:
+    """Names of the artifacts that the run's record names, if it can be read."""
+    try:
+        record = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
+        return frozenset(Path(stage["artifact"]).name for stage in record["stages"].values())
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()
 
 
 def newest_checkpoint(work: Path) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,26 @@ def made(artifacts: Path) -> list[Made]:
     return [Made(folder=folder, manifest=manifest) for folder, manifest in manifests if manifest is not None]
 
 
-def reason_to_run(stage: str, identity: dict[str, Any], refs: dict[str, str], store: list[Made]) -> str:
+def reason_to_run(
+    stage: str, identity: dict[str, Any], refs: dict[str, str], store: list[Made], *, own: Set[str]
+) -> str:
     """``beta 0.1 → 0.3 (nearest: dpo-91c0aa17)``, or that nothing was made yet.
 
-    ``refs`` gives the reference in each slot, so that a changed input can be called by its stage's name.
+    ``refs`` gives the reference in each slot, so that a changed input can be called by its stage's name. ``own`` are
+    the results of this run, which come first; of others only one that differs in little says anything.
     """
     candidates = [
         one for one in store if one.manifest.stage == stage and one.manifest.identity["kind"] == identity["kind"]
     ]
     if not candidates:
         return "nothing made yet"
+    ours = [one for one in candidates if one.folder.name in own]
+    candidates = ours or candidates
     compared = [(list(_differences(one.manifest.identity, identity, refs)), one) for one in candidates]
     newest_first = sorted(compared, key=lambda pair: pair[1].manifest.created, reverse=True)
     differences, nearest = min(newest_first, key=lambda pair: len(pair[0]))
+    if not ours and len(differences) > _SHOWN:
+        return "nothing like it made yet"
     shown = ", ".join(differences[:_SHOWN])
     more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
     return f"{shown}{more} (nearest: {nearest.folder.name})"

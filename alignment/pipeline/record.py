@@ -15,26 +15,32 @@ from alignment.pipeline.job_file import HERE
 from alignment.pipeline.plan import Action, Plan, PlannedStage
 
 FILE = "run.json"
+DONE = ("done", "reused")
 
 
 class RunRecord:
     """Writes how far a run is, for ``align status`` and for the report.
 
-    Where the run is about one stage ``only``, what was recorded of results before stays.
+    Where the run is about one stage ``only``, what was recorded of results before stays. Of a result that was made with
+    other settings than those of now, its settings stay too; such a run is not done.
     """
 
     def __init__(self, plan: Plan, *, only: str | None = None) -> None:
         self._path = plan.run_folder / FILE
         earlier = _recorded(plan.run_folder) if only is not None else {}
+        stages = {stage.name: _kept_or_new(stage, earlier, only) for stage in plan.stages}
+        self._others = {one.name for one in plan.stages if stages[one.name]["artifact"] != str(one.artifact)}
+        config = to_plain(plan.config)
+        config["stages"] |= {name: earlier["config"]["stages"][name] for name in self._others}
         self._content: dict[str, Any] = {
             "name": plan.config.name,
             "recipe": plan.recipe,
             "overrides": [override for override in plan.overrides if override != HERE],
-            "config": to_plain(plan.config),
+            "config": config,
             "started": earlier.get("started", _now()),
             "finished": None,
             "state": "running",
-            "stages": {stage.name: _kept_or_new(stage, earlier, only) for stage in plan.stages},
+            "stages": stages,
         }
         self._save()
 
@@ -53,7 +59,7 @@ class RunRecord:
 
     def end(self) -> bool:
         """Notes that nothing more happens here; returns whether the run is done, or else waits for other calls."""
-        done = all(entry["state"] in ("done", "reused") for entry in self._content["stages"].values())
+        done = not self._others and all(entry["state"] in DONE for entry in self._content["stages"].values())
         if done:
             self.finish("done")
         else:
@@ -104,10 +110,13 @@ def _kept_or_new(stage: PlannedStage, earlier: dict[str, Any], only: str | None)
     """The entry of a stage: the one before as long as it is true, and the stage is not about to be run."""
     new = _entry(stage)
     kept: dict[str, Any] | None = earlier.get("stages", {}).get(stage.name)
-    if kept is None or kept["artifact"] != new["artifact"]:
+    if kept is None:
         return new
+    if kept["artifact"] != new["artifact"]:
+        there = stage.name != only and kept["state"] in DONE and stage.action is not Action.reuse
+        return {**kept, "reason": "made with other settings"} if there else new
     if stage.action is Action.reuse:
-        return kept if kept["state"] in ("done", "reused") else new
+        return kept if kept["state"] in DONE else new
     return kept if kept["state"] in ("waiting", "failed") and stage.name != only else new
 
 

@@ -35,6 +35,7 @@ from alignment.pipeline import (
 from alignment.pipeline.display import Display, display_for, duration
 from alignment.pipeline.handover import Preempted
 from alignment.pipeline.job_file import HERE
+from alignment.pipeline.new_tokens import frozen_rows
 from alignment.pipeline.plan import Action, Plan, PlannedStage, make_plan
 from alignment.pipeline.record import RunRecord, read_record, seconds_then
 from alignment.pipeline.signals import INTERRUPTED, Terminated, termination_raises
@@ -66,6 +67,8 @@ def run(
     plan = make_plan(recipe, overrides)
     if only is not None:
         refuse_missing_inputs(plan, only)
+    if warning := frozen_rows(plan):
+        display_for(console).note(warning)
     launch = plan.config.launch
     launching.refuse_what_cannot_start(launch, _chosen(plan, only), num_devices=launching.devices_for(launch))
     if launch.slurm.submit:

@@ -53,9 +53,9 @@ def resolve(source: str, *, where: str) -> ModelSource:
         return ModelSource(source=source, identity=f"files-sha256:{_folder_digest(folder)}", folder=folder, ready=True)
     if repository := hub.repository(source, kind="model"):
         return _hub(source, repository, download=False)
-    raise ModelError(
-        f"{source!r} is no model source", where=where, remedy="write bundled:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
-    )
+    forms = "write bundled:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
+    advice = f"the folder goes by path:{source}" if Path(source).expanduser().is_dir() else forms
+    raise ModelError(f"{source!r} is no model source", where=where, remedy=advice)
 
 
 def fetch(model: ModelSource, *, announce: bundled.Announce) -> ModelSource:

@@ -14,6 +14,7 @@ from rich.table import Table
 from alignment.pipeline import forgetting
 from alignment.pipeline.display import duration
 from alignment.pipeline.handover import Progress
+from alignment.pipeline.new_tokens import frozen_rows
 from alignment.pipeline.plan import Action, Plan
 
 REPORT = "report.html"
@@ -33,6 +34,8 @@ def show_plan(console: Console, plan: Plan) -> None:
             lines += [f"runs your code: {function}" for function in stage.code]
             for line in lines:
                 console.print(f"{stage.name} {line}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+    if warning := frozen_rows(plan):
+        console.print(warning, markup=False, highlight=False, emoji=False, soft_wrap=True)
     to_run = sum(stage.action is not Action.reuse for stage in plan.stages)
     console.print(f"{to_run} to run, {len(plan.stages) - to_run} reused", highlight=False)
 

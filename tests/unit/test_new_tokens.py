@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment.config.adapter import AdapterConfig
+from alignment.config.model import NEW_TOKENS
 from alignment.errors import ConfigError
 from alignment.export import export
 from alignment.new_tokens import add_tokens, main
@@ -46,6 +48,7 @@ def test_a_new_token_is_one_id_and_old_ones_keep_their_logits(tmp_path: Path, ma
     close(said[..., before], expected[..., :before].mean(-1), atol=1e-5)
     close(new.get_input_embeddings().weight[before], old.get_input_embeddings().weight[:before].mean(0), atol=1e-6)
     assert new.get_input_embeddings().weight.shape[0] >= before + 2
+    assert json.loads((tmp_path / "more" / NEW_TOKENS).read_text()) == TOKENS, "for who trains them"
 
 
 def test_they_survive_training_by_adapter_and_export(tmp_path: Path) -> None:

@@ -153,6 +153,18 @@ def test_thirty_planted_faults_are_all_found_in_one_pass(tmp_path: Path) -> None
         assert fault.remedy
 
 
+def test_each_kind_of_fault_gets_its_advice_and_the_way_out(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    good = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    file.write_text(f'{good}\n{{"messages": 3}}\n{good[:-3]}\n')
+    with pytest.raises(DataError) as caught:
+        read_records(file, Conversation, DataConfig(source=""))
+    advice = [line.strip() for line in str(caught.value).splitlines() if "→" in line]
+    assert advice[0].startswith("→ a row of the right form: ")
+    assert advice[1] == "→ one JSON object a line (JSON Lines)"
+    assert advice[2:] == [f"→ `align doctor {file}` looks at all rows; data.on_error=skip leaves faulty ones out"]
+
+
 def test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed(tmp_path: Path) -> None:
     file = _planted(tmp_path)
     skip = DataConfig(source="", on_error=OnError.skip, max_skipped=0.5)

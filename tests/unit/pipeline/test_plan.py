@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
+from alignment.config.model import NEW_TOKENS
 from alignment.errors import ArtifactError, ConfigError, DataError, ModelError
 from alignment.pipeline.handover import write_stage_file
-from alignment.pipeline.plan import CHECKPOINT_MANIFEST, Action, Plan
+from alignment.pipeline.new_tokens import frozen_rows
+from alignment.pipeline.plan import CHECKPOINT_MANIFEST, Action, Plan, make_plan
+from alignment.pipeline.summary import show_plan
 from tests.unit.pipeline.conftest import MakePlan, leave_artifact
 
 SKIP = ("on_error=skip", "max_skipped=0.5")
@@ -146,6 +150,56 @@ def test_the_nearest_result_is_the_one_with_fewest_differences(plan: MakePlan) -
     close = plan("stages.dpo.beta=0.2")
     leave_artifact(next(stage for stage in close.stages if stage.name == "dpo"))
     assert "beta 0.2 → 0.3 (nearest: dpo-" + prints(close)["dpo"][:8] in outcome(plan("stages.dpo.beta=0.3"))["dpo"]
+
+
+def test_a_result_of_this_run_comes_before_a_nearer_one_of_another(plan: MakePlan) -> None:
+    own, other = plan("stages.dpo.beta=0.2", "stages.dpo.loss=ipo"), plan("stages.dpo.beta=0.2")
+    for one in (own, other):
+        leave_artifact(next(stage for stage in one.stages if stage.name == "dpo"))
+    own.run_folder.mkdir(parents=True)
+    record = {"stages": {stage.name: {"artifact": str(stage.artifact)} for stage in own.stages}}
+    (own.run_folder / "run.json").write_text(json.dumps(record))
+    reason = outcome(plan("stages.dpo.beta=0.3"))["dpo"]
+    assert reason == f"run  beta 0.2 → 0.3, loss ipo → sigmoid (nearest: dpo-{prints(own)['dpo'][:8]})"
+
+
+def test_a_result_that_differs_in_much_is_no_reason(plan: MakePlan) -> None:
+    smoke = plan("stages.sft.data.limit=8", "stages.sft.max_length=96", "stages.sft.optim.lr=1", "seed=7")
+    leave_artifact(next(stage for stage in smoke.stages if stage.name == "sft"))
+    assert outcome(plan())["sft"] == "run  nothing like it made yet"
+
+
+def test_a_fault_in_a_file_of_the_user_s_names_the_file(tmp_path: Path, overrides: list[str]) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("defaults: [base, stage@stages.dpo: dpo, _self_]\nstages: {dpo: {bata: 0.1, beta: -1}}\n")
+    with pytest.raises(ConfigError) as caught:
+        make_plan(str(recipe), [overrides[0], "stages.dpo.losss=ipo", "stages.dpo.beta=0"])
+    told = str(caught.value)
+    assert f"{recipe}: stages.dpo.bata: unknown key; did you mean 'beta'?" in told
+    assert "\n  stages.dpo.losss: unknown key" in told, "this one was given on the command line"
+    assert "\n  stages.dpo.beta: " in told, "and this one over the file's"
+
+
+def test_frozen_rows_of_new_tokens_are_said_once(plan: MakePlan, tmp_path: Path) -> None:
+    assert frozen_rows(plan()) is None
+    (tmp_path / "model" / NEW_TOKENS).write_text('["<|think|>"]')
+    said = frozen_rows(plan())
+    assert said is not None
+    assert said.startswith("sft does not train the rows of the new tokens <|think|>")
+    assert "stages.sft.adapter.modules_to_save=[embed_tokens]" in said
+    console = Console(width=200)
+    with console.capture() as captured:
+        show_plan(console, plan())
+    assert captured.get().count("<|think|>") == 1
+    assert frozen_rows(plan("adapter=full")) is None
+    assert frozen_rows(plan("stages.sft.adapter.modules_to_save=[embed_tokens]")) is None
+    leave_all(plan())
+    assert frozen_rows(plan()) is None, "nothing starts from them any more"
+
+
+def test_a_folder_that_is_no_source_is_told_as_one(plan: MakePlan, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"the folder goes by path:{tmp_path}/model"):
+        plan(f"model.source={tmp_path / 'model'}")
 
 
 def test_an_interrupted_stage_goes_on_from_its_last_complete_checkpoint(plan: MakePlan) -> None:

@@ -301,8 +301,27 @@ def test_what_was_recorded_of_other_stages_stays(align: Align) -> None:
     assert align.record()["stages"]["sft"] == before["stages"]["sft"]
     assert align.record()["started"] == before["started"]
     assert align.record()["config"]["stages"]["reward"]["optim"]["lr"] == 2e-4
+    made = align.record()
     align("stages.sft.optim.lr=2e-4", only="sft")
-    assert align.states() | {"sft": "done", "reward": "waiting"} == align.states(), "reward was of another sft"
+    now = align.record()
+    assert now["stages"]["sft"]["artifact"] != made["stages"]["sft"]["artifact"]
+    expected = {**made["stages"]["reward"], "reason": "made with other settings"}
+    assert now["stages"]["reward"] == expected, "it is there, though of another sft"
+    assert now["config"]["stages"]["reward"] == made["config"]["stages"]["reward"], "what it was made with"
+
+
+def test_a_run_that_holds_results_of_other_settings_is_not_done(align: Align) -> None:
+    align("stages.dpo.beta=0.3")
+    made = align.record()
+    align(only="sft")
+    now = align.record()
+    assert now["stages"]["dpo"]["artifact"] == made["stages"]["dpo"]["artifact"]
+    assert now["config"]["stages"]["dpo"]["beta"] == 0.3
+    assert now["stages"]["dpo"]["state"] == "done"
+    assert now["state"] == "waiting"
+    align()
+    assert align.record()["state"] == "done"
+    assert align.record()["config"]["stages"]["dpo"]["beta"] == 0.1
 
 
 def test_a_stage_that_is_there_is_not_made_again(align: Align) -> None:
