@@ -30,7 +30,7 @@ class Gated:
 
 @pytest.fixture(scope="module")
 def gated(new_forked: Callable[[], Align], tmp_path_factory: pytest.TempPathFactory) -> Gated:
-    """A run that ended at its gate. A random base knows nothing that SFT could spoil, so one arm is sure of nonsense."""
+    """A run that ended at its gate. A random base has nothing that SFT could spoil, so one arm is sure of nonsense."""
     align = replace(new_forked(), recipe="replay")
     folder = save_tiny_model(tmp_path_factory.mktemp("policy") / "ruined")
     weights = load_file(folder / "model.safetensors")
@@ -52,7 +52,7 @@ def test_the_rest_of_the_run_is_made_and_says_what_was_forgotten(gated: Gated) -
     assert json.loads((run / "run.json").read_text())["state"] == "forgot"
     page = (run / "report.html").read_text()
     assert "What was forgotten" in page
-    assert "ruined forgot too much: perplexity of general text is " in page
+    assert " forgot too much: perplexity of general text is " in page
     assert "forgetting: sft passed: perplexity of general text " in gated.printed
     assert f"forgot: stages.forgetting: {gated.ruined} forgot too much: perplexity of general text is " in gated.printed
     assert "was trained elsewhere" in gated.printed

@@ -1,4 +1,4 @@
-"""The general texts, questions and conversations that ship with the project: all different, and apart from each other."""
+"""The general texts, questions and conversations that ship with the project: all different, none in two files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate behind a run: which arms may be named, what a forgetful one is told, and in whose hands the run then ends."""
+"""The gate behind a run: which arms may be named, and what is said of one that forgot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from alignment.pipeline.plan import Plan, make_plan
 from tests.unit.pipeline.conftest import leave_artifact
 
 RECIPE = """
-defaults: [base, stage@stages.sft: sft, stage@stages.reward: reward, stage@stages.ppo: ppo, stage@stages.forgetting: forgetting, _self_]
+defaults:
+  - base
+  - stage@stages.sft: sft
+  - stage@stages.reward: reward
+  - stage@stages.ppo: ppo
+  - stage@stages.forgetting: forgetting
+  - _self_
 summary: a gate behind three stages
 """
 
