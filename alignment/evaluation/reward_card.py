@@ -263,9 +263,11 @@ def warnings(card: Mapping[str, Any]) -> list[str]:
             "the answer by heart."
         )
     for baseline in card["baselines"]:
-        difference = baseline["difference"]
-        if difference["low"] is None or difference["low"] <= 0:
-            found.append(f"It is not shown to be right more often than {_JUDGES[baseline['name']]}.")
+        other, difference = _JUDGES[baseline["name"]], baseline["difference"]
+        if difference["low"] is None or difference["low"] <= 0 <= difference["high"]:
+            found.append(f"It is not shown to be right more often than {other}.")
+        elif difference["high"] < 0:
+            found.append(f"It is right less often than {other}.")
     moved = card["invariances"] and card["invariances"]["moved"]
     if moved:
         found.append(f"In float32 its scores depend on what they should not: {', '.join(moved)}.")

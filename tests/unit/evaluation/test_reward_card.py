@@ -150,6 +150,15 @@ def test_a_card_says_first_what_makes_its_figures_worthless() -> None:
     card = card_of(many(*[-1.0] * 20), intervals=INTERVALS, num_worst=1)
     learned = {"judged_too": 3, "left_out": False}
     told = warnings({**card, "learned": learned, "invariances": {"moved": ["alone"]}})
-    assert [sentence.split()[0] for sentence in told] == ["3", "It", "In"]
+    assert told[0].startswith("3 of the 20 pairs ask what the model learned from")
+    assert told[1:] == [
+        "It is right less often than the rule that the longer answer is better.",
+        "In float32 its scores depend on what they should not: alone.",
+    ]
+    even = card_of(many(*[1.0, -1.0] * 10), intervals=INTERVALS, num_worst=1)
+    (doubt,) = warnings({**even, "learned": None, "invariances": None})
+    assert doubt.startswith("It is right less often"), "the longer one is always right here"
+    few = card_of(many(1.0), intervals=INTERVALS, num_worst=1)
+    assert warnings({**few, "learned": None, "invariances": None})[0].startswith("It is not shown")
     good = card_of([judged(1.0, prompt=n, longer=-1) for n in range(20)], intervals=INTERVALS, num_worst=1)
     assert warnings({**good, "learned": {**learned, "left_out": True}, "invariances": None}) == []
