@@ -56,7 +56,7 @@ def frozen_rows(plan: Plan) -> str | None:
         if not _trains_rows(config.adapter):
             return (
                 f"{stage.name} does not train the rows of the new tokens {tokens}: they stay the mean of all others; "
-                f"set stages.{stage.name}.adapter.modules_to_save=[embed_tokens] (its name in the model), or adapter=full"
+                f"set stages.{stage.name}.adapter.modules_to_save=[embed_tokens] (its name there), or adapter=full"
             )
     return None
 
