@@ -119,7 +119,7 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
             output=Path(options.output).expanduser().absolute(),
         )
     elif options.verb == "sweep":
-        from alignment.pipeline.sweep import sweep
+        from alignment.pipeline.sweeps.run import sweep
 
         return sweep(options.recipe, options.sweep, options.overrides, console=console, at_once=options.at_once)
     elif options.verb == "plan":

@@ -14,8 +14,8 @@ from rich.console import Console
 from alignment.artifacts import MANIFEST, Manifest
 from alignment.config.store import conf_folder
 from alignment.errors import ConfigError, NonFiniteError
-from alignment.pipeline import sweep as module
-from alignment.pipeline.sweep import sweep
+from alignment.pipeline.sweeps import run as module
+from alignment.pipeline.sweeps.run import sweep
 
 BETAS = ["0.05", "0.1", "0.3", "0.5"]
 GRID = [{"key": "stages.dpo.beta", "values": [0.1, 0.3]}]

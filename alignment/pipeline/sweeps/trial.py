@@ -1,4 +1,4 @@
-"""``python -m alignment.pipeline.trial OUTCOME RECIPE OVERRIDE…``: a trial of a sweep as a process of its own.
+"""``python -m alignment.pipeline.sweeps.trial OUTCOME RECIPE OVERRIDE…``: a trial of a sweep as a process of its own.
 
 It is an ordinary run that waits for results which another trial makes. How it ended stands in the file ``OUTCOME``
 afterwards. Its stdin is a pipe that the sweep holds open: when that is closed, since the sweep was killed, it stops.

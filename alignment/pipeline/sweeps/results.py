@@ -14,9 +14,9 @@ from rich.table import Table
 from alignment import report
 from alignment.artifacts import write_json
 from alignment.pipeline import paired
-from alignment.pipeline.study import Study, number_of
 from alignment.pipeline.summary import REPORT
-from alignment.pipeline.sweep_file import Sweep
+from alignment.pipeline.sweeps.file import Sweep
+from alignment.pipeline.sweeps.study import Study, number_of
 from alignment.report.records import Interval
 from alignment.report.sweep_records import FEWEST_FOR_IMPORTANCE, Goal, Parameter, Setting, SweepRecord, Trial
 

@@ -21,9 +21,10 @@ from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Searc
 from alignment.config.typed import sweep_from_plain
 from alignment.errors import AlignmentError, ConfigError
 from alignment.fingerprint import digest
-from alignment.pipeline import launching, objectives
-from alignment.pipeline.objectives import Objective
+from alignment.pipeline import launching
 from alignment.pipeline.plan import Plan, make_plan
+from alignment.pipeline.sweeps import objectives
+from alignment.pipeline.sweeps.objectives import Objective
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

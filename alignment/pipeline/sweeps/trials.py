@@ -87,7 +87,7 @@ class Running:
         with log.open("ab") as sink:
             # A session of its own: Ctrl-C reaches the sweep alone, which then asks its trials to stop.
             self._process = subprocess.Popen(
-                [sys.executable, "-u", "-m", "alignment.pipeline.trial", str(self._outcome), *argv],
+                [sys.executable, "-u", "-m", "alignment.pipeline.sweeps.trial", str(self._outcome), *argv],
                 env={**os.environ, **devices, **launcher.own_code(os.environ.get("PYTHONPATH", ""))},
                 stdin=subprocess.PIPE,
                 stdout=sink,

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from alignment.locks import held
-from alignment.pipeline.trials import Outcome, Running, Share
+from alignment.pipeline.sweeps.trials import Outcome, Running, Share
 
 ALL = Share(cores=frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset())
 

@@ -13,7 +13,7 @@ from alignment.config.near import suggestion
 from alignment.config.sweep import Pruner
 from alignment.errors import ArtifactError, ConfigError
 from alignment.pipeline.record import read_record
-from alignment.pipeline.sweep_file import Sweep
+from alignment.pipeline.sweeps.file import Sweep
 
 _FILE = "metrics.jsonl"
 

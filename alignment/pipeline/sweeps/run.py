@@ -15,13 +15,13 @@ from rich.console import Console
 from alignment.config.sweep import Pruner
 from alignment.errors import PREEMPTED, AlignmentError, Busy, ConfigError
 from alignment.locks import held
-from alignment.pipeline import sweep_results
-from alignment.pipeline.pruning import Curve
 from alignment.pipeline.run import run
 from alignment.pipeline.signals import INTERRUPTED, Terminated, termination_raises
-from alignment.pipeline.study import Study, number_of
-from alignment.pipeline.sweep_file import Sweep, read_sweep
-from alignment.pipeline.trials import Outcome, Running, Share, shares, stop_all
+from alignment.pipeline.sweeps import results
+from alignment.pipeline.sweeps.file import Sweep, read_sweep
+from alignment.pipeline.sweeps.pruning import Curve
+from alignment.pipeline.sweeps.study import Study, number_of
+from alignment.pipeline.sweeps.trials import Outcome, Running, Share, shares, stop_all
 
 _POLL_SECONDS = 0.5
 
@@ -44,14 +44,14 @@ def sweep(recipe: str, name: str, overrides: Sequence[str], *, console: Console,
         code = _apart(study, wanted, parts, console) if apart else _in_turn(study, wanted, console)
         if code:
             return code
-        sweep_results.show(console, sweep_results.write(study, wanted), wanted)
+        results.show(console, results.write(study, wanted), wanted)
     return 0 if study.completed() else 5
 
 
 def _in_turn(study: Study, wanted: Sweep, console: Console) -> int:
     """Trials one after another, in this process; returns the code of a stop, or 0 when all were made."""
     while (trial := study.next()) is not None:
-        _say(console, f"[bold]trial {number_of(trial)}[/]  ", " ".join(sweep_results.words(trial.params)))
+        _say(console, f"[bold]trial {number_of(trial)}[/]  ", " ".join(results.words(trial.params)))
         try:
             outcome = Outcome(code=run(wanted.recipe, _overrides(wanted, trial), console=console, wait=True))
         except AlignmentError as error:
@@ -63,7 +63,7 @@ def _in_turn(study: Study, wanted: Sweep, console: Console) -> int:
 
 def _overrides(wanted: Sweep, trial: Any) -> list[str]:
     group = f"tracking.group={wanted.run_name}.{wanted.name}"
-    return [group, *wanted.overrides, *sweep_results.words(trial.params), f"name={trial.user_attrs['run']}"]
+    return [group, *wanted.overrides, *results.words(trial.params), f"name={trial.user_attrs['run']}"]
 
 
 def _settle(study: Study, trial: Any, wanted: Sweep, outcome: Outcome, console: Console) -> int:
@@ -97,7 +97,7 @@ def _settle(study: Study, trial: Any, wanted: Sweep, outcome: Outcome, console: 
     if error:
         study.fail(trial, error)
         _say(console, f"trial {number_of(trial)} failed: ", error)
-    sweep_results.write(study, wanted)
+    results.write(study, wanted)
     return 0
 
 
@@ -122,7 +122,7 @@ class _Apart:
         self._curve = Curve(wanted, trial)
         self._stage = ""
         log = wanted.folder / f"trial-{number_of(trial)}.log"
-        _say(console, f"[bold]{self._name}[/]  ", f"{' '.join(sweep_results.words(trial.params))}  (log: {log})")
+        _say(console, f"[bold]{self._name}[/]  ", f"{' '.join(results.words(trial.params))}  (log: {log})")
         argv = [wanted.recipe, *_overrides(wanted, trial)]
         self.process = Running(wanted.output / "runs" / trial.user_attrs["run"], argv, log=log, share=share)
 
@@ -183,6 +183,6 @@ def _to_the_end(study: Study, wanted: Sweep, free: list[Share], running: list[_A
             if outcome.code and one.pruned_at is not None:
                 study.prune(one.trial, one.pruned_at)
                 console.print(f"trial {number_of(one.trial)} pruned at step {one.pruned_at}", highlight=False)
-                sweep_results.write(study, wanted)
+                results.write(study, wanted)
             elif code := _settle(study, one.trial, wanted, outcome, console):
                 return code
