@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from alignment.report import text
 from alignment.report.plots import calibration_curve, histogram, scale_axis, scale_of, whisker
-from alignment.report.records import Guesser, RewardCard
+from alignment.report.records import Interval, RewardCard
 from alignment.report.tables import Whisker, WhiskerPlot, bounds
 
 FEW_WORDS = 8
@@ -73,23 +73,18 @@ def _judges(card: RewardCard) -> WhiskerPlot:
             label=judge.name,
             svg=whisker(judge.accuracy, scale, tone="trained" if judge is card.model else "plain", zero=False),
             value=text.number(judge.accuracy.mean, 3),
-            bounds=_beside(judge),
+            bounds=bounds(judge.accuracy),
         )
         for judge in known
     ]
     return WhiskerPlot(rows=rows, axis=scale_axis(scale))
 
 
-def _beside(judge: Guesser) -> str:
-    within = bounds(judge.accuracy)
-    if judge.difference is None:
-        return within
-    more = text.signed(judge.difference.mean)
-    return f"{within}; the model {more}" + (f" ({bounds(judge.difference, 3)})" if bounds(judge.difference) else "")
-
-
 def _figures(card: RewardCard) -> Iterator[tuple[str, str]]:
     scales, length = card.scales, card.length
+    for judge in card.judges:
+        if judge.difference is not None:
+            yield f"more often right than: {judge.name}", _difference(judge.difference)
     if {"ece", "brier", "log_loss"} <= scales.keys():
         yield "expected calibration error", text.number(scales["ece"], 3)
         yield "Brier score (.25 knows nothing)", text.number(scales["brier"], 3)
@@ -113,6 +108,13 @@ def _figures(card: RewardCard) -> Iterator[tuple[str, str]]:
         for key, words in (("for", "words for an answer, by the bag"), ("against", "words against it")):
             if card.learned[key]:
                 yield words, ", ".join(card.learned[key][:FEW_WORDS])
+
+
+def _difference(item: Interval) -> str:
+    more = text.signed(item.mean)
+    if item.low is None or item.high is None:
+        return more
+    return f"{more} ({text.signed(item.low)} to {text.signed(item.high)})"
 
 
 def _learned(card: RewardCard) -> str:

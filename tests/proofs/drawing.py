@@ -116,8 +116,8 @@ def draw_card(card: Path, file: Path) -> None:
     """How sure a reward model is and how right, and its margins."""
     found = read_card(card, "card")
     assert found is not None, f"{card} is no card"
-    below = "score of the better answer − that of the worse"
-    stack(file, {f"{one.title}: {one.caption}": one.svg for one in plots(found)}, below=below)
+    titles = ("Share of pairs that it gets right, over how sure it is", "Pairs, over the margin of their scores")
+    stack(file, dict(zip(titles, (one.svg for one in plots(found)), strict=True)), below="left of 0 it is wrong")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ def test_a_card_is_shown_with_all_that_it_measured(fake_run: Any) -> None:
         accuracy,
         "bag of words",
         "longer answer",
+        "more often right than: bag of words",
         "expected calibration error",
         "prefers the longer answer",
         "agrees with the rule",
