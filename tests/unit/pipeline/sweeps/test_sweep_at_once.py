@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.pipeline.sweeps.test_sweep import BETAS, Runs, go, own, runs, tiny_base, trials
 
 from alignment.config.launch import LaunchConfig, SlurmConfig
 from alignment.errors import Busy, ConfigError
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps import trials as shared
 from alignment.pipeline.sweeps.trials import Outcome, Share, shares
+from tests.unit.pipeline.sweeps.test_sweep import BETAS, Runs, go, own, runs, tiny_base, trials
 
 __all__ = ["runs", "tiny_base"]  # fixtures
 
