@@ -22,3 +22,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """Adds the exceptions behind the rule that they are exceptions to."""
     for line in THIRD_PARTY_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+
+
+SEVERAL_PROCESSES = ("test_sharding", "test_machines", "test_lost_processes")
+"""Files whose tests start several processes that wait for one another; two such tests at once crawl."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What belongs together stays with one of the processes that ``make test`` shares the tests out to: tests of
+    several processes, those on one finished chain, and those on the recipes' smoke runs."""
+    for item in items:
+        if item.path.stem in SEVERAL_PROCESSES:
+            item.add_marker(pytest.mark.xdist_group("processes"))
+        for made_once in {"finished", "smoke"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(made_once))

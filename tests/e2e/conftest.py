@@ -128,13 +128,6 @@ def environment() -> dict[str, str]:
     return {**kept, "NETRC": os.devnull}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on one chain, or on the recipes' smoke runs, stay in one process, so that these are made once."""
-    for item in items:
-        for made_once in {"finished", "smoke"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(made_once))
-
-
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One tiny model for all runs, so that its fingerprint is the same in each."""
