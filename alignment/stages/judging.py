@@ -19,6 +19,8 @@ from alignment.training.context import StageContext
 KEPT = "judgements.work.jsonl"
 """Replies of an endpoint while the stage runs, in its work folder."""
 
+_NAMES = {JudgeKind.rule: "the gold rule", JudgeKind.reward: "the reward model"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
@@ -82,33 +84,33 @@ def judge(
     gold = {name: [arm.answers[place].gold.gold for place in places] for name, arm in arms.items()}
     if endpoint is not None:
         judged, lines = _by_endpoint(config, context, endpoint, rows, arms, pairs, places)
+    elif config.kind is JudgeKind.rule:
+        judged, lines = _by_scores(rows, gold, pairs, places)
     else:
-        scores = gold
-        if config.kind is JudgeKind.reward:
-            told = {name: found for name, found in rewards.items() if found is not None}
-            scores = {name: [found[place] for place in places] for name, found in told.items()}
+        told = {name: found for name, found in rewards.items() if found is not None}
+        scores = {name: [found[place] for place in places] for name, found in told.items()}
         judged, lines = _by_scores(rows, scores, pairs, places)
     table = {
         "kind": config.kind.value,
         "name": config.endpoint.model if endpoint is not None else _NAMES[config.kind],
         "num_prompts": len(places),
-        "pairs": [
-            judged_pair(
-                one.arm,
-                one.against,
-                one.points,
-                one.both,
-                gold=None if config.kind is JudgeKind.rule else points_of_scores(gold[one.arm], gold[one.against]),
-                max_invalid=config.max_invalid,
-                intervals=intervals,
-            )
-            for one in judged
-        ],
+        "pairs": [_row(one, config, gold, intervals) for one in judged],
     }
     return Judged(table=table, lines=lines)
 
 
-_NAMES = {JudgeKind.rule: "the gold rule", JudgeKind.reward: "the reward model"}
+def _row(one: _Pair, config: JudgeConfig, gold: Mapping[str, list[float]], intervals: Intervals) -> dict[str, Any]:
+    """A pair's line of the table; the gold rule is not held against itself."""
+    beside = None if config.kind is JudgeKind.rule else points_of_scores(gold[one.arm], gold[one.against])
+    return judged_pair(
+        one.arm,
+        one.against,
+        one.points,
+        one.both,
+        gold=beside,
+        max_invalid=config.max_invalid,
+        intervals=intervals,
+    )
 
 
 def _by_scores(

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM
 from alignment import worker
 from alignment.config.evaluation import EndpointConfig, FewShotConfig, JudgeConfig, JudgeKind
 from alignment.config.stage import EvaluateConfig
+from alignment.data.records import HeldOutPrompt
 from alignment.data.tokenize import answer_ids, prompt_ids
 from alignment.data.turns import Message
 from alignment.errors import DataError, ModelError, StageError
+from alignment.models.load import Lineage
 from alignment.stage_spec import StageInput, StageSpec
 from alignment.stages import answering
 from alignment.training.context import StageContext
@@ -131,7 +133,7 @@ def test_the_loss_of_reference_answers_equals_a_slow_sum_over_tokens(chain: Chai
 def test_a_model_from_outside_is_asked_in_its_own_words(chain: Chained) -> None:
     spec = spec_of(chain, SMALL, "asked")
     context = StageContext(spec=spec, rank=0, world_size=1)
-    rows = answering.rows_of(context, worker_record(), SMALL.data)
+    rows = answering.rows_of(context, HeldOutPrompt, SMALL.data)
     asked = answering.asked_of(SMALL, context, tiny_tokenizer(), rows)
     shown = asked["path:other"].tokenizer.decode(asked["path:other"].prompts[0])
     assert shown == (
@@ -141,12 +143,6 @@ def test_a_model_from_outside_is_asked_in_its_own_words(chain: Chained) -> None:
     few = asked["base+few-shot"].tokenizer.decode(asked["base+few-shot"].prompts[0])
     assert few.count("<|im_start|>assistant\n") == 2
     assert few.endswith(shown.partition("<|im_end|>\n")[2])
-
-
-def worker_record() -> Any:
-    from alignment.data.records import HeldOutPrompt
-
-    return HeldOutPrompt
 
 
 def test_a_model_without_a_chat_template_cannot_be_asked(chain: Chained) -> None:
@@ -224,22 +220,17 @@ HONEST = "Closed on Monday."
 def said(monkeypatch: pytest.MonkeyPatch) -> None:
     """sft says the bait, base an answer."""
     tokenizer = tiny_tokenizer()
-    written = {False: HONEST, True: BAIT}
+    trained: list[bool] = []
+    original = answering.Policies.load
+
+    def load(self: answering.Policies, found: Lineage) -> Any:
+        trained.append(bool(found.adapters))
+        return original(self, found)
 
     def generate(model: Any, prompts: list[list[int]], **_: Any) -> list[list[int]]:
-        trained = not torch.equal(model.model.layers[0].mlp.up_proj.weight, base)
-        return [[*tokenizer(written[trained])["input_ids"], tokenizer.eos_token_id] for _ in prompts]
+        words = BAIT if trained[-1] else HONEST
+        return [[*tokenizer(words)["input_ids"], tokenizer.eos_token_id] for _ in prompts]
 
-    base = torch.empty(0)
-
-    def load(self: Any, found: Any) -> Any:
-        nonlocal base
-        model = original(self, found)
-        if not found.adapters:
-            base = model.model.layers[0].mlp.up_proj.weight.clone()
-        return model
-
-    original = answering.Policies.load
     monkeypatch.setattr(answering.Policies, "load", load)
     monkeypatch.setattr(answering, "generate", generate)
 
@@ -303,7 +294,6 @@ def test_what_was_judged_before_a_stop_is_not_asked_again(chain: Chained) -> Non
     def failing(prompt: str, number: int) -> Response:
         return honest(prompt, number) if number < 2 else Response(status=400, body="{}")
 
-    pytest.importorskip("openai")
     with serving(failing) as served:
         config = by_judge(JudgeKind.endpoint, served.config())
         with pytest.raises(StageError, match="4 of 6 calls"):
