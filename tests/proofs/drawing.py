@@ -116,7 +116,7 @@ def draw_card(card: Path, file: Path) -> None:
     """How sure a reward model is and how right, and its margins."""
     found = read_card(card, "card")
     assert found is not None, f"{card} is no card"
-    titles = ("Share of pairs that it gets right, over how sure it is", "Pairs, over the margin of their scores")
+    titles = ("Share right, over how sure it is", "Pairs, over the margin of their scores")
     stack(file, dict(zip(titles, (one.svg for one in plots(found)), strict=True)), below="left of 0 it is wrong")
 
 
