@@ -87,9 +87,11 @@ def drawing(points: dict[str, tuple[float, float]], *, peak: float, bytes_per_se
         parts.append(_text(_x(10.0**power), HEIGHT - BOTTOM + 16, f"10{_raised(power)}", "middle"))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "useful FLOP for each byte of weights", "middle"))
     parts.append(_text(LEFT, TOP - 6, "useful FLOP/s"))
-    for name, (x, y) in points.items():
-        parts.append(f'<circle cx="{_x(x):.1f}" cy="{_y(y):.1f}" r="4" fill="#1f6feb"/>')
-        parts.append(_text(_x(x) - 8, _y(y) + 4, name, "end"))
+    for number, (name, (x, y)) in enumerate(points.items(), start=1):  # points lie close, so names stand in a list
+        parts.append(f'<circle cx="{_x(x):.1f}" cy="{_y(y):.1f}" r="3" fill="#1f6feb"/>')
+        parts.append(_text(_x(x), _y(y) - 6, str(number), "middle"))
+        share = f"{number} {name}: {y / 1e12:.2f} TFLOP/s, {100 * y / peak:.0f} % of the products' peak"
+        parts.append(_text(_x(20.0), _y(10.0**9.9) + 15 * number, share))
     return "\n".join([*parts, "</svg>", ""])
 
 
