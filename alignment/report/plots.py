@@ -322,9 +322,9 @@ def whisker(item: Interval, scale: Scale, *, tone: str, zero: bool) -> Markup:
         for end in (low, high):
             parts.append(Markup('<line class="cap" x1="{}" x2="{}" y1="-6" y2="6"/>').format(end, end))
     parts.append(Markup('<circle class="dot" cx="{}" cy="0" r="4.5"/>').format(scale.percent(item.mean)))
-    return Markup(
-        '<svg class="interval {}" aria-hidden="true">{}<svg y="50%" overflow="visible">{}</svg></svg>'
-    ).format(tone, Markup("").join(grid), Markup("").join(parts))
+    return Markup('<svg class="interval {}" aria-hidden="true">{}<svg y="50%">{}</svg></svg>').format(
+        tone, Markup("").join(grid), Markup("").join(parts)
+    )
 
 
 def _vertical(x: str, kind: str) -> Markup:

@@ -22,7 +22,7 @@ _TITLE = 34
 _ROW, _NAME, _PLOT, _VALUE = 26, 130, 270, 60
 """Of a row of intervals: its height, and the widths of its name, its plot and its figure."""
 _STYLE = Markup("""
-svg { --ink: #201e1a; --muted: #6b665b; --rule: #e0dbcf; --one: #1d5a86; --two: #b0562b; }
+svg { overflow: visible; --ink: #201e1a; --muted: #6b665b; --rule: #e0dbcf; --one: #1d5a86; --two: #b0562b; }
 @media (prefers-color-scheme: dark) {
   svg { --ink: #e7e3da; --muted: #a09b90; --rule: #34363c; --one: #7fb6dc; --two: #e09a72; }
 }
