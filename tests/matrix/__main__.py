@@ -21,7 +21,7 @@ import torch
 
 from alignment.artifacts import write_json
 from alignment.pipeline.handover import commit_of_checkout
-from alignment.worker import PACKAGES
+from alignment.versions import PACKAGES
 from benchmarks.machine import processor
 from tests.matrix.cells import ADAPTERS, LAUNCHERS, LOGITS, SAME, STAGES, Bench, Cell, Outcome
 from tests.tiny import save_tiny_model

@@ -26,7 +26,7 @@ import transformers
 
 from alignment.artifacts import write_json
 from alignment.pipeline.handover import commit_of_checkout
-from alignment.worker import PACKAGES
+from alignment.versions import PACKAGES
 from benchmarks.machine import processor
 from tests.proofs import bandit, count, dpo, forgetting, kills, overoptimisation, plain_script, story
 from tests.proofs.common import Claim, Skipped
