@@ -159,7 +159,7 @@ def _show_differences(console: Console, runs: Sequence[str], differences: Sequen
         if found is None:
             line = f"{label}: judged on other prompts, which cannot be compared"
         else:
-            verdict = "no real difference"
+            verdict = "the same on every prompt" if one.none_at_all else "no real difference"
             if one.real:
                 verdict = "better" if found.mean > 0 else "worse"
             line = f"{label}: {found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f}), {verdict}"

@@ -119,6 +119,8 @@ def _sentence(runs: Sequence[Told], one: Difference) -> str:
     if found is None:
         return f"{label}: {letter} was judged on other prompts than {first}, which cannot be compared."
     interval = f"{text.signed(found.mean)} gold (95\u202f% interval {_bounds(found)})"
+    if one.none_at_all:
+        return f"{label}: the same gold in {letter} and {first} on every prompt."
     if not one.real:
         return f"{label}: a difference between {letter} and {first} is not shown: {interval}."
     return f"{label}: {letter} is really {'better' if found.mean > 0 else 'worse'} than {first}: {interval}."

@@ -90,6 +90,11 @@ class Difference:
             found is not None and found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
         )
 
+    @property
+    def none_at_all(self) -> bool:
+        """Whether every answer was judged alike: mostly an arm that the runs share."""
+        return self.interval == Interval(mean=0.0, low=0.0, high=0.0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgedPair:

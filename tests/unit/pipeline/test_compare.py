@@ -71,7 +71,7 @@ def test_what_differs_is_shown_and_nothing_else(runs: Runs) -> None:
     assert "launch" not in printed
     assert "0.600 (0.500–0.700)" in printed
     assert "dpo: bb against a: +0.100 (+0.100 to +0.100), better" in printed
-    assert "base: bb against a: +0.000 (+0.000 to +0.000), no real difference" in printed
+    assert "base: bb against a: +0.000 (+0.000 to +0.000), the same on every prompt" in printed
 
 
 def test_differences_are_taken_prompt_by_prompt(runs: Runs) -> None:
