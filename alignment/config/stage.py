@@ -328,7 +328,7 @@ class RewardCardConfig:
     """
 
     summary: ClassVar[str] = "a reward model's report card on held-out pairs"
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     produces: ClassVar[str] = "reward_card"
 
     kind: str = "reward_card"

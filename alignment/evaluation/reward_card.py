@@ -262,6 +262,11 @@ def warnings(card: Mapping[str, Any]) -> list[str]:
             f"{learned['judged_too']} of the {card['num_pairs']} pairs ask what the model learned from, so it may know "
             "the answer by heart."
         )
+    if learned and not learned["part_known"]:
+        found.append(
+            "Which part of its file the model learned from is not known exactly, so every pair of the file counts as "
+            "learned."
+        )
     for baseline in card["baselines"]:
         other, difference = _JUDGES[baseline["name"]], baseline["difference"]
         if difference["low"] is None or difference["low"] <= 0 <= difference["high"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import PeftModel
@@ -31,7 +31,7 @@ from alignment.models.reward import load_reward_model
 from alignment.rewards.models import Computation, TextScorer, load_external
 from alignment.rewards.verifiers import house_style
 from alignment.stages.result import StageResult
-from alignment.stages.rows import fitting, rows_of
+from alignment.stages.rows import LEFT_OUT, fitting, rows_of
 from alignment.training.context import StageContext
 
 LEARNED = "learned"
@@ -99,18 +99,44 @@ def _without_learned(
     """
     if not learned:
         return records, None
-    known = asked_too(records, learned)
+    part_known = _part_is_known(config, context)
+    known = asked_too(records, learned if part_known else [*learned, *_whole_file(config, context)])
     others = [record for record in records if asked(record).text not in known]
-    told = {"num_pairs": len(learned), "judged_too": len(records) - len(others), "left_out": config.leave_out_learned}
+    told = {
+        "num_pairs": len(learned),
+        "judged_too": len(records) - len(others),
+        "left_out": config.leave_out_learned,
+        "part_known": part_known,
+    }
     if not config.leave_out_learned:
         return records, told
     if not others:
+        did = "learned" if part_known else "may have learned"
         raise DataError(
-            f"all {len(records)} pairs ask what the reward model learned from",
+            f"all {len(records)} pairs ask what the reward model {did} from",
             where=f"stages.{context.spec.stage}.data",
             remedy="judge other pairs, or set leave_out_learned=false",
         )
     return others, told
+
+
+def _part_is_known(config: RewardCardConfig, context: StageContext) -> bool:
+    """Whether the pairs drawn here are those that the model learned from.
+
+    A part is drawn among the rows that fit, by the run's seed: one row more or less, and it is another part.
+    """
+    if config.learned.fraction == 1.0:
+        return True
+    path = context.spec.inputs["reward"].path
+    made = None if path is None else read_manifest(path)
+    if path is None or made is None:
+        return False
+    return made.identity.get("seed") == context.spec.seed and not (path / LEFT_OUT).exists()
+
+
+def _whole_file(config: RewardCardConfig, context: StageContext) -> list[PreferencePair]:
+    """All own rows of the learned pairs, not a part."""
+    return rows_of(context, PreferencePair, replace(config.learned, fraction=1.0, mix=[]), field=LEARNED)
 
 
 # ---- the model and what it reads -------------------------------------------------------------------------------------

@@ -148,10 +148,11 @@ def test_the_worst_pairs_are_the_surest_mistakes() -> None:
 
 def test_a_card_says_first_what_makes_its_figures_worthless() -> None:
     card = card_of(many(*[-1.0] * 20), intervals=INTERVALS, num_worst=1)
-    learned = {"judged_too": 3, "left_out": False}
+    learned = {"judged_too": 3, "left_out": False, "part_known": False}
     told = warnings({**card, "learned": learned, "invariances": {"moved": ["alone"]}})
     assert told[0].startswith("3 of the 20 pairs ask what the model learned from")
-    assert told[1:] == [
+    assert told[1].startswith("Which part of its file the model learned from is not known exactly")
+    assert told[2:] == [
         "It is right less often than the rule that the longer answer is better.",
         "In float32 its scores depend on what they should not: alone.",
     ]
@@ -161,4 +162,4 @@ def test_a_card_says_first_what_makes_its_figures_worthless() -> None:
     few = card_of(many(1.0), intervals=INTERVALS, num_worst=1)
     assert warnings({**few, "learned": None, "invariances": None})[0].startswith("It is not shown")
     good = card_of([judged(1.0, prompt=n, longer=-1) for n in range(20)], intervals=INTERVALS, num_worst=1)
-    assert warnings({**good, "learned": {**learned, "left_out": True}, "invariances": None}) == []
+    assert warnings({**good, "learned": {**learned, "left_out": True, "part_known": True}, "invariances": None}) == []

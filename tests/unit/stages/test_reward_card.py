@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from alignment.artifacts import read_manifest
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
 from alignment.config.model import Dtype, ModelConfig
-from alignment.config.stage import RewardCardConfig, Rule
+from alignment.config.stage import RewardCardConfig, RewardConfig, Rule
 from alignment.config.too_long import TooLong, TooLongConfig
+from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import DataError, ModelError, RewardError
 from alignment.evaluation import invariance
 from alignment.models.load import Lineage
 from alignment.stage_spec import StageInput, StageSpec
-from alignment.stages import reward_card
+from alignment.stages.pairs import read_pairs
 from alignment.training.context import StageContext
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_reward, tiny_scorer, tiny_spec, tiny_tokenizer
 
@@ -52,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, and a reward model on it."""
     folder = tmp_path_factory.mktemp("judged")
     save_tiny_model(folder / "base")
-    tiny_reward(folder / "made", LORA, found=found_in(folder), base_path=folder / "base")
+    tiny_reward(folder / "made", LORA, found=found_in(folder), base_path=folder / "base", identity={"seed": 0})
     return folder
 
 
@@ -141,17 +143,36 @@ def test_pairs_that_were_learned_may_be_judged_and_are_then_counted(folder: Path
         run(spec_of(folder, tmp_path / "again", RewardCardConfig(), data_path=file, extra_data={"learned": file}))
 
 
-def test_a_part_of_the_learned_pairs_is_the_part_that_the_reward_stage_took(folder: Path, tmp_path: Path) -> None:
-    file = write(tmp_path / "pairs.jsonl", [rewardbench_row(number) for number in range(40)])
-    half = DataConfig(fraction=0.5)
-    config = RewardCardConfig(bootstrap_samples=5, invariance_pairs=0, learned=half)
-    spec = spec_of(folder, tmp_path, config, extra_data={"learned": file})
-    run(spec)
-    context = StageContext(spec=replace(spec, stage="reward"), rank=0, world_size=1)
-    taken = reward_card.rows_of(context, reward_card.PreferencePair, half)
-    judged = {pair["id"] for pair in lines(spec)}
-    assert judged == {str(number) for number in range(40)} - {pair.id for pair in taken}
-    assert len(judged) == 20
+@pytest.mark.parametrize("too_long", [False, True])
+def test_no_pair_is_judged_that_the_reward_stage_took(folder: Path, tmp_path: Path, too_long: bool) -> None:
+    """A part is drawn by place among the rows that fit: a row too long, and it is another part."""
+    rows = [rewardbench_row(number) for number in range(40)]
+    judged = write(tmp_path / "pairs.jsonl", [*rows, *(rewardbench_row(number) for number in range(40, 60))])
+    first = rewardbench_row(0, chosen="The keys are here. " * 60) if too_long else rows[0]
+    file = write(tmp_path / "learned.jsonl", [first, *rows[1:]])
+    taken, artifact = made_from_half(folder, tmp_path, file)
+    config = RewardCardConfig(bootstrap_samples=5, invariance_pairs=0, learned=DataConfig(fraction=0.5))
+    inputs = {"reward": StageInput(ref="stage:reward", path=artifact)}
+    spec = spec_of(folder, tmp_path, config, extra_data={"learned": file}, data_path=judged, inputs=inputs)
+    card = run(spec)
+    assert len(taken) == 20
+    assert not taken & {pair["chosen"] for pair in lines(spec)}
+    assert card["num_pairs"] == (20 if too_long else 40), "all of the file is left out where its part is not known"
+    assert card["learned"]["part_known"] is not too_long
+    assert any("every pair of the file counts as learned" in told for told in card["warnings"]) is too_long
+
+
+def made_from_half(folder: Path, work: Path, file: Path) -> tuple[set[str], Path]:
+    """The chosen answers that a reward stage learns from in half of the file's pairs, and its artifact."""
+    config = RewardConfig(data=DataConfig(fraction=0.5), max_length=200)
+    spec = tiny_spec(work / "reward", config, base_path=folder / "base", data_path=file)
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    tokenizer = load_tokenizer(folder / "base")
+    pairs, _ = read_pairs(config, context, tokenizer)
+    artifact = work / "reward-0123abcd"
+    shutil.copytree(folder / "made/artifacts/reward-0123abcd", artifact)
+    shutil.copytree(context.content, artifact, dirs_exist_ok=True)
+    return {tokenizer.decode(pair.chosen, skip_special_tokens=True).strip() for pair in pairs}, artifact
 
 
 def external(folder: Path) -> StageInput:
