@@ -29,10 +29,11 @@ Judge = Callable[[str, int], Response | None]
 
 @dataclass
 class Served:
-    """A server at work: ``requests`` are the bodies that came, ``keys`` the Authorization headers."""
+    """A server at work: ``requests`` are the bodies that came, ``headers`` theirs, ``keys`` what authorizes."""
 
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[str] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
 
     def config(self, **changes: Any) -> EndpointConfig:
@@ -54,6 +55,7 @@ def serving(judge: Judge, *, port: int = 0) -> Iterator[Served]:
             with lock:
                 number = len(served.requests)
                 served.requests.append(told)
+                served.headers.append(str(self.headers))
                 served.keys.append(self.headers.get("Authorization"))
             response = judge(told["messages"][0]["content"], number)
             if response is None:

@@ -9,8 +9,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,20 @@ def _client(config: EndpointConfig, key: str, *, where: str) -> Any:
             where=f"{where}.kind",
             remedy=f"pip install '{PACKAGE}'",
         ) from None
-    # Without a key of its own the client would send the one in OPENAI_API_KEY to any server.
-    return OpenAI(base_url=config.base_url, api_key=key or "none", timeout=config.timeout, max_retries=config.retries)
+    with _without_variables():
+        return OpenAI(
+            base_url=config.base_url, api_key=key or "none", timeout=config.timeout, max_retries=config.retries
+        )
+
+
+@contextmanager
+def _without_variables() -> Iterator[None]:
+    """The client takes keys, names and headers from variables when it is made, and would send them to any server."""
+    taken = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OPENAI_")}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 def _read(kept: Path) -> dict[str, str]:

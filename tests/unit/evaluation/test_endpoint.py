@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from alignment.evaluation.endpoint import GIVE_UP, Endpoint, Reply
 from tests.judge_server import Judge, Response, serving
 
 pytest.importorskip("openai")
+
+VARIABLES = ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_WEBHOOK_SECRET")
+"""What the client reads by itself."""
 
 
 def ask(config: EndpointConfig, kept: Path, prompts: list[str], *, max_failed: float = 0.2) -> list[Reply]:
@@ -35,7 +39,10 @@ def failing(judge: Judge, kept: Path, *, prompts: int = 2, **changes: Any) -> st
 
 
 def test_every_prompt_is_one_greedy_call_with_a_user_turn(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-somebody-elses")
+    others = {name: f"somebody-elses-{name}" for name in VARIABLES}
+    others["OPENAI_CUSTOM_HEADERS"] = "X-Team: somebody-elses-team\nAuthorization: Bearer somebody-elses-bearer"
+    for name, value in others.items():
+        monkeypatch.setenv(name, value)
     done: list[int] = []
     with serving(lambda prompt, _: Response(text=f"so much for {prompt}")) as served:
         endpoint = Endpoint(served.config(concurrency=3, max_tokens=7), kept, max_failed=0.0, where="")
@@ -48,7 +55,9 @@ def test_every_prompt_is_one_greedy_call_with_a_user_turn(kept: Path, monkeypatc
         assert request["temperature"] == 0
         assert request["max_tokens"] == 7
         assert [message["role"] for message in request["messages"]] == ["user"]
-    assert not any("somebody" in str(key) for key in served.keys)
+    assert not any("somebody" in headers for headers in served.headers)
+    assert served.keys == ["Bearer none"] * 3
+    assert {name: os.environ[name] for name in others} == others, "other code still finds them"
 
 
 def test_a_key_comes_from_its_variable_and_stands_nowhere_else(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +65,7 @@ def test_a_key_comes_from_its_variable_and_stands_nowhere_else(kept: Path, monke
     with serving(lambda prompt, number: Response(text="fine")) as served:
         ask(served.config(api_key_env="JUDGE_KEY"), kept, ["a"])
     assert served.keys == ["Bearer sk-canary-123"]
+    assert served.headers[0].count("canary") == 1
     assert "canary" not in kept.read_text()
     refused = Response(status=401, body='{"error": {"message": "wrong key: sk-canary-123"}}')
     message = failing(lambda *_: refused, kept, api_key_env="JUDGE_KEY")
