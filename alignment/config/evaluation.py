@@ -65,8 +65,8 @@ class JudgeConfig:
     """Pairwise win rates on at most ``max_prompts`` held-out prompts.
 
     Without ``pairs`` every trained arm meets the reference arm and ``base+prompt``. Of a pair of which more than a
-    share of ``max_invalid`` of the verdicts is invalid, nothing is concluded; if more of an endpoint's calls fail, the
-    stage does.
+    share of ``max_invalid`` of the verdicts is invalid, nothing is concluded. A call that fails is no verdict: the
+    stage ends, and asks for it again when it is started again.
     """
 
     kind: JudgeKind = JudgeKind.none

@@ -292,7 +292,7 @@ class EvaluateConfig:
     """
 
     summary: ClassVar[str] = "arms side by side on held-out prompts"
-    revision: ClassVar[int] = 4
+    revision: ClassVar[int] = 5
     produces: ClassVar[str] = "evaluation"
 
     kind: str = "evaluate"

@@ -38,34 +38,36 @@ class Reply:
 class Endpoint:
     """Asks the endpoint; ``kept`` is the file of its replies."""
 
-    def __init__(self, config: EndpointConfig, kept: Path, *, max_failed: float, where: str) -> None:
+    def __init__(self, config: EndpointConfig, kept: Path, *, where: str) -> None:
         """Raises ConfigError if the client is not installed, or the key's variable is not set."""
         self._config = config
         self._kept = kept
-        self._max_failed = max_failed
         self._where = where
         self._key = api_key(config, where=where)
         self._client = _client(config, self._key, where=where)
 
-    def ask(self, prompts: Sequence[str], progress: Callable[[int], None]) -> list[Reply]:
-        """A reply to each prompt, in order; ``progress`` is told how many are there.
+    def ask(self, prompts: Sequence[str], progress: Callable[[int], None]) -> list[str]:
+        """The judge's words on each prompt, in order; ``progress`` is told how many are there.
 
         Raises:
-            StageError: more than a share of ``max_failed`` of the calls failed, or ``GIVE_UP`` one after another.
+            StageError: a call failed; all others were made first, unless ``GIVE_UP`` failed one after another.
         """
         known = _read(self._kept)
         keys = [self._key_of(prompt) for prompt in prompts]
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
-        replies = {key: Reply(text=known[key]) for key in keys if key in known}
+        texts = {key: known[key] for key in keys if key in known}
+        errors: list[str] = []
         for key, reply in self._ask_missing(missing):
-            replies[key] = reply
-            progress(len(replies))
-        failed = [reply.error for reply in replies.values() if reply.error]
-        if len(failed) > self._max_failed * len(replies):
-            raise self._failure(len(failed), len(replies), failed[-1])
-        return [replies[key] for key in keys]
+            if reply.error:
+                errors.append(reply.error)
+            else:
+                texts[key] = reply.text
+            progress(len(texts) + len(errors))
+        if errors:
+            raise self._failure(len(errors), len(missing), errors[-1])
+        return [texts[key] for key in keys]
 
-    def _ask_missing(self, prompts: dict[str, str]) -> Any:
+    def _ask_missing(self, prompts: dict[str, str]) -> Iterator[tuple[str, Reply]]:
         """Keys and replies as they come; those that are no failures are written down first."""
         pool = ThreadPoolExecutor(self._config.concurrency)
         try:
@@ -109,7 +111,7 @@ class Endpoint:
             f"{failed} of {calls} calls of the judge at {self._config.base_url} failed; the last one: {error}",
             where=f"{self._where}.endpoint",
             remedy="look whether the endpoint is up, serves this model and answers in time (judge.endpoint.timeout), "
-            "then run again: verdicts that are there are kept. judge.kind=none evaluates without a judge",
+            "then run again: it asks only for verdicts that are missing. judge.kind=none evaluates without a judge",
         )
 
     def _key_of(self, prompt: str) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from alignment.config.evaluation import JudgeConfig, JudgeKind
 from alignment.data.mix import some
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation.arms import Answered
-from alignment.evaluation.endpoint import Endpoint, Reply
+from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.grammar import Verdict, judge_prompt, verdict_of
 from alignment.evaluation.pairwise import BothOrders, pairs_of, points_of_scores
 from alignment.evaluation.tables import Intervals, judged_pair
@@ -56,7 +56,6 @@ def open_endpoint(config: JudgeConfig, context: StageContext) -> Endpoint | None
     return Endpoint(
         config.endpoint,
         context.spec.work / KEPT,
-        max_failed=config.max_invalid,
         where=f"stages.{context.spec.stage}.judge",
     )
 
@@ -75,7 +74,7 @@ def judge(
     """All pairs on the same prompts; nothing if no judge is asked for.
 
     Raises:
-        StageError: the endpoint fails.
+        StageError: a call of the endpoint fails.
     """
     if config.kind is JudgeKind.none:
         return Judged()
@@ -154,7 +153,7 @@ def _by_endpoint(
         for _, _, place, order in shown
     ]
     replies = endpoint.ask(prompts, lambda done: context.progress("judging", done, len(prompts)))
-    verdicts = [verdict_of(reply.text) for reply in replies]
+    verdicts = [verdict_of(reply) for reply in replies]
     lines = [
         _line(rows, place, arm, against) | _told(order[0], verdict, reply)
         for (arm, against, place, order), verdict, reply in zip(shown, verdicts, replies, strict=True)
@@ -173,5 +172,5 @@ def _line(rows: Sequence[HeldOutPrompt], place: int, arm: str, against: str) -> 
     return {"id": rows[place].id, "row": place, "arm": arm, "against": against}
 
 
-def _told(first: str, verdict: Verdict, reply: Reply) -> dict[str, Any]:
-    return {"shown_first": first, "verdict": verdict.value, **asdict(reply)}
+def _told(first: str, verdict: Verdict, reply: str) -> dict[str, Any]:
+    return {"shown_first": first, "verdict": verdict.value, "text": reply}

@@ -93,7 +93,6 @@ def test_a_served_model_judges_in_both_orders(
     assert [call["shown_first"] for call in calls] == ["base+few-shot", "base"] * 2
     for call in calls:
         assert call["text"], "it answered"
-        assert not call["error"]
         assert call["verdict"] == verdict_of(call["text"]).value
     (pair,) = told["judge"]["pairs"]
     assert pair["invalid"] == sum(call["verdict"] == "invalid" for call in calls) / len(calls)

@@ -10,7 +10,7 @@ import pytest
 
 from alignment.config.evaluation import EndpointConfig
 from alignment.errors import ConfigError, StageError
-from alignment.evaluation.endpoint import GIVE_UP, Endpoint, Reply
+from alignment.evaluation.endpoint import GIVE_UP, Endpoint
 from tests.judge_server import Judge, Response, serving
 
 pytest.importorskip("openai")
@@ -19,8 +19,8 @@ VARIABLES = ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJ
 """What the client reads by itself."""
 
 
-def ask(config: EndpointConfig, kept: Path, prompts: list[str], *, max_failed: float = 0.2) -> list[Reply]:
-    endpoint = Endpoint(config, kept, max_failed=max_failed, where="stages.evaluate.judge")
+def ask(config: EndpointConfig, kept: Path, prompts: list[str]) -> list[str]:
+    endpoint = Endpoint(config, kept, where="stages.evaluate.judge")
     return endpoint.ask(prompts, lambda done: None)
 
 
@@ -45,9 +45,9 @@ def test_every_prompt_is_one_greedy_call_with_a_user_turn(kept: Path, monkeypatc
         monkeypatch.setenv(name, value)
     done: list[int] = []
     with serving(lambda prompt, _: Response(text=f"so much for {prompt}")) as served:
-        endpoint = Endpoint(served.config(concurrency=3, max_tokens=7), kept, max_failed=0.0, where="")
+        endpoint = Endpoint(served.config(concurrency=3, max_tokens=7), kept, where="")
         replies = endpoint.ask(["a", "b", "c", "b"], done.append)
-    assert [reply.text for reply in replies] == [f"so much for {prompt}" for prompt in "abcb"]
+    assert replies == [f"so much for {prompt}" for prompt in "abcb"]
     assert sorted(done) == [1, 2, 3]
     assert len(served.requests) == 3, "the same prompt is asked once"
     for request in served.requests:
@@ -84,19 +84,23 @@ def test_what_passes_is_tried_again(kept: Path, status: int) -> None:
     with serving(
         lambda _, number: Response(status=status, body="{}") if number == 0 else Response(text="ok")
     ) as served:
-        assert ask(served.config(retries=2), kept, ["a"]) == [Reply(text="ok")]
+        assert ask(served.config(retries=2), kept, ["a"]) == ["ok"]
     assert len(served.requests) == 2
 
 
-def test_one_call_that_fails_after_its_retries_is_an_error_in_its_place(kept: Path) -> None:
+def test_one_call_that_fails_after_its_retries_ends_the_stage_and_is_asked_again(kept: Path) -> None:
+    prompts, up = [f"prompt {number}" for number in range(20)], False
+
     def judge(prompt: str, _: int) -> Response:
-        return Response(status=500, body="{}") if prompt == "b" else Response(text="[[A]]")
+        return Response(text=f"of {prompt}") if up or prompt != "prompt 3" else Response(status=500, body="{}")
 
     with serving(judge) as served:
-        replies = ask(served.config(), kept, ["a", "b", "c", "d", "e"])
-    assert [reply.text for reply in replies] == ["[[A]]", "", "[[A]]", "[[A]]", "[[A]]"]
-    assert "InternalServerError" in replies[1].error
-    assert sum(request["messages"][0]["content"] == "b" for request in served.requests) == 2
+        with pytest.raises(StageError, match=r"1 of 20 calls.*InternalServerError"):
+            ask(served.config(), kept, prompts)
+        assert len(served.requests) == 21, "the others are asked all the same"
+        up = True
+        assert ask(served.config(), kept, prompts) == [f"of {prompt}" for prompt in prompts]
+        assert len(served.requests) == 22
 
 
 def test_an_endpoint_that_never_answers_is_a_clear_error(kept: Path) -> None:
@@ -131,17 +135,17 @@ def test_what_is_no_chat_completion_is_a_failure_and_never_a_verdict(kept: Path,
 
 def test_words_without_a_verdict_are_a_reply_like_any_other(kept: Path) -> None:
     with serving(lambda *_: Response(body=None, text="")) as served:
-        assert ask(served.config(), kept, ["a"]) == [Reply(text="")]
+        assert ask(served.config(), kept, ["a"]) == [""]
 
 
 def test_after_some_failures_in_a_row_nothing_more_is_asked(kept: Path) -> None:
     with serving(lambda *_: Response(status=400, body="{}")) as served, pytest.raises(StageError) as caught:
-        ask(served.config(), kept, [f"prompt {number}" for number in range(100)], max_failed=1.0)
+        ask(served.config(), kept, [f"prompt {number}" for number in range(100)])
     assert f"{GIVE_UP} of {GIVE_UP} calls" in caught.value.message
     assert len(served.requests) < 2 * GIVE_UP
 
 
-def test_too_large_a_share_of_failures_ends_the_stage_and_what_was_answered_is_kept(kept: Path) -> None:
+def test_what_was_answered_is_kept_by_who_was_asked(kept: Path) -> None:
     prompts = list("abcd")
 
     def judge(prompt: str, _: int) -> Response:
@@ -154,6 +158,6 @@ def test_too_large_a_share_of_failures_ends_the_stage_and_what_was_answered_is_k
             stream.write('\n{"key": "cut o')
     with serving(lambda prompt, _: Response(text=f"now of {prompt}")) as again:
         config = served.config(base_url=served.url)
-        assert [r.text for r in ask(config, kept, list("acd"))] == ["of a", "of c", "of d"], "nobody is asked"
+        assert ask(config, kept, list("acd")) == ["of a", "of c", "of d"], "nobody is asked"
         replies = ask(again.config(), kept, prompts)
-    assert [reply.text for reply in replies] == [f"now of {prompt}" for prompt in prompts], "another endpoint is asked"
+    assert replies == [f"now of {prompt}" for prompt in prompts], "another endpoint is asked"
