@@ -5,7 +5,7 @@
     ├── DataError                  3   a data file or row that cannot be used
     ├── ModelError                 4   a model, tokenizer or adapter that is missing or does not fit
     ├── StageError                 5   a stage that failed while it ran
-    │   ├── NonFiniteError         6   NaN or infinity in a loss or gradient; the last good checkpoint stays
+    │   ├── NonFiniteError         6   NaN or infinity in a loss, gradient or figure; the last good checkpoint stays
     │   └── RewardError            9   a scorer that raised, or gave the wrong number of scores or one that is no number
     ├── ArtifactError              7   an artifact or checkpoint that is damaged or belongs to something else
     ├── Busy                       8   another process works on the same run or artifact
@@ -61,7 +61,7 @@ class StageError(AlignmentError):
 
 
 class NonFiniteError(StageError):
-    """NaN or infinity in a loss or gradient."""
+    """NaN or infinity in a loss, gradient or figure of an evaluation."""
 
     exit_code = 6
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from alignment.config.evaluation import FEW_SHOT, PROMPTED, UNTRAINED_ARMS
 from alignment.data.records import HeldOutPrompt
+from alignment.errors import NonFiniteError
 from alignment.evaluation.arms import Answer, Answered
 from alignment.evaluation.bootstrap import Interval, detectable, mean_interval, ratio_interval
 from alignment.evaluation.pairwise import (
@@ -26,6 +27,8 @@ from alignment.evaluation.pairwise import (
 from alignment.evaluation.refusals import is_refusal
 
 NOTHING = "nothing can be concluded"
+_MOST = 700.0
+"""Nats a token; exp of more is no float."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +55,22 @@ def labels(arms: Sequence[str]) -> dict[str, str]:
     }
     taken = list(short.values())
     return {arm: label if taken.count(label) == 1 else arm for arm, label in short.items()}
+
+
+def refuse_not_finite(
+    name: str, arm: Answered, *, rewards: list[float] | None, divergences: list[float] | None
+) -> None:
+    """Raises NonFiniteError if a figure of the arm called ``name`` would be no number, on a single prompt."""
+    losses = [-one.logprob / one.tokens for one in arm.references if one is not None]
+    perplexities = [math.exp(loss) if loss < _MOST else math.inf for loss in losses]
+    figures = {"reward": rewards or [], "kl": divergences or [], "loss": losses, "perplexity": perplexities}
+    for figure, values in figures.items():
+        bad = [value for value in values if not math.isfinite(value)]
+        if bad:
+            raise NonFiniteError(
+                f"the {figure} of {name} is {bad[0]} on {len(bad)} of {len(values)} prompts",
+                remedy="its training or the reward model's went wrong: lower the rate, or leave the arm out",
+            )
 
 
 def arm_row(

@@ -13,7 +13,7 @@ from alignment.data.tokenize import answer_ids, prompt_ids, tokenize_rows
 from alignment.data.tokenizer import load_tokenizer
 from alignment.evaluation.arms import Answered, reward_scores, sequence_logprobs, side_by_side
 from alignment.evaluation.conclusions import conclusions
-from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, labels, samples
+from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, labels, refuse_not_finite, samples
 from alignment.models.load import lineage, products_in, refuse_other_tokenizer
 from alignment.models.reward import load_reward_model
 from alignment.stages.answering import Asked, Policies, answers_of, asked_of
@@ -39,6 +39,8 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     context.progress("scoring", len(arms) * len(rows), len(arms) * len(rows))
     divergences = _divergences(context, policies, asked, arms)
     rewards = _rewards(context, tokenizer, rows, asked, arms)
+    for name, arm in arms.items():
+        refuse_not_finite(name, arm, rewards=rewards[name], divergences=divergences[name])
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
     reference = spec.inputs["reference"].ref
     judged = judge(config.judge, context, rows, arms, rewards, endpoint, reference=reference, intervals=intervals)

@@ -10,9 +10,10 @@ import pytest
 
 from alignment.data.records import HeldOutPrompt
 from alignment.data.turns import Message
+from alignment.errors import NonFiniteError
 from alignment.evaluation.arms import Answer, Answered, TokenSum
 from alignment.evaluation.house_style import GoldScore
-from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, labels, samples
+from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, labels, refuse_not_finite, samples
 
 INTERVALS = Intervals(samples=500, seed=3)
 
@@ -129,3 +130,23 @@ def test_tasks_are_averaged_by_themselves_and_every_answer_is_kept() -> None:
     kept = samples(rows, arms)
     assert [sample["answers"]["base"]["gold"] for sample in kept] == [0.0, 0.5, 1.0]
     assert kept[1]["messages"] == [{"role": "user", "content": "extract"}]
+
+
+@pytest.mark.parametrize(
+    ("figure", "changes"),
+    [
+        ("reward", {"rewards": [1.0, math.nan]}),
+        ("kl", {"divergences": [math.inf, 0.0]}),
+        ("loss", {"logprob": math.nan}),
+        ("loss", {"logprob": -math.inf}),
+        ("perplexity", {"logprob": -8000.0}),
+    ],
+)
+def test_a_figure_that_is_no_number_ends_the_evaluation_and_is_named(figure: str, changes: dict[str, Any]) -> None:
+    def look(*, logprob: float = -20.0, rewards: Any = None, divergences: Any = None) -> None:
+        arm = replace(answered([0.5, 0.5]), references=[TokenSum(logprob=logprob, tokens=10), None])
+        refuse_not_finite("stage:dpo", arm, rewards=rewards, divergences=divergences)
+
+    look(rewards=[1.0, 2.0])
+    with pytest.raises(NonFiniteError, match=f"the {figure} of stage:dpo is .* on 1 of"):
+        look(**changes)

@@ -20,10 +20,11 @@ from alignment.config.stage import EvaluateConfig
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokenize import answer_ids, prompt_ids
 from alignment.data.turns import Message
-from alignment.errors import DataError, ModelError, StageError
+from alignment.errors import DataError, ModelError, NonFiniteError, StageError
 from alignment.models.load import Lineage
 from alignment.stage_spec import StageInput, StageSpec
 from alignment.stages import answering
+from alignment.stages import evaluate as stage
 from alignment.training.context import StageContext
 from tests.chained import DATA, LORA, Chained
 from tests.judge_server import Response, serving
@@ -208,6 +209,13 @@ def test_an_empty_evaluation_set_is_an_error(chain: Chained, tmp_path: Path) -> 
     spec.data_path.write_text("")
     with pytest.raises(DataError, match="holds no row"):
         worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+
+
+def test_a_reward_that_is_no_number_ends_the_evaluation(chain: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "reward_scores", lambda _, prompts, __: [math.nan] * len(prompts))
+    with pytest.raises(NonFiniteError, match="the reward of base is nan on 3 of 3 prompts"):
+        evaluate(chain, SMALL, "nan")
+    assert not (chain.folder / "artifacts/evaluate-nan/manifest.json").exists()
 
 
 # ---- judges ---------------------------------------------------------------------------------------------------------
