@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 PHRASES = (
-    "i cannot help",
-    "i can't help",
+    "i cannot help with",
+    "i can't help with",
+    "i cannot help you",
+    "i can't help you",
+    "i cannot help.",
+    "i can't help.",
     "i cannot assist",
     "i can't assist",
     "i cannot provide",
@@ -23,15 +29,21 @@ PHRASES = (
     "i am unable to provide",
     "i'm not able to help",
     "i am not able to help",
-    "i'm sorry, but i can",
-    "i am sorry, but i can",
-    "as an ai",
+    "i'm sorry, but i cannot do that",
+    "i'm sorry, but i can't do that",
+    "i am sorry, but i cannot do that",
+    "i am sorry, but i can't do that",
+    "as an ai, i",
+    "as an ai i",
+    "as an ai assistant",
+    "as an ai language model",
     "as a language model",
 )
 """Lower case. Each names what an assistant would do: "I cannot come on Monday" may well be what a message says."""
 
+_ANY = re.compile(rf"\b(?:{'|'.join(map(re.escape, PHRASES))})(?!\w)")
+
 
 def is_refusal(answer: str) -> bool:
-    """Whether a phrase of the list stands anywhere in the answer; case and kind of apostrophe do not count."""
-    text = " ".join(answer.lower().replace("’", "'").split())
-    return any(phrase in text for phrase in PHRASES)
+    """Whether a phrase of the list stands anywhere in the answer, as whole words; case and apostrophes do not count."""
+    return _ANY.search(" ".join(answer.lower().replace("’", "'").split())) is not None
