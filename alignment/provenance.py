@@ -18,6 +18,8 @@ from alignment.errors import ArtifactError
 
 _PLACE = re.compile(r"(?<![\w.])(?:~|\.\.?)?/(?:[^\s/'\",\]})]+/)*")
 """A path but for its last part, wherever it begins in a text."""
+_NOT_MAKING = re.compile(r"output=|launch|tracking|[+~]*stages\.[^.=]+\.judge\b")
+"""Overrides that shape no model; a judge's may name an internal host."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,8 +145,8 @@ def _named(data: Any) -> Iterator[str]:
 
 
 def _command(record: dict[str, Any]) -> list[str]:
-    """Settings that say where a run lies say nothing of how it was made."""
-    told = [one for one in record.get("overrides", []) if not one.startswith(("output=", "launch", "tracking"))]
+    """Settings that say where a run lies, or who judged it, say nothing of how it was made."""
+    told = [one for one in record.get("overrides", []) if not _NOT_MAKING.match(one)]
     return ["align", "run", without_places(str(record.get("recipe") or "RECIPE")), *map(without_places, told)]
 
 

@@ -80,6 +80,10 @@ class Store:
         sources = {"sft": "hub:org/chats@0123", "reward": f"path:{self.root}/pairs.jsonl", "ppo": "bundled:x"}
         config = {"stages": {stage: {"data": {"source": source}} for stage, source in sources.items()}}
         overrides = [f"stages.sft.data.source=path:{self.root}/a.jsonl", f"output={self.root}", "launch=ddp", "seed=7"]
+        overrides += [
+            "stages.evaluate.judge.kind=endpoint",
+            "++stages.evaluate.judge.endpoint={base_url: 'http://judge.example:8000/v1', model: m}",
+        ]
         told = {"recipe": f"{self.root}/mine.yaml", "overrides": overrides, "config": config, "stages": stages}
         (folder / "run.json").write_text(json.dumps({**told, "started": run}))
 
@@ -130,6 +134,7 @@ def test_no_folder_of_the_machine_is_in_it(store: Store) -> None:
     assert str(store.root) not in card
     assert not re.search(r"(?<![\w.])/\w+/", card)
     assert "$ align run mine.yaml stages.sft.data.source=path:a.jsonl seed=7\n" in card
+    assert "judge.example" not in card
     assert "data: `path:pairs.jsonl`" in card
     assert without_places("hub:org/name@1 ./mine.yaml ~/x/y.jsonl path:sub/x.jsonl") == (
         "hub:org/name@1 mine.yaml y.jsonl path:sub/x.jsonl"
