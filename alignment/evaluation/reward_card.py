@@ -192,7 +192,7 @@ def _bin(number: int, confidence: NDArray[np.float64], share: NDArray[np.float64
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share among ``count`` (Wilson 1927)."""
+    """The 95 % interval of a share among ``count``, taken to be independent (Wilson 1927)."""
     z = 1.959964
     middle = share + z * z / (2 * count)
     half = z * sqrt(share * (1 - share) / count + z * z / (4 * count * count))
