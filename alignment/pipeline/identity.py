@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from alignment.config.evaluation import FEW_SHOT, FewShotConfig
 from alignment.config.run import RunConfig
-from alignment.config.stage import EvaluateConfig
+from alignment.config.stage import EvaluateConfig, StageConfig
 from alignment.data.chat_template import template_text
 from alignment.fingerprint import canonical, digest, file_sha256
 from alignment.pipeline import scorers
@@ -40,7 +42,7 @@ def of_stage(
         "kind": stage.kind,
         "revision": stage.revision,
         "rule": file_sha256(RULE) if judged else None,
-        "config": canonical(scorers.without_places(stage)),
+        "config": canonical(_as_read(stage)),
         "data": data["data"],
         "inputs": inputs,
         "arms": arms,
@@ -48,6 +50,13 @@ def of_stage(
         "seed": run.seed,
         **{key: value for key, value in seldom.items() if value},
     }
+
+
+def _as_read(stage: StageConfig) -> StageConfig:
+    """The stage without settings that name a place, and without those of an arm that is not there."""
+    if isinstance(stage, EvaluateConfig) and FEW_SHOT not in stage.arms:
+        return replace(stage, few_shot=FewShotConfig())
+    return scorers.without_places(stage)
 
 
 def _template(run: RunConfig) -> dict[str, str]:

@@ -104,6 +104,7 @@ def test_examples_count_where_there_is_an_arm_for_them(plan: MakePlan, tmp_path:
     (tmp_path / "conversations.jsonl").write_text(json.dumps({"messages": [TURN, answer]}) + "\n")
     assert evaluation(plan(ARMS, source)) != before
     assert evaluation(plan(source, "stages.evaluate.arms=[base]")) != without
+    assert evaluation(plan(ARMS, "stages.evaluate.few_shot.count=5")) != evaluation(plan(ARMS))
     (tmp_path / "conversations.jsonl").write_text("{}\n")
     with pytest.raises(DataError):
         plan(ARMS, source)

@@ -56,6 +56,7 @@ def test_stages_come_after_their_inputs(plan: MakePlan) -> None:
         ("stages.dpo.max_answer_length=9", {"dpo", "evaluate", "report"}),
         ("stages.dpo.too_long.do=cut", {"dpo", "evaluate", "report"}),
         ("stages.dpo.too_long.max_share=0.5", set()),
+        ("stages.evaluate.few_shot.count=5", set()),  # the quickstart has no such arm
         ("launch.num_processes=2", set()),
         ("launch.threads=3", set()),
         ("tracking=wandb", set()),
