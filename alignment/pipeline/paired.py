@@ -29,9 +29,10 @@ def scores(artifact: Path, arm: str) -> dict[str, dict[str, float]]:
     A prompt is its id and its turns: rows may have no id, and files may count theirs alike.
     """
     file = artifact / "samples.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    # Not by splitlines(), which also splits at U+2028 and the like: answers hold those as they are.
+    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
     found: dict[str, dict[str, float]] = {}
-    for row in map(json.loads, lines):
+    for row in map(json.loads, filter(None, lines)):
         prompt = json.dumps([row.get("id"), row.get("messages")], sort_keys=True)
         for figure, value in row["answers"].get(arm, {}).items():
             if isinstance(value, (int, float)):

@@ -24,7 +24,7 @@ class MetricsLog:
         """Drops what was logged after ``step``, a half-written last line included."""
         if not self._path.exists():
             return
-        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
         kept = [line for line in lines if _step_of(line) <= step]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -36,8 +36,8 @@ class MetricsLog:
 
     def rows(self) -> list[dict[str, Any]]:
         """All that is there."""
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        return [json.loads(line) for line in lines]
+        lines = self._path.read_text(encoding="utf-8").split("\n") if self._path.exists() else []
+        return [json.loads(line) for line in lines if line]
 
 
 def _step_of(line: str) -> float:

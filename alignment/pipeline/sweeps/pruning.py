@@ -69,8 +69,8 @@ class Curve:
         artifact = self._entry().get("artifact")
         for place in [Path(artifact), Path(f"{artifact}.work") / "content"] if artifact else []:
             with suppress(FileNotFoundError):
-                lines = (place / _FILE).read_text(encoding="utf-8").splitlines(keepends=True)
-                return [json.loads(line) for line in lines if line.endswith("\n")]
+                *lines, _unfinished = (place / _FILE).read_text(encoding="utf-8").split("\n")
+                return [json.loads(line) for line in lines]
         return []
 
     def _state(self) -> str:

@@ -47,7 +47,7 @@ class Runs:
                 }
                 for place in range(number)
             ]
-            (run / "samples.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+            (run / "samples.jsonl").write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
         (run / "run.json").write_text(json.dumps({"config": config, "stages": stages}))
 
     def compared(self, *names: str, html: str | None = None) -> str:
@@ -95,6 +95,13 @@ def test_prompts_without_ids_are_told_apart_by_what_they_say(runs: Runs) -> None
     runs.add("c", {"stage:dpo": [0.8, 0.9]}, ids=False, prompts="q")
     assert "dpo: b against a: +0.700 (+0.700 to +0.700), better" in runs.compared("a", "b")
     assert "judged on other prompts" in runs.compared("a", "c")
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_what_other_programs_take_for_the_end_of_a_line_may_stand_in_a_prompt(runs: Runs, mark: str) -> None:
+    runs.add("a", {"stage:dpo": [0.1, 0.2]}, prompts=f"one{mark}two")
+    runs.add("b", {"stage:dpo": [0.8, 0.9]}, prompts=f"one{mark}two")
+    assert "dpo: b against a: +0.700 (+0.700 to +0.700), better" in runs.compared("a", "b")
 
 
 def test_of_a_stage_that_a_run_lacks_only_that_is_said(runs: Runs) -> None:

@@ -68,6 +68,14 @@ def test_a_line_cut_inside_a_character_is_dropped(tmp_path: Path) -> None:
     assert _steps(path) == [1, 2]
 
 
+def test_a_line_ends_where_it_was_ended_and_nowhere_else(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"step": 1, "answer": "one\u2028two\x85"}\n', encoding="utf-8")
+    log = MetricsLog(path)
+    log.keep_through(1)
+    assert log.rows() == [{"step": 1, "answer": "one\u2028two\x85"}]
+
+
 def test_dropping_from_a_file_that_is_not_there_does_nothing(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.keep_through(3)
