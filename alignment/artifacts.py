@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import secrets
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,8 +61,8 @@ def folder_name(stage: str, fingerprint: str) -> str:
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never half of it: if ``durable`` even after a
-    power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    power cut. Processes may do so at once, on several machines that share the folder."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with temporary.open("w", encoding="utf-8") as stream:
         json.dump(value, stream, indent=1, ensure_ascii=False)
         stream.write("\n")

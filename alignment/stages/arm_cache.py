@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,9 +85,9 @@ def read(file: Path, *, prompts: int) -> Kept | None:
 
 
 def write(file: Path, kept: Kept) -> None:
-    """By one rename, so that a file that was cut short is never found."""
+    """By one rename, so that a file cut short is never found; on several machines that share the folder at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps(asdict(kept))
-    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial = file.with_suffix(f".{secrets.token_hex(8)}.partial")
     partial.write_text(f"{hashlib.sha256(content.encode()).hexdigest()}\n{content}", encoding="utf-8")
     partial.replace(file)

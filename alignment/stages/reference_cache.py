@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,8 +96,8 @@ def _key(
 
 
 def _write(file: Path, columns: dict[str, Tensor]) -> None:
-    """By one rename, so that a file that was cut short is never found."""
+    """By one rename, so that a file cut short is never found; on several machines that share the folder at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial = file.with_suffix(f".{secrets.token_hex(8)}.partial")
     save_file(columns, partial)
     partial.replace(file)
