@@ -13,7 +13,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from alignment.report import tables, text
-from alignment.report.curves import Chart, overlaid
+from alignment.report.curves import CHOICES, Chart, overlaid
 from alignment.report.load import read_run
 from alignment.report.pages import template, write_page
 from alignment.report.plots import scale_axis, scale_of, swatch, whisker
@@ -283,7 +283,7 @@ def _stage_curves(name: str, kind: str, stages: Sequence[tuple[Told, Stage]]) ->
     drawn: dict[str, tuple[str, int, Stage]] = {}
     for one, stage in stages:
         if not stage.metrics:
-            if stage.manifest is None and kind not in ("evaluate", "report"):
+            if stage.manifest is None and kind in CHOICES:
                 notes.append(f"{one.letter} has no curves of it yet ({stage.state}).")
         elif stage.artifact in drawn:
             notes.append(f"{one.letter} has the same result as {drawn[stage.artifact][0]}, drawn once.")

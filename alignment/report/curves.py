@@ -49,7 +49,7 @@ _NEXT_TOKEN = (
     _choice("Loss", "nats a token", "loss"),
     _choice("Next-token accuracy", "share", "mean_token_accuracy"),
 )
-CHOICES: dict[str, tuple[Choice, ...]] = {
+CHOICES: dict[str, tuple[Choice, ...]] = {  # of every kind that trains
     "cpt": _NEXT_TOKEN,
     "sft": _NEXT_TOKEN,
     "reward": (

@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from alignment.report import text
+from alignment.report.curves import CHOICES
 from alignment.report.plots import Scale, scale_axis, scale_of, whisker
 from alignment.report.records import Evaluation, Interval, Run, Stage
 
@@ -237,8 +238,8 @@ def usage_rows(run: Run) -> list[UsageRow]:
 
 
 def _closing_figures(stage: Stage) -> list[tuple[str, str]]:
-    """The manifest's headline figures, counts without decimals; what measures arms has a table that says more."""
-    if stage.kind in ("evaluate", "forgetting"):
+    """The manifest's headline figures, counts without decimals; what measures has a table that says more."""
+    if stage.kind not in CHOICES:
         return []
     return [
         (text.name(name), text.number(value, 0 if value == round(value) else 3))

@@ -56,6 +56,7 @@ def with_card(fake_run: Any, content: str) -> str:
 
 
 def test_a_card_is_shown_with_all_that_it_measured(fake_run: Any) -> None:
+    fake_run.headlines["card"] = {"log_loss": 0.123}
     card = made_card()
     html = with_card(fake_run, json.dumps(card))
     assert_harmless(html)
@@ -78,6 +79,7 @@ def test_a_card_is_shown_with_all_that_it_measured(fake_run: Any) -> None:
         "rejected, preferred by the model",
     ):
         assert told in page, told
+    assert "log_loss" not in page, "the card says it, so the table of costs does not"
     assert f"card: the reward model is right on {card['accuracy']['mean']:.2f} of 40 pairs" in page
     assert 'aria-label="Calibration: ' in html
     assert 'aria-label="Margins: ' in html

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from xml.etree import ElementTree
 
 import pytest
 
+from alignment.config.stage import STAGES, Trained
 from alignment.report.comparison import MOST_RUNS, build_comparison
 from alignment.report.records import Difference, Interval
 from tests.unit.report.conftest import FakeRun
@@ -117,6 +118,13 @@ def test_a_result_that_runs_share_is_drawn_once(compared: Compared) -> None:
     html = compared.html()
     assert "B has the same result as A, drawn once." in html
     assert re.search(r'aria-label="sft, Loss: A from [^B"]*"', html)
+
+
+@pytest.mark.parametrize("kind", sorted(STAGES))
+def test_curves_are_missed_of_stages_that_train_and_of_no_others(compared: Compared, kind: str) -> None:
+    entry = {"kind": kind, "state": "failed", "inputs": {}, "seconds": None, "artifact": "odd-0"}
+    compared.runs[0].run["stages"]["odd"] = entry
+    assert ("A has no curves of it yet (failed)." in Page(compared.html()).text) == (STAGES[kind] in get_args(Trained))
 
 
 def test_a_guide_that_holds_for_one_only_is_left_out(compared: Compared) -> None:
