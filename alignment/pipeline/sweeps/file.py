@@ -15,7 +15,7 @@ from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig
 from alignment.config.near import suggestion
 from alignment.config.rules import NAME, is_name
-from alignment.config.stage import EvaluateConfig, ReportConfig, StageConfig
+from alignment.config.stage import StageConfig, Trained
 from alignment.config.store import conf_folder
 from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Search, SweepConfig
 from alignment.config.typed import sweep_from_plain
@@ -168,7 +168,7 @@ def _faults_beside(config: SweepConfig, stages: Mapping[str, StageConfig]) -> It
 
 
 def _unwatchable(pruning: PruningConfig, stages: Mapping[str, StageConfig]) -> str:
-    trained = [name for name, stage in stages.items() if not isinstance(stage, (EvaluateConfig, ReportConfig))]
+    trained = [name for name, stage in stages.items() if isinstance(stage, Trained)]
     return "" if pruning.stage in trained else f"no stage {pruning.stage!r} that learns; one of: {', '.join(trained)}"
 
 

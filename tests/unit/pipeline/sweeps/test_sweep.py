@@ -241,6 +241,12 @@ def test_a_sweep_that_cannot_be_right_starts_nothing(
     assert runs.asked == []
 
 
+def test_stages_that_measure_learn_nothing_to_prune_by(runs: Runs, tmp_path: Path) -> None:
+    file = own(runs, tmp_path, pruning={"pruner": "median", "stage": "card"})
+    with pytest.raises(ConfigError, match="no stage 'card' that learns; one of: sft, reward, dpo, ppo"):
+        go(runs, file, "+stages.card.kind=reward_card", "+stages.lost={kind: forgetting, arms: ['stage:sft']}")
+
+
 def test_an_unknown_sweep_gets_the_nearest(runs: Runs) -> None:
     with pytest.raises(ConfigError, match="no sweep 'dpo_bata'; did you mean 'dpo_beta'"):
         go(runs, "dpo_bata")
