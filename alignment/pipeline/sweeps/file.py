@@ -70,7 +70,7 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
     refuse(_placed(path, _faults(config)))
     plan = _checked_plan(recipe, overrides, config.parameters, path)
     refuse(_placed(path, _faults_beside(config, plan.config.stages)))
-    _refuse_unwatched(plan.config.launch)
+    _refuse_unwatched(plan.config.launch, config.pruning)
     launching.refuse_what_cannot_start(
         plan.config.launch, plan.stages, num_devices=launching.devices_for(plan.config.launch)
     )
@@ -172,8 +172,16 @@ def _unwatchable(pruning: PruningConfig, stages: Mapping[str, StageConfig]) -> s
     return "" if pruning.stage in trained else f"no stage {pruning.stage!r} that learns; one of: {', '.join(trained)}"
 
 
-def _refuse_unwatched(launch: LaunchConfig) -> None:
-    if launch.slurm.submit and not launch.slurm.wait:
+def _refuse_unwatched(launch: LaunchConfig, pruning: PruningConfig) -> None:
+    if not launch.slurm.submit:
+        return
+    if not launch.slurm.wait:
         raise ConfigError(
             "a sweep waits for its trials' jobs", where="launch.slurm.wait", remedy="leave it true, the default"
+        )
+    if pruning.pruner is not Pruner.none:
+        raise ConfigError(
+            "a trial whose stages are jobs of Slurm cannot be pruned: the jobs would go on",
+            where="pruning.pruner",
+            remedy="take none, or leave out launch=slurm",
         )

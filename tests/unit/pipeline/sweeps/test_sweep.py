@@ -247,6 +247,12 @@ def test_stages_that_measure_learn_nothing_to_prune_by(runs: Runs, tmp_path: Pat
         go(runs, file, "+stages.card.kind=reward_card", "+stages.lost={kind: forgetting, arms: ['stage:sft']}")
 
 
+def test_jobs_of_slurm_are_not_pruned(runs: Runs, tmp_path: Path) -> None:
+    file = own(runs, tmp_path, pruning={"pruner": "median", "stage": "dpo"})
+    with pytest.raises(ConfigError, match="stages are jobs of Slurm cannot be pruned"):
+        go(runs, file, "launch=slurm")
+
+
 def test_an_unknown_sweep_gets_the_nearest(runs: Runs) -> None:
     with pytest.raises(ConfigError, match="no sweep 'dpo_bata'; did you mean 'dpo_beta'"):
         go(runs, "dpo_bata")
