@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from alignment.artifacts import read_manifest
+from alignment.config.evaluation import FEW_SHOT, PROMPTED, JudgeKind
 from alignment.config.faults import Fault
 from alignment.config.near import suggestion
 from alignment.config.stage import EvaluateConfig, StageConfig
 from alignment.config.sweep import Metric, ObjectiveConfig
 from alignment.errors import ConfigError, NonFiniteError
+from alignment.evaluation.pairwise import pairs_of
 from alignment.pipeline import paired
 from alignment.pipeline.record import read_record
 from alignment.report.records import Interval
@@ -105,8 +107,22 @@ def _fault(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
         remedy = suggestion(one.arm, arms) if arms else "add an evaluate stage to the recipe, or take stage: …"
         return f"no stage reports {one.metric} of {one.arm!r}; {remedy}"
     first = next(iter(telling))
-    if one.metric == Metric.reward.value and telling[first].reward is None:
-        return f"no stage reports the reward of {one.arm!r}; give stages.{first}.reward a reward model"
+    return _never_told(Metric(one.metric), one.arm, telling[first], f"stages.{first}")
+
+
+def _never_told(metric: Metric, arm: str, stage: EvaluateConfig, where: str) -> str:
+    """Why the evaluation will not tell this of an arm that it has, as far as its settings say; else nothing."""
+    lacking = f"no stage reports the {metric.value} of {arm!r}; "
+    if metric is Metric.reward and stage.reward is None:
+        return f"{lacking}give {where}.reward a reward model"
+    if metric is Metric.kl and arm in (PROMPTED, FEW_SHOT):
+        return f"{lacking}it is asked other prompts than {where}.reference, so take another arm or metric"
+    if metric is not Metric.win_rate:
+        return ""
+    if stage.judge.kind is JudgeKind.none:
+        return f"{lacking}give {where}.judge.kind a judge, such as rule"
+    if (arm, stage.reference) not in pairs_of(stage.judge, stage.arms, reference=stage.reference):
+        return f"{lacking}{where}.judge.pairs has to hold it against {where}.reference, {stage.reference!r}"
     return ""
 
 

@@ -241,6 +241,36 @@ def test_a_sweep_that_cannot_be_right_starts_nothing(
     assert runs.asked == []
 
 
+@pytest.mark.parametrize(
+    ("arm", "metric", "judge", "words"),
+    [
+        ("stage:dpo", "win_rate", "", "stages.evaluate.judge.kind a judge"),
+        ("stage:sft", "win_rate", "rule", "stages.evaluate.judge.pairs has to hold it against"),
+        ("base", "win_rate", "rule", "against stages.evaluate.reference, 'stage:sft'"),
+        ("base+prompt", "kl", "", "it is asked other prompts than stages.evaluate.reference"),
+        ("base+few-shot", "kl", "", "it is asked other prompts than stages.evaluate.reference"),
+        ("stage:dpo", "win_rate", "rule", ""),
+        ("stage:sft", "kl", "", ""),
+        ("base", "kl", "", ""),
+        ("base+prompt", "loss", "", ""),
+    ],
+)
+def test_what_an_evaluation_will_never_tell_of_an_arm_is_no_objective(
+    runs: Runs, tmp_path: Path, arm: str, metric: str, judge: str, words: str
+) -> None:
+    file = own(runs, tmp_path, objective={"arm": arm, "metric": metric})
+    arms = "stages.evaluate.arms=[base,base+prompt,base+few-shot,'stage:sft','stage:dpo']"
+    told = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", arms]
+    told += [f"stages.evaluate.judge.kind={judge}"] if judge else []
+    if not words:
+        assert module.read_sweep("quickstart", file, told).objectives
+        return
+    with pytest.raises(ConfigError) as caught:
+        module.read_sweep("quickstart", file, told)
+    assert f"no stage reports the {metric} of {arm!r}; " in str(caught.value)
+    assert words in str(caught.value)
+
+
 def test_stages_that_measure_learn_nothing_to_prune_by(runs: Runs, tmp_path: Path) -> None:
     file = own(runs, tmp_path, pruning={"pruner": "median", "stage": "card"})
     with pytest.raises(ConfigError, match="no stage 'card' that learns; one of: sft, reward, dpo, ppo"):
