@@ -61,11 +61,11 @@ class Study:
                 if combination is None:
                     return None
                 self._study.enqueue_trial(combination)
+        number = sum("run" in one.user_attrs for one in counted)
         # A sampler of its own for each trial: what it draws does not depend on stops in between.
-        self._study.sampler = _sampler(config.seed + len(self._study.trials), config.trials or 0)
+        self._study.sampler = _sampler(config.seed + number, config.trials or 0)
         trial = self._study.ask({one.key: _distribution(one) for one in config.parameters})
         if "run" not in trial.user_attrs:
-            number = sum("run" in one.user_attrs for one in counted)
             trial.set_user_attr("run", f"{self._wanted.run_name}.{self._wanted.name}.{number}")
         return trial
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -316,14 +317,19 @@ def test_a_recipe_without_an_evaluation_is_judged_by_what_a_stage_says_of_itself
 
 
 def test_what_is_drawn_does_not_depend_on_stops_in_between(runs: Runs, tmp_path: Path) -> None:
-    go(runs, own(runs, tmp_path))
-    straight = [told["stages.dpo.beta"] for told in runs.asked]
-    runs.asked.clear()
-    runs.codes[3] = 75
-    assert go(runs, own(runs, tmp_path, seed=1))[0] == 75
-    assert go(runs, own(runs, tmp_path, seed=1))[0] == 0
-    assert len({told["stages.dpo.beta"] for told in runs.asked}) == 8, "one was asked twice, none drawn twice"
-    assert [told["stages.dpo.beta"] for told in runs.asked] != straight
+    def drawn(file: str, *codes: int) -> dict[str, list[str]]:
+        """Each run's settings, of a study begun anew that ends so until it is done."""
+        shutil.rmtree(runs.output / "sweeps", ignore_errors=True)
+        runs.asked.clear()
+        assert [go(runs, file)[0] for _ in codes] == list(codes)
+        return {told["name"]: [told[one] for one in told if one.startswith("stages.")] for told in runs.asked}
+
+    straight = drawn(own(runs, tmp_path), 0)
+    assert len({beta for beta, _ in straight.values()}) == 8
+    assert drawn(own(runs, tmp_path, seed=1), 0) != straight
+    runs.codes = {1: 75, 5: 130}
+    assert drawn(own(runs, tmp_path), 75, 130, 0) == straight
+    assert len(runs.asked) == 10, "two were asked for twice"
 
 
 def test_a_name_that_cannot_be_a_runs_is_refused(runs: Runs, tmp_path: Path) -> None:
