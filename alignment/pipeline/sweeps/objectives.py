@@ -34,14 +34,18 @@ class Objective:
     def __str__(self) -> str:
         return f"{self.metric} of {self.arm or self.stage}"
 
-    def read(self, run_folder: Path) -> Interval:
-        """The figure in a run that is done, with its interval where it is a mean over prompts.
+    def artifact(self, run_folder: Path) -> Path:
+        """The result that tells the figure, as the run in this folder now has it."""
+        return Path(read_record(run_folder)["stages"][self.stage]["artifact"])
+
+    def read(self, artifact: Path) -> Interval:
+        """The figure in a result, with its interval where it is a mean over prompts.
 
         Raises:
-            ConfigError: the run reports no such figure; says which it reports.
+            ConfigError: there is no such figure; says which there are.
             NonFiniteError: it is no finite number.
         """
-        told = self._told(_artifact(run_folder, self.stage))
+        told = self._told(artifact)
         value = told.get(self.metric)
         found = value if isinstance(value, Mapping) else {"mean": value, "low": None, "high": None}
         if not isinstance(found["mean"], (int, float)):
@@ -54,9 +58,9 @@ class Objective:
             raise NonFiniteError(f"{self} is not a finite number", where=f"stage {self.stage}")
         return Interval(mean=float(found["mean"]), low=found["low"], high=found["high"])
 
-    def by_prompt(self, run_folder: Path) -> dict[str, float]:
-        """The figure prompt by prompt; empty where it is not kept so."""
-        return paired.scores(_artifact(run_folder, self.stage), self.arm).get(self.metric, {}) if self.arm else {}
+    def by_prompt(self, artifact: Path) -> dict[str, float]:
+        """The figure in a result prompt by prompt; empty where it is not kept so."""
+        return paired.scores(artifact, self.arm).get(self.metric, {}) if self.arm else {}
 
     def _told(self, artifact: Path) -> Mapping[str, Any]:
         if not self.arm:
@@ -64,10 +68,6 @@ class Objective:
             return manifest.metrics if manifest else {}
         arms = json.loads((artifact / "evaluation.json").read_text(encoding="utf-8"))["arms"]
         return next((one for one in arms if one["name"] == self.arm), {})
-
-
-def _artifact(run_folder: Path, stage: str) -> Path:
-    return Path(read_record(run_folder)["stages"][stage]["artifact"])
 
 
 def _names(told: Mapping[str, Any]) -> list[str]:

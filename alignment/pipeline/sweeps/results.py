@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -85,7 +86,7 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
         ],
         trials=trials,
         best=best,
-        verdict=_verdict(trials, best, wanted),
+        verdict=_verdict(trials, best, wanted, _by_prompt(study, wanted)),
         importance=_importance(study, wanted),
     )
 
@@ -124,13 +125,22 @@ def _rank(trial: Trial, best: Sequence[int], wanted: Sweep) -> tuple[bool, bool,
     )
 
 
-def _verdict(trials: Sequence[Trial], best: Sequence[int], wanted: Sweep) -> str:
+def _by_prompt(study: Study, wanted: Sweep) -> dict[int, dict[str, float]]:
+    """The first objective's figure prompt by prompt, by trial; nothing of one told before artifacts were kept."""
+    first = wanted.objectives[0]
+    kept = {number_of(one): one.user_attrs.get("artifacts") for one in study.completed()}
+    return {number: first.by_prompt(Path(artifacts[0])) if artifacts else {} for number, artifacts in kept.items()}
+
+
+def _verdict(
+    trials: Sequence[Trial], best: Sequence[int], wanted: Sweep, by_prompt: Mapping[int, dict[str, float]]
+) -> str:
     done = [trial for trial in trials if trial.figures]
     if len(wanted.objectives) > 1:
         return f"{_named(best)} the Pareto set by their means: every other is beaten by one of them" if best else ""
-    if len(done) < 2 or not (figures := _by_prompt(done[0], wanted)):
+    if len(done) < 2 or not (figures := by_prompt[done[0].number]):
         return ""
-    differences = {one.number: paired.difference(figures, _by_prompt(one, wanted)) for one in done[1:]}
+    differences = {one.number: paired.difference(figures, by_prompt[one.number]) for one in done[1:]}
     even = [number for number, found in differences.items() if found is not None and not found.excludes_zero()]
     if None in differences.values() and not even:
         return ""  # judged on other prompts
@@ -142,10 +152,6 @@ def _verdict(trials: Sequence[Trial], best: Sequence[int], wanted: Sweep) -> str
 
 def _named(numbers: Sequence[int]) -> str:
     return f"trial {numbers[0]} is" if len(numbers) == 1 else f"trials {', '.join(map(str, numbers))} are"
-
-
-def _by_prompt(trial: Trial, wanted: Sweep) -> dict[str, float]:
-    return wanted.objectives[0].by_prompt(wanted.output / "runs" / trial.run)
 
 
 def _importance(study: Study, wanted: Sweep) -> list[dict[str, float]]:

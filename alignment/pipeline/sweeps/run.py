@@ -85,8 +85,9 @@ def _settle(study: Study, trial: Any, wanted: Sweep, outcome: Outcome, console: 
     error = outcome.error
     if not outcome.code:
         try:
-            figures = [one.read(run_folder) for one in wanted.objectives]
-            study.complete(trial, figures)
+            artifacts = [one.artifact(run_folder) for one in wanted.objectives]
+            figures = [one.read(artifact) for one, artifact in zip(wanted.objectives, artifacts, strict=True)]
+            study.complete(trial, figures, artifacts)
             told = [f"{name} {figure.mean:.3f}" for name, figure in zip(wanted.objectives, figures, strict=True)]
             _say(console, f"trial {number_of(trial)}: ", ", ".join(told))
         except ConfigError:

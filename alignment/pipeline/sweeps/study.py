@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Search
@@ -20,9 +21,10 @@ _MOST_RANDOM = 10
 class Study:
     """The study of just these questions in the sweep's folder, a new one if there is none.
 
-    A trial is optuna's; ``user_attrs`` hold its ``run``, and once it is told its ``intervals``, ``error`` or the step
-    it was ``pruned_at``. One that was cut off is told as failed without an ``error``, counts for nothing and is tried
-    again under the same run name, so that its stages go on from their checkpoints.
+    A trial is optuna's; ``user_attrs`` hold its ``run``, and once it is told its ``error``, the step it was
+    ``pruned_at``, or its ``intervals`` and the ``artifacts`` that its figures stand in. One that was cut off is told as
+    failed without an ``error``, counts for nothing and is tried again under the same run name, so that its stages go on
+    from their checkpoints.
     """
 
     def __init__(self, wanted: Sweep) -> None:
@@ -35,13 +37,17 @@ class Study:
         wanted.folder.mkdir(parents=True, exist_ok=True)
         self._wanted = wanted
         self._states = optuna.trial.TrialState
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(wanted.folder / JOURNAL)))
         self._study = optuna.create_study(
             study_name=f"{wanted.name}-{wanted.identity[:16]}",
-            storage=optuna.storages.JournalStorage(JournalFileBackend(str(wanted.folder / JOURNAL))),
+            storage=storage,
             directions=["minimize" if one.minimize else "maximize" for one in wanted.objectives],
             pruner=_pruner(wanted.config.pruning),
             load_if_exists=True,
         )
+        is_first = optuna.get_all_study_names(storage)[0] == self._study.study_name
+        # Runs of later studies have names of their own, so that no study takes another's for its own.
+        self._runs = f"{wanted.run_name}.{wanted.name}" + ("" if is_first else f".{wanted.identity[:8]}")
 
     def retry_cut_off(self) -> None:
         """Has tried again what a process was at that is gone; call it while no trial runs."""
@@ -66,7 +72,7 @@ class Study:
         self._study.sampler = _sampler(config.seed + number, config.trials or 0)
         trial = self._study.ask({one.key: _distribution(one) for one in config.parameters})
         if "run" not in trial.user_attrs:
-            trial.set_user_attr("run", f"{self._wanted.run_name}.{self._wanted.name}.{number}")
+            trial.set_user_attr("run", f"{self._runs}.{number}")
         return trial
 
     def again(self, trial: Any) -> None:
@@ -75,8 +81,9 @@ class Study:
         if "run" in trial.user_attrs:  # else it was cut off before it had a name, and asks nothing yet
             self._study.enqueue_trial(trial.params, user_attrs={"run": trial.user_attrs["run"]})
 
-    def complete(self, trial: Any, figures: Sequence[Interval]) -> None:
-        """The trial came to its end."""
+    def complete(self, trial: Any, figures: Sequence[Interval], artifacts: Sequence[Path]) -> None:
+        """The trial came to its end; a figure and the artifact that it stands in for each objective."""
+        trial.set_user_attr("artifacts", [str(one) for one in artifacts])
         trial.set_user_attr("intervals", [[one.low, one.high] for one in figures])
         self._study.tell(trial, [one.mean for one in figures])
 

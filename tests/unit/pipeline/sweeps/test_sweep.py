@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console
 from alignment.artifacts import MANIFEST, Manifest
 from alignment.config.store import conf_folder
 from alignment.errors import ConfigError, NonFiniteError
+from alignment.pipeline.summary import REPORT
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps.run import sweep
 
@@ -44,21 +46,26 @@ class Runs:
             return self.codes[number]
         run = self.output / "runs" / told["name"]
         run.mkdir(parents=True, exist_ok=True)
+        told_apart = repr([one for one in overrides if one.startswith(("stages.", "seed="))])
+        artifact = self.output / "results" / f"evaluate-{zlib.crc32(told_apart.encode()):08x}"
+        artifact.mkdir(parents=True, exist_ok=True)
         mean = self.figure(told)
         figure = None if mean is None else {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
-        (run / "evaluation.json").write_text(
+        (artifact / "evaluation.json").write_text(
             json.dumps({"arms": [{"name": "stage:dpo", "gold": figure, "words": 21.5}]})
         )
         golds = [] if mean is None else [mean + noise for noise in (-0.02, 0.0, 0.02)]
         lines = [{"id": str(place), "answers": {"stage:dpo": {"gold": one}}} for place, one in enumerate(golds)]
-        (run / "samples.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        (artifact / "samples.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         metrics = {"words": self.words(told)}
-        (run / MANIFEST).write_text(
+        (artifact / MANIFEST).write_text(
             json.dumps(
                 asdict(Manifest(stage="evaluate", kind="evaluation", fingerprint="", identity={}, metrics=metrics))
             )
         )
-        (run / "run.json").write_text(json.dumps({"stages": {"evaluate": {"kind": "evaluate", "artifact": str(run)}}}))
+        stages = {"evaluate": {"kind": "evaluate", "artifact": str(artifact)}}
+        (run / "run.json").write_text(json.dumps({"stages": stages}))
+        (run / REPORT).touch()
         return 0
 
 
@@ -136,6 +143,24 @@ def test_what_was_found_under_other_settings_is_not_told_as_these(runs: Runs, tm
     grid["parameters"] = [{"key": "stages.dpo.beta", "values": [0.1, 0.3, 0.5]}]
     assert go(runs, own(runs, tmp_path, **grid))[0] == 0
     assert len(runs.asked) == 9, "another value"
+
+
+def test_a_study_that_is_gone_back_to_says_again_what_it_said(runs: Runs) -> None:
+    runs.figure = lambda told: 0.5 if "seed" in told else 0.9 - abs(float(told["stages.dpo.beta"]) - 0.3)
+    told = runs.output / "sweeps/quickstart.dpo_beta/sweep.json"
+    go(runs)
+    first = json.loads(told.read_text())
+    go(runs, "dpo_beta", "seed=7")
+    assert "may be as good" in json.loads(told.read_text())["verdict"]
+    assert go(runs)[0] == 0
+    assert len(runs.asked) == 8, "nothing was tried again"
+    assert json.loads(told.read_text()) == first
+    assert first["verdict"] == "every other trial is worse, prompt by prompt, by more than chance"
+    assert len({told["name"] for told in runs.asked}) == 8, "a page shows the trial that it is called after"
+    assert all(trial["report"].startswith(f"../../runs/{trial['run']}/") for trial in first["trials"])
+    shutil.rmtree(runs.output / "runs")
+    assert go(runs)[0] == 0
+    assert json.loads(told.read_text())["verdict"] == first["verdict"], "read from the artifacts"
 
 
 def test_others_that_may_be_as_good_are_named(runs: Runs) -> None:
