@@ -15,6 +15,7 @@ import yaml
 
 from alignment.artifacts import verify
 from alignment.resources import shipped
+from alignment.stage_spec import read_spec
 from alignment.training.trackers.wandb import stable_id
 from alignment.training.trackers.wandb_log import records
 from tests.e2e.conftest import Align
@@ -95,7 +96,7 @@ def test_an_agent_s_trial_is_tracked_whole_and_tells_no_secret(new_align: Callab
 
     found = {name: _records(run_folder / name) for name in ("dpo", "evaluate")}
     runs = {name: next(one.run for one in told if one.HasField("run")) for name, told in found.items()}
-    assert runs["dpo"].run_id == stable_id("quickstart.tr1al", "dpo", dpo.fingerprint)
+    assert runs["dpo"].run_id == stable_id(read_spec(run_folder / "dpo/stage.yaml"))
     assert (runs["evaluate"].run_id, runs["evaluate"].sweep_id) == ("tr1al", "5weep")
     assert {run.run_group for run in runs.values()} == {"5weep"}
     summary = [line for one in found["evaluate"] for line in one.summary.update if line.key == "gold/dpo"]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.artifacts import MANIFEST, Manifest, folder_name, read_manifest
+from alignment.artifacts import MANIFEST, Manifest, folder_name, read_manifest, write_json
 from alignment.stage_spec import StageSpec
 from alignment.training.trackers.tracker import Cell, Tracker, settings, tags
 from alignment.training.trackers.wandb_log import last_step
+
+TOKEN = "wandb-token.json"
+"""Beside the stage's ``wandb`` folder, which may be deleted once it is synced."""
 
 _PATIENCE = {"init_timeout": 30.0, "finish_timeout": 60.0, "finish_timeout_raises": True}
 """Seconds that a stage waits for a server; what did not get through by then lies in its folder for ``wandb sync``."""
@@ -104,9 +108,16 @@ class WandbTracker(Tracker):
         return told
 
 
-def stable_id(run: str, stage: str, fingerprint: str) -> str:
-    """The W&B run id of a stage: the same whenever the same stage of the same run goes on."""
-    return hashlib.sha256(f"{run}/{stage}/{fingerprint}".encode()).hexdigest()[:16]
+def stable_id(spec: StageSpec) -> str:
+    """The W&B run id of a stage: the same whenever it goes on in its folder.
+
+    A token that is drawn once and kept there tells it from the same stage of others who share the project.
+    """
+    token = spec.run_folder / TOKEN
+    if not token.exists():
+        write_json(token, secrets.token_hex(16))
+    told = f"{token.read_text(encoding='utf-8')}/{spec.run}/{spec.stage}/{spec.fingerprint}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _own_folder(spec: StageSpec) -> Path:
@@ -133,7 +144,7 @@ def _belonging(spec: StageSpec) -> dict[str, Any]:
     return {
         "project": spec.tracking.project,
         "entity": spec.tracking.entity,
-        "id": stable_id(spec.run, spec.stage, spec.fingerprint),
+        "id": stable_id(spec),
     }
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from alignment.config.typed import to_plain
 from alignment.stage_spec import StageInput
 from alignment.training.context import StageContext
 from alignment.training.trackers.tracker import Tracker, columns_and_rows, settings, tags
-from alignment.training.trackers.wandb import _mode, stable_id
+from alignment.training.trackers.wandb import TOKEN, _mode, stable_id
 from alignment.training.trackers.wandb_log import records
 from alignment.training.tracking import Trackers
 from tests.tiny import tiny_spec
@@ -184,7 +185,7 @@ def test_a_stage_killed_twice_is_one_run_in_which_every_step_stands_once(tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     spec = context_in(tmp_path).spec
     folder = spec.run_folder / "wandb"
-    assert {file.stem for file in folder.rglob("*.wandb")} == {f"run-{stable_id('test', 'sft', spec.fingerprint)}"}
+    assert {file.stem for file in folder.rglob("*.wandb")} == {f"run-{stable_id(spec)}"}
     assert len(list(folder.rglob("*.wandb"))) == 3
     rows = [json.loads(line) for line in (spec.work / "content" / "metrics.jsonl").read_text().splitlines()]
     steps = list(range(1, STEPS + 1))
@@ -199,13 +200,14 @@ def test_a_stage_killed_twice_is_one_run_in_which_every_step_stands_once(tmp_pat
 # ---- Weights & Biases -----------------------------------------------------------------------------------------------
 
 
-def test_the_id_is_the_same_for_the_same_stage_of_the_same_run_only() -> None:
-    first = stable_id("quickstart", "dpo", "a" * 64)
-    assert first == stable_id("quickstart", "dpo", "a" * 64)
+def test_the_id_is_the_same_for_a_stage_that_goes_on_in_its_folder_and_no_other(tmp_path: Path) -> None:
+    """Two people may run the same recipe and track it in the same project."""
+    mine, theirs = (tiny_spec(tmp_path / name, DpoConfig()) for name in ("mine", "theirs"))
+    first = stable_id(mine)
+    assert first == stable_id(replace(mine)), "a resume finds it"
     assert len(first) == 16
-    others = {stable_id("other", "dpo", "a" * 64), stable_id("quickstart", "ppo", "a" * 64)}
-    others |= {stable_id("quickstart", "dpo", "b" * 64), first}
-    assert len(others) == 4
+    assert len({first, stable_id(theirs), stable_id(replace(mine, fingerprint="b" * 64))}) == 3
+    assert all(mine.work not in file.parents for file in tmp_path.rglob(TOKEN)), "no artifact takes it along"
 
 
 @pytest.mark.usefixtures("offline")
@@ -306,7 +308,7 @@ def test_under_a_sweep_s_agent_the_evaluation_is_the_agent_s_run_and_no_other_st
         context.trackers.result(manifest, result.path)
     assert not context.trackers.faults
     (run,) = recorded(context.spec.run_folder, "run")
-    own = stable_id("test", config.kind, context.spec.fingerprint)
+    own = stable_id(context.spec)
     expected = ("tr1al", "5weep") if isinstance(config, EvaluateConfig) else (own, "")
     assert (run.run_id, run.sweep_id) == expected
     assert run.run_group == "5weep"

@@ -61,8 +61,7 @@ class _Killed(TrainerCallback):
 
 def written(context: StageContext) -> int:
     """The last step in W&B's files."""
-    spec = context.spec
-    return last_step(spec.run_folder / "wandb", stable_id(spec.run, spec.stage, spec.fingerprint))
+    return last_step(context.spec.run_folder / "wandb", stable_id(context.spec))
 
 
 def context_in(folder: Path, **changes: Any) -> StageContext:
