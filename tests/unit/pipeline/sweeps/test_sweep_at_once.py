@@ -14,9 +14,7 @@ from alignment.errors import Busy, ConfigError
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps import trials as shared
 from alignment.pipeline.sweeps.trials import Outcome, Share, shares
-from tests.unit.pipeline.sweeps.test_sweep import BETAS, Runs, go, own, runs, tiny_base, trials
-
-__all__ = ["runs", "tiny_base"]  # fixtures
+from tests.unit.pipeline.sweeps.fake_runs import BETAS, Runs, go, own, trials
 
 STEPS = 4
 

@@ -1,0 +1,27 @@
+"""Fixtures of every test of sweeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from alignment.pipeline.sweeps import run as module
+from tests.unit.pipeline.sweeps.fake_runs import Runs
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> Runs:
+    fake = Runs(tmp_path, lambda told: 0.9 - abs(float(told["stages.dpo.beta"]) - 0.3))
+    monkeypatch.setattr(module, "run", fake)
+    return fake
+
+
+@pytest.fixture
+def tiny_base(tmp_path: Path) -> Path:
+    """A folder that a plan takes for a model."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_text("")
+    return folder

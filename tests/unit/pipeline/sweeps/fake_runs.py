@@ -1,0 +1,95 @@
+"""Sweeps without trainings: a stand-in for the runs of their trials, and how a test starts and reads one."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from alignment.artifacts import MANIFEST, Manifest
+from alignment.pipeline.summary import REPORT
+from alignment.pipeline.sweeps.run import sweep
+
+BETAS = ["0.05", "0.1", "0.3", "0.5"]
+"""What the shipped sweep dpo_beta tries."""
+
+
+class Runs:
+    """In place of runs: an evaluation whose figure is a function of the overrides; notes what was asked for."""
+
+    def __init__(self, output: Path, figure: Callable[[dict[str, str]], float | None]) -> None:
+        self.output = output
+        self.figure = figure
+        self.words: Callable[[dict[str, str]], float] = lambda told: 21.5
+        self.asked: list[dict[str, str]] = []
+        self.codes: dict[int, int] = {}
+        self.faults: dict[int, Exception] = {}
+
+    def __call__(self, recipe: str, overrides: Sequence[str], *, console: Console, wait: bool) -> int:
+        assert wait, "another process may be at work on what the trial needs"
+        told = dict(one.split("=", 1) for one in overrides)
+        number = len(self.asked)
+        self.asked.append(told)
+        if number in self.faults:
+            raise self.faults[number]
+        if number in self.codes:
+            return self.codes[number]
+        run = self.output / "runs" / told["name"]
+        run.mkdir(parents=True, exist_ok=True)
+        told_apart = repr([one for one in overrides if one.startswith(("stages.", "seed="))])
+        artifact = self.output / "results" / f"evaluate-{zlib.crc32(told_apart.encode()):08x}"
+        artifact.mkdir(parents=True, exist_ok=True)
+        mean = self.figure(told)
+        figure = None if mean is None else {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
+        (artifact / "evaluation.json").write_text(
+            json.dumps({"arms": [{"name": "stage:dpo", "gold": figure, "words": 21.5}]})
+        )
+        golds = [] if mean is None else [mean + noise for noise in (-0.02, 0.0, 0.02)]
+        lines = [{"id": str(place), "answers": {"stage:dpo": {"gold": one}}} for place, one in enumerate(golds)]
+        (artifact / "samples.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        metrics = {"words": self.words(told)}
+        (artifact / MANIFEST).write_text(
+            json.dumps(
+                asdict(Manifest(stage="evaluate", kind="evaluation", fingerprint="", identity={}, metrics=metrics))
+            )
+        )
+        stages = {"evaluate": {"kind": "evaluate", "artifact": str(artifact)}}
+        (run / "run.json").write_text(json.dumps({"stages": stages}))
+        (run / REPORT).touch()
+        return 0
+
+
+def go(runs: Runs, name: str = "dpo_beta", *more: str, at_once: int = 1) -> tuple[int, str]:
+    console = Console(width=200, record=True, quiet=False)
+    told = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", *more]
+    with console.capture() as captured:
+        code = sweep("quickstart", name, told, console=console, at_once=at_once)
+    return code, captured.get()
+
+
+def trials(runs: Runs, name: str = "dpo_beta") -> list[dict[str, Any]]:
+    """What the sweep's file says of each, in its order."""
+    found: list[dict[str, Any]] = json.loads((runs.output / f"sweeps/quickstart.{name}/sweep.json").read_text())[
+        "trials"
+    ]
+    return found
+
+
+def own(runs: Runs, tmp_path: Path, **changes: Any) -> str:
+    told = {
+        "search": "tpe",
+        "trials": 8,
+        "objective": {"arm": "stage:dpo"},
+        "parameters": [
+            {"key": "stages.dpo.beta", "low": 0.01, "high": 1.0, "log": True},
+            {"key": "stages.dpo.optim.batch_size", "values": [4, 8]},
+        ],
+    }
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps({**told, **changes}))
+    return str(file)
