@@ -352,18 +352,19 @@ class ForgettingConfig:
     The base model and then each of ``arms`` read the plain texts of ``data`` and choose answers to ``questions``. An
     arm passes if its perplexity rose by at most ``max_perplexity_rise`` of the base's (.2: from 20 to 24), and its
     share of right answers fell by at most ``max_ability_drop`` (.1: from .64 to .54). Both limits: chosen, not tuned.
+    A limit of null is none; without both, arms are measured and not judged.
     """
 
     summary: ClassVar[str] = "what policies forgot of general text and questions, with a gate"
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     produces: ClassVar[str] = "forgetting"
 
     kind: str = "forgetting"
     arms: list[str] = field(default_factory=list, metadata={"reference": ("policy",), "identity": False})
     data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:general/texts"))
     questions: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:general/questions"))
-    max_perplexity_rise: float = 0.2
-    max_ability_drop: float = 0.1
+    max_perplexity_rise: float | None = 0.2
+    max_ability_drop: float | None = 0.1
     bootstrap_samples: int = 2000
 
 

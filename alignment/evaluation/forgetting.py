@@ -22,10 +22,18 @@ _MOST = 700.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """The most that may be lost: of perplexity as a share of the base's, of right answers as a share of questions."""
+    """The most that may be lost: of perplexity as a share of the base's, of right answers as a share of questions.
 
-    perplexity_rise: float
-    ability_drop: float
+    None is no limit.
+    """
+
+    perplexity_rise: float | None
+    ability_drop: float | None
+
+    @property
+    def judge(self) -> bool:
+        """Whether there is any."""
+        return self.perplexity_rise is not None or self.ability_drop is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +46,10 @@ class Asked:
 
 
 def table(arms: Mapping[str, Measured], asked: Asked, *, limits: Limits, intervals: Intervals) -> dict[str, Any]:
-    """The content of ``forgetting.json``: all arms, the base model first, and whether every one passed."""
+    """The content of ``forgetting.json``: all arms, the base model first, and whether every one passed.
+
+    Where nothing was ``judged`` all did.
+    """
     called = labels(list(arms))
     rows = [
         {"name": name, "label": called[name], **_row(name, arm, arms[BASE], asked, limits, intervals)}
@@ -49,14 +60,15 @@ def table(arms: Mapping[str, Measured], asked: Asked, *, limits: Limits, interva
         "num_tokens": sum(asked.tokens),
         "num_questions": len(asked.questions),
         "limits": asdict(limits),
+        "judged": limits.judge,
         "arms": rows,
         "passed": all(row["passed"] for row in rows),
     }
 
 
 def headlines(told: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of the manifest; ``passed`` is 1 or 0."""
-    found = {"passed": float(told["passed"])}
+    """The figures of the manifest; ``passed`` is 1 or 0, and left out where nothing was judged."""
+    found = {"passed": float(told["passed"])} if told["judged"] else {}
     for row in told["arms"]:
         found |= {f"{figure}/{row['label']}": row[figure] for figure in ("perplexity", "ability")}
     return found
@@ -125,12 +137,12 @@ def _grown(nats: Interval) -> Interval:
 def _reasons(rise: Interval, drop: Interval, limits: Limits) -> list[str]:
     """What passes its limit, in words; the figure itself counts, whatever its interval."""
     found = []
-    if rise.mean > limits.perplexity_rise:
+    if limits.perplexity_rise is not None and rise.mean > limits.perplexity_rise:
         found.append(
             f"perplexity of general text is {rise.mean:.1%} higher ({rise.low:.1%} to {rise.high:.1%}); "
             f"{limits.perplexity_rise:.1%} is allowed"
         )
-    if drop.mean > limits.ability_drop:
+    if limits.ability_drop is not None and drop.mean > limits.ability_drop:
         found.append(
             f"{drop.mean:.1%} fewer questions are answered right ({drop.low:.1%} to {drop.high:.1%}); "
             f"{limits.ability_drop:.1%} is allowed"

@@ -124,11 +124,12 @@ def _more(judge: dict[str, Any]) -> str:
 
 
 def show_forgetting(console: Console, name: str, told: dict[str, Any]) -> None:
-    """A line an arm: before and after, and whether it passed."""
+    """A line an arm: before and after, and whether it passed; without limits none is judged."""
     base, *arms = told["arms"]
     for arm in arms:
+        verdict = "passed" if arm["passed"] else "forgot too much"
         line = (
-            f"{name}: {arm['label']} {'passed' if arm['passed'] else 'forgot too much'}: perplexity of general text "
+            f"{name}: {arm['label']} {verdict if told['judged'] else 'not judged'}: perplexity of general text "
             f"{base['perplexity']:.2f} → {arm['perplexity']:.2f} ({arm['rise']['mean']:+.1%}), questions "
             f"{base['ability']:.3f} → {arm['ability']:.3f} ({arm['ability'] - base['ability']:+.3f})"
         )

@@ -25,6 +25,7 @@ def read_forgetting(stage: str, folder: Path | None) -> Forgetting:
     limits = raw.get("limits") if isinstance(raw.get("limits"), dict) else {}
     return Forgetting(
         stage=stage,
+        judged=raw.get("judged") is not False,
         arms=arms,
         num_texts=text.finite(raw.get("num_texts")),
         num_questions=text.finite(raw.get("num_questions")),

@@ -164,9 +164,10 @@ class Remembering:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forgetting:
-    """What a stage of that kind found; ``note`` says why there are no arms."""
+    """What a stage of that kind found; ``note`` says why there are no arms. A limit may be None."""
 
     stage: str
+    judged: bool = True
     arms: list[Remembering] = field(default_factory=list)
     num_texts: float | None = None
     num_questions: float | None = None

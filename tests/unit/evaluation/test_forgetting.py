@@ -34,7 +34,7 @@ def _measured(nats: list[float], right: int) -> Measured:
     return Measured(nats=nats, scores=[[0.0, -1.0] if place < right else [-1.0, 0.0] for place in range(10)])
 
 
-def _told(after: Measured, *, rise: float = 0.2, drop: float = 0.1) -> dict[str, Any]:
+def _told(after: Measured, *, rise: float | None = 0.2, drop: float | None = 0.1) -> dict[str, Any]:
     arms = {"base": _measured([20.0, 60.0], 6), "stage:sft": after}
     return table(arms, ASKED, limits=Limits(perplexity_rise=rise, ability_drop=drop), intervals=INTERVALS)
 
@@ -85,6 +85,14 @@ def test_a_drop_trips_beyond_its_limit_only(right: int, passes: bool) -> None:
 
 def test_a_limit_of_nothing_lets_an_unchanged_policy_pass() -> None:
     assert _told(_measured([20.0, 60.0], 6), rise=0.0, drop=0.0)["passed"] is True
+
+
+def test_without_limits_nothing_is_judged() -> None:
+    told = _told(_measured([2e5, 6e5], 0), rise=None, drop=None)
+    assert (told["judged"], told["passed"]) == (False, True)
+    assert "passed" not in headlines(told)
+    told = _told(_measured([2e5, 6e5], 0), rise=None)
+    assert (told["judged"], len(told["arms"][1]["reasons"])) == (True, 1), "the other limit still counts"
 
 
 def test_who_finds_all_choices_alike_knows_nothing() -> None:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from alignment.errors import ConfigError, DataError, Forgot
 from alignment.pipeline import forgetting
 from alignment.pipeline.plan import Plan, make_plan
+from alignment.pipeline.summary import show_forgetting
 from tests.unit.pipeline.conftest import leave_artifact
 
 RECIPE = """
@@ -82,6 +84,16 @@ def test_no_texts_are_refused(gate: Gate, tmp_path: Path) -> None:
 def test_limits_are_shares(gate: Gate, setting: str) -> None:
     with pytest.raises(ConfigError, match=setting.partition("=")[0]):
         gate(_arms("stage:sft"), f"stages.forgetting.{setting}")
+
+
+@pytest.mark.parametrize(("judged", "said"), [(True, "sft passed: "), (False, "sft not judged: ")])
+def test_without_limits_the_terminal_does_not_say_passed(
+    judged: bool, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {"label": "base", "perplexity": 28.6, "ability": 0.6}
+    arm = {"label": "sft", "perplexity": 497.0, "ability": 0.25, "rise": {"mean": 16.39}, "passed": True}
+    show_forgetting(Console(), "forgetting", {"judged": judged, "arms": [base, arm]})
+    assert said in capsys.readouterr().out
 
 
 def _left(plan: Plan, *forgetful: str) -> None:

@@ -54,6 +54,16 @@ def test_an_arm_within_its_limits_passed_and_nothing_is_warned_of(fake_run):
     assert "forgot too much" not in html
 
 
+def test_without_limits_no_arm_is_said_to_have_passed(fake_run):
+    limits = {"perplexity_rise": None, "ability_drop": None}
+    passed = [ARMS[0], ARMS[1] | {"passed": True, "reasons": []}]
+    html = page(fake_run, json.dumps(TOLD | {"arms": passed, "passed": True, "judged": False, "limits": limits}))
+    section = html.split('<section id="forgotten">')[1].split("</section>")[0]
+    assert "<td>not judged</td>" in section
+    assert "passed" not in section
+    assert "No limits were set" in section
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"arms": [{}]}', '{"arms": 3, "limits": 4}', "[" * 100_000])
 def test_a_file_that_cannot_be_understood_is_said_to_be(fake_run, content):
     section = page(fake_run, content).split('<section id="forgotten">')[1].split("</section>")[0]
