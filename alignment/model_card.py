@@ -9,7 +9,7 @@ from typing import Any
 
 from alignment import bundled
 from alignment.artifacts import Manifest
-from alignment.provenance import Judged, Provenance, Step, without_places
+from alignment.provenance import Judged, Provenance, Remembered, Step, without_places
 
 _LIBRARY = {"model": "transformers", "adapter": "peft"}
 _CLASS = {"policy": "AutoModelForCausalLM", "reward": "AutoModelForSequenceClassification"}
@@ -28,10 +28,10 @@ def model_card(manifest: Manifest, found: Provenance, *, form: str, notes: Seque
     """Markdown with the header that model hubs read; ``notes`` are sentences about this export."""
     parts = [
         _header(manifest, found, form),
-        _opening(manifest),
+        _opening(manifest, found),
         ["```python", *_usage(manifest, form), "```"],
         [f"- {note}" for note in notes],
-        ["## What was measured", "", *_measured(manifest, found.evaluation)],
+        ["## What was measured", "", *_measured(manifest, found)],
         ["## Intended use and limits", "", *_limits(manifest, found)],
         ["## Where it comes from", "", *_chain(manifest, found)],
         ["## How to make it again", "", *_again(manifest, found)],
@@ -61,13 +61,19 @@ def _header(manifest: Manifest, found: Provenance, form: str) -> list[str]:
     ]
 
 
-def _opening(manifest: Manifest) -> list[str]:
+def _opening(manifest: Manifest, found: Provenance) -> list[str]:
     kind = "reward model" if manifest.kind == "reward" else "policy"
     own = manifest.base["source"] == "self"
     base = "All weights were trained." if own else f"Its base is `{_source(manifest)}`."
+    scaled = f"The recipe was run under the profile `{found.profile}`, which changes its settings."
+    if found.profile == "smoke":
+        scaled = (
+            "It comes from a smoke run (`profile=smoke`), which shows that the recipe runs; it is worth nothing else."
+        )
     return [
         f"# {manifest.stage}",
         "",
+        *([scaled, ""] if found.profile else []),
         f"A {kind} trained by the stage `{manifest.stage}` ({manifest.identity['kind']}) of alignment-pipeline. {base}",
         "",
         f"Licence: {_licence(manifest)}",
@@ -118,18 +124,50 @@ def _usage(manifest: Manifest, form: str) -> list[str]:
 # ---- what was measured ----------------------------------------------------------------------------------------------
 
 
-def _measured(manifest: Manifest, judged: Judged | None) -> list[str]:
+def _measured(manifest: Manifest, found: Provenance) -> list[str]:
     lines = ["At the end of training:", "", "| figure | value |", "|---|---|"]
     lines += [f"| {name} | {value:.4g} |" for name, value in manifest.metrics.items()]
     if manifest.kind == "reward":
         return lines
+    lines += ["", *_evaluated(found.evaluation)]
+    return lines if found.forgetting is None else [*lines, "", *_forgot(found.forgetting)]
+
+
+def _evaluated(judged: Judged | None) -> list[str]:
     if judged is None:
-        return [*lines, "", "No evaluation of it is recorded beside it."]
+        return ["No evaluation of it is recorded beside it."]
     prompts = "" if judged.num_prompts is None else f" on {judged.num_prompts} held-out prompts"
-    lines += ["", f"As an arm of an evaluation{prompts} (`{judged.manifest.fingerprint[:8]}`):", ""]
+    lines = [f"As an arm of an evaluation{prompts} (`{judged.manifest.fingerprint[:8]}`):", ""]
     lines += ["| figure | mean | 95 % interval |", "|---|---|---|"]
-    lines += [f"| {name} | {mean:.4g} | {bounds} |" for name, mean, bounds in _figures(judged.row)]
+    lines += [f"| {name} | {mean:.4g} | {bounds} |" for name, mean, bounds in _figures(_told(judged))]
     return [*lines, "", *(_in_words(one) for one in judged.comparisons)]
+
+
+def _told(judged: Judged) -> dict[str, Any]:
+    """The row, with win rates that say by whom and against whom."""
+    by = f"by {without_places(judged.judge)}"
+    rates = {f"win rate against {_arm(one['against'])}, {by}": one["win_rate"] for one in judged.verdicts}
+    return {name: value for name, value in judged.row.items() if name != "win_rate"} | rates
+
+
+def _forgot(found: Remembered) -> list[str]:
+    """What it lost of what the base could, and whether that is within the limits."""
+    row, limits = found.row, found.limits
+    lines = [
+        f"Beside its base, in a measurement of forgetting (`{found.manifest.fingerprint[:8]}`):",
+        "",
+        "| figure | mean | 95 % interval | limit |",
+        "|---|---|---|---|",
+    ]
+    for name, figure, limit in (
+        ("rise of the perplexity of general text", row["rise"], limits["perplexity_rise"]),
+        ("drop of the share of right answers", row["drop"], limits["ability_drop"]),
+    ):
+        most = "none" if limit is None else f"{limit:+.1%}"
+        lines.append(f"| {name} | {figure['mean']:+.1%} | {figure['low']:+.1%} to {figure['high']:+.1%} | {most} |")
+    verdict = "It passed." if row["passed"] else f"It forgot too much: {'; '.join(row['reasons'])}."
+    judged = any(limit is not None for limit in limits.values())
+    return [*lines, "", verdict if judged else "It was not judged: no limits were set."]
 
 
 def _figures(row: Mapping[str, Any], ahead: str = "") -> Iterator[tuple[str, float, str]]:
@@ -145,9 +183,13 @@ def _figures(row: Mapping[str, Any], ahead: str = "") -> Iterator[tuple[str, flo
 
 
 def _in_words(one: Mapping[str, Any]) -> str:
-    arm, against = (str(one[key]).removeprefix("stage:") for key in ("arm", "against"))
+    arm, against = (_arm(one[key]) for key in ("arm", "against"))
     verdict = "no real difference" if not one["real"] else "better" if one["difference"] > 0 else "worse"
     return f"- {arm} against {against}: {one['difference']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f}), {verdict}"
+
+
+def _arm(name: Any) -> str:
+    return str(name).removeprefix("stage:")
 
 
 # ---- limits, lineage, command ---------------------------------------------------------------------------------------
@@ -159,7 +201,7 @@ def _limits(manifest: Manifest, found: Provenance) -> list[str]:
     else:
         use = "Answering prompts of the kind that it was trained on."
     lines = [f"- {use} Other uses were not looked at."]
-    if manifest.kind == "policy" and found.evaluation is None:
+    if manifest.kind == "policy" and found.evaluation is None and found.forgetting is None:
         lines.append(
             "- Nothing was measured of it but what training logs: whether it is better than its base is not known."
         )

@@ -18,6 +18,7 @@ from alignment.errors import ArtifactError
 
 _PLACE = re.compile(r"(?<![\w.])(?:~|\.\.?)?/(?:[^\s/'\",\]})]+/)*")
 """A path but for its last part, wherever it begins in a text."""
+_PROFILE = "profile="
 _NOT_MAKING = re.compile(r"output=|launch|tracking|[+~]*stages\.[^.=]+\.judge\b")
 """Overrides that shape no model; a judge's may name an internal host."""
 
@@ -32,11 +33,25 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """An evaluation's figures of this artifact: its row, and the paired differences that it is part of."""
+    """An evaluation's figures of this artifact: its row, and the paired differences that it is part of.
+
+    ``judge`` names who gave verdicts, and ``verdicts`` are its pairs in which this artifact is the arm.
+    """
 
     row: dict[str, Any]
     comparisons: list[dict[str, Any]]
+    judge: str
+    verdicts: list[dict[str, Any]]
     num_prompts: int | None
+    manifest: Manifest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Remembered:
+    """What a stage ``forgetting`` found of this artifact: its row, and the limits, of which None is none."""
+
+    row: dict[str, Any]
+    limits: dict[str, float | None]
     manifest: Manifest
 
 
@@ -44,13 +59,16 @@ class Judged:
 class Provenance:
     """``steps`` are in order, the artifact itself last; ``lost`` names inputs whose artifacts are not there.
 
-    ``command`` is what made the run, without the machine's folders; empty where no run is known.
+    ``command`` is what made the run, without the machine's folders; empty where no run is known. ``profile`` is what
+    scaled that run, if anything did.
     """
 
     steps: list[Step]
     lost: list[str] = field(default_factory=list)
     evaluation: Judged | None = None
+    forgetting: Remembered | None = None
     command: list[str] = field(default_factory=list)
+    profile: str = ""
 
 
 def provenance(artifact: Path, manifest: Manifest, run: str | None = None) -> Provenance:
@@ -61,7 +79,12 @@ def provenance(artifact: Path, manifest: Manifest, run: str | None = None) -> Pr
     mine = next((record for record in records if artifact.name in _artifacts(record)), None)
     named = [Step(manifest=one, data=_sources(store.get(one.fingerprint, artifact).name, records)) for one in steps]
     return Provenance(
-        steps=named, lost=lost, evaluation=_evaluation(manifest, store, mine), command=_command(mine) if mine else []
+        steps=named,
+        lost=lost,
+        evaluation=_evaluation(manifest, store, mine),
+        forgetting=_forgetting(manifest, store, mine),
+        command=_command(mine) if mine else [],
+        profile=_profile(mine) if mine else "",
     )
 
 
@@ -150,13 +173,45 @@ def _command(record: dict[str, Any]) -> list[str]:
     return ["align", "run", without_places(str(record.get("recipe") or "RECIPE")), *map(without_places, told)]
 
 
+def _profile(record: dict[str, Any]) -> str:
+    told = [str(one) for one in record.get("overrides", [])]
+    return next((one.removeprefix(_PROFILE) for one in told if one.startswith(_PROFILE)), "")
+
+
 def _evaluation(manifest: Manifest, store: dict[str, Path], run: dict[str, Any] | None) -> Judged | None:
-    """The run's own evaluation of the artifact, or else the newest one."""
+    found = _measured("evaluation", manifest, store, run)
+    if found is None:
+        return None
+    one, content, row = found
+    arm, judge = row["name"], content.get("judge") or {}
+    return Judged(
+        row=row,
+        comparisons=[pair for pair in content.get("comparisons", []) if arm in (pair["arm"], pair["against"])],
+        judge=str(judge.get("name", "")),
+        verdicts=[pair for pair in judge.get("pairs", []) if pair["arm"] == arm],
+        num_prompts=content.get("num_prompts"),
+        manifest=one,
+    )
+
+
+def _forgetting(manifest: Manifest, store: dict[str, Path], run: dict[str, Any] | None) -> Remembered | None:
+    found = _measured("forgetting", manifest, store, run)
+    if found is None:
+        return None
+    one, content, row = found
+    return Remembered(row=row, limits=content["limits"], manifest=one)
+
+
+def _measured(
+    kind: str, manifest: Manifest, store: dict[str, Path], run: dict[str, Any] | None
+) -> tuple[Manifest, dict[str, Any], dict[str, Any]] | None:
+    """The result of this kind with the artifact among its arms, the run's own or else the newest one: its manifest,
+    what ``KIND.json`` says, and the arm's row there."""
     own = _artifacts(run) if run else {}
     found = []
     for folder in store.values():
         one = _read(folder)
-        if one is None or one.kind != "evaluation":
+        if one is None or one.kind != kind:
             continue
         arm = next((name for name in one.identity["arms"] if one.inputs.get(name) == manifest.fingerprint), None)
         if arm is not None:
@@ -165,11 +220,8 @@ def _evaluation(manifest: Manifest, store: dict[str, Path], run: dict[str, Any] 
         return None
     _, folder, one, arm = max(found, key=lambda pair: pair[0])
     try:
-        content = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     row = next((row for row in content["arms"] if row["name"] == arm), None)
-    if row is None:
-        return None
-    comparisons = [one for one in content.get("comparisons", []) if arm in (one["arm"], one["against"])]
-    return Judged(row=row, comparisons=comparisons, num_prompts=content.get("num_prompts"), manifest=one)
+    return None if row is None else (one, content, row)

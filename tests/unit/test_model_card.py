@@ -66,11 +66,30 @@ class Store:
         row = {"name": arm, "label": "ppo", "gold": {"mean": gold, "low": 0.5, "high": 0.75}, "words": 21.5}
         row |= {"kl": None, "wins": {"sft": {"mean": 0.5625, "low": 0.4375, "high": 0.6875}}, "seconds": 3.0}
         pair = {"arm": arm, "against": "stage:sft", "difference": 0.11, "low": 0.02, "high": 0.2, "real": True}
-        told = {"num_prompts": 102, "arms": [row], "comparisons": [pair]}
+        verdict = {"arm": arm, "against": "stage:sft", "win_rate": {"mean": 0.7, "low": 0.6, "high": 0.8}}
+        row["win_rate"] = verdict["win_rate"]
+        judge = {"name": "the gold rule", "pairs": [verdict, verdict | {"arm": "base"}]}
+        told = {"num_prompts": 102, "arms": [row], "comparisons": [pair], "judge": judge}
         (content / "evaluation.json").write_text(json.dumps(told))
         identity = {"arms": {arm: _fingerprint(of)}}
         inputs = {arm: _fingerprint(of)}
         return self.publish(name, kind="evaluation", config={"kind": "evaluate"}, identity=identity, inputs=inputs)
+
+    def forget(self, **told: Any) -> None:
+        """A measurement of the PPO policy."""
+        content = self.root / "content"
+        content.mkdir()
+        row = {"name": "stage:ppo", "rise": {"mean": 16.39, "low": 14.0, "high": 19.0}}
+        row |= {
+            "drop": {"mean": 0.05, "low": -0.01, "high": 0.11},
+            "passed": False,
+            "reasons": ["perplexity is higher"],
+        }
+        limits = {"perplexity_rise": 0.2, "ability_drop": None}
+        (content / "forgetting.json").write_text(json.dumps({"limits": limits, "arms": [row], **told}))
+        identity, inputs = {"arms": {"stage:ppo": ""}}, {"stage:ppo": _fingerprint("ppo")}
+        config = {"kind": "forgetting"}
+        self.publish("forgetting", kind="forgetting", config=config, identity=identity, inputs=inputs)
 
     def record(self, run: str, evaluation: Path) -> None:
         folder = self.root / "runs" / run
@@ -112,6 +131,35 @@ def test_its_figures_are_those_of_manifest_and_evaluation(store: Store) -> None:
     assert "| gold | 0.625 | 0.5 to 0.75 |" in card
     assert "on 102 held-out prompts" in card
     assert "- ppo against sft: +0.110 (+0.020 to +0.200), better" in card
+
+
+def test_a_win_rate_names_judge_and_opponent(store: Store) -> None:
+    card = store.card()
+    assert "| win rate against sft, by the gold rule | 0.7 | 0.6 to 0.8 |" in card
+    assert "win_rate" not in card
+
+
+def test_what_was_forgotten_stands_in_it_with_limits_and_verdict(store: Store) -> None:
+    store.forget()
+    card = store.card()
+    assert "| rise of the perplexity of general text | +1639.0% | +1400.0% to +1900.0% | +20.0% |" in card
+    assert "| drop of the share of right answers | +5.0% | -1.0% to +11.0% | none |" in card
+    assert "It forgot too much: perplexity is higher." in card
+    assert "general text" not in store.card("sft")
+
+
+def test_without_limits_it_is_not_said_to_have_passed(store: Store) -> None:
+    store.forget(limits={"perplexity_rise": None, "ability_drop": None})
+    assert "It was not judged: no limits were set." in store.card()
+
+
+def test_a_smoke_run_is_said_to_be_one(store: Store) -> None:
+    assert "smoke" not in store.card()
+    path = store.root / "runs" / "mine" / "run.json"
+    told = json.loads(path.read_text())
+    for profile, sentence in (("smoke", "It comes from a smoke run"), ("mine", "under the profile `mine`")):
+        path.write_text(json.dumps({**told, "overrides": ["seed=7", f"profile={profile}"]}))
+        assert sentence in store.card()
 
 
 def test_its_lineage_names_every_stage_with_data_and_settings(store: Store) -> None:
