@@ -26,6 +26,9 @@ class Metric(str, Enum):
     perplexity = "perplexity"
 
 
+LESS_IS_BETTER = (Metric.kl, Metric.loss, Metric.perplexity)
+
+
 @dataclass(kw_only=True, slots=True)
 class ObjectiveConfig:
     """A figure, the more the better, or the less: ``metric`` of an ``arm`` of the recipe's evaluation (a ``Metric``),

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from alignment.config import unique
 from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig
 from alignment.config.near import suggestion
@@ -117,7 +118,7 @@ def _words(values: dict[str, str]) -> list[str]:
 def _plain(path: Path) -> Any:
     """As YAML holds it; values of parameters as the text that an override would have, one objective as a list."""
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        plain = unique.load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"not YAML: {error}", where=str(path)) from error
     if not isinstance(plain, dict):
@@ -141,11 +142,15 @@ def _faults(config: SweepConfig) -> Iterator[Fault]:
         yield Fault(where="parameters", message="nothing to try; write - {key: …, values: […]}")
     if config.search is Search.tpe and not config.trials:
         yield Fault(where="trials", message="say how many, such as trials: 12")
+    if config.search is Search.grid and config.trials is not None:
+        yield Fault(where="trials", message="a grid makes every combination; take this out, or take search: tpe")
     if config.pruning.pruner is not Pruner.none and len(config.objective) > 1:
         yield Fault(where="pruning.pruner", message="trials with several objectives are never pruned; take none")
     for number, one in enumerate(config.parameters):
         for message in _wrong_with(one, config.search):
             yield Fault(where=f"parameters[{number}]", message=message)
+        if one.key and one.key in [other.key for other in config.parameters[:number]]:
+            yield Fault(where=f"parameters[{number}]", message=f"{one.key} stands there twice; write all values in one")
 
 
 def _wrong_with(one: ParameterConfig, search: Search) -> Iterator[str]:

@@ -14,12 +14,14 @@ from alignment.config.evaluation import FEW_SHOT, PROMPTED, JudgeKind
 from alignment.config.faults import Fault
 from alignment.config.near import suggestion
 from alignment.config.stage import EvaluateConfig, StageConfig
-from alignment.config.sweep import Metric, ObjectiveConfig
+from alignment.config.sweep import LESS_IS_BETTER, Metric, ObjectiveConfig
 from alignment.errors import ConfigError, NonFiniteError
 from alignment.evaluation.pairwise import pairs_of
 from alignment.pipeline import paired
 from alignment.pipeline.record import read_record
 from alignment.report.records import Interval
+
+_METRICS = [metric.value for metric in Metric]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +52,9 @@ class Objective:
         found = value if isinstance(value, Mapping) else {"mean": value, "low": None, "high": None}
         if not isinstance(found["mean"], (int, float)):
             raise ConfigError(
-                f"no stage reports {self}; it reports {', '.join(_names(told)) or 'nothing'}",
+                f"no stage reports {self}; it reports {', '.join(self._names(told)) or 'nothing to go by'}",
                 where="objective",
-                remedy="take another metric" + ("" if self.metric != "reward" else " or set stages.evaluate.reward"),
+                remedy=f"take another metric{self._wanting()}",
             )
         if not math.isfinite(found["mean"]):
             raise NonFiniteError(f"{self} is not a finite number", where=f"stage {self.stage}")
@@ -62,16 +64,22 @@ class Objective:
         """The figure in a result prompt by prompt; empty where it is not kept so."""
         return paired.scores(artifact, self.arm).get(self.metric, {}) if self.arm else {}
 
+    def _names(self, told: Mapping[str, Any]) -> list[str]:
+        """Figures that could be asked for instead."""
+        named = [name for name, value in told.items() if isinstance(value, (Mapping, int, float))]
+        return [name for name in named if name in _METRICS] if self.arm else named
+
+    def _wanting(self) -> str:
+        wanted = {Metric.reward: "reward", Metric.win_rate: "judge.kind"}
+        setting = wanted.get(Metric(self.metric)) if self.arm else None
+        return f" or set stages.{self.stage}.{setting}" if setting else ""
+
     def _told(self, artifact: Path) -> Mapping[str, Any]:
         if not self.arm:
             manifest = read_manifest(artifact)
             return manifest.metrics if manifest else {}
         arms = json.loads((artifact / "evaluation.json").read_text(encoding="utf-8"))["arms"]
         return next((one for one in arms if one["name"] == self.arm), {})
-
-
-def _names(told: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in told.items() if isinstance(value, (Mapping, int, float))]
 
 
 def resolve(configs: Sequence[ObjectiveConfig], stages: Mapping[str, StageConfig]) -> tuple[Objective, ...]:
@@ -96,11 +104,12 @@ def faults(configs: Sequence[ObjectiveConfig], stages: Mapping[str, StageConfig]
 def _fault(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
     if bool(one.arm) == bool(one.stage):
         return "write arm: … for a figure of the evaluation, or stage: … for one that a stage reports of itself"
+    if one.metric in LESS_IS_BETTER and not one.minimize:
+        return f"the less {one.metric} the better; set minimize: true"
     if one.stage:
         return "" if one.stage in stages else f"the recipe has no stage {one.stage!r}; {suggestion(one.stage, stages)}"
-    known = [metric.value for metric in Metric]
-    if one.metric not in known:
-        return f"no evaluation reports {one.metric!r}; {suggestion(one.metric, known)}"
+    if one.metric not in _METRICS:
+        return f"no evaluation reports {one.metric!r}; {suggestion(one.metric, _METRICS)}"
     telling = _telling(one, stages)
     if not telling:
         arms = sorted({arm for stage in stages.values() if isinstance(stage, EvaluateConfig) for arm in stage.arms})

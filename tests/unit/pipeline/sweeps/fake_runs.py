@@ -83,7 +83,7 @@ def trials(runs: Runs, name: str = "dpo_beta") -> list[dict[str, Any]]:
 def own(runs: Runs, tmp_path: Path, **changes: Any) -> str:
     told = {
         "search": "tpe",
-        "trials": 8,
+        "trials": None if changes.get("search") == "grid" else 8,
         "objective": {"arm": "stage:dpo"},
         "parameters": [
             {"key": "stages.dpo.beta", "low": 0.01, "high": 1.0, "log": True},

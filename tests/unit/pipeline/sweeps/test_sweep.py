@@ -125,7 +125,7 @@ def test_less_may_be_better(runs: Runs, tmp_path: Path) -> None:
 
 def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs: Runs) -> None:
     runs.figure = lambda told: None
-    with pytest.raises(ConfigError, match="no stage reports gold of stage:dpo; it reports words"):
+    with pytest.raises(ConfigError, match="no stage reports gold of stage:dpo; it reports nothing to go by"):
         go(runs)
     assert len(runs.asked) == 1
 
@@ -146,6 +146,10 @@ def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs:
         ({"searhc": "grid"}, "unknown key; did you mean 'search'"),
         ({"parameters": [{"key": "stages.dpo.bata", "values": [0.1]}]}, "mine.yaml: stages.dpo.bata"),
         ({"parameters": [{"key": "stages.dpo.optim.warmup_ratio", "low": 0.1, "high": 1.5}]}, "1.5 is not allowed"),
+        ({"search": "grid", "trials": 3, "parameters": GRID}, "trials: a grid makes every combination; take this out"),
+        ({"parameters": [*GRID, *GRID]}, "parameters[1]: stages.dpo.beta stands there twice"),
+        ({"objective": {"arm": "stage:dpo", "metric": "loss"}}, "the less loss the better; set minimize: true"),
+        ({"objective": {"stage": "dpo", "metric": "perplexity"}}, "set minimize: true"),
         ({"objective": []}, "by what? write"),
         ({"objective": {"metric": "gold"}}, "write arm: … for a figure of the evaluation, or stage: …"),
         ({"objective": {"arm": "stage:dpo", "stage": "dpo"}}, "write arm: … for a figure of the evaluation, or"),
@@ -184,7 +188,7 @@ def test_a_sweep_that_cannot_be_right_starts_nothing(
 def test_what_an_evaluation_will_never_tell_of_an_arm_is_no_objective(
     runs: Runs, tmp_path: Path, arm: str, metric: str, judge: str, words: str
 ) -> None:
-    file = own(runs, tmp_path, objective={"arm": arm, "metric": metric})
+    file = own(runs, tmp_path, objective={"arm": arm, "metric": metric, "minimize": metric in ("kl", "loss")})
     arms = "stages.evaluate.arms=[base,base+prompt,base+few-shot,'stage:sft','stage:dpo']"
     told = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", arms]
     told += [f"stages.evaluate.judge.kind={judge}"] if judge else []
@@ -207,6 +211,21 @@ def test_jobs_of_slurm_are_not_pruned(runs: Runs, tmp_path: Path) -> None:
     file = own(runs, tmp_path, pruning={"pruner": "median", "stage": "dpo"})
     with pytest.raises(ConfigError, match="stages are jobs of Slurm cannot be pruned"):
         go(runs, file, "launch=slurm")
+
+
+def test_figures_that_the_check_refuses_are_not_offered(runs: Runs, tmp_path: Path) -> None:
+    file = own(runs, tmp_path, objective={"arm": "stage:dpo", "metric": "win_rate"}, search="grid", parameters=GRID)
+    with pytest.raises(ConfigError) as caught:
+        go(runs, file, "stages.evaluate.judge.kind=rule")
+    assert "no stage reports win_rate of stage:dpo; it reports gold\n" in str(caught.value)
+    assert "take another metric or set stages.evaluate.judge.kind" in str(caught.value)
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line(runs: Runs, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("parameters:\n- key: stages.dpo.beta\n  values: [0.1]\n  values: [0.3]\n")
+    with pytest.raises(ConfigError, match=r"(?s)key 'values' stands twice.*line 4"):
+        go(runs, str(file))
 
 
 def test_an_unknown_sweep_gets_the_nearest(runs: Runs) -> None:
