@@ -20,7 +20,9 @@ from alignment.errors import ConfigError
 
 GROUP = "profile"
 _HUB = "hub:"
-_ALLOWED = {"choices": tuple(GROUPS), "stages": tuple(STAGES), "instead_of_hub": ("model", *STAGES)}
+_OTHER_DATA = ("evaluate.few_shot.data", "forgetting.questions")
+"""Sources of a kind of stage beside its ``data``."""
+_ALLOWED = {"choices": tuple(GROUPS), "stages": tuple(STAGES), "instead_of_hub": ("model", *STAGES, *_OTHER_DATA)}
 """Keys of a profile's parts; those of ``values`` are checked with the run's."""
 
 
@@ -28,7 +30,7 @@ _ALLOWED = {"choices": tuple(GROUPS), "stages": tuple(STAGES), "instead_of_hub":
 class Profile:
     """``choices`` are made of groups that the command line leaves alone. ``values`` are laid over the run, ``stages``
     over each stage of a kind. ``instead_of_hub`` says what is read where a recipe names a hub: by every stage of a
-    kind, and as ``model``.
+    kind as its ``data``, or as what a dotted name says, and as ``model``.
 
     Example: ``Profile(name="smoke", stages={"ppo": {"updates": 2}})``
     """
@@ -58,8 +60,10 @@ class Profile:
         if not isinstance(stage, Mapping):
             return stage
         kind, told = str(stage.get("kind")), dict(stage)
-        if kind in self.instead_of_hub and _names_hub(told.get("data")):
-            told["data"] = {"source": self.instead_of_hub[kind]}  # split and columns were those of the other one
+        for place, source in self.instead_of_hub.items():
+            name, _, keys = place.partition(".")
+            if name == kind:
+                told = _without_hub(told, (keys or "data").split("."), source)
         return merged(told, self.stages.get(kind, {}))
 
 
@@ -89,6 +93,15 @@ def merged(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in over.items()
     }
     return {**tree, **both}
+
+
+def _without_hub(tree: Mapping[str, Any], keys: Sequence[str], source: str) -> dict[str, Any]:
+    """The tree with another source at these keys, if a hub's is there; split and columns were those of the hub's."""
+    first, *rest = keys
+    group = tree.get(first)
+    if rest:
+        return {**tree, first: _without_hub(group, rest, source)} if isinstance(group, Mapping) else dict(tree)
+    return {**tree, first: {"source": source}} if _names_hub(group) else dict(tree)
 
 
 def _names_hub(group: Any) -> bool:

@@ -279,7 +279,8 @@ def test_every_recipe_is_scaled_down_to_this_machine(recipe: str) -> None:
 def test_the_smoke_profile_has_values_for_every_kind_of_stage() -> None:
     told = yaml.safe_load((conf_folder() / "profile/smoke.yaml").read_text())
     assert told["stages"].keys() == STAGES.keys()
-    assert told["instead_of_hub"].keys() == {"model", *STAGES} - {"report"}
+    others = {"evaluate.few_shot.data", "forgetting.questions"}
+    assert told["instead_of_hub"].keys() == {"model", *STAGES, *others} - {"report"}
 
 
 def test_the_command_line_has_the_last_word_over_a_profile() -> None:
@@ -314,6 +315,21 @@ def test_a_profile_keeps_what_lies_on_this_machine_and_all_that_it_says_nothing_
     assert (first.data.fraction, first.data.mix, first.optim.lr) == (0.5, [], 3e-3)  # type: ignore[union-attr]
     assert (second.data.source, second.data.split) == ("bundled:quickstart/preferences", "train")  # type: ignore[union-attr]
     assert (second.data.columns, second.beta) == ({}, 0.7)  # type: ignore[union-attr]
+
+
+def test_a_smoke_run_asks_no_hub_for_questions_and_examples(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "defaults: [base, stage@stages.sft: sft, stage@stages.asked: evaluate, stage@stages.lost: forgetting, _self_]\n"
+        "stages:\n"
+        "  asked: {arms: [base], reward: null, few_shot: {count: 2, data: {source: hub:a/b@c, split: dev}}}\n"
+        "  lost: {arms: ['stage:sft'], questions: {source: hub:a/b@c, columns: {question: q}}}\n"
+    )
+    stages = composed(str(recipe), "profile=smoke").stages
+    few_shot, questions = stages["asked"].few_shot, stages["lost"].questions  # type: ignore[union-attr]
+    assert (few_shot.count, few_shot.data.source) == (2, "bundled:quickstart/conversations")
+    assert (few_shot.data.split, questions.columns) == ("train", {})
+    assert questions.source == "bundled:general/questions"
 
 
 def test_a_profile_of_the_user_s_own_stands_beside_the_recipe(tmp_path: Path) -> None:
