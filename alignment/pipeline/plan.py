@@ -109,8 +109,10 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     """
     composition = compose(recipe, overrides)
     config, faults = convert(composition.tree)
-    faults = [*composition.faults, *faults, *references.faults(config.stages)]
+    faults = [*composition.faults, *faults]
     named = {fault.where for fault in faults}  # a faulty field holds its default, of which nothing more need be said
+    faults += [fault for fault in references.faults(config.stages) if fault.where.partition("[")[0] not in named]
+    named |= {fault.where for fault in faults}
     later = [*scorers.faults(config.stages), *settings.faults(config), *compatibility.faults(config)]
     found = [*faults, *(fault for fault in later if fault.where not in named)]
     refuse([composition.placed(fault) for fault in found])

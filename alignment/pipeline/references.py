@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from alignment.config.evaluation import UNTRAINED_ARMS
 from alignment.config.faults import Fault
-from alignment.config.near import suggestion
+from alignment.config.near import nearest, suggestion
 from alignment.config.stage import (
     ForgettingConfig,
     PpoConfig,
@@ -152,13 +152,20 @@ def _problem(slot: Slot, stages: Mapping[str, StageConfig]) -> str | None:
     if slot.is_base or slot.ref.startswith(_EXTERNAL):
         return _external_problem(slot, stages)
     if slot.stage is None:
-        return f"{slot.ref!r} is no reference; write base, stage:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
+        known = [*(UNTRAINED_ARMS if slot.is_arm else (BASE,)), *(_STAGE + name for name in stages)]
+        close = nearest(slot.ref, known)
+        meant = f"did you mean {close!r}? Else " if close else ""
+        return f"{slot.ref!r} is no reference; {meant}write base, stage:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
     if slot.stage not in stages:
-        return f"no stage '{slot.stage}' in this run; {suggestion(slot.stage, stages)}{_otherwise(slot)}"
+        return f"no stage '{slot.stage}' in this run; {_ended(suggestion(slot.stage, stages))}{_otherwise(slot)}"
     produced = stages[slot.stage].produces
     if produced not in slot.takes:
         return f"{slot.ref!r} is {_NOUNS[produced]}; {what_fits(slot, stages)}"
     return None
+
+
+def _ended(sentence: str) -> str:
+    return sentence if sentence.endswith("?") else f"{sentence}."
 
 
 def _otherwise(slot: Slot) -> str:

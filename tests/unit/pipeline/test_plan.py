@@ -258,6 +258,19 @@ def test_a_model_folder_fits_where_a_policy_is_taken(plan: MakePlan, tmp_path: P
             ConfigError,
             "stages.evaluate.arms[4]: no stage 'ppo' in this run; did you mean 'dpo'? Otherwise take this arm out.",
         ),
+        ("stages.evaluate.arms=[]", ConfigError, "stages.evaluate.arms: [] is not allowed; at least one entry"),
+        (
+            "stages.evaluate.arms=[base+fewshot]",
+            ConfigError,
+            "stages.evaluate.arms[0]: 'base+fewshot' is no reference; did you mean 'base+few-shot'? Else write base, "
+            "stage:NAME, path:FOLDER or hub:ORG/NAME@REVISION",
+        ),
+        (
+            "stages.evaluate.arms=['stage:zzzzzz']",
+            ConfigError,
+            "stages.evaluate.arms[0]: no stage 'zzzzzz' in this run; one of: sft, reward, dpo, ppo, evaluate, report. "
+            "Otherwise take this arm out.",
+        ),
         ("stages.sft.init=stage:dpo", ConfigError, "stages.sft: depends on itself: sft → dpo → sft"),
         (
             "stages.dpo.init=sft",
