@@ -52,10 +52,14 @@ def _compiles(pattern: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A test of a value that has the right type already, and what it allows, in words."""
+    """A test of a value that has the right type already, and what it allows, in words.
+
+    A wrong value of a ``secret`` rule may hold a key or a password, and is not repeated.
+    """
 
     holds: Callable[[Any], bool]
     allowed: str
+    secret: bool = False
 
 
 NAME = Rule(is_name, "1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot")
@@ -85,10 +89,12 @@ PART = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 URL = Rule(
     lambda value: re.fullmatch(r"(https?://[^\s/@?#]+(/[^\s@?#]*)?)?", value) is not None,
     "http://HOST:PORT/PATH or https://…, without a key or a password in it (api_key_env names a variable)",
+    secret=True,
 )
 VARIABLE = Rule(
     lambda value: re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", value) is not None,
     "the name of an environment variable, in capitals; never the key itself",
+    secret=True,
 )
 
 RULES: dict[tuple[type, str], Rule] = {

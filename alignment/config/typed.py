@@ -146,15 +146,15 @@ class _Conversion:
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
             return self.instance(hint, value, where=where, defaults=default)
-        item = listed_dataclass(hint)
+        item, rule = listed_dataclass(hint), rule_of(cls, name)
+        shown = "what was given (not shown)" if rule is not None and rule.secret else repr(value)
         try:
             converted = _scalar_or_list(hint, value) if item is None else self._instances(item, value, where=where)
         except _Wrong as wrong:
-            self._fault(where, f"{value!r} is not allowed; {wrong}")
+            self._fault(where, f"{shown} is not allowed; {wrong}")
             return default
-        rule = rule_of(cls, name)
         if rule is not None and converted is not None and not rule.holds(converted):
-            self._fault(where, f"{value!r} is not allowed; {rule.allowed}")
+            self._fault(where, f"{shown} is not allowed; {rule.allowed}")
             return default
         return converted
 

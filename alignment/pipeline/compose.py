@@ -147,7 +147,7 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
         elif hostile:
             faults.extend(hostile)
         elif override.is_sweep_override():
-            faults.append(Fault(where=text, message="several values for one key; give one"))
+            faults.append(Fault(where=_shown(text), message="several values for one key; give one"))
         elif override.key_or_group.split(".")[0].split("/")[0] == "hydra":
             faults.append(Fault(where=text, message="settings of Hydra itself are not taken"))
         else:
@@ -155,8 +155,14 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
     return parsed, faults
 
 
+def _shown(text: str) -> str:
+    """The override, without a value that may hold a key or a password."""
+    key, _, _ = text.partition("=")
+    return f"{key}=…" if key.endswith((".api_key_env", ".base_url")) else text
+
+
 def _malformed(text: str) -> Fault:
-    return Fault(where=text, message="not an override; write key=value, such as stages.dpo.beta=0.3")
+    return Fault(where=_shown(text), message="not an override; write key=value, such as stages.dpo.beta=0.3")
 
 
 def _is_group(override: Override) -> bool:

@@ -121,6 +121,22 @@ def test_a_fault_is_named_exactly(tree: dict[str, Any], message: str) -> None:
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("api_key_env", "sk-secret", "the name of an environment variable, in capitals; never the key itself"),
+        ("api_key_env", ["secret"], "it takes text"),
+        ("base_url", "http://user:secret@judge/v1", "http://HOST:PORT/PATH or https://"),
+    ],
+)
+def test_what_may_be_a_key_is_not_repeated(field: str, value: Any, allowed: str) -> None:
+    judge = {"kind": "endpoint", "endpoint": {field: value}}
+    with pytest.raises(ConfigError) as caught:
+        typed({"name": "run", "stages": {"evaluate": {"kind": "evaluate", "judge": judge}}})
+    assert f"judge.endpoint.{field}: what was given (not shown) is not allowed; {allowed}" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
 def test_all_faults_are_reported_together() -> None:
     tree = {
         "name": "run",

@@ -317,6 +317,14 @@ def test_a_profile_keeps_what_lies_on_this_machine_and_all_that_it_says_nothing_
     assert (second.data.columns, second.beta) == ({}, 0.7)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("value", ["http://me:pass,word@host", "{pass"])
+def test_what_may_be_a_key_is_not_repeated_where_it_is_no_override(value: str) -> None:
+    key = "stages.evaluate.judge.endpoint.base_url"
+    (fault,) = faults(f"{key}={value}")
+    assert fault.startswith(f"{key}=…: ")
+    assert "pass" not in fault
+
+
 def test_a_smoke_run_asks_no_hub_for_questions_and_examples(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(

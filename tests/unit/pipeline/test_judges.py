@@ -42,7 +42,7 @@ ENDPOINT = [
             [f"{JUDGE}.kind=rule", f"{JUDGE}.pairs=[{{arm: base, against: base}}]"],
             f"{JUDGE}.pairs[0]: 'base' cannot meet itself",
         ),
-        ([*ENDPOINT, f"{JUDGE}.endpoint.base_url=localhost:8000"], f"{JUDGE}.endpoint.base_url: 'localhost:8000' is"),
+        ([*ENDPOINT, f"{JUDGE}.endpoint.base_url=localhost:8000"], f"{JUDGE}.endpoint.base_url: what was given"),
         ([*ENDPOINT, f"{JUDGE}.endpoint.base_url='https://me:pass@host/v1'"], "without a key or a password in it"),
         ([*ENDPOINT, f"{JUDGE}.endpoint.base_url='https://host/v1?key=1'"], "without a key or a password in it"),
         ([*ENDPOINT, f"{JUDGE}.endpoint.api_key_env=sk-123"], "the name of an environment variable"),
