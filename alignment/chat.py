@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         screen.note(HELP)
         converse(voices, screen)
     except AlignmentError as error:
-        print(error, file=sys.stderr)
+        print(error.labelled, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -44,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _refuse_other_package()
         return _dispatch(options, console)
     except AlignmentError as error:
-        told = f"{_label(error)}: {error}"
-        Console(stderr=True, emoji=False).print(told, markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(error.labelled, markup=False, highlight=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
         Console(stderr=True, emoji=False).print("interrupted; nothing was started")
@@ -173,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep = verbs.add_parser("sweep", help="run a recipe with many settings", description=_SWEEP)
     sweep.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or the path of your own .yaml")
     sweep.add_argument("sweep", metavar="SWEEP", help="a file's name in conf/sweep, or the path of your own .yaml")
-    sweep.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="for every trial")
+    sweep.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="for every trial")
     sweep.add_argument(
         "--at-once",
         type=int,
@@ -282,11 +281,6 @@ def _refuse_other_package() -> None:
         where=sys.prefix,
         remedy="use an environment of its own for alignment-pipeline",
     )
-
-
-def _label(error: AlignmentError) -> str:
-    kinds = {2: "configuration", 3: "data", 4: "model", 7: "artifact", 8: "busy", 9: "scorer", 10: "forgot"}
-    return kinds.get(error.exit_code, "error")
 
 
 def console_script() -> None:

@@ -35,6 +35,12 @@ class AlignmentError(Exception):
         head = f"{self.where}: {self.message}" if self.where else self.message
         return f"{head}\n  → {self.remedy}" if self.remedy else head
 
+    @property
+    def labelled(self) -> str:
+        """As a command prints it, its kind first: ``model: base: no folder …``."""
+        kinds = {2: "configuration", 3: "data", 4: "model", 7: "artifact", 8: "busy", 9: "scorer", 10: "forgot"}
+        return f"{kinds.get(self.exit_code, 'error')}: {self}"
+
 
 class ConfigError(AlignmentError):
     """One or more faults in the configuration, all reported together."""

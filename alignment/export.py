@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(export(told.artifact, told.base, told.to, form=told.form, max_gap=told.max_gap, run=told.run))
     except AlignmentError as error:
-        print(error, file=sys.stderr)
+        print(error.labelled, file=sys.stderr)
         return error.exit_code
     return 0
 

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(add_tokens(told.folder, told.to, told.tokens))
     except AlignmentError as error:
-        print(error, file=sys.stderr)
+        print(error.labelled, file=sys.stderr)
         return error.exit_code
     return 0
 

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for file in told.stage_files:
             show_stage(console, read_spec(file), rows=told.rows, held_out=held_out)
     except AlignmentError as error:
-        Console(stderr=True, emoji=False).print(f"{error}", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(error.labelled, markup=False, highlight=False, soft_wrap=True)
         return error.exit_code
     if told.html is not None:
         console.save_html(str(told.html))

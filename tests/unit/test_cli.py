@@ -58,6 +58,7 @@ def test_misspellings_are_listed_together_and_nothing_is_started(capsys: Capture
     [
         (["run"], 2, f"configuration: which recipe? shipped: {', '.join(recipe_names())}"),
         (["run", "quikstart"], 2, "configuration: recipe: no recipe 'quikstart'; did you mean 'quickstart'?"),
+        (["sweep", "quickstart", "./nope.yaml"], 2, "configuration: SWEEP: no file ./nope.yaml"),
         (["plan", "quickstart", "stages.sft.data.source=path:/x"], 3, "data: stages.sft.data.source: no file /x"),
         (["plan", "quickstart", "model.source=path:/x"], 4, "model: model.source: no folder /x"),
         (
@@ -145,6 +146,13 @@ def test_words_that_nobody_knows_are_refused(words: list[str], capsys: Captured)
     with pytest.raises(SystemExit, match="2"):
         cli.main(words)
     assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_overrides_of_a_sweep_may_be_left_out(capsys: Captured) -> None:
+    assert cli._options(["sweep", "quickstart", "dpo_beta"]).overrides == []
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["sweep", "./mine.yaml"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: SWEEP\n")
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, capsys: Captured) -> None:

@@ -14,7 +14,7 @@ from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.config.stage import DpoConfig, SftConfig
 from alignment.errors import ArtifactError, ModelError
-from alignment.export import export, gap_between
+from alignment.export import export, gap_between, main
 from alignment.models.answers import scalar_scores
 from alignment.models.load import Lineage, lineage
 from alignment.models.reward import load_reward_model
@@ -118,6 +118,14 @@ def test_a_reward_model_is_no_adapter(tmp_path: Path, base: Lineage) -> None:
     with pytest.raises(ModelError, match=r"have no place in an adapter\n.*export it as a model"):
         export(saved.path, base.base, tmp_path / "out", form="adapter", max_gap=0.01)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_fault_is_printed_with_its_kind(tmp_path: Path, base: Lineage, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = tiny_reward(tmp_path, AdapterConfig(rank=4), found=base, identity=IDENTITY)
+    told = [str(saved.path), "--base", str(base.base), "--to", str(tmp_path / "out"), "--as", "adapter"]
+    capsys.readouterr()
+    assert main([*told, "--max-gap", "0.01"]) == 4
+    assert capsys.readouterr().err.startswith("model: the head of a reward model")
 
 
 def test_a_prefix_is_an_adapter_and_no_model(tmp_path: Path, base: Lineage) -> None:
