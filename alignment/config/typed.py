@@ -65,7 +65,7 @@ def sweep_from_plain(plain: Any, *, where: str) -> SweepConfig:
     Raises:
         ConfigError: lists every fault.
     """
-    conversion = _Conversion()
+    conversion = _Conversion(root="sweep")
     found: SweepConfig = conversion.instance(SweepConfig, plain, where="", defaults=SweepConfig())
     refuse([Fault(where=f"{where}: {fault.where}", message=fault.message) for fault in conversion.faults])
     return found
@@ -85,9 +85,10 @@ def to_plain(value: Any) -> Any:
 
 
 class _Conversion:
-    """Walks a tree beside the dataclasses it should become, and gathers faults on the way."""
+    """Walks a tree beside the dataclasses it should become, and gathers faults on the way; ``root`` names the tree."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: str = "recipe") -> None:
+        self._root = root
         self.faults: list[Fault] = []
 
     def instance(self, cls: type, tree: Any, *, where: str, defaults: Any) -> Any:
@@ -167,7 +168,7 @@ class _Conversion:
         ]
 
     def _fault(self, where: str, message: str) -> None:
-        self.faults.append(Fault(where=where or "recipe", message=message))
+        self.faults.append(Fault(where=where or self._root, message=message))
 
 
 @cache

@@ -66,7 +66,9 @@ def _page(html: str, runs: Sequence[str]) -> Path:
 
 def _folders(output: Path, runs: Sequence[str]) -> list[Path]:
     known = sorted(path.parent.name for path in (output / "runs").glob(f"*/{FILE}"))
-    if len(set(runs)) < 2:
+    if twice := next((run for run in runs if runs.count(run) > 1), None):
+        raise ConfigError(f"the run {twice!r} is named twice", where="RUN", remedy="name each once")
+    if len(runs) < 2:
         raise ConfigError("name two runs or more", where="RUN", remedy=f"there are: {', '.join(known) or 'none'}")
     for run in runs:
         if run not in known:

@@ -63,6 +63,8 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
     """
     path = Path(name) if name.endswith(".yaml") else conf_folder() / "sweep" / f"{name}.yaml"
     if not path.is_file():
+        if "/" in name or name.endswith(".yaml"):
+            raise ConfigError(f"no file {name}", where="SWEEP", remedy="a sweep of your own is a file in .yaml")
         known = sorted(one.stem for one in (conf_folder() / "sweep").glob("*.yaml"))
         raise ConfigError(f"no sweep {name!r}; {suggestion(name, known)}", where="SWEEP", remedy="or give a .yaml file")
     if not is_name(path.stem):

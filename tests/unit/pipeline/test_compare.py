@@ -136,7 +136,8 @@ def test_runs_without_evaluation_still_show_their_settings(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "words"), [(("a",), "name two runs or more"), (("a", "a"), "name two"), (("a", "bq"), "did you mean 'b'")]
+    ("names", "words"),
+    [(("a",), "name two runs or more"), (("a", "a"), "the run 'a' is named twice"), (("a", "bq"), "did you mean 'b'")],
 )
 def test_runs_that_are_not_there_are_refused(runs: Runs, names: tuple[str, ...], words: str) -> None:
     runs.add("a", None)

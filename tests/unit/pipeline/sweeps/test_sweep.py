@@ -228,6 +228,13 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(runs: Runs, tmp_path: 
         go(runs, str(file))
 
 
+def test_an_empty_file_is_no_sweep(runs: Runs, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: sweep: None is no group of settings"):
+        go(runs, str(file))
+
+
 def test_an_unknown_sweep_gets_the_nearest(runs: Runs) -> None:
     with pytest.raises(ConfigError, match="no sweep 'dpo_bata'; did you mean 'dpo_beta'"):
         go(runs, "dpo_bata")
