@@ -147,13 +147,23 @@ def right_form(form: Format, record: type[Any]) -> str:
 
 
 def together(faults: Sequence[DataError], count: int | None = None) -> DataError:
-    """One error for all of them, each with its place; ``count`` says how many there are if these are the first ones."""
+    """One error for all of them, each kind with its first place.
+
+    ``count`` says how many there are if these are the first ones.
+    """
     count = len(faults) if count is None else count
     if count == 1:
         return faults[0]
-    lines = "".join(f"\n  {fault.where}: {fault.message}" for fault in faults[:NAMED])
+    alike: dict[str, list[DataError]] = {}
+    for fault in faults[:NAMED]:
+        alike.setdefault(fault.message, []).append(fault)
+    lines = "".join(f"\n  {ones[0].where}{_others(len(ones) - 1)}: {message}" for message, ones in alike.items())
     more = f"\n  and {count - NAMED} more" if count > NAMED else ""
     return DataError(f"{count} faulty rows:{lines}{more}", remedy=_remedies(faults[:NAMED]))
+
+
+def _others(number: int) -> str:
+    return "" if number == 0 else f" and {number} other row{'s' if number > 1 else ''}"
 
 
 def _remedies(faults: Sequence[DataError]) -> str:

@@ -223,7 +223,9 @@ class Question:
         """Raises DataError unless there are two answers or more, no two of them the same, and one is the best."""
         fields, messages = example.fields, example.prompt()
         texts = [answer.text.strip() for answer in example.answers]
-        if len(texts) < 2:
+        if len(texts) == 1:
+            fields.fail("choices", "has fewer than two answers to choose from")
+        if not texts:
             fields.fail("choices", "is missing: the row has no two answers to choose from")
         if repeated := next((text for place, text in enumerate(texts) if text in texts[:place]), None):
             fields.fail("choices", f"says {repeated!r:.60} twice; no two may be the same")

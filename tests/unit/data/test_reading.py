@@ -137,6 +137,17 @@ def _planted(folder: Path) -> Path:
     return file
 
 
+def test_a_fault_of_many_rows_is_told_once(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{json.dumps(GOOD)}\n" + '{"messages": 3}\n' * 3 + '{"messages": []}\n')
+    with pytest.raises(DataError) as caught:
+        list(iterate(file, Conversation, ALL, reading=start(file, ALL)))
+    head, first, second = str(caught.value).splitlines()[:3]
+    assert head == "4 faulty rows:"
+    assert first.startswith(f"  {file}:2 and 2 other rows: 'messages' ")
+    assert second.startswith(f"  {file}:5: 'messages' ")
+
+
 def test_thirty_planted_faults_are_all_found_in_one_pass(tmp_path: Path) -> None:
     file = _planted(tmp_path)
     assert len(PLANTED) == 30

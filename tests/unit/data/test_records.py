@@ -167,7 +167,7 @@ def test_a_ranked_row_with_one_best_answer_is_a_question() -> None:
         ({"answer": 3}, "'answer' is 3, and the places of 3 choices are 0 to 2"),
         ({"answer": True}, "'answer' must be text and not empty; it is True"),
         ({"choices": ["4", "4 ", "5"]}, "'choices' says '4' twice; no two may be the same"),
-        ({"choices": ["4"]}, "'choices' is missing: the row has no two answers to choose from"),
+        ({"choices": ["4"]}, "'choices' has fewer than two answers to choose from"),
         ({"choices": []}, "'choices' must be a list and not empty; it is []"),
         ({"choices": ["4", ""]}, "'choices[1]' must be text and not empty; it is ''"),
     ],
