@@ -12,13 +12,13 @@ from typing import Any
 from alignment.config.data import SourceConfig
 from alignment.data.fields import Fields, SetAside
 from alignment.data.files import RawRow
-from alignment.data.formats.answers import TEXT
+from alignment.data.formats.answers import CHOICES, TEXT
 from alignment.data.formats.form import Format
 from alignment.data.hub import source_rows
 from alignment.data.near import NearRepeats
 from alignment.data.overlap import Placed
 from alignment.data.reading import prepared, right_form, start
-from alignment.data.records import Conversation, PlainText, PreferencePair, Prompt, Record
+from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Question, Record
 from alignment.errors import DataError
 from alignment.fingerprint import digest
 
@@ -27,8 +27,12 @@ USES: dict[str, tuple[str, type[Record]]] = {
     "sft": ("conversations", Conversation),
     "reward, dpo": ("pairs", PreferencePair),
     "ppo": ("prompts", Prompt),
+    "evaluate": ("prompts with facts", HeldOutPrompt),
+    "forgetting": ("questions with choices", Question),
 }
-"""Stages, what they call their records, and those."""
+"""Stages, what they call their records, and those. The texts of forgetting are those of cpt."""
+_OF_ONE_FORMAT: dict[type[Record], Format] = {PlainText: TEXT, Question: CHOICES}
+"""Records that could be made of other formats too, of every conversation a text, which have a better use."""
 _FULLEST = ("reward, dpo", "sft", "ppo", "cpt")
 """Stages, those that take most of a row first."""
 MEANT = 0.1
@@ -84,8 +88,9 @@ def examine(path: Path, data: SourceConfig) -> Diagnosis:
         DataError: the file cannot be read at all, or its columns are of no known format.
     """
     told = Diagnosis(path=path, format=start(path, data).format)
-    # Of every conversation a text can be made; only plain text has no better use.
-    uses = {name: record for name, (_, record) in USES.items() if record is not PlainText or told.format is TEXT}
+    uses = {
+        name: record for name, (_, record) in USES.items() if _OF_ONE_FORMAT.get(record, told.format) is told.format
+    }
     told.uses = {name: Use() for name in uses}
     seen: dict[str, set[str]] = {name: set() for name in uses}
     examples = {name: right_form(told.format, record) for name, record in uses.items()}

@@ -22,7 +22,7 @@ _PLACES = 8
 """Places that a reason spells out."""
 _PAIRS = 5
 """Near repeats that are spelled out."""
-_FIRST = ("dpo", "sft", "ppo", "cpt")
+_FIRST = ("dpo", "sft", "evaluate", "ppo", "cpt")
 """The stages for which settings are shown, the one that needs most of a row first."""
 
 

@@ -237,12 +237,30 @@ def test_the_doctor_says_what_each_stage_can_make_of_a_file(tmp_path: Path) -> N
     assert found.format.name == "preference"
     assert found.meant_for == ["sft", "reward, dpo", "ppo"]
     uses = {name: (use.records, use.repeated, len(use.faults)) for name, use in found.uses.items()}
-    assert uses == {"sft": (3, 2, 1), "reward, dpo": (2, 1, 2), "ppo": (3, 2, 1)}
+    assert uses == {"sft": (3, 2, 1), "reward, dpo": (2, 1, 2), "ppo": (3, 2, 1), "evaluate": (0, 0, 4)}
     assert sorted(fault.where for fault in found.faults) == [f"{file}:3", f"{file}:4"]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(_lines([{"prompt": "a"}, {"prompt": "b"}]))
     assert examine(prompts, ALL).meant_for == ["ppo"]
     assert not examine(prompts, ALL).faults
+
+
+@pytest.mark.parametrize(
+    ("stage", "good", "bad"),
+    [
+        ("evaluate", {"messages": [ASKED], "facts": [["4"]]}, {"messages": [ASKED], "facts": []}),
+        ("forgetting", {"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}, {"choices": ["4"]}),
+    ],
+)
+def test_the_doctor_knows_what_measuring_stages_refuse(
+    tmp_path: Path, stage: str, good: dict[str, Any], bad: dict[str, Any]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(_lines([good, good | bad, good]))
+    found = examine(file, ALL)
+    assert stage in found.meant_for
+    assert found.uses[stage].records == 2
+    assert [fault.where for fault in found.faults] == [f"{file}:2"]
 
 
 def test_half_a_surrogate_pair_is_a_fault_of_its_row(tmp_path: Path) -> None:
