@@ -90,7 +90,11 @@ def test_of_a_model_from_elsewhere_nothing_is_known(plan: MakePlan, tmp_path: Pa
         ),
         ("stages.card.learned.limit=3", ConfigError, r"stages.card.learned.source: missing, so the other settings"),
         ("stages.card.rule=house_stile", ConfigError, r"one of: house_style; did you mean 'house_style'\?"),
-        ("stages.card.data.source=bundled:quickstart/heldout", DataError, r"heldout.jsonl:1: 'chosen' is missing"),
+        (
+            "stages.card.data.source=bundled:quickstart/heldout",
+            DataError,
+            r"heldout.jsonl:1 and 19 other rows: 'chosen' is missing",
+        ),
         ("stages.card.learned.source=path:nowhere.jsonl", DataError, r"no file .*nowhere.jsonl"),
         ("stages.report.evaluation=stage:card", ConfigError, r"'stage:card' is a reward card; this slot takes an eval"),
     ],

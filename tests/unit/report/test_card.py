@@ -37,7 +37,15 @@ def made_card(*, words: str = "plain", margins: float = 1.0) -> dict[str, Any]:
     changes = {"alone": {"largest": 0.004, "flips": 1}, "padded on the left": {"largest": 3e-6, "flips": 0}}
     card: dict[str, Any] = {
         "reward": f"path:{words}",
-        "learned": {"num_pairs": 100, "judged_too": 7, "left_out": True, "words": 9, "for": [words], "against": ["no"]},
+        "learned": {
+            "num_pairs": 100,
+            "part_known": True,
+            "judged_too": 7,
+            "left_out": True,
+            "words": 9,
+            "for": [words],
+            "against": ["no"],
+        },
         **card_of(pairs, intervals=Intervals(samples=50, seed=0), num_worst=3),
         "invariances": {"num_pairs": 16, "formats": {"bfloat16": {"spread": 1.1, "changes": changes}}, "moved": []},
     }

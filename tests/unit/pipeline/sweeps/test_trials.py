@@ -31,7 +31,9 @@ def test_what_it_said_of_its_fault_is_known(tmp_path: Path) -> None:
 
 def test_one_that_was_killed_is_told_from_one_that_failed(tmp_path: Path) -> None:
     one = started(tmp_path, "quickstart", f"output={tmp_path}")
-    (process,) = psutil.Process().children()
+    (process,) = [
+        other for other in psutil.Process().children() if "alignment.pipeline.sweeps.trial" in other.cmdline()
+    ]
     process.kill()
     one.wait(60)
     assert one.ended() == Outcome(code=1, error="its process ended by signal 9 without a word")
