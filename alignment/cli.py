@@ -150,6 +150,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"align {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_recipes(verbs)
+    _add_sweep(verbs)
+    _add_runs(verbs)
+    _add_doctor(verbs)
+    _add_export(verbs)
+    _add_chat(verbs)
+    more = verbs.add_parser("add-tokens", help="write a model with more special tokens", description=_ADD_TOKENS)
+    more.add_argument("model", metavar="MODEL", help="what model.source takes: bundled:NAME, path:FOLDER, hub:ORG/NAME")
+    more.add_argument("tokens", metavar="TOKEN", nargs="+", help="such as '<|think|>'")
+    more.add_argument("--to", required=True, metavar="FOLDER", help="a folder that does not exist yet")
+    verbs.add_parser("recipes", help="list the shipped recipes", description="List the shipped recipes.")
+    verbs.add_parser("stages", help="list the kinds of stage", description="List the kinds of stage.")
+    return parser
+
+
+def _add_recipes(verbs: Any) -> None:
     for verb, summary in (
         ("run", "plan a recipe and run what has to run"),
         ("plan", "say what would run, and why; start nothing"),
@@ -169,6 +185,9 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--stage", help="only this stage")
             one.add_argument("--rows", type=int, default=2, help="rows of each stage (default: 2)")
             one.add_argument("--html", metavar="FILE", help="write the same as a page")
+
+
+def _add_sweep(verbs: Any) -> None:
     sweep = verbs.add_parser("sweep", help="run a recipe with many settings", description=_SWEEP)
     sweep.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or the path of your own .yaml")
     sweep.add_argument("sweep", metavar="SWEEP", help="a file's name in conf/sweep, or the path of your own .yaml")
@@ -180,6 +199,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="trials at the same time, each with its share of the machine",
     )
+
+
+def _add_runs(verbs: Any) -> None:
     status = verbs.add_parser("status", help="how runs stand", description="How runs stand.")
     status.add_argument("run", metavar="RUN", nargs="?", help="a run's name; without it, all runs are listed")
     status.add_argument(
@@ -189,6 +211,9 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("runs", metavar="RUN", nargs="+", help="names of runs; the others are compared with the first")
     runs.add_argument("--html", metavar="FILE", help="write a page with curves laid over each other and answers, too")
     runs.add_argument("--output", default=".", metavar="FOLDER", help="the folder that holds runs/ (default: this one)")
+
+
+def _add_doctor(verbs: Any) -> None:
     doctor = verbs.add_parser("doctor", help="what a data file is, and what is wrong in it", description=_DOCTOR)
     doctor.add_argument(
         "data", metavar="DATA", help="a data file or a folder of them, bundled:NAME, or hub:ORG/NAME@REVISION"
@@ -199,15 +224,6 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--against", metavar="DATA", help="say which rows ask what this file asks: of an evaluation, say"
     )
-    _add_export(verbs)
-    _add_chat(verbs)
-    more = verbs.add_parser("add-tokens", help="write a model with more special tokens", description=_ADD_TOKENS)
-    more.add_argument("model", metavar="MODEL", help="what model.source takes: bundled:NAME, path:FOLDER, hub:ORG/NAME")
-    more.add_argument("tokens", metavar="TOKEN", nargs="+", help="such as '<|think|>'")
-    more.add_argument("--to", required=True, metavar="FOLDER", help="a folder that does not exist yet")
-    verbs.add_parser("recipes", help="list the shipped recipes", description="List the shipped recipes.")
-    verbs.add_parser("stages", help="list the kinds of stage", description="List the kinds of stage.")
-    return parser
 
 
 def _add_export(verbs: Any) -> None:
