@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes rows as lines of JSON into a folder that is published as a whole."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def readable(folder: Path) -> None:

@@ -140,7 +140,7 @@ def loss(features: Differences, weights: Vector) -> float:
 
 def slope(features: Differences, weights: Vector, penalty: float) -> Vector:
     """``[words]``: that of Σ −log σ(margin) + penalty/2 · |weights|²."""
-    return penalty * weights - features.back(_sigmoid(-features.times(weights)))
+    return penalty * weights - features.back(sigmoid(-features.times(weights)))
 
 
 def fitted(features: Differences, penalty: float) -> Vector:
@@ -151,7 +151,7 @@ def fitted(features: Differences, penalty: float) -> Vector:
         downhill = -slope(features, weights, penalty)
         if np.abs(downhill).max() <= _SMALL * features.shape[0]:
             break
-        shares = _sigmoid(features.times(weights))
+        shares = sigmoid(features.times(weights))
         step = _newton_step(features, shares * (1 - shares), penalty, downhill)
         lower = _penalised(features, weights + step, penalty)
         while lower > height and np.abs(step).max() > 1e-12:
@@ -205,5 +205,6 @@ def _sums(places: NDArray[np.int64], values: Vector, count: int) -> Vector:
     return np.bincount(places, values, minlength=count).astype(np.float64)
 
 
-def _sigmoid(values: Vector) -> Vector:
+def sigmoid(values: Vector) -> Vector:
+    """1 / (1 + e⁻ˣ), without overflow at either end."""
     return np.exp(-np.logaddexp(0.0, -values))

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment.data.records import PreferencePair
+from alignment.evaluation.bag_of_words import sigmoid
 from alignment.evaluation.bootstrap import grouped_interval
 
 BINS = 5
@@ -161,7 +162,7 @@ def calibration(margins: Sequence[float]) -> dict[str, Any]:
     (1 − σ(margin))² and ``log_loss`` that of −log σ(margin), in nats: .25 and .693 for a model that knows nothing.
     """
     values = np.asarray(margins, dtype=np.float64)
-    confidence = _sigmoid(np.abs(values))
+    confidence = sigmoid(np.abs(values))
     share = np.asarray(right(margins))
     place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
     bins = []
@@ -173,7 +174,7 @@ def calibration(margins: Sequence[float]) -> dict[str, Any]:
     return {
         "bins": bins,
         "ece": float(ece),
-        "brier": float(((1 - _sigmoid(values)) ** 2).mean()),
+        "brier": float(((1 - sigmoid(values)) ** 2).mean()),
         "log_loss": float(np.logaddexp(0.0, -values).mean()),
     }
 
@@ -277,10 +278,6 @@ def warnings(card: Mapping[str, Any]) -> list[str]:
     if moved:
         found.append(f"In float32 its scores depend on what they should not: {', '.join(moved)}.")
     return found
-
-
-def _sigmoid(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.exp(-np.logaddexp(0.0, -values))
 
 
 def _mean(values: Sequence[float]) -> float | None:

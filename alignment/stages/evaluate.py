@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignment.artifacts import write_json
+from alignment.artifacts import write_json, write_lines
 from alignment.config.stage import EvaluateConfig
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokenize import answer_ids, prompt_ids, tokenize_rows
@@ -154,9 +153,9 @@ def _written(
     context: StageContext, evaluation: dict[str, Any], answers: Sequence[dict[str, Any]], judged: Judged
 ) -> StageResult:
     write_json(context.content / "evaluation.json", evaluation)
-    _write_lines(context, "samples.jsonl", answers)
+    write_lines(context.content / "samples.jsonl", answers)
     if judged.table is not None:
-        _write_lines(context, "judgements.jsonl", judged.lines)
+        write_lines(context.content / "judgements.jsonl", judged.lines)
     metrics: dict[str, float] = {}
     for figure in ("gold", "loss", "win_rate"):
         told = {arm["label"]: arm[figure] for arm in evaluation["arms"] if arm[figure] is not None}
@@ -164,8 +163,3 @@ def _written(
     context.trackers.table("arms", evaluation["arms"])
     context.trackers.table("samples", answers)
     return StageResult(metrics=metrics)
-
-
-def _write_lines(context: StageContext, name: str, rows: Iterable[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (context.content / name).write_text(text, encoding="utf-8")

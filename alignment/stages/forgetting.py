@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-from alignment.artifacts import write_json
+from alignment.artifacts import write_json, write_lines
 from alignment.config.stage import ForgettingConfig
 from alignment.data.records import PlainText, Question
 from alignment.data.tokenizer import load_tokenizer
@@ -44,8 +40,8 @@ def run(config: ForgettingConfig, context: StageContext) -> StageResult:
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
     outcome = table(found, asked, limits=limits, intervals=intervals)
     write_json(context.content / "forgetting.json", outcome)
-    _write_lines(context, "texts.jsonl", text_rows(found, asked))
-    _write_lines(context, "questions.jsonl", question_rows(found, asked))
+    write_lines(context.content / "texts.jsonl", text_rows(found, asked))
+    write_lines(context.content / "questions.jsonl", question_rows(found, asked))
     return StageResult(metrics=headlines(outcome))
 
 
@@ -53,8 +49,3 @@ def _measure(name: str, one: StageInput, told: Material, context: StageContext) 
     model = load_policy(lineage(context.spec, one), DTYPES[context.spec.model.dtype]).to(context.device)
     use_flat_attention(model)
     return measure(model, told, name=name)
-
-
-def _write_lines(context: StageContext, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    (context.content / name).write_text("".join(lines), encoding="utf-8")

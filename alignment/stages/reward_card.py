@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from alignment.artifacts import read_manifest, write_json
+from alignment.artifacts import read_manifest, write_json, write_lines
 from alignment.config.model import Dtype
 from alignment.config.stage import RewardCardConfig
 from alignment.data.kinds import PAIRS, PROMPT
@@ -64,8 +63,7 @@ def run(config: RewardCardConfig, context: StageContext) -> StageResult:
     }
     card["warnings"] = warnings(card)
     write_json(context.content / "card.json", card)
-    lines = [json.dumps(pair.as_dict(), ensure_ascii=False) + "\n" for pair in pairs]
-    (context.content / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_lines(context.content / "pairs.jsonl", (pair.as_dict() for pair in pairs))
     return StageResult(metrics=_headlines(card))
 
 
