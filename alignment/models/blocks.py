@@ -40,6 +40,18 @@ def fuse_blocks(model: nn.Module) -> int:
     return found
 
 
+def read_together(module: nn.Module) -> tuple[nn.Module, ...]:
+    """The layers of a block that are multiplied together, because they read one input; none of a module that is not
+    replaced."""
+    forward = getattr(vars(module).get("forward"), "__func__", None)
+    names: tuple[str, ...] = ()
+    if forward is _attention:
+        names = "q_proj", "k_proj", "v_proj"
+    elif forward is _feed_forward:
+        names = "gate_proj", "up_proj"
+    return tuple(getattr(module, name) for name in names)
+
+
 def _replacement(module: nn.Module) -> Any:
     """The function that computes what the module does, or None."""
     parameters = list(module.parameters())
@@ -66,8 +78,8 @@ def _attention(
     cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``LlamaAttention.forward``. With a cache, the model's own: one new token a row leaves little to save."""
-    if cache is not None:
+    """As ``LlamaAttention.forward``, which serves eager attention itself: that function is each model's own."""
+    if self.config._attn_implementation == "eager":
         told = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, "cache": cache, **kwargs}
         return type(self).forward(self, hidden_states, **told)
     shape = hidden_states.shape[:-1]
@@ -76,11 +88,14 @@ def _attention(
         for states in products(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
     )
     cos, sin = (turn.unsqueeze(1) for turn in position_embeddings)
+    query, key = _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
+    if cache is not None:
+        key, value = cache.update(key, value, self.layer_idx)
     attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
     attended, weights = attend(
         self,
-        _Rotary.apply(query, cos, sin),
-        _Rotary.apply(key, cos, sin),
+        query,
+        key,
         value,
         attention_mask,
         dropout=self.attention_dropout if self.training else 0.0,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,8 +34,18 @@ def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _together(x, (self,))[0]
 
 
+Products = Callable[[Tensor], tuple[Tensor, ...]]
+"""What several layers make of one input."""
+
+JOINT = "alignment_products"
+"""Where the first of several layers keeps a function that stands for all of them, while decoding has laid one out."""
+
+
 def products(x: Tensor, layers: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
     """What several layers make of one input: one function where all of them have plain low-rank adapters."""
+    joint: Products | None = vars(layers[0]).get(JOINT)
+    if joint is not None:
+        return joint(x)
     if all(_is_fused(layer) and _plain_adapters(layer) for layer in layers):
         return _together(x, layers)
     return tuple(layer(x) for layer in layers)

@@ -88,8 +88,10 @@ def test_a_block_that_computes_something_else_is_left_alone() -> None:
     assert relative(model(IDS).logits, before) < 1e-6
 
 
-def test_with_a_cache_the_models_own_attention_serves() -> None:
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_with_a_cache_blocks_equal_the_models_own(implementation: str) -> None:
     model = tiny_model()
+    model.set_attn_implementation(implementation)
     expected = copy.deepcopy(model).generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=2)
     fuse_blocks(model)
     assert torch.equal(model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=2), expected)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import TaskType
 from torch import nn
 from transformers import DynamicCache, LlamaConfig
 
-from alignment.config.adapter import AdapterConfig
 from alignment.errors import ModelError
-from alignment.models import decoding as decoding_module
-from alignment.models.adapters import add_adapter
 from alignment.models.cache import ATTENTION, ROOM, RowsCache, decoding_attention, decoding_mask
 from alignment.models.decoding import decoding
-from tests.tiny import liven, tiny_config, tiny_model
+from tests.tiny import tiny_config, tiny_model
 
 HEADS, WIDTH = 2, 8
 
@@ -131,49 +127,3 @@ def test_a_model_is_left_as_it_was_even_after_an_error(implementation: str) -> N
         fail()
     assert model.config._attn_implementation == implementation
     assert {name: vars(module).get("forward") for name, module in model.named_modules()} == before
-
-
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_weights_laid_out_give_the_same_products(bias: bool, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed by oneDNN where the processor has bfloat16 products, and converted once where it has none."""
-    if not packed:
-        monkeypatch.setattr(decoding_module, "_is_laid_out", lambda _: False)
-    torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(24, 40, bias=bias))
-    states = torch.randn(3, 2, 24)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = layer(states)
-        (changed,) = decoding_module._lay_out(layer, 6)
-        assert changed[0] is layer[0]
-        found = layer(states)
-    assert found.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=2**-7)
-
-
-def test_layers_that_have_a_forward_or_weights_of_another_kind_are_left_alone() -> None:
-    class Special(nn.Linear):
-        pass
-
-    patched, sharded = nn.Linear(4, 4), nn.Linear(4, 4)
-    patched.forward = lambda states: states  # type: ignore[method-assign]
-    sharded.weight = nn.Parameter(torch.empty(0))
-    layers = nn.Sequential(patched, sharded, Special(4, 4), nn.Linear(4, 4, device="meta")).to(torch.bfloat16)
-    assert decoding_module._lay_out(layers, 2) == []
-
-
-def test_float32_products_need_no_copy() -> None:
-    assert decoding_module._lay_out(tiny_model(), 2) == []
-
-
-def test_an_adapter_counts_while_weights_are_laid_out() -> None:
-    model = add_adapter(tiny_model().to(torch.bfloat16), AdapterConfig(rank=4), TaskType.CAUSAL_LM).eval()
-    liven(model)
-    ids = torch.tensor([[5, 6, 7]])
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = model(ids).logits.float()
-        with decoding(model.get_base_model(), 1):
-            found = model(ids).logits.float()
-        with model.disable_adapter():
-            without = model(ids).logits.float()
-    assert (found - expected).abs().max() < 0.1 * (without - expected).abs().max()

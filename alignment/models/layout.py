@@ -1,0 +1,173 @@
+"""Linear weights laid out for products that nothing is learned from: sampling, scoring, evaluation.
+
+They get the dtype and, on CPU, the layout of the products: without this autocast would convert a weight and oneDNN
+rearrange it at every call. Where oneDNN lays them out, layers that read the same input are one product. A low-rank
+adapter stays beside its weight, because a sum rounded to bfloat16 would swallow small updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeGuard
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+from alignment.models.blocks import read_together
+from alignment.models.nf4 import Nf4Linear, computes_in, frozen_weight
+from alignment.models.precision import products_dtype
+from alignment.models.products import JOINT, Products, factors
+
+Forward = Callable[[Tensor], Tensor]
+
+_LAID_OUT = "alignment_laid_out"
+
+
+@contextmanager
+def laid_out(model: nn.Module, rows: int) -> Iterator[None]:
+    """Lays out a model's linear weights for products with about ``rows`` rows, and undoes that.
+
+    It takes a second copy of those weights while it lasts. Inside another such context it does nothing. Neither weights
+    nor adapters may change meanwhile.
+    """
+    if getattr(model, _LAID_OUT, False):
+        yield
+        return
+    setattr(model, _LAID_OUT, True)
+    before = _lay_out(model, rows)
+    try:
+        yield
+    finally:
+        delattr(model, _LAID_OUT)
+        for module, name, value in before:
+            if value is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, value)
+
+
+def _lay_out(model: nn.Module, rows: int) -> list[tuple[nn.Module, str, Any]]:
+    """Gives linear layers functions on a copy of their weights; returns of which modules it set what, and what that was
+    before, or None."""
+    found: list[tuple[nn.Module, str, Any]] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if id(module) in inside:
+            continue
+        layers = read_together(module)
+        if layers and all(map(_is_joined, layers)):
+            joint = _joint(layers, rows)
+            found.append((layers[0], JOINT, None))
+            setattr(layers[0], JOINT, joint)
+        elif (forward := _laid_out(module, rows)) is not None:
+            layers = (module,)
+            found.append((module, "forward", vars(module).get("forward")))
+            module.forward = forward
+        else:
+            continue
+        inside |= {id(part) for layer in layers for part in layer.modules()}
+    return found
+
+
+def _laid_out(module: nn.Module, rows: int) -> Forward | None:
+    """The layer as a function, or None where it is no linear layer or there is nothing to gain."""
+    if _is_joined(module):
+        joint = _joint((module,), rows)
+        return lambda states: joint(states)[0]
+    if isinstance(module, LoraLinear):
+        base, pair = module.get_base_layer(), factors(module)
+        if pair is None or not _is_whole(base):
+            return None
+        return _with_adapter(_product(base), *pair, computes_in(base))
+    if _is_whole(module) and (isinstance(module, Nf4Linear) or products_dtype(module.weight) != module.weight.dtype):
+        return _product(module)
+    return None
+
+
+def _is_joined(layer: nn.Module) -> bool:
+    """Whether oneDNN has a layout of its own for the layer's weight, with or without low-rank adapters beside it."""
+    base = layer
+    if isinstance(layer, LoraLinear):
+        if factors(layer) is None:
+            return False
+        base = layer.get_base_layer()
+    return _is_whole(base) and _has_layout(base)
+
+
+def _joint(layers: Sequence[nn.Module], rows: int) -> Products:
+    """Layers of one input on one copy of their weights, below which the first factors of their adapters stand."""
+    bases: list[Any] = [layer.get_base_layer() if isinstance(layer, LoraLinear) else layer for layer in layers]
+    pairs = [factors(layer) if isinstance(layer, LoraLinear) else None for layer in layers]
+    dtype, widths = computes_in(bases[0]), [base.out_features for base in bases]
+    lows = [pair[0].to(dtype) for pair in pairs if pair is not None]
+    weight = torch.cat([*(frozen_weight(base, dtype).detach() for base in bases), *lows])
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    # What each layer's second factor makes of its own first one, and of those of other layers nothing.
+    ups = [
+        weight.new_zeros(width, 0) if pair is None else pair[1].to(dtype)
+        for width, pair in zip(widths, pairs, strict=True)
+    ]
+    up, bias, outs = torch.block_diag(*ups).T.contiguous(), _joint_bias(bases, len(weight), dtype), sum(widths)
+    product = torch.ops.mkldnn._linear_pointwise
+
+    def forward(states: Tensor) -> tuple[Tensor, ...]:
+        out = product(states.to(dtype), packed, bias, "none", [], "")
+        if not lows:
+            return out.split(widths, dim=-1)
+        flat = out.view(-1, len(weight))
+        flat[:, :outs].addmm_(flat[:, outs:], up)
+        return out[..., :outs].split(widths, dim=-1)
+
+    return forward
+
+
+def _joint_bias(bases: Sequence[nn.Linear], width: int, dtype: torch.dtype) -> Tensor | None:
+    """``[width]``, 0 where a layer has none and behind the last one."""
+    if all(base.bias is None for base in bases):
+        return None
+    parts = [torch.zeros(base.out_features) if base.bias is None else base.bias.detach().cpu() for base in bases]
+    bias = torch.cat(parts).to(dtype)
+    return nn.functional.pad(bias, (0, width - len(bias)))
+
+
+def _with_adapter(product: Forward, a: Tensor, b: Tensor, dtype: torch.dtype) -> Forward:
+    low, up = a.to(dtype).T, b.to(dtype).T
+
+    def forward(states: Tensor) -> Tensor:
+        states = states.to(dtype)
+        out = product(states)
+        out.view(-1, out.shape[-1]).addmm_(states.reshape(-1, states.shape[-1]) @ low, up)
+        return out
+
+    return forward
+
+
+def _is_whole(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """A linear layer that is not sharded or offloaded; in four bits only on a CPU, where there is room for a copy."""
+    if isinstance(module, Nf4Linear):
+        return module.weight.device.type == "cpu"
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    weight = module.weight
+    return (
+        type(weight) is nn.Parameter
+        and weight.shape == (module.out_features, module.in_features)
+        and weight.is_floating_point()
+        and not weight.is_meta
+    )
+
+
+def _product(module: nn.Linear) -> Forward:
+    """The linear layer as a function on its weight in the dtype of the product."""
+    dtype = computes_in(module)
+    held = frozen_weight(module, dtype).detach()
+    bias = None if module.bias is None else module.bias.detach().to(dtype)
+    return lambda states: nn.functional.linear(states.to(dtype), held, bias)
+
+
+def _has_layout(base: nn.Linear) -> bool:
+    """Whether its products are bfloat16 ones of oneDNN, which has a layout of its own for weights."""
+    on_cpu = base.weight.device.type == "cpu" and computes_in(base) is torch.bfloat16
+    return on_cpu and torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

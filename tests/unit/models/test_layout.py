@@ -1,0 +1,129 @@
+"""Weights laid out for products give the same products, adapters and biases included, and leave nothing behind."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import TaskType
+from torch import nn
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.models import layout
+from alignment.models.adapters import add_adapter
+from alignment.models.blocks import fuse_blocks
+from alignment.models.decoding import decoding
+from alignment.models.layout import laid_out
+from alignment.models.nf4 import quantize_trunk
+from tests.tiny import ARCHITECTURES, liven, tiny_model
+from tests.unit.models.conftest import relative
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_laid_out_give_the_same_products(bias: bool, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed by oneDNN where the processor has bfloat16 products, and converted once where it has none."""
+    if not packed:
+        monkeypatch.setattr(layout, "_has_layout", lambda _: False)
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(24, 40, bias=bias))
+    states = torch.randn(3, 2, 24)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = layer(states)
+        (changed,) = layout._lay_out(layer, 6)
+        assert changed[0] is layer[0]
+        found = layer(states)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=2**-7)
+
+
+def test_layers_that_have_a_forward_or_weights_of_another_kind_are_left_alone() -> None:
+    class Special(nn.Linear):
+        pass
+
+    patched, sharded = nn.Linear(4, 4), nn.Linear(4, 4)
+    patched.forward = lambda states: states  # type: ignore[method-assign]
+    sharded.weight = nn.Parameter(torch.empty(0))
+    layers = nn.Sequential(patched, sharded, Special(4, 4), nn.Linear(4, 4, device="meta")).to(torch.bfloat16)
+    assert layout._lay_out(layers, 2) == []
+
+
+def test_float32_products_need_no_copy() -> None:
+    assert layout._lay_out(tiny_model(), 2) == []
+
+
+def test_an_adapter_counts_while_weights_are_laid_out() -> None:
+    model = add_adapter(tiny_model().to(torch.bfloat16), AdapterConfig(rank=4), TaskType.CAUSAL_LM).eval()
+    liven(model)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(ids).logits.float()
+        with decoding(model.get_base_model(), 1):
+            found = model(ids).logits.float()
+        with model.disable_adapter():
+            without = model(ids).logits.float()
+    assert (found - expected).abs().max() < 0.1 * (without - expected).abs().max()
+
+
+def _adapted(architecture: str, targets: list[str]) -> Any:
+    model = tiny_model(architecture).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj.bias"):
+            parameter.data.normal_()
+    if targets:
+        model = add_adapter(model, AdapterConfig(rank=4, target_modules=targets), TaskType.CAUSAL_LM).eval()
+        liven(model)
+    fuse_blocks(model)
+    return model
+
+
+@pytest.mark.parametrize("targets", [[], ["all-linear"], ["q_proj", "v_proj", "up_proj"]])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_of_one_input_are_one_product_and_give_the_same(architecture: str, targets: list[str]) -> None:
+    """Some of them with an adapter, some without, and Qwen's with biases."""
+    model = _adapted(architecture, targets)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 4, 4, 3]])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(ids).logits.float()
+        with laid_out(model, 8):
+            found = model(ids).logits.float()
+            with laid_out(model, 8):  # as evaluation does around sampling
+                assert torch.equal(model(ids).logits.float(), found)
+            assert torch.equal(model(ids).logits.float(), found)
+        exact = copy.deepcopy(model).float()
+        with torch.autocast("cpu", enabled=False):
+            truth = exact(ids).logits
+    assert relative(found, truth) < 0.02
+    assert relative(expected, truth) < 0.02
+
+
+def test_four_bits_are_written_out_once() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    quantize_trunk(model, torch.device("cpu"))
+    model = add_adapter(model, AdapterConfig(kind=AdapterKind.qlora, rank=4), TaskType.CAUSAL_LM).eval()
+    liven(model)
+    fuse_blocks(model)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(ids).logits.float()
+        with laid_out(model, 4):
+            assert relative(model(ids).logits.float(), expected) < 0.02
+
+
+def test_what_was_laid_out_is_gone_afterwards() -> None:
+    model = _adapted("llama", ["all-linear"])
+
+    def held() -> dict[str, dict[str, Any]]:
+        return {name: dict(vars(module)) for name, module in model.named_modules()}
+
+    def fail() -> None:
+        with laid_out(model, 4):
+            assert held() != before
+            raise KeyboardInterrupt
+
+    before = held()
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert held() == before
