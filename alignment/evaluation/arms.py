@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from alignment.data.tokenize import end_ids
 from alignment.data.turns import Message
 from alignment.evaluation.house_style import STYLE_PROMPT, GoldScore, score
 from alignment.models.answers import answer_statistics, batches, scalar_scores
+from alignment.models.generate import generate, reading_order
+from alignment.models.layout import laid_out
+from alignment.models.reading import can_read, read
 
 TOKENS = 4096
 """Tokens of rows that are scored at once."""
@@ -93,15 +96,76 @@ def side_by_side(
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heard:
+    """Token ids of the answer to a prompt, and log p of the answer and of other texts behind the prompt, in nats."""
+
+    ids: list[int]
+    own: float | None
+    others: list[float]
+
+
+@torch.no_grad()
+def answer_and_score(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    others: Sequence[Sequence[list[int]]],
+    *,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    batch_size: int,
+    with_own: bool,
+    progress: Callable[[int], None],
+) -> list[Heard]:
+    """The model's answers to prompts, and its scores; what it has read of a prompt serves for all of it.
+
+    Raises:
+        ModelError: the model's head does more than one matrix product.
+    """
+    heard: dict[int, Heard] = {}
+    order = reading_order(prompts)
+    with laid_out(model, batch_size):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            asked = [prompts[row] for row in rows]
+            reading = read(model, asked) if can_read(model) else None
+            answers = generate(
+                model,
+                asked,
+                max_new_tokens=max_new_tokens,
+                end_ids=end_ids,
+                batch_size=batch_size,
+                reading=reading,
+            )
+            progress(start + len(rows))
+            texts = [[*([answer] if with_own else []), *others[row]] for row, answer in zip(rows, answers, strict=True)]
+            scores = _behind_each(model, asked, texts) if reading is None else reading.logprobs(model, texts)
+            for row, answer, found in zip(rows, answers, scores, strict=True):
+                own = found.pop(0) if with_own else None
+                heard[row] = Heard(ids=answer, own=own, others=found)
+    return [heard[row] for row in range(len(prompts))]
+
+
+def _behind_each(
+    model: PreTrainedModel, prompts: Sequence[list[int]], texts: Sequence[Sequence[list[int]]]
+) -> list[list[float]]:
+    """Log-probabilities of any number of texts behind each prompt, as whole rows."""
+    repeated = [prompt for prompt, of_prompt in zip(prompts, texts, strict=True) for _ in of_prompt]
+    flat = [text for of_prompt in texts for text in of_prompt]
+    sums = iter(sequence_logprobs(model, repeated, flat) if flat else [])
+    return [[next(sums) for _ in of_prompt] for of_prompt in texts]
+
+
 @torch.no_grad()
 def sequence_logprobs(
     model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]
 ) -> list[float]:
     """Sum of log p(token | prefix) over each answer, in nats."""
     sums: list[float] = []
-    for part in batches(prompts, answers, tokens=TOKENS, device=model.device):
-        logprobs = answer_statistics(model, part).logprobs
-        sums += [float(row.sum()) for row in logprobs.split(list(part.lengths))]
+    with laid_out(model, TOKENS):
+        for part in batches(prompts, answers, tokens=TOKENS, device=model.device):
+            logprobs = answer_statistics(model, part).logprobs
+            sums += [float(row.sum()) for row in logprobs.split(list(part.lengths))]
     return sums
 
 
@@ -109,6 +173,7 @@ def sequence_logprobs(
 def reward_scores(model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
     """The reward model's score at each answer's last token."""
     scores: list[float] = []
-    for part in batches(prompts, answers, tokens=TOKENS, device=model.device):
-        scores += scalar_scores(model, part.rows).tolist()
+    with laid_out(model, TOKENS):
+        for part in batches(prompts, answers, tokens=TOKENS, device=model.device):
+            scores += scalar_scores(model, part.rows).tolist()
     return scores

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,26 @@ QUERIES = 256
 """Queries whose scores are held at once: 9 heads × 256 × 2,048 bfloat16 are 9 MB."""
 
 
+@dataclass(frozen=True, slots=True)
+class KeysValues:
+    """Of every layer by its number, ``[key heads, tokens, head width]`` keys and values of a stream."""
+
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """Keys that stand before a stream's own: ``prefix`` ones, which every query sees, then ``read`` of an earlier
+    stream."""
+
+    prefix: int = 0
+    read: int = 0
+
+    def shifted(self, span: Range) -> Range:
+        """A range of the stream among all keys."""
+        return span[0] + self.prefix + self.read, span[1] + self.prefix + self.read
+
+
 def flat_attention(
     module: nn.Module,
     query: Tensor,  # [1, heads, tokens, head width]
@@ -41,9 +61,13 @@ def flat_attention(
     dropout: float = 0.0,
     segments: Sequence[Segment] | None = None,
     prefix: Tensor | None = None,  # [2 · layers, key heads, virtual tokens, head width]
+    kept: KeysValues | None = None,
+    earlier: KeysValues | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """``[1, tokens, heads, value width]``; without ``segments`` the batch is padded and goes to the standard function.
+
+    ``kept`` gets the layer's keys and values; ``earlier`` has those of a stream before this one.
 
     Raises:
         ValueError: the model asks for something that this function does not have: dropout on attention weights, a bias
@@ -61,16 +85,36 @@ def flat_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Rotary positions may leave queries and keys in float32 where autocast has values in bfloat16.
     query, key, value = (states.to(products_dtype(value)) for states in (query, key, value))
-    keys, values, ahead = key[0], value[0], 0
-    if prefix is not None:
-        own_keys, own_values = prefix.unflatten(0, (-1, 2))[cast(int, module.layer_idx)]
-        keys, values = torch.cat([own_keys.to(keys), keys], dim=1), torch.cat([own_values.to(values), values], dim=1)
-        ahead = own_keys.shape[1]
+    keys, values, ahead = _with_earlier(module, key[0], value[0], prefix=prefix, kept=kept, earlier=earlier)
     if _has_kernel(query, value):
         return _varlen(query[0], keys, values, segments, scale, ahead)[None], None
     blocks = _blocks(tuple(segments), ahead, query.dtype, query.device)
     attended = _RowAttention.apply(query[0], keys, values, blocks, scale)
     return attended.transpose(0, 1)[None], None
+
+
+def _with_earlier(
+    module: Any,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    prefix: Tensor | None,
+    kept: KeysValues | None,
+    earlier: KeysValues | None,
+) -> tuple[Tensor, Tensor, _Ahead]:
+    """A layer's keys and values of the stream behind those that stand before it, and how many these are."""
+    ahead = _Ahead()
+    if kept is not None:
+        kept.layers[module.layer_idx] = keys.contiguous(), values.contiguous()  # not as views of larger products
+    if earlier is not None:
+        read_keys, read_values = earlier.layers[module.layer_idx]
+        keys, values = torch.cat([read_keys, keys], dim=1), torch.cat([read_values, values], dim=1)
+        ahead = _Ahead(read=read_keys.shape[1])
+    if prefix is not None:
+        own_keys, own_values = prefix.unflatten(0, (-1, 2))[module.layer_idx]
+        keys, values = torch.cat([own_keys.to(keys), keys], dim=1), torch.cat([own_values.to(values), values], dim=1)
+        ahead = replace(ahead, prefix=own_keys.shape[1])
+    return keys, values, ahead
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:
@@ -106,8 +150,10 @@ class _Block:
 
 
 @functools.lru_cache(maxsize=4)  # all layers, and the models that read the same stream, ask for the same ones
-def _blocks(segments: tuple[Segment, ...], ahead: int, dtype: torch.dtype, device: torch.device) -> tuple[_Block, ...]:
-    """The calls that a stream takes, with ``ahead`` keys of a prefix in front of its own."""
+def _blocks(
+    segments: tuple[Segment, ...], ahead: _Ahead, dtype: torch.dtype, device: torch.device
+) -> tuple[_Block, ...]:
+    """The calls that a stream takes."""
     found = []
     for rows in _alike(segments):
         own, before = (rows[0].own[0], rows[-1].own[1]), _behind(rows[0].before, ahead)
@@ -117,15 +163,13 @@ def _blocks(segments: tuple[Segment, ...], ahead: int, dtype: torch.dtype, devic
             among = torch.block_diag(*(torch.ones(length, length).tril() for length in lengths)).bool()
             own_hidden = torch.zeros(among.shape, dtype=dtype).masked_fill_(~among, float("-inf"))
             hidden = nn.functional.pad(own_hidden, (sum(end - start for start, end in before), 0)).to(device)
-        found.append(_Block(own=own, keys=(*before, (own[0] + ahead, own[1] + ahead)), hidden=hidden))
+        found.append(_Block(own=own, keys=(*before, ahead.shifted(own)), hidden=hidden))
     return tuple(found)
 
 
-def _behind(ranges: Sequence[Range], ahead: int) -> tuple[Range, ...]:
-    """Ranges of a stream where a prefix stands before it, which comes first."""
-    if not ahead:
-        return tuple(ranges)
-    return ((0, ahead), *((start + ahead, end + ahead) for start, end in ranges))
+def _behind(ranges: Sequence[Range], ahead: _Ahead) -> tuple[Range, ...]:
+    """Ranges of a stream among all keys; those of a prefix come first."""
+    return (*(((0, ahead.prefix),) if ahead.prefix else ()), *map(ahead.shifted, ranges))
 
 
 def _alike(segments: tuple[Segment, ...]) -> Iterator[list[Segment]]:
@@ -261,14 +305,16 @@ def _scatter_add(into: Tensor, ranges: Sequence[Range], values: Tensor) -> None:
         offset += count
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float, ahead: int) -> Tensor:
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float, ahead: _Ahead
+) -> Tensor:
     """``[tokens, heads, width]`` by one kernel call on CUDA; queries are aligned with the end of their keys."""
     from torch.nn.attention.varlen import varlen_attn
 
     own = [end - start for segment in segments for start, end in [segment.own] if end > start]
     rows = [_behind(segment.keys, ahead) for segment in segments if segment.own[1] > segment.own[0]]
     whole = [sum(end - start for start, end in ranges) for ranges in rows]
-    if ahead or any(segment.before for segment in segments):
+    if ahead != _Ahead() or any(segment.before for segment in segments):
         places = torch.cat([torch.arange(start, end) for ranges in rows for start, end in ranges]).to(key.device)
         key, value = key.index_select(1, places), value.index_select(1, places)
     attended = varlen_attn(

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from alignment.errors import ModelError
+from alignment.models.attention import KeysValues
 from alignment.models.precision import products_dtype
 
 ATTENTION = "decoding"
@@ -73,17 +74,18 @@ class RowsLayer(CacheLayerMixin):
         """−1: there is no limit."""
         return -1
 
-    def place(self, part: RowsLayer, sources: Tensor, first: int, rows: int, length: int) -> None:
-        """Writes ``part``'s rows ``sources`` from row ``first`` on, last column at ``length``, of ``rows`` in all."""
+    def place(self, keys: Tensor, values: Tensor, *, first: int, rows: int, length: int) -> None:
+        """Writes ``[some rows, key heads, columns, width]`` from row ``first`` on, of ``rows`` in all, with their last
+        column at ``length``."""
         if not self.is_initialized:
             self.keys, self.values = (
                 states.new_zeros(rows, states.shape[1], length + self.room, states.shape[3])
-                for states in (part.keys, part.values)
+                for states in (keys, values)
             )
             self.length, self.is_initialized = length, True
-        target = (slice(first, first + len(sources)), slice(None), slice(length - part.length, length))
-        self.keys[target] = part.keys[sources, :, : part.length]
-        self.values[target] = part.values[sources, :, : part.length]
+        target = (slice(first, first + len(keys)), slice(None), slice(length - keys.shape[2], length))
+        self.keys[target] = keys
+        self.values[target] = values
 
     def select(self, rows: Tensor) -> None:
         """Keeps ``rows`` only, in their order."""
@@ -105,12 +107,6 @@ class RowsCache(Cache):
     def __init__(self, config: PreTrainedConfig, *, room: int) -> None:
         super().__init__(layers=[_layer_like(layer, room) for layer in DynamicCache(config=config).layers])
 
-    def begin(self, prefix: Tensor, *, rows: int) -> None:
-        """Puts ``[2 · layers, key heads, tokens, width]`` keys and values in front of every row of an empty cache."""
-        for number, layer in enumerate(self.layers):
-            keys, values = (prefix[2 * number + place].expand(rows, -1, -1, -1) for place in (0, 1))
-            layer.update(keys, values)
-
     def place(self, part: RowsCache, sources: Tensor, *, first: int, rows: int, length: int) -> None:
         """Writes ``part``'s rows ``sources`` from row ``first`` on; this cache has ``rows`` rows of ``length`` columns.
 
@@ -118,7 +114,20 @@ class RowsCache(Cache):
         """
         for layer, other in zip(self.layers, part.layers, strict=True):
             if isinstance(layer, RowsLayer) and other.is_initialized:
-                layer.place(other, sources, first, rows, length)
+                keys, values = (states[sources, :, : other.length] for states in (other.keys, other.values))
+                layer.place(keys, values, first=first, rows=rows, length=length)
+
+    def place_stream(self, kept: KeysValues, places: Tensor, *, first: int, rows: int, length: int) -> None:
+        """As ``place``, from a stream: ``places [some rows, columns]`` say where in it each column stands."""
+        for number, (keys, values) in kept.layers.items():
+            own = (states[:, places].transpose(0, 1) for states in (keys, values))
+            self.layers[number].place(*own, first=first, rows=rows, length=length)
+
+    def put_in_front(self, prefix: Tensor) -> None:
+        """Writes ``[2 · layers, key heads, tokens, width]`` keys and values into every row's first columns."""
+        for number, layer in enumerate(self.layers):
+            layer.keys[:, :, : prefix.shape[2]] = prefix[2 * number]
+            layer.values[:, :, : prefix.shape[2]] = prefix[2 * number + 1]
 
     def select(self, rows: Tensor) -> None:
         """Keeps ``rows`` only, in their order."""

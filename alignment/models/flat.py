@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignment.errors import ModelError
-from alignment.models.attention import ATTENTION
+from alignment.models.attention import ATTENTION, KeysValues
 from alignment.models.blocks import fuse_blocks
 from alignment.models.norms import fuse_norms
 from alignment.models.prefix import prefix_of
@@ -53,10 +53,13 @@ def use_flat_attention(model: PreTrainedModel) -> bool:
     return True
 
 
-def trunk_states(trunk: PreTrainedModel, rows: FlatRows) -> Tensor:
+def trunk_states(
+    trunk: PreTrainedModel, rows: FlatRows, *, kept: KeysValues | None = None, earlier: KeysValues | None = None
+) -> Tensor:
     """``[tokens, width]`` last hidden states of the stream.
 
-    ``trunk`` is the model without its head (``LlamaModel`` and the like), with flat attention selected or not.
+    ``trunk`` is the model without its head (``LlamaModel`` and the like), with flat attention selected or not. Flat
+    attention puts its keys and values into ``kept``, and finds those of a stream that was read earlier in ``earlier``.
 
     Raises:
         ModelError: a row is longer than the positions that the model was made for.
@@ -64,9 +67,10 @@ def trunk_states(trunk: PreTrainedModel, rows: FlatRows) -> Tensor:
     prefix = prefix_of(trunk)
     ahead = 0 if prefix is None else prefix.tokens
     positions = getattr(trunk.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and max(rows.lengths) + ahead > positions:
+    longest = int(rows.position_ids.max()) + 1 + ahead
+    if positions is not None and longest > positions:
         raise ModelError(
-            f"a row of {max(rows.lengths) + ahead} tokens is longer than the model's {positions} positions",
+            f"a row of {longest} tokens is longer than the model's {positions} positions",
             remedy="lower max_length (or max_prompt_length and max_new_tokens)",
         )
     if trunk.config._attn_implementation != ATTENTION:
@@ -77,6 +81,7 @@ def trunk_states(trunk: PreTrainedModel, rows: FlatRows) -> Tensor:
                 remedy="take a low-rank adapter",
             )
         return _padded_states(trunk, rows)
+    told = {"prefix": None if prefix is None else prefix.states(), "kept": kept, "earlier": earlier}
     # A four-dimensional mask is handed on as it is, which spares the model building one that nobody reads.
     unread = torch.empty(1, 1, 1, 1, device=rows.input_ids.device)
     output = trunk(
@@ -85,7 +90,7 @@ def trunk_states(trunk: PreTrainedModel, rows: FlatRows) -> Tensor:
         attention_mask=unread,
         use_cache=False,
         segments=rows.segments,
-        **({} if prefix is None else {"prefix": prefix.states()}),
+        **{name: value for name, value in told.items() if value is not None},
     )
     return output.last_hidden_state[0]
 

@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 from alignment.models.answers import unwrapped
 from alignment.models.cache import RowsCache
 from alignment.models.decoding import decoding
+from alignment.models.layout import laid_out
 from alignment.models.prefix import prefix_of
+from alignment.models.reading import Reading, can_read, read
 
 PREFILL_TOKENS = 1024
-"""Prompt tokens read at once, padding included; few rows of nearly the same length leave little of it."""
+"""Prompt tokens read at once where they are padded; few rows of nearly the same length leave little padding."""
 
 FULL_ENOUGH = 0.75
 """Share of unfinished rows above which finished ones stay: a step costs nearly the same with a few rows less."""
@@ -50,36 +52,44 @@ def generate(
     sampling: Sampling | None = None,
     progress: Callable[[int], None] | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    reading: Reading | None = None,
 ) -> list[list[int]]:
     """Answers to ``prompts`` (token ids), in their order; an answer ends with one of ``end_ids`` or at the limit.
 
     Without ``sampling`` the likeliest token is taken. ``progress`` is told how many prompts are done, ``on_token`` each
-    token as it is taken: the place of its prompt, and its id. On CPU in bfloat16 the linear weights are held twice
-    meanwhile.
+    token as it is taken: the place of its prompt, and its id. ``reading`` is what the model has read of these prompts,
+    one batch of them in ``reading_order``; else they are read here. On CPU in bfloat16 the linear weights are held
+    twice meanwhile.
 
     Raises:
-        ValueError: an empty prompt.
+        ValueError: an empty prompt, or a reading of more than a batch.
         ModelError: the model has layers that keep something else than keys and values.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no token")
+    if reading is not None and len(prompts) > batch_size:
+        raise ValueError(f"what was read of {len(prompts)} prompts does not go into a batch of {batch_size}")
     answers: list[list[int]] = [[] for _ in prompts]
-    # Similar lengths together, so that little is computed on padding; equal prompts side by side.
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])), reverse=True)
-    with decoding(model, min(batch_size, len(prompts))) as room:
+    order = reading_order(prompts)
+    rows = min(batch_size, len(prompts))
+    flat = can_read(unwrapped(model))
+    with laid_out(model, rows):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            found = _generate_batch(
-                model,
-                [prompts[i] for i in batch],
-                room=room,
-                max_new_tokens=max_new_tokens,
-                end_ids=frozenset(end_ids),
-                temperature=1.0 if sampling is None else sampling.temperature,
-                uniforms=None if sampling is None else sampling.uniforms[batch],
-                on_token=on_token,
-                places=batch,
-            )
+            asked = [prompts[i] for i in batch]
+            if reading is None or start:
+                reading = read(unwrapped(model), asked) if flat else None
+            with decoding(model, rows) as room:
+                found = _continue(
+                    model,
+                    _begin(model, asked, reading, room),
+                    max_new_tokens=max_new_tokens,
+                    end_ids=frozenset(end_ids),
+                    temperature=1.0 if sampling is None else sampling.temperature,
+                    uniforms=None if sampling is None else sampling.uniforms[batch],
+                    on_token=on_token,
+                    places=batch,
+                )
             for index, answer in zip(batch, found, strict=True):
                 answers[index] = answer
             if progress is not None:
@@ -87,11 +97,25 @@ def generate(
     return answers
 
 
-def _generate_batch(
+def reading_order(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Longer prompts first, so that little is computed on padding; equal ones side by side."""
+    return sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])), reverse=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Begun:
+    """A batch whose prompts were read: the cache, ``[rows, vocabulary]`` logits of first new tokens, and ``[rows,
+    columns]``: 1 on the columns that a row sees. A row's last column is its prompt's last token."""
+
+    cache: RowsCache
+    logits: Tensor
+    seen: Tensor
+
+
+def _continue(
     model: PreTrainedModel,
-    prompts: list[Sequence[int]],  # longest first, equal ones side by side
+    begun: _Begun,
     *,
-    room: int,
     max_new_tokens: int,
     end_ids: frozenset[int],
     temperature: float,
@@ -99,14 +123,13 @@ def _generate_batch(
     on_token: Callable[[int, int], None] | None,
     places: Sequence[int],  # of the prompts, as ``on_token`` is told them
 ) -> list[list[int]]:
-    answers: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # which answer each row of the batch belongs to
+    cache, logits, width = begun.cache, begun.logits, begun.seen.shape[1]
+    answers: list[list[int]] = [[] for _ in logits]
+    rows = list(range(len(answers)))  # which answer each row of the batch belongs to
     unfinished = set(rows)
     if uniforms is not None:
         uniforms = uniforms.to(model.device)
-    cache, logits, seen = _read_prompts(model, prompts, room)
-    width = seen.shape[1]
-    seen = nn.functional.pad(seen, (0, max_new_tokens), value=1)  # [rows, columns]
+    seen = nn.functional.pad(begun.seen, (0, max_new_tokens), value=1)
     positions = seen[:, :width].sum(-1, keepdim=True) - 1
     for step in range(max_new_tokens):
         tokens = logits.argmax(-1) if uniforms is None else _sample(logits, uniforms[:, step], temperature)
@@ -130,34 +153,36 @@ def _generate_batch(
     return answers
 
 
-def _read_prompts(model: PreTrainedModel, prompts: list[Sequence[int]], room: int) -> tuple[RowsCache, Tensor, Tensor]:
-    """The cache of all rows, ``[rows, vocabulary]`` logits of their first new tokens, and which columns a row sees.
+def _begin(model: PreTrainedModel, prompts: Sequence[Sequence[int]], reading: Reading | None, room: int) -> _Begun:
+    """Rows for prompts in ``reading_order``."""
+    if reading is None:
+        return _read_padded(model, prompts, room)
+    base = unwrapped(model)
+    cache, logits = reading.cache(base, room=room), reading.logits(base)
+    prefix = prefix_of(base.base_model)
+    seen = nn.functional.pad(_seen(prompts, model.device), (0 if prefix is None else prefix.tokens, 0), value=1)
+    return _Begun(cache=cache, logits=logits, seen=seen)
 
-    A row's last column is its prompt's last token. A prefix stands first, before the padding of shorter prompts.
-    """
-    cache = RowsCache(model.config, room=room)
-    prefix = prefix_of(unwrapped(model).base_model)
-    ahead = 0 if prefix is None else prefix.tokens
-    columns = ahead + len(prompts[0])
+
+def _read_padded(model: PreTrainedModel, prompts: Sequence[Sequence[int]], room: int) -> _Begun:
+    """Where attention is not flat: some prompts at a time, left-padded."""
+    cache, columns = RowsCache(model.config, room=room), len(prompts[0])
     logits, masks = [], []
     first = 0
     for part, repeats in _parts(prompts):
-        length = len(part[0])
-        read = RowsCache(model.config, room=0)
-        if prefix is not None:
-            read.begin(prefix.states().to(model.dtype), rows=len(part))
-        seen = nn.functional.pad(_left_aligned_mask(part, length, model.device), (ahead, 0), value=1)
-        positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, ahead:]
-        found = _next_logits(model, _left_padded(part, length, model.device), seen, positions, read)
+        seen = _seen(part, model.device)
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)
+        own = RowsCache(model.config, room=0)
+        found = _next_logits(model, _left_padded(part, model.device), seen, positions, own)
         sources = torch.arange(len(part)).repeat_interleave(torch.tensor(repeats)).to(model.device)
-        cache.place(read, sources, first=first, rows=len(prompts), length=columns)
+        cache.place(own, sources, first=first, rows=len(prompts), length=columns)
         logits.append(found[sources])
         masks.append(nn.functional.pad(seen[sources], (columns - seen.shape[1], 0)))
         first += len(sources)
-    return cache, torch.cat(logits), torch.cat(masks)
+    return _Begun(cache=cache, logits=torch.cat(logits), seen=torch.cat(masks))
 
 
-def _parts(prompts: list[Sequence[int]]) -> Iterator[tuple[list[Sequence[int]], list[int]]]:
+def _parts(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[Sequence[int]], list[int]]]:
     """Different prompts of at most ``PREFILL_TOKENS`` padded tokens, or one of more, and how often each is wanted."""
     part: list[Sequence[int]] = []
     repeats: list[int] = []
@@ -214,11 +239,12 @@ def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return choice.squeeze(-1), rest.clamp(0.0, 1.0).squeeze(-1)
 
 
-def _left_padded(prompts: list[Sequence[int]], length: int, device: torch.device) -> Tensor:
+def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    length = len(prompts[0])
     return torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
 
 
-def _left_aligned_mask(prompts: list[Sequence[int]], columns: int, device: torch.device) -> Tensor:
-    """``[rows, columns]``, 1 from each prompt's first token on; that of the first prompt, the longest, is column 0."""
+def _seen(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """``[prompts, columns]``, 1 from a prompt's first token on; that of the first prompt, the longest, is column 0."""
     starts = torch.tensor([len(prompts[0]) - len(prompt) for prompt in prompts], device=device)
-    return (torch.arange(columns, device=device) >= starts[:, None]).long()
+    return (torch.arange(len(prompts[0]), device=device) >= starts[:, None]).long()

@@ -7,6 +7,7 @@ the later row attends to it where it stands.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,8 @@ Range = tuple[int, int]
 class Segment:
     """The tokens of a row that no earlier row has, at ``own`` in the stream, behind those at ``before``.
 
-    ``before`` is in the row's order; it is empty where the row shares nothing.
+    ``before`` is in the row's order; it is empty where the row shares nothing. Places below 0 are in another stream,
+    which was read earlier: its last token stands at −1.
     """
 
     own: Range
@@ -90,6 +92,37 @@ def stream(rows: Sequence[Sequence[int]], device: torch.device, *, share: bool =
         raise ValueError(f"row {int(lengths.argmin())} of the batch has no real token")
     kept = torch.arange(int(lengths.max())) < lengths[:, None]
     return _laid_out(rows, kept, device, share=share)
+
+
+def behind(earlier: FlatRows, which: Sequence[int], texts: Sequence[Sequence[int]]) -> FlatRows:
+    """A stream of texts alone, none of them empty; text i goes on where row ``which[i]`` of an earlier stream ends.
+
+    ``place`` and ``kept`` have a column for each token of a text, and none for those that were read earlier.
+    """
+    device, read = earlier.input_ids.device, len(earlier.input_ids)
+    ends = [0, *itertools.accumulate(len(text) for text in texts)]
+    before = {row: tuple((start - read, end - read) for start, end in _stands(earlier, row)) for row in set(which)}
+    lengths = torch.tensor([len(text) for text in texts])
+    columns = torch.arange(int(lengths.max()))
+    kept = columns < lengths[:, None]
+    return FlatRows(
+        input_ids=torch.tensor([token for text in texts for token in text], device=device),
+        position_ids=torch.cat(
+            [torch.arange(len(text)) + earlier.lengths[row] for row, text in zip(which, texts, strict=True)]
+        ).to(device),
+        segments=tuple(
+            Segment(own=(start, end), before=before[row])
+            for row, (start, end) in zip(which, itertools.pairwise(ends), strict=True)
+        ),
+        place=((torch.tensor(ends[:-1])[:, None] + columns) * kept).to(device),
+        kept=kept.to(device),
+        lengths=tuple(lengths.tolist()),
+    )
+
+
+def _stands(rows: FlatRows, row: int) -> tuple[Range, ...]:
+    """Where a row's tokens stand, in its order."""
+    return tuple((start, end) for start, end in rows.segments[row].keys if start < end)
 
 
 def by_tokens(lengths: Sequence[int], limit: int, *, behind: Sequence[int] | None = None) -> list[range]:

@@ -17,10 +17,9 @@ from alignment.data.tokenize import answer_ids, end_ids, prompt_ids, tokenize_ro
 from alignment.data.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.data.turns import Message
 from alignment.errors import ModelError
-from alignment.evaluation.arms import Answered, TokenSum, read_answers, sequence_logprobs, with_style_prompt
+from alignment.evaluation.arms import Answered, TokenSum, answer_and_score, read_answers, with_style_prompt
 from alignment.evaluation.few_shot import draw_examples, with_examples
 from alignment.models.flat import use_flat_attention
-from alignment.models.generate import generate
 from alignment.models.load import DTYPES, Lineage, lineage, load_policy, refuse_other_tokenizer
 from alignment.stage_spec import StageInput
 from alignment.stages import arm_cache
@@ -160,16 +159,25 @@ def answers_of(
         started = time.monotonic()
         model = policies.load(asked.found)
         _refuse_too_long(model, asked, config.max_new_tokens, where=f"stages.{context.spec.stage}")
-        ids = generate(
+        heard = answer_and_score(
             model,
             asked.prompts,
+            [[] if reference is None else [reference] for reference in asked.references],
             max_new_tokens=config.max_new_tokens,
             end_ids=ends,
             batch_size=config.batch_size,
+            with_own=with_logprobs,
             progress=progress,
         )
-        logprobs, references = _logprobs(model, asked, ids if with_logprobs else None)
-        kept = Kept(ids=ids, logprobs=logprobs, references=references, seconds=time.monotonic() - started)
+        kept = Kept(
+            ids=[one.ids for one in heard],
+            logprobs=[one.own for one in heard if one.own is not None] if with_logprobs else None,
+            references=[
+                None if reference is None else TokenSum(logprob=one.others[0], tokens=len(reference))
+                for one, reference in zip(heard, asked.references, strict=True)
+            ],
+            seconds=time.monotonic() - started,
+        )
         arm_cache.write(file, kept)
     return Answered(
         answers=read_answers(asked.tokenizer, rows, kept.ids),
@@ -177,26 +185,6 @@ def answers_of(
         references=kept.references,
         seconds=kept.seconds,
     )
-
-
-def _logprobs(
-    model: PreTrainedModel, asked: Asked, ids: list[list[int]] | None
-) -> tuple[list[float] | None, list[TokenSum | None]]:
-    """Of the arm's own answers, if given, and of the reference answers, behind a prompt that is computed once."""
-    wanted = [
-        [*([ids[row]] if ids is not None else []), *([reference] if reference is not None else [])]
-        for row, reference in enumerate(asked.references)
-    ]
-    prompts = [prompt for prompt, texts in zip(asked.prompts, wanted, strict=True) for _ in texts]
-    found = sequence_logprobs(model, prompts, [text for texts in wanted for text in texts]) if prompts else []
-    sums = iter(found)
-    own: list[float] = []
-    references: list[TokenSum | None] = []
-    for reference in asked.references:
-        if ids is not None:
-            own.append(next(sums))
-        references.append(None if reference is None else TokenSum(logprob=next(sums), tokens=len(reference)))
-    return None if ids is None else own, references
 
 
 def _refuse_too_long(model: PreTrainedModel, asked: Asked, max_new_tokens: int, *, where: str) -> None:

@@ -9,6 +9,7 @@ from alignment.data.records import HeldOutPrompt
 from alignment.data.turns import Message
 from alignment.evaluation import arms
 from alignment.evaluation.arms import (
+    answer_and_score,
     read_answers,
     reward_scores,
     sequence_logprobs,
@@ -16,7 +17,9 @@ from alignment.evaluation.arms import (
     with_style_prompt,
 )
 from alignment.evaluation.house_style import STYLE_PROMPT
+from alignment.models.flat import use_flat_attention
 from alignment.models.forward import install_scalar
+from alignment.models.generate import generate
 from tests.oracles import logprobs as oracle
 from tests.oracles.close import close
 from tests.tiny import tiny_model, tiny_scorer, tiny_tokenizer
@@ -57,6 +60,33 @@ def test_the_log_probability_of_an_answer_is_the_sum_over_its_tokens(
             total += oracle.log_softmax(logits)[token]
         expected.append(total)
     close(sequence_logprobs(model, PROMPTS, ANSWERS), expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize("architecture", ["llama", "sliding"])
+def test_answers_and_scores_come_in_the_order_of_the_prompts(architecture: str, batch_size: int) -> None:
+    """By a model that reads a prompt once, and by one that cannot."""
+    changes = {} if architecture == "llama" else {"sliding_window": 4}
+    model = tiny_model("llama" if architecture == "llama" else "mistral", **changes)
+    use_flat_attention(model)
+    others = [[answer] * (place % 3) for place, answer in enumerate(ANSWERS)]
+    told: list[int] = []
+    found = answer_and_score(
+        model,
+        PROMPTS,
+        others,
+        max_new_tokens=4,
+        end_ids=[2],
+        batch_size=batch_size,
+        with_own=True,
+        progress=told.append,
+    )
+    assert told[-1] == len(PROMPTS)
+    for prompt, texts, heard in zip(PROMPTS, others, found, strict=True):
+        assert heard.ids == generate(model, [prompt], max_new_tokens=4, end_ids=[2], batch_size=1)[0]
+        assert heard.own is not None
+        expected = sequence_logprobs(model, [prompt] * (1 + len(texts)), [heard.ids, *texts])
+        close([heard.own, *heard.others], expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 1000])

@@ -204,7 +204,7 @@ def test_long_rows_are_attended_to_in_blocks(monkeypatch: pytest.MonkeyPatch, ar
 def test_answers_behind_one_prompt_are_one_block_of_attention() -> None:
     prompt = list(range(3, 23))
     rows = stream([[*prompt, 30, 31], [*prompt, 40], [*prompt, 50, 51, 52], [5, 6]], torch.device("cpu"))
-    blocks = attention._blocks(rows.segments, 0, torch.float32, torch.device("cpu"))
+    blocks = attention._blocks(rows.segments, attention._Ahead(), torch.float32, torch.device("cpu"))
     assert [block.own for block in blocks] == [(0, 22), (22, 26), (26, 28)]
     assert [block.keys for block in blocks] == [((0, 22),), ((0, 20), (22, 26)), ((26, 28),)]
     hidden = blocks[1].hidden

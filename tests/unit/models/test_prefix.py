@@ -18,6 +18,7 @@ from alignment.models.answers import answer_statistics, answer_stream
 from alignment.models.flat import trunk_states, use_flat_attention
 from alignment.models.generate import generate
 from alignment.models.load import Lineage, lineage, load_policy
+from alignment.models.reading import read
 from alignment.models.rows import stream
 from alignment.models.start import load_start
 from tests.oracles.close import close
@@ -104,6 +105,19 @@ def test_answers_follow_the_prefix(architecture: str) -> None:
                 states = trunk_states(base.base_model, stream([row], CPU))
                 assert int(base.lm_head(states[-1]).argmax()) == token
                 row.append(token)
+
+
+def test_texts_behind_prompts_that_were_read_follow_the_prefix() -> None:
+    wrapped = _wrapped()
+    base = wrapped.get_base_model()
+    use_flat_attention(base)
+    prompts, texts = [[9, 4, 4, 8], [5, 6, 7]], [[[6, 2], [3, 3, 2]], [[2]]]
+    found = read(base, prompts).logprobs(base, texts)
+    for prompt, of_prompt, sums in zip(prompts, texts, found, strict=True):
+        for text, total in zip(of_prompt, sums, strict=True):
+            with torch.no_grad():
+                whole = answer_statistics(base, answer_stream([prompt], [text], CPU)).logprobs
+            assert total == pytest.approx(float(whole.sum()), rel=1e-5)
 
 
 def test_in_bfloat16_the_cache_has_the_models_format() -> None:

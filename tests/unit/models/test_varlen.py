@@ -60,7 +60,7 @@ def test_the_kernel_gets_the_rows_and_their_shared_beginnings(name: str, monkeyp
     rows = _rows(name, "cpu")
     query, key, value = _states(rows, "cpu", torch.float32)
     expected, _ = flat_attention(torch.nn.Identity(), query, key, value, None, segments=rows.segments)
-    found = attention._varlen(query[0], key[0], value[0], rows.segments, WIDTH**-0.5, 0)
+    found = attention._varlen(query[0], key[0], value[0], rows.segments, WIDTH**-0.5, attention._Ahead())
     assert relative(found, expected[0]) < 1e-5
 
 
@@ -74,7 +74,7 @@ def test_the_kernel_gets_a_prefix_in_front_of_every_row(name: str, monkeypatch: 
     layer.layer_idx = 0
     expected, _ = flat_attention(layer, query, key, value, None, segments=rows.segments, prefix=prefix)
     keys, values = torch.cat([prefix[0], key[0]], dim=1), torch.cat([prefix[1], value[0]], dim=1)
-    found = attention._varlen(query[0], keys, values, rows.segments, WIDTH**-0.5, 3)
+    found = attention._varlen(query[0], keys, values, rows.segments, WIDTH**-0.5, attention._Ahead(prefix=3))
     assert relative(found, expected[0]) < 1e-5
     without, _ = flat_attention(layer, query, key, value, None, segments=rows.segments)
     assert relative(without, expected) > 1e-2

@@ -21,6 +21,7 @@ from alignment.data.records import HeldOutPrompt
 from alignment.data.tokenize import answer_ids, prompt_ids
 from alignment.data.turns import Message
 from alignment.errors import DataError, ModelError, NonFiniteError, StageError
+from alignment.evaluation import arms
 from alignment.models.load import Lineage
 from alignment.stage_spec import StageInput, StageSpec
 from alignment.stages import answering
@@ -160,13 +161,13 @@ def test_a_model_without_a_chat_template_cannot_be_asked(chain: Chained) -> None
 def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts were answered by each arm that had to answer."""
     calls: list[int] = []
-    generate = answering.generate
+    answer = answering.answer_and_score
 
-    def counted(model: Any, prompts: list[list[int]], **told: Any) -> list[list[int]]:
+    def counted(model: Any, prompts: list[list[int]], *args: Any, **told: Any) -> Any:
         calls.append(len(prompts))
-        return generate(model, prompts, **told)
+        return answer(model, prompts, *args, **told)
 
-    monkeypatch.setattr(answering, "generate", counted)
+    monkeypatch.setattr(answering, "answer_and_score", counted)
     return calls
 
 
@@ -240,7 +241,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> None:
         return [[*tokenizer(words)["input_ids"], tokenizer.eos_token_id] for _ in prompts]
 
     monkeypatch.setattr(answering.Policies, "load", load)
-    monkeypatch.setattr(answering, "generate", generate)
+    monkeypatch.setattr(arms, "generate", generate)
 
 
 def by_judge(kind: JudgeKind, endpoint: EndpointConfig | None = None, **changes: Any) -> EvaluateConfig:

@@ -1,0 +1,93 @@
+"""Prompts read once: texts behind them are worth, and answers are, what they are behind prompts read anew."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from alignment.models import reading as reading_module
+from alignment.models.flat import use_flat_attention
+from alignment.models.generate import Sampling, generate, reading_order
+from alignment.models.reading import can_read, read
+from alignment.models.rows import Segment, behind, stream
+from tests.oracles import logprobs as oracle
+from tests.tiny import ARCHITECTURES, tiny_model
+
+CPU = torch.device("cpu")
+START = list(range(10, 30))
+PROMPTS = [[*START, 5, 6], [*START, 5, 6], [*START, 7], [9, 4, 4, 8, 8], [3]]
+"""Two alike, three with a beginning that is long enough to be computed once, and one of a single token."""
+TEXTS = [[[7, 8, 2], [9]], [[2]], [], [[5, 5, 5, 5, 2], [6, 2], [6, 2]], [[4, 2]]]
+
+
+def _readable(architecture: str = "llama") -> torch.nn.Module:
+    model = tiny_model(architecture)
+    use_flat_attention(model)
+    return model
+
+
+@pytest.mark.parametrize("tokens", [1, 23, 1000])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_texts_are_worth_what_the_whole_row_says(
+    architecture: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One prompt or text at a time, some, and all at once."""
+    monkeypatch.setattr(reading_module, "READ_TOKENS", tokens)
+    plain, model = tiny_model(architecture), _readable(architecture)
+    found = read(model, PROMPTS).logprobs(model, TEXTS)
+    assert [len(of_prompt) for of_prompt in found] == [len(of_prompt) for of_prompt in TEXTS]
+    for prompt, texts, sums in zip(PROMPTS, TEXTS, found, strict=True):
+        for text, total in zip(texts, sums, strict=True):
+            with torch.no_grad():
+                logits = plain(torch.tensor([[*prompt, *text]])).logits[0, len(prompt) - 1 : -1].tolist()
+            terms = [oracle.log_softmax(row)[token] for row, token in zip(logits, text, strict=True)]
+            assert total == pytest.approx(math.fsum(terms), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 23, 1000])
+def test_answers_are_the_same_as_without_a_reading(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_module, "READ_TOKENS", tokens)
+    model = _readable()
+    prompts = [PROMPTS[i] for i in reading_order(PROMPTS)]
+    uniforms = torch.rand(5, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    sampling = Sampling(temperature=1.0, uniforms=uniforms)
+    told = {"max_new_tokens": 9, "end_ids": [2], "batch_size": 5, "sampling": sampling}
+    plain = generate(tiny_model(), prompts, **told)  # padded, since its attention is transformers' own
+    assert generate(model, prompts, **told, reading=read(model, prompts)) == plain
+    assert len({tuple(answer) for answer in plain}) > 2
+
+
+def test_a_reading_is_one_batch() -> None:
+    model = _readable()
+    with pytest.raises(ValueError, match="5 prompts does not go into a batch of 4"):
+        generate(model, PROMPTS, max_new_tokens=2, end_ids=[2], batch_size=4, reading=read(model, PROMPTS))
+
+
+def test_models_whose_attention_is_not_flat_or_whose_logits_are_changed_cannot_read() -> None:
+    assert can_read(_readable())  # type: ignore[arg-type]
+    assert not can_read(tiny_model())
+    model = _readable()
+    model.config.final_logit_softcapping = 3.0
+    assert not can_read(model)  # type: ignore[arg-type]
+
+
+def test_a_text_goes_on_where_its_row_ends() -> None:
+    earlier = stream([[*START, 1, 2], [*START, 3], [5, 6]], CPU)  # 22 + 1 + 2 tokens
+    rows = behind(earlier, [1, 1, 2], [[7, 8], [9], [4, 4, 4]])
+    assert rows.input_ids.tolist() == [7, 8, 9, 4, 4, 4]
+    assert rows.position_ids.tolist() == [21, 22, 21, 2, 3, 4]
+    shared = ((-25, -5), (-3, -2))
+    assert rows.segments == (
+        Segment(own=(0, 2), before=shared),
+        Segment(own=(2, 3), before=shared),
+        Segment(own=(3, 6), before=((-2, 0),)),
+    )
+    assert rows.place.tolist() == [[0, 1, 0], [2, 0, 0], [3, 4, 5]]
+    assert rows.kept.sum(-1).tolist() == list(rows.lengths) == [2, 1, 3]
+
+
+def test_of_a_row_inside_another_it_is_known_where_it_stands() -> None:
+    earlier = stream([[*START, 1, 2], [*START, 1]], CPU)
+    assert behind(earlier, [1], [[7]]).segments == (Segment(own=(0, 1), before=((-22, -1),)),)
