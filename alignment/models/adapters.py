@@ -149,8 +149,21 @@ def at_start(model: PeftModel) -> Iterator[PreTrainedModel]:
         with _own_times_zero(model):
             yield base
     else:
-        with model.disable_adapter():
+        with _switched_off(model):
             yield base
+
+
+@contextmanager
+def _switched_off(model: PeftModel) -> Iterator[None]:
+    """As PEFT does, but for what it says about which weights are trained: that took a tenth of a second a step."""
+    layers = [layer for layer in model.modules() if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Trainer
 
+from alignment.models.attention import ATTENTION
 from alignment.models.forward import IGNORED
-from alignment.models.rows import by_tokens
+from alignment.models.rows import SHORTEST_SHARED, by_tokens
 
 Batch = dict[str, Any]
 
@@ -87,8 +88,10 @@ class MicroBatches(Trainer):
         else:
             lengths = inputs["attention_mask"].sum(-1)
             number = len(lengths) // 2 if self.pairs else len(lengths)
-            tokens = lengths.view(-1, number).sum(0).tolist()
-            pieces = same_number_everywhere(by_tokens(tokens, self.micro_batch_tokens), self.accelerator)
+            tokens = lengths.view(-1, number).sum(0)
+            if self.pairs and self.model.config._attn_implementation == ATTENTION:
+                tokens -= shared_tokens(inputs["input_ids"], inputs["attention_mask"])
+            pieces = same_number_everywhere(by_tokens(tokens.tolist(), self.micro_batch_tokens), self.accelerator)
             if self.pairs:
                 return [(_pairs_of(inputs, piece, number), len(piece) / number) for piece in pieces]
             parts = [{name: _cut(value, piece, number) for name, value in inputs.items()} for piece in pieces]
@@ -111,6 +114,17 @@ class MicroBatches(Trainer):
         if end == start:
             part["labels"] = torch.full_like(part["labels"], IGNORED)
         return part
+
+
+def shared_tokens(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """``[pairs]`` tokens that stand once in a stream with both rows of a pair, chosen rows before rejected ones."""
+    found = []
+    rows = [ids[real].tolist() for ids, real in zip(input_ids, attention_mask.bool(), strict=True)]
+    for chosen, rejected in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True):
+        same = itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
+        common = sum(1 for _ in same)
+        found.append(common if common >= SHORTEST_SHARED else 0)
+    return torch.tensor(found, device=input_ids.device)
 
 
 def _cut(value: Any, piece: range, number: int) -> Any:

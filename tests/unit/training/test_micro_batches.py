@@ -16,13 +16,14 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig, Schedule
 from alignment.config.stage import DpoConfig, RewardConfig, SftConfig
-from alignment.models.rows import by_tokens
+from alignment.models.rows import by_tokens, stream
 from alignment.stages import dpo, reward, sft
 from alignment.training.adamw import RandomlyRoundedAdamW
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
-from alignment.training.micro_batches import MicroBatches, divided
+from alignment.training.micro_batches import MicroBatches, divided, shared_tokens
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
+from tests.unit.models.conftest import padded
 
 OPTIM = OptimConfig(lr=1e-3, batch_size=6, max_steps=3, schedule=Schedule.constant, warmup_ratio=0.0)
 ADAPTER = AdapterConfig(kind=AdapterKind.lora, rank=4)
@@ -60,6 +61,20 @@ def test_rows_are_cut_into_few_pieces_of_like_size(
 def test_a_row_that_shares_counts_in_full_where_it_opens_a_piece() -> None:
     pieces = by_tokens([10, 10, 10], 13, behind=[10, 2, 2])
     assert [(piece.start, piece.stop) for piece in pieces] == [(0, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_of_a_pair_the_common_beginning_is_counted_once(side: str) -> None:
+    """Where it is long enough to stand once in the stream, whichever side padding is on."""
+    start = list(range(10, 30))
+    pairs = [([*start, 5, 6], [*start, 7]), (start[:15], start[:15]), ([*start, 8], [*start, 8, 8, 8])]
+    rows = [(chosen, []) for chosen, _ in pairs] + [(rejected, []) for _, rejected in pairs]
+    batch = padded(rows, side=side)
+    shared = shared_tokens(batch.input_ids, batch.attention_mask)
+    assert shared.tolist() == [20, 0, 21]
+    for (chosen, rejected), count in zip(pairs, shared.tolist(), strict=True):
+        in_stream = stream([chosen, rejected], torch.device("cpu")).input_ids
+        assert len(in_stream) == len(chosen) + len(rejected) - count
 
 
 @pytest.mark.parametrize(
