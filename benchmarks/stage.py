@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import yaml
 
@@ -43,8 +47,12 @@ def stage_config(
     max_length: int = MAX_LENGTH,
     sharing: Sharing | None = None,
     master_weights: bool = True,
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> StageConfig:
-    """A stage of ``kind`` that takes ``steps`` steps (PPO: updates), all of them on the ``rows`` rows of ``data``."""
+    """A stage of ``kind`` that takes ``steps`` steps (PPO: updates), all of them on the ``rows`` rows of ``data``.
+
+    ``changes`` are laid over the settings of its optimiser.
+    """
     source = DataConfig(source=f"path:{data}")
     how = AdapterConfig(
         kind=AdapterKind(adapter),
@@ -66,6 +74,7 @@ def stage_config(
         warmup_ratio=0.0,
         max_grad_norm=MAX_GRAD_NORM,
     )
+    optim = replace(optim, **changes)
     if kind == "reward":
         return RewardConfig(
             adapter=how, data=source, optim=optim, max_length=max_length, eval_fraction=0.0, save_every=_NEVER

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import Any
 
 from benchmarks.figures import Sharing
 from benchmarks.setting import MICRO_BATCH_TOKENS, PPO_MICRO_BATCH_TOKENS
@@ -18,7 +19,7 @@ class Contestant:
 
     ``against`` names which of ours a rival is compared with; None for our own. ``environment`` names a requirements
     file in ``environments/``, or None for the project's own. ``sharing`` is about PPO, ``master_weights`` about full
-    training of ours.
+    training of ours, ``optim`` has settings of ours that a variant changes (PPO has none).
     """
 
     module: str
@@ -28,6 +29,7 @@ class Contestant:
     environment: str | None = None
     sharing: Sharing = field(default_factory=Sharing)
     master_weights: bool = True
+    optim: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +54,25 @@ def _ours(tokens: int = MICRO_BATCH_TOKENS) -> Contestant:
     return Contestant(module="ours", allowed=_STAGE.format(tokens), against=None)
 
 
-def _training(*, kind: str, adapter: str, tuned: str, stock: str) -> Work:
+def _ours_recomputed(tokens: int) -> Contestant:
+    return Contestant(
+        module="ours",
+        allowed=f"activations computed again, as by TRL's defaults; {_STAGE.format(tokens)}",
+        against=None,
+        optim={"activation_checkpointing": True, "micro_batch_tokens": tokens},
+    )
+
+
+def _training(
+    *, kind: str, adapter: str, tuned: str, stock: str, variants: dict[str, Contestant] | None = None
+) -> Work:
     casts = f"; {_NO_CASTS}" if adapter == "lora" else ""
     return Work(
         kind=kind,
         adapter=adapter,
         contestants={
             OURS: _ours(),
+            **(variants or {}),
             "trl_default": Contestant(module="trl_latest", allowed=_DEFAULT, measured=1),
             "trl_tuned": Contestant(module="trl_latest", allowed=f"{_TUNED}{tuned}{casts}", measured=1),
             "stock_tuned": Contestant(module="stock", allowed=f"transformers, {stock}; {_STOCK}{casts}"),
@@ -108,7 +122,7 @@ def _our_ppo(
 
 
 def _sampling() -> Work:
-    ours = "alignment.models.generate.generate, one batch"
+    ours = "alignment.models.generate.generate, one batch, its model prepared as the stages do (use_flat_attention)"
     stock = "model.generate(do_sample=True, top_k=0, top_p=1), one left-padded batch"
     return Work(
         kind="sampling",
@@ -162,7 +176,13 @@ WORKS: dict[str, Work] = {
     "sft_full": _training(
         kind="sft", adapter="full", tuned="; padding_free=True", stock="cross_entropy over all positions"
     ),
-    "reward_lora": _training(kind="reward", adapter="lora", tuned="", stock="-logsigmoid of the score difference"),
+    "reward_lora": _training(
+        kind="reward",
+        adapter="lora",
+        tuned="",
+        stock="-logsigmoid of the score difference",
+        variants={"ours_recomputed": _ours_recomputed(768)},
+    ),
     "dpo_lora": _training(
         kind="dpo", adapter="lora", tuned="", stock="log_softmax and gather, reference by disable_adapter"
     ),

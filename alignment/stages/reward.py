@@ -51,10 +51,10 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
         offset = float(scores(trainer, context, [pair.prompt for pair in sample], [p.chosen for p in sample]).mean())
         metrics = {"score_offset": offset, **counts, "rows": float(len(learned))}
         if held_out:
-            prompts = [pair.prompt for pair in held_out]
-            chosen = scores(trainer, context, prompts, [pair.chosen for pair in held_out])
-            rejected = scores(trainer, context, prompts, [pair.rejected for pair in held_out])
-            metrics |= held_out_metrics(chosen, rejected, held_out)
+            # Both answers to a prompt side by side, so that it is computed once.
+            prompts = [pair.prompt for pair in held_out for _ in range(2)]
+            both = scores(trainer, context, prompts, [text for p in held_out for text in (p.chosen, p.rejected)])
+            metrics |= held_out_metrics(both[::2], both[1::2], held_out)
     result = save_model(trainer.model, tokenizer, context, found, metrics)
     weight = whole(_score_head(trainer.model).weight)
     if context.is_main:
