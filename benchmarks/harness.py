@@ -198,7 +198,7 @@ def _stage_file(told: _Measurement, folder: Path, data: Path, steps: int) -> Pat
         max_length=length,
         sharing=told.how.sharing,
         master_weights=told.how.master_weights,
-        changes=told.how.optim,
+        optim_changes=told.how.optim_changes,
     )
     reward = Path(told.inputs["reward_artifact"]) if "reward_artifact" in told.inputs else None
     return write_stage(folder, config, base=base, data=data, reward=reward)

@@ -47,11 +47,11 @@ def stage_config(
     max_length: int = MAX_LENGTH,
     sharing: Sharing | None = None,
     master_weights: bool = True,
-    changes: Mapping[str, Any] = MappingProxyType({}),
+    optim_changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> StageConfig:
     """A stage of ``kind`` that takes ``steps`` steps (PPO: updates), all of them on the ``rows`` rows of ``data``.
 
-    ``changes`` are laid over the settings of its optimiser.
+    ``optim_changes`` are laid over the settings of its optimiser.
     """
     source = DataConfig(source=f"path:{data}")
     how = AdapterConfig(
@@ -74,7 +74,7 @@ def stage_config(
         warmup_ratio=0.0,
         max_grad_norm=MAX_GRAD_NORM,
     )
-    optim = replace(optim, **changes)
+    optim = replace(optim, **optim_changes)
     if kind == "reward":
         return RewardConfig(
             adapter=how, data=source, optim=optim, max_length=max_length, eval_fraction=0.0, save_every=_NEVER

@@ -19,7 +19,7 @@ class Contestant:
 
     ``against`` names which of ours a rival is compared with; None for our own. ``environment`` names a requirements
     file in ``environments/``, or None for the project's own. ``sharing`` is about PPO, ``master_weights`` about full
-    training of ours, ``optim`` has settings of ours that a variant changes (PPO has none).
+    training of ours, ``optim_changes`` are settings of its optimiser that a variant of ours changes (none of PPO).
     """
 
     module: str
@@ -29,7 +29,7 @@ class Contestant:
     environment: str | None = None
     sharing: Sharing = field(default_factory=Sharing)
     master_weights: bool = True
-    optim: dict[str, Any] = field(default_factory=dict)
+    optim_changes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ def _ours_recomputed(tokens: int) -> Contestant:
         module="ours",
         allowed=f"activations computed again, as by TRL's defaults; {_STAGE.format(tokens)}",
         against=None,
-        optim={"activation_checkpointing": True, "micro_batch_tokens": tokens},
+        optim_changes={"activation_checkpointing": True, "micro_batch_tokens": tokens},
     )
 
 

@@ -13,8 +13,8 @@ from alignment.data.records import HeldOutPrompt
 from alignment.data.tokenize import end_ids
 from alignment.data.turns import Message
 from alignment.evaluation.house_style import STYLE_PROMPT, GoldScore, score
-from alignment.models.answers import answer_statistics, batches, scalar_scores
-from alignment.models.generate import generate, reading_order
+from alignment.models.answers import answer_statistics, batches, scalar_scores, unwrapped
+from alignment.models.generate import answer_batch, reading_order
 from alignment.models.layout import laid_out
 from alignment.models.reading import can_read, read
 
@@ -96,15 +96,6 @@ def side_by_side(
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Heard:
-    """Token ids of the answer to a prompt, and log p of the answer and of other texts behind the prompt, in nats."""
-
-    ids: list[int]
-    own: float | None
-    others: list[float]
-
-
 @torch.no_grad()
 def answer_and_score(
     model: PreTrainedModel,
@@ -116,34 +107,29 @@ def answer_and_score(
     batch_size: int,
     with_own: bool,
     progress: Callable[[int], None],
-) -> list[Heard]:
-    """The model's answers to prompts, and its scores; what it has read of a prompt serves for all of it.
+) -> tuple[list[list[int]], list[list[float]]]:
+    """The model's answers to prompts, and log p of texts behind each, in nats: of its own answer first, if that is
+    asked for, then of the ``others``. What it has read of a prompt serves for all of it.
 
     Raises:
         ModelError: the model's head does more than one matrix product.
     """
-    heard: dict[int, Heard] = {}
+    answers: list[list[int]] = [[] for _ in prompts]
+    scores: list[list[float]] = [[] for _ in prompts]
     order = reading_order(prompts)
     with laid_out(model, batch_size):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             asked = [prompts[row] for row in rows]
             reading = read(model, asked) if can_read(model) else None
-            answers = generate(
-                model,
-                asked,
-                max_new_tokens=max_new_tokens,
-                end_ids=end_ids,
-                batch_size=batch_size,
-                reading=reading,
-            )
+            found = answer_batch(model, asked, max_new_tokens=max_new_tokens, end_ids=end_ids, reading=reading)
             progress(start + len(rows))
-            texts = [[*([answer] if with_own else []), *others[row]] for row, answer in zip(rows, answers, strict=True)]
-            scores = _behind_each(model, asked, texts) if reading is None else reading.logprobs(model, texts)
-            for row, answer, found in zip(rows, answers, scores, strict=True):
-                own = found.pop(0) if with_own else None
-                heard[row] = Heard(ids=answer, own=own, others=found)
-    return [heard[row] for row in range(len(prompts))]
+            texts = [[*([answer] * with_own), *others[row]] for row, answer in zip(rows, found, strict=True)]
+            sums = _behind_each(model, asked, texts) if reading is None else reading.logprobs(model, texts)
+            del reading  # before the next batch is read
+            for row, answer, own in zip(rows, found, sums, strict=True):
+                answers[row], scores[row] = answer, own
+    return answers, scores
 
 
 def _behind_each(
@@ -162,7 +148,7 @@ def sequence_logprobs(
 ) -> list[float]:
     """Sum of log p(token | prefix) over each answer, in nats."""
     sums: list[float] = []
-    with laid_out(model, TOKENS):
+    with laid_out(model.base_model, TOKENS):
         for part in batches(prompts, answers, tokens=TOKENS, device=model.device):
             logprobs = answer_statistics(model, part).logprobs
             sums += [float(row.sum()) for row in logprobs.split(list(part.lengths))]
@@ -173,7 +159,7 @@ def sequence_logprobs(
 def reward_scores(model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
     """The reward model's score at each answer's last token."""
     scores: list[float] = []
-    with laid_out(model, TOKENS):
+    with laid_out(unwrapped(model).base_model, TOKENS):  # the head computes in float32
         for part in batches(prompts, answers, tokens=TOKENS, device=model.device):
             scores += scalar_scores(model, part.rows).tolist()
     return scores

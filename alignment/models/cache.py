@@ -1,4 +1,4 @@
-"""What a decoding batch keeps from step to step: keys and values, written in place, and weights laid out for products.
+"""What a decoding batch keeps from step to step: keys and values, written in place.
 
 transformers' ``DynamicCache`` copies all that it holds at every step and again whenever a row finishes; here room is
 allocated ahead, and rows move only when the caller asks. The attention of one new token a row reads the cache where it

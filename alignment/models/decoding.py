@@ -1,4 +1,4 @@
-"""A model made ready for decoding: attention that reads the cache where it stands, weights laid out for products."""
+"""A model made ready for decoding: attention that reads the cache where it stands."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from transformers import PreTrainedModel
 
 from alignment.models.attention import ATTENTION as FLAT_ATTENTION
 from alignment.models.cache import ATTENTION, ROOM
-from alignment.models.layout import laid_out
 
 
 @contextmanager
-def decoding(model: PreTrainedModel, rows: int) -> Iterator[int]:
-    """Makes the model ready for steps of about ``rows`` rows and undoes that; yields the room for its ``RowsCache``."""
+def decoding(model: PreTrainedModel) -> Iterator[int]:
+    """Makes the model ready for steps of one token a row and undoes that; yields the room for its ``RowsCache``."""
     implementation = model.config._attn_implementation
     ours = implementation in ("sdpa", FLAT_ATTENTION)
-    with laid_out(model, rows):
-        try:
-            if ours:
-                model.set_attn_implementation(ATTENTION)
-            # Other functions than these may take allocated columns for filled ones.
-            yield ROOM if ours or implementation == "eager" else 0
-        finally:
-            if ours:
-                model.set_attn_implementation(implementation)
+    try:
+        if ours:
+            model.set_attn_implementation(ATTENTION)
+        # Other functions than these may take allocated columns for filled ones.
+        yield ROOM if ours or implementation == "eager" else 0
+    finally:
+        if ours:
+            model.set_attn_implementation(implementation)

@@ -63,23 +63,21 @@ def trunk_states(
 
     Raises:
         ModelError: a row is longer than the positions that the model was made for.
+        ValueError: something is to be kept or was read earlier, and the model's attention is not the flat one.
     """
     prefix = prefix_of(trunk)
     ahead = 0 if prefix is None else prefix.tokens
     positions = getattr(trunk.config.get_text_config(), "max_position_embeddings", None)
-    longest = int(rows.position_ids.max()) + 1 + ahead
+    longest = max(rows.lengths) + ahead
     if positions is not None and longest > positions:
         raise ModelError(
             f"a row of {longest} tokens is longer than the model's {positions} positions",
             remedy="lower max_length (or max_prompt_length and max_new_tokens)",
         )
     if trunk.config._attn_implementation != ATTENTION:
-        if prefix is not None:
-            raise ModelError(
-                f"{type(trunk).__name__} has attention that the flat path does not serve, and a prefix needs it",
-                where="adapter.kind",
-                remedy="take a low-rank adapter",
-            )
+        refuse_prefix(trunk)
+        if kept is not None or earlier is not None:
+            raise ValueError(f"{type(trunk).__name__} has attention that keeps nothing of a stream")
         return _padded_states(trunk, rows)
     told = {"prefix": None if prefix is None else prefix.states(), "kept": kept, "earlier": earlier}
     # A four-dimensional mask is handed on as it is, which spares the model building one that nobody reads.
@@ -93,6 +91,20 @@ def trunk_states(
         **{name: value for name, value in told.items() if value is not None},
     )
     return output.last_hidden_state[0]
+
+
+def refuse_prefix(trunk: PreTrainedModel) -> None:
+    """For what is computed without flat attention.
+
+    Raises:
+        ModelError: the model has a prefix.
+    """
+    if prefix_of(trunk) is not None:
+        raise ModelError(
+            f"{type(trunk).__name__} has attention that the flat path does not serve, and a prefix needs it",
+            where="adapter.kind",
+            remedy="take a low-rank adapter",
+        )
 
 
 def _padded_states(trunk: PreTrainedModel, rows: FlatRows) -> Tensor:

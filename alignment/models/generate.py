@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from alignment.models.answers import unwrapped
 from alignment.models.cache import RowsCache
 from alignment.models.decoding import decoding
+from alignment.models.flat import refuse_prefix
 from alignment.models.layout import laid_out
 from alignment.models.prefix import prefix_of
 from alignment.models.reading import Reading, can_read, read
@@ -31,6 +32,9 @@ FULL_ENOUGH = 0.75
 
 BLOCK = 256
 """Tokens of the vocabulary whose probabilities are first taken together."""
+
+OnToken = Callable[[int, int], None]
+"""Is told each token as it is taken: the place of its prompt, and its id."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,45 +55,35 @@ def generate(
     batch_size: int,
     sampling: Sampling | None = None,
     progress: Callable[[int], None] | None = None,
-    on_token: Callable[[int, int], None] | None = None,
-    reading: Reading | None = None,
+    on_token: OnToken | None = None,
 ) -> list[list[int]]:
     """Answers to ``prompts`` (token ids), in their order; an answer ends with one of ``end_ids`` or at the limit.
 
     Without ``sampling`` the likeliest token is taken. ``progress`` is told how many prompts are done, ``on_token`` each
-    token as it is taken: the place of its prompt, and its id. ``reading`` is what the model has read of these prompts,
-    one batch of them in ``reading_order``; else they are read here. On CPU in bfloat16 the linear weights are held
-    twice meanwhile.
+    token as it is taken: the place of its prompt, and its id. On CPU in bfloat16 the linear weights are held twice
+    meanwhile.
 
     Raises:
-        ValueError: an empty prompt, or a reading of more than a batch.
-        ModelError: the model has layers that keep something else than keys and values.
+        ValueError: an empty prompt.
+        ModelError: the model has layers that keep something else than keys and values, or a prompt is longer than the
+            positions that it was made for.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no token")
-    if reading is not None and len(prompts) > batch_size:
-        raise ValueError(f"what was read of {len(prompts)} prompts does not go into a batch of {batch_size}")
     answers: list[list[int]] = [[] for _ in prompts]
     order = reading_order(prompts)
-    rows = min(batch_size, len(prompts))
-    flat = can_read(unwrapped(model))
-    with laid_out(model, rows):
+    with laid_out(model, min(batch_size, len(prompts))):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            asked = [prompts[i] for i in batch]
-            if reading is None or start:
-                reading = read(unwrapped(model), asked) if flat else None
-            with decoding(model, rows) as room:
-                found = _continue(
-                    model,
-                    _begin(model, asked, reading, room),
-                    max_new_tokens=max_new_tokens,
-                    end_ids=frozenset(end_ids),
-                    temperature=1.0 if sampling is None else sampling.temperature,
-                    uniforms=None if sampling is None else sampling.uniforms[batch],
-                    on_token=on_token,
-                    places=batch,
-                )
+            found = answer_batch(
+                model,
+                [prompts[i] for i in batch],
+                max_new_tokens=max_new_tokens,
+                end_ids=end_ids,
+                temperature=1.0 if sampling is None else sampling.temperature,
+                uniforms=None if sampling is None else sampling.uniforms[batch],
+                on_token=None if on_token is None else _of_batch(on_token, batch),
+            )
             for index, answer in zip(batch, found, strict=True):
                 answers[index] = answer
             if progress is not None:
@@ -100,6 +94,43 @@ def generate(
 def reading_order(prompts: Sequence[Sequence[int]]) -> list[int]:
     """Longer prompts first, so that little is computed on padding; equal ones side by side."""
     return sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])), reverse=True)
+
+
+@torch.no_grad()
+def answer_batch(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    temperature: float = 1.0,
+    uniforms: Tensor | None = None,
+    on_token: OnToken | None = None,
+    reading: Reading | None = None,
+) -> list[list[int]]:
+    """As ``generate``, one batch of prompts in ``reading_order``; ``uniforms [prompts, steps]`` to sample.
+
+    ``reading`` is what the model has read of these prompts; without it they are read here.
+    """
+    base = unwrapped(model)
+    if reading is None and can_read(base):
+        reading = read(base, prompts)
+    with decoding(model) as room:
+        begun = _begin(model, prompts, reading, room)
+        del reading  # its keys and values stand in the cache now; who goes on with it holds it
+        return _continue(
+            model,
+            begun,
+            max_new_tokens=max_new_tokens,
+            end_ids=frozenset(end_ids),
+            temperature=temperature,
+            uniforms=uniforms,
+            on_token=on_token,
+        )
+
+
+def _of_batch(on_token: OnToken, places: Sequence[int]) -> OnToken:
+    return lambda row, token: on_token(places[row], token)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,8 +151,7 @@ def _continue(
     end_ids: frozenset[int],
     temperature: float,
     uniforms: Tensor | None,  # [rows, steps]
-    on_token: Callable[[int, int], None] | None,
-    places: Sequence[int],  # of the prompts, as ``on_token`` is told them
+    on_token: OnToken | None,
 ) -> list[list[int]]:
     cache, logits, width = begun.cache, begun.logits, begun.seen.shape[1]
     answers: list[list[int]] = [[] for _ in logits]
@@ -137,7 +167,7 @@ def _continue(
             if row in unfinished:
                 answers[row].append(token)
                 if on_token is not None:
-                    on_token(places[row], token)
+                    on_token(row, token)
                 if token in end_ids:
                     unfinished.remove(row)
         if not unfinished or step == max_new_tokens - 1:
@@ -155,9 +185,10 @@ def _continue(
 
 def _begin(model: PreTrainedModel, prompts: Sequence[Sequence[int]], reading: Reading | None, room: int) -> _Begun:
     """Rows for prompts in ``reading_order``."""
-    if reading is None:
-        return _read_padded(model, prompts, room)
     base = unwrapped(model)
+    if reading is None:
+        refuse_prefix(base.base_model)
+        return _read_padded(model, prompts, room)
     cache, logits = reading.cache(base, room=room), reading.logits(base)
     prefix = prefix_of(base.base_model)
     seen = nn.functional.pad(_seen(prompts, model.device), (0 if prefix is None else prefix.tokens, 0), value=1)

@@ -29,49 +29,49 @@ _LAID_OUT = "alignment_laid_out"
 def laid_out(model: nn.Module, rows: int) -> Iterator[None]:
     """Lays out a model's linear weights for products with about ``rows`` rows, and undoes that.
 
-    It takes a second copy of those weights while it lasts. Inside another such context it does nothing. Neither weights
-    nor adapters may change meanwhile.
+    It takes a second copy of those weights while it lasts. What is laid out already stays as it is. Neither weights nor
+    adapters may change meanwhile.
     """
-    if getattr(model, _LAID_OUT, False):
-        yield
-        return
-    setattr(model, _LAID_OUT, True)
-    before = _lay_out(model, rows)
+    before: list[tuple[nn.Module, str, Any]] = []
     try:
+        _lay_out(model, rows, before)
         yield
     finally:
-        delattr(model, _LAID_OUT)
-        for module, name, value in before:
+        for module, name, value in reversed(before):
             if value is None:
                 delattr(module, name)
             else:
                 setattr(module, name, value)
 
 
-def _lay_out(model: nn.Module, rows: int) -> list[tuple[nn.Module, str, Any]]:
-    """Gives linear layers functions on a copy of their weights; returns of which modules it set what, and what that was
+def _lay_out(model: nn.Module, rows: int, before: list[tuple[nn.Module, str, Any]]) -> None:
+    """Gives linear layers functions on a copy of their weights; notes of which modules it set what, and what that was
     before, or None."""
-    found: list[tuple[nn.Module, str, Any]] = []
-    inside: set[int] = set()
+
+    def put(module: nn.Module, name: str, value: Any) -> None:
+        before.append((module, name, vars(module).get(name)))
+        setattr(module, name, value)
+
+    done: set[int] = set()
     for module in model.modules():
-        if id(module) in inside:
+        if _LAID_OUT in vars(module):
+            done |= {id(part) for part in module.modules()}
+        if id(module) in done:
             continue
         layers = read_together(module)
-        if layers and all(map(_is_joined, layers)):
-            joint = _joint(layers, rows)
-            found.append((layers[0], JOINT, None))
-            setattr(layers[0], JOINT, joint)
-        elif (forward := _laid_out(module, rows)) is not None:
+        if layers and all(map(_is_joined, layers)) and _LAID_OUT not in vars(layers[0]):
+            put(layers[0], JOINT, _joint(layers, rows))
+        elif (forward := _function_of(module, rows)) is not None:
             layers = (module,)
-            found.append((module, "forward", vars(module).get("forward")))
-            module.forward = forward
+            put(module, "forward", forward)
         else:
             continue
-        inside |= {id(part) for layer in layers for part in layer.modules()}
-    return found
+        for layer in layers:
+            put(layer, _LAID_OUT, True)
+            done |= {id(part) for part in layer.modules()}
 
 
-def _laid_out(module: nn.Module, rows: int) -> Forward | None:
+def _function_of(module: nn.Module, rows: int) -> Forward | None:
     """The layer as a function, or None where it is no linear layer or there is nothing to gain."""
     if _is_joined(module):
         joint = _joint((module,), rows)
@@ -88,12 +88,10 @@ def _laid_out(module: nn.Module, rows: int) -> Forward | None:
 
 def _is_joined(layer: nn.Module) -> bool:
     """Whether oneDNN has a layout of its own for the layer's weight, with or without low-rank adapters beside it."""
-    base = layer
-    if isinstance(layer, LoraLinear):
-        if factors(layer) is None:
-            return False
-        base = layer.get_base_layer()
-    return _is_whole(base) and _has_layout(base)
+    base = layer.get_base_layer() if isinstance(layer, LoraLinear) else layer
+    if not _is_whole(base) or not _has_layout(base):
+        return False
+    return not isinstance(layer, LoraLinear) or factors(layer) is not None
 
 
 def _joint(layers: Sequence[nn.Module], rows: int) -> Products:
@@ -102,21 +100,23 @@ def _joint(layers: Sequence[nn.Module], rows: int) -> Products:
     pairs = [factors(layer) if isinstance(layer, LoraLinear) else None for layer in layers]
     dtype, widths = computes_in(bases[0]), [base.out_features for base in bases]
     lows = [pair[0].to(dtype) for pair in pairs if pair is not None]
-    weight = torch.cat([*(frozen_weight(base, dtype).detach() for base in bases), *lows])
+    parts = [*(frozen_weight(base, dtype).detach() for base in bases), *lows]
+    weight = parts[0] if len(parts) == 1 else torch.cat(parts)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     # What each layer's second factor makes of its own first one, and of those of other layers nothing.
     ups = [
         weight.new_zeros(width, 0) if pair is None else pair[1].to(dtype)
         for width, pair in zip(widths, pairs, strict=True)
     ]
-    up, bias, outs = torch.block_diag(*ups).T.contiguous(), _joint_bias(bases, len(weight), dtype), sum(widths)
+    total, outs = len(weight), sum(widths)  # the function below must not hold the weight itself
+    up, bias = torch.block_diag(*ups).T.contiguous(), _joint_bias(bases, total, dtype)
     product = torch.ops.mkldnn._linear_pointwise
 
     def forward(states: Tensor) -> tuple[Tensor, ...]:
         out = product(states.to(dtype), packed, bias, "none", [], "")
         if not lows:
             return out.split(widths, dim=-1)
-        flat = out.view(-1, len(weight))
+        flat = out.view(-1, total)
         flat[:, :outs].addmm_(flat[:, outs:], up)
         return out[..., :outs].split(widths, dim=-1)
 

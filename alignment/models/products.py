@@ -38,7 +38,7 @@ Products = Callable[[Tensor], tuple[Tensor, ...]]
 """What several layers make of one input."""
 
 JOINT = "alignment_products"
-"""Where the first of several layers keeps a function that stands for all of them, while decoding has laid one out."""
+"""Where the first of several layers keeps a function for all of them, while weights are laid out (models/layout.py)."""
 
 
 def products(x: Tensor, layers: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
@@ -84,7 +84,7 @@ def _factors(layer: LoraLinear, names: list[str]) -> tuple[Tensor, Tensor, float
 def _plain_adapters(layer: LoraLinear) -> list[str]:
     """The adapters to add where all are unmerged, without dropout at work, bias or variant; else none.
 
-    Layers whose forward somebody replaced (decoding lays weights out anew, offloading fetches them) want to be called.
+    Layers whose forward somebody replaced (models/layout.py lays weights out, offloading fetches them) want a call.
     """
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or "forward" in vars(layer.base_layer):

@@ -124,5 +124,5 @@ def _logprobs(model: PreTrainedModel, piece: Piece, which: list[int], texts: lis
         foretelling = states.roll(1, 0)
         foretelling[rows.place[:, 0]] = piece.ends[after]
         found = label_statistics(model, foretelling, rows.input_ids).logprobs
-        sums += [float(own.sum()) for own in found.split(list(rows.lengths))]
+        sums += [float(own.sum()) for own in found.split([len(text) for text in part])]
     return sums

@@ -44,9 +44,9 @@ class FlatRows:
     """A batch as one stream of ``[tokens]``.
 
     ``place`` is ``[rows, columns]``: where the token of a row and column stands in the stream (0 on padding), ``kept``
-    the same shape's mask of real tokens, ``lengths`` the rows' real tokens. Example: rows ``[7 8 9 ·]`` and
-    ``[5 6 · ·]`` give ``input_ids [7 8 9 5 6]``, ``position_ids [0 1 2 0 1]``, ``place [[0 1 2 0] [3 4 0 0]]``,
-    ``lengths (3, 2)``.
+    the same shape's mask of real tokens, ``lengths`` the rows' real tokens, with those that were read earlier.
+    Example: rows ``[7 8 9 ·]`` and ``[5 6 · ·]`` give ``input_ids [7 8 9 5 6]``, ``position_ids [0 1 2 0 1]``,
+    ``place [[0 1 2 0] [3 4 0 0]]``, ``lengths (3, 2)``.
     """
 
     input_ids: Tensor
@@ -116,7 +116,7 @@ def behind(earlier: FlatRows, which: Sequence[int], texts: Sequence[Sequence[int
         ),
         place=((torch.tensor(ends[:-1])[:, None] + columns) * kept).to(device),
         kept=kept.to(device),
-        lengths=tuple(lengths.tolist()),
+        lengths=tuple(earlier.lengths[row] + len(text) for row, text in zip(which, texts, strict=True)),
     )
 
 

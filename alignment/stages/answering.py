@@ -63,6 +63,10 @@ class Policies:
             self._found = found
         return self._model
 
+    def let_go(self) -> None:
+        """Frees the weights of the last policy."""
+        self._model = self._found = None
+
 
 def asked_of(
     config: EvaluateConfig, context: StageContext, tokenizer: Any, rows: Sequence[HeldOutPrompt]
@@ -159,7 +163,7 @@ def answers_of(
         started = time.monotonic()
         model = policies.load(asked.found)
         _refuse_too_long(model, asked, config.max_new_tokens, where=f"stages.{context.spec.stage}")
-        heard = answer_and_score(
+        ids, scores = answer_and_score(
             model,
             asked.prompts,
             [[] if reference is None else [reference] for reference in asked.references],
@@ -170,11 +174,11 @@ def answers_of(
             progress=progress,
         )
         kept = Kept(
-            ids=[one.ids for one in heard],
-            logprobs=[one.own for one in heard if one.own is not None] if with_logprobs else None,
+            ids=ids,
+            logprobs=[sums[0] for sums in scores] if with_logprobs else None,
             references=[
-                None if reference is None else TokenSum(logprob=one.others[0], tokens=len(reference))
-                for one, reference in zip(heard, asked.references, strict=True)
+                None if reference is None else TokenSum(logprob=sums[-1], tokens=len(reference))
+                for sums, reference in zip(scores, asked.references, strict=True)
             ],
             seconds=time.monotonic() - started,
         )

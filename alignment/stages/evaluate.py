@@ -37,6 +37,7 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     arms = _answers(config, context, policies, asked, rows)
     context.progress("scoring", len(arms) * len(rows), len(arms) * len(rows))
     divergences = _divergences(context, policies, asked, arms)
+    policies.let_go()
     rewards = _rewards(context, tokenizer, rows, asked, arms)
     for name, arm in arms.items():
         refuse_not_finite(name, arm, rewards=rewards[name], divergences=divergences[name])

@@ -119,7 +119,7 @@ class MicroBatches(Trainer):
 def shared_tokens(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """``[pairs]`` tokens that stand once in a stream with both rows of a pair, chosen rows before rejected ones."""
     found = []
-    rows = [ids[real].tolist() for ids, real in zip(input_ids, attention_mask.bool(), strict=True)]
+    rows = [ids[real].tolist() for ids, real in zip(input_ids.cpu(), attention_mask.bool().cpu(), strict=True)]
     for chosen, rejected in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True):
         same = itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
         common = sum(1 for _ in same)

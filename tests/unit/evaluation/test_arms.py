@@ -71,7 +71,7 @@ def test_answers_and_scores_come_in_the_order_of_the_prompts(architecture: str, 
     use_flat_attention(model)
     others = [[answer] * (place % 3) for place, answer in enumerate(ANSWERS)]
     told: list[int] = []
-    found = answer_and_score(
+    answers, scores = answer_and_score(
         model,
         PROMPTS,
         others,
@@ -81,12 +81,39 @@ def test_answers_and_scores_come_in_the_order_of_the_prompts(architecture: str, 
         with_own=True,
         progress=told.append,
     )
-    assert told[-1] == len(PROMPTS)
-    for prompt, texts, heard in zip(PROMPTS, others, found, strict=True):
-        assert heard.ids == generate(model, [prompt], max_new_tokens=4, end_ids=[2], batch_size=1)[0]
-        assert heard.own is not None
-        expected = sequence_logprobs(model, [prompt] * (1 + len(texts)), [heard.ids, *texts])
-        close([heard.own, *heard.others], expected)
+    assert told == [min(3, done) for done in range(batch_size, 3 + batch_size, batch_size)]
+    for prompt, texts, answer, found in zip(PROMPTS, others, answers, scores, strict=True):
+        assert answer == generate(model, [prompt], max_new_tokens=4, end_ids=[2], batch_size=1)[0]
+        close(found, sequence_logprobs(model, [prompt] * (1 + len(texts)), [answer, *texts]))
+
+
+def test_prompts_are_read_once_for_answers_and_scores() -> None:
+    model = tiny_model()
+    use_flat_attention(model)
+    read: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    told = {"max_new_tokens": 1, "end_ids": [2], "batch_size": 3, "with_own": True, "progress": lambda _: None}
+    answer_and_score(model, PROMPTS, [[answer] for answer in ANSWERS], **told)
+    own, others = len(PROMPTS), sum(map(len, ANSWERS))
+    assert read == [sum(map(len, PROMPTS)), own + others]
+
+
+def test_rewards_are_rounded_no_more_under_autocast_than_by_the_trunk() -> None:
+    """The head computes in float32; rounded to bfloat16, answers would tie."""
+    model = tiny_scorer().to(torch.bfloat16)
+    model.score.float()
+    install_scalar(model)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        states = [
+            model.base_model(torch.tensor([[*prompt, *answer]])).last_hidden_state[0, -1]
+            for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
+        ]
+        found = reward_scores(model, PROMPTS, ANSWERS)
+    expected = [float(state.float() @ model.score.weight[0].detach()) for state in states]
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 0.05
+    assert all(score != float(torch.tensor(score).bfloat16()) for score in found)
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 1000])

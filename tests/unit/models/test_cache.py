@@ -118,7 +118,7 @@ def test_a_model_is_left_as_it_was_even_after_an_error(implementation: str) -> N
     before = {name: vars(module).get("forward") for name, module in model.named_modules()}
 
     def fail() -> None:
-        with decoding(model, 4) as room:
+        with decoding(model) as room:
             assert room == ROOM
             assert model.config._attn_implementation == (ATTENTION if implementation == "sdpa" else "eager")
             raise KeyboardInterrupt

@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, P
 from alignment.config.adapter import AdapterConfig
 from alignment.models import cache as cache_module
 from alignment.models import generate as generate_module
+from alignment.models import reading as reading_module
 from alignment.models.adapters import add_adapter
 from alignment.models.answers import unwrapped
+from alignment.models.attention import ATTENTION
 from alignment.models.flat import use_flat_attention
 from alignment.models.generate import Sampling, generate
 from tests.oracles import logprobs as oracle
@@ -67,6 +71,22 @@ def _other_model(name: str) -> torch.nn.Module:
     return model.eval()
 
 
+Maker = Callable[..., Any]
+
+
+@pytest.fixture(params=["flat", "padded"])
+def made(request: pytest.FixtureRequest) -> Maker:
+    """Makes tiny models whose prompts are read in one stream, as in the stages, or padded."""
+
+    def make(*args: Any, **told: Any) -> Any:
+        model = tiny_model(*args, **told)
+        if request.param == "flat":
+            use_flat_attention(model)
+        return model
+
+    return make
+
+
 def _uniforms(rows: int, steps: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(rows, steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -106,11 +126,11 @@ def test_a_model_with_learned_positions_answers_as_transformers_does() -> None:
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 @pytest.mark.parametrize(("name", "value"), [("ROOM", 0), ("ROOM", 3), ("FULL_ENOUGH", 0.0), ("FULL_ENOUGH", 1.0)])
 def test_answers_never_depend_on_the_room_of_the_cache_or_on_when_rows_leave(
-    architecture: str, name: str, value: float, monkeypatch: pytest.MonkeyPatch
+    made: Maker, architecture: str, name: str, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit of 40 tokens is beyond what is allocated at first."""
     changes = {"sliding_window": 6} if architecture == "mistral" else {}
-    model, reference = (tiny_model(architecture, **changes) for _ in range(2))
+    model, reference = made(architecture, **changes), tiny_model(architecture, **changes)
     monkeypatch.setattr(cache_module if name == "ROOM" else generate_module, name, value)
     free = [_own_greedy(reference, prompt, ends=[], limit=40) for prompt in PROMPTS]
     ends = [free[0][9], free[3][20]]
@@ -120,16 +140,19 @@ def test_answers_never_depend_on_the_room_of_the_cache_or_on_when_rows_leave(
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 20, 10_000])
-def test_answers_never_depend_on_how_prompts_are_read_together(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model()
+def test_answers_never_depend_on_how_prompts_are_read_together(
+    made: Maker, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made()
     expected = generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=1)
     monkeypatch.setattr(generate_module, "PREFILL_TOKENS", tokens)
+    monkeypatch.setattr(reading_module, "READ_TOKENS", tokens)
     assert generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=5) == expected
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_order_of_prompts_never_changes_an_answer(seed: int) -> None:
-    model = tiny_model(vocab_size=8)
+def test_the_order_of_prompts_never_changes_an_answer(made: Maker, seed: int) -> None:
+    model = made(vocab_size=8)
     prompts = [[token % 8 for token in prompt] for prompt in [*PROMPTS, PROMPTS[2], PROMPTS[0]]]
     uniforms = _uniforms(len(prompts), 16)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -148,8 +171,8 @@ def test_the_order_of_prompts_never_changes_an_answer(seed: int) -> None:
     assert answers(order) == [straight[i] for i in order]
 
 
-def test_equal_prompts_are_read_once_and_answered_each_for_itself() -> None:
-    model = tiny_model(vocab_size=8)
+def test_equal_prompts_are_read_once_and_answered_each_for_itself(made: Maker) -> None:
+    model = made(vocab_size=8)
     prompts = [[5, 6, 7, 4], [3, 1], [5, 6, 7, 4], [5, 6, 7, 4], [3, 1]]
     sampling = Sampling(temperature=1.0, uniforms=_uniforms(5, 12))
     read: list[int] = []
@@ -157,7 +180,8 @@ def test_equal_prompts_are_read_once_and_answered_each_for_itself() -> None:
         lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     shared = generate(model, prompts, max_new_tokens=12, end_ids=[END], batch_size=5, sampling=sampling)
-    assert read[0] == 8, "two prompts, the shorter one padded to four tokens"
+    flat = model.config._attn_implementation == ATTENTION
+    assert read[0] == (6 if flat else 8), "two prompts, the shorter one padded to four tokens or not at all"
     assert max(read[1:]) <= 5
     hook.remove()
     alone = generate(model, prompts, max_new_tokens=12, end_ids=[END], batch_size=1, sampling=sampling)
@@ -165,21 +189,21 @@ def test_equal_prompts_are_read_once_and_answered_each_for_itself() -> None:
     assert len({tuple(answer) for answer in shared}) > 2
 
 
-def test_an_adapter_that_is_active_counts() -> None:
-    adapted = add_adapter(tiny_model(), AdapterConfig(rank=4), TaskType.CAUSAL_LM).eval()
+def test_an_adapter_that_is_active_counts(made: Maker) -> None:
+    adapted = add_adapter(made(), AdapterConfig(rank=4), TaskType.CAUSAL_LM).eval()
     liven(adapted)
     merged = add_adapter(tiny_model(), AdapterConfig(rank=4), TaskType.CAUSAL_LM).eval()
     liven(merged)
     reference = merged.merge_and_unload()
     found = generate(unwrapped(adapted), PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
     assert found == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
-    assert found != generate(tiny_model(), PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
+    assert found != generate(made(), PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_bfloat16_answers_are_likely_under_the_models_own_forward(autocast: bool) -> None:
+def test_bfloat16_answers_are_likely_under_the_models_own_forward(made: Maker, autocast: bool) -> None:
     """Low precision may take another token where two are nearly as likely, and nowhere else."""
-    model = tiny_model() if autocast else tiny_model().to(torch.bfloat16)
+    model = made() if autocast else made().to(torch.bfloat16)
     context = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
     with context:
         answers = generate(model, PROMPTS, max_new_tokens=12, end_ids=[END], batch_size=5)
@@ -190,8 +214,8 @@ def test_bfloat16_answers_are_likely_under_the_models_own_forward(autocast: bool
         assert gap.max() < 0.1 * logits.std()
 
 
-def test_the_generation_config_of_a_model_never_leaks_in() -> None:
-    model = tiny_model()
+def test_the_generation_config_of_a_model_never_leaks_in(made: Maker) -> None:
+    model = made()
     plain = generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=2)
     config = model.generation_config
     config.do_sample, config.temperature, config.top_k, config.top_p = True, 5.0, 2, 0.1
@@ -216,8 +240,8 @@ def test_an_answer_ends_with_its_end_token_or_at_the_limit() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
-def test_sampled_answers_never_depend_on_the_batch(batch_size: int) -> None:
-    model = tiny_model(vocab_size=8)
+def test_sampled_answers_never_depend_on_the_batch(made: Maker, batch_size: int) -> None:
+    model = made(vocab_size=8)
     prompts = [[token % 8 for token in prompt] for prompt in PROMPTS]
     sampling = Sampling(temperature=1.0, uniforms=_uniforms(len(prompts), 16))
     together, split = (
@@ -227,9 +251,9 @@ def test_sampled_answers_never_depend_on_the_batch(batch_size: int) -> None:
     assert split == together
 
 
-def test_rows_that_finish_early_leave_the_others_unchanged() -> None:
+def test_rows_that_finish_early_leave_the_others_unchanged(made: Maker) -> None:
     """The same row beside neighbours that end at once and beside neighbours that never end."""
-    model = tiny_model(vocab_size=8)
+    model = made(vocab_size=8)
     uniforms = _uniforms(4, 12)
     sampling = Sampling(temperature=1.0, uniforms=uniforms)
     prompts = [[5, 6, 7], [4], [5, 5], [6, 4, 4, 5]]
@@ -241,8 +265,8 @@ def test_rows_that_finish_early_leave_the_others_unchanged() -> None:
             assert answer == endless[:cut]
 
 
-def test_other_uniforms_give_other_answers() -> None:
-    model = tiny_model(vocab_size=8)
+def test_other_uniforms_give_other_answers(made: Maker) -> None:
+    model = made(vocab_size=8)
     answers = [
         generate(
             model,
@@ -258,8 +282,8 @@ def test_other_uniforms_give_other_answers() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.8, 3.0])
-def test_evenly_spread_uniforms_reproduce_the_distribution(temperature: float) -> None:
-    model = tiny_model(vocab_size=8)
+def test_evenly_spread_uniforms_reproduce_the_distribution(made: Maker, temperature: float) -> None:
+    model = made(vocab_size=8)
     logits = model(torch.tensor([[5, 6]])).logits[0, -1].tolist()
     count = 4_000
     uniforms = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count
@@ -278,9 +302,9 @@ def test_evenly_spread_uniforms_reproduce_the_distribution(temperature: float) -
         assert abs(seen[token] / count - float(expected[token])) < 1.5 / count
 
 
-def test_random_uniforms_pass_a_chi_square_test_on_two_steps() -> None:
+def test_random_uniforms_pass_a_chi_square_test_on_two_steps(made: Maker) -> None:
     """16 cells, 15 degrees of freedom: the statistic stays below 37.7 in 999 of 1,000 cases."""
-    model = tiny_model(vocab_size=4)
+    model = made(vocab_size=4)
     count = 4_000
     answers = generate(
         model,
@@ -351,9 +375,9 @@ def test_the_ends_of_the_unit_interval_give_tokens_of_the_vocabulary(uniform: fl
     assert all(0 <= token < 128 for token in answer)
 
 
-def test_progress_counts_the_prompts_that_are_done() -> None:
+def test_progress_counts_the_prompts_that_are_done(made: Maker) -> None:
     told: list[int] = []
-    generate(tiny_model(), PROMPTS, max_new_tokens=2, end_ids=[], batch_size=2, progress=told.append)
+    generate(made(), PROMPTS, max_new_tokens=2, end_ids=[], batch_size=2, progress=told.append)
     assert told == [2, 4, 5]
 
 

@@ -14,9 +14,9 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.models import layout
 from alignment.models.adapters import add_adapter
 from alignment.models.blocks import fuse_blocks
-from alignment.models.decoding import decoding
 from alignment.models.layout import laid_out
-from alignment.models.nf4 import quantize_trunk
+from alignment.models.nf4 import Nf4Linear, quantize_trunk
+from alignment.models.products import JOINT
 from tests.tiny import ARCHITECTURES, liven, tiny_model
 from tests.unit.models.conftest import relative
 
@@ -32,9 +32,9 @@ def test_weights_laid_out_give_the_same_products(bias: bool, packed: bool, monke
     states = torch.randn(3, 2, 24)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = layer(states)
-        (changed,) = layout._lay_out(layer, 6)
-        assert changed[0] is layer[0]
-        found = layer(states)
+        with laid_out(layer, 6):
+            assert "forward" in vars(layer[0])
+            found = layer(states)
     assert found.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=2**-7)
 
@@ -47,11 +47,17 @@ def test_layers_that_have_a_forward_or_weights_of_another_kind_are_left_alone() 
     patched.forward = lambda states: states  # type: ignore[method-assign]
     sharded.weight = nn.Parameter(torch.empty(0))
     layers = nn.Sequential(patched, sharded, Special(4, 4), nn.Linear(4, 4, device="meta")).to(torch.bfloat16)
-    assert layout._lay_out(layers, 2) == []
+    assert _changed(layers) == []
 
 
 def test_float32_products_need_no_copy() -> None:
-    assert layout._lay_out(tiny_model(), 2) == []
+    assert _changed(tiny_model()) == []
+
+
+def _changed(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    before: list[tuple[nn.Module, str, Any]] = []
+    layout._lay_out(model, 2, before)
+    return before
 
 
 def test_an_adapter_counts_while_weights_are_laid_out() -> None:
@@ -60,7 +66,7 @@ def test_an_adapter_counts_while_weights_are_laid_out() -> None:
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(ids).logits.float()
-        with decoding(model.get_base_model(), 1):
+        with laid_out(model.get_base_model(), 1):
             found = model(ids).logits.float()
         with model.disable_adapter():
             without = model(ids).logits.float()
@@ -89,8 +95,11 @@ def test_layers_of_one_input_are_one_product_and_give_the_same(architecture: str
         expected = model(ids).logits.float()
         with laid_out(model, 8):
             found = model(ids).logits.float()
-            with laid_out(model, 8):  # as evaluation does around sampling
-                assert torch.equal(model(ids).logits.float(), found)
+            for part in (model, model.base_model):  # as evaluation does around sampling and scoring
+                with laid_out(part, 8):
+                    assert torch.equal(model(ids).logits.float(), found)
+            joined = [name for name, module in model.named_modules() if JOINT in vars(module)]
+            assert len(joined) == 2 * model.config.num_hidden_layers or not _has_own_layout()
             assert torch.equal(model(ids).logits.float(), found)
         exact = copy.deepcopy(model).float()
         with torch.autocast("cpu", enabled=False):
@@ -99,7 +108,12 @@ def test_layers_of_one_input_are_one_product_and_give_the_same(architecture: str
     assert relative(expected, truth) < 0.02
 
 
-def test_four_bits_are_written_out_once() -> None:
+def _has_own_layout() -> bool:
+    """Whether this machine's oneDNN has bfloat16 products."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def test_four_bits_are_written_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model().to(torch.bfloat16)
     quantize_trunk(model, torch.device("cpu"))
     model = add_adapter(model, AdapterConfig(kind=AdapterKind.qlora, rank=4), TaskType.CAUSAL_LM).eval()
@@ -109,7 +123,24 @@ def test_four_bits_are_written_out_once() -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(ids).logits.float()
         with laid_out(model, 4):
+            monkeypatch.setattr(Nf4Linear, "dense", None)  # from here on nobody may ask
             assert relative(model(ids).logits.float(), expected) < 0.02
+
+
+def test_a_layout_that_is_interrupted_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model().to(torch.bfloat16)
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    function_of = layout._function_of
+
+    def interrupted(module: nn.Module, rows: int) -> Any:
+        if module is model.lm_head:
+            raise KeyboardInterrupt
+        return function_of(module, rows)
+
+    monkeypatch.setattr(layout, "_function_of", interrupted)
+    with pytest.raises(KeyboardInterrupt), laid_out(model, 4):
+        pass
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
 
 
 def test_what_was_laid_out_is_gone_afterwards() -> None:

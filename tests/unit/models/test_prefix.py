@@ -107,6 +107,14 @@ def test_answers_follow_the_prefix(architecture: str) -> None:
                 row.append(token)
 
 
+def test_a_prefix_is_never_left_out_in_silence() -> None:
+    """Where prompts are read padded, nobody would put it in front."""
+    base = _wrapped().get_base_model()
+    base.set_attn_implementation("sdpa")
+    with pytest.raises(ModelError, match="a prefix needs it"):
+        generate(base, [[5, 6, 7]], max_new_tokens=2, end_ids=[2], batch_size=1)
+
+
 def test_texts_behind_prompts_that_were_read_follow_the_prefix() -> None:
     wrapped = _wrapped()
     base = wrapped.get_base_model()

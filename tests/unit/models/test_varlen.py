@@ -9,8 +9,8 @@ import torch
 from torch.nn.attention import varlen
 
 from alignment.models import attention
-from alignment.models.attention import flat_attention
-from alignment.models.rows import FlatRows, stream
+from alignment.models.attention import KeysValues, flat_attention
+from alignment.models.rows import FlatRows, behind, stream
 from tests.unit.models.conftest import ROWS, relative
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 16
@@ -62,6 +62,27 @@ def test_the_kernel_gets_the_rows_and_their_shared_beginnings(name: str, monkeyp
     expected, _ = flat_attention(torch.nn.Identity(), query, key, value, None, segments=rows.segments)
     found = attention._varlen(query[0], key[0], value[0], rows.segments, WIDTH**-0.5, attention._Ahead())
     assert relative(found, expected[0]) < 1e-5
+
+
+@pytest.mark.parametrize("virtual", [0, 3])
+def test_the_kernel_gets_what_was_read_earlier(virtual: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts behind prompts of another stream, with a prefix before both or none."""
+    monkeypatch.setattr(varlen, "varlen_attn", _slow_varlen)
+    start = list(range(10, 30))
+    read = stream([[*start, 5], [*start, 6, 7], [8, 9]], torch.device("cpu"))
+    rows = behind(read, [1, 0, 2, 2], [[4, 4], [3], [5, 6, 7], [2]])
+    earlier = KeysValues()
+    layer: Any = torch.nn.Identity()
+    layer.layer_idx = 0
+    query, key, value = _states(read, "cpu", torch.float32)
+    prefix = torch.randn(2, KEY_HEADS, virtual, key.shape[-1]) if virtual else None
+    flat_attention(layer, query, key, value, None, segments=read.segments, kept=earlier)
+    query, key, value = _states(rows, "cpu", torch.float32)
+    told: dict[str, Any] = {"segments": rows.segments, "earlier": earlier}
+    expected, _ = flat_attention(layer, query, key, value, None, **told, prefix=prefix)
+    monkeypatch.setattr(attention, "_has_kernel", lambda *_: True)
+    found, _ = flat_attention(layer, query, key, value, None, **told, prefix=prefix)
+    assert relative(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -241,7 +241,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> None:
         return [[*tokenizer(words)["input_ids"], tokenizer.eos_token_id] for _ in prompts]
 
     monkeypatch.setattr(answering.Policies, "load", load)
-    monkeypatch.setattr(arms, "generate", generate)
+    monkeypatch.setattr(arms, "answer_batch", generate)
 
 
 def by_judge(kind: JudgeKind, endpoint: EndpointConfig | None = None, **changes: Any) -> EvaluateConfig:
