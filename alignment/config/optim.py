@@ -32,9 +32,8 @@ class OptimConfig:
     """AdamW. ``batch_size`` is global: it is split over processes, and does not change with them.
 
     ``micro_batch_tokens`` are held in memory at once on a device, what the rows of a pair have in common once; a longer
-    row stands alone.
-    ``activation_checkpointing`` keeps a layer's input only, and computes the layer again in the backward pass. Both
-    change memory and time, not what is learned, but for rounding: without ``master_weights`` gradients of pieces are
+    row stands alone. ``activation_checkpointing`` keeps a layer's input only, and computes the layer again in the
+    backward pass. Both change memory and time, not what is learned, but for rounding: without ``master_weights`` gradients of pieces are
     added up in the model's dtype. ``max_steps`` stops earlier than ``epochs``.
     """
 

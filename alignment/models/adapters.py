@@ -155,7 +155,7 @@ def at_start(model: PeftModel) -> Iterator[PreTrainedModel]:
 
 @contextmanager
 def _switched_off(model: PeftModel) -> Iterator[None]:
-    """As PEFT does, but for what it says about which weights are trained: that took a tenth of a second a step."""
+    """As PEFT does, but for what it says anew about which weights are trained, which takes time at every step."""
     layers = [layer for layer in model.modules() if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     for layer in layers:
         layer._disable_adapters = True
