@@ -7,6 +7,7 @@ gradient is the exact one of log softmax, chunk by chunk, so memory stays at one
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,10 @@ from alignment.models.precision import products_dtype
 from alignment.models.rows import FlatRows
 
 CHUNK = 256
-"""Tokens projected at once: 256 × 49,152 float32 logits are 50 MB."""
+"""Tokens projected at once: 256 × 49,152 bfloat16 products are 25 MB."""
+
+IN_CACHE = 2**19
+"""Float32 numbers that passes over logits work on at once on a CPU: 2 MB stay near its cores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,10 +113,12 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
         slopes = torch.empty_like(hidden) if want_hidden and not want_weight else None
         found = _Statistics(hidden.shape[0], hidden.device)
         room = _Room(hidden, weight)
-        for rows in _chunks(hidden.shape[0]):
-            shares = _score(room, found, rows, hidden[rows], weight, labels[rows], temperature)
+        for chunk in _pieces(0, hidden.shape[0], CHUNK):
+            products = room.project(hidden[chunk], weight)
+            for rows, part in room.parts(chunk):
+                _score(room, found, rows, part, labels[rows], temperature=temperature, slope=slopes is not None)
             if slopes is not None:
-                torch.mm(_log_softmax_slope(shares, labels[rows], room), weight, out=slopes[rows])
+                torch.mm(products, weight, out=slopes[chunk])
         ctx.trained = want_weight
         if want_weight:
             ctx.save_for_backward(hidden, weight, labels, found.log_norm)
@@ -151,49 +157,50 @@ class _Statistics:
 
 
 class _Room:
-    """Memory for one chunk, used again by the next: fresh pages for 100 MB cost as much as the arithmetic on them."""
+    """Memory for one chunk's products, and for as many float32 rows of them as are worked on at once; used again by the
+    next: fresh pages for 100 MB cost as much as the arithmetic on them."""
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        shape = (min(CHUNK, hidden.shape[0]), weight.shape[0])
-        self.products = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
-        self.logits = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+        count, vocabulary = min(CHUNK, hidden.shape[0]), weight.shape[0]
+        self.at_once = count if hidden.device.type != "cpu" else min(count, max(1, IN_CACHE // vocabulary))
+        self.products = torch.empty(count, vocabulary, dtype=hidden.dtype, device=hidden.device)
+        self.logits = torch.empty(self.at_once, vocabulary, dtype=torch.float32, device=hidden.device)
         self.shares = torch.empty_like(self.logits)
+
+    def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """``[chunk, vocabulary]`` products of a chunk's states with the head."""
+        return torch.mm(hidden, weight.T, out=self.products[: len(hidden)])
+
+    def parts(self, chunk: slice) -> Iterator[tuple[slice, Tensor]]:
+        """The rows of a chunk worked on at once, as rows of all, and their products, to be read and written."""
+        for rows in _pieces(chunk.start, chunk.stop, self.at_once):
+            yield rows, self.products[rows.start - chunk.start : rows.stop - chunk.start]
 
 
 def _score(
-    room: _Room,
-    found: _Statistics,
-    rows: slice,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    temperature: float,
-) -> Tensor:
-    """Fills a chunk's statistics; returns its probabilities ``[tokens, vocabulary]``, float32."""
-    count = hidden.shape[0]
-    torch.mm(hidden, weight.T, out=room.products[:count])
-    logits = room.logits[:count].copy_(room.products[:count])
+    room: _Room, found: _Statistics, rows: slice, products: Tensor, labels: Tensor, *, temperature: float, slope: bool
+) -> None:
+    """Fills some rows' statistics; puts onehot(label) − p in the place of their ``products`` if ``slope`` is wanted."""
+    logits = room.logits[: len(labels)].copy_(products)
     if temperature != 1.0:
         logits.div_(temperature)
     highest = logits.amax(-1, keepdim=True)
-    logits.sub_(highest)
-    shares = torch.exp(logits, out=room.shares[:count])
-    total = shares.sum(-1, keepdim=True)
+    weights = torch.exp(logits.sub_(highest), out=room.shares[: len(labels)])
+    total = weights.sum(-1, keepdim=True)
     chosen = logits.gather(-1, labels[:, None]).squeeze(-1)
     log_total = total.log().squeeze(-1)
     found.log_norm[rows] = log_total + highest.squeeze(-1)
     found.logprobs[rows] = chosen - log_total
     found.is_top1[rows] = chosen >= 0
-    shares.div_(total)
-    found.entropy[rows] = log_total - logits.mul_(shares).sum(-1)
-    return shares
+    found.entropy[rows] = log_total - logits.mul_(weights).sum(-1) / total.squeeze(-1)
+    if slope:
+        products.copy_(_log_softmax_slope(weights.div_(total), labels))
 
 
-def _log_softmax_slope(shares: Tensor, labels: Tensor, room: _Room) -> Tensor:
-    """onehot(label) − p, in the dtype of the products."""
+def _log_softmax_slope(shares: Tensor, labels: Tensor) -> Tensor:
+    """onehot(label) − p in the place of p ``[rows, vocabulary]``."""
     at_label = 1 - shares.gather(-1, labels[:, None])
-    slope = torch.neg(shares, out=shares)
-    return room.products[: len(labels)].copy_(slope.scatter_(-1, labels[:, None], at_label))
+    return shares.neg_().scatter_(-1, labels[:, None], at_label)
 
 
 def _recomputed(ctx: Any, factors: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -202,20 +209,18 @@ def _recomputed(ctx: Any, factors: Tensor) -> tuple[Tensor | None, Tensor]:
     grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32)
     room = _Room(hidden, weight)
-    for rows in _chunks(hidden.shape[0]):
-        count = hidden[rows].shape[0]
-        torch.mm(hidden[rows], weight.T, out=room.products[:count])
-        logits = room.logits[:count].copy_(room.products[:count]).div_(ctx.temperature)
-        shares = torch.exp(logits.sub_(log_norm[rows, None]), out=room.shares[:count])
-        at_label = 1 - shares.gather(-1, labels[rows, None])
-        shares.neg_().scatter_(-1, labels[rows, None], at_label).mul_(factors[rows, None])
-        slope = room.products[:count].copy_(shares)
+    for chunk in _pieces(0, hidden.shape[0], CHUNK):
+        products = room.project(hidden[chunk], weight)
+        for rows, part in room.parts(chunk):
+            logits = room.logits[: len(part)].copy_(part).div_(ctx.temperature)
+            shares = torch.exp(logits.sub_(log_norm[rows, None]), out=room.shares[: len(part)])
+            part.copy_(_log_softmax_slope(shares, labels[rows]).mul_(factors[rows, None]))
         if grad_hidden is not None:
-            torch.mm(slope, weight, out=grad_hidden[rows])
-        grad_weight += slope.T @ hidden[rows]
+            torch.mm(products, weight, out=grad_hidden[chunk])
+        grad_weight += products.T @ hidden[chunk]
     hidden_dtype, weight_dtype = ctx.input_dtypes
     return None if grad_hidden is None else grad_hidden.to(hidden_dtype), grad_weight.to(weight_dtype)
 
 
-def _chunks(count: int) -> list[slice]:
-    return [slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+def _pieces(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, stop)) for first in range(start, stop, size))

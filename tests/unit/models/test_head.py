@@ -21,12 +21,13 @@ def figures() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden, weight, labels
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 512])
+@pytest.mark.parametrize(("chunk", "at_once"), [(1, 512), (3, 512), (3, 2), (7, 1), (512, 3), (512, 512)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
 def test_statistics_equal_the_slow_loops(
-    monkeypatch: pytest.MonkeyPatch, figures: tuple[torch.Tensor, ...], temperature: float, chunk: int
+    monkeypatch: pytest.MonkeyPatch, figures: tuple[torch.Tensor, ...], temperature: float, chunk: int, at_once: int
 ) -> None:
     monkeypatch.setattr(head, "CHUNK", chunk)
+    monkeypatch.setattr(head, "IN_CACHE", at_once * 11)
     hidden, weight, labels = figures
     logits = (hidden.double() @ weight.double().T).tolist()
     found = token_statistics(hidden, weight, labels, temperature=temperature)
@@ -38,20 +39,23 @@ def test_statistics_equal_the_slow_loops(
     assert found.is_top1[0]
 
 
+@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_gradients_equal_those_of_log_softmax(
-    monkeypatch: pytest.MonkeyPatch, figures: tuple[torch.Tensor, ...], temperature: float
+    monkeypatch: pytest.MonkeyPatch, figures: tuple[torch.Tensor, ...], temperature: float, trained: bool
 ) -> None:
     monkeypatch.setattr(head, "CHUNK", 3)
+    monkeypatch.setattr(head, "IN_CACHE", 2 * 11)
     hidden, weight, labels = figures
     upstream = torch.randn(7, generator=torch.Generator().manual_seed(1))
-    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)]
     theirs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     (token_statistics(*ours, labels, temperature=temperature).logprobs * upstream).sum().backward()
     plain = ((theirs[0] @ theirs[1].T) / temperature).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
     (plain * upstream).sum().backward()
     for mine, other in zip(ours, theirs, strict=True):
-        close(mine.grad, other.grad, atol=1e-5)
+        if mine.requires_grad:
+            close(mine.grad, other.grad, atol=1e-5)
 
 
 def test_a_frozen_head_gets_no_gradient(figures: tuple[torch.Tensor, ...]) -> None:
