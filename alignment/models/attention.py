@@ -1,17 +1,13 @@
 """Attention inside the rows of a stream, as a function that transformers' models call (AttentionInterface).
 
-On CPU a row whose queries fit into one block is two matrix products with a softmax between, which is kept for the
-backward pass; rows that follow one another behind the same beginning, such as n answers to a prompt, are one block as
-far as they fit. A longer row is one call of scaled-dot-product attention. The backward pass is written out, because
-PyTorch's flash kernel for CPU took four times as long as the matrix products that it is made of. On CUDA all rows are
-one call of the variable-length kernel. A shared beginning is gathered in front of the row's own keys and
-values.
+On CUDA all rows are one call of the variable-length kernel, elsewhere some batched products
+(alignment/models/row_attention.py). A shared beginning is gathered in front of the row's own keys and values.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,12 +18,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from alignment.models.precision import products_dtype
+from alignment.models.row_attention import Row, attend
 from alignment.models.rows import Range, Segment
 
 ATTENTION = "flat_sdpa"
-
-QUERIES = 256
-"""Queries whose scores are held at once: 9 heads × 256 × 2,048 bfloat16 are 9 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +82,7 @@ def flat_attention(
     keys, values, ahead = _with_earlier(module, key[0], value[0], prefix=prefix, kept=kept, earlier=earlier)
     if _has_kernel(query, value):
         return _varlen(query[0], keys, values, segments, scale, ahead)[None], None
-    blocks = _blocks(tuple(segments), ahead, query.dtype, query.device)
-    attended = _RowAttention.apply(query[0], keys, values, blocks, scale)
+    attended = attend(query[0], keys, values, _rows(tuple(segments), ahead), scale)
     return attended.transpose(0, 1)[None], None
 
 
@@ -123,186 +116,17 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
     return query.device.type == "cuda" and half and query.shape[-1] == value.shape[-1]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Block:
-    """Queries of one row, or of several behind the same beginning, that are computed in one call.
-
-    ``hidden`` is ``[queries, keys]``, −∞ where a query does not see a key, else 0; None where each query sees all keys
-    up to itself.
-    """
-
-    own: Range
-    keys: tuple[Range, ...]
-    hidden: Tensor | None
-
-    @property
-    def is_small(self) -> bool:
-        """Whether its weights are computed as they are written, and kept for the backward pass."""
-        return self.own[1] - self.own[0] <= QUERIES
-
-    def hidden_among(self, first: int, last: int, like: Tensor) -> Tensor:
-        """``[last - first] × 2``: what the queries of these places hide of their own keys; ``like`` has the dtype."""
-        count = last - first
-        if self.hidden is None:
-            return _later(count, like.dtype, like.device)
-        seen = self.hidden.shape[1] - (self.own[1] - last)
-        return self.hidden[first - self.own[0] : last - self.own[0], seen - count : seen]
-
-
-@functools.lru_cache(maxsize=4)  # all layers, and the models that read the same stream, ask for the same ones
-def _blocks(
-    segments: tuple[Segment, ...], ahead: _Ahead, dtype: torch.dtype, device: torch.device
-) -> tuple[_Block, ...]:
-    """The calls that a stream takes."""
-    found = []
-    for rows in _alike(segments):
-        own, before = (rows[0].own[0], rows[-1].own[1]), _behind(rows[0].before, ahead)
-        hidden = None
-        if before:
-            lengths = [end - start for start, end in (row.own for row in rows)]
-            among = torch.block_diag(*(torch.ones(length, length).tril() for length in lengths)).bool()
-            own_hidden = torch.zeros(among.shape, dtype=dtype).masked_fill_(~among, float("-inf"))
-            hidden = nn.functional.pad(own_hidden, (sum(end - start for start, end in before), 0)).to(device)
-        found.append(_Block(own=own, keys=(*before, ahead.shifted(own)), hidden=hidden))
-    return tuple(found)
+@functools.lru_cache(maxsize=4)  # all layers ask for the same ones
+def _rows(segments: tuple[Segment, ...], ahead: _Ahead) -> tuple[Row, ...]:
+    """The rows that have queries, with their places among all keys."""
+    return tuple(
+        Row(segment.own, _behind(segment.keys, ahead)) for segment in segments if segment.own[1] > segment.own[0]
+    )
 
 
 def _behind(ranges: Sequence[Range], ahead: _Ahead) -> tuple[Range, ...]:
     """Ranges of a stream among all keys; those of a prefix come first."""
     return (*(((0, ahead.prefix),) if ahead.prefix else ()), *map(ahead.shifted, ranges))
-
-
-def _alike(segments: tuple[Segment, ...]) -> Iterator[list[Segment]]:
-    """Runs of rows behind the same shared beginning whose queries fit into one block, and all others one by one."""
-    run: list[Segment] = []
-    for segment in segments:
-        if segment.own[0] == segment.own[1]:
-            continue
-        same = run and segment.before and segment.before == run[0].before
-        if run and not (same and segment.own[1] - run[0].own[0] <= QUERIES):
-            yield run
-            run = []
-        run.append(segment)
-    if run:
-        yield run
-
-
-class _RowAttention(torch.autograd.Function):
-    """``[heads, tokens, width]`` queries on ``[key heads, tokens, width]`` keys and values, block by block."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[_Block, ...], scale: float
-    ) -> Tensor:
-        attended = query.new_empty(*query.shape[:2], value.shape[-1])
-        kept = []
-        for block in blocks:
-            start, end = block.own
-            queries, keys, values = query[:, start:end], _gathered(key, block.keys), _gathered(value, block.keys)
-            if block.is_small:
-                weights = _weights(_grouped(queries, key.shape[0]), keys, block.hidden_among(start, end, query), scale)
-                attended[:, start:end] = torch.bmm(weights, values).view(-1, end - start, value.shape[-1])
-                kept.append(weights)
-            else:
-                attended[:, start:end] = nn.functional.scaled_dot_product_attention(
-                    queries[None],
-                    keys[None],
-                    values[None],
-                    attn_mask=block.hidden,
-                    is_causal=block.hidden is None,
-                    scale=scale,
-                    enable_gqa=query.shape[0] != key.shape[0],
-                )[0]
-        ctx.save_for_backward(query, key, value, *kept)
-        ctx.blocks, ctx.scale = blocks, scale
-        return attended
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
-        grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        grad, weights = grad.to(query.dtype), iter(kept)
-        for block in ctx.blocks:
-            of_block = next(weights) if block.is_small else None
-            _block_backward((query, key, value), grads, grad, block, of_block, ctx.scale)
-        return *grads, None, None
-
-
-def _block_backward(
-    inputs: tuple[Tensor, Tensor, Tensor],
-    grads: tuple[Tensor, Tensor, Tensor],
-    grad: Tensor,
-    block: _Block,
-    kept: Tensor | None,
-    scale: float,
-) -> None:
-    """Adds one block's share to the gradients. Weights that were not ``kept`` are computed again, some queries at a
-    time on the keys they see."""
-    (query, key, value), (grad_query, grad_key, grad_value) = inputs, grads
-    heads, (start, end) = key.shape[0], block.own
-    keys, values = _gathered(key, block.keys), _gathered(value, block.keys)
-    earlier = keys.shape[1] - (end - start)
-    for first in range(start, end, QUERIES):
-        last = min(first + QUERIES, end)
-        seen = slice(earlier + last - start)
-        queries, queries_grad = (_grouped(states[:, first:last], heads) for states in (query, grad))
-        weights = kept
-        if weights is None:
-            weights = _weights(queries, keys[:, seen], block.hidden_among(first, last, query), scale)
-        own = _query_gradients(queries, keys[:, seen], values[:, seen], weights, queries_grad, scale)
-        grad_query[:, first:last] = own[0].view(-1, last - first, query.shape[-1])
-        _scatter_add(grad_key, block.keys, own[1])
-        _scatter_add(grad_value, block.keys, own[2])
-
-
-def _grouped(states: Tensor, heads: int) -> Tensor:
-    """``[heads, …]`` of a block of queries: those of heads that share a key head stand below one another."""
-    return states.reshape(heads, -1, states.shape[-1])
-
-
-def _weights(query: Tensor, key: Tensor, hidden: Tensor, scale: float) -> Tensor:
-    """softmax(scale·q kᵀ), ``[heads, queries, keys]``; the last keys are the queries' own.
-
-    ``hidden`` is ``[count, count]`` about these last keys, −∞ on those that a query does not see, else 0; queries are
-    some times ``count``. In bfloat16 scores are rounded before the softmax, as transformers' eager attention does.
-    """
-    count, seen = hidden.shape[0], key.shape[1]
-    scores = torch.bmm(query * scale, key.transpose(1, 2))
-    scores.view(key.shape[0], -1, count, seen)[..., seen - count :].add_(hidden)
-    return torch.softmax(scores, dim=-1)
-
-
-def _query_gradients(
-    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, grad: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of softmax(scale·q kᵀ) v for ``[heads, queries or keys, width]``, given the softmax."""
-    grad_value = torch.bmm(weights.transpose(1, 2), grad)
-    grad_weights = torch.bmm(grad, value.transpose(1, 2))
-    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-    grad_query = torch.bmm(grad_scores, key).mul_(scale)
-    grad_key = torch.bmm(grad_scores.transpose(1, 2), query).mul_(scale)
-    return grad_query, grad_key, grad_value
-
-
-@functools.lru_cache(maxsize=QUERIES)
-def _later(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[count, count]``: −∞ where the key comes after the query. Adding it is faster than filling by a mask."""
-    return torch.full((count, count), float("-inf"), dtype=dtype, device=device).triu(1)
-
-
-def _gathered(tensor: Tensor, ranges: Sequence[Range]) -> Tensor:
-    """The places of ``ranges`` along dimension 1; a view where they are one range."""
-    pieces = [tensor[:, start:end] for start, end in ranges]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-
-
-def _scatter_add(into: Tensor, ranges: Sequence[Range], values: Tensor) -> None:
-    """Adds ``values``, which may end before the ranges do, along dimension 1."""
-    offset = 0
-    for start, end in ranges:
-        count = min(end - start, values.shape[1] - offset)
-        into[:, start : start + count] += values[:, offset : offset + count]
-        offset += count
 
 
 def _varlen(
@@ -311,11 +135,10 @@ def _varlen(
     """``[tokens, heads, width]`` by one kernel call on CUDA; queries are aligned with the end of their keys."""
     from torch.nn.attention.varlen import varlen_attn
 
-    own = [end - start for segment in segments for start, end in [segment.own] if end > start]
-    rows = [_behind(segment.keys, ahead) for segment in segments if segment.own[1] > segment.own[0]]
-    whole = [sum(end - start for start, end in ranges) for ranges in rows]
+    rows = _rows(tuple(segments), ahead)
+    own, whole = [row.queries for row in rows], [row.earlier + row.queries for row in rows]
     if ahead != _Ahead() or any(segment.before for segment in segments):
-        places = torch.cat([torch.arange(start, end) for ranges in rows for start, end in ranges]).to(key.device)
+        places = torch.cat([torch.arange(*span) for row in rows for span in row.keys]).to(key.device)
         key, value = key.index_select(1, places), value.index_select(1, places)
     attended = varlen_attn(
         query.transpose(0, 1),

@@ -14,7 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.errors import ModelError
-from alignment.models import attention, head
+from alignment.models import head, row_attention
 from alignment.models.adapters import add_adapter
 from alignment.models.answers import scalar_scores, unwrapped
 from alignment.models.attention import ATTENTION
@@ -186,10 +186,18 @@ def test_a_common_beginning_is_computed_once(rows: str, computed: int) -> None:
     assert seen == [computed]
 
 
+@pytest.mark.parametrize(
+    "limits",
+    [{"QUERIES": 4, "PIECE": 3}, {"QUERIES": 4, "PIECE": 3, "SCORES": 0}, {"CALL": 0}, {"CALL": 10**9}],
+    ids=str,
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_long_rows_are_attended_to_in_blocks(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
-    monkeypatch.setattr(attention, "QUERIES", 4)
-    attention._blocks.cache_clear()
+def test_how_rows_are_put_together_in_attention_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, limits: dict[str, int]
+) -> None:
+    for name, value in limits.items():
+        monkeypatch.setattr(row_attention, name, value)
+    row_attention._plan.cache_clear()
     model = tiny_model(architecture)
     reference = twin(model)
     install_causal(model)
@@ -197,20 +205,8 @@ def test_long_rows_are_attended_to_in_blocks(monkeypatch: pytest.MonkeyPatch, ar
         batch = padded(ROWS[rows])
         model(**batch.arguments(), fused_lm_head=True).loss.backward()
         plain(reference, batch).loss.backward()
-    attention._blocks.cache_clear()
+    row_attention._plan.cache_clear()
     _assert_same_gradients(model, reference)
-
-
-def test_answers_behind_one_prompt_are_one_block_of_attention() -> None:
-    prompt = list(range(3, 23))
-    rows = stream([[*prompt, 30, 31], [*prompt, 40], [*prompt, 50, 51, 52], [5, 6]], torch.device("cpu"))
-    blocks = attention._blocks(rows.segments, attention._Ahead(), torch.float32, torch.device("cpu"))
-    assert [block.own for block in blocks] == [(0, 22), (22, 26), (26, 28)]
-    assert [block.keys for block in blocks] == [((0, 22),), ((0, 20), (22, 26)), ((26, 28),)]
-    hidden = blocks[1].hidden
-    assert hidden is not None
-    seen = [[place for place in range(24) if line[place] == 0] for line in hidden.tolist()]
-    assert seen == [[*range(20), 20], [*range(20), 21], [*range(20), 21, 22], [*range(20), 21, 22, 23]]
 
 
 def test_dropout_inside_attention_takes_the_padded_path(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,333 @@
+"""Attention inside the rows of a stream on a CPU, rows of similar sizes in one product.
+
+A row by itself is too little work for two cores, and its many small calls take longer than what they compute. So
+pieces of rows are put into groups, padded to the most queries and keys in the group: two batched matrix products with a
+softmax between. Of short rows the softmax is kept for the backward pass. A long row is one call of scaled-dot-product
+attention forward, and has its softmax computed again, piece by piece, in the backward pass. That is written out,
+because PyTorch's flash kernel for CPU took four times as long as the matrix products that it is made of. Heads of
+queries that share keys (Ainslie et al. 2023, grouped-query attention) stand in one product.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignment.models.rows import Range
+
+QUERIES = 256
+"""Queries up to which a row is short: what is kept of it grows with their square."""
+
+PIECE = 128
+"""Queries of a row in one piece at most: fewer see less of what comes after them."""
+
+SCORES = 2**18
+"""Scores of a head that several pieces have in one product at most."""
+
+CALL = 2**14
+"""What one product more costs, in scores of a head that are computed meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Queries at ``own`` of the stream. Their keys stand at ``keys`` among all keys; the last of these are their
+    own."""
+
+    own: Range
+    keys: tuple[Range, ...]
+
+    @property
+    def queries(self) -> int:
+        return self.own[1] - self.own[0]
+
+    @property
+    def earlier(self) -> int:
+        """Keys before its own."""
+        return sum(end - start for start, end in self.keys) - self.queries
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, rows: tuple[Row, ...], scale: float) -> Tensor:
+    """``[heads, tokens, value width]``: softmax(scale·q kᵀ) v inside rows; a query sees the keys up to its own.
+
+    In bfloat16 scores are rounded before the softmax, as transformers' eager attention does.
+
+    Args:
+        query: ``[heads, tokens, width]``; every token is in one of ``rows``.
+        key: ``[key heads, keys, width]``; each serves as many heads of queries as the others.
+        value: ``[key heads, keys, value width]``.
+    """
+    attended: Tensor = _RowAttention.apply(
+        query, key, value, _plan(rows, key.shape[0], query.dtype, query.device), scale
+    )
+    return attended
+
+
+# ---- which rows are computed together ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Group:
+    """Rows, or pieces of them, in one batched product: one matrix a row and key head, those of a head side by side.
+
+    ``queries`` and ``keys`` say where theirs stand among the lines of all groups. ``hidden`` is ``[1 or rows, queries,
+    keys]``, −∞ where a query does not see a key, else 0.
+    """
+
+    matrices: int
+    queries: slice
+    keys: slice
+    hidden: Tensor
+
+    def of_queries(self, lines: Tensor, width: int) -> Tensor:
+        """``[matrices, queries · parts, width]``: all heads of queries under one key head."""
+        return lines[self.queries].view(self.matrices, -1, width)
+
+    def of_keys(self, lines: Tensor) -> Tensor:
+        """``[matrices, keys, width]``."""
+        return lines[self.keys].view(self.matrices, -1, lines.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """The products that a stream takes.
+
+    ``kept`` groups are of short rows, whose softmax is kept; ``recomputed`` ones, of ``long`` rows, are for the
+    backward pass only.
+
+    A line is a token under one key head, number ``token · key heads + head``. ``queries`` and ``keys`` are the lines
+    that stand in the groups, those that pad rows among them; ``padding`` is where in the groups a query pads, and
+    ``places`` where each line of the stream stands in them.
+    """
+
+    kept: tuple[_Group, ...]
+    recomputed: tuple[_Group, ...]
+    long: tuple[tuple[Row, Tensor | None], ...]
+    """With what is hidden, ``[1, queries, keys]``, where there are keys before the row's own."""
+    queries: Tensor
+    keys: Tensor
+    padding: Tensor
+    places: Tensor
+
+
+@functools.lru_cache(maxsize=4)  # all layers, and the models that read the same stream, ask for the same one
+def _plan(rows: tuple[Row, ...], heads: int, dtype: torch.dtype, device: torch.device) -> _Plan:
+    short, long = ([row for row in rows if (row.queries > QUERIES) is longer] for longer in (False, True))
+    laid = _Laid(max(row.own[1] for row in rows), heads, dtype, device)
+    return _Plan(
+        kept=tuple(laid.groups(short)),
+        recomputed=tuple(laid.groups(long)),
+        long=tuple(
+            (row, _hidden([row.earlier], row.queries, dtype).to(device) if row.earlier else None) for row in long
+        ),
+        **laid.lines(),
+    )
+
+
+class _Laid:
+    """Lays groups one behind the other."""
+
+    def __init__(self, tokens: int, heads: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._heads, self._dtype, self._device = heads, dtype, device
+        self._places = torch.zeros(tokens, heads, dtype=torch.long)
+        self._queries, self._keys, self._padding = ([torch.zeros(0, dtype=torch.long)] for _ in range(3))
+        self._ends = 0, 0
+
+    def groups(self, rows: Sequence[Row]) -> Iterator[_Group]:
+        """Puts pieces of rows of similar sizes together."""
+        pieces = sorted((piece for row in rows for piece in _pieces(row)), key=lambda row: (row.queries, row.earlier))
+        for first, last in _cuts([(piece.queries, piece.earlier) for piece in pieces]):
+            yield self._group(pieces[first:last])
+
+    def _group(self, rows: Sequence[Row]) -> _Group:
+        own, seen, real = _padded(rows)
+        (start, end), (keys_start, keys_end) = (
+            (before, before + self._heads * tokens.numel())
+            for before, tokens in zip(self._ends, (own, seen), strict=True)
+        )
+        self._ends = end, keys_end
+        slots = torch.arange(start, end).view(self._heads, *own.shape)
+        self._places[own[real]] = slots[:, real].T
+        self._padding.append(slots[:, ~real].flatten())
+        self._queries.append(_lines_of(own, self._heads))
+        self._keys.append(_lines_of(seen, self._heads))
+        return _Group(
+            matrices=self._heads * len(rows),
+            queries=slice(start, end),
+            keys=slice(keys_start, keys_end),
+            hidden=_hidden([row.earlier for row in rows], own.shape[1], self._dtype).to(self._device),
+        )
+
+    def lines(self) -> dict[str, Tensor]:
+        """What a plan says of the lines in all groups laid so far."""
+        parts = {"queries": self._queries, "keys": self._keys, "padding": self._padding}
+        told = {name: torch.cat(part) for name, part in parts.items()} | {"places": self._places.flatten()}
+        return {name: part.to(self._device) for name, part in told.items()}
+
+
+def _pieces(row: Row) -> Iterator[Row]:
+    """Some queries of a row at a time, on the keys they see."""
+    start, end = row.own
+    own_keys = row.keys[-1][0]
+    for first in range(start, end, PIECE):
+        last = min(first + PIECE, end)
+        yield Row((first, last), (*row.keys[:-1], (own_keys, own_keys + last - start)))
+
+
+def _cuts(sizes: Sequence[tuple[int, int]]) -> list[Range]:
+    """How to cut rows of so many queries and earlier keys for calls and scores together to cost least."""
+    costs, starts = [0], [0]
+    for end in range(1, len(sizes) + 1):
+        found: list[tuple[int, int]] = []
+        queries = earlier = 0
+        for start in reversed(range(end)):
+            queries, earlier = max(queries, sizes[start][0]), max(earlier, sizes[start][1])
+            scores = (end - start) * queries * (queries + earlier)
+            if found and scores > SCORES:
+                break
+            found.append((costs[start] + scores + CALL, start))
+        cost, start = min(found)
+        costs.append(cost)
+        starts.append(start)
+    ranges, end = [], len(sizes)
+    while end:
+        ranges.append((starts[end], end))
+        end = starts[end]
+    return ranges
+
+
+def _padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    """``[rows, most queries]`` tokens, ``[rows, most earlier + most queries]`` keys, and which tokens are no padding.
+
+    Padding follows queries and their keys, and stands in front of earlier keys. It is token 0.
+    """
+    most, earlier = max(row.queries for row in rows), max(row.earlier for row in rows)
+    own = torch.zeros(len(rows), most, dtype=torch.long)
+    seen = torch.zeros(len(rows), earlier + most, dtype=torch.long)
+    for number, row in enumerate(rows):
+        own[number, : row.queries] = torch.arange(*row.own)
+        keys = torch.cat([torch.arange(*span) for span in row.keys])
+        seen[number, earlier - row.earlier : earlier + row.queries] = keys
+    return own, seen, torch.arange(most) < torch.tensor([row.queries for row in rows])[:, None]
+
+
+def _lines_of(tokens: Tensor, heads: int) -> Tensor:
+    """The lines of ``[rows, columns]`` tokens, those of a head side by side."""
+    return (tokens.flatten() * heads + torch.arange(heads)[:, None]).flatten()
+
+
+def _hidden(earlier: Sequence[int], queries: int, dtype: torch.dtype) -> Tensor:
+    """``[1 or rows, queries, most earlier + queries]``: −∞ on a query's later keys and on what pads a row's earlier
+    ones, else 0; for one row where all have equally many earlier keys."""
+    most = max(earlier)
+    keys = torch.arange(most + queries)
+    padding = most - torch.tensor(earlier if len(set(earlier)) > 1 else earlier[:1])
+    unseen = (keys < padding[:, None, None]) | (keys > most + torch.arange(queries)[:, None])
+    return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, float("-inf"))
+
+
+# ---- the function ------------------------------------------------------------------------------------------------
+
+
+class _RowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: _Plan, scale: float) -> Tensor:
+        heads, widths = key.shape[0], (query.shape[-1], value.shape[-1])
+        lines = [_lines(states, heads) for states in (query, key, value)]
+        queries, keys, values = _gathered(lines, plan)
+        found = queries.new_empty(len(queries), query.shape[0] // heads * widths[1])
+        kept = []
+        for group in plan.kept:
+            weights = _weights(group.of_queries(queries, widths[0]), group.of_keys(keys), group.hidden, scale)
+            torch.bmm(weights, group.of_keys(values), out=group.of_queries(found, widths[1]))
+            kept.append(weights)
+        attended = _spread(found, plan, query.shape[:2])
+        for row, hidden in plan.long:
+            attended[:, slice(*row.own)] = _long(query, key, value, row, hidden, scale)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.plan, ctx.scale = plan, scale
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *kept = ctx.saved_tensors
+        plan, heads, widths = ctx.plan, key.shape[0], (query.shape[-1], value.shape[-1])
+        grad = grad.to(query.dtype)
+        lines = [_lines(states, heads) for states in (query, key, value)]
+        queries, keys, values = _gathered(lines, plan)
+        grads = _lines(grad, heads).index_select(0, plan.queries)
+        grads.index_fill_(0, plan.padding, 0.0)  # so that queries that pad give nothing to the keys they saw
+        found = [torch.empty_like(part) for part in (queries, keys, values)]
+        for group, weights in zip_longest((*plan.kept, *plan.recomputed), kept):
+            inputs = group.of_queries(queries, widths[0]), group.of_keys(keys), group.of_keys(values)
+            if weights is None:
+                weights = _weights(inputs[0], inputs[1], group.hidden, ctx.scale)
+            into = group.of_queries(found[0], widths[0]), group.of_keys(found[1]), group.of_keys(found[2])
+            _gradients(inputs, weights, group.of_queries(grads, widths[1]), ctx.scale, into)
+        grad_key, grad_value = (
+            torch.zeros_like(own).index_add_(0, plan.keys, part).view(states.shape[1], heads, -1).transpose(0, 1)
+            for own, part, states in zip(lines[1:], found[1:], (key, value), strict=True)
+        )
+        return _spread(found[0], plan, query.shape[:2]), grad_key, grad_value, None, None
+
+
+def _lines(states: Tensor, heads: int) -> Tensor:
+    """``[tokens · heads, parts · width]`` of ``[parts · heads, tokens, width]``: what of a token is under one key
+    head."""
+    return states.transpose(0, 1).reshape(states.shape[1] * heads, -1)
+
+
+def _gathered(lines: Sequence[Tensor], plan: _Plan) -> list[Tensor]:
+    """The lines of queries, keys and values that stand in the groups."""
+    places = (plan.queries, plan.keys, plan.keys)
+    return [states.index_select(0, at) for states, at in zip(lines, places, strict=True)]
+
+
+def _spread(found: Tensor, plan: _Plan, shape: Sequence[int]) -> Tensor:
+    """``[heads, tokens, width]`` of the lines that stand in the groups."""
+    heads, tokens = shape
+    return found.index_select(0, plan.places).view(tokens, heads, -1).transpose(0, 1)
+
+
+def _weights(query: Tensor, key: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    """softmax(scale·q kᵀ), ``[matrices, queries · parts, keys]``; ``hidden`` is ``[1 or rows, queries, keys]``."""
+    scores = query.new_empty(*query.shape[:2], key.shape[1])
+    rows, queries, keys = hidden.shape
+    scores.view(-1, rows, queries, query.shape[1] // queries, keys).copy_(hidden[:, :, None])
+    scores.baddbmm_(query, key.transpose(1, 2), alpha=scale)
+    return torch.softmax(scores, dim=-1)
+
+
+def _gradients(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    weights: Tensor,
+    grad: Tensor,
+    scale: float,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Gradients of softmax(scale·q kᵀ) v for ``[matrices, queries or keys, width]``, given the softmax."""
+    query, key, value = inputs
+    torch.bmm(weights.transpose(1, 2), grad, out=into[2])
+    grad_weights = torch.bmm(grad, value.transpose(1, 2))
+    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    into[0].baddbmm_(grad_scores, key, beta=0, alpha=scale)
+    into[1].baddbmm_(grad_scores.transpose(1, 2), query, beta=0, alpha=scale)
+
+
+def _long(query: Tensor, key: Tensor, value: Tensor, row: Row, hidden: Tensor | None, scale: float) -> Tensor:
+    """``[heads, queries, value width]`` of a row by itself."""
+    keys, values = (torch.cat([states[:, start:end] for start, end in row.keys], dim=1) for states in (key, value))
+    return nn.functional.scaled_dot_product_attention(
+        query[None, :, slice(*row.own)],
+        keys[None],
+        values[None],
+        attn_mask=hidden,
+        is_causal=hidden is None,
+        scale=scale,
+        enable_gqa=query.shape[0] != key.shape[0],
+    )[0]

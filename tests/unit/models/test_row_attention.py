@@ -1,0 +1,94 @@
+"""Attention of many rows at once equals attention written as loops over single numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from alignment.models import row_attention
+from alignment.models.row_attention import Row, attend
+
+SHAPES = {
+    "rows alone": (Row((0, 3), ((0, 3),)), Row((3, 4), ((3, 4),)), Row((4, 10), ((4, 10),))),
+    "a shared beginning": (
+        Row((0, 5), ((0, 5),)),
+        Row((5, 7), ((0, 3), (5, 7))),
+        Row((7, 10), ((0, 2), (5, 6), (7, 10))),
+    ),
+    "keys in front of the stream": (Row((0, 2), ((0, 4), (6, 8))), Row((2, 10), ((1, 3), (8, 16)))),
+}
+
+
+def _by_loops(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: tuple[Row, ...], scale: float
+) -> torch.Tensor:
+    """As the definition says it, one query at a time: it sees the keys before its own, and its own."""
+    parts = query.shape[0] // key.shape[0]
+    out = []
+    for head in range(query.shape[0]):
+        found = {}
+        for row in rows:
+            places = [place for start, end in row.keys for place in range(start, end)]
+            for number, token in enumerate(range(*row.own)):
+                seen = places[: len(places) - row.queries + number + 1]
+                scores = torch.stack([query[head, token] @ key[head // parts, place] for place in seen]) * scale
+                found[token] = torch.softmax(scores, 0) @ value[head // parts, seen]
+        out.append(torch.stack([found[token] for token in sorted(found)]))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"QUERIES": 4, "PIECE": 3}, {"QUERIES": 1, "PIECE": 1}, {"CALL": 0}, {"CALL": 10**9}], ids=str
+)
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("rows", SHAPES.values(), ids=SHAPES)
+def test_values_and_gradients_are_those_of_the_definition(
+    monkeypatch: pytest.MonkeyPatch, rows: tuple[Row, ...], heads: tuple[int, int], limits: dict[str, int]
+) -> None:
+    for name, number in limits.items():
+        monkeypatch.setattr(row_attention, name, number)
+    row_attention._plan.cache_clear()
+    rng = torch.Generator().manual_seed(0)
+    keys = max(end for row in rows for _, end in row.keys)
+    shapes = (heads[0], 10, 8), (heads[1], keys, 8), (heads[1], keys, 5)
+    ours = [torch.randn(*shape, generator=rng).requires_grad_() for shape in shapes]
+    theirs = [states.detach().double().requires_grad_() for states in ours]
+    upstream = torch.randn(heads[0], 10, 5, generator=rng)
+    found, expected = attend(*ours, rows, 0.3), _by_loops(*theirs, rows, 0.3)  # type: ignore[call-arg]
+    row_attention._plan.cache_clear()
+    torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
+    for mine, other in zip(
+        torch.autograd.grad(found, ours, upstream),
+        torch.autograd.grad(expected, theirs, upstream.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_short_rows_share_a_product_and_long_ones_stand_alone() -> None:
+    lengths = [90, 100, 30, 95, 28, 300, 33]
+    ends = [sum(lengths[: number + 1]) for number in range(len(lengths))]
+    rows = tuple(Row((end - length, end), ((end - length, end),)) for length, end in zip(lengths, ends, strict=True))
+    plan = row_attention._plan(rows, 3, torch.bfloat16, torch.device("cpu"))
+    assert sorted(group.hidden.shape[1] for group in plan.kept) == [33, 100], "padded to the longest"
+    assert sorted(group.matrices for group in plan.kept) == [9, 9]
+    assert [row.queries for row, _ in plan.long] == [300]
+
+
+def test_no_product_has_more_scores_than_it_may() -> None:
+    rows = tuple(Row((200 * n, 200 * n + 200), ((200 * n, 200 * n + 200),)) for n in range(20))
+    plan = row_attention._plan(rows, 1, torch.bfloat16, torch.device("cpu"))
+    assert {group.hidden.shape for group in plan.kept} == {(1, 128, 128), (1, 72, 200)}, "pieces of 128 and 72 queries"
+    assert sum(group.matrices for group in plan.kept) == 2 * 20
+    assert all(group.matrices * group.hidden[0].numel() <= row_attention.SCORES for group in plan.kept)
+
+
+def test_in_bfloat16_values_stay_close() -> None:
+    rng = torch.Generator().manual_seed(0)
+    rows = SHAPES["a shared beginning"]
+    states = [torch.randn(heads, 10, 16, generator=rng) for heads in (6, 2, 2)]
+    found = attend(*(part.bfloat16() for part in states), rows, 0.25)  # type: ignore[call-arg]
+    expected = _by_loops(*states, rows, 0.25)  # type: ignore[call-arg]
+    assert math.isclose(float((found.float() - expected).norm() / expected.norm()), 0, abs_tol=2e-2)
