@@ -26,7 +26,7 @@ _POLL_SECONDS = 0.5
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-_CPU_MEMORY = {
+CPU_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
@@ -260,7 +260,7 @@ def environment(threads: int, pythonpath: str) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        **{name: value for name, value in (_CPU_MEMORY | _on_cpu()).items() if name not in os.environ},
+        **{name: value for name, value in (CPU_MEMORY | _on_cpu()).items() if name not in os.environ},
     }
 
 

@@ -205,8 +205,8 @@ def _stage_file(told: _Measurement, folder: Path, data: Path, steps: int) -> Pat
 
 
 def _command(told: _Measurement, task: dict[str, Any], task_file: Path, options: Options) -> launcher.Command:
-    """Ours goes through the project's launcher, with the worker inside a module that measures; all share its
-    environment."""
+    """Ours goes through the project's launcher, with the worker inside a module that measures; others share its
+    environment, or have it without what it says about memory."""
     launched = launcher.command(
         LaunchConfig(threads=options.threads),
         Path(task.get("stage_file", task_file)),
@@ -215,7 +215,9 @@ def _command(told: _Measurement, task: dict[str, Any], task_file: Path, options:
     )
     module = ["-m", f"benchmarks.contestants.{told.how.module}", str(task_file)]
     if told.how.module != "ours":
-        return launcher.Command(argv=(told.python, *module), environment=launched.environment)
+        left_out = {} if told.how.our_memory else launcher.CPU_MEMORY
+        environment = {name: value for name, value in launched.environment.items() if name not in left_out}
+        return launcher.Command(argv=(told.python, *module), environment=environment)
     assert launched.argv[-2] == "alignment.worker", "the launcher ends with the worker and its stage file"
     return launcher.Command(argv=(*launched.argv[:-3], *module), environment=launched.environment)
 

@@ -20,6 +20,7 @@ class Contestant:
     ``against`` names which of ours a rival is compared with; None for our own. ``environment`` names a requirements
     file in ``environments/``, or None for the project's own. ``sharing`` is about PPO, ``master_weights`` about full
     training of ours, ``optim_changes`` are settings of its optimiser that a variant of ours changes (none of PPO).
+    ``our_memory`` says whether it has what the launcher tells glibc about memory.
     """
 
     module: str
@@ -30,6 +31,7 @@ class Contestant:
     sharing: Sharing = field(default_factory=Sharing)
     master_weights: bool = True
     optim_changes: dict[str, Any] = field(default_factory=dict)
+    our_memory: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +47,7 @@ class Work:
 
 _STAGE = "the real stage, started by the launcher as the driver starts it; micro-batches of at most {} tokens"
 _DEFAULT = "TRL's defaults (gradient checkpointing on, bf16 autocast, fused AdamW)"
+_PLAIN_SHELL = "started as from a shell, without our launcher's settings of glibc's memory"
 _TUNED = "checkpointing off"
 _NO_CASTS = "PEFT's input casts off (peft.helpers.disable_input_dtype_casting)"
 _STOCK = "padded batch, no checkpointing, bf16 autocast, fused AdamW"
@@ -74,6 +77,9 @@ def _training(
             OURS: _ours(),
             **(variants or {}),
             "trl_default": Contestant(module="trl_latest", allowed=_DEFAULT, measured=1),
+            "trl_as_it_comes": Contestant(
+                module="trl_latest", allowed=f"{_DEFAULT}; {_PLAIN_SHELL}", measured=1, our_memory=False
+            ),
             "trl_tuned": Contestant(module="trl_latest", allowed=f"{_TUNED}{tuned}{casts}", measured=1),
             "stock_tuned": Contestant(module="stock", allowed=f"transformers, {stock}; {_STOCK}{casts}"),
         },

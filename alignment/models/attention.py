@@ -30,6 +30,11 @@ class KeysValues:
 
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
+    def cut(self, tokens: int) -> None:
+        """Leaves out what stands behind so many tokens."""
+        for number, (keys, values) in self.layers.items():
+            self.layers[number] = keys[:, :tokens], values[:, :tokens]
+
 
 @dataclass(frozen=True, slots=True)
 class _Ahead:

@@ -16,11 +16,16 @@ from alignment.errors import ModelError
 from alignment.models.attention import ATTENTION, KeysValues
 from alignment.models.blocks import fuse_blocks
 from alignment.models.norms import fuse_norms
+from alignment.models.precision import products_dtype
 from alignment.models.prefix import prefix_of
 from alignment.models.rows import FlatRows
 
 log = logging.getLogger(__name__)
 
+
+MULTIPLE = 64
+"""Tokens of which streams on a CPU in bfloat16 are multiples: oneDNN writes code for every new shape of a product, and
+else every step would have shapes of its own (docs/LOG.md, 2026-11-26)."""
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 """What configurations call dropout on attention weights."""
@@ -79,6 +84,8 @@ def trunk_states(
         if kept is not None or earlier is not None:
             raise ValueError(f"{type(trunk).__name__} has attention that keeps nothing of a stream")
         return _padded_states(trunk, rows)
+    tokens = len(rows.input_ids)
+    rows = rows.filled_up(_multiple(trunk))
     told = {"prefix": None if prefix is None else prefix.states(), "kept": kept, "earlier": earlier}
     # A four-dimensional mask is handed on as it is, which spares the model building one that nobody reads.
     unread = torch.empty(1, 1, 1, 1, device=rows.input_ids.device)
@@ -90,7 +97,15 @@ def trunk_states(
         segments=rows.segments,
         **{name: value for name, value in told.items() if value is not None},
     )
-    return output.last_hidden_state[0]
+    if kept is not None:
+        kept.cut(tokens)
+    return output.last_hidden_state[0, :tokens]
+
+
+def _multiple(trunk: PreTrainedModel) -> int:
+    """What the tokens of a stream are to be a multiple of."""
+    weight = trunk.get_input_embeddings().weight
+    return MULTIPLE if weight.device.type == "cpu" and products_dtype(weight) is torch.bfloat16 else 1
 
 
 def refuse_prefix(trunk: PreTrainedModel) -> None:

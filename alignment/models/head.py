@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignment.models.flat import trunk_states
+from alignment.models.flat import MULTIPLE, trunk_states
 from alignment.models.precision import products_dtype
-from alignment.models.rows import FlatRows
+from alignment.models.rows import FlatRows, next_multiple
 
 CHUNK = 256
 """Tokens projected at once: 256 × 49,152 bfloat16 products are 25 MB."""
@@ -118,7 +118,7 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
             for rows, part in room.parts(chunk):
                 _score(room, found, rows, part, labels[rows], temperature=temperature, slope=slopes is not None)
             if slopes is not None:
-                torch.mm(products, weight, out=slopes[chunk])
+                slopes[chunk] = room.project_back(len(products), weight)
         ctx.trained = want_weight
         if want_weight:
             ctx.save_for_backward(hidden, weight, labels, found.log_norm)
@@ -161,20 +161,28 @@ class _Room:
     next: fresh pages for 100 MB cost as much as the arithmetic on them."""
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        count, vocabulary = min(CHUNK, hidden.shape[0]), weight.shape[0]
+        count, vocabulary = _whole(min(CHUNK, hidden.shape[0])), weight.shape[0]
         self.at_once = count if hidden.device.type != "cpu" else min(count, max(1, IN_CACHE // vocabulary))
-        self.products = torch.empty(count, vocabulary, dtype=hidden.dtype, device=hidden.device)
+        self._states = hidden.new_zeros(count, hidden.shape[1])
+        self._products = torch.empty(count, vocabulary, dtype=hidden.dtype, device=hidden.device)
         self.logits = torch.empty(self.at_once, vocabulary, dtype=torch.float32, device=hidden.device)
         self.shares = torch.empty_like(self.logits)
 
     def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """``[chunk, vocabulary]`` products of a chunk's states with the head."""
-        return torch.mm(hidden, weight.T, out=self.products[: len(hidden)])
+        self._states[: len(hidden)] = hidden
+        whole = _whole(len(hidden))
+        torch.mm(self._states[:whole], weight.T, out=self._products[:whole])
+        return self._products[: len(hidden)]
+
+    def project_back(self, count: int, weight: Tensor) -> Tensor:
+        """``[count, width]`` products of what stands in the place of a chunk's products with the head."""
+        return torch.mm(self._products[: _whole(count)], weight)[:count]
 
     def parts(self, chunk: slice) -> Iterator[tuple[slice, Tensor]]:
         """The rows of a chunk worked on at once, as rows of all, and their products, to be read and written."""
         for rows in _pieces(chunk.start, chunk.stop, self.at_once):
-            yield rows, self.products[rows.start - chunk.start : rows.stop - chunk.start]
+            yield rows, self._products[rows.start - chunk.start : rows.stop - chunk.start]
 
 
 def _score(
@@ -216,10 +224,15 @@ def _recomputed(ctx: Any, factors: Tensor) -> tuple[Tensor | None, Tensor]:
             shares = torch.exp(logits.sub_(log_norm[rows, None]), out=room.shares[: len(part)])
             part.copy_(_log_softmax_slope(shares, labels[rows]).mul_(factors[rows, None]))
         if grad_hidden is not None:
-            torch.mm(products, weight, out=grad_hidden[chunk])
+            grad_hidden[chunk] = room.project_back(len(products), weight)
         grad_weight += products.T @ hidden[chunk]
     hidden_dtype, weight_dtype = ctx.input_dtypes
     return None if grad_hidden is None else grad_hidden.to(hidden_dtype), grad_weight.to(weight_dtype)
+
+
+def _whole(count: int) -> int:
+    """So many rows that a product of this shape was probably seen before, which costs less."""
+    return next_multiple(count, MULTIPLE)
 
 
 def _pieces(start: int, stop: int, size: int) -> Iterator[slice]:

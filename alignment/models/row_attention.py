@@ -19,13 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignment.models.rows import Range
+from alignment.models.rows import Range, next_multiple
 
 QUERIES = 256
 """Queries up to which a row is short: what is kept of it grows with their square."""
 
 PIECE = 128
 """Queries of a row in one piece at most: fewer see less of what comes after them."""
+
+MULTIPLE = 16
+"""To its multiples queries, and keys before them, are padded: a product's shape that was seen before costs less."""
 
 SCORES = 2**18
 """Scores of a head that several pieces have in one product at most."""
@@ -122,9 +125,7 @@ def _plan(rows: tuple[Row, ...], heads: int, dtype: torch.dtype, device: torch.d
     return _Plan(
         kept=tuple(laid.groups(short)),
         recomputed=tuple(laid.groups(long)),
-        long=tuple(
-            (row, _hidden([row.earlier], row.queries, dtype).to(device) if row.earlier else None) for row in long
-        ),
+        long=tuple((row, _hidden_of(row, dtype).to(device) if row.earlier else None) for row in long),
         **laid.lines(),
     )
 
@@ -141,7 +142,7 @@ class _Laid:
     def groups(self, rows: Sequence[Row]) -> Iterator[_Group]:
         """Puts pieces of rows of similar sizes together."""
         pieces = sorted((piece for row in rows for piece in _pieces(row)), key=lambda row: (row.queries, row.earlier))
-        for first, last in _cuts([(piece.queries, piece.earlier) for piece in pieces]):
+        for first, last in _cuts([(_whole(piece.queries), _whole(piece.earlier)) for piece in pieces]):
             yield self._group(pieces[first:last])
 
     def _group(self, rows: Sequence[Row]) -> _Group:
@@ -160,7 +161,7 @@ class _Laid:
             matrices=self._heads * len(rows),
             queries=slice(start, end),
             keys=slice(keys_start, keys_end),
-            hidden=_hidden([row.earlier for row in rows], own.shape[1], self._dtype).to(self._device),
+            hidden=_hidden([row.earlier for row in rows], (own.shape[1], seen.shape[1]), self._dtype).to(self._device),
         )
 
     def lines(self) -> dict[str, Tensor]:
@@ -202,11 +203,11 @@ def _cuts(sizes: Sequence[tuple[int, int]]) -> list[Range]:
 
 
 def _padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """``[rows, most queries]`` tokens, ``[rows, most earlier + most queries]`` keys, and which tokens are no padding.
+    """``[rows, queries]`` tokens, ``[rows, earlier + queries]`` keys, and which tokens are no padding.
 
     Padding follows queries and their keys, and stands in front of earlier keys. It is token 0.
     """
-    most, earlier = max(row.queries for row in rows), max(row.earlier for row in rows)
+    most, earlier = _whole(max(row.queries for row in rows)), _whole(max(row.earlier for row in rows))
     own = torch.zeros(len(rows), most, dtype=torch.long)
     seen = torch.zeros(len(rows), earlier + most, dtype=torch.long)
     for number, row in enumerate(rows):
@@ -221,14 +222,22 @@ def _lines_of(tokens: Tensor, heads: int) -> Tensor:
     return (tokens.flatten() * heads + torch.arange(heads)[:, None]).flatten()
 
 
-def _hidden(earlier: Sequence[int], queries: int, dtype: torch.dtype) -> Tensor:
-    """``[1 or rows, queries, most earlier + queries]``: −∞ on a query's later keys and on what pads a row's earlier
+def _whole(count: int) -> int:
+    return next_multiple(count, MULTIPLE)
+
+
+def _hidden(earlier: Sequence[int], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """``[1 or rows, queries, keys]`` of this ``shape``: −∞ on a query's later keys and on what pads a row's earlier
     ones, else 0; for one row where all have equally many earlier keys."""
-    most = max(earlier)
-    keys = torch.arange(most + queries)
+    queries, keys = shape
+    most, places = keys - queries, torch.arange(keys)
     padding = most - torch.tensor(earlier if len(set(earlier)) > 1 else earlier[:1])
-    unseen = (keys < padding[:, None, None]) | (keys > most + torch.arange(queries)[:, None])
+    unseen = (places < padding[:, None, None]) | (places > most + torch.arange(queries)[:, None])
     return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, float("-inf"))
+
+
+def _hidden_of(row: Row, dtype: torch.dtype) -> Tensor:
+    return _hidden([row.earlier], (row.queries, row.earlier + row.queries), dtype)
 
 
 # ---- the function ------------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SHORTEST_SHARED = 16
 """Tokens below which a common beginning is computed twice: attending elsewhere costs more than it saves."""
@@ -61,6 +61,19 @@ class FlatRows:
         """``[rows]`` place of each row's last token."""
         columns = torch.arange(1, self.kept.shape[1] + 1, device=self.kept.device)
         return self.place.gather(1, (self.kept * columns).argmax(-1, keepdim=True)).squeeze(-1)
+
+    def filled_up(self, multiple: int) -> FlatRows:
+        """With a row of filling at the end of the stream, of which no place tells, if its tokens are no multiple."""
+        tokens = len(self.input_ids)
+        filling = next_multiple(tokens, multiple) - tokens
+        if not filling:
+            return self
+        return replace(
+            self,
+            input_ids=nn.functional.pad(self.input_ids, (0, filling)),
+            position_ids=nn.functional.pad(self.position_ids, (0, filling)),
+            segments=(*self.segments, Segment(own=(tokens, tokens + filling), before=())),
+        )
 
 
 def flatten(input_ids: Tensor, attention_mask: Tensor, *, share: bool = True) -> FlatRows:
@@ -123,6 +136,11 @@ def behind(earlier: FlatRows, which: Sequence[int], texts: Sequence[Sequence[int
 def _stands(rows: FlatRows, row: int) -> tuple[Range, ...]:
     """Where a row's tokens stand, in its order."""
     return tuple((start, end) for start, end in rows.segments[row].keys if start < end)
+
+
+def next_multiple(count: int, multiple: int) -> int:
+    """The smallest multiple that is no less than ``count``."""
+    return -(-count // multiple) * multiple
 
 
 def by_tokens(lengths: Sequence[int], limit: int, *, behind: Sequence[int] | None = None) -> list[range]:

@@ -14,7 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.errors import ModelError
-from alignment.models import head, row_attention
+from alignment.models import flat, head, row_attention
 from alignment.models.adapters import add_adapter
 from alignment.models.answers import scalar_scores, unwrapped
 from alignment.models.attention import ATTENTION
@@ -207,6 +207,34 @@ def test_how_rows_are_put_together_in_attention_changes_nothing(
         plain(reference, batch).loss.backward()
     row_attention._plan.cache_clear()
     _assert_same_gradients(model, reference)
+
+
+@pytest.mark.parametrize("multiple", [2, 16, 64])
+@pytest.mark.parametrize("rows", ["ragged", "pairs of one prompt"])
+def test_filling_of_the_stream_changes_nothing(monkeypatch: pytest.MonkeyPatch, rows: str, multiple: int) -> None:
+    model = tiny_model()
+    reference = twin(model)
+    install_causal(model)
+    monkeypatch.setattr(flat, "_multiple", lambda _: multiple)
+    seen: list[int] = []
+    model.model.layers[0].mlp.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
+    batch = padded(ROWS[rows])
+    found, expected = model(**batch.arguments(), fused_lm_head=True).loss, plain(reference, batch).loss
+    found.backward()
+    expected.backward()
+    assert relative(found, expected) < 1e-6
+    _assert_same_gradients(model, reference)
+    assert seen[0] % multiple == 0
+
+
+def test_streams_in_bfloat16_come_in_few_lengths() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    install_causal(model)
+    seen: list[int] = []
+    model.model.layers[0].mlp.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
+    for length in range(3, 90, 7):
+        model(**padded([([5] * length, [6])]).arguments(), fused_lm_head=True)
+    assert set(seen) == {64, 128}
 
 
 def test_dropout_inside_attention_takes_the_padded_path(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from alignment.models import flat
 from alignment.models import reading as reading_module
 from alignment.models.flat import use_flat_attention
 from alignment.models.generate import Sampling, answer_batch, generate, reading_order
@@ -28,13 +29,14 @@ def _readable(architecture: str = "llama") -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("tokens", [1, 23, 1000])
+@pytest.mark.parametrize(("tokens", "multiple"), [(1, 1), (23, 1), (1000, 1), (23, 16), (1000, 64)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_texts_are_worth_what_the_whole_row_says(
-    architecture: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+    architecture: str, tokens: int, multiple: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One prompt or text at a time, some, and all at once."""
+    """One prompt or text at a time, some, and all at once, with or without filling."""
     monkeypatch.setattr(reading_module, "READ_TOKENS", tokens)
+    monkeypatch.setattr(flat, "_multiple", lambda _: multiple)
     plain, model = tiny_model(architecture), _readable(architecture)
     found = read(model, PROMPTS).logprobs(model, TEXTS)
     assert [len(of_prompt) for of_prompt in found] == [len(of_prompt) for of_prompt in TEXTS]
@@ -46,9 +48,10 @@ def test_texts_are_worth_what_the_whole_row_says(
             assert total == pytest.approx(math.fsum(terms), rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [1, 23, 1000])
-def test_answers_are_the_same_as_without_a_reading(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tokens", "multiple"), [(1, 1), (23, 1), (1000, 1), (23, 16), (1000, 64)])
+def test_answers_are_the_same_as_without_a_reading(tokens: int, multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading_module, "READ_TOKENS", tokens)
+    monkeypatch.setattr(flat, "_multiple", lambda _: multiple)
     model = _readable()
     prompts = [PROMPTS[i] for i in reading_order(PROMPTS)]
     uniforms = torch.rand(5, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

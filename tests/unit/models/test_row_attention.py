@@ -72,7 +72,7 @@ def test_short_rows_share_a_product_and_long_ones_stand_alone() -> None:
     ends = [sum(lengths[: number + 1]) for number in range(len(lengths))]
     rows = tuple(Row((end - length, end), ((end - length, end),)) for length, end in zip(lengths, ends, strict=True))
     plan = row_attention._plan(rows, 3, torch.bfloat16, torch.device("cpu"))
-    assert sorted(group.hidden.shape[1] for group in plan.kept) == [33, 100], "padded to the longest"
+    assert sorted(group.hidden.shape[1] for group in plan.kept) == [48, 112], "padded to a multiple of 16"
     assert sorted(group.matrices for group in plan.kept) == [9, 9]
     assert [row.queries for row, _ in plan.long] == [300]
 
@@ -80,7 +80,7 @@ def test_short_rows_share_a_product_and_long_ones_stand_alone() -> None:
 def test_no_product_has_more_scores_than_it_may() -> None:
     rows = tuple(Row((200 * n, 200 * n + 200), ((200 * n, 200 * n + 200),)) for n in range(20))
     plan = row_attention._plan(rows, 1, torch.bfloat16, torch.device("cpu"))
-    assert {group.hidden.shape for group in plan.kept} == {(1, 128, 128), (1, 72, 200)}, "pieces of 128 and 72 queries"
+    assert {group.hidden.shape for group in plan.kept} == {(1, 128, 128), (1, 80, 208)}, "pieces of 128 and 72 queries"
     assert sum(group.matrices for group in plan.kept) == 2 * 20
     assert all(group.matrices * group.hidden[0].numel() <= row_attention.SCORES for group in plan.kept)
 

@@ -64,3 +64,15 @@ def test_every_token_is_found_where_it_is_said_to_stand(name: str, side: str, sh
 def test_an_empty_row_is_refused() -> None:
     with pytest.raises(ValueError, match="row 1 of the batch has no real token"):
         stream([[1], []], CPU)
+
+
+@pytest.mark.parametrize(("multiple", "tokens"), [(1, 5), (5, 5), (4, 8), (64, 64)])
+def test_a_filled_stream_has_the_same_rows_and_a_row_of_filling(multiple: int, tokens: int) -> None:
+    rows = stream([[7, 8, 9], [5, 6]], CPU)
+    filled = rows.filled_up(multiple)
+    assert filled.input_ids.tolist() == [7, 8, 9, 5, 6] + [0] * (tokens - 5)
+    assert filled.position_ids.shape == (tokens,)
+    assert filled.segments[:2] == rows.segments
+    assert [segment.own for segment in filled.segments[2:]] == [(5, tokens)] * (tokens > 5)
+    assert (filled.lengths, filled.ends.tolist()) == (rows.lengths, [2, 4])
+    assert torch.equal(filled.place, rows.place)
