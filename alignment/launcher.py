@@ -270,5 +270,6 @@ def own_code(pythonpath: str) -> dict[str, str]:
 
 
 def _on_cpu() -> dict[str, str]:
-    """DeepSpeed, where it is installed, would warn in every log that it found no GPU."""
-    return {} if count_devices() else {"DS_ACCELERATOR": "cpu"}
+    """DeepSpeed, where it is installed, would warn in every log that it found no GPU. Nothing is compiled at run time,
+    and reading in PyTorch's compiler because bitsandbytes names it takes a stage most of a second."""
+    return {} if count_devices() else {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
