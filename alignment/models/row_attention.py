@@ -205,12 +205,14 @@ def _cuts(sizes: Sequence[tuple[int, int]]) -> list[Range]:
 def _padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
     """``[rows, queries]`` tokens, ``[rows, earlier + queries]`` keys, and which tokens are no padding.
 
-    Padding follows queries and their keys, and stands in front of earlier keys. It is token 0.
+    Padding follows queries and their keys, and stands in front of earlier keys. It is the row's own first token, so
+    that what is no number stays in its row.
     """
     most, earlier = _whole(max(row.queries for row in rows)), _whole(max(row.earlier for row in rows))
     own = torch.zeros(len(rows), most, dtype=torch.long)
     seen = torch.zeros(len(rows), earlier + most, dtype=torch.long)
     for number, row in enumerate(rows):
+        own[number], seen[number] = row.own[0], row.keys[-1][0]
         own[number, : row.queries] = torch.arange(*row.own)
         keys = torch.cat([torch.arange(*span) for span in row.keys])
         seen[number, earlier - row.earlier : earlier + row.queries] = keys

@@ -85,6 +85,14 @@ def test_no_product_has_more_scores_than_it_may() -> None:
     assert all(group.matrices * group.hidden[0].numel() <= row_attention.SCORES for group in plan.kept)
 
 
+def test_what_is_no_number_stays_in_its_row() -> None:
+    states = [torch.ones(2, 10, 8) for _ in range(3)]
+    states[1][:, 0] = states[2][:, 0] = math.nan
+    found = attend(*states, (Row((0, 3), ((0, 3),)), Row((3, 10), ((3, 10),))), 0.3)  # type: ignore[call-arg]
+    assert found[:, :3].isnan().all()
+    torch.testing.assert_close(found[:, 3:], torch.ones(2, 7, 8))
+
+
 def test_in_bfloat16_values_stay_close() -> None:
     rng = torch.Generator().manual_seed(0)
     rows = SHAPES["a shared beginning"]
