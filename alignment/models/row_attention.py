@@ -34,7 +34,7 @@ SCORES = 2**18
 """Scores of a head that several pieces have in one product at most."""
 
 CALL = 2**14
-"""What one product more costs, in scores of a head that are computed meanwhile."""
+"""What one product more is taken to cost, in scores of a head that are computed meanwhile; an estimate."""
 
 
 @dataclass(frozen=True, slots=True)

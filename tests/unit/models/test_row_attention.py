@@ -99,4 +99,4 @@ def test_in_bfloat16_values_stay_close() -> None:
     states = [torch.randn(heads, 10, 16, generator=rng) for heads in (6, 2, 2)]
     found = attend(*(part.bfloat16() for part in states), rows, 0.25)  # type: ignore[call-arg]
     expected = _by_loops(*states, rows, 0.25)  # type: ignore[call-arg]
-    assert math.isclose(float((found.float() - expected).norm() / expected.norm()), 0, abs_tol=2e-2)
+    assert float((found.float() - expected).norm() / expected.norm()) < 2e-2

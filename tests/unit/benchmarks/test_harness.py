@@ -1,0 +1,27 @@
+"""How a contestant is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from alignment.launcher import CPU_MEMORY
+from benchmarks import harness
+from benchmarks.works import WORKS
+
+
+@pytest.mark.parametrize(("contestant", "has_them"), [("trl_default", True), ("trl_as_it_comes", False)])
+def test_trl_as_it_comes_has_none_of_our_settings_of_memory(
+    monkeypatch: pytest.MonkeyPatch, contestant: str, has_them: bool
+) -> None:
+    for name in CPU_MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    told = harness._Measurement(WORKS["sft_lora"], contestant, 0, {}, Path("base"), Path("folder"), "python")
+    options = harness.Options(
+        repetitions=1, contestants=(), data=None, threads=2, amx=True, resume=False, results=Path("results")
+    )
+    environment = harness._command(told, {}, Path("task.json"), options).environment
+    assert (CPU_MEMORY.keys() <= environment.keys()) is has_them
+    assert bool(CPU_MEMORY.keys() & environment.keys()) is has_them
+    assert environment["OMP_NUM_THREADS"] == "2"
