@@ -88,7 +88,7 @@ def _attention(
         for states in products(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
     )
     cos, sin = (turn.unsqueeze(1) for turn in position_embeddings)
-    query, key = _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
+    query, key = _rotated(query, key, cos, sin)
     if cache is not None:
         key, value = cache.update(key, value, self.layer_idx)
     attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
@@ -110,6 +110,14 @@ def _feed_forward(self: Any, x: Tensor) -> Tensor:
     gate, up = products(x, (self.gate_proj, self.up_proj))
     out: Tensor = self.down_proj(self.act_fn(gate) * up)
     return out
+
+
+def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() or query.shape[2] > 1:
+        return _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
+    # A step of decoding waits for calls more than for numbers: both together.
+    heads = [query.shape[1], key.shape[1]]
+    return _turned(torch.cat([query, key], dim=1), cos, sin.chunk(2, dim=-1), 1).split(heads, dim=1)
 
 
 class _Rotary(torch.autograd.Function):

@@ -186,16 +186,15 @@ def decoding_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     rows, heads, columns, width = key.shape
-    groups = query.shape[1] // heads
-    query = query.to(key.dtype).reshape(rows * heads, groups, width)
-    # Keys on the left: the product with few queries takes half as long this way round.
-    scores = torch.bmm(key.reshape(-1, columns, width), query.transpose(1, 2)).view(rows, heads, columns, groups)
-    scores = scores.transpose(2, 3).contiguous()
-    summand = torch.zeros(1, device=query.device) if attention_mask is None else attention_mask
-    scores = torch.add(summand, scores, alpha=width**-0.5 if scaling is None else scaling)
-    weights = torch.softmax(scores, dim=-1).to(value.dtype).view(rows * heads, groups, columns)
-    attended = torch.bmm(weights, value.reshape(-1, columns, value.shape[-1]))
-    return attended.view(rows, 1, heads * groups, -1), None
+    queries = query.to(key.dtype).reshape(rows * heads, -1, width)  # those that share a key head, side by side
+    keys, values = key.reshape(rows * heads, columns, width), value.reshape(rows * heads, columns, -1)
+    summand = queries.new_zeros(1)
+    if attention_mask is not None:
+        summand = attention_mask.to(queries.dtype).expand(rows, heads, 1, columns).reshape(rows * heads, 1, columns)
+    scale = width**-0.5 if scaling is None else scaling
+    scores = torch.baddbmm(summand, queries, keys.transpose(1, 2), alpha=scale)
+    attended = torch.bmm(torch.softmax(scores, dim=-1), values)
+    return attended.view(rows, 1, query.shape[1], -1), None
 
 
 def decoding_mask(*, q_length: int, device: torch.device | str = "cpu", **kwargs: Any) -> Tensor | None:

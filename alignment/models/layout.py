@@ -100,36 +100,36 @@ def _joint(layers: Sequence[nn.Module], rows: int) -> Products:
     pairs = [factors(layer) if isinstance(layer, LoraLinear) else None for layer in layers]
     dtype, widths = computes_in(bases[0]), [base.out_features for base in bases]
     lows = [pair[0].to(dtype) for pair in pairs if pair is not None]
-    parts = [*(frozen_weight(base, dtype).detach() for base in bases), *lows]
-    weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+    weights = [frozen_weight(base, dtype).detach() for base in bases]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    if lows:  # behind a layer's own input stands what the first factors make of it
+        ups = [
+            weight.new_zeros(width, 0) if pair is None else pair[1].to(dtype)
+            for width, pair in zip(widths, pairs, strict=True)
+        ]
+        weight = torch.cat([weight, torch.block_diag(*ups)], dim=1)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    # What each layer's second factor makes of its own first one, and of those of other layers nothing.
-    ups = [
-        weight.new_zeros(width, 0) if pair is None else pair[1].to(dtype)
-        for width, pair in zip(widths, pairs, strict=True)
-    ]
-    total, outs = len(weight), sum(widths)  # the function below must not hold the weight itself
-    up, bias = torch.block_diag(*ups).T.contiguous(), _joint_bias(bases, total, dtype)
+    low = torch.ops.mkldnn._reorder_linear_weight(torch.cat(lows), rows) if lows else None
+    bias = _joint_bias(bases, dtype)
+    del weights, weight, lows  # the function below must not hold them
     product = torch.ops.mkldnn._linear_pointwise
 
     def forward(states: Tensor) -> tuple[Tensor, ...]:
-        out = product(states.to(dtype), packed, bias, "none", [], "")
-        if not lows:
-            return out.split(widths, dim=-1)
-        flat = out.view(-1, total)
-        flat[:, :outs].addmm_(flat[:, outs:], up)
-        return out[..., :outs].split(widths, dim=-1)
+        states = states.to(dtype)
+        if low is not None:
+            states = torch.cat([states, product(states, low, None, "none", [], "")], dim=-1)
+        out: Tensor = product(states, packed, bias, "none", [], "")
+        return out.split(widths, dim=-1)
 
     return forward
 
 
-def _joint_bias(bases: Sequence[nn.Linear], width: int, dtype: torch.dtype) -> Tensor | None:
-    """``[width]``, 0 where a layer has none and behind the last one."""
+def _joint_bias(bases: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | None:
+    """The layers' biases one after another, 0 where a layer has none; None where all lack one."""
     if all(base.bias is None for base in bases):
         return None
     parts = [torch.zeros(base.out_features) if base.bias is None else base.bias.detach().cpu() for base in bases]
-    bias = torch.cat(parts).to(dtype)
-    return nn.functional.pad(bias, (0, width - len(bias)))
+    return torch.cat(parts).to(dtype)
 
 
 def _with_adapter(product: Forward, a: Tensor, b: Tensor, dtype: torch.dtype) -> Forward:

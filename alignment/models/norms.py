@@ -51,22 +51,34 @@ def _shift_of(module: nn.Module) -> float | None:
 
 
 def _forward_of(eps: float, shift: float) -> Any:
-    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
-        return _RmsNorm.apply(hidden_states, self.weight, eps, shift)
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # a step of decoding waits as long for autograd as for the norm
+            return _normed(hidden_states, self.weight, _rate(hidden_states, eps), shift)
+        normed: Tensor = _RmsNorm.apply(hidden_states, self.weight, eps, shift)
+        return normed
 
     return forward
+
+
+def _rate(x: Tensor, eps: float) -> Tensor:
+    """``[..., 1]`` 1/rms of ``x [..., width]``, in float32."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _normed(x: Tensor, weight: Tensor, rate: Tensor, shift: float) -> Tensor:
+    if shift:  # (1 + weight) · x/rms in float32, rounded once
+        return (torch.mul(x, rate) * (weight.float() + shift)).to(x.dtype)
+    return _scaled(x, rate) * weight  # x/rms is rounded before the weight
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, shift: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        rate = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # [..., 1], float32
+        rate = _rate(x, eps)
         ctx.save_for_backward(x, weight, rate)
         ctx.shift = shift
-        if shift:  # (1 + weight) · x/rms in float32, rounded once
-            return (torch.mul(x, rate) * (weight.float() + shift)).to(x.dtype)
-        return _scaled(x, rate) * weight  # x/rms is rounded before the weight
+        return _normed(x, weight, rate, shift)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
