@@ -20,7 +20,7 @@ from alignment.models.answers import unwrapped
 from alignment.models.flat import use_flat_attention
 from alignment.models.generate import Sampling, generate
 from alignment.models.load import DTYPES, Lineage, load_policy, saved_adapters
-from alignment.models.prefix import prefix_of
+from alignment.models.prefix import positions_of
 
 HALF_A_CHARACTER = "\ufffd"
 
@@ -114,10 +114,8 @@ class Voice:
         return prompt_ids(self.tokenizer, [*system, *turns])
 
     def _positions(self) -> int:
-        """How many tokens it can read and write, or a number that no conversation reaches."""
-        prefix = prefix_of(unwrapped(self.model).base_model)
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return (1 << 30 if positions is None else positions) - (0 if prefix is None else prefix.tokens)
+        """How many tokens it can read and write."""
+        return positions_of(unwrapped(self.model).base_model)
 
     def _sampling(self) -> Sampling | None:
         if self.manner.temperature == 0:

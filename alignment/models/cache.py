@@ -174,8 +174,9 @@ def decoding_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """``[rows, new tokens, heads, width]``; on CPU, with one new token a row, by two products with softmax in float32.
+    """``[rows, new tokens, heads, width]``; on CPU, with one new token a row, by two products and a softmax.
 
+    Scores and weights are rounded to the cache's dtype, sums are in float32.
     All else goes to transformers' function.
     """
     unusual = dropout or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
@@ -198,7 +199,7 @@ def decoding_attention(
 
 
 def decoding_mask(*, q_length: int, device: torch.device | str = "cpu", **kwargs: Any) -> Tensor | None:
-    """The mask of transformers' scaled-dot-product attention, once a step as a float32 summand: 0 or −infinity."""
+    """The mask of transformers' scaled-dot-product attention; as a summand, 0 or −infinity, for one new token a row."""
     seen = sdpa_mask(q_length=q_length, device=device, **kwargs)
     if seen is None or not _is_one_step(q_length, torch.device(device)):
         return seen

@@ -17,7 +17,7 @@ from alignment.models.attention import ATTENTION, KeysValues
 from alignment.models.blocks import fuse_blocks
 from alignment.models.norms import fuse_norms
 from alignment.models.precision import products_dtype
-from alignment.models.prefix import prefix_of
+from alignment.models.prefix import prefix_of, refuse_too_long
 from alignment.models.rows import FlatRows
 
 log = logging.getLogger(__name__)
@@ -72,13 +72,7 @@ def trunk_states(
     """
     prefix = prefix_of(trunk)
     ahead = 0 if prefix is None else prefix.tokens
-    positions = getattr(trunk.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(rows.lengths) + ahead
-    if positions is not None and longest > positions:
-        raise ModelError(
-            f"a row of {longest} tokens is longer than the model's {positions} positions",
-            remedy="lower max_length (or max_prompt_length and max_new_tokens)",
-        )
+    refuse_too_long(trunk, max(rows.lengths))
     if trunk.config._attn_implementation != ATTENTION:
         refuse_prefix(trunk)
         if kept is not None or earlier is not None:

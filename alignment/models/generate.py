@@ -2,8 +2,9 @@
 
 No top-k, top-p or repetition penalty can leak in from a model's generation config. Sampling inverts the cumulative
 distribution at one uniform number a row and step, drawn beforehand: the same seed gives the same answers whatever the
-batch size and whichever rows have finished. Equal prompts are read once. Finished rows leave the batch, and the cache
-with them, when there are enough of them to pay for moving the others.
+batch size and whichever rows have finished, but for how products of other shapes are rounded in bfloat16. Equal prompts
+are read once. Finished rows leave the batch, and the cache with them, when there are enough of them to pay for moving
+the others.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from alignment.models.cache import RowsCache
 from alignment.models.decoding import decoding
 from alignment.models.flat import refuse_prefix
 from alignment.models.layout import laid_out
-from alignment.models.prefix import prefix_of
+from alignment.models.prefix import prefix_of, refuse_too_long
 from alignment.models.reading import Reading, can_read, read
 
 PREFILL_TOKENS = 1024
@@ -65,8 +66,8 @@ def generate(
 
     Raises:
         ValueError: an empty prompt.
-        ModelError: the model has layers that keep something else than keys and values, or a prompt is longer than the
-            positions that it was made for.
+        ModelError: the model has layers that keep something else than keys and values, or a prompt and its answer may
+            be longer than the positions that it was made for.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no token")
@@ -113,6 +114,7 @@ def answer_batch(
     ``reading`` is what the model has read of these prompts; without it they are read here.
     """
     base = unwrapped(model)
+    refuse_too_long(base.base_model, len(prompts[0]) + max_new_tokens)
     if reading is None and can_read(base):
         reading = read(base, prompts)
     with decoding(model) as room:

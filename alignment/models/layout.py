@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from alignment.models.blocks import read_together
 from alignment.models.nf4 import Nf4Linear, computes_in, frozen_weight
 from alignment.models.precision import products_dtype
-from alignment.models.products import JOINT, Products, factors
+from alignment.models.products import JOINT, Products, factors, is_hooked
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -89,13 +89,13 @@ def _function_of(module: nn.Module, rows: int) -> Forward | None:
 def _is_joined(layer: nn.Module) -> bool:
     """Whether oneDNN has a layout of its own for the layer's weight, with or without low-rank adapters beside it."""
     base = layer.get_base_layer() if isinstance(layer, LoraLinear) else layer
-    if not _is_whole(base) or not _has_layout(base):
+    if is_hooked(layer) or not _is_whole(base) or not _has_layout(base):
         return False
     return not isinstance(layer, LoraLinear) or factors(layer) is not None
 
 
 def _joint(layers: Sequence[nn.Module], rows: int) -> Products:
-    """Layers of one input on one copy of their weights, below which the first factors of their adapters stand."""
+    """Layers of one input on one copy of their weights, beside which the second factors of their adapters stand."""
     bases: list[Any] = [layer.get_base_layer() if isinstance(layer, LoraLinear) else layer for layer in layers]
     pairs = [factors(layer) if isinstance(layer, LoraLinear) else None for layer in layers]
     dtype, widths = computes_in(bases[0]), [base.out_features for base in bases]

@@ -16,7 +16,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from alignment.errors import ModelError
+
 _NAME = "alignment_prefix"
+_NO_LIMIT = 1 << 30
 
 
 class Prefix:
@@ -57,6 +60,27 @@ def prefix_of(trunk: PreTrainedModel) -> Prefix | None:
     """The prefix of a model without its head, if it has one."""
     found: Prefix | None = getattr(trunk, _NAME, None)
     return found
+
+
+def positions_of(trunk: PreTrainedModel) -> int:
+    """Tokens that a row may have: as many as positions that the model was made for, less those of its prefix; where it
+    has no limit, more than any row has."""
+    prefix = prefix_of(trunk)
+    positions = getattr(trunk.config.get_text_config(), "max_position_embeddings", None)
+    return (_NO_LIMIT if positions is None else positions) - (0 if prefix is None else prefix.tokens)
+
+
+def refuse_too_long(trunk: PreTrainedModel, tokens: int) -> None:
+    """Refuses a row of so many tokens where the model has fewer positions.
+
+    Raises:
+        ModelError: it has.
+    """
+    if tokens > (positions := positions_of(trunk)):
+        raise ModelError(
+            f"a row of {tokens} tokens is longer than the model's {positions} positions",
+            remedy="lower max_length (or max_prompt_length and max_new_tokens)",
+        )
 
 
 def _forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:

@@ -46,9 +46,14 @@ def products(x: Tensor, layers: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
     joint: Products | None = vars(layers[0]).get(JOINT)
     if joint is not None:
         return joint(x)
-    if all(_is_fused(layer) and _plain_adapters(layer) for layer in layers):
+    if all(_is_fused(layer) and not is_hooked(layer) and _plain_adapters(layer) for layer in layers):
         return _together(x, layers)
     return tuple(layer(x) for layer in layers)
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether somebody waits for calls of the layer, as PEFT does for rows with adapters of their own."""
+    return bool(layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
 
 
 def _is_fused(layer: nn.Module) -> bool:
@@ -89,7 +94,7 @@ def _plain_adapters(layer: LoraLinear) -> list[str]:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or "forward" in vars(layer.base_layer):
         return []
-    frozen = not layer.get_base_layer().weight.requires_grad
+    frozen = not any(parameter.requires_grad for parameter in layer.get_base_layer().parameters())
     return names if frozen and all(_is_plain(layer, name) for name in names) else []
 
 

@@ -21,6 +21,7 @@ from alignment.evaluation.arms import Answered, TokenSum, answer_and_score, read
 from alignment.evaluation.few_shot import draw_examples, with_examples
 from alignment.models.flat import use_flat_attention
 from alignment.models.load import DTYPES, Lineage, lineage, load_policy, refuse_other_tokenizer
+from alignment.models.prefix import positions_of
 from alignment.stage_spec import StageInput
 from alignment.stages import arm_cache
 from alignment.stages.arm_cache import Kept
@@ -192,9 +193,9 @@ def answers_of(
 
 
 def _refuse_too_long(model: PreTrainedModel, asked: Asked, max_new_tokens: int, *, where: str) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.base_model)
     longest = max(map(len, asked.prompts)) + max_new_tokens
-    if positions is not None and longest > positions:
+    if longest > positions:
         raise ModelError(
             f"{asked.found.source} has {positions} positions; the longest prompt and its answer take {longest}",
             where=where,

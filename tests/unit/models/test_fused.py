@@ -12,6 +12,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from alignment.models.blocks import fuse_blocks
 from alignment.models.norms import fuse_norms
 from alignment.models.products import fuse_adapters
 from tests.tiny import liven, tiny_model
@@ -94,10 +95,11 @@ IDS = torch.tensor([[5, 9, 2, 7, 11, 12, 2]])
         {"lora_dropout": 0.5},
         {"use_dora": True},
         {"lora_bias": True, "target_modules": ["q_proj"]},
+        {"bias": "all"},
     ],
 )
 def test_a_fused_layer_equals_pefts(changes: dict[str, Any]) -> None:
-    """What the function does not serve (dropout at work, DoRA, bias) goes PEFT's way."""
+    """What the function does not serve (dropout at work, DoRA, biases that are learned) goes PEFT's way."""
     outputs, found = [], []
     for fused in (True, False):
         model = _with_lora(fused=fused, **changes).train()
@@ -110,6 +112,20 @@ def test_a_fused_layer_equals_pefts(changes: dict[str, Any]) -> None:
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         assert relative(gradient, found[1][name]) < 1e-5, name
+
+
+def test_rows_with_adapters_of_their_own_count_as_in_peft() -> None:
+    """PEFT tells each layer which row has which adapter by a hook on its call, which a block must not leave out."""
+    outputs = []
+    for fused in (True, False):
+        model = _with_lora(fused=fused).eval()
+        torch.manual_seed(1)
+        model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        if fused:
+            assert fuse_blocks(model) == 4
+        outputs.append(model(input_ids=IDS.repeat(2, 1), adapter_names=["default", "other"]).logits)
+    assert relative(*outputs) < 1e-6
+    assert relative(outputs[0][0], outputs[0][1]) > 1e-2
 
 
 def test_under_autocast_a_fused_layer_stays_close_to_pefts() -> None:

@@ -14,6 +14,7 @@ from peft import TaskType
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, PreTrainedConfig, Qwen3Config
 
 from alignment.config.adapter import AdapterConfig
+from alignment.errors import ModelError
 from alignment.models import cache as cache_module
 from alignment.models import generate as generate_module
 from alignment.models import reading as reading_module
@@ -379,6 +380,16 @@ def test_progress_counts_the_prompts_that_are_done(made: Maker) -> None:
     told: list[int] = []
     generate(made(), PROMPTS, max_new_tokens=2, end_ids=[], batch_size=2, progress=told.append)
     assert told == [2, 4, 5]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_an_answer_that_may_outgrow_the_models_positions_is_refused(window: int | None) -> None:
+    model = tiny_model("mistral", sliding_window=window, max_position_embeddings=8)
+    use_flat_attention(model)
+    told: dict[str, Any] = {"end_ids": [], "batch_size": 2}
+    assert [len(answer) for answer in generate(model, [[5], [5, 6, 7]], max_new_tokens=5, **told)] == [5, 5]
+    with pytest.raises(ModelError, match="a row of 9 tokens is longer than the model's 8 positions"):
+        generate(model, [[5], [5, 6, 7]], max_new_tokens=6, **told)
 
 
 def test_an_empty_prompt_is_refused() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import TaskType
+from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
@@ -106,6 +106,26 @@ def test_layers_of_one_input_are_one_product_and_give_the_same(architecture: str
             truth = exact(ids).logits
     assert relative(found, truth) < 0.02
     assert relative(expected, truth) < 0.02
+
+
+@pytest.mark.parametrize("active", [["default"], ["default", "second"]])
+def test_adapters_of_unlike_ranks_and_scales_count_while_weights_are_laid_out(active: list[str]) -> None:
+    told = LoraConfig(r=3, target_modules="all-linear", rank_pattern={"k_proj": 7, "up_proj": 1}, use_rslora=True)
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model().to(torch.bfloat16), told)
+    model.add_adapter("second", LoraConfig(r=5, lora_alpha=20, target_modules=["v_proj", "up_proj", "o_proj"]))
+    model.base_model.set_adapter(active)
+    liven(model)
+    fuse_blocks(model)
+    model.eval()
+    ids = torch.tensor([[5, 6, 7, 8], [9, 4, 4, 3]])
+    with torch.no_grad():
+        truth = copy.deepcopy(model).float()(ids).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16), laid_out(model.get_base_model(), 8):
+            found = model(ids).logits.float()
+        model.base_model.set_adapter("default" if len(active) == 2 else "second")
+        other = model(ids).logits.float()
+    assert relative(found, truth) < 0.02 < 0.1 < relative(other, truth)
 
 
 def _has_own_layout() -> bool:
