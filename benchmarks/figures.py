@@ -2,7 +2,7 @@
 
 Useful work (shared by all contestants of a work): N linear weights, E head weights; a LoRA step takes 4N a token and
 4E a scored token, full training 6N and 6E, a forward pass alone 2N and 2E. Nothing that is computed twice counts twice:
-no recomputation, no padding, a pair's prompt once.
+no recomputation, no padding, no beginning that rows have in common.
 """
 
 from __future__ import annotations

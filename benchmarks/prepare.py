@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +63,29 @@ def parameters(folder: Path) -> dict[str, int]:
 
 
 def counts_of(kind: str, tokens: list[Any]) -> dict[str, int]:
-    """``tokens`` are real tokens, each sequence of a pair with its prompt in full; ``trunk_tokens`` is what has to be
-    computed, a pair's prompt once; ``scored_tokens`` are those whose probability is needed."""
+    """``tokens`` are real tokens, each sequence of a pair with its prompt in full; ``trunk_tokens`` (or
+    ``prompt_tokens``) is what has to be computed, beginnings that sequences have in common once; ``scored_tokens`` are
+    those whose probability is needed."""
     if kind == "sft":
-        total = sum(len(row["input_ids"]) for row in tokens)
+        sequences = [row["input_ids"] for row in tokens]
         scored = sum(label != -100 for row in tokens for label in row["labels"])
-        return {"tokens": total, "trunk_tokens": total, "scored_tokens": scored}
-    if kind in ("reward", "dpo"):
-        answers = sum(len(row["chosen"]) + len(row["rejected"]) for row in tokens)
-        prompt = sum(len(row["prompt"]) for row in tokens)
-        scored = answers if kind == "dpo" else 0
-        return {"tokens": answers + 2 * prompt, "trunk_tokens": answers + prompt, "scored_tokens": scored}
-    return {"prompt_tokens": sum(len(row) for row in tokens)}
+    elif kind in ("reward", "dpo"):
+        sequences = [row["prompt"] + row[answer] for row in tokens for answer in ("chosen", "rejected")]
+        scored = sum(len(row["chosen"]) + len(row["rejected"]) for row in tokens) if kind == "dpo" else 0
+    else:
+        return {"prompt_tokens": _apart(tokens)}
+    return {"tokens": sum(map(len, sequences)), "trunk_tokens": _apart(sequences), "scored_tokens": scored}
+
+
+def _apart(sequences: Sequence[list[int]]) -> int:
+    """Tokens of sequences whose common beginnings count once: the nodes of their prefix tree."""
+    ordered = sorted(sequences)
+    shared = (sum(1 for _ in takewhile(_are_equal, zip(*two, strict=False))) for two in pairwise(ordered))
+    return sum(map(len, ordered)) - sum(shared)
+
+
+def _are_equal(two: tuple[int, int]) -> bool:
+    return two[0] == two[1]
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------

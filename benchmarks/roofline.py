@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import ROOT
+from benchmarks.machine import ROOT, processor
 from benchmarks.setting import PROMPTS, ROWS
 
 WIDTH, HEIGHT = 560, 330
@@ -52,6 +52,10 @@ def reached(name: str, folder: Path) -> tuple[float, float, float] | None:
         return 2 * PROMPTS / BYTES_PER_WEIGHT, speed, peak
     work = speed * content["ours"]["seconds_per_step"]
     return work / (2 * weights), speed, peak  # weights are read forward and backward
+
+
+def _machine_of(name: str, folder: Path) -> Any:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["conditions"]["processor"]
 
 
 def _x(value: float) -> float:
@@ -106,6 +110,8 @@ def main() -> None:
     known = {name.replace("_", " "): one for name, one in found.items() if one is not None}
     if not known:
         raise SystemExit("no results yet; run 'make bench' first")
+    if other := sorted(name for name in known if _machine_of(name.replace(" ", "_"), folder) != processor()):
+        raise SystemExit(f"measured on another machine, whose bandwidth nobody can measure here: {', '.join(other)}")
     peak = median(one[2] for one in known.values())
     figure = drawing({name: one[:2] for name, one in known.items()}, peak=peak, bytes_per_second=bandwidth())
     (ROOT / "docs" / "roofline.svg").write_text(figure, encoding="utf-8")

@@ -107,9 +107,19 @@ def table(content: Mapping[str, Any]) -> str:
             cells += [_times(ratio, work.quantity), _times(ratio, "peak_memory")]
         text.append("| " + " | ".join(cells) + " |")
     notes = [*_phases(lines), *_variants(work, content)]
+    notes += _unlike(content.get("learning", {}))
     notes += [f"- {name}: {how.allowed}" for name, how in _noted(work)]
     notes += [f"- {name} failed: {reason}" for name, reason in content.get("failures", {}).items()]
     return "\n".join([*text, "", *notes]) + "\n"
+
+
+def _unlike(learning: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each rival whose first losses are not those of ours."""
+    return [
+        f"- {name}: its first losses differ from ours by up to {one['first_loss_difference']:.1%}"
+        for name, one in learning.items()
+        if not one["same_first_loss"]
+    ]
 
 
 def _phases(lines: Sequence[tuple[str, Mapping[str, float]]]) -> list[str]:

@@ -12,6 +12,7 @@ from benchmarks import rows
 from benchmarks.figures import Sharing, figures_of, loss_differences, medians, phase_flop, ratios, useful_flop
 from benchmarks.journal import Journal, OtherConditions
 from benchmarks.machine import processor, scrubbed
+from benchmarks.prepare import counts_of
 from benchmarks.summary import summarise, table
 from benchmarks.works import POINTS, SERIES, WORKS, works_named
 
@@ -35,6 +36,27 @@ def test_useful_work_is_that_of_the_table_in_the_readme(
     kind: str, adapter: str, counts: dict[str, float], flop: float
 ) -> None:
     assert useful_flop(kind, adapter, MODEL, counts) == flop
+
+
+def test_beginnings_that_sequences_have_in_common_have_to_be_computed_once() -> None:
+    rows_of_sft = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in ([1, 2, 3], [1, 2, 4, 5], [9], [1, 2, 3])]
+    assert counts_of("sft", rows_of_sft) == {"tokens": 11, "trunk_tokens": 3 + 2 + 1, "scored_tokens": 2 + 3 + 0 + 2}
+    pairs = [{"prompt": [1, 2], "chosen": [3, 4], "rejected": [3]}, {"prompt": [1, 7], "chosen": [3], "rejected": [5]}]
+    assert counts_of("dpo", pairs) == {"tokens": 13, "trunk_tokens": 4 + 3, "scored_tokens": 5}
+    assert counts_of("reward", pairs)["scored_tokens"] == 0
+    assert counts_of("sampling", [[1, 2, 3], [1, 2]]) == {"prompt_tokens": 3}
+
+
+def test_the_table_names_a_rival_that_did_not_learn_the_same() -> None:
+    inputs = {"models": {"base": MODEL}, "repetitions": [{"counts": COUNTS}]}
+    losses = {"ours": 1.0, "trl_default": 1.019, "trl_tuned": 1.03}
+    measurements = [
+        {"contestant": name, "repetition": 0, "result": _result(100.0, 2.0) | {"losses": [loss, 1.0]}}
+        for name, loss in losses.items()
+    ]
+    text = table(summarise("sft_lora", inputs, measurements, {}))
+    assert "- trl_tuned: its first losses differ from ours by up to 3.0%" in text
+    assert "- trl_default: its first" not in text
 
 
 @pytest.mark.parametrize(
