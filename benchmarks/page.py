@@ -1,14 +1,18 @@
-"""Puts the measured tables into docs/performance.md, between its markers: ``python -m benchmarks.page``."""
+"""Puts the measured tables into docs/performance.md, between its markers: ``python -m benchmarks.page``.
+
+Tables in folders inside ``results`` are of other machines; each folder has markers of its own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.machine import ROOT
 from benchmarks.works import WORKS
 
 PAGE = ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- tables:begin -->", "<!-- tables:end -->"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def tables(folder: Path) -> list[str]:
@@ -21,14 +25,23 @@ def tables(folder: Path) -> list[str]:
     return found
 
 
+def filled(page: str, name: str, measured: Sequence[str]) -> str:
+    """The page with tables between the markers of that name, and nothing else changed."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, rest = page.split(begin)
+    after = rest.split(end)[1]
+    return "".join([before, begin, "\n", "\n\n".join(measured), "\n", end, after])
+
+
 def main() -> None:
-    """Rewrites the part between the markers, and nothing else."""
+    """Rewrites what stands between markers."""
     page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    measured = "\n\n".join(tables(ROOT / "benchmarks" / "results"))
-    PAGE.write_text(f"{before}{BEGIN}\n{measured}\n{END}{after}", encoding="utf-8")
-    print(f"{PAGE.relative_to(ROOT)}: {measured.count('### ')} tables")
+    folders = {"tables": RESULTS} | {folder.name: folder for folder in sorted(RESULTS.iterdir()) if folder.is_dir()}
+    for name, folder in folders.items():
+        found = tables(folder)
+        page = filled(page, name, found)
+        print(f"{PAGE.relative_to(ROOT)}, {name}: {len(found)} tables")
+    PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

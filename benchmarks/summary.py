@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.figures import PHASES, Figures, figures_of, loss_differences, medians, ratios
-from benchmarks.works import OURS, SERIES, WORKS, Contestant, Work
+from benchmarks.works import OURS, SERIES, WORKS, Work
 
 _COLUMNS = {
     "tokens_per_second": ("tok/s", lambda value: f"{value:,.0f}"),
@@ -108,7 +108,8 @@ def table(content: Mapping[str, Any]) -> str:
         text.append("| " + " | ".join(cells) + " |")
     notes = [*_phases(lines), *_variants(work, content)]
     notes += _unlike(content.get("learning", {}))
-    notes += [f"- {name}: {how.allowed}" for name, how in _noted(work)]
+    if OURS in work.contestants:  # growth has one contestant at many points
+        notes += [f"- {name}: {allowed}" for name, allowed in content["allowed"].items()]
     notes += [f"- {name} failed: {reason}" for name, reason in content.get("failures", {}).items()]
     return "\n".join([*text, "", *notes]) + "\n"
 
@@ -147,11 +148,6 @@ def _lines(work: Work, content: Mapping[str, Any]) -> list[tuple[str, dict[str, 
     known = {**content.get("other_variants_of_ours", {}), **content["rivals"]}
     known |= content["ours"] if OURS not in work.contestants else {OURS: content["ours"]}
     return [(name, known[name]) for name in work.contestants if name in known]
-
-
-def _noted(work: Work) -> list[tuple[str, Contestant]]:
-    """Growth has one contestant at many points, which needs saying once."""
-    return list(work.contestants.items())[: None if OURS in work.contestants else 0]
 
 
 def _times(ratio: Mapping[str, Any], quantity: str) -> str:
