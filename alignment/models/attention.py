@@ -134,35 +134,59 @@ def _behind(ranges: Sequence[Range], ahead: _Ahead) -> tuple[Range, ...]:
     return (*(((0, ahead.prefix),) if ahead.prefix else ()), *map(ahead.shifted, ranges))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Told:
+    """What the variable-length kernel is told of a stream's rows: where their ``keys`` stand, if not as in the stream;
+    ``[rows + 1]`` offsets of queries and keys; the longest row's queries and keys."""
+
+    keys: Tensor | None
+    starts: Tensor
+    key_starts: Tensor
+    longest: int
+    longest_keys: int
+
+
+@functools.lru_cache(maxsize=4)  # all layers ask for the same ones, and a copy to the device makes it wait
+def _told(segments: tuple[Segment, ...], ahead: _Ahead, device: torch.device) -> _Told:
+    rows = _rows(segments, ahead)
+    own, whole = [row.queries for row in rows], [row.earlier + row.queries for row in rows]
+    in_order = ahead == _Ahead() and not any(segment.before for segment in segments)
+    return _Told(
+        keys=None if in_order else torch.cat([torch.arange(*span) for row in rows for span in row.keys]).to(device),
+        starts=_offsets(own, device),
+        key_starts=_offsets(whole, device),
+        longest=max(own),
+        longest_keys=max(whole),
+    )
+
+
+def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+
+
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float, ahead: _Ahead
 ) -> Tensor:
     """``[tokens, heads, width]`` by one kernel call on CUDA; queries are aligned with the end of their keys."""
     from torch.nn.attention.varlen import varlen_attn
 
-    rows = _rows(tuple(segments), ahead)
-    own, whole = [row.queries for row in rows], [row.earlier + row.queries for row in rows]
-    if ahead != _Ahead() or any(segment.before for segment in segments):
-        places = torch.cat([torch.arange(*span) for row in rows for span in row.keys]).to(key.device)
-        key, value = key.index_select(1, places), value.index_select(1, places)
+    told = _told(tuple(segments), ahead, query.device)
+    if told.keys is not None:
+        key, value = key.index_select(1, told.keys), value.index_select(1, told.keys)
     attended = varlen_attn(
         query.transpose(0, 1),
         key.transpose(0, 1),
         value.transpose(0, 1),
-        _offsets(own, query.device),
-        _offsets(whole, query.device),
-        max(own),
-        max(whole),
+        told.starts,
+        told.key_starts,
+        told.longest,
+        told.longest_keys,
         scale=scale,
         window_size=(-1, 0),
         enable_gqa=query.shape[0] != key.shape[0],
     )
     assert isinstance(attended, Tensor)  # the log-sum-exp comes with it only on request
     return attended
-
-
-def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
 
 
 AttentionInterface.register(ATTENTION, flat_attention)

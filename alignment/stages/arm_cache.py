@@ -25,7 +25,7 @@ from alignment.training.context import StageContext
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Raised when the computation changes, so that older files are not found."""
 
 
