@@ -11,8 +11,9 @@ from pathlib import Path
 
 from alignment.errors import AlignmentError
 from alignment.launcher import count_cores
-from benchmarks.harness import RESULTS, Failed, Options, measure
+from benchmarks.harness import Failed, Options, measure
 from benchmarks.journal import OtherConditions
+from benchmarks.machine import RESULTS
 from benchmarks.setting import REPETITIONS
 from benchmarks.works import ALIASES, WORKS, works_named
 

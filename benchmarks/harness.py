@@ -25,7 +25,6 @@ from benchmarks.summary import summarise, table
 from benchmarks.works import POINTS, WORKS, Contestant, Work
 
 SCRATCH = Path(__file__).parent / ".measurements"
-RESULTS = Path(__file__).parent / "results"
 LIMIT_SECONDS = 3600
 _GRACE_SECONDS = 10
 _EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Interrupt|Busy)\b: ")

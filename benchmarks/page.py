@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.machine import ROOT
+from benchmarks.machine import RESULTS, ROOT
 from benchmarks.works import WORKS
 
 PAGE = ROOT / "docs" / "performance.md"
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 def tables(folder: Path) -> list[str]:
@@ -26,8 +25,14 @@ def tables(folder: Path) -> list[str]:
 
 
 def filled(page: str, name: str, measured: Sequence[str]) -> str:
-    """The page with tables between the markers of that name, and nothing else changed."""
+    """The page with tables between the markers of that name, and nothing else changed.
+
+    Raises:
+        ValueError: the page has no such markers, or more than one pair.
+    """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"the page needs one line {begin} and one {end} where the tables of '{name}' belong")
     before, rest = page.split(begin)
     after = rest.split(end)[1]
     return "".join([before, begin, "\n", "\n\n".join(measured), "\n", end, after])

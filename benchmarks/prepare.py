@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from alignment import worker
+from alignment.data.shown import in_common
 from alignment.data.tokenize import answer_ids, prompt_ids, tokenize_conversation
 from alignment.data.tokenizer import load_tokenizer
 from alignment.data.turns import Message
@@ -80,12 +81,7 @@ def counts_of(kind: str, tokens: list[Any]) -> dict[str, int]:
 def _apart(sequences: Sequence[list[int]]) -> int:
     """Tokens of sequences whose common beginnings count once: the nodes of their prefix tree."""
     ordered = sorted(sequences)
-    shared = (sum(1 for _ in takewhile(_are_equal, zip(*two, strict=False))) for two in pairwise(ordered))
-    return sum(map(len, ordered)) - sum(shared)
-
-
-def _are_equal(two: tuple[int, int]) -> bool:
-    return two[0] == two[1]
+    return sum(map(len, ordered)) - sum(in_common(*two) for two in pairwise(ordered))
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import ROOT, processor
+from benchmarks.machine import RESULTS, ROOT, processor
 from benchmarks.setting import PROMPTS, ROWS
 
 WIDTH, HEIGHT = 560, 330
@@ -39,11 +39,17 @@ def bandwidth() -> float:
 
 
 def reached(name: str, folder: Path) -> tuple[float, float, float] | None:
-    """FLOP a byte of weights, FLOP/s and the peak of a work of ours, from its results; None where there are none."""
+    """FLOP a byte of weights, FLOP/s and the peak of a work of ours, from its results; None where there are none.
+
+    Raises:
+        ValueError: it was measured on another kind of machine, whose bandwidth cannot be measured here.
+    """
     file = folder / f"{name}.json"
     if not file.exists():
         return None
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if (other := content["conditions"]["processor"]) != processor():
+        raise ValueError(f"{name} was measured on {other['model']}; measure it here first: make bench WORK={name}")
     mine = [one["result"] for one in content["measurements"] if one["contestant"] == "ours" and "result" in one]
     peak = median(one["matmul_peak"] for one in mine)
     speed = content["ours"]["mfu"] * peak
@@ -52,10 +58,6 @@ def reached(name: str, folder: Path) -> tuple[float, float, float] | None:
         return 2 * PROMPTS / BYTES_PER_WEIGHT, speed, peak
     work = speed * content["ours"]["seconds_per_step"]
     return work / (2 * weights), speed, peak  # weights are read forward and backward
-
-
-def _machine_of(name: str, folder: Path) -> Any:
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["conditions"]["processor"]
 
 
 def _x(value: float) -> float:
@@ -105,13 +107,14 @@ def _raised(power: int) -> str:
 
 def main() -> None:
     """Writes the figure from the results that there are."""
-    folder = ROOT / "benchmarks" / "results"
-    found = {name: reached(name, folder) for name in ("sft_lora", "sft_full", "reward_lora", "dpo_lora", "sampling")}
+    works = ("sft_lora", "sft_full", "reward_lora", "dpo_lora", "sampling")
+    try:
+        found = {name: reached(name, RESULTS) for name in works}
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     known = {name.replace("_", " "): one for name, one in found.items() if one is not None}
     if not known:
         raise SystemExit("no results yet; run 'make bench' first")
-    if other := sorted(name for name in known if _machine_of(name.replace(" ", "_"), folder) != processor()):
-        raise SystemExit(f"measured on another machine, whose bandwidth nobody can measure here: {', '.join(other)}")
     peak = median(one[2] for one in known.values())
     figure = drawing({name: one[:2] for name, one in known.items()}, peak=peak, bytes_per_second=bandwidth())
     (ROOT / "docs" / "roofline.svg").write_text(figure, encoding="utf-8")

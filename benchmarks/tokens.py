@@ -23,13 +23,12 @@ from typing import Any
 import psutil
 
 from alignment import bundled
-from benchmarks.machine import processor
+from benchmarks.machine import RESULTS, processor
 
 ROWS = 1_000_000
 REPETITIONS = 3
 SEED = 42
 MAX_LENGTH = 512
-RESULTS = Path(__file__).parent / "results"
 _TEXT = "the shop opens at nine and closes early on Monday because of a meeting in hall two, please bring your own keys"
 CONTESTANTS = {
     "ours": "alignment.data.token_table: validation, templates, labels on the assistant's turns, ledger",

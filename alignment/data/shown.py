@@ -75,12 +75,12 @@ def _differences(parts: Parts) -> dict[str, range]:
     answers = {name: tokens.ids for name, tokens in parts.answers.items()}
     if len(answers) != 2:
         return {}
-    start = _in_common(*answers.values())
-    end = _in_common(*(ids[start:][::-1] for ids in answers.values()))
+    start = in_common(*answers.values())
+    end = in_common(*(ids[start:][::-1] for ids in answers.values()))
     return {name: range(start, len(ids) - end) for name, ids in answers.items()}
 
 
-def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
+def in_common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens both begin with."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 

@@ -26,6 +26,7 @@ from alignment.errors import DataError, ModelError, RewardError
 from alignment.models.answers import batches, scalar_scores
 from alignment.models.flat import use_flat_attention
 from alignment.models.load import DTYPES, products_in
+from alignment.models.prefix import positions_of
 from alignment.models.rows import by_tokens, stream
 from alignment.rewards.scorers import Answers
 
@@ -117,9 +118,8 @@ class TextScorer:
         return render(self._tokenizer, [*prompt.messages, turn], answering=False)
 
     def _refuse_too_long(self, rows: Sequence[Sequence[int]], answers: Answers) -> None:
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        lengths = [len(row) for row in rows]
-        if positions is None or max(lengths) <= positions:
+        positions, lengths = positions_of(self._model.base_model), [len(row) for row in rows]
+        if max(lengths) <= positions:
             return
         row = lengths.index(max(lengths))
         raise ModelError(

@@ -12,7 +12,9 @@ from benchmarks import rows
 from benchmarks.figures import Sharing, figures_of, loss_differences, medians, phase_flop, ratios, useful_flop
 from benchmarks.journal import Journal, OtherConditions
 from benchmarks.machine import processor, scrubbed
+from benchmarks.page import filled
 from benchmarks.prepare import counts_of
+from benchmarks.roofline import reached
 from benchmarks.summary import summarise, table
 from benchmarks.works import POINTS, SERIES, WORKS, works_named
 
@@ -45,6 +47,25 @@ def test_beginnings_that_sequences_have_in_common_have_to_be_computed_once() -> 
     assert counts_of("dpo", pairs) == {"tokens": 13, "trunk_tokens": 4 + 3, "scored_tokens": 5}
     assert counts_of("reward", pairs)["scored_tokens"] == 0
     assert counts_of("sampling", [[1, 2, 3], [1, 2]]) == {"prompt_tokens": 3}
+
+
+def test_the_roofline_refuses_what_another_machine_measured(tmp_path: Path) -> None:
+    other = processor() | {"model": "Another"}
+    (tmp_path / "dpo_lora.json").write_text(json.dumps({"conditions": {"processor": other}}), encoding="utf-8")
+    assert reached("sft_lora", tmp_path) is None
+    with pytest.raises(ValueError, match="dpo_lora was measured on Another; measure it here first"):
+        reached("dpo_lora", tmp_path)
+
+
+def test_tables_stand_between_the_markers_of_their_folder() -> None:
+    page = "a\n<!-- tables:begin -->\nold\n<!-- tables:end -->\nb\n<!-- amx:begin -->\n<!-- amx:end -->\nc\n"
+    found = filled(filled(page, "tables", ["one", "two"]), "amx", ["three"])
+    assert found.split("\n") == [
+        *("a", "<!-- tables:begin -->", "one", "", "two", "<!-- tables:end -->", "b"),
+        *("<!-- amx:begin -->", "three", "<!-- amx:end -->", "c", ""),
+    ]
+    with pytest.raises(ValueError, match="one line <!-- arm:begin -->"):
+        filled(page, "arm", [])
 
 
 def test_the_table_names_a_rival_that_did_not_learn_the_same() -> None:
