@@ -36,6 +36,13 @@ CPU_MEMORY = {
 tensor, which took as long as the arithmetic on it. oneDNN keeps code for 1,024 shapes of products, and nearly every
 batch has new ones: gigabytes after some dozen steps (docs/LOG.md, 2026-11-25). What the user has set stays."""
 
+IDLE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""OpenMP's idle threads sleep. By default they spin, and beside another busy process they spin on the core that the
+working thread needs: training steps took 18 times as long (docs/LOG.md, 2026-11-26)."""
+
+_WAITING_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Whoever sets one of these has chosen how threads wait."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
@@ -261,6 +268,7 @@ def environment(threads: int, pythonpath: str) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
         **{name: value for name, value in (CPU_MEMORY | _on_cpu()).items() if name not in os.environ},
+        **({} if any(name in os.environ for name in _WAITING_SETTINGS) else IDLE_THREADS),
     }
 
 

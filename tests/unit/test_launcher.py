@@ -90,6 +90,22 @@ def test_what_the_user_has_set_for_the_allocator_stays(monkeypatch: pytest.Monke
     assert {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"} <= set(environment)
 
 
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+@pytest.mark.parametrize("chosen", [None, *WAITING])
+def test_idle_threads_of_a_worker_sleep_unless_the_user_chose_otherwise(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv(chosen, "1000")
+    environment = command(LaunchConfig(), STAGE_FILE, num_devices=0, num_cores=2).environment
+    policies = {name: environment[name] for name in WAITING if name in environment}
+    assert policies == ({"OMP_WAIT_POLICY": "PASSIVE"} if chosen is None else {})
+
+
 def test_more_processes_than_gpus_are_refused() -> None:
     with pytest.raises(ConfigError, match="4 processes, but this machine has 2 GPUs"):
         argv(LaunchConfig(num_processes=4), num_devices=2)
