@@ -152,7 +152,6 @@ RULES: dict[tuple[type, str], Rule] = {
     (KlConfig, "coefficient"): NOT_NEGATIVE,
     (KlConfig, "target"): POSITIVE,
     (KlConfig, "horizon"): POSITIVE,
-    (ScorerConfig, "source"): FILLED,
     (ScorerConfig, "weight"): FINITE,
     (ScorerConfig, "clip"): POSITIVE,
     (ScorerConfig, "pattern"): PATTERN,

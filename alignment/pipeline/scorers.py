@@ -103,6 +103,9 @@ _ROW_CHECKS: dict[str, Callable[[Prompt], object]] = {"exact_answer": _has_answe
 
 
 def _scorer_faults(where: str, scorer: ScorerConfig, stage: PpoConfig, *, where_reward: str) -> Iterator[Fault]:
+    if not scorer.source:
+        yield Fault(where=f"{where}.source", message=f"missing; {ALLOWED}")
+        return
     problem = _source_problem(scorer.source, stage, where_reward)
     if problem:
         yield Fault(where=f"{where}.source", message=problem)
@@ -122,7 +125,7 @@ def _scorer_faults(where: str, scorer: ScorerConfig, stage: PpoConfig, *, where_
 def _guard_faults(where: str, scorer: ScorerConfig) -> Iterator[Fault]:
     """Policies are compared by this scorer, so it must be the same for all of them and tell them apart."""
     if scorer.normalize:
-        message = "true, but a moving scale cannot compare policies; a second opinion scores as it is"
+        message = "true, but a running normalisation cannot compare policies; a held-out scorer scores as it is"
         yield Fault(where=f"{where}.normalize", message=message)
     if scorer.weight == 0.0:
         yield Fault(where=f"{where}.weight", message="0, so all policies would be equally good; choose another weight")

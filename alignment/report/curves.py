@@ -73,9 +73,9 @@ CHOICES: dict[str, tuple[Choice, ...]] = {  # of every kind that trains
         _choice("KL to the reference", "nats a sequence", "objective/kl"),
         Choice(
             title="Held-out answers, over √KL",
-            unit="mean score: what PPO maximises, and the guard's second opinion",
-            keys=("guard/proxy", "guard/gold"),
-            labels=("proxy", "gold"),
+            unit="mean score: what PPO maximises, and the guard's held-out scorer",
+            keys=("guard/proxy", "guard/scorer"),
+            labels=("training score", "held-out scorer"),
             over="guard/kl",
         ),
         _choice("KL coefficient", "", "objective/kl_coef"),

@@ -186,13 +186,14 @@ def _handed_on(run: Run) -> list[str]:
         found = stage.headlines
         kept, done, planned = found.get("guard/kept_update"), found.get("updates"), stage.config.get("updates")
         if kept is not None and done is not None and kept < done:
-            best, last = found.get("guard/best_gold"), found.get("guard/gold")
+            best, last = found.get("guard/best_scorer"), found.get("guard/scorer")
             warnings.append(
-                f"{stage.name} hands on its policy after update {kept:.0f} of {done:.0f}: on held-out prompts the "
-                f"second opinion was {text.number(best, 3)} there and {text.number(last, 3)} at the end."
+                f"{stage.name} hands on its policy after update {kept:.0f} of {done:.0f}: the held-out scorer gave "
+                f"{text.number(best, 3)} there and {text.number(last, 3)} at the end, on the prompts that chose it."
             )
         if done is not None and isinstance(planned, int) and done < planned:
-            warnings.append(f"{stage.name} ended after {done:.0f} of {planned} updates: its KL was above guard.max_kl.")
+            why = "its KL was above guard.max_kl twice in a row"
+            warnings.append(f"{stage.name} ended after {done:.0f} of {planned} updates: {why}.")
     return warnings
 
 

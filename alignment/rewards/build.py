@@ -56,7 +56,7 @@ def build_scorer(
     *,
     device: torch.device,
 ) -> RewardMix:
-    """The guard's second opinion: a slot that holds ``guard.scorer`` alone; everything else as in ``build_rewards``."""
+    """A slot that holds the guard's held-out scorer alone; everything else as in ``build_rewards``."""
     maker = _maker(config, spec, tokenizer, prompts, reward_model, device)
     return maker.mix({GUARD: config.guard.scorer})
 

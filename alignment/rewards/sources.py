@@ -15,7 +15,7 @@ from alignment.config.stage import PpoConfig, ScorerConfig
 REWARD = "reward"
 """Both the source and the field of the stage that it reads."""
 GUARD = "guard.scorer"
-"""The field of the guard's second opinion; the others are ``scorers[0]`` and so on."""
+"""The field of the guard's held-out scorer; the others are ``scorers[0]`` and so on."""
 
 VERIFIERS: dict[str, str | None] = {
     "exact_answer": None,

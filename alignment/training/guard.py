@@ -1,11 +1,17 @@
-"""Watching for over-optimisation: held-out answers, judged by what PPO maximises and by a second opinion.
+"""Watching for over-optimisation: held-out answers, judged by what PPO maximises and by a held-out scorer.
 
 As a policy moves away from where it started, the score that it maximises rises on, while what the score stands for
 peaks and falls (Gao et al. 2022, in the square root of the KL). Only a scorer that training does not see can tell.
+
+Looks are noisy, and the highest of many noisy means is partly luck. A later policy therefore replaces an earlier one
+only where it is better by more than a standard error of the difference, paired by prompt (the one-standard-error rule,
+Breiman et al. 1984, section 3.4.3): of policies that the prompts cannot tell apart, the one nearer to the reference is
+handed on. The best score is a mean over the prompts that chose it, so it is an optimistic figure.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,10 +32,22 @@ from alignment.training.sharding import everyones, put, whole_state
 BEST = "guard_best.safetensors"
 
 
+def better_beyond_noise(later: Tensor, earlier: Tensor) -> bool:
+    """Whether ``later [prompts]`` scores exceed ``earlier [prompts]`` by more than a standard error, paired by prompt.
+
+    Example: differences of .3, .1, .2 have mean .2 and standard error .058, so the later policy is better.
+    """
+    differences = later.double() - earlier.double()
+    mean = float(differences.mean())
+    if len(differences) == 1:
+        return mean > 0.0
+    return mean > 0.0 and mean > float(differences.std()) / math.sqrt(len(differences))
+
+
 class Guard:
     """Looks at a policy every so many updates, writes ``guard.jsonl``, and keeps the weights that did best.
 
-    ``scorer`` is the second opinion; ``proxy`` turns a rollout batch into the scores that training would take.
+    ``scorer`` is the held-out scorer; ``proxy`` turns a rollout batch into the scores that training would take.
     """
 
     def __init__(
@@ -50,51 +68,62 @@ class Guard:
         self._proxy = proxy
         self._log = MetricsLog(context.content / "guard.jsonl")
         self._best: dict[str, Tensor] = {}
+        self._best_scores: Tensor | None = None  # [prompts]
         self.best_updates = 0
-        self.best_gold = float("-inf")
 
     def due(self, updates: int) -> bool:
         """Whether the policy is looked at after this many updates."""
         return updates % self._config.every == 0
 
     def look(self, updates: int, rollouts: Rollouts) -> dict[str, float]:
-        """Means over the held-out prompts: ``guard/proxy``, ``guard/gold``, ``guard/kl`` (nats a sequence).
+        """Means over the held-out prompts: ``guard/proxy``, ``guard/scorer``, ``guard/kl`` (nats a sequence).
 
-        Every process must call this. The same policy gets the same figures, whenever it is asked.
+        ``guard/best_update`` is the update of the policy that would be handed on now. Every process must call this.
+        The same policy gets the same metrics, whenever it is asked.
         """
-        found = rollouts.of_prompts(self._prompts, UpdateFigures(lambda values: values[None]))
-        with rollouts.gathered():  # a reward model may share the policy's weights
-            gold = self._scorer.raw(found.prompts, found.answers, found.rows)
-        total = self._scorer.total({name: torch.tensor(scores) for name, scores in gold.items()}, learn=False)
-        pairs = zip(found.logprobs, found.reference_logprobs, strict=True)
-        figures = {
-            "guard/proxy": float(self._proxy(found).mean()),
-            "guard/gold": float(total.mean()),
-            "guard/kl": sum(float((mine - theirs).sum()) for mine, theirs in pairs) / len(found.answers),
+        rollout = rollouts.of_prompts(self._prompts, UpdateFigures(lambda values: values[None]))
+        scores = self._scores(rollout, rollouts)
+        pairs = zip(rollout.logprobs, rollout.reference_logprobs, strict=True)
+        metrics = {
+            "guard/proxy": float(self._proxy(rollout).mean()),
+            "guard/scorer": float(scores.mean()),
+            "guard/kl": sum(float((policy - reference).sum()) for policy, reference in pairs) / len(rollout.answers),
         }
-        if everyones(self._is_best(figures))[0]:  # all do as the main process finds
-            self.best_gold, self.best_updates = figures["guard/gold"], updates
-            named = dict(self._policy.named_parameters())  # a tied weight once, since it is written once
-            weights = whole_state(self._policy, trained_only=True)
-            self._best = {name: held for name, held in weights.items() if name in named}
+        if everyones(self._is_best(scores, metrics["guard/kl"]))[0]:  # all follow the main process
+            self._remember(scores, updates)
+        metrics["guard/best_update"] = float(self.best_updates)
         if self._context.is_main:
             self._log.keep_through(updates - 1)  # a resumed stage looks again
-            self._log.append(updates, figures)
-        return figures
+            self._log.append(updates, metrics)
+        return metrics
 
-    def _is_best(self, figures: dict[str, float]) -> bool:
+    def _scores(self, rollout: Rollout, rollouts: Rollouts) -> Tensor:
+        """``[prompts]`` by the held-out scorer."""
+        with rollouts.gathered():  # a reward model may share the policy's weights
+            raw = self._scorer.raw(rollout.prompts, rollout.answers, rollout.rows)
+        return self._scorer.total({name: torch.tensor(values) for name, values in raw.items()}, learn=False)
+
+    def _is_best(self, scores: Tensor, kl: float) -> bool:
+        if self._best_scores is None:
+            return True  # the reference
         limit = self._config.max_kl
-        is_first = self.best_gold == float("-inf")  # the reference
-        return figures["guard/gold"] > self.best_gold and (is_first or limit is None or figures["guard/kl"] <= limit)
+        return (limit is None or kl <= limit) and better_beyond_noise(scores, self._best_scores)
+
+    def _remember(self, scores: Tensor, updates: int) -> None:
+        self._best_scores, self.best_updates = scores.cpu(), updates
+        named = dict(self._policy.named_parameters())  # a tied weight once, since it is written once
+        weights = whole_state(self._policy, trained_only=True)
+        self._best = {name: held for name, held in weights.items() if name in named}
 
     def finish(self, updates: int, rollouts: Rollouts) -> dict[str, float]:
         """Looks once more, puts the best weights back if that is wanted, and says which these are."""
         last = self.look(updates, rollouts)
-        kept = {"guard/best_gold": self.best_gold, "guard/best_update": float(self.best_updates)}
+        assert self._best_scores is not None, "a look remembers the first policy"
+        best = {"guard/best_scorer": float(self._best_scores.mean())}
         if self._config.keep_best:
             self._put_back()
-            kept["guard/kept_update"] = float(self.best_updates)
-        return {**last, **kept}
+            best["guard/kept_update"] = float(self.best_updates)
+        return {**last, **best}
 
     def _put_back(self) -> None:
         for name, parameter in self._policy.named_parameters():
@@ -105,11 +134,11 @@ class Guard:
         """Writes the best weights so far beside a checkpoint; returns the rest as plain values."""
         if self._best:
             save_file({name: weights.contiguous() for name, weights in self._best.items()}, folder / BEST)
-        known = self.best_gold != float("-inf")
-        return {"best_updates": self.best_updates, "best_gold": self.best_gold if known else None}
+        scores = None if self._best_scores is None else self._best_scores.tolist()
+        return {"best_updates": self.best_updates, "best_scores": scores}
 
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
         """Takes back what ``save`` wrote."""
-        if state["best_gold"] is not None:
-            self.best_updates, self.best_gold = state["best_updates"], state["best_gold"]
+        if state["best_scores"] is not None:
+            self.best_updates, self._best_scores = state["best_updates"], torch.tensor(state["best_scores"])
             self._best = load_file(folder / BEST) if self._context.is_main else {}

@@ -74,6 +74,7 @@ class PpoTrainer(Trainer):
         self.samples = samples
         self.guard: Guard | None = None
         self.over_budget = False
+        self._was_above_budget = False
         self._experience: Experience | None = None
         self._update_ended = False
         self._passed_over = False
@@ -259,10 +260,17 @@ class PpoTrainer(Trainer):
             )
 
     def _check_budget(self, update: int) -> None:
+        """The KL of a single batch is noisy, so two in a row above the budget end the stage."""
         limit, kl = self.config.guard.max_kl, self.figures.values["objective/kl"]
-        self.over_budget = limit is not None and kl > limit
+        is_above = limit is not None and kl > limit
+        self.over_budget = is_above and self._was_above_budget
+        self._was_above_budget = is_above
         if self.over_budget and self.context.is_main:
-            log.warning("the KL of %.2f nats is above guard.max_kl; the stage ends after %d updates.", kl, update)
+            log.warning(
+                "the KL was above guard.max_kl twice in a row, %.2f nats at last; the stage ends after %d updates.",
+                kl,
+                update,
+            )
 
     def _check_start(self, update: int, kl: Tensor) -> None:
         """Policy and reference are the same before the first step."""
@@ -389,7 +397,11 @@ class PpoTrainer(Trainer):
 
     def _save_state(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        state = {"kl_coefficient": self.price.coefficient, "rewards": self.rewards.state()}
+        state = {
+            "kl_coefficient": self.price.coefficient,
+            "rewards": self.rewards.state(),
+            "was_above_budget": self._was_above_budget,
+        }
         if self.guard is not None:
             state["guard"] = self.guard.save(folder)
         (folder / "ppo.json").write_text(json.dumps(state))
@@ -412,6 +424,7 @@ class PpoTrainer(Trainer):
         if isinstance(self.price, AdaptiveKl):
             self.price = replace(self.price, coefficient=state["kl_coefficient"])
         self.rewards.restore(state["rewards"])
+        self._was_above_budget = state["was_above_budget"]
         if self.guard is not None:
             self.guard.restore(folder, state["guard"])
 

@@ -1,4 +1,4 @@
-"""PPO scored by the user's own function and watched by a second opinion: what the command says, leaves and refuses."""
+"""PPO scored by the user's own function and watched by a held-out scorer: what the command says, leaves and refuses."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_a_function_scores_a_rule_joins_it_and_a_guard_watches(finished: Align, 
     lines = _lines(folder / "metrics.jsonl")
     assert {"score/brevity", "score/length", "objective/score"} <= set(lines[0])
     assert ["loss/ptx" in line for line in lines] == [False, True, True], "PTX waits for the policy to learn"
-    assert ["guard/gold" in line for line in lines] == [True, False, True]
+    assert ["guard/scorer" in line for line in lines] == [True, False, True]
     looks = _lines(folder / "guard.jsonl")
     assert [look["step"] for look in looks] == [0, 2, 3]
-    best = max(looks, key=lambda look: look["guard/gold"])
-    assert manifest.metrics["guard/kept_update"] == best["step"]
+    best = looks[-1]["guard/best_update"]
+    assert manifest.metrics["guard/kept_update"] == best
     assert len(_lines(folder / "samples.jsonl")) == 12  # four of each update
-    assert (folder / "critic.safetensors").is_file() == (best["step"] == 3), "it belongs to the last policy"
+    assert (folder / "critic.safetensors").is_file() == (best == 3), "it belongs to the last policy"
     assert manifest.metrics["memory/base_copies"] < 1.1
 
 

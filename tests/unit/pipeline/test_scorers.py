@@ -60,6 +60,7 @@ def fault(plan: MakePlan, *overrides: str) -> str:
 
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
+WATCHED = "stages.ppo.guard={every: 1, scorer: {source: house_style}}"
 ALLOWED = "it takes reward, FILE.py:FUNCTION, or one of: exact_answer, regex, length, house_style"
 FAULTS = [
     ((NO_REWARD,), "scorers[0].source: 'reward' is the model that stages.ppo.reward names, which is null; name one, or "
@@ -78,11 +79,13 @@ FAULTS = [
     ((scorers("source: house_style"),), "reward: 'stage:reward' is read by nothing: no scorer is 'reward', and a "
      "shared critic starts at 0; write null, or add the scorer"),
     ((scorers(),), "scorers: [] is not allowed; at least one entry"),
+    (("stages.ppo.guard.every=1",), f"guard.scorer.source: missing; {ALLOWED}"),
     (("stages.ppo.guard.every=1", "stages.ppo.guard.scorer.source=hose_style"),
      f"guard.scorer.source: 'hose_style' is no scorer; did you mean 'house_style'? {ALLOWED}"),
-    (("stages.ppo.guard.every=1", "stages.ppo.guard.scorer.normalize=true"),
-     "guard.scorer.normalize: true, but a moving scale cannot compare policies; a second opinion scores as it is"),
-    (("stages.ppo.guard.every=1", "stages.ppo.guard.scorer.weight=0"),
+    ((WATCHED, "stages.ppo.guard.scorer.normalize=true"),
+     "guard.scorer.normalize: true, but a running normalisation cannot compare policies; a held-out scorer scores "
+     "as it is"),
+    ((WATCHED, "stages.ppo.guard.scorer.weight=0"),
      "guard.scorer.weight: 0, so all policies would be equally good; choose another weight"),
     (("stages.ppo.guard.every=1", "stages.ppo.guard.scorer.source=length"),
      "guard.scorer.target: missing; 'length' needs it"),
@@ -211,7 +214,7 @@ def test_a_folder_that_gives_no_score_is_refused_with_what_would_fit(
     folder = judge(tmp_path / "judge", **config)
     for slot in ("stages.ppo.reward", "stages.ppo.guard.scorer.source"):
         with pytest.raises(ModelError) as caught:
-            plan("stages.ppo.guard.every=1", f"{slot}=path:{folder}")
+            plan(WATCHED, f"{slot}=path:{folder}")
         assert str(caught.value) == (
             f"{slot}: {folder} {message}\n  → this slot takes a reward model. Use 'stage:reward'."
         )
@@ -309,7 +312,7 @@ def test_a_reason_names_the_scorer_s_setting_that_differs(plan: MakePlan) -> Non
 
 def test_the_rule_of_the_house_style_counts_where_it_scores(plan: MakePlan) -> None:
     assert ppo(plan()).identity["rule"] is None
-    assert ppo(plan("stages.ppo.guard.every=1")).identity["rule"]
+    assert ppo(plan(WATCHED)).identity["rule"]
     assert ppo(plan(scorers("source: reward", "source: house_style"))).identity["rule"]
 
 

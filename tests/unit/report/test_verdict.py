@@ -102,34 +102,37 @@ def test_an_earlier_policy_that_was_handed_on_is_named_with_both_opinions(fake_r
     fake_run.headlines["ppo"] = {
         "updates": 20.0,
         "guard/kept_update": 12.0,
-        "guard/best_gold": 0.6123,
-        "guard/gold": 0.55,
+        "guard/best_scorer": 0.6123,
+        "guard/scorer": 0.55,
     }
     html = fake_run.html()
-    assert (
-        "ppo hands on its policy after update 12 of 20: on held-out prompts the second opinion was 0.612 there" in html
-    )
-    assert "and 0.550 at the end." in html
+    assert "ppo hands on its policy after update 12 of 20: the held-out scorer gave 0.612 there and" in html
+    assert "and 0.550 at the end, on the prompts that chose it." in html
 
 
 def test_a_last_policy_that_was_handed_on_is_no_news(fake_run):
-    fake_run.headlines["ppo"] = {"updates": 20.0, "guard/kept_update": 20.0, "guard/best_gold": 0.6, "guard/gold": 0.6}
+    fake_run.headlines["ppo"] = {
+        "updates": 20.0,
+        "guard/kept_update": 20.0,
+        "guard/best_scorer": 0.6,
+        "guard/scorer": 0.6,
+    }
     assert "hands on" not in fake_run.html()
 
 
 def test_a_stage_that_ended_over_its_budget_says_so(fake_run):
     fake_run.run["config"]["stages"]["ppo"]["updates"] = 16
     fake_run.headlines["ppo"] = {"updates": 7.0}
-    assert "ppo ended after 7 of 16 updates: its KL was above guard.max_kl." in fake_run.html()
+    assert "ppo ended after 7 of 16 updates: its KL was above guard.max_kl twice in a row." in fake_run.html()
 
 
 def test_the_guards_two_opinions_are_drawn_over_the_root_of_the_kl(fake_run):
     assert "Held-out answers, over √KL" not in fake_run.html()
     for step, row in enumerate(fake_run.metrics["ppo"]):
         if step % 4 == 0:
-            row |= {"guard/proxy": 0.1 * step, "guard/gold": 0.5 - 0.01 * step, "guard/kl": 4.0 * step}
+            row |= {"guard/proxy": 0.1 * step, "guard/scorer": 0.5 - 0.01 * step, "guard/kl": 4.0 * step}
     html = fake_run.html()
     assert "Held-out answers, over √KL" in html
     chart = html[html.index("Held-out answers, over √KL") :]
-    assert ">proxy</text>" in chart
-    assert ">gold</text>" in chart
+    assert ">training score</text>" in chart
+    assert ">held-out scorer</text>" in chart

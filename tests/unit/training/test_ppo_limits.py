@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from alignment.data.tokenize import TokenizedConversation
 from alignment.errors import ConfigError
 from alignment.models.answers import unwrapped
 from alignment.stages.ppo import hold_out
-from alignment.training.guard import Guard
+from alignment.training.guard import Guard, better_beyond_noise
 from alignment.training.ptx import Ptx
 from alignment.training.rollouts import Prompts
 from alignment.training.samples import Samples
@@ -91,7 +92,7 @@ def test_minibatches_that_are_passed_over_change_nothing(bench: Callable[..., Be
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
-def test_a_kl_above_the_budget_ends_the_stage(
+def test_a_kl_above_the_budget_twice_in_a_row_ends_the_stage(
     bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture, minibatches: int
 ) -> None:
     settings = {"ppo_epochs": 1, "num_minibatches": minibatches, "optim": optim(lr=5e-3), "updates": 6}
@@ -99,21 +100,53 @@ def test_a_kl_above_the_budget_ends_the_stage(
     free.train()
     kls = [line["objective/kl"] for line in free.metrics()]
     limit = max(kls) / 2
-    first = next(number for number, kl in enumerate(kls) if kl > limit)
+    first = next(at for at, (kl, before) in enumerate(zip(kls[1:], kls, strict=False), 1) if min(kl, before) > limit)
     held = bench("held", guard=GuardConfig(max_kl=limit), **settings)
     with caplog.at_level(logging.WARNING):
         held.train()
     assert held.trainer.updates_done == first
     assert f"the stage ends after {first} updates" in caplog.text
     assert held.metrics()[-1]["objective/kl"] == kls[first], "what ended it is the last line"
-    assert first > 0
+    assert 1 < first < 6
+
+
+def test_one_batch_above_the_budget_ends_nothing_and_a_resume_remembers_it(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    run = bench(guard=GuardConfig(max_kl=3.0))
+
+    def over(trainer: Any, *kls: float) -> list[bool]:
+        answers = []
+        for update, kl in enumerate(kls):
+            trainer.figures.values["objective/kl"] = kl
+            trainer._check_budget(update)
+            answers.append(trainer.over_budget)
+        return answers
+
+    assert over(run.trainer, 3.5, 2.9, 3.1) == [False, False, False]
+    run.trainer._save_state(tmp_path)
+    resumed = bench("resumed", guard=GuardConfig(max_kl=3.0))
+    resumed.trainer._restore_state(tmp_path)
+    assert over(resumed.trainer, 3.2) == [True]
 
 
 # ---- the guard ------------------------------------------------------------------------------------------------------
 
 
+class ScriptedRewards(TokenRewards):
+    """Gives the scores of one look after the other, whatever the answers are."""
+
+    def __init__(self, looks: list[list[float]]) -> None:
+        super().__init__(lambda prompt, answer: 0.0)
+        self._looks = iter(looks)
+
+    def raw(self, prompts: Any, answers: Any, rows: Any) -> dict[str, list[float]]:
+        """The next look's."""
+        return {"rule": next(self._looks)}
+
+
 LOW = TokenRewards(lambda prompt, answer: float(sum(token < 12 for token in answer)))
-HIGH = TokenRewards(lambda prompt, answer: -float(sum(token < 12 for token in answer)), name="gold")
+HIGH = TokenRewards(lambda prompt, answer: -float(sum(token < 12 for token in answer)), name="held_out")
 WATCHED = {"updates": 4, "optim": optim(lr=5e-3, batch_size=32), "missing_eos_score": None}
 
 
@@ -137,42 +170,69 @@ def test_a_policy_above_the_budget_is_never_the_best(bench: Callable[..., Bench]
     run = _watched(bench, "run", scorer=LOW)  # likes what is learned: only the budget speaks against it
     run.trainer.guard._config = replace(run.trainer.guard._config, max_kl=1e-3)  # the stage itself goes on
     run.train()
-    golds = [line["guard/gold"] for line in run.lines("guard.jsonl")]
-    assert max(golds) > golds[0] + 0.25
+    means = [line["guard/scorer"] for line in run.lines("guard.jsonl")]
+    assert max(means) > means[0] + 0.25
     assert run.trainer.guard.best_updates == 0
 
 
 @KINDS
-def test_the_best_policy_by_the_second_opinion_is_handed_on(
+def test_the_best_policy_by_the_held_out_scorer_is_handed_on(
     bench: Callable[..., Bench], adapter: AdapterConfig
 ) -> None:
-    """Gold dislikes what training wants, so it is best before anything was learned."""
+    """The held-out scorer dislikes what training wants, so it is highest before anything was learned."""
     run = _watched(bench, "run", adapter=adapter)
     start = _policy(run)
     run.train()
     assert _policy(run) != start
-    told = run.trainer.guard.finish(run.trainer.updates_done, run.trainer.rollouts)
+    last = run.trainer.guard.finish(run.trainer.updates_done, run.trainer.rollouts)
     lines = run.lines("guard.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
-    golds = [line["guard/gold"] for line in lines]
-    assert golds[-1] < golds[0] - 0.5
-    assert [line["guard/proxy"] for line in lines] == pytest.approx([-gold for gold in golds])
+    means = [line["guard/scorer"] for line in lines]
+    assert means[-1] < means[0] - 0.5
+    assert [line["guard/proxy"] for line in lines] == pytest.approx([-mean for mean in means])
     assert lines[0]["guard/kl"] == pytest.approx(0.0, abs=1e-5)
-    best = golds.index(max(golds))
-    assert told["guard/kept_update"] == best
+    assert last["guard/kept_update"] == 0
+    assert last["guard/best_scorer"] == pytest.approx(means[0])
     again = run.trainer.guard.look(9, run.trainer.rollouts)
-    assert again["guard/gold"] == pytest.approx(max(golds)), "the weights are those that did best"
-    if best == 0:
-        assert _policy(run) == start
+    assert again["guard/scorer"] == pytest.approx(means[0]), "the weights are those that did best"
+    assert _policy(run) == start
+
+
+@pytest.mark.parametrize(
+    ("later", "earlier", "better"),
+    [
+        ([1.0, -1.0, 1.0, -0.8], [0.0, 0.0, 0.0, 0.0], False),  # mean .05, standard error .55
+        ([0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0], True),
+        ([5.3, -2.9, 0.2, 9.1], [5.0, -3.0, 0.0, 9.0], True),  # paired: differences .3, .1, .2, .1
+        ([1.2, 0.0], [0.0, 0.6], False),  # mean .3, standard error .9
+        ([2.0, 2.0], [2.0, 2.0], False),
+        ([3.0], [2.0], True),
+    ],
+)
+def test_a_later_policy_is_better_by_more_than_a_standard_error(
+    later: list[float], earlier: list[float], better: bool
+) -> None:
+    assert better_beyond_noise(torch.tensor(later), torch.tensor(earlier)) is better
+
+
+def test_a_policy_that_is_better_by_chance_replaces_no_earlier_one(bench: Callable[..., Bench]) -> None:
+    """Scores of eight prompts, look by look; the third mean is the highest, and within noise of the second."""
+    looks = [[0.0] * 8, [1.0] * 8, [3.0, -1.0] * 3 + [2.0, 0.2], [0.5] * 8]
+    run = _watched(bench, "run", scorer=ScriptedRewards(looks))
+    for update in range(4):
+        run.trainer.guard.look(update, run.trainer.rollouts)
+    lines = run.lines("guard.jsonl")
+    assert [line["guard/scorer"] for line in lines] == pytest.approx([0.0, 1.0, 1.025, 0.5])
+    assert [line["guard/best_update"] for line in lines] == [0, 1, 1, 1]
 
 
 def test_without_keep_best_the_last_policy_is_handed_on(bench: Callable[..., Bench]) -> None:
     run = _watched(bench, "run", guard={"keep_best": False})
     run.train()
     last = _policy(run)
-    told = run.trainer.guard.finish(run.trainer.updates_done, run.trainer.rollouts)
+    metrics = run.trainer.guard.finish(run.trainer.updates_done, run.trainer.rollouts)
     assert _policy(run) == last
-    assert "guard/kept_update" not in told
+    assert "guard/kept_update" not in metrics
 
 
 def test_the_guard_neither_disturbs_training_nor_forgets_over_a_resume(bench: Callable[..., Bench]) -> None:
