@@ -285,7 +285,7 @@ class PpoOptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Greedy answers of every arm to held-out prompts, scored by gold rule, reward model and KL to ``reference``.
+    """Greedy answers of every arm to held-out prompts: gold rule, reward model and log-ratio to ``reference``.
 
     ``arms`` are ``base``, ``base+prompt`` (the house style as a system message), ``base+few-shot`` (examples before the
     prompt), ``stage:NAME``, and models from outside (``path:FOLDER``, ``hub:ORG/NAME@REVISION``), which may have a
@@ -293,7 +293,7 @@ class EvaluateConfig:
     """
 
     summary: ClassVar[str] = "arms side by side on held-out prompts"
-    revision: ClassVar[int] = 5
+    revision: ClassVar[int] = 6
     produces: ClassVar[str] = "evaluation"
 
     kind: str = "evaluate"

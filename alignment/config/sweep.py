@@ -20,13 +20,13 @@ class Metric(str, Enum):
     style = "style"
     facts = "facts"
     reward = "reward"
-    kl = "kl"
+    greedy_log_ratio = "greedy_log_ratio"
     win_rate = "win_rate"
     loss = "loss"
     perplexity = "perplexity"
 
 
-LESS_IS_BETTER = (Metric.kl, Metric.loss, Metric.perplexity)
+LESS_IS_BETTER = (Metric.greedy_log_ratio, Metric.loss, Metric.perplexity)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -47,7 +47,7 @@ class TokenSum:
 class Answered:
     """What one arm answered, one entry a held-out prompt.
 
-    ``logprobs`` are those of its own answers, in nats; None for an arm whose divergence is not asked for.
+    ``logprobs`` are those of its own answers, in nats; None for an arm whose log-ratio is not asked for.
     ``references`` are those of the rows' reference answers, None for a row without one or an arm with other tokens.
     ``seconds`` covers all of it, when it was computed.
     """

@@ -57,13 +57,16 @@ def labels(arms: Sequence[str]) -> dict[str, str]:
     return {arm: label if taken.count(label) == 1 else arm for arm, label in short.items()}
 
 
-def refuse_not_finite(
-    name: str, arm: Answered, *, rewards: list[float] | None, divergences: list[float] | None
-) -> None:
+def refuse_not_finite(name: str, arm: Answered, *, rewards: list[float] | None, log_ratios: list[float] | None) -> None:
     """Raises NonFiniteError if a figure of the arm called ``name`` would be no number, on a single prompt."""
     losses = [-one.logprob / one.tokens for one in arm.references if one is not None]
     perplexities = [math.exp(loss) if loss < _MOST else math.inf for loss in losses]
-    figures = {"reward": rewards or [], "kl": divergences or [], "loss": losses, "perplexity": perplexities}
+    figures = {
+        "reward": rewards or [],
+        "greedy log-ratio": log_ratios or [],
+        "loss": losses,
+        "perplexity": perplexities,
+    }
     for figure, values in figures.items():
         bad = [value for value in values if not math.isfinite(value)]
         if bad:
@@ -79,11 +82,11 @@ def arm_row(
     *,
     label: str,
     rewards: list[float] | None,
-    divergences: list[float] | None,
+    log_ratios: list[float] | None,
     win_rate: dict[str, float] | None,
     intervals: Intervals,
 ) -> dict[str, Any]:
-    """One arm's line of the table; ``divergences`` are log π − log ref of its answers, in nats."""
+    """One arm's line of the table; ``log_ratios`` are log π − log ref of its greedy answers, in nats."""
     answers = arm.answers
     loss = _loss(arm, intervals)
     return {
@@ -94,7 +97,7 @@ def arm_row(
         "facts": asdict(intervals.of([answer.gold.facts for answer in answers])),
         "words": asdict(intervals.of([float(len(answer.text.split())) for answer in answers])),
         "reward": None if rewards is None else asdict(intervals.of(rewards)),
-        "kl": None if divergences is None else asdict(intervals.of(divergences)),
+        "greedy_log_ratio": None if log_ratios is None else asdict(intervals.of(log_ratios)),
         "win_rate": win_rate,
         "loss": None if loss is None else asdict(loss),
         "perplexity": None if loss is None else {key: math.exp(value) for key, value in asdict(loss).items()},

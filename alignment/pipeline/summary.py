@@ -75,7 +75,7 @@ def show_results(console: Console, run_folder: Path, record: dict[str, Any]) -> 
 def show_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
     """The arms side by side, then a line a comparison that says whether the difference is real."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for title in ("arm", "gold", "95 %", "style", "facts", "words", "reward", "KL", "loss"):
+    for title in ("arm", "gold", "95 %", "style", "facts", "words", "reward", "log-ratio", "loss"):
         table.add_column(title, justify="left" if title == "arm" else "right", no_wrap=True)
     for arm in evaluation["arms"]:
         gold = arm["gold"]
@@ -87,7 +87,7 @@ def show_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
             _mean(arm["facts"]),
             _mean(arm["words"], digits=1),
             _mean(arm["reward"]),
-            _mean(arm["kl"]),
+            _mean(arm["greedy_log_ratio"]),
             _mean(arm.get("loss")),
         )
     console.print()
@@ -99,7 +99,9 @@ def show_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
         line = _judged_in_words(judged, labels, by=evaluation["judge"]["name"])
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(
-        f"gold = style × facts on {evaluation['num_prompts']} held-out prompts; KL in nats a sequence", highlight=False
+        f"gold = style × facts on {evaluation['num_prompts']} held-out prompts; log-ratio of greedy answers to the "
+        "reference, nats a sequence",
+        highlight=False,
     )
 
 

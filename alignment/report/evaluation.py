@@ -50,7 +50,7 @@ def _arm(raw: dict[str, Any]) -> Arm:
         style=interval(raw.get("style")),
         facts=interval(raw.get("facts")),
         reward=interval(raw.get("reward")),
-        kl=interval(raw.get("kl")),
+        greedy_log_ratio=interval(raw.get("greedy_log_ratio")),
         win_rate=interval(raw.get("win_rate")),
         loss=interval(raw.get("loss")),
         perplexity=interval(raw.get("perplexity")),

@@ -31,9 +31,9 @@ class Interval:
 class Arm:
     """One arm of the evaluation; None stands for a figure that was not measured.
 
-    ``kl`` is in nats a sequence, ``loss`` in nats a token; ``refusals``, ``distinct`` and ``ended`` are shares of the
-    answers, ``win_rate`` of the points against the reference. ``figures`` holds all that the row says in numbers, these
-    and whatever else, by name.
+    ``greedy_log_ratio`` is in nats a sequence, ``loss`` in nats a token; ``refusals``, ``distinct`` and ``ended`` are
+    shares of the answers, ``win_rate`` of the points against the reference. ``figures`` holds all that the row says in
+    numbers, these and whatever else, by name.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Arm:
     style: Interval | None = None
     facts: Interval | None = None
     reward: Interval | None = None
-    kl: Interval | None = None
+    greedy_log_ratio: Interval | None = None
     win_rate: Interval | None = None
     loss: Interval | None = None
     perplexity: Interval | None = None

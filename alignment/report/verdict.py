@@ -12,7 +12,7 @@ from alignment.report.records import Arm, Comparison, Evaluation, Run
 MIN_DISTINCT = 0.9
 """Below this share of distinct answers an arm says the same thing to different prompts (chosen, not tuned)."""
 
-MAX_KL = 25.0
+MAX_LOG_RATIO = 25.0
 """Nats a sequence beyond which an arm has left its reference far behind (chosen, not tuned)."""
 
 
@@ -141,10 +141,11 @@ def _arm_warnings(evaluation: Evaluation) -> list[str]:
                 "the same thing to different prompts and its scores mean little."
             )
         # An untrained arm is far from the reference because the reference was trained.
-        if arm.kl is not None and arm.kl.mean > MAX_KL and arm.name not in UNTRAINED_ARMS:
+        ratio = arm.greedy_log_ratio
+        if ratio is not None and ratio.mean > MAX_LOG_RATIO and arm.name not in UNTRAINED_ARMS:
             warnings.append(
-                f"{arm.label} has moved {text.number(arm.kl.mean, 1)} nats a sequence away from the reference "
-                f"(more than {MAX_KL:.0f}): read its answers before trusting its score."
+                f"{arm.label} has moved far from the reference: its greedy answers have a log-ratio of "
+                f"{text.number(ratio.mean, 1)} nats (more than {MAX_LOG_RATIO:.0f}): read its answers before trusting its score."
             )
     never_ended = [_never_ended(arm, evaluation.num_prompts) for arm in evaluation.arms if _cut(arm)]
     if never_ended:

@@ -36,11 +36,11 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     policies = Policies(context)
     arms = _answers(config, context, policies, asked, rows)
     context.progress("scoring", len(arms) * len(rows), len(arms) * len(rows))
-    divergences = _divergences(context, policies, asked, arms)
+    log_ratios = _log_ratios(context, policies, asked, arms)
     policies.let_go()
     rewards = _rewards(context, tokenizer, rows, asked, arms)
     for name, arm in arms.items():
-        refuse_not_finite(name, arm, rewards=rewards[name], divergences=divergences[name])
+        refuse_not_finite(name, arm, rewards=rewards[name], log_ratios=log_ratios[name])
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
     reference = spec.inputs["reference"].ref
     judged = judge(config.judge, context, rows, arms, rewards, endpoint, reference=reference, intervals=intervals)
@@ -51,7 +51,7 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
             arm,
             label=called[name],
             rewards=rewards[name],
-            divergences=divergences[name],
+            log_ratios=log_ratios[name],
             win_rate=judged.win_rate(name, reference=reference),
             intervals=intervals,
         )
@@ -94,14 +94,15 @@ def _is_compared(asked: Asked) -> bool:
 
 
 def _is_reference(name: str, context: StageContext) -> bool:
-    """Whether an arm that is asked the plain prompts is the policy from which divergences are taken."""
+    """Whether an arm that is asked the plain prompts is the policy that log-ratios are taken to."""
     return context.spec.arms[name].path == context.spec.inputs["reference"].path
 
 
-def _divergences(
+def _log_ratios(
     context: StageContext, policies: Policies, asked: Mapping[str, Asked], arms: Mapping[str, Answered]
 ) -> dict[str, list[float] | None]:
-    """Log π − log ref of each arm's own answers, in nats a sequence; None for an arm that saw other prompts or tokens.
+    """Log π − log ref of each arm's own greedy answers, nats a sequence; None for other prompts or tokens. It is no KL,
+    which is an expectation over samples: a greedy answer is the arm's likeliest, so the KL is usually smaller.
 
     The reference reads the answers of all arms side by side, so that a prompt is computed once.
     """

@@ -67,9 +67,9 @@ def test_a_result_is_exported_and_plain_transformers_reads_it(finished: Align, t
     assert "did you mean 'ppo'" in export("quickstart/pppo", "other", code=2)
 
 
-def test_the_reference_arm_has_no_divergence_from_itself(finished: Align) -> None:
+def test_the_reference_arm_has_a_log_ratio_of_zero_to_itself(finished: Align) -> None:
     evaluation = json.loads((finished.artifact("evaluate") / "evaluation.json").read_text())
-    kl = {arm["label"]: arm["kl"] for arm in evaluation["arms"]}
+    kl = {arm["label"]: arm["greedy_log_ratio"] for arm in evaluation["arms"]}
     assert kl["sft"]["mean"] == 0.0
     assert kl["base"]["mean"] != 0.0
     assert kl["base+prompt"] is None

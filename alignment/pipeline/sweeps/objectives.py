@@ -124,7 +124,7 @@ def _never_told(metric: Metric, arm: str, stage: EvaluateConfig, where: str) -> 
     lacking = f"no stage reports the {metric.value} of {arm!r}; "
     if metric is Metric.reward and stage.reward is None:
         return f"{lacking}give {where}.reward a reward model"
-    if metric is Metric.kl and arm in (PROMPTED, FEW_SHOT):
+    if metric is Metric.greedy_log_ratio and arm in (PROMPTED, FEW_SHOT):
         return f"{lacking}it is asked other prompts than {where}.reference, so take another arm or metric"
     if metric is not Metric.win_rate:
         return ""

@@ -31,13 +31,13 @@ def answered(golds: list[float], *, ended: bool = True) -> Answered:
     return Answered(answers=answers, logprobs=[-1.0] * len(golds), references=[None] * len(golds), seconds=2.0)
 
 
-def row_of(arm: Answered, *, divergences: list[float] | None = None) -> dict[str, Any]:
+def row_of(arm: Answered, *, log_ratios: list[float] | None = None) -> dict[str, Any]:
     return arm_row(
         "stage:dpo",
         arm,
         label="dpo",
         rewards=None,
-        divergences=divergences,
+        log_ratios=log_ratios,
         win_rate=None,
         intervals=INTERVALS,
     )
@@ -93,7 +93,7 @@ def test_arms_that_were_not_asked_for_are_not_compared() -> None:
 
 def test_a_row_says_how_many_answers_differ_and_ended() -> None:
     arm = replace(answered([0.2] * 4), answers=answered([0.2]).answers * 4)
-    row = row_of(arm, divergences=[1.0, 2.0, 3.0, 2.0])
+    row = row_of(arm, log_ratios=[1.0, 2.0, 3.0, 2.0])
     assert row["label"] == "dpo"
     assert row["distinct"] == 0.25
     assert row["ended"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
@@ -102,7 +102,7 @@ def test_a_row_says_how_many_answers_differ_and_ended() -> None:
     assert row["reward"] is None
     assert row["loss"] is None
     assert row["perplexity"] is None
-    assert row["kl"]["mean"] == pytest.approx(2.0)
+    assert row["greedy_log_ratio"]["mean"] == pytest.approx(2.0)
 
 
 def test_the_loss_is_a_mean_over_all_reference_tokens_and_its_interval_over_prompts() -> None:
@@ -136,16 +136,16 @@ def test_tasks_are_averaged_by_themselves_and_every_answer_is_kept() -> None:
     ("figure", "changes"),
     [
         ("reward", {"rewards": [1.0, math.nan]}),
-        ("kl", {"divergences": [math.inf, 0.0]}),
+        ("greedy log-ratio", {"log_ratios": [math.inf, 0.0]}),
         ("loss", {"logprob": math.nan}),
         ("loss", {"logprob": -math.inf}),
         ("perplexity", {"logprob": -8000.0}),
     ],
 )
 def test_a_figure_that_is_no_number_ends_the_evaluation_and_is_named(figure: str, changes: dict[str, Any]) -> None:
-    def look(*, logprob: float = -20.0, rewards: Any = None, divergences: Any = None) -> None:
+    def look(*, logprob: float = -20.0, rewards: Any = None, log_ratios: Any = None) -> None:
         arm = replace(answered([0.5, 0.5]), references=[TokenSum(logprob=logprob, tokens=10), None])
-        refuse_not_finite("stage:dpo", arm, rewards=rewards, divergences=divergences)
+        refuse_not_finite("stage:dpo", arm, rewards=rewards, log_ratios=log_ratios)
 
     look(rewards=[1.0, 2.0])
     with pytest.raises(NonFiniteError, match=f"the {figure} of stage:dpo is .* on 1 of"):

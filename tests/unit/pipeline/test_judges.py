@@ -127,7 +127,7 @@ def test_an_empty_evaluation_set_is_refused(plan: MakePlan, tmp_path: Path) -> N
         plan()
 
 
-ARM = {"name": "stage:dpo", "label": "dpo", "words": 21.4, "reward": None, "kl": None} | dict.fromkeys(
+ARM = {"name": "stage:dpo", "label": "dpo", "words": 21.4, "reward": None, "greedy_log_ratio": None} | dict.fromkeys(
     ("gold", "style", "facts"), INTERVAL
 )
 OLD = {"num_prompts": 3, "arms": [ARM], "comparisons": [], "tasks": {}}

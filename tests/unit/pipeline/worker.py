@@ -77,7 +77,7 @@ def evaluation(spec: StageSpec) -> dict[str, Any]:
             "facts": INTERVAL,
             "words": 21.4,
             "reward": INTERVAL if "reward" in spec.inputs else None,
-            "kl": None if name == "base+prompt" else INTERVAL,
+            "greedy_log_ratio": None if name == "base+prompt" else INTERVAL,
             "distinct": 1.0,
             "ended": 1.0,
             "seconds": 1.0,

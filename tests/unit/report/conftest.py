@@ -218,7 +218,7 @@ def evaluation_json() -> dict[str, Any]:
                 "facts": interval(min(1.0, gold + 0.12), 0.04),
                 "words": 61.0 - 9 * position,
                 "reward": interval(-1.2 + position * 0.7, 0.21),
-                "kl": interval(2.0 + 2.1 * position, 0.6) if trained else None,
+                "greedy_log_ratio": interval(2.0 + 2.1 * position, 0.6) if trained else None,
                 "distinct": 0.99,
                 "ended": 1.0,
                 "seconds": 41.0,

@@ -180,7 +180,12 @@ def test_a_damaged_evaluation_is_said(fake_run, content):
 
 
 def test_an_arm_with_nothing_but_a_name_is_shown_with_dashes(fake_run):
-    fake_run.evaluation["arms"][1] = {"name": "base+prompt", "reward": None, "kl": None, "gold": {"mean": None}}
+    fake_run.evaluation["arms"][1] = {
+        "name": "base+prompt",
+        "reward": None,
+        "greedy_log_ratio": None,
+        "gold": {"mean": None},
+    }
     row = re.search(r"<tr><th scope=\"row\"><bdi>base\+prompt</bdi></th>(.*?)</tr>", fake_run.html()).group(1)
     assert row.count("<td>–</td>") == 11
 

@@ -66,17 +66,19 @@ def test_an_ordinary_run_has_no_warnings(fake_run):
 
 def test_degenerate_arms_large_kl_and_endless_answers_are_named(fake_run):
     ppo = fake_run.evaluation["arms"][-1]
-    ppo.update(distinct=0.62, ended=0.93, kl={"mean": 41.0, "low": 38.0, "high": 44.0})
+    ppo.update(distinct=0.62, ended=0.93, greedy_log_ratio={"mean": 41.0, "low": 38.0, "high": 44.0})
     html = fake_run.html()
     assert "ppo is degenerate: only 62\u202f% of its answers are distinct" in html
-    assert "ppo has moved 41.0 nats a sequence away from the reference (more than 25)" in html
+    assert (
+        "ppo has moved far from the reference: its greedy answers have a log-ratio of 41.0 nats (more than 25)" in html
+    )
     assert "Some answers never ended and were cut off at the limit: 7 of 100 from ppo." in html
 
 
 @pytest.mark.parametrize(("distinct", "kl"), [(0.9, 25.0), (1.0, 0.0), (None, None)])
 def test_figures_at_the_limit_or_missing_raise_no_warning(fake_run, distinct, kl):
     fake_run.evaluation["arms"][-1].update(
-        distinct=distinct, kl=None if kl is None else {"mean": kl, "low": kl, "high": kl}
+        distinct=distinct, greedy_log_ratio=None if kl is None else {"mean": kl, "low": kl, "high": kl}
     )
     assert "Read this first" not in fake_run.html()
 

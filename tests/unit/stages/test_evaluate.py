@@ -114,9 +114,13 @@ def test_every_arm_has_the_figures_that_can_be_compared(evaluated: dict[str, Any
     for name, arm in told.items():
         for figure in ("gold", "style", "facts", "words", "refusals", "ended", "reward"):
             assert arm[figure]["low"] <= arm[figure]["mean"] <= arm[figure]["high"], (name, figure)
-    assert {name for name, arm in told.items() if arm["kl"] is None} == {"base+prompt", "base+few-shot", "path:other"}
+    assert {name for name, arm in told.items() if arm["greedy_log_ratio"] is None} == {
+        "base+prompt",
+        "base+few-shot",
+        "path:other",
+    }
     assert {name for name, arm in told.items() if arm["loss"] is None} == {"path:other"}
-    assert told["stage:sft"]["kl"]["mean"] == 0.0
+    assert told["stage:sft"]["greedy_log_ratio"]["mean"] == 0.0
     assert told["path:other"]["label"] == "other"
     assert evaluated["judge"] is None
     assert evaluated["conclusions"][0].startswith("3 prompts, by gold: ")

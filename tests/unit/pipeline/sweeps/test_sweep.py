@@ -179,18 +179,20 @@ def test_a_sweep_that_cannot_be_right_starts_nothing(
         ("stage:dpo", "win_rate", "", "stages.evaluate.judge.kind a judge"),
         ("stage:sft", "win_rate", "rule", "stages.evaluate.judge.pairs has to hold it against"),
         ("base", "win_rate", "rule", "against stages.evaluate.reference, 'stage:sft'"),
-        ("base+prompt", "kl", "", "it is asked other prompts than stages.evaluate.reference"),
-        ("base+few-shot", "kl", "", "it is asked other prompts than stages.evaluate.reference"),
+        ("base+prompt", "greedy_log_ratio", "", "it is asked other prompts than stages.evaluate.reference"),
+        ("base+few-shot", "greedy_log_ratio", "", "it is asked other prompts than stages.evaluate.reference"),
         ("stage:dpo", "win_rate", "rule", ""),
-        ("stage:sft", "kl", "", ""),
-        ("base", "kl", "", ""),
+        ("stage:sft", "greedy_log_ratio", "", ""),
+        ("base", "greedy_log_ratio", "", ""),
         ("base+prompt", "loss", "", ""),
     ],
 )
 def test_what_an_evaluation_will_never_tell_of_an_arm_is_no_objective(
     runs: Runs, tmp_path: Path, arm: str, metric: str, judge: str, words: str
 ) -> None:
-    file = own(runs, tmp_path, objective={"arm": arm, "metric": metric, "minimize": metric in ("kl", "loss")})
+    file = own(
+        runs, tmp_path, objective={"arm": arm, "metric": metric, "minimize": metric in ("greedy_log_ratio", "loss")}
+    )
     arms = "stages.evaluate.arms=[base,base+prompt,base+few-shot,'stage:sft','stage:dpo']"
     told = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", arms]
     told += [f"stages.evaluate.judge.kind={judge}"] if judge else []
