@@ -145,7 +145,8 @@ def _arm_warnings(evaluation: Evaluation) -> list[str]:
         if ratio is not None and ratio.mean > MAX_LOG_RATIO and arm.name not in UNTRAINED_ARMS:
             warnings.append(
                 f"{arm.label} has moved far from the reference: its greedy answers have a log-ratio of "
-                f"{text.number(ratio.mean, 1)} nats (more than {MAX_LOG_RATIO:.0f}): read its answers before trusting its score."
+                f"{text.number(ratio.mean, 1)} nats (more than {MAX_LOG_RATIO:.0f}): read its answers before "
+                "trusting its score."
             )
     never_ended = [_never_ended(arm, evaluation.num_prompts) for arm in evaluation.arms if _cut(arm)]
     if never_ended:
