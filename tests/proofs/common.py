@@ -38,7 +38,10 @@ class Skipped(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """A figure, once for each seed, and the bounds that all of them must keep, set before any was known.
+    """A figure, once for each seed, and the bounds that all of them must keep.
+
+    Bounds of the closed forms were chosen before their first run; others were chosen with earlier runs known
+    (docs/LOG.md), so they guard against getting worse and are no predictions.
 
     Example: ``Claim(figure="share of the possible gain", values=(0.996, 0.998), at_least=0.99)`` holds.
     """
@@ -120,11 +123,11 @@ def ppo_stage(
     end_id: int,
     rewards: Rewards,
     seed: int,
-    second_opinion: Rewards | None = None,
+    held_out_scorer: Rewards | None = None,
 ) -> PpoStage:
     """The stage's own models and trainer on token ids, in ``folder``, starting from the model in ``base``.
 
-    ``second_opinion`` is the guard's scorer, where the configuration has a guard.
+    ``held_out_scorer`` is the guard's scorer, where the configuration has a guard.
     """
     spec = tiny_spec(folder, config, base_path=base, seed=seed)
     context = StageContext(spec=spec, rank=0, world_size=1)
@@ -140,12 +143,12 @@ def ppo_stage(
     ids = [list(prompt) for prompt in prompts]
     learned, held_out = ppo.hold_out(Prompts(ids=ids, rows=range(len(ids))), config, context)
     trainer = ppo.build_trainer(config, context, roles, learned, frozenset({end_id}), rewards)
-    if second_opinion is not None:
+    if held_out_scorer is not None:
         trainer.guard = Guard(
             config.guard,
             context,
             held_out,
-            scorer=second_opinion,
+            scorer=held_out_scorer,
             policy=roles.policy,
             proxy=lambda rollout: trainer.scores_of(rollout, learn=False),
         )

@@ -2,16 +2,20 @@
 
 The gold rule likes cheerful words up to four an answer, and dislikes each one more. The story model writes one or two,
 so the 2,000 pairs that the reward model learns from, a quarter of them labelled wrongly, hardly ever show too many: it
-learns that more is better. PPO raises its score on and on, while gold rises, peaks and falls. With the guard, whose
-second opinion is the gold rule, the stage hands on a policy near the peak. Where the peak is, many answers of
-the policies on the way say; the guard decides by fewer. Both runs of the first seed are drawn in
-docs/overoptimisation.svg.
+learns that more is better. PPO raises its score on and on, while gold rises, peaks and falls. The guard's held-out
+scorer is not the gold rule: it is a grader who gives whole grades, off by a standard deviation of one, so that its
+grades of the untrained model's answers correlate with gold by well under .9. With this guard the stage hands on a
+policy near the peak. Where the peak is, many answers of the policies on the way say; the guard decides by fewer. Both
+runs of the first seed are drawn in docs/overoptimisation.svg.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import random
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +61,21 @@ ACCURACY = 0.65  # of the reward model on pairs without wrong labels
 RISE = 0.8  # of gold from the start to its peak
 FALL = 1.0  # of gold from the peak to the end of the unguarded run, as a share of the rise
 LATE = 0.9  # the proxy's rise at the end as a share of its highest: it does not fall with gold
-NEAR_PEAK = 0.95  # gold of the policy that was handed on, as a share of the peak
+NEAR_PEAK = 0.9  # gold of the policy that was handed on, as a share of the peak; a standard error of 256 grades is .05
+GRADER_NOISE = 1.0  # standard deviation of a grade around gold
+GRADER_CORRELATION = 0.9  # at most: above, the grader would be the gold rule by another name
 
 
 def gold_of(text: str) -> float:
     """Rises by 1 with each cheerful word up to ``ENOUGH``, and falls by 1 with each one more."""
     count = sum(word in CHEERFUL for word in re.findall(r"[a-z]+", text.lower()))
     return float(min(count, 2 * ENOUGH - count))
+
+
+def grade_of(text: str) -> float:
+    """Gold as a grader sees it: a whole grade, off by ``GRADER_NOISE``, and the same for the same text."""
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return float(round(gold_of(text) + random.Random(digest).gauss(0.0, GRADER_NOISE)))
 
 
 class _Curves:
@@ -90,6 +102,7 @@ class _Seen:
     """
 
     accuracy: float
+    correlation: float
     free: _Curves
     watched: _Curves
     free_gold: list[float]
@@ -115,6 +128,11 @@ def run(folder: Path) -> list[Claim]:
             figure="the reward model's accuracy without wrong labels",
             values=of_each(lambda one: one.accuracy),
             at_least=ACCURACY,
+        ),
+        Claim(
+            figure="correlation of the guard's grader with gold on the untrained model's answers",
+            values=of_each(lambda one: one.correlation),
+            at_most=GRADER_CORRELATION,
         ),
         Claim(figure="unguarded: gold from start to peak", values=of_each(rise), at_least=RISE),
         Claim(
@@ -144,6 +162,7 @@ def run(folder: Path) -> list[Claim]:
 
 def _see(folder: Path, stories: Stories, seed: int) -> _Seen:
     gold = each(lambda _, answer: gold_of(stories.text(answer)))
+    grade = each(lambda _, answer: grade_of(stories.text(answer)))
     proxy, accuracy = _reward_model(folder / "reward", stories, seed)
     rewards = TokenRewards(proxy=proxy, gold=gold)
 
@@ -155,7 +174,7 @@ def _see(folder: Path, stories: Stories, seed: int) -> _Seen:
             prompts=stories.prompts(),
             end_id=stories.end_id,
             rewards=rewards,
-            second_opinion=TokenRewards(gold=gold) if guard.every else None,
+            held_out_scorer=TokenRewards(grade=grade) if guard.every else None,
             seed=seed,
         )
 
@@ -170,10 +189,13 @@ def _see(folder: Path, stories: Stories, seed: int) -> _Seen:
         return way
 
     free = stage("free", GuardConfig())
+    untrained = _answers(free.roles.policy, stories, prompts, seed=seed + 1)
+    correlation = statistics.correlation(gold(prompts, untrained), grade(prompts, untrained))
     guarded = stage("guarded", GuardConfig(every=EVERY, prompts=WATCHED))
     free_way, guarded_way = watched(free), watched(guarded)
     return _Seen(
         accuracy=accuracy,
+        correlation=correlation,
         free=_Curves(free.train()),
         watched=_Curves(guarded.train()),
         free_gold=free_way.gold,
