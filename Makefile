@@ -54,7 +54,7 @@ format: $(STAMP)  ## format the code and apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## measure speed and memory beside others: WORK=sft|reward|dpo|sampling|ppo|growth
+bench: $(STAMP)  ## measure speed and memory beside others: WORK=sft|reward|dpo|sampling|ppo|neighbour|growth
 	$(BIN)/python -m benchmarks --works $(WORK) $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 clean:  ## remove caches and the environment; runs/ and artifacts/ stay

@@ -6,8 +6,11 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -141,7 +144,8 @@ def _one(told: _Measurement, journal: Journal, options: Options) -> None:
         task = _task(told, folder)
         task_file = folder / "task.json"
         task_file.write_text(json.dumps(task), encoding="utf-8")
-        _run(_command(told, task, task_file, options), folder / "log.txt", amx=options.amx)
+        with _neighbours(told.how.busy_neighbours):
+            _run(_command(told, task, task_file, options), folder / "log.txt", amx=options.amx)
         content["result"] = read_json(Path(task["result"]))
         said = ", ".join(f"{value:.2f} s" for value in content["result"]["seconds"])
     except (Failed, FileNotFoundError, TimeoutError) as failure:
@@ -213,12 +217,25 @@ def _command(told: _Measurement, task: dict[str, Any], task_file: Path, options:
         num_cores=launcher.count_cores(),
     )
     module = ["-m", f"benchmarks.contestants.{told.how.module}", str(task_file)]
+    left_out = {} if told.how.our_memory else dict(launcher.CPU_MEMORY)
+    left_out |= {} if told.how.threads_sleep else launcher.IDLE_THREADS
+    environment = {name: value for name, value in launched.environment.items() if name not in left_out}
     if told.how.module != "ours":
-        left_out = {} if told.how.our_memory else launcher.CPU_MEMORY
-        environment = {name: value for name, value in launched.environment.items() if name not in left_out}
         return launcher.Command(argv=(told.python, *module), environment=environment)
     assert launched.argv[-2] == "alignment.worker", "the launcher ends with the worker and its stage file"
-    return launcher.Command(argv=(*launched.argv[:-3], *module), environment=launched.environment)
+    return launcher.Command(argv=(*launched.argv[:-3], *module), environment=environment)
+
+
+@contextmanager
+def _neighbours(number: int) -> Iterator[None]:
+    """Processes that compute without pause, each on a core of its own if there is one."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def _run(command: launcher.Command, log: Path, *, amx: bool) -> None:

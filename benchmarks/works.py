@@ -20,7 +20,9 @@ class Contestant:
     ``against`` names which of ours a rival is compared with; None for our own. ``environment`` names a requirements
     file in ``environments/``, or None for the project's own. ``sharing`` is about PPO, ``master_weights`` about full
     training of ours, ``optim_changes`` are settings of its optimiser that a variant of ours changes (none of PPO).
-    ``our_memory`` says whether it has what the launcher tells glibc about memory.
+    ``our_memory`` says whether it has what the launcher tells glibc about memory, ``threads_sleep`` whether its idle
+    threads sleep as the launcher says, or spin as OpenMP's do by themselves. ``busy_neighbours`` processes compute
+    beside it, a core each.
     """
 
     module: str
@@ -32,6 +34,8 @@ class Contestant:
     master_weights: bool = True
     optim_changes: dict[str, Any] = field(default_factory=dict)
     our_memory: bool = True
+    threads_sleep: bool = True
+    busy_neighbours: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +146,24 @@ def _sampling() -> Work:
     )
 
 
+def _neighbour() -> Work:
+    steps = 4
+
+    def variant(allowed: str, **settings: Any) -> Contestant:
+        return Contestant(module="ours", allowed=allowed, measured=steps, **settings)
+
+    return Work(
+        kind="sft",
+        adapter="lora",
+        contestants={
+            OURS: variant("alone, idle threads sleep", against=None),
+            "beside_busy": variant("beside one process that computes", busy_neighbours=1),
+            "spinning": variant("alone, idle threads spin as OpenMP's do by themselves", threads_sleep=False),
+            "spinning_beside_busy": variant("spinning, beside it", threads_sleep=False, busy_neighbours=1),
+        },
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
     """A point of ``growth``: ``rows`` rows of exactly ``length`` tokens, on the base or on a random model.
@@ -195,6 +217,7 @@ WORKS: dict[str, Work] = {
     "sampling": _sampling(),
     "ppo_lora": _ppo("lora"),
     "ppo_full": _ppo("full"),
+    "neighbour": _neighbour(),
     "growth": Work(kind="growth", adapter="lora", contestants={name: _ours() for name in POINTS}),
 }
 ALIASES = {"sft": ("sft_lora", "sft_full"), "reward": ("reward_lora",), "dpo": ("dpo_lora",)}

@@ -11,6 +11,20 @@ from benchmarks import harness
 from benchmarks.works import WORKS
 
 
+@pytest.mark.parametrize(("contestant", "policy"), [("ours", "PASSIVE"), ("spinning", None)])
+def test_a_contestant_whose_threads_spin_has_no_word_on_how_they_wait(
+    monkeypatch: pytest.MonkeyPatch, contestant: str, policy: str | None
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    measured = harness._Measurement(WORKS["neighbour"], contestant, 0, {}, Path("base"), Path("folder"), "python")
+    options = harness.Options(
+        repetitions=1, contestants=(), data=None, threads=2, amx=True, resume=False, results=Path("results")
+    )
+    environment = harness._command(measured, {"stage_file": "stage.yaml"}, Path("task.json"), options).environment
+    assert environment.get("OMP_WAIT_POLICY") == policy
+
+
 @pytest.mark.parametrize(("contestant", "has_them"), [("trl_default", True), ("trl_as_it_comes", False)])
 def test_trl_as_it_comes_has_none_of_our_settings_of_memory(
     monkeypatch: pytest.MonkeyPatch, contestant: str, has_them: bool
