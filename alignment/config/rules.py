@@ -198,7 +198,7 @@ RULES: dict[tuple[type, str], Rule] = {
     (PpoConfig, "clip"): POSITIVE,
     (PpoConfig, "value_clip"): POSITIVE,
     (PpoConfig, "value_coefficient"): NOT_NEGATIVE,
-    (PpoConfig, "missing_eos_score"): FINITE,
+    (PpoConfig, "missing_eos_penalty"): NOT_NEGATIVE,
     (PpoConfig, "save_every"): POSITIVE,
     (EvaluateConfig, "arms"): FILLED,
     (SweepConfig, "trials"): POSITIVE,

@@ -224,10 +224,12 @@ class PpoConfig:
     num_minibatches`` optimiser steps on them; ``updates`` of these make the run. The policy starts from ``init``, which
     is also the reference. An answer's score is the sum of ``scorers``. The value model starts from ``reward`` where
     that is a reward model of ours, else from the policy under a head of zeros; as a shared head it starts at 0, and one
-    pass serves both. It learns alone for the first ``critic_warmup`` updates. ``missing_eos_score`` replaces the score
-    of an answer that never ended; null leaves it. With ``prompt_baseline`` the mean score of the other completions of
-    the same prompt is taken off: a Bradley-Terry reward says nothing across prompts. An epoch whose mean
-    ``policy/approxkl`` exceeds ``max_approxkl`` is the update's last.
+    pass serves both. It learns alone for the first ``critic_warmup`` updates. ``missing_eos_penalty`` is taken off the
+    score of an answer that never ended, after scorers were put together; it can only lower it. Its unit is the score's
+    own, as that of ``kl.coefficient`` is: measured in deviations of scores, what is maximised would change with every
+    batch, and where all answers score alike there would be no penalty. With ``prompt_baseline`` the mean score of the
+    other completions of the same prompt is taken off: a Bradley-Terry reward says nothing across prompts. An epoch
+    whose mean ``policy/approxkl`` exceeds ``max_approxkl`` is the update's last.
     """
 
     summary: ClassVar[str] = "proximal policy optimisation against the reward model"
@@ -262,7 +264,7 @@ class PpoConfig:
     value_clip: float = 0.2
     value_coefficient: float = 0.1
     whiten_rewards: bool = False
-    missing_eos_score: float | None = -1.0
+    missing_eos_penalty: float = 1.0
     save_every: int = _not_identity(1)
 
 

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 from alignment.config.faults import Fault, refuse
+from alignment.config.gone import unknown_key
 from alignment.config.near import nearest, suggestion
 from alignment.config.rules import NAME, is_name, rule_of
 from alignment.config.run import RunConfig
@@ -101,7 +102,7 @@ class _Conversion:
         for key, value in tree.items():
             path = _join(where, key)
             if key not in hints:
-                self._fault(path, f"unknown key; {suggestion(str(key), hints)}")
+                self._fault(path, unknown_key(cls, str(key), list(hints)))
             elif cls is RunConfig and key == "stages":
                 values[key] = self._stages(value)
             else:

@@ -33,7 +33,7 @@ class Experience:
     """The rollout batch of an update, of all processes, the same on each of them.
 
     Tensors are ``[rows, tokens]`` float32 unless said otherwise, zero outside ``response_mask``; ``scores`` is
-    ``[rows]``, with the score of unended answers replaced. ``advantages`` are whitened.
+    ``[rows]``, the penalty of unended answers taken off. ``advantages`` are whitened.
     """
 
     prompts: Sequence[Sequence[int]]

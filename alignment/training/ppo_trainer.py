@@ -233,16 +233,14 @@ class PpoTrainer(Trainer):
         )
 
     def scores_of(self, rollout: Rollout, *, learn: bool) -> Tensor:
-        """``[rows]`` scores that PPO maximises: scorers put together, the score of unended answers replaced."""
+        """``[rows]`` scores that PPO maximises: scorers put together, less the penalty of unended answers."""
         device = self.args.device
         names = rollout.scores[0]
         raw = {name: torch.tensor([scores[name] for scores in rollout.scores], device=device) for name in names}
         if learn:
             self.figures.values |= {f"score/{name}": float(values.mean()) for name, values in raw.items()}
         total = self.rewards.total(raw, learn=learn)
-        if self.config.missing_eos_score is None:
-            return total
-        return torch.where(self._ended(rollout), total, torch.full_like(total, self.config.missing_eos_score))
+        return total - self.config.missing_eos_penalty * (~self._ended(rollout)).float()
 
     def _ended(self, rollout: Rollout) -> Tensor:
         ended = [answer[-1] in self.episodes.end_ids for answer in rollout.answers]

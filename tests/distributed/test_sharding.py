@@ -182,7 +182,7 @@ def test_a_guard_may_ask_a_reward_model_that_shares_the_base(tmp_path: Path) -> 
 
 
 def ppo(**changes: Any) -> StageConfig:
-    config: Any = config_of("ppo", LORA, missing_eos_score=None, **changes)
+    config: Any = config_of("ppo", LORA, missing_eos_penalty=0.0, **changes)
     return config
 
 

@@ -84,7 +84,7 @@ def learned(folder: Path, bandit: Bandit, mode: Mode, *, updates: int, seed: int
         critic=mode.critic,
         updates=updates,
         max_new_tokens=1,
-        missing_eos_score=None,  # every token is a whole answer here, whether it ends one or not
+        missing_eos_penalty=0.0,  # every token is a whole answer here, whether it ends one or not
         value_clip=10.0,  # far from any value: the critic may move freely
         kl=KlConfig(coefficient=BETA),
         save_every=updates + 1,

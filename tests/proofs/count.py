@@ -103,7 +103,7 @@ def learned(folder: Path, mode: Mode, *, updates: int, seed: int) -> Tensor:
         critic=mode.critic,
         updates=updates,
         max_new_tokens=LENGTH,
-        missing_eos_score=None,  # answers have exactly T tokens; none ever ends
+        missing_eos_penalty=0.0,  # answers have exactly T tokens; none ever ends
         gae_lambda=1.0,  # the optimum is that of undiscounted returns, however good the critic is
         value_clip=10.0,  # far from any value: the critic may move freely
         kl=KlConfig(coefficient=BETA),

@@ -231,7 +231,7 @@ def _config(guard: GuardConfig) -> PpoConfig:
         updates=UPDATES,
         ppo_epochs=2,
         max_new_tokens=TOKENS,
-        missing_eos_score=None,  # the model never ends a story; every answer has 40 tokens
+        missing_eos_penalty=0.0,  # the model never ends a story; every answer has 40 tokens
         value_clip=10.0,  # far from any value: the critic may move freely
         kl=KlConfig(coefficient=0.0),  # nothing holds the policy back
         guard=guard,

@@ -47,7 +47,7 @@ def config(kl: KlConfig) -> PpoConfig:
         updates=UPDATES,
         ppo_epochs=2,
         max_new_tokens=TOKENS,
-        missing_eos_score=None,  # the model never ends a story; every answer has 40 tokens
+        missing_eos_penalty=0.0,  # the model never ends a story; every answer has 40 tokens
         value_clip=10.0,  # far from any value: the critic may move freely
         kl=kl,
         save_every=UPDATES + 1,

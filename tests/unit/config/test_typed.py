@@ -33,6 +33,12 @@ SCORER_KEYS = "it takes the keys source, weight, normalize, clip, pattern, targe
 FAULTS = [
     (with_stage(pakcing=True), "stages.sft.pakcing: unknown key; did you mean 'packing'?"),
     ({**with_stage(), "lauch": {}}, "lauch: unknown key; did you mean 'launch'?"),
+    (
+        with_ppo(missing_eos_score=-1.0),
+        "stages.ppo.missing_eos_score: unknown key; it replaced the score of an answer that never ended; now "
+        "'missing_eos_penalty', 0 or more, is taken off that score (missing_eos_penalty=0 in place of null)",
+    ),
+    (with_ppo(missing_eos_penalty=-1.0), "stages.ppo.missing_eos_penalty: -1.0 is not allowed; 0 or more"),
     (with_stage(packing=1), "stages.sft.packing: 1 is not allowed; it takes true or false"),
     (with_stage(max_length=True), "stages.sft.max_length: True is not allowed; it takes a whole number"),
     (with_stage(max_length="16"), "stages.sft.max_length: '16' is not allowed; it takes a whole number"),

@@ -29,7 +29,7 @@ from alignment.training.session import Preempted
 from tests.oracles import gae as gae_oracle
 from tests.oracles import masked as masked_oracle
 from tests.oracles.close import close
-from tests.unit.training.ppo_bench import END, FULL, KINDS, PROMPTS, Bench, optim, sha256, trained
+from tests.unit.training.ppo_bench import END, FULL, KINDS, PROMPTS, Bench, TokenRewards, optim, sha256, trained
 
 
 def _collected(monkeypatch: pytest.MonkeyPatch) -> list[Experience]:
@@ -278,18 +278,21 @@ def test_every_update_samples_with_numbers_of_its_own(
     assert len(numbers.unique()) == numbers.numel()
 
 
-def test_an_answer_that_never_ended_gets_the_configured_score(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("level", [-40.0, 0.0, 40.0])
+def test_an_answer_that_never_ended_scores_less_than_it_would_have(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, level: float
 ) -> None:
+    """By the penalty, wherever the scores lie: not ending is never worth anything."""
     rollouts = _collected(monkeypatch)
-    run = bench(updates=2, missing_eos_score=-3.25, optim=optim(batch_size=32))
+    rewards = TokenRewards(lambda prompt, answer: level + sum(answer) / 8)
+    run = bench(updates=2, rewards=rewards, missing_eos_penalty=3.25, optim=optim(batch_size=32))
     run.train()
     answers = [answer for rollout in rollouts for answer in rollout.answers]
     scores = torch.cat([rollout.scores for rollout in rollouts]).tolist()
     ended = [answer[-1] == END for answer in answers]
     assert 0 < sum(ended) < len(ended)
     for has_ended, answer, reward in zip(ended, answers, scores, strict=True):
-        assert (reward == -3.25) is not has_ended
+        assert reward == level + sum(answer) / 8 - (0.0 if has_ended else 3.25)
         assert END not in answer[:-1]
         assert len(answer) == 6 or has_ended
     close(run.metrics()[0]["eos_rate"], sum(ended[:32]) / 32)
@@ -413,25 +416,26 @@ def test_the_adaptive_price_follows_the_kl(bench: Callable[..., Bench]) -> None:
 
 
 def test_ppo_finds_the_closed_form_optimum_of_a_bandit(bench: Callable[..., Bench]) -> None:
-    """One-token answers: ending scores what the reward model says, every other token scores −1.
+    """One-token answers: each scores by its prompt's length, and 1.5 less where it is not an end.
 
     The optimum is π* ∝ ref·exp(r/β), worth J* = β·log E_ref[exp(r/β)]; what PPO gained on the start must be at least
     0.99 of what could be gained.
     """
-    beta, missing = 0.3, -1.0
+    beta, penalty = 0.3, 1.5
     run = bench(
+        rewards=TokenRewards(lambda prompt, answer: 0.25 * len(prompt)),
         updates=80,
         ppo_epochs=4,
         num_minibatches=1,
         max_new_tokens=1,
-        missing_eos_score=missing,
+        missing_eos_penalty=penalty,
         save_every=1000,
         kl=KlConfig(coefficient=beta),
         value_coefficient=1.0,
         optim=optim(lr=1e-3, batch_size=128, micro_batch_tokens=100_000),
     )
     start = [_distribution(run, prompt) for prompt in PROMPTS]
-    rewards = [_rewards(run, prompt, missing) for prompt in PROMPTS]
+    rewards = [[0.25 * len(prompt) - (token != END) * penalty for token in range(24)] for prompt in PROMPTS]
     best = [_optimum(reference, reward, beta) for reference, reward in zip(start, rewards, strict=True)]
     before = [_worth(reference, reference, reward, beta) for reference, reward in zip(start, rewards, strict=True)]
     run.train()
@@ -447,13 +451,6 @@ def test_ppo_finds_the_closed_form_optimum_of_a_bandit(bench: Callable[..., Benc
 def _distribution(run: Bench, prompt: list[int]) -> list[float]:
     with torch.no_grad():
         return unwrapped(run.roles.policy)(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).tolist()
-
-
-def _rewards(run: Bench, prompt: list[int], missing: float) -> list[float]:
-    ids = torch.tensor([[*prompt, END]])
-    with torch.no_grad():
-        ended = float(run.roles.reward(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
-    return [ended if token == END else missing for token in range(24)]
 
 
 def _optimum(reference: list[float], rewards: list[float], beta: float) -> float:

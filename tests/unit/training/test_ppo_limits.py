@@ -147,7 +147,7 @@ class ScriptedRewards(TokenRewards):
 
 LOW = TokenRewards(lambda prompt, answer: float(sum(token < 12 for token in answer)))
 HIGH = TokenRewards(lambda prompt, answer: -float(sum(token < 12 for token in answer)), name="held_out")
-WATCHED = {"updates": 4, "optim": optim(lr=5e-3, batch_size=32), "missing_eos_score": None}
+WATCHED = {"updates": 4, "optim": optim(lr=5e-3, batch_size=32), "missing_eos_penalty": 0.0}
 
 
 def _watched(bench: Callable[..., Bench], name: str, **changes: Any) -> Bench:
@@ -330,15 +330,15 @@ def test_ptx_keeps_what_it_practises(bench: Callable[..., Bench], adapter: Adapt
 def test_answers_that_all_score_alike_are_warned_of(
     bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = bench(rewards=TokenRewards(lambda prompt, answer: 1.0), missing_eos_score=None, updates=1)
+    run = bench(rewards=TokenRewards(lambda prompt, answer: 1.0), missing_eos_penalty=0.0, updates=1)
     with caplog.at_level(logging.WARNING):
         run.train()
     assert "all 8 answers of this update score 1" in caplog.text
     assert run.metrics()[0]["objective/score_std"] == 0.0
 
 
-def test_without_a_missing_eos_score_every_score_stays(bench: Callable[..., Bench]) -> None:
-    run = bench(rewards=SHORT, missing_eos_score=None, updates=1)
+def test_without_a_missing_eos_penalty_every_score_stays(bench: Callable[..., Bench]) -> None:
+    run = bench(rewards=SHORT, missing_eos_penalty=0.0, updates=1)
     run.train()
     (line,) = run.metrics()
     assert line["objective/score"] == pytest.approx(-line["response_length"])
@@ -380,7 +380,7 @@ def test_copies_of_the_base_are_counted(
 
 
 def test_a_few_answers_of_every_update_can_be_read(bench: Callable[..., Bench]) -> None:
-    run = bench(completions_per_prompt=2, rewards=SHORT, missing_eos_score=None)
+    run = bench(completions_per_prompt=2, rewards=SHORT, missing_eos_penalty=0.0)
     run.trainer.samples = Samples(run.context, tiny_tokenizer(), group=2, number=3)
     run.train()
     lines = run.lines("samples.jsonl")
