@@ -25,9 +25,11 @@ def clipped_policy_loss(ratio: Tensor, advantages: Tensor, response_mask: Tensor
 
 
 def clipped_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, *, clip: float
+    values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, *, clip: float | None
 ) -> Tensor:
-    """Sum of ½·max((V − G)², (V_old + clip(V − V_old, ± clip) − G)²) over counted tokens."""
+    """Sum of ½·max((V − G)², (V_old + clip(V − V_old, ± clip) − G)²) over counted tokens; of ½·(V − G)² without."""
+    if clip is None:
+        return 0.5 * ((values - returns) ** 2 * response_mask).sum()
     near = old_values + (values - old_values).clamp(-clip, clip)
     worst = torch.maximum((values - returns) ** 2, (near - returns) ** 2)
     return 0.5 * (worst * response_mask).sum()

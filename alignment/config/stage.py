@@ -160,7 +160,7 @@ class KlConfig:
 
 
 class Critic(str, Enum):
-    """``separate`` is a model of its own that starts from the reward model; ``shared`` a head on the policy's trunk."""
+    """``separate`` is a model of its own that starts from the reward model, ``shared`` a head on the policy's trunk."""
 
     separate = "separate"
     shared = "shared"
@@ -223,13 +223,17 @@ class PpoConfig:
     One update samples ``optim.batch_size`` episodes (``completions_per_prompt`` to a prompt) and takes ``ppo_epochs *
     num_minibatches`` optimiser steps on them; ``updates`` of these make the run. The policy starts from ``init``, which
     is also the reference. An answer's score is the sum of ``scorers``. The value model starts from ``reward`` where
-    that is a reward model of ours, else from the policy under a head of zeros; as a shared head it starts at 0, and one
-    pass serves both. It learns alone for the first ``critic_warmup`` updates. ``missing_eos_penalty`` is taken off the
-    score of an answer that never ended, after scorers were put together; it can only lower it. Its unit is the score's
-    own, as that of ``kl.coefficient`` is: measured in deviations of scores, what is maximised would change with every
-    batch, and where all answers score alike there would be no penalty. With ``prompt_baseline`` the mean score of the
-    other completions of the same prompt is taken off: a Bradley-Terry reward says nothing across prompts. An epoch
-    whose mean ``policy/approxkl`` exceeds ``max_approxkl`` is the update's last.
+    that is a reward model of ours, else from the policy. It says what the reward model says where that alone scores,
+    unchanged (weight 1, neither normalised nor clipped, no ``prompt_baseline``, no ``whiten_rewards``): then values are
+    on the scale of the returns. Else its head is one of zeros, as a shared one is, where one pass serves both.
+    It learns alone for the first ``critic_warmup`` updates. ``value_clip`` bounds how far values move in an update;
+    null bounds nothing.
+
+    ``missing_eos_penalty`` is taken off the score of an answer that never ended, after scorers were put together; it
+    can only lower it. Its unit is the score's own, as that of ``kl.coefficient`` is: measured in deviations of scores,
+    what is maximised would change with every batch, and where all answers score alike there would be no penalty. With
+    ``prompt_baseline`` the mean score of the other completions of the same prompt is taken off: a Bradley-Terry reward
+    says nothing across prompts. An epoch whose mean ``policy/approxkl`` exceeds ``max_approxkl`` is the update's last.
     """
 
     summary: ClassVar[str] = "proximal policy optimisation against the reward model"
@@ -261,7 +265,7 @@ class PpoConfig:
     gamma: float = 1.0
     gae_lambda: float = 0.95
     clip: float = 0.2
-    value_clip: float = 0.2
+    value_clip: float | None = 0.2
     value_coefficient: float = 0.1
     whiten_rewards: bool = False
     missing_eos_penalty: float = 1.0

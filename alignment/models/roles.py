@@ -86,13 +86,13 @@ def build_roles(
     *,
     device: torch.device,
     critic: Critic = Critic.separate,
-    relative_returns: bool = False,
+    values_are_scores: bool = True,
 ) -> Roles:
     """Loads what PPO needs; ``reward`` is a reward model of ours, if there is one.
 
-    A separate value model starts from it and is trained whole or by adapter, as the reward model was. With
-    ``relative_returns`` (scores less a baseline) its head starts at zero, for what the reward model says is then far
-    from what comes back. Without a reward model the value model starts from the policy, under a head of zeros.
+    A separate value model starts from it and is trained whole or by adapter, as the reward model was. Without
+    ``values_are_scores`` its head starts at zero, for what the reward model says is then on another scale than what
+    comes back. Without a reward model the value model starts from the policy, under a head of zeros.
 
     Every model is on ``device`` before memory is shared: moving one later would give it copies of its own.
     """
@@ -108,7 +108,7 @@ def build_roles(
     else:
         value = _value_model(spec, found, reward, adapter, device=device).to(device)
         share_frozen(value, trained)
-        if relative_returns or reward is None:
+        if reward is None or not values_are_scores:
             zero_head(value)
     return Roles(actor_critic=ActorCritic(trained, value), reward=scorer, frozen_reference=reference)
 

@@ -12,16 +12,17 @@ from transformers import TrainingArguments
 
 from alignment.algos.kl import AdaptiveKl, FixedKl
 from alignment.artifacts import read_manifest
-from alignment.config.stage import KlConfig, KlControl, PpoConfig
+from alignment.config.stage import KlConfig, KlControl, PpoConfig, ScorerConfig
 from alignment.data.kinds import CONVERSATIONS, PROMPTS
 from alignment.data.limits import Limits
 from alignment.data.records import Prompt
 from alignment.data.tokenize import TokenizedConversation, end_ids
 from alignment.errors import ConfigError
-from alignment.models.load import refuse_other_tokenizer
+from alignment.models.load import Lineage, refuse_other_tokenizer
 from alignment.models.roles import Roles, build_roles
 from alignment.rewards.build import build_rewards, build_scorer
 from alignment.rewards.slot import Rewards
+from alignment.rewards.sources import REWARD
 from alignment.stage_spec import StageInput
 from alignment.stages.initial import initial_policy
 from alignment.stages.result import StageResult, save_model
@@ -49,15 +50,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
     rows = rows_of(context, Prompt, config.data)
     prompts, counts = _prompts(config, context, tokenizer, rows)
     learned, held_out = hold_out(prompts, config, context)
-    roles = build_roles(
-        spec,
-        found,
-        own,
-        config.adapter,
-        device=context.device,
-        critic=config.critic,
-        relative_returns=config.prompt_baseline,
-    )
+    roles = roles_of(config, context, found, own)
     told = (config, spec, tokenizer, rows, roles.reward)
     trainer = build_trainer(
         config,
@@ -90,6 +83,24 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
     if metrics.get("guard/kept_update", metrics["updates"]) == metrics["updates"]:
         _save_critic(roles.actor_critic.value, context)
     return result
+
+
+def roles_of(config: PpoConfig, context: StageContext, found: Lineage, own: StageInput | None) -> Roles:
+    """The stage's models; ``own`` is a reward model that a stage made, if there is one."""
+    return build_roles(
+        context.spec,
+        found,
+        own,
+        config.adapter,
+        device=context.device,
+        critic=config.critic,
+        values_are_scores=_returns_are_scores(config),
+    )
+
+
+def _returns_are_scores(config: PpoConfig) -> bool:
+    """Whether answers are worth what the reward model says of them: it alone scores, and nothing changes its scale."""
+    return config.scorers == [ScorerConfig(source=REWARD)] and not config.prompt_baseline and not config.whiten_rewards
 
 
 def own_reward_model(context: StageContext) -> StageInput | None:

@@ -16,7 +16,7 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.stage import Critic, PpoConfig
 from alignment.models.answers import unwrapped
 from alignment.models.load import Lineage
-from alignment.models.roles import Roles, build_roles
+from alignment.models.roles import Roles
 from alignment.rewards.slot import Rewards
 from alignment.stages import ppo
 from alignment.training.context import StageContext
@@ -131,15 +131,7 @@ def ppo_stage(
     """
     spec = tiny_spec(folder, config, base_path=base, seed=seed)
     context = StageContext(spec=spec, rank=0, world_size=1)
-    roles = build_roles(
-        spec,
-        Lineage(source=BASE_SOURCE, base=base, adapters=()),
-        None,
-        config.adapter,
-        device=context.device,
-        critic=config.critic,
-        relative_returns=config.prompt_baseline,
-    )
+    roles = ppo.roles_of(config, context, Lineage(source=BASE_SOURCE, base=base, adapters=()), None)
     ids = [list(prompt) for prompt in prompts]
     learned, held_out = ppo.hold_out(Prompts(ids=ids, rows=range(len(ids))), config, context)
     trainer = ppo.build_trainer(config, context, roles, learned, frozenset({end_id}), rewards)

@@ -83,6 +83,12 @@ def clipped_value_loss(batch: Batch) -> None:
     close(ppo.clipped_value_loss(*told, clip=0.2), expected)
 
 
+def unclipped_value_loss(batch: Batch) -> None:
+    told = (batch.values, batch.old_values, batch.returns, batch.mask)
+    expected = ppo_oracle.value_loss(*(t.tolist() for t in told), clip=math.inf)
+    close(ppo.clipped_value_loss(*told, clip=None), expected)
+
+
 def explained_variance(batch: Batch) -> None:
     told = (batch.values, batch.returns, batch.mask)
     close(ppo.explained_variance(*told), ppo_oracle.explained_variance(*(t.tolist() for t in told)))
@@ -139,6 +145,7 @@ CHECKS: dict[str, Callable[[Batch], None]] = {
         advantages_and_returns,
         clipped_policy_loss,
         clipped_value_loss,
+        unclipped_value_loss,
         explained_variance,
         whole_update,
     )

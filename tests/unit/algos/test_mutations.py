@@ -283,6 +283,12 @@ MUTATIONS: dict[str, Mutation] = {
     "value loss without its half": Mutation(
         module=ppo, name="clipped_value_loss", fault=_instead(_value_loss(_near_old, factor=1.0)), checks=_VALUE
     ),
+    "a value clip where there is none": Mutation(
+        module=ppo,
+        name="clipped_value_loss",
+        fault=_arguments(_same, clip=lambda clip: clip or 0.2),
+        checks=("unclipped_value_loss",),
+    ),
     "value clip ignored": Mutation(
         module=ppo, name="clipped_value_loss", fault=_arguments(_same, clip=lambda _: 1e9), checks=_VALUE
     ),

@@ -17,7 +17,7 @@ from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import PpoConfig, PpoOptimConfig
 from alignment.models.answers import batches, scalar_scores
 from alignment.models.load import Lineage
-from alignment.models.roles import Roles, build_roles
+from alignment.models.roles import Roles
 from alignment.rewards.slot import Rewards
 from alignment.stages import ppo as stage
 from alignment.training.context import StageContext
@@ -116,15 +116,7 @@ def bench_in(folder: Path) -> Callable[..., Bench]:
         model = ModelConfig(source=BASE_SOURCE, dtype=dtype)
         spec = tiny_spec(folder / name, config, base_path=base, model=model)
         context = StageContext(spec=spec, rank=0, world_size=1)
-        roles = build_roles(
-            spec,
-            found,
-            made[adapter.kind] if reward else None,
-            adapter,
-            device=context.device,
-            critic=config.critic,
-            relative_returns=config.prompt_baseline,
-        )
+        roles = stage.roles_of(config, context, found, made[adapter.kind] if reward else None)
         told = Prompts(ids=prompts, rows=range(len(prompts)))
         trainer = stage.build_trainer(config, context, roles, told, frozenset({END}), rewards or OwnReward(roles))
         return Bench(context=context, config=config, roles=roles, trainer=trainer)

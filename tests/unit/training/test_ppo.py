@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.model import Dtype
-from alignment.config.stage import Critic, KlConfig, KlControl
+from alignment.config.stage import Critic, KlConfig, KlControl, ScorerConfig
 from alignment.errors import ConfigError, StageError
 from alignment.models.answers import answer_stream, unwrapped
 from alignment.models.roles import ValueHead
@@ -202,6 +202,37 @@ def test_with_a_prompt_baseline_rewards_are_relative_to_the_other_completions(
             length = int(experience.response_mask[rows][row].sum())
             expected = (score - others) * run.config.gae_lambda ** (length - 1)
             assert float(first[rows][row]) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"scorers": [ScorerConfig(weight=0.1)]},
+        {"scorers": [ScorerConfig(normalize=True)]},
+        {"scorers": [ScorerConfig(clip=5.0)]},
+        {"scorers": [ScorerConfig(), ScorerConfig(source="house_style")]},
+        {"scorers": [ScorerConfig(source="length", target=5)]},
+        {"whiten_rewards": True},
+    ],
+    ids=lambda changes: str(list(changes)),
+)
+def test_the_critic_starts_at_the_reward_models_scores_where_returns_are_these_and_else_at_zero(
+    bench: Callable[..., Bench], changes: dict[str, Any]
+) -> None:
+    run = bench(**changes)
+    prompts, answers = PROMPTS[:2], [[3, 4, END], [5]]
+    values = run.trainer.rollouts._policy_and_values(prompts, answers)[2]
+    if changes:
+        assert not any(values.tolist())
+        return
+    with torch.no_grad():  # before each token, what the reward model says of all tokens so far
+        scores = [
+            float(run.roles.reward(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
+            for prompt, answer in zip(prompts, answers, strict=True)
+            for ids in (torch.tensor([[*prompt, *answer[:place]]]) for place in range(len(answer)))
+        ]
+    close(values, scores, rtol=1e-4)
 
 
 def test_several_answers_to_a_prompt_are_sampled_and_learned_from_together(
