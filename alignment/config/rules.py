@@ -62,11 +62,17 @@ class Rule:
     secret: bool = False
 
 
+LARGEST = 1e6
+"""A score, and what it is multiplied by or less: float32 tells scores of this size apart by .06, and holds the squared
+errors of a value function for them, summed over any batch. Beyond it a loss would become infinite."""
+
 NAME = Rule(is_name, "1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot")
 FILLED = Rule(lambda value: bool(value), "at least one entry")
 POSITIVE = Rule(lambda value: value > 0 and math.isfinite(value), "a number above 0")
 NOT_NEGATIVE = Rule(lambda value: value >= 0 and math.isfinite(value), "0 or more")
 FINITE = Rule(lambda value: math.isfinite(value), "a finite number")
+SCORE = Rule(lambda value: abs(value) <= LARGEST, f"from -{LARGEST:g} to {LARGEST:g}")
+PENALTY = Rule(lambda value: 0 <= value <= LARGEST, f"from 0 to {LARGEST:g}")
 FRACTION = Rule(lambda value: 0 <= value <= 1, "from 0 to 1")
 PATTERN = Rule(lambda value: _compiles(value), "a regular expression as Python writes them")
 BETWEEN = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
@@ -152,7 +158,7 @@ RULES: dict[tuple[type, str], Rule] = {
     (KlConfig, "coefficient"): NOT_NEGATIVE,
     (KlConfig, "target"): POSITIVE,
     (KlConfig, "horizon"): POSITIVE,
-    (ScorerConfig, "weight"): FINITE,
+    (ScorerConfig, "weight"): SCORE,
     (ScorerConfig, "clip"): POSITIVE,
     (ScorerConfig, "pattern"): PATTERN,
     (ScorerConfig, "target"): POSITIVE,
@@ -198,7 +204,7 @@ RULES: dict[tuple[type, str], Rule] = {
     (PpoConfig, "clip"): POSITIVE,
     (PpoConfig, "value_clip"): POSITIVE,
     (PpoConfig, "value_coefficient"): NOT_NEGATIVE,
-    (PpoConfig, "missing_eos_penalty"): NOT_NEGATIVE,
+    (PpoConfig, "missing_eos_penalty"): PENALTY,
     (PpoConfig, "save_every"): POSITIVE,
     (EvaluateConfig, "arms"): FILLED,
     (SweepConfig, "trials"): POSITIVE,

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Protocol
 
+from alignment.config.rules import LARGEST
 from alignment.data.records import Prompt, facts_in
 from alignment.errors import RewardError
 from alignment.evaluation.arms import source_text
 from alignment.rewards import verifiers
 
-_LARGEST = 3.4e38
-"""What float32 holds, in which the scores go on."""
-_REMEDY = "give one finite number an answer, in the answers' order"
+_REMEDY = f"give one number an answer, from -{LARGEST:g} to {LARGEST:g}, in the answers' order"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +47,7 @@ class Scorer(Protocol):
 
 
 def checked(given: Any, answers: Answers, *, source: str) -> list[float]:
-    """What a scorer gave, as one finite number an answer.
+    """What a scorer gave, as one number an answer that is within ±``LARGEST``.
 
     Raises:
         RewardError: it is something else; names the scorer by its ``source``, the row and the value.
@@ -69,8 +68,10 @@ def _number(value: Any, *, where: str, source: str) -> float:
             f"gave {value!r:.80} ({type(value).__name__}) for an answer to {where}, which is no number", source
         )
     number = _as_float(value)
-    if not abs(number) <= _LARGEST:
+    if not math.isfinite(number):
         raise _refused(f"gave {value!r:.80} for an answer to {where}, which is not finite", source)
+    if abs(number) > LARGEST:
+        raise _refused(f"gave {value!r:.80} for an answer to {where}, which is beyond ±{LARGEST:g}", source)
     return number
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,7 +27,7 @@ from alignment.algos.kl import AdaptiveKl, FixedKl, k1, k3
 from alignment.algos.masked import center_and_scale, scale_only
 from alignment.algos.ppo import clipped_policy_loss, clipped_value_loss, explained_variance, log_ratio
 from alignment.config.stage import PpoConfig
-from alignment.errors import StageError
+from alignment.errors import NonFiniteError, StageError
 from alignment.models.answers import answer_stream, pieces_of, unwrapped
 from alignment.models.roles import Roles
 from alignment.rewards.slot import Rewards
@@ -356,11 +357,32 @@ class PpoTrainer(Trainer):
         )
         self.figures.add_maximum("val/ratio_max", (ratio * mask).max())
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Refuses an infinite norm of finite gradients: clipped by it they are zeros, and nothing would be learned."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and math.isinf(norm):
+            self._refuse_not_finite("the gradient's norm", norm, step=self.state.global_step + 1)
+        return norm
+
+    def _refuse_not_finite(self, name: str, value: float, *, step: int) -> NoReturn:
+        """All processes have the same figures, so all of them stop, before a checkpoint is written."""
+        raise NonFiniteError(
+            f"{name} is {value:g} at step {step}",
+            remedy="lower the learning rate, or look at the scores in samples.jsonl; the last checkpoint is kept",
+        )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the update's figures to the trainer's own; one line an update."""
+        """Adds the update's figures to the trainer's own; one line an update.
+
+        Raises:
+            NonFiniteError: a loss is not finite.
+        """
         if "loss" in logs:
             logs.pop("loss")
             logs.update(self.figures.result())
+            for name, value in logs.items():
+                if name.startswith("loss/") and not math.isfinite(value):
+                    self._refuse_not_finite(name, value, step=self.state.global_step)
             if self._passed_over:
                 logs["grad_norm"] = 0.0  # DeepSpeed tells the last one
         super().log(logs, start_time)

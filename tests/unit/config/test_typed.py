@@ -38,7 +38,11 @@ FAULTS = [
         "stages.ppo.missing_eos_score: unknown key; it replaced the score of an answer that never ended; now "
         "'missing_eos_penalty', 0 or more, is taken off that score (missing_eos_penalty=0 in place of null)",
     ),
-    (with_ppo(missing_eos_penalty=-1.0), "stages.ppo.missing_eos_penalty: -1.0 is not allowed; 0 or more"),
+    (
+        with_ppo(scorers=[{"weight": -1e7}]),
+        "stages.ppo.scorers[0].weight: -10000000.0 is not allowed; from -1e+06 to 1e+06",
+    ),
+    (with_ppo(missing_eos_penalty=-1.0), "stages.ppo.missing_eos_penalty: -1.0 is not allowed; from 0 to 1e+06"),
     (with_stage(packing=1), "stages.sft.packing: 1 is not allowed; it takes true or false"),
     (with_stage(max_length=True), "stages.sft.max_length: True is not allowed; it takes a whole number"),
     (with_stage(max_length="16"), "stages.sft.max_length: '16' is not allowed; it takes a whole number"),

@@ -17,7 +17,7 @@ from alignment.config.adapter import AdapterConfig
 from alignment.config.optim import Schedule
 from alignment.config.stage import Critic, GuardConfig, PtxConfig
 from alignment.data.tokenize import TokenizedConversation
-from alignment.errors import ConfigError
+from alignment.errors import ConfigError, NonFiniteError
 from alignment.models.answers import unwrapped
 from alignment.stages.ppo import hold_out
 from alignment.training.guard import Guard, better_beyond_noise
@@ -343,6 +343,21 @@ def test_without_a_missing_eos_penalty_every_score_stays(bench: Callable[..., Be
     (line,) = run.metrics()
     assert line["objective/score"] == pytest.approx(-line["response_length"])
     assert line["score/rule"] == line["objective/score"]
+
+
+@pytest.mark.parametrize(
+    ("score", "message"), [(3e19, "loss/value is inf at step 4"), (1e30, "the gradient's norm is inf at step 1")]
+)
+def test_an_infinite_loss_or_norm_ends_the_stage_before_it_is_logged_or_kept(
+    bench: Callable[..., Bench], score: float, message: str
+) -> None:
+    """Both come of finite gradients, which clipping by an infinite norm makes zeros."""
+    run = bench(rewards=TokenRewards(lambda prompt, answer: score if prompt == PROMPTS[0] else 0.0), updates=2)
+    with pytest.raises(NonFiniteError, match=message) as caught:
+        run.train()
+    assert caught.value.exit_code == 6
+    assert not (run.context.content / "metrics.jsonl").exists()
+    assert not list(run.context.checkpoints.iterdir())
 
 
 @KINDS
