@@ -37,7 +37,7 @@ class CptConfig:
     """
 
     summary: ClassVar[str] = "continued pretraining on plain text"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     produces: ClassVar[str] = "policy"
 
     kind: str = "cpt"
@@ -56,7 +56,7 @@ class SftConfig:
     """Supervised fine-tuning on conversations: only assistant turns are learned, their end included."""
 
     summary: ClassVar[str] = "instruction tuning on conversations"
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
     produces: ClassVar[str] = "policy"
 
     kind: str = "sft"
@@ -123,7 +123,7 @@ class DpoConfig:
     """
 
     summary: ClassVar[str] = "direct preference optimisation on the same pairs"
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
     produces: ClassVar[str] = "policy"
 
     kind: str = "dpo"

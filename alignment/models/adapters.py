@@ -84,6 +84,8 @@ def train_on(model: PreTrainedModel, folder: Path, config: AdapterConfig, task: 
     saved = saved_config(folder)
     _refuse_other_shape(saved, config, folder)
     saved.task_type, saved.inference_mode = task, False
+    if not saved.is_prompt_learning:
+        saved.lora_dropout = config.dropout  # how it is trained, of which this stage decides, not what it is
     wrapped = get_peft_model(model, saved)
     _load(wrapped, folder, OWN)
     if is_prefix(folder):
@@ -258,9 +260,11 @@ def _refuse_other_shape(saved: Any, config: AdapterConfig, folder: Path) -> None
 
 
 def _with_frozen(model: PeftModel, folder: Path, name: str) -> PeftModel:
-    """The model with a saved adapter beside those it has, switched off. A sequence classifier's own way of adding one
-    would copy its head too."""
-    PeftModel.add_adapter(model, name, saved_config(folder))
+    """The model with a saved adapter beside those it has, switched off, its dropout too: what is not trained says
+    always the same. A sequence classifier's own way of adding one would copy its head too."""
+    saved = saved_config(folder)
+    saved.lora_dropout = 0.0
+    PeftModel.add_adapter(model, name, saved)
     _load(model, folder, name)
     for parameter_name, parameter in model.named_parameters():
         if f".{name}." in parameter_name:

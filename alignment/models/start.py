@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, TaskType
+from torch import nn
 from transformers import PreTrainedModel
 
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
@@ -53,6 +54,17 @@ def load_start(
     trained = train_on(model, continued[0].path, adapter, task) if continued else add_adapter(model, adapter, task)
     frozen = beside[: len(beside) - len(continued)]
     return add_frozen(trained, [one.path for one in frozen]) if frozen else trained
+
+
+def turn_off_dropout(model: nn.Module) -> None:
+    """For good and in every mode: in the base model, in its attention, and in adapters, which bring what they were
+    made with."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def kept_below(found: Lineage, adapter: AdapterConfig) -> tuple[SavedAdapter, ...]:

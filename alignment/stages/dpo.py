@@ -8,6 +8,8 @@ where it is not stops with a reason.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from trl import DPOConfig as TrlDpoConfig
 from trl import DPOTrainer
 
 from alignment.config.adapter import AdapterKind
-from alignment.config.stage import DpoConfig, DpoLoss
+from alignment.config.model import Dtype
+from alignment.config.stage import DpoConfig
 from alignment.errors import StageError
 from alignment.models.adapters import at_start, with_own
 from alignment.models.answers import unwrapped
@@ -26,19 +29,20 @@ from alignment.models.forward import install_causal
 from alignment.models.load import DTYPES, compute_in, frozen_copy
 from alignment.stages.initial import initial_model, initial_policy
 from alignment.stages.pairs import read_pairs
-from alignment.stages.reference_cache import reference_logprobs
+from alignment.stages.reference_cache import Reference, reference_logprobs
 from alignment.stages.result import StageResult, save_model
 from alignment.training.adamw import adamw
 from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
-from alignment.training.sharding import prepare, read_in_calls
+from alignment.training.sharding import everyones, prepare, read_in_calls
 
 START_TOLERANCE = 1e-3
-PRECOMPUTED_TOLERANCE = 2e-2
-"""Room for bfloat16 in the step-0 check, more where the reference was computed in other batches; a wrong reference is
-off by far more."""
+BFLOAT16_TOLERANCE = 2e-2
+"""How far policy and reference may differ on a row at step 0, as a share of the row's log-probability over the root of
+its number of tokens, whose rounding errors are independent. The second, five times the precision of bfloat16, is for a
+reference that was computed in other batches in that format."""
 
 
 def run(config: DpoConfig, context: StageContext) -> StageResult:
@@ -46,7 +50,9 @@ def run(config: DpoConfig, context: StageContext) -> StageResult:
     found, tokenizer = initial_policy(context)
     pairs, counts = read_pairs(config, context, tokenizer)
     trainer = _trainer(config, context, found, tokenizer, pairs)
-    check_start(trainer, config)
+    check_start(trainer)
+    if trainer.precomputed is not None and context.is_main:
+        trainer.precomputed.keep()
     last = train(trainer, context, headline="loss")
     metrics = {
         "loss": last["loss"],
@@ -61,6 +67,8 @@ class TokenizedDpoTrainer(MicroBatches, DPOTrainer):
     """TRL's trainer on pairs that are tokens already, an optimiser batch learned from in pieces."""
 
     pairs = True
+    precomputed: Reference | None = None
+    start_tolerance: float = START_TOLERANCE
 
     def _precompute_ref_logps(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset  # it has them already (reference_cache)
@@ -72,9 +80,10 @@ class TokenizedDpoTrainer(MicroBatches, DPOTrainer):
 def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: Any, pairs: Any) -> TokenizedDpoTrainer:
     policy = initial_model(context, found, TaskType.CAUSAL_LM)
     rows = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs]
-    reference = None
+    reference = precomputed = None
     if config.precompute_reference:
-        _add_reference(rows, unwrapped(policy), config, context, found, pairs)
+        precomputed = _precomputed(unwrapped(policy), config, context, found, pairs)
+        _add_reference(rows, precomputed)
     elif config.adapter.kind is AdapterKind.full:
         reference = frozen_copy(policy, DTYPES[context.spec.model.dtype])
         use_flat_attention(reference)  # while its weights are whole: what it says is compared with the policy's
@@ -92,6 +101,9 @@ def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: An
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
+    trainer.precomputed = precomputed
+    if precomputed is not None and context.spec.model.dtype is Dtype.bfloat16:
+        trainer.start_tolerance = BFLOAT16_TOLERANCE
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens
     trainer.optimizer_cls_and_kwargs = adamw(config.adapter, config.optim, context)
     install_causal(unwrapped(policy))
@@ -116,41 +128,73 @@ def _refer_to_the_start(trainer: TokenizedDpoTrainer, policy: PeftModel) -> None
     trainer.ref_model = reference
 
 
-def _add_reference(
-    rows: list[dict[str, Any]], policy: Any, config: DpoConfig, context: StageContext, found: Any, pairs: Any
-) -> None:
-    """Puts the reference's log-probabilities into the rows, under the names that TRL's collator looks for."""
-    policy.to(context.device)
+def _precomputed(policy: Any, config: DpoConfig, context: StageContext, found: Any, pairs: Any) -> Reference:
+    """Computed in evaluation mode, whatever mode adapters of earlier stages arrived in."""
+    policy.to(context.device).eval()
     use_flat_attention(policy)
-    sums = reference_logprobs(policy, found, pairs, context, tokens=config.optim.micro_batch_tokens)
-    for row, chosen, rejected in zip(rows, *sums, strict=True):
+    return reference_logprobs(policy, found, pairs, context, tokens=config.optim.micro_batch_tokens)
+
+
+def _add_reference(rows: list[dict[str, Any]], reference: Reference) -> None:
+    """Puts the reference's log-probabilities into the rows, under the names that TRL's collator looks for."""
+    columns = (reference.chosen.tolist(), reference.rejected.tolist())
+    for row, chosen, rejected in zip(rows, *columns, strict=True):
         row |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
 
-def start_loss(config: DpoConfig) -> float:
-    """The loss of a policy that is its reference."""
-    if config.loss is DpoLoss.hinge:
-        return 1.0
-    return 1 / (4 * config.beta**2) if config.loss is DpoLoss.ipo else math.log(2)
+def check_start(trainer: TokenizedDpoTrainer) -> None:
+    """Policy and reference must agree on every row of the first batch before the first step.
 
-
-def check_start(trainer: TokenizedDpoTrainer, config: DpoConfig) -> None:
-    """Policy and reference must agree before the first step: the loss is then a known constant.
+    The mean loss would not show an error that both answers to a prompt share, nor much of one at a small beta.
 
     Raises:
         StageError: they differ, so the reference is not the policy that the stage starts from.
     """
-    expected = start_loss(config)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    piece, _ = trainer._parts(batch)[0]
-    with torch.no_grad(), trainer.accelerator.autocast():
-        loss = float(trainer.compute_loss(trainer.model, piece))
-    trainer._metrics["train"].clear()
-    trainer._total_train_tokens = 0
-    tolerance = PRECOMPUTED_TOLERANCE if config.precompute_reference else START_TOLERANCE
-    if abs(loss - expected) > tolerance * max(1.0, expected):
+    trainer.model.train()  # as in training, so that dropout at work is seen
+    pieces = [piece for piece, _ in trainer._parts(batch) if len(piece["input_ids"])]
+    own = [row for piece in pieces for row in _start_rows(trainer, piece)]
+    worst = max((row for rows in everyones(own) for row in rows), key=lambda row: row.excess)
+    if worst.excess > trainer.start_tolerance:
         raise StageError(
-            f"at step 0 the DPO loss is {loss:.6f}, not {expected:.6f} (within {tolerance:g}): the reference is not "
-            "the starting policy",
-            remedy="report this with the stage.yaml of the run; with model.dtype=float32 a rounding would show as such",
+            f"at step 0 policy and reference differ by {abs(worst.policy - worst.reference):.3g} nats on an answer of "
+            f"{worst.tokens} tokens ({worst.policy:.6g} and {worst.reference:.6g}): the reference is not the starting "
+            "policy",
+            remedy=_start_remedy(trainer.precomputed),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _StartRow:
+    """An answer's log-probability under policy and reference, in nats, and its number of tokens."""
+
+    policy: float
+    reference: float
+    tokens: int
+
+    @property
+    def excess(self) -> float:
+        """What is compared with the tolerance; at least one nat a token counts, and NaN is infinitely far off."""
+        size = max(abs(self.reference), float(self.tokens)) / self.tokens**0.5
+        difference = abs(self.policy - self.reference)
+        return math.inf if math.isnan(difference) else difference / size
+
+
+@torch.no_grad()
+def _start_rows(trainer: TokenizedDpoTrainer, piece: dict[str, Any]) -> Iterator[_StartRow]:
+    """All answers of a piece."""
+    policy = torch.cat(trainer.compute_ref_log_probs(trainer.model, piece))
+    if "ref_chosen_logps" in piece:
+        reference = torch.cat([piece["ref_chosen_logps"], piece["ref_rejected_logps"]])
+    else:
+        reference = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model, piece))
+    tokens = piece["completion_mask"].sum(-1)
+    for row in zip(policy.tolist(), reference.tolist(), tokens.tolist(), strict=True):
+        yield _StartRow(*row)
+
+
+def _start_remedy(precomputed: Reference | None) -> str:
+    report = "report this with the stage.yaml of the run; with model.dtype=float32 a rounding would show as such"
+    if precomputed is None or not precomputed.file.is_file():
+        return report
+    return f"delete {precomputed.file}, from which the reference was read, and run again; if it stays, {report}"

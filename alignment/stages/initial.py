@@ -8,9 +8,10 @@ from peft import PeftModel, TaskType
 from transformers import PreTrainedModel
 
 from alignment.artifacts import read_manifest
+from alignment.config.stage import DpoConfig, RewardConfig
 from alignment.data.tokenizer import load_tokenizer
 from alignment.models.load import Lineage, lineage, refuse_other_tokenizer
-from alignment.models.start import load_start
+from alignment.models.start import load_start, turn_off_dropout
 from alignment.training.context import StageContext
 
 
@@ -32,5 +33,11 @@ def initial_policy(context: StageContext) -> tuple[Lineage, Any]:
 
 
 def initial_model(context: StageContext, found: Lineage, task: TaskType) -> PreTrainedModel | PeftModel:
-    """The model that the stage trains, with its adapter on it (alignment/models/start.py)."""
-    return load_start(found, context.adapter, context.spec.model.dtype, task=task, device=context.device)
+    """The model that the stage trains, with its adapter on it (alignment/models/start.py).
+
+    Stages that learn from pairs compare two passes, of which none may drop anything.
+    """
+    model = load_start(found, context.adapter, context.spec.model.dtype, task=task, device=context.device)
+    if isinstance(context.spec.config, (RewardConfig, DpoConfig)):
+        turn_off_dropout(model)
+    return model

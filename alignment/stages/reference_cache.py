@@ -1,7 +1,7 @@
 """Log-probabilities of preference pairs under a frozen reference, computed once and kept by content.
 
 A stage with other settings on the same pairs and the same starting policy (a sweep over beta, a second epoch) finds
-them again; anything that could change them, weights, tokens, number format, changes the name of the file.
+them again; anything that could change them, weights, tokens, number format, device, changes the name of the file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,40 +27,45 @@ from alignment.stages.pairs import TokenizedPair
 from alignment.training.context import StageContext
 from alignment.training.sharding import everyones
 
-VERSION = 4
+VERSION = 5
 """Raised when the computation changes, so that older files are not found."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """Sums over chosen and over rejected answers in nats, one a pair, and the file that holds them or will."""
+
+    chosen: Tensor
+    rejected: Tensor
+    file: Path
+
+    def keep(self) -> None:
+        """Writes the file if it is not there. One process calls this, once the sums were checked."""
+        if not self.file.is_file():
+            _write(self.file, {"chosen": self.chosen, "rejected": self.rejected})
 
 
 def reference_logprobs(
     policy: PreTrainedModel, found: Lineage, pairs: Sequence[TokenizedPair], context: StageContext, *, tokens: int
-) -> tuple[list[float], list[float]]:
-    """Sums over chosen and over rejected answers in nats, one a pair: kept ones, or each process computes its share.
+) -> Reference:
+    """The reference of all pairs: a kept one, or each process computes its share. ``policy`` must not drop anything.
 
     ``tokens`` are held in memory at once.
     """
+    assert not policy.training, "dropout would be at work"
     dtype = context.spec.model.dtype
-    key = _key(found, pairs, context.adapter, dtype, policy.dtype)
+    key = _key(found, pairs, context.adapter, dtype, policy.dtype, context.device)
     file = context.spec.artifact.parent / "cache" / f"reference-{key}.safetensors"
-    if not _everywhere(file.is_file()):
-        context.progress("reference log-probabilities")
-        mine = pairs[context.rank :: context.world_size]
-        with products_in(dtype, context.device):
-            chosen = _sums(policy, mine, [pair.chosen for pair in mine], tokens=tokens)
-            rejected = _sums(policy, mine, [pair.rejected for pair in mine], tokens=tokens)
-        shares = everyones((chosen, rejected))
-        if context.is_main:
-            columns = [_interleaved([share[place] for share in shares]) for place in (0, 1)]
-            assert all(len(column) == len(pairs) for column in columns), "a process's share is missing"
-            _write(file, {"chosen": columns[0], "rejected": columns[1]})
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-    saved = load_file(file)
-    return saved["chosen"].tolist(), saved["rejected"].tolist()
-
-
-def _everywhere(here: bool) -> bool:
-    """Whether it is so on every process."""
-    return all(everyones(here))
+    if all(everyones(file.is_file())):
+        return Reference(file=file, **load_file(file))
+    context.progress("reference log-probabilities")
+    share = pairs[context.rank :: context.world_size]
+    with products_in(dtype, context.device):
+        chosen = _sums(policy, share, [pair.chosen for pair in share], tokens=tokens)
+        rejected = _sums(policy, share, [pair.rejected for pair in share], tokens=tokens)
+    columns = [_interleaved(shares) for shares in zip(*everyones((chosen, rejected)), strict=True)]
+    assert all(len(column) == len(pairs) for column in columns), "a process's share is missing"
+    return Reference(chosen=columns[0], rejected=columns[1], file=file)
 
 
 def _interleaved(shares: Sequence[Tensor]) -> Tensor:
@@ -82,17 +88,28 @@ def _sums(
 
 
 def _key(
-    found: Lineage, pairs: Sequence[TokenizedPair], adapter: AdapterConfig, dtype: Dtype, weights: torch.dtype
+    found: Lineage,
+    pairs: Sequence[TokenizedPair],
+    adapter: AdapterConfig,
+    dtype: Dtype,
+    weights: torch.dtype,
+    device: torch.device,
 ) -> str:
     """``weights`` are held in another format than products are made in where they are trained with masters."""
     nf4 = adapter.kind is AdapterKind.qlora
     beside = adapter.kind is not AdapterKind.full and adapter.chain is not Chain.merge
     stacked = beside and bool(found.adapters)
-    told = [VERSION, dtype.value, str(weights), torch.__version__, weights_sha256(found), nf4, stacked]
-    sha = hashlib.sha256(json.dumps(told).encode())
+    made_by = [torch.__version__, _device_name(device)]
+    shaped_by = [VERSION, dtype.value, str(weights), *made_by, weights_sha256(found), nf4, stacked]
+    sha = hashlib.sha256(json.dumps(shaped_by).encode())
     for pair in pairs:
         sha.update(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode())
     return sha.hexdigest()[:32]
+
+
+def _device_name(device: torch.device) -> str:
+    """Kinds of GPUs round differently from one another, and from a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _write(file: Path, columns: dict[str, Tensor]) -> None:

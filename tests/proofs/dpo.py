@@ -58,7 +58,7 @@ def learned(folder: Path, bandit: Bandit, adapter: AdapterConfig, *, seed: int) 
     context = StageContext(spec=tiny_spec(folder, config, base_path=bandit.base, seed=seed), rank=0, world_size=1)
     found = Lineage(source=BASE_SOURCE, base=bandit.base, adapters=())
     trainer = dpo._trainer(config, context, found, tiny_tokenizer(), pairs)
-    dpo.check_start(trainer, config)
+    dpo.check_start(trainer)
     train(trainer, context, headline="loss")
     return bandit.policy_of(trainer.model)
 

@@ -16,9 +16,9 @@ from alignment.errors import ConfigError
 from alignment.models.adapters import at_start
 from alignment.models.load import Lineage, lineage, load_policy
 from alignment.models.nf4 import Nf4Linear, round_trunk
-from alignment.models.start import load_start
+from alignment.models.start import load_start, turn_off_dropout
 from tests.oracles.close import close
-from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_spec
+from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_model, tiny_spec
 from tests.unit.models.conftest import relative
 
 CPU = torch.device("cpu")
@@ -184,3 +184,34 @@ def test_an_adapter_keeps_its_shape_when_it_is_continued(
     _, found = _first_stage(tmp_path, base, _adapter(AdapterKind.lora))
     with pytest.raises(ConfigError, match=rf"adapter\.{where}: the adapter that is to be continued has"):
         _start(found, AdapterConfig(**{"chain": CONTINUE, **changes}))
+
+
+@pytest.mark.parametrize("chain", [Chain.stack, CONTINUE], ids=lambda chain: chain.value)
+def test_only_what_is_trained_drops_anything_and_as_this_stage_says(
+    tmp_path: Path, base: Lineage, chain: Chain
+) -> None:
+    _, found = _first_stage(tmp_path, base, AdapterConfig(rank=4, dropout=0.5))
+    model = load_start(
+        found, AdapterConfig(rank=4, dropout=0.25, chain=chain), Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU
+    )
+    rates: dict[str, set[float]] = {}
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            for name, dropout in module.lora_dropout.items():
+                rates.setdefault(name, set()).add(getattr(dropout, "p", 0.0))
+    assert rates.pop("default") == {0.25}
+    assert list(rates.values()) == [{0.0}]
+
+
+def test_dropout_that_is_turned_off_stays_off_in_training_mode(base: Lineage) -> None:
+    """Of adapters, whole modules and attention, whose rate is a plain number."""
+    adapter = AdapterConfig(rank=4, dropout=0.5)
+    model = load_start(base, adapter, Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU)
+    attentive = tiny_model(attention_dropout=0.5)
+    for one in (model, attentive):
+        liven(one)
+        one.train()
+        assert relative(_logits(one), _logits(one)) > 1e-3, "it drops"
+        turn_off_dropout(one)
+        one.train()
+        assert torch.equal(_logits(one), _logits(one))

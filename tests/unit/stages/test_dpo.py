@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.stage import DpoConfig, DpoLoss
+from alignment.errors import StageError
 from alignment.models.adapters import at_start
-from alignment.stages import dpo
+from alignment.stages import dpo, reference_cache
 from alignment.stages.initial import initial_policy
 from alignment.stages.pairs import read_pairs
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained, config_of
 from tests.oracles.close import close
-from tests.tiny import liven
+from tests.tiny import liven, tiny_model
 
 BETA = 0.7
 
@@ -52,7 +55,7 @@ def test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved(tmp_path:
     pairs, _ = read_pairs(config, context, tokenizer)
     trainer = dpo._trainer(config, context, found, tokenizer, pairs[:1])
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = 1
-    dpo.check_start(trainer, config)
+    dpo.check_start(trainer)
     liven(trainer.model)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     with torch.no_grad():
@@ -68,3 +71,68 @@ def test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved(tmp_path:
                 sides.append(log_ratios(policy, reference(ids).logits[0], ids[0].tolist(), len(pair.prompt)))
     assert abs(sum(sides[0]) - sum(sides[1])) > 0.1
     close(got, expected(loss, *sides), rtol=1e-4)
+
+
+# ---- a reference computed beforehand --------------------------------------------------------------------------------
+
+
+def dropping(chain: Chain) -> AdapterConfig:
+    return AdapterConfig(rank=4, dropout=0.5 if chain is Chain.merge else 0.0, chain=chain)
+
+
+@pytest.mark.parametrize("chain", [Chain.stack, CONTINUE], ids=lambda chain: chain.value)
+def test_a_precomputed_reference_is_what_the_starting_policy_says_of_every_row(tmp_path: Path, chain: Chain) -> None:
+    """Adapters of a stage that trained with dropout arrive in training mode."""
+    chained = Chained(tmp_path)
+    chained.run("sft", dropping(Chain.merge))
+    config = config_of("dpo", dropping(chain), precompute_reference=True)
+    assert isinstance(config, DpoConfig)
+    context = StageContext(spec=chained.spec("dpo", config.adapter, init="sft", config=config), rank=0, world_size=1)
+    policy = chained.policy("sft")
+    found, tokenizer = initial_policy(context)
+    pairs, _ = read_pairs(config, context, tokenizer)
+    trainer = dpo._trainer(config, context, found, tokenizer, pairs)
+    dpo.check_start(trainer)
+    for side in ("chosen", "rejected"):
+        plain = [plain_logprob(policy, pair.prompt, getattr(pair, side)) for pair in pairs]
+        close(trainer.train_dataset[f"ref_{side}_logps"], plain, rtol=1e-4)
+
+
+def plain_logprob(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> float:
+    """log p(answer | prompt) from the model's logits, in nats."""
+    ids = torch.tensor([prompt + answer])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0].double().log_softmax(-1)
+    return float(sum(logprobs[place - 1, ids[0, place]] for place in range(len(prompt), ids.shape[1])))
+
+
+def test_an_error_that_both_answers_share_stops_the_stage_and_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean loss is ln 2 all the same."""
+    chained = Chained(tmp_path)
+    sums = reference_cache._sums
+    monkeypatch.setattr(reference_cache, "_sums", lambda *args, **kwargs: sums(*args, **kwargs) + 5.0)
+    config = config_of("dpo", LORA, precompute_reference=True)
+    with pytest.raises(StageError, match="policy and reference differ by 5 nats on an answer of"):
+        chained.run("dpo", LORA, config=config)
+    assert not list(tmp_path.rglob("reference-*"))
+
+
+def test_a_kept_reference_that_is_wrong_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chained = Chained(tmp_path)
+    config = config_of("dpo", LORA, precompute_reference=True)
+    chained.run("dpo", LORA, config=config)
+    (file,) = tmp_path.rglob("reference-*")
+    saved = load_file(file)
+    reference_cache._write(file, {**saved, "rejected": saved["rejected"] - 5.0})
+    with pytest.raises(StageError, match=f"delete {file}"):
+        chained.run("dpo", LORA, config=config)
+
+
+def test_a_live_reference_of_other_weights_stops_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chained = Chained(tmp_path)
+    full = AdapterConfig(kind=AdapterKind.full)
+    monkeypatch.setattr(dpo, "frozen_copy", lambda policy, _: tiny_model(seed=1, vocab_size=policy.config.vocab_size))
+    with pytest.raises(StageError, match="the reference is not the starting policy"):
+        chained.run("dpo", full)

@@ -82,6 +82,9 @@ def test_the_reference_is_computed_once_and_again_when_something_changed(
     save_tiny_model(folder / "base", seed=1)
     _train(folder, config)
     assert computed == [12, 12, 10, 10, 10, 10]
+    monkeypatch.setattr(reference_cache, "_device_name", lambda device: f"not {device.type}")
+    _train(folder, config)
+    assert computed == [12, 12, 10, 10, 10, 10, 10, 10]
 
 
 def test_weights_in_another_format_have_a_reference_of_their_own(folder: Path) -> None:
