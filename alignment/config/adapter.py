@@ -35,13 +35,23 @@ PREFIX_SHAPE = ("virtual_tokens",)
 """Those of a prefix."""
 
 
+LOW_RANK = (AdapterKind.lora, AdapterKind.dora, AdapterKind.qlora)
+READ_BY = {
+    **dict.fromkeys(("rank", "alpha", "dropout", "rslora", "target_modules", "modules_to_save"), LOW_RANK),
+    "virtual_tokens": (AdapterKind.prefix,),
+    "chain": (*LOW_RANK, AdapterKind.prefix),
+}
+"""The kinds that read a setting, of those that not all of them read; ``master_weights`` is looked at beside others."""
+
+
 @dataclass(kw_only=True, slots=True)
 class AdapterConfig:
     """What an adapter is made of, and how it stands on those of earlier stages.
 
     ``rank``, ``alpha``, ``dropout``, ``rslora`` (scale by alpha/√rank instead of alpha/rank, Kalajdzievski 2023),
     ``target_modules`` and ``modules_to_save`` (trained whole, beside the factors) apply to low-rank adapters,
-    ``virtual_tokens`` to prefixes, ``chain`` to both, ``master_weights`` to full training.
+    ``virtual_tokens`` to prefixes, ``chain`` to both, ``master_weights`` to full training. ``dropout`` is for CPT and
+    SFT: the other stages compare passes of one model, of which none may drop anything, and refuse it.
 
     ``target_modules`` is a list of module names, or the single word ``all-linear``. With ``master_weights`` the trained
     weights, their gradients and Adam's moments are float32; without, they have ``model.dtype``, half the bytes of each,

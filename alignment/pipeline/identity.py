@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.config.evaluation import FEW_SHOT, FewShotConfig
 from alignment.config.run import RunConfig
-from alignment.config.stage import EvaluateConfig, StageConfig
+from alignment.config.stage import EvaluateConfig, PpoConfig, PtxConfig, StageConfig
 from alignment.data.chat_template import template_text
 from alignment.fingerprint import canonical, digest, file_sha256
 from alignment.pipeline import scorers
@@ -53,9 +53,11 @@ def of_stage(
 
 
 def _as_read(stage: StageConfig) -> StageConfig:
-    """The stage without settings that name a place, and without those of an arm that is not there."""
+    """The stage without settings that name a place, and without those of an arm or a loss that is not there."""
     if isinstance(stage, EvaluateConfig) and FEW_SHOT not in stage.arms:
         return replace(stage, few_shot=FewShotConfig())
+    if isinstance(stage, PpoConfig) and stage.ptx.coefficient == 0.0:
+        stage = replace(stage, ptx=PtxConfig())
     return scorers.without_places(stage)
 
 

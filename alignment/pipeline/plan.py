@@ -28,7 +28,7 @@ from alignment.data.records import Conversation, PreferencePair, Question, Recor
 from alignment.data.sources import RECORDS
 from alignment.errors import ArtifactError, ModelError
 from alignment.fingerprint import digest
-from alignment.pipeline import compatibility, data_sources, identity, learned, references, scorers, settings
+from alignment.pipeline import compatibility, data_sources, identity, learned, references, scorers, settings, unread
 from alignment.pipeline.compose import compose
 from alignment.pipeline.data_sources import DataSource
 from alignment.pipeline.reasons import Made, made, reason_to_run
@@ -113,7 +113,8 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     named = {fault.where for fault in faults}  # a faulty field holds its default, of which nothing more need be said
     faults += [fault for fault in references.faults(config.stages) if fault.where.partition("[")[0] not in named]
     named |= {fault.where for fault in faults}
-    later = [*scorers.faults(config.stages), *settings.faults(config), *compatibility.faults(config)]
+    later = [*scorers.faults(config.stages), *settings.faults(config), *unread.faults(config)]
+    later += compatibility.faults(config)
     found = [*faults, *(fault for fault in later if fault.where not in named)]
     refuse([composition.placed(fault) for fault in found])
     config = learned.with_learned(config)

@@ -1,0 +1,63 @@
+"""A setting that nothing reads is refused, and where it must be let pass it does not change a result's name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from alignment.config.adapter import READ_BY, AdapterConfig
+from alignment.errors import ConfigError
+from tests.unit.pipeline.conftest import MakePlan
+
+DPO, PPO = "stages.dpo", "stages.ppo"
+ONLY_LOW_RANK = "read by nothing; only adapter.kind 'lora', 'dora', 'qlora', and it is"
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo", "ppo"])
+def test_dropout_is_refused_where_passes_of_one_model_are_compared(plan: MakePlan, stage: str) -> None:
+    where = f"stages.{stage}.adapter.dropout"
+    with pytest.raises(ConfigError) as caught:
+        plan(f"{where}=0.05")
+    assert str(caught.value).startswith(f"{where}: 0.05 is read by nothing: {stage} compares passes of one model")
+    plan("stages.sft.adapter.dropout=0.05", f"{where}=0")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ((f"{DPO}.adapter={{kind: full, rank: 8}}",), f"{DPO}.adapter.rank: 8 is {ONLY_LOW_RANK} 'full'"),
+        ((f"{DPO}.adapter={{kind: full, chain: stack}}",), f"{DPO}.adapter.chain: stack is read by nothing"),
+        (("stages.sft.adapter={kind: full, dropout: 0.1}",), f"stages.sft.adapter.dropout: 0.1 is {ONLY_LOW_RANK}"),
+        (("stages.sft.adapter={kind: lora, virtual_tokens: 8}",), "stages.sft.adapter.virtual_tokens: 8 is read by"),
+        (("stages.reward.adapter={kind: prefix, alpha: 8}",), f"stages.reward.adapter.alpha: 8 is {ONLY_LOW_RANK}"),
+        ((f"{PPO}.kl.target=3",), f"{PPO}.kl.target: 3 is read by nothing; only kl.control 'adaptive' reads it"),
+        ((f"{PPO}.kl.horizon=50",), f"{PPO}.kl.horizon: 50 is read by nothing"),
+        ((f"{DPO}.too_long.side=right",), f"{DPO}.too_long.side: right is read by nothing; only too_long.do 'cut'"),
+        (("stages.evaluate.judge.max_prompts=9",), "stages.evaluate.judge.max_prompts: 9 is read by nothing; only a"),
+    ],
+)
+def test_what_the_other_settings_leave_without_a_reader_is_refused(
+    plan: MakePlan, overrides: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(*overrides)
+    assert words in str(caught.value)
+
+
+def test_the_same_settings_are_taken_where_they_are_read(plan: MakePlan) -> None:
+    plan(f"{PPO}.kl={{control: adaptive, target: 3, horizon: 50}}", f"{DPO}.too_long={{do: cut, side: right}}")
+    plan("stages.sft.adapter={kind: qlora, rank: 8, alpha: 8, dropout: 0.1}", f"{DPO}.adapter={{kind: full}}")
+
+
+def test_every_setting_of_an_adapter_is_read_by_all_kinds_or_by_those_named() -> None:
+    names = {field.name for field in dataclasses.fields(AdapterConfig)}
+    assert names - set(READ_BY) == {"kind", "master_weights"}
+
+
+def test_a_loss_that_is_switched_off_has_no_settings_in_a_fingerprint(plan: MakePlan) -> None:
+    def named(*overrides: str) -> str:
+        return next(stage.fingerprint for stage in plan(*overrides).stages if stage.name == "ppo")
+
+    assert named(f"{PPO}.ptx.batch_size=2") == named()
+    assert named(f"{PPO}.ptx.coefficient=1", f"{PPO}.ptx.batch_size=2") != named(f"{PPO}.ptx.coefficient=1")
