@@ -20,7 +20,7 @@ from trl import DPOTrainer
 
 from alignment.config.adapter import AdapterKind
 from alignment.config.model import Dtype
-from alignment.config.stage import DpoConfig
+from alignment.config.stage import DpoConfig, DpoLoss
 from alignment.errors import StageError
 from alignment.models.adapters import at_start, with_own
 from alignment.models.answers import unwrapped
@@ -38,6 +38,8 @@ from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
 from alignment.training.sharding import everyones, prepare, read_in_calls
 
+DIVERGED = 10
+"""A loss so many times that of a policy that is its reference is worse than any noise."""
 START_TOLERANCE = 1e-3
 BFLOAT16_TOLERANCE = 2e-2
 """How far policy and reference may differ on a row at step 0, as a share of the row's log-probability over the root of
@@ -53,7 +55,7 @@ def run(config: DpoConfig, context: StageContext) -> StageResult:
     check_start(trainer)
     if trainer.precomputed is not None and context.is_main:
         trainer.precomputed.keep()
-    last = train(trainer, context, headline="loss")
+    last = train(trainer, context, headline="loss", ceiling=DIVERGED * start_loss(config))
     metrics = {
         "loss": last["loss"],
         "rewards/accuracies": last["rewards/accuracies"],
@@ -140,6 +142,13 @@ def _add_reference(rows: list[dict[str, Any]], reference: Reference) -> None:
     columns = (reference.chosen.tolist(), reference.rejected.tolist())
     for row, chosen, rejected in zip(rows, *columns, strict=True):
         row |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+
+def start_loss(config: DpoConfig) -> float:
+    """The loss of a policy that is its reference."""
+    if config.loss is DpoLoss.hinge:
+        return 1.0
+    return 1 / (4 * config.beta**2) if config.loss is DpoLoss.ipo else math.log(2)
 
 
 def check_start(trainer: TokenizedDpoTrainer) -> None:

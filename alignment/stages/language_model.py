@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from datasets import Dataset, disable_caching
@@ -55,5 +56,6 @@ def learn(
     trainer.optimizer_cls_and_kwargs = adamw(config.adapter, config.optim, context)
     install_causal(unwrapped(policy))
     prepare(policy, context)
-    last = train(trainer, context, headline="loss")
+    uniform = math.log(unwrapped(policy).get_input_embeddings().num_embeddings)
+    last = train(trainer, context, headline="loss", ceiling=uniform)
     return save_model(trainer.model, tokenizer, context, found, {"loss": last["loss"], **metrics})

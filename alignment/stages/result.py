@@ -14,6 +14,7 @@ from alignment.models.adapters import OWN
 from alignment.models.load import Lineage, base_record
 from alignment.models.start import kept_below, saved_as
 from alignment.training.context import StageContext
+from alignment.training.finite import refuse_weights
 from alignment.training.session import fresh_folder
 from alignment.training.sharding import is_shared_out, whole_state
 
@@ -40,8 +41,12 @@ def save_model(
 
     The folders are plain transformers and PEFT folders. Only the main process writes, but all must call this: weights
     may be shared out among them.
+
+    Raises:
+        NonFiniteError: a trained weight is not finite.
     """
     is_adapter = isinstance(model, PeftModel)
+    refuse_weights((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
     state = whole_state(model, trained_only=is_adapter) if is_shared_out(model) else None
     if not context.is_main:
         return StageResult(metrics=metrics)

@@ -7,6 +7,7 @@ not fix where scores lie, so an offset is saved that makes chosen answers score 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,10 +29,13 @@ from alignment.stages.result import StageResult, save_model
 from alignment.training.adamw import adamw
 from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext
+from alignment.training.finite import refuse_results
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
 from alignment.training.sharding import gathered, prepare, whole
 
+DIVERGED = 10
+"""A loss so many times that of a guess is worse than any noise."""
 OFFSET_SAMPLE = 64
 """Pairs whose chosen answers set the offset."""
 
@@ -44,7 +48,7 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
         pairs, config.eval_fraction, context.generator("split"), where=f"stages.{context.spec.stage}"
     )
     trainer = _trainer(config, context, found, tokenizer, learned)
-    train(trainer, context, headline="loss")
+    train(trainer, context, headline="loss", ceiling=DIVERGED * math.log(2))
     context.progress("scoring")
     sample = learned[:OFFSET_SAMPLE]
     with gathered(trainer, trainer.model):
@@ -55,6 +59,7 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
             prompts = [pair.prompt for pair in held_out for _ in range(2)]
             both = scores(trainer, context, prompts, [text for p in held_out for text in (p.chosen, p.rejected)])
             metrics |= held_out_metrics(both[::2], both[1::2], held_out)
+    refuse_results(metrics)
     result = save_model(trainer.model, tokenizer, context, found, metrics)
     weight = whole(_score_head(trainer.model).weight)
     if context.is_main:

@@ -1,24 +1,22 @@
-"""What happens around a trainer's steps: metrics and progress, checkpoints that are sealed, stopping on request, and
-refusing to step on numbers that are not finite."""
+"""What happens around a trainer's steps: metrics and progress, checkpoints that are sealed, and stopping on request."""
 
 from __future__ import annotations
 
-import math
 import signal
 from types import FrameType
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignment.errors import ConfigError, NonFiniteError
+from alignment.errors import ConfigError
 from alignment.models.adapters import with_own
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
+from alignment.training.finite import refuse_figures
 from alignment.training.metrics import MetricsLog
-from alignment.training.sharding import everyones, layout
+from alignment.training.sharding import layout
 
 _NAMES = {"learning_rate": "lr"}
 
@@ -48,9 +46,15 @@ class StepLog(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """One line a step; the trainer's closing summary is not one."""
-        if not self._context.is_main or not logs or "train_runtime" in logs:
+        """One line a step; the trainer's closing summary is not one. What is not finite ends the stage once it is
+        written, before a checkpoint is saved."""
+        if not logs or "train_runtime" in logs:
             return
+        if self._context.is_main:
+            self._write(state, logs)
+        refuse_figures(logs, step=state.global_step)
+
+    def _write(self, state: TrainerState, logs: dict[str, Any]) -> None:
         figures = {_NAMES.get(name, name): value for name, value in logs.items()}
         figures["seconds"] = self._context.clock.seconds()
         self._log.append(state.global_step, figures)
@@ -73,41 +77,6 @@ class Checkpoints(TrainerCallback):
             folder = self._context.checkpoints / f"checkpoint-{state.global_step}"
             checkpoints.seal(folder, fingerprint=self._context.spec.fingerprint, layout=layout(self._context))
             checkpoints.rotate(self._context.checkpoints)
-
-
-class FiniteGradients(TrainerCallback):
-    """Stops before anything is kept of a step on NaN or infinity; the last good checkpoint stays."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        """Gradients are already summed over processes here, so all of them see the same fault."""
-        engine = getattr(self._trainer, "deepspeed", None)
-        # DeepSpeed has taken the step by now, and keeps of its gradients the norm alone.
-        fault = _first_fault(model) if engine is None else _fault_of_norm(engine.get_global_grad_norm())
-        if fault is not None:
-            raise NonFiniteError(
-                f"a gradient is not finite at step {state.global_step + 1}{fault}",
-                remedy="lower the learning rate, or look at the rows of this step; the last checkpoint is kept",
-            )
-
-
-def _fault_of_norm(norm: float | None) -> str | None:
-    return "" if norm is not None and not math.isfinite(norm) else None
-
-
-def _first_fault(model: Any) -> str | None:
-    """Where a gradient is not finite, in brackets; of shares, all processes say so if one finds it in its own."""
-    grads = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
-    shared_out = any(isinstance(grad, DTensor) for _, grad in grads)
-    own = ((name, grad.to_local() if isinstance(grad, DTensor) else grad) for name, grad in grads)
-    fault = next((f" ({name})" for name, grad in own if not bool(grad.isfinite().all())), None)
-    if not shared_out:
-        return fault
-    return next((found for found in everyones(fault) if found is not None), None)
 
 
 class WarmupEnds(TrainerCallback):

@@ -61,6 +61,7 @@ class MicroBatches(Trainer):
 
     micro_batch_tokens: int
     pairs: bool = False
+    step_loss: Tensor | None = None
     _share: float = 1.0
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
@@ -74,6 +75,7 @@ class MicroBatches(Trainer):
             with accumulating(self.accelerator, model, last=number == len(parts) - 1):
                 total += super().training_step(model, part, num_items_in_batch)
         _weigh(metrics, before, [share for _, share in parts])
+        self.step_loss = total
         return total
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:

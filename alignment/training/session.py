@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import shutil
 import sys
@@ -17,7 +18,6 @@ from alignment.training import checkpoints
 from alignment.training.callbacks import (
     AdaptersAtWork,
     Checkpoints,
-    FiniteGradients,
     NoStepTooMany,
     NothingLeft,
     StepLog,
@@ -25,6 +25,7 @@ from alignment.training.callbacks import (
     WarmupEnds,
 )
 from alignment.training.context import StageContext
+from alignment.training.finite import FiniteSteps, refuse_divergence
 from alignment.training.metrics import MetricsLog
 from alignment.training.sharding import layout
 
@@ -36,14 +37,18 @@ class Preempted(BaseException):
     """
 
 
-def train(trainer: Trainer, context: StageContext, *, headline: str, period: int = 1) -> dict[str, float]:
+def train(
+    trainer: Trainer, context: StageContext, *, headline: str, period: int = 1, ceiling: float = math.inf
+) -> dict[str, float]:
     """Trains, resuming where an earlier attempt stopped; returns the figures of the last step, which is always logged.
 
-    ``headline`` is the figure beside the progress bar; checkpoints are exact after every ``period`` steps.
+    ``headline`` is the figure beside the progress bar; checkpoints are exact after every ``period`` steps. A loss that
+    rose above ``ceiling`` is no result.
 
     Raises:
         Preempted: SIGTERM or SIGUSR1 arrived; the checkpoint is written.
-        NonFiniteError: a gradient was not finite.
+        NonFiniteError: a loss or gradient was not finite.
+        StageError: the training diverged.
     """
     log = MetricsLog(context.content / "metrics.jsonl")
     resumed = _newest_checkpoint(context)
@@ -53,13 +58,14 @@ def train(trainer: Trainer, context: StageContext, *, headline: str, period: int
         context.trackers.catch_up(log.rows())
     stop = StopOnSignal(period=period)
     steps = StepLog(context, log, headline=headline)
-    checks = (WarmupEnds(), FiniteGradients(trainer), NoStepTooMany())
+    checks = (WarmupEnds(), FiniteSteps(trainer), NoStepTooMany())
     for callback in (AdaptersAtWork(), steps, Checkpoints(context), *checks, stop):
         trainer.add_callback(callback)
     with contextlib.suppress(NothingLeft):  # every step was done before; the checkpoint is loaded
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     if stop.stopped:
         raise Preempted
+    refuse_divergence([row["loss"] for row in log.rows() if "loss" in row], ceiling=ceiling)
     if context.is_main:
         context.trackers.table("samples", MetricsLog(context.content / "samples.jsonl").rows())
     return {key: value for key, value in log.last().items() if isinstance(value, (int, float))}

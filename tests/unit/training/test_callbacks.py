@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from alignment.errors import NonFiniteError
-from alignment.training.callbacks import Checkpoints, FiniteGradients, StepLog, StopOnSignal
+from alignment.training.callbacks import Checkpoints, StepLog, StopOnSignal
 from alignment.training.checkpoints import newest
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
@@ -71,37 +67,6 @@ def test_a_signal_when_the_stage_ends_by_itself_saves_nothing(arguments: Trainin
     os.kill(os.getpid(), signal.SIGTERM)
     stop.on_step_end(arguments, _state(7), control)
     assert (stop.stopped, control.should_save) == (False, False)
-
-
-# ---- gradients ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_gradient_that_is_not_finite_stops_before_the_step(arguments: TrainingArguments, value: float) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
-    model(torch.ones(1, 2)).sum().backward()
-    model[1].weight.grad[0, 1] = value
-    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at step 8 \(1\.weight\)") as caught:
-        FiniteGradients(SimpleNamespace()).on_pre_optimizer_step(arguments, _state(7), TrainerControl(), model=model)
-    assert caught.value.exit_code == 6
-
-
-def test_finite_and_missing_gradients_pass(arguments: TrainingArguments) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1).requires_grad_(False))
-    model(torch.ones(1, 2)).sum().backward()
-    control = TrainerControl()
-    finite = FiniteGradients(SimpleNamespace())
-    assert finite.on_pre_optimizer_step(arguments, _state(7), control, model=model) is None
-
-
-@pytest.mark.parametrize(("norm", "stops"), [(None, False), (3.0, False), (float("nan"), True), (float("inf"), True)])
-def test_of_deepspeed_the_norm_of_the_gradients_tells(
-    arguments: TrainingArguments, norm: float | None, stops: bool
-) -> None:
-    engine = SimpleNamespace(get_global_grad_norm=lambda: norm)
-    finite = FiniteGradients(SimpleNamespace(deepspeed=engine))
-    with pytest.raises(NonFiniteError, match="step 8") if stops else contextlib.nullcontext():
-        finite.on_pre_optimizer_step(arguments, _state(7), TrainerControl(), model=torch.nn.Linear(2, 2))
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------

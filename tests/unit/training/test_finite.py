@@ -1,0 +1,177 @@
+"""A stage ends on numbers that are not finite and on a training that diverged, and keeps nothing of them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from alignment.errors import NonFiniteError, StageError
+from alignment.stages import reward
+from alignment.stages.result import save_model
+from alignment.training.callbacks import StepLog
+from alignment.training.context import StageContext
+from alignment.training.finite import FiniteSteps, refuse_divergence, refuse_results
+from alignment.training.metrics import MetricsLog
+from tests.chained import FULL, LORA, Chained, config_of
+from tests.tiny import tiny_model
+
+NOT_FINITE = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> TrainingArguments:
+    """What a trainer hands to its callbacks."""
+    return TrainingArguments(output_dir=str(tmp_path / "trainer"), use_cpu=True, report_to="none")
+
+
+def at_step(step: int) -> TrainerState:
+    state = TrainerState()
+    state.global_step, state.max_steps = step, 100
+    return state
+
+
+def trainer(norm: Any = None, **told: Any) -> Any:
+    return SimpleNamespace(_get_grad_norm=lambda model, grad_norm=None: norm, **told)
+
+
+def before_step_8(arguments: TrainingArguments, trainer: Any, model: Any = None) -> None:
+    """As the trainer does it: the norm, then the callbacks."""
+    steps = FiniteSteps(trainer)
+    steps.on_train_begin(arguments, at_step(0), TrainerControl())
+    trainer._get_grad_norm(model)
+    steps.on_pre_optimizer_step(arguments, at_step(7), TrainerControl(), model=model or torch.nn.Linear(2, 2))
+
+
+# ---- before a step --------------------------------------------------------------------------------------------------
+
+
+@NOT_FINITE
+def test_a_gradient_that_is_not_finite_stops_before_the_step(arguments: TrainingArguments, value: float) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    model(torch.ones(1, 2)).sum().backward()
+    model[1].weight.grad[0, 1] = value
+    for norm in (None, torch.tensor(math.nan)):
+        with pytest.raises(NonFiniteError, match=r"a gradient is not finite at step 8 \(1\.weight\)") as caught:
+            before_step_8(arguments, trainer(norm), model)
+        assert caught.value.exit_code == 6
+
+
+def test_a_norm_that_overflowed_stops_though_every_gradient_is_then_zero(arguments: TrainingArguments) -> None:
+    model = torch.nn.Linear(2, 1)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e30)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert all(bool((parameter.grad == 0).all()) for parameter in model.parameters())
+    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at step 8 \(their norm is inf\)"):
+        before_step_8(arguments, trainer(norm), model)
+
+
+def test_finite_and_missing_gradients_pass(arguments: TrainingArguments) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1).requires_grad_(False))
+    model(torch.ones(1, 2)).sum().backward()
+    for norm in (None, 3.0, torch.tensor(3.0)):
+        before_step_8(arguments, trainer(norm, step_loss=torch.tensor(2.0)), model)
+
+
+@pytest.mark.parametrize(("norm", "stops"), [(None, False), (3.0, False), (float("nan"), True), (float("inf"), True)])
+def test_of_deepspeed_the_norm_of_the_gradients_tells(
+    arguments: TrainingArguments, norm: float | None, stops: bool
+) -> None:
+    engine = SimpleNamespace(get_global_grad_norm=lambda: norm)
+    with pytest.raises(NonFiniteError, match="step 8") if stops else contextlib.nullcontext():
+        before_step_8(arguments, trainer(deepspeed=engine))
+
+
+@NOT_FINITE
+def test_a_loss_that_is_not_finite_stops_before_the_step(arguments: TrainingArguments, value: float) -> None:
+    """Beside gradients that are: what overflowed may have a finite slope."""
+    with pytest.raises(NonFiniteError, match=r"the loss is .* at step 8"):
+        before_step_8(arguments, trainer(1.0, step_loss=torch.tensor(value)))
+
+
+def test_a_model_that_has_no_gradient_left_stops_unless_nothing_is_left_to_learn(arguments: TrainingArguments) -> None:
+    with pytest.raises(StageError, match=r"no gradient is left at step 8, at a loss of 5.8: the training diverged"):
+        before_step_8(arguments, trainer(0.0, step_loss=torch.tensor(5.8)))
+    before_step_8(arguments, trainer(0.0, step_loss=torch.tensor(0.0)))
+    before_step_8(arguments, trainer(0.0))  # PPO: every ratio may be clipped
+
+
+# ---- what is logged, and what comes of it ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["loss", "loss/value", "grad_norm"])
+@NOT_FINITE
+def test_a_logged_figure_that_is_not_finite_is_written_and_stops(
+    arguments: TrainingArguments, context: StageContext, name: str, value: float
+) -> None:
+    log = MetricsLog(context.content / "metrics.jsonl")
+    callback = StepLog(context, log, headline="loss")
+    with pytest.raises(NonFiniteError, match=f"{name} is .* at step 3"):
+        callback.on_log(arguments, at_step(3), TrainerControl(), logs={"loss": 1.0, name: value})
+    assert not math.isfinite(log.last()[name])
+    callback.on_log(arguments, at_step(4), TrainerControl(), logs={"loss": 1.0, "val/explained_variance": math.nan})
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged"),
+    [
+        ([2.0, 9.0, 11.0, 12.0, 12.0, 12.0], True),
+        ([2.0, 1.9, 30.0], True),
+        ([2.0, 1.9, 30.0, 1.9, 1.9, 1.9], False),
+        ([2.0, 1.0, 1.0, 1.0, 1.0, 99.0], False),
+        ([14.0, 12.0], False),
+        ([99.0], False),
+        ([], False),
+    ],
+    ids=str,
+)
+def test_a_loss_that_rose_above_a_guess_is_no_result(losses: list[float], diverged: bool) -> None:
+    with pytest.raises(StageError, match="the training diverged") if diverged else contextlib.nullcontext():
+        refuse_divergence(losses, ceiling=10.0)
+
+
+@NOT_FINITE
+def test_weights_that_are_not_finite_are_not_saved(context: StageContext, value: float) -> None:
+    """No loss is computed after the last step."""
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
+    with pytest.raises(NonFiniteError, match=r"a weight is not finite after the last step \(model\.layers\.1\.mlp"):
+        save_model(model, None, context, None, {})  # type: ignore[arg-type]
+    assert not list(context.content.iterdir())
+
+
+def test_a_figure_of_a_result_that_is_not_finite_is_no_result() -> None:
+    refuse_results({"score_offset": 0.5})
+    with pytest.raises(NonFiniteError, match="score_offset is nan after the last step"):
+        refuse_results({"score_offset": math.nan})
+
+
+# ---- whole stages ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_an_absurd_rate_ends_a_stage(tmp_path: Path, kind: str) -> None:
+    """Its losses stay finite: the last states overflow, are normalised to zeros, and every token is as likely."""
+    config: Any = config_of(kind, LORA)
+    config = replace(config, optim=replace(config.optim, lr=1e9, max_steps=4))
+    with pytest.raises(StageError, match=r"no gradient is left at step \d, at a loss of"):
+        Chained(tmp_path).run(kind, LORA, config=config)
+    assert not list(tmp_path.glob("artifacts/*/manifest.json"))
+
+
+def test_an_infinite_loss_of_finite_slope_ends_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(reward.PiecewiseRewardTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs) + math.inf
+
+    monkeypatch.setattr(reward, "PiecewiseRewardTrainer", Broken)
+    with pytest.raises(NonFiniteError, match="the loss is inf at step 1"):
+        Chained(tmp_path).run("reward", FULL)
