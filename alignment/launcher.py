@@ -6,6 +6,8 @@ out, our own package found first.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import re
 import subprocess
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from alignment.config.launch import LaunchConfig, LauncherKind, Sharding
+from alignment.config.launch import DEVICE, LaunchConfig, LauncherKind, Sharding
 from alignment.errors import AlignmentError, ConfigError
 from alignment.resources import shipped
 
@@ -44,6 +46,10 @@ _WAITING_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Whoever sets one of these has chosen how threads wait."""
 
 
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+"""Variables that name the GPUs to use; the second is ROCm's own, which knows the first too."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
     """``argv`` to execute, and ``environment``: variables laid over the caller's."""
@@ -53,17 +59,27 @@ class Command:
 
 
 def command(
-    launch: LaunchConfig, stage_file: Path, *, num_devices: int, num_cores: int, pythonpath: str = ""
+    launch: LaunchConfig, stage_file: Path, *, devices: Sequence[str], num_cores: int, pythonpath: str = ""
 ) -> Command:
-    """The command that runs a stage on this machine. ``num_devices`` counts GPUs, 0 without any.
+    """The command that runs a stage on this machine. ``devices`` are its GPUs (``visible_devices``), none for the CPU.
 
     Raises:
         ConfigError: this launcher cannot start so many processes here.
     """
-    kind = chosen_launcher(launch, num_devices=num_devices)
-    argv = (sys.executable, *_LAUNCHERS[kind](launch, num_devices), "alignment.worker", str(stage_file))
+    kind = chosen_launcher(launch, num_devices=len(devices))
+    argv = (sys.executable, *_LAUNCHERS[kind](launch, len(devices)), "alignment.worker", str(stage_file))
     threads = launch.threads or max(1, num_cores // launch.num_processes)
-    return Command(argv=argv, environment=environment(threads, pythonpath))
+    own_devices = _devices_of_processes(devices, launch.num_processes)
+    return Command(argv=argv, environment=environment(threads, pythonpath) | own_devices)
+
+
+def _devices_of_processes(devices: Sequence[str], num_processes: int) -> dict[str, str]:
+    """The device that each process has to find, and no GPU more than there are processes: a process that sees several
+    without a launcher's rank would spread every batch over all of them (transformers' DataParallel)."""
+    if not devices:
+        return {DEVICE: "cpu"}
+    variable = next((name for name in _VISIBLE if name in os.environ), _VISIBLE[0])
+    return {DEVICE: "cuda", variable: ",".join(devices[:num_processes])}
 
 
 def with_processes(launch: LaunchConfig, *, num_devices: int) -> LaunchConfig:
@@ -117,17 +133,51 @@ def _refusal(launch: LaunchConfig, num_devices: int) -> str:
     return ""
 
 
-def visible_devices(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> list[str]:
-    """GPUs that this machine lets us use, as ``CUDA_VISIBLE_DEVICES`` names them; found without importing torch."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
-    return [str(n) for n in range(sum(1 for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)))]
+def visible_devices(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> list[str]:
+    """GPUs that this machine lets us use, as ``CUDA_VISIBLE_DEVICES`` names them; found without importing torch.
+
+    A name that is no device ends the list, as it does for CUDA.
+    """
+    for name in _VISIBLE:
+        if name in environment:
+            parts = (part.strip() for part in environment[name].split(","))
+            return list(itertools.takewhile(lambda part: part not in ("", "-1"), parts))
+    return [str(number) for number in range(_num_nvidia(root) or _num_amd(root) or _num_wsl(root))]
 
 
-def count_devices(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
+def _num_nvidia(root: Path) -> int:
+    return sum(1 for path in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
+
+
+def _num_amd(root: Path) -> int:
+    """The kernel lists processors there too; those without SIMD units are no GPUs."""
+    if not (root / "dev" / "kfd").exists():
+        return 0
+    nodes = (root / "sys" / "class" / "kfd" / "kfd" / "topology" / "nodes").glob("*/properties")
+    return sum(1 for node in nodes if re.search(r"^simd_count [1-9]", node.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def _num_wsl(root: Path) -> int:
+    """Windows' subsystem for Linux has one file for GPUs of every make; NVIDIA's own tool lists those with CUDA."""
+    tool = root / "usr" / "lib" / "wsl" / "lib" / "nvidia-smi"
+    if not (root / "dev" / "dxg").exists() or not tool.exists():
+        return 0
+    return _listed(tool)
+
+
+@functools.lru_cache(maxsize=1)
+def _listed(tool: Path) -> int:
+    """GPUs that ``nvidia-smi -L`` lists, a line each."""
+    try:
+        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(1 for line in listed.splitlines() if line.startswith("GPU "))
+
+
+def count_devices() -> int:
     """How many GPUs this machine lets us use."""
-    return len(visible_devices(environment, devices))
+    return len(visible_devices())
 
 
 def count_cores() -> int:

@@ -15,6 +15,7 @@ from alignment.config.model import Dtype
 from alignment.data.tokenize import end_ids, prompt_ids
 from alignment.data.tokenizer import load_tokenizer
 from alignment.data.turns import Message
+from alignment.device import own_device
 from alignment.errors import DataError
 from alignment.models.answers import unwrapped
 from alignment.models.flat import use_flat_attention
@@ -172,7 +173,6 @@ def load_voice(
             adapters=saved_adapters(artifact, manifest),
         )
         tokenizer = load_tokenizer(artifact / "tokenizer")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_policy(found, DTYPES[dtype]).to(device)
+    model = load_policy(found, DTYPES[dtype]).to(own_device())
     use_flat_attention(model)  # as an evaluation has it
     return Voice(name=name, model=model, tokenizer=tokenizer, manner=manner)

@@ -213,7 +213,7 @@ def _command(told: _Measurement, task: dict[str, Any], task_file: Path, options:
     launched = launcher.command(
         LaunchConfig(threads=options.threads),
         Path(task.get("stage_file", task_file)),
-        num_devices=launcher.count_devices(),
+        devices=launcher.visible_devices(),
         num_cores=launcher.count_cores(),
     )
     module = ["-m", f"benchmarks.contestants.{told.how.module}", str(task_file)]
@@ -277,7 +277,10 @@ def _prepare(work: Work, options: Options, base: Path, folder: Path) -> dict[str
     task_file = folder / "task.json"
     task_file.write_text(json.dumps(task), encoding="utf-8")
     environment = launcher.command(
-        LaunchConfig(threads=options.threads), task_file, num_devices=0, num_cores=launcher.count_cores()
+        LaunchConfig(threads=options.threads),
+        task_file,
+        devices=launcher.visible_devices(),
+        num_cores=launcher.count_cores(),
     ).environment
     argv = (sys.executable, "-m", "benchmarks.prepare", str(task_file))
     _run(launcher.Command(argv=argv, environment=environment), folder / "log.txt", amx=options.amx)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+DEVICE = "ALIGNMENT_DEVICE"
+"""The variable by which the launcher tells a worker its device, ``cpu`` or ``cuda``; unset for a process that was
+started without it."""
+
 
 class LauncherKind(str, Enum):
     """How worker processes are started.

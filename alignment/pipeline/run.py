@@ -183,7 +183,7 @@ def command_here(launch: LaunchConfig, stage_file: Path) -> Command:
     return launcher.command(
         launch,
         stage_file,
-        num_devices=launcher.count_devices(),
+        devices=launcher.visible_devices(),
         num_cores=launcher.count_cores(),
         pythonpath=os.environ.get("PYTHONPATH", ""),
     )

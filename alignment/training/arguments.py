@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from alignment.config.launch import Sharding
 from alignment.config.model import Dtype
 from alignment.config.optim import OptimConfig, Schedule
@@ -50,7 +48,7 @@ def quiet_arguments(context: StageContext) -> dict[str, Any]:
         "seed": context.seed("trainer") % 2**32,
         # Where weights are shared out, autocast is our own (sharding.py).
         "bf16": context.spec.model.dtype is Dtype.bfloat16 and context.spec.sharding is Sharding.none,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": context.device.type == "cpu",
         "save_strategy": "steps",
         "logging_strategy": "steps",
         "logging_nan_inf_filter": False,
@@ -58,7 +56,7 @@ def quiet_arguments(context: StageContext) -> dict[str, Any]:
         "disable_tqdm": True,
         "activation_checkpointing": False,
         "dataloader_num_workers": 0,
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_pin_memory": context.device.type == "cuda",
         "ddp_find_unused_parameters": False,
     }
 

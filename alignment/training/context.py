@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from alignment.artifacts import write_json
 from alignment.config.adapter import AdapterConfig
 from alignment.config.stage import Trained
+from alignment.device import own_device
 from alignment.stage_spec import StageSpec
 from alignment.training.pulse import Pulse
 from alignment.training.tracking import Trackers
@@ -59,9 +59,7 @@ class StageContext:
     @property
     def device(self) -> torch.device:
         """This process's device: its own GPU, or the CPU."""
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device("cpu")
+        return own_device()
 
     @property
     def adapter(self) -> AdapterConfig:

@@ -101,7 +101,7 @@ def usage(context: StageContext) -> dict[str, float]:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     figures = {"seconds": context.clock.seconds(), "peak_rss_bytes": peak}
-    if torch.cuda.is_available():
+    if context.device.type == "cuda":
         figures["peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
     return figures
 

@@ -33,8 +33,9 @@ T = TypeVar("T")
 def begin(context: StageContext) -> None:
     """Makes the process group, before any model is loaded: stages meet before their trainers do, and DeepSpeed would
     take itself to be alone."""
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
+    on_gpu = context.device.type == "cuda"
+    backend = "nccl" if on_gpu else "gloo"
+    if on_gpu:
         torch.cuda.set_device(context.device)
     if context.spec.sharding.by_deepspeed:
         import deepspeed
@@ -71,9 +72,9 @@ def sharding_arguments(context: StageContext) -> dict[str, Any]:
         return {"fsdp": True, "fsdp_config": told | {"cpu_offload": offload is Offload.weights}}
     told = json.loads((shipped("launch") / "deepspeed" / f"{sharding.value}.json").read_text(encoding="utf-8"))
     if offload is not Offload.none:
-        told["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        told["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": context.device.type == "cuda"}
     if offload is Offload.weights:
-        told["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        told["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": context.device.type == "cuda"}
     return {"deepspeed": told}
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from alignment.config.launch import LaunchConfig, LauncherKind, Sharding
 from alignment.errors import ConfigError
-from alignment.launcher import Command, command, count_devices, execute, with_processes
+from alignment.launcher import Command, command, execute, visible_devices, with_processes
 from alignment.locks import held, is_held
 from alignment.resources import shipped
 
@@ -22,7 +22,7 @@ STAGE_FILE = Path("/runs/r/dpo/stage.yaml")
 
 
 def argv(launch: LaunchConfig, *, num_devices: int) -> str:
-    made = command(launch, STAGE_FILE, num_devices=num_devices, num_cores=8)
+    made = command(launch, STAGE_FILE, devices=[str(number) for number in range(num_devices)], num_cores=8)
     assert made.argv[0] == sys.executable
     return " ".join(made.argv[1:])
 
@@ -85,7 +85,7 @@ def test_one_process_for_each_gpu_is_counted_and_refused_without_any() -> None:
 
 def test_what_the_user_has_set_for_the_allocator_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
-    environment = command(LaunchConfig(), Path("stage.yaml"), num_devices=0, num_cores=2).environment
+    environment = command(LaunchConfig(), Path("stage.yaml"), devices=(), num_cores=2).environment
     assert "MALLOC_TOP_PAD_" not in environment
     assert {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"} <= set(environment)
 
@@ -101,7 +101,7 @@ def test_idle_threads_of_a_worker_sleep_unless_the_user_chose_otherwise(
         monkeypatch.delenv(name, raising=False)
     if chosen is not None:
         monkeypatch.setenv(chosen, "1000")
-    environment = command(LaunchConfig(), STAGE_FILE, num_devices=0, num_cores=2).environment
+    environment = command(LaunchConfig(), STAGE_FILE, devices=(), num_cores=2).environment
     policies = {name: environment[name] for name in WAITING if name in environment}
     assert policies == ({"OMP_WAIT_POLICY": "PASSIVE"} if chosen is None else {})
 
@@ -113,22 +113,75 @@ def test_more_processes_than_gpus_are_refused() -> None:
 
 @pytest.mark.parametrize(("processes", "threads", "expected"), [(1, 0, "8"), (2, 0, "4"), (16, 0, "1"), (2, 3, "3")])
 def test_threads_are_shared_out_evenly_unless_told(processes: int, threads: int, expected: str) -> None:
-    made = command(LaunchConfig(num_processes=processes, threads=threads), STAGE_FILE, num_devices=0, num_cores=8)
+    made = command(LaunchConfig(num_processes=processes, threads=threads), STAGE_FILE, devices=(), num_cores=8)
     assert made.environment["OMP_NUM_THREADS"] == expected
 
 
 def test_the_worker_is_offline_and_finds_our_package_first() -> None:
-    made = command(LaunchConfig(), STAGE_FILE, num_devices=0, num_cores=1, pythonpath="/theirs").environment
+    made = command(LaunchConfig(), STAGE_FILE, devices=(), num_cores=1, pythonpath="/theirs").environment
     assert made["HF_HUB_OFFLINE"] == made["TRANSFORMERS_OFFLINE"] == made["HF_DATASETS_OFFLINE"] == "1"
     assert made["PYTHONPATH"] == f"{Path(__file__).parents[2]}:/theirs"
 
 
-def test_gpus_are_counted_from_what_is_visible(tmp_path: Path) -> None:
+def test_gpus_are_those_that_the_user_names_or_else_all(tmp_path: Path) -> None:
+    (tmp_path / "dev").mkdir()
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
-        (tmp_path / name).touch()
-    assert count_devices({}, tmp_path) == 2
-    assert count_devices({"CUDA_VISIBLE_DEVICES": "1"}, tmp_path) == 1
-    assert count_devices({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == 0
+        (tmp_path / "dev" / name).touch()
+    assert visible_devices({}, tmp_path) == ["0", "1"]
+    assert visible_devices({"CUDA_VISIBLE_DEVICES": "1"}, tmp_path) == ["1"]
+    assert visible_devices({"CUDA_VISIBLE_DEVICES": "3, GPU-a,-1,2"}, tmp_path) == ["3", "GPU-a"]
+    assert visible_devices({"HIP_VISIBLE_DEVICES": "2,3"}, tmp_path) == ["2", "3"]
+    assert visible_devices({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == []
+
+
+def test_gpus_of_amd_are_counted_without_the_processors_beside_them(tmp_path: Path) -> None:
+    for number, simds in enumerate((0, 256, 1024)):
+        node = tmp_path / f"sys/class/kfd/kfd/topology/nodes/{number}"
+        node.mkdir(parents=True)
+        (node / "properties").write_text(f"cpu_cores_count {8 * (not simds)}\nsimd_count {simds}\n")
+    assert visible_devices({}, tmp_path) == []
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/kfd").touch()
+    assert visible_devices({}, tmp_path) == ["0", "1"]
+
+
+def test_gpus_under_windows_are_those_that_nvidias_tool_lists(tmp_path: Path) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/dxg").touch()
+    assert visible_devices({}, tmp_path) == []  # a GPU of another make
+    tool = tmp_path / "usr/lib/wsl/lib/nvidia-smi"
+    tool.parent.mkdir(parents=True)
+    tool.write_text("#!/bin/sh\n[ $1 = -L ] && printf 'GPU 0: A (UUID: GPU-1)\\nGPU 1: B (UUID: GPU-2)\\n'\n")
+    tool.chmod(0o755)
+    assert visible_devices({}, tmp_path) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "processes", "expected"),
+    [
+        ({}, 1, {"CUDA_VISIBLE_DEVICES": "0"}),
+        ({}, 2, {"CUDA_VISIBLE_DEVICES": "0,1"}),
+        ({"CUDA_VISIBLE_DEVICES": "5,2,7"}, 2, {"CUDA_VISIBLE_DEVICES": "5,2"}),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, 1, {"CUDA_VISIBLE_DEVICES": "GPU-a"}),
+        ({"HIP_VISIBLE_DEVICES": "3,1"}, 1, {"HIP_VISIBLE_DEVICES": "3"}),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 1, {}),
+    ],
+)
+def test_a_worker_sees_as_many_gpus_as_there_are_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str], processes: int, expected: dict[str, str]
+) -> None:
+    (tmp_path / "dev").mkdir()
+    for number in range(4):
+        (tmp_path / f"dev/nvidia{number}").touch()
+    names = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    devices = visible_devices(root=tmp_path)
+    made = command(LaunchConfig(num_processes=processes), STAGE_FILE, devices=devices, num_cores=8).environment
+    assert {name: made[name] for name in names if name in made} == expected
+    assert made["ALIGNMENT_DEVICE"] == ("cuda" if expected else "cpu")
 
 
 def python(code: str) -> Command:

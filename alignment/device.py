@@ -1,0 +1,43 @@
+"""On which device a process of the worker's side runs: the launcher says it, and PyTorch has to agree.
+
+The launcher finds GPUs without PyTorch, so the two may differ. A stage that was meant for a GPU would then train on
+the CPU, or several processes would share a GPU that nobody counted.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from alignment.config.launch import DEVICE
+from alignment.errors import ConfigError
+
+
+def own_device() -> torch.device:
+    """This process's own GPU, or the CPU.
+
+    Raises:
+        ConfigError: the launcher has found another device than PyTorch does.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    kind = os.environ.get(DEVICE, "cuda" if count else "cpu")
+    if kind == "cpu" and count:
+        raise ConfigError(
+            f"PyTorch finds {_gpus(count)} where the launcher found none",
+            where="device",
+            remedy="CUDA_VISIBLE_DEVICES=0 names the GPU to use; CUDA_VISIBLE_DEVICES= (empty) takes the CPU",
+        )
+    if kind == "cuda" and count <= rank:
+        raise ConfigError(
+            f"the launcher found a GPU for process {rank} of this machine, and PyTorch {torch.__version__} finds "
+            + (_gpus(count) if count else "none that it can use"),
+            where="device",
+            remedy="install the PyTorch build that fits the GPU's driver; CUDA_VISIBLE_DEVICES= (empty) takes the CPU",
+        )
+    return torch.device("cuda", rank) if count else torch.device("cpu")
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' if count > 1 else ''}"
