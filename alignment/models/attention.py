@@ -22,6 +22,8 @@ from alignment.models.row_attention import Row, attend
 from alignment.models.rows import Range, Segment
 
 ATTENTION = "flat_sdpa"
+_WIDEST_HEAD = 256
+_AMPERE = (8, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +118,17 @@ def _with_earlier(
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:
-    """Whether CUDA's variable-length kernel takes these: half precision, values as wide as keys."""
+    """Whether CUDA's variable-length kernel takes these; what it does not take is computed by batched products.
+
+    It is FlashAttention 2 (Dao 2023): half precision, values as wide as keys, widths that are multiples of 8 up to 256,
+    on NVIDIA's GPUs from Ampere on. ROCm's is another implementation, which was not tried.
+    """
+    if query.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    width = query.shape[-1]
+    fits = width == value.shape[-1] and width % 8 == 0 and width <= _WIDEST_HEAD
     half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.device.type == "cuda" and half and query.shape[-1] == value.shape[-1]
+    return fits and half and torch.cuda.get_device_capability(query.device) >= _AMPERE
 
 
 @functools.lru_cache(maxsize=4)  # all layers ask for the same ones

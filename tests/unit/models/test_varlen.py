@@ -54,6 +54,41 @@ def _rows(name: str, device: str) -> FlatRows:
     return stream([[*prompt, *answer] for prompt, answer in ROWS[name]], torch.device(device))
 
 
+class _Shown:
+    """As much of a state on a GPU as the choice of the kernel looks at."""
+
+    def __init__(self, width: int, dtype: torch.dtype, device: str) -> None:
+        self.shape = (1, HEADS, 7, width)
+        self.dtype = dtype
+        self.device = torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"dtype": torch.float16, "width": 256, "value": 256, "capability": (12, 0)}, True),
+        ({"device": "cpu"}, False),
+        ({"dtype": torch.float32}, False),
+        ({"width": 64, "value": 32}, False),
+        ({"width": 12, "value": 12}, False),
+        ({"width": 264, "value": 264}, False),
+        ({"capability": (7, 5)}, False),
+        ({"hip": "6.4"}, False),
+    ],
+)
+def test_the_kernel_is_asked_for_what_it_has(
+    changes: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limits that FlashAttention 2 documents."""
+    usual = {"width": 64, "value": 64, "dtype": torch.bfloat16, "device": "cuda", "capability": (8, 0), "hip": None}
+    machine = usual | changes
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: machine["capability"])
+    monkeypatch.setattr(torch.version, "hip", machine["hip"])
+    query, value = (_Shown(machine[name], machine["dtype"], machine["device"]) for name in ("width", "value"))
+    assert attention._has_kernel(query, value) is expected  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_the_kernel_gets_the_rows_and_their_shared_beginnings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", _slow_varlen)
