@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from transformers import PreTrainedModel
 
 from alignment.models.attention import ATTENTION as FLAT_ATTENTION
@@ -19,8 +20,24 @@ def decoding(model: PreTrainedModel) -> Iterator[int]:
     try:
         if ours:
             model.set_attn_implementation(ATTENTION)
-        # Other functions than these may take allocated columns for filled ones.
-        yield ROOM if ours or implementation == "eager" else 0
+        with _without_cudnn():
+            # Other functions than these may take allocated columns for filled ones.
+            yield ROOM if ours or implementation == "eager" else 0
     finally:
         if ours:
             model.set_attn_implementation(implementation)
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """PyTorch takes another kernel for attention on CUDA than cuDNN's.
+
+    Wrong text was reported of cuDNN's where few key heads serve many query heads, and it plans anew for each length of
+    the cache, which grows while a batch is decoded. Outside CUDA the setting changes nothing.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

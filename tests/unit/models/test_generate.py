@@ -402,3 +402,19 @@ def test_generation_leaves_no_gradients_and_no_mode_behind() -> None:
     generate(unwrapped(model), PROMPTS, max_new_tokens=2, end_ids=[END], batch_size=2)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not model.training
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_every_step_runs_without_cudnns_attention_and_leaves_the_callers_choice(made: Maker, chosen: bool) -> None:
+    model = made()
+    during: list[bool] = []
+    model.register_forward_pre_hook(lambda *_: during.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(chosen)
+    try:
+        generate(model, PROMPTS, max_new_tokens=3, end_ids=[], batch_size=2)
+        assert torch.backends.cuda.cudnn_sdp_enabled() is chosen
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert len(during) >= 2 * 3
+    assert not any(during)
