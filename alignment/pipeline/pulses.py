@@ -18,7 +18,7 @@ SILENT = 10.0
 class Sign:
     """The last sign of a process: it was at ``place`` in ``phase``, where nothing has happened since ``since``.
 
-    ``time`` and ``since`` are seconds of the wall clock; ``waits``: it is inside a collective operation.
+    ``time`` and ``since`` are seconds of the wall clock; ``waits``: for others in a collective operation, or for a GPU.
     """
 
     rank: int

@@ -1,12 +1,14 @@
 """A sign of life of every process, so that one that is stuck can be named: ``pulse/RANK.json`` in the work folder.
 
 A thread looks once a second where the main thread is. A process is at work as long as that place changes or the process
-(with what it started) uses its processor; one that waits for others in a collective operation may spin, so there the
-processor says nothing. The driver reads the files (alignment/pipeline/pulses.py).
+(with what it started) uses its processor. Two kinds of waiting spin, so there the processor says nothing: for others in
+a collective operation, and for a GPU, in whatever call reads a result of it. The driver reads the files
+(alignment/pipeline/pulses.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -30,12 +32,25 @@ Place = tuple[str, int, str]
 """A file, a line and a function."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Used:
+    """Processor seconds of a process itself, and of all that it started."""
+
+    own: float = 0.0
+    started: float = 0.0
+
+    def since(self, before: Used) -> Used:
+        """What was used between two looks."""
+        return Used(own=self.own - before.own, started=self.started - before.started)
+
+
 @dataclass(kw_only=True, slots=True)
 class Pulse:
-    """What the process is about: the stage's phase and how many times it told its progress."""
+    """What the process is about: the stage's phase, how many times it told its progress, whether it has a GPU."""
 
     phase: str = "starting"
     told: int = 0
+    on_gpu: bool = False
 
     def start(self, folder: Path, rank: int) -> None:
         """Begins to look after the calling thread, until the process ends."""
@@ -46,15 +61,14 @@ class Pulse:
     def _watch(self, file: Path, watched: int) -> None:
         process = psutil.Process()
         seen: object = None
-        used, since = 0.0, time.time()
+        used, since = Used(), time.time()
         while True:
             frame = sys._current_frames().get(watched)
             if frame is None:  # the thread has ended, and the process is about to
                 return
             places = places_of(frame)
-            waits = any(_COLLECTIVE in file_name for file_name, _, _ in places)
             now, before, used = time.time(), used, processor_seconds(process)
-            works = used - before > IDLE * PERIOD and not waits
+            works, waits = activity(places, used.since(before), on_gpu=self.on_gpu)
             if (self.told, places) != seen or works:
                 seen, since = (self.told, places), now
             told = {"pid": process.pid, "phase": self.phase, "time": now, "since": since, "waits": waits}
@@ -74,15 +88,25 @@ def places_of(frame: FrameType | None) -> list[Place]:
     return found
 
 
-def processor_seconds(process: psutil.Process) -> float:
-    """Of the process and of all that it started and that is still there."""
+def activity(places: list[Place], used: Used, *, on_gpu: bool) -> tuple[bool, bool]:
+    """Whether a process is at work by the processor seconds that it used, and whether it waits for others or a GPU."""
+    collective = any(_COLLECTIVE in file_name for file_name, _, _ in places)
+    own, started = used.own > IDLE * PERIOD, used.started > IDLE * PERIOD
+    works = (started or (own and not on_gpu)) and not collective
+    return works, collective or (own and on_gpu)
+
+
+def processor_seconds(process: psutil.Process) -> Used:
+    """Of the process, and of all that it started and that is still there."""
+    return Used(own=_seconds([process]), started=_seconds(process.children(recursive=True)))
+
+
+def _seconds(processes: list[psutil.Process]) -> float:
     total = 0.0
-    for one in [process, *process.children(recursive=True)]:
-        try:
-            times = one.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        total += times.user + times.system
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
     return total
 
 

@@ -33,7 +33,7 @@ T = TypeVar("T")
 def begin(context: StageContext) -> None:
     """Makes the process group, before any model is loaded: stages meet before their trainers do, and DeepSpeed would
     take itself to be alone."""
-    on_gpu = context.device.type == "cuda"
+    on_gpu = context.pulse.on_gpu = context.device.type == "cuda"
     backend = "nccl" if on_gpu else "gloo"
     if on_gpu:
         torch.cuda.set_device(context.device)

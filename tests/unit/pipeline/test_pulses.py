@@ -46,12 +46,13 @@ def test_who_has_not_started_is_waited_for() -> None:
             [_sign(0, **STUCK), _sign(1, time=NOW - 61)],
             "process 1 of 2 does not run any more for 60 seconds: training, here1",
         ),
+        ([_sign(0, **WAITING)], "process 0 of 1 is stuck for 60 seconds: training, here0"),
         (
             [_sign(0, **WAITING), _sign(1, **WAITING)],
             "all processes wait for one another\n  process 0: training, here0",
         ),
     ],
-    ids=["alone", "others wait", "stopped", "all wait"],
+    ids=["alone", "others wait", "stopped", "alone with its GPU", "all wait"],
 )
 def test_the_one_that_others_wait_for_is_named(signs: list[Sign], expected: str) -> None:
     with pytest.raises(StageError) as caught:

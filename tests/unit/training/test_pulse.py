@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from alignment.training import pulse
-from alignment.training.pulse import Pulse
+from alignment.training.pulse import Pulse, Used, activity
 
 
 @pytest.fixture(autouse=True)
@@ -52,13 +53,42 @@ def test_a_thread_that_waits_has_done_nothing_since(watched: Any) -> None:
     assert not sign["waits"]
 
 
-def test_a_thread_that_computes_is_at_work(watched: Any) -> None:
-    def compute(_: Pulse, over: threading.Event) -> None:
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_processor_that_is_busy_is_work_unless_a_gpu_may_be_waited_for(
+    watched: Any, monkeypatch: pytest.MonkeyPatch, on_gpu: bool
+) -> None:
+    """A host that waits for a GPU spins, inside one call."""
+    monkeypatch.setattr(pulse, "IDLE", 0.05)  # others may want the processor as well
+    monkeypatch.setattr(pulse, "places_of", lambda frame: [("trainer.py", 7, "step")])
+
+    def compute(one: Pulse, over: threading.Event) -> None:
+        one.on_gpu = on_gpu
         while not over.is_set():
-            sum(range(1000))
+            hashlib.sha256(bytes(1 << 20))  # lets other threads run, as a call into the driver does
 
     sign = watched(compute)
-    assert sign["time"] - sign["since"] < 1.0
+    assert (sign["time"] - sign["since"] > 1.0) is on_gpu
+    assert sign["waits"] is on_gpu
+
+
+SOMEWHERE, COLLECTIVE = [("trainer.py", 7, "step")], [("/site-packages/torch/distributed/c10d.py", 1, "all_reduce")]
+
+
+@pytest.mark.parametrize(
+    ("places", "used", "on_gpu", "works", "waits"),
+    [
+        (SOMEWHERE, Used(own=0.25), False, True, False),
+        (SOMEWHERE, Used(own=0.25), True, False, True),
+        (SOMEWHERE, Used(started=0.25), True, True, False),  # rows made by processes of its own
+        (SOMEWHERE, Used(), True, False, False),
+        (COLLECTIVE, Used(own=0.25), False, False, True),
+        (COLLECTIVE, Used(started=0.25), False, False, True),
+    ],
+)
+def test_the_processor_says_nothing_of_who_may_spin(
+    places: Any, used: Used, on_gpu: bool, works: bool, waits: bool
+) -> None:
+    assert activity(places, used, on_gpu=on_gpu) == (works, waits)
 
 
 def test_progress_that_is_told_is_work(watched: Any) -> None:
