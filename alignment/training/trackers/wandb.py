@@ -62,7 +62,7 @@ class WandbTracker(Tracker):
         self._declare_inputs(spec)
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Steps that W&B has are left out: training is deterministic, so they would say the same again."""
+        """Steps that W&B has are left out: computed again they say the same, on a GPU up to rounding."""
         if step > self._step:
             self._run.log({**figures, "step": step}, step=step)
             self._step = step
