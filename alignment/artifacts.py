@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import ArtifactError
+from alignment.files import remove_leftovers, write_text
 from alignment.fingerprint import file_sha256
 
 MANIFEST = "manifest.json"
@@ -63,19 +63,12 @@ def folder_name(stage: str, fingerprint: str) -> str:
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never half of it: if ``durable`` even after a
     power cut. Processes may do so at once, on several machines that share the folder."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1, ensure_ascii=False)
-        stream.write("\n")
-        if durable:
-            stream.flush()
-            os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", durable=durable)
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes rows as lines of JSON into a folder that is published as a whole."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def readable(folder: Path) -> None:
@@ -96,6 +89,8 @@ def publish(content: Path, target: Path, manifest: Manifest) -> Manifest:
     if (target / MANIFEST).exists():
         raise ArtifactError("this artifact exists and is complete", where=str(target), remedy="delete it to remake it")
     (content / MANIFEST).unlink(missing_ok=True)  # of an attempt that was stopped before the rename
+    for folder in (content, *(path for path in content.rglob("*") if path.is_dir())):
+        remove_leftovers(folder)  # of a process that was killed
     files = {}
     readable(content)
     for path in sorted(p for p in content.rglob("*") if p.is_file()):

@@ -17,6 +17,7 @@ from alignment.config.stage import STAGES
 from alignment.config.store import recipe_names
 from alignment.data.formats import FORMATS
 from alignment.errors import AlignmentError, ConfigError
+from alignment.files import explained
 
 _RIVAL = "alignment-handbook"
 _EXAMPLES = """\
@@ -24,8 +25,8 @@ examples:
   align run quickstart                            the whole chain on a small model
   align run ./mine.yaml adapter=qlora             a recipe of your own; another choice from conf/
 
-exit codes: 0 well, 2 configuration, 3 data, 4 model, 5 stage, 6 not finite, 7 artifact, 8 busy,
-9 a scorer that failed, 10 a policy forgot too much, 75 preempted, 130 interrupted
+exit codes: 0 well, 2 configuration, 3 data, 4 model, 5 stage or full disk, 6 not finite, 7 artifact,
+8 busy, 9 a scorer that failed, 10 a policy forgot too much, 75 preempted, 130 interrupted
 """
 
 
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(soft_wrap=False, emoji=False)
     try:
         _refuse_other_package()
-        return _dispatch(options, console)
+        with explained(Path.cwd()):
+            return _dispatch(options, console)
     except AlignmentError as error:
         Console(stderr=True, emoji=False).print(error.labelled, markup=False, highlight=False, soft_wrap=True)
         return error.exit_code

@@ -5,6 +5,7 @@
     ├── DataError                  3   a data file or row that cannot be used
     ├── ModelError                 4   a model, tokenizer or adapter that is missing or does not fit
     ├── StageError                 5   a stage that failed while it ran
+    │   ├── DiskError              5   a file system that takes no more: full, over a quota or limit, read-only
     │   ├── NonFiniteError         6   NaN or infinity in a loss, gradient or figure; the last good checkpoint stays
     │   └── RewardError            9   a scorer that raised, or gave the wrong number of scores or one that is no number
     ├── ArtifactError              7   an artifact or checkpoint that is damaged or belongs to something else
@@ -64,6 +65,10 @@ class StageError(AlignmentError):
     """A stage failed while it ran."""
 
     exit_code = 5
+
+
+class DiskError(StageError):
+    """A file system that takes no more: it is full, over a quota or a limit on file sizes, or read-only."""
 
 
 class NonFiniteError(StageError):

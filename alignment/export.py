@@ -27,6 +27,7 @@ from alignment.artifacts import Manifest, readable, verify
 from alignment.config.model import Dtype
 from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import AlignmentError, ModelError
+from alignment.files import explained
 from alignment.model_card import model_card
 from alignment.models.adapters import is_prefix, put_back
 from alignment.models.answers import unwrapped
@@ -83,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        print(export(told.artifact, told.base, told.to, form=told.form, max_gap=told.max_gap, run=told.run))
+        with explained(told.to.parent):
+            print(export(told.artifact, told.base, told.to, form=told.form, max_gap=told.max_gap, run=told.run))
     except AlignmentError as error:
         print(error.labelled, file=sys.stderr)
         return error.exit_code

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from alignment.artifacts import readable, write_json
 from alignment.config.model import NEW_TOKENS
 from alignment.errors import AlignmentError, ConfigError, ModelError
+from alignment.files import explained
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        print(add_tokens(told.folder, told.to, told.tokens))
+        with explained(told.to.parent):
+            print(add_tokens(told.folder, told.to, told.tokens))
     except AlignmentError as error:
         print(error.labelled, file=sys.stderr)
         return error.exit_code

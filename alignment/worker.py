@@ -31,10 +31,12 @@ from alignment.config.stage import StageConfig
 from alignment.data.chat_template import template_text
 from alignment.data.hub import content_of
 from alignment.errors import PREEMPTED, AlignmentError, DataError, StageError
+from alignment.files import disk_error, path_error
 from alignment.fingerprint import digest
 from alignment.locks import held
 from alignment.stage_spec import StageSpec, read_spec
 from alignment.stages.result import StageResult
+from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.session import Preempted, usage
 from alignment.training.sharding import begin
@@ -50,6 +52,11 @@ STAGE_MODULES = {
     "reward_card": "alignment.stages.reward_card",
     "forgetting": "alignment.stages.forgetting",
 }
+
+
+RESERVE = "reserve"
+"""A file that is given up where the disk is full, so that there is room to say so."""
+_RESERVED = 1 << 16
 
 
 def main(path: Path) -> int:
@@ -74,6 +81,9 @@ def main(path: Path) -> int:
         return error.exit_code
     except Exception as error:  # noqa: BLE001 - the last line of defence: the driver must hear of it
         traceback.print_exc()
+        if (told := _of_file_system(error, context)) is not None:
+            _finish(context, "failed", told.exit_code, str(told))
+            return told.exit_code
         if _is_out_of_memory(error):
             _finish(context, "failed", StageError.exit_code, str(_too_large(error, context)))
             return StageError.exit_code
@@ -81,6 +91,16 @@ def main(path: Path) -> int:
         return 1
     _finish(context, "done", 0, "")
     return 0
+
+
+def _of_file_system(error: Exception, context: StageContext) -> AlignmentError | None:
+    """A disk that takes no more, or a path that cannot be used; what only holds space is removed first."""
+    if (full := disk_error(error, folder=context.spec.work)) is not None:
+        if context.is_main:
+            checkpoints.discard_unfinished(context.checkpoints)
+            (context.spec.work / RESERVE).unlink(missing_ok=True)
+        return full
+    return path_error(error) if isinstance(error, OSError) else None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -104,6 +124,8 @@ def _run(spec: StageSpec, context: StageContext) -> None:
     _refuse_changed_data(spec)
     context.content.mkdir(parents=True, exist_ok=True)
     context.checkpoints.mkdir(parents=True, exist_ok=True)
+    if context.is_main:
+        (spec.work / RESERVE).write_bytes(b"\xff" * _RESERVED)
     seed = context.seed("worker") % 2**32
     random.seed(seed)
     np.random.seed(seed)
@@ -192,7 +214,10 @@ def _finish(context: StageContext, state: str, exit_code: int, error: str) -> No
         "time": time.time(),
         "notes": context.trackers.faults,
     }
-    write_json(path, status)
+    try:
+        write_json(path, status)
+    except OSError:  # the driver sees how the process ended, and that the disk is full
+        traceback.print_exc()
 
 
 def _leave_together() -> None:

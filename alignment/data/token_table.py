@@ -30,6 +30,7 @@ from alignment.data.limits import Limits, refuse_losses
 from alignment.data.reading import NAMED, Reader, nothing, refuse_faults, start
 from alignment.data.tokenizer import tokenizer_hashes
 from alignment.errors import DataError, StageError
+from alignment.files import disk_error
 from alignment.fingerprint import digest
 from alignment.locks import held
 
@@ -146,7 +147,7 @@ def _make(folder: Path, schema: pa.Schema, chunks: Iterator[Chunk], progress: Ca
         shutil.rmtree(folder, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        raise StageError(
+        raise disk_error(error, folder=folder) or StageError(
             f"token rows cannot be written: {error}", where=str(folder), remedy="free space, or choose another output="
         ) from error
 

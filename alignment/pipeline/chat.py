@@ -19,6 +19,7 @@ from alignment import launcher
 from alignment.artifacts import MANIFEST, Manifest, read_manifest
 from alignment.config.near import suggestion
 from alignment.errors import ArtifactError, ConfigError
+from alignment.files import write_text
 from alignment.pipeline import sources
 from alignment.pipeline.display import display_for
 from alignment.pipeline.export import artifact_of, base_of
@@ -61,7 +62,7 @@ def chat(console: Console, result: str, arms: Sequence[str], *, manner: Mapping[
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "voices.json"
         told = {"voices": [asdict(one) for one in speakers], "manner": dict(manner)}
-        file.write_text(json.dumps(told), encoding="utf-8")
+        write_text(file, json.dumps(told))
         argv = [sys.executable, "-m", "alignment.chat", str(file)]
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops an answer, which is the other's to do
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -28,6 +29,7 @@ from alignment.errors import (
     RewardError,
     StageError,
 )
+from alignment.files import disk_error, is_full, write_text
 from alignment.pipeline.plan import Plan, PlannedStage
 from alignment.stage_spec import StageInput
 
@@ -88,7 +90,7 @@ def write_stage_file(
         "tracking": to_plain(plan.config.tracking),
         "git_commit": git_commit,
     }
-    path.write_text(yaml.safe_dump(told, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(path, yaml.safe_dump(told, sort_keys=False, allow_unicode=True))
     return path
 
 
@@ -119,6 +121,8 @@ def raise_for_status(folder: Path, *, code: int, stage: str) -> None:
     status = _status(folder)
     printed = "\n".join(_last_lines(log, _REPORT_LINES)) if log.exists() else ""
     # Where a process was killed, what the others say is that they lost their connection to it.
+    if status is None and is_full(folder):
+        raise _without_room(folder, stage)
     if status is None or (status["exit_code"] == _BUG and _KILLED.search(printed)):
         raise StageError(
             f"{_who(printed)} ended {_how(code, printed)} without a word\n{tail(log)}",
@@ -135,6 +139,13 @@ def raise_for_status(folder: Path, *, code: int, stage: str) -> None:
     raise AlignmentError(
         f"{status['error']}\n{tail(log)}", where=f"stage {stage}", remedy=f"this is a fault of ours; the log is {log}"
     )
+
+
+def _without_room(folder: Path, stage: str) -> StageError:
+    """A stage that could not even write how it ended."""
+    error = disk_error(OSError(errno.ENOSPC, "", str(folder)), folder=folder)
+    assert error is not None, "the number stands for a full disk"
+    return StageError(f"{error.message}; it could not write how it ended", where=f"stage {stage}", remedy=error.remedy)
 
 
 def notes(folder: Path) -> list[str]:

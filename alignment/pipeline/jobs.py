@@ -9,6 +9,7 @@ from pathlib import Path
 
 from alignment.artifacts import read_manifest, write_json
 from alignment.errors import Busy, ConfigError, StageError
+from alignment.files import write_text
 from alignment.pipeline import handover, job_file, slurm
 from alignment.pipeline.display import Display, duration
 from alignment.pipeline.plan import Plan, PlannedStage
@@ -37,7 +38,7 @@ def submit(plan: Plan, stages: Sequence[PlannedStage], *, wait: bool) -> dict[st
         for name, text in files.items():
             file = plan.run_folder / name / job_file.TEMPLATE.name
             file.parent.mkdir(exist_ok=True)
-            file.write_text(text, encoding="utf-8")
+            write_text(file, text)
             jobs[name] = slurm.submit(file, after=next(reversed(jobs.values()), None))
             write_json(plan.run_folder / FILE, jobs)
     except BaseException:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from alignment.config.launch import LaunchConfig
 from alignment.config.near import suggestion
 from alignment.config.stage import ReportConfig
 from alignment.errors import PREEMPTED, ArtifactError, Busy, ConfigError
+from alignment.files import replacing
 from alignment.launcher import Command
 from alignment.locks import held, is_held
 from alignment.pipeline import (
@@ -95,11 +97,13 @@ def _execute(plan: Plan, only: str | None, console: Console, command_for: Comman
                     _one_stage(plan, stage, record, display, command_for, wait=wait)
         except (KeyboardInterrupt, Terminated, Preempted) as stop:
             code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED
-            record.finish("interrupted" if code == INTERRUPTED else "preempted")
+            with suppress(OSError):  # a full disk does not change why the run ended
+                record.finish("interrupted" if code == INTERRUPTED else "preempted")
             console.print("stopped; the same command goes on from here", highlight=False)
             return code
         except BaseException:
-            record.finish("failed")
+            with suppress(OSError):
+                record.finish("failed")
             raise
         if record.end():
             if forgetting.lost(plan.stages):
@@ -233,7 +237,8 @@ def _one_stage(
     except BaseException as stop:
         # Busy: a process of an earlier call, whose driver was killed, is still at it.
         interrupted = isinstance(stop, (KeyboardInterrupt, Terminated, Preempted, Busy))
-        record.stage(stage.name, "waiting" if interrupted else "failed", seconds=time.monotonic() - started)
+        with suppress(OSError):
+            record.stage(stage.name, "waiting" if interrupted else "failed", seconds=time.monotonic() - started)
         display.end(stage.name, "failed" if not interrupted else "stopped", duration(time.monotonic() - started))
         raise
     if not made:
@@ -332,4 +337,5 @@ def _make_report(plan: Plan, stage: PlannedStage, config: ReportConfig) -> None:
 def _point_to_result(plan: Plan, stage: PlannedStage) -> None:
     """A report also stands in the run's folder, where a user looks for it."""
     if isinstance(stage.config, ReportConfig):
-        shutil.copyfile(stage.artifact / REPORT, plan.run_folder / REPORT)
+        with replacing(plan.run_folder / REPORT) as temporary:
+            shutil.copyfile(stage.artifact / REPORT, temporary)

@@ -6,14 +6,13 @@ forbids scripts and requests even if something slipped through.
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from alignment.files import replacing
 from alignment.report import tables, text
 
 
@@ -40,6 +39,5 @@ def _opening(words: str) -> str:
 def write_page(html: str, output: Path) -> None:
     """Writes the page so that a reader sees the old one or the new one, never half of it."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{secrets.token_hex(8)}.tmp")
-    temporary.write_bytes(html.encode("utf-8", "replace"))
-    os.replace(temporary, output)
+    with replacing(output) as temporary:
+        temporary.write_bytes(html.encode("utf-8", "replace"))

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from alignment.errors import DataError, RewardError
+from alignment.files import disk_error
 from alignment.fingerprint import digest, file_sha256
 from alignment.rewards.scorers import Answers
 from alignment.rewards.sources import FunctionSource
@@ -40,7 +41,7 @@ class FunctionScorer:
         try:
             return self._function(prompts, list(answers.texts), rows)
         except (Exception, SystemExit) as error:  # it is the user's, and raises whatever it likes
-            if _is_ours(error):
+            if _is_ours(error) or disk_error(error, folder=self._source.file.parent):
                 raise
             raise _raised(error, self._source, f"asked about answers to {answers.places()}") from error
 

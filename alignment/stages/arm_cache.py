@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 import transformers
 
 from alignment.evaluation.arms import TokenSum
+from alignment.files import remove_leftovers, write_text
 from alignment.models.content import weights_sha256
 from alignment.models.load import Lineage
 from alignment.training.context import StageContext
@@ -88,6 +88,5 @@ def write(file: Path, kept: Kept) -> None:
     """By one rename, so that a file cut short is never found; on several machines that share the folder at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps(asdict(kept))
-    partial = file.with_suffix(f".{secrets.token_hex(8)}.partial")
-    partial.write_text(f"{hashlib.sha256(content.encode()).hexdigest()}\n{content}", encoding="utf-8")
-    partial.replace(file)
+    remove_leftovers(file.parent, shared=True)
+    write_text(file, f"{hashlib.sha256(content.encode()).hexdigest()}\n{content}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 
 from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
+from alignment.files import remove_leftovers, replacing
 from alignment.models.answers import answer_statistics, batches
 from alignment.models.content import weights_sha256
 from alignment.models.load import Lineage, products_in
@@ -115,6 +115,6 @@ def _device_name(device: torch.device) -> str:
 def _write(file: Path, columns: dict[str, Tensor]) -> None:
     """By one rename, so that a file cut short is never found; on several machines that share the folder at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{secrets.token_hex(8)}.partial")
-    save_file(columns, partial)
-    partial.replace(file)
+    remove_leftovers(file.parent, shared=True)
+    with replacing(file) as temporary:
+        save_file(columns, temporary)

@@ -1,7 +1,7 @@
 """Checkpoints that can be trusted: a manifest with sizes and hashes is written last, and only verified ones are used.
 
-transformers takes the newest ``checkpoint-N``, complete or not. Here a folder without a manifest, or whose files differ
-from it, is set aside as ``quarantine-…`` and the next older one is taken.
+transformers takes the newest ``checkpoint-N``, complete or not. Here a folder without a manifest was never finished and
+is removed; one whose files differ from its manifest is set aside as ``quarantine-…``, and the next older one is taken.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def layout_of(checkpoint: Path) -> str:
 
 def newest(folder: Path, *, fingerprint: str) -> Path | None:
     """The newest checkpoint that verifies and belongs to this stage; damaged ones are set aside."""
+    discard_unfinished(folder)
     for checkpoint in _by_step(folder):
         if _verifies(checkpoint, fingerprint):
             return checkpoint
@@ -43,6 +44,13 @@ def newest(folder: Path, *, fingerprint: str) -> Path | None:
         shutil.rmtree(aside, ignore_errors=True)
         checkpoint.rename(aside)
     return None
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Removes what was being written when a process was killed or the disk was full: never sealed, it never counts."""
+    for checkpoint in _by_step(folder):
+        if not (checkpoint / MANIFEST).exists():
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def rotate(folder: Path) -> None:

@@ -13,6 +13,7 @@ from alignment.artifacts import write_json
 from alignment.config.adapter import AdapterConfig
 from alignment.config.stage import Trained
 from alignment.device import own_device
+from alignment.files import disk_error
 from alignment.stage_spec import StageSpec
 from alignment.training.pulse import Pulse
 from alignment.training.tracking import Trackers
@@ -81,13 +82,17 @@ class StageContext:
         return torch.Generator().manual_seed(_seed(self.spec.seed, name))
 
     def progress(self, phase: str, step: int = 0, total: int | None = None, **figures: float) -> None:
-        """Tells the driver how far the stage is; cheap, and never the reason a stage fails half-written."""
+        """Tells the driver how far the stage is; cheap, and a full disk may swallow it: what matters says so itself."""
         self.pulse.phase = phase
         self.pulse.told += 1
         if not self.is_main:
             return
         told = {"phase": phase, "step": step, "total": total, "figures": figures}
-        write_json(self.spec.work / "progress.json", told, durable=False)
+        try:
+            write_json(self.spec.work / "progress.json", told, durable=False)
+        except OSError as error:
+            if disk_error(error, folder=self.spec.work) is None:
+                raise
 
 
 def _seed(*parts: str | int) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from alignment.files import naming, write_text
 
 
 class MetricsLog:
@@ -17,7 +18,7 @@ class MetricsLog:
     def append(self, step: int, figures: dict[str, Any]) -> None:
         """Writes one step; numbers that are not finite are kept as they are (``NaN``), to be seen."""
         line = json.dumps({"step": step, **{key: _number(value) for key, value in figures.items()}})
-        with self._path.open("a", encoding="utf-8") as stream:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
     def keep_through(self, step: int) -> None:
@@ -26,9 +27,7 @@ class MetricsLog:
             return
         lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
         kept = [line for line in lines if _step_of(line) <= step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self._path)
+        write_text(self._path, "".join(line + "\n" for line in kept))
 
     def last(self) -> dict[str, Any]:
         """The newest step, or an empty dict."""

@@ -76,6 +76,8 @@ class Pulse:
                 write_json(file, {**told, "place": _shown(places)}, durable=False)
             except FileNotFoundError:  # the stage is done, and its work folder gone
                 return
+            except OSError:  # a disk that is full for now: the next look tries again
+                pass
             time.sleep(PERIOD)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -22,6 +23,8 @@ from alignment.config.launch import LaunchConfig
 from alignment.errors import AlignmentError, Busy, ConfigError, NonFiniteError, StageError
 from alignment.launcher import Command
 from alignment.locks import held
+from alignment.pipeline import handover
+from alignment.pipeline.record import RunRecord
 from alignment.pipeline.run import run
 from alignment.pipeline.status import show_status
 
@@ -164,6 +167,28 @@ def test_a_worker_that_ends_badly_is_shown_with_its_last_words(
         align()
     assert type(caught.value).exit_code == code
     assert all(word in str(caught.value) for word in words)
+
+
+def test_a_stage_that_could_not_write_how_it_ended_is_told_by_the_full_disk(
+    align: Align, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORKER_FAULT", "sft:crash")
+    monkeypatch.setattr("alignment.pipeline.handover.is_full", lambda _: True)
+    with pytest.raises(StageError, match=r"no space left on the device; .* free; it could not write") as caught:
+        align()
+    assert "free space and run again" in caught.value.remedy
+
+
+def test_a_record_that_cannot_be_written_does_not_hide_why_the_run_failed(
+    align: Align, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("WORKER_FAULT", "sft:fail")
+    monkeypatch.setattr(handover, "notes", lambda _: monkeypatch.setattr(RunRecord, "_save", full) or [])
+    with pytest.raises(NonFiniteError, match="the loss is NaN"):
+        align()
 
 
 def test_a_stage_that_was_preempted_ends_the_run_with_75(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:

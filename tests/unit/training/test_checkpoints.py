@@ -52,7 +52,6 @@ def _flip_a_bit(checkpoint: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "never sealed": lambda c: (c / MANIFEST).unlink(),
     "a file cut short": lambda c: (c / "model.safetensors").write_bytes(b"short"),
     "a file that is empty": lambda c: (c / "optimizer" / "rank0.pt").write_text(""),
     "a flipped bit": _flip_a_bit,
@@ -81,9 +80,16 @@ def test_when_all_are_damaged_training_starts_afresh_and_nothing_is_lost(tmp_pat
     assert _names(tmp_path) == ["quarantine-checkpoint-4", "quarantine-checkpoint-8"]
 
 
+def test_a_checkpoint_that_was_never_finished_is_removed(tmp_path: Path) -> None:
+    older = _checkpoint(tmp_path, 4)
+    _checkpoint(tmp_path, 8, sealed=False)
+    assert newest(tmp_path, fingerprint=MINE) == older
+    assert _names(tmp_path) == ["checkpoint-4"]
+
+
 def test_a_step_can_be_set_aside_twice(tmp_path: Path) -> None:
     for _ in range(2):
-        _checkpoint(tmp_path, 8, sealed=False)
+        _flip_a_bit(_checkpoint(tmp_path, 8))
         assert newest(tmp_path, fingerprint=MINE) is None
     assert _names(tmp_path) == ["quarantine-checkpoint-8"]
 

@@ -1,0 +1,193 @@
+"""Files that are written whole or not at all, and file systems that take no more.
+
+Writers use ``replacing``: a reader sees the old file or the new one, and a failed write leaves nothing behind.
+``disk_error`` turns what a library raised on a full disk into an error that says which file, why and what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from alignment.errors import AlignmentError, ConfigError, DiskError
+
+_DISK = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than the limit on file sizes allows",
+    errno.EROFS: "the file system is read-only",
+}
+_WORDS = {
+    "no space left on device": errno.ENOSPC,
+    "os error 28": errno.ENOSPC,
+    "disk quota exceeded": errno.EDQUOT,
+    "file too large": errno.EFBIG,
+    "read-only file system": errno.EROFS,
+    "pytorchstreamwriter failed writing": errno.ENOSPC,
+    "file write failed": errno.ENOSPC,
+    "unexpected pos": errno.ENOSPC,
+}
+"""How libraries report a failed write without its number: safetensors and tokenizers quote it, torch.save does not."""
+_PATHS = {
+    errno.ENAMETOOLONG: "the path is longer than the file system allows",
+    errno.ELOOP: "the path leads in a circle of symbolic links",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+}
+_SHOWN_PATH = 120
+_LEFTOVER_SECONDS = 24 * 3600
+"""A temporary file this old belongs to a process that was killed; files are written in seconds."""
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A path beside ``path`` to write to. Its file takes the place of ``path`` when the block ends, and is removed when
+    the block fails; if ``durable`` its bytes are on the disk before. Processes may do so at once, on several machines
+    that share the folder."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with naming(path):
+            yield temporary
+            if durable:
+                _flush(temporary)
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A failed write says which file it was: the system's own error names none, or the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or str(error.filename).endswith(".tmp"):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Writes UTF-8 by one rename."""
+    with replacing(path, durable=durable) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def remove_leftovers(folder: Path, *, shared: bool = False) -> None:
+    """Removes temporary files that a killed process left in a folder; only those of more than a day ago where others
+    may be writing now (``shared``)."""
+    for file in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            if not shared or time.time() - file.stat().st_mtime > _LEFTOVER_SECONDS:
+                file.unlink()
+
+
+def disk_error(error: BaseException, *, folder: Path) -> DiskError | None:
+    """What to tell the user if the disk is the reason for this error or for one that led to it, else None.
+
+    ``folder`` was being written to; the error may name the very file.
+    """
+    for one in _chain(error):
+        number = _number(one)
+        if number is not None:
+            named = one.filename if isinstance(one, OSError) else None
+            where = Path(named) if isinstance(named, str) else folder
+            return DiskError(f"{_DISK[number]}{_room(number, where)}", where=str(where), remedy=_remedy(number))
+    return None
+
+
+def path_error(error: OSError) -> ConfigError | None:
+    """What to tell the user if a path cannot be used as it is, else None."""
+    if error.errno not in _PATHS:
+        return None
+    name = str(error.filename or "")
+    shown = name if len(name) <= _SHOWN_PATH else f"{name[:_SHOWN_PATH]}… ({len(name)} characters)"
+    return ConfigError(_PATHS[error.errno], where=shown, remedy="name another path, or change who may use this one")
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Errors of the file system come out as errors for the user; ``folder`` is where the block writes.
+
+    Raises:
+        DiskError: the file system takes no more.
+        ConfigError: a path cannot be used.
+    """
+    try:
+        yield
+    except AlignmentError:
+        raise
+    except Exception as error:
+        told = disk_error(error, folder=folder) or (path_error(error) if isinstance(error, OSError) else None)
+        if told is None:
+            raise
+        raise told from error
+
+
+def is_full(folder: Path, *, least: int = 1 << 16) -> bool:
+    """Whether fewer than ``least`` bytes can still be written there."""
+    return shutil.disk_usage(_existing(folder)).free < least
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        yield one
+        one = one.__cause__ or one.__context__
+
+
+def _number(error: BaseException) -> int | None:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in _DISK else None
+    words = str(error).lower()
+    return next((number for text, number in _WORDS.items() if text in words), None)
+
+
+def _room(number: int, where: Path) -> str:
+    if number == errno.EFBIG:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        return "" if limit == resource.RLIM_INFINITY else f", {_bytes(limit)} (ulimit -f)"
+    if number == errno.EROFS:
+        return ""
+    return f"; {_bytes(shutil.disk_usage(_existing(where)).free)} are free"
+
+
+def _remedy(number: int) -> str:
+    again = "and run again: nothing is lost, a stage goes on from its last checkpoint"
+    if number == errno.EFBIG:
+        return f"raise the limit (ulimit -f unlimited) {again}"
+    if number == errno.EROFS:
+        return f"make it writable {again}; output=FOLDER names another place"
+    return f"free space {again}"
+
+
+def _bytes(number: int) -> str:
+    """``512 bytes``, ``1.5 MB``: decimal units, as disks are sold."""
+    size, units = float(number), ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.3g} {units[0]}" if units[0] != "bytes" else f"{number} bytes"
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the first folder above it that is there."""
+    return next((one for one in (path, *path.parents) if one.exists()), Path("/"))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
