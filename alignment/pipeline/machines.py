@@ -11,7 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -92,7 +92,8 @@ class _Follower:
         self._folder = plan.run_folder / stage.name
         self._answered = ""
         self._seen_running = False
-        self._began = time.time()
+        self._life = 0
+        self._heard = time.monotonic()
 
     def follow(self) -> int:
         """0, or the exit code of a run that was stopped."""
@@ -126,12 +127,13 @@ class _Follower:
         )
 
     def _refuse_silence(self) -> None:
+        """The first machine is at work as long as its sign changes; whose clock dates it does not matter."""
         limit = self._plan.config.launch.hang_seconds
-        try:
-            heard = (self._plan.run_folder / LIFE).stat().st_mtime
-        except FileNotFoundError:
-            heard = 0.0
-        if limit and time.time() - max(heard, self._began) > limit:
+        with suppress(FileNotFoundError):
+            life = (self._plan.run_folder / LIFE).stat().st_mtime_ns
+            if life != self._life:
+                self._life, self._heard = life, time.monotonic()
+        if limit and time.monotonic() - self._heard > limit:
             raise self._failed(f"nothing was heard of the first machine for {limit} seconds (launch.hang_seconds)")
 
     def _failed(self, message: str) -> StageError:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignment.errors import StageError
@@ -18,7 +19,8 @@ SILENT = 10.0
 class Sign:
     """The last sign of a process: it was at ``place`` in ``phase``, where nothing has happened since ``since``.
 
-    ``time`` and ``since`` are seconds of the wall clock; ``waits``: for others in a collective operation, or for a GPU.
+    ``time`` and ``since`` are seconds of its own monotonic clock, and say nothing beside another machine's; ``silent``
+    are the reader's seconds since the sign was new. ``waits``: for others in a collective operation, or for a GPU.
     """
 
     rank: int
@@ -28,10 +30,32 @@ class Sign:
     since: float
     waits: bool
     place: str
+    silent: float = 0.0
 
-    def idle(self, now: float) -> float:
+    @property
+    def idle(self) -> float:
         """Seconds without anything done."""
-        return now - (self.since if now - self.time < SILENT else min(self.since, self.time))
+        return self.time - self.since + self.silent
+
+
+class Watch:
+    """Reads the signs again and again, and measures by a clock of its own for how long each has been the same."""
+
+    def __init__(self, work: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._work = work
+        self._clock = clock
+        self._new: dict[int, tuple[tuple[int, float], float]] = {}
+
+    def look(self) -> list[Sign]:
+        """One sign of every process that gave any, by rank."""
+        now = self._clock()
+        signs = []
+        for sign in read_signs(self._work):
+            beat = (sign.pid, sign.time)
+            if sign.rank not in self._new or self._new[sign.rank][0] != beat:
+                self._new[sign.rank] = (beat, now)
+            signs.append(replace(sign, silent=now - self._new[sign.rank][1]))
+        return signs
 
 
 def read_signs(work: Path) -> list[Sign]:
@@ -43,15 +67,15 @@ def read_signs(work: Path) -> list[Sign]:
     return signs
 
 
-def refuse_stuck(signs: Sequence[Sign], *, processes: int, limit: float, now: float, stage: str) -> None:
+def refuse_stuck(signs: Sequence[Sign], *, processes: int, limit: float, stage: str) -> None:
     """Returns while any process is at work, or has yet to start.
 
     Raises:
         StageError: none did anything for ``limit`` seconds; it names the one for which the others wait.
     """
-    if len(signs) < processes or any(sign.idle(now) < limit for sign in signs):
+    if len(signs) < processes or any(sign.idle < limit for sign in signs):
         return
-    silent = [sign for sign in signs if now - sign.time >= SILENT]
+    silent = [sign for sign in signs if sign.silent >= SILENT]
     alone = [sign for sign in signs if not sign.waits]
     if not silent and not alone and processes > 1:
         places = "\n".join(f"  process {sign.rank}: {sign.phase}, {sign.place}" for sign in signs)

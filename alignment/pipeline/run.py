@@ -280,6 +280,7 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
     (folder / "status.json").unlink(missing_ok=True)
     (stage.work / "progress.json").unlink(missing_ok=True)
     shutil.rmtree(stage.work / "pulse", ignore_errors=True)
+    watch = pulses.Watch(stage.work)
 
     def on_poll() -> None:
         machines.show_life(plan.run_folder, plan.config.launch)
@@ -287,10 +288,9 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
             display.update(progress)
         if launch.hang_seconds:
             pulses.refuse_stuck(
-                pulses.read_signs(stage.work),
+                watch.look(),
                 processes=launch.world_size,
                 limit=launch.hang_seconds,
-                now=time.time(),
                 stage=stage.name,
             )
 

@@ -3,7 +3,7 @@
 A thread looks once a second where the main thread is. A process is at work as long as that place changes or the process
 (with what it started) uses its processor. Two kinds of waiting spin, so there the processor says nothing: for others in
 a collective operation, and for a GPU, in whatever call reads a result of it. The driver reads the files
-(alignment/pipeline/pulses.py).
+(alignment/pipeline/pulses.py). Times are of a clock that nobody can set, and only compared with one another.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ class Pulse:
     def _watch(self, file: Path, watched: int) -> None:
         process = psutil.Process()
         seen: object = None
-        used, since = Used(), time.time()
+        used, since = Used(), time.monotonic()
         while True:
             frame = sys._current_frames().get(watched)
             if frame is None:  # the thread has ended, and the process is about to
                 return
             places = places_of(frame)
-            now, before, used = time.time(), used, processor_seconds(process)
+            now, before, used = time.monotonic(), used, processor_seconds(process)
             works, waits = activity(places, used.since(before), on_gpu=self.on_gpu)
             if (self.told, places) != seen or works:
                 seen, since = (self.told, places), now

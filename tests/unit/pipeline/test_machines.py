@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from dataclasses import replace
@@ -151,3 +152,20 @@ def test_no_machine_waits_for_one_that_is_gone(shared: Shared) -> None:
     assert (shared.plan.run_folder / machines.LIFE).exists()
     machines.show_life(shared.plan.run_folder.parent, LaunchConfig())
     assert not (shared.plan.run_folder.parent / machines.LIFE).exists()
+
+
+@pytest.mark.parametrize("date", [1.0, 4e9])
+def test_a_sign_of_life_counts_because_it_is_new_whatever_its_date(shared: Shared, date: float) -> None:
+    """Clocks of two machines differ, and may be set while they work."""
+    follower = machines._Follower(shared.plan, shared.stage, shared.command)
+    life = shared.plan.run_folder / machines.LIFE
+    life.touch()
+    os.utime(life, (date, date))
+    shared.plan.config.launch = replace(LAUNCH, hang_seconds=1)
+    follower._heard -= 2
+    follower._refuse_silence()
+    follower._heard -= 2
+    with pytest.raises(StageError, match="nothing was heard"):
+        follower._refuse_silence()
+    os.utime(life, (date + 1, date + 1))
+    follower._refuse_silence()

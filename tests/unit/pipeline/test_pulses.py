@@ -9,28 +9,26 @@ from typing import Any
 import pytest
 
 from alignment.errors import StageError
-from alignment.pipeline.pulses import Sign, read_signs, refuse_stuck
-
-NOW = 1000.0
+from alignment.pipeline.pulses import Sign, Watch, read_signs, refuse_stuck
 
 
 def _sign(rank: int, **changes: Any) -> Sign:
     """One that gave a sign just now and did something a moment before."""
-    told = {"pid": 1, "phase": "training", "time": NOW - 0.5, "since": NOW - 1, "waits": False, "place": f"here{rank}"}
+    told = {"pid": 1, "phase": "training", "time": 5000.0, "since": 4999.5, "waits": False, "place": f"here{rank}"}
     return Sign(rank=rank, **{**told, **changes})
 
 
 def _judge(*signs: Sign, processes: int | None = None) -> None:
-    refuse_stuck(signs, processes=processes or len(signs), limit=60, now=NOW, stage="sft")
+    refuse_stuck(signs, processes=processes or len(signs), limit=60, stage="sft")
 
 
-STUCK = {"since": NOW - 61}
-WAITING = {"since": NOW - 61, "waits": True}
+STUCK = {"since": 4939.0}
+WAITING = {"since": 4939.0, "waits": True}
 
 
 def test_while_one_is_at_work_nobody_is_stuck() -> None:
     _judge(_sign(0, **WAITING), _sign(1))
-    _judge(_sign(0, since=NOW - 59))
+    _judge(_sign(0, since=4941.0))
 
 
 def test_who_has_not_started_is_waited_for() -> None:
@@ -43,7 +41,7 @@ def test_who_has_not_started_is_waited_for() -> None:
         ([_sign(0, **STUCK)], "process 0 of 1 is stuck for 60 seconds: training, here0"),
         ([_sign(0, **WAITING), _sign(1, **STUCK)], "process 1 of 2 is stuck for 60 seconds: training, here1"),
         (
-            [_sign(0, **STUCK), _sign(1, time=NOW - 61)],
+            [_sign(0, **STUCK), _sign(1, silent=61.0)],
             "process 1 of 2 does not run any more for 60 seconds: training, here1",
         ),
         ([_sign(0, **WAITING)], "process 0 of 1 is stuck for 60 seconds: training, here0"),
@@ -82,3 +80,37 @@ def test_signs_are_read_by_rank(tmp_path: Path) -> None:
     (folder / ".3.json.99.tmp").write_text("{")
     assert [sign.rank for sign in read_signs(tmp_path)] == [2, 10]
     assert read_signs(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+def test_a_clock_that_is_set_makes_no_process_look_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    """A worker's own clock and the reader's have nothing in common; only what changes counts."""
+    monkeypatch.setattr("time.time", lambda: 1e9 + jump)
+    now = 7.0
+    watch = Watch(tmp_path, clock=lambda: now)
+    _beat(tmp_path, at=5000.0)
+    assert [sign.idle for sign in watch.look()] == [0.5]
+    now = 70.0
+    _beat(tmp_path, at=5000.0 + jump)
+    refuse_stuck(watch.look(), processes=1, limit=60, stage="sft")
+    now = 131.0
+    with pytest.raises(StageError, match="process 0 of 1 does not run any more"):
+        refuse_stuck(watch.look(), processes=1, limit=60, stage="sft")
+
+
+def test_a_new_process_of_the_same_rank_is_heard_anew(tmp_path: Path) -> None:
+    now = 0.0
+    watch = Watch(tmp_path, clock=lambda: now)
+    _beat(tmp_path, at=5000.0)
+    watch.look()
+    now = 61.0
+    _beat(tmp_path, at=5000.0, pid=2)
+    assert [sign.silent for sign in watch.look()] == [0.0]
+
+
+def _beat(work: Path, *, at: float, pid: int = 1) -> None:
+    told = {"pid": pid, "phase": "training", "time": at, "since": at - 0.5, "waits": False, "place": "x"}
+    (work / "pulse").mkdir(exist_ok=True)
+    (work / "pulse/0.json").write_text(json.dumps(told))
