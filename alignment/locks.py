@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shlex
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from alignment.errors import Busy
+from alignment.errors import Busy, ConfigError
+
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What file systems answer that know no locks: some network file systems, Lustre without ``flock``."""
+_SHOWN_COMMAND = 200
 
 
 @contextmanager
@@ -19,35 +26,83 @@ def held(path: Path, *, wait: bool, remedy: str = "wait for it, or stop it") -> 
 
     Raises:
         Busy: another process holds it and ``wait`` is False; the message names that process.
+        ConfigError: the file system knows no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise Busy(f"in use by process {_owner(descriptor)}", where=str(path.parent), remedy=remedy) from None
+        if not _lock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), path):
+            raise Busy(f"in use by {_holder(descriptor, path)}", where=str(path.parent), remedy=remedy)
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
 def is_held(path: Path) -> bool:
-    """Whether some process holds the lock now."""
+    """Whether some process holds the lock now. Reading the file is enough to ask, so anybody's run may be looked at.
+
+    Raises:
+        ConfigError: the file system knows no locks.
+    """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not _lock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, path)
     finally:
         os.close(descriptor)
-    return False
 
 
-def _owner(descriptor: int) -> str:
-    return os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+def _lock(descriptor: int, how: int, path: Path) -> bool:
+    """Whether the lock was had."""
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise ConfigError(
+            f"this file system knows no locks ({error.strerror}), and without them two runs could write one result",
+            where=str(path.parent),
+            remedy="use one that does: output=FOLDER for runs, ALIGNMENT_CACHE=FOLDER for models; "
+            "network file systems have an option for it (Lustre: mount with -o flock)",
+        ) from None
+    return True
+
+
+def _holder(descriptor: int, path: Path) -> str:
+    """Who holds the lock. Where the process that took it is gone, that is one that was handed its descriptor."""
+    taker, _, host = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")
+    if host and host != socket.gethostname():
+        return f"process {taker} on {host}"
+    if not taker.isdigit() or _is_running(int(taker)):
+        return f"process {taker or 'unknown'}"
+    heir = _heir(path)
+    if heir is None:
+        return f"process {taker}"
+    return f"process {heir}, which goes on although the process that started it, {taker}, is gone"
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _heir(path: Path) -> str | None:
+    """Number and command of another process that has the file open, as far as this user may look."""
+    import psutil
+
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and any(Path(file.path) == path for file in process.open_files()):
+                return f"{process.pid} ({shlex.join(process.cmdline())[:_SHOWN_COMMAND]})"
+    return None

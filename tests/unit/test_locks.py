@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.errors import Busy
+from alignment.errors import Busy, ConfigError
 from alignment.locks import held, is_held
 
 
@@ -33,3 +35,67 @@ def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
     assert lock.exists()
     with held(lock, wait=False):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "lock").touch()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ConfigError, match="knows no locks") as caught, held(tmp_path / "lock", wait=False):
+        pytest.fail("it is not locked")
+    assert caught.value.where == str(tmp_path)
+    assert "output=FOLDER" in caught.value.remedy
+    with pytest.raises(ConfigError, match="knows no locks"):
+        is_held(tmp_path / "lock")
+
+
+def test_a_lock_that_may_only_be_read_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "lock"
+    real = os.open
+
+    def read_only(path: Path, flags: int, *mode: int) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, flags, *mode)
+
+    with held(lock, wait=False):
+        monkeypatch.setattr(os, "open", read_only)
+        assert is_held(lock)
+    assert not is_held(lock)
+
+
+def test_the_process_that_goes_on_is_named_where_the_one_that_took_the_lock_is_gone(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    code = (
+        "import os, pathlib, subprocess, sys\nfrom alignment.locks import held\n"
+        "with held(pathlib.Path(sys.argv[1]), wait=False) as descriptor:\n"
+        "    heir = subprocess.Popen(['sleep', '60'], pass_fds=[descriptor], stdout=subprocess.DEVNULL)\n"
+        "    print(heir.pid, flush=True)\n"
+        "    os.kill(os.getpid(), 9)"
+    )
+    taker = subprocess.Popen(
+        [sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    )
+    heir = int(taker.communicate()[0])
+    try:
+        with pytest.raises(Busy) as caught, held(lock, wait=False):
+            pytest.fail("two hold one lock")
+    finally:
+        os.kill(heir, 9)
+    expected = (
+        f"in use by process {heir} (sleep 60), which goes on although the process that started it, {taker.pid}, is gone"
+    )
+    assert caught.value.message == expected
+
+
+def test_a_holder_on_another_machine_is_named_with_it(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with held(lock, wait=False):
+        lock.write_text("12 node7")
+        with pytest.raises(Busy, match="in use by process 12 on node7"), held(lock, wait=False):
+            pytest.fail("two hold one lock")
