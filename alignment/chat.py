@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from alignment.config.model import Dtype
 from alignment.errors import AlignmentError, DataError
 from alignment.report.text import prose
+from alignment.streams import Unfailing, make_unfailing
 from alignment.voice import Manner, Voice, load_voice
 
 INTERRUPTED = 130
@@ -69,7 +70,7 @@ def converse(voices: Sequence[Voice], screen: Screen) -> None:
     """Lines in, answers out, until there are no more or the user ends it."""
     for line in screen.lines():
         words = line.strip()
-        if words == "/exit":
+        if words == "/exit" or screen.is_gone:
             return
         if words == "/reset":
             for voice in voices:
@@ -127,6 +128,11 @@ class Screen:
             import readline  # noqa: F401  input() then knows the arrow keys
 
     @property
+    def is_gone(self) -> bool:
+        """Whether nobody reads any more what is said."""
+        return isinstance(sys.stdout, Unfailing) and sys.stdout.lost
+
+    @property
     def is_wide(self) -> bool:
         """Whether two answers fit beside each other."""
         return self._console.is_terminal and shutil.get_terminal_size().columns >= WIDE
@@ -169,4 +175,5 @@ def harmless(text: str) -> str:
 
 
 if __name__ == "__main__":
+    make_unfailing()
     sys.exit(main())

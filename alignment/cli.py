@@ -18,6 +18,7 @@ from alignment.config.store import recipe_names
 from alignment.data.formats import FORMATS
 from alignment.errors import AlignmentError, ConfigError
 from alignment.files import explained
+from alignment.streams import make_unfailing
 
 _RIVAL = "alignment-handbook"
 _EXAMPLES = """\
@@ -302,7 +303,8 @@ def _refuse_other_package() -> None:
 
 
 def console_script() -> None:
-    """Entry point of the installed command."""
+    """Entry point of the installed command. What it does never depends on whether anybody reads what it prints."""
+    make_unfailing()
     sys.exit(main())
 
 

@@ -44,6 +44,7 @@ from alignment.models.load import (
 from alignment.models.nf4 import quantize_trunk
 from alignment.models.rows import stream
 from alignment.provenance import provenance, without_places
+from alignment.streams import make_unfailing
 
 CPU = torch.device("cpu")
 TEXTS = (
@@ -289,4 +290,5 @@ def _refuse_other_words(found: Tensor, expected: Tensor, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    make_unfailing()
     sys.exit(main())

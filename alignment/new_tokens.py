@@ -23,6 +23,7 @@ from alignment.artifacts import readable, write_json
 from alignment.config.model import NEW_TOKENS
 from alignment.errors import AlignmentError, ConfigError, ModelError
 from alignment.files import explained
+from alignment.streams import make_unfailing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,4 +106,5 @@ def _refuse_lost(folder: Path, tokens: Sequence[str], rows: int) -> None:
 
 
 if __name__ == "__main__":
+    make_unfailing()
     sys.exit(main())

@@ -30,6 +30,7 @@ from alignment.data.shown import Run, Shown, histogram, shown
 from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import AlignmentError, DataError
 from alignment.stage_spec import StageSpec, read_spec
+from alignment.streams import make_unfailing
 
 LOOKED_AT = 5_000
 """Records whose tokens are counted."""
@@ -178,4 +179,5 @@ def _style(run: Run) -> str:
 
 
 if __name__ == "__main__":
+    make_unfailing()
     sys.exit(main())

@@ -36,6 +36,7 @@ from alignment.fingerprint import digest
 from alignment.locks import held
 from alignment.stage_spec import StageSpec, read_spec
 from alignment.stages.result import StageResult
+from alignment.streams import make_unfailing
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.session import Preempted, usage
@@ -235,4 +236,5 @@ def _quiet() -> None:
 
 
 if __name__ == "__main__":
+    make_unfailing()
     sys.exit(main(Path(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""Being asked to stop: by SIGTERM, by a terminal that closes, or by the user."""
+"""Being asked to stop: by SIGTERM or SIGUSR1, by a terminal that closes, or by the user."""
 
 from __future__ import annotations
 
@@ -11,19 +11,28 @@ INTERRUPTED = 130
 
 
 class Terminated(BaseException):
-    """The driver itself was asked to stop, by SIGTERM or by its terminal closing."""
+    """The driver itself was asked to stop, by SIGTERM, SIGUSR1 or its terminal closing."""
 
 
 @contextmanager
 def termination_raises() -> Iterator[None]:
-    """SIGTERM and SIGHUP become an exception, so that a stage is asked to save before this process goes."""
+    """SIGTERM, SIGUSR1 and SIGHUP become an exception, so that a stage is asked to save before this process goes.
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
+    SIGHUP stays ignored where it was, as under nohup, and once it came: shell and terminal both send it, and the second
+    must not cut short what the first began.
+    """
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            signal.signal(number, signal.SIG_IGN)
         raise Terminated
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGHUP)}
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    taken = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in taken}
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, handler)

@@ -158,6 +158,14 @@ def test_a_pipe_is_a_conversation(piped: Callable[..., str]) -> None:
     assert voices[0].heard == ["two"]
 
 
+def test_nobody_is_answered_who_has_gone(piped: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endless pipe in, and ``head`` behind it."""
+    voices = [_Echo("sft")]
+    monkeypatch.setattr(Screen, "is_gone", property(lambda _: bool(voices[0].heard)))
+    piped(voices, "one\ntwo\nthree\n")
+    assert voices[0].heard == ["one"]
+
+
 def test_two_stand_beside_each_other_where_there_is_room(piped: Callable[..., str]) -> None:
     said = piped([_Echo("sft"), _Echo("dpo")], "one [bold]\n", wide=True)
     (line,) = [line for line in said.splitlines() if "one" in line]

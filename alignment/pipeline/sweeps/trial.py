@@ -18,6 +18,7 @@ from rich.console import Console
 from alignment.artifacts import write_json
 from alignment.errors import AlignmentError
 from alignment.pipeline.run import run
+from alignment.streams import make_unfailing
 
 _WIDTH = 120
 
@@ -44,4 +45,5 @@ def _stop_with_the_sweep() -> None:
 
 
 if __name__ == "__main__":
+    make_unfailing()
     sys.exit(main(sys.argv[1:]))

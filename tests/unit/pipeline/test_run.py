@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import pytest
 import yaml
@@ -26,7 +26,9 @@ from alignment.locks import held
 from alignment.pipeline import handover
 from alignment.pipeline.record import RunRecord
 from alignment.pipeline.run import run
+from alignment.pipeline.signals import Terminated, termination_raises
 from alignment.pipeline.status import show_status
+from alignment.streams import Unfailing
 
 ROOT = Path(__file__).parents[3]
 STAGES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
@@ -201,19 +203,28 @@ def test_a_stage_that_was_preempted_ends_the_run_with_75(align: Align, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "state"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "preempted")]
+    ("number", "code", "state"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 75, "preempted"),
+        (signal.SIGUSR1, 75, "preempted"),
+        (signal.SIGHUP, 75, "preempted"),
+    ],
 )
 def test_a_signal_to_the_driver_lets_the_stage_save_first(
     align: Align, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int, state: str
 ) -> None:
     # A shell starts its background jobs with SIGINT ignored, and Python then leaves it so.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     monkeypatch.setenv("WORKER_FAULT", "sft:hang")
     sender = _when((align.run_folder / "sft/hanging").exists, lambda: os.kill(os.getpid(), number))
     try:
         assert align()[0] == code
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
     sender.join()
     assert json.loads((align.run_folder / "sft/status.json").read_text())["state"] == "preempted"
     assert align.record()["state"] == state
@@ -261,6 +272,33 @@ def test_half_written_files_of_an_attempt_that_was_killed_are_cleared(align: Ali
     align()
     assert not list(align.output.rglob("*.tmp"))
     assert not any(".tmp" in name for name in json.loads((artifact / "manifest.json").read_text())["files"])
+
+
+class _Gone(StringIO):
+    """What is left of a terminal that was closed, or of a pipe that nobody reads."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_run_whose_terminal_is_gone_goes_on(align: Align) -> None:
+    console = Console(file=cast("TextIO", Unfailing(_Gone())), force_terminal=True, width=120)
+    assert run("quickstart", align.overrides, console=console, only="sft", command_for=fake) == 0
+    assert align.states()["sft"] == "done"
+
+
+def test_a_second_hangup_does_not_cut_short_what_the_first_began() -> None:
+    """A shell hands on the SIGHUP that its terminal has sent to everyone already."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(Terminated), termination_raises():
+            signal.raise_signal(signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        with termination_raises():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_batch_that_cannot_be_split_is_refused_before_anything_starts(align: Align) -> None:

@@ -1,0 +1,48 @@
+"""Output that nobody reads any more changes nothing but what is read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from alignment.streams import Unfailing
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_what_a_closed_pipe_does_not_take_is_dropped() -> None:
+    code = (
+        "import os, sys\nfrom alignment.streams import Unfailing, make_unfailing\n"
+        "make_unfailing()\n"
+        "for number in range(20000): print('line', number)\n"
+        "sys.stderr.write(f'{sys.stdout.lost} {sys.stderr.lost}')\n"
+    )
+    assert _unread([sys.executable, "-c", code]) == (0, "True False")
+
+
+@pytest.mark.parametrize("arguments", [["recipes"], ["--help"], ["doctor", "data/quickstart/preferences.jsonl"]])
+def test_a_command_ends_as_it_would_where_nobody_reads_it(arguments: list[str]) -> None:
+    assert _unread([sys.executable, "-m", "alignment.cli", *arguments]) == (0, "")
+
+
+def _unread(argv: Sequence[str]) -> tuple[int, str]:
+    """Exit code and stderr of a command whose stdout is a pipe without a reader."""
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    told = process.stderr.read()
+    process.stderr.close()
+    return process.wait(), told
+
+
+def test_a_stream_that_works_is_left_as_it_is(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w", encoding="utf-8") as file:
+        stream = Unfailing(file)
+        stream.writelines(["a", "b"])
+        assert (stream.write("cd"), stream.lost, stream.encoding) == (2, False, "utf-8")
+    assert (tmp_path / "log").read_text() == "abcd"
