@@ -10,11 +10,13 @@ import functools
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +25,7 @@ import psutil
 from alignment.config.launch import DEVICE, LaunchConfig, LauncherKind, Sharding
 from alignment.errors import AlignmentError, ConfigError
 from alignment.resources import shipped
+from alignment.stop_requests import SIGNALS
 
 _POLL_SECONDS = 0.5
 _ROOT = Path(__file__).resolve().parent.parent
@@ -196,7 +199,7 @@ def execute(
     second; where it finds that they are lost and raises an AlignmentError, they are killed at once. Descriptors in
     ``keep_open`` stay open in the command, and locks with them.
     """
-    with log.open("ab") as sink:
+    with log.open("ab") as sink, _deaf_launcher():
         leader = psutil.Popen(
             command.argv,
             env={**os.environ, **command.environment},
@@ -211,6 +214,9 @@ def execute(
         while (code := _exit_code(leader)) is None:
             family.look()
             on_poll()
+        if -code in SIGNALS:  # the launcher alone was asked to stop, and its workers have yet to hear of it
+            family.ask_to_stop()
+            family.wait(grace_seconds)
         return code
     except AlignmentError:
         raise
@@ -220,6 +226,20 @@ def execute(
         raise
     finally:
         family.kill()
+
+
+@contextmanager
+def _deaf_launcher() -> Iterator[None]:
+    """SIGUSR1 would kill a launcher, which knows nothing of it; workers take it as a request. A process that is started
+    while a signal is ignored goes on to ignore it."""
+    if threading.current_thread() is not threading.main_thread():  # handlers are the main thread's
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def _exit_code(leader: psutil.Popen) -> int | None:
@@ -247,10 +267,10 @@ class _Family:
         """SIGTERM to the workers alone: a launcher that got it would end, or give its workers little time to save."""
         self.look()
         try:
-            workers = self._leader.children() or [self._leader]
+            workers = self._leader.children()
         except psutil.NoSuchProcess:
-            workers = list(self._known.values())
-        for process in workers:
+            workers = []
+        for process in workers or list(self._known.values()) or [self._leader]:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
 

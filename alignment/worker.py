@@ -6,26 +6,33 @@ Reads what the driver froze, runs the stage, and on the main process publishes t
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # what follows takes seconds to import, and a signal must not kill the process meanwhile
+    from alignment.stop_requests import stop_while_importing
+
+    stop_while_importing(Path(sys.argv[1]))
+
 import importlib
 import logging
 import os
 import random
 import shutil
 import signal
-import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
-from pathlib import Path
 from types import FrameType
 
 import numpy as np
 import torch
 import transformers
 
+from alignment import stop_requests
 from alignment.artifacts import Manifest, publish, write_json
 from alignment.config.stage import StageConfig
 from alignment.data.chat_template import template_text
@@ -68,19 +75,25 @@ def main(path: Path) -> int:
     )
     _quiet()
     context.pulse.start(spec.work / "pulse", context.rank)
-    signal.signal(signal.SIGTERM, _stop_now)
     try:
+        for number in stop_requests.SIGNALS:
+            signal.signal(number, _stop_now)
         with _alone(context):
             _run(spec, context)
-    except Preempted:
-        _leave_together()
-        _finish(context, "preempted", PREEMPTED, "stopped on request; a checkpoint was written")
+        stop_requests.ignore()
+    except Preempted as stop:
+        stop_requests.ignore()
+        if stop.saved:
+            _leave_together()
+        _finish(context, "preempted", PREEMPTED, f"stopped on request; {_kept(stop)}")
         return PREEMPTED
     except AlignmentError as error:
+        stop_requests.ignore()
         _finish(context, "failed", error.exit_code, str(error))
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    except Exception as error:  # noqa: BLE001 - the last line of defence: the driver must hear of it
+    except BaseException as error:  # noqa: BLE001 - the last line of defence: the driver must hear of it
+        stop_requests.ignore()
         traceback.print_exc()
         if (told := _of_file_system(error, context)) is not None:
             _finish(context, "failed", told.exit_code, str(told))
@@ -94,7 +107,11 @@ def main(path: Path) -> int:
     return 0
 
 
-def _of_file_system(error: Exception, context: StageContext) -> AlignmentError | None:
+def _kept(stop: Preempted) -> str:
+    return "a checkpoint was written" if stop.saved else "it was not training, and goes on from what was there"
+
+
+def _of_file_system(error: BaseException, context: StageContext) -> AlignmentError | None:
     """A disk that takes no more, or a path that cannot be used; what only holds space is removed first."""
     if (full := disk_error(error, folder=context.spec.work)) is not None:
         if context.is_main:
@@ -104,12 +121,12 @@ def _of_file_system(error: Exception, context: StageContext) -> AlignmentError |
     return path_error(error) if isinstance(error, OSError) else None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """CUDA says so by a type, the CPU's allocator in words."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def _too_large(error: Exception, context: StageContext) -> StageError:
+def _too_large(error: BaseException, context: StageContext) -> StageError:
     return StageError(
         f"out of memory while {context.pulse.phase}: {str(error).splitlines()[0]}",
         remedy="lower optim.micro_batch_tokens, set optim.activation_checkpointing=true, or train an adapter",
@@ -174,7 +191,7 @@ def _refuse_changed_data(spec: StageSpec) -> None:
 
 def _stop_now(_: int, __: FrameType | None) -> None:
     """Outside a training there is nothing to save; a trainer puts a handler of its own in place of this one."""
-    raise Preempted
+    raise Preempted(saved=False)
 
 
 def _publish(spec: StageSpec, context: StageContext, result: StageResult) -> Manifest:
@@ -223,7 +240,6 @@ def _finish(context: StageContext, state: str, exit_code: int, error: str) -> No
 
 def _leave_together() -> None:
     """No process goes before all have saved: the first to end would have the launcher end the others."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -22,6 +24,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Adds the exceptions behind the rule that they are exceptions to."""
     for line in THIRD_PARTY_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """Stages put handlers of their own in place, which would outlive a test that runs one in this process."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 SEVERAL_PROCESSES = ("test_sharding", "test_machines", "test_lost_processes")

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from alignment.errors import ConfigError
 from alignment.models.adapters import with_own
+from alignment.stop_requests import SIGNALS
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_figures
@@ -118,7 +119,7 @@ class NoStepTooMany(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGUSR1 save a checkpoint and stop; ``stopped`` then says so.
+    """A signal that asks to stop has a checkpoint saved first; ``stopped`` then says so.
 
     It stops where a checkpoint is exact: after every ``period`` steps (the steps of a PPO update, else 1).
     """
@@ -127,8 +128,9 @@ class StopOnSignal(TrainerCallback):
         self.stopped = False
         self._period = period
         self._asked = False
-        for name in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(name, self._ask)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.default_int_handler:  # Ctrl-C ends what is no worker
+                signal.signal(number, self._ask)
 
     def _ask(self, _: int, __: FrameType | None) -> None:
         self._asked = True

@@ -34,7 +34,12 @@ class Preempted(BaseException):
     """The stage was asked to stop, saved a checkpoint and did.
 
     It is raised by a signal wherever the stage is, so that no ``except Exception`` on the way may take it for a fault.
+    Outside a training nothing is ``saved``: what was there before is where the next attempt goes on.
     """
+
+    def __init__(self, *, saved: bool = True) -> None:
+        super().__init__()
+        self.saved = saved
 
 
 def train(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -241,6 +242,26 @@ def interrupted(tmp_path: Path, worker: str, *, grace_seconds: float) -> float:
 
 def test_an_interrupted_worker_may_save_before_the_call_returns(tmp_path: Path) -> None:
     interrupted(tmp_path, SAVES, grace_seconds=20)
+    assert (tmp_path / "saved").read_text() == "saved"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP), (signal.SIGUSR1, 0)]
+)
+def test_a_signal_to_the_launcher_alone_lets_its_worker_save(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """Of SIGUSR1 the launcher hears nothing, and the worker, asked by hand, ends by itself."""
+    ready = tmp_path / "ready"
+    sent = []
+
+    def on_poll() -> None:
+        if ready.exists() and not sent:
+            launcher, worker = (psutil.Process(), *psutil.Process().children(recursive=True))[1:3]
+            sent.append(launcher.send_signal(number))
+            if number == signal.SIGUSR1:
+                worker.terminate()
+
+    code_of_launcher = LAUNCHER.format(worker=SAVES.format(saved=str(tmp_path / "saved"), ready=str(ready)))
+    assert execute(python(code_of_launcher), log=tmp_path / "log.txt", on_poll=on_poll, grace_seconds=20) == code
     assert (tmp_path / "saved").read_text() == "saved"
 
 

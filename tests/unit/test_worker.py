@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +65,47 @@ def test_progress_that_cannot_be_written_ends_no_stage(tmp_path: Path, monkeypat
 
 def _full(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_outside_training_stops_the_stage_as_one_that_was_asked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    status = _status_of(lambda: signal.raise_signal(number), tmp_path, monkeypatch, code=75)
+    assert status["state"] == "preempted"
+    assert "it was not training" in status["error"]
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt()])
+def test_an_end_that_nobody_asked_for_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def end() -> None:
+        raise error
+
+    assert type(error).__name__ in _status_of(end, tmp_path, monkeypatch, code=1)["error"]
+
+
+def _status_of(act: Callable[[], None], folder: Path, monkeypatch: pytest.MonkeyPatch, *, code: int) -> dict[str, Any]:
+    """``status.json`` after a worker whose stage does only this."""
+    spec = tiny_spec(folder, SftConfig())
+    monkeypatch.setattr(worker, "read_spec", lambda path: spec)
+    monkeypatch.setattr(worker, "_run", lambda *_: act())
+    assert worker.main(folder / "stage.yaml") == code
+    status: dict[str, Any] = json.loads((spec.run_folder / "status.json").read_text())
+    return status
+
+
+def test_a_signal_while_torch_is_imported_stops_the_stage_before_it_began(tmp_path: Path) -> None:
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path/torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)\n")
+    (tmp_path / "sft").mkdir()
+    argv = [sys.executable, "-m", "alignment.worker", str(tmp_path / "sft/stage.yaml")]
+    told = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "path"), str(Path(__file__).parents[2])])}
+    done = subprocess.run(argv, env=told, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 75, done.stderr
+    status = json.loads((tmp_path / "sft/status.json").read_text())
+    assert (status["state"], status["where"]) == ("preempted", "stage sft")
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,9 @@ def _state(step: int, max_steps: int = 100) -> TrainerState:
 # ---- stopping -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_stops_at_the_next_exact_step(arguments: TrainingArguments, name: signal.Signals) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # not Python's own handler: a worker has replaced it
     stop = StopOnSignal(period=4)
     stops = []
     for step in range(1, 13):

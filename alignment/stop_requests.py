@@ -1,0 +1,42 @@
+"""Which signals ask a stage to stop, and how one that has only begun to import its libraries does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from alignment.errors import PREEMPTED
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+def stop_while_importing(stage_file: Path) -> None:
+    """Until the stage has handlers of its own, a signal ends it at once, and as one that was asked to stop."""
+
+    def on_signal(_: int, __: FrameType | None) -> None:
+        from alignment.artifacts import write_json
+
+        status = {
+            "state": "preempted",
+            "exit_code": PREEMPTED,
+            "error": "stopped on request before it began",
+            "where": f"stage {stage_file.parent.name}",
+            "time": time.time(),
+            "notes": [],
+        }
+        try:
+            write_json(stage_file.parent / "status.json", status)
+        finally:
+            os._exit(PREEMPTED)  # an exception would end up inside an import
+
+    for number in SIGNALS:
+        signal.signal(number, on_signal)
+
+
+def ignore() -> None:
+    """From here on the process ends by itself."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
