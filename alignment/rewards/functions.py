@@ -40,7 +40,7 @@ class FunctionScorer:
         rows = [copy.deepcopy(dict(prompt.row)) for prompt in answers.prompts]
         try:
             return self._function(prompts, list(answers.texts), rows)
-        except (Exception, SystemExit) as error:  # it is the user's, and raises whatever it likes
+        except BaseException as error:  # it is the user's, and raises whatever it likes, SystemExit too
             if _is_ours(error) or disk_error(error, folder=self._source.file.parent):
                 raise
             raise _raised(error, self._source, f"asked about answers to {answers.places()}") from error
@@ -80,7 +80,7 @@ def _module(source: FunctionSource, sha256: str) -> ModuleType:
         sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         del sys.modules[name]
         if _is_ours(error):
             raise
@@ -89,15 +89,19 @@ def _module(source: FunctionSource, sha256: str) -> ModuleType:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether it comes from this package, such as a request to stop that arrived meanwhile."""
+    """Whether it comes from this package, such as a request to stop that arrived meanwhile.
+
+    In a worker no signal raises ``KeyboardInterrupt``: that is a function's own doing.
+    """
     return type(error).__module__.startswith("alignment.")
 
 
 def _raised(error: BaseException, source: FunctionSource, when: str) -> RewardError:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(source.file)]
+    detail = f": {error}" if str(error) else ""
     at = f" at line {lines[-1]}" if lines else ""
     return RewardError(
-        f"raised {type(error).__name__}: {error}{at}, {when}; nothing was learned from it",
+        f"raised {type(error).__name__}{detail}{at}, {when}; nothing was learned from it",
         where=str(source),
         remedy="mend the function and run again; the stage then starts anew, for it is another one",
     )

@@ -14,6 +14,7 @@ from alignment.fingerprint import file_sha256
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.scorers import checked
 from alignment.rewards.sources import FunctionSource
+from alignment.training.session import Preempted
 from tests.unit.rewards.conftest import answers_to, prompt
 
 PROMPTS = [prompt("Hi?", line=4, weight=2.5), prompt("And?", line=9, weight=0.5)]
@@ -98,6 +99,8 @@ def test_what_is_no_score_is_refused_by_function_row_and_value(tmp_path: Path, v
         ("return [1 / 0, 2]", "raised ZeroDivisionError: division by zero at line 3"),
         ("return [rows[0]['colour'], 2]", "raised KeyError: 'colour' at line 3"),
         ("import sys; sys.exit(3)", "raised SystemExit: 3 at line 3"),
+        ("raise KeyboardInterrupt", "raised KeyboardInterrupt at line 3"),
+        ("raise GeneratorExit('over')", "raised GeneratorExit: over at line 3"),
         ("return helper()", "raised ValueError: deep at line 1"),
     ],
 )
@@ -106,6 +109,22 @@ def test_a_function_that_raises_is_named_with_the_line_that_did(tmp_path: Path, 
         score(tmp_path, body, preamble="def helper(): raise ValueError('deep')")
     asked = "asked about answers to rows.jsonl:4, rows.jsonl:9; nothing was learned from it"
     assert str(caught.value).splitlines()[0] == f"{tmp_path}/score.py:brevity: {message}, {asked}"
+
+
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "SystemExit"])
+def test_a_file_that_ends_the_program_is_named(tmp_path: Path, error: str) -> None:
+    with pytest.raises(RewardError, match=f"raised {error} at line 1, while its file was imported"):
+        score(tmp_path, "return [1, 2]", preamble=f"raise {error}")
+
+
+def test_a_request_to_stop_that_arrives_in_a_function_is_no_fault_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(Preempted):
+        score(tmp_path, "raise Preempted", preamble="from alignment.training.session import Preempted")
+
+
+def test_a_function_that_meets_a_full_disk_is_not_blamed_for_it(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        score(tmp_path, "raise OSError(errno.ENOSPC, 'No space left on device')", preamble="import errno")
 
 
 def test_a_file_that_cannot_be_imported_is_named_and_tried_anew(tmp_path: Path) -> None:
