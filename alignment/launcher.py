@@ -24,6 +24,7 @@ import psutil
 
 from alignment.config.launch import DEVICE, LaunchConfig, LauncherKind, Sharding
 from alignment.errors import AlignmentError, ConfigError
+from alignment.logs import shorten
 from alignment.resources import shipped
 from alignment.stop_requests import SIGNALS
 
@@ -191,7 +192,8 @@ def count_cores() -> int:
 def execute(
     command: Command, *, log: Path, on_poll: Callable[[], None], grace_seconds: float, keep_open: Sequence[int] = ()
 ) -> int:
-    """Runs a command to its end, output appended to ``log``; returns its exit code, negative for a signal.
+    """Runs a command to its end, output appended to ``log``, of which beginning and end are kept where it gets long;
+    returns its exit code, negative for a signal.
 
     The command has a session of its own, so that Ctrl-C reaches this process alone. If this call is interrupted (by
     Ctrl-C, or an exception raised in a signal handler), the workers are asked to stop, awaited for ``grace_seconds``,
@@ -213,6 +215,7 @@ def execute(
     try:
         while (code := _exit_code(leader)) is None:
             family.look()
+            shorten(log)
             on_poll()
         if -code in SIGNALS:  # the launcher alone was asked to stop, and its workers have yet to hear of it
             family.ask_to_stop()
@@ -226,6 +229,7 @@ def execute(
         raise
     finally:
         family.kill()
+        shorten(log)
 
 
 @contextmanager

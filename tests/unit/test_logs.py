@@ -1,0 +1,53 @@
+"""A log keeps its beginning and its end, however much is written to it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignment import logs
+from alignment.launcher import Command, execute
+from alignment.logs import shorten
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "LIMIT", 2000)
+    monkeypatch.setattr(logs, "HEAD", 40)
+    monkeypatch.setattr(logs, "TAIL", 400)
+
+
+def test_a_log_within_its_limit_is_left_alone(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    shorten(log)
+    log.write_bytes(b"x" * 2000)
+    shorten(log)
+    assert log.read_bytes() == b"x" * 2000
+
+
+def test_beginning_and_end_of_a_long_log_stay_and_its_writer_goes_on(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    with log.open("ab", buffering=0) as writer:
+        for turn in range(3):
+            for number in range(200):
+                writer.write(b"line %d of turn %d\n" % (number, turn))
+            shorten(log)
+            assert log.stat().st_size < 600
+        writer.write(b"the last word\n")
+    lines = log.read_text().splitlines()
+    assert lines[:2] == ["line 0 of turn 0", "line 1 of turn 0"]
+    assert lines[-3:] == ["line 198 of turn 2", "line 199 of turn 2", "the last word"]
+    assert sum("the middle of this log was left out" in line for line in lines) == 1
+    assert lines[lines.index(logs.CUT.decode().strip()) + 1].startswith("line 179 of"), "whole lines"
+
+
+def test_a_command_that_prints_without_end_does_not_fill_the_disk(tmp_path: Path) -> None:
+    code = "print('begun')\nfor number in range(20000): print('again', number)"
+    command = Command(argv=(sys.executable, "-c", code), environment={})
+    assert execute(command, log=tmp_path / "log.txt", on_poll=lambda: None, grace_seconds=1) == 0
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert lines[0] == "begun"
+    assert lines[-1] == "again 19999"
+    assert (tmp_path / "log.txt").stat().st_size < 600
