@@ -8,6 +8,9 @@ from typing import Any, NoReturn
 
 from alignment.errors import DataError
 
+MEDIA = ("images", "image", "audios", "audio", "videos", "video")
+"""Columns in which public files hold pictures and sound."""
+
 
 class SetAside(DataError):
     """A row that is no fault, but of no use for what is asked: a pair without a common prompt, a bad answer in SFT."""
@@ -26,6 +29,7 @@ class Fields:
         if not isinstance(row, Mapping):
             raise DataError(f"a row must be a JSON object; {row!r:.60} is none", where=where, remedy=self._remedy())
         self.row = row
+        self._refuse_media()
 
     def fail(self, field: str, problem: str) -> NoReturn:
         """Raises the fault of a field."""
@@ -94,6 +98,16 @@ class Fields:
             return json.loads(value)
         except ValueError:
             self.fail(field, f"must be JSON; it is {value!r:.60}")
+
+    def _refuse_media(self) -> None:
+        """A text model would learn an answer to a picture that it never saw."""
+        for name in MEDIA:
+            if self.row.get(name):
+                raise DataError(
+                    f"'{name}' holds media, which no stage reads: models here read text alone",
+                    where=self.where,
+                    remedy=f"take the row out, or the column '{name}' where the text makes sense without it",
+                )
 
     def _remedy(self) -> str:
         return f"a row of the right form: {self.example}"

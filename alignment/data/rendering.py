@@ -26,6 +26,12 @@ LAST_STAND_IN = 0x10FFFD
 """The end of Unicode's last private-use area; icon fonts use the other ones."""
 
 
+_KEEPS_TURNS = (
+    "set model.chat_template=chatml, which renders every turn as it stands in the row (but knows no tools), or "
+    "path:FILE of a template that does"
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
     """Rendered text that is tokenised by itself, and whether its tokens are learned."""
@@ -134,7 +140,11 @@ def conversation_pieces(tokenizer: Any, messages: Sequence[Message], tools: Tool
             raise DataError("begins with a turn of the assistant, to which nobody has said anything")
         before = render(tokenizer, messages[:index], answering=True, tools=tools)
         if not before.startswith(rendered):
-            raise DataError("the chat template renders earlier turns differently once a turn follows them")
+            raise DataError(
+                "the chat template renders earlier turns differently once a turn follows them, as those do that drop "
+                "earlier thoughts",
+                remedy=f"{_KEEPS_TURNS}; rows with one answer need neither",
+            )
         answer = _answer_behind(before, tokenizer, messages[:index], message, tools)
         pieces += [Piece(text=before[len(rendered) :], learned=False), Piece(text=answer, learned=message.learned)]
         rendered = before + answer
@@ -167,7 +177,7 @@ def answer_texts(tokenizer: Any, messages: Sequence[Message], answers: Sequence[
 def _answer_behind(before: str, tokenizer: Any, messages: Sequence[Message], answer: Message, tools: Tools) -> str:
     after = render(tokenizer, [*messages, answer], answering=False, tools=tools)
     if not after.startswith(before):
-        raise DataError("the chat template renders a prompt differently once an answer follows it")
+        raise DataError("the chat template renders a prompt differently once an answer follows it", remedy=_KEEPS_TURNS)
     text = after[len(before) :]
     return text[: _turn_end(tokenizer, text)]
 

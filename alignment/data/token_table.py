@@ -34,7 +34,7 @@ from alignment.files import disk_error
 from alignment.fingerprint import digest
 from alignment.locks import held
 
-VERSION = 1
+VERSION = 2
 """Raised when rows come out otherwise, so that older tables are not found."""
 
 LEDGER = "left_out.jsonl"

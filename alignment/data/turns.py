@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.data.fields import Fields, is_text
+from alignment.data.parts import text_and_calls
 
 ROLES = ("system", "user", "assistant", "tool")
 _ROLES_OPENAI = {"developer": "system", "function": "tool", **{role: role for role in ROLES}}
@@ -30,7 +31,8 @@ class Message:
     """One turn: ``Message(role="user", content="Summarise: …")``.
 
     ``tool_calls`` are an assistant's, each ``{"type": "function", "function": {"name": …, "arguments": {…}}}``.
-    ``learned`` is False for a turn of the assistant that SFT reads and does not learn (``"weight": 0``).
+    ``learned`` is False for a turn of the assistant that SFT reads and does not learn (``"weight": 0``, or
+    ``"loss_weight": 0``).
     """
 
     role: str
@@ -72,14 +74,15 @@ def turn_of(fields: Fields, at: str, turn: Any) -> Message:
     calls = turn.get("tool_calls") or []
     if not isinstance(calls, list):
         fields.fail(f"{at}.tool_calls", f"must be a list; it is {calls!r:.60}")
-    content = _joined(fields, f"{at}.content", turn.get("content"))
-    if not is_text(content) and not (calls and content in ("", None)):
+    content, parts = text_and_calls(fields, f"{at}.content", turn.get("content"))
+    if not is_text(content) and not ((calls or parts) and content in ("", None)):
         fields.fail(f"{at}.content", f"must be text and not empty; it is {content!r:.60}")
+    called = [(f"{at}.tool_calls", call) for call in calls] + [(f"{at}.content", call) for call in parts]
     return Message(
         role=_ROLES_OPENAI[role],
         content=content or "",
-        tool_calls=tuple(_call(fields, f"{at}.tool_calls", call) for call in calls),
-        learned=_learned(fields, at, turn),
+        tool_calls=tuple(_call(fields, where, call) for where, call in called),
+        learned=_learned(fields, at, turn, role=_ROLES_OPENAI[role]),
     )
 
 
@@ -110,7 +113,7 @@ def _sharegpt(fields: Fields, at: str, turn: Mapping[str, Any]) -> Message:
         fields.fail(f"{at}.from", f"must be one of {', '.join(_ROLES_SHAREGPT)}; it is {role!r:.60}")
     if not is_text(value):
         fields.fail(f"{at}.value", f"must be text and not empty; it is {value!r:.60}")
-    learned = _learned(fields, at, turn)
+    learned = _learned(fields, at, turn, role=_ROLES_SHAREGPT[role])
     if role != "function_call":
         return Message(role=_ROLES_SHAREGPT[role], content=str(value), learned=learned)
     called = fields.parsed(f"{at}.value", value)
@@ -126,18 +129,13 @@ def _call(fields: Fields, at: str, call: Any) -> Mapping[str, Any]:
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _joined(fields: Fields, at: str, content: Any) -> Any:
-    """Content in parts, ``[{"type": "text", "text": …}]``, as one text."""
-    if not isinstance(content, list):
-        return content
-    texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
-    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
-        fields.fail(at, f"must have parts of text only; it is {content!r:.60}")
-    return "".join(str(text) for text in texts)
-
-
-def _learned(fields: Fields, at: str, turn: Mapping[str, Any]) -> bool:
-    weight = turn.get("weight", 1)
-    if weight not in (0, 1):
-        fields.fail(f"{at}.weight", f"must be 0 or 1; it is {weight!r:.60}")
-    return bool(weight)
+def _learned(fields: Fields, at: str, turn: Mapping[str, Any], *, role: str) -> bool:
+    """Whether an assistant's turn is learned. No other turn ever is, and a file that asks for it is refused."""
+    for name in ("weight", "loss_weight"):
+        if turn.get(name, 1) not in (0, 1):
+            fields.fail(f"{at}.{name}", f"must be 0 or 1; it is {turn[name]!r:.60}")
+    if role != "assistant":
+        if turn.get("loss_weight", 0):
+            fields.fail(f"{at}.loss_weight", f"asks to learn a turn of the {role}; only an assistant's are learned")
+        return True
+    return bool(turn.get("weight", 1)) and bool(turn.get("loss_weight", 1))

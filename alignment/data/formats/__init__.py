@@ -19,7 +19,7 @@ from alignment.data.formats.answers import (
 )
 from alignment.data.formats.conversations import KTO, MESSAGES, SHAREGPT
 from alignment.data.formats.form import Format
-from alignment.data.formats.pairs import PAIRED, PREFERENCE, TRANSCRIPTS, WHOLE
+from alignment.data.formats.pairs import PAIRED, PREFERENCE, TRANSCRIPTS, WHOLE, WHOLE_MESSAGES
 from alignment.errors import DataError
 
 # The more columns a format asks for, the earlier it stands: the first that fits a row is taken.
@@ -28,6 +28,7 @@ _IN_ORDER = (
     WHOLE,
     PREFERENCE,
     PAIRED,
+    WHOLE_MESSAGES,
     RANKED,
     CHOICES,
     KTO,

@@ -83,19 +83,22 @@ def preferred(chosen: str, rejected: str) -> tuple[Answer, ...]:
 
 
 def answers_of_whole(
-    fields: Fields, chosen: tuple[Message, ...], rejected: tuple[Message, ...]
+    fields: Fields, chosen: tuple[Message, ...], rejected: tuple[Message, ...], *, names: tuple[str, str]
 ) -> tuple[tuple[Message, ...], tuple[Answer, ...]]:
-    """The common prompt and the two last turns of two whole conversations.
+    """The common prompt and the two last turns of two whole conversations, which stand in the columns ``names``.
 
     Raises:
-        DataError: a conversation does not end with the assistant's turn.
+        DataError: a conversation does not end with an assistant's text.
         SetAside: they differ before their last turns, so they do not answer the same prompt.
     """
-    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+    for name, turns in zip(names, (chosen, rejected), strict=True):
         if turns[-1].role != "assistant":
             fields.fail(name, f"must end with an assistant turn; the last one's role is {turns[-1].role!r}")
+        if turns[-1].tool_calls:
+            fields.fail(name, "ends with a call of a tool; pairs are compared by text alone")
     if chosen[:-1] != rejected[:-1]:
-        fields.set_aside("rejected", "differs from 'chosen' before its last turn, so the two answer different prompts")
+        reason = f"differs from '{names[0]}' before its last turn, so the two answer different prompts"
+        fields.set_aside(names[1], reason)
     return chosen[:-1], preferred(chosen[-1].content, rejected[-1].content)
 
 

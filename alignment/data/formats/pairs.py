@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from alignment.data.fields import Fields
@@ -23,6 +23,8 @@ from alignment.data.turns import Message, tools_of, turns_of
 
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+_PAIR = ("chosen", "rejected")
+_PAIR_OF_MESSAGES = ("chosen_messages", "rejected_messages")
 
 
 def _preference(fields: Fields) -> Example:
@@ -35,19 +37,24 @@ def _is_preference(row: Mapping[str, Any]) -> bool:
     return holds(row, "chosen", "rejected") and any(is_question(row.get(name)) for name in PROMPTS)
 
 
-def _whole(fields: Fields) -> Example:
-    chosen, rejected = turns_of(fields, "chosen"), turns_of(fields, "rejected")
-    turns, answers = answers_of_whole(fields, chosen, rejected)
-    return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field="chosen")
+def _whole(names: tuple[str, str]) -> Callable[[Fields], Example]:
+    """A reader of rows with two whole conversations in the columns ``names``."""
+
+    def read(fields: Fields) -> Example:
+        chosen, rejected = (turns_of(fields, name) for name in names)
+        turns, answers = answers_of_whole(fields, chosen, rejected, names=names)
+        return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field=names[0])
+
+    return read
 
 
-def _is_whole(row: Mapping[str, Any]) -> bool:
-    return all(starts_with_turn(row.get(name)) and len(row[name]) > 1 for name in ("chosen", "rejected"))
+def _has_whole(row: Mapping[str, Any], names: tuple[str, str]) -> bool:
+    return all(starts_with_turn(row.get(name)) and len(row[name]) > 1 for name in names)
 
 
 def _transcripts(fields: Fields) -> Example:
-    told = [_turns_in(fields, name) for name in ("chosen", "rejected")]
-    turns, answers = answers_of_whole(fields, *told)
+    chosen, rejected = (_turns_in(fields, name) for name in _PAIR)
+    turns, answers = answers_of_whole(fields, chosen, rejected, names=_PAIR)
     return Example(fields=fields, turns=turns, answers=answers, field="chosen")
 
 
@@ -66,9 +73,7 @@ def _turns_in(fields: Fields, field: str) -> tuple[Message, ...]:
 
 
 def _is_transcripts(row: Mapping[str, Any]) -> bool:
-    return all(
-        isinstance(row.get(name), str) and row[name].lstrip().startswith("Human:") for name in ("chosen", "rejected")
-    )
+    return all(isinstance(row.get(name), str) and row[name].lstrip().startswith("Human:") for name in _PAIR)
 
 
 def _paired(fields: Fields) -> Example:
@@ -92,8 +97,21 @@ WHOLE = Format(
         '{"chosen": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4."}], '
         '"rejected": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "5."}]}'
     ),
-    fits=_is_whole,
-    read=_whole,
+    fits=lambda row: _has_whole(row, _PAIR),
+    read=_whole(_PAIR),
+)
+
+WHOLE_MESSAGES = Format(
+    name="chosen_messages",
+    summary="two whole conversations in columns of these names, content in parts or as text (LLaMA-Factory)",
+    row=(
+        '{"chosen_messages": [{"role": "user", "content": [{"type": "text", "value": "2 + 2?"}]}, '
+        '{"role": "assistant", "content": [{"type": "text", "value": "4."}]}], '
+        '"rejected_messages": [{"role": "user", "content": [{"type": "text", "value": "2 + 2?"}]}, '
+        '{"role": "assistant", "content": [{"type": "text", "value": "5."}]}]}'
+    ),
+    fits=lambda row: _has_whole(row, _PAIR_OF_MESSAGES),
+    read=_whole(_PAIR_OF_MESSAGES),
 )
 
 TRANSCRIPTS = Format(

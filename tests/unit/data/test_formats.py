@@ -24,6 +24,7 @@ GIVES: dict[str, tuple[str | None, int, str | None]] = {
     "chosen_rejected": ("4.", 1, "2 + 2?"),
     "preference": ("4.", 1, "2 + 2?"),
     "stack_exchange": ("4.", 1, "2 + 2?"),
+    "chosen_messages": ("4.", 1, "2 + 2?"),
     "ranked": ("4.", 1, "2 + 2?"),
     "choices": ("4.", 1, "2 + 2?"),
     "kto": ("4.", 0, "2 + 2?"),
@@ -202,6 +203,47 @@ def test_a_turn_of_weight_0_is_read_and_not_learned() -> None:
     assert [turn.learned for turn in conversation.messages] == [True, False, True, True]
 
 
+def _part(kind: str, value: Any) -> list[dict[str, Any]]:
+    return [{"type": kind, "value": value}]
+
+
+def test_the_newest_files_of_llamafactory_are_read_with_their_parts_and_weights() -> None:
+    """Two rows as its repository has them: a call is a part, and every turn says whether it is learned."""
+    call = '{"name": "add", "arguments": {"a": 2}}'
+    row = {
+        "messages": [
+            {"role": "user", "content": _part("text", "2 + 2?"), "loss_weight": 0.0},
+            {"role": "assistant", "content": _part("tool_call", call), "loss_weight": 0.0},
+            {"role": "tool", "content": _part("text", "4"), "loss_weight": 0.0},
+            {"role": "assistant", "content": [*_part("text", "It is "), *_part("text", "4.")], "loss_weight": 1.0},
+        ],
+        "tools": '[{"name": "add", "parameters": {"type": "object"}}]',
+    }
+    (conversation,) = _records(Conversation, row)
+    assert [turn.role for turn in conversation.messages] == ["user", "assistant", "tool", "assistant"]
+    assert list(conversation.messages[1].tool_calls) == [CALL]
+    assert conversation.messages[3].content == "It is 4."
+    assert [turn.learned for turn in conversation.messages if turn.role == "assistant"] == [False, True]
+    asked = {"role": "user", "content": _part("text", "2 + 2?"), "loss_weight": 0.0}
+    answers = [{"role": "assistant", "content": _part("text", text), "loss_weight": 1.0} for text in ("4.", "5.")]
+    (pair,) = _records(
+        PreferencePair, {"chosen_messages": [asked, answers[0]], "rejected_messages": [asked, answers[1]]}
+    )
+    assert [turn.as_dict() for turn in pair.messages] == [ASKED]
+    assert (pair.chosen, pair.rejected) == ("4.", "5.")
+
+
+@pytest.mark.parametrize("column", ["images", "audios", "videos", "image"])
+@pytest.mark.parametrize("name", ["messages", "sharegpt", "alpaca", "preference", "text"])
+def test_a_row_with_media_is_refused_and_says_what_to_do(name: str, column: str) -> None:
+    row = json.loads(FORMATS[name].row)
+    assert format_of({**row, column: []}) is FORMATS[name]
+    assert _records(PlainText, {**row, column: []}, name) == _records(PlainText, row, name)
+    with pytest.raises(DataError, match=f"rows.jsonl:7: '{column}' holds media") as caught:
+        _records(PlainText, {**row, column: ["data/1.jpg"]}, name)
+    assert f"or the column '{column}'" in caught.value.remedy
+
+
 FAULTS = [
     ("alpaca", {"instruction": "Add.", "output": ""}, "'output' must be text and not empty; it is ''"),
     ("alpaca", {"instruction": "a", "input": 3, "output": "b"}, "'input' must be text; it is 3"),
@@ -217,8 +259,23 @@ FAULTS = [
         {"conversations": [{"from": "function_call", "value": "{"}]},
         "'conversations[0].value' must be JSON; it is '{'",
     ),
-    ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "must have parts of text only"),
+    (
+        "messages",
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "must have parts of text, or of tool calls",
+    ),
     ("messages", {"messages": [{**ASKED, "weight": 2}]}, "'messages[0].weight' must be 0 or 1; it is 2"),
+    ("messages", {"messages": [{**ANSWER, "loss_weight": 0.5}]}, "'messages[0].loss_weight' must be 0 or 1; it is 0.5"),
+    (
+        "messages",
+        {"messages": [{**ASKED, "loss_weight": 1.0}, ANSWER]},
+        "'messages[0].loss_weight' asks to learn a turn of the user",
+    ),
+    (
+        "chosen_rejected",
+        {"chosen": [ASKED, {**ANSWER, "tool_calls": [CALL]}], "rejected": [ASKED, ANSWER]},
+        "'chosen' ends with a call of a tool",
+    ),
     ("messages", {"messages": [ASKED], "tools": [3]}, "'tools[0]' must be an object with a 'name'; it is 3"),
     ("turns", {"turns": [""]}, "'turns[0]' must be text and not empty; it is ''"),
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from tokenizers import normalizers
 
+from alignment.data.chat_template import set_template
 from alignment.data.kinds import TEXTS, tokenized
 from alignment.data.limits import Limits
 from alignment.data.records import PlainText
@@ -213,14 +215,30 @@ def test_a_template_that_cannot_be_cut_is_an_error(name: str) -> None:
         tokenize_conversation(_with_template(template), _messages(CONVERSATIONS["one turn"]))
 
 
-def test_a_template_that_drops_earlier_answers_is_an_error() -> None:
-    """Templates of thinking models strip the thought from turns that are not the last."""
+def test_a_template_that_drops_earlier_thoughts_is_refused_with_a_way_out_that_works(tmp_path: Path) -> None:
+    """Templates of thinking models strip the thought from answers that are not the last."""
+    without_thought = TURN.replace("message['content']", "message['content'].split('</think>')[-1]")
     template = (
-        "{% for message in messages %}{% if message['role'] != 'assistant' or loop.last %}" + TURN + "{% endif %}"
-        "{% endfor %}" + OPEN
+        "{% for message in messages %}{% if message['role'] != 'assistant' or loop.last %}" + TURN + "{% else %}"
+        f"{without_thought}{{% endif %}}{{% endfor %}}{OPEN}"
     )
-    with pytest.raises(DataError, match="renders earlier turns differently once a turn follows them"):
-        tokenize_conversation(_with_template(template), _messages(CONVERSATIONS["three turns"]))
+    tokenizer = _with_template(template)
+    answers = ["<think>Easy.</think>4.", "<think>Again?</think>Still 4."]
+    turns = [("user", "2 + 2?"), ("assistant", answers[0]), ("user", "Sure?"), ("assistant", answers[1])]
+    with pytest.raises(DataError, match="renders earlier turns differently once a turn follows them") as caught:
+        tokenize_conversation(tokenizer, _messages(turns))
+    own = tmp_path / "keeps.jinja"
+    own.write_text("{% for message in messages %}" + TURN + "{% endfor %}" + OPEN)
+    assert "model.chat_template=chatml" in caught.value.remedy
+    assert "path:FILE" in caught.value.remedy
+    for source in ("chatml", f"path:{own}"):
+        other = _with_template(template)
+        set_template(other, source)
+        row = tokenize_conversation(other, _messages(turns))
+        learned = [text for is_learned, text in _segments(other, row.input_ids, row.labels) if is_learned]
+        assert learned == [f"{answer}<|im_end|>" for answer in answers]
+    assert "rows with one answer need neither" in caught.value.remedy
+    tokenize_conversation(tokenizer, _messages(turns[:2]))
 
 
 def test_a_conversation_without_an_assistant_turn_is_an_error(tokenizer: Any) -> None:
