@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from alignment.data.deadline import watched
 from alignment.data.limits import Limits, Parts, RowTooLong, cut_to, excess
 from alignment.data.records import Conversation, PlainText, PreferencePair, Prompt
 from alignment.data.rendering import Piece, Tools, answer_texts, conversation_pieces, prompt_tail, prompt_text
 from alignment.data.tokenize import Tokens, encode, escaped_text, front, text_rows, tokens_of
 from alignment.data.turns import Message
-from alignment.errors import DataError
+from alignment.errors import DataError, ModelError
 
 PROMPT = "prompt"
 """The name of a row's prompt; all other pieces are answers."""
@@ -55,12 +56,8 @@ class Tokenized:
 
 def tokenized(tokenizer: Any, kind: Kind, records: Sequence[Any], limits: Limits) -> Iterator[Tokenized]:
     """Each record's rows, in order. All are encoded at once, so hand over some hundreds, not a million."""
-    rendered: list[Texts | DataError] = []
-    for record in records:
-        try:
-            rendered.append(kind.texts(tokenizer, record))
-        except DataError as fault:
-            rendered.append(_placed(fault, record.where))
+    with watched():
+        rendered = [_rendered(tokenizer, kind, record) for record in records]
     encoded = iter(
         tokens_of(tokenizer, [pieces for one in rendered if isinstance(one, dict) for pieces in one.values()])
     )
@@ -76,6 +73,20 @@ def tokenized(tokenizer: Any, kind: Kind, records: Sequence[Any], limits: Limits
         else:
             rows = kind.rows(tokenizer, parts, limits)
             yield Tokenized(record=record, rows=rows, parts=parts, tokens=whole.longest, cut=cut)
+
+
+def _rendered(tokenizer: Any, kind: Kind, record: Any) -> Texts | DataError:
+    """The record's texts, or its fault.
+
+    Raises:
+        ModelError: the template does not come to an end.
+    """
+    try:
+        return kind.texts(tokenizer, record)
+    except DataError as fault:
+        return _placed(fault, record.where)
+    except ModelError as error:
+        raise ModelError(error.message, where=record.where, remedy=error.remedy) from error
 
 
 def _fitted(tokenizer: Any, kind: Kind, record: Any, whole: Parts, limits: Limits) -> tuple[Parts, str]:

@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from alignment.data.deadline import RENDERING_SECONDS, Bounded
 from alignment.data.turns import Message
-from alignment.errors import DataError
+from alignment.errors import AlignmentError, DataError, ModelError
 
 Tools = Sequence[Mapping[str, Any]]
 """What the assistant may call, as chat templates take it."""
@@ -29,6 +30,12 @@ LAST_STAND_IN = 0x10FFFD
 _KEEPS_TURNS = (
     "set model.chat_template=chatml, which renders every turn as it stands in the row (but knows no tools), or "
     "path:FILE of a template that does"
+)
+
+
+_ENDLESS = ModelError(
+    f"the chat template computes for more than {RENDERING_SECONDS:g} s on one row",
+    remedy="look for loops in the template, or set model.chat_template=chatml, or path:FILE of another",
 )
 
 
@@ -93,6 +100,7 @@ def render(tokenizer: Any, messages: Sequence[Message], *, answering: bool, tool
     Raises:
         DataError: the tokenizer has no chat template, the template refuses these messages or leaves out tools or calls
             of them, or a message contains a character that is needed here.
+        ModelError: the template does not come to an end. That is no fault of a row, so no further one is tried.
     """
     if not tokenizer.chat_template:
         raise DataError(
@@ -100,13 +108,14 @@ def render(tokenizer: Any, messages: Sequence[Message], *, answering: bool, tool
         )
     control = control_tokens(tokenizer)
     try:
-        text: str = tokenizer.apply_chat_template(
-            [control.escaped(message.as_dict()) for message in messages],
-            tools=control.escaped(list(tools)) or None,
-            tokenize=False,
-            add_generation_prompt=answering,
-        )
-    except DataError:
+        with Bounded(_ENDLESS):
+            text: str = tokenizer.apply_chat_template(
+                [control.escaped(message.as_dict()) for message in messages],
+                tools=control.escaped(list(tools)) or None,
+                tokenize=False,
+                add_generation_prompt=answering,
+            )
+    except AlignmentError:
         raise
     except Exception as error:  # templates raise whatever they like
         raise DataError(f"the chat template refuses these messages: {error}") from error

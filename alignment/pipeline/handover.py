@@ -17,6 +17,7 @@ from alignment.config.launch import LaunchConfig
 from alignment.config.model import ModelConfig
 from alignment.config.typed import to_plain
 from alignment.data.chat_template import template_file
+from alignment.data.deadline import KILLED_BY
 from alignment.errors import (
     PREEMPTED,
     AlignmentError,
@@ -191,6 +192,8 @@ def _how(code: int, printed: str) -> str:
     """A launcher hides its worker's signal behind an exit code of its own and names it in what it prints."""
     if code == -9 or "SIGKILL" in printed or "Signal 9" in printed:
         return "by signal 9 (often: the machine ran out of memory; a smaller micro_batch_tokens helps)"
+    if code == -KILLED_BY or KILLED_BY.name in printed:
+        return f"by {KILLED_BY.name} (a chat template computed without end; set model.chat_template)"
     return f"by signal {-code}" if code < 0 else f"with exit code {code}"
 
 

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from alignment import launcher
 from alignment.config.stage import EvaluateConfig, Trained
-from alignment.errors import ConfigError
+from alignment.data.deadline import KILLED_BY, KILLED_SECONDS
+from alignment.errors import ConfigError, ModelError
 from alignment.pipeline import handover
 from alignment.pipeline.display import display_for
 from alignment.pipeline.plan import PlannedStage, make_plan
@@ -49,4 +50,19 @@ def show_preview(
         argv += ["--html", html] if html else []
         evaluation = next((one for one in plan.stages if isinstance(one.config, EvaluateConfig)), None)
         argv += ["--against", file_of(evaluation)] if evaluation else []
-        return subprocess.run(argv, env={**os.environ, **environment}, check=False).returncode
+        return _exit_code(subprocess.run(argv, env={**os.environ, **environment}, check=False).returncode)
+
+
+def _exit_code(code: int) -> int:
+    """That of the process, unless it had to be ended.
+
+    Raises:
+        ModelError: a chat template computed without end.
+    """
+    if code == -KILLED_BY:
+        raise ModelError(
+            f"the chat template computes for more than {KILLED_SECONDS:g} s in one step",
+            where="preview",
+            remedy="set model.chat_template=chatml, or path:FILE of another template",
+        )
+    return code

@@ -153,6 +153,7 @@ def test_what_a_stage_noted_on_its_way_reaches_the_user_once(align: Align, monke
     ("fault", "error", "code", "words"),
     [
         ("sft:crash", StageError, 5, ["by signal 9", "memory", "| working on sft"]),
+        ("sft:template", StageError, 5, ["by SIGVTALRM", "a chat template computed without end"]),
         ("sft:bug", AlignmentError, 1, ["KeyError: 'x'", "a fault of ours", "| working on sft"]),
     ],
 )

@@ -1,7 +1,7 @@
 """A worker without a model: reads ``stage.yaml`` and does what the contract asks of a worker, in a process of its own.
 
-``WORKER_FAULT=stage:what`` makes that stage ``fail``, ``reward``, ``crash``, ``bug``, ``preempt`` or
-``hang``, or come to its end with a ``note``.
+``WORKER_FAULT=stage:what`` makes that stage ``fail``, ``reward``, ``crash``, ``template``, ``bug``, ``preempt``
+or ``hang``, or come to its end with a ``note``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.artifacts import Manifest, publish, write_json
+from alignment.data.deadline import KILLED_BY
 from alignment.stage_spec import StageSpec, read_spec
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6}
@@ -53,6 +54,8 @@ def misbehave(spec: StageSpec, fault: str) -> None:
     """Ends this process in one of the ways in which workers end."""
     if fault == "crash":
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "template":
+        os.kill(os.getpid(), KILLED_BY)
     if fault == "hang":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(say(spec, "preempted", 75, "stopped on request")))
         (spec.run_folder / "hanging").touch()
