@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from alignment.data.caps import small_text
 from alignment.data.rendering import control_tokens
 from alignment.data.tokenize import front
 from alignment.errors import DataError
@@ -47,15 +48,17 @@ def template_text(source: str) -> str:
     """The template as text that two sources must share to give the same rows: that of the file, or ``chatml``.
 
     Raises:
-        DataError: neither form, or no such file, or one that is not UTF-8.
+        DataError: neither form, or no such file, or one that is not UTF-8, too large or no regular file.
     """
     file = template_file(source)
     if file is None:
         return CHATML
     try:
         if source.startswith("path:"):
-            return file.read_text(encoding="utf-8")
+            return small_text(file)
         reason = f"{source!r} is no template"
     except (OSError, UnicodeDecodeError) as error:
         reason = f"{file} cannot be read: {error}"
+    except DataError as error:
+        reason = f"{file} cannot be read: it {error.message}"
     raise DataError(reason, where="model.chat_template", remedy=f"write {CHATML}, or path:FILE of a Jinja template")

@@ -96,7 +96,7 @@ class Fields:
             return value
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             self.fail(field, f"must be JSON; it is {value!r:.60}")
 
     def _refuse_media(self) -> None:

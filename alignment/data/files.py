@@ -7,16 +7,15 @@ of JSON can also be had unparsed, to be parsed by several processes.
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+from alignment.data import caps
 from alignment.errors import DataError
 
 
@@ -71,7 +70,7 @@ def files_of(path: Path) -> list[Path]:
     """The file itself, or those of a folder whose names end as those of data files do.
 
     Raises:
-        DataError: another kind of file, or a folder without any.
+        DataError: another kind of file, one that may never end (a pipe), or a folder without any.
     """
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if file.is_file() and _suffix(file) in _READERS)
@@ -80,6 +79,7 @@ def files_of(path: Path) -> list[Path]:
         return found
     if _suffix(path) not in _READERS:
         raise DataError("is of no known kind", where=str(path), remedy=_REMEDY)
+    caps.refuse_endless(path)
     return [path]
 
 
@@ -87,15 +87,13 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
-def _open(path: Path) -> BinaryIO:
-    return cast("BinaryIO", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
-
-
 def _json_lines(path: Path) -> Iterator[Unparsed]:
-    with _open(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield JsonLine(where=f"{path}:{number}", text=line)
+    with caps.opened(path) as stream:
+        for where, line in caps.lines(stream, path):
+            if isinstance(line, DataError):
+                yield line
+            elif line.strip():
+                yield JsonLine(where=where, text=line)
 
 
 def _parsed(text: bytes, where: str) -> RawRow | DataError:
@@ -103,6 +101,8 @@ def _parsed(text: bytes, where: str) -> RawRow | DataError:
         value = json.loads(text)
         if b"\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
+        if text.count(b"[") + text.count(b"{") > caps.LEVELS and caps.is_deep(value):
+            return DataError(f"has more than {caps.LEVELS} lists and objects in one another", where=where)
         return RawRow(where=where, value=value)
     except UnicodeEncodeError:
         return DataError(
@@ -116,8 +116,8 @@ def _parsed(text: bytes, where: str) -> RawRow | DataError:
 
 def _json(path: Path) -> Iterator[Unparsed]:
     """A list of rows; or JSON Lines under a wrong name, which public data sets often are."""
-    with _open(path) as stream:
-        text = stream.read()
+    with caps.opened(path) as stream:
+        text = caps.whole(stream, path)
     whole = _parsed(text, str(path))
     if isinstance(whole, RawRow) and isinstance(whole.value, list):
         for number, value in enumerate(whole.value, start=1):
@@ -131,10 +131,10 @@ def _json(path: Path) -> Iterator[Unparsed]:
 
 
 def _csv(path: Path) -> Iterator[Unparsed]:
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(caps.LINE_BYTES)
     # Line breaks inside quotes are part of a field, so the reader gets them as they are.
-    with _open(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-        reader = csv.DictReader(text, strict=True)
+    with caps.opened(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+        reader = csv.DictReader(caps.text_lines(text, path), strict=True)
         while True:
             where = str(path)
             try:
@@ -161,7 +161,10 @@ def _parquet(path: Path) -> Iterator[Unparsed]:
     try:
         with ParquetFile(path) as file:
             number = 0
-            for batch in file.iter_batches():
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+                if batch.nbytes > caps.WHOLE_BYTES:
+                    where = f"{path}: rows {number + 1} to {number + len(batch)}"
+                    raise DataError("hold more than fits into memory", where=where, remedy="write shorter rows")
                 for value in batch.to_pylist():
                     number += 1
                     yield RawRow(where=f"{path}: row {number}", value=value)
@@ -169,6 +172,7 @@ def _parquet(path: Path) -> Iterator[Unparsed]:
         raise DataError(f"not Parquet: {error}", where=str(path)) from error
 
 
+_ROWS_AT_ONCE = 1_000
 _READERS: dict[str, Callable[[Path], Iterator[Unparsed]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,

@@ -115,7 +115,7 @@ PLANTED: list[tuple[Any, str]] = [
     ({"messages": [{**ASKED, "content": ""}]}, "'messages[0].content' must be text and not empty; it is ''"),
     ({"messages": [{**ASKED, "content": " \n"}]}, "'messages[0].content' must be text and not empty"),
     ({"messages": [{**ASKED, "content": 3}]}, "'messages[0].content' must be text and not empty; it is 3"),
-    ({"messages": [{**ASKED, "content": [3]}]}, "'messages[0].content' must have parts of text only"),
+    ({"messages": [{**ASKED, "content": [3]}]}, "'messages[0].content' must have parts of text, or of tool calls"),
     ({"messages": [ASKED]}, "'messages' must end with an assistant turn; the last one's role is 'user'"),
     ({"messages": [*GOOD["messages"], ASKED]}, "'messages' must end with an assistant turn"),
     ({"messages": [ASKED, {**ASKED, "role": "system"}]}, "'messages[1].role' is 'system'; only the first turn may be"),
