@@ -276,12 +276,11 @@ def _add_chat(verbs: Any) -> None:
 
 
 def _show_recipes(console: Console) -> None:
-    import yaml
-
+    from alignment.config import yaml_file
     from alignment.config.store import recipes_folder
 
     for name in recipe_names():
-        content = yaml.safe_load((recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+        content = yaml_file.read(recipes_folder() / f"{name}.yaml")
         console.print(f"{name:<20} {escape(content['summary'])}", highlight=False, soft_wrap=True)
 
 

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alignment.data.deadline import RENDERING_SECONDS, Bounded
 from alignment.data.turns import Message
+from alignment.deadline import SECONDS, Bounded
 from alignment.errors import AlignmentError, DataError, ModelError
 
 Tools = Sequence[Mapping[str, Any]]
@@ -34,7 +34,7 @@ _KEEPS_TURNS = (
 
 
 _ENDLESS = ModelError(
-    f"the chat template computes for more than {RENDERING_SECONDS:g} s on one row",
+    f"the chat template computes for more than {SECONDS:g} s on one row",
     remedy="look for loops in the template, or set model.chat_template=chatml, or path:FILE of another",
 )
 

@@ -23,14 +23,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from alignment.config import yaml_file
 from alignment.config.faults import Fault, refuse
 from alignment.config.near import suggestion
 from alignment.config.store import GROUPS, SEVERAL, conf_folder, recipe_names, recipes_folder
+from alignment.deadline import Bounded
 from alignment.errors import ConfigError
 from alignment.pipeline import profile as profiles
+from alignment.pipeline.hostile import hostile
+from alignment.pipeline.hydra_files import check_files
 from alignment.pipeline.profile import Profile
 
 _HYDRA = "1.3"
+_ENDLESS = ConfigError("its interpolations come to more than can be written down", where="recipe")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +64,7 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
     path = find_recipe(recipe)
     _check_recipe_text(path)
     parsed, faults = _parse(overrides)
+    check_files()
     with initialize_config_dir(config_dir=str(path.parent), version_base=_HYDRA):
         search = f"hydra.searchpath=[{_quoted(conf_folder())},{_quoted(recipes_folder())}]"
         try:
@@ -90,7 +96,7 @@ def _keys_written(path: Path) -> frozenset[str]:
             yield f"{ahead}{key}"
             yield from keys(value, f"{ahead}{key}.")
 
-    return frozenset(keys(yaml.safe_load(path.read_text(encoding="utf-8")), ""))
+    return frozenset(keys(yaml_file.read(path), ""))
 
 
 def find_recipe(recipe: str) -> Path:
@@ -117,13 +123,10 @@ def find_recipe(recipe: str) -> Path:
 
 def _check_recipe_text(path: Path) -> None:
     """Refuses what Hydra itself would act on before a composed tree could be looked at."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not YAML: {error}", where=str(path)) from error
+    content = yaml_file.read(path)
     if not isinstance(content, dict):
         raise ConfigError("a recipe is a group of settings", where=str(path), remedy="begin it with: defaults: [base]")
-    faults = list(_hostile(content, where=""))
+    faults = list(hostile(content, where=""))
     if "hydra" in content:
         faults.append(Fault(where="hydra", message="settings of Hydra itself are not taken"))
     defaults = content.get("defaults", [])
@@ -141,11 +144,11 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
         except HydraException:
             faults.append(_malformed(text))
             continue
-        hostile = list(_hostile({override.key_or_group: text}, where=""))
+        outside = list(hostile({override.key_or_group: text}, where=""))
         if not override.key_or_group:
             faults.append(_malformed(text))
-        elif hostile:
-            faults.extend(hostile)
+        elif outside:
+            faults.extend(outside)
         elif override.is_sweep_override():
             faults.append(Fault(where=_shown(text), message="several values for one key; give one"))
         elif override.key_or_group.split(".")[0].split("/")[0] == "hydra":
@@ -271,35 +274,15 @@ def _written(tree: DictConfig) -> dict[str, Any]:
 def _plain(tree: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
     """The tree as plain values, interpolations of its own keys resolved."""
     written: Any = _written(tree)
-    faults = list(_hostile(written, where=""))
+    faults = list(hostile(written, where=""))
     if not faults:
         try:
-            written = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+            with Bounded(_ENDLESS):
+                written = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
             faults.append(Fault(where=str(error.full_key or "recipe"), message=_first_paragraph(error)))
     assert isinstance(written, dict)
     return {str(key): value for key, value in written.items()}, faults
-
-
-def _hostile(value: Any, *, where: str) -> Iterator[Fault]:
-    """Keys and values that would make Hydra or OmegaConf run code or read what lies outside the configuration."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            path = f"{where}.{key}" if where else str(key)
-            if str(key).split(".")[-1] == "_target_":
-                yield Fault(where=path, message="'_target_' is not taken: a configuration is data and never runs code")
-            yield from _hostile(item, where=path)
-    elif isinstance(value, list):
-        for number, item in enumerate(value):
-            yield from _hostile(item, where=f"{where}[{number}]")
-    elif isinstance(value, str) and _has_resolver(value):
-        message = f"{value!r} is not taken: a configuration reads only itself; use ${{other.key}} or the value"
-        yield Fault(where=where, message=message)
-
-
-def _has_resolver(text: str) -> bool:
-    """Whether ``${name:…}`` may stand in the text, its name itself interpolated or not: any colon after ``${``."""
-    return "${" in text and ":" in text[text.index("${") :]
 
 
 def _quoted(path: Path) -> str:

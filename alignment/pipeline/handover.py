@@ -17,7 +17,7 @@ from alignment.config.launch import LaunchConfig
 from alignment.config.model import ModelConfig
 from alignment.config.typed import to_plain
 from alignment.data.chat_template import template_file
-from alignment.data.deadline import KILLED_BY
+from alignment.deadline import KILLED_BY
 from alignment.errors import (
     PREEMPTED,
     AlignmentError,

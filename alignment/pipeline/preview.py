@@ -13,7 +13,7 @@ from rich.console import Console
 
 from alignment import launcher
 from alignment.config.stage import EvaluateConfig, Trained
-from alignment.data.deadline import KILLED_BY, KILLED_SECONDS
+from alignment.deadline import KILLED_BY, KILLED_SECONDS
 from alignment.errors import ConfigError, ModelError
 from alignment.pipeline import handover
 from alignment.pipeline.display import display_for

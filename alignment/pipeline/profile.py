@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from alignment.config import yaml_file
 from alignment.config.near import suggestion
 from alignment.config.stage import STAGES
 from alignment.config.store import GROUPS
@@ -74,10 +73,7 @@ def read(name: str, folders: list[Path]) -> Profile:
         ConfigError: its file is not of the form above.
     """
     path = next(path for folder in folders if (path := folder / GROUP / f"{name}.yaml").is_file())
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not YAML: {error}", where=str(path)) from error
+    content = yaml_file.read(path) or {}
     parts = _group(content, [part.name for part in fields(Profile) if part.name != "name"], where=str(path))
     for part, value in parts.items():
         _group(value, _ALLOWED.get(part), where=f"{path}: {part}")

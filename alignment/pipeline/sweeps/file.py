@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from alignment.config import unique
+from alignment.config import yaml_file
 from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig
 from alignment.config.near import suggestion
@@ -119,10 +117,7 @@ def _words(values: dict[str, str]) -> list[str]:
 
 def _plain(path: Path) -> Any:
     """As YAML holds it; values of parameters as the text that an override would have, one objective as a list."""
-    try:
-        plain = unique.load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not YAML: {error}", where=str(path)) from error
+    plain = yaml_file.read(path)
     if not isinstance(plain, dict):
         return plain
     if isinstance(plain.get("objective"), dict):

@@ -1,4 +1,4 @@
-"""A bound on the time of somebody else's template, which may loop for ever over a row.
+"""A bound on the time of somebody else's words that compute: a template's loops, a recipe's interpolations.
 
 It counts the processor's time, so that a busy machine or one that slept changes nothing. What runs in Python is stopped
 by an exception. What runs in C, such as a sum over a long list, hears of no exception; then the process is ended.
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-RENDERING_SECONDS = 10.0
-"""Of the processor, for one rendering; that of a long conversation takes some milliseconds."""
+SECONDS = 10.0
+"""Of the processor, for one block; a template takes milliseconds for a long conversation."""
 KILLED_SECONDS = 30.0
 """Of the processor without a step of Python in between."""
 KILLED_BY = signal.SIGVTALRM
@@ -24,13 +24,12 @@ _AGAIN = 2.0
 
 _end: float | None = None
 """When the rendering that is under way is late, in seconds of the main thread."""
-_late: Exception
 _is_watched = False
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Sets the timers for all that is ``Bounded`` in the block, which costs more than a rendering does.
+    """Sets the timers for all that is ``Bounded`` in the block, which costs more than rendering a row does.
 
     Signals reach the main thread alone, so nothing is bounded in another one.
     """
@@ -41,7 +40,7 @@ def watched() -> Iterator[None]:
     before = signal.signal(signal.SIGPROF, _look)
     _is_watched = True
     try:
-        every = min(RENDERING_SECONDS, _LOOK_EVERY)
+        every = min(SECONDS, _LOOK_EVERY)
         signal.setitimer(signal.ITIMER_PROF, every, every)
         signal.setitimer(signal.ITIMER_VIRTUAL, KILLED_SECONDS)
         yield
@@ -52,8 +51,12 @@ def watched() -> Iterator[None]:
         _is_watched = False
 
 
+class _Late(BaseException):
+    """No ``except Exception`` of the code in the block may swallow it or make another of it."""
+
+
 class Bounded:
-    """Raises ``late`` in the block once it has computed for ``RENDERING_SECONDS``."""
+    """Raises ``late`` in the block once it has computed for ``SECONDS``."""
 
     __slots__ = ("_late", "_timers")
 
@@ -63,19 +66,21 @@ class Bounded:
 
     def __enter__(self) -> None:
         """Begins to count."""
-        global _end, _late
+        global _end
         if self._timers is not None:
             self._timers.__enter__()
         if _in_main_thread():
-            _late, _end = self._late, time.thread_time() + RENDERING_SECONDS
+            _end = time.thread_time() + SECONDS
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Counts no more."""
         global _end
         if _in_main_thread():
             _end = None
         if self._timers is not None:
             self._timers.__exit__(None, None, None)
+        if kind is _Late:
+            raise self._late
 
 
 def _look(_: int, __: FrameType | None) -> None:
@@ -84,7 +89,7 @@ def _look(_: int, __: FrameType | None) -> None:
     now = time.thread_time()
     if _end is not None and now >= _end:
         _end = now + _AGAIN  # a callback may swallow it; and Jinja needs a while to rewrite its traceback
-        raise _late
+        raise _Late
 
 
 def _in_main_thread() -> bool:

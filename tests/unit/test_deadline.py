@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from alignment.data import deadline
+from alignment import deadline
 from alignment.data.kinds import PROMPTS, tokenized
 from alignment.data.limits import Limits
 from alignment.data.records import Prompt
@@ -41,7 +41,7 @@ def test_a_template_that_does_not_end_stops_at_its_first_row(
     template: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is no fault of a row, which would be counted, and the next row be tried."""
-    monkeypatch.setattr(deadline, "RENDERING_SECONDS", 0.05)
+    monkeypatch.setattr(deadline, "SECONDS", 0.05)
     before = signal.getsignal(signal.SIGPROF)
     tokenizer.chat_template = template
     records = [Prompt(messages=ASKED, where=f"rows.jsonl:{number}") for number in (1, 2)]
@@ -53,7 +53,7 @@ def test_a_template_that_does_not_end_stops_at_its_first_row(
 
 
 def test_only_one_rendering_is_bounded_and_not_all_of_them(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deadline, "RENDERING_SECONDS", 0.02)
+    monkeypatch.setattr(deadline, "SECONDS", 0.02)
     with deadline.watched():
         texts = {render(tokenizer, ASKED, answering=True) for _ in range(1_000)}
     assert len(texts) == 1
@@ -61,7 +61,7 @@ def test_only_one_rendering_is_bounded_and_not_all_of_them(tokenizer: Any, monke
 
 def test_what_runs_in_c_and_hears_of_no_exception_ends_its_process() -> None:
     code = (
-        "from alignment.data import deadline; deadline.RENDERING_SECONDS = 0.05; deadline.KILLED_SECONDS = 0.2\n"
+        "from alignment import deadline; deadline.SECONDS = 0.05; deadline.KILLED_SECONDS = 0.2\n"
         "with deadline.Bounded(ValueError()): sum(range(10**12))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -deadline.KILLED_BY

@@ -1,0 +1,83 @@
+"""Every YAML file of a person's is read here, and Hydra's own reading of one is preceded by this one.
+
+No key stands twice in it: the second would replace the first without a word. And no alias makes a short file long: of
+seven lines, each with ten references to the one before, ten million values would come.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignment.errors import ConfigError
+
+MOST_BYTES = 1 << 20
+MOST_NODES = 10_000
+"""Values and keys, those of an alias at each of its places; the longest recipe has some hundreds."""
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Refuses what would be too much before anything is made of it."""
+        node = super().get_single_node()
+        if node is not None and _count(node, {}) > MOST_NODES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"holds more than {MOST_NODES:,} values, its aliases counted at each of their places"
+            )
+        return node
+
+
+def load(text: str) -> Any:
+    """Plain values.
+
+    Raises:
+        yaml.YAMLError: not YAML, a group has a key twice, or it holds too many values; says in which line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("groups and lists lie too deep in one another") from None
+
+
+def read(path: Path) -> Any:
+    """The plain values in a file.
+
+    Raises:
+        ConfigError: it cannot be read, is larger than a person writes, or is no YAML.
+    """
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ConfigError(f"is larger than {MOST_BYTES >> 20} MiB", where=str(path), remedy="is it the right file?")
+        return load(content.decode())
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error}", where=str(path)) from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"not YAML: {error}", where=str(path)) from error
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes come of it; more than any limit of one that holds itself."""
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = MOST_NODES + 1  # of an alias to a node that is not yet at its end
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    known[id(node)] = 1 + sum(_count(part, known) for part in parts)
+    return known[id(node)]

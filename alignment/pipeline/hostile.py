@@ -1,0 +1,35 @@
+"""What would make Hydra or OmegaConf run code, or read what lies outside the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from alignment.config.faults import Fault
+
+
+def hostile(value: Any, *, where: str) -> Iterator[Fault]:
+    """Such keys and values, wherever they lie in it."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            path = f"{where}.{key}" if where else str(key)
+            if str(key).split(".")[-1] == "_target_":
+                yield Fault(where=path, message="'_target_' is not taken: a configuration is data and never runs code")
+            if _has_resolver(str(key)):
+                yield _reads_outside(str(key), where)
+            yield from hostile(item, where=path)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from hostile(item, where=f"{where}[{number}]")
+    elif isinstance(value, str) and _has_resolver(value):
+        yield _reads_outside(value, where)
+
+
+def _reads_outside(text: str, where: str) -> Fault:
+    message = f"{text!r} is not taken: a configuration reads only itself; use ${{other.key}} or the value"
+    return Fault(where=where, message=message)
+
+
+def _has_resolver(text: str) -> bool:
+    """Whether ``${name:…}`` may stand in the text, its name itself interpolated or not: any colon after ``${``."""
+    return "${" in text and ":" in text[text.index("${") :]
