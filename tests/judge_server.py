@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -15,12 +15,16 @@ from alignment.config.evaluation import EndpointConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """An answer of the server: ``text`` as a chat completion, or a ``body`` as it stands."""
+    """An answer of the server: ``text`` as a chat completion, or a ``body`` as it stands. ``raw`` are bytes that make
+    up the whole answer, status and headers too; they come one after another until the client has enough."""
 
     text: str = ""
     status: int = 200
     body: str | None = None
     kind: str = "application/json"
+    headers: dict[str, str] = field(default_factory=dict)
+    raw: Iterable[bytes] | None = None
+    pause: float = 0.0
 
 
 Judge = Callable[[str, int], Response | None]
@@ -62,6 +66,9 @@ def serving(judge: Judge, *, port: int = 0) -> Iterator[Served]:
                 over.wait(30)
                 self.close_connection = True
                 return
+            if response.raw is not None:
+                self._trickle(response.raw, response.pause)
+                return
             body = response.body
             if body is None:
                 choice = {
@@ -75,8 +82,18 @@ def serving(judge: Judge, *, port: int = 0) -> Iterator[Served]:
             self.send_header("Content-Type", response.kind)
             self.send_header("Content-Length", str(len(body.encode())))
             self.send_header("retry-after-ms", "1")
+            for name, value in response.headers.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body.encode())
+
+        def _trickle(self, raw: Iterable[bytes], pause: float) -> None:
+            self.close_connection = True
+            with suppress(OSError):  # the client has gone
+                for piece in raw:
+                    self.wfile.write(piece)
+                    if pause and over.wait(pause):
+                        return
 
         def log_message(self, *_: Any) -> None:
             """Tests have their own output."""

@@ -46,8 +46,9 @@ class EndpointConfig:
     """An OpenAI-compatible chat endpoint: ``base_url`` ends where ``/chat/completions`` begins.
 
     ``api_key_env`` names the environment variable that holds the key; the key itself stands nowhere. ``criteria`` is
-    what the judge is told to look for. A call waits ``timeout`` seconds for an answer and is tried again ``retries``
-    times; ``concurrency`` calls are under way at once. Answers are greedy, of at most ``max_tokens`` tokens.
+    what the judge is told to look for. A call waits ``timeout`` seconds for the whole answer, which has at most 4 MiB,
+    and is tried again ``retries`` times. No redirect is followed. ``concurrency`` calls are under way at once. Answers
+    are greedy, of at most ``max_tokens`` tokens.
     """
 
     base_url: str = ""

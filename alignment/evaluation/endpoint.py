@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from alignment.config.evaluation import EndpointConfig
 from alignment.errors import ConfigError, StageError
+from alignment.evaluation.bounded_client import Refused, bounded_client
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +96,8 @@ class Endpoint:
                 temperature=0,
                 max_tokens=self._config.max_tokens,
             )
-        except (OpenAIError, ValueError) as error:  # ValueError: the body is no JSON
-            return Reply(error=self._shown(f"{type(error).__name__}: {error}"))
+        except (OpenAIError, Refused, ValueError) as error:  # ValueError: the body is no JSON
+            return Reply(error=self._shown(_reason(error)))
         try:
             return Reply(text=str(answer.choices[0].message.content or ""))
         except (AttributeError, IndexError, TypeError):
@@ -154,8 +156,22 @@ def _client(config: EndpointConfig, key: str, *, where: str) -> Any:
         ) from None
     with _without_variables():
         return OpenAI(
-            base_url=config.base_url, api_key=key or "none", timeout=config.timeout, max_retries=config.retries
+            base_url=config.base_url,
+            api_key=key or "none",
+            timeout=config.timeout,
+            max_retries=config.retries,
+            http_client=bounded_client(config.timeout),
         )
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in words."""
+    response = getattr(error, "response", None)
+    if response is not None and 300 <= response.status_code < 400:
+        target = urlsplit(response.headers.get("location", ""))
+        origin = f"{target.scheme}://{target.netloc}" if target.netloc else "another path"
+        return f"it redirects to {origin}; neither key nor prompts are sent there. If it is right, give it as base_url"
+    return str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager

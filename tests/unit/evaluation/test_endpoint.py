@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+from collections.abc import Iterator
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +164,48 @@ def test_what_was_answered_is_kept_by_who_was_asked(kept: Path) -> None:
         assert ask(config, kept, list("acd")) == ["of a", "of c", "of d"], "nobody is asked"
         replies = ask(again.config(), kept, prompts)
     assert replies == [f"now of {prompt}" for prompt in prompts], "another endpoint is asked"
+
+
+STATUS = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize("begin", [STATUS, STATUS + b"\r\n"], ids=["headers", "the body"])
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up_at_the_timeout(kept: Path, begin: bytes) -> None:
+    """A client's own timeout begins again with each of them; these would go on for hours."""
+    response = Response(raw=chain([begin], repeat(b"x", 10_000)), pause=0.05)
+    message = failing(lambda *_: response, kept, prompts=1, timeout=0.4, retries=0)
+    assert "timed out: the whole answer was not there within 0.4 s" in message or "APITimeoutError" in message
+
+
+def test_an_answer_without_end_is_not_read_to_its_end(kept: Path) -> None:
+    sent: list[int] = []
+
+    def megabytes() -> Iterator[bytes]:
+        yield STATUS + b"\r\n"
+        for number in range(400):
+            sent.append(number)
+            yield b" " * (1 << 20)
+
+    message = failing(lambda *_: Response(raw=megabytes()), kept, prompts=1, timeout=30.0, retries=0)
+    assert "its answer is longer than 4 MiB" in message
+    assert len(sent) < 40
+
+
+def test_an_answer_that_unpacks_to_more_is_refused(kept: Path) -> None:
+    packed = gzip.compress(b" " * (8 << 20))
+    head = STATUS + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
+    message = failing(lambda *_: Response(raw=[head, packed]), kept, prompts=1, retries=0)
+    assert "its answer is packed (gzip)" in message
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_takes_neither_key_nor_prompts_elsewhere(
+    kept: Path, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "sk-canary-123")
+    with serving(lambda *_: Response(text="[[A]]")) as other:
+        response = Response(status=status, body="{}", headers={"Location": f"{other.url}/chat/completions?k=1"})
+        message = failing(lambda *_: response, kept, prompts=1, api_key_env="JUDGE_KEY")
+    assert not other.requests
+    assert f"it redirects to {other.url.removesuffix('/v1')}; neither key nor prompts are sent there" in message
+    assert not kept.exists()
