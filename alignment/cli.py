@@ -134,12 +134,13 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
 
 
 def _show_plan(console: Console, recipe: str, overrides: Sequence[str]) -> None:
-    from alignment.pipeline.launching import why_not_here
+    from alignment.pipeline.launching import refuse_sizes, why_not_here
     from alignment.pipeline.plan import make_plan
     from alignment.pipeline.summary import show_plan
 
     plan = make_plan(recipe, overrides)
     show_plan(console, plan)
+    refuse_sizes(plan)
     if why := why_not_here(plan):
         console.print(f"this machine cannot start it: {why}", markup=False, highlight=False, soft_wrap=True)
 

@@ -7,7 +7,8 @@ every misspelling is found rather than the first. Nothing in a configuration can
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,9 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(_first_paragraph(error), where=str(path)) from error
     OmegaConf.set_struct(tree, False)
-    if profile is not None:
-        tree = OmegaConf.create(profile.laid_over(_written(tree)))
     values = [o for o in parsed if not _is_group(o) and not _is_profile(o)]
+    if profile is not None:
+        tree = OmegaConf.create(profile.laid_over(_written(tree), processes=_processes(profile, values)))
     value_faults = [fault for o in values for fault in _apply(o, tree)]
     plain, plain_faults = _plain(tree)
     plain.setdefault("name", path.stem)
@@ -194,6 +195,18 @@ def _profile(path: Path, search: str, overrides: list[Override]) -> tuple[Profil
     if name not in known:
         return None, [Fault(where=where, message=f"no {profiles.GROUP} '{name}'; {suggestion(name, known)}")]
     return profiles.read(name, [path.parent, conf_folder(), recipes_folder()]), []
+
+
+def _processes(profile: Profile, overrides: list[Override]) -> int:
+    """How many share a stage's rows, where the command line or the profile says so; else one."""
+    launch = profile.values.get("launch")
+    chosen = dict(launch) if isinstance(launch, Mapping) else {}
+    for override in overrides:
+        group, _, name = override.key_or_group.partition(".")
+        if group == "launch" and not override.is_delete():
+            chosen[name] = override.value()
+    numbers = [chosen.get(name, 1) for name in ("num_processes", "num_machines")]
+    return math.prod(number for number in numbers if type(number) is int and number > 0)
 
 
 def _with_choices(overrides: list[Override], profile: Profile | None) -> list[Override]:

@@ -11,9 +11,11 @@ from alignment.config.evaluation import JudgeKind
 from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments
-from alignment.config.stage import EvaluateConfig, Measuring, ReportConfig, StageConfig, Trained
+from alignment.config.sharing import ppo_faults
+from alignment.config.stage import EvaluateConfig, Measuring, PpoConfig, ReportConfig, StageConfig, Trained
 from alignment.errors import ConfigError
 from alignment.evaluation.endpoint import api_key
+from alignment.pipeline import amounts
 from alignment.pipeline.plan import Action, Plan, PlannedStage
 
 
@@ -61,8 +63,36 @@ def refuse_what_cannot_start(launch: LaunchConfig, stages: Sequence[PlannedStage
         if isinstance(stage.config, EvaluateConfig) and stage.config.judge.kind is JudgeKind.endpoint:
             api_key(stage.config.judge.endpoint, where=f"stages.{stage.name}.judge")
         if isinstance(stage.config, Trained):
-            faults += _faults(stage.config, own, f"stages.{stage.name}.optim", num_devices=num_devices)
+            faults += _size_faults(stage, own.world_size)
+            faults += _page_faults(stage.config, f"stages.{stage.name}.optim", num_devices=num_devices)
     refuse(faults)
+
+
+def refuse_sizes(plan: Plan) -> None:
+    """Batches, prompts and processes that do not go together on any machine.
+
+    Raises:
+        ConfigError: some stage that has to run could not be shared out, or has too little data for its settings.
+    """
+    launch = plan.config.launch
+    waiting = [stage for stage in plan.stages if stage.action is not Action.reuse]
+    if launch.num_processes:  # else the machine says how many there are
+        refuse([fault for stage in waiting for fault in _size_faults(stage, launch.world_size)])
+
+
+def _size_faults(stage: PlannedStage, processes: int) -> Iterator[Fault]:
+    config, where = stage.config, f"stages.{stage.name}"
+    if not isinstance(config, Trained):
+        return
+    if isinstance(config, PpoConfig):
+        yield from ppo_faults(config, processes=processes, where=where)
+    elif config.optim.batch_size % processes:
+        message = (
+            f"{config.optim.batch_size} does not divide by {processes} processes; choose a multiple of {processes}, or "
+            "another launch.num_processes"
+        )
+        yield Fault(where=f"{where}.optim.batch_size", message=message)
+    yield from amounts.faults(config, stage.seen, where=where)
 
 
 def _refuse_missing_package(launch: LaunchConfig) -> None:
@@ -74,14 +104,7 @@ def _refuse_missing_package(launch: LaunchConfig) -> None:
         )
 
 
-def _faults(config: Trained, launch: LaunchConfig, where: str, *, num_devices: int) -> Iterator[Fault]:
-    workers = launch.world_size
-    if config.optim.batch_size % workers:
-        message = (
-            f"{config.optim.batch_size} does not divide by {workers} processes; choose a multiple of {workers}, or "
-            "another launch.num_processes"
-        )
-        yield Fault(where=f"{where}.batch_size", message=message)
+def _page_faults(config: Trained, where: str, *, num_devices: int) -> Iterator[Fault]:
     # bitsandbytes itself would go on without pages, and say so in a log.
     if config.optim.moments is Moments.paged_eight_bit and not num_devices:
         yield Fault(where=f"{where}.moments", message="pages are a GPU's, and there is none; take eight_bit")

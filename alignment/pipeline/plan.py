@@ -28,7 +28,18 @@ from alignment.data.records import Conversation, PreferencePair, Question, Recor
 from alignment.data.sources import RECORDS
 from alignment.errors import ArtifactError, ModelError
 from alignment.fingerprint import digest
-from alignment.pipeline import compatibility, data_sources, identity, learned, references, scorers, settings, unread
+from alignment.pipeline import (
+    amounts,
+    compatibility,
+    data_sources,
+    identity,
+    learned,
+    references,
+    scorers,
+    settings,
+    unread,
+)
+from alignment.pipeline.amounts import Seen
 from alignment.pipeline.compose import compose
 from alignment.pipeline.data_sources import DataSource
 from alignment.pipeline.reasons import Made, made, reason_to_run
@@ -76,6 +87,7 @@ class PlannedStage:
     extra_data: dict[str, Path]
     hub_data: tuple[DataSource, ...]
     code: tuple[str, ...]
+    seen: dict[str, Seen]
     artifact: Path
     work: Path
 
@@ -118,9 +130,11 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     found = [*faults, *(fault for fault in later if fault.where not in named)]
     refuse([composition.placed(fault) for fault in found])
     config = learned.with_learned(config)
-    data = _checked_data(config)
+    data, seen = _checked_data(config)
     output = Path(config.output).expanduser().absolute()
-    builder = _Builder(config, output=output, data=data, base=resolve(config.model.source, where="model.source"))
+    builder = _Builder(
+        config, output=output, data=data, seen=seen, base=resolve(config.model.source, where="model.source")
+    )
     stages = tuple(builder.stage(name) for name in references.in_order(config.stages))
     return Plan(
         recipe=recipe,
@@ -133,25 +147,38 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     )
 
 
-def _checked_data(config: RunConfig) -> dict[str, dict[str, DataSource]]:
-    """Each stage's data by field, the first rows read of what is on this machine."""
+def _checked_data(config: RunConfig) -> tuple[dict[str, dict[str, DataSource]], dict[str, dict[str, Seen]]]:
+    """Each stage's data by field, and what was seen in the first rows of those that are on this machine."""
     located: dict[str, dict[str, DataSource]] = {}
-    read: set[Any] = set()
+    seen: dict[str, dict[str, Seen]] = {}
+    read: dict[Any, Seen] = {}
     for name, stage in config.stages.items():
-        located[name] = {}
+        located[name], seen[name] = {}, {}
         for file in _files_of(stage):
             where = f"stages.{name}.{file.field}"
-            found = located[name][file.field] = data_sources.resolve(file.data.source, where=f"{where}.source")
-            if found.path is None:
+            source = located[name][file.field] = data_sources.resolve(file.data.source, where=f"{where}.source")
+            if source.path is None:
                 continue
-            how = replace(file.data, limit=min(file.data.limit or CHECKED_ROWS, CHECKED_ROWS))
-            asked = (found.path, digest(how), how.on_error, how.max_skipped, file.record, file.checks)
-            if asked not in read:
-                for row in read_records(found.path, file.record, how):
-                    for check in file.checks:
-                        check(row)
-                read.add(asked)
-    return located
+            asked = (source.path, digest(_first_rows(file.data)), file.data.on_error, file.data.max_skipped)
+            key = (*asked, file.record, file.checks)
+            if key not in read:
+                read[key] = _read(file, source.path)
+            seen[name][file.field] = read[key]
+    return located, seen
+
+
+def _first_rows(data: SourceConfig) -> SourceConfig:
+    return replace(data, limit=min(data.limit or CHECKED_ROWS, CHECKED_ROWS))
+
+
+def _read(file: _File, path: Path) -> Seen:
+    """Looks at each of the file's first rows."""
+    how = _first_rows(file.data)
+    records = read_records(path, file.record, how)
+    for record in records:
+        for check in file.checks:
+            check(record)
+    return amounts.seen(records, whole=how.limit == file.data.limit or len(records) < CHECKED_ROWS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,12 +226,19 @@ class _Builder:
     """Plans stages in order; each finds its inputs among those planned before."""
 
     def __init__(
-        self, config: RunConfig, *, output: Path, data: dict[str, dict[str, DataSource]], base: ModelSource
+        self,
+        config: RunConfig,
+        *,
+        output: Path,
+        data: dict[str, dict[str, DataSource]],
+        seen: dict[str, dict[str, Seen]],
+        base: ModelSource,
     ) -> None:
         self.base = base
         self.sources: dict[str, ModelSource] = {}
         self._config = config
         self._data = data
+        self._seen = seen
         self._artifacts = output / "artifacts"
         self._store: list[Made] = made(self._artifacts)
         self._own = _results_of(output / "runs" / config.name)
@@ -237,6 +271,7 @@ class _Builder:
             extra_data={field: path for field, path in paths.items() if field != DATA},
             hub_data=tuple(one for one in self._data[name].values() if one.is_hub),
             code=tuple(map(str, scorers.functions(config).values())),
+            seen=self._seen[name],
             artifact=artifact,
             work=work,
         )

@@ -21,15 +21,21 @@ GROUP = "profile"
 _HUB = "hub:"
 _OTHER_DATA = ("evaluate.few_shot.data", "forgetting.questions")
 """Sources of a kind of stage beside its ``data``."""
-_ALLOWED = {"choices": tuple(GROUPS), "stages": tuple(STAGES), "instead_of_hub": ("model", *STAGES, *_OTHER_DATA)}
+_ALLOWED = {
+    "choices": tuple(GROUPS),
+    "stages": tuple(STAGES),
+    "for_each_process": tuple(STAGES),
+    "instead_of_hub": ("model", *STAGES, *_OTHER_DATA),
+}
 """Keys of a profile's parts; those of ``values`` are checked with the run's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
     """``choices`` are made of groups that the command line leaves alone. ``values`` are laid over the run, ``stages``
-    over each stage of a kind. ``instead_of_hub`` says what is read where a recipe names a hub: by every stage of a
-    kind as its ``data``, or as what a dotted name says, and as ``model``.
+    over each stage of a kind. ``for_each_process`` are more of these, whole numbers that are meant for one process and
+    taken as many times as there are processes: what is shared out. ``instead_of_hub`` says what is read where a recipe
+    names a hub: by every stage of a kind as its ``data``, or as what a dotted name says, and as ``model``.
 
     Example: ``Profile(name="smoke", stages={"ppo": {"updates": 2}})``
     """
@@ -38,16 +44,17 @@ class Profile:
     choices: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    for_each_process: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     instead_of_hub: Mapping[str, str] = field(default_factory=dict)
 
-    def laid_over(self, tree: Mapping[str, Any]) -> dict[str, Any]:
-        """The tree of a recipe with this profile's values."""
+    def laid_over(self, tree: Mapping[str, Any], *, processes: int = 1) -> dict[str, Any]:
+        """The tree of a recipe with this profile's values, for so many processes."""
         told = merged(tree, self.values)
         if "model" in self.instead_of_hub and _names_hub(told.get("model")):
             told["model"] = merged(told["model"], {"source": self.instead_of_hub["model"]})
         stages = told.get("stages")
         if isinstance(stages, Mapping):
-            told["stages"] = {name: self._stage(stage) for name, stage in stages.items()}
+            told["stages"] = {name: self._stage(stage, processes) for name, stage in stages.items()}
         return told
 
     def named(self, name: str) -> str:
@@ -55,7 +62,7 @@ class Profile:
         parts = name.split(".")  # a sweep's trials say it in the first: mine-smoke.dpo_beta.3
         return name if any(part.endswith(f"-{self.name}") for part in parts) else f"{name}-{self.name}"
 
-    def _stage(self, stage: Any) -> Any:
+    def _stage(self, stage: Any, processes: int) -> Any:
         if not isinstance(stage, Mapping):
             return stage
         kind, told = str(stage.get("kind")), dict(stage)
@@ -63,7 +70,8 @@ class Profile:
             name, _, keys = place.partition(".")
             if name == kind:
                 told = _without_hub(told, (keys or "data").split("."), source)
-        return merged(told, self.stages.get(kind, {}))
+        shared_out = times(self.for_each_process.get(kind, {}), processes)
+        return merged(merged(told, self.stages.get(kind, {})), shared_out)
 
 
 def read(name: str, folders: list[Path]) -> Profile:
@@ -77,8 +85,9 @@ def read(name: str, folders: list[Path]) -> Profile:
     parts = _group(content, [part.name for part in fields(Profile) if part.name != "name"], where=str(path))
     for part, value in parts.items():
         _group(value, _ALLOWED.get(part), where=f"{path}: {part}")
-    for kind, value in parts.get("stages", {}).items():
-        _group(value, where=f"{path}: stages.{kind}")
+    for part in ("stages", "for_each_process"):
+        for kind, value in parts.get(part, {}).items():
+            _group(value, where=f"{path}: {part}.{kind}")
     return Profile(name=name, **parts)
 
 
@@ -89,6 +98,17 @@ def merged(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in over.items()
     }
     return {**tree, **both}
+
+
+def times(tree: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """The tree with every whole number in it taken so many times."""
+
+    def taken(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return times(value, number)
+        return value * number if isinstance(value, int) and not isinstance(value, bool) else value
+
+    return {key: taken(value) for key, value in tree.items()}
 
 
 def _without_hub(tree: Mapping[str, Any], keys: Sequence[str], source: str) -> dict[str, Any]:

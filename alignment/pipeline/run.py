@@ -72,7 +72,7 @@ def run(
     if warning := frozen_rows(plan):
         display_for(console).note(warning)
     launch = plan.config.launch
-    launching.refuse_what_cannot_start(launch, _chosen(plan, only), num_devices=launching.devices_for(launch))
+    _refuse_what_cannot_start(plan, only)
     if launch.slurm.submit:
         slurm.refuse_without_slurm()
         _make_writable(plan)
@@ -81,7 +81,7 @@ def run(
     if only is None:
         jobs.refuse_queued(plan.run_folder)
     if launch.machine_rank:
-        plan = with_models(plan, display_for(console), stages=_not_reused(plan, only))
+        plan = _with_all(plan, display_for(console), only)
         return machines.follow(plan, _chosen(plan, only), console=console, command_for=command_for)
     return _execute(plan, only, console, command_for, wait=wait)
 
@@ -90,7 +90,7 @@ def _execute(plan: Plan, only: str | None, console: Console, command_for: Comman
     with held(plan.run_folder / "lock", wait=wait):
         remove_leftovers(plan.run_folder)
         display = display_for(console)
-        plan = with_models(plan, display, stages=_not_reused(plan, only))
+        plan = _with_all(plan, display, only)
         record = RunRecord(plan, only=only)
         try:
             with termination_raises():
@@ -121,7 +121,7 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
     with held(plan.run_folder / "submit.lock", wait=False):
         jobs.refuse_queued(plan.run_folder)
         with held(plan.run_folder / "lock", wait=False):  # given back before the first job wants it
-            plan = with_models(plan, display, stages=_not_reused(plan, only))
+            plan = _with_all(plan, display, only)
             RunRecord(plan, only=only).end()
         waiting = []
         for stage in _chosen(plan, only):
@@ -143,6 +143,19 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
     show_results(console, plan.run_folder, read_record(plan.run_folder))
     forgetting.refuse(_chosen(plan, only), plan.config.stages)
     return 0
+
+
+def _refuse_what_cannot_start(plan: Plan, only: str | None) -> None:
+    launch = plan.config.launch
+    launching.refuse_what_cannot_start(launch, _chosen(plan, only), num_devices=launching.devices_for(launch))
+
+
+def _with_all(plan: Plan, display: Display, only: str | None) -> Plan:
+    """The plan with all that the chosen stages take from a hub, of whose data only now anything is known."""
+    complete = with_models(plan, display, stages=_not_reused(plan, only))
+    if complete is not plan:
+        _refuse_what_cannot_start(complete, only)
+    return complete
 
 
 def refuse_missing_inputs(plan: Plan, only: str) -> None:

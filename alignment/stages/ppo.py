@@ -12,6 +12,8 @@ from transformers import TrainingArguments
 
 from alignment.algos.kl import AdaptiveKl, FixedKl
 from alignment.artifacts import read_manifest
+from alignment.config.faults import refuse
+from alignment.config.sharing import ppo_faults
 from alignment.config.stage import KlConfig, KlControl, PpoConfig, ScorerConfig
 from alignment.data.kinds import CONVERSATIONS, PROMPTS
 from alignment.data.limits import Limits
@@ -191,7 +193,7 @@ def build_trainer(
     Raises:
         ConfigError: episodes, prompts, processes and minibatches do not divide.
     """
-    _refuse_uneven_groups(config, context)
+    refuse(list(ppo_faults(config, processes=context.world_size, where=f"stages.{context.spec.stage}")))
     steps_per_update = config.ppo_epochs * config.num_minibatches
     arguments = TrainingArguments(
         **quiet_arguments(context),
@@ -223,38 +225,3 @@ def build_trainer(
     )
     trainer.add_callback(EndsOverBudget(trainer))
     return trainer
-
-
-def _refuse_uneven_groups(config: PpoConfig, context: StageContext) -> None:
-    """All answers to a prompt are sampled and learned from on one process.
-
-    Raises:
-        ConfigError: the episodes do not divide by them, or the prompts not by the processes and minibatches.
-    """
-    where = f"stages.{context.spec.stage}"
-    prompts, rest = divmod(config.optim.batch_size, config.completions_per_prompt)
-    if rest:
-        raise ConfigError(
-            f"{config.optim.batch_size} episodes do not divide by {config.completions_per_prompt} completions a prompt",
-            where=f"{where}.completions_per_prompt",
-            remedy="choose a divisor of optim.batch_size",
-        )
-    if config.prompt_baseline and config.completions_per_prompt == 1:
-        raise ConfigError(
-            "the baseline is the mean over the other completions of a prompt, and there are none",
-            where=f"{where}.prompt_baseline",
-            remedy="set completions_per_prompt to 2 or more",
-        )
-    if prompts % context.world_size:
-        raise ConfigError(
-            f"{prompts} prompts an update do not divide by {context.world_size} processes",
-            where=f"{where}.optim.batch_size",
-            remedy=f"choose a multiple of {context.world_size * config.completions_per_prompt}",
-        )
-    if prompts // config.num_minibatches < context.world_size:
-        raise ConfigError(
-            f"{config.num_minibatches} minibatches of {prompts} prompts leave {prompts // config.num_minibatches} for "
-            f"{context.world_size} processes",
-            where=f"{where}.num_minibatches",
-            remedy="choose a larger optim.batch_size, or fewer minibatches",
-        )

@@ -25,6 +25,9 @@ SOURCES = {
     "evaluate": "heldout",
 }
 
+NUM_PAIRS = 24
+"""As many as the quickstart's smallest stage needs."""
+
 MakePlan = Callable[..., Plan]
 
 
@@ -38,6 +41,11 @@ def overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (model / "model.safetensors").write_bytes(b"weights")
     for name, row in ROWS.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    more = [
+        {**ROWS["preferences"], "messages": [{**TURN, "content": f"When is {day}?"}]} for day in range(1, NUM_PAIRS)
+    ]
+    with (tmp_path / "preferences.jsonl").open("a") as stream:
+        stream.writelines(json.dumps(pair) + "\n" for pair in more)
     data = [f"stages.{stage}.data.source=path:{tmp_path / name}.jsonl" for stage, name in SOURCES.items()]
     return [f"output={tmp_path / 'out'}", f"model.source=path:{model}", *data]
 

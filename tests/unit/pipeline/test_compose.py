@@ -9,7 +9,8 @@ import yaml
 
 from alignment.config.faults import Fault
 from alignment.config.run import RunConfig
-from alignment.config.stage import STAGES, ScorerConfig
+from alignment.config.sharing import ppo_faults
+from alignment.config.stage import STAGES, PpoConfig, ScorerConfig, Trained
 from alignment.config.store import GROUPS, conf_folder, recipe_names, recipes_folder
 from alignment.config.typed import convert, typed
 from alignment.errors import ConfigError
@@ -283,6 +284,21 @@ def test_the_smoke_profile_has_values_for_every_kind_of_stage() -> None:
     assert told["instead_of_hub"].keys() == {"model", *STAGES, *others} - {"report"}
 
 
+@pytest.mark.parametrize("recipe", ["quickstart", "tldr_1b_ppo"])
+@pytest.mark.parametrize(("processes", "machines"), [(1, 1), (2, 1), (3, 1), (2, 4)])
+def test_a_smoke_run_of_several_processes_has_something_for_each(recipe: str, processes: int, machines: int) -> None:
+    told = ("profile=smoke", "launch=zero2", f"launch.num_processes={processes}", f"launch.num_machines={machines}")
+    config, every = composed(recipe, *told), processes * machines
+    for name, stage in config.stages.items():
+        if isinstance(stage, PpoConfig):
+            assert not list(ppo_faults(stage, processes=every, where=name))
+            assert (stage.data.limit, stage.guard.prompts, stage.optim.batch_size) == (8 * every, 2 * every, 4 * every)
+        elif isinstance(stage, Trained):
+            assert (stage.data.limit, stage.optim.batch_size) == (8 * every, 2 * every)
+        elif stage.kind == "evaluate":
+            assert stage.data.limit == 2  # type: ignore[union-attr]
+
+
 def test_the_command_line_has_the_last_word_over_a_profile() -> None:
     told = ("launch=ddp", "launch.num_processes=3", "stages.dpo.optim.batch_size=6", "name=mine")
     config = composed("quickstart", "profile=smoke", *told)
@@ -359,6 +375,8 @@ def test_a_profile_of_the_user_s_own_stands_beside_the_recipe(tmp_path: Path) ->
         ("stages: {dpo: 3}", "mine.yaml: stages.dpo: 3 is no group of settings"),
         ("choices: {lanch: local}", "mine.yaml: choices: unknown key 'lanch'; did you mean 'launch'?"),
         ("instead_of_hub: {modl: x}", "mine.yaml: instead_of_hub: unknown key 'modl'; did you mean 'model'?"),
+        ("for_each_process: {dop: {}}", "mine.yaml: for_each_process: unknown key 'dop'; did you mean 'dpo'?"),
+        ("for_each_process: {dpo: 3}", "mine.yaml: for_each_process.dpo: 3 is no group of settings"),
         ("values: 3", "mine.yaml: values: 3 is no group of settings"),
         ("- a", "mine.yaml: ['a'] is no group of settings"),
         ("a: [", "mine.yaml: not YAML"),

@@ -16,7 +16,7 @@ from alignment.pipeline.plan import Action
 
 
 def stage(config: Any, action: Action = Action.run) -> Any:
-    return SimpleNamespace(name="it", config=config, action=action)
+    return SimpleNamespace(name="it", config=config, action=action, seen={})
 
 
 def refuse(*stages: Any, num_devices: int = 0, **launch: Any) -> None:

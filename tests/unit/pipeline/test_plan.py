@@ -15,7 +15,7 @@ from alignment.pipeline.handover import write_stage_file
 from alignment.pipeline.new_tokens import frozen_rows
 from alignment.pipeline.plan import CHECKPOINT_MANIFEST, Action, Plan, make_plan
 from alignment.pipeline.summary import show_plan
-from tests.unit.pipeline.conftest import MakePlan, leave_artifact
+from tests.unit.pipeline.conftest import NUM_PAIRS, MakePlan, leave_artifact
 
 SKIP = ("on_error=skip", "max_skipped=0.5")
 
@@ -76,7 +76,7 @@ def test_the_content_of_data_counts_and_its_place_does_not(plan: MakePlan, tmp_p
     moved = tmp_path / "elsewhere.jsonl"
     moved.write_bytes(file.read_bytes())
     assert changed(before, plan(f"stages.dpo.data.source=path:{moved}")) == set()
-    row = json.loads(file.read_text())
+    row = json.loads(file.read_text().splitlines()[0])
     file.write_text(json.dumps({**row, "chosen": "It is on 21 March."}) + "\n")
     assert changed(before, plan()) == {"reward", "dpo", "ppo", "evaluate", "report"}
 
@@ -303,7 +303,9 @@ def test_a_reference_that_cannot_be_is_named(
 def test_a_row_that_does_not_fit_is_named_by_file_and_line(plan: MakePlan, tmp_path: Path) -> None:
     file = tmp_path / "preferences.jsonl"
     file.write_text(file.read_text() + '{"messages": []}\n')
-    with pytest.raises(DataError, match=r"preferences\.jsonl:2: 'messages' must be a list of turns and not empty"):
+    with pytest.raises(
+        DataError, match=rf"preferences\.jsonl:{NUM_PAIRS + 1}: 'messages' must be a list of turns and not empty"
+    ):
         plan()
 
 
@@ -314,7 +316,7 @@ def test_faulty_rows_may_be_skipped_by_the_plan_too(plan: MakePlan, tmp_path: Pa
     skipping = [f"stages.{stage}.data.{key}" for stage in ("reward", "dpo", "ppo") for key in SKIP]
     after = plan(*skipping)
     assert changed(before, after) == {"reward", "dpo", "ppo", "evaluate", "report"}, "the content is another"
-    file.write_text(file.read_text().splitlines()[0] + "\n")
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:NUM_PAIRS]))
     assert changed(before, plan(*skipping)) == set(), "what a faulty row would do shapes no result"
 
 

@@ -304,7 +304,7 @@ def test_a_second_hangup_does_not_cut_short_what_the_first_began() -> None:
 
 def test_a_batch_that_cannot_be_split_is_refused_before_anything_starts(align: Align) -> None:
     with pytest.raises(ConfigError) as caught:
-        align("launch.num_processes=3", "stages.ppo.optim.batch_size=30", "stages.reward.optim.batch_size=12")
+        align("launch.num_processes=3", "stages.ppo.optim.batch_size=36", "stages.reward.optim.batch_size=12")
     assert "stages.sft.optim.batch_size: 8 does not divide by 3 processes" in str(caught.value)
     assert "stages.dpo.optim.batch_size" in str(caught.value)
     assert "stages.ppo" not in str(caught.value)

@@ -349,7 +349,7 @@ def test_rows_are_held_against_what_the_rules_look_at_before_anything_starts(pla
     file = tmp_path / "preferences.jsonl"
     with pytest.raises(DataError, match=rf"{file}:1: 'answer' is missing"):
         plan(override)
-    row = json.loads(file.read_text())
+    row = json.loads(file.read_text().splitlines()[0])
     file.write_text(json.dumps({**row, "answer": "#### 21"}) + "\n" + json.dumps({**row, "answer": "soon"}) + "\n")
     plan()
     plan(override, "stages.ppo.data.limit=1")

@@ -1,0 +1,45 @@
+"""How an update of PPO is shared out: what must divide by what. The plan asks, and so does the stage itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from alignment.config.faults import Fault
+from alignment.config.stage import PpoConfig
+
+
+def ppo_faults(config: PpoConfig, *, processes: int, where: str) -> Iterator[Fault]:
+    """Why the stage at ``where`` cannot sample and learn on so many processes.
+
+    All answers to a prompt are sampled and learned from on one process.
+    """
+    episodes, group = config.optim.batch_size, config.completions_per_prompt
+    if config.prompt_baseline and group == 1:
+        message = (
+            "the baseline is the mean over the other completions of a prompt, and there are none; set "
+            "completions_per_prompt to 2 or more"
+        )
+        yield Fault(where=f"{where}.prompt_baseline", message=message)
+    if config.guard.every and config.guard.prompts < processes:
+        message = f"{config.guard.prompts} prompts for {processes} processes; choose {processes} or more"
+        yield Fault(where=f"{where}.guard.prompts", message=message)
+    prompts, rest = divmod(episodes, group)
+    if rest:
+        message = (
+            f"{episodes} episodes do not divide by {group} completions a prompt; choose a divisor of optim.batch_size"
+        )
+        yield Fault(where=f"{where}.completions_per_prompt", message=message)
+        return  # how many prompts there are, nobody can tell
+    if prompts % processes:
+        message = (
+            f"{prompts} prompts an update do not divide by {processes} processes; choose a multiple of "
+            f"{processes * group}"
+        )
+        yield Fault(where=f"{where}.optim.batch_size", message=message)
+    elif prompts // config.num_minibatches < processes:
+        least = processes * config.num_minibatches * group
+        message = (
+            f"{config.num_minibatches} minibatches of {prompts} prompts leave {prompts // config.num_minibatches} for "
+            f"{processes} processes; choose optim.batch_size={least} or more, or fewer minibatches"
+        )
+        yield Fault(where=f"{where}.num_minibatches", message=message)

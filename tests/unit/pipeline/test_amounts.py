@@ -1,0 +1,111 @@
+"""Too little data for a stage is said before anything trains: where, how much there is, and what would do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment import cli
+from alignment.config.data import DataConfig, MixedConfig
+from alignment.config.optim import OptimConfig
+from alignment.config.stage import CptConfig, DpoConfig, GuardConfig, PpoConfig, RewardConfig, SftConfig, StageConfig
+from alignment.errors import ConfigError
+from alignment.pipeline.amounts import Seen, faults
+from alignment.pipeline.launching import refuse_sizes
+from tests.unit.pipeline.conftest import ROWS, MakePlan
+
+OPTIM = OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.1)
+LONGER = OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.1, epochs=2)
+
+
+def told(config: StageConfig, *, rows: int = 8, prompts: int | None = None, whole: bool = True) -> list[str]:
+    seen = Seen(rows=rows, prompts=rows if prompts is None else prompts, whole=whole)
+    return [str(fault) for fault in faults(config, {"data": seen}, where="stages.s")]
+
+
+@pytest.mark.parametrize(
+    ("config", "amount", "message"),
+    [
+        (
+            PpoConfig(guard=GuardConfig(every=1, prompts=64)),
+            {"rows": 90, "prompts": 64},
+            "stages.s.guard.prompts: 64 prompts cannot be held out of 64; choose fewer, or set guard.every to 0",
+        ),
+        (
+            PpoConfig(guard=GuardConfig(every=1, prompts=64), data=DataConfig(fraction=0.5)),
+            {"rows": 120},
+            "stages.s.guard.prompts: 64 prompts cannot be held out of 60; choose fewer, or set guard.every to 0",
+        ),
+        (
+            RewardConfig(eval_fraction=0.1, optim=LONGER),
+            {"rows": 9, "prompts": 4},
+            "stages.s.eval_fraction: 4 prompts are too few to hold out a share of 0.1; add pairs, or set eval_fraction "
+            "to 0",
+        ),
+        (
+            SftConfig(optim=OPTIM),
+            {"rows": 7},
+            "stages.s.optim.warmup_ratio: the warm-up takes all optimiser steps, 1 with 7 rows in batches of 8; set it "
+            "to 0, or take smaller batches, more rows or more epochs",
+        ),
+        (
+            DpoConfig(optim=OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.6, max_steps=2)),
+            {"rows": 100},
+            "stages.s.optim.warmup_ratio: the warm-up takes all optimiser steps, 2 with 100 rows in batches of 8; set "
+            "it to 0, or take smaller batches, more rows or more epochs",
+        ),
+    ],
+)
+def test_data_that_is_too_little_is_named_exactly(config: StageConfig, amount: dict[str, Any], message: str) -> None:
+    assert told(config, **amount) == [message]
+
+
+@pytest.mark.parametrize(
+    ("config", "amount"),
+    [
+        (PpoConfig(guard=GuardConfig(every=1, prompts=64)), {"rows": 65}),
+        (PpoConfig(guard=GuardConfig(every=0, prompts=64)), {"rows": 2}),
+        (RewardConfig(eval_fraction=0.1, optim=OPTIM), {"rows": 9}),
+        (RewardConfig(eval_fraction=0.0, optim=LONGER), {"rows": 2}),
+        (SftConfig(optim=LONGER), {"rows": 7}),
+        (SftConfig(optim=OPTIM, packing=True), {"rows": 7}),
+        (CptConfig(optim=OPTIM), {"rows": 1}),
+        (SftConfig(optim=OPTIM), {"rows": 7, "whole": False}),
+        (SftConfig(optim=OPTIM, data=DataConfig(mix=[MixedConfig(count=50)])), {"rows": 7}),
+    ],
+)
+def test_enough_data_and_an_amount_that_nobody_knows_are_not_refused(
+    config: StageConfig, amount: dict[str, Any]
+) -> None:
+    assert told(config, **amount) == []
+
+
+def test_a_plan_counts_rows_and_different_prompts(plan: MakePlan, tmp_path: Path) -> None:
+    row = ROWS["preferences"]
+    lines = [json.dumps({**row, "chosen": f"On {day} March."}) for day in range(21, 25)]
+    other = json.dumps({**row, "messages": [{"role": "user", "content": "And the exam?"}]})
+    (tmp_path / "preferences.jsonl").write_text("\n".join([*lines, other]) + "\n")
+    stages = {stage.name: stage for stage in plan("stages.dpo.data.limit=3").stages}
+    assert (stages["reward"].seen["data"].rows, stages["reward"].seen["data"].prompts) == (5, 2)
+    assert (stages["dpo"].seen["data"].rows, stages["dpo"].seen["data"].prompts) == (3, 1)
+    assert stages["ppo"].seen["data"].whole
+
+
+def test_a_plan_refuses_sizes_that_no_machine_can_run(
+    plan: MakePlan, overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the first stage could have trained for hours before the last one said so."""
+    wrong = ("stages.ppo.completions_per_prompt=3", "stages.ppo.guard.every=1", "stages.dpo.data.limit=7")
+    with pytest.raises(ConfigError) as caught:
+        refuse_sizes(plan(*wrong))
+    lines = [line.strip() for line in str(caught.value).splitlines()]
+    assert [line.partition(": ")[0] for line in lines[1:]] == [
+        "stages.dpo.optim.warmup_ratio",
+        "stages.ppo.completions_per_prompt",
+        "stages.ppo.guard.prompts",
+    ]
+    assert cli.main(["plan", "quickstart", *overrides, *wrong]) == 2
+    assert "32 episodes do not divide by 3 completions a prompt" in capsys.readouterr().err
