@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from alignment.config.near import suggestion
 from alignment.config.stage import PpoConfig
 
 _INSTEAD: dict[tuple[type, str], str] = {
@@ -13,6 +12,6 @@ _INSTEAD: dict[tuple[type, str], str] = {
 }
 
 
-def unknown_key(cls: type, key: str, known: list[str]) -> str:
-    """What a fault says of a key that the class does not have."""
-    return f"unknown key; {_INSTEAD.get((cls, key)) or suggestion(key, known)}"
+def instead_of(cls: type, key: str) -> str | None:
+    """What took the place of a key that the class had once; None for a key that it never had."""
+    return _INSTEAD.get((cls, key))

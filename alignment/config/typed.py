@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from functools import cache
 from typing import Any
 
 from alignment.config.faults import Fault, refuse
-from alignment.config.gone import unknown_key
+from alignment.config.gone import instead_of
 from alignment.config.near import nearest, suggestion
 from alignment.config.rules import NAME, is_name, rule_of
 from alignment.config.run import RunConfig
@@ -23,6 +23,7 @@ from alignment.config.stage import STAGES, StageConfig
 from alignment.config.sweep import SweepConfig
 
 _STAGE_TYPES = tuple(STAGES.values())
+_SHOWN = 3
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -102,17 +103,33 @@ class _Conversion:
         for key, value in tree.items():
             path = _join(where, key)
             if key not in hints:
-                self._fault(path, unknown_key(cls, str(key), list(hints)))
+                self._unknown(cls, key, value, where=where, siblings=tree)
             elif cls is RunConfig and key == "stages":
                 values[key] = self._stages(value)
             else:
                 values[key] = self._field(cls, key, value, where=path, default=values[key])
         return cls(**values)
 
+    def _unknown(self, cls: type, key: Any, value: Any, *, where: str, siblings: Mapping[Any, Any]) -> None:
+        """``lr`` of a stage is meant for its ``optim``, and ``adapter.rank`` of a run for each stage's adapter."""
+        deeper = list(paths_below(cls))
+        if cls is RunConfig and isinstance(stages := siblings.get("stages"), Mapping):
+            deeper += _paths_of_stages(stages)
+        leaves = [_join(str(key), name) for name in value] if isinstance(value, Mapping) else []
+        if not any(_ending_with(leaf, deeper) for leaf in leaves):
+            leaves = [str(key)]
+        for leaf in leaves:
+            meant = [_join(where, path) for path in _ending_with(leaf, deeper)]
+            hint = f"did you mean {_either(meant)}?" if meant else suggestion(str(key), field_types(cls))
+            hint = instead_of(cls, leaf) or hint
+            self._fault(_join(where, leaf), f"unknown key; {hint}")
+
     def stage(self, tree: Any, *, where: str, siblings: list[str]) -> StageConfig | None:
         """The stage of the kind that ``tree`` names, or None after a fault."""
         if not isinstance(tree, Mapping):
-            self._fault(where, f"{tree!r} is no stage; it takes settings, beginning with 'kind'")
+            close = nearest(tree, STAGES) if isinstance(tree, str) else None
+            hint = f"; did you mean {{kind: {close}}}?" if close else ""
+            self._fault(where, f"{tree!r} is no stage; it takes settings, beginning with 'kind'{hint}")
             return None
         if "kind" not in tree:
             self._fault(where, _without_kind(where.removeprefix("stages."), siblings))
@@ -177,6 +194,31 @@ def field_types(cls: type) -> dict[str, Any]:
     """Each field of a dataclass with its resolved type, in order."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def paths_below(cls: type) -> Iterator[str]:
+    """Dotted paths of all settings of a dataclass and of those inside it, without what stands in lists."""
+    for name, hint in field_types(cls).items():
+        yield name
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from (f"{name}.{path}" for path in paths_below(hint))
+
+
+def _paths_of_stages(stages: Mapping[Any, Any]) -> list[str]:
+    kinds = [(name, STAGES.get(str(tree.get("kind")))) for name, tree in stages.items() if isinstance(tree, Mapping)]
+    return [f"stages.{name}.{path}" for name, cls in kinds if cls is not None for path in paths_below(cls)]
+
+
+def _ending_with(leaf: str, paths: Sequence[str]) -> list[str]:
+    """The shortest of the paths that end with these keys."""
+    ending = [path for path in paths if path.endswith(f".{leaf}")]
+    return [path for path in ending if path.count(".") == min(one.count(".") for one in ending)]
+
+
+def _either(names: Sequence[str]) -> str:
+    """``'a', 'b' or 'c'``, the first three of them."""
+    *others, last = [f"'{name}'" for name in names[:_SHOWN]]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def listed_dataclass(hint: Any) -> type | None:

@@ -19,7 +19,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,6 +33,7 @@ from alignment.errors import ConfigError
 from alignment.pipeline import profile as profiles
 from alignment.pipeline.hostile import hostile
 from alignment.pipeline.hydra_files import check_files
+from alignment.pipeline.overrides import parse_override
 from alignment.pipeline.profile import Profile
 
 _HYDRA = "1.3"
@@ -73,6 +74,8 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
             chosen = [o for o in parsed if _is_group(o)]
             groups, group_faults = _group_overrides(path.stem, search, _with_choices(chosen, profile))
             tree = hydra_compose(config_name=path.stem, overrides=[search, *groups])
+        except MissingConfigException as error:
+            raise ConfigError(f"{_first_paragraph(error)}{_nearest_file(error)}", where=str(path)) from error
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(_first_paragraph(error), where=str(path)) from error
     OmegaConf.set_struct(tree, False)
@@ -137,11 +140,10 @@ def _check_recipe_text(path: Path) -> None:
 
 
 def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
-    parser = OverridesParser.create()
     parsed, faults = [], []
     for text in overrides:
         try:
-            override = parser.parse_override(text)
+            override = parse_override(text)
         except HydraException:
             faults.append(_malformed(text))
             continue
@@ -301,6 +303,12 @@ def _plain(tree: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
 def _quoted(path: Path) -> str:
     escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
     return f"'file://{escaped}'"
+
+
+def _nearest_file(error: MissingConfigException) -> str:
+    """What the name in ``defaults`` may have meant."""
+    missing = (error.missing_cfg_file or "").rpartition("/")[2]
+    return f"; {suggestion(missing, error.options)}" if missing and error.options else ""
 
 
 def _first_paragraph(error: BaseException) -> str:

@@ -16,9 +16,9 @@ from alignment.config.run import RunConfig
 from alignment.config.stage import EvaluateConfig, ForgettingConfig, PpoConfig, ReportConfig, RewardCardConfig, Trained
 from alignment.config.tracking import TrackingConfig
 from alignment.data.chat_template import template_text
-from alignment.data.formats import FORMATS
+from alignment.data.formats import COLUMNS, FORMATS
 from alignment.errors import DataError
-from alignment.pipeline import judges, learned
+from alignment.pipeline import judges, learned, scorers
 
 
 def faults(config: RunConfig) -> list[Fault]:
@@ -31,7 +31,7 @@ def faults(config: RunConfig) -> list[Fault]:
             found += _master_faults(stage, config.model.dtype, where)
             found += _chain_faults(stage, config, f"{where}.adapter")
         if not isinstance(stage, ReportConfig):
-            found += _data_faults(stage.data, f"{where}.data")
+            found += _data_faults(stage.data, f"{where}.data", read_by_code=bool(scorers.functions(stage)))
         if isinstance(stage, PpoConfig):
             found += _data_faults(stage.ptx.data, f"{where}.ptx.data")
         if isinstance(stage, RewardCardConfig) and stage.learned.source:
@@ -167,13 +167,23 @@ def source_faults(data: SourceConfig, where: str) -> Iterator[Fault]:
                 yield Fault(where=f"{where}.{name}", message=message)
 
 
-def _data_faults(data: DataConfig, where: str) -> Iterator[Fault]:
-    yield from source_faults(data, where)
+def _data_faults(data: DataConfig, where: str, *, read_by_code: bool = False) -> Iterator[Fault]:
+    """``read_by_code``: a function of the user's gets the rows, with whatever columns it likes."""
+    for source, place in [(data, where), *((part, f"{where}.mix[{n}]") for n, part in enumerate(data.mix))]:
+        yield from source_faults(source, place)
+        if not read_by_code:
+            yield from _column_faults(source, place)
     for number, part in enumerate(data.mix):
         place = f"{where}.mix[{number}]"
-        yield from source_faults(part, place)
         if (part.share is None) == (part.count is None):
             yield Fault(where=place, message="set either share or count, such as share: 0.2")
     shares = sum(part.share or 0.0 for part in data.mix)
     if shares >= 1.0:
         yield Fault(where=f"{where}.mix", message=f"the shares add up to {shares:g} and leave no room for own rows")
+
+
+def _column_faults(data: SourceConfig, where: str) -> Iterator[Fault]:
+    for column in data.columns:
+        if column not in COLUMNS:
+            message = f"no format has a column of this name; {suggestion(column, COLUMNS)}"
+            yield Fault(where=f"{where}.columns.{column}", message=message)

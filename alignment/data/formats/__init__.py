@@ -18,7 +18,7 @@ from alignment.data.formats.answers import (
     TEXT,
 )
 from alignment.data.formats.conversations import KTO, MESSAGES, SHAREGPT
-from alignment.data.formats.form import Format
+from alignment.data.formats.form import PROMPTS, Format
 from alignment.data.formats.pairs import PAIRED, PREFERENCE, TRANSCRIPTS, WHOLE, WHOLE_MESSAGES
 from alignment.errors import DataError
 
@@ -42,6 +42,9 @@ _IN_ORDER = (
     TEXT,
 )
 FORMATS: dict[str, Format] = {one.name: one for one in _IN_ORDER}
+_BESIDE = ("system", "history", "input", "tools", "facts", "reference", "id", "task", "flaw", "subset")
+COLUMNS = sorted({*PROMPTS, *_BESIDE, *(name for one in _IN_ORDER for name in json.loads(one.row))})
+"""Every column that a format or a record reads."""
 
 
 def format_of(row: Any) -> Format | None:

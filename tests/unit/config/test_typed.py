@@ -43,6 +43,24 @@ FAULTS = [
         "stages.ppo.scorers[0].weight: -10000000.0 is not allowed; from -1e+06 to 1e+06",
     ),
     (with_ppo(missing_eos_penalty=-1.0), "stages.ppo.missing_eos_penalty: -1.0 is not allowed; from 0 to 1e+06"),
+    (with_stage(lr=1e-4), "stages.sft.lr: unknown key; did you mean 'stages.sft.optim.lr'?"),
+    (with_stage(rank=8), "stages.sft.rank: unknown key; did you mean 'stages.sft.adapter.rank'?"),
+    (with_ppo(target=8), "stages.ppo.target: unknown key; did you mean 'stages.ppo.kl.target'?"),
+    ({**with_stage(), "dtype": "float32"}, "dtype: unknown key; did you mean 'model.dtype'?"),
+    (
+        {**with_stage(), "adapter": {"chain": "stack"}},
+        "adapter.chain: unknown key; did you mean 'stages.sft.adapter.chain'?",
+    ),
+    (
+        {"name": "r", "stages": {name: {"kind": "sft"} for name in "abcd"}, "adapter": {"rank": 0}},
+        "adapter.rank: unknown key; did you mean 'stages.a.adapter.rank', 'stages.b.adapter.rank' or "
+        "'stages.c.adapter.rank'?",
+    ),
+    (
+        {**with_stage(), "optim": {"lr": 1, "pace": 2}},
+        "2 faults in the configuration:\n  optim.lr: unknown key; did you mean 'stages.sft.optim.lr'?\n"
+        "  optim.pace: unknown key; one of: name, summary, seed, output, model, stages, launch, tracking",
+    ),
     (with_stage(packing=1), "stages.sft.packing: 1 is not allowed; it takes true or false"),
     (with_stage(max_length=True), "stages.sft.max_length: True is not allowed; it takes a whole number"),
     (with_stage(max_length="16"), "stages.sft.max_length: '16' is not allowed; it takes a whole number"),
@@ -79,6 +97,10 @@ FAULTS = [
     (
         {"name": "run", "stages": {"dpo": {"kind": "dpo"}, "dop": {"beta": 1}}},
         "stages.dop: unknown stage; did you mean 'dpo'?",
+    ),
+    (
+        {"name": "run", "stages": {"sft": "sfft"}},
+        "stages.sft: 'sfft' is no stage; it takes settings, beginning with 'kind'; did you mean {kind: sft}?",
     ),
     ({"name": "run", "stages": {}}, "stages: a run needs at least one stage"),
     (

@@ -113,6 +113,26 @@ def test_a_recipe_of_the_user_s_own_builds_on_shipped_ones_and_brings_choices(tm
     assert composed(str(recipe), "model=smollm2_135m").model.source == "bundled:smollm2-135m"
 
 
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("stages.sft.data.source=path:bad/müller.jsonl", "path:bad/müller.jsonl"),
+        ("stages.sft.data.source=path:日本/語.jsonl", "path:日本/語.jsonl"),
+        ("stages.sft.data.source=path:my rows (1).jsonl", "path:my rows (1).jsonl"),
+        ("stages.sft.data.source=path:it's.jsonl", "path:it's.jsonl"),
+        ("stages.sft.data.source='path:in \"quotes\", ü.jsonl'", 'path:in "quotes", ü.jsonl'),
+        ("stages.sft.data.columns={prompt: Fräge, chosen: 'gut, ß'}", {"prompt": "Fräge", "chosen": "gut, ß"}),
+        ("stages.evaluate.arms=[base,path:mü]", ["base", "path:mü"]),
+        ("name=ü", "ü"),
+    ],
+)
+def test_letters_of_every_language_need_no_quotes(override: str, value: object) -> None:
+    tree = compose("quickstart", [override]).tree
+    for key in override.partition("=")[0].split("."):
+        tree = tree[key]
+    assert tree == value
+
+
 def test_misspellings_are_all_found() -> None:
     found = faults("stages.sft.pakcing=true", "stages.dpo.bata=0.1", "stages.dop.beta=1", "launch=zeroo2", "sed=1")
     assert set(found) == {
@@ -141,6 +161,16 @@ FAULTY = [
     ("~profile", "~profile: write profile=NAME, once"),
     ("profile@stages=smoke", "profile@stages=smoke: write profile=NAME, once"),
     ("~stages.pppo", "~stages.pppo: nothing to remove; did you mean 'ppo'?"),
+    ("größe=1", "größe: unknown key; one of: name, summary, seed, output, model, stages, launch, tracking"),
+    (
+        "stages.sft.data.source=path:a'b\"c",
+        "stages.sft.data.source=path:a'b\"c: not an override; write key=value, such as stages.dpo.beta=0.3",
+    ),
+    (
+        "adapter.chain=stack",
+        "adapter.chain: unknown key; did you mean 'stages.sft.adapter.chain', "
+        "'stages.reward.adapter.chain' or 'stages.dpo.adapter.chain'?",
+    ),
     ("seed=1,2", "seed=1,2: several values for one key; give one"),
     ("seed", "seed: not an override; write key=value, such as stages.dpo.beta=0.3"),
     ("=1", "=1: not an override; write key=value, such as stages.dpo.beta=0.3"),
@@ -201,7 +231,13 @@ def test_self_before_the_end_of_a_recipe_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "not YAML"), ("- a", "a recipe is a group of settings"), ("defaults: [nowhere]", "nowhere")],
+    [
+        ("a: [", "not YAML"),
+        ("- a", "a recipe is a group of settings"),
+        ("defaults: [nowhere]", "nowhere"),
+        ("defaults: [base, stage@stages.sft: sfft]", "Could not find 'stage/sfft'; did you mean 'sft'?"),
+        ("defaults: [base, launch: lokal]", "; did you mean 'local'?"),
+    ],
 )
 def test_a_recipe_that_is_none_says_so(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.yaml"

@@ -73,3 +73,18 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_command_that_instal
 
 def _nothing_is_installed(package: str) -> str:
     raise PackageNotFoundError(package)
+
+
+def test_a_column_that_no_format_has_is_named_with_the_nearest(plan: MakePlan, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan("stages.sft.data.columns={promt: x}", "stages.dpo.data.columns={zzz: x}")
+    lines = [line.strip() for line in str(caught.value).splitlines()]
+    assert lines[1] == "stages.sft.data.columns.promt: no format has a column of this name; did you mean 'prompt'?"
+    assert lines[2].startswith("stages.dpo.data.columns.zzz: no format has a column of this name; one of: answer, ")
+    (tmp_path / "score.py").write_text("def of(prompts, completions, rows): ...")
+    rows = tmp_path / "preferences.jsonl"
+    rows.write_text(rows.read_text().replace('{"messages"', '{"hard": 1, "messages"'))
+    plan(
+        f"stages.ppo.scorers=[{{source: reward}}, {{source: '{tmp_path}/score.py:of'}}]",
+        "stages.ppo.data.columns={level: hard}",
+    )
