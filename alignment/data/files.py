@@ -6,6 +6,7 @@ of JSON can also be had unparsed, to be parsed by several processes.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -88,12 +89,27 @@ def _suffix(path: Path) -> str:
 
 
 def _json_lines(path: Path) -> Iterator[Unparsed]:
+    first = True
     with caps.opened(path) as stream:
         for where, line in caps.lines(stream, path):
             if isinstance(line, DataError):
                 yield line
             elif line.strip():
+                if first and _begins_array(line):
+                    raise DataError("is one JSON array, not JSON Lines", where=str(path), remedy=_ARRAY_REMEDY)
+                first = False
                 yield JsonLine(where=where, text=line)
+
+
+def _begins_array(line: bytes) -> bool:
+    """Whether a whole file is one array, on one line or on several: a row is an object."""
+    if not line.removeprefix(codecs.BOM_UTF8).lstrip().startswith((b"[{", b"[ ", b"[\n", b"[\r")):
+        return False
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return isinstance(value[0], dict) if value else False
 
 
 def _parsed(text: bytes, where: str) -> RawRow | DataError:
@@ -180,6 +196,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Unparsed]]] = {
     ".csv": _csv,
     ".parquet": _parquet,
 }
+_ARRAY_REMEDY = "rename it to .json, or write one object a line"
 _REMEDY = (
     "give .jsonl, .json (a list of rows), .csv or .parquet, also .jsonl.gz, .json.gz, .csv.gz, or a folder of these"
 )

@@ -68,6 +68,9 @@ def test_lines_of_a_csv_are_counted_where_fields_have_breaks(tmp_path: Path) -> 
     assert rows[2].where == f"{file}:5"
 
 
+ARRAY = "a.jsonl: is one JSON array, not JSON Lines\n  → rename it to .json, or write one object a line"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -78,6 +81,9 @@ def test_lines_of_a_csv_are_counted_where_fields_have_breaks(tmp_path: Path) -> 
         ("a.jsonl.gz", b"not packed", "cannot be read or unpacked: "),
         ("a.json.gz", b"not packed", "cannot be read or unpacked: "),
         ("a.csv", b"a\n\xff\n", "not UTF-8: "),
+        ("a.jsonl", b'[{"text": "a"}, {"text": "b"}]\n', ARRAY),
+        ("a.jsonl", b'\n\xef\xbb\xbf[ {"text": "a"}]', ARRAY),
+        ("a.jsonl", b'[\n  {"text": "a"},\n  {"text": "b"}\n]\n', ARRAY),
     ],
 )
 def test_a_file_that_cannot_be_read_at_all_says_why(tmp_path: Path, name: str, content: bytes, message: str) -> None:
