@@ -76,7 +76,7 @@ def _in_words(path: tuple[str, ...], old: Any, new: Any, refs: dict[str, str]) -
             return f"arm {rest.removeprefix('stage:')} {'added' if old == _ABSENT else 'removed'}"
         return f"input {rest.removeprefix('stage:')} changes"
     if head == "base":
-        return "base model changes" if rest == "content" else f"dtype {old} → {new}"
+        return _of_base(rest, old, new)
     if head == "data":
         return "data changes"
     if head == "extra_data":
@@ -88,6 +88,16 @@ def _in_words(path: tuple[str, ...], old: Any, new: Any, refs: dict[str, str]) -
     if head == "revision":
         return "the stage itself was revised"
     return f"{'.'.join(path)} {_value(old)} → {_value(new)}"
+
+
+def _of_base(part: str, old: Any, new: Any) -> str:
+    if part == "chat_template":
+        return f"chat template {_template(old)} → {_template(new)}"
+    return "base model changes" if part == "content" else f"{part} {old} → {new}"
+
+
+def _template(digest: str) -> str:
+    return "the tokenizer's own" if digest == _ABSENT else digest[:8]
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

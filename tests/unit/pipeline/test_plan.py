@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,14 @@ def test_a_reason_names_data_seed_arms_and_inputs(plan: MakePlan, tmp_path: Path
         "arm ppo removed"
         in outcome(plan("stages.evaluate.arms=[base,base+prompt,'stage:sft','stage:dpo']"))["evaluate"]
     )
+
+
+def test_a_reason_names_the_chat_template(plan: MakePlan) -> None:
+    leave_all(plan())
+    reason = outcome(plan("model.chat_template=chatml"))["sft"]
+    assert re.fullmatch(r"run  chat template the tokenizer's own → [0-9a-f]{8} \(nearest: sft-[0-9a-f]{8}\)", reason)
+    reason = outcome(plan("model.dtype=float32", "model.chat_template=chatml"))["sft"]
+    assert re.search(r"run  chat template .* → [0-9a-f]{8}, dtype bfloat16 → float32 \(nearest", reason)
 
 
 def _with_other_data(plan: MakePlan, tmp_path: Path) -> Plan:
