@@ -1,4 +1,4 @@
-# Every target sets up what it needs; only Python 3.11 or later and make have to be there.
+# Every target sets up what it needs; only Python 3.11 (the one version tried) and make have to be there.
 PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= quickstart
