@@ -189,8 +189,18 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _nothing(_: BaseException) -> None:
+    """Nobody has to hear of an interruption."""
+
+
 def execute(
-    command: Command, *, log: Path, on_poll: Callable[[], None], grace_seconds: float, keep_open: Sequence[int] = ()
+    command: Command,
+    *,
+    log: Path,
+    on_poll: Callable[[], None],
+    grace_seconds: float,
+    on_stop: Callable[[BaseException], None] = _nothing,
+    keep_open: Sequence[int] = (),
 ) -> int:
     """Runs a command to its end, output appended to ``log``, of which beginning and end are kept where it gets long;
     returns its exit code, negative for a signal.
@@ -198,8 +208,9 @@ def execute(
     The command has a session of its own, so that Ctrl-C reaches this process alone. If this call is interrupted (by
     Ctrl-C, or an exception raised in a signal handler), the workers are asked to stop, awaited for ``grace_seconds``,
     then killed; the interruption goes on. No process of the command outlives this call. ``on_poll`` is called twice a
-    second; where it finds that they are lost and raises an AlignmentError, they are killed at once. Descriptors in
-    ``keep_open`` stay open in the command, and locks with them.
+    second; where it finds that they are lost and raises an AlignmentError, they are killed at once. ``on_stop`` is
+    called with an interruption before the wait for it. Descriptors in ``keep_open`` stay open in the command, and locks
+    with them.
     """
     with log.open("ab") as sink, _deaf_launcher():
         leader = psutil.Popen(
@@ -223,8 +234,12 @@ def execute(
         return code
     except AlignmentError:
         raise
-    except BaseException:
+    except BaseException as stop:
         family.ask_to_stop()
+        with suppress(
+            OSError, SystemExit
+        ):  # a terminal that was closed takes no words, and the worker saves all the same
+            on_stop(stop)
         family.wait(grace_seconds)
         raise
     finally:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
 
 from alignment.pipeline.handover import Progress as StageProgress
 
 _PLAIN_EVERY_SECONDS = 30.0
 _SHOWN_FIGURES = 3
+_BAR_WIDTHS = (20, 8)
+_NARROW = 110
+"""Columns of a terminal below which the bar takes the smaller width, so that its line stays one line."""
+
+Clock = Callable[[], float]
+"""Seconds that only go up."""
 _MARKS = {"done": "[green]✓[/]", "reused": "[cyan]=[/]", "failed": "[red]✗[/]", "stopped": "[yellow]–[/]"}
 
 
@@ -32,9 +41,9 @@ class Display(Protocol):
         """A stage ended: ``done``, ``reused``, ``failed`` or ``stopped``."""
 
 
-def display_for(console: Console) -> Display:
+def display_for(console: Console, clock: Clock = time.monotonic) -> Display:
     """A live bar on a terminal, plain lines elsewhere."""
-    return _Live(console) if console.is_terminal else _Plain(console)
+    return _Live(console, clock) if console.is_terminal else _Plain(console, clock)
 
 
 def duration(seconds: float | None) -> str:
@@ -54,41 +63,105 @@ def figures(progress: StageProgress) -> str:
     return "  ".join(f"{name} {value:.3g}" for name, value in list(progress.figures.items())[:_SHOWN_FIGURES])
 
 
+def steps(progress: StageProgress) -> str:
+    """``12/57``, ``12`` where nobody knows of how many, or nothing before the first."""
+    if progress.total:
+        return f"{progress.step}/{progress.total}"
+    return str(progress.step or "")
+
+
+class _Pace:
+    """How long a stage's remaining steps take, judged by all steps since it was first seen.
+
+    A window of seconds would hold no two steps of PPO, where an update and its sampling take minutes. Phases that count
+    the same steps, such as sampling and training, share a pace.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._total: int | None = None
+        self._first = self._latest = 0
+        self._began = self._reached = 0.0
+
+    def see(self, progress: StageProgress) -> None:
+        """The stage is this far now."""
+        now = self._clock()
+        if progress.total != self._total or progress.step < self._latest:
+            self._total, self._first, self._began = progress.total, progress.step, now
+            self._latest, self._reached = progress.step, now
+        elif progress.step > self._latest:
+            self._latest, self._reached = progress.step, now
+
+    def left(self) -> float | None:
+        """Seconds, or None before a step was seen to take its time."""
+        done = self._latest - self._first
+        if not self._total or not done:
+            return None
+        seconds = (self._total - self._latest) * (self._reached - self._began) / done
+        return max(0.0, seconds - (self._clock() - self._reached))
+
+
+class _Times(ProgressColumn):
+    """``0:18 elapsed, 1:02 left``; it counts on while the stage writes no progress."""
+
+    def __init__(self, pace: _Pace) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._pace = pace
+
+    def render(self, task: Task) -> Text:
+        """Called at each refresh."""
+        left = self._pace.left()
+        elapsed = f"{_clock_face(task.elapsed or 0.0)} elapsed"
+        return Text(elapsed if left is None else f"{elapsed}, {_clock_face(left)} left")
+
+
+def _clock_face(seconds: float) -> str:
+    """``1:02``, or ``1:01:02`` with hours."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 class _Live:
     """One bar, replaced by a line when its stage ends."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, clock: Clock) -> None:
         self._console = console
+        self._clock = clock
         self._bar: Progress | None = None
+        self._pace = _Pace(clock)
 
     def note(self, text: str) -> None:
         self._console.print(f"  {text}", markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def begin(self, stage: str, reason: str) -> None:
+        self._pace = _Pace(self._clock)
         self._bar = Progress(
             TextColumn("  {task.description:<10}"),
             TextColumn("{task.fields[phase]:<9}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            BarColumn(bar_width=_BAR_WIDTHS[self._console.width < _NARROW]),
+            TextColumn("{task.fields[steps]}"),
+            _Times(self._pace),
+            TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
             console=self._console,
             transient=True,
             refresh_per_second=4,
+            get_time=self._clock,
         )
-        self._bar.add_task(stage, total=None, phase="starting", figures="")
+        self._bar.add_task(stage, total=None, phase="starting", steps="", figures="")
         self._bar.start()
 
     def update(self, progress: StageProgress) -> None:
         assert self._bar is not None, "begin() comes first"
+        self._pace.see(progress)
+        task = self._bar.tasks[0]
         self._bar.update(
-            self._bar.task_ids[0],
+            task.id,
             completed=progress.step,
             total=progress.total,
             phase=progress.phase,
-            figures=figures(progress),
+            steps=steps(progress),
+            figures=figures(progress) or task.fields["figures"],  # sampling comes without, and the last ones hold
         )
 
     def end(self, stage: str, state: str, detail: str) -> None:
@@ -99,28 +172,40 @@ class _Live:
 
 
 class _Plain:
-    """A line when a stage begins, changes phase, ends, and every half minute between."""
+    """A line when a stage begins, enters a phase for the first time, and ends; between, where it has got further, one
+    every half minute at most."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, clock: Clock) -> None:
         self._console = console
+        self._clock = clock
         self._stage = ""
-        self._phase = ""
+        self._pace = _Pace(clock)
+        self._phases: set[str] = set()
+        self._printed: tuple[int, int | None] | None = None
+        self._figures = ""
         self._next = 0.0
 
     def note(self, text: str) -> None:
         self._print(text)
 
     def begin(self, stage: str, reason: str) -> None:
-        self._stage, self._phase, self._next = stage, "", 0.0
+        self._stage, self._pace = stage, _Pace(self._clock)
+        self._phases, self._printed, self._figures, self._next = set(), None, "", 0.0
         self._print(f"{stage}: starts ({reason})")
 
     def update(self, progress: StageProgress) -> None:
-        now = time.monotonic()
-        if progress.phase == self._phase and now < self._next:
+        self._pace.see(progress)
+        self._figures = figures(progress) or self._figures
+        position = (progress.step, progress.total)
+        if progress.phase in self._phases and (position == self._printed or self._clock() < self._next):
             return
-        self._phase, self._next = progress.phase, now + _PLAIN_EVERY_SECONDS
-        steps = f" {progress.step}/{progress.total}" if progress.total else ""
-        self._print(f"{self._stage}: {progress.phase}{steps}  {figures(progress)}".rstrip())
+        self._phases.add(progress.phase)
+        self._printed, self._next = position, self._clock() + _PLAIN_EVERY_SECONDS
+        left = self._pace.left()
+        remaining = "" if left is None else f", {duration(left)} left"
+        self._print(
+            f"{self._stage}: {progress.phase} {steps(progress)}".rstrip() + f"{remaining}  {self._figures}".rstrip()
+        )
 
     def end(self, stage: str, state: str, detail: str) -> None:
         self._print(f"{stage}: {state}  {detail}".rstrip())

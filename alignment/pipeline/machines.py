@@ -26,7 +26,7 @@ from alignment.pipeline import launching
 from alignment.pipeline.forgetting import FORGOT
 from alignment.pipeline.plan import Action, Plan, PlannedStage
 from alignment.pipeline.record import read_record
-from alignment.pipeline.signals import INTERRUPTED, Terminated, termination_raises
+from alignment.pipeline.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
 
 ATTEMPT = "attempt.json"
 LIFE = "machine-0.alive"
@@ -71,7 +71,7 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, comm
                 if stage.action is Action.reuse or isinstance(stage.config, Measuring | ReportConfig):
                     continue
                 console.print(f"{stage.name}: {told} waits for the first to start it", highlight=False)
-                code = _Follower(plan, stage, command_for).follow()
+                code = _Follower(plan, stage, command_for, console).follow()
                 if code:
                     return code
     except KeyboardInterrupt:
@@ -85,10 +85,11 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, comm
 class _Follower:
     """Answers attempts at one stage until its artifact is there."""
 
-    def __init__(self, plan: Plan, stage: PlannedStage, command_for: CommandFor) -> None:
+    def __init__(self, plan: Plan, stage: PlannedStage, command_for: CommandFor, console: Console) -> None:
         self._plan = plan
         self._stage = stage
         self._command_for = command_for
+        self._console = console
         self._folder = plan.run_folder / stage.name
         self._answered = ""
         self._seen_running = False
@@ -123,6 +124,7 @@ class _Follower:
             self._command_for(launch, self._folder / "stage.yaml"),
             log=self._folder / f"log-{launch.machine_rank}.txt",
             on_poll=_nothing,
+            on_stop=lambda stop: self._console.print(acknowledgement(stop), highlight=False),
             grace_seconds=launch.grace_seconds,
         )
 

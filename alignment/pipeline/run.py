@@ -40,7 +40,7 @@ from alignment.pipeline.job_file import HERE
 from alignment.pipeline.new_tokens import frozen_rows
 from alignment.pipeline.plan import Action, Plan, PlannedStage, make_plan
 from alignment.pipeline.record import RunRecord, read_record, seconds_then
-from alignment.pipeline.signals import INTERRUPTED, Terminated, termination_raises
+from alignment.pipeline.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
 from alignment.pipeline.summary import REPORT, show_results
 
 CommandFor = Callable[[LaunchConfig, Path], Command]
@@ -330,6 +330,7 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
             command_for(launch, stage_file),
             log=folder / "log.txt",
             on_poll=on_poll,
+            on_stop=lambda stop: display.note(acknowledgement(stop)),
             grace_seconds=launch.grace_seconds,
             keep_open=[lock],
         )

@@ -36,3 +36,9 @@ def termination_raises() -> Iterator[None]:
         for number, handler in before.items():
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, handler)
+
+
+def acknowledgement(stop: BaseException) -> str:
+    """What to say at once of an interruption, because the step under way may take long."""
+    again = "; press Ctrl-C again to end it at once without saving" if isinstance(stop, KeyboardInterrupt) else ""
+    return f"stopping: the stage finishes its step, saves and ends{again}"

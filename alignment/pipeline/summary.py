@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from alignment.pipeline import forgetting
-from alignment.pipeline.display import duration
+from alignment.pipeline.display import duration, steps
 from alignment.pipeline.handover import Progress
 from alignment.pipeline.new_tokens import frozen_rows
 from alignment.pipeline.plan import Action, Plan
@@ -142,7 +142,7 @@ def progress_line(progress: Progress | None) -> str:
     """``training 12/57``, or that nothing was heard yet."""
     if progress is None:
         return "starting"
-    return f"{progress.phase} {progress.step}/{progress.total}" if progress.total else progress.phase
+    return f"{progress.phase} {steps(progress)}".rstrip()
 
 
 def _in_words(comparison: dict[str, Any], labels: dict[str, str]) -> str:

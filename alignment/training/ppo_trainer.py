@@ -152,6 +152,7 @@ class PpoTrainer(Trainer):
             self.figures.values |= self.guard.look(update, self.rollouts)
             self.figures.add_seconds("guard", time.monotonic() - started)
         self._experience = self._collect(update)
+        self.context.progress("training", self.state.global_step, self.args.max_steps)
 
     def _learn(self, model: Any, experience: Experience, update: int, place: int) -> None:
         epoch, minibatch = divmod(place, self.config.num_minibatches)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,13 @@ time.sleep(60)
 """
 
 
-def interrupted(tmp_path: Path, worker: str, *, grace_seconds: float) -> float:
+def unheard(_: BaseException) -> None:
+    """Called at an interruption where nobody asks."""
+
+
+def interrupted(
+    tmp_path: Path, worker: str, *, grace_seconds: float, on_stop: Callable[[BaseException], None] = unheard
+) -> float:
     """Runs a launcher with ``worker`` under it, interrupts once it is ready, and returns the seconds that took."""
     ready = tmp_path / "ready"
 
@@ -236,13 +243,21 @@ def interrupted(tmp_path: Path, worker: str, *, grace_seconds: float) -> float:
     code = LAUNCHER.format(worker=worker.format(saved=str(tmp_path / "saved"), ready=str(ready)))
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        execute(python(code), log=tmp_path / "log.txt", on_poll=on_poll, grace_seconds=grace_seconds)
+        execute(python(code), log=tmp_path / "log.txt", on_poll=on_poll, on_stop=on_stop, grace_seconds=grace_seconds)
     return time.monotonic() - started
 
 
 def test_an_interrupted_worker_may_save_before_the_call_returns(tmp_path: Path) -> None:
-    interrupted(tmp_path, SAVES, grace_seconds=20)
-    assert (tmp_path / "saved").read_text() == "saved"
+    saved = tmp_path / "saved"
+    stops = []
+
+    def acknowledge(stop: BaseException) -> None:
+        stops.append((type(stop), saved.exists()))
+        raise BrokenPipeError("the terminal is gone")
+
+    interrupted(tmp_path, SAVES, grace_seconds=20, on_stop=acknowledge)
+    assert stops == [(KeyboardInterrupt, False)], "an interruption is acknowledged before the worker has saved"
+    assert saved.read_text() == "saved"
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_an_attempt_is_answered_once_and_another_one_again(shared: Shared) -> No
 
 def _follow_in_thread(shared: Shared) -> int:
     """Signals belong to the main thread, so the stages are followed without them."""
-    return machines._Follower(shared.plan, shared.stage, shared.command).follow()
+    return machines._Follower(shared.plan, shared.stage, shared.command, Console()).follow()
 
 
 def test_one_machine_leaves_no_word(shared: Shared) -> None:

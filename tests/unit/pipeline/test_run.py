@@ -204,16 +204,16 @@ def test_a_stage_that_was_preempted_ends_the_run_with_75(align: Align, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "state"),
+    ("number", "code", "state", "again"),
     [
-        (signal.SIGINT, 130, "interrupted"),
-        (signal.SIGTERM, 75, "preempted"),
-        (signal.SIGUSR1, 75, "preempted"),
-        (signal.SIGHUP, 75, "preempted"),
+        (signal.SIGINT, 130, "interrupted", True),
+        (signal.SIGTERM, 75, "preempted", False),
+        (signal.SIGUSR1, 75, "preempted", False),
+        (signal.SIGHUP, 75, "preempted", False),
     ],
 )
-def test_a_signal_to_the_driver_lets_the_stage_save_first(
-    align: Align, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int, state: str
+def test_a_signal_to_the_driver_is_acknowledged_and_lets_the_stage_save_first(
+    align: Align, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int, state: str, *, again: bool
 ) -> None:
     # A shell starts its background jobs with SIGINT ignored, and Python then leaves it so.
     before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGHUP)}
@@ -222,10 +222,14 @@ def test_a_signal_to_the_driver_lets_the_stage_save_first(
     monkeypatch.setenv("WORKER_FAULT", "sft:hang")
     sender = _when((align.run_folder / "sft/hanging").exists, lambda: os.kill(os.getpid(), number))
     try:
-        assert align()[0] == code
+        ended, printed = align()
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert ended == code
+    acknowledged, stopped = printed.index("stopping: the stage finishes its step, saves"), printed.index("sft: stopped")
+    assert acknowledged < stopped
+    assert ("press Ctrl-C again" in printed) is again
     sender.join()
     assert json.loads((align.run_folder / "sft/status.json").read_text())["state"] == "preempted"
     assert align.record()["state"] == state
