@@ -42,7 +42,7 @@ class ObjectiveConfig:
 
 
 class Pruner(str, Enum):
-    """``median``: a trial whose best figure so far is worse than the median of finished ones at the same step."""
+    """``median``: a trial whose latest figures are worse, in the mean, than the median of finished trials' there."""
 
     none = "none"
     median = "median"

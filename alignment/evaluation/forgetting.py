@@ -13,7 +13,8 @@ from typing import Any
 from alignment.data.records import PlainText, Question
 from alignment.evaluation.bootstrap import Interval
 from alignment.evaluation.general import Measured
-from alignment.evaluation.tables import Intervals, labels
+from alignment.evaluation.labels import labels
+from alignment.evaluation.tables import Intervals
 
 BASE = "base"
 _MOST = 700.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from alignment.config.evaluation import FEW_SHOT, PROMPTED, UNTRAINED_ARMS
@@ -45,16 +44,6 @@ class Intervals:
     def of_ratio(self, values: Sequence[float], sizes: Sequence[float]) -> Interval:
         """Σ values / Σ sizes with its 95 % interval."""
         return ratio_interval(values, sizes, samples=self.samples, seed=self.seed)
-
-
-def labels(arms: Sequence[str]) -> dict[str, str]:
-    """What a reader calls each arm: ``stage:dpo`` → ``dpo``, ``path:/models/tiny`` → ``tiny``; no two the same."""
-    short = {
-        arm: Path(arm.removeprefix("path:")).name if arm.startswith("path:") else arm.removeprefix("stage:")
-        for arm in arms
-    }
-    taken = list(short.values())
-    return {arm: label if taken.count(label) == 1 else arm for arm, label in short.items()}
 
 
 def refuse_not_finite(name: str, arm: Answered, *, rewards: list[float] | None, log_ratios: list[float] | None) -> None:

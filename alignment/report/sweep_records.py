@@ -53,8 +53,8 @@ class SweepRecord:
     """All that came of a sweep so far.
 
     ``trials`` are in order: the ``best`` first (the Pareto set where there are several goals), failed and pruned ones
-    last. ``verdict`` says in words what else may be as good. ``importance`` has, for each goal, the share of each
-    parameter; none where there are too few trials to tell.
+    last. ``verdict`` says in words what else may be as good, ``cautions`` what to know of the figures themselves.
+    ``importance`` has, for each goal, the share of each parameter; none where there are too few trials to tell.
     """
 
     name: str
@@ -69,6 +69,7 @@ class SweepRecord:
     best: list[int]
     verdict: str
     importance: list[dict[str, float]]
+    cautions: list[str] = field(default_factory=list)
 
     @property
     def done(self) -> list[Trial]:

@@ -12,7 +12,8 @@ from alignment.data.tokenize import answer_ids, prompt_ids, tokenize_rows
 from alignment.data.tokenizer import load_tokenizer
 from alignment.evaluation.arms import Answered, reward_scores, sequence_logprobs, side_by_side
 from alignment.evaluation.conclusions import conclusions
-from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, labels, refuse_not_finite, samples
+from alignment.evaluation.labels import labels
+from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, refuse_not_finite, samples
 from alignment.models.load import lineage, products_in, refuse_other_tokenizer
 from alignment.models.reward import load_reward_model
 from alignment.stages.answering import Asked, Policies, answers_of, asked_of

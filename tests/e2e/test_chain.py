@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alignment.artifacts import verify
+from alignment.pipeline.sweeps.reported import of_stage
+from alignment.stage_spec import read_spec
 from tests.e2e.conftest import Align, environment
 from tests.e2e.forked import Forked
 
@@ -38,6 +40,11 @@ def test_every_stage_leaves_an_artifact_that_verifies(finished: Align) -> None:
         manifest = verify(finished.artifact(stage), content=True)
         assert manifest.stage == stage
         assert manifest.usage["seconds"] > 0
+        if stage != "report":
+            spec = read_spec(finished.output / "runs/quickstart" / stage / "stage.yaml")
+            assert [name for name in manifest.metrics if name not in of_stage(spec.config)] == [], (
+                "a sweep may ask for it"
+            )
     assert not list(finished.output.glob("artifacts/*.work"))
 
 

@@ -10,6 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from alignment.artifacts import verify
+from alignment.config.stage import ForgettingConfig
+from alignment.pipeline.sweeps.reported import of_stage
 from tests.e2e.conftest import Align
 from tests.tiny import save_tiny_model
 
@@ -69,6 +71,8 @@ def test_the_artifact_has_every_figure(gated: Gated) -> None:
         (gated.ruined, False),
     ]
     assert manifest.metrics["perplexity/sft"] == told["arms"][1]["perplexity"]
+    config = ForgettingConfig(arms=["stage:sft", gated.ruined])
+    assert [name for name in manifest.metrics if name not in of_stage(config)] == [], "a sweep may ask for it"
     texts, questions = (
         [json.loads(line) for line in (folder / name).read_text().splitlines()]
         for name in ("texts.jsonl", "questions.jsonl")

@@ -28,7 +28,10 @@ from alignment.pipeline.sweeps.objectives import Objective
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """A sweep over a recipe, checked. ``identity`` stands for all that its trials' figures depend on."""
+    """A sweep over a recipe, checked.
+
+    ``identity`` stands for all that its trials' figures depend on; ``cautions`` are for whoever reads its outcome.
+    """
 
     name: str
     config: SweepConfig
@@ -39,6 +42,7 @@ class Sweep:
     objectives: tuple[Objective, ...]
     identity: str
     folder: Path
+    cautions: tuple[str, ...] = ()
 
     @property
     def output(self) -> Path:
@@ -88,6 +92,7 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
         objectives=found,
         identity=digest([judged, config.search, config.seed, config.objective, config.parameters, config.pruning]),
         folder=plan.output / "sweeps" / f"{plan.config.name}.{path.stem}",
+        cautions=objectives.cautions(found, plan.config.stages),
     )
 
 

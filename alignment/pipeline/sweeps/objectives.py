@@ -19,6 +19,7 @@ from alignment.errors import ConfigError, NonFiniteError
 from alignment.evaluation.pairwise import pairs_of
 from alignment.pipeline import paired
 from alignment.pipeline.record import read_record
+from alignment.pipeline.sweeps import reported
 from alignment.report.records import Interval
 
 _METRICS = [metric.value for metric in Metric]
@@ -101,13 +102,25 @@ def faults(configs: Sequence[ObjectiveConfig], stages: Mapping[str, StageConfig]
             yield Fault(where=where, message=message)
 
 
+def cautions(objectives: Sequence[Objective], stages: Mapping[str, StageConfig]) -> tuple[str, ...]:
+    """What a reader of the sweep's outcome has to know of what it is judged by."""
+    return tuple(
+        f"{one} comes from the rows that the stage learns from, so the best trial may be the one that fits these "
+        "closest; a figure on held-out rows says more, such as one of an evaluation"
+        for one in objectives
+        if not one.arm and one.metric in reported.of_stage(stages[one.stage]).training
+    )
+
+
 def _fault(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
     if bool(one.arm) == bool(one.stage):
         return "write arm: … for a figure of the evaluation, or stage: … for one that a stage reports of itself"
-    if one.metric in LESS_IS_BETTER and not one.minimize:
+    if (one.metric in LESS_IS_BETTER or reported.less_is_better(one.metric)) and not one.minimize:
         return f"the less {one.metric} the better; set minimize: true"
     if one.stage:
-        return "" if one.stage in stages else f"the recipe has no stage {one.stage!r}; {suggestion(one.stage, stages)}"
+        if one.stage not in stages:
+            return f"the recipe has no stage {one.stage!r}; {suggestion(one.stage, stages)}"
+        return reported.missing(stages[one.stage], one.metric, one.stage)
     if one.metric not in _METRICS:
         return f"no evaluation reports {one.metric!r}; {suggestion(one.metric, _METRICS)}"
     telling = _telling(one, stages)

@@ -33,6 +33,9 @@ class Curve:
         """Tells the study of new steps; the first one at which the trial ought to be stopped, or None.
 
         A stage that is done is told of and stopped no more, one that is shared with other trials among them.
+
+        Raises:
+            ConfigError: the stage's first line has no such metric, so nothing would ever be pruned; says what there is.
         """
         if self._config.pruner is Pruner.none:
             return None
@@ -43,23 +46,16 @@ class Curve:
                 return step
         return None
 
-    def refuse_unseen(self) -> None:
-        """Returns where a trial that is done showed the metric.
-
-        Raises:
-            ConfigError: it did not, so nothing would ever be pruned; says what there is.
-        """
-        self.hopeless_at()
-        if self._config.pruner is not Pruner.none and self._last < 0:
-            names = sorted({name for row in self._rows() for name in row} - {"step", "seconds"})
+    def _new_steps(self) -> Iterator[tuple[int, float]]:
+        rows = self._rows()
+        if rows and not any(self._config.metric in row for row in rows):
+            names = sorted({name for row in rows for name in row} - {"step", "seconds"})
             raise ConfigError(
                 f"stage {self._config.stage} shows no {self._config.metric!r} while it learns; "
                 f"{suggestion(self._config.metric, names)}",
                 where="pruning.metric",
             )
-
-    def _new_steps(self) -> Iterator[tuple[int, float]]:
-        for row in self._rows():
+        for row in rows:
             value = row.get(self._config.metric)
             if row["step"] > self._last and isinstance(value, (int, float)) and math.isfinite(value):
                 yield row["step"], float(value)

@@ -58,6 +58,8 @@ def show(console: Console, record: SweepRecord, wanted: Sweep) -> None:
             _say(console, f"best: {shlex.join(trial.words)}")
     if record.verdict:
         _say(console, record.verdict)
+    for caution in record.cautions:
+        _say(console, f"caution: {caution}")
     _say(console, f"report: {wanted.folder / PAGE}")
 
 
@@ -88,6 +90,7 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
         best=best,
         verdict=_verdict(trials, best, wanted, _by_prompt(study, wanted)),
         importance=_importance(study, wanted),
+        cautions=list(wanted.cautions),
     )
 
 

@@ -40,6 +40,8 @@ def sweep(recipe: str, name: str, overrides: Sequence[str], *, console: Console,
     with held(wanted.folder / "lock", wait=False):
         study.retry_cut_off()
         console.print(f"{wanted.name}: {wanted.number} trials of {wanted.run_name}", highlight=False)
+        for caution in wanted.cautions:
+            _say(console, "caution: ", caution)
         apart = at_once > 1 or wanted.config.pruning.pruner is not Pruner.none
         code = _apart(study, wanted, parts, console) if apart else _in_turn(study, wanted, console)
         if code:
@@ -131,13 +133,13 @@ class _Apart:
         """How it ended, or None while it runs: then says which stage it is at, and stops it if its curve is hopeless.
 
         Raises:
-            ConfigError: it is done, and its curve never showed the metric that it is watched by.
+            ConfigError: its curve does not show the metric that it is watched by.
         """
         outcome = self.process.ended()
         if outcome is None:
             self._watch()
         elif not outcome.code:
-            self._curve.refuse_unseen()
+            self._curve.hopeless_at()  # the study hears of the steps since the last look, and of a stage made by others
         return outcome
 
     def _watch(self) -> None:

@@ -140,7 +140,9 @@ def _pruner(config: PruningConfig) -> Any:
 
     if config.pruner is Pruner.none:
         return optuna.pruners.NopPruner()
-    return optuna.pruners.MedianPruner(n_startup_trials=config.startup_trials, n_warmup_steps=config.warmup_steps)
+    from alignment.pipeline.sweeps.median import LatestMedian
+
+    return LatestMedian(startup_trials=config.startup_trials, warmup_steps=config.warmup_steps)
 
 
 def _sampler(seed: int, trials: int) -> Any:

@@ -13,7 +13,8 @@ from alignment.data.turns import Message
 from alignment.errors import NonFiniteError
 from alignment.evaluation.arms import Answer, Answered, TokenSum
 from alignment.evaluation.house_style import GoldScore
-from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, labels, refuse_not_finite, samples
+from alignment.evaluation.labels import labels
+from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, refuse_not_finite, samples
 
 INTERVALS = Intervals(samples=500, seed=3)
 

@@ -22,6 +22,7 @@ from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import DataError, ModelError, RewardError
 from alignment.evaluation import invariance
 from alignment.models.load import Lineage
+from alignment.pipeline.sweeps.reported import of_stage
 from alignment.stage_spec import StageInput, StageSpec
 from alignment.stages.pairs import read_pairs
 from alignment.training.context import StageContext
@@ -108,6 +109,9 @@ def test_a_file_like_rewardbench_s_gives_a_whole_card(folder: Path, tmp_path: Pa
     manifest = read_manifest(spec.artifact)
     assert manifest is not None
     assert (manifest.kind, manifest.metrics["accuracy"]) == ("reward_card", card["accuracy"]["mean"])
+    assert [name for name in manifest.metrics if name not in of_stage(RewardCardConfig())] == [], (
+        "a sweep may ask for it"
+    )
     assert {"accuracy/bag_of_words", "accuracy/longer_answer", "ece", "brier", "log_loss"} <= manifest.metrics.keys()
 
 

@@ -52,13 +52,13 @@ class Runs:
         golds = [] if mean is None else [mean + noise for noise in (-0.02, 0.0, 0.02)]
         lines = [{"id": str(place), "answers": {"stage:dpo": {"gold": one}}} for place, one in enumerate(golds)]
         (artifact / "samples.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-        metrics = {"words": self.words(told)}
+        metrics = {"loss/dpo": self.words(told), "gold/dpo": self.words(told), "rewards/margins": self.words(told)}
         (artifact / MANIFEST).write_text(
             json.dumps(
                 asdict(Manifest(stage="evaluate", kind="evaluation", fingerprint="", identity={}, metrics=metrics))
             )
         )
-        stages = {"evaluate": {"kind": "evaluate", "artifact": str(artifact)}}
+        stages = {name: {"kind": name, "artifact": str(artifact)} for name in ("evaluate", "dpo")}
         (run / "run.json").write_text(json.dumps({"stages": stages}))
         (run / REPORT).touch()
         return 0

@@ -156,6 +156,14 @@ def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs:
         ({"objective": {"metric": "gold"}}, "write arm: … for a figure of the evaluation, or stage: …"),
         ({"objective": {"arm": "stage:dpo", "stage": "dpo"}}, "write arm: … for a figure of the evaluation, or"),
         ({"objective": {"stage": "rewrad"}}, "the recipe has no stage 'rewrad'; did you mean 'reward'"),
+        ({"objective": {"stage": "reward", "metric": "eval_acuracy"}}, "did you mean 'eval_accuracy'"),
+        (
+            {"objective": {"stage": "reward", "metric": "eval_loss"}},
+            "the less eval_loss the better; set minimize: true",
+        ),
+        ({"objective": {"stage": "evaluate", "metric": "gold/dop"}}, "reports no 'gold/dop'; did you mean 'gold/dpo'"),
+        ({"objective": {"stage": "ppo", "metric": "guard/kl", "minimize": True}}, "set stages.ppo.guard.every above 0"),
+        ({"objective": {"stage": "report", "metric": "gold"}}, "stage 'report' reports no figure"),
         ({"objective": [{"arm": "stage:dpo"}, {"arm": "stage:dop"}]}, "objective[1]: no stage reports gold of"),
         ({"pruning": {"pruner": "median", "stage": "evaluate"}}, "no stage 'evaluate' that learns; one of: sft"),
         (
@@ -247,13 +255,13 @@ def test_an_unknown_sweep_gets_the_nearest(runs: Runs) -> None:
 def test_two_objectives_give_the_trials_that_none_beats_in_both(runs: Runs, tmp_path: Path) -> None:
     """Beta .3 has the best gold, .5 the fewest words; .1 loses to both, .05 to .1 as well."""
     runs.words = lambda told: 30.0 - 20.0 * float(told["stages.dpo.beta"])
-    both = [{"arm": "stage:dpo"}, {"stage": "evaluate", "metric": "words", "minimize": True}]
+    both = [{"arm": "stage:dpo"}, {"stage": "evaluate", "metric": "loss/dpo", "minimize": True}]
     grid = {"search": "grid", "parameters": [{"key": "stages.dpo.beta", "values": [float(beta) for beta in BETAS]}]}
     code, printed = go(runs, own(runs, tmp_path, objective=both, **grid))
     assert code == 0
     assert "trials 2, 3 are the Pareto set" in printed
     told = json.loads((runs.output / "sweeps/quickstart.mine/sweep.json").read_text())
-    assert [goal["label"] for goal in told["goals"]] == ["gold of stage:dpo", "words of evaluate"]
+    assert [goal["label"] for goal in told["goals"]] == ["gold of stage:dpo", "loss/dpo of evaluate"]
     assert told["best"] == [2, 3]
     assert [row["number"] for row in told["trials"]] == [2, 3, 1, 0]
     assert told["trials"][0]["figures"][1] == {"mean": 24.0, "low": None, "high": None}
@@ -261,14 +269,22 @@ def test_two_objectives_give_the_trials_that_none_beats_in_both(runs: Runs, tmp_
 
 def test_a_recipe_without_an_evaluation_is_judged_by_what_a_stage_says_of_itself(runs: Runs, tmp_path: Path) -> None:
     runs.words = lambda told: float(told["stages.dpo.beta"])
-    file = own(runs, tmp_path, objective={"stage": "evaluate", "metric": "words"}, search="grid", parameters=GRID)
+    file = own(runs, tmp_path, objective={"stage": "evaluate", "metric": "gold/dpo"}, search="grid", parameters=GRID)
     assert "best: stages.dpo.beta=0.3" in go(runs, file)[1]
     runs.words = lambda told: float("nan")
     code, printed = go(runs, file, "seed=7")
-    assert (code, "words of evaluate is not a finite number" in printed) == (5, True)
-    wrong = own(runs, tmp_path, objective={"stage": "evaluate", "metric": "wrods"}, search="grid", parameters=GRID)
-    with pytest.raises(ConfigError, match="no stage reports wrods of evaluate; it reports words"):
-        go(runs, wrong)
+    assert (code, "gold/dpo of evaluate is not a finite number" in printed) == (5, True)
+
+
+def test_a_figure_of_the_training_itself_is_told_as_such(runs: Runs, tmp_path: Path) -> None:
+    file = own(runs, tmp_path, objective={"stage": "dpo", "metric": "rewards/margins"}, search="grid", parameters=GRID)
+    _, printed = go(runs, file)
+    told = "rewards/margins of dpo comes from the rows that the stage learns from"
+    assert printed.count(f"caution: {told}") == 2, "before the first trial, and below the table"
+    page = (runs.output / "sweeps/quickstart.mine/sweep.html").read_text()
+    assert f"{told[0].upper()}{told[1:]}" in page
+    held_out = own(runs, tmp_path, search="grid", parameters=GRID)
+    assert "caution" not in go(runs, held_out)[1]
 
 
 def test_what_is_drawn_does_not_depend_on_stops_in_between(runs: Runs, tmp_path: Path) -> None:

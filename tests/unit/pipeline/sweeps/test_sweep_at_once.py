@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ STEPS = 4
 class Processes:
     """In place of trials' processes: each takes a step whenever it is looked at, and is done after ``STEPS`` of them.
 
-    A step writes a line of the DPO stage's metrics.jsonl, whose loss is ``losses`` by beta.
+    A step writes a line of the DPO stage's metrics.jsonl, whose loss is ``losses`` by beta: at each step, or at all.
     """
 
     def __init__(self, runs: Runs) -> None:
@@ -30,7 +31,7 @@ class Processes:
         self.alive: list[str] = []
         self.seen: list[tuple[str, ...]] = []
         self.shares: dict[str, Share] = {}
-        self.losses: dict[str, float] = {}
+        self.losses: dict[str, float | list[float]] = {}
         self.outcomes: dict[str, Outcome] = {}
         self.interrupt_at: int | None = None
 
@@ -69,7 +70,9 @@ class Process:
             return Outcome(code=75)
         if self.steps < STEPS:
             self.steps += 1
-            line = {"step": self.steps, "loss": self.all.losses.get(self.beta, 1.0), "seconds": 1.0}
+            losses = self.all.losses.get(self.beta, 1.0)
+            loss = losses[self.steps - 1] if isinstance(losses, list) else losses
+            line = {"step": self.steps, "loss": loss, "seconds": 1.0}
             with self.curve.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
             return None
@@ -172,9 +175,32 @@ def test_a_better_curve_is_not_pruned_whichever_way_the_objective_points(
     assert len(runs.asked) == 6
 
 
-def test_a_metric_that_the_stage_does_not_show_ends_the_sweep(processes: Processes, runs: Runs, tmp_path: Path) -> None:
+def test_a_trial_is_judged_by_where_it_stands_and_not_by_where_it_began(
+    processes: Processes, runs: Runs, tmp_path: Path
+) -> None:
+    """DPO's first loss is ln 2 whatever its settings, and batches of trials that do well may lie above it."""
+    start = math.log(2)
+    usual = [start, 0.72, 0.70, 0.71]
+    processes.losses = {"0.1": usual, "0.3": usual, "0.5": [start, 1.9, 2.5, 3.1]}
+    _, printed = go(runs, median(runs, tmp_path))
+    assert "trial 2 pruned at step 2" in printed
+
+
+def test_trials_that_have_learned_nothing_yet_differ_by_rounding_and_are_not_pruned(
+    processes: Processes, runs: Runs, tmp_path: Path
+) -> None:
+    """A rate that warms up leaves the first steps' losses where they began."""
+    start = math.log(2)
+    processes.losses = {"0.1": [start] * 4, "0.3": [start] * 4, "0.5": [start + 1e-4, start + 1e-4, start, start]}
+    assert "pruned" not in go(runs, median(runs, tmp_path))[1]
+
+
+def test_a_metric_that_the_stage_does_not_show_ends_the_sweep_at_its_first_step(
+    processes: Processes, runs: Runs, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="stage dpo shows no 'los' while it learns; did you mean 'loss'"):
         go(runs, median(runs, tmp_path, metric="los"))
+    assert (runs.asked, len(processes.seen)) == ([], 1)
 
 
 @pytest.fixture

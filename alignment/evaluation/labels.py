@@ -1,0 +1,16 @@
+"""What a reader calls the arms of an evaluation; without torch, because the driver asks too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def labels(arms: Sequence[str]) -> dict[str, str]:
+    """What a reader calls each arm: ``stage:dpo`` → ``dpo``, ``path:/models/tiny`` → ``tiny``; no two the same."""
+    short = {
+        arm: Path(arm.removeprefix("path:")).name if arm.startswith("path:") else arm.removeprefix("stage:")
+        for arm in arms
+    }
+    taken = list(short.values())
+    return {arm: label if taken.count(label) == 1 else arm for arm, label in short.items()}
