@@ -18,6 +18,7 @@ from alignment.pipeline import paired
 from alignment.pipeline.record import FILE, read_record
 from alignment.report.comparison import GOLD, MOST_RUNS, build_comparison
 from alignment.report.records import Difference, Interval
+from alignment.report.settings import flat, shown
 
 NOT_SETTINGS = ("name", "output", "summary", "launch", "tracking")
 """What a run is told that changes no result."""
@@ -85,29 +86,19 @@ def _differing(told: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[str]]
 
     Of a stage that some runs do not have, it is said which do.
     """
-    flat = [_flat(one) for one in told]
+    every = [flat(one) for one in told]
     stages = {name for one in told for name in one["stages"]}
     lacking = {name for name in stages if any(name not in one["stages"] for one in told)}
     said = set()
-    for key in dict.fromkeys(key for one in flat for key in one):
+    for key in dict.fromkeys(key for one in every for key in one):
         stage = key.split(".")[1] if key.startswith("stages.") else ""
         if stage in lacking and stage not in said:
             said.add(stage)
             yield f"stages.{stage}", [one["stages"].get(stage, {}).get("kind", ABSENT) for one in told]
-        values = [str(one.get(key, ABSENT)) for one in flat]
+        values = [shown(one[key]) if key in one else ABSENT for one in every]
         counted = [value for value, one in zip(values, told, strict=True) if not stage or stage in one["stages"]]
         if len(set(counted)) > 1:
             yield key, values
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    if not isinstance(tree, Mapping):
-        return {path: tree}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{path}.{key}" if path else str(key))
-    return found
 
 
 def _show_settings(console: Console, runs: Sequence[str], differing: dict[str, list[str]]) -> None:

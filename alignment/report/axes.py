@@ -7,6 +7,9 @@ from itertools import pairwise
 
 from alignment.report import text
 
+_ROUNDING = 1e-5
+"""Share of a value below which a change is float32's, and would make ticks that differ in their last digits alone."""
+
 Points = list[tuple[float, float | None]]
 """(step, value) in order; None is a value that was not finite, drawn as a gap."""
 
@@ -33,15 +36,25 @@ def tick_labels(ticks: list[float]) -> list[str]:
     size = max(abs(tick) for tick in ticks)
     step = min((b - a for a, b in pairwise(ticks)), default=size or 1.0)
     if size >= 1e4 or (size and step < 1e-4):
-        return [text.compact(tick) for tick in ticks]
+        labels = [text.compact(tick) for tick in ticks]
+        return labels if len(set(labels)) == len(ticks) else apart(ticks)
     decimals = next((d for d in range(6) if abs(round(step, d) - step) < step * 1e-6), 5)
     return [text.number(tick, decimals) for tick in ticks]
 
 
+def apart(ticks: list[float]) -> list[str]:
+    """The ticks with as many significant digits, three or more, as tell them apart."""
+    for digits in range(3, 17):
+        labels = [f"{tick:.{digits}g}".replace("-", text.MINUS, int(tick < 0)) for tick in ticks]
+        if len(set(labels)) == len(set(ticks)):
+            break
+    return labels
+
+
 def padded(values: list[float], share: float = 0.06) -> tuple[float, float]:
-    """The range of the values with a margin; a constant gets a range around it, since a plot needs one."""
+    """The range of the values with a margin; what is constant but for rounding gets one around it."""
     low, high = min(values), max(values)
-    if high - low <= 1e-12 * max(abs(low), abs(high)):
+    if high - low <= _ROUNDING * max(abs(low), abs(high)):
         margin = abs(low) * 0.1 or 1.0
         return low - margin, high + margin
     margin = (high - low) * share

@@ -12,6 +12,8 @@ from alignment.report.plots import calibration_curve, histogram, scale_axis, sca
 from alignment.report.records import Interval, RewardCard
 from alignment.report.tables import Whisker, WhiskerPlot, bounds
 
+CHANCE = 0.5
+"""Accuracy of a judge that knows nothing."""
 FEW_WORDS = 8
 """Words of each kind that the page names."""
 
@@ -67,11 +69,11 @@ def plots(card: RewardCard) -> Iterator[Figure]:
 
 def _judges(card: RewardCard) -> WhiskerPlot:
     known = (card.model, *card.judges)
-    scale = scale_of([judge.accuracy for judge in known], within=(0.0, 1.0), include=0.5)
+    scale = scale_of([judge.accuracy for judge in known], within=(0.0, 1.0), include=CHANCE)
     rows = [
         Whisker(
             label=judge.name,
-            svg=whisker(judge.accuracy, scale, tone="trained" if judge is card.model else "plain", zero=False),
+            svg=whisker(judge.accuracy, scale, tone="trained" if judge is card.model else "plain", rule=CHANCE),
             value=text.number(judge.accuracy.mean, 3),
             bounds=bounds(judge.accuracy),
         )

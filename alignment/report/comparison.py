@@ -213,7 +213,7 @@ def _gold_plots(runs: Sequence[Told]) -> Block | None:
         PlotRow(
             arm=label,
             told=one,
-            svg=whisker(gold, scale, tone=f"s{one.look}", zero=False),
+            svg=whisker(gold, scale, tone=f"s{one.look}", rule=None),
             value=text.number(gold.mean),
             bounds=tables.bounds(gold),
         )
@@ -245,7 +245,7 @@ def _block(runs: Sequence[Told], figure: str, differences: Sequence[Difference])
             PlotRow(
                 arm=_label(one.arm),
                 told=runs[one.run],
-                svg=whisker(interval, scale, tone=f"s{one.run}", zero=True),
+                svg=whisker(interval, scale, tone=f"s{one.run}", rule=0.0),
                 value=text.signed(interval.mean),
                 bounds=_bounds(interval),
                 verdict="real" if one.real else "not shown",

@@ -5,6 +5,8 @@ Colours are classes; every text from outside passes ``Markup.format``, which esc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from markupsafe import Markup
 
 from alignment.report import text
@@ -15,54 +17,97 @@ WIDTH, HEIGHT = 940, 330
 LEFT, RIGHT, TOP, BOTTOM = 60, 70, 52, 14
 SHADES = 5
 MOST_IN_A_ROW = 4
+NARROW, ROW, MARGIN = 360, 66, 8
+"""The lying drawing: its width, what an axis takes of its height, and what is free to the left and right."""
+DIGIT = 6.5
+"""Pixels that a character of a tick takes, about."""
 
 
 def parallel(record: SweepRecord) -> Markup:
-    """The drawing, or nothing before two trials are done."""
+    """The drawing twice, with upright axes and with lying ones for a narrow screen; the style sheet shows the one that
+    fits. Nothing before two trials are done."""
     done = record.done
     if len(done) < 2:
         return Markup("")
     axes = [of_parameter(one) for one in record.parameters]
     axes += [of_goal(goal.label, done, index) for index, goal in enumerate(record.goals)]
-    lines = [_line(trial, axes, record) for trial in reversed(record.trials)]  # the best on top
-    spoken = f"{len(done)} trials, their settings and figures; the table has the same numbers"
-    return Markup('<svg class="parallel" viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg>').format(
-        WIDTH, HEIGHT, spoken, Markup("").join(lines), Markup("").join(_axis(axes, at) for at in range(len(axes)))
+    upright = _drawing(record, axes, "upright", (WIDTH, HEIGHT), _upright_point, _upright_axis)
+    lying = _drawing(record, axes, "lying", (NARROW, ROW * len(axes)), _lying_point, _lying_axis)
+    return upright + lying
+
+
+Point = Callable[[int, float, int], tuple[float, float]]
+"""From an axis' number, a place on it and the number of axes to pixels."""
+
+
+def _drawing(
+    record: SweepRecord,
+    axes: list[Axis],
+    kind: str,
+    size: tuple[int, int],
+    point: Point,
+    axis: Callable[[list[Axis], int], Markup],
+) -> Markup:
+    lines = [_line(trial, axes, record, point) for trial in reversed(record.trials)]  # the best on top
+    spoken = f"{len(record.done)} trials, their settings and figures; the table has the same numbers"
+    return Markup('<svg class="parallel {}" viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg>').format(
+        kind, *size, spoken, Markup("").join(lines), Markup("").join(axis(axes, at) for at in range(len(axes)))
     )
 
 
-def _x(at: int, number: int) -> float:
-    return LEFT + at * (WIDTH - LEFT - RIGHT) / max(1, number - 1)
+def _upright_point(at: int, place: float, number: int) -> tuple[float, float]:
+    return LEFT + at * (WIDTH - LEFT - RIGHT) / max(1, number - 1), TOP + (1 - place) * (HEIGHT - TOP - BOTTOM)
 
 
-def _y(place: float) -> float:
-    return TOP + (1 - place) * (HEIGHT - TOP - BOTTOM)
-
-
-def _axis(axes: list[Axis], at: int) -> Markup:
+def _upright_axis(axes: list[Axis], at: int) -> Markup:
     """The axis with its numbers; where there are many, every other title stands higher, so that they do not meet."""
-    x = _x(at, len(axes))
+    x, _ = _upright_point(at, 0.0, len(axes))
     anchor = "start" if at == 0 else "end" if at == len(axes) - 1 else "middle"
     shift = {"start": -LEFT + 2, "end": RIGHT - 2, "middle": 0}[anchor]
+    height = TOP - 14 - (18 * (at % 2) if len(axes) > MOST_IN_A_ROW else 0)
     parts = [
         Markup('<path class="axis" d="M{:.1f} {}V{}"/>').format(x, TOP, HEIGHT - BOTTOM),
-        Markup('<text class="head" x="{:.1f}" y="{}" text-anchor="{}">{}</text>').format(
-            x + shift, TOP - 14 - (18 * (at % 2) if len(axes) > MOST_IN_A_ROW else 0), anchor, axes[at].title
-        ),
+        _text("head", x + shift, height, anchor, axes[at].title),
     ]
     for place, label in axes[at].ticks:
-        parts.append(
-            Markup(
-                '<path class="axis" d="M{:.1f} {:.1f}h5"/><text class="tick" x="{:.1f}" y="{:.1f}">{}</text>'
-            ).format(x, _y(place), x + 8, _y(place) + 3.5, label)
-        )
+        _, y = _upright_point(at, place, len(axes))
+        parts.append(Markup('<path class="axis" d="M{:.1f} {:.1f}h5"/>').format(x, y))
+        parts.append(_text("tick", x + 8, y + 3.5, "start", label))
     return Markup("").join(parts)
 
 
-def _line(trial: Trial, axes: list[Axis], record: SweepRecord) -> Markup:
+def _lying_point(at: int, place: float, _: int) -> tuple[float, float]:
+    return MARGIN + place * (NARROW - 2 * MARGIN), ROW * at + ROW / 2
+
+
+def _lying_axis(axes: list[Axis], at: int) -> Markup:
+    """The axis under its title, with the numbers that do not run into one another below."""
+    _, y = _lying_point(at, 0.0, len(axes))
+    parts = [
+        Markup('<path class="axis" d="M{} {:.1f}H{}"/>').format(MARGIN, y, NARROW - MARGIN),
+        _text("head", MARGIN, y - 14, "start", axes[at].title),
+    ]
+    free = 0.0
+    for place, label in sorted(axes[at].ticks):
+        x, _ = _lying_point(at, place, len(axes))
+        parts.append(Markup('<path class="axis" d="M{:.1f} {:.1f}v4"/>').format(x, y))
+        half = len(label) * DIGIT / 2
+        middle = min(max(x, half), NARROW - half)
+        if middle - half >= free:
+            parts.append(_text("tick", middle, y + 16, "middle", label))
+            free = middle + half + DIGIT
+    return Markup("").join(parts)
+
+
+def _text(kind: str, x: float, y: float, anchor: str, words: str) -> Markup:
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(kind, x, y, anchor, words)
+
+
+def _line(trial: Trial, axes: list[Axis], record: SweepRecord, point: Point) -> Markup:
     """Through the trial's settings, and on through its figures where it has any."""
     values = [trial.settings[one.key] for one in record.parameters] + [item.mean for item in trial.figures]
-    points = [f"{_x(at, len(axes)):.1f} {_y(axes[at].place(value)):.1f}" for at, value in enumerate(values)]
+    places = (point(at, axes[at].place(value), len(axes)) for at, value in enumerate(values))
+    points = [f"{x:.1f} {y:.1f}" for x, y in places]
     figures = ", ".join(text.number(item.mean, 3) for item in trial.figures) or trial.state
     return Markup('<path class="trial {}" d="M{}"><title>{}</title></path>').format(
         _kind(trial, record), "L".join(points), f"trial {trial.number}: {figures}; {' '.join(trial.words)}"

@@ -16,7 +16,7 @@ from alignment.report.axes import Points, nice_ticks, padded, segments, smoothed
 from alignment.report.records import Interval
 
 WIDTH, HEIGHT = 340, 176
-LEFT, RIGHT, TOP, BOTTOM = 46, 56, 10, 24
+LEFT, RIGHT, TOP, BOTTOM = 46, 64, 10, 24
 MAX_POINTS = 420
 MIN_TO_SMOOTH = 24
 MIN_TICK_GAP = 34
@@ -101,12 +101,22 @@ def interval_curve(points: list[tuple[float, Interval]], *, title: str, guide: f
 
 
 def interval_scatter(
-    points: list[tuple[float, Interval]], ticks: list[tuple[float, str]], *, title: str, marked: set[int]
+    points: list[tuple[float, Interval]],
+    ticks: list[tuple[float, str]],
+    *,
+    title: str,
+    marked: set[int],
+    guide: float | None = None,
 ) -> Markup:
-    """Dots on their intervals at places from 0 to 1 along an axis with ``ticks``; ``marked`` ones, by index, show."""
-    scale = scale_of([item for _, item in points], within=None, include=None)
+    """Dots on their intervals at places from 0 to 1 along an axis with ``ticks``; ``marked`` ones, by index, show.
+
+    ``guide`` is drawn dotted.
+    """
+    scale = scale_of([item for _, item in points], within=None, include=guide)
     frame = Frame(low_x=-0.06, high_x=1.06, low_y=scale.low, high_y=scale.high)
     parts = [_y_axis(frame), _axis_below([frame.x(place) for place, _ in ticks], [label for _, label in ticks])]
+    if guide is not None:
+        parts.append(_rule(LEFT, frame.y(guide), WIDTH - RIGHT, "guide"))
     for index, (place, item) in enumerate(points):
         colour = 1 if index in marked else 0
         parts.append(_upright(frame.x(place), item, frame, colour))
@@ -309,12 +319,14 @@ def scale_of(intervals: list[Interval], *, within: tuple[float, float] | None, i
     return Scale(low=low, high=high, ticks=nice_ticks(low, high, 6))
 
 
-def whisker(item: Interval, scale: Scale, *, tone: str, zero: bool) -> Markup:
-    """A dot on its interval; ``zero`` draws the line that a real difference must not touch.
+def whisker(item: Interval, scale: Scale, *, tone: str, rule: float | None) -> Markup:
+    """A dot on its interval; ``rule`` is where a line stands that says something: no difference, or chance.
 
     The inner drawing hangs at half height, so that its parts keep their size in a row of any height.
     """
-    grid = [_vertical(scale.percent(tick), "zero" if zero and tick == 0 else "grid") for tick in scale.ticks]
+    grid = [_vertical(scale.percent(tick), "grid") for tick in scale.ticks if tick != rule]
+    if rule is not None:
+        grid.append(_vertical(scale.percent(rule), "guide" if rule else "zero"))
     parts = []
     if item.low is not None and item.high is not None:
         low, high = scale.percent(item.low), scale.percent(item.high)

@@ -66,6 +66,7 @@ class Evaluated:
     """The tables and plots of the evaluation."""
 
     plot: tables.WhiskerPlot | None
+    arms: tables.ArmTable
     comparisons: list[tables.ComparisonRow]
     axis: Markup
     judged: list[tables.JudgedRow]
@@ -78,6 +79,7 @@ def _evaluated(evaluation: Evaluation | None) -> Evaluated | None:
     comparisons, axis = tables.comparison_rows(evaluation)
     return Evaluated(
         plot=tables.gold_plot(evaluation),
+        arms=tables.arm_table(evaluation),
         comparisons=comparisons,
         axis=axis,
         judged=tables.judged_rows(evaluation),

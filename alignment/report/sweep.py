@@ -9,6 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from alignment.report import text
+from alignment.report.card_page import CHANCE
 from alignment.report.pages import template, write_page
 from alignment.report.parallel import parallel
 from alignment.report.plots import interval_scatter
@@ -33,6 +34,8 @@ def sweep_page(record: SweepRecord) -> str:
         parallel=parallel(record),
         slices=_slices(record),
         importance=_importance(record),
+        unfinished=len(record.trials) < record.number,
+        importance_to_come=len(record.parameters) > 1 and record.number >= FEWEST_FOR_IMPORTANCE,
         fewest=FEWEST_FOR_IMPORTANCE,
     )
 
@@ -85,9 +88,16 @@ def _slices(record: SweepRecord) -> list[Slice]:
         for parameter in record.parameters:
             axis = of_parameter(parameter)
             points = [(axis.place(trial.settings[parameter.key]), trial.figures[index]) for trial in done]
-            svg = interval_scatter(points, axis.ticks, title=f"{goal.label} over {axis.title}", marked=marked)
+            title = f"{goal.label} over {axis.title}"
+            svg = interval_scatter(points, axis.ticks, title=title, marked=marked, guide=_chance(goal.label))
             found.append(Slice(title=axis.title, goal=goal.label, svg=svg))
     return found
+
+
+def _chance(goal: str) -> float | None:
+    """What a figure comes to by chance, where that is known."""
+    metric = goal.partition(" of ")[0]
+    return CHANCE if "accurac" in metric or metric.startswith("win_rate") else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from alignment.report import text
-from alignment.report.axes import nice_ticks, padded, tick_labels
+from alignment.report.axes import apart, nice_ticks, padded, tick_labels
 from alignment.report.sweep_records import Parameter, Setting, Trial
 
 
@@ -38,7 +38,7 @@ def of_parameter(parameter: Parameter) -> Axis:
 def of_goal(label: str, trials: list[Trial], index: int) -> Axis:
     """The figures of trials that are done, with a margin."""
     low, high = padded([trial.figures[index].mean for trial in trials])
-    return _linear(label, low, high)
+    return _linear(text.name(label, limit=30), low, high)
 
 
 def short(key: str) -> str:
@@ -73,4 +73,7 @@ def _logarithmic(title: str, low: float, high: float) -> Axis:
     def place(value: Setting) -> float:
         return math.log(float(value) / low) / math.log(high / low)
 
-    return Axis(title=title, ticks=[(place(tick), f"{tick:.3g}") for tick in log_ticks(low, high)], place=place)
+    ticks = log_ticks(low, high)
+    return Axis(
+        title=title, ticks=[(place(tick), label) for tick, label in zip(ticks, apart(ticks), strict=True)], place=place
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from markupsafe import Markup
 from alignment.report import text
 from alignment.report.curves import CHOICES
 from alignment.report.plots import Scale, scale_axis, scale_of, whisker
-from alignment.report.records import Evaluation, Interval, Run, Stage
+from alignment.report.records import Arm, Evaluation, Interval, Run, Stage
+from alignment.report.settings import flat, shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,13 +56,54 @@ def gold_plot(evaluation: Evaluation) -> WhiskerPlot | None:
     rows = [
         Whisker(
             label=arm.label,
-            svg=whisker(gold, scale, tone="trained" if arm.name.startswith("stage:") else "plain", zero=False),
+            svg=whisker(gold, scale, tone="trained" if arm.name.startswith("stage:") else "plain", rule=None),
             value=text.number(gold.mean),
             bounds=bounds(gold),
         )
         for arm, gold in known
     ]
     return WhiskerPlot(rows=rows, axis=scale_axis(scale))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArmTable:
+    """A row for each arm, (label, cells); a cell is (figure, bounds) and stands under a heading."""
+
+    headings: list[str]
+    rows: list[tuple[str, list[tuple[str, str]]]]
+
+
+def _figure(item: Interval | None, digits: int = 2) -> tuple[str, str]:
+    return ("–", "") if item is None else (text.number(item.mean, digits), bounds(item, digits))
+
+
+def _share(item: Interval | None) -> tuple[str, str]:
+    if item is None:
+        return "–", ""
+    return text.share(item.mean), "" if item.low is None else f"{text.share(item.low)} to {text.share(item.high)}"
+
+
+_OF_ARMS: dict[str, Callable[[Arm], tuple[str, str]]] = {
+    "gold": lambda arm: _figure(arm.gold),
+    "style": lambda arm: _figure(arm.style),
+    "facts": lambda arm: _figure(arm.facts),
+    "words": lambda arm: _figure(arm.words, 1),
+    "reward": lambda arm: _figure(arm.reward),
+    "log-ratio": lambda arm: _figure(arm.greedy_log_ratio, 1),
+    "loss, nats": lambda arm: _figure(arm.loss),
+    "perplexity": lambda arm: _figure(arm.perplexity, 1),
+    "refusals": lambda arm: _share(arm.refusals),
+    "distinct": lambda arm: (text.share(arm.distinct), ""),
+    "ended": lambda arm: _share(arm.ended),
+}
+
+
+def arm_table(evaluation: Evaluation) -> ArmTable:
+    """The figures of the arms; one that no arm has is left out."""
+    every = {heading: [of_arm(arm) for arm in evaluation.arms] for heading, of_arm in _OF_ARMS.items()}
+    columns = {heading: cells for heading, cells in every.items() if any(value != "–" for value, _ in cells)}
+    rows = [(arm.label, [cells[place] for cells in columns.values()]) for place, arm in enumerate(evaluation.arms)]
+    return ArmTable(headings=list(columns), rows=rows)
 
 
 def comparison_rows(evaluation: Evaluation) -> tuple[list[ComparisonRow], Markup]:
@@ -81,7 +123,7 @@ def comparison_rows(evaluation: Evaluation) -> tuple[list[ComparisonRow], Markup
                 bounds=f"{text.signed(item.low)} to {text.signed(item.high)}",
                 verdict="real" if item.real else "not shown",
                 tone=tone,
-                svg=whisker(interval, scale, tone=tone, zero=True),
+                svg=whisker(interval, scale, tone=tone, rule=0.0),
             )
         )
     return rows, scale_axis(scale)
@@ -146,16 +188,7 @@ def task_rows(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, int]]]]
 
 def settings(stage: Stage) -> list[tuple[str, str]]:
     """The stage's resolved configuration as (dotted key, value)."""
-    return list(_flat(stage.config, ""))
-
-
-def _flat(value: Any, prefix: str) -> list[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        return [pair for key, item in value.items() for pair in _flat(item, f"{prefix}.{key}" if prefix else str(key))]
-    if not prefix:
-        return []
-    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return [(text.name(prefix, limit=120), text.prose(shown))]
+    return [(text.name(key, limit=120), text.prose(shown(value))) for key, value in flat(stage.config).items()]
 
 
 def lineage(stage: Stage) -> list[tuple[str, str]]:
@@ -164,7 +197,7 @@ def lineage(stage: Stage) -> list[tuple[str, str]]:
     if manifest is None:
         return []
     inputs = [f"{slot} {_short(value)}" for slot, value in _pairs(manifest.inputs)]
-    base = [f"{key}: {_short(value)}" for key, value in _pairs(manifest.base) if value not in (None, "", {}, [])]
+    base = [f"{key}: {_short(value)}" for key, value in flat(manifest.base).items() if value not in (None, "", {}, [])]
     data = [f"{key}: {value}" for key, value in _hashes(manifest.identity, "") if "data" in key]
     adapters = manifest.adapters if isinstance(manifest.adapters, list) else []
     entries = [
@@ -173,10 +206,10 @@ def lineage(stage: Stage) -> list[tuple[str, str]]:
         ("base", ", ".join(base)),
         ("adapters, in order", " → ".join(str(item) for item in adapters)),
         ("data", ", ".join(data)),
-        ("tokenizer", str(manifest.tokenizer_sha256)),
-        ("chat template", str(manifest.chat_template_sha256)),
-        ("git commit", str(manifest.git_commit)),
-        ("made", str(manifest.created)),
+        ("tokenizer", str(manifest.tokenizer_sha256 or "")),
+        ("chat template", str(manifest.chat_template_sha256 or "")),
+        ("git commit", str(manifest.git_commit or "")),
+        ("made", str(manifest.created or "")),
         ("packages", ", ".join(f"{key} {value}" for key, value in sorted(_pairs(manifest.versions)))),
     ]
     return [(heading, text.name(value, limit=2000)) for heading, value in entries if value]
@@ -188,8 +221,7 @@ def _pairs(value: Any) -> list[tuple[str, Any]]:
 
 def _short(value: Any) -> str:
     """A long hash by its first twelve digits; the manifest beside it has the rest."""
-    shown = str(value)
-    return shown[:12] if _is_hash(shown) else shown
+    return value[:12] if _is_hash(value) else shown(value)
 
 
 def _is_hash(value: Any) -> bool:

@@ -90,7 +90,7 @@ def _interval_row(row: Row, scale: Scale, top: int) -> Markup:
     figure = Markup('<text class="name" x="{}" y="{}" text-anchor="end">{}</text>').format(
         _NAME + _PLOT + _VALUE - 6, top + 17, text.signed(row.interval.mean)
     )
-    return name + _plot(whisker(row.interval, scale, tone=row.tone, zero=True), top, _ROW) + figure
+    return name + _plot(whisker(row.interval, scale, tone=row.tone, rule=0.0), top, _ROW) + figure
 
 
 def _plot(inner: Markup, top: int, height: int) -> Markup:

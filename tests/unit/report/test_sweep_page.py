@@ -95,7 +95,7 @@ def test_several_figures_name_the_trials_that_none_beats() -> None:
     said = words(html)
     assert "2 of 3 trials so far are not beaten in every figure by another." in said
     assert html.count('<pre class="command">') == 4
-    assert "Told for two settings or more, from 10 trials on" in said
+    assert "Drawn once 10 trials have come to their end." in said
 
 
 @pytest.mark.parametrize("trials", [0, 1])
