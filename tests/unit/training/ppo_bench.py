@@ -116,6 +116,7 @@ def bench_in(folder: Path) -> Callable[..., Bench]:
         model = ModelConfig(source=BASE_SOURCE, dtype=dtype)
         spec = tiny_spec(folder / name, config, base_path=base, model=model)
         context = StageContext(spec=spec, rank=0, world_size=1)
+        torch.manual_seed(context.seed("worker") % 2**32)  # as the worker does: a fresh adapter is drawn from it
         roles = stage.roles_of(config, context, found, made[adapter.kind] if reward else None)
         told = Prompts(ids=prompts, rows=range(len(prompts)))
         trainer = stage.build_trainer(config, context, roles, told, frozenset({END}), rewards or OwnReward(roles))
