@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, TaskType
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
@@ -154,6 +157,50 @@ def test_a_damaged_artifact_is_not_exported(tmp_path: Path, base: Lineage) -> No
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     with pytest.raises(ArtifactError, match="content differs"):
         export(saved.path, base.base, tmp_path / "out", form="model", max_gap=0.01)
+
+
+def _damage(file: Path, part: str) -> None:
+    """Doubles the weights of a written file whose names hold ``part``."""
+    weights = load_file(file)
+    assert any(part in name for name in weights)
+    save_file({name: 2 * held if part in name else held for name, held in weights.items()}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        (AdapterKind.full, "model"),
+        (AdapterKind.lora, "model"),
+        (AdapterKind.lora, "adapter"),
+        (AdapterKind.full, "reward"),
+        (AdapterKind.lora, "reward"),
+    ],
+)
+def test_what_was_written_wrong_is_not_exported(
+    tmp_path: Path, base: Lineage, monkeypatch: pytest.MonkeyPatch, kind: AdapterKind, form: str
+) -> None:
+    """A disk, a library or a bug of ours has changed a weight on its way into the file."""
+    if form == "reward":
+        saved = tiny_reward(tmp_path, AdapterConfig(kind=kind, rank=4), found=base, identity=IDENTITY)
+    else:
+        _, saved = _trained(tmp_path, base, kind)
+    save_pretrained, copytree = PreTrainedModel.save_pretrained, shutil.copytree
+
+    def save(model: PreTrainedModel, folder: str, **told: Any) -> None:
+        save_pretrained(model, folder, **told)
+        _damage(Path(folder) / "model.safetensors", "score" if form == "reward" else "layers.1.mlp.up_proj")
+
+    def copy(source: Path, folder: Path) -> None:
+        copytree(source, folder)
+        _damage(Path(folder) / "adapter_model.safetensors", "lora_B")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    monkeypatch.setattr("alignment.export.shutil.copytree", copy)
+    told = "adapter" if form == "adapter" else "model"
+    with pytest.raises(ModelError, match=r"what was written differs by .* from what was meant; nothing was exported"):
+        export(saved.path, base.base, tmp_path / "out", form=told, max_gap=0.01)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_the_gap_is_a_mean_kl() -> None:
