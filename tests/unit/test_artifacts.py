@@ -56,6 +56,15 @@ def test_damage_is_found_by_size_and_by_content(tmp_path: Path) -> None:
         verify(tmp_path / "made", content=False)
 
 
+def test_a_manifest_that_names_a_file_outside_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"weights")
+    publish(content(tmp_path / "work"), tmp_path / "made", EMPTY)
+    manifest = tmp_path / "made" / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"model/weights"', '"../secret"'))
+    with pytest.raises(ArtifactError, match=r"its manifest names a file outside: '\.\./secret'"):
+        verify(tmp_path / "made", content=True)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"stage": "sft"}', '{"unknown": 1}'])
 def test_a_manifest_that_cannot_be_read_says_so(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)

@@ -19,9 +19,10 @@ from alignment import worker
 from alignment.config.model import ModelConfig
 from alignment.config.stage import SftConfig
 from alignment.data.chat_template import template_text
-from alignment.errors import DataError
+from alignment.errors import DataError, NonFiniteError
 from alignment.fingerprint import content_sha256, digest
 from alignment.training.context import StageContext
+from alignment.training.session import Preempted
 from alignment.worker import _refuse_changed_data
 from tests.tiny import tiny_spec
 
@@ -106,6 +107,45 @@ def test_a_signal_while_torch_is_imported_stops_the_stage_before_it_began(tmp_pa
     assert done.returncode == 75, done.stderr
     status = json.loads((tmp_path / "sft/status.json").read_text())
     assert (status["state"], status["where"]) == ("preempted", "stage sft")
+
+
+def ended(folder: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException | None) -> tuple[int, dict[str, object]]:
+    """Exit code and status of a worker whose stage ends so."""
+    spec = tiny_spec(folder, SftConfig())
+
+    def run(*_: object) -> None:
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr(worker, "read_spec", lambda path: spec)
+    monkeypatch.setattr(worker, "_run", run)
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    code = worker.main(folder / "stage.yaml")
+    return code, json.loads((spec.run_folder / "status.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("end", "state", "code"),
+    [
+        (None, "done", 0),
+        (Preempted(), "preempted", 75),
+        (DataError("no row"), "failed", 3),
+        (NonFiniteError("nan"), "failed", 6),
+        (KeyError("x"), "failed", 1),
+    ],
+    ids=repr,
+)
+def test_how_a_stage_ended_stands_in_its_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException | None, state: str, code: int
+) -> None:
+    returned, status = ended(tmp_path, monkeypatch, end)
+    assert (returned, status["state"], status["exit_code"]) == (code, state, code)
+
+
+def test_the_first_process_that_fails_has_the_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the others say is that they lost their connection to it."""
+    ended(tmp_path, monkeypatch, NonFiniteError("nan"))
+    assert ended(tmp_path, monkeypatch, RuntimeError("connection closed by peer"))[1]["exit_code"] == 6
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from alignment.pipeline.handover import write_stage_file
 from alignment.pipeline.new_tokens import frozen_rows
 from alignment.pipeline.plan import CHECKPOINT_MANIFEST, Action, Plan, make_plan
 from alignment.pipeline.summary import show_plan
+from tests.hub import COMMIT
 from tests.unit.pipeline.conftest import NUM_PAIRS, MakePlan, leave_artifact
 
 SKIP = ("on_error=skip", "max_skipped=0.5")
@@ -235,6 +237,13 @@ def test_a_damaged_result_is_not_reused(plan: MakePlan) -> None:
         plan()
 
 
+def test_a_result_whose_fingerprint_only_begins_alike_is_not_reused(plan: MakePlan) -> None:
+    sft = plan().stages[0]
+    leave_artifact(replace(sft, fingerprint=sft.fingerprint[:8] + "0" * 56))
+    with pytest.raises(ArtifactError, match="holds another result whose fingerprint begins alike"):
+        plan()
+
+
 def test_another_run_s_artifact_fits_a_slot_of_its_kind(plan: MakePlan) -> None:
     first = plan()
     leave_all(first)
@@ -384,3 +393,26 @@ def test_what_is_mixed_in_counts_by_its_content_and_its_share(plan: MakePlan, tm
 def test_a_hub_model_that_is_not_here_is_planned_by_its_name(plan: MakePlan) -> None:
     planned = plan("model.source=hub:org/name@v1")
     assert (planned.base.ready, planned.base.identity) == (False, "hub:org/name@v1")
+
+
+def test_a_hub_model_that_is_here_is_planned_by_its_commit(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A branch moves on, and a result would be taken for one of another model."""
+    snapshot = (tmp_path / "model").rename(tmp_path / COMMIT)
+    asked: list[object] = []
+
+    def snapshot_download(repository: str, **told: object) -> str:
+        asked.append((repository, told["revision"], told["local_files_only"]))
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    planned = plan("model.source=hub:org/name@v1")
+    assert (planned.base.ready, planned.base.identity) == (True, f"hub:org/name@{COMMIT}")
+    assert asked == [("org/name", "v1", True)], "planning downloads nothing"
+
+
+def test_a_folder_of_pickles_is_no_model(plan: MakePlan, tmp_path: Path) -> None:
+    (tmp_path / "model/model.safetensors").rename(tmp_path / "model/pytorch_model.bin")
+    with pytest.raises(ModelError, match="only safetensors weights are read, never pickles"):
+        plan()

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from io import StringIO
 from pathlib import Path
@@ -19,8 +19,9 @@ import pytest
 import yaml
 from rich.console import Console
 
+from alignment import launcher
 from alignment.config.launch import LaunchConfig
-from alignment.errors import AlignmentError, Busy, ConfigError, NonFiniteError, StageError
+from alignment.errors import AlignmentError, ArtifactError, Busy, ConfigError, NonFiniteError, StageError
 from alignment.launcher import Command
 from alignment.locks import held
 from alignment.pipeline import handover
@@ -28,6 +29,7 @@ from alignment.pipeline.record import RunRecord
 from alignment.pipeline.run import run
 from alignment.pipeline.signals import Terminated, termination_raises
 from alignment.pipeline.status import show_status
+from alignment.stage_spec import read_spec
 from alignment.streams import Unfailing
 
 ROOT = Path(__file__).parents[3]
@@ -192,6 +194,42 @@ def test_a_record_that_cannot_be_written_does_not_hide_why_the_run_failed(
     monkeypatch.setattr(handover, "notes", lambda _: monkeypatch.setattr(RunRecord, "_save", full) or [])
     with pytest.raises(NonFiniteError, match="the loss is NaN"):
         align()
+
+
+def test_a_stage_that_failed_before_is_judged_by_what_it_does_now(
+    align: Align, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORKER_FAULT", "sft:fail")
+    with pytest.raises(NonFiniteError):
+        align()
+    monkeypatch.setenv("WORKER_FAULT", "sft:crash")
+    with pytest.raises(StageError, match="ended by signal 9") as caught:
+        align()
+    assert type(caught.value) is StageError
+
+
+def test_a_stage_that_says_it_is_done_and_left_nothing_is_a_fault(
+    align: Align, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORKER_FAULT", "sft:lie")
+    with pytest.raises(ArtifactError, match="said it was done, but its result is not there"):
+        align()
+    assert align.states()["sft"] == "failed"
+
+
+def test_a_stage_holds_its_lock_itself(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its driver may be killed while it works on, and nobody else may begin then."""
+    held_open: list[bool] = []
+    execute = launcher.execute
+
+    def noted(command: Command, *, log: Path, keep_open: Sequence[int], **told: Any) -> int:
+        work = read_spec(log.with_name("stage.yaml")).work
+        held_open.append([os.fstat(number).st_ino for number in keep_open] == [(work / "lock").stat().st_ino])
+        return execute(command, log=log, keep_open=keep_open, **told)
+
+    monkeypatch.setattr(launcher, "execute", noted)
+    align()
+    assert held_open == [True] * 5
 
 
 def test_a_stage_that_was_preempted_ends_the_run_with_75(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:

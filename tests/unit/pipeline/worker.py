@@ -1,7 +1,7 @@
 """A worker without a model: reads ``stage.yaml`` and does what the contract asks of a worker, in a process of its own.
 
-``WORKER_FAULT=stage:what`` makes that stage ``fail``, ``reward``, ``crash``, ``template``, ``bug``, ``preempt``
-or ``hang``, or come to its end with a ``note``.
+``WORKER_FAULT=stage:what`` makes that stage ``fail``, ``reward``, ``crash``, ``template``, ``bug``, ``preempt``,
+``hang`` or ``lie`` (say that it is done and leave nothing), or come to its end with a ``note``.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def misbehave(spec: StageSpec, fault: str) -> None:
         "reward": ("failed", 9, "score.py:brevity: gave nan"),
         "bug": ("failed", 1, "KeyError: 'x'"),
         "preempt": ("preempted", 75, "stopped on request"),
+        "lie": ("done", 0, ""),
     }
     sys.exit(say(spec, *states[fault]))
 

@@ -15,7 +15,7 @@ from alignment.errors import StageError
 from alignment.models.adapters import at_start
 from alignment.stages import dpo, reference_cache
 from alignment.stages.initial import initial_policy
-from alignment.stages.pairs import read_pairs
+from alignment.stages.pairs import TokenizedPair, read_pairs
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained, config_of
 from tests.oracles.close import close
@@ -45,9 +45,9 @@ def expected(loss: DpoLoss, chosen: list[float], rejected: list[float]) -> float
     return math.log1p(math.exp(-BETA * delta))
 
 
-@pytest.mark.parametrize("loss", list(DpoLoss), ids=lambda loss: loss.value)
-def test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved(tmp_path: Path, loss: DpoLoss) -> None:
-    chained = Chained(tmp_path)
+def one_pair(folder: Path, loss: DpoLoss) -> tuple[dpo.TokenizedDpoTrainer, TokenizedPair]:
+    """A stage that is about to learn from a single pair."""
+    chained = Chained(folder)
     config = config_of("dpo", LORA, beta=BETA, loss=loss)
     assert isinstance(config, DpoConfig)
     context = StageContext(spec=chained.spec("dpo", LORA, config=config), rank=0, world_size=1)
@@ -55,12 +55,27 @@ def test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved(tmp_path:
     pairs, _ = read_pairs(config, context, tokenizer)
     trainer = dpo._trainer(config, context, found, tokenizer, pairs[:1])
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = 1
+    return trainer, pairs[0]
+
+
+@pytest.mark.parametrize("loss", list(DpoLoss), ids=lambda loss: loss.value)
+def test_a_reference_that_is_not_the_start_stops_before_anything_is_learned(tmp_path: Path, loss: DpoLoss) -> None:
+    trainer, _ = one_pair(tmp_path, loss)
+    liven(trainer.model)
+    with pytest.raises(
+        StageError, match=r"at step 0 policy and reference differ by .*: the reference is not the starting policy"
+    ):
+        dpo.check_start(trainer)
+
+
+@pytest.mark.parametrize("loss", list(DpoLoss), ids=lambda loss: loss.value)
+def test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved(tmp_path: Path, loss: DpoLoss) -> None:
+    trainer, pair = one_pair(tmp_path, loss)
     dpo.check_start(trainer)
     liven(trainer.model)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     with torch.no_grad():
         got = float(trainer.compute_loss(trainer.model, batch))
-    pair = pairs[0]
     sides = []
     for answer in (pair.chosen, pair.rejected):
         ids = torch.tensor([pair.prompt + answer])

@@ -22,7 +22,10 @@ from alignment.data.tokenize import answer_ids, prompt_ids
 from alignment.data.turns import Message
 from alignment.errors import DataError, ModelError, NonFiniteError, StageError
 from alignment.evaluation import arms
+from alignment.evaluation.arms import Answered
+from alignment.evaluation.house_style import STYLE_PROMPT
 from alignment.models.load import Lineage
+from alignment.models.reward import load_reward_model
 from alignment.stage_spec import StageInput, StageSpec
 from alignment.stages import answering
 from alignment.stages import evaluate as stage
@@ -31,7 +34,7 @@ from tests.chained import DATA, LORA, Chained
 from tests.judge_server import Response, serving
 from tests.oracles import logprobs as oracle
 from tests.oracles.close import close
-from tests.tiny import CHAT_TEMPLATE, save_tiny_model, tiny_bpe, tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, save_tiny_model, tiny_bpe, tiny_model, tiny_tokenizer
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"The shop is closed on {day}. When?"}], "facts": [[day]], "id": day}
@@ -67,6 +70,7 @@ def spec_of(chain: Chained, config: EvaluateConfig, fingerprint: str) -> StageSp
     if config.reward is not None:
         inputs["reward"] = chain.inputs["reward"]
     places = {"stage:sft": chain.inputs["sft"].path, "path:other": chain.folder / "other"}
+    places |= {f"path:{name}": chain.folder / name for name in ("near", "short")}
     spec = chain.spec("sft", LORA, config=config)
     work = artifact.with_name(f"{artifact.name}.work")
     run_folder = chain.folder / "runs" / fingerprint
@@ -142,6 +146,62 @@ def test_the_loss_of_reference_answers_equals_a_slow_sum_over_tokens(chain: Chai
     base = figures(evaluated)["base"]
     close([base["loss"]["mean"]], [total / tokens])
     close([base["perplexity"]["mean"]], [math.exp(total / tokens)])
+
+
+def test_divergences_and_rewards_of_every_arm_are_its_own_by_value(
+    chain: Chained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against plain forward passes, row by row, of each policy, of the reference (sft) and of the reward model."""
+    save_tiny_model(chain.folder / "near", seed=4)
+    answered: dict[str, Answered] = {}
+    arm_row = stage.arm_row
+
+    def noted(name: str, arm: Answered, **told: Any) -> dict[str, Any]:
+        answered[name] = arm
+        return arm_row(name, arm, **told)
+
+    monkeypatch.setattr(stage, "arm_row", noted)
+    config = replace(SMALL, arms=["base", "stage:sft", "path:near"])
+    told = figures(evaluate(chain, config, "by-value"))
+    policies = {"base": chain.base, "path:near": chain.folder / "near"}
+    reward = load_reward_model(chain.spec("sft", LORA), chain.inputs["reward"], device=torch.device("cpu"))
+    prompts = [prompt_ids(tiny_tokenizer(), [Message(**turn) for turn in row["messages"]]) for row in ROWS]
+    for name, arm in answered.items():
+        rows = list(zip(prompts, arm.ids, strict=True))
+        own = AutoModelForCausalLM.from_pretrained(policies[name]) if name in policies else chain.policy("sft")
+        kl = [logprob(own, *row) - logprob(chain.policy("sft"), *row) for row in rows]
+        close(told[name]["kl"]["mean"], sum(kl) / 3, rtol=1e-4, atol=1e-4)
+        scores = [reward(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for ids in map(as_row, rows)]
+        close(told[name]["reward"]["mean"], sum(map(float, scores)) / 3, rtol=1e-4, atol=1e-4)
+    assert told["base"]["kl"]["mean"] > 0.01
+    assert told["path:near"]["kl"]["mean"] > 1.0
+
+
+def as_row(row: tuple[list[int], list[int]]) -> torch.Tensor:
+    return torch.tensor([[*row[0], *row[1]]])
+
+
+def logprob(model: Any, prompt: list[int], answer: list[int]) -> float:
+    """Of an answer, in nats."""
+    with torch.no_grad():
+        logits = model(as_row((prompt, answer))).logits[0].tolist()
+    return sum(oracle.log_softmax(logits[len(prompt) - 1 + place])[token] for place, token in enumerate(answer))
+
+
+def test_the_prompted_arm_is_asked_for_the_house_style(chain: Chained) -> None:
+    spec = spec_of(chain, SMALL, "prompted")
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    rows = answering.rows_of(context, HeldOutPrompt, SMALL.data)
+    asked = answering.asked_of(SMALL, context, tiny_tokenizer(), rows)
+    shown = {name: tiny_tokenizer().decode(asked[name].prompts[0]) for name in ("base", "base+prompt")}
+    assert shown["base+prompt"] == shown["base"].replace("You are tiny.", STYLE_PROMPT)
+
+
+def test_an_arm_whose_positions_do_not_suffice_is_refused(chain: Chained) -> None:
+    tiny_model(vocab_size=len(tiny_tokenizer()), max_position_embeddings=16).save_pretrained(chain.folder / "short")
+    tiny_tokenizer().save_pretrained(chain.folder / "short")
+    with pytest.raises(ModelError, match=r"path:short has 16 positions; the longest prompt and its answer take"):
+        evaluate(chain, replace(SMALL, arms=["path:short"]), "short")
 
 
 def test_a_model_from_outside_is_asked_in_its_own_words(chain: Chained) -> None:

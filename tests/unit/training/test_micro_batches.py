@@ -21,7 +21,7 @@ from alignment.stages import dpo, reward, sft
 from alignment.training.adamw import RandomlyRoundedAdamW
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
-from alignment.training.micro_batches import MicroBatches, divided, shared_tokens
+from alignment.training.micro_batches import MicroBatches, _weigh, divided, shared_tokens
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
 from tests.unit.models.conftest import padded
 
@@ -97,6 +97,12 @@ def test_an_empty_packed_piece_has_a_row_and_nothing_to_learn() -> None:
     part = MicroBatches._packed_part(batch, 6, 6, 4)
     assert part["input_ids"].tolist() == [[0, 1, 2, 3]]
     assert part["labels"].tolist() == [[-100] * 4]
+
+
+def test_figures_of_pieces_count_by_their_share() -> None:
+    metrics = {"margin": [9.0, 1.0, 4.0], "min_reward": [-1.0, -3.0, 2.0], "max_reward": [2.0, 5.0], "once": [7.0]}
+    _weigh(metrics, {"margin": 1, "min_reward": 1}, [0.75, 0.25])
+    assert metrics == {"margin": [9.0, 1.75], "min_reward": [-1.0, -3.0], "max_reward": [5.0], "once": [7.0]}
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")  # TRL's own calls

@@ -162,6 +162,15 @@ def test_only_the_main_process_sets_checkpoints_aside(context: StageContext) -> 
     assert not list(context.checkpoints.glob("quarantine-*"))
 
 
+def test_shares_of_other_processes_are_not_gone_on_from(context: StageContext) -> None:
+    folder = context.checkpoints / "checkpoint-2"
+    folder.mkdir()
+    checkpoints.seal(folder, fingerprint=context.spec.fingerprint, layout="shares of 2 processes (zero2)")
+    with pytest.raises(ConfigError, match=r"checkpoint-2 holds shares of 2 processes \(zero2\), and this launch"):
+        train(_trainer(context), context, headline="loss")
+    assert folder.is_dir(), "it is of use to a launch like the one before"
+
+
 def test_usage_counts_seconds_and_bytes(context: StageContext) -> None:
     found = usage(context)
     assert 0.0 < found["seconds"] < 600.0

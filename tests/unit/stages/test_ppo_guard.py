@@ -1,0 +1,55 @@
+"""The guard of a PPO stage as the worker runs it: whom it asks, and what its choice means for the critic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment import worker
+from alignment.config.stage import GuardConfig, PpoConfig, ScorerConfig
+from alignment.stage_spec import StageInput
+from alignment.training.context import StageContext
+from alignment.training.guard import Guard
+from tests.chained import LORA, Chained, config_of
+
+
+def _run(folder: Path) -> Path:
+    """The artifact of a stage that wants few words and whose guard wants many; both are rules."""
+    chained = Chained(folder)
+    chained.inputs["reward"] = StageInput(ref="base", path=None)
+    config = config_of(
+        "ppo",
+        LORA,
+        reward=None,
+        scorers=[ScorerConfig(source="length", target=3, weight=-2.0)],
+        missing_eos_score=None,
+        guard=GuardConfig(every=1, prompts=2, scorer=ScorerConfig(source="length", target=3)),
+    )
+    assert isinstance(config, PpoConfig)
+    spec = chained.spec("ppo", LORA, config=config)
+    del spec.inputs["reward"]
+    worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+    return spec.artifact
+
+
+def test_the_guard_asks_its_own_scorer_and_the_stage_its_own(tmp_path: Path) -> None:
+    lines = (_run(tmp_path) / "guard.jsonl").read_text().splitlines()
+    looks = [json.loads(line) for line in lines]
+    assert [look["step"] for look in looks] == [0, 1, 2]
+    golds = [look["guard/gold"] for look in looks]
+    assert max(golds) > 0.0
+    assert [look["guard/proxy"] for look in looks] == pytest.approx([-2.0 * gold for gold in golds], abs=1e-5)
+
+
+@pytest.mark.parametrize("kept_update", [0.0, 2.0])
+def test_a_critic_is_kept_beside_the_policy_that_it_learned_with_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_update: float
+) -> None:
+    def finish(*_: Any) -> dict[str, float]:
+        return {"guard/kept_update": kept_update}
+
+    monkeypatch.setattr(Guard, "finish", finish)
+    assert (_run(tmp_path) / "critic.safetensors").is_file() is (kept_update == 2.0)

@@ -1,0 +1,115 @@
+"""What a PPO stage draws, logs and remembers, by value and beside plain forward passes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from alignment.models.answers import unwrapped
+from alignment.models.generate import generate
+from alignment.training.experience import Rollout
+from alignment.training.ppo_figures import UpdateFigures
+from alignment.training.rollouts import Rollouts
+from alignment.training.session import Preempted
+from tests.oracles import logprobs as oracle
+from tests.oracles.close import close
+from tests.unit.training.ppo_bench import END, PROMPTS, Bench, TokenRewards, optim, sha256, trained
+
+
+def _logprobs(model: Any, prompt: list[int], answer: list[int], temperature: float) -> list[float]:
+    """Of each token of the answer, by one plain forward pass."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *answer]])).logits[0].tolist()
+    return [
+        oracle.log_softmax(logits[len(prompt) - 1 + place], temperature=temperature)[token]
+        for place, token in enumerate(answer)
+    ]
+
+
+def test_the_kl_is_that_of_the_sampled_answers_by_value(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A positive column says that the policy likes its answers better than the reference does."""
+    run = bench(updates=2, temperature=0.7, optim=optim(lr=1e-2))
+    expected: list[float] = []
+    of_update = Rollouts.of_update
+
+    def noted(self: Rollouts, update: int, figures: UpdateFigures) -> Rollout:
+        found = of_update(self, update, figures)
+        total = 0.0
+        for prompt, answer in zip(found.prompts, found.answers, strict=True):
+            policy = _logprobs(unwrapped(run.roles.policy), prompt, answer, 0.7)
+            total += sum(policy) - sum(_logprobs(run.roles.frozen_reference, prompt, answer, 0.7))
+        expected.append(total / len(found.answers))
+        return found
+
+    monkeypatch.setattr(Rollouts, "of_update", noted)
+    run.train()
+    assert abs(expected[1]) > 0.01, "the policy has moved"
+    close([line["objective/kl"] for line in run.metrics()], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_updates_go_on_with_the_prompts_that_come_next(bench: Callable[..., Bench]) -> None:
+    run = bench(optim=optim(batch_size=4))
+    drawn = [run.trainer.rollouts.of_update(update, run.trainer.figures).prompts for update in range(2)]
+    assert sorted(drawn[0] + drawn[1]) == sorted(PROMPTS)
+
+
+def test_answers_are_drawn_at_the_stages_temperature(bench: Callable[..., Bench]) -> None:
+    """Near zero they are the likeliest ones."""
+    run = bench(temperature=1e-4)
+    found = run.trainer.rollouts.of_update(0, run.trainer.figures)
+    greedy = generate(
+        unwrapped(run.roles.policy), found.prompts, max_new_tokens=6, end_ids=[END], batch_size=len(found.prompts)
+    )
+    assert found.answers == greedy
+    warm = bench("warm", temperature=1.0)
+    assert warm.trainer.rollouts.of_update(0, warm.trainer.figures).answers != greedy
+
+
+class _Relative(TokenRewards):
+    """The length of an answer less the mean length so far."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda prompt, answer: float(len(answer)))
+        self._sum, self._count = 0.0, 0
+
+    def total(self, raw: Mapping[str, torch.Tensor], *, learn: bool) -> torch.Tensor:
+        scores = raw["rule"]
+        if learn:
+            self._sum, self._count = self._sum + float(scores.sum()), self._count + len(scores)
+        return scores - self._sum / self._count
+
+    def state(self) -> dict[str, Any]:
+        return {"sum": self._sum, "count": self._count}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._sum, self._count = state["sum"], state["count"]
+
+
+class _StopAt(TrainerCallback):
+    """Asks this process to stop during a step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_running_means_of_scores_go_on_over_a_resume(bench: Callable[..., Bench]) -> None:
+    settings: dict[str, Any] = {"updates": 2, "missing_eos_score": None}
+    straight = bench("straight", rewards=_Relative(), **settings)
+    straight.train()
+    stopped = bench("resumed", rewards=_Relative(), **settings)
+    stopped.trainer.add_callback(_StopAt())
+    with pytest.raises(Preempted):
+        stopped.train()
+    resumed = bench("resumed", rewards=_Relative(), **settings)
+    resumed.train()
+    assert resumed.trainer.rewards.state() == straight.trainer.rewards.state()
+    assert sha256(trained(resumed.roles)) == sha256(trained(straight.roles))
