@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.alignment-pipeline-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help align plan sweep preview status test test-slurm prove matrix check format bench clean
+.PHONY: help align plan sweep preview status test test-slurm mutations prove matrix check format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test: $(STAMP)  ## run the tests, on several cores at once
 
 test-slurm: $(STAMP)  ## run stages as jobs of a real Slurm, which is fetched and started on this machine (Debian)
 	$(BIN)/python -m pytest tests/slurm $(ARGS)
+
+mutations: $(STAMP)  ## break the wiring in some 200 ways, each in a copy, and see a test fail: ARGS="--only export --jobs 4"
+	$(BIN)/python -m tests.mutations $(ARGS)
 
 prove: $(STAMP)  ## run the slow proofs that the stages reach known optima: ARGS="--only bandit" runs some
 	$(BIN)/python -m tests.proofs $(ARGS)

@@ -28,11 +28,12 @@ from alignment.artifacts import write_json
 from alignment.pipeline.handover import commit_of_checkout
 from alignment.versions import PACKAGES
 from benchmarks.machine import processor
-from tests.proofs import bandit, count, dpo, forgetting, kills, overoptimisation, plain_script, story
+from tests.proofs import bandit, count, dpo, forgetting, kills, mutations, overoptimisation, plain_script, story
 from tests.proofs.common import Claim, Skipped
 
 RESULTS = Path(__file__).parents[2] / "docs/proofs.json"
 PROOFS: dict[str, Callable[[Path], list[Claim]]] = {
+    "mutations": mutations.run,
     "bandit": bandit.run,
     "count": count.run,
     "dpo": dpo.run,

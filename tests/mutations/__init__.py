@@ -1,0 +1,1 @@
+"""Deliberate faults in the wiring, each with a test that must notice it: ``python -m tests.mutations``."""

@@ -1,0 +1,232 @@
+"""What is learned of a row, which rows are taken, and what scores an answer."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import in_file
+
+MUTATIONS = [
+    *in_file(
+        "data/tokenize.py",
+        "unit/data/test_tokenize.py",
+        (
+            "every token is learned",
+            "row.learned.extend([piece.learned] * len(ids))",
+            "row.learned.extend([True] * len(ids))",
+            "test_exactly_the_assistants_turns_and_their_ends_are_learned",
+        ),
+        (
+            "a control token that somebody wrote is one",
+            "split_special_tokens=True",
+            "split_special_tokens=False",
+            "test_a_control_token_that_somebody_wrote_stays_text",
+        ),
+        (
+            "an answer ends with EOS alone",
+            "frozenset({turn_end_id(tokenizer), tokenizer.eos_token_id})",
+            "frozenset({tokenizer.eos_token_id})",
+            "test_answers_end_with_the_token_that_ends_a_turn",
+        ),
+        (
+            "special tokens are put around rendered text",
+            "tokenizer(list(texts), add_special_tokens=False",
+            "tokenizer(list(texts), add_special_tokens=True",
+            "test_nothing_is_added_around_rendered_text",
+        ),
+    ),
+    *in_file(
+        "data/rendering.py",
+        "unit/data/test_tokenize.py",
+        (
+            "a turn of weight 0 is learned",
+            "Piece(text=answer, learned=message.learned)",
+            "Piece(text=answer, learned=True)",
+            "test_a_turn_that_is_not_to_be_learned_is_context",
+        ),
+        (
+            "what follows the end of a turn is learned",
+            "return text[: _turn_end(tokenizer, text)]",
+            "return text",
+            "test_the_line_break_after_a_turn_is_never_learned",
+        ),
+        (
+            "tools that a template drops are not missed",
+            "    _refuse_lost_tools(text, messages, tools)\n    return text",
+            "    return text",
+            "test_a_template_that_leaves_tools_or_calls_out_is_refused",
+        ),
+    ),
+    *in_file(
+        "data/limits.py",
+        "unit/data/test_limits.py",
+        (
+            "any share of rows may be lost",
+            "if dropped + cut <= share * records and not",
+            "if dropped + cut <= records and not",
+            "test_few_lost_rows_are_allowed_and_many_are_not",
+        ),
+        (
+            "prompts are cut at the wrong end",
+            "if side is Side.left:",
+            "if side is not Side.left:",
+            "test_an_answer_loses_its_end_and_the_prompt_its_side",
+        ),
+    ),
+    *in_file(
+        "data/reading.py",
+        "unit/data/test_reading.py",
+        (
+            "any share of rows may be faulty",
+            "if count > data.max_skipped * rows:",
+            "if count > rows:",
+            "test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed",
+        ),
+        (
+            "faulty rows are skipped without being asked to",
+            "if data.on_error is OnError.fail:",
+            "if data.on_error is None:",
+            "test_a_fault_of_many_rows_is_told_once",
+        ),
+    ),
+    *in_file(
+        "data/mix.py",
+        "unit/data/test_mix.py",
+        (
+            "a mixed source gives its first rows",
+            "torch.randperm(others, generator=generator)[:wanted].tolist()",
+            "range(wanted)",
+            "test_the_seed_decides_which_rows_and_in_which_order",
+        ),
+        (
+            "a share is of the own rows",
+            "total = (own + sum(counts)) / rest",
+            "total = own + sum(counts)",
+            "test_shares_are_of_the_whole_and_every_own_row_is_there_once",
+        ),
+    ),
+    *in_file(
+        "data/hub.py",
+        "unit/data/test_hub.py",
+        (
+            "a repository may name files of this machine",
+            "        if not any(Path(normpath(file)).is_relative_to(root) for root in (folder, folder.resolve())):",
+            "        if not file:",
+            "test_a_description_that_names_files_of_other_places_is_refused",
+        ),
+        (
+            "the split that was asked for is ignored",
+            "as_streaming_dataset(split=split)",
+            "as_streaming_dataset(split=next(iter(files)))",
+            "test_the_description_says_which_files_make_which_split_of_which_subset",
+        ),
+    ),
+    *in_file(
+        "stages/rows.py",
+        "unit/stages/test_rows.py",
+        (
+            "a part of the rows is drawn by the stage's name",
+            'context.run_generator(f"{DRAWN_AS.get(field, field)}.fraction")',
+            'context.generator(f"{DRAWN_AS.get(field, field)}.fraction")',
+            "test_parts_are_nested_whatever_the_stage_is_called",
+        ),
+    ),
+    *in_file(
+        "rewards/mix.py",
+        "unit/rewards/test_mix.py",
+        (
+            "weights of scorers are ignored",
+            "return part.weight * scores",
+            "return scores",
+            "test_the_total_is_the_weighted_sum_of_clipped_scores",
+        ),
+        (
+            "scores are never clipped",
+            "scores = scores.clamp(-part.clip, part.clip)",
+            "scores = scores.clamp(-1e9 * part.clip, 1e9 * part.clip)",
+            "test_the_total_is_the_weighted_sum_of_clipped_scores",
+        ),
+        (
+            "the guard's look changes running means",
+            "            if learn:\n",
+            "            if learn is not None:\n",
+            "test_looking_without_learning_changes_nothing",
+        ),
+        (
+            "a scorer sees the rows in the data's order",
+            "prompts=[self._prompts[row] for row in rows]",
+            "prompts=[self._prompts[row] for row in range(len(rows))]",
+            "test_a_scorer_sees_text_without_special_tokens_and_the_row_of_each_prompt",
+        ),
+    ),
+    *in_file(
+        "rewards/scorers.py",
+        "unit/rewards/test_mix.py",
+        (
+            "a score may be missing",
+            "if len(given) != count:",
+            "if len(given) > count:",
+            "test_what_is_no_score_is_refused_whoever_gave_it",
+        ),
+    ),
+    *in_file(
+        "rewards/scorers.py",
+        "unit/rewards/test_functions.py",
+        (
+            "a score may be infinite",
+            "if not abs(number) <= _LARGEST:",
+            "if number != number:",
+            "test_what_is_no_score_is_refused_by_function_row_and_value",
+        ),
+    ),
+    *in_file(
+        "rewards/scorers.py",
+        "unit/rewards/test_verifiers.py",
+        (
+            "every answer is held against the first row",
+            "self._expected[row]) for text, row in pairs",
+            "self._expected[0]) for text, row in pairs",
+            "test_each_answer_is_held_against_its_own_row",
+        ),
+    ),
+    *in_file(
+        "rewards/functions.py",
+        "unit/rewards/test_functions.py",
+        (
+            "a function's file may change after the plan",
+            "if planned is not None and sha256 != planned:",
+            "if planned is None and sha256 != planned:",
+            "test_a_file_that_changed_since_the_plan_is_refused",
+        ),
+        (
+            "a function may change the rows of others",
+            "copy.deepcopy(dict(prompt.row))",
+            "prompt.row",
+            "test_what_a_function_changes_in_its_arguments_changes_nothing_else",
+        ),
+    ),
+    *in_file(
+        "rewards/models.py",
+        "unit/rewards/test_models.py",
+        (
+            "a policy ends its turn in the reward model's words",
+            "content=_without(self._control, answer)",
+            "content=answer",
+            "test_a_policy_cannot_end_its_own_turn_in_the_reward_model_s_words",
+        ),
+        (
+            "a language model is given a random head",
+            'if report["missing_keys"]:',
+            'if report["missing_keys"] is None:',
+            "test_a_language_model_is_refused_rather_than_given_a_random_head",
+        ),
+    ),
+    *in_file(
+        "rewards/build.py",
+        "unit/rewards/test_build.py",
+        (
+            "the guard's scorer is maximised too",
+            "for field, scorer in in_use(config).items() if field != GUARD}",
+            "for field, scorer in in_use(config).items()}",
+            "test_the_guard_has_a_slot_of_its_own_with_a_model_of_its_own",
+        ),
+    ),
+]

@@ -1,0 +1,238 @@
+"""The evaluation's columns, judges and what the report says of them."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import in_file
+
+EVALUATE = "unit/stages/test_evaluate.py"
+
+MUTATIONS = [
+    *in_file(
+        "stages/evaluate.py",
+        EVALUATE,
+        (
+            "the evaluation's KL has the other sign",
+            "[mine - other for mine, other in zip(own, theirs, strict=True)]",
+            "[other - mine for mine, other in zip(own, theirs, strict=True)]",
+            "test_divergences_and_rewards_of_every_arm_are_its_own_by_value",
+        ),
+        (
+            "every arm has the reference's words on the first one",
+            "theirs = under[place :: len(compared)]",
+            "theirs = under[0 :: len(compared)]",
+            "test_divergences_and_rewards_of_every_arm_are_its_own_by_value",
+        ),
+        (
+            "arms change their rewards",
+            "scores[place :: len(arms)]",
+            "scores[len(arms) - 1 - place :: len(arms)]",
+            "test_divergences_and_rewards_of_every_arm_are_its_own_by_value",
+        ),
+        (
+            "figures that are no numbers are published",
+            "        refuse_not_finite(name, arm, rewards=rewards[name], divergences=divergences[name])\n",
+            "        pass\n",
+            "test_a_reward_that_is_no_number_ends_the_evaluation",
+        ),
+    ),
+    *in_file(
+        "stages/answering.py",
+        EVALUATE,
+        (
+            "base+prompt is asked as base is",
+            "{PROMPTED: lambda row: with_style_prompt(row.messages)}",
+            "{PROMPTED: lambda row: row.messages}",
+            "test_the_prompted_arm_is_asked_for_the_house_style",
+        ),
+        (
+            "answers beyond a model's positions are asked for",
+            "if longest > positions:",
+            "if longest > 1000 * positions:",
+            "test_an_arm_whose_positions_do_not_suffice_is_refused",
+        ),
+    ),
+    *in_file(
+        "stages/arm_cache.py",
+        EVALUATE,
+        (
+            "longer answers are taken from shorter ones",
+            "        weights_sha256(found),\n        max_new_tokens,",
+            "        weights_sha256(found),",
+            "test_longer_answers_are_not_taken_from_shorter_ones",
+        ),
+        (
+            "kept answers that are damaged are taken",
+            "if hashlib.sha256(content.encode()).hexdigest() != sha:",
+            "if not sha:",
+            "test_kept_answers_that_are_damaged_are_made_anew_with_a_word",
+        ),
+    ),
+    *in_file(
+        "stages/judging.py",
+        EVALUATE,
+        (
+            "a judge sees one order twice",
+            "for order in ((arm, against), (against, arm))",
+            "for order in ((arm, against), (arm, against))",
+            "test_a_completion_that_says_it_wins_does_not_win",
+        ),
+        (
+            "the first order's verdict counts for both",
+            "arm_second=verdicts[number + 1]",
+            "arm_second=verdicts[number]",
+            "test_a_completion_that_says_it_wins_does_not_win",
+        ),
+        (
+            "all prompts are judged",
+            "some(len(rows), config.max_prompts, ",
+            "some(len(rows), len(rows), ",
+            "test_at_most_so_many_prompts_are_judged",
+        ),
+    ),
+    *in_file(
+        "evaluation/grammar.py",
+        "unit/evaluation/test_grammar.py",
+        (
+            "a verdict may stand on the first line",
+            'reply.rstrip().rpartition("\\n")[2]',
+            'reply.strip().partition("\\n")[0]',
+            "test_a_verdict_is_the_last_line_and_nothing_else",
+        ),
+        (
+            "an answer may write markers",
+            "{disarmed(text)}",
+            "{text}",
+            "test_a_judge_that_repeats_what_it_is_shown_names_nobody",
+        ),
+    ),
+    *in_file(
+        "evaluation/pairwise.py",
+        "unit/evaluation/test_pairwise.py",
+        (
+            "one order makes a win",
+            "        if not self.agree:\n            return TIE\n",
+            "",
+            "test_a_win_needs_both_orders",
+        ),
+        (
+            "equal scores are a loss",
+            "LOSS if mine < theirs else TIE",
+            "LOSS",
+            "test_scores_are_compared_and_equal_ones_tie",
+        ),
+    ),
+    *in_file(
+        "evaluation/endpoint.py",
+        "unit/evaluation/test_endpoint.py",
+        (
+            "a judge is asked at temperature 1",
+            "temperature=0,",
+            "temperature=1,",
+            "test_every_prompt_is_one_greedy_call_with_a_user_turn",
+        ),
+        (
+            "a key stands in an error",
+            'line.replace(self._key, "***") if self._key else line',
+            "line",
+            "test_a_key_comes_from_its_variable_and_stands_nowhere_else",
+        ),
+        (
+            "replies of another model are taken",
+            "asked = [self._config.base_url, self._config.model, ",
+            "asked = [self._config.base_url, ",
+            "test_what_was_answered_is_kept_by_who_was_asked",
+        ),
+    ),
+    *in_file(
+        "evaluation/tables.py",
+        "unit/evaluation/test_tables.py",
+        (
+            "every difference is real",
+            '"real": interval.excludes_zero(),',
+            '"real": True,',
+            "test_a_constant_gain_is_real_and_a_shuffle_is_not",
+        ),
+        (
+            "all answers are distinct",
+            '"distinct": len({answer.text for answer in answers}) / len(answers)',
+            '"distinct": len(answers) / len(answers)',
+            "test_a_row_says_how_many_answers_differ_and_ended",
+        ),
+        (
+            "a loss is a mean of means",
+            "[float(one.tokens) for one in told]",
+            "[1.0 for one in told]",
+            "test_the_loss_is_a_mean_over_all_reference_tokens_and_its_interval_over_prompts",
+        ),
+    ),
+    *in_file(
+        "evaluation/tables.py",
+        "unit/evaluation/test_pairwise.py",
+        (
+            "a win rate is told whatever the share of invalid verdicts",
+            "if valid and invalid <= max_invalid else None",
+            "if valid else None",
+            "test_too_many_invalid_verdicts_conclude_nothing",
+        ),
+    ),
+    *in_file(
+        "evaluation/forgetting.py",
+        "unit/evaluation/test_forgetting.py",
+        (
+            "a lost ability trips no limit",
+            "drop.mean > limits.ability_drop",
+            "drop.mean > 1e9 + limits.ability_drop",
+            "test_a_drop_trips_beyond_its_limit_only",
+        ),
+        (
+            "whoever finds all choices alike is right",
+            "scores[question.right] > score for",
+            "scores[question.right] >= score for",
+            "test_who_finds_all_choices_alike_knows_nothing",
+        ),
+    ),
+    *in_file(
+        "evaluation/few_shot.py",
+        "unit/evaluation/test_few_shot.py",
+        (
+            "an example may give an answer away",
+            "if row.where not in near]",
+            "if row.where is not None]",
+            "test_no_example_gives_a_held_out_answer_away",
+        ),
+    ),
+    *in_file(
+        "report/verdict.py",
+        "unit/report/test_verdict.py",
+        (
+            "a comparison written the other way round keeps its sign",
+            "difference=-item.difference, low=-item.high",
+            "difference=item.difference, low=-item.high",
+            "test_a_comparison_written_the_other_way_round_means_the_same",
+        ),
+        (
+            "hurt is called help",
+            "if item.real and item.difference > 0]",
+            "if item.real]",
+            "test_the_lead_says_whether_preference_training_helped",
+        ),
+        (
+            "over-optimisation is not named",
+            "item.real and item.difference < 0:",
+            "item.real and item.difference < -1e9:",
+            "test_a_higher_reward_with_really_lower_gold_is_called_over_optimisation",
+        ),
+        (
+            "equal answers to all prompts are not named",
+            "arm.distinct < MIN_DISTINCT:",
+            "arm.distinct < 0.0:",
+            "test_degenerate_arms_large_kl_and_endless_answers_are_named",
+        ),
+        (
+            "an earlier policy is handed on without a word",
+            "done is not None and kept < done:",
+            "done is not None and kept < 0:",
+            "test_an_earlier_policy_that_was_handed_on_is_named_with_both_opinions",
+        ),
+    ),
+]

@@ -1,0 +1,339 @@
+"""The driver and the worker: plans, launches, exit codes, sweeps, and what a configuration may not do."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import in_file
+
+PLAN, RUN = "unit/pipeline/test_plan.py", "unit/pipeline/test_run.py"
+SWEEP, SWEEP_AT_ONCE = "unit/pipeline/sweeps/test_sweep.py", "unit/pipeline/sweeps/test_sweep_at_once.py"
+
+MUTATIONS = [
+    *in_file(
+        "pipeline/plan.py",
+        PLAN,
+        (
+            "results are never reused",
+            "return Action.reuse, artifact.name",
+            "return Action.run, artifact.name",
+            "test_everything_is_reused_once_it_is_made_and_the_run_s_name_is_only_the_report_s",
+        ),
+        (
+            "a damaged result is reused",
+            "if verify(artifact, content=False).fingerprint != fingerprint:",
+            "if read_manifest(artifact).fingerprint != fingerprint:",
+            "test_a_damaged_result_is_not_reused",
+        ),
+        (
+            "a result whose fingerprint begins alike is reused",
+            "content=False).fingerprint != fingerprint:",
+            "content=False).fingerprint == '':",
+            "test_a_result_whose_fingerprint_only_begins_alike_is_not_reused",
+        ),
+        (
+            "the oldest checkpoint is planned to go on from",
+            "return max(complete, key",
+            "return min(complete, key",
+            "test_an_interrupted_stage_goes_on_from_its_last_complete_checkpoint",
+        ),
+        (
+            "any artifact fits any slot",
+            "if manifest.kind not in slot.takes:",
+            "if not slot.takes:",
+            "test_another_run_s_artifact_fits_a_slot_of_its_kind",
+        ),
+    ),
+    *in_file(
+        "pipeline/run.py",
+        RUN,
+        (
+            "what another process has made meanwhile is made again",
+            "        if read_manifest(stage.artifact) is not None:\n            return False\n",
+            "",
+            "test_a_result_that_another_run_has_made_meanwhile_counts",
+        ),
+        (
+            "Ctrl-C ends as SIGTERM does",
+            "INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED",
+            "PREEMPTED",
+            "test_a_signal_to_the_driver_lets_the_stage_save_first",
+        ),
+        (
+            "two runs work in one folder",
+            'with held(plan.run_folder / "lock", wait=wait):',
+            'with held(plan.run_folder / f"lock-{os.getpid()}-{time.time()}", wait=wait):',
+            "test_a_run_in_use_is_left_alone",
+        ),
+        (
+            "the word of an earlier attempt counts for this one",
+            '    (folder / "status.json").unlink(missing_ok=True)\n',
+            "",
+            "test_a_stage_that_failed_before_is_judged_by_what_it_does_now",
+        ),
+        (
+            "a stage that made nothing is taken for done",
+            "if manifest is None or manifest.fingerprint != stage.fingerprint:",
+            "if manifest is not None and manifest.fingerprint != stage.fingerprint:",
+            "test_a_stage_that_says_it_is_done_and_left_nothing_is_a_fault",
+        ),
+        (
+            "a driver's lock ends with it while its stage goes on",
+            "keep_open=[lock],",
+            "keep_open=[],",
+            "test_a_stage_holds_its_lock_itself",
+        ),
+    ),
+    *in_file(
+        "pipeline/handover.py",
+        RUN,
+        (
+            "the kind of a worker's fault is lost",
+            'kind = ERRORS.get(status["exit_code"])',
+            "kind = StageError",
+            "test_what_a_worker_says_of_its_failure_reaches_the_user",
+        ),
+        (
+            "a stage that saved is taken for failed",
+            'if status["state"] == "preempted" or status["exit_code"] == PREEMPTED:',
+            'if status["state"] == "stopped":',
+            "test_a_stage_that_was_preempted_ends_the_run_with_75",
+        ),
+    ),
+    *in_file(
+        "pipeline/record.py",
+        RUN,
+        (
+            "a run with results of other settings is done",
+            "done = not self._others and all",
+            "done = all",
+            "test_a_run_that_holds_results_of_other_settings_is_not_done",
+        ),
+    ),
+    *in_file(
+        "pipeline/pulses.py",
+        "unit/pipeline/test_pulses.py",
+        (
+            "one process that stands still is enough",
+            "any(sign.idle(now) < limit for sign in signs)",
+            "all(sign.idle(now) < limit for sign in signs)",
+            "test_while_one_is_at_work_nobody_is_stuck",
+        ),
+    ),
+    *in_file(
+        "errors.py",
+        "unit/training/test_callbacks.py",
+        (
+            "a number that is not finite has a stage's exit code",
+            "    exit_code = 6\n",
+            "    exit_code = 5\n",
+            "test_a_gradient_that_is_not_finite_stops_before_the_step",
+        ),
+    ),
+    *in_file(
+        "errors.py",
+        "unit/pipeline/test_scorers.py",
+        (
+            "a scorer's fault has a stage's exit code",
+            "    exit_code = 9\n",
+            "    exit_code = 5\n",
+            "test_a_scorer_s_failure_reaches_the_user_with_a_code_of_its_own",
+        ),
+    ),
+    *in_file(
+        "worker.py",
+        "unit/test_worker.py",
+        (
+            "data may change after the plan",
+            "if planned is not None and content_of(path) != planned:",
+            "if planned is None and content_of(path) != planned:",
+            "test_data_that_changed_since_the_plan_is_refused",
+        ),
+        (
+            "a template may change after the plan",
+            "if template is not None and planned is not None and digest",
+            "if template is None and planned is not None and digest",
+            "test_a_template_that_changed_since_the_plan_is_refused",
+        ),
+        (
+            "running out of memory is a fault of ours",
+            "        if _is_out_of_memory(error):\n",
+            "        if error is None:\n",
+            "test_running_out_of_memory_comes_with_advice",
+        ),
+        (
+            "a worker's exit code is not its fault's",
+            '_finish(context, "failed", error.exit_code, str(error))',
+            '_finish(context, "failed", 1, str(error))',
+            "test_how_a_stage_ended_stands_in_its_status",
+        ),
+        (
+            "a worker that saved says it is done",
+            '_finish(context, "preempted", PREEMPTED,',
+            '_finish(context, "done", 0,',
+            "test_how_a_stage_ended_stands_in_its_status",
+        ),
+        (
+            "the last process to fail has the last word",
+            'if path.exists() or (state == "done" and not context.is_main):',
+            'if state == "done" and not context.is_main:',
+            "test_the_first_process_that_fails_has_the_word",
+        ),
+    ),
+    *in_file(
+        "launcher.py",
+        "unit/test_launcher.py",
+        (
+            "a worker may go online",
+            '"HF_HUB_OFFLINE": "1",',
+            '"HF_HUB_OFFLINE": "0",',
+            "test_the_worker_is_offline_and_finds_our_package_first",
+        ),
+        (
+            "packages of the user's come before ours",
+            "for part in (str(_ROOT), pythonpath) if part)",
+            "for part in (pythonpath, str(_ROOT)) if part)",
+            "test_the_worker_is_offline_and_finds_our_package_first",
+        ),
+        (
+            "every process takes all cores",
+            "max(1, num_cores // launch.num_processes)",
+            "num_cores",
+            "test_threads_are_shared_out_evenly_unless_told",
+        ),
+        (
+            "idle threads spin",
+            '{"OMP_WAIT_POLICY": "PASSIVE"}',
+            '{"OMP_WAIT_POLICY": "ACTIVE"}',
+            "test_idle_threads_of_a_worker_sleep_unless_the_user_chose_otherwise",
+        ),
+        (
+            "the user's choice for the allocator is overruled",
+            "if name not in os.environ},\n        **({}",
+            "},\n        **({}",
+            "test_what_the_user_has_set_for_the_allocator_stays",
+        ),
+        (
+            "two runs on one machine meet",
+            '["--standalone", "--nnodes", "1"]',
+            '["--nnodes", "1"]',
+            "test_the_launcher_suits_the_machine",
+        ),
+        (
+            "a worker is killed without the time to save",
+            "        family.wait(grace_seconds)\n",
+            "",
+            "test_an_interrupted_worker_may_save_before_the_call_returns",
+        ),
+        (
+            "a worker that does not stop goes on",
+            "    finally:\n        family.kill()\n",
+            "    finally:\n        pass\n",
+            "test_a_worker_that_does_not_stop_is_killed_after_the_grace",
+        ),
+    ),
+    *in_file(
+        "pipeline/compose.py",
+        "unit/pipeline/test_compose.py",
+        (
+            "a configuration reads the environment",
+            'return "${" in text and ":" in text[text.index("${") :]',
+            "return text is None",
+            "test_what_could_run_code_or_read_the_environment_is_refused",
+        ),
+        (
+            "a configuration runs code",
+            'if str(key).split(".")[-1] == "_target_":',
+            'if str(key) == "":',
+            "test_what_could_run_code_or_read_the_environment_is_refused",
+        ),
+    ),
+    *in_file(
+        "pipeline/jobs.py",
+        "unit/pipeline/test_jobs.py",
+        (
+            "all jobs start at once",
+            "after=next(reversed(jobs.values()), None)",
+            "after=None",
+            "test_each_job_waits_for_the_one_before",
+        ),
+        (
+            "a refused chain leaves its first jobs",
+            "        slurm.cancel(list(jobs.values()))\n",
+            "",
+            "test_a_refusal_of_slurm_is_shown_and_cancels_what_was_submitted",
+        ),
+    ),
+    *in_file(
+        "pipeline/sweeps/study.py",
+        SWEEP,
+        (
+            "more is always better",
+            '"minimize" if one.minimize else "maximize"',
+            '"maximize"',
+            "test_less_may_be_better",
+        ),
+        (
+            "a trial that was cut off counts as failed",
+            'trial.state is self._states.FAIL and "error" not in trial.user_attrs',
+            "False",
+            "test_stopped_in_a_trial_it_goes_on_with_that_one",
+        ),
+        (
+            "other questions are told by the same study",
+            'study_name=f"{wanted.name}-{wanted.identity[:16]}"',
+            "study_name=wanted.name",
+            "test_what_was_found_under_other_settings_is_not_told_as_these",
+        ),
+        (
+            "what is drawn depends on stops",
+            "_sampler(config.seed + number, config.trials or 0)",
+            "_sampler(config.seed + len(self._study.trials), config.trials or 0)",
+            "test_what_is_drawn_does_not_depend_on_stops_in_between",
+        ),
+    ),
+    *in_file(
+        "pipeline/sweeps/results.py",
+        SWEEP,
+        (
+            "trials within chance are called worse",
+            "if found is not None and not found.excludes_zero()]",
+            "if found is None]",
+            "test_others_that_may_be_as_good_are_named",
+        ),
+        (
+            "the worst trial stands behind the best",
+            "sign = 1 if wanted.objectives[0].minimize else -1\n    return",
+            "sign = -1 if wanted.objectives[0].minimize else 1\n    return",
+            "test_a_grid_tries_every_value_once_and_names_the_best",
+        ),
+    ),
+    *in_file(
+        "pipeline/sweeps/pruning.py",
+        SWEEP_AT_ONCE,
+        (
+            "better curves are pruned",
+            "1.0 if self._config.minimize == wanted.objectives[0].minimize else -1.0",
+            "-1.0 if self._config.minimize == wanted.objectives[0].minimize else 1.0",
+            "test_a_better_curve_is_not_pruned_whichever_way_the_objective_points",
+        ),
+    ),
+    *in_file(
+        "pipeline/paired.py",
+        "unit/pipeline/test_compare.py",
+        (
+            "differences are taken of other prompts",
+            "if not one or one.keys() != other.keys():",
+            "if not one or len(one) != len(other):",
+            "test_other_prompts_are_not_compared",
+        ),
+    ),
+    *in_file(
+        "locks.py",
+        "unit/test_locks.py",
+        (
+            "a lock keeps nobody out",
+            "fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)",
+            "fcntl.LOCK_SH | (0 if wait else fcntl.LOCK_NB)",
+            "test_a_second_holder_is_told_who_has_it",
+        ),
+    ),
+]

@@ -1,0 +1,215 @@
+"""What counts as a result: fingerprints, artifacts, exports and hubs."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import in_file
+
+PLAN = "unit/pipeline/test_plan.py"
+RERUNS = "test_a_change_re_runs_what_it_changes_and_nothing_else"
+
+MUTATIONS = [
+    *in_file(
+        "fingerprint.py",
+        PLAN,
+        ("settings that change no result count", 'f.metadata.get("identity", True)', "True", RERUNS),
+    ),
+    *in_file(
+        "fingerprint.py",
+        "unit/test_fingerprint.py",
+        (
+            "a number that is not finite has a form",
+            "if not math.isfinite(value):",
+            "if value is None:",
+            "test_what_has_no_stable_form_is_refused",
+        ),
+    ),
+    *in_file(
+        "pipeline/identity.py",
+        PLAN,
+        ("the seed is out of the fingerprint", '"seed": run.seed,', '"seed": 0,', RERUNS),
+        (
+            "data is out of the fingerprint",
+            '"data": data["data"],',
+            '"data": "",',
+            "test_the_content_of_data_counts_and_its_place_does_not",
+        ),
+        (
+            "inputs are out of the fingerprint",
+            '        "inputs": inputs,\n        "arms": arms,',
+            '        "inputs": {},\n        "arms": arms,',
+            RERUNS,
+        ),
+        (
+            "arms are out of the fingerprint",
+            '"arms": arms,',
+            '"arms": {},',
+            "test_a_reason_names_data_seed_arms_and_inputs",
+        ),
+        (
+            "the base model is out of the fingerprint",
+            '"content": base.identity,',
+            '"content": "",',
+            "test_the_content_of_the_base_model_counts_and_its_place_does_not",
+        ),
+        (
+            "mixed data is out of the fingerprint",
+            '{"extra_data": others, ',
+            '{"extra_data": {}, ',
+            "test_what_is_mixed_in_counts_by_its_content_and_its_share",
+        ),
+        (
+            "a template counts by its path",
+            'return {} if told is None else {"chat_template": digest(template_text(told))}',
+            'return {} if told is None else {"chat_template": told}',
+            "test_a_template_counts_by_its_content_and_the_worker_is_told_its_whole_path",
+        ),
+    ),
+    *in_file(
+        "pipeline/identity.py",
+        "unit/pipeline/test_scorers.py",
+        (
+            "a function's file is out of the fingerprint",
+            '"code": scorers.code(stage)}',
+            '"code": {}}',
+            "test_the_content_of_a_function_s_file_counts_and_its_place_does_not",
+        ),
+        (
+            "the house style is out of the fingerprint",
+            "file_sha256(RULE) if judged else None",
+            "None",
+            "test_the_rule_of_the_house_style_counts_where_it_scores",
+        ),
+    ),
+    *in_file(
+        "artifacts.py",
+        "unit/test_artifacts.py",
+        (
+            "an artifact's hashes are not looked at",
+            'if content and file_sha256(path) != expected["sha256"]:',
+            'if content and file_sha256(path) == "":',
+            "test_damage_is_found_by_size_and_by_content",
+        ),
+        (
+            "an artifact's sizes are not looked at",
+            ' or path.stat().st_size != expected["size"]:',
+            ":",
+            "test_damage_is_found_by_size_and_by_content",
+        ),
+        (
+            "a complete artifact is replaced",
+            "if (target / MANIFEST).exists():",
+            "if not target:",
+            "test_a_complete_artifact_is_never_replaced",
+        ),
+        (
+            "a manifest may name files outside",
+            "if not path.resolve().is_relative_to(folder.resolve()):",
+            "if not name:",
+            "test_a_manifest_that_names_a_file_outside_is_refused",
+        ),
+        (
+            "a manifest is written before its files are listed",
+            "    write_json(content / MANIFEST, dataclasses.asdict(complete))\n",
+            "    write_json(content / MANIFEST, dataclasses.asdict(manifest))\n",
+            "test_a_published_artifact_lists_its_files_and_verifies",
+        ),
+    ),
+    *in_file(
+        "export.py",
+        "unit/test_export.py",
+        (
+            "what was exported is not read back",
+            "if worst > RELOADED:",
+            "if worst > 1e9 * RELOADED:",
+            "test_what_was_written_wrong_is_not_exported",
+        ),
+        (
+            "an exported policy is compared with itself",
+            "_refuse_other_words(_logprobs(again, rows), expected, folder)\n    return [*said",
+            "_refuse_other_words(_logprobs(again, rows), _logprobs(again, rows), folder)\n    return [*said",
+            "test_what_was_written_wrong_is_not_exported",
+        ),
+        (
+            "an exported adapter is not read back",
+            "    _refuse_other_words(_logprobs(again, rows), expected, folder)\n    said =",
+            "    said =",
+            "test_what_was_written_wrong_is_not_exported",
+        ),
+        (
+            "an exported reward model is not read back",
+            "    _refuse_other_words(_scores(again, rows), expected, folder)\n",
+            "",
+            "test_what_was_written_wrong_is_not_exported",
+        ),
+        (
+            "any gap of merging is allowed",
+            "if gap.mean_kl > max_gap:",
+            "if gap.mean_kl > 1e9 + max_gap:",
+            "test_too_wide_a_gap_is_refused",
+        ),
+        (
+            "a damaged artifact is exported",
+            "manifest = verify(artifact, content=True)",
+            "manifest = verify(artifact, content=False)",
+            "test_a_damaged_artifact_is_not_exported",
+        ),
+        (
+            "a failed export leaves its folder",
+            "    finally:\n        shutil.rmtree(partial, ignore_errors=True)",
+            "    finally:\n        pass",
+            "test_what_was_written_wrong_is_not_exported",
+        ),
+    ),
+    *in_file(
+        "pipeline/hub.py",
+        "unit/pipeline/test_hub_data.py",
+        (
+            "planning downloads",
+            "local_files_only=not download",
+            "local_files_only=False",
+            "test_what_is_not_here_is_planned_by_its_revision_and_nothing_is_downloaded",
+        ),
+        (
+            "the revision that was asked for is ignored",
+            "            revision=asked.revision,\n            allow_patterns",
+            '            revision="main",\n            allow_patterns',
+            "test_what_is_here_is_planned_by_its_commit_and_its_rows_are_checked",
+        ),
+    ),
+    *in_file(
+        "data/hub.py",
+        "unit/pipeline/test_hub_data.py",
+        (
+            "a hub's data counts without its commit",
+            "return snapshot_name(path) or content_sha256(path, of_file)",
+            'return (snapshot_name(path) or content_sha256(path, of_file)).partition("@")[0]',
+            "test_what_is_here_is_planned_by_its_commit_and_its_rows_are_checked",
+        ),
+    ),
+    *in_file(
+        "pipeline/sources.py",
+        PLAN,
+        (
+            "a hub's model counts by a branch, not by its commit",
+            'identity=f"hub:{repository.id}@{folder.name}"',
+            "identity=repository.named",
+            "test_a_hub_model_that_is_here_is_planned_by_its_commit",
+        ),
+        (
+            "pickles are taken for a model",
+            'if not any(folder.glob("*.safetensors")):',
+            'if not any(folder.glob("*")):',
+            "test_a_folder_of_pickles_is_no_model",
+        ),
+    ),
+    *in_file(
+        "bundled.py",
+        "unit/test_bundled.py",
+        (
+            "any weights are taken for the pinned ones",
+            "if found != model.sha256:",
+            'if found == "":',
+            "test_weights_other_than_the_pinned_ones_are_refused",
+        ),
+    ),
+]

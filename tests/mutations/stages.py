@@ -1,0 +1,174 @@
+"""What stages hand to trainers and keep of them, and where models come from."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import in_file
+
+MUTATIONS = [
+    *in_file(
+        "stages/dpo.py",
+        "unit/stages/test_dpo.py",
+        (
+            "DPO ignores beta",
+            "beta=config.beta,",
+            "beta=0.1,",
+            "test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved",
+        ),
+        (
+            "DPO has one loss",
+            "loss_type=config.loss.value",
+            'loss_type="sigmoid"',
+            "test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved",
+        ),
+        (
+            "DPO learns from pairs the other way round",
+            '"chosen_ids": p.chosen, "rejected_ids": p.rejected',
+            '"chosen_ids": p.rejected, "rejected_ids": p.chosen',
+            "test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved",
+        ),
+        (
+            "DPO's reference follows the policy",
+            "        with at_start(policy):\n",
+            "        if policy is not None:\n",
+            "test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved",
+        ),
+        (
+            "DPO's start is not checked",
+            "if abs(loss - expected) > tolerance * max(1.0, expected):",
+            "if abs(loss - expected) > 1e9 * max(1.0, expected):",
+            "test_a_reference_that_is_not_the_start_stops_before_anything_is_learned",
+        ),
+    ),
+    *in_file(
+        "stages/reference_cache.py",
+        "unit/training/test_reference_cache.py",
+        (
+            "a kept reference does not depend on the weights",
+            "weights_sha256(found), nf4",
+            '"", nf4',
+            "test_the_reference_is_computed_once_and_again_when_something_changed",
+        ),
+    ),
+    *in_file(
+        "stages/reward.py",
+        "unit/stages/test_reward_split.py",
+        (
+            "held-out pairs are learned from",
+            "learned = [pair for pair in pairs if tuple(pair.prompt) not in chosen]",
+            "learned = list(pairs)",
+            "test_a_prompt_is_learned_from_or_held_out",
+        ),
+    ),
+    *in_file(
+        "stages/ppo.py",
+        "unit/training/test_ppo_limits.py",
+        (
+            "the guard's prompts are learned from",
+            "            held_out.setdefault(tuple(prompt), place)\n        else:\n            learned.append(place)",
+            "            held_out.setdefault(tuple(prompt), place)\n        learned.append(place)",
+            "test_held_out_prompts_are_never_learned_from",
+        ),
+    ),
+    *in_file(
+        "stages/ppo.py",
+        "unit/stages/test_ppo_guard.py",
+        (
+            "the guard asks the stage's own scorers",
+            "scorer=build_scorer(*told, device=context.device)",
+            "scorer=build_rewards(*told, device=context.device)",
+            "test_the_guard_asks_its_own_scorer_and_the_stage_its_own",
+        ),
+        (
+            "the critic of a later policy is kept",
+            'if metrics.get("guard/kept_update", metrics["updates"]) == metrics["updates"]:',
+            'if metrics["updates"] == metrics["updates"]:',
+            "test_a_critic_is_kept_beside_the_policy_that_it_learned_with_alone",
+        ),
+    ),
+    *in_file(
+        "stages/ppo.py",
+        "unit/training/test_ppo.py",
+        (
+            "a checkpoint is made inside an update",
+            "save_steps=config.save_every * steps_per_update",
+            "save_steps=config.save_every * steps_per_update - 1",
+            "test_a_resumed_run_equals_the_straight_one",
+        ),
+        (
+            "completions that do not divide are taken",
+            "    if rest:\n",
+            "    if rest < 0:\n",
+            "test_episodes_that_do_not_divide_by_completions_are_refused",
+        ),
+        (
+            "the kind of KL control is ignored",
+            "if config.control is KlControl.adaptive:",
+            "if config.control is None:",
+            "test_the_adaptive_price_follows_the_kl",
+        ),
+    ),
+    *in_file(
+        "stages/result.py",
+        "unit/models/test_load.py",
+        (
+            "adapters of earlier stages are not kept",
+            'shutil.copytree(adapter.path, context.content / "adapters" / adapter.path.name, dirs_exist_ok=True)',
+            "pass",
+            "test_an_artifact_never_needs_the_one_it_was_made_from",
+        ),
+    ),
+    *in_file(
+        "models/start.py",
+        "unit/models/test_start.py",
+        (
+            "a stacked adapter is remembered as merged",
+            "merged = adapter.chain is Chain.merge or not found.adapters",
+            "merged = True",
+            "test_a_saved_policy_says_what_it_said_in_training",
+        ),
+    ),
+    *in_file(
+        "models/load.py",
+        "unit/models/test_load.py",
+        (
+            "an artifact of another base is taken",
+            "if recorded is not None and recorded == base_content(spec):",
+            "if recorded is not None:",
+            "test_an_artifact_of_another_base_is_refused",
+        ),
+        (
+            "another tokenizer is taken",
+            "if theirs != tokenizer_hashes(tokenizer):",
+            "if theirs == {}:",
+            "test_another_tokenizer_is_refused_by_name",
+        ),
+        (
+            "a damaged artifact is built on",
+            "manifest = verify(stage_input.path, content=True)",
+            "manifest = verify(stage_input.path, content=False)",
+            "test_a_damaged_artifact_is_refused_before_anything_is_built_on_it",
+        ),
+        (
+            "a reward model's offset is not loaded",
+            'model.score_offset.copy_(saved["offset"])',
+            "model.score_offset.zero_()",
+            "test_a_reward_model_scores_the_same_after_a_reload",
+        ),
+    ),
+    *in_file(
+        "models/roles.py",
+        "unit/models/test_roles.py",
+        (
+            "a policy that is trained whole has no reference of its own",
+            "if adapter.kind is AdapterKind.full else None\n    scorer",
+            "if adapter.kind is None else None\n    scorer",
+            "test_the_reference_is_the_policy_at_the_start_whatever_is_learned",
+        ),
+        (
+            "every role holds its base for itself",
+            "        share_frozen(scorer, trained)\n",
+            "        pass\n",
+            "test_under_an_adapter_policy_value_and_reward_hold_their_base_once",
+        ),
+    ),
+]

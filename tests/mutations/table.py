@@ -1,0 +1,15 @@
+"""All mutations of the wiring. Those of the arithmetic stand in tests/unit/algos/test_mutations.py."""
+
+from __future__ import annotations
+
+from tests.mutations import data, evaluating, pipeline, results, stages, training
+from tests.mutations.mutation import Mutation
+
+MUTATIONS: list[Mutation] = [
+    *training.MUTATIONS,
+    *stages.MUTATIONS,
+    *data.MUTATIONS,
+    *evaluating.MUTATIONS,
+    *results.MUTATIONS,
+    *pipeline.MUTATIONS,
+]
