@@ -1,13 +1,21 @@
-"""Every setting is read somewhere: a field that nothing reads is a promise that nothing keeps."""
+"""Every setting is read somewhere: a field that nothing reads is a promise that nothing keeps.
+
+A field counts as read where mypy finds that the object is of its own class: that DPO reads a ``clip`` says nothing of
+PPO's.
+"""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mypy import build
+from mypy.modulefinder import BuildSource
+from mypy.options import Options
 
 from alignment.config.launch import LaunchConfig
 from alignment.config.model import ModelConfig
@@ -18,8 +26,12 @@ from alignment.config.tracking import TrackingConfig
 from alignment.config.typed import field_types, listed_dataclass
 
 PACKAGE = Path(__file__).parents[2] / "alignment"
+PLUGIN = Path(__file__).with_name("attribute_reads.py")
+pytestmark = pytest.mark.xdist_group("mypy")  # one process reads the package
+
 GENERIC = {"kind"}
 """Read by ``typed`` to choose a dataclass, which is all that it is for in a stage."""
+Reads = set[tuple[str, str]]
 
 
 def classes() -> list[type]:
@@ -35,23 +47,32 @@ def classes() -> list[type]:
     return found
 
 
-def attributes_read(files: list[Path]) -> set[str]:
-    """Names that stand after a dot in an expression that is read."""
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
-    return {
-        node.attr
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-    }
+def attributes_read(sources: list[BuildSource]) -> Reads:
+    """Classes and names of their attributes that these sources read outside of config/."""
+    options = Options()
+    options.incremental = False
+    options.cache_dir = os.devnull
+    options.follow_imports = "skip"
+    options.ignore_missing_imports = True
+    options.plugins = [str(PLUGIN)]
+    options.config_file = str(PACKAGE.parent / "pyproject.toml")  # where mypy says that the plugin is named
+    build.build(sources, options)
+    noted = sys.modules[PLUGIN.stem].READS
+    found = {(owner, name) for owner, name, file in noted if "config" not in Path(file).parts}
+    noted.clear()
+    return found
 
 
-def readers(cls: type) -> list[Path]:
-    """Where a class's fields may be read: a stage's in what it runs, the others anywhere outside config/."""
-    everywhere = [path for path in PACKAGE.rglob("*.py") if "config" not in path.relative_to(PACKAGE).parts]
-    if cls not in STAGES.values():
-        return everywhere
-    return [path for path in everywhere if cls.__name__ in path.read_text(encoding="utf-8")]
+def source(path: Path, text: str | None = None) -> BuildSource:
+    """A file of the package, with another ``text`` if one is given."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return BuildSource(str(path), ".".join(parts).removesuffix(".__init__"), text)
+
+
+@pytest.fixture(scope="module")
+def read() -> Reads:
+    """By the package as it is."""
+    return attributes_read([source(path) for path in sorted(PACKAGE.rglob("*.py"))])
 
 
 REFERENCES = {
@@ -59,13 +80,33 @@ REFERENCES = {
 }
 
 
+def unread(cls: type, read: Reads) -> list[str]:
+    """A field that is inherited may be read of the class that declares it."""
+    owners = [f"{one.__module__}.{one.__qualname__}" for one in cls.__mro__]
+    asked = [name for name in field_types(cls) if name not in GENERIC and (cls, name) not in REFERENCES]
+    return [name for name in asked if not any((owner, name) in read for owner in owners)]
+
+
 @pytest.mark.parametrize("cls", classes(), ids=lambda cls: cls.__name__)
-def test_every_field_is_read(cls: type) -> None:
-    read = attributes_read(readers(cls))
-    unread = [
-        name for name in field_types(cls) if name not in read and name not in GENERIC and (cls, name) not in REFERENCES
-    ]
-    assert not unread
+def test_every_field_is_read(cls: type, read: Reads) -> None:
+    assert not unread(cls, read)
+
+
+def test_a_field_of_another_class_does_not_count() -> None:
+    """Where PPO's clip is read no more, that of its scorers still is."""
+    trainer, rewards = PACKAGE / "training/ppo_trainer.py", PACKAGE / "rewards/build.py"
+    text = trainer.read_text(encoding="utf-8")
+    others = [source(path) for path in (*PACKAGE.glob("config/*.py"), rewards)]
+    clips = [("alignment.config.stage.PpoConfig", "clip"), ("alignment.config.stage.ScorerConfig", "clip")]
+    for changed, expected in ((text, [True, True]), (text.replace("self.config.clip", "0.2"), [False, True])):
+        found = attributes_read([*others, source(trainer, changed)])
+        assert [clip in found for clip in clips] == expected
+
+
+def readers(cls: type) -> list[Path]:
+    """The files that name a stage's class."""
+    everywhere = [path for path in PACKAGE.rglob("*.py") if "config" not in path.relative_to(PACKAGE).parts]
+    return [path for path in everywhere if cls.__name__ in path.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize(
