@@ -26,11 +26,15 @@ MUTATIONS = [
             "frozenset({tokenizer.eos_token_id})",
             "test_answers_end_with_the_token_that_ends_a_turn",
         ),
+    ),
+    *in_file(
+        "data/tokenize.py",
+        "unit/data/test_templates.py",
         (
             "special tokens are put around rendered text",
             "tokenizer(list(texts), add_special_tokens=False",
             "tokenizer(list(texts), add_special_tokens=True",
-            "test_nothing_is_added_around_rendered_text",
+            "test_a_row_begins_with_the_one_bos_that_it_has",
         ),
     ),
     *in_file(
@@ -159,17 +163,13 @@ MUTATIONS = [
     ),
     *in_file(
         "rewards/scorers.py",
-        "unit/rewards/test_mix.py",
+        "unit/rewards/test_functions.py",
         (
             "a score may be missing",
             "if len(given) != count:",
             "if len(given) > count:",
-            "test_what_is_no_score_is_refused_whoever_gave_it",
+            "test_what_is_no_score_is_refused_by_function_row_and_value",
         ),
-    ),
-    *in_file(
-        "rewards/scorers.py",
-        "unit/rewards/test_functions.py",
         (
             "a score may be infinite",
             "if not abs(number) <= _LARGEST:",

@@ -89,12 +89,6 @@ MUTATIONS = [
         "stages/ppo.py",
         "unit/training/test_ppo.py",
         (
-            "a checkpoint is made inside an update",
-            "save_steps=config.save_every * steps_per_update",
-            "save_steps=config.save_every * steps_per_update - 1",
-            "test_a_resumed_run_equals_the_straight_one",
-        ),
-        (
             "completions that do not divide are taken",
             "    if rest:\n",
             "    if rest < 0:\n",
@@ -105,6 +99,16 @@ MUTATIONS = [
             "if config.control is KlControl.adaptive:",
             "if config.control is None:",
             "test_the_adaptive_price_follows_the_kl",
+        ),
+    ),
+    *in_file(
+        "stages/ppo.py",
+        "unit/training/test_ppo_columns.py",
+        (
+            "a checkpoint is made inside an update",
+            "save_steps=config.save_every * steps_per_update",
+            "save_steps=config.save_every * steps_per_update - 1",
+            "test_checkpoints_lie_where_updates_end",
         ),
     ),
     *in_file(
@@ -124,7 +128,7 @@ MUTATIONS = [
             "a stacked adapter is remembered as merged",
             "merged = adapter.chain is Chain.merge or not found.adapters",
             "merged = True",
-            "test_a_saved_policy_says_what_it_said_in_training",
+            "test_a_chain_of_three_is_found_again",
         ),
     ),
     *in_file(

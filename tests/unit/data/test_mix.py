@@ -51,6 +51,9 @@ def test_the_seed_decides_which_rows_and_in_which_order() -> None:
     first = _mixed(own, parts)
     assert _mixed(own, parts) == first
     assert _mixed(own, parts, seed=1) != first
+    drawn = [{row for row in _mixed(own, parts, seed=seed) if row >= 100} for seed in (0, 1)]
+    assert drawn[0] != drawn[1]
+    assert drawn[0] != set(range(100, 105)), "its first rows may be all of one kind"
 
 
 def test_a_source_with_too_few_rows_is_named() -> None:

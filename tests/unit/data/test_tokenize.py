@@ -17,6 +17,7 @@ from alignment.data.tokenize import (
     IGNORED,
     answer_ids,
     encode,
+    end_ids,
     prompt_ids,
     tokenize_conversation,
     turn_end_id,
@@ -307,6 +308,9 @@ def test_a_character_that_stands_for_a_control_token_is_refused(tokenizer: Any) 
 
 def test_answers_end_with_the_token_that_ends_a_turn(tokenizer: Any) -> None:
     assert turn_end_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    other = tiny_tokenizer()
+    other.eos_token = "<|endoftext|>"
+    assert end_ids(other) == frozenset(other.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
 
 
 # ---- tools and weights ----------------------------------------------------------------------------------------------

@@ -163,7 +163,10 @@ def test_what_was_answered_is_kept_by_who_was_asked(kept: Path) -> None:
         config = served.config(base_url=served.url)
         assert ask(config, kept, list("acd")) == ["of a", "of c", "of d"], "nobody is asked"
         replies = ask(again.config(), kept, prompts)
+        ask(again.config(model="another"), kept, ["a"])
+        ask(again.config(), kept, ["a"])
     assert replies == [f"now of {prompt}" for prompt in prompts], "another endpoint is asked"
+    assert len(again.requests) == 5, "and so is another model, once"
 
 
 STATUS = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"

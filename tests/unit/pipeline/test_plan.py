@@ -108,8 +108,13 @@ def test_the_content_of_the_base_model_counts_and_its_place_does_not(plan: MakeP
     before = plan()
     (tmp_path / "model").rename(tmp_path / "moved")
     assert changed(before, plan(f"model.source=path:{tmp_path / 'moved'}")) == set()
+    told = f"model.source=path:{tmp_path / 'moved'}"
+    leave_artifact(before.stages[0])
+    from_elsewhere = f"stages.dpo.init=path:{before.stages[0].artifact}"
+    dpo = plan(told, from_elsewhere)
     (tmp_path / "moved/model.safetensors").write_bytes(b"others")
-    assert "sft" in changed(before, plan(f"model.source=path:{tmp_path / 'moved'}"))
+    assert "sft" in changed(before, plan(told))
+    assert "dpo" in changed(dpo, plan(told, from_elsewhere)), "its adapter would stand on another base"
 
 
 def test_everything_is_reused_once_it_is_made_and_the_run_s_name_is_only_the_report_s(plan: MakePlan) -> None:

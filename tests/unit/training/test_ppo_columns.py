@@ -73,6 +73,14 @@ def test_answers_are_drawn_at_the_stages_temperature(bench: Callable[..., Bench]
     assert warm.trainer.rollouts.of_update(0, warm.trainer.figures).answers != greedy
 
 
+def test_checkpoints_lie_where_updates_end(bench: Callable[..., Bench]) -> None:
+    """Inside an update, one would lack the answers that are being learned from."""
+    run = bench(updates=3, save_every=2)
+    run.train()
+    assert run.trainer.steps_per_update == 4
+    assert {path.name for path in run.context.checkpoints.iterdir()} == {"checkpoint-8", "checkpoint-12"}
+
+
 class _Relative(TokenRewards):
     """The length of an answer less the mean length so far."""
 
