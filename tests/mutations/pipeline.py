@@ -49,7 +49,7 @@ MUTATIONS = [
             "what another process has made meanwhile is made again",
             "        if read_manifest(stage.artifact) is not None:\n            return False\n",
             "",
-            "test_a_result_that_another_run_has_made_meanwhile_counts",
+            "test_one_that_waits_takes_what_the_other_run_made",
         ),
         (
             "Ctrl-C ends as SIGTERM does",
