@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment import __version__, launcher
+from alignment import __version__, doubts, launcher
 from alignment.artifacts import Manifest, publish, read_manifest, verify
 from alignment.config.launch import LaunchConfig
 from alignment.config.near import suggestion
@@ -29,6 +29,7 @@ from alignment.pipeline import (
     jobs,
     launching,
     machines,
+    notes,
     pulses,
     references,
     slurm,
@@ -37,7 +38,6 @@ from alignment.pipeline import (
 from alignment.pipeline.display import Display, display_for, duration
 from alignment.pipeline.handover import Preempted
 from alignment.pipeline.job_file import HERE
-from alignment.pipeline.new_tokens import frozen_rows
 from alignment.pipeline.plan import Action, Plan, PlannedStage, make_plan
 from alignment.pipeline.record import RunRecord, read_record, seconds_then
 from alignment.pipeline.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
@@ -69,8 +69,8 @@ def run(
     plan = make_plan(recipe, overrides)
     if only is not None:
         refuse_missing_inputs(plan, only)
-    if warning := frozen_rows(plan):
-        display_for(console).note(warning)
+    for note in notes.of_plan(plan):
+        display_for(console).note(f"note: {note}")
     launch = plan.config.launch
     _refuse_what_cannot_start(plan, only)
     if launch.slurm.submit:
@@ -255,18 +255,27 @@ def _one_stage(
             record.stage(stage.name, "waiting" if interrupted else "failed", seconds=time.monotonic() - started)
         display.end(stage.name, "failed" if not interrupted else "stopped", duration(time.monotonic() - started))
         raise
-    if not made:
+    if made:
+        record.stage(stage.name, "done", seconds=time.monotonic() - started)
+        display.end(stage.name, "done", f"{duration(time.monotonic() - started):<12} {stage.artifact.name}")
+    else:
         record.stage(stage.name, "reused", seconds=seconds_then(stage))
         display.end(stage.name, "reused", stage.artifact.name)
-        return
-    record.stage(stage.name, "done", seconds=time.monotonic() - started)
-    display.end(stage.name, "done", f"{duration(time.monotonic() - started):<12} {stage.artifact.name}")
+    _doubt(plan, stage, display)
 
 
 def _reuse(plan: Plan, stage: PlannedStage, display: Display) -> None:
     _clear(stage)
     _point_to_result(plan, stage)
     display.end(stage.name, "reused", stage.artifact.name)
+    _doubt(plan, stage, display)
+
+
+def _doubt(plan: Plan, stage: PlannedStage, display: Display) -> None:
+    """Says what the stage's figures say against it, before the next stage builds on it."""
+    if not doubts.is_smoke(plan.overrides):
+        for doubt in notes.of_result(stage.config.kind, stage.artifact):
+            display.note(f"{stage.name}: {doubt}")
 
 
 def _make(plan: Plan, stage: PlannedStage, display: Display, command_for: CommandFor, *, wait: bool) -> bool:

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from alignment.pipeline import forgetting
+from alignment import doubts
+from alignment.pipeline import forgetting, notes
 from alignment.pipeline.display import duration, steps
 from alignment.pipeline.handover import Progress
-from alignment.pipeline.new_tokens import frozen_rows
 from alignment.pipeline.plan import Action, Plan
 
 REPORT = "report.html"
@@ -34,8 +34,8 @@ def show_plan(console: Console, plan: Plan) -> None:
             lines += [f"runs your code: {function}" for function in stage.code]
             for line in lines:
                 console.print(f"{stage.name} {line}", markup=False, highlight=False, emoji=False, soft_wrap=True)
-    if warning := frozen_rows(plan):
-        console.print(warning, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    for note in notes.of_plan(plan):
+        console.print(f"note: {note}", markup=False, highlight=False, emoji=False, soft_wrap=True)
     to_run = sum(stage.action is not Action.reuse for stage in plan.stages)
     console.print(f"{to_run} to run, {len(plan.stages) - to_run} reused", highlight=False)
 
@@ -67,9 +67,23 @@ def show_results(console: Console, run_folder: Path, record: dict[str, Any]) -> 
     if not any(stage["kind"] == "evaluate" for stage in record["stages"].values()):
         for name, stage in record["stages"].items():
             console.print(f"{name}: {stage['artifact']}", markup=False, highlight=False, soft_wrap=True)
+    for line in _doubts(record):
+        console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
     report = run_folder / REPORT
     if report.is_file():
         console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _doubts(record: dict[str, Any]) -> list[str]:
+    """What stands against the results of a run; of a smoke run nothing else is worth saying."""
+    if doubts.is_smoke(record["overrides"]):
+        return [f"this is {doubts.SMOKE}"]
+    made = {name: stage for name, stage in record["stages"].items() if stage["state"] in ("done", "reused")}
+    return [
+        f"{name}: {doubt}"
+        for name, stage in made.items()
+        for doubt in notes.of_result(stage["kind"], Path(stage["artifact"]))
+    ]
 
 
 def show_evaluation(console: Console, evaluation: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignment.config.evaluation import UNTRAINED_ARMS
+from alignment.doubts import SMOKE, is_smoke, of_figures
 from alignment.report import text
 from alignment.report.card_page import lead
 from alignment.report.records import Arm, Comparison, Evaluation, Run
@@ -28,16 +29,21 @@ class Verdict:
 def judge(run: Run) -> Verdict:
     """The verdict on a run, whatever is missing from it."""
     evaluation = run.evaluation
+    if is_smoke(run.overrides):
+        return Verdict(lead=f"This is {SMOKE}.", differences=[], warnings=_unfinished(run))
     if evaluation is None:
         told = f"{run.evaluation_note} Nothing can be said yet about which stage helped."
         told = " ".join(map(lead, run.cards)) or told
         return Verdict(
-            lead=told, differences=[], warnings=_unfinished(run) + _forgot(run) + _handed_on(run) + _of_cards(run)
+            lead=told,
+            differences=[],
+            warnings=_unfinished(run) + _doubts(run) + _forgot(run) + _handed_on(run) + _of_cards(run),
         )
     return Verdict(
         lead=_lead(run, evaluation),
         differences=_differences(evaluation),
         warnings=_unfinished(run)
+        + _doubts(run)
         + _forgot(run)
         + _arm_warnings(evaluation)
         + _overoptimised(run, evaluation)
@@ -126,6 +132,11 @@ def _unfinished(run: Run) -> list[str]:
     return [f"The run is not complete: {text.listing(states)}. This page shows what there is."]
 
 
+def _doubts(run: Run) -> list[str]:
+    """What the figures of training stages say against what was built on them."""
+    return [f"{stage.name}: {doubt}." for stage in run.stages for doubt in of_figures(stage.kind, stage.headlines)]
+
+
 def _forgot(run: Run) -> list[str]:
     """Arms over a limit of what may be forgotten."""
     arms = [arm for measured in run.forgetting for arm in measured.arms if not arm.passed]
@@ -148,6 +159,12 @@ def _arm_warnings(evaluation: Evaluation) -> list[str]:
                 f"{text.number(ratio.mean, 1)} nats (more than {MAX_LOG_RATIO:.0f}): read its answers before "
                 "trusting its score."
             )
+    all_cut = [arm.label for arm in evaluation.arms if arm.ended is not None and arm.ended.mean == 0]
+    if all_cut:
+        warnings.append(
+            f"All answers of {text.listing(all_cut)} were cut off at max_new_tokens, so their scores are those of "
+            "unfinished text."
+        )
     never_ended = [_never_ended(arm, evaluation.num_prompts) for arm in evaluation.arms if _cut(arm)]
     if never_ended:
         warnings.append(f"Some answers never ended and were cut off at the limit: {text.listing(never_ended)}.")
@@ -155,7 +172,7 @@ def _arm_warnings(evaluation: Evaluation) -> list[str]:
 
 
 def _cut(arm: Arm) -> bool:
-    return arm.ended is not None and arm.ended.mean < 1
+    return arm.ended is not None and 0 < arm.ended.mean < 1
 
 
 def _never_ended(arm: Arm, num_prompts: int | None) -> str:

@@ -432,6 +432,22 @@ def test_stages_run_one_by_one_make_what_they_make_together(align: Align) -> Non
     assert align.record()["overrides"] == align.overrides, "how a job calls the driver is not what the user wrote"
 
 
+DOUBT = "reward: right on 40% of 30 held-out pairs, no better than chance (50%): "
+
+
+def test_a_reward_model_by_chance_is_said_before_ppo_and_ever_after(
+    align: Align, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORKER_FAULT", "reward:chance")
+    _, printed = align()
+    lines = [line.split()[:2] for line in printed.splitlines()]
+    assert printed.index(DOUBT) < printed.index("ppo ", printed.index(DOUBT))
+    assert printed.count(DOUBT) == 2, lines  # as the stage ended, and with the results
+    assert align()[1].count(DOUBT) == 2
+    assert align.status().count(DOUBT) == 1
+    assert DOUBT in (align.run_folder / "report.html").read_text()
+
+
 def test_what_was_recorded_of_other_stages_stays(align: Align) -> None:
     align(only="sft")
     before = align.record()

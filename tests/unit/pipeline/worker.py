@@ -1,7 +1,8 @@
 """A worker without a model: reads ``stage.yaml`` and does what the contract asks of a worker, in a process of its own.
 
 ``WORKER_FAULT=stage:what`` makes that stage ``fail``, ``reward``, ``crash``, ``template``, ``bug``, ``preempt``,
-``hang`` or ``lie`` (say that it is done and leave nothing), or come to its end with a ``note``.
+``hang`` or ``lie`` (say that it is done and leave nothing), or come to its end with a ``note`` or with metrics by
+``chance``.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def main(path: Path) -> int:
     spec = read_spec(path)
     print(f"working on {spec.stage}")
     stage, _, fault = os.environ.get("WORKER_FAULT", ":").partition(":")
-    noted = stage == spec.stage and fault == "note"
-    if stage == spec.stage and not noted:
+    noted, by_chance = (stage == spec.stage and fault == end for end in ("note", "chance"))
+    if stage == spec.stage and not (noted or by_chance):
         misbehave(spec, fault)
     write_json(spec.work / "progress.json", {"phase": "training", "step": 1, "total": 2, "figures": {"loss": 1.5}})
     content = spec.work / "content"
@@ -44,6 +45,7 @@ def main(path: Path) -> int:
         identity=spec.identity,
         inputs=spec.input_fingerprints,
         usage={"seconds": 1.0},
+        metrics={"eval_accuracy": 0.4, "eval_rows": 30.0} if by_chance else {},
     )
     publish(content, spec.artifact, manifest)
     shutil.rmtree(spec.work)

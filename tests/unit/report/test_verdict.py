@@ -64,6 +64,28 @@ def test_an_ordinary_run_has_no_warnings(fake_run):
     assert "Read this first" not in fake_run.html()
 
 
+def test_a_smoke_run_concludes_nothing(fake_run):
+    fake_run.run["overrides"].append("profile=smoke")
+    fake_run.headlines["reward"]["eval_accuracy"] = 0.0
+    html = fake_run.html()
+    assert lead_of(html) == (
+        "This is a smoke run: it shows that the recipe runs, and concludes nothing; none of its figures means anything."
+    )
+    assert "really better" not in html
+    assert "Read this first" not in html
+
+
+def test_stages_whose_own_figures_speak_against_them_are_named(fake_run):
+    fake_run.headlines["reward"] = {"eval_accuracy": 0.5, "eval_rows": 30.0}
+    fake_run.headlines["ppo"] = {"eos_rate": 0.0}
+    fake_run.evaluation["arms"][-1].update(ended=0.0)
+    html = fake_run.html()
+    assert "reward: right on 50% of 30 held-out pairs, no better than chance (50%)" in html
+    assert "ppo: none of the last update&#39;s answers ended within max_new_tokens" in html
+    assert "All answers of ppo were cut off at max_new_tokens, so their scores are those of unfinished text." in html
+    assert "Some answers never ended" not in html
+
+
 def test_degenerate_arms_large_kl_and_endless_answers_are_named(fake_run):
     ppo = fake_run.evaluation["arms"][-1]
     ppo.update(distinct=0.62, ended=0.93, greedy_log_ratio={"mean": 41.0, "low": 38.0, "high": 44.0})

@@ -1,0 +1,45 @@
+"""What a stage's own figures say against building on its result, in a sentence each.
+
+The driver prints them as the stage ends; ``align status`` and the report show them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SMOKE = "a smoke run: it shows that the recipe runs, and concludes nothing; none of its figures means anything"
+_SMOKE_OVERRIDE = "profile=smoke"
+_CHANCE = 0.5
+
+
+def is_smoke(overrides: Sequence[str]) -> bool:
+    """Whether a run was started with these to see whether it runs."""
+    return _SMOKE_OVERRIDE in overrides
+
+
+def of_figures(kind: str, figures: Mapping[str, float]) -> list[str]:
+    """What the figures in the manifest of a training stage say against it."""
+    if kind == "reward" and (accuracy := figures.get("eval_accuracy")) is not None and accuracy <= _CHANCE:
+        pairs = figures.get("eval_rows")
+        held_out = "held-out pairs" if pairs is None else f"{pairs:.0f} held-out pairs"
+        return [
+            f"right on {accuracy:.0%} of {held_out}, no better than chance ({_CHANCE:.0%}): what is trained on its "
+            "scores learns nothing of what is preferred"
+        ]
+    if kind == "ppo" and figures.get("eos_rate") == 0.0:
+        return [
+            "none of the last update's answers ended within max_new_tokens: every one was cut off; raise it, or start "
+            "from a policy that ends its answers"
+        ]
+    return []
+
+
+def of_evaluation(evaluation: Mapping[str, Any]) -> list[str]:
+    """What an evaluation.json says against its arms."""
+    cut = [str(arm["label"]) for arm in evaluation["arms"] if _mean(arm.get("ended")) == 0.0]
+    return [f"all answers of {', '.join(cut)} were cut off at max_new_tokens; raise it"] if cut else []
+
+
+def _mean(figure: Any) -> Any:
+    return figure.get("mean") if isinstance(figure, Mapping) else figure

@@ -1,0 +1,84 @@
+"""What is not wrong, but worth a word before a run starts; and after each stage, what its figures say against it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from alignment import doubts
+from alignment.artifacts import read_manifest
+from alignment.config.stage import CptConfig, EvaluateConfig, PpoConfig, Trained
+from alignment.data.overlap import HeldOut, Overlap, Placed
+from alignment.pipeline.amounts import rows_of
+from alignment.pipeline.new_tokens import frozen_rows
+from alignment.pipeline.plan import Plan, PlannedStage
+
+HIGH_RATE = 1e-2
+"""Above the rates of published recipes, those of LoRA too (chosen, not tuned)."""
+
+
+def of_plan(plan: Plan) -> list[str]:
+    """A sentence for each."""
+    found = [f"this is {doubts.SMOKE}"] if doubts.is_smoke(plan.overrides) else []
+    if warning := frozen_rows(plan):
+        found.append(warning)
+    for stage in plan.stages:
+        found += [*_high_rates(stage), *_small_data(stage)]
+    return [*found, *_asked_again(plan)]
+
+
+def _high_rates(stage: PlannedStage) -> Iterator[str]:
+    if not isinstance(stage.config, Trained):
+        return
+    optim = stage.config.optim
+    for name in ("lr", "critic_lr"):
+        rate = getattr(optim, name, None)
+        if rate is not None and rate > HIGH_RATE:
+            yield f"stages.{stage.name}.optim.{name} is {rate:g}: above {HIGH_RATE:g} nearly every model diverges"
+
+
+def _small_data(stage: PlannedStage) -> Iterator[str]:
+    config = stage.config
+    if not isinstance(config, Trained) or isinstance(config, (CptConfig, PpoConfig)):
+        return
+    rows = rows_of(config.data, stage.seen.get("data"))
+    if rows is not None and rows < config.optim.batch_size:
+        yield (
+            f"stages.{stage.name}.optim.batch_size is {config.optim.batch_size}, and there are {rows} rows: each step "
+            "learns from all of them"
+        )
+
+
+def _asked_again(plan: Plan) -> Iterator[str]:
+    """Prompts that are learned and evaluated, in the rows that a plan compares."""
+    for evaluation in plan.stages:
+        if not isinstance(evaluation.config, EvaluateConfig) or "data" not in evaluation.seen:
+            continue
+        for both, stages in _overlaps(plan, HeldOut(evaluation.seen["data"].texts)).items():
+            yield (
+                f"{len(both)} of the rows that {', '.join(stages)} may learn from ask what {evaluation.name} asks, "
+                f"such as {both[0].learned}, which has {both[0].share:.0%} of {both[0].held_out}"
+            )
+
+
+def _overlaps(plan: Plan, held_out: HeldOut) -> dict[tuple[Overlap, ...], list[str]]:
+    """What is learned of the held-out texts, and which stages learn it; several mostly learn the same rows."""
+    overlaps: dict[tuple[Placed, ...], tuple[Overlap, ...]] = {}
+    stages: dict[tuple[Overlap, ...], list[str]] = {}
+    for stage in plan.stages:
+        for seen in stage.seen.values() if isinstance(stage.config, Trained) else ():
+            if seen.texts not in overlaps:
+                overlaps[seen.texts] = tuple(held_out.overlaps(seen.texts))
+            names = stages.setdefault(overlaps[seen.texts], [])
+            names += [] if stage.name in names else [stage.name]
+    return {both: names for both, names in stages.items() if both}
+
+
+def of_result(kind: str, artifact: Path) -> list[str]:
+    """What a stage's own figures say against its result, if that is there."""
+    if kind == "evaluate":
+        path = artifact / "evaluation.json"
+        return doubts.of_evaluation(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
+    manifest = read_manifest(artifact)
+    return [] if manifest is None else doubts.of_figures(kind, manifest.metrics)

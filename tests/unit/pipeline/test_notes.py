@@ -1,0 +1,69 @@
+"""What is worth a word before a run starts, though nothing is wrong."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from alignment.pipeline.notes import of_plan
+from alignment.pipeline.summary import show_plan
+from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan
+
+LONG = "Dear all, the training on fire safety is on 21 March at nine in room four, and lunch is at noon."
+
+
+@pytest.fixture
+def apart(tmp_path: Path, overrides: list[str]) -> None:
+    """An evaluation that asks what nobody learned."""
+    other = {**ROWS["heldout"], "messages": [{**TURN, "content": "Where do we meet?"}]}
+    (tmp_path / "heldout.jsonl").write_text(json.dumps(other) + "\n")
+    (tmp_path / "conversations.jsonl").write_text((json.dumps(ROWS["conversations"]) + "\n") * 8)
+
+
+@pytest.mark.usefixtures("apart")
+def test_an_ordinary_run_has_none(plan: MakePlan) -> None:
+    assert of_plan(plan()) == []
+    assert of_plan(plan("stages.dpo.optim.lr=0.01")) == []
+
+
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize(
+    ("override", "note"),
+    [
+        ("stages.dpo.optim.lr=0.02", "stages.dpo.optim.lr is 0.02: above 0.01 nearly every model diverges"),
+        ("stages.ppo.optim.critic_lr=1", "stages.ppo.optim.critic_lr is 1: above 0.01 nearly every model diverges"),
+        (
+            "stages.dpo.optim.batch_size=32",
+            "stages.dpo.optim.batch_size is 32, and there are 24 rows: each step learns from all of them",
+        ),
+        (
+            "profile=smoke",
+            "this is a smoke run: it shows that the recipe runs, and concludes nothing; none of its figures means "
+            "anything",
+        ),
+    ],
+)
+def test_what_is_odd_is_said_exactly(plan: MakePlan, override: str, note: str) -> None:
+    assert of_plan(plan(override)) == [note]
+
+
+@pytest.mark.usefixtures("apart")
+def test_prompts_that_are_learned_and_evaluated_are_named(plan: MakePlan, tmp_path: Path) -> None:
+    asked = {**ROWS["heldout"], "messages": [{**TURN, "content": LONG}]}
+    (tmp_path / "heldout.jsonl").write_text(json.dumps(asked) + "\n")
+    pairs = tmp_path / "preferences.jsonl"
+    longer = {**ROWS["preferences"], "messages": [{**TURN, "content": f"Shorten this. {LONG}"}]}
+    pairs.write_text(pairs.read_text() + json.dumps(longer) + "\n")
+    planned = plan()
+    (note,) = of_plan(planned)
+    assert note == (
+        f"1 of the rows that reward, dpo, ppo may learn from ask what evaluate asks, such as {pairs}:25, which has "
+        f"100% of {tmp_path}/heldout.jsonl:1"
+    )
+    screen = StringIO()
+    show_plan(Console(file=screen, width=400), planned)
+    assert f"note: {note}" in screen.getvalue()

@@ -1,0 +1,47 @@
+"""What a stage's figures say against its result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from alignment.doubts import is_smoke, of_evaluation, of_figures
+
+
+@pytest.mark.parametrize(
+    ("kind", "figures", "beginning"),
+    [
+        ("reward", {"eval_accuracy": 0.5, "eval_rows": 30.0}, "right on 50% of 30 held-out pairs, no better than"),
+        ("reward", {"eval_accuracy": 0.31}, "right on 31% of held-out pairs, no better than chance (50%)"),
+        ("ppo", {"eos_rate": 0.0}, "none of the last update's answers ended within max_new_tokens"),
+    ],
+)
+def test_a_figure_that_speaks_against_a_stage_is_named(kind: str, figures: dict[str, float], beginning: str) -> None:
+    (sentence,) = of_figures(kind, figures)
+    assert sentence.startswith(beginning)
+
+
+@pytest.mark.parametrize(
+    ("kind", "figures"),
+    [
+        ("reward", {"eval_accuracy": 0.51, "eval_rows": 30.0}),
+        ("reward", {"score_offset": 0.1}),
+        ("ppo", {"eos_rate": 0.01}),
+        ("sft", {"loss": 1.0, "eos_rate": 0.0, "eval_accuracy": 0.0}),
+    ],
+)
+def test_other_figures_are_no_reason(kind: str, figures: dict[str, float]) -> None:
+    assert of_figures(kind, figures) == []
+
+
+@pytest.mark.parametrize("ended", [0.0, {"mean": 0.0, "low": 0.0, "high": 0.0}])
+def test_arms_whose_answers_were_all_cut_off_are_named(ended: Any) -> None:
+    arms = [{"label": "base", "ended": ended}, {"label": "sft", "ended": 0.5}, {"label": "dpo"}]
+    assert of_evaluation({"arms": arms}) == ["all answers of base were cut off at max_new_tokens; raise it"]
+    assert of_evaluation({"arms": arms[1:]}) == []
+
+
+def test_a_smoke_run_is_known_by_its_profile() -> None:
+    assert is_smoke(["seed=1", "profile=smoke"])
+    assert not is_smoke(["name=mine-smoke"])
