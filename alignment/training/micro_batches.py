@@ -32,14 +32,24 @@ def same_number_everywhere(pieces: list[range], accelerator: Accelerator) -> lis
     return divided(pieces, int(number))
 
 
+def as_many_as_most(shares: Sequence[list[range]], own: int) -> list[range]:
+    """The same where every process knows how all cut their shares, without asking; ``own`` is this one's place."""
+    return divided(shares[own], max(1, *(len(pieces) for pieces in shares)))
+
+
 def divided(pieces: list[range], wanted: int) -> list[range]:
-    """The rows of ``pieces`` in ``wanted`` pieces, which are not fewer; the last ones are empty if rows run out."""
-    rows = pieces[-1].stop
-    if wanted == len(pieces):
-        return pieces
-    filled = min(wanted, rows)
-    bounds = [rows * part // filled for part in range(filled + 1)] + [rows] * (wanted - filled)
-    return [range(start, end) for start, end in itertools.pairwise(bounds)]
+    """The rows of ``pieces`` in ``wanted`` pieces, which are not fewer: the longest are halved, so that none grows, and
+    the last ones are empty if rows run out."""
+    parts = list(pieces)
+    while len(parts) < wanted:
+        at = max(range(len(parts)), key=lambda number: len(parts[number]), default=None)
+        if at is None or len(parts[at]) < 2:
+            rows = parts[-1].stop if parts else 0
+            return parts + [range(rows, rows)] * (wanted - len(parts))
+        start, end = parts[at].start, parts[at].stop
+        middle = (start + end) // 2
+        parts[at : at + 1] = [range(start, middle), range(middle, end)]
+    return parts
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from alignment.training.adamw import adamw
 from alignment.training.context import StageContext
 from alignment.training.experience import Experience, Rollout, response_mask, rows_of, spread, stack
 from alignment.training.guard import Guard
-from alignment.training.micro_batches import accumulating
+from alignment.training.micro_batches import accumulating, as_many_as_most
 from alignment.training.ppo_figures import UpdateFigures
 from alignment.training.ptx import Ptx
 from alignment.training.rollouts import Episodes, Rollouts
@@ -288,15 +288,22 @@ class PpoTrainer(Trainer):
         """Sums over the minibatch divided by its tokens, across micro-batches and processes: never a mean of means."""
         group = self.episodes.group
         tokens = experience.response_mask[rows_of(prompts, group)].sum().float()
-        rows = rows_of(prompts[self.context.rank :: self.context.world_size], group)
-        told = [experience.prompts[row] for row in rows], [experience.answers[row] for row in rows]
-        pieces = pieces_of(*told, tokens=self.episodes.micro_batch_tokens)
+        world_size = self.context.world_size
+        shares = [rows_of(prompts[rank::world_size], group) for rank in range(world_size)]
+        rows = shares[self.context.rank]
+        pieces = as_many_as_most([self._pieces(experience, share) for share in shares], self.context.rank)
         for number, piece in enumerate(pieces):
+            # Processes meet in every piece; in one that is empty a row is read and counts for nothing.
+            read, counted = ([rows[i] for i in piece], tokens) if piece else (rows[:1], tokens * math.inf)
             with accumulating(self.accelerator, model, last=number == len(pieces) - 1):
                 with self.compute_loss_context_manager():
-                    loss = self._loss(model, experience, [rows[i] for i in piece], tokens, policy_learns=policy_learns)
+                    loss = self._loss(model, experience, read, counted, policy_learns=policy_learns)
                 # DDP averages over processes; the sum over all of them is wanted.
-                self.accelerator.backward(loss * self.context.world_size)
+                self.accelerator.backward(loss * world_size)
+
+    def _pieces(self, experience: Experience, rows: list[int]) -> list[range]:
+        told = [experience.prompts[row] for row in rows], [experience.answers[row] for row in rows]
+        return pieces_of(*told, tokens=self.episodes.micro_batch_tokens)
 
     def _loss(
         self, model: Any, experience: Experience, rows: list[int], tokens: Tensor, *, policy_learns: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from alignment.models.load import products_in
 from alignment.models.rows import by_tokens, stream
 from alignment.training.context import StageContext
 from alignment.training.experience import prompt_order
+from alignment.training.micro_batches import as_many_as_most
 
 
 class Ptx:
@@ -37,12 +39,17 @@ class Ptx:
         """
         size = self._config.batch_size
         batch = prompt_order(len(self._rows), step * size, size, lambda round_: self._context.generator("ptx", round_))
-        learned = sum(label != IGNORED for place in batch for label in self._rows[place].labels)
-        mine = [self._rows[place] for place in batch[self._context.rank :: self._context.world_size]]
+        rows = [self._rows[place] for place in batch]
+        learned = sum(label != IGNORED for row in rows for label in row.labels)
+        shares = [rows[rank :: self._context.world_size] for rank in range(self._context.world_size)]
+        lengths = [[len(row.input_ids) for row in share] for share in shares]
+        own = shares[self._context.rank]
         total = torch.zeros((), device=self._context.device)
-        for piece in by_tokens([len(row.input_ids) for row in mine], self._tokens):
+        for piece in as_many_as_most([by_tokens(share, self._tokens) for share in lengths], self._context.rank):
+            # Processes meet in every piece; in one that is empty a row is read and counts for nothing.
+            read, counted = ([own[place] for place in piece], learned) if piece else (rows[:1], math.inf)
             with products_in(self._context.spec.model.dtype, self._context.device):
-                loss = _loss_sum(policy, [mine[place] for place in piece], self._context.device) / learned
+                loss = _loss_sum(policy, read, self._context.device) / counted
             # Gradients are averaged over processes; the sum over all of them is wanted.
             accelerator.backward(loss * self._config.coefficient * self._context.world_size)
             total += loss.detach()

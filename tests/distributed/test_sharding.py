@@ -22,6 +22,8 @@ from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import GuardConfig, KlConfig, KlControl, ScorerConfig, StageConfig
 from alignment.stage_spec import StageInput, StageSpec
 from alignment.training.context import StageContext
+from alignment.training.experience import Experience
+from alignment.training.ppo_trainer import PpoTrainer
 from alignment.training.sharding import sharding_arguments
 from tests.chained import DORA, FULL, LORA, QLORA, Chained, config_of
 from tests.distributed.processes import on_processes
@@ -38,9 +40,26 @@ def shared_out(chained: Chained, kind: str, adapter: AdapterConfig, sharding: Sh
 
 
 def steadied(kind: str, adapter: AdapterConfig) -> StageConfig:
-    """With an optimiser that does not blow a gradient up that is nothing but rounding."""
+    """With an optimiser that does not blow a gradient up that is nothing but rounding.
+
+    In PPO one of two processes cuts its two answers in two micro-batches and the other does not.
+    """
     config: Any = config_of(kind, adapter)
-    return replace(config, optim=replace(config.optim, adam_eps=1e-2))
+    room = {"micro_batch_tokens": 500} if kind == "ppo" else {}
+    return replace(config, optim=replace(config.optim, adam_eps=1e-2, **room))
+
+
+def cuts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Of each minibatch from now on: the micro-batches that two processes would cut, were there two."""
+    found: list[list[int]] = []
+    backward = PpoTrainer._backward
+
+    def noted(self: PpoTrainer, model: Any, experience: Experience, prompts: list[int], **told: Any) -> None:
+        found.append([len(self._pieces(experience, prompts[rank::2])) for rank in range(2)])
+        backward(self, model, experience, prompts, **told)
+
+    monkeypatch.setattr(PpoTrainer, "_backward", noted)
+    return found
 
 
 def logs(spec: StageSpec) -> str:
@@ -78,9 +97,10 @@ def weights(artifact: Path) -> dict[str, torch.Tensor]:
     ids=lambda value: getattr(getattr(value, "kind", value), "value", value),
 )
 def test_it_trains_what_one_process_trains(
-    tmp_path: Path, kind: str, adapter: AdapterConfig, sharding: Sharding
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, adapter: AdapterConfig, sharding: Sharding
 ) -> None:
     found = []
+    minibatches = cuts(monkeypatch)
     config = steadied(kind, adapter)
     for shared in (False, True):
         chained = Chained(tmp_path / str(shared))
@@ -93,6 +113,7 @@ def test_it_trains_what_one_process_trains(
             chained.run(kind, adapter, config=config)
             spec = chained.spec(kind, adapter)
         found.append((figures(spec.artifact, kind), weights(spec.artifact)))
+    assert all(one != other for one, other in minibatches), "processes should differ in their micro-batches"
     (alone, theirs), (together, ours) = found
     close(together, alone, atol=1e-4, rtol=1e-4)
     assert ours.keys() == theirs.keys()

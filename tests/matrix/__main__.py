@@ -24,6 +24,7 @@ from alignment.pipeline.handover import commit_of_checkout
 from alignment.versions import PACKAGES
 from benchmarks.machine import processor
 from tests.matrix.cells import ADAPTERS, LAUNCHERS, LOGITS, SAME, STAGES, Bench, Cell, Outcome
+from tests.matrix.rows import write_rows
 from tests.tiny import save_tiny_model
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tried(folder: Path, chosen: dict[str, list[str]]) -> list[Outcome]:
+    write_rows(folder)
     bench = Bench(folder=folder, model=save_tiny_model(folder / "model"))
     known: dict[Cell, Outcome] = {}
     for launcher, adapter, stage in itertools.product(chosen["launcher"], chosen["adapter"], chosen["stage"]):
@@ -118,7 +120,8 @@ def _page(outcomes: Sequence[Outcome], record: dict[str, Any]) -> str:
         "",
         f"Written by `make matrix` on {record['date']} at {record['commit'][:7]}: {record['device']}, "
         f"{record['processes']} processes but for `local`, "
-        "a tiny Llama in float32, each stage at its default settings but for sizes.",
+        "a tiny Llama in float32, each stage at its default settings but for sizes. Rows are of very unequal length, "
+        "so that processes cut their shares of a batch into unequal numbers of micro-batches.",
         "",
         "*works*: the figures of every step are those of one process within "
         f"{SAME:g} (same global batch), and the result, read by plain transformers and PEFT, says the same within "

@@ -1,7 +1,8 @@
 """One cell of the compatibility table: a stage under an adapter and a launcher, on a tiny model and a few rows.
 
 A cell works when its run of two processes tells the losses of the run of one, and its artifact, read by transformers
-and PEFT alone, holds the same weights, none of them empty, its scalar head included.
+and PEFT alone, holds the same weights, none of them empty, its scalar head included. The rows are of very unequal
+length and micro-batches small, so that the two processes cut their shares into unequal numbers of pieces.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignment.artifacts import verify
+from tests.matrix.rows import CONVERSATIONS, PAIRS, TEXTS
 
 STAGES = ("cpt", "sft", "reward", "dpo", "ppo")
 ADAPTERS = ("full", "lora", "dora", "qlora", "prefix")
@@ -32,23 +34,23 @@ LOGITS = 1e-3
 """Of a model that two runs trained: the optimiser divides small gradients by their own size."""
 FIGURES = {"ppo": ("objective/score", "objective/kl", "loss/policy", "loss/value", "grad_norm")}
 LOSS = ("loss", "grad_norm")
-_OPTIM = "optim={batch_size: 4, micro_batch_tokens: 200, lr: 1e-3, warmup_ratio: 0.0, schedule: constant}"
+_OPTIM = "optim={batch_size: 8, micro_batch_tokens: 110, lr: 1e-3, warmup_ratio: 0.0, schedule: constant}"
 _SETTINGS = {
     # As many steps as there are whole batches: of a last one that is not, processes repeat some rows (README.md).
-    "cpt": ("data.limit=12", "max_length=64", _OPTIM, "optim.max_steps=4"),
-    "sft": ("data.limit=12", "max_length=4096", _OPTIM),
-    "reward": ("data.limit=12", "max_length=4096", "eval_fraction=0.34", _OPTIM),
-    "dpo": ("data.limit=12", "max_length=4096", _OPTIM),
+    "cpt": ("max_length=64", _OPTIM, "optim.micro_batch_tokens=90", "optim.max_steps=3"),
+    "sft": ("max_length=4096", _OPTIM),
+    "reward": ("max_length=4096", "eval_fraction=0.34", _OPTIM),
+    "dpo": ("max_length=4096", _OPTIM),
     "ppo": (
-        "data.limit=8",
         "updates=2",
         "ppo_epochs=2",
         "num_minibatches=1",
         "max_prompt_length=4096",
         "max_new_tokens=6",
-        "optim={batch_size: 4, micro_batch_tokens: 100, lr: 1e-3}",
+        "optim={batch_size: 8, micro_batch_tokens: 110, lr: 1e-3}",
     ),
 }
+_ROWS = {"cpt": TEXTS, "sft": CONVERSATIONS}
 _ADAPTERS = {"full": (), "prefix": ("virtual_tokens=4",)}
 _FACTORS = ("rank=4",)
 
@@ -120,6 +122,7 @@ class Bench:
         told += [] if cell.launcher == "local" else ["launch.num_processes=2"]
         told += [f"adapter@{stage}.adapter={cell.adapter}"]
         told += [f"{stage}.adapter.{setting}" for setting in _ADAPTERS.get(cell.adapter, _FACTORS)]
+        told += [f"{stage}.data.source=path:{self.folder / _ROWS.get(cell.stage, PAIRS)}"]
         told += [f"{stage}.init=base", *(f"{stage}.{setting}" for setting in _SETTINGS[cell.stage])]
         if cell.stage == "ppo":
             reward = Cell(stage="reward", adapter=cell.adapter, launcher="local")

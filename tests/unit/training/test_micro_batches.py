@@ -21,7 +21,7 @@ from alignment.stages import dpo, reward, sft
 from alignment.training.adamw import RandomlyRoundedAdamW
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
-from alignment.training.micro_batches import MicroBatches, _weigh, divided, shared_tokens
+from alignment.training.micro_batches import MicroBatches, _weigh, as_many_as_most, divided, shared_tokens
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
 from tests.unit.models.conftest import padded
 
@@ -81,7 +81,7 @@ def test_of_a_pair_the_common_beginning_is_counted_once(side: str) -> None:
     ("rows", "wanted", "expected"),
     [
         (4, 2, [(0, 2), (2, 4)]),
-        (5, 3, [(0, 1), (1, 3), (3, 5)]),
+        (5, 3, [(0, 2), (2, 3), (3, 5)]),
         (1, 2, [(0, 1), (1, 1)]),
         (2, 4, [(0, 1), (1, 2), (2, 2), (2, 2)]),
     ],
@@ -90,6 +90,17 @@ def test_a_process_with_fewer_rows_takes_empty_pieces_last(
     rows: int, wanted: int, expected: list[tuple[int, int]]
 ) -> None:
     assert [(piece.start, piece.stop) for piece in divided([range(rows)], wanted)] == expected
+
+
+@pytest.mark.parametrize("wanted", range(2, 10))
+def test_cut_further_no_piece_grows_and_no_row_is_lost(wanted: int) -> None:
+    """So that what fits in memory does so whatever the other processes have; and a process may have no row at all."""
+    lengths = [1, 1, 1, 1, 1, 1, 100, 100]
+    pieces = as_many_as_most([[], by_tokens(lengths, 106), [range(1)] * wanted], 1)
+    assert [row for piece in pieces for row in piece] == list(range(8))
+    assert len(pieces) == wanted
+    assert max(sum(lengths[row] for row in piece) for piece in pieces) <= 106
+    assert as_many_as_most([[], [range(1)] * wanted], 0) == [range(0)] * wanted
 
 
 def test_an_empty_packed_piece_has_a_row_and_nothing_to_learn() -> None:
