@@ -233,7 +233,7 @@ class PpoConfig:
     can only lower it. Its unit is the score's own, as that of ``kl.coefficient`` is: measured in deviations of scores,
     what is maximised would change with every batch, and where all answers score alike there would be no penalty. With
     ``prompt_baseline`` the mean score of the other completions of the same prompt is taken off: a Bradley-Terry reward
-    says nothing across prompts. An epoch whose mean ``policy/approxkl`` exceeds ``max_approxkl`` is the update's last.
+    says nothing across prompts. A minibatch whose ``policy/approxkl`` exceeds ``max_approxkl`` is the update's last.
     """
 
     summary: ClassVar[str] = "proximal policy optimisation against the reward model"

@@ -1,4 +1,5 @@
-"""Settings that nothing reads beside the others: they would promise something, and change a fingerprint for nothing.
+"""Settings that nothing reads beside the others, or that leave nothing to learn: they would promise something, and
+change a fingerprint for nothing.
 
 A setting at its default promises nothing and is let pass.
 """
@@ -41,8 +42,8 @@ def _stage_faults(stage: StageConfig, where: str) -> Iterator[Fault]:
                 "none may drop anything; take 0"
             )
             yield Fault(where=f"{where}.adapter.dropout", message=message)
-    if isinstance(stage, PpoConfig) and stage.kl.control is not KlControl.adaptive:
-        yield from _unread(stage.kl, KlConfig(), ("target", "horizon"), f"{where}.kl", "only kl.control 'adaptive'")
+    if isinstance(stage, PpoConfig):
+        yield from _ppo_faults(stage, where)
     if isinstance(stage, EvaluateConfig) and stage.judge.kind is JudgeKind.none:
         yield from _unread(
             stage.judge, JudgeConfig(), ("max_prompts", "max_invalid"), f"{where}.judge", "only a judge (judge.kind)"
@@ -50,6 +51,24 @@ def _stage_faults(stage: StageConfig, where: str) -> Iterator[Fault]:
     too_long = getattr(stage, "too_long", None)
     if isinstance(too_long, TooLongConfig) and too_long.do is not TooLong.cut:
         yield from _unread(too_long, TooLongConfig(), ("side",), f"{where}.too_long", "only too_long.do 'cut'")
+
+
+def _ppo_faults(stage: PpoConfig, where: str) -> Iterator[Fault]:
+    if stage.kl.control is not KlControl.adaptive:
+        yield from _unread(stage.kl, KlConfig(), ("target", "horizon"), f"{where}.kl", "only kl.control 'adaptive'")
+    steps = stage.ppo_epochs * stage.num_minibatches
+    if stage.max_approxkl is not None and steps < 3:
+        message = (
+            f"{stage.max_approxkl:g} ends nothing: the first minibatch sees no change, the second is held against it, "
+            f"and an update of ppo_epochs * num_minibatches = {steps} has none after that; take 3 or more, or null"
+        )
+        yield Fault(where=f"{where}.max_approxkl", message=message)
+    if stage.critic_warmup >= stage.updates:
+        message = (
+            f"{stage.critic_warmup} of {stage.updates} updates are the critic's alone, so the policy learns nothing; "
+            "choose less than updates"
+        )
+        yield Fault(where=f"{where}.critic_warmup", message=message)
 
 
 def _adapter_faults(adapter: AdapterConfig, where: str) -> Iterator[Fault]:

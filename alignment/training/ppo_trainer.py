@@ -15,7 +15,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,7 +27,7 @@ from alignment.algos.kl import AdaptiveKl, FixedKl, k1, k3
 from alignment.algos.masked import center_and_scale, scale_only
 from alignment.algos.ppo import clipped_policy_loss, clipped_value_loss, explained_variance, log_ratio
 from alignment.config.stage import PpoConfig
-from alignment.errors import NonFiniteError, StageError
+from alignment.errors import StageError
 from alignment.models.answers import answer_stream, pieces_of, unwrapped
 from alignment.models.roles import Roles
 from alignment.rewards.slot import Rewards
@@ -79,7 +79,6 @@ class PpoTrainer(Trainer):
         self._experience: Experience | None = None
         self._update_ended = False
         self._passed_over = False
-        self._epoch_kl = 0.0
         self.figures = UpdateFigures(self._gathered)
         steps = range(args.max_steps * context.world_size)
         super().__init__(
@@ -144,7 +143,6 @@ class PpoTrainer(Trainer):
 
     def _begin(self, update: int) -> None:
         self._update_ended = False
-        self._epoch_kl = 0.0
         self.figures.clear()
         self.context.progress("rollouts", self.state.global_step, self.args.max_steps)
         if self.guard is not None and self.guard.due(update):
@@ -167,9 +165,7 @@ class PpoTrainer(Trainer):
         if not policy_learns:
             for parameter in _trained(self.roles.policy):
                 parameter.grad = None  # with zeros instead, Adam would count the step
-        self._epoch_kl += self.figures.step_done()
-        if minibatch == self.config.num_minibatches - 1:
-            self._end_epoch()
+        self._check_step(self.figures.step_done())
         self.figures.add_seconds("learning", time.monotonic() - started)
 
     def _add_ptx(self, model: Any) -> None:
@@ -178,12 +174,11 @@ class PpoTrainer(Trainer):
             share = self.ptx.add_gradients(unwrapped(self.roles.policy), self.state.global_step, self.accelerator)
         self.figures.add_share({"loss/ptx": share})
 
-    def _end_epoch(self) -> None:
-        """After an epoch that moved the policy too far, the update's remaining minibatches are passed over."""
-        total = float(self._gathered(torch.tensor([self._epoch_kl])).sum())
+    def _check_step(self, share: float) -> None:
+        """Where a minibatch saw a policy that was too far, the update's remaining ones are passed over."""
         limit = self.config.max_approxkl
-        self._update_ended = limit is not None and total / self.config.num_minibatches > limit
-        self._epoch_kl = 0.0
+        if limit is not None:
+            self._update_ended = float(self._gathered(torch.tensor([share])).sum()) > limit
 
     # ---- sampling -------------------------------------------------------------------------------------------------
 
@@ -365,32 +360,11 @@ class PpoTrainer(Trainer):
         )
         self.figures.add_maximum("val/ratio_max", (ratio * mask).max())
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Refuses an infinite norm of finite gradients: clipped by it they are zeros, and nothing would be learned."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        if norm is not None and math.isinf(norm):
-            self._refuse_not_finite("the gradient's norm", norm, step=self.state.global_step + 1)
-        return norm
-
-    def _refuse_not_finite(self, name: str, value: float, *, step: int) -> NoReturn:
-        """All processes have the same figures, so all of them stop, before a checkpoint is written."""
-        raise NonFiniteError(
-            f"{name} is {value:g} at step {step}",
-            remedy="lower the learning rate, or look at the scores in samples.jsonl; the last checkpoint is kept",
-        )
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the update's figures to the trainer's own; one line an update.
-
-        Raises:
-            NonFiniteError: a loss is not finite.
-        """
+        """Adds the update's figures to the trainer's own; one line an update."""
         if "loss" in logs:
             logs.pop("loss")
             logs.update(self.figures.result())
-            for name, value in logs.items():
-                if name.startswith("loss/") and not math.isfinite(value):
-                    self._refuse_not_finite(name, value, step=self.state.global_step)
             if self._passed_over:
                 logs["grad_norm"] = 0.0  # DeepSpeed tells the last one
         super().log(logs, start_time)

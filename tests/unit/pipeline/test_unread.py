@@ -33,6 +33,14 @@ def test_dropout_is_refused_where_passes_of_one_model_are_compared(plan: MakePla
         (("stages.reward.adapter={kind: prefix, alpha: 8}",), f"stages.reward.adapter.alpha: 8 is {ONLY_LOW_RANK}"),
         ((f"{PPO}.kl.target=3",), f"{PPO}.kl.target: 3 is read by nothing; only kl.control 'adaptive' reads it"),
         ((f"{PPO}.kl.horizon=50",), f"{PPO}.kl.horizon: 50 is read by nothing"),
+        (
+            (f"{PPO}.max_approxkl=0.1", f"{PPO}.ppo_epochs=1", f"{PPO}.num_minibatches=2"),
+            f"{PPO}.max_approxkl: 0.1 ends nothing: the first minibatch sees no change",
+        ),
+        (
+            (f"{PPO}.critic_warmup=4", f"{PPO}.updates=4"),
+            f"{PPO}.critic_warmup: 4 of 4 updates are the critic's alone, so the policy learns nothing",
+        ),
         ((f"{DPO}.too_long.side=right",), f"{DPO}.too_long.side: right is read by nothing; only too_long.do 'cut'"),
         (("stages.evaluate.judge.max_prompts=9",), "stages.evaluate.judge.max_prompts: 9 is read by nothing; only a"),
     ],
@@ -47,6 +55,8 @@ def test_what_the_other_settings_leave_without_a_reader_is_refused(
 
 def test_the_same_settings_are_taken_where_they_are_read(plan: MakePlan) -> None:
     plan(f"{PPO}.kl={{control: adaptive, target: 3, horizon: 50}}", f"{DPO}.too_long={{do: cut, side: right}}")
+    plan(f"{PPO}.max_approxkl=0.1", f"{PPO}.ppo_epochs=1", f"{PPO}.num_minibatches=3")
+    plan(f"{PPO}.critic_warmup=3", f"{PPO}.updates=4")
     plan("stages.sft.adapter={kind: qlora, rank: 8, alpha: 8, dropout: 0.1}", f"{DPO}.adapter={{kind: full}}")
 
 

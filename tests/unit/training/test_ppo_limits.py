@@ -21,6 +21,7 @@ from alignment.errors import ConfigError, NonFiniteError
 from alignment.models.answers import unwrapped
 from alignment.stages.ppo import hold_out
 from alignment.training.guard import Guard, better_beyond_noise
+from alignment.training.ppo_figures import UpdateFigures
 from alignment.training.ptx import Ptx
 from alignment.training.rollouts import Prompts
 from alignment.training.samples import Samples
@@ -71,15 +72,41 @@ def test_adam_counts_none_of_the_policys_warm_up_steps(bench: Callable[..., Benc
 # ---- the end of an update, and of a stage ---------------------------------------------------------------------------
 
 
-def test_an_epoch_that_moved_too_far_is_the_updates_last(bench: Callable[..., Bench]) -> None:
-    free = bench("free", updates=2, ppo_epochs=4)
+@pytest.mark.parametrize(("epochs", "minibatches"), [(4, 2), (1, 4), (4, 1)])
+def test_a_minibatch_that_moved_too_far_is_the_updates_last(
+    bench: Callable[..., Bench], epochs: int, minibatches: int
+) -> None:
+    settings = {"updates": 2, "ppo_epochs": epochs, "num_minibatches": minibatches}
+    steps = epochs * minibatches
+    free = bench("free", max_approxkl=1e3, **settings)
     free.train()
-    assert [line["policy/steps"] for line in free.metrics()] == [8, 8]
-    held = bench("held", updates=2, ppo_epochs=4, max_approxkl=1e-9)
+    assert [line["policy/steps"] for line in free.metrics()] == [steps, steps]
+    held = bench("held", max_approxkl=1e-9, **settings)
     held.train()
     lines = held.metrics()
-    assert [line["policy/steps"] for line in lines] == [2, 2], "the first epoch's second minibatch sees a change"
-    assert [line["step"] for line in lines] == [8, 16], "the rate is annealed as before"
+    assert [line["policy/steps"] for line in lines] == [2, 2], "the second minibatch sees a change, in any epoch"
+    assert [line["step"] for line in lines] == [steps, 2 * steps], "the rate is annealed as before"
+
+
+def test_the_limit_is_held_against_each_minibatch_alone(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not against a sum over several: the third of these stays below what the second and it have together."""
+    seen: list[float] = []
+    step_done = UpdateFigures.step_done
+
+    def noted(self: UpdateFigures) -> float:
+        seen.append(step_done(self))
+        return seen[-1]
+
+    monkeypatch.setattr(UpdateFigures, "step_done", noted)
+    settings = {"updates": 1, "ppo_epochs": 4, "num_minibatches": 1}
+    bench("free", **settings).train()
+    _, second, third, _ = seen
+    for limit, steps in ((0.95 * second, 2), (1.05 * max(second, third), 4)):
+        run = bench(f"to-{steps}", max_approxkl=limit, **settings)
+        run.train()
+        assert run.metrics()[0]["policy/steps"] == steps
 
 
 def test_minibatches_that_are_passed_over_change_nothing(bench: Callable[..., Bench]) -> None:
@@ -346,9 +373,10 @@ def test_without_a_missing_eos_penalty_every_score_stays(bench: Callable[..., Be
 
 
 @pytest.mark.parametrize(
-    ("score", "message"), [(3e19, "loss/value is inf at step 4"), (1e30, "the gradient's norm is inf at step 1")]
+    ("score", "message"),
+    [(3e19, "loss/value is inf at step 4"), (1e30, r"a gradient is not finite at step 1 \(their norm is inf\)")],
 )
-def test_an_infinite_loss_or_norm_ends_the_stage_before_it_is_logged_or_kept(
+def test_an_infinite_loss_or_norm_ends_the_stage_before_anything_is_kept(
     bench: Callable[..., Bench], score: float, message: str
 ) -> None:
     """Both come of finite gradients, which clipping by an infinite norm makes zeros."""
@@ -356,7 +384,6 @@ def test_an_infinite_loss_or_norm_ends_the_stage_before_it_is_logged_or_kept(
     with pytest.raises(NonFiniteError, match=message) as caught:
         run.train()
     assert caught.value.exit_code == 6
-    assert not (run.context.content / "metrics.jsonl").exists()
     assert not list(run.context.checkpoints.iterdir())
 
 
