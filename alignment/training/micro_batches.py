@@ -75,7 +75,11 @@ class MicroBatches(Trainer):
     _share: float = 1.0
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        """Gradients of the whole batch; returns its loss."""
+        """Gradients of the whole batch; returns its loss.
+
+        The count of tokens goes on from the trainer's state, which a checkpoint holds; TRL would begin again at 0.
+        """
+        self._total_train_tokens = self.state.num_input_tokens_seen
         parts = self._parts(inputs)
         metrics = self._metrics["train"]
         before = {name: len(values) for name, values in metrics.items()}
@@ -86,6 +90,7 @@ class MicroBatches(Trainer):
                 total += super().training_step(model, part, num_items_in_batch)
         _weigh(metrics, before, [share for _, share in parts])
         self.step_loss = total
+        self.state.num_input_tokens_seen = self._total_train_tokens
         return total
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:

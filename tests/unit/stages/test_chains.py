@@ -144,6 +144,22 @@ def test_a_killed_stage_goes_on_with_all_its_adapters(
     assert saved[0] == saved[1]
 
 
+@pytest.mark.parametrize("kind", ["cpt", "sft", "reward", "dpo"])
+def test_a_killed_stage_goes_on_counting_tokens(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+    config: Any = replace(config_of(kind, LORA), save_every=1)
+    for killed in (False, True):
+        chained = Chained(tmp_path / str(killed))
+        if killed:
+            with monkeypatch.context() as patch:
+                patch.setattr(Checkpoints, "on_save", _then_killed(Checkpoints.on_save))
+                with pytest.raises(_Killed):
+                    chained.run(kind, LORA, config=config)
+        counted.append([line["num_tokens"] for line in chained.run(kind, LORA, config=config)])
+    assert counted[0] == counted[1]
+    assert 0 < counted[0][0] < counted[0][1]
+
+
 def test_a_killed_stage_goes_on_with_its_moments_in_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config: Any = config_of("dpo", FULL)
     config = replace(config, optim=replace(config.optim, moments=Moments.eight_bit))
