@@ -1,8 +1,9 @@
 """What defines a result, in one canonical form, and its hash.
 
 A fingerprint covers a stage's configuration, the content of its data, the fingerprints of its inputs, the seed and the
-stage's revision. It never covers paths, launch, tracking, or fields marked ``identity: False``. Values without a stable
-form (sets, floats that are not finite, objects) are refused rather than guessed at.
+stage's revision. It never covers paths, launch, tracking, versions of libraries, or fields marked ``identity: False``
+(docs/design/0020). Values without a stable form (sets, floats that are not finite, objects) are refused rather than
+guessed at.
 """
 
 from __future__ import annotations

@@ -1,0 +1,160 @@
+"""What counts in a fingerprint, field by field: every setting but those named here, and the stage's revision."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from enum import Enum
+from typing import Any
+
+import pytest
+
+from alignment.config.adapter import AdapterConfig
+from alignment.config.data import DataConfig, MixedConfig, SourceConfig
+from alignment.config.evaluation import FEW_SHOT, EndpointConfig, JudgeConfig
+from alignment.config.optim import OptimConfig
+from alignment.config.run import RunConfig
+from alignment.config.stage import (
+    STAGES,
+    CptConfig,
+    DpoConfig,
+    EvaluateConfig,
+    ForgettingConfig,
+    PpoConfig,
+    PpoOptimConfig,
+    PtxConfig,
+    ReportConfig,
+    RewardCardConfig,
+    RewardConfig,
+    SftConfig,
+    StageConfig,
+)
+from alignment.config.too_long import TooLongConfig
+from alignment.config.typed import field_types, listed_dataclass
+from alignment.fingerprint import digest
+from alignment.pipeline import identity
+from alignment.pipeline.sources import ModelSource
+
+OUTSIDE = {
+    # What a reference points to counts by its content.
+    **{cls: {"init"} for cls in (CptConfig, SftConfig, RewardConfig, DpoConfig)},
+    PpoConfig: {"init", "reward", "save_every"},
+    EvaluateConfig: {"arms", "reference", "reward", "batch_size"},
+    ForgettingConfig: {"arms"},
+    RewardCardConfig: {"reward", "micro_batch_tokens"},
+    ReportConfig: {"evaluation"},
+    # What is read counts by its content, and how strictly it was read shapes nothing.
+    **{cls: {"source", "on_error", "max_skipped"} for cls in (SourceConfig, DataConfig, MixedConfig)},
+    TooLongConfig: {"max_share"},
+    # Memory and time.
+    OptimConfig: {"micro_batch_tokens", "activation_checkpointing"},
+    PpoOptimConfig: {"micro_batch_tokens"},
+    # How a judge is reached, not who judges.
+    EndpointConfig: {"api_key_env", "timeout", "retries", "concurrency"},
+}
+for _often in (CptConfig, SftConfig, RewardConfig, DpoConfig):
+    OUTSIDE[_often] = OUTSIDE[_often] | {"log_every", "save_every"}
+OUTSIDE[DpoConfig] = OUTSIDE[DpoConfig] | {"precompute_reference"}
+"""Settings that change no result. A name is added here only with the reason why."""
+
+STAGE: dict[str, StageConfig] = {
+    **{kind: cls() for kind, cls in STAGES.items() if kind != "report"},
+    "ppo": PpoConfig(ptx=PtxConfig(coefficient=1.0)),
+    "evaluate": EvaluateConfig(arms=[FEW_SHOT], judge=JudgeConfig()),
+}
+"""A stage of each kind with everything in use that can be switched off."""
+
+
+def fingerprint(stage: StageConfig, *, seed: int = 0) -> str:
+    run = RunConfig(name="test", stages={"it": stage}, seed=seed)
+    base = ModelSource(source="base", identity="weights", folder=None, ready=True)
+    return digest(identity.of_stage(run, "it", base=base, data={"data": "rows"}, inputs={}, arms={}))
+
+
+def changes(config: Any, path: str = "") -> Iterator[tuple[str, type, str, Any]]:
+    """The config with one setting changed: where, in which class, the setting's name, and the whole."""
+    for field in fields(config):
+        value, where = getattr(config, field.name), f"{path}{field.name}"
+        if is_dataclass(value):
+            for inner, cls, name, changed in changes(value, f"{where}."):
+                yield inner, cls, name, replace(config, **{field.name: changed})
+        elif not (field.name == "kind" and type(config) in STAGES.values()):
+            other = another(value, field_types(type(config))[field.name])
+            yield where, type(config), field.name, replace(config, **{field.name: other})
+
+
+def another(value: Any, hint: Any) -> Any:
+    """Some other value of the setting's type."""
+    inner = listed_dataclass(hint)
+    if inner is not None:
+        return [*value, inner()]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, Enum):
+        return next(member for member in type(value) if member is not value)
+    if isinstance(value, (int, float)):
+        return value / 2 + 1 / 8 if isinstance(value, float) else value + 1
+    if isinstance(value, str):
+        return value + "x"
+    if isinstance(value, list):
+        return [*value, "x"]
+    if isinstance(value, dict):
+        return {**value, "x": "y"}
+    kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    assert value is None, f"{value!r}"
+    assert kinds, hint
+    return next(iter(kinds[0])) if issubclass(kinds[0], Enum) else kinds[0](1)
+
+
+ALL = [(kind, *change) for kind, stage in STAGE.items() for change in changes(stage)]
+
+
+@pytest.mark.parametrize("kind", STAGE)
+def test_every_setting_counts_but_those_that_change_no_result(kind: str) -> None:
+    before = fingerprint(STAGE[kind])
+    wrong = [
+        where
+        for of_kind, where, cls, name, changed in ALL
+        if of_kind == kind and (fingerprint(changed) != before) == (name in OUTSIDE.get(cls, set()))
+    ]
+    assert not wrong
+
+
+def test_all_settings_were_changed() -> None:
+    """By a few that matter, so that nothing above holds for want of cases."""
+    seen = {(kind, where) for kind, where, *_ in ALL}
+    for name in ("gamma", "gae_lambda", "clip", "value_clip", "kl.coefficient", "optim.lr", "ptx.data.limit"):
+        assert ("ppo", name) in seen
+    assert {("evaluate", "judge.endpoint.model"), ("dpo", "data.mix"), ("sft", "adapter.dropout")} <= seen
+    assert {cls for _, _, cls, _, _ in ALL} >= {AdapterConfig, TooLongConfig, EndpointConfig}
+
+
+def test_what_is_outside_is_marked_so_and_nothing_else_is() -> None:
+    marked: dict[type, set[str]] = {}
+    todo: list[Any] = list(STAGES.values())
+    while todo:
+        cls = todo.pop()
+        marked[cls] = {f.name for f in dataclasses.fields(cls) if not f.metadata.get("identity", True)}
+        hints = [listed_dataclass(hint) or hint for hint in field_types(cls).values()]
+        todo += [hint for hint in hints if is_dataclass(hint) and hint not in marked]
+    assert {cls: names for cls, names in marked.items() if names} == {
+        cls: names for cls, names in OUTSIDE.items() if cls in marked
+    }
+
+
+@pytest.mark.parametrize("kind", STAGE)
+def test_a_stages_revision_and_the_seed_count(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint(STAGE[kind])
+    assert fingerprint(STAGE[kind], seed=1) != before
+    monkeypatch.setattr(STAGES[kind], "revision", STAGES[kind].revision + 1)
+    assert fingerprint(STAGE[kind]) != before
+
+
+def test_a_reports_revision_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunConfig(name="test", stages={"it": ReportConfig()})
+    before = digest(identity.of_report(run, "it", inputs={}))
+    monkeypatch.setattr(ReportConfig, "revision", ReportConfig.revision + 1)
+    assert digest(identity.of_report(run, "it", inputs={})) != before
