@@ -6,6 +6,7 @@ stands on, or a copy of what it was when the stage began.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers import PreTrainedModel
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.errors import ConfigError, ModelError
+from alignment.files import write_text
 from alignment.models.prefix import prefix_of, put_prefix
 from alignment.models.products import fuse_adapters
 
@@ -108,6 +110,18 @@ def with_own(model: PeftModel) -> PeftModel:
     """The model with those adapters at work that it stands on, and its own last: as it is trained and used."""
     _activate(model, [*(name for name in model.peft_config if name.startswith(_BELOW)), OWN])
     return model
+
+
+def put_in_order(folder: Path) -> None:
+    """Sorts the lists of names in a saved adapter's configuration: PEFT writes sets, ordered by chance."""
+    file = folder / "adapter_config.json"
+    told = json.loads(file.read_text(encoding="utf-8"))
+    names = {key: sorted(value) for key, value in told.items() if _are_names(value)}
+    write_text(file, json.dumps(told | names, indent=2, sort_keys=True))
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def put_back(model: PreTrainedModel, folders: Sequence[Path], *, trainable: bool) -> PeftModel:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from alignment.data.tokenizer import tokenizer_hashes
-from alignment.models.adapters import OWN
+from alignment.models.adapters import OWN, put_in_order
 from alignment.models.load import Lineage, base_record
 from alignment.models.start import kept_below, saved_as
 from alignment.training.context import StageContext
@@ -64,6 +64,7 @@ def save_model(
     own = fresh_folder(context, f"adapters/{len(below)}-{context.spec.stage}")
     # Frozen ones beside it are in folders of their own.
     model.save_pretrained(str(own), selected_adapters=[OWN], state_dict=state)
+    put_in_order(own)
     (own / "README.md").unlink(missing_ok=True)  # a template that names nothing of this run
     for adapter in below:
         shutil.copytree(adapter.path, context.content / "adapters" / adapter.path.name, dirs_exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from peft import TaskType
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.errors import ModelError
-from alignment.models.adapters import add_adapter, merge_adapter
+from alignment.models.adapters import add_adapter, merge_adapter, put_in_order
 from tests.oracles.close import close
 from tests.tiny import ARCHITECTURES, liven, tiny_model, tiny_scorer
 from tests.unit.models.conftest import relative
@@ -92,3 +93,16 @@ def test_an_adapter_of_another_architecture_is_an_error_that_names_it(tmp_path: 
     with pytest.raises(ModelError, match="this adapter does not fit the model") as caught:
         merge_adapter(tiny_model(), tmp_path)
     assert caught.value.where == str(tmp_path)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_saved_adapter_names_its_modules_in_one_order(tmp_path: Path, order: int) -> None:
+    """PEFT writes a set, whose order is another one in each process."""
+    wrapped = add_adapter(tiny_model(), AdapterConfig(target_modules=["v_proj", "q_proj"]), TaskType.CAUSAL_LM)
+    wrapped.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps(told | {"target_modules": ["q_proj", "v_proj"][::order]}, indent=2, sort_keys=True))
+    put_in_order(tmp_path)
+    assert json.loads(file.read_text()) == told | {"target_modules": ["q_proj", "v_proj"]}
+    assert file.read_text() == json.dumps(json.loads(file.read_text()), indent=2, sort_keys=True)

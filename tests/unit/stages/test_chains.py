@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -204,6 +205,10 @@ def test_an_adapter_of_another_base_is_refused_by_name(chained: Chained) -> None
 
 def test_a_policy_of_another_tokenizer_is_refused_by_name(chained: Chained) -> None:
     chained.run("sft", LORA)
+    sft = chained.inputs["sft"].path
+    assert sft is not None
+    modules = json.loads((sft / "adapters/0-sft/adapter_config.json").read_text())["target_modules"]
+    assert modules == sorted(modules), "equal runs leave equal bytes"
     file = chained.base / "chat_template.jinja"
     file.write_text(file.read_text() + " ")
     spec = chained.spec("dpo", LORA, init="sft")
