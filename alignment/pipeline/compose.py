@@ -7,6 +7,7 @@ every misspelling is found rather than the first. Nothing in a configuration can
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,9 @@ from alignment.pipeline.profile import Profile
 
 _HYDRA = "1.3"
 _ENDLESS = ConfigError("its interpolations come to more than can be written down", where="recipe")
+_SHOWN_TEXT = 60
+_DEEPEST = 30
+"""Brackets within one another; Hydra and OmegaConf descend by recursion, and Python ends that at some depth."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +146,10 @@ def _check_recipe_text(path: Path) -> None:
 def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
     parsed, faults = [], []
     for text in overrides:
+        if (depth := _depth(text)) > _DEEPEST:
+            message = f"brackets within {depth} others; no setting has more than a few"
+            faults.append(Fault(where=f"{_shown(text)[:_SHOWN_TEXT]}…", message=message))
+            continue
         try:
             override = parse_override(text)
         except HydraException:
@@ -159,6 +167,12 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
         else:
             parsed.append(override)
     return parsed, faults
+
+
+def _depth(text: str) -> int:
+    """How many brackets are open at once, at most."""
+    opened = itertools.accumulate({"[": 1, "{": 1, "]": -1, "}": -1}.get(letter, 0) for letter in text)
+    return max(opened, default=0)
 
 
 def _shown(text: str) -> str:

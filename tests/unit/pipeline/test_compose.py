@@ -173,6 +173,14 @@ FAULTY = [
     ),
     ("seed=1,2", "seed=1,2: several values for one key; give one"),
     ("seed", "seed: not an override; write key=value, such as stages.dpo.beta=0.3"),
+    (
+        f"seed={'[' * 31}{']' * 31}",
+        f"seed={'[' * 31}{']' * 24}…: brackets within 31 others; no setting has more than a few",
+    ),
+    (
+        f"stages.sft.optim={'{' * 3000}",
+        f"stages.sft.optim={'{' * 43}…: brackets within 3000 others; no setting has more than a few",
+    ),
     ("=1", "=1: not an override; write key=value, such as stages.dpo.beta=0.3"),
     ("seed=[1", "seed=[1: not an override; write key=value, such as stages.dpo.beta=0.3"),
     ("hydra.run.dir=x", "hydra.run.dir=x: settings of Hydra itself are not taken"),
