@@ -14,15 +14,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from alignment.config.model import Dtype
 from alignment.errors import AlignmentError, DataError
-from alignment.report.text import prose
 from alignment.streams import Unfailing, make_unfailing
+from alignment.terminal import Terminal, complain, visible
 from alignment.voice import Manner, Voice, load_voice
 
 INTERRUPTED = 130
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         screen.note(HELP)
         converse(voices, screen)
     except AlignmentError as error:
-        print(error.labelled, file=sys.stderr)
+        complain(error)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -122,7 +121,7 @@ class Screen:
 
     def __init__(self) -> None:
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-        self._console = Console(emoji=False, markup=False, highlight=False)
+        self._console = Terminal(markup=False, highlight=False)
         self._asks = sys.stdin.isatty()
         if self._asks:
             import readline  # noqa: F401  input() then knows the arrow keys
@@ -153,25 +152,20 @@ class Screen:
 
     def note(self, text: str) -> None:
         """A word of the program's own."""
-        self._console.print(harmless(text), style="dim", soft_wrap=True)
+        self._console.print(visible(text), style="dim", soft_wrap=True)
 
     def write(self, text: str) -> None:
         """A piece of an answer, or what stands around it."""
-        sys.stdout.write(harmless(text))
+        sys.stdout.write(visible(text))
         sys.stdout.flush()
 
     def columns(self, heard: Sequence[Heard]) -> None:
         """Answers beside each other."""
         table = Table(expand=True, box=None, padding=(0, 2, 0, 0))
         for one in heard:
-            table.add_column(harmless(one.name), ratio=1, overflow="fold")
-        table.add_row(*(Text(harmless(one.text.strip())) for one in heard))
+            table.add_column(visible(one.name), ratio=1, overflow="fold")
+        table.add_row(*(Text(visible(one.text.strip())) for one in heard))
         self._console.print(table)
-
-
-def harmless(text: str) -> str:
-    """The text with a visible mark for every character that a terminal would obey rather than show."""
-    return prose(text).replace("\r", "\ufffd")
 
 
 if __name__ == "__main__":

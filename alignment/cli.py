@@ -19,6 +19,7 @@ from alignment.data.formats import FORMATS
 from alignment.errors import AlignmentError, ConfigError
 from alignment.files import explained
 from alignment.streams import make_unfailing
+from alignment.terminal import Terminal, complain
 
 _RIVAL = "alignment-handbook"
 _EXAMPLES = """\
@@ -41,16 +42,16 @@ _DOCTOR = "Says what a data file looks like, what each kind of stage can make of
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code (alignment/errors.py)."""
     options = _options(arguments)
-    console = Console(soft_wrap=False, emoji=False)
+    console = Terminal(soft_wrap=False)
     try:
         _refuse_other_package()
         with explained(Path.cwd()):
             return _dispatch(options, console)
     except AlignmentError as error:
-        Console(stderr=True, emoji=False).print(error.labelled, markup=False, highlight=False, soft_wrap=True)
+        complain(error)
         return error.exit_code
     except KeyboardInterrupt:
-        Console(stderr=True, emoji=False).print("interrupted; nothing was started")
+        Terminal(stderr=True).print("interrupted; nothing was started")
         return 130
 
 

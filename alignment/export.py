@@ -45,6 +45,7 @@ from alignment.models.nf4 import quantize_trunk
 from alignment.models.rows import stream
 from alignment.provenance import provenance, without_places
 from alignment.streams import make_unfailing
+from alignment.terminal import complain
 
 CPU = torch.device("cpu")
 TEXTS = (
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with explained(told.to.parent):
             print(export(told.artifact, told.base, told.to, form=told.form, max_gap=told.max_gap, run=told.run))
     except AlignmentError as error:
-        print(error.labelled, file=sys.stderr)
+        complain(error)
         return error.exit_code
     return 0
 

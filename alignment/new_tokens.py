@@ -24,6 +24,7 @@ from alignment.config.model import NEW_TOKENS
 from alignment.errors import AlignmentError, ConfigError, ModelError
 from alignment.files import explained
 from alignment.streams import make_unfailing
+from alignment.terminal import complain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with explained(told.to.parent):
             print(add_tokens(told.folder, told.to, told.tokens))
     except AlignmentError as error:
-        print(error.labelled, file=sys.stderr)
+        complain(error)
         return error.exit_code
     return 0
 

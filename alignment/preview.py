@@ -31,7 +31,13 @@ from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import AlignmentError, DataError
 from alignment.stage_spec import StageSpec, read_spec
 from alignment.streams import make_unfailing
+from alignment.terminal import Terminal, complain
 
+CONTENT_POLICY = (
+    """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; """
+    """img-src data:; base-uri 'none'; form-action 'none'">"""
+)
+"""That of the report's pages."""
 LOOKED_AT = 5_000
 """Records whose tokens are counted."""
 
@@ -45,17 +51,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", type=Path, help="an evaluation's stage file: its prompts must not be learned")
     told = parser.parse_args(arguments)
     transformers_logging.set_verbosity_error()
-    console = Console(soft_wrap=True, emoji=False, highlight=False, record=told.html is not None)
+    console = Terminal(soft_wrap=True, highlight=False, record=told.html is not None)
     try:
         held_out = None if told.against is None else _held_out(read_spec(told.against))
         for file in told.stage_files:
             show_stage(console, read_spec(file), rows=told.rows, held_out=held_out)
     except AlignmentError as error:
-        Console(stderr=True, emoji=False).print(error.labelled, markup=False, highlight=False, soft_wrap=True)
+        complain(error)
         return error.exit_code
     if told.html is not None:
-        console.save_html(str(told.html))
+        told.html.write_text(_page(console), encoding="utf-8")
     return 0
+
+
+def _page(console: Console) -> str:
+    """All that was printed, as a page that loads nothing and runs nothing, whatever the rows say."""
+    head = '<meta charset="UTF-8">'
+    return console.export_html().replace(head, f"{head}\n{CONTENT_POLICY}", 1)
 
 
 def _held_out(spec: StageSpec) -> HeldOut:

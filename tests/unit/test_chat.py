@@ -15,7 +15,7 @@ import torch
 from peft import TaskType
 
 from alignment import chat
-from alignment.chat import Screen, converse, harmless
+from alignment.chat import Screen, converse
 from alignment.config.adapter import AdapterConfig
 from alignment.config.model import Dtype
 from alignment.config.stage import SftConfig
@@ -110,14 +110,6 @@ def test_a_model_without_a_template_is_refused_at_once(voice_with: Callable[...,
         Voice(name="bare", model=voice.model, tokenizer=voice.tokenizer, manner=Manner())
 
 
-@pytest.mark.parametrize("hostile", ["\x1b[31m", "\x1b]0;title\x07", "a\rb", "\x9b2J", "\u202eabc", "\x08"])
-def test_nothing_that_a_model_says_commands_the_terminal(hostile: str) -> None:
-    shown = harmless(f"before {hostile} after [bold]")
-    assert not {"\x1b", "\r", "\x9b", "\x07", "\x08", "\u202e"} & set(shown)
-    assert shown.startswith("before ")
-    assert shown.endswith(" after [bold]")
-
-
 class _Echo:
     """Says what it is told, or raises it."""
 
@@ -151,10 +143,10 @@ def piped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 def test_a_pipe_is_a_conversation(piped: Callable[..., str]) -> None:
     voices = [_Echo("sft"), _Echo("dpo")]
     said = piped(voices, "one\n\nstop\nlong\n/reset\ntwo\n/exit\nthree\n").splitlines()
-    assert said[:2] == ["sft: one \ufffd[2J", "dpo: one \ufffd[2J"]
-    assert said[2:4] == ["sft: stop \ufffd[2J [stopped]", "dpo: stop \ufffd[2J [stopped]"], "the other one still speaks"
-    assert said[4] == "sft: long \ufffd[2J[too long]"
-    assert said[6:] == ["a new conversation", "sft: two \ufffd[2J", "dpo: two \ufffd[2J"]
+    assert said[:2] == ["sft: one \\x1b[2J", "dpo: one \\x1b[2J"]
+    assert said[2:4] == ["sft: stop \\x1b[2J [stopped]", "dpo: stop \\x1b[2J [stopped]"], "the other one still speaks"
+    assert said[4] == "sft: long \\x1b[2J[too long]"
+    assert said[6:] == ["a new conversation", "sft: two \\x1b[2J", "dpo: two \\x1b[2J"]
     assert voices[0].heard == ["two"]
 
 
@@ -169,7 +161,7 @@ def test_nobody_is_answered_who_has_gone(piped: Callable[..., str], monkeypatch:
 def test_two_stand_beside_each_other_where_there_is_room(piped: Callable[..., str]) -> None:
     said = piped([_Echo("sft"), _Echo("dpo")], "one [bold]\n", wide=True)
     (line,) = [line for line in said.splitlines() if "one" in line]
-    assert line.count("one [bold] \ufffd[2J") == 2
+    assert line.count("one [bold] \\x1b[2J") == 2
     assert "sft is thinking" in said
 
 

@@ -13,12 +13,11 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from alignment.artifacts import write_json
 from alignment.errors import AlignmentError
 from alignment.pipeline.run import run
 from alignment.streams import make_unfailing
+from alignment.terminal import Terminal, visible
 
 _WIDTH = 120
 
@@ -29,10 +28,10 @@ def main(arguments: Sequence[str]) -> int:
     threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
     code, error = 0, ""
     try:
-        code = run(recipe, overrides, console=Console(width=_WIDTH, emoji=False), wait=True)
+        code = run(recipe, overrides, console=Terminal(width=_WIDTH), wait=True)
     except AlignmentError as fault:
         code, error = fault.exit_code, str(fault)
-        print(error, flush=True)
+        print(visible(error), flush=True)
     write_json(Path(outcome), {"code": code, "error": error})
     return code
 

@@ -25,6 +25,7 @@ from tests.templates import styled_tokenizer
 from tests.tiny import save_tiny_model, tiny_spec, tiny_tokenizer
 
 ASKED = (Message(role="user", content="Hi."),)
+ROOT = Path(__file__).parents[3]
 OPENED = "<|im_start|>system\nYou are tiny.<|im_end|>\n<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -185,6 +186,9 @@ def test_the_page_shows_what_the_terminal_shows(
     assert main(["stage.yaml", "--html", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "&lt;b&gt;Hello&lt;/b&gt;." in page
+    report = (ROOT / "alignment/report/templates/macros.html.j2").read_text()
+    (policy,) = [line for line in report.splitlines() if "Content-Security-Policy" in line]
+    assert page.index("<head>") < page.index(policy) < page.index("<style>")
     assert "1 records, " in page
     assert "1 records, " in capsys.readouterr().out
 
