@@ -23,6 +23,7 @@ from alignment.artifacts import readable, write_json
 from alignment.config.model import NEW_TOKENS
 from alignment.errors import AlignmentError, ConfigError, ModelError
 from alignment.files import explained
+from alignment.model_files import refuse_weights_elsewhere
 from alignment.streams import make_unfailing
 from alignment.terminal import complain
 
@@ -75,6 +76,7 @@ def add_tokens(folder: Path, to: Path, tokens: Sequence[str]) -> str:
 
 
 def _read(folder: Path) -> tuple[Any, Any]:
+    refuse_weights_elsewhere(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype="auto", trust_remote_code=False, use_safetensors=True

@@ -19,6 +19,7 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype
 from alignment.data.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.errors import ModelError
+from alignment.model_files import refuse_weights_elsewhere
 from alignment.models.adapters import merge_adapter
 from alignment.models.nf4 import round_trunk
 from alignment.stage_spec import StageInput, StageSpec
@@ -189,6 +190,7 @@ def load_scalar_head(model: PreTrainedModel, file: Path) -> None:
 def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     if not (folder / "config.json").exists():
         raise ModelError("no model here (config.json is missing)", where=str(folder))
+    refuse_weights_elsewhere(folder)
     try:
         return AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True

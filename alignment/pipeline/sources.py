@@ -14,6 +14,7 @@ from alignment import bundled
 from alignment.artifacts import write_json
 from alignment.errors import ModelError
 from alignment.fingerprint import digest, file_sha256
+from alignment.model_files import refuse_weights_elsewhere
 from alignment.pipeline import hub
 
 _IDENTITY_SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".txt"}
@@ -92,6 +93,7 @@ def model_folder(path: str, *, where: str) -> Path:
             where=where,
             remedy="only safetensors weights are read, never pickles",
         )
+    refuse_weights_elsewhere(folder, where=where)
     return folder
 
 

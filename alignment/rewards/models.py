@@ -23,6 +23,7 @@ from alignment.data.tokenize import encode
 from alignment.data.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.errors import DataError, ModelError, RewardError
+from alignment.model_files import refuse_weights_elsewhere
 from alignment.models.answers import batches, scalar_scores
 from alignment.models.flat import use_flat_attention
 from alignment.models.load import DTYPES, products_in
@@ -148,6 +149,7 @@ def load_external(folder: Path, dtype: Dtype, *, source: str) -> tuple[PreTraine
     Raises:
         ModelError: it is not one, has no score layer over its last token, or its tokenizer has no chat template.
     """
+    refuse_weights_elsewhere(folder, where=source)
     tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
         raise ModelError(

@@ -1,0 +1,67 @@
+"""A model's index cannot have weights read that lie elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alignment.config.model import Dtype
+from alignment.errors import ModelError
+from alignment.models.load import Lineage, load_policy
+from alignment.new_tokens import _read
+from alignment.pipeline.sources import resolve
+from alignment.rewards.models import load_external
+from tests.tiny import save_tiny_model, tiny_tokenizer
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "a plan": lambda folder: resolve(f"path:{folder}", where="model.source"),
+    "a stage": lambda folder: load_policy(Lineage(source="x", base=folder, adapters=()), torch.float32),
+    "a scorer": lambda folder: load_external(folder, Dtype.float32, source="path:x"),
+    "add-tokens": _read,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model whose weights somebody moved out of it, with an index that leads to them."""
+    save_tiny_model(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(str(tmp_path / "model"))
+    os.rename(tmp_path / "model/model.safetensors", tmp_path / "elsewhere.safetensors")
+    (tmp_path / "model/other.safetensors").write_bytes(b"")
+    return tmp_path / "model"
+
+
+def _index(folder: Path, name: Any) -> None:
+    keys = ["model.embed_tokens.weight"]
+    content = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(keys, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/elsewhere.safetensors", "a/../../b", "..", 7])
+def test_an_index_that_leads_out_of_its_folder_is_refused(reader: str, name: Any, folder: Path) -> None:
+    _index(folder, name)
+    with pytest.raises(ModelError, match=r"names a file of weights outside of the folder: .*(\.\.|/etc|7)"):
+        READERS[reader](folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', "[" * 100_000, "\udcff"])
+def test_a_damaged_index_is_a_clear_error(text: str, folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json is damaged"):
+        READERS["a plan"](folder)
+
+
+def test_weights_in_several_files_are_read_also_where_these_are_links(folder: Path, tmp_path: Path) -> None:
+    """So they lie in a hub's cache."""
+    (folder / "other.safetensors").unlink()
+    (folder / "model-00001.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    _index(folder, "model-00001.safetensors")
+    assert READERS["a plan"](folder).ready
+    assert READERS["a stage"](folder).num_parameters() > 0
