@@ -14,11 +14,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 WIDTH, HEIGHT = 1100, 1500
-_TALL = 6000
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = (
     "--headless",
@@ -65,55 +65,68 @@ def opened(page: Path, picture: Path, *, width: int = WIDTH, height: int = HEIGH
 
 _POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 _MEASURE = """
-const frame = document.querySelector("iframe").contentDocument;
-for (const one of frame.querySelectorAll("details")) one.open = true;
-const cut = [];
-const walker = frame.createTreeWalker(frame.body, NodeFilter.SHOW_TEXT);
-while (walker.nextNode()) {
-  const node = walker.currentNode;
-  if (!node.data.trim() || node.parentElement.tagName === "title" || !node.parentElement.checkVisibility()) continue;
-  const range = frame.createRange();
-  range.selectNodeContents(node);
-  const box = range.getBoundingClientRect();
-  let left = 0, right = frame.documentElement.clientWidth;
-  for (let one = node.parentElement; one; one = one.parentElement) {
-    if (one.namespaceURI.endsWith("svg") || getComputedStyle(one).overflowX === "visible") continue;
-    const clip = one.getBoundingClientRect();
-    left = Math.max(left, clip.left);
-    right = Math.min(right, clip.right);
+function cutTexts(page) {
+  for (const one of page.querySelectorAll("details")) one.open = true;
+  const cut = [];
+  const walker = page.createTreeWalker(page.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode;
+    if (!node.data.trim() || node.parentElement.tagName === "title" || !node.parentElement.checkVisibility()) continue;
+    const range = page.createRange();
+    range.selectNodeContents(node);
+    const box = range.getBoundingClientRect();
+    let left = 0, right = page.documentElement.clientWidth;
+    for (let one = node.parentElement; one; one = one.parentElement) {
+      if (one.namespaceURI.endsWith("svg") || getComputedStyle(one).overflowX === "visible") continue;
+      const clip = one.getBoundingClientRect();
+      left = Math.max(left, clip.left);
+      right = Math.min(right, clip.right);
+    }
+    if (box.left < left - 1 || box.right > right + 1) cut.push(node.data.trim());
   }
-  if (box.left < left - 1 || box.right > right + 1) cut.push(node.data.trim());
+  return cut;
 }
-const told = document.createElement("pre");
-told.id = "measured";
-told.textContent = JSON.stringify({page: frame.documentElement.scrollWidth, cut});
-document.body.append(told);
+addEventListener("load", () => {
+  const pages = [...document.querySelectorAll("iframe")].map((one) => one.contentDocument);
+  const measured = document.createElement("pre");
+  measured.id = "measured";
+  measured.textContent = JSON.stringify(
+    pages.map((page) => ({page: page.documentElement.scrollWidth, cut: cutTexts(page)})));
+  document.body.append(measured);
+});
 """
-"""Texts of which a part is out of sight to the left or right, once everything that can be unfolded is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """How a page lies in a window: the width that it takes, and texts that are ``cut`` at the left or right."""
+    """How a page lies in a window, everything that can be unfolded being so.
+
+    ``page`` is the width that it takes, ``cut`` the texts of which a part is out of sight to the left or right.
+    """
 
     page: int
     cut: list[str]
 
 
-def laid_out(page: Path, *, width: int, picture: Path | None = None) -> Layout:
-    """Measures a page in a frame, since a window of Chromium's is never narrower than 500 pixels.
+def laid_out(pages: Sequence[Path], *, widths: Sequence[int]) -> list[list[Layout]]:
+    """Each page at each width, measured in frames, since a window of Chromium's is never narrower than 500 pixels.
 
-    The page's own policy, which lets no script run, is left out of the copy that is measured.
+    A page's own policy, which lets no script run, is left out of the copy that is measured.
     """
+    frames = [
+        f'<iframe srcdoc="{html.escape(_POLICY.sub("", page.read_text(encoding="utf-8")))}" '
+        f'style="border: 0; width: {width}px; height: 900px"></iframe>'
+        for page in pages
+        for width in widths
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, "measured.html")
-        text = html.escape(_POLICY.sub("", page.read_text(encoding="utf-8")))
-        frame = f'<iframe srcdoc="{text}" style="border: 0; width: {width}px; height: {_TALL}px"></iframe>'
-        script = f"<script>addEventListener('load', () => {{ {_MEASURE} }})</script>"
-        copy.write_text(f"<!doctype html><meta charset=utf-8><body style='margin: 0'>{frame}{script}", encoding="utf-8")
-        dom = opened(copy, picture or Path(folder, "picture.png"), width=max(width, 500), height=_TALL).dom
-    (found,) = re.findall(r'<pre id="measured">(.*?)</pre>', dom, flags=re.DOTALL)
-    return Layout(**json.loads(html.unescape(found)))
+        together = Path(folder, "measured.html")
+        text = f"<!doctype html><meta charset=utf-8><body>{''.join(frames)}<script>{_MEASURE}</script>"
+        together.write_text(text, encoding="utf-8")
+        dom = opened(together, Path(folder, "picture.png"), width=max(widths) + 100, height=500).dom
+    found = re.findall(r'<pre id="measured">(.*?)</pre>', dom, flags=re.DOTALL)[-1]
+    layouts = [Layout(**one) for one in json.loads(html.unescape(found))]
+    return [layouts[first : first + len(widths)] for first in range(0, len(layouts), len(widths))]
 
 
 def main() -> int:

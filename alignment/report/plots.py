@@ -255,7 +255,7 @@ def _end_labels(lines: list[Line], frame: Frame) -> Markup:
         x, y = [(x, y) for x, y in shown if y is not None][-1]
         ends.append((frame.y(y), place, x, y))
     ends.sort()
-    height = 25 if any(line.label for line in lines) else 13
+    height = 14 + 11 * max(len(line.label.split()) for line in lines)
     parts: list[Markup] = []
     floor = float(TOP)
     room = len(ends) * height
@@ -266,8 +266,8 @@ def _end_labels(lines: list[Line], frame: Frame) -> Markup:
         parts.append(mark((line.look or 0) if line.tag else 0, frame.x(x), pixel, f"dot s{line.look}"))
         value = f"{line.tag} {text.compact(y)}".strip()
         parts.append(_label(WIDTH - RIGHT + 7, top + 8, value, f"end s{line.look}"))
-        if line.label:
-            parts.append(_label(WIDTH - RIGHT + 7, top + 19, line.label, f"tick s{line.look}"))
+        for row, word in enumerate(line.label.split()):  # one below another: there is room for a word
+            parts.append(_label(WIDTH - RIGHT + 7, top + 19 + 11 * row, word, f"tick s{line.look}"))
     return Markup("").join(parts)
 
 

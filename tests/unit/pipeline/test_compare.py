@@ -74,6 +74,17 @@ def test_what_differs_is_shown_and_nothing_else(runs: Runs) -> None:
     assert "base: bb against a: +0.000 (+0.000 to +0.000), the same on every prompt" in printed
 
 
+def test_settings_that_differ_read_as_one_would_type_them(runs: Runs) -> None:
+    runs.add("a", None, scorers=[{"source": "reward", "clip": None}], limit=None, flag=True)
+    runs.add("b", None, scorers=[{"source": "reward", "clip": 2.0}], limit=8, flag=False)
+    lines = [line.split("  ") for line in runs.compared("a", "b").splitlines() if "stages." in line]
+    assert [[word.strip() for word in line if word.strip()] for line in lines] == [
+        ["stages.dpo.scorers[0].clip", "not set", "2.0"],
+        ["stages.dpo.limit", "not set", "8"],
+        ["stages.dpo.flag", "true", "false"],
+    ]
+
+
 def test_differences_are_taken_prompt_by_prompt(runs: Runs) -> None:
     """Each run's own interval is wide, and the difference the same on every prompt."""
     runs.add("a", {"stage:dpo": [0.0, 0.5, 1.0]})

@@ -68,6 +68,8 @@ def test_a_card_is_shown_with_all_that_it_measured(fake_run: Any) -> None:
     card = made_card()
     html = with_card(fake_run, json.dumps(card))
     assert_harmless(html)
+    judges = html.split("<figcaption>Right</figcaption>")[1].split("</figure>")[0]
+    assert judges.count('class="guide"') == 3, "chance, behind each of the judges"
     page = Page(html).text
     accuracy = f"{card['accuracy']['mean']:.3f}"
     for told in (

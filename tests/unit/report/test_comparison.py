@@ -13,7 +13,7 @@ from alignment.config.stage import STAGES, Trained
 from alignment.report.comparison import MOST_RUNS, build_comparison
 from alignment.report.records import Difference, Interval
 from tests.unit.report.conftest import FakeRun
-from tests.unit.report.test_page import HOSTILE, Page, assert_harmless
+from tests.unit.report.test_page import HOSTILE, Page, assert_harmless, unlabelled
 
 
 class Compared:
@@ -77,7 +77,7 @@ def test_hostile_text_stays_text(compared: Compared, hostile: str) -> None:
 
 
 def test_settings_arms_and_what_may_be_said_of_them(compared: Compared) -> None:
-    html = compared.html()
+    html = unlabelled(compared.html())
     page = Page(html).text
     assert '<th scope="row"><code>stages.dpo.beta</code></th><td><code>0.1</code></td><td><code>0.3</code></td>' in html
     assert "1 of 2 differences from A in gold is real." in page
@@ -90,7 +90,7 @@ def test_figures_that_nobody_knew_of_become_columns(compared: Compared) -> None:
     row = compared.runs[1].evaluation["arms"][3]
     row["perplexity"] = {"mean": 7.25, "low": 6.5, "high": 8.125}
     row["wins"] = {"stage:sft": {"mean": 0.625, "low": 0.5, "high": 0.75}}
-    html = compared.html()
+    html = unlabelled(compared.html())
     assert '<th scope="col"><bdi>perplexity</bdi></th><th scope="col"><bdi>wins stage:sft</bdi></th>' in html
     assert "<td>7.25<small>6.50 to 8.12</small></td><td>0.62<small>0.50 to 0.75</small></td>" in html
     assert html.count("<td>–</td><td>–</td></tr>") >= len(compared.runs[0].evaluation["arms"]), "the others have none"
@@ -178,7 +178,7 @@ def test_answers_of_one_arm_stand_together_and_equal_ones_once(compared: Compare
 def test_time_and_memory_stand_beside_each_other(compared: Compared) -> None:
     compared.runs[1].run["stages"]["dpo"]["seconds"] = 61.0
     times = r"<td>6\u202fmin 43\u202fs</td><td>2\.4\u202fGB</td><td>1\u202fmin 01\u202fs</td>"
-    assert re.search(rf'<th scope="row"><bdi>dpo</bdi></th>{times}', compared.html())
+    assert re.search(rf'<th scope="row"><bdi>dpo</bdi></th>{times}', unlabelled(compared.html()))
 
 
 def test_as_many_runs_as_have_a_look_fit(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_without_limits_no_arm_is_said_to_have_passed(fake_run):
     passed = [ARMS[0], ARMS[1] | {"passed": True, "reasons": []}]
     html = page(fake_run, json.dumps(TOLD | {"arms": passed, "passed": True, "judged": False, "limits": limits}))
     section = html.split('<section id="forgotten">')[1].split("</section>")[0]
-    assert "<td>not judged</td>" in section
+    assert '<td data-label="limits">not judged</td>' in section
     assert "passed" not in section
     assert "No limits were set" in section
 
@@ -72,7 +72,7 @@ def test_a_file_that_cannot_be_understood_is_said_to_be(fake_run, content):
 
 def test_figures_that_are_missing_are_dashes(fake_run):
     html = page(fake_run, '{"arms": [{"name": "base"}, {"name": "stage:sft", "rise": 3, "drop": "x"}], "limits": []}')
-    assert "<td>–</td>" in html.split('<section id="forgotten">')[1].split("</section>")[0]
+    assert '<td data-label="perplexity">–</td>' in html.split('<section id="forgotten">')[1].split("</section>")[0]
 
 
 def test_a_run_that_measured_nothing_has_no_such_section(fake_run):

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from alignment.report import text
-from alignment.report.axes import nice_ticks, segments, smoothed, thinned, tick_labels
+from alignment.report.axes import nice_ticks, padded, segments, smoothed, thinned, tick_labels
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,8 @@ from alignment.report.axes import nice_ticks, segments, smoothed, thinned, tick_
         (-0.023, 0.004, ["−0.02", "−0.01", "0.00"]),
         (0, 5000, ["0", "1\u202f000", "2\u202f000", "3\u202f000", "4\u202f000", "5\u202f000"]),
         (1, 60_000, ["20k", "40k", "60k"]),
+        (12_345.0, 12_346.0, ["12345", "12345.2", "12345.4", "12345.6", "12345.8", "12346"]),
+        (0.7, 0.70005, ["0.7", "0.70001", "0.70002", "0.70003", "0.70004", "0.70005"]),
         (1e-6, 5e-6, ["1.0e-6", "2.0e-6", "3.0e-6", "4.0e-6", "5.0e-6"]),
     ],
 )
@@ -32,6 +34,13 @@ def test_ticks_stay_inside_the_range_and_are_few(scale):
         ticks = nice_ticks(low * scale, high * scale, 5)
         assert 2 <= len(ticks) <= 6
         assert all(low * scale - 1e-9 * scale <= tick <= high * scale + 1e-9 * scale for tick in ticks)
+
+
+def test_a_loss_that_is_constant_but_for_rounding_is_drawn_as_one():
+    """float32's ln 2: ticks within its last digits would all read 0.693."""
+    low, high = padded([0.69314718, 0.69314715, 0.6931472])
+    assert (low, high) == pytest.approx((0.6238, 0.7625), abs=1e-3)
+    assert padded([0.69, 0.70]) == pytest.approx((0.6894, 0.7006))
 
 
 def test_thinning_keeps_spikes_gaps_and_order():

@@ -69,10 +69,13 @@ def test_the_best_stands_first_with_its_interval_and_words_to_paste() -> None:
 
 def test_every_trial_is_a_line_and_every_figure_a_dot() -> None:
     html = sweep_page(record())
-    lines = re.findall(r'<path class="trial (\w+)"', html)
-    assert len(lines) == 12
-    assert lines[-1] == "best", "drawn last, so that it lies on top"
-    assert {"failed", "pruned", "shade1", "shade4"} <= set(lines)
+    drawings = re.findall(r'<svg class="parallel (upright|lying)".*?</svg>', html, flags=re.DOTALL)
+    assert drawings == ["upright", "lying"], "for a wide screen and for a narrow one"
+    for drawing in re.findall(r'<svg class="parallel.*?</svg>', html, flags=re.DOTALL):
+        lines = re.findall(r'<path class="trial (\w+)"', drawing)
+        assert len(lines) == 12
+        assert lines[-1] == "best", "drawn last, so that it lies on top"
+        assert {"failed", "pruned", "shade1", "shade4"} <= set(lines)
     assert html.count('<circle class="dot s0"') == 2 * 9, "one over each of two settings"
     assert html.count('<circle class="dot s1"') == 2
 
@@ -84,6 +87,8 @@ def test_axes_are_logarithmic_for_ranges_that_are_and_even_for_listed_values() -
     assert [axis.place(value) for axis in [of_parameter(RANK)] for value in ("4", "16", "64")] == [0.0, 0.5, 1.0]
     assert log_ticks(0.02, 0.6) == pytest.approx([0.02, 0.05, 0.1, 0.2, 0.5])
     assert log_ticks(0.11, 0.12) == [0.11, 0.12]
+    narrow = of_parameter(replace(RATE, low=1000.1, high=1000.4))
+    assert [label for _, label in narrow.ticks] == ["1000.1", "1000.4"]
     plain = of_parameter(replace(RATE, low=0.0, high=4.0, log=False))
     assert plain.place(1.0) == 0.25
 
@@ -96,6 +101,24 @@ def test_several_figures_name_the_trials_that_none_beats() -> None:
     assert "2 of 3 trials so far are not beaten in every figure by another." in said
     assert html.count('<pre class="command">') == 4
     assert "Drawn once 10 trials have come to their end." in said
+
+
+@pytest.mark.parametrize(
+    ("label", "is_drawn"),
+    [("eval_accuracy of reward", True), ("win_rate of stage:dpo", True), ("gold of stage:sft", False)],
+)
+def test_chance_is_drawn_where_a_figure_has_one(label: str, *, is_drawn: bool) -> None:
+    html = sweep_page(record(goals=[Goal(label=label, minimize=False)]))
+    assert ('class="guide"' in html.split('<div class="multiples">')[1]) is is_drawn
+
+
+def test_a_section_that_will_never_hold_anything_is_left_out() -> None:
+    one = replace(record(), parameters=[RANK], importance=[])
+    assert "Which settings matter" not in sweep_page(one), "a single setting has nothing to be weighed against"
+    failed = record(trials=record().trials[-2:], number=2, best=[], verdict="", importance=[])
+    html = sweep_page(failed)
+    for heading in ("Settings and what came of them", "Which settings matter", "Run the best again"):
+        assert heading not in html
 
 
 @pytest.mark.parametrize("trials", [0, 1])

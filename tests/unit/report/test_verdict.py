@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 
@@ -156,5 +158,6 @@ def test_the_guards_two_opinions_are_drawn_over_the_root_of_the_kl(fake_run):
     html = fake_run.html()
     assert "Held-out answers, over √KL" in html
     chart = html[html.index("Held-out answers, over √KL") :]
-    assert ">training score</text>" in chart
-    assert ">held-out scorer</text>" in chart
+    words = re.findall(r'<text class="tick s(\d)"[^>]*>(.*?)</text>', chart)
+    assert [word for line, word in words if line == "0"][:2] == ["training", "score"]
+    assert [word for line, word in words if line == "1"][:2] == ["held-out", "scorer"]
