@@ -21,6 +21,8 @@ MAX_POINTS = 420
 MIN_TO_SMOOTH = 24
 MIN_TICK_GAP = 34
 """Pixels between the middles of two numbers under a plot, so that they can be told apart."""
+MIN_LINE_GAP = 10
+"""The same of two numbers beside it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,8 +71,7 @@ def curve(lines: list[Line], *, title: str, guide: float | None) -> Markup:
     low_y, high_y = padded(values if guide is None else [*values, guide])
     frame = Frame(low_x=low_x, high_x=high_x, low_y=low_y, high_y=high_y)
     parts = [_y_axis(frame), _x_axis(frame, max(steps))]
-    if guide is not None:
-        parts.append(_rule(LEFT, frame.y(guide), WIDTH - RIGHT, "guide"))
+    parts.append(_guide(frame, guide))
     parts += [_series(line.points, frame, line.look) for line in lines]
     parts.append(_end_labels(lines, frame))
     return _drawing(_spoken(title, lines), parts)
@@ -87,8 +88,7 @@ def interval_curve(points: list[tuple[float, Interval]], *, title: str, guide: f
     frame = Frame(low_x=low_x, high_x=high_x, low_y=scale.low, high_y=scale.high)
     pixels = {place: frame.x(math.log10(place)) for place in places}
     parts = [_y_axis(frame), _axis_of_places(pixels)]
-    if guide is not None:
-        parts.append(_rule(LEFT, frame.y(guide), WIDTH - RIGHT, "guide"))
+    parts.append(_guide(frame, guide))
     parts += [_upright(pixels[x], item, frame) for x, item in points]
     means = [fmean(item.mean for x, item in points if x == place) for place in places]
     joined = _path([(math.log10(place), mean) for place, mean in zip(places, means, strict=True)], frame)
@@ -115,8 +115,7 @@ def interval_scatter(
     scale = scale_of([item for _, item in points], within=None, include=guide)
     frame = Frame(low_x=-0.06, high_x=1.06, low_y=scale.low, high_y=scale.high)
     parts = [_y_axis(frame), _axis_below([frame.x(place) for place, _ in ticks], [label for _, label in ticks])]
-    if guide is not None:
-        parts.append(_rule(LEFT, frame.y(guide), WIDTH - RIGHT, "guide"))
+    parts.append(_guide(frame, guide))
     for index, (place, item) in enumerate(points):
         colour = 1 if index in marked else 0
         parts.append(_upright(frame.x(place), item, frame, colour))
@@ -192,6 +191,18 @@ def _y_axis(frame: Frame) -> Markup:
             )
         )
     return Markup("").join(parts)
+
+
+def _guide(frame: Frame, value: float | None) -> Markup:
+    """The dotted line, with its number at the axis where no tick's is in the way; nothing without a value."""
+    if value is None:
+        return Markup("")
+    y = frame.y(value)
+    line = _rule(LEFT, y, WIDTH - RIGHT, "guide")
+    if any(abs(frame.y(tick) - y) < MIN_LINE_GAP for tick in nice_ticks(frame.low_y, frame.high_y, 5)):
+        return line
+    number = Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>')
+    return line + number.format(LEFT - 6, y + 3.5, f"{value:.3g}".replace("-", text.MINUS))
 
 
 def _x_axis(frame: Frame, last: float) -> Markup:

@@ -9,6 +9,7 @@ import pytest
 
 from alignment.report import text
 from alignment.report.axes import nice_ticks, padded, segments, smoothed, thinned, tick_labels
+from alignment.report.plots import Line, curve
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,16 @@ def test_ticks_stay_inside_the_range_and_are_few(scale):
         ticks = nice_ticks(low * scale, high * scale, 5)
         assert 2 <= len(ticks) <= 6
         assert all(low * scale - 1e-9 * scale <= tick <= high * scale + 1e-9 * scale for tick in ticks)
+
+
+@pytest.mark.parametrize(
+    ("highest", "numbers"), [(0.45, ["0.0", "0.2", "0.4", "0.5"]), (1.0, ["0.00", "0.50", "1.00"])]
+)
+def test_chance_has_its_number_beside_the_axis(highest, numbers):
+    drawn = curve([Line(points=[(1, 0.0), (2, highest)])], title="accuracy", guide=0.5)
+    beside = re.findall(r'text-anchor="end">(.*?)</text>', drawn)
+    assert set(numbers) <= set(beside)
+    assert len(beside) == len(set(beside)), "once, where a tick has it too"
 
 
 def test_a_loss_that_is_constant_but_for_rounding_is_drawn_as_one():
