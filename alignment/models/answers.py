@@ -13,6 +13,7 @@ from alignment.errors import ModelError
 from alignment.models.flat import trunk_states
 from alignment.models.head import TokenStatistics, label_statistics, scalar_at, transforms_logits
 from alignment.models.rows import SHORTEST_SHARED, FlatRows, by_tokens, stream
+from alignment.models.transfer import on_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +43,7 @@ def answer_stream(
     return AnswerStream(
         rows=rows,
         places=torch.cat(predicting),
-        labels=torch.tensor([token for answer in answers for token in answer], device=device),
+        labels=on_device(torch.tensor([token for answer in answers for token in answer]), device),
         lengths=tuple(len(answer) for answer in answers),
     )
 

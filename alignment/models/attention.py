@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from alignment.models.precision import products_dtype
 from alignment.models.row_attention import Row, attend
 from alignment.models.rows import Range, Segment
+from alignment.models.transfer import on_device
 
 ATTENTION = "flat_sdpa"
 _WIDEST_HEAD = 256
@@ -156,13 +157,15 @@ class _Told:
     longest_keys: int
 
 
-@functools.lru_cache(maxsize=4)  # all layers ask for the same ones, and a copy to the device makes it wait
+@functools.lru_cache(maxsize=4)  # all layers ask for the same ones
 def _told(segments: tuple[Segment, ...], ahead: _Ahead, device: torch.device) -> _Told:
     rows = _rows(segments, ahead)
     own, whole = [row.queries for row in rows], [row.earlier + row.queries for row in rows]
     in_order = ahead == _Ahead() and not any(segment.before for segment in segments)
     return _Told(
-        keys=None if in_order else torch.cat([torch.arange(*span) for row in rows for span in row.keys]).to(device),
+        keys=None
+        if in_order
+        else on_device(torch.cat([torch.arange(*span) for row in rows for span in row.keys]), device),
         starts=_offsets(own, device),
         key_starts=_offsets(whole, device),
         longest=max(own),
@@ -171,7 +174,7 @@ def _told(segments: tuple[Segment, ...], ahead: _Ahead, device: torch.device) ->
 
 
 def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+    return on_device(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device)
 
 
 def _varlen(

@@ -200,6 +200,9 @@ def decoding_attention(
 
 def decoding_mask(*, q_length: int, device: torch.device | str = "cpu", **kwargs: Any) -> Tensor | None:
     """The mask of transformers' scaled-dot-product attention; as a summand, 0 or −infinity, for one new token a row."""
+    if torch.device(device).type != "cpu":
+        # Whether no column is hidden would be read from the device, at every step.
+        kwargs["allow_is_causal_skip"] = False
     seen = sdpa_mask(q_length=q_length, device=device, **kwargs)
     if seen is None or not _is_one_step(q_length, torch.device(device)):
         return seen

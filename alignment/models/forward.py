@@ -91,8 +91,8 @@ def _causal_output(
     label_mask = (wanted[:, 1:] != IGNORED) & rows.kept[:, :-1]  # [rows, columns - 1]
     states = trunk_states(model.base_model, rows)
     # The state that predicts column c + 1 stands at column c.
-    places = rows.place[:, :-1][label_mask]
-    statistics = label_statistics(model, states[places], wanted[:, 1:][label_mask])
+    at = label_mask.nonzero(as_tuple=True)
+    statistics = label_statistics(model, states[rows.place[:, :-1][at]], wanted[:, 1:][at])
     mask = label_mask if wanted is labels else _packed(rows, label_mask, labels)
 
     def spread(values: Tensor) -> Tensor:

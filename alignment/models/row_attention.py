@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.models.rows import Range, next_multiple
+from alignment.models.transfer import on_device
 
 QUERIES = 256
 """Queries up to which a row is short: what is kept of it grows with their square."""
@@ -125,7 +126,7 @@ def _plan(rows: tuple[Row, ...], heads: int, dtype: torch.dtype, device: torch.d
     return _Plan(
         kept=tuple(laid.groups(short)),
         recomputed=tuple(laid.groups(long)),
-        long=tuple((row, _hidden_of(row, dtype).to(device) if row.earlier else None) for row in long),
+        long=tuple((row, on_device(_hidden_of(row, dtype), device) if row.earlier else None) for row in long),
         **laid.lines(),
     )
 
@@ -161,14 +162,16 @@ class _Laid:
             matrices=self._heads * len(rows),
             queries=slice(start, end),
             keys=slice(keys_start, keys_end),
-            hidden=_hidden([row.earlier for row in rows], (own.shape[1], seen.shape[1]), self._dtype).to(self._device),
+            hidden=on_device(
+                _hidden([row.earlier for row in rows], (own.shape[1], seen.shape[1]), self._dtype), self._device
+            ),
         )
 
     def lines(self) -> dict[str, Tensor]:
         """What a plan says of the lines in all groups laid so far."""
         parts = {"queries": self._queries, "keys": self._keys, "padding": self._padding}
         told = {name: torch.cat(part) for name, part in parts.items()} | {"places": self._places.flatten()}
-        return {name: part.to(self._device) for name, part in told.items()}
+        return {name: on_device(part, self._device) for name, part in told.items()}
 
 
 def _pieces(row: Row) -> Iterator[Row]:

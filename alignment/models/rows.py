@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from alignment.models.transfer import on_device
+
 SHORTEST_SHARED = 16
 """Tokens below which a common beginning is computed twice: attending elsewhere costs more than it saves."""
 
@@ -82,14 +84,14 @@ def flatten(input_ids: Tensor, attention_mask: Tensor, *, share: bool = True) ->
     Raises:
         ValueError: a row has no real token, or padding between two real tokens.
     """
-    kept = attention_mask.bool().cpu()
+    ids, mask = torch.stack([input_ids, attention_mask.to(input_ids.dtype)]).cpu()  # one wait for a GPU
+    kept = mask.bool()
     lengths = kept.sum(-1)
     if int(lengths.min()) == 0:
         raise ValueError(f"row {int(lengths.argmin())} of the batch has no real token")
     changes = (kept[:, 1:] != kept[:, :-1]).sum(-1) + kept[:, 0].int() + kept[:, -1].int()
     if bool((changes != 2).any()):
         raise ValueError(f"row {int((changes != 2).int().argmax())} of the batch has padding between its tokens")
-    ids = input_ids.cpu()
     rows = [row[real].tolist() for row, real in zip(ids, kept, strict=True)]
     return _laid_out(rows, kept, input_ids.device, share=share)
 
@@ -119,16 +121,17 @@ def behind(earlier: FlatRows, which: Sequence[int], texts: Sequence[Sequence[int
     columns = torch.arange(int(lengths.max()))
     kept = columns < lengths[:, None]
     return FlatRows(
-        input_ids=torch.tensor([token for text in texts for token in text], device=device),
-        position_ids=torch.cat(
-            [torch.arange(len(text)) + earlier.lengths[row] for row, text in zip(which, texts, strict=True)]
-        ).to(device),
+        input_ids=on_device(torch.tensor([token for text in texts for token in text]), device),
+        position_ids=on_device(
+            torch.cat([torch.arange(len(text)) + earlier.lengths[row] for row, text in zip(which, texts, strict=True)]),
+            device,
+        ),
         segments=tuple(
             Segment(own=(start, end), before=before[row])
             for row, (start, end) in zip(which, itertools.pairwise(ends), strict=True)
         ),
-        place=((torch.tensor(ends[:-1])[:, None] + columns) * kept).to(device),
-        kept=kept.to(device),
+        place=on_device((torch.tensor(ends[:-1])[:, None] + columns) * kept, device),
+        kept=on_device(kept, device),
         lengths=tuple(earlier.lengths[row] + len(text) for row, text in zip(which, texts, strict=True)),
     )
 
@@ -186,11 +189,11 @@ def _laid_out(rows: Sequence[Sequence[int]], kept: Tensor, device: torch.device,
     place = torch.zeros(kept.shape, dtype=torch.long)
     place[kept] = torch.cat([torch.arange(*part) for segment in segments for part in segment.keys])
     return FlatRows(
-        input_ids=torch.tensor(ids, device=device),
-        position_ids=torch.tensor(positions, device=device),
+        input_ids=on_device(torch.tensor(ids), device),
+        position_ids=on_device(torch.tensor(positions), device),
         segments=tuple(segments),
-        place=place.to(device),
-        kept=kept.to(device),
+        place=on_device(place, device),
+        kept=on_device(kept, device),
         lengths=tuple(len(row) for row in rows),
     )
 

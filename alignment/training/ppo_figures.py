@@ -36,8 +36,8 @@ class UpdateFigures:
 
     def add_share(self, named: dict[str, Tensor]) -> None:
         """A micro-batch's share of its minibatch's figure: sums already divided by the minibatch's tokens."""
-        for name, value in named.items():
-            self._shares[name] += float(value)
+        for name, value in zip(named, torch.stack(list(named.values())).tolist(), strict=True):  # one wait for a GPU
+            self._shares[name] += value
 
     def add_maximum(self, name: str, value: Tensor) -> None:
         """The largest value seen in the update."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from alignment.training.metrics import MetricsLog
 from alignment.training.ppo_figures import UpdateFigures
 from tests.oracles.close import close
+from tests.waits import Waits
 
 
 def _steps(path: Path) -> list[int]:
@@ -118,6 +119,16 @@ def test_shares_of_micro_batches_add_up_and_are_averaged_over_steps() -> None:
             figures.add_share({"loss": torch.tensor(share)})
         figures.step_done()
     close(figures.result()["loss"], 0.5)
+
+
+def test_shares_of_a_micro_batch_are_read_together() -> None:
+    figures = UpdateFigures(_alone)
+    shares = {str(number): torch.tensor(float(number)) for number in range(5)} | {"policy/approxkl": torch.zeros(())}
+    with Waits() as waits:
+        figures.add_share(shares)
+    figures.step_done()
+    assert waits.number <= 1
+    assert [figures.result()[str(number)] for number in range(5)] == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
 def test_shares_add_up_over_processes() -> None:
