@@ -1,4 +1,4 @@
-"""Public data files beside the checkout, where they are there; they are not part of the project."""
+"""Data in the shapes of public files: rows of our own, and the files themselves where they lie beside the checkout."""
 
 from __future__ import annotations
 
@@ -6,5 +6,6 @@ from pathlib import Path
 
 import pytest
 
+WRITTEN = Path(__file__).parent / "data/written"
 PUBLIC = Path(__file__).parents[2] / "shared/data"
 needs_public_data = pytest.mark.skipif(not PUBLIC.is_dir(), reason="no public data in ../shared/data")

@@ -14,7 +14,7 @@ from alignment.data.formats import FORMATS, detect, format_of
 from alignment.data.reading import Reading, iterate, start
 from alignment.data.records import Conversation, PlainText, PreferencePair, Prompt, Record
 from alignment.errors import DataError
-from tests.public import PUBLIC, needs_public_data
+from tests.public import PUBLIC, WRITTEN, needs_public_data
 
 ANSWER = {"role": "assistant", "content": "4."}
 ASKED = {"role": "user", "content": "2 + 2?"}
@@ -302,6 +302,22 @@ def test_most_rows_decide_and_unknown_columns_are_listed() -> None:
 
 
 # file, format, conversations, pairs, prompts; pairs are 0 where rows hold none
+OURS = [
+    ("transcripts.jsonl", "hh", 2, 2, 2),
+    ("pairs.jsonl", "preference", 3, 3, 3),
+    ("instructions.json", "alpaca", 3, 0, 3),
+    ("system_pairs.json", "preference", 2, 2, 2),
+    ("labelled.json", "kto", 2, 0, 4),
+    ("toolcalls.json", "sharegpt", 3, 0, 3),
+    ("identity.json", "alpaca", 2, 0, 2),
+    ("texts.jsonl", "text", 0, 0, 0),
+    ("sums.jsonl", "question_answer", 6, 0, 6),
+    ("questions.jsonl", "turns", 0, 0, 2),
+    ("instructions_with_text.json", "alpaca", 2, 0, 2),
+    ("chat.json", "sharegpt", 1, 0, 1),
+    ("whole_pairs.json", "chosen_rejected", 1, 1, 1),
+    ("answers_by_rank.json", "stack_exchange", 2, 2, 2),
+]
 FILES = [
     ("hh-rlhf/harmless_base.jsonl", "hh", 1524, 1524, 1524),
     ("oasst/pairs.jsonl", "preference", 412, 412, 412),
@@ -320,13 +336,18 @@ FILES = [
 ]
 
 
-@needs_public_data
-@pytest.mark.parametrize(("file", "name", "conversations", "pairs", "prompts"), FILES, ids=[file[0] for file in FILES])
-def test_public_files_are_what_they_are(
-    file: str, name: str, conversations: int | None, pairs: int | None, prompts: int | None
+SHAPES = [
+    *(pytest.param(WRITTEN / file, *told, id=f"ours: {file}") for file, *told in OURS),
+    *(pytest.param(PUBLIC / file, *told, id=file, marks=needs_public_data) for file, *told in FILES),
+]
+
+
+@pytest.mark.parametrize(("file", "name", "conversations", "pairs", "prompts"), SHAPES)
+def test_files_in_public_shapes_are_what_they_are(
+    file: Path, name: str, conversations: int | None, pairs: int | None, prompts: int | None
 ) -> None:
     data = DataConfig(source="", placeholders={"name": "Ada", "author": "Bob"})
-    reading = start(PUBLIC / file, data)
+    reading = start(file, data)
     assert reading.format.name == name
     for record, expected in ((Conversation, conversations), (PreferencePair, pairs), (Prompt, prompts)):
         told = Reading(path=reading.path, format=reading.format)
@@ -337,7 +358,7 @@ def test_public_files_are_what_they_are(
         found = list(iterate(reading.path, record, data, reading=told))
         assert len(found) == (told.rows - len(told.set_aside) if expected is None else expected)
         assert not told.faults
-        assert not any("{{" in turn.content for one in found for turn in one.messages if file.endswith("identity.json"))
+        assert not any("{{" in turn.content for one in found for turn in one.messages if file.name == "identity.json")
 
 
 def _cells(row: Any) -> list[str]:

@@ -20,7 +20,7 @@ from alignment.data.records import Conversation, PreferencePair, Prompt
 from alignment.data.shown import Shown, histogram, shown
 from alignment.data.turns import Message
 from alignment.preview import main, show_stage
-from tests.public import PUBLIC, needs_public_data
+from tests.public import PUBLIC, WRITTEN, needs_public_data
 from tests.templates import styled_tokenizer
 from tests.tiny import save_tiny_model, tiny_spec, tiny_tokenizer
 
@@ -211,17 +211,39 @@ FILES = {
 }
 
 
-@needs_public_data
-@pytest.mark.parametrize("file", FILES)
-def test_public_files_are_shown_as_they_are(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+OURS = {
+    "transcripts.jsonl": RewardConfig,
+    "pairs.jsonl": DpoConfig,
+    "instructions.json": SftConfig,
+    "system_pairs.json": DpoConfig,
+    "labelled.json": SftConfig,
+    "toolcalls.json": SftConfig,
+    "identity.json": SftConfig,
+    "texts.jsonl": CptConfig,
+    "sums.jsonl": SftConfig,
+    "questions.jsonl": PpoConfig,
+    "chat.json": SftConfig,
+    "whole_pairs.json": DpoConfig,
+    "answers_by_rank.json": RewardConfig,
+}
+SHAPES = [
+    *(pytest.param(WRITTEN / file, kind, id=f"ours: {file}") for file, kind in OURS.items()),
+    *(pytest.param(PUBLIC / file, kind, id=file, marks=needs_public_data) for file, kind in FILES.items()),
+]
+
+
+@pytest.mark.parametrize(("file", "kind"), SHAPES)
+def test_files_in_public_shapes_are_shown_as_they_are(
+    file: Path, kind: type[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With a template that knows tools."""
     styled_tokenizer("qwen").save_pretrained(str(tmp_path / "base"))
     data = DataConfig(source="", limit=300, placeholders={"name": "Ada", "author": "Bob"})
-    spec = tiny_spec(tmp_path, FILES[file](data=data), data_path=PUBLIC / file)
+    spec = tiny_spec(tmp_path, kind(data=data), data_path=file)
     show_stage(Console(width=200), spec, rows=2)
     printed = capsys.readouterr().out
     assert "records, " in printed
     assert "faulty" not in printed
-    assert "{{" not in printed or not file.endswith("identity.json")
-    if "glaive" in file:
+    assert "{{" not in printed or file.name != "identity.json"
+    if "toolcall" in file.name:
         assert "<tools>" in printed

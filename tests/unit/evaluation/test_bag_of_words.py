@@ -78,6 +78,24 @@ def test_pairs_without_a_common_word_are_refused() -> None:
         fit([("a b", "c")], ["0"], seed=0)
 
 
+def test_pairs_whose_words_decide_by_chance_are_told_apart_as_well_as_chance_lets() -> None:
+    """The chosen answer is drawn by Bradley and Terry from the words' true weights, so the best share is known."""
+    rng = random.Random(5)
+    true = {word: rng.gauss(0.0, 1.5) for word in WORDS}
+    pairs, sure = [], []
+    for one, other in random_pairs(1200):
+        counts = [[np.log1p(text.split().count(word)) for word in WORDS] for text in (one, other)]
+        margin = float((np.array(counts[0]) - np.array(counts[1])) @ np.array(list(true.values())))
+        wins = 1.0 / (1.0 + np.exp(-margin))
+        pairs.append((one, other) if rng.random() < wins else (other, one))
+        sure.append(max(wins, 1.0 - wins))
+    bag = fit(pairs[:600], [str(number) for number in range(600)], seed=0)
+    right = float((np.array(bag.margins(pairs[600:])) > 0).mean())
+    best = float(np.mean(sure[600:]))
+    assert 0.6 < best < 0.9
+    assert right == pytest.approx(best, abs=0.03)
+
+
 @needs_public_data
 @pytest.mark.parametrize(
     ("file", "learned", "share"), [("hh-rlhf/harmless_base.jsonl", 1000, 0.63), ("oasst/pairs.jsonl", 300, 0.60)]

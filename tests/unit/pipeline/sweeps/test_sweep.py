@@ -85,6 +85,7 @@ def test_stopped_in_a_trial_it_goes_on_with_that_one(runs: Runs, code: int) -> N
     assert [told["stages.dpo.beta"] for told in runs.asked[3:]] == BETAS[2:]
     assert runs.asked[3]["name"] == runs.asked[2]["name"], "its stages are found again"
     assert all(row["run"].endswith(f".{row['number']}") for row in trials(runs))
+    assert [row["state"] for row in trials(runs)] == ["done"] * 4, "a stop is no failure"
 
 
 def test_a_trial_whose_process_was_killed_is_tried_again(runs: Runs) -> None:
