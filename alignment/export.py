@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from alignment.artifacts import Manifest, readable, verify
 from alignment.config.model import Dtype
+from alignment.data.tokenize import STOPS, end_ids
 from alignment.data.tokenizer import load_tokenizer
 from alignment.errors import AlignmentError, ModelError
 from alignment.files import explained
@@ -107,7 +108,7 @@ def export(artifact: Path, base: Path | None, to: Path, *, form: str, max_gap: f
     found = Lineage(source=manifest.base["source"], base=folder, adapters=saved_adapters(artifact, manifest))
     partial = to.with_name(f".{to.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    tokenizer = load_tokenizer(artifact / "tokenizer")
+    tokenizer = load_tokenizer(artifact / "tokenizer", model=folder)
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     try:
         if form == "adapter" and manifest.kind == "reward":
@@ -119,7 +120,7 @@ def export(artifact: Path, base: Path | None, to: Path, *, form: str, max_gap: f
         elif manifest.kind == "reward":
             said = _write_reward(artifact, manifest, found, partial, rows, tokenizer)
         else:
-            said = _write_policy(manifest, found, partial, rows, max_gap=max_gap)
+            said = _write_policy(manifest, found, partial, rows, tokenizer, max_gap=max_gap)
         tokenizer.save_pretrained(str(partial))
         _describe(artifact, manifest, partial, form=form, said=said, run=run)
         readable(partial)
@@ -156,7 +157,7 @@ def _lineage(manifest: Manifest) -> dict[str, Any]:
 
 
 def _write_policy(
-    manifest: Manifest, found: Lineage, folder: Path, rows: Sequence[list[int]], *, max_gap: float
+    manifest: Manifest, found: Lineage, folder: Path, rows: Sequence[list[int]], tokenizer: Any, *, max_gap: float
 ) -> list[str]:
     _refuse_prefix(found)
     dtype = Dtype(manifest.identity["base"]["dtype"])
@@ -175,10 +176,18 @@ def _write_policy(
                 remedy="export it as an adapter, or allow more by --max-gap",
             )
     merged.config.use_cache = True
+    merged.generation_config.eos_token_id = _stops(tokenizer)
     merged.save_pretrained(str(folder))
     again = AutoModelForCausalLM.from_pretrained(str(folder), dtype=DTYPES[dtype], use_safetensors=True).eval()
     _refuse_other_words(_logprobs(again, rows), expected, folder)
     return [*said, "read again by transformers, it says the same on the fixed rows"]
+
+
+def _stops(tokenizer: Any) -> list[int]:
+    """Where an answer ends here, so that it ends there too when somebody calls ``generate``."""
+    if not tokenizer.chat_template:
+        return sorted({tokenizer.eos_token_id, *getattr(tokenizer, STOPS)})
+    return sorted(end_ids(tokenizer))
 
 
 def _as_trained(found: Lineage, dtype: Dtype) -> PeftModel:

@@ -172,7 +172,7 @@ def load_voice(
             base=base or artifact / "model",
             adapters=saved_adapters(artifact, manifest),
         )
-        tokenizer = load_tokenizer(artifact / "tokenizer")
+        tokenizer = load_tokenizer(artifact / "tokenizer", model=found.base)
     model = load_policy(found, DTYPES[dtype]).to(own_device())
     use_flat_attention(model)  # as an evaluation has it
     return Voice(name=name, model=model, tokenizer=tokenizer, manner=manner)

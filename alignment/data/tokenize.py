@@ -20,6 +20,8 @@ from alignment.data.turns import Message
 from alignment.errors import DataError
 
 IGNORED = -100
+STOPS = "alignment_stop_ids"
+"""Where a tokenizer keeps the tokens at which its model stops beside EOS."""
 
 R = TypeVar("R", bound=Record)
 Row = TypeVar("Row")
@@ -133,12 +135,13 @@ def turn_end_id(tokenizer: Any) -> int:
 
 
 def end_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokens at which an answer is over: the one that ends a turn, and EOS, which a base model may say instead.
+    """The tokens at which an answer is over: the one that ends a turn, EOS, which a base model may say instead, and
+    those that the model's own generation_config.json names.
 
     Raises:
         DataError: see ``answer_ids``.
     """
-    return frozenset({turn_end_id(tokenizer), tokenizer.eos_token_id})
+    return frozenset({turn_end_id(tokenizer), tokenizer.eos_token_id, *getattr(tokenizer, STOPS, ())})
 
 
 def tokenize_conversation(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> TokenizedConversation:

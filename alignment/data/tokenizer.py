@@ -10,16 +10,18 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from alignment.data.chat_template import set_template
+from alignment.data.tokenize import STOPS
 from alignment.errors import ModelError
 
 
-def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
+def load_tokenizer(folder: Path, chat_template: str | None = None, *, model: Path | None = None) -> Any:
     """The tokenizer of a model folder, with a pad token (EOS where it has none: masks never look at it).
 
-    ``chat_template`` names one that stands in for its own (alignment/data/chat_template.py).
+    ``chat_template`` names one that stands in for its own (alignment/data/chat_template.py), ``model`` the folder of
+    the model where that is another.
 
     Raises:
-        ModelError: no tokenizer, or one without an EOS token.
+        ModelError: no tokenizer, one without an EOS token, or a generation_config.json that cannot be read.
         DataError: the template cannot be read.
     """
     try:
@@ -32,7 +34,32 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
         set_template(tokenizer, chat_template)
+    setattr(tokenizer, STOPS, stop_ids(model or folder))
     return tokenizer
+
+
+def stop_ids(folder: Path) -> frozenset[int]:
+    """The tokens at which a model's own generation_config.json ends an answer: Llama 3 has three. None without it.
+
+    Raises:
+        ModelError: the file cannot be read, or names something else than tokens.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return frozenset()
+    try:
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"cannot be read: {error}", where=str(file)) from error
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise ModelError(f"eos_token_id is {ids}; it takes a token's number, or a list of them", where=str(file))
+    return frozenset(ids)
+
+
+def stops_alike(one: Any, other: Any) -> bool:
+    """Whether the models of two tokenizers with one vocabulary stop at the same tokens."""
+    return bool(getattr(one, STOPS, frozenset()) == getattr(other, STOPS, frozenset()))
 
 
 def tokenizer_hashes(tokenizer: Any) -> dict[str, str]:

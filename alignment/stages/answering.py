@@ -14,7 +14,7 @@ from alignment.config.evaluation import FEW_SHOT, PROMPTED
 from alignment.config.stage import EvaluateConfig
 from alignment.data.records import Conversation, HeldOutPrompt
 from alignment.data.tokenize import answer_ids, end_ids, prompt_ids, tokenize_rows
-from alignment.data.tokenizer import load_tokenizer, tokenizer_hashes
+from alignment.data.tokenizer import load_tokenizer, stops_alike, tokenizer_hashes
 from alignment.data.turns import Message
 from alignment.errors import ModelError
 from alignment.evaluation.arms import Answered, TokenSum, answer_and_score, read_answers, with_style_prompt
@@ -89,7 +89,7 @@ def _asked(
     context: StageContext, stage_input: StageInput, ours: Any, rows: Sequence[HeldOutPrompt], turns: Turns | None
 ) -> Asked:
     tokenizer = _tokenizer_of(context, stage_input, ours)
-    own_tokens = tokenizer is not ours
+    own_tokens = tokenizer is not ours and tokenizer_hashes(tokenizer) != tokenizer_hashes(ours)
     shown = turns or _as_they_stand
     return Asked(
         found=lineage(context.spec, stage_input),
@@ -117,14 +117,15 @@ def _examples(config: EvaluateConfig, context: StageContext, rows: Sequence[Held
 
 
 def _tokenizer_of(context: StageContext, stage_input: StageInput, ours: Any) -> Any:
-    """The run's own tokenizer where the arm shares it, else that of the folder from outside."""
+    """The run's own tokenizer where the arm shares it and stops at the same tokens, else that of the folder from
+    outside."""
     path = stage_input.path
     if path is None or read_manifest(path) is not None:
         refuse_other_tokenizer(context.spec, stage_input, ours)
         return ours
     theirs = load_tokenizer(path)
     if tokenizer_hashes(theirs) == tokenizer_hashes(ours):
-        return ours
+        return ours if stops_alike(theirs, ours) else theirs
     if not theirs.chat_template:
         raise ModelError(
             f"{stage_input.ref} has a tokenizer of its own without a chat template, so nobody can tell how to ask it",

@@ -66,6 +66,31 @@ def test_it_hears_the_conversation_so_far(voice_with: Callable[..., Voice], base
     assert _say(voice, "The shop?")[0] == first, "a new conversation"
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_answer_ends_where_the_models_own_generation_config_says(tmp_path: Path, trained: bool) -> None:
+    """Beside EOS and the end of a turn, which are one token here; a stage's result stands on its base."""
+    base = save_tiny_model(tmp_path / "base")
+    artifact = None
+    if trained:
+        found = Lineage(source=BASE_SOURCE, base=base, adapters=())
+        adapter = AdapterConfig(rank=4)
+        model = load_start(found, adapter, Dtype.float32, task=TaskType.CAUSAL_LM, device=torch.device("cpu"))
+        identity = {"kind": "sft", "base": {"content": None, "dtype": "float32"}}
+        spec = tiny_spec(tmp_path, SftConfig(adapter=adapter), base_path=base, identity=identity)
+        artifact = publish_tiny(spec, model, found).path
+
+    def answer() -> list[int]:
+        voice = load_voice("x", artifact, base, Dtype.float32, manner=Manner(max_new_tokens=12), chat_template=None)
+        prompt = prompt_ids(voice.tokenizer, [Message(role="user", content="The shop?")])
+        return generate(voice.model, [prompt], max_new_tokens=12, end_ids=sorted(voice.ends), batch_size=1)[0]
+
+    before = answer()
+    stop = next(token for token in before[1:] if token not in (before[0], 2))
+    file = base / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, stop]}))
+    assert answer() == before[: before.index(stop) + 1]
+
+
 def test_draws_come_from_the_seed(voice_with: Callable[..., Voice]) -> None:
     once, again, other = (voice_with(temperature=1.0, seed=seed) for seed in (0, 0, 1))
     said = [[_say(voice, "Hi.")[0] for _ in range(2)] for voice in (once, again, other)]

@@ -71,6 +71,16 @@ def test_a_policy_becomes_a_plain_model(tmp_path: Path, base: Lineage, kind: Ada
     assert not list((tmp_path / "out").glob("*.bin"))
 
 
+@pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.lora])
+def test_an_exported_model_stops_where_it_stopped_here(tmp_path: Path, base: Lineage, kind: AdapterKind) -> None:
+    """Plain transformers stops at what generation_config.json names, and at nothing that a template says."""
+    file = base.base / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [0, 9]}))
+    _, saved = _trained(tmp_path, base, kind)
+    export(saved.path, base.base, tmp_path / "out", form="model", max_gap=0.01)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [0, 2, 9]
+
+
 def test_stacked_adapters_become_one_model(tmp_path: Path, base: Lineage) -> None:
     _, saved = _trained(tmp_path, base, AdapterKind.qlora)
     found = lineage(tiny_spec(tmp_path, DpoConfig(), base_path=base.base), saved)

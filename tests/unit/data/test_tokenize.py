@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,8 +23,9 @@ from alignment.data.tokenize import (
     tokenize_conversation,
     turn_end_id,
 )
+from alignment.data.tokenizer import load_tokenizer
 from alignment.data.turns import Message
-from alignment.errors import DataError
+from alignment.errors import DataError, ModelError
 from alignment.training.session import Preempted
 from tests.tiny import tiny_tokenizer
 
@@ -311,6 +313,33 @@ def test_answers_end_with_the_token_that_ends_a_turn(tokenizer: Any) -> None:
     other = tiny_tokenizer()
     other.eos_token = "<|endoftext|>"
     assert end_ids(other) == frozenset(other.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+
+
+@pytest.mark.parametrize(
+    ("told", "ends"), [(None, {2}), ({}, {2}), ({"eos_token_id": 7}, {2, 7}), ({"eos_token_id": [0, 2, 9]}, {0, 2, 9})]
+)
+def test_an_answer_is_over_where_the_models_generation_config_says(tmp_path: Path, told: Any, ends: set[int]) -> None:
+    tiny_tokenizer().save_pretrained(str(tmp_path))
+    if told is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(told))
+    assert end_ids(load_tokenizer(tmp_path)) == ends
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot be read: Expecting"),
+        ("[]", "cannot be read: "),
+        ('{"eos_token_id": "</s>"}', r"eos_token_id is \['</s>'\]; it takes a token's number, or a list of them"),
+        ('{"eos_token_id": [2, true]}', r"eos_token_id is \[2, True\]"),
+        ('{"eos_token_id": -1}', r"eos_token_id is \[-1\]"),
+    ],
+)
+def test_a_generation_config_that_names_no_tokens_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    tiny_tokenizer().save_pretrained(str(tmp_path))
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ModelError, match=rf"generation_config\.json: {words}"):
+        load_tokenizer(tmp_path)
 
 
 # ---- tools and weights ----------------------------------------------------------------------------------------------

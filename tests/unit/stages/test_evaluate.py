@@ -18,7 +18,8 @@ from alignment import worker
 from alignment.config.evaluation import EndpointConfig, FewShotConfig, JudgeConfig, JudgeKind
 from alignment.config.stage import EvaluateConfig
 from alignment.data.records import HeldOutPrompt
-from alignment.data.tokenize import answer_ids, prompt_ids
+from alignment.data.tokenize import answer_ids, end_ids, prompt_ids
+from alignment.data.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.errors import DataError, ModelError, NonFiniteError, StageError
 from alignment.evaluation import arms
@@ -217,6 +218,19 @@ def test_a_model_from_outside_is_asked_in_its_own_words(chain: Chained) -> None:
     few = asked["base+few-shot"].tokenizer.decode(asked["base+few-shot"].prompts[0])
     assert few.count("<|im_start|>assistant\n") == 2
     assert few.endswith(shown.partition("<|im_end|>\n")[2])
+
+
+def test_a_model_with_our_tokens_and_ends_of_its_own_is_compared_and_stops_there(chain: Chained) -> None:
+    twin = save_tiny_model(chain.folder / "twin", seed=4)
+    file = twin / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 9]}))
+    config = replace(SMALL, arms=["base", "path:twin"])
+    spec = replace(spec_of(chain, config, "twin"), arms={"path:twin": StageInput(ref="path:twin", path=twin)})
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    rows = answering.rows_of(context, HeldOutPrompt, config.data)
+    asked = answering._asked(context, spec.arms["path:twin"], load_tokenizer(chain.base), rows, None)
+    assert not asked.own_tokens
+    assert end_ids(asked.tokenizer) == {2, 9}
 
 
 def test_a_model_without_a_chat_template_cannot_be_asked(chain: Chained) -> None:
