@@ -172,8 +172,14 @@ MUTATIONS = [
         ),
         (
             "a score may be infinite",
-            "if not abs(number) <= _LARGEST:",
-            "if number != number:",
+            "if not math.isfinite(number):",
+            "if number is None:",
+            "test_what_is_no_score_is_refused_by_function_row_and_value",
+        ),
+        (
+            "a score may be of any size",
+            "if abs(number) > LARGEST:",
+            "if abs(number) > math.inf:",
             "test_what_is_no_score_is_refused_by_function_row_and_value",
         ),
     ),

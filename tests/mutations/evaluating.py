@@ -30,7 +30,7 @@ MUTATIONS = [
         ),
         (
             "figures that are no numbers are published",
-            "        refuse_not_finite(name, arm, rewards=rewards[name], divergences=divergences[name])\n",
+            "        refuse_not_finite(name, arm, rewards=rewards[name], log_ratios=log_ratios[name])\n",
             "        pass\n",
             "test_a_reward_that_is_no_number_ends_the_evaluation",
         ),

@@ -47,15 +47,15 @@ MUTATIONS = [
         RUN,
         (
             "what another process has made meanwhile is made again",
-            "        if read_manifest(stage.artifact) is not None:\n            return False\n",
-            "",
+            "            _remove_work(stage)\n            return False\n",
+            "            pass\n",
             "test_one_that_waits_takes_what_the_other_run_made",
         ),
         (
             "Ctrl-C ends as SIGTERM does",
             "INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED",
             "PREEMPTED",
-            "test_a_signal_to_the_driver_lets_the_stage_save_first",
+            "test_a_signal_to_the_driver_is_acknowledged_and_lets_the_stage_save_first",
         ),
         (
             "two runs work in one folder",
@@ -113,14 +113,14 @@ MUTATIONS = [
         "unit/pipeline/test_pulses.py",
         (
             "one process that stands still is enough",
-            "any(sign.idle(now) < limit for sign in signs)",
-            "all(sign.idle(now) < limit for sign in signs)",
+            "any(sign.idle < limit for sign in signs)",
+            "all(sign.idle < limit for sign in signs)",
             "test_while_one_is_at_work_nobody_is_stuck",
         ),
     ),
     *in_file(
         "errors.py",
-        "unit/training/test_callbacks.py",
+        "unit/training/test_finite.py",
         (
             "a number that is not finite has a stage's exit code",
             "    exit_code = 6\n",
@@ -219,9 +219,15 @@ MUTATIONS = [
         ),
         (
             "a worker is killed without the time to save",
-            "        family.wait(grace_seconds)\n",
-            "",
+            "            on_stop(stop)\n        family.wait(grace_seconds)\n",
+            "            on_stop(stop)\n",
             "test_an_interrupted_worker_may_save_before_the_call_returns",
+        ),
+        (
+            "a worker hears nothing of a signal to its launcher",
+            "            family.ask_to_stop()\n            family.wait(grace_seconds)\n",
+            "            pass\n",
+            "test_a_signal_to_the_launcher_alone_lets_its_worker_save",
         ),
         (
             "a worker that does not stop goes on",
@@ -231,7 +237,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/compose.py",
+        "pipeline/hostile.py",
         "unit/pipeline/test_compose.py",
         (
             "a configuration reads the environment",

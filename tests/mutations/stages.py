@@ -34,8 +34,8 @@ MUTATIONS = [
         ),
         (
             "DPO's start is not checked",
-            "if abs(loss - expected) > tolerance * max(1.0, expected):",
-            "if abs(loss - expected) > 1e9 * max(1.0, expected):",
+            "if worst.excess > trainer.start_tolerance:",
+            "if worst.excess > 1e9 + trainer.start_tolerance:",
             "test_a_reference_that_is_not_the_start_stops_before_anything_is_learned",
         ),
     ),
@@ -89,12 +89,6 @@ MUTATIONS = [
         "stages/ppo.py",
         "unit/training/test_ppo.py",
         (
-            "completions that do not divide are taken",
-            "    if rest:\n",
-            "    if rest < 0:\n",
-            "test_episodes_that_do_not_divide_by_completions_are_refused",
-        ),
-        (
             "the kind of KL control is ignored",
             "if config.control is KlControl.adaptive:",
             "if config.control is None:",
@@ -109,6 +103,16 @@ MUTATIONS = [
             "save_steps=config.save_every * steps_per_update",
             "save_steps=config.save_every * steps_per_update - 1",
             "test_checkpoints_lie_where_updates_end",
+        ),
+    ),
+    *in_file(
+        "config/sharing.py",
+        "unit/training/test_ppo.py",
+        (
+            "completions that do not divide are taken",
+            "    if rest:\n",
+            "    if rest < 0:\n",
+            "test_episodes_that_do_not_divide_by_completions_are_refused",
         ),
     ),
     *in_file(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from tests.mutations import data, evaluating, pipeline, results, stages, training
+from tests.mutations import data, evaluating, pipeline, ppo, results, stages, training
 from tests.mutations.mutation import Mutation
 
 MUTATIONS: list[Mutation] = [
     *training.MUTATIONS,
+    *ppo.MUTATIONS,
     *stages.MUTATIONS,
     *data.MUTATIONS,
     *evaluating.MUTATIONS,

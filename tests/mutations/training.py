@@ -4,218 +4,7 @@ from __future__ import annotations
 
 from tests.mutations.mutation import in_file
 
-PPO, LIMITS = "unit/training/test_ppo.py", "unit/training/test_ppo_limits.py"
-COLUMNS = "unit/training/test_ppo_columns.py"
-
 MUTATIONS = [
-    *in_file(
-        "training/ppo_trainer.py",
-        COLUMNS,
-        (
-            "running means of scores are forgotten over a resume",
-            'self.rewards.restore(state["rewards"])',
-            "pass",
-            "test_running_means_of_scores_go_on_over_a_resume",
-        ),
-        (
-            "PPO's KL has the other sign",
-            '"objective/kl": kl,',
-            '"objective/kl": -kl,',
-            "test_the_kl_is_that_of_the_sampled_answers_by_value",
-        ),
-        (
-            "PPO's KL is read from its k3 estimate",
-            '"objective/kl": kl,',
-            '"objective/kl": k3(logprobs, reference) * mask,',
-            "test_the_kl_is_that_of_the_sampled_answers_by_value",
-        ),
-    ),
-    *in_file(
-        "training/rollouts.py",
-        COLUMNS,
-        (
-            "every update begins with the first prompts",
-            "update * number, number, lambda",
-            "0, number, lambda",
-            "test_updates_go_on_with_the_prompts_that_come_next",
-        ),
-        (
-            "answers are sampled at temperature 1",
-            "Sampling(temperature=self._config.temperature, uniforms",
-            "Sampling(temperature=1.0, uniforms",
-            "test_answers_are_drawn_at_the_stages_temperature",
-        ),
-    ),
-    *in_file(
-        "training/ppo_trainer.py",
-        PPO,
-        (
-            "PPO's minibatches have one order in all epochs",
-            '"minibatches", update, epoch)',
-            '"minibatches", update, 0)',
-            "test_every_episode_is_learned_from_once_an_epoch",
-        ),
-        (
-            "a micro-batch learns from the rows of the first one",
-            "[rows[i] for i in piece], tokens",
-            "[rows[i] for i in pieces[0]], tokens",
-            "test_the_size_of_a_micro_batch_never_changes_the_weights",
-        ),
-        (
-            "the price of KL moves as if one episode had been seen",
-            'self.figures.values["objective/kl"], self.episodes.per_update)',
-            'self.figures.values["objective/kl"], 1)',
-            "test_the_adaptive_price_follows_the_kl",
-        ),
-        (
-            "gamma and lambda change places",
-            "gamma=self.config.gamma, gae_lambda=self.config.gae_lambda",
-            "gamma=self.config.gae_lambda, gae_lambda=self.config.gamma",
-            "test_an_experience_is_what_the_papers_say_of_its_own_figures",
-        ),
-        (
-            "advantages are not whitened",
-            "advantages=center_and_scale(raw, mask)",
-            "advantages=raw",
-            "test_an_experience_is_what_the_papers_say_of_its_own_figures",
-        ),
-        (
-            "the prompt baseline is never taken off",
-            "leave_one_out(kept_scores, self.episodes.group) if self.config.prompt_baseline else kept_scores",
-            "kept_scores",
-            "test_with_a_prompt_baseline_rewards_are_relative_to_the_other_completions",
-        ),
-        (
-            "an answer has ended when its first token is an end",
-            "answer[-1] in self.episodes.end_ids",
-            "answer[0] in self.episodes.end_ids",
-            "test_an_answer_that_never_ended_scores_less_than_it_would_have",
-        ),
-        (
-            "a wrong reference is not noticed",
-            "if update == 0 and worst > START_KL_TOLERANCE:",
-            "if update < 0 and worst > START_KL_TOLERANCE:",
-            "test_a_wrong_reference_stops_before_anything_is_learned",
-        ),
-        (
-            "the critic's own rate is ignored",
-            "optim.lr if optim.critic_lr is None else optim.critic_lr",
-            "optim.lr",
-            "test_the_critic_may_have_a_rate_of_its_own",
-        ),
-        (
-            "PPO decays weights",
-            "**arguments, weight_decay=0.0)",
-            "**arguments, weight_decay=0.1)",
-            "test_the_critic_may_have_a_rate_of_its_own",
-        ),
-        (
-            "a resumed stage starts at the first price of KL",
-            'coefficient=state["kl_coefficient"])',
-            "coefficient=self.price.coefficient)",
-            "test_a_resumed_run_equals_the_straight_one",
-        ),
-        (
-            "a checkpoint's weights are not loaded",
-            "parameter.copy_(saved[name])",
-            "saved[name]",
-            "test_a_resumed_run_equals_the_straight_one",
-        ),
-    ),
-    *in_file(
-        "training/ppo_trainer.py",
-        LIMITS,
-        (
-            "the policy learns while the critic warms up",
-            "policy_learns = update >= self.config.critic_warmup",
-            "policy_learns = update >= 0",
-            "test_only_the_critic_learns_while_it_warms_up",
-        ),
-        (
-            "Adam counts the policy's steps of the warm-up",
-            "parameter.grad = None  # with zeros",
-            "parameter.grad.zero_()  # with zeros",
-            "test_adam_counts_none_of_the_policys_warm_up_steps",
-        ),
-        (
-            "max_approxkl ends no update",
-            "self._gathered(torch.tensor([share])).sum()) > limit",
-            "self._gathered(torch.tensor([share])).sum()) > 1e9 * limit",
-            "test_a_minibatch_that_moved_too_far_is_the_updates_last",
-        ),
-        (
-            "a KL above the budget ends nothing",
-            "self.over_budget = limit is not None and kl > limit",
-            "self.over_budget = limit is not None and kl > 1e9 * limit",
-            "test_a_kl_above_the_budget_ends_the_stage",
-        ),
-        (
-            "the guard's best policy is forgotten over a resume",
-            'self.guard.restore(folder, state["guard"])',
-            "pass",
-            "test_the_guard_neither_disturbs_training_nor_forgets_over_a_resume",
-        ),
-    ),
-    *in_file(
-        "training/guard.py",
-        LIMITS,
-        (
-            "the guard keeps the worst policy",
-            'return figures["guard/gold"] > self.best_gold and',
-            'return figures["guard/gold"] < -self.best_gold and',
-            "test_the_best_policy_by_the_second_opinion_is_handed_on",
-        ),
-        (
-            "the guard judges by what is maximised",
-            '"guard/gold": float(total.mean())',
-            '"guard/gold": float(self._proxy(found).mean())',
-            "test_the_best_policy_by_the_second_opinion_is_handed_on",
-        ),
-        (
-            "the guard's budget of KL is ignored",
-            'figures["guard/kl"] <= limit)',
-            'figures["guard/kl"] <= 1e9 * limit)',
-            "test_a_policy_above_the_budget_is_never_the_best",
-        ),
-        (
-            "the best weights are put back whatever was asked for",
-            "if self._config.keep_best:",
-            "if self._best is not None:",
-            "test_without_keep_best_the_last_policy_is_handed_on",
-        ),
-    ),
-    *in_file(
-        "training/rollouts.py",
-        PPO,
-        (
-            "every update samples with the same numbers",
-            '"sampling", update)',
-            '"sampling", 0)',
-            "test_every_update_samples_with_numbers_of_its_own",
-        ),
-        (
-            "the reference is read at temperature 1",
-            "answer_statistics(reference, part, temperature=self._config.temperature)",
-            "answer_statistics(reference, part, temperature=1.0)",
-            "test_nothing_has_changed_at_the_first_minibatch",
-        ),
-    ),
-    *in_file(
-        "training/ptx.py",
-        LIMITS,
-        (
-            "ptx.coefficient is ignored",
-            "loss * self._config.coefficient * self._context.world_size",
-            "loss * self._context.world_size",
-            "test_ptx_adds_the_token_mean_of_its_conversations",
-        ),
-        (
-            "ptx predicts a token from itself",
-            "at[:, 1] - 1]",
-            "at[:, 1]]",
-            "test_ptx_adds_the_token_mean_of_its_conversations",
-        ),
-    ),
     *in_file(
         "training/micro_batches.py",
         "unit/training/test_micro_batches.py",
@@ -233,14 +22,48 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "training/callbacks.py",
-        "unit/training/test_callbacks.py",
+        "training/finite.py",
+        "unit/training/test_finite.py",
         (
             "gradients that are not finite are stepped on",
-            "if fault is not None:",
-            "if fault == 0:",
+            "if norm is None or not math.isfinite(norm):",
+            "if norm is not None and norm < 0.0:",
             "test_a_gradient_that_is_not_finite_stops_before_the_step",
         ),
+        (
+            "a loss that is not finite is stepped on",
+            "if loss is not None and not math.isfinite(loss):",
+            "if loss is not None and loss == -1.0:",
+            "test_a_loss_that_is_not_finite_stops_before_the_step",
+        ),
+        (
+            "a model without a gradient is a result",
+            "if loss is not None and loss > LEARNED and norm == 0.0:",
+            "if loss is not None and loss < 0.0 and norm == 0.0:",
+            "test_a_model_that_has_no_gradient_left_stops_unless_nothing_is_left_to_learn",
+        ),
+        (
+            "a figure that is not finite is logged and gone on from",
+            "if watched and isinstance(value, float) and not math.isfinite(value):",
+            "if watched and isinstance(value, str):",
+            "test_a_logged_figure_that_is_not_finite_is_written_and_stops",
+        ),
+        (
+            "a training that diverged is a result",
+            "if last > MARGIN * max(ceiling, losses[0]):",
+            "if last > 1e9 * MARGIN * max(ceiling, losses[0]):",
+            "test_a_loss_that_rose_above_a_guess_is_no_result",
+        ),
+        (
+            "weights that are not finite are saved",
+            '    if name is not None:\n        raise NonFiniteError(\n            f"a weight',
+            '    if name == 0:\n        raise NonFiniteError(\n            f"a weight',
+            "test_weights_that_are_not_finite_are_not_saved",
+        ),
+    ),
+    *in_file(
+        "training/callbacks.py",
+        "unit/training/test_callbacks.py",
         (
             "checkpoints are never sealed",
             "checkpoints.seal(folder, fingerprint=self._context.spec.fingerprint, layout=layout(self._context))",

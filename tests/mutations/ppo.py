@@ -1,0 +1,237 @@
+"""PPO: its trainer, its rollouts, the guard and language modelling beside it."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import in_file
+
+PPO, LIMITS = "unit/training/test_ppo.py", "unit/training/test_ppo_limits.py"
+COLUMNS = "unit/training/test_ppo_columns.py"
+
+MUTATIONS = [
+    *in_file(
+        "training/ppo_trainer.py",
+        COLUMNS,
+        (
+            "running means of scores are forgotten over a resume",
+            'self.rewards.restore(state["rewards"])',
+            "pass",
+            "test_running_means_of_scores_go_on_over_a_resume",
+        ),
+        (
+            "PPO's KL has the other sign",
+            '"objective/kl": kl,',
+            '"objective/kl": -kl,',
+            "test_the_kl_is_that_of_the_sampled_answers_by_value",
+        ),
+        (
+            "PPO's KL is read from its k3 estimate",
+            '"objective/kl": kl,',
+            '"objective/kl": k3(logprobs, reference) * mask,',
+            "test_the_kl_is_that_of_the_sampled_answers_by_value",
+        ),
+    ),
+    *in_file(
+        "training/rollouts.py",
+        COLUMNS,
+        (
+            "every update begins with the first prompts",
+            "update * number, number, lambda",
+            "0, number, lambda",
+            "test_updates_go_on_with_the_prompts_that_come_next",
+        ),
+        (
+            "answers are sampled at temperature 1",
+            "Sampling(temperature=self._config.temperature, uniforms",
+            "Sampling(temperature=1.0, uniforms",
+            "test_answers_are_drawn_at_the_stages_temperature",
+        ),
+    ),
+    *in_file(
+        "training/ppo_trainer.py",
+        PPO,
+        (
+            "PPO's minibatches have one order in all epochs",
+            '"minibatches", update, epoch)',
+            '"minibatches", update, 0)',
+            "test_every_episode_is_learned_from_once_an_epoch",
+        ),
+        (
+            "a micro-batch learns from the rows of the first one",
+            "[rows[i] for i in piece], tokens",
+            "[rows[i] for i in pieces[0]], tokens",
+            "test_the_size_of_a_micro_batch_never_changes_the_weights",
+        ),
+        (
+            "the price of KL moves as if one episode had been seen",
+            'self.figures.values["objective/kl"], self.episodes.per_update)',
+            'self.figures.values["objective/kl"], 1)',
+            "test_the_adaptive_price_follows_the_kl",
+        ),
+        (
+            "gamma and lambda change places",
+            "gamma=self.config.gamma, gae_lambda=self.config.gae_lambda",
+            "gamma=self.config.gae_lambda, gae_lambda=self.config.gamma",
+            "test_an_experience_is_what_the_papers_say_of_its_own_figures",
+        ),
+        (
+            "advantages are not whitened",
+            "advantages=center_and_scale(raw, mask)",
+            "advantages=raw",
+            "test_an_experience_is_what_the_papers_say_of_its_own_figures",
+        ),
+        (
+            "the prompt baseline is never taken off",
+            "leave_one_out(kept_scores, self.episodes.group) if self.config.prompt_baseline else kept_scores",
+            "kept_scores",
+            "test_with_a_prompt_baseline_rewards_are_relative_to_the_other_completions",
+        ),
+        (
+            "an answer has ended when its first token is an end",
+            "answer[-1] in self.episodes.end_ids",
+            "answer[0] in self.episodes.end_ids",
+            "test_an_answer_that_never_ended_scores_less_than_it_would_have",
+        ),
+        (
+            "a wrong reference is not noticed",
+            "if update == 0 and worst > START_KL_TOLERANCE:",
+            "if update < 0 and worst > START_KL_TOLERANCE:",
+            "test_a_wrong_reference_stops_before_anything_is_learned",
+        ),
+        (
+            "the critic's own rate is ignored",
+            "optim.lr if optim.critic_lr is None else optim.critic_lr",
+            "optim.lr",
+            "test_the_critic_may_have_a_rate_of_its_own",
+        ),
+        (
+            "PPO decays weights",
+            "**arguments, weight_decay=0.0)",
+            "**arguments, weight_decay=0.1)",
+            "test_the_critic_may_have_a_rate_of_its_own",
+        ),
+        (
+            "a resumed stage starts at the first price of KL",
+            'coefficient=state["kl_coefficient"])',
+            "coefficient=self.price.coefficient)",
+            "test_a_resumed_run_equals_the_straight_one",
+        ),
+        (
+            "a checkpoint's weights are not loaded",
+            "parameter.copy_(saved[name])",
+            "saved[name]",
+            "test_a_resumed_run_equals_the_straight_one",
+        ),
+    ),
+    *in_file(
+        "training/ppo_trainer.py",
+        LIMITS,
+        (
+            "the policy learns while the critic warms up",
+            "policy_learns = update >= self.config.critic_warmup",
+            "policy_learns = update >= 0",
+            "test_only_the_critic_learns_while_it_warms_up",
+        ),
+        (
+            "Adam counts the policy's steps of the warm-up",
+            "parameter.grad = None  # with zeros",
+            "parameter.grad.zero_()  # with zeros",
+            "test_adam_counts_none_of_the_policys_warm_up_steps",
+        ),
+        (
+            "max_approxkl ends no update",
+            "total / self.config.num_minibatches > limit",
+            "total / self.config.num_minibatches > 1e9 * limit",
+            "test_an_epoch_that_moved_too_far_is_the_updates_last",
+        ),
+        (
+            "a KL above the budget ends nothing",
+            "is_above = limit is not None and kl > limit",
+            "is_above = limit is not None and kl > 1e9 * limit",
+            "test_a_kl_above_the_budget_twice_in_a_row_ends_the_stage",
+        ),
+        (
+            "one batch above the budget ends the stage",
+            "self.over_budget = is_above and self._was_above_budget",
+            "self.over_budget = is_above",
+            "test_one_batch_above_the_budget_ends_nothing_and_a_resume_remembers_it",
+        ),
+        (
+            "an infinite norm of gradients is clipped by",
+            "if norm is not None and math.isinf(norm):",
+            "if norm is not None and norm < 0.0:",
+            "test_an_infinite_loss_or_norm_ends_the_stage_before_it_is_logged_or_kept",
+        ),
+        (
+            "the guard's best policy is forgotten over a resume",
+            'self.guard.restore(folder, state["guard"])',
+            "pass",
+            "test_the_guard_neither_disturbs_training_nor_forgets_over_a_resume",
+        ),
+    ),
+    *in_file(
+        "training/guard.py",
+        LIMITS,
+        (
+            "the guard keeps the worst policy",
+            "better_beyond_noise(scores, self._best_scores)",
+            "better_beyond_noise(self._best_scores, scores)",
+            "test_the_best_policy_by_the_held_out_scorer_is_handed_on",
+        ),
+        (
+            "a policy that is better by chance is handed on",
+            "better_beyond_noise(scores, self._best_scores)",
+            "bool(scores.mean() > self._best_scores.mean())",
+            "test_a_policy_that_is_better_by_chance_replaces_no_earlier_one",
+        ),
+        (
+            "the guard judges by what is maximised",
+            '"guard/scorer": float(scores.mean())',
+            '"guard/scorer": float(self._proxy(rollout).mean())',
+            "test_the_best_policy_by_the_held_out_scorer_is_handed_on",
+        ),
+        (
+            "the guard's budget of KL is ignored",
+            "(limit is None or kl <= limit)",
+            "(limit is None or kl <= 1e9 * limit)",
+            "test_a_policy_above_the_budget_is_never_the_best",
+        ),
+        (
+            "the best weights are put back whatever was asked for",
+            "if self._config.keep_best:",
+            "if self._best is not None:",
+            "test_without_keep_best_the_last_policy_is_handed_on",
+        ),
+    ),
+    *in_file(
+        "training/rollouts.py",
+        PPO,
+        (
+            "every update samples with the same numbers",
+            '"sampling", update)',
+            '"sampling", 0)',
+            "test_every_update_samples_with_numbers_of_its_own",
+        ),
+        (
+            "the reference is read at temperature 1",
+            "answer_statistics(reference, part, temperature=self._config.temperature)",
+            "answer_statistics(reference, part, temperature=1.0)",
+            "test_nothing_has_changed_at_the_first_minibatch",
+        ),
+    ),
+    *in_file(
+        "training/ptx.py",
+        LIMITS,
+        (
+            "ptx.coefficient is ignored",
+            "loss * self._config.coefficient * self._context.world_size",
+            "loss * self._context.world_size",
+            "test_ptx_adds_the_token_mean_of_its_conversations",
+        ),
+        (
+            "ptx predicts a token from itself",
+            "at[:, 1] - 1]",
+            "at[:, 1]]",
+            "test_ptx_adds_the_token_mean_of_its_conversations",
+        ),
+    ),
+]
