@@ -1,6 +1,6 @@
 """PPO's clipped losses (Schulman et al. 2017, eq. 7; value clipping as in Huang et al. 2024).
 
-Both return the sum over counted tokens; the caller divides by the tokens of the whole minibatch over all micro-batches
+The losses are sums over counted tokens; the caller divides by the tokens of the whole minibatch over all micro-batches
 and processes, so that neither changes the gradient.
 """
 
@@ -33,6 +33,14 @@ def clipped_value_loss(
     near = old_values + (values - old_values).clamp(-clip, clip)
     worst = torch.maximum((values - returns) ** 2, (near - returns) ** 2)
     return 0.5 * (worst * response_mask).sum()
+
+
+def value_is_clipped(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None) -> Tensor:
+    """Bool, of the arguments' shape: where the clipped error is the larger one, so that the value gets no gradient."""
+    if clip is None:
+        return torch.zeros_like(values, dtype=torch.bool)
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    return (near - returns) ** 2 > (values - returns) ** 2
 
 
 def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -> float:

@@ -25,7 +25,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from alignment.algos.gae import advantages_and_returns, leave_one_out, token_rewards
 from alignment.algos.kl import AdaptiveKl, FixedKl, k1, k3
 from alignment.algos.masked import center_and_scale, scale_only
-from alignment.algos.ppo import clipped_policy_loss, clipped_value_loss, explained_variance, log_ratio
+from alignment.algos.ppo import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    log_ratio,
+    value_is_clipped,
+)
 from alignment.config.stage import PpoConfig
 from alignment.errors import StageError
 from alignment.models.answers import answer_stream, pieces_of, unwrapped
@@ -312,8 +318,10 @@ class PpoTrainer(Trainer):
 
         def value_loss(flat: Tensor) -> Tensor:
             old, returns = experience.values[rows, :width], experience.returns[rows, :width]
-            loss = clipped_value_loss(spread(flat, mask), old, returns, mask, clip=self.config.value_clip) / tokens
-            self.figures.add_share({"loss/value": loss.detach()})
+            values, clip = spread(flat, mask), self.config.value_clip
+            loss = clipped_value_loss(values, old, returns, mask, clip=clip) / tokens
+            clipped = (value_is_clipped(values.detach(), old, returns, clip=clip) * mask).sum() / tokens
+            self.figures.add_share({"loss/value": loss.detach(), "val/clipfrac": clipped})
             return self.config.value_coefficient * loss
 
         statistics, loss = model(part, self.config.temperature, value_loss, policy_learns=policy_learns)

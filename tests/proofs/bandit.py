@@ -27,6 +27,8 @@ MOST = 3  # the largest w: the best token is worth log 3 more than the worst
 GAIN = 0.99  # share of what can be gained on the reference, and of J* itself
 ERROR = 0.01  # largest |π − π*| over prompts and tokens
 POSSIBLE = 0.1  # J* − J(ref), nats·β: below this there would be nothing to prove
+VALUE_CLIP = 0.02
+CLIPPED = 0.05  # of values, at least, in the update with the most: the clip binds
 APART = 0.1  # largest |ref − π*|
 
 
@@ -75,8 +77,8 @@ def make_bandit(folder: Path, seed: int) -> Bandit:
     return Bandit(base=folder, strengths=strengths, reference=reference)
 
 
-def learned(folder: Path, bandit: Bandit, mode: Mode, *, updates: int, seed: int) -> Tensor:
-    """``[prompts, tokens]`` log-probabilities after PPO."""
+def learned(folder: Path, bandit: Bandit, mode: Mode, *, updates: int, seed: int) -> tuple[Tensor, float]:
+    """``[prompts, tokens]`` log-probabilities after PPO, and the largest share of values clipped in an update."""
     rewards = bandit.rewards.tolist()
     config = PpoConfig(
         reward=None,
@@ -85,7 +87,7 @@ def learned(folder: Path, bandit: Bandit, mode: Mode, *, updates: int, seed: int
         updates=updates,
         max_new_tokens=1,
         missing_eos_penalty=0.0,  # every token is a whole answer here, whether it ends one or not
-        value_clip=10.0,  # far from any value: the critic may move freely
+        value_clip=VALUE_CLIP,
         kl=KlConfig(coefficient=BETA),
         save_every=updates + 1,
         optim=PpoOptimConfig(lr=3e-3, critic_lr=1e-2, batch_size=256, micro_batch_tokens=100_000),
@@ -99,8 +101,8 @@ def learned(folder: Path, bandit: Bandit, mode: Mode, *, updates: int, seed: int
         rewards=TokenRewards(table=each(lambda prompt, answer: rewards[PROMPTS.index(tuple(prompt))][answer[0]])),
         seed=seed,
     )
-    stage.train()
-    return bandit.policy_of(stage.roles.policy)
+    lines = stage.train()
+    return bandit.policy_of(stage.roles.policy), max(line["val/clipfrac"] for line in lines)
 
 
 def run(folder: Path) -> list[Claim]:
@@ -120,11 +122,15 @@ def task_claims(bandits: list[Bandit]) -> list[Claim]:
 
 
 def _mode_claims(folder: Path, bandits: list[Bandit], mode: Mode) -> list[Claim]:
-    policies = [
+    runs = [
         learned(folder / f"{mode.name}-{seed}", bandit, mode, updates=UPDATES, seed=seed)
         for seed, bandit in zip(SEEDS, bandits, strict=True)
     ]
-    return policy_claims(mode.name, bandits, policies)
+    clipped = tuple(share for _, share in runs)
+    return [
+        *policy_claims(mode.name, bandits, [policy for policy, _ in runs]),
+        Claim(figure=f"{mode.name}: clipped values in the update with the most", values=clipped, at_least=CLIPPED),
+    ]
 
 
 def policy_claims(name: str, bandits: list[Bandit], policies: list[Tensor]) -> list[Claim]:

@@ -34,6 +34,8 @@ REFERENCE = LENGTH * P  # what the reference is worth: it pays no KL
 GAIN = 0.99  # share of what can be gained on the reference, and of J* itself
 ERROR = 0.01  # largest |π(A) − π*(A)| over prefixes
 OUTSIDE = 1e-6  # probability of any other token than A and B
+VALUE_CLIP = 0.1
+CLIPPED = 0.05  # of values, at least, in the update with the most: the clip binds
 IID = 1e-6  # how far the reference's π(A) may be from p after any prefix
 
 _CONSTANT, _FREE = 2.0, 8
@@ -93,8 +95,9 @@ def before_each_token(model: object) -> Tensor:
     return logprobs_after(model, [[START, *answer] for answer in ANSWERS])[:, :-1]
 
 
-def learned(folder: Path, mode: Mode, *, updates: int, seed: int) -> Tensor:
-    """The log-probabilities before each token after PPO, which starts from the i.i.d. policy."""
+def learned(folder: Path, mode: Mode, *, updates: int, seed: int) -> tuple[Tensor, float]:
+    """The log-probabilities before each token after PPO, which starts from the i.i.d. policy, and the share of clipped
+    values in the update with the most."""
     base = folder / "base"
     iid_policy(seed).save_pretrained(str(base))
     config = PpoConfig(
@@ -105,7 +108,7 @@ def learned(folder: Path, mode: Mode, *, updates: int, seed: int) -> Tensor:
         max_new_tokens=LENGTH,
         missing_eos_penalty=0.0,  # answers have exactly T tokens; none ever ends
         gae_lambda=1.0,  # the optimum is that of undiscounted returns, however good the critic is
-        value_clip=10.0,  # far from any value: the critic may move freely
+        value_clip=VALUE_CLIP,
         kl=KlConfig(coefficient=BETA),
         save_every=updates + 1,
         optim=PpoOptimConfig(lr=2e-3, critic_lr=5e-3, batch_size=256, micro_batch_tokens=100_000),
@@ -119,8 +122,8 @@ def learned(folder: Path, mode: Mode, *, updates: int, seed: int) -> Tensor:
         rewards=TokenRewards(count=each(lambda _, answer: float(sum(token == A for token in answer)))),
         seed=seed,
     )
-    stage.train()
-    return before_each_token(stage.roles.policy)
+    lines = stage.train()
+    return before_each_token(stage.roles.policy), max(line["val/clipfrac"] for line in lines)
 
 
 def run(folder: Path) -> list[Claim]:
@@ -135,11 +138,13 @@ def run(folder: Path) -> list[Claim]:
 
 
 def _mode_claims(folder: Path, mode: Mode) -> list[Claim]:
-    found = [judged(learned(folder / f"{mode.name}-{seed}", mode, updates=UPDATES, seed=seed)) for seed in SEEDS]
+    runs = [learned(folder / f"{mode.name}-{seed}", mode, updates=UPDATES, seed=seed) for seed in SEEDS]
+    found, clipped = [judged(policy) for policy, _ in runs], tuple(share for _, share in runs)
     name = mode.name
     return [
         Claim(figure=f"{name}: (J(π) − J(ref)) / (J* − J(ref))", values=tuple(f.gain for f in found), at_least=GAIN),
         Claim(figure=f"{name}: J(π) / J*", values=tuple(f.worth / BEST for f in found), at_least=GAIN),
         Claim(figure=f"{name}: largest |π(A) − π*(A)|", values=tuple(f.error for f in found), at_most=ERROR),
         Claim(figure=f"{name}: probability of other tokens", values=tuple(f.outside for f in found), at_most=OUTSIDE),
+        Claim(figure=f"{name}: clipped values in the update with the most", values=clipped, at_least=CLIPPED),
     ]
