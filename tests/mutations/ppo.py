@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.mutations.mutation import in_file
 
 PPO, LIMITS = "unit/training/test_ppo.py", "unit/training/test_ppo_limits.py"
-COLUMNS = "unit/training/test_ppo_columns.py"
+COLUMNS, STEP = "unit/training/test_ppo_columns.py", "unit/training/test_ppo_step.py"
 
 MUTATIONS = [
     *in_file(
@@ -139,9 +139,9 @@ MUTATIONS = [
         ),
         (
             "max_approxkl ends no update",
-            "total / self.config.num_minibatches > limit",
-            "total / self.config.num_minibatches > 1e9 * limit",
-            "test_an_epoch_that_moved_too_far_is_the_updates_last",
+            "self._gathered(torch.tensor([share])).sum()) > limit",
+            "self._gathered(torch.tensor([share])).sum()) > 1e9 * limit",
+            "test_a_minibatch_that_moved_too_far_is_the_updates_last",
         ),
         (
             "a KL above the budget ends nothing",
@@ -154,12 +154,6 @@ MUTATIONS = [
             "self.over_budget = is_above and self._was_above_budget",
             "self.over_budget = is_above",
             "test_one_batch_above_the_budget_ends_nothing_and_a_resume_remembers_it",
-        ),
-        (
-            "an infinite norm of gradients is clipped by",
-            "if norm is not None and math.isinf(norm):",
-            "if norm is not None and norm < 0.0:",
-            "test_an_infinite_loss_or_norm_ends_the_stage_before_it_is_logged_or_kept",
         ),
         (
             "the guard's best policy is forgotten over a resume",
@@ -232,6 +226,56 @@ MUTATIONS = [
             "at[:, 1] - 1]",
             "at[:, 1]]",
             "test_ptx_adds_the_token_mean_of_its_conversations",
+        ),
+    ),
+    *in_file(
+        "training/ppo_trainer.py",
+        STEP,
+        (
+            "the policy's clip is a billion times as wide",
+            "advantages, mask, clip=self.config.clip)",
+            "advantages, mask, clip=1e9 * self.config.clip)",
+            "test_a_step_is_what_the_papers_say",
+        ),
+        (
+            "the critic's clip is a billion times as wide",
+            "clip=self.config.value_clip)",
+            "clip=1e9 * (self.config.value_clip or 0.0))",
+            "test_a_step_is_what_the_papers_say",
+        ),
+        (
+            "value_coefficient is ignored",
+            "return self.config.value_coefficient * loss",
+            "return loss",
+            "test_a_step_is_what_the_papers_say",
+        ),
+        (
+            "whiten_rewards is ignored",
+            "if self.config.whiten_rewards:",
+            "if self.config is None:",
+            "test_a_step_is_what_the_papers_say",
+        ),
+        (
+            "the KL costs nothing",
+            "mask, kl_coefficient=self.price.coefficient)",
+            "mask, kl_coefficient=0.0)",
+            "test_a_step_is_what_the_papers_say",
+        ),
+        (
+            "missing_eos_penalty is ignored",
+            "total - self.config.missing_eos_penalty *",
+            "total - 0.0 *",
+            "test_a_step_is_what_the_papers_say",
+        ),
+    ),
+    *in_file(
+        "stages/ppo.py",
+        STEP,
+        (
+            "PPO's bound of the gradients is a billion times as large",
+            "max_grad_norm=config.optim.max_grad_norm",
+            "max_grad_norm=1e9 * config.optim.max_grad_norm",
+            "test_a_step_is_what_the_papers_say",
         ),
     ),
 ]

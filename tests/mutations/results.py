@@ -66,6 +66,44 @@ MUTATIONS = [
     ),
     *in_file(
         "pipeline/identity.py",
+        "unit/pipeline/test_identity.py",
+        (
+            "a stage's revision is out of the fingerprint",
+            '"revision": stage.revision,\n        "rule"',
+            '"revision": 0,\n        "rule"',
+            "test_a_stages_revision_and_the_seed_count",
+        ),
+        (
+            "a report's revision is out of the fingerprint",
+            '"revision": stage.revision,\n        "config": canonical(stage)',
+            '"revision": 0,\n        "config": canonical(stage)',
+            "test_a_reports_revision_counts",
+        ),
+    ),
+    *in_file(
+        "config/stage.py",
+        "unit/pipeline/test_identity.py",
+        (
+            "PPO's gamma is out of the fingerprint",
+            "    gamma: float = 1.0\n",
+            "    gamma: float = field(default=1.0, metadata={'identity': False})\n",
+            "test_every_setting_counts_but_those_that_change_no_result",
+        ),
+        (
+            "PPO's gae_lambda is out of the fingerprint",
+            "    gae_lambda: float = 0.95\n",
+            "    gae_lambda: float = field(default=0.95, metadata={'identity': False})\n",
+            "test_every_setting_counts_but_those_that_change_no_result",
+        ),
+        (
+            "PPO's clip is out of the fingerprint",
+            "    clip: float = 0.2\n",
+            "    clip: float = field(default=0.2, metadata={'identity': False})\n",
+            "test_every_setting_counts_but_those_that_change_no_result",
+        ),
+    ),
+    *in_file(
+        "pipeline/identity.py",
         "unit/pipeline/test_scorers.py",
         (
             "a function's file is out of the fingerprint",
