@@ -22,9 +22,15 @@ MUTATIONS = [
         ),
         (
             "an answer ends with EOS alone",
-            "frozenset({turn_end_id(tokenizer), tokenizer.eos_token_id})",
-            "frozenset({tokenizer.eos_token_id})",
+            "frozenset({turn_end_id(tokenizer), tokenizer.eos_token_id,",
+            "frozenset({tokenizer.eos_token_id,",
             "test_answers_end_with_the_token_that_ends_a_turn",
+        ),
+        (
+            "the model's own ends of answers are ignored",
+            "tokenizer.eos_token_id, *getattr(tokenizer, STOPS, ())})",
+            "tokenizer.eos_token_id})",
+            "test_an_answer_is_over_where_the_models_generation_config_says",
         ),
     ),
     *in_file(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from tests.mutations import data, evaluating, pipeline, ppo, results, stages, training
+from tests.mutations import data, evaluating, pipeline, ppo, ppo_step, results, stages, training
 from tests.mutations.mutation import Mutation
 
 MUTATIONS: list[Mutation] = [
     *training.MUTATIONS,
     *ppo.MUTATIONS,
+    *ppo_step.MUTATIONS,
     *stages.MUTATIONS,
     *data.MUTATIONS,
     *evaluating.MUTATIONS,

@@ -1,0 +1,91 @@
+"""Faults of one optimiser step of PPO: its loss, its rewards, its critic's start, and how processes cut it."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import in_file
+
+PPO = "unit/training/test_ppo.py"
+STEP, PAPERS = "unit/training/test_ppo_step.py", "test_a_step_is_what_the_papers_say"
+
+MUTATIONS = [
+    *in_file(
+        "training/ppo_trainer.py",
+        STEP,
+        (
+            "the policy's ratio is never clipped",
+            "clipped_policy_loss(change.exp(), advantages, mask, clip=self.config.clip)",
+            "clipped_policy_loss(change.exp(), advantages, mask, clip=1e9 * self.config.clip)",
+            PAPERS,
+        ),
+        ("values are never clipped", "mask, clip=clip) / tokens", "mask, clip=1e9 * clip) / tokens", PAPERS),
+        ("value_coefficient is ignored", "return self.config.value_coefficient * loss", "return loss", PAPERS),
+        ("rewards are never whitened", "if self.config.whiten_rewards:", "if False:", PAPERS),
+        ("gamma is ignored", "gamma=self.config.gamma,", "gamma=1.0,", PAPERS),
+        ("lambda is ignored", "gae_lambda=self.config.gae_lambda", "gae_lambda=1.0", PAPERS),
+        ("the KL costs nothing", "kl_coefficient=self.price.coefficient", "kl_coefficient=0.0", PAPERS),
+        ("the KL is paid out", "kl = k1(logprobs, reference) * mask", "kl = k1(reference, logprobs) * mask", PAPERS),
+        ("an answer without an end costs nothing", "- self.config.missing_eos_penalty *", "- 0.0 *", PAPERS),
+        ("an answer with an end costs the penalty", "(~self._ended(rollout)).float()", "self._ended(rollout)", PAPERS),
+        (
+            "the ratio is one",
+            "experience.logprobs[rows, :width])",
+            "spread(statistics.logprobs, mask).detach())",
+            PAPERS,
+        ),
+        ("the policy does not learn", "float(policy_learns) * policy_loss", "0.0 * policy_loss", PAPERS),
+        (
+            "returns are advantages",
+            "old, returns = experience.values[rows, :width], experience.returns[rows, :width]",
+            "old, returns = experience.values[rows, :width], experience.advantages[rows, :width]",
+            PAPERS,
+        ),
+        (
+            "a minibatch's sums are divided by its rows",
+            "experience.response_mask[rows_of(prompts, group)].sum().float()",
+            "experience.response_mask[rows_of(prompts, group)].any(-1).sum().float()",
+            PAPERS,
+        ),
+    ),
+    *in_file(
+        "stages/ppo.py",
+        STEP,
+        (
+            "PPO's gradients are never clipped",
+            "max_grad_norm=config.optim.max_grad_norm,",
+            "max_grad_norm=1e9 * config.optim.max_grad_norm,",
+            PAPERS,
+        ),
+    ),
+    *in_file(
+        "stages/ppo.py",
+        PPO,
+        (
+            "a critic starts at the reward model's scores whatever comes back",
+            "values_are_scores=_returns_are_scores(config)",
+            "values_are_scores=True",
+            "test_the_critic_starts_at_the_reward_models_scores_where_returns_are_these_and_else_at_zero",
+        ),
+        (
+            "a critic never starts at the reward model's scores",
+            "values_are_scores=_returns_are_scores(config)",
+            "values_are_scores=False",
+            "test_the_critic_starts_at_the_reward_models_scores_where_returns_are_these_and_else_at_zero",
+        ),
+    ),
+    *in_file(
+        "training/micro_batches.py",
+        "unit/training/test_micro_batches.py",
+        (
+            "a process cuts as it likes",
+            "divided(shares[own], max(1, *(len(pieces) for pieces in shares)))",
+            "shares[own]",
+            "test_cut_further_no_piece_grows_and_no_row_is_lost",
+        ),
+        (
+            "rows of a piece that is cut further are learned from twice",
+            "[range(start, middle), range(middle, end)]",
+            "[range(start, middle), range(start, end)]",
+            "test_cut_further_no_piece_grows_and_no_row_is_lost",
+        ),
+    ),
+]
