@@ -1,0 +1,318 @@
+"""A stage that is interrupted in nine ways, at six random moments each, ends with the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from alignment.locks import is_held
+from alignment.training.checkpoints import MANIFEST as SEAL
+from tests.proofs.common import Claim
+from tests.proofs.driven import Driver
+from tests.tiny import save_tiny_model
+
+MOMENTS = 6
+EPOCHS, STEPS = 20, 60
+ONLY_SFT = ("~stages.reward", "~stages.dpo", "~stages.ppo", "~stages.evaluate", "~stages.report")
+SETTINGS = (
+    "model.dtype=float32",
+    "launch.threads=1",
+    f"stages.sft.optim={{batch_size: 4, micro_batch_tokens: 512, epochs: {EPOCHS}, lr: 1e-3}}",
+    "stages.sft.adapter.dropout=0.1",
+    "stages.sft.save_every=4",
+    *ONLY_SFT,
+)
+PATIENCE = 300.0
+LEFT = ("*.tmp", "*.partial", "*.work", "quarantine-*", "reserve")
+NOT_COMPARED = ("manifest.json", "metrics.jsonl")
+"""Files that say when something was made and how long it took."""
+FILE_LIMIT = 2000
+"""Bytes: enough for the worker to say how it ended, too little for a checkpoint."""
+HOUR = 3600
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """One output folder with one stage in it, run again and again."""
+
+    output: Path
+    model: Path
+    data: Path
+    rng: random.Random
+    hits: int = 0
+    wrong: list[str] = field(default_factory=list)
+    processes: list[psutil.Process] = field(default_factory=list)
+
+    def start(self, *, clock: Path | None = None) -> Driver:
+        """Calls ``align run``."""
+        self.output.mkdir(exist_ok=True)
+        own = (f"output={self.output}", f"model.source=path:{self.model}", f"stages.sft.data.source=path:{self.data}")
+        return Driver(["run", "quickstart", *own, *SETTINGS], self.output / "printed.txt", clock=clock)
+
+    def finish(self) -> None:
+        """Runs it to its end."""
+        code = self.start().wait(PATIENCE)
+        if code != 0:
+            raise RuntimeError(f"exit code {code} at the end\n{self.printed()[-3000:]}")
+
+    @property
+    def work(self) -> Path | None:
+        """The work folder, where there is one."""
+        return next(iter(self.output.glob("artifacts/sft-*.work")), None)
+
+    @property
+    def artifact(self) -> Path:
+        """The result."""
+        (folder,) = self.output.glob("artifacts/sft-????????")
+        return folder
+
+    def printed(self) -> str:
+        """All that the calls printed."""
+        return (self.output / "printed.txt").read_text(encoding="utf-8")
+
+    def steps(self) -> list[dict[str, Any]]:
+        """What was logged so far in whole lines, without what measures time."""
+        folder = self.work / "content" if self.work else self.artifact if self._is_done() else None
+        if folder is None or not (folder / "metrics.jsonl").exists():
+            return []
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+    def _is_done(self) -> bool:
+        return any(self.output.glob("artifacts/sft-????????/manifest.json"))
+
+    def worker(self) -> psutil.Process | None:
+        """The process that is at the stage, by its sign of life."""
+        with suppress(OSError, ValueError, TypeError, psutil.Error):
+            process = psutil.Process(json.loads((self.work / "pulse/0.json").read_text())["pid"])  # type: ignore[operator]
+            return process if process.status() != psutil.STATUS_ZOMBIE else None
+        return None
+
+    def files(self) -> dict[str, str]:
+        """SHA-256 of every file of the result that must be the same."""
+        return {
+            path.relative_to(self.artifact).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(self.artifact.rglob("*"))
+            if path.is_file() and path.name not in NOT_COMPARED
+        }
+
+    def litter(self) -> list[str]:
+        """Files and locks that no finished run leaves."""
+        left = [path.name for pattern in LEFT for path in self.output.rglob(pattern)]
+        return left + [path.name for path in self.output.rglob("lock") if is_held(path)]
+
+
+# ---- moments --------------------------------------------------------------------------------------------------------
+
+
+def _begins(stage: Stage) -> bool:
+    return stage.worker() is not None
+
+
+def _after(steps: int) -> Callable[[Stage], bool]:
+    return lambda stage: len(stage.steps()) >= steps
+
+
+def _saves(stage: Stage) -> bool:
+    """Inside a checkpoint: its folder is there and not sealed yet."""
+    folders = stage.work.glob("checkpoints/checkpoint-*") if stage.work else ()
+    return any(not (folder / SEAL).exists() for folder in folders)
+
+
+def _ends(stage: Stage) -> bool:
+    """While the result is written, hashed and renamed."""
+    with suppress(OSError, ValueError, TypeError):
+        progress = json.loads((stage.work / "progress.json").read_text())  # type: ignore[operator]
+        return bool(progress["phase"] == "saving")
+    return False
+
+
+def _moments(rng: random.Random) -> list[tuple[Callable[[Stage], bool], float]]:
+    """When to interrupt, in the order in which a stage comes there, and how many seconds later."""
+    steps = sorted(rng.sample(range(8, STEPS - 12), MOMENTS - 3))
+    trained = [(_after(step), rng.uniform(0.0, 0.15)) for step in steps]
+    return [(_begins, rng.uniform(0.0, 1.0)), *trained, (_saves, 0.0), (_ends, 0.0)]
+
+
+def _wait_for(stage: Stage, driver: Driver, moment: Callable[[Stage], bool]) -> bool:
+    """False where the run ended before."""
+    begun = time.monotonic()
+    while driver.is_running:
+        if _begins(stage) and moment(stage):
+            return True
+        if time.monotonic() > begun + PATIENCE:
+            raise TimeoutError(f"the moment never came\n{stage.printed()[-3000:]}")
+        time.sleep(0.002)
+    return False
+
+
+# ---- kinds ----------------------------------------------------------------------------------------------------------
+
+
+def _kill_all(_: Stage, driver: Driver, worker: psutil.Process) -> None:
+    driver.signal(signal.SIGKILL)
+    worker.kill()
+
+
+def _kill_worker(_: Stage, __: Driver, worker: psutil.Process) -> None:
+    worker.kill()
+
+
+def _kill_driver(stage: Stage, driver: Driver, worker: psutil.Process) -> None:
+    """The stage goes on by itself; a second call is refused and names it, as long as it is there."""
+    driver.signal(signal.SIGKILL)
+    driver.wait(PATIENCE)
+    code = stage.start().wait(PATIENCE)
+    there = worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
+    if there and (code != 8 or f"in use by process {worker.pid} " not in stage.printed()):
+        stage.wrong.append(f"exit code {code} beside an orphan")
+    with suppress(psutil.Error):
+        worker.kill()
+        worker.wait(PATIENCE)
+
+
+def _to_driver(*numbers: signal.Signals) -> Callable[[Stage, Driver, psutil.Process], None]:
+    return lambda _, driver, __: [driver.signal(number) for number in numbers] and None
+
+
+def _to_worker(_: Stage, __: Driver, worker: psutil.Process) -> None:
+    worker.send_signal(signal.SIGUSR1)
+
+
+def _no_room(_: Stage, __: Driver, worker: psutil.Process) -> None:
+    """The kernel refuses the worker's next write beyond a few bytes, as a full disk would."""
+    _, hard = resource.prlimit(worker.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (FILE_LIMIT, hard))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A way to interrupt, and the exit codes that the command may then have; 0 where the stage was done already."""
+
+    strike: Callable[[Stage, Driver, psutil.Process], None]
+    codes: frozenset[int]
+
+
+KINDS = {
+    "SIGKILL to all": Kind(strike=_kill_all, codes=frozenset({-9})),
+    "SIGKILL to the worker": Kind(strike=_kill_worker, codes=frozenset({5})),
+    "SIGKILL to the driver": Kind(strike=_kill_driver, codes=frozenset({-9})),
+    "SIGTERM": Kind(strike=_to_driver(signal.SIGTERM), codes=frozenset({75})),
+    "Ctrl-C": Kind(strike=_to_driver(signal.SIGINT), codes=frozenset({130})),
+    "terminal closed": Kind(strike=_to_driver(signal.SIGHUP, signal.SIGHUP), codes=frozenset({75})),
+    "SIGUSR1 to the worker": Kind(strike=_to_worker, codes=frozenset({75})),
+    "no room for files": Kind(strike=_no_room, codes=frozenset({5})),
+}
+
+
+def _interrupted(stage: Stage, kind: Kind) -> None:
+    """Interrupts six attempts, then lets one come to its end."""
+    for moment, later in _moments(stage.rng):
+        driver = stage.start()
+        if _wait_for(stage, driver, moment):
+            time.sleep(later)
+            worker = stage.worker()
+            if worker is not None and driver.is_running:
+                stage.processes.append(worker)
+                with suppress(psutil.Error, ProcessLookupError):
+                    kind.strike(stage, driver, worker)
+                    stage.hits += 1
+        code = driver.wait(PATIENCE)
+        if code not in kind.codes | {0}:
+            stage.wrong.append(f"exit code {code}\n{stage.printed()[-2000:]}")
+    stage.finish()
+
+
+def _clock_jumps(stage: Stage) -> None:
+    """The driver's clock is set by hours, back and forth, while a stage is at work; nothing may come of it."""
+    clock = stage.output.with_name("clock")
+    clock.write_text("0", encoding="utf-8")
+    driver = stage.start(clock=clock)
+    for number, (moment, later) in enumerate(_moments(stage.rng)):
+        if not _wait_for(stage, driver, moment):
+            break
+        time.sleep(later)
+        clock.write_text(str(HOUR * (-1) ** number * (number + 1)), encoding="utf-8")
+        stage.hits += 1
+        time.sleep(0.6)  # the driver looks twice a second
+    if (code := driver.wait(PATIENCE)) != 0:
+        stage.wrong.append(f"exit code {code} after a clock was set\n{stage.printed()[-2000:]}")
+
+
+def run(folder: Path) -> list[Claim]:
+    """An undisturbed stage, and nine that are interrupted."""
+    given = {"model": save_tiny_model(folder / "tiny"), "data": _data(folder / "conversations.jsonl")}
+    straight = Stage(output=folder / "straight", rng=random.Random(0), **given)
+    straight.finish()
+    stages: dict[str, Stage] = {}
+    for number, (name, kind) in enumerate(KINDS.items(), start=1):
+        stages[name] = Stage(output=folder / f"kind-{number}", rng=random.Random(number), **given)
+        _interrupted(stages[name], kind)
+    stages["clock"] = Stage(output=folder / "clocks", rng=random.Random(99), **given)
+    _clock_jumps(stages["clock"])
+    return _claims(straight, list(stages.values()))
+
+
+def _data(file: Path) -> Path:
+    """Twelve short conversations."""
+    rows = [
+        [{"role": "user", "content": f"How much is {n}?"}, {"role": "assistant", "content": f"It is {n}, no more."}]
+        for n in range(12)
+    ]
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def _claims(straight: Stage, stages: list[Stage]) -> list[Claim]:
+    expected, logged = straight.files(), straight.steps()
+    for problem in [problem for stage in stages for problem in stage.wrong]:
+        print(problem, file=sys.stderr)
+    alive = [process for stage in stages for process in stage.processes if process.is_running()]
+    return [
+        Claim(figure="kinds of interruption", values=(float(len(stages)),), at_least=9),
+        Claim(
+            figure="interruptions of a stage at work, of six, by kind",
+            values=tuple(float(stage.hits) for stage in stages),
+            at_least=MOMENTS - 1,
+        ),
+        Claim(
+            figure="calls that ended with another exit code than documented",
+            values=(float(sum(len(stage.wrong) for stage in stages)),),
+            at_most=0,
+        ),
+        Claim(figure="files of a result", values=(float(len(expected)),), at_least=5),
+        Claim(
+            figure="files that are missing or differ by a byte",
+            values=tuple(float(_differing(expected, stage.files())) for stage in stages),
+            at_most=0,
+        ),
+        Claim(figure="steps logged, each once", values=(float(len(logged)),), at_least=STEPS),
+        Claim(
+            figure="logs with other steps or figures, or one twice",
+            values=(float(sum(stage.steps() != logged for stage in stages)),),
+            at_most=0,
+        ),
+        Claim(
+            figure="temporary files, work folders and locks left",
+            values=tuple(float(len(stage.litter())) for stage in (straight, *stages)),
+            at_most=0,
+        ),
+        Claim(figure="processes left", values=(float(len(alive)),), at_most=0),
+    ]
+
+
+def _differing(one: dict[str, str], other: dict[str, str]) -> int:
+    return sum(one.get(name) != other.get(name) for name in one.keys() | other.keys())
