@@ -32,6 +32,7 @@ from alignment.pipeline import (
     notes,
     pulses,
     references,
+    rehearsal,
     slurm,
     sources,
 )
@@ -65,6 +66,7 @@ def run(
         AlignmentError: a fault in the plan, or a stage that failed; what was done before stays and is reused. Forgot:
             all is done, and a policy lost more than its limits allow.
     """
+    tried = command_for is None
     command_for = command_for or command_here
     plan = make_plan(recipe, overrides)
     if only is not None:
@@ -83,10 +85,12 @@ def run(
     if launch.machine_rank:
         plan = _with_all(plan, display_for(console), only)
         return machines.follow(plan, _chosen(plan, only), console=console, command_for=command_for)
-    return _execute(plan, only, console, command_for, wait=wait)
+    return _execute(plan, only, console, command_for, wait=wait, tried=tried)
 
 
-def _execute(plan: Plan, only: str | None, console: Console, command_for: CommandFor, *, wait: bool) -> int:
+def _execute(
+    plan: Plan, only: str | None, console: Console, command_for: CommandFor, *, wait: bool, tried: bool
+) -> int:
     with held(plan.run_folder / "lock", wait=wait):
         remove_leftovers(plan.run_folder)
         display = display_for(console)
@@ -94,6 +98,8 @@ def _execute(plan: Plan, only: str | None, console: Console, command_for: Comman
         record = RunRecord(plan, only=only)
         try:
             with termination_raises():
+                if tried:  # with the workers of this machine, not with others
+                    rehearsal.rehearse(plan, _chosen(plan, only), announce=display.note)
                 for stage in _chosen(plan, only):
                     _one_stage(plan, stage, record, display, command_for, wait=wait)
         except (KeyboardInterrupt, Terminated, Preempted) as stop:

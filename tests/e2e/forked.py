@@ -61,11 +61,13 @@ def _serve() -> None:
 
 
 def _execute(command: Any, *, log: Path, **_: Any) -> int:
-    """In place of the launcher's: the command's last word is the stage file."""
-    from alignment import worker
+    """In place of the launcher's: the command's last word is the stage file, unless it tries what comes later."""
+    from alignment import rehearsal, worker
 
     def stage() -> int:
         os.environ.update(command.environment)
+        if "alignment.rehearsal" in command.argv:
+            return rehearsal.main(command.argv[command.argv.index("alignment.rehearsal") + 1 :])
         return worker.main(Path(command.argv[-1]))
 
     with log.open("ab") as sink:

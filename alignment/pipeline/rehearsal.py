@@ -1,0 +1,84 @@
+"""Trying before the first stage what would stop a later one (alignment/rehearsal.py), in a process with a deadline.
+
+``align plan`` does not: it runs no code of the user's and needs no tokenizer. The stage that runs first is left out,
+because it finds out by itself at once, and so are jobs of Slurm, whose nodes are not this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from alignment import launcher
+from alignment.config.stage import CptConfig, StageConfig, Trained
+from alignment.errors import StageError
+from alignment.launcher import Command
+from alignment.pipeline import handover
+from alignment.pipeline.plan import Action, Plan, PlannedStage
+
+_FOLDER = ".rehearsal"
+
+
+def rehearse(plan: Plan, stages: Sequence[PlannedStage], *, announce: Callable[[str], None]) -> None:
+    """Returns if nothing is known to stop those of the stages that train behind another.
+
+    Raises:
+        AlignmentError: what the stage would raise: rows that cannot be learned from, or a scorer that fails.
+        StageError: no answer within ``launch.hang_seconds``.
+    """
+    waiting = [one for one in stages if one.action is not Action.reuse and isinstance(one.config, Trained)][1:]
+    rows = [one for one in waiting if _learns_by_own_tokenizer(one.config, plan.config.stages)]
+    scorers = [one for one in waiting if one.code]
+    if not (rows or scorers):
+        return
+    announce("trying rows and scorers of later stages, which takes a few seconds")
+    folder = plan.run_folder / _FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    argv = [sys.executable, "-m", "alignment.rehearsal", str(folder)]
+    argv += ["--rows", *_files(plan, rows, folder), "--scorers", *_files(plan, scorers, folder)]
+    environment = launcher.environment(launcher.count_cores(), os.environ.get("PYTHONPATH", ""))
+    code = launcher.execute(
+        Command(argv=tuple(argv), environment=environment),
+        log=folder / "log.txt",
+        on_poll=_deadline(plan, scorers),
+        grace_seconds=1.0,
+    )
+    handover.raise_for_status(folder, code=code, stage="rehearsal")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _files(plan: Plan, stages: Sequence[PlannedStage], folder: Path) -> Iterator[str]:
+    for one in stages:
+        path = handover.write_stage_file(plan, one, plan.config.launch, git_commit="", folder=folder / one.name)
+        yield str(path)
+
+
+def _deadline(plan: Plan, scorers: Sequence[PlannedStage]) -> Callable[[], None]:
+    started, limit = time.monotonic(), plan.config.launch.hang_seconds
+    code = ", ".join(function for one in scorers for function in one.code)
+
+    def on_poll() -> None:
+        if limit and time.monotonic() - started > limit:
+            raise StageError(
+                f"rows{f' and {code}' if code else ''} were tried before anything trained, and there was no answer "
+                f"within {limit} seconds",
+                where="launch.hang_seconds",
+                remedy="raise it, or set it to 0, if a scorer or a template needs so long",
+            )
+
+    return on_poll
+
+
+def _learns_by_own_tokenizer(config: StageConfig, stages: dict[str, StageConfig]) -> bool:
+    """Whether the stage tokenises with the run's base model, which a policy from outside does not stand on."""
+    if isinstance(config, CptConfig) or not isinstance(config, Trained):
+        return False
+    before = config.init.removeprefix("stage:")
+    while (made := stages.get(before)) is not None and isinstance(made, Trained):
+        before = made.init.removeprefix("stage:")
+    return before == "base"

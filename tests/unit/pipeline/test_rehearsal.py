@@ -1,0 +1,139 @@
+"""What would stop a later stage is tried before the first one: templates, lengths, and functions of the user's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from alignment import launcher
+from alignment import rehearsal as worker
+from alignment.errors import AlignmentError, DataError, RewardError, StageError
+from alignment.pipeline.plan import Plan
+from alignment.pipeline.record import read_record
+from alignment.pipeline.rehearsal import rehearse
+from alignment.pipeline.run import run
+from tests.tiny import tiny_tokenizer
+from tests.unit.pipeline.conftest import MakePlan, leave_artifact
+
+SCORER = """import pathlib
+def fine(prompts, completions, rows):
+    pathlib.Path(__file__).with_name("asked.txt").write_text(repr((prompts, completions, rows[0]["chosen"])))
+    return [0.5 for _ in rows]
+def two(prompts, completions, rows): return [1, 2]
+def raises(prompts, completions, rows): return rows[0]["level"]
+"""
+Commands = list[tuple[str, ...]]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Commands:
+    """What was started; it runs in this process."""
+    commands: Commands = []
+
+    def execute(command: launcher.Command, *, log: Path, **_: Any) -> int:
+        commands.append(command.argv)
+        log.write_text("")
+        return worker.main(command.argv[3:])
+
+    monkeypatch.setattr(launcher, "execute", execute)
+    return commands
+
+
+@pytest.fixture
+def tried(plan: MakePlan, tmp_path: Path, started: Commands) -> Callable[..., Plan]:
+    """Plans, and tries what the run would train."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "score.py").write_text(SCORER)
+
+    def run(*overrides: str, function: str = "fine") -> Plan:
+        scorers = f"stages.ppo.scorers=[{{source: reward}}, {{source: '{tmp_path}/score.py:{function}'}}]"
+        planned = plan(scorers, *overrides)
+        rehearse(planned, planned.stages, announce=lambda _: None)
+        return planned
+
+    return run
+
+
+def stages_in(command: tuple[str, ...]) -> list[str]:
+    return [Path(word).parent.name if word.endswith(".yaml") else word for word in command[4:]]
+
+
+def test_later_stages_are_tried_and_nothing_is_left(
+    tried: Callable[..., Plan], started: Commands, tmp_path: Path
+) -> None:
+    planned = tried()
+    assert [stages_in(command) for command in started] == [["--rows", "reward", "dpo", "ppo", "--scorers", "ppo"]]
+    asked = (tmp_path / "asked.txt").read_text()
+    assert asked == "([[{'role': 'user', 'content': 'When is the training?'}]], ['Yes.'], 'On 21 March.')"
+    assert not any(planned.run_folder.iterdir())
+
+
+def test_a_stage_that_runs_first_finds_out_by_itself(
+    plan: MakePlan, tried: Callable[..., Plan], started: Commands, tmp_path: Path
+) -> None:
+    scorers = f"stages.ppo.scorers=[{{source: reward}}, {{source: '{tmp_path}/score.py:raises'}}]"
+    for stage in plan(scorers).stages[:3]:
+        leave_artifact(stage)
+    tried(function="raises")
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("function", "settings", "kind", "message"),
+    [
+        ("two", (), RewardError, "score.py:two: gave 2 scores for 1 answers to "),
+        ("raises", (), RewardError, "score.py:raises: raised KeyError: 'level' at line 6, asked about answers to "),
+        ("fine", ("stages.dpo.max_length=4",), DataError, "24 dropped of 24 rows, because too long, more than 10%"),
+        ("fine", ("stages.dpo.max_length=4", "stages.dpo.too_long.do=cut"), DataError, "because too long"),
+        ("fine", ("stages.ppo.max_prompt_length=4",), DataError, "24 dropped of 24 rows, because too long"),
+    ],
+)
+def test_what_would_stop_a_later_stage_is_said_with_its_kind_of_error(
+    tried: Callable[..., Plan], function: str, settings: tuple[str, ...], kind: type[AlignmentError], message: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        tried(*settings, function=function)
+    assert message in str(caught.value)
+    stage = "dpo" if "dpo" in str(settings) else "ppo"
+    assert str(caught.value).startswith(f"stage {stage}, tried before anything trained: ")
+
+
+def test_a_tokenizer_without_a_template_is_named(tried: Callable[..., Plan], tmp_path: Path) -> None:
+    (tmp_path / "model/chat_template.jinja").unlink(missing_ok=True)
+    config = tmp_path / "model/tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": None}))
+    with pytest.raises(DataError, match=r"stage reward, .*the tokenizer has no chat template"):
+        tried()
+    tried("model.chat_template=chatml")
+
+
+def test_what_does_not_answer_in_time_is_ended(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def execute(command: launcher.Command, *, on_poll: Callable[[], None], **_: Any) -> int:
+        on_poll()
+        monkeypatch.setattr("alignment.pipeline.rehearsal.time.monotonic", lambda: 1e9)
+        on_poll()
+        return 0
+
+    monkeypatch.setattr(launcher, "execute", execute)
+    planned = plan("launch.hang_seconds=7")
+    with pytest.raises(StageError, match=r"launch\.hang_seconds: rows were tried .* no answer within 7 seconds"):
+        rehearse(planned, planned.stages, announce=lambda _: None)
+
+
+def test_a_run_tries_before_its_first_stage(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise DataError("no row fits")
+
+    monkeypatch.setattr("alignment.pipeline.rehearsal.rehearse", refuse)
+    with pytest.raises(DataError, match="no row fits"):
+        run("quickstart", overrides, console=Console(file=StringIO()))
+    record = read_record(Path(overrides[0].removeprefix("output=")) / "runs/quickstart")
+    assert record["state"] == "failed"
+    assert {stage["state"] for stage in record["stages"].values()} == {"waiting"}
