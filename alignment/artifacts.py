@@ -13,11 +13,12 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from alignment.errors import ArtifactError
 from alignment.files import remove_leftovers, write_text
 from alignment.fingerprint import file_sha256
+from alignment.shapes import fits
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -110,18 +111,26 @@ def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a complete artifact, or None where there is none.
 
     Raises:
-        ArtifactError: the manifest is unreadable or of another schema.
+        ArtifactError: the manifest is unreadable, of another schema, or not of the form above.
     """
     path = folder / MANIFEST
     if not path.exists():
         return None
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest(**raw)
-    except (ValueError, TypeError) as error:
+        if not path.is_file():
+            raise ValueError("no regular file")
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ArtifactError(f"unreadable: {error}", where=str(path), remedy=f"delete {folder} to remake it") from error
     if manifest.schema != SCHEMA:
         raise ArtifactError(f"schema {manifest.schema}, expected {SCHEMA}", where=str(path), remedy=f"delete {folder}")
+    for name, hint in get_type_hints(Manifest).items():
+        if not fits(getattr(manifest, name), hint):
+            raise ArtifactError(
+                f"unreadable: '{name}' is of another form: {getattr(manifest, name)!r:.60}",
+                where=str(path),
+                remedy=f"delete {folder} to remake it",
+            )
     return manifest
 
 
@@ -129,16 +138,19 @@ def verify(folder: Path, *, content: bool) -> Manifest:
     """Checks that every listed file is there with its size, and with its hash too if ``content``.
 
     Raises:
-        ArtifactError: the artifact is missing, incomplete or damaged; the message names the file.
+        ArtifactError: the artifact is missing, incomplete or damaged, or lists no file; the message names the file.
     """
     manifest = read_manifest(folder)
     if manifest is None:
         raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")
+    if not manifest.files:
+        where = str(folder / MANIFEST)
+        raise ArtifactError("lists no file, so it stands for nothing", where=where, remedy=f"delete {folder}")
     for name, expected in manifest.files.items():
         path = inside(folder, name)
-        if not path.is_file() or path.stat().st_size != expected["size"]:
+        if not path.is_file() or path.stat().st_size != expected.get("size"):
             raise ArtifactError("missing or cut short", where=str(path), remedy=f"delete {folder} to remake it")
-        if content and file_sha256(path) != expected["sha256"]:
+        if content and file_sha256(path) != expected.get("sha256"):
             raise ArtifactError(
                 "content differs from its manifest", where=str(path), remedy=f"delete {folder} to remake it"
             )
@@ -152,7 +164,16 @@ def inside(folder: Path, name: str) -> Path:
         ArtifactError: the name leads out of the folder.
     """
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        is_inside = path.resolve().is_relative_to(folder.resolve())
+        path.is_file()
+    except (OSError, ValueError) as error:  # too long, or with a zero byte
+        raise ArtifactError(
+            f"its manifest names a file {name!r:.60} that cannot be: {error!s:.80}",
+            where=str(folder),
+            remedy="do not use it",
+        ) from error
+    if not is_inside:
         raise ArtifactError(f"its manifest names a file outside: {name!r}", where=str(folder), remedy="do not use it")
     return path
 

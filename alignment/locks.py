@@ -7,11 +7,12 @@ import fcntl
 import os
 import shlex
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from alignment.errors import Busy, ConfigError
+from alignment.errors import ArtifactError, Busy, ConfigError
 
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 """What file systems answer that know no locks: some network file systems, Lustre without ``flock``."""
@@ -27,9 +28,10 @@ def held(path: Path, *, wait: bool, remedy: str = "wait for it, or stop it") -> 
     Raises:
         Busy: another process holds it and ``wait`` is False; the message names that process.
         ConfigError: the file system knows no locks.
+        ArtifactError: something else lies in its place, such as a link.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = _open(path, os.O_RDWR | os.O_CREAT)
     try:
         if not _lock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), path):
             raise Busy(f"in use by {_holder(descriptor, path)}", where=str(path.parent), remedy=remedy)
@@ -47,7 +49,7 @@ def is_held(path: Path) -> bool:
         ConfigError: the file system knows no locks.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = _open(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
@@ -106,3 +108,21 @@ def _heir(path: Path) -> str | None:
             if process.pid != os.getpid() and any(Path(file.path) == path for file in process.open_files()):
                 return f"{process.pid} ({shlex.join(process.cmdline())[:_SHOWN_COMMAND]})"
     return None
+
+
+def _open(path: Path, flags: int) -> int:
+    """A lock file is written to, so what a link leads to must not be taken for one.
+
+    Raises:
+        ArtifactError: it is a link, or no regular file.
+        FileNotFoundError: it is not there, and ``flags`` do not make it.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+    raise ArtifactError("a lock must be a regular file, and no link", where=str(path), remedy="remove what lies there")

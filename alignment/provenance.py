@@ -15,6 +15,7 @@ from typing import Any
 
 from alignment.artifacts import MANIFEST, Manifest, read_manifest
 from alignment.errors import ArtifactError
+from alignment.shapes import fits
 
 _PLACE = re.compile(r"(?<![\w.])(?:~|\.\.?)?/(?:[^\s/'\",\]})]+/)*")
 """A path but for its last part, wherever it begins in a text."""
@@ -115,9 +116,11 @@ def _records(folder: Path, first: str | None) -> list[dict[str, Any]]:
     found = []
     for path in folder.glob("*/run.json"):
         try:
-            found.append((path.parent.name == first, json.loads(path.read_text(encoding="utf-8"))))
-        except ValueError:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             continue
+        if fits(record, dict[str, Any]) and fits(record.get("stages"), dict[str, dict[str, Any]]):
+            found.append((path.parent.name == first, record))
     return [record for _, record in sorted(found, key=lambda pair: (pair[0], pair[1].get("started", "")), reverse=True)]
 
 

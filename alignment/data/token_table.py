@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -36,6 +37,8 @@ from alignment.locks import held
 
 VERSION = 2
 """Raised when rows come out otherwise, so that older tables are not found."""
+
+log = logging.getLogger(__name__)
 
 LEDGER = "left_out.jsonl"
 _ROWS, _COUNTS = "rows.arrow", "counts.json"
@@ -82,10 +85,15 @@ def token_table(
     job = Job(tokenizer=tokenizer, kind=kind, reader=Reader(format=form, record=kind.record, data=data), limits=limits)
     folder = cache / f"tokens-{_key(path, data, job)}"
     with held(cache / f".{folder.name}.lock", wait=True):
-        if not (folder / _COUNTS).is_file():  # written last
+        table = _open(path, folder)
+        if table is None:
             chunks = run(job, unparsed_source_rows(path, data), limit=data.limit, processes=processes)
             _make(folder, job.schema, chunks, progress)
-    table = _open(path, folder)
+            table = _open(path, folder)
+    if table is None:
+        raise StageError(
+            "token rows that were just written cannot be read", where=str(folder), remedy="look at the disk"
+        )
     faults = [
         DataError(note["reason"], where=note["where"], remedy=note.get("remedy", ""))
         for note in table.first.get(FAULT, [])
@@ -173,9 +181,23 @@ def _write(folder: Path, schema: pa.Schema, chunks: Iterator[Chunk], progress: C
             file.flush()
             os.fsync(file.fileno())
     counts = {"read": read, "records": records, "longest": longest, "notes": notes, "first": first}
-    write_json(folder / _COUNTS, counts)
+    write_json(folder / _COUNTS, {"sizes": _sizes(folder), "counts": counts})  # written last
 
 
-def _open(path: Path, folder: Path) -> TokenTable:
-    counts = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
-    return TokenTable(path=path, rows=Dataset.from_file(str(folder / _ROWS)), ledger=folder / LEDGER, **counts)
+def _sizes(folder: Path) -> list[int]:
+    return [(folder / name).stat().st_size for name in (_ROWS, LEDGER)]
+
+
+def _open(path: Path, folder: Path) -> TokenTable | None:
+    """The table in a folder, or None where there is none, or it is damaged."""
+    try:
+        told = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
+        if told["sizes"] != _sizes(folder):
+            raise ValueError("a file is cut short")
+        rows = Dataset.from_file(str(folder / _ROWS))
+        return TokenTable(path=path, rows=rows, ledger=folder / LEDGER, **told["counts"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
+        log.warning("%s cannot be used and is made anew: %s", folder, error)
+        return None

@@ -13,6 +13,7 @@ from alignment.errors import ArtifactError
 from alignment.pipeline import references
 from alignment.pipeline.job_file import HERE
 from alignment.pipeline.plan import Action, Plan, PlannedStage
+from alignment.shapes import fits
 
 FILE = "run.json"
 DONE = ("done", "reused")
@@ -90,12 +91,13 @@ def read_record(run_folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             "no run is recorded here", where=str(run_folder), remedy="start one: align run RECIPE"
         ) from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(
             f"unreadable: {error}", where=str(path), remedy="start the run again to rewrite it"
         ) from error
-    assert isinstance(content, dict)
-    return content
+    if not fits(content, dict[str, Any]) or not fits(content.get("stages"), dict[str, dict[str, Any]]):
+        raise ArtifactError("is no record of a run", where=str(path), remedy="start the run again to rewrite it")
+    return dict(content)
 
 
 def _recorded(run_folder: Path) -> dict[str, Any]:

@@ -6,6 +6,9 @@ Planning looks only at what is on this machine; ``fetch`` is where anything is d
 from __future__ import annotations
 
 import json
+import os
+import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from alignment.pipeline import hub
 
 _IDENTITY_SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".txt"}
 _LARGE = 16 << 20
+_SETTLED_NS = 2_000_000_000
+_SHA256 = re.compile("[0-9a-f]{64}")
 _SCORER = "ForSequenceClassification"
 
 
@@ -136,18 +141,36 @@ def _folder_digest(folder: Path) -> str:
 
 
 def remembered_sha256(path: Path) -> str:
-    """A file's SHA-256; that of a large file is kept in the cache until its size or time of change differs."""
-    stat = path.stat()
-    if stat.st_size < _LARGE:
+    """A file's SHA-256; that of a large file is kept in the cache for as long as nothing was done to the file.
+
+    A size can stay and a time of change be set, by a copy that keeps times, say. The kernel notes by itself when a file
+    was last written to or put into the place of another, and nobody sets that; but within a tick of its clock twice
+    would look like once, so a file that was touched just now is not remembered.
+    """
+    before = path.stat()
+    if before.st_size < _LARGE:
         return file_sha256(path)
-    key = digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
-    memo = bundled.cache_root() / "sha256" / f"{key[:32]}.json"
-    if memo.is_file():
-        return str(json.loads(memo.read_text(encoding="utf-8"))["sha256"])
+    memo = bundled.cache_root() / "sha256" / f"{digest([str(path.resolve()), *_state(before)])[:32]}.json"
+    if (known := _remembered(memo)) is not None:
+        return known
     sha256 = file_sha256(path)
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    write_json(memo, {"file": str(path), "sha256": sha256})
+    if _state(path.stat()) == _state(before) and time.time_ns() - before.st_ctime_ns > _SETTLED_NS:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memo, {"file": str(path), "sha256": sha256})
     return sha256
+
+
+def _state(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+
+
+def _remembered(memo: Path) -> str | None:
+    """What stands there, or None where nothing does, or it is damaged."""
+    try:
+        sha256 = json.loads(memo.read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return sha256 if isinstance(sha256, str) and _SHA256.fullmatch(sha256) else None
 
 
 def _hub(source: str, repository: hub.Repository, *, download: bool) -> ModelSource:

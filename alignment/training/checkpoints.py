@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-from alignment.artifacts import write_json
+from alignment.artifacts import inside, write_json
+from alignment.errors import ArtifactError
 from alignment.fingerprint import file_sha256
+from alignment.shapes import fits
 
 MANIFEST = "alignment_checkpoint.json"
 KEPT = 2
@@ -74,12 +77,17 @@ def _verifies(checkpoint: Path, fingerprint: str) -> bool:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         owner, files = manifest["fingerprint"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
-    if owner != fingerprint:
+    if owner != fingerprint or not files or not fits(files, dict[str, dict[str, Any]]):
         return False
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != expected["size"] or file_sha256(path) != expected["sha256"]:
-            return False
-    return True
+    try:
+        return all(_is_as_listed(inside(checkpoint, name), expected) for name, expected in files.items())
+    except ArtifactError:
+        return False
+
+
+def _is_as_listed(path: Path, expected: dict[str, Any]) -> bool:
+    return (
+        path.is_file() and path.stat().st_size == expected.get("size") and file_sha256(path) == expected.get("sha256")
+    )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,11 +68,61 @@ def test_a_manifest_that_names_a_file_outside_is_refused(tmp_path: Path) -> None
         verify(tmp_path / "made", content=True)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"stage": "sft"}', '{"unknown": 1}'])
-def test_a_manifest_that_cannot_be_read_says_so(tmp_path: Path, text: str) -> None:
-    (tmp_path / MANIFEST).write_text(text)
-    with pytest.raises(ArtifactError, match="unreadable"):
+ODD: dict[str, Any] = {
+    "identity": [],
+    "inputs": {"init": 7},
+    "base": "self",
+    "adapters": {"0": "a"},
+    "adapters_stood": {"adapters/0-sft": {"merged": "yes"}},
+    "metrics": {"loss": "low"},
+    "fingerprint": 7,
+    "files": ["model/weights"],
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[]", "null", '"x"', '{"stage": "sft"}', '{"unknown": 1}', "\udcff", "[" * 100_000),
+        *(json.dumps(asdict(EMPTY) | {name: value}) for name, value in ODD.items()),
+    ],
+)
+def test_a_manifest_of_another_form_is_unreadable_and_nothing_else(tmp_path: Path, text: str) -> None:
+    (tmp_path / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ArtifactError, match="unreadable") as caught:
         read_manifest(tmp_path)
+    assert caught.value.where == str(tmp_path / MANIFEST)
+
+
+def test_a_folder_in_the_place_of_a_manifest_is_unreadable(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).mkdir()
+    with pytest.raises(ArtifactError, match="unreadable: no regular file"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "lists no file, so it stands for nothing"),
+        ({"model/weights": {}}, "missing or cut short"),
+        ({"model/weights": {"size": 7}}, "content differs from its manifest"),
+        ({"model/weights": {"size": "7", "sha256": "x"}}, "missing or cut short"),
+        ({"../other": {"size": 1}}, "names a file outside"),
+        ({"/etc/passwd": {"size": 1}}, "names a file outside"),
+        ({"model\0": {"size": 1}}, "that cannot be"),
+        ({"x" * 300: {"size": 1}}, "that cannot be"),
+        ({"model": {"size": 1}}, "missing or cut short"),
+    ],
+)
+def test_what_a_manifest_lists_is_there_or_the_artifact_is_refused(
+    tmp_path: Path, files: dict[str, Any], message: str
+) -> None:
+    """A manifest that lists nothing would stand for any folder."""
+    content(tmp_path)
+    (tmp_path / MANIFEST).write_text(json.dumps(asdict(EMPTY) | {"files": files}))
+    with pytest.raises(ArtifactError, match=message) as caught:
+        verify(tmp_path, content=True)
+    assert str(tmp_path) in caught.value.where
 
 
 def _publish_and_die(work: Path, target: Path, after_renames: int) -> None:

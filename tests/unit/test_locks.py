@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.errors import Busy, ConfigError
+from alignment.errors import ArtifactError, Busy, ConfigError
 from alignment.locks import held, is_held
 
 
@@ -99,3 +99,23 @@ def test_a_holder_on_another_machine_is_named_with_it(tmp_path: Path) -> None:
         lock.write_text("12 node7")
         with pytest.raises(Busy, match="in use by process 12 on node7"), held(lock, wait=False):
             pytest.fail("two hold one lock")
+
+
+@pytest.mark.parametrize("kind", ["a link", "a link to nothing", "a folder", "a pipe"])
+def test_what_is_no_lock_file_is_neither_written_to_nor_followed(kind: str, tmp_path: Path) -> None:
+    """Somebody who may write to the folder could have another file of the user's emptied."""
+    lock, other = tmp_path / "lock", tmp_path / "other"
+    if kind == "a link":
+        other.write_text("precious")
+    if kind.startswith("a link"):
+        lock.symlink_to(other)
+    elif kind == "a folder":
+        lock.mkdir()
+    else:
+        os.mkfifo(lock)
+    with pytest.raises(ArtifactError, match="a lock must be a regular file"), held(lock, wait=False):
+        pytest.fail("it was taken for a lock")
+    with pytest.raises(ArtifactError, match="a lock must be a regular file"):
+        is_held(lock)
+    assert other.exists() == (kind == "a link")
+    assert kind != "a link" or other.read_text() == "precious"

@@ -62,6 +62,31 @@ def _table(file: Path, tokenizer: Any, **changes: Any) -> TokenTable:
     return token_table.token_table(file, tokenizer=tokenizer, cache=file.parent / "cache", **(told | changes))
 
 
+DAMAGES = {
+    "rows cut short": lambda folder: os.truncate(folder / "rows.arrow", 100),
+    "rows gone": lambda folder: (folder / "rows.arrow").unlink(),
+    "rows of another kind": lambda folder: (folder / "rows.arrow").write_bytes(
+        b"x" * (folder / "rows.arrow").stat().st_size
+    ),
+    "no list of what was left out": lambda folder: (folder / "left_out.jsonl").unlink(),
+    "counts cut short": lambda folder: os.truncate(folder / "counts.json", 20),
+    "counts that are a list": lambda folder: (folder / "counts.json").write_text("[]"),
+    "counts without a number": lambda folder: (folder / "counts.json").write_text('{"sizes": [1, 2]}'),
+    "counts of an earlier form": lambda folder: (folder / "counts.json").write_text('{"read": 1}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_table_is_made_anew(damage: str, tokenizer: Any, tmp_path: Path) -> None:
+    file = _rows(tmp_path, [_talk(number) for number in range(3)])
+    rows = _table(file, tokenizer).rows.to_list()
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    DAMAGES[damage](folder)
+    again = _table(file, tokenizer)
+    assert again.rows.to_list() == rows
+    assert again.read == 3
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_rows_are_those_of_the_records_in_their_order(tmp_path: Path, tokenizer: Any, processes: int) -> None:
     file = _rows(tmp_path, [_talk(number) for number in range(50)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,11 @@ def _flip_a_bit(checkpoint: Path) -> None:
     file.write_bytes(content)
 
 
+def _list(checkpoint: Path, files: Any) -> None:
+    """A manifest of this stage's with another list."""
+    (checkpoint / MANIFEST).write_text(json.dumps({"fingerprint": MINE, "files": files}))
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "a file cut short": lambda c: (c / "model.safetensors").write_bytes(b"short"),
     "a file that is empty": lambda c: (c / "optimizer" / "rank0.pt").write_text(""),
@@ -61,6 +67,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a manifest that is not UTF-8": lambda c: (c / MANIFEST).write_bytes(b"\xff\xfe"),
     "a manifest with other content": lambda c: (c / MANIFEST).write_text("{}"),
     "a manifest that is a list": lambda c: (c / MANIFEST).write_text("[1, 2]"),
+    "a manifest that lists nothing": lambda c: _list(c, {}),
+    "a manifest with a list of files": lambda c: _list(c, ["model.safetensors"]),
+    "a manifest without sizes": lambda c: _list(c, {"model.safetensors": {}}),
+    "a manifest of a file that cannot be": lambda c: _list(c, {"a\0": {"size": 1}}),
+    "a manifest of a file outside": lambda c: _list(c, {"/etc/passwd": {"size": Path("/etc/passwd").stat().st_size}}),
     "another stage's": lambda c: seal(c, fingerprint=FOREIGN),
 }
 
