@@ -32,6 +32,17 @@ def same_number_everywhere(pieces: list[range], accelerator: Accelerator) -> lis
     return divided(pieces, int(number))
 
 
+def cut_alike(tokens: Tensor, limit: int, accelerator: Accelerator) -> list[range]:
+    """The same pieces on every process, of ``[rows]`` tokens, as many rows on each: none is too large anywhere.
+
+    TRL's trainers of pairs put figures of single pairs together, for which a piece must hold equally many everywhere.
+    """
+    if accelerator.num_processes > 1:
+        tokens = tokens.to(accelerator.device, copy=True)
+        torch.distributed.all_reduce(tokens, op=torch.distributed.ReduceOp.MAX)
+    return by_tokens(tokens.tolist(), limit)
+
+
 def as_many_as_most(shares: Sequence[list[range]], own: int) -> list[range]:
     """The same where every process knows how all cut their shares, without asking; ``own`` is this one's place."""
     return divided(shares[own], max(1, *(len(pieces) for pieces in shares)))
@@ -108,9 +119,10 @@ class MicroBatches(Trainer):
             tokens = lengths.view(-1, number).sum(0)
             if self.pairs and self.model.config._attn_implementation == ATTENTION:
                 tokens -= shared_tokens(inputs["input_ids"], inputs["attention_mask"])
-            pieces = same_number_everywhere(by_tokens(tokens.tolist(), self.micro_batch_tokens), self.accelerator)
             if self.pairs:
+                pieces = cut_alike(tokens, self.micro_batch_tokens, self.accelerator)
                 return [(_pairs_of(inputs, piece, number), len(piece) / number) for piece in pieces]
+            pieces = same_number_everywhere(by_tokens(tokens.tolist(), self.micro_batch_tokens), self.accelerator)
             parts = [{name: _cut(value, piece, number) for name, value in inputs.items()} for piece in pieces]
         learned = [int((part["labels"] != IGNORED).sum()) for part in parts]
         return [(part, count / max(1, sum(learned))) for part, count in zip(parts, learned, strict=True)]

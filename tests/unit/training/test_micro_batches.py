@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,14 @@ from alignment.stages import dpo, reward, sft
 from alignment.training.adamw import RandomlyRoundedAdamW
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
-from alignment.training.micro_batches import MicroBatches, _weigh, as_many_as_most, divided, shared_tokens
+from alignment.training.micro_batches import (
+    MicroBatches,
+    _weigh,
+    as_many_as_most,
+    cut_alike,
+    divided,
+    shared_tokens,
+)
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
 from tests.unit.models.conftest import padded
 
@@ -101,6 +109,25 @@ def test_cut_further_no_piece_grows_and_no_row_is_lost(wanted: int) -> None:
     assert len(pieces) == wanted
     assert max(sum(lengths[row] for row in piece) for piece in pieces) <= 106
     assert as_many_as_most([[], [range(1)] * wanted], 0) == [range(0)] * wanted
+
+
+def test_pairs_are_cut_alike_on_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's trainers put figures of single pairs together piece by piece, so pieces must hold equally many."""
+    shares = [torch.tensor([60, 30, 30, 90]), torch.tensor([30, 30, 60, 20])]
+
+    def maximum(values: torch.Tensor, op: Any) -> None:
+        assert op is torch.distributed.ReduceOp.MAX
+        values.copy_(torch.stack(shares).amax(0))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", maximum)
+    accelerator: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    found = [cut_alike(share, 100, accelerator) for share in shares]
+    assert found[0] == found[1] == [range(2), range(2, 3), range(3, 4)]
+    assert [int(shares[rank][piece.start : piece.stop].sum()) for rank in range(2) for piece in found[rank]] == [
+        *(90, 30, 90),
+        *(60, 60, 20),
+    ]
+    assert cut_alike(shares[1], 100, SimpleNamespace(num_processes=1)) == by_tokens([30, 30, 60, 20], 100)
 
 
 def test_an_empty_packed_piece_has_a_row_and_nothing_to_learn() -> None:
