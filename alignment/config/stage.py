@@ -78,11 +78,11 @@ class RewardConfig:
     """A Bradley-Terry reward model: a scalar score at the last token of an answer (Stiennon et al. 2020, eq. 1).
 
     ``center_coefficient`` weighs (r_chosen + r_rejected)² in the loss (Eisenstein et al. 2023). ``eval_fraction`` of
-    the prompts is held out for the accuracy.
+    the prompts is held out for the accuracy, and for the offset that makes chosen answers score 0 on average.
     """
 
     summary: ClassVar[str] = "reward model from preference pairs"
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
     produces: ClassVar[str] = "reward"
 
     kind: str = "reward"

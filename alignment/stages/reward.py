@@ -2,7 +2,8 @@
 
 The score stands at the last real token, the end of the answer's turn, located by length and never by pad id. A tenth
 of the pairs is held out, and their accuracy is reported beside that of the rule "the longer answer wins". The loss does
-not fix where scores lie, so an offset is saved that makes chosen answers score 0 on average (Huang et al. 2024).
+not fix where scores lie, so an offset is saved that makes chosen answers score 0 on average (Huang et al. 2024): those
+held out, because a model scores higher what it learned from.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from alignment.training.sharding import gathered, prepare, whole
 DIVERGED = 10
 """A loss so many times that of a guess is worse than any noise."""
 OFFSET_SAMPLE = 64
-"""Pairs whose chosen answers set the offset."""
+"""Pairs whose chosen answers set the offset, drawn from those learned from where none were held out."""
 
 
 def run(config: RewardConfig, context: StageContext) -> StageResult:
@@ -50,15 +51,15 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
     trainer = _trainer(config, context, found, tokenizer, learned)
     train(trainer, context, headline="loss", ceiling=DIVERGED * math.log(2))
     context.progress("scoring")
-    sample = learned[:OFFSET_SAMPLE]
+    judged = held_out or drawn(learned, OFFSET_SAMPLE, context.generator("offset"))
     with gathered(trainer, trainer.model):
-        offset = float(scores(trainer, context, [pair.prompt for pair in sample], [p.chosen for p in sample]).mean())
-        metrics = {"score_offset": offset, **counts, "rows": float(len(learned))}
-        if held_out:
-            # Both answers to a prompt side by side, so that it is computed once.
-            prompts = [pair.prompt for pair in held_out for _ in range(2)]
-            both = scores(trainer, context, prompts, [text for p in held_out for text in (p.chosen, p.rejected)])
-            metrics |= held_out_metrics(both[::2], both[1::2], held_out)
+        # Both answers to a prompt side by side, so that it is computed once.
+        prompts = [pair.prompt for pair in judged for _ in range(2)]
+        both = scores(trainer, context, prompts, [text for pair in judged for text in (pair.chosen, pair.rejected)])
+    offset = float(both[::2].mean())
+    metrics = {"score_offset": offset, **counts, "rows": float(len(learned))}
+    if held_out:
+        metrics |= held_out_metrics(both[::2], both[1::2], held_out)
     refuse_results(metrics)
     result = save_model(trainer.model, tokenizer, context, found, metrics)
     weight = whole(_score_head(trainer.model).weight)
@@ -87,6 +88,11 @@ def split(
     chosen = {prompts[i] for i in torch.randperm(len(prompts), generator=rng)[:count].tolist()}
     learned = [pair for pair in pairs if tuple(pair.prompt) not in chosen]
     return learned, [pair for pair in pairs if tuple(pair.prompt) in chosen]
+
+
+def drawn(pairs: Sequence[TokenizedPair], number: int, rng: torch.Generator) -> list[TokenizedPair]:
+    """At most ``number`` of them, in random order."""
+    return [pairs[i] for i in torch.randperm(len(pairs), generator=rng)[:number].tolist()]
 
 
 def _trainer(
