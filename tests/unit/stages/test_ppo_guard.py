@@ -25,7 +25,7 @@ def _run(folder: Path) -> Path:
         LORA,
         reward=None,
         scorers=[ScorerConfig(source="length", target=3, weight=-2.0)],
-        missing_eos_score=None,
+        missing_eos_penalty=0.0,
         guard=GuardConfig(every=1, prompts=2, scorer=ScorerConfig(source="length", target=3)),
     )
     assert isinstance(config, PpoConfig)
@@ -39,9 +39,9 @@ def test_the_guard_asks_its_own_scorer_and_the_stage_its_own(tmp_path: Path) -> 
     lines = (_run(tmp_path) / "guard.jsonl").read_text().splitlines()
     looks = [json.loads(line) for line in lines]
     assert [look["step"] for look in looks] == [0, 1, 2]
-    golds = [look["guard/gold"] for look in looks]
-    assert max(golds) > 0.0
-    assert [look["guard/proxy"] for look in looks] == pytest.approx([-2.0 * gold for gold in golds], abs=1e-5)
+    means = [look["guard/scorer"] for look in looks]
+    assert max(means) > 0.0
+    assert [look["guard/proxy"] for look in looks] == pytest.approx([-2.0 * mean for mean in means], abs=1e-5)
 
 
 @pytest.mark.parametrize("kept_update", [0.0, 2.0])

@@ -110,7 +110,7 @@ class _StopAt(TrainerCallback):
 
 
 def test_running_means_of_scores_go_on_over_a_resume(bench: Callable[..., Bench]) -> None:
-    settings: dict[str, Any] = {"updates": 2, "missing_eos_score": None}
+    settings: dict[str, Any] = {"updates": 2, "missing_eos_penalty": 0.0}
     straight = bench("straight", rewards=_Relative(), **settings)
     straight.train()
     stopped = bench("resumed", rewards=_Relative(), **settings)
