@@ -133,7 +133,7 @@ def put_back(model: PreTrainedModel, folders: Sequence[Path], *, trainable: bool
     if is_prefix(folders[-1]):
         return _put_back_prefix(model, folders[-1], trainable=trainable)
     try:
-        wrapped = PeftModel.from_pretrained(model, str(folders[-1]), is_trainable=trainable)
+        wrapped = _with_saved(model, folders[-1], trainable=trainable)
     except (ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"this adapter does not fit the model: {error}", where=str(folders[-1])) from error
     return add_frozen(wrapped, folders[:-1]).eval() if folders[1:] else compute_in_base_dtype(wrapped).eval()
@@ -220,6 +220,11 @@ def compute_in_base_dtype(model: PeftModel) -> PeftModel:
     return model
 
 
+def _with_saved(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:
+    """PEFT would read the weights by way of a GPU wherever there is one."""
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, torch_device=str(model.device))
+
+
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The model with a saved adapter added into its weights; a prefix has no place there and stays what it is.
 
@@ -229,7 +234,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if is_prefix(folder):
         return put_back(model, [folder], trainable=False).get_base_model()
     try:
-        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        return _with_saved(model, folder, trainable=False).merge_and_unload()
     except (ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"this adapter does not fit the model: {error}", where=str(folder)) from error
 

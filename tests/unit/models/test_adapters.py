@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import TaskType
+from peft import TaskType, peft_model
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.errors import ModelError
-from alignment.models.adapters import add_adapter, merge_adapter, put_in_order
+from alignment.models.adapters import add_adapter, merge_adapter, put_back, put_in_order
 from tests.oracles.close import close
 from tests.tiny import ARCHITECTURES, liven, tiny_model, tiny_scorer
 from tests.unit.models.conftest import relative
@@ -85,6 +85,14 @@ def test_a_merged_adapter_says_what_it_said_unmerged(tmp_path: Path, architectur
     expected = wrapped(input_ids=IDS).logits
     assert relative(expected, plain(IDS).logits) > 1e-2, "the adapter should matter"
     close(merge_adapter(plain, tmp_path)(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_saved_adapter_is_read_to_where_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a machine with GPUs, which PEFT would take on the way."""
+    add_adapter(tiny_model(), AdapterConfig(), TaskType.CAUSAL_LM).save_pretrained(str(tmp_path))
+    monkeypatch.setattr(peft_model, "infer_device", lambda: pytest.fail("PEFT chose a device"))
+    merge_adapter(tiny_model(), tmp_path)
+    put_back(tiny_model(), [tmp_path], trainable=False)
 
 
 def test_an_adapter_of_another_architecture_is_an_error_that_names_it(tmp_path: Path) -> None:
