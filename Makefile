@@ -1,3 +1,4 @@
+# DEVICE_RUNNER: a command that runs Python with an accelerator, real or simulated.
 # Every target sets up what it needs; only Python 3.11 (the one version tried) and make have to be there.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,12 +7,14 @@ ARGS ?=
 WORK ?= all
 SWEEP ?= dpo_beta
 DATA ?=
+DEVICE_RUNNER ?= $(BIN)/python
+DEVICE_TESTS ?= tests/unit/models tests/unit/stages tests/unit/training
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.alignment-pipeline-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help align plan sweep preview status test test-slurm mutations prove matrix model check format bench clean
+.PHONY: help align plan sweep preview status test test-device test-slurm mutations prove matrix model check format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +40,10 @@ model: $(STAMP)  ## fetch the bundled model (93 MB), which the quickstart and tw
 
 test: $(STAMP)  ## run the tests, on several cores at once
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup $(ARGS)
+
+test-device: $(STAMP)  ## run the tests of models, stages and training on the CUDA device that DEVICE_RUNNER finds
+	$(DEVICE_RUNNER) -c 'import torch; assert torch.cuda.is_available(), "PyTorch finds no CUDA device"'
+	$(DEVICE_RUNNER) -m pytest $(DEVICE_TESTS) $(ARGS)
 
 test-slurm: $(STAMP)  ## run stages as jobs of a real Slurm, which is fetched and started on this machine (Debian)
 	$(BIN)/python -m pytest tests/slurm $(ARGS)

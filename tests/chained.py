@@ -24,6 +24,7 @@ from alignment.config.stage import (
 from alignment.models.load import lineage, load_policy
 from alignment.stage_spec import StageInput, StageSpec
 from alignment.training.context import StageContext
+from tests.device import need_bitsandbytes
 from tests.tiny import save_tiny_model, tiny_spec
 
 DATA = Path(__file__).parents[1] / "data" / "quickstart"
@@ -82,6 +83,8 @@ class Chained:
 
     def run(self, kind: str, adapter: AdapterConfig, *, init: str = "base", **changes: Any) -> list[dict[str, float]]:
         """The lines of the stage's metrics."""
+        if adapter.kind is AdapterKind.qlora:
+            need_bitsandbytes()
         spec = self.spec(kind, adapter, init=init, **changes)
         worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
         self.inputs[kind] = StageInput(ref=f"stage:{kind}", path=spec.artifact)

@@ -230,7 +230,8 @@ def liven(model: torch.nn.Module) -> None:
     rng = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if ".lora_" in name and parameter.requires_grad:
-            parameter.data.normal_(std=0.1, generator=rng)
+            drawn = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.1, generator=rng)
+            parameter.data.copy_(drawn)  # the same numbers on any device
 
 
 def _grown(factory: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel:

@@ -19,6 +19,6 @@ def close(actual: Any, expected: Any, *, rtol: float = 1e-5, atol: float = 1e-7)
     """
     if rtol > MAX_RTOL or atol > MAX_ATOL:
         raise ValueError(f"rtol {rtol} or atol {atol} is too loose; at most {MAX_RTOL} and {MAX_ATOL}")
-    left = torch.as_tensor(actual, dtype=torch.float64)
-    right = torch.as_tensor(expected, dtype=torch.float64)
+    left = torch.as_tensor(actual, dtype=torch.float64, device="cpu")
+    right = torch.as_tensor(expected, dtype=torch.float64, device="cpu")
     torch.testing.assert_close(left, right, rtol=rtol, atol=atol)

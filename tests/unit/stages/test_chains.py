@@ -23,6 +23,7 @@ from alignment.models.rows import stream
 from alignment.training.callbacks import Checkpoints
 from alignment.training.context import StageContext
 from tests.chained import DORA, FULL, LORA, PREFIX, QLORA, SAME_PREFIX, Chained, config_of
+from tests.device import need_bitsandbytes
 from tests.oracles.close import close
 from tests.tiny import BASE_SOURCE
 
@@ -162,6 +163,7 @@ def test_a_killed_stage_goes_on_counting_tokens(tmp_path: Path, kind: str, monke
 
 
 def test_a_killed_stage_goes_on_with_its_moments_in_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need_bitsandbytes()
     config: Any = config_of("dpo", FULL)
     config = replace(config, optim=replace(config.optim, moments=Moments.eight_bit))
     saved = []

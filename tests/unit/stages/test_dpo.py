@@ -78,7 +78,7 @@ def test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved(tmp_path:
         got = float(trainer.compute_loss(trainer.model, batch))
     sides = []
     for answer in (pair.chosen, pair.rejected):
-        ids = torch.tensor([pair.prompt + answer])
+        ids = torch.tensor([pair.prompt + answer], device=trainer.args.device)
         base = trainer.model.get_base_model()
         with torch.no_grad():
             policy = base(ids).logits[0]

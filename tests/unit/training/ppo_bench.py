@@ -87,7 +87,7 @@ class OwnReward(TokenRewards):
 
     def raw(self, prompts: Any, answers: Any, rows: Any) -> dict[str, list[float]]:
         """Its scores at the last tokens."""
-        parts = batches(prompts, answers, tokens=1000, device=torch.device("cpu"))
+        parts = batches(prompts, answers, tokens=1000, device=next(self._model.parameters()).device)
         return {self._name: torch.cat([scalar_scores(self._model, part.rows) for part in parts]).tolist()}
 
 
@@ -134,7 +134,7 @@ def sha256(parameters: Any) -> str:
     """Of all weights together."""
     sha = hashlib.sha256()
     for parameter in parameters:
-        sha.update(parameter.detach().flatten().view(torch.uint8).numpy().tobytes())
+        sha.update(parameter.detach().flatten().view(torch.uint8).cpu().numpy().tobytes())
     return sha.hexdigest()
 
 

@@ -162,11 +162,11 @@ def test_a_shared_critic_learns_with_the_policy_in_one_pass(
     assert isinstance(run.roles.actor_critic.value, ValueHead)
     passes: list[int] = []
     unwrapped(run.roles.policy).model.norm.register_forward_hook(lambda *_: passes.append(1))
-    run.roles.actor_critic.look(answer_stream([[5, 6]], [[7]], torch.device("cpu")), 1.0)
+    run.roles.actor_critic.look(answer_stream([[5, 6]], [[7]], run.context.device), 1.0)
     assert passes == [1]
     assert not run.roles.actor_critic.value.weight.any()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert run.roles.actor_critic.value(torch.ones(2, 32)).dtype == torch.float32
+    with torch.autocast(run.context.device.type, torch.bfloat16):
+        assert run.roles.actor_critic.value(torch.ones(2, 32, device=run.context.device)).dtype == torch.float32
     run.train()
     assert run.roles.actor_critic.value.weight.any()
     (update,) = run.metrics()
@@ -281,7 +281,7 @@ def test_an_experience_is_what_the_papers_say_of_its_own_figures(
     run.train()
     for experience, reference in zip(rollouts, references, strict=True):
         lengths = [len(answer) for answer in experience.answers]
-        costs = (experience.logprobs - reference).tolist()
+        costs = (experience.logprobs.cpu() - reference.cpu()).tolist()
         rewards = gae_oracle.token_rewards(experience.scores.tolist(), costs, lengths, kl_coefficient=0.3)
         told = (rewards, experience.values.tolist(), lengths)
         advantages = gae_oracle.advantages(*told, gamma=0.98, gae_lambda=0.9)
@@ -289,7 +289,8 @@ def test_an_experience_is_what_the_papers_say_of_its_own_figures(
         assert mask == [[place < length for place in range(max(lengths))] for length in lengths]
         close(experience.returns, gae_oracle.returns(*told, gamma=0.98, gae_lambda=0.9), rtol=1e-4, atol=1e-5)
         close(experience.advantages, masked_oracle.whitened(advantages, mask), rtol=1e-4, atol=1e-4)
-    assert float((rollouts[1].logprobs - references[1]).abs().max()) > 1e-4, "the second update should see a KL"
+    moved = rollouts[1].logprobs.cpu() - references[1].cpu()
+    assert float(moved.abs().max()) > 1e-4, "the second update should see a KL"
 
 
 def test_every_update_samples_with_numbers_of_its_own(
@@ -481,7 +482,8 @@ def test_ppo_finds_the_closed_form_optimum_of_a_bandit(bench: Callable[..., Benc
 
 def _distribution(run: Bench, prompt: list[int]) -> list[float]:
     with torch.no_grad():
-        return unwrapped(run.roles.policy)(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).tolist()
+        ids = torch.tensor([prompt], device=run.context.device)
+        return unwrapped(run.roles.policy)(ids).logits[0, -1].double().softmax(-1).tolist()
 
 
 def _optimum(reference: list[float], rewards: list[float], beta: float) -> float:

@@ -315,7 +315,8 @@ def _ptx_loss(run: Bench) -> torch.Tensor:
     """Mean of −log p over learned tokens of all conversations, one plain forward each."""
     losses = []
     for row in CONVERSATIONS:
-        logprobs = unwrapped(run.roles.policy)(torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
+        ids = torch.tensor([row.input_ids], device=run.context.device)
+        logprobs = unwrapped(run.roles.policy)(ids).logits[0].log_softmax(-1)
         losses += [-logprobs[at - 1, label] for at, label in enumerate(row.labels) if label != -100]
     return torch.stack(losses).mean()
 

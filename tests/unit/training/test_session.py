@@ -18,6 +18,7 @@ from alignment.training import checkpoints
 from alignment.training.arguments import quiet_arguments
 from alignment.training.context import StageContext
 from alignment.training.session import fresh_folder, train, usage
+from tests.device import backend
 
 
 class _Line(torch.nn.Module):
@@ -140,7 +141,7 @@ def test_a_gradient_that_is_not_finite_stops_with_the_last_good_checkpoint(conte
 @pytest.fixture
 def _one_process_group(tmp_path: Path) -> Iterator[None]:
     """A process group of one, so that the collective calls are made."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    torch.distributed.init_process_group(backend(), init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 

@@ -1,0 +1,24 @@
+"""What tests can expect of the device that PyTorch finds; ``make test-device`` runs them on others than a CPU."""
+
+from __future__ import annotations
+
+import bitsandbytes.cextension
+import pytest
+import torch
+
+
+def need_bitsandbytes() -> None:
+    """Skips a test where bitsandbytes has no kernels for the device."""
+    if torch.cuda.is_available() and not isinstance(
+        bitsandbytes.cextension.lib, bitsandbytes.cextension.CudaBNBNativeLibrary
+    ):
+        pytest.skip("bitsandbytes has no kernels for this device")
+
+
+def backend() -> str:
+    """Of collective operations on the device; skips a test where it has none."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    if not torch.distributed.is_nccl_available():
+        pytest.skip("NCCL is not there for this device")
+    return "nccl"
