@@ -10,6 +10,7 @@ from alignment import doubts
 from alignment.artifacts import read_manifest
 from alignment.config.stage import CptConfig, EvaluateConfig, PpoConfig, Trained
 from alignment.data.overlap import HeldOut, Overlap, Placed
+from alignment.errors import ArtifactError
 from alignment.pipeline.amounts import rows_of
 from alignment.pipeline.new_tokens import frozen_rows
 from alignment.pipeline.plan import Plan, PlannedStage
@@ -80,5 +81,8 @@ def of_result(kind: str, artifact: Path) -> list[str]:
     if kind == "evaluate":
         path = artifact / "evaluation.json"
         return doubts.of_evaluation(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
-    manifest = read_manifest(artifact)
+    try:
+        manifest = read_manifest(artifact)
+    except ArtifactError:  # whoever builds on it is told; to be shown, it needs no figures
+        return []
     return [] if manifest is None else doubts.of_figures(kind, manifest.metrics)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alignment.pipeline.notes import of_plan
+from alignment.pipeline.notes import of_plan, of_result
 from alignment.pipeline.summary import show_plan
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan
 
@@ -67,3 +67,9 @@ def test_prompts_that_are_learned_and_evaluated_are_named(plan: MakePlan, tmp_pa
     screen = StringIO()
     show_plan(Console(file=screen, width=400), planned)
     assert f"note: {note}" in screen.getvalue()
+
+
+def test_a_result_that_is_not_there_or_damaged_says_nothing_of_itself(tmp_path: Path) -> None:
+    assert of_result("reward", tmp_path) == of_result("evaluate", tmp_path) == []
+    (tmp_path / "manifest.json").write_text("{")
+    assert of_result("reward", tmp_path) == []
