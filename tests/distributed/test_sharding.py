@@ -42,10 +42,13 @@ def shared_out(chained: Chained, kind: str, adapter: AdapterConfig, sharding: Sh
 def steadied(kind: str, adapter: AdapterConfig) -> StageConfig:
     """With an optimiser that does not blow a gradient up that is nothing but rounding.
 
-    In PPO one of two processes cuts its two answers in two micro-batches and the other does not.
+    In PPO one of two processes cuts its two answers in two micro-batches and the other does not. Of four pairs each
+    would cut others, were it alone.
     """
     config: Any = config_of(kind, adapter)
-    room = {"micro_batch_tokens": 500} if kind == "ppo" else {}
+    room: dict[str, int] = {"micro_batch_tokens": 500} if kind == "ppo" else {}
+    if kind in ("reward", "dpo"):
+        room = {"micro_batch_tokens": 1100, "batch_size": 8, "max_steps": 2}
     return replace(config, optim=replace(config.optim, adam_eps=1e-2, **room))
 
 
