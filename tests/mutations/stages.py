@@ -60,6 +60,40 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "stages/reward.py",
+        "unit/stages/test_reward.py",
+        (
+            "the reward model learns from pairs the other way round",
+            '"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected',
+            '"chosen_ids": p.prompt + p.rejected, "rejected_ids": p.prompt + p.chosen',
+            "test_the_loss_is_that_of_bradley_and_terry_with_its_centre",
+        ),
+        (
+            "center_coefficient is ignored",
+            "center_rewards_coefficient=config.center_coefficient or None",
+            "center_rewards_coefficient=None",
+            "test_the_loss_is_that_of_bradley_and_terry_with_its_centre",
+        ),
+        (
+            "a reward model is always right",
+            '"eval_accuracy": _share_won(margins),',
+            '"eval_accuracy": 1.0,',
+            "test_held_out_figures_and_the_offset_are_of_the_saved_model",
+        ),
+        (
+            "held-out answers change sides",
+            "held_out_metrics(both[::2], both[1::2], held_out)",
+            "held_out_metrics(both[1::2], both[::2], held_out)",
+            "test_held_out_figures_and_the_offset_are_of_the_saved_model",
+        ),
+        (
+            "the offset is 0",
+            "offset = float(both[::2].mean())",
+            "offset = 0.0",
+            "test_held_out_figures_and_the_offset_are_of_the_saved_model",
+        ),
+    ),
+    *in_file(
         "stages/ppo.py",
         "unit/training/test_ppo_limits.py",
         (
