@@ -30,7 +30,16 @@ import alignment
 PACKAGE = Path(alignment.__file__).parent
 PUBLIC_DUNDERS = {"__name__", "__qualname__", "__module__", "__class__", "__init__", "__traceback__", "__file__"}
 KNOWN = {"alignment", *sys.stdlib_module_names}
-PUBLIC_DUNDERS |= {"__future__", "__version__", "__func__", "__mro__", "__dict__"}
+PUBLIC_DUNDERS |= {
+    "_replace",
+    "__cause__",
+    "__context__",
+    "__future__",
+    "__version__",
+    "__func__",
+    "__mro__",
+    "__dict__",
+}
 
 
 # ---- what the source uses -------------------------------------------------------------------------------------------
@@ -112,6 +121,14 @@ def lora_layer() -> Any:
     return LoraLinear(torch.nn.Linear(2, 2), "default", config=peft.LoraConfig(r=1), r=1)
 
 
+def hydra_files() -> Any:
+    return importlib.import_module("hydra._internal.core_plugins.file_config_source").FileConfigSource
+
+
+def http_client() -> Any:
+    return pytest.importorskip("openai").DefaultHttpxClient()
+
+
 def op(name: str) -> bool:
     """An operator of oneDNN, which torch may be built without."""
     return not torch.backends.mkldnn.is_available() or hasattr(torch.ops.mkldnn, name)
@@ -148,10 +165,10 @@ CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
         "transformers",
         lambda: has(transformers.Trainer, "_move_model_to_device", "model", "device"),
     ),
+    "_get_grad_norm": ("transformers", lambda: has(transformers.Trainer, "_get_grad_norm", "model", "grad_norm")),
     "_prepare_inputs": ("transformers", lambda: has(transformers.Trainer, "_prepare_inputs", "inputs")),
     # ---- trl
     "_metrics": ("trl", lambda: all(sets(cls, "_metrics") for cls in (trl.SFTTrainer, trl.RewardTrainer))),
-    "_total_train_tokens": ("trl", lambda: sets(trl.DPOTrainer, "_total_train_tokens")),
     "_prepare_dataset": ("trl", lambda: has(trl.DPOTrainer, "_prepare_dataset", "dataset")),
     "_precompute_ref_logps": ("trl", lambda: has(trl.DPOTrainer, "_precompute_ref_logps", "dataset")),
     # ---- peft
@@ -159,12 +176,24 @@ CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
     "_disable_adapters": ("peft", lambda: lora_layer()._disable_adapters is False),
     # ---- accelerate
     "_set_sync_gradients": ("accelerate", lambda: has(GradientState, "_set_sync_gradients", "sync_gradients")),
+    # ---- hydra
+    "_internal": ("hydra-core", lambda: has(hydra_files(), "load_config", "config_path")),
+    "_normalize_file_name": ("hydra-core", lambda: has(hydra_files(), "_normalize_file_name", "filename")),
+    # ---- openai, whose client is httpx's
+    "_mounts": ("openai", lambda: isinstance(http_client()._mounts, dict)),
+    "_transport": ("openai", lambda: has(http_client(), "_transport")),
+    "_pool": ("openai", lambda: has(http_client()._transport, "_pool")),
+    "_network_backend": (
+        "openai",
+        lambda: has(http_client()._transport._pool._network_backend, "connect_tcp", "host", "port", "timeout"),
+    ),
     # ---- deepspeed
     "__compatible_ops__": ("deepspeed", lambda: says("deepspeed", "ops/__init__.py", "__compatible_ops__")),
     # ---- wandb
     "_log_artifact": ("wandb", lambda: says("wandb", "sdk/wandb_run.py", "def _log_artifact(")),
 }
 UNDOCUMENTED: dict[str, tuple[str, Callable[[], bool]]] = {
+    "_total_train_tokens": ("trl", lambda: sets(trl.DPOTrainer, "_total_train_tokens")),
     "_ddp_params_and_buffers_to_ignore": (
         "torch",
         lambda: "_ddp_params_and_buffers_to_ignore" in inspect.getsource(torch.nn.parallel.DistributedDataParallel),
