@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import bitsandbytes.cextension
 import pytest
 import torch
 
 
 def need_bitsandbytes() -> None:
     """Skips a test where bitsandbytes has no kernels for the device."""
-    if torch.cuda.is_available() and not isinstance(
-        bitsandbytes.cextension.lib, bitsandbytes.cextension.CudaBNBNativeLibrary
-    ):
+    if not torch.cuda.is_available():
+        return
+    from bitsandbytes import cextension  # takes long to read in
+
+    if not isinstance(cextension.lib, cextension.CudaBNBNativeLibrary):
         pytest.skip("bitsandbytes has no kernels for this device")
 
 

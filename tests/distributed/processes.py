@@ -13,6 +13,7 @@ import sys
 import traceback
 from typing import Any
 
+from alignment.launcher import visible_devices
 from alignment.stage_spec import StageSpec
 
 PRELOADED = (
@@ -57,6 +58,9 @@ def _process(
 ) -> None:
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    devices = visible_devices()[:world_size]
+    if devices:  # as the launcher has it: a GPU for each process, or none
+        told["CUDA_VISIBLE_DEVICES"] = ",".join(devices) if len(devices) == world_size else ""
     os.environ.update({name: str(value) for name, value in told.items()})
     with (spec.run_folder / f"log-{rank}.txt").open("w") as log:
         os.dup2(log.fileno(), 1)
