@@ -34,7 +34,8 @@ class OptimConfig:
     ``micro_batch_tokens`` are held in memory at once on a device, what the rows of a pair have in common once; a longer
     row stands alone. ``activation_checkpointing`` keeps a layer's input only, and computes the layer again in the
     backward pass. Both change memory and time, not what is learned, but for rounding: without ``master_weights``
-    gradients of pieces are added up in the model's dtype. ``max_steps`` stops earlier than ``epochs``.
+    gradients of pieces are added up in the model's dtype. ``max_steps``, where it is
+    set, is the number of steps, whatever ``epochs`` says.
     """
 
     lr: float
