@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,6 +29,8 @@ from alignment.stages.pairs import TokenizedPair
 from alignment.training.context import StageContext
 from alignment.training.sharding import everyones
 
+log = logging.getLogger(__name__)
+
 VERSION = 5
 """Raised when the computation changes, so that older files are not found."""
 
@@ -40,8 +44,8 @@ class Reference:
     file: Path
 
     def keep(self) -> None:
-        """Writes the file if it is not there. One process calls this, once the sums were checked."""
-        if not self.file.is_file():
+        """Writes the file if it is not there as a whole. One process calls this, once the sums were checked."""
+        if _read(self.file, pairs=len(self.chosen)) is None:
             _write(self.file, {"chosen": self.chosen, "rejected": self.rejected})
 
 
@@ -56,16 +60,17 @@ def reference_logprobs(
     dtype = context.spec.model.dtype
     key = _key(found, pairs, context.adapter, dtype, policy.dtype, context.device)
     file = context.spec.artifact.parent / "cache" / f"reference-{key}.safetensors"
-    if all(everyones(file.is_file())):
-        return Reference(file=file, **load_file(file))
+    columns = _read(file, pairs=len(pairs))
+    if all(everyones(columns is not None)) and columns is not None:
+        return Reference(file=file, **columns)
     context.progress("reference log-probabilities")
     share = pairs[context.rank :: context.world_size]
     with products_in(dtype, context.device):
         chosen = _sums(policy, share, [pair.chosen for pair in share], tokens=tokens)
         rejected = _sums(policy, share, [pair.rejected for pair in share], tokens=tokens)
-    columns = [_interleaved(shares) for shares in zip(*everyones((chosen, rejected)), strict=True)]
-    assert all(len(column) == len(pairs) for column in columns), "a process's share is missing"
-    return Reference(chosen=columns[0], rejected=columns[1], file=file)
+    sums = [_interleaved(shares) for shares in zip(*everyones((chosen, rejected)), strict=True)]
+    assert all(len(column) == len(pairs) for column in sums), "a process's share is missing"
+    return Reference(chosen=sums[0], rejected=sums[1], file=file)
 
 
 def _interleaved(shares: Sequence[Tensor]) -> Tensor:
@@ -110,6 +115,19 @@ def _key(
 def _device_name(device: torch.device) -> str:
     """Kinds of GPUs round differently from one another, and from a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _read(file: Path, *, pairs: int) -> dict[str, Tensor] | None:
+    """The columns of a kept file; None where there is none, or a damaged one, which is computed anew."""
+    try:
+        columns = load_file(file)
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError) as error:
+        log.warning("%s is damaged (%s) and is computed anew.", file, error)
+        return None
+    whole = columns.keys() == {"chosen", "rejected"} and all(column.shape == (pairs,) for column in columns.values())
+    return columns if whole else None
 
 
 def _write(file: Path, columns: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
@@ -93,3 +94,20 @@ def test_weights_in_another_format_have_a_reference_of_their_own(folder: Path) -
         config = DpoConfig(optim=OPTIM, adapter=adapter, precompute_reference=True)
         _train(folder, config, model=half)
     assert len(list((folder / "artifacts/cache").glob("reference-*"))) == 2, "frozen and bare weights are both bfloat16"
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x08", None], ids=["empty", "cut", "too short"])
+def test_a_damaged_reference_is_computed_anew_and_put_right(
+    folder: Path, damage: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = DpoConfig(optim=OPTIM, adapter=ADAPTER, precompute_reference=True)
+    weights = _train(folder, config)
+    (file,) = folder.rglob("reference-*.safetensors")
+    whole = file.read_bytes()
+    if damage is None:
+        save_file({"chosen": torch.zeros(1), "rejected": torch.zeros(1)}, file)
+    else:
+        file.write_bytes(damage)
+    assert torch.equal(_train(folder, config), weights)
+    assert file.read_bytes() == whole
+    assert ("is damaged" in caplog.text) is (damage is not None)
