@@ -11,22 +11,22 @@ MUTATIONS = [
         "stages/evaluate.py",
         EVALUATE,
         (
-            "the evaluation's KL has the other sign",
+            "the evaluation's log-ratio has the other sign",
             "[mine - other for mine, other in zip(own, theirs, strict=True)]",
             "[other - mine for mine, other in zip(own, theirs, strict=True)]",
-            "test_divergences_and_rewards_of_every_arm_are_its_own_by_value",
+            "test_log_ratios_and_rewards_of_every_arm_are_its_own_by_value",
         ),
         (
             "every arm has the reference's words on the first one",
             "theirs = under[place :: len(compared)]",
             "theirs = under[0 :: len(compared)]",
-            "test_divergences_and_rewards_of_every_arm_are_its_own_by_value",
+            "test_log_ratios_and_rewards_of_every_arm_are_its_own_by_value",
         ),
         (
             "arms change their rewards",
             "scores[place :: len(arms)]",
             "scores[len(arms) - 1 - place :: len(arms)]",
-            "test_divergences_and_rewards_of_every_arm_are_its_own_by_value",
+            "test_log_ratios_and_rewards_of_every_arm_are_its_own_by_value",
         ),
         (
             "figures that are no numbers are published",

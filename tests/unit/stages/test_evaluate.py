@@ -149,7 +149,7 @@ def test_the_loss_of_reference_answers_equals_a_slow_sum_over_tokens(chain: Chai
     close([base["perplexity"]["mean"]], [math.exp(total / tokens)])
 
 
-def test_divergences_and_rewards_of_every_arm_are_its_own_by_value(
+def test_log_ratios_and_rewards_of_every_arm_are_its_own_by_value(
     chain: Chained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against plain forward passes, row by row, of each policy, of the reference (sft) and of the reward model."""
@@ -170,12 +170,12 @@ def test_divergences_and_rewards_of_every_arm_are_its_own_by_value(
     for name, arm in answered.items():
         rows = list(zip(prompts, arm.ids, strict=True))
         own = AutoModelForCausalLM.from_pretrained(policies[name]) if name in policies else chain.policy("sft")
-        kl = [logprob(own, *row) - logprob(chain.policy("sft"), *row) for row in rows]
-        close(told[name]["kl"]["mean"], sum(kl) / 3, rtol=1e-4, atol=1e-4)
+        log_ratio = [logprob(own, *row) - logprob(chain.policy("sft"), *row) for row in rows]
+        close(told[name]["greedy_log_ratio"]["mean"], sum(log_ratio) / 3, rtol=1e-4, atol=1e-4)
         scores = [reward(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for ids in map(as_row, rows)]
         close(told[name]["reward"]["mean"], sum(map(float, scores)) / 3, rtol=1e-4, atol=1e-4)
-    assert told["base"]["kl"]["mean"] > 0.01
-    assert told["path:near"]["kl"]["mean"] > 1.0
+    assert told["base"]["greedy_log_ratio"]["mean"] > 0.01
+    assert told["path:near"]["greedy_log_ratio"]["mean"] > 1.0
 
 
 def as_row(row: tuple[list[int], list[int]]) -> torch.Tensor:

@@ -166,6 +166,7 @@ def test_only_the_main_process_sets_checkpoints_aside(context: StageContext) -> 
 def test_shares_of_other_processes_are_not_gone_on_from(context: StageContext) -> None:
     folder = context.checkpoints / "checkpoint-2"
     folder.mkdir()
+    (folder / "rank0.pt").write_text("a share")
     checkpoints.seal(folder, fingerprint=context.spec.fingerprint, layout="shares of 2 processes (zero2)")
     with pytest.raises(ConfigError, match=r"checkpoint-2 holds shares of 2 processes \(zero2\), and this launch"):
         train(_trainer(context), context, headline="loss")
