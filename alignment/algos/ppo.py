@@ -39,8 +39,9 @@ def value_is_clipped(values: Tensor, old_values: Tensor, returns: Tensor, *, cli
     """Bool, of the arguments' shape: where the clipped error is the larger one, so that the value gets no gradient."""
     if clip is None:
         return torch.zeros_like(values, dtype=torch.bool)
-    near = old_values + (values - old_values).clamp(-clip, clip)
-    return (near - returns) ** 2 > (values - returns) ** 2
+    change = values - old_values
+    near = old_values + change.clamp(-clip, clip)
+    return (change.abs() > clip) & ((near - returns) ** 2 > (values - returns) ** 2)
 
 
 def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -> float:

@@ -62,9 +62,15 @@ def turn_off_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for holder in (module, getattr(module, "config", None)):
+            rates = [name for name, value in vars(holder).items() if _is_dropout(name, value)] if holder else []
+            for name in rates:
+                setattr(holder, name, 0.0)
+
+
+def _is_dropout(name: str, value: object) -> bool:
+    """``attention_dropout`` of Llama, ``hidden_dropout`` of Falcon, ``activation_dropout`` of XGLM."""
+    return name.endswith("dropout") and isinstance(value, float)
 
 
 def kept_below(found: Lineage, adapter: AdapterConfig) -> tuple[SavedAdapter, ...]:

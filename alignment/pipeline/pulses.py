@@ -80,7 +80,7 @@ def refuse_stuck(signs: Sequence[Sign], *, processes: int, limit: float, stage: 
     if not silent and not alone and processes > 1:
         places = "\n".join(f"  process {sign.rank}: {sign.phase}, {sign.place}" for sign in signs)
         raise StageError(
-            f"nothing happened for {limit:g} seconds: all processes wait for one another\n{places}",
+            f"nothing happened for {limit:g} seconds: all processes wait for one another or for their GPUs\n{places}",
             where=f"stage {stage}",
             remedy="start the run again to go on from the last checkpoint; launch.hang_seconds sets the limit",
         )

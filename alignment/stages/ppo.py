@@ -31,6 +31,7 @@ from alignment.stages.result import StageResult, save_model
 from alignment.stages.rows import fitting, rows_of, token_rows
 from alignment.training.arguments import SCHEDULES, quiet_arguments
 from alignment.training.context import StageContext
+from alignment.training.finite import refuse_weights
 from alignment.training.guard import Guard
 from alignment.training.ppo_trainer import EndsOverBudget, PpoTrainer
 from alignment.training.ptx import Ptx
@@ -164,6 +165,7 @@ def _ptx(config: PpoConfig, context: StageContext, tokenizer: Any) -> Ptx | None
 
 def _save_critic(value: nn.Module, context: StageContext) -> None:
     """What was trained of the value model, for whoever wants to go on from there; the policy needs none of it."""
+    refuse_weights((name, weight) for name, weight in value.named_parameters() if weight.requires_grad)
     prefix = "base_model.model." if isinstance(value, PeftModel) else ""
     trained = {name.removeprefix(prefix): p for name, p in whole_state(value, trained_only=True).items()}
     if context.is_main:

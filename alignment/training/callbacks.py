@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -15,7 +17,7 @@ from alignment.models.adapters import with_own
 from alignment.stop_requests import SIGNALS
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
-from alignment.training.finite import refuse_figures
+from alignment.training.finite import refuse_figures, refuse_weights
 from alignment.training.metrics import MetricsLog
 from alignment.training.sharding import layout
 
@@ -65,15 +67,21 @@ class StepLog(TrainerCallback):
 
 
 class Checkpoints(TrainerCallback):
-    """Seals each checkpoint once every process has written its part, then removes the oldest."""
+    """Seals each checkpoint once every process has written its part, then removes the oldest.
+
+    One with a weight that is not finite is never sealed, so that no later attempt goes on from it.
+    """
 
     def __init__(self, context: StageContext) -> None:
         self._context = context
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
         """Runs on every process right after the trainer has saved."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
+        refuse_weights((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
         if self._context.is_main:
             folder = self._context.checkpoints / f"checkpoint-{state.global_step}"
             checkpoints.seal(folder, fingerprint=self._context.spec.fingerprint, layout=layout(self._context))
@@ -126,20 +134,29 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, *, period: int) -> None:
         self.stopped = False
+        self.asked = False
         self._period = period
-        self._asked = False
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.default_int_handler:  # Ctrl-C ends what is no worker
-                signal.signal(number, self._ask)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While the block runs, a signal is a request for the next exact step; the handlers from before follow."""
+        # Ctrl-C ends what is no worker.
+        chosen = [number for number in SIGNALS if signal.getsignal(number) is not signal.default_int_handler]
+        before = {number: signal.signal(number, self._ask) for number in chosen}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _ask(self, _: int, __: FrameType | None) -> None:
-        self._asked = True
+        self.asked = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Every process stops at the same step, also when only one was asked."""
         if state.global_step % self._period:
             return
-        asked = self._asked
+        asked = self.asked
         if torch.distributed.is_initialized():
             flag = torch.tensor(int(asked), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)

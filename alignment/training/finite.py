@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -52,7 +53,8 @@ class FiniteSteps(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Gradients are already summed over processes here, so all of them see the same fault."""
+        """Gradients are already summed over processes here, so all of them see the same fault; a loss is a process's
+        own, and the launcher ends the others."""
         step = state.global_step + 1
         loss = _number(getattr(self._trainer, "step_loss", None))
         engine = getattr(self._trainer, "deepspeed", None)
@@ -69,7 +71,8 @@ class FiniteSteps(TrainerCallback):
             )
 
     def _refuse_gradients(self, model: Any, norm: float | None, step: int) -> None:
-        fault = _first_fault(model)
+        # A norm that is NaN has made NaN of every gradient by now, so no name would say anything.
+        fault = None if norm is not None and math.isnan(norm) else _first_fault(model)
         if norm is None and fault is None:
             return
         raise NonFiniteError(
@@ -113,12 +116,20 @@ def refuse_weights(named: Iterable[tuple[str, Tensor]]) -> None:
     Raises:
         NonFiniteError: one is not; the last step may have done it, after which no loss is computed.
     """
-    fault = next((name for name, held in named if not bool(_own(held).isfinite().all())), None)
+    fault = _first_not_finite(named)
     name = next((name for name in everyones(fault) if name is not None), None)
     if name is not None:
         raise NonFiniteError(
-            f"a weight is not finite after the last step ({name})", remedy="lower the learning rate; nothing was kept"
+            f"a weight is not finite ({name})", remedy="lower the learning rate; nothing of this step was kept"
         )
+
+
+def _first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of a tensor with NaN or infinity in this process's share of it."""
+    pairs = list(named)
+    # Read together: each reading by itself would have the host wait for the device.
+    finite = torch.stack([_own(held).isfinite().all() for _, held in pairs]).tolist() if pairs else []
+    return next((name for (name, _), good in zip(pairs, finite, strict=True) if not good), None)
 
 
 def refuse_results(figures: Mapping[str, float]) -> None:
@@ -140,17 +151,18 @@ def _number(value: Any) -> float | None:
 
 
 def _own(held: Tensor) -> Tensor:
-    """This process's share, where a tensor is shared out."""
+    """This process's share, where a tensor is sharded."""
     if hasattr(held, "ds_tensor"):
-        return held.ds_tensor
+        share = held.ds_tensor.flatten()
+        # What follows on the last processes only fills up their shares, with whatever the memory held.
+        return share[: max(0, held.ds_numel - torch.distributed.get_rank() * share.numel())]
     return held.to_local() if isinstance(held, DTensor) else held
 
 
 def _first_fault(model: Any) -> str | None:
     """Where a gradient is not finite, in brackets; of shares, all processes say so if one has it in its own."""
     grads = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
-    shared_out = any(isinstance(grad, DTensor) for _, grad in grads)
-    fault = next((f" ({name})" for name, grad in grads if not bool(_own(grad).isfinite().all())), None)
-    if not shared_out:
-        return fault
-    return next((fault for fault in everyones(fault) if fault is not None), None)
+    name = _first_not_finite(grads)
+    if any(isinstance(grad, DTensor) for _, grad in grads):
+        name = next((name for name in everyones(name) if name is not None), None)
+    return None if name is None else f" ({name})"

@@ -79,7 +79,7 @@ class Guard:
         """Means over the held-out prompts: ``guard/proxy``, ``guard/scorer``, ``guard/kl`` (nats a sequence).
 
         ``guard/best_update`` is the update of the policy that would be handed on now. Every process must call this.
-        The same policy gets the same metrics, whenever it is asked.
+        The same policy gets the same three means, whenever it is asked.
         """
         rollout = rollouts.of_prompts(self._prompts, UpdateFigures(lambda values: values[None]))
         scores = self._scores(rollout, rollouts)

@@ -27,7 +27,7 @@ from alignment.training.callbacks import (
 from alignment.training.context import StageContext
 from alignment.training.finite import FiniteSteps, refuse_divergence
 from alignment.training.metrics import MetricsLog
-from alignment.training.sharding import layout
+from alignment.training.sharding import everyones, layout
 
 
 class Preempted(BaseException):
@@ -51,7 +51,7 @@ def train(
     rose above ``ceiling`` is no result.
 
     Raises:
-        Preempted: SIGTERM or SIGUSR1 arrived; the checkpoint is written.
+        Preempted: a signal asked to stop; the checkpoint is written.
         NonFiniteError: a loss or gradient was not finite.
         StageError: the training diverged.
     """
@@ -66,14 +66,18 @@ def train(
     checks = (WarmupEnds(), FiniteSteps(trainer), NoStepTooMany())
     for callback in (AdaptersAtWork(), steps, Checkpoints(context), *checks, stop):
         trainer.add_callback(callback)
-    with contextlib.suppress(NothingLeft):  # every step was done before; the checkpoint is loaded
+    # NothingLeft: every step was done before; the checkpoint is loaded.
+    with stop.listening(), contextlib.suppress(NothingLeft):
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     if stop.stopped:
         raise Preempted
-    refuse_divergence([row["loss"] for row in log.rows() if "loss" in row], ceiling=ceiling)
+    if stop.asked:  # after the last step, where there was no step left to stop at
+        raise Preempted(saved=False)
+    rows = everyones(log.rows() if context.is_main else [])[0]  # the main process writes them
+    refuse_divergence([row["loss"] for row in rows if "loss" in row], ceiling=ceiling)
     if context.is_main:
         context.trackers.table("samples", MetricsLog(context.content / "samples.jsonl").rows())
-    return {key: value for key, value in log.last().items() if isinstance(value, (int, float))}
+    return {key: value for key, value in (rows[-1] if rows else {}).items() if isinstance(value, (int, float))}
 
 
 def _newest_checkpoint(context: StageContext) -> Path | None:

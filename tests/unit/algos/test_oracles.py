@@ -8,7 +8,13 @@ import torch
 from alignment.algos.gae import advantages_and_returns, token_rewards
 from alignment.algos.kl import AdaptiveKl, FixedKl, k1, k3
 from alignment.algos.masked import center_and_scale, masked_mean, scale_only
-from alignment.algos.ppo import clipped_policy_loss, clipped_value_loss, explained_variance, log_ratio
+from alignment.algos.ppo import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    log_ratio,
+    value_is_clipped,
+)
 from tests.oracles.close import close
 from tests.unit.algos.checks import CHECKS
 from tests.unit.algos.conftest import Batch, random_batch
@@ -186,3 +192,32 @@ def test_explained_variance_is_one_for_perfect_values_and_zero_for_constant_ones
 def test_explained_variance_of_constant_returns_is_zero_by_agreement() -> None:
     returns, mask = torch.full((1, 3), 2.0), torch.ones(1, 3, dtype=torch.bool)
     assert explained_variance(torch.tensor([[1.0, 2.0, 3.0]]), returns, mask) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "target", "clipped"),
+    [
+        (0.5, 0.0, 1.0, True),  # moved towards the return by more than the clip
+        (0.1, 0.0, 1.0, False),
+        (-0.5, 0.0, 1.0, False),  # moved away: the unclipped error is the larger one
+        (0.2, 0.0, 0.0, False),  # at the bound
+        (0.7, 0.4, 0.5, False),  # beyond the return, so its own error is the larger one
+    ],
+)
+def test_a_value_counts_as_clipped_where_it_gets_no_gradient(
+    value: float, old: float, target: float, clipped: bool
+) -> None:
+    values = torch.tensor([[value]], dtype=torch.float64, requires_grad=True)
+    others = [torch.tensor([[number]], dtype=torch.float64) for number in (old, target)]
+    clipped_value_loss(values, *others, torch.ones(1, 1), clip=0.2).backward()
+    assert bool(value_is_clipped(values.detach(), *others, clip=0.2)) is clipped
+    assert bool((values.grad == 0).all()) is clipped or value == target
+
+
+def test_a_value_that_moved_within_the_clip_is_never_counted_however_it_rounds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    old = torch.randn(1000, 10, generator=generator)
+    values = old + (torch.rand(1000, 10, generator=generator) - 0.5) * 0.39
+    returns = torch.randn(1000, 10, generator=generator)
+    assert not value_is_clipped(values, old, returns, clip=0.2).any()
+    assert not value_is_clipped(old + 9.0, old, returns, clip=None).any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,3 +216,13 @@ def test_dropout_that_is_turned_off_stays_off_in_training_mode(base: Lineage) ->
         turn_off_dropout(one)
         one.train()
         assert torch.equal(_logits(one), _logits(one))
+
+
+def test_dropout_is_turned_off_under_every_name_that_models_give_it() -> None:
+    """Falcon reads its configuration in the forward pass, XGLM keeps a number of its own."""
+    model = torch.nn.Linear(1, 1)
+    model.activation_dropout = 0.5
+    model.config = SimpleNamespace(hidden_dropout=0.5, hidden_size=8, use_dropout=True)
+    turn_off_dropout(model)
+    assert model.activation_dropout == 0.0
+    assert model.config == SimpleNamespace(hidden_dropout=0.0, hidden_size=8, use_dropout=True)

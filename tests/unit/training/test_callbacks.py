@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from alignment.training.callbacks import Checkpoints, StepLog, StopOnSignal
@@ -36,16 +37,30 @@ def test_a_signal_saves_and_stops_at_the_next_exact_step(arguments: TrainingArgu
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # not Python's own handler: a worker has replaced it
     stop = StopOnSignal(period=4)
     stops = []
-    for step in range(1, 13):
-        if step == 6:
-            os.kill(os.getpid(), name)
-        control = TrainerControl()
-        stop.on_step_end(arguments, _state(step), control)
-        assert control.should_save == control.should_training_stop
-        if control.should_training_stop:
-            stops.append(step)
+    with stop.listening():
+        for step in range(1, 13):
+            if step == 6:
+                os.kill(os.getpid(), name)
+            control = TrainerControl()
+            stop.on_step_end(arguments, _state(step), control)
+            assert control.should_save == control.should_training_stop
+            if control.should_training_stop:
+                stops.append(step)
     assert stops[0] == 8
     assert stop.stopped
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_after_a_training_a_signal_does_what_it_did_before(name: signal.Signals) -> None:
+    """Held-out pairs, a guard's last look and saving follow, where nothing would read a request."""
+    heard: list[int] = []
+    signal.signal(name, lambda number, _: heard.append(number))
+    stop = StopOnSignal(period=1)
+    with stop.listening():
+        os.kill(os.getpid(), name)
+    assert (stop.asked, heard) == (True, [])
+    os.kill(os.getpid(), name)
+    assert heard == [name]
 
 
 def test_without_a_signal_nothing_stops(arguments: TrainingArguments) -> None:
@@ -54,10 +69,12 @@ def test_without_a_signal_nothing_stops(arguments: TrainingArguments) -> None:
     assert (stop.stopped, control.should_save, control.should_training_stop) == (False, False, False)
 
 
-def test_a_signal_during_the_last_step_lets_the_stage_finish(arguments: TrainingArguments) -> None:
+def test_a_signal_during_the_last_step_ends_no_training_that_ends_by_itself(arguments: TrainingArguments) -> None:
     stop, control = StopOnSignal(period=1), TrainerControl()
-    os.kill(os.getpid(), signal.SIGTERM)
-    stop.on_step_end(arguments, _state(100), control)
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.on_step_end(arguments, _state(100), control)
+    assert stop.asked
     assert not stop.stopped
     assert not control.should_training_stop
 
@@ -65,8 +82,9 @@ def test_a_signal_during_the_last_step_lets_the_stage_finish(arguments: Training
 def test_a_signal_when_the_stage_ends_by_itself_saves_nothing(arguments: TrainingArguments) -> None:
     """PPO over its KL budget ends inside an update, where a checkpoint would count an update that was not learned."""
     stop, control = StopOnSignal(period=1), TrainerControl(should_training_stop=True)
-    os.kill(os.getpid(), signal.SIGTERM)
-    stop.on_step_end(arguments, _state(7), control)
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.on_step_end(arguments, _state(7), control)
     assert (stop.stopped, control.should_save) == (False, False)
 
 
@@ -120,7 +138,7 @@ def test_a_saved_checkpoint_is_sealed_and_the_oldest_removed(
         folder = context.checkpoints / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "weights").write_text("x")
-        Checkpoints(context).on_save(arguments, _state(step), TrainerControl())
+        Checkpoints(context).on_save(arguments, _state(step), TrainerControl(), model=torch.nn.Linear(1, 1))
     assert sorted(path.name for path in context.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     found = newest(context.checkpoints, fingerprint=context.spec.fingerprint)
     assert found == context.checkpoints / "checkpoint-3"

@@ -16,9 +16,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from alignment.errors import NonFiniteError, StageError
 from alignment.stages import reward
 from alignment.stages.result import save_model
-from alignment.training.callbacks import StepLog
+from alignment.training.callbacks import Checkpoints, StepLog
+from alignment.training.checkpoints import newest
 from alignment.training.context import StageContext
-from alignment.training.finite import FiniteSteps, refuse_divergence, refuse_results
+from alignment.training.finite import FiniteSteps, refuse_divergence, refuse_results, refuse_weights
 from alignment.training.metrics import MetricsLog
 from tests.chained import FULL, LORA, Chained, config_of
 from tests.tiny import tiny_model
@@ -58,10 +59,18 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(arguments: Training
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
     model(torch.ones(1, 2)).sum().backward()
     model[1].weight.grad[0, 1] = value
-    for norm in (None, torch.tensor(math.nan)):
-        with pytest.raises(NonFiniteError, match=r"a gradient is not finite at step 8 \(1\.weight\)") as caught:
-            before_step_8(arguments, trainer(norm), model)
-        assert caught.value.exit_code == 6
+    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at step 8 \(1\.weight\)") as caught:
+        before_step_8(arguments, trainer(None), model)
+    assert caught.value.exit_code == 6
+
+
+def test_no_parameter_is_blamed_where_clipping_made_nan_of_all_gradients(arguments: TrainingArguments) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    model(torch.ones(1, 2)).sum().backward()
+    model[1].bias.grad[0] = math.nan
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at step 8 \(their norm is nan\)"):
+        before_step_8(arguments, trainer(norm), model)
 
 
 def test_a_norm_that_overflowed_stops_though_every_gradient_is_then_zero(arguments: TrainingArguments) -> None:
@@ -143,9 +152,39 @@ def test_weights_that_are_not_finite_are_not_saved(context: StageContext, value:
     """No loss is computed after the last step."""
     model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
-    with pytest.raises(NonFiniteError, match=r"a weight is not finite after the last step \(model\.layers\.1\.mlp"):
+    with pytest.raises(NonFiniteError, match=r"a weight is not finite \(model\.layers\.1\.mlp"):
         save_model(model, None, context, None, {})  # type: ignore[arg-type]
     assert not list(context.content.iterdir())
+
+
+@NOT_FINITE
+def test_a_checkpoint_with_a_weight_that_is_not_finite_never_counts(
+    context: StageContext, arguments: TrainingArguments, value: float
+) -> None:
+    """The step's own loss and gradients were finite, so only a look at the weights can tell."""
+    model = torch.nn.Linear(2, 2)
+    for step in (1, 2):
+        if step == 2:
+            model.weight.data[1, 0] = value
+        (context.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+        (context.checkpoints / f"checkpoint-{step}/weights").write_text("w")
+        with pytest.raises(NonFiniteError) if step == 2 else contextlib.nullcontext():
+            Checkpoints(context).on_save(arguments, at_step(step), TrainerControl(), model=model)
+    best = newest(context.checkpoints, fingerprint=context.spec.fingerprint)
+    assert best is not None
+    assert best.name == "checkpoint-1"
+
+
+def test_what_fills_up_the_last_share_of_a_sharded_weight_is_not_looked_at(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's shares are equally long; seven numbers on three processes leave two behind the last one's own."""
+    weight = torch.nn.Parameter(torch.empty(0))
+    weight.ds_numel, weight.ds_tensor = 7, torch.tensor([1.0, math.nan, math.inf])
+    for rank, passes in ((2, True), (1, False)):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        with contextlib.nullcontext() if passes else pytest.raises(NonFiniteError):
+            refuse_weights([("weight", weight)])
 
 
 def test_a_figure_of_a_result_that_is_not_finite_is_no_result() -> None:
