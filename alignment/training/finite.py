@@ -153,9 +153,9 @@ def _number(value: Any) -> float | None:
 def _own(held: Tensor) -> Tensor:
     """This process's share, where a tensor is sharded."""
     if hasattr(held, "ds_tensor"):
-        share = held.ds_tensor.flatten()
+        share, whole = held.ds_tensor.flatten(), getattr(held, "ds_numel")  # noqa: B009 - DeepSpeed adds both
         # What follows on the last processes only fills up their shares, with whatever the memory held.
-        return share[: max(0, held.ds_numel - torch.distributed.get_rank() * share.numel())]
+        return share[: max(0, whole - torch.distributed.get_rank() * share.numel())]
     return held.to_local() if isinstance(held, DTensor) else held
 
 
