@@ -88,9 +88,10 @@ def _look_at_source(tokenizer: object, kind: Kind, limits: Limits, data: SourceC
     every = list(tokenized(tokenizer, kind, records, limits))
     faults = [one.fault for one in every if one.fault is not None]
     others = [fault for fault in faults if not isinstance(fault, RowTooLong)]
-    if every and len(others) == len(every):
-        raise others[0]
-    if len(every) < LOOKED_AT:
+    whole = len(every) < LOOKED_AT
+    if every and len(others) == len(every) and (whole or data.on_error is OnError.fail):
+        raise others[0]  # further rows of a longer source may be fine, where faulty ones are skipped
+    if whole:
         dropped, cut = len(faults) - len(others), sum(one.cut != "" for one in every)
         longest = max((one.tokens for one in every), default=0)
         refuse_losses(limits, dropped=dropped, cut=cut, records=len(every), longest=longest, where=str(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from alignment import launcher
 from alignment import rehearsal as worker
+from alignment.data.rendering import LAST_STAND_IN
 from alignment.errors import AlignmentError, DataError, RewardError, StageError
 from alignment.pipeline.plan import Plan
 from alignment.pipeline.record import read_record
@@ -125,6 +127,20 @@ def test_what_does_not_answer_in_time_is_ended(plan: MakePlan, monkeypatch: pyte
     planned = plan("launch.hang_seconds=7")
     with pytest.raises(StageError, match=r"launch\.hang_seconds: rows were tried .* no answer within 7 seconds"):
         rehearse(planned, planned.stages, announce=lambda _: None)
+
+
+@pytest.mark.parametrize(("on_error", "refused"), [("skip", False), ("fail", True)])
+def test_rows_that_follow_faulty_ones_may_be_fine_where_faulty_ones_are_skipped(
+    tried: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_error: str, refused: bool
+) -> None:
+    """No text can be rendered that holds a character which stands for a control token."""
+    monkeypatch.setattr(worker, "LOOKED_AT", 5)
+    rows = (tmp_path / "preferences.jsonl").read_text().splitlines()
+    spoilt = [row.replace("When is", f"{chr(LAST_STAND_IN)} When is") for row in rows[:5]]
+    (tmp_path / "spoilt.jsonl").write_text("\n".join([*spoilt, *rows[5:]]))
+    data = f"stages.dpo.data={{source: 'path:{tmp_path}/spoilt.jsonl', on_error: {on_error}, max_skipped: 0.5}}"
+    with pytest.raises(DataError, match="private-use character") if refused else nullcontext():
+        tried(data)
 
 
 def test_a_run_tries_before_its_first_stage(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
