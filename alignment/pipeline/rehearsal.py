@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from alignment import launcher
+from alignment.config.launch import LauncherKind
 from alignment.config.stage import CptConfig, StageConfig, Trained
 from alignment.errors import StageError
 from alignment.launcher import Command
-from alignment.pipeline import handover
+from alignment.pipeline import handover, machines, tried
 from alignment.pipeline.plan import Action, Plan, PlannedStage
 
 _FOLDER = ".rehearsal"
+_RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+"""The trial is one process, so it must not wait for others."""
 
 
 def rehearse(plan: Plan, stages: Sequence[PlannedStage], *, announce: Callable[[str], None]) -> None:
@@ -31,25 +34,49 @@ def rehearse(plan: Plan, stages: Sequence[PlannedStage], *, announce: Callable[[
         StageError: no answer within ``launch.hang_seconds``.
     """
     waiting = [one for one in stages if one.action is not Action.reuse and isinstance(one.config, Trained)][1:]
-    rows = [one for one in waiting if _learns_by_own_tokenizer(one.config, plan.config.stages)]
-    scorers = [one for one in waiting if one.code]
+    rows = [stage for stage in waiting if _learns_by_own_tokenizer(stage.config, plan.config.stages)]
+    scorers = [stage for stage in waiting if stage.code]
+    rows = [stage for stage in rows if not tried.is_known(plan, stage, part=tried.ROWS)]
+    scorers = [stage for stage in scorers if not tried.is_known(plan, stage, part=tried.SCORERS)]
     if not (rows or scorers):
         return
-    announce("trying rows and scorers of later stages, which takes a few seconds")
+    announce(_announcement(rows, scorers))
+    _try(plan, rows, scorers)
+    for part, stages_of_part in ((tried.ROWS, rows), (tried.SCORERS, scorers)):
+        for stage in stages_of_part:
+            tried.remember(plan, stage, part=part)
+
+
+def _announcement(rows: Sequence[PlannedStage], scorers: Sequence[PlannedStage]) -> str:
+    parts = [(tried.ROWS, rows), (tried.SCORERS, scorers)]
+    named = " and ".join(f"{part} of {', '.join(one.name for one in stages)}" for part, stages in parts if stages)
+    return f"trying {named} before anything trains: ten seconds or more, once for these settings and data"
+
+
+def _try(plan: Plan, rows: Sequence[PlannedStage], scorers: Sequence[PlannedStage]) -> None:
     folder = plan.run_folder / _FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     argv = [sys.executable, "-m", "alignment.rehearsal", str(folder)]
     argv += ["--rows", *_files(plan, rows, folder), "--scorers", *_files(plan, scorers, folder)]
-    environment = launcher.environment(launcher.count_cores(), os.environ.get("PYTHONPATH", ""))
     code = launcher.execute(
-        Command(argv=tuple(argv), environment=environment),
+        Command(argv=tuple(argv), environment=_environment(plan)),
         log=folder / "log.txt",
         on_poll=_deadline(plan, scorers),
         grace_seconds=1.0,
     )
     handover.raise_for_status(folder, code=code, stage="rehearsal")
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _environment(plan: Plan) -> dict[str, str]:
+    """A worker's, as far as a scorer may read it: torchrun names the process, and accelerate does not name a single
+    one."""
+    devices = launcher.count_devices()
+    launch = launcher.with_processes(plan.config.launch, num_devices=devices)
+    own = launcher.environment(launcher.count_cores(), os.environ.get("PYTHONPATH", ""))
+    by_accelerate = launcher.chosen_launcher(launch, num_devices=devices) is LauncherKind.accelerate
+    return own if by_accelerate and launch.num_processes == 1 else own | _RANKS
 
 
 def _files(plan: Plan, stages: Sequence[PlannedStage], folder: Path) -> Iterator[str]:
@@ -63,6 +90,7 @@ def _deadline(plan: Plan, scorers: Sequence[PlannedStage]) -> Callable[[], None]
     code = ", ".join(function for one in scorers for function in one.code)
 
     def on_poll() -> None:
+        machines.show_life(plan.run_folder, plan.config.launch)
         if limit and time.monotonic() - started > limit:
             raise StageError(
                 f"rows{f' and {code}' if code else ''} were tried before anything trained, and there was no answer "

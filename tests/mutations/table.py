@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutations import data, evaluating, pipeline, ppo, ppo_step, results, stages, training
+from tests.mutations import data, driver, evaluating, pipeline, ppo, ppo_step, results, stages, training
 from tests.mutations.mutation import Mutation
 
 MUTATIONS: list[Mutation] = [
@@ -14,4 +14,5 @@ MUTATIONS: list[Mutation] = [
     *evaluating.MUTATIONS,
     *results.MUTATIONS,
     *pipeline.MUTATIONS,
+    *driver.MUTATIONS,
 ]

@@ -16,6 +16,7 @@ from alignment import launcher
 from alignment import rehearsal as worker
 from alignment.data.rendering import LAST_STAND_IN
 from alignment.errors import AlignmentError, DataError, RewardError, StageError
+from alignment.pipeline import machines
 from alignment.pipeline.plan import Plan
 from alignment.pipeline.record import read_record
 from alignment.pipeline.rehearsal import rehearse
@@ -27,6 +28,7 @@ SCORER = """import pathlib
 def fine(prompts, completions, rows):
     pathlib.Path(__file__).with_name("asked.txt").write_text(repr((prompts, completions, rows[0]["chosen"])))
     return [0.5 for _ in rows]
+def fine2(prompts, completions, rows): return [0.5]
 def two(prompts, completions, rows): return [1, 2]
 def raises(prompts, completions, rows): return rows[0]["level"]
 """
@@ -77,6 +79,39 @@ def test_later_stages_are_tried_and_nothing_is_left(
     assert not any(planned.run_folder.iterdir())
 
 
+def test_what_went_well_is_not_tried_again(tried: Callable[..., Plan], started: Commands) -> None:
+    """Whatever else changes meanwhile; only what a trial looks at makes it anew, and only of those stages."""
+    tried()
+    tried()
+    tried("seed=7", "stages.dpo.beta=0.3", "stages.sft.optim.lr=1e-3", "name=trial.2")
+    assert len(started) == 1
+    tried("stages.dpo.max_length=300")
+    assert stages_in(started[1]) == ["--rows", "dpo", "--scorers"]
+    tried("stages.dpo.data.on_error=skip")
+    assert stages_in(started[2]) == ["--rows", "dpo", "--scorers"]
+    tried(function="fine2")
+    assert stages_in(started[3]) == ["--rows", "--scorers", "ppo"]
+
+
+def test_what_failed_is_tried_again(tried: Callable[..., Plan], started: Commands) -> None:
+    tried()
+    for _ in range(2):
+        with pytest.raises(RewardError):
+            tried(function="two")
+    assert [stages_in(command) for command in started[1:]] == [["--rows", "--scorers", "ppo"]] * 2
+
+
+def test_what_is_tried_is_announced_by_name(plan: MakePlan, tried: Callable[..., Plan]) -> None:
+    announced: list[str] = []
+    tried()
+    planned = plan("stages.dpo.max_length=300")
+    rehearse(planned, planned.stages, announce=announced.append)
+    rehearse(planned, planned.stages, announce=announced.append)
+    assert announced == [
+        "trying rows of dpo before anything trains: ten seconds or more, once for these settings and data"
+    ]
+
+
 def test_a_stage_that_runs_first_finds_out_by_itself(
     plan: MakePlan, tried: Callable[..., Plan], started: Commands, tmp_path: Path
 ) -> None:
@@ -91,7 +126,7 @@ def test_a_stage_that_runs_first_finds_out_by_itself(
     ("function", "settings", "kind", "message"),
     [
         ("two", (), RewardError, "score.py:two: gave 2 scores for 1 answers to "),
-        ("raises", (), RewardError, "score.py:raises: raised KeyError: 'level' at line 6, asked about answers to "),
+        ("raises", (), RewardError, "score.py:raises: raised KeyError: 'level' at line 7, asked about answers to "),
         ("fine", ("stages.dpo.max_length=4",), DataError, "24 dropped of 24 rows, because too long, more than 10%"),
         ("fine", ("stages.dpo.max_length=4", "stages.dpo.too_long.do=cut"), DataError, "because too long"),
         ("fine", ("stages.ppo.max_prompt_length=4",), DataError, "24 dropped of 24 rows, because too long"),
@@ -127,6 +162,44 @@ def test_what_does_not_answer_in_time_is_ended(plan: MakePlan, monkeypatch: pyte
     planned = plan("launch.hang_seconds=7")
     with pytest.raises(StageError, match=r"launch\.hang_seconds: rows were tried .* no answer within 7 seconds"):
         rehearse(planned, planned.stages, announce=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks"),
+    [
+        (("launch.kind=torchrun",), ("0", "0", "1")),
+        (("launch=ddp", "launch.num_processes=2"), ("0", "0", "1")),
+        ((), (None, None, None)),
+    ],
+)
+def test_a_scorer_finds_the_variables_that_its_launcher_sets(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], ranks: tuple[str | None, ...]
+) -> None:
+    found: list[dict[str, str]] = []
+
+    def execute(command: launcher.Command, *, log: Path, **_: Any) -> int:
+        found.append(command.environment)
+        return worker._say(log.parent, 0, "", "")
+
+    monkeypatch.setattr(launcher, "execute", execute)
+    monkeypatch.setattr(launcher, "count_devices", lambda: 0)
+    planned = plan(*settings)
+    rehearse(planned, planned.stages, announce=lambda _: None)
+    assert tuple(map(found[0].get, ("RANK", "LOCAL_RANK", "WORLD_SIZE"))) == ranks
+
+
+def test_other_machines_see_that_the_first_one_lives_while_it_tries(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan("launch=ddp", "launch.num_machines=2", "launch.num_processes=1", "launch.main_address=first")
+
+    def execute(command: launcher.Command, *, log: Path, on_poll: Callable[[], None], **_: Any) -> int:
+        on_poll()
+        return worker._say(log.parent, 0, "", "")
+
+    monkeypatch.setattr(launcher, "execute", execute)
+    rehearse(planned, planned.stages, announce=lambda _: None)
+    assert (planned.run_folder / machines.LIFE).is_file()
 
 
 @pytest.mark.parametrize(("on_error", "refused"), [("skip", False), ("fail", True)])
