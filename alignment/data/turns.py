@@ -131,11 +131,12 @@ def _call(fields: Fields, at: str, call: Any) -> Mapping[str, Any]:
 
 def _learned(fields: Fields, at: str, turn: Mapping[str, Any], *, role: str) -> bool:
     """Whether an assistant's turn is learned. No other turn ever is, and a file that asks for it is refused."""
-    for name in ("weight", "loss_weight"):
-        if turn.get(name, 1) not in (0, 1):
-            fields.fail(f"{at}.{name}", f"must be 0 or 1; it is {turn[name]!r:.60}")
+    weights = {name: turn.get(name) for name in ("weight", "loss_weight")}  # null is how Parquet leaves a field out
+    for name, weight in weights.items():
+        if weight not in (None, 0, 1):
+            fields.fail(f"{at}.{name}", f"must be 0 or 1; it is {weight!r:.60}")
     if role != "assistant":
-        if turn.get("loss_weight", 0):
+        if weights["loss_weight"]:
             fields.fail(f"{at}.loss_weight", f"asks to learn a turn of the {role}; only an assistant's are learned")
         return True
-    return bool(turn.get("weight", 1)) and bool(turn.get("loss_weight", 1))
+    return all(weight is None or bool(weight) for weight in weights.values())

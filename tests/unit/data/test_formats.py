@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from alignment.config.data import DataConfig
 from alignment.data.fields import Fields, SetAside
@@ -205,6 +207,14 @@ def test_a_turn_of_weight_0_is_read_and_not_learned() -> None:
 
 def _part(kind: str, value: Any) -> list[dict[str, Any]]:
     return [{"type": kind, "value": value}]
+
+
+def test_a_weight_of_null_counts_as_absent(tmp_path: Path) -> None:
+    """Parquet gives every turn every field, so a file with a weight on some turns has null on the others."""
+    turns = [ASKED, {**ANSWER, "weight": 0}, ASKED, ANSWER, {**ASKED, "loss_weight": 0}, {**ANSWER, "loss_weight": 1}]
+    parquet.write_table(pa.table({"messages": [turns]}), tmp_path / "turns.parquet")
+    (record,) = iterate(tmp_path / "turns.parquet", Conversation, DataConfig())
+    assert [turn.learned for turn in record.messages if turn.role == "assistant"] == [False, True, True]
 
 
 def test_the_newest_files_of_llamafactory_are_read_with_their_parts_and_weights() -> None:
