@@ -6,6 +6,7 @@ would refuse too, after those before it have trained.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,8 +43,13 @@ def seen(records: Sequence[Record], *, whole: bool) -> Seen:
 
 
 def _prompt_of(record: Any) -> tuple[Any, ...]:
-    turns = [(turn.role, turn.content) for turn in getattr(record, "messages", ())]
-    return tuple(turns) or (getattr(record, "text", ""),)
+    """All that a template renders: a stage tells prompts apart by their tokens."""
+    turns = [(turn.role, turn.content, _text(turn.tool_calls)) for turn in getattr(record, "messages", ())]
+    return (_text(getattr(record, "tools", ())), *turns) if turns else (getattr(record, "text", ""),)
+
+
+def _text(values: Sequence[Mapping[str, Any]]) -> str:
+    return json.dumps(list(values), sort_keys=True, default=str) if values else ""
 
 
 def rows_of(data: DataConfig, own: Seen | None) -> int | None:

@@ -12,8 +12,11 @@ from alignment import cli
 from alignment.config.data import DataConfig, MixedConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.stage import CptConfig, DpoConfig, GuardConfig, PpoConfig, RewardConfig, SftConfig, StageConfig
+from alignment.data.records import Prompt
+from alignment.data.turns import Message
 from alignment.errors import ConfigError
 from alignment.pipeline.amounts import Seen, faults
+from alignment.pipeline.amounts import seen as amounts_of
 from alignment.pipeline.launching import refuse_sizes
 from tests.unit.pipeline.conftest import ROWS, MakePlan
 
@@ -94,11 +97,25 @@ def test_a_plan_counts_rows_and_different_prompts(plan: MakePlan, tmp_path: Path
     assert stages["ppo"].seen["data"].whole
 
 
+def test_prompts_that_differ_in_tools_or_calls_alone_are_different() -> None:
+    """A template renders both, so a guard can hold out one of two such prompts."""
+    asked = Message(role="user", content="Add them.")
+
+    def tool(name: str) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": name, "arguments": {"a": [1, 2]}}}
+
+    tools = [Prompt(messages=(asked,), tools=(tool(name),)) for name in ("add", "sum", "sum")]
+    calls = [Message(role="assistant", content="", tool_calls=(tool(name),)) for name in ("add", "sum", "sum")]
+    assert amounts_of(tools, whole=True).prompts == 2
+    assert amounts_of([Prompt(messages=(asked, call, asked)) for call in calls], whole=True).prompts == 2
+
+
 def test_a_plan_refuses_sizes_that_no_machine_can_run(
     plan: MakePlan, overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What the first stage could have trained for hours before the last one said so."""
-    wrong = ("stages.ppo.completions_per_prompt=3", "stages.ppo.guard.every=1", "stages.dpo.data.limit=7")
+    guard = "stages.ppo.guard={every: 1, prompts: 64, scorer: {source: house_style}}"
+    wrong = ("stages.ppo.completions_per_prompt=3", guard, "stages.dpo.data.limit=7")
     with pytest.raises(ConfigError) as caught:
         refuse_sizes(plan(*wrong))
     lines = [line.strip() for line in str(caught.value).splitlines()]
