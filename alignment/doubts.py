@@ -5,17 +5,17 @@ The driver prints them as the stage ends; ``align status`` and the report show t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 SMOKE = "a smoke run: it shows that the recipe runs, and concludes nothing; none of its figures means anything"
-_SMOKE_OVERRIDE = "profile=smoke"
+_SMOKE_PROFILE = "smoke"
 _CHANCE = 0.5
 
 
-def is_smoke(overrides: Sequence[str]) -> bool:
-    """Whether a run was started with these to see whether it runs."""
-    return _SMOKE_OVERRIDE in overrides
+def is_smoke(profile: str) -> bool:
+    """Whether a run under this profile was started to see whether it runs."""
+    return profile == _SMOKE_PROFILE
 
 
 def of_figures(kind: str, figures: Mapping[str, float]) -> list[str]:

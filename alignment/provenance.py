@@ -19,7 +19,6 @@ from alignment.shapes import fits
 
 _PLACE = re.compile(r"(?<![\w.])(?:~|\.\.?)?/(?:[^\s/'\",\]})]+/)*")
 """A path but for its last part, wherever it begins in a text."""
-_PROFILE = "profile="
 _NOT_MAKING = re.compile(r"output=|launch|tracking|[+~]*stages\.[^.=]+\.judge\b")
 """Overrides that shape no model; a judge's may name an internal host."""
 
@@ -177,8 +176,7 @@ def _command(record: dict[str, Any]) -> list[str]:
 
 
 def _profile(record: dict[str, Any]) -> str:
-    told = [str(one) for one in record.get("overrides", [])]
-    return next((one.removeprefix(_PROFILE) for one in told if one.startswith(_PROFILE)), "")
+    return str(record.get("profile", ""))
 
 
 def _evaluation(manifest: Manifest, store: dict[str, Path], run: dict[str, Any] | None) -> Judged | None:

@@ -48,13 +48,15 @@ _DEEPEST = 30
 class Composition:
     """What the files and overrides amount to, not yet typed; ``faults`` were found on the way.
 
-    ``written`` are the dotted keys that a recipe file of the user's sets and no override does.
+    ``written`` are the dotted keys that a recipe file of the user's sets and no override does. ``profile`` is the name
+    of what was laid over the recipe, if anything was.
     """
 
     recipe: str
     tree: dict[str, Any]
     faults: list[Fault]
     written: frozenset[str] = frozenset()
+    profile: str = ""
 
     def placed(self, fault: Fault) -> Fault:
         """The fault with the file that it stands in, if it stands in the user's."""
@@ -93,7 +95,8 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
         plain["name"] = profile.named(plain["name"])
     found = [*faults, *profile_faults, *group_faults, *value_faults, *plain_faults]
     written = frozenset() if recipe in recipe_names() else _keys_written(path) - {o.key_or_group for o in parsed}
-    return Composition(recipe=recipe, tree=plain, faults=found, written=written)
+    name = "" if profile is None else profile.name
+    return Composition(recipe=recipe, tree=plain, faults=found, written=written, profile=name)
 
 
 def _keys_written(path: Path) -> frozenset[str]:

@@ -21,7 +21,7 @@ HIGH_RATE = 1e-2
 
 def of_plan(plan: Plan) -> list[str]:
     """A sentence for each."""
-    found = [f"this is {doubts.SMOKE}"] if doubts.is_smoke(plan.overrides) else []
+    found = [f"this is {doubts.SMOKE}"] if doubts.is_smoke(plan.profile) else []
     if warning := frozen_rows(plan):
         found.append(warning)
     for stage in plan.stages:

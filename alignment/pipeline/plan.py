@@ -94,7 +94,8 @@ class PlannedStage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """All that ``run`` needs. ``sources`` are the models taken from outside, by what the user wrote."""
+    """All that ``run`` needs. ``sources`` are the models taken from outside, by what the user wrote; ``profile`` names
+    what was laid over the recipe, if anything was."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -103,6 +104,7 @@ class Plan:
     base: ModelSource
     sources: dict[str, ModelSource]
     stages: tuple[PlannedStage, ...]
+    profile: str = ""
 
     @property
     def run_folder(self) -> Path:
@@ -144,6 +146,7 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
         base=builder.base,
         sources=builder.sources,
         stages=stages,
+        profile=composition.profile,
     )
 
 

@@ -37,6 +37,7 @@ class RunRecord:
             "name": plan.config.name,
             "recipe": plan.recipe,
             "overrides": [override for override in plan.overrides if override != HERE],
+            "profile": plan.profile,
             "config": config,
             "started": earlier.get("started", _now()),
             "finished": None,

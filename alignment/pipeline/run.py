@@ -279,7 +279,7 @@ def _reuse(plan: Plan, stage: PlannedStage, display: Display) -> None:
 
 def _doubt(plan: Plan, stage: PlannedStage, display: Display) -> None:
     """Says what the stage's figures say against it, before the next stage builds on it."""
-    if not doubts.is_smoke(plan.overrides):
+    if not doubts.is_smoke(plan.profile):
         for doubt in notes.of_result(stage.config.kind, stage.artifact):
             display.note(f"{stage.name}: {doubt}")
 

@@ -38,6 +38,7 @@ def read_run(run_folder: Path) -> Run:
         name=text.name(raw.get("name") or run_folder.name),
         recipe=text.name(raw.get("recipe") or "", limit=400),
         overrides=[text.prose(item) for item in overrides] if isinstance(overrides, list) else [],
+        profile=text.name(raw.get("profile") or ""),
         config=config,
         started=text.name(raw.get("started") or ""),
         finished=text.name(raw.get("finished") or ""),

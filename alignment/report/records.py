@@ -320,6 +320,7 @@ class Run:
     samples_note: str
     cards: list[RewardCard] = field(default_factory=list)
     forgetting: list[Forgetting] = field(default_factory=list)
+    profile: str = ""
 
     @property
     def unfinished(self) -> list[Stage]:

@@ -29,7 +29,7 @@ class Verdict:
 def judge(run: Run) -> Verdict:
     """The verdict on a run, whatever is missing from it."""
     evaluation = run.evaluation
-    if is_smoke(run.overrides):
+    if is_smoke(run.profile):
         return Verdict(lead=f"This is {SMOKE}.", differences=[], warnings=_unfinished(run))
     if evaluation is None:
         told = f"{run.evaluation_note} Nothing can be said yet about which stage helped."

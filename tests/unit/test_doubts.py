@@ -43,5 +43,5 @@ def test_arms_whose_answers_were_all_cut_off_are_named(ended: Any) -> None:
 
 
 def test_a_smoke_run_is_known_by_its_profile() -> None:
-    assert is_smoke(["seed=1", "profile=smoke"])
-    assert not is_smoke(["name=mine-smoke"])
+    assert is_smoke("smoke")
+    assert not is_smoke("")

@@ -10,7 +10,9 @@ import pytest
 from rich.console import Console
 
 from alignment.pipeline.notes import of_plan, of_result
-from alignment.pipeline.summary import show_plan
+from alignment.pipeline.record import RunRecord
+from alignment.pipeline.summary import show_plan, show_results
+from alignment.report.load import read_run
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan
 
 LONG = "Dear all, the training on fire safety is on 21 March at nine in room four, and lunch is at noon."
@@ -49,6 +51,24 @@ def test_an_ordinary_run_has_none(plan: MakePlan) -> None:
 )
 def test_what_is_odd_is_said_exactly(plan: MakePlan, override: str, note: str) -> None:
     assert of_plan(plan(override)) == [note]
+
+
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize("override", ["+profile=smoke", 'profile="smoke"', "profile='smoke'", "++profile=smoke"])
+def test_a_smoke_run_says_so_however_it_is_written(plan: MakePlan, override: str) -> None:
+    planned = plan(override)
+    (note,) = of_plan(planned)
+    assert note.startswith("this is a smoke run: ")
+    planned.run_folder.mkdir(parents=True)
+    screen = StringIO()
+    show_results(Console(file=screen, width=400), planned.run_folder, RunRecord(planned).content)
+    assert f"note: {note}" in screen.getvalue()
+    assert read_run(planned.run_folder).profile == "smoke"
+
+
+@pytest.mark.usefixtures("apart")
+def test_a_run_whose_name_alone_says_smoke_is_none(plan: MakePlan) -> None:
+    assert of_plan(plan("name=mine-smoke")) == []
 
 
 @pytest.mark.usefixtures("apart")

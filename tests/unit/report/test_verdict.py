@@ -67,7 +67,7 @@ def test_an_ordinary_run_has_no_warnings(fake_run):
 
 
 def test_a_smoke_run_concludes_nothing(fake_run):
-    fake_run.run["overrides"].append("profile=smoke")
+    fake_run.run["profile"] = "smoke"
     fake_run.headlines["reward"]["eval_accuracy"] = 0.0
     html = fake_run.html()
     assert lead_of(html) == (
