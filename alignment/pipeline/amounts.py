@@ -21,7 +21,9 @@ from alignment.data.overlap import Placed, asked
 from alignment.data.records import Record
 
 COMPARED_ROWS = 2_000
-"""Rows of a source that are held against the evaluation's, to keep a plan quick; ``align preview`` looks at more."""
+COMPARED_CHARACTERS = 1_000_000
+"""Of a source, what is held against the evaluation's, to keep a plan quick: so many characters take about half a
+second. ``align preview`` looks at more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +40,16 @@ class Seen:
 def seen(records: Sequence[Record], *, whole: bool) -> Seen:
     """What a plan remembers of the records that it read."""
     prompts = {_prompt_of(record) for record in records}
-    texts = tuple(asked(record) for record in records[:COMPARED_ROWS])
-    return Seen(rows=len(records), prompts=len(prompts), whole=whole, texts=texts)
+    return Seen(rows=len(records), prompts=len(prompts), whole=whole, texts=tuple(_compared(records)))
+
+
+def _compared(records: Sequence[Record]) -> Iterator[Placed]:
+    left = COMPARED_CHARACTERS
+    for placed in map(asked, records[:COMPARED_ROWS]):
+        left -= len(placed.text)
+        if left < 0:
+            return
+        yield placed
 
 
 def _prompt_of(record: Any) -> tuple[Any, ...]:
@@ -61,35 +71,48 @@ def rows_of(data: DataConfig, own: Seen | None) -> int | None:
 
 def faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str) -> Iterator[Fault]:
     """What a stage at ``where`` asks of its data that cannot be there."""
-    if not isinstance(config, Trained) or isinstance(config, CptConfig):
-        return  # how many rows a text makes, only its tokens tell
+    if not isinstance(config, Trained):
+        return
     rows = rows_of(config.data, seen_by_field.get("data"))
-    if rows is None:
-        return
-    prompts = min(rows, seen_by_field["data"].prompts)
+    prompts = None if rows is None else min(rows, seen_by_field["data"].prompts)
     if isinstance(config, PpoConfig):
-        if config.guard.every and config.guard.prompts >= prompts:
-            message = (
-                f"{config.guard.prompts} prompts cannot be held out of {prompts}; choose fewer, or set guard.every to 0"
-            )
-            yield Fault(where=f"{where}.guard.prompts", message=message)
+        if prompts is not None:
+            yield from _guard_faults(config, prompts, where=where)
         return
-    held_out = round(config.eval_fraction * prompts) if isinstance(config, RewardConfig) else 0
-    if isinstance(config, RewardConfig) and config.eval_fraction > 0 and not 0 < held_out < prompts:
+    if isinstance(config, RewardConfig) and prompts is not None:
+        yield from _held_out_faults(config, prompts, where=where)
+    made = isinstance(config, CptConfig) or (isinstance(config, SftConfig) and config.packing)
+    # How many rows are made of texts, only their tokens tell.
+    yield from _warm_up_faults(config.optim, None if made else rows, where=f"{where}.optim")
+
+
+def _guard_faults(config: PpoConfig, prompts: int, *, where: str) -> Iterator[Fault]:
+    if config.guard.every and config.guard.prompts >= prompts:
+        message = (
+            f"{config.guard.prompts} prompts cannot be held out of {prompts}; choose fewer, or set guard.every to 0"
+        )
+        yield Fault(where=f"{where}.guard.prompts", message=message)
+
+
+def _held_out_faults(config: RewardConfig, prompts: int, *, where: str) -> Iterator[Fault]:
+    if config.eval_fraction > 0 and not 0 < round(config.eval_fraction * prompts) < prompts:
         message = (
             f"{prompts} prompts are too few to hold out a share of {config.eval_fraction:g}; add pairs, or set "
             "eval_fraction to 0"
         )
         yield Fault(where=f"{where}.eval_fraction", message=message)
-    if not (isinstance(config, SftConfig) and config.packing):
-        yield from _warm_up_faults(config.optim, rows, where=f"{where}.optim")
 
 
-def _warm_up_faults(optim: OptimConfig, rows: int, *, where: str) -> Iterator[Fault]:
-    steps = optim.max_steps or math.ceil(optim.epochs * math.ceil(rows / optim.batch_size))
+def _warm_up_faults(optim: OptimConfig, rows: int | None, *, where: str) -> Iterator[Fault]:
+    """``max_steps`` alone decides where it is set; else nobody knows without the rows."""
+    if optim.max_steps:
+        steps, of_what, remedy = optim.max_steps, "", "raise max_steps"
+    elif rows is not None:
+        steps = math.ceil(optim.epochs * math.ceil(rows / optim.batch_size))
+        of_what = f" with {rows} rows in batches of {optim.batch_size}"
+        remedy = "take smaller batches, more rows or more epochs"
+    else:
+        return
     if optim.warmup_ratio and math.ceil(steps * optim.warmup_ratio) >= steps:
-        message = (
-            f"the warm-up takes all optimiser steps, {steps} with {rows} rows in batches of {optim.batch_size}; set it "
-            "to 0, or take smaller batches, more rows or more epochs"
-        )
+        message = f"the warm-up takes all optimiser steps, {steps}{of_what}; set it to 0, or {remedy}"
         yield Fault(where=f"{where}.warmup_ratio", message=message)

@@ -23,6 +23,9 @@ from tests.unit.pipeline.conftest import ROWS, MakePlan
 OPTIM = OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.1)
 LONGER = OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.1, epochs=2)
 
+SHORT = OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.6, max_steps=2)
+ALL_STEPS = "stages.s.optim.warmup_ratio: the warm-up takes all optimiser steps, 2; set it to 0, or raise max_steps"
+
 
 def told(config: StageConfig, *, rows: int = 8, prompts: int | None = None, whole: bool = True) -> list[str]:
     seen = Seen(rows=rows, prompts=rows if prompts is None else prompts, whole=whole)
@@ -55,11 +58,14 @@ def told(config: StageConfig, *, rows: int = 8, prompts: int | None = None, whol
             "to 0, or take smaller batches, more rows or more epochs",
         ),
         (
-            DpoConfig(optim=OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.6, max_steps=2)),
+            DpoConfig(optim=SHORT),
             {"rows": 100},
-            "stages.s.optim.warmup_ratio: the warm-up takes all optimiser steps, 2 with 100 rows in batches of 8; set "
-            "it to 0, or take smaller batches, more rows or more epochs",
+            ALL_STEPS,
         ),
+        (DpoConfig(optim=SHORT), {"rows": 5000, "whole": False}, ALL_STEPS),
+        (SftConfig(optim=SHORT, data=DataConfig(mix=[MixedConfig(count=50)])), {"rows": 100}, ALL_STEPS),
+        (SftConfig(optim=SHORT, packing=True), {"rows": 100}, ALL_STEPS),
+        (CptConfig(optim=SHORT), {"rows": 100}, ALL_STEPS),
     ],
 )
 def test_data_that_is_too_little_is_named_exactly(config: StageConfig, amount: dict[str, Any], message: str) -> None:
@@ -76,6 +82,7 @@ def test_data_that_is_too_little_is_named_exactly(config: StageConfig, amount: d
         (SftConfig(optim=LONGER), {"rows": 7}),
         (SftConfig(optim=OPTIM, packing=True), {"rows": 7}),
         (CptConfig(optim=OPTIM), {"rows": 1}),
+        (DpoConfig(optim=OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.4, max_steps=2)), {"rows": 7}),
         (SftConfig(optim=OPTIM), {"rows": 7, "whole": False}),
         (SftConfig(optim=OPTIM, data=DataConfig(mix=[MixedConfig(count=50)])), {"rows": 7}),
     ],
@@ -108,6 +115,16 @@ def test_prompts_that_differ_in_tools_or_calls_alone_are_different() -> None:
     calls = [Message(role="assistant", content="", tool_calls=(tool(name),)) for name in ("add", "sum", "sum")]
     assert amounts_of(tools, whole=True).prompts == 2
     assert amounts_of([Prompt(messages=(asked, call, asked)) for call in calls], whole=True).prompts == 2
+
+
+def test_no_more_text_is_held_against_the_evaluation_s_than_takes_half_a_second() -> None:
+    """500 evaluated and 2,000 learned texts of 3,000 words took 5 seconds, and a plan is promised to take a second."""
+    long = Message(role="user", content="word " * 60_000)
+    short = Message(role="user", content="Add them.")
+    records = [Prompt(messages=(one,)) for one in (short, short, long, long, long, long, short)]
+    counted = amounts_of(records, whole=True)
+    assert [len(one.text) for one in counted.texts] == [9, 9, 300_000, 300_000, 300_000]
+    assert (counted.rows, counted.prompts) == (7, 2)
 
 
 def test_a_plan_refuses_sizes_that_no_machine_can_run(
