@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from alignment.config.faults import Fault
+
+_TOKEN = re.compile(r"\$\{|[{}:]")
 
 
 def hostile(value: Any, *, where: str) -> Iterator[Fault]:
@@ -31,5 +34,13 @@ def _reads_outside(text: str, where: str) -> Fault:
 
 
 def _has_resolver(text: str) -> bool:
-    """Whether ``${name:…}`` may stand in the text, its name itself interpolated or not: any colon after ``${``."""
-    return "${" in text and ":" in text[text.index("${") :]
+    """Whether ``${name:…}`` may stand in the text, its name itself interpolated or not: a colon inside such braces."""
+    depth = 0
+    for token in _TOKEN.findall(text):
+        if token == ":" and depth:
+            return True
+        if token == "}":
+            depth = max(0, depth - 1)
+        elif token == "${" or (token == "{" and depth):
+            depth += 1
+    return False

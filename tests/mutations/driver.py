@@ -49,4 +49,56 @@ MUTATIONS = [
             "test_what_went_well_is_not_tried_again",
         ),
     ),
+    *in_file(
+        "data/turns.py",
+        "unit/data/test_formats.py",
+        (
+            "a weight that Parquet left out is faulty",
+            "if weight not in (None, 0, 1):",
+            "if weight not in (0, 1):",
+            "test_a_weight_of_null_counts_as_absent",
+        ),
+    ),
+    *in_file(
+        "pipeline/amounts.py",
+        "unit/pipeline/test_amounts.py",
+        (
+            "prompts with other calls are one",
+            "turn.content, _text(turn.tool_calls))",
+            "turn.content)",
+            "test_prompts_that_differ_in_tools_or_calls_alone_are_different",
+        ),
+        (
+            "a plan compares texts of any length",
+            "        if left < 0:\n",
+            "        if left is None:\n",
+            "test_no_more_text_is_held_against_the_evaluation_s_than_takes_half_a_second",
+        ),
+        (
+            "a warm-up as long as max_steps starts",
+            "    if optim.max_steps:\n",
+            "    if optim.max_steps and rows is not None:\n",
+            "test_data_that_is_too_little_is_named_exactly",
+        ),
+    ),
+    *in_file(
+        "pipeline/compose.py",
+        "unit/pipeline/test_notes.py",
+        (
+            "a smoke run is taken for a real one",
+            'name = "" if profile is None else profile.name',
+            'name = ""',
+            "test_a_smoke_run_says_so_however_it_is_written",
+        ),
+    ),
+    *in_file(
+        "report/load.py",
+        "unit/report/test_page.py",
+        (
+            "anybody's stage file ends a report",
+            "return _mapping(yaml_file.read(path))",
+            "return _mapping(__import__('yaml').safe_load(path.read_text()))",
+            "test_a_stage_file_without_bounds_does_not_end_a_report",
+        ),
+    ),
 ]

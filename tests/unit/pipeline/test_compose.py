@@ -201,6 +201,9 @@ def test_a_faulty_override_is_named_exactly(override: str, message: str) -> None
         "stages.sft={kind: sft, optim: {_target_: os.system}}",
         "summary=${oc.env:HOME}",
         "model=${oc.env:HOME}",
+        "summary='a:b ${seed}/${ oc.env:HOME}'",
+        "summary='${${seed}:HOME}'",
+        "summary='${a.${oc.env:HOME}'",
     ],
 )
 def test_what_could_run_code_or_read_the_environment_is_refused(override: str) -> None:
@@ -228,6 +231,13 @@ def test_interpolation_of_the_configuration_s_own_keys_is_fine(tmp_path: Path) -
     path = tmp_path / "own.yaml"
     path.write_text("defaults: [quickstart, _self_]\nseed: 3\nsummary: seed ${seed}\n")
     assert composed(str(path)).summary == "seed 3"
+
+
+@pytest.mark.parametrize("text", ["${seed}/a:b", "a:b/${seed}", "{a:b}${seed}: ${seed}", "}:${seed}"])
+def test_a_colon_outside_of_the_braces_reads_nothing(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(f"defaults: [quickstart, _self_]\nseed: 3\nsummary: '{text}'\n")
+    assert composed(str(path)).summary == text.replace("${seed}", "3")
 
 
 def test_self_before_the_end_of_a_recipe_is_refused(tmp_path: Path) -> None:
