@@ -1,4 +1,4 @@
-"""Every YAML file of a person's is read here, and Hydra's own reading of one is preceded by this one.
+"""Every YAML file that somebody else may have written is read here, and Hydra's own reading is preceded by this one.
 
 No key stands twice in it: the second would replace the first without a word. And no alias makes a short file long: of
 seven lines, each with ten references to the one before, ten million values would come.
@@ -6,6 +6,7 @@ seven lines, each with ten references to the one before, ten million values woul
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from alignment.errors import ConfigError
 MOST_BYTES = 1 << 20
 MOST_NODES = 10_000
 """Values and keys, those of an alias at each of its places; the longest recipe has some hundreds."""
+_MERGE = "tag:yaml.org,2002:merge"
+"""Of ``<<``, which stands for no value."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -24,9 +27,11 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 continue
-            if key.value in seen:
+            # As they are read: 1 and "1" are two keys, 1 and 0x1 are not.
+            value = key.value if key.tag == _MERGE else self.construct_object(key)
+            if value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
-            seen.add(key.value)
+            seen.add(value)
         return super().construct_mapping(node, deep=deep)
 
     def get_single_node(self) -> yaml.Node | None:
@@ -55,9 +60,12 @@ def read(path: Path) -> Any:
     """The plain values in a file.
 
     Raises:
-        ConfigError: it cannot be read, is larger than a person writes, or is no YAML.
+        ConfigError: it cannot be read, is no regular file, is larger than a person writes, or is no YAML.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            remedy = "copy what it gives to a file, and name that"
+            raise ConfigError("is no regular file, and might never end", where=str(path), remedy=remedy)
         with path.open("rb") as stream:
             content = stream.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:

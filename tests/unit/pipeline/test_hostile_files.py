@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,19 @@ def test_a_long_file_is_refused_by_what_it_holds_too(tmp_path: Path) -> None:
 
 def test_a_few_aliases_are_fine() -> None:
     assert yaml_file.load("a: &a [1, 2]\nb: *a\nc: {<<: {d: *a}}\n") == {"a": [1, 2], "b": [1, 2], "c": {"d": [1, 2]}}
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match=r"pipe\.yaml: is no regular file"):
+        yaml_file.read(tmp_path / "pipe.yaml")
+
+
+def test_a_number_and_its_text_are_two_keys() -> None:
+    assert yaml_file.load("{1: a, '1': b, 'true': c, false: d}") == {1: "a", "1": "b", "true": "c", False: "d"}
+    for text in ("{1: a, 0x1: b}", "{a: 1, 'a': 2}", "{<<: {a: 1}, <<: {b: 2}}"):
+        with pytest.raises(yaml.YAMLError, match="stands twice"):
+            yaml_file.load(text)
 
 
 def test_interpolations_that_double_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
