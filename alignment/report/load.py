@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from alignment.artifacts import Manifest, read_manifest
-from alignment.errors import ArtifactError
+from alignment.config import yaml_file
+from alignment.errors import ArtifactError, ConfigError
 from alignment.report import text
 from alignment.report.evaluation import read_evaluation, read_samples
 from alignment.report.forgetting import read_forgetting
@@ -81,8 +80,8 @@ def _artifact_folder(run_folder: Path, stage: str, entry: dict[str, Any]) -> Pat
 
 def _stage_file(path: Path) -> dict[str, Any]:
     try:
-        return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError):
+        return _mapping(yaml_file.read(path))
+    except ConfigError:
         return {}
 
 

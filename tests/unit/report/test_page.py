@@ -210,6 +210,15 @@ def test_an_interrupted_run_shows_what_there_is(fake_run):
     assert 'aria-label="ppo, KL to the reference' in html  # the curves lie in the work folder
 
 
+def test_a_stage_file_without_bounds_does_not_end_a_report(fake_run):
+    """A run may come from somebody else."""
+    fake_run.run["stages"]["ppo"].update(state="failed", seconds=None, artifact=None)
+    (fake_run.folder / "ppo").mkdir(parents=True)
+    for text in (f"a: {'[' * 2_000}{']' * 2_000}", "a: [" + "1, " * 20_000 + "1]"):
+        (fake_run.folder / "ppo" / "stage.yaml").write_text(f"artifact: ppo-12345678\n{text}", encoding="utf-8")
+        assert "The run is not complete: ppo (failed)." in Page(fake_run.html()).text
+
+
 def test_a_stage_that_run_json_gives_no_artifact_is_found_through_its_stage_file(fake_run):
     fake_run.run["stages"]["ppo"].update(state="failed", seconds=None)
     fake_run.write()
