@@ -7,6 +7,7 @@ end. What is written between two looks is not limited; a look is taken twice a s
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 LIMIT = 16 << 20
@@ -17,15 +18,24 @@ CUT = b"\n[... the middle of this log was left out: it was longer than it may be
 
 
 def shorten(log: Path) -> None:
-    """Cuts the middle out of a log that has become too long."""
-    try:
-        if log.stat().st_size <= LIMIT:
-            return
-    except FileNotFoundError:
-        return
+    """Cuts the middle out of a log that has become too long. One that cannot be cut stays as it is."""
+    with suppress(OSError):  # a stage does not end because of its log
+        if log.stat().st_size > LIMIT:
+            _cut(log)
+
+
+def _cut(log: Path) -> None:
+    """The end is written over the middle before anything goes, so that a disk that is full costs none of it."""
     with log.open("r+b") as file:
         file.seek(-TAIL, os.SEEK_END)
         end = file.read(TAIL)
-        file.truncate(HEAD)
-    with log.open("ab", buffering=0) as file:
-        file.write(CUT + end.partition(b"\n")[2])
+        read_to = file.tell()
+        file.seek(HEAD)
+        file.write(CUT + end[end.find(b"\n") + 1 :])  # whole lines, unless all is one
+        write_to = file.tell()
+        file.seek(read_to)
+        meanwhile = file.read(TAIL)
+        file.seek(write_to)
+        file.write(meanwhile)
+        file.flush()
+        file.truncate()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,3 +54,39 @@ def test_a_command_that_prints_without_end_does_not_fill_the_disk(tmp_path: Path
     assert lines[0] == "begun"
     assert lines[-1] == "again 19999"
     assert (tmp_path / "log.txt").stat().st_size < 600
+
+
+def test_a_disk_that_takes_no_more_costs_neither_end_of_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_bytes(b"".join(b"line %d\n" % number for number in range(400)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    try:
+        shorten(log)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    lines = log.read_bytes().splitlines()
+    assert (lines[0], lines[-1]) == (b"line 0", b"line 399")
+
+
+def test_the_end_of_a_log_of_one_endless_line_stays(tmp_path: Path) -> None:
+    """A progress bar returns to the beginning of its line and ends none."""
+    log = tmp_path / "log.txt"
+    log.write_bytes(b"begun\n" + b"".join(b"\rstep %d" % number for number in range(400)))
+    shorten(log)
+    assert log.read_bytes().endswith(b"\rstep 398\rstep 399")
+
+
+def test_a_command_is_not_stopped_because_its_log_cannot_be_shortened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.open
+
+    def full(path: Path, mode: str = "r", *arguments: Any, **named: Any) -> Any:
+        if "+" in mode:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, mode, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", full)
+    command = Command(argv=(sys.executable, "-c", "print('x' * 3000); import time; time.sleep(0.8)"), environment={})
+    assert execute(command, log=tmp_path / "log.txt", on_poll=lambda: None, grace_seconds=1) == 0
