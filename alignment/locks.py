@@ -8,6 +8,7 @@ import os
 import shlex
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from alignment.errors import ArtifactError, Busy, ConfigError
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 """What file systems answer that know no locks: some network file systems, Lustre without ``flock``."""
 _SHOWN_COMMAND = 200
+_LOOK_SECONDS = 1.0
+"""For which one who only looks at a lock (``is_held``) is waited for; it takes microseconds."""
 
 
 @contextmanager
@@ -33,7 +36,7 @@ def held(path: Path, *, wait: bool, remedy: str = "wait for it, or stop it") -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _open(path, os.O_RDWR | os.O_CREAT)
     try:
-        if not _lock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), path):
+        if not (_lock(descriptor, fcntl.LOCK_EX, path) if wait else _had_at_once(descriptor, path)):
             raise Busy(f"in use by {_holder(descriptor, path)}", where=str(path.parent), remedy=remedy)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
@@ -56,6 +59,18 @@ def is_held(path: Path) -> bool:
         return not _lock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, path)
     finally:
         os.close(descriptor)
+
+
+def _had_at_once(descriptor: int, path: Path) -> bool:
+    """Whether the lock was had. Who only looks shares it for a moment, and does not hold it."""
+    deadline = time.monotonic() + _LOOK_SECONDS
+    while not _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, path):
+        is_taken = not _lock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, path)
+        if is_taken or time.monotonic() > deadline:
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        time.sleep(0.001)
+    return True
 
 
 def _lock(descriptor: int, how: int, path: Path) -> bool:

@@ -7,10 +7,12 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from alignment import locks
 from alignment.errors import ArtifactError, Busy, ConfigError
 from alignment.locks import held, is_held
 
@@ -23,6 +25,28 @@ def test_a_second_holder_is_told_who_has_it(tmp_path: Path) -> None:
         with pytest.raises(Busy, match=f"in use by process {os.getpid()}"), held(lock, wait=False):
             pytest.fail("two hold one lock")
     assert not is_held(lock)
+
+
+def test_whoever_only_looks_keeps_nobody_out(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    lock.touch()
+    with lock.open("rb") as looker:
+        fcntl.flock(looker, fcntl.LOCK_SH)
+        end = threading.Timer(0.05, fcntl.flock, (looker, fcntl.LOCK_UN))
+        end.start()
+        with held(lock, wait=False):
+            assert is_held(lock)
+        end.join()
+
+
+def test_a_look_that_does_not_end_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_LOOK_SECONDS", 0.02)
+    lock = tmp_path / "lock"
+    lock.touch()
+    with lock.open("rb") as looker:
+        fcntl.flock(looker, fcntl.LOCK_SH)
+        with pytest.raises(Busy), held(lock, wait=False):
+            pytest.fail("another process has it")
 
 
 def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
