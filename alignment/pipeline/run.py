@@ -92,7 +92,7 @@ def _execute(
     plan: Plan, only: str | None, console: Console, command_for: CommandFor, *, wait: bool, tried: bool
 ) -> int:
     with held(plan.run_folder / "lock", wait=wait):
-        remove_leftovers(plan.run_folder)
+        remove_leftovers(plan.run_folder, shared=True)  # with who submits the chain, and writes jobs.json
         display = display_for(console)
         plan = _with_all(plan, display, only)
         record = RunRecord(plan, only=only)

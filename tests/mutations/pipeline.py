@@ -64,6 +64,12 @@ MUTATIONS = [
             "test_a_run_in_use_is_left_alone",
         ),
         (
+            "a job removes what its chain is being written to",
+            "remove_leftovers(plan.run_folder, shared=True)",
+            "remove_leftovers(plan.run_folder)",
+            "test_a_run_leaves_alone_what_is_being_written_into_its_folder",
+        ),
+        (
             "the word of an earlier attempt counts for this one",
             '    (folder / "status.json").unlink(missing_ok=True)\n',
             "",
@@ -337,9 +343,25 @@ MUTATIONS = [
         "unit/test_locks.py",
         (
             "a lock keeps nobody out",
-            "fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)",
-            "fcntl.LOCK_SH | (0 if wait else fcntl.LOCK_NB)",
+            "fcntl.LOCK_EX | fcntl.LOCK_NB",
+            "fcntl.LOCK_SH | fcntl.LOCK_NB",
             "test_a_second_holder_is_told_who_has_it",
+        ),
+        (
+            "a look at a run keeps it from starting",
+            "if is_taken or time.monotonic() > deadline:",
+            "if is_taken is not None:",
+            "test_whoever_only_looks_keeps_nobody_out",
+        ),
+    ),
+    *in_file(
+        "logs.py",
+        "unit/test_logs.py",
+        (
+            "a log that cannot be shortened ends its stage",
+            "    with suppress(OSError):  # a stage",
+            "    with suppress(FileNotFoundError):  # a stage",
+            "test_a_command_is_not_stopped_because_its_log_cannot_be_shortened",
         ),
     ),
 ]

@@ -291,11 +291,21 @@ def test_what_a_process_left_that_was_killed_right_after_its_result_was_there_is
     left = [artifact.with_name(f"{artifact.name}.work"), align.run_folder / ".run.json.0a1b.tmp"]
     (left[0] / "checkpoints/checkpoint-4").mkdir(parents=True)
     left[1].touch()
+    os.utime(left[1], (1, 1))
     with held(left[0] / "worker.lock", wait=False):
         align()
         assert left[0].exists(), "its process is still about"
     align()
     assert not any(path.exists() for path in left)
+
+
+def test_a_run_leaves_alone_what_is_being_written_into_its_folder(align: Align) -> None:
+    """A job begins while the command that submits the chain still writes jobs.json."""
+    being_written = align.run_folder / ".jobs.json.0a1b.tmp"
+    align.run_folder.mkdir(parents=True)
+    being_written.touch()
+    align()
+    assert being_written.exists()
 
 
 def test_half_written_files_of_an_attempt_that_was_killed_are_cleared(align: Align) -> None:
