@@ -212,7 +212,7 @@ def execute(
     called with an interruption before the wait for it. Descriptors in ``keep_open`` stay open in the command, and locks
     with them.
     """
-    with log.open("ab") as sink, _deaf_launcher():
+    with log.open("ab") as sink, _answered_later() as came, _deaf_launcher():
         leader = psutil.Popen(
             command.argv,
             env={**os.environ, **command.environment},
@@ -224,6 +224,8 @@ def execute(
         )
     family = _Family(leader)
     try:
+        for number in came:
+            signal.raise_signal(number)
         while (code := _exit_code(leader)) is None:
             family.look()
             shorten(log)
@@ -250,15 +252,29 @@ def execute(
 @contextmanager
 def _deaf_launcher() -> Iterator[None]:
     """SIGUSR1 would kill a launcher, which knows nothing of it; workers take it as a request. A process that is started
-    while a signal is ignored goes on to ignore it."""
-    if threading.current_thread() is not threading.main_thread():  # handlers are the main thread's
-        yield
-        return
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    while a signal is blocked goes on to block it, and so do those that it starts; workers unblock it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     try:
         yield
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _answered_later() -> Iterator[list[int]]:
+    """Signals that come while a process starts; an exception of their handlers would leave it without anybody who knows
+    of it."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # handlers are the main thread's
+        yield came
+        return
+    taken = [number for number in SIGNALS if callable(signal.getsignal(number))]
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in taken}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _exit_code(leader: psutil.Popen) -> int | None:

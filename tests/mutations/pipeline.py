@@ -125,6 +125,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "pipeline/pulses.py",
+        "unit/pipeline/test_pulses.py",
+        (
+            "a file that is stale for a moment ends the run",
+            "with suppress(OSError):  # its worker",
+            "with suppress(FileNotFoundError):  # its worker",
+            "test_a_file_that_goes_while_it_is_read_is_no_fault",
+        ),
+    ),
+    *in_file(
         "errors.py",
         "unit/training/test_finite.py",
         (
@@ -222,6 +232,12 @@ MUTATIONS = [
             '["--standalone", "--nnodes", "1"]',
             '["--nnodes", "1"]',
             "test_the_launcher_suits_the_machine",
+        ),
+        (
+            "a signal that comes while a launcher starts is lost",
+            "            signal.raise_signal(number)\n",
+            "            pass\n",
+            "test_a_signal_that_comes_while_the_command_starts_lets_its_worker_save",
         ),
         (
             "a worker is killed without the time to save",

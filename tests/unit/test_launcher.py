@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -278,6 +279,47 @@ def test_a_signal_to_the_launcher_alone_lets_its_worker_save(tmp_path: Path, num
     code_of_launcher = LAUNCHER.format(worker=SAVES.format(saved=str(tmp_path / "saved"), ready=str(ready)))
     assert execute(python(code_of_launcher), log=tmp_path / "log.txt", on_poll=on_poll, grace_seconds=20) == code
     assert (tmp_path / "saved").read_text() == "saved"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_that_comes_while_the_command_starts_lets_its_worker_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Slurm sends its warning once."""
+    started = psutil.Popen
+
+    def warned(*arguments: Any, **named: Any) -> psutil.Popen:
+        process = started(*arguments, **named)
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+        return process
+
+    def on_signal(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(psutil, "Popen", warned)
+    saves = SAVES.replace("sleep(60)", "sleep(3)").format(saved=str(tmp_path / "saved"), ready=str(tmp_path / "ready"))
+    before = signal.signal(number, on_signal)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            execute(python(LAUNCHER.format(worker=saves)), log=tmp_path / "log.txt", on_poll=never, grace_seconds=20)
+    finally:
+        signal.signal(number, before)
+    assert (tmp_path / "saved").read_text() == "saved"
+
+
+def test_a_worker_hears_what_its_launcher_does_not(tmp_path: Path) -> None:
+    stage = tmp_path / "sft"
+    stage.mkdir()
+    code = (
+        "import os, pathlib, signal\nfrom alignment.stop_requests import stop_while_importing\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        f"stop_while_importing(pathlib.Path({str(stage / 'stage.yaml')!r}))\n"
+    )
+    told = Command(argv=(sys.executable, "-c", code), environment={"PYTHONPATH": str(Path(__file__).parents[2])})
+    assert execute(told, log=tmp_path / "log.txt", on_poll=never, grace_seconds=1) == 75
+    assert json.loads((stage / "status.json").read_text())["state"] == "preempted"
 
 
 def test_a_worker_that_does_not_stop_is_killed_after_the_grace(tmp_path: Path) -> None:
