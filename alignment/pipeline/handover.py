@@ -103,10 +103,10 @@ def _model(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_progress(work: Path) -> Progress | None:
-    """The last word of a running stage, or None before its first."""
+    """The last word of a running stage, or None before its first and where it cannot be read now."""
     try:
         raw = json.loads((work / "progress.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError:  # not there yet, or just replaced by another machine (ESTALE); the next look sees it
         return None
     return Progress(phase=raw["phase"], step=raw["step"], total=raw["total"], figures=raw["figures"])
 

@@ -53,7 +53,8 @@ def announced(folder: Path, launch: LaunchConfig, fingerprint: str) -> Iterator[
 def show_life(run_folder: Path, launch: LaunchConfig) -> None:
     """The first machine's sign of life, where others look for it."""
     if launch.num_machines > 1:
-        (run_folder / LIFE).touch()
+        with suppress(OSError):  # the next one is due in half a second
+            (run_folder / LIFE).touch()
 
 
 def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, command_for: CommandFor) -> int:
@@ -131,7 +132,7 @@ class _Follower:
     def _refuse_silence(self) -> None:
         """The first machine is at work as long as its sign changes; whose clock dates it does not matter."""
         limit = self._plan.config.launch.hang_seconds
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # not there yet, or not for a moment (ESTALE)
             life = (self._plan.run_folder / LIFE).stat().st_mtime_ns
             if life != self._life:
                 self._life, self._heard = life, time.monotonic()
@@ -153,7 +154,7 @@ class _Follower:
 def _read(file: Path) -> dict[str, str]:
     try:
         found: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError:  # not there, or just replaced by the first machine (ESTALE)
         return {}
     return found
 

@@ -62,7 +62,7 @@ def read_signs(work: Path) -> list[Sign]:
     """One of every process that gave any, by rank."""
     signs = []
     for file in sorted(work.glob("pulse/*.json"), key=lambda path: int(path.stem)):
-        with suppress(FileNotFoundError):  # the stage is done, and its worker has just removed the folder
+        with suppress(OSError):  # its worker is done and has removed the folder, or replaced the file on NFS (ESTALE)
             signs.append(Sign(rank=int(file.stem), **json.loads(file.read_text(encoding="utf-8"))))
     return signs
 

@@ -157,7 +157,7 @@ def test_no_machine_waits_for_one_that_is_gone(shared: Shared) -> None:
 @pytest.mark.parametrize("date", [1.0, 4e9])
 def test_a_sign_of_life_counts_because_it_is_new_whatever_its_date(shared: Shared, date: float) -> None:
     """Clocks of two machines differ, and may be set while they work."""
-    follower = machines._Follower(shared.plan, shared.stage, shared.command)
+    follower = machines._Follower(shared.plan, shared.stage, shared.command, Console())
     life = shared.plan.run_folder / machines.LIFE
     life.touch()
     os.utime(life, (date, date))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from alignment.errors import StageError
+from alignment.pipeline import handover
 from alignment.pipeline.pulses import Sign, Watch, read_signs, refuse_stuck
 
 
@@ -59,16 +61,20 @@ def test_the_one_that_others_wait_for_is_named(signs: list[Sign], expected: str)
     assert str(caught.value).startswith("stage sft: ")
 
 
-def test_a_sign_that_goes_while_it_is_read_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that is done removes its folder at any moment."""
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE])
+def test_a_file_that_goes_while_it_is_read_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A worker that is done removes its folder at any moment, and NFS has a number of its own for a file replaced."""
     (tmp_path / "pulse").mkdir()
     (tmp_path / "pulse" / "0.json").touch()
 
     def gone(*_: Any, **__: Any) -> str:
-        raise FileNotFoundError
+        raise OSError(number, "gone")
 
     monkeypatch.setattr(Path, "read_text", gone)
     assert read_signs(tmp_path) == []
+    assert handover.read_progress(tmp_path) is None
 
 
 def test_signs_are_read_by_rank(tmp_path: Path) -> None:
