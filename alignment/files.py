@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import secrets
 import shutil
@@ -26,15 +27,16 @@ _DISK = {
 }
 _WORDS = {
     "no space left on device": errno.ENOSPC,
-    "os error 28": errno.ENOSPC,
     "disk quota exceeded": errno.EDQUOT,
-    "file too large": errno.EFBIG,
     "read-only file system": errno.EROFS,
-    "pytorchstreamwriter failed writing": errno.ENOSPC,
-    "file write failed": errno.ENOSPC,
-    "unexpected pos": errno.ENOSPC,
 }
-"""How libraries report a failed write without its number: safetensors and tokenizers quote it, torch.save does not."""
+"""The system's own words, as C++ libraries quote them."""
+_TOO_LARGE = "file too large"
+"""The system's too, but a server says so as well, of what it was sent."""
+_OF_RUST = re.compile(r"\(os error (\d+)\)")
+"""How safetensors and tokenizers report what the system answered."""
+_OF_TORCH = re.compile("pytorchstreamwriter failed writing|inline_container.*unexpected pos")
+"""How torch.save reports a write that failed, for whatever reason."""
 _PATHS = {
     errno.ENAMETOOLONG: "the path is longer than the file system allows",
     errno.ELOOP: "the path leads in a circle of symbolic links",
@@ -106,9 +108,9 @@ def disk_error(error: BaseException, *, folder: Path) -> DiskError | None:
 
 def path_error(error: OSError) -> ConfigError | None:
     """What to tell the user if a path cannot be used as it is, else None."""
-    if error.errno not in _PATHS:
+    if error.errno not in _PATHS or not error.filename:  # a socket or a process was forbidden
         return None
-    name = str(error.filename or "")
+    name = str(error.filename)
     shown = name if len(name) <= _SHOWN_PATH else f"{name[:_SHOWN_PATH]}… ({len(name)} characters)"
     return ConfigError(_PATHS[error.errno], where=shown, remedy="name another path, or change who may use this one")
 
@@ -150,7 +152,14 @@ def _number(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in _DISK else None
     words = str(error).lower()
-    return next((number for text, number in _WORDS.items() if text in words), None)
+    if quoted := _OF_RUST.search(words):
+        return int(quoted[1]) if int(quoted[1]) in _DISK else None
+    if isinstance(error, OSError) and _TOO_LARGE in words:
+        return errno.EFBIG
+    if isinstance(error, RuntimeError) and _OF_TORCH.search(words):
+        return errno.ENOSPC
+    quotes = isinstance(error, OSError | RuntimeError)
+    return next((number for text, number in _WORDS.items() if quotes and text in words), None)
 
 
 def _room(number: int, where: Path) -> str:

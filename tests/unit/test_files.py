@@ -110,6 +110,9 @@ def test_a_metric_that_cannot_be_appended_names_its_file(tmp_path: Path, monkeyp
         (OSError(errno.EROFS, "Read-only file system"), "the file system is read-only"),
         (OSError(errno.EFBIG, "File too large"), "larger than the limit on file sizes"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "no space left on the device; "),
+        (Exception("No space left on device (os error 28)"), "no space left on the device; "),
+        (OSError("git: write error: No space left on device"), "no space left on the device; "),
+        (RuntimeError("unable to write to file </torch_7>: No space left on device (28)"), "no space left"),
         (RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"), "no space left"),
         (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), "no space left"),
     ],
@@ -121,6 +124,29 @@ def test_every_way_in_which_a_library_reports_a_full_disk_is_understood(
     assert told is not None
     assert words in told.message
     assert (told.exit_code, told.where) == (5, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("upload refused: File too large"),
+        RuntimeError("upload refused: File too large"),
+        KeyError("unexpected position of a token"),
+        RuntimeError("unexpected pos of an answer"),
+        TypeError("no space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:110] . file in archive is not in a subdirectory"),
+    ],
+)
+def test_words_of_somebody_else_s_error_are_not_taken_for_a_full_disk(tmp_path: Path, error: Exception) -> None:
+    assert disk_error(error, folder=tmp_path) is None
+
+
+def test_what_was_forbidden_is_a_fault_of_a_path_only_where_there_is_a_path(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), explained(tmp_path):
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # a signal to another user's process
+    with pytest.raises(ConfigError, match="permission denied") as caught, explained(tmp_path):
+        raise PermissionError(errno.EACCES, "Permission denied", "/data/rows.jsonl")
+    assert caught.value.where == "/data/rows.jsonl"
 
 
 def test_the_disk_is_seen_behind_the_error_that_it_led_to(tmp_path: Path) -> None:
