@@ -27,8 +27,8 @@ examples:
   align run quickstart                            the whole chain on a small model
   align run ./mine.yaml adapter=qlora             a recipe of your own; another choice from conf/
 
-exit codes: 0 well, 2 configuration, 3 data, 4 model, 5 stage or full disk, 6 not finite, 7 artifact,
-8 busy, 9 a scorer that failed, 10 a policy forgot too much, 75 preempted, 130 interrupted
+exit codes: 0 well, 1 a fault of ours, 2 configuration, 3 data, 4 model, 5 stage or full disk, 6 not finite,
+7 artifact, 8 busy, 9 a scorer that failed, 10 a policy forgot too much, 75 preempted, 130 interrupted
 """
 
 
@@ -45,14 +45,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Terminal(soft_wrap=False)
     try:
         _refuse_other_package()
-        with explained(Path.cwd()):
+        with explained(_here()):
             return _dispatch(options, console)
     except AlignmentError as error:
         complain(error)
         return error.exit_code
     except KeyboardInterrupt:
-        Terminal(stderr=True).print("interrupted; nothing was started")
+        Terminal(stderr=True).print("interrupted")
         return 130
+
+
+def _here() -> Path:
+    """The current folder.
+
+    Raises:
+        ConfigError: it was removed.
+    """
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError(
+            "the folder that the command was called in is gone", remedy="change to one that is there"
+        ) from None
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,24 @@ def test_version_and_listings(capsys: Captured) -> None:
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == recipe_names()
     assert cli.main(["stages"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(STAGES)
+
+
+def test_a_folder_that_is_gone_is_told(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert cli.main(["status"]) == 2
+    assert capsys.readouterr().err == (
+        "configuration: the folder that the command was called in is gone\n  → change to one that is there\n"
+    )
+
+
+def test_help_lists_every_exit_code(capsys: Captured) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    listed = capsys.readouterr().out.partition("exit codes:")[2]
+    assert [int(number) for number in re.findall(r"\d+", listed)] == [*range(11), 75, 130]
 
 
 def test_help_fits_a_screen(capsys: Captured) -> None:
@@ -113,13 +132,13 @@ def test_another_distribution_of_the_same_package_is_refused(
     assert "alignment-handbook 0.4 is installed in this environment" in capsys.readouterr().err
 
 
-def test_ctrl_c_before_anything_started_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_dispatch", interrupt)
-    assert cli.main(["recipes"]) == 130
-    assert capsys.readouterr().err == "interrupted; nothing was started\n"
+    assert cli.main(["export", "out", "--to", "there"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_the_command_answers_as_a_process_of_its_own() -> None:
