@@ -37,8 +37,18 @@ def of_figures(kind: str, figures: Mapping[str, float]) -> list[str]:
 
 def of_evaluation(evaluation: Mapping[str, Any]) -> list[str]:
     """What an evaluation.json says against its arms."""
-    cut = [str(arm["label"]) for arm in evaluation["arms"] if _mean(arm.get("ended")) == 0.0]
-    return [f"all answers of {', '.join(cut)} were cut off at max_new_tokens; raise it"] if cut else []
+    return of_endings({str(arm["label"]): _mean(arm.get("ended")) for arm in evaluation["arms"]})
+
+
+def of_endings(shares: Mapping[str, float | None]) -> list[str]:
+    """What the share of answers that ended says against arms, by their labels."""
+    cut = [label for label, share in shares.items() if share == 0.0]
+    if not cut:
+        return []
+    return [
+        f"all answers of {', '.join(cut)} were cut off at max_new_tokens, so their scores are those of unfinished "
+        "text; raise it"
+    ]
 
 
 def _mean(figure: Any) -> Any:

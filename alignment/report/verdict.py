@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignment.config.evaluation import UNTRAINED_ARMS
-from alignment.doubts import SMOKE, is_smoke, of_figures
+from alignment.doubts import SMOKE, is_smoke, of_endings, of_figures
 from alignment.report import text
 from alignment.report.card_page import lead
 from alignment.report.records import Arm, Comparison, Evaluation, Run
@@ -159,12 +159,8 @@ def _arm_warnings(evaluation: Evaluation) -> list[str]:
                 f"{text.number(ratio.mean, 1)} nats (more than {MAX_LOG_RATIO:.0f}): read its answers before "
                 "trusting its score."
             )
-    all_cut = [arm.label for arm in evaluation.arms if arm.ended is not None and arm.ended.mean == 0]
-    if all_cut:
-        warnings.append(
-            f"All answers of {text.listing(all_cut)} were cut off at max_new_tokens, so their scores are those of "
-            "unfinished text."
-        )
+    ended = {arm.label: None if arm.ended is None else arm.ended.mean for arm in evaluation.arms}
+    warnings += [f"{doubt[0].upper()}{doubt[1:]}." for doubt in of_endings(ended)]
     never_ended = [_never_ended(arm, evaluation.num_prompts) for arm in evaluation.arms if _cut(arm)]
     if never_ended:
         warnings.append(f"Some answers never ended and were cut off at the limit: {text.listing(never_ended)}.")

@@ -38,7 +38,9 @@ def test_other_figures_are_no_reason(kind: str, figures: dict[str, float]) -> No
 @pytest.mark.parametrize("ended", [0.0, {"mean": 0.0, "low": 0.0, "high": 0.0}])
 def test_arms_whose_answers_were_all_cut_off_are_named(ended: Any) -> None:
     arms = [{"label": "base", "ended": ended}, {"label": "sft", "ended": 0.5}, {"label": "dpo"}]
-    assert of_evaluation({"arms": arms}) == ["all answers of base were cut off at max_new_tokens; raise it"]
+    assert of_evaluation({"arms": arms}) == [
+        "all answers of base were cut off at max_new_tokens, so their scores are those of unfinished text; raise it"
+    ]
     assert of_evaluation({"arms": arms[1:]}) == []
 
 
