@@ -34,7 +34,7 @@ _KEEPS_TURNS = (
 
 
 _ENDLESS = ModelError(
-    f"the chat template computes for more than {SECONDS:g} s on one row",
+    f"the chat template computes for more than {SECONDS:g} s for one rendering",
     remedy="look for loops in the template, or set model.chat_template=chatml, or path:FILE of another",
 )
 

@@ -45,7 +45,9 @@ def test_a_template_that_does_not_end_stops_at_its_first_row(
     before = signal.getsignal(signal.SIGPROF)
     tokenizer.chat_template = template
     records = [Prompt(messages=ASKED, where=f"rows.jsonl:{number}") for number in (1, 2)]
-    with pytest.raises(ModelError, match=r"rows.jsonl:1: the chat template computes for more than 10 s") as caught:
+    with pytest.raises(
+        ModelError, match=r"rows.jsonl:1: the chat template computes for more than 10 s for one rendering"
+    ) as caught:
         list(tokenized(tokenizer, PROMPTS, records, Limits(row=100)))
     assert "model.chat_template=chatml" in caught.value.remedy
     assert signal.getsignal(signal.SIGPROF) is before
