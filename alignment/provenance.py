@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.artifacts import MANIFEST, Manifest, read_manifest
+from alignment.doubts import profile_of
 from alignment.errors import ArtifactError
 from alignment.shapes import fits
 
@@ -84,7 +85,7 @@ def provenance(artifact: Path, manifest: Manifest, run: str | None = None) -> Pr
         evaluation=_evaluation(manifest, store, mine),
         forgetting=_forgetting(manifest, store, mine),
         command=_command(mine) if mine else [],
-        profile=_profile(mine) if mine else "",
+        profile=profile_of(mine) if mine else "",
     )
 
 
@@ -173,10 +174,6 @@ def _command(record: dict[str, Any]) -> list[str]:
     """Settings that say where a run lies, or who judged it, say nothing of how it was made."""
     told = [one for one in record.get("overrides", []) if not _NOT_MAKING.match(one)]
     return ["align", "run", without_places(str(record.get("recipe") or "RECIPE")), *map(without_places, told)]
-
-
-def _profile(record: dict[str, Any]) -> str:
-    return str(record.get("profile", ""))
 
 
 def _evaluation(manifest: Manifest, store: dict[str, Path], run: dict[str, Any] | None) -> Judged | None:

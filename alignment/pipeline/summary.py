@@ -76,7 +76,7 @@ def show_results(console: Console, run_folder: Path, record: dict[str, Any]) -> 
 
 def _doubts(record: dict[str, Any]) -> list[str]:
     """What stands against the results of a run; of a smoke run nothing else is worth saying."""
-    if doubts.is_smoke(record.get("profile", "")):
+    if doubts.is_smoke(doubts.profile_of(record)):
         return [f"this is {doubts.SMOKE}"]
     made = {name: stage for name, stage in record["stages"].items() if stage["state"] in ("done", "reused")}
     return [

@@ -8,6 +8,7 @@ from typing import Any
 
 from alignment.artifacts import Manifest, read_manifest
 from alignment.config import yaml_file
+from alignment.doubts import profile_of
 from alignment.errors import ArtifactError, ConfigError
 from alignment.report import text
 from alignment.report.evaluation import read_evaluation, read_samples
@@ -37,7 +38,7 @@ def read_run(run_folder: Path) -> Run:
         name=text.name(raw.get("name") or run_folder.name),
         recipe=text.name(raw.get("recipe") or "", limit=400),
         overrides=[text.prose(item) for item in overrides] if isinstance(overrides, list) else [],
-        profile=text.name(raw.get("profile") or ""),
+        profile=text.name(profile_of(raw)),
         config=config,
         started=text.name(raw.get("started") or ""),
         finished=text.name(raw.get("finished") or ""),
