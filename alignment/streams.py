@@ -1,11 +1,13 @@
 """Output streams whose other end may go away: a closed pipe or terminal, or a full disk behind a log.
 
 What a command does never depends on whether anybody still reads what it prints, so such a stream falls silent.
+A disk may have room again: of a file, only what it did not take is lost.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Iterable
 from typing import IO, Any, TextIO, cast
@@ -47,9 +49,11 @@ class Unfailing:
             self._give_up()
 
     def _give_up(self) -> None:
-        """Sends the rest nowhere: the interpreter flushes the stream once more when it ends."""
+        """Sends the rest nowhere, unless to a file: the interpreter flushes the stream once more when it ends."""
         self.lost = True
         try:
+            if stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode):
+                return
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)

@@ -46,3 +46,21 @@ def test_a_stream_that_works_is_left_as_it_is(tmp_path: Path) -> None:
         stream.writelines(["a", "b"])
         assert (stream.write("cd"), stream.lost, stream.encoding) == (2, False, "utf-8")
     assert (tmp_path / "log").read_text() == "abcd"
+
+
+def test_a_log_whose_disk_was_full_for_a_moment_goes_on(tmp_path: Path) -> None:
+    code = (
+        "import resource\nfrom alignment.streams import make_unfailing\n"
+        "make_unfailing()\n"
+        "soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))\n"
+        "for number in range(2000): print('line', number)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))\n"
+        "print('the last word')\n"
+    )
+    log = tmp_path / "log.txt"
+    with log.open("wb") as sink:
+        done = subprocess.run([sys.executable, "-c", code], stdout=sink, stderr=subprocess.PIPE, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert log.read_text().startswith("line 0\nline 1\n")
+    assert log.read_text().endswith("the last word\n")
