@@ -13,7 +13,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +24,8 @@ from alignment.data.files import Unparsed, parsed
 from alignment.data.kinds import Kind, Tokenized, tokenized
 from alignment.data.limits import Limits, RowTooLong
 from alignment.data.reading import Reader
-from alignment.errors import DataError, StageError
+from alignment.deadline import KILLED_BY, KILLED_SECONDS
+from alignment.errors import DataError, ModelError, StageError
 
 CHUNK = 1_000
 """Rows that a process is handed at once."""
@@ -122,6 +124,7 @@ def run(job: Job, rows: Iterable[Unparsed], *, limit: int | None, processes: int
     """Chunks in the order of the rows, until ``limit`` records were read; then by one process.
 
     Raises:
+        ModelError: a process was ended because a template computed without end.
         StageError: a process died.
     """
     chunks = _chunks(rows)
@@ -158,14 +161,22 @@ def _in_parallel(job: Job, chunks: Iterable[Sequence[Unparsed]], processes: int)
     fork = get_context("fork")
     pool = ProcessPoolExecutor(processes, mp_context=fork, initializer=_begin, initargs=(job, os.getpid()))
     under_way: deque[Future[Chunk]] = deque()
+    workers: set[BaseProcess] = set()
     try:
         for rows in chunks:
             under_way.append(pool.submit(_work, rows))
+            workers = workers or set(active_children())  # all are started with the first chunk
             if len(under_way) > 2 * processes:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
     except BrokenProcessPool as error:
+        pool.shutdown(cancel_futures=True)  # then all have ended
+        if any(worker.exitcode == -KILLED_BY for worker in workers):
+            raise ModelError(
+                f"the chat template computes for more than {KILLED_SECONDS:g} s in one step",
+                remedy="set model.chat_template=chatml, or path:FILE of another template",
+            ) from error
         raise StageError(
             "a process that tokenised rows died",
             remedy="look for a lack of memory; the stage starts anew when run again",

@@ -27,7 +27,8 @@ from alignment.data.reading import Reader, read_records, start
 from alignment.data.records import Conversation
 from alignment.data.token_table import TokenTable
 from alignment.data.tokenize import tokenize_conversation
-from alignment.errors import DataError, StageError
+from alignment.deadline import KILLED_BY
+from alignment.errors import DataError, ModelError, StageError
 from alignment.training.session import Preempted
 from tests.tiny import tiny_tokenizer
 
@@ -287,6 +288,22 @@ def test_a_process_that_dies_stops_the_stage(tmp_path: Path, tokenizer: Any) -> 
     job = Job(tokenizer=tokenizer, kind=kind, reader=reader, limits=WIDE)
     with pytest.raises(StageError, match="a process that tokenised rows died"):
         list(chunks.run(job, unparsed_rows_of(file), limit=None, processes=2))
+
+
+def _computes_without_end(*_: Any) -> Any:
+    os.kill(os.getpid(), KILLED_BY)  # as its timer does
+
+
+def test_a_process_that_a_template_kept_too_long_is_not_taken_for_one_without_memory(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    file = _rows(tmp_path, [_talk(number) for number in range(40)])
+    kind: Kind = dataclasses.replace(CONVERSATIONS, texts=_computes_without_end)
+    reader = Reader(format=start(file, ALL).format, record=Conversation, data=ALL)
+    job = Job(tokenizer=tokenizer, kind=kind, reader=reader, limits=WIDE)
+    with pytest.raises(ModelError, match="the chat template computes for more than 30 s in one step") as caught:
+        list(chunks.run(job, unparsed_rows_of(file), limit=None, processes=2))
+    assert "model.chat_template=chatml" in caught.value.remedy
 
 
 _MAKER = """
