@@ -47,7 +47,8 @@ def watched() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGPROF, before)
+        # None: a C library's own, which Python cannot put back; the default would end the process at its next signal
+        signal.signal(signal.SIGPROF, signal.SIG_IGN if before is None else before)
         _is_watched = False
 
 

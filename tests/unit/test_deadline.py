@@ -75,6 +75,23 @@ def test_a_preview_that_was_ended_so_says_why() -> None:
     assert preview._exit_code(3) == 3
 
 
+def test_a_profiler_of_a_c_library_is_no_fault(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python knows nothing of its handler, and cannot put it back."""
+    real = signal.signal
+
+    def signal_of_c(number: int, handler: Any) -> Any:
+        before = real(number, handler)
+        return None if handler is deadline._look else before
+
+    monkeypatch.setattr(signal, "signal", signal_of_c)
+    before = signal.getsignal(signal.SIGPROF)
+    try:
+        assert "Hi." in render(tokenizer, ASKED, answering=True)
+        assert signal.getsignal(signal.SIGPROF) is signal.SIG_IGN, "its next signal ends no process"
+    finally:
+        real(signal.SIGPROF, before)
+
+
 def test_another_thread_renders_without_a_bound(tokenizer: Any) -> None:
     texts: list[str] = []
     thread = threading.Thread(target=lambda: texts.append(render(tokenizer, ASKED, answering=True)))
