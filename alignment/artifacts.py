@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from alignment.errors import ArtifactError
-from alignment.files import remove_leftovers, write_text
+from alignment.files import flush, remove_leftovers, write_text
 from alignment.fingerprint import file_sha256
 from alignment.shapes import fits
 
@@ -95,15 +95,15 @@ def publish(content: Path, target: Path, manifest: Manifest) -> Manifest:
     files = {}
     readable(content)
     for path in sorted(p for p in content.rglob("*") if p.is_file()):
-        _flush(path)
+        flush(path)
         files[path.relative_to(content).as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     complete = dataclasses.replace(manifest, files=files)
     write_json(content / MANIFEST, dataclasses.asdict(complete))
-    _flush(content)
+    flush(content)
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(content, target)
-    _flush(target.parent)
+    flush(target.parent)
     return complete
 
 
@@ -176,11 +176,3 @@ def inside(folder: Path, name: str) -> Path:
     if not is_inside:
         raise ArtifactError(f"its manifest names a file outside: {name!r}", where=str(folder), remedy="do not use it")
     return path
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -58,7 +58,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         with naming(path):
             yield temporary
             if durable:
-                _flush(temporary)
+                flush(temporary)
             os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -194,7 +194,8 @@ def _existing(path: Path) -> Path:
     return next((one for one in (path, *path.parents) if one.exists()), Path("/"))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """The bytes of a file, or the names in a folder, are on the disk when it returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

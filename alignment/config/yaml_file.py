@@ -6,15 +6,14 @@ seven lines, each with ten references to the one before, ten million values woul
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from alignment.errors import ConfigError
+from alignment.errors import ConfigError, DataError
+from alignment.small_files import small_text
 
-MOST_BYTES = 1 << 20
 MOST_NODES = 10_000
 """Values and keys, those of an alias at each of its places; the longest recipe has some hundreds."""
 _MERGE = "tag:yaml.org,2002:merge"
@@ -63,14 +62,9 @@ def read(path: Path) -> Any:
         ConfigError: it cannot be read, is no regular file, is larger than a person writes, or is no YAML.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            remedy = "copy what it gives to a file, and name that"
-            raise ConfigError("is no regular file, and might never end", where=str(path), remedy=remedy)
-        with path.open("rb") as stream:
-            content = stream.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ConfigError(f"is larger than {MOST_BYTES >> 20} MiB", where=str(path), remedy="is it the right file?")
-        return load(content.decode())
+        return load(small_text(path))
+    except DataError as error:
+        raise ConfigError(error.message, where=error.where, remedy=error.remedy) from error
     except OSError as error:
         raise ConfigError(f"cannot be read: {error}", where=str(path)) from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:

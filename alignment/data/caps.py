@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import gzip
 import io
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from alignment.errors import DataError
+from alignment.small_files import refuse_endless
 
 LINE_BYTES = 16 << 20
 """Of a line of JSON, or (as characters) of a line or a field of CSV."""
@@ -22,26 +22,10 @@ RATIO = 200
 """How many times its size a packed file may give; rows of text pack to a third, or to a twentieth."""
 ALWAYS_BYTES = 64 << 20
 """What any packed file may give, however small it is."""
-SMALL_BYTES = 1 << 20
-"""Of a file that a person wrote."""
 LEVELS = 100
 """How deep lists and objects may lie in one another."""
 _PART = 1 << 20
 _SPLIT = "write shorter rows: cut the text into several"
-
-
-def refuse_endless(path: Path) -> None:
-    """Does nothing to a regular file, a link to one, or what is not there.
-
-    Raises:
-        DataError: it is a pipe, a socket or a device, which may never end.
-    """
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISREG(mode):
-        raise DataError("is no regular file", where=str(path), remedy="copy what it gives to a file, and name that")
 
 
 def opened(path: Path) -> BinaryIO:
@@ -131,21 +115,6 @@ def whole(stream: BinaryIO, path: Path) -> bytes:
                 remedy="write it as JSON Lines (.jsonl), which are read one by one",
             )
     return b"".join(parts)
-
-
-def small_text(path: Path) -> str:
-    """The text of a file that a person wrote, such as a template.
-
-    Raises:
-        OSError, UnicodeDecodeError: it cannot be read.
-        DataError: it is no regular file, or too large to be that.
-    """
-    refuse_endless(path)
-    with path.open("rb") as stream:
-        content = stream.read(SMALL_BYTES + 1)
-    if len(content) > SMALL_BYTES:
-        raise DataError(f"is longer than {_mebibytes(SMALL_BYTES)}", where=str(path))
-    return content.decode()
 
 
 def is_deep(value: Any) -> bool:

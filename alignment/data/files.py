@@ -18,6 +18,7 @@ from typing import Any
 
 from alignment.data import caps
 from alignment.errors import DataError
+from alignment.small_files import refuse_endless
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +81,7 @@ def files_of(path: Path) -> list[Path]:
         return found
     if _suffix(path) not in _READERS:
         raise DataError("is of no known kind", where=str(path), remedy=_REMEDY)
-    caps.refuse_endless(path)
+    refuse_endless(path)
     return [path]
 
 

@@ -26,7 +26,7 @@ BOMBS = {
     "aliases": (ALIASES, "holds more than 10,000 values"),
     "merged groups": (MERGED, "holds more than 10,000 values"),
     "a list that holds itself": ("a: &a [*a]\n", "holds more than 10,000 values"),
-    "a megabyte": (f"# {'x' * (1 << 20)}\n", "is larger than 1 MiB"),
+    "a megabyte": (f"# {'x' * (1 << 20)}\n", "is longer than 1 MiB"),
     "bytes": ("a: \ud800\n", "not YAML"),
 }
 
