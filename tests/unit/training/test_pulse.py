@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from alignment.training import pulse
@@ -58,17 +60,26 @@ def test_a_processor_that_is_busy_is_work_unless_a_gpu_may_be_waited_for(
     watched: Any, monkeypatch: pytest.MonkeyPatch, on_gpu: bool
 ) -> None:
     """A host that waits for a GPU spins, inside one call."""
-    monkeypatch.setattr(pulse, "IDLE", 0.05)  # others may want the processor as well
+    looks = itertools.count(1)
     monkeypatch.setattr(pulse, "places_of", lambda frame: [("trainer.py", 7, "step")])
+    monkeypatch.setattr(pulse, "processor_seconds", lambda process: Used(own=0.2 * next(looks)))
 
     def compute(one: Pulse, over: threading.Event) -> None:
         one.on_gpu = on_gpu
-        while not over.is_set():
-            hashlib.sha256(bytes(1 << 20))  # lets other threads run, as a call into the driver does
+        over.wait()
 
     sign = watched(compute)
-    assert (sign["time"] - sign["since"] > 1.0) is on_gpu
+    assert (sign["time"] > sign["since"]) is on_gpu
     assert sign["waits"] is on_gpu
+
+
+def test_processor_seconds_are_those_of_the_process() -> None:
+    """However long they take by the clock, beside other work."""
+    process = psutil.Process()
+    before, end = pulse.processor_seconds(process), time.process_time() + 0.2
+    while time.process_time() < end:
+        hashlib.sha256(bytes(1 << 20))
+    assert pulse.processor_seconds(process).since(before).own > 0.1
 
 
 SOMEWHERE, COLLECTIVE = [("trainer.py", 7, "step")], [("/site-packages/torch/distributed/c10d.py", 1, "all_reduce")]
