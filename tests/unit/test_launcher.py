@@ -271,7 +271,9 @@ def test_a_signal_to_the_launcher_alone_lets_its_worker_save(tmp_path: Path, num
 
     def on_poll() -> None:
         if ready.exists() and not sent:
-            launcher, worker = (psutil.Process(), *psutil.Process().children(recursive=True))[1:3]
+            # Other tests of this process may have left helpers of their own.
+            children = psutil.Process().children(recursive=True)
+            launcher, worker = [child for child in children if str(ready) in " ".join(child.cmdline())]
             sent.append(launcher.send_signal(number))
             if number == signal.SIGUSR1:
                 worker.terminate()

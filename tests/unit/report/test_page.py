@@ -332,7 +332,7 @@ def test_settings_read_as_one_would_type_them(fake_run):
 def test_lineage_leaves_out_what_a_manifest_does_not_have(fake_run):
     fake_run.write()
     path = fake_run.artifact("dpo") / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"git_commit": None, "base": {"files": {"a": {"b": 1}}}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"git_commit": "", "base": {"files": {"a": {"b": 1}}}}))
     build(fake_run.folder, fake_run.root / "report.html", num_samples=1)
     section = (fake_run.root / "report.html").read_text(encoding="utf-8").split('<section id="lineage">')[1]
     section = section.split("</section>")[0]
