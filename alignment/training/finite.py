@@ -60,10 +60,10 @@ class FiniteSteps(TrainerCallback):
         engine = getattr(self._trainer, "deepspeed", None)
         # DeepSpeed has taken the step by now, and keeps of its gradients the norm alone.
         norm = self._norm if engine is None else _number(engine.get_global_grad_norm())
+        if norm is None or not math.isfinite(norm):
+            self._refuse_gradients(model, norm, step)  # first, because all processes meet there
         if loss is not None and not math.isfinite(loss):
             raise NonFiniteError(f"the loss is {loss} at step {step}", remedy=f"{LOWER}; {KEPT}")
-        if norm is None or not math.isfinite(norm):
-            self._refuse_gradients(model, norm, step)
         if loss is not None and loss > LEARNED and norm == 0.0:
             raise StageError(
                 f"no gradient is left at step {step}, at a loss of {loss:.4g}: the training diverged before",

@@ -28,7 +28,18 @@ from alignment.artifacts import write_json
 from alignment.pipeline.handover import commit_of_checkout
 from alignment.versions import PACKAGES
 from benchmarks.machine import processor
-from tests.proofs import bandit, count, dpo, forgetting, kills, mutations, overoptimisation, plain_script, story
+from tests.proofs import (
+    bandit,
+    count,
+    dpo,
+    forgetting,
+    interruptions,
+    kills,
+    mutations,
+    overoptimisation,
+    plain_script,
+    story,
+)
 from tests.proofs.common import Claim, Skipped
 
 RESULTS = Path(__file__).parents[2] / "docs/proofs.json"
@@ -40,6 +51,7 @@ PROOFS: dict[str, Callable[[Path], list[Claim]]] = {
     "story": story.run,
     "overoptimisation": overoptimisation.run,
     "kills": kills.run,
+    "interruptions": interruptions.run,
     "plain_script": plain_script.run,
     "forgetting": forgetting.run,
 }

@@ -22,6 +22,8 @@ import psutil
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 """Read when torch is imported, which the server does for all."""
 PRELOADED = ("tests.proofs.driven", "alignment.worker", "alignment.stages.sft", "alignment.pipeline.run")
+_OFTEN = 0.02
+"""Seconds between two looks at a stage, where the clock is set in between."""
 _STANDARD = 3
 """File descriptors below this are stdin, stdout and stderr."""
 
@@ -75,6 +77,7 @@ def _drive(arguments: list[str], printed: str, clock: str | None) -> NoReturn:
     real = time.time
     launcher.psutil.Popen = lambda *told, **more: _forked(*told, **more, clock=real)
     if clock is not None:
+        launcher._POLL_SECONDS = _OFTEN
         time.time = lambda: real() + float(Path(clock).read_text(encoding="utf-8") or 0)
     code = cli.main(arguments)
     sys.stdout.flush()
