@@ -266,6 +266,7 @@ def test_an_interrupted_worker_may_save_before_the_call_returns(tmp_path: Path) 
 )
 def test_a_signal_to_the_launcher_alone_lets_its_worker_save(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """Of SIGUSR1 the launcher hears nothing, and the worker, asked by hand, ends by itself."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, here and in every child
     ready = tmp_path / "ready"
     sent = []
 
