@@ -42,12 +42,9 @@ CPU_MEMORY = {
 tensor, which took as long as the arithmetic on it. oneDNN keeps code for 1,024 shapes of products, and nearly every
 batch has new ones: gigabytes after some dozen steps (docs/LOG.md, 2026-11-25). What the user has set stays."""
 
-IDLE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""OpenMP's idle threads sleep. By default they spin, and beside another busy process they spin on the core that the
-working thread needs: training steps took 18 times as long (docs/LOG.md, 2026-11-26)."""
-
-_WAITING_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Whoever sets one of these has chosen how threads wait."""
+WAITING_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Whoever sets one of these has chosen how OpenMP's threads wait."""
+_SPINS_ON_AMD = "1000"
 
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -373,8 +370,21 @@ def environment(threads: int, pythonpath: str) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
         **{name: value for name, value in (CPU_MEMORY | _on_cpu()).items() if name not in os.environ},
-        **({} if any(name in os.environ for name in _WAITING_SETTINGS) else IDLE_THREADS),
+        **({} if any(name in os.environ for name in WAITING_SETTINGS) else idle_threads()),
     }
+
+
+def idle_threads(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """Has OpenMP's idle threads sleep soon. By default they spin for milliseconds, and beside another busy process they
+    spin on the core that a working thread needs: training steps took 18 times as long.
+
+    On two Intel cores, sleeping at once cost nothing on a quiet machine. On two AMD cores it cost a fifth, and a short
+    spin a twentieth (docs/LOG.md, 2026-11-26).
+    """
+    with suppress(OSError):
+        if "AuthenticAMD" in cpuinfo.read_text(encoding="utf-8", errors="replace"):
+            return {"GOMP_SPINCOUNT": _SPINS_ON_AMD}
+    return {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def own_code(pythonpath: str) -> dict[str, str]:

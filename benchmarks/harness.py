@@ -217,8 +217,8 @@ def _command(told: _Measurement, task: dict[str, Any], task_file: Path, options:
         num_cores=launcher.count_cores(),
     )
     module = ["-m", f"benchmarks.contestants.{told.how.module}", str(task_file)]
-    left_out = {} if told.how.our_memory else dict(launcher.CPU_MEMORY)
-    left_out |= {} if told.how.threads_sleep else launcher.IDLE_THREADS
+    left_out = set() if told.how.our_memory else set(launcher.CPU_MEMORY)
+    left_out |= set() if told.how.threads_sleep else set(launcher.WAITING_SETTINGS)
     environment = {name: value for name, value in launched.environment.items() if name not in left_out}
     if told.how.module != "ours":
         return launcher.Command(argv=(told.python, *module), environment=environment)

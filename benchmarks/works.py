@@ -21,7 +21,7 @@ class Contestant:
     file in ``environments/``, or None for the project's own. ``sharing`` is about PPO, ``master_weights`` about full
     training of ours, ``optim_changes`` are settings of its optimiser that a variant of ours changes (none of PPO).
     ``our_memory`` says whether it has what the launcher tells glibc about memory, ``threads_sleep`` whether its idle
-    threads sleep as the launcher says, or spin as OpenMP's do by themselves. ``busy_neighbours`` processes compute
+    threads sleep soon as the launcher says, or spin as OpenMP's do by themselves. ``busy_neighbours`` processes compute
     beside it, a core each.
     """
 
@@ -147,19 +147,17 @@ def _sampling() -> Work:
 
 
 def _neighbour() -> Work:
-    steps = 4
-
-    def variant(allowed: str, **settings: Any) -> Contestant:
+    def variant(allowed: str, *, steps: int = 4, **settings: Any) -> Contestant:
         return Contestant(module="ours", allowed=allowed, measured=steps, **settings)
 
     return Work(
         kind="sft",
         adapter="lora",
         contestants={
-            OURS: variant("alone, idle threads sleep", against=None),
+            OURS: variant("alone, idle threads sleep soon", against=None),
             "beside_busy": variant("beside one process that computes", busy_neighbours=1),
             "spinning": variant("alone, idle threads spin as OpenMP's do by themselves", threads_sleep=False),
-            "spinning_beside_busy": variant("spinning, beside it", threads_sleep=False, busy_neighbours=1),
+            "spinning_beside_busy": variant("spinning, beside it", steps=1, threads_sleep=False, busy_neighbours=1),
         },
     )
 

@@ -219,6 +219,12 @@ MUTATIONS = [
             "idle threads spin",
             '{"OMP_WAIT_POLICY": "PASSIVE"}',
             '{"OMP_WAIT_POLICY": "ACTIVE"}',
+            "test_how_soon_idle_threads_sleep_is_what_was_measured_for_the_processor",
+        ),
+        (
+            "the user's choice of how threads wait is overruled",
+            "if any(name in os.environ for name in WAITING_SETTINGS)",
+            "if not WAITING_SETTINGS",
             "test_idle_threads_of_a_worker_sleep_unless_the_user_chose_otherwise",
         ),
         (

@@ -17,7 +17,7 @@ import pytest
 
 from alignment.config.launch import LaunchConfig, LauncherKind, Sharding
 from alignment.errors import ConfigError
-from alignment.launcher import Command, command, execute, visible_devices, with_processes
+from alignment.launcher import Command, command, execute, idle_threads, visible_devices, with_processes
 from alignment.locks import held, is_held
 from alignment.resources import shipped
 
@@ -106,7 +106,24 @@ def test_idle_threads_of_a_worker_sleep_unless_the_user_chose_otherwise(
         monkeypatch.setenv(chosen, "1000")
     environment = command(LaunchConfig(), STAGE_FILE, devices=(), num_cores=2).environment
     policies = {name: environment[name] for name in WAITING if name in environment}
-    assert policies == ({"OMP_WAIT_POLICY": "PASSIVE"} if chosen is None else {})
+    assert policies == (idle_threads() if chosen is None else {})
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("vendor_id\t: GenuineIntel\n", {"OMP_WAIT_POLICY": "PASSIVE"}),
+        ("vendor_id\t: AuthenticAMD\n", {"GOMP_SPINCOUNT": "1000"}),
+        (None, {"OMP_WAIT_POLICY": "PASSIVE"}),  # no such file, as on a Mac
+    ],
+)
+def test_how_soon_idle_threads_sleep_is_what_was_measured_for_the_processor(
+    tmp_path: Path, cpuinfo: str | None, expected: dict[str, str]
+) -> None:
+    file = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        file.write_text(f"processor\t: 0\n{cpuinfo}flags\t\t: fpu\n")
+    assert idle_threads(file) == expected
 
 
 def test_more_processes_than_gpus_are_refused() -> None:
