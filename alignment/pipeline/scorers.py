@@ -28,7 +28,9 @@ from alignment.rewards.sources import (
 )
 from alignment.rewards.verifiers import expected_answer
 
-ALLOWED = f"it takes {REWARD}, FILE.py:FUNCTION, or one of: {', '.join(VERIFIERS)}"
+ALLOWED = (
+    f"it takes {REWARD}, a reward model (stage:NAME, path:FOLDER), FILE.py:FUNCTION, or one of: {', '.join(VERIFIERS)}"
+)
 
 
 def faults(stages: Mapping[str, StageConfig]) -> list[Fault]:

@@ -61,7 +61,10 @@ def fault(plan: MakePlan, *overrides: str) -> str:
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
 WATCHED = "stages.ppo.guard={every: 1, scorer: {source: house_style}}"
-ALLOWED = "it takes reward, FILE.py:FUNCTION, or one of: exact_answer, regex, length, house_style"
+ALLOWED = (
+    "it takes reward, a reward model (stage:NAME, path:FOLDER), FILE.py:FUNCTION, or one of: exact_answer, regex, "
+    "length, house_style"
+)
 FAULTS = [
     ((NO_REWARD,), "scorers[0].source: 'reward' is the model that stages.ppo.reward names, which is null; name one, or "
      "take this scorer out"),
