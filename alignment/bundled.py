@@ -24,6 +24,7 @@ from alignment.errors import ModelError
 from alignment.files import disk_error
 from alignment.fingerprint import file_sha256
 from alignment.locks import held, is_held
+from alignment.resources import CODE_ROOT
 
 Announce = Callable[[str], None]
 
@@ -189,7 +190,7 @@ def _convert(gguf: Path, content: Path) -> None:
 
 
 def _with_our_root() -> str:
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(CODE_ROOT)
     return os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
 
 

@@ -201,3 +201,16 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def new_folder(to: str) -> Path:
+    """Where a command writes.
+
+    Raises:
+        ConfigError: it is taken, or has no place.
+    """
+    target = Path(to).expanduser().absolute()
+    if target.exists() or not target.parent.is_dir():
+        why = "exists already" if target.exists() else "lies in a folder that does not exist"
+        raise ConfigError(f"{to!r} {why}", where="--to", remedy="name a new folder inside one that is there")
+    return target

@@ -6,31 +6,27 @@ out, our own package found first.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
+from alignment import hardware
 from alignment.config.launch import DEVICE, LaunchConfig, LauncherKind, Sharding
 from alignment.errors import AlignmentError, ConfigError
 from alignment.logs import shorten
-from alignment.resources import shipped
+from alignment.resources import CODE_ROOT, shipped
 from alignment.stop_requests import SIGNALS
 
 _POLL_SECONDS = 0.5
-_ROOT = Path(__file__).resolve().parent.parent
-
 
 CPU_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
@@ -45,10 +41,6 @@ batch has new ones: gigabytes after some dozen steps (docs/LOG.md, 2026-11-25). 
 WAITING_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Whoever sets one of these has chosen how OpenMP's threads wait."""
 _SPINS_ON_AMD = "1000"
-
-
-_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-"""Variables that name the GPUs to use; the second is ROCm's own, which knows the first too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +71,7 @@ def _devices_of_processes(devices: Sequence[str], num_processes: int) -> dict[st
     without a launcher's rank would spread every batch over all of them (transformers' DataParallel)."""
     if not devices:
         return {DEVICE: "cpu"}
-    variable = next((name for name in _VISIBLE if name in os.environ), _VISIBLE[0])
+    variable = next((name for name in hardware.VISIBLE if name in os.environ), hardware.VISIBLE[0])
     return {DEVICE: "cuda", variable: ",".join(devices[:num_processes])}
 
 
@@ -132,58 +124,6 @@ def _refusal(launch: LaunchConfig, num_devices: int) -> str:
     if launch.num_processes > 1 and num_devices == 0:
         return "accelerate starts one process, whatever it is told, on a machine without GPUs"
     return ""
-
-
-def visible_devices(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> list[str]:
-    """GPUs that this machine lets us use, as ``CUDA_VISIBLE_DEVICES`` names them; found without importing torch.
-
-    A name that is no device ends the list, as it does for CUDA.
-    """
-    for name in _VISIBLE:
-        if name in environment:
-            parts = (part.strip() for part in environment[name].split(","))
-            return list(itertools.takewhile(lambda part: part not in ("", "-1"), parts))
-    return [str(number) for number in range(_num_nvidia(root) or _num_amd(root) or _num_wsl(root))]
-
-
-def _num_nvidia(root: Path) -> int:
-    return sum(1 for path in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
-
-
-def _num_amd(root: Path) -> int:
-    """The kernel lists processors there too; those without SIMD units are no GPUs."""
-    if not (root / "dev" / "kfd").exists():
-        return 0
-    nodes = (root / "sys" / "class" / "kfd" / "kfd" / "topology" / "nodes").glob("*/properties")
-    return sum(1 for node in nodes if re.search(r"^simd_count [1-9]", node.read_text(encoding="utf-8"), re.MULTILINE))
-
-
-def _num_wsl(root: Path) -> int:
-    """Windows' subsystem for Linux has one file for GPUs of every make; NVIDIA's own tool lists those with CUDA."""
-    tool = root / "usr" / "lib" / "wsl" / "lib" / "nvidia-smi"
-    if not (root / "dev" / "dxg").exists() or not tool.exists():
-        return 0
-    return _listed(tool)
-
-
-@functools.lru_cache(maxsize=1)
-def _listed(tool: Path) -> int:
-    """GPUs that ``nvidia-smi -L`` lists, a line each."""
-    try:
-        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return sum(1 for line in listed.splitlines() if line.startswith("GPU "))
-
-
-def count_devices() -> int:
-    """How many GPUs this machine lets us use."""
-    return len(visible_devices())
-
-
-def count_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _nothing(_: BaseException) -> None:
@@ -389,10 +329,10 @@ def idle_threads(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
 
 def own_code(pythonpath: str) -> dict[str, str]:
     """Variables by which a process finds this package first, whatever lies in the folder that it starts in."""
-    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(part for part in (str(_ROOT), pythonpath) if part)}
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(part for part in (str(CODE_ROOT), pythonpath) if part)}
 
 
 def _on_cpu() -> dict[str, str]:
     """DeepSpeed, where it is installed, would warn in every log that it found no GPU. Nothing is compiled at run time,
     and reading in PyTorch's compiler because bitsandbytes names it takes a stage most of a second."""
-    return {} if count_devices() else {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+    return {} if hardware.count_devices() else {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}

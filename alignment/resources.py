@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
+CODE_ROOT = _PACKAGE.parent
+"""The folder that ``alignment`` is imported from: the checkout, or where packages are installed."""
 
 
 def shipped(name: str) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignment.errors import AlignmentError
-from alignment.launcher import count_cores
+from alignment.hardware import count_cores
 from benchmarks.harness import Failed, Options, measure
 from benchmarks.journal import OtherConditions
 from benchmarks.machine import RESULTS

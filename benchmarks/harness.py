@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from alignment import bundled, launcher
+from alignment import bundled, hardware, launcher
 from alignment.config.launch import LaunchConfig
 from alignment.pipeline.handover import commit_of_checkout
 from benchmarks import environments, rows
@@ -213,8 +213,8 @@ def _command(told: _Measurement, task: dict[str, Any], task_file: Path, options:
     launched = launcher.command(
         LaunchConfig(threads=options.threads),
         Path(task.get("stage_file", task_file)),
-        devices=launcher.visible_devices(),
-        num_cores=launcher.count_cores(),
+        devices=hardware.visible_devices(),
+        num_cores=hardware.count_cores(),
     )
     module = ["-m", f"benchmarks.contestants.{told.how.module}", str(task_file)]
     left_out = set() if told.how.our_memory else set(launcher.CPU_MEMORY)
@@ -279,8 +279,8 @@ def _prepare(work: Work, options: Options, base: Path, folder: Path) -> dict[str
     environment = launcher.command(
         LaunchConfig(threads=options.threads),
         task_file,
-        devices=launcher.visible_devices(),
-        num_cores=launcher.count_cores(),
+        devices=hardware.visible_devices(),
+        num_cores=hardware.count_cores(),
     ).environment
     argv = (sys.executable, "-m", "benchmarks.prepare", str(task_file))
     _run(launcher.Command(argv=argv, environment=environment), folder / "log.txt", amx=options.amx)

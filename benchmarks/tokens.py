@@ -54,7 +54,7 @@ def ours(file: Path, folder: Path, model: Path) -> int:
     from alignment.data.limits import Limits
     from alignment.data.token_table import token_table
     from alignment.data.tokenizer import load_tokenizer
-    from alignment.launcher import count_cores
+    from alignment.hardware import count_cores
 
     table = token_table(
         file,

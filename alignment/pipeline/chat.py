@@ -15,16 +15,16 @@ from typing import Any
 
 from rich.console import Console
 
-from alignment import launcher
+from alignment import hardware, launcher
 from alignment.artifacts import MANIFEST, Manifest, read_manifest
 from alignment.config.near import suggestion
 from alignment.errors import ArtifactError, ConfigError
 from alignment.files import write_text
 from alignment.pipeline import sources
 from alignment.pipeline.display import display_for
-from alignment.pipeline.export import artifact_of, base_of
 from alignment.pipeline.record import FILE, read_record
 from alignment.pipeline.references import BASE
+from alignment.pipeline.stored_results import artifact_of, base_of
 
 MOST_ARMS = 2
 
@@ -58,7 +58,7 @@ def chat(console: Console, result: str, arms: Sequence[str], *, manner: Mapping[
         raise ConfigError(f"{len(arms)} arms; two fit beside each other", where="--arm", remedy="name one or two")
     finder = _Finder(console, result, output)
     speakers = [finder.speaker(arm) for arm in arms or [finder.default()]]
-    environment = launcher.environment(launcher.count_cores(), os.environ.get("PYTHONPATH", ""))
+    environment = launcher.environment(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "voices.json"
         told = {"voices": [asdict(one) for one in speakers], "manner": dict(manner)}

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Iterator, Sequence
 
-from alignment import launcher
+from alignment import hardware, launcher
 from alignment.config.evaluation import JudgeKind
 from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig, Offload, Sharding
@@ -34,7 +34,7 @@ def of_stage(launch: LaunchConfig, config: StageConfig, *, num_devices: int) -> 
 
 def devices_for(launch: LaunchConfig) -> int:
     """GPUs that stages will find: those of a job, or of this machine."""
-    return launch.slurm.gpus if launch.slurm.submit else launcher.count_devices()
+    return launch.slurm.gpus if launch.slurm.submit else hardware.count_devices()
 
 
 def why_not_here(plan: Plan) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment import launcher
+from alignment import hardware, launcher
 from alignment.artifacts import read_manifest, write_json
 from alignment.config.launch import LaunchConfig
 from alignment.config.stage import Measuring, ReportConfig
@@ -120,7 +120,7 @@ class _Follower:
         if attempt["fingerprint"] != self._stage.fingerprint:
             raise self._other()
         self._answered, self._seen_running = attempt["attempt"], True
-        launch = launching.of_stage(self._plan.config.launch, self._stage.config, num_devices=launcher.count_devices())
+        launch = launching.of_stage(self._plan.config.launch, self._stage.config, num_devices=hardware.count_devices())
         launcher.execute(
             self._command_for(launch, self._folder / "stage.yaml"),
             log=self._folder / f"log-{launch.machine_rank}.txt",

@@ -12,7 +12,7 @@ from alignment.config.stage import CptConfig, EvaluateConfig, PpoConfig, Trained
 from alignment.data.overlap import HeldOut, Overlap, Placed
 from alignment.errors import ArtifactError
 from alignment.pipeline.amounts import rows_of
-from alignment.pipeline.new_tokens import frozen_rows
+from alignment.pipeline.frozen_rows import frozen_rows
 from alignment.pipeline.plan import Plan, PlannedStage
 
 HIGH_RATE = 1e-2

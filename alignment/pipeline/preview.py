@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment import launcher
+from alignment import hardware, launcher
 from alignment.config.stage import EvaluateConfig, Trained
 from alignment.deadline import KILLED_BY, KILLED_SECONDS
 from alignment.errors import ConfigError, ModelError
@@ -38,7 +38,7 @@ def show_preview(
     if not chosen:
         names = ", ".join(one.name for one in known)
         raise ConfigError(f"{stage!r} is no stage that trains; one of: {names}", where="--stage")
-    environment = launcher.environment(launcher.count_cores(), os.environ.get("PYTHONPATH", ""))
+    environment = launcher.environment(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
     with tempfile.TemporaryDirectory() as folder:
 
         def file_of(one: PlannedStage) -> str:

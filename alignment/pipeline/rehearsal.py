@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from alignment import launcher
+from alignment import hardware, launcher
 from alignment.config.launch import LauncherKind
 from alignment.config.stage import CptConfig, StageConfig, Trained
 from alignment.errors import StageError
@@ -72,9 +72,9 @@ def _try(plan: Plan, rows: Sequence[PlannedStage], scorers: Sequence[PlannedStag
 def _environment(plan: Plan) -> dict[str, str]:
     """A worker's, as far as a scorer may read it: torchrun names the process, and accelerate does not name a single
     one."""
-    devices = launcher.count_devices()
+    devices = hardware.count_devices()
     launch = launcher.with_processes(plan.config.launch, num_devices=devices)
-    own = launcher.environment(launcher.count_cores(), os.environ.get("PYTHONPATH", ""))
+    own = launcher.environment(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
     by_accelerate = launcher.chosen_launcher(launch, num_devices=devices) is LauncherKind.accelerate
     return own if by_accelerate and launch.num_processes == 1 else own | _RANKS
 

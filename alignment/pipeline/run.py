@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment import __version__, doubts, launcher
+from alignment import __version__, doubts, hardware, launcher
 from alignment.artifacts import Manifest, publish, read_manifest, verify
 from alignment.config.launch import LaunchConfig
 from alignment.config.near import suggestion
@@ -43,6 +43,7 @@ from alignment.pipeline.plan import Action, Plan, PlannedStage, make_plan
 from alignment.pipeline.record import RunRecord, read_record, seconds_then
 from alignment.pipeline.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
 from alignment.pipeline.summary import REPORT, show_results
+from alignment.resources import CODE_ROOT
 
 CommandFor = Callable[[LaunchConfig, Path], Command]
 """Makes the command that runs a stage file."""
@@ -207,8 +208,8 @@ def command_here(launch: LaunchConfig, stage_file: Path) -> Command:
     return launcher.command(
         launch,
         stage_file,
-        devices=launcher.visible_devices(),
-        num_cores=launcher.count_cores(),
+        devices=hardware.visible_devices(),
+        num_cores=hardware.count_cores(),
         pythonpath=os.environ.get("PYTHONPATH", ""),
     )
 
@@ -317,8 +318,8 @@ def _remove_work(stage: PlannedStage) -> None:
 
 
 def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: CommandFor, lock: int) -> None:
-    commit = handover.commit_of_checkout(Path(__file__).resolve().parents[2])
-    launch = launching.of_stage(plan.config.launch, stage.config, num_devices=launcher.count_devices())
+    commit = handover.commit_of_checkout(CODE_ROOT)
+    launch = launching.of_stage(plan.config.launch, stage.config, num_devices=hardware.count_devices())
     stage_file = handover.write_stage_file(plan, stage, launch, git_commit=commit)
     folder = stage_file.parent
     for written in (folder, stage.work):

@@ -19,7 +19,7 @@ from alignment.data.mix import mixed, subset
 from alignment.data.reading import iterate, refuse_faults, start
 from alignment.data.records import Record
 from alignment.data.token_table import TokenTable, token_table
-from alignment.launcher import count_cores
+from alignment.hardware import count_cores
 from alignment.training.context import StageContext
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ import pytest
 
 from alignment.config.launch import LaunchConfig, LauncherKind, Sharding
 from alignment.errors import ConfigError
-from alignment.launcher import Command, command, execute, idle_threads, visible_devices, with_processes
+from alignment.hardware import visible_devices
+from alignment.launcher import Command, command, execute, idle_threads, with_processes
 from alignment.locks import held, is_held
 from alignment.resources import shipped
 

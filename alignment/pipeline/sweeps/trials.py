@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment import launcher
+from alignment import hardware, launcher
 from alignment.config.launch import LaunchConfig
 from alignment.errors import ArtifactError, ConfigError
 from alignment.pipeline.handover import tail
@@ -50,7 +50,7 @@ def shares(number: int, launch: LaunchConfig) -> list[Share]:
     if number > 1 and launch.num_machines > 1:
         raise ConfigError("trials on several machines run one after another", where="--at-once", remedy="leave it out")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    devices = [] if launch.slurm.submit else launcher.visible_devices()
+    devices = [] if launch.slurm.submit else hardware.visible_devices()
     each = len(devices) // number
     if devices and number > 1 and each < max(1, launch.num_processes):
         most = len(devices) // max(1, launch.num_processes)

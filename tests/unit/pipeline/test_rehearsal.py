@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment import launcher
+from alignment import hardware, launcher
 from alignment import rehearsal as worker
 from alignment.data.rendering import LAST_STAND_IN
 from alignment.errors import AlignmentError, DataError, RewardError, StageError
@@ -182,7 +182,7 @@ def test_a_scorer_finds_the_variables_that_its_launcher_sets(
         return worker._say(log.parent, 0, "", "")
 
     monkeypatch.setattr(launcher, "execute", execute)
-    monkeypatch.setattr(launcher, "count_devices", lambda: 0)
+    monkeypatch.setattr(hardware, "count_devices", lambda: 0)
     planned = plan(*settings)
     rehearse(planned, planned.stages, announce=lambda _: None)
     assert tuple(map(found[0].get, ("RANK", "LOCAL_RANK", "WORLD_SIZE"))) == ranks

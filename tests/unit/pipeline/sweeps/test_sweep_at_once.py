@@ -207,7 +207,7 @@ def test_a_metric_that_the_stage_does_not_show_ends_the_sweep_at_its_first_step(
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     def of(cores: int, devices: Sequence[str]) -> None:
         monkeypatch.setattr(shared.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-        monkeypatch.setattr(shared.launcher, "visible_devices", lambda: list(devices))
+        monkeypatch.setattr(shared.hardware, "visible_devices", lambda: list(devices))
 
     return of
 

@@ -1,0 +1,66 @@
+"""GPUs and cores of this machine that a process may use, found without PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+VISIBLE = ("CUDAVISIBLE_DEVICES", "HIPVISIBLE_DEVICES")
+"""Variables that name the GPUs to use; the second is ROCm's own, which knows the first too."""
+
+
+def visible_devices(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> list[str]:
+    """GPUs that this machine lets us use, as ``CUDAVISIBLE_DEVICES`` names them; found without importing torch.
+
+    A name that is no device ends the list, as it does for CUDA.
+    """
+    for name in VISIBLE:
+        if name in environment:
+            parts = (part.strip() for part in environment[name].split(","))
+            return list(itertools.takewhile(lambda part: part not in ("", "-1"), parts))
+    return [str(number) for number in range(_num_nvidia(root) or _num_amd(root) or _num_wsl(root))]
+
+
+def _num_nvidia(root: Path) -> int:
+    return sum(1 for path in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
+
+
+def _num_amd(root: Path) -> int:
+    """The kernel lists processors there too; those without SIMD units are no GPUs."""
+    if not (root / "dev" / "kfd").exists():
+        return 0
+    nodes = (root / "sys" / "class" / "kfd" / "kfd" / "topology" / "nodes").glob("*/properties")
+    return sum(1 for node in nodes if re.search(r"^simd_count [1-9]", node.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def _num_wsl(root: Path) -> int:
+    """Windows' subsystem for Linux has one file for GPUs of every make; NVIDIA's own tool lists those with CUDA."""
+    tool = root / "usr" / "lib" / "wsl" / "lib" / "nvidia-smi"
+    if not (root / "dev" / "dxg").exists() or not tool.exists():
+        return 0
+    return _listed(tool)
+
+
+@functools.lru_cache(maxsize=1)
+def _listed(tool: Path) -> int:
+    """GPUs that ``nvidia-smi -L`` lists, a line each."""
+    try:
+        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(1 for line in listed.splitlines() if line.startswith("GPU "))
+
+
+def count_devices() -> int:
+    """How many GPUs this machine lets us use."""
+    return len(visible_devices())
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,35 @@
+"""Stages that leave the rows of added tokens as they are."""
+
+from __future__ import annotations
+
+import json
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.model import NEW_TOKENS
+from alignment.config.stage import Trained
+from alignment.pipeline.plan import Action, Plan
+from alignment.pipeline.references import BASE
+
+
+def frozen_rows(plan: Plan) -> str | None:
+    """What is to be said where a stage begins with tokens that were added, and leaves their rows as they are."""
+    file = None if plan.base.folder is None else plan.base.folder / NEW_TOKENS
+    if file is None or not file.is_file():
+        return None
+    tokens = ", ".join(json.loads(file.read_text(encoding="utf-8")))
+    for stage in plan.stages:
+        config = stage.config
+        if not isinstance(config, Trained) or config.init != BASE or stage.action is Action.reuse:
+            continue
+        if not _trains_rows(config.adapter):
+            return (
+                f"{stage.name} does not train the rows of the new tokens {tokens}: they stay the mean of all others; "
+                f"set stages.{stage.name}.adapter.modules_to_save=[embed_tokens] (its name there), or adapter=full"
+            )
+    return None
+
+
+def _trains_rows(adapter: AdapterConfig) -> bool:
+    """Whether the embeddings learn: as a whole, or as one of the modules that an adapter names."""
+    named = [*adapter.modules_to_save, *adapter.target_modules]
+    return adapter.kind is AdapterKind.full or any("embed" in name or name.endswith("wte") for name in named)

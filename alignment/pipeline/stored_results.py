@@ -1,0 +1,60 @@
+"""Results that a user names, ``RUN/STAGE`` or a folder, and the base models that they stand on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from alignment.artifacts import Manifest
+from alignment.config.near import suggestion
+from alignment.errors import ConfigError, ModelError
+from alignment.pipeline import sources
+from alignment.pipeline.display import display_for
+from alignment.pipeline.record import FILE, read_record
+
+
+def artifact_of(result: str, output: Path) -> Path:
+    """The folder of a result: an artifact's own, or that of ``RUN/STAGE`` of a run under ``output``.
+
+    Raises:
+        ConfigError: there is no such folder, run or stage.
+    """
+    folder = Path(result).expanduser()
+    if folder.is_dir():
+        return folder.absolute()
+    run, _, stage = result.partition("/")
+    runs = sorted(path.parent.name for path in (output / "runs").glob(f"*/{FILE}"))
+    if run not in runs:
+        raise ConfigError(
+            f"{result!r} is no folder, and there is no run {run!r} under {output / 'runs'}; {suggestion(run, runs)}",
+            where="RESULT",
+            remedy="name an artifact's folder, or RUN/STAGE",
+        )
+    stages = read_record(output / "runs" / run)["stages"]
+    if stage not in stages:
+        raise ConfigError(f"run {run!r} has no stage {stage!r}; {suggestion(stage, stages)}", where="RESULT")
+    return Path(stages[stage]["artifact"])
+
+
+def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:
+    """The folder of the base, checked by content where the manifest recorded that.
+
+    Raises:
+        ModelError: it is gone, or another one now.
+    """
+    recorded, there = manifest.base["content"], Path(manifest.base["path"])
+    if recorded is None:
+        if (there / "config.json").is_file():
+            return there
+        raise ModelError("the base that it stands on is gone", where=str(there), remedy="put it there again")
+    model = sources.resolve(manifest.base["source"], where=str(artifact))
+    if not model.ready:
+        model = sources.fetch(model, announce=display_for(console).note)
+    if model.identity != recorded or model.folder is None:
+        raise ModelError(
+            f"{manifest.base['source']} is another model now than the one that {artifact.name} stands on",
+            where=str(artifact),
+            remedy=f"bring back the one with identity {recorded}",
+        )
+    return model.folder
