@@ -18,13 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.artifacts import write_json
 from alignment.config.near import suggestion
-from alignment.errors import ModelError
-from alignment.files import disk_error
-from alignment.fingerprint import file_sha256
-from alignment.locks import held, is_held
-from alignment.resources import CODE_ROOT
+from alignment.core.artifacts import write_json
+from alignment.core.errors import ModelError
+from alignment.core.files import disk_error
+from alignment.core.fingerprint import file_sha256
+from alignment.core.locks import held, is_held
+from alignment.core.resources import CODE_ROOT
 
 Announce = Callable[[str], None]
 

@@ -19,9 +19,9 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from alignment.config.model import Dtype
-from alignment.errors import AlignmentError, DataError
-from alignment.streams import Unfailing, make_unfailing
-from alignment.terminal import Terminal, complain, visible
+from alignment.core.errors import AlignmentError, DataError
+from alignment.core.streams import Unfailing, make_unfailing
+from alignment.core.terminal import Terminal, complain, visible
 from alignment.voice import Manner, Voice, load_voice
 
 INTERRUPTED = 130

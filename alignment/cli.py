@@ -15,11 +15,11 @@ from rich.markup import escape
 from alignment import __version__
 from alignment.config.stage import STAGES
 from alignment.config.store import recipe_names
+from alignment.core.errors import AlignmentError, ConfigError
+from alignment.core.files import explained
+from alignment.core.streams import make_unfailing
+from alignment.core.terminal import Terminal, complain
 from alignment.data.formats import FORMATS
-from alignment.errors import AlignmentError, ConfigError
-from alignment.files import explained
-from alignment.streams import make_unfailing
-from alignment.terminal import Terminal, complain
 
 _RIVAL = "alignment-handbook"
 _EXAMPLES = """\
@@ -40,7 +40,7 @@ _DOCTOR = "Says what a data file looks like, what each kind of stage can make of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code (alignment/errors.py)."""
+    """Runs one command; returns its exit code (alignment/core/errors.py)."""
     options = _options(arguments)
     console = Terminal(soft_wrap=False)
     try:

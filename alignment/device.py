@@ -11,7 +11,7 @@ import os
 import torch
 
 from alignment.config.launch import DEVICE
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 
 
 def own_device() -> torch.device:

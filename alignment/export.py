@@ -23,12 +23,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from alignment.artifacts import Manifest, readable, verify
 from alignment.config.model import Dtype
+from alignment.core.artifacts import Manifest, readable, verify
+from alignment.core.errors import AlignmentError, ModelError
+from alignment.core.files import explained
+from alignment.core.streams import make_unfailing
+from alignment.core.terminal import complain
 from alignment.data.tokenize import STOPS, end_ids
 from alignment.data.tokenizer import load_tokenizer
-from alignment.errors import AlignmentError, ModelError
-from alignment.files import explained
 from alignment.model_card import model_card
 from alignment.models.adapters import is_prefix, put_back
 from alignment.models.answers import unwrapped
@@ -45,8 +47,6 @@ from alignment.models.load import (
 from alignment.models.nf4 import quantize_trunk
 from alignment.models.rows import stream
 from alignment.provenance import provenance, without_places
-from alignment.streams import make_unfailing
-from alignment.terminal import complain
 
 CPU = torch.device("cpu")
 TEXTS = (

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import psutil
 
-from alignment import hardware
 from alignment.config.launch import DEVICE, LaunchConfig, LauncherKind, Sharding
-from alignment.errors import AlignmentError, ConfigError
-from alignment.logs import shorten
-from alignment.resources import CODE_ROOT, shipped
-from alignment.stop_requests import SIGNALS
+from alignment.core import hardware
+from alignment.core.errors import AlignmentError, ConfigError
+from alignment.core.logs import shorten
+from alignment.core.resources import CODE_ROOT, shipped
+from alignment.core.stop_requests import SIGNALS
 
 _POLL_SECONDS = 0.5
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from alignment import bundled
-from alignment.artifacts import Manifest
+from alignment.core.artifacts import Manifest
 from alignment.provenance import Judged, Provenance, Remembered, Step, without_places
 
 _LIBRARY = {"model": "transformers", "adapter": "peft"}

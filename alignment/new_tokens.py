@@ -19,13 +19,13 @@ from torch import nn
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from alignment.artifacts import readable, write_json
 from alignment.config.model import NEW_TOKENS
-from alignment.errors import AlignmentError, ConfigError, ModelError
-from alignment.files import explained
-from alignment.model_files import refuse_weights_elsewhere
-from alignment.streams import make_unfailing
-from alignment.terminal import complain
+from alignment.core.artifacts import readable, write_json
+from alignment.core.errors import AlignmentError, ConfigError, ModelError
+from alignment.core.files import explained
+from alignment.core.model_files import refuse_weights_elsewhere
+from alignment.core.streams import make_unfailing
+from alignment.core.terminal import complain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,6 +21,9 @@ from transformers.utils import logging as transformers_logging
 
 from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig
 from alignment.config.stage import EvaluateConfig, Trained
+from alignment.core.errors import AlignmentError, DataError
+from alignment.core.streams import make_unfailing
+from alignment.core.terminal import Terminal, complain
 from alignment.data.doctor import record_key
 from alignment.data.kinds import KINDS, Tokenized, tokenized
 from alignment.data.limits import Limits, RowTooLong, refuse_losses
@@ -28,10 +31,7 @@ from alignment.data.overlap import HeldOut, asked, asked_in
 from alignment.data.reading import Reading, iterate, refuse_faults, start
 from alignment.data.shown import Run, Shown, histogram, shown
 from alignment.data.tokenizer import load_tokenizer
-from alignment.errors import AlignmentError, DataError
 from alignment.stage_spec import StageSpec, read_spec
-from alignment.streams import make_unfailing
-from alignment.terminal import Terminal, complain
 
 CONTENT_POLICY = (
     """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; """

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignment.artifacts import MANIFEST, Manifest, read_manifest
+from alignment.core.artifacts import MANIFEST, Manifest, read_manifest
+from alignment.core.errors import ArtifactError
+from alignment.core.shapes import fits
 from alignment.doubts import profile_of
-from alignment.errors import ArtifactError
-from alignment.shapes import fits
 
 _PLACE = re.compile(r"(?<![\w.])(?:~|\.\.?)?/(?:[^\s/'\",\]})]+/)*")
 """A path but for its last part, wherever it begins in a text."""

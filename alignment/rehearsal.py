@@ -17,15 +17,15 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from alignment.artifacts import write_json
 from alignment.config.data import OnError, SourceConfig
 from alignment.config.stage import PpoConfig, Trained
+from alignment.core.artifacts import write_json
+from alignment.core.errors import AlignmentError
 from alignment.data.kinds import KINDS, Kind, tokenized
 from alignment.data.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.reading import iterate
 from alignment.data.records import Prompt
 from alignment.data.tokenizer import load_tokenizer
-from alignment.errors import AlignmentError
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.scorers import Answers, checked
 from alignment.rewards.sources import function_of, in_use, source_field

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from alignment.artifacts import verify
 from alignment.config.model import Dtype
+from alignment.core.artifacts import verify
+from alignment.core.errors import DataError
 from alignment.data.tokenize import end_ids, prompt_ids
 from alignment.data.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.device import own_device
-from alignment.errors import DataError
 from alignment.models.answers import unwrapped
 from alignment.models.flat import use_flat_attention
 from alignment.models.generate import Sampling, generate

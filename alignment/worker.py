@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # what follows takes seconds to import, and a signal must not kill the process meanwhile
-    from alignment.stop_requests import stop_while_importing
+    from alignment.core.stop_requests import stop_while_importing
 
     stop_while_importing(Path(sys.argv[1]))
 
@@ -32,23 +32,23 @@ import numpy as np
 import torch
 import transformers
 
-from alignment import stop_requests
-from alignment.artifacts import Manifest, publish, write_json
 from alignment.config.stage import StageConfig
+from alignment.core import stop_requests
+from alignment.core.artifacts import Manifest, publish, write_json
+from alignment.core.errors import PREEMPTED, AlignmentError, DataError, StageError
+from alignment.core.files import disk_error, path_error
+from alignment.core.fingerprint import digest
+from alignment.core.locks import held
+from alignment.core.streams import make_unfailing
+from alignment.core.versions import versions
 from alignment.data.chat_template import template_text
 from alignment.data.hub import content_of
-from alignment.errors import PREEMPTED, AlignmentError, DataError, StageError
-from alignment.files import disk_error, path_error
-from alignment.fingerprint import digest
-from alignment.locks import held
 from alignment.stage_spec import StageSpec, read_spec
 from alignment.stages.result import StageResult
-from alignment.streams import make_unfailing
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.session import Preempted, usage
 from alignment.training.sharding import begin
-from alignment.versions import versions
 
 STAGE_MODULES = {
     "cpt": "alignment.stages.cpt",
@@ -68,7 +68,7 @@ _RESERVED = 1 << 16
 
 
 def main(path: Path) -> int:
-    """Runs the stage; returns the exit code (alignment/errors.py)."""
+    """Runs the stage; returns the exit code (alignment/core/errors.py)."""
     spec = read_spec(path)
     context = StageContext(
         spec=spec, rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1"))

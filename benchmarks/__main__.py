@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignment.errors import AlignmentError
-from alignment.hardware import count_cores
+from alignment.core.errors import AlignmentError
+from alignment.core.hardware import count_cores
 from benchmarks.harness import Failed, Options, measure
 from benchmarks.journal import OtherConditions
 from benchmarks.machine import RESULTS

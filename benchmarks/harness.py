@@ -16,8 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from alignment import bundled, hardware, launcher
+from alignment import bundled, launcher
 from alignment.config.launch import LaunchConfig
+from alignment.core import hardware
 from alignment.pipeline.handover import commit_of_checkout
 from benchmarks import environments, rows
 from benchmarks.journal import Journal

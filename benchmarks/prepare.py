@@ -18,11 +18,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from alignment import worker
+from alignment.core.errors import DataError
 from alignment.data.shown import in_common
 from alignment.data.tokenize import answer_ids, prompt_ids, tokenize_conversation
 from alignment.data.tokenizer import load_tokenizer
 from alignment.data.turns import Message
-from alignment.errors import DataError
 from alignment.models.load import lineage, load_scalar
 from alignment.models.reward import load_reward_model
 from alignment.stage_spec import StageInput, read_spec

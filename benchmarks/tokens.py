@@ -50,11 +50,11 @@ def write_rows(path: Path, rows: int) -> None:
 def ours(file: Path, folder: Path, model: Path) -> int:
     """Tokens in all rows."""
     from alignment.config.data import SourceConfig
+    from alignment.core.hardware import count_cores
     from alignment.data.kinds import CONVERSATIONS
     from alignment.data.limits import Limits
     from alignment.data.token_table import token_table
     from alignment.data.tokenizer import load_tokenizer
-    from alignment.hardware import count_cores
 
     table = token_table(
         file,

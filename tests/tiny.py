@@ -27,11 +27,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from alignment.artifacts import Manifest, publish
 from alignment.config.adapter import AdapterConfig
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import RewardConfig, StageConfig
 from alignment.config.tracking import TrackingConfig
+from alignment.core.artifacts import Manifest, publish
 from alignment.data.tokenizer import load_tokenizer
 from alignment.models.answers import unwrapped
 from alignment.models.load import Lineage

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

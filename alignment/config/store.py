@@ -14,7 +14,7 @@ from alignment.config.launch import LaunchConfig
 from alignment.config.model import ModelConfig
 from alignment.config.stage import StageConfig
 from alignment.config.tracking import TrackingConfig
-from alignment.resources import shipped
+from alignment.core.resources import shipped
 
 GROUPS: dict[str, object] = {
     "adapter": AdapterConfig,

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from alignment.errors import ConfigError, DataError
-from alignment.small_files import small_text
+from alignment.core.errors import ConfigError, DataError
+from alignment.core.small_files import small_text
 
 MOST_NODES = 10_000
 """Values and keys, those of an alias at each of its places; the longest recipe has some hundreds."""

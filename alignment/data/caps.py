@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from alignment.errors import DataError
-from alignment.small_files import refuse_endless
+from alignment.core.errors import DataError
+from alignment.core.small_files import refuse_endless
 
 LINE_BYTES = 16 << 20
 """Of a line of JSON, or (as characters) of a line or a field of CSV."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from alignment.core.errors import DataError
+from alignment.core.small_files import small_text
 from alignment.data.rendering import control_tokens
 from alignment.data.tokenize import front
-from alignment.errors import DataError
-from alignment.small_files import small_text
 
 CHATML = "chatml"
 _START, _END = "<|im_start|>", "<|im_end|>"

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.data import SourceConfig
+from alignment.core.errors import DataError
+from alignment.core.fingerprint import digest
 from alignment.data.fields import Fields, SetAside
 from alignment.data.files import RawRow
 from alignment.data.formats.answers import CHOICES, TEXT
@@ -19,8 +21,6 @@ from alignment.data.near import NearRepeats
 from alignment.data.overlap import Placed
 from alignment.data.reading import prepared, right_form, start
 from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Question, Record
-from alignment.errors import DataError
-from alignment.fingerprint import digest
 
 USES: dict[str, tuple[str, type[Record]]] = {
     "cpt": ("texts", PlainText),

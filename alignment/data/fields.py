@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from alignment.errors import DataError
+from alignment.core.errors import DataError
 
 MEDIA = ("images", "image", "audios", "audio", "videos", "video")
 """Columns in which public files hold pictures and sound."""

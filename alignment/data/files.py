@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignment.core.errors import DataError
+from alignment.core.small_files import refuse_endless
 from alignment.data import caps
-from alignment.errors import DataError
-from alignment.small_files import refuse_endless
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,9 +13,9 @@ from typing import Any
 from yaml import YAMLError
 
 from alignment.config.data import SourceConfig
+from alignment.core.errors import DataError
+from alignment.core.fingerprint import content_sha256
 from alignment.data.files import RawRow, Unparsed, parsed, unparsed_rows_of
-from alignment.errors import DataError
-from alignment.fingerprint import content_sha256
 
 _FOLDER = "datasets--"
 

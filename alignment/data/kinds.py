@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from alignment.core.deadline import watched
+from alignment.core.errors import DataError, ModelError
 from alignment.data.limits import Limits, Parts, RowTooLong, cut_to, excess
 from alignment.data.records import Conversation, PlainText, PreferencePair, Prompt
 from alignment.data.rendering import Piece, Tools, answer_texts, conversation_pieces, prompt_tail, prompt_text
 from alignment.data.tokenize import Tokens, encode, escaped_text, front, text_rows, tokens_of
 from alignment.data.turns import Message
-from alignment.deadline import watched
-from alignment.errors import DataError, ModelError
 
 PROMPT = "prompt"
 """The name of a row's prompt; all other pieces are answers."""

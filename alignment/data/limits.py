@@ -8,8 +8,8 @@ from typing import Self
 
 from alignment.config.stage import CptConfig, DpoConfig, PpoConfig, RewardCardConfig, RewardConfig, SftConfig
 from alignment.config.too_long import Side, TooLong, TooLongConfig
+from alignment.core.errors import DataError
 from alignment.data.tokenize import Tokens
-from alignment.errors import DataError
 
 
 class RowTooLong(DataError):

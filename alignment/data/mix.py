@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 
 from alignment.config.data import MixedConfig
-from alignment.errors import DataError
+from alignment.core.errors import DataError
 
 
 def mixed(own: int, parts: Sequence[tuple[MixedConfig, int]], generator: torch.Generator, *, where: str) -> list[int]:

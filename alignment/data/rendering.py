@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from alignment.core.deadline import SECONDS, Bounded
+from alignment.core.errors import AlignmentError, DataError, ModelError
 from alignment.data.turns import Message
-from alignment.deadline import SECONDS, Bounded
-from alignment.errors import AlignmentError, DataError, ModelError
 
 Tools = Sequence[Mapping[str, Any]]
 """What the assistant may call, as chat templates take it."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from alignment.config.near import suggestion
+from alignment.core.errors import DataError
+from alignment.core.resources import shipped
 from alignment.data.files import files_of
 from alignment.data.kinds import KINDS
 from alignment.data.records import HeldOutPrompt, PlainText, PreferencePair, Record
-from alignment.errors import DataError
-from alignment.resources import shipped
 
 RECORDS: dict[str, type[Record]] = {
     **{name: kind.record for name, kind in KINDS.items()},

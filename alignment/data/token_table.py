@@ -22,18 +22,18 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
-from alignment.artifacts import write_json
 from alignment.config.data import SourceConfig
+from alignment.core.artifacts import write_json
+from alignment.core.errors import DataError, StageError
+from alignment.core.files import disk_error
+from alignment.core.fingerprint import digest
+from alignment.core.locks import held
 from alignment.data.chunks import CUT, FAULT, SET_ASIDE, TOO_LONG, Chunk, Job, run
 from alignment.data.hub import content_of, snapshot_name, unparsed_source_rows
 from alignment.data.kinds import Kind
 from alignment.data.limits import Limits, refuse_losses
 from alignment.data.reading import NAMED, Reader, nothing, refuse_faults, start
 from alignment.data.tokenizer import tokenizer_hashes
-from alignment.errors import DataError, StageError
-from alignment.files import disk_error
-from alignment.fingerprint import digest
-from alignment.locks import held
 
 VERSION = 2
 """Raised when rows come out otherwise, so that older tables are not found."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from alignment.core.errors import DataError
 from alignment.data.records import Record
 from alignment.data.rendering import (
     Piece,
@@ -17,7 +18,6 @@ from alignment.data.rendering import (
     prompt_text,
 )
 from alignment.data.turns import Message
-from alignment.errors import DataError
 
 IGNORED = -100
 STOPS = "alignment_stop_ids"

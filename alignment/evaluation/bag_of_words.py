@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from alignment.errors import DataError
+from alignment.core.errors import DataError
 
 Vector = NDArray[np.float64]
 

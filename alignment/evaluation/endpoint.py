@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from alignment.config.evaluation import EndpointConfig
-from alignment.errors import ConfigError, StageError
+from alignment.core.errors import ConfigError, StageError
 from alignment.evaluation.bounded_client import Refused, bounded_client
 
 log = logging.getLogger(__name__)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from alignment.core.errors import DataError
 from alignment.data.overlap import HeldOut, asked
 from alignment.data.records import Conversation, HeldOutPrompt
 from alignment.data.turns import Message
-from alignment.errors import DataError
 
 
 def draw_examples(

@@ -14,10 +14,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from alignment.core.errors import DataError, NonFiniteError
 from alignment.data.records import PlainText, Question
 from alignment.data.rendering import answer_texts
 from alignment.data.tokenize import encode, encode_all, escaped_text, front, prompt_ids, tokenize_rows
-from alignment.errors import DataError, NonFiniteError
 from alignment.evaluation.arms import sequence_logprobs
 
 PIECE = 512

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from alignment.config.evaluation import FEW_SHOT, PROMPTED, UNTRAINED_ARMS
+from alignment.core.errors import NonFiniteError
 from alignment.data.records import HeldOutPrompt
-from alignment.errors import NonFiniteError
 from alignment.evaluation.arms import Answer, Answered
 from alignment.evaluation.bootstrap import Interval, detectable, mean_interval, ratio_interval
 from alignment.evaluation.pairwise import (

@@ -27,8 +27,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.errors import ConfigError, ModelError
-from alignment.files import write_text
+from alignment.core.errors import ConfigError, ModelError
+from alignment.core.files import write_text
 from alignment.models.prefix import prefix_of, put_prefix
 from alignment.models.products import fuse_adapters
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.errors import ModelError
+from alignment.core.errors import ModelError
 from alignment.models.flat import trunk_states
 from alignment.models.head import TokenStatistics, label_statistics, scalar_at, transforms_logits
 from alignment.models.rows import SHORTEST_SHARED, FlatRows, by_tokens, stream

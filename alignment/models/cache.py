@@ -16,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, 
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from alignment.errors import ModelError
+from alignment.core.errors import ModelError
 from alignment.models.attention import KeysValues
 from alignment.models.precision import products_dtype
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.errors import ModelError
+from alignment.core.errors import ModelError
 from alignment.models.attention import ATTENTION, KeysValues
 from alignment.models.blocks import fuse_blocks
 from alignment.models.norms import fuse_norms

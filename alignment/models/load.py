@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from alignment.artifacts import Manifest, inside, read_manifest, verify
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype
+from alignment.core.artifacts import Manifest, inside, read_manifest, verify
+from alignment.core.errors import ModelError
+from alignment.core.model_files import refuse_weights_elsewhere
 from alignment.data.tokenizer import load_tokenizer, tokenizer_hashes
-from alignment.errors import ModelError
-from alignment.model_files import refuse_weights_elsewhere
 from alignment.models.adapters import merge_adapter
 from alignment.models.nf4 import round_trunk
 from alignment.stage_spec import StageInput, StageSpec

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.errors import ModelError
+from alignment.core.errors import ModelError
 
 _NAME = "alignment_prefix"
 _NO_LIMIT = 1 << 30

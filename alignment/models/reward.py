@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from alignment.errors import ModelError
+from alignment.core.errors import ModelError
 from alignment.models.adapters import put_back
 from alignment.models.forward import install_scalar
 from alignment.models.load import DTYPES, lineage, load_scalar, load_scalar_head

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 from alignment.models.adapters import add_adapter, add_frozen, is_prefix, train_on
 from alignment.models.load import Lineage, SavedAdapter, load_policy, load_scalar, weights_dtype
 from alignment.models.nf4 import quantize_trunk

@@ -15,11 +15,12 @@ from typing import Any
 
 from rich.console import Console
 
-from alignment import hardware, launcher
-from alignment.artifacts import MANIFEST, Manifest, read_manifest
+from alignment import launcher
 from alignment.config.near import suggestion
-from alignment.errors import ArtifactError, ConfigError
-from alignment.files import write_text
+from alignment.core import hardware
+from alignment.core.artifacts import MANIFEST, Manifest, read_manifest
+from alignment.core.errors import ArtifactError, ConfigError
+from alignment.core.files import write_text
 from alignment.pipeline import sources
 from alignment.pipeline.display import display_for
 from alignment.pipeline.record import FILE, read_record

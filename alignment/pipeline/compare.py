@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from alignment.config.near import suggestion
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 from alignment.pipeline import paired
 from alignment.pipeline.record import FILE, read_record
 from alignment.report.comparison import GOLD, MOST_RUNS, build_comparison

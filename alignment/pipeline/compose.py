@@ -29,8 +29,8 @@ from alignment.config import yaml_file
 from alignment.config.faults import Fault, refuse
 from alignment.config.near import suggestion
 from alignment.config.store import GROUPS, SEVERAL, conf_folder, recipe_names, recipes_folder
-from alignment.deadline import Bounded
-from alignment.errors import ConfigError
+from alignment.core.deadline import Bounded
+from alignment.core.errors import ConfigError
 from alignment.pipeline import profile as profiles
 from alignment.pipeline.hostile import hostile
 from alignment.pipeline.hydra_files import check_files

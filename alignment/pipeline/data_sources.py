@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignment.core.errors import DataError
 from alignment.data.hub import content_of
 from alignment.data.sources import locate
-from alignment.errors import DataError
 from alignment.pipeline import hub
 from alignment.pipeline.sources import remembered_sha256
 

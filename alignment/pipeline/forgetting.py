@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.artifacts import read_manifest
 from alignment.config.stage import DpoConfig, ForgettingConfig, PpoConfig, StageConfig
-from alignment.errors import Forgot
+from alignment.core.artifacts import read_manifest
+from alignment.core.errors import Forgot
 from alignment.pipeline.plan import PlannedStage
 
 FORGOT = "forgot"

@@ -16,9 +16,8 @@ import yaml
 from alignment.config.launch import LaunchConfig
 from alignment.config.model import ModelConfig
 from alignment.config.typed import to_plain
-from alignment.data.chat_template import template_file
-from alignment.deadline import KILLED_BY
-from alignment.errors import (
+from alignment.core.deadline import KILLED_BY
+from alignment.core.errors import (
     PREEMPTED,
     AlignmentError,
     ArtifactError,
@@ -30,7 +29,8 @@ from alignment.errors import (
     RewardError,
     StageError,
 )
-from alignment.files import disk_error, is_full, write_text
+from alignment.core.files import disk_error, is_full, write_text
+from alignment.data.chat_template import template_file
 from alignment.pipeline.plan import Plan, PlannedStage
 from alignment.stage_spec import StageInput
 

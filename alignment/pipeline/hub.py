@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.errors import DataError, ModelError
+from alignment.core.errors import DataError, ModelError
 
 _FORM = re.compile(r"hub:(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _LOG_IN = "log in (hf auth login, or HF_TOKEN)"

@@ -9,8 +9,8 @@ from typing import Any
 from alignment.config.evaluation import FEW_SHOT, FewShotConfig
 from alignment.config.run import RunConfig
 from alignment.config.stage import EvaluateConfig, PpoConfig, PtxConfig, StageConfig
+from alignment.core.fingerprint import canonical, digest, file_sha256
 from alignment.data.chat_template import template_text
-from alignment.fingerprint import canonical, digest, file_sha256
 from alignment.pipeline import scorers
 from alignment.pipeline.sources import ModelSource
 

@@ -12,9 +12,9 @@ from jinja2 import Environment, StrictUndefined
 
 from alignment.config.launch import SlurmConfig
 from alignment.config.stage import Measuring, ReportConfig, StageConfig
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
+from alignment.core.resources import shipped
 from alignment.pipeline.plan import Plan, PlannedStage
-from alignment.resources import shipped
 
 TEMPLATE = Path("slurm") / "stage.sbatch"
 HERE = "launch.slurm.submit=false"

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from alignment.artifacts import read_manifest, write_json
-from alignment.errors import Busy, ConfigError, StageError
-from alignment.files import write_text
+from alignment.core.artifacts import read_manifest, write_json
+from alignment.core.errors import Busy, ConfigError, StageError
+from alignment.core.files import write_text
 from alignment.pipeline import handover, job_file, slurm
 from alignment.pipeline.display import Display, duration
 from alignment.pipeline.plan import Plan, PlannedStage

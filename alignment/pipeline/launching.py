@@ -6,14 +6,15 @@ import dataclasses
 import importlib.util
 from collections.abc import Iterator, Sequence
 
-from alignment import hardware, launcher
+from alignment import launcher
 from alignment.config.evaluation import JudgeKind
 from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments
 from alignment.config.sharing import ppo_faults
 from alignment.config.stage import EvaluateConfig, Measuring, PpoConfig, ReportConfig, StageConfig, Trained
-from alignment.errors import ConfigError
+from alignment.core import hardware
+from alignment.core.errors import ConfigError
 from alignment.evaluation.endpoint import api_key
 from alignment.pipeline import amounts
 from alignment.pipeline.plan import Action, Plan, PlannedStage

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment import hardware, launcher
-from alignment.artifacts import read_manifest, write_json
+from alignment import launcher
 from alignment.config.launch import LaunchConfig
 from alignment.config.stage import Measuring, ReportConfig
-from alignment.errors import PREEMPTED, ArtifactError, ConfigError, StageError
+from alignment.core import hardware
+from alignment.core.artifacts import read_manifest, write_json
+from alignment.core.errors import PREEMPTED, ArtifactError, ConfigError, StageError
 from alignment.launcher import Command
 from alignment.pipeline import launching
 from alignment.pipeline.forgetting import FORGOT

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from alignment import hardware, launcher
-from alignment.files import new_folder
+from alignment import launcher
+from alignment.core import hardware
+from alignment.core.files import new_folder
 from alignment.pipeline import sources
 from alignment.pipeline.display import display_for
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alignment import doubts
-from alignment.artifacts import read_manifest
 from alignment.config.stage import CptConfig, EvaluateConfig, PpoConfig, Trained
+from alignment.core.artifacts import read_manifest
+from alignment.core.errors import ArtifactError
 from alignment.data.overlap import HeldOut, Overlap, Placed
-from alignment.errors import ArtifactError
 from alignment.pipeline.amounts import rows_of
 from alignment.pipeline.frozen_rows import frozen_rows
 from alignment.pipeline.plan import Plan, PlannedStage

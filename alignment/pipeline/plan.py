@@ -9,7 +9,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from alignment.artifacts import folder_name, read_manifest, verify
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.config.evaluation import FEW_SHOT
 from alignment.config.faults import refuse
@@ -23,11 +22,12 @@ from alignment.config.stage import (
     StageConfig,
 )
 from alignment.config.typed import convert
+from alignment.core.artifacts import folder_name, read_manifest, verify
+from alignment.core.errors import ArtifactError, ModelError
+from alignment.core.fingerprint import digest
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation, PreferencePair, Question, Record
 from alignment.data.sources import RECORDS
-from alignment.errors import ArtifactError, ModelError
-from alignment.fingerprint import digest
 from alignment.pipeline import (
     amounts,
     compatibility,

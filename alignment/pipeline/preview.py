@@ -11,10 +11,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment import hardware, launcher
+from alignment import launcher
 from alignment.config.stage import EvaluateConfig, Trained
-from alignment.deadline import KILLED_BY, KILLED_SECONDS
-from alignment.errors import ConfigError, ModelError
+from alignment.core import hardware
+from alignment.core.deadline import KILLED_BY, KILLED_SECONDS
+from alignment.core.errors import ConfigError, ModelError
 from alignment.pipeline import handover
 from alignment.pipeline.display import display_for
 from alignment.pipeline.plan import PlannedStage, make_plan

@@ -15,7 +15,7 @@ from alignment.config import yaml_file
 from alignment.config.near import suggestion
 from alignment.config.stage import STAGES
 from alignment.config.store import GROUPS
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 
 GROUP = "profile"
 _HUB = "hub:"

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from alignment.errors import StageError
+from alignment.core.errors import StageError
 
 SILENT = 10.0
 """Seconds without a sign after which a process does not run at all: it was stopped, or its machine is gone."""

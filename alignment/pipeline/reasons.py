@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.artifacts import MANIFEST, Manifest, read_manifest
+from alignment.core.artifacts import MANIFEST, Manifest, read_manifest
 
 _SHOWN = 3
 _ABSENT = "nothing"

@@ -7,13 +7,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from alignment.artifacts import read_manifest, write_json
 from alignment.config.typed import to_plain
-from alignment.errors import ArtifactError
+from alignment.core.artifacts import read_manifest, write_json
+from alignment.core.errors import ArtifactError
+from alignment.core.shapes import fits
 from alignment.pipeline import references
 from alignment.pipeline.job_file import HERE
 from alignment.pipeline.plan import Action, Plan, PlannedStage
-from alignment.shapes import fits
 
 FILE = "run.json"
 DONE = ("done", "reused")

@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from alignment import hardware, launcher
+from alignment import launcher
 from alignment.config.launch import LauncherKind
 from alignment.config.stage import CptConfig, StageConfig, Trained
-from alignment.errors import StageError
+from alignment.core import hardware
+from alignment.core.errors import StageError
 from alignment.launcher import Command
 from alignment.pipeline import handover, machines, tried
 from alignment.pipeline.plan import Action, Plan, PlannedStage

@@ -13,15 +13,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment import __version__, doubts, hardware, launcher
-from alignment.artifacts import Manifest, publish, read_manifest, verify
+from alignment import __version__, doubts, launcher
 from alignment.config.launch import LaunchConfig
 from alignment.config.near import suggestion
 from alignment.config.stage import ReportConfig
-from alignment.errors import PREEMPTED, ArtifactError, Busy, ConfigError
-from alignment.files import remove_leftovers, replacing
+from alignment.core import hardware
+from alignment.core.artifacts import Manifest, publish, read_manifest, verify
+from alignment.core.errors import PREEMPTED, ArtifactError, Busy, ConfigError
+from alignment.core.files import remove_leftovers, replacing
+from alignment.core.locks import held, is_held
+from alignment.core.resources import CODE_ROOT
 from alignment.launcher import Command
-from alignment.locks import held, is_held
 from alignment.pipeline import (
     data_sources,
     forgetting,
@@ -43,7 +45,6 @@ from alignment.pipeline.plan import Action, Plan, PlannedStage, make_plan
 from alignment.pipeline.record import RunRecord, read_record, seconds_then
 from alignment.pipeline.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
 from alignment.pipeline.summary import REPORT, show_results
-from alignment.resources import CODE_ROOT
 
 CommandFor = Callable[[LaunchConfig, Path], Command]
 """Makes the command that runs a stage file."""
@@ -58,7 +59,7 @@ def run(
     wait: bool = False,
     command_for: CommandFor | None = None,
 ) -> int:
-    """Plans and executes all stages, or the one named ``only``; returns the exit code (alignment/errors.py).
+    """Plans and executes all stages, or the one named ``only``; returns the exit code (alignment/core/errors.py).
 
     With ``wait`` it waits for another process that works on this run or on a result that it needs, and reuses what that
     one made; without, it is refused.

@@ -9,12 +9,12 @@ import ast
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from alignment.artifacts import read_manifest
 from alignment.config.faults import Fault
 from alignment.config.near import nearest, suggestion
 from alignment.config.stage import Critic, PpoConfig, RewardCardConfig, ScorerConfig, StageConfig
+from alignment.core.artifacts import read_manifest
+from alignment.core.fingerprint import file_sha256
 from alignment.data.records import Prompt, facts_in
-from alignment.fingerprint import file_sha256
 from alignment.rewards.sources import (
     GUARD,
     REWARD,

@@ -15,9 +15,9 @@ from alignment.config.optim import Moments
 from alignment.config.run import RunConfig
 from alignment.config.stage import EvaluateConfig, ForgettingConfig, PpoConfig, ReportConfig, RewardCardConfig, Trained
 from alignment.config.tracking import TrackingConfig
+from alignment.core.errors import DataError
 from alignment.data.chat_template import template_text
 from alignment.data.formats import COLUMNS, FORMATS
-from alignment.errors import DataError
 from alignment.pipeline import judges, learned, scorers
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 
 _ASK_SECONDS = 15.0
 _SUBMIT_SECONDS = 120.0

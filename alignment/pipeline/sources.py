@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from alignment import bundled
-from alignment.artifacts import write_json
-from alignment.errors import ModelError
-from alignment.fingerprint import digest, file_sha256
-from alignment.model_files import refuse_weights_elsewhere
+from alignment.core.artifacts import write_json
+from alignment.core.errors import ModelError
+from alignment.core.fingerprint import digest, file_sha256
+from alignment.core.model_files import refuse_weights_elsewhere
 from alignment.pipeline import hub
 
 _IDENTITY_SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".txt"}

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from alignment.config.near import suggestion
-from alignment.errors import ConfigError
-from alignment.locks import is_held
+from alignment.core.errors import ConfigError
+from alignment.core.locks import is_held
 from alignment.pipeline import handover, jobs
 from alignment.pipeline.record import FILE, read_record
 from alignment.pipeline.summary import progress_line, show_results, show_stages

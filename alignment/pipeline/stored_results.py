@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment.artifacts import Manifest
 from alignment.config.near import suggestion
-from alignment.errors import ConfigError, ModelError
+from alignment.core.artifacts import Manifest
+from alignment.core.errors import ConfigError, ModelError
 from alignment.pipeline import sources
 from alignment.pipeline.display import display_for
 from alignment.pipeline.record import FILE, read_record

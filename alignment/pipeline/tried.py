@@ -12,8 +12,8 @@ from typing import Any
 
 from alignment import __version__
 from alignment.config.typed import to_plain
-from alignment.files import write_text
-from alignment.fingerprint import digest
+from alignment.core.files import write_text
+from alignment.core.fingerprint import digest
 from alignment.pipeline.plan import Plan, PlannedStage
 
 FOLDER = ".tried"

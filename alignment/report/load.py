@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alignment.artifacts import Manifest, read_manifest
 from alignment.config import yaml_file
+from alignment.core.artifacts import Manifest, read_manifest
+from alignment.core.errors import ArtifactError, ConfigError
 from alignment.doubts import profile_of
-from alignment.errors import ArtifactError, ConfigError
 from alignment.report import text
 from alignment.report.evaluation import read_evaluation, read_samples
 from alignment.report.forgetting import read_forgetting

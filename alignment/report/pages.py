@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from alignment.files import replacing
+from alignment.core.files import replacing
 from alignment.report import tables, text
 
 

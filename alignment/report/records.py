@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignment.artifacts import Manifest
+from alignment.core.artifacts import Manifest
 from alignment.report import text
 
 COMPLETE = ("done", "reused")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 from alignment.report import tables
 from alignment.report.card_page import card_view
 from alignment.report.chain import chain

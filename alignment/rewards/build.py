@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from alignment.artifacts import read_manifest
 from alignment.config.stage import PpoConfig, ScorerConfig
+from alignment.core.artifacts import read_manifest
 from alignment.data.records import Prompt
 from alignment.models.load import refuse_other_tokenizer
 from alignment.models.reward import load_reward_model

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from alignment.errors import DataError, RewardError
-from alignment.files import disk_error
-from alignment.fingerprint import digest, file_sha256
+from alignment.core.errors import DataError, RewardError
+from alignment.core.files import disk_error
+from alignment.core.fingerprint import digest, file_sha256
 from alignment.rewards.scorers import Answers
 from alignment.rewards.sources import FunctionSource
 

@@ -10,8 +10,8 @@ from numbers import Real
 from typing import Any, Protocol
 
 from alignment.config.rules import LARGEST
+from alignment.core.errors import RewardError
 from alignment.data.records import Prompt, facts_in
-from alignment.errors import RewardError
 from alignment.evaluation.arms import source_text
 from alignment.rewards import verifiers
 

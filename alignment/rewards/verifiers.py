@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from alignment.errors import DataError
+from alignment.core.errors import DataError
 from alignment.evaluation.house_style import fact_recall, style_checks
 
 ANSWER = "answer"

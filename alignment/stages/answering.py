@@ -9,14 +9,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from alignment.artifacts import read_manifest
 from alignment.config.evaluation import FEW_SHOT, PROMPTED
 from alignment.config.stage import EvaluateConfig
+from alignment.core.artifacts import read_manifest
+from alignment.core.errors import ModelError
 from alignment.data.records import Conversation, HeldOutPrompt
 from alignment.data.tokenize import answer_ids, end_ids, prompt_ids, tokenize_rows
 from alignment.data.tokenizer import load_tokenizer, stops_alike, tokenizer_hashes
 from alignment.data.turns import Message
-from alignment.errors import ModelError
 from alignment.evaluation.arms import Answered, TokenSum, answer_and_score, read_answers, with_style_prompt
 from alignment.evaluation.few_shot import draw_examples, with_examples
 from alignment.models.flat import use_flat_attention

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import transformers
 
+from alignment.core.files import remove_leftovers, write_text
 from alignment.evaluation.arms import TokenSum
-from alignment.files import remove_leftovers, write_text
 from alignment.models.content import weights_sha256
 from alignment.models.load import Lineage
 from alignment.training.context import StageContext

@@ -21,7 +21,7 @@ from trl import DPOTrainer
 from alignment.config.adapter import AdapterKind
 from alignment.config.model import Dtype
 from alignment.config.stage import DpoConfig, DpoLoss
-from alignment.errors import StageError
+from alignment.core.errors import StageError
 from alignment.models.adapters import at_start, with_own
 from alignment.models.answers import unwrapped
 from alignment.models.flat import use_flat_attention

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignment.artifacts import write_json, write_lines
 from alignment.config.stage import EvaluateConfig
+from alignment.core.artifacts import write_json, write_lines
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokenize import answer_ids, prompt_ids, tokenize_rows
 from alignment.data.tokenizer import load_tokenizer

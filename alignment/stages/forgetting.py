@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from alignment.artifacts import write_json, write_lines
 from alignment.config.stage import ForgettingConfig
+from alignment.core.artifacts import write_json, write_lines
 from alignment.data.records import PlainText, Question
 from alignment.data.tokenizer import load_tokenizer
 from alignment.evaluation.forgetting import BASE, Asked, Limits, headlines, question_rows, table, text_rows

@@ -7,8 +7,8 @@ from typing import Any
 from peft import PeftModel, TaskType
 from transformers import PreTrainedModel
 
-from alignment.artifacts import read_manifest
 from alignment.config.stage import DpoConfig, RewardConfig
+from alignment.core.artifacts import read_manifest
 from alignment.data.tokenizer import load_tokenizer
 from alignment.models.load import Lineage, lineage, refuse_other_tokenizer
 from alignment.models.start import load_start, turn_off_dropout

@@ -11,15 +11,15 @@ from torch import nn
 from transformers import TrainingArguments
 
 from alignment.algos.kl import AdaptiveKl, FixedKl
-from alignment.artifacts import read_manifest
 from alignment.config.faults import refuse
 from alignment.config.sharing import ppo_faults
 from alignment.config.stage import KlConfig, KlControl, PpoConfig, ScorerConfig
+from alignment.core.artifacts import read_manifest
+from alignment.core.errors import ConfigError
 from alignment.data.kinds import CONVERSATIONS, PROMPTS
 from alignment.data.limits import Limits
 from alignment.data.records import Prompt
 from alignment.data.tokenize import TokenizedConversation, end_ids
-from alignment.errors import ConfigError
 from alignment.models.load import Lineage, refuse_other_tokenizer
 from alignment.models.roles import Roles, build_roles
 from alignment.rewards.build import build_rewards, build_scorer

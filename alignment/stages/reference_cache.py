@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
-from alignment.files import remove_leftovers, replacing
+from alignment.core.files import remove_leftovers, replacing
 from alignment.models.answers import answer_statistics, batches
 from alignment.models.content import weights_sha256
 from alignment.models.load import Lineage, products_in

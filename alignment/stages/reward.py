@@ -20,7 +20,7 @@ from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
 from alignment.config.stage import RewardConfig
-from alignment.errors import DataError
+from alignment.core.errors import DataError
 from alignment.models.answers import batches, scalar_scores, unwrapped
 from alignment.models.forward import install_scalar
 from alignment.models.load import products_in

@@ -7,7 +7,7 @@ from typing import Any
 from alignment.config.launch import Sharding
 from alignment.config.model import Dtype
 from alignment.config.optim import OptimConfig, Schedule
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 from alignment.training.context import StageContext
 from alignment.training.sharding import sharding_arguments
 

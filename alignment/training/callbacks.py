@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
+from alignment.core.stop_requests import SIGNALS
 from alignment.models.adapters import with_own
-from alignment.stop_requests import SIGNALS
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_figures, refuse_weights

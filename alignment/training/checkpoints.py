@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from alignment.artifacts import inside, write_json
-from alignment.errors import ArtifactError
-from alignment.fingerprint import file_sha256
-from alignment.shapes import fits
+from alignment.core.artifacts import inside, write_json
+from alignment.core.errors import ArtifactError
+from alignment.core.fingerprint import file_sha256
+from alignment.core.shapes import fits
 
 MANIFEST = "alignment_checkpoint.json"
 KEPT = 2

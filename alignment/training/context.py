@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from alignment.artifacts import write_json
 from alignment.config.adapter import AdapterConfig
 from alignment.config.stage import Trained
+from alignment.core.artifacts import write_json
+from alignment.core.files import disk_error
 from alignment.device import own_device
-from alignment.files import disk_error
 from alignment.stage_spec import StageSpec
 from alignment.training.pulse import Pulse
 from alignment.training.tracking import Trackers

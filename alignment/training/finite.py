@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignment.errors import NonFiniteError, StageError
+from alignment.core.errors import NonFiniteError, StageError
 from alignment.training.sharding import everyones
 
 LEARNED = 1e-3

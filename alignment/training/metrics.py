@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alignment.files import naming, write_text
+from alignment.core.files import naming, write_text
 
 
 class MetricsLog:

@@ -33,7 +33,7 @@ from alignment.algos.ppo import (
     value_is_clipped,
 )
 from alignment.config.stage import PpoConfig
-from alignment.errors import StageError
+from alignment.core.errors import StageError
 from alignment.models.answers import answer_stream, pieces_of, unwrapped
 from alignment.models.roles import Roles
 from alignment.rewards.slot import Rewards

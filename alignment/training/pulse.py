@@ -19,7 +19,7 @@ from types import FrameType
 
 import psutil
 
-from alignment.artifacts import write_json
+from alignment.core.artifacts import write_json
 
 PERIOD = 1.0
 """Seconds between two looks."""

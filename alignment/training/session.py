@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 from alignment.training import checkpoints
 from alignment.training.callbacks import (
     AdaptersAtWork,

@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 
 from alignment.config.launch import Offload, Sharding
+from alignment.core.resources import shipped
 from alignment.models.actor_critic import ActorCritic
 from alignment.models.answers import unwrapped
 from alignment.models.head import answer_labels
 from alignment.models.load import compute_in
-from alignment.resources import shipped
 from alignment.training.checkpoints import WHOLE
 from alignment.training.context import StageContext
 

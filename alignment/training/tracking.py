@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.artifacts import Manifest
+from alignment.core.artifacts import Manifest
 from alignment.stage_spec import StageSpec
 from alignment.training.trackers.tensorboard import TensorBoardTracker
 from alignment.training.trackers.tracker import Tracker, columns_and_rows

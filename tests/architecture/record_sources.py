@@ -25,14 +25,14 @@ RECORD = Path(__file__).with_name("sources.json")
 KINDS = [kind for kind in STAGES if kind != "report"]
 """A report shows numbers and makes none."""
 NO_ARITHMETIC = (
-    "alignment.artifacts",
+    "alignment.core.artifacts",
     "alignment.bundled",
     "alignment.config",
     "alignment.data.hub",
-    "alignment.errors",
+    "alignment.core.errors",
     "alignment.launcher",
-    "alignment.locks",
-    "alignment.resources",
+    "alignment.core.locks",
+    "alignment.core.resources",
     "alignment.stage_spec",
     "alignment.training.checkpoints",
     "alignment.training.finite",
@@ -40,7 +40,7 @@ NO_ARITHMETIC = (
     "alignment.training.pulse",
     "alignment.training.trackers",
     "alignment.training.tracking",
-    "alignment.versions",
+    "alignment.core.versions",
     "alignment.voice",
 )
 """Modules that write, check or announce, and settings, whose values are in a fingerprint themselves."""

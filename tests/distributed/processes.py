@@ -13,7 +13,7 @@ import sys
 import traceback
 from typing import Any
 
-from alignment.hardware import visible_devices
+from alignment.core.hardware import visible_devices
 from alignment.stage_spec import StageSpec
 
 PRELOADED = (

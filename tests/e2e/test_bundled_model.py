@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alignment import bundled
-from alignment.artifacts import verify
+from alignment.core.artifacts import verify
 from tests.e2e.conftest import Align
 
 MODEL = bundled.lookup("smollm2-135m")

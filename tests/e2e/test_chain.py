@@ -21,7 +21,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from alignment.artifacts import verify
+from alignment.core.artifacts import verify
 from alignment.pipeline.sweeps.reported import of_stage
 from alignment.stage_spec import read_spec
 from tests.e2e.conftest import Align, environment

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignment.artifacts import verify
+from alignment.core.artifacts import verify
 from alignment.pipeline.compose import compose
 from tests.e2e.forked import Forked
 from tests.tiny import pythia_tokenizer, save_tiny_model

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alignment.artifacts import verify
+from alignment.core.artifacts import verify
 from tests.e2e.conftest import Align
 from tests.e2e.forked import Forked
 

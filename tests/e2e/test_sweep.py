@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from alignment.locks import is_held
+from alignment.core.locks import is_held
 from tests.e2e.conftest import SMALL, Align, environment
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from alignment.artifacts import verify
-from alignment.resources import shipped
+from alignment.core.artifacts import verify
+from alignment.core.resources import shipped
 from alignment.stage_spec import read_spec
 from alignment.training.trackers.wandb import stable_id
 from alignment.training.trackers.wandb_log import records

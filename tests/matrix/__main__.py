@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from alignment.artifacts import write_json
+from alignment.core.artifacts import write_json
+from alignment.core.versions import PACKAGES
 from alignment.pipeline.handover import commit_of_checkout
-from alignment.versions import PACKAGES
 from benchmarks.machine import processor
 from tests.matrix.cells import ADAPTERS, LAUNCHERS, LOGITS, SAME, STAGES, Bench, Cell, Outcome
 from tests.matrix.rows import write_rows

@@ -21,7 +21,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from alignment.artifacts import verify
+from alignment.core.artifacts import verify
 from tests.matrix.rows import CONVERSATIONS, PAIRS, TEXTS
 
 STAGES = ("cpt", "sft", "reward", "dpo", "ppo")

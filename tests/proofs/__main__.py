@@ -24,9 +24,9 @@ from typing import Any
 import torch
 import transformers
 
-from alignment.artifacts import write_json
+from alignment.core.artifacts import write_json
+from alignment.core.versions import PACKAGES
 from alignment.pipeline.handover import commit_of_checkout
-from alignment.versions import PACKAGES
 from benchmarks.machine import processor
 from tests.proofs import (
     bandit,

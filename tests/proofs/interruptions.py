@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from alignment.locks import is_held
+from alignment.core.locks import is_held
 from alignment.training.checkpoints import MANIFEST as SEAL
 from tests.proofs.common import Claim
 from tests.proofs.driven import Driver

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from alignment.artifacts import MANIFEST, Manifest, folder_name, publish, read_manifest, verify, write_json
-from alignment.errors import ArtifactError
+from alignment.core.artifacts import MANIFEST, Manifest, folder_name, publish, read_manifest, verify, write_json
+from alignment.core.errors import ArtifactError
 
 EMPTY = Manifest(stage="sft", kind="policy", fingerprint="5f0e9b1c" * 8, identity={})
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from alignment import bundled
-from alignment.errors import ModelError
+from alignment.core.errors import ModelError
 
 GGUF = b"GGUF and some weights"
 MODEL = dataclasses.replace(

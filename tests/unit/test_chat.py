@@ -19,10 +19,10 @@ from alignment.chat import Screen, converse
 from alignment.config.adapter import AdapterConfig
 from alignment.config.model import Dtype
 from alignment.config.stage import SftConfig
+from alignment.core.errors import DataError
 from alignment.data.tokenize import prompt_ids
 from alignment.data.tokenizer import load_tokenizer
 from alignment.data.turns import Message
-from alignment.errors import DataError
 from alignment.models.generate import generate
 from alignment.models.load import Lineage
 from alignment.models.start import load_start

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from alignment import deadline
+from alignment.core import deadline
+from alignment.core.errors import ModelError
 from alignment.data.kinds import PROMPTS, tokenized
 from alignment.data.limits import Limits
 from alignment.data.records import Prompt
 from alignment.data.rendering import render
 from alignment.data.turns import Message
-from alignment.errors import ModelError
 from alignment.pipeline import preview
 from tests.tiny import tiny_tokenizer
 

@@ -11,8 +11,8 @@ import torch
 
 from alignment import worker
 from alignment.config.stage import SftConfig
+from alignment.core.errors import ConfigError
 from alignment.device import own_device
-from alignment.errors import ConfigError
 from tests.tiny import tiny_spec
 
 Machine = Callable[..., None]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.config.stage import DpoConfig, SftConfig
-from alignment.errors import ArtifactError, ModelError
+from alignment.core.errors import ArtifactError, ModelError
 from alignment.export import export, gap_between, main
 from alignment.models.answers import scalar_scores
 from alignment.models.load import Lineage, lineage

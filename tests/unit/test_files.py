@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from alignment.artifacts import Manifest, publish, write_json, write_lines
-from alignment.errors import ConfigError, DiskError
-from alignment.files import disk_error, explained, is_full, remove_leftovers, replacing
+from alignment.core.artifacts import Manifest, publish, write_json, write_lines
+from alignment.core.errors import ConfigError, DiskError
+from alignment.core.files import disk_error, explained, is_full, remove_leftovers, replacing
 from alignment.report.pages import write_page
 from alignment.training.metrics import MetricsLog
 
@@ -167,7 +167,7 @@ def test_a_limit_on_file_sizes_is_told_and_leaves_nothing(tmp_path: Path) -> Non
     """The real thing, in a process of its own: ``ulimit -f``."""
     code = (
         "import sys, pathlib, resource\n"
-        "from alignment.files import explained, write_text\n"
+        "from alignment.core.files import explained, write_text\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "with explained(folder):\n    write_text(folder / 'run.json', 'x' * 9000)\n"

@@ -9,7 +9,7 @@ import pytest
 
 from alignment.config.adapter import AdapterKind
 from alignment.config.stage import DpoConfig, PpoConfig, ScorerConfig, SftConfig
-from alignment.fingerprint import canonical, digest
+from alignment.core.fingerprint import canonical, digest
 
 
 class Colour(Enum):

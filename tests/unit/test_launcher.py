@@ -16,11 +16,11 @@ import psutil
 import pytest
 
 from alignment.config.launch import LaunchConfig, LauncherKind, Sharding
-from alignment.errors import ConfigError
-from alignment.hardware import visible_devices
+from alignment.core.errors import ConfigError
+from alignment.core.hardware import visible_devices
+from alignment.core.locks import held, is_held
+from alignment.core.resources import shipped
 from alignment.launcher import Command, command, execute, idle_threads, with_processes
-from alignment.locks import held, is_held
-from alignment.resources import shipped
 
 STAGE_FILE = Path("/runs/r/dpo/stage.yaml")
 
@@ -334,7 +334,7 @@ def test_a_worker_hears_what_its_launcher_does_not(tmp_path: Path) -> None:
     stage = tmp_path / "sft"
     stage.mkdir()
     code = (
-        "import os, pathlib, signal\nfrom alignment.stop_requests import stop_while_importing\n"
+        "import os, pathlib, signal\nfrom alignment.core.stop_requests import stop_while_importing\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
         f"stop_while_importing(pathlib.Path({str(stage / 'stage.yaml')!r}))\n"
     )

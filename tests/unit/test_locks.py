@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from alignment import locks
-from alignment.errors import ArtifactError, Busy, ConfigError
-from alignment.locks import held, is_held
+from alignment.core import locks
+from alignment.core.errors import ArtifactError, Busy, ConfigError
+from alignment.core.locks import held, is_held
 
 
 def test_a_second_holder_is_told_who_has_it(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_look_that_does_not_end_is_not_waited_for(tmp_path: Path, monkeypatch:
 def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     code = (
-        "import os, sys, pathlib\nfrom alignment.locks import held\n"
+        "import os, sys, pathlib\nfrom alignment.core.locks import held\n"
         "with held(pathlib.Path(sys.argv[1]), wait=False): os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(lock)], check=False, cwd=Path(__file__).parents[2])
@@ -98,7 +98,7 @@ def test_a_lock_that_may_only_be_read_can_be_looked_at(tmp_path: Path, monkeypat
 def test_the_process_that_goes_on_is_named_where_the_one_that_took_the_lock_is_gone(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     code = (
-        "import os, pathlib, subprocess, sys\nfrom alignment.locks import held\n"
+        "import os, pathlib, subprocess, sys\nfrom alignment.core.locks import held\n"
         "with held(pathlib.Path(sys.argv[1]), wait=False) as descriptor:\n"
         "    heir = subprocess.Popen(['sleep', '60'], pass_fds=[descriptor], stdout=subprocess.DEVNULL)\n"
         "    print(heir.pid, flush=True)\n"

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from alignment import logs
+from alignment.core import logs
+from alignment.core.logs import shorten
 from alignment.launcher import Command, execute
-from alignment.logs import shorten
 
 
 @pytest.fixture(autouse=True)

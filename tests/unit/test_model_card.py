@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from alignment.artifacts import Manifest, publish, read_manifest
+from alignment.core.artifacts import Manifest, publish, read_manifest
 from alignment.model_card import model_card
 from alignment.provenance import provenance, without_places
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alignment.config.model import Dtype
-from alignment.errors import ModelError
+from alignment.core.errors import ModelError
 from alignment.models.load import Lineage, load_policy
 from alignment.new_tokens import _read
 from alignment.pipeline.sources import resolve

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.model import NEW_TOKENS
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 from alignment.export import export
 from alignment.new_tokens import add_tokens, main
 from tests.chained import Chained

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from alignment.streams import Unfailing
+from alignment.core.streams import Unfailing
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_what_a_closed_pipe_does_not_take_is_dropped() -> None:
     code = (
-        "import os, sys\nfrom alignment.streams import Unfailing, make_unfailing\n"
+        "import os, sys\nfrom alignment.core.streams import Unfailing, make_unfailing\n"
         "make_unfailing()\n"
         "for number in range(20000): print('line', number)\n"
         "sys.stderr.write(f'{sys.stdout.lost} {sys.stderr.lost}')\n"
@@ -50,7 +50,7 @@ def test_a_stream_that_works_is_left_as_it_is(tmp_path: Path) -> None:
 
 def test_a_log_whose_disk_was_full_for_a_moment_goes_on(tmp_path: Path) -> None:
     code = (
-        "import resource\nfrom alignment.streams import make_unfailing\n"
+        "import resource\nfrom alignment.core.streams import make_unfailing\n"
         "make_unfailing()\n"
         "soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))\n"

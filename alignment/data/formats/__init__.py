@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from alignment.core.errors import DataError
 from alignment.data.formats.answers import (
     ALPACA,
     CHOICES,
@@ -20,7 +21,6 @@ from alignment.data.formats.answers import (
 from alignment.data.formats.conversations import KTO, MESSAGES, SHAREGPT
 from alignment.data.formats.form import PROMPTS, Format
 from alignment.data.formats.pairs import PAIRED, PREFERENCE, TRANSCRIPTS, WHOLE, WHOLE_MESSAGES
-from alignment.errors import DataError
 
 # The more columns a format asks for, the earlier it stands: the first that fits a row is taken.
 _IN_ORDER = (

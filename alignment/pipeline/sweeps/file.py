@@ -18,8 +18,8 @@ from alignment.config.stage import StageConfig, Trained
 from alignment.config.store import conf_folder
 from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Search, SweepConfig
 from alignment.config.typed import sweep_from_plain
-from alignment.errors import AlignmentError, ConfigError
-from alignment.fingerprint import digest
+from alignment.core.errors import AlignmentError, ConfigError
+from alignment.core.fingerprint import digest
 from alignment.pipeline import launching
 from alignment.pipeline.plan import Plan, make_plan
 from alignment.pipeline.sweeps import objectives

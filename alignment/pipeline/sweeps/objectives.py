@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.artifacts import read_manifest
 from alignment.config.evaluation import FEW_SHOT, PROMPTED, JudgeKind
 from alignment.config.faults import Fault
 from alignment.config.near import suggestion
 from alignment.config.stage import EvaluateConfig, StageConfig
 from alignment.config.sweep import LESS_IS_BETTER, Metric, ObjectiveConfig
-from alignment.errors import ConfigError, NonFiniteError
+from alignment.core.artifacts import read_manifest
+from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.evaluation.pairwise import pairs_of
 from alignment.pipeline import paired
 from alignment.pipeline.record import read_record

@@ -11,7 +11,7 @@ from typing import Any
 
 from alignment.config.near import suggestion
 from alignment.config.sweep import Pruner
-from alignment.errors import ArtifactError, ConfigError
+from alignment.core.errors import ArtifactError, ConfigError
 from alignment.pipeline.record import read_record
 from alignment.pipeline.sweeps.file import Sweep
 

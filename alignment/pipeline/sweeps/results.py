@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from alignment import report
-from alignment.artifacts import write_json
+from alignment.core.artifacts import write_json
 from alignment.pipeline import paired
 from alignment.pipeline.summary import REPORT
 from alignment.pipeline.sweeps.file import Sweep

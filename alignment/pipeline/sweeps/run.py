@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from alignment.config.sweep import Pruner
-from alignment.errors import PREEMPTED, AlignmentError, Busy, ConfigError
-from alignment.locks import held
+from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError
+from alignment.core.locks import held
 from alignment.pipeline.run import run
 from alignment.pipeline.signals import INTERRUPTED, Terminated, termination_raises
 from alignment.pipeline.sweeps import results

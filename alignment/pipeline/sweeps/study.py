@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Search
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 from alignment.pipeline.sweeps.file import Sweep
 from alignment.report.records import Interval
 

@@ -13,17 +13,17 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignment.artifacts import write_json
-from alignment.errors import AlignmentError
+from alignment.core.artifacts import write_json
+from alignment.core.errors import AlignmentError
+from alignment.core.streams import make_unfailing
+from alignment.core.terminal import Terminal, visible
 from alignment.pipeline.run import run
-from alignment.streams import make_unfailing
-from alignment.terminal import Terminal, visible
 
 _WIDTH = 120
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the trial; returns its exit code (alignment/errors.py)."""
+    """Runs the trial; returns its exit code (alignment/core/errors.py)."""
     outcome, recipe, *overrides = arguments
     threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
     code, error = 0, ""

@@ -12,9 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment import hardware, launcher
+from alignment import launcher
 from alignment.config.launch import LaunchConfig
-from alignment.errors import ArtifactError, ConfigError
+from alignment.core import hardware
+from alignment.core.errors import ArtifactError, ConfigError
 from alignment.pipeline.handover import tail
 from alignment.pipeline.record import read_record
 
@@ -33,7 +34,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How a trial ended: its exit code (alignment/errors.py), and in words what went wrong."""
+    """How a trial ended: its exit code (alignment/core/errors.py), and in words what went wrong."""
 
     code: int
     error: str = ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from alignment.artifacts import Manifest
+from alignment.core.artifacts import Manifest
 from alignment.stage_spec import StageSpec
 from alignment.training.trackers.tracker import Cell, Tracker, settings
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.artifacts import Manifest
 from alignment.config.launch import Sharding
 from alignment.config.stage import Trained
 from alignment.config.typed import to_plain
+from alignment.core.artifacts import Manifest
+from alignment.core.versions import versions
 from alignment.stage_spec import StageSpec
-from alignment.versions import versions
 
 Cell = str | int | float | bool | None
 

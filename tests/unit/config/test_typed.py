@@ -11,7 +11,7 @@ from alignment.config.near import nearest
 from alignment.config.rules import NAME, RULES, rule_of
 from alignment.config.stage import STAGES, PpoConfig, ScorerConfig, SftConfig
 from alignment.config.typed import convert, field_types, listed_dataclass, stage_from_plain, to_plain, typed
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 
 
 def with_stage(**fields: Any) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import pytest
 from pyarrow import parquet
 
 from alignment.config.data import DataConfig
+from alignment.core.errors import DataError
 from alignment.data.fields import Fields, SetAside
 from alignment.data.formats import FORMATS, detect, format_of
 from alignment.data.reading import Reading, iterate, start
 from alignment.data.records import Conversation, PlainText, PreferencePair, Prompt, Record
-from alignment.errors import DataError
 from tests.public import PUBLIC, WRITTEN, needs_public_data
 
 ANSWER = {"role": "assistant", "content": "4."}

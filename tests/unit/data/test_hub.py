@@ -13,11 +13,11 @@ import pytest
 from pyarrow import parquet
 
 from alignment.config.data import SourceConfig
+from alignment.core.errors import DataError
+from alignment.core.fingerprint import file_sha256
 from alignment.data.hub import content_of, hub_rows, snapshot_name, source_rows
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation
-from alignment.errors import DataError
-from alignment.fingerprint import file_sha256
 from tests.hub import NAME, leave_data_set, use_cache
 
 ROWS = [{"prompt": f"Add {number} to it.", "completion": f"It is {number} more."} for number in range(4)]

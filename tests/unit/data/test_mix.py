@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from alignment.config.data import MixedConfig
+from alignment.core.errors import DataError
 from alignment.data.mix import mixed, subset
-from alignment.errors import DataError
 
 
 def _generator(seed: int = 0) -> torch.Generator:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from alignment.config.data import DataConfig
+from alignment.core.errors import DataError
 from alignment.data.fields import Fields
 from alignment.data.formats import FORMATS
 from alignment.data.reading import read_records, right_form
 from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair, Prompt, Question, facts_in
 from alignment.data.sources import RECORDS, locate
 from alignment.data.turns import Message
-from alignment.errors import DataError
 
 USER = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4."}

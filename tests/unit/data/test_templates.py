@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from alignment.core.errors import DataError
 from alignment.data.kinds import TEXTS, tokenized
 from alignment.data.limits import Limits
 from alignment.data.records import PlainText
@@ -21,7 +22,6 @@ from alignment.data.tokenize import (
     tokenize_conversation,
 )
 from alignment.data.turns import Message
-from alignment.errors import DataError
 from tests.templates import STYLES, styled_tokenizer
 
 tokenizer_of = functools.cache(styled_tokenizer)

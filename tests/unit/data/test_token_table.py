@@ -18,6 +18,8 @@ from tokenizers import normalizers
 
 from alignment.config.data import DataConfig, OnError
 from alignment.config.too_long import TooLong, TooLongConfig
+from alignment.core.deadline import KILLED_BY
+from alignment.core.errors import DataError, ModelError, StageError
 from alignment.data import chunks, token_table
 from alignment.data.chunks import Job
 from alignment.data.files import unparsed_rows_of
@@ -27,8 +29,6 @@ from alignment.data.reading import Reader, read_records, start
 from alignment.data.records import Conversation
 from alignment.data.token_table import TokenTable
 from alignment.data.tokenize import tokenize_conversation
-from alignment.deadline import KILLED_BY
-from alignment.errors import DataError, ModelError, StageError
 from alignment.training.session import Preempted
 from tests.tiny import tiny_tokenizer
 

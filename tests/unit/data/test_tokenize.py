@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 from tokenizers import normalizers
 
+from alignment.core.errors import DataError, ModelError
 from alignment.data.chat_template import set_template
 from alignment.data.kinds import TEXTS, tokenized
 from alignment.data.limits import Limits
@@ -25,7 +26,6 @@ from alignment.data.tokenize import (
 )
 from alignment.data.tokenizer import load_tokenizer
 from alignment.data.turns import Message
-from alignment.errors import DataError, ModelError
 from alignment.training.session import Preempted
 from tests.tiny import tiny_tokenizer
 

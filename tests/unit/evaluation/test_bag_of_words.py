@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from alignment.config.data import SourceConfig
+from alignment.core.errors import DataError
 from alignment.data.reading import read_records
 from alignment.data.records import PreferencePair
-from alignment.errors import DataError
 from alignment.evaluation.bag_of_words import PENALTIES, differences, fit, fitted, loss, slope, words_of
 from tests.public import PUBLIC, needs_public_data
 

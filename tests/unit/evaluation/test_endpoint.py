@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from alignment.config.evaluation import EndpointConfig
-from alignment.errors import ConfigError, StageError
+from alignment.core.errors import ConfigError, StageError
 from alignment.evaluation.endpoint import GIVE_UP, Endpoint
 from tests.judge_server import Judge, Response, serving
 

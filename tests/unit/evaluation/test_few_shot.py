@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from alignment.core.errors import DataError
 from alignment.data.records import Conversation, HeldOutPrompt
 from alignment.data.tokenize import prompt_ids
 from alignment.data.turns import Message
-from alignment.errors import DataError
 from alignment.evaluation.few_shot import draw_examples, with_examples
 from tests.tiny import tiny_tokenizer
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from alignment.core.errors import DataError, NonFiniteError
 from alignment.data.records import PlainText, Question
 from alignment.data.tokenize import prompt_ids
 from alignment.data.turns import Message
-from alignment.errors import DataError, NonFiniteError
 from alignment.evaluation import general
 from alignment.evaluation.general import material, measure
 from alignment.models.flat import use_flat_attention

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from alignment.core.errors import NonFiniteError
 from alignment.data.records import HeldOutPrompt
 from alignment.data.turns import Message
-from alignment.errors import NonFiniteError
 from alignment.evaluation.arms import Answer, Answered, TokenSum
 from alignment.evaluation.house_style import GoldScore
 from alignment.evaluation.labels import labels

@@ -11,7 +11,7 @@ import torch
 from peft import TaskType, peft_model
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.errors import ModelError
+from alignment.core.errors import ModelError
 from alignment.models.adapters import add_adapter, merge_adapter, put_back, put_in_order
 from tests.oracles.close import close
 from tests.tiny import ARCHITECTURES, liven, tiny_model, tiny_scorer

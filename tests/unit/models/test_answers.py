@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignment.errors import ModelError
+from alignment.core.errors import ModelError
 from alignment.models.answers import answer_statistics, answer_stream, answer_values, batches
 from alignment.models.flat import use_flat_attention
 from alignment.models.rows import stream

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig
 
-from alignment.errors import ModelError
+from alignment.core.errors import ModelError
 from alignment.models.cache import ATTENTION, ROOM, RowsCache, decoding_attention, decoding_mask
 from alignment.models.decoding import decoding
 from tests.tiny import tiny_config, tiny_model

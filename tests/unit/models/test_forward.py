@@ -13,7 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.errors import ModelError
+from alignment.core.errors import ModelError
 from alignment.models import flat, head, row_attention
 from alignment.models.adapters import add_adapter
 from alignment.models.answers import scalar_scores, unwrapped

@@ -14,7 +14,7 @@ from peft import TaskType
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, PreTrainedConfig, Qwen3Config
 
 from alignment.config.adapter import AdapterConfig
-from alignment.errors import ModelError
+from alignment.core.errors import ModelError
 from alignment.models import cache as cache_module
 from alignment.models import generate as generate_module
 from alignment.models import reading as reading_module

@@ -12,8 +12,8 @@ from peft import PeftModel, TaskType
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import DpoConfig, PpoConfig, SftConfig
+from alignment.core.errors import ArtifactError, ModelError
 from alignment.data.tokenizer import load_tokenizer, tokenizer_hashes
-from alignment.errors import ArtifactError, ModelError
 from alignment.models.adapters import add_adapter
 from alignment.models.answers import scalar_scores, unwrapped
 from alignment.models.load import (

@@ -12,7 +12,7 @@ from peft import PeftModel, PeftModelForCausalLM, TaskType
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.config.stage import DpoConfig, SftConfig
-from alignment.errors import ConfigError, ModelError
+from alignment.core.errors import ConfigError, ModelError
 from alignment.models.adapters import add_adapter, at_start
 from alignment.models.answers import answer_statistics, answer_stream
 from alignment.models.flat import trunk_states, use_flat_attention

@@ -13,7 +13,7 @@ from peft import PeftModel, TaskType
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.config.stage import DpoConfig, SftConfig
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 from alignment.models.adapters import at_start
 from alignment.models.load import Lineage, lineage, load_policy
 from alignment.models.nf4 import Nf4Linear, round_trunk

@@ -12,9 +12,9 @@ from alignment import cli
 from alignment.config.data import DataConfig, MixedConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.stage import CptConfig, DpoConfig, GuardConfig, PpoConfig, RewardConfig, SftConfig, StageConfig
+from alignment.core.errors import ConfigError
 from alignment.data.records import Prompt
 from alignment.data.turns import Message
-from alignment.errors import ConfigError
 from alignment.pipeline.amounts import Seen, faults
 from alignment.pipeline.amounts import seen as amounts_of
 from alignment.pipeline.launching import refuse_sizes

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment.artifacts import Manifest, publish
-from alignment.errors import AlignmentError
+from alignment.core.artifacts import Manifest, publish
+from alignment.core.errors import AlignmentError
 from alignment.pipeline.chat import chat
 
 MANNER = {"system": "", "max_new_tokens": 8, "temperature": 0.0, "seed": 0}

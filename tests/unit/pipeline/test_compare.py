@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 from alignment.pipeline.compare import compare
 
 

@@ -13,7 +13,7 @@ from alignment.config.sharing import ppo_faults
 from alignment.config.stage import STAGES, PpoConfig, ScorerConfig, Trained
 from alignment.config.store import GROUPS, conf_folder, recipe_names, recipes_folder
 from alignment.config.typed import convert, typed
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 from alignment.pipeline import references, settings
 from alignment.pipeline.compose import compose
 

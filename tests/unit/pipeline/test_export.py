@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment.artifacts import Manifest, publish
-from alignment.errors import AlignmentError, ArtifactError, ConfigError, ModelError
+from alignment.core.artifacts import Manifest, publish
+from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, ModelError
 from alignment.pipeline.export import export
 
 

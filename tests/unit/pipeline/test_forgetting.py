@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alignment.errors import ConfigError, DataError, Forgot
+from alignment.core.errors import ConfigError, DataError, Forgot
 from alignment.pipeline import forgetting
 from alignment.pipeline.plan import Plan, make_plan
 from alignment.pipeline.summary import show_forgetting

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from alignment import deadline
 from alignment.config import yaml_file
-from alignment.errors import ConfigError
+from alignment.core import deadline
+from alignment.core.errors import ConfigError
 from alignment.pipeline.compose import compose
 from alignment.pipeline.sweeps.file import read_sweep
 

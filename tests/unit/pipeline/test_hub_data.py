@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from rich.console import Console
 
 from alignment import cli
-from alignment.errors import ConfigError, DataError, ModelError
+from alignment.core.errors import ConfigError, DataError, ModelError
 from alignment.pipeline import data_sources, sources
 from alignment.pipeline.data_sources import DataSource
 from alignment.pipeline.plan import Plan, PlannedStage

@@ -34,7 +34,7 @@ from alignment.config.stage import (
 )
 from alignment.config.too_long import TooLongConfig
 from alignment.config.typed import field_types, listed_dataclass
-from alignment.fingerprint import digest
+from alignment.core.fingerprint import digest
 from alignment.pipeline import identity
 from alignment.pipeline.sources import ModelSource
 

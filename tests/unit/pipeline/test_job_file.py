@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
+from alignment.core.resources import shipped
 from alignment.pipeline.job_file import render
 from alignment.pipeline.plan import Plan
-from alignment.resources import shipped
 from tests.unit.pipeline.conftest import MakePlan
 
 ASKED = (

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from alignment import cli
-from alignment.errors import AlignmentError, Busy, ConfigError, NonFiniteError, StageError
+from alignment.core.errors import AlignmentError, Busy, ConfigError, NonFiniteError, StageError
 from alignment.pipeline import jobs, slurm
 from alignment.pipeline.plan import Plan, make_plan
 from alignment.pipeline.record import RunRecord

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alignment.errors import ConfigError, DataError
+from alignment.core.errors import ConfigError, DataError
 from alignment.pipeline.launching import why_not_here
 from alignment.pipeline.plan import Plan
 from alignment.pipeline.summary import show_evaluation

@@ -10,7 +10,7 @@ import pytest
 from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments, OptimConfig
 from alignment.config.stage import EvaluateConfig, ReportConfig, RewardCardConfig, SftConfig
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 from alignment.pipeline import launching
 from alignment.pipeline.plan import Action
 

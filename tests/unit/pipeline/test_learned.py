@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from alignment.config.stage import RewardCardConfig
-from alignment.errors import ConfigError, DataError, ModelError
+from alignment.core.errors import ConfigError, DataError, ModelError
 from alignment.pipeline.plan import Plan, PlannedStage, make_plan
 from alignment.pipeline.references import slots
 from alignment.pipeline.summary import show_card

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment.artifacts import Manifest, publish
 from alignment.config.launch import LaunchConfig
 from alignment.config.stage import EvaluateConfig, SftConfig
-from alignment.errors import ConfigError, StageError
+from alignment.core.artifacts import Manifest, publish
+from alignment.core.errors import ConfigError, StageError
 from alignment.launcher import Command
 from alignment.pipeline import machines
 from alignment.pipeline.plan import Action

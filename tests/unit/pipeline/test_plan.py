@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from alignment.config.model import NEW_TOKENS
-from alignment.errors import ArtifactError, ConfigError, DataError, ModelError
+from alignment.core.errors import ArtifactError, ConfigError, DataError, ModelError
 from alignment.pipeline.handover import write_stage_file
 from alignment.pipeline.new_tokens import frozen_rows
 from alignment.pipeline.plan import CHECKPOINT_MANIFEST, Action, Plan, make_plan

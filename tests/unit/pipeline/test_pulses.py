@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from alignment.errors import StageError
+from alignment.core.errors import StageError
 from alignment.pipeline import handover
 from alignment.pipeline.pulses import Sign, Watch, read_signs, refuse_stuck
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment import hardware, launcher
+from alignment import launcher
 from alignment import rehearsal as worker
+from alignment.core import hardware
+from alignment.core.errors import AlignmentError, DataError, RewardError, StageError
 from alignment.data.rendering import LAST_STAND_IN
-from alignment.errors import AlignmentError, DataError, RewardError, StageError
 from alignment.pipeline import machines
 from alignment.pipeline.plan import Plan
 from alignment.pipeline.record import read_record

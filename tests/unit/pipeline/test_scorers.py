@@ -12,7 +12,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from alignment.errors import ArtifactError, ConfigError, DataError, ModelError, RewardError
+from alignment.core.errors import ArtifactError, ConfigError, DataError, ModelError, RewardError
 from alignment.pipeline.plan import Plan, PlannedStage
 from alignment.pipeline.run import run
 from alignment.pipeline.summary import show_plan

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 from alignment.pipeline import settings
 from tests.unit.pipeline.conftest import MakePlan
 

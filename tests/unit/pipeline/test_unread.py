@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from alignment.config.adapter import READ_BY, AdapterConfig
-from alignment.errors import ConfigError
+from alignment.core.errors import ConfigError
 from tests.unit.pipeline.conftest import MakePlan
 
 DPO, PPO = "stages.dpo", "stages.ppo"

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.artifacts import Manifest, publish, write_json
-from alignment.deadline import KILLED_BY
+from alignment.core.artifacts import Manifest, publish, write_json
+from alignment.core.deadline import KILLED_BY
 from alignment.stage_spec import StageSpec, read_spec
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6}

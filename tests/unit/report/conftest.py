@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from alignment.artifacts import Manifest
+from alignment.core.artifacts import Manifest
 from alignment.report import build
 
 ARMS = {"base": 0.31, "base+prompt": 0.42, "stage:sft": 0.62, "stage:dpo": 0.71, "stage:ppo": 0.65}

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from alignment.errors import ArtifactError, ConfigError
+from alignment.core.errors import ArtifactError, ConfigError
 from alignment.report import build
 from tests.browser import browser, opened
 

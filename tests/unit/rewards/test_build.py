@@ -10,8 +10,8 @@ import torch
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.stage import GuardConfig, PpoConfig, ScorerConfig
+from alignment.core.errors import DataError, ModelError
 from alignment.data.tokenizer import load_tokenizer
-from alignment.errors import DataError, ModelError
 from alignment.models.answers import scalar_scores
 from alignment.models.load import Lineage
 from alignment.models.reward import load_reward_model

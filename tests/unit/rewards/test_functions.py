@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from alignment.errors import DataError, RewardError
-from alignment.fingerprint import file_sha256
+from alignment.core.errors import DataError, RewardError
+from alignment.core.fingerprint import file_sha256
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.scorers import checked
 from alignment.rewards.sources import FunctionSource

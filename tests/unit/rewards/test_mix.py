@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.errors import RewardError
+from alignment.core.errors import RewardError
 from alignment.rewards.mix import Part, RewardMix
 from alignment.rewards.scorers import Answers, Length, Regex
 from tests.tiny import tiny_tokenizer

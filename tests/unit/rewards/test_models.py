@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from alignment.config.model import Dtype
+from alignment.core.errors import DataError, ModelError, RewardError
 from alignment.data.records import Prompt
 from alignment.data.tokenizer import load_tokenizer
-from alignment.errors import DataError, ModelError, RewardError
 from alignment.rewards.models import Computation, TextScorer, load_external
 from alignment.rewards.scorers import Answers
 from tests.tiny import tiny_model, tiny_scorer, tiny_tokenizer

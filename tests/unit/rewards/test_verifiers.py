@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from alignment.core.errors import DataError
 from alignment.data.turns import Message
-from alignment.errors import DataError
 from alignment.evaluation.arms import source_text
 from alignment.evaluation.house_style import score
 from alignment.rewards import verifiers

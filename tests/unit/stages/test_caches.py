@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignment.artifacts import write_json
+from alignment.core.artifacts import write_json
 from alignment.stages import arm_cache, reference_cache
 from alignment.stages.arm_cache import Kept
 

@@ -17,7 +17,7 @@ from alignment import worker
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import Moments
-from alignment.errors import ModelError
+from alignment.core.errors import ModelError
 from alignment.models.flat import trunk_states, use_flat_attention
 from alignment.models.rows import stream
 from alignment.training.callbacks import Checkpoints

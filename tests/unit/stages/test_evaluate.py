@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from alignment import worker
 from alignment.config.evaluation import EndpointConfig, FewShotConfig, JudgeConfig, JudgeKind
 from alignment.config.stage import EvaluateConfig
+from alignment.core.errors import DataError, ModelError, NonFiniteError, StageError
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokenize import answer_ids, end_ids, prompt_ids
 from alignment.data.tokenizer import load_tokenizer
 from alignment.data.turns import Message
-from alignment.errors import DataError, ModelError, NonFiniteError, StageError
 from alignment.evaluation import arms
 from alignment.evaluation.arms import Answered
 from alignment.evaluation.house_style import STYLE_PROMPT

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignment.artifacts import read_manifest
 from alignment.config.stage import RewardConfig
+from alignment.core.artifacts import read_manifest
 from alignment.models.answers import unwrapped
 from alignment.models.reward import load_reward_model
 from alignment.stages import reward

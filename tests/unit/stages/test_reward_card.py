@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from alignment import worker
-from alignment.artifacts import read_manifest
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import RewardCardConfig, RewardConfig, Rule
 from alignment.config.too_long import TooLong, TooLongConfig
+from alignment.core.artifacts import read_manifest
+from alignment.core.errors import DataError, ModelError, RewardError
 from alignment.data.tokenizer import load_tokenizer
-from alignment.errors import DataError, ModelError, RewardError
 from alignment.evaluation import invariance
 from alignment.models.load import Lineage
 from alignment.pipeline.sweeps.reported import of_stage

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignment.errors import DataError
+from alignment.core.errors import DataError
 from alignment.stages.pairs import TokenizedPair
 from alignment.stages.reward import split
 

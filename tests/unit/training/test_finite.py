@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from alignment.errors import NonFiniteError, StageError
+from alignment.core.errors import NonFiniteError, StageError
 from alignment.stages import reward
 from alignment.stages.result import save_model
 from alignment.training.callbacks import Checkpoints, StepLog

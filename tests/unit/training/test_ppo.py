@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from alignment.config.adapter import AdapterConfig
 from alignment.config.model import Dtype
 from alignment.config.stage import Critic, KlConfig, KlControl, ScorerConfig
-from alignment.errors import ConfigError, StageError
+from alignment.core.errors import ConfigError, StageError
 from alignment.models.answers import answer_stream, unwrapped
 from alignment.models.roles import ValueHead
 from alignment.training import ppo_trainer

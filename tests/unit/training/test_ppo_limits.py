@@ -16,8 +16,8 @@ import torch
 from alignment.config.adapter import AdapterConfig
 from alignment.config.optim import Schedule
 from alignment.config.stage import Critic, GuardConfig, PtxConfig
+from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.data.tokenize import TokenizedConversation
-from alignment.errors import ConfigError, NonFiniteError
 from alignment.models.answers import unwrapped
 from alignment.stages.ppo import hold_out
 from alignment.training.guard import Guard, better_beyond_noise

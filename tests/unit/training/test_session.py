@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from alignment.errors import ConfigError, NonFiniteError
+from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.training import checkpoints
 from alignment.training.arguments import quiet_arguments
 from alignment.training.context import StageContext

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from alignment import worker
-from alignment.artifacts import Manifest, publish
 from alignment.config.adapter import AdapterConfig
 from alignment.config.stage import STAGES, DpoConfig, EvaluateConfig, SftConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.config.typed import to_plain
+from alignment.core.artifacts import Manifest, publish
 from alignment.stage_spec import StageInput
 from alignment.training.context import StageContext
 from alignment.training.trackers.tracker import Tracker, columns_and_rows, settings, tags

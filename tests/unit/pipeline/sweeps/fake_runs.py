@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from alignment.artifacts import MANIFEST, Manifest
+from alignment.core.artifacts import MANIFEST, Manifest
 from alignment.pipeline.summary import REPORT
 from alignment.pipeline.sweeps.run import sweep
 

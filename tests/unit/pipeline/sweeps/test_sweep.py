@@ -12,7 +12,7 @@ import pytest
 
 from alignment.config.store import conf_folder
 from alignment.config.sweep import SweepConfig
-from alignment.errors import ConfigError, NonFiniteError
+from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.pipeline.sweeps import run as module
 from tests.unit.pipeline.sweeps.fake_runs import BETAS, Runs, go, own, trials
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from alignment.config.launch import LaunchConfig, SlurmConfig
-from alignment.errors import Busy, ConfigError
+from alignment.core.errors import Busy, ConfigError
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps import trials as shared
 from alignment.pipeline.sweeps.trials import Outcome, Share, shares

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from alignment.locks import held
+from alignment.core.locks import held
 from alignment.pipeline.sweeps.trials import Outcome, Running, Share
 
 ALL = Share(cores=frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset())

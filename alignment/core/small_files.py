@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from alignment.errors import DataError
+from alignment.core.errors import DataError
 
 MOST_BYTES = 1 << 20
 

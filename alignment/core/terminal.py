@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.segment import Segment
 
-from alignment.errors import AlignmentError
+from alignment.core.errors import AlignmentError
 
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but for tab and line break, what turns the direction of text, and halves of characters."""

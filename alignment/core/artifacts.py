@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from alignment.errors import ArtifactError
-from alignment.files import flush, remove_leftovers, write_text
-from alignment.fingerprint import file_sha256
-from alignment.shapes import fits
+from alignment.core.errors import ArtifactError
+from alignment.core.files import flush, remove_leftovers, write_text
+from alignment.core.fingerprint import file_sha256
+from alignment.core.shapes import fits
 
 MANIFEST = "manifest.json"
 SCHEMA = 1

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alignment.errors import ModelError
+from alignment.core.errors import ModelError
 
 
 def refuse_weights_elsewhere(folder: Path, *, where: str = "") -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from alignment.errors import AlignmentError, ConfigError, DiskError
+from alignment.core.errors import AlignmentError, ConfigError, DiskError
 
 _DISK = {
     errno.ENOSPC: "no space left on the device",

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from alignment.errors import ArtifactError, Busy, ConfigError
+from alignment.core.errors import ArtifactError, Busy, ConfigError
 
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 """What file systems answer that know no locks: some network file systems, Lustre without ``flock``."""

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from alignment.errors import PREEMPTED
+from alignment.core.errors import PREEMPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -17,7 +17,7 @@ def stop_while_importing(stage_file: Path) -> None:
     """Until the stage has handlers of its own, a signal ends it at once, and as one that was asked to stop."""
 
     def on_signal(_: int, __: FrameType | None) -> None:
-        from alignment.artifacts import write_json
+        from alignment.core.artifacts import write_json
 
         status = {
             "state": "preempted",
