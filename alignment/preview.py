@@ -31,7 +31,7 @@ from alignment.data.overlap import HeldOut, asked, asked_in
 from alignment.data.reading import Reading, iterate, refuse_faults, start
 from alignment.data.shown import Run, Shown, histogram, shown
 from alignment.data.tokenizer import load_tokenizer
-from alignment.stage_spec import StageSpec, read_spec
+from alignment.job import StageSpec, read_spec
 
 CONTENT_POLICY = (
     """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; """

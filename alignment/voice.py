@@ -16,12 +16,12 @@ from alignment.core.errors import DataError
 from alignment.data.tokenize import end_ids, prompt_ids
 from alignment.data.tokenizer import load_tokenizer
 from alignment.data.turns import Message
-from alignment.device import own_device
 from alignment.models.answers import unwrapped
 from alignment.models.flat import use_flat_attention
 from alignment.models.generate import Sampling, generate
 from alignment.models.load import DTYPES, Lineage, load_policy, saved_adapters
 from alignment.models.prefix import positions_of
+from alignment.training.device import own_device
 
 HALF_A_CHARACTER = "\ufffd"
 

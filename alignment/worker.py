@@ -43,7 +43,7 @@ from alignment.core.streams import make_unfailing
 from alignment.core.versions import versions
 from alignment.data.chat_template import template_text
 from alignment.data.hub import content_of
-from alignment.stage_spec import StageSpec, read_spec
+from alignment.job import StageSpec, read_spec
 from alignment.stages.result import StageResult
 from alignment.training import checkpoints
 from alignment.training.context import StageContext

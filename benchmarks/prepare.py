@@ -23,9 +23,9 @@ from alignment.data.shown import in_common
 from alignment.data.tokenize import answer_ids, prompt_ids, tokenize_conversation
 from alignment.data.tokenizer import load_tokenizer
 from alignment.data.turns import Message
+from alignment.job import StageInput, read_spec
 from alignment.models.load import lineage, load_scalar
 from alignment.models.reward import load_reward_model
-from alignment.stage_spec import StageInput, read_spec
 from alignment.training.context import StageContext
 from benchmarks import rows
 from benchmarks.setting import MAX_LENGTH, MAX_PROMPT_LENGTH, PROMPTS, ROWS, SEED, read_json

@@ -21,8 +21,8 @@ from alignment.config.stage import (
     SftConfig,
     StageConfig,
 )
+from alignment.job import StageInput, StageSpec
 from alignment.models.load import lineage, load_policy
-from alignment.stage_spec import StageInput, StageSpec
 from alignment.training.context import StageContext
 from tests.device import need_bitsandbytes
 from tests.tiny import save_tiny_model, tiny_spec

@@ -33,10 +33,10 @@ from alignment.config.stage import RewardConfig, StageConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.core.artifacts import Manifest, publish
 from alignment.data.tokenizer import load_tokenizer
+from alignment.job import StageInput, StageSpec
 from alignment.models.answers import unwrapped
 from alignment.models.load import Lineage
 from alignment.models.start import load_start
-from alignment.stage_spec import StageInput, StageSpec
 from alignment.stages.result import save_model
 from alignment.training.context import StageContext
 

@@ -7,11 +7,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from alignment.core.errors import ModelError
+from alignment.job import StageInput, StageSpec
 from alignment.models.adapters import put_back
 from alignment.models.forward import install_scalar
 from alignment.models.load import DTYPES, lineage, load_scalar, load_scalar_head
 from alignment.models.nf4 import quantize_trunk
-from alignment.stage_spec import StageInput, StageSpec
 
 
 def load_reward_model(

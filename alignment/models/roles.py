@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.stage import Critic
+from alignment.job import StageInput, StageSpec
 from alignment.models.actor_critic import ActorCritic, ValueHead
 from alignment.models.adapters import at_start
 from alignment.models.answers import unwrapped
@@ -26,7 +27,6 @@ from alignment.models.forward import install_scalar
 from alignment.models.load import DTYPES, Lineage, frozen_copy, trained_dtype
 from alignment.models.reward import load_reward_model, zero_head
 from alignment.models.start import load_start
-from alignment.stage_spec import StageInput, StageSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,8 +31,8 @@ from alignment.core.errors import (
 )
 from alignment.core.files import disk_error, is_full, write_text
 from alignment.data.chat_template import template_file
+from alignment.job import StageInput
 from alignment.pipeline.plan import Plan, PlannedStage
-from alignment.stage_spec import StageInput
 
 ERRORS = {
     kind.exit_code: kind

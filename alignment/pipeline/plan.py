@@ -28,6 +28,7 @@ from alignment.core.fingerprint import digest
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation, PreferencePair, Question, Record
 from alignment.data.sources import RECORDS
+from alignment.job import StageInput
 from alignment.pipeline import (
     amounts,
     compatibility,
@@ -45,7 +46,6 @@ from alignment.pipeline.data_sources import DataSource
 from alignment.pipeline.reasons import Made, made, reason_to_run
 from alignment.pipeline.references import Slot
 from alignment.pipeline.sources import ModelSource, refuse_policy, resolve
-from alignment.stage_spec import StageInput
 
 CHECKPOINT_MANIFEST = "alignment_checkpoint.json"
 """Written last into a checkpoint by ``alignment.training.checkpoints``; a folder without it never counts."""

@@ -1,4 +1,4 @@
-"""Trying before the first stage what would stop a later one (alignment/rehearsal.py), in a process with a deadline.
+"""Trying before the first stage what would stop a later one (alignment/rehearse.py), in a process with a deadline.
 
 ``align plan`` does not: it runs no code of the user's and needs no tokenizer. The stage that runs first is left out,
 because it finds out by itself at once, and so are jobs of Slurm, whose nodes are not this machine.
@@ -58,7 +58,7 @@ def _try(plan: Plan, rows: Sequence[PlannedStage], scorers: Sequence[PlannedStag
     folder = plan.run_folder / _FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    argv = [sys.executable, "-m", "alignment.rehearsal", str(folder)]
+    argv = [sys.executable, "-m", "alignment.rehearse", str(folder)]
     argv += ["--rows", *_files(plan, rows, folder), "--scorers", *_files(plan, scorers, folder)]
     code = launcher.execute(
         Command(argv=tuple(argv), environment=_environment(plan)),

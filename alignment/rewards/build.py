@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from alignment.config.stage import PpoConfig, ScorerConfig
 from alignment.core.artifacts import read_manifest
 from alignment.data.records import Prompt
+from alignment.job import StageSpec
 from alignment.models.load import refuse_other_tokenizer
 from alignment.models.reward import load_reward_model
 from alignment.rewards.functions import FunctionScorer, load_function
@@ -20,7 +21,6 @@ from alignment.rewards.mix import Part, RewardMix
 from alignment.rewards.models import Computation, TextScorer, TokenScorer, load_external
 from alignment.rewards.scorers import ExactAnswer, HouseStyle, Length, Regex, Scorer
 from alignment.rewards.sources import GUARD, REWARD, function_of, in_use, input_field, source_field
-from alignment.stage_spec import StageSpec
 
 
 def build_rewards(

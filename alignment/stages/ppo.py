@@ -20,12 +20,12 @@ from alignment.data.kinds import CONVERSATIONS, PROMPTS
 from alignment.data.limits import Limits
 from alignment.data.records import Prompt
 from alignment.data.tokenize import TokenizedConversation, end_ids
+from alignment.job import StageInput
 from alignment.models.load import Lineage, refuse_other_tokenizer
 from alignment.models.roles import Roles, build_roles
 from alignment.rewards.build import build_rewards, build_scorer
 from alignment.rewards.slot import Rewards
 from alignment.rewards.sources import REWARD
-from alignment.stage_spec import StageInput
 from alignment.stages.initial import initial_policy
 from alignment.stages.result import StageResult, save_model
 from alignment.stages.rows import fitting, rows_of, token_rows

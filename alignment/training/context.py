@@ -13,8 +13,8 @@ from alignment.config.adapter import AdapterConfig
 from alignment.config.stage import Trained
 from alignment.core.artifacts import write_json
 from alignment.core.files import disk_error
-from alignment.device import own_device
-from alignment.stage_spec import StageSpec
+from alignment.job import StageSpec
+from alignment.training.device import own_device
 from alignment.training.pulse import Pulse
 from alignment.training.tracking import Trackers
 

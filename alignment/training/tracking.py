@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.core.artifacts import Manifest
-from alignment.stage_spec import StageSpec
+from alignment.job import StageSpec
 from alignment.training.trackers.tensorboard import TensorBoardTracker
 from alignment.training.trackers.tracker import Tracker, columns_and_rows
 from alignment.training.trackers.wandb import WandbTracker

@@ -33,7 +33,7 @@ NO_ARITHMETIC = (
     "alignment.launcher",
     "alignment.core.locks",
     "alignment.core.resources",
-    "alignment.stage_spec",
+    "alignment.job",
     "alignment.training.checkpoints",
     "alignment.training.finite",
     "alignment.training.metrics",

@@ -14,7 +14,7 @@ import traceback
 from typing import Any
 
 from alignment.core.hardware import visible_devices
-from alignment.stage_spec import StageSpec
+from alignment.job import StageSpec
 
 PRELOADED = (
     "alignment.worker",

@@ -20,7 +20,7 @@ from alignment.config.adapter import AdapterConfig
 from alignment.config.launch import Offload, Sharding
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import GuardConfig, KlConfig, KlControl, ScorerConfig, StageConfig
-from alignment.stage_spec import StageInput, StageSpec
+from alignment.job import StageInput, StageSpec
 from alignment.training.context import StageContext
 from alignment.training.experience import Experience
 from alignment.training.ppo_trainer import PpoTrainer

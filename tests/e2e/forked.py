@@ -62,12 +62,12 @@ def _serve() -> None:
 
 def _execute(command: Any, *, log: Path, **_: Any) -> int:
     """In place of the launcher's: the command's last word is the stage file, unless it tries what comes later."""
-    from alignment import rehearsal, worker
+    from alignment import rehearse, worker
 
     def stage() -> int:
         os.environ.update(command.environment)
-        if "alignment.rehearsal" in command.argv:
-            return rehearsal.main(command.argv[command.argv.index("alignment.rehearsal") + 1 :])
+        if "alignment.rehearse" in command.argv:
+            return rehearse.main(command.argv[command.argv.index("alignment.rehearse") + 1 :])
         return worker.main(Path(command.argv[-1]))
 
     with log.open("ab") as sink:

@@ -12,7 +12,7 @@ import torch
 from alignment import worker
 from alignment.config.stage import SftConfig
 from alignment.core.errors import ConfigError
-from alignment.device import own_device
+from alignment.training.device import own_device
 from tests.tiny import tiny_spec
 
 Machine = Callable[..., None]

@@ -18,12 +18,12 @@ from alignment.config.model import Dtype
 from alignment.config.stage import DpoConfig, SftConfig
 from alignment.core.errors import ArtifactError, ModelError
 from alignment.export import export, gap_between, main
+from alignment.job import StageInput
 from alignment.models.answers import scalar_scores
 from alignment.models.load import Lineage, lineage
 from alignment.models.reward import load_reward_model
 from alignment.models.rows import stream
 from alignment.models.start import load_start
-from alignment.stage_spec import StageInput
 from tests.oracles.close import close
 from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_reward, tiny_spec
 

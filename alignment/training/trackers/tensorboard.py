@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from alignment.core.artifacts import Manifest
-from alignment.stage_spec import StageSpec
+from alignment.job import StageSpec
 from alignment.training.trackers.tracker import Cell, Tracker, settings
 
 

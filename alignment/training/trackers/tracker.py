@@ -13,7 +13,7 @@ from alignment.config.stage import Trained
 from alignment.config.typed import to_plain
 from alignment.core.artifacts import Manifest
 from alignment.core.versions import versions
-from alignment.stage_spec import StageSpec
+from alignment.job import StageSpec
 
 Cell = str | int | float | bool | None
 

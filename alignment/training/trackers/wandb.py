@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.core.artifacts import MANIFEST, Manifest, folder_name, read_manifest, write_json
-from alignment.stage_spec import StageSpec
+from alignment.job import StageSpec
 from alignment.training.trackers.tracker import Cell, Tracker, settings, tags
 from alignment.training.trackers.wandb_log import last_step
 

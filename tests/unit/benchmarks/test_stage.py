@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.stage_spec import read_spec
+from alignment.job import read_spec
 from benchmarks.stage import stage_config, write_stage
 
 

@@ -14,6 +14,7 @@ from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import DpoConfig, PpoConfig, SftConfig
 from alignment.core.errors import ArtifactError, ModelError
 from alignment.data.tokenizer import load_tokenizer, tokenizer_hashes
+from alignment.job import StageInput
 from alignment.models.adapters import add_adapter
 from alignment.models.answers import scalar_scores, unwrapped
 from alignment.models.load import (
@@ -28,7 +29,6 @@ from alignment.models.load import (
 )
 from alignment.models.reward import load_reward_model
 from alignment.models.rows import stream
-from alignment.stage_spec import StageInput
 from tests.oracles.close import close
 from tests.tiny import (
     ARCHITECTURES,

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from alignment import launcher
-from alignment import rehearsal as worker
+from alignment import rehearse as worker
 from alignment.core import hardware
 from alignment.core.errors import AlignmentError, DataError, RewardError, StageError
 from alignment.data.rendering import LAST_STAND_IN

@@ -24,13 +24,13 @@ from alignment.config.launch import LaunchConfig
 from alignment.core.errors import AlignmentError, ArtifactError, Busy, ConfigError, NonFiniteError, StageError
 from alignment.core.locks import held
 from alignment.core.streams import Unfailing
+from alignment.job import read_spec
 from alignment.launcher import Command
 from alignment.pipeline import handover
 from alignment.pipeline.record import RunRecord
 from alignment.pipeline.run import run
 from alignment.pipeline.signals import Terminated, termination_raises
 from alignment.pipeline.status import show_status
-from alignment.stage_spec import read_spec
 
 ROOT = Path(__file__).parents[3]
 STAGES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]

@@ -12,13 +12,13 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.stage import GuardConfig, PpoConfig, ScorerConfig
 from alignment.core.errors import DataError, ModelError
 from alignment.data.tokenizer import load_tokenizer
+from alignment.job import StageInput
 from alignment.models.answers import scalar_scores
 from alignment.models.load import Lineage
 from alignment.models.reward import load_reward_model
 from alignment.models.rows import stream
 from alignment.rewards.build import build_rewards, build_scorer
 from alignment.rewards.mix import RewardMix
-from alignment.stage_spec import StageInput
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_reward, tiny_spec
 from tests.unit.rewards.conftest import answers_to, prompt
 from tests.unit.rewards.test_models import external, scorer

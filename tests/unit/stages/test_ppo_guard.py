@@ -10,7 +10,7 @@ import pytest
 
 from alignment import worker
 from alignment.config.stage import GuardConfig, PpoConfig, ScorerConfig
-from alignment.stage_spec import StageInput
+from alignment.job import StageInput
 from alignment.training.context import StageContext
 from alignment.training.guard import Guard
 from tests.chained import LORA, Chained, config_of

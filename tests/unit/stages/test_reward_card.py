@@ -21,9 +21,9 @@ from alignment.core.artifacts import read_manifest
 from alignment.core.errors import DataError, ModelError, RewardError
 from alignment.data.tokenizer import load_tokenizer
 from alignment.evaluation import invariance
+from alignment.job import StageInput, StageSpec
 from alignment.models.load import Lineage
 from alignment.pipeline.sweeps.reported import of_stage
-from alignment.stage_spec import StageInput, StageSpec
 from alignment.stages.pairs import read_pairs
 from alignment.training.context import StageContext
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_reward, tiny_scorer, tiny_spec, tiny_tokenizer

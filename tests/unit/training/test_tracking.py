@@ -20,7 +20,7 @@ from alignment.config.stage import STAGES, DpoConfig, EvaluateConfig, SftConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.config.typed import to_plain
 from alignment.core.artifacts import Manifest, publish
-from alignment.stage_spec import StageInput
+from alignment.job import StageInput
 from alignment.training.context import StageContext
 from alignment.training.trackers.tracker import Tracker, columns_and_rows, settings, tags
 from alignment.training.trackers.wandb import TOKEN, _mode, stable_id

@@ -1,4 +1,4 @@
-"""What stages can only find out with a tokenizer, or by running the user's code: ``python -m alignment.rehearsal``.
+"""What stages can only find out with a tokenizer, or by running the user's code: ``python -m alignment.rehearse``.
 
 The driver starts it before the first stage of a run, so that what would stop a later one is said before anything has
 trained: no chat template, rows that are all too long, a scorer that fails. It looks at the first rows of each source
@@ -26,10 +26,10 @@ from alignment.data.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.reading import iterate
 from alignment.data.records import Prompt
 from alignment.data.tokenizer import load_tokenizer
+from alignment.job import StageSpec, read_spec
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.scorers import Answers, checked
 from alignment.rewards.sources import function_of, in_use, source_field
-from alignment.stage_spec import StageSpec, read_spec
 
 LOOKED_AT = 500
 """Records of a source whose tokens are counted."""
@@ -39,7 +39,7 @@ TRIED = "Yes."
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or that of the first fault."""
-    parser = argparse.ArgumentParser(prog="python -m alignment.rehearsal", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m alignment.rehearse", description=__doc__)
     parser.add_argument("folder", type=Path, help="where status.json is written")
     parser.add_argument("--rows", nargs="*", type=Path, default=[], help="stage files whose rows are looked at")
     parser.add_argument("--scorers", nargs="*", type=Path, default=[], help="stage files whose functions are asked")
