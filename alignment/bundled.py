@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.config.near import suggestion
+from alignment.config.did_you_mean import suggestion
 from alignment.core.artifacts import write_json
 from alignment.core.errors import ModelError
 from alignment.core.files import disk_error

@@ -14,9 +14,9 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
+from alignment.config.did_you_mean import nearest, suggestion
 from alignment.config.faults import Fault, refuse
-from alignment.config.gone import instead_of
-from alignment.config.near import nearest, suggestion
+from alignment.config.replaced_keys import instead_of
 from alignment.config.rules import NAME, is_name, rule_of
 from alignment.config.run import RunConfig
 from alignment.config.stage import STAGES, StageConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignment.config.near import suggestion
+from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import DataError
 from alignment.core.resources import shipped
 from alignment.data.files import files_of

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from alignment import launcher
-from alignment.config.near import suggestion
+from alignment.config.did_you_mean import suggestion
 from alignment.core import hardware
 from alignment.core.artifacts import MANIFEST, Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from alignment.config.near import suggestion
+from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError
 from alignment.pipeline import paired
 from alignment.pipeline.record import FILE, read_record

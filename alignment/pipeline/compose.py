@@ -26,8 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config import yaml_file
+from alignment.config.did_you_mean import suggestion
 from alignment.config.faults import Fault, refuse
-from alignment.config.near import suggestion
 from alignment.config.store import GROUPS, SEVERAL, conf_folder, recipe_names, recipes_folder
 from alignment.core.deadline import Bounded
 from alignment.core.errors import ConfigError

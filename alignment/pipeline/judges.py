@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
+from alignment.config.did_you_mean import suggestion
 from alignment.config.evaluation import EndpointConfig, JudgeKind
 from alignment.config.faults import Fault
-from alignment.config.near import suggestion
 from alignment.config.stage import EvaluateConfig
 from alignment.evaluation.endpoint import PACKAGE
 from alignment.evaluation.pairwise import pairs_of

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config import yaml_file
-from alignment.config.near import suggestion
+from alignment.config.did_you_mean import suggestion
 from alignment.config.stage import STAGES
 from alignment.config.store import GROUPS
 from alignment.core.errors import ConfigError

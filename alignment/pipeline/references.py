@@ -7,9 +7,9 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 
+from alignment.config.did_you_mean import nearest, suggestion
 from alignment.config.evaluation import UNTRAINED_ARMS
 from alignment.config.faults import Fault
-from alignment.config.near import nearest, suggestion
 from alignment.config.stage import (
     ForgettingConfig,
     PpoConfig,

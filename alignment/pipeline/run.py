@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from alignment import __version__, doubts, launcher
+from alignment.config.did_you_mean import suggestion
 from alignment.config.launch import LaunchConfig
-from alignment.config.near import suggestion
 from alignment.config.stage import ReportConfig
 from alignment.core import hardware
 from alignment.core.artifacts import Manifest, publish, read_manifest, verify

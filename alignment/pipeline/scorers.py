@@ -9,8 +9,8 @@ import ast
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from alignment.config.did_you_mean import nearest, suggestion
 from alignment.config.faults import Fault
-from alignment.config.near import nearest, suggestion
 from alignment.config.stage import Critic, PpoConfig, RewardCardConfig, ScorerConfig, StageConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.fingerprint import file_sha256

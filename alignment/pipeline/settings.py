@@ -7,10 +7,10 @@ from importlib import metadata
 
 from alignment.config.adapter import CONTINUE, PREFIX_SHAPE, SHAPE, AdapterConfig, AdapterKind, Chain
 from alignment.config.data import DataConfig, SourceConfig
+from alignment.config.did_you_mean import suggestion
 from alignment.config.faults import Fault
 from alignment.config.launch import LaunchConfig
 from alignment.config.model import Dtype, ModelConfig
-from alignment.config.near import suggestion
 from alignment.config.optim import Moments
 from alignment.config.run import RunConfig
 from alignment.config.stage import EvaluateConfig, ForgettingConfig, PpoConfig, ReportConfig, RewardCardConfig, Trained

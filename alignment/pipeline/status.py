@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from alignment.config.near import suggestion
+from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError
 from alignment.core.locks import is_held
 from alignment.pipeline import handover, jobs

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment.config.near import suggestion
+from alignment.config.did_you_mean import suggestion
 from alignment.core.artifacts import Manifest
 from alignment.core.errors import ConfigError, ModelError
 from alignment.pipeline import sources

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config import yaml_file
+from alignment.config.did_you_mean import suggestion
 from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig
-from alignment.config.near import suggestion
 from alignment.config.rules import NAME, is_name
 from alignment.config.stage import StageConfig, Trained
 from alignment.config.store import conf_folder

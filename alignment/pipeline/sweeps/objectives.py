@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignment.config.did_you_mean import suggestion
 from alignment.config.evaluation import FEW_SHOT, PROMPTED, JudgeKind
 from alignment.config.faults import Fault
-from alignment.config.near import suggestion
 from alignment.config.stage import EvaluateConfig, StageConfig
 from alignment.config.sweep import LESS_IS_BETTER, Metric, ObjectiveConfig
 from alignment.core.artifacts import read_manifest

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from alignment.config.near import suggestion
+from alignment.config.did_you_mean import suggestion
 from alignment.config.sweep import Pruner
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.pipeline.record import read_record

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignment.config.near import suggestion
+from alignment.config.did_you_mean import suggestion
 from alignment.config.stage import (
     CptConfig,
     DpoConfig,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from alignment.config.near import nearest
+from alignment.config.did_you_mean import nearest
 from alignment.config.rules import NAME, RULES, rule_of
 from alignment.config.stage import STAGES, PpoConfig, ScorerConfig, SftConfig
 from alignment.config.typed import convert, field_types, listed_dataclass, stage_from_plain, to_plain, typed
