@@ -29,8 +29,8 @@ from alignment.core.errors import AlignmentError, ModelError
 from alignment.core.files import explained
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import complain
-from alignment.data.tokenize import STOPS, end_ids
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.tokenize import STOPS, end_ids
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.model_card import model_card
 from alignment.models.adapters import is_prefix, put_back
 from alignment.models.answers import unwrapped

@@ -25,12 +25,12 @@ from alignment.core.errors import AlignmentError, DataError
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import Terminal, complain
 from alignment.data.doctor import record_key
-from alignment.data.kinds import KINDS, Tokenized, tokenized
-from alignment.data.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.overlap import HeldOut, asked, asked_in
 from alignment.data.reading import Reading, iterate, refuse_faults, start
-from alignment.data.shown import Run, Shown, histogram, shown
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
+from alignment.data.tokens.row_kinds import KINDS, Tokenized, tokenized
+from alignment.data.tokens.token_spans import Run, Shown, histogram, shown
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec, read_spec
 
 CONTENT_POLICY = (

@@ -21,11 +21,11 @@ from alignment.config.data import OnError, SourceConfig
 from alignment.config.stage import PpoConfig, Trained
 from alignment.core.artifacts import write_json
 from alignment.core.errors import AlignmentError
-from alignment.data.kinds import KINDS, Kind, tokenized
-from alignment.data.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.reading import iterate
 from alignment.data.records import Prompt
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
+from alignment.data.tokens.row_kinds import KINDS, Kind, tokenized
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec, read_spec
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.scorers import Answers, checked

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from alignment.config.model import Dtype
 from alignment.core.artifacts import verify
 from alignment.core.errors import DataError
-from alignment.data.tokenize import end_ids, prompt_ids
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.tokenize import end_ids, prompt_ids
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.models.answers import unwrapped
 from alignment.models.flat import use_flat_attention

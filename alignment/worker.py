@@ -42,7 +42,7 @@ from alignment.core.locks import held
 from alignment.core.streams import make_unfailing
 from alignment.core.versions import versions
 from alignment.data.chat_template import template_text
-from alignment.data.hub import content_of
+from alignment.data.hub_rows import content_of
 from alignment.job import StageSpec, read_spec
 from alignment.stages.result import StageResult
 from alignment.training import checkpoints

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from alignment import worker
 from alignment.core.errors import DataError
-from alignment.data.shown import in_common
-from alignment.data.tokenize import answer_ids, prompt_ids, tokenize_conversation
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.token_spans import in_common
+from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_conversation
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.job import StageInput, read_spec
 from alignment.models.load import lineage, load_scalar

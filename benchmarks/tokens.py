@@ -31,7 +31,7 @@ SEED = 42
 MAX_LENGTH = 512
 _TEXT = "the shop opens at nine and closes early on Monday because of a meeting in hall two, please bring your own keys"
 CONTESTANTS = {
-    "ours": "alignment.data.token_table: validation, templates, labels on the assistant's turns, ledger",
+    "ours": "alignment.data.tokens.token_table: validation, templates, labels on the assistant's turns, ledger",
     "ours_again": "the same file once more",
     "datasets_map": "load_dataset('json') and map(apply_chat_template(tokenize=True)), a process a core; no labels",
 }
@@ -51,10 +51,10 @@ def ours(file: Path, folder: Path, model: Path) -> int:
     """Tokens in all rows."""
     from alignment.config.data import SourceConfig
     from alignment.core.hardware import count_cores
-    from alignment.data.kinds import CONVERSATIONS
-    from alignment.data.limits import Limits
-    from alignment.data.token_table import token_table
-    from alignment.data.tokenizer import load_tokenizer
+    from alignment.data.tokens.limits import Limits
+    from alignment.data.tokens.row_kinds import CONVERSATIONS
+    from alignment.data.tokens.token_table import token_table
+    from alignment.data.tokens.tokenizer import load_tokenizer
 
     table = token_table(
         file,

@@ -32,7 +32,7 @@ from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import RewardConfig, StageConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.core.artifacts import Manifest, publish
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput, StageSpec
 from alignment.models.answers import unwrapped
 from alignment.models.load import Lineage

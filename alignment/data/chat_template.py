@@ -12,8 +12,8 @@ from typing import Any
 
 from alignment.core.errors import DataError
 from alignment.core.small_files import small_text
-from alignment.data.rendering import control_tokens
-from alignment.data.tokenize import front
+from alignment.data.tokens.rendering import control_tokens
+from alignment.data.tokens.tokenize import front
 
 CHATML = "chatml"
 _START, _END = "<|im_start|>", "<|im_end|>"

@@ -16,8 +16,8 @@ from alignment.data.fields import Fields, SetAside
 from alignment.data.files import RawRow
 from alignment.data.formats.answers import CHOICES, TEXT
 from alignment.data.formats.form import Format
-from alignment.data.hub import source_rows
-from alignment.data.near import NearRepeats
+from alignment.data.hub_rows import source_rows
+from alignment.data.near_duplicates import NearRepeats
 from alignment.data.overlap import Placed
 from alignment.data.reading import prepared, right_form, start
 from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Question, Record

@@ -16,7 +16,7 @@ from alignment.data.fields import Fields, SetAside
 from alignment.data.files import RawRow
 from alignment.data.formats import FORMATS, detect
 from alignment.data.formats.form import Format
-from alignment.data.hub import source_rows
+from alignment.data.hub_rows import source_rows
 from alignment.data.records import Record
 
 R = TypeVar("R", bound=Record)

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from alignment.data.records import HeldOutPrompt
-from alignment.data.tokenize import end_ids
+from alignment.data.tokens.tokenize import end_ids
 from alignment.data.turns import Message
 from alignment.evaluation.house_style import STYLE_PROMPT, GoldScore, score
 from alignment.models.answers import answer_statistics, batches, scalar_scores, unwrapped

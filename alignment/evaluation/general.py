@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from alignment.core.errors import DataError, NonFiniteError
 from alignment.data.records import PlainText, Question
-from alignment.data.rendering import answer_texts
-from alignment.data.tokenize import encode, encode_all, escaped_text, front, prompt_ids, tokenize_rows
+from alignment.data.tokens.rendering import answer_texts
+from alignment.data.tokens.tokenize import encode, encode_all, escaped_text, front, prompt_ids, tokenize_rows
 from alignment.evaluation.arms import sequence_logprobs
 
 PIECE = 512

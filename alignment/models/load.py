@@ -19,7 +19,7 @@ from alignment.config.model import Dtype
 from alignment.core.artifacts import Manifest, inside, read_manifest, verify
 from alignment.core.errors import ModelError
 from alignment.core.model_files import refuse_weights_elsewhere
-from alignment.data.tokenizer import load_tokenizer, tokenizer_hashes
+from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.job import StageInput, StageSpec
 from alignment.models.adapters import merge_adapter
 from alignment.models.nf4 import round_trunk

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.core.errors import DataError
-from alignment.data.hub import content_of
-from alignment.data.sources import locate
+from alignment.data.bundled_files import locate
+from alignment.data.hub_rows import content_of
 from alignment.pipeline import hub
 from alignment.pipeline.sources import remembered_sha256
 

@@ -11,11 +11,11 @@ from rich.console import Console
 from alignment.config.data import SourceConfig
 from alignment.config.faults import refuse
 from alignment.core.errors import DataError
+from alignment.data.bundled_files import locate
 from alignment.data.doctor import USES, Diagnosis, Use, examine
-from alignment.data.hub import snapshot_name
+from alignment.data.hub_rows import snapshot_name
 from alignment.data.overlap import HeldOut, asked_in
 from alignment.data.reading import NAMED
-from alignment.data.sources import locate
 from alignment.pipeline import data_sources, settings
 
 _PLACES = 8

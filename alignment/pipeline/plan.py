@@ -25,9 +25,9 @@ from alignment.config.typed import convert
 from alignment.core.artifacts import folder_name, read_manifest, verify
 from alignment.core.errors import ArtifactError, ModelError
 from alignment.core.fingerprint import digest
+from alignment.data.bundled_files import RECORDS
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation, PreferencePair, Question, Record
-from alignment.data.sources import RECORDS
 from alignment.job import StageInput
 from alignment.pipeline import (
     amounts,

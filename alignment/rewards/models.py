@@ -20,9 +20,9 @@ from alignment.config.model import Dtype
 from alignment.core.errors import DataError, ModelError, RewardError
 from alignment.core.model_files import refuse_weights_elsewhere
 from alignment.data.records import Prompt
-from alignment.data.rendering import render
-from alignment.data.tokenize import encode
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.rendering import render
+from alignment.data.tokens.tokenize import encode
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.models.answers import batches, scalar_scores
 from alignment.models.flat import use_flat_attention

@@ -14,8 +14,8 @@ from alignment.config.stage import EvaluateConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ModelError
 from alignment.data.records import Conversation, HeldOutPrompt
-from alignment.data.tokenize import answer_ids, end_ids, prompt_ids, tokenize_rows
-from alignment.data.tokenizer import load_tokenizer, stops_alike, tokenizer_hashes
+from alignment.data.tokens.tokenize import answer_ids, end_ids, prompt_ids, tokenize_rows
+from alignment.data.tokens.tokenizer import load_tokenizer, stops_alike, tokenizer_hashes
 from alignment.data.turns import Message
 from alignment.evaluation.arms import Answered, TokenSum, answer_and_score, read_answers, with_style_prompt
 from alignment.evaluation.few_shot import draw_examples, with_examples

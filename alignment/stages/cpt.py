@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from alignment.config.stage import CptConfig
-from alignment.data.kinds import TEXTS
-from alignment.data.limits import Limits
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.row_kinds import TEXTS
 from alignment.stages.initial import initial_policy
 from alignment.stages.language_model import learn
 from alignment.stages.result import StageResult

@@ -8,8 +8,8 @@ from typing import Any
 from alignment.config.stage import EvaluateConfig
 from alignment.core.artifacts import write_json, write_lines
 from alignment.data.records import HeldOutPrompt
-from alignment.data.tokenize import answer_ids, prompt_ids, tokenize_rows
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.arms import Answered, reward_scores, sequence_logprobs, side_by_side
 from alignment.evaluation.conclusions import conclusions
 from alignment.evaluation.labels import labels

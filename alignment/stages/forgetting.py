@@ -5,7 +5,7 @@ from __future__ import annotations
 from alignment.config.stage import ForgettingConfig
 from alignment.core.artifacts import write_json, write_lines
 from alignment.data.records import PlainText, Question
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.forgetting import BASE, Asked, Limits, headlines, question_rows, table, text_rows
 from alignment.evaluation.general import Material, Measured, material, measure
 from alignment.evaluation.tables import Intervals

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from alignment.config.stage import DpoConfig, RewardConfig
 from alignment.core.artifacts import read_manifest
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.models.load import Lineage, lineage, refuse_other_tokenizer
 from alignment.models.start import load_start, turn_off_dropout
 from alignment.training.context import StageContext

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.config.stage import DpoConfig, RewardConfig
-from alignment.data.kinds import PAIRS
-from alignment.data.limits import Limits
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.row_kinds import PAIRS
 from alignment.stages.rows import token_rows
 from alignment.training.context import StageContext
 

@@ -16,10 +16,10 @@ from alignment.config.sharing import ppo_faults
 from alignment.config.stage import KlConfig, KlControl, PpoConfig, ScorerConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ConfigError
-from alignment.data.kinds import CONVERSATIONS, PROMPTS
-from alignment.data.limits import Limits
 from alignment.data.records import Prompt
-from alignment.data.tokenize import TokenizedConversation, end_ids
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
+from alignment.data.tokens.tokenize import TokenizedConversation, end_ids
 from alignment.job import StageInput
 from alignment.models.load import Lineage, refuse_other_tokenizer
 from alignment.models.roles import Roles, build_roles

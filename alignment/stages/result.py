@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from alignment.data.tokenizer import tokenizer_hashes
+from alignment.data.tokens.tokenizer import tokenizer_hashes
 from alignment.models.adapters import OWN, put_in_order
 from alignment.models.load import Lineage, base_record
 from alignment.models.start import kept_below, saved_as

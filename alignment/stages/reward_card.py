@@ -14,11 +14,11 @@ from alignment.config.model import Dtype
 from alignment.config.stage import RewardCardConfig
 from alignment.core.artifacts import read_manifest, write_json, write_lines
 from alignment.core.errors import DataError, ModelError, RewardError
-from alignment.data.kinds import PAIRS, PROMPT
-from alignment.data.limits import Limits, refuse_losses
 from alignment.data.overlap import asked, asked_too
 from alignment.data.records import PreferencePair, Prompt
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.limits import Limits, refuse_losses
+from alignment.data.tokens.row_kinds import PAIRS, PROMPT
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.arms import source_text
 from alignment.evaluation.bag_of_words import BagOfWords, fit
 from alignment.evaluation.invariance import Rows, beyond_rounding, flat_scores, moved, padded_scores

@@ -13,13 +13,13 @@ from datasets import Dataset, concatenate_datasets
 
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.core.hardware import count_cores
-from alignment.data.chunks import CHUNK, CUT, TOO_LONG, note_of, note_of_error
-from alignment.data.kinds import Kind, Tokenized, tokenized
-from alignment.data.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.mix import mixed, subset
 from alignment.data.reading import iterate, refuse_faults, start
 from alignment.data.records import Record
-from alignment.data.token_table import TokenTable, token_table
+from alignment.data.tokens.chunks import CHUNK, CUT, TOO_LONG, note_of, note_of_error
+from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
+from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
+from alignment.data.tokens.token_table import TokenTable, token_table
 from alignment.training.context import StageContext
 
 log = logging.getLogger(__name__)

@@ -1,10 +1,10 @@
-"""Supervised fine-tuning on conversations, tokenised and masked by us (alignment/data/rendering.py)."""
+"""Supervised fine-tuning on conversations, tokenised and masked by us (alignment/data/tokens/rendering.py)."""
 
 from __future__ import annotations
 
 from alignment.config.stage import SftConfig
-from alignment.data.kinds import CONVERSATIONS
-from alignment.data.limits import Limits
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.row_kinds import CONVERSATIONS
 from alignment.stages.initial import initial_policy
 from alignment.stages.language_model import learn
 from alignment.stages.result import StageResult

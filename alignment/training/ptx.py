@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignment.config.stage import PtxConfig
-from alignment.data.tokenize import IGNORED, TokenizedConversation
+from alignment.data.tokens.tokenize import IGNORED, TokenizedConversation
 from alignment.models.flat import trunk_states
 from alignment.models.head import label_statistics
 from alignment.models.load import products_in

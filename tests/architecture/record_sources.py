@@ -28,7 +28,7 @@ NO_ARITHMETIC = (
     "alignment.core.artifacts",
     "alignment.bundled",
     "alignment.config",
-    "alignment.data.hub",
+    "alignment.data.hub_rows",
     "alignment.core.errors",
     "alignment.launcher",
     "alignment.core.locks",

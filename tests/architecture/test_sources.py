@@ -38,7 +38,7 @@ def test_the_record_is_of_these_revisions() -> None:
     ("kind", "file"),
     [
         ("sft", "alignment/models/products.py"),
-        ("cpt", "alignment/data/chunks.py"),
+        ("cpt", "alignment/data/tokens/chunks.py"),
         ("reward", "alignment/stages/reward.py"),
         ("dpo", "alignment/stages/reference_cache.py"),
         ("ppo", "alignment/algos/gae.py"),

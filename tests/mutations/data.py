@@ -6,7 +6,7 @@ from tests.mutations.mutation import in_file
 
 MUTATIONS = [
     *in_file(
-        "data/tokenize.py",
+        "data/tokens/tokenize.py",
         "unit/data/test_tokenize.py",
         (
             "every token is learned",
@@ -34,7 +34,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "data/tokenize.py",
+        "data/tokens/tokenize.py",
         "unit/data/test_templates.py",
         (
             "special tokens are put around rendered text",
@@ -44,7 +44,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "data/rendering.py",
+        "data/tokens/rendering.py",
         "unit/data/test_tokenize.py",
         (
             "a turn of weight 0 is learned",
@@ -66,7 +66,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "data/limits.py",
+        "data/tokens/limits.py",
         "unit/data/test_limits.py",
         (
             "any share of rows may be lost",
@@ -114,7 +114,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "data/hub.py",
+        "data/hub_rows.py",
         "unit/data/test_hub.py",
         (
             "a repository may name files of this machine",

@@ -215,7 +215,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "data/hub.py",
+        "data/hub_rows.py",
         "unit/pipeline/test_hub_data.py",
         (
             "a hub's data counts without its commit",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.tokenizer import load_tokenizer
 from tests.proofs.common import Skipped
 
 FOLDER = Path(__file__).parents[3] / "shared/data/stories260k"

@@ -20,8 +20,8 @@ from alignment.config.adapter import AdapterConfig
 from alignment.config.model import Dtype
 from alignment.config.stage import SftConfig
 from alignment.core.errors import DataError
-from alignment.data.tokenize import prompt_ids
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.tokenize import prompt_ids
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.models.generate import generate
 from alignment.models.load import Lineage

@@ -12,10 +12,10 @@ import pytest
 
 from alignment.core import deadline
 from alignment.core.errors import ModelError
-from alignment.data.kinds import PROMPTS, tokenized
-from alignment.data.limits import Limits
 from alignment.data.records import Prompt
-from alignment.data.rendering import render
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.rendering import render
+from alignment.data.tokens.row_kinds import PROMPTS, tokenized
 from alignment.data.turns import Message
 from alignment.pipeline import preview
 from tests.tiny import tiny_tokenizer

@@ -9,9 +9,9 @@ import pytest
 
 from alignment.core.errors import DataError
 from alignment.data.chat_template import CHATML, set_template, template_text
-from alignment.data.rendering import render
-from alignment.data.tokenize import tokenize_conversation, turn_end_id
-from alignment.data.tokenizer import load_tokenizer, tokenizer_hashes
+from alignment.data.tokens.rendering import render
+from alignment.data.tokens.tokenize import tokenize_conversation, turn_end_id
+from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.data.turns import Message
 from tests.templates import styled_tokenizer
 from tests.tiny import tiny_tokenizer

@@ -10,10 +10,10 @@ from statistics import mean
 import pytest
 
 from alignment.config.data import DataConfig
+from alignment.data.bundled_files import locate
 from alignment.data.overlap import HeldOut, Placed
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Question, Record
-from alignment.data.sources import locate
 from alignment.evaluation.arms import source_text
 from alignment.evaluation.house_style import style_checks
 

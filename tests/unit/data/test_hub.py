@@ -15,7 +15,7 @@ from pyarrow import parquet
 from alignment.config.data import SourceConfig
 from alignment.core.errors import DataError
 from alignment.core.fingerprint import file_sha256
-from alignment.data.hub import content_of, hub_rows, snapshot_name, source_rows
+from alignment.data.hub_rows import content_of, hub_rows, snapshot_name, source_rows
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation
 from tests.hub import NAME, leave_data_set, use_cache

@@ -9,11 +9,11 @@ import pytest
 from alignment.config.stage import CptConfig, DpoConfig, PpoConfig
 from alignment.config.too_long import Side, TooLong, TooLongConfig
 from alignment.core.errors import DataError
-from alignment.data.kinds import CONVERSATIONS, PAIRS, PROMPTS, tokenized
-from alignment.data.limits import Limits, Parts, RowTooLong, cut_to, excess, refuse_losses
 from alignment.data.records import Conversation, PreferencePair, Prompt
-from alignment.data.rendering import prompt_text
-from alignment.data.tokenize import Tokens, encode, prompt_ids
+from alignment.data.tokens.limits import Limits, Parts, RowTooLong, cut_to, excess, refuse_losses
+from alignment.data.tokens.rendering import prompt_text
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, tokenized
+from alignment.data.tokens.tokenize import Tokens, encode, prompt_ids
 from alignment.data.turns import Message
 from tests.templates import STYLES, styled_tokenizer
 from tests.tiny import tiny_tokenizer

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from alignment.config.data import SourceConfig
-from alignment.data import near
+from alignment.data import near_duplicates
 from alignment.data.doctor import examine
-from alignment.data.near import NearRepeat, NearRepeats
+from alignment.data.near_duplicates import NearRepeat, NearRepeats
 from alignment.data.overlap import Placed
 from alignment.pipeline.doctor import show_diagnosis
 
@@ -130,7 +130,7 @@ def test_rows_behind_the_limit_are_not_compared_and_the_doctor_says_so(
     texts = [_text(30) for _ in range(6)]
     rows = [{"text": text} for text in [*texts[:3], _changed(texts[0], 9), *texts[3:], _changed(texts[1], 9)]]
     file = _write(tmp_path / "a.jsonl", rows)
-    monkeypatch.setattr(near, "TEXTS", 5)
+    monkeypatch.setattr(near_duplicates, "TEXTS", 5)
     found = examine(file, SourceConfig()).near
     assert [(one.where, one.earlier) for one in found.found] == [(f"{file}:4", f"{file}:1")]
     assert (found.looked_at, found.passed_over) == (5, 3)
@@ -138,7 +138,7 @@ def test_rows_behind_the_limit_are_not_compared_and_the_doctor_says_so(
 
 
 def test_a_file_of_rows_that_are_all_half_alike_does_not_take_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near, "COMPARISONS", 50)
+    monkeypatch.setattr(near_duplicates, "COMPARISONS", 50)
     shared = _text(60)
     repeats = NearRepeats()
     for number in range(200):

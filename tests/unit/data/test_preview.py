@@ -13,11 +13,11 @@ from rich.console import Console
 from alignment.config.data import DataConfig, MixedConfig
 from alignment.config.stage import CptConfig, DpoConfig, PpoConfig, RewardConfig, SftConfig
 from alignment.config.too_long import TooLong, TooLongConfig
-from alignment.data.kinds import CONVERSATIONS, PAIRS, PROMPTS, Kind, tokenized
-from alignment.data.limits import Limits
 from alignment.data.overlap import HeldOut, Placed
 from alignment.data.records import Conversation, PreferencePair, Prompt
-from alignment.data.shown import Shown, histogram, shown
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, Kind, tokenized
+from alignment.data.tokens.token_spans import Shown, histogram, shown
 from alignment.data.turns import Message
 from alignment.preview import main, show_stage
 from tests.public import PUBLIC, WRITTEN, needs_public_data

@@ -9,9 +9,9 @@ from statistics import mean
 import pytest
 
 from alignment.config.data import DataConfig
+from alignment.data.bundled_files import locate
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair
-from alignment.data.sources import locate
 from alignment.data.turns import Message
 from alignment.evaluation.arms import source_text
 from alignment.evaluation.house_style import normalise, score, style_checks

@@ -10,11 +10,11 @@ import pytest
 
 from alignment.config.data import DataConfig
 from alignment.core.errors import DataError
+from alignment.data.bundled_files import RECORDS, locate
 from alignment.data.fields import Fields
 from alignment.data.formats import FORMATS
 from alignment.data.reading import read_records, right_form
 from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair, Prompt, Question, facts_in
-from alignment.data.sources import RECORDS, locate
 from alignment.data.turns import Message
 
 USER = {"role": "user", "content": "2 + 2?"}

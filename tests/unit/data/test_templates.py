@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from alignment.core.errors import DataError
-from alignment.data.kinds import TEXTS, tokenized
-from alignment.data.limits import Limits
 from alignment.data.records import PlainText
-from alignment.data.tokenize import (
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.row_kinds import TEXTS, tokenized
+from alignment.data.tokens.tokenize import (
     IGNORED,
     TokenizedConversation,
     answer_ids,

@@ -20,15 +20,15 @@ from alignment.config.data import DataConfig, OnError
 from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.core.deadline import KILLED_BY
 from alignment.core.errors import DataError, ModelError, StageError
-from alignment.data import chunks, token_table
-from alignment.data.chunks import Job
 from alignment.data.files import unparsed_rows_of
-from alignment.data.kinds import CONVERSATIONS, PAIRS, PROMPTS, TEXTS, Kind
-from alignment.data.limits import Limits
 from alignment.data.reading import Reader, read_records, start
 from alignment.data.records import Conversation
-from alignment.data.token_table import TokenTable
-from alignment.data.tokenize import tokenize_conversation
+from alignment.data.tokens import chunks, token_table
+from alignment.data.tokens.chunks import Job
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, TEXTS, Kind
+from alignment.data.tokens.token_table import TokenTable
+from alignment.data.tokens.tokenize import tokenize_conversation
 from alignment.training.session import Preempted
 from tests.tiny import tiny_tokenizer
 

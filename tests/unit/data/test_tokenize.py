@@ -11,11 +11,11 @@ from tokenizers import normalizers
 
 from alignment.core.errors import DataError, ModelError
 from alignment.data.chat_template import set_template
-from alignment.data.kinds import TEXTS, tokenized
-from alignment.data.limits import Limits
 from alignment.data.records import PlainText
-from alignment.data.rendering import LAST_STAND_IN, render
-from alignment.data.tokenize import (
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.rendering import LAST_STAND_IN, render
+from alignment.data.tokens.row_kinds import TEXTS, tokenized
+from alignment.data.tokens.tokenize import (
     IGNORED,
     answer_ids,
     encode,
@@ -24,7 +24,7 @@ from alignment.data.tokenize import (
     tokenize_conversation,
     turn_end_id,
 )
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.training.session import Preempted
 from tests.tiny import tiny_tokenizer

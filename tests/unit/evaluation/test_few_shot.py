@@ -7,7 +7,7 @@ import torch
 
 from alignment.core.errors import DataError
 from alignment.data.records import Conversation, HeldOutPrompt
-from alignment.data.tokenize import prompt_ids
+from alignment.data.tokens.tokenize import prompt_ids
 from alignment.data.turns import Message
 from alignment.evaluation.few_shot import draw_examples, with_examples
 from tests.tiny import tiny_tokenizer

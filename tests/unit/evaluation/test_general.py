@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from alignment.core.errors import DataError, NonFiniteError
 from alignment.data.records import PlainText, Question
-from alignment.data.tokenize import prompt_ids
+from alignment.data.tokens.tokenize import prompt_ids
 from alignment.data.turns import Message
 from alignment.evaluation import general
 from alignment.evaluation.general import material, measure

@@ -13,7 +13,7 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import DpoConfig, PpoConfig, SftConfig
 from alignment.core.errors import ArtifactError, ModelError
-from alignment.data.tokenizer import load_tokenizer, tokenizer_hashes
+from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.job import StageInput
 from alignment.models.adapters import add_adapter
 from alignment.models.answers import scalar_scores, unwrapped

@@ -16,7 +16,7 @@ from alignment import launcher
 from alignment import rehearse as worker
 from alignment.core import hardware
 from alignment.core.errors import AlignmentError, DataError, RewardError, StageError
-from alignment.data.rendering import LAST_STAND_IN
+from alignment.data.tokens.rendering import LAST_STAND_IN
 from alignment.pipeline import machines
 from alignment.pipeline.plan import Plan
 from alignment.pipeline.record import read_record

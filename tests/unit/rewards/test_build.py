@@ -11,7 +11,7 @@ import torch
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.stage import GuardConfig, PpoConfig, ScorerConfig
 from alignment.core.errors import DataError, ModelError
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput
 from alignment.models.answers import scalar_scores
 from alignment.models.load import Lineage

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from alignment.config.model import Dtype
 from alignment.core.errors import DataError, ModelError, RewardError
 from alignment.data.records import Prompt
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.rewards.models import Computation, TextScorer, load_external
 from alignment.rewards.scorers import Answers
 from tests.tiny import tiny_model, tiny_scorer, tiny_tokenizer

@@ -19,8 +19,8 @@ from alignment.config.evaluation import EndpointConfig, FewShotConfig, JudgeConf
 from alignment.config.stage import EvaluateConfig
 from alignment.core.errors import DataError, ModelError, NonFiniteError, StageError
 from alignment.data.records import HeldOutPrompt
-from alignment.data.tokenize import answer_ids, end_ids, prompt_ids
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.tokenize import answer_ids, end_ids, prompt_ids
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.evaluation import arms
 from alignment.evaluation.arms import Answered

@@ -19,7 +19,7 @@ from alignment.config.stage import RewardCardConfig, RewardConfig, Rule
 from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import DataError, ModelError, RewardError
-from alignment.data.tokenizer import load_tokenizer
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation import invariance
 from alignment.job import StageInput, StageSpec
 from alignment.models.load import Lineage

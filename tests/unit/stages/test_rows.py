@@ -13,9 +13,9 @@ from alignment.config.data import DataConfig, MixedConfig, OnError
 from alignment.config.stage import PpoConfig, SftConfig
 from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.core.errors import DataError
-from alignment.data.kinds import CONVERSATIONS, PROMPTS
-from alignment.data.limits import Limits
 from alignment.data.records import Conversation, Prompt
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
 from alignment.stages.rows import LEFT_OUT, fitting, rows_of, token_rows
 from alignment.training.context import StageContext
 from tests.tiny import tiny_spec, tiny_tokenizer

@@ -1,4 +1,4 @@
-"""Rendered text → token ids, and which of them are learned (alignment/data/rendering.py says what a turn is)."""
+"""Rendered text → token ids, and which of them are learned (alignment/data/tokens/rendering.py says what a turn is)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from alignment.core.errors import DataError
 from alignment.data.records import Record
-from alignment.data.rendering import (
+from alignment.data.tokens.rendering import (
     Piece,
     Tools,
     answer_text,

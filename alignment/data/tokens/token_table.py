@@ -28,12 +28,12 @@ from alignment.core.errors import DataError, StageError
 from alignment.core.files import disk_error
 from alignment.core.fingerprint import digest
 from alignment.core.locks import held
-from alignment.data.chunks import CUT, FAULT, SET_ASIDE, TOO_LONG, Chunk, Job, run
-from alignment.data.hub import content_of, snapshot_name, unparsed_source_rows
-from alignment.data.kinds import Kind
-from alignment.data.limits import Limits, refuse_losses
+from alignment.data.hub_rows import content_of, snapshot_name, unparsed_source_rows
 from alignment.data.reading import NAMED, Reader, nothing, refuse_faults, start
-from alignment.data.tokenizer import tokenizer_hashes
+from alignment.data.tokens.chunks import CUT, FAULT, SET_ASIDE, TOO_LONG, Chunk, Job, run
+from alignment.data.tokens.limits import Limits, refuse_losses
+from alignment.data.tokens.row_kinds import Kind
+from alignment.data.tokens.tokenizer import tokenizer_hashes
 
 VERSION = 2
 """Raised when rows come out otherwise, so that older tables are not found."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from alignment.core.deadline import watched
 from alignment.core.errors import DataError, ModelError
-from alignment.data.limits import Limits, Parts, RowTooLong, cut_to, excess
 from alignment.data.records import Conversation, PlainText, PreferencePair, Prompt
-from alignment.data.rendering import Piece, Tools, answer_texts, conversation_pieces, prompt_tail, prompt_text
-from alignment.data.tokenize import Tokens, encode, escaped_text, front, text_rows, tokens_of
+from alignment.data.tokens.limits import Limits, Parts, RowTooLong, cut_to, excess
+from alignment.data.tokens.rendering import Piece, Tools, answer_texts, conversation_pieces, prompt_tail, prompt_text
+from alignment.data.tokens.tokenize import Tokens, encode, escaped_text, front, text_rows, tokens_of
 from alignment.data.turns import Message
 
 PROMPT = "prompt"

@@ -9,7 +9,7 @@ from typing import Self
 from alignment.config.stage import CptConfig, DpoConfig, PpoConfig, RewardCardConfig, RewardConfig, SftConfig
 from alignment.config.too_long import Side, TooLong, TooLongConfig
 from alignment.core.errors import DataError
-from alignment.data.tokenize import Tokens
+from alignment.data.tokens.tokenize import Tokens
 
 
 class RowTooLong(DataError):

@@ -23,9 +23,9 @@ from alignment.core.deadline import KILLED_BY, KILLED_SECONDS
 from alignment.core.errors import DataError, ModelError, StageError
 from alignment.data.fields import SetAside
 from alignment.data.files import Unparsed, parsed
-from alignment.data.kinds import Kind, Tokenized, tokenized
-from alignment.data.limits import Limits, RowTooLong
 from alignment.data.reading import Reader
+from alignment.data.tokens.limits import Limits, RowTooLong
+from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
 
 CHUNK = 1_000
 """Rows that a process is handed at once."""

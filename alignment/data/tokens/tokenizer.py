@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from alignment.core.errors import ModelError
 from alignment.data.chat_template import set_template
-from alignment.data.tokenize import STOPS
+from alignment.data.tokens.tokenize import STOPS
 
 
 def load_tokenizer(folder: Path, chat_template: str | None = None, *, model: Path | None = None) -> Any:

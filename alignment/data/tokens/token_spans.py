@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import groupby, takewhile
 from typing import Any
 
-from alignment.data.kinds import Tokenized
-from alignment.data.limits import Parts
-from alignment.data.rendering import control_tokens
-from alignment.data.tokenize import Tokens
+from alignment.data.tokens.limits import Parts
+from alignment.data.tokens.rendering import control_tokens
+from alignment.data.tokens.row_kinds import Tokenized
+from alignment.data.tokens.tokenize import Tokens
 
 BARS = 8
 WIDTH = 30

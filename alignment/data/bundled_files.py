@@ -8,8 +8,8 @@ from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import DataError
 from alignment.core.resources import shipped
 from alignment.data.files import files_of
-from alignment.data.kinds import KINDS
 from alignment.data.records import HeldOutPrompt, PlainText, PreferencePair, Record
+from alignment.data.tokens.row_kinds import KINDS
 
 RECORDS: dict[str, type[Record]] = {
     **{name: kind.record for name, kind in KINDS.items()},
