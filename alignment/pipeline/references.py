@@ -18,7 +18,7 @@ from alignment.config.stage import (
     StageConfig,
 )
 from alignment.config.typed import field_types
-from alignment.rewards.sources import REWARD, in_use, is_reference, source_field
+from alignment.rewards.scorer_sources import REWARD, in_use, is_reference, source_field
 
 BASE = "base"
 _STAGE = "stage:"

@@ -15,7 +15,7 @@ from alignment.config.stage import Critic, PpoConfig, RewardCardConfig, ScorerCo
 from alignment.core.artifacts import read_manifest
 from alignment.core.fingerprint import file_sha256
 from alignment.data.records import Prompt, facts_in
-from alignment.rewards.sources import (
+from alignment.rewards.scorer_sources import (
     GUARD,
     REWARD,
     VERIFIERS,

@@ -17,10 +17,10 @@ from alignment.job import StageSpec
 from alignment.models.load import refuse_other_tokenizer
 from alignment.models.reward import load_reward_model
 from alignment.rewards.functions import FunctionScorer, load_function
-from alignment.rewards.mix import Part, RewardMix
-from alignment.rewards.models import Computation, TextScorer, TokenScorer, load_external
+from alignment.rewards.reward_models import Computation, TextScorer, TokenScorer, load_external
+from alignment.rewards.scorer_sources import GUARD, REWARD, function_of, in_use, input_field, source_field
 from alignment.rewards.scorers import ExactAnswer, HouseStyle, Length, Regex, Scorer
-from alignment.rewards.sources import GUARD, REWARD, function_of, in_use, input_field, source_field
+from alignment.rewards.weighted_sum import Part, RewardMix
 
 
 def build_rewards(

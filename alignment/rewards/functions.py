@@ -13,8 +13,8 @@ from typing import Any
 from alignment.core.errors import DataError, RewardError
 from alignment.core.files import disk_error
 from alignment.core.fingerprint import digest, file_sha256
+from alignment.rewards.scorer_sources import FunctionSource
 from alignment.rewards.scorers import Answers
-from alignment.rewards.sources import FunctionSource
 
 Function = Callable[[list[list[dict[str, str]]], list[str], list[dict[str, Any]]], Any]
 

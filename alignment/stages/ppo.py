@@ -24,8 +24,8 @@ from alignment.job import StageInput
 from alignment.models.load import Lineage, refuse_other_tokenizer
 from alignment.models.roles import Roles, build_roles
 from alignment.rewards.build import build_rewards, build_scorer
+from alignment.rewards.scorer_sources import REWARD
 from alignment.rewards.slot import Rewards
-from alignment.rewards.sources import REWARD
 from alignment.stages.initial import initial_policy
 from alignment.stages.result import StageResult, save_model
 from alignment.stages.rows import fitting, rows_of, token_rows

@@ -27,7 +27,7 @@ from alignment.models.answers import unwrapped
 from alignment.models.load import products_in, refuse_other_tokenizer
 from alignment.models.prefix import prefix_of
 from alignment.models.reward import load_reward_model
-from alignment.rewards.models import Computation, TextScorer, load_external
+from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.rewards.verifiers import house_style
 from alignment.stages.result import StageResult
 from alignment.stages.rows import LEFT_OUT, fitting, rows_of

@@ -43,7 +43,7 @@ def test_the_record_is_of_these_revisions() -> None:
         ("dpo", "alignment/stages/reference_cache.py"),
         ("ppo", "alignment/algos/gae.py"),
         ("ppo", "alignment/training/ppo_trainer.py"),
-        ("ppo", "alignment/rewards/mix.py"),
+        ("ppo", "alignment/rewards/weighted_sum.py"),
         ("evaluate", "alignment/evaluation/arms.py"),
         ("forgetting", "alignment/evaluation/general.py"),
         ("reward_card", "alignment/evaluation/bag_of_words.py"),

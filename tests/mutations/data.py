@@ -140,7 +140,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "rewards/mix.py",
+        "rewards/weighted_sum.py",
         "unit/rewards/test_mix.py",
         (
             "weights of scorers are ignored",
@@ -216,7 +216,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "rewards/models.py",
+        "rewards/reward_models.py",
         "unit/rewards/test_models.py",
         (
             "a policy ends its turn in the reward model's words",

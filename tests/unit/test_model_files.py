@@ -16,7 +16,7 @@ from alignment.core.errors import ModelError
 from alignment.models.load import Lineage, load_policy
 from alignment.new_tokens import _read
 from alignment.pipeline.sources import resolve
-from alignment.rewards.models import load_external
+from alignment.rewards.reward_models import load_external
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 READERS: dict[str, Callable[[Path], Any]] = {

@@ -18,7 +18,7 @@ from alignment.models.load import Lineage
 from alignment.models.reward import load_reward_model
 from alignment.models.rows import stream
 from alignment.rewards.build import build_rewards, build_scorer
-from alignment.rewards.mix import RewardMix
+from alignment.rewards.weighted_sum import RewardMix
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_reward, tiny_spec
 from tests.unit.rewards.conftest import answers_to, prompt
 from tests.unit.rewards.test_models import external, scorer

@@ -12,8 +12,8 @@ import pytest
 from alignment.core.errors import DataError, RewardError
 from alignment.core.fingerprint import file_sha256
 from alignment.rewards.functions import FunctionScorer, load_function
+from alignment.rewards.scorer_sources import FunctionSource
 from alignment.rewards.scorers import checked
-from alignment.rewards.sources import FunctionSource
 from alignment.training.session import Preempted
 from tests.unit.rewards.conftest import answers_to, prompt
 

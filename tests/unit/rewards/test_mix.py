@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from alignment.core.errors import RewardError
-from alignment.rewards.mix import Part, RewardMix
 from alignment.rewards.scorers import Answers, Length, Regex
+from alignment.rewards.weighted_sum import Part, RewardMix
 from tests.tiny import tiny_tokenizer
 from tests.unit.rewards.conftest import prompt
 

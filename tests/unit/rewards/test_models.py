@@ -14,7 +14,7 @@ from alignment.config.model import Dtype
 from alignment.core.errors import DataError, ModelError, RewardError
 from alignment.data.records import Prompt
 from alignment.data.tokens.tokenizer import load_tokenizer
-from alignment.rewards.models import Computation, TextScorer, load_external
+from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.rewards.scorers import Answers
 from tests.tiny import tiny_model, tiny_scorer, tiny_tokenizer
 from tests.unit.rewards.conftest import answers_to, prompt

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from alignment.data.records import Prompt
+from alignment.rewards.scorer_sources import label
 from alignment.rewards.scorers import Answers, Scorer, checked
-from alignment.rewards.sources import label
 
 _FLAT = 1e-6
 """A deviation below this share of the mean is float32's rounding: such scores are all the same."""
