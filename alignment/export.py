@@ -32,10 +32,8 @@ from alignment.core.terminal import complain
 from alignment.data.tokens.tokenize import STOPS, end_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.model_card import model_card
-from alignment.models.adapters import is_prefix, put_back
-from alignment.models.answers import unwrapped
-from alignment.models.flat import trunk_states, use_flat_attention
-from alignment.models.load import (
+from alignment.models.assembly.adapters import is_prefix, put_back
+from alignment.models.assembly.load import (
     DTYPES,
     Lineage,
     load_policy,
@@ -44,8 +42,10 @@ from alignment.models.load import (
     products_in,
     saved_adapters,
 )
-from alignment.models.nf4 import quantize_trunk
-from alignment.models.rows import stream
+from alignment.models.forward.answers import unwrapped
+from alignment.models.forward.flat import trunk_states, use_flat_attention
+from alignment.models.forward.rows import stream
+from alignment.models.kernels.nf4 import quantize_trunk
 from alignment.provenance import provenance, without_places
 
 CPU = torch.device("cpu")

@@ -16,11 +16,11 @@ from alignment.core.errors import DataError
 from alignment.data.tokens.tokenize import end_ids, prompt_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
-from alignment.models.answers import unwrapped
-from alignment.models.flat import use_flat_attention
-from alignment.models.generate import Sampling, generate
-from alignment.models.load import DTYPES, Lineage, load_policy, saved_adapters
-from alignment.models.prefix import positions_of
+from alignment.models.assembly.load import DTYPES, Lineage, load_policy, saved_adapters
+from alignment.models.assembly.prefix import positions_of
+from alignment.models.forward.answers import unwrapped
+from alignment.models.forward.flat import use_flat_attention
+from alignment.models.forward.generate import Sampling, generate
 from alignment.training.device import own_device
 
 HALF_A_CHARACTER = "\ufffd"

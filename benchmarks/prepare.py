@@ -24,8 +24,8 @@ from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_conv
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.job import StageInput, read_spec
-from alignment.models.load import lineage, load_scalar
-from alignment.models.reward import load_reward_model
+from alignment.models.assembly.load import lineage, load_scalar
+from alignment.models.assembly.reward_head import load_reward_model
 from alignment.training.context import StageContext
 from benchmarks import rows
 from benchmarks.setting import MAX_LENGTH, MAX_PROMPT_LENGTH, PROMPTS, ROWS, SEED, read_json

@@ -22,7 +22,7 @@ from alignment.config.stage import (
     StageConfig,
 )
 from alignment.job import StageInput, StageSpec
-from alignment.models.load import lineage, load_policy
+from alignment.models.assembly.load import lineage, load_policy
 from alignment.training.context import StageContext
 from tests.device import need_bitsandbytes
 from tests.tiny import save_tiny_model, tiny_spec

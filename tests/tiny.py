@@ -34,9 +34,9 @@ from alignment.config.tracking import TrackingConfig
 from alignment.core.artifacts import Manifest, publish
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput, StageSpec
-from alignment.models.answers import unwrapped
-from alignment.models.load import Lineage
-from alignment.models.start import load_start
+from alignment.models.assembly.load import Lineage
+from alignment.models.assembly.start import load_start
+from alignment.models.forward.answers import unwrapped
 from alignment.stages.result import save_model
 from alignment.training.context import StageContext
 

@@ -13,10 +13,10 @@ from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import end_ids
 from alignment.data.turns import Message
 from alignment.evaluation.house_style import STYLE_PROMPT, GoldScore, score
-from alignment.models.answers import answer_statistics, batches, scalar_scores, unwrapped
-from alignment.models.generate import answer_batch, reading_order
-from alignment.models.layout import laid_out
-from alignment.models.reading import can_read, read
+from alignment.models.forward.answers import answer_statistics, batches, scalar_scores, unwrapped
+from alignment.models.forward.generate import answer_batch, reading_order
+from alignment.models.forward.shared_prompts import can_read, read
+from alignment.models.kernels.layout import laid_out
 
 TOKENS = 4096
 """Tokens of rows that are scored at once."""

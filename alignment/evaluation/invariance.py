@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from alignment.models.answers import scalar_scores, unwrapped
-from alignment.models.rows import by_tokens, stream
+from alignment.models.forward.answers import scalar_scores, unwrapped
+from alignment.models.forward.rows import by_tokens, stream
 
 Rows = Sequence[Sequence[int]]
 Score = Callable[[Rows], Tensor]

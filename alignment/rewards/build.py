@@ -14,8 +14,8 @@ from alignment.config.stage import PpoConfig, ScorerConfig
 from alignment.core.artifacts import read_manifest
 from alignment.data.records import Prompt
 from alignment.job import StageSpec
-from alignment.models.load import refuse_other_tokenizer
-from alignment.models.reward import load_reward_model
+from alignment.models.assembly.load import refuse_other_tokenizer
+from alignment.models.assembly.reward_head import load_reward_model
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.reward_models import Computation, TextScorer, TokenScorer, load_external
 from alignment.rewards.scorer_sources import GUARD, REWARD, function_of, in_use, input_field, source_field

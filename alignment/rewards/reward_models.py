@@ -24,11 +24,11 @@ from alignment.data.tokens.rendering import render
 from alignment.data.tokens.tokenize import encode
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
-from alignment.models.answers import batches, scalar_scores
-from alignment.models.flat import use_flat_attention
-from alignment.models.load import DTYPES, products_in
-from alignment.models.prefix import positions_of
-from alignment.models.rows import by_tokens, stream
+from alignment.models.assembly.load import DTYPES, products_in
+from alignment.models.assembly.prefix import positions_of
+from alignment.models.forward.answers import batches, scalar_scores
+from alignment.models.forward.flat import use_flat_attention
+from alignment.models.forward.rows import by_tokens, stream
 from alignment.rewards.scorers import Answers
 
 _ANY_ANSWER = "Yes."

@@ -20,9 +20,9 @@ from alignment.data.turns import Message
 from alignment.evaluation.arms import Answered, TokenSum, answer_and_score, read_answers, with_style_prompt
 from alignment.evaluation.few_shot import draw_examples, with_examples
 from alignment.job import StageInput
-from alignment.models.flat import use_flat_attention
-from alignment.models.load import DTYPES, Lineage, lineage, load_policy, refuse_other_tokenizer
-from alignment.models.prefix import positions_of
+from alignment.models.assembly.load import DTYPES, Lineage, lineage, load_policy, refuse_other_tokenizer
+from alignment.models.assembly.prefix import positions_of
+from alignment.models.forward.flat import use_flat_attention
 from alignment.stages import arm_cache
 from alignment.stages.arm_cache import Kept
 from alignment.stages.rows import rows_of

@@ -19,8 +19,8 @@ import transformers
 
 from alignment.core.files import remove_leftovers, write_text
 from alignment.evaluation.arms import TokenSum
-from alignment.models.content import weights_sha256
-from alignment.models.load import Lineage
+from alignment.models.assembly.load import Lineage
+from alignment.models.assembly.weights_hash import weights_sha256
 from alignment.training.context import StageContext
 
 log = logging.getLogger(__name__)

@@ -22,11 +22,11 @@ from alignment.config.adapter import AdapterKind
 from alignment.config.model import Dtype
 from alignment.config.stage import DpoConfig, DpoLoss
 from alignment.core.errors import StageError
-from alignment.models.adapters import at_start, with_own
-from alignment.models.answers import unwrapped
-from alignment.models.flat import use_flat_attention
-from alignment.models.forward import install_causal
-from alignment.models.load import DTYPES, compute_in, frozen_copy
+from alignment.models.assembly.adapters import at_start, with_own
+from alignment.models.assembly.load import DTYPES, compute_in, frozen_copy
+from alignment.models.forward.answers import unwrapped
+from alignment.models.forward.causal import install_causal
+from alignment.models.forward.flat import use_flat_attention
 from alignment.stages.initial import initial_model, initial_policy
 from alignment.stages.pairs import read_pairs
 from alignment.stages.reference_cache import Reference, reference_logprobs

@@ -14,8 +14,8 @@ from alignment.evaluation.arms import Answered, reward_scores, sequence_logprobs
 from alignment.evaluation.conclusions import conclusions
 from alignment.evaluation.labels import labels
 from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, refuse_not_finite, samples
-from alignment.models.load import lineage, products_in, refuse_other_tokenizer
-from alignment.models.reward import load_reward_model
+from alignment.models.assembly.load import lineage, products_in, refuse_other_tokenizer
+from alignment.models.assembly.reward_head import load_reward_model
 from alignment.stages.answering import Asked, Policies, answers_of, asked_of
 from alignment.stages.judging import Judged, judge, open_endpoint
 from alignment.stages.result import StageResult

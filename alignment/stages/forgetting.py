@@ -10,8 +10,8 @@ from alignment.evaluation.forgetting import BASE, Asked, Limits, headlines, ques
 from alignment.evaluation.general import Material, Measured, material, measure
 from alignment.evaluation.tables import Intervals
 from alignment.job import StageInput
-from alignment.models.flat import use_flat_attention
-from alignment.models.load import DTYPES, lineage, load_policy, refuse_other_tokenizer
+from alignment.models.assembly.load import DTYPES, lineage, load_policy, refuse_other_tokenizer
+from alignment.models.forward.flat import use_flat_attention
 from alignment.stages.result import StageResult
 from alignment.stages.rows import rows_of
 from alignment.training.context import StageContext

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from alignment.config.stage import DpoConfig, RewardConfig
 from alignment.core.artifacts import read_manifest
 from alignment.data.tokens.tokenizer import load_tokenizer
-from alignment.models.load import Lineage, lineage, refuse_other_tokenizer
-from alignment.models.start import load_start, turn_off_dropout
+from alignment.models.assembly.load import Lineage, lineage, refuse_other_tokenizer
+from alignment.models.assembly.start import load_start, turn_off_dropout
 from alignment.training.context import StageContext
 
 
@@ -33,7 +33,7 @@ def initial_policy(context: StageContext) -> tuple[Lineage, Any]:
 
 
 def initial_model(context: StageContext, found: Lineage, task: TaskType) -> PreTrainedModel | PeftModel:
-    """The model that the stage trains, with its adapter on it (alignment/models/start.py).
+    """The model that the stage trains, with its adapter on it (alignment/models/assembly/start.py).
 
     Stages that learn from pairs compare two passes, of which none may drop anything.
     """

@@ -11,9 +11,9 @@ from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer
 
 from alignment.config.stage import CptConfig, SftConfig
-from alignment.models.answers import unwrapped
-from alignment.models.forward import install_causal
-from alignment.models.load import Lineage
+from alignment.models.assembly.load import Lineage
+from alignment.models.forward.answers import unwrapped
+from alignment.models.forward.causal import install_causal
 from alignment.stages.initial import initial_model
 from alignment.stages.result import StageResult, save_model
 from alignment.training.adamw import adamw

@@ -21,8 +21,8 @@ from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
 from alignment.data.tokens.tokenize import TokenizedConversation, end_ids
 from alignment.job import StageInput
-from alignment.models.load import Lineage, refuse_other_tokenizer
-from alignment.models.roles import Roles, build_roles
+from alignment.models.assembly.load import Lineage, refuse_other_tokenizer
+from alignment.models.assembly.roles import Roles, build_roles
 from alignment.rewards.build import build_rewards, build_scorer
 from alignment.rewards.scorer_sources import REWARD
 from alignment.rewards.slot import Rewards

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.core.files import remove_leftovers, replacing
-from alignment.models.answers import answer_statistics, batches
-from alignment.models.content import weights_sha256
-from alignment.models.load import Lineage, products_in
+from alignment.models.assembly.load import Lineage, products_in
+from alignment.models.assembly.weights_hash import weights_sha256
+from alignment.models.forward.answers import answer_statistics, batches
 from alignment.stages.pairs import TokenizedPair
 from alignment.training.context import StageContext
 from alignment.training.sharding import everyones

@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from alignment.data.tokens.tokenizer import tokenizer_hashes
-from alignment.models.adapters import OWN, put_in_order
-from alignment.models.load import Lineage, base_record
-from alignment.models.start import kept_below, saved_as
+from alignment.models.assembly.adapters import OWN, put_in_order
+from alignment.models.assembly.load import Lineage, base_record
+from alignment.models.assembly.start import kept_below, saved_as
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_weights
 from alignment.training.session import fresh_folder

@@ -21,9 +21,9 @@ from trl import RewardTrainer
 
 from alignment.config.stage import RewardConfig
 from alignment.core.errors import DataError
-from alignment.models.answers import batches, scalar_scores, unwrapped
-from alignment.models.forward import install_scalar
-from alignment.models.load import products_in
+from alignment.models.assembly.load import products_in
+from alignment.models.forward.answers import batches, scalar_scores, unwrapped
+from alignment.models.forward.causal import install_scalar
 from alignment.stages.initial import initial_model, initial_policy
 from alignment.stages.pairs import TokenizedPair, read_pairs
 from alignment.stages.result import StageResult, save_model

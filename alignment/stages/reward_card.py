@@ -23,10 +23,10 @@ from alignment.evaluation.arms import source_text
 from alignment.evaluation.bag_of_words import BagOfWords, fit
 from alignment.evaluation.invariance import Rows, beyond_rounding, flat_scores, moved, padded_scores
 from alignment.evaluation.reward_card import Intervals, Judged, card_of, warnings
-from alignment.models.answers import unwrapped
-from alignment.models.load import products_in, refuse_other_tokenizer
-from alignment.models.prefix import prefix_of
-from alignment.models.reward import load_reward_model
+from alignment.models.assembly.load import products_in, refuse_other_tokenizer
+from alignment.models.assembly.prefix import prefix_of
+from alignment.models.assembly.reward_head import load_reward_model
+from alignment.models.forward.answers import unwrapped
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.rewards.verifiers import house_style
 from alignment.stages.result import StageResult

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from alignment.core.errors import ConfigError
 from alignment.core.stop_requests import SIGNALS
-from alignment.models.adapters import with_own
+from alignment.models.assembly.adapters import with_own
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_figures, refuse_weights

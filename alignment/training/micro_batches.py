@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Trainer
 
-from alignment.models.attention import ATTENTION
-from alignment.models.forward import IGNORED
-from alignment.models.rows import SHORTEST_SHARED, by_tokens
+from alignment.models.forward.attention import ATTENTION
+from alignment.models.forward.causal import IGNORED
+from alignment.models.forward.rows import SHORTEST_SHARED, by_tokens
 
 Batch = dict[str, Any]
 

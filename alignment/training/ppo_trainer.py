@@ -34,8 +34,8 @@ from alignment.algos.ppo import (
 )
 from alignment.config.stage import PpoConfig
 from alignment.core.errors import StageError
-from alignment.models.answers import answer_stream, pieces_of, unwrapped
-from alignment.models.roles import Roles
+from alignment.models.assembly.roles import Roles
+from alignment.models.forward.answers import answer_stream, pieces_of, unwrapped
 from alignment.rewards.slot import Rewards
 from alignment.training.adamw import adamw
 from alignment.training.context import StageContext

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from alignment.config.stage import PtxConfig
 from alignment.data.tokens.tokenize import IGNORED, TokenizedConversation
-from alignment.models.flat import trunk_states
-from alignment.models.head import label_statistics
-from alignment.models.load import products_in
-from alignment.models.rows import by_tokens, stream
+from alignment.models.assembly.load import products_in
+from alignment.models.forward.flat import trunk_states
+from alignment.models.forward.head import label_statistics
+from alignment.models.forward.rows import by_tokens, stream
 from alignment.training.context import StageContext
 from alignment.training.experience import prompt_order
 from alignment.training.micro_batches import as_many_as_most

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from alignment.config.stage import PpoConfig
-from alignment.models.answers import AnswerStream, answer_statistics, batches, unwrapped
-from alignment.models.generate import Sampling, generate
-from alignment.models.load import products_in
-from alignment.models.roles import Roles
+from alignment.models.assembly.load import products_in
+from alignment.models.assembly.roles import Roles
+from alignment.models.forward.answers import AnswerStream, answer_statistics, batches, unwrapped
+from alignment.models.forward.generate import Sampling, generate
 from alignment.rewards.slot import Rewards
 from alignment.training.context import StageContext
 from alignment.training.experience import Rollout, interleave, prompt_order, rows_of

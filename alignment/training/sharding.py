@@ -19,10 +19,10 @@ from transformers import PreTrainedModel, Trainer
 
 from alignment.config.launch import Offload, Sharding
 from alignment.core.resources import shipped
-from alignment.models.actor_critic import ActorCritic
-from alignment.models.answers import unwrapped
-from alignment.models.head import answer_labels
-from alignment.models.load import compute_in
+from alignment.models.assembly.actor_critic import ActorCritic
+from alignment.models.assembly.load import compute_in
+from alignment.models.forward.answers import unwrapped
+from alignment.models.forward.head import answer_labels
 from alignment.training.checkpoints import WHOLE
 from alignment.training.context import StageContext
 
@@ -105,7 +105,7 @@ def read_in_calls(model: PreTrainedModel, context: StageContext) -> None:
 
 
 def _gather_by_layer(model: PreTrainedModel) -> None:
-    """A layer's weights come together, because its blocks read those of the modules in it (models/blocks.py).
+    """A layer's weights come together, because its blocks read those of the modules in it (models/kernels/blocks.py).
 
     What goes into the first layer must want a gradient: DeepSpeed takes a layer's gradients when its input has one.
     """

@@ -50,8 +50,8 @@ def real_length(answer: list[int], end: int) -> int:
 
 
 def _ours(model: Any, prompts: list[list[int]], end: int) -> Callable[[int, int], Answers]:
-    from alignment.models.flat import use_flat_attention
-    from alignment.models.generate import Sampling, generate
+    from alignment.models.forward.flat import use_flat_attention
+    from alignment.models.forward.generate import Sampling, generate
 
     use_flat_attention(model)
 

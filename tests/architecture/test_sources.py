@@ -37,7 +37,7 @@ def test_the_record_is_of_these_revisions() -> None:
 @pytest.mark.parametrize(
     ("kind", "file"),
     [
-        ("sft", "alignment/models/products.py"),
+        ("sft", "alignment/models/kernels/products.py"),
         ("cpt", "alignment/data/tokens/chunks.py"),
         ("reward", "alignment/stages/reward.py"),
         ("dpo", "alignment/stages/reference_cache.py"),

@@ -160,7 +160,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "models/start.py",
+        "models/assembly/start.py",
         "unit/models/test_start.py",
         (
             "a stacked adapter is remembered as merged",
@@ -170,7 +170,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "models/load.py",
+        "models/assembly/load.py",
         "unit/models/test_load.py",
         (
             "an artifact of another base is taken",
@@ -198,7 +198,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "models/roles.py",
+        "models/assembly/roles.py",
         "unit/models/test_roles.py",
         (
             "a policy that is trained whole has no reference of its own",

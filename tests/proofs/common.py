@@ -14,9 +14,9 @@ from torch import Tensor
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.stage import Critic, PpoConfig
-from alignment.models.answers import unwrapped
-from alignment.models.load import Lineage
-from alignment.models.roles import Roles
+from alignment.models.assembly.load import Lineage
+from alignment.models.assembly.roles import Roles
+from alignment.models.forward.answers import unwrapped
 from alignment.rewards.slot import Rewards
 from alignment.stages import ppo
 from alignment.training.context import StageContext

@@ -15,7 +15,7 @@ from torch import Tensor
 from alignment.config.adapter import AdapterConfig
 from alignment.config.optim import OptimConfig, Schedule
 from alignment.config.stage import DpoConfig
-from alignment.models.load import Lineage
+from alignment.models.assembly.load import Lineage
 from alignment.stages import dpo
 from alignment.stages.pairs import TokenizedPair
 from alignment.training.context import StageContext

@@ -27,8 +27,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.optim import OptimConfig
 from alignment.config.stage import Critic, GuardConfig, KlConfig, PpoConfig, PpoOptimConfig, RewardConfig
-from alignment.models.generate import Sampling, generate
-from alignment.models.load import Lineage, load_policy
+from alignment.models.assembly.load import Lineage, load_policy
+from alignment.models.forward.generate import Sampling, generate
 from alignment.report.plots import Line
 from alignment.stages import reward
 from alignment.stages.pairs import TokenizedPair

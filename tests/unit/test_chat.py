@@ -23,9 +23,9 @@ from alignment.core.errors import DataError
 from alignment.data.tokens.tokenize import prompt_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
-from alignment.models.generate import generate
-from alignment.models.load import Lineage
-from alignment.models.start import load_start
+from alignment.models.assembly.load import Lineage
+from alignment.models.assembly.start import load_start
+from alignment.models.forward.generate import generate
 from alignment.voice import Manner, Voice, load_voice
 from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_spec
 

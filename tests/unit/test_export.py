@@ -19,11 +19,11 @@ from alignment.config.stage import DpoConfig, SftConfig
 from alignment.core.errors import ArtifactError, ModelError
 from alignment.export import export, gap_between, main
 from alignment.job import StageInput
-from alignment.models.answers import scalar_scores
-from alignment.models.load import Lineage, lineage
-from alignment.models.reward import load_reward_model
-from alignment.models.rows import stream
-from alignment.models.start import load_start
+from alignment.models.assembly.load import Lineage, lineage
+from alignment.models.assembly.reward_head import load_reward_model
+from alignment.models.assembly.start import load_start
+from alignment.models.forward.answers import scalar_scores
+from alignment.models.forward.rows import stream
 from tests.oracles.close import close
 from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_reward, tiny_spec
 

@@ -13,7 +13,7 @@ import torch
 
 from alignment.config.model import Dtype
 from alignment.core.errors import ModelError
-from alignment.models.load import Lineage, load_policy
+from alignment.models.assembly.load import Lineage, load_policy
 from alignment.new_tokens import _read
 from alignment.pipeline.sources import resolve
 from alignment.rewards.reward_models import load_external

@@ -17,9 +17,9 @@ from alignment.evaluation.arms import (
     with_style_prompt,
 )
 from alignment.evaluation.house_style import STYLE_PROMPT
-from alignment.models.flat import use_flat_attention
-from alignment.models.forward import install_scalar
-from alignment.models.generate import generate
+from alignment.models.forward.causal import install_scalar
+from alignment.models.forward.flat import use_flat_attention
+from alignment.models.forward.generate import generate
 from tests.oracles import logprobs as oracle
 from tests.oracles.close import close
 from tests.tiny import tiny_model, tiny_scorer, tiny_tokenizer

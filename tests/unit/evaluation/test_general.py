@@ -14,7 +14,7 @@ from alignment.data.tokens.tokenize import prompt_ids
 from alignment.data.turns import Message
 from alignment.evaluation import general
 from alignment.evaluation.general import material, measure
-from alignment.models.flat import use_flat_attention
+from alignment.models.forward.flat import use_flat_attention
 from tests.oracles import logprobs as oracle
 from tests.oracles.close import close
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alignment.evaluation.invariance import Rows, beyond_rounding, flat_scores, moved, padded_scores
-from alignment.models.flat import use_flat_attention
+from alignment.models.forward.flat import use_flat_attention
 from tests.tiny import ARCHITECTURES, tiny_scorer
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from peft import TaskType, peft_model
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.core.errors import ModelError
-from alignment.models.adapters import add_adapter, merge_adapter, put_back, put_in_order
+from alignment.models.assembly.adapters import add_adapter, merge_adapter, put_back, put_in_order
 from tests.oracles.close import close
 from tests.tiny import ARCHITECTURES, liven, tiny_model, tiny_scorer
 from tests.unit.models.conftest import relative

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from alignment.core.errors import ModelError
-from alignment.models.answers import answer_statistics, answer_stream, answer_values, batches
-from alignment.models.flat import use_flat_attention
-from alignment.models.rows import stream
+from alignment.models.forward.answers import answer_statistics, answer_stream, answer_values, batches
+from alignment.models.forward.flat import use_flat_attention
+from alignment.models.forward.rows import stream
 from tests.tiny import tiny_model, tiny_scorer
 from tests.unit.models.conftest import ROWS, padded, plain, relative, twin
 

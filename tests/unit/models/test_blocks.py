@@ -11,9 +11,9 @@ from peft import TaskType
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.models.adapters import add_adapter
-from alignment.models.blocks import fuse_blocks
-from alignment.models.nf4 import quantize_trunk
+from alignment.models.assembly.adapters import add_adapter
+from alignment.models.kernels.blocks import fuse_blocks
+from alignment.models.kernels.nf4 import quantize_trunk
 from tests.tiny import ARCHITECTURES, liven, tiny_model
 from tests.unit.models.conftest import gradients, relative
 

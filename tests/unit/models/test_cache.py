@@ -8,8 +8,8 @@ from torch import nn
 from transformers import DynamicCache, LlamaConfig
 
 from alignment.core.errors import ModelError
-from alignment.models.cache import ATTENTION, ROOM, RowsCache, decoding_attention, decoding_mask
-from alignment.models.decoding import decoding
+from alignment.models.forward.decoding import decoding
+from alignment.models.kernels.kv_cache import ATTENTION, ROOM, RowsCache, decoding_attention, decoding_mask
 from tests.tiny import tiny_config, tiny_model
 
 HEADS, WIDTH = 2, 8

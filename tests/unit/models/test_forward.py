@@ -14,12 +14,13 @@ from trl.trainer.utils import add_fused_lm_head
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.core.errors import ModelError
-from alignment.models import flat, head, row_attention
-from alignment.models.adapters import add_adapter
-from alignment.models.answers import scalar_scores, unwrapped
-from alignment.models.attention import ATTENTION
-from alignment.models.forward import install_causal, install_scalar
-from alignment.models.rows import stream
+from alignment.models.assembly.adapters import add_adapter
+from alignment.models.forward import flat, head
+from alignment.models.forward.answers import scalar_scores, unwrapped
+from alignment.models.forward.attention import ATTENTION
+from alignment.models.forward.causal import install_causal, install_scalar
+from alignment.models.forward.rows import stream
+from alignment.models.kernels import row_attention
 from tests.oracles.close import close
 from tests.tiny import ARCHITECTURES, liven, tiny_model, tiny_scorer
 from tests.unit.models.conftest import IGNORED, PAD, ROWS, gradients, padded, plain, relative, twin

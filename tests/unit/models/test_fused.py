@@ -12,9 +12,9 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from alignment.models.blocks import fuse_blocks
-from alignment.models.norms import fuse_norms
-from alignment.models.products import fuse_adapters
+from alignment.models.kernels.blocks import fuse_blocks
+from alignment.models.kernels.norms import fuse_norms
+from alignment.models.kernels.products import fuse_adapters
 from tests.tiny import liven, tiny_model
 from tests.unit.models.conftest import gradients, relative
 

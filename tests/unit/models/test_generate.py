@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, P
 
 from alignment.config.adapter import AdapterConfig
 from alignment.core.errors import ModelError
-from alignment.models import cache as cache_module
-from alignment.models import generate as generate_module
-from alignment.models import reading as reading_module
-from alignment.models.adapters import add_adapter
-from alignment.models.answers import unwrapped
-from alignment.models.attention import ATTENTION
-from alignment.models.flat import use_flat_attention
-from alignment.models.generate import Sampling, generate
+from alignment.models.assembly.adapters import add_adapter
+from alignment.models.forward import generate as generate_module
+from alignment.models.forward import shared_prompts as reading_module
+from alignment.models.forward.answers import unwrapped
+from alignment.models.forward.attention import ATTENTION
+from alignment.models.forward.flat import use_flat_attention
+from alignment.models.forward.generate import Sampling, generate
+from alignment.models.kernels import kv_cache as cache_module
 from tests.oracles import logprobs as oracle
 from tests.tiny import ARCHITECTURES, liven, tiny_model
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignment.models import head
-from alignment.models.head import token_statistics
+from alignment.models.forward import head
+from alignment.models.forward.head import token_statistics
 from tests.oracles import logprobs as oracle
 from tests.oracles.close import close
 

@@ -11,12 +11,12 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.models import layout
-from alignment.models.adapters import add_adapter
-from alignment.models.blocks import fuse_blocks
-from alignment.models.layout import laid_out
-from alignment.models.nf4 import Nf4Linear, quantize_trunk
-from alignment.models.products import JOINT
+from alignment.models.assembly.adapters import add_adapter
+from alignment.models.kernels import layout
+from alignment.models.kernels.blocks import fuse_blocks
+from alignment.models.kernels.layout import laid_out
+from alignment.models.kernels.nf4 import Nf4Linear, quantize_trunk
+from alignment.models.kernels.products import JOINT
 from tests.tiny import ARCHITECTURES, liven, tiny_model
 from tests.unit.models.conftest import relative
 

@@ -15,9 +15,8 @@ from alignment.config.stage import DpoConfig, PpoConfig, SftConfig
 from alignment.core.errors import ArtifactError, ModelError
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.job import StageInput
-from alignment.models.adapters import add_adapter
-from alignment.models.answers import scalar_scores, unwrapped
-from alignment.models.load import (
+from alignment.models.assembly.adapters import add_adapter
+from alignment.models.assembly.load import (
     Lineage,
     frozen_copy,
     lineage,
@@ -27,8 +26,9 @@ from alignment.models.load import (
     trained_dtype,
     weights_dtype,
 )
-from alignment.models.reward import load_reward_model
-from alignment.models.rows import stream
+from alignment.models.assembly.reward_head import load_reward_model
+from alignment.models.forward.answers import scalar_scores, unwrapped
+from alignment.models.forward.rows import stream
 from tests.oracles.close import close
 from tests.tiny import (
     ARCHITECTURES,

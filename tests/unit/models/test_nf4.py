@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from alignment.models.nf4 import Nf4Linear, quantize_trunk, round_trunk
+from alignment.models.kernels.nf4 import Nf4Linear, quantize_trunk, round_trunk
 from tests.oracles.close import close
 from tests.tiny import tiny_model
 from tests.unit.models.conftest import relative

@@ -13,14 +13,14 @@ from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.config.stage import DpoConfig, SftConfig
 from alignment.core.errors import ConfigError, ModelError
-from alignment.models.adapters import add_adapter, at_start
-from alignment.models.answers import answer_statistics, answer_stream
-from alignment.models.flat import trunk_states, use_flat_attention
-from alignment.models.generate import generate
-from alignment.models.load import Lineage, lineage, load_policy
-from alignment.models.reading import read
-from alignment.models.rows import stream
-from alignment.models.start import load_start
+from alignment.models.assembly.adapters import add_adapter, at_start
+from alignment.models.assembly.load import Lineage, lineage, load_policy
+from alignment.models.assembly.start import load_start
+from alignment.models.forward.answers import answer_statistics, answer_stream
+from alignment.models.forward.flat import trunk_states, use_flat_attention
+from alignment.models.forward.generate import generate
+from alignment.models.forward.rows import stream
+from alignment.models.forward.shared_prompts import read
 from tests.oracles.close import close
 from tests.tiny import ARCHITECTURES, BASE_SOURCE, publish_tiny, save_tiny_model, tiny_model, tiny_spec
 from tests.unit.models.conftest import relative

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from alignment.models import flat
-from alignment.models import reading as reading_module
-from alignment.models.flat import use_flat_attention
-from alignment.models.generate import Sampling, answer_batch, generate, reading_order
-from alignment.models.reading import can_read, read
-from alignment.models.rows import Segment, behind, stream
+from alignment.models.forward import flat
+from alignment.models.forward import shared_prompts as reading_module
+from alignment.models.forward.flat import use_flat_attention
+from alignment.models.forward.generate import Sampling, answer_batch, generate, reading_order
+from alignment.models.forward.rows import Segment, behind, stream
+from alignment.models.forward.shared_prompts import can_read, read
 from tests.oracles import logprobs as oracle
 from tests.tiny import ARCHITECTURES, tiny_model
 

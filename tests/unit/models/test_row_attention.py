@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from alignment.models import row_attention
-from alignment.models.row_attention import Row, attend
+from alignment.models.kernels import row_attention
+from alignment.models.kernels.row_attention import Row, attend
 
 SHAPES = {
     "rows alone": (Row((0, 3), ((0, 3),)), Row((3, 4), ((3, 4),)), Row((4, 10), ((4, 10),))),

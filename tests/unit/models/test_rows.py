@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignment.models.rows import Segment, flatten, stream
+from alignment.models.forward.rows import Segment, flatten, stream
 from tests.unit.models.conftest import ROWS, padded
 
 CPU = torch.device("cpu")

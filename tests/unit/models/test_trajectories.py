@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from alignment.models.answers import answer_statistics, answer_stream
-from alignment.models.flat import use_flat_attention
-from alignment.models.forward import install_causal
-from alignment.models.rows import stream
+from alignment.models.forward.answers import answer_statistics, answer_stream
+from alignment.models.forward.causal import install_causal
+from alignment.models.forward.flat import use_flat_attention
+from alignment.models.forward.rows import stream
 from tests.tiny import ARCHITECTURES, tiny_model
 from tests.unit.models.conftest import IGNORED, ROWS, padded, plain, twin
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 
-from alignment.models import attention
-from alignment.models.attention import KeysValues, flat_attention
-from alignment.models.rows import FlatRows, behind, stream
+from alignment.models.forward import attention
+from alignment.models.forward.attention import KeysValues, flat_attention
+from alignment.models.forward.rows import FlatRows, behind, stream
 from tests.unit.models.conftest import ROWS, relative
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 16

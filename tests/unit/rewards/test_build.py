@@ -13,10 +13,10 @@ from alignment.config.stage import GuardConfig, PpoConfig, ScorerConfig
 from alignment.core.errors import DataError, ModelError
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput
-from alignment.models.answers import scalar_scores
-from alignment.models.load import Lineage
-from alignment.models.reward import load_reward_model
-from alignment.models.rows import stream
+from alignment.models.assembly.load import Lineage
+from alignment.models.assembly.reward_head import load_reward_model
+from alignment.models.forward.answers import scalar_scores
+from alignment.models.forward.rows import stream
 from alignment.rewards.build import build_rewards, build_scorer
 from alignment.rewards.weighted_sum import RewardMix
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_reward, tiny_spec

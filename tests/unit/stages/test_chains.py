@@ -18,8 +18,8 @@ from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import Moments
 from alignment.core.errors import ModelError
-from alignment.models.flat import trunk_states, use_flat_attention
-from alignment.models.rows import stream
+from alignment.models.forward.flat import trunk_states, use_flat_attention
+from alignment.models.forward.rows import stream
 from alignment.training.callbacks import Checkpoints
 from alignment.training.context import StageContext
 from tests.chained import DORA, FULL, LORA, PREFIX, QLORA, SAME_PREFIX, Chained, config_of

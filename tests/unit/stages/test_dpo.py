@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.stage import DpoConfig, DpoLoss
 from alignment.core.errors import StageError
-from alignment.models.adapters import at_start
+from alignment.models.assembly.adapters import at_start
 from alignment.stages import dpo, reference_cache
 from alignment.stages.initial import initial_policy
 from alignment.stages.pairs import TokenizedPair, read_pairs

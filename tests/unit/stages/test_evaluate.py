@@ -26,8 +26,8 @@ from alignment.evaluation import arms
 from alignment.evaluation.arms import Answered
 from alignment.evaluation.house_style import STYLE_PROMPT
 from alignment.job import StageInput, StageSpec
-from alignment.models.load import Lineage
-from alignment.models.reward import load_reward_model
+from alignment.models.assembly.load import Lineage
+from alignment.models.assembly.reward_head import load_reward_model
 from alignment.stages import answering
 from alignment.stages import evaluate as stage
 from alignment.training.context import StageContext

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from alignment.config.stage import RewardConfig
 from alignment.core.artifacts import read_manifest
-from alignment.models.answers import unwrapped
-from alignment.models.reward import load_reward_model
+from alignment.models.assembly.reward_head import load_reward_model
+from alignment.models.forward.answers import unwrapped
 from alignment.stages import reward
 from alignment.stages.initial import initial_policy
 from alignment.stages.pairs import TokenizedPair, read_pairs

@@ -22,7 +22,7 @@ from alignment.core.errors import DataError, ModelError, RewardError
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation import invariance
 from alignment.job import StageInput, StageSpec
-from alignment.models.load import Lineage
+from alignment.models.assembly.load import Lineage
 from alignment.pipeline.sweeps.reported import of_stage
 from alignment.stages.pairs import read_pairs
 from alignment.training.context import StageContext

@@ -15,9 +15,9 @@ import torch
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import PpoConfig, PpoOptimConfig
-from alignment.models.answers import batches, scalar_scores
-from alignment.models.load import Lineage
-from alignment.models.roles import Roles
+from alignment.models.assembly.load import Lineage
+from alignment.models.assembly.roles import Roles
+from alignment.models.forward.answers import batches, scalar_scores
 from alignment.rewards.slot import Rewards
 from alignment.stages import ppo as stage
 from alignment.training.context import StageContext

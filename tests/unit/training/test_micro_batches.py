@@ -17,7 +17,7 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig, Schedule
 from alignment.config.stage import DpoConfig, RewardConfig, SftConfig
-from alignment.models.rows import by_tokens, stream
+from alignment.models.forward.rows import by_tokens, stream
 from alignment.stages import dpo, reward, sft
 from alignment.training.adamw import RandomlyRoundedAdamW
 from alignment.training.context import StageContext

@@ -17,8 +17,8 @@ from alignment.config.adapter import AdapterConfig
 from alignment.config.model import Dtype
 from alignment.config.stage import Critic, KlConfig, KlControl, ScorerConfig
 from alignment.core.errors import ConfigError, StageError
-from alignment.models.answers import answer_stream, unwrapped
-from alignment.models.roles import ValueHead
+from alignment.models.assembly.roles import ValueHead
+from alignment.models.forward.answers import answer_stream, unwrapped
 from alignment.training import ppo_trainer
 from alignment.training import rollouts as making
 from alignment.training.experience import Experience, Rollout

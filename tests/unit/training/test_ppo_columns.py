@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from alignment.models.answers import unwrapped
-from alignment.models.generate import generate
+from alignment.models.forward.answers import unwrapped
+from alignment.models.forward.generate import generate
 from alignment.training.experience import Rollout
 from alignment.training.ppo_figures import UpdateFigures
 from alignment.training.rollouts import Rollouts

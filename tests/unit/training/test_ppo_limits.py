@@ -18,7 +18,7 @@ from alignment.config.optim import Schedule
 from alignment.config.stage import Critic, GuardConfig, PtxConfig
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.data.tokens.tokenize import TokenizedConversation
-from alignment.models.answers import unwrapped
+from alignment.models.forward.answers import unwrapped
 from alignment.stages.ppo import hold_out
 from alignment.training.guard import Guard, better_beyond_noise
 from alignment.training.ppo_figures import UpdateFigures

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from alignment.models.transfer import on_device
+from alignment.models.forward.transfer import on_device
 
 SHORTEST_SHARED = 16
 """Tokens below which a common beginning is computed twice: attending elsewhere costs more than it saves."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignment.models.flat import MULTIPLE, trunk_states
-from alignment.models.precision import products_dtype
-from alignment.models.rows import FlatRows, next_multiple
+from alignment.models.assembly.precision import products_dtype
+from alignment.models.forward.flat import MULTIPLE, trunk_states
+from alignment.models.forward.rows import FlatRows, next_multiple
 
 CHUNK = 256
 """Tokens projected at once: 256 × 49,152 bfloat16 products are 25 MB."""

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignment.models.rows import Range, next_multiple
-from alignment.models.transfer import on_device
+from alignment.models.forward.rows import Range, next_multiple
+from alignment.models.forward.transfer import on_device
 
 QUERIES = 256
 """Queries up to which a row is short: what is kept of it grows with their square."""

@@ -1,6 +1,6 @@
 """Attention and feed-forward blocks of Llama-like models in fewer passes over their activations, equal to the models'.
 
-What differs: layers of one input are multiplied together where they have low-rank adapters (models/products.py), and
+What differs: layers of one input are multiplied together where they have low-rank adapters (models/kernels/products.py), and
 rotary positions (Su et al. 2021) are applied in four passes over half the numbers, forward and backward, instead of a
 dozen over all. A block is replaced only after it was found, on numbers of its own, to compute what it is thought to.
 """
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from alignment.models.nf4 import float32_copy
-from alignment.models.products import products
+from alignment.models.kernels.nf4 import float32_copy
+from alignment.models.kernels.products import products
 
 _ATTENTION = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "GemmaAttention"}
 _FEED_FORWARD = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "GemmaMLP", "Qwen3MLP"}

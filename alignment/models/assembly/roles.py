@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.stage import Critic
 from alignment.job import StageInput, StageSpec
-from alignment.models.actor_critic import ActorCritic, ValueHead
-from alignment.models.adapters import at_start
-from alignment.models.answers import unwrapped
-from alignment.models.flat import use_flat_attention
-from alignment.models.forward import install_scalar
-from alignment.models.load import DTYPES, Lineage, frozen_copy, trained_dtype
-from alignment.models.reward import load_reward_model, zero_head
-from alignment.models.start import load_start
+from alignment.models.assembly.actor_critic import ActorCritic, ValueHead
+from alignment.models.assembly.adapters import at_start
+from alignment.models.assembly.load import DTYPES, Lineage, frozen_copy, trained_dtype
+from alignment.models.assembly.reward_head import load_reward_model, zero_head
+from alignment.models.assembly.start import load_start
+from alignment.models.forward.answers import unwrapped
+from alignment.models.forward.causal import install_scalar
+from alignment.models.forward.flat import use_flat_attention
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """Prompts that a model reads once: answers are sampled, and texts scored, behind what is kept of them.
 
 Kept are keys and values of every layer and the last state of each prompt, from the flat forward. What comes later finds
-them as tokens of a stream that stood before its own (models/rows.py).
+them as tokens of a stream that stood before its own (models/forward/rows.py).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.models.attention import ATTENTION, KeysValues
-from alignment.models.cache import RowsCache
-from alignment.models.flat import trunk_states
-from alignment.models.head import label_statistics, transforms_logits
-from alignment.models.prefix import prefix_of
-from alignment.models.rows import FlatRows, behind, by_tokens, stream
+from alignment.models.assembly.prefix import prefix_of
+from alignment.models.forward.attention import ATTENTION, KeysValues
+from alignment.models.forward.flat import trunk_states
+from alignment.models.forward.head import label_statistics, transforms_logits
+from alignment.models.forward.rows import FlatRows, behind, by_tokens, stream
+from alignment.models.kernels.kv_cache import RowsCache
 
 READ_TOKENS = 2048
 """Tokens read, or scored, at once."""

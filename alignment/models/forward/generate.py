@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignment.models.answers import unwrapped
-from alignment.models.cache import RowsCache
-from alignment.models.decoding import decoding
-from alignment.models.flat import refuse_prefix
-from alignment.models.layout import laid_out
-from alignment.models.prefix import prefix_of, refuse_too_long
-from alignment.models.reading import Reading, can_read, read
+from alignment.models.assembly.prefix import prefix_of, refuse_too_long
+from alignment.models.forward.answers import unwrapped
+from alignment.models.forward.decoding import decoding
+from alignment.models.forward.flat import refuse_prefix
+from alignment.models.forward.shared_prompts import Reading, can_read, read
+from alignment.models.kernels.kv_cache import RowsCache
+from alignment.models.kernels.layout import laid_out
 
 PREFILL_TOKENS = 1024
 """Prompt tokens read at once where they are padded; few rows of nearly the same length leave little padding."""

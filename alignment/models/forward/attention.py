@@ -1,7 +1,7 @@
 """Attention inside the rows of a stream, as a function that transformers' models call (AttentionInterface).
 
 On CUDA all rows are one call of the variable-length kernel, elsewhere some batched products
-(alignment/models/row_attention.py). A shared beginning is gathered in front of the row's own keys and values.
+(alignment/models/kernels/row_attention.py). A shared beginning is gathered in front of the row's own keys and values.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from alignment.models.precision import products_dtype
-from alignment.models.row_attention import Row, attend
-from alignment.models.rows import Range, Segment
-from alignment.models.transfer import on_device
+from alignment.models.assembly.precision import products_dtype
+from alignment.models.forward.rows import Range, Segment
+from alignment.models.forward.transfer import on_device
+from alignment.models.kernels.row_attention import Row, attend
 
 ATTENTION = "flat_sdpa"
 _WIDEST_HEAD = 256

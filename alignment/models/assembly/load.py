@@ -21,8 +21,8 @@ from alignment.core.errors import ModelError
 from alignment.core.model_files import refuse_weights_elsewhere
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.job import StageInput, StageSpec
-from alignment.models.adapters import merge_adapter
-from alignment.models.nf4 import round_trunk
+from alignment.models.assembly.adapters import merge_adapter
+from alignment.models.kernels.nf4 import round_trunk
 
 DTYPES = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
 

@@ -1,7 +1,7 @@
 """Prefix tuning (Li and Liang 2021): in every layer, keys and values of virtual tokens stand in front of every row.
 
 PEFT holds them as one embedding and hands them to a model as a cache. Here a trunk knows its prefix, and attention puts
-it before a row's own keys (alignment/models/attention.py), so that rows stay one stream. As in PEFT, the positions of a
+it before a row's own keys (alignment/models/forward/attention.py), so that rows stay one stream. As in PEFT, the positions of a
 row's own tokens begin behind it.
 """
 

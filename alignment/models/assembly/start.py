@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.core.errors import ConfigError
-from alignment.models.adapters import add_adapter, add_frozen, is_prefix, train_on
-from alignment.models.load import Lineage, SavedAdapter, load_policy, load_scalar, weights_dtype
-from alignment.models.nf4 import quantize_trunk
+from alignment.models.assembly.adapters import add_adapter, add_frozen, is_prefix, train_on
+from alignment.models.assembly.load import Lineage, SavedAdapter, load_policy, load_scalar, weights_dtype
+from alignment.models.kernels.nf4 import quantize_trunk
 
 
 def load_start(

@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignment.models.answers import AnswerStream, answer_states, answer_values, statistics_of, unwrapped
-from alignment.models.head import TokenStatistics
+from alignment.models.forward.answers import AnswerStream, answer_states, answer_values, statistics_of, unwrapped
+from alignment.models.forward.head import TokenStatistics
 
 ValueLoss = Callable[[Tensor], Tensor]
 """From ``[answer tokens]`` values to a scalar."""

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 
 from alignment.core.errors import ModelError
 from alignment.job import StageInput, StageSpec
-from alignment.models.adapters import put_back
-from alignment.models.forward import install_scalar
-from alignment.models.load import DTYPES, lineage, load_scalar, load_scalar_head
-from alignment.models.nf4 import quantize_trunk
+from alignment.models.assembly.adapters import put_back
+from alignment.models.assembly.load import DTYPES, lineage, load_scalar, load_scalar_head
+from alignment.models.forward.causal import install_scalar
+from alignment.models.kernels.nf4 import quantize_trunk
 
 
 def load_reward_model(

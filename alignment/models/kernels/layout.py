@@ -15,10 +15,10 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from alignment.models.blocks import read_together
-from alignment.models.nf4 import Nf4Linear, computes_in, frozen_weight
-from alignment.models.precision import products_dtype
-from alignment.models.products import JOINT, Products, factors, is_hooked
+from alignment.models.assembly.precision import products_dtype
+from alignment.models.kernels.blocks import read_together
+from alignment.models.kernels.nf4 import Nf4Linear, computes_in, frozen_weight
+from alignment.models.kernels.products import JOINT, Products, factors, is_hooked
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from alignment.models.load import Lineage
+from alignment.models.assembly.load import Lineage
 
 
 def weights_sha256(found: Lineage) -> str:

@@ -1,6 +1,6 @@
-"""The trunk over real tokens only: a batch as one stream (alignment/models/rows.py), padding never computed.
+"""The trunk over real tokens only: a batch as one stream (alignment/models/forward/rows.py), padding never computed.
 
-Position ids restart with every row, and attention stays inside a row (alignment/models/attention.py). Models whose
+Position ids restart with every row, and attention stays inside a row (alignment/models/forward/attention.py). Models whose
 attention cannot be cut so run on the padded batch, and say so once.
 """
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignment.core.errors import ModelError
-from alignment.models.attention import ATTENTION, KeysValues
-from alignment.models.blocks import fuse_blocks
-from alignment.models.norms import fuse_norms
-from alignment.models.precision import products_dtype
-from alignment.models.prefix import prefix_of, refuse_too_long
-from alignment.models.rows import FlatRows
+from alignment.models.assembly.precision import products_dtype
+from alignment.models.assembly.prefix import prefix_of, refuse_too_long
+from alignment.models.forward.attention import ATTENTION, KeysValues
+from alignment.models.forward.rows import FlatRows
+from alignment.models.kernels.blocks import fuse_blocks
+from alignment.models.kernels.norms import fuse_norms
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def can_run_flat(model: PreTrainedModel) -> bool:
 def use_flat_attention(model: PreTrainedModel) -> bool:
     """Selects the flat attention function where the model allows it; says so once where it does not.
 
-    Norms are fused in either case (alignment/models/norms.py), blocks where it does (alignment/models/blocks.py).
+    Norms are fused in either case (alignment/models/kernels/norms.py), blocks where it does (alignment/models/kernels/blocks.py).
     """
     fuse_norms(model)
     if not can_run_flat(model):

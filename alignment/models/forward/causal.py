@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl.trainer.utils import FusedCausalLMOutput
 
-from alignment.models.flat import trunk_states, use_flat_attention
-from alignment.models.head import label_statistics, scalar_at, transforms_logits
-from alignment.models.rows import FlatRows, flatten, stream
+from alignment.models.forward.flat import trunk_states, use_flat_attention
+from alignment.models.forward.head import label_statistics, scalar_at, transforms_logits
+from alignment.models.forward.rows import FlatRows, flatten, stream
 
 log = logging.getLogger(__name__)
 

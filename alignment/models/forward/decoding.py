@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from alignment.models.attention import ATTENTION as FLAT_ATTENTION
-from alignment.models.cache import ATTENTION, ROOM
+from alignment.models.forward.attention import ATTENTION as FLAT_ATTENTION
+from alignment.models.kernels.kv_cache import ATTENTION, ROOM
 
 
 @contextmanager

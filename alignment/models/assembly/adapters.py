@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.core.errors import ConfigError, ModelError
 from alignment.core.files import write_text
-from alignment.models.prefix import prefix_of, put_prefix
-from alignment.models.products import fuse_adapters
+from alignment.models.assembly.prefix import prefix_of, put_prefix
+from alignment.models.kernels.products import fuse_adapters
 
 OWN = "default"
 WEIGHTS = "adapter_model.safetensors"
@@ -212,7 +212,7 @@ def compute_in_base_dtype(model: PeftModel) -> PeftModel:
     """Lets autocast choose the products' dtype; the factors themselves stay float32 for the optimiser.
 
     PEFT would convert every activation to float32 and back around each adapter, which costs a third of a step on CPU.
-    Plain low-rank layers become one function each (alignment/models/products.py).
+    Plain low-rank layers become one function each (alignment/models/kernels/products.py).
     """
     for module in _layers(model):
         module.cast_input_dtype_enabled = False

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignment.core.errors import ModelError
-from alignment.models.flat import trunk_states
-from alignment.models.head import TokenStatistics, label_statistics, scalar_at, transforms_logits
-from alignment.models.rows import SHORTEST_SHARED, FlatRows, by_tokens, stream
-from alignment.models.transfer import on_device
+from alignment.models.forward.flat import trunk_states
+from alignment.models.forward.head import TokenStatistics, label_statistics, scalar_at, transforms_logits
+from alignment.models.forward.rows import SHORTEST_SHARED, FlatRows, by_tokens, stream
+from alignment.models.forward.transfer import on_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

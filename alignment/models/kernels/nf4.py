@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignment.models.precision import products_dtype
+from alignment.models.assembly.precision import products_dtype
 
 BLOCK = 64
 """Weights that share a scale. The scales themselves are held in eight bits, 256 to a second scale: 4.13 bits a weight

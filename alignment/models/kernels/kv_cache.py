@@ -17,8 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from alignment.core.errors import ModelError
-from alignment.models.attention import KeysValues
-from alignment.models.precision import products_dtype
+from alignment.models.assembly.precision import products_dtype
+from alignment.models.forward.attention import KeysValues
 
 ATTENTION = "decoding"
 
