@@ -44,21 +44,21 @@ from alignment.core.versions import versions
 from alignment.data.chat_template import template_text
 from alignment.data.hub_rows import content_of
 from alignment.job import StageSpec, read_spec
-from alignment.stages.result import StageResult
+from alignment.stages.shared.result import StageResult
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.session import Preempted, usage
 from alignment.training.sharding import begin
 
 STAGE_MODULES = {
-    "cpt": "alignment.stages.cpt",
-    "sft": "alignment.stages.sft",
-    "reward": "alignment.stages.reward",
-    "dpo": "alignment.stages.dpo",
-    "ppo": "alignment.stages.ppo",
-    "evaluate": "alignment.stages.evaluate",
-    "reward_card": "alignment.stages.reward_card",
-    "forgetting": "alignment.stages.forgetting",
+    "cpt": "alignment.stages.cpt.run",
+    "sft": "alignment.stages.sft.run",
+    "reward": "alignment.stages.reward.run",
+    "dpo": "alignment.stages.dpo.run",
+    "ppo": "alignment.stages.ppo.run",
+    "evaluate": "alignment.stages.evaluate.run",
+    "reward_card": "alignment.stages.reward_card.run",
+    "forgetting": "alignment.stages.forgetting.run",
 }
 
 

@@ -37,7 +37,7 @@ from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.start import load_start
 from alignment.models.forward.answers import unwrapped
-from alignment.stages.result import save_model
+from alignment.stages.shared.result import save_model
 from alignment.training.context import StageContext
 
 BASE_SOURCE = "path:tiny"

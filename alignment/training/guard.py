@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from alignment.config.stage import GuardConfig
 from alignment.rewards.slot import Rewards
+from alignment.stages.ppo.step_metrics import UpdateFigures
 from alignment.training.context import StageContext
 from alignment.training.experience import Rollout
 from alignment.training.metrics import MetricsLog
-from alignment.training.ppo_figures import UpdateFigures
 from alignment.training.rollouts import Prompts, Rollouts
 from alignment.training.sharding import everyones, put, whole_state
 

@@ -94,7 +94,7 @@ def test_every_field_is_read(cls: type, read: Reads) -> None:
 
 def test_a_field_of_another_class_does_not_count() -> None:
     """Where PPO's clip is read no more, that of its scorers still is."""
-    trainer, rewards = PACKAGE / "training/ppo_trainer.py", PACKAGE / "rewards/build.py"
+    trainer, rewards = PACKAGE / "stages/ppo/trainer.py", PACKAGE / "rewards/build.py"
     text = trainer.read_text(encoding="utf-8")
     others = [source(path) for path in (*PACKAGE.glob("config/*.py"), rewards)]
     clips = [("alignment.config.stage.PpoConfig", "clip"), ("alignment.config.stage.ScorerConfig", "clip")]

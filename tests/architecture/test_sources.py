@@ -39,10 +39,10 @@ def test_the_record_is_of_these_revisions() -> None:
     [
         ("sft", "alignment/models/kernels/products.py"),
         ("cpt", "alignment/data/tokens/chunks.py"),
-        ("reward", "alignment/stages/reward.py"),
-        ("dpo", "alignment/stages/reference_cache.py"),
+        ("reward", "alignment/stages/reward/run.py"),
+        ("dpo", "alignment/stages/dpo/reference_cache.py"),
         ("ppo", "alignment/algos/gae.py"),
-        ("ppo", "alignment/training/ppo_trainer.py"),
+        ("ppo", "alignment/stages/ppo/trainer.py"),
         ("ppo", "alignment/rewards/weighted_sum.py"),
         ("evaluate", "alignment/evaluation/arms.py"),
         ("forgetting", "alignment/evaluation/general.py"),

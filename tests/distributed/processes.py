@@ -18,9 +18,9 @@ from alignment.job import StageSpec
 
 PRELOADED = (
     "alignment.worker",
-    "alignment.stages.ppo",
-    "alignment.stages.dpo",
-    "alignment.stages.reward",
+    "alignment.stages.ppo.run",
+    "alignment.stages.dpo.run",
+    "alignment.stages.reward.run",
     "tests.chained",
 )
 SECONDS = 120

@@ -21,9 +21,9 @@ from alignment.config.launch import Offload, Sharding
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.stage import GuardConfig, KlConfig, KlControl, ScorerConfig, StageConfig
 from alignment.job import StageInput, StageSpec
+from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.context import StageContext
 from alignment.training.experience import Experience
-from alignment.training.ppo_trainer import PpoTrainer
 from alignment.training.sharding import sharding_arguments
 from tests.chained import DORA, FULL, LORA, QLORA, Chained, config_of
 from tests.distributed.processes import on_processes

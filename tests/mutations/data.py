@@ -130,7 +130,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/rows.py",
+        "stages/shared/stage_rows.py",
         "unit/stages/test_rows.py",
         (
             "a part of the rows is drawn by the stage's name",

@@ -8,7 +8,7 @@ EVALUATE = "unit/stages/test_evaluate.py"
 
 MUTATIONS = [
     *in_file(
-        "stages/evaluate.py",
+        "stages/evaluate/run.py",
         EVALUATE,
         (
             "the evaluation's log-ratio has the other sign",
@@ -36,7 +36,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/answering.py",
+        "stages/evaluate/answering.py",
         EVALUATE,
         (
             "base+prompt is asked as base is",
@@ -52,7 +52,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/arm_cache.py",
+        "stages/evaluate/answer_cache.py",
         EVALUATE,
         (
             "longer answers are taken from shorter ones",
@@ -68,7 +68,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/judging.py",
+        "stages/evaluate/judging.py",
         EVALUATE,
         (
             "a judge sees one order twice",

@@ -11,7 +11,7 @@ from pathlib import Path
 class Mutation:
     """``old`` stands exactly once in ``file``; with ``new`` in its place, ``test`` must fail.
 
-    Example: ``Mutation(name="DPO ignores beta", file="alignment/stages/dpo.py", old="beta=config.beta",
+    Example: ``Mutation(name="DPO ignores beta", file="alignment/stages/dpo/run.py", old="beta=config.beta",
     new="beta=0.1", test="tests/unit/stages/test_dpo.py::test_a_loss_is_that_of_its_paper")``.
     """
 

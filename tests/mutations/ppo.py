@@ -9,7 +9,7 @@ COLUMNS = "unit/training/test_ppo_columns.py"
 
 MUTATIONS = [
     *in_file(
-        "training/ppo_trainer.py",
+        "stages/ppo/trainer.py",
         COLUMNS,
         (
             "running means of scores are forgotten over a resume",
@@ -47,7 +47,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "training/ppo_trainer.py",
+        "stages/ppo/trainer.py",
         PPO,
         (
             "PPO's minibatches have one order in all epochs",
@@ -123,7 +123,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "training/ppo_trainer.py",
+        "stages/ppo/trainer.py",
         LIMITS,
         (
             "the policy learns while the critic warms up",

@@ -9,7 +9,7 @@ STEP, PAPERS = "unit/training/test_ppo_step.py", "test_a_step_is_what_the_papers
 
 MUTATIONS = [
     *in_file(
-        "training/ppo_trainer.py",
+        "stages/ppo/trainer.py",
         STEP,
         (
             "the policy's ratio is never clipped",
@@ -47,7 +47,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/ppo.py",
+        "stages/ppo/run.py",
         STEP,
         (
             "PPO's gradients are never clipped",
@@ -57,7 +57,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/ppo.py",
+        "stages/ppo/run.py",
         PPO,
         (
             "a critic starts at the reward model's scores whatever comes back",

@@ -6,7 +6,7 @@ from tests.mutations.mutation import in_file
 
 MUTATIONS = [
     *in_file(
-        "stages/dpo.py",
+        "stages/dpo/run.py",
         "unit/stages/test_dpo.py",
         (
             "DPO ignores beta",
@@ -40,7 +40,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/reference_cache.py",
+        "stages/dpo/reference_cache.py",
         "unit/training/test_reference_cache.py",
         (
             "a kept reference does not depend on the weights",
@@ -50,7 +50,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/reward.py",
+        "stages/reward/run.py",
         "unit/stages/test_reward_split.py",
         (
             "held-out pairs are learned from",
@@ -60,7 +60,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/reward.py",
+        "stages/reward/run.py",
         "unit/stages/test_reward.py",
         (
             "the reward model learns from pairs the other way round",
@@ -94,7 +94,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/ppo.py",
+        "stages/ppo/run.py",
         "unit/training/test_ppo_limits.py",
         (
             "the guard's prompts are learned from",
@@ -104,7 +104,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/ppo.py",
+        "stages/ppo/run.py",
         "unit/stages/test_ppo_guard.py",
         (
             "the guard asks the stage's own scorers",
@@ -120,7 +120,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/ppo.py",
+        "stages/ppo/run.py",
         "unit/training/test_ppo.py",
         (
             "the kind of KL control is ignored",
@@ -130,7 +130,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/ppo.py",
+        "stages/ppo/run.py",
         "unit/training/test_ppo_columns.py",
         (
             "a checkpoint is made inside an update",
@@ -150,7 +150,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/result.py",
+        "stages/shared/result.py",
         "unit/models/test_load.py",
         (
             "adapters of earlier stages are not kept",

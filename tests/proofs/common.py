@@ -18,10 +18,10 @@ from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import unwrapped
 from alignment.rewards.slot import Rewards
-from alignment.stages import ppo
+from alignment.stages.ppo import run as ppo
+from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.context import StageContext
 from alignment.training.guard import Guard
-from alignment.training.ppo_trainer import PpoTrainer
 from alignment.training.rollouts import Prompts
 from alignment.training.session import train
 from tests.tiny import BASE_SOURCE, tiny_spec

@@ -16,8 +16,8 @@ from alignment.config.adapter import AdapterConfig
 from alignment.config.optim import OptimConfig, Schedule
 from alignment.config.stage import DpoConfig
 from alignment.models.assembly.load import Lineage
-from alignment.stages import dpo
-from alignment.stages.pairs import TokenizedPair
+from alignment.stages.dpo import run as dpo
+from alignment.stages.shared.preference_pairs import TokenizedPair
 from alignment.training.context import StageContext
 from alignment.training.session import train
 from tests.proofs.bandit import BETA, PROMPTS, VOCABULARY, Bandit, make_bandit, policy_claims, task_claims

@@ -30,8 +30,8 @@ from alignment.config.stage import Critic, GuardConfig, KlConfig, PpoConfig, Ppo
 from alignment.models.assembly.load import Lineage, load_policy
 from alignment.models.forward.generate import Sampling, generate
 from alignment.report.plots import Line
-from alignment.stages import reward
-from alignment.stages.pairs import TokenizedPair
+from alignment.stages.reward import run as reward
+from alignment.stages.shared.preference_pairs import TokenizedPair
 from alignment.training.context import StageContext
 from alignment.training.session import train
 from tests.proofs.common import SEEDS, Claim, PpoStage, Scores, TokenRewards, Tokens, each, ppo_stage

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from alignment.core.artifacts import write_json
-from alignment.stages import arm_cache, reference_cache
-from alignment.stages.arm_cache import Kept
+from alignment.stages.dpo import reference_cache
+from alignment.stages.evaluate import answer_cache
+from alignment.stages.evaluate.answer_cache import Kept
 
 ANSWERS = Kept(ids=[[1, 2]], logprobs=None, references=[None], seconds=1.0)
 
@@ -20,7 +21,7 @@ ANSWERS = Kept(ids=[[1, 2]], logprobs=None, references=[None], seconds=1.0)
     "write",
     [
         lambda file: write_json(file, {"a": 1}),
-        lambda file: arm_cache.write(file, ANSWERS),
+        lambda file: answer_cache.write(file, ANSWERS),
         lambda file: reference_cache._write(file, {"chosen": torch.ones(2)}),
     ],
     ids=["json", "answers", "reference"],

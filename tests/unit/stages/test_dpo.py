@@ -13,9 +13,10 @@ from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.stage import DpoConfig, DpoLoss
 from alignment.core.errors import StageError
 from alignment.models.assembly.adapters import at_start
-from alignment.stages import dpo, reference_cache
-from alignment.stages.initial import initial_policy
-from alignment.stages.pairs import TokenizedPair, read_pairs
+from alignment.stages.dpo import reference_cache
+from alignment.stages.dpo import run as dpo
+from alignment.stages.shared.initial import initial_policy
+from alignment.stages.shared.preference_pairs import TokenizedPair, read_pairs
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained, config_of
 from tests.oracles.close import close

@@ -28,8 +28,8 @@ from alignment.evaluation.house_style import STYLE_PROMPT
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.reward_head import load_reward_model
-from alignment.stages import answering
-from alignment.stages import evaluate as stage
+from alignment.stages.evaluate import answering
+from alignment.stages.evaluate import run as stage
 from alignment.training.context import StageContext
 from tests.chained import DATA, LORA, Chained
 from tests.judge_server import Response, serving

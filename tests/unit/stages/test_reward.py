@@ -15,9 +15,9 @@ from alignment.config.stage import RewardConfig
 from alignment.core.artifacts import read_manifest
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import unwrapped
-from alignment.stages import reward
-from alignment.stages.initial import initial_policy
-from alignment.stages.pairs import TokenizedPair, read_pairs
+from alignment.stages.reward import run as reward
+from alignment.stages.shared.initial import initial_policy
+from alignment.stages.shared.preference_pairs import TokenizedPair, read_pairs
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained, config_of
 from tests.oracles.close import close

@@ -24,7 +24,7 @@ from alignment.evaluation import invariance
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.pipeline.sweeps.reported import of_stage
-from alignment.stages.pairs import read_pairs
+from alignment.stages.shared.preference_pairs import read_pairs
 from alignment.training.context import StageContext
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_reward, tiny_scorer, tiny_spec, tiny_tokenizer
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from alignment.core.errors import DataError
-from alignment.stages.pairs import TokenizedPair
-from alignment.stages.reward import split
+from alignment.stages.reward.run import split
+from alignment.stages.shared.preference_pairs import TokenizedPair
 
 PAIRS = [TokenizedPair(prompt=[number % 5, 7], chosen=[number], rejected=[number, 2]) for number in range(12)]
 

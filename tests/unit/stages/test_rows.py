@@ -16,7 +16,7 @@ from alignment.core.errors import DataError
 from alignment.data.records import Conversation, Prompt
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
-from alignment.stages.rows import LEFT_OUT, fitting, rows_of, token_rows
+from alignment.stages.shared.stage_rows import LEFT_OUT, fitting, rows_of, token_rows
 from alignment.training.context import StageContext
 from tests.tiny import tiny_spec, tiny_tokenizer
 

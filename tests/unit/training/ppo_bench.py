@@ -19,9 +19,9 @@ from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import batches, scalar_scores
 from alignment.rewards.slot import Rewards
-from alignment.stages import ppo as stage
+from alignment.stages.ppo import run as stage
+from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.context import StageContext
-from alignment.training.ppo_trainer import PpoTrainer
 from alignment.training.rollouts import Prompts
 from alignment.training.session import train
 from tests.tiny import BASE_SOURCE, tiny_model, tiny_reward, tiny_spec, tiny_tokenizer

@@ -14,8 +14,8 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from alignment.core.errors import NonFiniteError, StageError
-from alignment.stages import reward
-from alignment.stages.result import save_model
+from alignment.stages.reward import run as reward
+from alignment.stages.shared.result import save_model
 from alignment.training.callbacks import Checkpoints, StepLog
 from alignment.training.checkpoints import newest
 from alignment.training.context import StageContext

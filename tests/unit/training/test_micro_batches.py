@@ -18,7 +18,9 @@ from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig, Schedule
 from alignment.config.stage import DpoConfig, RewardConfig, SftConfig
 from alignment.models.forward.rows import by_tokens, stream
-from alignment.stages import dpo, reward, sft
+from alignment.stages.dpo import run as dpo
+from alignment.stages.reward import run as reward
+from alignment.stages.sft import run as sft
 from alignment.training.adamw import RandomlyRoundedAdamW
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog

@@ -19,11 +19,11 @@ from alignment.config.stage import Critic, KlConfig, KlControl, ScorerConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.models.assembly.roles import ValueHead
 from alignment.models.forward.answers import answer_stream, unwrapped
-from alignment.training import ppo_trainer
+from alignment.stages.ppo import trainer
+from alignment.stages.ppo.step_metrics import UpdateFigures
+from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training import rollouts as making
 from alignment.training.experience import Experience, Rollout
-from alignment.training.ppo_figures import UpdateFigures
-from alignment.training.ppo_trainer import PpoTrainer
 from alignment.training.rollouts import Rollouts
 from alignment.training.session import Preempted
 from tests.oracles import gae as gae_oracle
@@ -55,13 +55,13 @@ def test_nothing_has_changed_at_the_first_minibatch(
 ) -> None:
     """The ratio is one and the KL zero: rollout, training and reference agree on log-probabilities."""
     changes: list[torch.Tensor] = []
-    log_ratio = ppo_trainer.log_ratio
+    log_ratio = trainer.log_ratio
 
     def noted(*args: torch.Tensor) -> torch.Tensor:
         changes.append(log_ratio(*args).detach())
         return log_ratio(*args)
 
-    monkeypatch.setattr(ppo_trainer, "log_ratio", noted)
+    monkeypatch.setattr(trainer, "log_ratio", noted)
     run = bench(adapter=adapter, updates=1, num_minibatches=1, temperature=temperature)
     run.train()
     assert float(changes[0].abs().max()) < 1e-5

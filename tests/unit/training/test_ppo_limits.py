@@ -19,9 +19,9 @@ from alignment.config.stage import Critic, GuardConfig, PtxConfig
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.data.tokens.tokenize import TokenizedConversation
 from alignment.models.forward.answers import unwrapped
-from alignment.stages.ppo import hold_out
+from alignment.stages.ppo.run import hold_out
+from alignment.stages.ppo.step_metrics import UpdateFigures
 from alignment.training.guard import Guard, better_beyond_noise
-from alignment.training.ppo_figures import UpdateFigures
 from alignment.training.ptx import Ptx
 from alignment.training.rollouts import Prompts
 from alignment.training.samples import Samples

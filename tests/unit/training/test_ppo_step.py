@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from alignment.config.stage import KlConfig
-from alignment.training.ppo_trainer import PpoTrainer
+from alignment.stages.ppo.trainer import PpoTrainer
 from tests.oracles import gae as gae_oracle
 from tests.oracles import masked as masked_oracle
 from tests.tiny import tiny_model, tiny_scorer

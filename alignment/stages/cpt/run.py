@@ -5,10 +5,10 @@ from __future__ import annotations
 from alignment.config.stage import CptConfig
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import TEXTS
-from alignment.stages.initial import initial_policy
-from alignment.stages.language_model import learn
-from alignment.stages.result import StageResult
-from alignment.stages.rows import token_rows
+from alignment.stages.shared.initial import initial_policy
+from alignment.stages.shared.language_model import learn
+from alignment.stages.shared.result import StageResult
+from alignment.stages.shared.stage_rows import token_rows
 from alignment.training.context import StageContext
 
 

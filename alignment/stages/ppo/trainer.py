@@ -37,12 +37,12 @@ from alignment.core.errors import StageError
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import answer_stream, pieces_of, unwrapped
 from alignment.rewards.slot import Rewards
+from alignment.stages.ppo.step_metrics import UpdateFigures
 from alignment.training.adamw import adamw
 from alignment.training.context import StageContext
 from alignment.training.experience import Experience, Rollout, response_mask, rows_of, spread, stack
 from alignment.training.guard import Guard
 from alignment.training.micro_batches import accumulating, as_many_as_most
-from alignment.training.ppo_figures import UpdateFigures
 from alignment.training.ptx import Ptx
 from alignment.training.rollouts import Episodes, Rollouts
 from alignment.training.samples import Samples

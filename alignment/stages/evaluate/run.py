@@ -16,10 +16,10 @@ from alignment.evaluation.labels import labels
 from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, refuse_not_finite, samples
 from alignment.models.assembly.load import lineage, products_in, refuse_other_tokenizer
 from alignment.models.assembly.reward_head import load_reward_model
-from alignment.stages.answering import Asked, Policies, answers_of, asked_of
-from alignment.stages.judging import Judged, judge, open_endpoint
-from alignment.stages.result import StageResult
-from alignment.stages.rows import rows_of
+from alignment.stages.evaluate.answering import Asked, Policies, answers_of, asked_of
+from alignment.stages.evaluate.judging import Judged, judge, open_endpoint
+from alignment.stages.shared.result import StageResult
+from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 
 

@@ -25,7 +25,7 @@ from alignment.core.files import remove_leftovers, replacing
 from alignment.models.assembly.load import Lineage, products_in
 from alignment.models.assembly.weights_hash import weights_sha256
 from alignment.models.forward.answers import answer_statistics, batches
-from alignment.stages.pairs import TokenizedPair
+from alignment.stages.shared.preference_pairs import TokenizedPair
 from alignment.training.context import StageContext
 from alignment.training.sharding import everyones
 

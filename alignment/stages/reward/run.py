@@ -24,9 +24,9 @@ from alignment.core.errors import DataError
 from alignment.models.assembly.load import products_in
 from alignment.models.forward.answers import batches, scalar_scores, unwrapped
 from alignment.models.forward.causal import install_scalar
-from alignment.stages.initial import initial_model, initial_policy
-from alignment.stages.pairs import TokenizedPair, read_pairs
-from alignment.stages.result import StageResult, save_model
+from alignment.stages.shared.initial import initial_model, initial_policy
+from alignment.stages.shared.preference_pairs import TokenizedPair, read_pairs
+from alignment.stages.shared.result import StageResult, save_model
 from alignment.training.adamw import adamw
 from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext

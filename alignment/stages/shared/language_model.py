@@ -14,8 +14,8 @@ from alignment.config.stage import CptConfig, SftConfig
 from alignment.models.assembly.load import Lineage
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
-from alignment.stages.initial import initial_model
-from alignment.stages.result import StageResult, save_model
+from alignment.stages.shared.initial import initial_model
+from alignment.stages.shared.result import StageResult, save_model
 from alignment.training.adamw import adamw
 from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext

@@ -8,7 +8,7 @@ from typing import Any
 from alignment.config.stage import DpoConfig, RewardConfig
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import PAIRS
-from alignment.stages.rows import token_rows
+from alignment.stages.shared.stage_rows import token_rows
 from alignment.training.context import StageContext
 
 

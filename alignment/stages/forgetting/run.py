@@ -12,8 +12,8 @@ from alignment.evaluation.tables import Intervals
 from alignment.job import StageInput
 from alignment.models.assembly.load import DTYPES, lineage, load_policy, refuse_other_tokenizer
 from alignment.models.forward.flat import use_flat_attention
-from alignment.stages.result import StageResult
-from alignment.stages.rows import rows_of
+from alignment.stages.shared.result import StageResult
+from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 
 

@@ -23,9 +23,9 @@ from alignment.job import StageInput
 from alignment.models.assembly.load import DTYPES, Lineage, lineage, load_policy, refuse_other_tokenizer
 from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.flat import use_flat_attention
-from alignment.stages import arm_cache
-from alignment.stages.arm_cache import Kept
-from alignment.stages.rows import rows_of
+from alignment.stages.evaluate import answer_cache
+from alignment.stages.evaluate.answer_cache import Kept
+from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 
 Turns = Callable[[HeldOutPrompt], Sequence[Message]]
@@ -151,7 +151,7 @@ def answers_of(
 ) -> Answered:
     """An arm's answers; ``progress`` is told how many are there."""
     ends = sorted(end_ids(asked.tokenizer))
-    file = arm_cache.file_of(
+    file = answer_cache.file_of(
         context,
         asked.found,
         asked.prompts,
@@ -160,7 +160,7 @@ def answers_of(
         ends=ends,
         with_logprobs=with_logprobs,
     )
-    kept = arm_cache.read(file, prompts=len(rows))
+    kept = answer_cache.read(file, prompts=len(rows))
     if kept is None:
         started = time.monotonic()
         model = policies.load(asked.found)
@@ -184,7 +184,7 @@ def answers_of(
             ],
             seconds=time.monotonic() - started,
         )
-        arm_cache.write(file, kept)
+        answer_cache.write(file, kept)
     return Answered(
         answers=read_answers(asked.tokenizer, rows, kept.ids),
         logprobs=kept.logprobs,

@@ -29,8 +29,8 @@ from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import unwrapped
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.rewards.verifiers import house_style
-from alignment.stages.result import StageResult
-from alignment.stages.rows import LEFT_OUT, fitting, rows_of
+from alignment.stages.shared.result import StageResult
+from alignment.stages.shared.stage_rows import LEFT_OUT, fitting, rows_of
 from alignment.training.context import StageContext
 
 LEARNED = "learned"

@@ -27,10 +27,10 @@ from alignment.models.assembly.load import DTYPES, compute_in, frozen_copy
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
 from alignment.models.forward.flat import use_flat_attention
-from alignment.stages.initial import initial_model, initial_policy
-from alignment.stages.pairs import read_pairs
-from alignment.stages.reference_cache import Reference, reference_logprobs
-from alignment.stages.result import StageResult, save_model
+from alignment.stages.dpo.reference_cache import Reference, reference_logprobs
+from alignment.stages.shared.initial import initial_model, initial_policy
+from alignment.stages.shared.preference_pairs import read_pairs
+from alignment.stages.shared.result import StageResult, save_model
 from alignment.training.adamw import adamw
 from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext

@@ -26,14 +26,14 @@ from alignment.models.assembly.roles import Roles, build_roles
 from alignment.rewards.build import build_rewards, build_scorer
 from alignment.rewards.scorer_sources import REWARD
 from alignment.rewards.slot import Rewards
-from alignment.stages.initial import initial_policy
-from alignment.stages.result import StageResult, save_model
-from alignment.stages.rows import fitting, rows_of, token_rows
+from alignment.stages.ppo.trainer import EndsOverBudget, PpoTrainer
+from alignment.stages.shared.initial import initial_policy
+from alignment.stages.shared.result import StageResult, save_model
+from alignment.stages.shared.stage_rows import fitting, rows_of, token_rows
 from alignment.training.arguments import SCHEDULES, quiet_arguments
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_weights
 from alignment.training.guard import Guard
-from alignment.training.ppo_trainer import EndsOverBudget, PpoTrainer
 from alignment.training.ptx import Ptx
 from alignment.training.rollouts import Episodes, Prompts
 from alignment.training.samples import Samples
