@@ -1,4 +1,4 @@
-"""Signs of life of a stage's processes, and which of them is stuck (alignment/training/pulse.py writes them)."""
+"""Signs of life of a stage's processes, and which of them is stuck (alignment/training/heartbeat.py writes them)."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from alignment.core.artifacts import write_json
 from alignment.core.files import disk_error
 from alignment.job import StageSpec
 from alignment.training.device import own_device
-from alignment.training.pulse import Pulse
-from alignment.training.tracking import Trackers
+from alignment.training.heartbeat import Pulse
+from alignment.training.trackers.all_trackers import Trackers
 
 
 @dataclass(kw_only=True, slots=True)

@@ -37,9 +37,9 @@ NO_ARITHMETIC = (
     "alignment.training.checkpoints",
     "alignment.training.finite",
     "alignment.training.metrics",
-    "alignment.training.pulse",
+    "alignment.training.heartbeat",
     "alignment.training.trackers",
-    "alignment.training.tracking",
+    "alignment.training.trackers.all_trackers",
     "alignment.core.versions",
     "alignment.voice",
 )

@@ -23,7 +23,7 @@ from alignment.config.stage import GuardConfig, KlConfig, KlControl, ScorerConfi
 from alignment.job import StageInput, StageSpec
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.context import StageContext
-from alignment.training.experience import Experience
+from alignment.training.rl.experience import Experience
 from alignment.training.sharding import sharding_arguments
 from tests.chained import DORA, FULL, LORA, QLORA, Chained, config_of
 from tests.distributed.processes import on_processes

@@ -31,7 +31,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "training/rollouts.py",
+        "training/rl/rollouts.py",
         COLUMNS,
         (
             "every update begins with the first prompts",
@@ -163,7 +163,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "training/guard.py",
+        "training/rl/guard.py",
         LIMITS,
         (
             "the guard keeps the worst policy",
@@ -197,7 +197,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "training/rollouts.py",
+        "training/rl/rollouts.py",
         PPO,
         (
             "every update samples with the same numbers",
@@ -213,7 +213,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "training/ptx.py",
+        "training/rl/ptx.py",
         LIMITS,
         (
             "ptx.coefficient is ignored",

@@ -21,8 +21,8 @@ from alignment.rewards.slot import Rewards
 from alignment.stages.ppo import run as ppo
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.context import StageContext
-from alignment.training.guard import Guard
-from alignment.training.rollouts import Prompts
+from alignment.training.rl.guard import Guard
+from alignment.training.rl.rollouts import Prompts
 from alignment.training.session import train
 from tests.tiny import BASE_SOURCE, tiny_spec
 

@@ -33,10 +33,10 @@ from alignment.stages.shared.stage_rows import fitting, rows_of, token_rows
 from alignment.training.arguments import SCHEDULES, quiet_arguments
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_weights
-from alignment.training.guard import Guard
-from alignment.training.ptx import Ptx
-from alignment.training.rollouts import Episodes, Prompts
-from alignment.training.samples import Samples
+from alignment.training.rl.guard import Guard
+from alignment.training.rl.ptx import Ptx
+from alignment.training.rl.rollouts import Episodes, Prompts
+from alignment.training.rl.samples import Samples
 from alignment.training.session import train
 from alignment.training.sharding import whole_state
 

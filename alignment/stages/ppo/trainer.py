@@ -40,12 +40,12 @@ from alignment.rewards.slot import Rewards
 from alignment.stages.ppo.step_metrics import UpdateFigures
 from alignment.training.adamw import adamw
 from alignment.training.context import StageContext
-from alignment.training.experience import Experience, Rollout, response_mask, rows_of, spread, stack
-from alignment.training.guard import Guard
 from alignment.training.micro_batches import accumulating, as_many_as_most
-from alignment.training.ptx import Ptx
-from alignment.training.rollouts import Episodes, Rollouts
-from alignment.training.samples import Samples
+from alignment.training.rl.experience import Experience, Rollout, response_mask, rows_of, spread, stack
+from alignment.training.rl.guard import Guard
+from alignment.training.rl.ptx import Ptx
+from alignment.training.rl.rollouts import Episodes, Rollouts
+from alignment.training.rl.samples import Samples
 from alignment.training.sharding import gathered, leave_frozen_out, prepare
 
 log = logging.getLogger(__name__)

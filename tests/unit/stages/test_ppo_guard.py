@@ -12,7 +12,7 @@ from alignment import worker
 from alignment.config.stage import GuardConfig, PpoConfig, ScorerConfig
 from alignment.job import StageInput
 from alignment.training.context import StageContext
-from alignment.training.guard import Guard
+from alignment.training.rl.guard import Guard
 from tests.chained import LORA, Chained, config_of
 
 

@@ -22,7 +22,7 @@ from alignment.rewards.slot import Rewards
 from alignment.stages.ppo import run as stage
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.context import StageContext
-from alignment.training.rollouts import Prompts
+from alignment.training.rl.rollouts import Prompts
 from alignment.training.session import train
 from tests.tiny import BASE_SOURCE, tiny_model, tiny_reward, tiny_spec, tiny_tokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignment.training.experience import Rollout, interleave, prompt_order, response_mask, rows_of, spread, stack
+from alignment.training.rl.experience import Rollout, interleave, prompt_order, response_mask, rows_of, spread, stack
 
 CPU = torch.device("cpu")
 

@@ -21,10 +21,10 @@ from alignment.data.tokens.tokenize import TokenizedConversation
 from alignment.models.forward.answers import unwrapped
 from alignment.stages.ppo.run import hold_out
 from alignment.stages.ppo.step_metrics import UpdateFigures
-from alignment.training.guard import Guard, better_beyond_noise
-from alignment.training.ptx import Ptx
-from alignment.training.rollouts import Prompts
-from alignment.training.samples import Samples
+from alignment.training.rl.guard import Guard, better_beyond_noise
+from alignment.training.rl.ptx import Ptx
+from alignment.training.rl.rollouts import Prompts
+from alignment.training.rl.samples import Samples
 from tests.tiny import tiny_tokenizer
 from tests.unit.training.ppo_bench import END, FULL, KINDS, LORA, PROMPTS, Bench, TokenRewards, optim, sha256
 

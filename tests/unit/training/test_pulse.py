@@ -14,14 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
-from alignment.training import pulse
-from alignment.training.pulse import Pulse, Used, activity
+from alignment.training import heartbeat
+from alignment.training.heartbeat import Pulse, Used, activity
 
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "PERIOD", 0.25)
-    monkeypatch.setattr(pulse, "IDLE", 0.5)  # looking so often takes some of the processor itself
+    monkeypatch.setattr(heartbeat, "PERIOD", 0.25)
+    monkeypatch.setattr(heartbeat, "IDLE", 0.5)  # looking so often takes some of the processor itself
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def test_a_processor_that_is_busy_is_work_unless_a_gpu_may_be_waited_for(
 ) -> None:
     """A host that waits for a GPU spins, inside one call."""
     looks = itertools.count(1)
-    monkeypatch.setattr(pulse, "places_of", lambda frame: [("trainer.py", 7, "step")])
-    monkeypatch.setattr(pulse, "processor_seconds", lambda process: Used(own=0.2 * next(looks)))
+    monkeypatch.setattr(heartbeat, "places_of", lambda frame: [("trainer.py", 7, "step")])
+    monkeypatch.setattr(heartbeat, "processor_seconds", lambda process: Used(own=0.2 * next(looks)))
 
     def compute(one: Pulse, over: threading.Event) -> None:
         one.on_gpu = on_gpu
@@ -76,10 +76,10 @@ def test_a_processor_that_is_busy_is_work_unless_a_gpu_may_be_waited_for(
 def test_processor_seconds_are_those_of_the_process() -> None:
     """However long they take by the clock, beside other work."""
     process = psutil.Process()
-    before, end = pulse.processor_seconds(process), time.process_time() + 0.2
+    before, end = heartbeat.processor_seconds(process), time.process_time() + 0.2
     while time.process_time() < end:
         hashlib.sha256(bytes(1 << 20))
-    assert pulse.processor_seconds(process).since(before).own > 0.1
+    assert heartbeat.processor_seconds(process).since(before).own > 0.1
 
 
 SOMEWHERE, COLLECTIVE = [("trainer.py", 7, "step")], [("/site-packages/torch/distributed/c10d.py", 1, "all_reduce")]

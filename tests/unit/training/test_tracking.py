@@ -22,10 +22,10 @@ from alignment.config.typed import to_plain
 from alignment.core.artifacts import Manifest, publish
 from alignment.job import StageInput
 from alignment.training.context import StageContext
+from alignment.training.trackers.all_trackers import Trackers
 from alignment.training.trackers.tracker import Tracker, columns_and_rows, settings, tags
 from alignment.training.trackers.wandb import TOKEN, _mode, stable_id
 from alignment.training.trackers.wandb_log import records
-from alignment.training.tracking import Trackers
 from tests.tiny import tiny_spec
 from tests.unit.training.tracked import STEPS, TRACKING, context_in, train_line
 

@@ -17,8 +17,8 @@ from alignment.models.forward.flat import trunk_states
 from alignment.models.forward.head import label_statistics
 from alignment.models.forward.rows import by_tokens, stream
 from alignment.training.context import StageContext
-from alignment.training.experience import prompt_order
 from alignment.training.micro_batches import as_many_as_most
+from alignment.training.rl.experience import prompt_order
 
 
 class Ptx:

@@ -18,7 +18,7 @@ from alignment.models.forward.generate import Sampling, generate
 from alignment.rewards.slot import Rewards
 from alignment.stages.ppo.step_metrics import UpdateFigures
 from alignment.training.context import StageContext
-from alignment.training.experience import Rollout, interleave, prompt_order, rows_of
+from alignment.training.rl.experience import Rollout, interleave, prompt_order, rows_of
 from alignment.training.sharding import everyones
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignment.training.context import StageContext
-from alignment.training.experience import Rollout
 from alignment.training.metrics import MetricsLog
+from alignment.training.rl.experience import Rollout
 
 
 class Samples:
