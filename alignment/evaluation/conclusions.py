@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignment.evaluation.tables import NOTHING
+from alignment.evaluation.evaluation_record import NOTHING
 
 
 def conclusions(

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from alignment.data.records import PlainText, Question
+from alignment.evaluation.arm_labels import labels
 from alignment.evaluation.bootstrap import Interval
+from alignment.evaluation.evaluation_record import Intervals
 from alignment.evaluation.general import Measured
-from alignment.evaluation.labels import labels
-from alignment.evaluation.tables import Intervals
 
 BASE = "base"
 _MOST = 700.0

@@ -144,7 +144,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "evaluation/tables.py",
+        "evaluation/evaluation_record.py",
         "unit/evaluation/test_tables.py",
         (
             "every difference is real",
@@ -166,7 +166,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "evaluation/tables.py",
+        "evaluation/evaluation_record.py",
         "unit/evaluation/test_pairwise.py",
         (
             "a win rate is told whatever the share of invalid verdicts",

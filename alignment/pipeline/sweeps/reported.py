@@ -18,7 +18,7 @@ from alignment.config.stage import (
     SftConfig,
     StageConfig,
 )
-from alignment.evaluation.labels import labels
+from alignment.evaluation.arm_labels import labels
 
 _ROWS = ("rows", "rows_too_long", "rows_cut")
 _LESS_IS_BETTER = ("loss", "eval_loss", "log_loss", "brier", "ece", "objective/kl", "guard/kl")

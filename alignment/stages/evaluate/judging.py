@@ -11,9 +11,9 @@ from alignment.data.mix import some
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation.arms import Answered
 from alignment.evaluation.endpoint import Endpoint
+from alignment.evaluation.evaluation_record import Intervals, judged_pair
 from alignment.evaluation.grammar import Verdict, judge_prompt, verdict_of
 from alignment.evaluation.pairwise import BothOrders, pairs_of, points_of_scores
-from alignment.evaluation.tables import Intervals, judged_pair
 from alignment.training.context import StageContext
 
 KEPT = "judgements.work.jsonl"

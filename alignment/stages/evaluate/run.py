@@ -10,10 +10,10 @@ from alignment.core.artifacts import write_json, write_lines
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
 from alignment.data.tokens.tokenizer import load_tokenizer
+from alignment.evaluation.arm_labels import labels
 from alignment.evaluation.arms import Answered, reward_scores, sequence_logprobs, side_by_side
 from alignment.evaluation.conclusions import conclusions
-from alignment.evaluation.labels import labels
-from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, refuse_not_finite, samples
+from alignment.evaluation.evaluation_record import Intervals, arm_row, by_task, compare, refuse_not_finite, samples
 from alignment.models.assembly.load import lineage, products_in, refuse_other_tokenizer
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.stages.evaluate.answering import Asked, Policies, answers_of, asked_of

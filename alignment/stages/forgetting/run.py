@@ -6,9 +6,9 @@ from alignment.config.stage import ForgettingConfig
 from alignment.core.artifacts import write_json, write_lines
 from alignment.data.records import PlainText, Question
 from alignment.data.tokens.tokenizer import load_tokenizer
+from alignment.evaluation.evaluation_record import Intervals
 from alignment.evaluation.forgetting import BASE, Asked, Limits, headlines, question_rows, table, text_rows
 from alignment.evaluation.general import Material, Measured, material, measure
-from alignment.evaluation.tables import Intervals
 from alignment.job import StageInput
 from alignment.models.assembly.load import DTYPES, lineage, load_policy, refuse_other_tokenizer
 from alignment.models.forward.flat import use_flat_attention

@@ -9,7 +9,7 @@ import pytest
 
 from alignment.evaluation.bootstrap import detectable
 from alignment.evaluation.conclusions import conclusions
-from alignment.evaluation.tables import NOTHING
+from alignment.evaluation.evaluation_record import NOTHING
 
 LABELS = {"stage:sft": "sft", "stage:dpo": "dpo", "base": "base"}
 

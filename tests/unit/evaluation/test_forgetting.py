@@ -10,9 +10,9 @@ import pytest
 
 from alignment.data.records import PlainText, Question
 from alignment.data.turns import Message
+from alignment.evaluation.evaluation_record import Intervals
 from alignment.evaluation.forgetting import Asked, Limits, headlines, is_right, question_rows, table, text_rows
 from alignment.evaluation.general import Measured
-from alignment.evaluation.tables import Intervals
 from tests.oracles.close import close
 
 INTERVALS = Intervals(samples=200, seed=0)

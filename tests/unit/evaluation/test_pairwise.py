@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from alignment.config.evaluation import JudgeConfig, PairConfig
+from alignment.evaluation.evaluation_record import NOTHING, Intervals, judged_pair
 from alignment.evaluation.grammar import Verdict
 from alignment.evaluation.pairwise import (
     BothOrders,
@@ -17,7 +18,6 @@ from alignment.evaluation.pairwise import (
     points_of_scores,
     position_bias,
 )
-from alignment.evaluation.tables import NOTHING, Intervals, judged_pair
 
 A, B, TIE, BAD = Verdict.first, Verdict.second, Verdict.tie, Verdict.invalid
 

@@ -11,10 +11,10 @@ import pytest
 from alignment.core.errors import NonFiniteError
 from alignment.data.records import HeldOutPrompt
 from alignment.data.turns import Message
+from alignment.evaluation.arm_labels import labels
 from alignment.evaluation.arms import Answer, Answered, TokenSum
+from alignment.evaluation.evaluation_record import Intervals, arm_row, by_task, compare, refuse_not_finite, samples
 from alignment.evaluation.house_style import GoldScore
-from alignment.evaluation.labels import labels
-from alignment.evaluation.tables import Intervals, arm_row, by_task, compare, refuse_not_finite, samples
 
 INTERVALS = Intervals(samples=500, seed=3)
 
