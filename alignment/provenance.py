@@ -16,7 +16,7 @@ from typing import Any
 from alignment.core.artifacts import MANIFEST, Manifest, read_manifest
 from alignment.core.errors import ArtifactError
 from alignment.core.shapes import fits
-from alignment.doubts import profile_of
+from alignment.report.doubts import profile_of
 
 _PLACE = re.compile(r"(?<![\w.])(?:~|\.\.?)?/(?:[^\s/'\",\]})]+/)*")
 """A path but for its last part, wherever it begins in a text."""

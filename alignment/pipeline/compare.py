@@ -16,9 +16,9 @@ from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError
 from alignment.pipeline import paired
 from alignment.pipeline.record import FILE, read_record
-from alignment.report.comparison import GOLD, MOST_RUNS, build_comparison
-from alignment.report.records import Difference, Interval
-from alignment.report.settings import flat, shown
+from alignment.report.comparison_page.comparison import GOLD, MOST_RUNS, build_comparison
+from alignment.report.comparison_page.setting_rows import flat, shown
+from alignment.report.run_page.run_records import Difference, Interval
 
 NOT_SETTINGS = ("name", "output", "summary", "launch", "tracking")
 """What a run is told that changes no result."""

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from alignment import doubts
 from alignment.config.stage import CptConfig, EvaluateConfig, PpoConfig, Trained
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ArtifactError
@@ -14,6 +13,7 @@ from alignment.data.overlap import HeldOut, Overlap, Placed
 from alignment.pipeline.amounts import rows_of
 from alignment.pipeline.frozen_rows import frozen_rows
 from alignment.pipeline.plan import Plan, PlannedStage
+from alignment.report import doubts
 
 HIGH_RATE = 1e-2
 """Above the rates of published recipes, those of LoRA too (chosen, not tuned)."""

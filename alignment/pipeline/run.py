@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment import __version__, doubts, launcher
+from alignment import __version__, launcher
 from alignment.config.did_you_mean import suggestion
 from alignment.config.launch import LaunchConfig
 from alignment.config.stage import ReportConfig
@@ -45,6 +45,7 @@ from alignment.pipeline.plan import Action, Plan, PlannedStage, make_plan
 from alignment.pipeline.record import RunRecord, read_record, seconds_then
 from alignment.pipeline.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
 from alignment.pipeline.summary import REPORT, show_results
+from alignment.report import doubts
 
 CommandFor = Callable[[LaunchConfig, Path], Command]
 """Makes the command that runs a stage file."""

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from alignment import doubts
 from alignment.pipeline import forgetting, notes
 from alignment.pipeline.display import duration, steps
 from alignment.pipeline.handover import Progress
 from alignment.pipeline.plan import Action, Plan
+from alignment.report import doubts
 
 REPORT = "report.html"
 

@@ -92,7 +92,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "report/load.py",
+        "report/run_page/run_files.py",
         "unit/report/test_page.py",
         (
             "anybody's stage file ends a report",

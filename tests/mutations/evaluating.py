@@ -202,7 +202,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "report/verdict.py",
+        "report/run_page/verdict.py",
         "unit/report/test_verdict.py",
         (
             "a comparison written the other way round keeps its sign",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignment.report.records import Interval
+from alignment.report.run_page.run_records import Interval
 from tests.e2e.conftest import environment
 from tests.proofs.common import Claim
 from tests.proofs.drawing import Row, draw_intervals

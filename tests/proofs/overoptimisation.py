@@ -29,7 +29,7 @@ from alignment.config.optim import OptimConfig
 from alignment.config.stage import Critic, GuardConfig, KlConfig, PpoConfig, PpoOptimConfig, RewardConfig
 from alignment.models.assembly.load import Lineage, load_policy
 from alignment.models.forward.generate import Sampling, generate
-from alignment.report.plots import Line
+from alignment.report.kit.plots import Line
 from alignment.stages.reward import run as reward
 from alignment.stages.shared.preference_pairs import TokenizedPair
 from alignment.training.context import StageContext

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from alignment.doubts import is_smoke, of_evaluation, of_figures, profile_of
+from alignment.report.doubts import is_smoke, of_evaluation, of_figures, profile_of
 
 
 @pytest.mark.parametrize(

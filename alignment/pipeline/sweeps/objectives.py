@@ -20,7 +20,7 @@ from alignment.evaluation.pairwise import pairs_of
 from alignment.pipeline import paired
 from alignment.pipeline.record import read_record
 from alignment.pipeline.sweeps import reported
-from alignment.report.records import Interval
+from alignment.report.run_page.run_records import Interval
 
 _METRICS = [metric.value for metric in Metric]
 

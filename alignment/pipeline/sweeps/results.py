@@ -18,8 +18,15 @@ from alignment.pipeline import paired
 from alignment.pipeline.summary import REPORT
 from alignment.pipeline.sweeps.file import Sweep
 from alignment.pipeline.sweeps.study import Study, number_of
-from alignment.report.records import Interval
-from alignment.report.sweep_records import FEWEST_FOR_IMPORTANCE, Goal, Parameter, Setting, SweepRecord, Trial
+from alignment.report.run_page.run_records import Interval
+from alignment.report.sweep_page.sweep_records import (
+    FEWEST_FOR_IMPORTANCE,
+    Goal,
+    Parameter,
+    Setting,
+    SweepRecord,
+    Trial,
+)
 
 PAGE = "sweep.html"
 FILE = "sweep.json"

@@ -12,7 +12,7 @@ from rich.console import Console
 from alignment.pipeline.notes import of_plan, of_result
 from alignment.pipeline.record import RunRecord
 from alignment.pipeline.summary import show_plan, show_results
-from alignment.report.load import read_run
+from alignment.report.run_page.run_files import read_run
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan
 
 LONG = "Dear all, the training on fire safety is on 21 March at nine in room four, and lunch is at noon."

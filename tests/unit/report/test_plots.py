@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from alignment.report import text
-from alignment.report.axes import nice_ticks, padded, segments, smoothed, thinned, tick_labels
-from alignment.report.plots import Line, curve
+from alignment.report.kit import text
+from alignment.report.kit.axes import nice_ticks, padded, segments, smoothed, thinned, tick_labels
+from alignment.report.kit.plots import Line, curve
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from alignment.report import build_sweep
-from alignment.report.records import Interval
-from alignment.report.sweep import sweep_page
-from alignment.report.sweep_axes import log_ticks, of_parameter
-from alignment.report.sweep_records import Goal, Parameter, SweepRecord, Trial
+from alignment.report.run_page.run_records import Interval
+from alignment.report.sweep_page.sweep_axes import log_ticks, of_parameter
+from alignment.report.sweep_page.sweep_records import Goal, Parameter, SweepRecord, Trial
+from alignment.report.sweep_page.sweep_report import sweep_page
 from tests.browser import browser, opened
 from tests.unit.report.test_page import HOSTILE, REQUESTS, TAGS, Page
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from alignment.doubts import of_evaluation
+from alignment.report.doubts import of_evaluation
 
 
 def lead_of(html: str) -> str:

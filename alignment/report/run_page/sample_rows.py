@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-from alignment.report.records import Sample
+from alignment.report.run_page.run_records import Sample
 
 WIDEST = "arms differ most"
 BETTER = "by hash, better half"

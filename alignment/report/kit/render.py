@@ -8,16 +8,16 @@ from pathlib import Path
 from markupsafe import Markup
 
 from alignment.core.errors import ConfigError
-from alignment.report import tables
-from alignment.report.card_page import card_view
-from alignment.report.chain import chain
-from alignment.report.curves import CHOICES, Chart, charts, num_gaps
-from alignment.report.load import read_run
-from alignment.report.pages import template, write_page
-from alignment.report.records import Evaluation, Run, Stage
-from alignment.report.samples import RULE, choose
-from alignment.report.sizes import size_curves
-from alignment.report.verdict import judge
+from alignment.report.kit.pages import template, write_page
+from alignment.report.kit.sizes import size_curves
+from alignment.report.run_page import run_tables
+from alignment.report.run_page.card_page import card_view
+from alignment.report.run_page.chain import chain
+from alignment.report.run_page.curves import CHOICES, Chart, charts, num_gaps
+from alignment.report.run_page.run_files import read_run
+from alignment.report.run_page.run_records import Evaluation, Run, Stage
+from alignment.report.run_page.sample_rows import RULE, choose
+from alignment.report.run_page.verdict import judge
 
 NUM_OPEN_SAMPLES = 3
 """Samples shown in full at once; the others open with a click, so that the page stays readable."""
@@ -42,7 +42,7 @@ def page(run: Run, *, num_samples: int) -> str:
     chosen = choose(run.samples, num_samples)
     return template("report.html.j2").render(
         run=run,
-        facts=tables.facts(run),
+        facts=run_tables.facts(run),
         verdict=judge(run),
         chain=chain(run),
         evaluation=run.evaluation,
@@ -54,10 +54,10 @@ def page(run: Run, *, num_samples: int) -> str:
         num_open=NUM_OPEN_SAMPLES,
         rule=RULE,
         label=run.evaluation.label if run.evaluation else _label,
-        usage=tables.usage_rows(run),
-        lineage=[(stage, tables.lineage(stage)) for stage in run.stages],
-        settings=[(stage, tables.settings(stage)) for stage in run.stages],
-        command=tables.command(run),
+        usage=run_tables.usage_rows(run),
+        lineage=[(stage, run_tables.lineage(stage)) for stage in run.stages],
+        settings=[(stage, run_tables.settings(stage)) for stage in run.stages],
+        command=run_tables.command(run),
     )
 
 
@@ -65,25 +65,25 @@ def page(run: Run, *, num_samples: int) -> str:
 class Evaluated:
     """The tables and plots of the evaluation."""
 
-    plot: tables.WhiskerPlot | None
-    arms: tables.ArmTable
-    comparisons: list[tables.ComparisonRow]
+    plot: run_tables.WhiskerPlot | None
+    arms: run_tables.ArmTable
+    comparisons: list[run_tables.ComparisonRow]
     axis: Markup
-    judged: list[tables.JudgedRow]
+    judged: list[run_tables.JudgedRow]
     tasks: list[tuple[str, list[tuple[str, int]]]]
 
 
 def _evaluated(evaluation: Evaluation | None) -> Evaluated | None:
     if evaluation is None:
         return None
-    comparisons, axis = tables.comparison_rows(evaluation)
+    comparisons, axis = run_tables.comparison_rows(evaluation)
     return Evaluated(
-        plot=tables.gold_plot(evaluation),
-        arms=tables.arm_table(evaluation),
+        plot=run_tables.gold_plot(evaluation),
+        arms=run_tables.arm_table(evaluation),
         comparisons=comparisons,
         axis=axis,
-        judged=tables.judged_rows(evaluation),
-        tasks=tables.task_rows(evaluation),
+        judged=run_tables.judged_rows(evaluation),
+        tasks=run_tables.task_rows(evaluation),
     )
 
 

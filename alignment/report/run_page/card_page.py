@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from alignment.report import text
-from alignment.report.plots import calibration_curve, histogram, scale_axis, scale_of, whisker
-from alignment.report.records import Interval, RewardCard
-from alignment.report.tables import Whisker, WhiskerPlot, bounds
+from alignment.report.kit import text
+from alignment.report.kit.plots import calibration_curve, histogram, scale_axis, scale_of, whisker
+from alignment.report.run_page.run_records import Interval, RewardCard
+from alignment.report.run_page.run_tables import Whisker, WhiskerPlot, bounds
 
 CHANCE = 0.5
 """Accuracy of a judge that knows nothing."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alignment.core.artifacts import Manifest
-from alignment.report import text
+from alignment.report.kit import text
 
 COMPLETE = ("done", "reused")
 """States of a stage whose artifact can be relied on."""

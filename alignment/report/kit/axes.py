@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from alignment.report import text
+from alignment.report.kit import text
 
 _ROUNDING = 1e-5
 """Share of a value below which a change is float32's, and would make ticks that differ in their last digits alone."""

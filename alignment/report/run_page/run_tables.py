@@ -9,11 +9,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from alignment.report import text
-from alignment.report.curves import CHOICES
-from alignment.report.plots import Scale, scale_axis, scale_of, whisker
-from alignment.report.records import Arm, Evaluation, Interval, Run, Stage
-from alignment.report.settings import flat, shown
+from alignment.report.comparison_page.setting_rows import flat, shown
+from alignment.report.kit import text
+from alignment.report.kit.plots import Scale, scale_axis, scale_of, whisker
+from alignment.report.run_page.curves import CHOICES
+from alignment.report.run_page.run_records import Arm, Evaluation, Interval, Run, Stage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,12 +9,12 @@ from typing import Any
 from alignment.config import yaml_file
 from alignment.core.artifacts import Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
-from alignment.doubts import profile_of
-from alignment.report import text
-from alignment.report.evaluation import read_evaluation, read_samples
-from alignment.report.forgetting import read_forgetting
-from alignment.report.records import Evaluation, RewardCard, Run, Sample, Stage
-from alignment.report.reward_card import read_card
+from alignment.report.doubts import profile_of
+from alignment.report.kit import text
+from alignment.report.run_page.evaluation_section import read_evaluation, read_samples
+from alignment.report.run_page.forgetting_section import read_forgetting
+from alignment.report.run_page.reward_card_section import read_card
+from alignment.report.run_page.run_records import Evaluation, RewardCard, Run, Sample, Stage
 
 
 def read_run(run_folder: Path) -> Run:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alignment.report import text
-from alignment.report.reading import interval, items
-from alignment.report.records import Forgetting, Remembering
+from alignment.report.kit import text
+from alignment.report.kit.checked_json import interval, items
+from alignment.report.run_page.run_records import Forgetting, Remembering
 
 
 def read_forgetting(stage: str, folder: Path | None) -> Forgetting:

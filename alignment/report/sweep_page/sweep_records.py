@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from alignment.report.records import Interval
+from alignment.report.run_page.run_records import Interval
 
 Setting = str | int | float
 

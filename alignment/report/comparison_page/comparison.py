@@ -12,15 +12,16 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from alignment.report import tables, text
-from alignment.report.curves import CHOICES, Chart, overlaid
-from alignment.report.load import read_run
-from alignment.report.pages import template, write_page
-from alignment.report.plots import scale_axis, scale_of, swatch, whisker
-from alignment.report.records import Difference, Interval, Run, Stage
-from alignment.report.render import NUM_OPEN_SAMPLES
-from alignment.report.shared_samples import RULE, share
-from alignment.report.verdict import judge
+from alignment.report.comparison_page.shared_samples import RULE, share
+from alignment.report.kit import text
+from alignment.report.kit.pages import template, write_page
+from alignment.report.kit.plots import scale_axis, scale_of, swatch, whisker
+from alignment.report.kit.render import NUM_OPEN_SAMPLES
+from alignment.report.run_page import run_tables
+from alignment.report.run_page.curves import CHOICES, Chart, overlaid
+from alignment.report.run_page.run_files import read_run
+from alignment.report.run_page.run_records import Difference, Interval, Run, Stage
+from alignment.report.run_page.verdict import judge
 
 MOST_RUNS = 8
 """As many as have a look of their own (``.runs`` in style.css)."""
@@ -67,7 +68,7 @@ class Told:
     @property
     def facts(self) -> dict[str, str]:
         """What it is, by heading."""
-        return dict(tables.facts(self.run))
+        return dict(run_tables.facts(self.run))
 
     @property
     def notes(self) -> list[str]:
@@ -170,7 +171,7 @@ def _cell(item: Interval | None) -> tuple[str, str]:
     if item is None:
         return "–", ""
     digits = 1 if abs(item.mean) >= 10 else 2
-    return text.number(item.mean, digits), tables.bounds(item, digits)
+    return text.number(item.mean, digits), run_tables.bounds(item, digits)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,7 +216,7 @@ def _gold_plots(runs: Sequence[Told]) -> Block | None:
             told=one,
             svg=whisker(gold, scale, tone=f"s{one.look}", rule=None),
             value=text.number(gold.mean),
-            bounds=tables.bounds(gold),
+            bounds=run_tables.bounds(gold),
         )
         for label, one, gold in known
     ]
@@ -295,7 +296,7 @@ def _stage_curves(name: str, kind: str, stages: Sequence[tuple[Told, Stage]]) ->
 
 def _costs(runs: Sequence[Told]) -> list[tuple[str, list[tuple[str, str, bool]]]]:
     """For each stage, each run's (time, peak memory, whether it was reused)."""
-    told = [{row.name: row for row in tables.usage_rows(one.run)} for one in runs]
+    told = [{row.name: row for row in run_tables.usage_rows(one.run)} for one in runs]
     names = dict.fromkeys(name for rows in told for name in rows)
     return [
         (

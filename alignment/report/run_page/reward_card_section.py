@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alignment.report import text
-from alignment.report.reading import interval, items, mapping, part
-from alignment.report.records import Bin, Change, Guesser, RewardCard, Subset, WrongPair
+from alignment.report.kit import text
+from alignment.report.kit.checked_json import interval, items, mapping, part
+from alignment.report.run_page.run_records import Bin, Change, Guesser, RewardCard, Subset, WrongPair
 
 
 def read_card(path: Path, stage: str) -> RewardCard | None:

@@ -9,10 +9,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from alignment.report import text
-from alignment.report.axes import Points
-from alignment.report.plots import Line, curve
-from alignment.report.records import Stage
+from alignment.report.kit import text
+from alignment.report.kit.axes import Points
+from alignment.report.kit.plots import Line, curve
+from alignment.report.run_page.run_records import Stage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignment.config.evaluation import UNTRAINED_ARMS
-from alignment.doubts import SMOKE, is_smoke, of_endings, of_figures
-from alignment.report import text
-from alignment.report.card_page import lead
-from alignment.report.records import Arm, Comparison, Evaluation, Run
+from alignment.report.doubts import SMOKE, is_smoke, of_endings, of_figures
+from alignment.report.kit import text
+from alignment.report.run_page.card_page import lead
+from alignment.report.run_page.run_records import Arm, Comparison, Evaluation, Run
 
 MIN_DISTINCT = 0.9
 """Below this share of distinct answers an arm says the same thing to different prompts (chosen, not tuned)."""

@@ -13,7 +13,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from alignment.core.files import replacing
-from alignment.report import tables, text
+from alignment.report.kit import text
+from alignment.report.run_page import run_tables
 
 
 def template(name: str, **filters: Callable[..., Any]) -> Template:
@@ -27,7 +28,12 @@ def template(name: str, **filters: Callable[..., Any]) -> Template:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        number=text.number, share=text.share, compact=text.compact, bounds=tables.bounds, opening=_opening, **filters
+        number=text.number,
+        share=text.share,
+        compact=text.compact,
+        bounds=run_tables.bounds,
+        opening=_opening,
+        **filters,
     )
     return environment.get_template(name)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from alignment.report.records import Answer, Run, Sample
-from alignment.report.samples import choose, gap
+from alignment.report.run_page.run_records import Answer, Run, Sample
+from alignment.report.run_page.sample_rows import choose, gap
 
 WIDEST = "runs differ most"
 RULE = (

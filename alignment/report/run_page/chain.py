@@ -11,8 +11,8 @@ from itertools import pairwise
 from markupsafe import Markup
 
 from alignment.config.evaluation import UNTRAINED_ARMS
-from alignment.report import text
-from alignment.report.records import Run, Stage
+from alignment.report.kit import text
+from alignment.report.run_page.run_records import Run, Stage
 
 BASE = "base model"
 """The node of the run's base model; no stage can have a name with a space."""
