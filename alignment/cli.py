@@ -142,16 +142,16 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
     elif options.verb == "plan":
         _show_plan(console, options.recipe, options.overrides)
     else:
-        from alignment.pipeline.run import run
+        from alignment.pipeline.execute.run import run
 
         return run(options.recipe, options.overrides, console=console, only=options.stage, wait=options.wait)
     return 0
 
 
 def _show_plan(console: Console, recipe: str, overrides: Sequence[str]) -> None:
-    from alignment.pipeline.launching import refuse_sizes, why_not_here
-    from alignment.pipeline.plan import make_plan
-    from alignment.pipeline.summary import show_plan
+    from alignment.pipeline.backends.feasibility import refuse_sizes, why_not_here
+    from alignment.pipeline.execute.summary import show_plan
+    from alignment.pipeline.plan.plan import make_plan
 
     plan = make_plan(recipe, overrides)
     show_plan(console, plan)

@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from alignment import bundled
 from alignment.core.artifacts import Manifest
+from alignment.pipeline.sources import bundled_model
 from alignment.provenance import Judged, Provenance, Remembered, Step, without_places
 
 _LIBRARY = {"model": "transformers", "adapter": "peft"}
@@ -87,8 +87,8 @@ def _source(manifest: Manifest) -> str:
 def _licence(manifest: Manifest) -> str:
     """Only of a bundled base is the licence known here."""
     scheme, _, name = str(manifest.base["source"]).partition(":")
-    if scheme == "bundled" and name in bundled.MODELS:
-        base = f"that of the base ({bundled.MODELS[name].licence})"
+    if scheme == "bundled" and name in bundled_model.MODELS:
+        base = f"that of the base ({bundled_model.MODELS[name].licence})"
         return f"{base} and of the data applies; that of the data is not recorded here."
     return "that of the base and of the data applies; neither is recorded here."
 

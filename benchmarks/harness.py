@@ -16,10 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from alignment import bundled, launcher
 from alignment.config.launch import LaunchConfig
 from alignment.core import hardware
-from alignment.pipeline.handover import commit_of_checkout
+from alignment.pipeline.backends import launcher
+from alignment.pipeline.execute.worker_protocol import commit_of_checkout
+from alignment.pipeline.sources import bundled_model
 from benchmarks import environments, rows
 from benchmarks.journal import Journal
 from benchmarks.machine import NO_AMX, ROOT, code_sha256, processor, scrubbed
@@ -63,7 +64,7 @@ def measure(name: str, options: Options) -> Path:
     work = WORKS[name]
     chosen = [one for one in work.contestants if not options.contestants or one in options.contestants]
     stem = _stem(name, options, whole=len(chosen) == len(work.contestants))
-    base = bundled.ensure(bundled.lookup(MODEL.source.removeprefix("bundled:")), announce=print)
+    base = bundled_model.ensure(bundled_model.lookup(MODEL.source.removeprefix("bundled:")), announce=print)
     conditions = _conditions(work, options, base)
     journal = Journal(SCRATCH / f"{stem}.jsonl", conditions, resume=options.resume)
     folder = SCRATCH / stem

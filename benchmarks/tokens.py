@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from alignment import bundled
+from alignment.pipeline.sources import bundled_model
 from benchmarks.machine import RESULTS, processor
 
 ROWS = 1_000_000
@@ -117,7 +117,7 @@ def _memory(process: psutil.Popen) -> int:
 def run(rows: int, repetitions: int) -> dict[str, Any]:
     """All measurements, in turn, and their medians."""
     name = "smollm2-135m"
-    model = bundled.ensure(bundled.lookup(name, where="benchmarks"), announce=print)
+    model = bundled_model.ensure(bundled_model.lookup(name, where="benchmarks"), announce=print)
     found: dict[str, list[dict[str, float]]] = {contestant: [] for contestant in CONTESTANTS}
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "rows.jsonl"

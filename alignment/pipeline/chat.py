@@ -15,17 +15,17 @@ from typing import Any
 
 from rich.console import Console
 
-from alignment import launcher
 from alignment.config.did_you_mean import suggestion
 from alignment.core import hardware
 from alignment.core.artifacts import MANIFEST, Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.core.files import write_text
-from alignment.pipeline import sources
-from alignment.pipeline.display import display_for
-from alignment.pipeline.record import FILE, read_record
-from alignment.pipeline.references import BASE
-from alignment.pipeline.stored_results import artifact_of, base_of
+from alignment.pipeline.backends import launcher
+from alignment.pipeline.execute.display import display_for
+from alignment.pipeline.execute.record import FILE, read_record
+from alignment.pipeline.execute.stored_results import artifact_of, base_of
+from alignment.pipeline.plan.references import BASE
+from alignment.pipeline.sources import model_sources
 
 MOST_ARMS = 2
 
@@ -143,9 +143,9 @@ class _Finder:
             where, source = base_of(manifest, folder, self._console), manifest.base["source"]
             return Speaker(name=BASE, described=source, artifact=None, base=str(where), dtype=_dtype(manifest))
         model = self._record["config"]["model"]
-        found = sources.resolve(model["source"], where="model.source")
+        found = model_sources.resolve(model["source"], where="model.source")
         if not found.ready:
-            found = sources.fetch(found, announce=display_for(self._console).note)
+            found = model_sources.fetch(found, announce=display_for(self._console).note)
         return Speaker(
             name=BASE,
             described=model["source"],

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError
-from alignment.pipeline import paired
-from alignment.pipeline.record import FILE, read_record
+from alignment.pipeline.execute import paired_differences
+from alignment.pipeline.execute.record import FILE, read_record
 from alignment.report.comparison_page.comparison import GOLD, MOST_RUNS, build_comparison
 from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.run_page.run_records import Difference, Interval
@@ -114,9 +114,9 @@ def _show_settings(console: Console, runs: Sequence[str], differing: dict[str, l
 def _arms(folder: Path) -> dict[str, _Judged]:
     """The arms of all evaluations of a run, by name."""
     found = {}
-    for artifact in paired.evaluations(folder).values():
+    for artifact in paired_differences.evaluations(folder).values():
         for row in json.loads((artifact / "evaluation.json").read_text(encoding="utf-8"))["arms"]:
-            found[row["name"]] = _Judged(row=row, scores=paired.scores(artifact, row["name"]))
+            found[row["name"]] = _Judged(row=row, scores=paired_differences.scores(artifact, row["name"]))
     return found
 
 
@@ -138,7 +138,7 @@ def _differences(judged: Sequence[dict[str, _Judged]]) -> Iterator[Difference]:
         for name in [name for name in one if name in judged[0]]:
             ours, theirs = one[name].scores, judged[0][name].scores
             for figure in [figure for figure in ours if figure in theirs]:
-                found = paired.difference(ours[figure], theirs[figure])
+                found = paired_differences.difference(ours[figure], theirs[figure])
                 interval = None if found is None else Interval(mean=found.mean, low=found.low, high=found.high)
                 yield Difference(run=place, arm=name, figure=figure, interval=interval)
 

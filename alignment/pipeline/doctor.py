@@ -16,7 +16,8 @@ from alignment.data.doctor import USES, Diagnosis, Use, examine
 from alignment.data.hub_rows import snapshot_name
 from alignment.data.overlap import HeldOut, asked_in
 from alignment.data.reading import NAMED
-from alignment.pipeline import data_sources, settings
+from alignment.pipeline.plan import settings
+from alignment.pipeline.sources import data_sources
 
 _PLACES = 8
 """Places that a reason spells out."""

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment import launcher
 from alignment.core import hardware
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.core.files import new_folder
-from alignment.pipeline.stored_results import artifact_of, base_of
+from alignment.pipeline.backends import launcher
+from alignment.pipeline.execute.stored_results import artifact_of, base_of
 
 EXPORTED = ("policy", "reward")
 

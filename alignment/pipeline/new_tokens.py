@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from alignment import launcher
 from alignment.core import hardware
 from alignment.core.files import new_folder
-from alignment.pipeline import sources
-from alignment.pipeline.display import display_for
+from alignment.pipeline.backends import launcher
+from alignment.pipeline.execute.display import display_for
+from alignment.pipeline.sources import model_sources
 
 ADVICE = """start from it by model.source=path:{}; an adapter learns the new rows only with
 stages.NAME.adapter.modules_to_save=[embed_tokens] (and lm_head, where that has weights of its own)"""
@@ -27,9 +27,9 @@ def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str)
         ModelError: there is no such model.
     """
     target = new_folder(to)
-    model = sources.resolve(source, where="MODEL")
+    model = model_sources.resolve(source, where="MODEL")
     if not model.ready:
-        model = sources.fetch(model, announce=display_for(console).note)
+        model = model_sources.fetch(model, announce=display_for(console).note)
     argv = [sys.executable, "-m", "alignment.new_tokens", str(model.folder), "--to", str(target), "--", *tokens]
     environment = launcher.environment(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
     code = subprocess.run(argv, env={**os.environ, **environment}, check=False).returncode

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment import launcher
 from alignment.config.stage import EvaluateConfig, Trained
 from alignment.core import hardware
 from alignment.core.deadline import KILLED_BY, KILLED_SECONDS
 from alignment.core.errors import ConfigError, ModelError
-from alignment.pipeline import handover
-from alignment.pipeline.display import display_for
-from alignment.pipeline.plan import PlannedStage, make_plan
-from alignment.pipeline.run import with_models
+from alignment.pipeline.backends import launcher
+from alignment.pipeline.execute import worker_protocol
+from alignment.pipeline.execute.display import display_for
+from alignment.pipeline.execute.run import with_models
+from alignment.pipeline.plan.plan import PlannedStage, make_plan
 
 
 def show_preview(
@@ -44,7 +44,9 @@ def show_preview(
 
         def file_of(one: PlannedStage) -> str:
             return str(
-                handover.write_stage_file(plan, one, plan.config.launch, git_commit="", folder=Path(folder) / one.name)
+                worker_protocol.write_stage_file(
+                    plan, one, plan.config.launch, git_commit="", folder=Path(folder) / one.name
+                )
             )
 
         argv = [sys.executable, "-m", "alignment.preview", *map(file_of, chosen), "--rows", str(rows)]

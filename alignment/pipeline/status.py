@@ -11,9 +11,10 @@ from rich.markup import escape
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError
 from alignment.core.locks import is_held
-from alignment.pipeline import handover, jobs
-from alignment.pipeline.record import FILE, read_record
-from alignment.pipeline.summary import progress_line, show_results, show_stages
+from alignment.pipeline.backends import slurm_jobs
+from alignment.pipeline.execute import worker_protocol
+from alignment.pipeline.execute.record import FILE, read_record
+from alignment.pipeline.execute.summary import progress_line, show_results, show_stages
 
 
 def show_status(console: Console, output: Path, run: str | None) -> None:
@@ -41,11 +42,11 @@ def show_status(console: Console, output: Path, run: str | None) -> None:
 def _show_one(console: Console, folder: Path) -> None:
     record = read_record(folder)
     console.print(f"[bold]{escape(folder.name)}[/]  {_state(folder, record)}", highlight=False)
-    show_stages(console, record, jobs.states(folder))
+    show_stages(console, record, slurm_jobs.states(folder))
     for name, stage in record["stages"].items():
         if stage["state"] == "running":
             artifact = Path(stage["artifact"])
-            progress = handover.read_progress(artifact.with_name(f"{artifact.name}.work"))
+            progress = worker_protocol.read_progress(artifact.with_name(f"{artifact.name}.work"))
             console.print(f"{escape(name)}: {progress_line(progress)}", highlight=False)
         if stage["state"] == "failed":
             console.print(f"log: {folder / name / 'log.txt'}", markup=False, highlight=False, soft_wrap=True)
@@ -57,6 +58,6 @@ def _state(folder: Path, record: dict[str, Any]) -> str:
 
     The lock of a job on another machine is not seen from here on every file system.
     """
-    if record["state"] == "running" and not is_held(folder / "lock") and not jobs.live(folder):
+    if record["state"] == "running" and not is_held(folder / "lock") and not slurm_jobs.live(folder):
         return "killed"
     return str(record["state"])

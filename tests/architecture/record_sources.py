@@ -26,11 +26,11 @@ KINDS = [kind for kind in STAGES if kind != "report"]
 """A report shows numbers and makes none."""
 NO_ARITHMETIC = (
     "alignment.core.artifacts",
-    "alignment.bundled",
+    "alignment.pipeline.sources.bundled_model",
     "alignment.config",
     "alignment.data.hub_rows",
     "alignment.core.errors",
-    "alignment.launcher",
+    "alignment.pipeline.backends.launcher",
     "alignment.core.locks",
     "alignment.core.resources",
     "alignment.job",

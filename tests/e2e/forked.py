@@ -48,7 +48,8 @@ def _serve() -> None:
     import peft  # noqa: F401
     import trl  # noqa: F401
 
-    from alignment import cli, launcher, report  # noqa: F401
+    from alignment import cli
+    from alignment.pipeline.backends import launcher
 
     launcher.execute = _execute
     for line in sys.stdin:

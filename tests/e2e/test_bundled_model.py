@@ -13,15 +13,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from alignment import bundled
 from alignment.core.artifacts import verify
+from alignment.pipeline.sources import bundled_model
 from tests.e2e.conftest import Align
 
-MODEL = bundled.lookup("smollm2-135m")
+MODEL = bundled_model.lookup("smollm2-135m")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not bundled.is_ready(MODEL), reason="no bundled model on this machine; `make model` fetches it")
+@pytest.mark.skipif(
+    not bundled_model.is_ready(MODEL), reason="no bundled model on this machine; `make model` fetches it"
+)
 def test_the_bundled_model_learns_in_bfloat16(new_forked: Callable[[], Align]) -> None:
     align = replace(new_forked(), recipe="quickstart")
     others = [f"~stages.{stage}" for stage in ("reward", "dpo", "ppo", "evaluate", "report")]
@@ -37,6 +39,6 @@ def test_the_bundled_model_learns_in_bfloat16(new_forked: Callable[[], Align]) -
     assert losses[-1] < losses[0] - 0.05, "the same four rows three times"
     factors = load_file(artifact / "adapters/0-sft/adapter_model.safetensors")
     assert {held.dtype for held in factors.values()} == {torch.float32}, "factors have masters, products are bfloat16"
-    base = AutoModelForCausalLM.from_pretrained(bundled.folder(MODEL), dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(bundled_model.folder(MODEL), dtype=torch.bfloat16)
     assert base.dtype is torch.bfloat16
     assert PeftModel.from_pretrained(base, artifact / "adapters/0-sft").active_adapter == "default"

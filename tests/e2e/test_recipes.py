@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from alignment.core.artifacts import verify
-from alignment.pipeline.compose import compose
+from alignment.pipeline.plan.compose import compose
 from tests.e2e.forked import Forked
 from tests.tiny import pythia_tokenizer, save_tiny_model
 

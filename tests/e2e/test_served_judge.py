@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from alignment import bundled
 from alignment.evaluation.grammar import verdict_of
+from alignment.pipeline.sources import bundled_model
 from tests.e2e.conftest import Align
 
 NEEDED = ("openai", "fastapi", "uvicorn")
@@ -31,13 +31,13 @@ def served(tmp_path: Path) -> Iterator[tuple[str, str]]:
     """URL and model name of the shipped model behind ``transformers serve``."""
     for package in NEEDED:
         pytest.importorskip(package, reason=f"transformers serve needs {', '.join(NEEDED[1:])}: pip install {package}")
-    model = bundled.lookup("smollm2-135m")
-    if not bundled.is_ready(model):
+    model = bundled_model.lookup("smollm2-135m")
+    if not bundled_model.is_ready(model):
         pytest.skip("the shipped model is not on this machine; `make model` fetches it")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    name = str(bundled.folder(model))
+    name = str(bundled_model.folder(model))
     argv = [sys.executable, "-m", "transformers.cli.transformers", "serve", name, "--device", "cpu"]
     log = tmp_path / "server.log"
     with log.open("wb") as sink:

@@ -21,7 +21,7 @@ import torch
 
 from alignment.core.artifacts import write_json
 from alignment.core.versions import PACKAGES
-from alignment.pipeline.handover import commit_of_checkout
+from alignment.pipeline.execute.worker_protocol import commit_of_checkout
 from benchmarks.machine import processor
 from tests.matrix.cells import ADAPTERS, LAUNCHERS, LOGITS, SAME, STAGES, Bench, Cell, Outcome
 from tests.matrix.rows import write_rows

@@ -18,7 +18,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/rehearsal.py",
+        "pipeline/execute/rehearsal.py",
         REHEARSAL,
         (
             "a scorer that asks for its rank is refused",
@@ -40,7 +40,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/tried.py",
+        "pipeline/execute/rehearsed.py",
         REHEARSAL,
         (
             "other lengths count as tried",
@@ -60,7 +60,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/amounts.py",
+        "pipeline/plan/row_counts.py",
         "unit/pipeline/test_amounts.py",
         (
             "prompts with other calls are one",
@@ -82,7 +82,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/compose.py",
+        "pipeline/plan/compose.py",
         "unit/pipeline/test_notes.py",
         (
             "a smoke run is taken for a real one",

@@ -9,7 +9,7 @@ SWEEP, SWEEP_AT_ONCE = "unit/pipeline/sweeps/test_sweep.py", "unit/pipeline/swee
 
 MUTATIONS = [
     *in_file(
-        "pipeline/plan.py",
+        "pipeline/plan/plan.py",
         PLAN,
         (
             "results are never reused",
@@ -43,7 +43,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/run.py",
+        "pipeline/execute/run.py",
         RUN,
         (
             "what another process has made meanwhile is made again",
@@ -89,7 +89,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/handover.py",
+        "pipeline/execute/worker_protocol.py",
         RUN,
         (
             "the kind of a worker's fault is lost",
@@ -105,7 +105,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/record.py",
+        "pipeline/execute/record.py",
         RUN,
         (
             "a run with results of other settings is done",
@@ -115,7 +115,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/pulses.py",
+        "pipeline/execute/heartbeats.py",
         "unit/pipeline/test_pulses.py",
         (
             "one process that stands still is enough",
@@ -125,7 +125,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/pulses.py",
+        "pipeline/execute/heartbeats.py",
         "unit/pipeline/test_pulses.py",
         (
             "a file that is stale for a moment ends the run",
@@ -265,7 +265,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/hostile.py",
+        "pipeline/plan/hostile.py",
         "unit/pipeline/test_compose.py",
         (
             "a configuration reads the environment",
@@ -281,7 +281,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/jobs.py",
+        "pipeline/backends/slurm_jobs.py",
         "unit/pipeline/test_jobs.py",
         (
             "all jobs start at once",
@@ -351,7 +351,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/paired.py",
+        "pipeline/execute/paired_differences.py",
         "unit/pipeline/test_compare.py",
         (
             "differences are taken of other prompts",

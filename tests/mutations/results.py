@@ -24,7 +24,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/identity.py",
+        "pipeline/plan/identity.py",
         PLAN,
         ("the seed is out of the fingerprint", '"seed": run.seed,', '"seed": 0,', RERUNS),
         (
@@ -65,7 +65,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/identity.py",
+        "pipeline/plan/identity.py",
         "unit/pipeline/test_identity.py",
         (
             "a stage's revision is out of the fingerprint",
@@ -103,7 +103,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/identity.py",
+        "pipeline/plan/identity.py",
         "unit/pipeline/test_scorers.py",
         (
             "a function's file is out of the fingerprint",
@@ -199,7 +199,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/hub.py",
+        "pipeline/sources/hub.py",
         "unit/pipeline/test_hub_data.py",
         (
             "planning downloads",
@@ -225,7 +225,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/sources.py",
+        "pipeline/sources/model_sources.py",
         PLAN,
         (
             "a hub's model counts by a branch, not by its commit",

@@ -26,7 +26,7 @@ import transformers
 
 from alignment.core.artifacts import write_json
 from alignment.core.versions import PACKAGES
-from alignment.pipeline.handover import commit_of_checkout
+from alignment.pipeline.execute.worker_protocol import commit_of_checkout
 from benchmarks.machine import processor
 from tests.proofs import (
     bandit,

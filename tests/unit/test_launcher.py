@@ -20,7 +20,7 @@ from alignment.core.errors import ConfigError
 from alignment.core.hardware import visible_devices
 from alignment.core.locks import held, is_held
 from alignment.core.resources import shipped
-from alignment.launcher import Command, command, execute, idle_threads, with_processes
+from alignment.pipeline.backends.launcher import Command, command, execute, idle_threads, with_processes
 
 STAGE_FILE = Path("/runs/r/dpo/stage.yaml")
 

@@ -12,7 +12,7 @@ import pytest
 
 from alignment.core import logs
 from alignment.core.logs import shorten
-from alignment.launcher import Command, execute
+from alignment.pipeline.backends.launcher import Command, execute
 
 
 @pytest.fixture(autouse=True)

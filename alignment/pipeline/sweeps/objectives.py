@@ -17,8 +17,8 @@ from alignment.config.sweep import LESS_IS_BETTER, Metric, ObjectiveConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.evaluation.pairwise import pairs_of
-from alignment.pipeline import paired
-from alignment.pipeline.record import read_record
+from alignment.pipeline.execute import paired_differences
+from alignment.pipeline.execute.record import read_record
 from alignment.pipeline.sweeps import reported
 from alignment.report.run_page.run_records import Interval
 
@@ -63,7 +63,7 @@ class Objective:
 
     def by_prompt(self, artifact: Path) -> dict[str, float]:
         """The figure in a result prompt by prompt; empty where it is not kept so."""
-        return paired.scores(artifact, self.arm).get(self.metric, {}) if self.arm else {}
+        return paired_differences.scores(artifact, self.arm).get(self.metric, {}) if self.arm else {}
 
     def _names(self, told: Mapping[str, Any]) -> list[str]:
         """Figures that could be asked for instead."""

@@ -12,8 +12,8 @@ from typing import Any
 from alignment.config.did_you_mean import suggestion
 from alignment.config.sweep import Pruner
 from alignment.core.errors import ArtifactError, ConfigError
-from alignment.pipeline.record import read_record
-from alignment.pipeline.sweeps.file import Sweep
+from alignment.pipeline.execute.record import read_record
+from alignment.pipeline.sweeps.sweep_file import Sweep
 
 _FILE = "metrics.jsonl"
 

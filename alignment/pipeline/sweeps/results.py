@@ -14,10 +14,10 @@ from rich.table import Table
 
 from alignment import report
 from alignment.core.artifacts import write_json
-from alignment.pipeline import paired
-from alignment.pipeline.summary import REPORT
-from alignment.pipeline.sweeps.file import Sweep
+from alignment.pipeline.execute import paired_differences
+from alignment.pipeline.execute.summary import REPORT
 from alignment.pipeline.sweeps.study import Study, number_of
+from alignment.pipeline.sweeps.sweep_file import Sweep
 from alignment.report.run_page.run_records import Interval
 from alignment.report.sweep_page.sweep_records import (
     FEWEST_FOR_IMPORTANCE,
@@ -150,7 +150,7 @@ def _verdict(
         return f"{_named(best)} the Pareto set by their means: every other is beaten by one of them" if best else ""
     if len(done) < 2 or not (figures := by_prompt[done[0].number]):
         return ""
-    differences = {one.number: paired.difference(figures, by_prompt[one.number]) for one in done[1:]}
+    differences = {one.number: paired_differences.difference(figures, by_prompt[one.number]) for one in done[1:]}
     even = [number for number, found in differences.items() if found is not None and not found.excludes_zero()]
     if None in differences.values() and not even:
         return ""  # judged on other prompts

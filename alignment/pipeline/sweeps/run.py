@@ -15,12 +15,12 @@ from rich.console import Console
 from alignment.config.sweep import Pruner
 from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError
 from alignment.core.locks import held
-from alignment.pipeline.run import run
-from alignment.pipeline.signals import INTERRUPTED, Terminated, termination_raises
+from alignment.pipeline.execute.run import run
+from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, termination_raises
 from alignment.pipeline.sweeps import results
-from alignment.pipeline.sweeps.file import Sweep, read_sweep
 from alignment.pipeline.sweeps.pruning import Curve
 from alignment.pipeline.sweeps.study import Study, number_of
+from alignment.pipeline.sweeps.sweep_file import Sweep, read_sweep
 from alignment.pipeline.sweeps.trials import Outcome, Running, Share, shares, stop_all
 
 _POLL_SECONDS = 0.5

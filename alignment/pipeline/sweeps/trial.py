@@ -17,7 +17,7 @@ from alignment.core.artifacts import write_json
 from alignment.core.errors import AlignmentError
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import Terminal, visible
-from alignment.pipeline.run import run
+from alignment.pipeline.execute.run import run
 
 _WIDTH = 120
 

@@ -12,12 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment import launcher
 from alignment.config.launch import LaunchConfig
 from alignment.core import hardware
 from alignment.core.errors import ArtifactError, ConfigError
-from alignment.pipeline.handover import tail
-from alignment.pipeline.record import read_record
+from alignment.pipeline.backends import launcher
+from alignment.pipeline.execute.record import read_record
+from alignment.pipeline.execute.worker_protocol import tail
 
 _BUG = 1
 _SAVED_LATE_SECONDS = 15.0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from alignment.core.artifacts import Manifest, publish
-from alignment.pipeline.plan import Plan, PlannedStage, make_plan
+from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 
 TURN = {"role": "user", "content": "When is the training?"}
 ROWS = {

@@ -15,9 +15,9 @@ from alignment.config.stage import CptConfig, DpoConfig, GuardConfig, PpoConfig,
 from alignment.core.errors import ConfigError
 from alignment.data.records import Prompt
 from alignment.data.turns import Message
-from alignment.pipeline.amounts import Seen, faults
-from alignment.pipeline.amounts import seen as amounts_of
-from alignment.pipeline.launching import refuse_sizes
+from alignment.pipeline.backends.feasibility import refuse_sizes
+from alignment.pipeline.plan.row_counts import Seen, faults
+from alignment.pipeline.plan.row_counts import seen as amounts_of
 from tests.unit.pipeline.conftest import ROWS, MakePlan
 
 OPTIM = OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.1)

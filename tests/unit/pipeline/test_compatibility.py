@@ -11,7 +11,7 @@ from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments, OptimConfig
 from alignment.config.run import RunConfig
 from alignment.config.stage import DpoConfig, PpoConfig, PtxConfig, SftConfig, StageConfig
-from alignment.pipeline.compatibility import faults
+from alignment.pipeline.plan.compatibility import faults
 
 
 def found(stage: StageConfig, **launch: Any) -> list[str]:

@@ -14,8 +14,8 @@ from alignment.config.stage import STAGES, PpoConfig, ScorerConfig, Trained
 from alignment.config.store import GROUPS, conf_folder, recipe_names, recipes_folder
 from alignment.config.typed import convert, typed
 from alignment.core.errors import ConfigError
-from alignment.pipeline import references, settings
-from alignment.pipeline.compose import compose
+from alignment.pipeline.plan import references, settings
+from alignment.pipeline.plan.compose import compose
 
 ROOT = Path(__file__).parents[3]
 SWEEPS = "sweep"  # files of many runs, not choices of one

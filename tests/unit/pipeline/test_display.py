@@ -7,8 +7,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from alignment.pipeline.display import display_for, duration
-from alignment.pipeline.handover import Progress
+from alignment.pipeline.execute.display import display_for, duration
+from alignment.pipeline.execute.worker_protocol import Progress
 
 
 def progress(phase: str, step: int) -> Progress:

@@ -11,8 +11,8 @@ import yaml
 from alignment.config import yaml_file
 from alignment.core import deadline
 from alignment.core.errors import ConfigError
-from alignment.pipeline.compose import compose
-from alignment.pipeline.sweeps.file import read_sweep
+from alignment.pipeline.plan.compose import compose
+from alignment.pipeline.sweeps.sweep_file import read_sweep
 
 SECRET = "canary-4711"
 NINE = ", ".join(["*{}"] * 9)

@@ -19,11 +19,11 @@ from rich.console import Console
 
 from alignment import cli
 from alignment.core.errors import ConfigError, DataError, ModelError
-from alignment.pipeline import data_sources, sources
-from alignment.pipeline.data_sources import DataSource
-from alignment.pipeline.plan import Plan, PlannedStage
-from alignment.pipeline.run import run
-from alignment.pipeline.summary import show_plan
+from alignment.pipeline.execute.run import run
+from alignment.pipeline.execute.summary import show_plan
+from alignment.pipeline.plan.plan import Plan, PlannedStage
+from alignment.pipeline.sources import data_sources, model_sources
+from alignment.pipeline.sources.data_sources import DataSource
 from tests.hub import COMMIT, NAME, leave_data_set, refusal, use_cache
 from tests.unit.pipeline.conftest import ROWS, MakePlan
 from tests.unit.pipeline.test_run import fake
@@ -159,7 +159,7 @@ def test_what_cannot_be_had_is_an_error_that_says_why_and_what_to_do(
     assert str(caught.value).startswith(f"hub:org/name@v1: {message}")
     assert str(caught.value).endswith("or give path:FOLDER")
     with pytest.raises(ModelError) as of_model:
-        sources.fetch(sources.resolve("hub:org/name@v1", where="x"), announce=lambda _: None)
+        model_sources.fetch(model_sources.resolve("hub:org/name@v1", where="x"), announce=lambda _: None)
     assert str(of_model.value) == str(caught.value)
 
 

@@ -35,8 +35,8 @@ from alignment.config.stage import (
 from alignment.config.too_long import TooLongConfig
 from alignment.config.typed import field_types, listed_dataclass
 from alignment.core.fingerprint import digest
-from alignment.pipeline import identity
-from alignment.pipeline.sources import ModelSource
+from alignment.pipeline.plan import identity
+from alignment.pipeline.sources.model_sources import ModelSource
 
 OUTSIDE = {
     # What a reference points to counts by its content.

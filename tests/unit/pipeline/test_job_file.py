@@ -12,8 +12,8 @@ import pytest
 
 from alignment.core.errors import ConfigError
 from alignment.core.resources import shipped
-from alignment.pipeline.job_file import render
-from alignment.pipeline.plan import Plan
+from alignment.pipeline.backends.slurm_job_file import render
+from alignment.pipeline.plan.plan import Plan
 from tests.unit.pipeline.conftest import MakePlan
 
 ASKED = (

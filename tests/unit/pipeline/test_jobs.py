@@ -14,10 +14,10 @@ from rich.console import Console
 
 from alignment import cli
 from alignment.core.errors import AlignmentError, Busy, ConfigError, NonFiniteError, StageError
-from alignment.pipeline import jobs, slurm
-from alignment.pipeline.plan import Plan, make_plan
-from alignment.pipeline.record import RunRecord
-from alignment.pipeline.run import run
+from alignment.pipeline.backends import slurm, slurm_jobs
+from alignment.pipeline.execute.record import RunRecord
+from alignment.pipeline.execute.run import run
+from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.status import show_status
 from tests.unit.pipeline.conftest import leave_artifact
 
@@ -74,8 +74,8 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
     made = Fakes(tmp_path / "fakes")
     monkeypatch.setenv("PATH", f"{made.folder / 'bin'}:/usr/bin:/bin")
     monkeypatch.setenv("FAKES", str(made.folder))
-    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.0)
-    monkeypatch.setattr(jobs, "_SHOWN_LATE_SECONDS", 0.0)
+    monkeypatch.setattr(slurm_jobs, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(slurm_jobs, "_SHOWN_LATE_SECONDS", 0.0)
     return made
 
 
@@ -114,7 +114,7 @@ def test_each_job_waits_for_the_one_before(submit: Submit, fakes: Fakes, run_fol
     after = [[f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"] for job in range(11, 16)]
     expected = [["--parsable", *words, file] for words, file in zip([[], *after], files, strict=True)]
     assert fakes.submitted() == expected
-    assert jobs.read_jobs(run_folder) == {name: str(job) for job, name in enumerate(names, start=11)}
+    assert slurm_jobs.read_jobs(run_folder) == {name: str(job) for job, name in enumerate(names, start=11)}
     assert "dpo: job 13" in printed
     assert "`align status quickstart` shows them, `scancel 11 12 13 14 15 16` ends them" in printed
     assert record(run_folder)["state"] == "waiting"
@@ -155,7 +155,7 @@ def test_a_refusal_of_slurm_is_shown_and_cancels_what_was_submitted(
     assert "sbatch refused it: sbatch: error: invalid partition specified: gpu" in str(caught.value)
     assert caught.value.where == str(run_folder / "dpo/stage.sbatch")
     assert fakes.cancelled() == ["11", "12"]
-    assert jobs.read_jobs(run_folder) == {}
+    assert slurm_jobs.read_jobs(run_folder) == {}
 
 
 @pytest.mark.parametrize("launch", ["slurm", "local"])
@@ -172,7 +172,7 @@ def test_a_run_whose_jobs_wait_is_not_started_twice(submit: Submit, fakes: Fakes
 
 
 def test_leaving_a_chain_leaves_its_jobs(submit: Submit, fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "follow", _interrupted)
+    monkeypatch.setattr(slurm_jobs, "follow", _interrupted)
     assert "the jobs go on: `align status quickstart`" in submit("launch.slurm.wait=true", code=130)
     assert fakes.cancelled() == []
 
@@ -184,7 +184,7 @@ def _interrupted(*_: object) -> None:
 def test_a_chain_that_was_waited_for_ends_with_its_results(
     submit: Submit, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "follow", lambda *_: (run_folder / "report.html").touch())
+    monkeypatch.setattr(slurm_jobs, "follow", lambda *_: (run_folder / "report.html").touch())
     assert f"report: {run_folder / 'report.html'}" in submit("launch.slurm.wait=true")
 
 
@@ -219,7 +219,7 @@ def sft(fakes: Fakes, overrides: list[str]) -> Plan:
 def follow(plan: Plan) -> list[str]:
     """What is shown while job 11 is followed."""
     screen = Screen()
-    jobs.follow(plan, plan.stages[:1], {"sft": "11"}, screen)
+    slurm_jobs.follow(plan, plan.stages[:1], {"sft": "11"}, screen)
     return screen.lines
 
 

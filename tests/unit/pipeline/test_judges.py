@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from alignment.core.errors import ConfigError, DataError
-from alignment.pipeline.launching import why_not_here
-from alignment.pipeline.plan import Plan
-from alignment.pipeline.summary import show_evaluation
+from alignment.pipeline.backends.feasibility import why_not_here
+from alignment.pipeline.execute.summary import show_evaluation
+from alignment.pipeline.plan.plan import Plan
 from tests.unit.pipeline.conftest import TURN, MakePlan
 from tests.unit.pipeline.worker import INTERVAL
 

@@ -11,8 +11,8 @@ from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments, OptimConfig
 from alignment.config.stage import EvaluateConfig, ReportConfig, RewardCardConfig, SftConfig
 from alignment.core.errors import ConfigError
-from alignment.pipeline import launching
-from alignment.pipeline.plan import Action
+from alignment.pipeline.backends import feasibility
+from alignment.pipeline.plan.plan import Action
 
 
 def stage(config: Any, action: Action = Action.run) -> Any:
@@ -20,7 +20,7 @@ def stage(config: Any, action: Action = Action.run) -> Any:
 
 
 def refuse(*stages: Any, num_devices: int = 0, **launch: Any) -> None:
-    launching.refuse_what_cannot_start(LaunchConfig(**launch), stages, num_devices=num_devices)
+    feasibility.refuse_what_cannot_start(LaunchConfig(**launch), stages, num_devices=num_devices)
 
 
 PAGED = SftConfig(optim=OptimConfig(lr=1e-4, moments=Moments.paged_eight_bit))
@@ -42,7 +42,7 @@ def test_a_batch_is_split_over_all_machines() -> None:
 
 
 def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(feasibility.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="zero2 is DeepSpeed's, which is not installed") as caught:
         refuse(stage(SftConfig()), sharding=Sharding.zero2)
     assert "pip install 'deepspeed" in caught.value.remedy
@@ -53,9 +53,9 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 def test_an_evaluation_and_a_report_want_one_process_or_none() -> None:
     """They run as jobs of their own with one GPU, or none, behind stages that had several."""
     launch = LaunchConfig(num_processes=0, num_machines=2, sharding=Sharding.zero3, offload=Offload.weights, threads=3)
-    assert launching.of_stage(launch, JUDGED, num_devices=1) == LaunchConfig(threads=3)
-    assert launching.of_stage(launch, RewardCardConfig(), num_devices=1) == LaunchConfig(threads=3)
-    assert launching.of_stage(launch, SftConfig(), num_devices=4).num_processes == 4
+    assert feasibility.of_stage(launch, JUDGED, num_devices=1) == LaunchConfig(threads=3)
+    assert feasibility.of_stage(launch, RewardCardConfig(), num_devices=1) == LaunchConfig(threads=3)
+    assert feasibility.of_stage(launch, SftConfig(), num_devices=4).num_processes == 4
     refuse(stage(JUDGED), num_processes=2, num_devices=1)
     refuse(stage(ReportConfig()), num_processes=0)
     with pytest.raises(ConfigError, match="2 processes, but this machine has 1 GPU"):

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from alignment.config.stage import RewardCardConfig
 from alignment.core.errors import ConfigError, DataError, ModelError
-from alignment.pipeline.plan import Plan, PlannedStage, make_plan
-from alignment.pipeline.references import slots
-from alignment.pipeline.summary import show_card
+from alignment.pipeline.execute.summary import show_card
+from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
+from alignment.pipeline.plan.references import slots
 
 TURN = [{"role": "user", "content": "When is the training?"}]
 PAIR = {"messages": TURN, "chosen": "On 21 March.", "rejected": "Great question!"}

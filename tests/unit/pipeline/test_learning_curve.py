@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from alignment.config.stage import SftConfig
-from alignment.pipeline.plan import Plan, PlannedStage, make_plan
+from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from alignment.config.launch import LaunchConfig
 from alignment.config.stage import EvaluateConfig, SftConfig
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import ConfigError, StageError
-from alignment.launcher import Command
-from alignment.pipeline import machines
-from alignment.pipeline.plan import Action
+from alignment.pipeline.backends import machines
+from alignment.pipeline.backends.launcher import Command
+from alignment.pipeline.plan.plan import Action
 
 LAUNCH = LaunchConfig(num_machines=2, machine_rank=1)
 

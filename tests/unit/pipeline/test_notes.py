@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alignment.pipeline.notes import of_plan, of_result
-from alignment.pipeline.record import RunRecord
-from alignment.pipeline.summary import show_plan, show_results
+from alignment.pipeline.execute.notes import of_plan, of_result
+from alignment.pipeline.execute.record import RunRecord
+from alignment.pipeline.execute.summary import show_plan, show_results
 from alignment.report.run_page.run_files import read_run
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from alignment.core.errors import StageError
-from alignment.pipeline import handover
-from alignment.pipeline.pulses import Sign, Watch, read_signs, refuse_stuck
+from alignment.pipeline.execute import worker_protocol
+from alignment.pipeline.execute.heartbeats import Sign, Watch, read_signs, refuse_stuck
 
 
 def _sign(rank: int, **changes: Any) -> Sign:
@@ -74,7 +74,7 @@ def test_a_file_that_goes_while_it_is_read_is_no_fault(
 
     monkeypatch.setattr(Path, "read_text", gone)
     assert read_signs(tmp_path) == []
-    assert handover.read_progress(tmp_path) is None
+    assert worker_protocol.read_progress(tmp_path) is None
 
 
 def test_signs_are_read_by_rank(tmp_path: Path) -> None:

@@ -12,16 +12,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment import launcher
 from alignment import rehearse as worker
 from alignment.core import hardware
 from alignment.core.errors import AlignmentError, DataError, RewardError, StageError
 from alignment.data.tokens.rendering import LAST_STAND_IN
-from alignment.pipeline import machines
-from alignment.pipeline.plan import Plan
-from alignment.pipeline.record import read_record
-from alignment.pipeline.rehearsal import rehearse
-from alignment.pipeline.run import run
+from alignment.pipeline.backends import launcher, machines
+from alignment.pipeline.execute.record import read_record
+from alignment.pipeline.execute.rehearsal import rehearse
+from alignment.pipeline.execute.run import run
+from alignment.pipeline.plan.plan import Plan
 from tests.tiny import tiny_tokenizer
 from tests.unit.pipeline.conftest import MakePlan, leave_artifact
 
@@ -155,7 +154,7 @@ def test_a_tokenizer_without_a_template_is_named(tried: Callable[..., Plan], tmp
 def test_what_does_not_answer_in_time_is_ended(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     def execute(command: launcher.Command, *, on_poll: Callable[[], None], **_: Any) -> int:
         on_poll()
-        monkeypatch.setattr("alignment.pipeline.rehearsal.time.monotonic", lambda: 1e9)
+        monkeypatch.setattr("alignment.pipeline.execute.rehearsal.time.monotonic", lambda: 1e9)
         on_poll()
         return 0
 
@@ -221,7 +220,7 @@ def test_a_run_tries_before_its_first_stage(overrides: list[str], monkeypatch: p
     def refuse(*_: Any, **__: Any) -> None:
         raise DataError("no row fits")
 
-    monkeypatch.setattr("alignment.pipeline.rehearsal.rehearse", refuse)
+    monkeypatch.setattr("alignment.pipeline.execute.rehearsal.rehearse", refuse)
     with pytest.raises(DataError, match="no row fits"):
         run("quickstart", overrides, console=Console(file=StringIO()))
     record = read_record(Path(overrides[0].removeprefix("output=")) / "runs/quickstart")

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from alignment.pipeline import sources
-from alignment.pipeline.sources import remembered_sha256
+from alignment.pipeline.sources import model_sources
+from alignment.pipeline.sources.model_sources import remembered_sha256
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where hashes are kept of files of eight bytes, which were touched long ago."""
-    monkeypatch.setattr(sources, "_LARGE", 8)
-    monkeypatch.setattr(sources, "_SETTLED_NS", -1)
+    monkeypatch.setattr(model_sources, "_LARGE", 8)
+    monkeypatch.setattr(model_sources, "_SETTLED_NS", -1)
     monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache/sha256"
 
@@ -28,8 +28,8 @@ def _sha(content: bytes) -> str:
 
 def _count_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     read: list[Path] = []
-    real = sources.file_sha256
-    monkeypatch.setattr(sources, "file_sha256", lambda path: (read.append(path), real(path))[1])
+    real = model_sources.file_sha256
+    monkeypatch.setattr(model_sources, "file_sha256", lambda path: (read.append(path), real(path))[1])
     return read
 
 
@@ -61,7 +61,7 @@ def test_a_file_that_was_touched_just_now_is_not_remembered(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second write within a tick of the kernel's clock would look like none."""
-    monkeypatch.setattr(sources, "_SETTLED_NS", 3_600 * 10**9)
+    monkeypatch.setattr(model_sources, "_SETTLED_NS", 3_600 * 10**9)
     (tmp_path / "a").write_bytes(b"01234567")
     assert remembered_sha256(tmp_path / "a") == _sha(b"01234567")
     assert not cache.exists()
@@ -77,7 +77,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(
         path.write_bytes(b"01234567abc")
         return _sha(b"01234567")
 
-    monkeypatch.setattr(sources, "file_sha256", read_and_write)
+    monkeypatch.setattr(model_sources, "file_sha256", read_and_write)
     remembered_sha256(file)
     assert not cache.exists()
 

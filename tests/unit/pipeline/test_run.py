@@ -19,17 +19,17 @@ import pytest
 import yaml
 from rich.console import Console
 
-from alignment import launcher
 from alignment.config.launch import LaunchConfig
 from alignment.core.errors import AlignmentError, ArtifactError, Busy, ConfigError, NonFiniteError, StageError
 from alignment.core.locks import held
 from alignment.core.streams import Unfailing
 from alignment.job import read_spec
-from alignment.launcher import Command
-from alignment.pipeline import handover
-from alignment.pipeline.record import RunRecord
-from alignment.pipeline.run import run
-from alignment.pipeline.signals import Terminated, termination_raises
+from alignment.pipeline.backends import launcher
+from alignment.pipeline.backends.launcher import Command
+from alignment.pipeline.execute import worker_protocol
+from alignment.pipeline.execute.record import RunRecord
+from alignment.pipeline.execute.run import run
+from alignment.pipeline.execute.signals import Terminated, termination_raises
 from alignment.pipeline.status import show_status
 
 ROOT = Path(__file__).parents[3]
@@ -178,7 +178,7 @@ def test_a_stage_that_could_not_write_how_it_ended_is_told_by_the_full_disk(
     align: Align, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORKER_FAULT", "sft:crash")
-    monkeypatch.setattr("alignment.pipeline.handover.is_full", lambda _: True)
+    monkeypatch.setattr("alignment.pipeline.execute.worker_protocol.is_full", lambda _: True)
     with pytest.raises(StageError, match=r"no space left on the device; .* free; it could not write") as caught:
         align()
     assert "free space and run again" in caught.value.remedy
@@ -191,7 +191,7 @@ def test_a_record_that_cannot_be_written_does_not_hide_why_the_run_failed(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setenv("WORKER_FAULT", "sft:fail")
-    monkeypatch.setattr(handover, "notes", lambda _: monkeypatch.setattr(RunRecord, "_save", full) or [])
+    monkeypatch.setattr(worker_protocol, "notes", lambda _: monkeypatch.setattr(RunRecord, "_save", full) or [])
     with pytest.raises(NonFiniteError, match="the loss is NaN"):
         align()
 

@@ -13,9 +13,9 @@ import yaml
 from rich.console import Console
 
 from alignment.core.errors import ArtifactError, ConfigError, DataError, ModelError, RewardError
-from alignment.pipeline.plan import Plan, PlannedStage
-from alignment.pipeline.run import run
-from alignment.pipeline.summary import show_plan
+from alignment.pipeline.execute.run import run
+from alignment.pipeline.execute.summary import show_plan
+from alignment.pipeline.plan.plan import Plan, PlannedStage
 from tests.unit.pipeline.conftest import MakePlan, leave_artifact
 from tests.unit.pipeline.test_run import fake
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignment.core.errors import ConfigError
-from alignment.pipeline import settings
+from alignment.pipeline.plan import settings
 from tests.unit.pipeline.conftest import MakePlan
 
 DPO = "stages.dpo.adapter"

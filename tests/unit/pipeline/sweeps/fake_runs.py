@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from alignment.core.artifacts import MANIFEST, Manifest
-from alignment.pipeline.summary import REPORT
+from alignment.pipeline.execute.summary import REPORT
 from alignment.pipeline.sweeps.run import sweep
 
 BETAS = ["0.05", "0.1", "0.3", "0.5"]

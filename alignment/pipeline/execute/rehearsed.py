@@ -1,4 +1,4 @@
-"""Trials that went well (alignment/pipeline/rehearsal.py) are remembered, so that the same is not tried twice.
+"""Trials that went well (alignment/pipeline/execute/rehearsal.py) are remembered, so that the same is not tried twice.
 
 A file for each in ``artifacts/.tried``, named by all that a trial looks at. What it does not look at may change: rates,
 betas, what the stage starts from. So a run that goes on and the later trials of a sweep need not wait again.
@@ -14,7 +14,7 @@ from alignment import __version__
 from alignment.config.typed import to_plain
 from alignment.core.files import write_text
 from alignment.core.fingerprint import digest
-from alignment.pipeline.plan import Plan, PlannedStage
+from alignment.pipeline.plan.plan import Plan, PlannedStage
 
 FOLDER = ".tried"
 ROWS, SCORERS = "rows", "scorers"

@@ -12,8 +12,8 @@ from pathlib import Path
 from alignment.core.errors import DataError
 from alignment.data.bundled_files import locate
 from alignment.data.hub_rows import content_of
-from alignment.pipeline import hub
-from alignment.pipeline.sources import remembered_sha256
+from alignment.pipeline.sources import hub
+from alignment.pipeline.sources.model_sources import remembered_sha256
 
 _PATTERNS = ("README.md", "*.json", "*.json.*", "*.jsonl", "*.jsonl.*", "*.csv", "*.csv.*", "*.tsv", "*.parquet")
 """Files that are downloaded: what says which splits there are, and data."""

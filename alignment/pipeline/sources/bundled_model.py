@@ -204,7 +204,7 @@ def _only_one(path: Path, announce: Announce) -> Iterator[None]:
 
 
 def main() -> int:
-    """Fetches every bundled model: ``python -m alignment.bundled``. Returns 0, or the exit code of the fault."""
+    """Fetches every bundled model: ``python -m alignment.pipeline.sources.bundled_model``. Returns 0, or the exit code of the fault."""
     try:
         for model in MODELS.values():
             print(ensure(model, announce=print))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from alignment.evaluation.bootstrap import Interval, mean_interval
-from alignment.pipeline.record import read_record
+from alignment.pipeline.execute.record import read_record
 
 SAMPLES = 2000
 SEED = 0

@@ -9,9 +9,9 @@ from rich.console import Console
 from alignment.config.did_you_mean import suggestion
 from alignment.core.artifacts import Manifest
 from alignment.core.errors import ConfigError, ModelError
-from alignment.pipeline import sources
-from alignment.pipeline.display import display_for
-from alignment.pipeline.record import FILE, read_record
+from alignment.pipeline.execute.display import display_for
+from alignment.pipeline.execute.record import FILE, read_record
+from alignment.pipeline.sources import model_sources
 
 
 def artifact_of(result: str, output: Path) -> Path:
@@ -48,9 +48,9 @@ def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:
         if (there / "config.json").is_file():
             return there
         raise ModelError("the base that it stands on is gone", where=str(there), remedy="put it there again")
-    model = sources.resolve(manifest.base["source"], where=str(artifact))
+    model = model_sources.resolve(manifest.base["source"], where=str(artifact))
     if not model.ready:
-        model = sources.fetch(model, announce=display_for(console).note)
+        model = model_sources.fetch(model, announce=display_for(console).note)
     if model.identity != recorded or model.folder is None:
         raise ModelError(
             f"{manifest.base['source']} is another model now than the one that {artifact.name} stands on",

@@ -18,20 +18,20 @@ from alignment.config.tracking import TrackingConfig
 from alignment.core.errors import DataError
 from alignment.data.chat_template import template_text
 from alignment.data.formats import COLUMNS, FORMATS
-from alignment.pipeline import judges, learned, scorers
+from alignment.pipeline.plan import judge_checks, learned_pairs, scorer_checks
 
 
 def faults(config: RunConfig) -> list[Fault]:
     """Everything wrong with a run's template, Slurm jobs, trackers, adapters, data and judges."""
     found: list[Fault] = [*_template_faults(config.model), *_slurm_faults(config.launch)]
-    found += [*_tracking_faults(config.tracking), *learned.faults(config)]
+    found += [*_tracking_faults(config.tracking), *learned_pairs.faults(config)]
     for name, stage in config.stages.items():
         where = f"stages.{name}"
         if isinstance(stage, Trained):
             found += _master_faults(stage, config.model.dtype, where)
             found += _chain_faults(stage, config, f"{where}.adapter")
         if not isinstance(stage, ReportConfig):
-            found += _data_faults(stage.data, f"{where}.data", read_by_code=bool(scorers.functions(stage)))
+            found += _data_faults(stage.data, f"{where}.data", read_by_code=bool(scorer_checks.functions(stage)))
         if isinstance(stage, PpoConfig):
             found += _data_faults(stage.ptx.data, f"{where}.ptx.data")
         if isinstance(stage, RewardCardConfig) and stage.learned.source:
@@ -40,7 +40,7 @@ def faults(config: RunConfig) -> list[Fault]:
             found += _data_faults(stage.questions, f"{where}.questions")
         if isinstance(stage, EvaluateConfig):
             found += _data_faults(stage.few_shot.data, f"{where}.few_shot.data")
-            found += judges.faults(stage, where, hang_seconds=config.launch.hang_seconds)
+            found += judge_checks.faults(stage, where, hang_seconds=config.launch.hang_seconds)
     return found
 
 

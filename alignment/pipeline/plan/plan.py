@@ -29,23 +29,23 @@ from alignment.data.bundled_files import RECORDS
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation, PreferencePair, Question, Record
 from alignment.job import StageInput
-from alignment.pipeline import (
-    amounts,
+from alignment.pipeline.plan import (
     compatibility,
-    data_sources,
     identity,
-    learned,
+    learned_pairs,
     references,
-    scorers,
+    row_counts,
+    scorer_checks,
     settings,
     unread,
 )
-from alignment.pipeline.amounts import Seen
-from alignment.pipeline.compose import compose
-from alignment.pipeline.data_sources import DataSource
-from alignment.pipeline.reasons import Made, made, reason_to_run
-from alignment.pipeline.references import Slot
-from alignment.pipeline.sources import ModelSource, refuse_policy, resolve
+from alignment.pipeline.plan.compose import compose
+from alignment.pipeline.plan.reasons import Made, made, reason_to_run
+from alignment.pipeline.plan.references import Slot
+from alignment.pipeline.plan.row_counts import Seen
+from alignment.pipeline.sources import data_sources
+from alignment.pipeline.sources.data_sources import DataSource
+from alignment.pipeline.sources.model_sources import ModelSource, refuse_policy, resolve
 
 CHECKPOINT_MANIFEST = "alignment_checkpoint.json"
 """Written last into a checkpoint by ``alignment.training.checkpoints``; a folder without it never counts."""
@@ -127,11 +127,11 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     named = {fault.where for fault in faults}  # a faulty field holds its default, of which nothing more need be said
     faults += [fault for fault in references.faults(config.stages) if fault.where.partition("[")[0] not in named]
     named |= {fault.where for fault in faults}
-    later = [*scorers.faults(config.stages), *settings.faults(config), *unread.faults(config)]
+    later = [*scorer_checks.faults(config.stages), *settings.faults(config), *unread.faults(config)]
     later += compatibility.faults(config)
     found = [*faults, *(fault for fault in later if fault.where not in named)]
     refuse([composition.placed(fault) for fault in found])
-    config = learned.with_learned(config)
+    config = learned_pairs.with_learned(config)
     data, seen = _checked_data(config)
     output = Path(config.output).expanduser().absolute()
     builder = _Builder(
@@ -181,7 +181,7 @@ def _read(file: _File, path: Path) -> Seen:
     for record in records:
         for check in file.checks:
             check(record)
-    return amounts.seen(records, whole=how.limit == file.data.limit or len(records) < CHECKED_ROWS)
+    return row_counts.seen(records, whole=how.limit == file.data.limit or len(records) < CHECKED_ROWS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,7 +197,7 @@ class _File:
 def _files_of(stage: StageConfig) -> Iterator[_File]:
     if isinstance(stage, ReportConfig):
         return
-    checks = scorers.row_checks(stage)
+    checks = scorer_checks.row_checks(stage)
     yield from _mixed_files(_File(field=DATA, data=stage.data, record=RECORDS[stage.kind], checks=checks), stage.data)
     if isinstance(stage, PpoConfig) and stage.ptx.coefficient > 0:
         yield from _mixed_files(_File(field="ptx.data", data=stage.ptx.data, record=Conversation), stage.ptx.data)
@@ -262,7 +262,7 @@ class _Builder:
         action, reason = self._action(name, fingerprint, artifact, work, described, refs)
         planned = PlannedStage(
             name=name,
-            config=scorers.with_files(config),
+            config=scorer_checks.with_files(config),
             action=action,
             reason=reason,
             fingerprint=fingerprint,
@@ -273,7 +273,7 @@ class _Builder:
             data=paths.get(DATA),
             extra_data={field: path for field, path in paths.items() if field != DATA},
             hub_data=tuple(one for one in self._data[name].values() if one.is_hub),
-            code=tuple(map(str, scorers.functions(config).values())),
+            code=tuple(map(str, scorer_checks.functions(config).values())),
             seen=self._seen[name],
             artifact=artifact,
             work=work,

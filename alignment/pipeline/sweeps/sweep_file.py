@@ -20,8 +20,8 @@ from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Searc
 from alignment.config.typed import sweep_from_plain
 from alignment.core.errors import AlignmentError, ConfigError
 from alignment.core.fingerprint import digest
-from alignment.pipeline import launching
-from alignment.pipeline.plan import Plan, make_plan
+from alignment.pipeline.backends import feasibility
+from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.sweeps import objectives
 from alignment.pipeline.sweeps.objectives import Objective
 
@@ -76,8 +76,8 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
     plan = _checked_plan(recipe, overrides, config.parameters, path)
     refuse(_placed(path, _faults_beside(config, plan.config.stages)))
     _refuse_unwatched(plan.config.launch, config.pruning)
-    launching.refuse_what_cannot_start(
-        plan.config.launch, plan.stages, num_devices=launching.devices_for(plan.config.launch)
+    feasibility.refuse_what_cannot_start(
+        plan.config.launch, plan.stages, num_devices=feasibility.devices_for(plan.config.launch)
     )
     found = objectives.resolve(config.objective, plan.config.stages)
     # The fingerprint of a stage covers recipe, overrides and data; what it does not reach changes no figure of it.

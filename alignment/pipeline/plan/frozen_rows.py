@@ -7,8 +7,8 @@ import json
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import NEW_TOKENS
 from alignment.config.stage import Trained
-from alignment.pipeline.plan import Action, Plan
-from alignment.pipeline.references import BASE
+from alignment.pipeline.plan.plan import Action, Plan
+from alignment.pipeline.plan.references import BASE
 
 
 def frozen_rows(plan: Plan) -> str | None:

@@ -32,7 +32,7 @@ from alignment.core.errors import (
 from alignment.core.files import disk_error, is_full, write_text
 from alignment.data.chat_template import template_file
 from alignment.job import StageInput
-from alignment.pipeline.plan import Plan, PlannedStage
+from alignment.pipeline.plan.plan import Plan, PlannedStage
 
 ERRORS = {
     kind.exit_code: kind

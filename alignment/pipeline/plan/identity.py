@@ -11,8 +11,8 @@ from alignment.config.run import RunConfig
 from alignment.config.stage import EvaluateConfig, PpoConfig, PtxConfig, StageConfig
 from alignment.core.fingerprint import canonical, digest, file_sha256
 from alignment.data.chat_template import template_text
-from alignment.pipeline import scorers
-from alignment.pipeline.sources import ModelSource
+from alignment.pipeline.plan import scorer_checks
+from alignment.pipeline.sources.model_sources import ModelSource
 
 RULE = Path(__file__).parents[1] / "evaluation" / "house_style.py"
 """The gold rule and the style prompt: what was judged under an older rule is not reused."""
@@ -34,9 +34,12 @@ def of_stage(
     stage logs or saves are not.
     """
     stage = run.stages[name]
-    judged = isinstance(stage, EvaluateConfig) or scorers.uses_house_style(stage)
+    judged = isinstance(stage, EvaluateConfig) or scorer_checks.uses_house_style(stage)
     others = {field: content for field, content in data.items() if field != "data"}
-    seldom = {"extra_data": others, "code": scorers.code(stage)}  # absent where empty, as in results made before these
+    seldom = {
+        "extra_data": others,
+        "code": scorer_checks.code(stage),
+    }  # absent where empty, as in results made before these
     return {
         "stage": name,
         "kind": stage.kind,
@@ -58,7 +61,7 @@ def _as_read(stage: StageConfig) -> StageConfig:
         return replace(stage, few_shot=FewShotConfig())
     if isinstance(stage, PpoConfig) and stage.ptx.coefficient == 0.0:
         stage = replace(stage, ptx=PtxConfig())
-    return scorers.without_places(stage)
+    return scorer_checks.without_places(stage)
 
 
 def _template(run: RunConfig) -> dict[str, str]:

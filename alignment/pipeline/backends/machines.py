@@ -16,18 +16,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment import launcher
 from alignment.config.launch import LaunchConfig
 from alignment.config.stage import Measuring, ReportConfig
 from alignment.core import hardware
 from alignment.core.artifacts import read_manifest, write_json
 from alignment.core.errors import PREEMPTED, ArtifactError, ConfigError, StageError
-from alignment.launcher import Command
-from alignment.pipeline import launching
-from alignment.pipeline.forgetting import FORGOT
-from alignment.pipeline.plan import Action, Plan, PlannedStage
-from alignment.pipeline.record import read_record
-from alignment.pipeline.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
+from alignment.pipeline.backends import feasibility, launcher
+from alignment.pipeline.backends.launcher import Command
+from alignment.pipeline.execute.forgetting_gate import FORGOT
+from alignment.pipeline.execute.record import read_record
+from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
+from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
 
 ATTEMPT = "attempt.json"
 LIFE = "machine-0.alive"
@@ -121,7 +120,9 @@ class _Follower:
         if attempt["fingerprint"] != self._stage.fingerprint:
             raise self._other()
         self._answered, self._seen_running = attempt["attempt"], True
-        launch = launching.of_stage(self._plan.config.launch, self._stage.config, num_devices=hardware.count_devices())
+        launch = feasibility.of_stage(
+            self._plan.config.launch, self._stage.config, num_devices=hardware.count_devices()
+        )
         launcher.execute(
             self._command_for(launch, self._folder / "stage.yaml"),
             log=self._folder / f"log-{launch.machine_rank}.txt",

@@ -14,7 +14,7 @@ from alignment.config.launch import SlurmConfig
 from alignment.config.stage import Measuring, ReportConfig, StageConfig
 from alignment.core.errors import ConfigError
 from alignment.core.resources import shipped
-from alignment.pipeline.plan import Plan, PlannedStage
+from alignment.pipeline.plan.plan import Plan, PlannedStage
 
 TEMPLATE = Path("slurm") / "stage.sbatch"
 HERE = "launch.slurm.submit=false"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment import __version__, launcher
+from alignment import __version__
 from alignment.config.did_you_mean import suggestion
 from alignment.config.launch import LaunchConfig
 from alignment.config.stage import ReportConfig
@@ -23,28 +23,18 @@ from alignment.core.errors import PREEMPTED, ArtifactError, Busy, ConfigError
 from alignment.core.files import remove_leftovers, replacing
 from alignment.core.locks import held, is_held
 from alignment.core.resources import CODE_ROOT
-from alignment.launcher import Command
-from alignment.pipeline import (
-    data_sources,
-    forgetting,
-    handover,
-    jobs,
-    launching,
-    machines,
-    notes,
-    pulses,
-    references,
-    rehearsal,
-    slurm,
-    sources,
-)
-from alignment.pipeline.display import Display, display_for, duration
-from alignment.pipeline.handover import Preempted
-from alignment.pipeline.job_file import HERE
-from alignment.pipeline.plan import Action, Plan, PlannedStage, make_plan
-from alignment.pipeline.record import RunRecord, read_record, seconds_then
-from alignment.pipeline.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
-from alignment.pipeline.summary import REPORT, show_results
+from alignment.pipeline.backends import feasibility, launcher, machines, slurm, slurm_jobs
+from alignment.pipeline.backends.launcher import Command
+from alignment.pipeline.backends.slurm_job_file import HERE
+from alignment.pipeline.execute import forgetting_gate, heartbeats, notes, rehearsal, worker_protocol
+from alignment.pipeline.execute.display import Display, display_for, duration
+from alignment.pipeline.execute.record import RunRecord, read_record, seconds_then
+from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
+from alignment.pipeline.execute.summary import REPORT, show_results
+from alignment.pipeline.execute.worker_protocol import Preempted
+from alignment.pipeline.plan import references
+from alignment.pipeline.plan.plan import Action, Plan, PlannedStage, make_plan
+from alignment.pipeline.sources import data_sources, model_sources
 from alignment.report import doubts
 
 CommandFor = Callable[[LaunchConfig, Path], Command]
@@ -84,7 +74,7 @@ def run(
         return _submit(plan, only, console, wait=wait)
     _make_writable(plan)
     if only is None:
-        jobs.refuse_queued(plan.run_folder)
+        slurm_jobs.refuse_queued(plan.run_folder)
     if launch.machine_rank:
         plan = _with_all(plan, display_for(console), only)
         return machines.follow(plan, _chosen(plan, only), console=console, command_for=command_for)
@@ -116,11 +106,11 @@ def _execute(
                 record.finish("failed")
             raise
         if record.end():
-            if forgetting.lost(plan.stages):
-                record.finish(forgetting.FORGOT)
+            if forgetting_gate.lost(plan.stages):
+                record.finish(forgetting_gate.FORGOT)
             show_results(console, plan.run_folder, record.content)
     if HERE not in plan.overrides:  # in a job: the chain goes on, and who waits for its end hears of it
-        forgetting.refuse(_chosen(plan, only), plan.config.stages)
+        forgetting_gate.refuse(_chosen(plan, only), plan.config.stages)
     return 0
 
 
@@ -128,7 +118,7 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
     """Hands the stages that have to run to Slurm, and stays until they have ended if asked to."""
     display = display_for(console)
     with held(plan.run_folder / "submit.lock", wait=False):
-        jobs.refuse_queued(plan.run_folder)
+        slurm_jobs.refuse_queued(plan.run_folder)
         with held(plan.run_folder / "lock", wait=False):  # given back before the first job wants it
             plan = _with_all(plan, display, only)
             RunRecord(plan, only=only).end()
@@ -138,25 +128,25 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
                 _reuse(plan, stage, display)
             else:
                 waiting.append(stage)
-        submitted = jobs.submit(plan, waiting, wait=wait)
+        submitted = slurm_jobs.submit(plan, waiting, wait=wait)
     for name, job in submitted.items():
         display.note(f"{name}: job {job}")
     if submitted and not plan.config.launch.slurm.wait:
-        display.note(jobs.advice(plan.config.name, submitted))
+        display.note(slurm_jobs.advice(plan.config.name, submitted))
         return 0
     try:
-        jobs.follow(plan, waiting, submitted, display)
+        slurm_jobs.follow(plan, waiting, submitted, display)
     except KeyboardInterrupt:
-        display.note(f"the jobs go on: {jobs.advice(plan.config.name, submitted)}")
+        display.note(f"the jobs go on: {slurm_jobs.advice(plan.config.name, submitted)}")
         return INTERRUPTED
     show_results(console, plan.run_folder, read_record(plan.run_folder))
-    forgetting.refuse(_chosen(plan, only), plan.config.stages)
+    forgetting_gate.refuse(_chosen(plan, only), plan.config.stages)
     return 0
 
 
 def _refuse_what_cannot_start(plan: Plan, only: str | None) -> None:
     launch = plan.config.launch
-    launching.refuse_what_cannot_start(launch, _chosen(plan, only), num_devices=launching.devices_for(launch))
+    feasibility.refuse_what_cannot_start(launch, _chosen(plan, only), num_devices=feasibility.devices_for(launch))
 
 
 def _with_all(plan: Plan, display: Display, only: str | None) -> Plan:
@@ -236,7 +226,7 @@ def with_models(plan: Plan, display: Display, *, stages: Sequence[PlannedStage])
     if not stages or not (missing or data):
         return plan
     for model in missing:
-        sources.fetch(model, announce=display.note)
+        model_sources.fetch(model, announce=display.note)
     for one in data.values():
         data_sources.fetch(one, announce=display.note)
     return make_plan(plan.recipe, plan.overrides)
@@ -320,23 +310,23 @@ def _remove_work(stage: PlannedStage) -> None:
 
 
 def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: CommandFor, lock: int) -> None:
-    commit = handover.commit_of_checkout(CODE_ROOT)
-    launch = launching.of_stage(plan.config.launch, stage.config, num_devices=hardware.count_devices())
-    stage_file = handover.write_stage_file(plan, stage, launch, git_commit=commit)
+    commit = worker_protocol.commit_of_checkout(CODE_ROOT)
+    launch = feasibility.of_stage(plan.config.launch, stage.config, num_devices=hardware.count_devices())
+    stage_file = worker_protocol.write_stage_file(plan, stage, launch, git_commit=commit)
     folder = stage_file.parent
     for written in (folder, stage.work):
         remove_leftovers(written)
     (folder / "status.json").unlink(missing_ok=True)
     (stage.work / "progress.json").unlink(missing_ok=True)
     shutil.rmtree(stage.work / "pulse", ignore_errors=True)
-    watch = pulses.Watch(stage.work)
+    watch = heartbeats.Watch(stage.work)
 
     def on_poll() -> None:
         machines.show_life(plan.run_folder, plan.config.launch)
-        if (progress := handover.read_progress(stage.work)) is not None:
+        if (progress := worker_protocol.read_progress(stage.work)) is not None:
             display.update(progress)
         if launch.hang_seconds:
-            pulses.refuse_stuck(
+            heartbeats.refuse_stuck(
                 watch.look(),
                 processes=launch.world_size,
                 limit=launch.hang_seconds,
@@ -352,9 +342,9 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
             grace_seconds=launch.grace_seconds,
             keep_open=[lock],
         )
-    for note in handover.notes(folder):
+    for note in worker_protocol.notes(folder):
         display.note(f"{stage.name}: {note}")
-    handover.raise_for_status(folder, code=code, stage=stage.name)
+    worker_protocol.raise_for_status(folder, code=code, stage=stage.name)
     manifest = read_manifest(stage.artifact)
     if manifest is None or manifest.fingerprint != stage.fingerprint:
         raise ArtifactError(

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment import bundled
 from alignment.core.artifacts import write_json
 from alignment.core.errors import ModelError
 from alignment.core.fingerprint import digest, file_sha256
 from alignment.core.model_files import refuse_weights_elsewhere
-from alignment.pipeline import hub
+from alignment.pipeline.sources import bundled_model, hub
 
 _IDENTITY_SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".txt"}
 _LARGE = 16 << 20
@@ -49,10 +48,10 @@ def resolve(source: str, *, where: str) -> ModelSource:
     """
     scheme, _, rest = source.partition(":")
     if scheme == "bundled" and rest:
-        model = bundled.lookup(rest, where=where)
+        model = bundled_model.lookup(rest, where=where)
         identity = f"gguf-sha256:{model.sha256}"
         return ModelSource(
-            source=source, identity=identity, folder=bundled.folder(model), ready=bundled.is_ready(model)
+            source=source, identity=identity, folder=bundled_model.folder(model), ready=bundled_model.is_ready(model)
         )
     if scheme == "path" and rest:
         folder = model_folder(rest, where=where)
@@ -64,7 +63,7 @@ def resolve(source: str, *, where: str) -> ModelSource:
     raise ModelError(f"{source!r} is no model source", where=where, remedy=advice)
 
 
-def fetch(model: ModelSource, *, announce: bundled.Announce) -> ModelSource:
+def fetch(model: ModelSource, *, announce: bundled_model.Announce) -> ModelSource:
     """The same model, on this machine.
 
     Raises:
@@ -72,7 +71,7 @@ def fetch(model: ModelSource, *, announce: bundled.Announce) -> ModelSource:
     """
     scheme, _, rest = model.source.partition(":")
     if scheme == "bundled":
-        bundled.ensure(bundled.lookup(rest), announce=announce)
+        bundled_model.ensure(bundled_model.lookup(rest), announce=announce)
     elif not model.ready:
         repository = hub.repository(model.source, kind="model")
         assert repository is not None, "resolve() let the form pass"
@@ -150,7 +149,7 @@ def remembered_sha256(path: Path) -> str:
     before = path.stat()
     if before.st_size < _LARGE:
         return file_sha256(path)
-    memo = bundled.cache_root() / "sha256" / f"{digest([str(path.resolve()), *_state(before)])[:32]}.json"
+    memo = bundled_model.cache_root() / "sha256" / f"{digest([str(path.resolve()), *_state(before)])[:32]}.json"
     if (known := _remembered(memo)) is not None:
         return known
     sha256 = file_sha256(path)

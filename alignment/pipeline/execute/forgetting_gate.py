@@ -10,7 +10,7 @@ from typing import Any
 from alignment.config.stage import DpoConfig, ForgettingConfig, PpoConfig, StageConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import Forgot
-from alignment.pipeline.plan import PlannedStage
+from alignment.pipeline.plan.plan import PlannedStage
 
 FORGOT = "forgot"
 """How a run ended whose stages are all done."""

@@ -16,7 +16,7 @@ from hydra.plugins.config_source import ConfigResult
 
 from alignment.config import yaml_file
 from alignment.config.faults import Fault, refuse
-from alignment.pipeline.hostile import hostile
+from alignment.pipeline.plan.hostile import hostile
 
 
 class _CheckedFiles(FileConfigSource):

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 from collections.abc import Iterator, Sequence
 
-from alignment import launcher
 from alignment.config.evaluation import JudgeKind
 from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig, Offload, Sharding
@@ -16,8 +15,9 @@ from alignment.config.stage import EvaluateConfig, Measuring, PpoConfig, ReportC
 from alignment.core import hardware
 from alignment.core.errors import ConfigError
 from alignment.evaluation.endpoint import api_key
-from alignment.pipeline import amounts
-from alignment.pipeline.plan import Action, Plan, PlannedStage
+from alignment.pipeline.backends import launcher
+from alignment.pipeline.plan import row_counts
+from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
 
 
 def of_stage(launch: LaunchConfig, config: StageConfig, *, num_devices: int) -> LaunchConfig:
@@ -93,7 +93,7 @@ def _size_faults(stage: PlannedStage, processes: int) -> Iterator[Fault]:
             "another launch.num_processes"
         )
         yield Fault(where=f"{where}.optim.batch_size", message=message)
-    yield from amounts.faults(config, stage.seen, where=where)
+    yield from row_counts.faults(config, stage.seen, where=where)
 
 
 def _refuse_missing_package(launch: LaunchConfig) -> None:

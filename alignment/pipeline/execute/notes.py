@@ -10,9 +10,9 @@ from alignment.config.stage import CptConfig, EvaluateConfig, PpoConfig, Trained
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ArtifactError
 from alignment.data.overlap import HeldOut, Overlap, Placed
-from alignment.pipeline.amounts import rows_of
-from alignment.pipeline.frozen_rows import frozen_rows
-from alignment.pipeline.plan import Plan, PlannedStage
+from alignment.pipeline.plan.frozen_rows import frozen_rows
+from alignment.pipeline.plan.plan import Plan, PlannedStage
+from alignment.pipeline.plan.row_counts import rows_of
 from alignment.report import doubts
 
 HIGH_RATE = 1e-2

@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from alignment import launcher
 from alignment.config.launch import LauncherKind
 from alignment.config.stage import CptConfig, StageConfig, Trained
 from alignment.core import hardware
 from alignment.core.errors import StageError
-from alignment.launcher import Command
-from alignment.pipeline import handover, machines, tried
-from alignment.pipeline.plan import Action, Plan, PlannedStage
+from alignment.pipeline.backends import launcher, machines
+from alignment.pipeline.backends.launcher import Command
+from alignment.pipeline.execute import rehearsed, worker_protocol
+from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
 
 _FOLDER = ".rehearsal"
 _RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -37,19 +37,19 @@ def rehearse(plan: Plan, stages: Sequence[PlannedStage], *, announce: Callable[[
     waiting = [one for one in stages if one.action is not Action.reuse and isinstance(one.config, Trained)][1:]
     rows = [stage for stage in waiting if _learns_by_own_tokenizer(stage.config, plan.config.stages)]
     scorers = [stage for stage in waiting if stage.code]
-    rows = [stage for stage in rows if not tried.is_known(plan, stage, part=tried.ROWS)]
-    scorers = [stage for stage in scorers if not tried.is_known(plan, stage, part=tried.SCORERS)]
+    rows = [stage for stage in rows if not rehearsed.is_known(plan, stage, part=rehearsed.ROWS)]
+    scorers = [stage for stage in scorers if not rehearsed.is_known(plan, stage, part=rehearsed.SCORERS)]
     if not (rows or scorers):
         return
     announce(_announcement(rows, scorers))
     _try(plan, rows, scorers)
-    for part, stages_of_part in ((tried.ROWS, rows), (tried.SCORERS, scorers)):
+    for part, stages_of_part in ((rehearsed.ROWS, rows), (rehearsed.SCORERS, scorers)):
         for stage in stages_of_part:
-            tried.remember(plan, stage, part=part)
+            rehearsed.remember(plan, stage, part=part)
 
 
 def _announcement(rows: Sequence[PlannedStage], scorers: Sequence[PlannedStage]) -> str:
-    parts = [(tried.ROWS, rows), (tried.SCORERS, scorers)]
+    parts = [(rehearsed.ROWS, rows), (rehearsed.SCORERS, scorers)]
     named = " and ".join(f"{part} of {', '.join(one.name for one in stages)}" for part, stages in parts if stages)
     return f"trying {named} before anything trains: ten seconds or more, once for these settings and data"
 
@@ -66,7 +66,7 @@ def _try(plan: Plan, rows: Sequence[PlannedStage], scorers: Sequence[PlannedStag
         on_poll=_deadline(plan, scorers),
         grace_seconds=1.0,
     )
-    handover.raise_for_status(folder, code=code, stage="rehearsal")
+    worker_protocol.raise_for_status(folder, code=code, stage="rehearsal")
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -82,7 +82,7 @@ def _environment(plan: Plan) -> dict[str, str]:
 
 def _files(plan: Plan, stages: Sequence[PlannedStage], folder: Path) -> Iterator[str]:
     for one in stages:
-        path = handover.write_stage_file(plan, one, plan.config.launch, git_commit="", folder=folder / one.name)
+        path = worker_protocol.write_stage_file(plan, one, plan.config.launch, git_commit="", folder=folder / one.name)
         yield str(path)
 
 

@@ -31,11 +31,11 @@ from alignment.config.faults import Fault, refuse
 from alignment.config.store import GROUPS, SEVERAL, conf_folder, recipe_names, recipes_folder
 from alignment.core.deadline import Bounded
 from alignment.core.errors import ConfigError
-from alignment.pipeline import profile as profiles
-from alignment.pipeline.hostile import hostile
-from alignment.pipeline.hydra_files import check_files
-from alignment.pipeline.overrides import parse_override
-from alignment.pipeline.profile import Profile
+from alignment.pipeline.plan import profile as profiles
+from alignment.pipeline.plan.hostile import hostile
+from alignment.pipeline.plan.hydra_files import check_files
+from alignment.pipeline.plan.overrides import parse_override
+from alignment.pipeline.plan.profile import Profile
 
 _HYDRA = "1.3"
 _ENDLESS = ConfigError("its interpolations come to more than can be written down", where="recipe")

@@ -11,9 +11,9 @@ from alignment.config.typed import to_plain
 from alignment.core.artifacts import read_manifest, write_json
 from alignment.core.errors import ArtifactError
 from alignment.core.shapes import fits
-from alignment.pipeline import references
-from alignment.pipeline.job_file import HERE
-from alignment.pipeline.plan import Action, Plan, PlannedStage
+from alignment.pipeline.backends.slurm_job_file import HERE
+from alignment.pipeline.plan import references
+from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
 
 FILE = "run.json"
 DONE = ("done", "reused")

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from alignment.pipeline import forgetting, notes
-from alignment.pipeline.display import duration, steps
-from alignment.pipeline.handover import Progress
-from alignment.pipeline.plan import Action, Plan
+from alignment.pipeline.execute import forgetting_gate, notes
+from alignment.pipeline.execute.display import duration, steps
+from alignment.pipeline.execute.worker_protocol import Progress
+from alignment.pipeline.plan.plan import Action, Plan
 from alignment.report import doubts
 
 REPORT = "report.html"
@@ -61,7 +61,7 @@ def show_results(console: Console, run_folder: Path, record: dict[str, Any]) -> 
         card = Path(stage["artifact"]) / "card.json"
         if stage["kind"] == "reward_card" and stage["state"] in ("done", "reused") and card.is_file():
             show_card(console, name, json.loads(card.read_text(encoding="utf-8")))
-        told = forgetting.read_outcome(Path(stage["artifact"])) if stage["kind"] == "forgetting" else None
+        told = forgetting_gate.read_outcome(Path(stage["artifact"])) if stage["kind"] == "forgetting" else None
         if told is not None and stage["state"] in ("done", "reused"):
             show_forgetting(console, name, told)
     if not any(stage["kind"] == "evaluate" for stage in record["stages"].values()):

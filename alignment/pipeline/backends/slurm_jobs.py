@@ -10,11 +10,12 @@ from pathlib import Path
 from alignment.core.artifacts import read_manifest, write_json
 from alignment.core.errors import Busy, ConfigError, StageError
 from alignment.core.files import write_text
-from alignment.pipeline import handover, job_file, slurm
-from alignment.pipeline.display import Display, duration
-from alignment.pipeline.plan import Plan, PlannedStage
-from alignment.pipeline.record import read_record
-from alignment.pipeline.slurm import Job
+from alignment.pipeline.backends import slurm, slurm_job_file
+from alignment.pipeline.backends.slurm import Job
+from alignment.pipeline.execute import worker_protocol
+from alignment.pipeline.execute.display import Display, duration
+from alignment.pipeline.execute.record import read_record
+from alignment.pipeline.plan.plan import Plan, PlannedStage
 
 FILE = "jobs.json"
 """In the run's folder: stage → id of its job. What submits writes it, and jobs never do: they write ``run.json``."""
@@ -32,11 +33,11 @@ def submit(plan: Plan, stages: Sequence[PlannedStage], *, wait: bool) -> dict[st
         ConfigError: Slurm refuses one; those before it are cancelled.
     """
     folder = Path.cwd()
-    files = {stage.name: job_file.render(plan, stage, folder=folder, wait=wait) for stage in stages}
+    files = {stage.name: slurm_job_file.render(plan, stage, folder=folder, wait=wait) for stage in stages}
     jobs: dict[str, str] = {}
     try:
         for name, text in files.items():
-            file = plan.run_folder / name / job_file.TEMPLATE.name
+            file = plan.run_folder / name / slurm_job_file.TEMPLATE.name
             file.parent.mkdir(exist_ok=True)
             write_text(file, text)
             jobs[name] = slurm.submit(file, after=next(reversed(jobs.values()), None))
@@ -107,7 +108,7 @@ def _follow_one(plan: Plan, stage: PlannedStage, job: str, display: Display) -> 
             elif not running and str(found) != told:
                 display.note(f"{stage.name}: job {job} {found}")
             told = str(found)
-            progress = handover.read_progress(stage.work) if running else None
+            progress = worker_protocol.read_progress(stage.work) if running else None
             if progress is not None:
                 display.update(progress)
         _refuse_failed(plan, stage, job, found)
@@ -133,9 +134,9 @@ def _polled(job: str) -> Iterator[Job]:
 def _refuse_failed(plan: Plan, stage: PlannedStage, job: str, found: Job) -> None:
     log = plan.run_folder / stage.name / f"slurm-{job}.log"
     if found.state != "COMPLETED":
-        kind = handover.ERRORS.get(found.exit_code, StageError)
+        kind = worker_protocol.ERRORS.get(found.exit_code, StageError)
         raise kind(
-            f"job {job} ended as {found} with exit code {found.exit_code}\n{handover.tail(log)}".rstrip(),
+            f"job {job} ended as {found} with exit code {found.exit_code}\n{worker_protocol.tail(log)}".rstrip(),
             where=f"stage {stage.name}",
             remedy=f"log: {log}",
         )
