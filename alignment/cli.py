@@ -91,23 +91,23 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
         for kind, stage in STAGES.items():
             console.print(f"{kind:<12} {stage.summary}", highlight=False)
     elif options.verb == "status":
-        from alignment.pipeline.status import show_status
+        from alignment.commands.status.driver import show_status
 
         show_status(console, Path(options.output).expanduser().absolute(), options.run)
     elif options.verb == "doctor":
+        from alignment.commands.doctor.driver import show_diagnosis
         from alignment.config.data import SourceConfig
-        from alignment.pipeline.doctor import show_diagnosis
 
         told = {name: getattr(options, name) for name in ("format", "split", "subset") if getattr(options, name)}
         return show_diagnosis(console, SourceConfig(source=options.data, **told), against=options.against)
     elif options.verb == "preview":
-        from alignment.pipeline.preview import show_preview
+        from alignment.commands.preview.driver import show_preview
 
         return show_preview(
             console, options.recipe, options.overrides, stage=options.stage, rows=options.rows, html=options.html
         )
     elif options.verb == "export":
-        from alignment.pipeline.export import export
+        from alignment.commands.export.driver import export
 
         return export(
             console,
@@ -118,15 +118,15 @@ def _dispatch(options: argparse.Namespace, console: Console) -> int:
             output=Path(options.output).expanduser().absolute(),
         )
     elif options.verb == "add-tokens":
-        from alignment.pipeline.new_tokens import add_tokens
+        from alignment.commands.add_tokens.driver import add_tokens
 
         return add_tokens(console, options.model, options.tokens, to=options.to)
     elif options.verb == "compare":
-        from alignment.pipeline.compare import compare
+        from alignment.commands.compare.driver import compare
 
         compare(console, Path(options.output).expanduser().absolute(), options.runs, html=options.html)
     elif options.verb == "chat":
-        from alignment.pipeline.chat import chat
+        from alignment.commands.chat.driver import chat
 
         return chat(
             console,

@@ -41,7 +41,7 @@ NO_ARITHMETIC = (
     "alignment.training.trackers",
     "alignment.training.trackers.all_trackers",
     "alignment.core.versions",
-    "alignment.voice",
+    "alignment.commands.chat.session",
 )
 """Modules that write, check or announce, and settings, whose values are in a fingerprint themselves."""
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from peft import TaskType
 
-from alignment import chat
-from alignment.chat import Screen, converse
+from alignment.commands.chat import worker as chat
+from alignment.commands.chat.session import Manner, Voice, load_voice
+from alignment.commands.chat.worker import Screen, converse
 from alignment.config.adapter import AdapterConfig
 from alignment.config.model import Dtype
 from alignment.config.stage import SftConfig
@@ -26,7 +27,6 @@ from alignment.data.turns import Message
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.start import load_start
 from alignment.models.forward.generate import generate
-from alignment.voice import Manner, Voice, load_voice
 from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_spec
 
 

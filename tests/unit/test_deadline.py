@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from alignment.commands.preview import driver as preview
 from alignment.core import deadline
 from alignment.core.errors import ModelError
 from alignment.data.records import Prompt
@@ -17,7 +18,6 @@ from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.rendering import render
 from alignment.data.tokens.row_kinds import PROMPTS, tokenized
 from alignment.data.turns import Message
-from alignment.pipeline import preview
 from tests.tiny import tiny_tokenizer
 
 ASKED = (Message(role="user", content="Hi."),)

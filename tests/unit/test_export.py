@@ -13,11 +13,11 @@ from peft import PeftModel, TaskType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from alignment.commands.export.worker import export, gap_between, main
 from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.config.stage import DpoConfig, SftConfig
 from alignment.core.errors import ArtifactError, ModelError
-from alignment.export import export, gap_between, main
 from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage, lineage
 from alignment.models.assembly.reward_head import load_reward_model
@@ -205,7 +205,7 @@ def test_what_was_written_wrong_is_not_exported(
         _damage(Path(folder) / "adapter_model.safetensors", "lora_B")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
-    monkeypatch.setattr("alignment.export.shutil.copytree", copy)
+    monkeypatch.setattr("alignment.commands.export.worker.shutil.copytree", copy)
     told = "adapter" if form == "adapter" else "model"
     with pytest.raises(ModelError, match=r"what was written differs by .* from what was meant; nothing was exported"):
         export(saved.path, base.base, tmp_path / "out", form=told, max_gap=0.01)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from alignment.commands.export.model_card import model_card
+from alignment.commands.export.provenance import provenance, without_places
 from alignment.core.artifacts import Manifest, publish, read_manifest
-from alignment.model_card import model_card
-from alignment.provenance import provenance, without_places
 
 OPTIM = {"lr": 2e-4, "batch_size": 8, "epochs": 1, "max_steps": None}
 CONFIGS: dict[str, dict[str, Any]] = {

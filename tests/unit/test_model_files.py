@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from alignment.commands.add_tokens.worker import _read
 from alignment.config.model import Dtype
 from alignment.core.errors import ModelError
 from alignment.models.assembly.load import Lineage, load_policy
-from alignment.new_tokens import _read
 from alignment.pipeline.sources.model_sources import resolve
 from alignment.rewards.reward_models import load_external
 from tests.tiny import save_tiny_model, tiny_tokenizer

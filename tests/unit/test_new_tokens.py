@@ -10,11 +10,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alignment.commands.add_tokens.worker import add_tokens, main
+from alignment.commands.export.worker import export
 from alignment.config.adapter import AdapterConfig
 from alignment.config.model import NEW_TOKENS
 from alignment.core.errors import ConfigError
-from alignment.export import export
-from alignment.new_tokens import add_tokens, main
 from tests.chained import Chained
 from tests.oracles.close import close
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from alignment.commands.doctor.driver import show_diagnosis
 from alignment.config.data import SourceConfig
 from alignment.data import near_duplicates
 from alignment.data.doctor import examine
 from alignment.data.near_duplicates import NearRepeat, NearRepeats
 from alignment.data.overlap import Placed
-from alignment.pipeline.doctor import show_diagnosis
 
 RNG = random.Random(0)
 WORDS = ["".join(RNG.choices("abcdefghijklmnopqrstuvwxyz", k=RNG.randint(2, 9))) for _ in range(400)]

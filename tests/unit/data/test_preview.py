@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from alignment.commands.preview.worker import main, show_stage
 from alignment.config.data import DataConfig, MixedConfig
 from alignment.config.stage import CptConfig, DpoConfig, PpoConfig, RewardConfig, SftConfig
 from alignment.config.too_long import TooLong, TooLongConfig
@@ -19,7 +20,6 @@ from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, Kind, tokenized
 from alignment.data.tokens.token_spans import Shown, histogram, shown
 from alignment.data.turns import Message
-from alignment.preview import main, show_stage
 from tests.public import PUBLIC, WRITTEN, needs_public_data
 from tests.templates import styled_tokenizer
 from tests.tiny import save_tiny_model, tiny_spec, tiny_tokenizer
@@ -182,7 +182,7 @@ def test_the_page_shows_what_the_terminal_shows(
     tiny_tokenizer().save_pretrained(str(tmp_path / "base"))
     (tmp_path / "data.jsonl").write_text('{"prompt": "Hi.", "completion": "<b>Hello</b>."}\n')
     spec = tiny_spec(tmp_path, SftConfig(max_length=100))
-    monkeypatch.setattr("alignment.preview.read_spec", lambda _: spec)
+    monkeypatch.setattr("alignment.commands.preview.worker.read_spec", lambda _: spec)
     assert main(["stage.yaml", "--html", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "&lt;b&gt;Hello&lt;/b&gt;." in page

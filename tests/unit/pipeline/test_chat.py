@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from alignment.commands.chat.driver import chat
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError
-from alignment.pipeline.chat import chat
 
 MANNER = {"system": "", "max_new_tokens": 8, "temperature": 0.0, "seed": 0}
 
@@ -71,7 +71,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
         found.ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         return subprocess.CompletedProcess(argv, 0)
 
-    monkeypatch.setattr("alignment.pipeline.chat.subprocess.run", hear)
+    monkeypatch.setattr("alignment.commands.chat.driver.subprocess.run", hear)
     found.add("a", sft="policy", reward="reward", dpo="policy", ppo=None)
     return found
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from alignment.commands.compare.driver import compare
 from alignment.core.errors import ConfigError
-from alignment.pipeline.compare import compare
 
 
 class Runs:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from alignment.commands.export.driver import export
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, ModelError
-from alignment.pipeline.export import export
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import pytest
 from rich.console import Console
 
 from alignment import cli
+from alignment.commands.status.driver import show_status
 from alignment.core.errors import AlignmentError, Busy, ConfigError, NonFiniteError, StageError
 from alignment.pipeline.backends import slurm, slurm_jobs
 from alignment.pipeline.execute.record import RunRecord
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan, make_plan
-from alignment.pipeline.status import show_status
 from tests.unit.pipeline.conftest import leave_artifact
 
 SBATCH = """

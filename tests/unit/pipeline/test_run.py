@@ -19,6 +19,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from alignment.commands.status.driver import show_status
 from alignment.config.launch import LaunchConfig
 from alignment.core.errors import AlignmentError, ArtifactError, Busy, ConfigError, NonFiniteError, StageError
 from alignment.core.locks import held
@@ -30,7 +31,6 @@ from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.record import RunRecord
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.execute.signals import Terminated, termination_raises
-from alignment.pipeline.status import show_status
 
 ROOT = Path(__file__).parents[3]
 STAGES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]

@@ -37,7 +37,7 @@ def export(console: Console, result: str, *, to: str, form: str, max_gap: float,
             f"{folder.name} is of kind {manifest.kind}; a policy or a reward model can be exported", where=result
         )
     target = new_folder(to)
-    argv = [sys.executable, "-m", "alignment.export", str(folder), "--to", str(target), "--as", form]
+    argv = [sys.executable, "-m", "alignment.commands.export.worker", str(folder), "--to", str(target), "--as", form]
     argv += ["--max-gap", str(max_gap)]
     if manifest.base["source"] != "self":
         argv += ["--base", str(base_of(manifest, folder, console))]

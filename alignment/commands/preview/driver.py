@@ -49,7 +49,7 @@ def show_preview(
                 )
             )
 
-        argv = [sys.executable, "-m", "alignment.preview", *map(file_of, chosen), "--rows", str(rows)]
+        argv = [sys.executable, "-m", "alignment.commands.preview.worker", *map(file_of, chosen), "--rows", str(rows)]
         argv += ["--html", html] if html else []
         evaluation = next((one for one in plan.stages if isinstance(one.config, EvaluateConfig)), None)
         argv += ["--against", file_of(evaluation)] if evaluation else []

@@ -1,4 +1,4 @@
-"""A model with more tokens: ``python -m alignment.new_tokens FOLDER --to FOLDER TOKEN…``, for ``align add-tokens``.
+"""A model with more tokens: ``python -m alignment.commands.add_tokens.worker FOLDER --to FOLDER TOKEN…``, for ``align add-tokens``.
 
 A new token's row, in the embeddings and in the head, is the mean of all others: the model then gives it about the
 probability of an average token, and every other token nearly what it gave before (Hewitt 2021, "Initializing new word
@@ -30,7 +30,7 @@ from alignment.core.terminal import complain
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or that of the fault."""
-    parser = argparse.ArgumentParser(prog="python -m alignment.new_tokens", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m alignment.commands.add_tokens.worker", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("tokens", nargs="+")

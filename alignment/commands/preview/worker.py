@@ -1,4 +1,4 @@
-"""Rows as a stage will learn from them, printed: ``python -m alignment.preview STAGE.YAML … --rows N``.
+"""Rows as a stage will learn from them, printed: ``python -m alignment.commands.preview.worker STAGE.YAML … --rows N``.
 
 ``align preview`` calls it. It loads the tokenizer, no model. What is learned stands in ``⟦ ⟧``, on a terminal in green;
 control tokens are magenta, and what two answers do not share is underlined.
@@ -44,7 +44,7 @@ LOOKED_AT = 5_000
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or that of the first fault."""
-    parser = argparse.ArgumentParser(prog="python -m alignment.preview", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m alignment.commands.preview.worker", description=__doc__)
     parser.add_argument("stage_files", nargs="+", type=Path)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--html", type=Path)

@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from alignment.commands.export.provenance import Judged, Provenance, Remembered, Step, without_places
 from alignment.core.artifacts import Manifest
 from alignment.pipeline.sources import bundled_model
-from alignment.provenance import Judged, Provenance, Remembered, Step, without_places
 
 _LIBRARY = {"model": "transformers", "adapter": "peft"}
 _CLASS = {"policy": "AutoModelForCausalLM", "reward": "AutoModelForSequenceClassification"}

@@ -1,4 +1,4 @@
-"""A result as others read it: ``python -m alignment.export ARTIFACT --base FOLDER --to FOLDER --as model|adapter``.
+"""A result as others read it: ``python -m alignment.commands.export.worker ARTIFACT --base FOLDER --to FOLDER --as model|adapter``.
 
 ``align export`` calls it. Adapters are added into the weights that they were trained on (into what four bits stand for,
 where these were four bits), and the difference that the rounding of the sum makes is measured and limited. What was
@@ -23,6 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from alignment.commands.export.model_card import model_card
+from alignment.commands.export.provenance import provenance, without_places
 from alignment.config.model import Dtype
 from alignment.core.artifacts import Manifest, readable, verify
 from alignment.core.errors import AlignmentError, ModelError
@@ -31,7 +33,6 @@ from alignment.core.streams import make_unfailing
 from alignment.core.terminal import complain
 from alignment.data.tokens.tokenize import STOPS, end_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
-from alignment.model_card import model_card
 from alignment.models.assembly.adapters import is_prefix, put_back
 from alignment.models.assembly.load import (
     DTYPES,
@@ -46,7 +47,6 @@ from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.rows import stream
 from alignment.models.kernels.nf4 import quantize_trunk
-from alignment.provenance import provenance, without_places
 
 CPU = torch.device("cpu")
 TEXTS = (
@@ -76,7 +76,7 @@ class Gap:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or that of the fault."""
-    parser = argparse.ArgumentParser(prog="python -m alignment.export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m alignment.commands.export.worker", description=__doc__)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--base", type=Path, help="the folder of the base model; not needed by one with a model in it")
     parser.add_argument("--to", type=Path, required=True)

@@ -1,4 +1,4 @@
-"""Talking to policies: ``python -m alignment.chat VOICES.json``, which ``align chat`` calls.
+"""Talking to policies: ``python -m alignment.commands.chat.worker VOICES.json``, which ``align chat`` calls.
 
 The file names one policy or two, and how they answer. Lines come from a terminal or from a pipe. What a model says
 never reaches the terminal as a command to it.
@@ -18,11 +18,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
+from alignment.commands.chat.session import Manner, Voice, load_voice
 from alignment.config.model import Dtype
 from alignment.core.errors import AlignmentError, DataError
 from alignment.core.streams import Unfailing, make_unfailing
 from alignment.core.terminal import Terminal, complain, visible
-from alignment.voice import Manner, Voice, load_voice
 
 INTERRUPTED = 130
 WIDE = 100

@@ -30,7 +30,16 @@ def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str)
     model = model_sources.resolve(source, where="MODEL")
     if not model.ready:
         model = model_sources.fetch(model, announce=display_for(console).note)
-    argv = [sys.executable, "-m", "alignment.new_tokens", str(model.folder), "--to", str(target), "--", *tokens]
+    argv = [
+        sys.executable,
+        "-m",
+        "alignment.commands.add_tokens.worker",
+        str(model.folder),
+        "--to",
+        str(target),
+        "--",
+        *tokens,
+    ]
     environment = launcher.environment(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
     code = subprocess.run(argv, env={**os.environ, **environment}, check=False).returncode
     if code == 0:

@@ -46,7 +46,7 @@ def chat(console: Console, result: str, arms: Sequence[str], *, manner: Mapping[
     """Talks until the user ends it; returns the exit code.
 
     ``result`` is a run under ``output``, or what ``align export`` takes. ``arms`` are stages of that run, ``base``, or
-    such results; without any it is the last policy of the run that is done. ``manner`` is told to ``alignment.voice``.
+    such results; without any it is the last policy of the run that is done. ``manner`` is told to ``alignment.commands.chat.session``.
 
     Raises:
         ConfigError: there is no such run, stage or result, or one that is no policy; more than two arms; a limit or a
@@ -64,7 +64,7 @@ def chat(console: Console, result: str, arms: Sequence[str], *, manner: Mapping[
         file = Path(folder) / "voices.json"
         told = {"voices": [asdict(one) for one in speakers], "manner": dict(manner)}
         write_text(file, json.dumps(told))
-        argv = [sys.executable, "-m", "alignment.chat", str(file)]
+        argv = [sys.executable, "-m", "alignment.commands.chat.worker", str(file)]
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops an answer, which is the other's to do
         try:
             return subprocess.run(argv, env={**os.environ, **environment}, check=False).returncode
