@@ -132,7 +132,7 @@ def _our_ppo(
 
 
 def _sampling() -> Work:
-    ours = "alignment.models.forward.generate.generate, one batch, its model prepared as the stages do (use_flat_attention)"
+    ours = "models.forward.generate.generate, one batch, its model prepared as the stages do (use_flat_attention)"
     stock = "model.generate(do_sample=True, top_k=0, top_p=1), one left-padded batch"
     return Work(
         kind="sampling",

@@ -33,7 +33,7 @@ class Manifest:
 
     ``identity`` is the canonical form that was hashed, kept so that a plan can say what differs. ``base`` is the
     model that ``adapters`` stand on, in order; ``base`` with ``"source": "self"`` is the artifact's own ``model/``.
-    ``adapters_stood`` says how each stood on the model when it was trained (``SavedAdapter`` in models/assembly/load.py).
+    ``adapters_stood`` says how each stood on the model when it was trained (``SavedAdapter`` in models/assembly).
     ``metrics`` are the headline figures; ``usage`` holds seconds and peak memory in bytes.
     """
 

@@ -3,7 +3,7 @@
 A thread looks once a second where the main thread is. A process is at work as long as that place changes or the process
 (with what it started) uses its processor. Two kinds of waiting spin, so there the processor says nothing: for others in
 a collective operation, and for a GPU, in whatever call reads a result of it. The driver reads the files
-(alignment/pipeline/execute/heartbeats.py). Times are of a clock that nobody can set, and only compared with one another.
+(pipeline/execute/heartbeats.py). Times are of a clock that nobody can set, and only compared with one another.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model with more tokens: ``python -m alignment.commands.add_tokens.worker FOLDER --to FOLDER TOKEN…``, for ``align add-tokens``.
+"""A model with more tokens, for ``align add-tokens``: ``worker FOLDER --to FOLDER TOKEN…``.
 
 A new token's row, in the embeddings and in the head, is the mean of all others: the model then gives it about the
 probability of an average token, and every other token nearly what it gave before (Hewitt 2021, "Initializing new word

@@ -1,4 +1,4 @@
-"""A result as others read it: ``python -m alignment.commands.export.worker ARTIFACT --base FOLDER --to FOLDER --as model|adapter``.
+"""A result as others read it: ``worker ARTIFACT --base FOLDER --to FOLDER --as model|adapter``.
 
 ``align export`` calls it. Adapters are added into the weights that they were trained on (into what four bits stand for,
 where these were four bits), and the difference that the rounding of the sum makes is measured and limited. What was

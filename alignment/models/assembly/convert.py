@@ -1,4 +1,4 @@
-"""A GGUF file → a transformers folder with safetensors: ``python -m alignment.models.assembly.convert FILE.gguf FOLDER``.
+"""A GGUF file → a transformers folder with safetensors: ``convert FILE.gguf FOLDER``.
 
 Run once, when the bundled model is first needed. transformers dequantises; the result is a plain bfloat16 model.
 """

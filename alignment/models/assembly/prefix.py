@@ -1,8 +1,8 @@
 """Prefix tuning (Li and Liang 2021): in every layer, keys and values of virtual tokens stand in front of every row.
 
 PEFT holds them as one embedding and hands them to a model as a cache. Here a trunk knows its prefix, and attention puts
-it before a row's own keys (alignment/models/forward/attention.py), so that rows stay one stream. As in PEFT, the positions of a
-row's own tokens begin behind it.
+it before a row's own keys (alignment/models/forward/attention.py), so that rows stay one stream. As in PEFT, the
+positions of a row's own tokens begin behind it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The trunk over real tokens only: a batch as one stream (alignment/models/forward/rows.py), padding never computed.
 
-Position ids restart with every row, and attention stays inside a row (alignment/models/forward/attention.py). Models whose
+Position ids restart with every row, and attention stays inside a row (models/forward/attention.py). Models whose
 attention cannot be cut so run on the padded batch, and say so once.
 """
 
@@ -47,7 +47,7 @@ def can_run_flat(model: PreTrainedModel) -> bool:
 def use_flat_attention(model: PreTrainedModel) -> bool:
     """Selects the flat attention function where the model allows it; says so once where it does not.
 
-    Norms are fused in either case (alignment/models/kernels/norms.py), blocks where it does (alignment/models/kernels/blocks.py).
+    Norms are fused in either case (models/kernels/norms.py), blocks where it does (models/kernels/blocks.py).
     """
     fuse_norms(model)
     if not can_run_flat(model):

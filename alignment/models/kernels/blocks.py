@@ -1,6 +1,6 @@
 """Attention and feed-forward blocks of Llama-like models in fewer passes over their activations, equal to the models'.
 
-What differs: layers of one input are multiplied together where they have low-rank adapters (models/kernels/products.py), and
+What differs: layers of one input are multiplied together where they have low-rank adapters (products.py), and
 rotary positions (Su et al. 2021) are applied in four passes over half the numbers, forward and backward, instead of a
 dozen over all. A block is replaced only after it was found, on numbers of its own, to compute what it is thought to.
 """

@@ -38,7 +38,7 @@ Products = Callable[[Tensor], tuple[Tensor, ...]]
 """What several layers make of one input."""
 
 JOINT = "alignment_products"
-"""Where the first of several layers keeps a function for all of them, while weights are laid out (models/kernels/layout.py)."""
+"""Where the first of several layers keeps a function for all of them, while weights are laid out (layout.py)."""
 
 
 def products(x: Tensor, layers: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
@@ -89,7 +89,7 @@ def _factors(layer: LoraLinear, names: list[str]) -> tuple[Tensor, Tensor, float
 def _plain_adapters(layer: LoraLinear) -> list[str]:
     """The adapters to add where all are unmerged, without dropout at work, bias or variant; else none.
 
-    Layers whose forward somebody replaced (models/kernels/layout.py lays weights out, offloading fetches them) want a call.
+    Layers whose forward somebody replaced (layout.py lays weights out, offloading fetches them) want a call.
     """
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or "forward" in vars(layer.base_layer):

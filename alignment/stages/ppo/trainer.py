@@ -37,7 +37,6 @@ from alignment.core.errors import StageError
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import answer_stream, pieces_of, unwrapped
 from alignment.rewards.slot import Rewards
-from alignment.stages.ppo.step_metrics import UpdateFigures
 from alignment.training.adamw import adamw
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import accumulating, as_many_as_most
@@ -46,6 +45,7 @@ from alignment.training.rl.guard import Guard
 from alignment.training.rl.ptx import Ptx
 from alignment.training.rl.rollouts import Episodes, Rollouts
 from alignment.training.rl.samples import Samples
+from alignment.training.rl.step_metrics import UpdateFigures
 from alignment.training.sharding import gathered, leave_frozen_out, prepare
 
 log = logging.getLogger(__name__)

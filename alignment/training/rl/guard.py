@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from alignment.config.stage import GuardConfig
 from alignment.rewards.slot import Rewards
-from alignment.stages.ppo.step_metrics import UpdateFigures
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
 from alignment.training.rl.experience import Rollout
 from alignment.training.rl.rollouts import Prompts, Rollouts
+from alignment.training.rl.step_metrics import UpdateFigures
 from alignment.training.sharding import everyones, put, whole_state
 
 BEST = "guard_best.safetensors"

@@ -16,9 +16,9 @@ from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import AnswerStream, answer_statistics, batches, unwrapped
 from alignment.models.forward.generate import Sampling, generate
 from alignment.rewards.slot import Rewards
-from alignment.stages.ppo.step_metrics import UpdateFigures
 from alignment.training.context import StageContext
 from alignment.training.rl.experience import Rollout, interleave, prompt_order, rows_of
+from alignment.training.rl.step_metrics import UpdateFigures
 from alignment.training.sharding import everyones
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.stages.ppo.step_metrics import UpdateFigures
 from alignment.training.metrics import MetricsLog
+from alignment.training.rl.step_metrics import UpdateFigures
 from tests.oracles.close import close
 from tests.waits import Waits
 

@@ -20,11 +20,11 @@ from alignment.core.errors import ConfigError, StageError
 from alignment.models.assembly.roles import ValueHead
 from alignment.models.forward.answers import answer_stream, unwrapped
 from alignment.stages.ppo import trainer
-from alignment.stages.ppo.step_metrics import UpdateFigures
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.rl import rollouts as making
 from alignment.training.rl.experience import Experience, Rollout
 from alignment.training.rl.rollouts import Rollouts
+from alignment.training.rl.step_metrics import UpdateFigures
 from alignment.training.session import Preempted
 from tests.oracles import gae as gae_oracle
 from tests.oracles import masked as masked_oracle

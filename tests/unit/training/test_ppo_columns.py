@@ -13,9 +13,9 @@ from transformers import TrainerCallback
 
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.generate import generate
-from alignment.stages.ppo.step_metrics import UpdateFigures
 from alignment.training.rl.experience import Rollout
 from alignment.training.rl.rollouts import Rollouts
+from alignment.training.rl.step_metrics import UpdateFigures
 from alignment.training.session import Preempted
 from tests.oracles import logprobs as oracle
 from tests.oracles.close import close

@@ -20,11 +20,11 @@ from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.data.tokens.tokenize import TokenizedConversation
 from alignment.models.forward.answers import unwrapped
 from alignment.stages.ppo.run import hold_out
-from alignment.stages.ppo.step_metrics import UpdateFigures
 from alignment.training.rl.guard import Guard, better_beyond_noise
 from alignment.training.rl.ptx import Ptx
 from alignment.training.rl.rollouts import Prompts
 from alignment.training.rl.samples import Samples
+from alignment.training.rl.step_metrics import UpdateFigures
 from tests.tiny import tiny_tokenizer
 from tests.unit.training.ppo_bench import END, FULL, KINDS, LORA, PROMPTS, Bench, TokenRewards, optim, sha256
 
