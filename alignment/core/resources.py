@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 CODE_ROOT = _PACKAGE.parent
 """The folder that ``alignment`` is imported from: the checkout, or where packages are installed."""
 

@@ -50,7 +50,7 @@ Record = dict[str, dict[str, Any]]
 
 def sources_of(kind: str) -> dict[str, str]:
     """A stage's modules with a hash of what each says, by path: all that its own module imports, in the end."""
-    todo, seen = [f"alignment.stages.{kind}"], set()
+    todo, seen = [f"alignment.stages.{kind}.run"], set()
     while todo:
         module = todo.pop()
         if module not in seen:

@@ -196,7 +196,7 @@ MUTATIONS = [
     ),
     *in_file(
         "launcher.py",
-        "unit/test_launcher.py",
+        "unit/pipeline/backends/test_launcher.py",
         (
             "a worker may go online",
             '"HF_HUB_OFFLINE": "1",',
@@ -362,7 +362,7 @@ MUTATIONS = [
     ),
     *in_file(
         "locks.py",
-        "unit/test_locks.py",
+        "unit/core/test_locks.py",
         (
             "a lock keeps nobody out",
             "fcntl.LOCK_EX | fcntl.LOCK_NB",
@@ -378,7 +378,7 @@ MUTATIONS = [
     ),
     *in_file(
         "logs.py",
-        "unit/test_logs.py",
+        "unit/core/test_logs.py",
         (
             "a log that cannot be shortened ends its stage",
             "    with suppress(OSError):  # a stage",

@@ -15,7 +15,7 @@ MUTATIONS = [
     ),
     *in_file(
         "fingerprint.py",
-        "unit/test_fingerprint.py",
+        "unit/core/test_fingerprint.py",
         (
             "a number that is not finite has a form",
             "if not math.isfinite(value):",
@@ -120,7 +120,7 @@ MUTATIONS = [
     ),
     *in_file(
         "artifacts.py",
-        "unit/test_artifacts.py",
+        "unit/core/test_artifacts.py",
         (
             "an artifact's hashes are not looked at",
             'if content and file_sha256(path) != expected.get("sha256"):',
@@ -154,7 +154,7 @@ MUTATIONS = [
     ),
     *in_file(
         "export.py",
-        "unit/test_export.py",
+        "unit/commands/export/test_worker.py",
         (
             "what was exported is not read back",
             "if worst > RELOADED:",
@@ -242,7 +242,7 @@ MUTATIONS = [
     ),
     *in_file(
         "bundled.py",
-        "unit/test_bundled.py",
+        "unit/pipeline/sources/test_bundled_model.py",
         (
             "any weights are taken for the pinned ones",
             "if found != model.sha256:",

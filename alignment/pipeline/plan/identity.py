@@ -14,7 +14,7 @@ from alignment.data.chat_template import template_text
 from alignment.pipeline.plan import scorer_checks
 from alignment.pipeline.sources.model_sources import ModelSource
 
-RULE = Path(__file__).parents[1] / "evaluation" / "house_style.py"
+RULE = Path(__file__).parents[2] / "evaluation" / "house_style.py"
 """The gold rule and the style prompt: what was judged under an older rule is not reused."""
 
 

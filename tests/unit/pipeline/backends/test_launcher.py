@@ -141,7 +141,7 @@ def test_threads_are_shared_out_evenly_unless_told(processes: int, threads: int,
 def test_the_worker_is_offline_and_finds_our_package_first() -> None:
     made = command(LaunchConfig(), STAGE_FILE, devices=(), num_cores=1, pythonpath="/theirs").environment
     assert made["HF_HUB_OFFLINE"] == made["TRANSFORMERS_OFFLINE"] == made["HF_DATASETS_OFFLINE"] == "1"
-    assert made["PYTHONPATH"] == f"{Path(__file__).parents[2]}:/theirs"
+    assert made["PYTHONPATH"] == f"{Path(__file__).parents[4]}:/theirs"
 
 
 def test_gpus_are_those_that_the_user_names_or_else_all(tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_a_worker_hears_what_its_launcher_does_not(tmp_path: Path) -> None:
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
         f"stop_while_importing(pathlib.Path({str(stage / 'stage.yaml')!r}))\n"
     )
-    told = Command(argv=(sys.executable, "-c", code), environment={"PYTHONPATH": str(Path(__file__).parents[2])})
+    told = Command(argv=(sys.executable, "-c", code), environment={"PYTHONPATH": str(Path(__file__).parents[4])})
     assert execute(told, log=tmp_path / "log.txt", on_poll=never, grace_seconds=1) == 75
     assert json.loads((stage / "status.json").read_text())["state"] == "preempted"
 

@@ -11,7 +11,7 @@ import pytest
 
 from alignment.core.streams import Unfailing
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_what_a_closed_pipe_does_not_take_is_dropped() -> None:

@@ -19,7 +19,7 @@ from alignment.core.files import disk_error, explained, is_full, remove_leftover
 from alignment.report.kit.pages import write_page
 from alignment.training.metrics import MetricsLog
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def _publish(folder: Path) -> None:

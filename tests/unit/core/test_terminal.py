@@ -17,7 +17,7 @@ from alignment.cli import main
 from alignment.core.errors import DataError
 from alignment.core.terminal import Terminal, complain, visible
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ATTACKS = [
     "\x1b[31mred",
     "\x1b]0;title\x07",

@@ -57,7 +57,7 @@ def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
         "import os, sys, pathlib\nfrom alignment.core.locks import held\n"
         "with held(pathlib.Path(sys.argv[1]), wait=False): os.kill(os.getpid(), 9)"
     )
-    subprocess.run([sys.executable, "-c", code, str(lock)], check=False, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code, str(lock)], check=False, cwd=Path(__file__).parents[3])
     assert lock.exists()
     with held(lock, wait=False):
         pass
@@ -105,7 +105,7 @@ def test_the_process_that_goes_on_is_named_where_the_one_that_took_the_lock_is_g
         "    os.kill(os.getpid(), 9)"
     )
     taker = subprocess.Popen(
-        [sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]
     )
     heir = int(taker.communicate()[0])
     try:
