@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from alignment import __version__, cli
+from alignment.config.data import SourceConfig
 from alignment.config.stage import STAGES
 from alignment.config.store import recipe_names
 
@@ -35,6 +39,103 @@ def test_a_folder_that_is_gone_is_told(capsys: Captured, tmp_path: Path, monkeyp
     assert capsys.readouterr().err == (
         "configuration: the folder that the command was called in is gone\n  → change to one that is there\n"
     )
+
+
+HERE = Path.cwd()
+CHAT = {"system": "be brief", "max_new_tokens": 8, "temperature": 0.5, "seed": 3}
+REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
+    (
+        "run quickstart --stage dpo seed=1 --wait",
+        "alignment.pipeline.execute.run.run",
+        ("quickstart", ["seed=1"]),
+        {"only": "dpo", "wait": True},
+    ),
+    (
+        "plan ./mine.yaml seed=1 name=x",
+        "alignment.commands.plan.driver.show",
+        ("./mine.yaml", ["seed=1", "name=x"]),
+        {},
+    ),
+    (
+        "preview quickstart --html page.html --rows 3",
+        "alignment.commands.preview.driver.show_preview",
+        ("quickstart", []),
+        {"stage": None, "rows": 3, "html": "page.html"},
+    ),
+    (
+        "sweep quickstart dpo_beta --at-once 2 seed=1",
+        "alignment.pipeline.sweeps.run.sweep",
+        ("quickstart", "dpo_beta", ["seed=1"]),
+        {"at_once": 2},
+    ),
+    ("status mine", "alignment.commands.status.driver.show_status", (HERE, "mine"), {}),
+    (
+        "compare a b --output out",
+        "alignment.commands.compare.driver.compare",
+        (HERE / "out", ["a", "b"]),
+        {"html": None},
+    ),
+    (
+        "doctor rows.csv --split test --format prompt --against other.csv",
+        "alignment.commands.doctor.driver.show_diagnosis",
+        (SourceConfig(source="rows.csv", format="prompt", split="test"),),
+        {"against": "other.csv"},
+    ),
+    (
+        "export mine/dpo --to there --as adapter --max-gap 0.5",
+        "alignment.commands.export.driver.export",
+        ("mine/dpo",),
+        {"to": "there", "form": "adapter", "max_gap": 0.5, "output": HERE},
+    ),
+    (
+        "chat mine --arm sft --arm base --system 'be brief' --max-new-tokens 8 --temperature 0.5 --seed 3",
+        "alignment.commands.chat.driver.chat",
+        ("mine", ["sft", "base"]),
+        {"manner": CHAT, "output": HERE},
+    ),
+    (
+        "add-tokens bundled:smollm2-135m '<|a|>' '<|b|>' --to there",
+        "alignment.commands.add_tokens.driver.add_tokens",
+        ("bundled:smollm2-135m", ["<|a|>", "<|b|>"]),
+        {"to": "there"},
+    ),
+]
+"""What a user types, and what it calls, with which values beside the console."""
+
+
+@pytest.mark.parametrize(("line", "function", "values", "named"), REACHED)
+def test_a_verb_hands_its_arguments_to_what_does_it(
+    monkeypatch: pytest.MonkeyPatch, line: str, function: str, values: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    calls = []
+
+    def note(*arguments: Any, **options: Any) -> int:
+        consoles = [value for value in (*arguments, options.pop("console", None)) if isinstance(value, Console)]
+        assert len(consoles) == 1
+        calls.append((tuple(value for value in arguments if not isinstance(value, Console)), options))
+        return 9
+
+    monkeypatch.setattr(function, note)
+    code = cli.main(shlex.split(line))
+    assert calls == [(values, named)]
+    assert code == (0 if line.split()[0] in ("plan", "status", "compare") else 9)
+
+
+def test_every_verb_has_its_folder_and_every_folder_its_verb() -> None:
+    commands = Path(cli.__file__).parent / "commands"
+    folders = {file.parent.name.replace("_", "-") for file in commands.glob("*/verb.py")}
+    assert folders == set(cli.VERBS)
+    assert {line.split()[0] for line, *_ in REACHED} == set(cli.VERBS) - {"recipes", "stages"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "hint"),
+    [("rnu", "did you mean 'run'?"), ("add_tokens", "did you mean 'add-tokens'?"), ("qqq", "one of: run, plan, ")],
+)
+def test_a_verb_that_is_not_there_is_named_with_the_nearest(capsys: Captured, verb: str, hint: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([verb, "quickstart"])
+    assert f"align: error: no verb '{verb}'; {hint}" in capsys.readouterr().err
 
 
 def test_help_lists_every_exit_code(capsys: Captured) -> None:
@@ -136,7 +237,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Capture
     def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_dispatch", interrupt)
+    monkeypatch.setattr("alignment.commands.export.verb.handle", interrupt)
     assert cli.main(["export", "out", "--to", "there"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -153,9 +254,9 @@ def test_the_command_answers_as_a_process_of_its_own() -> None:
 
 
 def test_options_may_stand_before_between_and_behind_overrides() -> None:
-    before = cli._options(["preview", "--rows", "1", "quickstart", "seed=1", "name=x"])
-    between = cli._options(["preview", "quickstart", "--rows", "1", "seed=1", "name=x"])
-    behind = cli._options(["preview", "quickstart", "seed=1", "name=x", "--rows", "1"])
+    before = cli.parse(["preview", "--rows", "1", "quickstart", "seed=1", "name=x"])
+    between = cli.parse(["preview", "quickstart", "--rows", "1", "seed=1", "name=x"])
+    behind = cli.parse(["preview", "quickstart", "seed=1", "name=x", "--rows", "1"])
     assert before == between == behind
     assert before.overrides == ["seed=1", "name=x"]
 
@@ -168,7 +269,7 @@ def test_words_that_nobody_knows_are_refused(words: list[str], capsys: Captured)
 
 
 def test_overrides_of_a_sweep_may_be_left_out(capsys: Captured) -> None:
-    assert cli._options(["sweep", "quickstart", "dpo_beta"]).overrides == []
+    assert cli.parse(["sweep", "quickstart", "dpo_beta"]).overrides == []
     with pytest.raises(SystemExit, match="2"):
         cli.main(["sweep", "./mine.yaml"])
     assert capsys.readouterr().err.endswith("the following arguments are required: SWEEP\n")

@@ -1,0 +1,52 @@
+"""``align chat``: its arguments, and what they call."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+from alignment.commands.shared.arguments import add_output, output_of
+
+_GENERATION = ("system", "max_new_tokens", "temperature", "seed")
+"""Options about how answers are made."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A run, its arms, and how they answer."""
+    parser.description = (
+        "Talks to a policy of a run, line by line, from a terminal or a pipe: /reset begins anew, /exit or Ctrl-D ends."
+    )
+    parser.add_argument("result", metavar="RUN", help="a run's name, RUN/STAGE, or an artifact's folder")
+    parser.add_argument(
+        "--arm",
+        dest="arms",
+        action="append",
+        default=[],
+        metavar="ARM",
+        help="a stage of the run, base, or RUN/STAGE of another; give it twice for two (default: the last policy)",
+    )
+    parser.add_argument("--system", default="", metavar="TEXT", help="what the system message says")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0, the likeliest token each time (default), or more",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of answers above temperature 0 (default: 0)")
+    add_output(parser)
+
+
+def handle(console: Console, arguments: argparse.Namespace) -> int:
+    """Talks until the user ends it; returns the exit code."""
+    from alignment.commands.chat.driver import chat
+
+    return chat(
+        console,
+        arguments.result,
+        arguments.arms,
+        manner={name: getattr(arguments, name) for name in _GENERATION},
+        output=output_of(arguments),
+    )

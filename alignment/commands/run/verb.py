@@ -1,0 +1,24 @@
+"""``align run``: its arguments, and what they call."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+from alignment.commands.shared.arguments import add_recipe, recipe_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A recipe with overrides, all of it or one stage."""
+    add_recipe(parser)
+    parser.add_argument("--stage", help="only this stage, from results of earlier ones")
+    parser.add_argument("--wait", action="store_true", help="wait for a result that another process works on")
+
+
+def handle(console: Console, arguments: argparse.Namespace) -> int:
+    """Runs it; returns the exit code."""
+    recipe = recipe_of(arguments)
+    from alignment.pipeline.execute.run import run
+
+    return run(recipe, arguments.overrides, console=console, only=arguments.stage, wait=arguments.wait)

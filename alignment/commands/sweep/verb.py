@@ -1,0 +1,31 @@
+"""``align sweep``: its arguments, and what they call."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A recipe, a sweep, and overrides for every trial."""
+    parser.description = (
+        "Runs a recipe with many settings, each judged by its evaluation; called again, it makes what is missing."
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or the path of your own .yaml")
+    parser.add_argument("sweep", metavar="SWEEP", help="a file's name in conf/sweep, or the path of your own .yaml")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="for every trial")
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="trials at the same time, each with its share of the machine",
+    )
+
+
+def handle(console: Console, arguments: argparse.Namespace) -> int:
+    """Runs the trials that are missing; returns the exit code."""
+    from alignment.pipeline.sweeps.run import sweep
+
+    return sweep(arguments.recipe, arguments.sweep, arguments.overrides, console=console, at_once=arguments.at_once)
