@@ -36,7 +36,7 @@ FIGURES = {"ppo": ("objective/score", "objective/kl", "loss/policy", "loss/value
 LOSS = ("loss", "grad_norm")
 _OPTIM = "optim={batch_size: 8, micro_batch_tokens: 110, lr: 1e-3, warmup_ratio: 0.0, schedule: constant}"
 _SETTINGS = {
-    # As many steps as there are whole batches: of a last one that is not, processes repeat some rows (README.md).
+    # As many steps as there are whole batches: processes repeat some rows of a partial one (docs/launching.md).
     "cpt": ("max_length=64", _OPTIM, "optim.micro_batch_tokens=90", "optim.max_steps=3"),
     "sft": ("max_length=4096", _OPTIM),
     "reward": ("max_length=4096", "eval_fraction=0.34", _OPTIM),

@@ -71,7 +71,7 @@ def _slurm_faults(launch: LaunchConfig) -> Iterator[Fault]:
         message = "0 for one process on each GPU; say how many a job gets, or take launch.num_processes=1"
         yield Fault(where="launch.slurm.gpus", message=message)
     if slurm.submit and launch.num_machines > 1:
-        message = f"{launch.num_machines} machines: a job has one; start several by hand (README.md), or take 1"
+        message = f"{launch.num_machines} machines: a job has one; start several by hand (docs/launching.md), or take 1"
         yield Fault(where="launch.num_machines", message=message)
 
 

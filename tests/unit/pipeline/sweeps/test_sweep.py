@@ -312,7 +312,7 @@ def test_a_name_that_cannot_be_a_runs_is_refused(runs: Runs, tmp_path: Path) -> 
 
 
 def test_the_file_in_the_documentation_is_one(runs: Runs, tmp_path: Path) -> None:
-    text = (Path(__file__).parents[4] / "docs/design/0012-sweeps.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[4] / "docs/sweeps.md").read_text(encoding="utf-8")
     file = tmp_path / "mine.yaml"
     file.write_text(text.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
     told = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}"]
