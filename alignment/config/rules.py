@@ -11,15 +11,16 @@ from typing import Any
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
 from alignment.config.evaluation import EndpointConfig, FewShotConfig, JudgeConfig
+from alignment.config.guard import GuardConfig
 from alignment.config.launch import LaunchConfig, SlurmConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.run import RunConfig
+from alignment.config.scorers import ScorerConfig
 from alignment.config.stage import (
     CptConfig,
     DpoConfig,
     EvaluateConfig,
     ForgettingConfig,
-    GuardConfig,
     KlConfig,
     PpoConfig,
     PpoOptimConfig,
@@ -27,7 +28,6 @@ from alignment.config.stage import (
     ReportConfig,
     RewardCardConfig,
     RewardConfig,
-    ScorerConfig,
     SftConfig,
 )
 from alignment.config.sweep import ObjectiveConfig, ParameterConfig, PruningConfig, SweepConfig

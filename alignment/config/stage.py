@@ -17,7 +17,9 @@ from typing import ClassVar
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
 from alignment.config.evaluation import FewShotConfig, JudgeConfig
+from alignment.config.guard import GuardConfig
 from alignment.config.optim import Moments, OptimConfig, Schedule
+from alignment.config.scorers import ScorerConfig
 from alignment.config.too_long import TooLongConfig
 
 
@@ -164,44 +166,6 @@ class Critic(str, Enum):
 
     separate = "separate"
     shared = "shared"
-
-
-@dataclass(kw_only=True, slots=True)
-class ScorerConfig:
-    """One part of an answer's score: ``weight`` times what ``source`` says of it.
-
-    ``source`` is ``reward`` (the model that the stage's ``reward`` names), another reward model (``stage:NAME``,
-    ``path:FOLDER``, ``hub:ORG/NAME@REVISION``), ``FILE.py:FUNCTION`` (your code), or a rule:
-    ``exact_answer``, ``regex`` (with ``pattern``), ``length`` (with ``target``, in words) or ``house_style``.
-    With ``normalize`` the running mean is taken off and the running standard deviation divided out; ``clip`` then
-    bounds the absolute value.
-    """
-
-    source: str = "reward"
-    weight: float = 1.0
-    normalize: bool = False
-    clip: float | None = None
-    pattern: str | None = None
-    target: int | None = None
-
-
-@dataclass(kw_only=True, slots=True)
-class GuardConfig:
-    """Watching for over-optimisation (Gao et al. 2022): rising scores that a held-out scorer does not share.
-
-    Every ``every`` updates (0: never) the policy answers ``prompts`` rows of the stage's data that training never sees;
-    the stage's own scorers and ``scorer``, which has to be named, judge the answers. With ``keep_best`` the stage hands
-    on the policy that ``scorer`` liked best, not the last one; a later policy counts as better where it gains more than
-    a standard error, paired by prompt. Two rollout batches in a row with a mean KL above ``max_kl`` (nats a sequence)
-    end the stage, looked at or not; a policy that was looked at and lies above it is never the best, but without
-    ``every`` the stage hands on the one that went over. ``scorer`` is never normalised, and is called by every process.
-    """
-
-    every: int = 0
-    prompts: int = 64
-    scorer: ScorerConfig = field(default_factory=lambda: ScorerConfig(source=""))
-    keep_best: bool = True
-    max_kl: float | None = None
 
 
 @dataclass(kw_only=True, slots=True)

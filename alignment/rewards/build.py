@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from alignment.config.stage import PpoConfig, ScorerConfig
+from alignment.config.scorers import ScorerConfig
+from alignment.config.stage import PpoConfig
 from alignment.core.artifacts import read_manifest
 from alignment.data.records import Prompt
 from alignment.job import StageSpec

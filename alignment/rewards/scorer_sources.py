@@ -10,7 +10,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.config.stage import PpoConfig, ScorerConfig
+from alignment.config.scorers import ScorerConfig
+from alignment.config.stage import PpoConfig
 
 REWARD = "reward"
 """Both the source and the field of the stage that it reads."""

@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from alignment.config.adapter import AdapterConfig
+from alignment.config.guard import GuardConfig
 from alignment.config.launch import Offload, Sharding
 from alignment.config.model import Dtype, ModelConfig
-from alignment.config.stage import GuardConfig, KlConfig, KlControl, ScorerConfig, StageConfig
+from alignment.config.scorers import ScorerConfig
+from alignment.config.stage import KlConfig, KlControl, StageConfig
 from alignment.job import StageInput, StageSpec
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.context import StageContext

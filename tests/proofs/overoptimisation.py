@@ -25,8 +25,9 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.guard import GuardConfig
 from alignment.config.optim import OptimConfig
-from alignment.config.stage import Critic, GuardConfig, KlConfig, PpoConfig, PpoOptimConfig, RewardConfig
+from alignment.config.stage import Critic, KlConfig, PpoConfig, PpoOptimConfig, RewardConfig
 from alignment.models.assembly.load import Lineage, load_policy
 from alignment.models.forward.generate import Sampling, generate
 from alignment.report.kit.plots import Line

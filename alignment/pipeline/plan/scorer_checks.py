@@ -11,7 +11,8 @@ from pathlib import Path
 
 from alignment.config.did_you_mean import nearest, suggestion
 from alignment.config.faults import Fault
-from alignment.config.stage import Critic, PpoConfig, RewardCardConfig, ScorerConfig, StageConfig
+from alignment.config.scorers import ScorerConfig
+from alignment.config.stage import Critic, PpoConfig, RewardCardConfig, StageConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.fingerprint import file_sha256
 from alignment.data.records import Prompt, facts_in

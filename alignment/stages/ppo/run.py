@@ -12,8 +12,9 @@ from transformers import TrainingArguments
 
 from alignment.algos.kl import AdaptiveKl, FixedKl
 from alignment.config.faults import refuse
+from alignment.config.scorers import ScorerConfig
 from alignment.config.sharing import ppo_faults
-from alignment.config.stage import KlConfig, KlControl, PpoConfig, ScorerConfig
+from alignment.config.stage import KlConfig, KlControl, PpoConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ConfigError
 from alignment.data.records import Prompt

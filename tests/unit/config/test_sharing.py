@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from alignment.config.guard import GuardConfig
 from alignment.config.sharing import ppo_faults
-from alignment.config.stage import GuardConfig, PpoConfig, PpoOptimConfig
+from alignment.config.stage import PpoConfig, PpoOptimConfig
 
 
 def faults(processes: int, batch_size: int = 32, **fields: Any) -> list[str]:

@@ -9,7 +9,8 @@ import pytest
 
 from alignment.config.did_you_mean import nearest
 from alignment.config.rules import NAME, RULES, rule_of
-from alignment.config.stage import STAGES, PpoConfig, ScorerConfig, SftConfig
+from alignment.config.scorers import ScorerConfig
+from alignment.config.stage import STAGES, PpoConfig, SftConfig
 from alignment.config.typed import convert, field_types, listed_dataclass, stage_from_plain, to_plain, typed
 from alignment.core.errors import ConfigError
 

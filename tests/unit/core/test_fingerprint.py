@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from alignment.config.adapter import AdapterKind
-from alignment.config.stage import DpoConfig, PpoConfig, ScorerConfig, SftConfig
+from alignment.config.scorers import ScorerConfig
+from alignment.config.stage import DpoConfig, PpoConfig, SftConfig
 from alignment.core.fingerprint import canonical, digest
 
 

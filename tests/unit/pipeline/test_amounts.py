@@ -10,8 +10,9 @@ import pytest
 
 from alignment import cli
 from alignment.config.data import DataConfig, MixedConfig
+from alignment.config.guard import GuardConfig
 from alignment.config.optim import OptimConfig
-from alignment.config.stage import CptConfig, DpoConfig, GuardConfig, PpoConfig, RewardConfig, SftConfig, StageConfig
+from alignment.config.stage import CptConfig, DpoConfig, PpoConfig, RewardConfig, SftConfig, StageConfig
 from alignment.core.errors import ConfigError
 from alignment.data.records import Prompt
 from alignment.data.turns import Message

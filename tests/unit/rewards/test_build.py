@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.stage import GuardConfig, PpoConfig, ScorerConfig
+from alignment.config.guard import GuardConfig
+from alignment.config.scorers import ScorerConfig
+from alignment.config.stage import PpoConfig
 from alignment.core.errors import DataError, ModelError
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput

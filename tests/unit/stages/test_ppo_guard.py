@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from alignment import worker
-from alignment.config.stage import GuardConfig, PpoConfig, ScorerConfig
+from alignment.config.guard import GuardConfig
+from alignment.config.scorers import ScorerConfig
+from alignment.config.stage import PpoConfig
 from alignment.job import StageInput
 from alignment.training.context import StageContext
 from alignment.training.rl.guard import Guard

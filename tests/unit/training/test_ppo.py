@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.model import Dtype
-from alignment.config.stage import Critic, KlConfig, KlControl, ScorerConfig
+from alignment.config.scorers import ScorerConfig
+from alignment.config.stage import Critic, KlConfig, KlControl
 from alignment.core.errors import ConfigError, StageError
 from alignment.models.assembly.roles import ValueHead
 from alignment.models.forward.answers import answer_stream, unwrapped

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from alignment.config.adapter import AdapterConfig
+from alignment.config.guard import GuardConfig
 from alignment.config.optim import Schedule
-from alignment.config.stage import Critic, GuardConfig, PtxConfig
+from alignment.config.stage import Critic, PtxConfig
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.data.tokens.tokenize import TokenizedConversation
 from alignment.models.forward.answers import unwrapped

@@ -1,0 +1,24 @@
+"""What gives scores to answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True, slots=True)
+class ScorerConfig:
+    """One part of an answer's score: ``weight`` times what ``source`` says of it.
+
+    ``source`` is ``reward`` (the model that the stage's ``reward`` names), another reward model (``stage:NAME``,
+    ``path:FOLDER``, ``hub:ORG/NAME@REVISION``), ``FILE.py:FUNCTION`` (your code), or a rule:
+    ``exact_answer``, ``regex`` (with ``pattern``), ``length`` (with ``target``, in words) or ``house_style``.
+    With ``normalize`` the running mean is taken off and the running standard deviation divided out; ``clip`` then
+    bounds the absolute value.
+    """
+
+    source: str = "reward"
+    weight: float = 1.0
+    normalize: bool = False
+    clip: float | None = None
+    pattern: str | None = None
+    target: int | None = None
