@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.cli import _options
+from alignment.cli import parse
 from alignment.config.typed import typed
 from alignment.pipeline.plan.compose import compose
 
@@ -72,7 +72,7 @@ COMMANDS = sorted({line for page in PAGES for line in re.findall(COMMAND, page.r
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_parses_and_its_settings_compose(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    options = _options(shlex.split(command, comments=True)[1:])
+    options = parse(shlex.split(command, comments=True)[1:])
     recipe = getattr(options, "recipe", None)
     if recipe not in (None, "./mine.yaml") and options.overrides:  # recipes by themselves are composed elsewhere
         composition = compose(recipe, options.overrides)
