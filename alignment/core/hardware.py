@@ -10,12 +10,12 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-VISIBLE = ("CUDAVISIBLE_DEVICES", "HIPVISIBLE_DEVICES")
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 """Variables that name the GPUs to use; the second is ROCm's own, which knows the first too."""
 
 
 def visible_devices(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> list[str]:
-    """GPUs that this machine lets us use, as ``CUDAVISIBLE_DEVICES`` names them; found without importing torch.
+    """GPUs that this machine lets us use, as ``CUDA_VISIBLE_DEVICES`` names them; found without importing torch.
 
     A name that is no device ends the list, as it does for CUDA.
     """
