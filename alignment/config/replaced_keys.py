@@ -1,4 +1,4 @@
-"""Keys of earlier versions: what stands in their place, where no likeness of names would tell."""
+"""Keys and values of earlier versions: what stands in their place, where no likeness of names would tell."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ _INSTEAD: dict[tuple[type, str], str] = {
         "that score (missing_eos_penalty=0 in place of null)"
     ),
 }
+
+
+_INSTEAD_OF_VALUES: dict[str, str] = {
+    "house_style": (
+        "'house_style' is no rule of the package any more; write 'bundled:quickstart/house_style.py:style', or "
+        "'…:style_and_facts' where every row has 'facts'"
+    ),
+}
+
+
+def instead_of_value(value: str) -> str | None:
+    """What took the place of a source that there was once; None for one that there never was."""
+    return _INSTEAD_OF_VALUES.get(value)
 
 
 def instead_of(cls: type, key: str) -> str | None:

@@ -10,8 +10,8 @@ class ScorerConfig:
     """One part of an answer's score: ``weight`` times what ``source`` says of it.
 
     ``source`` is ``reward`` (the model that the stage's ``reward`` names), another reward model (``stage:NAME``,
-    ``path:FOLDER``, ``hub:ORG/NAME@REVISION``), ``FILE.py:FUNCTION`` (your code), or a rule:
-    ``exact_answer``, ``regex`` (with ``pattern``), ``length`` (with ``target``, in words) or ``house_style``.
+    ``path:FOLDER``, ``hub:ORG/NAME@REVISION``), ``FILE.py:FUNCTION`` (your code), ``bundled:NAME.py:FUNCTION``, or a
+    rule: ``exact_answer``, ``regex`` (with ``pattern``) or ``length`` (with ``target``, in words).
     With ``normalize`` the running mean is taken off and the running standard deviation divided out; ``clip`` then
     bounds the absolute value.
     """

@@ -42,6 +42,12 @@ def locate(source: str, *, where: str = "") -> Path:
     )
 
 
+def bundled_code() -> list[str]:
+    """Python files that ship with the project's data, such as ``quickstart/house_style.py``."""
+    folder = shipped("data")
+    return sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.py"))
+
+
 def _bundled(name: str, *, where: str) -> Path:
     folder = shipped("data")
     names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/*.jsonl"))

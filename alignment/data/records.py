@@ -269,17 +269,6 @@ class PlainText:
 Record = PlainText | Conversation | PreferencePair | Prompt | HeldOutPrompt | Question
 
 
-def facts_in(prompt: Prompt) -> tuple[tuple[str, ...], ...] | None:
-    """The key facts that the row of a prompt lists, or None where it lists none.
-
-    Raises:
-        DataError: its field ``facts`` is of another form.
-    """
-    if prompt.row.get("facts") is None:
-        return None
-    return _facts(Fields(prompt.row, where=prompt.where, example=HeldOutPrompt.EXAMPLE))
-
-
 def _facts(fields: Fields) -> tuple[tuple[str, ...], ...]:
     """Key facts, at least one, each with at least one wording."""
     value = fields.required("facts")

@@ -20,7 +20,7 @@ from alignment.models.assembly.reward_head import load_reward_model
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.reward_models import Computation, TextScorer, TokenScorer, load_external
 from alignment.rewards.scorer_sources import GUARD, REWARD, function_of, in_use, input_field, source_field
-from alignment.rewards.scorers import ExactAnswer, HouseStyle, Length, Regex, Scorer
+from alignment.rewards.scorers import ExactAnswer, Length, Regex, Scorer
 from alignment.rewards.weighted_sum import Part, RewardMix
 
 
@@ -116,8 +116,6 @@ class _Maker:
             case "length":
                 assert scorer.target is not None, "the plan refuses a length without its target"
                 return Length(scorer.target)
-            case "house_style":
-                return HouseStyle(self.prompts)
         raise AssertionError(f"the plan refuses the source {scorer.source!r}")
 
     def _model(self, name: str, *, source: str) -> Scorer:

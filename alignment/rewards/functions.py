@@ -1,4 +1,4 @@
-"""A function of the user's as a scorer (docs/rewards.md). Its file is code, and runs as whoever started the stage."""
+"""A function as a scorer (docs/rewards.md). A user's file is code, and runs as whoever started the stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from alignment.core.errors import DataError, RewardError
 from alignment.core.files import disk_error
 from alignment.core.fingerprint import digest, file_sha256
 from alignment.rewards.scorer_sources import FunctionSource
-from alignment.rewards.scorers import Answers
+from alignment.rewards.scorers import Answers, places_of
 
 Function = Callable[[list[list[dict[str, str]]], list[str], list[dict[str, Any]]], Any]
 
@@ -43,7 +43,8 @@ class FunctionScorer:
         except BaseException as error:  # it is the user's, and raises whatever it likes, SystemExit too
             if _is_ours(error) or disk_error(error, folder=self._source.file.parent):
                 raise
-            raise _raised(error, self._source, f"asked about answers to {answers.places()}") from error
+            when = f"asked about answers to {answers.places()}{_lacking(error, answers)}"
+            raise _raised(error, self._source, when) from error
 
 
 def load_function(source: FunctionSource, *, planned: str | None) -> Function:
@@ -94,6 +95,13 @@ def _is_ours(error: BaseException) -> bool:
     In a worker no signal raises ``KeyboardInterrupt``: that is a function's own doing.
     """
     return type(error).__module__.startswith("alignment.")
+
+
+def _lacking(error: BaseException, answers: Answers) -> str:
+    """Which rows lack the column that a function looked up in vain."""
+    column = error.args[0] if isinstance(error, KeyError) and error.args else None
+    lacking = [prompt for prompt in answers.prompts if column not in prompt.row] if isinstance(column, str) else []
+    return f", of which these have no '{column}': {places_of(lacking)}" if lacking else ""
 
 
 def _raised(error: BaseException, source: FunctionSource, when: str) -> RewardError:

@@ -1,7 +1,8 @@
 """What a scorer's ``source`` can be, as the plan checks it and the worker builds it. Nothing here is imported or run.
 
 A source is ``reward`` (the stage's reward model), a reference to another reward model (``stage:NAME``, ``path:FOLDER``,
-``hub:ORG/NAME@REVISION``), a function of the user's (``FILE.py:FUNCTION``), or the name of a verifier.
+``hub:ORG/NAME@REVISION``), a function (``FILE.py:FUNCTION`` of the user's, or ``bundled:NAME.py:FUNCTION`` of a file
+that ships with the project), or the name of a verifier.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from alignment.config.scorers import ScorerConfig
 from alignment.config.stage import PpoConfig
+from alignment.core.resources import shipped
 
 REWARD = "reward"
 """Both the source and the field of the stage that it reads."""
@@ -22,29 +24,40 @@ VERIFIERS: dict[str, str | None] = {
     "exact_answer": None,
     "regex": "pattern",
     "length": "target",
-    "house_style": None,
 }
 """Each rule with the setting that it needs; no other source uses that setting."""
 
 _REFERENCES = ("stage:", "path:", "hub:")
+_BUNDLED = "bundled:"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FunctionSource:
-    """A function of the user's: ``FunctionSource(file=Path("/home/me/score.py"), name="brevity")``."""
+    """A function and its file: ``FunctionSource(file=Path("/home/me/score.py"), name="brevity")``.
+
+    ``bundled`` is what stands behind ``bundled:`` for a file that ships with the project, empty for the user's own.
+    """
 
     file: Path
     name: str
+    bundled: str = ""
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.name}"
+        """The source, the same in any folder: a user's file by its absolute path."""
+        return f"{_BUNDLED}{self.bundled}:{self.name}" if self.bundled else f"{self.file}:{self.name}"
 
 
 def function_of(source: str) -> FunctionSource | None:
-    """The function that ``FILE.py:FUNCTION`` names, its file made absolute; None for a source of another form."""
+    """The function that ``FILE.py:FUNCTION`` or ``bundled:NAME.py:FUNCTION`` names; None for a source of another form.
+
+    A user's file is made absolute.
+    """
     file, _, name = source.rpartition(":")
     if is_reference(source) or not file.endswith(".py"):
         return None
+    if file.startswith(_BUNDLED):
+        bundled = file.removeprefix(_BUNDLED)
+        return FunctionSource(file=shipped("data") / bundled, name=name, bundled=bundled)
     return FunctionSource(file=Path(file).expanduser().absolute(), name=name)
 
 

@@ -11,8 +11,7 @@ from typing import Any, Protocol
 
 from alignment.config.rules import LARGEST
 from alignment.core.errors import RewardError
-from alignment.data.records import Prompt, facts_in
-from alignment.evaluation.arms import source_text
+from alignment.data.records import Prompt
 from alignment.rewards import verifiers
 
 _REMEDY = f"give one number an answer, from -{LARGEST:g} to {LARGEST:g}, in the answers' order"
@@ -34,9 +33,14 @@ class Answers:
 
     def places(self) -> str:
         """Where the prompts stand, the first three of them: ``a.jsonl:1, a.jsonl:7 and 2 more``."""
-        different = list(dict.fromkeys(prompt.where for prompt in self.prompts))
-        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-        return ", ".join(different[:3]) + more
+        return places_of(self.prompts)
+
+
+def places_of(prompts: Sequence[Prompt]) -> str:
+    """Where prompts stand, the first three of them: ``a.jsonl:1, a.jsonl:7 and 2 more``."""
+    different = list(dict.fromkeys(prompt.where for prompt in prompts))
+    more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+    return ", ".join(different[:3]) + more
 
 
 class Scorer(Protocol):
@@ -118,18 +122,3 @@ class Length:
     def scores(self, answers: Answers) -> list[float]:
         """From 0 to 1 an answer."""
         return [verifiers.length(text, self._target) for text in answers.texts]
-
-
-class HouseStyle:
-    """The style of the quickstart, and the key facts of rows that list some."""
-
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
-        self._facts = [facts_in(prompt) for prompt in prompts]
-
-    def scores(self, answers: Answers) -> list[float]:
-        """From 0 to 1 an answer."""
-        asked = zip(answers.texts, answers.prompts, answers.rows, strict=True)
-        return [
-            verifiers.house_style(text, source=source_text(prompt.messages), facts=self._facts[row])
-            for text, prompt, row in asked
-        ]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
 from alignment.core.errors import DataError
-from alignment.evaluation.house_style import fact_recall, style_checks
 
 ANSWER = "answer"
 _MARK = "####"
@@ -58,15 +56,6 @@ def regex(completion: str, pattern: re.Pattern[str]) -> float:
 def length(completion: str, target: int) -> float:
     """1 at ``target`` words, falling linearly to 0 at no word and at twice as many."""
     return max(0.0, 1.0 - abs(len(completion.split()) - target) / target)
-
-
-def house_style(completion: str, *, source: str, facts: Sequence[Sequence[str]] | None) -> float:
-    """The product of all style checks, times the share of ``facts`` that the completion carries, if there are any.
-
-    ``source`` is the text that the completion may draw on.
-    """
-    style = math.prod(style_checks(completion, source=source).values())
-    return style if facts is None else style * fact_recall(completion, [list(fact) for fact in facts])
 
 
 def _value(number: re.Match[str]) -> Decimal:

@@ -111,12 +111,6 @@ MUTATIONS = [
             '"code": {}}',
             "test_the_content_of_a_function_s_file_counts_and_its_place_does_not",
         ),
-        (
-            "the house style is out of the fingerprint",
-            "file_sha256(RULE) if judged else None",
-            "None",
-            "test_the_rule_of_the_house_style_counts_where_it_scores",
-        ),
     ),
     *in_file(
         "artifacts.py",

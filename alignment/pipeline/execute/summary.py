@@ -31,7 +31,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     for stage in plan.stages:
         if stage.action is not Action.reuse:
             lines = [f"reads {one.identity}{'' if one.path else ', which a run downloads'}" for one in stage.hub_data]
-            lines += [f"runs your code: {function}" for function in stage.code]
+            lines += [f"runs your code: {function}" for function in stage.code if not function.startswith("bundled:")]
             for line in lines:
                 console.print(f"{stage.name} {line}", markup=False, highlight=False, emoji=False, soft_wrap=True)
     for note in notes.of_plan(plan):

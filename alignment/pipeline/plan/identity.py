@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.config.evaluation import FEW_SHOT, FewShotConfig
 from alignment.config.run import RunConfig
-from alignment.config.stage import EvaluateConfig, PpoConfig, PtxConfig, StageConfig
+from alignment.config.stage import EvaluateConfig, PpoConfig, PtxConfig, RewardCardConfig, StageConfig
 from alignment.core.fingerprint import canonical, digest, file_sha256
 from alignment.data.chat_template import template_text
 from alignment.pipeline.plan import scorer_checks
@@ -34,7 +34,7 @@ def of_stage(
     stage logs or saves are not.
     """
     stage = run.stages[name]
-    judged = isinstance(stage, EvaluateConfig) or scorer_checks.uses_house_style(stage)
+    judged = isinstance(stage, EvaluateConfig) or (isinstance(stage, RewardCardConfig) and stage.rule is not None)
     others = {field: content for field, content in data.items() if field != "data"}
     seldom = {
         "extra_data": others,

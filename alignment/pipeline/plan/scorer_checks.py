@@ -11,11 +11,13 @@ from pathlib import Path
 
 from alignment.config.did_you_mean import nearest, suggestion
 from alignment.config.faults import Fault
+from alignment.config.replaced_keys import instead_of_value
 from alignment.config.scorers import ScorerConfig
-from alignment.config.stage import Critic, PpoConfig, RewardCardConfig, StageConfig
+from alignment.config.stage import Critic, PpoConfig, StageConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.fingerprint import file_sha256
-from alignment.data.records import Prompt, facts_in
+from alignment.data.bundled_files import bundled_code
+from alignment.data.records import Prompt
 from alignment.rewards.scorer_sources import (
     GUARD,
     REWARD,
@@ -30,7 +32,8 @@ from alignment.rewards.scorer_sources import (
 from alignment.rewards.verifiers import expected_answer
 
 ALLOWED = (
-    f"it takes {REWARD}, a reward model (stage:NAME, path:FOLDER), FILE.py:FUNCTION, or one of: {', '.join(VERIFIERS)}"
+    f"it takes {REWARD}, a reward model (stage:NAME, path:FOLDER), FILE.py:FUNCTION, bundled:NAME.py:FUNCTION, or one "
+    f"of: {', '.join(VERIFIERS)}"
 )
 
 
@@ -59,13 +62,6 @@ def functions(stage: StageConfig) -> dict[str, FunctionSource]:
 def code(stage: StageConfig) -> dict[str, str]:
     """SHA-256 of the file of each function. Call it after ``faults``."""
     return {field: file_sha256(function.file) for field, function in functions(stage).items()}
-
-
-def uses_house_style(stage: StageConfig) -> bool:
-    """Whether the rule of the house style scores the stage's answers."""
-    if isinstance(stage, RewardCardConfig):
-        return stage.rule is not None
-    return isinstance(stage, PpoConfig) and any(scorer.source == "house_style" for scorer in in_use(stage).values())
 
 
 def with_files(stage: StageConfig) -> StageConfig:
@@ -102,7 +98,7 @@ def _has_answer(prompt: Prompt) -> None:
     expected_answer(prompt.row, where=prompt.where)
 
 
-_ROW_CHECKS: dict[str, Callable[[Prompt], object]] = {"exact_answer": _has_answer, "house_style": facts_in}
+_ROW_CHECKS: dict[str, Callable[[Prompt], object]] = {"exact_answer": _has_answer}
 
 
 def _scorer_faults(where: str, scorer: ScorerConfig, stage: PpoConfig, *, where_reward: str) -> Iterator[Fault]:
@@ -146,6 +142,8 @@ def _source_problem(source: str, stage: PpoConfig, where_reward: str) -> str | N
         return f"'{REWARD}' is the model that {where_reward} names, which is null; name one, or take this scorer out"
     if _is_known(source):
         return None
+    if instead := instead_of_value(source):
+        return instead
     if source.endswith(".py"):
         return f"{source!r} names no function; write {source}:FUNCTION"
     close = nearest(source, [REWARD, *VERIFIERS])
@@ -153,6 +151,8 @@ def _source_problem(source: str, stage: PpoConfig, where_reward: str) -> str | N
 
 
 def _function_problem(function: FunctionSource) -> str | None:
+    if function.bundled and function.bundled not in (known := bundled_code()):
+        return f"no bundled file '{function.bundled}'; {suggestion(function.bundled, known)}"
     try:
         tree = ast.parse(function.file.read_bytes(), filename=str(function.file))
     except FileNotFoundError:

@@ -21,6 +21,7 @@ from alignment.data.tokens.row_kinds import PAIRS, PROMPT
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.arms import source_text
 from alignment.evaluation.bag_of_words import BagOfWords, fit
+from alignment.evaluation.house_style import style_checks
 from alignment.evaluation.invariance import Rows, beyond_rounding, flat_scores, moved, padded_scores
 from alignment.evaluation.reward_card import Intervals, Judged, card_of, warnings
 from alignment.models.assembly.load import products_in, refuse_other_tokenizer
@@ -28,7 +29,6 @@ from alignment.models.assembly.prefix import prefix_of
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import unwrapped
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
-from alignment.rewards.verifiers import house_style
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import LEFT_OUT, fitting, rows_of
 from alignment.training.context import StageContext
@@ -243,7 +243,8 @@ def _judged(config: RewardCardConfig, reading: _Reading, scores: list[float], ba
 
 def _by_rule(pair: PreferencePair) -> tuple[float, float]:
     source = source_text(pair.messages)
-    return house_style(pair.chosen, source=source, facts=None), house_style(pair.rejected, source=source, facts=None)
+    chosen, rejected = (style_checks(text, source=source).values() for text in (pair.chosen, pair.rejected))
+    return math.prod(chosen), math.prod(rejected)
 
 
 def _invariances(config: RewardCardConfig, context: StageContext, reading: _Reading) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import permutations
 from statistics import mean
 
@@ -14,8 +14,8 @@ from alignment.data.bundled_files import locate
 from alignment.data.overlap import HeldOut, Placed
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Question, Record
-from alignment.evaluation.arms import source_text
-from alignment.evaluation.house_style import style_checks
+from alignment.data.turns import Message
+from data.quickstart.house_style import source_text, style_checks
 
 ALL = DataConfig(source="")
 TEXTS = read_records(locate("bundled:general/texts"), PlainText, ALL)
@@ -27,6 +27,10 @@ QUICKSTART: dict[str, type[Record]] = {
     "preferences": PreferencePair,
     "heldout": HeldOutPrompt,
 }
+
+
+def _source(messages: Sequence[Message]) -> str:
+    return source_text([message.as_dict() for message in messages])
 
 
 def _said(rows: list[Record]) -> Iterator[Placed]:
@@ -82,7 +86,7 @@ def test_conversations_are_of_many_kinds_and_not_in_the_house_style() -> None:
         next(place for place, turn in enumerate(row.messages) if turn.role == "assistant") for row in CONVERSATIONS
     ]
     checks = [
-        style_checks(row.messages[place].content, source=source_text(row.messages[:place]))
+        style_checks(row.messages[place].content, source=_source(row.messages[:place]))
         for row, place in zip(CONVERSATIONS, first, strict=True)
     ]
     assert mean(min(found.values()) == 1.0 for found in checks) < 0.2  # a short answer is in it by chance

@@ -14,7 +14,7 @@ from alignment.data.bundled_files import RECORDS, locate
 from alignment.data.fields import Fields
 from alignment.data.formats import FORMATS
 from alignment.data.reading import read_records, right_form
-from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair, Prompt, Question, facts_in
+from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair, Prompt, Question
 from alignment.data.turns import Message
 
 USER = {"role": "user", "content": "2 + 2?"}
@@ -134,14 +134,6 @@ def test_a_prompt_carries_its_row_and_where_it_stands(tmp_path: Path) -> None:
     assert prompt.row == row
     assert prompt.where == f"{file}:2"
     assert prompt == Prompt(messages=(Message(role="user", content="2 + 2?"),)), "the row is no part of what it is"
-
-
-def test_facts_of_a_prompt_s_row_are_optional_but_never_of_another_form() -> None:
-    assert facts_in(_made(Prompt, {"messages": [USER]})) is None
-    assert facts_in(_made(Prompt, {"messages": [USER], "facts": None})) is None
-    assert facts_in(_made(Prompt, {"messages": [USER], "facts": [["4", "four"]]})) == (("4", "four"),)
-    with pytest.raises(DataError, match=r"x:1: 'facts\[0\]' must be a list of wordings; it is 4"):
-        facts_in(_made(Prompt, {"messages": [USER], "facts": [4]}))
 
 
 CHOICES = {"question": "2 + 2?", "choices": ["3", "4", "5"], "answer": "4"}

@@ -132,7 +132,7 @@ def test_a_plan_refuses_sizes_that_no_machine_can_run(
     plan: MakePlan, overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What the first stage could have trained for hours before the last one said so."""
-    guard = "stages.ppo.guard={every: 1, prompts: 64, scorer: {source: house_style}}"
+    guard = "stages.ppo.guard={every: 1, prompts: 64, scorer: {source: 'bundled:quickstart/house_style.py:style'}}"
     wrong = ("stages.ppo.completions_per_prompt=3", guard, "stages.dpo.data.limit=7")
     with pytest.raises(ConfigError) as caught:
         refuse_sizes(plan(*wrong))

@@ -12,7 +12,10 @@ import pytest
 import yaml
 from rich.console import Console
 
+from alignment.config.stage import PpoConfig
 from alignment.core.errors import ArtifactError, ConfigError, DataError, ModelError, RewardError
+from alignment.core.fingerprint import file_sha256
+from alignment.core.resources import shipped
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.plan.plan import Plan, PlannedStage
@@ -21,6 +24,7 @@ from tests.unit.pipeline.test_run import fake
 
 SEPARATE = "stages.ppo.critic=separate"
 NO_REWARD = "stages.ppo.reward=null"
+STYLE = "source: 'bundled:quickstart/house_style.py:style'"
 
 
 @pytest.fixture
@@ -60,10 +64,10 @@ def fault(plan: MakePlan, *overrides: str) -> str:
 
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
-WATCHED = "stages.ppo.guard={every: 1, scorer: {source: house_style}}"
+WATCHED = "stages.ppo.guard={every: 1, scorer: {source: 'bundled:quickstart/house_style.py:style'}}"
 ALLOWED = (
-    "it takes reward, a reward model (stage:NAME, path:FOLDER), FILE.py:FUNCTION, or one of: exact_answer, regex, "
-    "length, house_style"
+    "it takes reward, a reward model (stage:NAME, path:FOLDER), FILE.py:FUNCTION, bundled:NAME.py:FUNCTION, or one of: "
+    "exact_answer, regex, length"
 )
 FAULTS = [
     ((NO_REWARD,), "scorers[0].source: 'reward' is the model that stages.ppo.reward names, which is null; name one, or "
@@ -79,12 +83,17 @@ FAULTS = [
      "scorers[1].target: 3 is read by nothing; only 'length' reads it"),
     ((scorers("source: reward", "source: regex, pattern: '('"),),
      "scorers[1].pattern: '(' is not allowed; a regular expression as Python writes them"),
-    ((scorers("source: house_style"),), "reward: 'stage:reward' is read by nothing: no scorer is 'reward', and a "
+    ((scorers(STYLE),), "reward: 'stage:reward' is read by nothing: no scorer is 'reward', and a "
      "shared critic starts at 0; write null, or add the scorer"),
     ((scorers(),), "scorers: [] is not allowed; at least one entry"),
     (("stages.ppo.guard.every=1",), f"guard.scorer.source: missing; {ALLOWED}"),
-    (("stages.ppo.guard.every=1", "stages.ppo.guard.scorer.source=hose_style"),
-     f"guard.scorer.source: 'hose_style' is no scorer; did you mean 'house_style'? {ALLOWED}"),
+    (("stages.ppo.guard.every=1", "stages.ppo.guard.scorer.source=house_style"),
+     "guard.scorer.source: 'house_style' is no rule of the package any more; write "
+     "'bundled:quickstart/house_style.py:style', or '…:style_and_facts' where every row has 'facts'"),
+    ((scorers("source: reward", "source: 'bundled:quickstart/hose_style.py:style'"),), "scorers[1].source: no bundled "
+     "file 'quickstart/hose_style.py'; did you mean 'quickstart/house_style.py'?"),
+    ((scorers("source: reward", "source: 'bundled:../../setup.py:style'"),), "scorers[1].source: no bundled "
+     "file '../../setup.py'; one of: quickstart/house_style.py"),
     ((WATCHED, "stages.ppo.guard.scorer.normalize=true"),
      "guard.scorer.normalize: true, but a running normalisation cannot compare policies; a held-out scorer scores "
      "as it is"),
@@ -254,9 +263,9 @@ def test_a_reward_model_of_a_hub_is_planned_by_its_name_and_fetched_with_the_oth
 
 
 def test_a_critic_starts_from_a_reward_model_of_ours_alone(plan: MakePlan, tmp_path: Path) -> None:
-    plan(SEPARATE, scorers("source: house_style"))  # the critic reads it
+    plan(SEPARATE, scorers(STYLE))  # the critic reads it
     for ref in ("hub:org/judge", f"path:{judge(tmp_path / 'judge')}"):
-        said = fault(plan, SEPARATE, scorers("source: house_style"), f"stages.ppo.reward='{ref}'")
+        said = fault(plan, SEPARATE, scorers(STYLE), f"stages.ppo.reward='{ref}'")
         assert said.startswith(f"stages.ppo.reward: '{ref}' is read by nothing: no scorer is 'reward', and a critic ")
 
 
@@ -313,10 +322,16 @@ def test_a_reason_names_the_scorer_s_setting_that_differs(plan: MakePlan) -> Non
     assert ppo(planned(0.5)).reason == f"scorers[1].weight 1 → 0.5 (nearest: {ppo(first).artifact.name})"
 
 
-def test_the_rule_of_the_house_style_counts_where_it_scores(plan: MakePlan) -> None:
-    assert ppo(plan()).identity["rule"] is None
-    assert ppo(plan(WATCHED)).identity["rule"]
-    assert ppo(plan(scorers("source: reward", "source: house_style"))).identity["rule"]
+def test_a_function_that_ships_with_the_project_is_one_like_the_user_s(plan: MakePlan) -> None:
+    """The worker resolves it where it is installed itself; a copy of the user's is the same stage."""
+    planned = ppo(plan(scorers("source: reward", STYLE)))
+    file = shipped("data") / "quickstart/house_style.py"
+    assert planned.identity["code"] == {"scorers[1].source": file_sha256(file)}
+    assert isinstance(planned.config, PpoConfig)
+    assert planned.config.scorers[1].source == "bundled:quickstart/house_style.py:style"
+    copied = ppo(plan(scorers("source: reward", f"source: '{file}:style'")))
+    assert copied.fingerprint == planned.fingerprint
+    assert ppo(plan(WATCHED)).identity["code"] == {"guard.scorer.source": file_sha256(file)}
 
 
 def test_pretraining_text_counts_only_where_it_is_learned(plan: MakePlan, tmp_path: Path) -> None:
@@ -358,9 +373,6 @@ def test_rows_are_held_against_what_the_rules_look_at_before_anything_starts(pla
     plan(override, "stages.ppo.data.limit=1")
     with pytest.raises(DataError, match=rf"{file}:2: 'answer' holds no number"):
         plan(override)
-    file.write_text(json.dumps({**row, "facts": "21 March"}) + "\n")
-    with pytest.raises(DataError, match=rf"{file}:1: 'facts' must be a list of facts"):
-        plan(scorers("source: reward", "source: house_style"))
 
 
 # ---- what is told ---------------------------------------------------------------------------------------------------
@@ -373,6 +385,7 @@ def test_a_plan_says_plainly_whose_code_runs(plan: MakePlan, function: Path) -> 
         return screen.getvalue()
 
     assert "your code" not in shown()
+    assert "your code" not in shown(scorers("source: reward", STYLE)), "it is part of the package"
     override = scorers("source: reward", f"source: '{function}:brevity'")
     assert f"ppo runs your code: {function}:brevity\n" in shown(override)
     for stage in plan(override).stages:

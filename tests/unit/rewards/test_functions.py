@@ -13,7 +13,7 @@ from alignment.core.errors import DataError, RewardError
 from alignment.core.fingerprint import file_sha256
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.scorer_sources import FunctionSource
-from alignment.rewards.scorers import checked
+from alignment.rewards.scorers import Answers, checked
 from alignment.training.session import Preempted
 from tests.unit.rewards.conftest import answers_to, prompt
 
@@ -21,13 +21,13 @@ PROMPTS = [prompt("Hi?", line=4, weight=2.5), prompt("And?", line=9, weight=0.5)
 ANSWERS = answers_to(PROMPTS, ["Hello there.", "No."])
 
 
-def score(folder: Path, body: str, *, preamble: str = "") -> list[float]:
-    """What a function with this body makes of two answers."""
+def score(folder: Path, body: str, *, preamble: str = "", answers: Answers = ANSWERS) -> list[float]:
+    """What a function with this body makes of answers."""
     file = folder / "score.py"
     file.write_text(f"{preamble}\ndef brevity(prompts, completions, rows):\n    {body}\n")
     source = FunctionSource(file=file, name="brevity")
     scorer = FunctionScorer(source, load_function(source, planned=file_sha256(file)))
-    return checked(scorer.scores(ANSWERS), ANSWERS, source=str(source))
+    return checked(scorer.scores(answers), answers, source=str(source))
 
 
 def test_a_function_sees_messages_text_and_the_whole_row(tmp_path: Path) -> None:
@@ -97,7 +97,6 @@ def test_what_is_no_score_is_refused_by_function_row_and_value(tmp_path: Path, v
     ("body", "message"),
     [
         ("return [1 / 0, 2]", "raised ZeroDivisionError: division by zero at line 3"),
-        ("return [rows[0]['colour'], 2]", "raised KeyError: 'colour' at line 3"),
         ("import sys; sys.exit(3)", "raised SystemExit: 3 at line 3"),
         ("raise KeyboardInterrupt", "raised KeyboardInterrupt at line 3"),
         ("raise GeneratorExit('over')", "raised GeneratorExit: over at line 3"),
@@ -109,6 +108,21 @@ def test_a_function_that_raises_is_named_with_the_line_that_did(tmp_path: Path, 
         score(tmp_path, body, preamble="def helper(): raise ValueError('deep')")
     asked = "asked about answers to rows.jsonl:4, rows.jsonl:9; nothing was learned from it"
     assert str(caught.value).splitlines()[0] == f"{tmp_path}/score.py:brevity: {message}, {asked}"
+
+
+def test_rows_that_lack_a_column_are_named(tmp_path: Path) -> None:
+    prompts = [prompt(line=4, facts=1), prompt(line=9), prompt(line=11), prompt(line=12, facts=2)]
+    with pytest.raises(RewardError) as caught:
+        score(tmp_path, "return [row['facts'] for row in rows]", answers=answers_to(prompts, ["No."] * 4))
+    assert str(caught.value).splitlines()[0] == (
+        f"{tmp_path}/score.py:brevity: raised KeyError: 'facts' at line 3, asked about answers to rows.jsonl:4, "
+        "rows.jsonl:9, rows.jsonl:11 and 1 more, of which these have no 'facts': rows.jsonl:9, rows.jsonl:11; nothing "
+        "was learned from it"
+    )
+    with pytest.raises(
+        RewardError, match=r"KeyError: 1 at line 3, asked about answers to rows\.jsonl:4, rows\.jsonl:9;"
+    ):
+        score(tmp_path, "return {}[1]")
 
 
 @pytest.mark.parametrize("error", ["KeyboardInterrupt", "SystemExit"])

@@ -13,11 +13,8 @@ from typing import Any
 import pytest
 
 from alignment.core.errors import DataError
-from alignment.data.turns import Message
-from alignment.evaluation.arms import source_text
-from alignment.evaluation.house_style import score
 from alignment.rewards import verifiers
-from alignment.rewards.scorers import ExactAnswer, HouseStyle
+from alignment.rewards.scorers import ExactAnswer
 from tests.public import PUBLIC, WRITTEN, needs_public_data
 from tests.unit.rewards.conftest import answers_to, prompt
 
@@ -171,7 +168,7 @@ def test_rows_agree_with_themselves_and_with_the_published_extraction(file: Path
         assert verifiers.exact_answer(row["answer"], other) == float(same)
 
 
-# ---- regex, length, house_style -------------------------------------------------------------------------------------
+# ---- regex, length --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -192,18 +189,3 @@ def test_length_is_best_at_the_target_and_nothing_beyond_twice_it() -> None:
     found = [verifiers.length(" ".join(["word"] * number), 4) for number in range(11)]
     assert found == [0.0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0]
     assert verifiers.length("a  b\nc\td", 4) == 1.0
-
-
-def test_house_style_is_the_gold_rule_where_a_row_has_facts_and_its_style_half_elsewhere() -> None:
-    text = "The shop is closed on Monday. The keys are with the caretaker, and the hall is open from 7:30 to 9."
-    facts = [["Monday"], ["the caretaker", "caretaker"]]
-    prompts = [prompt(text, facts=facts), prompt(text)]
-    scorer = HouseStyle(prompts)
-    for answer in ["It is closed on Monday.", "Sure! Closed on Tuesday.", "- closed\n- keys", "", text]:
-        gold = score(answer, source=source_text([Message(role="user", content=text)]), facts=facts)
-        assert scorer.scores(answers_to(prompts, [answer, answer])) == pytest.approx([gold.gold, gold.style])
-
-
-def test_facts_of_another_form_are_named_by_row() -> None:
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: 'facts\[0\]' must be a list of wordings; it is 'Monday'"):
-        HouseStyle([prompt(), prompt(line=3, facts=["Monday"])])

@@ -212,7 +212,7 @@ def test_with_a_prompt_baseline_rewards_are_relative_to_the_other_completions(
         {"scorers": [ScorerConfig(weight=0.1)]},
         {"scorers": [ScorerConfig(normalize=True)]},
         {"scorers": [ScorerConfig(clip=5.0)]},
-        {"scorers": [ScorerConfig(), ScorerConfig(source="house_style")]},
+        {"scorers": [ScorerConfig(), ScorerConfig(source="bundled:quickstart/house_style.py:style")]},
         {"scorers": [ScorerConfig(source="length", target=5)]},
         {"whiten_rewards": True},
     ],

@@ -1,18 +1,30 @@
-"""The gold rule: every part of the style both ways, and the answers that must score zero or one."""
+"""The quickstart's rules: every part of the style both ways, and the answers that must score zero or one."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+from typing import Any
+
 import pytest
 
-from alignment.evaluation.house_style import (
+from alignment.core.resources import shipped
+from alignment.data.records import Prompt
+from alignment.data.turns import Message
+from alignment.rewards.functions import FunctionScorer, load_function
+from alignment.rewards.scorer_sources import function_of
+from alignment.rewards.scorers import Answers, checked
+from data.quickstart.house_style import (
     MAX_WORDS,
-    STYLE_PROMPT,
     copied,
     fact_recall,
+    facts,
     invented,
     normalise,
-    score,
     sentences,
+    style,
+    style_and_facts,
     style_checks,
 )
 from tests.oracles.close import close
@@ -30,54 +42,88 @@ def _factor(answer: str, check: str, source: str = SOURCE) -> float:
     return style_checks(answer, source=source)[check]
 
 
+def _scored(answer: str, key_facts: list[list[str]] = FACTS) -> tuple[float, float, float]:
+    """Both together, style and facts of an answer to ``SOURCE``."""
+    told: Any = ([[{"role": "user", "content": SOURCE}]], [answer], [{"facts": key_facts}])
+    return style_and_facts(*told)[0], style(*told)[0], facts(*told)[0]
+
+
 # ---- the whole ------------------------------------------------------------------------------------------------------
 
 
 def test_a_good_answer_scores_one_in_everything() -> None:
-    found = score(GOOD, source=SOURCE, facts=FACTS)
-    assert (found.gold, found.style, found.facts) == (1.0, 1.0, 1.0)
-    assert set(found.checks.values()) == {1.0}
+    assert _scored(GOOD) == (1.0, 1.0, 1.0)
+    assert set(style_checks(GOOD, source=SOURCE).values()) == {1.0}
 
 
-def test_gold_is_style_times_facts_and_style_the_product_of_its_checks() -> None:
-    found = score("Sure, ask in the laundry and bring 10 euros", source=SOURCE, facts=FACTS)
-    product = 1.0
-    for factor in found.checks.values():
-        product *= factor
-    close(found.style, product)
-    close(found.facts, 2 / 3)
-    close(found.gold, found.style * found.facts)
-    assert found.checks["filler"] == found.checks["finished"] == 0.5
+def test_both_are_style_times_facts_and_style_is_the_product_of_its_checks() -> None:
+    answer = "Sure, ask in the laundry and bring 10 euros"
+    both, of_style, of_facts = _scored(answer)
+    checks = style_checks(answer, source=SOURCE)
+    close(of_style, math.prod(checks.values()))
+    close(of_facts, 2 / 3)
+    close(both, of_style * of_facts)
+    assert checks["filler"] == checks["finished"] == 0.5
 
 
 @pytest.mark.parametrize("answer", ["", "   ", "\n\t\n"])
 def test_an_empty_answer_scores_zero(answer: str) -> None:
-    found = score(answer, source=SOURCE, facts=FACTS)
-    assert (found.gold, found.style, found.facts) == (0.0, 0.0, 0.0)
+    assert _scored(answer) == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("answer", [SOURCE, SOURCE.upper(), SOURCE.replace(",", ""), f"The text: {SOURCE}"])
 def test_a_copied_prompt_scores_zero_although_it_carries_every_fact(answer: str) -> None:
-    found = score(answer, source=SOURCE, facts=FACTS)
-    assert found.facts == 1.0
-    assert found.gold == found.style == 0.0
+    assert _scored(answer) == (0.0, 0.0, 1.0)
 
 
 def test_a_fluent_answer_without_facts_scores_zero() -> None:
-    found = score("The notice tells residents about a change in the house.", source=SOURCE, facts=FACTS)
-    assert found.style == 1.0
-    assert found.gold == 0.0
+    assert _scored("The notice tells residents about a change in the house.") == (0.0, 1.0, 0.0)
 
 
-def test_every_figure_lies_between_zero_and_one() -> None:
+def test_every_score_lies_between_zero_and_one() -> None:
     for answer in (GOOD, "- 99\n- 98", "Sure! **Berlin** 12 Paris 13", "a " * 500, "?", ".", "1. 2. 3. 4."):
-        found = score(answer, source=SOURCE, facts=FACTS)
-        assert all(0.0 <= figure <= 1.0 for figure in (found.gold, found.style, found.facts, *found.checks.values()))
+        every = (*_scored(answer), *style_checks(answer, source=SOURCE).values())
+        assert all(0.0 <= score <= 1.0 for score in every)
 
 
-def test_the_style_as_an_instruction_keeps_its_own_rules() -> None:
-    checks = style_checks(STYLE_PROMPT, source=STYLE_PROMPT)
-    assert checks["plain"] == checks["filler"] == checks["finished"] == 1.0
+def test_turns_of_the_assistant_are_no_source() -> None:
+    turns = [("system", "Ask Ida."), ("user", "When?"), ("assistant", "Leon knows."), ("user", "So?")]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    assert style([prompt, prompt], ["Ask Ida.", "Ask Leon."], [{}, {}]) == [1.0, 0.5]
+
+
+def test_answers_to_the_shipped_prompts_have_the_scores_that_they_had_when_the_rule_was_part_of_the_package() -> None:
+    """Recorded at commit 0334c9b: good answers and bad ones, by the same path as a user's own function."""
+    lines = (shipped("data") / "quickstart/heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts, texts = [], []
+    for row in map(json.loads, lines):
+        prompt = Prompt(messages=tuple(Message(**turn) for turn in row["messages"]), row=row)
+        prompts += [prompt] * 7
+        texts += _good_and_bad(row["reference"], row["messages"][-1]["content"])
+    answers = Answers(prompt_ids=[], answer_ids=[], texts=texts, prompts=prompts, rows=range(len(texts)))
+    columns = []
+    for name in ("style_and_facts", "style", "facts"):
+        source = function_of(f"bundled:quickstart/house_style.py:{name}")
+        assert source is not None
+        columns.append(checked(FunctionScorer(source, load_function(source, planned=None)).scores(answers), answers,
+                               source=name))  # fmt: skip
+    assert [sum(column) for column in columns] == [156.11916666666676, 193.20250000000004, 547.5666666666666]
+    told = json.dumps([list(scores) for scores in zip(*columns, strict=True)])
+    assert hashlib.sha256(told.encode()).hexdigest() == (
+        "14d02c857c06ee7b4c19781fd39ba84037cb7706f516d1b49d6a4b9f396445a0"
+    )
+
+
+def _good_and_bad(reference: str, text: str) -> list[str]:
+    return [
+        reference,
+        "",
+        text,
+        f"Sure! {reference} Let me know if you need more.",
+        f"- {reference}\n- Call Zoe at 9:99.",
+        reference[:60],
+        f"{reference} {text[:200]}",
+    ]
 
 
 # ---- sentences and length -------------------------------------------------------------------------------------------
@@ -264,7 +310,7 @@ def test_dashes_numbers_and_signs_in_a_sentence_are_no_markup(answer: str) -> No
 )
 def test_a_refusal_scores_zero(answer: str) -> None:
     assert _factor(answer, "answered") == 0.0
-    assert score(answer + " Go to the laundry.", source=SOURCE, facts=[["laundry"]]).gold == 0.0
+    assert _scored(answer + " Go to the laundry.", [["laundry"]]) == (0.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -377,9 +423,15 @@ def test_facts_count_as_whole_words_in_any_of_their_wordings(answer: str, recall
     close(fact_recall(answer, FACTS), recall)
 
 
-def test_a_row_without_facts_is_an_error() -> None:
-    with pytest.raises(ValueError, match="at least one key fact"):
-        fact_recall("Anything.", [])
+@pytest.mark.parametrize("wrong", [[], "21 March", ["21 March"], [[]], [["21 March", 21]], [[""]], None])
+def test_facts_of_another_form_are_an_error(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="'facts' must be a list of facts, each a list of wordings; it is "):
+        facts([[]], ["Anything."], [{"facts": wrong}])
+
+
+def test_a_row_without_facts_is_an_error_that_names_the_column() -> None:
+    with pytest.raises(KeyError, match="facts"):
+        facts([[]], ["Anything."], [{}])
 
 
 @pytest.mark.parametrize(
