@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Interval:
-    """A mean over prompts and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def excludes_zero(self) -> bool:
-        """Whether a difference of this size would hardly come by chance."""
-        return self.low > 0.0 or self.high < 0.0
+from alignment.records.interval import Interval
 
 
 def mean_interval(values: Sequence[float], *, samples: int, seed: int) -> Interval:

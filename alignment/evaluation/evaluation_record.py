@@ -11,7 +11,7 @@ from alignment.config.evaluation import FEW_SHOT, PROMPTED, UNTRAINED_ARMS
 from alignment.core.errors import NonFiniteError
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation.arms import Answer, Answered
-from alignment.evaluation.bootstrap import Interval, detectable, mean_interval, ratio_interval
+from alignment.evaluation.bootstrap import detectable, mean_interval, ratio_interval
 from alignment.evaluation.pairwise import (
     LOSS,
     TIE,
@@ -24,6 +24,7 @@ from alignment.evaluation.pairwise import (
     same_share,
 )
 from alignment.evaluation.refusals import is_refusal
+from alignment.records.interval import Interval
 
 NOTHING = "nothing can be concluded"
 _MOST = 700.0
@@ -152,9 +153,10 @@ def judged_pair(
 
 
 def _against_even(rate: Interval) -> str:
-    if rate.low > TIE:
+    low, high = rate.bounds or (TIE, TIE)
+    if low > TIE:
         return "better"
-    return "worse" if rate.high < TIE else "no real difference"
+    return "worse" if high < TIE else "no real difference"
 
 
 def by_task(rows: list[HeldOutPrompt], arms: dict[str, Answered]) -> dict[str, dict[str, float]]:

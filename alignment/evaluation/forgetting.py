@@ -1,40 +1,25 @@
 """Before and after: what policies make of general text and questions, beside what the base model did.
 
-As plain data for ``forgetting.json``, ``texts.jsonl`` and ``questions.jsonl`` (docs/design/0015).
+The record ``forgetting.json`` is made here, and the rows of ``texts.jsonl`` and ``questions.jsonl`` (docs/design/0015).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from alignment.data.records import PlainText, Question
 from alignment.evaluation.arm_labels import labels
-from alignment.evaluation.bootstrap import Interval
 from alignment.evaluation.evaluation_record import Intervals
 from alignment.evaluation.general import Measured
+from alignment.records.forgetting import ArmForgetting, Forgetting, Limits
+from alignment.records.interval import Interval
 
 BASE = "base"
 _MOST = 700.0
 """Nats a token beyond which a perplexity is no number any more; a ruined model gets there."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """The most that may be lost: of perplexity as a share of the base's, of right answers as a share of questions.
-
-    None is no limit.
-    """
-
-    perplexity_rise: float | None
-    ability_drop: float | None
-
-    @property
-    def judge(self) -> bool:
-        """Whether there is any."""
-        return self.perplexity_rise is not None or self.ability_drop is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,33 +31,31 @@ class Asked:
     questions: Sequence[Question]
 
 
-def table(arms: Mapping[str, Measured], asked: Asked, *, limits: Limits, intervals: Intervals) -> dict[str, Any]:
-    """The content of ``forgetting.json``: all arms, the base model first, and whether every one passed.
-
-    Where nothing was ``judged`` all did.
-    """
-    called = labels(list(arms))
-    rows = [
-        {"name": name, "label": called[name], **_row(name, arm, arms[BASE], asked, limits, intervals)}
-        for name, arm in arms.items()
-    ]
-    return {
-        "num_texts": len(asked.texts),
-        "num_tokens": sum(asked.tokens),
-        "num_questions": len(asked.questions),
-        "limits": asdict(limits),
-        "judged": limits.judge,
-        "arms": rows,
-        "passed": all(row["passed"] for row in rows),
-    }
+def table(arms: Mapping[str, Measured], asked: Asked, *, limits: Limits, intervals: Intervals) -> Forgetting:
+    """All arms, the base model first, and whether every one passed. Where nothing is judged, every one does."""
+    label_of = labels(list(arms))
+    rows = []
+    for name, arm in arms.items():
+        row = _before(name, label_of[name], arm, asked)
+        rows.append(row if name == BASE else _after(row, arm, arms[BASE], asked, limits, intervals))
+    return Forgetting(
+        num_texts=len(asked.texts),
+        num_tokens=sum(asked.tokens),
+        num_questions=len(asked.questions),
+        limits=limits,
+        judged=limits.judge,
+        arms=rows,
+        passed=all(row.passed for row in rows),
+    )
 
 
-def headlines(told: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of the manifest; ``passed`` is 1 or 0, and left out where nothing was judged."""
-    found = {"passed": float(told["passed"])} if told["judged"] else {}
-    for row in told["arms"]:
-        found |= {f"{figure}/{row['label']}": row[figure] for figure in ("perplexity", "ability")}
-    return found
+def headlines(record: Forgetting) -> dict[str, float]:
+    """The metrics of the manifest; ``passed`` is 1 or 0, and left out where nothing was judged."""
+    metrics = {"passed": float(record.passed)} if record.judged else {}
+    for arm in record.arms:
+        of_arm = {"perplexity": arm.perplexity, "ability": arm.ability}
+        metrics |= {f"{metric}/{arm.label}": value for metric, value in of_arm.items() if value is not None}
+    return metrics
 
 
 def text_rows(arms: Mapping[str, Measured], asked: Asked) -> list[dict[str, Any]]:
@@ -104,51 +87,52 @@ def is_right(question: Question, scores: Sequence[float]) -> bool:
     return all(scores[question.right] > score for place, score in enumerate(scores) if place != question.right)
 
 
-def _row(
-    name: str, arm: Measured, base: Measured, asked: Asked, limits: Limits, intervals: Intervals
-) -> dict[str, Any]:
-    """One arm; ``rise`` is that of the perplexity as a share of the base's, ``drop`` of the share of right answers."""
-    right, before = (_right(one, asked.questions) for one in (arm, base))
+def _before(name: str, label: str, arm: Measured, asked: Asked) -> ArmForgetting:
+    """An arm by itself, as the base model is shown."""
+    right = _right(arm, asked.questions)
     nats = sum(arm.nats) / sum(asked.tokens)
-    row = {
-        "nats": nats,
-        "perplexity": math.exp(min(nats, _MOST)),
-        "ability": sum(right) / len(right),
-        "tasks": _by_task(right, asked.questions),
-        "rise": None,
-        "drop": None,
-        "passed": True,
-        "reasons": [],
-    }
-    if name == BASE:
-        return row
-    more = [mine - theirs for mine, theirs in zip(arm.nats, base.nats, strict=True)]
-    rise = _grown(intervals.of_ratio(more, asked.tokens))
-    drop = intervals.of([theirs - mine for mine, theirs in zip(right, before, strict=True)])
+    return ArmForgetting(
+        name=name,
+        label=label,
+        nats=nats,
+        perplexity=math.exp(min(nats, _MOST)),
+        ability=sum(right) / len(right),
+        tasks=_by_task(right, asked.questions),
+        passed=True,
+    )
+
+
+def _after(
+    row: ArmForgetting, arm: Measured, base: Measured, asked: Asked, limits: Limits, intervals: Intervals
+) -> ArmForgetting:
+    """The arm beside the base model, and whether it keeps within the limits."""
+    right, right_before = (_right(one, asked.questions) for one in (arm, base))
+    more = [nats - nats_before for nats, nats_before in zip(arm.nats, base.nats, strict=True)]
+    rise = intervals.of_ratio(more, asked.tokens).through(_as_rise)
+    drop = intervals.of([before - after for after, before in zip(right, right_before, strict=True)])
     reasons = _reasons(rise, drop, limits)
-    return row | {"rise": asdict(rise), "drop": asdict(drop), "passed": not reasons, "reasons": reasons}
+    return replace(row, rise=rise, drop=drop, passed=not reasons, reasons=reasons)
 
 
-def _grown(nats: Interval) -> Interval:
+def _as_rise(nats: float) -> float:
     """More nats a token as a relative rise of perplexity."""
-    mean, low, high = (math.expm1(min(value, _MOST)) for value in (nats.mean, nats.low, nats.high))
-    return Interval(mean=mean, low=low, high=high)
+    return math.expm1(min(nats, _MOST))
 
 
 def _reasons(rise: Interval, drop: Interval, limits: Limits) -> list[str]:
-    """What passes its limit, in words; the figure itself counts, whatever its interval."""
-    found = []
+    """What passes its limit, in words; the mean counts, whatever its interval."""
+    reasons = []
     if limits.perplexity_rise is not None and rise.mean > limits.perplexity_rise:
-        found.append(
+        reasons.append(
             f"perplexity of general text is {rise.mean:.1%} higher ({rise.low:.1%} to {rise.high:.1%}); "
             f"{limits.perplexity_rise:.1%} is allowed"
         )
     if limits.ability_drop is not None and drop.mean > limits.ability_drop:
-        found.append(
+        reasons.append(
             f"{drop.mean:.1%} fewer questions are answered right ({drop.low:.1%} to {drop.high:.1%}); "
             f"{limits.ability_drop:.1%} is allowed"
         )
-    return found
+    return reasons
 
 
 def _right(arm: Measured, questions: Sequence[Question]) -> list[float]:

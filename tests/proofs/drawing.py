@@ -12,11 +12,11 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from alignment.records.interval import Interval
 from alignment.report.kit import text
 from alignment.report.kit.plots import HEIGHT, WIDTH, Line, Scale, curve, scale_axis, scale_of, whisker
 from alignment.report.run_page.card_page import plots
 from alignment.report.run_page.reward_card_section import read_card
-from alignment.report.run_page.run_records import Interval
 
 _TITLE = 34
 _ROW, _NAME, _PLOT, _VALUE = 26, 130, 270, 60

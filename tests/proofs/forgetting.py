@@ -5,14 +5,14 @@ Each run is the user's command on the bundled model. Draws docs/forgetting.svg.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from alignment.report.run_page.run_records import Interval
+from alignment.pipeline.execute.record import read_record
+from alignment.records.forgetting import ArmForgetting, Forgetting
+from alignment.records.interval import Interval
 from tests.e2e.conftest import environment
 from tests.proofs.common import Claim
 from tests.proofs.drawing import Row, draw_intervals
@@ -23,8 +23,8 @@ WAYS = {"none": ("stages.sft.data.mix=[]",), "replay": ()}
 """The recipe without what is mixed in, and as it is."""
 NAMES = {"none": "without replay", "replay": "a fifth of replay"}
 ALONE = ("~stages.evaluate", "~stages.report", "launch.threads=1")
-Found = Mapping[tuple[str, int], Mapping[str, Any]]
-"""Way and seed → the content of ``forgetting.json``."""
+Found = Mapping[tuple[str, int], Forgetting]
+"""Way and seed → what was measured."""
 
 
 def run(folder: Path) -> list[Claim]:
@@ -32,44 +32,46 @@ def run(folder: Path) -> list[Claim]:
     codes = {(way, seed): _align(folder, way, seed) for way in WAYS for seed in SEEDS}
     found = {one: outcome_of(folder, *one) for one in codes}
     figure(found)
-    limit = found["none", SEEDS[0]]["limits"]["perplexity_rise"]
-    without, replayed = ([found[way, seed]["arms"][1] for seed in SEEDS] for way in WAYS)
+    limit = found["none", SEEDS[0]].limits.perplexity_rise
+    without, replayed = ([found[way, seed].arms[1] for seed in SEEDS] for way in WAYS)
     return [
         Claim(figure="exit code without replay", values=_codes(codes, "none"), at_least=10, at_most=10),
         Claim(figure="exit code with a fifth of replay", values=_codes(codes, "replay"), at_most=0),
-        Claim(figure="rise of perplexity without replay", values=_means(without, "rise"), at_least=limit),
-        Claim(figure="rise of perplexity with a fifth of replay", values=_means(replayed, "rise"), at_most=limit),
+        Claim(figure="rise of perplexity without replay", values=_rises(without), at_least=limit),
+        Claim(figure="rise of perplexity with a fifth of replay", values=_rises(replayed), at_most=limit),
     ]
 
 
-def outcome_of(folder: Path, way: str, seed: int) -> dict[str, Any]:
+def outcome_of(folder: Path, way: str, seed: int) -> Forgetting:
     """What the run measured."""
-    record = json.loads((folder / f"runs/{way}-{seed}/run.json").read_text(encoding="utf-8"))
-    artifact = Path(record["stages"]["forgetting"]["artifact"])
-    told: dict[str, Any] = json.loads((artifact / "forgetting.json").read_text(encoding="utf-8"))
-    return told
+    stages = read_record(folder / f"runs/{way}-{seed}")["stages"]
+    return Forgetting.read(Path(stages["forgetting"]["artifact"]))
 
 
 def figure(found: Found) -> None:
     """Both figures of each run beside their limits."""
-    limits = next(iter(found.values()))["limits"]
+    limits = next(iter(found.values())).limits
     draw_intervals(
         FIGURE,
         {
             "Rise of the perplexity of general text, share of the base's": (
-                _rows(found, "rise"),
-                limits["perplexity_rise"],
+                _rows({one: record.arms[1].rise for one, record in found.items()}),
+                limits.perplexity_rise,
             ),
-            "Drop of right answers, share of the questions": (_rows(found, "drop"), limits["ability_drop"]),
+            "Drop of right answers, share of the questions": (
+                _rows({one: record.arms[1].drop for one, record in found.items()}),
+                limits.ability_drop,
+            ),
         },
         below="after SFT on 96 narrow rows at a rate of 6.5e-3, with 95 % intervals; dotted: the limit",
     )
 
 
-def _rows(found: Found, what: str) -> list[Row]:
+def _rows(changes: Mapping[tuple[str, int], Interval | None]) -> list[Row]:
     return [
-        Row(name=f"{NAMES[way]}, {seed}", interval=Interval(**told["arms"][1][what]), tone=f"s{list(WAYS).index(way)}")
-        for (way, seed), told in found.items()
+        Row(name=f"{NAMES[way]}, {seed}", interval=change, tone=f"s{list(WAYS).index(way)}")
+        for (way, seed), change in changes.items()
+        if change is not None
     ]
 
 
@@ -83,5 +85,5 @@ def _codes(codes: Mapping[tuple[str, int], int], way: str) -> tuple[float, ...]:
     return tuple(float(code) for (name, _), code in codes.items() if name == way)
 
 
-def _means(arms: list[dict[str, Any]], what: str) -> tuple[float, ...]:
-    return tuple(float(arm[what]["mean"]) for arm in arms)
+def _rises(arms: Sequence[ArmForgetting]) -> tuple[float, ...]:
+    return tuple(arm.rise.mean for arm in arms if arm.rise is not None)

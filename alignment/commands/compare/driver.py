@@ -18,7 +18,7 @@ from alignment.pipeline.execute import paired_differences
 from alignment.pipeline.execute.record import FILE, read_record
 from alignment.report.comparison_page.comparison import GOLD, MOST_RUNS, build_comparison
 from alignment.report.comparison_page.setting_rows import flat, shown
-from alignment.report.run_page.run_records import Difference, Interval
+from alignment.report.run_page.run_records import Difference
 
 NOT_SETTINGS = ("name", "output", "summary", "launch", "tracking")
 """What a run is told that changes no result."""
@@ -139,8 +139,7 @@ def _differences(judged: Sequence[dict[str, _Judged]]) -> Iterator[Difference]:
             ours, theirs = one[name].scores, judged[0][name].scores
             for figure in [figure for figure in ours if figure in theirs]:
                 found = paired_differences.difference(ours[figure], theirs[figure])
-                interval = None if found is None else Interval(mean=found.mean, low=found.low, high=found.high)
-                yield Difference(run=place, arm=name, figure=figure, interval=interval)
+                yield Difference(run=place, arm=name, figure=figure, interval=found)
 
 
 def _show_differences(console: Console, runs: Sequence[str], differences: Sequence[Difference]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from alignment.commands.export.provenance import Judged, Provenance, Remembered, Step, without_places
 from alignment.core.artifacts import Manifest
 from alignment.pipeline.sources import bundled_model
+from alignment.records.interval import Interval
 
 _LIBRARY = {"model": "transformers", "adapter": "peft"}
 _CLASS = {"policy": "AutoModelForCausalLM", "reward": "AutoModelForSequenceClassification"}
@@ -152,22 +153,29 @@ def _told(judged: Judged) -> dict[str, Any]:
 
 def _forgot(found: Remembered) -> list[str]:
     """What it lost of what the base could, and whether that is within the limits."""
-    row, limits = found.row, found.limits
+    arm, limits = found.arm, found.limits
     lines = [
         f"Beside its base, in a measurement of forgetting (`{found.manifest.fingerprint[:8]}`):",
         "",
         "| figure | mean | 95 % interval | limit |",
         "|---|---|---|---|",
     ]
-    for name, figure, limit in (
-        ("rise of the perplexity of general text", row["rise"], limits["perplexity_rise"]),
-        ("drop of the share of right answers", row["drop"], limits["ability_drop"]),
+    for name, change, limit in (
+        ("rise of the perplexity of general text", arm.rise, limits.perplexity_rise),
+        ("drop of the share of right answers", arm.drop, limits.ability_drop),
     ):
         most = "none" if limit is None else f"{limit:+.1%}"
-        lines.append(f"| {name} | {figure['mean']:+.1%} | {figure['low']:+.1%} to {figure['high']:+.1%} | {most} |")
-    verdict = "It passed." if row["passed"] else f"It forgot too much: {'; '.join(row['reasons'])}."
-    judged = any(limit is not None for limit in limits.values())
-    return [*lines, "", verdict if judged else "It was not judged: no limits were set."]
+        lines.append(f"| {name} | {_change(change)} | {most} |")
+    verdict = "It passed." if arm.passed else f"It forgot too much: {'; '.join(arm.reasons)}."
+    return [*lines, "", verdict if limits.judge else "It was not judged: no limits were set."]
+
+
+def _change(change: Interval | None) -> str:
+    """The mean and its interval, as two cells of a table."""
+    if change is None or change.bounds is None:
+        return "– | –" if change is None else f"{change.mean:+.1%} | –"
+    low, high = change.bounds
+    return f"{change.mean:+.1%} | {low:+.1%} to {high:+.1%}"
 
 
 def _figures(row: Mapping[str, Any], ahead: str = "") -> Iterator[tuple[str, float, str]]:

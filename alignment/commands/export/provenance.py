@@ -16,6 +16,7 @@ from typing import Any
 from alignment.core.artifacts import MANIFEST, Manifest, read_manifest
 from alignment.core.errors import ArtifactError
 from alignment.core.shapes import fits
+from alignment.records.forgetting import ArmForgetting, Forgetting, Limits
 from alignment.report.doubts import profile_of
 
 _PLACE = re.compile(r"(?<![\w.])(?:~|\.\.?)?/(?:[^\s/'\",\]})]+/)*")
@@ -49,10 +50,10 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Remembered:
-    """What a stage ``forgetting`` found of this artifact: its row, and the limits, of which None is none."""
+    """What a stage ``forgetting`` measured of this artifact, and the limits that it was given."""
 
-    row: dict[str, Any]
-    limits: dict[str, float | None]
+    arm: ArmForgetting
+    limits: Limits
     manifest: Manifest
 
 
@@ -177,49 +178,59 @@ def _command(record: dict[str, Any]) -> list[str]:
 
 
 def _evaluation(manifest: Manifest, store: dict[str, Path], run: dict[str, Any] | None) -> Judged | None:
-    found = _measured("evaluation", manifest, store, run)
-    if found is None:
+    result = _measurement("evaluation", manifest, store, run)
+    if result is None:
         return None
-    one, content, row = found
-    arm, judge = row["name"], content.get("judge") or {}
+    try:
+        content = json.loads((result.folder / "evaluation.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    row = next((row for row in content["arms"] if row["name"] == result.arm), None)
+    if row is None:
+        return None
+    arm, judge = result.arm, content.get("judge") or {}
     return Judged(
         row=row,
         comparisons=[pair for pair in content.get("comparisons", []) if arm in (pair["arm"], pair["against"])],
         judge=str(judge.get("name", "")),
         verdicts=[pair for pair in judge.get("pairs", []) if pair["arm"] == arm],
         num_prompts=content.get("num_prompts"),
-        manifest=one,
+        manifest=result.manifest,
     )
 
 
 def _forgetting(manifest: Manifest, store: dict[str, Path], run: dict[str, Any] | None) -> Remembered | None:
-    found = _measured("forgetting", manifest, store, run)
-    if found is None:
+    result = _measurement("forgetting", manifest, store, run)
+    if result is None:
         return None
-    one, content, row = found
-    return Remembered(row=row, limits=content["limits"], manifest=one)
+    try:
+        record = Forgetting.read(result.folder)
+    except (ArtifactError, OSError):
+        return None
+    arm = next((arm for arm in record.arms if arm.name == result.arm), None)
+    return None if arm is None else Remembered(arm=arm, limits=record.limits, manifest=result.manifest)
 
 
-def _measured(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Measurement:
+    """A result that has the artifact among its arms, under the name ``arm``."""
+
+    folder: Path
+    manifest: Manifest
+    arm: str
+
+
+def _measurement(
     kind: str, manifest: Manifest, store: dict[str, Path], run: dict[str, Any] | None
-) -> tuple[Manifest, dict[str, Any], dict[str, Any]] | None:
-    """The result of this kind with the artifact among its arms, the run's own or else the newest one: its manifest,
-    what ``KIND.json`` says, and the arm's row there."""
+) -> _Measurement | None:
+    """The result of this kind with the artifact among its arms: the run's own one, or else the newest."""
     own = _artifacts(run) if run else {}
-    found = []
+    results = []
     for folder in store.values():
         one = _read(folder)
         if one is None or one.kind != kind:
             continue
         arm = next((name for name in one.identity["arms"] if one.inputs.get(name) == manifest.fingerprint), None)
         if arm is not None:
-            found.append(((folder.name in own, one.created), folder, one, arm))
-    if not found:
-        return None
-    _, folder, one, arm = max(found, key=lambda pair: pair[0])
-    try:
-        content = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    row = next((row for row in content["arms"] if row["name"] == arm), None)
-    return None if row is None else (one, content, row)
+            results.append(_Measurement(folder=folder, manifest=one, arm=arm))
+    return max(results, key=lambda result: (result.folder.name in own, result.manifest.created), default=None)

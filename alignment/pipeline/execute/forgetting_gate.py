@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from alignment.config.stage import DpoConfig, ForgettingConfig, PpoConfig, StageConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import Forgot
 from alignment.pipeline.plan.plan import PlannedStage
+from alignment.records.forgetting import Forgetting
 
 FORGOT = "forgot"
 """How a run ended whose stages are all done."""
-FILE = "forgetting.json"
 
 
 def lost(stages: Sequence[PlannedStage]) -> list[str]:
     """A sentence for each arm that lost too much, whether it was measured just now or results are reused."""
-    return [sentence for stage, told in _failed(stages) for sentence in _sentences(stage.name, told)]
+    return [sentence for stage, record in _failed(stages) for sentence in _sentences(stage.name, record)]
 
 
 def refuse(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig]) -> None:
@@ -30,29 +28,34 @@ def refuse(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig]) -
     """
     failed = _failed(stages)
     if failed:
-        arms = [row["name"] for _, told in failed for row in told["arms"] if not row["passed"]]
+        arms = [arm.name for _, record in failed for arm in record.arms if not arm.passed]
         remedies = [_remedy(arm, configs) for arm in dict.fromkeys(arms)]
         limits = [f"stages.{stage.name}.max_perplexity_rise and max_ability_drop set the limits" for stage, _ in failed]
         raise Forgot("\n  ".join(lost(stages)), remedy="\n  → ".join([*remedies, *limits]))
 
 
-def read_outcome(artifact: Path) -> dict[str, Any] | None:
-    """What an artifact of this kind says, or None where it is not there yet."""
-    file = artifact / FILE
-    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return found
+def read_outcome(artifact: Path) -> Forgetting | None:
+    """The record of an artifact, or None where it is not there yet.
+
+    Raises:
+        ArtifactError: it is damaged, or was written by a newer version.
+    """
+    try:
+        return Forgetting.read(artifact)
+    except FileNotFoundError:
+        return None
 
 
-def _failed(stages: Sequence[PlannedStage]) -> list[tuple[PlannedStage, dict[str, Any]]]:
-    measured = [stage for stage in stages if isinstance(stage.config, ForgettingConfig)]
-    found = [(stage, read_outcome(stage.artifact)) for stage in measured if read_manifest(stage.artifact) is not None]
-    return [(stage, told) for stage, told in found if told is not None and not told["passed"]]
+def _failed(stages: Sequence[PlannedStage]) -> list[tuple[PlannedStage, Forgetting]]:
+    done = [stage for stage in stages if isinstance(stage.config, ForgettingConfig) and read_manifest(stage.artifact)]
+    records = [(stage, read_outcome(stage.artifact)) for stage in done]
+    return [(stage, record) for stage, record in records if record is not None and not record.passed]
 
 
-def _sentences(stage: str, told: Mapping[str, Any]) -> Iterator[str]:
-    for row in told["arms"]:
-        if not row["passed"]:
-            yield f"stages.{stage}: {row['label']} forgot too much: {'; '.join(row['reasons'])}"
+def _sentences(stage: str, record: Forgetting) -> Iterator[str]:
+    for arm in record.arms:
+        if not arm.passed:
+            yield f"stages.{stage}: {arm.label} forgot too much: {'; '.join(arm.reasons)}"
 
 
 def _remedy(arm: str, configs: Mapping[str, StageConfig]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from alignment.evaluation.bootstrap import Interval, mean_interval
+from alignment.evaluation.bootstrap import mean_interval
 from alignment.pipeline.execute.record import read_record
+from alignment.records.interval import Interval
 
 SAMPLES = 2000
 SEED = 0

@@ -15,6 +15,8 @@ from alignment.pipeline.execute import forgetting_gate, notes
 from alignment.pipeline.execute.display import duration, steps
 from alignment.pipeline.execute.worker_protocol import Progress
 from alignment.pipeline.plan.plan import Action, Plan
+from alignment.records.forgetting import Forgetting
+from alignment.records.interval import Interval
 from alignment.report import doubts
 
 REPORT = "report.html"
@@ -61,9 +63,9 @@ def show_results(console: Console, run_folder: Path, record: dict[str, Any]) -> 
         card = Path(stage["artifact"]) / "card.json"
         if stage["kind"] == "reward_card" and stage["state"] in ("done", "reused") and card.is_file():
             show_card(console, name, json.loads(card.read_text(encoding="utf-8")))
-        told = forgetting_gate.read_outcome(Path(stage["artifact"])) if stage["kind"] == "forgetting" else None
-        if told is not None and stage["state"] in ("done", "reused"):
-            show_forgetting(console, name, told)
+        measured = forgetting_gate.read_outcome(Path(stage["artifact"])) if stage["kind"] == "forgetting" else None
+        if measured is not None and stage["state"] in ("done", "reused"):
+            show_forgetting(console, name, measured)
     if not any(stage["kind"] == "evaluate" for stage in record["stages"].values()):
         for name, stage in record["stages"].items():
             console.print(f"{name}: {stage['artifact']}", markup=False, highlight=False, soft_wrap=True)
@@ -139,17 +141,25 @@ def _more(judge: dict[str, Any]) -> str:
     return f"difference {more['mean']:+.3f}{within}"
 
 
-def show_forgetting(console: Console, name: str, told: dict[str, Any]) -> None:
+def show_forgetting(console: Console, name: str, record: Forgetting) -> None:
     """A line an arm: before and after, and whether it passed; without limits none is judged."""
-    base, *arms = told["arms"]
-    for arm in arms:
-        verdict = "passed" if arm["passed"] else "forgot too much"
+    for arm in record.arms[1:]:
+        verdict = "passed" if arm.passed else "forgot too much"
+        perplexity = _before_and_after(record.arms[0].perplexity, arm.perplexity, digits=2)
+        ability = _before_and_after(record.arms[0].ability, arm.ability, digits=3)
         line = (
-            f"{name}: {arm['label']} {verdict if told['judged'] else 'not judged'}: perplexity of general text "
-            f"{base['perplexity']:.2f} → {arm['perplexity']:.2f} ({arm['rise']['mean']:+.1%}), questions "
-            f"{base['ability']:.3f} → {arm['ability']:.3f} ({arm['ability'] - base['ability']:+.3f})"
+            f"{name}: {arm.label} {verdict if record.judged else 'not judged'}: perplexity of general text "
+            f"{perplexity} ({_signed(arm.rise, '+.1%')}), questions {ability} ({_signed(arm.drop, '+.3f', sign=-1)})"
         )
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _before_and_after(before: float | None, after: float | None, *, digits: int) -> str:
+    return " → ".join("–" if value is None else f"{value:.{digits}f}" for value in (before, after))
+
+
+def _signed(change: Interval | None, form: str, *, sign: int = 1) -> str:
+    return "–" if change is None else f"{sign * change.mean:{form}}"
 
 
 def progress_line(progress: Progress | None) -> str:

@@ -20,7 +20,7 @@ from alignment.evaluation.pairwise import pairs_of
 from alignment.pipeline.execute import paired_differences
 from alignment.pipeline.execute.record import read_record
 from alignment.pipeline.sweeps import reported
-from alignment.report.run_page.run_records import Interval
+from alignment.records.interval import Interval
 
 _METRICS = [metric.value for metric in Metric]
 

@@ -18,7 +18,7 @@ from alignment.pipeline.execute import paired_differences
 from alignment.pipeline.execute.summary import REPORT
 from alignment.pipeline.sweeps.study import Study, number_of
 from alignment.pipeline.sweeps.sweep_file import Sweep
-from alignment.report.run_page.run_records import Interval
+from alignment.records.interval import Interval
 from alignment.report.sweep_page.sweep_records import (
     FEWEST_FOR_IMPORTANCE,
     Goal,

@@ -11,7 +11,7 @@ from typing import Any
 from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Search
 from alignment.core.errors import ConfigError
 from alignment.pipeline.sweeps.sweep_file import Sweep
-from alignment.report.run_page.run_records import Interval
+from alignment.records.interval import Interval
 
 JOURNAL = "study.jsonl"
 _MOST_RANDOM = 10

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from alignment.records.interval import Interval
 from alignment.report.comparison_page.shared_samples import RULE, share
 from alignment.report.kit import text
 from alignment.report.kit.pages import template, write_page
@@ -20,7 +21,7 @@ from alignment.report.kit.render import NUM_OPEN_SAMPLES
 from alignment.report.run_page import run_tables
 from alignment.report.run_page.curves import CHOICES, Chart, overlaid
 from alignment.report.run_page.run_files import read_run
-from alignment.report.run_page.run_records import Difference, Interval, Run, Stage
+from alignment.report.run_page.run_records import Difference, Run, Stage
 from alignment.report.run_page.verdict import judge
 
 MOST_RUNS = 8

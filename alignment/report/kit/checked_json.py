@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from alignment.records.interval import Interval
 from alignment.report.kit import text
-from alignment.report.run_page.run_records import Interval
 
 
 def part(raw: Any, key: str) -> Any:

@@ -11,9 +11,9 @@ from statistics import fmean
 
 from markupsafe import Markup
 
+from alignment.records.interval import Interval
 from alignment.report.kit import text
 from alignment.report.kit.axes import Points, nice_ticks, padded, segments, smoothed, thinned, tick_labels
-from alignment.report.run_page.run_records import Interval
 
 WIDTH, HEIGHT = 340, 176
 LEFT, RIGHT, TOP, BOTTOM = 46, 64, 10, 24

@@ -9,8 +9,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from alignment.records.interval import Interval
 from alignment.report.kit.plots import interval_curve
-from alignment.report.run_page.run_records import Evaluation, Interval, Run, Stage
+from alignment.report.run_page.run_records import Evaluation, Run, Stage
 
 AMOUNT = ("fraction", "limit")
 """The settings of a stage's data that say how much of it is learned from."""

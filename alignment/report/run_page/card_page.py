@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from alignment.records.interval import Interval
 from alignment.report.kit import text
 from alignment.report.kit.plots import calibration_curve, histogram, scale_axis, scale_of, whisker
-from alignment.report.run_page.run_records import Interval, RewardCard
+from alignment.report.run_page.run_records import RewardCard
 from alignment.report.run_page.run_tables import Whisker, WhiskerPlot, bounds
 
 CHANCE = 0.5

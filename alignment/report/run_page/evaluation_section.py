@@ -7,18 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from alignment.records.interval import Interval
 from alignment.report.kit import text
 from alignment.report.kit.checked_json import interval, items, mapping
-from alignment.report.run_page.run_records import (
-    Answer,
-    Arm,
-    Comparison,
-    Evaluation,
-    Interval,
-    Judge,
-    JudgedPair,
-    Sample,
-)
+from alignment.report.run_page.run_records import Answer, Arm, Comparison, Evaluation, Judge, JudgedPair, Sample
 
 
 def read_evaluation(path: Path) -> tuple[Evaluation | None, str]:

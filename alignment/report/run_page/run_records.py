@@ -9,22 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alignment.core.artifacts import Manifest
+from alignment.records.forgetting import ArmForgetting
+from alignment.records.forgetting import Forgetting as ForgettingRecord
+from alignment.records.interval import Interval
 from alignment.report.kit import text
 
 COMPLETE = ("done", "reused")
 """States of a stage whose artifact can be relied on."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Interval:
-    """A mean with its 95 % interval: ``Interval(mean=0.71, low=0.66, high=0.75)``.
-
-    The bounds are None where only a mean was recorded.
-    """
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,10 +76,7 @@ class Difference:
     @property
     def real(self) -> bool:
         """Whether the interval excludes zero."""
-        found = self.interval
-        return (
-            found is not None and found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
-        )
+        return self.interval is not None and self.interval.excludes_zero()
 
     @property
     def none_at_all(self) -> bool:
@@ -147,33 +135,17 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Remembering:
-    """What one arm makes of general text and questions, beside the base model, whose ``rise`` and ``drop`` are None.
-
-    ``rise`` is that of the perplexity as a share of the base's, ``drop`` that of the share of right answers.
-    """
-
-    label: str
-    perplexity: float | None
-    ability: float | None
-    rise: Interval | None
-    drop: Interval | None
-    passed: bool
-    reasons: list[str]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Forgetting:
-    """What a stage of that kind found; ``note`` says why there are no arms. A limit may be None."""
+    """What a stage of that kind measured; ``note`` says why there is nothing to show."""
 
     stage: str
-    judged: bool = True
-    arms: list[Remembering] = field(default_factory=list)
-    num_texts: float | None = None
-    num_questions: float | None = None
-    max_rise: float | None = None
-    max_drop: float | None = None
+    record: ForgettingRecord | None = None
     note: str = ""
+
+    @property
+    def failed(self) -> list[ArmForgetting]:
+        """Arms that lost more than the limits allow."""
+        return [] if self.record is None else [arm for arm in self.record.arms if not arm.passed]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,11 +9,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from alignment.records.interval import Interval
 from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.kit import text
 from alignment.report.kit.plots import Scale, scale_axis, scale_of, whisker
 from alignment.report.run_page.curves import CHOICES
-from alignment.report.run_page.run_records import Arm, Evaluation, Interval, Run, Stage
+from alignment.report.run_page.run_records import Arm, Evaluation, Run, Stage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -139,7 +139,7 @@ def _doubts(run: Run) -> list[str]:
 
 def _forgot(run: Run) -> list[str]:
     """Arms over a limit of what may be forgotten."""
-    arms = [arm for measured in run.forgetting for arm in measured.arms if not arm.passed]
+    arms = [arm for measured in run.forgetting for arm in measured.failed]
     return [f"{arm.label} forgot too much: {'; '.join(arm.reasons)}." for arm in arms]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from alignment.report.run_page.run_records import Interval
+from alignment.records.interval import Interval
 
 Setting = str | int | float
 

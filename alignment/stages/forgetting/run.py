@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from alignment.config.stage import ForgettingConfig
-from alignment.core.artifacts import write_json, write_lines
+from alignment.core.artifacts import write_lines
 from alignment.data.records import PlainText, Question
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.evaluation_record import Intervals
-from alignment.evaluation.forgetting import BASE, Asked, Limits, headlines, question_rows, table, text_rows
+from alignment.evaluation.forgetting import BASE, Asked, headlines, question_rows, table, text_rows
 from alignment.evaluation.general import Material, Measured, material, measure
 from alignment.job import StageInput
 from alignment.models.assembly.load import DTYPES, lineage, load_policy, refuse_other_tokenizer
 from alignment.models.forward.flat import use_flat_attention
+from alignment.records.forgetting import Limits
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
@@ -38,11 +39,11 @@ def run(config: ForgettingConfig, context: StageContext) -> StageResult:
     asked = Asked(texts=texts, tokens=told.tokens, questions=questions)
     limits = Limits(perplexity_rise=config.max_perplexity_rise, ability_drop=config.max_ability_drop)
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
-    outcome = table(found, asked, limits=limits, intervals=intervals)
-    write_json(context.content / "forgetting.json", outcome)
+    record = table(found, asked, limits=limits, intervals=intervals)
+    record.write(context.content)
     write_lines(context.content / "texts.jsonl", text_rows(found, asked))
     write_lines(context.content / "questions.jsonl", question_rows(found, asked))
-    return StageResult(metrics=headlines(outcome))
+    return StageResult(metrics=headlines(record))
 
 
 def _measure(name: str, one: StageInput, told: Material, context: StageContext) -> Measured:

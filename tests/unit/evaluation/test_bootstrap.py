@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from alignment.evaluation.bootstrap import Interval, grouped_interval, mean_interval, ratio_interval
+from alignment.evaluation.bootstrap import grouped_interval, mean_interval, ratio_interval
+from alignment.records.interval import Interval
 from tests.oracles.close import close
 
 

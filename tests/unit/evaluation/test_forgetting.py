@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 import pytest
 
+from alignment.core.typed_json import to_json
 from alignment.data.records import PlainText, Question
 from alignment.data.turns import Message
 from alignment.evaluation.evaluation_record import Intervals
-from alignment.evaluation.forgetting import Asked, Limits, headlines, is_right, question_rows, table, text_rows
+from alignment.evaluation.forgetting import Asked, headlines, is_right, question_rows, table, text_rows
 from alignment.evaluation.general import Measured
+from alignment.records.forgetting import Forgetting, Limits
 from tests.oracles.close import close
 
 INTERVALS = Intervals(samples=200, seed=0)
@@ -34,28 +35,28 @@ def _measured(nats: list[float], right: int) -> Measured:
     return Measured(nats=nats, scores=[[0.0, -1.0] if place < right else [-1.0, 0.0] for place in range(10)])
 
 
-def _told(after: Measured, *, rise: float | None = 0.2, drop: float | None = 0.1) -> dict[str, Any]:
+def _told(after: Measured, *, rise: float | None = 0.2, drop: float | None = 0.1) -> Forgetting:
     arms = {"base": _measured([20.0, 60.0], 6), "stage:sft": after}
     return table(arms, ASKED, limits=Limits(perplexity_rise=rise, ability_drop=drop), intervals=INTERVALS)
 
 
 def test_perplexity_is_that_of_all_tokens_together_and_ability_a_share_of_questions() -> None:
     told = _told(_measured([25.0, 61.0], 5))
-    base, arm = told["arms"]
-    assert (told["num_texts"], told["num_tokens"], told["num_questions"]) == (2, 40, 10)
-    close([base["nats"], base["perplexity"], base["ability"]], [2.0, math.exp(2.0), 0.6])
-    close([arm["nats"], arm["perplexity"], arm["ability"]], [86 / 40, math.exp(86 / 40), 0.5])
-    close([arm["rise"]["mean"], arm["drop"]["mean"]], [math.exp(86 / 40) / math.exp(2.0) - 1, 0.1])
+    base, arm = told.arms
+    assert (told.num_texts, told.num_tokens, told.num_questions) == (2, 40, 10)
+    close([base.nats, base.perplexity, base.ability], [2.0, math.exp(2.0), 0.6])
+    close([arm.nats, arm.perplexity, arm.ability], [86 / 40, math.exp(86 / 40), 0.5])
+    close([arm.rise.mean, arm.drop.mean], [math.exp(86 / 40) / math.exp(2.0) - 1, 0.1])
     # of two texts drawn with replacement, both are the one or both the other at the least
-    close([arm["rise"]["low"], arm["rise"]["high"]], [math.expm1(1 / 30), math.expm1(5 / 10)])
-    assert base["tasks"] == {"even": 0.6, "odd": 0.6}
-    assert arm["tasks"] == {"even": 0.6, "odd": 0.4}
-    assert base["rise"] is base["drop"] is None
+    close([arm.rise.low, arm.rise.high], [math.expm1(1 / 30), math.expm1(5 / 10)])
+    assert base.tasks == {"even": 0.6, "odd": 0.6}
+    assert arm.tasks == {"even": 0.6, "odd": 0.4}
+    assert base.rise is base.drop is None
     assert headlines(told) == {
         "passed": 1.0,
-        "perplexity/base": base["perplexity"],
+        "perplexity/base": base.perplexity,
         "ability/base": 0.6,
-        "perplexity/sft": arm["perplexity"],
+        "perplexity/sft": arm.perplexity,
         "ability/sft": 0.5,
     }
 
@@ -64,35 +65,33 @@ def test_perplexity_is_that_of_all_tokens_together_and_ability_a_share_of_questi
 def test_a_rise_trips_beyond_its_limit_only(share: float, passes: bool) -> None:
     more = math.log(1 + share)
     told = _told(_measured([20.0 + 10 * more, 60.0 + 30 * more], 6))
-    assert told["passed"] is told["arms"][1]["passed"] is passes
-    assert bool(told["arms"][1]["reasons"]) is not passes
+    assert told.passed is told.arms[1].passed is passes
+    assert bool(told.arms[1].reasons) is not passes
     if not passes:
-        assert told["arms"][1]["reasons"] == [
-            "perplexity of general text is 20.1% higher (20.1% to 20.1%); 20.0% is allowed"
-        ]
+        assert told.arms[1].reasons == ["perplexity of general text is 20.1% higher (20.1% to 20.1%); 20.0% is allowed"]
         assert headlines(told)["passed"] == 0.0
 
 
 @pytest.mark.parametrize(("right", "passes"), [(5, True), (4, False), (10, True)])
 def test_a_drop_trips_beyond_its_limit_only(right: int, passes: bool) -> None:
     told = _told(_measured([20.0, 60.0], right))
-    assert told["passed"] is passes
+    assert told.passed is passes
     if not passes:
-        (reason,) = told["arms"][1]["reasons"]
+        (reason,) = told.arms[1].reasons
         assert reason.startswith("20.0% fewer questions are answered right (")
         assert reason.endswith("); 10.0% is allowed")
 
 
 def test_a_limit_of_nothing_lets_an_unchanged_policy_pass() -> None:
-    assert _told(_measured([20.0, 60.0], 6), rise=0.0, drop=0.0)["passed"] is True
+    assert _told(_measured([20.0, 60.0], 6), rise=0.0, drop=0.0).passed is True
 
 
 def test_without_limits_nothing_is_judged() -> None:
     told = _told(_measured([2e5, 6e5], 0), rise=None, drop=None)
-    assert (told["judged"], told["passed"]) == (False, True)
+    assert (told.judged, told.passed) == (False, True)
     assert "passed" not in headlines(told)
     told = _told(_measured([2e5, 6e5], 0), rise=None)
-    assert (told["judged"], len(told["arms"][1]["reasons"])) == (True, 1), "the other limit still counts"
+    assert (told.judged, len(told.arms[1].reasons)) == (True, 1), "the other limit still counts"
 
 
 def test_who_finds_all_choices_alike_knows_nothing() -> None:
@@ -104,8 +103,8 @@ def test_who_finds_all_choices_alike_knows_nothing() -> None:
 
 def test_a_ruined_policy_has_figures_that_json_holds() -> None:
     told = _told(_measured([2e5, 6e5], 0))
-    assert told["passed"] is False
-    assert "Infinity" not in json.dumps(told)
+    assert told.passed is False
+    assert "Infinity" not in json.dumps(to_json(told))
 
 
 def test_texts_and_questions_are_told_one_by_one() -> None:

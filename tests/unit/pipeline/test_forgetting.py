@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from alignment.core.errors import ConfigError, DataError, Forgot
 from alignment.pipeline.execute import forgetting_gate
 from alignment.pipeline.execute.summary import show_forgetting
 from alignment.pipeline.plan.plan import Plan, make_plan
+from alignment.records.forgetting import ArmForgetting, Forgetting
+from alignment.records.interval import Interval
 from tests.unit.pipeline.conftest import leave_artifact
 
 RECIPE = """
@@ -90,9 +93,9 @@ def test_limits_are_shares(gate: Gate, setting: str) -> None:
 def test_without_limits_the_terminal_does_not_say_passed(
     judged: bool, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = {"label": "base", "perplexity": 28.6, "ability": 0.6}
-    arm = {"label": "sft", "perplexity": 497.0, "ability": 0.25, "rise": {"mean": 16.39}, "passed": True}
-    show_forgetting(Console(), "forgetting", {"judged": judged, "arms": [base, arm]})
+    base = ArmForgetting(name="base", perplexity=28.6, ability=0.6)
+    arm = replace(base, name="stage:sft", label="sft", perplexity=497.0, rise=Interval(mean=16.39), passed=True)
+    show_forgetting(Console(), "forgetting", Forgetting(judged=judged, arms=[base, arm]))
     assert said in capsys.readouterr().out
 
 

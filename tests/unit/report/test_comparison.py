@@ -10,8 +10,9 @@ from xml.etree import ElementTree
 import pytest
 
 from alignment.config.stage import STAGES, Trained
+from alignment.records.interval import Interval
 from alignment.report.comparison_page.comparison import MOST_RUNS, build_comparison
-from alignment.report.run_page.run_records import Difference, Interval
+from alignment.report.run_page.run_records import Difference
 from tests.unit.report.conftest import FakeRun
 from tests.unit.report.test_page import HOSTILE, Page, assert_harmless, unlabelled
 

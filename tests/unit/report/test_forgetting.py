@@ -64,10 +64,21 @@ def test_without_limits_no_arm_is_said_to_have_passed(fake_run):
     assert "No limits were set" in section
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"arms": [{}]}', '{"arms": 3, "limits": 4}', "[" * 100_000])
-def test_a_file_that_cannot_be_understood_is_said_to_be(fake_run, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "cannot be read"),
+        ("[]", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("{}", "names no arms"),
+        ('{"arms": [{}]}', "names no arms"),
+        ('{"arms": 3, "limits": 4}', "names no arms"),
+        ('{"version": 2, "arms": [{"name": "base"}]}', "was written by a newer version and is not shown"),
+    ],
+)
+def test_a_file_that_cannot_be_understood_is_said_to_be(fake_run, content, reason):
     section = page(fake_run, content).split('<section id="forgotten">')[1].split("</section>")[0]
-    assert '<p class="missing">The file forgetting.json ' in section
+    assert f'<p class="missing">The file forgetting.json {reason}.</p>' in section
 
 
 def test_figures_that_are_missing_are_dashes(fake_run):

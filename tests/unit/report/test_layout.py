@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from alignment.records.interval import Interval
 from alignment.report import build_sweep
-from alignment.report.run_page.run_records import Interval
 from alignment.report.sweep_page.sweep_records import Goal, Parameter
 from tests.browser import Layout, browser, laid_out
 from tests.unit.report.conftest import FakeRun

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from alignment.records.interval import Interval
 from alignment.report import build_sweep
-from alignment.report.run_page.run_records import Interval
 from alignment.report.sweep_page.sweep_axes import log_ticks, of_parameter
 from alignment.report.sweep_page.sweep_records import Goal, Parameter, SweepRecord, Trial
 from alignment.report.sweep_page.sweep_report import sweep_page

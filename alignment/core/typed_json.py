@@ -1,0 +1,244 @@
+"""JSON files as frozen dataclasses: one program writes them, others read them, and reading checks every field.
+
+A field without a default has to be in the file. One with a default may be missing, as in a file of an older version.
+Keys that no field has are passed over. The field ``version`` says which form a file has; a newer form is refused.
+
+``read`` refuses a file in which anything has another form than its field. ``read_parts`` leaves such parts out: a page
+about a run shows what a damaged file still says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    Protocol,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
+
+from alignment.core.artifacts import write_json
+from alignment.core.errors import ArtifactError
+
+Record = TypeVar("Record")
+
+KEY = "json key"
+"""Metadata of a field whose key in the file cannot be a name in Python: ``field(metadata={KEY: "from"})``."""
+VERSION = "version"
+_ABSENT: Final = object()
+_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Marks text that is one line, of which a page shows so many characters: ``Annotated[str, Line(80)]``."""
+
+    limit: int
+
+
+Name = Annotated[str, Line(80)]
+Label = Annotated[str, Line(48)]
+
+
+@runtime_checkable
+class HasOlderForm(Protocol):
+    """A record that stood in older files in another form."""
+
+    @staticmethod
+    def from_older(raw: Any) -> Any:
+        """The value in today's form; one that has it already comes back as it is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cleaning:
+    """What becomes of text and numbers on their way out of a file; a number that comes back as None is left out."""
+
+    prose: Callable[[str], str]
+    line: Callable[[str, int], str]
+    number: Callable[[float], float | None]
+
+
+AS_IT_IS = Cleaning(prose=lambda text: text, line=lambda text, _: text, number=lambda number: number)
+
+
+class NewerVersion(ArtifactError):
+    """A file that was written by a newer version of this program."""
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """The record as plain data, keys in the order of its fields."""
+    return {
+        field.metadata.get(KEY, field.name): _plain(getattr(record, field.name)) for field in dataclasses.fields(record)
+    }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_json(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def write(path: Path, record: Any, *, durable: bool = True) -> None:
+    """Writes the record by one rename (``write_json`` says what ``durable`` means)."""
+    write_json(path, to_json(record), durable=durable)
+
+
+def read(path: Path, kind: type[Record], *, remedy: str) -> Record:
+    """The record in a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        NewerVersion: it was written by a newer version of this program.
+        ArtifactError: it cannot be read, or a field has another form; says which, with ``remedy`` behind it.
+    """
+    reader = _Reader(AS_IT_IS)
+    record: Record = reader.record(_content(path, kind, remedy), kind, "")
+    if reader.faults:
+        raise ArtifactError(f"unreadable: {reader.faults[0]}", where=str(path), remedy=remedy)
+    return record
+
+
+def read_parts(path: Path, kind: type[Record], cleaning: Cleaning) -> Record | None:
+    """As much of the record in a file as has its form, cleaned; None where a field that has no default has not.
+
+    Raises:
+        FileNotFoundError, NewerVersion, ArtifactError: as ``read``, but not for a field of another form.
+    """
+    return parts(_content(path, kind, remedy=""), kind, cleaning)
+
+
+def parts(raw: Any, kind: type[Record], cleaning: Cleaning = AS_IT_IS) -> Record | None:
+    """As much of the record in plain data as has its form, cleaned; None where a field that has no default has not."""
+    record = _Reader(cleaning).record(raw, kind, "")
+    return None if record is _ABSENT else cast(Record, record)
+
+
+def _content(path: Path, kind: type[Any], remedy: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"unreadable: {error}", where=str(path), remedy=remedy) from error
+    if not isinstance(raw, dict):
+        raise ArtifactError("unreadable: it holds no JSON object", where=str(path), remedy=remedy)
+    known = next((field.default for field in dataclasses.fields(kind) if field.name == VERSION), None)
+    version = raw.get(VERSION, known)
+    if isinstance(version, int) and isinstance(known, int) and version > known:
+        raise NewerVersion(
+            f"has version {version} of its form, and this program reads versions up to {known}",
+            where=str(path),
+            remedy="update the program, or read the file with the one that wrote it",
+        )
+    return raw
+
+
+class _Reader:
+    """Turns plain data into records and collects what has another form: ``arms[1].label: 3 is not text``."""
+
+    def __init__(self, cleaning: Cleaning) -> None:
+        self.faults: list[str] = []
+        self._cleaning = cleaning
+
+    def record(self, raw: Any, kind: Any, where: str) -> Any:
+        raw = kind.from_older(raw) if isinstance(kind, HasOlderForm) else raw
+        if not isinstance(raw, dict):
+            return self._misfit(raw, "an object", where)
+        values, hints = {}, _hints(kind)
+        for field in dataclasses.fields(kind):
+            key = field.metadata.get(KEY, field.name)
+            inside = f"{where}.{key}" if where else key
+            value = self._value(raw[key], hints[field.name], inside) if key in raw else _ABSENT
+            if value is not _ABSENT:
+                values[field.name] = value
+            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                if key not in raw:
+                    self.faults.append(f"{inside} is missing")
+                return _ABSENT
+        return kind(**values)
+
+    def _value(self, raw: Any, hint: Any, where: str) -> Any:
+        origin, arguments = get_origin(hint), get_args(hint)
+        if hint is Any:
+            return raw
+        if origin in (Union, types.UnionType):
+            return self._one_of(raw, arguments, where)
+        if origin is list:
+            return self._list(raw, arguments[0], where)
+        if origin is dict:
+            return self._dict(raw, arguments, where)
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            return self.record(raw, hint, where)
+        line = next((mark for mark in arguments if isinstance(mark, Line)), None)
+        return self._scalar(raw, arguments[0] if origin is Annotated else hint, line, where)
+
+    def _one_of(self, raw: Any, hints: tuple[Any, ...], where: str) -> Any:
+        if raw is None and type(None) in hints:
+            return None
+        several = [hint for hint in hints if hint is not type(None)]
+        if len(several) > 1:  # of scalars
+            fitting = (hint for hint in several if _is_a(raw, hint))
+            return self._scalar(raw, next(fitting, several[0]), None, where)
+        value = self._value(raw, several[0], where)
+        return None if value is _ABSENT and type(None) in hints else value
+
+    def _list(self, raw: Any, hint: Any, where: str) -> Any:
+        if not isinstance(raw, list):
+            return self._misfit(raw, "a list", where)
+        values = [self._value(item, hint, f"{where}[{index}]") for index, item in enumerate(raw)]
+        return [value for value in values if value is not _ABSENT]
+
+    def _dict(self, raw: Any, hints: tuple[Any, ...], where: str) -> Any:
+        if not isinstance(raw, dict):
+            return self._misfit(raw, "an object", where)
+        key_hint, hint = hints
+        values = {
+            self._value(key, key_hint, where): self._value(item, hint, f"{where}.{key}") for key, item in raw.items()
+        }
+        return {key: value for key, value in values.items() if value is not _ABSENT}
+
+    def _scalar(self, raw: Any, kind: type[Any], line: Line | None, where: str) -> Any:
+        if not _is_a(raw, kind):
+            return self._misfit(raw, _WORDS[kind], where)
+        if kind is str:
+            return self._cleaning.prose(raw) if line is None else self._cleaning.line(raw, line.limit)
+        if kind is bool:
+            return raw
+        number = self._cleaning.number(float(raw) if kind is float else raw)
+        return _ABSENT if number is None else number
+
+    def _misfit(self, raw: Any, expected: str, where: str) -> Any:
+        self.faults.append(f"{where}: {raw!r:.60} is not {expected}" if where else f"{raw!r:.60} is not {expected}")
+        return _ABSENT
+
+
+def _is_a(raw: Any, kind: type[Any]) -> bool:
+    if isinstance(raw, bool) or kind is bool:
+        return isinstance(raw, bool) and kind is bool
+    if kind is float:
+        return isinstance(raw, float) or (isinstance(raw, int) and abs(raw) < _LARGEST)
+    return isinstance(raw, kind)
+
+
+_LARGEST = 1 << 1023
+"""A whole number beyond this has no float."""
+
+
+@functools.cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)

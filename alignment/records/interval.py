@@ -1,0 +1,44 @@
+"""A mean with its 95 % interval, as every file of figures has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """A mean with its 95 % interval: ``Interval(mean=0.71, low=0.66, high=0.75)``.
+
+    The bounds are None where only a mean was recorded; they are known both or not at all.
+    """
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.low is None or self.high is None:
+            object.__setattr__(self, "low", None)
+            object.__setattr__(self, "high", None)
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Both bounds, or None where only a mean is known."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    def excludes_zero(self) -> bool:
+        """Whether a difference of this size would hardly come by chance; False where the bounds are not known."""
+        return self.bounds is not None and (self.bounds[0] > 0.0 or self.bounds[1] < 0.0)
+
+    def through(self, function: Callable[[float], float]) -> Interval:
+        """The interval of a rising function of the figure."""
+        bounds = (None, None) if self.bounds is None else tuple(map(function, self.bounds))
+        return Interval(mean=function(self.mean), low=bounds[0], high=bounds[1])
+
+    @staticmethod
+    def from_older(raw: Any) -> Any:
+        """Older evaluations have bare numbers for some figures: means without bounds."""
+        is_number = isinstance(raw, (int, float)) and not isinstance(raw, bool)
+        return {"mean": raw} if is_number else raw
