@@ -18,7 +18,7 @@ from typing import Any
 
 from alignment.config.launch import LaunchConfig
 from alignment.core import hardware
-from alignment.pipeline.backends import launcher
+from alignment.pipeline.backends import command, environment, processes
 from alignment.pipeline.execute.worker_protocol import commit_of_checkout
 from alignment.pipeline.sources import bundled_model
 from benchmarks import environments, rows
@@ -209,23 +209,23 @@ def _stage_file(told: _Measurement, folder: Path, data: Path, steps: int) -> Pat
     return write_stage(folder, config, base=base, data=data, reward=reward)
 
 
-def _command(told: _Measurement, task: dict[str, Any], task_file: Path, options: Options) -> launcher.Command:
+def _command(told: _Measurement, task: dict[str, Any], task_file: Path, options: Options) -> command.Command:
     """Ours goes through the project's launcher, with the worker inside a module that measures; others share its
     environment, or have it without what it says about memory."""
-    launched = launcher.command(
+    launched = command.of_stage(
         LaunchConfig(threads=options.threads),
         Path(task.get("stage_file", task_file)),
         devices=hardware.visible_devices(),
         num_cores=hardware.count_cores(),
     )
     module = ["-m", f"benchmarks.contestants.{told.how.module}", str(task_file)]
-    left_out = set() if told.how.our_memory else set(launcher.CPU_MEMORY)
-    left_out |= set() if told.how.threads_sleep else set(launcher.WAITING_SETTINGS)
-    environment = {name: value for name, value in launched.environment.items() if name not in left_out}
+    left_out = set() if told.how.our_memory else set(environment.CPU_MEMORY)
+    left_out |= set() if told.how.threads_sleep else set(environment.WAITING_SETTINGS)
+    variables = {name: value for name, value in launched.environment.items() if name not in left_out}
     if told.how.module != "ours":
-        return launcher.Command(argv=(told.python, *module), environment=environment)
+        return command.Command(argv=(told.python, *module), environment=variables)
     assert launched.argv[-2] == "alignment.worker", "the launcher ends with the worker and its stage file"
-    return launcher.Command(argv=(*launched.argv[:-3], *module), environment=environment)
+    return command.Command(argv=(*launched.argv[:-3], *module), environment=variables)
 
 
 @contextmanager
@@ -240,16 +240,16 @@ def _neighbours(number: int) -> Iterator[None]:
             process.wait()
 
 
-def _run(command: launcher.Command, log: Path, *, amx: bool) -> None:
-    environment = command.environment | ({} if amx else NO_AMX)
+def _run(measured: command.Command, log: Path, *, amx: bool) -> None:
+    variables = measured.environment | ({} if amx else NO_AMX)
     deadline = time.monotonic() + LIMIT_SECONDS
 
     def on_poll() -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"it had not ended after {LIMIT_SECONDS} s")
 
-    code = launcher.execute(
-        launcher.Command(argv=command.argv, environment=environment),
+    code = processes.execute(
+        command.Command(argv=measured.argv, environment=variables),
         log=log,
         on_poll=on_poll,
         grace_seconds=_GRACE_SECONDS,
@@ -278,14 +278,14 @@ def _prepare(work: Work, options: Options, base: Path, folder: Path) -> dict[str
     }
     task_file = folder / "task.json"
     task_file.write_text(json.dumps(task), encoding="utf-8")
-    environment = launcher.command(
+    variables = command.of_stage(
         LaunchConfig(threads=options.threads),
         task_file,
         devices=hardware.visible_devices(),
         num_cores=hardware.count_cores(),
     ).environment
     argv = (sys.executable, "-m", "benchmarks.prepare", str(task_file))
-    _run(launcher.Command(argv=argv, environment=environment), folder / "log.txt", amx=options.amx)
+    _run(command.Command(argv=argv, environment=variables), folder / "log.txt", amx=options.amx)
     inputs: dict[str, Any] = read_json(folder / "inputs.json")
     return inputs
 

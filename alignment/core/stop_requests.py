@@ -34,7 +34,7 @@ def stop_while_importing(stage_file: Path) -> None:
 
     for number in SIGNALS:
         signal.signal(number, on_signal)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launchers are started deaf to SIGUSR1 (launcher.py)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launchers are started deaf to SIGUSR1 (processes.py)
 
 
 def ignore() -> None:

@@ -30,7 +30,6 @@ NO_ARITHMETIC = (
     "alignment.config",
     "alignment.data.hub_rows",
     "alignment.core.errors",
-    "alignment.pipeline.backends.launcher",
     "alignment.core.locks",
     "alignment.core.resources",
     "alignment.job",

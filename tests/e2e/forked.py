@@ -49,9 +49,9 @@ def _serve() -> None:
     import trl  # noqa: F401
 
     from alignment import cli
-    from alignment.pipeline.backends import launcher
+    from alignment.pipeline.backends import processes
 
-    launcher.execute = _execute
+    processes.execute = _execute
     for line in sys.stdin:
         argv = json.loads(line)
         with tempfile.TemporaryFile() as sink:

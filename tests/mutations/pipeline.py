@@ -195,8 +195,24 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "launcher.py",
-        "unit/pipeline/backends/test_launcher.py",
+        "pipeline/backends/command.py",
+        "unit/pipeline/backends/test_command.py",
+        (
+            "every process takes all cores",
+            "max(1, num_cores // launch.num_processes)",
+            "num_cores",
+            "test_threads_are_shared_out_evenly_unless_told",
+        ),
+        (
+            "two runs on one machine meet",
+            '["--standalone", "--nnodes", "1"]',
+            '["--nnodes", "1"]',
+            "test_the_launcher_suits_the_machine",
+        ),
+    ),
+    *in_file(
+        "pipeline/backends/environment.py",
+        "unit/pipeline/backends/test_environment.py",
         (
             "a worker may go online",
             '"HF_HUB_OFFLINE": "1",',
@@ -205,15 +221,9 @@ MUTATIONS = [
         ),
         (
             "packages of the user's come before ours",
-            "for part in (str(_ROOT), pythonpath) if part)",
-            "for part in (pythonpath, str(_ROOT)) if part)",
+            "for part in (str(CODE_ROOT), pythonpath) if part)",
+            "for part in (pythonpath, str(CODE_ROOT)) if part)",
             "test_the_worker_is_offline_and_finds_our_package_first",
-        ),
-        (
-            "every process takes all cores",
-            "max(1, num_cores // launch.num_processes)",
-            "num_cores",
-            "test_threads_are_shared_out_evenly_unless_told",
         ),
         (
             "idle threads spin",
@@ -233,12 +243,10 @@ MUTATIONS = [
             "},\n        **({}",
             "test_what_the_user_has_set_for_the_allocator_stays",
         ),
-        (
-            "two runs on one machine meet",
-            '["--standalone", "--nnodes", "1"]',
-            '["--nnodes", "1"]',
-            "test_the_launcher_suits_the_machine",
-        ),
+    ),
+    *in_file(
+        "pipeline/backends/processes.py",
+        "unit/pipeline/backends/test_processes.py",
         (
             "a signal that comes while a launcher starts is lost",
             "            signal.raise_signal(number)\n",

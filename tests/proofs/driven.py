@@ -73,12 +73,12 @@ def _drive(arguments: list[str], printed: str, clock: str | None) -> NoReturn:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     from alignment import cli
-    from alignment.pipeline.backends import launcher
+    from alignment.pipeline.backends import processes
 
     real = time.time
-    launcher.psutil.Popen = lambda *told, **more: _forked(*told, **more, clock=real)
+    processes.psutil.Popen = lambda *told, **more: _forked(*told, **more, clock=real)
     if clock is not None:
-        launcher._POLL_SECONDS = _OFTEN
+        processes._POLL_SECONDS = _OFTEN
         time.time = lambda: real() + float(Path(clock).read_text(encoding="utf-8") or 0)
     code = cli.main(arguments)
     sys.stdout.flush()

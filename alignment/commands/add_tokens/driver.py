@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 
-from alignment.core import hardware
 from alignment.core.files import new_folder
-from alignment.pipeline.backends import launcher
+from alignment.pipeline.backends import processes
 from alignment.pipeline.execute.display import display_for
 from alignment.pipeline.sources import model_sources
 
@@ -40,8 +37,7 @@ def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str)
         "--",
         *tokens,
     ]
-    environment = launcher.environment(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
-    code = subprocess.run(argv, env={**os.environ, **environment}, check=False).returncode
+    code = processes.call(argv)
     if code == 0:
         console.print(f"written: {target}\n{ADVICE.format(target)}", markup=False, highlight=False, soft_wrap=True)
     return code

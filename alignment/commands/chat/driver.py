@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,11 +14,10 @@ from typing import Any
 from rich.console import Console
 
 from alignment.config.did_you_mean import suggestion
-from alignment.core import hardware
 from alignment.core.artifacts import MANIFEST, Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.core.files import write_text
-from alignment.pipeline.backends import launcher
+from alignment.pipeline.backends import processes
 from alignment.pipeline.execute.display import display_for
 from alignment.pipeline.execute.record import FILE, read_record
 from alignment.pipeline.execute.stored_results import artifact_of, base_of
@@ -60,7 +57,6 @@ def chat(console: Console, result: str, arms: Sequence[str], *, manner: Mapping[
         raise ConfigError(f"{len(arms)} arms; two fit beside each other", where="--arm", remedy="name one or two")
     finder = _Finder(console, result, output)
     speakers = [finder.speaker(arm) for arm in arms or [finder.default()]]
-    environment = launcher.environment(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "voices.json"
         told = {"voices": [asdict(one) for one in speakers], "manner": dict(manner)}
@@ -68,7 +64,7 @@ def chat(console: Console, result: str, arms: Sequence[str], *, manner: Mapping[
         argv = [sys.executable, "-m", "alignment.commands.chat.worker", str(file)]
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops an answer, which is the other's to do
         try:
-            return subprocess.run(argv, env={**os.environ, **environment}, check=False).returncode
+            return processes.call(argv)
         finally:
             signal.signal(signal.SIGINT, before)
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from alignment.core import hardware
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.core.files import new_folder
-from alignment.pipeline.backends import launcher
+from alignment.pipeline.backends import processes
 from alignment.pipeline.execute.stored_results import artifact_of, base_of
 
 EXPORTED = ("policy", "reward")
@@ -43,8 +40,7 @@ def export(console: Console, result: str, *, to: str, form: str, max_gap: float,
         argv += ["--base", str(base_of(manifest, folder, console))]
     if not Path(result).expanduser().is_dir():
         argv += ["--run", result.partition("/")[0]]
-    environment = launcher.environment(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
-    code = subprocess.run(argv, env={**os.environ, **environment}, check=False).returncode
+    code = processes.call(argv)
     if code == 0:
         console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)
     return code

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -12,10 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from alignment.config.stage import EvaluateConfig, Trained
-from alignment.core import hardware
 from alignment.core.deadline import KILLED_BY, KILLED_SECONDS
 from alignment.core.errors import ConfigError, ModelError
-from alignment.pipeline.backends import launcher
+from alignment.pipeline.backends import processes
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.display import display_for
 from alignment.pipeline.execute.run import with_models
@@ -39,7 +36,6 @@ def show_preview(
     if not chosen:
         names = ", ".join(one.name for one in known)
         raise ConfigError(f"{stage!r} is no stage that trains; one of: {names}", where="--stage")
-    environment = launcher.environment(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
     with tempfile.TemporaryDirectory() as folder:
 
         def file_of(one: PlannedStage) -> str:
@@ -53,7 +49,7 @@ def show_preview(
         argv += ["--html", html] if html else []
         evaluation = next((one for one in plan.stages if isinstance(one.config, EvaluateConfig)), None)
         argv += ["--against", file_of(evaluation)] if evaluation else []
-        return _exit_code(subprocess.run(argv, env={**os.environ, **environment}, check=False).returncode)
+        return _exit_code(processes.call(argv))
 
 
 def _exit_code(code: int) -> int:

@@ -15,7 +15,7 @@ from alignment.config.stage import EvaluateConfig, Measuring, PpoConfig, ReportC
 from alignment.core import hardware
 from alignment.core.errors import ConfigError
 from alignment.evaluation.endpoint import api_key
-from alignment.pipeline.backends import launcher
+from alignment.pipeline.backends import command
 from alignment.pipeline.plan import row_counts
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
 
@@ -30,7 +30,7 @@ def of_stage(launch: LaunchConfig, config: StageConfig, *, num_devices: int) -> 
         return dataclasses.replace(
             launch, num_processes=1, num_machines=1, sharding=Sharding.none, offload=Offload.none
         )
-    return launcher.with_processes(launch, num_devices=num_devices)
+    return command.with_processes(launch, num_devices=num_devices)
 
 
 def devices_for(launch: LaunchConfig) -> int:
@@ -60,7 +60,7 @@ def refuse_what_cannot_start(launch: LaunchConfig, stages: Sequence[PlannedStage
             continue
         own = of_stage(launch, stage.config, num_devices=num_devices)
         _refuse_missing_package(own)
-        launcher.chosen_launcher(own, num_devices=num_devices)
+        command.chosen_launcher(own, num_devices=num_devices)
         if isinstance(stage.config, EvaluateConfig) and stage.config.judge.kind is JudgeKind.endpoint:
             api_key(stage.config.judge.endpoint, where=f"stages.{stage.name}.judge")
         if isinstance(stage.config, Trained):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from alignment.config.stage import Measuring, ReportConfig
 from alignment.core import hardware
 from alignment.core.artifacts import read_manifest, write_json
 from alignment.core.errors import PREEMPTED, ArtifactError, ConfigError, StageError
-from alignment.pipeline.backends import feasibility, launcher
-from alignment.pipeline.backends.launcher import Command
+from alignment.pipeline.backends import feasibility, processes
+from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.execute.forgetting_gate import FORGOT
 from alignment.pipeline.execute.record import read_record
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
@@ -32,8 +32,6 @@ ATTEMPT = "attempt.json"
 LIFE = "machine-0.alive"
 _POLL_SECONDS = 0.5
 _STOPPED = {"preempted": PREEMPTED, "interrupted": INTERRUPTED}
-
-CommandFor = Callable[[LaunchConfig, Path], Command]
 
 
 @contextmanager
@@ -123,7 +121,7 @@ class _Follower:
         launch = feasibility.of_stage(
             self._plan.config.launch, self._stage.config, num_devices=hardware.count_devices()
         )
-        launcher.execute(
+        processes.execute(
             self._command_for(launch, self._folder / "stage.yaml"),
             log=self._folder / f"log-{launch.machine_rank}.txt",
             on_poll=_nothing,

@@ -17,8 +17,8 @@ from alignment.config.launch import LauncherKind
 from alignment.config.stage import CptConfig, StageConfig, Trained
 from alignment.core import hardware
 from alignment.core.errors import StageError
-from alignment.pipeline.backends import launcher, machines
-from alignment.pipeline.backends.launcher import Command
+from alignment.pipeline.backends import command, environment, machines, processes
+from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute import rehearsed, worker_protocol
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
 
@@ -60,7 +60,7 @@ def _try(plan: Plan, rows: Sequence[PlannedStage], scorers: Sequence[PlannedStag
     folder.mkdir(parents=True)
     argv = [sys.executable, "-m", "alignment.rehearse", str(folder)]
     argv += ["--rows", *_files(plan, rows, folder), "--scorers", *_files(plan, scorers, folder)]
-    code = launcher.execute(
+    code = processes.execute(
         Command(argv=tuple(argv), environment=_environment(plan)),
         log=folder / "log.txt",
         on_poll=_deadline(plan, scorers),
@@ -74,9 +74,9 @@ def _environment(plan: Plan) -> dict[str, str]:
     """A worker's, as far as a scorer may read it: torchrun names the process, and accelerate does not name a single
     one."""
     devices = hardware.count_devices()
-    launch = launcher.with_processes(plan.config.launch, num_devices=devices)
-    own = launcher.environment(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
-    by_accelerate = launcher.chosen_launcher(launch, num_devices=devices) is LauncherKind.accelerate
+    launch = command.with_processes(plan.config.launch, num_devices=devices)
+    own = environment.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
+    by_accelerate = command.chosen_launcher(launch, num_devices=devices) is LauncherKind.accelerate
     return own if by_accelerate and launch.num_processes == 1 else own | _RANKS
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 
 from rich.console import Console
 
 from alignment import __version__
 from alignment.config.did_you_mean import suggestion
-from alignment.config.launch import LaunchConfig
 from alignment.config.stage import ReportConfig
 from alignment.core import hardware
 from alignment.core.artifacts import Manifest, publish, read_manifest, verify
@@ -23,8 +20,8 @@ from alignment.core.errors import PREEMPTED, ArtifactError, Busy, ConfigError
 from alignment.core.files import remove_leftovers, replacing
 from alignment.core.locks import held, is_held
 from alignment.core.resources import CODE_ROOT
-from alignment.pipeline.backends import feasibility, launcher, machines, slurm, slurm_jobs
-from alignment.pipeline.backends.launcher import Command
+from alignment.pipeline.backends import command, feasibility, machines, processes, slurm, slurm_jobs
+from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.backends.slurm_job_file import HERE
 from alignment.pipeline.execute import forgetting_gate, heartbeats, notes, rehearsal, worker_protocol
 from alignment.pipeline.execute.display import Display, display_for, duration
@@ -36,9 +33,6 @@ from alignment.pipeline.plan import references
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage, make_plan
 from alignment.pipeline.sources import data_sources, model_sources
 from alignment.report import doubts
-
-CommandFor = Callable[[LaunchConfig, Path], Command]
-"""Makes the command that runs a stage file."""
 
 
 def run(
@@ -60,7 +54,7 @@ def run(
             all is done, and a policy lost more than its limits allow.
     """
     tried = command_for is None
-    command_for = command_for or command_here
+    command_for = command_for or command.here
     plan = make_plan(recipe, overrides)
     if only is not None:
         refuse_missing_inputs(plan, only)
@@ -195,17 +189,6 @@ def _make_writable(plan: Plan) -> None:
         ) from error
 
 
-def command_here(launch: LaunchConfig, stage_file: Path) -> Command:
-    """The launcher's command for this machine."""
-    return launcher.command(
-        launch,
-        stage_file,
-        devices=hardware.visible_devices(),
-        num_cores=hardware.count_cores(),
-        pythonpath=os.environ.get("PYTHONPATH", ""),
-    )
-
-
 def _chosen(plan: Plan, only: str | None) -> list[PlannedStage]:
     return [stage for stage in plan.stages if only in (None, stage.name)]
 
@@ -334,7 +317,7 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
             )
 
     with machines.announced(folder, launch, stage.fingerprint):
-        code = launcher.execute(
+        code = processes.execute(
             command_for(launch, stage_file),
             log=folder / "log.txt",
             on_poll=on_poll,

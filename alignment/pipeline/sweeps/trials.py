@@ -15,7 +15,7 @@ from pathlib import Path
 from alignment.config.launch import LaunchConfig
 from alignment.core import hardware
 from alignment.core.errors import ArtifactError, ConfigError
-from alignment.pipeline.backends import launcher
+from alignment.pipeline.backends import environment
 from alignment.pipeline.execute.record import read_record
 from alignment.pipeline.execute.worker_protocol import tail
 
@@ -89,7 +89,7 @@ class Running:
             # A session of its own: Ctrl-C reaches the sweep alone, which then asks its trials to stop.
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-m", "alignment.pipeline.sweeps.trial", str(self._outcome), *argv],
-                env={**os.environ, **devices, **launcher.own_code(os.environ.get("PYTHONPATH", ""))},
+                env={**os.environ, **devices, **environment.own_code(os.environ.get("PYTHONPATH", ""))},
                 stdin=subprocess.PIPE,
                 stdout=sink,
                 stderr=subprocess.STDOUT,

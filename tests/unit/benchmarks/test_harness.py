@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.pipeline.backends.launcher import CPU_MEMORY, WAITING_SETTINGS, idle_threads
+from alignment.pipeline.backends.environment import CPU_MEMORY, WAITING_SETTINGS, idle_threads
 from benchmarks import harness
 from benchmarks.works import WORKS
 

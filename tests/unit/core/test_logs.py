@@ -12,7 +12,8 @@ import pytest
 
 from alignment.core import logs
 from alignment.core.logs import shorten
-from alignment.pipeline.backends.launcher import Command, execute
+from alignment.pipeline.backends.command import Command
+from alignment.pipeline.backends.processes import execute
 
 
 @pytest.fixture(autouse=True)

@@ -71,7 +71,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
         found.ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         return subprocess.CompletedProcess(argv, 0)
 
-    monkeypatch.setattr("alignment.commands.chat.driver.subprocess.run", hear)
+    monkeypatch.setattr("alignment.pipeline.backends.processes.subprocess.run", hear)
     found.add("a", sft="policy", reward="reward", dpo="policy", ppo=None)
     return found
 

@@ -19,7 +19,7 @@ from alignment.config.stage import EvaluateConfig, SftConfig
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import ConfigError, StageError
 from alignment.pipeline.backends import machines
-from alignment.pipeline.backends.launcher import Command
+from alignment.pipeline.backends.command import Command
 from alignment.pipeline.plan.plan import Action
 
 LAUNCH = LaunchConfig(num_machines=2, machine_rank=1)

@@ -16,7 +16,8 @@ from alignment import rehearse as worker
 from alignment.core import hardware
 from alignment.core.errors import AlignmentError, DataError, RewardError, StageError
 from alignment.data.tokens.rendering import LAST_STAND_IN
-from alignment.pipeline.backends import launcher, machines
+from alignment.pipeline.backends import machines, processes
+from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute.record import read_record
 from alignment.pipeline.execute.rehearsal import rehearse
 from alignment.pipeline.execute.run import run
@@ -40,12 +41,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Commands:
     """What was started; it runs in this process."""
     commands: Commands = []
 
-    def execute(command: launcher.Command, *, log: Path, **_: Any) -> int:
+    def execute(command: Command, *, log: Path, **_: Any) -> int:
         commands.append(command.argv)
         log.write_text("")
         return worker.main(command.argv[3:])
 
-    monkeypatch.setattr(launcher, "execute", execute)
+    monkeypatch.setattr(processes, "execute", execute)
     return commands
 
 
@@ -152,13 +153,13 @@ def test_a_tokenizer_without_a_template_is_named(tried: Callable[..., Plan], tmp
 
 
 def test_what_does_not_answer_in_time_is_ended(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    def execute(command: launcher.Command, *, on_poll: Callable[[], None], **_: Any) -> int:
+    def execute(command: Command, *, on_poll: Callable[[], None], **_: Any) -> int:
         on_poll()
         monkeypatch.setattr("alignment.pipeline.execute.rehearsal.time.monotonic", lambda: 1e9)
         on_poll()
         return 0
 
-    monkeypatch.setattr(launcher, "execute", execute)
+    monkeypatch.setattr(processes, "execute", execute)
     planned = plan("launch.hang_seconds=7")
     with pytest.raises(StageError, match=r"launch\.hang_seconds: rows were tried .* no answer within 7 seconds"):
         rehearse(planned, planned.stages, announce=lambda _: None)
@@ -177,11 +178,11 @@ def test_a_scorer_finds_the_variables_that_its_launcher_sets(
 ) -> None:
     found: list[dict[str, str]] = []
 
-    def execute(command: launcher.Command, *, log: Path, **_: Any) -> int:
+    def execute(command: Command, *, log: Path, **_: Any) -> int:
         found.append(command.environment)
         return worker._say(log.parent, 0, "", "")
 
-    monkeypatch.setattr(launcher, "execute", execute)
+    monkeypatch.setattr(processes, "execute", execute)
     monkeypatch.setattr(hardware, "count_devices", lambda: 0)
     planned = plan(*settings)
     rehearse(planned, planned.stages, announce=lambda _: None)
@@ -193,11 +194,11 @@ def test_other_machines_see_that_the_first_one_lives_while_it_tries(
 ) -> None:
     planned = plan("launch=ddp", "launch.num_machines=2", "launch.num_processes=1", "launch.main_address=first")
 
-    def execute(command: launcher.Command, *, log: Path, on_poll: Callable[[], None], **_: Any) -> int:
+    def execute(command: Command, *, log: Path, on_poll: Callable[[], None], **_: Any) -> int:
         on_poll()
         return worker._say(log.parent, 0, "", "")
 
-    monkeypatch.setattr(launcher, "execute", execute)
+    monkeypatch.setattr(processes, "execute", execute)
     rehearse(planned, planned.stages, announce=lambda _: None)
     assert (planned.run_folder / machines.LIFE).is_file()
 

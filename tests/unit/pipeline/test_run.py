@@ -25,8 +25,8 @@ from alignment.core.errors import AlignmentError, ArtifactError, Busy, ConfigErr
 from alignment.core.locks import held
 from alignment.core.streams import Unfailing
 from alignment.job import read_spec
-from alignment.pipeline.backends import launcher
-from alignment.pipeline.backends.launcher import Command
+from alignment.pipeline.backends import processes
+from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.record import RunRecord
 from alignment.pipeline.execute.run import run
@@ -220,14 +220,14 @@ def test_a_stage_that_says_it_is_done_and_left_nothing_is_a_fault(
 def test_a_stage_holds_its_lock_itself(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its driver may be killed while it works on, and nobody else may begin then."""
     held_open: list[bool] = []
-    execute = launcher.execute
+    execute = processes.execute
 
     def noted(command: Command, *, log: Path, keep_open: Sequence[int], **told: Any) -> int:
         work = read_spec(log.with_name("stage.yaml")).work
         held_open.append([os.fstat(number).st_ino for number in keep_open] == [(work / "lock").stat().st_ino])
         return execute(command, log=log, keep_open=keep_open, **told)
 
-    monkeypatch.setattr(launcher, "execute", noted)
+    monkeypatch.setattr(processes, "execute", noted)
     align()
     assert held_open == [True] * 5
 

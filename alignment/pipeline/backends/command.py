@@ -1,0 +1,143 @@
+"""From a launch and a stage file to the command that runs the stage on this machine: which launcher, told what."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from alignment.config.launch import DEVICE, LaunchConfig, LauncherKind, Sharding
+from alignment.core import hardware
+from alignment.core.errors import ConfigError
+from alignment.core.resources import shipped
+from alignment.pipeline.backends import environment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """``argv`` to execute, and ``environment``: variables laid over the caller's."""
+
+    argv: tuple[str, ...]
+    environment: dict[str, str]
+
+
+CommandFor = Callable[[LaunchConfig, Path], Command]
+"""Makes the command that runs a stage file."""
+
+
+def of_stage(
+    launch: LaunchConfig, stage_file: Path, *, devices: Sequence[str], num_cores: int, pythonpath: str = ""
+) -> Command:
+    """The command that runs a stage on this machine. ``devices`` are its GPUs (``visible_devices``), none for the CPU.
+
+    Raises:
+        ConfigError: this launcher cannot start so many processes here.
+    """
+    kind = chosen_launcher(launch, num_devices=len(devices))
+    argv = (sys.executable, *_LAUNCHERS[kind](launch, len(devices)), "alignment.worker", str(stage_file))
+    threads = launch.threads or max(1, num_cores // launch.num_processes)
+    own_devices = _devices_of_processes(devices, launch.num_processes)
+    return Command(argv=argv, environment=environment.of_worker(threads, pythonpath) | own_devices)
+
+
+def here(launch: LaunchConfig, stage_file: Path) -> Command:
+    """The same with the GPUs, cores and ``PYTHONPATH`` that this process has.
+
+    Raises:
+        ConfigError: this launcher cannot start so many processes here.
+    """
+    return of_stage(
+        launch,
+        stage_file,
+        devices=hardware.visible_devices(),
+        num_cores=hardware.count_cores(),
+        pythonpath=os.environ.get("PYTHONPATH", ""),
+    )
+
+
+def _devices_of_processes(devices: Sequence[str], num_processes: int) -> dict[str, str]:
+    """The device that each process has to find, and no GPU more than there are processes: a process that sees several
+    without a launcher's rank would spread every batch over all of them (transformers' DataParallel)."""
+    if not devices:
+        return {DEVICE: "cpu"}
+    variable = next((name for name in hardware.VISIBLE if name in os.environ), hardware.VISIBLE[0])
+    return {DEVICE: "cuda", variable: ",".join(devices[:num_processes])}
+
+
+def with_processes(launch: LaunchConfig, *, num_devices: int) -> LaunchConfig:
+    """The launch with one process for each GPU where it asks for that.
+
+    Raises:
+        ConfigError: there is no GPU.
+    """
+    if launch.num_processes:
+        return launch
+    if num_devices == 0:
+        raise ConfigError(
+            "one process for each GPU is asked for, and this machine has none",
+            where="launch.num_processes",
+            remedy="launch.num_processes=2 starts two processes on the CPU",
+        )
+    return replace(launch, num_processes=num_devices)
+
+
+def chosen_launcher(launch: LaunchConfig, *, num_devices: int) -> LauncherKind:
+    """The launcher that ``auto`` stands for, or the one asked for if it can do it.
+
+    Raises:
+        ConfigError: more processes than GPUs, or what this launcher does not start.
+    """
+    workers = launch.num_processes
+    if num_devices and workers > num_devices:
+        raise ConfigError(
+            f"{workers} processes, but this machine has {num_devices} GPU{'s' if num_devices > 1 else ''}",
+            where="launch.num_processes",
+            remedy=f"launch.num_processes={num_devices}",
+        )
+    if launch.kind is LauncherKind.auto:
+        plain = launch.sharding is Sharding.none and launch.num_machines == 1
+        return LauncherKind.accelerate if plain and (workers == 1 or num_devices) else LauncherKind.torchrun
+    if why := _refusal(launch, num_devices):
+        raise ConfigError(why, where="launch.kind", remedy="launch.kind=auto or launch.kind=torchrun")
+    return launch.kind
+
+
+def _refusal(launch: LaunchConfig, num_devices: int) -> str:
+    """Why accelerate cannot start this, or nothing; torchrun starts all."""
+    if launch.kind is LauncherKind.torchrun:
+        return ""
+    if launch.num_machines > 1:
+        return "several machines are started by torchrun, not by accelerate"
+    if launch.sharding is not Sharding.none:
+        return f"{launch.sharding.value} needs a process group, which accelerate does not make for one process"
+    if launch.num_processes > 1 and num_devices == 0:
+        return "accelerate starts one process, whatever it is told, on a machine without GPUs"
+    return ""
+
+
+def _accelerate(launch: LaunchConfig, num_devices: int) -> list[str]:
+    """With a configuration file of ours, so that none in the user's home folder has a say, and a free port of its own
+    choosing, so that two runs on one machine never meet."""
+    several = num_devices > 0 and launch.num_processes > 1
+    file = shipped("launch") / "accelerate" / ("ddp.yaml" if several else "local.yaml")
+    settings = ["--config_file", str(file), "--num_processes", str(launch.num_processes)]
+    settings += ["--main_process_port", "0"] if several else []
+    settings += [] if num_devices else ["--cpu"]
+    return ["-m", "accelerate.commands.launch", *settings, "-m"]
+
+
+def _torchrun(launch: LaunchConfig, num_devices: int) -> list[str]:
+    """On one machine a rendezvous on a port of its own choosing, so that two runs on one machine never meet."""
+    meeting = ["--standalone", "--nnodes", "1"]
+    if launch.num_machines > 1:
+        meeting = ["--nnodes", str(launch.num_machines), "--node_rank", str(launch.machine_rank)]
+        meeting += ["--master_addr", launch.main_address, "--master_port", str(launch.main_port)]
+    return ["-m", "torch.distributed.run", *meeting, "--nproc_per_node", str(launch.num_processes), "-m"]
+
+
+_LAUNCHERS = {
+    LauncherKind.accelerate: _accelerate,
+    LauncherKind.torchrun: _torchrun,
+}

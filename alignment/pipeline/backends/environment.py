@@ -1,0 +1,68 @@
+"""What a process of the worker's side finds in its environment, beside what the caller's has.
+
+It is offline and sends nothing, finds this package first, and has its share of threads and memory that is used again.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from alignment.core import hardware
+from alignment.core.resources import CODE_ROOT
+
+CPU_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
+}
+"""Memory that a tensor gave back is used again. glibc would return it to the system and fetch fresh pages for the next
+tensor, which took as long as the arithmetic on it. oneDNN keeps code for 1,024 shapes of products, and nearly every
+batch has new ones: gigabytes after some dozen steps (docs/LOG.md, 2026-11-25). What the user has set stays."""
+
+WAITING_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Whoever sets one of these has chosen how OpenMP's threads wait."""
+_SPINS_ON_AMD = "1000"
+
+
+def of_worker(threads: int, pythonpath: str) -> dict[str, str]:
+    """Variables laid over the caller's; ``pythonpath`` is what that has to say of packages, behind ours."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+        **own_code(pythonpath),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        **{name: value for name, value in (CPU_MEMORY | _on_cpu()).items() if name not in os.environ},
+        **({} if any(name in os.environ for name in WAITING_SETTINGS) else idle_threads()),
+    }
+
+
+def idle_threads(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """Has OpenMP's idle threads sleep soon. By default they spin for milliseconds, and beside another busy process they
+    spin on the core that a working thread needs: training steps took 18 times as long.
+
+    On two Intel cores, sleeping at once cost nothing on a quiet machine. On two AMD cores it cost a fifth, and a short
+    spin a twentieth (docs/LOG.md, 2026-11-26).
+    """
+    with suppress(OSError):
+        if "AuthenticAMD" in cpuinfo.read_text(encoding="utf-8", errors="replace"):
+            return {"GOMP_SPINCOUNT": _SPINS_ON_AMD}
+    return {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def own_code(pythonpath: str) -> dict[str, str]:
+    """Variables by which a process finds this package first, whatever lies in the folder that it starts in."""
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(part for part in (str(CODE_ROOT), pythonpath) if part)}
+
+
+def _on_cpu() -> dict[str, str]:
+    """DeepSpeed, where it is installed, would warn in every log that it found no GPU. Nothing is compiled at run time,
+    and reading in PyTorch's compiler because bitsandbytes names it takes a stage most of a second."""
+    return {} if hardware.count_devices() else {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
