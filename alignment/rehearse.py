@@ -28,8 +28,9 @@ from alignment.data.tokens.row_kinds import KINDS, Kind, tokenized
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec, read_spec
 from alignment.rewards.functions import FunctionScorer, load_function
-from alignment.rewards.scorer_sources import function_of, in_use, source_field
+from alignment.rewards.scorer_sources import function_of, source_field
 from alignment.rewards.scorers import Answers, checked
+from alignment.stages.ppo.scorers import in_use
 
 LOOKED_AT = 500
 """Records of a source whose tokens are counted."""

@@ -1,17 +1,15 @@
-"""The reward slot of a PPO stage, from its configuration."""
+"""Scorers as one reward, from their configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from alignment.config.scorers import ScorerConfig
-from alignment.config.stage import PpoConfig
 from alignment.core.artifacts import read_manifest
 from alignment.data.records import Prompt
 from alignment.job import StageSpec
@@ -19,59 +17,43 @@ from alignment.models.assembly.load import refuse_other_tokenizer
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.reward_models import Computation, TextScorer, TokenScorer, load_external
-from alignment.rewards.scorer_sources import GUARD, REWARD, function_of, in_use, input_field, source_field
+from alignment.rewards.scorer_sources import REWARD, function_of, input_field, source_field
 from alignment.rewards.scorers import ExactAnswer, Length, Regex, Scorer
 from alignment.rewards.weighted_sum import Part, RewardMix
 
 
 def build_rewards(
-    config: PpoConfig,
+    scorers: Mapping[str, ScorerConfig],
     spec: StageSpec,
     tokenizer: Any,
     prompts: Sequence[Prompt],
     reward_model: PreTrainedModel | PeftModel | None,
-    *,
-    device: torch.device,
+    run: Computation,
 ) -> RewardMix:
-    """All scorers of a stage, put together.
+    """Scorers of a stage, put together.
 
-    ``prompts`` are all rows of the stage's data (up to ``data.limit``), too long ones included: ``raw`` is told their
-    indices. ``tokenizer`` is the policy's. ``reward_model`` is the model behind ``reward`` where that is an artifact of
-    ours and loaded already; otherwise it is loaded here.
+    ``scorers`` are by the field of the configuration that names each. ``prompts`` are all rows of the stage's data (up
+    to ``data.limit``), too long ones included: ``raw`` receives their indices. ``tokenizer`` is the policy's.
+    ``reward_model`` is the model behind ``reward`` where that is an artifact of ours and loaded already; otherwise it
+    is loaded here.
 
     Raises:
         DataError: a row lacks what a scorer looks at, or a function's file changed since the run was planned.
         ModelError: a reward model cannot be loaded, or its tokenizer does not fit.
         RewardError: a function's file cannot be imported.
     """
-    maker = _maker(config, spec, tokenizer, prompts, reward_model, device)
-    return maker.mix({field: scorer for field, scorer in in_use(config).items() if field != GUARD})
-
-
-def build_scorer(
-    config: PpoConfig,
-    spec: StageSpec,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    reward_model: PreTrainedModel | PeftModel | None,
-    *,
-    device: torch.device,
-) -> RewardMix:
-    """A slot that holds the guard's held-out scorer alone; everything else as in ``build_rewards``."""
-    maker = _maker(config, spec, tokenizer, prompts, reward_model, device)
-    return maker.mix({GUARD: config.guard.scorer})
-
-
-def _maker(
-    config: PpoConfig,
-    spec: StageSpec,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    reward_model: PreTrainedModel | PeftModel | None,
-    device: torch.device,
-) -> _Maker:
-    run = Computation(device=device, dtype=spec.model.dtype, tokens=config.optim.micro_batch_tokens)
-    return _Maker(spec=spec, tokenizer=tokenizer, prompts=prompts, reward_model=reward_model, run=run)
+    maker = _Maker(spec=spec, tokenizer=tokenizer, prompts=prompts, reward_model=reward_model, run=run)
+    parts = [
+        Part(
+            source=str(function_of(scorer.source) or scorer.source),
+            scorer=maker.scorer(field, scorer),
+            weight=scorer.weight,
+            normalize=scorer.normalize,
+            clip=scorer.clip,
+        )
+        for field, scorer in scorers.items()
+    ]
+    return RewardMix(parts, tokenizer, prompts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,26 +66,13 @@ class _Maker:
     reward_model: PreTrainedModel | PeftModel | None
     run: Computation
 
-    def mix(self, asked: dict[str, ScorerConfig]) -> RewardMix:
-        """The scorers at these fields of the configuration as one slot."""
-        parts = [
-            Part(
-                source=str(function_of(scorer.source) or scorer.source),
-                scorer=self._scorer(field, scorer),
-                weight=scorer.weight,
-                normalize=scorer.normalize,
-                clip=scorer.clip,
-            )
-            for field, scorer in asked.items()
-        ]
-        return RewardMix(parts, self.tokenizer, self.prompts)
-
-    def _scorer(self, field: str, scorer: ScorerConfig) -> Scorer:
+    def scorer(self, field: str, scorer: ScorerConfig) -> Scorer:
+        """The scorer at a field of the configuration."""
         function = function_of(scorer.source)
         if function is not None:
             planned = self.spec.identity.get("code", {}).get(source_field(field))
             return FunctionScorer(function, load_function(function, planned=planned))
-        name = input_field(field, scorer)
+        name = input_field(field, scorer.source)
         return self._verifier(scorer) if name is None else self._model(name, source=scorer.source)
 
     def _verifier(self, scorer: ScorerConfig) -> Scorer:

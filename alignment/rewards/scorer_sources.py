@@ -7,18 +7,13 @@ that ships with the project), or the name of a verifier.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.config.scorers import ScorerConfig
-from alignment.config.stage import PpoConfig
 from alignment.core.resources import shipped
 
 REWARD = "reward"
 """Both the source and the field of the stage that it reads."""
-GUARD = "guard.scorer"
-"""The field of the guard's held-out scorer; the others are ``scorers[0]`` and so on."""
 
 VERIFIERS: dict[str, str | None] = {
     "exact_answer": None,
@@ -66,35 +61,18 @@ def is_reference(source: str) -> bool:
     return source.startswith(_REFERENCES)
 
 
-def in_use(config: PpoConfig) -> dict[str, ScorerConfig]:
-    """Each scorer that a stage asks, by its field: ``scorers[0]``, ``guard.scorer``. A guard that is off asks none."""
-    found = {f"scorers[{number}]": scorer for number, scorer in enumerate(config.scorers)}
-    return {**found, GUARD: config.guard.scorer} if config.guard.every > 0 else found
-
-
 def source_field(field: str) -> str:
     """Where a scorer's source stands: ``scorers[0].source``."""
     return f"{field}.source"
 
 
-def input_field(field: str, scorer: ScorerConfig) -> str | None:
+def input_field(field: str, source: str) -> str | None:
     """The input of the stage that holds a scorer's reward model; None for a scorer that is no reward model."""
-    if scorer.source == REWARD:
+    if source == REWARD:
         return REWARD
-    return source_field(field) if is_reference(scorer.source) else None
+    return source_field(field) if is_reference(source) else None
 
 
 def label(source: str) -> str:
     """A source in a word, for figures: ``/home/me/score.py:brevity`` → ``brevity``, ``stage:judge`` → ``judge``."""
     return source.rstrip("/").rpartition(":")[2].partition("@")[0].rpartition("/")[2] or source
-
-
-def with_sources(config: PpoConfig, sources: dict[str, str]) -> PpoConfig:
-    """The stage with other sources, by field; fields that are not named keep theirs."""
-
-    def changed(field: str, scorer: ScorerConfig) -> ScorerConfig:
-        return dataclasses.replace(scorer, source=sources.get(field, scorer.source))
-
-    scorers = [changed(f"scorers[{number}]", scorer) for number, scorer in enumerate(config.scorers)]
-    guard = dataclasses.replace(config.guard, scorer=changed(GUARD, config.guard.scorer))
-    return dataclasses.replace(config, scorers=scorers, guard=guard)

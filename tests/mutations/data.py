@@ -232,13 +232,13 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "rewards/build.py",
-        "unit/rewards/test_build.py",
+        "stages/ppo/scorers.py",
+        "unit/stages/test_ppo_guard.py",
         (
             "the guard's scorer is maximised too",
-            "for field, scorer in in_use(config).items() if field != GUARD}",
-            "for field, scorer in in_use(config).items()}",
-            "test_the_guard_has_a_slot_of_its_own_with_a_model_of_its_own",
+            "enumerate(config.scorers)}",
+            "enumerate(config.scorers)} | {GUARD: config.guard.scorer}",
+            "test_the_guard_asks_its_own_scorer_and_the_stage_its_own",
         ),
     ),
 ]

@@ -18,7 +18,8 @@ from alignment.config.stage import (
     StageConfig,
 )
 from alignment.config.typed import field_types
-from alignment.rewards.scorer_sources import REWARD, in_use, is_reference, source_field
+from alignment.rewards.scorer_sources import REWARD, is_reference, source_field
+from alignment.stages.ppo.scorers import in_use
 
 BASE = "base"
 _STAGE = "stage:"

@@ -19,17 +19,15 @@ from alignment.core.fingerprint import file_sha256
 from alignment.data.bundled_files import bundled_code
 from alignment.data.records import Prompt
 from alignment.rewards.scorer_sources import (
-    GUARD,
     REWARD,
     VERIFIERS,
     FunctionSource,
     function_of,
-    in_use,
     is_reference,
     source_field,
-    with_sources,
 )
 from alignment.rewards.verifiers import expected_answer
+from alignment.stages.ppo.scorers import GUARD, in_use, with_sources
 
 ALLOWED = (
     f"it takes {REWARD}, a reward model (stage:NAME, path:FOLDER), FILE.py:FUNCTION, bundled:NAME.py:FUNCTION, or one "

@@ -24,9 +24,11 @@ from alignment.data.tokens.tokenize import TokenizedConversation, end_ids
 from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage, refuse_other_tokenizer
 from alignment.models.assembly.roles import Roles, build_roles
-from alignment.rewards.build import build_rewards, build_scorer
+from alignment.rewards.build import build_rewards
+from alignment.rewards.reward_models import Computation
 from alignment.rewards.scorer_sources import REWARD
 from alignment.rewards.slot import Rewards
+from alignment.stages.ppo.scorers import GUARD, maximised
 from alignment.stages.ppo.trainer import EndsOverBudget, PpoTrainer
 from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.result import StageResult, save_model
@@ -55,14 +57,15 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
     prompts, counts = _prompts(config, context, tokenizer, rows)
     learned, held_out = hold_out(prompts, config, context)
     roles = roles_of(config, context, found, own)
-    told = (config, spec, tokenizer, rows, roles.reward)
+    computation = Computation(device=context.device, dtype=spec.model.dtype, tokens=config.optim.micro_batch_tokens)
+    made_from = (spec, tokenizer, rows, roles.reward, computation)
     trainer = build_trainer(
         config,
         context,
         roles,
         learned,
         end_ids(tokenizer),
-        build_rewards(*told, device=context.device),
+        build_rewards(maximised(config), *made_from),
         ptx=_ptx(config, context, tokenizer),
         samples=Samples(context, tokenizer, group=config.completions_per_prompt),
     )
@@ -71,7 +74,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
             config.guard,
             context,
             held_out,
-            scorer=build_scorer(*told, device=context.device),
+            scorer=build_rewards({GUARD: config.guard.scorer}, *made_from),
             policy=roles.policy,
             proxy=lambda rollout: trainer.scores_of(rollout, learn=False),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.guard import GuardConfig
+from alignment.config.model import Dtype
 from alignment.config.scorers import ScorerConfig
 from alignment.config.stage import PpoConfig
 from alignment.core.errors import DataError, ModelError
@@ -19,13 +20,17 @@ from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import scalar_scores
 from alignment.models.forward.rows import stream
-from alignment.rewards.build import build_rewards, build_scorer
+from alignment.rewards.build import build_rewards
+from alignment.rewards.reward_models import Computation
 from alignment.rewards.weighted_sum import RewardMix
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_reward, tiny_spec
 from tests.unit.rewards.conftest import answers_to, prompt
 from tests.unit.rewards.test_models import external, scorer
 
 CPU = torch.device("cpu")
+RUN = Computation(device=CPU, dtype=Dtype.float32, tokens=2048)
+REWARD = [ScorerConfig()]
+FIELDS = [f"scorers[{number}]" for number in range(5)]
 PROMPTS = [prompt(line=1, answer="#### 3"), prompt("Where are the keys?", line=2, answer="#### 4", facts=[["hall"]])]
 TEXTS = ["In the hall, at 3.", "They are in the hall."]
 
@@ -37,11 +42,17 @@ def base(tmp_path: Path) -> Lineage:
 
 
 def slot(
-    tmp_path: Path, config: PpoConfig, reward_model: Any = None, *, build: Any = build_rewards, **told: Any
+    tmp_path: Path,
+    scorers: Sequence[ScorerConfig],
+    reward_model: Any = None,
+    *,
+    fields: Sequence[str] = FIELDS,
+    **changes: Any,
 ) -> RewardMix:
-    spec = tiny_spec(tmp_path, config, **told)
-    found: RewardMix = build(config, spec, load_tokenizer(spec.base_path), PROMPTS, reward_model, device=CPU)
-    return found
+    """The scorers at these fields of a stage as one reward."""
+    spec = tiny_spec(tmp_path, PpoConfig(), **changes)
+    named = dict(zip(fields, scorers, strict=False))
+    return build_rewards(named, spec, load_tokenizer(spec.base_path), PROMPTS, reward_model, RUN)
 
 
 def raw(mix: RewardMix, base: Lineage) -> dict[str, list[float]]:
@@ -65,7 +76,7 @@ def test_every_rule_and_a_function_stand_side_by_side(tmp_path: Path, base: Line
         ScorerConfig(source=f"{file}:brevity", weight=0.1, clip=10.0),
         ScorerConfig(source="regex", pattern="^They"),
     ]
-    mix = slot(tmp_path, PpoConfig(reward=None, scorers=scorers))
+    mix = slot(tmp_path, scorers)
     scores = raw(mix, base)
     assert scores == {
         "exact_answer": [1.0, 0.0],
@@ -83,14 +94,13 @@ def test_a_reward_model_of_ours_scores_token_ids_loaded_before_or_not(
     tmp_path: Path, base: Lineage, kind: AdapterKind
 ) -> None:
     told = tiny_reward(tmp_path / "reward", AdapterConfig(kind=kind, rank=4), found=base)
-    config = PpoConfig()
-    spec = tiny_spec(tmp_path, config, inputs={"reward": told})
+    spec = tiny_spec(tmp_path, PpoConfig(), inputs={"reward": told})
     model = load_reward_model(spec, told, device=CPU)
     prompts, answers = rows(base)
     with torch.no_grad():
         alone = [scalar_scores(model, stream([p + a], CPU)).item() for p, a in zip(prompts, answers, strict=True)]
     for loaded in (None, model):
-        mix = slot(tmp_path, config, loaded, inputs={"reward": told})
+        mix = slot(tmp_path, REWARD, loaded, inputs={"reward": told})
         assert raw(mix, base) == {"reward": pytest.approx(alone, rel=1e-5)}
 
 
@@ -98,24 +108,22 @@ def test_a_loaded_reward_model_is_not_loaded_again(tmp_path: Path, base: Lineage
     told = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=base)
     model = load_reward_model(tiny_spec(tmp_path, PpoConfig()), told, device=CPU)
     gone = StageInput(ref="stage:reward", path=tmp_path / "gone")
-    assert set(raw(slot(tmp_path, PpoConfig(), model, inputs={"reward": gone}), base)) == {"reward"}
+    assert set(raw(slot(tmp_path, REWARD, model, inputs={"reward": gone}), base)) == {"reward"}
 
 
 def test_a_reward_model_from_outside_scores_text(tmp_path: Path, base: Lineage) -> None:
     folder = external(tmp_path / "judge")
     told = StageInput(ref="hub:org/judge", path=folder)
-    found = raw(slot(tmp_path, PpoConfig(), inputs={"reward": told}), base)
+    found = raw(slot(tmp_path, REWARD, inputs={"reward": told}), base)
     assert found["reward"] == pytest.approx(scorer(folder, prompts=PROMPTS).scores(answers_to(PROMPTS, TEXTS)))
 
 
 def test_the_guard_has_a_slot_of_its_own_with_a_model_of_its_own(tmp_path: Path, base: Lineage) -> None:
     told = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=base)
     judge = StageInput(ref="path:judge", path=external(tmp_path / "judge"))
-    guard = GuardConfig(every=1, scorer=ScorerConfig(source="path:judge"))
-    config = PpoConfig(guard=guard)
     inputs = {"reward": told, "guard.scorer.source": judge}
-    assert slot(tmp_path, config, inputs=inputs).names == ["reward"]
-    second = slot(tmp_path, config, build=build_scorer, inputs=inputs)
+    assert slot(tmp_path, REWARD, inputs=inputs).names == ["reward"]
+    second = slot(tmp_path, [ScorerConfig(source="path:judge")], fields=["guard.scorer"], inputs=inputs)
     assert second.names == ["judge"]
     assert len(raw(second, base)["judge"]) == 2
 
@@ -126,20 +134,20 @@ def test_a_reward_model_of_ours_with_another_tokenizer_is_refused(tmp_path: Path
     tokenizer = load_tokenizer(base.base)
     tokenizer.chat_template = "{{ messages }}"
     with pytest.raises(ModelError, match="stage:reward has another tokenizer or chat template"):
-        build_rewards(PpoConfig(), spec, tokenizer, PROMPTS, None, device=CPU)
+        build_rewards({"scorers[0]": ScorerConfig()}, spec, tokenizer, PROMPTS, None, RUN)
 
 
 def test_code_that_changed_since_the_plan_is_refused(tmp_path: Path, base: Lineage) -> None:
     file = tmp_path / "score.py"
     file.write_text("def brevity(prompts, completions, rows): return [0 for _ in rows]\n")
-    config = PpoConfig(reward=None, scorers=[ScorerConfig(source=f"{file}:brevity")])
+    scorers = [ScorerConfig(source=f"{file}:brevity")]
     with pytest.raises(DataError, match="changed since the run was planned"):
-        slot(tmp_path, config, identity={"code": {"scorers[0].source": "0" * 64}})
+        slot(tmp_path, scorers, identity={"code": {"scorers[0].source": "0" * 64}})
 
 
 def test_normalising_and_clipping_are_the_configuration_s(tmp_path: Path, base: Lineage) -> None:
     scorer_config = ScorerConfig(source="regex", pattern="^They", normalize=True, clip=0.75, weight=2.0)
-    mix = slot(tmp_path, PpoConfig(reward=None, scorers=[scorer_config]))
+    mix = slot(tmp_path, [scorer_config])
     scores = {name: torch.tensor(each) for name, each in raw(mix, base).items()}
     assert mix.total(scores, learn=False).tolist() == [0.0, 1.5], "nothing is known yet"
     assert mix.total(scores, learn=True).tolist() == [-1.5, 1.5]

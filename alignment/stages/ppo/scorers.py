@@ -1,0 +1,37 @@
+"""Which scorers a PPO stage uses, by the field of its configuration that names each.
+
+The plan and the rehearsal use this too, so nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from alignment.config.scorers import ScorerConfig
+from alignment.config.stage import PpoConfig
+
+GUARD = "guard.scorer"
+"""The field of the guard's held-out scorer."""
+
+
+def maximised(config: PpoConfig) -> dict[str, ScorerConfig]:
+    """The scorers whose weighted sum PPO maximises: ``scorers[0]``, ``scorers[1]`` and so on."""
+    return {f"scorers[{number}]": scorer for number, scorer in enumerate(config.scorers)}
+
+
+def in_use(config: PpoConfig) -> dict[str, ScorerConfig]:
+    """Every scorer that a stage calls; the held-out one only where the guard is on."""
+    held_out = {GUARD: config.guard.scorer} if config.guard.every > 0 else {}
+    return maximised(config) | held_out
+
+
+def with_sources(config: PpoConfig, sources: Mapping[str, str]) -> PpoConfig:
+    """The stage with other sources, by field; fields that are not named keep theirs."""
+
+    def changed(field: str, scorer: ScorerConfig) -> ScorerConfig:
+        return replace(scorer, source=sources.get(field, scorer.source))
+
+    scorers = [changed(field, scorer) for field, scorer in maximised(config).items()]
+    guard = replace(config.guard, scorer=changed(GUARD, config.guard.scorer))
+    return replace(config, scorers=scorers, guard=guard)
