@@ -116,16 +116,17 @@ def _page(outcomes: Sequence[Outcome], record: dict[str, Any]) -> str:
     state = {(o.cell.adapter, o.cell.stage, o.cell.launcher): o for o in outcomes}
     reasons: list[str] = []
     lines = [
-        "# What goes together",
+        "# Which stages, adapters and launches work together",
         "",
         f"Written by `make matrix` on {record['date']} at {record['commit'][:7]}: {record['device']}, "
-        f"{record['processes']} processes but for `local`, "
-        "a tiny Llama in float32, each stage at its default settings but for sizes. Rows are of very unequal length, "
-        "so that processes cut their shares of a batch into unequal numbers of micro-batches.",
+        f"{record['processes']} processes (1 for `local`), "
+        "a tiny Llama in float32, each stage with its default settings except for sizes. Row lengths differ strongly, "
+        "so that processes split their shares of a batch into different numbers of micro-batches.",
         "",
-        "*works*: the figures of every step are those of one process within "
-        f"{SAME:g} (same global batch), and the result, read by plain transformers and PEFT, says the same within "
-        f"{LOGITS:g}; no weight is empty. Reasons for refusals, which come before anything starts, stand below.",
+        "*works*: the metrics of every step equal those of one process within "
+        f"{SAME:g} (same global batch). Plain transformers and PEFT read the result and give the same logits within "
+        f"{LOGITS:g}. No weight is empty. A combination that does not work is refused before anything starts; "
+        "the reasons are below.",
         "",
         "| adapter | stage | " + " | ".join(LAUNCHERS) + " |",
         "|---|---|" + "---|" * len(LAUNCHERS),
