@@ -25,10 +25,11 @@ class FewShotConfig:
 
 
 class JudgeKind(str, Enum):
-    """``rule`` and ``reward`` prefer the higher gold or reward score; ``endpoint`` asks a model, in both orders."""
+    """``metric`` prefers the better score by the primary metric, ``reward`` the higher one of the reward model;
+    ``endpoint`` asks a model, in both orders."""
 
     none = "none"
-    rule = "rule"
+    metric = "metric"
     reward = "reward"
     endpoint = "endpoint"
 

@@ -255,7 +255,7 @@ class PpoOptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Greedy answers of every arm to held-out prompts: gold rule, reward model and log-ratio to ``reference``.
+    """Greedy answers of every arm to held-out prompts: metrics, reward model and log-ratio to ``reference``.
 
     ``arms`` are ``base``, ``base+prompt`` (the house style as a system message), ``base+few-shot`` (examples before the
     prompt), ``stage:NAME``, and models from outside (``path:FOLDER``, ``hub:ORG/NAME@REVISION``), which may have a

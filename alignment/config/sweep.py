@@ -13,12 +13,16 @@ class Search(str, Enum):
     tpe = "tpe"
 
 
-class Metric(str, Enum):
-    """A figure of an evaluation's arm: a mean over held-out prompts. ``win_rate`` is by the evaluation's judge."""
+PRIMARY = "primary"
+"""Stands for the primary metric of an evaluation."""
 
-    gold = "gold"
-    style = "style"
-    facts = "facts"
+
+class Figure(str, Enum):
+    """What an evaluation reports of an arm beside the recipe's metrics: a mean over held-out prompts.
+
+    ``win_rate`` is by the evaluation's judge.
+    """
+
     reward = "reward"
     greedy_log_ratio = "greedy_log_ratio"
     win_rate = "win_rate"
@@ -26,18 +30,20 @@ class Metric(str, Enum):
     perplexity = "perplexity"
 
 
-LESS_IS_BETTER = (Metric.greedy_log_ratio, Metric.loss, Metric.perplexity)
+LESS_IS_BETTER = (Figure.greedy_log_ratio, Figure.loss, Figure.perplexity)
 
 
 @dataclass(kw_only=True, slots=True)
 class ObjectiveConfig:
-    """A figure, the more the better, or the less: ``metric`` of an ``arm`` of the recipe's evaluation (a ``Metric``),
-    or of what a ``stage`` says of itself in its manifest, such as a reward model's ``eval_accuracy``.
+    """A figure, the more the better, or the less: ``metric`` of an ``arm`` of the recipe's evaluation, or of what a
+    ``stage`` says of itself in its manifest, such as a reward model's ``eval_accuracy``.
+
+    Of an arm it is ``primary``, a metric of the evaluation by its name, or a ``Figure``.
     """
 
     arm: str = ""
     stage: str = ""
-    metric: str = "gold"
+    metric: str = PRIMARY
     minimize: bool = False
 
 

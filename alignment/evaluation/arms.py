@@ -1,4 +1,4 @@
-"""One arm: a policy's answers to the held-out prompts, and what rule, reward model and reference say of them."""
+"""One arm: a policy's answers to the held-out prompts, their log-probabilities, and what a reward model gives them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import end_ids
 from alignment.data.turns import Message
-from alignment.evaluation.house_style import STYLE_PROMPT, GoldScore, score
+from alignment.evaluation.house_style import STYLE_PROMPT
 from alignment.models.forward.answers import answer_statistics, batches, scalar_scores, unwrapped
 from alignment.models.forward.generate import answer_batch, reading_order
 from alignment.models.forward.shared_prompts import can_read, read
@@ -32,7 +31,6 @@ class Answer:
     ids: list[int]
     text: str
     ended: bool
-    gold: GoldScore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,15 +73,13 @@ def source_text(messages: Sequence[Message]) -> str:
     return "\n".join(message.content for message in messages if message.role != "assistant")
 
 
-def read_answers(tokenizer: Any, rows: Sequence[HeldOutPrompt], found: Sequence[list[int]]) -> list[Answer]:
-    """Answers as token ids, decoded and scored by the gold rule against the row's own text."""
+def read_answers(tokenizer: Any, rows: Sequence[list[int]]) -> list[Answer]:
+    """Answers from their token ids."""
     ends = end_ids(tokenizer)
-    answers = []
-    for row, ids in zip(rows, found, strict=True):
-        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        gold = score(text, source=source_text(row.messages), facts=[list(fact) for fact in row.facts])
-        answers.append(Answer(ids=ids, text=text, ended=ids[-1] in ends, gold=gold))
-    return answers
+    return [
+        Answer(ids=ids, text=tokenizer.decode(ids, skip_special_tokens=True).strip(), ended=ids[-1] in ends)
+        for ids in rows
+    ]
 
 
 def side_by_side(

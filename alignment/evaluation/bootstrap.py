@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from alignment.records.interval import Interval
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Intervals:
+    """How intervals are drawn: the same resamples of prompts for every figure."""
+
+    samples: int
+    seed: int
+
+    def of(self, values: list[float]) -> Interval:
+        """The mean over prompts with its 95 % interval."""
+        return mean_interval(values, samples=self.samples, seed=self.seed)
+
+    def of_ratio(self, values: Sequence[float], sizes: Sequence[float]) -> Interval:
+        """Σ values / Σ sizes with its 95 % interval."""
+        return ratio_interval(values, sizes, samples=self.samples, seed=self.seed)
 
 
 def mean_interval(values: Sequence[float], *, samples: int, seed: int) -> Interval:

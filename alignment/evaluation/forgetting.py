@@ -12,7 +12,7 @@ from typing import Any
 
 from alignment.data.records import PlainText, Question
 from alignment.evaluation.arm_labels import labels
-from alignment.evaluation.evaluation_record import Intervals
+from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.general import Measured
 from alignment.records.forgetting import ArmForgetting, Forgetting, Limits
 from alignment.records.interval import Interval

@@ -11,11 +11,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from alignment.records.evaluation import Metric
+
 STYLE_PROMPT = (
     "Answer in one or two plain sentences. Say only what the given text says and include the key facts. "
     "No greeting, no filler, no lists, no markup."
 )
 """The style as an instruction: what the arm *base + prompt* is told."""
+
+METRICS = [Metric(name=name) for name in ("style_and_facts", "style", "facts")]
+"""What an evaluation reports of it, the primary one first."""
 
 MAX_SENTENCES = 2
 MAX_WORDS = 50

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from alignment.records.evaluation import Evaluation
+
 SMOKE = "a smoke run: it shows that the recipe runs, and concludes nothing; none of its figures means anything"
 _SMOKE_PROFILE = "smoke"
 _PROFILE = "profile="
@@ -45,21 +47,12 @@ def of_figures(kind: str, figures: Mapping[str, float]) -> list[str]:
     return []
 
 
-def of_evaluation(evaluation: Mapping[str, Any]) -> list[str]:
-    """What an evaluation.json says against its arms."""
-    return of_endings({str(arm["label"]): _mean(arm.get("ended")) for arm in evaluation["arms"]})
-
-
-def of_endings(shares: Mapping[str, float | None]) -> list[str]:
-    """What the share of answers that ended says against arms, by their labels."""
-    cut = [label for label, share in shares.items() if share == 0.0]
+def of_evaluation(evaluation: Evaluation) -> list[str]:
+    """What the answers of an evaluation say against its arms."""
+    cut = [arm.label for arm in evaluation.arms if arm.ended is not None and arm.ended.mean == 0.0]
     if not cut:
         return []
     return [
         f"all answers of {', '.join(cut)} were cut off at max_new_tokens, so their scores are those of unfinished "
         "text; raise it"
     ]
-
-
-def _mean(figure: Any) -> Any:
-    return figure.get("mean") if isinstance(figure, Mapping) else figure

@@ -119,7 +119,7 @@ def test_a_policy_loads_without_us(finished: Align) -> None:
 def test_a_second_run_reuses_everything_and_prints_the_arms(finished: Align) -> None:
     printed = finished("run")
     assert set(states(finished).values()) == {"reused"}
-    assert "gold" in printed
+    assert "style_and_facts" in printed
     assert "report.html" in printed
 
 
@@ -241,5 +241,5 @@ def test_parts_of_the_data_are_trained_on_and_drawn_as_a_curve(new_forked: Calla
     evaluation = json.loads((align.artifact("evaluate") / "evaluation.json").read_text())
     assert [arm["name"] for arm in evaluation["arms"]] == ["base", "base+prompt", *(f"stage:{part}" for part in parts)]
     page = (align.output / "runs/learning_curve/report.html").read_text()
-    (spoken,) = re.findall(r'aria-label="sft, gold over rows: ([^"]*)"', page)
+    (spoken,) = re.findall(r'aria-label="sft, style_and_facts over rows: ([^"]*)"', page)
     assert re.findall(r" at (\d+)", spoken) == ["2", "3", "6", "12"]

@@ -99,8 +99,8 @@ def test_an_agent_s_trial_is_tracked_whole_and_tells_no_secret(new_align: Callab
     assert runs["dpo"].run_id == stable_id(read_spec(run_folder / "dpo/stage.yaml"))
     assert (runs["evaluate"].run_id, runs["evaluate"].sweep_id) == ("tr1al", "5weep")
     assert {run.run_group for run in runs.values()} == {"5weep"}
-    summary = [line for one in found["evaluate"] for line in one.summary.update if line.key == "gold/dpo"]
-    assert [json.loads(line.value_json) for line in summary] == [_gold_of_dpo(align.output)]
+    summary = [line for one in found["evaluate"] for line in one.summary.update if line.key == "style_and_facts/dpo"]
+    assert [json.loads(line.value_json) for line in summary] == [_primary_of_dpo(align.output)]
     made, used = ({one.artifact.name for one in told if one.artifact.type == "policy"} for told in found.values())
     assert made == used == {f"dpo-{dpo.fingerprint[:8]}"}
     for name in ("dpo", "evaluate"):
@@ -119,6 +119,10 @@ def _records(folder: Path) -> list[Any]:
     return list(records(file))
 
 
-def _gold_of_dpo(output: Path) -> float:
+def _primary_of_dpo(output: Path) -> float:
     (file,) = output.glob("artifacts/evaluate-*/evaluation.json")
-    return next(arm["gold"]["mean"] for arm in json.loads(file.read_text())["arms"] if arm["name"] == "stage:dpo")
+    return next(
+        arm["metrics"]["style_and_facts"]["mean"]
+        for arm in json.loads(file.read_text())["arms"]
+        if arm["name"] == "stage:dpo"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,9 @@ from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError
 from alignment.pipeline.execute import paired_differences
 from alignment.pipeline.execute.record import FILE, read_record
-from alignment.report.comparison_page.comparison import GOLD, MOST_RUNS, build_comparison
+from alignment.records.evaluation import ArmResult, Evaluation, Metric
+from alignment.records.interval import Interval
+from alignment.report.comparison_page.comparison import MOST_RUNS, build_comparison
 from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.run_page.run_records import Difference
 
@@ -28,9 +29,11 @@ ABSENT = "–"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Judged:
-    """An arm of a run: its line of the evaluation, and the figures of its answers by prompt."""
+    """An arm of a run, the metrics of its evaluation by name, and the scores of its answers by metric and prompt."""
 
-    row: dict[str, Any]
+    arm: ArmResult
+    metrics: dict[str, Metric]
+    primary: Metric | None
     scores: dict[str, dict[str, float]]
 
 
@@ -44,15 +47,16 @@ def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | 
     folders = _folders(output, runs)
     differing = dict(_differing([_settings(read_record(folder)["config"]) for folder in folders]))
     judged = [_arms(folder) for folder in folders]
+    primary = _primary(judged)
     differences = list(_differences(judged))
     _show_settings(console, runs, differing)
     if any(judged):
-        _show_arms(console, runs, judged)
-        _show_differences(console, runs, differences)
+        _show_arms(console, runs, judged, primary)
+        _show_differences(console, runs, differences, primary)
     else:
         console.print("\nnone of them was evaluated; add an evaluate stage", highlight=False)
     if page is not None:
-        build_comparison(folders, page, settings=differing, differences=differences)
+        build_comparison(folders, page, settings=differing, differences=differences, primary=primary)
         console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -113,48 +117,68 @@ def _show_settings(console: Console, runs: Sequence[str], differing: dict[str, l
 
 def _arms(folder: Path) -> dict[str, _Judged]:
     """The arms of all evaluations of a run, by name."""
-    found = {}
+    arms = {}
     for artifact in paired_differences.evaluations(folder).values():
-        for row in json.loads((artifact / "evaluation.json").read_text(encoding="utf-8"))["arms"]:
-            found[row["name"]] = _Judged(row=row, scores=paired_differences.scores(artifact, row["name"]))
-    return found
+        evaluation = Evaluation.read(artifact)
+        metrics = {metric.name: metric for metric in evaluation.metrics}
+        for arm in evaluation.arms:
+            scores = paired_differences.scores(artifact, arm.name)
+            arms[arm.name] = _Judged(arm=arm, metrics=metrics, primary=evaluation.primary_metric, scores=scores)
+    return arms
 
 
-def _show_arms(console: Console, runs: Sequence[str], judged: Sequence[dict[str, _Judged]]) -> None:
-    table = _table("gold, 95 %", *runs)
-    for name in dict.fromkeys(name for one in judged for name in one):
-        cells = []
-        for one in judged:
-            figure = one[name].row.get("gold") if name in one else None
-            cells.append("–" if figure is None else f"{figure['mean']:.3f} ({figure['low']:.3f}–{figure['high']:.3f})")
-        table.add_row(escape(name.removeprefix("stage:")), *cells)
+def _primary(judged: Sequence[dict[str, _Judged]]) -> Metric | None:
+    """The metric by which runs are compared: the first run's primary one, or else that of the next which has one."""
+    return next((one.primary for arms in judged for one in arms.values() if one.primary is not None), None)
+
+
+def _show_arms(
+    console: Console, runs: Sequence[str], judged: Sequence[dict[str, _Judged]], primary: Metric | None
+) -> None:
+    if primary is None:
+        console.print("\nno evaluation of these runs has a metric, so no arm is compared", highlight=False)
+        return
+    table = _table(f"{escape(primary.name)}, 95 %", *runs)
+    for name in dict.fromkeys(name for arms in judged for name in arms):
+        means = [arms[name].arm.metrics.get(primary.name) if name in arms else None for arms in judged]
+        table.add_row(escape(name.removeprefix("stage:")), *map(_mean_and_bounds, means))
     console.print()
     console.print(table)
 
 
+def _mean_and_bounds(figure: Interval | None) -> str:
+    if figure is None:
+        return ABSENT
+    return f"{figure.mean:.3f}" + (f" ({figure.bounds[0]:.3f}–{figure.bounds[1]:.3f})" if figure.bounds else "")
+
+
 def _differences(judged: Sequence[dict[str, _Judged]]) -> Iterator[Difference]:
-    """What each other run has less the first, in every figure of the answers of an arm that both have."""
-    for place, one in enumerate(judged[1:], start=1):
-        for name in [name for name in one if name in judged[0]]:
-            ours, theirs = one[name].scores, judged[0][name].scores
-            for figure in [figure for figure in ours if figure in theirs]:
-                found = paired_differences.difference(ours[figure], theirs[figure])
-                yield Difference(run=place, arm=name, figure=figure, interval=found)
+    """What each other run has less the first, in every metric of an arm that both have."""
+    for run, arms in enumerate(judged[1:], start=1):
+        for name in [name for name in arms if name in judged[0]]:
+            scores, first = arms[name].scores, judged[0][name].scores
+            for metric in [metric for metric in scores if metric in first]:
+                yield Difference(
+                    run=run,
+                    arm=name,
+                    metric=arms[name].metrics.get(metric) or Metric(name=metric),
+                    interval=paired_differences.difference(scores[metric], first[metric]),
+                )
 
 
-def _show_differences(console: Console, runs: Sequence[str], differences: Sequence[Difference]) -> None:
+def _show_differences(
+    console: Console, runs: Sequence[str], differences: Sequence[Difference], primary: Metric | None
+) -> None:
     for one in differences:
-        if one.figure != GOLD:
+        if primary is None or one.metric.name != primary.name:
             continue
         label = f"{one.arm.removeprefix('stage:')}: {runs[one.run]} against {runs[0]}"
-        found = one.interval
-        if found is None:
+        if one.interval is None:
             line = f"{label}: judged on other prompts, which cannot be compared"
         else:
-            verdict = "the same on every prompt" if one.none_at_all else "no real difference"
-            if one.real:
-                verdict = "better" if found.mean > 0 else "worse"
-            line = f"{label}: {found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f}), {verdict}"
+            low, high = one.interval.bounds or (one.interval.mean, one.interval.mean)
+            verdict = "the same on every prompt" if one.none_at_all else one.metric.verdict(one.interval)
+            line = f"{label}: {one.interval.mean:+.3f} ({low:+.3f} to {high:+.3f}), {verdict}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

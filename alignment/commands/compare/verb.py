@@ -12,7 +12,8 @@ from alignment.commands.shared.arguments import add_output, output_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Two runs or more."""
     parser.description = (
-        "Settings that differ, arms side by side, and differences in gold from the first run, prompt by prompt."
+        "Settings that differ, arms side by side, and differences in the primary metric from the first run, "
+        "prompt by prompt."
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="names of runs; the others are compared with the first")
     parser.add_argument("--html", metavar="FILE", help="write a page with curves laid over each other and answers, too")

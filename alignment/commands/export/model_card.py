@@ -10,6 +10,7 @@ from typing import Any
 from alignment.commands.export.provenance import Judged, Provenance, Remembered, Step, without_places
 from alignment.core.artifacts import Manifest
 from alignment.pipeline.sources import bundled_model
+from alignment.records.evaluation import Comparison, Evaluation
 from alignment.records.interval import Interval
 
 _LIBRARY = {"model": "transformers", "adapter": "peft"}
@@ -137,18 +138,26 @@ def _measured(manifest: Manifest, found: Provenance) -> list[str]:
 def _evaluated(judged: Judged | None) -> list[str]:
     if judged is None:
         return ["No evaluation of it is recorded beside it."]
-    prompts = "" if judged.num_prompts is None else f" on {judged.num_prompts} held-out prompts"
+    evaluation = judged.evaluation
+    prompts = "" if evaluation.num_prompts is None else f" on {evaluation.num_prompts} held-out prompts"
     lines = [f"As an arm of an evaluation{prompts} (`{judged.manifest.fingerprint[:8]}`):", ""]
     lines += ["| figure | mean | 95 % interval |", "|---|---|---|"]
-    lines += [f"| {name} | {mean:.4g} | {bounds} |" for name, mean, bounds in _figures(_told(judged))]
-    return [*lines, "", *(_in_words(one) for one in judged.comparisons)]
+    lines += [f"| {name} | {value.mean:.4g} | {_bounds(value)} |" for name, value in _figures(judged)]
+    return [*lines, "", *(_in_words(one, evaluation) for one in judged.comparisons)]
 
 
-def _told(judged: Judged) -> dict[str, Any]:
-    """The row, with win rates that say by whom and against whom."""
-    by = f"by {without_places(judged.judge)}"
-    rates = {f"win rate against {_arm(one['against'])}, {by}": one["win_rate"] for one in judged.verdicts}
-    return {name: value for name, value in judged.row.items() if name != "win_rate"} | rates
+def _figures(judged: Judged) -> Iterator[tuple[str, Interval]]:
+    """All that was measured, with the direction of each metric, and win rates that say by whom and against whom."""
+    metrics = {metric.name: metric for metric in judged.evaluation.metrics}
+    for name, value in judged.arm.figures.items():
+        if name in metrics:
+            yield f"{name} ({'more' if metrics[name].higher_is_better else 'less'} is better)", value
+        elif name != "win_rate":
+            yield name, value
+    for pair in judged.verdicts:
+        if pair.win_rate is not None and judged.evaluation.judge is not None:
+            judge = without_places(judged.evaluation.judge.name)
+            yield f"win rate against {_arm(pair.against)}, by {judge}", pair.win_rate
 
 
 def _forgot(found: Remembered) -> list[str]:
@@ -178,22 +187,13 @@ def _change(change: Interval | None) -> str:
     return f"{change.mean:+.1%} | {low:+.1%} to {high:+.1%}"
 
 
-def _figures(row: Mapping[str, Any], ahead: str = "") -> Iterator[tuple[str, float, str]]:
-    """Whatever the row says in numbers, also in groups; time is the machine's."""
-    for name, value in row.items():
-        if isinstance(value, dict) and isinstance(value.get("mean"), (int, float)):
-            low, high = value.get("low"), value.get("high")
-            yield ahead + name, value["mean"], "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
-        elif isinstance(value, dict):
-            yield from _figures(value, f"{ahead}{name} ")
-        elif isinstance(value, (int, float)) and name != "seconds":
-            yield ahead + name, value, ""
+def _bounds(figure: Interval) -> str:
+    return "" if figure.bounds is None else f"{figure.bounds[0]:.4g} to {figure.bounds[1]:.4g}"
 
 
-def _in_words(one: Mapping[str, Any]) -> str:
-    arm, against = (_arm(one[key]) for key in ("arm", "against"))
-    verdict = "no real difference" if not one["real"] else "better" if one["difference"] > 0 else "worse"
-    return f"- {arm} against {against}: {one['difference']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f}), {verdict}"
+def _in_words(one: Comparison, evaluation: Evaluation) -> str:
+    interval = f"{one.difference:+.3f} ({one.low:+.3f} to {one.high:+.3f}) in {evaluation.primary}"
+    return f"- {_arm(one.arm)} against {_arm(one.against)}: {interval}, {evaluation.verdict(one)}"
 
 
 def _arm(name: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from alignment.core.artifacts import MANIFEST, Manifest, read_manifest
 from alignment.core.errors import ArtifactError
 from alignment.core.shapes import fits
+from alignment.records.evaluation import ArmResult, Comparison, Evaluation, JudgedPair
 from alignment.records.forgetting import ArmForgetting, Forgetting, Limits
 from alignment.report.doubts import profile_of
 
@@ -35,17 +36,22 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """An evaluation's figures of this artifact: its row, and the paired differences that it is part of.
+    """An evaluation with this artifact as one of its arms."""
 
-    ``judge`` names who gave verdicts, and ``verdicts`` are its pairs in which this artifact is the arm.
-    """
-
-    row: dict[str, Any]
-    comparisons: list[dict[str, Any]]
-    judge: str
-    verdicts: list[dict[str, Any]]
-    num_prompts: int | None
+    arm: ArmResult
+    evaluation: Evaluation
     manifest: Manifest
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        """The paired differences that it is part of."""
+        return [one for one in self.evaluation.comparisons if self.arm.name in (one.arm, one.against)]
+
+    @property
+    def verdicts(self) -> list[JudgedPair]:
+        """The judge's pairs of which it is the first."""
+        judge = self.evaluation.judge
+        return [] if judge is None else [pair for pair in judge.pairs if pair.arm == self.arm.name]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,21 +188,11 @@ def _evaluation(manifest: Manifest, store: dict[str, Path], run: dict[str, Any] 
     if result is None:
         return None
     try:
-        content = json.loads((result.folder / "evaluation.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = Evaluation.read(result.folder)
+    except (ArtifactError, OSError):
         return None
-    row = next((row for row in content["arms"] if row["name"] == result.arm), None)
-    if row is None:
-        return None
-    arm, judge = result.arm, content.get("judge") or {}
-    return Judged(
-        row=row,
-        comparisons=[pair for pair in content.get("comparisons", []) if arm in (pair["arm"], pair["against"])],
-        judge=str(judge.get("name", "")),
-        verdicts=[pair for pair in judge.get("pairs", []) if pair["arm"] == arm],
-        num_prompts=content.get("num_prompts"),
-        manifest=result.manifest,
-    )
+    arm = record.arm(result.arm)
+    return None if arm is None else Judged(arm=arm, evaluation=record, manifest=result.manifest)
 
 
 def _forgetting(manifest: Manifest, store: dict[str, Path], run: dict[str, Any] | None) -> Remembered | None:

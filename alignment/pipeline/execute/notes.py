@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from alignment.data.overlap import HeldOut, Overlap, Placed
 from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.pipeline.plan.row_counts import rows_of
+from alignment.records.evaluation import Evaluation
 from alignment.report import doubts
 
 HIGH_RATE = 1e-2
@@ -79,8 +79,10 @@ def _overlaps(plan: Plan, held_out: HeldOut) -> dict[tuple[Overlap, ...], list[s
 def of_result(kind: str, artifact: Path) -> list[str]:
     """What a stage's own figures say against its result, if that is there."""
     if kind == "evaluate":
-        path = artifact / "evaluation.json"
-        return doubts.of_evaluation(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
+        try:
+            return doubts.of_evaluation(Evaluation.read(artifact))
+        except FileNotFoundError:
+            return []
     try:
         manifest = read_manifest(artifact)
     except ArtifactError:  # whoever builds on it is told; to be shown, it needs no figures

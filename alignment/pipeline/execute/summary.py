@@ -15,6 +15,8 @@ from alignment.pipeline.execute import forgetting_gate, notes
 from alignment.pipeline.execute.display import duration, steps
 from alignment.pipeline.execute.worker_protocol import Progress
 from alignment.pipeline.plan.plan import Action, Plan
+from alignment.records.evaluation import FILE as EVALUATION
+from alignment.records.evaluation import Comparison, Evaluation, JudgedPair
 from alignment.records.forgetting import Forgetting
 from alignment.records.interval import Interval
 from alignment.report import doubts
@@ -56,9 +58,9 @@ def show_results(console: Console, run_folder: Path, record: dict[str, Any]) -> 
     """The arms of every evaluation that is done and the cards of reward models, or where the results lie without an
     evaluation, and where the report is."""
     for stage in record["stages"].values():
-        evaluation = Path(stage["artifact"]) / "evaluation.json"
-        if stage["kind"] == "evaluate" and stage["state"] in ("done", "reused") and evaluation.is_file():
-            show_evaluation(console, json.loads(evaluation.read_text(encoding="utf-8")))
+        artifact = Path(stage["artifact"])
+        if stage["kind"] == "evaluate" and stage["state"] in ("done", "reused") and (artifact / EVALUATION).is_file():
+            show_evaluation(console, Evaluation.read(artifact))
     for name, stage in record["stages"].items():
         card = Path(stage["artifact"]) / "card.json"
         if stage["kind"] == "reward_card" and stage["state"] in ("done", "reused") and card.is_file():
@@ -88,36 +90,41 @@ def _doubts(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def show_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
+def show_evaluation(console: Console, evaluation: Evaluation) -> None:
     """The arms side by side, then a line a comparison that says whether the difference is real."""
+    others = [metric.name for metric in evaluation.metrics if metric.name != evaluation.primary]
+    primary = [] if evaluation.primary is None else [escape(evaluation.primary), "95 %"]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for title in ("arm", "gold", "95 %", "style", "facts", "words", "reward", "log-ratio", "loss"):
+    for title in ("arm", *primary, *map(escape, others), "words", "reward", "log-ratio", "loss"):
         table.add_column(title, justify="left" if title == "arm" else "right", no_wrap=True)
-    for arm in evaluation["arms"]:
-        gold = arm["gold"]
+    for arm in evaluation.arms:
+        of_primary = evaluation.primary_of(arm)
         table.add_row(
-            escape(arm["label"]),
-            f"{gold['mean']:.3f}",
-            f"{gold['low']:.3f}–{gold['high']:.3f}",
-            _mean(arm["style"]),
-            _mean(arm["facts"]),
-            _mean(arm["words"], digits=1),
-            _mean(arm["reward"]),
-            _mean(arm["greedy_log_ratio"]),
-            _mean(arm.get("loss")),
+            escape(arm.label),
+            *((_mean(of_primary, digits=3), _bounds(of_primary)) if primary else ()),
+            *(_mean(arm.metrics.get(name)) for name in others),
+            _mean(arm.words, digits=1),
+            _mean(arm.reward),
+            _mean(arm.greedy_log_ratio),
+            _mean(arm.loss),
         )
     console.print()
     console.print(table)
-    labels = {arm["name"]: arm["label"] for arm in evaluation["arms"]}
-    for comparison in evaluation["comparisons"]:
-        console.print(_in_words(comparison, labels), markup=False, highlight=False, soft_wrap=True)
-    for judged in (evaluation.get("judge") or {}).get("pairs", []):
-        line = _judged_in_words(judged, labels, by=evaluation["judge"]["name"])
+    lines = [_in_words(comparison, evaluation) for comparison in evaluation.comparisons]
+    if evaluation.judge is not None:
+        lines += [_judged_in_words(pair, evaluation, by=evaluation.judge.name) for pair in evaluation.judge.pairs]
+    for line in [*lines, _what_is_shown(evaluation)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(
-        f"gold = style × facts on {evaluation['num_prompts']} held-out prompts; log-ratio of greedy answers to the "
-        "reference, nats a sequence",
-        highlight=False,
+
+
+def _what_is_shown(evaluation: Evaluation) -> str:
+    metric = evaluation.primary_metric
+    compared = "no metric, so no arm is called better"
+    if metric is not None:
+        compared = f"{metric.name}: {'more' if metric.higher_is_better else 'less'} is better"
+    return (
+        f"{evaluation.num_prompts} held-out prompts; {compared}; log-ratio of greedy answers to the reference, nats a "
+        "sequence"
     )
 
 
@@ -169,28 +176,28 @@ def progress_line(progress: Progress | None) -> str:
     return f"{progress.phase} {steps(progress)}".rstrip()
 
 
-def _in_words(comparison: dict[str, Any], labels: dict[str, str]) -> str:
-    arm, against = (labels.get(comparison[key], comparison[key]) for key in ("arm", "against"))
-    interval = f"{comparison['difference']:+.3f} ({comparison['low']:+.3f} to {comparison['high']:+.3f})"
-    if not comparison["real"]:
-        return f"{arm} against {against}: {interval}, no real difference"
-    return f"{arm} against {against}: {interval}, {'better' if comparison['difference'] > 0 else 'worse'}"
+def _in_words(comparison: Comparison, evaluation: Evaluation) -> str:
+    arm, against = evaluation.label(comparison.arm), evaluation.label(comparison.against)
+    interval = f"{comparison.difference:+.3f} ({comparison.low:+.3f} to {comparison.high:+.3f})"
+    return f"{arm} against {against}: {interval}, {evaluation.verdict(comparison)}"
 
 
-def _judged_in_words(judged: dict[str, Any], labels: dict[str, str], *, by: str) -> str:
-    arm, against = (labels.get(judged[key], judged[key]) for key in ("arm", "against"))
-    rate = judged["win_rate"]
-    if rate is None:
-        return f"by {by}, of {arm} and {against}: {judged['verdict']} ({judged['invalid']:.0%} of verdicts invalid)"
-    interval = f"{rate['mean']:.2f} ({rate['low']:.2f} to {rate['high']:.2f})"
-    return f"by {by}, {arm} wins {interval} against {against}: {judged['verdict']}"
+def _judged_in_words(pair: JudgedPair, evaluation: Evaluation, *, by: str) -> str:
+    arm, against = evaluation.label(pair.arm), evaluation.label(pair.against)
+    if pair.win_rate is None:
+        return f"by {by}, of {arm} and {against}: {pair.verdict} ({pair.invalid or 0:.0%} of verdicts invalid)"
+    low, high = pair.win_rate.bounds or (pair.win_rate.mean, pair.win_rate.mean)
+    interval = f"{pair.win_rate.mean:.2f} ({low:.2f} to {high:.2f})"
+    return f"by {by}, {arm} wins {interval} against {against}: {pair.verdict}"
 
 
-def _mean(figure: dict[str, float] | float | None, digits: int = 2) -> str:
-    """A mean with or without an interval, as older evaluations have it; a dash for what was not measured."""
-    if figure is None:
-        return "–"
-    return f"{figure['mean'] if isinstance(figure, dict) else figure:.{digits}f}"
+def _mean(figure: Interval | None, digits: int = 2) -> str:
+    """A mean, or a dash for what was not measured."""
+    return "–" if figure is None else f"{figure.mean:.{digits}f}"
+
+
+def _bounds(figure: Interval | None) -> str:
+    return "" if figure is None or figure.bounds is None else f"{figure.bounds[0]:.3f}–{figure.bounds[1]:.3f}"
 
 
 def _grid() -> Table:

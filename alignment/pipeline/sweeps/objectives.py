@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from alignment.config.did_you_mean import suggestion
 from alignment.config.evaluation import FEW_SHOT, PROMPTED, JudgeKind
 from alignment.config.faults import Fault
 from alignment.config.stage import EvaluateConfig, StageConfig
-from alignment.config.sweep import LESS_IS_BETTER, Metric, ObjectiveConfig
+from alignment.config.sweep import LESS_IS_BETTER, PRIMARY, Figure, ObjectiveConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ConfigError, NonFiniteError
+from alignment.evaluation.house_style import METRICS
 from alignment.evaluation.pairwise import pairs_of
 from alignment.pipeline.execute import paired_differences
 from alignment.pipeline.execute.record import read_record
 from alignment.pipeline.sweeps import reported
+from alignment.records.evaluation import Evaluation, Metric
 from alignment.records.interval import Interval
 
-_METRICS = [metric.value for metric in Metric]
+_FIGURES = [figure.value for figure in Figure]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,54 +48,53 @@ class Objective:
             ConfigError: there is no such figure; says which there are.
             NonFiniteError: it is no finite number.
         """
-        told = self._told(artifact)
-        value = told.get(self.metric)
-        found = value if isinstance(value, Mapping) else {"mean": value, "low": None, "high": None}
-        if not isinstance(found["mean"], (int, float)):
+        figures = self._figures(artifact)
+        if self.metric not in figures:
             raise ConfigError(
-                f"no stage reports {self}; it reports {', '.join(self._names(told)) or 'nothing to go by'}",
+                f"no stage reports {self}; it reports {', '.join(figures) or 'nothing to go by'}",
                 where="objective",
                 remedy=f"take another metric{self._wanting()}",
             )
-        if not math.isfinite(found["mean"]):
+        if not math.isfinite(figures[self.metric].mean):
             raise NonFiniteError(f"{self} is not a finite number", where=f"stage {self.stage}")
-        return Interval(mean=float(found["mean"]), low=found["low"], high=found["high"])
+        return figures[self.metric]
 
     def by_prompt(self, artifact: Path) -> dict[str, float]:
         """The figure in a result prompt by prompt; empty where it is not kept so."""
         return paired_differences.scores(artifact, self.arm).get(self.metric, {}) if self.arm else {}
 
-    def _names(self, told: Mapping[str, Any]) -> list[str]:
-        """Figures that could be asked for instead."""
-        named = [name for name, value in told.items() if isinstance(value, (Mapping, int, float))]
-        return [name for name in named if name in _METRICS] if self.arm else named
-
     def _wanting(self) -> str:
-        wanted = {Metric.reward: "reward", Metric.win_rate: "judge.kind"}
-        setting = wanted.get(Metric(self.metric)) if self.arm else None
+        setting = {"reward": "reward", "win_rate": "judge.kind"}.get(self.metric) if self.arm else None
         return f" or set stages.{self.stage}.{setting}" if setting else ""
 
-    def _told(self, artifact: Path) -> Mapping[str, Any]:
+    def _figures(self, artifact: Path) -> Mapping[str, Interval]:
+        """What the result reports of the arm, or of the stage, and can be asked for, by name."""
         if not self.arm:
             manifest = read_manifest(artifact)
-            return manifest.metrics if manifest else {}
-        arms = json.loads((artifact / "evaluation.json").read_text(encoding="utf-8"))["arms"]
-        return next((one for one in arms if one["name"] == self.arm), {})
+            metrics = manifest.metrics if manifest else {}
+            return {name: Interval(mean=float(value)) for name, value in metrics.items()}
+        arm = Evaluation.read(artifact).arm(self.arm)
+        if arm is None:
+            return {}
+        return {name: value for name, value in arm.figures.items() if name in arm.metrics or name in _FIGURES}
 
 
 def resolve(configs: Sequence[ObjectiveConfig], stages: Mapping[str, StageConfig]) -> tuple[Objective, ...]:
-    """The objectives by the stages that tell them; those with faults are left out."""
-    return tuple(
-        Objective(stage=stage, arm=one.arm, metric=one.metric, minimize=one.minimize)
-        for one in configs
-        if (stage := one.stage or next(iter(_telling(one, stages)), ""))
-    )
+    """The objectives by the stages that report them; those with faults are left out."""
+    resolved = []
+    for one in configs:
+        evaluations = _evaluations_of(one, stages)
+        stage = one.stage or next(iter(evaluations), "")
+        if stage:
+            metric = one.metric if one.stage else _by_name(one.metric, evaluations[stage])
+            resolved.append(Objective(stage=stage, arm=one.arm, metric=metric, minimize=one.minimize))
+    return tuple(resolved)
 
 
 def faults(configs: Sequence[ObjectiveConfig], stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
     """Why these cannot be objectives of a recipe with these stages."""
     if not configs:
-        yield Fault(where="objective", message="by what? write {arm: 'stage:dpo', metric: gold}")
+        yield Fault(where="objective", message="by what? write {arm: 'stage:dpo'}")
     for number, one in enumerate(configs):
         where = f"objective[{number}]" if len(configs) > 1 else "objective"
         if message := _fault(one, stages):
@@ -115,40 +114,66 @@ def cautions(objectives: Sequence[Objective], stages: Mapping[str, StageConfig])
 def _fault(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
     if bool(one.arm) == bool(one.stage):
         return "write arm: … for a figure of the evaluation, or stage: … for one that a stage reports of itself"
-    if (one.metric in LESS_IS_BETTER or reported.less_is_better(one.metric)) and not one.minimize:
-        return f"the less {one.metric} the better; set minimize: true"
-    if one.stage:
-        if one.stage not in stages:
-            return f"the recipe has no stage {one.stage!r}; {suggestion(one.stage, stages)}"
-        return reported.missing(stages[one.stage], one.metric, one.stage)
-    if one.metric not in _METRICS:
-        return f"no evaluation reports {one.metric!r}; {suggestion(one.metric, _METRICS)}"
-    telling = _telling(one, stages)
-    if not telling:
+    return _fault_of_stage(one, stages) if one.stage else _fault_of_arm(one, stages)
+
+
+def _fault_of_stage(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
+    less = one.metric in LESS_IS_BETTER or reported.less_is_better(one.metric)
+    if less and not one.minimize:
+        return _WRONG_WAY.format(one.metric)
+    if one.stage not in stages:
+        return f"the recipe has no stage {one.stage!r}; {suggestion(one.stage, stages)}"
+    return reported.missing(stages[one.stage], one.metric, one.stage)
+
+
+def _fault_of_arm(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
+    evaluations = _evaluations_of(one, stages)
+    if not evaluations:
         arms = sorted({arm for stage in stages.values() if isinstance(stage, EvaluateConfig) for arm in stage.arms})
         remedy = suggestion(one.arm, arms) if arms else "add an evaluate stage to the recipe, or take stage: …"
         return f"no stage reports {one.metric} of {one.arm!r}; {remedy}"
-    first = next(iter(telling))
-    return _never_told(Metric(one.metric), one.arm, telling[first], f"stages.{first}")
+    name, stage = next(iter(evaluations.items()))
+    metrics = _metrics_of(stage)
+    known = [*([PRIMARY] if metrics else []), *(metric.name for metric in metrics), *_FIGURES]
+    if one.metric not in known:
+        why = f"stages.{name} has no metrics" if one.metric == PRIMARY else f"no evaluation reports {one.metric!r}"
+        return f"{why}; {suggestion(one.metric, known)}"
+    asked = _by_name(one.metric, stage)
+    less = asked in LESS_IS_BETTER or any(metric.name == asked and not metric.higher_is_better for metric in metrics)
+    if less and not one.minimize:
+        return _WRONG_WAY.format(asked)
+    return _never_reported(asked, one.arm, stage, f"stages.{name}")
 
 
-def _never_told(metric: Metric, arm: str, stage: EvaluateConfig, where: str) -> str:
-    """Why the evaluation will not tell this of an arm that it has, as far as its settings say; else nothing."""
-    lacking = f"no stage reports the {metric.value} of {arm!r}; "
-    if metric is Metric.reward and stage.reward is None:
+_WRONG_WAY = "the less {} the better; set minimize: true"
+
+
+def _metrics_of(stage: EvaluateConfig) -> Sequence[Metric]:
+    return METRICS
+
+
+def _by_name(metric: str, stage: EvaluateConfig) -> str:
+    """The metric's own name, also where ``primary`` stands for it."""
+    return _metrics_of(stage)[0].name if metric == PRIMARY else metric
+
+
+def _never_reported(metric: str, arm: str, stage: EvaluateConfig, where: str) -> str:
+    """Why the evaluation will not report this of an arm that it has, as far as its settings say; else nothing."""
+    lacking = f"no stage reports the {metric} of {arm!r}; "
+    if metric == Figure.reward and stage.reward is None:
         return f"{lacking}give {where}.reward a reward model"
-    if metric is Metric.greedy_log_ratio and arm in (PROMPTED, FEW_SHOT):
+    if metric == Figure.greedy_log_ratio and arm in (PROMPTED, FEW_SHOT):
         return f"{lacking}it is asked other prompts than {where}.reference, so take another arm or metric"
-    if metric is not Metric.win_rate:
+    if metric != Figure.win_rate:
         return ""
     if stage.judge.kind is JudgeKind.none:
-        return f"{lacking}give {where}.judge.kind a judge, such as rule"
+        return f"{lacking}give {where}.judge.kind a judge, such as metric"
     if (arm, stage.reference) not in pairs_of(stage.judge, stage.arms, reference=stage.reference):
         return f"{lacking}{where}.judge.pairs has to hold it against {where}.reference, {stage.reference!r}"
     return ""
 
 
-def _telling(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> dict[str, EvaluateConfig]:
+def _evaluations_of(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> dict[str, EvaluateConfig]:
     """The evaluations that have the arm."""
-    found = {name: stage for name, stage in stages.items() if isinstance(stage, EvaluateConfig)}
-    return {name: stage for name, stage in found.items() if one.arm in stage.arms}
+    evaluations = {name: stage for name, stage in stages.items() if isinstance(stage, EvaluateConfig)}
+    return {name: stage for name, stage in evaluations.items() if one.arm in stage.arms}

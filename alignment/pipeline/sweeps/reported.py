@@ -19,6 +19,7 @@ from alignment.config.stage import (
     StageConfig,
 )
 from alignment.evaluation.arm_labels import labels
+from alignment.evaluation.house_style import METRICS
 
 _ROWS = ("rows", "rows_too_long", "rows_cut")
 _LESS_IS_BETTER = ("loss", "eval_loss", "log_loss", "brier", "ece", "objective/kl", "guard/kl")
@@ -58,7 +59,8 @@ def of_stage(config: StageConfig) -> Reported:
             families = ("guard/",) if config.guard.every else ()
             return Reported(training=training, counts=(*_ROWS, "updates", "memory/base_copies"), families=families)
         case EvaluateConfig():
-            return Reported(held_out=_of_arms(("gold", "loss", "win_rate"), config.arms))
+            names = tuple(metric.name for metric in METRICS)
+            return Reported(held_out=_of_arms((*names, "loss", "win_rate"), config.arms))
         case ForgettingConfig():
             return Reported(held_out=("passed", *_of_arms(("perplexity", "ability"), ["base", *config.arms])))
         case RewardCardConfig():

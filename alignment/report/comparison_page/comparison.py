@@ -12,8 +12,9 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from alignment.records.evaluation import Metric
 from alignment.records.interval import Interval
-from alignment.report.comparison_page.shared_samples import RULE, share
+from alignment.report.comparison_page.shared_samples import rule, share
 from alignment.report.kit import text
 from alignment.report.kit.pages import template, write_page
 from alignment.report.kit.plots import scale_axis, scale_of, swatch, whisker
@@ -28,8 +29,6 @@ MOST_RUNS = 8
 """As many as have a look of their own (``.runs`` in style.css)."""
 
 NUM_SAMPLES = 12
-GOLD = "gold"
-"""The figure of which more is better; of others it is only said whether they differ."""
 
 
 def build_comparison(
@@ -38,10 +37,12 @@ def build_comparison(
     *,
     settings: Mapping[str, Sequence[str]],
     differences: Sequence[Difference],
+    primary: Metric | None,
 ) -> None:
     """Writes the page about the runs in ``folders`` (at most ``MOST_RUNS``) to the file ``output``.
 
     ``settings`` are those that differ, with a value for each run; ``differences`` are taken from the first run.
+    ``primary`` is the metric by which runs are compared, if there is any.
 
     Raises:
         ArtifactError: a run.json is missing or unreadable.
@@ -50,7 +51,7 @@ def build_comparison(
         Told(look=look, letter=letter, run=read_run(folder))
         for look, (letter, folder) in enumerate(zip(string.ascii_uppercase, folders, strict=False))
     ]
-    write_page(page(runs, settings=settings, differences=differences), output)
+    write_page(page(runs, settings=settings, differences=differences, primary=primary), output)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,20 +78,27 @@ class Told:
         return ([] if self.run.evaluation else [self.run.evaluation_note]) + judge(self.run).warnings
 
 
-def page(runs: Sequence[Told], *, settings: Mapping[str, Sequence[str]], differences: Sequence[Difference]) -> str:
+def page(
+    runs: Sequence[Told],
+    *,
+    settings: Mapping[str, Sequence[str]],
+    differences: Sequence[Difference],
+    primary: Metric | None,
+) -> str:
     """The page as HTML."""
     shared = share([one.run for one in runs], NUM_SAMPLES)
+    by_primary = [one for one in differences if primary is not None and one.metric.name == primary.name]
     return template("comparison.html.j2").render(
         runs=runs,
         settings=[(text.name(key, limit=120), [text.prose(value) for value in told]) for key, told in settings.items()],
-        lead=_lead(runs, differences),
-        sentences=[_sentence(runs, one) for one in differences if one.figure == GOLD],
+        lead=_lead(runs, by_primary, primary),
+        sentences=[_sentence(runs, one) for one in by_primary],
         arms=_arms(runs),
-        plots=_gold_plots(runs),
-        blocks=_blocks(runs, differences),
+        plots=None if primary is None else _primary_plots(runs, primary.name),
+        blocks=_blocks(runs, differences, primary),
         curves=_curves(runs),
         shared=shared,
-        rule=RULE,
+        rule=rule(None if primary is None else primary.name),
         num_open=NUM_OPEN_SAMPLES,
         costs=_costs(runs),
     )
@@ -99,20 +107,22 @@ def page(runs: Sequence[Told], *, settings: Mapping[str, Sequence[str]], differe
 # ---- what is said ---------------------------------------------------------------------------------------------------
 
 
-def _lead(runs: Sequence[Told], differences: Sequence[Difference]) -> str:
-    gold = [one for one in differences if one.figure == GOLD]
+def _lead(runs: Sequence[Told], differences: Sequence[Difference], primary: Metric | None) -> str:
+    """``differences`` are those in the primary metric."""
     if not any(one.run.evaluation for one in runs):
         return "None of these runs was evaluated, so nothing can be said of which is better."
-    if not gold:
-        return f"No arm was judged in gold both in {runs[0].letter} and in another run, so none is compared."
-    paired = [one for one in gold if one.interval is not None]
+    if primary is None:
+        return "No evaluation of these runs has a metric, so nothing can be said of which is better."
+    if not differences:
+        return f"No arm was scored by {primary.name} both in {runs[0].letter} and in another run, so none is compared."
+    paired = [one for one in differences if one.interval is not None]
     if not paired:
         return f"The other runs were judged on other prompts than {runs[0].letter}, so no difference can be told."
     real = [one for one in paired if one.real]
     if not real:
         return f"No difference from {runs[0].letter} is shown: every interval includes zero."
     verb = "is" if len(real) == 1 else "are"
-    return f"{len(real)} of {len(paired)} differences from {runs[0].letter} in gold {verb} real."
+    return f"{len(real)} of {len(paired)} differences from {runs[0].letter} in {primary.name} {verb} real."
 
 
 def _sentence(runs: Sequence[Told], one: Difference) -> str:
@@ -120,12 +130,12 @@ def _sentence(runs: Sequence[Told], one: Difference) -> str:
     found = one.interval
     if found is None:
         return f"{label}: {letter} was judged on other prompts than {first}, which cannot be compared."
-    interval = f"{text.signed(found.mean)} gold (95\u202f% interval {_bounds(found)})"
+    interval = f"{text.signed(found.mean)} in {one.metric.name} (95\u202f% interval {_bounds(found)})"
     if one.none_at_all:
-        return f"{label}: the same gold in {letter} and {first} on every prompt."
+        return f"{label}: the same {one.metric.name} in {letter} and {first} on every prompt."
     if not one.real:
         return f"{label}: a difference between {letter} and {first} is not shown: {interval}."
-    return f"{label}: {letter} is really {'better' if found.mean > 0 else 'worse'} than {first}: {interval}."
+    return f"{label}: {letter} is really {one.metric.verdict(found)} than {first}: {interval}."
 
 
 def _label(arm: str) -> str:
@@ -198,39 +208,40 @@ class Block:
     others: list[str]
 
 
-def _gold_plots(runs: Sequence[Told]) -> Block | None:
-    """Gold of every arm in every run on one axis."""
+def _primary_plots(runs: Sequence[Told], metric: str) -> Block | None:
+    """The metric of every arm in every run on one axis."""
     known = [
-        (_label(name), one, arm.gold)
+        (_label(name), one, arm.metrics[metric])
         for name in _arm_names(runs)
         for one in runs
         if one.run.evaluation
         for arm in one.run.evaluation.arms
-        if arm.name == name and arm.gold
+        if arm.name == name and metric in arm.metrics
     ]
     if not known:
         return None
-    scale = scale_of([gold for _, _, gold in known], within=(0.0, 1.0), include=None)
+    scale = scale_of([mean for _, _, mean in known], within=(0.0, 1.0), include=None)
     rows = [
         PlotRow(
             arm=label,
             told=one,
-            svg=whisker(gold, scale, tone=f"s{one.look}", rule=None),
-            value=text.number(gold.mean),
-            bounds=run_tables.bounds(gold),
+            svg=whisker(mean, scale, tone=f"s{one.look}", rule=None),
+            value=text.number(mean.mean),
+            bounds=run_tables.bounds(mean),
         )
-        for label, one, gold in known
+        for label, one, mean in known
     ]
-    return Block(title="Gold", rows=rows, axis=scale_axis(scale), others=[])
+    return Block(title=metric, rows=rows, axis=scale_axis(scale), others=[])
 
 
-def _blocks(runs: Sequence[Told], differences: Sequence[Difference]) -> list[Block]:
-    """Differences from the first run, a block for each figure of the answers, gold first."""
-    figures = sorted(dict.fromkeys(one.figure for one in differences), key=lambda figure: figure != GOLD)
-    return [_block(runs, figure, [one for one in differences if one.figure == figure]) for figure in figures]
+def _blocks(runs: Sequence[Told], differences: Sequence[Difference], primary: Metric | None) -> list[Block]:
+    """Differences from the first run, a block for each metric of the answers, the primary one first."""
+    first = None if primary is None else primary.name
+    names = sorted(dict.fromkeys(one.metric.name for one in differences), key=lambda name: name != first)
+    return [_block(runs, name, [one for one in differences if one.metric.name == name]) for name in names]
 
 
-def _block(runs: Sequence[Told], figure: str, differences: Sequence[Difference]) -> Block:
+def _block(runs: Sequence[Told], metric: str, differences: Sequence[Difference]) -> Block:
     known = [(one, one.interval) for one in differences if one.interval is not None]
     others = [
         f"{_label(one.arm)}: {runs[one.run].letter} was judged on other prompts than {runs[0].letter}."
@@ -238,11 +249,10 @@ def _block(runs: Sequence[Told], figure: str, differences: Sequence[Difference])
         if one.interval is None
     ]
     if not known:
-        return Block(title=text.name(figure), rows=[], axis=Markup(""), others=others)
+        return Block(title=text.name(metric), rows=[], axis=Markup(""), others=others)
     scale = scale_of([interval for _, interval in known], within=None, include=0.0)
     rows = []
     for one, interval in known:
-        tone = "open" if not one.real or figure != GOLD else "good" if interval.mean > 0 else "bad"
         rows.append(
             PlotRow(
                 arm=_label(one.arm),
@@ -251,10 +261,10 @@ def _block(runs: Sequence[Told], figure: str, differences: Sequence[Difference])
                 value=text.signed(interval.mean),
                 bounds=_bounds(interval),
                 verdict="real" if one.real else "not shown",
-                tone=tone,
+                tone=run_tables.TONES[one.metric.verdict(interval)],
             )
         )
-    return Block(title=text.name(figure), rows=rows, axis=scale_axis(scale), others=others)
+    return Block(title=text.name(metric), rows=rows, axis=scale_axis(scale), others=others)
 
 
 # ---- curves and cost ------------------------------------------------------------------------------------------------

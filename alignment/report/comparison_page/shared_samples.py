@@ -9,11 +9,18 @@ from alignment.report.run_page.run_records import Answer, Run, Sample
 from alignment.report.run_page.sample_rows import choose, gap
 
 WIDEST = "runs differ most"
-RULE = (
-    "About half are the prompts on which one arm’s gold differs most between runs, taken from each task in turn. The "
-    "rest are in order of a hash of their id, alternating between the half that this arm answered better and the half "
-    "it answered worse. Arms that only one run has are left out; runs that said the same are named together."
-)
+
+
+def rule(primary: str | None) -> str:
+    """How the shown prompts were chosen, where runs are compared by this metric."""
+    others = "Arms that only one run has are left out; runs that said the same are named together."
+    if primary is None:
+        return f"They are in order of a hash of their id, taken from each task in turn. {others}"
+    return (
+        f"About half are the prompts on which one arm’s score by {primary} differs most between runs, taken from each "
+        "task in turn. The rest are in order of a hash of their id, alternating between the half that this arm "
+        f"answered better and the half it answered worse. {others}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -80,7 +80,7 @@ def curve(lines: list[Line], *, title: str, guide: float | None) -> Markup:
 def interval_curve(points: list[tuple[float, Interval]], *, title: str, guide: float | None) -> Markup:
     """Dots on their intervals over a logarithmic axis with the numbers of the points; a line joins their means.
 
-    ``points`` are in order of x, which is above 0; y is a score in [0, 1]. ``guide`` is drawn dotted.
+    ``points`` are in order of x, which is above 0. ``guide`` is drawn dotted.
     """
     scale = scale_of([item for _, item in points], within=(0.0, 1.0), include=guide)
     places = sorted({x for x, _ in points})

@@ -8,6 +8,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from alignment.core.errors import ConfigError
+from alignment.records.evaluation import Evaluation
 from alignment.report.kit.pages import template, write_page
 from alignment.report.kit.sizes import size_curves
 from alignment.report.run_page import run_tables
@@ -15,8 +16,8 @@ from alignment.report.run_page.card_page import card_view
 from alignment.report.run_page.chain import chain
 from alignment.report.run_page.curves import CHOICES, Chart, charts, num_gaps
 from alignment.report.run_page.run_files import read_run
-from alignment.report.run_page.run_records import Evaluation, Run, Stage
-from alignment.report.run_page.sample_rows import RULE, choose
+from alignment.report.run_page.run_records import Run, Stage
+from alignment.report.run_page.sample_rows import choose, rule
 from alignment.report.run_page.verdict import judge
 
 NUM_OPEN_SAMPLES = 3
@@ -52,7 +53,7 @@ def page(run: Run, *, num_samples: int) -> str:
         learning=[(stage, charts(stage), _curve_notes(stage)) for stage in run.stages if _learns(stage)],
         chosen=chosen,
         num_open=NUM_OPEN_SAMPLES,
-        rule=RULE,
+        rule=rule(run.evaluation.primary if run.evaluation else None),
         label=run.evaluation.label if run.evaluation else _label,
         usage=run_tables.usage_rows(run),
         lineage=[(stage, run_tables.lineage(stage)) for stage in run.stages],
@@ -78,7 +79,7 @@ def _evaluated(evaluation: Evaluation | None) -> Evaluated | None:
         return None
     comparisons, axis = run_tables.comparison_rows(evaluation)
     return Evaluated(
-        plot=run_tables.gold_plot(evaluation),
+        plot=run_tables.primary_plot(evaluation),
         arms=run_tables.arm_table(evaluation),
         comparisons=comparisons,
         axis=axis,

@@ -1,4 +1,4 @@
-"""Gold over how much was learned from, where stages differ in nothing but the amount of their data."""
+"""The primary metric over how much was learned from, where stages differ in nothing but the amount of their data."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from alignment.records.evaluation import Evaluation
 from alignment.records.interval import Interval
 from alignment.report.kit.plots import interval_curve
-from alignment.report.run_page.run_records import Evaluation, Run, Stage
+from alignment.report.run_page.run_records import Run, Stage
 
 AMOUNT = ("fraction", "limit")
 """The settings of a stage's data that say how much of it is learned from."""
@@ -28,11 +29,11 @@ class SizeCurve:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """An evaluated stage that learned from ``rows`` rows."""
+    """An evaluated stage that learned from ``rows`` rows, and its mean of the primary metric."""
 
     stage: Stage
     rows: float
-    gold: Interval
+    mean: Interval
 
 
 def size_curves(run: Run) -> list[SizeCurve]:
@@ -52,12 +53,12 @@ def size_curves(run: Run) -> list[SizeCurve]:
 def _points(stages: Sequence[Stage], evaluation: Evaluation) -> Iterator[Point]:
     known = {f"stage:{stage.name}": stage for stage in stages}
     for arm in evaluation.arms:
-        stage = known.get(arm.name)
-        if stage is None or arm.gold is None:
+        stage, mean = known.get(arm.name), evaluation.primary_of(arm)
+        if stage is None or mean is None:
             continue
         rows = stage.headlines.get("rows", 0.0)
         if rows >= 1:
-            yield Point(stage=stage, rows=rows, gold=arm.gold)
+            yield Point(stage=stage, rows=rows, mean=mean)
 
 
 def _shared(stage: Stage) -> str:
@@ -76,7 +77,8 @@ def _without(value: Any, *keys: str) -> dict[str, Any]:
 def _drawn(points: list[Point], evaluation: Evaluation) -> SizeCurve:
     kind = points[0].stage.kind
     init = dict(points[0].stage.inputs).get("init", "")
-    start = next((arm.gold for arm in evaluation.arms if arm.name == init), None)
+    start_arm = evaluation.arm(init)
+    start = None if start_arm is None else evaluation.primary_of(start_arm)
     caption = "over rows trained on (log scale), with 95\u202f% intervals over prompts"
     if start is not None:
         caption += f"; dotted: {evaluation.label(init)}, where each starts"
@@ -84,11 +86,11 @@ def _drawn(points: list[Point], evaluation: Evaluation) -> SizeCurve:
     if len({_optim(point.stage) for point in points}) > 1:
         caption += "; the optimiser’s settings differ too"
     svg = interval_curve(
-        [(point.rows, point.gold) for point in points],
-        title=f"{kind}, gold over rows",
+        [(point.rows, point.mean) for point in points],
+        title=f"{kind}, {evaluation.primary} over rows",
         guide=None if start is None else start.mean,
     )
-    return SizeCurve(title=f"Gold of {kind}", caption=caption, svg=svg)
+    return SizeCurve(title=f"{evaluation.primary} of {kind}", caption=caption, svg=svg)
 
 
 def _optim(stage: Stage) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 from alignment.config import yaml_file
 from alignment.core.artifacts import Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
+from alignment.records.evaluation import Evaluation
 from alignment.report.doubts import profile_of
 from alignment.report.kit import text
 from alignment.report.run_page.evaluation_section import read_evaluation, read_samples
 from alignment.report.run_page.forgetting_section import read_forgetting
 from alignment.report.run_page.reward_card_section import read_card
-from alignment.report.run_page.run_records import Evaluation, RewardCard, Run, Sample, Stage
+from alignment.report.run_page.run_records import RewardCard, Run, Sample, Stage
 
 
 def read_run(run_folder: Path) -> Run:
@@ -194,7 +195,7 @@ def _read_evaluation_of(
     if not (found / "samples.jsonl").is_file():
         return evaluation, note, [], "The evaluation kept no samples.jsonl."
     rows, torn = read_lines(found / "samples.jsonl")
-    samples, left_out = read_samples(rows)
+    samples, left_out = read_samples(rows, evaluation.primary_metric if evaluation else None)
     lost = torn + left_out
     return evaluation, note, samples, f"{lost} rows of samples.jsonl cannot be read." if lost else ""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alignment.core.artifacts import Manifest
+from alignment.records.evaluation import Evaluation, Metric
 from alignment.records.forgetting import ArmForgetting
 from alignment.records.forgetting import Forgetting as ForgettingRecord
 from alignment.records.interval import Interval
@@ -19,58 +20,15 @@ COMPLETE = ("done", "reused")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Arm:
-    """One arm of the evaluation; None stands for a figure that was not measured.
-
-    ``greedy_log_ratio`` is in nats a sequence, ``loss`` in nats a token; ``refusals``, ``distinct`` and ``ended`` are
-    shares of the answers, ``win_rate`` of the points against the reference. ``figures`` holds all that the row says in
-    numbers, these and whatever else, by name.
-    """
-
-    name: str
-    label: str
-    gold: Interval | None = None
-    style: Interval | None = None
-    facts: Interval | None = None
-    reward: Interval | None = None
-    greedy_log_ratio: Interval | None = None
-    win_rate: Interval | None = None
-    loss: Interval | None = None
-    perplexity: Interval | None = None
-    refusals: Interval | None = None
-    words: Interval | None = None
-    distinct: float | None = None
-    ended: Interval | None = None
-    seconds: float | None = None
-    figures: dict[str, Interval] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
-    """``arm`` minus ``against`` in gold: ``Comparison(arm="stage:dpo", against="stage:sft", difference=0.08, …)``."""
-
-    arm: str
-    against: str
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def real(self) -> bool:
-        """Whether the interval excludes zero; read off the interval so that words and numbers cannot disagree."""
-        return self.low > 0 or self.high < 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """The run of this place less the first one, in a figure of an arm's answers, paired by prompt.
+    """The run of this place less the first one, in a metric of an arm's answers, paired by prompt.
 
     ``interval`` is None where they were judged on other prompts.
     """
 
     run: int
     arm: str
-    figure: str
+    metric: Metric
     interval: Interval | None
 
     @property
@@ -82,56 +40,6 @@ class Difference:
     def none_at_all(self) -> bool:
         """Whether every answer was judged alike: mostly an arm that the runs share."""
         return self.interval == Interval(mean=0.0, low=0.0, high=0.0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JudgedPair:
-    """What the judge said of two arms; ``win_rate`` is None where nothing can be concluded.
-
-    ``wins``, ``ties`` and ``losses`` count prompts, ``invalid`` is a share of verdicts; the other figures lie in
-    docs/evaluation.md.
-    """
-
-    arm: str
-    against: str
-    wins: int
-    ties: int
-    losses: int
-    verdict: str
-    win_rate: Interval | None = None
-    invalid: float | None = None
-    agreement: float | None = None
-    position_bias: float | None = None
-    gold_agreement: float | None = None
-    gold_kappa: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Judge:
-    """Who judged pairs of arms, on how many prompts, and what came of it."""
-
-    name: str
-    num_prompts: int | None
-    pairs: list[JudgedPair]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """The arms side by side. ``tasks`` maps a task to each arm's mean gold on it.
-
-    ``conclusions`` are the evaluation's own sentences on what its size can show.
-    """
-
-    num_prompts: int | None
-    arms: list[Arm]
-    comparisons: list[Comparison]
-    tasks: dict[str, dict[str, float]]
-    judge: Judge | None = None
-    conclusions: list[str] = field(default_factory=list)
-
-    def label(self, name: str) -> str:
-        """What the reader calls the arm ``name``."""
-        return next((arm.label for arm in self.arms if arm.name == name), name.removeprefix("stage:"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,14 +58,13 @@ class Forgetting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """One arm's answer; ``failed`` names the style checks below 1, worst first, with their factor."""
+    """One arm's answer with its score by each metric, and its ``merit``: the score by the primary metric, negated where
+    less is better; None without one."""
 
     arm: str
     text: str
-    gold: float | None
-    style: float | None
-    facts: float | None
-    failed: list[tuple[str, float]]
+    scores: dict[str, float]
+    merit: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,12 +9,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, ArmResult, Evaluation
 from alignment.records.interval import Interval
 from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.kit import text
 from alignment.report.kit.plots import Scale, scale_axis, scale_of, whisker
 from alignment.report.run_page.curves import CHOICES
-from alignment.report.run_page.run_records import Arm, Evaluation, Run, Stage
+from alignment.report.run_page.run_records import Run, Stage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,10 @@ class WhiskerPlot:
     axis: Markup
 
 
+TONES = {BETTER: "good", WORSE: "bad", NO_DIFFERENCE: "open"}
+"""How a verdict looks."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComparisonRow:
     """A comparison as the page shows it; ``tone`` is ``good``, ``bad`` or ``open``."""
@@ -48,20 +53,20 @@ class ComparisonRow:
     svg: Markup
 
 
-def gold_plot(evaluation: Evaluation) -> WhiskerPlot | None:
-    """Every arm's gold with its interval on one axis."""
-    known = [(arm, arm.gold) for arm in evaluation.arms if arm.gold]
+def primary_plot(evaluation: Evaluation) -> WhiskerPlot | None:
+    """Every arm's mean of the primary metric with its interval on one axis."""
+    known = [(arm, mean) for arm in evaluation.arms if (mean := evaluation.primary_of(arm)) is not None]
     if not known:
         return None
-    scale = scale_of([gold for _, gold in known], within=(0.0, 1.0), include=None)
+    scale = scale_of([mean for _, mean in known], within=(0.0, 1.0), include=None)
     rows = [
         Whisker(
             label=arm.label,
-            svg=whisker(gold, scale, tone="trained" if arm.name.startswith("stage:") else "plain", rule=None),
-            value=text.number(gold.mean),
-            bounds=bounds(gold),
+            svg=whisker(mean, scale, tone="trained" if arm.name.startswith("stage:") else "plain", rule=None),
+            value=text.number(mean.mean),
+            bounds=bounds(mean),
         )
-        for arm, gold in known
+        for arm, mean in known
     ]
     return WhiskerPlot(rows=rows, axis=scale_axis(scale))
 
@@ -84,10 +89,7 @@ def _share(item: Interval | None) -> tuple[str, str]:
     return text.share(item.mean), "" if item.low is None else f"{text.share(item.low)} to {text.share(item.high)}"
 
 
-_OF_ARMS: dict[str, Callable[[Arm], tuple[str, str]]] = {
-    "gold": lambda arm: _figure(arm.gold),
-    "style": lambda arm: _figure(arm.style),
-    "facts": lambda arm: _figure(arm.facts),
+_OF_ARMS: dict[str, Callable[[ArmResult], tuple[str, str]]] = {
     "words": lambda arm: _figure(arm.words, 1),
     "reward": lambda arm: _figure(arm.reward),
     "log-ratio": lambda arm: _figure(arm.greedy_log_ratio, 1),
@@ -100,8 +102,11 @@ _OF_ARMS: dict[str, Callable[[Arm], tuple[str, str]]] = {
 
 
 def arm_table(evaluation: Evaluation) -> ArmTable:
-    """The figures of the arms; one that no arm has is left out."""
-    every = {heading: [of_arm(arm) for arm in evaluation.arms] for heading, of_arm in _OF_ARMS.items()}
+    """The figures of the arms, the recipe's metrics first; one that no arm has is left out."""
+    every = {
+        metric.name: [_figure(arm.metrics.get(metric.name)) for arm in evaluation.arms] for metric in evaluation.metrics
+    }
+    every |= {heading: [of_arm(arm) for arm in evaluation.arms] for heading, of_arm in _OF_ARMS.items()}
     columns = {heading: cells for heading, cells in every.items() if any(value != "–" for value, _ in cells)}
     rows = [(arm.label, [cells[place] for cells in columns.values()]) for place, arm in enumerate(evaluation.arms)]
     return ArmTable(headings=list(columns), rows=rows)
@@ -111,11 +116,11 @@ def comparison_rows(evaluation: Evaluation) -> tuple[list[ComparisonRow], Markup
     """The comparisons in the evaluation's order, and the axis of their plot."""
     if not evaluation.comparisons:
         return [], Markup("")
-    intervals = [Interval(mean=c.difference, low=c.low, high=c.high) for c in evaluation.comparisons]
+    intervals = [comparison.interval for comparison in evaluation.comparisons]
     scale: Scale = scale_of(intervals, within=None, include=0.0)
     rows = []
     for item, interval in zip(evaluation.comparisons, intervals, strict=True):
-        tone = "open" if not item.real else "good" if item.difference > 0 else "bad"
+        tone = TONES[evaluation.verdict(item)]
         rows.append(
             ComparisonRow(
                 arm=evaluation.label(item.arm),
@@ -141,7 +146,7 @@ class JudgedRow:
     invalid: str
     agreement: str
     bias: str
-    gold: str
+    metric: str
     verdict: str
     tone: str
 
@@ -158,9 +163,9 @@ def judged_rows(evaluation: Evaluation) -> list[JudgedRow]:
             invalid=text.share(pair.invalid),
             agreement=text.share(pair.agreement),
             bias="–" if pair.position_bias is None else text.signed(pair.position_bias, 2),
-            gold=text.share(pair.gold_agreement) + _kappa(pair.gold_kappa),
+            metric=text.share(pair.metric_agreement) + _kappa(pair.metric_kappa),
             verdict=pair.verdict,
-            tone={"better": "good", "worse": "bad"}.get(pair.verdict, "open"),
+            tone=TONES.get(pair.verdict, "open"),
         )
         for pair in pairs
     ]
@@ -178,12 +183,20 @@ def bounds(item: Interval | None, digits: int = 2) -> str:
 
 
 def task_rows(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Per task, each arm's mean gold with a shade from 0 to 5, so that a row's weak spots are seen at a glance."""
+    """Per task, each arm's mean of the primary metric with a shade from 0 to 5, the better the stronger, so that weak
+    spots are seen at a glance."""
     rows = []
+    every = [value for means in evaluation.tasks.values() for value in means.values()]
+    low, high = min([0.0, *every]), max([1.0, *every])
+    less_is_better = evaluation.primary_metric is not None and not evaluation.primary_metric.higher_is_better
+
+    def shade(value: float | None) -> int:
+        share = 0.0 if value is None else (value - low) / (high - low)
+        return round(5 * (1 - share if less_is_better and value is not None else share))
+
     for task, means in evaluation.tasks.items():
         values = [means.get(arm.name) for arm in evaluation.arms]
-        cells = [(text.number(value), 0 if value is None else min(5, max(0, round(value * 5)))) for value in values]
-        rows.append((task, cells))
+        rows.append((task, [(text.number(value), shade(value)) for value in values]))
     return rows
 
 

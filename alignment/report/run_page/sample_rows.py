@@ -13,11 +13,18 @@ WIDEST = "arms differ most"
 BETTER = "by hash, better half"
 WORSE = "by hash, worse half"
 
-RULE = (
-    "About half are the prompts on which the arms’ gold scores differ most, taken from each task in turn. The rest are "
-    "in order of a hash of their id, again from each task in turn, alternating between the half of all prompts that "
-    "the arms answered better and the half they answered worse."
-)
+BY_HASH = "by hash"
+
+
+def rule(primary: str | None) -> str:
+    """How the shown prompts were chosen, where arms are compared by this metric."""
+    if primary is None:
+        return "They are in order of a hash of their id, taken from each task in turn."
+    return (
+        f"About half are the prompts on which the arms’ scores by {primary} differ most, taken from each task in turn. "
+        "The rest are in order of a hash of their id, again from each task in turn, alternating between the half of "
+        "all prompts that the arms answered better and the half they answered worse."
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,19 +38,22 @@ class Chosen:
 def choose(samples: list[Sample], num_samples: int, *, widest: str = WIDEST) -> list[Chosen]:
     """``num_samples`` samples, or all if there are fewer; the same samples give the same choice in any order.
 
-    ``widest`` says why those whose answers differ most in gold were taken.
+    ``widest`` says why those whose answers differ most by the primary metric were taken.
     """
     ordered = sorted(samples, key=_hash)
     num_widest = (num_samples + 1) // 2
     by_gap = sorted((s for s in ordered if gap(s) > 0), key=lambda s: -gap(s))
-    chosen = [Chosen(sample=s, why=widest) for s in _in_turn(by_gap, num_widest, lambda s: s.task)]
+    chosen = [Chosen(sample=s, why=widest) for s in _in_turn(by_gap, num_widest, _task)]
     taken = {id(item.sample) for item in chosen}
     rest = [s for s in ordered if id(s) not in taken]
     halves = _halves(ordered)
-    better = _in_turn([s for s in rest if halves[id(s)] == BETTER], len(rest), lambda s: s.task)
-    worse = _in_turn([s for s in rest if halves[id(s)] == WORSE], len(rest), lambda s: s.task)
+    by_half = [
+        s
+        for half in (WORSE, BETTER, BY_HASH)
+        for s in _in_turn([s for s in rest if halves[id(s)] == half], len(rest), _task)
+    ]
     wanted = num_samples - len(chosen)
-    chosen += [Chosen(sample=s, why=halves[id(s)]) for s in _in_turn(worse + better, wanted, lambda s: halves[id(s)])]
+    chosen += [Chosen(sample=s, why=halves[id(s)]) for s in _in_turn(by_half, wanted, lambda s: halves[id(s)])]
     return chosen
 
 
@@ -51,20 +61,26 @@ def _hash(sample: Sample) -> str:
     return hashlib.sha256(sample.id.encode("utf-8", "replace")).hexdigest()
 
 
-def _golds(sample: Sample) -> list[float]:
-    return [answer.gold for answer in sample.answers if answer.gold is not None]
+def _task(sample: Sample) -> str:
+    return sample.task
+
+
+def _merits(sample: Sample) -> list[float]:
+    return [answer.merit for answer in sample.answers if answer.merit is not None]
 
 
 def gap(sample: Sample) -> float:
-    """How far its answers lie apart in gold."""
-    golds = _golds(sample)
-    return max(golds) - min(golds) if golds else 0.0
+    """How far its answers lie apart by the primary metric."""
+    merits = _merits(sample)
+    return max(merits) - min(merits) if merits else 0.0
 
 
 def _halves(samples: list[Sample]) -> dict[int, str]:
-    """Better or worse than the median prompt, by the mean gold of all arms."""
-    means = {id(s): sum(_golds(s)) / max(1, len(_golds(s))) for s in samples}
-    middle = median(means.values()) if means else 0.0
+    """Better or worse than the median prompt, by the mean merit of all arms; neither where no answer has one."""
+    if not any(map(_merits, samples)):
+        return {id(s): BY_HASH for s in samples}
+    means = {id(s): sum(_merits(s)) / max(1, len(_merits(s))) for s in samples}
+    middle = median(means.values())
     return {key: BETTER if mean > middle else WORSE for key, mean in means.items()}
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignment.config.evaluation import UNTRAINED_ARMS
-from alignment.report.doubts import SMOKE, is_smoke, of_endings, of_figures
+from alignment.records.evaluation import BETTER, WORSE, ArmResult, Comparison, Evaluation
+from alignment.report.doubts import SMOKE, is_smoke, of_evaluation, of_figures
 from alignment.report.kit import text
 from alignment.report.run_page.card_page import lead
-from alignment.report.run_page.run_records import Arm, Comparison, Evaluation, Run
+from alignment.report.run_page.run_records import Run
 
 MIN_DISTINCT = 0.9
 """Below this share of distinct answers an arm says the same thing to different prompts (chosen, not tuned)."""
@@ -55,6 +56,8 @@ def judge(run: Run) -> Verdict:
 def _lead(run: Run, evaluation: Evaluation) -> str:
     if len(evaluation.arms) == 1:
         return f"Only {evaluation.arms[0].label} was evaluated, so there is nothing to compare it with."
+    if evaluation.primary_metric is None:
+        return _without_metric(evaluation)
     if not evaluation.comparisons:
         return "The evaluation holds no comparisons, so no difference between arms is shown."
     against_sft = _preference_against_sft(run, evaluation)
@@ -65,15 +68,24 @@ def _lead(run: Run, evaluation: Evaluation) -> str:
     return " ".join(_group_lead(evaluation, sft, group) for sft, group in against_sft.items())
 
 
+def _without_metric(evaluation: Evaluation) -> str:
+    if evaluation.judge is None:
+        return "The evaluation has no metric and no judge, so no arm is called better than another."
+    pairs = evaluation.judge.pairs
+    decided = sum(pair.verdict in (BETTER, WORSE) for pair in pairs)
+    return (
+        f"The evaluation has no metric. By {evaluation.judge.name}, {decided} of {len(pairs)} pairs of arms "
+        f"show{'s' if decided == 1 else ''} a real difference."
+    )
+
+
 def _preference_against_sft(run: Run, evaluation: Evaluation) -> dict[str, list[Comparison]]:
     """For every sft arm, the comparisons of preference-trained arms with it, all turned to *preference minus sft*."""
     kinds = {f"stage:{stage.name}": stage.kind for stage in run.stages}
     groups: dict[str, list[Comparison]] = {}
     for item in evaluation.comparisons:
         if kinds.get(item.arm) == "sft" and kinds.get(item.against) in ("dpo", "ppo"):
-            item = Comparison(
-                arm=item.against, against=item.arm, difference=-item.difference, low=-item.high, high=-item.low
-            )
+            item = item.turned()
         if kinds.get(item.arm) in ("dpo", "ppo") and kinds.get(item.against) == "sft":
             groups.setdefault(item.against, []).append(item)
     return groups
@@ -81,8 +93,8 @@ def _preference_against_sft(run: Run, evaluation: Evaluation) -> dict[str, list[
 
 def _group_lead(evaluation: Evaluation, sft: str, group: list[Comparison]) -> str:
     base = evaluation.label(sft)
-    helped = [evaluation.label(item.arm) for item in group if item.real and item.difference > 0]
-    hurt = [evaluation.label(item.arm) for item in group if item.real and item.difference <= 0]
+    helped = [evaluation.label(item.arm) for item in group if evaluation.verdict(item) == BETTER]
+    hurt = [evaluation.label(item.arm) for item in group if evaluation.verdict(item) == WORSE]
     unclear = [evaluation.label(item.arm) for item in group if not item.real]
     if not hurt and not unclear:
         return f"Preference training helped: {text.listing(helped)} {_verb(helped, 'beats', 'beat')} {base}."
@@ -117,10 +129,10 @@ def _differences(evaluation: Evaluation) -> list[str]:
 
 
 def _difference(evaluation: Evaluation, item: Comparison) -> str:
-    word = "better" if item.difference > 0 else "worse"
     return (
-        f"{evaluation.label(item.arm)} is really {word} than {evaluation.label(item.against)}: "
-        f"{text.signed(item.difference)} gold (95\u202f% interval {text.signed(item.low)} to {text.signed(item.high)})."
+        f"{evaluation.label(item.arm)} is really {evaluation.verdict(item)} than {evaluation.label(item.against)}: "
+        f"{text.signed(item.difference)} in {evaluation.primary} (95\u202f% interval {text.signed(item.low)} to "
+        f"{text.signed(item.high)})."
     )
 
 
@@ -159,19 +171,18 @@ def _arm_warnings(evaluation: Evaluation) -> list[str]:
                 f"{text.number(ratio.mean, 1)} nats (more than {MAX_LOG_RATIO:.0f}): read its answers before "
                 "trusting its score."
             )
-    ended = {arm.label: None if arm.ended is None else arm.ended.mean for arm in evaluation.arms}
-    warnings += [f"{doubt[0].upper()}{doubt[1:]}." for doubt in of_endings(ended)]
+    warnings += [f"{doubt[0].upper()}{doubt[1:]}." for doubt in of_evaluation(evaluation)]
     never_ended = [_never_ended(arm, evaluation.num_prompts) for arm in evaluation.arms if _cut(arm)]
     if never_ended:
         warnings.append(f"Some answers never ended and were cut off at the limit: {text.listing(never_ended)}.")
     return warnings
 
 
-def _cut(arm: Arm) -> bool:
+def _cut(arm: ArmResult) -> bool:
     return arm.ended is not None and 0 < arm.ended.mean < 1
 
 
-def _never_ended(arm: Arm, num_prompts: int | None) -> str:
+def _never_ended(arm: ArmResult, num_prompts: int | None) -> str:
     missing = 1 - (arm.ended.mean if arm.ended else 0.0)
     if num_prompts:
         return f"{max(1, round(missing * num_prompts))} of {num_prompts} from {arm.label}"
@@ -179,17 +190,18 @@ def _never_ended(arm: Arm, num_prompts: int | None) -> str:
 
 
 def _overoptimised(run: Run, evaluation: Evaluation) -> list[str]:
-    """Arms that the reward model likes better than sft while gold is really lower: the proxy was won, not the goal."""
-    arms = {arm.name: arm for arm in evaluation.arms}
+    """Arms that the reward model likes better than sft while the primary metric is really worse: the proxy was won, not
+    the goal."""
+    rewards = {arm.name: arm.reward for arm in evaluation.arms}
     warnings = []
     for sft, group in _preference_against_sft(run, evaluation).items():
         for item in group:
-            ours = arms[item.arm].reward if item.arm in arms else None
-            theirs = arms[sft].reward if sft in arms else None
-            if ours and theirs and ours.mean > theirs.mean and item.real and item.difference < 0:
+            reward, reward_of_sft = rewards.get(item.arm), rewards.get(sft)
+            liked = reward is not None and reward_of_sft is not None and reward.mean > reward_of_sft.mean
+            if liked and evaluation.verdict(item) == WORSE:
                 warnings.append(
                     f"The reward model scores {evaluation.label(item.arm)} above {evaluation.label(sft)} although its "
-                    "gold score is really lower: a sign of over-optimisation."
+                    f"{evaluation.primary} is really worse: a sign of over-optimisation."
                 )
     return warnings
 

@@ -14,7 +14,7 @@ FEWEST_FOR_IMPORTANCE = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Goal:
-    """What trials are judged by: ``Goal(label="gold of stage:dpo", minimize=False)``."""
+    """What trials are judged by: ``Goal(label="brevity of stage:dpo", minimize=False)``."""
 
     label: str
     minimize: bool

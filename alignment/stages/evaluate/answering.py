@@ -186,7 +186,7 @@ def answers_of(
         )
         answer_cache.write(file, kept)
     return Answered(
-        answers=read_answers(asked.tokenizer, rows, kept.ids),
+        answers=read_answers(asked.tokenizer, kept.ids),
         logprobs=kept.logprobs,
         references=kept.references,
         seconds=kept.seconds,

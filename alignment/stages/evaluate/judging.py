@@ -10,29 +10,43 @@ from alignment.config.evaluation import JudgeConfig, JudgeKind
 from alignment.data.mix import some
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation.arms import Answered
+from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.endpoint import Endpoint
-from alignment.evaluation.evaluation_record import Intervals, judged_pair
 from alignment.evaluation.grammar import Verdict, judge_prompt, verdict_of
 from alignment.evaluation.pairwise import BothOrders, pairs_of, points_of_scores
+from alignment.evaluation.tables import Scores, judged_pair
+from alignment.records.evaluation import Judge, JudgedPair, Metric
+from alignment.records.interval import Interval
 from alignment.training.context import StageContext
 
 KEPT = "judgements.work.jsonl"
 """Replies of an endpoint while the stage runs, in its work folder."""
-
-_NAMES = {JudgeKind.rule: "the gold rule", JudgeKind.reward: "the reward model"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
     """What a judge said: its part of ``evaluation.json``, and a line for every call."""
 
-    table: dict[str, Any] | None = None
+    table: Judge | None = None
     lines: list[dict[str, Any]] = field(default_factory=list)
 
-    def win_rate(self, arm: str, *, reference: str) -> dict[str, float] | None:
+    def win_rate(self, arm: str, *, reference: str) -> Interval | None:
         """The arm's share of points against the reference, with its interval, if the two were judged."""
-        pairs = [] if self.table is None else self.table["pairs"]
-        return next((one["win_rate"] for one in pairs if (one["arm"], one["against"]) == (arm, reference)), None)
+        pairs = [] if self.table is None else self.table.pairs
+        return next((pair.win_rate for pair in pairs if (pair.arm, pair.against) == (arm, reference)), None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredArms:
+    """Every arm's scores by one metric."""
+
+    metric: Metric
+    by_arm: Scores
+
+    def points(self, arm: str, against: str, places: Sequence[int]) -> list[float]:
+        """The arm's points on some prompts, where the better score wins."""
+        better, other = (arm, against) if self.metric.higher_is_better else (against, arm)
+        return points_of_scores(*([self.by_arm[name][place] for place in places] for name in (better, other)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +80,7 @@ def judge(
     rows: Sequence[HeldOutPrompt],
     arms: Mapping[str, Answered],
     rewards: Mapping[str, list[float] | None],
+    primary: ScoredArms | None,
     endpoint: Endpoint | None,
     *,
     reference: str,
@@ -80,33 +95,37 @@ def judge(
         return Judged()
     places = some(len(rows), config.max_prompts, context.generator("judge"))
     pairs = pairs_of(config, list(arms), reference=reference)
-    gold = {name: [arm.answers[place].gold.gold for place in places] for name, arm in arms.items()}
     if endpoint is not None:
         judged, lines = _by_endpoint(config, context, endpoint, rows, arms, pairs, places)
-    elif config.kind is JudgeKind.rule:
-        judged, lines = _by_scores(rows, gold, pairs, places)
+        name = config.endpoint.model
+    elif config.kind is JudgeKind.metric:
+        assert primary is not None, "the plan refuses to judge by a metric where there is none"
+        judged, lines = _by_scores(rows, primary, pairs, places)
+        name = primary.metric.name
     else:
-        told = {name: found for name, found in rewards.items() if found is not None}
-        scores = {name: [found[place] for place in places] for name, found in told.items()}
-        judged, lines = _by_scores(rows, scores, pairs, places)
-    table = {
-        "kind": config.kind.value,
-        "name": config.endpoint.model if endpoint is not None else _NAMES[config.kind],
-        "num_prompts": len(places),
-        "pairs": [_row(one, config, gold, intervals) for one in judged],
-    }
+        by_reward = {arm: scores for arm, scores in rewards.items() if scores is not None}
+        judged, lines = _by_scores(rows, ScoredArms(metric=Metric(name="reward"), by_arm=by_reward), pairs, places)
+        name = "the reward model"
+    beside = None if config.kind is JudgeKind.metric else primary
+    table = Judge(
+        kind=config.kind.value,
+        name=name,
+        num_prompts=len(places),
+        pairs=[_row(pair, config, beside, places, intervals) for pair in judged],
+    )
     return Judged(table=table, lines=lines)
 
 
-def _row(one: _Pair, config: JudgeConfig, gold: Mapping[str, list[float]], intervals: Intervals) -> dict[str, Any]:
-    """A pair's line of the table; the gold rule is not held against itself."""
-    beside = None if config.kind is JudgeKind.rule else points_of_scores(gold[one.arm], gold[one.against])
+def _row(
+    pair: _Pair, config: JudgeConfig, primary: ScoredArms | None, places: Sequence[int], intervals: Intervals
+) -> JudgedPair:
+    """A pair's line of the table; ``primary`` is held against the judge where it is not the judge itself."""
     return judged_pair(
-        one.arm,
-        one.against,
-        one.points,
-        one.both,
-        gold=beside,
+        pair.arm,
+        pair.against,
+        pair.points,
+        pair.both,
+        by_metric=None if primary is None else primary.points(pair.arm, pair.against, places),
         max_invalid=config.max_invalid,
         intervals=intervals,
     )
@@ -114,17 +133,17 @@ def _row(one: _Pair, config: JudgeConfig, gold: Mapping[str, list[float]], inter
 
 def _by_scores(
     rows: Sequence[HeldOutPrompt],
-    scores: Mapping[str, list[float]],
+    scores: ScoredArms,
     pairs: Sequence[tuple[str, str]],
     places: Sequence[int],
 ) -> tuple[list[_Pair], list[dict[str, Any]]]:
     judged, lines = [], []
     for arm, against in pairs:
-        points = points_of_scores(scores[arm], scores[against])
+        points = scores.points(arm, against, places)
         judged.append(_Pair(arm=arm, against=against, points=[*points]))
-        for number, place in enumerate(places):
-            told = {"arm_score": scores[arm][number], "against_score": scores[against][number]}
-            lines.append(_line(rows, place, arm, against) | told | {"points": points[number]})
+        for place, point in zip(places, points, strict=True):
+            both = {"arm_score": scores.by_arm[arm][place], "against_score": scores.by_arm[against][place]}
+            lines.append(_line(rows, place, arm, against) | both | {"points": point})
     return judged, lines
 
 

@@ -1,4 +1,4 @@
-"""Arms side by side on held-out prompts. The gold rule judges; nothing was ever trained on it."""
+"""Arms side by side on held-out prompts."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignment.config.stage import EvaluateConfig
-from alignment.core.artifacts import write_json, write_lines
+from alignment.core.artifacts import write_lines
+from alignment.core.typed_json import to_json
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.arm_labels import labels
-from alignment.evaluation.arms import Answered, reward_scores, sequence_logprobs, side_by_side
+from alignment.evaluation.arms import Answered, reward_scores, sequence_logprobs, side_by_side, source_text
+from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.conclusions import conclusions
-from alignment.evaluation.evaluation_record import Intervals, arm_row, by_task, compare, refuse_not_finite, samples
+from alignment.evaluation.house_style import METRICS, score
+from alignment.evaluation.tables import arm_result, by_task, compare, refuse_not_finite, samples
 from alignment.models.assembly.load import lineage, products_in, refuse_other_tokenizer
 from alignment.models.assembly.reward_head import load_reward_model
+from alignment.records.evaluation import ArmResult, Evaluation, Sample, write_samples
 from alignment.stages.evaluate.answering import Asked, Policies, answers_of, asked_of
-from alignment.stages.evaluate.judging import Judged, judge, open_endpoint
+from alignment.stages.evaluate.judging import Judged, ScoredArms, judge, open_endpoint
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
@@ -42,32 +46,49 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     rewards = _rewards(context, tokenizer, rows, asked, arms)
     for name, arm in arms.items():
         refuse_not_finite(name, arm, rewards=rewards[name], log_ratios=log_ratios[name])
+    scores = {name: _scores(rows, arm) for name, arm in arms.items()}
+    primary = ScoredArms(metric=METRICS[0], by_arm={name: of_arm[METRICS[0].name] for name, of_arm in scores.items()})
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
     reference = spec.inputs["reference"].ref
-    judged = judge(config.judge, context, rows, arms, rewards, endpoint, reference=reference, intervals=intervals)
-    called = labels(config.arms)
-    table = [
-        arm_row(
-            name,
-            arm,
-            label=called[name],
-            rewards=rewards[name],
-            log_ratios=log_ratios[name],
-            win_rate=judged.win_rate(name, reference=reference),
-            intervals=intervals,
-        )
-        for name, arm in arms.items()
-    ]
-    comparisons = compare(arms, reference=reference, intervals=intervals)
-    evaluation = {
-        "num_prompts": len(rows),
-        "arms": table,
-        "comparisons": comparisons,
-        "tasks": by_task(rows, arms),
-        "judge": judged.table,
-        "conclusions": conclusions(len(rows), comparisons, judged.table, called),
-    }
-    return _written(context, evaluation, samples(rows, arms), judged)
+    judged = judge(
+        config.judge, context, rows, arms, rewards, primary, endpoint, reference=reference, intervals=intervals
+    )
+    label_of = labels(config.arms)
+    comparisons = compare(primary.by_arm, reference=reference, intervals=intervals)
+    evaluation = Evaluation(
+        num_prompts=len(rows),
+        metrics=METRICS,
+        primary=primary.metric.name,
+        arms=[
+            arm_result(
+                name,
+                arm,
+                label=label_of[name],
+                scores=scores[name],
+                rewards=rewards[name],
+                log_ratios=log_ratios[name],
+                win_rate=judged.win_rate(name, reference=reference),
+                intervals=intervals,
+            )
+            for name, arm in arms.items()
+        ],
+        comparisons=comparisons,
+        tasks=by_task(rows, primary.by_arm),
+        judge=judged.table,
+        conclusions=conclusions(len(rows), primary.metric, comparisons, judged.table, label_of),
+    )
+    return _written(context, evaluation, samples(rows, arms, scores), judged)
+
+
+def _scores(rows: Sequence[HeldOutPrompt], arm: Answered) -> dict[str, list[float]]:
+    """An arm's scores by each metric."""
+    columns: dict[str, list[float]] = {metric.name: [] for metric in METRICS}
+    for row, answer in zip(rows, arm.answers, strict=True):
+        facts = [list(fact) for fact in row.facts]
+        told = score(answer.text, source=source_text(row.messages), facts=facts)
+        for column, value in zip(columns.values(), (told.gold, told.style, told.facts), strict=True):
+            column.append(value)
+    return columns
 
 
 def _answers(
@@ -152,17 +173,26 @@ def _in_our_tokens(tokenizer: Any, rows: Sequence[HeldOutPrompt], arm: Answered)
     return found
 
 
-def _written(
-    context: StageContext, evaluation: dict[str, Any], answers: Sequence[dict[str, Any]], judged: Judged
-) -> StageResult:
-    write_json(context.content / "evaluation.json", evaluation)
-    write_lines(context.content / "samples.jsonl", answers)
+def _written(context: StageContext, evaluation: Evaluation, answers: list[Sample], judged: Judged) -> StageResult:
+    evaluation.write(context.content)
+    write_samples(context.content, answers)
     if judged.table is not None:
         write_lines(context.content / "judgements.jsonl", judged.lines)
-    metrics: dict[str, float] = {}
-    for figure in ("gold", "loss", "win_rate"):
-        told = {arm["label"]: arm[figure] for arm in evaluation["arms"] if arm[figure] is not None}
-        metrics |= {f"{figure}/{label}": value["mean"] for label, value in told.items()}
-    context.trackers.table("arms", evaluation["arms"])
-    context.trackers.table("samples", answers)
-    return StageResult(metrics=metrics)
+    context.trackers.table("arms", [_row(arm) for arm in evaluation.arms])
+    context.trackers.table("samples", [to_json(answer) for answer in answers])
+    return StageResult(metrics=_headlines(evaluation))
+
+
+def _row(arm: ArmResult) -> dict[str, Any]:
+    """A line of the table that trackers show: metrics stand beside the other figures."""
+    row = to_json(arm)
+    return {"name": row.pop("name"), "label": row.pop("label"), **row.pop("metrics"), **row}
+
+
+def _headlines(evaluation: Evaluation) -> dict[str, float]:
+    """The metrics of the manifest: ``METRIC/ARM`` for each metric of the recipe, the loss and the win rate."""
+    headlines: dict[str, float] = {}
+    for name in (*(metric.name for metric in evaluation.metrics), "loss", "win_rate"):
+        means = {arm.label: arm.figures[name].mean for arm in evaluation.arms if name in arm.figures}
+        headlines |= {f"{name}/{label}": mean for label, mean in means.items()}
+    return headlines

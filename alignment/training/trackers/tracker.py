@@ -62,7 +62,7 @@ def tags(spec: StageSpec) -> list[str]:
 
 
 def columns_and_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
-    """Rows as a table: what lies in groups gets columns of its own (``gold/mean``), lists become JSON."""
+    """Rows as a table: what lies in groups gets columns of its own (``reward/mean``), lists become JSON."""
     flat = [_flat(row) for row in rows]
     columns = list(dict.fromkeys(name for row in flat for name in row))
     return columns, [[row.get(name) for name in columns] for row in flat]

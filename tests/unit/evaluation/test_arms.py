@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignment.data.records import HeldOutPrompt
 from alignment.data.turns import Message
 from alignment.evaluation import arms
 from alignment.evaluation.arms import (
@@ -129,14 +128,9 @@ def test_rewards_stand_at_the_last_token_whatever_the_batch(monkeypatch: pytest.
     close(reward_scores(model, PROMPTS, ANSWERS), expected)
 
 
-def test_answers_are_decoded_scored_and_know_whether_they_ended() -> None:
+def test_answers_are_decoded_and_know_whether_they_ended() -> None:
     tokenizer = tiny_tokenizer()
-    rows = [
-        HeldOutPrompt(messages=(Message(role="user", content=text),), facts=(("shop", "store"),))
-        for text in ("When is the shop open?", "Who has the keys?")
-    ]
     said = tokenizer("The shop is open.")["input_ids"]
-    whole, cut = read_answers(tokenizer, rows, [[*said, tokenizer.eos_token_id], said])
+    whole, cut = read_answers(tokenizer, [[*said, tokenizer.eos_token_id], said])
     assert (whole.text, cut.text) == ("The shop is open.", "The shop is open.")
     assert (whole.ended, cut.ended) == (True, False)
-    assert whole.gold.facts == 1.0

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
 from alignment.evaluation.bootstrap import detectable
 from alignment.evaluation.conclusions import conclusions
-from alignment.evaluation.evaluation_record import NOTHING
+from alignment.records.evaluation import NOTHING, Comparison, Judge, JudgedPair, Metric
+from alignment.records.interval import Interval
 
 LABELS = {"stage:sft": "sft", "stage:dpo": "dpo", "base": "base"}
 
 
-def comparison(arm: str, against: str, difference: float, *, real: bool, size: float | None) -> dict[str, Any]:
-    return {"arm": arm, "against": against, "difference": difference, "real": real, "detectable": size}
+BREVITY = Metric(name="brevity")
+
+
+def comparison(arm: str, against: str, difference: float, *, real: bool, size: float | None) -> Comparison:
+    half = abs(difference) * (0.5 if real else 2) + (0 if real else 0.1)
+    low, high = difference - half, difference + half
+    return Comparison(arm=arm, against=against, difference=difference, low=low, high=high, detectable=size)
 
 
 def test_the_detectable_difference_by_hand() -> None:
@@ -27,6 +33,7 @@ def test_the_detectable_difference_by_hand() -> None:
 def test_arms_are_told_apart_or_not_and_the_size_that_would_be_missed_is_said() -> None:
     found = conclusions(
         102,
+        BREVITY,
         [
             comparison("stage:sft", "base", 0.4, real=True, size=0.11),
             comparison("stage:dpo", "stage:sft", 0.01, real=False, size=0.052),
@@ -35,30 +42,30 @@ def test_arms_are_told_apart_or_not_and_the_size_that_would_be_missed_is_said() 
         LABELS,
     )
     assert found == [
-        "102 prompts, by gold: sft is better than base; dpo and sft cannot be told apart.",
-        "A true difference in gold below about 0.05 would be missed more than one time in five at this number of "
+        "102 prompts, by brevity: sft is better than base; dpo and sft cannot be told apart.",
+        "A true difference in brevity below about 0.05 would be missed more than one time in five at this number of "
         "prompts.",
     ]
 
 
+def test_less_of_a_metric_may_be_better() -> None:
+    words = Metric(name="words", higher_is_better=False)
+    fewer = comparison("stage:sft", "base", -4.0, real=True, size=None)
+    assert conclusions(9, words, [fewer], None, LABELS) == ["9 prompts, by words: sft is better than base."]
+
+
 def test_one_prompt_or_one_arm_says_no_size() -> None:
-    assert conclusions(5, [], None, LABELS) == []
-    (sentence,) = conclusions(1, [comparison("stage:dpo", "base", 0.0, real=False, size=None)], None, LABELS)
+    assert conclusions(5, BREVITY, [], None, LABELS) == []
+    (sentence,) = conclusions(1, BREVITY, [comparison("stage:dpo", "base", 0.0, real=False, size=None)], None, LABELS)
     assert "cannot be told apart" in sentence
 
 
 def test_a_judge_has_a_sentence_that_says_where_nothing_can_be_concluded() -> None:
-    pair = {"arm": "stage:dpo", "against": "stage:sft", "invalid": 0.05, "verdict": "better"}
-    rate = {"mean": 0.62, "low": 0.53, "high": 0.71}
-    judge = {
-        "name": "some-model",
-        "num_prompts": 100,
-        "pairs": [
-            pair | {"win_rate": rate},
-            pair | {"against": "base", "win_rate": None, "invalid": 0.4, "verdict": NOTHING},
-        ],
-    }
-    assert conclusions(100, [], judge, LABELS) == [
+    rate = Interval(mean=0.62, low=0.53, high=0.71)
+    pair = JudgedPair(arm="stage:dpo", against="stage:sft", wins=1, ties=2, losses=3, verdict="better", win_rate=rate)
+    invalid = replace(pair, against="base", win_rate=None, invalid=0.4, verdict=NOTHING)
+    judge = Judge(name="some-model", num_prompts=100, pairs=[pair, invalid])
+    assert conclusions(100, None, [], judge, LABELS) == [
         "By some-model on 100 prompts, ties as half a win: dpo wins 0.62 against sft (0.53 to 0.71), better; of dpo "
         "and base nothing can be concluded (40% of the verdicts are invalid)."
     ]

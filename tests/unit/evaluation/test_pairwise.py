@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from alignment.config.evaluation import JudgeConfig, PairConfig
-from alignment.evaluation.evaluation_record import NOTHING, Intervals, judged_pair
+from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.grammar import Verdict
 from alignment.evaluation.pairwise import (
     BothOrders,
@@ -18,6 +18,9 @@ from alignment.evaluation.pairwise import (
     points_of_scores,
     position_bias,
 )
+from alignment.evaluation.tables import judged_pair
+from alignment.records.evaluation import NOTHING, JudgedPair
+from alignment.records.interval import Interval
 
 A, B, TIE, BAD = Verdict.first, Verdict.second, Verdict.tie, Verdict.invalid
 
@@ -55,8 +58,8 @@ JUDGED = [both(A, B), both(A, B), both(B, A), both(TIE, TIE), both(A, A), both(A
           both(A, BAD), both(BAD, BAD)]  # fmt: skip
 
 
-def row(judged: list[BothOrders], **changes: Any) -> dict[str, Any]:
-    told = {"gold": None, "max_invalid": 0.2, "intervals": Intervals(samples=500, seed=0)} | changes
+def row(judged: list[BothOrders], **changes: Any) -> JudgedPair:
+    told = {"by_metric": None, "max_invalid": 0.2, "intervals": Intervals(samples=500, seed=0)} | changes
     return judged_pair("stage:dpo", "stage:sft", [one.points for one in judged], judged, **told)
 
 
@@ -69,54 +72,56 @@ def test_agreement_bias_and_invalid_shares_by_hand() -> None:
 
 def test_a_row_counts_wins_ties_and_losses_and_ties_are_half_a_win() -> None:
     found = row(JUDGED)
-    assert (found["prompts"], found["wins"], found["ties"], found["losses"]) == (10, 2, 5, 1)
-    assert found["win_rate"]["mean"] == pytest.approx((2 + 5 / 2) / 8)
-    assert found["win_rate"]["low"] < 0.5 < found["win_rate"]["high"]
-    assert found["verdict"] == "no real difference"
-    assert found["gold_agreement"] is None
+    assert (found.prompts, found.wins, found.ties, found.losses) == (10, 2, 5, 1)
+    assert found.win_rate is not None
+    assert found.win_rate.bounds is not None
+    assert found.win_rate.mean == pytest.approx((2 + 5 / 2) / 8)
+    assert found.win_rate.bounds[0] < 0.5 < found.win_rate.bounds[1]
+    assert found.verdict == "no real difference"
+    assert found.metric_agreement is None
 
 
 def test_a_judge_that_always_names_the_first_place_tells_nothing_apart() -> None:
     found = row([both(A, A)] * 20)
-    assert found["win_rate"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
-    assert found["position_bias"] == 1.0
-    assert found["agreement"] == 0.0
-    assert found["verdict"] == "no real difference"
+    assert found.win_rate == Interval(mean=0.5, low=0.5, high=0.5)
+    assert found.position_bias == 1.0
+    assert found.agreement == 0.0
+    assert found.verdict == "no real difference"
 
 
 def test_consistent_verdicts_are_called_better_and_worse() -> None:
-    assert row([both(A, B)] * 20)["verdict"] == "better"
-    assert row([both(B, A)] * 20)["verdict"] == "worse"
+    assert row([both(A, B)] * 20).verdict == "better"
+    assert row([both(B, A)] * 20).verdict == "worse"
 
 
 @pytest.mark.parametrize(("max_invalid", "concludes"), [(0.1, False), (0.15, True), (1.0, True)])
 def test_too_many_invalid_verdicts_conclude_nothing(max_invalid: float, concludes: bool) -> None:
     found = row(JUDGED, max_invalid=max_invalid)
-    assert (found["win_rate"] is not None) == concludes
-    assert (found["verdict"] != NOTHING) == concludes
-    assert found["wins"] == 2, "what was valid is still told"
+    assert (found.win_rate is not None) == concludes
+    assert (found.verdict != NOTHING) == concludes
+    assert found.wins == 2, "what was valid is still told"
 
 
 def test_without_one_valid_verdict_nothing_is_concluded_at_any_bound() -> None:
-    found = row([both(BAD, BAD)] * 4, max_invalid=1.0, gold=[1.0] * 4)
-    assert found["win_rate"] is None
-    assert found["verdict"] == NOTHING
-    assert found["agreement"] is None
-    assert found["gold_kappa"] is None
+    found = row([both(BAD, BAD)] * 4, max_invalid=1.0, by_metric=[1.0] * 4)
+    assert found.win_rate is None
+    assert found.verdict == NOTHING
+    assert found.agreement is None
+    assert found.metric_kappa is None
 
 
 def test_scores_are_compared_and_equal_ones_tie() -> None:
     assert points_of_scores([0.2, 0.5, 0.1], [0.1, 0.5, 0.3]) == [1.0, 0.5, 0.0]
 
 
-def test_agreement_with_gold_leaves_invalid_prompts_out() -> None:
-    """Judge: win win loss tie tie tie tie tie; gold the same on the first four and wins after."""
-    gold = [1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
-    found = row(JUDGED, gold=gold)
-    assert found["gold_agreement"] == pytest.approx(4 / 8)
+def test_agreement_with_the_metric_leaves_invalid_prompts_out() -> None:
+    """Judge: win win loss tie tie tie tie tie; the metric the same on the first four and wins after."""
+    by_metric = [1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+    found = row(JUDGED, by_metric=by_metric)
+    assert found.metric_agreement == pytest.approx(4 / 8)
     # Chance: wins 2/8 · 6/8, ties 5/8 · 1/8, losses 1/8 · 1/8.
     chance = (2 * 6 + 5 * 1 + 1 * 1) / 64
-    assert found["gold_kappa"] == pytest.approx((0.5 - chance) / (1 - chance))
+    assert found.metric_kappa == pytest.approx((0.5 - chance) / (1 - chance))
 
 
 def test_kappa_by_a_table_worked_by_hand() -> None:

@@ -13,30 +13,25 @@ from alignment.data.records import HeldOutPrompt
 from alignment.data.turns import Message
 from alignment.evaluation.arm_labels import labels
 from alignment.evaluation.arms import Answer, Answered, TokenSum
-from alignment.evaluation.evaluation_record import Intervals, arm_row, by_task, compare, refuse_not_finite, samples
-from alignment.evaluation.house_style import GoldScore
+from alignment.evaluation.bootstrap import Intervals
+from alignment.evaluation.tables import arm_result, by_task, compare, refuse_not_finite, samples
+from alignment.records.evaluation import ArmResult
+from alignment.records.interval import Interval
 
 INTERVALS = Intervals(samples=500, seed=3)
 
 
-def answered(golds: list[float], *, ended: bool = True) -> Answered:
-    answers = [
-        Answer(
-            ids=[number, 2],
-            text=f"answer {number}",
-            ended=ended,
-            gold=GoldScore(gold=gold, style=1.0, facts=gold, checks={"filler": 1.0}),
-        )
-        for number, gold in enumerate(golds)
-    ]
-    return Answered(answers=answers, logprobs=[-1.0] * len(golds), references=[None] * len(golds), seconds=2.0)
+def answered(number: int, *, ended: bool = True) -> Answered:
+    answers = [Answer(ids=[place, 2], text=f"answer {place}", ended=ended) for place in range(number)]
+    return Answered(answers=answers, logprobs=[-1.0] * number, references=[None] * number, seconds=2.0)
 
 
-def row_of(arm: Answered, *, log_ratios: list[float] | None = None) -> dict[str, Any]:
-    return arm_row(
+def row_of(arm: Answered, *, log_ratios: list[float] | None = None, **scores: list[float]) -> ArmResult:
+    return arm_result(
         "stage:dpo",
         arm,
         label="dpo",
+        scores=scores,
         rewards=None,
         log_ratios=log_ratios,
         win_rate=None,
@@ -45,19 +40,19 @@ def row_of(arm: Answered, *, log_ratios: list[float] | None = None) -> dict[str,
 
 
 @pytest.fixture
-def arms() -> dict[str, Answered]:
+def scores() -> dict[str, list[float]]:
     low, high = [0.1, 0.2, 0.3, 0.2] * 5, [0.8, 0.9, 0.7, 0.9] * 5
     return {
-        "base": answered(low),
-        "base+prompt": answered(low[::-1]),
-        "stage:sft": answered(high),
-        "stage:dpo": answered([value + 0.05 for value in high]),
-        "stage:ppo": answered(high[::-1]),
+        "base": low,
+        "base+prompt": low[::-1],
+        "stage:sft": high,
+        "stage:dpo": [value + 0.05 for value in high],
+        "stage:ppo": high[::-1],
     }
 
 
-def test_trained_arms_meet_the_reference_and_the_reference_meets_the_untrained(arms: dict[str, Answered]) -> None:
-    found = {(one["arm"], one["against"]) for one in compare(arms, reference="stage:sft", intervals=INTERVALS)}
+def test_trained_arms_meet_the_reference_and_the_reference_meets_the_untrained(scores: dict[str, list[float]]) -> None:
+    found = {(one.arm, one.against) for one in compare(scores, reference="stage:sft", intervals=INTERVALS)}
     assert found == {
         ("base+prompt", "base"),
         ("stage:sft", "base"),
@@ -68,52 +63,53 @@ def test_trained_arms_meet_the_reference_and_the_reference_meets_the_untrained(a
     }
 
 
-def test_a_constant_gain_is_real_and_a_shuffle_is_not(arms: dict[str, Answered]) -> None:
-    found = {one["arm"]: one for one in reversed(compare(arms, reference="stage:sft", intervals=INTERVALS))}
-    assert found["stage:dpo"]["difference"] == pytest.approx(0.05)
-    assert found["stage:dpo"]["real"]
-    assert found["stage:ppo"]["difference"] == pytest.approx(0.0)
-    assert not found["stage:ppo"]["real"]
+def test_a_constant_gain_is_real_and_a_shuffle_is_not(scores: dict[str, list[float]]) -> None:
+    found = {one.arm: one for one in reversed(compare(scores, reference="stage:sft", intervals=INTERVALS))}
+    assert found["stage:dpo"].difference == pytest.approx(0.05)
+    assert found["stage:dpo"].real
+    assert found["stage:ppo"].difference == pytest.approx(0.0)
+    assert not found["stage:ppo"].real
 
 
-def test_differences_are_paired_so_a_constant_gain_has_no_width(arms: dict[str, Answered]) -> None:
-    found = {one["arm"]: one for one in reversed(compare(arms, reference="stage:sft", intervals=INTERVALS))}
-    assert found["stage:dpo"]["high"] - found["stage:dpo"]["low"] == pytest.approx(0.0, abs=1e-9)
+def test_differences_are_paired_so_a_constant_gain_has_no_width(scores: dict[str, list[float]]) -> None:
+    found = {one.arm: one for one in reversed(compare(scores, reference="stage:sft", intervals=INTERVALS))}
+    assert found["stage:dpo"].high - found["stage:dpo"].low == pytest.approx(0.0, abs=1e-9)
 
 
-def test_no_arm_meets_itself_or_another_twice(arms: dict[str, Answered]) -> None:
-    found = [(one["arm"], one["against"]) for one in compare(arms, reference="base", intervals=INTERVALS)]
+def test_no_arm_meets_itself_or_another_twice(scores: dict[str, list[float]]) -> None:
+    found = [(one.arm, one.against) for one in compare(scores, reference="base", intervals=INTERVALS)]
     assert found[0] == ("base+prompt", "base")
     assert len({frozenset(pair) for pair in found}) == len(found)
     assert all(one != other for one, other in found)
 
 
 def test_arms_that_were_not_asked_for_are_not_compared() -> None:
-    assert compare({"base": answered([0.5])}, reference="stage:sft", intervals=INTERVALS) == []
+    assert compare({"base": [0.5]}, reference="stage:sft", intervals=INTERVALS) == []
 
 
 def test_a_row_says_how_many_answers_differ_and_ended() -> None:
-    arm = replace(answered([0.2] * 4), answers=answered([0.2]).answers * 4)
-    row = row_of(arm, log_ratios=[1.0, 2.0, 3.0, 2.0])
-    assert row["label"] == "dpo"
-    assert row["distinct"] == 0.25
-    assert row["ended"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
-    assert row["words"] == {"mean": 2.0, "low": 2.0, "high": 2.0}
-    assert row["refusals"]["mean"] == 0.0
-    assert row["reward"] is None
-    assert row["loss"] is None
-    assert row["perplexity"] is None
-    assert row["greedy_log_ratio"]["mean"] == pytest.approx(2.0)
+    arm = replace(answered(4), answers=answered(1).answers * 4)
+    row = row_of(arm, log_ratios=[1.0, 2.0, 3.0, 2.0], brevity=[0.2] * 4)
+    assert row.label == "dpo"
+    assert row.metrics == {"brevity": INTERVALS.of([0.2] * 4)}
+    assert row.distinct == 0.25
+    assert row.ended == Interval(mean=1.0, low=1.0, high=1.0)
+    assert row.words == Interval(mean=2.0, low=2.0, high=2.0)
+    assert row.refusals == Interval(mean=0.0, low=0.0, high=0.0)
+    assert (row.reward, row.loss, row.perplexity) == (None, None, None)
+    assert row.greedy_log_ratio is not None
+    assert row.greedy_log_ratio.mean == pytest.approx(2.0)
+    assert list(row.figures) == ["brevity", "words", "greedy_log_ratio", "refusals", "distinct", "ended"]
 
 
 def test_the_loss_is_a_mean_over_all_reference_tokens_and_its_interval_over_prompts() -> None:
     """Answers of 2 and 6 tokens: (3 + 3) / 8 nats a token, not the mean of 1.5 and .5; a row without one is no part."""
     sums = [TokenSum(logprob=-3.0, tokens=2), None, TokenSum(logprob=-3.0, tokens=6)]
-    row = row_of(replace(answered([0.1, 0.2, 0.3]), references=sums))
-    assert row["loss"]["mean"] == pytest.approx(0.75)
-    assert row["loss"]["low"] == pytest.approx(0.5)
-    assert row["loss"]["high"] == pytest.approx(1.5)
-    assert row["perplexity"]["mean"] == pytest.approx(math.exp(0.75))
+    row = row_of(replace(answered(3), references=sums))
+    assert row.loss is not None
+    assert row.perplexity is not None
+    assert (row.loss.mean, row.loss.low, row.loss.high) == pytest.approx((0.75, 0.5, 1.5))
+    assert row.perplexity.mean == pytest.approx(math.exp(0.75))
 
 
 def test_labels_are_short_where_they_stay_different() -> None:
@@ -126,11 +122,11 @@ def test_tasks_are_averaged_by_themselves_and_every_answer_is_kept() -> None:
         HeldOutPrompt(messages=(Message(role="user", content=task),), facts=(("a",),), task=task, id=str(number))
         for number, task in enumerate(["answer", "extract", "answer"])
     ]
-    arms = {"base": answered([0.0, 0.5, 1.0])}
-    assert by_task(rows, arms) == {"answer": {"base": 0.5}, "extract": {"base": 0.5}}
-    kept = samples(rows, arms)
-    assert [sample["answers"]["base"]["gold"] for sample in kept] == [0.0, 0.5, 1.0]
-    assert kept[1]["messages"] == [{"role": "user", "content": "extract"}]
+    scores = [0.0, 0.5, 1.0]
+    assert by_task(rows, {"base": scores}) == {"answer": {"base": 0.5}, "extract": {"base": 0.5}}
+    kept = samples(rows, {"base": answered(3)}, {"base": {"brevity": scores}})
+    assert [sample.answers["base"].scores for sample in kept] == [{"brevity": score} for score in scores]
+    assert kept[1].messages == [{"role": "user", "content": "extract"}]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +141,7 @@ def test_tasks_are_averaged_by_themselves_and_every_answer_is_kept() -> None:
 )
 def test_a_figure_that_is_no_number_ends_the_evaluation_and_is_named(figure: str, changes: dict[str, Any]) -> None:
     def look(*, logprob: float = -20.0, rewards: Any = None, log_ratios: Any = None) -> None:
-        arm = replace(answered([0.5, 0.5]), references=[TokenSum(logprob=logprob, tokens=10), None])
+        arm = replace(answered(2), references=[TokenSum(logprob=logprob, tokens=10), None])
         refuse_not_finite("stage:dpo", arm, rewards=rewards, log_ratios=log_ratios)
 
     look(rewards=[1.0, 2.0])

@@ -12,6 +12,8 @@ from rich.console import Console
 from alignment.commands.compare.driver import compare
 from alignment.core.errors import ConfigError
 
+METRIC = "brevity"
+
 
 class Runs:
     """Folders of runs as the driver leaves them."""
@@ -20,7 +22,14 @@ class Runs:
         self.output = output
 
     def add(
-        self, name: str, golds: dict[str, list[float]] | None, *, prompts: str = "p", ids: bool = True, **settings: Any
+        self,
+        name: str,
+        scores: dict[str, list[float]] | None,
+        *,
+        prompts: str = "p",
+        ids: bool = True,
+        higher_is_better: bool = True,
+        **settings: Any,
     ) -> None:
         run = self.output / "runs" / name
         run.mkdir(parents=True)
@@ -31,19 +40,23 @@ class Runs:
             "stages": {"dpo": {"beta": 0.1, **settings}},
         }
         stages = {"dpo": {"kind": "dpo", "artifact": str(run / "none")}}
-        if golds is not None:
+        if scores is not None:
             stages["judge"] = {"kind": "evaluate", "artifact": str(run)}
             arms = [
-                {"name": arm, "gold": {"mean": sum(told) / len(told), "low": min(told), "high": max(told)}}
-                for arm, told in golds.items()
+                {
+                    "name": arm,
+                    "metrics": {METRIC: {"mean": sum(told) / len(told), "low": min(told), "high": max(told)}},
+                }
+                for arm, told in scores.items()
             ]
-            (run / "evaluation.json").write_text(json.dumps({"arms": arms}))
-            number = len(next(iter(golds.values())))
+            metrics = [{"name": METRIC, "higher_is_better": higher_is_better}]
+            (run / "evaluation.json").write_text(json.dumps({"metrics": metrics, "primary": METRIC, "arms": arms}))
+            number = len(next(iter(scores.values())))
             lines = [
                 {
-                    "id": ids and f"{prompts}{place}",
-                    "messages": [f"{prompts}{place}"],
-                    "answers": {arm: {"gold": told[place]} for arm, told in golds.items()},
+                    "id": f"{prompts}{place}" if ids else "",
+                    "messages": [{"role": "user", "content": f"{prompts}{place}"}],
+                    "answers": {arm: {"text": "", "scores": {METRIC: told[place]}} for arm, told in scores.items()},
                 }
                 for place in range(number)
             ]
@@ -92,6 +105,12 @@ def test_differences_are_taken_prompt_by_prompt(runs: Runs) -> None:
     assert "dpo: b against a: -0.100 (-0.100 to -0.100), worse" in runs.compared("a", "b")
 
 
+def test_less_of_a_metric_may_be_better(runs: Runs) -> None:
+    runs.add("a", {"stage:dpo": [0.0, 0.5, 1.0]}, higher_is_better=False)
+    runs.add("b", {"stage:dpo": [-0.1, 0.4, 0.9]}, higher_is_better=False)
+    assert "dpo: b against a: -0.100 (-0.100 to -0.100), better" in runs.compared("a", "b")
+
+
 def test_other_prompts_are_not_compared(runs: Runs) -> None:
     runs.add("a", {"stage:dpo": [0.1, 0.2]})
     runs.add("b", {"stage:dpo": [0.8, 0.9]}, prompts="q")
@@ -130,7 +149,7 @@ def test_a_page_is_written_where_asked_for(runs: Runs, tmp_path: Path) -> None:
     runs.add("b", {"stage:dpo": [-0.1, 0.4, 0.9]})
     page = tmp_path / "page.html"
     assert f"page: {page}" in runs.compared("a", "b", html=str(page))
-    assert "dpo: B is really worse than A: −0.100 gold" in page.read_text()
+    assert "dpo: B is really worse than A: −0.100 in brevity" in page.read_text()
     for place, words in ((str(tmp_path), "cannot be a file"), (str(tmp_path / "no" / "page.html"), "cannot be a file")):
         with pytest.raises(ConfigError, match=words):
             runs.compared("a", "b", html=place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from alignment.core.errors import ConfigError, DataError
 from alignment.pipeline.backends.feasibility import why_not_here
 from alignment.pipeline.execute.summary import show_evaluation
 from alignment.pipeline.plan.plan import Plan
+from alignment.records.evaluation import ArmResult, Comparison, Evaluation, Judge, JudgedPair, Metric
+from alignment.records.interval import Interval
 from tests.unit.pipeline.conftest import TURN, MakePlan
 from tests.unit.pipeline.worker import INTERVAL
 
@@ -27,19 +30,19 @@ ENDPOINT = [
 @pytest.mark.parametrize(
     ("told", "words"),
     [
-        ([f"{JUDGE}.kind=rules"], f"{JUDGE}.kind: 'rules' is not allowed; one of: none, rule, reward, endpoint"),
+        ([f"{JUDGE}.kind=rules"], f"{JUDGE}.kind: 'rules' is not allowed; one of: none, metric, reward, endpoint"),
         ([f"{JUDGE}.kind=endpoint"], f"{JUDGE}.endpoint.base_url: missing"),
         ([f"{JUDGE}.kind=endpoint"], f"{JUDGE}.endpoint.model: missing"),
-        ([f"{JUDGE}.kind=rule", f"{JUDGE}.endpoint.model=m"], f"{JUDGE}.endpoint: read by nothing"),
+        ([f"{JUDGE}.kind=metric", f"{JUDGE}.endpoint.model=m"], f"{JUDGE}.endpoint: read by nothing"),
         ([f"{JUDGE}.pairs=[{{arm: base, against: stage:sft}}]"], f"{JUDGE}.pairs: read by nothing"),
         ([f"{JUDGE}.kind=reward", "stages.evaluate.reward=null"], f"{JUDGE}.kind: 'reward' judges by"),
-        ([f"{JUDGE}.kind=rule", "stages.evaluate.arms=[base]"], f"{JUDGE}.pairs: no trained arm meets"),
+        ([f"{JUDGE}.kind=metric", "stages.evaluate.arms=[base]"], f"{JUDGE}.pairs: no trained arm meets"),
         (
-            [f"{JUDGE}.kind=rule", f"{JUDGE}.pairs=[{{arm: stage:dop, against: base}}]"],
+            [f"{JUDGE}.kind=metric", f"{JUDGE}.pairs=[{{arm: stage:dop, against: base}}]"],
             f"{JUDGE}.pairs[0].arm: 'stage:dop' is no arm of this evaluation; did you mean 'stage:dpo'?",
         ),
         (
-            [f"{JUDGE}.kind=rule", f"{JUDGE}.pairs=[{{arm: base, against: base}}]"],
+            [f"{JUDGE}.kind=metric", f"{JUDGE}.pairs=[{{arm: base, against: base}}]"],
             f"{JUDGE}.pairs[0]: 'base' cannot meet itself",
         ),
         ([*ENDPOINT, f"{JUDGE}.endpoint.base_url=localhost:8000"], f"{JUDGE}.endpoint.base_url: what was given"),
@@ -68,7 +71,7 @@ def test_without_the_client_an_endpoint_is_refused_with_what_to_install(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openai" else find(name))
     with pytest.raises(ConfigError, match=r"pip install 'openai>=3,<4'"):
         plan(*ENDPOINT)
-    plan(f"{JUDGE}.kind=rule")
+    plan(f"{JUDGE}.kind=metric")
 
 
 def test_a_key_that_is_not_set_stops_a_run_and_no_plan(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,33 +130,52 @@ def test_an_empty_evaluation_set_is_refused(plan: MakePlan, tmp_path: Path) -> N
         plan()
 
 
-ARM = {"name": "stage:dpo", "label": "dpo", "words": 21.4, "reward": None, "greedy_log_ratio": None} | dict.fromkeys(
-    ("gold", "style", "facts"), INTERVAL
+ARM = ArmResult(
+    name="stage:dpo",
+    label="dpo",
+    metrics={"brevity": Interval(**INTERVAL), "tone": Interval(mean=0.25)},
+    words=Interval(mean=21.4),
+    loss=Interval(mean=1.234),
 )
-OLD = {"num_prompts": 3, "arms": [ARM], "comparisons": [], "tasks": {}}
+BREVITY = Metric(name="brevity")
+EVALUATION = Evaluation(num_prompts=3, metrics=[BREVITY, Metric(name="tone")], primary="brevity", arms=[ARM])
 
 
-def shown(told: dict[str, object]) -> str:
+def shown(evaluation: Evaluation) -> str:
     console = Console(width=200, record=True)
-    show_evaluation(console, told)
+    show_evaluation(console, evaluation)
     return console.export_text()
 
 
 def test_win_rates_stand_in_a_line_each_where_a_judge_was() -> None:
-    pair = {"arm": "stage:dpo", "against": "stage:sft", "invalid": 0.4}
-    rate = {"mean": 0.62, "low": 0.53, "high": 0.71}
-    pairs = [
-        pair | {"win_rate": rate, "verdict": "better"},
-        pair | {"win_rate": None, "verdict": "nothing can be concluded"},
-    ]
-    arms = [ARM | {"words": {"mean": 20.0}, "loss": {"mean": 1.234}}]
-    printed = shown(OLD | {"arms": arms, "judge": {"name": "some-model", "pairs": pairs}})
-    assert "by some-model, dpo wins 0.62 (0.53 to 0.71) against stage:sft: better" in printed
-    assert "of dpo and stage:sft: nothing can be concluded (40% of verdicts invalid)" in printed
+    pair = JudgedPair(
+        arm="stage:dpo",
+        against="stage:sft",
+        wins=5,
+        ties=1,
+        losses=2,
+        win_rate=Interval(mean=0.62, low=0.53, high=0.71),
+        verdict="better",
+    )
+    nothing = replace(pair, invalid=0.4, win_rate=None, verdict="nothing can be concluded")
+    printed = shown(replace(EVALUATION, judge=Judge(name="some-model", pairs=[pair, nothing])))
+    assert "by some-model, dpo wins 0.62 (0.53 to 0.71) against sft: better" in printed
+    assert "of dpo and sft: nothing can be concluded (40% of verdicts invalid)" in printed
+
+
+def test_the_primary_metric_has_its_interval_and_says_which_way_is_better() -> None:
+    down = replace(BREVITY, higher_is_better=False)
+    less = Comparison(arm="stage:dpo", against="stage:sft", difference=-0.1, low=-0.2, high=-0.05)
+    for metric, verdict, better in ((BREVITY, "worse", "more"), (down, "better", "less")):
+        printed = shown(replace(EVALUATION, metrics=[metric, Metric(name="tone")], comparisons=[less]))
+        assert printed.split()[:8] == ["arm", "brevity", "95", "%", "tone", "words", "reward", "log-ratio"]
+        assert "0.500  0.400–0.600  0.25   21.4" in printed
+        assert f"dpo against sft: -0.100 (-0.200 to -0.050), {verdict}" in printed
+        assert f"3 held-out prompts; brevity: {better} is better;" in printed
+
+
+def test_an_evaluation_without_metrics_shows_what_was_measured_and_compares_nothing() -> None:
+    printed = shown(replace(EVALUATION, metrics=[], primary=None))
+    assert printed.split()[:5] == ["arm", "words", "reward", "log-ratio", "loss"]
     assert "1.23" in printed
-
-
-def test_an_evaluation_of_before_there_were_judges_is_shown_as_it_was() -> None:
-    printed = shown(OLD)
-    assert "21.4" in printed
-    assert "wins" not in printed
+    assert "no metric, so no arm is called better" in printed

@@ -78,9 +78,7 @@ def evaluation(spec: StageSpec) -> dict[str, Any]:
         {
             "name": name,
             "label": name.removeprefix("stage:"),
-            "gold": INTERVAL,
-            "style": INTERVAL,
-            "facts": INTERVAL,
+            "metrics": {"style_and_facts": INTERVAL, "style": INTERVAL},
             "words": 21.4,
             "reward": INTERVAL if "reward" in spec.inputs else None,
             "greedy_log_ratio": None if name == "base+prompt" else INTERVAL,
@@ -94,7 +92,9 @@ def evaluation(spec: StageSpec) -> dict[str, Any]:
         {"arm": "stage:dpo", "against": "stage:sft", "difference": 0.08, "low": 0.02, "high": 0.14, "real": True},
         {"arm": "base", "against": "stage:sft", "difference": -0.01, "low": -0.05, "high": 0.03, "real": False},
     ]
-    return {"num_prompts": 1, "arms": arms, "comparisons": comparisons, "tasks": {}}
+    metrics = [{"name": "style_and_facts"}, {"name": "style"}]
+    told = {"metrics": metrics, "primary": "style_and_facts", "arms": arms, "comparisons": comparisons}
+    return {"num_prompts": 1, **told, "tasks": {}, "version": 2}
 
 
 def say(spec: StageSpec, state: str, code: int, error: str, *, notes: Sequence[str] = ()) -> int:

@@ -18,7 +18,6 @@ from alignment.report import build
 
 ARMS = {"base": 0.31, "base+prompt": 0.42, "stage:sft": 0.62, "stage:dpo": 0.71, "stage:ppo": 0.65}
 TASKS = ("summarise", "answer", "rewrite", "extract")
-CHECKS = ("sentences", "length", "finished", "filler", "plain", "answered", "grounded", "own_words")
 STAGES: dict[str, dict[str, Any]] = {
     "sft": {"kind": "sft", "inputs": {"init": "base"}, "seconds": 312.4},
     "reward": {"kind": "reward", "inputs": {"init": "stage:sft"}, "seconds": 154.0},
@@ -207,20 +206,22 @@ def comparison(arm: str, against: str, difference: float, half: float) -> dict[s
 def evaluation_json() -> dict[str, Any]:
     """evaluation.json of five arms."""
     arms = []
-    for position, (name, gold) in enumerate(ARMS.items()):
+    for position, (name, quality) in enumerate(ARMS.items()):
         trained = name.startswith("stage:")
         arms.append(
             {
                 "name": name,
                 "label": name.removeprefix("stage:"),
-                "gold": interval(gold, 0.045),
-                "style": interval(min(1.0, gold + 0.2), 0.03),
-                "facts": interval(min(1.0, gold + 0.12), 0.04),
-                "words": 61.0 - 9 * position,
+                "metrics": {
+                    "quality": interval(quality, 0.045),
+                    "tone": interval(min(1.0, quality + 0.2), 0.03),
+                    "truth": interval(min(1.0, quality + 0.12), 0.04),
+                },
+                "words": {"mean": 61.0 - 9 * position},
                 "reward": interval(-1.2 + position * 0.7, 0.21),
                 "greedy_log_ratio": interval(2.0 + 2.1 * position, 0.6) if trained else None,
                 "distinct": 0.99,
-                "ended": 1.0,
+                "ended": {"mean": 1.0},
                 "seconds": 41.0,
             }
         )
@@ -229,9 +230,12 @@ def evaluation_json() -> dict[str, Any]:
     shift = {task: 0.06 * index - 0.09 for index, task in enumerate(TASKS)}
     return {
         "num_prompts": 100,
+        "metrics": [{"name": name, "higher_is_better": True} for name in ("quality", "tone", "truth")],
+        "primary": "quality",
         "arms": arms,
         "comparisons": [comparison(arm, against, difference, 0.055) for arm, against, difference in pairs],
-        "tasks": {task: {arm: gold + shift[task] for arm, gold in ARMS.items()} for task in TASKS},
+        "tasks": {task: {arm: quality + shift[task] for arm, quality in ARMS.items()} for task in TASKS},
+        "version": 2,
     }
 
 
@@ -244,11 +248,11 @@ def sample(index: int) -> dict[str, Any]:
     )
     answers = {}
     for arm, level in ARMS.items():
-        gold = round(min(1.0, max(0.0, rng.gauss(level, 0.25))), 2)
-        checks = dict.fromkeys(CHECKS, 1.0) | ({"filler": 0.5, "finished": 0.5} if gold < 0.4 else {})
-        opening = "Sure! Here is a summary of the note: the" if gold < 0.4 else "The"
+        quality = round(min(1.0, max(0.0, rng.gauss(level, 0.25))), 2)
+        opening = "Sure! Here is a summary of the note: the" if quality < 0.4 else "The"
         words = f"{opening} ferry leaves at 7:30 from pier {index % 5 + 1} and takes 25 minutes."
-        answers[arm] = {"text": words, "gold": gold, "style": min(1.0, gold + 0.2), "facts": 1.0, "checks": checks}
+        scores = {"quality": quality, "tone": min(1.0, quality + 0.2), "truth": 1.0}
+        answers[arm] = {"text": words, "scores": scores}
     return {
         "id": f"heldout-{index:03d}",
         "task": TASKS[index % len(TASKS)],

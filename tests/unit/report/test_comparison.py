@@ -10,11 +10,14 @@ from xml.etree import ElementTree
 import pytest
 
 from alignment.config.stage import STAGES, Trained
+from alignment.records.evaluation import Metric
 from alignment.records.interval import Interval
 from alignment.report.comparison_page.comparison import MOST_RUNS, build_comparison
 from alignment.report.run_page.run_records import Difference
 from tests.unit.report.conftest import FakeRun
 from tests.unit.report.test_page import HOSTILE, Page, assert_harmless, unlabelled
+
+QUALITY = Metric(name="quality")
 
 
 class Compared:
@@ -28,6 +31,7 @@ class Compared:
             for stage, entry in run.run["stages"].items():
                 entry["artifact"] = f"{stage}-{place}"
         self.settings = {"stages.dpo.beta": ["0.1", "0.3"][:count] + ["0.5"] * (count - 2)}
+        self.primary: Metric | None = QUALITY
         self.differences = [_difference("stage:dpo", 0.09, 0.05), _difference("stage:ppo", 0.01, 0.05)]
 
     def html(self) -> str:
@@ -35,14 +39,18 @@ class Compared:
             run.write()
         output = self.root / "page.html"
         build_comparison(
-            [run.folder for run in self.runs], output, settings=self.settings, differences=self.differences
+            [run.folder for run in self.runs],
+            output,
+            settings=self.settings,
+            differences=self.differences,
+            primary=self.primary,
         )
         return output.read_text(encoding="utf-8")
 
 
 def _difference(arm: str, mean: float, half: float, **changes: Any) -> Difference:
     interval = Interval(mean=mean, low=mean - half, high=mean + half)
-    return Difference(**{"run": 1, "arm": arm, "figure": "gold", "interval": interval, **changes})
+    return Difference(**{"run": 1, "arm": arm, "metric": QUALITY, "interval": interval, **changes})
 
 
 @pytest.fixture
@@ -68,12 +76,13 @@ def test_hostile_text_stays_text(compared: Compared, hostile: str) -> None:
         run.run.update(name=hostile, recipe=hostile)
         run.run["stages"]["ppo"].update(state=hostile, kind=hostile)
         run.evaluation["arms"][0]["label"] = hostile
-        run.evaluation["arms"][0][hostile] = {"mean": 1.0, "low": 0.5, "high": 1.5}
+        run.evaluation["arms"][0]["metrics"][hostile] = {"mean": 1.0, "low": 0.5, "high": 1.5}
+        run.evaluation["metrics"].append({"name": hostile})
         for row in run.samples[:3]:
             row.update(task=hostile, reference=hostile, messages=[{"role": hostile, "content": hostile}])
-            row["answers"] = {hostile: {"text": hostile, "gold": 0.5, "checks": {hostile: 0.5}}}
+            row["answers"] = {hostile: {"text": hostile, "scores": {"quality": 0.5, hostile: 0.5}}}
     compared.settings[hostile] = [hostile, "plain"]
-    compared.differences.append(_difference(hostile, 0.1, 0.05, figure=hostile))
+    compared.differences.append(_difference(hostile, 0.1, 0.05, metric=Metric(name=hostile)))
     assert_harmless(compared.html())
 
 
@@ -81,20 +90,37 @@ def test_settings_arms_and_what_may_be_said_of_them(compared: Compared) -> None:
     html = unlabelled(compared.html())
     page = Page(html).text
     assert '<th scope="row"><code>stages.dpo.beta</code></th><td><code>0.1</code></td><td><code>0.3</code></td>' in html
-    assert "1 of 2 differences from A in gold is real." in page
-    assert "dpo: B is really better than A: +0.090 gold (95 % interval +0.040 to +0.140)." in page
-    assert "ppo: a difference between B and A is not shown: +0.010 gold" in page
+    assert "1 of 2 differences from A in quality is real." in page
+    assert "dpo: B is really better than A: +0.090 in quality (95 % interval +0.040 to +0.140)." in page
+    assert "ppo: a difference between B and A is not shown: +0.010 in quality" in page
     assert re.search(r"A dpo ?0.71 0.66 to 0.76 B dpo ?0.71 0.66 to 0.76", page), "an arm's runs stand below each other"
 
 
-def test_figures_that_nobody_knew_of_become_columns(compared: Compared) -> None:
+def test_what_one_run_alone_measured_becomes_a_column(compared: Compared) -> None:
     row = compared.runs[1].evaluation["arms"][3]
     row["perplexity"] = {"mean": 7.25, "low": 6.5, "high": 8.125}
-    row["wins"] = {"stage:sft": {"mean": 0.625, "low": 0.5, "high": 0.75}}
+    row["win_rate"] = {"mean": 0.625, "low": 0.5, "high": 0.75}
     html = unlabelled(compared.html())
-    assert '<th scope="col"><bdi>perplexity</bdi></th><th scope="col"><bdi>wins stage:sft</bdi></th>' in html
-    assert "<td>7.25<small>6.50 to 8.12</small></td><td>0.62<small>0.50 to 0.75</small></td>" in html
+    assert '<th scope="col"><bdi>win_rate</bdi></th><th scope="col"><bdi>perplexity</bdi></th>' in html
+    assert "<td>0.62<small>0.50 to 0.75</small></td><td>7.25<small>6.50 to 8.12</small></td>" in html
     assert html.count("<td>–</td><td>–</td></tr>") >= len(compared.runs[0].evaluation["arms"]), "the others have none"
+
+
+def test_where_less_of_a_metric_is_better_a_lower_mean_is_called_better(compared: Compared) -> None:
+    compared.primary = Metric(name="errors", higher_is_better=False)
+    compared.differences = [_difference("stage:dpo", -0.09, 0.05, metric=compared.primary)]
+    html = compared.html()
+    assert "dpo: B is really better than A: −0.090 in errors (95" in Page(html).text
+    assert 'class="verdict good"' in html
+
+
+def test_without_a_metric_nothing_is_said_of_which_run_is_better(compared: Compared) -> None:
+    compared.primary, compared.differences = None, []
+    for run in compared.runs:
+        run.evaluation.update(metrics=[], primary=None, comparisons=[], tasks={})
+    page = Page(compared.html()).text
+    assert "No evaluation of these runs has a metric, so nothing can be said of which is better." in page
+    assert "They are in order of a hash of their id" in page
 
 
 def test_curves_of_a_stage_lie_over_each_other(compared: Compared) -> None:
@@ -142,7 +168,7 @@ def test_what_a_run_lacks_is_said(compared: Compared) -> None:
     del second.metrics["ppo"]
     compared.differences = []
     page = Page(compared.html()).text
-    assert "No arm was judged in gold both in A and in another run" in page
+    assert "No arm was scored by quality both in A and in another run" in page
     assert "The evaluation (evaluate) has no result yet." in page
     assert "The run is not complete: ppo (failed) and evaluate (waiting)." in page
     assert "B has no curves of it yet (failed)." in page
@@ -166,10 +192,10 @@ def test_answers_of_one_arm_stand_together_and_equal_ones_once(compared: Compare
     for run in compared.runs:
         run.samples = run.samples[:1]
         run.samples[0]["answers"] = {
-            "base": {"text": "The same.", "gold": 0.5},
-            "stage:dpo": {"text": f"Of {run.run['name']}.", "gold": 0.5},
+            "base": {"text": "The same.", "scores": {"quality": 0.5}},
+            "stage:dpo": {"text": f"Of {run.run['name']}.", "scores": {"quality": 0.5}},
         }
-    compared.runs[0].samples[0]["answers"]["stage:ppo"] = {"text": "Only here.", "gold": 1.0}
+    compared.runs[0].samples[0]["answers"]["stage:ppo"] = {"text": "Only here.", "scores": {"quality": 1.0}}
     page = Page(compared.html()).text
     assert "base A B The same." in page
     assert page.index("dpo A Of run 0.") < page.index("dpo B Of run 1.")

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from alignment.records.evaluation import ArmResult, Evaluation
+from alignment.records.interval import Interval
 from alignment.report.doubts import is_smoke, of_evaluation, of_figures, profile_of
 
 
@@ -35,13 +37,13 @@ def test_other_figures_are_no_reason(kind: str, figures: dict[str, float]) -> No
     assert of_figures(kind, figures) == []
 
 
-@pytest.mark.parametrize("ended", [0.0, {"mean": 0.0, "low": 0.0, "high": 0.0}])
-def test_arms_whose_answers_were_all_cut_off_are_named(ended: Any) -> None:
-    arms = [{"label": "base", "ended": ended}, {"label": "sft", "ended": 0.5}, {"label": "dpo"}]
-    assert of_evaluation({"arms": arms}) == [
+def test_arms_whose_answers_were_all_cut_off_are_named() -> None:
+    cut = ArmResult(name="base", ended=Interval(mean=0.0, low=0.0, high=0.0))
+    others = [ArmResult(name="stage:sft", ended=Interval(mean=0.5)), ArmResult(name="stage:dpo")]
+    assert of_evaluation(Evaluation(arms=[cut, *others])) == [
         "all answers of base were cut off at max_new_tokens, so their scores are those of unfinished text; raise it"
     ]
-    assert of_evaluation({"arms": arms[1:]}) == []
+    assert of_evaluation(Evaluation(arms=others)) == []
 
 
 def test_a_smoke_run_is_known_by_its_profile() -> None:

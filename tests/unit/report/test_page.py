@@ -103,7 +103,7 @@ def test_hostile_text_anywhere_stays_text(fake_run, hostile):
         row.update(id=row["id"] + hostile, task=hostile, reference=hostile)
         row["messages"] = [{"role": hostile, "content": hostile}]
         for answer in row["answers"].values():
-            answer.update(text=hostile, checks={hostile: 0.5})
+            answer.update(text=hostile, scores={hostile: 0.5})
     fake_run.write()
     (fake_run.folder / "ppo").mkdir()
     (fake_run.folder / "ppo" / "status.json").write_text(json.dumps({"error": hostile}), encoding="utf-8")
@@ -175,7 +175,7 @@ def test_a_run_without_an_evaluate_stage_is_said(fake_run):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '{"arms": []}', '{"arms": [3, {"gold": 1}]}', '{"arms": {}}']
+    "content", ["", "{", "[]", "null", '{"arms": []}', '{"arms": [3, {"words": 1}]}', '{"arms": {}}']
 )
 def test_a_damaged_evaluation_is_said(fake_run, content):
     fake_run.write()
@@ -189,7 +189,7 @@ def test_an_arm_with_nothing_but_a_name_is_shown_with_dashes(fake_run):
         "name": "base+prompt",
         "reward": None,
         "greedy_log_ratio": None,
-        "gold": {"mean": None},
+        "metrics": {"quality": {"mean": None}},
     }
     html = unlabelled(fake_run.html())
     row = re.search(r"<tr><th scope=\"row\"><bdi>base\+prompt</bdi></th>(.*?)</tr>", html).group(1)
@@ -286,13 +286,12 @@ def test_as_many_samples_as_asked_for_or_as_there_are(fake_run, wanted, shown):
     assert fake_run.html(num_samples=wanted).count('<details class="sample"') == shown
 
 
-def test_a_sample_shows_the_answer_its_scores_and_the_failed_checks(fake_run):
+def test_a_sample_shows_the_answer_and_its_scores(fake_run):
     fake_run.samples = fake_run.samples[:1]
-    checks = {"length": 1.0, "filler": 0.5, "own_words": 0.0, "plain": True}
-    answer = {"text": "An answer.", "gold": 0.25, "style": 0.5, "facts": None, "checks": checks}
+    answer = {"text": "An answer.", "scores": {"quality": 0.25, "tone": 0.5, "truth": None}}
     fake_run.samples[0]["answers"] = {"stage:dpo": answer, "stage:ppo": {"text": " "}}
     page = Page(fake_run.html()).text
-    assert "An answer. gold 0.25 style 0.50 own_words ×0.00 filler ×0.50" in page
+    assert "An answer. quality 0.25 tone 0.50" in page
     assert "(no answer)" in page
 
 
@@ -407,12 +406,12 @@ def test_an_evaluation_with_a_judge_shows_its_pairs_and_what_can_be_concluded(fa
     rate = {"mean": 0.62, "low": 0.53, "high": 0.71}
     pair = {
         "arm": "stage:dpo", "against": "stage:sft", "wins": 50, "ties": 24, "losses": 26, "win_rate": rate,
-        "verdict": "better", "invalid": 0.015, "agreement": 0.81, "position_bias": -0.12, "gold_agreement": 0.7,
-        "gold_kappa": 0.44,
+        "verdict": "better", "invalid": 0.015, "agreement": 0.81, "position_bias": -0.12, "metric_agreement": 0.7,
+        "metric_kappa": 0.44,
     }  # fmt: skip
     none = pair | {"against": "base+prompt", "win_rate": None, "verdict": "nothing can be concluded", "invalid": 1.0}
     fake_run.evaluation["judge"] = {"name": "a <b>judge</b>", "num_prompts": 100, "pairs": [pair, none, {"arm": "x"}]}
-    fake_run.evaluation["conclusions"] = ["100 prompts, by gold: <i>nothing</i>.", 7]
+    fake_run.evaluation["conclusions"] = ["100 prompts, by quality: <i>nothing</i>.", 7]
     html = unlabelled(fake_run.html())
     rows = re.findall(r"<tr><th scope=\"row\"><bdi>dpo</bdi></th><td>(sft|base.prompt)</td>(.*?)</tr>", html)
     assert [against for against, _ in rows] == ["sft", "base+prompt"]
@@ -421,7 +420,7 @@ def test_an_evaluation_with_a_judge_shows_its_pairs_and_what_can_be_concluded(fa
     assert "<td>–</td>" in rows[1][1]
     assert "nothing can be concluded" in rows[1][1]
     assert "a &lt;b&gt;judge&lt;/b&gt;" in html
-    assert "by gold: &lt;i&gt;nothing&lt;/i&gt;." in html
+    assert "by quality: &lt;i&gt;nothing&lt;/i&gt;." in html
 
 
 def test_an_evaluation_of_before_there_were_judges_is_shown_as_it_was(fake_run):

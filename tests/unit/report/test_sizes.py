@@ -1,4 +1,4 @@
-"""Gold over the number of rows: drawn where arms differ in the amount of their data, and nowhere else."""
+"""The primary metric over the number of rows: drawn where arms differ in the amount of their data, and nowhere else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import pytest
 
 PARTS = {"sft_25": (75.0, 0.41), "sft_50": (150.0, 0.5), "sft": (300.0, 0.62)}
-SPOKEN = 'aria-label="sft, gold over rows: '
+SPOKEN = 'aria-label="sft, quality over rows: '
 
 
 def identity(stage: str) -> dict:
@@ -27,13 +27,13 @@ def identity(stage: str) -> dict:
 def parts(fake_run):
     """The ordinary run with SFT on a quarter and on half of its conversations besides."""
     stages, arms = fake_run.run["stages"], fake_run.evaluation["arms"]
-    for name, (rows, gold) in PARTS.items():
+    for name, (rows, quality) in PARTS.items():
         stages.setdefault(name, {**stages["sft"], "artifact": f"{name}-0123abcd"})
         fake_run.headlines[name] = {"loss": 1.4, "rows": rows}
         fake_run.identities[name] = identity(name)
         if name != "sft":
-            bounds = {"mean": gold, "low": gold - 0.05, "high": gold + 0.05}
-            arms.append({"name": f"stage:{name}", "label": name, "gold": bounds})
+            bounds = {"mean": quality, "low": quality - 0.05, "high": quality + 0.05}
+            arms.append({"name": f"stage:{name}", "label": name, "metrics": {"quality": bounds}})
     return fake_run
 
 
@@ -59,12 +59,12 @@ def test_doublings_stand_equally_far_apart(parts):
 
 def test_an_ordinary_run_has_no_such_figure(fake_run):
     html = fake_run.html()
-    assert "gold over rows" not in html
+    assert "quality over rows" not in html
     assert "More data" not in html
 
 
-def no_gold(run):
-    run.evaluation["arms"][-1]["gold"] = None
+def no_quality(run):
+    run.evaluation["arms"][-1]["metrics"] = {}
 
 
 def not_evaluated(run):
@@ -97,7 +97,7 @@ def unfinished(run):
 
 @pytest.mark.parametrize(
     "change",
-    [no_gold, not_evaluated, as_many_rows, rows_not_counted, other_data, other_start, other_setting, unfinished],
+    [no_quality, not_evaluated, as_many_rows, rows_not_counted, other_data, other_start, other_setting, unfinished],
 )
 def test_two_arms_that_show_nothing_about_the_amount_are_not_drawn(parts, change):
     parts.drop_arms(["base", "stage:sft", "stage:sft_50"])
@@ -127,7 +127,7 @@ def test_a_limit_is_an_amount_as_well(parts):
 def test_without_bounds_and_without_the_base_there_are_dots_and_a_line(parts):
     parts.drop_arms([f"stage:{name}" for name in PARTS])
     for arm in parts.evaluation["arms"]:
-        arm["gold"] = arm["gold"]["mean"]
+        arm["metrics"]["quality"] = {"mean": arm["metrics"]["quality"]["mean"]}
     html = parts.html()
     assert drawing(html).count("<circle") == 3
     assert 'class="raw' not in drawing(html)

@@ -41,7 +41,7 @@ def record(**changes: object) -> SweepRecord:
         summary="rate and rank of SFT's adapter",
         search="tpe",
         number=12,
-        goals=[Goal(label="gold of stage:sft", minimize=False)],
+        goals=[Goal(label="quality of stage:sft", minimize=False)],
         parameters=[RATE, RANK],
         trials=[*ranked, failed, pruned],
         best=[6],
@@ -58,7 +58,7 @@ def words(html: str) -> str:
 def test_the_best_stands_first_with_its_interval_and_words_to_paste() -> None:
     html = sweep_page(record())
     said = words(html)
-    assert "Best gold of stage:sft: 0.600 (0.550 to 0.650), in trial 6." in said
+    assert "Best quality of stage:sft: 0.600 (0.550 to 0.650), in trial 6." in said
     assert "Trials 5, 7 may be as good" in said
     assert '<pre class="command">stages.sft.optim.lr=0.000241376 stages.sft.adapter.rank=4</pre>' in html
     assert "align run quickstart seed=7 stages.sft.optim.lr=0.000241376 stages.sft.adapter.rank=4" in said
@@ -94,7 +94,7 @@ def test_axes_are_logarithmic_for_ranges_that_are_and_even_for_listed_values() -
 
 
 def test_several_figures_name_the_trials_that_none_beats() -> None:
-    goals = [Goal(label="gold of stage:sft", minimize=False), Goal(label="kl of stage:sft", minimize=True)]
+    goals = [Goal(label="quality of stage:sft", minimize=False), Goal(label="kl of stage:sft", minimize=True)]
     trials = [replace(one, figures=[*one.figures, Interval(mean=2.0)]) for one in record().done[:3]]
     html = sweep_page(record(goals=goals, trials=trials, best=[6, 7], importance=[]))
     said = words(html)
@@ -105,7 +105,7 @@ def test_several_figures_name_the_trials_that_none_beats() -> None:
 
 @pytest.mark.parametrize(
     ("label", "is_drawn"),
-    [("eval_accuracy of reward", True), ("win_rate of stage:dpo", True), ("gold of stage:sft", False)],
+    [("eval_accuracy of reward", True), ("win_rate of stage:dpo", True), ("quality of stage:sft", False)],
 )
 def test_chance_is_drawn_where_a_figure_has_one(label: str, *, is_drawn: bool) -> None:
     html = sweep_page(record(goals=[Goal(label=label, minimize=False)]))

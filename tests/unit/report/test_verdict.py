@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from alignment.records.evaluation import Evaluation
 from alignment.report.doubts import of_evaluation
 
 
@@ -48,8 +49,8 @@ def test_a_comparison_written_the_other_way_round_means_the_same(fake_run, make_
 
 def test_real_and_not_shown_differences_are_told_apart(fake_run):
     html = fake_run.html()
-    assert "dpo is really better than sft: +0.090 gold (95\u202f% interval +0.035 to +0.145)." in html
-    assert "ppo is really worse than dpo: −0.060 gold" in html
+    assert "dpo is really better than sft: +0.090 in quality (95\u202f% interval +0.035 to +0.145)." in html
+    assert "ppo is really worse than dpo: −0.060 in quality" in html
     assert "Not shown, because the interval includes zero: a difference between ppo and sft." in html
     assert html.count('<span class="verdict open" role="cell">not shown</span>') == 1
     assert html.count('role="cell">real</span>') == 5
@@ -82,11 +83,11 @@ def test_a_smoke_run_concludes_nothing(fake_run):
 def test_stages_whose_own_figures_speak_against_them_are_named(fake_run):
     fake_run.headlines["reward"] = {"eval_accuracy": 0.5, "eval_rows": 30.0}
     fake_run.headlines["ppo"] = {"eos_rate": 0.0}
-    fake_run.evaluation["arms"][-1].update(ended=0.0)
+    fake_run.evaluation["arms"][-1].update(ended={"mean": 0.0})
     html = fake_run.html()
     assert "reward: right on 50% of 30 held-out pairs, no better than chance (50%)" in html
     assert "ppo: none of the last update&#39;s answers ended within max_new_tokens" in html
-    (said,) = of_evaluation(fake_run.evaluation)
+    (said,) = of_evaluation(Evaluation.read(fake_run.artifact("evaluate")))
     assert f"A{said.removeprefix('a')}." in html, "the page says what the driver said"
     assert "Some answers never ended" not in html
 
@@ -108,14 +109,35 @@ def test_figures_at_the_limit_or_missing_raise_no_warning(fake_run, distinct, kl
     assert "Read this first" not in fake_run.html()
 
 
-def test_a_higher_reward_with_really_lower_gold_is_called_over_optimisation(fake_run, make_comparison):
+def test_a_higher_reward_with_really_worse_metric_is_called_over_optimisation(fake_run, make_comparison):
     fake_run.evaluation["comparisons"] = [make_comparison("stage:ppo", "stage:sft", -0.1, 0.05)]
-    assert "The reward model scores ppo above sft although its gold score is really lower" in fake_run.html()
+    assert "The reward model scores ppo above sft although its quality is really worse" in fake_run.html()
 
 
 def test_without_preference_stages_the_lead_counts_real_differences(fake_run):
     fake_run.drop_arms(["base", "base+prompt", "stage:sft"])
     assert lead_of(fake_run.html()) == "3 of 3 comparisons between arms show a real difference."
+
+
+def test_where_less_is_better_lower_means_are_better(fake_run, make_comparison):
+    fake_run.evaluation["metrics"][0]["higher_is_better"] = False
+    fake_run.evaluation["comparisons"] = [make_comparison("stage:dpo", "stage:sft", -0.1, 0.05)]
+    html = fake_run.html()
+    assert lead_of(html) == "Preference training helped: dpo beats sft."
+    assert "dpo is really better than sft: −0.100 in quality" in html
+    assert 'class="verdict good" role="cell">real' in html
+    assert "quality</bdi>: less is better" in html
+
+
+def test_without_a_metric_no_arm_is_called_better(fake_run):
+    fake_run.evaluation.update(metrics=[], primary=None, comparisons=[], tasks={})
+    html = fake_run.html()
+    expected = "The evaluation has no metric and no judge, so no arm is called better than another."
+    assert lead_of(html) == expected
+    pair = {"arm": "stage:dpo", "against": "stage:sft", "wins": 8, "ties": 1, "losses": 1, "verdict": "better"}
+    fake_run.evaluation["judge"] = {"name": "some-model", "pairs": [pair, pair | {"verdict": "no real difference"}]}
+    expected = "The evaluation has no metric. By some-model, 1 of 2 pairs of arms shows a real difference."
+    assert lead_of(fake_run.html()) == expected
 
 
 def test_one_arm_alone_has_nothing_to_be_compared_with(fake_run):

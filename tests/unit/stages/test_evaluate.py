@@ -117,8 +117,9 @@ def test_every_arm_has_the_figures_that_can_be_compared(evaluated: dict[str, Any
     told = figures(evaluated)
     assert list(told) == SMALL.arms
     for name, arm in told.items():
-        for figure in ("gold", "style", "facts", "words", "refusals", "ended", "reward"):
-            assert arm[figure]["low"] <= arm[figure]["mean"] <= arm[figure]["high"], (name, figure)
+        assert list(arm["metrics"]) == ["style_and_facts", "style", "facts"]
+        for figure in (*arm["metrics"].values(), *(arm[key] for key in ("words", "refusals", "ended", "reward"))):
+            assert figure["low"] <= figure["mean"] <= figure["high"], name
     assert {name for name, arm in told.items() if arm["greedy_log_ratio"] is None} == {
         "base+prompt",
         "base+few-shot",
@@ -128,7 +129,7 @@ def test_every_arm_has_the_figures_that_can_be_compared(evaluated: dict[str, Any
     assert told["stage:sft"]["greedy_log_ratio"]["mean"] == 0.0
     assert told["path:other"]["label"] == "other"
     assert evaluated["judge"] is None
-    assert evaluated["conclusions"][0].startswith("3 prompts, by gold: ")
+    assert evaluated["conclusions"][0].startswith("3 prompts, by style_and_facts: ")
 
 
 def test_the_loss_of_reference_answers_equals_a_slow_sum_over_tokens(chain: Chained, evaluated: dict[str, Any]) -> None:
@@ -155,13 +156,13 @@ def test_log_ratios_and_rewards_of_every_arm_are_its_own_by_value(
     """Against plain forward passes, row by row, of each policy, of the reference (sft) and of the reward model."""
     save_tiny_model(chain.folder / "near", seed=4)
     answered: dict[str, Answered] = {}
-    arm_row = stage.arm_row
+    arm_result = stage.arm_result
 
-    def noted(name: str, arm: Answered, **told: Any) -> dict[str, Any]:
+    def noted(name: str, arm: Answered, **told: Any) -> Any:
         answered[name] = arm
-        return arm_row(name, arm, **told)
+        return arm_result(name, arm, **told)
 
-    monkeypatch.setattr(stage, "arm_row", noted)
+    monkeypatch.setattr(stage, "arm_result", noted)
     config = replace(SMALL, arms=["base", "stage:sft", "path:near"])
     told = figures(evaluate(chain, config, "by-value"))
     policies = {"base": chain.base, "path:near": chain.folder / "near"}
@@ -402,15 +403,15 @@ def test_what_was_judged_before_a_stop_is_not_asked_again(chain: Chained) -> Non
     assert not list((chain.folder / "artifacts/evaluate-stopped").glob("*.work.jsonl"))
 
 
-def test_rule_and_reward_judges_compare_scores(chain: Chained) -> None:
-    rule = evaluate(chain, by_judge(JudgeKind.rule, max_new_tokens=4), "rule")["judge"]["pairs"][0]
+def test_metric_and_reward_judges_compare_scores(chain: Chained) -> None:
+    rule = evaluate(chain, by_judge(JudgeKind.metric, max_new_tokens=4), "rule")["judge"]["pairs"][0]
     assert rule["prompts"] == 3
     assert rule["wins"] + rule["ties"] + rule["losses"] == 3
     assert rule["agreement"] is None
-    assert rule["gold_agreement"] is None
+    assert rule["metric_agreement"] is None
     told = evaluate(chain, by_judge(JudgeKind.reward, max_new_tokens=4, reward="stage:reward"), "reward")
     reward = told["judge"]["pairs"][0]
-    assert 0.0 <= reward["gold_agreement"] <= 1.0
+    assert 0.0 <= reward["metric_agreement"] <= 1.0
     lines = judgements(chain, "reward")
     assert sum(line["points"] for line in lines) / 3 == pytest.approx(reward["win_rate"]["mean"])
     for line in lines:
@@ -419,7 +420,7 @@ def test_rule_and_reward_judges_compare_scores(chain: Chained) -> None:
 
 
 def test_the_win_rate_against_the_reference_stands_in_the_arms_row(chain: Chained) -> None:
-    config = by_judge(JudgeKind.rule, arms=["base", "stage:sft", "path:other"], max_new_tokens=4)
+    config = by_judge(JudgeKind.metric, arms=["base", "stage:sft", "path:other"], max_new_tokens=4)
     told = evaluate(chain, config, "row")
     arms = figures(told)
     assert arms["path:other"]["win_rate"] == told["judge"]["pairs"][0]["win_rate"]
@@ -428,7 +429,7 @@ def test_the_win_rate_against_the_reference_stands_in_the_arms_row(chain: Chaine
 
 
 def test_at_most_so_many_prompts_are_judged(chain: Chained) -> None:
-    config = by_judge(JudgeKind.rule, max_new_tokens=4)
+    config = by_judge(JudgeKind.metric, max_new_tokens=4)
     told = evaluate(chain, replace(config, judge=replace(config.judge, max_prompts=2)), "few")
     assert told["judge"]["num_prompts"] == 2
     assert told["judge"]["pairs"][0]["prompts"] == 2

@@ -132,11 +132,11 @@ def test_trackers_are_told_whether_the_stage_came_to_its_end(
 
 def test_what_lies_in_groups_becomes_columns() -> None:
     rows = [
-        {"arm": "sft", "gold": {"mean": 0.5, "low": 0.4}, "kl": None},
+        {"arm": "sft", "brevity": {"mean": 0.5, "low": 0.4}, "kl": None},
         {"arm": "dpo", "kl": {"mean": 2.0}, "n": [1]},
     ]
     assert columns_and_rows(rows) == (
-        ["arm", "gold/mean", "gold/low", "kl", "kl/mean", "n"],
+        ["arm", "brevity/mean", "brevity/low", "kl", "kl/mean", "n"],
         [["sft", 0.5, 0.4, None, None, None], ["dpo", None, None, None, 2.0, "[1]"]],
     )
 
@@ -300,7 +300,7 @@ def test_under_a_sweep_s_agent_the_evaluation_is_the_agent_s_run_and_no_other_st
     tracking = TrackingConfig(wandb=True, project="tests", group="5weep")
     context = StageContext(spec=tiny_spec(tmp_path, config, tracking=tracking), rank=0, world_size=1)
     manifest = Manifest(
-        stage=config.kind, kind="evaluation", fingerprint="e" * 64, identity={}, metrics={"gold/dpo": 0.5}
+        stage=config.kind, kind="evaluation", fingerprint="e" * 64, identity={}, metrics={"brevity/dpo": 0.5}
     )
     with worker._tracked(context):
         result = _published(tmp_path, manifest)
@@ -313,7 +313,7 @@ def test_under_a_sweep_s_agent_the_evaluation_is_the_agent_s_run_and_no_other_st
     assert (run.run_id, run.sweep_id) == expected
     assert run.run_group == "5weep"
     summary = {one.key: one.value_json for line in recorded(context.spec.run_folder, "summary") for one in line.update}
-    assert json.loads(summary["gold/dpo"]) == 0.5
+    assert json.loads(summary["brevity/dpo"]) == 0.5
 
 
 def test_tags_say_recipe_adapter_and_the_user_s_own_once(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class Store:
         self.root = root
         for stage in CONFIGS:
             self.publish(stage, kind="reward" if stage == "reward" else "policy", config=CONFIGS[stage])
-        self.record("mine", self.evaluate("evaluate", gold=0.625))
+        self.record("mine", self.evaluate("evaluate", brevity=0.625))
 
     def publish(self, stage: str, *, kind: str, config: dict[str, Any], **changes: Any) -> Path:
         content = self.root / "content"
@@ -60,16 +60,18 @@ class Store:
         publish(content, folder, Manifest(**{**told, **changes}))
         return folder
 
-    def evaluate(self, name: str, *, gold: float, arm: str = "stage:ppo", of: str = "ppo") -> Path:
+    def evaluate(self, name: str, *, brevity: float, arm: str = "stage:ppo", of: str = "ppo") -> Path:
         content = self.root / "content"
         content.mkdir()
-        row = {"name": arm, "label": "ppo", "gold": {"mean": gold, "low": 0.5, "high": 0.75}, "words": 21.5}
-        row |= {"kl": None, "wins": {"sft": {"mean": 0.5625, "low": 0.4375, "high": 0.6875}}, "seconds": 3.0}
+        metrics = {"brevity": {"mean": brevity, "low": 0.5, "high": 0.75}, "errors": {"mean": 0.5625}}
+        row = {"name": arm, "label": "ppo", "metrics": metrics, "words": {"mean": 21.5}, "loss": None, "seconds": 3.0}
         pair = {"arm": arm, "against": "stage:sft", "difference": 0.11, "low": 0.02, "high": 0.2, "real": True}
         verdict = {"arm": arm, "against": "stage:sft", "win_rate": {"mean": 0.7, "low": 0.6, "high": 0.8}}
+        verdict |= {"wins": 7, "ties": 0, "losses": 3}
         row["win_rate"] = verdict["win_rate"]
-        judge = {"name": "the gold rule", "pairs": [verdict, verdict | {"arm": "base"}]}
-        told = {"num_prompts": 102, "arms": [row], "comparisons": [pair], "judge": judge}
+        judge = {"name": "the metric", "pairs": [verdict, verdict | {"arm": "base"}]}
+        told = {"metrics": [{"name": "brevity"}, {"name": "errors", "higher_is_better": False}], "primary": "brevity"}
+        told |= {"num_prompts": 102, "arms": [row], "comparisons": [pair], "judge": judge}
         (content / "evaluation.json").write_text(json.dumps(told))
         identity = {"arms": {arm: _fingerprint(of)}}
         inputs = {arm: _fingerprint(of)}
@@ -120,22 +122,22 @@ def store(tmp_path: Path) -> Store:
 
 def test_its_figures_are_those_of_manifest_and_evaluation(store: Store) -> None:
     card = store.card()
-    figures = dict(re.findall(r"^\| ([\w /]+) \| ([\d.]+) \|", card, flags=re.MULTILINE))
+    figures = dict(re.findall(r"^\| ([\w /()]+) \| ([\d.]+) \|", card, flags=re.MULTILINE))
     assert figures == {
         "loss": "0.3457",
         "rows": "270",
-        "gold": "0.625",
+        "brevity (more is better)": "0.625",
+        "errors (less is better)": "0.5625",
         "words": "21.5",
-        "wins sft": "0.5625",
     }
-    assert "| gold | 0.625 | 0.5 to 0.75 |" in card
+    assert "| brevity (more is better) | 0.625 | 0.5 to 0.75 |" in card
     assert "on 102 held-out prompts" in card
-    assert "- ppo against sft: +0.110 (+0.020 to +0.200), better" in card
+    assert "- ppo against sft: +0.110 (+0.020 to +0.200) in brevity, better" in card
 
 
 def test_a_win_rate_names_judge_and_opponent(store: Store) -> None:
     card = store.card()
-    assert "| win rate against sft, by the gold rule | 0.7 | 0.6 to 0.8 |" in card
+    assert "| win rate against sft, by the metric | 0.7 | 0.6 to 0.8 |" in card
     assert "win_rate" not in card
 
 
@@ -200,10 +202,10 @@ def test_its_header_is_what_hubs_read(store: Store) -> None:
 
 
 def test_the_evaluation_of_the_run_that_is_named_counts(store: Store) -> None:
-    other = store.evaluate("evaluate-later", gold=0.25)
+    other = store.evaluate("evaluate-later", brevity=0.25)
     store.record("other", other)
-    assert "| gold | 0.625 |" in store.card(run="mine")
-    assert "| gold | 0.25 |" in store.card(run="other")
+    assert "| brevity (more is better) | 0.625 |" in store.card(run="mine")
+    assert "| brevity (more is better) | 0.25 |" in store.card(run="other")
 
 
 def test_what_is_not_known_is_said(store: Store) -> None:

@@ -15,6 +15,8 @@ from alignment.core.artifacts import MANIFEST, Manifest
 from alignment.pipeline.execute.summary import REPORT
 from alignment.pipeline.sweeps.run import sweep
 
+METRIC = "style_and_facts"
+"""The quickstart's primary metric."""
 BETAS = ["0.05", "0.1", "0.3", "0.5"]
 """What the shipped sweep dpo_beta tries."""
 
@@ -46,13 +48,16 @@ class Runs:
         artifact.mkdir(parents=True, exist_ok=True)
         mean = self.figure(told)
         figure = None if mean is None else {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
-        (artifact / "evaluation.json").write_text(
-            json.dumps({"arms": [{"name": "stage:dpo", "gold": figure, "words": 21.5}]})
-        )
-        golds = [] if mean is None else [mean + noise for noise in (-0.02, 0.0, 0.02)]
-        lines = [{"id": str(place), "answers": {"stage:dpo": {"gold": one}}} for place, one in enumerate(golds)]
+        arm = {"name": "stage:dpo", "metrics": {} if figure is None else {METRIC: figure}, "words": 21.5}
+        evaluation = {"metrics": [{"name": METRIC}], "primary": METRIC, "arms": [arm]}
+        (artifact / "evaluation.json").write_text(json.dumps(evaluation))
+        scores = [] if mean is None else [mean + noise for noise in (-0.02, 0.0, 0.02)]
+        lines = [
+            {"id": str(place), "answers": {"stage:dpo": {"text": "", "scores": {METRIC: one}}}}
+            for place, one in enumerate(scores)
+        ]
         (artifact / "samples.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-        metrics = {"loss/dpo": self.words(told), "gold/dpo": self.words(told), "rewards/margins": self.words(told)}
+        metrics = {"loss/dpo": self.words(told), f"{METRIC}/dpo": self.words(told), "rewards/margins": self.words(told)}
         (artifact / MANIFEST).write_text(
             json.dumps(
                 asdict(Manifest(stage="evaluate", kind="evaluation", fingerprint="", identity={}, metrics=metrics))

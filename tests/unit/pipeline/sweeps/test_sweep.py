@@ -128,7 +128,7 @@ def test_less_may_be_better(runs: Runs, tmp_path: Path) -> None:
 
 def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs: Runs) -> None:
     runs.figure = lambda told: None
-    with pytest.raises(ConfigError, match="no stage reports gold of stage:dpo; it reports nothing to go by"):
+    with pytest.raises(ConfigError, match="no stage reports style_and_facts of stage:dpo; it reports nothing to go by"):
         go(runs)
     assert len(runs.asked) == 1
 
@@ -136,8 +136,12 @@ def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"objective": {"arm": "stage:dop"}}, "no stage reports gold of 'stage:dop'"),
-        ({"objective": {"arm": "stage:dpo", "metric": "glod"}}, "did you mean 'gold'"),
+        ({"objective": {"arm": "stage:dop"}}, "no stage reports primary of 'stage:dop'"),
+        ({"objective": {"arm": "stage:dpo", "metric": "fatcs"}}, "did you mean 'facts'"),
+        (
+            {"objective": {"arm": "stage:dpo", "metric": "gold"}},
+            "no evaluation reports 'gold'; one of: primary, style_and_facts, style, facts, reward, greedy_log_ratio,",
+        ),
         ({"parameters": []}, "at least one entry"),
         ({"parameters": [{"key": "stages.dpo.bata", "values": [0.1]}]}, "stages.dpo.bata: unknown key; did you mean"),
         ({"parameters": [{"key": "stages.dpo.beta", "values": [0.1, "x"]}]}, "stages.dpo.beta: 'x' is not allowed"),
@@ -154,7 +158,7 @@ def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs:
         ({"objective": {"arm": "stage:dpo", "metric": "loss"}}, "the less loss the better; set minimize: true"),
         ({"objective": {"stage": "dpo", "metric": "perplexity"}}, "set minimize: true"),
         ({"objective": []}, "by what? write"),
-        ({"objective": {"metric": "gold"}}, "write arm: … for a figure of the evaluation, or stage: …"),
+        ({"objective": {"metric": "style"}}, "write arm: … for a figure of the evaluation, or stage: …"),
         ({"objective": {"arm": "stage:dpo", "stage": "dpo"}}, "write arm: … for a figure of the evaluation, or"),
         ({"objective": {"stage": "rewrad"}}, "the recipe has no stage 'rewrad'; did you mean 'reward'"),
         ({"objective": {"stage": "reward", "metric": "eval_acuracy"}}, "did you mean 'eval_accuracy'"),
@@ -162,10 +166,13 @@ def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs:
             {"objective": {"stage": "reward", "metric": "eval_loss"}},
             "the less eval_loss the better; set minimize: true",
         ),
-        ({"objective": {"stage": "evaluate", "metric": "gold/dop"}}, "reports no 'gold/dop'; did you mean 'gold/dpo'"),
+        (
+            {"objective": {"stage": "evaluate", "metric": "style/dop"}},
+            "reports no 'style/dop'; did you mean 'style/dpo'",
+        ),
         ({"objective": {"stage": "ppo", "metric": "guard/kl", "minimize": True}}, "set stages.ppo.guard.every above 0"),
-        ({"objective": {"stage": "report", "metric": "gold"}}, "stage 'report' reports no figure"),
-        ({"objective": [{"arm": "stage:dpo"}, {"arm": "stage:dop"}]}, "objective[1]: no stage reports gold of"),
+        ({"objective": {"stage": "report", "metric": "style"}}, "stage 'report' reports no figure"),
+        ({"objective": [{"arm": "stage:dpo"}, {"arm": "stage:dop"}]}, "objective[1]: no stage reports primary of"),
         ({"pruning": {"pruner": "median", "stage": "evaluate"}}, "no stage 'evaluate' that learns; one of: sft"),
         (
             {"pruning": {"pruner": "median"}, "objective": [{"arm": "stage:dpo"}, {"arm": "stage:sft"}]},
@@ -186,11 +193,11 @@ def test_a_sweep_that_cannot_be_right_starts_nothing(
     ("arm", "metric", "judge", "words"),
     [
         ("stage:dpo", "win_rate", "", "stages.evaluate.judge.kind a judge"),
-        ("stage:sft", "win_rate", "rule", "stages.evaluate.judge.pairs has to hold it against"),
-        ("base", "win_rate", "rule", "against stages.evaluate.reference, 'stage:sft'"),
+        ("stage:sft", "win_rate", "metric", "stages.evaluate.judge.pairs has to hold it against"),
+        ("base", "win_rate", "metric", "against stages.evaluate.reference, 'stage:sft'"),
         ("base+prompt", "greedy_log_ratio", "", "it is asked other prompts than stages.evaluate.reference"),
         ("base+few-shot", "greedy_log_ratio", "", "it is asked other prompts than stages.evaluate.reference"),
-        ("stage:dpo", "win_rate", "rule", ""),
+        ("stage:dpo", "win_rate", "metric", ""),
         ("stage:sft", "greedy_log_ratio", "", ""),
         ("base", "greedy_log_ratio", "", ""),
         ("base+prompt", "loss", "", ""),
@@ -229,8 +236,8 @@ def test_jobs_of_slurm_are_not_pruned(runs: Runs, tmp_path: Path) -> None:
 def test_figures_that_the_check_refuses_are_not_offered(runs: Runs, tmp_path: Path) -> None:
     file = own(runs, tmp_path, objective={"arm": "stage:dpo", "metric": "win_rate"}, search="grid", parameters=GRID)
     with pytest.raises(ConfigError) as caught:
-        go(runs, file, "stages.evaluate.judge.kind=rule")
-    assert "no stage reports win_rate of stage:dpo; it reports gold\n" in str(caught.value)
+        go(runs, file, "stages.evaluate.judge.kind=metric")
+    assert "no stage reports win_rate of stage:dpo; it reports style_and_facts\n" in str(caught.value)
     assert "take another metric or set stages.evaluate.judge.kind" in str(caught.value)
 
 
@@ -254,7 +261,7 @@ def test_an_unknown_sweep_gets_the_nearest(runs: Runs) -> None:
 
 
 def test_two_objectives_give_the_trials_that_none_beats_in_both(runs: Runs, tmp_path: Path) -> None:
-    """Beta .3 has the best gold, .5 the fewest words; .1 loses to both, .05 to .1 as well."""
+    """Beta .3 has the best score, .5 the fewest words; .1 loses to both, .05 to .1 as well."""
     runs.words = lambda told: 30.0 - 20.0 * float(told["stages.dpo.beta"])
     both = [{"arm": "stage:dpo"}, {"stage": "evaluate", "metric": "loss/dpo", "minimize": True}]
     grid = {"search": "grid", "parameters": [{"key": "stages.dpo.beta", "values": [float(beta) for beta in BETAS]}]}
@@ -262,7 +269,7 @@ def test_two_objectives_give_the_trials_that_none_beats_in_both(runs: Runs, tmp_
     assert code == 0
     assert "trials 2, 3 are the Pareto set" in printed
     told = json.loads((runs.output / "sweeps/quickstart.mine/sweep.json").read_text())
-    assert [goal["label"] for goal in told["goals"]] == ["gold of stage:dpo", "loss/dpo of evaluate"]
+    assert [goal["label"] for goal in told["goals"]] == ["style_and_facts of stage:dpo", "loss/dpo of evaluate"]
     assert told["best"] == [2, 3]
     assert [row["number"] for row in told["trials"]] == [2, 3, 1, 0]
     assert told["trials"][0]["figures"][1] == {"mean": 24.0, "low": None, "high": None}
@@ -270,11 +277,13 @@ def test_two_objectives_give_the_trials_that_none_beats_in_both(runs: Runs, tmp_
 
 def test_a_recipe_without_an_evaluation_is_judged_by_what_a_stage_says_of_itself(runs: Runs, tmp_path: Path) -> None:
     runs.words = lambda told: float(told["stages.dpo.beta"])
-    file = own(runs, tmp_path, objective={"stage": "evaluate", "metric": "gold/dpo"}, search="grid", parameters=GRID)
+    file = own(
+        runs, tmp_path, objective={"stage": "evaluate", "metric": "style_and_facts/dpo"}, search="grid", parameters=GRID
+    )
     assert "best: stages.dpo.beta=0.3" in go(runs, file)[1]
     runs.words = lambda told: float("nan")
     code, printed = go(runs, file, "seed=7")
-    assert (code, "gold/dpo of evaluate is not a finite number" in printed) == (5, True)
+    assert (code, "style_and_facts/dpo of evaluate is not a finite number" in printed) == (5, True)
 
 
 def test_a_figure_of_the_training_itself_is_told_as_such(runs: Runs, tmp_path: Path) -> None:

@@ -1,0 +1,197 @@
+"""The tables of an evaluation: each arm by itself, arms compared, tasks, and the answers to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from alignment.config.evaluation import FEW_SHOT, PROMPTED, UNTRAINED_ARMS
+from alignment.core.errors import NonFiniteError
+from alignment.data.records import HeldOutPrompt
+from alignment.evaluation.arms import Answered
+from alignment.evaluation.bootstrap import Intervals, detectable
+from alignment.evaluation.pairwise import (
+    LOSS,
+    TIE,
+    WIN,
+    BothOrders,
+    agreement,
+    invalid_share,
+    kappa,
+    position_bias,
+    same_share,
+)
+from alignment.evaluation.refusals import is_refusal
+from alignment.records.evaluation import (
+    BETTER,
+    NO_DIFFERENCE,
+    NOTHING,
+    WORSE,
+    ArmResult,
+    Comparison,
+    JudgedPair,
+    Sample,
+    SampleAnswer,
+)
+from alignment.records.interval import Interval
+
+Scores = Mapping[str, Sequence[float]]
+"""One score a prompt, by the metric's name, or by the arm's."""
+
+_MOST = 700.0
+"""Nats a token; exp of more is no float."""
+
+
+def refuse_not_finite(name: str, arm: Answered, *, rewards: list[float] | None, log_ratios: list[float] | None) -> None:
+    """Raises NonFiniteError if a figure of the arm called ``name`` would not be a finite number, on a single prompt."""
+    losses = [-one.logprob / one.tokens for one in arm.references if one is not None]
+    perplexities = [math.exp(loss) if loss < _MOST else math.inf for loss in losses]
+    figures = {
+        "reward": rewards or [],
+        "greedy log-ratio": log_ratios or [],
+        "loss": losses,
+        "perplexity": perplexities,
+    }
+    for figure, values in figures.items():
+        bad = [value for value in values if not math.isfinite(value)]
+        if bad:
+            raise NonFiniteError(
+                f"the {figure} of {name} is {bad[0]} on {len(bad)} of {len(values)} prompts",
+                remedy="its training or the reward model's went wrong: lower the rate, or leave the arm out",
+            )
+
+
+def arm_result(
+    name: str,
+    arm: Answered,
+    *,
+    label: str,
+    scores: Scores,
+    rewards: list[float] | None,
+    log_ratios: list[float] | None,
+    win_rate: Interval | None,
+    intervals: Intervals,
+) -> ArmResult:
+    """One arm's line of the table.
+
+    ``scores`` are those of its answers by each metric; ``log_ratios`` are log π − log ref of its greedy answers, in
+    nats.
+    """
+    answers = arm.answers
+    loss = _loss(arm, intervals)
+    return ArmResult(
+        name=name,
+        label=label,
+        metrics={metric: intervals.of(list(values)) for metric, values in scores.items()},
+        words=intervals.of([float(len(answer.text.split())) for answer in answers]),
+        reward=None if rewards is None else intervals.of(rewards),
+        greedy_log_ratio=None if log_ratios is None else intervals.of(log_ratios),
+        win_rate=win_rate,
+        loss=loss,
+        perplexity=None if loss is None else loss.through(math.exp),
+        refusals=intervals.of([float(is_refusal(answer.text)) for answer in answers]),
+        distinct=len({answer.text for answer in answers}) / len(answers),
+        ended=intervals.of([float(answer.ended) for answer in answers]),
+        seconds=arm.seconds,
+    )
+
+
+def _loss(arm: Answered, intervals: Intervals) -> Interval | None:
+    """Nats a token of the reference answers, over all tokens of all of them; None where there is none."""
+    sums = [one for one in arm.references if one is not None]
+    return intervals.of_ratio([-one.logprob for one in sums], [float(one.tokens) for one in sums]) if sums else None
+
+
+def compare(scores: Scores, *, reference: str, intervals: Intervals) -> list[Comparison]:
+    """Paired differences of arms' scores by the primary metric, which are given by arm.
+
+    The reference arm is held against the untrained ones, trained arms against it and each other.
+    """
+    trained = [name for name in scores if name not in (*UNTRAINED_ARMS, reference)]
+    pairs = [*((name, "base") for name in (PROMPTED, FEW_SHOT)), *((reference, name) for name in UNTRAINED_ARMS)]
+    pairs += [(name, reference) for name in trained]
+    pairs += [(later, earlier) for place, later in enumerate(trained) for earlier in trained[:place]]
+    different = {frozenset(pair): pair for pair in reversed(pairs) if len(set(pair)) == 2 and set(pair) <= set(scores)}
+    return [_comparison(scores, arm, against, intervals) for arm, against in reversed(different.values())]
+
+
+def _comparison(scores: Scores, arm: str, against: str, intervals: Intervals) -> Comparison:
+    differences = [score - other for score, other in zip(scores[arm], scores[against], strict=True)]
+    interval = intervals.of(differences)
+    low, high = interval.bounds or (interval.mean, interval.mean)
+    return Comparison(
+        arm=arm, against=against, difference=interval.mean, low=low, high=high, detectable=detectable(differences)
+    )
+
+
+def judged_pair(
+    arm: str,
+    against: str,
+    points: Sequence[float | None],
+    both: Sequence[BothOrders] | None,
+    *,
+    by_metric: Sequence[float] | None,
+    max_invalid: float,
+    intervals: Intervals,
+) -> JudgedPair:
+    """A line of the judge's table: ``points`` are the arm's on each prompt, None where a verdict is invalid.
+
+    ``both`` are the verdicts behind them, None for a judge of scores; ``by_metric`` the points by the primary metric,
+    to hold against the judge's. With more than a share of ``max_invalid`` of invalid verdicts there is no win rate.
+    """
+    counted = [place for place, value in enumerate(points) if value is not None]
+    valid = [value for value in points if value is not None]
+    invalid = 0.0 if both is None else invalid_share(both)
+    rate = intervals.of(valid) if valid and invalid <= max_invalid else None
+    beside = None if by_metric is None or not valid else [by_metric[place] for place in counted]
+    return JudgedPair(
+        arm=arm,
+        against=against,
+        prompts=len(points),
+        wins=valid.count(WIN),
+        ties=valid.count(TIE),
+        losses=valid.count(LOSS),
+        win_rate=rate,
+        verdict=NOTHING if rate is None else _against_even(rate),
+        invalid=invalid,
+        agreement=None if both is None else agreement(both),
+        position_bias=None if both is None else position_bias(both),
+        metric_agreement=None if beside is None else same_share(valid, beside),
+        metric_kappa=None if beside is None else kappa(valid, beside),
+    )
+
+
+def _against_even(rate: Interval) -> str:
+    low, high = rate.bounds or (TIE, TIE)
+    if low > TIE:
+        return BETTER
+    return WORSE if high < TIE else NO_DIFFERENCE
+
+
+def by_task(rows: Sequence[HeldOutPrompt], scores: Scores) -> dict[str, dict[str, float]]:
+    """Each arm's mean score on each kind of task; ``scores`` are by arm."""
+    tasks: dict[str, dict[str, float]] = {}
+    for task in sorted({row.task for row in rows if row.task}):
+        places = [place for place, row in enumerate(rows) if row.task == task]
+        tasks[task] = {name: sum(values[place] for place in places) / len(places) for name, values in scores.items()}
+    return tasks
+
+
+def samples(rows: Sequence[HeldOutPrompt], arms: Mapping[str, Answered], scores: Mapping[str, Scores]) -> list[Sample]:
+    """Every prompt with every arm's answer; ``scores`` are by arm, then by metric."""
+    return [
+        Sample(
+            id=row.id,
+            task=row.task,
+            messages=[message.as_dict() for message in row.messages],
+            reference=row.reference,
+            answers={
+                name: SampleAnswer(
+                    text=arm.answers[place].text,
+                    scores={metric: values[place] for metric, values in scores[name].items()},
+                )
+                for name, arm in arms.items()
+            },
+        )
+        for place, row in enumerate(rows)
+    ]

@@ -1,0 +1,272 @@
+"""``evaluation.json`` and ``samples.jsonl``: arms beside each other on held-out prompts (docs/evaluation.md)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from alignment.core import typed_json
+from alignment.core.artifacts import write_lines
+from alignment.core.typed_json import Label, Name
+from alignment.records.interval import Interval
+
+FILE = "evaluation.json"
+SAMPLES = "samples.jsonl"
+
+BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no real difference"
+"""Verdicts on two arms."""
+NOTHING = "nothing can be concluded"
+"""The verdict on two arms of which too many verdicts are invalid."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """A score of answers that the recipe asked for: ``Metric(name="brevity", higher_is_better=True)``."""
+
+    name: Name
+    higher_is_better: bool = True
+
+    def verdict(self, difference: Interval) -> str:
+        """On an arm whose mean differs by so much from another's: only an interval without zero is a difference."""
+        if not difference.excludes_zero():
+            return NO_DIFFERENCE
+        return BETTER if (difference.mean > 0) == self.higher_is_better else WORSE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArmResult:
+    """One arm; None stands for a figure that was not measured.
+
+    ``metrics`` are those of the recipe, by name. ``greedy_log_ratio`` is in nats a sequence, ``loss`` in nats a token;
+    ``refusals``, ``distinct`` and ``ended`` are shares of the answers, ``win_rate`` is one of the points against the
+    reference. ``seconds`` is what answering took.
+    """
+
+    name: Name
+    label: Label = ""
+    metrics: dict[Name, Interval] = field(default_factory=dict)
+    words: Interval | None = None
+    reward: Interval | None = None
+    greedy_log_ratio: Interval | None = None
+    win_rate: Interval | None = None
+    loss: Interval | None = None
+    perplexity: Interval | None = None
+    refusals: Interval | None = None
+    distinct: float | None = None
+    ended: Interval | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.label:
+            object.__setattr__(self, "label", self.name.removeprefix("stage:"))
+
+    @property
+    def figures(self) -> dict[str, Interval]:
+        """Everything that was measured of its answers, by name, the recipe's metrics first."""
+        others = ((one.name, getattr(self, one.name)) for one in fields(self) if one.name not in _NO_FIGURES)
+        found = {name: Interval(mean=value) if isinstance(value, float) else value for name, value in others}
+        return {**self.metrics, **{name: value for name, value in found.items() if value is not None}}
+
+    @staticmethod
+    def from_older(raw: Any) -> Any:
+        """Older files have the scores of a rule of the package beside the other figures."""
+        if not isinstance(raw, dict) or "metrics" in raw:
+            return raw
+        return {**raw, "metrics": {name: raw[name] for name in _names_of_older(raw)}}
+
+
+_NO_FIGURES = ("name", "label", "metrics", "seconds")
+FIGURES = tuple(one.name for one in fields(ArmResult) if one.name not in _NO_FIGURES)
+"""Names that no metric of a recipe can have, since every arm has a figure of this name."""
+
+
+def _names_of_older(arm: Any) -> list[str]:
+    """The figures of an older file's arm that stand among the metrics now."""
+    known = {one.name for one in fields(ArmResult)}
+    return [name for name, value in arm.items() if name not in known and isinstance(value, dict) and "mean" in value]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """``arm`` minus ``against`` in the primary metric, paired by prompt.
+
+    ``detectable`` is the true difference that four of five such evaluations would find. Example:
+    ``Comparison(arm="stage:dpo", against="stage:sft", difference=0.08, low=0.02, high=0.14)``.
+    """
+
+    arm: Name
+    against: Name
+    difference: float
+    low: float
+    high: float
+    detectable: float | None = None
+
+    @property
+    def interval(self) -> Interval:
+        """The difference with its bounds."""
+        return Interval(mean=self.difference, low=self.low, high=self.high)
+
+    @property
+    def real(self) -> bool:
+        """Whether the interval excludes zero; read off the interval so that words and numbers cannot disagree."""
+        return self.interval.excludes_zero()
+
+    def turned(self) -> Comparison:
+        """The same difference, seen from the other arm."""
+        return Comparison(
+            arm=self.against,
+            against=self.arm,
+            difference=-self.difference,
+            low=-self.high,
+            high=-self.low,
+            detectable=self.detectable,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgedPair:
+    """What a judge said of two arms; ``win_rate`` is None where nothing can be concluded.
+
+    ``wins``, ``ties`` and ``losses`` count prompts, ``invalid`` is a share of verdicts. ``metric_agreement`` and
+    ``metric_kappa`` hold the judge against the primary metric. docs/evaluation.md explains the other figures.
+    """
+
+    arm: Name
+    against: Name
+    prompts: int | None = None
+    wins: int
+    ties: int
+    losses: int
+    win_rate: Interval | None = None
+    verdict: Name = ""
+    invalid: float | None = None
+    agreement: float | None = None
+    position_bias: float | None = None
+    metric_agreement: float | None = None
+    metric_kappa: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judge:
+    """Who judged pairs of arms, on how many prompts, and what came of it."""
+
+    kind: Name = ""
+    name: Name = "a judge"
+    num_prompts: int | None = None
+    pairs: list[JudgedPair] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """The arms beside each other.
+
+    ``primary`` names the metric by which arms are compared; without metrics there is none, and no comparison.
+    ``tasks`` maps a task to each arm's mean of it. ``conclusions`` say what an evaluation of this size can show.
+    """
+
+    num_prompts: int | None = None
+    metrics: list[Metric] = field(default_factory=list)
+    primary: Name | None = None
+    arms: list[ArmResult] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    tasks: dict[Name, dict[Name, float]] = field(default_factory=dict)
+    judge: Judge | None = None
+    conclusions: list[str] = field(default_factory=list)
+    version: int = 2
+
+    def label(self, name: str) -> str:
+        """What a reader calls the arm ``name``."""
+        return next((arm.label for arm in self.arms if arm.name == name), name.removeprefix("stage:"))
+
+    def arm(self, name: str) -> ArmResult | None:
+        """The arm of this name."""
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+    @property
+    def primary_metric(self) -> Metric | None:
+        """The metric by which arms are compared."""
+        return next((metric for metric in self.metrics if metric.name == self.primary), None)
+
+    def primary_of(self, arm: ArmResult) -> Interval | None:
+        """An arm's mean of the primary metric."""
+        return None if self.primary is None else arm.metrics.get(self.primary)
+
+    def verdict(self, comparison: Comparison) -> str:
+        """On the first arm of a comparison: ``better``, ``worse`` or ``no real difference``."""
+        metric = self.primary_metric or Metric(name="")
+        return metric.verdict(comparison.interval)
+
+    def write(self, folder: Path) -> None:
+        """Writes the file into an artifact's folder."""
+        typed_json.write(folder / FILE, self)
+
+    @staticmethod
+    def read(artifact: Path) -> Evaluation:
+        """The record of an artifact.
+
+        Raises:
+            FileNotFoundError: the artifact has none.
+            ArtifactError: it is damaged, or was written by a newer version.
+        """
+        return typed_json.read(artifact / FILE, Evaluation, remedy=f"delete {artifact} to remake it")
+
+    @staticmethod
+    def from_older(raw: Any) -> Any:
+        """Older files do not list their metrics; the first one was that by which arms were compared."""
+        arms = raw.get("arms") if isinstance(raw, dict) and "metrics" not in raw else None
+        first = arms[0] if isinstance(arms, list) and arms else None
+        names = _names_of_older(first) if isinstance(first, dict) and "metrics" not in first else []
+        return {**raw, "metrics": [{"name": name} for name in names], "primary": names[0]} if names else raw
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleAnswer:
+    """An arm's answer to one prompt, and its score by each metric of the recipe."""
+
+    text: str = ""
+    scores: dict[Name, float] = field(default_factory=dict)
+
+    @staticmethod
+    def from_older(raw: Any) -> Any:
+        """Older files have the scores of a rule of the package beside the text."""
+        if not isinstance(raw, dict) or "scores" in raw:
+            return raw
+        return {**raw, "scores": {name: value for name, value in raw.items() if isinstance(value, (int, float))}}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """A held-out prompt with every arm's answer, by the arm's name; ``messages`` are turns as chat templates take
+    them."""
+
+    id: Name = ""
+    task: Name = ""
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    reference: str = ""
+    answers: dict[Name, SampleAnswer] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        """The same for the same prompt in any evaluation: rows may have no id, and files may count theirs alike."""
+        return json.dumps([self.id, self.messages], sort_keys=True)
+
+
+def write_samples(folder: Path, samples: list[Sample]) -> None:
+    """Writes ``SAMPLES`` into an artifact's folder."""
+    write_lines(folder / SAMPLES, map(typed_json.to_json, samples))
+
+
+def read_samples(artifact: Path) -> Iterator[Sample]:
+    """The samples of an artifact; nothing where it kept none.
+
+    Raises:
+        ValueError: a line is not JSON.
+    """
+    file = artifact / SAMPLES
+    # Not by splitlines(), which also splits at U+2028 and the like: answers hold those as they are.
+    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
+    rows = (typed_json.parts(json.loads(line), Sample) for line in lines if line)
+    return (row for row in rows if row is not None)

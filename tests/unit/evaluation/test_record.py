@@ -1,0 +1,112 @@
+"""evaluation.json and samples.jsonl: what is written is read again, by older forms too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from alignment.core.errors import ArtifactError
+from alignment.records.evaluation import (
+    FIGURES,
+    ArmResult,
+    Comparison,
+    Evaluation,
+    Judge,
+    JudgedPair,
+    Metric,
+    Sample,
+    SampleAnswer,
+    read_samples,
+    write_samples,
+)
+from alignment.records.interval import Interval
+
+HALF = Interval(mean=0.5, low=0.25, high=0.75)
+DPO = ArmResult(name="stage:dpo", label="dpo", metrics={"brevity": HALF}, words=HALF, distinct=1.0, seconds=3.0)
+PAIR = JudgedPair(arm="stage:dpo", against="base", wins=2, ties=1, losses=0, win_rate=HALF, metric_kappa=0.5)
+EVALUATION = Evaluation(
+    num_prompts=3,
+    metrics=[Metric(name="brevity"), Metric(name="errors", higher_is_better=False)],
+    primary="brevity",
+    arms=[DPO, ArmResult(name="base")],
+    comparisons=[Comparison(arm="stage:dpo", against="base", difference=0.5, low=0.25, high=0.75, detectable=0.1)],
+    tasks={"answer": {"base": 0.5}},
+    judge=Judge(kind="metric", name="errors", num_prompts=3, pairs=[PAIR]),
+    conclusions=["Little."],
+)
+
+
+def test_an_evaluation_is_read_as_it_was_written(tmp_path: Path) -> None:
+    EVALUATION.write(tmp_path)
+    assert Evaluation.read(tmp_path) == EVALUATION
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    assert content["version"] == 2
+    assert content["arms"][0]["metrics"] == {"brevity": {"mean": 0.5, "low": 0.25, "high": 0.75}}
+    assert content["metrics"][1] == {"name": "errors", "higher_is_better": False}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"arms": [{"label": "dpo"}]}', '{"version": 3}'])
+def test_a_damaged_or_newer_evaluation_is_an_error_that_names_the_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"evaluation\.json"):
+        Evaluation.read(tmp_path)
+
+
+def test_an_evaluation_of_before_there_were_metrics_has_those_of_the_rule_of_then(tmp_path: Path) -> None:
+    half = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    rule = {"total": half, "part": half}
+    arms = [{"name": name, "label": name, **rule, "words": 21.5, "reward": None} for name in ("base", "sft")]
+    comparison = {"arm": "sft", "against": "base", "difference": 0.5, "low": 0.25, "high": 0.75, "real": True}
+    content = {"num_prompts": 3, "arms": arms, "comparisons": [comparison], "tasks": {}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    (tmp_path / "samples.jsonl").write_text(
+        json.dumps({"id": "1", "answers": {"base": {"text": "Yes.", "total": 1, "part": 0.5, "checks": {"a": 1.0}}}})
+    )
+    evaluation = Evaluation.read(tmp_path)
+    assert (evaluation.metrics, evaluation.primary) == ([Metric(name="total"), Metric(name="part")], "total")
+    assert evaluation.arms[1].figures == {"total": HALF, "part": HALF, "words": Interval(mean=21.5)}
+    assert evaluation.verdict(evaluation.comparisons[0]) == "better"
+    (sample,) = read_samples(tmp_path)
+    assert sample.answers["base"] == SampleAnswer(text="Yes.", scores={"total": 1.0, "part": 0.5})
+
+
+def test_samples_are_read_as_they_were_written_whatever_stands_in_them(tmp_path: Path) -> None:
+    samples = [
+        Sample(
+            id=f"{number}\u2028",
+            messages=[{"role": "user", "content": "a\x85b"}],
+            answers={"base": SampleAnswer(text="c\u2029d\n", scores={"brevity": 0.5})},
+        )
+        for number in range(2)
+    ]
+    write_samples(tmp_path, samples)
+    assert list(read_samples(tmp_path)) == samples
+    assert len({sample.prompt for sample in samples}) == 2
+    assert list(read_samples(tmp_path / "none")) == []
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "more", "less"),
+    [
+        (0.5, 0.25, 0.75, "better", "worse"),
+        (-0.5, -0.75, -0.25, "worse", "better"),
+        (0.5, 0.0, 1.0, "no real difference", "no real difference"),
+    ],
+)
+def test_a_verdict_goes_by_the_interval_and_the_direction(
+    mean: float, low: float, high: float, more: str, less: str
+) -> None:
+    difference = Interval(mean=mean, low=low, high=high)
+    assert Metric(name="brevity").verdict(difference) == more
+    assert Metric(name="errors", higher_is_better=False).verdict(difference) == less
+    turned = Comparison(arm="a", against="b", difference=mean, low=low, high=high).turned()
+    assert (turned.arm, turned.against) == ("b", "a")
+    assert Metric(name="errors", higher_is_better=False).verdict(turned.interval) == more
+
+
+def test_the_figures_of_an_arm_are_its_metrics_and_what_every_evaluation_measures() -> None:
+    assert DPO.figures == {"brevity": HALF, "words": HALF, "distinct": Interval(mean=1.0)}
+    assert "loss" in FIGURES
+    assert not {"name", "label", "metrics", "seconds"} & set(FIGURES)
