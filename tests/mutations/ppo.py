@@ -39,9 +39,13 @@ MUTATIONS = [
             "0, number, lambda",
             "test_updates_go_on_with_the_prompts_that_come_next",
         ),
+    ),
+    *in_file(
+        "training/rl/engine.py",
+        COLUMNS,
         (
             "answers are sampled at temperature 1",
-            "Sampling(temperature=self._config.temperature, uniforms",
+            "Sampling(temperature=self.temperature, uniforms",
             "Sampling(temperature=1.0, uniforms",
             "test_answers_are_drawn_at_the_stages_temperature",
         ),
@@ -207,7 +211,7 @@ MUTATIONS = [
         ),
         (
             "the reference is read at temperature 1",
-            "answer_statistics(reference, part, temperature=self._config.temperature)",
+            "answer_statistics(reference, part, temperature=self._episodes.temperature)",
             "answer_statistics(reference, part, temperature=1.0)",
             "test_nothing_has_changed_at_the_first_minibatch",
         ),
@@ -217,7 +221,7 @@ MUTATIONS = [
         LIMITS,
         (
             "ptx.coefficient is ignored",
-            "loss * self._config.coefficient * self._context.world_size",
+            "loss * self._coefficient * self._context.world_size",
             "loss * self._context.world_size",
             "test_ptx_adds_the_token_mean_of_its_conversations",
         ),

@@ -108,8 +108,8 @@ MUTATIONS = [
         "unit/stages/test_ppo_guard.py",
         (
             "the guard asks the stage's own scorers",
-            "scorer=build_scorer(*told, device=context.device)",
-            "scorer=build_rewards(*told, device=context.device)",
+            "build_rewards({GUARD: config.guard.scorer}, *made_from)",
+            "build_rewards(maximised(config), *made_from)",
             "test_the_guard_asks_its_own_scorer_and_the_stage_its_own",
         ),
         (

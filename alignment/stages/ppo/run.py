@@ -36,6 +36,7 @@ from alignment.stages.shared.stage_rows import fitting, rows_of, token_rows
 from alignment.training.arguments import SCHEDULES, quiet_arguments
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_weights
+from alignment.training.rl.engine import PolicyEngine
 from alignment.training.rl.guard import Guard
 from alignment.training.rl.ptx import Ptx
 from alignment.training.rl.rollouts import Episodes, Prompts
@@ -164,7 +165,13 @@ def _ptx(config: PpoConfig, context: StageContext, tokenizer: Any) -> Ptx | None
     limits = Limits(row=config.max_prompt_length + config.max_new_tokens, too_long=config.too_long)
     rows, _ = token_rows(context, CONVERSATIONS, config.ptx.data, limits, tokenizer, field="ptx.data")
     learned = [TokenizedConversation(**row) for row in rows]
-    return Ptx(config.ptx, learned, context, tokens=config.optim.micro_batch_tokens)
+    return Ptx(
+        learned,
+        context,
+        coefficient=config.ptx.coefficient,
+        batch_size=config.ptx.batch_size,
+        micro_batch_tokens=config.optim.micro_batch_tokens,
+    )
 
 
 def _save_critic(value: nn.Module, context: StageContext) -> None:
@@ -216,6 +223,8 @@ def build_trainer(
         end_ids=end_ids,
         per_update=config.optim.batch_size,
         group=config.completions_per_prompt,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
         micro_batch_tokens=config.optim.micro_batch_tokens,
     )
     trainer = PpoTrainer(
@@ -223,6 +232,7 @@ def build_trainer(
         config,
         context,
         episodes=episodes,
+        engine=PolicyEngine(policy=roles.policy, temperature=config.temperature, end_ids=end_ids),
         rewards=rewards,
         price=kl_price(config.kl),
         args=arguments,

@@ -40,6 +40,7 @@ from alignment.rewards.slot import Rewards
 from alignment.training.adamw import adamw
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import accumulating, as_many_as_most
+from alignment.training.rl.engine import RolloutEngine
 from alignment.training.rl.experience import Experience, Rollout, response_mask, rows_of, spread, stack
 from alignment.training.rl.guard import Guard
 from alignment.training.rl.ptx import Ptx
@@ -65,6 +66,7 @@ class PpoTrainer(Trainer):
         context: StageContext,
         *,
         episodes: Episodes,
+        engine: RolloutEngine,
         rewards: Rewards,
         price: KlPrice,
         args: TrainingArguments,
@@ -92,7 +94,7 @@ class PpoTrainer(Trainer):
         )
         self.accelerator.device_placement = False
         self.rollouts = Rollouts(
-            roles, config, context, episodes=episodes, rewards=rewards, gathered=self._gathered_roles
+            roles, context, episodes=episodes, engine=engine, rewards=rewards, gathered=self._gathered_roles
         )
         prepare(roles.actor_critic, context, *roles.trained_models())
 
@@ -324,7 +326,7 @@ class PpoTrainer(Trainer):
             self.figures.add_share({"loss/value": loss.detach(), "val/clipfrac": clipped})
             return self.config.value_coefficient * loss
 
-        statistics, loss = model(part, self.config.temperature, value_loss, policy_learns=policy_learns)
+        statistics, loss = model(part, self.episodes.temperature, value_loss, policy_learns=policy_learns)
         change = log_ratio(spread(statistics.logprobs, mask), experience.logprobs[rows, :width])
         advantages = experience.advantages[rows, :width]
         policy_loss = clipped_policy_loss(change.exp(), advantages, mask, clip=self.config.clip) / tokens

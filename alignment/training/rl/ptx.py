@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.config.stage import PtxConfig
 from alignment.data.tokens.tokenize import IGNORED, TokenizedConversation
 from alignment.models.assembly.load import products_in
 from alignment.models.forward.flat import trunk_states
@@ -25,19 +24,26 @@ class Ptx:
     """Adds ``coefficient`` times the token-mean loss of a few conversations to the gradients of each optimiser step."""
 
     def __init__(
-        self, config: PtxConfig, rows: Sequence[TokenizedConversation], context: StageContext, *, tokens: int
+        self,
+        rows: Sequence[TokenizedConversation],
+        context: StageContext,
+        *,
+        coefficient: float,
+        batch_size: int,
+        micro_batch_tokens: int,
     ) -> None:
-        self._config = config
         self._rows = rows
         self._context = context
-        self._tokens = tokens
+        self._coefficient = coefficient
+        self._batch_size = batch_size
+        self._tokens = micro_batch_tokens
 
     def add_gradients(self, policy: PreTrainedModel, step: int, accelerator: Accelerator) -> Tensor:
         """This process's share of the loss of the step's conversations, not yet weighed.
 
         The caller synchronises: gradients wait in the parameters until a later backward pass does.
         """
-        size = self._config.batch_size
+        size = self._batch_size
         batch = prompt_order(len(self._rows), step * size, size, lambda round_: self._context.generator("ptx", round_))
         rows = [self._rows[place] for place in batch]
         learned = sum(label != IGNORED for row in rows for label in row.labels)
@@ -51,7 +57,7 @@ class Ptx:
             with products_in(self._context.spec.model.dtype, self._context.device):
                 loss = _loss_sum(policy, read, self._context.device) / counted
             # Gradients are averaged over processes; the sum over all of them is wanted.
-            accelerator.backward(loss * self._config.coefficient * self._context.world_size)
+            accelerator.backward(loss * self._coefficient * self._context.world_size)
             total += loss.detach()
         return total
 

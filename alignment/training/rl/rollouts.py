@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignment.config.stage import PpoConfig
 from alignment.models.assembly.load import products_in
 from alignment.models.assembly.roles import Roles
-from alignment.models.forward.answers import AnswerStream, answer_statistics, batches, unwrapped
-from alignment.models.forward.generate import Sampling, generate
+from alignment.models.forward.answers import AnswerStream, answer_statistics, batches
 from alignment.rewards.slot import Rewards
 from alignment.training.context import StageContext
+from alignment.training.rl.engine import RolloutEngine
 from alignment.training.rl.experience import Rollout, interleave, prompt_order, rows_of
 from alignment.training.rl.step_metrics import UpdateFigures
 from alignment.training.sharding import everyones
@@ -38,14 +37,17 @@ class Prompts:
 class Episodes:
     """How episodes are made: from which prompts, how answers end, and how many an update, over all processes.
 
-    ``group`` answers are sampled to each prompt; they stay together, so that their prompt is computed once.
-    ``micro_batch_tokens`` are learned from at once; a process samples its whole share at once.
+    An answer is over at one of ``end_ids``, or after ``max_new_tokens``. ``group`` answers are sampled to each prompt;
+    they stay together, so that their prompt is computed once. Log-probabilities are those at ``temperature``.
+    ``micro_batch_tokens`` are read or learned from at once; a process samples its whole share at once.
     """
 
     prompts: Prompts
     end_ids: frozenset[int]
     per_update: int
     group: int
+    max_new_tokens: int
+    temperature: float
     micro_batch_tokens: int
 
     @property
@@ -57,23 +59,23 @@ class Episodes:
 class Rollouts:
     """Each process makes its share of a batch; then all are put together, so that every process holds the whole.
 
-    ``gathered`` makes weights whole that are shared out among processes.
+    ``gathered`` makes weights whole that are sharded over processes.
     """
 
     def __init__(
         self,
         roles: Roles,
-        config: PpoConfig,
         context: StageContext,
         *,
         episodes: Episodes,
+        engine: RolloutEngine,
         rewards: Rewards,
         gathered: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._roles = roles
-        self._config = config
         self._context = context
         self._episodes = episodes
+        self._engine = engine
         self._rewards = rewards
         self.gathered = gathered
 
@@ -94,7 +96,7 @@ class Rollouts:
 
     def _uniforms(self, rows: int, name: str, *numbers: int) -> Tensor:
         generator = self._context.generator(name, *numbers)
-        return torch.rand(rows, self._config.max_new_tokens, generator=generator, dtype=torch.float64)
+        return torch.rand(rows, self._episodes.max_new_tokens, generator=generator, dtype=torch.float64)
 
     @torch.no_grad()
     def _make(
@@ -105,23 +107,13 @@ class Rollouts:
         asked = [list(prompts.ids[place]) for place in places]
         started = time.monotonic()
         with self.gathered(), products_in(self._context.spec.model.dtype, self._context.device):
-            answers = self._answers(asked, uniforms[rows_of(mine, group)])
+            answers = self._engine.answers(asked, uniforms[rows_of(mine, group)])
             sampled = time.monotonic()
             share = self._described(asked, answers, [prompts.rows[place] for place in places])
         whole = interleave(everyones(share), group=group)
         figures.add_seconds("rollouts", sampled - started)
         figures.add_seconds("scoring", time.monotonic() - sampled)
         return whole
-
-    def _answers(self, prompts: list[list[int]], uniforms: Tensor) -> list[list[int]]:
-        return generate(
-            unwrapped(self._roles.policy),
-            prompts,
-            max_new_tokens=self._config.max_new_tokens,
-            end_ids=sorted(self._episodes.end_ids),
-            batch_size=len(prompts),
-            sampling=Sampling(temperature=self._config.temperature, uniforms=uniforms),
-        )
 
     def _described(self, prompts: list[list[int]], answers: list[list[int]], rows: list[int]) -> Rollout:
         lengths = [len(answer) for answer in answers]
@@ -146,7 +138,7 @@ class Rollouts:
     def _policy_and_values(self, prompts: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities recomputed by the training forward: those of sampling drift in low precision."""
         look = self._roles.actor_critic.look
-        parts = [look(part, self._config.temperature) for part in self._parts(prompts, answers)]
+        parts = [look(part, self._episodes.temperature) for part in self._parts(prompts, answers)]
         statistics = [statistics for statistics, _ in parts]
         return (
             torch.cat([found.logprobs for found in statistics]),
@@ -157,7 +149,7 @@ class Rollouts:
     def _reference_logprobs(self, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
         with self._roles.reference() as reference:
             found = [
-                answer_statistics(reference, part, temperature=self._config.temperature).logprobs
+                answer_statistics(reference, part, temperature=self._episodes.temperature).logprobs
                 for part in self._parts(prompts, answers)
             ]
         return torch.cat(found)

@@ -22,7 +22,7 @@ from alignment.models.assembly.roles import ValueHead
 from alignment.models.forward.answers import answer_stream, unwrapped
 from alignment.stages.ppo import trainer
 from alignment.stages.ppo.trainer import PpoTrainer
-from alignment.training.rl import rollouts as making
+from alignment.training.rl import engine
 from alignment.training.rl.experience import Experience, Rollout
 from alignment.training.rl.rollouts import Rollouts
 from alignment.training.rl.step_metrics import UpdateFigures
@@ -298,13 +298,13 @@ def test_every_update_samples_with_numbers_of_its_own(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[torch.Tensor] = []
-    generate = making.generate
+    generate = engine.generate
 
     def noted(*args: Any, **kwargs: Any) -> list[list[int]]:
         drawn.append(kwargs["sampling"].uniforms)
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(making, "generate", noted)
+    monkeypatch.setattr(engine, "generate", noted)
     bench(updates=3).train()
     numbers = torch.cat([uniforms.flatten() for uniforms in drawn])
     assert numbers.numel() == 3 * 8 * 6

@@ -16,7 +16,7 @@ import torch
 from alignment.config.adapter import AdapterConfig
 from alignment.config.guard import GuardConfig
 from alignment.config.optim import Schedule
-from alignment.config.stage import Critic, PtxConfig
+from alignment.config.stage import Critic
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.data.tokens.tokenize import TokenizedConversation
 from alignment.models.forward.answers import unwrapped
@@ -329,7 +329,7 @@ def test_ptx_adds_the_token_mean_of_its_conversations(bench: Callable[..., Bench
     expected = float(loss.detach())
     weights = [p for p in run.roles.policy.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(0.3 * loss, weights)
-    ptx = Ptx(PtxConfig(coefficient=0.3, batch_size=3), CONVERSATIONS, run.context, tokens=tokens)
+    ptx = Ptx(CONVERSATIONS, run.context, coefficient=0.3, batch_size=3, micro_batch_tokens=tokens)
     found = ptx.add_gradients(unwrapped(run.roles.policy), 0, run.trainer.accelerator)
     assert float(found) == pytest.approx(expected, rel=1e-5)
     for parameter, gradient in zip(weights, gradients, strict=True):
@@ -343,7 +343,7 @@ def test_ptx_keeps_what_it_practises(bench: Callable[..., Bench], adapter: Adapt
         run = bench(f"ptx-{coefficient}", adapter=adapter, updates=4, optim=optim(lr=5e-3))
         if coefficient:
             run.trainer.ptx = Ptx(
-                PtxConfig(coefficient=coefficient, batch_size=3), CONVERSATIONS, run.context, tokens=1000
+                CONVERSATIONS, run.context, coefficient=coefficient, batch_size=3, micro_batch_tokens=1000
             )
         start = float(_ptx_loss(run).detach())
         run.train()
