@@ -29,7 +29,7 @@ from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec, read_spec
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.scorer_sources import function_of, source_field
-from alignment.rewards.scorers import Answers, checked
+from alignment.rewards.scorers import Answers
 from alignment.stages.ppo.scorers import in_use
 
 LOOKED_AT = 500
@@ -112,8 +112,7 @@ def ask_functions(spec: StageSpec) -> None:
         source = function_of(scorer.source)
         if source is not None:
             planned = spec.identity.get("code", {}).get(source_field(field))
-            function = FunctionScorer(source, load_function(source, planned=planned))
-            checked(function.scores(answers), answers, source=str(source))
+            FunctionScorer(source, load_function(source, planned=planned)).scores(answers)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
 from alignment.core.errors import DataError, RewardError
 from alignment.core.files import disk_error
 from alignment.core.fingerprint import digest, file_sha256
 from alignment.rewards.scorer_sources import FunctionSource
-from alignment.rewards.scorers import Answers, places_of
+from alignment.rewards.scorers import Answers, places_of, scores_from
 
 Function = Callable[[list[list[dict[str, str]]], list[str], list[dict[str, Any]]], Any]
 
@@ -30,21 +32,22 @@ class FunctionScorer:
         self._source = source
         self._function = function
 
-    def scores(self, answers: Answers) -> Any:
-        """Whatever the function gives.
+    def scores(self, answers: Answers) -> Tensor:
+        """``[answers]`` float32: what the function returns.
 
         Raises:
-            RewardError: it raised; names the line of the user's file.
+            RewardError: it raised, or did not return one usable number an answer; names the line or the row.
         """
         prompts = [[message.as_dict() for message in prompt.messages] for prompt in answers.prompts]
         rows = [copy.deepcopy(dict(prompt.row)) for prompt in answers.prompts]
         try:
-            return self._function(prompts, list(answers.texts), rows)
+            returned = self._function(prompts, list(answers.texts), rows)
         except BaseException as error:  # it is the user's, and raises whatever it likes, SystemExit too
             if _is_ours(error) or disk_error(error, folder=self._source.file.parent):
                 raise
             when = f"asked about answers to {answers.places()}{_lacking(error, answers)}"
             raise _raised(error, self._source, when) from error
+        return scores_from(returned, answers, source=str(self._source))
 
 
 def load_function(source: FunctionSource, *, planned: str | None) -> Function:

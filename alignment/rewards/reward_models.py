@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from alignment.config.model import Dtype
@@ -51,13 +52,11 @@ class TokenScorer:
         self._run = run
 
     @torch.no_grad()
-    def scores(self, answers: Answers) -> list[float]:
+    def scores(self, answers: Answers) -> Tensor:
         """The score at each answer's last token."""
         with products_in(self._run.dtype, self._run.device):
             parts = batches(answers.prompt_ids, answers.answer_ids, tokens=self._run.tokens, device=self._run.device)
-            found = torch.cat([scalar_scores(self._model, part.rows) for part in parts])
-        scores: list[float] = found.tolist()
-        return scores
+            return torch.cat([scalar_scores(self._model, part.rows) for part in parts]).float().cpu()
 
 
 class TextScorer:
@@ -84,7 +83,7 @@ class TextScorer:
                 ) from error
 
     @torch.no_grad()
-    def scores(self, answers: Answers) -> list[float]:
+    def scores(self, answers: Answers) -> Tensor:
         """The score at the end of each conversation.
 
         Raises:
@@ -93,12 +92,10 @@ class TextScorer:
         """
         rows = [self.ids(prompt, text) for prompt, text in zip(answers.prompts, answers.texts, strict=True)]
         self._refuse_too_long(rows, answers)
-        found: list[float] = []
+        batches = by_tokens([len(row) for row in rows], self._run.tokens)
         with products_in(self._run.dtype, self._run.device):
-            for piece in by_tokens([len(row) for row in rows], self._run.tokens):
-                part = stream(rows[piece.start : piece.stop], self._run.device)
-                found += scalar_scores(self._model, part).tolist()
-        return found
+            parts = (stream(rows[batch.start : batch.stop], self._run.device) for batch in batches)
+            return torch.cat([scalar_scores(self._model, part) for part in parts]).float().cpu()
 
     def ids(self, prompt: Prompt, text: str) -> list[int]:
         """The conversation of a prompt and an answer as the model reads it.

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from alignment.config.rules import LARGEST
 from alignment.core.errors import RewardError
 from alignment.data.records import Prompt
@@ -46,24 +49,35 @@ def places_of(prompts: Sequence[Prompt]) -> str:
 class Scorer(Protocol):
     """One source of scores."""
 
-    def scores(self, answers: Answers) -> Any:
-        """A score an answer, in order; whoever asks checks that they are that."""
+    def scores(self, answers: Answers) -> Tensor:
+        """``[answers]`` float32 on the CPU, in order."""
 
 
-def checked(given: Any, answers: Answers, *, source: str) -> list[float]:
-    """What a scorer gave, as one number an answer that is within ±``LARGEST``.
+def refuse_unusable(scores: Tensor, answers: Answers, *, source: str) -> None:
+    """Does nothing if all ``[answers]`` scores are within ±``LARGEST``.
 
     Raises:
-        RewardError: it is something else; names the scorer by its ``source``, the row and the value.
+        RewardError: one is not; names the scorer by its ``source``, the row and the value.
+    """
+    unusable = (~(scores.abs() <= LARGEST)).nonzero()  # NaN is not below anything
+    if len(unusable):
+        index = int(unusable[0])
+        _refuse_size(float(scores[index]), where=answers.prompts[index].where, source=source)
+
+
+def scores_from(given: Any, answers: Answers, *, source: str) -> Tensor:
+    """``[answers]`` float32 from what a user's function returned: a list of one number an answer.
+
+    Raises:
+        RewardError: it is something else; names the function by its ``source``, the row and the value.
     """
     count = len(answers.texts)
     if not isinstance(given, (list, tuple)):
         raise _refused(f"gave a {type(given).__name__}: {given!r:.80}", source, f"give a list of {count} numbers")
     if len(given) != count:
         raise _refused(f"gave {len(given)} scores for {count} answers to {answers.places()}", source)
-    return [
-        _number(value, where=prompt.where, source=source) for value, prompt in zip(given, answers.prompts, strict=True)
-    ]
+    pairs = zip(given, answers.prompts, strict=True)
+    return _tensor([_number(value, where=prompt.where, source=source) for value, prompt in pairs])
 
 
 def _number(value: Any, *, where: str, source: str) -> float:
@@ -72,11 +86,21 @@ def _number(value: Any, *, where: str, source: str) -> float:
             f"gave {value!r:.80} ({type(value).__name__}) for an answer to {where}, which is no number", source
         )
     number = _as_float(value)
-    if not math.isfinite(number):
-        raise _refused(f"gave {value!r:.80} for an answer to {where}, which is not finite", source)
-    if abs(number) > LARGEST:
-        raise _refused(f"gave {value!r:.80} for an answer to {where}, which is beyond ±{LARGEST:g}", source)
+    _refuse_size(number, value, where=where, source=source)
     return number
+
+
+def _refuse_size(number: float, written: object = None, *, where: str, source: str) -> None:
+    """``written`` is the number as a function gave it."""
+    shown = number if written is None else written
+    if not math.isfinite(number):
+        raise _refused(f"gave {shown!r:.80} for an answer to {where}, which is not finite", source)
+    if abs(number) > LARGEST:
+        raise _refused(f"gave {shown!r:.80} for an answer to {where}, which is beyond ±{LARGEST:g}", source)
+
+
+def _tensor(scores: Sequence[float]) -> Tensor:
+    return torch.tensor(scores, dtype=torch.float32)
 
 
 def _as_float(value: Real) -> float:
@@ -96,10 +120,10 @@ class ExactAnswer:
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         self._expected = [verifiers.expected_answer(prompt.row, where=prompt.where) for prompt in prompts]
 
-    def scores(self, answers: Answers) -> list[float]:
+    def scores(self, answers: Answers) -> Tensor:
         """1 or 0 an answer."""
         pairs = zip(answers.texts, answers.rows, strict=True)
-        return [verifiers.exact_answer(text, self._expected[row]) for text, row in pairs]
+        return _tensor([verifiers.exact_answer(text, self._expected[row]) for text, row in pairs])
 
 
 class Regex:
@@ -108,9 +132,9 @@ class Regex:
     def __init__(self, pattern: str) -> None:
         self._pattern = re.compile(pattern)
 
-    def scores(self, answers: Answers) -> list[float]:
+    def scores(self, answers: Answers) -> Tensor:
         """1 or 0 an answer."""
-        return [verifiers.regex(text, self._pattern) for text in answers.texts]
+        return _tensor([verifiers.regex(text, self._pattern) for text in answers.texts])
 
 
 class Length:
@@ -119,6 +143,6 @@ class Length:
     def __init__(self, target: int) -> None:
         self._target = target
 
-    def scores(self, answers: Answers) -> list[float]:
+    def scores(self, answers: Answers) -> Tensor:
         """From 0 to 1 an answer."""
-        return [verifiers.length(text, self._target) for text in answers.texts]
+        return _tensor([verifiers.length(text, self._target) for text in answers.texts])

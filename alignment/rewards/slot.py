@@ -7,31 +7,31 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from alignment.rewards.scores import Scores
+
 
 class Rewards(Protocol):
     """One or several scorers and how they are put together.
 
-    A process scores its own share of a rollout batch with ``raw``; once the shares of all processes are together,
+    A process scores its own share of a rollout batch with ``scores``; once the shares of all processes are together,
     ``total`` makes one score an answer, the same on every process.
     """
 
-    def raw(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: Sequence[int]
-    ) -> dict[str, list[float]]:
-        """Each scorer's scores, one an answer, by the scorer's name.
+    def scores(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: Sequence[int]) -> Scores:
+        """What each scorer gives to each answer, on the CPU.
 
         ``prompts`` and ``answers`` are token ids of the policy's tokenizer, answers with their end if it came; ``rows``
         are the indices of the prompts in the stage's data, for scorers that look at other fields of a row.
 
         Raises:
-            RewardError: a score is missing, too much, no number or not finite; names row, scorer and value.
+            RewardError: a scorer did not give one usable number an answer; names row, scorer and value.
         """
 
-    def total(self, raw: Mapping[str, Tensor], *, learn: bool) -> Tensor:
-        """``[answers]``: the weighted sum of normalised and clipped scores.
+    def observe(self, scores: Scores) -> None:
+        """Running means and deviations take in the scores of a whole batch, before its ``total``."""
 
-        With ``learn`` the running means and deviations take these scores in first.
-        """
+    def total(self, scores: Scores) -> Tensor:
+        """``[answers]`` float32: the weighted sum of normalised and clipped scores."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to go on, as plain JSON values."""

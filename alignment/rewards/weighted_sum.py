@@ -12,7 +12,8 @@ from torch import Tensor
 
 from alignment.data.records import Prompt
 from alignment.rewards.scorer_sources import label
-from alignment.rewards.scorers import Answers, Scorer, checked
+from alignment.rewards.scorers import Answers, Scorer, refuse_unusable
+from alignment.rewards.scores import Scores
 
 _FLAT = 1e-6
 """A deviation below this share of the mean is float32's rounding: such scores are all the same."""
@@ -77,34 +78,33 @@ class RewardMix:
         """What the scorers are called in figures; a second of the same name is ``NAME#2``."""
         return list(self._parts)
 
-    def raw(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: Sequence[int]
-    ) -> dict[str, list[float]]:
-        """Each scorer's scores, one an answer; a batch without answers asks nobody.
+    def scores(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: Sequence[int]) -> Scores:
+        """What each scorer gives to each answer; none is called for a batch without answers.
 
         Raises:
-            RewardError: a score is missing, too much, no number or not finite; names row, scorer and value.
+            RewardError: a scorer did not give one usable number an answer; names row, scorer and value.
         """
         if not answers:
-            return {name: [] for name in self._parts}
-        asked = Answers(
+            return Scores(names=tuple(self._parts), values=torch.empty(len(self._parts), 0))
+        seen = Answers(
             prompt_ids=prompts,
             answer_ids=answers,
             texts=[self._text(answer) for answer in answers],
             prompts=[self._prompts[row] for row in rows],
             rows=rows,
         )
-        return {
-            name: checked(part.scorer.scores(asked), asked, source=part.source) for name, part in self._parts.items()
-        }
+        return Scores.of({name: _usable_scores(part, seen) for name, part in self._parts.items()})
 
-    def total(self, raw: Mapping[str, Tensor], *, learn: bool) -> Tensor:
-        """``[answers]``: the weighted sum of normalised and clipped scores, float32, computed in float64.
+    def observe(self, scores: Scores) -> None:
+        """Running means and deviations take in ``scores``. Given the whole batch, every process comes to the same."""
+        for name, values in scores.by_name().items():
+            if name in self._moments:
+                self._moments[name].take_in(values.double())
 
-        With ``learn`` the running means and deviations take these scores in first. Given the whole batch, every
-        process comes to the same numbers.
-        """
-        return torch.stack([self._share(name, raw[name].double(), learn=learn) for name in self._parts]).sum(0).float()
+    def total(self, scores: Scores) -> Tensor:
+        """``[answers]``: the weighted sum of normalised and clipped scores, float32, computed in float64."""
+        summands = [self._weighted(name, values.double()) for name, values in scores.by_name().items()]
+        return torch.stack(summands).sum(0).float()
 
     def state(self) -> dict[str, Any]:
         """Running means and deviations, as plain JSON values."""
@@ -114,11 +114,9 @@ class RewardMix:
         """Takes back what ``state`` gave."""
         self._moments = {name: RunningMoments(**state[name]) for name in self._moments}
 
-    def _share(self, name: str, scores: Tensor, *, learn: bool) -> Tensor:
+    def _weighted(self, name: str, scores: Tensor) -> Tensor:
         part = self._parts[name]
         if part.normalize:
-            if learn:
-                self._moments[name].take_in(scores)
             scores = self._moments[name].normalised(scores)
         if part.clip is not None:
             scores = scores.clamp(-part.clip, part.clip)
@@ -129,6 +127,12 @@ class RewardMix:
         text = self._tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+
+def _usable_scores(part: Part, answers: Answers) -> Tensor:
+    scores = part.scorer.scores(answers)
+    refuse_unusable(scores, answers, source=part.source)
+    return scores
 
 
 def _names(sources: Sequence[str]) -> list[str]:

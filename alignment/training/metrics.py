@@ -47,4 +47,6 @@ def _step_of(line: str) -> float:
 
 
 def _number(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _number(held) for key, held in value.items()}
     return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -156,8 +156,8 @@ MUTATIONS = [
         ),
         (
             "the guard's look changes running means",
-            "            if learn:\n",
-            "            if learn is not None:\n",
+            "        summands = [",
+            "        self.observe(scores)\n        summands = [",
             "test_looking_without_learning_changes_nothing",
         ),
         (

@@ -17,6 +17,7 @@ from alignment.config.stage import Critic, PpoConfig
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import unwrapped
+from alignment.rewards.scores import Scores
 from alignment.rewards.slot import Rewards
 from alignment.stages.ppo import run as ppo
 from alignment.stages.ppo.trainer import PpoTrainer
@@ -28,7 +29,7 @@ from tests.tiny import BASE_SOURCE, tiny_spec
 
 SEEDS = (0, 1, 2)
 Tokens = Sequence[int]
-Scores = Callable[[Sequence[Tokens], Sequence[Tokens]], list[float]]
+ScoreFunction = Callable[[Sequence[Tokens], Sequence[Tokens]], list[float]]
 """What answers to prompts are worth; both are token ids."""
 
 
@@ -78,16 +79,19 @@ MODES = (
 class TokenRewards:
     """Functions of token ids as what PPO scores answers with; the first is maximised, the others are only logged."""
 
-    def __init__(self, **scores: Scores) -> None:
-        self._scores = scores
+    def __init__(self, **functions: ScoreFunction) -> None:
+        self._functions = functions
 
-    def raw(self, prompts: Sequence[Tokens], answers: Sequence[Tokens], rows: Sequence[int]) -> dict[str, list[float]]:
+    def scores(self, prompts: Sequence[Tokens], answers: Sequence[Tokens], rows: Sequence[int]) -> Scores:
         """One score an answer and function."""
-        return {name: score(prompts, answers) for name, score in self._scores.items()}
+        return Scores.of({name: torch.tensor(score(prompts, answers)) for name, score in self._functions.items()})
 
-    def total(self, raw: Mapping[str, Tensor], *, learn: bool) -> Tensor:
+    def observe(self, scores: Scores) -> None:
+        """Nothing: a function learns nothing."""
+
+    def total(self, scores: Scores) -> Tensor:
         """The first function's scores as they are."""
-        return raw[next(iter(self._scores))]
+        return scores.values[0]
 
     def state(self) -> dict[str, Any]:
         """Nothing: a function learns nothing."""
@@ -142,7 +146,7 @@ def ppo_stage(
             held_out,
             scorer=held_out_scorer,
             policy=roles.policy,
-            proxy=lambda rollout: trainer.scores_of(rollout, learn=False),
+            proxy=lambda rollout: trainer.scores_of(rollout),
         )
     return PpoStage(context=context, roles=roles, trainer=trainer)
 
@@ -154,6 +158,6 @@ def logprobs_after(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     return one(torch.tensor(rows, device=one.device)).logits.double().cpu().log_softmax(-1)
 
 
-def each(score: Callable[[Tokens, Tokens], float]) -> Scores:
+def each(score: Callable[[Tokens, Tokens], float]) -> ScoreFunction:
     """A function of one prompt and answer as one of many."""
     return lambda prompts, answers: [score(*pair) for pair in zip(prompts, answers, strict=True)]

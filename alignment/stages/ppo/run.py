@@ -77,7 +77,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
             held_out,
             scorer=build_rewards({GUARD: config.guard.scorer}, *made_from),
             policy=roles.policy,
-            proxy=lambda rollout: trainer.scores_of(rollout, learn=False),
+            proxy=lambda rollout: trainer.scores_of(rollout),
         )
     last = train(trainer, context, headline="objective/score", period=trainer.steps_per_update)
     metrics = {name: last[name] for name in KEPT} | counts

@@ -197,7 +197,10 @@ class PpoTrainer(Trainer):
         mask = response_mask(rollout.answers, device)
         logprobs, values = stack(rollout.logprobs, mask), stack(rollout.values, mask)
         reference = stack(rollout.reference_logprobs, mask)
-        kept_scores = self.scores_of(rollout, learn=True)
+        by_scorer = rollout.scores.to(device)
+        self.figures.values |= {f"score/{name}": float(each.mean()) for name, each in by_scorer.by_name().items()}
+        self.rewards.observe(by_scorer)
+        kept_scores = self.scores_of(rollout)
         ended = self._ended(rollout)
         kl = k1(logprobs, reference) * mask
         self._check_start(update, kl)
@@ -237,14 +240,9 @@ class PpoTrainer(Trainer):
             returns=returns,
         )
 
-    def scores_of(self, rollout: Rollout, *, learn: bool) -> Tensor:
+    def scores_of(self, rollout: Rollout) -> Tensor:
         """``[rows]`` scores that PPO maximises: scorers put together, less the penalty of unended answers."""
-        device = self.args.device
-        names = rollout.scores[0]
-        raw = {name: torch.tensor([scores[name] for scores in rollout.scores], device=device) for name in names}
-        if learn:
-            self.figures.values |= {f"score/{name}": float(values.mean()) for name, values in raw.items()}
-        total = self.rewards.total(raw, learn=learn)
+        total = self.rewards.total(rollout.scores.to(self.args.device))
         return total - self.config.missing_eos_penalty * (~self._ended(rollout)).float()
 
     def _ended(self, rollout: Rollout) -> Tensor:

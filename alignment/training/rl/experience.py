@@ -8,14 +8,16 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from alignment.rewards.scores import Scores, gathered_scores
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """Answers to prompts and what policy, reference, value and reward model say of them; one entry a row.
+    """Answers to prompts, and what policy, reference, value model and scorers say of them; one entry a row.
 
-    ``rows`` are the prompts' places in the stage's data. ``logprobs``, ``reference_logprobs``, ``entropy`` and
-    ``values`` hold one float32 tensor ``[tokens of the answer]`` a row; ``scores`` what each scorer says, by its name.
-    Entries are plain, so they can travel between processes.
+    ``rows`` are the indices of the prompts in the stage's data. ``logprobs``, ``reference_logprobs``, ``entropy`` and
+    ``values`` hold one float32 tensor ``[tokens of the answer]`` a row; ``scores`` is ``[scorers, rows]``. Tensors are
+    on the CPU, so that a rollout can travel between processes.
     """
 
     rows: list[int]
@@ -25,7 +27,7 @@ class Rollout:
     reference_logprobs: list[Tensor]
     entropy: list[Tensor]
     values: list[Tensor]
-    scores: list[dict[str, float]]
+    scores: Scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +52,11 @@ def interleave(shares: Sequence[Rollout], *, group: int) -> Rollout:
     """The whole batch in its order, from processes that took every n-th prompt each, ``group`` answers to a prompt."""
     world = len(shares)
     total = sum(len(share.answers) for share in shares)
-    places = [(row // group % world, row // group // world * group + row % group) for row in range(total)]
+    order = [(row // group % world, row // group // world * group + row % group) for row in range(total)]
+    lists = [field.name for field in fields(Rollout) if field.name != "scores"]
     return Rollout(
-        **{field.name: [getattr(shares[rank], field.name)[own] for rank, own in places] for field in fields(Rollout)}
+        **{name: [getattr(shares[rank], name)[index] for rank, index in order] for name in lists},
+        scores=gathered_scores([share.scores for share in shares], order),
     )
 
 

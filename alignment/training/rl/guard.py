@@ -100,8 +100,8 @@ class Guard:
     def _scores(self, rollout: Rollout, rollouts: Rollouts) -> Tensor:
         """``[prompts]`` by the held-out scorer."""
         with rollouts.gathered():  # a reward model may share the policy's weights
-            raw = self._scorer.raw(rollout.prompts, rollout.answers, rollout.rows)
-        return self._scorer.total({name: torch.tensor(values) for name, values in raw.items()}, learn=False)
+            scores = self._scorer.scores(rollout.prompts, rollout.answers, rollout.rows)
+        return self._scorer.total(scores)
 
     def _is_best(self, scores: Tensor, kl: float) -> bool:
         if self._best_scores is None:

@@ -123,7 +123,6 @@ class Rollouts:
 
         logprobs, entropy, values = self._policy_and_values(prompts, answers)
         reference = self._reference_logprobs(prompts, answers)
-        raw = self._rewards.raw(prompts, answers, rows)
         return Rollout(
             rows=rows,
             prompts=prompts,
@@ -132,7 +131,7 @@ class Rollouts:
             reference_logprobs=apart(reference),
             entropy=apart(entropy),
             values=apart(values),
-            scores=[dict(zip(raw, each, strict=True)) for each in zip(*raw.values(), strict=True)],
+            scores=self._rewards.scores(prompts, answers, rows),
         )
 
     def _policy_and_values(self, prompts: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,6 +33,6 @@ class Samples:
                 "answer": self._tokenizer.decode(rollout.answers[row]),
                 "score": scores[row],
                 "kl": kl,
-                "scorers": rollout.scores[row],
+                "scorers": rollout.scores.of_answer(row),
             }
             self._log.append(update, said)

@@ -22,6 +22,7 @@ from alignment.models.forward.answers import scalar_scores
 from alignment.models.forward.rows import stream
 from alignment.rewards.build import build_rewards
 from alignment.rewards.reward_models import Computation
+from alignment.rewards.scores import Scores
 from alignment.rewards.weighted_sum import RewardMix
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_reward, tiny_spec
 from tests.unit.rewards.conftest import answers_to, prompt
@@ -55,9 +56,14 @@ def slot(
     return build_rewards(named, spec, load_tokenizer(spec.base_path), PROMPTS, reward_model, RUN)
 
 
-def raw(mix: RewardMix, base: Lineage) -> dict[str, list[float]]:
+def scored(mix: RewardMix, base: Lineage) -> Scores:
     prompts, answers = rows(base)
-    return mix.raw(prompts, answers, [0, 1])
+    return mix.scores(prompts, answers, [0, 1])
+
+
+def raw(mix: RewardMix, base: Lineage) -> dict[str, list[float]]:
+    """Each scorer's scores."""
+    return {name: values.tolist() for name, values in scored(mix, base).by_name().items()}
 
 
 def rows(base: Lineage) -> tuple[list[list[int]], list[list[int]]]:
@@ -77,16 +83,15 @@ def test_every_rule_and_a_function_stand_side_by_side(tmp_path: Path, base: Line
         ScorerConfig(source="regex", pattern="^They"),
     ]
     mix = slot(tmp_path, scorers)
-    scores = raw(mix, base)
-    assert scores == {
+    scores = scored(mix, base)
+    assert {name: values.tolist() for name, values in scores.by_name().items()} == {
         "exact_answer": [1.0, 0.0],
         "regex": [1.0, 0.0],
         "length": [1.0, 1.0],
         "brevity": [-18.0, -21.0],
         "regex#2": [0.0, 1.0],
     }
-    total = mix.total({name: torch.tensor(each) for name, each in scores.items()}, learn=True)
-    assert total.tolist() == pytest.approx([1 + 2 + 1 - 1 + 0, 0 + 0 + 1 - 1 + 1])
+    assert mix.total(scores).tolist() == pytest.approx([1 + 2 + 1 - 1 + 0, 0 + 0 + 1 - 1 + 1])
 
 
 @pytest.mark.parametrize("kind", list(AdapterKind))
@@ -115,7 +120,7 @@ def test_a_reward_model_from_outside_scores_text(tmp_path: Path, base: Lineage) 
     folder = external(tmp_path / "judge")
     told = StageInput(ref="hub:org/judge", path=folder)
     found = raw(slot(tmp_path, REWARD, inputs={"reward": told}), base)
-    assert found["reward"] == pytest.approx(scorer(folder, prompts=PROMPTS).scores(answers_to(PROMPTS, TEXTS)))
+    assert found["reward"] == pytest.approx(scorer(folder, prompts=PROMPTS).scores(answers_to(PROMPTS, TEXTS)).tolist())
 
 
 def test_the_guard_has_a_slot_of_its_own_with_a_model_of_its_own(tmp_path: Path, base: Lineage) -> None:
@@ -148,7 +153,8 @@ def test_code_that_changed_since_the_plan_is_refused(tmp_path: Path, base: Linea
 def test_normalising_and_clipping_are_the_configuration_s(tmp_path: Path, base: Lineage) -> None:
     scorer_config = ScorerConfig(source="regex", pattern="^They", normalize=True, clip=0.75, weight=2.0)
     mix = slot(tmp_path, [scorer_config])
-    scores = {name: torch.tensor(each) for name, each in raw(mix, base).items()}
-    assert mix.total(scores, learn=False).tolist() == [0.0, 1.5], "nothing is known yet"
-    assert mix.total(scores, learn=True).tolist() == [-1.5, 1.5]
+    scores = scored(mix, base)
+    assert mix.total(scores).tolist() == [0.0, 1.5], "nothing is known yet"
+    mix.observe(scores)
+    assert mix.total(scores).tolist() == [-1.5, 1.5]
     assert mix.state()["regex"]["count"] == 2

@@ -13,7 +13,7 @@ from alignment.core.errors import DataError, RewardError
 from alignment.core.fingerprint import file_sha256
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.scorer_sources import FunctionSource
-from alignment.rewards.scorers import Answers, checked
+from alignment.rewards.scorers import Answers
 from alignment.training.session import Preempted
 from tests.unit.rewards.conftest import answers_to, prompt
 
@@ -27,7 +27,8 @@ def score(folder: Path, body: str, *, preamble: str = "", answers: Answers = ANS
     file.write_text(f"{preamble}\ndef brevity(prompts, completions, rows):\n    {body}\n")
     source = FunctionSource(file=file, name="brevity")
     scorer = FunctionScorer(source, load_function(source, planned=file_sha256(file)))
-    return checked(scorer.scores(answers), answers, source=str(source))
+    found: list[float] = scorer.scores(answers).tolist()
+    return found
 
 
 def test_a_function_sees_messages_text_and_the_whole_row(tmp_path: Path) -> None:
@@ -198,4 +199,4 @@ def test_the_example_in_the_documentation_is_a_function_that_scores(tmp_path: Pa
     prompts = [prompt(), prompt(max_words=2), prompt(max_words=2)]
     answers = answers_to(prompts, ["It is closed on Monday.", "On Monday.", "It is closed on Monday."])
     scores = FunctionScorer(source, load_function(source, planned=None)).scores(answers)
-    assert checked(scores, answers, source="brevity") == pytest.approx([1.0, 1.0, 0.7])
+    assert scores.tolist() == pytest.approx([1.0, 1.0, 0.7])

@@ -6,13 +6,13 @@ import json
 import random
 from collections.abc import Sequence
 from statistics import fmean, pstdev
-from typing import Any
 
 import pytest
 import torch
 
 from alignment.core.errors import RewardError
 from alignment.rewards.scorers import Answers, Length, Regex
+from alignment.rewards.scores import Scores
 from alignment.rewards.weighted_sum import Part, RewardMix
 from tests.tiny import tiny_tokenizer
 from tests.unit.rewards.conftest import prompt
@@ -24,14 +24,14 @@ PROMPTS = [prompt(line=number + 1) for number in range(4)]
 class Told:
     """Gives what it was told to give, and remembers what it was asked."""
 
-    def __init__(self, scores: Sequence[Any] = ()) -> None:
+    def __init__(self, scores: Sequence[float] = ()) -> None:
         self._scores = scores
         self.asked: list[Answers] = []
 
-    def scores(self, answers: Answers) -> list[Any]:
+    def scores(self, answers: Answers) -> torch.Tensor:
         """The scores, whatever the answers."""
         self.asked.append(answers)
-        return list(self._scores)
+        return torch.tensor(self._scores)
 
 
 def mix(*parts: Part) -> RewardMix:
@@ -48,8 +48,14 @@ def batches(count: int, size: int) -> list[list[float]]:
     return [[rng.gauss(1000.0, 3.0) for _ in range(size)] for _ in range(count)]
 
 
-def as_tensors(**scores: Sequence[float]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(values) for name, values in scores.items()}
+def scores_of(**scores: Sequence[float]) -> Scores:
+    return Scores.of({name: torch.tensor(values) for name, values in scores.items()})
+
+
+def learned(slot: RewardMix, scores: Scores) -> torch.Tensor:
+    """The total as training takes it: after the running means have taken the scores in."""
+    slot.observe(scores)
+    return slot.total(scores)
 
 
 def test_a_second_scorer_of_the_same_name_gets_a_number() -> None:
@@ -64,7 +70,7 @@ def test_a_second_scorer_of_the_same_name_gets_a_number() -> None:
 def test_a_scorer_sees_text_without_special_tokens_and_the_row_of_each_prompt() -> None:
     told = Told([1.0, 2.0])
     answers = [[*ids(" It is  closed .\n")[:-1], 1, TOKENIZER.eos_token_id], ids("Yes.")]
-    assert mix(Part(source="x", scorer=told)).raw([[5], [6]], answers, [3, 0]) == {"x": [1.0, 2.0]}
+    assert mix(Part(source="x", scorer=told)).scores([[5], [6]], answers, [3, 0]).values.tolist() == [[1.0, 2.0]]
     (asked,) = told.asked
     assert list(asked.texts) == [" It is  closed .\n", "Yes."]
     assert list(asked.prompts) == [PROMPTS[3], PROMPTS[0]]
@@ -74,15 +80,15 @@ def test_a_scorer_sees_text_without_special_tokens_and_the_row_of_each_prompt() 
 
 def test_a_batch_without_answers_asks_nobody() -> None:
     told = Told()
-    assert mix(Part(source="x", scorer=told)).raw([], [], []) == {"x": []}
+    assert mix(Part(source="x", scorer=told)).scores([], [], []).values.shape == (1, 0)
     assert not told.asked
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
-def test_what_is_no_score_is_refused_whoever_gave_it(bad: Any) -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -2e6])
+def test_what_is_no_score_is_refused_whoever_gave_it(bad: float) -> None:
     slot = mix(Part(source="regex", scorer=Regex("."), weight=0.0), Part(source="reward", scorer=Told([0.5, bad])))
-    with pytest.raises(RewardError, match=r"^reward: gave (nan|inf|None).* for an answer to rows\.jsonl:3"):
-        slot.raw([[5], [6]], [ids("a"), ids("b")], [0, 2])
+    with pytest.raises(RewardError, match=r"^reward: gave (nan|inf|-2000000.0) for an answer to rows\.jsonl:3"):
+        slot.scores([[5], [6]], [ids("a"), ids("b")], [0, 2])
 
 
 def test_the_total_is_the_weighted_sum_of_clipped_scores() -> None:
@@ -90,7 +96,7 @@ def test_the_total_is_the_weighted_sum_of_clipped_scores() -> None:
         Part(source="regex", scorer=Regex("x"), weight=2.0),
         Part(source="length", scorer=Length(3), weight=-0.5, clip=4.0),
     )
-    total = slot.total(as_tensors(regex=[1.0, 0.0, 1.0], length=[-7.0, 3.0, 9.0]), learn=True)
+    total = learned(slot, scores_of(regex=[1.0, 0.0, 1.0], length=[-7.0, 3.0, 9.0]))
     assert total.tolist() == [2 + 2, 0 - 1.5, 2 - 2]
     assert total.dtype == torch.float32
 
@@ -102,51 +108,51 @@ def test_scores_are_normalised_by_all_scores_so_far() -> None:
         rounded = torch.tensor(batch).tolist()  # the scores as float32 has them
         seen += rounded
         expected = [(score - fmean(seen)) / pstdev(seen) for score in rounded]
-        total = slot.total(as_tensors(a=batch, b=batch), learn=True)
+        total = learned(slot, scores_of(a=batch, b=batch))
         assert total.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def test_looking_without_learning_changes_nothing() -> None:
     slot = mix(Part(source="a", scorer=Told(), normalize=True))
-    first = as_tensors(a=[1.0, 3.0])
-    assert slot.total(first, learn=False).tolist() == [1.0, 3.0], "nothing is known yet"
-    assert slot.total(first, learn=True).tolist() == [-1.0, 1.0]
+    first = scores_of(a=[1.0, 3.0])
+    assert slot.total(first).tolist() == [1.0, 3.0], "nothing is known yet"
+    assert learned(slot, first).tolist() == [-1.0, 1.0]
     before = slot.state()
-    assert slot.total(as_tensors(a=[7.0]), learn=False).tolist() == [5.0]
+    assert slot.total(scores_of(a=[7.0])).tolist() == [5.0]
     assert slot.state() == before
 
 
 def test_clipping_comes_after_normalising() -> None:
     slot = mix(Part(source="a", scorer=Told(), weight=10.0, normalize=True, clip=0.5))
-    assert slot.total(as_tensors(a=[100.0, 300.0, 200.0]), learn=True).tolist() == [-5.0, 5.0, 0.0]
+    assert learned(slot, scores_of(a=[100.0, 300.0, 200.0])).tolist() == [-5.0, 5.0, 0.0]
 
 
 @pytest.mark.parametrize("constant", [0.1, -3.7, 1e6, 0.0])
 def test_scores_that_are_all_the_same_become_zero_and_never_rounding_noise(constant: float) -> None:
     slot = mix(Part(source="a", scorer=Told(), normalize=True))
     for size in (3, 7, 1, 5):
-        assert slot.total(as_tensors(a=[constant] * size), learn=True).abs().max() < 1e-6
-    apart = float(slot.total(as_tensors(a=[constant + 1.0]), learn=False))
+        assert learned(slot, scores_of(a=[constant] * size)).abs().max() < 1e-6
+    apart = float(slot.total(scores_of(a=[constant + 1.0])))
     assert apart == pytest.approx(1.0, rel=1e-4), "one that differs is told apart, not divided by nothing"
 
 
 def test_rounding_in_the_last_place_is_no_difference_and_a_small_scale_is_one() -> None:
     slot = mix(Part(source="a", scorer=Told(), normalize=True))
     nearly = [0.1, float(torch.nextafter(torch.tensor(0.1), torch.tensor(1.0)))]
-    assert slot.total(as_tensors(a=nearly * 4), learn=True).abs().max() < 1e-6
+    assert learned(slot, scores_of(a=nearly * 4)).abs().max() < 1e-6
     slot = mix(Part(source="a", scorer=Told(), normalize=True))
-    assert slot.total(as_tensors(a=[1e-9, 3e-9]), learn=True).tolist() == pytest.approx([-1.0, 1.0])
+    assert learned(slot, scores_of(a=[1e-9, 3e-9])).tolist() == pytest.approx([-1.0, 1.0])
 
 
 def test_how_scores_are_cut_into_batches_does_not_count_in_the_end() -> None:
     values = [score for batch in batches(4, 6) for score in batch]
-    probe = as_tensors(a=[990.0, 1000.0, 1010.0])
+    probe = scores_of(a=[990.0, 1000.0, 1010.0])
     totals = []
     for size in (1, 4, 24):
         slot = mix(Part(source="a", scorer=Told(), normalize=True))
         for start in range(0, len(values), size):
-            slot.total(as_tensors(a=values[start : start + size]), learn=True)
-        totals.append(slot.total(probe, learn=False))
+            learned(slot, scores_of(a=values[start : start + size]))
+        totals.append(slot.total(probe))
     assert torch.allclose(totals[0], totals[1], rtol=1e-6)
     assert torch.allclose(totals[0], totals[2], rtol=1e-6)
 
@@ -155,11 +161,11 @@ def test_a_restored_slot_goes_on_as_the_straight_one() -> None:
     def fresh() -> RewardMix:
         return mix(*(Part(source="regex", scorer=Told(), normalize=normalize) for normalize in (True, False, True)))
 
-    told = [as_tensors(**{"regex": one, "regex#2": one, "regex#3": [x * x for x in one]}) for one in batches(5, 4)]
+    told = [scores_of(**{"regex": one, "regex#2": one, "regex#3": [x * x for x in one]}) for one in batches(5, 4)]
     straight, first, resumed = fresh(), fresh(), fresh()
-    expected = [straight.total(raw, learn=True).tolist() for raw in told]
-    found = [first.total(raw, learn=True).tolist() for raw in told[:3]]
+    expected = [learned(straight, raw).tolist() for raw in told]
+    found = [learned(first, raw).tolist() for raw in told[:3]]
     resumed.restore(json.loads(json.dumps(first.state())))
-    found += [resumed.total(raw, learn=True).tolist() for raw in told[3:]]
+    found += [learned(resumed, raw).tolist() for raw in told[3:]]
     assert found == expected
     assert resumed.state() == straight.state()

@@ -145,7 +145,7 @@ def test_a_row_without_a_number_to_check_against_is_named(row: dict[str, Any], m
 def test_each_answer_is_held_against_its_own_row() -> None:
     prompts = [prompt(answer="#### 1"), prompt(answer="#### 2"), prompt(answer="#### 3")]
     scorer = ExactAnswer(prompts)
-    assert scorer.scores(answers_to(prompts, ["1", "1", "3"])) == [1.0, 0.0, 1.0]
+    assert scorer.scores(answers_to(prompts, ["1", "1", "3"])).tolist() == [1.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from alignment.config.stage import PpoConfig, PpoOptimConfig
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import batches, scalar_scores
+from alignment.rewards.scores import Scores
 from alignment.rewards.slot import Rewards
 from alignment.stages.ppo import run as stage
 from alignment.stages.ppo.trainer import PpoTrainer
@@ -62,13 +63,19 @@ class TokenRewards:
         self._score = score
         self._name = name
 
-    def raw(self, prompts: Any, answers: Any, rows: Any) -> dict[str, list[float]]:
+    def scores(self, prompts: Any, answers: Any, rows: Any) -> Scores:
         """One score an answer."""
-        return {self._name: [self._score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]}
+        return self._named([self._score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
 
-    def total(self, raw: Mapping[str, torch.Tensor], *, learn: bool) -> torch.Tensor:
+    def observe(self, scores: Scores) -> None:
+        """Nothing is remembered."""
+
+    def total(self, scores: Scores) -> torch.Tensor:
         """There is only one."""
-        return raw[self._name]
+        return scores.values[0]
+
+    def _named(self, scores: Sequence[float]) -> Scores:
+        return Scores.of({self._name: torch.tensor(scores)})
 
     def state(self) -> dict[str, Any]:
         """Nothing is remembered."""
@@ -85,10 +92,10 @@ class OwnReward(TokenRewards):
         super().__init__(lambda prompt, answer: 0.0, name="reward")
         self._model = roles.reward
 
-    def raw(self, prompts: Any, answers: Any, rows: Any) -> dict[str, list[float]]:
+    def scores(self, prompts: Any, answers: Any, rows: Any) -> Scores:
         """Its scores at the last tokens."""
         parts = batches(prompts, answers, tokens=1000, device=next(self._model.parameters()).device)
-        return {self._name: torch.cat([scalar_scores(self._model, part.rows) for part in parts]).tolist()}
+        return self._named(torch.cat([scalar_scores(self._model, part.rows) for part in parts]).tolist())
 
 
 def bench_in(folder: Path) -> Callable[..., Bench]:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.generate import generate
+from alignment.rewards.scores import Scores
 from alignment.training.rl.experience import Rollout
 from alignment.training.rl.rollouts import Rollouts
 from alignment.training.rl.step_metrics import UpdateFigures
@@ -88,11 +89,11 @@ class _Relative(TokenRewards):
         super().__init__(lambda prompt, answer: float(len(answer)))
         self._sum, self._count = 0.0, 0
 
-    def total(self, raw: Mapping[str, torch.Tensor], *, learn: bool) -> torch.Tensor:
-        scores = raw["rule"]
-        if learn:
-            self._sum, self._count = self._sum + float(scores.sum()), self._count + len(scores)
-        return scores - self._sum / self._count
+    def observe(self, scores: Scores) -> None:
+        self._sum, self._count = self._sum + float(scores.values.sum()), self._count + scores.values.numel()
+
+    def total(self, scores: Scores) -> torch.Tensor:
+        return scores.values[0] - self._sum / self._count
 
     def state(self) -> dict[str, Any]:
         return {"sum": self._sum, "count": self._count}

@@ -20,6 +20,7 @@ from alignment.config.stage import Critic
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.data.tokens.tokenize import TokenizedConversation
 from alignment.models.forward.answers import unwrapped
+from alignment.rewards.scores import Scores
 from alignment.stages.ppo.run import hold_out
 from alignment.training.rl.guard import Guard, better_beyond_noise
 from alignment.training.rl.ptx import Ptx
@@ -168,9 +169,9 @@ class ScriptedRewards(TokenRewards):
         super().__init__(lambda prompt, answer: 0.0)
         self._looks = iter(looks)
 
-    def raw(self, prompts: Any, answers: Any, rows: Any) -> dict[str, list[float]]:
+    def scores(self, prompts: Any, answers: Any, rows: Any) -> Scores:
         """The next look's."""
-        return {"rule": next(self._looks)}
+        return self._named(next(self._looks))
 
 
 LOW = TokenRewards(lambda prompt, answer: float(sum(token < 12 for token in answer)))
@@ -189,7 +190,7 @@ def _watched(bench: Callable[..., Bench], name: str, **changes: Any) -> Bench:
         Prompts(ids=[[6, 7, 8], [21, 22], [9], [3, 3], [20], [18, 5, 4], [11, 12], [1, 9]], rows=range(100, 108)),
         scorer=scorer,
         policy=run.roles.policy,
-        proxy=lambda rollout: run.trainer.scores_of(rollout, learn=False),
+        proxy=lambda rollout: run.trainer.scores_of(rollout),
     )
     return run
 

@@ -1,0 +1,44 @@
+"""Scores of answers: one type from a scorer to an advantage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """What each scorer gives to each answer.
+
+    ``values`` is ``[scorers, answers]`` float32, a row for each of ``names``.
+    Example: ``Scores(names=("regex", "length"), values=torch.tensor([[1.0, 0.0, 1.0], [0.5, 0.25, 1.0]]))``.
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
+
+    @classmethod
+    def of(cls, named: Mapping[str, Tensor]) -> Scores:
+        """From ``[answers]`` of each scorer."""
+        return cls(names=tuple(named), values=torch.stack(list(named.values())).float())
+
+    def by_name(self) -> dict[str, Tensor]:
+        """``[answers]`` of each scorer."""
+        return dict(zip(self.names, self.values, strict=True))
+
+    def of_answer(self, index: int) -> dict[str, float]:
+        """What each scorer gives to one answer."""
+        return dict(zip(self.names, self.values[:, index].tolist(), strict=True))
+
+    def to(self, device: torch.device) -> Scores:
+        """The same scores on a device."""
+        return Scores(names=self.names, values=self.values.to(device))
+
+
+def gathered_scores(shares: Sequence[Scores], order: Sequence[tuple[int, int]]) -> Scores:
+    """Scores of several shares of a batch as those of the whole; ``order`` names share and index of each answer."""
+    values = torch.stack([shares[share].values[:, index] for share, index in order], dim=1)
+    return Scores(names=shares[0].names, values=values)
