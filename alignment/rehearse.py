@@ -17,20 +17,20 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from alignment.config.data import OnError, SourceConfig
-from alignment.config.stage import PpoConfig, Trained
+from alignment.config.data import DataConfig, OnError, SourceConfig
 from alignment.core.artifacts import write_json
 from alignment.core.errors import AlignmentError
 from alignment.data.reading import iterate
 from alignment.data.records import Prompt
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
-from alignment.data.tokens.row_kinds import KINDS, Kind, tokenized
+from alignment.data.tokens.row_kinds import Kind, tokenized
 from alignment.data.tokens.tokenizer import load_tokenizer
-from alignment.job import StageSpec, read_spec
+from alignment.job import StageSpec
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.scorer_sources import function_of, source_field
 from alignment.rewards.scorers import Answers
-from alignment.stages.ppo.scorers import in_use
+from alignment.stages.registry import as_trained, kind_of, learned_data
+from alignment.stages.stage_file import read_spec
 
 LOOKED_AT = 500
 """Records of a source whose tokens are counted."""
@@ -74,13 +74,13 @@ def look_at_rows(spec: StageSpec) -> None:
         DataError: none of them can be rendered or tokenised, or a source that was seen as a whole is too long.
         ModelError: there is no usable tokenizer.
     """
-    config = spec.config
-    assert isinstance(config, Trained), "the driver hands on training stages"
+    config = as_trained(spec.config)
+    assert config is not None, "the driver hands on training stages"
     tokenizer = load_tokenizer(spec.base_path, spec.model.chat_template)
-    limits = Limits.of(config)
+    kind, limits = learned_data(config)
     mixed = [(part, spec.extra_data[f"data.mix[{number}]"]) for number, part in enumerate(config.data.mix)]
     for data, path in [(config.data, spec.data_path), *mixed]:
-        _look_at_source(tokenizer, KINDS[config.kind], limits, data, path)
+        _look_at_source(tokenizer, kind, limits, data, path)
 
 
 def _look_at_source(tokenizer: object, kind: Kind, limits: Limits, data: SourceConfig, path: Path) -> None:
@@ -104,11 +104,11 @@ def ask_functions(spec: StageSpec) -> None:
     Raises:
         RewardError: one does not; says which, and what it gave or raised.
     """
-    config = spec.config
-    assert isinstance(config, PpoConfig), "the driver hands on stages that score answers"
-    prompt = next(iterate(spec.data_path, Prompt, config.data))
+    data = getattr(spec.config, "data", None)
+    assert isinstance(data, DataConfig), "the driver hands on stages that score answers"
+    prompt = next(iterate(spec.data_path, Prompt, data))
     answers = Answers(prompt_ids=[[]], answer_ids=[[]], texts=[TRIED], prompts=[prompt], rows=[0])
-    for field, scorer in in_use(config).items():
+    for field, scorer in kind_of(spec.config).scorers(spec.config).items():
         source = function_of(scorer.source)
         if source is not None:
             planned = spec.identity.get("code", {}).get(source_field(field))

@@ -43,24 +43,15 @@ from alignment.core.streams import make_unfailing
 from alignment.core.versions import versions
 from alignment.data.chat_template import template_text
 from alignment.data.hub_rows import content_of
-from alignment.job import StageSpec, read_spec
+from alignment.job import StageSpec
+from alignment.stages.base import StageKind
+from alignment.stages.registry import kind_of
 from alignment.stages.shared.result import StageResult
+from alignment.stages.stage_file import read_spec
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.session import Preempted, usage
 from alignment.training.sharding import begin
-
-STAGE_MODULES = {
-    "cpt": "alignment.stages.cpt.run",
-    "sft": "alignment.stages.sft.run",
-    "reward": "alignment.stages.reward.run",
-    "dpo": "alignment.stages.dpo.run",
-    "ppo": "alignment.stages.ppo.run",
-    "evaluate": "alignment.stages.evaluate.run",
-    "reward_card": "alignment.stages.reward_card.run",
-    "forgetting": "alignment.stages.forgetting.run",
-}
-
 
 RESERVE = "reserve"
 """A file that is given up where the disk is full, so that there is room to say so."""
@@ -150,14 +141,19 @@ def _run(spec: StageSpec, context: StageContext) -> None:
     torch.manual_seed(seed)
     begin(context)
     with _tracked(context):
-        module = importlib.import_module(STAGE_MODULES[spec.config.kind])
-        run: Callable[[StageConfig, StageContext], StageResult] = module.run
-        result = run(spec.config, context)
+        result = _function_of(kind_of(spec.config))(spec.config, context)
         if context.is_main:
             context.trackers.result(_publish(spec, context, result), spec.artifact)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _function_of(kind: StageKind) -> Callable[[StageConfig, StageContext], StageResult]:
+    """The kind's own function, imported here and not before: it brings the training libraries."""
+    module, _, name = kind.run.partition(":")
+    function: Callable[[StageConfig, StageContext], StageResult] = getattr(importlib.import_module(module), name)
+    return function
 
 
 @contextmanager
@@ -198,7 +194,7 @@ def _publish(spec: StageSpec, context: StageContext, result: StageResult) -> Man
     context.progress("saving")
     manifest = Manifest(
         stage=spec.stage,
-        kind=spec.config.produces,
+        kind=kind_of(spec.config).produces,
         fingerprint=spec.fingerprint,
         identity=spec.identity,
         inputs=spec.input_fingerprints,

@@ -23,9 +23,10 @@ from alignment.data.tokens.token_spans import in_common
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_conversation
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
-from alignment.job import StageInput, read_spec
+from alignment.job import StageInput
 from alignment.models.assembly.load import lineage, load_scalar
 from alignment.models.assembly.reward_head import load_reward_model
+from alignment.stages.stage_file import read_spec
 from alignment.training.context import StageContext
 from benchmarks import rows
 from benchmarks.setting import MAX_LENGTH, MAX_PROMPT_LENGTH, PROMPTS, ROWS, SEED, read_json

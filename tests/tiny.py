@@ -29,7 +29,7 @@ from transformers import (
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.model import Dtype, ModelConfig
-from alignment.config.stage import RewardConfig, StageConfig
+from alignment.config.stage import StageConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.core.artifacts import Manifest, publish
 from alignment.data.tokens.tokenizer import load_tokenizer
@@ -37,6 +37,7 @@ from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.start import load_start
 from alignment.models.forward.answers import unwrapped
+from alignment.stages.reward.config import RewardConfig
 from alignment.stages.shared.result import save_model
 from alignment.training.context import StageContext
 

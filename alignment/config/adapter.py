@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Annotated
+
+from alignment.config.rules import BELOW_ONE, FILLED, POSITIVE
 
 
 class AdapterKind(str, Enum):
@@ -59,12 +62,12 @@ class AdapterConfig:
     """
 
     kind: AdapterKind = AdapterKind.lora
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    rank: Annotated[int, POSITIVE] = 16
+    alpha: Annotated[float, POSITIVE] = 32.0
+    dropout: Annotated[float, BELOW_ONE] = 0.0
     rslora: bool = False
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    target_modules: Annotated[list[str], FILLED] = field(default_factory=lambda: ["all-linear"])
     modules_to_save: list[str] = field(default_factory=list)
-    virtual_tokens: int = 16
+    virtual_tokens: Annotated[int, POSITIVE] = 16
     chain: Chain = Chain.merge
     master_weights: bool = True

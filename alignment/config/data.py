@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Annotated
+
+from alignment.config.rules import BETWEEN, FILLED, FRACTION, PART, POSITIVE
 
 
 class OnError(str, Enum):
@@ -26,22 +29,22 @@ class SourceConfig:
     """
 
     source: str = field(default="", metadata={"identity": False})
-    split: str = "train"
-    subset: str | None = None
+    split: Annotated[str, FILLED] = "train"
+    subset: Annotated[str | None, FILLED] = None
     format: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     placeholders: dict[str, str] = field(default_factory=dict)
-    limit: int | None = None
+    limit: Annotated[int | None, POSITIVE] = None
     on_error: OnError = field(default=OnError.fail, metadata={"identity": False})
-    max_skipped: float = field(default=0.05, metadata={"identity": False})
+    max_skipped: Annotated[float, FRACTION] = field(default=0.05, metadata={"identity": False})
 
 
 @dataclass(kw_only=True, slots=True)
 class MixedConfig(SourceConfig):
     """Rows drawn at random from another source: so many that they are ``share`` of all rows, or ``count`` of them."""
 
-    share: float | None = None
-    count: int | None = None
+    share: Annotated[float | None, BETWEEN] = None
+    count: Annotated[int | None, POSITIVE] = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,4 +56,4 @@ class DataConfig(SourceConfig):
     """
 
     mix: list[MixedConfig] = field(default_factory=list)
-    fraction: float = 1.0
+    fraction: Annotated[float, PART] = 1.0

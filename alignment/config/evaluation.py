@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Annotated
 
 from alignment.config.data import DataConfig
+from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, POSITIVE, URL, VARIABLE
 
 PROMPTED = "base+prompt"
 FEW_SHOT = "base+few-shot"
@@ -20,7 +22,7 @@ class FewShotConfig:
     An exchange is a row of one user turn and its answer. None is taken whose prompt is much like a held-out one.
     """
 
-    count: int = 3
+    count: Annotated[int, POSITIVE] = 3
     data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/conversations"))
 
 
@@ -52,14 +54,16 @@ class EndpointConfig:
     are greedy, of at most ``max_tokens`` tokens.
     """
 
-    base_url: str = ""
+    base_url: Annotated[str, URL] = ""
     model: str = ""
-    criteria: str = "Prefer the answer that does what the request asks, is correct and complete, and invents nothing."
-    max_tokens: int = 512
-    api_key_env: str | None = field(default=None, metadata={"identity": False})
-    timeout: float = field(default=60.0, metadata={"identity": False})
-    retries: int = field(default=2, metadata={"identity": False})
-    concurrency: int = field(default=4, metadata={"identity": False})
+    criteria: Annotated[str, FILLED] = (
+        "Prefer the answer that does what the request asks, is correct and complete, and invents nothing."
+    )
+    max_tokens: Annotated[int, POSITIVE] = 512
+    api_key_env: Annotated[str | None, VARIABLE] = field(default=None, metadata={"identity": False})
+    timeout: Annotated[float, POSITIVE] = field(default=60.0, metadata={"identity": False})
+    retries: Annotated[int, NOT_NEGATIVE] = field(default=2, metadata={"identity": False})
+    concurrency: Annotated[int, POSITIVE] = field(default=4, metadata={"identity": False})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,6 +77,6 @@ class JudgeConfig:
 
     kind: JudgeKind = JudgeKind.none
     pairs: list[PairConfig] = field(default_factory=list)
-    max_prompts: int = 200
-    max_invalid: float = 0.2
+    max_prompts: Annotated[int, POSITIVE] = 200
+    max_invalid: Annotated[float, FRACTION] = 0.2
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from alignment.config.rules import NOT_NEGATIVE, POSITIVE
 from alignment.config.scorers import ScorerConfig
 
 
@@ -19,8 +21,8 @@ class GuardConfig:
     ``every`` the stage hands on the one that went over. ``scorer`` is never normalised, and is called by every process.
     """
 
-    every: int = 0
-    prompts: int = 64
+    every: Annotated[int, NOT_NEGATIVE] = 0
+    prompts: Annotated[int, POSITIVE] = 64
     scorer: ScorerConfig = field(default_factory=lambda: ScorerConfig(source=""))
     keep_best: bool = True
-    max_kl: float | None = None
+    max_kl: Annotated[float | None, POSITIVE] = None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Annotated
+
+from alignment.config.rules import FILLED, NOT_NEGATIVE, PORT, POSITIVE, SLURM_MEMORY, SLURM_TIME, SLURM_WORD
 
 DEVICE = "ALIGNMENT_DEVICE"
 """The variable by which the launcher tells a worker its device, ``cpu`` or ``cuda``; unset for a process that was
@@ -61,14 +64,14 @@ class SlurmConfig:
     """
 
     submit: bool = False
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    time: str | None = None
-    gpus: int = 0
-    cpus: int | None = None
-    memory: str | None = None
-    signal_seconds: int = 300
+    partition: Annotated[str | None, SLURM_WORD] = None
+    account: Annotated[str | None, SLURM_WORD] = None
+    qos: Annotated[str | None, SLURM_WORD] = None
+    time: Annotated[str | None, SLURM_TIME] = None
+    gpus: Annotated[int, NOT_NEGATIVE] = 0
+    cpus: Annotated[int | None, POSITIVE] = None
+    memory: Annotated[str | None, SLURM_MEMORY] = None
+    signal_seconds: Annotated[int, POSITIVE] = 300
     wait: bool = True
 
 
@@ -85,14 +88,14 @@ class LaunchConfig:
     kind: LauncherKind = LauncherKind.auto
     sharding: Sharding = Sharding.none
     offload: Offload = Offload.none
-    num_processes: int = 1
-    num_machines: int = 1
-    machine_rank: int = 0
-    main_address: str = "127.0.0.1"
-    main_port: int = 29400
-    threads: int = 0
-    grace_seconds: int = 120
-    hang_seconds: int = 600
+    num_processes: Annotated[int, NOT_NEGATIVE] = 1
+    num_machines: Annotated[int, POSITIVE] = 1
+    machine_rank: Annotated[int, NOT_NEGATIVE] = 0
+    main_address: Annotated[str, FILLED] = "127.0.0.1"
+    main_port: Annotated[int, PORT] = 29400
+    threads: Annotated[int, NOT_NEGATIVE] = 0
+    grace_seconds: Annotated[int, POSITIVE] = 120
+    hang_seconds: Annotated[int, NOT_NEGATIVE] = 600
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     @property

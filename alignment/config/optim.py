@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Annotated
+
+from alignment.config.rules import FRACTION, NOT_NEGATIVE, POSITIVE
 
 
 class Schedule(str, Enum):
@@ -38,15 +41,32 @@ class OptimConfig:
     set, is the number of steps, whatever ``epochs`` says.
     """
 
-    lr: float
-    batch_size: int = 16
-    micro_batch_tokens: int = field(default=2048, metadata={"identity": False})
+    lr: Annotated[float, POSITIVE]
+    batch_size: Annotated[int, POSITIVE] = 16
+    micro_batch_tokens: Annotated[int, POSITIVE] = field(default=2048, metadata={"identity": False})
     activation_checkpointing: bool = field(default=False, metadata={"identity": False})
-    epochs: float = 1.0
-    max_steps: int | None = None
+    epochs: Annotated[float, POSITIVE] = 1.0
+    max_steps: Annotated[int | None, POSITIVE] = None
     schedule: Schedule = Schedule.cosine
-    warmup_ratio: float = 0.05
-    weight_decay: float = 0.0
-    adam_eps: float = 1e-8
+    warmup_ratio: Annotated[float, FRACTION] = 0.05
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
+    adam_eps: Annotated[float, POSITIVE] = 1e-8
     moments: Moments = Moments.full
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, POSITIVE] = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class PpoOptimConfig:
+    """Adam without weight decay or warm-up, annealed to zero. ``batch_size`` counts episodes an update, globally.
+
+    ``micro_batch_tokens`` are learned from at once; a process samples its whole share at once.
+    """
+
+    lr: Annotated[float, POSITIVE] = 3e-5
+    critic_lr: Annotated[float | None, POSITIVE] = None
+    batch_size: Annotated[int, POSITIVE] = 32
+    micro_batch_tokens: Annotated[int, POSITIVE] = field(default=2048, metadata={"identity": False})
+    schedule: Schedule = Schedule.linear
+    adam_eps: Annotated[float, POSITIVE] = 1e-5
+    moments: Moments = Moments.full
+    max_grad_norm: Annotated[float, POSITIVE] = 1.0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from alignment.config.launch import LaunchConfig
 from alignment.config.model import ModelConfig
+from alignment.config.rules import FILLED, NAME, NOT_NEGATIVE
 from alignment.config.stage import StageConfig
 from alignment.config.tracking import TrackingConfig
 
@@ -18,11 +20,11 @@ class RunConfig:
     holds ``runs/`` and ``artifacts/``.
     """
 
-    name: str
+    name: Annotated[str, NAME]
     summary: str = ""
-    seed: int = 42
-    output: str = "."
+    seed: Annotated[int, NOT_NEGATIVE] = 42
+    output: Annotated[str, FILLED] = "."
     model: ModelConfig = field(default_factory=ModelConfig)
-    stages: dict[str, StageConfig] = field(default_factory=dict)
+    stages: Annotated[dict[str, StageConfig], FILLED] = field(default_factory=dict)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from alignment.config.rules import PATTERN, POSITIVE, SCORE
 
 
 @dataclass(kw_only=True, slots=True)
@@ -17,8 +20,8 @@ class ScorerConfig:
     """
 
     source: str = "reward"
-    weight: float = 1.0
+    weight: Annotated[float, SCORE] = 1.0
     normalize: bool = False
-    clip: float | None = None
-    pattern: str | None = None
-    target: int | None = None
+    clip: Annotated[float | None, POSITIVE] = None
+    pattern: Annotated[str | None, PATTERN] = None
+    target: Annotated[int | None, POSITIVE] = None

@@ -1,4 +1,4 @@
-"""Which groups of choices exist, and the dataclass that each one's files fill.
+"""Which groups of choices exist, and the dataclass that each one's files fill; a stage's depends on its kind.
 
 Hydra composes the files of ``conf/`` as plain values; ``alignment.config.typed`` checks the outcome against the
 dataclasses. The dataclasses are not registered as Hydra schemas on purpose: Hydra would stop at the first misspelling,
@@ -12,7 +12,6 @@ from pathlib import Path
 from alignment.config.adapter import AdapterConfig
 from alignment.config.launch import LaunchConfig
 from alignment.config.model import ModelConfig
-from alignment.config.stage import StageConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.core.resources import shipped
 
@@ -20,7 +19,7 @@ GROUPS: dict[str, object] = {
     "adapter": AdapterConfig,
     "launch": LaunchConfig,
     "model": ModelConfig,
-    "stage": StageConfig,
+    "stage": None,
     "tracking": TrackingConfig,
 }
 SEVERAL = ("tracking",)

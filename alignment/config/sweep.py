@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Annotated
+
+from alignment.config.rules import FILLED, FINITE, NOT_NEGATIVE, POSITIVE
 
 
 class Search(str, Enum):
@@ -41,9 +44,9 @@ class ObjectiveConfig:
     Of an arm it is ``primary``, a metric of the evaluation by its name, or a ``Figure``.
     """
 
-    arm: str = ""
-    stage: str = ""
-    metric: str = PRIMARY
+    arm: Annotated[str, FILLED] = ""
+    stage: Annotated[str, FILLED] = ""
+    metric: Annotated[str, FILLED] = PRIMARY
     minimize: bool = False
 
 
@@ -66,8 +69,8 @@ class PruningConfig:
     stage: str = ""
     metric: str = "loss"
     minimize: bool = True
-    startup_trials: int = 4
-    warmup_steps: int = 0
+    startup_trials: Annotated[int, POSITIVE] = 4
+    warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,10 +80,10 @@ class ParameterConfig:
     ``log`` draws numbers evenly by their size; ``whole`` draws whole ones.
     """
 
-    key: str = ""
+    key: Annotated[str, FILLED] = ""
     values: list[str] = field(default_factory=list)
-    low: float | None = None
-    high: float | None = None
+    low: Annotated[float | None, FINITE] = None
+    high: Annotated[float | None, FINITE] = None
     log: bool = False
     whole: bool = False
 
@@ -91,8 +94,8 @@ class SweepConfig:
 
     summary: str = ""
     search: Search = Search.grid
-    trials: int | None = None
-    seed: int = 0
+    trials: Annotated[int | None, POSITIVE] = None
+    seed: Annotated[int, NOT_NEGATIVE] = 0
     objective: list[ObjectiveConfig] = field(default_factory=list)
-    parameters: list[ParameterConfig] = field(default_factory=list)
+    parameters: Annotated[list[ParameterConfig], FILLED] = field(default_factory=list)
     pruning: PruningConfig = field(default_factory=PruningConfig)

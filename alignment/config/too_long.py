@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Annotated
+
+from alignment.config.rules import FRACTION
 
 
 class TooLong(str, Enum):
@@ -30,4 +33,4 @@ class TooLongConfig:
 
     do: TooLong = TooLong.drop
     side: Side = Side.left
-    max_share: float = field(default=0.1, metadata={"identity": False})
+    max_share: Annotated[float, FRACTION] = field(default=0.1, metadata={"identity": False})

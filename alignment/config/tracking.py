@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from alignment.config.rules import NAME, TAGS
 
 
 @dataclass(kw_only=True, slots=True)
@@ -15,7 +18,7 @@ class TrackingConfig:
 
     wandb: bool = False
     tensorboard: bool = False
-    project: str = "alignment"
-    entity: str | None = None
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
+    project: Annotated[str, NAME] = "alignment"
+    entity: Annotated[str | None, NAME] = None
+    group: Annotated[str | None, NAME] = None
+    tags: Annotated[list[str], TAGS] = field(default_factory=list)

@@ -9,52 +9,54 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import cache
 from typing import Any
 
 from alignment.config.did_you_mean import nearest, suggestion
 from alignment.config.faults import Fault, refuse
-from alignment.config.replaced_keys import instead_of
 from alignment.config.rules import NAME, is_name, rule_of
 from alignment.config.run import RunConfig
-from alignment.config.stage import STAGES, StageConfig
+from alignment.config.stage import StageConfig
 from alignment.config.sweep import SweepConfig
 
-_STAGE_TYPES = tuple(STAGES.values())
 _SHOWN = 3
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+StageClasses = Mapping[str, type[Any]]
+"""The dataclass of each kind of stage, by its name."""
 
 
 class _Wrong(Exception):
     """A value that does not convert; carries what would be allowed."""
 
 
-def typed(tree: Mapping[str, Any]) -> RunConfig:
-    """The run that a composed tree describes.
+def typed(tree: Mapping[str, Any], stages: StageClasses) -> RunConfig:
+    """The run that a composed tree describes; ``stages`` are the dataclasses of the kinds of stage, by name.
 
     Raises:
         ConfigError: lists every unknown key, wrong type and value out of range, with its dotted path.
     """
-    config, faults = convert(tree)
+    config, faults = convert(tree, stages)
     refuse(faults)
     return config
 
 
-def convert(tree: Mapping[str, Any]) -> tuple[RunConfig, list[Fault]]:
+def convert(tree: Mapping[str, Any], stages: StageClasses) -> tuple[RunConfig, list[Fault]]:
     """As ``typed``, but hands the faults back; a faulty field holds its default, so that later checks add theirs."""
-    conversion = _Conversion()
+    conversion = _Conversion(stages)
     return conversion.instance(RunConfig, tree, where="", defaults=RunConfig(name="run")), conversion.faults
 
 
-def stage_from_plain(plain: Mapping[str, Any]) -> StageConfig:
+def stage_from_plain(plain: Mapping[str, Any], stages: StageClasses) -> StageConfig:
     """The stage that a ``stage.yaml`` describes under ``config``.
 
     Raises:
         ConfigError: lists every fault.
     """
-    conversion = _Conversion()
+    conversion = _Conversion(stages)
     stage = conversion.stage(plain, where="config", siblings=[])
     refuse(conversion.faults)
     assert stage is not None, "a stage without a type is a fault"
@@ -67,7 +69,7 @@ def sweep_from_plain(plain: Any, *, where: str) -> SweepConfig:
     Raises:
         ConfigError: lists every fault.
     """
-    conversion = _Conversion(root="sweep")
+    conversion = _Conversion({}, root="sweep")
     found: SweepConfig = conversion.instance(SweepConfig, plain, where="", defaults=SweepConfig())
     refuse([Fault(where=f"{where}: {fault.where}", message=fault.message) for fault in conversion.faults])
     return found
@@ -89,7 +91,8 @@ def to_plain(value: Any) -> Any:
 class _Conversion:
     """Walks a tree beside the dataclasses it should become, and gathers faults on the way; ``root`` names the tree."""
 
-    def __init__(self, root: str = "recipe") -> None:
+    def __init__(self, stages: StageClasses, root: str = "recipe") -> None:
+        self._classes = stages
         self._root = root
         self.faults: list[Fault] = []
 
@@ -114,33 +117,32 @@ class _Conversion:
         """``lr`` of a stage is meant for its ``optim``, and ``adapter.rank`` of a run for each stage's adapter."""
         deeper = list(paths_below(cls))
         if cls is RunConfig and isinstance(stages := siblings.get("stages"), Mapping):
-            deeper += _paths_of_stages(stages)
+            deeper += self._paths_of_stages(stages)
         leaves = [_join(str(key), name) for name in value] if isinstance(value, Mapping) else []
         if not any(_ending_with(leaf, deeper) for leaf in leaves):
             leaves = [str(key)]
         for leaf in leaves:
             meant = [_join(where, path) for path in _ending_with(leaf, deeper)]
             hint = f"did you mean {_either(meant)}?" if meant else suggestion(str(key), field_types(cls))
-            hint = instead_of(cls, leaf) or hint
+            hint = getattr(cls, "REPLACED", {}).get(leaf, hint)
             self._fault(_join(where, leaf), f"unknown key; {hint}")
 
     def stage(self, tree: Any, *, where: str, siblings: list[str]) -> StageConfig | None:
         """The stage of the kind that ``tree`` names, or None after a fault."""
         if not isinstance(tree, Mapping):
-            close = nearest(tree, STAGES) if isinstance(tree, str) else None
+            close = nearest(tree, self._classes) if isinstance(tree, str) else None
             hint = f"; did you mean {{kind: {close}}}?" if close else ""
             self._fault(where, f"{tree!r} is no stage; it takes settings, beginning with 'kind'{hint}")
             return None
         if "kind" not in tree:
-            self._fault(where, _without_kind(where.removeprefix("stages."), siblings))
+            self._fault(where, _without_kind(where.removeprefix("stages."), siblings, self._classes))
             return None
         kind = tree["kind"]
-        cls = STAGES.get(kind) if isinstance(kind, str) else None
+        cls = self._classes.get(kind) if isinstance(kind, str) else None
         if cls is None:
-            self._fault(f"{where}.kind", f"{kind!r} is no kind of stage; {suggestion(str(kind), STAGES)}")
+            self._fault(f"{where}.kind", f"{kind!r} is not a kind of stage; {suggestion(str(kind), self._classes)}")
             return None
-        built = self.instance(cls, tree, where=where, defaults=cls())
-        assert isinstance(built, _STAGE_TYPES)
+        built: StageConfig = self.instance(cls, tree, where=where, defaults=cls())
         return built
 
     def _stages(self, tree: Any) -> dict[str, StageConfig]:
@@ -185,6 +187,11 @@ class _Conversion:
             self.instance(cls, item, where=f"{where}[{number}]", defaults=cls()) for number, item in enumerate(value)
         ]
 
+    def _paths_of_stages(self, stages: Mapping[Any, Any]) -> list[str]:
+        kinds = {name: str(tree.get("kind")) for name, tree in stages.items() if isinstance(tree, Mapping)}
+        known = {name: self._classes[kind] for name, kind in kinds.items() if kind in self._classes}
+        return [f"stages.{name}.{path}" for name, cls in known.items() for path in paths_below(cls)]
+
     def _fault(self, where: str, message: str) -> None:
         self.faults.append(Fault(where=where or self._root, message=message))
 
@@ -202,11 +209,6 @@ def paths_below(cls: type) -> Iterator[str]:
         yield name
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from (f"{name}.{path}" for path in paths_below(hint))
-
-
-def _paths_of_stages(stages: Mapping[Any, Any]) -> list[str]:
-    kinds = [(name, STAGES.get(str(tree.get("kind")))) for name, tree in stages.items() if isinstance(tree, Mapping)]
-    return [f"stages.{name}.{path}" for name, cls in kinds if cls is not None for path in paths_below(cls)]
 
 
 def _ending_with(leaf: str, paths: Sequence[str]) -> list[str]:
@@ -273,12 +275,12 @@ def _choice(hint: type[Enum], value: Any) -> Enum:
     raise _Wrong(f"one of: {', '.join(options)}{hint_text}")
 
 
-def _without_kind(name: str, siblings: list[str]) -> str:
+def _without_kind(name: str, siblings: list[str], kinds: Iterable[str]) -> str:
     close = nearest(name, siblings)
     if close:
         return f"unknown stage; did you mean '{close}'?"
     have = f"the recipe has {', '.join(siblings)}" if siblings else "the recipe has none"
-    return f"unknown stage; {have}. A new stage needs 'kind', one of: {', '.join(STAGES)}"
+    return f"unknown stage; {have}. A new stage needs 'kind', one of: {', '.join(kinds)}"
 
 
 def _join(where: str, key: Any) -> str:

@@ -23,6 +23,14 @@ from alignment.core.shapes import fits
 MANIFEST = "manifest.json"
 SCHEMA = 1
 
+POLICY = "policy"
+REWARD_MODEL = "reward"
+EVALUATION = "evaluation"
+FORGETTING = "forgetting"
+REWARD_CARD = "reward_card"
+REPORT = "report"
+"""Kinds of artifacts that more than one room knows; a kind of stage says which one it makes."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:

@@ -8,16 +8,6 @@ from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import DataError
 from alignment.core.resources import shipped
 from alignment.data.files import files_of
-from alignment.data.records import HeldOutPrompt, PlainText, PreferencePair, Record
-from alignment.data.tokens.row_kinds import KINDS
-
-RECORDS: dict[str, type[Record]] = {
-    **{name: kind.record for name, kind in KINDS.items()},
-    "evaluate": HeldOutPrompt,
-    "forgetting": PlainText,
-    "reward_card": PreferencePair,
-}
-"""What each kind of stage reads as its ``data``."""
 
 
 def locate(source: str, *, where: str = "") -> Path:

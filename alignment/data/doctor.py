@@ -22,19 +22,18 @@ from alignment.data.overlap import Placed
 from alignment.data.reading import prepared, right_form, start
 from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Question, Record
 
-USES: dict[str, tuple[str, type[Record]]] = {
-    "cpt": ("texts", PlainText),
-    "sft": ("conversations", Conversation),
-    "reward, dpo": ("pairs", PreferencePair),
-    "ppo": ("prompts", Prompt),
-    "evaluate": ("prompts with facts", HeldOutPrompt),
-    "forgetting": ("questions with choices", Question),
+NOUNS: dict[type[Record], str] = {
+    PlainText: "texts",
+    Conversation: "conversations",
+    PreferencePair: "pairs",
+    Prompt: "prompts",
+    HeldOutPrompt: "prompts with facts",
+    Question: "questions with choices",
 }
-"""Stages, what they call their records, and those. The texts of forgetting are those of cpt."""
 _OF_ONE_FORMAT: dict[type[Record], Format] = {PlainText: TEXT, Question: CHOICES}
 """Records that could be made of other formats too, of every conversation a text, which have a better use."""
-_FULLEST = ("reward, dpo", "sft", "ppo", "cpt")
-"""Stages, those that take most of a row first."""
+_FULLEST: tuple[type[Record], ...] = (PreferencePair, Conversation, Prompt, PlainText)
+"""Records, those that take most of a row first."""
 MEANT = 0.1
 """Share of rows from which a file is meant for a stage; all others are then faulty."""
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
@@ -45,6 +44,7 @@ class Use:
     """What one kind of record can be made of a file. ``faults`` are rows of which it cannot, ``set_aside`` those that
     it has no use for."""
 
+    record: type[Record]
     records: int = 0
     repeated: int = 0
     faults: list[DataError] = field(default_factory=list)
@@ -81,17 +81,15 @@ class Diagnosis:
         return [*self.unreadable, *found.values()]
 
 
-def examine(path: Path, data: SourceConfig) -> Diagnosis:
-    """One pass over all rows.
+def examine(path: Path, data: SourceConfig, records: Mapping[str, type[Record]]) -> Diagnosis:
+    """One pass over all rows. ``records`` says what stages make of a row, by the names of those stages.
 
     Raises:
         DataError: the file cannot be read at all, or its columns are of no known format.
     """
     told = Diagnosis(path=path, format=start(path, data).format)
-    uses = {
-        name: record for name, (_, record) in USES.items() if _OF_ONE_FORMAT.get(record, told.format) is told.format
-    }
-    told.uses = {name: Use() for name in uses}
+    uses = {name: record for name, record in records.items() if _OF_ONE_FORMAT.get(record, told.format) is told.format}
+    told.uses = {name: Use(record=record) for name, record in uses.items()}
     seen: dict[str, set[str]] = {name: set() for name in uses}
     examples = {name: right_form(told.format, record) for name, record in uses.items()}
     for row in source_rows(path, data):
@@ -108,7 +106,7 @@ def examine(path: Path, data: SourceConfig) -> Diagnosis:
             name: _try(told.uses[name], record, told.format, given, examples[name], seen[name])
             for name, record in uses.items()
         }
-        told.near.add(Placed(where=row.where, text=_said(new)))
+        told.near.add(Placed(where=row.where, text=_text_of(new, uses)))
     return told
 
 
@@ -136,12 +134,13 @@ def record_key(record: Record) -> str:
     return digest([*said, *(getattr(record, name, "") for name in ("text", "chosen", "rejected"))])
 
 
-def _said(new: Mapping[str, Sequence[Record]]) -> str:
+def _text_of(new: Mapping[str, Sequence[Record]], uses: Mapping[str, type[Record]]) -> str:
     """All that the new records of a row say, as the stage has them that takes most of it; empty where none is new.
 
     System turns are left out: many rows share one, and would be alike by it alone.
     """
-    records = next((new[name] for name in _FULLEST if new.get(name)), ())
+    by_record = {uses[name]: made for name, made in new.items() if made}
+    records = next((by_record[record] for record in _FULLEST if record in by_record), ())
     parts: list[str] = []
     for record in records:
         parts += [message.content for message in getattr(record, "messages", ()) if message.role != "system"]

@@ -13,7 +13,6 @@ from alignment.records.evaluation import Evaluation
 SMOKE = "a smoke run: it shows that the recipe runs, and concludes nothing; none of its figures means anything"
 _SMOKE_PROFILE = "smoke"
 _PROFILE = "profile="
-_CHANCE = 0.5
 
 
 def is_smoke(profile: str) -> bool:
@@ -28,23 +27,6 @@ def profile_of(record: Mapping[str, Any]) -> str:
     overrides = record.get("overrides")
     words = [str(word).lstrip("+") for word in overrides] if isinstance(overrides, list) else []
     return next((word.removeprefix(_PROFILE).strip("'\"") for word in words if word.startswith(_PROFILE)), "")
-
-
-def of_figures(kind: str, figures: Mapping[str, float]) -> list[str]:
-    """What the figures in the manifest of a training stage say against it."""
-    if kind == "reward" and (accuracy := figures.get("eval_accuracy")) is not None and accuracy <= _CHANCE:
-        pairs = figures.get("eval_rows")
-        held_out = "held-out pairs" if pairs is None else f"{pairs:.0f} held-out pairs"
-        return [
-            f"right on {accuracy:.0%} of {held_out}, no better than chance ({_CHANCE:.0%}): what is trained on its "
-            "scores learns nothing of what is preferred"
-        ]
-    if kind == "ppo" and figures.get("eos_rate") == 0.0:
-        return [
-            "none of the last update's answers ended within max_new_tokens: every one was cut off; raise it, or start "
-            "from a policy that ends its answers"
-        ]
-    return []
 
 
 def of_evaluation(evaluation: Evaluation) -> list[str]:

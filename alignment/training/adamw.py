@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.optim import Moments, OptimConfig
-from alignment.config.stage import PpoOptimConfig
+from alignment.config.optim import Moments, OptimConfig, PpoOptimConfig
 from alignment.training.context import StageContext
 
 BETAS = (0.9, 0.999)

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from alignment.config.adapter import AdapterConfig
-from alignment.config.stage import Trained
 from alignment.core.artifacts import write_json
 from alignment.core.files import disk_error
 from alignment.job import StageSpec
@@ -65,9 +64,9 @@ class StageContext:
     @property
     def adapter(self) -> AdapterConfig:
         """How the stage changes the weights."""
-        config = self.spec.config
-        assert isinstance(config, Trained), "a stage that trains asks"
-        return config.adapter
+        adapter = getattr(self.spec.config, "adapter", None)
+        assert isinstance(adapter, AdapterConfig), "a stage that trains asks"
+        return adapter
 
     def seed(self, name: str, *numbers: int) -> int:
         """A seed derived by name, so that a stage resumed anywhere draws the same numbers."""

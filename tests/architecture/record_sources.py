@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alignment.config.stage import STAGES
+from alignment.stages.registry import kinds
 
 ROOT = Path(__file__).parents[2]
 RECORD = Path(__file__).with_name("sources.json")
-KINDS = [kind for kind in STAGES if kind != "report"]
-"""A report shows numbers and makes none."""
+KINDS = [name for name, kind in kinds().items() if kind.run]
+"""A stage inside the driver shows numbers and makes none."""
 NO_ARITHMETIC = (
     "alignment.core.artifacts",
     "alignment.pipeline.sources.bundled_model",
@@ -63,7 +63,7 @@ def sources_of(kind: str) -> dict[str, str]:
 def today() -> Record:
     """What would be recorded now."""
     files = {path: sha for kind in KINDS for path, sha in sources_of(kind).items()}
-    return {"revisions": {kind: STAGES[kind].revision for kind in KINDS}, "files": dict(sorted(files.items()))}
+    return {"revisions": {kind: kinds()[kind].revision for kind in KINDS}, "files": dict(sorted(files.items()))}
 
 
 def recorded() -> Record:
@@ -75,7 +75,7 @@ def recorded() -> Record:
 def undecided(record: Record) -> dict[str, list[str]]:
     """Stages of which files changed since they were recorded and the revision did not, with these files."""
     changed = {kind: _changed(kind, record) for kind in KINDS}
-    same = {kind for kind in KINDS if record["revisions"].get(kind) == STAGES[kind].revision}
+    same = {kind for kind in KINDS if record["revisions"].get(kind) == kinds()[kind].revision}
     return {kind: files for kind, files in changed.items() if files and kind in same}
 
 
@@ -143,7 +143,7 @@ def main() -> int:
     open_stages = undecided(recorded()) if RECORD.exists() else {}
     if open_stages and not told.same_numbers:
         for kind, files in open_stages.items():
-            print(f"{kind} (revision {STAGES[kind].revision}): {', '.join(files)}")
+            print(f"{kind} (revision {kinds()[kind].revision}): {', '.join(files)}")
         print("Raise the revision of those whose numbers change; then, or if none do, --same-numbers.")
         return 1
     RECORD.write_text(json.dumps(today(), indent=1) + "\n", encoding="utf-8")

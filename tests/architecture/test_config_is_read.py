@@ -20,10 +20,12 @@ from mypy.options import Options
 from alignment.config.launch import LaunchConfig
 from alignment.config.model import ModelConfig
 from alignment.config.run import RunConfig
-from alignment.config.stage import STAGES
 from alignment.config.sweep import SweepConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.config.typed import field_types, listed_dataclass
+from alignment.stages.registry import config_classes
+
+STAGES = config_classes()
 
 PACKAGE = Path(__file__).parents[2] / "alignment"
 PLUGIN = Path(__file__).with_name("attribute_reads.py")

@@ -21,8 +21,9 @@ from alignment.config.guard import GuardConfig
 from alignment.config.launch import Offload, Sharding
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.scorers import ScorerConfig
-from alignment.config.stage import KlConfig, KlControl, StageConfig
+from alignment.config.stage import StageConfig
 from alignment.job import StageInput, StageSpec
+from alignment.stages.ppo.config import KlConfig, KlControl
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.context import StageContext
 from alignment.training.rl.experience import Experience

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alignment.core.artifacts import verify
-from alignment.job import read_spec
 from alignment.pipeline.sweeps.reported import of_stage
+from alignment.stages.stage_file import read_spec
 from tests.e2e.conftest import Align, environment
 from tests.e2e.forked import Forked
 

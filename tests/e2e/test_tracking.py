@@ -15,7 +15,7 @@ import yaml
 
 from alignment.core.artifacts import verify
 from alignment.core.resources import shipped
-from alignment.job import read_spec
+from alignment.stages.stage_file import read_spec
 from alignment.training.trackers.wandb import stable_id
 from alignment.training.trackers.wandb_log import records
 from tests.e2e.conftest import Align

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.stage import Critic, PpoConfig
+from alignment.config.critic import Critic
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import unwrapped
 from alignment.rewards.scores import Scores
 from alignment.rewards.slot import Rewards
 from alignment.stages.ppo import run as ppo
+from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.context import StageContext
 from alignment.training.rl.guard import Guard

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.optim import OptimConfig, Schedule
-from alignment.config.stage import DpoConfig
 from alignment.models.assembly.load import Lineage
 from alignment.stages.dpo import run as dpo
+from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.shared.preference_pairs import TokenizedPair
 from alignment.training.context import StageContext
 from alignment.training.session import train

@@ -25,13 +25,15 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.critic import Critic
 from alignment.config.guard import GuardConfig
-from alignment.config.optim import OptimConfig
-from alignment.config.stage import Critic, KlConfig, PpoConfig, PpoOptimConfig, RewardConfig
+from alignment.config.optim import OptimConfig, PpoOptimConfig
 from alignment.models.assembly.load import Lineage, load_policy
 from alignment.models.forward.generate import Sampling, generate
 from alignment.report.kit.plots import Line
+from alignment.stages.ppo.config import KlConfig, PpoConfig
 from alignment.stages.reward import run as reward
+from alignment.stages.reward.config import RewardConfig
 from alignment.stages.shared.preference_pairs import TokenizedPair
 from alignment.training.context import StageContext
 from alignment.training.session import train

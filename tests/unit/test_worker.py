@@ -17,10 +17,10 @@ import torch
 
 from alignment import worker
 from alignment.config.model import ModelConfig
-from alignment.config.stage import SftConfig
 from alignment.core.errors import DataError, NonFiniteError
 from alignment.core.fingerprint import content_sha256, digest
 from alignment.data.chat_template import template_text
+from alignment.stages.sft.config import SftConfig
 from alignment.training.context import StageContext
 from alignment.training.session import Preempted
 from alignment.worker import _refuse_changed_data

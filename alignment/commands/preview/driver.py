@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment.config.stage import EvaluateConfig, Trained
+from alignment.core.artifacts import EVALUATION
 from alignment.core.deadline import KILLED_BY, KILLED_SECONDS
 from alignment.core.errors import ConfigError, ModelError
 from alignment.pipeline.backends import processes
@@ -17,6 +17,7 @@ from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.display import display_for
 from alignment.pipeline.execute.run import with_models
 from alignment.pipeline.plan.plan import PlannedStage, make_plan
+from alignment.stages.registry import kind_of
 
 
 def show_preview(
@@ -31,7 +32,7 @@ def show_preview(
         raise ConfigError(f"{html!r} cannot be a file", where="--html", remedy="name a file in a folder that is there")
     plan = make_plan(recipe, overrides)
     plan = with_models(plan, display_for(console), stages=plan.stages)
-    known = [one for one in plan.stages if isinstance(one.config, Trained)]
+    known = [one for one in plan.stages if kind_of(one.config).trains]
     chosen = [one for one in known if stage in (None, one.name)]
     if not chosen:
         names = ", ".join(one.name for one in known)
@@ -47,7 +48,7 @@ def show_preview(
 
         argv = [sys.executable, "-m", "alignment.commands.preview.worker", *map(file_of, chosen), "--rows", str(rows)]
         argv += ["--html", html] if html else []
-        evaluation = next((one for one in plan.stages if isinstance(one.config, EvaluateConfig)), None)
+        evaluation = next((one for one in plan.stages if kind_of(one.config).produces == EVALUATION), None)
         argv += ["--against", file_of(evaluation)] if evaluation else []
         return _exit_code(processes.call(argv))
 

@@ -20,7 +20,6 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig
-from alignment.config.stage import EvaluateConfig, Trained
 from alignment.core.errors import AlignmentError, DataError
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import Terminal, complain
@@ -28,10 +27,12 @@ from alignment.data.doctor import record_key
 from alignment.data.overlap import HeldOut, asked, asked_in
 from alignment.data.reading import Reading, iterate, refuse_faults, start
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
-from alignment.data.tokens.row_kinds import KINDS, Tokenized, tokenized
+from alignment.data.tokens.row_kinds import Tokenized, tokenized
 from alignment.data.tokens.token_spans import Run, Shown, histogram, shown
 from alignment.data.tokens.tokenizer import load_tokenizer
-from alignment.job import StageSpec, read_spec
+from alignment.job import StageSpec
+from alignment.stages.registry import as_trained, learned_data
+from alignment.stages.stage_file import read_spec
 
 CONTENT_POLICY = (
     """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; """
@@ -71,8 +72,9 @@ def _page(console: Console) -> str:
 
 
 def _held_out(spec: StageSpec) -> HeldOut:
-    assert isinstance(spec.config, EvaluateConfig), "the driver names an evaluation"
-    return HeldOut(asked_in(spec.data_path, spec.config.data))
+    data = getattr(spec.config, "data", None)
+    assert isinstance(data, DataConfig), "the driver names an evaluation"
+    return HeldOut(asked_in(spec.data_path, data))
 
 
 def show_stage(console: Console, spec: StageSpec, *, rows: int, held_out: HeldOut | None = None) -> None:
@@ -81,10 +83,10 @@ def show_stage(console: Console, spec: StageSpec, *, rows: int, held_out: HeldOu
     Raises:
         DataError: no row can be read, or none can be tokenised.
     """
-    config = spec.config
-    assert isinstance(config, Trained), "the driver hands on training stages"
+    config = as_trained(spec.config)
+    assert config is not None, "the driver hands on training stages"
     tokenizer = load_tokenizer(spec.base_path, spec.model.chat_template)
-    kind, limits = KINDS[config.kind], Limits.of(config)
+    kind, limits = learned_data(config)
     mixed = [(part, spec.extra_data[f"data.mix[{number}]"]) for number, part in enumerate(config.data.mix)]
     for data, path in [(config.data, spec.data_path), *mixed]:
         lenient = replace(data, on_error=OnError.skip, max_skipped=1.0)  # faults are shown, not a reason to stop

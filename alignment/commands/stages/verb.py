@@ -6,8 +6,6 @@ import argparse
 
 from rich.console import Console
 
-from alignment.config.stage import STAGES
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """None."""

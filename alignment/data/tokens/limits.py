@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
 
-from alignment.config.stage import CptConfig, DpoConfig, PpoConfig, RewardCardConfig, RewardConfig, SftConfig
 from alignment.config.too_long import Side, TooLong, TooLongConfig
 from alignment.core.errors import DataError
 from alignment.data.tokens.tokenize import Tokens
@@ -27,22 +25,6 @@ class Limits:
     prompt: int | None = None
     answer: int | None = None
     too_long: TooLongConfig = field(default_factory=TooLongConfig)
-
-    @classmethod
-    def of(cls, config: CptConfig | SftConfig | RewardConfig | DpoConfig | PpoConfig | RewardCardConfig) -> Self:
-        """Those of a stage; continued pretraining cuts texts into rows, and PPO makes answers itself."""
-        if isinstance(config, CptConfig):
-            return cls(row=config.max_length)
-        if isinstance(config, PpoConfig):
-            return cls(row=config.max_prompt_length, too_long=config.too_long)
-        if isinstance(config, RewardCardConfig):
-            return cls(row=config.max_length, too_long=config.too_long)
-        return cls(
-            row=config.max_length,
-            prompt=config.max_prompt_length,
-            answer=config.max_answer_length,
-            too_long=config.too_long,
-        )
 
     @property
     def cuts(self) -> bool:

@@ -212,5 +212,3 @@ TEXTS = Kind(
     rows=_plain_rows,
 )
 """Of any length: a text is cut into rows."""
-KINDS = {"cpt": TEXTS, "sft": CONVERSATIONS, "reward": PAIRS, "dpo": PAIRS, "ppo": PROMPTS}
-"""What each kind of stage learns from."""

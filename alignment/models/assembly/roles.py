@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.stage import Critic
+from alignment.config.critic import Critic
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.actor_critic import ActorCritic, ValueHead
 from alignment.models.assembly.adapters import at_start

@@ -6,18 +6,17 @@ import dataclasses
 import importlib.util
 from collections.abc import Iterator, Sequence
 
-from alignment.config.evaluation import JudgeKind
 from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig, Offload, Sharding
-from alignment.config.optim import Moments
-from alignment.config.sharing import ppo_faults
-from alignment.config.stage import EvaluateConfig, Measuring, PpoConfig, ReportConfig, StageConfig, Trained
+from alignment.config.optim import Moments, OptimConfig
+from alignment.config.stage import StageConfig, TrainedConfig
 from alignment.core import hardware
 from alignment.core.errors import ConfigError
-from alignment.evaluation.endpoint import api_key
 from alignment.pipeline.backends import command
 from alignment.pipeline.plan import row_counts
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
+from alignment.stages.base import RunsOn
+from alignment.stages.registry import as_trained, kind_of
 
 
 def of_stage(launch: LaunchConfig, config: StageConfig, *, num_devices: int) -> LaunchConfig:
@@ -26,7 +25,7 @@ def of_stage(launch: LaunchConfig, config: StageConfig, *, num_devices: int) -> 
     Raises:
         ConfigError: it asks for a process on each GPU, and there is none.
     """
-    if isinstance(config, Measuring):
+    if kind_of(config).launch.runs_on is RunsOn.one_process:
         return dataclasses.replace(
             launch, num_processes=1, num_machines=1, sharding=Sharding.none, offload=Offload.none
         )
@@ -56,16 +55,15 @@ def refuse_what_cannot_start(launch: LaunchConfig, stages: Sequence[PlannedStage
     """
     faults: list[Fault] = []
     for stage in stages:
-        if stage.action is Action.reuse or isinstance(stage.config, ReportConfig):
+        if stage.action is Action.reuse or kind_of(stage.config).launch.runs_on is RunsOn.driver:
             continue
         own = of_stage(launch, stage.config, num_devices=num_devices)
         _refuse_missing_package(own)
         command.chosen_launcher(own, num_devices=num_devices)
-        if isinstance(stage.config, EvaluateConfig) and stage.config.judge.kind is JudgeKind.endpoint:
-            api_key(stage.config.judge.endpoint, where=f"stages.{stage.name}.judge")
-        if isinstance(stage.config, Trained):
+        kind_of(stage.config).launch.check_machine(stage.config, f"stages.{stage.name}")
+        if (trained := as_trained(stage.config)) is not None:
             faults += _size_faults(stage, own.world_size)
-            faults += _page_faults(stage.config, f"stages.{stage.name}.optim", num_devices=num_devices)
+            faults += _page_faults(trained, f"stages.{stage.name}.optim", num_devices=num_devices)
     refuse(faults)
 
 
@@ -82,12 +80,12 @@ def refuse_sizes(plan: Plan) -> None:
 
 
 def _size_faults(stage: PlannedStage, processes: int) -> Iterator[Fault]:
-    config, where = stage.config, f"stages.{stage.name}"
-    if not isinstance(config, Trained):
+    config, where = as_trained(stage.config), f"stages.{stage.name}"
+    if config is None:
         return
-    if isinstance(config, PpoConfig):
-        yield from ppo_faults(config, processes=processes, where=where)
-    elif config.optim.batch_size % processes:
+    kind = kind_of(config)
+    yield from kind.launch.size_faults(config, processes, where)
+    if isinstance(config.optim, OptimConfig) and config.optim.batch_size % processes:
         message = (
             f"{config.optim.batch_size} does not divide by {processes} processes; choose a multiple of {processes}, or "
             "another launch.num_processes"
@@ -105,7 +103,7 @@ def _refuse_missing_package(launch: LaunchConfig) -> None:
         )
 
 
-def _page_faults(config: Trained, where: str, *, num_devices: int) -> Iterator[Fault]:
+def _page_faults(config: TrainedConfig, where: str, *, num_devices: int) -> Iterator[Fault]:
     # bitsandbytes itself would go on without pages, and say so in a log.
     if config.optim.moments is Moments.paged_eight_bit and not num_devices:
         yield Fault(where=f"{where}.moments", message="pages are a GPU's, and there is none; take eight_bit")

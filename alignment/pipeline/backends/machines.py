@@ -17,7 +17,6 @@ from pathlib import Path
 from rich.console import Console
 
 from alignment.config.launch import LaunchConfig
-from alignment.config.stage import Measuring, ReportConfig
 from alignment.core import hardware
 from alignment.core.artifacts import read_manifest, write_json
 from alignment.core.errors import PREEMPTED, ArtifactError, ConfigError, StageError
@@ -27,6 +26,7 @@ from alignment.pipeline.execute.forgetting_gate import FORGOT
 from alignment.pipeline.execute.record import read_record
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
+from alignment.stages.registry import kind_of
 
 ATTEMPT = "attempt.json"
 LIFE = "machine-0.alive"
@@ -67,7 +67,7 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, comm
     try:
         with termination_raises():
             for stage in stages:
-                if stage.action is Action.reuse or isinstance(stage.config, Measuring | ReportConfig):
+                if stage.action is Action.reuse or not kind_of(stage.config).trains:
                     continue
                 console.print(f"{stage.name}: {told} waits for the first to start it", highlight=False)
                 code = _Follower(plan, stage, command_for, console).follow()

@@ -11,10 +11,12 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from alignment.config.launch import SlurmConfig
-from alignment.config.stage import Measuring, ReportConfig, StageConfig
+from alignment.config.stage import StageConfig
 from alignment.core.errors import ConfigError
 from alignment.core.resources import shipped
 from alignment.pipeline.plan.plan import Plan, PlannedStage
+from alignment.stages.base import RunsOn
+from alignment.stages.registry import kind_of
 
 TEMPLATE = Path("slurm") / "stage.sbatch"
 HERE = "launch.slurm.submit=false"
@@ -77,9 +79,10 @@ def _directives(plan: Plan, stage: PlannedStage) -> Iterator[str]:
 
 def _num_gpus(config: StageConfig, slurm: SlurmConfig) -> int:
     """A report draws, and measuring is one process's work."""
-    if isinstance(config, ReportConfig):
+    runs_on = kind_of(config).launch.runs_on
+    if runs_on is RunsOn.driver:
         return 0
-    return min(slurm.gpus, 1) if isinstance(config, Measuring) else slurm.gpus
+    return min(slurm.gpus, 1) if runs_on is RunsOn.one_process else slurm.gpus
 
 
 def _literal(path: Path) -> str:

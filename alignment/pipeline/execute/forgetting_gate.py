@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from alignment.config.stage import DpoConfig, ForgettingConfig, PpoConfig, StageConfig
-from alignment.core.artifacts import read_manifest
+from alignment.config.stage import StageConfig
+from alignment.core.artifacts import FORGETTING, read_manifest
 from alignment.core.errors import Forgot
 from alignment.pipeline.plan.plan import PlannedStage
 from alignment.records.forgetting import Forgetting
+from alignment.stages.registry import kind_of
 
 FORGOT = "forgot"
 """How a run ended whose stages are all done."""
@@ -47,8 +48,8 @@ def read_outcome(artifact: Path) -> Forgetting | None:
 
 
 def _failed(stages: Sequence[PlannedStage]) -> list[tuple[PlannedStage, Forgetting]]:
-    done = [stage for stage in stages if isinstance(stage.config, ForgettingConfig) and read_manifest(stage.artifact)]
-    records = [(stage, read_outcome(stage.artifact)) for stage in done]
+    measured = [stage for stage in stages if kind_of(stage.config).produces == FORGETTING]
+    records = [(stage, read_outcome(stage.artifact)) for stage in measured if read_manifest(stage.artifact) is not None]
     return [(stage, record) for stage, record in records if record is not None and not record.passed]
 
 
@@ -63,11 +64,4 @@ def _remedy(arm: str, configs: Mapping[str, StageConfig]) -> str:
     config = configs.get(name)
     if config is None:
         return f"{arm} was trained elsewhere; train it with general rows among its own, a lower rate or fewer epochs"
-    if isinstance(config, DpoConfig):
-        return f"raise stages.{name}.beta, lower its optim.lr or train fewer epochs; replay goes into the SFT before it"
-    if isinstance(config, PpoConfig):
-        return f"replay: stages.{name}.ptx.coefficient=1.0 learns general conversations beside it; or lower optim.lr"
-    return (
-        f"replay: stages.{name}.data.mix=[{{source: 'bundled:general/conversations', share: 0.2}}] mixes general rows "
-        f"into its own; or lower stages.{name}.optim.lr, train fewer epochs, or train an adapter"
-    )
+    return kind_of(config).outcome.against_forgetting(name)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from alignment.config.stage import CptConfig, EvaluateConfig, PpoConfig, Trained
-from alignment.core.artifacts import read_manifest
+from alignment.core.artifacts import EVALUATION, read_manifest
 from alignment.core.errors import ArtifactError
 from alignment.data.overlap import HeldOut, Overlap, Placed
 from alignment.pipeline.plan.frozen_rows import frozen_rows
@@ -14,6 +13,8 @@ from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.pipeline.plan.row_counts import rows_of
 from alignment.records.evaluation import Evaluation
 from alignment.report import doubts
+from alignment.stages import registry
+from alignment.stages.registry import as_trained, kind_of
 
 HIGH_RATE = 1e-2
 """Above the rates of published recipes, those of LoRA too (chosen, not tuned)."""
@@ -30,9 +31,10 @@ def of_plan(plan: Plan) -> list[str]:
 
 
 def _high_rates(stage: PlannedStage) -> Iterator[str]:
-    if not isinstance(stage.config, Trained):
+    config = as_trained(stage.config)
+    if config is None:
         return
-    optim = stage.config.optim
+    optim = config.optim
     for name in ("lr", "critic_lr"):
         rate = getattr(optim, name, None)
         if rate is not None and rate > HIGH_RATE:
@@ -40,8 +42,8 @@ def _high_rates(stage: PlannedStage) -> Iterator[str]:
 
 
 def _small_data(stage: PlannedStage) -> Iterator[str]:
-    config = stage.config
-    if not isinstance(config, Trained) or isinstance(config, (CptConfig, PpoConfig)):
+    config = as_trained(stage.config)
+    if config is None or not kind_of(config).learning.batches_of_rows:
         return
     rows = rows_of(config.data, stage.seen.get("data"))
     if rows is not None and rows < config.optim.batch_size:
@@ -54,7 +56,7 @@ def _small_data(stage: PlannedStage) -> Iterator[str]:
 def _asked_again(plan: Plan) -> Iterator[str]:
     """Prompts that are learned and evaluated, in the rows that a plan compares."""
     for evaluation in plan.stages:
-        if not isinstance(evaluation.config, EvaluateConfig) or "data" not in evaluation.seen:
+        if kind_of(evaluation.config).produces != EVALUATION or "data" not in evaluation.seen:
             continue
         for both, stages in _overlaps(plan, HeldOut(evaluation.seen["data"].texts)).items():
             yield (
@@ -68,7 +70,7 @@ def _overlaps(plan: Plan, held_out: HeldOut) -> dict[tuple[Overlap, ...], list[s
     overlaps: dict[tuple[Placed, ...], tuple[Overlap, ...]] = {}
     stages: dict[tuple[Overlap, ...], list[str]] = {}
     for stage in plan.stages:
-        for seen in stage.seen.values() if isinstance(stage.config, Trained) else ():
+        for seen in stage.seen.values() if kind_of(stage.config).trains else ():
             if seen.texts not in overlaps:
                 overlaps[seen.texts] = tuple(held_out.overlaps(seen.texts))
             names = stages.setdefault(overlaps[seen.texts], [])
@@ -78,7 +80,7 @@ def _overlaps(plan: Plan, held_out: HeldOut) -> dict[tuple[Overlap, ...], list[s
 
 def of_result(kind: str, artifact: Path) -> list[str]:
     """What a stage's own figures say against its result, if that is there."""
-    if kind == "evaluate":
+    if registry.produced_by(kind) == EVALUATION:
         try:
             return doubts.of_evaluation(Evaluation.read(artifact))
         except FileNotFoundError:
@@ -87,4 +89,4 @@ def of_result(kind: str, artifact: Path) -> list[str]:
         manifest = read_manifest(artifact)
     except ArtifactError:  # whoever builds on it is told; to be shown, it needs no figures
         return []
-    return [] if manifest is None else doubts.of_figures(kind, manifest.metrics)
+    return [] if manifest is None else registry.doubts(kind, manifest.metrics)

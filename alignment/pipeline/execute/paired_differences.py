@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from alignment.core.artifacts import EVALUATION
 from alignment.evaluation.bootstrap import mean_interval
 from alignment.pipeline.execute.record import read_record
 from alignment.records.evaluation import FILE, read_samples
 from alignment.records.interval import Interval
+from alignment.stages.registry import produced_by
 
 SAMPLES = 2000
 SEED = 0
@@ -20,8 +22,9 @@ def evaluations(run_folder: Path) -> dict[str, Path]:
         ArtifactError: there is no such run.
     """
     stages = read_record(run_folder)["stages"]
-    found = {name: Path(stage["artifact"]) for name, stage in stages.items() if stage["kind"] == "evaluate"}
-    return {name: artifact for name, artifact in found.items() if (artifact / FILE).is_file()}
+    evaluations = [name for name, stage in stages.items() if produced_by(stage["kind"]) == EVALUATION]
+    artifacts = {name: Path(stages[name]["artifact"]) for name in evaluations}
+    return {name: artifact for name, artifact in artifacts.items() if (artifact / FILE).is_file()}
 
 
 def scores(artifact: Path, arm: str) -> dict[str, dict[str, float]]:

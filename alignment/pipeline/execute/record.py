@@ -145,7 +145,7 @@ def _inputs(stage: PlannedStage) -> dict[str, Any]:
     """Field → reference; a list for a field that holds several."""
     found: dict[str, Any] = {}
     for slot in references.slots(stage.config):
-        if slot.is_arm:
+        if references.is_arm(slot):
             found.setdefault(slot.field.partition("[")[0], []).append(slot.ref)
         else:
             found[slot.field] = slot.ref

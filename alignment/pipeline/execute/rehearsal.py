@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from alignment.config.launch import LauncherKind
-from alignment.config.stage import CptConfig, StageConfig, Trained
+from alignment.config.stage import StageConfig
 from alignment.core import hardware
 from alignment.core.errors import StageError
 from alignment.pipeline.backends import command, environment, machines, processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute import rehearsed, worker_protocol
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
+from alignment.stages.registry import as_trained, kind_of
 
 _FOLDER = ".rehearsal"
 _RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -34,7 +35,7 @@ def rehearse(plan: Plan, stages: Sequence[PlannedStage], *, announce: Callable[[
         AlignmentError: what the stage would raise: rows that cannot be learned from, or a scorer that fails.
         StageError: no answer within ``launch.hang_seconds``.
     """
-    waiting = [one for one in stages if one.action is not Action.reuse and isinstance(one.config, Trained)][1:]
+    waiting = [one for one in stages if one.action is not Action.reuse and as_trained(one.config) is not None][1:]
     rows = [stage for stage in waiting if _learns_by_own_tokenizer(stage.config, plan.config.stages)]
     scorers = [stage for stage in waiting if stage.code]
     rows = [stage for stage in rows if not rehearsed.is_known(plan, stage, part=rehearsed.ROWS)]
@@ -105,9 +106,12 @@ def _deadline(plan: Plan, scorers: Sequence[PlannedStage]) -> Callable[[], None]
 
 def _learns_by_own_tokenizer(config: StageConfig, stages: dict[str, StageConfig]) -> bool:
     """Whether the stage tokenises with the run's base model, which a policy from outside does not stand on."""
-    if isinstance(config, CptConfig) or not isinstance(config, Trained):
+    trained = as_trained(config)
+    if trained is None or not kind_of(config).learning.rehearsed:
         return False
-    before = config.init.removeprefix("stage:")
-    while (made := stages.get(before)) is not None and isinstance(made, Trained):
-        before = made.init.removeprefix("stage:")
-    return before == "base"
+    while (name := trained.init.removeprefix("stage:")) in stages:
+        before = as_trained(stages[name])
+        if before is None:
+            break
+        trained = before
+    return name == "base"

@@ -8,12 +8,12 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from typing import Any
 
 from rich.console import Console
 
 from alignment import __version__
 from alignment.config.did_you_mean import suggestion
-from alignment.config.stage import ReportConfig
 from alignment.core import hardware
 from alignment.core.artifacts import Manifest, publish, read_manifest, verify
 from alignment.core.errors import PREEMPTED, ArtifactError, Busy, ConfigError
@@ -33,6 +33,8 @@ from alignment.pipeline.plan import references
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage, make_plan
 from alignment.pipeline.sources import data_sources, model_sources
 from alignment.report import doubts
+from alignment.stages.base import RunsOn
+from alignment.stages.registry import kind_of
 
 
 def run(
@@ -195,7 +197,8 @@ def _chosen(plan: Plan, only: str | None) -> list[PlannedStage]:
 
 def _not_reused(plan: Plan, only: str | None) -> list[PlannedStage]:
     """The chosen stages that take models or data."""
-    return [s for s in _chosen(plan, only) if s.action is not Action.reuse and not isinstance(s.config, ReportConfig)]
+    waiting = [stage for stage in _chosen(plan, only) if stage.action is not Action.reuse]
+    return [stage for stage in waiting if kind_of(stage.config).launch.runs_on is not RunsOn.driver]
 
 
 def with_models(plan: Plan, display: Display, *, stages: Sequence[PlannedStage]) -> Plan:
@@ -271,7 +274,7 @@ def _make(plan: Plan, stage: PlannedStage, display: Display, command_for: Comman
         if read_manifest(stage.artifact) is not None:
             _remove_work(stage)
             return False
-        if isinstance(stage.config, ReportConfig):
+        if kind_of(stage.config).launch.runs_on is RunsOn.driver:
             _make_report(plan, stage, stage.config)
         else:
             _launch(plan, stage, display, command_for, lock)
@@ -335,7 +338,7 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
         )
 
 
-def _make_report(plan: Plan, stage: PlannedStage, config: ReportConfig) -> None:
+def _make_report(plan: Plan, stage: PlannedStage, config: Any) -> None:
     """Runs in this process: a report reads files and draws, it computes nothing."""
     from alignment import report
 
@@ -346,7 +349,7 @@ def _make_report(plan: Plan, stage: PlannedStage, config: ReportConfig) -> None:
     report.build(plan.run_folder, content / REPORT, num_samples=config.num_samples)
     manifest = Manifest(
         stage=stage.name,
-        kind=config.produces,
+        kind=kind_of(config).produces,
         fingerprint=stage.fingerprint,
         identity=stage.identity,
         inputs=stage.input_fingerprints,
@@ -359,6 +362,6 @@ def _make_report(plan: Plan, stage: PlannedStage, config: ReportConfig) -> None:
 
 def _point_to_result(plan: Plan, stage: PlannedStage) -> None:
     """A report also stands in the run's folder, where a user looks for it."""
-    if isinstance(stage.config, ReportConfig):
+    if kind_of(stage.config).launch.runs_on is RunsOn.driver:
         with replacing(plan.run_folder / REPORT) as temporary:
             shutil.copyfile(stage.artifact / REPORT, temporary)

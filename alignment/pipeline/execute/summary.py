@@ -11,15 +11,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD
 from alignment.pipeline.execute import forgetting_gate, notes
 from alignment.pipeline.execute.display import duration, steps
 from alignment.pipeline.execute.worker_protocol import Progress
 from alignment.pipeline.plan.plan import Action, Plan
-from alignment.records.evaluation import FILE as EVALUATION
+from alignment.records.evaluation import FILE as EVALUATION_FILE
 from alignment.records.evaluation import Comparison, Evaluation, JudgedPair
 from alignment.records.forgetting import Forgetting
 from alignment.records.interval import Interval
 from alignment.report import doubts
+from alignment.stages.registry import lines_of, produced_by
 
 REPORT = "report.html"
 
@@ -57,25 +59,32 @@ def show_stages(console: Console, record: dict[str, Any], jobs: Mapping[str, str
 def show_results(console: Console, run_folder: Path, record: dict[str, Any]) -> None:
     """The arms of every evaluation that is done and the cards of reward models, or where the results lie without an
     evaluation, and where the report is."""
-    for stage in record["stages"].values():
+    made = {name: stage for name, stage in record["stages"].items() if stage["state"] in ("done", "reused")}
+    for stage in made.values():
         artifact = Path(stage["artifact"])
-        if stage["kind"] == "evaluate" and stage["state"] in ("done", "reused") and (artifact / EVALUATION).is_file():
+        if produced_by(stage["kind"]) == EVALUATION and (artifact / EVALUATION_FILE).is_file():
             show_evaluation(console, Evaluation.read(artifact))
-    for name, stage in record["stages"].items():
-        card = Path(stage["artifact"]) / "card.json"
-        if stage["kind"] == "reward_card" and stage["state"] in ("done", "reused") and card.is_file():
-            show_card(console, name, json.loads(card.read_text(encoding="utf-8")))
-        measured = forgetting_gate.read_outcome(Path(stage["artifact"])) if stage["kind"] == "forgetting" else None
-        if measured is not None and stage["state"] in ("done", "reused"):
-            show_forgetting(console, name, measured)
-    if not any(stage["kind"] == "evaluate" for stage in record["stages"].values()):
+    for name, stage in made.items():
+        _show_other(console, name, produced_by(stage["kind"]), Path(stage["artifact"]))
+    if not any(produced_by(stage["kind"]) == EVALUATION for stage in record["stages"].values()):
         for name, stage in record["stages"].items():
             console.print(f"{name}: {stage['artifact']}", markup=False, highlight=False, soft_wrap=True)
+    for stage in made.values():
+        for line in lines_of(stage["kind"], Path(stage["artifact"])):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in _doubts(record):
         console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
     report = run_folder / REPORT
     if report.is_file():
         console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_other(console: Console, name: str, artifact_kind: str, artifact: Path) -> None:
+    card = artifact / "card.json"
+    if artifact_kind == REWARD_CARD and card.is_file():
+        show_card(console, name, json.loads(card.read_text(encoding="utf-8")))
+    if artifact_kind == FORGETTING and (outcome := forgetting_gate.read_outcome(artifact)) is not None:
+        show_forgetting(console, name, outcome)
 
 
 def _doubts(record: dict[str, Any]) -> list[str]:

@@ -6,9 +6,9 @@ import json
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import NEW_TOKENS
-from alignment.config.stage import Trained
 from alignment.pipeline.plan.plan import Action, Plan
 from alignment.pipeline.plan.references import BASE
+from alignment.stages.registry import as_trained
 
 
 def frozen_rows(plan: Plan) -> str | None:
@@ -18,8 +18,8 @@ def frozen_rows(plan: Plan) -> str | None:
         return None
     tokens = ", ".join(json.loads(file.read_text(encoding="utf-8")))
     for stage in plan.stages:
-        config = stage.config
-        if not isinstance(config, Trained) or config.init != BASE or stage.action is Action.reuse:
+        config = as_trained(stage.config)
+        if config is None or config.init != BASE or stage.action is Action.reuse:
             continue
         if not _trains_rows(config.adapter):
             return (

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alignment.config.evaluation import FEW_SHOT, FewShotConfig
 from alignment.config.run import RunConfig
-from alignment.config.stage import EvaluateConfig, PpoConfig, PtxConfig, RewardCardConfig, StageConfig
+from alignment.config.stage import StageConfig
+from alignment.core.artifacts import EVALUATION
 from alignment.core.fingerprint import canonical, digest, file_sha256
 from alignment.data.chat_template import template_text
 from alignment.pipeline.plan import scorer_checks
 from alignment.pipeline.sources.model_sources import ModelSource
+from alignment.stages.registry import kind_of
 
 RULE = Path(__file__).parents[2] / "evaluation" / "house_style.py"
 """The gold rule and the style prompt: what was judged under an older rule is not reused."""
@@ -34,7 +34,8 @@ def of_stage(
     stage logs or saves are not.
     """
     stage = run.stages[name]
-    judged = isinstance(stage, EvaluateConfig) or (isinstance(stage, RewardCardConfig) and stage.rule is not None)
+    kind = kind_of(stage)
+    judged = kind.produces == EVALUATION or getattr(stage, "rule", None) is not None
     others = {field: content for field, content in data.items() if field != "data"}
     seldom = {
         "extra_data": others,
@@ -43,7 +44,7 @@ def of_stage(
     return {
         "stage": name,
         "kind": stage.kind,
-        "revision": stage.revision,
+        "revision": kind.revision,
         "rule": file_sha256(RULE) if judged else None,
         "config": canonical(_as_read(stage)),
         "data": data["data"],
@@ -57,11 +58,7 @@ def of_stage(
 
 def _as_read(stage: StageConfig) -> StageConfig:
     """The stage without settings that name a place, and without those of an arm or a loss that is not there."""
-    if isinstance(stage, EvaluateConfig) and FEW_SHOT not in stage.arms:
-        return replace(stage, few_shot=FewShotConfig())
-    if isinstance(stage, PpoConfig) and stage.ptx.coefficient == 0.0:
-        stage = replace(stage, ptx=PtxConfig())
-    return scorer_checks.without_places(stage)
+    return scorer_checks.without_places(kind_of(stage).as_read(stage))
 
 
 def _template(run: RunConfig) -> dict[str, str]:
@@ -73,10 +70,11 @@ def _template(run: RunConfig) -> dict[str, str]:
 def of_report(run: RunConfig, name: str, *, inputs: dict[str, str]) -> dict[str, Any]:
     """A report shows the whole run, so ``inputs`` holds every other stage's fingerprint."""
     stage = run.stages[name]
+    kind = kind_of(stage)
     return {
         "stage": name,
         "kind": stage.kind,
-        "revision": stage.revision,
+        "revision": kind.revision,
         "config": canonical(stage),
         "inputs": inputs,
         "run": {"name": run.name, "summary": run.summary},

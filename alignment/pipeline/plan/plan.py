@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from alignment.config.data import DataConfig, SourceConfig
-from alignment.config.evaluation import FEW_SHOT
 from alignment.config.faults import refuse
 from alignment.config.run import RunConfig
-from alignment.config.stage import (
-    EvaluateConfig,
-    ForgettingConfig,
-    PpoConfig,
-    ReportConfig,
-    RewardCardConfig,
-    StageConfig,
-)
+from alignment.config.stage import StageConfig
 from alignment.config.typed import convert
 from alignment.core.artifacts import folder_name, read_manifest, verify
 from alignment.core.errors import ArtifactError, ModelError
 from alignment.core.fingerprint import digest
-from alignment.data.bundled_files import RECORDS
 from alignment.data.reading import read_records
-from alignment.data.records import Conversation, PreferencePair, Question, Record
 from alignment.job import StageInput
 from alignment.pipeline.plan import (
     compatibility,
     identity,
-    learned_pairs,
     references,
     row_counts,
     scorer_checks,
@@ -41,11 +30,13 @@ from alignment.pipeline.plan import (
 )
 from alignment.pipeline.plan.compose import compose
 from alignment.pipeline.plan.reasons import Made, made, reason_to_run
-from alignment.pipeline.plan.references import Slot
 from alignment.pipeline.plan.row_counts import Seen
 from alignment.pipeline.sources import data_sources
 from alignment.pipeline.sources.data_sources import DataSource
 from alignment.pipeline.sources.model_sources import ModelSource, refuse_policy, resolve
+from alignment.stages import registry
+from alignment.stages.base import DataSlot, Slot
+from alignment.stages.registry import kind_of
 
 CHECKPOINT_MANIFEST = "alignment_checkpoint.json"
 """Written last into a checkpoint by ``alignment.training.checkpoints``; a folder without it never counts."""
@@ -122,7 +113,7 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
         ArtifactError: a result that would be reused is damaged.
     """
     composition = compose(recipe, overrides)
-    config, faults = convert(composition.tree)
+    config, faults = convert(composition.tree, registry.config_classes())
     faults = [*composition.faults, *faults]
     named = {fault.where for fault in faults}  # a faulty field holds its default, of which nothing more need be said
     faults += [fault for fault in references.faults(config.stages) if fault.where.partition("[")[0] not in named]
@@ -131,7 +122,7 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     later += compatibility.faults(config)
     found = [*faults, *(fault for fault in later if fault.where not in named)]
     refuse([composition.placed(fault) for fault in found])
-    config = learned_pairs.with_learned(config)
+    config = settings.completed(config)
     data, seen = _checked_data(config)
     output = Path(config.output).expanduser().absolute()
     builder = _Builder(
@@ -157,7 +148,7 @@ def _checked_data(config: RunConfig) -> tuple[dict[str, dict[str, DataSource]], 
     read: dict[Any, Seen] = {}
     for name, stage in config.stages.items():
         located[name], seen[name] = {}, {}
-        for file in _files_of(stage):
+        for file in _slots_in_use(stage):
             where = f"stages.{name}.{file.field}"
             source = located[name][file.field] = data_sources.resolve(file.data.source, where=f"{where}.source")
             if source.path is None:
@@ -174,7 +165,7 @@ def _first_rows(data: SourceConfig) -> SourceConfig:
     return replace(data, limit=min(data.limit or CHECKED_ROWS, CHECKED_ROWS))
 
 
-def _read(file: _File, path: Path) -> Seen:
+def _read(file: DataSlot, path: Path) -> Seen:
     """Looks at each of the file's first rows."""
     how = _first_rows(file.data)
     records = read_records(path, file.record, how)
@@ -184,36 +175,16 @@ def _read(file: _File, path: Path) -> Seen:
     return row_counts.seen(records, whole=how.limit == file.data.limit or len(records) < CHECKED_ROWS)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _File:
-    """A data file that a stage names in ``field``, what its rows must be, and what else is looked at in each."""
-
-    field: str
-    data: SourceConfig
-    record: type[Record]
-    checks: tuple[Callable[[Any], object], ...] = ()
-
-
-def _files_of(stage: StageConfig) -> Iterator[_File]:
-    if isinstance(stage, ReportConfig):
-        return
-    checks = scorer_checks.row_checks(stage)
-    yield from _mixed_files(_File(field=DATA, data=stage.data, record=RECORDS[stage.kind], checks=checks), stage.data)
-    if isinstance(stage, PpoConfig) and stage.ptx.coefficient > 0:
-        yield from _mixed_files(_File(field="ptx.data", data=stage.ptx.data, record=Conversation), stage.ptx.data)
-    if isinstance(stage, RewardCardConfig) and stage.learned.source:
-        yield from _mixed_files(_File(field="learned", data=stage.learned, record=PreferencePair), stage.learned)
-    if isinstance(stage, ForgettingConfig):
-        yield from _mixed_files(_File(field="questions", data=stage.questions, record=Question), stage.questions)
-    if isinstance(stage, EvaluateConfig) and FEW_SHOT in stage.arms:
-        examples = stage.few_shot.data
-        yield from _mixed_files(_File(field="few_shot.data", data=examples, record=Conversation), examples)
-
-
-def _mixed_files(own: _File, data: DataConfig) -> Iterator[_File]:
-    yield own
-    for number, part in enumerate(data.mix):
-        yield replace(own, field=f"{own.field}.mix[{number}]", data=part)
+def _slots_in_use(stage: StageConfig) -> Iterator[DataSlot]:
+    """Every source that a stage reads, with those that are mixed into it."""
+    kind = kind_of(stage)
+    for slot in kind.data(stage):
+        if slot.in_use:
+            checks = scorer_checks.row_checks(stage) if slot.field == DATA else ()
+            slot = replace(slot, checks=(*slot.checks, *checks))
+            yield slot
+            for number, part in enumerate(slot.data.mix if isinstance(slot.data, DataConfig) else ()):
+                yield replace(slot, field=f"{slot.field}.mix[{number}]", data=part)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,8 +222,8 @@ class _Builder:
         """Plans one stage; those it takes its inputs from must have been planned."""
         config = self._config.stages[name]
         slots = list(references.slots(config))
-        inputs = {slot.field: self._resolve(name, slot) for slot in slots if not slot.is_arm}
-        arms = {slot.ref: self._resolve(name, slot) for slot in slots if slot.is_arm}
+        inputs = {slot.field: self._resolve(name, slot) for slot in slots if not references.is_arm(slot)}
+        arms = {slot.ref: self._resolve(name, slot) for slot in slots if references.is_arm(slot)}
         described = self._identity(name, config, inputs, arms)
         fingerprint = digest(described)
         artifact = self._artifacts / folder_name(name, fingerprint)
@@ -288,7 +259,7 @@ class _Builder:
         inputs: dict[str, _Resolved],
         arms: dict[str, _Resolved],
     ) -> dict[str, Any]:
-        if isinstance(config, ReportConfig):
+        if kind_of(config).references.whole_run:
             others = references.inputs_of(name, self._config.stages)
             return identity.of_report(
                 self._config, name, inputs={other: self._planned[other].fingerprint for other in others}
@@ -303,10 +274,10 @@ class _Builder:
         )
 
     def _resolve(self, name: str, slot: Slot) -> _Resolved:
-        if slot.is_base:
+        if references.is_base(slot):
             return _Resolved(ref=slot.ref, path=None, fingerprint=self.base.identity)
-        if slot.stage is not None:
-            planned = self._planned[slot.stage]
+        if (stage := references.stage_of(slot)) is not None:
+            planned = self._planned[stage]
             return _Resolved(ref=slot.ref, path=planned.artifact, fingerprint=planned.fingerprint)
         where = f"stages.{name}.{slot.field}"
         if slot.ref.startswith("path:"):

@@ -13,21 +13,29 @@ from typing import Any
 
 from alignment.config import yaml_file
 from alignment.config.did_you_mean import suggestion
-from alignment.config.stage import STAGES
 from alignment.config.store import GROUPS
 from alignment.core.errors import ConfigError
+from alignment.stages import registry
 
 GROUP = "profile"
 _HUB = "hub:"
-_OTHER_DATA = ("evaluate.few_shot.data", "forgetting.questions")
-"""Sources of a kind of stage beside its ``data``."""
-_ALLOWED = {
-    "choices": tuple(GROUPS),
-    "stages": tuple(STAGES),
-    "for_each_process": tuple(STAGES),
-    "instead_of_hub": ("model", *STAGES, *_OTHER_DATA),
-}
-"""Keys of a profile's parts; those of ``values`` are checked with the run's."""
+SMOKE = "smoke"
+
+
+def _allowed() -> dict[str, tuple[str, ...]]:
+    """Keys of a profile's parts; those of ``values`` are checked with the run's."""
+    kinds = registry.kinds()
+    sources = [
+        name if slot.field == "data" else f"{name}.{slot.field}"
+        for name, kind in kinds.items()
+        for slot in kind.data(kind.config())
+    ]
+    return {
+        "choices": tuple(GROUPS),
+        "stages": tuple(kinds),
+        "for_each_process": tuple(kinds),
+        "instead_of_hub": ("model", *sources),
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,10 +92,13 @@ def read(name: str, folders: list[Path]) -> Profile:
     content = yaml_file.read(path) or {}
     parts = _group(content, [part.name for part in fields(Profile) if part.name != "name"], where=str(path))
     for part, value in parts.items():
-        _group(value, _ALLOWED.get(part), where=f"{path}: {part}")
+        _group(value, _allowed().get(part), where=f"{path}: {part}")
     for part in ("stages", "for_each_process"):
         for kind, value in parts.get(part, {}).items():
             _group(value, where=f"{path}: {part}.{kind}")
+    if name == SMOKE:  # kinds of other packages bring what makes them quick
+        brought = {kind.name: kind.smoke for kind in registry.kinds().values() if kind.smoke}
+        parts = {**parts, "stages": {**brought, **parts.get("stages", {})}}
     return Profile(name=name, **parts)
 
 

@@ -16,9 +16,10 @@ from typing import Any
 from alignment.config.data import DataConfig
 from alignment.config.faults import Fault
 from alignment.config.optim import OptimConfig
-from alignment.config.stage import CptConfig, PpoConfig, RewardConfig, SftConfig, StageConfig, Trained
+from alignment.config.stage import StageConfig
 from alignment.data.overlap import Placed, asked
 from alignment.data.records import Record
+from alignment.stages.registry import as_trained, kind_of
 
 COMPARED_ROWS = 2_000
 COMPARED_CHARACTERS = 1_000_000
@@ -71,36 +72,15 @@ def rows_of(data: DataConfig, own: Seen | None) -> int | None:
 
 def faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str) -> Iterator[Fault]:
     """What a stage at ``where`` asks of its data that cannot be there."""
-    if not isinstance(config, Trained):
+    kind, trained = kind_of(config), as_trained(config)
+    if trained is None:
         return
-    rows = rows_of(config.data, seen_by_field.get("data"))
-    prompts = None if rows is None else min(rows, seen_by_field["data"].prompts)
-    if isinstance(config, PpoConfig):
-        if prompts is not None:
-            yield from _guard_faults(config, prompts, where=where)
-        return
-    if isinstance(config, RewardConfig) and prompts is not None:
-        yield from _held_out_faults(config, prompts, where=where)
-    made = isinstance(config, CptConfig) or (isinstance(config, SftConfig) and config.packing)
-    # How many rows are made of texts, only their tokens tell.
-    yield from _warm_up_faults(config.optim, None if made else rows, where=f"{where}.optim")
-
-
-def _guard_faults(config: PpoConfig, prompts: int, *, where: str) -> Iterator[Fault]:
-    if config.guard.every and config.guard.prompts >= prompts:
-        message = (
-            f"{config.guard.prompts} prompts cannot be held out of {prompts}; choose fewer, or set guard.every to 0"
-        )
-        yield Fault(where=f"{where}.guard.prompts", message=message)
-
-
-def _held_out_faults(config: RewardConfig, prompts: int, *, where: str) -> Iterator[Fault]:
-    if config.eval_fraction > 0 and not 0 < round(config.eval_fraction * prompts) < prompts:
-        message = (
-            f"{prompts} prompts are too few to hold out a share of {config.eval_fraction:g}; add pairs, or set "
-            "eval_fraction to 0"
-        )
-        yield Fault(where=f"{where}.eval_fraction", message=message)
+    rows = rows_of(trained.data, seen_by_field.get("data"))
+    if rows is not None:
+        yield from kind.learning.faults(config, min(rows, seen_by_field["data"].prompts), where)
+    if isinstance(trained.optim, OptimConfig):
+        known = rows if kind.learning.one_row_a_record(config) else None
+        yield from _warm_up_faults(trained.optim, known, where=f"{where}.optim")
 
 
 def _warm_up_faults(optim: OptimConfig, rows: int | None, *, where: str) -> Iterator[Fault]:

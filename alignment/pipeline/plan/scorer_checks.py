@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 from alignment.config.did_you_mean import nearest, suggestion
 from alignment.config.faults import Fault
 from alignment.config.replaced_keys import instead_of_value
 from alignment.config.scorers import ScorerConfig
-from alignment.config.stage import Critic, PpoConfig, StageConfig
-from alignment.core.artifacts import read_manifest
+from alignment.config.stage import StageConfig
 from alignment.core.fingerprint import file_sha256
 from alignment.data.bundled_files import bundled_code
 from alignment.data.records import Prompt
@@ -23,11 +21,13 @@ from alignment.rewards.scorer_sources import (
     VERIFIERS,
     FunctionSource,
     function_of,
+    is_known,
     is_reference,
     source_field,
+    with_sources,
 )
 from alignment.rewards.verifiers import expected_answer
-from alignment.stages.ppo.scorers import GUARD, in_use, with_sources
+from alignment.stages.registry import kind_of
 
 ALLOWED = (
     f"it takes {REWARD}, a reward model (stage:NAME, path:FOLDER), FILE.py:FUNCTION, bundled:NAME.py:FUNCTION, or one "
@@ -37,23 +37,18 @@ ALLOWED = (
 
 def faults(stages: Mapping[str, StageConfig]) -> list[Fault]:
     """Everything wrong with the scorers of a run."""
-    found: list[Fault] = []
-    for name, stage in stages.items():
-        if isinstance(stage, PpoConfig):
-            for field, scorer in in_use(stage).items():
-                found += _scorer_faults(f"stages.{name}.{field}", scorer, stage, where_reward=f"stages.{name}.reward")
-                if field == GUARD:
-                    found += _guard_faults(f"stages.{name}.{field}", scorer)
-            if _reads_no_reward(stage):
-                found.append(Fault(where=f"stages.{name}.reward", message=_unread(stage)))
-    return found
+    return [
+        fault
+        for name, stage in stages.items()
+        for field, scorer in kind_of(stage).scorers(stage).items()
+        for fault in _scorer_faults(f"stages.{name}.{field}", scorer)
+    ]
 
 
 def functions(stage: StageConfig) -> dict[str, FunctionSource]:
     """The user's functions that a stage runs, by the field that names each."""
-    if not isinstance(stage, PpoConfig):
-        return {}
-    named = {source_field(field): function_of(scorer.source) for field, scorer in in_use(stage).items()}
+    scorers = kind_of(stage).scorers(stage)
+    named = {source_field(field): function_of(scorer.source) for field, scorer in scorers.items()}
     return {field: function for field, function in named.items() if function is not None}
 
 
@@ -64,17 +59,18 @@ def code(stage: StageConfig) -> dict[str, str]:
 
 def with_files(stage: StageConfig) -> StageConfig:
     """The stage with absolute file names: its worker may run in another folder."""
-    if not isinstance(stage, PpoConfig):
-        return stage
-    found = {field: function_of(scorer.source) for field, scorer in in_use(stage).items()}
-    return with_sources(stage, {field: str(function) for field, function in found.items() if function is not None})
+    named = {field: function_of(scorer.source) for field, scorer in kind_of(stage).scorers(stage).items()}
+    changed: StageConfig = with_sources(
+        stage, {field: str(function) for field, function in named.items() if function is not None}
+    )
+    return changed
 
 
 def without_places(stage: StageConfig) -> StageConfig:
     """The stage as its identity holds it: a function by its name, a model by being one; their content is hashed."""
-    if not isinstance(stage, PpoConfig):
-        return stage
-    return with_sources(stage, {field: _kind(scorer.source) for field, scorer in in_use(stage).items()})
+    scorers = kind_of(stage).scorers(stage)
+    changed: StageConfig = with_sources(stage, {field: _kind(scorer.source) for field, scorer in scorers.items()})
+    return changed
 
 
 def _kind(source: str) -> str:
@@ -86,9 +82,7 @@ def _kind(source: str) -> str:
 
 def row_checks(stage: StageConfig) -> tuple[Callable[[Prompt], object], ...]:
     """What the stage's verifiers look at in a row; each raises DataError where that is not there."""
-    if not isinstance(stage, PpoConfig):
-        return ()
-    sources = {scorer.source for scorer in in_use(stage).values()}
+    sources = {scorer.source for scorer in kind_of(stage).scorers(stage).values()}
     return tuple(check for source, check in _ROW_CHECKS.items() if source in sources)
 
 
@@ -99,14 +93,14 @@ def _has_answer(prompt: Prompt) -> None:
 _ROW_CHECKS: dict[str, Callable[[Prompt], object]] = {"exact_answer": _has_answer}
 
 
-def _scorer_faults(where: str, scorer: ScorerConfig, stage: PpoConfig, *, where_reward: str) -> Iterator[Fault]:
+def _scorer_faults(where: str, scorer: ScorerConfig) -> Iterator[Fault]:
     if not scorer.source:
         yield Fault(where=f"{where}.source", message=f"missing; {ALLOWED}")
         return
-    problem = _source_problem(scorer.source, stage, where_reward)
+    problem = _source_problem(scorer.source)
     if problem:
         yield Fault(where=f"{where}.source", message=problem)
-    if not _is_known(scorer.source):
+    if not is_known(scorer.source):
         return  # which settings it needs, nobody can tell
     needed = VERIFIERS.get(scorer.source)
     for user, setting in VERIFIERS.items():
@@ -119,26 +113,11 @@ def _scorer_faults(where: str, scorer: ScorerConfig, stage: PpoConfig, *, where_
             yield Fault(where=f"{where}.{setting}", message=f"{value!r} is read by nothing; only '{user}' reads it")
 
 
-def _guard_faults(where: str, scorer: ScorerConfig) -> Iterator[Fault]:
-    """Policies are compared by this scorer, so it must be the same for all of them and tell them apart."""
-    if scorer.normalize:
-        message = "true, but a running normalisation cannot compare policies; a held-out scorer scores as it is"
-        yield Fault(where=f"{where}.normalize", message=message)
-    if scorer.weight == 0.0:
-        yield Fault(where=f"{where}.weight", message="0, so all policies would be equally good; choose another weight")
-
-
-def _is_known(source: str) -> bool:
-    return source == REWARD or source in VERIFIERS or is_reference(source) or function_of(source) is not None
-
-
-def _source_problem(source: str, stage: PpoConfig, where_reward: str) -> str | None:
+def _source_problem(source: str) -> str | None:
     function = function_of(source)
     if function is not None:
         return _function_problem(function)
-    if source == REWARD and stage.reward is None:
-        return f"'{REWARD}' is the model that {where_reward} names, which is null; name one, or take this scorer out"
-    if _is_known(source):
+    if is_known(source):
         return None
     if instead := instead_of_value(source):
         return instead
@@ -177,24 +156,3 @@ def _takes_three(arguments: ast.arguments) -> bool:
     required = positional - len(arguments.defaults)
     enough = positional >= 3 or arguments.vararg is not None
     return required <= 3 and enough and all(default is not None for default in arguments.kw_defaults)
-
-
-def _reads_no_reward(stage: PpoConfig) -> bool:
-    sources = [scorer.source for scorer in in_use(stage).values()]
-    if stage.reward is None or REWARD in sources or not all(map(_is_known, sources)):
-        return False  # a misspelt source may have been meant to read it
-    return stage.critic is Critic.shared or _is_outside(stage.reward)
-
-
-def _unread(stage: PpoConfig) -> str:
-    shared = stage.critic is Critic.shared
-    why = "a shared critic starts at 0" if shared else "a critic starts only from a reward model that a stage made"
-    return f"{stage.reward!r} is read by nothing: no scorer is '{REWARD}', and {why}; write null, or add the scorer"
-
-
-def _is_outside(ref: str) -> bool:
-    """Whether a reference leads to a reward model that no stage made."""
-    if ref.startswith("path:"):
-        folder = Path(ref.removeprefix("path:")).expanduser().absolute()
-        return folder.is_dir() and read_manifest(folder) is None
-    return ref.startswith("hub:")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import metadata
 
 from alignment.config.adapter import CONTINUE, PREFIX_SHAPE, SHAPE, AdapterConfig, AdapterKind, Chain
@@ -13,35 +14,37 @@ from alignment.config.launch import LaunchConfig
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import Moments
 from alignment.config.run import RunConfig
-from alignment.config.stage import EvaluateConfig, ForgettingConfig, PpoConfig, ReportConfig, RewardCardConfig, Trained
+from alignment.config.stage import TrainedConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.core.errors import DataError
 from alignment.data.chat_template import template_text
 from alignment.data.formats import COLUMNS, FORMATS
-from alignment.pipeline.plan import judge_checks, learned_pairs, scorer_checks
+from alignment.pipeline.plan import scorer_checks
+from alignment.stages.registry import as_trained, kind_of
 
 
 def faults(config: RunConfig) -> list[Fault]:
-    """Everything wrong with a run's template, Slurm jobs, trackers, adapters, data and judges."""
+    """Everything wrong with a run's template, Slurm jobs, trackers, adapters and data, and what its stages say."""
     found: list[Fault] = [*_template_faults(config.model), *_slurm_faults(config.launch)]
-    found += [*_tracking_faults(config.tracking), *learned_pairs.faults(config)]
+    found += _tracking_faults(config.tracking)
     for name, stage in config.stages.items():
-        where = f"stages.{name}"
-        if isinstance(stage, Trained):
-            found += _master_faults(stage, config.model.dtype, where)
-            found += _chain_faults(stage, config, f"{where}.adapter")
-        if not isinstance(stage, ReportConfig):
-            found += _data_faults(stage.data, f"{where}.data", read_by_code=bool(scorer_checks.functions(stage)))
-        if isinstance(stage, PpoConfig):
-            found += _data_faults(stage.ptx.data, f"{where}.ptx.data")
-        if isinstance(stage, RewardCardConfig) and stage.learned.source:
-            found += _data_faults(stage.learned, f"{where}.learned")
-        if isinstance(stage, ForgettingConfig):
-            found += _data_faults(stage.questions, f"{where}.questions")
-        if isinstance(stage, EvaluateConfig):
-            found += _data_faults(stage.few_shot.data, f"{where}.few_shot.data")
-            found += judge_checks.faults(stage, where, hang_seconds=config.launch.hang_seconds)
+        where, kind, trained = f"stages.{name}", kind_of(stage), as_trained(stage)
+        if trained is not None:
+            found += _master_faults(trained, config.model.dtype, where)
+            found += _chain_faults(trained, config, f"{where}.adapter")
+        read_by_code = bool(scorer_checks.functions(stage))
+        for slot in kind.data(stage):
+            if isinstance(slot.data, DataConfig) and (slot.in_use or slot.data.source):
+                by_code = read_by_code and slot.field == "data"
+                found += _data_faults(slot.data, f"{where}.{slot.field}", read_by_code=by_code)
+        found += kind.faults(stage, config, where)
     return found
+
+
+def completed(config: RunConfig) -> RunConfig:
+    """The run with what its stages say of one another filled in."""
+    stages = {name: kind_of(stage).completed(stage, config) for name, stage in config.stages.items()}
+    return replace(config, stages=stages)
 
 
 def _template_faults(model: ModelConfig) -> Iterator[Fault]:
@@ -101,12 +104,13 @@ def _seconds(time: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _chain_faults(stage: Trained, config: RunConfig, where: str) -> Iterator[Fault]:
+def _chain_faults(stage: TrainedConfig, config: RunConfig, where: str) -> Iterator[Fault]:
     """What is known of the stage that this one starts from, where it is one of the run's."""
     adapter = stage.adapter
-    before = config.stages.get(stage.init.removeprefix("stage:"))
+    named = config.stages.get(stage.init.removeprefix("stage:"))
+    before = None if named is None else as_trained(named)
     continues = adapter.kind is AdapterKind.prefix and adapter.chain is CONTINUE
-    if isinstance(before, Trained) and before.adapter.kind is AdapterKind.prefix and not continues:
+    if before is not None and before.adapter.kind is AdapterKind.prefix and not continues:
         message = f"{stage.init} trained a prefix, which cannot be merged; continue it, or train factors there"
         yield Fault(where=where, message=message)
     if adapter.kind is AdapterKind.full or adapter.chain is Chain.merge:
@@ -123,9 +127,9 @@ def _chain_faults(stage: Trained, config: RunConfig, where: str) -> Iterator[Fau
         yield Fault(where=f"{where}.chain", message=message)
     if adapter.chain is not CONTINUE:
         return
-    if stage.init == "base" or (isinstance(before, Trained) and before.adapter.kind is AdapterKind.full):
+    if stage.init == "base" or (before is not None and before.adapter.kind is AdapterKind.full):
         yield Fault(where=f"{where}.chain", message=f"{stage.init} has no adapter to continue; set it to merge")
-    elif isinstance(before, Trained):
+    elif before is not None:
         yield from _shape_faults(adapter, before.adapter, stage.init, where)
 
 
@@ -140,7 +144,7 @@ def _shape_faults(adapter: AdapterConfig, before: AdapterConfig, init: str, wher
         yield Fault(where=f"{where}.kind", message=message)
 
 
-def _master_faults(stage: Trained, dtype: Dtype, place: str) -> Iterator[Fault]:
+def _master_faults(stage: TrainedConfig, dtype: Dtype, place: str) -> Iterator[Fault]:
     adapter, where = stage.adapter, f"{place}.adapter.master_weights"
     if adapter.master_weights:
         return

@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from alignment.config.did_you_mean import suggestion
 from alignment.config.evaluation import FEW_SHOT, PROMPTED, JudgeKind
 from alignment.config.faults import Fault
-from alignment.config.stage import EvaluateConfig, StageConfig
+from alignment.config.stage import StageConfig
 from alignment.config.sweep import LESS_IS_BETTER, PRIMARY, Figure, ObjectiveConfig
-from alignment.core.artifacts import read_manifest
+from alignment.core.artifacts import EVALUATION, read_manifest
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.evaluation.house_style import METRICS
 from alignment.evaluation.pairwise import pairs_of
@@ -21,6 +22,7 @@ from alignment.pipeline.execute.record import read_record
 from alignment.pipeline.sweeps import reported
 from alignment.records.evaluation import Evaluation, Metric
 from alignment.records.interval import Interval
+from alignment.stages.registry import kind_of
 
 _FIGURES = [figure.value for figure in Figure]
 
@@ -129,7 +131,7 @@ def _fault_of_stage(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> 
 def _fault_of_arm(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
     evaluations = _evaluations_of(one, stages)
     if not evaluations:
-        arms = sorted({arm for stage in stages.values() if isinstance(stage, EvaluateConfig) for arm in stage.arms})
+        arms = sorted({arm for stage in _evaluations(stages).values() for arm in stage.arms})
         remedy = suggestion(one.arm, arms) if arms else "add an evaluate stage to the recipe, or take stage: …"
         return f"no stage reports {one.metric} of {one.arm!r}; {remedy}"
     name, stage = next(iter(evaluations.items()))
@@ -148,16 +150,16 @@ def _fault_of_arm(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> st
 _WRONG_WAY = "the less {} the better; set minimize: true"
 
 
-def _metrics_of(stage: EvaluateConfig) -> Sequence[Metric]:
+def _metrics_of(stage: Any) -> Sequence[Metric]:
     return METRICS
 
 
-def _by_name(metric: str, stage: EvaluateConfig) -> str:
+def _by_name(metric: str, stage: Any) -> str:
     """The metric's own name, also where ``primary`` stands for it."""
     return _metrics_of(stage)[0].name if metric == PRIMARY else metric
 
 
-def _never_reported(metric: str, arm: str, stage: EvaluateConfig, where: str) -> str:
+def _never_reported(metric: str, arm: str, stage: Any, where: str) -> str:
     """Why the evaluation will not report this of an arm that it has, as far as its settings say; else nothing."""
     lacking = f"no stage reports the {metric} of {arm!r}; "
     if metric == Figure.reward and stage.reward is None:
@@ -173,7 +175,11 @@ def _never_reported(metric: str, arm: str, stage: EvaluateConfig, where: str) ->
     return ""
 
 
-def _evaluations_of(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> dict[str, EvaluateConfig]:
+def _evaluations_of(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> dict[str, Any]:
     """The evaluations that have the arm."""
-    evaluations = {name: stage for name, stage in stages.items() if isinstance(stage, EvaluateConfig)}
-    return {name: stage for name, stage in evaluations.items() if one.arm in stage.arms}
+    return {name: stage for name, stage in _evaluations(stages).items() if one.arm in stage.arms}
+
+
+def _evaluations(stages: Mapping[str, StageConfig]) -> dict[str, Any]:
+    """Settings of the stages that evaluate arms; they have ``arms``, ``reference``, ``reward`` and ``judge``."""
+    return {name: stage for name, stage in stages.items() if kind_of(stage).produces == EVALUATION}

@@ -14,7 +14,7 @@ from alignment.config.did_you_mean import suggestion
 from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig
 from alignment.config.rules import NAME, is_name
-from alignment.config.stage import StageConfig, Trained
+from alignment.config.stage import StageConfig
 from alignment.config.store import conf_folder
 from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Search, SweepConfig
 from alignment.config.typed import sweep_from_plain
@@ -24,6 +24,7 @@ from alignment.pipeline.backends import feasibility
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.sweeps import objectives
 from alignment.pipeline.sweeps.objectives import Objective
+from alignment.stages.registry import kind_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,7 +176,7 @@ def _faults_beside(config: SweepConfig, stages: Mapping[str, StageConfig]) -> It
 
 
 def _unwatchable(pruning: PruningConfig, stages: Mapping[str, StageConfig]) -> str:
-    trained = [name for name, stage in stages.items() if isinstance(stage, Trained)]
+    trained = [name for name, stage in stages.items() if kind_of(stage).trains]
     return "" if pruning.stage in trained else f"no stage {pruning.stage!r} that learns; one of: {', '.join(trained)}"
 
 

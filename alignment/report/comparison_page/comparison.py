@@ -20,10 +20,11 @@ from alignment.report.kit.pages import template, write_page
 from alignment.report.kit.plots import scale_axis, scale_of, swatch, whisker
 from alignment.report.kit.render import NUM_OPEN_SAMPLES
 from alignment.report.run_page import run_tables
-from alignment.report.run_page.curves import CHOICES, Chart, overlaid
+from alignment.report.run_page.curves import Chart, overlaid
 from alignment.report.run_page.run_files import read_run
 from alignment.report.run_page.run_records import Difference, Run, Stage
 from alignment.report.run_page.verdict import judge
+from alignment.stages.registry import trains
 
 MOST_RUNS = 8
 """As many as have a look of their own (``.runs`` in style.css)."""
@@ -295,7 +296,7 @@ def _stage_curves(name: str, kind: str, stages: Sequence[tuple[Told, Stage]]) ->
     drawn: dict[str, tuple[str, int, Stage]] = {}
     for one, stage in stages:
         if not stage.metrics:
-            if stage.manifest is None and kind in CHOICES:
+            if stage.manifest is None and trains(kind):
                 notes.append(f"{one.letter} has no curves of it yet ({stage.state}).")
         elif stage.artifact in drawn:
             notes.append(f"{one.letter} has the same result as {drawn[stage.artifact][0]}, drawn once.")

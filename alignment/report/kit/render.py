@@ -14,11 +14,12 @@ from alignment.report.kit.sizes import size_curves
 from alignment.report.run_page import run_tables
 from alignment.report.run_page.card_page import card_view
 from alignment.report.run_page.chain import chain
-from alignment.report.run_page.curves import CHOICES, Chart, charts, num_gaps
+from alignment.report.run_page.curves import Chart, charts, num_gaps
 from alignment.report.run_page.run_files import read_run
 from alignment.report.run_page.run_records import Run, Stage
 from alignment.report.run_page.sample_rows import choose, rule
 from alignment.report.run_page.verdict import judge
+from alignment.stages.registry import trains
 
 NUM_OPEN_SAMPLES = 3
 """Samples shown in full at once; the others open with a click, so that the page stays readable."""
@@ -90,7 +91,7 @@ def _evaluated(evaluation: Evaluation | None) -> Evaluated | None:
 
 def _learns(stage: Stage) -> bool:
     """Stages that have curves, or ought to have them."""
-    return bool(stage.metrics or stage.notes) or stage.kind in CHOICES
+    return bool(stage.metrics or stage.notes) or trains(stage.kind)
 
 
 def _curve_notes(stage: Stage) -> list[str]:

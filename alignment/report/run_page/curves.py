@@ -13,6 +13,8 @@ from alignment.report.kit import text
 from alignment.report.kit.axes import Points
 from alignment.report.kit.plots import Line, curve
 from alignment.report.run_page.run_records import Stage
+from alignment.stages.base import Curve
+from alignment.stages.registry import curves
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,74 +25,6 @@ class Chart:
     unit: str
     keys: str
     svg: Markup
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    """A figure to draw: ``Choice("Margin", "chosen − rejected", ("rewards/margins",), guide=0.0)``.
-
-    It is drawn over the steps, or over the square root of the figure ``over``.
-    """
-
-    title: str
-    unit: str
-    keys: tuple[str, ...]
-    labels: tuple[str, ...] = ("",)
-    guide: float | None = None
-    over: str = ""
-
-
-def _choice(title: str, unit: str, key: str, guide: float | None = None) -> Choice:
-    return Choice(title=title, unit=unit, keys=(key,), guide=guide)
-
-
-LOSS = _choice("Loss", "", "loss")
-_NEXT_TOKEN = (
-    _choice("Loss", "nats a token", "loss"),
-    _choice("Next-token accuracy", "share", "mean_token_accuracy"),
-)
-CHOICES: dict[str, tuple[Choice, ...]] = {  # of every kind that trains
-    "cpt": _NEXT_TOKEN,
-    "sft": _NEXT_TOKEN,
-    "reward": (
-        _choice("Loss", "Bradley–Terry; dotted: chance, ln 2", "loss", math.log(2)),
-        _choice("Accuracy, training pairs", "share; dotted: chance", "accuracy", 0.5),
-        _choice("Margin", "score of chosen − rejected", "margin", 0.0),
-    ),
-    "dpo": (
-        _choice("Loss", "dotted: ln 2, where training starts", "loss", math.log(2)),
-        _choice("Accuracy", "share of pairs; dotted: chance", "rewards/accuracies", 0.5),
-        _choice("Margin", "implicit reward, chosen − rejected", "rewards/margins", 0.0),
-        Choice(
-            title="Log-probability of the answers",
-            unit="nats",
-            keys=("logps/chosen", "logps/rejected"),
-            labels=("chosen", "rejected"),
-        ),
-    ),
-    "ppo": (
-        _choice("Score", "what PPO maximises, mean of an update", "objective/score"),
-        _choice("KL to the reference", "nats a sequence", "objective/kl"),
-        Choice(
-            title="Held-out answers, over √KL",
-            unit="mean score: what PPO maximises, and the guard's held-out scorer",
-            keys=("guard/proxy", "guard/scorer"),
-            labels=("training score", "held-out scorer"),
-            over="guard/kl",
-        ),
-        _choice("KL coefficient", "", "objective/kl_coef"),
-        _choice("Policy loss", "", "loss/policy"),
-        _choice("Value loss", "", "loss/value"),
-        _choice("Clipped", "share of tokens", "policy/clipfrac"),
-        _choice(
-            "Explained variance", "of the value model; dotted: no better than a constant", "val/explained_variance", 0.0
-        ),
-        _choice("Answer length", "tokens", "response_length"),
-        _choice("Answers that ended", "share", "eos_rate"),
-    ),
-}
-ONLY_IF_IT_MOVES = {"objective/kl_coef"}
-"""Figures that are a constant of the recipe unless something steers them."""
 
 
 def charts(stage: Stage) -> list[Chart]:
@@ -127,21 +61,17 @@ def overlaid(stages: Sequence[tuple[str, int, Stage]]) -> list[Chart]:
     return found
 
 
-def _chart(choice: Choice, keys: tuple[str, ...], lines: list[Line], *, title: str, of: str) -> Chart | None:
+def _chart(choice: Curve, keys: tuple[str, ...], lines: list[Line], *, title: str, of: str) -> Chart | None:
     """The chart of a stage, or None where there is nothing to draw."""
     still = len({y for line in lines for _, y in line.points}) == 1
-    if not lines or (keys[0] in ONLY_IF_IT_MOVES and still):
+    if not lines or (choice.only_if_it_moves and still):
         return None
     svg = curve(lines, title=f"{of}, {title}", guide=choice.guide)
     return Chart(title=title, unit=choice.unit, keys=" ".join(keys), svg=svg)
 
 
-def _choices(stage: Stage) -> tuple[Choice, ...]:
-    """The charts of the stage's kind; only DPO's sigmoid loss starts at ln 2, so others get no guide there."""
-    choices = CHOICES.get(stage.kind, (LOSS,))
-    if stage.kind == "dpo" and stage.config.get("loss", "sigmoid") != "sigmoid":
-        return (LOSS, *choices[1:])
-    return choices
+def _choices(stage: Stage) -> list[Curve]:
+    return curves(stage.kind, stage.config)
 
 
 def num_gaps(stage: Stage) -> int:

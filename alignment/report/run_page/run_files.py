@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config import yaml_file
-from alignment.core.artifacts import Manifest, read_manifest
+from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD, Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.records.evaluation import Evaluation
 from alignment.report.doubts import profile_of
@@ -16,6 +16,7 @@ from alignment.report.run_page.evaluation_section import read_evaluation, read_s
 from alignment.report.run_page.forgetting_section import read_forgetting
 from alignment.report.run_page.reward_card_section import read_card
 from alignment.report.run_page.run_records import RewardCard, Run, Sample, Stage
+from alignment.stages.registry import produced_by
 
 
 def read_run(run_folder: Path) -> Run:
@@ -49,7 +50,11 @@ def read_run(run_folder: Path) -> Run:
         samples=samples,
         samples_note=samples_note,
         cards=_read_cards(stages, folders),
-        forgetting=[read_forgetting(one.name, folders[one.name]) for one in stages if one.kind == "forgetting"],
+        forgetting=[
+            read_forgetting(stage.name, folders[stage.name])
+            for stage in stages
+            if produced_by(stage.kind) == FORGETTING
+        ],
     )
 
 
@@ -182,7 +187,7 @@ def _read_evaluation_of(
     """The evaluation that the report stage names, or else the last one in the run that has a result."""
     named = [ref.removeprefix("stage:") for s in stages if s.kind == "report" for _, ref in s.inputs]
     candidates = [s.name for s in stages if s.name in named] + [
-        s.name for s in reversed(stages) if s.kind == "evaluate"
+        s.name for s in reversed(stages) if produced_by(s.kind) == EVALUATION
     ]
     if not candidates:
         return None, "This run has no evaluate stage.", [], "Samples come from an evaluation; there is none."
@@ -205,7 +210,7 @@ def _read_cards(stages: list[Stage], folders: dict[str, Path | None]) -> list[Re
     found = []
     for stage in stages:
         folder = folders[stage.name]
-        if stage.kind != "reward_card" or folder is None or not (folder / "card.json").exists():
+        if produced_by(stage.kind) != REWARD_CARD or folder is None or not (folder / "card.json").exists():
             continue
         card = read_card(folder / "card.json", stage.name)
         if card is None:

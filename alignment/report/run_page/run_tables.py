@@ -14,8 +14,8 @@ from alignment.records.interval import Interval
 from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.kit import text
 from alignment.report.kit.plots import Scale, scale_axis, scale_of, whisker
-from alignment.report.run_page.curves import CHOICES
 from alignment.report.run_page.run_records import Run, Stage
+from alignment.stages.registry import trains
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,7 +285,7 @@ def usage_rows(run: Run) -> list[UsageRow]:
 
 def _closing_figures(stage: Stage) -> list[tuple[str, str]]:
     """The manifest's headline figures, counts without decimals; what measures has a table that says more."""
-    if stage.kind not in CHOICES:
+    if not trains(stage.kind):
         return []
     return [
         (text.name(name), text.number(value, 0 if value == round(value) else 3))

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from alignment.config.evaluation import UNTRAINED_ARMS
 from alignment.records.evaluation import BETTER, WORSE, ArmResult, Comparison, Evaluation
-from alignment.report.doubts import SMOKE, is_smoke, of_evaluation, of_figures
+from alignment.report.doubts import SMOKE, is_smoke, of_evaluation
 from alignment.report.kit import text
 from alignment.report.run_page.card_page import lead
 from alignment.report.run_page.run_records import Run
+from alignment.stages.registry import doubts, learns_from_preferences
 
 MIN_DISTINCT = 0.9
 """Below this share of distinct answers an arm says the same thing to different prompts (chosen, not tuned)."""
@@ -81,12 +82,12 @@ def _without_metric(evaluation: Evaluation) -> str:
 
 def _preference_against_sft(run: Run, evaluation: Evaluation) -> dict[str, list[Comparison]]:
     """For every sft arm, the comparisons of preference-trained arms with it, all turned to *preference minus sft*."""
-    kinds = {f"stage:{stage.name}": stage.kind for stage in run.stages}
+    preferred = {f"stage:{stage.name}": learns_from_preferences(stage.kind) for stage in run.stages}
     groups: dict[str, list[Comparison]] = {}
     for item in evaluation.comparisons:
-        if kinds.get(item.arm) == "sft" and kinds.get(item.against) in ("dpo", "ppo"):
+        if preferred.get(item.arm) is False and preferred.get(item.against):
             item = item.turned()
-        if kinds.get(item.arm) in ("dpo", "ppo") and kinds.get(item.against) == "sft":
+        if preferred.get(item.arm) and preferred.get(item.against) is False:
             groups.setdefault(item.against, []).append(item)
     return groups
 
@@ -146,7 +147,7 @@ def _unfinished(run: Run) -> list[str]:
 
 def _doubts(run: Run) -> list[str]:
     """What the figures of training stages say against what was built on them."""
-    return [f"{stage.name}: {doubt}." for stage in run.stages for doubt in of_figures(stage.kind, stage.headlines)]
+    return [f"{stage.name}: {doubt}." for stage in run.stages for doubt in doubts(stage.kind, stage.headlines)]
 
 
 def _forgot(run: Run) -> list[str]:

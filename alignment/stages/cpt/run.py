@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from alignment.config.stage import CptConfig
-from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import TEXTS
+from alignment.stages.base import whole_rows
+from alignment.stages.cpt.config import CptConfig
 from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.language_model import learn
 from alignment.stages.shared.result import StageResult
@@ -15,5 +15,5 @@ from alignment.training.context import StageContext
 def run(config: CptConfig, context: StageContext) -> StageResult:
     """Texts in, policy out. A text longer than ``max_length`` becomes several rows."""
     found, tokenizer = initial_policy(context)
-    rows, counts = token_rows(context, TEXTS, config.data, Limits.of(config), tokenizer)
+    rows, counts = token_rows(context, TEXTS, config.data, whole_rows(config), tokenizer)
     return learn(config, context, found, tokenizer, rows, {"rows": counts["rows"]})

@@ -20,13 +20,13 @@ from trl import DPOTrainer
 
 from alignment.config.adapter import AdapterKind
 from alignment.config.model import Dtype
-from alignment.config.stage import DpoConfig, DpoLoss
 from alignment.core.errors import StageError
 from alignment.models.assembly.adapters import at_start, with_own
 from alignment.models.assembly.load import DTYPES, compute_in, frozen_copy
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
 from alignment.models.forward.flat import use_flat_attention
+from alignment.stages.dpo.config import DpoConfig, DpoLoss
 from alignment.stages.dpo.reference_cache import Reference, reference_logprobs
 from alignment.stages.shared.initial import initial_model, initial_policy
 from alignment.stages.shared.preference_pairs import read_pairs
@@ -80,7 +80,7 @@ class TokenizedDpoTrainer(MicroBatches, DPOTrainer):
 
 
 def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: Any, pairs: Any) -> TokenizedDpoTrainer:
-    policy = initial_model(context, found, TaskType.CAUSAL_LM)
+    policy = initial_model(context, found, TaskType.CAUSAL_LM, may_drop=False)
     rows = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs]
     reference = precomputed = None
     if config.precompute_reference:

@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from alignment.config.evaluation import FEW_SHOT, PROMPTED
-from alignment.config.stage import EvaluateConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ModelError
 from alignment.data.records import Conversation, HeldOutPrompt
@@ -25,6 +24,7 @@ from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.flat import use_flat_attention
 from alignment.stages.evaluate import answer_cache
 from alignment.stages.evaluate.answer_cache import Kept
+from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 

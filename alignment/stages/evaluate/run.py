@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignment.config.stage import EvaluateConfig
 from alignment.core.artifacts import write_lines
 from alignment.core.typed_json import to_json
 from alignment.data.records import HeldOutPrompt
@@ -21,6 +20,7 @@ from alignment.models.assembly.load import lineage, products_in, refuse_other_to
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.records.evaluation import ArmResult, Evaluation, Sample, write_samples
 from alignment.stages.evaluate.answering import Asked, Policies, answers_of, asked_of
+from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.judging import Judged, ScoredArms, judge, open_endpoint
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import rows_of

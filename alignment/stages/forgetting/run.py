@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from alignment.config.stage import ForgettingConfig
 from alignment.core.artifacts import write_lines
 from alignment.data.records import PlainText, Question
 from alignment.data.tokens.tokenizer import load_tokenizer
@@ -13,6 +12,7 @@ from alignment.job import StageInput
 from alignment.models.assembly.load import DTYPES, lineage, load_policy, refuse_other_tokenizer
 from alignment.models.forward.flat import use_flat_attention
 from alignment.records.forgetting import Limits
+from alignment.stages.forgetting.config import ForgettingConfig
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext

@@ -13,8 +13,6 @@ from transformers import TrainingArguments
 from alignment.algos.kl import AdaptiveKl, FixedKl
 from alignment.config.faults import refuse
 from alignment.config.scorers import ScorerConfig
-from alignment.config.sharing import ppo_faults
-from alignment.config.stage import KlConfig, KlControl, PpoConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ConfigError
 from alignment.data.records import Prompt
@@ -28,6 +26,8 @@ from alignment.rewards.build import build_rewards
 from alignment.rewards.reward_models import Computation
 from alignment.rewards.scorer_sources import REWARD
 from alignment.rewards.slot import Rewards
+from alignment.stages.ppo.batch_sizes import size_faults
+from alignment.stages.ppo.config import KlConfig, KlControl, PpoConfig
 from alignment.stages.ppo.scorers import GUARD, maximised
 from alignment.stages.ppo.trainer import EndsOverBudget, PpoTrainer
 from alignment.stages.shared.initial import initial_policy
@@ -122,7 +122,8 @@ def own_reward_model(context: StageContext) -> StageInput | None:
 def _prompts(
     config: PpoConfig, context: StageContext, tokenizer: Any, rows: list[Prompt]
 ) -> tuple[Prompts, dict[str, float]]:
-    found, counts = fitting(context, PROMPTS, rows, config.data, Limits.of(config), tokenizer)
+    limits = Limits(row=config.max_prompt_length, too_long=config.too_long)
+    found, counts = fitting(context, PROMPTS, rows, config.data, limits, tokenizer)
     ids = [one.rows[0]["prompt"] for one in found.values()]
     return Prompts(ids=ids, rows=list(found)), counts
 
@@ -206,7 +207,7 @@ def build_trainer(
     Raises:
         ConfigError: episodes, prompts, processes and minibatches do not divide.
     """
-    refuse(list(ppo_faults(config, processes=context.world_size, where=f"stages.{context.spec.stage}")))
+    refuse(list(size_faults(config, context.world_size, f"stages.{context.spec.stage}")))
     steps_per_update = config.ppo_epochs * config.num_minibatches
     arguments = TrainingArguments(
         **quiet_arguments(context),

@@ -5,11 +5,8 @@ The plan and the rehearsal use this too, so nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-
 from alignment.config.scorers import ScorerConfig
-from alignment.config.stage import PpoConfig
+from alignment.stages.ppo.config import PpoConfig
 
 GUARD = "guard.scorer"
 """The field of the guard's held-out scorer."""
@@ -24,14 +21,3 @@ def in_use(config: PpoConfig) -> dict[str, ScorerConfig]:
     """Every scorer that a stage calls; the held-out one only where the guard is on."""
     held_out = {GUARD: config.guard.scorer} if config.guard.every > 0 else {}
     return maximised(config) | held_out
-
-
-def with_sources(config: PpoConfig, sources: Mapping[str, str]) -> PpoConfig:
-    """The stage with other sources, by field; fields that are not named keep theirs."""
-
-    def changed(field: str, scorer: ScorerConfig) -> ScorerConfig:
-        return replace(scorer, source=sources.get(field, scorer.source))
-
-    scorers = [changed(field, scorer) for field, scorer in maximised(config).items()]
-    guard = replace(config.guard, scorer=changed(GUARD, config.guard.scorer))
-    return replace(config, scorers=scorers, guard=guard)

@@ -32,11 +32,11 @@ from alignment.algos.ppo import (
     log_ratio,
     value_is_clipped,
 )
-from alignment.config.stage import PpoConfig
 from alignment.core.errors import StageError
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import answer_stream, pieces_of, unwrapped
 from alignment.rewards.slot import Rewards
+from alignment.stages.ppo.config import PpoConfig
 from alignment.training.adamw import adamw
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import accumulating, as_many_as_most

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
-from alignment.config.stage import RewardConfig
 from alignment.core.errors import DataError
 from alignment.models.assembly.load import products_in
 from alignment.models.forward.answers import batches, scalar_scores, unwrapped
 from alignment.models.forward.causal import install_scalar
+from alignment.stages.reward.config import RewardConfig
 from alignment.stages.shared.initial import initial_model, initial_policy
 from alignment.stages.shared.preference_pairs import TokenizedPair, read_pairs
 from alignment.stages.shared.result import StageResult, save_model
@@ -103,7 +103,7 @@ def _trainer(
     learned: list[TokenizedPair],
 ) -> RewardTrainer:
     torch.manual_seed(context.seed("head") % 2**63)
-    model = initial_model(context, found, TaskType.SEQ_CLS)
+    model = initial_model(context, found, TaskType.SEQ_CLS, may_drop=False)
     trainer = PiecewiseRewardTrainer(
         model=model,
         args=TrlRewardConfig(

@@ -11,7 +11,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from alignment.config.model import Dtype
-from alignment.config.stage import RewardCardConfig
 from alignment.core.artifacts import read_manifest, write_json, write_lines
 from alignment.core.errors import DataError, ModelError, RewardError
 from alignment.data.overlap import asked, asked_too
@@ -29,6 +28,7 @@ from alignment.models.assembly.prefix import prefix_of
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import unwrapped
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
+from alignment.stages.reward_card.config import RewardCardConfig
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import LEFT_OUT, fitting, rows_of
 from alignment.training.context import StageContext
@@ -162,7 +162,8 @@ def _read(config: RewardCardConfig, context: StageContext, records: list[Prefere
         return _read_text(config, context, records)
     tokenizer = load_tokenizer(context.spec.base_path, context.spec.model.chat_template)
     refuse_other_tokenizer(context.spec, told, tokenizer)
-    found, _ = fitting(context, PAIRS, records, config.data, Limits.of(config), tokenizer)
+    limits = Limits(row=config.max_length, too_long=config.too_long)
+    found, _ = fitting(context, PAIRS, records, config.data, limits, tokenizer)
     parts = [row for one in found.values() for row in one.rows]
     rows = [row[PROMPT] + row[answer] for row in parts for answer in ("chosen", "rejected")]
     model = load_reward_model(context.spec, told, device=context.device).to(context.device)
@@ -171,7 +172,7 @@ def _read(config: RewardCardConfig, context: StageContext, records: list[Prefere
 
 def _read_text(config: RewardCardConfig, context: StageContext, records: list[PreferencePair]) -> _Reading:
     """A model from outside has a tokenizer and a chat template of its own."""
-    spec, limits = context.spec, Limits.of(config)
+    spec, limits = context.spec, Limits(row=config.max_length, too_long=config.too_long)
     told = spec.inputs["reward"]
     assert told.path is not None, "the plan refuses 'base' in a reward slot"
     if limits.cuts:

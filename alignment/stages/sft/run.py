@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from alignment.config.stage import SftConfig
-from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS
+from alignment.stages.sft.config import SftConfig
 from alignment.stages.shared.initial import initial_policy
+from alignment.stages.shared.kind_answers import limits_of_parts
 from alignment.stages.shared.language_model import learn
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import token_rows
@@ -15,5 +15,5 @@ from alignment.training.context import StageContext
 def run(config: SftConfig, context: StageContext) -> StageResult:
     """Conversations in, policy out."""
     found, tokenizer = initial_policy(context)
-    rows, counts = token_rows(context, CONVERSATIONS, config.data, Limits.of(config), tokenizer)
+    rows, counts = token_rows(context, CONVERSATIONS, config.data, limits_of_parts(config), tokenizer)
     return learn(config, context, found, tokenizer, rows, counts)

@@ -7,7 +7,6 @@ from typing import Any
 from peft import PeftModel, TaskType
 from transformers import PreTrainedModel
 
-from alignment.config.stage import DpoConfig, RewardConfig
 from alignment.core.artifacts import read_manifest
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.models.assembly.load import Lineage, lineage, refuse_other_tokenizer
@@ -32,12 +31,14 @@ def initial_policy(context: StageContext) -> tuple[Lineage, Any]:
     return found, tokenizer
 
 
-def initial_model(context: StageContext, found: Lineage, task: TaskType) -> PreTrainedModel | PeftModel:
+def initial_model(
+    context: StageContext, found: Lineage, task: TaskType, *, may_drop: bool
+) -> PreTrainedModel | PeftModel:
     """The model that the stage trains, with its adapter on it (alignment/models/assembly/start.py).
 
-    Stages that learn from pairs compare two passes, of which none may drop anything.
+    A stage that compares two passes of one model must not ``may_drop``: both would drop other numbers.
     """
     model = load_start(found, context.adapter, context.spec.model.dtype, task=task, device=context.device)
-    if isinstance(context.spec.config, (RewardConfig, DpoConfig)):
+    if not may_drop:
         turn_off_dropout(model)
     return model

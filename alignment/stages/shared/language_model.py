@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 from datasets import Dataset, disable_caching
 from peft import TaskType
 from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer
 
-from alignment.config.stage import CptConfig, SftConfig
+from alignment.config.adapter import AdapterConfig
+from alignment.config.optim import OptimConfig
 from alignment.models.assembly.load import Lineage
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
@@ -24,12 +25,23 @@ from alignment.training.session import train
 from alignment.training.sharding import prepare
 
 
+class LanguageModelConfig(Protocol):
+    """Settings of a stage that learns to predict tokens."""
+
+    adapter: AdapterConfig
+    optim: OptimConfig
+    max_length: int
+    packing: bool
+    log_every: int
+    save_every: int
+
+
 class PiecewiseSftTrainer(MicroBatches, SFTTrainer):
     """TRL's trainer, an optimiser batch learned from in pieces."""
 
 
 def learn(
-    config: SftConfig | CptConfig,
+    config: LanguageModelConfig,
     context: StageContext,
     found: Lineage,
     tokenizer: Any,
@@ -39,7 +51,7 @@ def learn(
     """Trains on rows of ``input_ids`` and ``labels`` and saves the model; ``metrics`` are told beside the last loss."""
     if config.packing:  # TRL packs by a map, whose result it would keep beside the token rows, under a name of its own
         disable_caching()
-    policy = initial_model(context, found, TaskType.CAUSAL_LM)
+    policy = initial_model(context, found, TaskType.CAUSAL_LM, may_drop=True)
     trainer = PiecewiseSftTrainer(
         model=policy,
         args=TrlSftConfig(

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from alignment.config.stage import DpoConfig, RewardConfig
-from alignment.data.tokens.limits import Limits
+from alignment.config.data import DataConfig
+from alignment.config.too_long import TooLongConfig
 from alignment.data.tokens.row_kinds import PAIRS
+from alignment.stages.shared.kind_answers import limits_of_parts
 from alignment.stages.shared.stage_rows import token_rows
 from alignment.training.context import StageContext
+
+
+class PairsConfig(Protocol):
+    """Settings of a stage that learns from pairs."""
+
+    data: DataConfig
+    max_length: int
+    max_prompt_length: int | None
+    max_answer_length: int | None
+    too_long: TooLongConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +33,8 @@ class TokenizedPair:
 
 
 def read_pairs(
-    config: RewardConfig | DpoConfig, context: StageContext, tokenizer: Any
+    config: PairsConfig, context: StageContext, tokenizer: Any
 ) -> tuple[list[TokenizedPair], dict[str, float]]:
     """The pairs within the limits, and how many there are, were too long or were cut."""
-    rows, counts = token_rows(context, PAIRS, config.data, Limits.of(config), tokenizer)
+    rows, counts = token_rows(context, PAIRS, config.data, limits_of_parts(config), tokenizer)
     return [TokenizedPair(**row) for row in rows], counts

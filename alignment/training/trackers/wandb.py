@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.core.artifacts import MANIFEST, Manifest, folder_name, read_manifest, write_json
+from alignment.core.artifacts import EVALUATION, MANIFEST, Manifest, folder_name, read_manifest, write_json
 from alignment.job import StageSpec
 from alignment.training.trackers.tracker import Cell, Tracker, settings, tags
 from alignment.training.trackers.wandb_log import last_step
@@ -137,7 +137,7 @@ def _own_folder(spec: StageSpec) -> Path:
 
 def _belonging(spec: StageSpec) -> dict[str, Any]:
     """Whose the W&B run is, and its id. An evaluation under an agent is the agent's run, which says all that itself."""
-    if "WANDB_SWEEP_ID" in os.environ and spec.config.kind == "evaluate":
+    if "WANDB_SWEEP_ID" in os.environ and spec.produces == EVALUATION:
         return {}
     for name in _AGENTS:
         os.environ.pop(name, None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.job import read_spec
+from alignment.stages.stage_file import read_spec
 from benchmarks.stage import stage_config, write_stage
 
 

@@ -10,9 +10,13 @@ import pytest
 from alignment.config.did_you_mean import nearest
 from alignment.config.rules import NAME, RULES, rule_of
 from alignment.config.scorers import ScorerConfig
-from alignment.config.stage import STAGES, PpoConfig, SftConfig
 from alignment.config.typed import convert, field_types, listed_dataclass, stage_from_plain, to_plain, typed
 from alignment.core.errors import ConfigError
+from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.registry import config_classes
+from alignment.stages.sft.config import SftConfig
+
+STAGES = config_classes()
 
 
 def with_stage(**fields: Any) -> dict[str, Any]:

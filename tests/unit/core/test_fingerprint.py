@@ -9,8 +9,10 @@ import pytest
 
 from alignment.config.adapter import AdapterKind
 from alignment.config.scorers import ScorerConfig
-from alignment.config.stage import DpoConfig, PpoConfig, SftConfig
 from alignment.core.fingerprint import canonical, digest
+from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.sft.config import SftConfig
 
 
 class Colour(Enum):

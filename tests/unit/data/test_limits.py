@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from alignment.config.stage import CptConfig, DpoConfig, PpoConfig
 from alignment.config.too_long import Side, TooLong, TooLongConfig
 from alignment.core.errors import DataError
 from alignment.data.records import Conversation, PreferencePair, Prompt
@@ -15,6 +14,9 @@ from alignment.data.tokens.rendering import prompt_text
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, tokenized
 from alignment.data.tokens.tokenize import Tokens, encode, prompt_ids
 from alignment.data.turns import Message
+from alignment.stages.cpt.config import CptConfig
+from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.ppo.config import PpoConfig
 from tests.templates import STYLES, styled_tokenizer
 from tests.tiny import tiny_tokenizer
 

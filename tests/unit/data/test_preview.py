@@ -12,7 +12,6 @@ from rich.console import Console
 
 from alignment.commands.preview.worker import main, show_stage
 from alignment.config.data import DataConfig, MixedConfig
-from alignment.config.stage import CptConfig, DpoConfig, PpoConfig, RewardConfig, SftConfig
 from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.data.overlap import HeldOut, Placed
 from alignment.data.records import Conversation, PreferencePair, Prompt
@@ -20,6 +19,11 @@ from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, Kind, tokenized
 from alignment.data.tokens.token_spans import Shown, histogram, shown
 from alignment.data.turns import Message
+from alignment.stages.cpt.config import CptConfig
+from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.reward.config import RewardConfig
+from alignment.stages.sft.config import SftConfig
 from tests.public import PUBLIC, WRITTEN, needs_public_data
 from tests.templates import styled_tokenizer
 from tests.tiny import save_tiny_model, tiny_spec, tiny_tokenizer

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.stage import Critic, PpoConfig
+from alignment.config.critic import Critic
 from alignment.models.assembly.actor_critic import ActorCritic
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.roles import build_roles
 from alignment.models.forward.answers import answer_stream, unwrapped
+from alignment.stages.ppo.config import PpoConfig
 from tests.tiny import BASE_SOURCE, liven, save_tiny_model, tiny_reward, tiny_spec
 
 CPU = torch.device("cpu")

@@ -11,7 +11,6 @@ from peft import PeftModel, TaskType
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
-from alignment.config.stage import DpoConfig, PpoConfig, SftConfig
 from alignment.core.errors import ArtifactError, ModelError
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.job import StageInput
@@ -29,6 +28,9 @@ from alignment.models.assembly.load import (
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import scalar_scores, unwrapped
 from alignment.models.forward.rows import stream
+from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.sft.config import SftConfig
 from tests.oracles.close import close
 from tests.tiny import (
     ARCHITECTURES,

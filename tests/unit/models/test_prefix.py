@@ -11,7 +11,6 @@ from peft import PeftModel, PeftModelForCausalLM, TaskType
 
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
-from alignment.config.stage import DpoConfig, SftConfig
 from alignment.core.errors import ConfigError, ModelError
 from alignment.models.assembly.adapters import add_adapter, at_start
 from alignment.models.assembly.load import Lineage, lineage, load_policy
@@ -21,6 +20,8 @@ from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.generate import generate
 from alignment.models.forward.rows import stream
 from alignment.models.forward.shared_prompts import read
+from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.sft.config import SftConfig
 from tests.oracles.close import close
 from tests.tiny import ARCHITECTURES, BASE_SOURCE, publish_tiny, save_tiny_model, tiny_model, tiny_spec
 from tests.unit.models.conftest import relative

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.stage import PpoConfig, SftConfig
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.load import Lineage, SavedAdapter, load_policy
 from alignment.models.assembly.roles import Roles, build_roles, share_frozen
 from alignment.models.forward.answers import answer_statistics, answer_stream, scalar_scores, unwrapped
 from alignment.models.forward.rows import stream
+from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.sft.config import SftConfig
 from tests.oracles.close import close
 from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_model, tiny_reward, tiny_spec
 

@@ -12,12 +12,13 @@ from peft import PeftModel, TaskType
 
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
-from alignment.config.stage import DpoConfig, SftConfig
 from alignment.core.errors import ConfigError
 from alignment.models.assembly.adapters import at_start
 from alignment.models.assembly.load import Lineage, lineage, load_policy
 from alignment.models.assembly.start import load_start, turn_off_dropout
 from alignment.models.kernels.nf4 import Nf4Linear, round_trunk
+from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.sft.config import SftConfig
 from tests.oracles.close import close
 from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_model, tiny_spec
 from tests.unit.models.conftest import relative

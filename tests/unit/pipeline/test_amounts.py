@@ -12,13 +12,18 @@ from alignment import cli
 from alignment.config.data import DataConfig, MixedConfig
 from alignment.config.guard import GuardConfig
 from alignment.config.optim import OptimConfig
-from alignment.config.stage import CptConfig, DpoConfig, PpoConfig, RewardConfig, SftConfig, StageConfig
+from alignment.config.stage import StageConfig
 from alignment.core.errors import ConfigError
 from alignment.data.records import Prompt
 from alignment.data.turns import Message
 from alignment.pipeline.backends.feasibility import refuse_sizes
 from alignment.pipeline.plan.row_counts import Seen, faults
 from alignment.pipeline.plan.row_counts import seen as amounts_of
+from alignment.stages.cpt.config import CptConfig
+from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.reward.config import RewardConfig
+from alignment.stages.sft.config import SftConfig
 from tests.unit.pipeline.conftest import ROWS, MakePlan
 
 OPTIM = OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.1)

@@ -9,9 +9,13 @@ import pytest
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments, OptimConfig
+from alignment.config.ptx import PtxConfig
 from alignment.config.run import RunConfig
-from alignment.config.stage import DpoConfig, PpoConfig, PtxConfig, SftConfig, StageConfig
+from alignment.config.stage import StageConfig
 from alignment.pipeline.plan.compatibility import faults
+from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.sft.config import SftConfig
 
 
 def found(stage: StageConfig, **launch: Any) -> list[str]:

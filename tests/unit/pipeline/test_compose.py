@@ -10,13 +10,16 @@ import yaml
 from alignment.config.faults import Fault
 from alignment.config.run import RunConfig
 from alignment.config.scorers import ScorerConfig
-from alignment.config.sharing import ppo_faults
-from alignment.config.stage import STAGES, PpoConfig, Trained
 from alignment.config.store import GROUPS, conf_folder, recipe_names, recipes_folder
 from alignment.config.typed import convert, typed
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan import references, settings
 from alignment.pipeline.plan.compose import compose
+from alignment.stages.ppo.batch_sizes import size_faults
+from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.registry import config_classes, trains
+
+STAGES = config_classes()
 
 ROOT = Path(__file__).parents[3]
 SWEEPS = "sweep"  # files of many runs, not choices of one
@@ -346,9 +349,9 @@ def test_a_smoke_run_of_several_processes_has_something_for_each(recipe: str, pr
     config, every = composed(recipe, *told), processes * machines
     for name, stage in config.stages.items():
         if isinstance(stage, PpoConfig):
-            assert not list(ppo_faults(stage, processes=every, where=name))
+            assert not list(size_faults(stage, every, name))
             assert (stage.data.limit, stage.guard.prompts, stage.optim.batch_size) == (8 * every, 2 * every, 4 * every)
-        elif isinstance(stage, Trained):
+        elif trains(stage.kind):
             assert (stage.data.limit, stage.optim.batch_size) == (8 * every, 2 * every)
         elif stage.kind == "evaluate":
             assert stage.data.limit == 2  # type: ignore[union-attr]

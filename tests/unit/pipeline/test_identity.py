@@ -15,28 +15,28 @@ import pytest
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
 from alignment.config.evaluation import FEW_SHOT, EndpointConfig, JudgeConfig
-from alignment.config.optim import OptimConfig
+from alignment.config.optim import OptimConfig, PpoOptimConfig
+from alignment.config.ptx import PtxConfig
 from alignment.config.run import RunConfig
-from alignment.config.stage import (
-    STAGES,
-    CptConfig,
-    DpoConfig,
-    EvaluateConfig,
-    ForgettingConfig,
-    PpoConfig,
-    PpoOptimConfig,
-    PtxConfig,
-    ReportConfig,
-    RewardCardConfig,
-    RewardConfig,
-    SftConfig,
-    StageConfig,
-)
+from alignment.config.stage import StageConfig
 from alignment.config.too_long import TooLongConfig
 from alignment.config.typed import field_types, listed_dataclass
 from alignment.core.fingerprint import digest
 from alignment.pipeline.plan import identity
 from alignment.pipeline.sources.model_sources import ModelSource
+from alignment.stages import registry
+from alignment.stages.cpt.config import CptConfig
+from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.forgetting.config import ForgettingConfig
+from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.registry import config_classes
+from alignment.stages.report.config import ReportConfig
+from alignment.stages.reward.config import RewardConfig
+from alignment.stages.reward_card.config import RewardCardConfig
+from alignment.stages.sft.config import SftConfig
+
+STAGES = config_classes()
 
 OUTSIDE = {
     # What a reference points to counts by its content.
@@ -145,16 +145,25 @@ def test_what_is_outside_is_marked_so_and_nothing_else_is() -> None:
     }
 
 
+def raise_revision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kind whose results mean something else from now on."""
+    rows = registry.registered()
+    kind = rows[name].kind
+    assert kind is not None
+    raised = replace(rows[name], kind=replace(kind, revision=kind.revision + 1))
+    monkeypatch.setattr(registry, "registered", lambda: {**rows, name: raised})
+
+
 @pytest.mark.parametrize("kind", STAGE)
 def test_a_stages_revision_and_the_seed_count(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = fingerprint(STAGE[kind])
     assert fingerprint(STAGE[kind], seed=1) != before
-    monkeypatch.setattr(STAGES[kind], "revision", STAGES[kind].revision + 1)
+    raise_revision(kind, monkeypatch)
     assert fingerprint(STAGE[kind]) != before
 
 
 def test_a_reports_revision_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunConfig(name="test", stages={"it": ReportConfig()})
     before = digest(identity.of_report(run, "it", inputs={}))
-    monkeypatch.setattr(ReportConfig, "revision", ReportConfig.revision + 1)
+    raise_revision("report", monkeypatch)
     assert digest(identity.of_report(run, "it", inputs={})) != before

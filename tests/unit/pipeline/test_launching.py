@@ -9,10 +9,13 @@ import pytest
 
 from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments, OptimConfig
-from alignment.config.stage import EvaluateConfig, ReportConfig, RewardCardConfig, SftConfig
 from alignment.core.errors import ConfigError
 from alignment.pipeline.backends import feasibility
 from alignment.pipeline.plan.plan import Action
+from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.report.config import ReportConfig
+from alignment.stages.reward_card.config import RewardCardConfig
+from alignment.stages.sft.config import SftConfig
 
 
 def stage(config: Any, action: Action = Action.run) -> Any:

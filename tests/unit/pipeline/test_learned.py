@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alignment.config.stage import RewardCardConfig
 from alignment.core.errors import ConfigError, DataError, ModelError
 from alignment.pipeline.execute.summary import show_card
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.pipeline.plan.references import slots
+from alignment.stages.reward_card.config import RewardCardConfig
 
 TURN = [{"role": "user", "content": "When is the training?"}]
 PAIR = {"messages": TURN, "chosen": "On 21 March.", "rejected": "Great question!"}

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from alignment.config.stage import SftConfig
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
+from alignment.stages.sft.config import SftConfig
 
 
 @pytest.fixture

@@ -15,12 +15,13 @@ import pytest
 from rich.console import Console
 
 from alignment.config.launch import LaunchConfig
-from alignment.config.stage import EvaluateConfig, SftConfig
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import ConfigError, StageError
 from alignment.pipeline.backends import machines
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.plan.plan import Action
+from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.sft.config import SftConfig
 
 LAUNCH = LaunchConfig(num_machines=2, machine_rank=1)
 

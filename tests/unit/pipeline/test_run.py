@@ -24,13 +24,13 @@ from alignment.config.launch import LaunchConfig
 from alignment.core.errors import AlignmentError, ArtifactError, Busy, ConfigError, NonFiniteError, StageError
 from alignment.core.locks import held
 from alignment.core.streams import Unfailing
-from alignment.job import read_spec
 from alignment.pipeline.backends import processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.record import RunRecord
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.execute.signals import Terminated, termination_raises
+from alignment.stages.stage_file import read_spec
 
 ROOT = Path(__file__).parents[3]
 STAGES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]

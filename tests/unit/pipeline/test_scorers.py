@@ -12,13 +12,13 @@ import pytest
 import yaml
 from rich.console import Console
 
-from alignment.config.stage import PpoConfig
 from alignment.core.errors import ArtifactError, ConfigError, DataError, ModelError, RewardError
 from alignment.core.fingerprint import file_sha256
 from alignment.core.resources import shipped
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.plan.plan import Plan, PlannedStage
+from alignment.stages.ppo.config import PpoConfig
 from tests.unit.pipeline.conftest import MakePlan, leave_artifact
 from tests.unit.pipeline.test_run import fake
 

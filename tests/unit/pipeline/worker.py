@@ -19,7 +19,8 @@ from typing import Any
 
 from alignment.core.artifacts import Manifest, publish, write_json
 from alignment.core.deadline import KILLED_BY
-from alignment.job import StageSpec, read_spec
+from alignment.job import StageSpec
+from alignment.stages.stage_file import read_spec
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6}
 

@@ -12,7 +12,6 @@ import torch
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype
 from alignment.config.scorers import ScorerConfig
-from alignment.config.stage import PpoConfig
 from alignment.core.errors import DataError, ModelError
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput
@@ -24,6 +23,7 @@ from alignment.rewards.build import build_rewards
 from alignment.rewards.reward_models import Computation
 from alignment.rewards.scores import Scores
 from alignment.rewards.weighted_sum import RewardMix
+from alignment.stages.ppo.config import PpoConfig
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_reward, tiny_spec
 from tests.unit.rewards.conftest import answers_to, prompt
 from tests.unit.rewards.test_models import external, scorer

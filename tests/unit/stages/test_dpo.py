@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
-from alignment.config.stage import DpoConfig, DpoLoss
 from alignment.core.errors import StageError
 from alignment.models.assembly.adapters import at_start
 from alignment.stages.dpo import reference_cache
 from alignment.stages.dpo import run as dpo
+from alignment.stages.dpo.config import DpoConfig, DpoLoss
 from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.preference_pairs import TokenizedPair, read_pairs
 from alignment.training.context import StageContext

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from alignment import worker
 from alignment.config.evaluation import EndpointConfig, FewShotConfig, JudgeConfig, JudgeKind
-from alignment.config.stage import EvaluateConfig
 from alignment.core.errors import DataError, ModelError, NonFiniteError, StageError
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import answer_ids, end_ids, prompt_ids
@@ -30,6 +29,7 @@ from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.stages.evaluate import answering
 from alignment.stages.evaluate import run as stage
+from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.training.context import StageContext
 from tests.chained import DATA, LORA, Chained
 from tests.judge_server import Response, serving

@@ -11,8 +11,8 @@ import pytest
 from alignment import worker
 from alignment.config.guard import GuardConfig
 from alignment.config.scorers import ScorerConfig
-from alignment.config.stage import PpoConfig
 from alignment.job import StageInput
+from alignment.stages.ppo.config import PpoConfig
 from alignment.training.context import StageContext
 from alignment.training.rl.guard import Guard
 from tests.chained import LORA, Chained, config_of

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignment.config.stage import RewardConfig
 from alignment.core.artifacts import read_manifest
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import unwrapped
 from alignment.stages.reward import run as reward
+from alignment.stages.reward.config import RewardConfig
 from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.preference_pairs import TokenizedPair, read_pairs
 from alignment.training.context import StageContext

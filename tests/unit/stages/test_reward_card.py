@@ -15,7 +15,6 @@ from alignment import worker
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
 from alignment.config.model import Dtype, ModelConfig
-from alignment.config.stage import RewardCardConfig, RewardConfig, Rule
 from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import DataError, ModelError, RewardError
@@ -24,6 +23,8 @@ from alignment.evaluation import invariance
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.pipeline.sweeps.reported import of_stage
+from alignment.stages.reward.config import RewardConfig
+from alignment.stages.reward_card.config import RewardCardConfig, Rule
 from alignment.stages.shared.preference_pairs import read_pairs
 from alignment.training.context import StageContext
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_reward, tiny_scorer, tiny_spec, tiny_tokenizer

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from alignment.config.data import DataConfig, MixedConfig, OnError
-from alignment.config.stage import PpoConfig, SftConfig
 from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.core.errors import DataError
 from alignment.data.records import Conversation, Prompt
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
+from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.sft.config import SftConfig
 from alignment.stages.shared.stage_rows import LEFT_OUT, fitting, rows_of, token_rows
 from alignment.training.context import StageContext
 from tests.tiny import tiny_spec, tiny_tokenizer

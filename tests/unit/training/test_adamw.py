@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.optim import Moments, OptimConfig
-from alignment.config.stage import PpoOptimConfig, SftConfig
+from alignment.config.optim import Moments, OptimConfig, PpoOptimConfig
+from alignment.stages.sft.config import SftConfig
 from alignment.training import adamw as module
 from alignment.training.adamw import RandomlyRoundedAdamW, adamw, rounded_at_random
 from alignment.training.context import StageContext

@@ -11,8 +11,8 @@ import torch
 
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig, Schedule
-from alignment.config.stage import SftConfig
 from alignment.core.errors import ConfigError
+from alignment.stages.sft.config import SftConfig
 from alignment.training.arguments import common_arguments, share_of
 from alignment.training.context import StageContext
 from tests.tiny import tiny_spec

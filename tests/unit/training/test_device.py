@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from alignment import worker
-from alignment.config.stage import SftConfig
 from alignment.core.errors import ConfigError
+from alignment.stages.sft.config import SftConfig
 from alignment.training.device import own_device
 from tests.tiny import tiny_spec
 

@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig, Schedule
-from alignment.config.stage import DpoConfig, RewardConfig, SftConfig
 from alignment.models.forward.rows import by_tokens, stream
 from alignment.stages.dpo import run as dpo
+from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.reward import run as reward
+from alignment.stages.reward.config import RewardConfig
 from alignment.stages.sft import run as sft
+from alignment.stages.sft.config import SftConfig
 from alignment.training.adamw import RandomlyRoundedAdamW
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog

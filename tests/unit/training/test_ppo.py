@@ -14,13 +14,14 @@ import torch
 from transformers import TrainerCallback
 
 from alignment.config.adapter import AdapterConfig
+from alignment.config.critic import Critic
 from alignment.config.model import Dtype
 from alignment.config.scorers import ScorerConfig
-from alignment.config.stage import Critic, KlConfig, KlControl
 from alignment.core.errors import ConfigError, StageError
 from alignment.models.assembly.roles import ValueHead
 from alignment.models.forward.answers import answer_stream, unwrapped
 from alignment.stages.ppo import trainer
+from alignment.stages.ppo.config import KlConfig, KlControl
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.rl import engine
 from alignment.training.rl.experience import Experience, Rollout

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from alignment.config.adapter import AdapterConfig
+from alignment.config.critic import Critic
 from alignment.config.guard import GuardConfig
 from alignment.config.optim import Schedule
-from alignment.config.stage import Critic
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.data.tokens.tokenize import TokenizedConversation
 from alignment.models.forward.answers import unwrapped

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.config.stage import KlConfig
+from alignment.stages.ppo.config import KlConfig
 from alignment.stages.ppo.trainer import PpoTrainer
 from tests.oracles import gae as gae_oracle
 from tests.oracles import masked as masked_oracle

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
-from alignment.config.stage import DpoConfig
 from alignment.stages.dpo import reference_cache
 from alignment.stages.dpo import run as dpo
+from alignment.stages.dpo.config import DpoConfig
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec

@@ -16,11 +16,14 @@ import pytest
 
 from alignment import worker
 from alignment.config.adapter import AdapterConfig
-from alignment.config.stage import STAGES, DpoConfig, EvaluateConfig, SftConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.config.typed import to_plain
 from alignment.core.artifacts import Manifest, publish
 from alignment.job import StageInput
+from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.registry import config_classes
+from alignment.stages.sft.config import SftConfig
 from alignment.training.context import StageContext
 from alignment.training.trackers.all_trackers import Trackers
 from alignment.training.trackers.tracker import Tracker, columns_and_rows, settings, tags
@@ -28,6 +31,8 @@ from alignment.training.trackers.wandb import TOKEN, _mode, stable_id
 from alignment.training.trackers.wandb_log import records
 from tests.tiny import tiny_spec
 from tests.unit.training.tracked import STEPS, TRACKING, context_in, train_line
+
+STAGES = config_classes()
 
 ROOT = Path(__file__).parents[3]
 AGENT = {"WANDB_SWEEP_ID": "5weep", "WANDB_RUN_ID": "tr1al", "WANDB_PROJECT": "tests", "WANDB_ENTITY": "us"}

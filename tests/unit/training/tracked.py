@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from alignment.config.stage import SftConfig
 from alignment.config.tracking import TrackingConfig
+from alignment.stages.sft.config import SftConfig
 from alignment.training.arguments import quiet_arguments
 from alignment.training.context import StageContext
 from alignment.training.session import train

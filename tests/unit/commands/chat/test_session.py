@@ -19,7 +19,6 @@ from alignment.commands.chat.session import Manner, Voice, load_voice
 from alignment.commands.chat.worker import Screen, converse
 from alignment.config.adapter import AdapterConfig
 from alignment.config.model import Dtype
-from alignment.config.stage import SftConfig
 from alignment.core.errors import DataError
 from alignment.data.tokens.tokenize import prompt_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
@@ -27,6 +26,7 @@ from alignment.data.turns import Message
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.start import load_start
 from alignment.models.forward.generate import generate
+from alignment.stages.sft.config import SftConfig
 from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_spec
 
 

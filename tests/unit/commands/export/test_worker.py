@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from alignment.commands.export.worker import export, gap_between, main
 from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
-from alignment.config.stage import DpoConfig, SftConfig
 from alignment.core.errors import ArtifactError, ModelError
 from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage, lineage
@@ -24,6 +23,8 @@ from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.assembly.start import load_start
 from alignment.models.forward.answers import scalar_scores
 from alignment.models.forward.rows import stream
+from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.sft.config import SftConfig
 from tests.oracles.close import close
 from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_reward, tiny_spec
 

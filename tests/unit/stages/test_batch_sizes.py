@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from alignment.config.guard import GuardConfig
-from alignment.config.sharing import ppo_faults
-from alignment.config.stage import PpoConfig, PpoOptimConfig
+from alignment.config.optim import PpoOptimConfig
+from alignment.stages.ppo.batch_sizes import size_faults
+from alignment.stages.ppo.config import PpoConfig
 
 
 def faults(processes: int, batch_size: int = 32, **fields: Any) -> list[str]:
     config = PpoConfig(optim=PpoOptimConfig(batch_size=batch_size), **fields)
-    return [str(fault) for fault in ppo_faults(config, processes=processes, where="stages.p")]
+    return [str(fault) for fault in size_faults(config, processes, "stages.p")]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
-"""How an update of PPO is shared out: what must divide by what. The plan asks, and so does the stage itself."""
+"""How an update of PPO is divided among processes. The plan asks, and so does the stage itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from alignment.config.faults import Fault
-from alignment.config.stage import PpoConfig
+from alignment.stages.ppo.config import PpoConfig
 
 
-def ppo_faults(config: PpoConfig, *, processes: int, where: str) -> Iterator[Fault]:
+def size_faults(config: PpoConfig, processes: int, where: str) -> Iterator[Fault]:
     """Why the stage at ``where`` cannot sample and learn on so many processes.
 
     All answers to a prompt are sampled and learned from on one process.

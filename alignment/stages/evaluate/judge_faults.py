@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from alignment.config.did_you_mean import suggestion
 from alignment.config.evaluation import EndpointConfig, JudgeKind
 from alignment.config.faults import Fault
-from alignment.config.stage import EvaluateConfig
 from alignment.evaluation.endpoint import PACKAGE
 from alignment.evaluation.pairwise import pairs_of
+from alignment.stages.evaluate.config import EvaluateConfig
 
 
-def faults(stage: EvaluateConfig, where: str, *, hang_seconds: float) -> Iterator[Fault]:
+def judge_faults(stage: EvaluateConfig, where: str, *, hang_seconds: float) -> Iterator[Fault]:
     """Everything wrong with the judge of an evaluation; ``where`` is the stage's place.
 
     A stage that does nothing for ``hang_seconds`` (0: however long) is ended.

@@ -1,0 +1,12 @@
+"""What the value model of a policy is."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Critic(str, Enum):
+    """``separate`` is a model of its own that starts from the reward model, ``shared`` a head on the policy's trunk."""
+
+    separate = "separate"
+    shared = "shared"

@@ -1,0 +1,30 @@
+"""What a stage of continued pretraining can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from alignment.config.adapter import AdapterConfig
+from alignment.config.data import DataConfig
+from alignment.config.fields import not_identity, reference_to
+from alignment.config.optim import OptimConfig
+from alignment.config.rules import POSITIVE
+
+
+@dataclass(kw_only=True, slots=True)
+class CptConfig:
+    """Continued pretraining: every token of plain texts is learned, each text cut into rows of ``max_length`` tokens.
+
+    ``packing`` puts short rows together; they do not see one another.
+    """
+
+    kind: str = "cpt"
+    init: str = reference_to("base", "policy")
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/conversations"))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
+    max_length: Annotated[int, POSITIVE] = 1024
+    packing: bool = True
+    log_every: Annotated[int, POSITIVE] = not_identity(1)
+    save_every: Annotated[int, POSITIVE] = not_identity(10)

@@ -1,0 +1,35 @@
+"""What an evaluation can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from alignment.config.data import DataConfig
+from alignment.config.evaluation import FewShotConfig, JudgeConfig
+from alignment.config.fields import reference_to
+from alignment.config.rules import FILLED, POSITIVE
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """Greedy answers of every arm to held-out prompts: gold rule, reward model and log-ratio to ``reference``.
+
+    ``arms`` are ``base``, ``base+prompt`` (the house style as a system message), ``base+few-shot`` (examples before the
+    prompt), ``stage:NAME``, and models from outside (``path:FOLDER``, ``hub:ORG/NAME@REVISION``), which may have a
+    tokenizer and a chat template of their own. Without a reward model (``reward: null``) that column stays empty.
+    """
+
+    kind: str = "evaluate"
+    arms: Annotated[list[str], FILLED] = field(
+        default_factory=lambda: ["base", "base+prompt", "stage:sft", "stage:dpo", "stage:ppo"],
+        metadata={"reference": ("policy",), "identity": False},
+    )
+    reference: str = reference_to("stage:sft", "policy")
+    reward: str | None = reference_to("stage:reward", "reward")
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/heldout"))
+    max_new_tokens: Annotated[int, POSITIVE] = 96
+    batch_size: Annotated[int, POSITIVE] = field(default=128, metadata={"identity": False})
+    bootstrap_samples: Annotated[int, POSITIVE] = 2000
+    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)

@@ -1,0 +1,95 @@
+"""What a stage of proximal policy optimisation can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Annotated, ClassVar
+
+from alignment.config.adapter import AdapterConfig
+from alignment.config.critic import Critic
+from alignment.config.data import DataConfig
+from alignment.config.fields import not_identity, reference_to
+from alignment.config.guard import GuardConfig
+from alignment.config.optim import PpoOptimConfig
+from alignment.config.ptx import PtxConfig
+from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, PENALTY, POSITIVE
+from alignment.config.scorers import ScorerConfig
+from alignment.config.too_long import TooLongConfig
+
+
+class KlControl(str, Enum):
+    """``fixed`` keeps the coefficient; ``adaptive`` steers towards a target (Ziegler et al. 2019, section 2.2)."""
+
+    fixed = "fixed"
+    adaptive = "adaptive"
+
+
+@dataclass(kw_only=True, slots=True)
+class KlConfig:
+    """``target`` (nats a sequence) and ``horizon`` (episodes) apply to adaptive control only."""
+
+    control: KlControl = KlControl.fixed
+    coefficient: Annotated[float, NOT_NEGATIVE] = 0.05
+    target: Annotated[float, POSITIVE] = 6.0
+    horizon: Annotated[int, POSITIVE] = 10_000
+
+
+@dataclass(kw_only=True, slots=True)
+class PpoConfig:
+    """Proximal policy optimisation against a reward (Schulman et al. 2017; Huang et al. 2024 for the details).
+
+    One update samples ``optim.batch_size`` episodes (``completions_per_prompt`` to a prompt) and takes ``ppo_epochs *
+    num_minibatches`` optimiser steps on them; ``updates`` of these make the run. The policy starts from ``init``, which
+    is also the reference. An answer's score is the sum of ``scorers``. The value model starts from ``reward`` where
+    that is a reward model of ours, else from the policy. It says what the reward model says where that alone scores,
+    unchanged (weight 1, neither normalised nor clipped, no ``prompt_baseline``, no ``whiten_rewards``): then values are
+    on the scale of the returns. Else its head is one of zeros, as a shared one is, where one pass serves both.
+    It learns alone for the first ``critic_warmup`` updates. ``value_clip`` bounds how far values move in an update;
+    null bounds nothing.
+
+    ``missing_eos_penalty`` is taken off the score of an answer that never ended, after scorers were put together; it
+    can only lower it. Its unit is the score's own, as that of ``kl.coefficient`` is: measured in deviations of scores,
+    what is maximised would change with every batch, and where all answers score alike there would be no penalty. With
+    ``prompt_baseline`` the mean score of the other completions of the same prompt is taken off: a Bradley-Terry reward
+    says nothing across prompts. A minibatch whose ``policy/approxkl`` exceeds ``max_approxkl`` is the update's last.
+    """
+
+    REPLACED: ClassVar[dict[str, str]] = {
+        "missing_eos_score": (
+            "it replaced the score of an answer that never ended; now 'missing_eos_penalty', 0 or more, is taken off "
+            "that score (missing_eos_penalty=0 in place of null)"
+        ),
+    }
+    """Keys of earlier versions, and what stands in their place."""
+
+    kind: str = "ppo"
+    init: str = reference_to("stage:sft", "policy")
+    reward: str | None = reference_to("stage:reward", "reward", external=True)
+    scorers: Annotated[list[ScorerConfig], FILLED] = field(default_factory=lambda: [ScorerConfig()])
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/preferences"))
+    optim: PpoOptimConfig = field(default_factory=lambda: PpoOptimConfig())
+    kl: KlConfig = field(default_factory=KlConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    ptx: PtxConfig = field(default_factory=PtxConfig)
+    updates: Annotated[int, POSITIVE] = 16
+    critic: Critic = Critic.separate
+    critic_warmup: Annotated[int, NOT_NEGATIVE] = 0
+    completions_per_prompt: Annotated[int, POSITIVE] = 1
+    prompt_baseline: bool = False
+    ppo_epochs: Annotated[int, POSITIVE] = 4
+    num_minibatches: Annotated[int, POSITIVE] = 1
+    max_approxkl: Annotated[float | None, POSITIVE] = None
+    max_prompt_length: Annotated[int, POSITIVE] = 512
+    too_long: TooLongConfig = field(default_factory=TooLongConfig)
+    max_new_tokens: Annotated[int, POSITIVE] = 64
+    temperature: Annotated[float, POSITIVE] = 1.0
+    gamma: Annotated[float, FRACTION] = 1.0
+    gae_lambda: Annotated[float, FRACTION] = 0.95
+    clip: Annotated[float, POSITIVE] = 0.2
+    value_clip: Annotated[float | None, POSITIVE] = 0.2
+    value_coefficient: Annotated[float, NOT_NEGATIVE] = 0.1
+    whiten_rewards: bool = False
+    missing_eos_penalty: Annotated[float, PENALTY] = 1.0
+    save_every: Annotated[int, POSITIVE] = not_identity(1)

@@ -1,0 +1,215 @@
+"""What the rest of the package asks a stage of this kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from alignment.config.critic import Critic
+from alignment.config.faults import Fault, unread_faults
+from alignment.config.launch import LaunchConfig, Sharding
+from alignment.config.ptx import PtxConfig
+from alignment.config.run import RunConfig
+from alignment.core.artifacts import POLICY, REWARD_MODEL, read_manifest
+from alignment.data.records import Conversation, Prompt
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
+from alignment.rewards.scorer_sources import REWARD, is_known, is_reference, source_field
+from alignment.stages.base import (
+    Curve,
+    DataSlot,
+    LaunchShape,
+    Learning,
+    Outcome,
+    References,
+    Refusal,
+    Reported,
+    Slot,
+    StageKind,
+)
+from alignment.stages.ppo.batch_sizes import size_faults
+from alignment.stages.ppo.config import KlConfig, KlControl, PpoConfig
+from alignment.stages.ppo.scorers import GUARD, in_use
+from alignment.stages.shared.kind_answers import ROW_COUNTS, curve
+
+
+def _data(config: PpoConfig) -> list[DataSlot]:
+    return [
+        DataSlot(field="data", data=config.data, record=Prompt, rows=PROMPTS),
+        DataSlot(
+            field="ptx.data",
+            data=config.ptx.data,
+            record=Conversation,
+            rows=CONVERSATIONS,
+            in_use=config.ptx.coefficient > 0,
+        ),
+    ]
+
+
+def _as_read(config: PpoConfig) -> PpoConfig:
+    return replace(config, ptx=PtxConfig()) if config.ptx.coefficient == 0.0 else config
+
+
+def _scorer_slots(config: PpoConfig) -> Iterator[Slot]:
+    """Scorers that are reward models of their own."""
+    for name, scorer in in_use(config).items():
+        if is_reference(scorer.source):
+            yield Slot(field=source_field(name), takes=(REWARD_MODEL,), ref=scorer.source, external=True)
+
+
+def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
+    yield from _scorer_faults(config, where)
+    if config.kl.control is not KlControl.adaptive:
+        reader = "only kl.control 'adaptive'"
+        yield from unread_faults(config.kl, KlConfig(), ("target", "horizon"), f"{where}.kl", reader)
+    steps = config.ppo_epochs * config.num_minibatches
+    if config.max_approxkl is not None and steps < 3:
+        message = (
+            f"{config.max_approxkl:g} ends nothing: the first minibatch sees no change, the second is held against it, "
+            f"and an update of ppo_epochs * num_minibatches = {steps} has none after that; take 3 or more, or null"
+        )
+        yield Fault(where=f"{where}.max_approxkl", message=message)
+    if config.critic_warmup >= config.updates:
+        message = (
+            f"{config.critic_warmup} of {config.updates} updates are the critic's alone, so the policy learns nothing; "
+            "choose less than updates"
+        )
+        yield Fault(where=f"{where}.critic_warmup", message=message)
+
+
+def _scorer_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
+    if GUARD in in_use(config):
+        yield from _guard_faults(config, f"{where}.{GUARD}")
+    for field, scorer in in_use(config).items():
+        if scorer.source == REWARD and config.reward is None:
+            message = (
+                f"'{REWARD}' is the model that {where}.reward names, which is null; name one, or take this scorer out"
+            )
+            yield Fault(where=f"{where}.{field}.source", message=message)
+    if _reads_no_reward(config):
+        yield Fault(where=f"{where}.reward", message=_unread_reward(config))
+
+
+def _guard_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
+    """Policies are compared by this scorer, so it must be the same for all of them and tell them apart."""
+    scorer = config.guard.scorer
+    if scorer.normalize:
+        message = "true, but a running normalisation cannot compare policies; a held-out scorer scores as it is"
+        yield Fault(where=f"{where}.normalize", message=message)
+    if scorer.weight == 0.0:
+        yield Fault(where=f"{where}.weight", message="0, so all policies would be equally good; choose another weight")
+
+
+def _reads_no_reward(config: PpoConfig) -> bool:
+    sources = [scorer.source for scorer in in_use(config).values()]
+    if config.reward is None or REWARD in sources or not all(map(is_known, sources)):
+        return False  # a misspelt source may have been meant to read it
+    return config.critic is Critic.shared or _is_outside(config.reward)
+
+
+def _unread_reward(config: PpoConfig) -> str:
+    shared = config.critic is Critic.shared
+    why = "a shared critic starts at 0" if shared else "a critic starts only from a reward model that a stage made"
+    return f"{config.reward!r} is read by nothing: no scorer is '{REWARD}', and {why}; write null, or add the scorer"
+
+
+def _is_outside(ref: str) -> bool:
+    """Whether a reference leads to a reward model that no stage made."""
+    if ref.startswith("path:"):
+        folder = Path(ref.removeprefix("path:")).expanduser().absolute()
+        return folder.is_dir() and read_manifest(folder) is None
+    return ref.startswith("hub:")
+
+
+def _refusals(config: PpoConfig, launch: LaunchConfig) -> Iterator[Refusal]:
+    if launch.sharding is Sharding.fsdp:
+        why = "its four roles share weights, which fully_shard takes to be one model's"
+        yield Refusal(field="kind", why=why, instead="launch=zero3")
+    if launch.sharding.by_deepspeed and config.critic_warmup:
+        why = "DeepSpeed takes its step on all weights, the policy's too"
+        yield Refusal(field="critic_warmup", why=why, instead="critic_warmup=0, or launch=ddp")
+    if launch.sharding is Sharding.zero3 and config.ptx.coefficient:
+        why = "its passes do not go through DeepSpeed's engine"
+        yield Refusal(field="ptx.coefficient", why=why, instead="launch=zero2")
+
+
+def _too_few_prompts(config: PpoConfig, num_prompts: int, where: str) -> Iterator[Fault]:
+    if config.guard.every and config.guard.prompts >= num_prompts:
+        message = (
+            f"{config.guard.prompts} prompts cannot be held out of {num_prompts}; choose fewer, or set guard.every to 0"
+        )
+        yield Fault(where=f"{where}.guard.prompts", message=message)
+
+
+def _metrics(config: PpoConfig) -> Reported:
+    training = ("objective/score", "objective/kl", "response_length", "eos_rate")
+    families = ("guard/",) if config.guard.every else ()
+    return Reported(training=training, counts=(*ROW_COUNTS, "updates", "memory/base_copies"), families=families)
+
+
+def _why_missing(config: PpoConfig, metric: str, stage: str) -> str:
+    if config.guard.every or not metric.startswith("guard/"):
+        return ""
+    return f"stage {stage!r} reports no {metric!r} without a guard; set stages.{stage}.guard.every above 0"
+
+
+def _doubts(metrics: Mapping[str, float]) -> list[str]:
+    if metrics.get("eos_rate") != 0.0:
+        return []
+    return [
+        "none of the last update's answers ended within max_new_tokens: every one was cut off; raise it, or start "
+        "from a policy that ends its answers"
+    ]
+
+
+def _against_forgetting(name: str) -> str:
+    return f"replay: stages.{name}.ptx.coefficient=1.0 learns general conversations beside it; or lower optim.lr"
+
+
+def _curves(_: Mapping[str, Any]) -> list[Curve]:
+    return [
+        curve("Score", "what PPO maximises, mean of an update", "objective/score"),
+        curve("KL to the reference", "nats a sequence", "objective/kl"),
+        Curve(
+            title="Held-out answers, over √KL",
+            unit="mean score: what PPO maximises, and the guard's held-out scorer",
+            keys=("guard/proxy", "guard/scorer"),
+            labels=("training score", "held-out scorer"),
+            over="guard/kl",
+        ),
+        Curve(title="KL coefficient", unit="", keys=("objective/kl_coef",), only_if_it_moves=True),
+        curve("Policy loss", "", "loss/policy"),
+        curve("Value loss", "", "loss/value"),
+        curve("Clipped", "share of tokens", "policy/clipfrac"),
+        curve(
+            "Explained variance", "of the value model; dotted: no better than a constant", "val/explained_variance", 0.0
+        ),
+        curve("Answer length", "tokens", "response_length"),
+        curve("Answers that ended", "share", "eos_rate"),
+    ]
+
+
+KIND = StageKind(
+    name="ppo",
+    summary="proximal policy optimisation against the reward model",
+    config=PpoConfig,
+    revision=5,
+    produces=POLICY,
+    run="alignment.stages.ppo.run:run",
+    data=_data,
+    scorers=in_use,
+    faults=_faults,
+    as_read=_as_read,
+    curves=_curves,
+    references=References(more=_scorer_slots),
+    launch=LaunchShape(refusals=_refusals, size_faults=size_faults),
+    learning=Learning(
+        limits=lambda config: Limits(row=config.max_prompt_length, too_long=config.too_long),
+        faults=_too_few_prompts,
+        batches_of_rows=False,
+        from_preferences=True,
+    ),
+    outcome=Outcome(metrics=_metrics, why_missing=_why_missing, doubts=_doubts, against_forgetting=_against_forgetting),
+)

@@ -1,0 +1,152 @@
+"""The one table of stage kinds: ours, and those that other packages bring.
+
+A package brings one by an entry point of the group ``alignment.stages``: ``toy = "my_package.toy:KIND"``.
+One that cannot be loaded is a line in ``problems()``; it stops only a run that uses it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+from alignment.config.did_you_mean import suggestion
+from alignment.config.stage import StageConfig, TrainedConfig
+from alignment.core.errors import ConfigError
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.row_kinds import Kind as RowKind
+from alignment.stages.base import LOSS, Curve, StageKind
+
+GROUP = "alignment.stages"
+OURS = "alignment"
+_BUILT_IN = ("cpt", "sft", "reward", "dpo", "ppo", "evaluate", "forgetting", "report", "reward_card")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Registered:
+    """A kind and the package that it comes from, or the ``problem`` for which there is none."""
+
+    name: str
+    origin: str
+    kind: StageKind | None = None
+    problem: str = ""
+
+
+@cache
+def registered() -> Mapping[str, Registered]:
+    """All kinds by name, ours first; those that cannot be used say why."""
+    rows = {name: _built_in(name) for name in _BUILT_IN}
+    for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
+        row = _from_entry_point(point)
+        if row.name in rows:
+            both = f"{rows[row.name].origin} and {row.origin}"
+            message = f"is registered twice, by {both}; uninstall one of them, or rename its entry point"
+            row = Registered(name=row.name, origin=both, problem=message)
+        rows[row.name] = row
+    return rows
+
+
+def _built_in(name: str) -> Registered:
+    kind: StageKind = importlib.import_module(f"alignment.stages.{name}.kind").KIND
+    return Registered(name=name, origin=OURS, kind=kind)
+
+
+def _from_entry_point(point: metadata.EntryPoint) -> Registered:
+    origin = point.dist.name if point.dist is not None else point.value
+    try:
+        kind = point.load()
+    except Exception as error:  # noqa: BLE001 - somebody else's code; the other kinds still work
+        why = f"{type(error).__name__}: {error}"
+        problem = f"cannot be loaded from {point.value} ({origin}): {why}; mend or uninstall that package"
+        return Registered(name=point.name, origin=origin, problem=problem)
+    if not isinstance(kind, StageKind) or kind.name != point.name:
+        problem = f"{point.value} ({origin}) is not a StageKind of that name; name one in its entry point"
+        return Registered(name=point.name, origin=origin, problem=problem)
+    return Registered(name=point.name, origin=origin, kind=kind)
+
+
+def kinds() -> dict[str, StageKind]:
+    """Every kind that can be used, by name."""
+    return {name: row.kind for name, row in registered().items() if row.kind is not None}
+
+
+def problems() -> dict[str, str]:
+    """Why other registered kinds cannot be used, by name."""
+    return {name: row.problem for name, row in registered().items() if row.kind is None}
+
+
+def config_classes() -> dict[str, type[Any]]:
+    """The settings' dataclass of every kind that can be used, by name."""
+    return {name: kind.config for name, kind in kinds().items()}
+
+
+def kind_named(name: str, *, where: str = "kind") -> StageKind:
+    """The kind of this name.
+
+    Raises:
+        ConfigError: there is none, or it cannot be used.
+    """
+    row = registered().get(name)
+    if row is None:
+        raise ConfigError(f"{name!r} is not a kind of stage; {suggestion(name, kinds())}", where=where)
+    if row.kind is None:
+        raise ConfigError(f"the kind of stage {name!r} {row.problem}", where=where)
+    return row.kind
+
+
+def kind_of(config: StageConfig) -> StageKind:
+    """The kind of a stage with these settings."""
+    return kind_named(config.kind)
+
+
+def produced_by(kind_name: str) -> str:
+    """The kind of artifact that stages of this kind make; "" for a kind that is not known here, as in an old record."""
+    row = registered().get(kind_name)
+    return "" if row is None or row.kind is None else row.kind.produces
+
+
+def trains(kind_name: str) -> bool:
+    """Whether stages of this kind train a model; False for a kind that is not known here."""
+    row = registered().get(kind_name)
+    return row is not None and row.kind is not None and row.kind.trains
+
+
+def as_trained(config: StageConfig) -> TrainedConfig | None:
+    """The settings as those of a stage that trains, or None for any other."""
+    return cast(TrainedConfig, config) if kind_of(config).trains else None
+
+
+def learned_data(config: StageConfig) -> tuple[RowKind, Limits]:
+    """How the ``data`` of a stage that trains becomes rows of tokens, and how long they may be."""
+    kind = kind_of(config)
+    slot = next(slot for slot in kind.data(config) if slot.field == "data")
+    assert slot.rows is not None, "a stage that trains learns from rows of tokens"
+    return slot.rows, kind.learning.limits(config)
+
+
+def doubts(kind_name: str, metrics: Mapping[str, float]) -> list[str]:
+    """What the metrics in the manifest of a stage of this kind say against building on its result."""
+    row = registered().get(kind_name)
+    return [] if row is None or row.kind is None else list(row.kind.outcome.doubts(metrics))
+
+
+def curves(kind_name: str, settings: Mapping[str, Any]) -> list[Curve]:
+    """The charts of a stage of this kind with these plain settings; the loss for a kind that is not known here."""
+    row = registered().get(kind_name)
+    return [LOSS] if row is None or row.kind is None else list(row.kind.curves(settings))
+
+
+def learns_from_preferences(kind_name: str) -> bool | None:
+    """Whether a stage of this kind learns what is preferred (True) or from demonstrations (False); else None."""
+    row = registered().get(kind_name)
+    return None if row is None or row.kind is None else row.kind.learning.from_preferences
+
+
+def lines_of(kind_name: str, artifact: Path) -> list[str]:
+    """What is printed of a result that a stage of this kind has made."""
+    row = registered().get(kind_name)
+    return [] if row is None or row.kind is None else list(row.kind.outcome.lines(artifact))

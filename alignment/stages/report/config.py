@@ -1,0 +1,18 @@
+"""What a report can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from alignment.config.fields import reference_to
+from alignment.config.rules import POSITIVE
+
+
+@dataclass(kw_only=True, slots=True)
+class ReportConfig:
+    """One self-contained HTML file about the run; made by the driver from files alone."""
+
+    kind: str = "report"
+    evaluation: str | None = reference_to("stage:evaluate", "evaluation")
+    num_samples: Annotated[int, POSITIVE] = 12

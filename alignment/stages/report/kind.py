@@ -1,0 +1,17 @@
+"""What the rest of the package asks a stage of this kind."""
+
+from __future__ import annotations
+
+from alignment.core.artifacts import REPORT
+from alignment.stages.base import LaunchShape, References, RunsOn, StageKind
+from alignment.stages.report.config import ReportConfig
+
+KIND = StageKind(
+    name="report",
+    summary="one HTML page about the whole run",
+    config=ReportConfig,
+    revision=2,
+    produces=REPORT,
+    references=References(whole_run=True),
+    launch=LaunchShape(runs_on=RunsOn.driver),
+)

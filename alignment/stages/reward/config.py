@@ -1,0 +1,36 @@
+"""What a stage that trains a reward model can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from alignment.config.adapter import AdapterConfig
+from alignment.config.data import DataConfig
+from alignment.config.fields import not_identity, reference_to
+from alignment.config.optim import OptimConfig
+from alignment.config.rules import BELOW_ONE, NOT_NEGATIVE, POSITIVE
+from alignment.config.too_long import TooLongConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardConfig:
+    """A Bradley-Terry reward model: a scalar score at the last token of an answer (Stiennon et al. 2020, eq. 1).
+
+    ``center_coefficient`` weighs (r_chosen + r_rejected)² in the loss (Eisenstein et al. 2023). ``eval_fraction`` of
+    the prompts is held out for the accuracy, and for the offset that makes chosen answers score 0 on average.
+    """
+
+    kind: str = "reward"
+    init: str = reference_to("stage:sft", "policy")
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/preferences"))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, adam_eps=1e-5))
+    max_length: Annotated[int, POSITIVE] = 1024
+    max_prompt_length: Annotated[int | None, POSITIVE] = None
+    max_answer_length: Annotated[int | None, POSITIVE] = None
+    too_long: TooLongConfig = field(default_factory=TooLongConfig)
+    center_coefficient: Annotated[float, NOT_NEGATIVE] = 0.0
+    eval_fraction: Annotated[float, BELOW_ONE] = 0.1
+    log_every: Annotated[int, POSITIVE] = not_identity(1)
+    save_every: Annotated[int, POSITIVE] = not_identity(10)

@@ -1,0 +1,77 @@
+"""What the rest of the package asks a stage of this kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from alignment.config.faults import Fault
+from alignment.core.artifacts import REWARD_MODEL
+from alignment.data.records import PreferencePair
+from alignment.data.tokens.row_kinds import PAIRS
+from alignment.stages.base import Curve, DataSlot, Learning, Outcome, Reported, StageKind
+from alignment.stages.reward.config import RewardConfig
+from alignment.stages.shared.kind_answers import ROW_COUNTS, curve, limits_of_parts
+
+_CHANCE = 0.5
+
+
+def _data(config: RewardConfig) -> list[DataSlot]:
+    return [DataSlot(field="data", data=config.data, record=PreferencePair, rows=PAIRS)]
+
+
+def _too_few_prompts(config: RewardConfig, num_prompts: int, where: str) -> Iterator[Fault]:
+    if config.eval_fraction > 0 and not 0 < round(config.eval_fraction * num_prompts) < num_prompts:
+        message = (
+            f"{num_prompts} prompts are too few to hold out a share of {config.eval_fraction:g}; add pairs, or set "
+            "eval_fraction to 0"
+        )
+        yield Fault(where=f"{where}.eval_fraction", message=message)
+
+
+def _metrics(config: RewardConfig) -> Reported:
+    held_out = ("eval_accuracy", "eval_loss", "eval_margin", "eval_length_rule_accuracy")
+    counts = (*ROW_COUNTS, "score_offset")
+    if not config.eval_fraction:
+        return Reported(counts=counts)
+    return Reported(held_out=held_out, counts=(*counts, "eval_rows"))
+
+
+def _why_missing(config: RewardConfig, metric: str, stage: str) -> str:
+    if config.eval_fraction or not metric.startswith("eval_"):
+        return ""
+    return f"stage {stage!r} reports no {metric!r} without held-out pairs; set stages.{stage}.eval_fraction above 0"
+
+
+def _doubts(metrics: Mapping[str, float]) -> list[str]:
+    accuracy, pairs = metrics.get("eval_accuracy"), metrics.get("eval_rows")
+    if accuracy is None or accuracy > _CHANCE:
+        return []
+    held_out = "held-out pairs" if pairs is None else f"{pairs:.0f} held-out pairs"
+    return [
+        f"right on {accuracy:.0%} of {held_out}, no better than chance ({_CHANCE:.0%}): what is trained on its "
+        "scores learns nothing of what is preferred"
+    ]
+
+
+def _curves(_: Mapping[str, Any]) -> list[Curve]:
+    return [
+        curve("Loss", "Bradley–Terry; dotted: chance, ln 2", "loss", math.log(2)),
+        curve("Accuracy, training pairs", "share; dotted: chance", "accuracy", _CHANCE),
+        curve("Margin", "score of chosen − rejected", "margin", 0.0),
+    ]
+
+
+KIND = StageKind(
+    name="reward",
+    summary="reward model from preference pairs",
+    config=RewardConfig,
+    revision=4,
+    produces=REWARD_MODEL,
+    run="alignment.stages.reward.run:run",
+    data=_data,
+    curves=_curves,
+    learning=Learning(limits=limits_of_parts, faults=_too_few_prompts),
+    outcome=Outcome(metrics=_metrics, why_missing=_why_missing, doubts=_doubts),
+)

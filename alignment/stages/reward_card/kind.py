@@ -1,0 +1,68 @@
+"""What the rest of the package asks a stage of this kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from alignment.config.data import DataConfig
+from alignment.config.faults import Fault
+from alignment.config.run import RunConfig
+from alignment.core.artifacts import REWARD_CARD
+from alignment.data.records import PreferencePair
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.row_kinds import PAIRS
+from alignment.stages.base import DataSlot, LaunchShape, Learning, Outcome, Reported, RunsOn, StageKind
+from alignment.stages.reward_card.config import RewardCardConfig
+
+
+def _data(config: RewardCardConfig) -> list[DataSlot]:
+    return [
+        DataSlot(field="data", data=config.data, record=PreferencePair, rows=PAIRS),
+        DataSlot(
+            field="learned",
+            data=config.learned,
+            record=PreferencePair,
+            rows=PAIRS,
+            in_use=bool(config.learned.source),
+        ),
+    ]
+
+
+def _faults(config: RewardCardConfig, _: RunConfig, where: str) -> Iterator[Fault]:
+    if not config.learned.source and config.learned != DataConfig():
+        message = f"missing, so the other settings are read by nothing; name the pairs that {config.reward} saw"
+        yield Fault(where=f"{where}.learned.source", message=message)
+
+
+def with_learned(config: RewardCardConfig, run: RunConfig) -> RewardCardConfig:
+    """The card with the pairs of the stage that made its model, unless it names pairs itself.
+
+    Rows that the stage mixes in are drawn by its own name and stay out.
+    """
+    made_by = run.stages.get(config.reward.removeprefix("stage:"))
+    pairs = getattr(made_by, "data", None)
+    if config.learned != DataConfig() or not config.reward.startswith("stage:") or not isinstance(pairs, DataConfig):
+        return config
+    return replace(config, learned=replace(pairs, mix=[]))
+
+
+def _metrics(_: RewardCardConfig) -> Reported:
+    named = ("accuracy", "ece", "brier", "log_loss")
+    return Reported(held_out=named, counts=("pairs",), families=("accuracy/",))
+
+
+KIND = StageKind(
+    name="reward_card",
+    summary="a reward model's report card on held-out pairs",
+    config=RewardCardConfig,
+    revision=2,
+    produces=REWARD_CARD,
+    run="alignment.stages.reward_card.run:run",
+    data=_data,
+    faults=_faults,
+    completed=with_learned,
+    launch=LaunchShape(runs_on=RunsOn.one_process),
+    learning=Learning(limits=lambda config: Limits(row=config.max_length, too_long=config.too_long)),
+    outcome=Outcome(metrics=_metrics),
+)

@@ -1,0 +1,31 @@
+"""What a stage of supervised fine-tuning can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from alignment.config.adapter import AdapterConfig
+from alignment.config.data import DataConfig
+from alignment.config.fields import not_identity, reference_to
+from alignment.config.optim import OptimConfig
+from alignment.config.rules import POSITIVE
+from alignment.config.too_long import TooLongConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class SftConfig:
+    """Supervised fine-tuning on conversations: only assistant turns are learned, their end included."""
+
+    kind: str = "sft"
+    init: str = reference_to("base", "policy")
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/conversations"))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4))
+    max_length: Annotated[int, POSITIVE] = 1024
+    max_prompt_length: Annotated[int | None, POSITIVE] = None
+    max_answer_length: Annotated[int | None, POSITIVE] = None
+    too_long: TooLongConfig = field(default_factory=TooLongConfig)
+    packing: bool = False
+    log_every: Annotated[int, POSITIVE] = not_identity(1)
+    save_every: Annotated[int, POSITIVE] = not_identity(10)

@@ -1,0 +1,33 @@
+"""What the rest of the package asks a stage of this kind."""
+
+from __future__ import annotations
+
+from alignment.core.artifacts import POLICY
+from alignment.data.records import Conversation
+from alignment.data.tokens.row_kinds import CONVERSATIONS
+from alignment.stages.base import DataSlot, Learning, Outcome, StageKind
+from alignment.stages.sft.config import SftConfig
+from alignment.stages.shared.kind_answers import limits_of_parts, next_token_curves, next_token_metrics, replay_advice
+
+
+def _data(config: SftConfig) -> list[DataSlot]:
+    return [DataSlot(field="data", data=config.data, record=Conversation, rows=CONVERSATIONS)]
+
+
+KIND = StageKind(
+    name="sft",
+    summary="instruction tuning on conversations",
+    config=SftConfig,
+    revision=4,
+    produces=POLICY,
+    run="alignment.stages.sft.run:run",
+    data=_data,
+    curves=next_token_curves,
+    learning=Learning(
+        limits=limits_of_parts,
+        one_row_a_record=lambda config: not config.packing,
+        may_drop=True,
+        from_preferences=False,
+    ),
+    outcome=Outcome(metrics=next_token_metrics, against_forgetting=replay_advice),
+)
