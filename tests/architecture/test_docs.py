@@ -11,6 +11,7 @@ import pytest
 from alignment.cli import parse
 from alignment.config.typed import typed
 from alignment.pipeline.plan.compose import compose
+from alignment.stages.registry import config_classes
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -77,7 +78,7 @@ def test_every_command_parses_and_its_settings_compose(command: str, monkeypatch
     if recipe not in (None, "./mine.yaml") and options.overrides:  # recipes by themselves are composed elsewhere
         composition = compose(recipe, options.overrides)
         assert not composition.faults
-        typed(composition.tree)
+        typed(composition.tree, config_classes())
 
 
 def test_the_recipe_in_readme_and_docs_is_one(tmp_path: Path) -> None:
@@ -89,4 +90,4 @@ def test_the_recipe_in_readme_and_docs_is_one(tmp_path: Path) -> None:
         (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
         composition = compose(str(tmp_path / "mine.yaml"), [])
         assert not composition.faults
-        assert list(typed(composition.tree).stages) == ["sft", "dpo"]
+        assert list(typed(composition.tree, config_classes()).stages) == ["sft", "dpo"]

@@ -13,11 +13,7 @@ import pytest
 from rich.console import Console
 
 from alignment import __version__, cli
-<<<<<<< HEAD
 from alignment.config.data import SourceConfig
-from alignment.stages.registry import config_classes
-=======
->>>>>>> 78e083e (Let each kind of stage answer for itself: one folder, one row in a registry; same numbers)
 from alignment.config.store import recipe_names
 from alignment.stages.registry import config_classes
 

@@ -12,19 +12,21 @@ from alignment.config.data import SourceConfig
 from alignment.config.faults import refuse
 from alignment.core.errors import DataError
 from alignment.data.bundled_files import locate
-from alignment.data.doctor import USES, Diagnosis, Use, examine
+from alignment.data.doctor import NOUNS, Diagnosis, Use, examine
 from alignment.data.hub_rows import snapshot_name
 from alignment.data.overlap import HeldOut, asked_in
 from alignment.data.reading import NAMED
+from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Record
 from alignment.pipeline.plan import settings
 from alignment.pipeline.sources import data_sources
+from alignment.stages.registry import kinds
 
 _PLACES = 8
 """Places that a reason spells out."""
 _PAIRS = 5
 """Near repeats that are spelled out."""
-_FIRST = ("dpo", "sft", "evaluate", "ppo", "cpt")
-"""The stages for which settings are shown, the one that needs most of a row first."""
+_FIRST: tuple[type[Record], ...] = (PreferencePair, Conversation, HeldOutPrompt, Prompt, PlainText)
+"""Records whose stages' settings are shown, the one that needs most of a row first."""
 
 
 def show_diagnosis(console: Console, data: SourceConfig, *, against: str | None = None) -> int:
@@ -42,13 +44,23 @@ def show_diagnosis(console: Console, data: SourceConfig, *, against: str | None 
 
     path = _path_of(data.source, where="DATA", announce=say)
     other = None if against is None else _path_of(against, where="--against", announce=say)
-    found = examine(path, data)
+    found = examine(path, data, records())
     for line in _lines(found, data):
         say(line)
     if against is not None and other is not None:
         for line in _overlaps(path, data, against, other):
             say(line)
     return DataError.exit_code if found.faults else 0
+
+
+def records() -> dict[str, type[Record]]:
+    """What stages make of a row, by the names of those that make the same of it."""
+    names: dict[type[Record], list[str]] = {}
+    for kind in kinds().values():
+        for slot in kind.data(kind.config()):
+            if slot.record not in names or (kind.trains and slot.field == "data"):
+                names.setdefault(slot.record, []).append(kind.name)
+    return {", ".join(stages): record for record, stages in names.items()}
 
 
 def _path_of(source: str, *, where: str, announce: Callable[[str], None]) -> Path:
@@ -76,7 +88,10 @@ def _lines(found: Diagnosis, data: SourceConfig) -> list[str]:
         _line("format", f"{found.format.name}: {found.format.summary}"),
         _line("columns", columns),
     ]
-    lines += [_line(stages, _of_use(USES[stages][0], use, found)) for stages, use in found.uses.items()]
+    lines += [
+        _line(stages, _of_use(NOUNS.get(use.record, use.record.__name__), use, found))
+        for stages, use in found.uses.items()
+    ]
     for reason, (stages, places) in _set_aside(found).items():
         lines.append(_line("set aside", f"{len(places):,} rows, in {', '.join(stages)}: {reason} ({_listed(places)})"))
     if found.placeholders:
@@ -125,9 +140,11 @@ def _near(found: Diagnosis) -> Iterator[str]:
 
 
 def _settings(found: Diagnosis, data: SourceConfig) -> str:
-    stage = next((stage for stage in _FIRST if any(stage in name for name in found.meant_for)), None)
-    if stage is None:
+    meant_for = {found.uses[stages].record: stages for stages in found.meant_for}
+    stages = next((meant_for[record] for record in _FIRST if record in meant_for), None)
+    if stages is None:
         return "no stage can"
+    stage = stages.rpartition(", ")[2]
     share = math.ceil(100 * len(found.faults) / found.rows) / 100
     skip = f" stages.{stage}.data.on_error=skip" if found.faults else ""
     skip += f" stages.{stage}.data.max_skipped={share:g}" if share > data.max_skipped else ""

@@ -1,4 +1,4 @@
-"""``align stages``: the kinds of stage, a line each."""
+"""``align stages``: the kinds of stage, a line each, with the package of those that are not ours."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import argparse
 
 from rich.console import Console
 
+from alignment.stages.registry import OURS, registered
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """None."""
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
-    """Prints them; returns the exit code."""
-    for kind, stage in STAGES.items():
-        console.print(f"{kind:<12} {stage.summary}", highlight=False)
+    """Prints them, also those that cannot be used, with the reason; returns the exit code."""
+    for row in registered().values():
+        origin = "" if row.origin == OURS else f" ({row.origin})"
+        line = f"{row.kind.summary}{origin}" if row.kind is not None else row.problem
+        console.print(f"{row.name:<12} {line}", markup=False, highlight=False, soft_wrap=True)
     return 0

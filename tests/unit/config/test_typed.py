@@ -154,7 +154,7 @@ FAULTS = [
 @pytest.mark.parametrize(("tree", "message"), FAULTS, ids=[message[:40] for _, message in FAULTS])
 def test_a_fault_is_named_exactly(tree: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        typed(tree)
+        typed(tree, config_classes())
     assert str(caught.value) == message
 
 
@@ -169,7 +169,7 @@ def test_a_fault_is_named_exactly(tree: dict[str, Any], message: str) -> None:
 def test_what_may_be_a_key_is_not_repeated(field: str, value: Any, allowed: str) -> None:
     judge = {"kind": "endpoint", "endpoint": {field: value}}
     with pytest.raises(ConfigError) as caught:
-        typed({"name": "run", "stages": {"evaluate": {"kind": "evaluate", "judge": judge}}})
+        typed({"name": "run", "stages": {"evaluate": {"kind": "evaluate", "judge": judge}}}, config_classes())
     assert f"judge.endpoint.{field}: what was given (not shown) is not allowed; {allowed}" in str(caught.value)
     assert "secret" not in str(caught.value)
 
@@ -181,7 +181,7 @@ def test_all_faults_are_reported_together() -> None:
         "stages": {"sft": {"kind": "sft", "pakcing": 1}, "dpo": {"kind": "dpo", "bata": 1}},
     }
     with pytest.raises(ConfigError) as caught:
-        typed(tree)
+        typed(tree, config_classes())
     assert str(caught.value).splitlines() == [
         "3 faults in the configuration:",
         "  seed: 'x' is not allowed; it takes a whole number",
@@ -191,7 +191,7 @@ def test_all_faults_are_reported_together() -> None:
 
 
 def test_a_faulty_field_keeps_its_default_so_that_later_checks_can_add_theirs() -> None:
-    config, faults = convert(with_stage(max_length="x", init="stage:nowhere"))
+    config, faults = convert(with_stage(max_length="x", init="stage:nowhere"), config_classes())
     assert len(faults) == 1
     stage = config.stages["sft"]
     assert isinstance(stage, SftConfig)
@@ -200,7 +200,8 @@ def test_a_faulty_field_keeps_its_default_so_that_later_checks_can_add_theirs() 
 
 def test_keys_left_out_keep_the_stage_s_own_defaults() -> None:
     config = typed(
-        {"name": "run", "stages": {"reward": {"kind": "reward", "optim": {"epochs": 2}, "data": {"limit": 5}}}}
+        {"name": "run", "stages": {"reward": {"kind": "reward", "optim": {"epochs": 2}, "data": {"limit": 5}}}},
+        config_classes(),
     )
     stage = config.stages["reward"]
     assert stage.optim.lr == 1e-4  # type: ignore[union-attr]
@@ -210,7 +211,7 @@ def test_keys_left_out_keep_the_stage_s_own_defaults() -> None:
 
 @pytest.mark.parametrize("value", [1e-4, "1e-4", "1E-04"])
 def test_a_float_may_come_as_yaml_1_1_reads_it(value: Any) -> None:
-    stage = stage_from_plain({"kind": "sft", "optim": {"lr": value}})
+    stage = stage_from_plain({"kind": "sft", "optim": {"lr": value}}, config_classes())
     assert isinstance(stage, SftConfig)
     assert stage.optim.lr == 1e-4
 
@@ -218,26 +219,27 @@ def test_a_float_may_come_as_yaml_1_1_reads_it(value: Any) -> None:
 @pytest.mark.parametrize("kind", STAGES)
 def test_every_stage_survives_the_way_to_plain_values_and_back(kind: str) -> None:
     stage = STAGES[kind]()
-    assert stage_from_plain(to_plain(stage)) == stage
+    assert stage_from_plain(to_plain(stage), config_classes()) == stage
 
 
 def test_none_is_taken_only_where_it_means_something() -> None:
-    stage = stage_from_plain({"kind": "ppo", "optim": {"critic_lr": None}})
+    stage = stage_from_plain({"kind": "ppo", "optim": {"critic_lr": None}}, config_classes())
     assert isinstance(stage, PpoConfig)
     assert stage.optim.critic_lr is None
 
 
 def test_what_an_entry_of_a_list_leaves_out_has_the_default_of_its_class() -> None:
     stage = stage_from_plain(
-        {"kind": "ppo", "scorers": [{"weight": 2}, {"source": "regex", "pattern": "x", "clip": "1e-1"}]}
+        {"kind": "ppo", "scorers": [{"weight": 2}, {"source": "regex", "pattern": "x", "clip": "1e-1"}]},
+        config_classes(),
     )
     assert isinstance(stage, PpoConfig)
     assert stage.scorers == [ScorerConfig(weight=2.0), ScorerConfig(source="regex", pattern="x", clip=0.1)]
-    assert stage_from_plain(to_plain(stage)) == stage
+    assert stage_from_plain(to_plain(stage), config_classes()) == stage
 
 
 def test_a_fault_in_one_entry_leaves_the_others() -> None:
-    config, faults = convert(with_ppo(scorers=[{"weight": "x"}, {"source": "length", "target": 3}]))
+    config, faults = convert(with_ppo(scorers=[{"weight": "x"}, {"source": "length", "target": 3}]), config_classes())
     assert [fault.where for fault in faults] == ["stages.ppo.scorers[0].weight"]
     stage = config.stages["ppo"]
     assert isinstance(stage, PpoConfig)

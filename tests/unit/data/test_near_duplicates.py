@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment.commands.doctor.driver import show_diagnosis
+from alignment.commands.doctor.driver import records, show_diagnosis
 from alignment.config.data import SourceConfig
 from alignment.data import near_duplicates
 from alignment.data.doctor import examine
@@ -98,7 +98,7 @@ def test_the_doctor_names_near_repeats_and_leaves_exact_ones_to_their_own_count(
     rows = [{"prompt": f"Go on from {text}", "completion": text[::-1]} for text in said]
     near_one = {**rows[4], "prompt": _changed(rows[4]["prompt"], 12)}
     file = _write(tmp_path / "rows.jsonl", [*rows, rows[2], near_one, rows[2]])
-    found = examine(file, SourceConfig())
+    found = examine(file, SourceConfig(), records())
     assert [(one.where, one.earlier) for one in found.near.found] == [(f"{file}:12", f"{file}:5")]
     assert found.uses["sft"].repeated == 2
     printed = _diagnosis(file)
@@ -115,13 +115,16 @@ def test_a_system_turn_that_all_rows_share_makes_none_of_them_alike(tmp_path: Pa
         turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]
         return {"messages": [system, *turns]}
 
-    assert examine(_write(tmp_path / "a.jsonl", [row(_text(12)) for _ in range(20)]), SourceConfig()).near.found == []
+    assert (
+        examine(_write(tmp_path / "a.jsonl", [row(_text(12)) for _ in range(20)]), SourceConfig(), records()).near.found
+        == []
+    )
 
 
 def test_pairs_are_compared_with_both_of_their_answers(tmp_path: Path) -> None:
     prompt, chosen = _text(10), _text(30)
     rows = [{"prompt": prompt, "chosen": chosen, "rejected": _text(30)} for _ in range(5)]
-    assert examine(_write(tmp_path / "a.jsonl", rows), SourceConfig()).near.found == []
+    assert examine(_write(tmp_path / "a.jsonl", rows), SourceConfig(), records()).near.found == []
 
 
 def test_rows_behind_the_limit_are_not_compared_and_the_doctor_says_so(
@@ -131,7 +134,7 @@ def test_rows_behind_the_limit_are_not_compared_and_the_doctor_says_so(
     rows = [{"text": text} for text in [*texts[:3], _changed(texts[0], 9), *texts[3:], _changed(texts[1], 9)]]
     file = _write(tmp_path / "a.jsonl", rows)
     monkeypatch.setattr(near_duplicates, "TEXTS", 5)
-    found = examine(file, SourceConfig()).near
+    found = examine(file, SourceConfig(), records()).near
     assert [(one.where, one.earlier) for one in found.found] == [(f"{file}:4", f"{file}:1")]
     assert (found.looked_at, found.passed_over) == (5, 3)
     assert "only the first 5 rows that differ were compared" in _diagnosis(file)

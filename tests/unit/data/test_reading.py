@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from alignment.commands.doctor.driver import records
 from alignment.config.data import DataConfig, OnError
 from alignment.core.errors import DataError
 from alignment.data.doctor import examine
@@ -208,12 +209,12 @@ def test_placeholders_are_filled_everywhere_and_others_left(tmp_path: Path) -> N
     file.write_text(
         _lines([{"messages": [{**ASKED, "content": "{{name}}?"}, *GOOD["messages"][1:]], "n": "{{other}}"}])
     )
-    found = examine(file, ALL)
+    found = examine(file, ALL, records())
     assert dict(found.placeholders) == {"name": 1, "other": 1}
     data = DataConfig(source="", placeholders={"name": "Ada"})
     (conversation,) = read_records(file, Conversation, data)
     assert conversation.messages[0].content == "Ada?"
-    assert dict(examine(file, data).placeholders) == {"other": 1}
+    assert dict(examine(file, data, records()).placeholders) == {"other": 1}
 
 
 def test_a_file_of_which_all_rows_are_set_aside_says_why(tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ def test_the_doctor_says_what_each_stage_can_make_of_a_file(tmp_path: Path) -> N
     file = tmp_path / "pairs.jsonl"
     pair = {"prompt": "2 + 2?", "chosen": "4.", "rejected": "5."}
     file.write_text(_lines([pair, pair, {**pair, "rejected": "4."}, {**pair, "prompt": ""}]))
-    found = examine(file, ALL)
+    found = examine(file, ALL, records())
     assert found.format.name == "preference"
     assert found.meant_for == ["sft", "reward, dpo", "ppo"]
     uses = {name: (use.records, use.repeated, len(use.faults)) for name, use in found.uses.items()}
@@ -247,8 +248,8 @@ def test_the_doctor_says_what_each_stage_can_make_of_a_file(tmp_path: Path) -> N
     assert sorted(fault.where for fault in found.faults) == [f"{file}:3", f"{file}:4"]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(_lines([{"prompt": "a"}, {"prompt": "b"}]))
-    assert examine(prompts, ALL).meant_for == ["ppo"]
-    assert not examine(prompts, ALL).faults
+    assert examine(prompts, ALL, records()).meant_for == ["ppo"]
+    assert not examine(prompts, ALL, records()).faults
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_the_doctor_knows_what_measuring_stages_refuse(
 ) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(_lines([good, good | bad, good]))
-    found = examine(file, ALL)
+    found = examine(file, ALL, records())
     assert stage in found.meant_for
     assert found.uses[stage].records == 2
     assert [fault.where for fault in found.faults] == [f"{file}:2"]
@@ -307,6 +308,6 @@ def test_rows_are_faulty_however_many_they_are(tmp_path: Path, faulty: dict[str,
     file = tmp_path / "a.jsonl"
     rows = [PAIR | {"prompt": f"{number}?"} | (faulty if number < count else {}) for number in range(12)]
     file.write_text(_lines(rows))
-    found = examine(file, DataConfig(source="", format="preference" if count == 12 else None))
+    found = examine(file, DataConfig(source="", format="preference" if count == 12 else None), records())
     assert found.format.name == "preference"
     assert [fault.where for fault in found.faults] == [f"{file}:{line}" for line in range(1, count + 1)]

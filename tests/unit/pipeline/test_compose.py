@@ -30,12 +30,12 @@ CHOICES = [(group, choice) for group, choice in FILES if group != SWEEPS]
 def composed(recipe: str, *overrides: str) -> RunConfig:
     composition = compose(recipe, overrides)
     assert not composition.faults
-    return typed(composition.tree)
+    return typed(composition.tree, config_classes())
 
 
 def faults(*overrides: str, recipe: str = "quickstart") -> list[str]:
     composition = compose(recipe, overrides)
-    found: list[Fault] = [*composition.faults, *convert(composition.tree)[1]]
+    found: list[Fault] = [*composition.faults, *convert(composition.tree, config_classes())[1]]
     return [str(fault) for fault in found]
 
 
