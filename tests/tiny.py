@@ -37,6 +37,7 @@ from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.start import load_start
 from alignment.models.forward.answers import unwrapped
+from alignment.stages.registry import kind_of
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.shared.result import save_model
 from alignment.training.context import StageContext
@@ -196,7 +197,7 @@ def publish_tiny(
         save_file(head, context.content / "head.safetensors")
     manifest = Manifest(
         stage=spec.stage,
-        kind=spec.config.produces,
+        kind=kind_of(spec.config).produces,
         fingerprint=spec.fingerprint,
         identity=spec.identity,
         base=result.base,

@@ -6,11 +6,22 @@ a conversation all before the last turn, and that turn. ``too_long`` says what b
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
 from alignment.config.optim import Moments
+
+
+class StageClasses(dict[str, type[Any]]):
+    """The dataclass of each kind of stage, by its name; ``problems`` says why other kinds cannot be used."""
+
+    def __init__(
+        self, classes: Mapping[str, type[Any]] | None = None, problems: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(classes or {})
+        self.problems = dict(problems or {})
 
 
 class StageConfig(Protocol):

@@ -18,15 +18,11 @@ from alignment.config.did_you_mean import nearest, suggestion
 from alignment.config.faults import Fault, refuse
 from alignment.config.rules import NAME, is_name, rule_of
 from alignment.config.run import RunConfig
-from alignment.config.stage import StageConfig
+from alignment.config.stage import StageClasses, StageConfig
 from alignment.config.sweep import SweepConfig
 
 _SHOWN = 3
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-
-
-StageClasses = Mapping[str, type[Any]]
-"""The dataclass of each kind of stage, by its name."""
 
 
 class _Wrong(Exception):
@@ -69,7 +65,7 @@ def sweep_from_plain(plain: Any, *, where: str) -> SweepConfig:
     Raises:
         ConfigError: lists every fault.
     """
-    conversion = _Conversion({}, root="sweep")
+    conversion = _Conversion(StageClasses(), root="sweep")
     found: SweepConfig = conversion.instance(SweepConfig, plain, where="", defaults=SweepConfig())
     refuse([Fault(where=f"{where}: {fault.where}", message=fault.message) for fault in conversion.faults])
     return found
@@ -140,7 +136,8 @@ class _Conversion:
         kind = tree["kind"]
         cls = self._classes.get(kind) if isinstance(kind, str) else None
         if cls is None:
-            self._fault(f"{where}.kind", f"{kind!r} is not a kind of stage; {suggestion(str(kind), self._classes)}")
+            known = f"is not a kind of stage; {suggestion(str(kind), self._classes)}"
+            self._fault(f"{where}.kind", f"{kind!r} {self._classes.problems.get(str(kind), known)}")
             return None
         built: StageConfig = self.instance(cls, tree, where=where, defaults=cls())
         return built

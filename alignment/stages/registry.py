@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from alignment.config.did_you_mean import suggestion
-from alignment.config.stage import StageConfig, TrainedConfig
+from alignment.config.stage import StageClasses, StageConfig, TrainedConfig
 from alignment.core.errors import ConfigError
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import Kind as RowKind
@@ -79,9 +79,9 @@ def problems() -> dict[str, str]:
     return {name: row.problem for name, row in registered().items() if row.kind is None}
 
 
-def config_classes() -> dict[str, type[Any]]:
-    """The settings' dataclass of every kind that can be used, by name."""
-    return {name: kind.config for name, kind in kinds().items()}
+def config_classes() -> StageClasses:
+    """The settings' dataclass of every kind that can be used, by name, and why others cannot."""
+    return StageClasses({name: kind.config for name, kind in kinds().items()}, problems())
 
 
 def kind_named(name: str, *, where: str = "kind") -> StageKind:

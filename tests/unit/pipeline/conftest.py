@@ -10,6 +10,7 @@ import pytest
 
 from alignment.core.artifacts import Manifest, publish
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
+from alignment.stages.registry import kind_of
 
 TURN = {"role": "user", "content": "When is the training?"}
 ROWS = {
@@ -63,7 +64,7 @@ def leave_artifact(stage: PlannedStage, **usage: float) -> None:
     (content / "metrics.jsonl").write_text('{"step": 1}\n')
     manifest = Manifest(
         stage=stage.name,
-        kind=stage.config.produces,
+        kind=kind_of(stage.config).produces,
         fingerprint=stage.fingerprint,
         identity=stage.identity,
         inputs=stage.input_fingerprints,

@@ -20,6 +20,7 @@ from typing import Any
 from alignment.core.artifacts import Manifest, publish, write_json
 from alignment.core.deadline import KILLED_BY
 from alignment.job import StageSpec
+from alignment.stages.registry import kind_of
 from alignment.stages.stage_file import read_spec
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6}
@@ -41,7 +42,7 @@ def main(path: Path) -> int:
         write_json(content / "evaluation.json", evaluation(spec))
     manifest = Manifest(
         stage=spec.stage,
-        kind=spec.config.produces,
+        kind=kind_of(spec.config).produces,
         fingerprint=spec.fingerprint,
         identity=spec.identity,
         inputs=spec.input_fingerprints,

@@ -1,0 +1,50 @@
+"""A stage that learns plain texts backwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from alignment.config.adapter import AdapterConfig
+from alignment.config.data import DataConfig
+from alignment.config.fields import not_identity, reference_to
+from alignment.config.optim import OptimConfig
+from alignment.config.rules import POSITIVE
+from alignment.core.artifacts import POLICY, read_manifest
+from alignment.data.records import PlainText
+from alignment.data.tokens.row_kinds import TEXTS
+from alignment.stages.base import Curve, DataSlot, Learning, Outcome, Reported, StageKind
+
+
+@dataclass(kw_only=True, slots=True)
+class ToyConfig:
+    kind: str = "toy"
+    init: str = reference_to("base", POLICY)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3))
+    max_length: Annotated[int, POSITIVE] = 64
+    packing: bool = False
+    log_every: int = not_identity(1)
+    save_every: int = not_identity(1)
+
+
+def loss_line(artifact: Path) -> list[str]:
+    manifest = read_manifest(artifact)
+    return [] if manifest is None else [f"toy loss {manifest.metrics['loss']:.3f}"]
+
+
+KIND = StageKind(
+    name="toy",
+    summary="plain texts backwards",
+    config=ToyConfig,
+    revision=7,
+    produces=POLICY,
+    run="toy_stage.run:run",
+    data=lambda config: [DataSlot(field="data", data=config.data, record=PlainText, rows=TEXTS)],
+    curves=lambda _: [Curve(title="Backward loss", unit="nats", keys=("loss",))],
+    learning=Learning(one_row_a_record=lambda _: False, batches_of_rows=False, may_drop=True),
+    outcome=Outcome(metrics=lambda _: Reported(training=("loss",)), lines=loss_line),
+    smoke={"optim": {"max_steps": 1}},
+)
