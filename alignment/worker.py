@@ -141,7 +141,7 @@ def _run(spec: StageSpec, context: StageContext) -> None:
     torch.manual_seed(seed)
     begin(context)
     with _tracked(context):
-        result = _function_of(kind_of(spec.config))(spec.config, context)
+        result = function_of(kind_of(spec.config))(spec.config, context)
         if context.is_main:
             context.trackers.result(_publish(spec, context, result), spec.artifact)
     if torch.distributed.is_initialized():
@@ -149,7 +149,7 @@ def _run(spec: StageSpec, context: StageContext) -> None:
         torch.distributed.destroy_process_group()
 
 
-def _function_of(kind: StageKind) -> Callable[[StageConfig, StageContext], StageResult]:
+def function_of(kind: StageKind) -> Callable[[StageConfig, StageContext], StageResult]:
     """The kind's own function, imported here and not before: it brings the training libraries."""
     module, _, name = kind.run.partition(":")
     function: Callable[[StageConfig, StageContext], StageResult] = getattr(importlib.import_module(module), name)

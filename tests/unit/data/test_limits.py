@@ -17,6 +17,7 @@ from alignment.data.turns import Message
 from alignment.stages.cpt.config import CptConfig
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.registry import kind_of
 from tests.templates import STYLES, styled_tokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -95,11 +96,16 @@ def test_a_cut_that_makes_two_answers_the_same_is_refused() -> None:
         cut_to(Parts(prompt=_tokens(1), answers=answers), Limits(row=9, answer=1, too_long=LEFT))
 
 
+def limits_of(config: Any) -> Limits:
+    """What the kind of stage says."""
+    return kind_of(config).learning.limits(config)
+
+
 def test_each_stage_has_its_own_limits() -> None:
     config = DpoConfig(max_length=9, max_prompt_length=5, max_answer_length=4, too_long=LEFT)
-    assert Limits.of(config) == Limits(row=9, prompt=5, answer=4, too_long=LEFT)
-    assert Limits.of(PpoConfig(max_prompt_length=7)) == Limits(row=7)
-    assert Limits.of(CptConfig(max_length=6)) == Limits(row=6)
+    assert limits_of(config) == Limits(row=9, prompt=5, answer=4, too_long=LEFT)
+    assert limits_of(PpoConfig(max_prompt_length=7)) == Limits(row=7)
+    assert limits_of(CptConfig(max_length=6)) == Limits(row=6)
 
 
 # ---- on real rows ---------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_a_worker_ends_on_a_mismatch_before_anything_is_loaded(
     spec = tiny_spec(tmp_path, SftConfig())
     monkeypatch.setattr(worker, "read_spec", lambda path: spec)
     monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
-    monkeypatch.setitem(worker.STAGE_MODULES, "sft", "a_module_that_is_not_there")
+    monkeypatch.setattr(worker, "function_of", lambda kind: pytest.fail("a stage began"))
     machine("cpu", 1)
     assert worker.main(tmp_path / "stage.yaml") == 2
     status = json.loads((spec.run_folder / "status.json").read_text())
