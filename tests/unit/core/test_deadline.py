@@ -63,7 +63,7 @@ def test_only_one_rendering_is_bounded_and_not_all_of_them(tokenizer: Any, monke
 
 def test_what_runs_in_c_and_hears_of_no_exception_ends_its_process() -> None:
     code = (
-        "from alignment import deadline; deadline.SECONDS = 0.05; deadline.KILLED_SECONDS = 0.2\n"
+        "from alignment.core import deadline; deadline.SECONDS = 0.05; deadline.KILLED_SECONDS = 0.2\n"
         "with deadline.Bounded(ValueError()): sum(range(10**12))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -deadline.KILLED_BY

@@ -10,12 +10,13 @@ import pytest
 
 from alignment.config.data import DataConfig
 from alignment.core.errors import DataError
-from alignment.data.bundled_files import RECORDS, locate
+from alignment.data.bundled_files import locate
 from alignment.data.fields import Fields
 from alignment.data.formats import FORMATS
 from alignment.data.reading import read_records, right_form
 from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair, Prompt, Question
 from alignment.data.turns import Message
+from alignment.stages.registry import kinds
 
 USER = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4."}
@@ -121,7 +122,7 @@ def test_a_file_that_does_not_parse_is_named_by_line(tmp_path: Path, content: by
     [("sft", "conversations"), ("reward", "preferences"), ("ppo", "preferences"), ("evaluate", "heldout")],
 )
 def test_every_shipped_row_fits_the_stages_that_read_it(kind: str, name: str) -> None:
-    rows = read_records(locate(f"bundled:quickstart/{name}"), RECORDS[kind], ALL)
+    rows = read_records(locate(f"bundled:quickstart/{name}"), kinds()[kind].data(kinds()[kind].config())[0].record, ALL)
     assert len(rows) >= 100
     assert len({row.id for row in rows}) == len(rows)
 

@@ -308,7 +308,7 @@ def test_a_process_that_a_template_kept_too_long_is_not_taken_for_one_without_me
 
 _MAKER = """
 import sys, time
-from alignment.data import chunks
+from alignment.data.tokens import chunks
 chunks.CHUNK = 1
 jobs = chunks._in_parallel(lambda rows: time.sleep(60), iter([[1], [2], [3]]), 2)
 print("begun", flush=True)

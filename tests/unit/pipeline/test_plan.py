@@ -11,11 +11,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from alignment.commands.add_tokens.driver import frozen_rows
 from alignment.config.model import NEW_TOKENS
 from alignment.core.errors import ArtifactError, ConfigError, DataError, ModelError
 from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.execute.worker_protocol import write_stage_file
+from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import CHECKPOINT_MANIFEST, Action, Plan, make_plan
 from tests.hub import COMMIT
 from tests.unit.pipeline.conftest import NUM_PAIRS, MakePlan, leave_artifact

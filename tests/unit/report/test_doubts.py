@@ -8,7 +8,8 @@ import pytest
 
 from alignment.records.evaluation import ArmResult, Evaluation
 from alignment.records.interval import Interval
-from alignment.report.doubts import is_smoke, of_evaluation, of_figures, profile_of
+from alignment.report.doubts import is_smoke, of_evaluation, profile_of
+from alignment.stages.registry import doubts
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ from alignment.report.doubts import is_smoke, of_evaluation, of_figures, profile
     ],
 )
 def test_a_figure_that_speaks_against_a_stage_is_named(kind: str, figures: dict[str, float], beginning: str) -> None:
-    (sentence,) = of_figures(kind, figures)
+    (sentence,) = doubts(kind, figures)
     assert sentence.startswith(beginning)
 
 
@@ -34,7 +35,7 @@ def test_a_figure_that_speaks_against_a_stage_is_named(kind: str, figures: dict[
     ],
 )
 def test_other_figures_are_no_reason(kind: str, figures: dict[str, float]) -> None:
-    assert of_figures(kind, figures) == []
+    assert doubts(kind, figures) == []
 
 
 def test_arms_whose_answers_were_all_cut_off_are_named() -> None:
