@@ -33,7 +33,7 @@ class FunctionScorer:
         self._function = function
 
     def scores(self, answers: Answers) -> Tensor:
-        """``[answers]`` float32: what the function returns.
+        """``[answers]`` float64: what the function returns.
 
         Raises:
             RewardError: it raised, or did not return one usable number an answer; names the line or the row.

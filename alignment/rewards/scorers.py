@@ -50,7 +50,7 @@ class Scorer(Protocol):
     """One source of scores."""
 
     def scores(self, answers: Answers) -> Tensor:
-        """``[answers]`` float32 on the CPU, in order."""
+        """``[answers]`` on the CPU, in order: float32 from a model, float64 from a rule or a function."""
 
 
 def refuse_unusable(scores: Tensor, answers: Answers, *, source: str) -> None:
@@ -66,7 +66,7 @@ def refuse_unusable(scores: Tensor, answers: Answers, *, source: str) -> None:
 
 
 def scores_from(given: Any, answers: Answers, *, source: str) -> Tensor:
-    """``[answers]`` float32 from what a user's function returned: a list of one number an answer.
+    """``[answers]`` float64 from what a user's function returned: a list of one number an answer.
 
     Raises:
         RewardError: it is something else; names the function by its ``source``, the row and the value.
@@ -100,7 +100,7 @@ def _refuse_size(number: float, written: object = None, *, where: str, source: s
 
 
 def _tensor(scores: Sequence[float]) -> Tensor:
-    return torch.tensor(scores, dtype=torch.float32)
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 def _as_float(value: Real) -> float:

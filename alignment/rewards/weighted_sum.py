@@ -130,9 +130,10 @@ class RewardMix:
 
 
 def _usable_scores(part: Part, answers: Answers) -> Tensor:
+    """``[answers]`` float32."""
     scores = part.scorer.scores(answers)
     refuse_unusable(scores, answers, source=part.source)
-    return scores
+    return scores.float()
 
 
 def _names(sources: Sequence[str]) -> list[str]:
