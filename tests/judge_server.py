@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from alignment.config.evaluation import EndpointConfig
+from alignment.config.evaluating import EndpointConfig
 
 
 @dataclass(frozen=True, kw_only=True)

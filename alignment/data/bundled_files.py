@@ -7,7 +7,7 @@ from pathlib import Path
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import DataError
 from alignment.core.resources import shipped
-from alignment.data.files import files_of
+from alignment.data.row_files import files_of
 
 
 def locate(source: str, *, where: str = "") -> Path:

@@ -13,14 +13,14 @@ from alignment.config.data import SourceConfig
 from alignment.core.errors import DataError
 from alignment.core.fingerprint import digest
 from alignment.data.fields import Fields, SetAside
-from alignment.data.files import RawRow
-from alignment.data.formats.answers import CHOICES, TEXT
 from alignment.data.formats.form import Format
+from alignment.data.formats.plain import CHOICES, TEXT
 from alignment.data.hub_rows import source_rows
 from alignment.data.near_duplicates import NearRepeats
 from alignment.data.overlap import Placed
 from alignment.data.reading import prepared, right_form, start
 from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Question, Record
+from alignment.data.row_files import RawRow
 
 NOUNS: dict[type[Record], str] = {
     PlainText: "texts",

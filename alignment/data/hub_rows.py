@@ -15,7 +15,7 @@ from yaml import YAMLError
 from alignment.config.data import SourceConfig
 from alignment.core.errors import DataError
 from alignment.core.fingerprint import content_sha256
-from alignment.data.files import RawRow, Unparsed, parsed, unparsed_rows_of
+from alignment.data.row_files import RawRow, Unparsed, parsed, unparsed_rows_of
 
 _FOLDER = "datasets--"
 

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from alignment.config.data import OnError, SourceConfig
 from alignment.core.errors import DataError
 from alignment.data.fields import Fields, SetAside
-from alignment.data.files import RawRow
 from alignment.data.formats import FORMATS, detect
 from alignment.data.formats.form import Format
 from alignment.data.hub_rows import source_rows
 from alignment.data.records import Record
+from alignment.data.row_files import RawRow
 
 R = TypeVar("R", bound=Record)
 

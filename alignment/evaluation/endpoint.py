@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from alignment.config.evaluation import EndpointConfig
+from alignment.config.evaluating import EndpointConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.evaluation.bounded_client import Refused, bounded_client
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alignment.config.evaluation import PROMPTED, UNTRAINED_ARMS, JudgeConfig
+from alignment.config.evaluating import PROMPTED, UNTRAINED_ARMS, JudgeConfig
 from alignment.evaluation.grammar import Verdict
 
 WIN, TIE, LOSS = 1.0, 0.5, 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from alignment.config.evaluation import FEW_SHOT, PROMPTED, UNTRAINED_ARMS
+from alignment.config.evaluating import FEW_SHOT, PROMPTED, UNTRAINED_ARMS
 from alignment.core.errors import NonFiniteError
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation.arms import Answered

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from alignment.config.scorers import ScorerConfig
+from alignment.config.scoring import ScorerConfig
 from alignment.core.artifacts import read_manifest
 from alignment.data.records import Prompt
 from alignment.job import StageSpec

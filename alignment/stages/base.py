@@ -15,7 +15,7 @@ from alignment.config.data import DataConfig, MixedConfig
 from alignment.config.faults import Fault
 from alignment.config.launch import LaunchConfig
 from alignment.config.run import RunConfig
-from alignment.config.scorers import ScorerConfig
+from alignment.config.scoring import ScorerConfig
 from alignment.data.records import Record
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import Kind as RowKind

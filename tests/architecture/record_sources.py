@@ -42,7 +42,7 @@ NO_ARITHMETIC = (
     "alignment.training.trackers.all_trackers",
     "alignment.core.typed_json",
     "alignment.core.versions",
-    "alignment.commands.chat.session",
+    "alignment.commands.chat.chat_session",
 )
 """Modules that write, check or announce, and settings, whose values are in a fingerprint themselves."""
 

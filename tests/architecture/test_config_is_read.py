@@ -99,7 +99,7 @@ def test_a_field_of_another_class_does_not_count() -> None:
     trainer, rewards = PACKAGE / "stages/ppo/trainer.py", PACKAGE / "rewards/build.py"
     text = trainer.read_text(encoding="utf-8")
     others = [source(path) for path in (*PACKAGE.glob("config/*.py"), rewards)]
-    clips = [("alignment.config.stage.PpoConfig", "clip"), ("alignment.config.scorers.ScorerConfig", "clip")]
+    clips = [("alignment.config.stage.PpoConfig", "clip"), ("alignment.config.scoring.ScorerConfig", "clip")]
     for changed, expected in ((text, [True, True]), (text.replace("self.config.clip", "0.2"), [False, True])):
         found = attributes_read([*others, source(trainer, changed)])
         assert [clip in found for clip in clips] == expected

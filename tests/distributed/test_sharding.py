@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from alignment.config.adapter import AdapterConfig
-from alignment.config.guard import GuardConfig
 from alignment.config.launch import Offload, Sharding
 from alignment.config.model import Dtype, ModelConfig
-from alignment.config.scorers import ScorerConfig
+from alignment.config.overoptimisation import GuardConfig
+from alignment.config.scoring import ScorerConfig
 from alignment.config.stage import StageConfig
 from alignment.job import StageInput, StageSpec
 from alignment.stages.ppo.config import KlConfig, KlControl

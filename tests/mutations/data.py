@@ -232,7 +232,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/ppo/scorers.py",
+        "stages/ppo/scorers_in_use.py",
         "unit/stages/test_ppo_guard.py",
         (
             "the guard's scorer is maximised too",

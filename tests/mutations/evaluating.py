@@ -192,7 +192,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "evaluation/forgetting.py",
+        "evaluation/forgetting_measures.py",
         "unit/evaluation/test_forgetting.py",
         (
             "a lost ability trips no limit",

@@ -128,7 +128,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "training/arguments.py",
+        "training/trainer_arguments.py",
         "unit/training/test_context.py",
         (
             "the bound of the gradients is a billion times as large",

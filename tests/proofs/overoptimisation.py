@@ -26,8 +26,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.critic import Critic
-from alignment.config.guard import GuardConfig
 from alignment.config.optim import OptimConfig, PpoOptimConfig
+from alignment.config.overoptimisation import GuardConfig
 from alignment.models.assembly.load import Lineage, load_policy
 from alignment.models.forward.generate import Sampling, generate
 from alignment.report.kit.plots import Line

@@ -44,7 +44,7 @@ def chat(console: Console, result: str, arms: Sequence[str], *, manner: Mapping[
 
     ``result`` is a run under ``output``, or what ``align export`` takes. ``arms`` are stages of that run, ``base``, or
     such results; without any it is the last policy of the run that is done. ``manner`` is told to
-    ``alignment.commands.chat.session``.
+    ``alignment.commands.chat.chat_session``.
 
     Raises:
         ConfigError: there is no such run, stage or result, or one that is no policy; more than two arms; a limit or a

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-from alignment.commands.chat.session import Manner, Voice, load_voice
+from alignment.commands.chat.chat_session import Manner, Voice, load_voice
 from alignment.config.model import Dtype
 from alignment.core.errors import AlignmentError, DataError
 from alignment.core.streams import Unfailing, make_unfailing

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment.core.artifacts import read_manifest
+from alignment.core.artifacts import POLICY, REWARD_MODEL, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.core.files import new_folder
 from alignment.pipeline.backends import processes
 from alignment.pipeline.execute.stored_results import artifact_of, base_of
 
-EXPORTED = ("policy", "reward")
+EXPORTED = (POLICY, REWARD_MODEL)
 
 
 def export(console: Console, result: str, *, to: str, form: str, max_gap: float, output: Path) -> int:

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from alignment.commands.export.provenance import Judged, Provenance, Remembered, Step, without_places
-from alignment.core.artifacts import Manifest
+from alignment.core.artifacts import POLICY, REWARD_MODEL, Manifest
 from alignment.pipeline.sources import bundled_model
 from alignment.records.evaluation import Comparison, Evaluation
 from alignment.records.interval import Interval
 
 _LIBRARY = {"model": "transformers", "adapter": "peft"}
-_CLASS = {"policy": "AutoModelForCausalLM", "reward": "AutoModelForSequenceClassification"}
-_TASK = {"policy": "text-generation", "reward": "text-classification"}
+_CLASS = {POLICY: "AutoModelForCausalLM", REWARD_MODEL: "AutoModelForSequenceClassification"}
+_TASK = {POLICY: "text-generation", REWARD_MODEL: "text-classification"}
 _OF_OPTIM = ("lr", "batch_size", "epochs", "max_steps", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm")
 _OF_ADAPTER = {
     "full": ("kind", "master_weights"),
@@ -64,7 +64,7 @@ def _header(manifest: Manifest, found: Provenance, form: str) -> list[str]:
 
 
 def _opening(manifest: Manifest, found: Provenance) -> list[str]:
-    kind = "reward model" if manifest.kind == "reward" else "policy"
+    kind = "reward model" if manifest.kind == REWARD_MODEL else "policy"
     own = manifest.base["source"] == "self"
     base = "All weights were trained." if own else f"Its base is `{_source(manifest)}`."
     scaled = f"The recipe was run under the profile `{found.profile}`, which changes its settings."
@@ -129,7 +129,7 @@ def _usage(manifest: Manifest, form: str) -> list[str]:
 def _measured(manifest: Manifest, found: Provenance) -> list[str]:
     lines = ["At the end of training:", "", "| figure | value |", "|---|---|"]
     lines += [f"| {name} | {value:.4g} |" for name, value in manifest.metrics.items()]
-    if manifest.kind == "reward":
+    if manifest.kind == REWARD_MODEL:
         return lines
     lines += ["", *_evaluated(found.evaluation)]
     return lines if found.forgetting is None else [*lines, "", *_forgot(found.forgetting)]
@@ -204,7 +204,7 @@ def _arm(name: Any) -> str:
 
 
 def _limits(manifest: Manifest, found: Provenance) -> list[str]:
-    if manifest.kind == "reward":
+    if manifest.kind == REWARD_MODEL:
         use = "Scoring answers of the kind that it was trained on, as a part of training or judging other models."
     else:
         use = "Answering prompts of the kind that it was trained on."

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from alignment.commands.export.model_card import model_card
 from alignment.commands.export.provenance import provenance, without_places
 from alignment.config.model import Dtype
-from alignment.core.artifacts import Manifest, readable, verify
+from alignment.core.artifacts import REWARD_MODEL, Manifest, readable, verify
 from alignment.core.errors import AlignmentError, ModelError
 from alignment.core.files import explained
 from alignment.core.streams import make_unfailing
@@ -111,13 +111,13 @@ def export(artifact: Path, base: Path | None, to: Path, *, form: str, max_gap: f
     tokenizer = load_tokenizer(artifact / "tokenizer", model=folder)
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     try:
-        if form == "adapter" and manifest.kind == "reward":
+        if form == "adapter" and manifest.kind == REWARD_MODEL:
             raise ModelError(
                 "the head of a reward model and its offset have no place in an adapter", remedy="export it as a model"
             )
         if form == "adapter":
             said = _write_adapter(found, partial, rows)
-        elif manifest.kind == "reward":
+        elif manifest.kind == REWARD_MODEL:
             said = _write_reward(artifact, manifest, found, partial, rows, tokenizer)
         else:
             said = _write_policy(manifest, found, partial, rows, tokenizer, max_gap=max_gap)

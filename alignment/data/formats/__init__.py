@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignment.core.errors import DataError
-from alignment.data.formats.answers import (
+from alignment.data.formats.conversations import KTO, MESSAGES, SHAREGPT
+from alignment.data.formats.form import PROMPTS, Format
+from alignment.data.formats.pairs import PAIRED, PREFERENCE, TRANSCRIPTS, WHOLE, WHOLE_MESSAGES
+from alignment.data.formats.plain import (
     ALPACA,
     CHOICES,
     PROMPT,
@@ -18,9 +21,6 @@ from alignment.data.formats.answers import (
     RANKED,
     TEXT,
 )
-from alignment.data.formats.conversations import KTO, MESSAGES, SHAREGPT
-from alignment.data.formats.form import PROMPTS, Format
-from alignment.data.formats.pairs import PAIRED, PREFERENCE, TRANSCRIPTS, WHOLE, WHOLE_MESSAGES
 
 # The more columns a format asks for, the earlier it stands: the first that fits a row is taken.
 _IN_ORDER = (

@@ -22,8 +22,8 @@ import pyarrow as pa
 from alignment.core.deadline import KILLED_BY, KILLED_SECONDS
 from alignment.core.errors import DataError, ModelError, StageError
 from alignment.data.fields import SetAside
-from alignment.data.files import Unparsed, parsed
 from alignment.data.reading import Reader
+from alignment.data.row_files import Unparsed, parsed
 from alignment.data.tokens.limits import Limits, RowTooLong
 from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
 

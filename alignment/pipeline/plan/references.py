@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from alignment.config.did_you_mean import nearest, suggestion
-from alignment.config.evaluation import UNTRAINED_ARMS
+from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.config.faults import Fault
 from alignment.config.stage import StageConfig
 from alignment.config.typed import field_types

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from alignment.config.did_you_mean import nearest, suggestion
 from alignment.config.faults import Fault
 from alignment.config.replaced_keys import instead_of_value
-from alignment.config.scorers import ScorerConfig
+from alignment.config.scoring import ScorerConfig
 from alignment.config.stage import StageConfig
 from alignment.core.fingerprint import file_sha256
 from alignment.data.bundled_files import bundled_code

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.did_you_mean import suggestion
-from alignment.config.evaluation import FEW_SHOT, PROMPTED, JudgeKind
+from alignment.config.evaluating import FEW_SHOT, PROMPTED, JudgeKind
 from alignment.config.faults import Fault
 from alignment.config.stage import StageConfig
 from alignment.config.sweep import LESS_IS_BETTER, PRIMARY, Figure, ObjectiveConfig

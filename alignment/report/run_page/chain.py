@@ -10,9 +10,11 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from alignment.config.evaluation import UNTRAINED_ARMS
+from alignment.config.evaluating import UNTRAINED_ARMS
+from alignment.core.artifacts import REPORT
 from alignment.report.kit import text
 from alignment.report.run_page.run_records import Run, Stage
+from alignment.stages.registry import produced_by
 
 BASE = "base model"
 """The node of the run's base model; no stage can have a name with a space."""
@@ -51,7 +53,7 @@ def _node(stage: Stage, known: set[str]) -> Node:
             inputs.append(BASE)
         elif reference.startswith("stage:") and source in known and source != stage.name:
             inputs.append(source)
-    this_page = stage.kind == "report" and stage.state == "running"
+    this_page = produced_by(stage.kind) == REPORT and stage.state == "running"
     detail = "this page" if this_page else stage.state
     if stage.seconds is not None and not this_page:
         detail += f" · {text.duration(stage.seconds)}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config import yaml_file
-from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD, Manifest, read_manifest
+from alignment.core.artifacts import EVALUATION, FORGETTING, REPORT, REWARD_CARD, Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.records.evaluation import Evaluation
 from alignment.report.doubts import profile_of
@@ -185,7 +185,7 @@ def _read_evaluation_of(
     stages: list[Stage], folders: dict[str, Path | None]
 ) -> tuple[Evaluation | None, str, list[Sample], str]:
     """The evaluation that the report stage names, or else the last one in the run that has a result."""
-    named = [ref.removeprefix("stage:") for s in stages if s.kind == "report" for _, ref in s.inputs]
+    named = [ref.removeprefix("stage:") for s in stages if produced_by(s.kind) == REPORT for _, ref in s.inputs]
     candidates = [s.name for s in stages if s.name in named] + [
         s.name for s in reversed(stages) if produced_by(s.kind) == EVALUATION
     ]

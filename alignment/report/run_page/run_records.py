@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignment.core.artifacts import Manifest
+from alignment.core.artifacts import REPORT, Manifest
 from alignment.records.evaluation import Evaluation, Metric
 from alignment.records.forgetting import ArmForgetting
 from alignment.records.forgetting import Forgetting as ForgettingRecord
 from alignment.records.interval import Interval
 from alignment.report.kit import text
+from alignment.stages.registry import produced_by
 
 COMPLETE = ("done", "reused")
 """States of a stage whose artifact can be relied on."""
@@ -204,4 +205,4 @@ class Run:
     @property
     def unfinished(self) -> list[Stage]:
         """Stages that have no usable artifact; the report's own stage is under way while this page is made."""
-        return [stage for stage in self.stages if stage.kind != "report" and stage.state not in COMPLETE]
+        return [stage for stage in self.stages if produced_by(stage.kind) != REPORT and stage.state not in COMPLETE]

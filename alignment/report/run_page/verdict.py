@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignment.config.evaluation import UNTRAINED_ARMS
+from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.records.evaluation import BETTER, WORSE, ArmResult, Comparison, Evaluation
 from alignment.report.doubts import SMOKE, is_smoke, of_evaluation
 from alignment.report.kit import text

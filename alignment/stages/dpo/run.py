@@ -32,11 +32,11 @@ from alignment.stages.shared.initial import initial_model, initial_policy
 from alignment.stages.shared.preference_pairs import read_pairs
 from alignment.stages.shared.result import StageResult, save_model
 from alignment.training.adamw import adamw
-from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
 from alignment.training.sharding import everyones, prepare, read_in_calls
+from alignment.training.trainer_arguments import common_arguments
 
 DIVERGED = 10
 """A loss so many times that of a policy that is its reference is worse than any noise."""

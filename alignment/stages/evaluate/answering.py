@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from alignment.config.evaluation import FEW_SHOT, PROMPTED
+from alignment.config.evaluating import FEW_SHOT, PROMPTED
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ModelError
 from alignment.data.records import Conversation, HeldOutPrompt

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from alignment.config.data import DataConfig
-from alignment.config.evaluation import FewShotConfig, JudgeConfig
-from alignment.config.fields import reference_to
+from alignment.config.evaluating import FewShotConfig, JudgeConfig
 from alignment.config.rules import FILLED, POSITIVE
+from alignment.config.stage_fields import reference_to
 
 
 @dataclass(kw_only=True, slots=True)

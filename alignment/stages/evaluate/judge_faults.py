@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from alignment.config.did_you_mean import suggestion
-from alignment.config.evaluation import EndpointConfig, JudgeKind
+from alignment.config.evaluating import EndpointConfig, JudgeKind
 from alignment.config.faults import Fault
 from alignment.evaluation.endpoint import PACKAGE
 from alignment.evaluation.pairwise import pairs_of

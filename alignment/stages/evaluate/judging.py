@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignment.config.evaluation import JudgeConfig, JudgeKind
+from alignment.config.evaluating import JudgeConfig, JudgeKind
 from alignment.data.mix import some
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation.arms import Answered

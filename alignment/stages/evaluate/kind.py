@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from alignment.config.evaluation import FEW_SHOT, FewShotConfig, JudgeConfig, JudgeKind
+from alignment.config.evaluating import FEW_SHOT, FewShotConfig, JudgeConfig, JudgeKind
 from alignment.config.faults import Fault, unread_faults
 from alignment.config.run import RunConfig
 from alignment.core.artifacts import EVALUATION

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from alignment.config.evaluation import UNTRAINED_ARMS
+from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.config.faults import Fault
 from alignment.core.artifacts import FORGETTING
 from alignment.data.records import PlainText, Question

@@ -6,7 +6,7 @@ from alignment.core.artifacts import write_lines
 from alignment.data.records import PlainText, Question
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.bootstrap import Intervals
-from alignment.evaluation.forgetting import BASE, Asked, headlines, question_rows, table, text_rows
+from alignment.evaluation.forgetting_measures import BASE, Asked, headlines, question_rows, table, text_rows
 from alignment.evaluation.general import Material, Measured, material, measure
 from alignment.job import StageInput
 from alignment.models.assembly.load import DTYPES, lineage, load_policy, refuse_other_tokenizer

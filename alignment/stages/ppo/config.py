@@ -9,12 +9,12 @@ from typing import Annotated, ClassVar
 from alignment.config.adapter import AdapterConfig
 from alignment.config.critic import Critic
 from alignment.config.data import DataConfig
-from alignment.config.fields import not_identity, reference_to
-from alignment.config.guard import GuardConfig
 from alignment.config.optim import PpoOptimConfig
-from alignment.config.ptx import PtxConfig
+from alignment.config.overoptimisation import GuardConfig
+from alignment.config.replay import PtxConfig
 from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, PENALTY, POSITIVE
-from alignment.config.scorers import ScorerConfig
+from alignment.config.scoring import ScorerConfig
+from alignment.config.stage_fields import not_identity, reference_to
 from alignment.config.too_long import TooLongConfig
 
 

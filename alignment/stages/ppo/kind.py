@@ -10,7 +10,7 @@ from typing import Any
 from alignment.config.critic import Critic
 from alignment.config.faults import Fault, unread_faults
 from alignment.config.launch import LaunchConfig, Sharding
-from alignment.config.ptx import PtxConfig
+from alignment.config.replay import PtxConfig
 from alignment.config.run import RunConfig
 from alignment.core.artifacts import POLICY, REWARD_MODEL, read_manifest
 from alignment.data.records import Conversation, Prompt
@@ -31,7 +31,7 @@ from alignment.stages.base import (
 )
 from alignment.stages.ppo.batch_sizes import size_faults
 from alignment.stages.ppo.config import KlConfig, KlControl, PpoConfig
-from alignment.stages.ppo.scorers import GUARD, in_use
+from alignment.stages.ppo.scorers_in_use import GUARD, in_use
 from alignment.stages.shared.kind_answers import ROW_COUNTS, curve
 
 

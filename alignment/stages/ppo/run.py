@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from alignment.algos.kl import AdaptiveKl, FixedKl
 from alignment.config.faults import refuse
-from alignment.config.scorers import ScorerConfig
+from alignment.config.scoring import ScorerConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ConfigError
 from alignment.data.records import Prompt
@@ -28,12 +28,11 @@ from alignment.rewards.scorer_sources import REWARD
 from alignment.rewards.slot import Rewards
 from alignment.stages.ppo.batch_sizes import size_faults
 from alignment.stages.ppo.config import KlConfig, KlControl, PpoConfig
-from alignment.stages.ppo.scorers import GUARD, maximised
+from alignment.stages.ppo.scorers_in_use import GUARD, maximised
 from alignment.stages.ppo.trainer import EndsOverBudget, PpoTrainer
 from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.result import StageResult, save_model
 from alignment.stages.shared.stage_rows import fitting, rows_of, token_rows
-from alignment.training.arguments import SCHEDULES, quiet_arguments
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_weights
 from alignment.training.rl.engine import PolicyEngine
@@ -43,6 +42,7 @@ from alignment.training.rl.rollouts import Episodes, Prompts
 from alignment.training.rl.samples import Samples
 from alignment.training.session import train
 from alignment.training.sharding import whole_state
+from alignment.training.trainer_arguments import SCHEDULES, quiet_arguments
 
 KEPT = ("objective/score", "objective/kl", "response_length", "eos_rate", "memory/base_copies")
 

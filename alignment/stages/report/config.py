@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from alignment.config.fields import reference_to
 from alignment.config.rules import POSITIVE
+from alignment.config.stage_fields import reference_to
 
 
 @dataclass(kw_only=True, slots=True)

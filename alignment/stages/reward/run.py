@@ -28,12 +28,12 @@ from alignment.stages.shared.initial import initial_model, initial_policy
 from alignment.stages.shared.preference_pairs import TokenizedPair, read_pairs
 from alignment.stages.shared.result import StageResult, save_model
 from alignment.training.adamw import adamw
-from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_results
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
 from alignment.training.sharding import gathered, prepare, whole
+from alignment.training.trainer_arguments import common_arguments
 
 DIVERGED = 10
 """A loss so many times that of a guess is worse than any noise."""

@@ -7,8 +7,8 @@ from enum import Enum
 from typing import Annotated
 
 from alignment.config.data import DataConfig
-from alignment.config.fields import not_identity, reference_to
 from alignment.config.rules import NOT_NEGATIVE, POSITIVE
+from alignment.config.stage_fields import not_identity, reference_to
 from alignment.config.too_long import TooLongConfig
 
 

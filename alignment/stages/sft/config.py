@@ -7,9 +7,9 @@ from typing import Annotated
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
-from alignment.config.fields import not_identity, reference_to
 from alignment.config.optim import OptimConfig
 from alignment.config.rules import POSITIVE
+from alignment.config.stage_fields import not_identity, reference_to
 from alignment.config.too_long import TooLongConfig
 
 

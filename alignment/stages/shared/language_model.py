@@ -18,11 +18,11 @@ from alignment.models.forward.causal import install_causal
 from alignment.stages.shared.initial import initial_model
 from alignment.stages.shared.result import StageResult, save_model
 from alignment.training.adamw import adamw
-from alignment.training.arguments import common_arguments
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
 from alignment.training.sharding import prepare
+from alignment.training.trainer_arguments import common_arguments
 
 
 class LanguageModelConfig(Protocol):

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from alignment.config.guard import GuardConfig
+from alignment.config.overoptimisation import GuardConfig
 from alignment.rewards.slot import Rewards
 from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog

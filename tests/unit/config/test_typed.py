@@ -9,7 +9,7 @@ import pytest
 
 from alignment.config.did_you_mean import nearest
 from alignment.config.rules import NAME, rule_of
-from alignment.config.scorers import ScorerConfig
+from alignment.config.scoring import ScorerConfig
 from alignment.config.typed import convert, field_types, listed_dataclass, stage_from_plain, to_plain, typed
 from alignment.core.errors import ConfigError
 from alignment.stages.ppo.config import PpoConfig

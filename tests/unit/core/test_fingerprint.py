@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from alignment.config.adapter import AdapterKind
-from alignment.config.scorers import ScorerConfig
+from alignment.config.scoring import ScorerConfig
 from alignment.core.fingerprint import canonical, digest
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.ppo.config import PpoConfig

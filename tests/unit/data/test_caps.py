@@ -18,9 +18,9 @@ from alignment.core.errors import DataError
 from alignment.data import caps
 from alignment.data.bundled_files import locate
 from alignment.data.chat_template import template_text
-from alignment.data.files import RawRow, rows_of
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation
+from alignment.data.row_files import RawRow, rows_of
 
 ROW = json.dumps({"prompt": "2 + 2?", "completion": "4."})
 ZEROS = b"0" * (1 << 20)

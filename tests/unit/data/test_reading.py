@@ -16,9 +16,9 @@ from alignment.commands.doctor.driver import records
 from alignment.config.data import DataConfig, OnError
 from alignment.core.errors import DataError
 from alignment.data.doctor import examine
-from alignment.data.files import RawRow, files_of, rows_of
 from alignment.data.reading import Reading, iterate, read_records, start
 from alignment.data.records import Conversation, PreferencePair
+from alignment.data.row_files import RawRow, files_of, rows_of
 
 ROWS = [{"instruction": f"Add {number}.", "input": "", "output": f"It is {number}."} for number in range(5)]
 ALL = DataConfig(source="")

@@ -20,9 +20,9 @@ from alignment.config.data import DataConfig, OnError
 from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.core.deadline import KILLED_BY
 from alignment.core.errors import DataError, ModelError, StageError
-from alignment.data.files import unparsed_rows_of
 from alignment.data.reading import Reader, read_records, start
 from alignment.data.records import Conversation
+from alignment.data.row_files import unparsed_rows_of
 from alignment.data.tokens import chunks, token_table
 from alignment.data.tokens.chunks import Job
 from alignment.data.tokens.limits import Limits

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from alignment.config.evaluation import EndpointConfig
+from alignment.config.evaluating import EndpointConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.evaluation.endpoint import GIVE_UP, Endpoint
 from tests.judge_server import Judge, Response, serving

@@ -11,7 +11,7 @@ from alignment.core.typed_json import to_json
 from alignment.data.records import PlainText, Question
 from alignment.data.turns import Message
 from alignment.evaluation.bootstrap import Intervals
-from alignment.evaluation.forgetting import Asked, headlines, is_right, question_rows, table, text_rows
+from alignment.evaluation.forgetting_measures import Asked, headlines, is_right, question_rows, table, text_rows
 from alignment.evaluation.general import Measured
 from alignment.records.forgetting import Forgetting, Limits
 from tests.oracles.close import close

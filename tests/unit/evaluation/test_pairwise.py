@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from alignment.config.evaluation import JudgeConfig, PairConfig
+from alignment.config.evaluating import JudgeConfig, PairConfig
 from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.grammar import Verdict
 from alignment.evaluation.pairwise import (

@@ -10,8 +10,8 @@ import pytest
 
 from alignment import cli
 from alignment.config.data import DataConfig, MixedConfig
-from alignment.config.guard import GuardConfig
 from alignment.config.optim import OptimConfig
+from alignment.config.overoptimisation import GuardConfig
 from alignment.config.stage import StageConfig
 from alignment.core.errors import ConfigError
 from alignment.data.records import Prompt

@@ -9,7 +9,7 @@ import pytest
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments, OptimConfig
-from alignment.config.ptx import PtxConfig
+from alignment.config.replay import PtxConfig
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig
 from alignment.pipeline.plan.compatibility import faults

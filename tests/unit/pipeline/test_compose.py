@@ -9,7 +9,7 @@ import yaml
 
 from alignment.config.faults import Fault
 from alignment.config.run import RunConfig
-from alignment.config.scorers import ScorerConfig
+from alignment.config.scoring import ScorerConfig
 from alignment.config.store import GROUPS, conf_folder, recipe_names, recipes_folder
 from alignment.config.typed import convert, typed
 from alignment.core.errors import ConfigError

@@ -14,9 +14,9 @@ import pytest
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
-from alignment.config.evaluation import FEW_SHOT, EndpointConfig, JudgeConfig
+from alignment.config.evaluating import FEW_SHOT, EndpointConfig, JudgeConfig
 from alignment.config.optim import OptimConfig, PpoOptimConfig
-from alignment.config.ptx import PtxConfig
+from alignment.config.replay import PtxConfig
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig
 from alignment.config.too_long import TooLongConfig

@@ -11,7 +11,7 @@ import torch
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype
-from alignment.config.scorers import ScorerConfig
+from alignment.config.scoring import ScorerConfig
 from alignment.core.errors import DataError, ModelError
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from alignment.config.guard import GuardConfig
 from alignment.config.optim import PpoOptimConfig
+from alignment.config.overoptimisation import GuardConfig
 from alignment.stages.ppo.batch_sizes import size_faults
 from alignment.stages.ppo.config import PpoConfig
 

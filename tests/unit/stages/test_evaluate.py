@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alignment import worker
-from alignment.config.evaluation import EndpointConfig, FewShotConfig, JudgeConfig, JudgeKind
+from alignment.config.evaluating import EndpointConfig, FewShotConfig, JudgeConfig, JudgeKind
 from alignment.core.errors import DataError, ModelError, NonFiniteError, StageError
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import answer_ids, end_ids, prompt_ids

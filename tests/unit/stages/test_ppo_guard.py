@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from alignment import worker
-from alignment.config.guard import GuardConfig
-from alignment.config.scorers import ScorerConfig
+from alignment.config.overoptimisation import GuardConfig
+from alignment.config.scoring import ScorerConfig
 from alignment.job import StageInput
 from alignment.stages.ppo.config import PpoConfig
 from alignment.training.context import StageContext

@@ -13,8 +13,8 @@ from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig, Schedule
 from alignment.core.errors import ConfigError
 from alignment.stages.sft.config import SftConfig
-from alignment.training.arguments import common_arguments, share_of
 from alignment.training.context import StageContext
+from alignment.training.trainer_arguments import common_arguments, share_of
 from tests.tiny import tiny_spec
 
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from alignment.config.adapter import AdapterConfig
 from alignment.config.critic import Critic
 from alignment.config.model import Dtype
-from alignment.config.scorers import ScorerConfig
+from alignment.config.scoring import ScorerConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.models.assembly.roles import ValueHead
 from alignment.models.forward.answers import answer_stream, unwrapped

@@ -15,8 +15,8 @@ import torch
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.critic import Critic
-from alignment.config.guard import GuardConfig
 from alignment.config.optim import Schedule
+from alignment.config.overoptimisation import GuardConfig
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.data.tokens.tokenize import TokenizedConversation
 from alignment.models.forward.answers import unwrapped

@@ -15,9 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.training import checkpoints
-from alignment.training.arguments import quiet_arguments
 from alignment.training.context import StageContext
 from alignment.training.session import fresh_folder, train, usage
+from alignment.training.trainer_arguments import quiet_arguments
 from tests.device import backend
 
 

@@ -19,11 +19,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from alignment.config.tracking import TrackingConfig
 from alignment.stages.sft.config import SftConfig
-from alignment.training.arguments import quiet_arguments
 from alignment.training.context import StageContext
 from alignment.training.session import train
 from alignment.training.trackers.wandb import stable_id
 from alignment.training.trackers.wandb_log import last_step
+from alignment.training.trainer_arguments import quiet_arguments
 from tests.tiny import tiny_spec
 
 STEPS = 8

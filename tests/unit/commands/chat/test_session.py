@@ -15,7 +15,7 @@ import torch
 from peft import TaskType
 
 from alignment.commands.chat import worker as chat
-from alignment.commands.chat.session import Manner, Voice, load_voice
+from alignment.commands.chat.chat_session import Manner, Voice, load_voice
 from alignment.commands.chat.worker import Screen, converse
 from alignment.config.adapter import AdapterConfig
 from alignment.config.model import Dtype

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from alignment.config.rules import NOT_NEGATIVE, POSITIVE
-from alignment.config.scorers import ScorerConfig
+from alignment.config.scoring import ScorerConfig
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,7 +5,7 @@ The plan and the rehearsal use this too, so nothing here imports torch.
 
 from __future__ import annotations
 
-from alignment.config.scorers import ScorerConfig
+from alignment.config.scoring import ScorerConfig
 from alignment.stages.ppo.config import PpoConfig
 
 GUARD = "guard.scorer"
