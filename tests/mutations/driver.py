@@ -8,7 +8,7 @@ REHEARSAL = "unit/pipeline/test_rehearsal.py"
 
 MUTATIONS = [
     *in_file(
-        "rehearsal.py",
+        "rehearse.py",
         REHEARSAL,
         (
             "faulty rows at the beginning end a run that skips such rows",
@@ -28,7 +28,7 @@ MUTATIONS = [
         ),
         (
             "what went well is tried again",
-            "            tried.remember(plan, stage, part=part)\n",
+            "            rehearsed.remember(plan, stage, part=part)\n",
             "            pass\n",
             "test_what_went_well_is_not_tried_again",
         ),

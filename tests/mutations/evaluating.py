@@ -153,7 +153,7 @@ MUTATIONS = [
             "test_a_verdict_goes_by_the_interval_and_the_direction",
         ),
         (
-            "more is always better",
+            "more is always better in an evaluation",
             "return BETTER if (difference.mean > 0) == self.higher_is_better else WORSE",
             "return BETTER if difference.mean > 0 else WORSE",
             "test_a_verdict_goes_by_the_interval_and_the_direction",

@@ -135,7 +135,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "errors.py",
+        "core/errors.py",
         "unit/training/test_finite.py",
         (
             "a number that is not finite has a stage's exit code",
@@ -145,7 +145,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "errors.py",
+        "core/errors.py",
         "unit/pipeline/test_scorers.py",
         (
             "a scorer's fault has a stage's exit code",
@@ -369,7 +369,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "locks.py",
+        "core/locks.py",
         "unit/core/test_locks.py",
         (
             "a lock keeps nobody out",
@@ -385,7 +385,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "logs.py",
+        "core/logs.py",
         "unit/core/test_logs.py",
         (
             "a log that cannot be shortened ends its stage",

@@ -9,12 +9,12 @@ RERUNS = "test_a_change_re_runs_what_it_changes_and_nothing_else"
 
 MUTATIONS = [
     *in_file(
-        "fingerprint.py",
+        "core/fingerprint.py",
         PLAN,
         ("settings that change no result count", 'f.metadata.get("identity", True)', "True", RERUNS),
     ),
     *in_file(
-        "fingerprint.py",
+        "core/fingerprint.py",
         "unit/core/test_fingerprint.py",
         (
             "a number that is not finite has a form",
@@ -53,8 +53,8 @@ MUTATIONS = [
         ),
         (
             "mixed data is out of the fingerprint",
-            '{"extra_data": others, ',
-            '{"extra_data": {}, ',
+            '"extra_data": others,',
+            '"extra_data": {},',
             "test_what_is_mixed_in_counts_by_its_content_and_its_share",
         ),
         (
@@ -69,35 +69,35 @@ MUTATIONS = [
         "unit/pipeline/test_identity.py",
         (
             "a stage's revision is out of the fingerprint",
-            '"revision": stage.revision,\n        "rule"',
+            '"revision": kind.revision,\n        "rule"',
             '"revision": 0,\n        "rule"',
             "test_a_stages_revision_and_the_seed_count",
         ),
         (
             "a report's revision is out of the fingerprint",
-            '"revision": stage.revision,\n        "config": canonical(stage)',
+            '"revision": kind.revision,\n        "config": canonical(stage)',
             '"revision": 0,\n        "config": canonical(stage)',
             "test_a_reports_revision_counts",
         ),
     ),
     *in_file(
-        "config/stage.py",
+        "stages/ppo/config.py",
         "unit/pipeline/test_identity.py",
         (
             "PPO's gamma is out of the fingerprint",
-            "    gamma: float = 1.0\n",
+            "    gamma: Annotated[float, FRACTION] = 1.0\n",
             "    gamma: float = field(default=1.0, metadata={'identity': False})\n",
             "test_every_setting_counts_but_those_that_change_no_result",
         ),
         (
             "PPO's gae_lambda is out of the fingerprint",
-            "    gae_lambda: float = 0.95\n",
+            "    gae_lambda: Annotated[float, FRACTION] = 0.95\n",
             "    gae_lambda: float = field(default=0.95, metadata={'identity': False})\n",
             "test_every_setting_counts_but_those_that_change_no_result",
         ),
         (
             "PPO's clip is out of the fingerprint",
-            "    clip: float = 0.2\n",
+            "    clip: Annotated[float, POSITIVE] = 0.2\n",
             "    clip: float = field(default=0.2, metadata={'identity': False})\n",
             "test_every_setting_counts_but_those_that_change_no_result",
         ),
@@ -107,13 +107,13 @@ MUTATIONS = [
         "unit/pipeline/test_scorers.py",
         (
             "a function's file is out of the fingerprint",
-            '"code": scorers.code(stage)}',
-            '"code": {}}',
+            '"code": scorer_checks.code(stage),',
+            '"code": {},',
             "test_the_content_of_a_function_s_file_counts_and_its_place_does_not",
         ),
     ),
     *in_file(
-        "artifacts.py",
+        "core/artifacts.py",
         "unit/core/test_artifacts.py",
         (
             "an artifact's hashes are not looked at",
@@ -147,7 +147,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "export.py",
+        "commands/export/worker.py",
         "unit/commands/export/test_worker.py",
         (
             "what was exported is not read back",
@@ -235,7 +235,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "bundled.py",
+        "pipeline/sources/bundled_model.py",
         "unit/pipeline/sources/test_bundled_model.py",
         (
             "any weights are taken for the pinned ones",

@@ -140,7 +140,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "config/sharing.py",
+        "stages/ppo/batch_sizes.py",
         "unit/training/test_ppo.py",
         (
             "completions that do not divide are taken",
