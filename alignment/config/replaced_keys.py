@@ -1,13 +1,21 @@
-"""Values of earlier versions, and what took their place."""
+"""Choices and values of earlier versions, and what replaces them."""
 
 from __future__ import annotations
 
+_INSTEAD_OF_CHOICES = {
+    ("launch", "slurm"): "where stages run is a choice of its own now; write launch/backend=slurm",
+}
 _INSTEAD_OF_VALUES: dict[str, str] = {
     "house_style": (
         "'house_style' is no rule of the package any more; write 'bundled:quickstart/house_style.py:style', or "
         "'…:style_and_facts' where every row has 'facts'"
     ),
 }
+
+
+def instead_of_choice(group: str, choice: str) -> str | None:
+    """What replaces a file that the group once had; None for one that it never had."""
+    return _INSTEAD_OF_CHOICES.get((group, choice))
 
 
 def instead_of_value(value: str) -> str | None:

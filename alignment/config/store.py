@@ -10,14 +10,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from alignment.config.adapter import AdapterConfig
+from alignment.config.backend import Backend
 from alignment.config.launch import LaunchConfig
 from alignment.config.model import ModelConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.core.resources import shipped
 
+BACKEND = "launch/backend"
+"""The group inside another one: where processes run, beside how they share a model."""
 GROUPS: dict[str, object] = {
     "adapter": AdapterConfig,
     "launch": LaunchConfig,
+    BACKEND: Backend,
     "model": ModelConfig,
     "stage": None,
     "tracking": TrackingConfig,

@@ -7,6 +7,7 @@ mean: an integer where a float stands, and ``"1e-4"`` for a float, which YAML 1.
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -114,13 +115,14 @@ class _Conversion:
         deeper = list(paths_below(cls))
         if cls is RunConfig and isinstance(stages := siblings.get("stages"), Mapping):
             deeper += self._paths_of_stages(stages)
-        leaves = [_join(str(key), name) for name in value] if isinstance(value, Mapping) else []
-        if not any(_ending_with(leaf, deeper) for leaf in leaves):
-            leaves = [str(key)]
-        for leaf in leaves:
+        replaced: Mapping[str, str] = getattr(cls, "REPLACED", {})
+        leaves = {_join(str(key), name): item for name, item in value.items()} if isinstance(value, Mapping) else {}
+        if not any(_ending_with(leaf, deeper) or leaf in replaced for leaf in leaves):
+            leaves = {str(key): value}
+        for leaf, item in leaves.items():
             meant = [_join(where, path) for path in _ending_with(leaf, deeper)]
             hint = f"did you mean {_either(meant)}?" if meant else suggestion(str(key), field_types(cls))
-            hint = getattr(cls, "REPLACED", {}).get(leaf, hint)
+            hint = replaced.get(leaf, hint).replace("{value}", _as_written(item))
             self._fault(_join(where, leaf), f"unknown key; {hint}")
 
     def stage(self, tree: Any, *, where: str, siblings: list[str]) -> StageConfig | None:
@@ -164,6 +166,8 @@ class _Conversion:
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
             return self.instance(hint, value, where=where, defaults=default)
+        if kinds := kinds_of(hint):
+            return self._of_kind(kinds, value, where=where, default=default)
         item, rule = listed_dataclass(hint), rule_of(cls, name)
         shown = "what was given (not shown)" if rule is not None and rule.secret else repr(value)
         try:
@@ -175,6 +179,27 @@ class _Conversion:
             self._fault(where, f"{shown} is not allowed; {rule.allowed}")
             return default
         return converted
+
+    def _of_kind(self, kinds: Mapping[str, type], tree: Any, *, where: str, default: Any) -> Any:
+        """An instance of the kind that ``tree`` names, or else of the default's. Each kind is a file of a group."""
+        group = where.replace(".", "/")
+        if not isinstance(tree, Mapping):
+            kind = nearest(str(tree), kinds) or "KIND"
+            self._fault(where, f"{tree!r} is no group of settings; choose {group}={kind}, or write {{kind: {kind}}}")
+            return default
+        kind = tree.get("kind", default.kind)
+        cls = kinds.get(kind) if isinstance(kind, str) else None
+        if cls is None:
+            self._fault(f"{where}.kind", f"{kind!r} is not allowed; {suggestion(str(kind), kinds)}")
+            return default
+        own = {}
+        for key, value in tree.items():
+            owners = [f"{group}={other}" for other in kinds if key in field_types(kinds[other])]
+            if owners and key not in field_types(cls):
+                self._fault(_join(where, key), f"kind '{kind}' has no such setting; {' or '.join(owners)} has it")
+            else:
+                own[key] = value
+        return self.instance(cls, own, where=where, defaults=default if type(default) is cls else cls())
 
     def _instances(self, cls: type, value: Any, *, where: str) -> list[Any]:
         """A list of groups of settings; what one leaves out has the default of its class."""
@@ -204,8 +229,8 @@ def paths_below(cls: type) -> Iterator[str]:
     """Dotted paths of all settings of a dataclass and of those inside it, without what stands in lists."""
     for name, hint in field_types(cls).items():
         yield name
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            yield from (f"{name}.{path}" for path in paths_below(hint))
+        inner = [hint] if dataclasses.is_dataclass(hint) and isinstance(hint, type) else kinds_of(hint).values()
+        yield from dict.fromkeys(f"{name}.{path}" for group in inner for path in paths_below(group))
 
 
 def _ending_with(leaf: str, paths: Sequence[str]) -> list[str]:
@@ -218,6 +243,16 @@ def _either(names: Sequence[str]) -> str:
     """``'a', 'b' or 'c'``, the first three of them."""
     *others, last = [f"'{name}'" for name in names[:_SHOWN]]
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def kinds_of(hint: Any) -> dict[str, type]:
+    """The dataclasses of a field that holds one of several, by their ``kind``; empty for any other field."""
+    classes = [cls for cls in typing.get_args(hint) if isinstance(cls, type) and dataclasses.is_dataclass(cls)]
+    return {str(_default_of(cls, "kind")): cls for cls in classes} if len(classes) > 1 else {}
+
+
+def _default_of(cls: type, name: str) -> Any:
+    return getattr(cls(), name)
 
 
 def listed_dataclass(hint: Any) -> type | None:
@@ -278,6 +313,11 @@ def _without_kind(name: str, siblings: list[str], kinds: Iterable[str]) -> str:
         return f"unknown stage; did you mean '{close}'?"
     have = f"the recipe has {', '.join(siblings)}" if siblings else "the recipe has none"
     return f"unknown stage; {have}. A new stage needs 'kind', one of: {', '.join(kinds)}"
+
+
+def _as_written(value: Any) -> str:
+    """As YAML and a command line have it."""
+    return str(value) if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _join(where: str, key: Any) -> str:

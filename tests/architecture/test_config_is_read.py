@@ -22,7 +22,7 @@ from alignment.config.model import ModelConfig
 from alignment.config.run import RunConfig
 from alignment.config.sweep import SweepConfig
 from alignment.config.tracking import TrackingConfig
-from alignment.config.typed import field_types, listed_dataclass
+from alignment.config.typed import field_types, kinds_of, listed_dataclass
 from alignment.stages.registry import config_classes
 
 STAGES = config_classes()
@@ -44,8 +44,9 @@ def classes() -> list[type]:
         cls = todo.pop(0)
         if cls not in found:
             found.append(cls)
-            hints = [listed_dataclass(hint) or hint for hint in field_types(cls).values()]
-            todo += [hint for hint in hints if dataclasses.is_dataclass(hint)]
+            for hint in field_types(cls).values():
+                inner = (hint, listed_dataclass(hint), *kinds_of(hint).values())
+                todo += [group for group in inner if dataclasses.is_dataclass(group)]
     return found
 
 

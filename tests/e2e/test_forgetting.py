@@ -92,7 +92,7 @@ def test_a_reused_result_trips_again_and_so_does_the_stage_alone(gated: Gated) -
 
 
 def test_a_job_of_a_chain_ends_well_so_that_the_next_one_starts(gated: Gated) -> None:
-    gated("--stage", "forgetting", "launch.slurm.submit=false")
+    gated("--stage", "forgetting", "launch/backend=slurm", "launch.backend.submit=false")
 
 
 def test_within_wider_limits_the_same_policies_pass(gated: Gated) -> None:

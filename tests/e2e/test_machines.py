@@ -32,8 +32,8 @@ def test_two_machines_make_what_two_processes_make(tiny_model_folder: Path, tmp_
 
     together = start("one", "launch.num_processes=2")
     assert ended(together)[0] == 0
-    meeting = ("launch.num_machines=2", f"launch.main_port={free_port()}")
-    machines = [start("two", *meeting, f"launch.machine_rank={rank}") for rank in (1, 0)]
+    meeting = ("launch/backend=machines", f"launch.backend.main_port={free_port()}")
+    machines = [start("two", *meeting, f"launch.backend.machine_rank={rank}") for rank in (1, 0)]
     codes, printed = zip(*map(ended, machines), strict=True)
     assert codes == (0, 0), printed
     assert "machine 1 of 2 waits for the first to start it" in printed[0]

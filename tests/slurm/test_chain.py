@@ -14,9 +14,9 @@ from tests.e2e.conftest import Align
 from tests.slurm.cluster import Cluster
 
 SLURM = (
-    "launch=slurm",
-    "launch.slurm.time=0:30:00",
-    "launch.slurm.cpus=1",
+    "launch/backend=slurm",
+    "launch.backend.time=0:30:00",
+    "launch.backend.cpus=1",
     "~stages.evaluate",
     "~stages.report",
     "stages.sft.optim.epochs=40",  # 120 steps: long enough to be caught in the middle
@@ -112,7 +112,7 @@ def test_a_name_that_slurm_or_a_shell_would_read_is_refused(
 
 
 def test_what_sbatch_says_when_it_refuses_is_shown(new_align: Callable[[], Align]) -> None:
-    printed = new_align()("run", *SLURM, "launch.slurm.partition=nowhere", code=2)
+    printed = new_align()("run", *SLURM, "launch.backend.partition=nowhere", code=2)
     assert "sbatch refused it: sbatch: error: " in printed
     assert "partition" in printed
     assert "Traceback" not in printed

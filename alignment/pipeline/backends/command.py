@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from alignment.config.backend import MachinesBackend
 from alignment.config.launch import DEVICE, LaunchConfig, LauncherKind, Sharding
 from alignment.core import hardware
 from alignment.core.errors import ConfigError
@@ -97,7 +98,7 @@ def chosen_launcher(launch: LaunchConfig, *, num_devices: int) -> LauncherKind:
             remedy=f"launch.num_processes={num_devices}",
         )
     if launch.kind is LauncherKind.auto:
-        plain = launch.sharding is Sharding.none and launch.num_machines == 1
+        plain = launch.sharding is Sharding.none and launch.backend.num_machines == 1
         return LauncherKind.accelerate if plain and (workers == 1 or num_devices) else LauncherKind.torchrun
     if why := _refusal(launch, num_devices):
         raise ConfigError(why, where="launch.kind", remedy="launch.kind=auto or launch.kind=torchrun")
@@ -108,7 +109,7 @@ def _refusal(launch: LaunchConfig, num_devices: int) -> str:
     """Why accelerate cannot start this, or nothing; torchrun starts all."""
     if launch.kind is LauncherKind.torchrun:
         return ""
-    if launch.num_machines > 1:
+    if launch.backend.num_machines > 1:
         return "several machines are started by torchrun, not by accelerate"
     if launch.sharding is not Sharding.none:
         return f"{launch.sharding.value} needs a process group, which accelerate does not make for one process"
@@ -131,9 +132,10 @@ def _accelerate(launch: LaunchConfig, num_devices: int) -> list[str]:
 def _torchrun(launch: LaunchConfig, num_devices: int) -> list[str]:
     """On one machine a rendezvous on a port of its own choosing, so that two runs on one machine never meet."""
     meeting = ["--standalone", "--nnodes", "1"]
-    if launch.num_machines > 1:
-        meeting = ["--nnodes", str(launch.num_machines), "--node_rank", str(launch.machine_rank)]
-        meeting += ["--master_addr", launch.main_address, "--master_port", str(launch.main_port)]
+    backend = launch.backend
+    if isinstance(backend, MachinesBackend) and backend.num_machines > 1:
+        meeting = ["--nnodes", str(backend.num_machines), "--node_rank", str(backend.machine_rank)]
+        meeting += ["--master_addr", backend.main_address, "--master_port", str(backend.main_port)]
     return ["-m", "torch.distributed.run", *meeting, "--nproc_per_node", str(launch.num_processes), "-m"]
 
 

@@ -6,13 +6,14 @@ import dataclasses
 import importlib.util
 from collections.abc import Iterator, Sequence
 
+from alignment.config.backend import LocalBackend
 from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments, OptimConfig
 from alignment.config.stage import StageConfig, TrainedConfig
 from alignment.core import hardware
 from alignment.core.errors import ConfigError
-from alignment.pipeline.backends import command
+from alignment.pipeline.backends import command, slurm
 from alignment.pipeline.plan import row_counts
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
 from alignment.stages.base import RunsOn
@@ -27,14 +28,15 @@ def of_stage(launch: LaunchConfig, config: StageConfig, *, num_devices: int) -> 
     """
     if kind_of(config).launch.runs_on is RunsOn.one_process:
         return dataclasses.replace(
-            launch, num_processes=1, num_machines=1, sharding=Sharding.none, offload=Offload.none
+            launch, num_processes=1, backend=LocalBackend(), sharding=Sharding.none, offload=Offload.none
         )
     return command.with_processes(launch, num_devices=num_devices)
 
 
 def devices_for(launch: LaunchConfig) -> int:
     """GPUs that stages will find: those of a job, or of this machine."""
-    return launch.slurm.gpus if launch.slurm.submit else hardware.count_devices()
+    submission = slurm.submission(launch)
+    return hardware.count_devices() if submission is None else submission.gpus
 
 
 def why_not_here(plan: Plan) -> str:

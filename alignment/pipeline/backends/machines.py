@@ -38,7 +38,7 @@ _STOPPED = {"preempted": PREEMPTED, "interrupted": INTERRUPTED}
 def announced(folder: Path, launch: LaunchConfig, fingerprint: str) -> Iterator[None]:
     """Leaves word of an attempt at a stage in its folder while the block runs, where other machines wait for one."""
     file = folder / ATTEMPT
-    if launch.num_machines == 1:
+    if launch.backend.num_machines == 1:
         yield
         return
     write_json(file, {"attempt": uuid.uuid4().hex, "fingerprint": fingerprint})
@@ -50,7 +50,7 @@ def announced(folder: Path, launch: LaunchConfig, fingerprint: str) -> Iterator[
 
 def show_life(run_folder: Path, launch: LaunchConfig) -> None:
     """The first machine's sign of life, where others look for it."""
-    if launch.num_machines > 1:
+    if launch.backend.num_machines > 1:
         with suppress(OSError):  # the next one is due in half a second
             (run_folder / LIFE).touch()
 
@@ -63,7 +63,7 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, comm
         ConfigError: the first machine makes something else.
     """
     launch = plan.config.launch
-    told = f"machine {launch.machine_rank} of {launch.num_machines}"
+    told = f"machine {launch.backend.machine_rank} of {launch.backend.num_machines}"
     try:
         with termination_raises():
             for stage in stages:
@@ -123,7 +123,7 @@ class _Follower:
         )
         processes.execute(
             self._command_for(launch, self._folder / "stage.yaml"),
-            log=self._folder / f"log-{launch.machine_rank}.txt",
+            log=self._folder / f"log-{launch.backend.machine_rank}.txt",
             on_poll=_nothing,
             on_stop=lambda stop: self._console.print(acknowledgement(stop), highlight=False),
             grace_seconds=launch.grace_seconds,
@@ -140,14 +140,18 @@ class _Follower:
             raise self._failed(f"nothing was heard of the first machine for {limit} seconds (launch.hang_seconds)")
 
     def _failed(self, message: str) -> StageError:
-        logs = f"{self._folder / 'log.txt'} and {self._folder / f'log-{self._plan.config.launch.machine_rank}.txt'}"
-        return StageError(message, where=f"stage {self._stage.name}", remedy=f"see there, or {logs}")
+        own = f"log-{self._plan.config.launch.backend.machine_rank}.txt"
+        return StageError(
+            message,
+            where=f"stage {self._stage.name}",
+            remedy=f"see there, or {self._folder / 'log.txt'} and {self._folder / own}",
+        )
 
     def _other(self) -> ConfigError:
         return ConfigError(
             "the first machine makes another result than this one would",
             where=f"stage {self._stage.name}",
-            remedy="start the same command on each, with the same code and data; only launch.machine_rank differs",
+            remedy="start the same command on each, with the same code and data; only machine_rank differs",
         )
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignment.config.backend import SlurmBackend
+from alignment.config.launch import LaunchConfig
 from alignment.core.errors import ConfigError
 
 _ASK_SECONDS = 15.0
@@ -39,6 +41,12 @@ class Job:
         return self.state if self.reason in ("None", "") else f"{self.state} ({self.reason})"
 
 
+def submission(launch: LaunchConfig) -> SlurmBackend | None:
+    """How stages are submitted; None where they are not, as inside a job."""
+    backend = launch.backend
+    return backend if isinstance(backend, SlurmBackend) and backend.submit else None
+
+
 def refuse_without_slurm() -> None:
     """Returns where jobs can be submitted.
 
@@ -48,8 +56,8 @@ def refuse_without_slurm() -> None:
     if shutil.which("sbatch") is None:
         raise ConfigError(
             "there is no sbatch on this machine",
-            where="launch.slurm.submit",
-            remedy="call it on a login node of the cluster, load its slurm module, or take launch=local",
+            where="launch.backend",
+            remedy="call it on a login node of the cluster, load its slurm module, or take launch/backend=local",
         )
 
 
@@ -67,8 +75,10 @@ def submit(file: Path, *, after: str | None) -> str:
         raise ConfigError(f"sbatch gave no answer in {_SUBMIT_SECONDS:.0f} seconds", where=str(file))
     job = outcome.stdout.strip().partition(";")[0]  # behind it, the name of one of several clusters
     if outcome.returncode != 0 or re.fullmatch(r"\d+", job, re.ASCII) is None:
-        said = outcome.stderr.strip() or outcome.stdout.strip() or "it gave no reason"
-        raise ConfigError(f"sbatch refused it: {said}", where=str(file), remedy="see launch.slurm.*, such as partition")
+        reason = outcome.stderr.strip() or outcome.stdout.strip() or "it gave no reason"
+        raise ConfigError(
+            f"sbatch refused it: {reason}", where=str(file), remedy="see launch.backend.*, such as partition"
+        )
     return job
 
 

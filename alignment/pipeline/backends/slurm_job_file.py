@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from alignment.config.launch import SlurmConfig
+from alignment.config.backend import SlurmBackend
 from alignment.config.stage import StageConfig
 from alignment.core.errors import ConfigError
 from alignment.core.resources import shipped
@@ -19,7 +19,7 @@ from alignment.stages.base import RunsOn
 from alignment.stages.registry import kind_of
 
 TEMPLATE = Path("slurm") / "stage.sbatch"
-HERE = "launch.slurm.submit=false"
+HERE = "launch.backend.submit=false"
 """What makes the driver inside a job run the stage itself."""
 
 _DIRECTIVE = re.compile(r"[A-Za-z0-9._/@:=,+%-]+")
@@ -33,8 +33,9 @@ def render(plan: Plan, stage: PlannedStage, *, folder: Path, wait: bool = False)
     Raises:
         ConfigError: something cannot stand in a directive of Slurm, such as a folder with a space in its name.
     """
-    slurm = plan.config.launch.slurm
-    directives = [_checked(one) for one in _directives(plan, stage)]
+    slurm = plan.config.launch.backend
+    assert isinstance(slurm, SlurmBackend), "jobs are submitted by it alone"
+    directives = [_checked(directive) for directive in _directives(plan, stage, slurm)]
     step = ["--ntasks=1", "--kill-on-bad-exit=1"]
     if slurm.cpus is not None:
         step.append(f"--cpus-per-task={slurm.cpus}")  # srun does not take it from the job
@@ -54,8 +55,7 @@ def _command(plan: Plan, stage: PlannedStage, *, wait: bool) -> list[str]:
     return [*driver, *(["--wait"] if wait else []), *plan.overrides, HERE]
 
 
-def _directives(plan: Plan, stage: PlannedStage) -> Iterator[str]:
-    slurm = plan.config.launch.slurm
+def _directives(plan: Plan, stage: PlannedStage, slurm: SlurmBackend) -> Iterator[str]:
     yield f"--job-name={plan.config.name}.{stage.name}"
     yield f"--output={_literal(plan.run_folder / stage.name)}/slurm-%j.log"
     yield "--open-mode=append"
@@ -77,7 +77,7 @@ def _directives(plan: Plan, stage: PlannedStage) -> Iterator[str]:
             yield f"--{name}={value}"
 
 
-def _num_gpus(config: StageConfig, slurm: SlurmConfig) -> int:
+def _num_gpus(config: StageConfig, slurm: SlurmBackend) -> int:
     """A report draws, and measuring is one process's work."""
     runs_on = kind_of(config).launch.runs_on
     if runs_on is RunsOn.driver:
@@ -94,7 +94,7 @@ def _checked(directive: str) -> str:
     if _DIRECTIVE.fullmatch(directive) is None:
         raise ConfigError(
             f"{directive!r} cannot stand in a job file",
-            where="launch.slurm",
+            where="launch.backend",
             remedy="its names and folders may hold A-Z a-z 0-9 . _ / @ : = , + % -; output=FOLDER names another folder",
         )
     return directive

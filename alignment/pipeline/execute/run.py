@@ -64,14 +64,14 @@ def run(
         display_for(console).note(f"note: {note}")
     launch = plan.config.launch
     _refuse_what_cannot_start(plan, only)
-    if launch.slurm.submit:
+    if slurm.submission(launch) is not None:
         slurm.refuse_without_slurm()
         _make_writable(plan)
         return _submit(plan, only, console, wait=wait)
     _make_writable(plan)
     if only is None:
         slurm_jobs.refuse_queued(plan.run_folder)
-    if launch.machine_rank:
+    if launch.backend.machine_rank:
         plan = _with_all(plan, display_for(console), only)
         return machines.follow(plan, _chosen(plan, only), console=console, command_for=command_for)
     return _execute(plan, only, console, command_for, wait=wait, tried=tried)
@@ -127,7 +127,8 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
         submitted = slurm_jobs.submit(plan, waiting, wait=wait)
     for name, job in submitted.items():
         display.note(f"{name}: job {job}")
-    if submitted and not plan.config.launch.slurm.wait:
+    submission = slurm.submission(plan.config.launch)
+    if submitted and submission is not None and not submission.wait:
         display.note(slurm_jobs.advice(plan.config.name, submitted))
         return 0
     try:

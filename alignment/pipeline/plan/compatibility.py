@@ -40,9 +40,10 @@ def _launch_faults(launch: LaunchConfig) -> Iterator[Fault]:
     if launch.offload is Offload.weights and launch.sharding not in (Sharding.zero3, Sharding.fsdp):
         message = f"'weights' is read by nothing under launch.sharding={launch.sharding.value}; take zero3 or fsdp"
         yield Fault(where="launch.offload", message=message)
-    if launch.machine_rank >= launch.num_machines:
-        message = f"{launch.machine_rank} is no rank among {launch.num_machines} machines; the first is 0"
-        yield Fault(where="launch.machine_rank", message=message)
+    rank, machines = launch.backend.machine_rank, launch.backend.num_machines
+    if rank >= machines:
+        message = f"{rank} is no rank among {machines} machines; the first is 0"
+        yield Fault(where="launch.backend.machine_rank", message=message)
 
 
 def _adapter_refusals(stage: TrainedConfig, launch: LaunchConfig) -> Iterator[Refusal]:

@@ -7,7 +7,6 @@ every misspelling is found rather than the first. Nothing in a configuration can
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,31 +16,26 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config import yaml_file
+from alignment.config.backend import MachinesBackend
 from alignment.config.did_you_mean import suggestion
 from alignment.config.faults import Fault, refuse
-from alignment.config.store import GROUPS, SEVERAL, conf_folder, recipe_names, recipes_folder
+from alignment.config.store import conf_folder, recipe_names, recipes_folder
 from alignment.core.deadline import Bounded
 from alignment.core.errors import ConfigError
-from alignment.pipeline.plan import profile as profiles
+from alignment.pipeline.plan import choices
 from alignment.pipeline.plan.hostile import hostile
 from alignment.pipeline.plan.hydra_files import check_files
-from alignment.pipeline.plan.overrides import parse_override
+from alignment.pipeline.plan.overrides import parse
 from alignment.pipeline.plan.profile import Profile
 
 _HYDRA = "1.3"
 _ENDLESS = ConfigError("its interpolations come to more than can be written down", where="recipe")
-_SHOWN_TEXT = 60
-_DEEPEST = 30
-"""Brackets within one another; Hydra and OmegaConf descend by recursion, and Python ends that at some depth."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,32 +65,49 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
     """
     path = find_recipe(recipe)
     _check_recipe_text(path)
-    parsed, faults = _parse(overrides)
-    check_files()
-    with initialize_config_dir(config_dir=str(path.parent), version_base=_HYDRA):
-        search = f"hydra.searchpath=[{_quoted(conf_folder())},{_quoted(recipes_folder())}]"
-        try:
-            profile, profile_faults = _profile(path, search, [o for o in parsed if _is_profile(o)])
-            chosen = [o for o in parsed if _is_group(o)]
-            groups, group_faults = _group_overrides(path.stem, search, _with_choices(chosen, profile))
-            tree = hydra_compose(config_name=path.stem, overrides=[search, *groups])
-        except MissingConfigException as error:
-            raise ConfigError(f"{_first_paragraph(error)}{_nearest_file(error)}", where=str(path)) from error
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ConfigError(_first_paragraph(error), where=str(path)) from error
-    OmegaConf.set_struct(tree, False)
-    values = [o for o in parsed if not _is_group(o) and not _is_profile(o)]
+    parsed, faults = parse(overrides)
+    tree, profile, choice_faults = _files(path, parsed)
+    values = [o for o in parsed if not choices.is_group(o) and not choices.is_profile(o)]
     if profile is not None:
-        tree = OmegaConf.create(profile.laid_over(_written(tree), processes=_processes(profile, values)))
+        written = _written(tree)
+        tree = OmegaConf.create(profile.laid_over(written, processes=_processes(profile, values, written)))
     value_faults = [fault for o in values for fault in _apply(o, tree)]
     plain, plain_faults = _plain(tree)
     plain.setdefault("name", path.stem)
     if profile is not None and isinstance(plain["name"], str):
         plain["name"] = profile.named(plain["name"])
-    found = [*faults, *profile_faults, *group_faults, *value_faults, *plain_faults]
-    written = frozenset() if recipe in recipe_names() else _keys_written(path) - {o.key_or_group for o in parsed}
-    name = "" if profile is None else profile.name
-    return Composition(recipe=recipe, tree=plain, faults=found, written=written, profile=name)
+    return Composition(
+        recipe=recipe,
+        tree=plain,
+        faults=[*faults, *choice_faults, *value_faults, *plain_faults],
+        written=frozenset() if recipe in recipe_names() else _keys_written(path) - {o.key_or_group for o in parsed},
+        profile="" if profile is None else profile.name,
+    )
+
+
+def _files(path: Path, overrides: Sequence[Override]) -> tuple[DictConfig, Profile | None, list[Fault]]:
+    """The recipe's files merged with those that are chosen, the profile, and what is wrong with the choices.
+
+    Raises:
+        ConfigError: they do not compose.
+    """
+    check_files()
+    with initialize_config_dir(config_dir=str(path.parent), version_base=_HYDRA):
+        search = f"hydra.searchpath=[{_quoted(conf_folder())},{_quoted(recipes_folder())}]"
+        try:
+            profile, profile_faults = choices.profile(path, search, [o for o in overrides if choices.is_profile(o)])
+            chosen = choices.with_profile([o for o in overrides if choices.is_group(o)], profile)
+            groups, group_faults = choices.expanded(path.stem, search, chosen)
+            tree = hydra_compose(config_name=path.stem, overrides=[search, *groups])
+            backend = choices.backend(search, groups)
+        except MissingConfigException as error:
+            raise ConfigError(f"{_first_paragraph(error)}{choices.nearest_file(error)}", where=str(path)) from error
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(_first_paragraph(error), where=str(path)) from error
+    OmegaConf.set_struct(tree, False)
+    if backend is not None:
+        OmegaConf.update(tree, "launch.backend", backend, merge=False)
+    return tree, profile, [*profile_faults, *group_faults]
 
 
 def _keys_written(path: Path) -> frozenset[str]:
@@ -108,6 +119,15 @@ def _keys_written(path: Path) -> frozenset[str]:
             yield from keys(value, f"{ahead}{key}.")
 
     return frozenset(keys(yaml_file.read(path), ""))
+
+
+def _leaves(tree: Any, ahead: str) -> Iterator[tuple[str, Any]]:
+    """Every value that is no group, with its dotted key."""
+    for key, value in tree.items() if isinstance(tree, Mapping) else ():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{ahead}{key}.")
+        else:
+            yield f"{ahead}{key}", value
 
 
 def find_recipe(recipe: str) -> Path:
@@ -146,136 +166,16 @@ def _check_recipe_text(path: Path) -> None:
     refuse(faults)
 
 
-def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
-    parsed, faults = [], []
-    for text in overrides:
-        if (depth := _depth(text)) > _DEEPEST:
-            message = f"brackets within {depth} others; no setting has more than a few"
-            faults.append(Fault(where=f"{_shown(text)[:_SHOWN_TEXT]}…", message=message))
-            continue
-        try:
-            override = parse_override(text)
-        except HydraException:
-            faults.append(_malformed(text))
-            continue
-        outside = list(hostile({override.key_or_group: text}, where=""))
-        if not override.key_or_group:
-            faults.append(_malformed(text))
-        elif outside:
-            faults.extend(outside)
-        elif override.is_sweep_override():
-            faults.append(Fault(where=_shown(text), message="several values for one key; give one"))
-        elif override.key_or_group.split(".")[0].split("/")[0] == "hydra":
-            faults.append(Fault(where=text, message="settings of Hydra itself are not taken"))
-        else:
-            parsed.append(override)
-    return parsed, faults
-
-
-def _depth(text: str) -> int:
-    """How many brackets are open at once, at most."""
-    opened = itertools.accumulate({"[": 1, "{": 1, "]": -1, "}": -1}.get(letter, 0) for letter in text)
-    return max(opened, default=0)
-
-
-def _shown(text: str) -> str:
-    """The override, without a value that may hold a key or a password."""
-    key, _, _ = text.partition("=")
-    return f"{key}=…" if key.endswith((".api_key_env", ".base_url")) else text
-
-
-def _malformed(text: str) -> Fault:
-    return Fault(where=_shown(text), message="not an override; write key=value, such as stages.dpo.beta=0.3")
-
-
-def _is_group(override: Override) -> bool:
-    """Whether an override picks a file (``launch=zero2``, ``adapter@stages.sft.adapter=full``)."""
-    return not _is_profile(override) and (override.package is not None or override.key_or_group in GROUPS)
-
-
-def _is_profile(override: Override) -> bool:
-    return override.key_or_group == profiles.GROUP
-
-
-def _profile(path: Path, search: str, overrides: list[Override]) -> tuple[Profile | None, list[Fault]]:
-    """The profile that the command line asks for, and what is wrong with how it does.
-
-    Raises:
-        ConfigError: its file has another form.
-    """
-    if not overrides:
-        return None, []
-    where = " ".join(str(override.input_line) for override in overrides)
-    if len(overrides) > 1 or overrides[0].is_delete() or overrides[0].package is not None:
-        return None, [Fault(where=where, message=f"write {profiles.GROUP}=NAME, once")]
-    loader = GlobalHydra.instance().config_loader()
-    known = loader.get_group_options(profiles.GROUP, config_name=path.stem, overrides=[search])
-    name = str(overrides[0].value())
-    if name not in known:
-        return None, [Fault(where=where, message=f"no {profiles.GROUP} '{name}'; {suggestion(name, known)}")]
-    return profiles.read(name, [path.parent, conf_folder(), recipes_folder()]), []
-
-
-def _processes(profile: Profile, overrides: list[Override]) -> int:
-    """How many share a stage's rows, where the command line or the profile says so; else one."""
-    launch = profile.values.get("launch")
-    chosen = dict(launch) if isinstance(launch, Mapping) else {}
-    for override in overrides:
-        group, _, name = override.key_or_group.partition(".")
-        if group == "launch" and not override.is_delete():
-            chosen[name] = override.value()
-    numbers = [chosen.get(name, 1) for name in ("num_processes", "num_machines")]
+def _processes(profile: Profile, overrides: list[Override], tree: Mapping[str, Any]) -> int:
+    """How many share a stage's rows: as many as the command line or the profile says, else one, on each machine."""
+    launch = tree.get("launch")
+    values = {key: value for key, value in _leaves(launch, "launch.") if key.startswith("launch.backend.")}
+    values |= dict(_leaves(profile.values.get("launch"), "launch."))
+    values |= {override.key_or_group: override.value() for override in overrides if not override.is_delete()}
+    numbers = [values.get("launch.num_processes", 1)]
+    if values.get("launch.backend.kind") == MachinesBackend().kind:
+        numbers.append(values.get("launch.backend.num_machines", MachinesBackend().num_machines))
     return math.prod(number for number in numbers if type(number) is int and number > 0)
-
-
-def _with_choices(overrides: list[Override], profile: Profile | None) -> list[Override]:
-    """The user's choices of files, and the profile's of groups that the user left alone."""
-    taken = {override.key_or_group for override in overrides}
-    choices = profile.choices if profile is not None else {}
-    parser = OverridesParser.create()
-    added = [parser.parse_override(f"{group}={choice}") for group, choice in choices.items() if group not in taken]
-    return [*added, *overrides]
-
-
-def _group_overrides(name: str, search: str, overrides: list[Override]) -> tuple[list[str], list[Fault]]:
-    """Group overrides as Hydra takes them, and what is wrong with the others.
-
-    A bare ``adapter=full`` becomes one override for every stage that picks an adapter.
-    """
-    if not overrides:
-        return [], []
-    loader = GlobalHydra.instance().config_loader()
-    defaults = loader.compute_defaults_list(config_name=name, overrides=[search], run_mode=RunMode.RUN)
-    keys = [str(key) for key in defaults.overrides.known_choices if not str(key).startswith("hydra/")]
-    files = {group: loader.get_group_options(group, config_name=name, overrides=[search]) for group in GROUPS}
-    accepted, faults = [], []
-    for override in overrides:
-        expanded, fault = _expand(override, keys, files)
-        accepted.extend(expanded)
-        if fault is not None:
-            faults.append(fault)
-    return accepted, faults
-
-
-def _expand(override: Override, keys: list[str], files: dict[str, list[str]]) -> tuple[list[str], Fault | None]:
-    group, choice = override.key_or_group, override.value()
-    where = str(override.input_line)
-    if group not in GROUPS:
-        return [], Fault(where=where, message=f"no group '{group}'; {suggestion(group, GROUPS)}")
-    if override.is_delete():
-        return [], Fault(where=where, message="a group cannot be removed; choose another of its files")
-    chosen = choice if isinstance(choice, list) and group in SEVERAL else [choice]
-    for one in chosen:
-        if one not in files[group]:
-            return [], Fault(where=where, message=f"no {group} '{one}'; {suggestion(str(one), files[group])}")
-    if override.is_add():
-        return [where], None
-    wanted = override.get_key_element()
-    matching = [key for key in keys if key == wanted or (override.package is None and key.split("@")[0] == group)]
-    if not matching:
-        return [], Fault(where=where, message=f"the recipe does not choose that; {suggestion(wanted, keys)}")
-    told = f"[{','.join(map(str, chosen))}]" if isinstance(choice, list) else choice
-    return [f"{key}={told}" for key in matching], None
 
 
 def _apply(override: Override, tree: DictConfig) -> Iterator[Fault]:
@@ -320,12 +220,6 @@ def _plain(tree: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
 def _quoted(path: Path) -> str:
     escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
     return f"'file://{escaped}'"
-
-
-def _nearest_file(error: MissingConfigException) -> str:
-    """What the name in ``defaults`` may have meant."""
-    missing = (error.missing_cfg_file or "").rpartition("/")[2]
-    return f"; {suggestion(missing, error.options)}" if missing and error.options else ""
 
 
 def _first_paragraph(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""One ``KEY=VALUE`` of the command line, as Hydra parses it, and what its grammar does not take but a user means.
+"""Each ``KEY=VALUE`` of the command line, as Hydra parses it, and what its grammar does not take but a user means.
 
 Hydra's grammar knows ASCII letters only outside quotes, and a shell has taken the quotes away: a folder called
 ``müller`` would need two pairs of them.
@@ -6,15 +6,66 @@ Hydra's grammar knows ASCII letters only outside quotes, and a shell has taken t
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 
+from alignment.config.faults import Fault
+from alignment.pipeline.plan.hostile import hostile
+
 _STAND_IN = re.compile(r"_x([0-9a-f]{6})x_")
 _PATH = "path:"
+_SHOWN_TEXT = 60
+_DEEPEST = 30
+"""Brackets within one another; Hydra and OmegaConf descend by recursion, and Python ends that at some depth."""
+
+
+def parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
+    """Those that are some, and what is wrong with the others."""
+    parsed, faults = [], []
+    for text in overrides:
+        if (depth := _depth(text)) > _DEEPEST:
+            message = f"brackets within {depth} others; no setting has more than a few"
+            faults.append(Fault(where=f"{_shown(text)[:_SHOWN_TEXT]}…", message=message))
+            continue
+        try:
+            override = parse_override(text)
+        except HydraException:
+            faults.append(_malformed(text))
+            continue
+        outside = list(hostile({override.key_or_group: text}, where=""))
+        if not override.key_or_group:
+            faults.append(_malformed(text))
+        elif outside:
+            faults.extend(outside)
+        elif override.is_sweep_override():
+            faults.append(Fault(where=_shown(text), message="several values for one key; give one"))
+        elif override.key_or_group.split(".")[0].split("/")[0] == "hydra":
+            faults.append(Fault(where=text, message="settings of Hydra itself are not taken"))
+        else:
+            parsed.append(override)
+    return parsed, faults
+
+
+def _depth(text: str) -> int:
+    """How many brackets are open at once, at most."""
+    opened = itertools.accumulate({"[": 1, "{": 1, "]": -1, "}": -1}.get(letter, 0) for letter in text)
+    return max(opened, default=0)
+
+
+def _shown(text: str) -> str:
+    """The override, without a value that may hold a key or a password."""
+    key, _, _ = text.partition("=")
+    return f"{key}=…" if key.endswith((".api_key_env", ".base_url")) else text
+
+
+def _malformed(text: str) -> Fault:
+    return Fault(where=_shown(text), message="not an override; write key=value, such as stages.dpo.beta=0.3")
 
 
 def parse_override(text: str) -> Override:

@@ -19,6 +19,7 @@ from alignment.config.tracking import TrackingConfig
 from alignment.core.errors import DataError
 from alignment.data.chat_template import template_text
 from alignment.data.formats import COLUMNS, FORMATS
+from alignment.pipeline.backends import slurm
 from alignment.pipeline.plan import scorer_checks
 from alignment.stages.registry import as_trained, kind_of
 
@@ -57,25 +58,24 @@ def _template_faults(model: ModelConfig) -> Iterator[Fault]:
 
 def _slurm_faults(launch: LaunchConfig) -> Iterator[Fault]:
     """What would end a job after it has waited in a queue."""
-    slurm = launch.slurm
-    if slurm.submit and slurm.signal_seconds <= launch.grace_seconds:
+    submitted = slurm.submission(launch)
+    if submitted is None:
+        return
+    if submitted.signal_seconds <= launch.grace_seconds:
         message = (
-            f"{slurm.signal_seconds} seconds before its end a job is asked to save, for which a stage may take "
+            f"{submitted.signal_seconds} seconds before its end a job is asked to save, for which a stage may take "
             f"launch.grace_seconds, {launch.grace_seconds}; take more"
         )
-        yield Fault(where="launch.slurm.signal_seconds", message=message)
-    if slurm.submit and slurm.time is not None and _seconds(slurm.time) <= slurm.signal_seconds:
-        message = f"{slurm.time!r} is over before a job would be asked to save, signal_seconds earlier; take more"
-        yield Fault(where="launch.slurm.time", message=message)
-    if slurm.submit and 0 < slurm.gpus < launch.num_processes:
-        message = f"{slurm.gpus} for {launch.num_processes} processes; take one for each: {launch.num_processes}"
-        yield Fault(where="launch.slurm.gpus", message=message)
-    if slurm.submit and not (slurm.gpus or launch.num_processes):
+        yield Fault(where="launch.backend.signal_seconds", message=message)
+    if submitted.time is not None and _seconds(submitted.time) <= submitted.signal_seconds:
+        message = f"{submitted.time!r} is over before a job would be asked to save, signal_seconds earlier; take more"
+        yield Fault(where="launch.backend.time", message=message)
+    if 0 < submitted.gpus < launch.num_processes:
+        message = f"{submitted.gpus} for {launch.num_processes} processes; take one for each: {launch.num_processes}"
+        yield Fault(where="launch.backend.gpus", message=message)
+    if not (submitted.gpus or launch.num_processes):
         message = "0 for one process on each GPU; say how many a job gets, or take launch.num_processes=1"
-        yield Fault(where="launch.slurm.gpus", message=message)
-    if slurm.submit and launch.num_machines > 1:
-        message = f"{launch.num_machines} machines: a job has one; start several by hand (docs/launching.md), or take 1"
-        yield Fault(where="launch.num_machines", message=message)
+        yield Fault(where="launch.backend.gpus", message=message)
 
 
 def _tracking_faults(tracking: TrackingConfig) -> Iterator[Fault]:

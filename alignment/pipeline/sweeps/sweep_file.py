@@ -20,7 +20,7 @@ from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Searc
 from alignment.config.typed import sweep_from_plain
 from alignment.core.errors import AlignmentError, ConfigError
 from alignment.core.fingerprint import digest
-from alignment.pipeline.backends import feasibility
+from alignment.pipeline.backends import feasibility, slurm
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.sweeps import objectives
 from alignment.pipeline.sweeps.objectives import Objective
@@ -181,15 +181,16 @@ def _unwatchable(pruning: PruningConfig, stages: Mapping[str, StageConfig]) -> s
 
 
 def _refuse_unwatched(launch: LaunchConfig, pruning: PruningConfig) -> None:
-    if not launch.slurm.submit:
+    submission = slurm.submission(launch)
+    if submission is None:
         return
-    if not launch.slurm.wait:
+    if not submission.wait:
         raise ConfigError(
-            "a sweep waits for its trials' jobs", where="launch.slurm.wait", remedy="leave it true, the default"
+            "a sweep waits for its trials' jobs", where="launch.backend.wait", remedy="leave it true, the default"
         )
     if pruning.pruner is not Pruner.none:
         raise ConfigError(
             "a trial whose stages are jobs of Slurm cannot be pruned: the jobs would go on",
             where="pruning.pruner",
-            remedy="take none, or leave out launch=slurm",
+            remedy="take none, or leave out launch/backend=slurm",
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 from alignment.config.launch import LaunchConfig
 from alignment.core import hardware
 from alignment.core.errors import ArtifactError, ConfigError
-from alignment.pipeline.backends import environment
+from alignment.pipeline.backends import environment, slurm
 from alignment.pipeline.execute.record import read_record
 from alignment.pipeline.execute.worker_protocol import tail
 
@@ -48,10 +48,10 @@ def shares(number: int, launch: LaunchConfig) -> list[Share]:
     """
     if number < 1:
         raise ConfigError(f"{number} is not allowed; 1 or more", where="--at-once")
-    if number > 1 and launch.num_machines > 1:
+    if number > 1 and launch.backend.num_machines > 1:
         raise ConfigError("trials on several machines run one after another", where="--at-once", remedy="leave it out")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    devices = [] if launch.slurm.submit else hardware.visible_devices()
+    devices = [] if slurm.submission(launch) is not None else hardware.visible_devices()
     each = len(devices) // number
     if devices and number > 1 and each < max(1, launch.num_processes):
         most = len(devices) // max(1, launch.num_processes)

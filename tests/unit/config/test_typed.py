@@ -28,7 +28,7 @@ def with_ppo(**fields: Any) -> dict[str, Any]:
 
 
 def with_slurm(**fields: Any) -> dict[str, Any]:
-    return {**with_stage(), "launch": {"slurm": fields}}
+    return {**with_stage(), "launch": {"backend": {"kind": "slurm", **fields}}}
 
 
 SLURM_WORD = "1 to 128 of A-Z a-z 0-9 . _ , -, beginning with a letter, a digit or _"
@@ -116,16 +116,30 @@ FAULTS = [
         ({**with_stage(), "name": name}, f"name: {name!r} is not allowed; {NAME.allowed}")
         for name in ("a\n#SBATCH --uid=0", "a;b", "$(id)")
     ),
-    (with_slurm(partition="a\nb"), f"launch.slurm.partition: 'a\\nb' is not allowed; {SLURM_WORD}"),
-    (with_slurm(account="a b"), f"launch.slurm.account: 'a b' is not allowed; {SLURM_WORD}"),
-    (with_slurm(qos="$(id)"), f"launch.slurm.qos: '$(id)' is not allowed; {SLURM_WORD}"),
-    (with_slurm(time="4h"), f"launch.slurm.time: '4h' is not allowed; {SLURM_TIME}"),
-    (with_slurm(time="4:00:00\n"), f"launch.slurm.time: '4:00:00\\n' is not allowed; {SLURM_TIME}"),
+    (with_slurm(partition="a\nb"), f"launch.backend.partition: 'a\\nb' is not allowed; {SLURM_WORD}"),
+    (with_slurm(account="a b"), f"launch.backend.account: 'a b' is not allowed; {SLURM_WORD}"),
+    (with_slurm(qos="$(id)"), f"launch.backend.qos: '$(id)' is not allowed; {SLURM_WORD}"),
+    (with_slurm(time="4h"), f"launch.backend.time: '4h' is not allowed; {SLURM_TIME}"),
+    (with_slurm(time="4:00:00\n"), f"launch.backend.time: '4:00:00\\n' is not allowed; {SLURM_TIME}"),
     (
         with_slurm(memory="64 GB"),
-        "launch.slurm.memory: '64 GB' is not allowed; a whole number with K, M, G or T, as in 64G",
+        "launch.backend.memory: '64 GB' is not allowed; a whole number with K, M, G or T, as in 64G",
     ),
-    (with_slurm(cpus=0), "launch.slurm.cpus: 0 is not allowed; a number above 0"),
+    (
+        with_slurm(rank=1),
+        "launch.backend.rank: unknown key; one of: kind, submit, partition, account, qos, time, gpus, "
+        "cpus, memory, signal_seconds, wait",
+    ),
+    (
+        with_slurm(machine_rank=1),
+        "launch.backend.machine_rank: kind 'slurm' has no such setting; launch/backend=machines has it",
+    ),
+    (with_slurm(kind=3), "launch.backend.kind: 3 is not allowed; one of: local, machines, slurm"),
+    (
+        {**with_stage(), "partition": "gpu"},
+        "partition: unknown key; did you mean 'launch.backend.partition'?",
+    ),
+    (with_slurm(cpus=0), "launch.backend.cpus: 0 is not allowed; a number above 0"),
     (
         with_ppo(scorers=[{"source": "reward"}, {"weigth": 2}]),
         "stages.ppo.scorers[1].weigth: unknown key; did you mean 'weight'?",

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.backend import MachinesBackend
 from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments, OptimConfig
 from alignment.config.replay import PtxConfig
@@ -90,7 +91,7 @@ def test_an_offload_that_nothing_reads_is_refused(offload: str, sharding: str, e
 
 
 def test_a_machine_that_is_not_among_them_is_refused() -> None:
-    assert found(SftConfig(), num_machines=2, machine_rank=1) == []
-    assert found(SftConfig(), num_machines=2, machine_rank=2) == [
-        "launch.machine_rank: 2 is no rank among 2 machines; the first is 0"
+    assert found(SftConfig(), backend=MachinesBackend(machine_rank=1)) == []
+    assert found(SftConfig(), backend=MachinesBackend(machine_rank=2)) == [
+        "launch.backend.machine_rank: 2 is no rank among 2 machines; the first is 0"
     ]

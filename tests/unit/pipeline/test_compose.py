@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from alignment.config.backend import Backend, LocalBackend, MachinesBackend, SlurmBackend
 from alignment.config.faults import Fault
 from alignment.config.run import RunConfig
 from alignment.config.scoring import ScorerConfig
@@ -23,7 +24,9 @@ STAGES = config_classes()
 
 ROOT = Path(__file__).parents[3]
 SWEEPS = "sweep"  # files of many runs, not choices of one
-FILES = sorted((path.parent.name, path.stem) for path in conf_folder().glob("*/*.yaml"))
+FILES = sorted(
+    (path.parent.relative_to(conf_folder()).as_posix(), path.stem) for path in conf_folder().glob("*/**/*.yaml")
+)
 CHOICES = [(group, choice) for group, choice in FILES if group != SWEEPS]
 
 
@@ -150,7 +153,7 @@ def test_misspellings_are_all_found() -> None:
 
 FAULTY = [
     ("lauch=local", "lauch: unknown key; did you mean 'launch'?"),
-    ("foo@bar=x", "foo@bar=x: no group 'foo'; one of: adapter, launch, model, stage, tracking"),
+    ("foo@bar=x", "foo@bar=x: no group 'foo'; one of: adapter, launch, launch/backend, model, stage, tracking"),
     (
         "adapter@stages.sfd.adapter=full",
         "adapter@stages.sfd.adapter=full: the recipe does not choose that; did you mean 'adapter@stages.sft.adapter'?",
@@ -160,7 +163,33 @@ FAULTY = [
         "tracking=[jsonl,wandbb]: no tracking 'wandbb'; did you mean 'wandb'?",
     ),
     ("tracking=[[wandb]]", "tracking=[[wandb]]: no tracking '['wandb']'; did you mean 'wandb'?"),
-    ("launch=[]", "launch=[]: no launch '[]'; one of: ddp, fsdp, local, slurm, zero1, zero2, zero3"),
+    ("launch=[]", "launch=[]: no launch '[]'; one of: ddp, fsdp, local, zero1, zero2, zero3"),
+    (
+        "launch=slurm",
+        "launch=slurm: no launch 'slurm'; one of: ddp, fsdp, local, zero1, zero2, zero3; where stages run is a choice "
+        "of its own now; write launch/backend=slurm",
+    ),
+    ("launch/backend=slrum", "launch/backend=slrum: no launch/backend 'slrum'; did you mean 'slurm'?"),
+    ("launch/bakend=slurm", "launch/bakend=slurm: no group 'launch/bakend'; did you mean 'launch/backend'?"),
+    (
+        "launch.backend=slurm",
+        "launch.backend: 'slurm' is no group of settings; choose launch/backend=slurm, or write {kind: slurm}",
+    ),
+    ("launch.backend.kind=slrum", "launch.backend.kind: 'slrum' is not allowed; did you mean 'slurm'?"),
+    (
+        "launch.backend.gpus=2",
+        "launch.backend.gpus: kind 'local' has no such setting; launch/backend=slurm has it",
+    ),
+    (
+        "launch.slurm.partition=gpu",
+        "launch.slurm.partition: unknown key; where stages run is a choice of its own now; write launch/backend=slurm "
+        "launch.backend.partition=gpu",
+    ),
+    (
+        "launch.num_machines=4",
+        "launch.num_machines: unknown key; where stages run is a choice of its own now; write launch/backend=machines "
+        "launch.backend.num_machines=4",
+    ),
     ("profile=smok", "profile=smok: no profile 'smok'; did you mean 'smoke'?"),
     ("~profile", "~profile: write profile=NAME, once"),
     ("profile@stages=smoke", "profile@stages=smoke: write profile=NAME, once"),
@@ -259,6 +288,7 @@ def test_self_before_the_end_of_a_recipe_is_refused(tmp_path: Path) -> None:
         ("defaults: [nowhere]", "nowhere"),
         ("defaults: [base, stage@stages.sft: sfft]", "Could not find 'stage/sfft'; did you mean 'sft'?"),
         ("defaults: [base, launch: lokal]", "; did you mean 'local'?"),
+        ("defaults: [base, override /launch: slurm]", "; write launch/backend=slurm"),
     ],
 )
 def test_a_recipe_that_is_none_says_so(tmp_path: Path, text: str, message: str) -> None:
@@ -319,6 +349,44 @@ def test_what_could_run_code_is_refused_inside_lists_too() -> None:
     assert any("is not taken" in fault for fault in faults("stages.ppo.scorers=[{_target_: os.system}]"))
 
 
+# ---- where processes run, beside how they share a model ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharding", ["local", "ddp", "zero1", "zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize(
+    ("choice", "backend"), [("local", LocalBackend()), ("machines", MachinesBackend()), ("slurm", SlurmBackend())]
+)
+def test_every_sharding_goes_with_every_backend(sharding: str, choice: str, backend: Backend) -> None:
+    for calls in (
+        [f"launch={sharding}", f"launch/backend={choice}"],
+        [f"launch/backend={choice}", f"launch={sharding}"],
+    ):
+        launch = composed("quickstart", *calls).launch
+        assert launch.backend == backend
+        assert launch.sharding.value == ("none" if sharding in ("local", "ddp") else sharding)
+        assert launch.num_processes == (1 if sharding == "local" else 0)
+
+
+def test_a_backend_that_is_chosen_replaces_what_a_recipe_says_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "launch/backend").mkdir(parents=True)
+    (tmp_path / "launch/backend/ours.yaml").write_text("defaults: [slurm, _self_]\npartition: gpu\ngpus: 4\n")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "defaults: [quickstart, override /launch: zero3, override /launch/backend: ours, _self_]\n"
+        "launch: {backend: {gpus: 8, time: '1:00:00'}}\n"
+    )
+    assert composed(str(recipe)).launch.backend == SlurmBackend(partition="gpu", gpus=8, time="1:00:00")
+    assert composed(str(recipe), "launch.backend.gpus=2").launch.backend.gpus == 2  # type: ignore[union-attr]
+    for choice in (["launch/backend=local"], ["profile=smoke"]):
+        assert composed(str(recipe), *choice).launch.backend == LocalBackend()
+    assert composed(str(recipe), "launch/backend=slurm").launch.backend == SlurmBackend()
+    ours = composed(str(recipe), "profile=smoke", "launch/backend=ours", "launch.backend.wait=false").launch.backend
+    assert ours == SlurmBackend(partition="gpu", gpus=4, wait=False)
+    assert faults("launch/backend=local", "launch.backend.gpus=2", recipe=str(recipe)) == [
+        "launch.backend.gpus: kind 'local' has no such setting; launch/backend=slurm has it"
+    ]
+
+
 # ---- profiles -------------------------------------------------------------------------------------------------------
 
 
@@ -345,8 +413,10 @@ def test_the_smoke_profile_has_values_for_every_kind_of_stage() -> None:
 @pytest.mark.parametrize("recipe", ["quickstart", "tldr_1b_ppo"])
 @pytest.mark.parametrize(("processes", "machines"), [(1, 1), (2, 1), (3, 1), (2, 4)])
 def test_a_smoke_run_of_several_processes_has_something_for_each(recipe: str, processes: int, machines: int) -> None:
-    told = ("profile=smoke", "launch=zero2", f"launch.num_processes={processes}", f"launch.num_machines={machines}")
-    config, every = composed(recipe, *told), processes * machines
+    meeting = ("launch/backend=machines", f"launch.backend.num_machines={machines}") if machines > 1 else ()
+    config = composed(recipe, "profile=smoke", "launch=zero2", f"launch.num_processes={processes}", *meeting)
+    every = processes * machines
+    assert config.launch.world_size == every
     for name, stage in config.stages.items():
         if isinstance(stage, PpoConfig):
             assert not list(size_faults(stage, every, name))

@@ -10,23 +10,25 @@ from pathlib import Path
 
 import pytest
 
+from alignment.config.backend import SlurmBackend
 from alignment.core.errors import ConfigError
 from alignment.core.resources import shipped
+from alignment.pipeline.backends import command, slurm
 from alignment.pipeline.backends.slurm_job_file import render
 from alignment.pipeline.plan.plan import Plan
 from tests.unit.pipeline.conftest import MakePlan
 
 ASKED = (
-    "launch=slurm",
+    "launch/backend=slurm",
     "launch.num_processes=2",
-    "launch.slurm.partition='gpu,long'",
-    "launch.slurm.account=lab_7",
-    "launch.slurm.qos=normal",
-    "launch.slurm.time=1-12:00:00",
-    "launch.slurm.gpus=2",
-    "launch.slurm.cpus=16",
-    "launch.slurm.memory=128G",
-    "launch.slurm.signal_seconds=600",
+    "launch.backend.partition='gpu,long'",
+    "launch.backend.account=lab_7",
+    "launch.backend.qos=normal",
+    "launch.backend.time=1-12:00:00",
+    "launch.backend.gpus=2",
+    "launch.backend.cpus=16",
+    "launch.backend.memory=128G",
+    "launch.backend.signal_seconds=600",
 )
 GOLDEN = """\
 #!/bin/bash
@@ -54,7 +56,7 @@ trap 'ended_by_slurm=yes' TERM
 cd '/home/of user' || exit 2
 code=0
 srun --ntasks=1 --kill-on-bad-exit=1 --cpus-per-task=16 {python} -u -m alignment.cli run quickstart --stage dpo {told} \
-launch.slurm.submit=false || code=$?
+launch.backend.submit=false || code=$?
 
 # 75: the stage was asked to stop and has saved. 143: the driver was asked before it had begun. Queued again, the job
 # goes on from the last checkpoint.
@@ -90,8 +92,21 @@ def test_a_job_file_says_all_that_was_asked_for(plan: MakePlan) -> None:
     )
 
 
+def test_a_job_of_sharded_processes_asks_for_their_gpus_and_starts_them_itself(plan: MakePlan) -> None:
+    made = plan("launch=zero3", "launch/backend=slurm", "launch.backend.gpus=4")
+    text = rendered(made)
+    assert "--gpus-per-node=4" in directives(text)
+    (line,) = (line for line in text.splitlines() if line.startswith("srun "))
+    words = shlex.split(line.partition(" || ")[0])
+    inside = plan(*words[words.index("dpo") + 1 :])
+    assert inside.config.launch.sharding.value == "zero3"
+    assert slurm.submission(made.config.launch) == SlurmBackend(gpus=4)
+    assert slurm.submission(inside.config.launch) is None
+    assert command.with_processes(inside.config.launch, num_devices=4).num_processes == 4
+
+
 def test_what_was_not_asked_for_is_left_to_the_cluster(plan: MakePlan) -> None:
-    names = [one.partition("=")[0] for one in directives(rendered(plan("launch=slurm")))]
+    names = [one.partition("=")[0] for one in directives(rendered(plan("launch/backend=slurm")))]
     assert names == ["--job-name", "--output", "--open-mode", "--requeue", "--signal", "--nodes", "--ntasks"]
 
 
@@ -108,7 +123,7 @@ def test_launch_settings_change_no_result(plan: MakePlan) -> None:
 
 @pytest.mark.parametrize("name", ["a\n#SBATCH --uid=0", "a;b", "$(id)", "a b", "a'b", 'a"b'])
 def test_a_name_that_slurm_or_a_shell_would_read_gets_into_no_job_file(plan: MakePlan, name: str) -> None:
-    made = plan("launch=slurm")
+    made = plan("launch/backend=slurm")
     hostile = dataclasses.replace(made, config=dataclasses.replace(made.config, name=name))
     with pytest.raises(ConfigError, match="cannot stand in a job file"):
         rendered(hostile)
@@ -116,12 +131,12 @@ def test_a_name_that_slurm_or_a_shell_would_read_gets_into_no_job_file(plan: Mak
 
 def test_a_folder_with_a_space_is_refused_with_the_remedy(plan: MakePlan, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        rendered(plan("launch=slurm", f"output='{tmp_path}/two words'"))
+        rendered(plan("launch/backend=slurm", f"output='{tmp_path}/two words'"))
     assert "output=FOLDER names another folder" in str(caught.value)
 
 
 def test_a_percent_sign_in_a_folder_is_no_pattern_of_slurm(plan: MakePlan, tmp_path: Path) -> None:
-    text = rendered(plan("launch=slurm", f"output='{tmp_path}/100%j'"))
+    text = rendered(plan("launch/backend=slurm", f"output='{tmp_path}/100%j'"))
     assert f"--output={tmp_path}/100%%j/runs/quickstart/dpo/slurm-%j.log" in directives(text)
 
 
@@ -152,7 +167,7 @@ def execute(text: str, folder: Path, *, code: int, ended: bool = False) -> tuple
 def test_only_a_job_that_saved_and_was_not_ended_by_slurm_queues_itself_again(
     plan: MakePlan, tmp_path: Path, code: int, ended: bool, requeued: bool
 ) -> None:
-    found, scontrol = execute(rendered(plan("launch=slurm"), folder=tmp_path), tmp_path, code=code, ended=ended)
+    found, scontrol = execute(rendered(plan("launch/backend=slurm"), folder=tmp_path), tmp_path, code=code, ended=ended)
     assert found == code
     assert scontrol.exists() == requeued
     assert not requeued or scontrol.read_text() == "requeue 12\n"
@@ -160,10 +175,10 @@ def test_only_a_job_that_saved_and_was_not_ended_by_slurm_queues_itself_again(
 
 def test_every_word_reaches_the_driver_as_it_was_written(plan: MakePlan, tmp_path: Path) -> None:
     summary = 'summary="it\'s; $(touch here) `x` \\n"\n'
-    made = dataclasses.replace(plan("launch=slurm"), overrides=(summary,))
+    made = dataclasses.replace(plan("launch/backend=slurm"), overrides=(summary,))
     execute(rendered(made, folder=tmp_path), tmp_path, code=0)
     words = (tmp_path / "srun").read_text().split("\0")
-    assert words[words.index("dpo") + 1 :] == [summary, "launch.slurm.submit=false", ""]
+    assert words[words.index("dpo") + 1 :] == [summary, "launch.backend.submit=false", ""]
     assert not (tmp_path / "here").exists()
 
 

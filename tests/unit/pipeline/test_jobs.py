@@ -84,11 +84,11 @@ Submit = Callable[..., str]
 
 @pytest.fixture
 def submit(fakes: Fakes, overrides: list[str]) -> Submit:
-    """``align run quickstart launch=slurm`` that does not wait; returns what it prints."""
+    """``align run quickstart launch/backend=slurm`` that does not wait; returns what it prints."""
 
     def call(*more: str, only: str | None = None, code: int = 0) -> str:
         screen = StringIO()
-        told = [*overrides, "launch=slurm", "launch.slurm.wait=false", *more]
+        told = [*overrides, "launch/backend=slurm", "launch.backend.wait=false", *more]
         assert run("quickstart", told, console=Console(file=screen, width=120), only=only) == code
         return screen.getvalue()
 
@@ -139,10 +139,10 @@ def test_without_slurm_the_command_says_so(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cli.main(["run", "quickstart", *overrides, "launch=slurm"]) == 2
+    assert cli.main(["run", "quickstart", *overrides, "launch/backend=slurm"]) == 2
     assert capsys.readouterr().err == (
-        "configuration: launch.slurm.submit: there is no sbatch on this machine\n"
-        "  → call it on a login node of the cluster, load its slurm module, or take launch=local\n"
+        "configuration: launch.backend: there is no sbatch on this machine\n"
+        "  → call it on a login node of the cluster, load its slurm module, or take launch/backend=local\n"
     )
 
 
@@ -151,19 +151,19 @@ def test_a_refusal_of_slurm_is_shown_and_cancels_what_was_submitted(
 ) -> None:
     monkeypatch.setenv("REFUSED", "13")
     with pytest.raises(ConfigError) as caught:
-        submit("launch.slurm.partition=gpu")
+        submit("launch.backend.partition=gpu")
     assert "sbatch refused it: sbatch: error: invalid partition specified: gpu" in str(caught.value)
     assert caught.value.where == str(run_folder / "dpo/stage.sbatch")
     assert fakes.cancelled() == ["11", "12"]
     assert slurm_jobs.read_jobs(run_folder) == {}
 
 
-@pytest.mark.parametrize("launch", ["slurm", "local"])
-def test_a_run_whose_jobs_wait_is_not_started_twice(submit: Submit, fakes: Fakes, launch: str) -> None:
+@pytest.mark.parametrize("submitted", ["true", "false"])
+def test_a_run_whose_jobs_wait_is_not_started_twice(submit: Submit, fakes: Fakes, submitted: str) -> None:
     submit()
     fakes.answers(["11 COMPLETED 0:0 None", "12 PENDING 0:0 Priority"])
     with pytest.raises(Busy, match=r"Slurm has jobs of this run: reward \(job 12\)") as caught:
-        submit(f"launch={launch}", "launch.num_processes=1")
+        submit(f"launch.backend.submit={submitted}")
     assert caught.value.remedy == "`align status quickstart` shows them, `scancel 12` ends them"
     assert len(fakes.submitted()) == 6
     fakes.answers(["11 COMPLETED 0:0 None", "12 CANCELLED 0:15 None"])
@@ -173,7 +173,7 @@ def test_a_run_whose_jobs_wait_is_not_started_twice(submit: Submit, fakes: Fakes
 
 def test_leaving_a_chain_leaves_its_jobs(submit: Submit, fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm_jobs, "follow", _interrupted)
-    assert "the jobs go on: `align status quickstart`" in submit("launch.slurm.wait=true", code=130)
+    assert "the jobs go on: `align status quickstart`" in submit("launch.backend.wait=true", code=130)
     assert fakes.cancelled() == []
 
 
@@ -185,7 +185,7 @@ def test_a_chain_that_was_waited_for_ends_with_its_results(
     submit: Submit, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slurm_jobs, "follow", lambda *_: (run_folder / "report.html").touch())
-    assert f"report: {run_folder / 'report.html'}" in submit("launch.slurm.wait=true")
+    assert f"report: {run_folder / 'report.html'}" in submit("launch.backend.wait=true")
 
 
 class Screen:
@@ -210,7 +210,7 @@ class Screen:
 @pytest.fixture
 def sft(fakes: Fakes, overrides: list[str]) -> Plan:
     """A plan of which SFT was submitted as job 11."""
-    plan = make_plan("quickstart", [*overrides, "launch=slurm"])
+    plan = make_plan("quickstart", [*overrides, "launch/backend=slurm"])
     plan.run_folder.mkdir(parents=True)
     RunRecord(plan)
     return plan

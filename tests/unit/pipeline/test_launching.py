@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from alignment.config.backend import MachinesBackend, SlurmBackend
 from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments, OptimConfig
 from alignment.core.errors import ConfigError
@@ -39,9 +40,9 @@ def test_pages_are_refused_without_a_gpu() -> None:
 
 def test_a_batch_is_split_over_all_machines() -> None:
     fits, does_not = (SftConfig(optim=OptimConfig(lr=1e-4, batch_size=size)) for size in (8, 6))
-    refuse(stage(fits), num_processes=2, num_machines=2)
+    refuse(stage(fits), num_processes=2, backend=MachinesBackend())
     with pytest.raises(ConfigError, match=r"stages\.it\.optim\.batch_size: 6 does not divide by 4 processes"):
-        refuse(stage(fits), stage(does_not), num_processes=2, num_machines=2)
+        refuse(stage(fits), stage(does_not), num_processes=2, backend=MachinesBackend())
 
 
 def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +56,9 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_an_evaluation_and_a_report_want_one_process_or_none() -> None:
     """They run as jobs of their own with one GPU, or none, behind stages that had several."""
-    launch = LaunchConfig(num_processes=0, num_machines=2, sharding=Sharding.zero3, offload=Offload.weights, threads=3)
+    launch = LaunchConfig(
+        num_processes=0, backend=MachinesBackend(), sharding=Sharding.zero3, offload=Offload.weights, threads=3
+    )
     assert feasibility.of_stage(launch, JUDGED, num_devices=1) == LaunchConfig(threads=3)
     assert feasibility.of_stage(launch, RewardCardConfig(), num_devices=1) == LaunchConfig(threads=3)
     assert feasibility.of_stage(launch, SftConfig(), num_devices=4).num_processes == 4
@@ -65,3 +68,9 @@ def test_an_evaluation_and_a_report_want_one_process_or_none() -> None:
         refuse(stage(SftConfig()), num_processes=2, num_devices=1)
     with pytest.raises(ConfigError, match="this machine has none"):
         refuse(stage(SftConfig()), num_processes=0)
+
+
+def test_a_job_finds_the_gpus_that_it_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feasibility.hardware, "count_devices", lambda: 1)
+    for backend, found in ((SlurmBackend(gpus=8), 8), (SlurmBackend(gpus=8, submit=False), 1), (MachinesBackend(), 1)):
+        assert feasibility.devices_for(LaunchConfig(backend=backend)) == found

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from alignment.config.backend import MachinesBackend
 from alignment.config.launch import LaunchConfig
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import ConfigError, StageError
@@ -23,7 +24,7 @@ from alignment.pipeline.plan.plan import Action
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.sft.config import SftConfig
 
-LAUNCH = LaunchConfig(num_machines=2, machine_rank=1)
+LAUNCH = LaunchConfig(backend=MachinesBackend(machine_rank=1))
 
 
 class Shared:
@@ -56,7 +57,7 @@ class Shared:
     def command(self, launch: LaunchConfig, stage_file: Path) -> Command:
         """A launcher's stand-in that notes that it ran."""
         assert stage_file == self.plan.run_folder / "sft" / "stage.yaml"
-        code = f"open({str(self.started)!r}, 'a').write('{launch.machine_rank}\\n')"
+        code = f"open({str(self.started)!r}, 'a').write('{launch.backend.machine_rank}\\n')"
         return Command(argv=(sys.executable, "-c", code), environment={})
 
     def follow(self) -> int:

@@ -192,7 +192,9 @@ def test_a_scorer_finds_the_variables_that_its_launcher_sets(
 def test_other_machines_see_that_the_first_one_lives_while_it_tries(
     plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned = plan("launch=ddp", "launch.num_machines=2", "launch.num_processes=1", "launch.main_address=first")
+    planned = plan(
+        "launch=ddp", "launch.num_processes=1", "launch/backend=machines", "launch.backend.main_address=first"
+    )
 
     def execute(command: Command, *, log: Path, on_poll: Callable[[], None], **_: Any) -> int:
         on_poll()

@@ -433,13 +433,15 @@ def test_a_run_without_a_reward_model_shows_none(overrides: list[str]) -> None:
 
 def test_stages_run_one_by_one_make_what_they_make_together(align: Align) -> None:
     for number, stage in enumerate(STAGES, start=1):
-        code, printed = align("launch.slurm.submit=false", only=stage)
+        code, printed = align("launch/backend=slurm", "launch.backend.submit=false", only=stage)
         assert code == 0
         assert align.states() == {name: "done" if name in STAGES[:number] else "waiting" for name in STAGES}
         assert align.record()["state"] == ("done" if stage == "report" else "waiting")
     assert "dpo against sft: +0.080" in printed
     assert all(stage["seconds"] is not None for stage in align.record()["stages"].values())
-    assert align.record()["overrides"] == align.overrides, "how a job calls the driver is not what the user wrote"
+    assert align.record()["overrides"] == [*align.overrides, "launch/backend=slurm"], (
+        "how a job calls the driver is not what the user wrote"
+    )
 
 
 DOUBT = "reward: right on 40% of 30 held-out pairs, no better than chance (50%): "

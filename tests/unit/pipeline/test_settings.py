@@ -42,20 +42,22 @@ def test_adapters_that_can_are_not(plan: MakePlan) -> None:
 @pytest.mark.parametrize(
     ("told", "words"),
     [
-        (["launch.slurm.signal_seconds=120"], "launch.slurm.signal_seconds: 120 seconds before its end a job is asked"),
-        (["launch.slurm.time=0:05:00"], "launch.slurm.time: '0:05:00' is over before a job would be asked to save"),
         (
-            ["launch.slurm.gpus=1", "launch.num_processes=2"],
-            "launch.slurm.gpus: 1 for 2 processes; take one for each: 2",
+            ["launch.backend.signal_seconds=120"],
+            "launch.backend.signal_seconds: 120 seconds before its end a job is asked",
         ),
-        (["launch.num_processes=0"], "launch.slurm.gpus: 0 for one process on each GPU"),
-        (["launch.num_machines=2"], "launch.num_machines: 2 machines: a job has one"),
+        (["launch.backend.time=0:05:00"], "launch.backend.time: '0:05:00' is over before a job would be asked to save"),
+        (
+            ["launch.backend.gpus=1", "launch.num_processes=2"],
+            "launch.backend.gpus: 1 for 2 processes; take one for each: 2",
+        ),
+        (["launch.num_processes=0"], "launch.backend.gpus: 0 for one process on each GPU"),
     ],
 )
 def test_a_job_that_would_fail_after_it_has_waited_is_refused(plan: MakePlan, told: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        plan("launch=slurm", *told)
-    plan(*told)  # nothing is submitted, so that nothing of it counts
+        plan("launch/backend=slurm", *told)
+    plan("launch/backend=slurm", *told, "launch.backend.submit=false")  # as in the job, whose limits count no more
 
 
 def test_a_tracker_that_is_not_installed_is_refused_with_the_command_that_installs_it(

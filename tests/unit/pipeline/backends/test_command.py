@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from alignment.config.backend import MachinesBackend
 from alignment.config.launch import LaunchConfig, LauncherKind, Sharding
 from alignment.core.errors import ConfigError
 from alignment.core.hardware import visible_devices
@@ -43,7 +44,7 @@ LOCAL, DDP = (str(shipped("launch") / "accelerate" / name) for name in ("local.y
         ({"sharding": Sharding.zero3}, 1, f"{TORCHRUN.format(1)} {WORKER}"),
         ({"sharding": Sharding.fsdp, "num_processes": 2}, 0, f"{TORCHRUN.format(2)} {WORKER}"),
         (
-            {"num_processes": 8, "num_machines": 2, "machine_rank": 1, "main_address": "10.0.0.1", "main_port": 4000},
+            {"num_processes": 8, "backend": MachinesBackend(machine_rank=1, main_address="10.0.0.1", main_port=4000)},
             8,
             "-m torch.distributed.run --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 4000 "
             f"--nproc_per_node 8 {WORKER}",
@@ -57,21 +58,19 @@ def test_the_launcher_suits_the_machine(told: dict[str, Any], devices: int, expe
 @pytest.mark.parametrize(
     ("told", "devices", "why"),
     [
-        ({"kind": "accelerate", "num_processes": 2}, 0, "accelerate starts one process"),
-        ({"kind": "accelerate", "sharding": "zero2"}, 1, "zero2 needs a process group"),
-        ({"kind": "accelerate", "num_machines": 2}, 1, "several machines are started by torchrun"),
+        ({"num_processes": 2}, 0, "accelerate starts one process"),
+        ({"sharding": Sharding.zero2}, 1, "zero2 needs a process group"),
+        ({"backend": MachinesBackend()}, 1, "several machines are started by torchrun"),
     ],
 )
 def test_what_a_launcher_does_not_start_is_refused(told: dict[str, Any], devices: int, why: str) -> None:
-    kinds = {"kind": LauncherKind, "sharding": Sharding}
-    launch = LaunchConfig(**{name: kinds.get(name, int)(value) for name, value in told.items()})
     with pytest.raises(ConfigError, match=why) as caught:
-        argv(launch, num_devices=devices)
+        argv(LaunchConfig(kind=LauncherKind.accelerate, **told), num_devices=devices)
     assert "launch.kind=torchrun" in caught.value.remedy
 
 
 def test_one_process_for_each_gpu_is_counted_and_refused_without_any() -> None:
-    launch = LaunchConfig(num_processes=0, num_machines=2)
+    launch = LaunchConfig(num_processes=0, backend=MachinesBackend())
     assert with_processes(launch, num_devices=4).num_processes == 4
     assert with_processes(launch, num_devices=4).world_size == 8
     assert with_processes(LaunchConfig(num_processes=3), num_devices=4).num_processes == 3

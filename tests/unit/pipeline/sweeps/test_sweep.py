@@ -230,7 +230,7 @@ def test_stages_that_measure_learn_nothing_to_prune_by(runs: Runs, tmp_path: Pat
 def test_jobs_of_slurm_are_not_pruned(runs: Runs, tmp_path: Path) -> None:
     file = own(runs, tmp_path, pruning={"pruner": "median", "stage": "dpo"})
     with pytest.raises(ConfigError, match="stages are jobs of Slurm cannot be pruned"):
-        go(runs, file, "launch=slurm")
+        go(runs, file, "launch/backend=slurm")
 
 
 def test_figures_that_the_check_refuses_are_not_offered(runs: Runs, tmp_path: Path) -> None:

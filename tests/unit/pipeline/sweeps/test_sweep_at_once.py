@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from alignment.config.launch import LaunchConfig, SlurmConfig
+from alignment.config.backend import MachinesBackend, SlurmBackend
+from alignment.config.launch import LaunchConfig
 from alignment.core.errors import Busy, ConfigError
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps import trials as shared
@@ -220,7 +221,7 @@ def test_the_machine_is_shared_out_in_equal_parts(machine: Any) -> None:
     parts = shares(2, LaunchConfig(num_processes=2))
     assert [one.devices for one in parts] == [("4", "5"), ("6", "7")]
     assert [sorted(one.cores) for one in shares(3, LaunchConfig())] == [[0], [1], [0]]
-    jobs = LaunchConfig(slurm=SlurmConfig(submit=True))
+    jobs = LaunchConfig(backend=SlurmBackend())
     assert [one.devices for one in shares(8, jobs)] == [None] * 8, "jobs have their own"
 
 
@@ -230,7 +231,7 @@ def test_the_machine_is_shared_out_in_equal_parts(machine: Any) -> None:
         (0, LaunchConfig(), "1 or more"),
         (3, LaunchConfig(), "3 trials of 1 processes, but this machine has 2 GPUs"),
         (2, LaunchConfig(num_processes=2), "--at-once 1"),
-        (2, LaunchConfig(num_machines=2), "several machines"),
+        (2, LaunchConfig(backend=MachinesBackend()), "several machines"),
     ],
 )
 def test_a_machine_that_cannot_be_shared_so_is_refused(

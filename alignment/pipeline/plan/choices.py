@@ -1,0 +1,122 @@
+"""Which files of ``conf/`` a call chooses, by overrides of groups and by a profile, as Hydra takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose as hydra_compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import Fault
+from alignment.config.replaced_keys import instead_of_choice
+from alignment.config.store import BACKEND, GROUPS, SEVERAL, conf_folder, recipes_folder
+from alignment.pipeline.plan import profile as profiles
+from alignment.pipeline.plan.profile import Profile
+
+
+def is_group(override: Override) -> bool:
+    """Whether an override picks a file (``launch=zero2``, ``adapter@stages.sft.adapter=full``)."""
+    is_path = override.package is not None or "/" in override.key_or_group
+    return not is_profile(override) and (is_path or override.key_or_group in GROUPS)
+
+
+def is_profile(override: Override) -> bool:
+    """Whether an override picks a profile (``profile=smoke``)."""
+    return override.key_or_group == profiles.GROUP
+
+
+def profile(path: Path, search: str, overrides: list[Override]) -> tuple[Profile | None, list[Fault]]:
+    """The profile that the command line asks for, and what is wrong with how it does.
+
+    Raises:
+        ConfigError: its file has another form.
+    """
+    if not overrides:
+        return None, []
+    where = " ".join(str(override.input_line) for override in overrides)
+    if len(overrides) > 1 or overrides[0].is_delete() or overrides[0].package is not None:
+        return None, [Fault(where=where, message=f"write {profiles.GROUP}=NAME, once")]
+    loader = GlobalHydra.instance().config_loader()
+    known = loader.get_group_options(profiles.GROUP, config_name=path.stem, overrides=[search])
+    name = str(overrides[0].value())
+    if name not in known:
+        return None, [Fault(where=where, message=f"no {profiles.GROUP} '{name}'; {suggestion(name, known)}")]
+    return profiles.read(name, [path.parent, conf_folder(), recipes_folder()]), []
+
+
+def backend(search: str, groups: Sequence[str]) -> DictConfig | None:
+    """What the file of a backend says that was chosen beside the recipe. It replaces what the recipe says of its own:
+    the settings of one backend mean nothing to another."""
+    chosen = [override for override in groups if override.startswith(f"{BACKEND}=")]
+    if not chosen:
+        return None
+    settings: DictConfig = hydra_compose(overrides=[search, f"+{chosen[-1]}"]).launch.backend
+    return settings
+
+
+def with_profile(overrides: list[Override], chosen: Profile | None) -> list[Override]:
+    """The user's choices of files, and the profile's of groups that the user left alone."""
+    taken = {override.key_or_group for override in overrides}
+    files = chosen.choices if chosen is not None else {}
+    parser = OverridesParser.create()
+    added = [parser.parse_override(f"{group}={file}") for group, file in files.items() if group not in taken]
+    return [*added, *overrides]
+
+
+def expanded(name: str, search: str, overrides: list[Override]) -> tuple[list[str], list[Fault]]:
+    """Group overrides as Hydra takes them, and what is wrong with the others.
+
+    A bare ``adapter=full`` becomes one override for every stage that picks an adapter.
+    """
+    if not overrides:
+        return [], []
+    loader = GlobalHydra.instance().config_loader()
+    defaults = loader.compute_defaults_list(config_name=name, overrides=[search], run_mode=RunMode.RUN)
+    keys = [str(key) for key in defaults.overrides.known_choices if not str(key).startswith("hydra/")]
+    files = {group: loader.get_group_options(group, config_name=name, overrides=[search]) for group in GROUPS}
+    accepted, faults = [], []
+    for override in overrides:
+        expanded, fault = _expand(override, keys, files)
+        accepted.extend(expanded)
+        if fault is not None:
+            faults.append(fault)
+    return accepted, faults
+
+
+def _expand(override: Override, keys: list[str], files: dict[str, list[str]]) -> tuple[list[str], Fault | None]:
+    group, choice = override.key_or_group, override.value()
+    where = str(override.input_line)
+    if group not in GROUPS:
+        return [], Fault(where=where, message=f"no group '{group}'; {suggestion(group, GROUPS)}")
+    if override.is_delete():
+        return [], Fault(where=where, message="a group cannot be removed; choose another of its files")
+    names = choice if isinstance(choice, list) and group in SEVERAL else [choice]
+    for name in names:
+        if name not in files[group]:
+            return [], Fault(where=where, message=f"no {group} '{name}'; {_instead(group, str(name), files[group])}")
+    if override.is_add():
+        return [where], None
+    wanted = override.get_key_element()
+    matching = [key for key in keys if key == wanted or (override.package is None and key.split("@")[0] == group)]
+    if not matching:
+        return [], Fault(where=where, message=f"the recipe does not choose that; {suggestion(wanted, keys)}")
+    value = f"[{','.join(map(str, names))}]" if isinstance(choice, list) else choice
+    return [f"{key}={value}" for key in matching], None
+
+
+def _instead(group: str, choice: str, options: Sequence[str]) -> str:
+    replaced = instead_of_choice(group, choice)
+    return suggestion(choice, options) if replaced is None else f"one of: {', '.join(options)}; {replaced}"
+
+
+def nearest_file(error: MissingConfigException) -> str:
+    """What the name in ``defaults`` may have meant."""
+    group, _, missing = (error.missing_cfg_file or "").rpartition("/")
+    return f"; {_instead(group, missing, error.options)}" if missing and error.options else ""
