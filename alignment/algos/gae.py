@@ -17,7 +17,7 @@ def leave_one_out(scores: Tensor, group: int) -> Tensor:
 
 
 def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, *, kl_coefficient: float) -> Tensor:
-    """``[rows, tokens]``: minus the price of KL on every counted token, plus the score on the last one.
+    """``[rows, tokens]``: minus the KL times its coefficient on every counted token, plus the score on the last one.
 
     Args:
         scores: ``[rows]`` of whole answers.

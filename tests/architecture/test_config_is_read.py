@@ -97,12 +97,12 @@ def test_every_field_is_read(cls: type, read: Reads) -> None:
 
 def test_a_field_of_another_class_does_not_count() -> None:
     """Where PPO's clip is read no more, that of its scorers still is."""
-    trainer, rewards = PACKAGE / "stages/ppo/trainer.py", PACKAGE / "rewards/build.py"
-    text = trainer.read_text(encoding="utf-8")
+    stage, rewards = PACKAGE / "stages/ppo/run.py", PACKAGE / "rewards/build.py"
+    text = stage.read_text(encoding="utf-8")
     others = [source(path) for path in (*PACKAGE.glob("config/*.py"), rewards)]
-    clips = [("alignment.config.stage.PpoConfig", "clip"), ("alignment.config.scoring.ScorerConfig", "clip")]
-    for changed, expected in ((text, [True, True]), (text.replace("self.config.clip", "0.2"), [False, True])):
-        found = attributes_read([*others, source(trainer, changed)])
+    clips = [("alignment.stages.ppo.config.PpoConfig", "clip"), ("alignment.config.scoring.ScorerConfig", "clip")]
+    for changed, expected in ((text, [True, True]), (text.replace("config.clip", "0.2"), [False, True])):
+        found = attributes_read([*others, source(stage, changed)])
         assert [clip in found for clip in clips] == expected
 
 

@@ -24,7 +24,7 @@ from alignment.config.scoring import ScorerConfig
 from alignment.config.stage import StageConfig
 from alignment.job import StageInput, StageSpec
 from alignment.stages.ppo.config import KlConfig, KlControl
-from alignment.stages.ppo.trainer import PpoTrainer
+from alignment.stages.ppo.learn import Learner
 from alignment.training.context import StageContext
 from alignment.training.rl.experience import Experience
 from alignment.training.sharding import sharding_arguments
@@ -60,13 +60,13 @@ def ragged(config: Any) -> StageConfig:
 def cuts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Of each minibatch from now on: the micro-batches that two processes would cut, were there two."""
     found: list[list[int]] = []
-    backward = PpoTrainer._backward
+    backward = Learner._backward
 
-    def noted(self: PpoTrainer, model: Any, experience: Experience, prompts: list[int], **told: Any) -> None:
-        found.append([len(self._pieces(experience, prompts[rank::2])) for rank in range(2)])
-        backward(self, model, experience, prompts, **told)
+    def noted(self: Learner, model: Any, experience: Experience, prompts: list[int], **how: Any) -> None:
+        found.append([len(self._cut(experience, prompts[rank::2])) for rank in range(2)])
+        backward(self, model, experience, prompts, **how)
 
-    monkeypatch.setattr(PpoTrainer, "_backward", noted)
+    monkeypatch.setattr(Learner, "_backward", noted)
     return found
 
 

@@ -13,10 +13,24 @@ MUTATIONS = [
         COLUMNS,
         (
             "running means of scores are forgotten over a resume",
-            'self.rewards.restore(state["rewards"])',
+            'self.collector.rewards.restore(state["rewards"])',
             "pass",
             "test_running_means_of_scores_go_on_over_a_resume",
         ),
+    ),
+    *in_file(
+        "stages/ppo/collect.py",
+        COLUMNS,
+        (
+            "running means never take in a batch of scores",
+            "        self.rewards.observe(by_scorer)\n",
+            "",
+            "test_running_means_of_scores_go_on_over_a_resume",
+        ),
+    ),
+    *in_file(
+        "stages/ppo/report.py",
+        COLUMNS,
         (
             "PPO's KL has the other sign",
             '"objective/kl": kl,',
@@ -26,7 +40,7 @@ MUTATIONS = [
         (
             "PPO's KL is read from its k3 estimate",
             '"objective/kl": kl,',
-            '"objective/kl": k3(logprobs, reference) * mask,',
+            '"objective/kl": (k3(batch.logprobs, batch.reference_logprobs) * mask).sum(-1),',
             "test_the_kl_is_that_of_the_sampled_answers_by_value",
         ),
     ),
@@ -51,7 +65,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/ppo/trainer.py",
+        "stages/ppo/learn.py",
         PPO,
         (
             "PPO's minibatches have one order in all epochs",
@@ -61,45 +75,57 @@ MUTATIONS = [
         ),
         (
             "a micro-batch learns from the rows of the first one",
-            "[rows[i] for i in piece], tokens",
-            "[rows[i] for i in pieces[0]], tokens",
+            "[rows[i] for i in indices], tokens",
+            "[rows[i] for i in micro_batches[0]], tokens",
             "test_the_size_of_a_micro_batch_never_changes_the_weights",
         ),
-        (
-            "the price of KL moves as if one episode had been seen",
-            'self.figures.values["objective/kl"], self.episodes.per_update)',
-            'self.figures.values["objective/kl"], 1)',
-            "test_the_adaptive_price_follows_the_kl",
-        ),
+    ),
+    *in_file(
+        "training/rl/advantages.py",
+        PPO,
         (
             "gamma and lambda change places",
-            "gamma=self.config.gamma, gae_lambda=self.config.gae_lambda",
-            "gamma=self.config.gae_lambda, gae_lambda=self.config.gamma",
+            "gamma=self.gamma, gae_lambda=self.gae_lambda",
+            "gamma=self.gae_lambda, gae_lambda=self.gamma",
             "test_an_experience_is_what_the_papers_say_of_its_own_figures",
         ),
         (
             "advantages are not whitened",
-            "advantages=center_and_scale(raw, mask)",
-            "advantages=raw",
+            "whitened=center_and_scale(raw, response_mask)",
+            "whitened=raw",
             "test_an_experience_is_what_the_papers_say_of_its_own_figures",
         ),
         (
             "the prompt baseline is never taken off",
-            "leave_one_out(kept_scores, self.episodes.group) if self.config.prompt_baseline else kept_scores",
-            "kept_scores",
+            "scores = leave_one_out(scores, self.baseline_group)",
+            "pass",
             "test_with_a_prompt_baseline_rewards_are_relative_to_the_other_completions",
         ),
+    ),
+    *in_file(
+        "stages/ppo/collect.py",
+        PPO,
         (
             "an answer has ended when its first token is an end",
-            "answer[-1] in self.episodes.end_ids",
-            "answer[0] in self.episodes.end_ids",
+            "answer[-1] in self._end_ids",
+            "answer[0] in self._end_ids",
             "test_an_answer_that_never_ended_scores_less_than_it_would_have",
         ),
         (
             "a wrong reference is not noticed",
-            "if update == 0 and worst > START_KL_TOLERANCE:",
-            "if update < 0 and worst > START_KL_TOLERANCE:",
+            "if worst > START_KL_TOLERANCE:",
+            "if worst > 1e9 * START_KL_TOLERANCE:",
             "test_a_wrong_reference_stops_before_anything_is_learned",
+        ),
+    ),
+    *in_file(
+        "stages/ppo/trainer.py",
+        PPO,
+        (
+            "the KL coefficient moves as if one episode had been seen",
+            "self.kl_controller.after(kl, self.episodes.per_update)",
+            "self.kl_controller.after(kl, 1)",
+            "test_the_adaptive_coefficient_follows_the_kl",
         ),
         (
             "the critic's own rate is ignored",
@@ -114,11 +140,15 @@ MUTATIONS = [
             "test_the_critic_may_have_a_rate_of_its_own",
         ),
         (
-            "a resumed stage starts at the first price of KL",
+            "a resumed stage starts at the first KL coefficient",
             'coefficient=state["kl_coefficient"])',
-            "coefficient=self.price.coefficient)",
+            "coefficient=self.kl_controller.coefficient)",
             "test_a_resumed_run_equals_the_straight_one",
         ),
+    ),
+    *in_file(
+        "stages/ppo/checkpoint.py",
+        PPO,
         (
             "a checkpoint's weights are not loaded",
             "parameter.copy_(saved[name])",
@@ -127,11 +157,11 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/ppo/trainer.py",
+        "stages/ppo/learn.py",
         LIMITS,
         (
             "the policy learns while the critic warms up",
-            "policy_learns = update >= self.config.critic_warmup",
+            "policy_learns = update >= self._options.critic_warmup",
             "policy_learns = update >= 0",
             "test_only_the_critic_learns_while_it_warms_up",
         ),
@@ -141,23 +171,31 @@ MUTATIONS = [
             "parameter.grad.zero_()  # with zeros",
             "test_adam_counts_none_of_the_policys_warm_up_steps",
         ),
+    ),
+    *in_file(
+        "stages/ppo/kl_budget.py",
+        LIMITS,
+        (
+            "a KL above the budget ends nothing",
+            "is_above = self._limit is not None and kl > self._limit",
+            "is_above = self._limit is not None and kl > 1e9 * self._limit",
+            "test_a_kl_above_the_budget_twice_in_a_row_ends_the_stage",
+        ),
+        (
+            "one batch above the budget ends the stage",
+            "is_exceeded = is_above and self.was_above",
+            "is_exceeded = is_above",
+            "test_one_batch_above_the_budget_ends_nothing_and_a_resume_remembers_it",
+        ),
+    ),
+    *in_file(
+        "stages/ppo/trainer.py",
+        LIMITS,
         (
             "max_approxkl ends no update",
             "self._gathered(torch.tensor([share])).sum()) > limit",
             "self._gathered(torch.tensor([share])).sum()) > 1e9 * limit",
             "test_a_minibatch_that_moved_too_far_is_the_updates_last",
-        ),
-        (
-            "a KL above the budget ends nothing",
-            "is_above = limit is not None and kl > limit",
-            "is_above = limit is not None and kl > 1e9 * limit",
-            "test_a_kl_above_the_budget_twice_in_a_row_ends_the_stage",
-        ),
-        (
-            "one batch above the budget ends the stage",
-            "self.over_budget = is_above and self._was_above_budget",
-            "self.over_budget = is_above",
-            "test_one_batch_above_the_budget_ends_nothing_and_a_resume_remembers_it",
         ),
         (
             "the guard's best policy is forgotten over a resume",

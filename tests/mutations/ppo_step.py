@@ -9,23 +9,16 @@ STEP, PAPERS = "unit/training/test_ppo_step.py", "test_a_step_is_what_the_papers
 
 MUTATIONS = [
     *in_file(
-        "stages/ppo/trainer.py",
+        "stages/ppo/learn.py",
         STEP,
         (
             "the policy's ratio is never clipped",
-            "clipped_policy_loss(change.exp(), advantages, mask, clip=self.config.clip)",
-            "clipped_policy_loss(change.exp(), advantages, mask, clip=1e9 * self.config.clip)",
+            "clipped_policy_loss(change.exp(), advantages, mask, clip=self._options.clip)",
+            "clipped_policy_loss(change.exp(), advantages, mask, clip=1e9 * self._options.clip)",
             PAPERS,
         ),
         ("values are never clipped", "mask, clip=clip) / tokens", "mask, clip=1e9 * clip) / tokens", PAPERS),
-        ("value_coefficient is ignored", "return self.config.value_coefficient * loss", "return loss", PAPERS),
-        ("rewards are never whitened", "if self.config.whiten_rewards:", "if False:", PAPERS),
-        ("gamma is ignored", "gamma=self.config.gamma,", "gamma=1.0,", PAPERS),
-        ("lambda is ignored", "gae_lambda=self.config.gae_lambda", "gae_lambda=1.0", PAPERS),
-        ("the KL costs nothing", "kl_coefficient=self.price.coefficient", "kl_coefficient=0.0", PAPERS),
-        ("the KL is paid out", "kl = k1(logprobs, reference) * mask", "kl = k1(reference, logprobs) * mask", PAPERS),
-        ("an answer without an end costs nothing", "- self.config.missing_eos_penalty *", "- 0.0 *", PAPERS),
-        ("an answer with an end costs the penalty", "(~self._ended(rollout)).float()", "self._ended(rollout)", PAPERS),
+        ("value_coefficient is ignored", "return self._options.value_coefficient * loss", "return loss", PAPERS),
         (
             "the ratio is one",
             "experience.logprobs[rows, :width])",
@@ -47,8 +40,34 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "training/rl/advantages.py",
+        STEP,
+        ("rewards are never whitened", "if self.whiten_rewards:", "if False:", PAPERS),
+        ("gamma is ignored", "gamma=self.gamma,", "gamma=1.0,", PAPERS),
+        ("lambda is ignored", "gae_lambda=self.gae_lambda", "gae_lambda=1.0", PAPERS),
+    ),
+    *in_file(
+        "stages/ppo/trainer.py",
+        STEP,
+        ("the KL costs nothing", "kl_coefficient=coefficient,\n        )", "kl_coefficient=0.0,\n        )", PAPERS),
+    ),
+    *in_file(
+        "stages/ppo/collect.py",
+        STEP,
+        ("the KL is paid out", "kl = k1(logprobs, reference) * mask", "kl = k1(reference, logprobs) * mask", PAPERS),
+        ("an answer without an end costs nothing", "- self._missing_eos_penalty *", "- 0.0 *", PAPERS),
+        ("an answer with an end costs the penalty", "(~self._ended(rollout)).float()", "self._ended(rollout)", PAPERS),
+    ),
+    *in_file(
         "stages/ppo/run.py",
         STEP,
+        (
+            "the ratio's clip never arrives",
+            "            clip=config.clip,",
+            "            clip=1e9 * config.clip,",
+            PAPERS,
+        ),
+        ("the discount is lambda", "gamma=config.gamma,", "gamma=config.gae_lambda,", PAPERS),
         (
             "PPO's gradients are never clipped",
             "max_grad_norm=config.optim.max_grad_norm,",
@@ -59,6 +78,12 @@ MUTATIONS = [
     *in_file(
         "stages/ppo/run.py",
         PPO,
+        (
+            "the prompt baseline is never asked for",
+            "baseline_group=config.completions_per_prompt if config.prompt_baseline else None",
+            "baseline_group=None",
+            "test_with_a_prompt_baseline_rewards_are_relative_to_the_other_completions",
+        ),
         (
             "a critic starts at the reward model's scores whatever comes back",
             "values_are_scores=_returns_are_scores(config)",

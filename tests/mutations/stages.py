@@ -126,7 +126,7 @@ MUTATIONS = [
             "the kind of KL control is ignored",
             "if config.control is KlControl.adaptive:",
             "if config.control is None:",
-            "test_the_adaptive_price_follows_the_kl",
+            "test_the_adaptive_coefficient_follows_the_kl",
         ),
     ),
     *in_file(

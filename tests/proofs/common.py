@@ -147,7 +147,7 @@ def ppo_stage(
             held_out,
             scorer=held_out_scorer,
             policy=roles.policy,
-            proxy=lambda rollout: trainer.scores_of(rollout),
+            proxy=lambda rollout: trainer.collector.scores_of(rollout),
         )
     return PpoStage(context=context, roles=roles, trainer=trainer)
 

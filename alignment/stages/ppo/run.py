@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainingArguments
 
-from alignment.algos.kl import AdaptiveKl, FixedKl
+from alignment.algos.kl import AdaptiveKl, FixedKl, KlController
 from alignment.config.faults import refuse
 from alignment.config.scoring import ScorerConfig
 from alignment.core.artifacts import read_manifest
@@ -28,13 +28,16 @@ from alignment.rewards.scorer_sources import REWARD
 from alignment.rewards.slot import Rewards
 from alignment.stages.ppo.batch_sizes import size_faults
 from alignment.stages.ppo.config import KlConfig, KlControl, PpoConfig
+from alignment.stages.ppo.kl_budget import EndsOverBudget
+from alignment.stages.ppo.learn import LearnOptions
 from alignment.stages.ppo.scorers_in_use import GUARD, maximised
-from alignment.stages.ppo.trainer import EndsOverBudget, PpoTrainer
+from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.result import StageResult, save_model
 from alignment.stages.shared.stage_rows import fitting, rows_of, token_rows
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_weights
+from alignment.training.rl.advantages import Gae
 from alignment.training.rl.engine import PolicyEngine
 from alignment.training.rl.guard import Guard
 from alignment.training.rl.ptx import Ptx
@@ -77,7 +80,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
             held_out,
             scorer=build_rewards({GUARD: config.guard.scorer}, *made_from),
             policy=roles.policy,
-            proxy=lambda rollout: trainer.scores_of(rollout),
+            proxy=lambda rollout: trainer.collector.scores_of(rollout),
         )
     last = train(trainer, context, headline="objective/score", period=trainer.steps_per_update)
     metrics = {name: last[name] for name in KEPT} | counts
@@ -184,7 +187,7 @@ def _save_critic(value: nn.Module, context: StageContext) -> None:
         save_file({name: p.contiguous() for name, p in trained.items()}, context.content / "critic.safetensors")
 
 
-def kl_price(config: KlConfig) -> FixedKl | AdaptiveKl:
+def kl_controller(config: KlConfig) -> KlController:
     """The controller that the configuration names."""
     if config.control is KlControl.adaptive:
         return AdaptiveKl(coefficient=config.coefficient, target=config.target, horizon=config.horizon)
@@ -235,10 +238,23 @@ def build_trainer(
         episodes=episodes,
         engine=PolicyEngine(policy=roles.policy, temperature=config.temperature, end_ids=end_ids),
         rewards=rewards,
-        price=kl_price(config.kl),
+        estimator=Gae(
+            gamma=config.gamma,
+            gae_lambda=config.gae_lambda,
+            baseline_group=config.completions_per_prompt if config.prompt_baseline else None,
+            whiten_rewards=config.whiten_rewards,
+        ),
+        learn=LearnOptions(
+            clip=config.clip,
+            value_clip=config.value_clip,
+            value_coefficient=config.value_coefficient,
+            num_minibatches=config.num_minibatches,
+            critic_warmup=config.critic_warmup,
+        ),
+        kl_controller=kl_controller(config.kl),
         args=arguments,
         ptx=ptx,
         samples=samples,
     )
-    trainer.add_callback(EndsOverBudget(trainer))
+    trainer.add_callback(EndsOverBudget(lambda: trainer.over_budget))
     return trainer

@@ -1,4 +1,4 @@
-"""What one PPO update learns from: answers, and what every role says about them."""
+"""What one update learns from: answers, and what every role says about them."""
 
 from __future__ import annotations
 
@@ -31,8 +31,29 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredBatch:
+    """The rollout batch of an update, of all processes, scored; the same on each of them, and on its device.
+
+    Tensors are ``[rows, tokens]`` float32, zero outside ``response_mask``, unless said otherwise. ``by_scorer`` are the
+    scorers' own scores, ``scores`` (``[rows]``) what is maximised; ``ended`` is ``[rows]`` bool. ``kl`` holds the k1
+    estimates in nats.
+    """
+
+    rollout: Rollout
+    by_scorer: Scores
+    scores: Tensor
+    ended: Tensor
+    response_mask: Tensor
+    logprobs: Tensor
+    reference_logprobs: Tensor
+    kl: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Experience:
-    """The rollout batch of an update, of all processes, the same on each of them.
+    """What an update learns from: its whole rollout batch, the same on every process.
 
     Tensors are ``[rows, tokens]`` float32 unless said otherwise, zero outside ``response_mask``; ``scores`` is
     ``[rows]``, the penalty of unended answers taken off. ``advantages`` are whitened.

@@ -26,7 +26,7 @@ from alignment.training.context import StageContext
 from alignment.training.metrics import MetricsLog
 from alignment.training.rl.experience import Rollout
 from alignment.training.rl.rollouts import Prompts, Rollouts
-from alignment.training.rl.step_metrics import UpdateFigures
+from alignment.training.rl.step_metrics import UpdateMetrics
 from alignment.training.sharding import everyones, put, whole_state
 
 BEST = "guard_best.safetensors"
@@ -81,7 +81,7 @@ class Guard:
         ``guard/best_update`` is the update of the policy that would be handed on now. Every process must call this.
         The same policy gets the same three means, whenever it is asked.
         """
-        rollout = rollouts.of_prompts(self._prompts, UpdateFigures(lambda values: values[None]))
+        rollout = rollouts.of_prompts(self._prompts, UpdateMetrics(lambda values: values[None]))
         scores = self._scores(rollout, rollouts)
         pairs = zip(rollout.logprobs, rollout.reference_logprobs, strict=True)
         metrics = {

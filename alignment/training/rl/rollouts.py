@@ -17,7 +17,7 @@ from alignment.rewards.slot import Rewards
 from alignment.training.context import StageContext
 from alignment.training.rl.engine import RolloutEngine
 from alignment.training.rl.experience import Rollout, interleave, prompt_order, rows_of
-from alignment.training.rl.step_metrics import UpdateFigures
+from alignment.training.rl.step_metrics import UpdateMetrics
 from alignment.training.sharding import everyones
 
 
@@ -79,7 +79,7 @@ class Rollouts:
         self._rewards = rewards
         self.gathered = gathered
 
-    def of_update(self, update: int, figures: UpdateFigures) -> Rollout:
+    def of_update(self, update: int, metrics: UpdateMetrics) -> Rollout:
         """The episodes of an update; they do not depend on how many processes share them."""
         number = self._episodes.prompts_per_update
         prompts = self._episodes.prompts
@@ -87,12 +87,12 @@ class Rollouts:
             len(prompts), update * number, number, lambda round_: self._context.generator("prompts", round_)
         )
         uniforms = self._uniforms(self._episodes.per_update, "sampling", update)
-        return self._make(prompts, drawn, uniforms, self._episodes.group, figures)
+        return self._make(prompts, drawn, uniforms, self._episodes.group, metrics)
 
-    def of_prompts(self, prompts: Prompts, figures: UpdateFigures) -> Rollout:
+    def of_prompts(self, prompts: Prompts, metrics: UpdateMetrics) -> Rollout:
         """One answer to each of the prompts, sampled with the same random numbers at every call."""
         uniforms = self._uniforms(len(prompts), "guard")
-        return self._make(prompts, range(len(prompts)), uniforms, 1, figures)
+        return self._make(prompts, range(len(prompts)), uniforms, 1, metrics)
 
     def _uniforms(self, rows: int, name: str, *numbers: int) -> Tensor:
         generator = self._context.generator(name, *numbers)
@@ -100,7 +100,7 @@ class Rollouts:
 
     @torch.no_grad()
     def _make(
-        self, prompts: Prompts, drawn: Sequence[int], uniforms: Tensor, group: int, figures: UpdateFigures
+        self, prompts: Prompts, drawn: Sequence[int], uniforms: Tensor, group: int, metrics: UpdateMetrics
     ) -> Rollout:
         mine = range(self._context.rank, len(drawn), self._context.world_size)
         places = [drawn[i] for i in mine for _ in range(group)]
@@ -111,8 +111,8 @@ class Rollouts:
             sampled = time.monotonic()
             share = self._described(asked, answers, [prompts.rows[place] for place in places])
         whole = interleave(everyones(share), group=group)
-        figures.add_seconds("rollouts", sampled - started)
-        figures.add_seconds("scoring", time.monotonic() - sampled)
+        metrics.add_seconds("rollouts", sampled - started)
+        metrics.add_seconds("scoring", time.monotonic() - sampled)
         return whole
 
     def _described(self, prompts: list[list[int]], answers: list[list[int]], rows: list[int]) -> Rollout:

@@ -20,14 +20,14 @@ class Samples:
         self._number = number
         self._log = MetricsLog(context.content / "samples.jsonl")
 
-    def keep(self, update: int, rollout: Rollout, scores: Sequence[float]) -> None:
+    def write(self, update: int, rollout: Rollout, scores: Sequence[float]) -> None:
         """Only the main process writes. ``scores`` are those that PPO maximises; scorers' own stand beside them."""
         if not self._context.is_main:
             return
         self._log.keep_through(update - 1)  # a resumed stage samples this update again
         for row in range(0, min(self._number * self._group, len(scores)), self._group):
             kl = float((rollout.logprobs[row] - rollout.reference_logprobs[row]).sum())
-            said = {
+            sample = {
                 "row": rollout.rows[row],
                 "prompt": self._tokenizer.decode(rollout.prompts[row]),
                 "answer": self._tokenizer.decode(rollout.answers[row]),
@@ -35,4 +35,4 @@ class Samples:
                 "kl": kl,
                 "scorers": rollout.scores.of_answer(row),
             }
-            self._log.append(update, said)
+            self._log.append(update, sample)

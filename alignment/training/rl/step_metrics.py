@@ -1,4 +1,4 @@
-"""The figures of one PPO update, noted while it happens and put together over processes at its end."""
+"""The metrics of one update, noted while it happens and reduced over processes at its end."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 Gather = Callable[[Tensor], Tensor]
 
 
-class UpdateFigures:
-    """``gather`` takes this process's ``[figures]`` and returns ``[processes, figures]``."""
+class UpdateMetrics:
+    """``gather`` takes this process's ``[metrics]`` and returns ``[processes, metrics]``."""
 
     def __init__(self, gather: Gather) -> None:
         self._gather = gather
@@ -29,13 +29,13 @@ class UpdateFigures:
 
     def add_means(self, named: dict[str, Tensor], mask: Tensor) -> None:
         """Means over counted elements of all processes; ``mask`` has the values' shape."""
-        told = [mask.sum().float(), *((values * mask).sum() for values in named.values())]
-        count, *sums = self._gather(torch.stack(told)).sum(0).tolist()
+        own = [mask.sum().float(), *((values * mask).sum() for values in named.values())]
+        count, *sums = self._gather(torch.stack(own)).sum(0).tolist()
         for name, total in zip(named, sums, strict=True):
             self.values[name] = total / count
 
     def add_share(self, named: dict[str, Tensor]) -> None:
-        """A micro-batch's share of its minibatch's figure: sums already divided by the minibatch's tokens."""
+        """A micro-batch's share of its minibatch's metrics: sums already divided by the minibatch's tokens."""
         for name, value in zip(named, torch.stack(list(named.values())).tolist(), strict=True):  # one wait for a GPU
             self._shares[name] += value
 
@@ -61,11 +61,11 @@ class UpdateFigures:
         return share
 
     def result(self) -> dict[str, float]:
-        """All figures; shares are averaged over the update's optimiser steps. Every process must call this."""
+        """All metrics; shares are averaged over the update's optimiser steps. Every process must call this."""
         if not self._shares:  # the update was only sampled
             return dict(self.values)
-        told = torch.tensor([self._first, *self._shares.values()])
-        first, *totals = self._gather(told).sum(0).tolist()
+        own = torch.tensor([self._first, *self._shares.values()])
+        first, *totals = self._gather(own).sum(0).tolist()
         shares = {name: total / self._steps for name, total in zip(self._shares, totals, strict=True)}
         if "policy/approxkl" in shares:
             shares["policy/approxkl_first"] = first

@@ -115,6 +115,7 @@ def bench_in(folder: Path) -> Callable[..., Bench]:
         reward: bool = True,
         rewards: Rewards | None = None,
         dtype: Dtype = Dtype.float32,
+        seed: int = 0,
         **changes: Any,
     ) -> Bench:
         if adapter.kind not in made:
@@ -122,7 +123,7 @@ def bench_in(folder: Path) -> Callable[..., Bench]:
         settings = {"updates": 2, "ppo_epochs": 2, "num_minibatches": 2, "max_new_tokens": 6, "optim": optim()}
         config = PpoConfig(adapter=adapter, **{**settings, **changes})
         model = ModelConfig(source=BASE_SOURCE, dtype=dtype)
-        spec = tiny_spec(folder / name, config, base_path=base, model=model)
+        spec = tiny_spec(folder / name, config, base_path=base, model=model, seed=seed)
         context = StageContext(spec=spec, rank=0, world_size=1)
         torch.manual_seed(context.seed("worker") % 2**32)  # as the worker does: a fresh adapter is drawn from it
         roles = stage.roles_of(config, context, found, made[adapter.kind] if reward else None)

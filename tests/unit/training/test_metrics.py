@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alignment.training.metrics import MetricsLog
-from alignment.training.rl.step_metrics import UpdateFigures
+from alignment.training.rl.step_metrics import UpdateMetrics
 from tests.oracles.close import close
 from tests.waits import Waits
 
@@ -105,7 +105,7 @@ def _beside_a_higher_one(values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("processes", [_alone, _two_equal_processes])
 def test_means_are_over_counted_tokens_of_all_processes(processes: object) -> None:
-    figures = UpdateFigures(processes)
+    figures = UpdateMetrics(processes)
     values, mask = torch.tensor([[1.0, 5.0, 99.0], [3.0, 99.0, 99.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
     figures.add_means({"x": values, "y": -values}, mask)
     close(figures.values["x"], 3.0)
@@ -113,7 +113,7 @@ def test_means_are_over_counted_tokens_of_all_processes(processes: object) -> No
 
 
 def test_shares_of_micro_batches_add_up_and_are_averaged_over_steps() -> None:
-    figures = UpdateFigures(_alone)
+    figures = UpdateMetrics(_alone)
     for micro_batches in ([0.25, 0.5], [0.125, 0.125]):
         for share in micro_batches:
             figures.add_share({"loss": torch.tensor(share)})
@@ -122,7 +122,7 @@ def test_shares_of_micro_batches_add_up_and_are_averaged_over_steps() -> None:
 
 
 def test_shares_of_a_micro_batch_are_read_together() -> None:
-    figures = UpdateFigures(_alone)
+    figures = UpdateMetrics(_alone)
     shares = {str(number): torch.tensor(float(number)) for number in range(5)} | {"policy/approxkl": torch.zeros(())}
     with Waits() as waits:
         figures.add_share(shares)
@@ -132,14 +132,14 @@ def test_shares_of_a_micro_batch_are_read_together() -> None:
 
 
 def test_shares_add_up_over_processes() -> None:
-    figures = UpdateFigures(_two_equal_processes)
+    figures = UpdateMetrics(_two_equal_processes)
     figures.add_share({"loss": torch.tensor(0.25)})
     figures.step_done()
     close(figures.result()["loss"], 0.5)
 
 
 def test_the_approximate_kl_of_the_first_step_is_kept_apart() -> None:
-    figures = UpdateFigures(_two_equal_processes)
+    figures = UpdateMetrics(_two_equal_processes)
     for kl in (0.125, 0.5, 0.125):
         figures.add_share({"policy/approxkl": torch.tensor(kl)})
         figures.step_done()
@@ -149,7 +149,7 @@ def test_the_approximate_kl_of_the_first_step_is_kept_apart() -> None:
 
 
 def test_maxima_and_seconds_gather_over_an_update_and_end_with_it() -> None:
-    figures = UpdateFigures(_beside_a_higher_one)
+    figures = UpdateMetrics(_beside_a_higher_one)
     for value in (-3.0, -1.0, -2.0):
         figures.add_maximum("worst", torch.tensor(value))
         figures.add_seconds("learning", 0.5)

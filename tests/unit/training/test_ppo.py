@@ -20,13 +20,14 @@ from alignment.config.scoring import ScorerConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.models.assembly.roles import ValueHead
 from alignment.models.forward.answers import answer_stream, unwrapped
-from alignment.stages.ppo import trainer
+from alignment.stages.ppo import learn
 from alignment.stages.ppo.config import KlConfig, KlControl
+from alignment.stages.ppo.learn import Learner
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.rl import engine
 from alignment.training.rl.experience import Experience, Rollout
 from alignment.training.rl.rollouts import Rollouts
-from alignment.training.rl.step_metrics import UpdateFigures
+from alignment.training.rl.step_metrics import UpdateMetrics
 from alignment.training.session import Preempted
 from tests.oracles import gae as gae_oracle
 from tests.oracles import masked as masked_oracle
@@ -57,13 +58,13 @@ def test_nothing_has_changed_at_the_first_minibatch(
 ) -> None:
     """The ratio is one and the KL zero: rollout, training and reference agree on log-probabilities."""
     changes: list[torch.Tensor] = []
-    log_ratio = trainer.log_ratio
+    log_ratio = learn.log_ratio
 
     def noted(*args: torch.Tensor) -> torch.Tensor:
         changes.append(log_ratio(*args).detach())
         return log_ratio(*args)
 
-    monkeypatch.setattr(trainer, "log_ratio", noted)
+    monkeypatch.setattr(learn, "log_ratio", noted)
     run = bench(adapter=adapter, updates=1, num_minibatches=1, temperature=temperature)
     run.train()
     assert float(changes[0].abs().max()) < 1e-5
@@ -136,13 +137,13 @@ def test_every_episode_is_learned_from_once_an_epoch(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
-    backward = PpoTrainer._backward
+    minibatch = Learner._minibatch
 
-    def noted(self: PpoTrainer, model: Any, experience: Experience, rows: list[int], **told: Any) -> torch.Tensor:
-        seen.append(rows)
-        return backward(self, model, experience, rows, **told)
+    def noted(self: Learner, *step: int) -> list[int]:
+        seen.append(minibatch(self, *step))
+        return seen[-1]
 
-    monkeypatch.setattr(PpoTrainer, "_backward", noted)
+    monkeypatch.setattr(Learner, "_minibatch", noted)
     bench(updates=2, ppo_epochs=3, num_minibatches=4, optim=optim(batch_size=10)).train()
     epochs = [[row for rows in seen[start : start + 4] for row in rows] for start in range(0, len(seen), 4)]
     assert len(epochs) == 6
@@ -274,8 +275,8 @@ def test_an_experience_is_what_the_papers_say_of_its_own_figures(
     references = []
     rollout = Rollouts.of_update
 
-    def noted(self: Rollouts, update: int, figures: UpdateFigures) -> Rollout:
-        found = rollout(self, update, figures)
+    def noted(self: Rollouts, update: int, metrics: UpdateMetrics) -> Rollout:
+        found = rollout(self, update, metrics)
         references.append(torch.nn.utils.rnn.pad_sequence(found.reference_logprobs, batch_first=True))
         return found
 
@@ -377,10 +378,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_does_not(
 ) -> None:
     found = []
     for number in range(3):
-        run = bench(f"run-{number}", adapter=adapter)
-        if number == 2:
-            run.context = replace(run.context, spec=replace(run.context.spec, seed=1))
-            run.trainer.context = run.context
+        run = bench(f"run-{number}", adapter=adapter, seed=int(number == 2))
         run.train()
         found.append(sha256(run.roles.policy.parameters()))
     assert found[0] == found[1] != found[2]
@@ -429,19 +427,19 @@ def _equals_when_resumed(bench: Callable[..., Bench], **settings: Any) -> None:
     resumed = bench("resumed", **settings)
     resumed.train()
     assert sha256(trained(resumed.roles)) == sha256(trained(straight.roles))
-    assert resumed.trainer.price == straight.trainer.price
+    assert resumed.trainer.kl_controller == straight.trainer.kl_controller
     assert [line["step"] for line in resumed.metrics()] == [4, 8, 12]
     for mine, other in zip(resumed.metrics(), straight.metrics(), strict=True):
         timed = {name for name in mine if name.startswith("time/") or name == "seconds"}
         assert {k: v for k, v in mine.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
 
 
-def test_the_adaptive_price_follows_the_kl(bench: Callable[..., Bench]) -> None:
+def test_the_adaptive_coefficient_follows_the_kl(bench: Callable[..., Bench]) -> None:
     kl = KlConfig(control=KlControl.adaptive, coefficient=0.2, target=1e-3, horizon=100)
     run = bench(updates=3, kl=kl)
     run.train()
-    prices = [line["objective/kl_coef"] for line in run.metrics()] + [run.trainer.price.coefficient]
-    for line, before, after in zip(run.metrics(), prices, prices[1:], strict=False):
+    coefficients = [line["objective/kl_coef"] for line in run.metrics()] + [run.trainer.kl_controller.coefficient]
+    for line, before, after in zip(run.metrics(), coefficients, coefficients[1:], strict=False):
         error = min(max(line["objective/kl"] / 1e-3 - 1.0, -0.2), 0.2)
         close(after, before * (1.0 + error * 8 / 100), rtol=1e-4)
 

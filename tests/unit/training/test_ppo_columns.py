@@ -16,7 +16,7 @@ from alignment.models.forward.generate import generate
 from alignment.rewards.scores import Scores
 from alignment.training.rl.experience import Rollout
 from alignment.training.rl.rollouts import Rollouts
-from alignment.training.rl.step_metrics import UpdateFigures
+from alignment.training.rl.step_metrics import UpdateMetrics
 from alignment.training.session import Preempted
 from tests.oracles import logprobs as oracle
 from tests.oracles.close import close
@@ -41,8 +41,8 @@ def test_the_kl_is_that_of_the_sampled_answers_by_value(
     expected: list[float] = []
     of_update = Rollouts.of_update
 
-    def noted(self: Rollouts, update: int, figures: UpdateFigures) -> Rollout:
-        found = of_update(self, update, figures)
+    def noted(self: Rollouts, update: int, metrics: UpdateMetrics) -> Rollout:
+        found = of_update(self, update, metrics)
         total = 0.0
         for prompt, answer in zip(found.prompts, found.answers, strict=True):
             policy = _logprobs(unwrapped(run.roles.policy), prompt, answer, 0.7)
@@ -58,20 +58,20 @@ def test_the_kl_is_that_of_the_sampled_answers_by_value(
 
 def test_updates_go_on_with_the_prompts_that_come_next(bench: Callable[..., Bench]) -> None:
     run = bench(optim=optim(batch_size=4))
-    drawn = [run.trainer.rollouts.of_update(update, run.trainer.figures).prompts for update in range(2)]
+    drawn = [run.trainer.rollouts.of_update(update, run.trainer.metrics).prompts for update in range(2)]
     assert sorted(drawn[0] + drawn[1]) == sorted(PROMPTS)
 
 
 def test_answers_are_drawn_at_the_stages_temperature(bench: Callable[..., Bench]) -> None:
     """Near zero they are the likeliest ones."""
     run = bench(temperature=1e-4)
-    found = run.trainer.rollouts.of_update(0, run.trainer.figures)
+    found = run.trainer.rollouts.of_update(0, run.trainer.metrics)
     greedy = generate(
         unwrapped(run.roles.policy), found.prompts, max_new_tokens=6, end_ids=[END], batch_size=len(found.prompts)
     )
     assert found.answers == greedy
     warm = bench("warm", temperature=1.0)
-    assert warm.trainer.rollouts.of_update(0, warm.trainer.figures).answers != greedy
+    assert warm.trainer.rollouts.of_update(0, warm.trainer.metrics).answers != greedy
 
 
 def test_checkpoints_lie_where_updates_end(bench: Callable[..., Bench]) -> None:
@@ -120,5 +120,5 @@ def test_running_means_of_scores_go_on_over_a_resume(bench: Callable[..., Bench]
         stopped.train()
     resumed = bench("resumed", rewards=_Relative(), **settings)
     resumed.train()
-    assert resumed.trainer.rewards.state() == straight.trainer.rewards.state()
+    assert resumed.trainer.collector.rewards.state() == straight.trainer.collector.rewards.state()
     assert sha256(trained(resumed.roles)) == sha256(trained(straight.roles))

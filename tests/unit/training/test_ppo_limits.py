@@ -22,11 +22,12 @@ from alignment.data.tokens.tokenize import TokenizedConversation
 from alignment.models.forward.answers import unwrapped
 from alignment.rewards.scores import Scores
 from alignment.stages.ppo.run import hold_out
+from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.rl.guard import Guard, better_beyond_noise
 from alignment.training.rl.ptx import Ptx
 from alignment.training.rl.rollouts import Prompts
 from alignment.training.rl.samples import Samples
-from alignment.training.rl.step_metrics import UpdateFigures
+from alignment.training.rl.step_metrics import UpdateMetrics
 from tests.tiny import tiny_tokenizer
 from tests.unit.training.ppo_bench import END, FULL, KINDS, LORA, PROMPTS, Bench, TokenRewards, optim, sha256
 
@@ -95,13 +96,13 @@ def test_the_limit_is_held_against_each_minibatch_alone(
 ) -> None:
     """Not against a sum over several: the third of these stays below what the second and it have together."""
     seen: list[float] = []
-    step_done = UpdateFigures.step_done
+    step_done = UpdateMetrics.step_done
 
-    def noted(self: UpdateFigures) -> float:
+    def noted(self: UpdateMetrics) -> float:
         seen.append(step_done(self))
         return seen[-1]
 
-    monkeypatch.setattr(UpdateFigures, "step_done", noted)
+    monkeypatch.setattr(UpdateMetrics, "step_done", noted)
     settings = {"updates": 1, "ppo_epochs": 4, "num_minibatches": 1}
     bench("free", **settings).train()
     _, second, third, _ = seen
@@ -144,13 +145,8 @@ def test_one_batch_above_the_budget_ends_nothing_and_a_resume_remembers_it(
 ) -> None:
     run = bench(guard=GuardConfig(max_kl=3.0))
 
-    def over(trainer: Any, *kls: float) -> list[bool]:
-        answers = []
-        for update, kl in enumerate(kls):
-            trainer.figures.values["objective/kl"] = kl
-            trainer._check_budget(update)
-            answers.append(trainer.over_budget)
-        return answers
+    def over(trainer: PpoTrainer, *kls: float) -> list[bool]:
+        return [trainer.kl_budget.is_exceeded(kl) for kl in kls]
 
     assert over(run.trainer, 3.5, 2.9, 3.1) == [False, False, False]
     run.trainer._save_state(tmp_path)
@@ -190,7 +186,7 @@ def _watched(bench: Callable[..., Bench], name: str, **changes: Any) -> Bench:
         Prompts(ids=[[6, 7, 8], [21, 22], [9], [3, 3], [20], [18, 5, 4], [11, 12], [1, 9]], rows=range(100, 108)),
         scorer=scorer,
         policy=run.roles.policy,
-        proxy=lambda rollout: run.trainer.scores_of(rollout),
+        proxy=lambda rollout: run.trainer.collector.scores_of(rollout),
     )
     return run
 
@@ -343,7 +339,7 @@ def test_ptx_keeps_what_it_practises(bench: Callable[..., Bench], adapter: Adapt
     for coefficient in (0.0, 5.0):
         run = bench(f"ptx-{coefficient}", adapter=adapter, updates=4, optim=optim(lr=5e-3))
         if coefficient:
-            run.trainer.ptx = Ptx(
+            run.trainer.learner.ptx = Ptx(
                 CONVERSATIONS, run.context, coefficient=coefficient, batch_size=3, micro_batch_tokens=1000
             )
         start = float(_ptx_loss(run).detach())

@@ -1,0 +1,106 @@
+"""The first phase of an update: answers are sampled and scored."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from alignment.algos.kl import k1
+from alignment.core.errors import StageError
+from alignment.rewards.slot import Rewards
+from alignment.training.rl.experience import Rollout, ScoredBatch, response_mask, stack
+from alignment.training.rl.rollouts import Rollouts
+from alignment.training.rl.step_metrics import UpdateMetrics
+
+log = logging.getLogger(__name__)
+
+START_KL_TOLERANCE = 0.02
+"""Nats a sequence that bfloat16 may make of a KL of zero; a wrong reference is off by far more."""
+
+
+class Collector:
+    """Makes the scored rollout batch of an update, the same on every process, on ``device``.
+
+    ``missing_eos_penalty`` is taken off the score of an answer that never ended.
+    """
+
+    def __init__(
+        self,
+        rollouts: Rollouts,
+        rewards: Rewards,
+        *,
+        end_ids: frozenset[int],
+        missing_eos_penalty: float,
+        device: torch.device,
+    ) -> None:
+        self.rollouts = rollouts
+        self.rewards = rewards
+        self._end_ids = end_ids
+        self._missing_eos_penalty = missing_eos_penalty
+        self._device = device
+
+    @torch.no_grad()
+    def collect(self, update: int, metrics: UpdateMetrics) -> ScoredBatch:
+        """Samples and scores; the running means of scores take the batch in.
+
+        Raises:
+            StageError: policy and reference differ before the first step.
+        """
+        rollout = self.rollouts.of_update(update, metrics)
+        mask = response_mask(rollout.answers, self._device)
+        logprobs, reference = stack(rollout.logprobs, mask), stack(rollout.reference_logprobs, mask)
+        kl = k1(logprobs, reference) * mask
+        if update == 0:
+            refuse_another_start(kl)
+        by_scorer = rollout.scores.to(self._device)
+        self.rewards.observe(by_scorer)
+        return ScoredBatch(
+            rollout=rollout,
+            by_scorer=by_scorer,
+            scores=self.scores_of(rollout),
+            ended=self._ended(rollout),
+            response_mask=mask,
+            logprobs=logprobs,
+            reference_logprobs=reference,
+            kl=kl,
+            entropy=stack(rollout.entropy, mask),
+            values=stack(rollout.values, mask),
+        )
+
+    def scores_of(self, rollout: Rollout) -> Tensor:
+        """``[rows]`` scores that PPO maximises: scorers put together, less the penalty of unended answers."""
+        total = self.rewards.total(rollout.scores.to(self._device))
+        return total - self._missing_eos_penalty * (~self._ended(rollout)).float()
+
+    def _ended(self, rollout: Rollout) -> Tensor:
+        """``[rows]`` bool."""
+        ended = [answer[-1] in self._end_ids for answer in rollout.answers]
+        return torch.tensor(ended, device=self._device)
+
+
+def refuse_another_start(kl: Tensor) -> None:
+    """Policy and reference are the same before the first step, so ``kl [rows, tokens]`` is zero.
+
+    Raises:
+        StageError: it is not.
+    """
+    worst = float(kl.sum(-1).abs().mean())
+    if worst > START_KL_TOLERANCE:
+        raise StageError(
+            f"at step 0 the KL to the reference is {worst:.4f} nats a sequence, not 0: the reference is not the "
+            "policy that the stage starts from",
+            remedy="report this with the stage.yaml of the run; nothing was trained",
+        )
+
+
+def warn_of_equal_scores(scores: Tensor) -> None:
+    """Without differences there is nothing to prefer; the update then only returns towards the reference."""
+    if float(scores.max() - scores.min()) == 0.0:
+        log.warning(
+            "all %d answers of this update score %g, so there is nothing to learn from them. If this goes on: look "
+            "at samples.jsonl, raise max_new_tokens if no answer ends, or choose a scorer with more shades.",
+            len(scores),
+            float(scores[0]),
+        )

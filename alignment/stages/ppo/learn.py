@@ -1,0 +1,156 @@
+"""The second phase of an update: the gradients of its minibatches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from alignment.algos.ppo import clipped_policy_loss, clipped_value_loss, log_ratio, value_is_clipped
+from alignment.models.assembly.roles import Roles
+from alignment.models.forward.answers import answer_stream, pieces_of, unwrapped
+from alignment.stages.ppo.report import add_policy
+from alignment.training.context import StageContext
+from alignment.training.micro_batches import accumulating, as_many_as_most
+from alignment.training.rl.advantages import Advantages
+from alignment.training.rl.experience import Experience, ScoredBatch, rows_of, spread
+from alignment.training.rl.ptx import Ptx
+from alignment.training.rl.rollouts import Episodes
+from alignment.training.rl.step_metrics import UpdateMetrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnOptions:
+    """How an update learns: its losses, how many minibatches an epoch has, and for how many updates the critic learns
+    alone. ``value_clip`` of None clips no value."""
+
+    clip: float
+    value_clip: float | None
+    value_coefficient: float
+    num_minibatches: int
+    critic_warmup: int
+
+
+def experience_of(batch: ScoredBatch, advantages: Advantages) -> Experience:
+    """What an update learns from."""
+    return Experience(
+        prompts=batch.rollout.prompts,
+        answers=batch.rollout.answers,
+        response_mask=batch.response_mask,
+        logprobs=batch.logprobs,
+        values=batch.values,
+        scores=batch.scores,
+        advantages=advantages.whitened,
+        returns=advantages.returns,
+    )
+
+
+class Learner:
+    """Gradients of one minibatch at a time. ``autocast`` is the trainer's, for forward passes; ``ptx`` may be None."""
+
+    def __init__(
+        self,
+        roles: Roles,
+        context: StageContext,
+        options: LearnOptions,
+        *,
+        episodes: Episodes,
+        ptx: Ptx | None,
+        metrics: UpdateMetrics,
+        accelerator: Accelerator,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._roles = roles
+        self._context = context
+        self._options = options
+        self._episodes = episodes
+        self.ptx = ptx
+        self._metrics = metrics
+        self._accelerator = accelerator
+        self._autocast = autocast
+
+    def learn(self, model: nn.Module, experience: Experience, *, update: int, step_of_update: int, step: int) -> None:
+        """Leaves the gradients of the whole minibatch of this step, ready for the optimiser."""
+        policy_learns = update >= self._options.critic_warmup
+        if self.ptx is not None and policy_learns:
+            self._add_ptx(self.ptx, model, step)
+        self._backward(model, experience, self._minibatch(update, step_of_update), policy_learns=policy_learns)
+        if not policy_learns:
+            for parameter in self._roles.policy.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = None  # with zeros instead, Adam would count the step
+
+    def _minibatch(self, update: int, step_of_update: int) -> list[int]:
+        """Indices of its prompts; every epoch is a fresh permutation of the update's."""
+        epoch, minibatch = divmod(step_of_update, self._options.num_minibatches)
+        generator = self._context.generator("minibatches", update, epoch)
+        order = torch.randperm(self._episodes.prompts_per_update, generator=generator)
+        prompts: list[int] = order.tensor_split(self._options.num_minibatches)[minibatch].tolist()
+        return prompts
+
+    def _add_ptx(self, ptx: Ptx, model: nn.Module, step: int) -> None:
+        with accumulating(self._accelerator, model, last=False):
+            share = ptx.add_gradients(unwrapped(self._roles.policy), step, self._accelerator)
+        self._metrics.add_share({"loss/ptx": share})
+
+    def _backward(self, model: nn.Module, experience: Experience, prompts: list[int], *, policy_learns: bool) -> None:
+        """Sums over the minibatch divided by its tokens, across micro-batches and processes: never a mean of means."""
+        group = self._episodes.group
+        tokens = experience.response_mask[rows_of(prompts, group)].sum().float()
+        world_size = self._context.world_size
+        shares = [rows_of(prompts[rank::world_size], group) for rank in range(world_size)]
+        rows = shares[self._context.rank]
+        micro_batches = as_many_as_most([self._cut(experience, share) for share in shares], self._context.rank)
+        for number, indices in enumerate(micro_batches):
+            # Processes meet in every micro-batch; in one that is empty a row is read and counts for nothing.
+            read, counted = ([rows[i] for i in indices], tokens) if indices else (rows[:1], tokens * math.inf)
+            with accumulating(self._accelerator, model, last=number == len(micro_batches) - 1):
+                with self._autocast():
+                    loss = self._loss(model, experience, read, counted, policy_learns=policy_learns)
+                # DDP averages over processes; the sum over all of them is wanted.
+                self._accelerator.backward(loss * world_size)
+
+    def _cut(self, experience: Experience, rows: list[int]) -> list[range]:
+        """The rows as micro-batches, by their indices in ``rows``."""
+        prompts, answers = [experience.prompts[row] for row in rows], [experience.answers[row] for row in rows]
+        return pieces_of(prompts, answers, tokens=self._episodes.micro_batch_tokens)
+
+    def _loss(
+        self, model: nn.Module, experience: Experience, rows: list[int], tokens: Tensor, *, policy_learns: bool
+    ) -> Tensor:
+        """A micro-batch's share, to be backpropagated and not read (``ActorCritic.forward``)."""
+        width = max(len(experience.answers[row]) for row in rows)
+        mask = experience.response_mask[rows, :width]
+        stream = answer_stream(
+            [experience.prompts[row] for row in rows], [experience.answers[row] for row in rows], mask.device
+        )
+
+        def value_loss(flat: Tensor) -> Tensor:
+            old, returns = experience.values[rows, :width], experience.returns[rows, :width]
+            values, clip = spread(flat, mask), self._options.value_clip
+            loss = clipped_value_loss(values, old, returns, mask, clip=clip) / tokens
+            clipped = (value_is_clipped(values.detach(), old, returns, clip=clip) * mask).sum() / tokens
+            self._metrics.add_share({"loss/value": loss.detach(), "val/clipfrac": clipped})
+            return self._options.value_coefficient * loss
+
+        statistics, loss = model(stream, self._episodes.temperature, value_loss, policy_learns=policy_learns)
+        change = log_ratio(spread(statistics.logprobs, mask), experience.logprobs[rows, :width])
+        advantages = experience.advantages[rows, :width]
+        policy_loss = clipped_policy_loss(change.exp(), advantages, mask, clip=self._options.clip) / tokens
+        add_policy(
+            self._metrics,
+            loss=policy_loss.detach(),
+            change=change.detach(),
+            entropy=statistics.entropy,
+            response_mask=mask,
+            tokens=tokens,
+            clip=self._options.clip,
+        )
+        # Gradients of 0 rather than none: DDP waits for those of every parameter.
+        return float(policy_learns) * policy_loss + loss

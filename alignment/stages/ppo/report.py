@@ -1,0 +1,76 @@
+"""The metrics of an update: of the episodes that were sampled for it, and of the minibatches that it learned from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alignment.algos.kl import k3
+from alignment.algos.ppo import explained_variance
+from alignment.training.rl.advantages import Advantages
+from alignment.training.rl.experience import ScoredBatch
+from alignment.training.rl.step_metrics import UpdateMetrics
+
+
+def add_scores(metrics: UpdateMetrics, batch: ScoredBatch) -> None:
+    """Mean of each scorer, and the deviation of what PPO maximises."""
+    metrics.values |= {f"score/{name}": float(values.mean()) for name, values in batch.by_scorer.by_name().items()}
+    metrics.values["objective/score_std"] = float(batch.scores.std(unbiased=False))
+
+
+def add_episodes(
+    metrics: UpdateMetrics, batch: ScoredBatch, advantages: Advantages, *, kl_coefficient: float, base_copies: float
+) -> None:
+    """Sums over tokens become means over episodes; the rest are means over counted tokens."""
+    mask = batch.response_mask
+    kl = batch.kl.sum(-1)
+    episodes = {
+        "objective/kl": kl,
+        "objective/kl_k3": (k3(batch.logprobs, batch.reference_logprobs) * mask).sum(-1),
+        # What is maximised, before any baseline or scaling.
+        "objective/rlhf_reward": batch.scores - kl_coefficient * kl,
+        "objective/score": batch.scores,
+        "eos_rate": batch.ended.float(),
+        "response_length": mask.sum(-1).float(),
+    }
+    tokens = {
+        "objective/entropy": batch.entropy,
+        "val/returns": advantages.returns,
+        "val/advantages": advantages.raw,
+        "val/values": batch.values,
+    }
+    metrics.add_means(episodes, torch.ones_like(batch.scores))
+    metrics.add_means(tokens, mask)
+    metrics.values["objective/kl_coef"] = kl_coefficient
+    metrics.values["memory/base_copies"] = base_copies
+    metrics.values["val/explained_variance"] = explained_variance(batch.values, advantages.returns, mask)
+
+
+@torch.no_grad()
+def add_policy(
+    metrics: UpdateMetrics,
+    *,
+    loss: Tensor,
+    change: Tensor,
+    entropy: Tensor,
+    response_mask: Tensor,
+    tokens: Tensor,
+    clip: float,
+) -> None:
+    """A micro-batch's share of its minibatch's metrics.
+
+    ``loss`` is a scalar, already divided by ``tokens``, the scalar number of the minibatch's answer tokens. ``change``
+    is log π/π_old, ``[rows, tokens]``; ``entropy`` is ``[answer tokens]``.
+    """
+    ratio = change.exp()
+    clipped = ((ratio - 1.0).abs() > clip).float()
+    metrics.add_share(
+        {
+            "loss/policy": loss,
+            "policy/approxkl": (0.5 * change**2 * response_mask).sum() / tokens,
+            "policy/clipfrac": (clipped * response_mask).sum() / tokens,
+            "policy/entropy": entropy.sum() / tokens,
+            "val/ratio": (ratio * response_mask).sum() / tokens,
+        }
+    )
+    metrics.add_maximum("val/ratio_max", (ratio * response_mask).max())
