@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from mypy.plugin import AttributeContext, Plugin
 from mypy.types import Instance, Type
 
+SETTINGS = re.compile(r"alignment\.(config|stages\.\w+\.config)\.")
+"""Where dataclasses of settings are."""
 READS: set[tuple[str, str, str]] = set()
 """Class, attribute and the file that reads it."""
 
@@ -17,7 +20,7 @@ class Noting(Plugin):
     def get_attribute_hook(self, fullname: str) -> Callable[[AttributeContext], Type] | None:
         """mypy asks at every access of an attribute, for each member of a union by itself."""
         owner, _, name = fullname.rpartition(".")
-        if not owner.startswith("alignment.config."):
+        if SETTINGS.match(owner) is None:
             return None
 
         def note(context: AttributeContext) -> Type:

@@ -51,7 +51,7 @@ def classes() -> list[type]:
 
 
 def attributes_read(sources: list[BuildSource]) -> Reads:
-    """Classes and names of their attributes that these sources read outside of config/."""
+    """Classes and names of their attributes that these sources read outside of config/ and a stage's config.py."""
     options = Options()
     options.incremental = False
     options.cache_dir = os.devnull
@@ -61,7 +61,7 @@ def attributes_read(sources: list[BuildSource]) -> Reads:
     options.config_file = str(PACKAGE.parent / "pyproject.toml")  # where mypy says that the plugin is named
     build.build(sources, options)
     noted = sys.modules[PLUGIN.stem].READS
-    found = {(owner, name) for owner, name, file in noted if "config" not in Path(file).parts}
+    found = {(owner, name) for owner, name, file in noted if "config" not in Path(file).with_suffix("").parts}
     noted.clear()
     return found
 
@@ -99,7 +99,7 @@ def test_a_field_of_another_class_does_not_count() -> None:
     """Where PPO's clip is read no more, that of its scorers still is."""
     stage, rewards = PACKAGE / "stages/ppo/run.py", PACKAGE / "rewards/build.py"
     text = stage.read_text(encoding="utf-8")
-    others = [source(path) for path in (*PACKAGE.glob("config/*.py"), rewards)]
+    others = [source(path) for path in (*PACKAGE.glob("config/*.py"), PACKAGE / "stages/ppo/config.py", rewards)]
     clips = [("alignment.stages.ppo.config.PpoConfig", "clip"), ("alignment.config.scoring.ScorerConfig", "clip")]
     for changed, expected in ((text, [True, True]), (text.replace("config.clip", "0.2"), [False, True])):
         found = attributes_read([*others, source(stage, changed)])
