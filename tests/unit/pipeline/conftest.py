@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment.core import hardware
 from alignment.core.artifacts import Manifest, publish
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.stages.registry import kind_of
@@ -30,6 +31,12 @@ NUM_PAIRS = 24
 """As many as the quickstart's smallest stage needs."""
 
 MakePlan = Callable[..., Plan]
+
+
+@pytest.fixture(autouse=True)
+def processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that multiplies in bfloat16, so that plans say the same on every machine."""
+    monkeypatch.setattr(hardware, "has_bfloat16", lambda: True)
 
 
 @pytest.fixture

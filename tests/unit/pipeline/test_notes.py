@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from alignment.core import hardware
 from alignment.pipeline.execute.notes import of_plan, of_result
 from alignment.pipeline.execute.record import RunRecord
 from alignment.pipeline.execute.summary import show_plan, show_results
 from alignment.report.run_page.run_files import read_run
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan
 
+WITHOUT_PATCH = hardware.has_bfloat16
+"""As it is, before a fixture replaces it."""
 LONG = "Dear all, the training on fire safety is on 21 March at nine in room four, and lunch is at noon."
 
 
@@ -51,6 +54,31 @@ def test_an_ordinary_run_has_none(plan: MakePlan) -> None:
 )
 def test_what_is_odd_is_said_exactly(plan: MakePlan, override: str, note: str) -> None:
     assert of_plan(plan(override)) == [note]
+
+
+@pytest.mark.usefixtures("apart")
+def test_a_processor_without_bfloat16_is_named(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(hardware, "count_devices", lambda: 0)
+    (note,) = of_plan(plan())
+    assert note.endswith("three times as long as in float32: model.dtype=float32 is faster here")
+    assert of_plan(plan("model.dtype=float32")) == []
+    monkeypatch.setattr(hardware, "count_devices", lambda: 1)
+    assert of_plan(plan()) == []
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx512f\n", False),
+        ("flags\t\t: fpu avx512_bf16\nflags\t\t: fpu avx512_bf16\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+        ("nothing", True),
+    ],
+)
+def test_what_a_processor_says_of_bfloat16(cpuinfo: str, expected: bool, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert WITHOUT_PATCH(tmp_path / "cpuinfo") is expected
 
 
 @pytest.mark.usefixtures("apart")
