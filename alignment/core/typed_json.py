@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import (
     Annotated,
     Any,
@@ -37,6 +38,8 @@ Record = TypeVar("Record")
 
 KEY = "json key"
 """Metadata of a field whose key in the file cannot be a name in Python: ``field(metadata={KEY: "from"})``."""
+LEFT_OUT_IF_EMPTY = MappingProxyType({"left out if empty": True})
+"""Metadata of a field that is not written where it is empty."""
 VERSION = "version"
 _ABSENT: Final = object()
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -81,7 +84,9 @@ class NewerVersion(ArtifactError):
 def to_json(record: Any) -> dict[str, Any]:
     """The record as plain data, keys in the order of its fields."""
     return {
-        field.metadata.get(KEY, field.name): _plain(getattr(record, field.name)) for field in dataclasses.fields(record)
+        field.metadata.get(KEY, field.name): _plain(getattr(record, field.name))
+        for field in dataclasses.fields(record)
+        if getattr(record, field.name) or field.metadata != LEFT_OUT_IF_EMPTY
     }
 
 
@@ -201,6 +206,8 @@ class _Reader:
         if not isinstance(raw, list):
             return self._misfit(raw, "a list", where)
         values = [self._value(item, hint, f"{where}[{index}]") for index, item in enumerate(raw)]
+        if hint in (int, float) and _ABSENT in values:  # numbers mean something by their places
+            return _ABSENT
         return [value for value in values if value is not _ABSENT]
 
     def _dict(self, raw: Any, hints: tuple[Any, ...], where: str) -> Any:

@@ -8,8 +8,6 @@ bfloat16 sums come out a little differently, and float32 tells rounding from a f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from transformers import PreTrainedModel
 
 from alignment.models.forward.answers import scalar_scores, unwrapped
 from alignment.models.forward.rows import by_tokens, stream
+from alignment.records.reward_card import Change, Rescored
 
 Rows = Sequence[Sequence[int]]
 Score = Callable[[Rows], Tensor]
@@ -27,14 +26,6 @@ TOLERANCE = 1e-3
 """Of the scores' standard deviation, beyond which float32 no longer explains a difference. Chosen, not tuned."""
 TOGETHER = 8
 """Rows padded to one length."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Moved:
-    """The largest absolute difference of a score, and of how many pairs the other answer is preferred."""
-
-    largest: float
-    flips: int
 
 
 @torch.no_grad()
@@ -82,11 +73,10 @@ def padded_scores(model: PreTrainedModel, rows: Rows, *, left: bool, device: tor
 
 def moved(
     score: Score, padded: Callable[[Rows, bool], Tensor] | None, rows: Rows, generator: torch.Generator
-) -> dict[str, Any]:
+) -> Rescored:
     """How far each score moves, by what was changed; ``rows`` are pairs, chosen answer first.
 
-    ``padded`` is told whether padding stands on the left; None where the model cannot run so. ``spread`` is the scores'
-    standard deviation.
+    ``padded`` takes whether padding stands on the left; None where the model cannot run so.
     """
     usual = score(rows)
     order = torch.randperm(len(rows), generator=generator)
@@ -98,19 +88,20 @@ def moved(
     }
     if padded is not None:
         changed |= {"padded on the left": padded(rows, True), "padded on the right": padded(rows, False)}
-    return {
-        "spread": float(usual.std(correction=0)),
-        "changes": {name: asdict(_between(usual, scores)) for name, scores in changed.items()},
-    }
+    return Rescored(
+        spread=float(usual.std(correction=0)),
+        changes={name: _between(usual, scores) for name, scores in changed.items()},
+    )
 
 
-def _between(usual: Tensor, changed: Tensor) -> Moved:
+def _between(usual: Tensor, changed: Tensor) -> Change:
     pairs = [scores.view(-1, 2) for scores in (usual, changed)]
     one, other = (torch.sign(pair[:, 0] - pair[:, 1]) for pair in pairs)
-    return Moved(largest=float((usual - changed).abs().max()), flips=int((one != other).sum()))
+    return Change(largest=float((usual - changed).abs().max()), flips=int((one != other).sum()))
 
 
-def beyond_rounding(exact: dict[str, Any]) -> list[str]:
+def beyond_rounding(exact: Rescored) -> list[str]:
     """The changes that move a score in float32 by more than rounding does."""
-    limit = TOLERANCE * max(exact["spread"], 1e-6)
-    return [name for name, change in exact["changes"].items() if not change["largest"] <= limit]
+    assert exact.spread is not None, "it was measured"
+    limit = TOLERANCE * max(exact.spread, 1e-6)
+    return [name for name, change in exact.changes.items() if not change.largest <= limit]

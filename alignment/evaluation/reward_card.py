@@ -1,4 +1,4 @@
-"""A reward model's report card, as plain data for ``card.json`` and ``pairs.jsonl`` (docs/design/0016).
+"""The figures of a reward model's report card (docs/design/0016).
 
 A margin is the score of the chosen answer minus that of the rejected one; σ(margin) is what a Bradley-Terry model says
 of the chance that the chosen answer is the better one. A tie counts as half right.
@@ -6,10 +6,9 @@ of the chance that the chosen answer is the better one. A tie counts as half rig
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import sqrt
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,19 @@ from numpy.typing import NDArray
 from alignment.data.records import PreferencePair
 from alignment.evaluation.bag_of_words import sigmoid
 from alignment.evaluation.bootstrap import grouped_interval
+from alignment.records.interval import Interval
+from alignment.records.reward_card import (
+    Baseline,
+    Bin,
+    Calibration,
+    Length,
+    Margins,
+    RewardCard,
+    RuleAgreement,
+    ScoredPair,
+    Subset,
+    Turn,
+)
 
 BINS = 5
 """Of calibration, from chance to certainty. Chosen, not tuned: a hundred pairs a bin where there are five hundred."""
@@ -65,22 +77,26 @@ class Judged:
         """The same for pairs of the same prompt."""
         return repr(self.pair.messages)
 
-    def as_dict(self) -> dict[str, Any]:
+    @property
+    def record(self) -> ScoredPair:
         """A line of ``pairs.jsonl``."""
         pair = self.pair
-        return {
-            "id": pair.id,
-            "where": pair.where,
-            "subset": self.subset,
-            "messages": [message.as_dict() for message in pair.messages],
-            "chosen": pair.chosen,
-            "rejected": pair.rejected,
-            "scores": list(self.scores),
-            "margin": self.margin,
-            "tokens": list(self.tokens),
-            "bag_of_words": self.words,
-            "rule": None if self.rule is None else list(self.rule),
-        }
+        return ScoredPair(
+            id=pair.id,
+            where=pair.where,
+            subset=self.subset,
+            messages=[
+                Turn(role=message.role, content=message.content, tool_calls=list(message.tool_calls))
+                for message in pair.messages
+            ],
+            chosen=pair.chosen,
+            rejected=pair.rejected,
+            scores=list(self.scores),
+            margin=self.margin,
+            tokens=list(self.tokens),
+            bag_of_words=self.words,
+            rule=None if self.rule is None else list(self.rule),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,12 +106,12 @@ class Intervals:
     samples: int
     seed: int
 
-    def of(self, values: Sequence[float], pairs: Sequence[Judged]) -> dict[str, float | None]:
+    def of(self, values: Sequence[float], pairs: Sequence[Judged]) -> Interval:
         """The mean over pairs with its 95 % interval, which is left out for few prompts."""
         prompts = [judged.prompt for judged in pairs]
         if len(set(prompts)) < FEW:
-            return {"mean": float(np.mean(values)), "low": None, "high": None}
-        return asdict(grouped_interval(values, prompts, samples=self.samples, seed=self.seed))
+            return Interval(mean=float(np.mean(values)))
+        return grouped_interval(values, prompts, samples=self.samples, seed=self.seed)
 
 
 def right(margins: Sequence[float]) -> list[float]:
@@ -103,44 +119,48 @@ def right(margins: Sequence[float]) -> list[float]:
     return [1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins]
 
 
-def card_of(pairs: Sequence[Judged], *, intervals: Intervals, num_worst: int) -> dict[str, Any]:
-    """All figures that can be told from the pairs, of which there is at least one."""
-    return {
-        "num_pairs": len(pairs),
-        "num_prompts": len({judged.prompt for judged in pairs}),
-        "accuracy": intervals.of(_model(pairs), pairs),
-        "baselines": baselines(pairs, intervals),
-        "subsets": subsets(pairs, intervals),
-        "calibration": calibration([judged.margin for judged in pairs]),
-        "margins": histogram([judged.margin for judged in pairs]),
-        "length": length_bias(pairs),
-        "rule": rule_agreement(pairs, intervals),
-        "worst": [judged.as_dict() for judged in worst(pairs, num_worst)],
-    }
+def card_of(pairs: Sequence[Judged], *, intervals: Intervals, num_worst: int) -> RewardCard:
+    """All figures that the pairs give, of which there is at least one."""
+    return RewardCard(
+        num_pairs=len(pairs),
+        num_prompts=len({judged.prompt for judged in pairs}),
+        accuracy=intervals.of(_model(pairs), pairs),
+        baselines=baselines(pairs, intervals),
+        subsets=subsets(pairs, intervals),
+        calibration=calibration([judged.margin for judged in pairs]),
+        margins=histogram([judged.margin for judged in pairs]),
+        length=length_bias(pairs),
+        rule=rule_agreement(pairs, intervals),
+        worst=[judged.record for judged in worst(pairs, num_worst)],
+    )
 
 
-def baselines(pairs: Sequence[Judged], intervals: Intervals) -> list[dict[str, Any]]:
+def baselines(pairs: Sequence[Judged], intervals: Intervals) -> list[Baseline]:
     """How often each simpler judge is right, and by how much the model is right more often, paired."""
-    mine = _model(pairs)
-    found = []
-    for name, theirs in _simpler(pairs).items():
-        more = [one - other for one, other in zip(mine, theirs, strict=True)]
-        found.append({"name": name, "accuracy": intervals.of(theirs, pairs), "difference": intervals.of(more, pairs)})
-    return found
+    by_model = _model(pairs)
+    judges = []
+    for name, by_judge in _simpler(pairs).items():
+        more = [one - other for one, other in zip(by_model, by_judge, strict=True)]
+        accuracy, difference = intervals.of(by_judge, pairs), intervals.of(more, pairs)
+        judges.append(Baseline(name=name, accuracy=accuracy, difference=difference))
+    return judges
 
 
-def subsets(pairs: Sequence[Judged], intervals: Intervals) -> list[dict[str, Any]]:
+def subsets(pairs: Sequence[Judged], intervals: Intervals) -> list[Subset]:
     """Accuracy by subset, in the order in which they come; nothing where the pairs are not told apart so."""
     names = list(dict.fromkeys(judged.subset for judged in pairs))
     if len(names) < 2:
         return []
-    found = []
-    for name in names:
-        mine = [judged for judged in pairs if judged.subset == name]
-        simpler = {key: float(np.mean(values)) for key, values in _simpler(mine).items()}
-        accuracy = intervals.of(_model(mine), mine)
-        found.append({"name": name or "none", "num_pairs": len(mine), "accuracy": accuracy, "baselines": simpler})
-    return found
+    return [_subset(name, [judged for judged in pairs if judged.subset == name], intervals) for name in names]
+
+
+def _subset(name: str, pairs: Sequence[Judged], intervals: Intervals) -> Subset:
+    return Subset(
+        name=name or "none",
+        num_pairs=len(pairs),
+        accuracy=intervals.of(_model(pairs), pairs),
+        baselines={judge: float(np.mean(values)) for judge, values in _simpler(pairs).items()},
+    )
 
 
 def _model(pairs: Sequence[Judged]) -> list[float]:
@@ -154,7 +174,7 @@ def _simpler(pairs: Sequence[Judged]) -> dict[str, list[float]]:
     return {**found, LONGER: right([judged.longer_by for judged in pairs])}
 
 
-def calibration(margins: Sequence[float]) -> dict[str, Any]:
+def calibration(margins: Sequence[float]) -> Calibration:
     """Whether the model is right as often as it says: σ(|margin|) against the share of pairs in which it is.
 
     Seen from the answer that the model prefers, so that no pair has to be turned at random. ``ece`` is the mean
@@ -170,26 +190,26 @@ def calibration(margins: Sequence[float]) -> dict[str, Any]:
         mine = place == number
         if mine.any():
             bins.append(_bin(number, confidence[mine], share[mine]))
-    ece = sum(one["num_pairs"] * abs(one["share"] - one["confidence"]) for one in bins) / len(values)
-    return {
-        "bins": bins,
-        "ece": float(ece),
-        "brier": float(((1 - sigmoid(values)) ** 2).mean()),
-        "log_loss": float(np.logaddexp(0.0, -values).mean()),
-    }
+    ece = sum(one.num_pairs * abs(one.share - one.confidence) for one in bins) / len(values)
+    return Calibration(
+        bins=bins,
+        ece=float(ece),
+        brier=float(((1 - sigmoid(values)) ** 2).mean()),
+        log_loss=float(np.logaddexp(0.0, -values).mean()),
+    )
 
 
-def _bin(number: int, confidence: NDArray[np.float64], share: NDArray[np.float64]) -> dict[str, Any]:
+def _bin(number: int, confidence: NDArray[np.float64], share: NDArray[np.float64]) -> Bin:
     low, high = wilson(float(share.mean()), len(share))
-    return {
-        "from": 0.5 + number / (2 * BINS),
-        "to": 0.5 + (number + 1) / (2 * BINS),
-        "num_pairs": len(share),
-        "confidence": float(confidence.mean()),
-        "share": float(share.mean()),
-        "low": low,
-        "high": high,
-    }
+    return Bin(
+        start=0.5 + number / (2 * BINS),
+        end=0.5 + (number + 1) / (2 * BINS),
+        num_pairs=len(share),
+        confidence=float(confidence.mean()),
+        share=float(share.mean()),
+        low=low,
+        high=high,
+    )
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -201,21 +221,16 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return (middle - half) / whole, (middle + half) / whole
 
 
-def histogram(margins: Sequence[float]) -> dict[str, Any]:
+def histogram(margins: Sequence[float]) -> Margins:
     """Counts of margins between edges around 0; the outermost bars hold what lies beyond them too."""
     values = np.asarray(margins, dtype=np.float64)
     reach = float(np.quantile(np.abs(values), _OUTLIERS)) or 1.0
     edges = np.linspace(-reach, reach, BARS + 1)
     counts, _ = np.histogram(np.clip(values, -reach, reach), edges)
-    return {
-        "edges": edges.tolist(),
-        "counts": counts.tolist(),
-        "mean": float(values.mean()),
-        "std": float(values.std()),
-    }
+    return Margins(edges=edges.tolist(), counts=counts.tolist(), mean=float(values.mean()), std=float(values.std()))
 
 
-def length_bias(pairs: Sequence[Judged]) -> dict[str, float | None]:
+def length_bias(pairs: Sequence[Judged]) -> Length:
     """Whether the model goes by length: the correlation of margin and difference in length, how often it prefers the
     longer answer and how often that is the chosen one, and how often it is right where the chosen one is longer, and
     shorter. Figures for which there are no pairs are None."""
@@ -223,29 +238,29 @@ def length_bias(pairs: Sequence[Judged]) -> dict[str, float | None]:
     prefers = [judged.margin * (1 if judged.longer_by > 0 else -1) for judged in different]
     longer = [judged for judged in different if judged.longer_by > 0]
     shorter = [judged for judged in different if judged.longer_by < 0]
-    return {
-        "correlation": _correlation([judged.margin for judged in pairs], [judged.longer_by for judged in pairs]),
-        "prefers_longer": _mean(right(prefers)),
-        "longer_is_chosen": _mean([float(judged.longer_by > 0) for judged in different]),
-        "accuracy_where_longer": _mean(_model(longer)),
-        "accuracy_where_shorter": _mean(_model(shorter)),
-    }
+    return Length(
+        correlation=_correlation([judged.margin for judged in pairs], [judged.longer_by for judged in pairs]),
+        prefers_longer=_mean(right(prefers)),
+        longer_is_chosen=_mean([float(judged.longer_by > 0) for judged in different]),
+        accuracy_where_longer=_mean(_model(longer)),
+        accuracy_where_shorter=_mean(_model(shorter)),
+    )
 
 
-def rule_agreement(pairs: Sequence[Judged], intervals: Intervals) -> dict[str, Any] | None:
+def rule_agreement(pairs: Sequence[Judged], intervals: Intervals) -> RuleAgreement | None:
     """How often model and rule prefer the same answer, among pairs that the rule tells apart, and how often the rule is
     right there; None without a rule."""
     told = [(judged, judged.rule[0] - judged.rule[1]) for judged in pairs if judged.rule is not None]
     apart = [(judged, margin) for judged, margin in told if margin]
     if not apart:
-        return {"num_pairs": 0, "agreement": None, "accuracy": None} if told else None
+        return RuleAgreement() if told else None
     kept = [judged for judged, _ in apart]
     agree = right([judged.margin * margin for judged, margin in apart])
-    return {
-        "num_pairs": len(apart),
-        "agreement": intervals.of(agree, kept),
-        "accuracy": intervals.of(right([margin for _, margin in apart]), kept),
-    }
+    return RuleAgreement(
+        num_pairs=len(apart),
+        agreement=intervals.of(agree, kept),
+        accuracy=intervals.of(right([margin for _, margin in apart]), kept),
+    )
 
 
 def worst(pairs: Sequence[Judged], count: int) -> list[Judged]:
@@ -254,30 +269,30 @@ def worst(pairs: Sequence[Judged], count: int) -> list[Judged]:
     return wrong[:count]
 
 
-def warnings(card: Mapping[str, Any]) -> list[str]:
+def warnings(card: RewardCard) -> list[str]:
     """What a reader must know before the figures, a sentence each."""
-    found = []
-    learned = card["learned"]
-    if learned and learned["judged_too"] and not learned["left_out"]:
-        found.append(
-            f"{learned['judged_too']} of the {card['num_pairs']} pairs ask what the model learned from, so it may know "
+    sentences = []
+    learned = card.learned
+    if learned and learned.judged_too and not learned.left_out:
+        sentences.append(
+            f"{learned.judged_too} of the {card.num_pairs} pairs ask what the model learned from, so it may know "
             "the answer by heart."
         )
-    if learned and not learned["part_known"]:
-        found.append(
+    if learned and not learned.part_known:
+        sentences.append(
             "Which part of its file the model learned from is not known exactly, so every pair of the file counts as "
             "learned."
         )
-    for baseline in card["baselines"]:
-        other, difference = _JUDGES[baseline["name"]], baseline["difference"]
-        if difference["low"] is None or difference["low"] <= 0 <= difference["high"]:
-            found.append(f"It is not shown to be right more often than {other}.")
-        elif difference["high"] < 0:
-            found.append(f"It is right less often than {other}.")
-    moved = card["invariances"] and card["invariances"]["moved"]
-    if moved:
-        found.append(f"In float32 its scores depend on what they should not: {', '.join(moved)}.")
-    return found
+    for baseline in card.baselines:
+        judge, difference = _JUDGES[baseline.name], baseline.difference
+        if difference is None or not difference.excludes_zero():
+            sentences.append(f"It is not shown to be right more often than {judge}.")
+        elif difference.mean < 0:
+            sentences.append(f"It is right less often than {judge}.")
+    if card.invariances and card.invariances.moved:
+        changes = ", ".join(card.invariances.moved)
+        sentences.append(f"In float32 its scores depend on what they should not: {changes}.")
+    return sentences
 
 
 def _mean(values: Sequence[float]) -> float | None:

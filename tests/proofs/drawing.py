@@ -12,11 +12,12 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from alignment.core import typed_json
 from alignment.records.interval import Interval
+from alignment.records.reward_card import RewardCard
 from alignment.report.kit import text
 from alignment.report.kit.plots import HEIGHT, WIDTH, Line, Scale, curve, scale_axis, scale_of, whisker
 from alignment.report.run_page.card_page import plots
-from alignment.report.run_page.reward_card_section import read_card
 
 _TITLE = 34
 _ROW, _NAME, _PLOT, _VALUE = 26, 130, 270, 60
@@ -114,10 +115,9 @@ def _write(file: Path, parts: Sequence[Markup], *, width: int, height: int, belo
 
 def draw_card(card: Path, file: Path) -> None:
     """How sure a reward model is and how right, and its margins."""
-    found = read_card(card, "card")
-    assert found is not None, f"{card} is no card"
     titles = ("Share right, over how sure it is", "Pairs, over the margin of their scores")
-    stack(file, dict(zip(titles, (one.svg for one in plots(found)), strict=True)), below="left of 0 it is wrong")
+    figures = plots(typed_json.read(card, RewardCard, remedy=""))
+    stack(file, dict(zip(titles, (one.svg for one in figures), strict=True)), below="left of 0 it is wrong")
 
 
 if __name__ == "__main__":

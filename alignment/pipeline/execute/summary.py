@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from alignment.records.evaluation import FILE as EVALUATION_FILE
 from alignment.records.evaluation import Comparison, Evaluation, JudgedPair
 from alignment.records.forgetting import Forgetting
 from alignment.records.interval import Interval
+from alignment.records.reward_card import FILE as CARD_FILE
+from alignment.records.reward_card import RewardCard
 from alignment.report import doubts
 from alignment.stages.registry import lines_of, produced_by
 
@@ -80,9 +81,8 @@ def show_results(console: Console, run_folder: Path, record: dict[str, Any]) -> 
 
 
 def _show_other(console: Console, name: str, artifact_kind: str, artifact: Path) -> None:
-    card = artifact / "card.json"
-    if artifact_kind == REWARD_CARD and card.is_file():
-        show_card(console, name, json.loads(card.read_text(encoding="utf-8")))
+    if artifact_kind == REWARD_CARD and (artifact / CARD_FILE).is_file():
+        show_card(console, name, RewardCard.read(artifact))
     if artifact_kind == FORGETTING and (outcome := forgetting_gate.read_outcome(artifact)) is not None:
         show_forgetting(console, name, outcome)
 
@@ -137,24 +137,24 @@ def _what_is_shown(evaluation: Evaluation) -> str:
     )
 
 
-def show_card(console: Console, name: str, card: dict[str, Any]) -> None:
+def show_card(console: Console, name: str, card: RewardCard) -> None:
     """How often a reward model is right, beside simpler judges, and what must be known before."""
-    judges = [f"{judge['name']} {_share(judge['accuracy'])}, {_more(judge)}" for judge in card["baselines"]]
-    lines = [f"{name}: right on {_share(card['accuracy'])} of {card['num_pairs']} pairs; {'; '.join(judges)}"]
-    for line in [*lines, *(f"  {sentence}" for sentence in card["warnings"])]:
+    judges = [f"{judge.name} {_share(judge.accuracy)}{_difference(judge.difference)}" for judge in card.baselines]
+    lines = [f"{name}: right on {_share(card.accuracy)} of {card.num_pairs} pairs; {'; '.join(judges)}"]
+    for line in [*lines, *(f"  {sentence}" for sentence in card.warnings)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _share(interval: dict[str, float | None]) -> str:
-    within = "" if interval["low"] is None else f" ({interval['low']:.3f}–{interval['high']:.3f})"
-    return f"{interval['mean']:.3f}{within}"
+def _share(share: Interval) -> str:
+    return f"{share.mean:.3f}" + (f" ({share.low:.3f}–{share.high:.3f})" if share.bounds else "")
 
 
-def _more(judge: dict[str, Any]) -> str:
+def _difference(difference: Interval | None) -> str:
     """By how much the model is right more often than a simpler judge."""
-    more = judge["difference"]
-    within = "" if more["low"] is None else f" ({more['low']:+.3f} to {more['high']:+.3f})"
-    return f"difference {more['mean']:+.3f}{within}"
+    if difference is None:
+        return ""
+    within = f" ({difference.low:+.3f} to {difference.high:+.3f})" if difference.bounds else ""
+    return f", difference {difference.mean:+.3f}{within}"
 
 
 def show_forgetting(console: Console, name: str, record: Forgetting) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from alignment.records.interval import Interval
+from alignment.records.reward_card import Calibration, Change, Learned, Length, Rescored, RewardCard
 from alignment.report.kit import text
 from alignment.report.kit.plots import calibration_curve, histogram, scale_axis, scale_of, whisker
-from alignment.report.run_page.run_records import RewardCard
+from alignment.report.run_page.run_records import Card
 from alignment.report.run_page.run_tables import Whisker, WhiskerPlot, bounds
 
+MODEL = "reward model"
 CHANCE = 0.5
 """Accuracy of a judge that knows nothing."""
 FEW_WORDS = 8
@@ -29,88 +31,122 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CardView:
-    """A card with all that is drawn of it; ``figures`` are (words, value)."""
+class ChangeRow:
+    """What should move no score, and by how much it did, by number format."""
 
+    name: str
+    by_format: dict[str, Change]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CardView:
+    """A card with all that is drawn of it; ``figures`` are (words, value), ``spread`` is the scores' deviation."""
+
+    stage: str
     card: RewardCard
     judges: WhiskerPlot
     plots: list[Figure]
     figures: list[tuple[str, str]]
+    changes: list[ChangeRow]
     formats: list[str]
+    spread: float | None
 
 
-def card_view(card: RewardCard) -> CardView:
+def card_view(card: Card) -> CardView:
     """The card, drawn."""
-    formats = list(dict.fromkeys(form for change in card.changes for form in change.moved))
+    formats = {} if card.record.invariances is None else card.record.invariances.formats
+    changes = list(_changes(formats))
     return CardView(
-        card=card, judges=_judges(card), plots=list(plots(card)), figures=list(_figures(card)), formats=formats
+        stage=card.stage,
+        card=card.record,
+        judges=_judges(card.record),
+        plots=list(plots(card.record)),
+        figures=list(_figures(card.record)),
+        changes=changes,
+        formats=list(dict.fromkeys(name for change in changes for name in change.by_format)),
+        spread=next((scores.spread for scores in formats.values()), None),
     )
 
 
-def lead(card: RewardCard) -> str:
+def _changes(formats: Mapping[str, Rescored]) -> Iterator[ChangeRow]:
+    for name in dict.fromkeys(name for scores in formats.values() for name in scores.changes):
+        by_format = {form: scores.changes[name] for form, scores in formats.items() if name in scores.changes}
+        yield ChangeRow(name=name, by_format=by_format)
+
+
+def lead(card: Card) -> str:
     """The card in a sentence or two."""
-    told = (
-        f"{card.stage}: the reward model is right on {text.number(card.model.accuracy.mean)} of {card.num_pairs} pairs"
-    )
-    within = bounds(card.model.accuracy)
-    others = [f"{judge.name} {text.number(judge.accuracy.mean)}" for judge in card.judges]
-    return f"{told}{f' ({within})' if within else ''}{f'; {text.listing(others)}' if others else ''}."
+    accuracy, within = card.record.accuracy, bounds(card.record.accuracy)
+    right = f"{card.stage}: the reward model is right on {text.number(accuracy.mean)} of {card.record.num_pairs} pairs"
+    others = [f"{judge.name} {text.number(judge.accuracy.mean)}" for judge in card.record.baselines]
+    return f"{right}{f' ({within})' if within else ''}{f'; {text.listing(others)}' if others else ''}."
 
 
 def plots(card: RewardCard) -> Iterator[Figure]:
     """The calibration curve and the margins, as far as the card has them."""
-    if card.bins:
+    if bins := card.calibration.bins:
         caption = "share of pairs in which it is right, over how sure it is; dotted: as sure as right"
-        svg = calibration_curve([(one.confidence, one.share) for one in card.bins], title="Calibration")
-        yield Figure(title="Calibration", caption=caption, svg=svg)
-    if card.counts:
+        points = [(one.confidence, Interval(mean=one.share, low=one.low, high=one.high)) for one in bins]
+        yield Figure(title="Calibration", caption=caption, svg=calibration_curve(points, title="Calibration"))
+    edges, counts = card.margins.edges, card.margins.counts
+    if counts and len(edges) == len(counts) + 1:
         caption = "pairs by score of chosen − rejected; left of 0 it is wrong"
-        yield Figure(title="Margins", caption=caption, svg=histogram(card.edges, card.counts, title="Margins"))
+        yield Figure(title="Margins", caption=caption, svg=histogram(edges, counts, title="Margins"))
 
 
 def _judges(card: RewardCard) -> WhiskerPlot:
-    known = (card.model, *card.judges)
-    scale = scale_of([judge.accuracy for judge in known], within=(0.0, 1.0), include=CHANCE)
+    known = [(MODEL, card.accuracy), *((judge.name, judge.accuracy) for judge in card.baselines)]
+    scale = scale_of([accuracy for _, accuracy in known], within=(0.0, 1.0), include=CHANCE)
     rows = [
         Whisker(
-            label=judge.name,
-            svg=whisker(judge.accuracy, scale, tone="trained" if judge is card.model else "plain", rule=CHANCE),
-            value=text.number(judge.accuracy.mean, 3),
-            bounds=bounds(judge.accuracy),
+            label=name,
+            svg=whisker(accuracy, scale, tone="plain" if index else "trained", rule=CHANCE),
+            value=text.number(accuracy.mean, 3),
+            bounds=bounds(accuracy),
         )
-        for judge in known
+        for index, (name, accuracy) in enumerate(known)
     ]
     return WhiskerPlot(rows=rows, axis=scale_axis(scale))
 
 
 def _figures(card: RewardCard) -> Iterator[tuple[str, str]]:
-    scales, length = card.scales, card.length
-    for judge in card.judges:
+    for judge in card.baselines:
         if judge.difference is not None:
             yield f"more often right than: {judge.name}", _difference(judge.difference)
-    if {"ece", "brier", "log_loss"} <= scales.keys():
-        yield "expected calibration error", text.number(scales["ece"], 3)
-        yield "Brier score (.25 knows nothing)", text.number(scales["brier"], 3)
-        yield "log loss, nats (.693 knows nothing)", text.number(scales["log_loss"], 3)
-    if "prefers_longer" in length and "longer_is_chosen" in length:
-        shares = text.share(length["prefers_longer"]), text.share(length["longer_is_chosen"])
-        yield "prefers the longer answer", f"{shares[0]} of pairs; the longer one is the better in {shares[1]}"
-    if "correlation" in length:
-        yield "correlation of margin and difference in length", text.number(length["correlation"])
-    if "accuracy_where_longer" in length and "accuracy_where_shorter" in length:
-        sides = text.number(length["accuracy_where_longer"]), text.number(length["accuracy_where_shorter"])
-        yield "right where the better answer is longer, shorter", f"{sides[0]}, {sides[1]}"
-    if "agreement" in card.rule and "accuracy" in card.rule:
-        agreement, accuracy = card.rule["agreement"], card.rule["accuracy"]
-        told = f"{text.number(agreement.mean)} of the {card.rule_pairs} pairs that it tells apart"
-        yield "agrees with the rule", f"{told}; there the rule is right on {text.number(accuracy.mean)}"
-    if card.subset_mean is not None:
-        yield "mean over subsets", text.number(card.subset_mean, 3)
+    yield from _of_calibration(card.calibration)
+    yield from _of_length(card.length)
+    if card.rule and card.rule.agreement and card.rule.accuracy:
+        agreement = f"{text.number(card.rule.agreement.mean)} of the {card.rule.num_pairs} pairs that it tells apart"
+        yield "agrees with the rule", f"{agreement}; there the rule is right on {text.number(card.rule.accuracy.mean)}"
+    if means := [subset.accuracy.mean for subset in card.subsets if subset.accuracy]:
+        yield "mean over subsets", text.number(sum(means) / len(means), 3)
     if card.learned:
-        yield "learned from", _learned(card)
-        for key, words in (("for", "words for an answer, by the bag"), ("against", "words against it")):
-            if card.learned[key]:
-                yield words, ", ".join(card.learned[key][:FEW_WORDS])
+        yield "learned from", _learned(card.learned)
+        for words, heading in (
+            (card.learned.for_answer, "words for an answer, by the bag"),
+            (card.learned.against, "words against it"),
+        ):
+            if words:
+                yield heading, ", ".join(words[:FEW_WORDS])
+
+
+def _of_calibration(calibration: Calibration) -> Iterator[tuple[str, str]]:
+    if calibration.ece is None or calibration.brier is None or calibration.log_loss is None:
+        return
+    yield "expected calibration error", text.number(calibration.ece, 3)
+    yield "Brier score (.25 knows nothing)", text.number(calibration.brier, 3)
+    yield "log loss, nats (.693 knows nothing)", text.number(calibration.log_loss, 3)
+
+
+def _of_length(length: Length) -> Iterator[tuple[str, str]]:
+    if length.prefers_longer is not None and length.longer_is_chosen is not None:
+        shares = text.share(length.prefers_longer), text.share(length.longer_is_chosen)
+        yield "prefers the longer answer", f"{shares[0]} of pairs; the longer one is the better in {shares[1]}"
+    if length.correlation is not None:
+        yield "correlation of margin and difference in length", text.number(length.correlation)
+    if length.accuracy_where_longer is not None and length.accuracy_where_shorter is not None:
+        sides = text.number(length.accuracy_where_longer), text.number(length.accuracy_where_shorter)
+        yield "right where the better answer is longer, shorter", f"{sides[0]}, {sides[1]}"
 
 
 def _difference(item: Interval) -> str:
@@ -120,10 +156,9 @@ def _difference(item: Interval) -> str:
     return f"{more} ({text.signed(item.low)} to {text.signed(item.high)})"
 
 
-def _learned(card: RewardCard) -> str:
-    learned = card.learned
-    told = f"{learned['num_pairs']} pairs"
-    if not learned["judged_too"]:
-        return f"{told}; none of the pairs judged asks the same"
-    fate = "left out" if learned["left_out"] else "judged all the same"
-    return f"{told}; {learned['judged_too']} pairs that ask the same were {fate}"
+def _learned(learned: Learned) -> str:
+    pairs = f"{learned.num_pairs} pairs"
+    if not learned.judged_too:
+        return f"{pairs}; none of the pairs judged asks the same"
+    fate = "left out" if learned.left_out else "judged all the same"
+    return f"{pairs}; {learned.judged_too} pairs that ask the same were {fate}"

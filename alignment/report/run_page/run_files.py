@@ -9,13 +9,14 @@ from typing import Any
 from alignment.config import yaml_file
 from alignment.core.artifacts import EVALUATION, FORGETTING, REPORT, REWARD_CARD, Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
+from alignment.records import reward_card
 from alignment.records.evaluation import Evaluation
 from alignment.report.doubts import profile_of
 from alignment.report.kit import text
+from alignment.report.kit.record_files import shown
 from alignment.report.run_page.evaluation_section import read_evaluation, read_samples
 from alignment.report.run_page.forgetting_section import read_forgetting
-from alignment.report.run_page.reward_card_section import read_card
-from alignment.report.run_page.run_records import RewardCard, Run, Sample, Stage
+from alignment.report.run_page.run_records import Card, Run, Sample, Stage
 from alignment.stages.registry import produced_by
 
 
@@ -205,19 +206,19 @@ def _read_evaluation_of(
     return evaluation, note, samples, f"{lost} rows of samples.jsonl cannot be read." if lost else ""
 
 
-def _read_cards(stages: list[Stage], folders: dict[str, Path | None]) -> list[RewardCard]:
+def _read_cards(stages: list[Stage], folders: dict[str, Path | None]) -> list[Card]:
     """The card of every stage that left one; a stage whose card cannot be read gets a note."""
-    found = []
+    cards = []
     for stage in stages:
         folder = folders[stage.name]
-        if produced_by(stage.kind) != REWARD_CARD or folder is None or not (folder / "card.json").exists():
+        if produced_by(stage.kind) != REWARD_CARD or folder is None or not (folder / reward_card.FILE).exists():
             continue
-        card = read_card(folder / "card.json", stage.name)
-        if card is None:
-            stage.notes.append("Its card.json cannot be read, so its card is not shown.")
+        record, note = shown(folder / reward_card.FILE, reward_card.RewardCard)
+        if record is None:
+            stage.notes.append(note)
         else:
-            found.append(card)
-    return found
+            cards.append(Card(stage=stage.name, record=record))
+    return cards
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from alignment.records.evaluation import Evaluation, Metric
 from alignment.records.forgetting import ArmForgetting
 from alignment.records.forgetting import Forgetting as ForgettingRecord
 from alignment.records.interval import Interval
+from alignment.records.reward_card import RewardCard
 from alignment.report.kit import text
 from alignment.stages.registry import produced_by
 
@@ -80,78 +81,11 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Guesser:
-    """The model or a simpler judge: how often it is right, and by how much the model is right more often."""
-
-    name: str
-    accuracy: Interval
-    difference: Interval | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Subset:
-    """A part of the pairs; ``others`` is how often each simpler judge is right there, by its name."""
-
-    name: str
-    num_pairs: int
-    accuracy: Interval | None
-    others: dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bin:
-    """Pairs about which the model is equally sure: σ(|margin|) on average, and the share in which it is right."""
-
-    num_pairs: int
-    confidence: float
-    share: Interval
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
-    """What should move no score, and by how much it did: the largest difference and pairs turned round, by format."""
-
-    name: str
-    moved: dict[str, tuple[float, int]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WrongPair:
-    """A pair whose rejected answer the model prefers; ``messages`` are (role, text) pairs."""
-
-    id: str
-    subset: str
-    margin: float
-    messages: list[tuple[str, str]]
-    chosen: str
-    rejected: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RewardCard:
-    """The card of one stage; what it lacks is None or empty. ``figures`` are further ones, as (words, value)."""
+class Card:
+    """A reward model's card, and the stage that made it."""
 
     stage: str
-    reward: str
-    num_pairs: int
-    num_prompts: int
-    model: Guesser
-    judges: list[Guesser]
-    subsets: list[Subset]
-    subset_mean: float | None
-    bins: list[Bin]
-    edges: list[float]
-    counts: list[int]
-    scales: dict[str, float] = field(default_factory=dict)
-    length: dict[str, float] = field(default_factory=dict)
-    rule: dict[str, Interval] = field(default_factory=dict)
-    rule_pairs: int = 0
-    learned: dict[str, Any] = field(default_factory=dict)
-    changes: list[Change] = field(default_factory=list)
-    num_changed: int = 0
-    spread: float | None = None
-    worst: list[WrongPair] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    record: RewardCard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,7 +132,7 @@ class Run:
     evaluation_note: str
     samples: list[Sample]
     samples_note: str
-    cards: list[RewardCard] = field(default_factory=list)
+    cards: list[Card] = field(default_factory=list)
     forgetting: list[Forgetting] = field(default_factory=list)
     profile: str = ""
 

@@ -227,4 +227,4 @@ def _handed_on(run: Run) -> list[str]:
 
 def _of_cards(run: Run) -> list[str]:
     """What each reward model's card says before its figures."""
-    return [f"{card.stage}: {sentence}" for card in run.cards for sentence in card.warnings]
+    return [f"{card.stage}: {sentence}" for card in run.cards for sentence in card.record.warnings]

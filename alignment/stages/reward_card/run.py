@@ -11,8 +11,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from alignment.config.model import Dtype
-from alignment.core.artifacts import read_manifest, write_json, write_lines
+from alignment.core.artifacts import read_manifest, write_lines
 from alignment.core.errors import DataError, ModelError, RewardError
+from alignment.core.typed_json import to_json
 from alignment.data.overlap import asked, asked_too
 from alignment.data.records import PreferencePair, Prompt
 from alignment.data.tokens.limits import Limits, refuse_losses
@@ -27,6 +28,7 @@ from alignment.models.assembly.load import products_in, refuse_other_tokenizer
 from alignment.models.assembly.prefix import prefix_of
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import unwrapped
+from alignment.records.reward_card import Invariances, Learned, Rescored, RewardCard
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.stages.reward_card.config import RewardCardConfig
 from alignment.stages.shared.result import StageResult
@@ -54,16 +56,16 @@ def run(config: RewardCardConfig, context: StageContext) -> StageResult:
     scores = _scores(config, context, reading)
     pairs = _judged(config, reading, scores, bag)
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
-    card = {
-        "reward": context.spec.inputs["reward"].ref,
-        "rows_too_long": len(kept) - len(pairs),
-        "learned": overlap and {**overlap, **_words(bag)},
-        **card_of(pairs, intervals=intervals, num_worst=config.num_worst),
-        "invariances": _invariances(config, context, reading) if config.invariance_pairs else None,
-    }
-    card["warnings"] = warnings(card)
-    write_json(context.content / "card.json", card)
-    write_lines(context.content / "pairs.jsonl", (pair.as_dict() for pair in pairs))
+    card = replace(
+        card_of(pairs, intervals=intervals, num_worst=config.num_worst),
+        reward=context.spec.inputs["reward"].ref,
+        rows_too_long=len(kept) - len(pairs),
+        learned=overlap and _with_words(overlap, bag),
+        invariances=_invariances(config, context, reading) if config.invariance_pairs else None,
+    )
+    card = replace(card, warnings=warnings(card))
+    card.write(context.content)
+    write_lines(context.content / "pairs.jsonl", (to_json(pair.record) for pair in pairs))
     return StageResult(metrics=_headlines(card))
 
 
@@ -80,16 +82,16 @@ def _bag_of_words(context: StageContext, learned: Sequence[PreferencePair]) -> B
     return fit(texts, [repr(pair.messages) for pair in seen], seed=context.seed("folds")) if seen else None
 
 
-def _words(bag: BagOfWords | None) -> dict[str, Any]:
-    """What a bag of words came to."""
+def _with_words(learned: Learned, bag: BagOfWords | None) -> Learned:
+    """With what the bag of words learned."""
     assert bag is not None, "it is learned wherever it is known from what"
     speaks_for, against = bag.heaviest(NUM_WORDS)
-    return {"words": len(bag.words), "penalty": bag.penalty, "for": speaks_for, "against": against}
+    return replace(learned, words=len(bag.words), penalty=bag.penalty, for_answer=speaks_for, against=against)
 
 
 def _without_learned(
     config: RewardCardConfig, context: StageContext, records: list[PreferencePair], learned: list[PreferencePair]
-) -> tuple[list[PreferencePair], dict[str, Any] | None]:
+) -> tuple[list[PreferencePair], Learned | None]:
     """The pairs to judge, and how many of all ask what was learned; None where nobody knows.
 
     Raises:
@@ -100,14 +102,14 @@ def _without_learned(
     part_known = _part_is_known(config, context)
     known = asked_too(records, learned if part_known else [*learned, *_whole_file(config, context)])
     others = [record for record in records if asked(record).text not in known]
-    told = {
-        "num_pairs": len(learned),
-        "judged_too": len(records) - len(others),
-        "left_out": config.leave_out_learned,
-        "part_known": part_known,
-    }
+    overlap = Learned(
+        num_pairs=len(learned),
+        judged_too=len(records) - len(others),
+        left_out=config.leave_out_learned,
+        part_known=part_known,
+    )
     if not config.leave_out_learned:
-        return records, told
+        return records, overlap
     if not others:
         did = "learned" if part_known else "may have learned"
         raise DataError(
@@ -115,7 +117,7 @@ def _without_learned(
             where=f"stages.{context.spec.stage}.data",
             remedy="judge other pairs, or set leave_out_learned=false",
         )
-    return others, told
+    return others, overlap
 
 
 def _part_is_known(config: RewardCardConfig, context: StageContext) -> bool:
@@ -248,7 +250,7 @@ def _by_rule(pair: PreferencePair) -> tuple[float, float]:
     return math.prod(chosen), math.prod(rejected)
 
 
-def _invariances(config: RewardCardConfig, context: StageContext, reading: _Reading) -> dict[str, Any]:
+def _invariances(config: RewardCardConfig, context: StageContext, reading: _Reading) -> Invariances:
     """How far scores of the first pairs move by what should not move them, in the model's format and in float32.
 
     It leaves the model in float32.
@@ -262,10 +264,10 @@ def _invariances(config: RewardCardConfig, context: StageContext, reading: _Read
         formats[dtype.value] = _moved(config, context, reading, dtype)
     exact = formats[Dtype.float32.value]
     num_pairs = min(config.invariance_pairs, len(reading.pairs))
-    return {"num_pairs": num_pairs, "formats": formats, "moved": beyond_rounding(exact)}
+    return Invariances(num_pairs=num_pairs, formats=formats, moved=beyond_rounding(exact))
 
 
-def _moved(config: RewardCardConfig, context: StageContext, reading: _Reading, dtype: Dtype) -> dict[str, Any]:
+def _moved(config: RewardCardConfig, context: StageContext, reading: _Reading, dtype: Dtype) -> Rescored:
     model, device = reading.model, context.device
     rows = reading.rows[: 2 * config.invariance_pairs]
 
@@ -281,8 +283,9 @@ def _moved(config: RewardCardConfig, context: StageContext, reading: _Reading, d
         return moved(score, plain, rows, context.generator("order"))
 
 
-def _headlines(card: dict[str, Any]) -> dict[str, float]:
-    """What the manifest says in a line."""
-    found = {"pairs": float(card["num_pairs"]), "accuracy": card["accuracy"]["mean"]}
-    found |= {f"accuracy/{one['name'].replace(' ', '_')}": one["accuracy"]["mean"] for one in card["baselines"]}
-    return found | {name: card["calibration"][name] for name in ("ece", "brier", "log_loss")}
+def _headlines(card: RewardCard) -> dict[str, float]:
+    """The metrics of the manifest."""
+    metrics = {"pairs": float(card.num_pairs), "accuracy": card.accuracy.mean}
+    metrics |= {f"accuracy/{judge.name.replace(' ', '_')}": judge.accuracy.mean for judge in card.baselines}
+    scales = {"ece": card.calibration.ece, "brier": card.calibration.brier, "log_loss": card.calibration.log_loss}
+    return metrics | {name: value for name, value in scales.items() if value is not None}

@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 
 from alignment.core.errors import ArtifactError
-from alignment.core.typed_json import KEY, Cleaning, Label, NewerVersion, parts, read, read_parts, to_json, write
+from alignment.core.typed_json import (
+    KEY,
+    LEFT_OUT_IF_EMPTY,
+    Cleaning,
+    Label,
+    NewerVersion,
+    parts,
+    read,
+    read_parts,
+    to_json,
+    write,
+)
 from alignment.records.interval import Interval
 
 
@@ -21,6 +32,7 @@ class Arm:
     gold: Interval | None = None
     figures: dict[str, Interval] = field(default_factory=dict)
     start: float = field(default=0.0, metadata={KEY: "from"})
+    counts: list[int] = field(default_factory=list, metadata=LEFT_OUT_IF_EMPTY)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +47,7 @@ class Table:
 
 WHOLE = Table(
     rows=3,
-    arms=[Arm(name="sft", gold=Interval(mean=0.5, low=0.25, high=0.75), start=0.5), Arm(name="dpo")],
+    arms=[Arm(name="sft", gold=Interval(mean=0.5, low=0.25, high=0.75), start=0.5), Arm(name="dpo", counts=[1, 2])],
     setting=4,
     anything={"a": [1, None]},
 )
@@ -49,6 +61,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert raw["arms"][0] == {
         "name": "sft", "gold": {"mean": 0.5, "low": 0.25, "high": 0.75}, "figures": {}, "from": 0.5,
     }  # fmt: skip
+    assert raw["arms"][1]["counts"] == [1, 2]
 
 
 def test_a_file_of_an_older_version_lacks_keys_and_one_of_this_version_may_have_more() -> None:
@@ -113,7 +126,7 @@ def test_a_page_gets_what_has_its_form_and_can_be_shown() -> None:
         "arms": [
             {"name": "stage:sft", "gold": {"mean": 0.5, "low": math.nan, "high": 0.75}, "from": "x"},
             {"gold": {"mean": 0.5}},
-            {"name": "dpo", "gold": {"mean": math.inf}, "figures": {"a": 1, "b": "x"}},
+            {"name": "dpo", "gold": {"mean": math.inf}, "figures": {"a": 1, "b": "x"}, "counts": [1, "x", 2]},
             "no arm",
         ],
         "setting": "text",

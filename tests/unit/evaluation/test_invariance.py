@@ -9,6 +9,7 @@ import torch
 
 from alignment.evaluation.invariance import Rows, beyond_rounding, flat_scores, moved, padded_scores
 from alignment.models.forward.flat import use_flat_attention
+from alignment.records.reward_card import Change, Rescored
 from tests.tiny import ARCHITECTURES, tiny_scorer
 
 CPU = torch.device("cpu")
@@ -25,7 +26,7 @@ def rows() -> list[list[int]]:
     return found
 
 
-def measured(model: Any, told: Rows) -> dict[str, Any]:
+def measured(model: Any, told: Rows) -> Rescored:
     return moved(
         lambda rows: flat_scores(model, rows, tokens=100, device=CPU),
         lambda rows, left: padded_scores(model, rows, left=left, device=CPU),
@@ -39,10 +40,10 @@ def test_a_score_depends_on_its_row_alone(architecture: str) -> None:
     model = tiny_scorer(architecture)
     use_flat_attention(model)
     found = measured(model, rows())
-    assert list(found["changes"]) == CHANGES
-    assert found["spread"] > 0.01
+    assert list(found.changes) == CHANGES
+    assert found.spread > 0.01
     assert beyond_rounding(found) == []
-    assert all(change["flips"] == 0 for change in found["changes"].values())
+    assert all(change.flips == 0 for change in found.changes.values())
 
 
 def test_what_a_model_goes_by_besides_its_row_is_named() -> None:
@@ -56,9 +57,9 @@ def test_what_a_model_goes_by_besides_its_row_is_named() -> None:
 
     found = moved(by_place, padded, [[1] * (1 + int(n)) for n in honest], torch.Generator().manual_seed(1))
     assert beyond_rounding(found) == ["alone", "in another order", "padded on the left"]
-    assert found["changes"]["alone"]["largest"] == 7.0
-    assert found["changes"]["padded on the left"] == {"largest": 0.5, "flips": 0}
-    assert found["changes"]["in another order"]["flips"] > 0
+    assert found.changes["alone"].largest == 7.0
+    assert found.changes["padded on the left"] == Change(largest=0.5, flips=0)
+    assert found.changes["in another order"].flips > 0
 
 
 def test_a_score_that_is_no_number_is_not_taken_for_steady() -> None:

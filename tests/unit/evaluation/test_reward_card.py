@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from alignment.evaluation.reward_card import (
     wilson,
     worst,
 )
+from alignment.records.interval import Interval
+from alignment.records.reward_card import Invariances, Learned, Length, RuleAgreement
 
 INTERVALS = Intervals(samples=200, seed=1)
 
@@ -47,14 +50,14 @@ def many(*margins: float, subset: str = "") -> list[Judged]:
 def test_a_tie_is_half_right() -> None:
     assert right([2.0, -1.0, 0.0]) == [1.0, 0.0, 0.5]
     card = card_of(many(2.0, -1.0, 0.0, 3.0), intervals=INTERVALS, num_worst=3)
-    assert card["accuracy"] == {"mean": 0.625, "low": None, "high": None}, "four prompts are too few for an interval"
+    assert card.accuracy == Interval(mean=0.625), "four prompts are too few for an interval"
 
 
 def test_an_interval_lies_around_the_mean_and_is_the_same_every_time() -> None:
     pairs = many(*([1.0, 2.0, -1.0] * 20))
     found = INTERVALS.of(right([pair.margin for pair in pairs]), pairs)
-    assert found["mean"] == pytest.approx(2 / 3)
-    assert 0.5 < found["low"] < 2 / 3 < found["high"] < 0.8  # type: ignore[operator]
+    assert found.mean == pytest.approx(2 / 3)
+    assert 0.5 < found.low < 2 / 3 < found.high < 0.8  # type: ignore[operator]
     assert INTERVALS.of(right([pair.margin for pair in pairs]), pairs) == found
 
 
@@ -63,30 +66,30 @@ def test_pairs_of_one_prompt_are_no_independent_evidence() -> None:
     in_tens = [judged(pair.margin, prompt=number // 5) for number, pair in enumerate(alone)]
     values = right([pair.margin for pair in alone])
     one, other = INTERVALS.of(values, alone), INTERVALS.of(values, in_tens)
-    assert other["high"] - other["low"] > 1.5 * (one["high"] - one["low"])  # type: ignore[operator]
+    assert other.high - other.low > 1.5 * (one.high - one.low)  # type: ignore[operator]
 
 
 def test_calibration_by_hand() -> None:
     # σ(ln 3) = .75 and σ(ln 9) = .9: four pairs at .75 of which three are right, one at .9 that is right.
     found = calibration([math.log(3)] * 3 + [-math.log(3), math.log(9)])
-    assert [(one["num_pairs"], one["share"]) for one in found["bins"]] == [(4, 0.75), (1, 1.0)]
-    assert [one["confidence"] for one in found["bins"]] == pytest.approx([0.75, 0.9])
-    assert [(one["from"], one["to"]) for one in found["bins"]] == [(0.7, 0.8), pytest.approx((0.9, 1.0))]
-    assert found["ece"] == pytest.approx((4 * 0.0 + 1 * 0.1) / 5)
-    assert found["brier"] == pytest.approx((3 * 0.25**2 + 0.75**2 + 0.1**2) / 5)
-    assert found["log_loss"] == pytest.approx(-(3 * math.log(0.75) + math.log(0.25) + math.log(0.9)) / 5)
+    assert [(one.num_pairs, one.share) for one in found.bins] == [(4, 0.75), (1, 1.0)]
+    assert [one.confidence for one in found.bins] == pytest.approx([0.75, 0.9])
+    assert [(one.start, one.end) for one in found.bins] == [(0.7, 0.8), pytest.approx((0.9, 1.0))]
+    assert found.ece == pytest.approx((4 * 0.0 + 1 * 0.1) / 5)
+    assert found.brier == pytest.approx((3 * 0.25**2 + 0.75**2 + 0.1**2) / 5)
+    assert found.log_loss == pytest.approx(-(3 * math.log(0.75) + math.log(0.25) + math.log(0.9)) / 5)
 
 
 def test_a_model_that_knows_nothing_has_the_scores_of_chance() -> None:
     found = calibration([0.0] * 8)
-    assert (found["ece"], found["brier"]) == (0.0, 0.25)
-    assert found["log_loss"] == pytest.approx(math.log(2))
+    assert (found.ece, found.brier) == (0.0, 0.25)
+    assert found.log_loss == pytest.approx(math.log(2))
 
 
 def test_sureness_beyond_all_numbers_stays_finite() -> None:
     found = calibration([1e4, -1e4])
-    assert found["log_loss"] == pytest.approx(5e3)
-    assert found["bins"][0]["confidence"] == 1.0
+    assert found.log_loss == pytest.approx(5e3)
+    assert found.bins[0].confidence == 1.0
 
 
 def test_the_interval_of_a_share_is_wilson_s() -> None:
@@ -96,36 +99,36 @@ def test_the_interval_of_a_share_is_wilson_s() -> None:
 
 def test_a_histogram_has_an_edge_at_zero_and_holds_every_pair() -> None:
     found = histogram([-0.4, 0.1, 0.2, 0.3, 50.0])
-    assert 0.0 in [round(edge, 12) for edge in found["edges"]]
-    assert sum(found["counts"]) == 5
-    assert sum(found["counts"][: BARS // 2]) == 1
-    assert sum(histogram([0.0, 0.0])["counts"]) == 2
+    assert 0.0 in [round(edge, 12) for edge in found.edges]
+    assert sum(found.counts) == 5
+    assert sum(found.counts[: BARS // 2]) == 1
+    assert sum(histogram([0.0, 0.0]).counts) == 2
 
 
 def test_simpler_judges_stand_beside_the_model_pair_by_pair() -> None:
     pairs = [judged(1.0, prompt=n, longer=1 if n % 2 else -1, words=1.0 if n % 4 else -1.0) for n in range(20)]
     words, longer = baselines(pairs, INTERVALS)
-    assert (words["name"], words["accuracy"]["mean"], words["difference"]["mean"]) == ("bag of words", 0.75, 0.25)
-    assert (longer["name"], longer["accuracy"]["mean"]) == ("longer answer", 0.5)
-    assert 0 < longer["difference"]["low"] < 0.5 < longer["difference"]["high"]
-    assert [one["name"] for one in baselines(many(1.0), INTERVALS)] == ["longer answer"]
+    assert (words.name, words.accuracy.mean, words.difference.mean) == ("bag of words", 0.75, 0.25)
+    assert (longer.name, longer.accuracy.mean) == ("longer answer", 0.5)
+    assert 0 < longer.difference.low < 0.5 < longer.difference.high
+    assert [one.name for one in baselines(many(1.0), INTERVALS)] == ["longer answer"]
 
 
 def test_subsets_are_told_apart_and_one_pair_has_no_interval() -> None:
     pairs = [*many(1.0, -1.0, subset="chat"), judged(1.0, subset="math")]
     chat, math_ = subsets(pairs, INTERVALS)
-    assert (chat["name"], chat["num_pairs"], chat["accuracy"]["mean"]) == ("chat", 2, 0.5)
-    assert math_["accuracy"] == {"mean": 1.0, "low": None, "high": None}
+    assert (chat.name, chat.num_pairs, chat.accuracy.mean) == ("chat", 2, 0.5)
+    assert math_.accuracy == Interval(mean=1.0)
     assert subsets(many(1.0, 2.0), INTERVALS) == [], "there is but one"
 
 
 def test_a_model_that_goes_by_length_is_seen_to() -> None:
     pairs = [judged(float(longer), longer=longer) for longer in (3, 2, -1, -2, 0)]
     found = length_bias(pairs)
-    assert found["correlation"] == pytest.approx(1.0)
-    assert (found["prefers_longer"], found["longer_is_chosen"]) == (1.0, 0.5)
-    assert (found["accuracy_where_longer"], found["accuracy_where_shorter"]) == (1.0, 0.0)
-    assert set(length_bias([judged(1.0, longer=0)]).values()) == {None}
+    assert found.correlation == pytest.approx(1.0)
+    assert (found.prefers_longer, found.longer_is_chosen) == (1.0, 0.5)
+    assert (found.accuracy_where_longer, found.accuracy_where_shorter) == (1.0, 0.0)
+    assert length_bias([judged(1.0, longer=0)]) == Length()
 
 
 def test_agreement_with_a_rule_counts_where_the_rule_sees_a_difference() -> None:
@@ -137,8 +140,8 @@ def test_agreement_with_a_rule_counts_where_the_rule_sees_a_difference() -> None
     ]
     found = rule_agreement(pairs, INTERVALS)
     assert found is not None
-    assert (found["num_pairs"], found["agreement"]["mean"], found["accuracy"]["mean"]) == (3, 2 / 3, 2 / 3)
-    assert rule_agreement(pairs[3:], INTERVALS) == {"num_pairs": 0, "agreement": None, "accuracy": None}
+    assert (found.num_pairs, found.agreement.mean, found.accuracy.mean) == (3, 2 / 3, 2 / 3)
+    assert rule_agreement(pairs[3:], INTERVALS) == RuleAgreement()
     assert rule_agreement(many(1.0), INTERVALS) is None
 
 
@@ -148,8 +151,8 @@ def test_the_worst_pairs_are_the_surest_mistakes() -> None:
 
 def test_a_card_says_first_what_makes_its_figures_worthless() -> None:
     card = card_of(many(*[-1.0] * 20), intervals=INTERVALS, num_worst=1)
-    learned = {"judged_too": 3, "left_out": False, "part_known": False}
-    told = warnings({**card, "learned": learned, "invariances": {"moved": ["alone"]}})
+    learned = Learned(judged_too=3, left_out=False, part_known=False)
+    told = warnings(replace(card, learned=learned, invariances=Invariances(moved=["alone"])))
     assert told[0].startswith("3 of the 20 pairs ask what the model learned from")
     assert told[1].startswith("Which part of its file the model learned from is not known exactly")
     assert told[2:] == [
@@ -157,9 +160,9 @@ def test_a_card_says_first_what_makes_its_figures_worthless() -> None:
         "In float32 its scores depend on what they should not: alone.",
     ]
     even = card_of(many(*[1.0, -1.0] * 10), intervals=INTERVALS, num_worst=1)
-    (doubt,) = warnings({**even, "learned": None, "invariances": None})
+    (doubt,) = warnings(even)
     assert doubt.startswith("It is right less often"), "the longer one is always right here"
     few = card_of(many(1.0), intervals=INTERVALS, num_worst=1)
-    assert warnings({**few, "learned": None, "invariances": None})[0].startswith("It is not shown")
+    assert warnings(few)[0].startswith("It is not shown")
     good = card_of([judged(1.0, prompt=n, longer=-1) for n in range(20)], intervals=INTERVALS, num_worst=1)
-    assert warnings({**good, "learned": {**learned, "left_out": True, "part_known": True}, "invariances": None}) == []
+    assert warnings(replace(good, learned=replace(learned, left_out=True, part_known=True))) == []

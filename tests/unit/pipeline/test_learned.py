@@ -14,6 +14,8 @@ from alignment.core.errors import ConfigError, DataError, ModelError
 from alignment.pipeline.execute.summary import show_card
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.pipeline.plan.references import slots
+from alignment.records.interval import Interval
+from alignment.records.reward_card import Baseline, RewardCard
 from alignment.stages.reward_card.config import RewardCardConfig
 
 TURN = [{"role": "user", "content": "When is the training?"}]
@@ -116,13 +118,12 @@ def test_a_policy_in_the_slot_is_refused(plan: MakePlan, tmp_path: Path) -> None
 
 
 def test_the_screen_says_how_often_the_model_is_right_and_what_to_know_before() -> None:
-    def interval(mean: float, reach: float | None = 0.04) -> dict[str, float | None]:
-        low, high = (None, None) if reach is None else (mean - reach, mean + reach)
-        return {"mean": mean, "low": low, "high": high}
+    def interval(mean: float) -> Interval:
+        return Interval(mean=mean, low=mean - 0.04, high=mean + 0.04)
 
-    words = {"name": "bag of words", "accuracy": interval(0.6), "difference": interval(0.05)}
-    longer = {"name": "longer answer", "accuracy": interval(0.4, None), "difference": interval(0.25, None)}
-    card = {"accuracy": interval(0.65), "num_pairs": 500, "baselines": [words, longer], "warnings": ["[b]Beware.[/b]"]}
+    words = Baseline(name="bag of words", accuracy=interval(0.6), difference=interval(0.05))
+    longer = Baseline(name="longer answer", accuracy=Interval(mean=0.4), difference=Interval(mean=0.25))
+    card = RewardCard(accuracy=interval(0.65), num_pairs=500, baselines=[words, longer], warnings=["[b]Beware.[/b]"])
     screen = StringIO()
     show_card(Console(file=screen, width=40), "card", card)
     assert screen.getvalue().splitlines() == [

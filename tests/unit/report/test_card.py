@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from alignment.core.typed_json import to_json
 from alignment.data.records import PreferencePair
 from alignment.data.turns import Message
 from alignment.evaluation.reward_card import Intervals, Judged, card_of, warnings
+from alignment.records.reward_card import Change, Invariances, Learned, Rescored
 from alignment.report import build
 from tests.unit.report.test_page import HOSTILE, Page, assert_harmless
 
@@ -34,22 +37,14 @@ def made_card(*, words: str = "plain", margins: float = 1.0) -> dict[str, Any]:
         )
         for number in range(40)
     ]
-    changes = {"alone": {"largest": 0.004, "flips": 1}, "padded on the left": {"largest": 3e-6, "flips": 0}}
-    card: dict[str, Any] = {
-        "reward": f"path:{words}",
-        "learned": {
-            "num_pairs": 100,
-            "part_known": True,
-            "judged_too": 7,
-            "left_out": True,
-            "words": 9,
-            "for": [words],
-            "against": ["no"],
-        },
-        **card_of(pairs, intervals=Intervals(samples=50, seed=0), num_worst=3),
-        "invariances": {"num_pairs": 16, "formats": {"bfloat16": {"spread": 1.1, "changes": changes}}, "moved": []},
-    }
-    return {**card, "warnings": [*warnings(card), words]}
+    changes = {"alone": Change(largest=0.004, flips=1), "padded on the left": Change(largest=3e-6)}
+    card = replace(
+        card_of(pairs, intervals=Intervals(samples=50, seed=0), num_worst=3),
+        reward=f"path:{words}",
+        learned=Learned(num_pairs=100, judged_too=7, left_out=True, words=9, for_answer=[words], against=["no"]),
+        invariances=Invariances(num_pairs=16, formats={"bfloat16": Rescored(spread=1.1, changes=changes)}),
+    )
+    return to_json(replace(card, warnings=[*warnings(card), words]))
 
 
 def with_card(fake_run: Any, content: str) -> str:
@@ -113,7 +108,7 @@ def test_hostile_text_in_a_card_stays_text(fake_run: Any, hostile: str) -> None:
 )
 def test_a_card_that_cannot_be_read_is_said(fake_run: Any, content: str) -> None:
     html = with_card(fake_run, content)
-    assert "Its card.json cannot be read, so its card is not shown." in Page(html).text
+    assert "The file card.json cannot be read." in Page(html).text
     assert 'id="reward-model"' not in html
 
 

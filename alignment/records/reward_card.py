@@ -1,0 +1,200 @@
+"""``card.json`` and the lines of ``pairs.jsonl``: what a reward model makes of pairs (docs/design/0016).
+
+Shares are of pairs and lie within 0 and 1. A field is None or empty where there was nothing to measure it on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from alignment.core import typed_json
+from alignment.core.typed_json import KEY, LEFT_OUT_IF_EMPTY, Line, Name
+from alignment.records.interval import Interval
+
+FILE = "card.json"
+Word = Annotated[str, Line(24)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """A turn of a conversation."""
+
+    role: Name = ""
+    content: str = ""
+    tool_calls: list[Any] = field(default_factory=list, metadata=LEFT_OUT_IF_EMPTY)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredPair:
+    """A pair with its scores, chosen answer first: a line of ``pairs.jsonl``.
+
+    ``margin`` is the score of the chosen answer minus that of the rejected one, and ``bag_of_words`` the margin by a
+    bag of words. ``tokens`` are the lengths of prompt and answer together, ``rule`` is what the rule gives each answer.
+    """
+
+    id: Name = ""
+    where: Name = ""
+    subset: Name = ""
+    messages: list[Turn] = field(default_factory=list)
+    chosen: str = ""
+    rejected: str = ""
+    scores: list[float] = field(default_factory=list)
+    margin: float
+    tokens: list[int] = field(default_factory=list)
+    bag_of_words: float | None = None
+    rule: list[float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Baseline:
+    """How often a simpler judge is right, and by how much the model is right more often, paired."""
+
+    name: Name = ""
+    accuracy: Interval
+    difference: Interval | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subset:
+    """A part of the pairs; ``baselines`` is how often each simpler judge is right there, by its name."""
+
+    name: Name = ""
+    num_pairs: int = 0
+    accuracy: Interval | None = None
+    baselines: dict[Name, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bin:
+    """Pairs about which the model is about equally sure, from ``start`` to ``end``.
+
+    ``confidence`` is σ(|margin|) on average, ``share`` that of pairs in which it is right, with its 95 % interval.
+    """
+
+    start: float | None = field(default=None, metadata={KEY: "from"})
+    end: float | None = field(default=None, metadata={KEY: "to"})
+    num_pairs: int = 0
+    confidence: float
+    share: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """Expected calibration error, Brier score and log loss in nats, and the bins behind the first."""
+
+    bins: list[Bin] = field(default_factory=list)
+    ece: float | None = None
+    brier: float | None = None
+    log_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Margins:
+    """A histogram: ``counts`` of margins between ``edges``, of which there is one more."""
+
+    edges: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    mean: float | None = None
+    std: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Length:
+    """Whether the model goes by length: shares, and the correlation of margin and difference in length."""
+
+    correlation: float | None = None
+    prefers_longer: float | None = None
+    longer_is_chosen: float | None = None
+    accuracy_where_longer: float | None = None
+    accuracy_where_shorter: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuleAgreement:
+    """Pairs that the rule tells apart: how often the model agrees with it, and how often the rule is right."""
+
+    num_pairs: int = 0
+    agreement: Interval | None = None
+    accuracy: Interval | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learned:
+    """The pairs that the model learned from, of which ``judged_too`` are among those to judge and may be ``left_out``.
+
+    ``words``, ``penalty`` and the words that speak ``for_answer`` and ``against`` one are the bag of words'.
+    """
+
+    num_pairs: int = 0
+    judged_too: int = 0
+    left_out: bool = False
+    part_known: bool = True
+    words: int = 0
+    penalty: float | None = None
+    for_answer: list[Word] = field(default_factory=list, metadata={KEY: "for"})
+    against: list[Word] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """The largest absolute difference of a score, and the number of pairs of which the other answer is preferred."""
+
+    largest: float
+    flips: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rescored:
+    """Scores in one number format, made again in other ways; ``spread`` is their standard deviation."""
+
+    spread: float | None = None
+    changes: dict[Name, Change] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Invariances:
+    """How far scores of the first pairs move by what should not move them; ``moved`` is what does in float32."""
+
+    num_pairs: int = 0
+    formats: dict[Name, Rescored] = field(default_factory=dict)
+    moved: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardCard:
+    """The card. ``worst`` are the pairs in which the model is most sure of the wrong answer, ``warnings`` sentences."""
+
+    reward: Name = ""
+    rows_too_long: int = 0
+    learned: Learned | None = None
+    num_pairs: int = 0
+    num_prompts: int = 0
+    accuracy: Interval
+    baselines: list[Baseline] = field(default_factory=list)
+    subsets: list[Subset] = field(default_factory=list)
+    calibration: Calibration = field(default_factory=Calibration)
+    margins: Margins = field(default_factory=Margins)
+    length: Length = field(default_factory=Length)
+    rule: RuleAgreement | None = None
+    worst: list[ScoredPair] = field(default_factory=list)
+    invariances: Invariances | None = None
+    warnings: list[str] = field(default_factory=list)
+    version: int = 1
+
+    def write(self, folder: Path) -> None:
+        """Writes the file into an artifact's folder."""
+        typed_json.write(folder / FILE, self)
+
+    @staticmethod
+    def read(artifact: Path) -> RewardCard:
+        """The card of an artifact.
+
+        Raises:
+            FileNotFoundError: the artifact has none.
+            ArtifactError: it is damaged, or was written by a newer version.
+        """
+        return typed_json.read(artifact / FILE, RewardCard, remedy=f"delete {artifact} to remake it")
