@@ -38,6 +38,7 @@ PUBLIC_DUNDERS |= {
     "__version__",
     "__func__",
     "__mro__",
+    "__setattr__",
     "__dict__",
 }
 

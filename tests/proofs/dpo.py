@@ -17,9 +17,9 @@ from alignment.config.optim import OptimConfig, Schedule
 from alignment.models.assembly.load import Lineage
 from alignment.stages.dpo import run as dpo
 from alignment.stages.dpo.config import DpoConfig
-from alignment.stages.shared.preference_pairs import TokenizedPair
 from alignment.training.context import StageContext
 from alignment.training.session import train
+from tests.pairs import TokenizedPair, as_table
 from tests.proofs.bandit import BETA, PROMPTS, VOCABULARY, Bandit, make_bandit, policy_claims, task_claims
 from tests.proofs.common import MODES, SEEDS, Claim
 from tests.tiny import BASE_SOURCE, tiny_spec, tiny_tokenizer
@@ -57,7 +57,7 @@ def learned(folder: Path, bandit: Bandit, adapter: AdapterConfig, *, seed: int) 
     )
     context = StageContext(spec=tiny_spec(folder, config, base_path=bandit.base, seed=seed), rank=0, world_size=1)
     found = Lineage(source=BASE_SOURCE, base=bandit.base, adapters=())
-    trainer = dpo._trainer(config, context, found, tiny_tokenizer(), pairs)
+    trainer = dpo._trainer(config, context, found, tiny_tokenizer(), as_table(pairs))
     dpo.check_start(trainer)
     train(trainer, context, headline="loss")
     return bandit.policy_of(trainer.model)

@@ -34,9 +34,9 @@ from alignment.report.kit.plots import Line
 from alignment.stages.ppo.config import KlConfig, PpoConfig
 from alignment.stages.reward import run as reward
 from alignment.stages.reward.config import RewardConfig
-from alignment.stages.shared.preference_pairs import TokenizedPair
 from alignment.training.context import StageContext
 from alignment.training.session import train
+from tests.pairs import TokenizedPair, as_table
 from tests.proofs.common import SEEDS, Claim, PpoStage, Scores, TokenRewards, Tokens, each, ppo_stage
 from tests.proofs.drawing import draw
 from tests.proofs.stories import Stories
@@ -256,7 +256,7 @@ def _reward_model(folder: Path, stories: Stories, seed: int) -> tuple[Scores, fl
         save_every=1000,
     )
     context = StageContext(spec=tiny_spec(folder, config, base_path=stories.folder, seed=seed), rank=0, world_size=1)
-    trainer = reward._trainer(config, context, found, stories.tokenizer, learned)
+    trainer = reward._trainer(config, context, found, stories.tokenizer, as_table(learned))
     train(trainer, context, headline="loss")
     trainer.model.eval()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,17 +52,23 @@ def batches(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, tokens: int, device: torch.device
 ) -> Iterator[AnswerStream]:
     """The rows in order, as many at a time as have at most ``tokens``."""
-    for piece in pieces_of(prompts, answers, tokens=tokens):
+    for piece in pieces_of(zip(prompts, answers, strict=True), tokens=tokens):
         yield answer_stream(prompts[piece.start : piece.stop], answers[piece.start : piece.stop], device)
 
 
-def pieces_of(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, tokens: int) -> list[range]:
-    """Consecutive rows that make a stream of at most ``tokens``; a prompt right after itself is there already."""
-    alone = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    behind = [
-        len(answer) if row and prompts[row - 1] == prompt and len(prompt) >= SHORTEST_SHARED else alone[row]
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-    ]
+def pieces_of(rows: Iterable[tuple[Sequence[int], Sequence[int]]], *, tokens: int) -> list[range]:
+    """Consecutive rows, each a prompt and an answer, that make a stream of at most ``tokens``.
+
+    A prompt right after itself is in the stream already.
+    """
+    alone: list[int] = []
+    behind: list[int] = []
+    before: Sequence[int] = ()
+    for prompt, answer in rows:
+        alone.append(len(prompt) + len(answer))
+        shared = prompt == before and len(prompt) >= SHORTEST_SHARED
+        behind.append(len(answer) if shared else alone[-1])
+        before = prompt
     return by_tokens(alone, tokens, behind=behind)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,8 +25,8 @@ from alignment.config.model import Dtype
 from alignment.core.files import remove_leftovers, replacing
 from alignment.models.assembly.load import Lineage, products_in
 from alignment.models.assembly.weights_hash import weights_sha256
-from alignment.models.forward.answers import answer_statistics, batches
-from alignment.stages.shared.preference_pairs import TokenizedPair
+from alignment.models.forward.answers import answer_statistics, answer_stream, pieces_of
+from alignment.stages.shared.preference_pairs import rows_of
 from alignment.training.context import StageContext
 from alignment.training.sharding import everyones
 
@@ -50,7 +51,7 @@ class Reference:
 
 
 def reference_logprobs(
-    policy: PreTrainedModel, found: Lineage, pairs: Sequence[TokenizedPair], context: StageContext, *, tokens: int
+    policy: PreTrainedModel, found: Lineage, pairs: Dataset, context: StageContext, *, tokens: int
 ) -> Reference:
     """The reference of all pairs: a kept one, or each process computes its share. ``policy`` must not drop anything.
 
@@ -64,10 +65,9 @@ def reference_logprobs(
     if all(everyones(columns is not None)) and columns is not None:
         return Reference(file=file, **columns)
     context.progress("reference log-probabilities")
-    share = pairs[context.rank :: context.world_size]
+    share = pairs.shard(num_shards=context.world_size, index=context.rank, contiguous=False)
     with products_in(dtype, context.device):
-        chosen = _sums(policy, share, [pair.chosen for pair in share], tokens=tokens)
-        rejected = _sums(policy, share, [pair.rejected for pair in share], tokens=tokens)
+        chosen, rejected = (_sums(policy, share, answer, tokens=tokens) for answer in ("chosen", "rejected"))
     sums = [_interleaved(shares) for shares in zip(*everyones((chosen, rejected)), strict=True)]
     assert all(len(column) == len(pairs) for column in sums), "a process's share is missing"
     return Reference(chosen=sums[0], rejected=sums[1], file=file)
@@ -82,11 +82,12 @@ def _interleaved(shares: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _sums(
-    policy: PreTrainedModel, pairs: Sequence[TokenizedPair], answers: Sequence[list[int]], *, tokens: int
-) -> Tensor:
+def _sums(policy: PreTrainedModel, pairs: Dataset, answer: str, *, tokens: int) -> Tensor:
+    """``[pairs]`` sums over the column ``answer``."""
     sums: list[Tensor] = []
-    for part in batches([pair.prompt for pair in pairs], answers, tokens=tokens, device=policy.device):
+    for piece in pieces_of(rows_of(pairs, "prompt", answer), tokens=tokens):
+        rows = pairs[piece.start : piece.stop]
+        part = answer_stream(rows["prompt"], rows[answer], policy.device)
         logprobs = answer_statistics(policy, part).logprobs
         sums += [row.sum() for row in logprobs.split(list(part.lengths))]
     return torch.stack(sums).cpu() if sums else torch.empty(0)
@@ -94,7 +95,7 @@ def _sums(
 
 def _key(
     found: Lineage,
-    pairs: Sequence[TokenizedPair],
+    pairs: Dataset,
     adapter: AdapterConfig,
     dtype: Dtype,
     weights: torch.dtype,
@@ -107,8 +108,8 @@ def _key(
     made_by = [torch.__version__, _device_name(device)]
     shaped_by = [VERSION, dtype.value, str(weights), *made_by, weights_sha256(found), nf4, stacked]
     sha = hashlib.sha256(json.dumps(shaped_by).encode())
-    for pair in pairs:
-        sha.update(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode())
+    for row in rows_of(pairs, "prompt", "chosen", "rejected"):
+        sha.update(json.dumps(row).encode())
     return sha.hexdigest()[:32]
 
 

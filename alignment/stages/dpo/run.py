@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from peft import PeftModel, TaskType
@@ -79,13 +80,13 @@ class TokenizedDpoTrainer(MicroBatches, DPOTrainer):
         return dataset
 
 
-def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: Any, pairs: Any) -> TokenizedDpoTrainer:
+def _trainer(
+    config: DpoConfig, context: StageContext, found: Any, tokenizer: Any, pairs: Dataset
+) -> TokenizedDpoTrainer:
     policy = initial_model(context, found, TaskType.CAUSAL_LM, may_drop=False)
-    rows = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs]
     reference = precomputed = None
     if config.precompute_reference:
         precomputed = _precomputed(unwrapped(policy), config, context, found, pairs)
-        _add_reference(rows, precomputed)
     elif config.adapter.kind is AdapterKind.full:
         reference = frozen_copy(policy, DTYPES[context.spec.model.dtype])
         use_flat_attention(reference)  # while its weights are whole: what it says is compared with the policy's
@@ -100,7 +101,7 @@ def _trainer(config: DpoConfig, context: StageContext, found: Any, tokenizer: An
             max_length=None,
             precompute_ref_log_probs=config.precompute_reference,
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=_dataset(pairs, precomputed),
         processing_class=tokenizer,
     )
     trainer.precomputed = precomputed
@@ -130,18 +131,22 @@ def _refer_to_the_start(trainer: TokenizedDpoTrainer, policy: PeftModel) -> None
     trainer.ref_model = reference
 
 
-def _precomputed(policy: Any, config: DpoConfig, context: StageContext, found: Any, pairs: Any) -> Reference:
+def _precomputed(policy: Any, config: DpoConfig, context: StageContext, found: Any, pairs: Dataset) -> Reference:
     """Computed in evaluation mode, whatever mode adapters of earlier stages arrived in."""
     policy.to(context.device).eval()
     use_flat_attention(policy)
     return reference_logprobs(policy, found, pairs, context, tokens=config.optim.micro_batch_tokens)
 
 
-def _add_reference(rows: list[dict[str, Any]], reference: Reference) -> None:
-    """Puts the reference's log-probabilities into the rows, under the names that TRL's collator looks for."""
-    columns = (reference.chosen.tolist(), reference.rejected.tolist())
-    for row, chosen, rejected in zip(rows, *columns, strict=True):
-        row |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+def _dataset(pairs: Dataset, reference: Reference | None) -> Dataset:
+    """The pairs, and the reference's log-probabilities, in columns of the names that TRL's collator looks for."""
+    rows = pairs.rename_columns({column: f"{column}_ids" for column in pairs.column_names})
+    if reference is None:
+        return rows
+    table = rows.with_format("arrow")[:]  # the rows themselves stay in their file, where they are not drawn or mixed
+    for name, values in (("ref_chosen_logps", reference.chosen), ("ref_rejected_logps", reference.rejected)):
+        table = table.append_column(name, pa.array(values.numpy()))
+    return Dataset(table, fingerprint=reference.file.stem)  # else all rows would be hashed for one
 
 
 def start_loss(config: DpoConfig) -> float:

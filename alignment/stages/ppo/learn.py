@@ -119,7 +119,7 @@ class Learner:
     def _cut(self, experience: Experience, rows: list[int]) -> list[range]:
         """The rows as micro-batches, by their indices in ``rows``."""
         prompts, answers = [experience.prompts[row] for row in rows], [experience.answers[row] for row in rows]
-        return pieces_of(prompts, answers, tokens=self._episodes.micro_batch_tokens)
+        return pieces_of(zip(prompts, answers, strict=True), tokens=self._episodes.micro_batch_tokens)
 
     def _loss(
         self, model: nn.Module, experience: Experience, rows: list[int], tokens: Tensor, *, policy_learns: bool

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel, TaskType
@@ -25,7 +26,7 @@ from alignment.models.forward.answers import batches, scalar_scores, unwrapped
 from alignment.models.forward.causal import install_scalar
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.shared.initial import initial_model, initial_policy
-from alignment.stages.shared.preference_pairs import TokenizedPair, read_pairs
+from alignment.stages.shared.preference_pairs import read_pairs, rows_of
 from alignment.stages.shared.result import StageResult, save_model
 from alignment.training.adamw import adamw
 from alignment.training.context import StageContext
@@ -51,14 +52,15 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
     trainer = _trainer(config, context, found, tokenizer, learned)
     train(trainer, context, headline="loss", ceiling=DIVERGED * math.log(2))
     context.progress("scoring")
-    judged = held_out or drawn(learned, OFFSET_SAMPLE, context.generator("offset"))
+    judged = held_out if len(held_out) else drawn(learned, OFFSET_SAMPLE, context.generator("offset"))
     with gathered(trainer, trainer.model):
         # Both answers to a prompt side by side, so that it is computed once.
-        prompts = [pair.prompt for pair in judged for _ in range(2)]
-        both = scores(trainer, context, prompts, [text for pair in judged for text in (pair.chosen, pair.rejected)])
+        rows = list(rows_of(judged, "prompt", "chosen", "rejected"))
+        prompts = [prompt for prompt, *_ in rows for _ in range(2)]
+        both = scores(trainer, context, prompts, [answer for _, *answers in rows for answer in answers])
     offset = float(both[::2].mean())
     metrics = {"score_offset": offset, **counts, "rows": float(len(learned))}
-    if held_out:
+    if len(held_out):
         metrics |= held_out_metrics(both[::2], both[1::2], held_out)
     refuse_results(metrics)
     result = save_model(trainer.model, tokenizer, context, found, metrics)
@@ -69,30 +71,37 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
     return result
 
 
-def split(
-    pairs: Sequence[TokenizedPair], fraction: float, rng: torch.Generator, *, where: str
-) -> tuple[list[TokenizedPair], list[TokenizedPair]]:
+def split(pairs: Dataset, fraction: float, rng: torch.Generator, *, where: str) -> tuple[Dataset, Dataset]:
     """Pairs to learn from and pairs held out; a prompt stands on one side only.
 
     Raises:
         DataError: too few prompts to hold any out.
     """
-    prompts = sorted({tuple(pair.prompt) for pair in pairs})
+    if fraction == 0:
+        return pairs, pairs.select([])
+    prompt_of = [_in_order(prompt) for (prompt,) in rows_of(pairs, "prompt")]
+    prompts = sorted(set(prompt_of))
     count = round(fraction * len(prompts))
-    if fraction > 0 and not 0 < count < len(prompts):
+    if not 0 < count < len(prompts):
         raise DataError(
             f"{len(prompts)} prompts are too few to hold out a share of {fraction}",
             where=where,
             remedy="add pairs, or set eval_fraction=0",
         )
     chosen = {prompts[i] for i in torch.randperm(len(prompts), generator=rng)[:count].tolist()}
-    learned = [pair for pair in pairs if tuple(pair.prompt) not in chosen]
-    return learned, [pair for pair in pairs if tuple(pair.prompt) in chosen]
+    learned = [row for row, prompt in enumerate(prompt_of) if prompt not in chosen]
+    held_out = [row for row, prompt in enumerate(prompt_of) if prompt in chosen]
+    return pairs.select(learned, keep_in_memory=True), pairs.select(held_out, keep_in_memory=True)
 
 
-def drawn(pairs: Sequence[TokenizedPair], number: int, rng: torch.Generator) -> list[TokenizedPair]:
+def _in_order(ids: list[int]) -> bytes:
+    """Token ids in a few bytes that sort as the lists do."""
+    return np.asarray(ids, dtype=">u4").tobytes()
+
+
+def drawn(pairs: Dataset, number: int, rng: torch.Generator) -> Dataset:
     """At most ``number`` of them, in random order."""
-    return [pairs[i] for i in torch.randperm(len(pairs), generator=rng)[:number].tolist()]
+    return pairs.select(torch.randperm(len(pairs), generator=rng)[:number].tolist(), keep_in_memory=True)
 
 
 def _trainer(
@@ -100,7 +109,7 @@ def _trainer(
     context: StageContext,
     found: Any,
     tokenizer: Any,
-    learned: list[TokenizedPair],
+    learned: Dataset,
 ) -> RewardTrainer:
     torch.manual_seed(context.seed("head") % 2**63)
     model = initial_model(context, found, TaskType.SEQ_CLS, may_drop=False)
@@ -110,6 +119,7 @@ def _trainer(
             **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
             max_length=None,
             center_rewards_coefficient=config.center_coefficient or None,
+            remove_unused_columns=False,  # they are made from those of the table when a batch is read
         ),
         train_dataset=_dataset(learned),
         processing_class=tokenizer,
@@ -126,17 +136,26 @@ class PiecewiseRewardTrainer(MicroBatches, RewardTrainer):
 
     pairs = True
 
-
-def _dataset(pairs: list[TokenizedPair]) -> Dataset:
-    return Dataset.from_list(
-        [{"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected} for p in pairs]
-    )
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset  # it is tokens already
 
 
-def held_out_metrics(chosen: torch.Tensor, rejected: torch.Tensor, pairs: Sequence[TokenizedPair]) -> dict[str, float]:
+def _dataset(pairs: Dataset) -> Dataset:
+    """The pairs as the rows that TRL's collator looks for: each answer behind its prompt, joined when it is read."""
+    return pairs.with_transform(_joined)
+
+
+def _joined(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+    return {
+        f"{answer}_ids": [prompt + ids for prompt, ids in zip(rows["prompt"], rows[answer], strict=True)]
+        for answer in ("chosen", "rejected")
+    }
+
+
+def held_out_metrics(chosen: torch.Tensor, rejected: torch.Tensor, pairs: Dataset) -> dict[str, float]:
     """Accuracy, loss and margin over ``[pairs]`` scores, and how often the longer answer wins; ties count half."""
     margins = chosen - rejected
-    longer = torch.tensor([len(pair.chosen) - len(pair.rejected) for pair in pairs])
+    longer = torch.tensor([len(chosen) - len(rejected) for chosen, rejected in rows_of(pairs, "chosen", "rejected")])
     return {
         "eval_accuracy": _share_won(margins),
         "eval_loss": float(-torch.nn.functional.logsigmoid(margins).mean()),

@@ -1,9 +1,15 @@
-"""Preference pairs as token ids, shared by the stages that learn from them."""
+"""Preference pairs as token ids, shared by the stages that learn from them.
+
+They stay in the Arrow file of the token table, with the columns ``prompt`` (ready for an answer), ``chosen`` and
+``rejected`` (each up to and including the end of the turn); memory holds the rows that are looked at.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, Protocol
+
+from datasets import Dataset
 
 from alignment.config.data import DataConfig
 from alignment.config.too_long import TooLongConfig
@@ -11,6 +17,9 @@ from alignment.data.tokens.row_kinds import PAIRS
 from alignment.stages.shared.kind_answers import limits_of_parts
 from alignment.stages.shared.stage_rows import token_rows
 from alignment.training.context import StageContext
+
+BLOCK = 1000
+"""Rows that a pass over all of them holds at a time."""
 
 
 class PairsConfig(Protocol):
@@ -23,18 +32,12 @@ class PairsConfig(Protocol):
     too_long: TooLongConfig
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenizedPair:
-    """A prompt ready for an answer, and two answers up to and including the end of the turn."""
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-
-
-def read_pairs(
-    config: PairsConfig, context: StageContext, tokenizer: Any
-) -> tuple[list[TokenizedPair], dict[str, float]]:
+def read_pairs(config: PairsConfig, context: StageContext, tokenizer: Any) -> tuple[Dataset, dict[str, float]]:
     """The pairs within the limits, and how many there are, were too long or were cut."""
-    rows, counts = token_rows(context, PAIRS, config.data, limits_of_parts(config), tokenizer)
-    return [TokenizedPair(**row) for row in rows], counts
+    return token_rows(context, PAIRS, config.data, limits_of_parts(config), tokenizer)
+
+
+def rows_of(pairs: Dataset, *columns: str) -> Iterator[tuple[list[int], ...]]:
+    """The token ids of each pair in these columns, from the first pair to the last."""
+    for block in pairs.select_columns(list(columns)).iter(BLOCK):
+        yield from zip(*(block[column] for column in columns), strict=True)

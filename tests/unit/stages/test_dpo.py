@@ -15,11 +15,13 @@ from alignment.models.assembly.adapters import at_start
 from alignment.stages.dpo import reference_cache
 from alignment.stages.dpo import run as dpo
 from alignment.stages.dpo.config import DpoConfig, DpoLoss
+from alignment.stages.dpo.reference_cache import Reference
 from alignment.stages.shared.initial import initial_policy
-from alignment.stages.shared.preference_pairs import TokenizedPair, read_pairs
+from alignment.stages.shared.preference_pairs import read_pairs
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained, config_of
 from tests.oracles.close import close
+from tests.pairs import TokenizedPair, as_pairs, as_table
 from tests.tiny import liven, tiny_model
 
 BETA = 0.7
@@ -54,9 +56,9 @@ def one_pair(folder: Path, loss: DpoLoss) -> tuple[dpo.TokenizedDpoTrainer, Toke
     context = StageContext(spec=chained.spec("dpo", LORA, config=config), rank=0, world_size=1)
     found, tokenizer = initial_policy(context)
     pairs, _ = read_pairs(config, context, tokenizer)
-    trainer = dpo._trainer(config, context, found, tokenizer, pairs[:1])
+    trainer = dpo._trainer(config, context, found, tokenizer, pairs.select([0]))
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = 1
-    return trainer, pairs[0]
+    return trainer, as_pairs(pairs)[0]
 
 
 @pytest.mark.parametrize("loss", list(DpoLoss), ids=lambda loss: loss.value)
@@ -110,8 +112,22 @@ def test_a_precomputed_reference_is_what_the_starting_policy_says_of_every_row(t
     trainer = dpo._trainer(config, context, found, tokenizer, pairs)
     dpo.check_start(trainer)
     for side in ("chosen", "rejected"):
-        plain = [plain_logprob(policy, pair.prompt, getattr(pair, side)) for pair in pairs]
+        plain = [plain_logprob(policy, pair.prompt, getattr(pair, side)) for pair in as_pairs(pairs)]
         close(trainer.train_dataset[f"ref_{side}_logps"], plain, rtol=1e-4)
+
+
+def test_a_reference_stands_beside_its_own_pair_where_rows_are_drawn() -> None:
+    pairs = as_table(TokenizedPair(prompt=[n], chosen=[n, 2], rejected=[n, 3]) for n in range(6)).select([4, 0, 2])
+    reference = Reference(
+        chosen=torch.tensor([-4.0, 0.0, -2.0]), rejected=torch.tensor([4.5, 0.5, 2.5]), file=Path("x")
+    )
+    assert list(dpo._dataset(pairs, reference)) == [
+        {
+            "prompt_ids": [n], "chosen_ids": [n, 2], "rejected_ids": [n, 3],
+            "ref_chosen_logps": -float(n), "ref_rejected_logps": n + 0.5,
+        }
+        for n in (4, 0, 2)
+    ]  # fmt: skip
 
 
 def plain_logprob(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from alignment.core.artifacts import read_manifest
@@ -17,10 +18,11 @@ from alignment.models.forward.answers import unwrapped
 from alignment.stages.reward import run as reward
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.shared.initial import initial_policy
-from alignment.stages.shared.preference_pairs import TokenizedPair, read_pairs
+from alignment.stages.shared.preference_pairs import read_pairs
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained, config_of
 from tests.oracles.close import close
+from tests.pairs import TokenizedPair, as_pairs, as_table
 
 
 def config(**changes: Any) -> RewardConfig:
@@ -47,7 +49,7 @@ def minus_log_sigmoid(margin: float) -> float:
     return math.log1p(math.exp(-margin))
 
 
-def pairs_of(chained: Chained, told: RewardConfig) -> tuple[StageContext, Any, Any, list[TokenizedPair]]:
+def pairs_of(chained: Chained, told: RewardConfig) -> tuple[StageContext, Any, Any, Dataset]:
     context = StageContext(spec=chained.spec("reward", LORA, config=told), rank=0, world_size=1)
     found, tokenizer = initial_policy(context)
     return context, found, tokenizer, read_pairs(told, context, tokenizer)[0]
@@ -57,12 +59,12 @@ def pairs_of(chained: Chained, told: RewardConfig) -> tuple[StageContext, Any, A
 def test_the_loss_is_that_of_bradley_and_terry_with_its_centre(tmp_path: Path, center: float) -> None:
     told = config(center_coefficient=center)
     context, found, tokenizer, pairs = pairs_of(Chained(tmp_path), told)
-    trainer = reward._trainer(told, context, found, tokenizer, pairs[:1])
+    trainer = reward._trainer(told, context, found, tokenizer, pairs.select([0]))
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = 1
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     with torch.no_grad():
         loss = float(trainer.compute_loss(trainer.model, batch))
-    chosen, rejected = sides(trainer.model, pairs[0])
+    chosen, rejected = sides(trainer.model, as_pairs(pairs)[0])
     assert abs(chosen - rejected) > 0.1, "which of them is chosen must matter"
     assert abs(chosen + rejected) > 0.1, "and the centre"
     close(loss, minus_log_sigmoid(chosen - rejected) + center * (chosen + rejected) ** 2, rtol=1e-4)
@@ -72,7 +74,7 @@ def test_held_out_figures_and_the_offset_are_of_the_saved_model(tmp_path: Path) 
     told = config()
     chained = Chained(tmp_path)
     context, _, _, pairs = pairs_of(chained, told)
-    learned, held_out = reward.split(pairs, 0.5, context.generator("split"), where="")
+    learned, held_out = map(as_pairs, reward.split(pairs, 0.5, context.generator("split"), where=""))
     assert len(held_out) == 4
     assert not {tuple(pair.prompt) for pair in learned} & {tuple(pair.prompt) for pair in held_out}
     chained.run("reward", LORA, config=told)
@@ -102,12 +104,12 @@ def test_held_out_figures_and_the_offset_are_of_the_saved_model(tmp_path: Path) 
 
 def test_an_offset_without_pairs_held_out_is_of_some_drawn_from_all() -> None:
     """The first pairs of a file are often of one kind."""
-    pairs = [TokenizedPair(prompt=[n], chosen=[2], rejected=[3]) for n in range(1000)]
-    numbers = [pair.prompt[0] for pair in reward.drawn(pairs, 64, torch.Generator().manual_seed(0))]
+    pairs = as_table(TokenizedPair(prompt=[n], chosen=[2], rejected=[3]) for n in range(1000))
+    numbers = [pair.prompt[0] for pair in as_pairs(reward.drawn(pairs, 64, torch.Generator().manual_seed(0)))]
     assert len(set(numbers)) == 64
     assert max(numbers) > 800
-    assert numbers == [pair.prompt[0] for pair in reward.drawn(pairs, 64, torch.Generator().manual_seed(0))]
-    assert len(reward.drawn(pairs[:3], 64, torch.Generator().manual_seed(0))) == 3
+    assert numbers == [pair.prompt[0] for pair in as_pairs(reward.drawn(pairs, 64, torch.Generator().manual_seed(0)))]
+    assert len(reward.drawn(pairs.select(range(3)), 64, torch.Generator().manual_seed(0))) == 3
 
 
 def test_without_pairs_held_out_chosen_answers_of_those_learned_from_score_zero(tmp_path: Path) -> None:
@@ -116,5 +118,5 @@ def test_without_pairs_held_out_chosen_answers_of_those_learned_from_score_zero(
     context, _, _, pairs = pairs_of(chained, told)
     chained.run("reward", LORA, config=told)
     model = load_reward_model(context.spec, chained.inputs["reward"], device=torch.device("cpu"))
-    raw = [sides(model, pair)[0] for pair in pairs]
+    raw = [sides(model, pair)[0] for pair in as_pairs(pairs)]
     close(float(unwrapped(model).score_offset), sum(raw) / len(raw), rtol=1e-4)

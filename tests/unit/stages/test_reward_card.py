@@ -27,6 +27,7 @@ from alignment.stages.reward.config import RewardConfig
 from alignment.stages.reward_card.config import RewardCardConfig, Rule
 from alignment.stages.shared.preference_pairs import read_pairs
 from alignment.training.context import StageContext
+from tests.pairs import as_pairs
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_reward, tiny_scorer, tiny_spec, tiny_tokenizer
 
 LORA = AdapterConfig(rank=4)
@@ -180,7 +181,7 @@ def made_from_half(folder: Path, work: Path, file: Path) -> tuple[set[str], Path
     artifact = work / "reward-0123abcd"
     shutil.copytree(folder / "made/artifacts/reward-0123abcd", artifact)
     shutil.copytree(context.content, artifact, dirs_exist_ok=True)
-    return {tokenizer.decode(pair.chosen, skip_special_tokens=True).strip() for pair in pairs}, artifact
+    return {tokenizer.decode(pair.chosen, skip_special_tokens=True).strip() for pair in as_pairs(pairs)}, artifact
 
 
 def external(folder: Path) -> StageInput:
