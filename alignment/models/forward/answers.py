@@ -56,7 +56,7 @@ def batches(
         yield answer_stream(prompts[piece.start : piece.stop], answers[piece.start : piece.stop], device)
 
 
-def pieces_of(rows: Iterable[tuple[Sequence[int], Sequence[int]]], *, tokens: int) -> list[range]:
+def pieces_of(rows: Iterable[Sequence[Sequence[int]]], *, tokens: int) -> list[range]:
     """Consecutive rows, each a prompt and an answer, that make a stream of at most ``tokens``.
 
     A prompt right after itself is in the stream already.
