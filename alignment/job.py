@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from alignment.config.adapter import AdapterConfig
 from alignment.config.launch import Offload, Sharding
 from alignment.config.model import ModelConfig
 from alignment.config.stage import StageConfig
@@ -50,3 +51,9 @@ class StageSpec:
     sharding: Sharding = Sharding.none
     offload: Offload = Offload.none
     produces: str = ""
+
+    @property
+    def adapter(self) -> AdapterConfig | None:
+        """How the stage changes the weights; None for one that trains nothing."""
+        adapter = getattr(self.config, "adapter", None)
+        return adapter if isinstance(adapter, AdapterConfig) else None

@@ -14,12 +14,12 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.critic import Critic
 from alignment.config.data import DataConfig
 from alignment.config.model import Dtype, ModelConfig
-from alignment.config.optim import OptimConfig, PpoOptimConfig, Schedule
+from alignment.config.optim import OptimConfig, Schedule
 from alignment.config.stage import StageConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.config.typed import to_plain
 from alignment.stages.dpo.config import DpoConfig
-from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.sft.config import SftConfig
 from benchmarks.figures import Sharing

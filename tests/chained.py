@@ -11,13 +11,13 @@ import torch
 from alignment import worker
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.data import DataConfig
-from alignment.config.optim import OptimConfig, PpoOptimConfig
+from alignment.config.optim import OptimConfig
 from alignment.config.stage import StageConfig
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import lineage, load_policy
 from alignment.stages.cpt.config import CptConfig
 from alignment.stages.dpo.config import DpoConfig
-from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.sft.config import SftConfig
 from alignment.training.context import StageContext

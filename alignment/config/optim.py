@@ -53,20 +53,3 @@ class OptimConfig:
     adam_eps: Annotated[float, POSITIVE] = 1e-8
     moments: Moments = Moments.full
     max_grad_norm: Annotated[float, POSITIVE] = 1.0
-
-
-@dataclass(kw_only=True, slots=True)
-class PpoOptimConfig:
-    """Adam without weight decay or warm-up, annealed to zero. ``batch_size`` counts episodes an update, globally.
-
-    ``micro_batch_tokens`` are learned from at once; a process samples its whole share at once.
-    """
-
-    lr: Annotated[float, POSITIVE] = 3e-5
-    critic_lr: Annotated[float | None, POSITIVE] = None
-    batch_size: Annotated[int, POSITIVE] = 32
-    micro_batch_tokens: Annotated[int, POSITIVE] = field(default=2048, metadata={"identity": False})
-    schedule: Schedule = Schedule.linear
-    adam_eps: Annotated[float, POSITIVE] = 1e-5
-    moments: Moments = Moments.full
-    max_grad_norm: Annotated[float, POSITIVE] = 1.0

@@ -7,11 +7,8 @@ that ships with the project), or the name of a verifier.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from alignment.core.resources import shipped
 
@@ -84,22 +81,3 @@ def input_field(field: str, source: str) -> str | None:
 def label(source: str) -> str:
     """A source in a word, for figures: ``/home/me/score.py:brevity`` → ``brevity``, ``stage:judge`` → ``judge``."""
     return source.rstrip("/").rpartition(":")[2].partition("@")[0].rpartition("/")[2] or source
-
-
-def with_sources(config: Any, sources: Mapping[str, str]) -> Any:
-    """The settings with other sources, by the field of each scorer, such as ``scorers[0]`` or ``guard.scorer``."""
-    for field, source in sources.items():
-        config = _with_source(config, field.split("."), source)
-    return config
-
-
-def _with_source(group: Any, keys: Sequence[str], source: str) -> Any:
-    first, *rest = keys
-    if not rest and not first.endswith("]"):
-        return dataclasses.replace(group, **{first: dataclasses.replace(getattr(group, first), source=source)})
-    if rest:
-        return dataclasses.replace(group, **{first: _with_source(getattr(group, first), rest, source)})
-    name, _, number = first.removesuffix("]").partition("[")
-    scorers = list(getattr(group, name))
-    scorers[int(number)] = dataclasses.replace(scorers[int(number)], source=source)
-    return dataclasses.replace(group, **{name: scorers})

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.optim import Moments, OptimConfig, PpoOptimConfig
+from alignment.config.optim import Moments
 from alignment.training.context import StageContext
 
 BETAS = (0.9, 0.999)
@@ -29,16 +29,16 @@ CUT = 16
 
 
 def adamw(
-    adapter: AdapterConfig, optim: OptimConfig | PpoOptimConfig, context: StageContext
+    adapter: AdapterConfig, context: StageContext, *, lr: float, eps: float, moments: Moments
 ) -> tuple[type[Any], dict[str, Any]]:
     """The optimiser's class and its keyword arguments, weight decay aside, which is a parameter group's own."""
-    kwargs = {"lr": optim.lr, "betas": BETAS, "eps": optim.adam_eps}
+    kwargs = {"lr": lr, "betas": BETAS, "eps": eps}
     if adapter.kind is AdapterKind.full and not adapter.master_weights:
         return RandomlyRoundedAdamW, {**kwargs, "seed": context.seed("rounding")}
-    if optim.moments is not Moments.full:
+    if moments is not Moments.full:
         import bitsandbytes
 
-        kind = "AdamW8bit" if optim.moments is Moments.eight_bit else "PagedAdamW8bit"
+        kind = "AdamW8bit" if moments is Moments.eight_bit else "PagedAdamW8bit"
         return getattr(bitsandbytes.optim, kind), kwargs
     return torch.optim.AdamW, {**kwargs, "fused": True}
 

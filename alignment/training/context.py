@@ -64,8 +64,8 @@ class StageContext:
     @property
     def adapter(self) -> AdapterConfig:
         """How the stage changes the weights."""
-        adapter = getattr(self.spec.config, "adapter", None)
-        assert isinstance(adapter, AdapterConfig), "a stage that trains asks"
+        adapter = self.spec.adapter
+        assert adapter is not None, "only a stage that trains has an adapter"
         return adapter
 
     def seed(self, name: str, *numbers: int) -> int:

@@ -8,6 +8,7 @@ from alignment.config.launch import Sharding
 from alignment.config.model import Dtype
 from alignment.config.optim import OptimConfig, Schedule
 from alignment.core.errors import ConfigError
+from alignment.training.adamw import adamw
 from alignment.training.context import StageContext
 from alignment.training.sharding import sharding_arguments
 
@@ -38,6 +39,11 @@ def common_arguments(optim: OptimConfig, context: StageContext, *, log_every: in
         "logging_steps": log_every,
         "save_steps": save_every,
     }
+
+
+def optimizer_arguments(optim: OptimConfig, context: StageContext) -> tuple[type[Any], dict[str, Any]]:
+    """The optimiser's class and keyword arguments, as such a trainer takes them in ``optimizer_cls_and_kwargs``."""
+    return adamw(context.adapter, context, lr=optim.lr, eps=optim.adam_eps, moments=optim.moments)
 
 
 def quiet_arguments(context: StageContext) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignment.config.optim import PpoOptimConfig
-from alignment.stages.ppo.config import KlConfig, PpoConfig
+from alignment.stages.ppo.config import KlConfig, PpoConfig, PpoOptimConfig
 from tests.proofs.common import MODES, SEEDS, Claim, Mode, TokenRewards, each, logprobs_after, ppo_stage
 from tests.tiny import tiny_model
 

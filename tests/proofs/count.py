@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.config.optim import PpoOptimConfig
-from alignment.stages.ppo.config import KlConfig, PpoConfig
+from alignment.stages.ppo.config import KlConfig, PpoConfig, PpoOptimConfig
 from tests.proofs.common import MODES, SEEDS, Claim, Mode, TokenRewards, each, logprobs_after, ppo_stage
 from tests.tiny import tiny_model
 

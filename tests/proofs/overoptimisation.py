@@ -26,12 +26,12 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.critic import Critic
-from alignment.config.optim import OptimConfig, PpoOptimConfig
+from alignment.config.optim import OptimConfig
 from alignment.config.overoptimisation import GuardConfig
 from alignment.models.assembly.load import Lineage, load_policy
 from alignment.models.forward.generate import Sampling, generate
 from alignment.report.kit.plots import Line
-from alignment.stages.ppo.config import KlConfig, PpoConfig
+from alignment.stages.ppo.config import KlConfig, PpoConfig, PpoOptimConfig
 from alignment.stages.reward import run as reward
 from alignment.stages.reward.config import RewardConfig
 from alignment.training.context import StageContext

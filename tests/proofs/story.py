@@ -16,8 +16,8 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.critic import Critic
-from alignment.config.optim import PpoOptimConfig, Schedule
-from alignment.stages.ppo.config import KlConfig, KlControl, PpoConfig
+from alignment.config.optim import Schedule
+from alignment.stages.ppo.config import KlConfig, KlControl, PpoConfig, PpoOptimConfig
 from tests.proofs.common import SEEDS, Claim, TokenRewards, each, ppo_stage
 from tests.proofs.stories import Stories
 

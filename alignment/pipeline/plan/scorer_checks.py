@@ -6,7 +6,9 @@ A user's file is parsed, never imported: planning runs nothing.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from alignment.config.did_you_mean import nearest, suggestion
 from alignment.config.faults import Fault
@@ -24,7 +26,6 @@ from alignment.rewards.scorer_sources import (
     is_known,
     is_reference,
     source_field,
-    with_sources,
 )
 from alignment.rewards.verifiers import expected_answer
 from alignment.stages.registry import kind_of
@@ -60,7 +61,7 @@ def code(stage: StageConfig) -> dict[str, str]:
 def with_files(stage: StageConfig) -> StageConfig:
     """The stage with absolute file names: its worker may run in another folder."""
     named = {field: function_of(scorer.source) for field, scorer in kind_of(stage).scorers(stage).items()}
-    changed: StageConfig = with_sources(
+    changed: StageConfig = _with_sources(
         stage, {field: str(function) for field, function in named.items() if function is not None}
     )
     return changed
@@ -69,8 +70,27 @@ def with_files(stage: StageConfig) -> StageConfig:
 def without_places(stage: StageConfig) -> StageConfig:
     """The stage as its identity holds it: a function by its name, a model by being one; their content is hashed."""
     scorers = kind_of(stage).scorers(stage)
-    changed: StageConfig = with_sources(stage, {field: _kind(scorer.source) for field, scorer in scorers.items()})
+    changed: StageConfig = _with_sources(stage, {field: _kind(scorer.source) for field, scorer in scorers.items()})
     return changed
+
+
+def _with_sources(config: Any, sources: Mapping[str, str]) -> Any:
+    """The settings with other sources, by the field of each scorer, such as ``scorers[0]`` or ``guard.scorer``."""
+    for field, source in sources.items():
+        config = _with_source(config, field.split("."), source)
+    return config
+
+
+def _with_source(group: Any, keys: Sequence[str], source: str) -> Any:
+    first, *rest = keys
+    if not rest and not first.endswith("]"):
+        return dataclasses.replace(group, **{first: dataclasses.replace(getattr(group, first), source=source)})
+    if rest:
+        return dataclasses.replace(group, **{first: _with_source(getattr(group, first), rest, source)})
+    name, _, number = first.removesuffix("]").partition("[")
+    scorers = list(getattr(group, name))
+    scorers[int(number)] = dataclasses.replace(scorers[int(number)], source=source)
+    return dataclasses.replace(group, **{name: scorers})
 
 
 def _kind(source: str) -> str:

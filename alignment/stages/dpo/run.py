@@ -32,12 +32,11 @@ from alignment.stages.dpo.reference_cache import Reference, reference_logprobs
 from alignment.stages.shared.initial import initial_model, initial_policy
 from alignment.stages.shared.preference_pairs import read_pairs
 from alignment.stages.shared.result import StageResult, save_model
-from alignment.training.adamw import adamw
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
 from alignment.training.sharding import everyones, prepare, read_in_calls
-from alignment.training.trainer_arguments import common_arguments
+from alignment.training.trainer_arguments import common_arguments, optimizer_arguments
 
 DIVERGED = 10
 """A loss so many times that of a policy that is its reference is worse than any noise."""
@@ -108,7 +107,7 @@ def _trainer(
     if precomputed is not None and context.spec.model.dtype is Dtype.bfloat16:
         trainer.start_tolerance = BFLOAT16_TOLERANCE
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens
-    trainer.optimizer_cls_and_kwargs = adamw(config.adapter, config.optim, context)
+    trainer.optimizer_cls_and_kwargs = optimizer_arguments(config.optim, context)
     install_causal(unwrapped(policy))
     prepare(policy, context)
     if reference is not None:

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from alignment.config.adapter import AdapterConfig
 from alignment.config.critic import Critic
 from alignment.config.data import DataConfig
-from alignment.config.optim import PpoOptimConfig
+from alignment.config.optim import Moments, Schedule
 from alignment.config.overoptimisation import GuardConfig
 from alignment.config.replay import PtxConfig
 from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, PENALTY, POSITIVE
@@ -33,6 +33,23 @@ class KlConfig:
     coefficient: Annotated[float, NOT_NEGATIVE] = 0.05
     target: Annotated[float, POSITIVE] = 6.0
     horizon: Annotated[int, POSITIVE] = 10_000
+
+
+@dataclass(kw_only=True, slots=True)
+class PpoOptimConfig:
+    """Adam without weight decay or warm-up, annealed to zero. ``batch_size`` counts episodes an update, globally.
+
+    ``micro_batch_tokens`` are learned from at once; a process samples its whole share at once.
+    """
+
+    lr: Annotated[float, POSITIVE] = 3e-5
+    critic_lr: Annotated[float | None, POSITIVE] = None
+    batch_size: Annotated[int, POSITIVE] = 32
+    micro_batch_tokens: Annotated[int, POSITIVE] = field(default=2048, metadata={"identity": False})
+    schedule: Schedule = Schedule.linear
+    adam_eps: Annotated[float, POSITIVE] = 1e-5
+    moments: Moments = Moments.full
+    max_grad_norm: Annotated[float, POSITIVE] = 1.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,7 +86,7 @@ class PpoConfig:
     scorers: Annotated[list[ScorerConfig], FILLED] = field(default_factory=lambda: [ScorerConfig()])
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/preferences"))
-    optim: PpoOptimConfig = field(default_factory=lambda: PpoOptimConfig())
+    optim: PpoOptimConfig = field(default_factory=PpoOptimConfig)
     kl: KlConfig = field(default_factory=KlConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     ptx: PtxConfig = field(default_factory=PtxConfig)

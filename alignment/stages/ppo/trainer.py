@@ -139,7 +139,9 @@ class PpoTrainer(Trainer):
             {"params": _trained(self.roles.actor_critic.policy), "lr": optim.lr},
             {"params": _trained(self.roles.actor_critic.value), "lr": critic_lr},
         ]
-        kind, arguments = adamw(self.config.adapter, optim, self.context)
+        kind, arguments = adamw(
+            self.config.adapter, self.context, lr=optim.lr, eps=optim.adam_eps, moments=optim.moments
+        )
         self.optimizer: torch.optim.Optimizer = kind(groups, **arguments, weight_decay=0.0)
         return self.optimizer
 

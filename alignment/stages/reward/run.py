@@ -28,13 +28,12 @@ from alignment.stages.reward.config import RewardConfig
 from alignment.stages.shared.initial import initial_model, initial_policy
 from alignment.stages.shared.preference_pairs import read_pairs, rows_of
 from alignment.stages.shared.result import StageResult, save_model
-from alignment.training.adamw import adamw
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_results
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
 from alignment.training.sharding import gathered, prepare, whole
-from alignment.training.trainer_arguments import common_arguments
+from alignment.training.trainer_arguments import common_arguments, optimizer_arguments
 
 DIVERGED = 10
 """A loss so many times that of a guess is worse than any noise."""
@@ -125,7 +124,7 @@ def _trainer(
         processing_class=tokenizer,
     )
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens
-    trainer.optimizer_cls_and_kwargs = adamw(config.adapter, config.optim, context)
+    trainer.optimizer_cls_and_kwargs = optimizer_arguments(config.optim, context)
     install_scalar(unwrapped(model))
     prepare(model, context)
     return trainer

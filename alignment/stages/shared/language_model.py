@@ -17,12 +17,11 @@ from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
 from alignment.stages.shared.initial import initial_model
 from alignment.stages.shared.result import StageResult, save_model
-from alignment.training.adamw import adamw
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
 from alignment.training.sharding import prepare
-from alignment.training.trainer_arguments import common_arguments
+from alignment.training.trainer_arguments import common_arguments, optimizer_arguments
 
 
 class LanguageModelConfig(Protocol):
@@ -65,7 +64,7 @@ def learn(
         processing_class=tokenizer,
     )
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens
-    trainer.optimizer_cls_and_kwargs = adamw(config.adapter, config.optim, context)
+    trainer.optimizer_cls_and_kwargs = optimizer_arguments(config.optim, context)
     install_causal(unwrapped(policy))
     prepare(policy, context)
     uniform = math.log(unwrapped(policy).get_input_embeddings().num_embeddings)

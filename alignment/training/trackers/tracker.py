@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.config.adapter import AdapterConfig
 from alignment.config.launch import Sharding
 from alignment.config.typed import to_plain
 from alignment.core.artifacts import Manifest
@@ -56,8 +55,7 @@ def settings(spec: StageSpec) -> dict[str, Any]:
 
 def tags(spec: StageSpec) -> list[str]:
     """Recipe, kind of adapter, sharding, and the user's own, each once; W&B takes 64 characters of a tag."""
-    config = getattr(spec.config, "adapter", None)
-    adapter = [config.kind.value] if isinstance(config, AdapterConfig) else []
+    adapter = [spec.adapter.kind.value] if spec.adapter is not None else []
     sharding = [spec.sharding.value] if spec.sharding is not Sharding.none else []
     return list(dict.fromkeys([spec.recipe[:64], *adapter, *sharding, *spec.tracking.tags]))
 

@@ -15,7 +15,7 @@ import pytest
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
 from alignment.config.evaluating import FEW_SHOT, EndpointConfig, JudgeConfig
-from alignment.config.optim import OptimConfig, PpoOptimConfig
+from alignment.config.optim import OptimConfig
 from alignment.config.replay import PtxConfig
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig
@@ -29,7 +29,7 @@ from alignment.stages.cpt.config import CptConfig
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.forgetting.config import ForgettingConfig
-from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig
 from alignment.stages.registry import config_classes
 from alignment.stages.report.config import ReportConfig
 from alignment.stages.reward.config import RewardConfig

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from alignment.config.optim import PpoOptimConfig
 from alignment.config.overoptimisation import GuardConfig
 from alignment.stages.ppo.batch_sizes import size_faults
-from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig
 
 
 def faults(processes: int, batch_size: int = 32, **fields: Any) -> list[str]:

@@ -14,14 +14,13 @@ import torch
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
-from alignment.config.optim import PpoOptimConfig
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import batches, scalar_scores
 from alignment.rewards.scores import Scores
 from alignment.rewards.slot import Rewards
 from alignment.stages.ppo import run as stage
-from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.context import StageContext
 from alignment.training.rl.rollouts import Prompts

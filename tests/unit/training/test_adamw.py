@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.optim import Moments, OptimConfig, PpoOptimConfig
+from alignment.config.optim import Moments
 from alignment.stages.sft.config import SftConfig
 from alignment.training import adamw as module
 from alignment.training.adamw import RandomlyRoundedAdamW, adamw, rounded_at_random
 from alignment.training.context import StageContext
 from tests.tiny import tiny_spec
 
-EIGHT_BIT_PPO = PpoOptimConfig(lr=1e-2, moments=Moments.eight_bit)
 BARE = AdapterConfig(kind=AdapterKind.full, master_weights=False)
 
 
@@ -134,25 +133,26 @@ def test_another_seed_or_parameter_rounds_otherwise() -> None:
 
 
 def test_master_weights_decide_which_optimiser_it_is(tmp_path: Path) -> None:
-    config = SftConfig()
-    context = StageContext(spec=tiny_spec(tmp_path, config), rank=0, world_size=1)
-    assert adamw(BARE, config.optim, context)[0] is RandomlyRoundedAdamW
-    for adapter in (AdapterConfig(), AdapterConfig(master_weights=False), AdapterConfig(kind=AdapterKind.full)):
-        kind, arguments = adamw(adapter, config.optim, context)
-        assert kind is torch.optim.AdamW
-        assert arguments == {"lr": config.optim.lr, "betas": (0.9, 0.999), "eps": config.optim.adam_eps, "fused": True}
-
-
-@pytest.mark.parametrize("optim", [OptimConfig(lr=1e-2, moments=Moments.eight_bit), EIGHT_BIT_PPO], ids=["sft", "ppo"])
-def test_moments_in_eight_bits_take_nearly_adamws_steps_in_a_quarter_of_the_memory(
-    tmp_path: Path, optim: OptimConfig | PpoOptimConfig
-) -> None:
     context = StageContext(spec=tiny_spec(tmp_path, SftConfig()), rank=0, world_size=1)
-    kind, told = adamw(AdapterConfig(), optim, context)
+
+    def optimizer(adapter: AdapterConfig) -> tuple[type[Any], dict[str, Any]]:
+        return adamw(adapter, context, lr=1e-3, eps=1e-7, moments=Moments.full)
+
+    assert optimizer(BARE)[0] is RandomlyRoundedAdamW
+    for adapter in (AdapterConfig(), AdapterConfig(master_weights=False), AdapterConfig(kind=AdapterKind.full)):
+        kind, arguments = optimizer(adapter)
+        assert kind is torch.optim.AdamW
+        assert arguments == {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-7, "fused": True}
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-5])
+def test_moments_in_eight_bits_take_nearly_adamws_steps_in_a_quarter_of_the_memory(tmp_path: Path, eps: float) -> None:
+    context = StageContext(spec=tiny_spec(tmp_path, SftConfig()), rank=0, world_size=1)
+    kind, arguments = adamw(AdapterConfig(), context, lr=1e-2, eps=eps, moments=Moments.eight_bit)
     found, exact = _weight(torch.float32, count=8192), _weight(torch.float32, count=8192)
-    optimizer = kind([found], **told, weight_decay=0.0)
+    optimizer = kind([found], **arguments, weight_decay=0.0)
     _steps(optimizer, found, 100)
-    _steps(torch.optim.AdamW([exact], lr=optim.lr, eps=optim.adam_eps, weight_decay=0.0), exact, 100)
+    _steps(torch.optim.AdamW([exact], lr=1e-2, eps=eps, weight_decay=0.0), exact, 100)
     moved = (exact - _weight(torch.float32, count=8192)).abs().mean()
     assert ((found - exact).abs().mean() / moved).item() < 0.05
     state = optimizer.state[found]
@@ -163,8 +163,8 @@ def test_moments_in_eight_bits_take_nearly_adamws_steps_in_a_quarter_of_the_memo
 
 def test_few_moments_stay_in_float32(tmp_path: Path) -> None:
     context = StageContext(spec=tiny_spec(tmp_path, SftConfig()), rank=0, world_size=1)
-    kind, told = adamw(AdapterConfig(), OptimConfig(lr=1e-2, moments=Moments.eight_bit), context)
+    kind, arguments = adamw(AdapterConfig(), context, lr=1e-2, eps=1e-8, moments=Moments.eight_bit)
     weight = _weight(torch.float32, count=1024)
-    optimizer = kind([weight], **told)
+    optimizer = kind([weight], **arguments)
     _steps(optimizer, weight, 1)
     assert optimizer.state[weight]["state1"].dtype is torch.float32
