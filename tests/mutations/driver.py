@@ -86,9 +86,75 @@ MUTATIONS = [
         "unit/pipeline/test_notes.py",
         (
             "a smoke run is taken for a real one",
-            'name = "" if profile is None else profile.name',
-            'name = ""',
+            'profile="" if profile is None else profile.name',
+            'profile=""',
             "test_a_smoke_run_says_so_however_it_is_written",
+        ),
+    ),
+    *in_file(
+        "pipeline/plan/compose.py",
+        "unit/pipeline/test_compose.py",
+        (
+            "a backend that is chosen is merged with the recipe's own",
+            '"launch.backend", backend, merge=False)',
+            '"launch.backend", backend, merge=True)',
+            "test_a_backend_that_is_chosen_replaces_what_a_recipe_says_of_its_own",
+        ),
+        (
+            "a smoke run counts the processes of one machine",
+            'numbers.append(values.get("launch.backend.num_machines", MachinesBackend().num_machines))',
+            "numbers.append(1)",
+            "test_a_smoke_run_of_several_processes_has_something_for_each",
+        ),
+    ),
+    *in_file(
+        "config/typed.py",
+        "unit/pipeline/test_compose.py",
+        (
+            "a setting of another backend is dropped",
+            """self._fault(_join(where, key), f"kind '{kind}' has no such setting; {' or '.join(owners)} has it")""",
+            "pass",
+            "test_a_faulty_override_is_named_exactly",
+        ),
+    ),
+    *in_file(
+        "pipeline/backends/slurm.py",
+        "unit/pipeline/test_job_file.py",
+        (
+            "a job submits itself again",
+            "isinstance(backend, SlurmBackend) and backend.submit else None",
+            "isinstance(backend, SlurmBackend) else None",
+            "test_a_job_of_sharded_processes_asks_for_their_gpus_and_starts_them_itself",
+        ),
+    ),
+    *in_file(
+        "pipeline/backends/feasibility.py",
+        "unit/pipeline/test_launching.py",
+        (
+            "GPUs of a job are those of the login node",
+            "hardware.count_devices() if submission is None else submission.gpus",
+            "hardware.count_devices()",
+            "test_a_job_finds_the_gpus_that_it_asked_for",
+        ),
+    ),
+    *in_file(
+        "cli.py",
+        "unit/test_cli.py",
+        (
+            "options end the overrides",
+            "        arguments.overrides = [*arguments.overrides, *rest]\n",
+            "        pass\n",
+            "test_options_may_stand_before_between_and_behind_overrides",
+        ),
+    ),
+    *in_file(
+        "commands/run/verb.py",
+        "unit/test_cli.py",
+        (
+            "a run waits for nobody",
+            "wait=arguments.wait",
+            "wait=False",
+            "test_a_verb_hands_its_arguments_to_what_does_it",
         ),
     ),
     *in_file(
