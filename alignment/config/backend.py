@@ -1,6 +1,6 @@
 """Where the processes of a stage run: on this machine, on several, or as jobs of Slurm.
 
-How they share a model (``launch``) is another choice; each of the one goes with each of the other.
+How they share a model (``launch``) is another choice. Every backend works with every way to share one.
 """
 
 from __future__ import annotations

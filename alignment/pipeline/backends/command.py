@@ -114,7 +114,7 @@ def _refusal(launch: LaunchConfig, num_devices: int) -> str:
     if launch.sharding is not Sharding.none:
         return f"{launch.sharding.value} needs a process group, which accelerate does not make for one process"
     if launch.num_processes > 1 and num_devices == 0:
-        return "accelerate starts one process, whatever it is told, on a machine without GPUs"
+        return "accelerate starts one process on a machine without GPUs, whatever number it is given"
     return ""
 
 

@@ -63,13 +63,13 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, comm
         ConfigError: the first machine makes something else.
     """
     launch = plan.config.launch
-    told = f"machine {launch.backend.machine_rank} of {launch.backend.num_machines}"
+    machine = f"machine {launch.backend.machine_rank} of {launch.backend.num_machines}"
     try:
         with termination_raises():
             for stage in stages:
                 if stage.action is Action.reuse or not kind_of(stage.config).trains:
                     continue
-                console.print(f"{stage.name}: {told} waits for the first to start it", highlight=False)
+                console.print(f"{stage.name}: {machine} waits for the first to start it", highlight=False)
                 code = _Follower(plan, stage, command_for, console).follow()
                 if code:
                     return code
@@ -77,7 +77,7 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, comm
         return INTERRUPTED
     except Terminated:
         return PREEMPTED
-    console.print(f"{told} has no more to do", highlight=False)
+    console.print(f"{machine} has no more to do", highlight=False)
     return 0
 
 
@@ -157,10 +157,10 @@ class _Follower:
 
 def _read(file: Path) -> dict[str, str]:
     try:
-        found: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+        attempt: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
     except OSError:  # not there, or just replaced by the first machine (ESTALE)
         return {}
-    return found
+    return attempt
 
 
 def _state(run_folder: Path) -> str:

@@ -52,10 +52,10 @@ def submit(plan: Plan, stages: Sequence[PlannedStage], *, wait: bool) -> dict[st
 def read_jobs(run_folder: Path) -> dict[str, str]:
     """Stage → id of the job that was submitted for it last; empty where none was."""
     try:
-        found = json.loads((run_folder / FILE).read_text(encoding="utf-8"))
+        jobs = json.loads((run_folder / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    return {str(stage): str(job) for stage, job in found.items()}
+    return {str(stage): str(job) for stage, job in jobs.items()}
 
 
 def states(run_folder: Path) -> dict[str, str]:
@@ -80,8 +80,8 @@ def refuse_queued(run_folder: Path) -> None:
     """
     left = live(run_folder)
     if left:
-        told = ", ".join(f"{stage} (job {job})" for stage, job in left.items())
-        raise Busy(f"Slurm has jobs of this run: {told}", where=str(run_folder), remedy=advice(run_folder.name, left))
+        names = ", ".join(f"{stage} (job {job})" for stage, job in left.items())
+        raise Busy(f"Slurm has jobs of this run: {names}", where=str(run_folder), remedy=advice(run_folder.name, left))
     (run_folder / FILE).unlink(missing_ok=True)
 
 
@@ -92,51 +92,51 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], jobs: Mapping[str, str], 
         AlignmentError: a job failed; the kind of error is that of the driver in it.
     """
     for stage in stages:
-        _follow_one(plan, stage, jobs[stage.name], display)
+        _follow_stage(plan, stage, jobs[stage.name], display)
 
 
-def _follow_one(plan: Plan, stage: PlannedStage, job: str, display: Display) -> None:
-    told, running = "", False
+def _follow_stage(plan: Plan, stage: PlannedStage, number: str, display: Display) -> None:
+    shown, running = "", False
     try:
-        for found in _polled(job):
-            if running and found.state == "PENDING":
+        for job in _polled(number):
+            if running and job.state == "PENDING":
                 display.end(stage.name, "stopped", "queued again; it goes on from its checkpoint")
                 running = False
-            if not running and found.state == "RUNNING":
-                display.begin(stage.name, f"job {job}")
+            if not running and job.state == "RUNNING":
+                display.begin(stage.name, f"job {number}")
                 running = True
-            elif not running and str(found) != told:
-                display.note(f"{stage.name}: job {job} {found}")
-            told = str(found)
+            elif not running and str(job) != shown:
+                display.note(f"{stage.name}: job {number} {job}")
+            shown = str(job)
             progress = worker_protocol.read_progress(stage.work) if running else None
             if progress is not None:
                 display.update(progress)
-        _refuse_failed(plan, stage, job, found)
+        _refuse_failed(plan, stage, number, job)
     except BaseException as stop:
-        display.end(stage.name, "stopped" if isinstance(stop, KeyboardInterrupt) else "failed", f"job {job}")
+        display.end(stage.name, "stopped" if isinstance(stop, KeyboardInterrupt) else "failed", f"job {number}")
         raise
     seconds = read_record(plan.run_folder)["stages"][stage.name]["seconds"]
     display.end(stage.name, "done", f"{duration(seconds):<12} {stage.artifact.name}")
 
 
-def _polled(job: str) -> Iterator[Job]:
+def _polled(number: str) -> Iterator[Job]:
     """What Slurm says of a job now and then; the last one is how it ended. Silence of Slurm is waited out."""
     while True:
-        known = slurm.look([job])
+        known = slurm.look([number])
         if known is not None:
-            found = known.get(job, _FORGOTTEN)
-            yield found
-            if found.ended:
+            job = known.get(number, _FORGOTTEN)
+            yield job
+            if job.ended:
                 return
         time.sleep(_POLL_SECONDS)
 
 
-def _refuse_failed(plan: Plan, stage: PlannedStage, job: str, found: Job) -> None:
-    log = plan.run_folder / stage.name / f"slurm-{job}.log"
-    if found.state != "COMPLETED":
-        kind = worker_protocol.ERRORS.get(found.exit_code, StageError)
+def _refuse_failed(plan: Plan, stage: PlannedStage, number: str, job: Job) -> None:
+    log = plan.run_folder / stage.name / f"slurm-{number}.log"
+    if job.state != "COMPLETED":
+        kind = worker_protocol.ERRORS.get(job.exit_code, StageError)
         raise kind(
-            f"job {job} ended as {found} with exit code {found.exit_code}\n{worker_protocol.tail(log)}".rstrip(),
+            f"job {number} ended as {job} with exit code {job.exit_code}\n{worker_protocol.tail(log)}".rstrip(),
             where=f"stage {stage.name}",
             remedy=f"log: {log}",
         )
@@ -145,7 +145,7 @@ def _refuse_failed(plan: Plan, stage: PlannedStage, job: str, found: Job) -> Non
         time.sleep(_POLL_SECONDS)
     if read_manifest(stage.artifact) is None:
         raise ConfigError(
-            f"job {job} has ended, but its result {stage.artifact.name} is not there; "
+            f"job {number} has ended, but its result {stage.artifact.name} is not there; "
             "were the recipe, its data or the code changed meanwhile?",
             where=f"stage {stage.name}",
             remedy=f"run it again; log: {log}",

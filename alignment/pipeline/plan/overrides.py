@@ -98,7 +98,7 @@ def _restored(parsed: Override, text: str) -> Override:
 
 def _own(value: Any) -> Any:
     if isinstance(value, str):
-        return _STAND_IN.sub(lambda found: chr(int(found[1], 16)), value)
+        return _STAND_IN.sub(lambda match: chr(int(match[1], 16)), value)
     if isinstance(value, QuotedString):
         return QuotedString(text=_own(value.text), quote=value.quote)
     if isinstance(value, list):
