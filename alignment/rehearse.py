@@ -18,7 +18,6 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from alignment.config.data import DataConfig, OnError, SourceConfig
-from alignment.core.artifacts import write_json
 from alignment.core.errors import AlignmentError
 from alignment.data.reading import iterate
 from alignment.data.records import Prompt
@@ -26,6 +25,7 @@ from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.tokens.row_kinds import Kind, tokenized
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec
+from alignment.records.worker import DONE, FAILED, Status
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.scorer_sources import function_of, source_field
 from alignment.rewards.scorers import Answers
@@ -62,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(folder: Path, code: int, error: str, where: str) -> int:
-    state = "failed" if code else "done"
-    write_json(folder / "status.json", {"state": state, "exit_code": code, "error": error, "where": where})
+    Status(state=FAILED if code else DONE, exit_code=code, error=error, where=where).write(folder)
     return code
 
 

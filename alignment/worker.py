@@ -11,8 +11,9 @@ from pathlib import Path
 
 if __name__ == "__main__":  # what follows takes seconds to import, and a signal must not kill the process meanwhile
     from alignment.core.stop_requests import stop_while_importing
+    from alignment.records.worker import write_stopped_before_it_began
 
-    stop_while_importing(Path(sys.argv[1]))
+    stop_while_importing(lambda: write_stopped_before_it_began(Path(sys.argv[1])))
 
 import importlib
 import logging
@@ -34,8 +35,9 @@ import transformers
 
 from alignment.config.stage import StageConfig
 from alignment.core import stop_requests
-from alignment.core.artifacts import Manifest, publish, write_json
-from alignment.core.errors import PREEMPTED, AlignmentError, DataError, StageError
+from alignment.core.artifacts import Manifest, publish
+from alignment.core.errors import PREEMPTED as PREEMPTED_CODE
+from alignment.core.errors import AlignmentError, DataError, StageError
 from alignment.core.files import disk_error, path_error
 from alignment.core.fingerprint import digest
 from alignment.core.locks import held
@@ -44,6 +46,7 @@ from alignment.core.versions import versions
 from alignment.data.chat_template import template_text
 from alignment.data.hub_rows import content_of
 from alignment.job import StageSpec
+from alignment.records.worker import DONE, FAILED, PREEMPTED, STATUS, Status
 from alignment.stages.base import StageKind
 from alignment.stages.registry import kind_of
 from alignment.stages.shared.result import StageResult
@@ -65,7 +68,7 @@ def main(path: Path) -> int:
         spec=spec, rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1"))
     )
     _quiet()
-    context.pulse.start(spec.work / "pulse", context.rank)
+    context.pulse.start(spec.work, context.rank)
     try:
         for number in stop_requests.SIGNALS:
             signal.signal(number, _stop_now)
@@ -76,25 +79,25 @@ def main(path: Path) -> int:
         stop_requests.ignore()
         if stop.saved:
             _leave_together()
-        _finish(context, "preempted", PREEMPTED, f"stopped on request; {_kept(stop)}")
-        return PREEMPTED
+        _finish(context, PREEMPTED, PREEMPTED_CODE, f"stopped on request; {_kept(stop)}")
+        return PREEMPTED_CODE
     except AlignmentError as error:
         stop_requests.ignore()
-        _finish(context, "failed", error.exit_code, str(error))
+        _finish(context, FAILED, error.exit_code, str(error))
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except BaseException as error:  # noqa: BLE001 - the last line of defence: the driver must hear of it
         stop_requests.ignore()
         traceback.print_exc()
         if (told := _of_file_system(error, context)) is not None:
-            _finish(context, "failed", told.exit_code, str(told))
+            _finish(context, FAILED, told.exit_code, str(told))
             return told.exit_code
         if _is_out_of_memory(error):
-            _finish(context, "failed", StageError.exit_code, str(_too_large(error, context)))
+            _finish(context, FAILED, StageError.exit_code, str(_too_large(error, context)))
             return StageError.exit_code
-        _finish(context, "failed", 1, f"{type(error).__name__}: {error}")
+        _finish(context, FAILED, 1, f"{type(error).__name__}: {error}")
         return 1
-    _finish(context, "done", 0, "")
+    _finish(context, DONE, 0, "")
     return 0
 
 
@@ -216,20 +219,20 @@ def _publish(spec: StageSpec, context: StageContext, result: StageResult) -> Man
 
 def _finish(context: StageContext, state: str, exit_code: int, error: str) -> None:
     """The first process that fails says so; a success is the main process's to say."""
-    path = context.spec.run_folder / "status.json"
-    if path.exists() or (state == "done" and not context.is_main):
+    folder = context.spec.run_folder
+    if (folder / STATUS).exists() or (state == DONE and not context.is_main):
         return
     several = f", process {context.rank} of {context.world_size}" if context.world_size > 1 else ""
-    status = {
-        "state": state,
-        "exit_code": exit_code,
-        "error": error,
-        "where": f"stage {context.spec.stage}" + several,
-        "time": time.time(),
-        "notes": context.trackers.faults,
-    }
+    status = Status(
+        state=state,
+        exit_code=exit_code,
+        error=error,
+        where=f"stage {context.spec.stage}" + several,
+        time=time.time(),
+        notes=context.trackers.faults,
+    )
     try:
-        write_json(path, status)
+        status.write(folder)
     except OSError:  # the driver sees how the process ended, and that the disk is full
         traceback.print_exc()
 

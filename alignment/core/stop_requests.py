@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from pathlib import Path
+from collections.abc import Callable
 from types import FrameType
 
 from alignment.core.errors import PREEMPTED
@@ -13,22 +12,12 @@ from alignment.core.errors import PREEMPTED
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
-def stop_while_importing(stage_file: Path) -> None:
+def stop_while_importing(write_status: Callable[[], None]) -> None:
     """Until the stage has handlers of its own, a signal ends it at once, and as one that was asked to stop."""
 
     def on_signal(_: int, __: FrameType | None) -> None:
-        from alignment.core.artifacts import write_json
-
-        status = {
-            "state": "preempted",
-            "exit_code": PREEMPTED,
-            "error": "stopped on request before it began",
-            "where": f"stage {stage_file.parent.name}",
-            "time": time.time(),
-            "notes": [],
-        }
         try:
-            write_json(stage_file.parent / "status.json", status)
+            write_status()
         finally:
             os._exit(PREEMPTED)  # an exception would end up inside an import
 

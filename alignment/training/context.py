@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from alignment.config.adapter import AdapterConfig
-from alignment.core.artifacts import write_json
 from alignment.core.files import disk_error
 from alignment.job import StageSpec
+from alignment.records.worker import Progress
 from alignment.training.device import own_device
 from alignment.training.heartbeat import Pulse
 from alignment.training.trackers.all_trackers import Trackers
@@ -86,9 +86,8 @@ class StageContext:
         self.pulse.told += 1
         if not self.is_main:
             return
-        told = {"phase": phase, "step": step, "total": total, "figures": figures}
         try:
-            write_json(self.spec.work / "progress.json", told, durable=False)
+            Progress(phase=phase, step=step, total=total, figures=figures).write(self.spec.work)
         except OSError as error:
             if disk_error(error, folder=self.spec.work) is None:
                 raise

@@ -19,7 +19,7 @@ from types import FrameType
 
 import psutil
 
-from alignment.core.artifacts import write_json
+from alignment.records.worker import Heartbeat, heartbeat_file
 
 PERIOD = 1.0
 """Seconds between two looks."""
@@ -52,11 +52,12 @@ class Pulse:
     told: int = 0
     on_gpu: bool = False
 
-    def start(self, folder: Path, rank: int) -> None:
+    def start(self, work: Path, rank: int) -> None:
         """Begins to look after the calling thread, until the process ends."""
-        folder.mkdir(parents=True, exist_ok=True)
         watched = threading.get_ident()
-        threading.Thread(target=self._watch, args=(folder / f"{rank}.json", watched), name="pulse", daemon=True).start()
+        file = heartbeat_file(work, rank)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        threading.Thread(target=self._watch, args=(file, watched), name="pulse", daemon=True).start()
 
     def _watch(self, file: Path, watched: int) -> None:
         process = psutil.Process()
@@ -71,9 +72,10 @@ class Pulse:
             works, waits = activity(places, used.since(before), on_gpu=self.on_gpu)
             if (self.told, places) != seen or works:
                 seen, since = (self.told, places), now
-            told = {"pid": process.pid, "phase": self.phase, "time": now, "since": since, "waits": waits}
+            place = _shown(places)
+            beat = Heartbeat(pid=process.pid, phase=self.phase, time=now, since=since, waits=waits, place=place)
             try:
-                write_json(file, {**told, "place": _shown(places)}, durable=False)
+                beat.write(file)
             except FileNotFoundError:  # the stage is done, and its work folder gone
                 return
             except OSError:  # a disk that is full for now: the next look tries again

@@ -22,8 +22,8 @@ MUTATIONS = [
         ),
         (
             "DPO learns from pairs the other way round",
-            '"chosen_ids": p.chosen, "rejected_ids": p.rejected',
-            '"chosen_ids": p.rejected, "rejected_ids": p.chosen',
+            '{column: f"{column}_ids" for column in pairs.column_names}',
+            '{"prompt": "prompt_ids", "chosen": "rejected_ids", "rejected": "chosen_ids"}',
             "test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved",
         ),
         (
@@ -54,8 +54,8 @@ MUTATIONS = [
         "unit/stages/test_reward_split.py",
         (
             "held-out pairs are learned from",
-            "learned = [pair for pair in pairs if tuple(pair.prompt) not in chosen]",
-            "learned = list(pairs)",
+            "learned = [row for row, prompt in enumerate(prompt_of) if prompt not in chosen]",
+            "learned = list(range(len(pairs)))",
             "test_a_prompt_is_learned_from_or_held_out",
         ),
     ),
@@ -64,8 +64,8 @@ MUTATIONS = [
         "unit/stages/test_reward.py",
         (
             "the reward model learns from pairs the other way round",
-            '"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected',
-            '"chosen_ids": p.prompt + p.rejected, "rejected_ids": p.prompt + p.chosen',
+            'for answer in ("chosen", "rejected")\n    }',
+            'for answer in ("chosen", "chosen")\n    }',
             "test_the_loss_is_that_of_bradley_and_terry_with_its_centre",
         ),
         (

@@ -12,9 +12,9 @@ from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError
 from alignment.core.locks import is_held
 from alignment.pipeline.backends import slurm_jobs
-from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.record import FILE, read_record
 from alignment.pipeline.execute.summary import progress_line, show_results, show_stages
+from alignment.records.worker import Progress
 
 
 def show_status(console: Console, output: Path, run: str | None) -> None:
@@ -46,7 +46,7 @@ def _show_one(console: Console, folder: Path) -> None:
     for name, stage in record["stages"].items():
         if stage["state"] == "running":
             artifact = Path(stage["artifact"])
-            progress = worker_protocol.read_progress(artifact.with_name(f"{artifact.name}.work"))
+            progress = Progress.read(artifact.with_name(f"{artifact.name}.work"))
             console.print(f"{escape(name)}: {progress_line(progress)}", highlight=False)
         if stage["state"] == "failed":
             console.print(f"log: {folder / name / 'log.txt'}", markup=False, highlight=False, soft_wrap=True)

@@ -16,6 +16,7 @@ from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.display import Display, duration
 from alignment.pipeline.execute.record import read_record
 from alignment.pipeline.plan.plan import Plan, PlannedStage
+from alignment.records.worker import Progress
 
 FILE = "jobs.json"
 """In the run's folder: stage → id of its job. What submits writes it, and jobs never do: they write ``run.json``."""
@@ -108,7 +109,7 @@ def _follow_stage(plan: Plan, stage: PlannedStage, number: str, display: Display
             elif not running and str(job) != shown:
                 display.note(f"{stage.name}: job {number} {job}")
             shown = str(job)
-            progress = worker_protocol.read_progress(stage.work) if running else None
+            progress = Progress.read(stage.work) if running else None
             if progress is not None:
                 display.update(progress)
         _refuse_failed(plan, stage, number, job)

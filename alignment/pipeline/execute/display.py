@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from alignment.pipeline.execute.worker_protocol import Progress as StageProgress
+from alignment.records.worker import Progress as StageProgress
 
 _PLAIN_EVERY_SECONDS = 30.0
 _SHOWN_FIGURES = 3

@@ -32,6 +32,7 @@ from alignment.pipeline.execute.worker_protocol import Preempted
 from alignment.pipeline.plan import references
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage, make_plan
 from alignment.pipeline.sources import data_sources, model_sources
+from alignment.records.worker import HEARTBEATS, PROGRESS, STATUS, Progress
 from alignment.report import doubts
 from alignment.stages.base import RunsOn
 from alignment.stages.registry import kind_of
@@ -303,14 +304,14 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
     folder = stage_file.parent
     for written in (folder, stage.work):
         remove_leftovers(written)
-    (folder / "status.json").unlink(missing_ok=True)
-    (stage.work / "progress.json").unlink(missing_ok=True)
-    shutil.rmtree(stage.work / "pulse", ignore_errors=True)
+    (folder / STATUS).unlink(missing_ok=True)
+    (stage.work / PROGRESS).unlink(missing_ok=True)
+    shutil.rmtree(stage.work / HEARTBEATS, ignore_errors=True)
     watch = heartbeats.Watch(stage.work)
 
     def on_poll() -> None:
         machines.show_life(plan.run_folder, plan.config.launch)
-        if (progress := worker_protocol.read_progress(stage.work)) is not None:
+        if (progress := Progress.read(stage.work)) is not None:
             display.update(progress)
         if launch.hang_seconds:
             heartbeats.refuse_stuck(

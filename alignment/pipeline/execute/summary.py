@@ -13,7 +13,6 @@ from rich.table import Table
 from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD
 from alignment.pipeline.execute import forgetting_gate, notes
 from alignment.pipeline.execute.display import duration, steps
-from alignment.pipeline.execute.worker_protocol import Progress
 from alignment.pipeline.plan.plan import Action, Plan
 from alignment.records.evaluation import FILE as EVALUATION_FILE
 from alignment.records.evaluation import Comparison, Evaluation, JudgedPair
@@ -21,6 +20,7 @@ from alignment.records.forgetting import Forgetting
 from alignment.records.interval import Interval
 from alignment.records.reward_card import FILE as CARD_FILE
 from alignment.records.reward_card import RewardCard
+from alignment.records.worker import Progress
 from alignment.report import doubts
 from alignment.stages.registry import lines_of, produced_by
 

@@ -1,13 +1,10 @@
-"""What passes between driver and worker as files: the frozen ``stage.yaml`` out, progress and status back."""
+"""The frozen ``stage.yaml`` that a worker gets, and what its status means for the run (records/worker.py)."""
 
 from __future__ import annotations
 
 import errno
-import json
 import re
 import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,8 @@ from alignment.config.launch import LaunchConfig
 from alignment.config.model import ModelConfig
 from alignment.config.typed import to_plain
 from alignment.core.deadline import KILLED_BY
+from alignment.core.errors import PREEMPTED as PREEMPTED_CODE
 from alignment.core.errors import (
-    PREEMPTED,
     AlignmentError,
     ArtifactError,
     Busy,
@@ -33,6 +30,7 @@ from alignment.core.files import disk_error, is_full, write_text
 from alignment.data.chat_template import template_file
 from alignment.job import StageInput
 from alignment.pipeline.plan.plan import Plan, PlannedStage
+from alignment.records.worker import DONE, PREEMPTED, Status
 
 ERRORS = {
     kind.exit_code: kind
@@ -50,16 +48,6 @@ _BUG = 1
 
 class Preempted(Exception):
     """A stage saved and stopped because it was asked to."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """How far a stage is: ``Progress(phase="training", step=12, total=57, figures={"loss": 1.83})``."""
-
-    phase: str
-    step: int
-    total: int | None
-    figures: Mapping[str, float]
 
 
 def write_stage_file(
@@ -102,43 +90,35 @@ def _model(config: ModelConfig) -> dict[str, Any]:
     return plain if file is None else plain | {"chat_template": f"path:{file}"}
 
 
-def read_progress(work: Path) -> Progress | None:
-    """The last word of a running stage, or None before its first and where it cannot be read now."""
-    try:
-        raw = json.loads((work / "progress.json").read_text(encoding="utf-8"))
-    except OSError:  # not there yet, or just replaced by another machine (ESTALE); the next look sees it
-        return None
-    return Progress(phase=raw["phase"], step=raw["step"], total=raw["total"], figures=raw["figures"])
-
-
 def raise_for_status(folder: Path, *, code: int, stage: str) -> None:
     """Returns if the stage in ``folder`` ended well; ``code`` is its launcher's exit code.
 
     Raises:
         Preempted: it saved and stopped on request.
         AlignmentError: it failed; the kind of error is the worker's own where it said so.
+        ArtifactError: what it wrote of its end is damaged.
     """
     log = folder / "log.txt"
-    status = _status(folder)
+    status = Status.read(folder)
     printed = "\n".join(_last_lines(log, _REPORT_LINES)) if log.exists() else ""
     # Where a process was killed, what the others say is that they lost their connection to it.
     if status is None and is_full(folder):
         raise _without_room(folder, stage)
-    if status is None or (status["exit_code"] == _BUG and _KILLED.search(printed)):
+    if status is None or (status.exit_code == _BUG and _KILLED.search(printed)):
         raise StageError(
             f"{_who(printed)} ended {_how(code, printed)} without a word\n{tail(log)}",
             where=f"stage {stage}",
             remedy=f"log: {log}",
         )
-    if status["state"] == "done":
+    if status.state == DONE:
         return
-    if status["state"] == "preempted" or status["exit_code"] == PREEMPTED:
+    if status.state == PREEMPTED or status.exit_code == PREEMPTED_CODE:
         raise Preempted
-    kind = ERRORS.get(status["exit_code"])
+    kind = ERRORS.get(status.exit_code)
     if kind is not None:
-        raise kind(f"{status['error']}\n  log: {log}", where=status["where"])
+        raise kind(f"{status.error}\n  log: {log}", where=status.where)
     raise AlignmentError(
-        f"{status['error']}\n{tail(log)}", where=f"stage {stage}", remedy=f"this is a fault of ours; the log is {log}"
+        f"{status.error}\n{tail(log)}", where=f"stage {stage}", remedy=f"this is a fault of ours; the log is {log}"
     )
 
 
@@ -150,17 +130,9 @@ def _without_room(folder: Path, stage: str) -> StageError:
 
 
 def notes(folder: Path) -> list[str]:
-    """What the stage in ``folder`` had to say though it ended well."""
-    return list((_status(folder) or {}).get("notes", []))
-
-
-def _status(folder: Path) -> dict[str, Any] | None:
-    """What the stage's processes said of how it ended, or None."""
-    try:
-        status: dict[str, Any] = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return status
+    """What the stage in ``folder`` wrote of itself beside how it ended."""
+    status = Status.read(folder)
+    return [] if status is None else status.notes
 
 
 def tail(log: Path) -> str:

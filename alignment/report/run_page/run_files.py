@@ -11,6 +11,7 @@ from alignment.core.artifacts import EVALUATION, FORGETTING, REPORT, REWARD_CARD
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.records import reward_card
 from alignment.records.evaluation import Evaluation
+from alignment.records.worker import STATUS, Status
 from alignment.report.doubts import profile_of
 from alignment.report.kit import text
 from alignment.report.kit.record_files import shown
@@ -118,7 +119,7 @@ def _read_stage(
         manifest=manifest,
         metrics=metrics,
         notes=notes,
-        error=_error(run_folder / key / "status.json") if state not in ("done", "reused") else "",
+        error=_error(run_folder / key / STATUS) if state not in ("done", "reused") else "",
     )
 
 
@@ -166,11 +167,8 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _error(path: Path) -> str:
-    try:
-        raw = _mapping(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return ""
-    return text.prose(raw.get("error") or "")[:4000]
+    status, _ = shown(path, Status)
+    return "" if status is None else status.error[:4000]
 
 
 def _inputs(raw: Any) -> list[tuple[str, str]]:

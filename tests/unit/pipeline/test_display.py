@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from alignment.pipeline.execute.display import display_for, duration
-from alignment.pipeline.execute.worker_protocol import Progress
+from alignment.records.worker import Progress
 
 
 def progress(phase: str, step: int) -> Progress:

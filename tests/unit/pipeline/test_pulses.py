@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import errno
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from alignment.core.errors import StageError
-from alignment.pipeline.execute import worker_protocol
-from alignment.pipeline.execute.heartbeats import Sign, Watch, read_signs, refuse_stuck
+from alignment.pipeline.execute.heartbeats import Sign, Watch, refuse_stuck
+from alignment.records.worker import Heartbeat, Progress, heartbeat_file
 
 
 def _sign(rank: int, **changes: Any) -> Sign:
     """One that gave a sign just now and did something a moment before."""
-    told = {"pid": 1, "phase": "training", "time": 5000.0, "since": 4999.5, "waits": False, "place": f"here{rank}"}
-    return Sign(rank=rank, **{**told, **changes})
+    silent = changes.pop("silent", 0.0)
+    last = Heartbeat(pid=1, phase="training", time=5000.0, since=4999.5, waits=False, place=f"here{rank}")
+    return Sign(rank=rank, last=replace(last, **changes), silent=silent)
 
 
 def _judge(*signs: Sign, processes: int | None = None) -> None:
@@ -73,19 +74,18 @@ def test_a_file_that_goes_while_it_is_read_is_no_fault(
         raise OSError(number, "gone")
 
     monkeypatch.setattr(Path, "read_text", gone)
-    assert read_signs(tmp_path) == []
-    assert worker_protocol.read_progress(tmp_path) is None
+    assert Heartbeat.read_all(tmp_path) == {}
+    assert Progress.read(tmp_path) is None
 
 
-def test_signs_are_read_by_rank(tmp_path: Path) -> None:
-    folder = tmp_path / "pulse"
-    folder.mkdir()
-    told = {"pid": 7, "phase": "loading", "time": 1.0, "since": 0.5, "waits": False, "place": "x"}
+def test_heartbeats_are_read_by_rank_and_damaged_ones_left_out(tmp_path: Path) -> None:
+    (tmp_path / "pulse").mkdir()
     for rank in (10, 2):
-        (folder / f"{rank}.json").write_text(json.dumps(told))
-    (folder / ".3.json.99.tmp").write_text("{")
-    assert [sign.rank for sign in read_signs(tmp_path)] == [2, 10]
-    assert read_signs(tmp_path / "nowhere") == []
+        _beat(tmp_path, at=1.0, rank=rank)
+    (tmp_path / "pulse/.3.json.99.tmp").write_text("{")
+    (tmp_path / "pulse/4.json").write_text('{"pid": "seven"}')
+    assert list(Heartbeat.read_all(tmp_path)) == [2, 10]
+    assert Heartbeat.read_all(tmp_path / "nowhere") == {}
 
 
 @pytest.mark.parametrize("jump", [3600.0, -3600.0])
@@ -116,7 +116,7 @@ def test_a_new_process_of_the_same_rank_is_heard_anew(tmp_path: Path) -> None:
     assert [sign.silent for sign in watch.look()] == [0.0]
 
 
-def _beat(work: Path, *, at: float, pid: int = 1) -> None:
-    told = {"pid": pid, "phase": "training", "time": at, "since": at - 0.5, "waits": False, "place": "x"}
+def _beat(work: Path, *, at: float, pid: int = 1, rank: int = 0) -> None:
     (work / "pulse").mkdir(exist_ok=True)
-    (work / "pulse/0.json").write_text(json.dumps(told))
+    beat = Heartbeat(pid=pid, phase="training", time=at, since=at - 0.5, waits=False, place="x")
+    beat.write(heartbeat_file(work, rank))

@@ -156,6 +156,7 @@ def test_what_a_stage_noted_on_its_way_reaches_the_user_once(align: Align, monke
     [
         ("sft:crash", StageError, 5, ["by signal 9", "memory", "| working on sft"]),
         ("sft:template", StageError, 5, ["by SIGVTALRM", "a chat template computed without end"]),
+        ("sft:torn", ArtifactError, 7, ["status.json: unreadable: state: 3 is not text", "log.txt"]),
         ("sft:bug", AlignmentError, 1, ["KeyError: 'x'", "a fault of ours", "| working on sft"]),
     ],
 )

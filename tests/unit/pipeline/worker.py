@@ -64,6 +64,9 @@ def misbehave(spec: StageSpec, fault: str) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(say(spec, "preempted", 75, "stopped on request")))
         (spec.run_folder / "hanging").touch()
         time.sleep(60)
+    if fault == "torn":
+        (spec.run_folder / "status.json").write_text('{"state": 3}')
+        sys.exit(5)
     states = {
         "fail": ("failed", 6, "the loss is NaN at step 3\n  → lower the learning rate"),
         "reward": ("failed", 9, "score.py:brevity: gave nan"),

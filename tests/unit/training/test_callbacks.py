@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from alignment.records.worker import Progress
 from alignment.training.callbacks import Checkpoints, StepLog, StopOnSignal
 from alignment.training.checkpoints import newest
 from alignment.training.context import StageContext
@@ -104,12 +104,7 @@ def test_a_logged_step_goes_to_the_file_the_trackers_and_the_progress_line(
     assert log.last() == {"step": 3, "loss": 1.5, "lr": 1e-4, "grad_norm": 0.5, "seconds": seconds}
     assert 0.0 <= seconds < 600.0
     assert sent == [(3, 1e-4)]
-    assert json.loads((context.spec.work / "progress.json").read_text()) == {
-        "phase": "training",
-        "step": 3,
-        "total": 9,
-        "figures": {"loss": 1.5},
-    }
+    assert Progress.read(context.spec.work) == Progress(phase="training", step=3, total=9, figures={"loss": 1.5})
 
 
 @pytest.mark.parametrize("logs", [{}, None, {"train_runtime": 3.0, "train_loss": 1.0}])
@@ -127,8 +122,7 @@ def test_the_length_of_the_work_is_shown_before_its_first_step(
 ) -> None:
     callback = StepLog(context, MetricsLog(context.content / "metrics.jsonl"), headline="loss")
     callback.on_train_begin(arguments, _state(0, 9), TrainerControl())
-    told = json.loads((context.spec.work / "progress.json").read_text())
-    assert (told["phase"], told["step"], told["total"]) == ("training", 0, 9)
+    assert Progress.read(context.spec.work) == Progress(phase="training", step=0, total=9)
 
 
 def test_a_saved_checkpoint_is_sealed_and_the_oldest_removed(

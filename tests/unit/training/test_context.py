@@ -12,6 +12,7 @@ import torch
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig, Schedule
 from alignment.core.errors import ConfigError
+from alignment.records.worker import Progress
 from alignment.stages.sft.config import SftConfig
 from alignment.training.context import StageContext
 from alignment.training.trainer_arguments import common_arguments, share_of
@@ -49,11 +50,12 @@ def test_progress_is_one_whole_file_that_the_main_process_writes(tmp_path: Path)
     context = _context(tmp_path)
     context.progress("training", 12, 57, loss=1.83)
     path = context.spec.work / "progress.json"
-    assert json.loads(path.read_text()) == {"phase": "training", "step": 12, "total": 57, "figures": {"loss": 1.83}}
+    whole = {"phase": "training", "step": 12, "total": 57, "figures": {"loss": 1.83}, "version": 1}
+    assert json.loads(path.read_text()) == whole
     dataclasses.replace(context, rank=1, world_size=2).progress("saving")
     assert json.loads(path.read_text())["phase"] == "training"
     context.progress("saving")
-    assert json.loads(path.read_text()) == {"phase": "saving", "step": 0, "total": None, "figures": {}}
+    assert Progress.read(context.spec.work) == Progress(phase="saving")
     assert [p.name for p in context.spec.work.glob("*progress*")] == ["progress.json"]
 
 

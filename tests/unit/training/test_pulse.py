@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from alignment.records.worker import Heartbeat
 from alignment.training import heartbeat
 from alignment.training.heartbeat import Pulse, Used, activity
 
@@ -40,7 +40,7 @@ def watched(tmp_path: Path) -> Iterator[Callable[[Callable[[Pulse, threading.Eve
         threads.append(threading.Thread(target=run))
         threads[0].start()
         time.sleep(2.0)
-        return json.loads((tmp_path / "3.json").read_text())
+        return Heartbeat.read_all(tmp_path)[3]
 
     yield watch
     over.set()
@@ -49,10 +49,10 @@ def watched(tmp_path: Path) -> Iterator[Callable[[Callable[[Pulse, threading.Eve
 
 def test_a_thread_that_waits_has_done_nothing_since(watched: Any) -> None:
     sign = watched(lambda _, over: over.wait())
-    assert sign["time"] - sign["since"] > 1.0
-    assert sign["phase"] == "training"
-    assert "threading.py" in sign["place"]
-    assert not sign["waits"]
+    assert sign.time - sign.since > 1.0
+    assert sign.phase == "training"
+    assert "threading.py" in sign.place
+    assert not sign.waits
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -69,8 +69,8 @@ def test_a_processor_that_is_busy_is_work_unless_a_gpu_may_be_waited_for(
         over.wait()
 
     sign = watched(compute)
-    assert (sign["time"] > sign["since"]) is on_gpu
-    assert sign["waits"] is on_gpu
+    assert (sign.time > sign.since) is on_gpu
+    assert sign.waits is on_gpu
 
 
 def test_processor_seconds_are_those_of_the_process() -> None:
@@ -112,4 +112,4 @@ def test_progress_that_is_told_is_work(watched: Any) -> None:
         over.wait()
 
     sign = watched(tell)
-    assert sign["time"] - sign["since"] < 1.0
+    assert sign.time - sign.since < 1.0

@@ -154,8 +154,9 @@ def test_a_worker_hears_what_its_launcher_does_not(tmp_path: Path) -> None:
     stage.mkdir()
     code = (
         "import os, pathlib, signal\nfrom alignment.core.stop_requests import stop_while_importing\n"
+        "from alignment.records.worker import write_stopped_before_it_began\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
-        f"stop_while_importing(pathlib.Path({str(stage / 'stage.yaml')!r}))\n"
+        f"stop_while_importing(lambda: write_stopped_before_it_began(pathlib.Path({str(stage / 'stage.yaml')!r})))\n"
     )
     told = Command(argv=(sys.executable, "-c", code), environment={"PYTHONPATH": str(Path(__file__).parents[4])})
     assert execute(told, log=tmp_path / "log.txt", on_poll=never, grace_seconds=1) == 75
