@@ -97,7 +97,7 @@ def test_every_field_is_read(cls: type, read: Reads) -> None:
 
 def test_a_field_of_another_class_does_not_count() -> None:
     """Where PPO's clip is read no more, that of its scorers still is."""
-    stage, rewards = PACKAGE / "stages/ppo/run.py", PACKAGE / "rewards/build.py"
+    stage, rewards = PACKAGE / "stages/ppo/trainer_setup.py", PACKAGE / "rewards/build.py"
     text = stage.read_text(encoding="utf-8")
     others = [source(path) for path in (*PACKAGE.glob("config/*.py"), PACKAGE / "stages/ppo/config.py", rewards)]
     clips = [("alignment.stages.ppo.config.PpoConfig", "clip"), ("alignment.config.scoring.ScorerConfig", "clip")]

@@ -249,8 +249,8 @@ MUTATIONS = [
         ),
         (
             "the reference is read at temperature 1",
-            "answer_statistics(reference, part, temperature=self._episodes.temperature)",
-            "answer_statistics(reference, part, temperature=1.0)",
+            "answer_statistics(reference, batch, temperature=self._episodes.temperature)",
+            "answer_statistics(reference, batch, temperature=1.0)",
             "test_nothing_has_changed_at_the_first_minibatch",
         ),
     ),

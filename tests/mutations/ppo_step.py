@@ -59,12 +59,12 @@ MUTATIONS = [
         ("an answer with an end costs the penalty", "(~self._ended(rollout)).float()", "self._ended(rollout)", PAPERS),
     ),
     *in_file(
-        "stages/ppo/run.py",
+        "stages/ppo/trainer_setup.py",
         STEP,
         (
             "the ratio's clip never arrives",
-            "            clip=config.clip,",
-            "            clip=1e9 * config.clip,",
+            "        clip=config.clip,",
+            "        clip=1e9 * config.clip,",
             PAPERS,
         ),
         ("the discount is lambda", "gamma=config.gamma,", "gamma=config.gae_lambda,", PAPERS),
@@ -76,7 +76,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/ppo/run.py",
+        "stages/ppo/trainer_setup.py",
         PPO,
         (
             "the prompt baseline is never asked for",

@@ -94,12 +94,12 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/ppo/run.py",
+        "stages/ppo/prompt_split.py",
         "unit/training/test_ppo_limits.py",
         (
             "the guard's prompts are learned from",
-            "            held_out.setdefault(tuple(prompt), place)\n        else:\n            learned.append(place)",
-            "            held_out.setdefault(tuple(prompt), place)\n        learned.append(place)",
+            "            held_out.setdefault(tuple(prompt), index)\n        else:\n            learned.append(index)",
+            "            held_out.setdefault(tuple(prompt), index)\n        learned.append(index)",
             "test_held_out_prompts_are_never_learned_from",
         ),
     ),
@@ -108,8 +108,8 @@ MUTATIONS = [
         "unit/stages/test_ppo_guard.py",
         (
             "the guard asks the stage's own scorers",
-            "build_rewards({GUARD: config.guard.scorer}, *made_from)",
-            "build_rewards(maximised(config), *made_from)",
+            "build_rewards({GUARD: config.guard.scorer}, *from_stage)",
+            "build_rewards(maximised(config), *from_stage)",
             "test_the_guard_asks_its_own_scorer_and_the_stage_its_own",
         ),
         (
@@ -120,7 +120,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/ppo/run.py",
+        "stages/ppo/trainer_setup.py",
         "unit/training/test_ppo.py",
         (
             "the kind of KL control is ignored",
@@ -130,7 +130,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/ppo/run.py",
+        "stages/ppo/trainer_setup.py",
         "unit/training/test_ppo_columns.py",
         (
             "a checkpoint is made inside an update",

@@ -19,9 +19,10 @@ from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import unwrapped
 from alignment.rewards.scores import Scores
 from alignment.rewards.slot import Rewards
-from alignment.stages.ppo import run as ppo
 from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.ppo.prompt_split import hold_out
 from alignment.stages.ppo.trainer import PpoTrainer
+from alignment.stages.ppo.trainer_setup import build_trainer, roles_of
 from alignment.training.context import StageContext
 from alignment.training.rl.guard import Guard
 from alignment.training.rl.rollouts import Prompts
@@ -136,10 +137,10 @@ def ppo_stage(
     """
     spec = tiny_spec(folder, config, base_path=base, seed=seed)
     context = StageContext(spec=spec, rank=0, world_size=1)
-    roles = ppo.roles_of(config, context, Lineage(source=BASE_SOURCE, base=base, adapters=()), None)
+    roles = roles_of(config, context, Lineage(source=BASE_SOURCE, base=base, adapters=()), None)
     ids = [list(prompt) for prompt in prompts]
-    learned, held_out = ppo.hold_out(Prompts(ids=ids, rows=range(len(ids))), config, context)
-    trainer = ppo.build_trainer(config, context, roles, learned, frozenset({end_id}), rewards)
+    learned, held_out = hold_out(Prompts(ids=ids, rows=range(len(ids))), config, context)
+    trainer = build_trainer(config, context, roles, learned, frozenset({end_id}), rewards)
     if held_out_scorer is not None:
         trainer.guard = Guard(
             config.guard,
@@ -147,7 +148,7 @@ def ppo_stage(
             held_out,
             scorer=held_out_scorer,
             policy=roles.policy,
-            proxy=lambda rollout: trainer.collector.scores_of(rollout),
+            proxy=trainer.collector.scores_of,
         )
     return PpoStage(context=context, roles=roles, trainer=trainer)
 

@@ -17,7 +17,7 @@ from alignment.training.rl.step_metrics import UpdateMetrics
 log = logging.getLogger(__name__)
 
 START_KL_TOLERANCE = 0.02
-"""Nats a sequence that bfloat16 may make of a KL of zero; a wrong reference is off by far more."""
+"""Nats a sequence that bfloat16 may make of a KL of zero; with a wrong reference it is far larger."""
 
 
 class Collector:
@@ -100,7 +100,7 @@ def warn_of_equal_scores(scores: Tensor) -> None:
     if float(scores.max() - scores.min()) == 0.0:
         log.warning(
             "all %d answers of this update score %g, so there is nothing to learn from them. If this goes on: look "
-            "at samples.jsonl, raise max_new_tokens if no answer ends, or choose a scorer with more shades.",
+            "at samples.jsonl, raise max_new_tokens if no answer ends, or choose a scorer that tells answers apart.",
             len(scores),
             float(scores[0]),
         )

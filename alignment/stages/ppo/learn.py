@@ -108,7 +108,7 @@ class Learner:
         rows = shares[self._context.rank]
         micro_batches = as_many_as_most([self._cut(experience, share) for share in shares], self._context.rank)
         for number, indices in enumerate(micro_batches):
-            # Processes meet in every micro-batch; in one that is empty a row is read and counts for nothing.
+            # Processes meet in every micro-batch; an empty one reads a row that counts for nothing.
             read, counted = ([rows[i] for i in indices], tokens) if indices else (rows[:1], tokens * math.inf)
             with accumulating(self._accelerator, model, last=number == len(micro_batches) - 1):
                 with self._autocast():

@@ -128,7 +128,7 @@ class PpoTrainer(Trainer):
 
     @property
     def updates_done(self) -> int:
-        """Updates that were learned from; one that was only sampled, and found to be over the budget, is none."""
+        """Updates that were learned from; one that was only sampled, because it was over the budget, does not count."""
         return (self.state.global_step - int(self.over_budget)) // self.steps_per_update
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

@@ -19,9 +19,9 @@ from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import batches, scalar_scores
 from alignment.rewards.scores import Scores
 from alignment.rewards.slot import Rewards
-from alignment.stages.ppo import run as stage
 from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig
 from alignment.stages.ppo.trainer import PpoTrainer
+from alignment.stages.ppo.trainer_setup import build_trainer, roles_of
 from alignment.training.context import StageContext
 from alignment.training.rl.rollouts import Prompts
 from alignment.training.session import train
@@ -125,9 +125,9 @@ def bench_in(folder: Path) -> Callable[..., Bench]:
         spec = tiny_spec(folder / name, config, base_path=base, model=model, seed=seed)
         context = StageContext(spec=spec, rank=0, world_size=1)
         torch.manual_seed(context.seed("worker") % 2**32)  # as the worker does: a fresh adapter is drawn from it
-        roles = stage.roles_of(config, context, found, made[adapter.kind] if reward else None)
+        roles = roles_of(config, context, found, made[adapter.kind] if reward else None)
         told = Prompts(ids=prompts, rows=range(len(prompts)))
-        trainer = stage.build_trainer(config, context, roles, told, frozenset({END}), rewards or OwnReward(roles))
+        trainer = build_trainer(config, context, roles, told, frozenset({END}), rewards or OwnReward(roles))
         return Bench(context=context, config=config, roles=roles, trainer=trainer)
 
     return make

@@ -21,7 +21,7 @@ from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.data.tokens.tokenize import TokenizedConversation
 from alignment.models.forward.answers import unwrapped
 from alignment.rewards.scores import Scores
-from alignment.stages.ppo.run import hold_out
+from alignment.stages.ppo.prompt_split import hold_out
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.rl.guard import Guard, better_beyond_noise
 from alignment.training.rl.ptx import Ptx
@@ -186,7 +186,7 @@ def _watched(bench: Callable[..., Bench], name: str, **changes: Any) -> Bench:
         Prompts(ids=[[6, 7, 8], [21, 22], [9], [3, 3], [20], [18, 5, 4], [11, 12], [1, 9]], rows=range(100, 108)),
         scorer=scorer,
         policy=run.roles.policy,
-        proxy=lambda rollout: run.trainer.collector.scores_of(rollout),
+        proxy=run.trainer.collector.scores_of,
     )
     return run
 

@@ -1,0 +1,131 @@
+"""The models and the trainer of a stage, from its configuration."""
+
+from __future__ import annotations
+
+from transformers import TrainingArguments
+
+from alignment.algos.kl import AdaptiveKl, FixedKl, KlController
+from alignment.config.faults import refuse
+from alignment.config.scoring import ScorerConfig
+from alignment.job import StageInput
+from alignment.models.assembly.load import Lineage
+from alignment.models.assembly.roles import Roles, build_roles
+from alignment.rewards.scorer_sources import REWARD
+from alignment.rewards.slot import Rewards
+from alignment.stages.ppo.batch_sizes import size_faults
+from alignment.stages.ppo.config import KlConfig, KlControl, PpoConfig
+from alignment.stages.ppo.kl_budget import EndsOverBudget
+from alignment.stages.ppo.learn import LearnOptions
+from alignment.stages.ppo.trainer import PpoTrainer
+from alignment.training.context import StageContext
+from alignment.training.rl.advantages import Gae
+from alignment.training.rl.engine import PolicyEngine
+from alignment.training.rl.ptx import Ptx
+from alignment.training.rl.rollouts import Episodes, Prompts
+from alignment.training.rl.samples import Samples
+from alignment.training.trainer_arguments import SCHEDULES, quiet_arguments
+
+
+def roles_of(config: PpoConfig, context: StageContext, start: Lineage, reward: StageInput | None) -> Roles:
+    """The stage's models. The policy starts from ``start``; ``reward`` is a reward model that a stage made, or None."""
+    return build_roles(
+        context.spec,
+        start,
+        reward,
+        config.adapter,
+        device=context.device,
+        critic=config.critic,
+        values_are_scores=_returns_are_scores(config),
+    )
+
+
+def _returns_are_scores(config: PpoConfig) -> bool:
+    """Whether returns are on the scale of the reward model's scores: it alone scores, and nothing rescales them."""
+    return config.scorers == [ScorerConfig(source=REWARD)] and not config.prompt_baseline and not config.whiten_rewards
+
+
+def kl_controller(config: KlConfig) -> KlController:
+    """The controller that the configuration names."""
+    if config.control is KlControl.adaptive:
+        return AdaptiveKl(coefficient=config.coefficient, target=config.target, horizon=config.horizon)
+    return FixedKl(coefficient=config.coefficient)
+
+
+def build_trainer(
+    config: PpoConfig,
+    context: StageContext,
+    roles: Roles,
+    prompts: Prompts,
+    end_ids: frozenset[int],
+    rewards: Rewards,
+    *,
+    ptx: Ptx | None = None,
+    samples: Samples | None = None,
+) -> PpoTrainer:
+    """The trainer of a stage; an answer is over at one of ``end_ids``.
+
+    Raises:
+        ConfigError: episodes, prompts, processes and minibatches do not divide.
+    """
+    refuse(list(size_faults(config, context.world_size, f"stages.{context.spec.stage}")))
+    trainer = PpoTrainer(
+        roles,
+        config,
+        context,
+        episodes=_episodes(config, prompts, end_ids),
+        engine=PolicyEngine(policy=roles.policy, temperature=config.temperature, end_ids=end_ids),
+        rewards=rewards,
+        estimator=_estimator(config),
+        learn=_learn_options(config),
+        kl_controller=kl_controller(config.kl),
+        args=_arguments(config, context),
+        ptx=ptx,
+        samples=samples,
+    )
+    trainer.add_callback(EndsOverBudget(lambda: trainer.over_budget))
+    return trainer
+
+
+def _arguments(config: PpoConfig, context: StageContext) -> TrainingArguments:
+    steps_per_update = config.ppo_epochs * config.num_minibatches
+    return TrainingArguments(
+        **quiet_arguments(context),
+        per_device_train_batch_size=1,
+        max_steps=config.updates * steps_per_update,
+        logging_steps=steps_per_update,
+        save_steps=config.save_every * steps_per_update,
+        lr_scheduler_type=SCHEDULES[config.optim.schedule],
+        max_grad_norm=config.optim.max_grad_norm,
+        remove_unused_columns=False,
+    )
+
+
+def _episodes(config: PpoConfig, prompts: Prompts, end_ids: frozenset[int]) -> Episodes:
+    return Episodes(
+        prompts=prompts,
+        end_ids=end_ids,
+        per_update=config.optim.batch_size,
+        group=config.completions_per_prompt,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        micro_batch_tokens=config.optim.micro_batch_tokens,
+    )
+
+
+def _estimator(config: PpoConfig) -> Gae:
+    return Gae(
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        baseline_group=config.completions_per_prompt if config.prompt_baseline else None,
+        whiten_rewards=config.whiten_rewards,
+    )
+
+
+def _learn_options(config: PpoConfig) -> LearnOptions:
+    return LearnOptions(
+        clip=config.clip,
+        value_clip=config.value_clip,
+        value_coefficient=config.value_coefficient,
+        num_minibatches=config.num_minibatches,
+        critic_warmup=config.critic_warmup,
+    )
