@@ -1,4 +1,4 @@
-"""Scorers as one reward, from their configuration."""
+"""Builds the scorers of a stage from their configuration."""
 
 from __future__ import annotations
 
@@ -30,23 +30,22 @@ def build_rewards(
     reward_model: PreTrainedModel | PeftModel | None,
     run: Computation,
 ) -> RewardMix:
-    """Scorers of a stage, put together.
+    """The weighted sum of these scorers, each named by its field in the configuration.
 
-    ``scorers`` are by the field of the configuration that names each. ``prompts`` are all rows of the stage's data (up
-    to ``data.limit``), too long ones included: ``raw`` receives their indices. ``tokenizer`` is the policy's.
-    ``reward_model`` is the model behind ``reward`` where that is an artifact of ours and loaded already; otherwise it
-    is loaded here.
+    ``prompts`` are all rows of the stage's data (up to ``data.limit``), too long ones included, so that a row's index
+    finds its prompt. ``tokenizer`` is the policy's. ``reward_model`` is the model behind ``reward`` if a stage made it
+    and it is loaded already; None loads it here.
 
     Raises:
         DataError: a row lacks what a scorer looks at, or a function's file changed since the run was planned.
         ModelError: a reward model cannot be loaded, or its tokenizer does not fit.
         RewardError: a function's file cannot be imported.
     """
-    maker = _Maker(spec=spec, tokenizer=tokenizer, prompts=prompts, reward_model=reward_model, run=run)
+    builder = _Builder(spec=spec, tokenizer=tokenizer, prompts=prompts, reward_model=reward_model, run=run)
     parts = [
         Part(
             source=str(function_of(scorer.source) or scorer.source),
-            scorer=maker.scorer(field, scorer),
+            scorer=builder.scorer(field, scorer),
             weight=scorer.weight,
             normalize=scorer.normalize,
             clip=scorer.clip,
@@ -57,8 +56,8 @@ def build_rewards(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Maker:
-    """What every scorer of a stage is made from."""
+class _Builder:
+    """What the scorers of a stage have in common."""
 
     spec: StageSpec
     tokenizer: Any
@@ -88,13 +87,14 @@ class _Maker:
         raise AssertionError(f"the plan refuses the source {scorer.source!r}")
 
     def _model(self, name: str, *, source: str) -> Scorer:
-        """The reward model that stands in an input of the stage."""
+        """The reward model in an input of the stage."""
         if name == REWARD and self.reward_model is not None:
             return TokenScorer(self.reward_model, self.run)
-        told = self.spec.inputs[name]
-        assert told.path is not None, "the plan refuses 'base' in a reward slot"
-        if read_manifest(told.path) is not None:
-            refuse_other_tokenizer(self.spec, told, self.tokenizer)
-            return TokenScorer(load_reward_model(self.spec, told, device=self.run.device).to(self.run.device), self.run)
-        model, tokenizer = load_external(told.path, self.run.dtype, source=told.ref)
-        return TextScorer(model.to(self.run.device), tokenizer, self.prompts, self.run, source=told.ref)
+        model_input = self.spec.inputs[name]
+        assert model_input.path is not None, "the plan refuses 'base' in a reward slot"
+        if read_manifest(model_input.path) is not None:
+            refuse_other_tokenizer(self.spec, model_input, self.tokenizer)
+            own_model = load_reward_model(self.spec, model_input, device=self.run.device)
+            return TokenScorer(own_model.to(self.run.device), self.run)
+        model, tokenizer = load_external(model_input.path, self.run.dtype, source=model_input.ref)
+        return TextScorer(model.to(self.run.device), tokenizer, self.prompts, self.run, source=model_input.ref)

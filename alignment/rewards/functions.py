@@ -1,4 +1,4 @@
-"""A function as a scorer (docs/rewards.md). A user's file is code, and runs as whoever started the stage."""
+"""A Python function as a scorer (docs/rewards.md). A user's file is code that runs as whoever started the stage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alignment.core.errors import DataError, RewardError
 from alignment.core.files import disk_error
 from alignment.core.fingerprint import digest, file_sha256
 from alignment.rewards.scorer_sources import FunctionSource
-from alignment.rewards.scorers import Answers, places_of, scores_from
+from alignment.rewards.scorers import Answers, locations_of, scores_from
 
 Function = Callable[[list[list[dict[str, str]]], list[str], list[dict[str, Any]]], Any]
 
@@ -42,10 +42,10 @@ class FunctionScorer:
         rows = [copy.deepcopy(dict(prompt.row)) for prompt in answers.prompts]
         try:
             returned = self._function(prompts, list(answers.texts), rows)
-        except BaseException as error:  # it is the user's, and raises whatever it likes, SystemExit too
+        except BaseException as error:  # a user's function may raise anything, even SystemExit
             if _is_ours(error) or disk_error(error, folder=self._source.file.parent):
                 raise
-            when = f"asked about answers to {answers.places()}{_lacking(error, answers)}"
+            when = f"called for answers to {answers.locations()}{_lacking(error, answers)}"
             raise _raised(error, self._source, when) from error
         return scores_from(returned, answers, source=str(self._source))
 
@@ -67,8 +67,8 @@ def load_function(source: FunctionSource, *, planned: str | None) -> Function:
     function = getattr(_module(source, sha256), source.name, None)
     if not callable(function):
         raise RewardError(f"defines no function '{source.name}'", where=str(source.file))
-    found: Function = function
-    return found
+    checked: Function = function
+    return checked
 
 
 def _module(source: FunctionSource, sha256: str) -> ModuleType:
@@ -79,7 +79,7 @@ def _module(source: FunctionSource, sha256: str) -> ModuleType:
     assert spec is not None, "the file ends in .py"
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles of its own look it up there
+    sys.modules[name] = module  # dataclasses and pickles in the file look it up there
     if (folder := str(source.file.parent)) not in sys.path:
         sys.path.append(folder)
     try:
@@ -93,18 +93,18 @@ def _module(source: FunctionSource, sha256: str) -> ModuleType:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether it comes from this package, such as a request to stop that arrived meanwhile.
+    """Whether this package raised it, such as a request to stop that arrived meanwhile.
 
-    In a worker no signal raises ``KeyboardInterrupt``: that is a function's own doing.
+    In a worker no signal raises ``KeyboardInterrupt``, so a function did.
     """
     return type(error).__module__.startswith("alignment.")
 
 
 def _lacking(error: BaseException, answers: Answers) -> str:
-    """Which rows lack the column that a function looked up in vain."""
+    """Names the rows that lack the column that a function looked up."""
     column = error.args[0] if isinstance(error, KeyError) and error.args else None
     lacking = [prompt for prompt in answers.prompts if column not in prompt.row] if isinstance(column, str) else []
-    return f", of which these have no '{column}': {places_of(lacking)}" if lacking else ""
+    return f", of which these have no '{column}': {locations_of(lacking)}" if lacking else ""
 
 
 def _raised(error: BaseException, source: FunctionSource, when: str) -> RewardError:

@@ -1,7 +1,7 @@
-"""Reward models as scorers: one of ours reads the policy's tokens, any other reads the text anew.
+"""Reward models as scorers: a model that a stage made reads the policy's tokens, any other model reads text.
 
-Another model has a tokenizer and a chat template of its own. So the answer is decoded, put behind its prompt, rendered
-as that model was trained to read conversations, and scored at the last real token, found by length and never by pad id.
+Another model has its own tokenizer and chat template. So the answer is decoded, put behind its prompt, rendered with
+that model's template, and scored at the last real token, which is known from the length and never from a pad id.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class TokenScorer:
 class TextScorer:
     """A sequence-classification model from outside, with a tokenizer and a chat template of its own.
 
-    ``prompts`` are all rows of the stage's data: each is rendered once here, so that one which the template refuses is
-    found before anything is sampled.
+    ``prompts`` are all rows of the stage's data: each is rendered once here, so that a prompt that its template refuses
+    is reported before anything is sampled.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class TextScorer:
         """The score at the end of each conversation.
 
         Raises:
-            ModelError: one is longer than the model's positions.
-            RewardError: the model's template refuses one.
+            ModelError: a conversation is longer than the model's positions.
+            RewardError: the model's template refuses a conversation.
         """
         rows = [self.ids(prompt, text) for prompt, text in zip(answers.prompts, answers.texts, strict=True)]
         self._refuse_too_long(rows, answers)
@@ -129,7 +129,7 @@ class TextScorer:
 
 
 def _without(control: Sequence[str], text: str) -> str:
-    """A text without what the reward model would read as a control token: a policy must not end its own turn there."""
+    """A text without the reward model's control tokens, so that a policy cannot end its own turn there."""
     before = None
     while text != before:
         before = text
@@ -150,7 +150,7 @@ def load_external(folder: Path, dtype: Dtype, *, source: str) -> tuple[PreTraine
     tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
         raise ModelError(
-            "its tokenizer has no chat template, so nobody can tell how it reads a conversation",
+            "its tokenizer has no chat template, so it is unknown how it reads a conversation",
             where=source,
             remedy="put the template that it was trained with into its folder (chat_template.jinja)",
         )
@@ -178,6 +178,6 @@ def load_external(folder: Path, dtype: Dtype, *, source: str) -> tuple[PreTraine
     if model.config.num_labels != 1:
         raise ModelError(f"it has {model.config.num_labels} labels; a reward model has one", where=source)
     model.score.float()
-    model.register_buffer("score_offset", torch.zeros(()), persistent=False)  # what our own heads subtract
+    model.register_buffer("score_offset", torch.zeros(()), persistent=False)  # the offset that our own heads subtract
     use_flat_attention(model)
     return model.requires_grad_(False).eval(), tokenizer

@@ -79,5 +79,5 @@ def input_field(field: str, source: str) -> str | None:
 
 
 def label(source: str) -> str:
-    """A source in a word, for figures: ``/home/me/score.py:brevity`` → ``brevity``, ``stage:judge`` → ``judge``."""
+    """A source in a word, to name metrics: ``/home/me/score.py:brevity`` → ``brevity``, ``stage:judge`` → ``judge``."""
     return source.rstrip("/").rpartition(":")[2].partition("@")[0].rpartition("/")[2] or source

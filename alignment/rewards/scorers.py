@@ -1,4 +1,4 @@
-"""What a scorer is given and what it may give back, and the verifiers as scorers."""
+"""What scorers take and return, checks of their scores, and the verifiers as scorers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ _REMEDY = f"give one number an answer, from -{LARGEST:g} to {LARGEST:g}, in the 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
-    """Answers to score, at least one, as scorers look at them: token ids, text without special tokens, or the row.
+    """At least one answer to score, in every form that a scorer may read: token ids, text, and the row of its prompt.
+
+    ``texts`` have no special tokens.
 
     ``rows`` are the indices of the prompts in the stage's data. Example: ``Answers(prompt_ids=[[1, 5]],
     answer_ids=[[7, 2]], texts=["Hi."], prompts=[Prompt(…)], rows=[12])``.
@@ -34,13 +36,13 @@ class Answers:
     prompts: Sequence[Prompt]
     rows: Sequence[int]
 
-    def places(self) -> str:
-        """Where the prompts stand, the first three of them: ``a.jsonl:1, a.jsonl:7 and 2 more``."""
-        return places_of(self.prompts)
+    def locations(self) -> str:
+        """Files and lines of the prompts, the first three of them: ``a.jsonl:1, a.jsonl:7 and 2 more``."""
+        return locations_of(self.prompts)
 
 
-def places_of(prompts: Sequence[Prompt]) -> str:
-    """Where prompts stand, the first three of them: ``a.jsonl:1, a.jsonl:7 and 2 more``."""
+def locations_of(prompts: Sequence[Prompt]) -> str:
+    """Files and lines of prompts, the first three of them: ``a.jsonl:1, a.jsonl:7 and 2 more``."""
     different = list(dict.fromkeys(prompt.where for prompt in prompts))
     more = f" and {len(different) - 3} more" if len(different) > 3 else ""
     return ", ".join(different[:3]) + more
@@ -75,7 +77,7 @@ def scores_from(given: Any, answers: Answers, *, source: str) -> Tensor:
     if not isinstance(given, (list, tuple)):
         raise _refused(f"gave a {type(given).__name__}: {given!r:.80}", source, f"give a list of {count} numbers")
     if len(given) != count:
-        raise _refused(f"gave {len(given)} scores for {count} answers to {answers.places()}", source)
+        raise _refused(f"gave {len(given)} scores for {count} answers to {answers.locations()}", source)
     pairs = zip(given, answers.prompts, strict=True)
     return _tensor([_number(value, where=prompt.where, source=source) for value, prompt in pairs])
 
@@ -83,7 +85,7 @@ def scores_from(given: Any, answers: Answers, *, source: str) -> Tensor:
 def _number(value: Any, *, where: str, source: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise _refused(
-            f"gave {value!r:.80} ({type(value).__name__}) for an answer to {where}, which is no number", source
+            f"gave {value!r:.80} ({type(value).__name__}) for an answer to {where}, which is not a number", source
         )
     number = _as_float(value)
     _refuse_size(number, value, where=where, source=source)
@@ -106,7 +108,7 @@ def _tensor(scores: Sequence[float]) -> Tensor:
 def _as_float(value: Real) -> float:
     try:
         return float(value)
-    except OverflowError:  # a whole number beyond all floats
+    except OverflowError:  # an integer beyond all floats
         return math.inf
 
 
@@ -138,7 +140,7 @@ class Regex:
 
 
 class Length:
-    """How near an answer comes to a number of words."""
+    """How close the length of an answer is to a number of words."""
 
     def __init__(self, target: int) -> None:
         self._target = target

@@ -1,4 +1,4 @@
-"""What PPO needs of whatever scores its answers."""
+"""The interface between reinforcement learning and the scorers of its answers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from alignment.rewards.scores import Scores
 
 
 class Rewards(Protocol):
-    """One or several scorers and how they are put together.
+    """One or several scorers, and how their scores become one.
 
     A process scores its own share of a rollout batch with ``scores``; once the shares of all processes are together,
-    ``total`` makes one score an answer, the same on every process.
+    ``total`` gives each answer one score, the same on every process.
     """
 
     def scores(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: Sequence[int]) -> Scores:
@@ -37,4 +37,4 @@ class Rewards(Protocol):
         """What a checkpoint needs to go on, as plain JSON values."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes back what ``state`` gave."""
+        """Restores what ``state`` returned."""

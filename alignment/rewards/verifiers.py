@@ -39,9 +39,9 @@ def expected_answer(row: Mapping[str, Any], *, where: str) -> Decimal:
         answer = str(answer)
     if isinstance(answer, str):
         _, mark, after = answer.rpartition(_MARK)
-        found = _NUMBER.search(after) if mark else _NUMBER.fullmatch(answer.strip().rstrip(".%"))
-        if found:
-            return _value(found)
+        number = _NUMBER.search(after) if mark else _NUMBER.fullmatch(answer.strip().rstrip(".%"))
+        if number:
+            return _value(number)
     missing = "is missing" if ANSWER not in row else f"holds no number to check against; it is {answer!r:.60}"
     raise DataError(
         f"'{ANSWER}' {missing}", where=where, remedy=f"exact_answer takes the number after {_MARK}: {_EXAMPLE}"

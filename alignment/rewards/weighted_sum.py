@@ -31,7 +31,7 @@ class Part:
 
 
 class RunningMoments:
-    """Mean and deviation of all numbers so far, taken in batch by batch (Welford 1962; Chan et al. 1979, eq. 1.5)."""
+    """Running mean and deviation, updated batch by batch (Welford 1962; Chan et al. 1979, eq. 1.5)."""
 
     def __init__(self, *, count: int = 0, mean: float = 0.0, squares: float = 0.0) -> None:
         self._count = count
@@ -51,20 +51,20 @@ class RunningMoments:
         self._count = total
 
     def normalised(self, values: Tensor) -> Tensor:
-        """Less the mean, over the deviation; where nothing was taken in or all was the same, less the mean alone."""
+        """``(values − mean) / deviation``; only ``values − mean`` before the first batch or if all were equal."""
         deviation = math.sqrt(self._squares / self._count) if self._count else 0.0
         flat = deviation <= _FLAT * abs(self._mean)
         return (values - self._mean) / (1.0 if flat else deviation)
 
     def state(self) -> dict[str, float]:
-        """The arguments that make this again."""
+        """The constructor's arguments that restore this."""
         return {"count": self._count, "mean": self._mean, "squares": self._squares}
 
 
 class RewardMix:
     """The reward slot of a stage (``alignment.rewards.slot.Rewards``).
 
-    ``tokenizer`` is the policy's; ``prompts`` are all rows of the stage's data.
+    ``tokenizer`` is the policy's; ``prompts`` are all rows of the stage's data, by index.
     """
 
     def __init__(self, parts: Sequence[Part], tokenizer: Any, prompts: Sequence[Prompt]) -> None:
@@ -75,7 +75,7 @@ class RewardMix:
 
     @property
     def names(self) -> list[str]:
-        """What the scorers are called in figures; a second of the same name is ``NAME#2``."""
+        """Names of the scorers in metrics; a second one of the same name is ``NAME#2``."""
         return list(self._parts)
 
     def scores(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: Sequence[int]) -> Scores:
@@ -111,7 +111,7 @@ class RewardMix:
         return {name: moments.state() for name, moments in self._moments.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes back what ``state`` gave."""
+        """Restores what ``state`` returned."""
         self._moments = {name: RunningMoments(**state[name]) for name in self._moments}
 
     def _weighted(self, name: str, scores: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class RewardMix:
         return part.weight * scores
 
     def _text(self, answer: Sequence[int]) -> str:
-        """What was written, nothing tidied up: a scorer may look at spaces."""
+        """The text exactly as it was written, because a scorer may look at spaces."""
         text = self._tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
@@ -140,6 +140,6 @@ def _names(sources: Sequence[str]) -> list[str]:
     """``["exact_answer", "regex", "regex"]`` → ``["exact_answer", "regex", "regex#2"]``."""
     labels = [label(source) for source in sources]
     return [
-        name if (number := labels[: place + 1].count(name)) == 1 else f"{name}#{number}"
-        for place, name in enumerate(labels)
+        name if (number := labels[: index + 1].count(name)) == 1 else f"{name}#{number}"
+        for index, name in enumerate(labels)
     ]

@@ -1,4 +1,4 @@
-"""What one update learns from: answers, and what every role says about them."""
+"""Records of an update: its rollout, the scored batch, and the experience that it learns from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alignment.rewards.scores import Scores, gathered_scores
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """Answers to prompts, and what policy, reference, value model and scorers say of them; one entry a row.
+    """Answers to prompts, read by policy, reference, value model and scorers; one entry a row.
 
     ``rows`` are the indices of the prompts in the stage's data. ``logprobs``, ``reference_logprobs``, ``entropy`` and
     ``values`` hold one float32 tensor ``[tokens of the answer]`` a row; ``scores`` is ``[scorers, rows]``. Tensors are
@@ -70,7 +70,7 @@ class Experience:
 
 
 def interleave(shares: Sequence[Rollout], *, group: int) -> Rollout:
-    """The whole batch in its order, from processes that took every n-th prompt each, ``group`` answers to a prompt."""
+    """The whole batch in order, from processes that took every n-th prompt each, with ``group`` answers to a prompt."""
     world = len(shares)
     total = sum(len(share.answers) for share in shares)
     order = [(row // group % world, row // group // world * group + row % group) for row in range(total)]

@@ -1,12 +1,13 @@
 """Watching for over-optimisation: held-out answers, judged by what PPO maximises and by a held-out scorer.
 
-As a policy moves away from where it started, the score that it maximises rises on, while what the score stands for
-peaks and falls (Gao et al. 2022, in the square root of the KL). Only a scorer that training does not see can tell.
+As a policy moves away from its start, the score that it maximises goes on rising, while the quality that the score
+stands for peaks and falls (Gao et al. 2022, in the square root of the KL). Only a scorer that training does not use can
+show that.
 
 Looks are noisy, and the highest of many noisy means is partly luck. A later policy therefore replaces an earlier one
 only where it is better by more than a standard error of the difference, paired by prompt (the one-standard-error rule,
 Breiman et al. 1984, section 3.4.3): of policies that the prompts cannot tell apart, the one nearer to the reference is
-handed on. The best score is a mean over the prompts that chose it, so it is an optimistic figure.
+handed on. The best score is a mean over the prompts that chose it, so it is optimistic.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Guard:
         """Means over the held-out prompts: ``guard/proxy``, ``guard/scorer``, ``guard/kl`` (nats a sequence).
 
         ``guard/best_update`` is the update of the policy that would be handed on now. Every process must call this.
-        The same policy gets the same three means, whenever it is asked.
+        The same policy gets the same three means at every look.
         """
         rollout = rollouts.of_prompts(self._prompts, UpdateMetrics(lambda values: values[None]))
         scores = self._scores(rollout, rollouts)
@@ -116,7 +117,7 @@ class Guard:
         self._best = {name: held for name, held in weights.items() if name in named}
 
     def finish(self, updates: int, rollouts: Rollouts) -> dict[str, float]:
-        """Looks once more, puts the best weights back if that is wanted, and says which these are."""
+        """Looks once more, puts the best weights back if ``keep_best``, and returns which these are."""
         last = self.look(updates, rollouts)
         assert self._best_scores is not None, "a look remembers the first policy"
         best = {"guard/best_scorer": float(self._best_scores.mean())}
@@ -138,7 +139,7 @@ class Guard:
         return {"best_updates": self.best_updates, "best_scores": scores}
 
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
-        """Takes back what ``save`` wrote."""
+        """Restores what ``save`` wrote."""
         if state["best_scores"] is not None:
             self.best_updates, self._best_scores = state["best_updates"], torch.tensor(state["best_scores"])
             self._best = load_file(folder / BEST) if self._context.is_main else {}

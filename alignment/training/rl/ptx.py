@@ -39,21 +39,21 @@ class Ptx:
         self._tokens = micro_batch_tokens
 
     def add_gradients(self, policy: PreTrainedModel, step: int, accelerator: Accelerator) -> Tensor:
-        """This process's share of the loss of the step's conversations, not yet weighed.
+        """This process's share of the loss of the step's conversations, not yet weighted.
 
         The caller synchronises: gradients wait in the parameters until a later backward pass does.
         """
         size = self._batch_size
         batch = prompt_order(len(self._rows), step * size, size, lambda round_: self._context.generator("ptx", round_))
-        rows = [self._rows[place] for place in batch]
+        rows = [self._rows[index] for index in batch]
         learned = sum(label != IGNORED for row in rows for label in row.labels)
         shares = [rows[rank :: self._context.world_size] for rank in range(self._context.world_size)]
         lengths = [[len(row.input_ids) for row in share] for share in shares]
         own = shares[self._context.rank]
         total = torch.zeros((), device=self._context.device)
-        for piece in as_many_as_most([by_tokens(share, self._tokens) for share in lengths], self._context.rank):
-            # Processes meet in every piece; in one that is empty a row is read and counts for nothing.
-            read, counted = ([own[place] for place in piece], learned) if piece else (rows[:1], math.inf)
+        for indices in as_many_as_most([by_tokens(share, self._tokens) for share in lengths], self._context.rank):
+            # Processes meet in every micro-batch; an empty one reads a row that counts for nothing.
+            read, counted = ([own[index] for index in indices], learned) if indices else (rows[:1], math.inf)
             with products_in(self._context.spec.model.dtype, self._context.device):
                 loss = _loss_sum(policy, read, self._context.device) / counted
             # Gradients are averaged over processes; the sum over all of them is wanted.
@@ -64,15 +64,15 @@ class Ptx:
 
 def _loss_sum(policy: PreTrainedModel, rows: Sequence[TokenizedConversation], device: torch.device) -> Tensor:
     """Sum of −log p over the learned tokens of the rows."""
-    laid_out = stream([row.input_ids for row in rows], device)
-    told = [(row, column) for row, tokens in enumerate(rows) for column, label in _learned(tokens)]
+    flat = stream([row.input_ids for row in rows], device)
+    learned = [(row, column) for row, tokens in enumerate(rows) for column, label in _learned(tokens)]
     labels = [label for tokens in rows for _, label in _learned(tokens)]
-    at = torch.tensor(told, device=device)
-    places = laid_out.place[at[:, 0], at[:, 1] - 1]  # the state before a token predicts it
-    states = trunk_states(policy.base_model, laid_out)[places]
+    at = torch.tensor(learned, device=device)
+    before = flat.place[at[:, 0], at[:, 1] - 1]  # the state before a token predicts it
+    states = trunk_states(policy.base_model, flat)[before]
     return -label_statistics(policy, states, torch.tensor(labels, device=device)).logprobs.sum()
 
 
 def _learned(row: TokenizedConversation) -> list[tuple[int, int]]:
-    """Column and token of what is learned; a row's first token is never predicted."""
+    """Column and id of every learned token; a row's first token is never predicted."""
     return [(column, label) for column, label in enumerate(row.labels) if column and label != IGNORED]

@@ -1,4 +1,4 @@
-"""Answers sampled to prompts, and what every role of PPO says about them."""
+"""Samples answers to prompts, and reads them with every role: policy, value model, reference and scorers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from alignment.training.sharding import everyones
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompts:
-    """Token ids of prompts, and which row of the stage's data each one is."""
+    """Token ids of prompts, and the index of each in the stage's data."""
 
     ids: Sequence[Sequence[int]]
     rows: Sequence[int]
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Their number."""
         return len(self.ids)
 
 
@@ -52,12 +52,12 @@ class Episodes:
 
     @property
     def prompts_per_update(self) -> int:
-        """Distinct draws from the prompts in one update."""
+        """How many prompts are drawn in one update."""
         return self.per_update // self.group
 
 
 class Rollouts:
-    """Each process makes its share of a batch; then all are put together, so that every process holds the whole.
+    """Each process makes its share of a batch, and gets the shares of all others, so that it holds the whole batch.
 
     ``gathered`` makes weights whole that are sharded over processes.
     """
@@ -102,23 +102,23 @@ class Rollouts:
     def _make(
         self, prompts: Prompts, drawn: Sequence[int], uniforms: Tensor, group: int, metrics: UpdateMetrics
     ) -> Rollout:
-        mine = range(self._context.rank, len(drawn), self._context.world_size)
-        places = [drawn[i] for i in mine for _ in range(group)]
-        asked = [list(prompts.ids[place]) for place in places]
+        share = range(self._context.rank, len(drawn), self._context.world_size)
+        indices = [drawn[i] for i in share for _ in range(group)]
+        prompt_ids = [list(prompts.ids[index]) for index in indices]
         started = time.monotonic()
         with self.gathered(), products_in(self._context.spec.model.dtype, self._context.device):
-            answers = self._engine.answers(asked, uniforms[rows_of(mine, group)])
+            answers = self._engine.answers(prompt_ids, uniforms[rows_of(share, group)])
             sampled = time.monotonic()
-            share = self._described(asked, answers, [prompts.rows[place] for place in places])
-        whole = interleave(everyones(share), group=group)
+            rollout = self._read(prompt_ids, answers, [prompts.rows[index] for index in indices])
+        whole = interleave(everyones(rollout), group=group)
         metrics.add_seconds("rollouts", sampled - started)
         metrics.add_seconds("scoring", time.monotonic() - sampled)
         return whole
 
-    def _described(self, prompts: list[list[int]], answers: list[list[int]], rows: list[int]) -> Rollout:
+    def _read(self, prompts: list[list[int]], answers: list[list[int]], rows: list[int]) -> Rollout:
         lengths = [len(answer) for answer in answers]
 
-        def apart(flat: Tensor) -> list[Tensor]:
+        def by_answer(flat: Tensor) -> list[Tensor]:
             return list(flat.float().cpu().split(lengths))
 
         logprobs, entropy, values = self._policy_and_values(prompts, answers)
@@ -127,31 +127,31 @@ class Rollouts:
             rows=rows,
             prompts=prompts,
             answers=answers,
-            logprobs=apart(logprobs),
-            reference_logprobs=apart(reference),
-            entropy=apart(entropy),
-            values=apart(values),
+            logprobs=by_answer(logprobs),
+            reference_logprobs=by_answer(reference),
+            entropy=by_answer(entropy),
+            values=by_answer(values),
             scores=self._rewards.scores(prompts, answers, rows),
         )
 
     def _policy_and_values(self, prompts: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities recomputed by the training forward: those of sampling drift in low precision."""
+        """Log-probabilities are recomputed by the training forward, since those of sampling drift in low precision."""
         look = self._roles.actor_critic.look
-        parts = [look(part, self._episodes.temperature) for part in self._parts(prompts, answers)]
-        statistics = [statistics for statistics, _ in parts]
+        readings = [look(batch, self._episodes.temperature) for batch in self._micro_batches(prompts, answers)]
+        statistics = [statistics for statistics, _ in readings]
         return (
-            torch.cat([found.logprobs for found in statistics]),
-            torch.cat([found.entropy for found in statistics]),
-            torch.cat([values for _, values in parts]),
+            torch.cat([tokens.logprobs for tokens in statistics]),
+            torch.cat([tokens.entropy for tokens in statistics]),
+            torch.cat([values for _, values in readings]),
         )
 
     def _reference_logprobs(self, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
         with self._roles.reference() as reference:
-            found = [
-                answer_statistics(reference, part, temperature=self._episodes.temperature).logprobs
-                for part in self._parts(prompts, answers)
+            logprobs = [
+                answer_statistics(reference, batch, temperature=self._episodes.temperature).logprobs
+                for batch in self._micro_batches(prompts, answers)
             ]
-        return torch.cat(found)
+        return torch.cat(logprobs)
 
-    def _parts(self, prompts: list[list[int]], answers: list[list[int]]) -> Iterator[AnswerStream]:
+    def _micro_batches(self, prompts: list[list[int]], answers: list[list[int]]) -> Iterator[AnswerStream]:
         return batches(prompts, answers, tokens=self._episodes.micro_batch_tokens, device=self._context.device)

@@ -21,7 +21,7 @@ class Samples:
         self._log = MetricsLog(context.content / "samples.jsonl")
 
     def write(self, update: int, rollout: Rollout, scores: Sequence[float]) -> None:
-        """Only the main process writes. ``scores`` are those that PPO maximises; scorers' own stand beside them."""
+        """Only the main process writes. ``scores`` are what training maximises; each scorer's own are written too."""
         if not self._context.is_main:
             return
         self._log.keep_through(update - 1)  # a resumed stage samples this update again

@@ -50,7 +50,7 @@ class UpdateMetrics:
     def step_done(self) -> float:
         """Closes a minibatch; returns this process's share of its approximate KL.
 
-        The first one's must be zero: nothing has been learned yet.
+        That of the first minibatch must be zero: nothing has been learned yet.
         """
         total = self._shares["policy/approxkl"]
         if self._steps == 0:

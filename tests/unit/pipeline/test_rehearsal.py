@@ -127,7 +127,7 @@ def test_a_stage_that_runs_first_finds_out_by_itself(
     ("function", "settings", "kind", "message"),
     [
         ("two", (), RewardError, "score.py:two: gave 2 scores for 1 answers to "),
-        ("raises", (), RewardError, "score.py:raises: raised KeyError: 'level' at line 7, asked about answers to "),
+        ("raises", (), RewardError, "score.py:raises: raised KeyError: 'level' at line 7, called for answers to "),
         ("fine", ("stages.dpo.max_length=4",), DataError, "24 dropped of 24 rows, because too long, more than 10%"),
         ("fine", ("stages.dpo.max_length=4", "stages.dpo.too_long.do=cut"), DataError, "because too long"),
         ("fine", ("stages.ppo.max_prompt_length=4",), DataError, "24 dropped of 24 rows, because too long"),

@@ -70,11 +70,11 @@ BAD = [
     ("'ab'", "gave a str: 'ab'"),
     ("{1: 2, 3: 4}", "gave a dict: {1: 2, 3: 4}"),
     ("numpy.ones(2)", "gave a ndarray: array([1., 1.])"),
-    ("[1, None]", "gave None (NoneType) for an answer to rows.jsonl:9, which is no number"),
-    ("['1', 2]", "gave '1' (str) for an answer to rows.jsonl:4, which is no number"),
-    ("[1, True]", "gave True (bool) for an answer to rows.jsonl:9, which is no number"),
-    ("[[1], 2]", "gave [1] (list) for an answer to rows.jsonl:4, which is no number"),
-    ("[1j, 2]", "gave 1j (complex) for an answer to rows.jsonl:4, which is no number"),
+    ("[1, None]", "gave None (NoneType) for an answer to rows.jsonl:9, which is not a number"),
+    ("['1', 2]", "gave '1' (str) for an answer to rows.jsonl:4, which is not a number"),
+    ("[1, True]", "gave True (bool) for an answer to rows.jsonl:9, which is not a number"),
+    ("[[1], 2]", "gave [1] (list) for an answer to rows.jsonl:4, which is not a number"),
+    ("[1j, 2]", "gave 1j (complex) for an answer to rows.jsonl:4, which is not a number"),
     ("[1, float('nan')]", "gave nan for an answer to rows.jsonl:9, which is not finite"),
     ("[float('inf'), 1]", "gave inf for an answer to rows.jsonl:4, which is not finite"),
     ("[1, -float('inf')]", "gave -inf for an answer to rows.jsonl:9, which is not finite"),
@@ -107,7 +107,7 @@ def test_what_is_no_score_is_refused_by_function_row_and_value(tmp_path: Path, v
 def test_a_function_that_raises_is_named_with_the_line_that_did(tmp_path: Path, body: str, message: str) -> None:
     with pytest.raises(RewardError) as caught:
         score(tmp_path, body, preamble="def helper(): raise ValueError('deep')")
-    asked = "asked about answers to rows.jsonl:4, rows.jsonl:9; nothing was learned from it"
+    asked = "called for answers to rows.jsonl:4, rows.jsonl:9; nothing was learned from it"
     assert str(caught.value).splitlines()[0] == f"{tmp_path}/score.py:brevity: {message}, {asked}"
 
 
@@ -116,12 +116,12 @@ def test_rows_that_lack_a_column_are_named(tmp_path: Path) -> None:
     with pytest.raises(RewardError) as caught:
         score(tmp_path, "return [row['facts'] for row in rows]", answers=answers_to(prompts, ["No."] * 4))
     assert str(caught.value).splitlines()[0] == (
-        f"{tmp_path}/score.py:brevity: raised KeyError: 'facts' at line 3, asked about answers to rows.jsonl:4, "
+        f"{tmp_path}/score.py:brevity: raised KeyError: 'facts' at line 3, called for answers to rows.jsonl:4, "
         "rows.jsonl:9, rows.jsonl:11 and 1 more, of which these have no 'facts': rows.jsonl:9, rows.jsonl:11; nothing "
         "was learned from it"
     )
     with pytest.raises(
-        RewardError, match=r"KeyError: 1 at line 3, asked about answers to rows\.jsonl:4, rows\.jsonl:9;"
+        RewardError, match=r"KeyError: 1 at line 3, called for answers to rows\.jsonl:4, rows\.jsonl:9;"
     ):
         score(tmp_path, "return {}[1]")
 
