@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,13 @@ def outside(kind: str) -> list[Path]:
     return [path for path in sorted(PACKAGE.rglob("*.py")) if own not in path.parents and path != REGISTRY]
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """The module at a path, read once for all kinds."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def names_of_classes(tree: ast.AST) -> set[str]:
     """Every name that is read, imported or taken as an attribute."""
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -30,6 +38,7 @@ def names_of_classes(tree: ast.AST) -> set[str]:
     return names | {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
 
 
+@functools.cache
 def words(tree: ast.AST) -> set[str]:
     """Every text in the code; docstrings are sentences, so no kind's name is one."""
     return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
@@ -51,7 +60,7 @@ def test_nothing_else_names_a_kind(kind: str) -> None:
     config = kinds()[kind].config.__name__
     found = []
     for path in outside(kind):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         named = config in names_of_classes(tree)
         asked = kind in (compared_with_a_kind(tree) if kind in ALSO_WORDS else words(tree))
         if named or asked:
@@ -66,7 +75,7 @@ def test_no_module_asks_for_a_class_of_settings() -> None:
     asked = [
         f"{path.relative_to(PACKAGE)}: {ast.unparse(node)}"
         for path in sorted(PACKAGE.rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance" and names_of_classes(node) & classes
     ]
     assert asked == []

@@ -27,17 +27,17 @@ MODEL = bundled_model.lookup("smollm2-135m")
 def test_the_bundled_model_learns_in_bfloat16(new_forked: Callable[[], Align]) -> None:
     align = replace(new_forked(), recipe="quickstart")
     others = [f"~stages.{stage}" for stage in ("reward", "dpo", "ppo", "evaluate", "report")]
-    optim = "{batch_size: 2, max_steps: 3, lr: 1e-3, schedule: constant, warmup_ratio: 0.0, micro_batch_tokens: 512}"
+    optim = "{batch_size: 1, max_steps: 3, lr: 2e-3, schedule: constant, warmup_ratio: 0.0, micro_batch_tokens: 512}"
     told = (f"model.source=bundled:{MODEL.name}", "model.dtype=bfloat16", f"stages.sft.optim={optim}")
-    cut = ("stages.sft.max_length=48", "stages.sft.too_long={do: cut, max_share: 1.0}")  # bfloat16 is slow on some CPUs
-    align("run", *others, *told, *cut, "stages.sft.data.limit=2")
+    cut = ("stages.sft.max_length=40", "stages.sft.too_long={do: cut, max_share: 1.0}")  # bfloat16 is slow on some CPUs
+    align("run", *others, *told, *cut, "stages.sft.data.limit=1")
     artifact = align.artifact("sft")
     manifest = verify(artifact, content=True)
     assert manifest.identity["base"] == {"content": f"gguf-sha256:{MODEL.sha256}", "dtype": "bfloat16"}
     losses = [json.loads(line)["loss"] for line in (artifact / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 3
     assert all(map(math.isfinite, losses))
-    assert losses[-1] < losses[0] - 0.05, "the same two rows three times"
+    assert losses[-1] < losses[0] - 0.05, "the same row three times"
     factors = load_file(artifact / "adapters/0-sft/adapter_model.safetensors")
     assert {held.dtype for held in factors.values()} == {torch.float32}, "factors have masters, products are bfloat16"
     base = AutoModelForCausalLM.from_pretrained(bundled_model.folder(MODEL), dtype=torch.bfloat16)
