@@ -84,4 +84,5 @@ VARIABLE = Rule(
 def rule_of(cls: type, name: str) -> Rule | None:
     """The rule that stands beside a field's type, if one does."""
     hint = typing.get_type_hints(cls, include_extras=True)[name]
-    return next((extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Rule)), None)
+    beside = typing.get_args(hint)[1:] if typing.get_origin(hint) is typing.Annotated else ()
+    return next((extra for extra in beside if isinstance(extra, Rule)), None)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 from mypy.plugin import AttributeContext, Plugin
 from mypy.types import Instance, Type
 
-SETTINGS = re.compile(r"alignment\.(config|stages\.\w+\.config)\.")
-"""Where dataclasses of settings are."""
 READS: set[tuple[str, str, str]] = set()
 """Class, attribute and the file that reads it."""
 
@@ -20,7 +17,7 @@ class Noting(Plugin):
     def get_attribute_hook(self, fullname: str) -> Callable[[AttributeContext], Type] | None:
         """mypy asks at every access of an attribute, for each member of a union by itself."""
         owner, _, name = fullname.rpartition(".")
-        if SETTINGS.match(owner) is None:
+        if not owner.startswith("alignment."):
             return None
 
         def note(context: AttributeContext) -> Type:

@@ -20,10 +20,14 @@ from mypy.options import Options
 from alignment.config.launch import LaunchConfig
 from alignment.config.model import ModelConfig
 from alignment.config.run import RunConfig
+from alignment.config.stage import TrainedConfig
 from alignment.config.sweep import SweepConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.config.typed import field_types, kinds_of, listed_dataclass
+from alignment.pipeline.execute.run import ReportSettings
 from alignment.stages.registry import config_classes
+from alignment.stages.shared.language_model import LanguageModelConfig
+from alignment.stages.shared.preference_pairs import PairsConfig
 
 STAGES = config_classes()
 
@@ -83,9 +87,14 @@ REFERENCES = {
 }
 
 
+PROTOCOLS: list[Any] = [TrainedConfig, LanguageModelConfig, PairsConfig, ReportSettings]
+"""By which functions that several kinds of stage share read settings."""
+
+
 def unread(cls: type, read: Reads) -> list[str]:
-    """A field that is inherited may be read of the class that declares it."""
-    owners = [f"{one.__module__}.{one.__qualname__}" for one in cls.__mro__]
+    """A field that is inherited may be read of the class that declares it, or of a protocol that the class has."""
+    fits = [protocol for protocol in PROTOCOLS if set(protocol.__annotations__) <= set(field_types(cls))]
+    owners = [f"{owner.__module__}.{owner.__qualname__}" for owner in (*cls.__mro__, *fits)]
     asked = [name for name in field_types(cls) if name not in GENERIC and (cls, name) not in REFERENCES]
     return [name for name in asked if not any((owner, name) in read for owner in owners)]
 

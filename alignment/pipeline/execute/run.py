@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import Protocol, cast
 
 from rich.console import Console
 
@@ -277,7 +277,7 @@ def _make(plan: Plan, stage: PlannedStage, display: Display, command_for: Comman
             _remove_work(stage)
             return False
         if kind_of(stage.config).launch.runs_on is RunsOn.driver:
-            _make_report(plan, stage, stage.config)
+            _make_report(plan, stage, cast(ReportSettings, stage.config))
         else:
             _launch(plan, stage, display, command_for, lock)
     _remove_work(stage)
@@ -340,7 +340,14 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
         )
 
 
-def _make_report(plan: Plan, stage: PlannedStage, config: Any) -> None:
+class ReportSettings(Protocol):
+    """What a page about a run needs of its stage's settings."""
+
+    kind: str
+    num_samples: int
+
+
+def _make_report(plan: Plan, stage: PlannedStage, config: ReportSettings) -> None:
     """Runs in this process: a report reads files and draws, it computes nothing."""
     from alignment import report
 
