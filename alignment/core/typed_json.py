@@ -118,13 +118,13 @@ def read(path: Path, kind: type[Record], *, remedy: str) -> Record:
     return record
 
 
-def read_parts(path: Path, kind: type[Record], cleaning: Cleaning) -> Record | None:
+def read_parts(path: Path, kind: type[Record], cleaning: Cleaning, *, remedy: str = "") -> Record | None:
     """As much of the record in a file as has its form, cleaned; None where a field that has no default has not.
 
     Raises:
         FileNotFoundError, NewerVersion, ArtifactError: as ``read``, but not for a field of another form.
     """
-    return parts(_content(path, kind, remedy=""), kind, cleaning)
+    return parts(_content(path, kind, remedy), kind, cleaning)
 
 
 def parts(raw: Any, kind: type[Record], cleaning: Cleaning = AS_IT_IS) -> Record | None:
@@ -195,11 +195,8 @@ class _Reader:
     def _one_of(self, raw: Any, hints: tuple[Any, ...], where: str) -> Any:
         if raw is None and type(None) in hints:
             return None
-        several = [hint for hint in hints if hint is not type(None)]
-        if len(several) > 1:  # of scalars
-            fitting = (hint for hint in several if _is_a(raw, hint))
-            return self._scalar(raw, next(fitting, several[0]), None, where)
-        value = self._value(raw, several[0], where)
+        others = [hint for hint in hints if hint is not type(None)]
+        value = self._value(raw, next((hint for hint in others if _begins_as(raw, hint)), others[0]), where)
         return None if value is _ABSENT and type(None) in hints else value
 
     def _list(self, raw: Any, hint: Any, where: str) -> Any:
@@ -232,6 +229,16 @@ class _Reader:
     def _misfit(self, raw: Any, expected: str, where: str) -> Any:
         self.faults.append(f"{where}: {raw!r:.60} is not {expected}" if where else f"{raw!r:.60} is not {expected}")
         return _ABSENT
+
+
+def _begins_as(raw: Any, hint: Any) -> bool:
+    """Whether the outermost part has the form: a list, an object, or a scalar of that type."""
+    origin = get_origin(hint)
+    if origin in (list, dict):
+        return isinstance(raw, origin)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return isinstance(raw, dict) or isinstance(hint, HasOlderForm)
+    return _is_a(raw, get_args(hint)[0] if origin is Annotated else hint)
 
 
 def _is_a(raw: Any, kind: type[Any]) -> bool:

@@ -5,28 +5,15 @@ The driver prints them as the stage ends; ``align status`` and the report show t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from alignment.records.evaluation import Evaluation
 
 SMOKE = "a smoke run: it shows that the recipe runs, and concludes nothing; none of its figures means anything"
 _SMOKE_PROFILE = "smoke"
-_PROFILE = "profile="
 
 
 def is_smoke(profile: str) -> bool:
     """Whether a run under this profile was started to see whether it runs."""
     return profile == _SMOKE_PROFILE
-
-
-def profile_of(record: Mapping[str, Any]) -> str:
-    """The profile in a run.json, empty where there was none. Older ones have it among their overrides alone."""
-    if "profile" in record:
-        return str(record["profile"])
-    overrides = record.get("overrides")
-    words = [str(word).lstrip("+") for word in overrides] if isinstance(overrides, list) else []
-    return next((word.removeprefix(_PROFILE).strip("'\"") for word in words if word.startswith(_PROFILE)), "")
 
 
 def of_evaluation(evaluation: Evaluation) -> list[str]:

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from alignment.pipeline.execute.record import read_record
 from alignment.records.forgetting import ArmForgetting, Forgetting
 from alignment.records.interval import Interval
+from alignment.records.run import RunRecord
 from tests.e2e.conftest import environment
 from tests.proofs.common import Claim
 from tests.proofs.drawing import Row, draw_intervals
@@ -44,8 +44,8 @@ def run(folder: Path) -> list[Claim]:
 
 def outcome_of(folder: Path, way: str, seed: int) -> Forgetting:
     """What the run measured."""
-    stages = read_record(folder / f"runs/{way}-{seed}")["stages"]
-    return Forgetting.read(Path(stages["forgetting"]["artifact"]))
+    stages = RunRecord.read(folder / f"runs/{way}-{seed}").stages
+    return Forgetting.read(Path(stages["forgetting"].artifact))
 
 
 def figure(found: Found) -> None:

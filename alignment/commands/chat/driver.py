@@ -19,10 +19,10 @@ from alignment.core.errors import ArtifactError, ConfigError
 from alignment.core.files import write_text
 from alignment.pipeline.backends import processes
 from alignment.pipeline.execute.display import display_for
-from alignment.pipeline.execute.record import FILE, read_record
 from alignment.pipeline.execute.stored_results import artifact_of, base_of
 from alignment.pipeline.plan.references import BASE
 from alignment.pipeline.sources import model_sources
+from alignment.records.run import FILE, RunRecord
 
 MOST_ARMS = 2
 
@@ -87,14 +87,14 @@ class _Finder:
         self._output = output
         is_artifact = (Path(result).expanduser() / MANIFEST).is_file()
         is_run = (output / "runs" / result / FILE).is_file() and not is_artifact
-        self._record = read_record(output / "runs" / result) if is_run else None
+        self._record = RunRecord.read(output / "runs" / result) if is_run else None
 
     def default(self) -> str:
         """The last policy of the run that is done, or the result itself."""
         if self._record is None:
             return self._result
-        for name, stage in reversed(self._record["stages"].items()):
-            manifest = read_manifest(Path(stage["artifact"]))
+        for name, stage in reversed(self._record.stages.items()):
+            manifest = read_manifest(Path(stage.artifact))
             if manifest is not None and manifest.kind == "policy":
                 return str(name)
         raise ArtifactError(
@@ -105,10 +105,10 @@ class _Finder:
         """The policy that ``arm`` names."""
         if arm == BASE:
             return self._bare()
-        stages = {} if self._record is None else self._record["stages"]
+        stages = {} if self._record is None else self._record.stages
         name = arm.removeprefix("stage:")
         if name in stages:
-            return self._of(Path(stages[name]["artifact"]), name)
+            return self._of(Path(stages[name].artifact), name)
         if self._record is not None and "/" not in arm:
             raise ConfigError(
                 f"run {self._result!r} has no stage {arm!r}; {suggestion(name, [*stages, BASE])}",
@@ -139,7 +139,7 @@ class _Finder:
                 raise ConfigError(f"{folder.name} holds whole weights and no base", where="--arm", remedy="name others")
             where, source = base_of(manifest, folder, self._console), manifest.base["source"]
             return Speaker(name=BASE, described=source, artifact=None, base=str(where), dtype=_dtype(manifest))
-        model = self._record["config"]["model"]
+        model = self._record.config["model"]
         found = model_sources.resolve(model["source"], where="model.source")
         if not found.ready:
             found = model_sources.fetch(found, announce=display_for(self._console).note)

@@ -14,9 +14,9 @@ from rich.table import Table
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError
 from alignment.pipeline.execute import paired_differences
-from alignment.pipeline.execute.record import FILE, read_record
 from alignment.records.evaluation import ArmResult, Evaluation, Metric
 from alignment.records.interval import Interval
+from alignment.records.run import FILE, RunRecord
 from alignment.report.comparison_page.comparison import MOST_RUNS, build_comparison
 from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.run_page.run_records import Difference
@@ -45,7 +45,7 @@ def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | 
     """
     page = None if html is None else _page(html, runs)
     folders = _folders(output, runs)
-    differing = dict(_differing([_settings(read_record(folder)["config"]) for folder in folders]))
+    differing = dict(_differing([_settings(RunRecord.read(folder).config) for folder in folders]))
     judged = [_arms(folder) for folder in folders]
     primary = _primary(judged)
     differences = list(_differences(judged))

@@ -6,19 +6,19 @@ left out, and said.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from alignment.core.artifacts import MANIFEST, Manifest, read_manifest
 from alignment.core.errors import ArtifactError
-from alignment.core.shapes import fits
 from alignment.records.evaluation import ArmResult, Comparison, Evaluation, JudgedPair
 from alignment.records.forgetting import ArmForgetting, Forgetting, Limits
-from alignment.report.doubts import profile_of
+from alignment.records.run import FILE as RUN_FILE
+from alignment.records.run import RunRecord
 
 _PLACE = re.compile(r"(?<![\w.])(?:~|\.\.?)?/(?:[^\s/'\",\]})]+/)*")
 """A path but for its last part, wherever it begins in a text."""
@@ -92,7 +92,7 @@ def provenance(artifact: Path, manifest: Manifest, run: str | None = None) -> Pr
         evaluation=_evaluation(manifest, store, mine),
         forgetting=_forgetting(manifest, store, mine),
         command=_command(mine) if mine else [],
-        profile=profile_of(mine) if mine else "",
+        profile=mine.profile if mine else "",
     )
 
 
@@ -118,22 +118,18 @@ def _read(folder: Path) -> Manifest | None:
         return None
 
 
-def _records(folder: Path, first: str | None) -> list[dict[str, Any]]:
+def _records(folder: Path, first: str | None) -> list[RunRecord]:
     """What runs are recorded, the named one first, then the newest ones."""
-    found = []
-    for path in folder.glob("*/run.json"):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue
-        if fits(record, dict[str, Any]) and fits(record.get("stages"), dict[str, dict[str, Any]]):
-            found.append((path.parent.name == first, record))
-    return [record for _, record in sorted(found, key=lambda pair: (pair[0], pair[1].get("started", "")), reverse=True)]
+    records = []
+    for path in folder.glob(f"*/{RUN_FILE}"):
+        with suppress(ArtifactError):
+            records.append((path.parent.name == first, RunRecord.read(path.parent)))
+    return [record for _, record in sorted(records, key=lambda pair: (pair[0], pair[1].started), reverse=True)]
 
 
-def _artifacts(record: dict[str, Any]) -> dict[str, str]:
+def _artifacts(record: RunRecord) -> dict[str, str]:
     """The stages of a run by their artifact's name."""
-    return {Path(stage["artifact"]).name: name for name, stage in record["stages"].items()}
+    return {Path(stage.artifact).name: name for name, stage in record.stages.items()}
 
 
 def _steps(manifest: Manifest, store: dict[str, Path]) -> tuple[list[Manifest], list[str]]:
@@ -161,12 +157,11 @@ def _is_fingerprint(value: str) -> bool:
     return ":" not in value
 
 
-def _sources(artifact: str, records: list[dict[str, Any]]) -> list[str]:
+def _sources(artifact: str, records: list[RunRecord]) -> list[str]:
     for record in records:
         stage = _artifacts(record).get(artifact)
-        config = record["config"]["stages"].get(stage) if stage else None
-        if config is not None:
-            return [without_places(source) for source in _named(config.get("data")) if source]
+        if stage and (settings := record.settings_of(stage)):
+            return [without_places(source) for source in _named(settings.get("data")) if source]
     return []
 
 
@@ -177,13 +172,13 @@ def _named(data: Any) -> Iterator[str]:
             yield str(part.get("source") or "")
 
 
-def _command(record: dict[str, Any]) -> list[str]:
+def _command(record: RunRecord) -> list[str]:
     """Settings that say where a run lies, or who judged it, say nothing of how it was made."""
-    told = [one for one in record.get("overrides", []) if not _NOT_MAKING.match(one)]
-    return ["align", "run", without_places(str(record.get("recipe") or "RECIPE")), *map(without_places, told)]
+    told = [one for one in record.overrides if not _NOT_MAKING.match(one)]
+    return ["align", "run", without_places(record.recipe or "RECIPE"), *map(without_places, told)]
 
 
-def _evaluation(manifest: Manifest, store: dict[str, Path], run: dict[str, Any] | None) -> Judged | None:
+def _evaluation(manifest: Manifest, store: dict[str, Path], run: RunRecord | None) -> Judged | None:
     result = _measurement("evaluation", manifest, store, run)
     if result is None:
         return None
@@ -195,7 +190,7 @@ def _evaluation(manifest: Manifest, store: dict[str, Path], run: dict[str, Any] 
     return None if arm is None else Judged(arm=arm, evaluation=record, manifest=result.manifest)
 
 
-def _forgetting(manifest: Manifest, store: dict[str, Path], run: dict[str, Any] | None) -> Remembered | None:
+def _forgetting(manifest: Manifest, store: dict[str, Path], run: RunRecord | None) -> Remembered | None:
     result = _measurement("forgetting", manifest, store, run)
     if result is None:
         return None
@@ -216,9 +211,7 @@ class _Measurement:
     arm: str
 
 
-def _measurement(
-    kind: str, manifest: Manifest, store: dict[str, Path], run: dict[str, Any] | None
-) -> _Measurement | None:
+def _measurement(kind: str, manifest: Manifest, store: dict[str, Path], run: RunRecord | None) -> _Measurement | None:
     """The result of this kind with the artifact among its arms: the run's own one, or else the newest."""
     own = _artifacts(run) if run else {}
     results = []

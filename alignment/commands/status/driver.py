@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,8 +11,8 @@ from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError
 from alignment.core.locks import is_held
 from alignment.pipeline.backends import slurm_jobs
-from alignment.pipeline.execute.record import FILE, read_record
 from alignment.pipeline.execute.summary import progress_line, show_results, show_stages
+from alignment.records.run import FILE, RunRecord
 from alignment.records.worker import Progress
 
 
@@ -28,10 +27,8 @@ def show_status(console: Console, output: Path, run: str | None) -> None:
         if not folders:
             console.print(f"no runs under {output / 'runs'}", markup=False, highlight=False, soft_wrap=True)
         for folder in folders:
-            record = read_record(folder)
-            console.print(
-                f"{escape(folder.name):<20} {_state(folder, record):<12} {record['started']}", highlight=False
-            )
+            record = RunRecord.read(folder)
+            console.print(f"{escape(folder.name):<20} {_state(folder, record):<12} {record.started}", highlight=False)
         return
     names = [folder.name for folder in folders]
     if run not in names:
@@ -40,24 +37,24 @@ def show_status(console: Console, output: Path, run: str | None) -> None:
 
 
 def _show_one(console: Console, folder: Path) -> None:
-    record = read_record(folder)
+    record = RunRecord.read(folder)
     console.print(f"[bold]{escape(folder.name)}[/]  {_state(folder, record)}", highlight=False)
     show_stages(console, record, slurm_jobs.states(folder))
-    for name, stage in record["stages"].items():
-        if stage["state"] == "running":
-            artifact = Path(stage["artifact"])
+    for name, stage in record.stages.items():
+        if stage.state == "running":
+            artifact = Path(stage.artifact)
             progress = Progress.read(artifact.with_name(f"{artifact.name}.work"))
             console.print(f"{escape(name)}: {progress_line(progress)}", highlight=False)
-        if stage["state"] == "failed":
+        if stage.state == "failed":
             console.print(f"log: {folder / name / 'log.txt'}", markup=False, highlight=False, soft_wrap=True)
     show_results(console, folder, record)
 
 
-def _state(folder: Path, record: dict[str, Any]) -> str:
+def _state(folder: Path, record: RunRecord) -> str:
     """The recorded state, unless the run says it is running, no process holds its lock and no job of Slurm's is left.
 
     The lock of a job on another machine is not seen from here on every file system.
     """
-    if record["state"] == "running" and not is_held(folder / "lock") and not slurm_jobs.live(folder):
+    if record.state == "running" and not is_held(folder / "lock") and not slurm_jobs.live(folder):
         return "killed"
-    return str(record["state"])
+    return record.state

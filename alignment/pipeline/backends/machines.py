@@ -23,9 +23,9 @@ from alignment.core.errors import PREEMPTED, ArtifactError, ConfigError, StageEr
 from alignment.pipeline.backends import feasibility, processes
 from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.execute.forgetting_gate import FORGOT
-from alignment.pipeline.execute.record import read_record
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
+from alignment.records.run import RunRecord
 from alignment.stages.registry import kind_of
 
 ATTEMPT = "attempt.json"
@@ -166,7 +166,7 @@ def _read(file: Path) -> dict[str, str]:
 def _state(run_folder: Path) -> str:
     """How the first machine's run stands, as far as it has written anything."""
     try:
-        return str(read_record(run_folder)["state"])
+        return RunRecord.read(run_folder).state
     except ArtifactError:
         return ""
 

@@ -14,8 +14,8 @@ from alignment.pipeline.backends import slurm, slurm_job_file
 from alignment.pipeline.backends.slurm import Job
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.display import Display, duration
-from alignment.pipeline.execute.record import read_record
 from alignment.pipeline.plan.plan import Plan, PlannedStage
+from alignment.records.run import RunRecord
 from alignment.records.worker import Progress
 
 FILE = "jobs.json"
@@ -116,7 +116,7 @@ def _follow_stage(plan: Plan, stage: PlannedStage, number: str, display: Display
     except BaseException as stop:
         display.end(stage.name, "stopped" if isinstance(stop, KeyboardInterrupt) else "failed", f"job {number}")
         raise
-    seconds = read_record(plan.run_folder)["stages"][stage.name]["seconds"]
+    seconds = RunRecord.read(plan.run_folder).stages[stage.name].seconds
     display.end(stage.name, "done", f"{duration(seconds):<12} {stage.artifact.name}")
 
 

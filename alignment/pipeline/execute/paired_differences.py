@@ -6,9 +6,9 @@ from pathlib import Path
 
 from alignment.core.artifacts import EVALUATION
 from alignment.evaluation.bootstrap import mean_interval
-from alignment.pipeline.execute.record import read_record
 from alignment.records.evaluation import FILE, read_samples
 from alignment.records.interval import Interval
+from alignment.records.run import RunRecord
 from alignment.stages.registry import produced_by
 
 SAMPLES = 2000
@@ -21,9 +21,8 @@ def evaluations(run_folder: Path) -> dict[str, Path]:
     Raises:
         ArtifactError: there is no such run.
     """
-    stages = read_record(run_folder)["stages"]
-    evaluations = [name for name, stage in stages.items() if produced_by(stage["kind"]) == EVALUATION]
-    artifacts = {name: Path(stages[name]["artifact"]) for name in evaluations}
+    stages = RunRecord.read(run_folder).stages
+    artifacts = {name: Path(stage.artifact) for name, stage in stages.items() if produced_by(stage.kind) == EVALUATION}
     return {name: artifact for name, artifact in artifacts.items() if (artifact / FILE).is_file()}
 
 

@@ -1,25 +1,21 @@
-"""The driver's own record of a run: ``run.json``, replaced after every change."""
+"""How the driver keeps ``run.json`` up to date while a run goes on (records/run.py)."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from alignment.config.typed import to_plain
-from alignment.core.artifacts import read_manifest, write_json
+from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ArtifactError
-from alignment.core.shapes import fits
 from alignment.pipeline.backends.slurm_job_file import HERE
 from alignment.pipeline.plan import references
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
-
-FILE = "run.json"
-DONE = ("done", "reused")
+from alignment.records.run import RunRecord, StageEntry
 
 
-class RunRecord:
+class RunRecorder:
     """Writes how far a run is, for ``align status`` and for the report.
 
     Where the run is about one stage ``only``, what was recorded of results before stays. Of a result that was made with
@@ -27,112 +23,80 @@ class RunRecord:
     """
 
     def __init__(self, plan: Plan, *, only: str | None = None) -> None:
-        self._path = plan.run_folder / FILE
-        earlier = _recorded(plan.run_folder) if only is not None else {}
-        stages = {stage.name: _kept_or_new(stage, earlier, only) for stage in plan.stages}
-        self._others = {one.name for one in plan.stages if stages[one.name]["artifact"] != str(one.artifact)}
+        self._folder = plan.run_folder
+        earlier = _recorded(plan) if only is not None else RunRecord()
+        stages = {stage.name: _kept_or_new(stage, earlier.stages.get(stage.name), only) for stage in plan.stages}
+        self._others = {stage.name for stage in plan.stages if stages[stage.name].artifact != str(stage.artifact)}
         config = to_plain(plan.config)
-        config["stages"] |= {name: earlier["config"]["stages"][name] for name in self._others}
-        self._content: dict[str, Any] = {
-            "name": plan.config.name,
-            "recipe": plan.recipe,
-            "overrides": [override for override in plan.overrides if override != HERE],
-            "profile": plan.profile,
-            "config": config,
-            "started": earlier.get("started", _now()),
-            "finished": None,
-            "state": "running",
-            "stages": stages,
-        }
+        config["stages"] |= {name: earlier.settings_of(name) for name in self._others}
+        self.record = RunRecord(
+            name=plan.config.name,
+            recipe=plan.recipe,
+            overrides=[override for override in plan.overrides if override != HERE],
+            profile=plan.profile,
+            config=config,
+            started=earlier.started or _now(),
+            state="running",
+            stages=stages,
+        )
         self._save()
-
-    @property
-    def content(self) -> dict[str, Any]:
-        """What the file holds."""
-        return self._content
 
     def stage(self, name: str, state: str, *, seconds: float | None = None) -> None:
         """Notes a stage's new state, and what it took."""
-        entry = self._content["stages"][name]
-        entry["state"] = state
+        entry = replace(self.record.stages[name], state=state)
         if seconds is not None:
-            entry["seconds"] = round(seconds, 2)
-        self._save()
+            entry = replace(entry, seconds=round(seconds, 2))
+        self._save(stages={**self.record.stages, name: entry})
 
     def end(self) -> bool:
         """Notes that nothing more happens here; returns whether the run is done, or else waits for other calls."""
-        done = not self._others and all(entry["state"] in DONE for entry in self._content["stages"].values())
+        done = not self._others and all(entry.complete for entry in self.record.stages.values())
         if done:
             self.finish("done")
         else:
-            self._content["state"] = "waiting"
-            self._save()
+            self._save(state="waiting")
         return done
 
     def finish(self, state: str) -> None:
         """Notes how the run ended: ``done``, ``forgot``, ``failed``, ``preempted`` or ``interrupted``."""
-        self._content["state"] = state
-        self._content["finished"] = _now()
-        self._save()
+        self._save(state=state, finished=_now())
 
-    def _save(self) -> None:
-        write_json(self._path, self._content)
-
-
-def read_record(run_folder: Path) -> dict[str, Any]:
-    """The content of a run's ``run.json``.
-
-    Raises:
-        ArtifactError: it is missing or unreadable.
-    """
-    path = run_folder / FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(
-            "no run is recorded here", where=str(run_folder), remedy="start one: align run RECIPE"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"unreadable: {error}", where=str(path), remedy="start the run again to rewrite it"
-        ) from error
-    if not fits(content, dict[str, Any]) or not fits(content.get("stages"), dict[str, dict[str, Any]]):
-        raise ArtifactError("is no record of a run", where=str(path), remedy="start the run again to rewrite it")
-    return dict(content)
+    def _save(self, **changes: Any) -> None:
+        self.record = replace(self.record, **changes)
+        self.record.write(self._folder)
 
 
-def _recorded(run_folder: Path) -> dict[str, Any]:
+def _recorded(plan: Plan) -> RunRecord:
     """What is recorded of the run, or nothing where that cannot be read: it is written anew."""
     try:
-        return read_record(run_folder)
+        return RunRecord.read(plan.run_folder)
     except ArtifactError:
-        return {}
+        return RunRecord()
 
 
-def _kept_or_new(stage: PlannedStage, earlier: dict[str, Any], only: str | None) -> dict[str, Any]:
+def _kept_or_new(stage: PlannedStage, earlier: StageEntry | None, only: str | None) -> StageEntry:
     """The entry of a stage: the one before as long as it is true, and the stage is not about to be run."""
     new = _entry(stage)
-    kept: dict[str, Any] | None = earlier.get("stages", {}).get(stage.name)
-    if kept is None:
+    if earlier is None:
         return new
-    if kept["artifact"] != new["artifact"]:
-        there = stage.name != only and kept["state"] in DONE and stage.action is not Action.reuse
-        return {**kept, "reason": "made with other settings"} if there else new
+    if earlier.artifact != new.artifact:
+        there = stage.name != only and earlier.complete and stage.action is not Action.reuse
+        return replace(earlier, reason="made with other settings") if there else new
     if stage.action is Action.reuse:
-        return kept if kept["state"] in DONE else new
-    return kept if kept["state"] in ("waiting", "failed") and stage.name != only else new
+        return earlier if earlier.complete else new
+    return earlier if earlier.state in ("waiting", "failed") and stage.name != only else new
 
 
-def _entry(stage: PlannedStage) -> dict[str, Any]:
+def _entry(stage: PlannedStage) -> StageEntry:
     reused = stage.action is Action.reuse
-    return {
-        "kind": stage.config.kind,
-        "state": "reused" if reused else "waiting",
-        "reason": stage.reason,
-        "artifact": str(stage.artifact),
-        "seconds": seconds_then(stage) if reused else None,
-        "inputs": _inputs(stage),
-    }
+    return StageEntry(
+        kind=stage.config.kind,
+        state="reused" if reused else "waiting",
+        reason=stage.reason,
+        artifact=str(stage.artifact),
+        seconds=seconds_then(stage) if reused else None,
+        inputs=_inputs(stage),
+    )
 
 
 def seconds_then(stage: PlannedStage) -> float | None:
@@ -143,13 +107,13 @@ def seconds_then(stage: PlannedStage) -> float | None:
 
 def _inputs(stage: PlannedStage) -> dict[str, Any]:
     """Field → reference; a list for a field that holds several."""
-    found: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     for slot in references.slots(stage.config):
         if references.is_arm(slot):
-            found.setdefault(slot.field.partition("[")[0], []).append(slot.ref)
+            inputs.setdefault(slot.field.partition("[")[0], []).append(slot.ref)
         else:
-            found[slot.field] = slot.ref
-    return found
+            inputs[slot.field] = slot.ref
+    return inputs
 
 
 def _now() -> str:

@@ -25,13 +25,14 @@ from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.backends.slurm_job_file import HERE
 from alignment.pipeline.execute import forgetting_gate, heartbeats, notes, rehearsal, worker_protocol
 from alignment.pipeline.execute.display import Display, display_for, duration
-from alignment.pipeline.execute.record import RunRecord, read_record, seconds_then
+from alignment.pipeline.execute.record import RunRecorder, seconds_then
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
 from alignment.pipeline.execute.summary import REPORT, show_results
 from alignment.pipeline.execute.worker_protocol import Preempted
 from alignment.pipeline.plan import references
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage, make_plan
 from alignment.pipeline.sources import data_sources, model_sources
+from alignment.records.run import RunRecord
 from alignment.records.worker import HEARTBEATS, PROGRESS, STATUS, Progress
 from alignment.report import doubts
 from alignment.stages.base import RunsOn
@@ -85,27 +86,27 @@ def _execute(
         remove_leftovers(plan.run_folder, shared=True)  # with who submits the chain, and writes jobs.json
         display = display_for(console)
         plan = _with_all(plan, display, only)
-        record = RunRecord(plan, only=only)
+        recorder = RunRecorder(plan, only=only)
         try:
             with termination_raises():
                 if tried:  # with the workers of this machine, not with others
                     rehearsal.rehearse(plan, _chosen(plan, only), announce=display.note)
                 for stage in _chosen(plan, only):
-                    _one_stage(plan, stage, record, display, command_for, wait=wait)
+                    _one_stage(plan, stage, recorder, display, command_for, wait=wait)
         except (KeyboardInterrupt, Terminated, Preempted) as stop:
             code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED
             with suppress(OSError):  # a full disk does not change why the run ended
-                record.finish("interrupted" if code == INTERRUPTED else "preempted")
+                recorder.finish("interrupted" if code == INTERRUPTED else "preempted")
             console.print("stopped; the same command goes on from here", highlight=False)
             return code
         except BaseException:
             with suppress(OSError):
-                record.finish("failed")
+                recorder.finish("failed")
             raise
-        if record.end():
+        if recorder.end():
             if forgetting_gate.lost(plan.stages):
-                record.finish(forgetting_gate.FORGOT)
-            show_results(console, plan.run_folder, record.content)
+                recorder.finish(forgetting_gate.FORGOT)
+            show_results(console, plan.run_folder, recorder.record)
     if HERE not in plan.overrides:  # in a job: the chain goes on, and who waits for its end hears of it
         forgetting_gate.refuse(_chosen(plan, only), plan.config.stages)
     return 0
@@ -118,7 +119,7 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
         slurm_jobs.refuse_queued(plan.run_folder)
         with held(plan.run_folder / "lock", wait=False):  # given back before the first job wants it
             plan = _with_all(plan, display, only)
-            RunRecord(plan, only=only).end()
+            RunRecorder(plan, only=only).end()
         waiting = []
         for stage in _chosen(plan, only):
             if stage.action is Action.reuse:
@@ -137,7 +138,7 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
     except KeyboardInterrupt:
         display.note(f"the jobs go on: {slurm_jobs.advice(plan.config.name, submitted)}")
         return INTERRUPTED
-    show_results(console, plan.run_folder, read_record(plan.run_folder))
+    show_results(console, plan.run_folder, RunRecord.read(plan.run_folder))
     forgetting_gate.refuse(_chosen(plan, only), plan.config.stages)
     return 0
 
@@ -221,7 +222,7 @@ def with_models(plan: Plan, display: Display, *, stages: Sequence[PlannedStage])
 
 
 def _one_stage(
-    plan: Plan, stage: PlannedStage, record: RunRecord, display: Display, command_for: CommandFor, *, wait: bool
+    plan: Plan, stage: PlannedStage, recorder: RunRecorder, display: Display, command_for: CommandFor, *, wait: bool
 ) -> None:
     if stage.action is Action.reuse:
         _reuse(plan, stage, display)
@@ -229,7 +230,7 @@ def _one_stage(
     for function in stage.code:
         display.note(f"{stage.name} runs your code: {function}")
     display.begin(stage.name, stage.reason)
-    record.stage(stage.name, "running")
+    recorder.stage(stage.name, "running")
     started = time.monotonic()
     try:
         made = _make(plan, stage, display, command_for, wait=wait)
@@ -239,14 +240,14 @@ def _one_stage(
         # Busy: a process of an earlier call, whose driver was killed, is still at it.
         interrupted = isinstance(stop, (KeyboardInterrupt, Terminated, Preempted, Busy))
         with suppress(OSError):
-            record.stage(stage.name, "waiting" if interrupted else "failed", seconds=time.monotonic() - started)
+            recorder.stage(stage.name, "waiting" if interrupted else "failed", seconds=time.monotonic() - started)
         display.end(stage.name, "failed" if not interrupted else "stopped", duration(time.monotonic() - started))
         raise
     if made:
-        record.stage(stage.name, "done", seconds=time.monotonic() - started)
+        recorder.stage(stage.name, "done", seconds=time.monotonic() - started)
         display.end(stage.name, "done", f"{duration(time.monotonic() - started):<12} {stage.artifact.name}")
     else:
-        record.stage(stage.name, "reused", seconds=seconds_then(stage))
+        recorder.stage(stage.name, "reused", seconds=seconds_then(stage))
         display.end(stage.name, "reused", stage.artifact.name)
     _doubt(plan, stage, display)
 

@@ -10,8 +10,8 @@ from alignment.config.did_you_mean import suggestion
 from alignment.core.artifacts import Manifest
 from alignment.core.errors import ConfigError, ModelError
 from alignment.pipeline.execute.display import display_for
-from alignment.pipeline.execute.record import FILE, read_record
 from alignment.pipeline.sources import model_sources
+from alignment.records.run import FILE, RunRecord
 
 
 def artifact_of(result: str, output: Path) -> Path:
@@ -31,10 +31,10 @@ def artifact_of(result: str, output: Path) -> Path:
             where="RESULT",
             remedy="name an artifact's folder, or RUN/STAGE",
         )
-    stages = read_record(output / "runs" / run)["stages"]
+    stages = RunRecord.read(output / "runs" / run).stages
     if stage not in stages:
         raise ConfigError(f"run {run!r} has no stage {stage!r}; {suggestion(stage, stages)}", where="RESULT")
-    return Path(stages[stage]["artifact"])
+    return Path(stages[stage].artifact)
 
 
 def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +19,7 @@ from alignment.records.forgetting import Forgetting
 from alignment.records.interval import Interval
 from alignment.records.reward_card import FILE as CARD_FILE
 from alignment.records.reward_card import RewardCard
+from alignment.records.run import RunRecord
 from alignment.records.worker import Progress
 from alignment.report import doubts
 from alignment.stages.registry import lines_of, produced_by
@@ -47,31 +47,31 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.print(f"{to_run} to run, {len(plan.stages) - to_run} reused", highlight=False)
 
 
-def show_stages(console: Console, record: dict[str, Any], jobs: Mapping[str, str]) -> None:
+def show_stages(console: Console, record: RunRecord, jobs: Mapping[str, str]) -> None:
     """One line a stage: how it stands, what it took, where its result is; and its Slurm job, of those to come."""
     table = _grid()
-    for name, stage in record["stages"].items():
-        job = jobs.get(name, "") if stage["state"] in ("waiting", "running", "failed") else ""
-        folder = Path(stage["artifact"]).name
-        table.add_row(escape(name), stage["state"], duration(stage["seconds"]), escape(folder), escape(job))
+    for name, stage in record.stages.items():
+        job = jobs.get(name, "") if stage.state in ("waiting", "running", "failed") else ""
+        folder = Path(stage.artifact).name
+        table.add_row(escape(name), stage.state, duration(stage.seconds), escape(folder), escape(job))
     console.print(table)
 
 
-def show_results(console: Console, run_folder: Path, record: dict[str, Any]) -> None:
+def show_results(console: Console, run_folder: Path, record: RunRecord) -> None:
     """The arms of every evaluation that is done and the cards of reward models, or where the results lie without an
     evaluation, and where the report is."""
-    made = {name: stage for name, stage in record["stages"].items() if stage["state"] in ("done", "reused")}
+    made = {name: stage for name, stage in record.stages.items() if stage.complete}
     for stage in made.values():
-        artifact = Path(stage["artifact"])
-        if produced_by(stage["kind"]) == EVALUATION and (artifact / EVALUATION_FILE).is_file():
+        artifact = Path(stage.artifact)
+        if produced_by(stage.kind) == EVALUATION and (artifact / EVALUATION_FILE).is_file():
             show_evaluation(console, Evaluation.read(artifact))
     for name, stage in made.items():
-        _show_other(console, name, produced_by(stage["kind"]), Path(stage["artifact"]))
-    if not any(produced_by(stage["kind"]) == EVALUATION for stage in record["stages"].values()):
-        for name, stage in record["stages"].items():
-            console.print(f"{name}: {stage['artifact']}", markup=False, highlight=False, soft_wrap=True)
+        _show_other(console, name, produced_by(stage.kind), Path(stage.artifact))
+    if not any(produced_by(stage.kind) == EVALUATION for stage in record.stages.values()):
+        for name, stage in record.stages.items():
+            console.print(f"{name}: {stage.artifact}", markup=False, highlight=False, soft_wrap=True)
     for stage in made.values():
-        for line in lines_of(stage["kind"], Path(stage["artifact"])):
+        for line in lines_of(stage.kind, Path(stage.artifact)):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in _doubts(record):
         console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
@@ -87,15 +87,15 @@ def _show_other(console: Console, name: str, artifact_kind: str, artifact: Path)
         show_forgetting(console, name, outcome)
 
 
-def _doubts(record: dict[str, Any]) -> list[str]:
+def _doubts(record: RunRecord) -> list[str]:
     """What stands against the results of a run; of a smoke run nothing else is worth saying."""
-    if doubts.is_smoke(doubts.profile_of(record)):
+    if doubts.is_smoke(record.profile):
         return [f"this is {doubts.SMOKE}"]
-    made = {name: stage for name, stage in record["stages"].items() if stage["state"] in ("done", "reused")}
     return [
         f"{name}: {doubt}"
-        for name, stage in made.items()
-        for doubt in notes.of_result(stage["kind"], Path(stage["artifact"]))
+        for name, stage in record.stages.items()
+        if stage.complete
+        for doubt in notes.of_result(stage.kind, Path(stage.artifact))
     ]
 
 

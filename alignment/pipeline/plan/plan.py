@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -34,6 +33,7 @@ from alignment.pipeline.plan.row_counts import Seen
 from alignment.pipeline.sources import data_sources
 from alignment.pipeline.sources.data_sources import DataSource
 from alignment.pipeline.sources.model_sources import ModelSource, refuse_policy, resolve
+from alignment.records.run import RunRecord
 from alignment.stages import registry
 from alignment.stages.base import DataSlot, Slot
 from alignment.stages.registry import kind_of
@@ -328,10 +328,10 @@ class _Builder:
 def _results_of(run_folder: Path) -> frozenset[str]:
     """Names of the artifacts that the run's record names, if it can be read."""
     try:
-        record = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
-        return frozenset(Path(stage["artifact"]).name for stage in record["stages"].values())
-    except (OSError, ValueError, KeyError, TypeError):
+        stages = RunRecord.read(run_folder).stages
+    except ArtifactError:
         return frozenset()
+    return frozenset(Path(stage.artifact).name for stage in stages.values())
 
 
 def newest_checkpoint(work: Path) -> Path | None:

@@ -18,10 +18,10 @@ from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.evaluation.house_style import METRICS
 from alignment.evaluation.pairwise import pairs_of
 from alignment.pipeline.execute import paired_differences
-from alignment.pipeline.execute.record import read_record
 from alignment.pipeline.sweeps import reported
 from alignment.records.evaluation import Evaluation, Metric
 from alignment.records.interval import Interval
+from alignment.records.run import RunRecord
 from alignment.stages.registry import kind_of
 
 _FIGURES = [figure.value for figure in Figure]
@@ -41,7 +41,7 @@ class Objective:
 
     def artifact(self, run_folder: Path) -> Path:
         """The result that tells the figure, as the run in this folder now has it."""
-        return Path(read_record(run_folder)["stages"][self.stage]["artifact"])
+        return Path(RunRecord.read(run_folder).stages[self.stage].artifact)
 
     def read(self, artifact: Path) -> Interval:
         """The figure in a result, with its interval where it is a mean over prompts.

@@ -12,8 +12,8 @@ from typing import Any
 from alignment.config.did_you_mean import suggestion
 from alignment.config.sweep import Pruner
 from alignment.core.errors import ArtifactError, ConfigError
-from alignment.pipeline.execute.record import read_record
 from alignment.pipeline.sweeps.sweep_file import Sweep
+from alignment.records.run import RunRecord, StageEntry
 
 _FILE = "metrics.jsonl"
 
@@ -62,7 +62,7 @@ class Curve:
 
     def _rows(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, which lies in the work folder until the stage is done."""
-        artifact = self._entry().get("artifact")
+        artifact = self._entry().artifact
         for place in [Path(artifact), Path(f"{artifact}.work") / "content"] if artifact else []:
             with suppress(FileNotFoundError):
                 *lines, _unfinished = (place / _FILE).read_text(encoding="utf-8").split("\n")
@@ -70,12 +70,11 @@ class Curve:
         return []
 
     def _state(self) -> str:
-        return str(self._entry().get("state"))
+        return self._entry().state
 
-    def _entry(self) -> dict[str, Any]:
+    def _entry(self) -> StageEntry:
         """What the trial's run records of the stage; nothing before it is recorded."""
         try:
-            found: dict[str, Any] = read_record(self._run_folder)["stages"].get(self._config.stage, {})
+            return RunRecord.read(self._run_folder).stages.get(self._config.stage, StageEntry())
         except ArtifactError:
-            return {}
-        return found
+            return StageEntry()

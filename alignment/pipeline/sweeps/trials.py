@@ -16,8 +16,8 @@ from alignment.config.launch import LaunchConfig
 from alignment.core import hardware
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.pipeline.backends import environment, slurm
-from alignment.pipeline.execute.record import read_record
 from alignment.pipeline.execute.worker_protocol import tail
+from alignment.records.run import RunRecord
 
 _BUG = 1
 _SAVED_LATE_SECONDS = 15.0
@@ -102,10 +102,10 @@ class Running:
     def stage(self) -> str:
         """The stage that it is at, or nothing before the first."""
         try:
-            stages = read_record(self._run_folder)["stages"]
+            stages = RunRecord.read(self._run_folder).stages
         except ArtifactError:
             return ""
-        return next((name for name, stage in stages.items() if stage["state"] == "running"), "")
+        return next((name for name, stage in stages.items() if stage.state == "running"), "")
 
     def ended(self) -> Outcome | None:
         """How it ended, or None while it runs."""

@@ -38,7 +38,7 @@ def nodes_of(run: Run) -> list[Node]:
     known = {stage.name for stage in run.stages}
     nodes = [_node(stage, known) for stage in run.stages]
     if any(BASE in node.inputs for node in nodes):
-        model = run.config.get("model")
+        model = run.record.config.get("model")
         source = text.name(model.get("source") or "") if isinstance(model, dict) else ""
         nodes.insert(0, Node(name=BASE, state="base", detail=source.removeprefix("bundled:"), artifact=""))
     layer = layers(nodes)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from alignment.config import yaml_file
+from alignment.core import typed_json
 from alignment.core.artifacts import EVALUATION, FORGETTING, REPORT, REWARD_CARD, Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.records import reward_card
 from alignment.records.evaluation import Evaluation
+from alignment.records.run import FILE, RunRecord, StageEntry
 from alignment.records.worker import STATUS, Status
-from alignment.report.doubts import profile_of
 from alignment.report.kit import text
-from alignment.report.kit.record_files import shown
+from alignment.report.kit.record_files import FOR_A_PAGE, shown
 from alignment.report.run_page.evaluation_section import read_evaluation, read_samples
 from alignment.report.run_page.forgetting_section import read_forgetting
 from alignment.report.run_page.run_records import Card, Run, Sample, Stage
@@ -27,25 +29,12 @@ def read_run(run_folder: Path) -> Run:
     Raises:
         ArtifactError: run.json is missing or unreadable, so nothing is known of the run.
     """
-    raw = _read_run_json(run_folder / "run.json")
-    config = _mapping(raw.get("config"))
-    configs = _mapping(config.get("stages"))
-    stages: list[Stage] = []
-    folders: dict[str, Path | None] = {}
-    for key, entry in _mapping(raw.get("stages")).items():
-        folder = _artifact_folder(run_folder, str(key), _mapping(entry))
-        folders[text.name(key)] = folder
-        stages.append(_read_stage(run_folder, str(key), _mapping(entry), _mapping(configs.get(key)), folder))
+    record = _read_record(run_folder)
+    folders = {name: _artifact_folder(run_folder, name, entry) for name, entry in record.stages.items()}
+    stages = [_read_stage(run_folder, name, record, folders[name]) for name in record.stages]
     evaluation, evaluation_note, samples, samples_note = _read_evaluation_of(stages, folders)
-    overrides = raw.get("overrides")
     return Run(
-        name=text.name(raw.get("name") or run_folder.name),
-        recipe=text.name(raw.get("recipe") or "", limit=400),
-        overrides=[text.prose(item) for item in overrides] if isinstance(overrides, list) else [],
-        profile=text.name(profile_of(raw)),
-        config=config,
-        started=text.name(raw.get("started") or ""),
-        finished=text.name(raw.get("finished") or ""),
+        record=record,
         stages=stages,
         evaluation=evaluation,
         evaluation_note=evaluation_note,
@@ -60,27 +49,24 @@ def read_run(run_folder: Path) -> Run:
     )
 
 
-def _read_run_json(path: Path) -> dict[str, Any]:
+def _read_record(run_folder: Path) -> RunRecord:
+    path = run_folder / FILE
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        record = typed_json.read_parts(path, RunRecord, FOR_A_PAGE, remedy="start the run again to rewrite it")
     except FileNotFoundError as error:
         raise ArtifactError("no run is here", where=str(path), remedy="give the folder runs/<run>") from error
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"unreadable: {error}", where=str(path), remedy="start the run again to rewrite it"
-        ) from error
-    if not isinstance(raw, dict):
-        raise ArtifactError("not a JSON object", where=str(path), remedy="start the run again to rewrite it")
-    return raw
+    assert record is not None, "every field has a default"
+    stages = {text.name(name): entry for name, entry in record.stages.items()}
+    return replace(record, name=record.name or text.name(run_folder.name), stages=stages)
 
 
-def _artifact_folder(run_folder: Path, stage: str, entry: dict[str, Any]) -> Path | None:
+def _artifact_folder(run_folder: Path, stage: str, entry: StageEntry) -> Path | None:
     """Where the stage's artifact is or will be.
 
     run.json may hold a path or a folder name; a run folder that was moved together with its artifacts still reads,
     because the name is looked up beside it first.
     """
-    recorded = entry.get("artifact") or _stage_file(run_folder / stage / "stage.yaml").get("artifact")
+    recorded = entry.artifact or _stage_file(run_folder / stage / "stage.yaml").get("artifact")
     if not isinstance(recorded, str) or not recorded:
         return None
     beside = run_folder.resolve().parent.parent / "artifacts" / Path(recorded).name
@@ -98,28 +84,25 @@ def _work(artifact: Path) -> Path:
     return artifact.with_name(artifact.name + ".work")
 
 
-def _read_stage(
-    run_folder: Path, key: str, entry: dict[str, Any], config: dict[str, Any], folder: Path | None
-) -> Stage:
+def _read_stage(run_folder: Path, name: str, record: RunRecord, folder: Path | None) -> Stage:
     notes: list[str] = []
     manifest = _read_manifest(folder, notes)
     metrics = _read_metrics(folder, notes)
-    usage = manifest.usage if manifest and isinstance(manifest.usage, dict) else {}
-    state = text.name(entry.get("state") or "waiting")
-    seconds = text.finite(entry.get("seconds"))
+    entry = record.stages[name]
+    then = text.finite(manifest.usage.get("seconds")) if manifest else None
     return Stage(
-        name=text.name(key),
-        kind=text.name(entry.get("kind") or "unknown"),
-        state=state,
-        reason=text.name(entry.get("reason") or "", limit=300),
+        name=name,
+        kind=entry.kind,
+        state=entry.state,
+        reason=entry.reason,
         artifact=text.name(folder.name) if folder else "",
-        seconds=text.finite(usage.get("seconds")) if state == "reused" or seconds is None else seconds,
-        inputs=_inputs(entry.get("inputs")),
-        config=config,
+        seconds=then if entry.state == "reused" or entry.seconds is None else entry.seconds,
+        inputs=entry.references,
+        config=record.settings_of(name),
         manifest=manifest,
         metrics=metrics,
         notes=notes,
-        error=_error(run_folder / key / STATUS) if state not in ("done", "reused") else "",
+        error="" if entry.complete else _error(run_folder / name / STATUS),
     )
 
 
@@ -169,15 +152,6 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 def _error(path: Path) -> str:
     status, _ = shown(path, Status)
     return "" if status is None else status.error[:4000]
-
-
-def _inputs(raw: Any) -> list[tuple[str, str]]:
-    """(field, reference) pairs; a field that takes several references gives several pairs."""
-    pairs: list[tuple[str, str]] = []
-    for slot, value in _mapping(raw).items():
-        values = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
-        pairs += [(text.name(slot), text.name(item)) for item in values if isinstance(item, str)]
-    return pairs
 
 
 def _read_evaluation_of(

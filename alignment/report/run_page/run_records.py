@@ -14,11 +14,9 @@ from alignment.records.forgetting import ArmForgetting
 from alignment.records.forgetting import Forgetting as ForgettingRecord
 from alignment.records.interval import Interval
 from alignment.records.reward_card import RewardCard
+from alignment.records.run import COMPLETE, RunRecord
 from alignment.report.kit import text
 from alignment.stages.registry import produced_by
-
-COMPLETE = ("done", "reused")
-"""States of a stage whose artifact can be relied on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,12 +119,7 @@ class Stage:
 class Run:
     """Everything the page shows. ``evaluation`` is None where there is none, and ``evaluation_note`` says why."""
 
-    name: str
-    recipe: str
-    overrides: list[str]
-    config: dict[str, Any]
-    started: str
-    finished: str
+    record: RunRecord
     stages: list[Stage]
     evaluation: Evaluation | None
     evaluation_note: str
@@ -134,7 +127,6 @@ class Run:
     samples_note: str
     cards: list[Card] = field(default_factory=list)
     forgetting: list[Forgetting] = field(default_factory=list)
-    profile: str = ""
 
     @property
     def unfinished(self) -> list[Stage]:

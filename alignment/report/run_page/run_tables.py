@@ -295,21 +295,21 @@ def _closing_figures(stage: Stage) -> list[tuple[str, str]]:
 
 def command(run: Run) -> str:
     """The command line that makes this run again, quoted for a POSIX shell."""
-    words = ["align", "run", run.recipe or "RECIPE", *run.overrides]
+    words = ["align", "run", run.record.recipe or "RECIPE", *run.record.overrides]
     return " ".join(shlex.quote(word) for word in words)
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
     """What the run is, as (heading, value), independent of the machine it ran on."""
-    model = run.config.get("model")
+    model = run.record.config.get("model")
     source = text.name(model.get("source") or "") if isinstance(model, dict) else ""
     seconds = sum(stage.seconds or 0.0 for stage in run.stages)
     prompts = run.evaluation.num_prompts if run.evaluation else None
-    seed = run.config.get("seed")
+    seed = run.record.config.get("seed")
     pairs = [
-        ("started", date(run.started)),
+        ("started", date(run.record.started)),
         ("model", source),
-        ("recipe", run.recipe),
+        ("recipe", run.record.recipe),
         ("stages", str(len(run.stages))),
         ("time, all stages", text.duration(seconds) if seconds else ""),
         ("held-out prompts", "" if prompts is None else str(prompts)),

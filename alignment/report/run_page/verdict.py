@@ -31,7 +31,7 @@ class Verdict:
 def judge(run: Run) -> Verdict:
     """The verdict on a run, whatever is missing from it."""
     evaluation = run.evaluation
-    if is_smoke(run.profile):
+    if is_smoke(run.record.profile):
         return Verdict(lead=f"This is {SMOKE}.", differences=[], warnings=_unfinished(run))
     if evaluation is None:
         told = f"{run.evaluation_note} Nothing can be said yet about which stage helped."

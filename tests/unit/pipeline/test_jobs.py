@@ -16,7 +16,7 @@ from alignment import cli
 from alignment.commands.status.driver import show_status
 from alignment.core.errors import AlignmentError, Busy, ConfigError, NonFiniteError, StageError
 from alignment.pipeline.backends import slurm, slurm_jobs
-from alignment.pipeline.execute.record import RunRecord
+from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan, make_plan
 from tests.unit.pipeline.conftest import leave_artifact
@@ -212,7 +212,7 @@ def sft(fakes: Fakes, overrides: list[str]) -> Plan:
     """A plan of which SFT was submitted as job 11."""
     plan = make_plan("quickstart", [*overrides, "launch/backend=slurm"])
     plan.run_folder.mkdir(parents=True)
-    RunRecord(plan)
+    RunRecorder(plan)
     return plan
 
 

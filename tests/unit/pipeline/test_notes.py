@@ -11,7 +11,7 @@ from rich.console import Console
 
 from alignment.core import hardware
 from alignment.pipeline.execute.notes import of_plan, of_result
-from alignment.pipeline.execute.record import RunRecord
+from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.summary import show_plan, show_results
 from alignment.report.run_page.run_files import read_run
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan
@@ -89,9 +89,9 @@ def test_a_smoke_run_says_so_however_it_is_written(plan: MakePlan, override: str
     assert note.startswith("this is a smoke run: ")
     planned.run_folder.mkdir(parents=True)
     screen = StringIO()
-    show_results(Console(file=screen, width=400), planned.run_folder, RunRecord(planned).content)
+    show_results(Console(file=screen, width=400), planned.run_folder, RunRecorder(planned).record)
     assert f"note: {note}" in screen.getvalue()
-    assert read_run(planned.run_folder).profile == "smoke"
+    assert read_run(planned.run_folder).record.profile == "smoke"
 
 
 @pytest.mark.usefixtures("apart")

@@ -18,10 +18,10 @@ from alignment.core.errors import AlignmentError, DataError, RewardError, StageE
 from alignment.data.tokens.rendering import LAST_STAND_IN
 from alignment.pipeline.backends import machines, processes
 from alignment.pipeline.backends.command import Command
-from alignment.pipeline.execute.record import read_record
 from alignment.pipeline.execute.rehearsal import rehearse
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan
+from alignment.records.run import RunRecord
 from tests.tiny import tiny_tokenizer
 from tests.unit.pipeline.conftest import MakePlan, leave_artifact
 
@@ -226,6 +226,6 @@ def test_a_run_tries_before_its_first_stage(overrides: list[str], monkeypatch: p
     monkeypatch.setattr("alignment.pipeline.execute.rehearsal.rehearse", refuse)
     with pytest.raises(DataError, match="no row fits"):
         run("quickstart", overrides, console=Console(file=StringIO()))
-    record = read_record(Path(overrides[0].removeprefix("output=")) / "runs/quickstart")
-    assert record["state"] == "failed"
-    assert {stage["state"] for stage in record["stages"].values()} == {"waiting"}
+    record = RunRecord.read(Path(overrides[0].removeprefix("output=")) / "runs/quickstart")
+    assert record.state == "failed"
+    assert {stage.state for stage in record.stages.values()} == {"waiting"}

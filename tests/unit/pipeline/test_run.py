@@ -27,7 +27,7 @@ from alignment.core.streams import Unfailing
 from alignment.pipeline.backends import processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute import worker_protocol
-from alignment.pipeline.execute.record import RunRecord
+from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.execute.signals import Terminated, termination_raises
 from alignment.stages.stage_file import read_spec
@@ -188,11 +188,11 @@ def test_a_stage_that_could_not_write_how_it_ended_is_told_by_the_full_disk(
 def test_a_record_that_cannot_be_written_does_not_hide_why_the_run_failed(
     align: Align, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setenv("WORKER_FAULT", "sft:fail")
-    monkeypatch.setattr(worker_protocol, "notes", lambda _: monkeypatch.setattr(RunRecord, "_save", full) or [])
+    monkeypatch.setattr(worker_protocol, "notes", lambda _: monkeypatch.setattr(RunRecorder, "_save", full) or [])
     with pytest.raises(NonFiniteError, match="the loss is NaN"):
         align()
 

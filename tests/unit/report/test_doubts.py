@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from alignment.records.evaluation import ArmResult, Evaluation
 from alignment.records.interval import Interval
-from alignment.report.doubts import is_smoke, of_evaluation, profile_of
+from alignment.report.doubts import is_smoke, of_evaluation
 from alignment.stages.registry import doubts
 
 
@@ -50,19 +48,3 @@ def test_arms_whose_answers_were_all_cut_off_are_named() -> None:
 def test_a_smoke_run_is_known_by_its_profile() -> None:
     assert is_smoke("smoke")
     assert not is_smoke("")
-
-
-@pytest.mark.parametrize(
-    ("record", "profile"),
-    [
-        ({"profile": "smoke", "overrides": ["+profile=other"]}, "smoke"),
-        ({"profile": "", "overrides": []}, ""),
-        ({"overrides": ["seed=1", "+profile=smoke"]}, "smoke"),
-        ({"overrides": ["seed=1", 'profile="smoke"']}, "smoke"),
-        ({"overrides": ["name=profile=smoke"]}, ""),
-        ({"overrides": 3}, ""),
-        ({}, ""),
-    ],
-)
-def test_the_profile_of_a_record_is_found_in_older_ones_too(record: dict[str, Any], profile: str) -> None:
-    assert profile_of(record) == profile

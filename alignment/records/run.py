@@ -1,0 +1,98 @@
+"""``run.json``: what a run was asked for and how far it is. The driver replaces it after every change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from alignment.core import typed_json
+from alignment.core.errors import ArtifactError
+from alignment.core.typed_json import Line, Name
+
+FILE = "run.json"
+COMPLETE = ("done", "reused")
+"""States of a stage whose artifact can be relied on."""
+_PROFILE = "profile="
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageEntry:
+    """A stage: ``waiting``, ``running``, ``done``, ``reused`` or ``failed``, and ``reason`` in words.
+
+    ``artifact`` is a path, or a folder's name. ``inputs`` are references by the field that holds them, one or several.
+    """
+
+    kind: Name = "unknown"
+    state: Name = "waiting"
+    reason: Annotated[str, Line(300)] = ""
+    artifact: str = ""
+    seconds: float | None = None
+    inputs: dict[Name, Name | list[Name] | dict[Name, Name]] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether its artifact can be relied on."""
+        return self.state in COMPLETE
+
+    @property
+    def references(self) -> list[tuple[str, str]]:
+        """(field, reference) pairs; a field that holds several references gives several pairs."""
+        pairs: list[tuple[str, str]] = []
+        for name, value in self.inputs.items():
+            several = list(value.values()) if isinstance(value, dict) else value
+            pairs += [(name, ref) for ref in ([several] if isinstance(several, str) else several)]
+        return pairs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """A run: ``running``, ``done``, ``forgot``, ``failed``, ``preempted``, ``interrupted`` or ``waiting``.
+
+    ``config`` is the configuration as plain data, ``profile`` the name of what was laid over it, if anything was.
+    ``started`` and ``finished`` are times in UTC, ISO 8601.
+    """
+
+    name: Name = ""
+    recipe: Annotated[str, Line(400)] = ""
+    overrides: list[str] = field(default_factory=list)
+    profile: Name = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    started: Name = ""
+    finished: Name | None = None
+    state: Name = ""
+    stages: dict[str, StageEntry] = field(default_factory=dict)
+    version: int = 1
+
+    def settings_of(self, stage: str) -> dict[str, Any]:
+        """The settings of a stage as plain data; empty where none are recorded."""
+        stages = self.config.get("stages")
+        settings = stages.get(stage) if isinstance(stages, dict) else None
+        return settings if isinstance(settings, dict) else {}
+
+    def write(self, run_folder: Path) -> None:
+        """Replaces the file, so that a reader sees the old one or the new one."""
+        typed_json.write(run_folder / FILE, self)
+
+    @staticmethod
+    def read(run_folder: Path) -> RunRecord:
+        """The record of the run in this folder.
+
+        Raises:
+            ArtifactError: there is none, it is damaged, or it was written by a newer version.
+        """
+        try:
+            return typed_json.read(run_folder / FILE, RunRecord, remedy="start the run again to rewrite it")
+        except FileNotFoundError:
+            raise ArtifactError(
+                "no run is recorded here", where=str(run_folder), remedy="start one: align run RECIPE"
+            ) from None
+
+    @staticmethod
+    def from_older(raw: Any) -> Any:
+        """Older records have the profile among the overrides alone."""
+        if not isinstance(raw, dict) or "profile" in raw or not isinstance(raw.get("overrides"), list):
+            return raw
+        words = [str(word).lstrip("+") for word in raw["overrides"]]
+        profile = next((word.removeprefix(_PROFILE).strip("'\"") for word in words if word.startswith(_PROFILE)), "")
+        return {**raw, "profile": profile}
