@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from alignment import report
-from alignment.core.artifacts import write_json
 from alignment.pipeline.execute import paired_differences
 from alignment.pipeline.execute.summary import REPORT
 from alignment.pipeline.sweeps.study import Study, number_of
 from alignment.pipeline.sweeps.sweep_file import Sweep
 from alignment.records.interval import Interval
-from alignment.report.sweep_page.sweep_records import (
+from alignment.records.sweep import (
     FEWEST_FOR_IMPORTANCE,
     Goal,
     Parameter,
@@ -29,7 +27,6 @@ from alignment.report.sweep_page.sweep_records import (
 )
 
 PAGE = "sweep.html"
-FILE = "sweep.json"
 
 
 def words(settings: Mapping[str, Setting]) -> list[str]:
@@ -40,7 +37,7 @@ def words(settings: Mapping[str, Setting]) -> list[str]:
 def write(study: Study, wanted: Sweep) -> SweepRecord:
     """Writes ``sweep.json`` and the page; returns what they say."""
     record = _record(study, wanted)
-    write_json(wanted.folder / FILE, asdict(record))
+    record.write(wanted.folder)
     report.build_sweep(record, wanted.folder / PAGE)
     return record
 

@@ -21,7 +21,8 @@ from alignment.pipeline.sweeps import results
 from alignment.pipeline.sweeps.pruning import Curve
 from alignment.pipeline.sweeps.study import Study, number_of
 from alignment.pipeline.sweeps.sweep_file import Sweep, read_sweep
-from alignment.pipeline.sweeps.trials import Outcome, Running, Share, shares, stop_all
+from alignment.pipeline.sweeps.trials import Running, Share, shares, stop_all
+from alignment.records.sweep import TrialOutcome
 
 _POLL_SECONDS = 0.5
 
@@ -55,9 +56,9 @@ def _in_turn(study: Study, wanted: Sweep, console: Console) -> int:
     while (trial := study.next()) is not None:
         _say(console, f"[bold]trial {number_of(trial)}[/]  ", " ".join(results.words(trial.params)))
         try:
-            outcome = Outcome(code=run(wanted.recipe, _overrides(wanted, trial), console=console, wait=True))
+            outcome = TrialOutcome(code=run(wanted.recipe, _overrides(wanted, trial), console=console, wait=True))
         except AlignmentError as error:
-            outcome = Outcome(code=error.exit_code, error=str(error))
+            outcome = TrialOutcome(code=error.exit_code, error=str(error))
         if code := _settle(study, trial, wanted, outcome, console):
             return code
     return 0
@@ -68,7 +69,7 @@ def _overrides(wanted: Sweep, trial: Any) -> list[str]:
     return [group, *wanted.overrides, *results.words(trial.params), f"name={trial.user_attrs['run']}"]
 
 
-def _settle(study: Study, trial: Any, wanted: Sweep, outcome: Outcome, console: Console) -> int:
+def _settle(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, console: Console) -> int:
     """Tells the study how a trial ended; a fault of the trial is written down and ends no sweep.
 
     Returns the code of a stop, or 0.
@@ -129,7 +130,7 @@ class _Apart:
         argv = [wanted.recipe, *_overrides(wanted, trial)]
         self.process = Running(wanted.output / "runs" / trial.user_attrs["run"], argv, log=log, share=share)
 
-    def ended(self) -> Outcome | None:
+    def ended(self) -> TrialOutcome | None:
         """How it ended, or None while it runs: then says which stage it is at, and stops it if its curve is hopeless.
 
         Raises:

@@ -13,11 +13,11 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignment.core.artifacts import write_json
 from alignment.core.errors import AlignmentError
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import Terminal, visible
 from alignment.pipeline.execute.run import run
+from alignment.records.sweep import TrialOutcome
 
 _WIDTH = 120
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     except AlignmentError as fault:
         code, error = fault.exit_code, str(fault)
         print(visible(error), flush=True)
-    write_json(Path(outcome), {"code": code, "error": error})
+    TrialOutcome(code=code, error=error).write(Path(outcome))
     return code
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from alignment.core.errors import ArtifactError, ConfigError
 from alignment.pipeline.backends import environment, slurm
 from alignment.pipeline.execute.worker_protocol import tail
 from alignment.records.run import RunRecord
+from alignment.records.sweep import TrialOutcome
 
 _BUG = 1
 _SAVED_LATE_SECONDS = 15.0
@@ -30,14 +30,6 @@ class Share:
 
     cores: frozenset[int]
     devices: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """How a trial ended: its exit code (alignment/core/errors.py), and in words what went wrong."""
-
-    code: int
-    error: str = ""
 
 
 def shares(number: int, launch: LaunchConfig) -> list[Share]:
@@ -107,17 +99,16 @@ class Running:
             return ""
         return next((name for name, stage in stages.items() if stage.state == "running"), "")
 
-    def ended(self) -> Outcome | None:
+    def ended(self) -> TrialOutcome | None:
         """How it ended, or None while it runs."""
         code = self._process.poll()
         if code is None:
             return None
         try:
-            told = json.loads(self._outcome.read_text(encoding="utf-8"))
+            return TrialOutcome.read(self._outcome)
         except FileNotFoundError:
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-            return Outcome(code=_BUG, error=f"its process ended {how} without a word\n{tail(self._log)}".rstrip())
-        return Outcome(**told)
+            return TrialOutcome(code=_BUG, error=f"its process ended {how} without a word\n{tail(self._log)}".rstrip())
 
     def ask_to_stop(self) -> None:
         """Returns at once; the stage that runs saves first."""

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from markupsafe import Markup
 
+from alignment.records.sweep import SweepRecord, Trial
 from alignment.report.kit import text
 from alignment.report.sweep_page.sweep_axes import Axis, of_goal, of_parameter
-from alignment.report.sweep_page.sweep_records import SweepRecord, Trial
 
 WIDTH, HEIGHT = 940, 330
 LEFT, RIGHT, TOP, BOTTOM = 60, 70, 52, 14

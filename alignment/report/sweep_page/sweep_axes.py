@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from alignment.records.sweep import Parameter, Setting, Trial
 from alignment.report.kit import text
 from alignment.report.kit.axes import apart, nice_ticks, padded, tick_labels
-from alignment.report.sweep_page.sweep_records import Parameter, Setting, Trial
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

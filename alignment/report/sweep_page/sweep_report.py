@@ -8,13 +8,13 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from alignment.records.sweep import FEWEST_FOR_IMPORTANCE, Setting, SweepRecord
 from alignment.report.kit import text
 from alignment.report.kit.pages import template, write_page
 from alignment.report.kit.plots import interval_scatter
 from alignment.report.run_page.card_page import CHANCE
 from alignment.report.sweep_page.parallel import parallel
 from alignment.report.sweep_page.sweep_axes import of_parameter, short
-from alignment.report.sweep_page.sweep_records import FEWEST_FOR_IMPORTANCE, Setting, SweepRecord
 
 
 def build_sweep(record: SweepRecord, output: Path) -> None:

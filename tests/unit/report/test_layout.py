@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from alignment.records.interval import Interval
+from alignment.records.sweep import Goal, Parameter
 from alignment.report import build_sweep
-from alignment.report.sweep_page.sweep_records import Goal, Parameter
 from tests.browser import Layout, browser, laid_out
 from tests.unit.report.conftest import FakeRun
 from tests.unit.report.test_card import made_card, with_card

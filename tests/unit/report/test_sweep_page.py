@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from alignment.records.interval import Interval
+from alignment.records.sweep import Goal, Parameter, SweepRecord, Trial
 from alignment.report import build_sweep
 from alignment.report.sweep_page.sweep_axes import log_ticks, of_parameter
-from alignment.report.sweep_page.sweep_records import Goal, Parameter, SweepRecord, Trial
 from alignment.report.sweep_page.sweep_report import sweep_page
 from tests.browser import browser, opened
 from tests.unit.report.test_page import HOSTILE, REQUESTS, TAGS, Page

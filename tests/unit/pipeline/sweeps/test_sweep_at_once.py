@@ -15,7 +15,8 @@ from alignment.config.launch import LaunchConfig
 from alignment.core.errors import Busy, ConfigError
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps import trials as shared
-from alignment.pipeline.sweeps.trials import Outcome, Share, shares
+from alignment.pipeline.sweeps.trials import Share, shares
+from alignment.records.sweep import TrialOutcome
 from tests.unit.pipeline.sweeps.fake_runs import BETAS, Runs, go, own, trials
 
 STEPS = 4
@@ -33,7 +34,7 @@ class Processes:
         self.seen: list[tuple[str, ...]] = []
         self.shares: dict[str, Share] = {}
         self.losses: dict[str, float | list[float]] = {}
-        self.outcomes: dict[str, Outcome] = {}
+        self.outcomes: dict[str, TrialOutcome] = {}
         self.interrupt_at: int | None = None
 
     def start(self, run_folder: Path, argv: Sequence[str], *, log: Path, share: Share) -> Process:
@@ -63,12 +64,12 @@ class Process:
     def stage(self) -> str:
         return "dpo"
 
-    def ended(self) -> Outcome | None:
+    def ended(self) -> TrialOutcome | None:
         self.all.seen.append(tuple(self.all.alive))
         if len(self.all.seen) == self.all.interrupt_at:
             raise KeyboardInterrupt
         if self.asked:
-            return Outcome(code=75)
+            return TrialOutcome(code=75)
         if self.steps < STEPS:
             self.steps += 1
             losses = self.all.losses.get(self.beta, 1.0)
@@ -83,7 +84,7 @@ class Process:
         told = json.loads((self.folder / "run.json").read_text())
         told["stages"]["dpo"] = {"kind": "dpo", "state": "done", "artifact": str(self.folder / "dpo")}
         (self.folder / "run.json").write_text(json.dumps(told))
-        return Outcome(code=0)
+        return TrialOutcome(code=0)
 
     def ask_to_stop(self) -> None:
         self.asked = True
@@ -117,7 +118,7 @@ def test_as_many_trials_run_at_once_as_are_asked_for_and_each_value_is_tried_onc
 
 
 def test_a_trial_that_fails_leaves_the_others_alone(processes: Processes, runs: Runs) -> None:
-    processes.outcomes["0.1"] = Outcome(code=6, error="stage dpo: a gradient is not finite\n  → lower the rate")
+    processes.outcomes["0.1"] = TrialOutcome(code=6, error="stage dpo: a gradient is not finite\n  → lower the rate")
     assert go(runs, at_once=2)[0] == 0
     rows = trials(runs)
     assert [row["state"] for row in rows] == ["done", "done", "done", "failed"]
@@ -137,7 +138,7 @@ def test_interrupted_it_stops_all_and_goes_on_with_those(processes: Processes, r
 def test_jobs_of_a_trial_that_slurm_still_has_end_the_sweep_until_they_are_over(
     processes: Processes, runs: Runs
 ) -> None:
-    processes.outcomes["0.1"] = Outcome(code=8, error="Slurm has jobs of this run: sft (job 3)")
+    processes.outcomes["0.1"] = TrialOutcome(code=8, error="Slurm has jobs of this run: sft (job 3)")
     with pytest.raises(Busy, match="Slurm has jobs of this run"):
         go(runs, at_once=2)
     processes.outcomes.clear()

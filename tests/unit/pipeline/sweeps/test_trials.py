@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 
 from alignment.core.locks import held
-from alignment.pipeline.sweeps.trials import Outcome, Running, Share
+from alignment.pipeline.sweeps.trials import Running, Share
+from alignment.records.sweep import TrialOutcome
 
 ALL = Share(cores=frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset())
 
@@ -36,7 +37,7 @@ def test_one_that_was_killed_is_told_from_one_that_failed(tmp_path: Path) -> Non
     ]
     process.kill()
     one.wait(60)
-    assert one.ended() == Outcome(code=1, error="its process ended by signal 9 without a word")
+    assert one.ended() == TrialOutcome(code=1, error="its process ended by signal 9 without a word")
     one.close()
 
 

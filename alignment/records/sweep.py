@@ -1,11 +1,14 @@
-"""What the page about a sweep shows, as plain records; ``sweep.json`` holds the same."""
+"""``sweep.json``, which the page about a sweep shows, and the file in which a trial says how it ended."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from alignment.core import typed_json
 from alignment.records.interval import Interval
 
+FILE = "sweep.json"
 Setting = str | int | float
 
 FEWEST_FOR_IMPORTANCE = 10
@@ -70,8 +73,46 @@ class SweepRecord:
     verdict: str
     importance: list[dict[str, float]]
     cautions: list[str] = field(default_factory=list)
+    version: int = 1
+
+    def write(self, folder: Path) -> None:
+        """Replaces the file in the sweep's folder."""
+        typed_json.write(folder / FILE, self)
+
+    @staticmethod
+    def read(folder: Path) -> SweepRecord:
+        """The record of the sweep in this folder.
+
+        Raises:
+            FileNotFoundError: no trial of it has ended yet.
+            ArtifactError: it is damaged, or was written by a newer version.
+        """
+        return typed_json.read(folder / FILE, SweepRecord, remedy="start the sweep again to rewrite it")
 
     @property
     def done(self) -> list[Trial]:
         """The trials that have figures."""
         return [trial for trial in self.trials if trial.state == "done"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialOutcome:
+    """How a trial ended: its exit code (alignment/core/errors.py), and in words what went wrong."""
+
+    code: int
+    error: str = ""
+    version: int = 1
+
+    def write(self, file: Path) -> None:
+        """Writes the file, which the sweep that started the trial reads."""
+        typed_json.write(file, self)
+
+    @staticmethod
+    def read(file: Path) -> TrialOutcome:
+        """How the trial ended.
+
+        Raises:
+            FileNotFoundError: it wrote nothing.
+            ArtifactError: the file is damaged.
+        """
+        return typed_json.read(file, TrialOutcome, remedy="start the sweep again; the trial runs anew")
