@@ -15,10 +15,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from alignment.core.errors import ConfigError
 from alignment.core.stop_requests import SIGNALS
 from alignment.models.assembly.adapters import with_own
+from alignment.records.step_log import MetricsLog
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_figures, refuse_weights
-from alignment.training.metrics import MetricsLog
 from alignment.training.sharding import layout
 
 _NAMES = {"learning_rate": "lr"}

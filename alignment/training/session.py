@@ -14,6 +14,7 @@ import torch
 from transformers import Trainer
 
 from alignment.core.errors import ConfigError
+from alignment.records.step_log import METRICS, MetricsLog
 from alignment.training import checkpoints
 from alignment.training.callbacks import (
     AdaptersAtWork,
@@ -26,7 +27,6 @@ from alignment.training.callbacks import (
 )
 from alignment.training.context import StageContext
 from alignment.training.finite import FiniteSteps, refuse_divergence
-from alignment.training.metrics import MetricsLog
 from alignment.training.sharding import everyones, layout
 
 
@@ -55,7 +55,7 @@ def train(
         NonFiniteError: a loss or gradient was not finite.
         StageError: the training diverged.
     """
-    log = MetricsLog(context.content / "metrics.jsonl")
+    log = MetricsLog(context.content / METRICS)
     resumed = _newest_checkpoint(context)
     if context.is_main:
         log.keep_through(0 if resumed is None else checkpoints.step_of(resumed))

@@ -36,7 +36,6 @@ NO_ARITHMETIC = (
     "alignment.records",
     "alignment.training.checkpoints",
     "alignment.training.finite",
-    "alignment.training.metrics",
     "alignment.training.heartbeat",
     "alignment.training.trackers",
     "alignment.training.trackers.all_trackers",

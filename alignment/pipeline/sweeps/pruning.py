@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,8 +13,7 @@ from alignment.config.sweep import Pruner
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.pipeline.sweeps.sweep_file import Sweep
 from alignment.records.run import RunRecord, StageEntry
-
-_FILE = "metrics.jsonl"
+from alignment.records.step_log import METRICS, written_rows
 
 
 class Curve:
@@ -65,8 +63,7 @@ class Curve:
         artifact = self._entry().artifact
         for place in [Path(artifact), Path(f"{artifact}.work") / "content"] if artifact else []:
             with suppress(FileNotFoundError):
-                *lines, _unfinished = (place / _FILE).read_text(encoding="utf-8").split("\n")
-                return [json.loads(line) for line in lines]
+                return written_rows(place / METRICS)
         return []
 
     def _state(self) -> str:

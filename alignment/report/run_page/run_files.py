@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from alignment.core import typed_json
 from alignment.core.artifacts import EVALUATION, FORGETTING, REPORT, REWARD_CARD, Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.records import reward_card
-from alignment.records.evaluation import Evaluation
+from alignment.records.evaluation import SAMPLES, Evaluation
 from alignment.records.run import FILE, RunRecord, StageEntry
+from alignment.records.step_log import METRICS, readable_rows
 from alignment.records.worker import STATUS, Status
 from alignment.report.kit import text
 from alignment.report.kit.record_files import FOR_A_PAGE, shown
@@ -118,35 +118,13 @@ def _read_metrics(folder: Path | None, notes: list[str]) -> list[dict[str, Any]]
     """The lines of metrics.jsonl; those of an interrupted stage lie in its work folder."""
     if folder is None:
         return []
-    path = next((p for p in (folder, _work(folder) / "content") if (p / "metrics.jsonl").is_file()), None)
+    path = next((p for p in (folder, _work(folder) / "content") if (p / METRICS).is_file()), None)
     if path is None:
         return []
-    rows, torn = read_lines(path / "metrics.jsonl")
+    rows, torn = readable_rows(path / METRICS)
     if torn:
         notes.append(f"{torn} line{'s' if torn > 1 else ''} of its metrics.jsonl cannot be read and is left out.")
     return rows
-
-
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a JSONL file, and how many lines were torn; a killed writer can leave half a line."""
-    rows: list[dict[str, Any]] = []
-    torn = 0
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return [], 1
-    for line in lines:
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            torn += 1
-    return rows, torn
 
 
 def _error(path: Path) -> str:
@@ -170,9 +148,9 @@ def _read_evaluation_of(
         reason = f"The evaluation ({candidates[0]}) has no result yet."
         return None, reason, [], "Samples come from the evaluation, which has no result yet."
     evaluation, note = read_evaluation(found / "evaluation.json")
-    if not (found / "samples.jsonl").is_file():
+    if not (found / SAMPLES).is_file():
         return evaluation, note, [], "The evaluation kept no samples.jsonl."
-    rows, torn = read_lines(found / "samples.jsonl")
+    rows, torn = readable_rows(found / SAMPLES)
     samples, left_out = read_samples(rows, evaluation.primary_metric if evaluation else None)
     lost = torn + left_out
     return evaluation, note, samples, f"{lost} rows of samples.jsonl cannot be read." if lost else ""

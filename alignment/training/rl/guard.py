@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignment.config.overoptimisation import GuardConfig
+from alignment.records.step_log import MetricsLog
 from alignment.rewards.slot import Rewards
 from alignment.training.context import StageContext
-from alignment.training.metrics import MetricsLog
 from alignment.training.rl.experience import Rollout
 from alignment.training.rl.rollouts import Prompts, Rollouts
 from alignment.training.rl.step_metrics import UpdateMetrics

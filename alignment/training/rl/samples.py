@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from alignment.records.step_log import MetricsLog
 from alignment.training.context import StageContext
-from alignment.training.metrics import MetricsLog
 from alignment.training.rl.experience import Rollout
 
 

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from alignment.core.artifacts import Manifest, publish, write_json, write_lines
 from alignment.core.errors import ConfigError, DiskError
 from alignment.core.files import disk_error, explained, is_full, remove_leftovers, replacing
+from alignment.records.step_log import MetricsLog
 from alignment.report.kit.pages import write_page
-from alignment.training.metrics import MetricsLog
 
 ROOT = Path(__file__).parents[3]
 

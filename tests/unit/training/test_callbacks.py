@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from alignment.records.step_log import MetricsLog
 from alignment.records.worker import Progress
 from alignment.training.callbacks import Checkpoints, StepLog, StopOnSignal
 from alignment.training.checkpoints import newest
 from alignment.training.context import StageContext
-from alignment.training.metrics import MetricsLog
 
 
 @pytest.fixture

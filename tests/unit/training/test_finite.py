@@ -14,13 +14,13 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from alignment.core.errors import NonFiniteError, StageError
+from alignment.records.step_log import MetricsLog
 from alignment.stages.reward import run as reward
 from alignment.stages.shared.result import save_model
 from alignment.training.callbacks import Checkpoints, StepLog
 from alignment.training.checkpoints import newest
 from alignment.training.context import StageContext
 from alignment.training.finite import FiniteSteps, refuse_divergence, refuse_results, refuse_weights
-from alignment.training.metrics import MetricsLog
 from tests.chained import FULL, LORA, Chained, config_of
 from tests.tiny import tiny_model
 

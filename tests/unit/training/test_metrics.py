@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.training.metrics import MetricsLog
+from alignment.records.step_log import MetricsLog
 from alignment.training.rl.step_metrics import UpdateMetrics
 from tests.oracles.close import close
 from tests.waits import Waits

@@ -17,6 +17,7 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig, Schedule
 from alignment.models.forward.rows import by_tokens, stream
+from alignment.records.step_log import MetricsLog
 from alignment.stages.dpo import run as dpo
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.reward import run as reward
@@ -25,7 +26,6 @@ from alignment.stages.sft import run as sft
 from alignment.stages.sft.config import SftConfig
 from alignment.training.adamw import RandomlyRoundedAdamW
 from alignment.training.context import StageContext
-from alignment.training.metrics import MetricsLog
 from alignment.training.micro_batches import (
     MicroBatches,
     _weigh,

@@ -8,6 +8,8 @@ from typing import Any
 
 from alignment.core.files import naming, write_text
 
+METRICS = "metrics.jsonl"
+
 
 class MetricsLog:
     """Appends steps to a file; lines after a step can be dropped when a stage goes on from a checkpoint."""
@@ -37,6 +39,35 @@ class MetricsLog:
         """All that is there."""
         lines = self._path.read_text(encoding="utf-8").split("\n") if self._path.exists() else []
         return [json.loads(line) for line in lines if line]
+
+
+def written_rows(path: Path) -> list[dict[str, Any]]:
+    """The steps of a file to which a stage may be writing now: a line counts once it has ended.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not JSON.
+    """
+    *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines]
+
+
+def readable_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a file of lines, and how many lines are not objects; a killed writer can leave half a line."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return [], 1
+    rows = [_object(line) for line in lines if line.strip()]
+    return [row for row in rows if row is not None], rows.count(None)
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _step_of(line: str) -> float:
