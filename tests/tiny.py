@@ -180,6 +180,7 @@ def tiny_spec(folder: Path, config: StageConfig, **changes: Any) -> StageSpec:
         "seed": 0,
         "tracking": TrackingConfig(),
         "git_commit": "",
+        "produces": kind_of(config).produces,
     }
     return StageSpec(**{**told, **changes})
 
