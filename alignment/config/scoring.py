@@ -5,16 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from alignment.config.rules import PATTERN, POSITIVE, SCORE
+from alignment.config.rules import NAME, PATTERN, POSITIVE, SCORE
 
 
 @dataclass(kw_only=True, slots=True)
-class ScorerConfig:
-    """One part of an answer's score: ``weight`` times what ``source`` says of it.
+class ScoreSourceConfig:
+    """Where a score comes from.
 
     ``source`` is ``reward`` (the model that the stage's ``reward`` names), another reward model (``stage:NAME``,
     ``path:FOLDER``, ``hub:ORG/NAME@REVISION``), ``FILE.py:FUNCTION`` (your code), ``bundled:NAME.py:FUNCTION``, or a
     rule: ``exact_answer``, ``regex`` (with ``pattern``) or ``length`` (with ``target``, in words).
+    """
+
+    source: str = ""
+    pattern: Annotated[str | None, PATTERN] = None
+    target: Annotated[int | None, POSITIVE] = None
+
+
+@dataclass(kw_only=True, slots=True)
+class ScorerConfig(ScoreSourceConfig):
+    """One part of an answer's score: ``weight`` times what ``source`` says of it.
+
     With ``normalize`` the running mean is taken off and the running standard deviation divided out; ``clip`` then
     bounds the absolute value.
     """
@@ -23,5 +34,11 @@ class ScorerConfig:
     weight: Annotated[float, SCORE] = 1.0
     normalize: bool = False
     clip: Annotated[float | None, POSITIVE] = None
-    pattern: Annotated[str | None, PATTERN] = None
-    target: Annotated[int | None, POSITIVE] = None
+
+
+@dataclass(kw_only=True, slots=True)
+class MetricConfig(ScoreSourceConfig):
+    """A metric of an evaluation: the mean of what ``source`` says of each answer, shown under ``name``."""
+
+    name: Annotated[str, NAME] = ""
+    higher_is_better: bool = True

@@ -17,6 +17,7 @@ from typing import Any
 
 from alignment.config.did_you_mean import nearest, suggestion
 from alignment.config.faults import Fault, refuse
+from alignment.config.replaced_keys import instead_of_source, instead_of_value
 from alignment.config.rules import NAME, is_name, rule_of
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageClasses, StageConfig
@@ -97,7 +98,9 @@ class _Conversion:
         """An instance of ``cls``; keys that ``tree`` leaves out keep their value from ``defaults``."""
         hints = field_types(cls)
         if not isinstance(tree, Mapping):
-            self._fault(where, f"{tree!r} is no group of settings; it takes the keys {', '.join(hints)}")
+            instead = instead_of_source(tree) if isinstance(tree, str) else None
+            keys = f"it takes the keys {', '.join(hints)}"
+            self._fault(where, f"{tree!r} is no group of settings; {keys}{f'; {instead}' if instead else ''}")
             return defaults
         values = {name: getattr(defaults, name) for name in hints}
         for key, value in tree.items():
@@ -163,9 +166,10 @@ class _Conversion:
 
     def _field(self, cls: type, name: str, value: Any, *, where: str, default: Any) -> Any:
         hint = field_types(cls)[name]
-        if dataclasses.is_dataclass(hint):
-            assert isinstance(hint, type)
-            return self.instance(hint, value, where=where, defaults=default)
+        if (group := group_of(hint)) is not None:
+            if value is None and group is not hint:
+                return None
+            return self.instance(group, value, where=where, defaults=group() if default is None else default)
         if kinds := kinds_of(hint):
             return self._of_kind(kinds, value, where=where, default=default)
         item, rule = listed_dataclass(hint), rule_of(cls, name)
@@ -229,8 +233,9 @@ def paths_below(cls: type) -> Iterator[str]:
     """Dotted paths of all settings of a dataclass and of those inside it, without what stands in lists."""
     for name, hint in field_types(cls).items():
         yield name
-        inner = [hint] if dataclasses.is_dataclass(hint) and isinstance(hint, type) else kinds_of(hint).values()
-        yield from dict.fromkeys(f"{name}.{path}" for group in inner for path in paths_below(group))
+        group = group_of(hint)
+        inner = kinds_of(hint).values() if group is None else [group]
+        yield from dict.fromkeys(f"{name}.{path}" for cls_inside in inner for path in paths_below(cls_inside))
 
 
 def _ending_with(leaf: str, paths: Sequence[str]) -> list[str]:
@@ -245,10 +250,22 @@ def _either(names: Sequence[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+def group_of(hint: Any) -> type | None:
+    """The dataclass that a field holds, if it holds one, or None: a group of settings that may be left out."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return hint
+    classes = _dataclasses_of(hint)
+    return classes[0] if len(classes) == 1 and types.NoneType in typing.get_args(hint) else None
+
+
 def kinds_of(hint: Any) -> dict[str, type]:
     """The dataclasses of a field that holds one of several, by their ``kind``; empty for any other field."""
-    classes = [cls for cls in typing.get_args(hint) if isinstance(cls, type) and dataclasses.is_dataclass(cls)]
+    classes = _dataclasses_of(hint)
     return {str(_default_of(cls, "kind")): cls for cls in classes} if len(classes) > 1 else {}
+
+
+def _dataclasses_of(hint: Any) -> list[type]:
+    return [cls for cls in typing.get_args(hint) if isinstance(cls, type) and dataclasses.is_dataclass(cls)]
 
 
 def _default_of(cls: type, name: str) -> Any:
@@ -304,6 +321,8 @@ def _choice(hint: type[Enum], value: Any) -> Enum:
             return member
     close = nearest(str(value), options)
     hint_text = f"; did you mean '{close}'?" if close else ""
+    if instead := instead_of_value(hint, str(value)):
+        hint_text = f"; {instead}"
     raise _Wrong(f"one of: {', '.join(options)}{hint_text}")
 
 

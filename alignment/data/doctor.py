@@ -27,7 +27,7 @@ NOUNS: dict[type[Record], str] = {
     Conversation: "conversations",
     PreferencePair: "pairs",
     Prompt: "prompts",
-    HeldOutPrompt: "prompts with facts",
+    HeldOutPrompt: "held-out prompts",
     Question: "questions with choices",
 }
 _OF_ONE_FORMAT: dict[type[Record], Format] = {PlainText: TEXT, Question: CHOICES}

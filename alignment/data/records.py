@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
-from alignment.data.fields import Fields, is_text
+from alignment.data.fields import Fields
 from alignment.data.turns import Message
 
 
@@ -100,7 +100,7 @@ class Conversation:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreferencePair:
     """Two answers to one prompt, the better one first. ``flaw`` says in a word what is wrong with ``rejected``,
-    ``subset`` to which part of a benchmark the pair belongs.
+    ``subset`` to which part of a benchmark the pair belongs. ``row`` is the whole row, for a rule that looks at more.
 
     Example row: ``{"messages": [{"role": "user", "content": "2 + 2?"}], "chosen": "4.", "rejected": "5."}``
     """
@@ -115,6 +115,7 @@ class PreferencePair:
     task: str = ""
     flaw: str = ""
     subset: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     where: str = field(default="", compare=False)
 
     @classmethod
@@ -124,7 +125,7 @@ class PreferencePair:
         if not example.answers:
             fields.fail("chosen", "is missing: the row has no two answers to compare")
         labels = {name: fields.label(name) for name in ("id", "task", "flaw", "subset")}
-        told: dict[str, Any] = labels | {"where": fields.where}
+        told: dict[str, Any] = labels | {"row": fields.row, "where": fields.where}
         found = 0
         for one, other in combinations(example.answers, 2):
             better, worse = (one, other) if one.rank > other.rank else (other, one)
@@ -171,34 +172,33 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOutPrompt:
-    """A prompt with the facts that a good answer carries; each fact is a list of wordings, any of which counts.
+class HeldOutPrompt(Prompt):
+    """A prompt that arms of an evaluation answer, and a ``reference`` answer where the row has one: its column of that
+    name, or a trailing assistant turn.
 
-    Example row: ``{"messages": [{"role": "user", "content": "When …?"}], "facts": [["21 March", "March 21"]]}``
+    Example row: ``{"messages": [{"role": "user", "content": "When …?"}], "reference": "On 21 March."}``
     """
 
     EXAMPLE: ClassVar[str] = (
-        '{"messages": [{"role": "user", "content": "When is the training?"}], "facts": [["21 March", "March 21"]]}'
+        '{"messages": [{"role": "user", "content": "When is the training?"}], "reference": "On 21 March."}'
     )
 
-    messages: tuple[Message, ...]
-    facts: tuple[tuple[str, ...], ...]
     reference: str = ""
-    id: str = ""
-    task: str = ""
-    where: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, example: Example) -> Iterator[Self]:
-        """Raises DataError unless there is a prompt and at least one fact."""
+        """Raises DataError unless a user turn is left at the end."""
         fields = example.fields
+        messages = example.prompt(drop_answer=True)
+        dropped = "".join(turn.content for turn in example.turns[len(messages) :])
         yield cls(
-            messages=example.prompt(),
-            facts=_facts(fields),
-            reference=fields.label("reference"),
+            messages=messages,
+            tools=example.tools,
             id=fields.label("id"),
             task=fields.label("task"),
+            row=fields.row,
             where=fields.where,
+            reference=fields.label("reference") or dropped,
         )
 
 
@@ -269,12 +269,13 @@ class PlainText:
 Record = PlainText | Conversation | PreferencePair | Prompt | HeldOutPrompt | Question
 
 
-def _facts(fields: Fields) -> tuple[tuple[str, ...], ...]:
-    """Key facts, at least one, each with at least one wording."""
-    value = fields.required("facts")
-    if not isinstance(value, list) or not value:
-        fields.fail("facts", f"must be a list of facts and not empty; it is {value!r:.60}")
-    for number, wordings in enumerate(value):
-        if not isinstance(wordings, list) or not wordings or not all(is_text(item) for item in wordings):
-            fields.fail(f"facts[{number}]", f"must be a list of wordings; it is {wordings!r:.60}")
-    return tuple(tuple(wordings) for wordings in value)
+class HasRow(Protocol):
+    """A record that carries its whole row, for scorers that look at more than its own fields."""
+
+    @property
+    def row(self) -> Mapping[str, Any]:
+        """The row, whatever its columns."""
+
+    @property
+    def where(self) -> str:
+        """Where it stands, ``FILE:LINE``."""

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from alignment.data.tokens.tokenize import end_ids
 from alignment.data.turns import Message
-from alignment.evaluation.house_style import STYLE_PROMPT
 from alignment.models.forward.answers import answer_statistics, batches, scalar_scores, unwrapped
 from alignment.models.forward.generate import answer_batch, reading_order
 from alignment.models.forward.shared_prompts import can_read, read
@@ -61,16 +60,11 @@ class Answered:
         return [answer.ids for answer in self.answers]
 
 
-def with_style_prompt(messages: Sequence[Message]) -> list[Message]:
-    """The same turns with the house style asked for in the system message."""
+def with_system_prompt(messages: Sequence[Message], system_prompt: str) -> list[Message]:
+    """The same turns with the prompt behind the system message that they have, or as one."""
     system = [m.content for m in messages if m.role == "system"]
     turns = [m for m in messages if m.role != "system"]
-    return [Message(role="system", content="\n".join([*system, STYLE_PROMPT])), *turns]
-
-
-def source_text(messages: Sequence[Message]) -> str:
-    """What an answer may draw on: everything but the assistant's own turns."""
-    return "\n".join(message.content for message in messages if message.role != "assistant")
+    return [Message(role="system", content="\n".join([*system, system_prompt])), *turns]
 
 
 def read_answers(tokenizer: Any, rows: Sequence[list[int]]) -> list[Answer]:
@@ -83,12 +77,12 @@ def read_answers(tokenizer: Any, rows: Sequence[list[int]]) -> list[Answer]:
 
 
 def side_by_side(
-    prompts: Sequence[list[int]], arms: Sequence[Sequence[list[int]]]
+    prompts: Sequence[Sequence[int]], arms: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Rows of all arms' answers (token ids), those to one prompt next to each other, so that it is computed once."""
     return (
-        [prompt for prompt in prompts for _ in arms],
-        [arm[row] for row in range(len(prompts)) for arm in arms],
+        [list(prompt) for prompt in prompts for _ in arms],
+        [list(arm[row]) for row in range(len(prompts)) for arm in arms],
     )
 
 

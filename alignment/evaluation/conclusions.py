@@ -17,6 +17,8 @@ def conclusions(
     """A sentence on which arms differ by the primary ``metric``, one on the difference that this evaluation would
     miss, and one on the judge if there is one. Without a metric there are no comparisons."""
     sentences = []
+    if metric is None and judge is None:
+        sentences = [f"{num_prompts} prompts, neither a metric nor a judge: no arm is called better than another."]
     if metric is not None and comparisons:
         sentences = [_differences(num_prompts, metric, comparisons, labels), _limit(metric, comparisons)]
     if judge is not None:

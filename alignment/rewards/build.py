@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from alignment.config.scoring import ScorerConfig
+from alignment.config.scoring import ScorerConfig, ScoreSourceConfig
 from alignment.core.artifacts import read_manifest
 from alignment.data.records import Prompt
 from alignment.job import StageSpec
@@ -55,6 +55,19 @@ def build_rewards(
     return RewardMix(parts, tokenizer, prompts)
 
 
+def build_scorer(
+    field: str,
+    scorer: ScoreSourceConfig,
+    spec: StageSpec,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    run: Computation,
+) -> Scorer:
+    """The scorer at a ``field`` of the configuration; the rest, and what it raises, as in ``build_rewards``."""
+    builder = _Builder(spec=spec, tokenizer=tokenizer, prompts=prompts, reward_model=None, run=run)
+    return builder.scorer(field, scorer)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Builder:
     """What the scorers of a stage have in common."""
@@ -65,7 +78,7 @@ class _Builder:
     reward_model: PreTrainedModel | PeftModel | None
     run: Computation
 
-    def scorer(self, field: str, scorer: ScorerConfig) -> Scorer:
+    def scorer(self, field: str, scorer: ScoreSourceConfig) -> Scorer:
         """The scorer at a field of the configuration."""
         function = function_of(scorer.source)
         if function is not None:
@@ -74,7 +87,7 @@ class _Builder:
         name = input_field(field, scorer.source)
         return self._verifier(scorer) if name is None else self._model(name, source=scorer.source)
 
-    def _verifier(self, scorer: ScorerConfig) -> Scorer:
+    def _verifier(self, scorer: ScoreSourceConfig) -> Scorer:
         match scorer.source:
             case "exact_answer":
                 return ExactAnswer(self.prompts)

@@ -112,7 +112,7 @@ def _raised(error: BaseException, source: FunctionSource, when: str) -> RewardEr
     detail = f": {error}" if str(error) else ""
     at = f" at line {lines[-1]}" if lines else ""
     return RewardError(
-        f"raised {type(error).__name__}{detail}{at}, {when}; nothing was learned from it",
+        f"raised {type(error).__name__}{detail}{at}, {when}; none of its scores was used",
         where=str(source),
         remedy="mend the function and run again; the stage then starts anew, for it is another one",
     )

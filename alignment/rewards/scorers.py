@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, Protocol
 
@@ -35,6 +35,12 @@ class Answers:
     texts: Sequence[str]
     prompts: Sequence[Prompt]
     rows: Sequence[int]
+
+    def parts(self, size: int) -> Iterator[Answers]:
+        """The answers in order, at most ``size`` at once."""
+        for start in range(0, len(self.texts), size):
+            some = slice(start, start + size)
+            yield Answers(**{field.name: getattr(self, field.name)[some] for field in fields(self)})
 
     def locations(self) -> str:
         """Files and lines of the prompts, the first three of them: ``a.jsonl:1, a.jsonl:7 and 2 more``."""
@@ -113,7 +119,7 @@ def _as_float(value: Real) -> float:
 
 
 def _refused(problem: str, source: str, remedy: str = _REMEDY) -> RewardError:
-    return RewardError(f"{problem}; nothing was learned from these scores", where=source, remedy=remedy)
+    return RewardError(f"{problem}; none of these scores was used", where=source, remedy=remedy)
 
 
 class ExactAnswer:

@@ -15,7 +15,7 @@ from alignment.config.data import DataConfig, MixedConfig
 from alignment.config.faults import Fault
 from alignment.config.launch import LaunchConfig
 from alignment.config.run import RunConfig
-from alignment.config.scoring import ScorerConfig
+from alignment.config.scoring import ScoreSourceConfig
 from alignment.data.records import Record
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import Kind as RowKind
@@ -113,7 +113,7 @@ def _nothing(*_: Any) -> tuple[()]:
     return ()
 
 
-def _no_scorers(_: Any) -> Mapping[str, ScorerConfig]:
+def _no_scorers(_: Any) -> Mapping[str, ScoreSourceConfig]:
     return {}
 
 
@@ -219,7 +219,7 @@ class StageKind:
     produces: str
     run: str = ""
     data: Callable[[Any], Sequence[DataSlot]] = _nothing
-    scorers: Callable[[Any], Mapping[str, ScorerConfig]] = _no_scorers
+    scorers: Callable[[Any], Mapping[str, ScoreSourceConfig]] = _no_scorers
     faults: Callable[[Any, RunConfig, str], Iterable[Fault]] = _nothing
     completed: Callable[[Any, RunConfig], Any] = _unchanged
     as_read: Callable[[Any], Any] = _unchanged

@@ -32,13 +32,14 @@ PUBLIC_DUNDERS = {"__name__", "__qualname__", "__module__", "__class__", "__init
 KNOWN = {"alignment", *sys.stdlib_module_names}
 PUBLIC_DUNDERS |= {
     "_replace",
+    "__metadata__",
+    "__setattr__",
     "__cause__",
     "__context__",
     "__future__",
     "__version__",
     "__func__",
     "__mro__",
-    "__setattr__",
     "__dict__",
 }
 

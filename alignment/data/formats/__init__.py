@@ -42,7 +42,7 @@ _IN_ORDER = (
     TEXT,
 )
 FORMATS: dict[str, Format] = {one.name: one for one in _IN_ORDER}
-_BESIDE = ("system", "history", "input", "tools", "facts", "reference", "id", "task", "flaw", "subset")
+_BESIDE = ("system", "history", "input", "tools", "reference", "id", "task", "flaw", "subset")
 COLUMNS = sorted({*PROMPTS, *_BESIDE, *(name for one in _IN_ORDER for name in json.loads(one.row))})
 """Every column that a format or a record reads."""
 

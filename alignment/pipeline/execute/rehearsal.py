@@ -29,13 +29,13 @@ _RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 def rehearse(plan: Plan, stages: Sequence[PlannedStage], *, announce: Callable[[str], None]) -> None:
-    """Returns if nothing is known to stop those of the stages that train behind another.
+    """Returns if nothing is known to stop those of the stages that come behind another.
 
     Raises:
         AlignmentError: what the stage would raise: rows that cannot be learned from, or a scorer that fails.
         StageError: no answer within ``launch.hang_seconds``.
     """
-    waiting = [one for one in stages if one.action is not Action.reuse and as_trained(one.config) is not None][1:]
+    waiting = [one for one in stages if one.action is not Action.reuse][1:]
     rows = [stage for stage in waiting if _learns_by_own_tokenizer(stage.config, plan.config.stages)]
     scorers = [stage for stage in waiting if stage.code]
     rows = [stage for stage in rows if not rehearsed.is_known(plan, stage, part=rehearsed.ROWS)]

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig
-from alignment.core.artifacts import EVALUATION
-from alignment.core.fingerprint import canonical, digest, file_sha256
+from alignment.core.fingerprint import canonical, digest
 from alignment.data.chat_template import template_text
 from alignment.pipeline.plan import scorer_checks
 from alignment.pipeline.sources.model_sources import ModelSource
 from alignment.stages.registry import kind_of
-
-RULE = Path(__file__).parents[2] / "evaluation" / "house_style.py"
-"""The gold rule and the style prompt: what was judged under an older rule is not reused."""
 
 
 def of_stage(
@@ -35,7 +30,6 @@ def of_stage(
     """
     stage = run.stages[name]
     kind = kind_of(stage)
-    judged = kind.produces == EVALUATION or getattr(stage, "rule", None) is not None
     others = {field: content for field, content in data.items() if field != "data"}
     seldom = {
         "extra_data": others,
@@ -45,7 +39,7 @@ def of_stage(
         "stage": name,
         "kind": stage.kind,
         "revision": kind.revision,
-        "rule": file_sha256(RULE) if judged else None,
+        "rule": None,  # older results hold a hash here where a rule of the package scored
         "config": canonical(_as_read(stage)),
         "data": data["data"],
         "inputs": inputs,

@@ -82,9 +82,9 @@ def _in_words(path: tuple[str, ...], old: Any, new: Any, refs: dict[str, str]) -
     if head == "extra_data":
         return f"{rest} changes"
     if head == "code":
-        return "your code changes"
+        return "code that scores changes"
     if head == "rule":
-        return "the rule of the house style changes"
+        return "the rule that scores changes"
     if head == "revision":
         return "the stage itself was revised"
     return f"{'.'.join(path)} {_value(old)} → {_value(new)}"

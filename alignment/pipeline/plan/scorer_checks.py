@@ -12,12 +12,12 @@ from typing import Any
 
 from alignment.config.did_you_mean import nearest, suggestion
 from alignment.config.faults import Fault
-from alignment.config.replaced_keys import instead_of_value
-from alignment.config.scoring import ScorerConfig
+from alignment.config.replaced_keys import instead_of_source
+from alignment.config.scoring import ScoreSourceConfig
 from alignment.config.stage import StageConfig
 from alignment.core.fingerprint import file_sha256
 from alignment.data.bundled_files import bundled_code
-from alignment.data.records import Prompt
+from alignment.data.records import HasRow
 from alignment.rewards.scorer_sources import (
     REWARD,
     VERIFIERS,
@@ -100,20 +100,20 @@ def _kind(source: str) -> str:
     return "model" if is_reference(source) else source
 
 
-def row_checks(stage: StageConfig) -> tuple[Callable[[Prompt], object], ...]:
+def row_checks(stage: StageConfig) -> tuple[Callable[[HasRow], object], ...]:
     """What the stage's verifiers look at in a row; each raises DataError where that is not there."""
     sources = {scorer.source for scorer in kind_of(stage).scorers(stage).values()}
     return tuple(check for source, check in _ROW_CHECKS.items() if source in sources)
 
 
-def _has_answer(prompt: Prompt) -> None:
-    expected_answer(prompt.row, where=prompt.where)
+def _has_answer(record: HasRow) -> None:
+    expected_answer(record.row, where=record.where)
 
 
-_ROW_CHECKS: dict[str, Callable[[Prompt], object]] = {"exact_answer": _has_answer}
+_ROW_CHECKS: dict[str, Callable[[HasRow], object]] = {"exact_answer": _has_answer}
 
 
-def _scorer_faults(where: str, scorer: ScorerConfig) -> Iterator[Fault]:
+def _scorer_faults(where: str, scorer: ScoreSourceConfig) -> Iterator[Fault]:
     if not scorer.source:
         yield Fault(where=f"{where}.source", message=f"missing; {ALLOWED}")
         return
@@ -139,7 +139,7 @@ def _source_problem(source: str) -> str | None:
         return _function_problem(function)
     if is_known(source):
         return None
-    if instead := instead_of_value(source):
+    if instead := instead_of_source(source):
         return instead
     if source.endswith(".py"):
         return f"{source!r} names no function; write {source}:FUNCTION"

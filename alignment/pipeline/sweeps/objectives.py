@@ -15,11 +15,11 @@ from alignment.config.stage import StageConfig
 from alignment.config.sweep import LESS_IS_BETTER, PRIMARY, Figure, ObjectiveConfig
 from alignment.core.artifacts import EVALUATION, read_manifest
 from alignment.core.errors import ConfigError, NonFiniteError
-from alignment.evaluation.house_style import METRICS
+from alignment.evaluation.metrics import primary_name, recorded
 from alignment.evaluation.pairwise import pairs_of
 from alignment.pipeline.execute import paired_differences
 from alignment.pipeline.sweeps import reported
-from alignment.records.evaluation import Evaluation, Metric
+from alignment.records.evaluation import Evaluation
 from alignment.records.interval import Interval
 from alignment.records.run import RunRecord
 from alignment.stages.registry import kind_of
@@ -121,6 +121,8 @@ def _fault(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
 
 def _fault_of_stage(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
     less = one.metric in LESS_IS_BETTER or reported.less_is_better(one.metric)
+    if one.stage in (evaluations := _evaluations(stages)):
+        less = less or one.metric.partition("/")[0] in _less_is_better(evaluations[one.stage])
     if less and not one.minimize:
         return _WRONG_WAY.format(one.metric)
     if one.stage not in stages:
@@ -135,28 +137,28 @@ def _fault_of_arm(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> st
         remedy = suggestion(one.arm, arms) if arms else "add an evaluate stage to the recipe, or take stage: …"
         return f"no stage reports {one.metric} of {one.arm!r}; {remedy}"
     name, stage = next(iter(evaluations.items()))
-    metrics = _metrics_of(stage)
+    metrics = recorded(stage.metrics)
     known = [*([PRIMARY] if metrics else []), *(metric.name for metric in metrics), *_FIGURES]
     if one.metric not in known:
-        why = f"stages.{name} has no metrics" if one.metric == PRIMARY else f"no evaluation reports {one.metric!r}"
+        why = f"stages.{name}.metrics names none" if one.metric == PRIMARY else f"no evaluation reports {one.metric!r}"
         return f"{why}; {suggestion(one.metric, known)}"
     asked = _by_name(one.metric, stage)
-    less = asked in LESS_IS_BETTER or any(metric.name == asked and not metric.higher_is_better for metric in metrics)
-    if less and not one.minimize:
+    if asked in (*LESS_IS_BETTER, *_less_is_better(stage)) and not one.minimize:
         return _WRONG_WAY.format(asked)
     return _never_reported(asked, one.arm, stage, f"stages.{name}")
+
+
+def _less_is_better(evaluation: Any) -> list[str]:
+    """The names of the recipe's own metrics of which less is better."""
+    return [metric.name for metric in recorded(evaluation.metrics) if not metric.higher_is_better]
 
 
 _WRONG_WAY = "the less {} the better; set minimize: true"
 
 
-def _metrics_of(stage: Any) -> Sequence[Metric]:
-    return METRICS
-
-
 def _by_name(metric: str, stage: Any) -> str:
     """The metric's own name, also where ``primary`` stands for it."""
-    return _metrics_of(stage)[0].name if metric == PRIMARY else metric
+    return primary_name(stage.metrics, stage.primary) or metric if metric == PRIMARY else metric
 
 
 def _never_reported(metric: str, arm: str, stage: Any, where: str) -> str:
@@ -181,5 +183,5 @@ def _evaluations_of(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> 
 
 
 def _evaluations(stages: Mapping[str, StageConfig]) -> dict[str, Any]:
-    """Settings of the stages that evaluate arms; they have ``arms``, ``reference``, ``reward`` and ``judge``."""
+    """Settings of the stages that evaluate arms; they have the fields of ``EvaluateConfig``."""
     return {name: stage for name, stage in stages.items() if kind_of(stage).produces == EVALUATION}

@@ -26,7 +26,7 @@ def _refusals(config: DpoConfig, _: LaunchConfig) -> Iterator[Refusal]:
         yield Refusal(field="adapter.kind", why=why, instead="adapter=lora")
 
 
-def _metrics(_: DpoConfig) -> Reported:
+def _reported(_: DpoConfig) -> Reported:
     return Reported(training=("loss", "rewards/accuracies", "rewards/margins"), counts=ROW_COUNTS)
 
 
@@ -61,5 +61,5 @@ KIND = StageKind(
     curves=_curves,
     launch=LaunchShape(refusals=_refusals),
     learning=Learning(limits=limits_of_parts, from_preferences=True),
-    outcome=Outcome(metrics=_metrics, against_forgetting=_against_forgetting),
+    outcome=Outcome(metrics=_reported, against_forgetting=_against_forgetting),
 )

@@ -16,7 +16,7 @@ from alignment.data.records import Conversation, HeldOutPrompt
 from alignment.data.tokens.tokenize import answer_ids, end_ids, prompt_ids, tokenize_rows
 from alignment.data.tokens.tokenizer import load_tokenizer, stops_alike, tokenizer_hashes
 from alignment.data.turns import Message
-from alignment.evaluation.arms import Answered, TokenSum, answer_and_score, read_answers, with_style_prompt
+from alignment.evaluation.arms import Answered, TokenSum, answer_and_score, read_answers, with_system_prompt
 from alignment.evaluation.few_shot import draw_examples, with_examples
 from alignment.job import StageInput
 from alignment.models.assembly.load import DTYPES, Lineage, lineage, load_policy, refuse_other_tokenizer
@@ -78,7 +78,8 @@ def asked_of(
         ModelError: an artifact has another tokenizer, or a model from outside no chat template.
         DataError: a row cannot be rendered, or there are too few examples.
     """
-    turns: dict[str, Turns] = {PROMPTED: lambda row: with_style_prompt(row.messages)}
+    system_prompt = config.system_prompt or ""  # the plan refuses an arm that needs one without it
+    turns: dict[str, Turns] = {PROMPTED: lambda row: with_system_prompt(row.messages, system_prompt)}
     if FEW_SHOT in config.arms:
         examples = _examples(config, context, rows)
         turns[FEW_SHOT] = lambda row: with_examples(row.messages, examples)

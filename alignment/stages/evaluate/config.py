@@ -8,26 +8,32 @@ from typing import Annotated
 from alignment.config.data import DataConfig
 from alignment.config.evaluating import FewShotConfig, JudgeConfig
 from alignment.config.rules import FILLED, POSITIVE
+from alignment.config.scoring import MetricConfig
 from alignment.config.stage_fields import reference_to
 
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Greedy answers of every arm to held-out prompts: gold rule, reward model and log-ratio to ``reference``.
+    """Greedy answers of every arm to held-out prompts: metrics, reward model and log-ratio to ``reference``.
 
-    ``arms`` are ``base``, ``base+prompt`` (the house style as a system message), ``base+few-shot`` (examples before the
-    prompt), ``stage:NAME``, and models from outside (``path:FOLDER``, ``hub:ORG/NAME@REVISION``), which may have a
-    tokenizer and a chat template of their own. Without a reward model (``reward: null``) that column stays empty.
+    ``arms`` are ``base``, ``base+prompt`` (with ``system_prompt`` as a system message), ``base+few-shot`` (examples
+    before the prompt), ``stage:NAME``, and models from outside (``path:FOLDER``, ``hub:ORG/NAME@REVISION``), which may
+    have a tokenizer and a chat template of their own. Without a reward model (``reward: null``) that column stays
+    empty. Arms are compared by the metric that ``primary`` names, the first one unless it is set; without metrics no
+    arm is called better than another.
     """
 
     kind: str = "evaluate"
     arms: Annotated[list[str], FILLED] = field(
-        default_factory=lambda: ["base", "base+prompt", "stage:sft", "stage:dpo", "stage:ppo"],
+        default_factory=lambda: ["base", "stage:sft", "stage:dpo", "stage:ppo"],
         metadata={"reference": ("policy",), "identity": False},
     )
     reference: str = reference_to("stage:sft", "policy")
     reward: str | None = reference_to("stage:reward", "reward")
     data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/heldout"))
+    metrics: list[MetricConfig] = field(default_factory=list)
+    primary: str | None = None
+    system_prompt: str | None = None
     max_new_tokens: Annotated[int, POSITIVE] = 96
     batch_size: Annotated[int, POSITIVE] = field(default=128, metadata={"identity": False})
     bootstrap_samples: Annotated[int, POSITIVE] = 2000

@@ -25,6 +25,9 @@ def judge_faults(stage: EvaluateConfig, where: str, *, hang_seconds: float) -> I
             yield Fault(where=f"{place}.pairs", message="read by nothing; judge.kind says who judges")
     else:
         yield from _pair_faults(stage, place)
+    if judge.kind is JudgeKind.metric and not stage.metrics:
+        message = f"'metric' judges by the primary metric, and {where}.metrics names none; name one"
+        yield Fault(where=f"{place}.kind", message=message)
     if judge.kind is JudgeKind.reward and stage.reward is None:
         yield Fault(where=f"{place}.kind", message=f"'reward' judges by {where}.reward, which is null; name a model")
     if judge.kind is JudgeKind.endpoint:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from alignment.config.evaluating import FEW_SHOT, FewShotConfig, JudgeConfig, JudgeKind
+from alignment.config.evaluating import FEW_SHOT, PROMPTED, FewShotConfig, JudgeConfig, JudgeKind
 from alignment.config.faults import Fault, unread_faults
 from alignment.config.run import RunConfig
-from alignment.core.artifacts import EVALUATION
+from alignment.config.scoring import MetricConfig
+from alignment.core.artifacts import EVALUATION, REWARD_MODEL
 from alignment.data.records import Conversation, HeldOutPrompt
 from alignment.data.tokens.row_kinds import CONVERSATIONS
+from alignment.evaluation import metrics
 from alignment.evaluation.endpoint import api_key
-from alignment.evaluation.house_style import METRICS
-from alignment.stages.base import DataSlot, LaunchShape, Outcome, Reported, RunsOn, StageKind
+from alignment.rewards.scorer_sources import REWARD, is_reference, source_field
+from alignment.stages.base import DataSlot, LaunchShape, Outcome, References, Reported, RunsOn, Slot, StageKind
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.judge_faults import judge_faults
 from alignment.stages.shared.kind_answers import of_arms
@@ -32,11 +34,36 @@ def _data(config: EvaluateConfig) -> list[DataSlot]:
     ]
 
 
+def _scorers(config: EvaluateConfig) -> dict[str, MetricConfig]:
+    return {f"metrics[{number}]": metric for number, metric in enumerate(config.metrics)}
+
+
+def _metric_slots(config: EvaluateConfig) -> Iterator[Slot]:
+    """Metrics that are reward models of their own."""
+    for field, metric in _scorers(config).items():
+        if is_reference(metric.source):
+            yield Slot(field=source_field(field), takes=(REWARD_MODEL,), ref=metric.source, external=True)
+
+
 def _as_read(config: EvaluateConfig) -> EvaluateConfig:
-    return config if FEW_SHOT in config.arms else replace(config, few_shot=FewShotConfig())
+    """Without settings of arms that are not there; the primary metric by its name."""
+    return replace(
+        config,
+        few_shot=config.few_shot if FEW_SHOT in config.arms else FewShotConfig(),
+        system_prompt=config.system_prompt if PROMPTED in config.arms else None,
+        primary=metrics.primary_name(config.metrics, config.primary),
+    )
 
 
 def _faults(config: EvaluateConfig, run: RunConfig, where: str) -> Iterator[Fault]:
+    yield from metrics.faults(config.metrics, config.primary, where)
+    for field, metric in _scorers(config).items():
+        if metric.source == REWARD and config.reward is None:
+            message = f"'{REWARD}' is the model that {where}.reward names, which is null; name one, or take this out"
+            yield Fault(where=f"{where}.{source_field(field)}", message=message)
+    if PROMPTED in config.arms and not config.system_prompt:
+        message = f"missing; the arm '{PROMPTED}' is asked behind it: write a text, or take that arm out"
+        yield Fault(where=f"{where}.system_prompt", message=message)
     yield from judge_faults(config, where, hang_seconds=run.launch.hang_seconds)
     if config.judge.kind is JudgeKind.none:
         names, reader = ("max_prompts", "max_invalid"), "only a judge (judge.kind)"
@@ -48,8 +75,8 @@ def _check_machine(config: EvaluateConfig, where: str) -> None:
         api_key(config.judge.endpoint, where=f"{where}.judge")
 
 
-def _metrics(config: EvaluateConfig) -> Reported:
-    names = tuple(metric.name for metric in METRICS)
+def _reported(config: EvaluateConfig) -> Reported:
+    names = tuple(metric.name for metric in config.metrics)
     return Reported(held_out=of_arms((*names, "loss", "win_rate"), config.arms))
 
 
@@ -57,12 +84,14 @@ KIND = StageKind(
     name="evaluate",
     summary="arms side by side on held-out prompts",
     config=EvaluateConfig,
-    revision=6,
+    revision=7,
     produces=EVALUATION,
     run="alignment.stages.evaluate.run:run",
     data=_data,
+    scorers=_scorers,
     faults=_faults,
     as_read=_as_read,
+    references=References(more=_metric_slots),
     launch=LaunchShape(runs_on=RunsOn.one_process, check_machine=_check_machine),
-    outcome=Outcome(metrics=_metrics),
+    outcome=Outcome(metrics=_reported),
 )

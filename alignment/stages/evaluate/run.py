@@ -8,20 +8,21 @@ from typing import Any
 from alignment.core.artifacts import write_lines
 from alignment.core.typed_json import to_json
 from alignment.data.records import HeldOutPrompt
-from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.arm_labels import labels
-from alignment.evaluation.arms import Answered, reward_scores, sequence_logprobs, side_by_side, source_text
+from alignment.evaluation.arms import Answered, reward_scores, sequence_logprobs, side_by_side
 from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.conclusions import conclusions
-from alignment.evaluation.house_style import METRICS, score
+from alignment.evaluation.metrics import primary_name, recorded
 from alignment.evaluation.tables import arm_result, by_task, compare, refuse_not_finite, samples
 from alignment.models.assembly.load import lineage, products_in, refuse_other_tokenizer
 from alignment.models.assembly.reward_head import load_reward_model
-from alignment.records.evaluation import ArmResult, Evaluation, Sample, write_samples
+from alignment.records.evaluation import ArmResult, Evaluation, Metric, Sample, write_samples
+from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate.answering import Asked, Policies, answers_of, asked_of
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.judging import Judged, ScoredArms, judge, open_endpoint
+from alignment.stages.evaluate.scoring import answers_to_score, scores_by_arm
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
@@ -34,8 +35,9 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     context.progress("loading")
     endpoint = open_endpoint(config.judge, context)
     tokenizer = load_tokenizer(spec.base_path, spec.model.chat_template)
-    for stage_input in spec.inputs.values():
-        refuse_other_tokenizer(spec, stage_input, tokenizer)
+    for field in ("reference", "reward"):
+        if field in spec.inputs:
+            refuse_other_tokenizer(spec, spec.inputs[field], tokenizer)
     rows = rows_of(context, HeldOutPrompt, config.data)
     asked = asked_of(config, context, tokenizer, rows)
     policies = Policies(context)
@@ -43,22 +45,26 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     context.progress("scoring", len(arms) * len(rows), len(arms) * len(rows))
     log_ratios = _log_ratios(context, policies, asked, arms)
     policies.let_go()
-    rewards = _rewards(context, tokenizer, rows, asked, arms)
+    answers = answers_to_score(tokenizer, rows, asked, arms)
+    rewards = _rewards(context, answers)
     for name, arm in arms.items():
         refuse_not_finite(name, arm, rewards=rewards[name], log_ratios=log_ratios[name])
-    scores = {name: _scores(rows, arm) for name, arm in arms.items()}
-    primary = ScoredArms(metric=METRICS[0], by_arm={name: of_arm[METRICS[0].name] for name, of_arm in scores.items()})
+    scores = scores_by_arm(config, context, tokenizer, rows, answers, rewards)
+    metrics = recorded(config.metrics)
+    primary = _primary(config, metrics, scores)
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
     reference = spec.inputs["reference"].ref
     judged = judge(
         config.judge, context, rows, arms, rewards, primary, endpoint, reference=reference, intervals=intervals
     )
     label_of = labels(config.arms)
-    comparisons = compare(primary.by_arm, reference=reference, intervals=intervals)
+    by_primary = {} if primary is None else primary.by_arm
+    metric = None if primary is None else primary.metric
+    comparisons = compare(by_primary, reference=reference, intervals=intervals)
     evaluation = Evaluation(
         num_prompts=len(rows),
-        metrics=METRICS,
-        primary=primary.metric.name,
+        metrics=metrics,
+        primary=None if metric is None else metric.name,
         arms=[
             arm_result(
                 name,
@@ -73,22 +79,21 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
             for name, arm in arms.items()
         ],
         comparisons=comparisons,
-        tasks=by_task(rows, primary.by_arm),
+        tasks=by_task(rows, by_primary),
         judge=judged.table,
-        conclusions=conclusions(len(rows), primary.metric, comparisons, judged.table, label_of),
+        conclusions=conclusions(len(rows), metric, comparisons, judged.table, label_of),
     )
     return _written(context, evaluation, samples(rows, arms, scores), judged)
 
 
-def _scores(rows: Sequence[HeldOutPrompt], arm: Answered) -> dict[str, list[float]]:
-    """An arm's scores by each metric."""
-    columns: dict[str, list[float]] = {metric.name: [] for metric in METRICS}
-    for row, answer in zip(rows, arm.answers, strict=True):
-        facts = [list(fact) for fact in row.facts]
-        told = score(answer.text, source=source_text(row.messages), facts=facts)
-        for column, value in zip(columns.values(), (told.gold, told.style, told.facts), strict=True):
-            column.append(value)
-    return columns
+def _primary(
+    config: EvaluateConfig, metrics: Sequence[Metric], scores: Mapping[str, Mapping[str, list[float]]]
+) -> ScoredArms | None:
+    name = primary_name(config.metrics, config.primary)
+    metric = next((metric for metric in metrics if metric.name == name), None)
+    if metric is None:
+        return None
+    return ScoredArms(metric=metric, by_arm={arm: of_arm[metric.name] for arm, of_arm in scores.items()})
 
 
 def _answers(
@@ -144,33 +149,15 @@ def _log_ratios(
     return found
 
 
-def _rewards(
-    context: StageContext,
-    tokenizer: Any,
-    rows: Sequence[HeldOutPrompt],
-    asked: Mapping[str, Asked],
-    arms: Mapping[str, Answered],
-) -> dict[str, list[float] | None]:
+def _rewards(context: StageContext, answers: Mapping[str, Answers]) -> dict[str, list[float] | None]:
     """Every arm's answers are scored under the plain prompt, so that the scores can be compared."""
     if "reward" not in context.spec.inputs:
-        return dict.fromkeys(arms)
-    prompts = tokenize_rows(rows, lambda row: prompt_ids(tokenizer, row.messages))
-    answers = [
-        _in_our_tokens(tokenizer, rows, arm) if asked[name].own_tokens else arm.ids for name, arm in arms.items()
-    ]
+        return dict.fromkeys(answers)
+    prompts = next(iter(answers.values())).prompt_ids
     model = load_reward_model(context.spec, context.spec.inputs["reward"], device=context.device).to(context.device)
     with products_in(context.spec.model.dtype, context.device):
-        scores = reward_scores(model, *side_by_side(prompts, answers))
-    return {name: scores[place :: len(arms)] for place, name in enumerate(arms)}
-
-
-def _in_our_tokens(tokenizer: Any, rows: Sequence[HeldOutPrompt], arm: Answered) -> list[list[int]]:
-    """Answers of a model with other tokens, as the run's models would have written them."""
-    found = []
-    for row, answer in zip(rows, arm.answers, strict=True):
-        ids = answer_ids(tokenizer, row.messages, answer.text)
-        found.append(ids if answer.ended or len(ids) == 1 else ids[:-1])
-    return found
+        scores = reward_scores(model, *side_by_side(prompts, [arm.answer_ids for arm in answers.values()]))
+    return {name: scores[place :: len(answers)] for place, name in enumerate(answers)}
 
 
 def _written(context: StageContext, evaluation: Evaluation, answers: list[Sample], judged: Judged) -> StageResult:

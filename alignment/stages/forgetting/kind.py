@@ -29,7 +29,7 @@ def _reference_faults(config: ForgettingConfig, where: str) -> Iterator[Fault]:
             yield Fault(where=f"{where}.arms[{number}]", message=message)
 
 
-def _metrics(config: ForgettingConfig) -> Reported:
+def _reported(config: ForgettingConfig) -> Reported:
     return Reported(held_out=("passed", *of_arms(("perplexity", "ability"), ["base", *config.arms])))
 
 
@@ -43,5 +43,5 @@ KIND = StageKind(
     data=_data,
     references=References(faults=_reference_faults),
     launch=LaunchShape(runs_on=RunsOn.one_process),
-    outcome=Outcome(metrics=_metrics),
+    outcome=Outcome(metrics=_reported),
 )

@@ -143,7 +143,7 @@ def _too_few_prompts(config: PpoConfig, num_prompts: int, where: str) -> Iterato
         yield Fault(where=f"{where}.guard.prompts", message=message)
 
 
-def _metrics(config: PpoConfig) -> Reported:
+def _reported(config: PpoConfig) -> Reported:
     training = ("objective/score", "objective/kl", "response_length", "eos_rate")
     families = ("guard/",) if config.guard.every else ()
     return Reported(training=training, counts=(*ROW_COUNTS, "updates", "memory/base_copies"), families=families)
@@ -211,5 +211,7 @@ KIND = StageKind(
         batches_of_rows=False,
         from_preferences=True,
     ),
-    outcome=Outcome(metrics=_metrics, why_missing=_why_missing, doubts=_doubts, against_forgetting=_against_forgetting),
+    outcome=Outcome(
+        metrics=_reported, why_missing=_why_missing, doubts=_doubts, against_forgetting=_against_forgetting
+    ),
 )

@@ -71,7 +71,7 @@ class Learner:
         self._options = options
         self._episodes = episodes
         self.ptx = ptx
-        self._metrics = metrics
+        self._update_metrics = metrics
         self._accelerator = accelerator
         self._autocast = autocast
 
@@ -97,7 +97,7 @@ class Learner:
     def _add_ptx(self, ptx: Ptx, model: nn.Module, step: int) -> None:
         with accumulating(self._accelerator, model, last=False):
             share = ptx.add_gradients(unwrapped(self._roles.policy), step, self._accelerator)
-        self._metrics.add_share({"loss/ptx": share})
+        self._update_metrics.add_share({"loss/ptx": share})
 
     def _backward(self, model: nn.Module, experience: Experience, prompts: list[int], *, policy_learns: bool) -> None:
         """Sums over the minibatch divided by its tokens, across micro-batches and processes: never a mean of means."""
@@ -136,7 +136,7 @@ class Learner:
             values, clip = spread(flat, mask), self._options.value_clip
             loss = clipped_value_loss(values, old, returns, mask, clip=clip) / tokens
             clipped = (value_is_clipped(values.detach(), old, returns, clip=clip) * mask).sum() / tokens
-            self._metrics.add_share({"loss/value": loss.detach(), "val/clipfrac": clipped})
+            self._update_metrics.add_share({"loss/value": loss.detach(), "val/clipfrac": clipped})
             return self._options.value_coefficient * loss
 
         statistics, loss = model(stream, self._episodes.temperature, value_loss, policy_learns=policy_learns)
@@ -144,7 +144,7 @@ class Learner:
         advantages = experience.advantages[rows, :width]
         policy_loss = clipped_policy_loss(change.exp(), advantages, mask, clip=self._options.clip) / tokens
         add_policy(
-            self._metrics,
+            self._update_metrics,
             loss=policy_loss.detach(),
             change=change.detach(),
             entropy=statistics.entropy,

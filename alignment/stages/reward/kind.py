@@ -30,7 +30,7 @@ def _too_few_prompts(config: RewardConfig, num_prompts: int, where: str) -> Iter
         yield Fault(where=f"{where}.eval_fraction", message=message)
 
 
-def _metrics(config: RewardConfig) -> Reported:
+def _reported(config: RewardConfig) -> Reported:
     held_out = ("eval_accuracy", "eval_loss", "eval_margin", "eval_length_rule_accuracy")
     counts = (*ROW_COUNTS, "score_offset")
     if not config.eval_fraction:
@@ -73,5 +73,5 @@ KIND = StageKind(
     data=_data,
     curves=_curves,
     learning=Learning(limits=limits_of_parts, faults=_too_few_prompts),
-    outcome=Outcome(metrics=_metrics, why_missing=_why_missing, doubts=_doubts),
+    outcome=Outcome(metrics=_reported, why_missing=_why_missing, doubts=_doubts),
 )

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Annotated
 
 from alignment.config.data import DataConfig
 from alignment.config.rules import NOT_NEGATIVE, POSITIVE
+from alignment.config.scoring import ScoreSourceConfig
 from alignment.config.stage_fields import not_identity, reference_to
 from alignment.config.too_long import TooLongConfig
-
-
-class Rule(str, Enum):
-    """A rule whose preferences a reward card holds against the model's. ``house_style``: that of the quickstart."""
-
-    house_style = "house_style"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,7 +19,8 @@ class RewardCardConfig:
     ``reward`` may also be one that no stage made. ``learned`` are the pairs that it learned from: a bag of words learns
     from the same, and with ``leave_out_learned`` no pair is judged whose prompt stands there. Without a source these
     are the pairs of the stage that made the model, but for what that stage mixes in; of a model from elsewhere nothing
-    is known then, and there is no bag of words. ``invariance_pairs`` are scored again alone, padded, in another order
+    is known then, and there is no bag of words. ``rule`` scores both answers, and how often it prefers the same one as
+    the model is shown. ``invariance_pairs`` are scored again alone, padded, in another order
     and in float32; 0 scores none. ``num_worst`` pairs are kept to read.
     """
 
@@ -34,7 +29,7 @@ class RewardCardConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/preferences"))
     learned: DataConfig = field(default_factory=DataConfig)
     leave_out_learned: bool = True
-    rule: Rule | None = None
+    rule: ScoreSourceConfig | None = None
     max_length: Annotated[int, POSITIVE] = 2048
     too_long: TooLongConfig = field(default_factory=TooLongConfig)
     micro_batch_tokens: Annotated[int, POSITIVE] = not_identity(4096)

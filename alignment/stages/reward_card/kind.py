@@ -8,12 +8,17 @@ from dataclasses import replace
 from alignment.config.data import DataConfig
 from alignment.config.faults import Fault
 from alignment.config.run import RunConfig
+from alignment.config.scoring import ScoreSourceConfig
 from alignment.core.artifacts import REWARD_CARD
 from alignment.data.records import PreferencePair
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import PAIRS
+from alignment.rewards.scorer_sources import REWARD, VERIFIERS, is_reference, source_field
 from alignment.stages.base import DataSlot, LaunchShape, Learning, Outcome, Reported, RunsOn, StageKind
 from alignment.stages.reward_card.config import RewardCardConfig
+
+RULE = "rule"
+"""The field of the rule whose preferences are held against the model's."""
 
 
 def _data(config: RewardCardConfig) -> list[DataSlot]:
@@ -29,7 +34,15 @@ def _data(config: RewardCardConfig) -> list[DataSlot]:
     ]
 
 
+def _scorers(config: RewardCardConfig) -> dict[str, ScoreSourceConfig]:
+    return {} if config.rule is None else {RULE: config.rule}
+
+
 def _faults(config: RewardCardConfig, _: RunConfig, where: str) -> Iterator[Fault]:
+    if config.rule is not None and (config.rule.source == REWARD or is_reference(config.rule.source)):
+        rules = ", ".join(VERIFIERS)
+        message = f"{config.rule.source!r} is a reward model; a rule is FILE.py:FUNCTION or one of: {rules}"
+        yield Fault(where=f"{where}.{source_field(RULE)}", message=message)
     if not config.learned.source and config.learned != DataConfig():
         message = f"missing, so the other settings are read by nothing; name the pairs that {config.reward} saw"
         yield Fault(where=f"{where}.learned.source", message=message)
@@ -47,7 +60,7 @@ def with_learned(config: RewardCardConfig, run: RunConfig) -> RewardCardConfig:
     return replace(config, learned=replace(pairs, mix=[]))
 
 
-def _metrics(_: RewardCardConfig) -> Reported:
+def _reported(_: RewardCardConfig) -> Reported:
     named = ("accuracy", "ece", "brier", "log_loss")
     return Reported(held_out=named, counts=("pairs",), families=("accuracy/",))
 
@@ -60,9 +73,10 @@ KIND = StageKind(
     produces=REWARD_CARD,
     run="alignment.stages.reward_card.run:run",
     data=_data,
+    scorers=_scorers,
     faults=_faults,
     completed=with_learned,
     launch=LaunchShape(runs_on=RunsOn.one_process),
     learning=Learning(limits=lambda config: Limits(row=config.max_length, too_long=config.too_long)),
-    outcome=Outcome(metrics=_metrics),
+    outcome=Outcome(metrics=_reported),
 )

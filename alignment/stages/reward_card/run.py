@@ -19,9 +19,7 @@ from alignment.data.records import PreferencePair, Prompt
 from alignment.data.tokens.limits import Limits, refuse_losses
 from alignment.data.tokens.row_kinds import PAIRS, PROMPT
 from alignment.data.tokens.tokenizer import load_tokenizer
-from alignment.evaluation.arms import source_text
 from alignment.evaluation.bag_of_words import BagOfWords, fit
-from alignment.evaluation.house_style import style_checks
 from alignment.evaluation.invariance import Rows, beyond_rounding, flat_scores, moved, padded_scores
 from alignment.evaluation.reward_card import Intervals, Judged, card_of, warnings
 from alignment.models.assembly.load import products_in, refuse_other_tokenizer
@@ -31,6 +29,7 @@ from alignment.models.forward.answers import unwrapped
 from alignment.records.reward_card import Invariances, Learned, Rescored, RewardCard
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.stages.reward_card.config import RewardCardConfig
+from alignment.stages.reward_card.rule import scores_by_rule
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import LEFT_OUT, fitting, rows_of
 from alignment.training.context import StageContext
@@ -54,7 +53,7 @@ def run(config: RewardCardConfig, context: StageContext) -> StageResult:
     context.progress("loading")
     reading = _read(config, context, kept)
     scores = _scores(config, context, reading)
-    pairs = _judged(config, reading, scores, bag)
+    pairs = _judged(config, context, reading, scores, bag)
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
     card = replace(
         card_of(pairs, intervals=intervals, num_worst=config.num_worst),
@@ -230,7 +229,10 @@ def _scores(config: RewardCardConfig, context: StageContext, reading: _Reading) 
     return found
 
 
-def _judged(config: RewardCardConfig, reading: _Reading, scores: list[float], bag: BagOfWords | None) -> list[Judged]:
+def _judged(
+    config: RewardCardConfig, context: StageContext, reading: _Reading, scores: list[float], bag: BagOfWords | None
+) -> list[Judged]:
+    by_rule = None if config.rule is None else scores_by_rule(config.rule, context, reading.pairs)
     words = bag.margins([(pair.chosen, pair.rejected) for pair in reading.pairs]) if bag else None
     return [
         Judged(
@@ -238,16 +240,10 @@ def _judged(config: RewardCardConfig, reading: _Reading, scores: list[float], ba
             scores=(scores[2 * place], scores[2 * place + 1]),
             tokens=(len(reading.rows[2 * place]), len(reading.rows[2 * place + 1])),
             words=None if words is None else words[place],
-            rule=_by_rule(pair) if config.rule is not None else None,
+            rule=None if by_rule is None else (by_rule[2 * place], by_rule[2 * place + 1]),
         )
         for place, pair in enumerate(reading.pairs)
     ]
-
-
-def _by_rule(pair: PreferencePair) -> tuple[float, float]:
-    source = source_text(pair.messages)
-    chosen, rejected = (style_checks(text, source=source).values() for text in (pair.chosen, pair.rejected))
-    return math.prod(chosen), math.prod(rejected)
 
 
 def _invariances(config: RewardCardConfig, context: StageContext, reading: _Reading) -> Invariances:

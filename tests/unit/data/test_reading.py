@@ -242,20 +242,20 @@ def test_the_doctor_says_what_each_stage_can_make_of_a_file(tmp_path: Path) -> N
     file.write_text(_lines([pair, pair, {**pair, "rejected": "4."}, {**pair, "prompt": ""}]))
     found = examine(file, ALL, records())
     assert found.format.name == "preference"
-    assert found.meant_for == ["sft", "reward, dpo", "ppo"]
+    assert found.meant_for == ["sft", "reward, dpo", "ppo", "evaluate"]
     uses = {name: (use.records, use.repeated, len(use.faults)) for name, use in found.uses.items()}
-    assert uses == {"sft": (3, 2, 1), "reward, dpo": (2, 1, 2), "ppo": (3, 2, 1), "evaluate": (0, 0, 4)}
+    assert uses == {"sft": (3, 2, 1), "reward, dpo": (2, 1, 2), "ppo": (3, 2, 1), "evaluate": (3, 2, 1)}
     assert sorted(fault.where for fault in found.faults) == [f"{file}:3", f"{file}:4"]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(_lines([{"prompt": "a"}, {"prompt": "b"}]))
-    assert examine(prompts, ALL, records()).meant_for == ["ppo"]
+    assert examine(prompts, ALL, records()).meant_for == ["ppo", "evaluate"]
     assert not examine(prompts, ALL, records()).faults
 
 
 @pytest.mark.parametrize(
     ("stage", "good", "bad"),
     [
-        ("evaluate", {"messages": [ASKED], "facts": [["4"]]}, {"messages": [ASKED], "facts": []}),
+        ("evaluate", {"messages": [ASKED], "reference": "4."}, {"messages": []}),
         ("forgetting", {"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}, {"choices": ["4"]}),
     ],
 )

@@ -73,9 +73,7 @@ WRONG = [
         "'messages' must end with a user turn; the last one's role is 'assistant'",
     ),
     (Prompt, {"messages": [ANSWER]}, "'messages' must end with a user turn; the last one's role is missing"),
-    (HeldOutPrompt, {"messages": [USER], "facts": []}, "'facts' must be a list of facts and not empty; it is []"),
     (Question, {"messages": [USER]}, "'choices' is missing: the row has no two answers to choose from"),
-    (HeldOutPrompt, {"messages": [USER], "facts": ["4"]}, "'facts[0]' must be a list of wordings; it is '4'"),
 ]
 
 
@@ -90,6 +88,23 @@ def test_a_wrong_row_is_named_exactly(record: Any, row: Any, message: str) -> No
 def test_a_prompt_drops_the_answer_that_a_row_ends_with() -> None:
     prompt = _made(Prompt, {"messages": [USER, ANSWER]})
     assert prompt.messages == (Message(role="user", content="2 + 2?"),)
+
+
+@pytest.mark.parametrize(
+    ("row", "reference"),
+    [
+        ({"messages": [USER, ANSWER]}, "4."),
+        ({"messages": [USER, ANSWER], "reference": "Four."}, "Four."),
+        ({"messages": [USER], "reference": "Four."}, "Four."),
+        ({"messages": [USER]}, ""),
+    ],
+)
+def test_a_held_out_prompt_may_have_a_reference_in_a_column_or_as_its_last_turn(
+    row: dict[str, Any], reference: str
+) -> None:
+    prompt = _made(HeldOutPrompt, row)
+    assert prompt.messages == (Message(role="user", content="2 + 2?"),)
+    assert prompt.reference == reference
 
 
 def test_rows_are_read_in_order_up_to_the_limit_and_blank_lines_passed_over(tmp_path: Path) -> None:

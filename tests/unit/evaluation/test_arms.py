@@ -12,10 +12,8 @@ from alignment.evaluation.arms import (
     read_answers,
     reward_scores,
     sequence_logprobs,
-    source_text,
-    with_style_prompt,
+    with_system_prompt,
 )
-from alignment.evaluation.house_style import STYLE_PROMPT
 from alignment.models.forward.causal import install_scalar
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import generate
@@ -27,22 +25,17 @@ PROMPTS = [[5, 9, 2, 7], [8], [3, 2, 6]]
 ANSWERS = [[11, 2], [12, 13, 14], [2]]
 
 
-def test_the_style_prompt_becomes_the_system_message() -> None:
+def test_a_system_prompt_becomes_the_system_message() -> None:
     turns = [Message(role="user", content="Hi.")]
-    assert with_style_prompt(turns) == [Message(role="system", content=STYLE_PROMPT), *turns]
+    assert with_system_prompt(turns, "Be brief.") == [Message(role="system", content="Be brief."), *turns]
 
 
-def test_the_style_prompt_follows_a_system_message_that_is_there() -> None:
+def test_a_system_prompt_follows_a_system_message_that_is_there() -> None:
     turns = [Message(role="system", content="You help cats."), Message(role="user", content="Hi.")]
-    assert with_style_prompt(turns) == [
-        Message(role="system", content=f"You help cats.\n{STYLE_PROMPT}"),
+    assert with_system_prompt(turns, "Be brief.") == [
+        Message(role="system", content="You help cats.\nBe brief."),
         Message(role="user", content="Hi."),
     ]
-
-
-def test_an_answer_may_draw_on_everything_but_the_assistants_own_turns() -> None:
-    turns = [("system", "A"), ("user", "B"), ("assistant", "C"), ("user", "D")]
-    assert source_text([Message(role=role, content=content) for role, content in turns]) == "A\nB\nD"
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 1000])

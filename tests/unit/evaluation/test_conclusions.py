@@ -56,6 +56,9 @@ def test_less_of_a_metric_may_be_better() -> None:
 
 def test_one_prompt_or_one_arm_says_no_size() -> None:
     assert conclusions(5, BREVITY, [], None, LABELS) == []
+    assert conclusions(5, None, [], None, LABELS) == [
+        "5 prompts, neither a metric nor a judge: no arm is called better than another."
+    ]
     (sentence,) = conclusions(1, BREVITY, [comparison("stage:dpo", "base", 0.0, real=False, size=None)], None, LABELS)
     assert "cannot be told apart" in sentence
 

@@ -23,7 +23,7 @@ def conversation(number: int, *contents: str) -> Conversation:
 
 
 SECRET = "the ferry to Norra leaves at half past seven from pier two every day"
-HELD_OUT = [HeldOutPrompt(messages=turns(f"Shorten this: {SECRET}"), facts=(("7:30",),), where="h.jsonl:1")]
+HELD_OUT = [HeldOutPrompt(messages=turns(f"Shorten this: {SECRET}"), where="h.jsonl:1")]
 
 
 def draw(rows: list[Conversation], count: int, seed: int = 0) -> list[Message]:

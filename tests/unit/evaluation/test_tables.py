@@ -119,7 +119,7 @@ def test_labels_are_short_where_they_stay_different() -> None:
 
 def test_tasks_are_averaged_by_themselves_and_every_answer_is_kept() -> None:
     rows = [
-        HeldOutPrompt(messages=(Message(role="user", content=task),), facts=(("a",),), task=task, id=str(number))
+        HeldOutPrompt(messages=(Message(role="user", content=task),), task=task, id=str(number))
         for number, task in enumerate(["answer", "extract", "answer"])
     ]
     scores = [0.0, 0.5, 1.0]

@@ -14,7 +14,7 @@ import pytest
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
-from alignment.config.evaluating import FEW_SHOT, EndpointConfig, JudgeConfig
+from alignment.config.evaluating import FEW_SHOT, PROMPTED, EndpointConfig, JudgeConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.replay import PtxConfig
 from alignment.config.run import RunConfig
@@ -63,7 +63,7 @@ OUTSIDE[DpoConfig] = OUTSIDE[DpoConfig] | {"precompute_reference"}
 STAGE: dict[str, StageConfig] = {
     **{kind: cls() for kind, cls in STAGES.items() if kind != "report"},
     "ppo": PpoConfig(ptx=PtxConfig(coefficient=1.0)),
-    "evaluate": EvaluateConfig(arms=[FEW_SHOT], judge=JudgeConfig()),
+    "evaluate": EvaluateConfig(arms=[FEW_SHOT, PROMPTED], judge=JudgeConfig()),
 }
 """A stage of each kind with everything in use that can be switched off."""
 
@@ -106,7 +106,10 @@ def another(value: Any, hint: Any) -> Any:
     kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
     assert value is None, f"{value!r}"
     assert kinds, hint
-    return next(iter(kinds[0])) if issubclass(kinds[0], Enum) else kinds[0](1)
+    kind = kinds[0]
+    if is_dataclass(kind):
+        return kind(source="length")
+    return next(iter(kind)) if issubclass(kind, Enum) else kind(1)
 
 
 ALL = [(kind, *change) for kind, stage in STAGE.items() for change in changes(stage)]

@@ -31,6 +31,11 @@ ENDPOINT = [
     ("told", "words"),
     [
         ([f"{JUDGE}.kind=rules"], f"{JUDGE}.kind: 'rules' is not allowed; one of: none, metric, reward, endpoint"),
+        ([f"{JUDGE}.kind=rule"], "reward, endpoint; 'rule' is now 'metric': the evaluation's primary metric judges"),
+        (
+            [f"{JUDGE}.kind=metric", "stages.evaluate.metrics=[]"],
+            f"{JUDGE}.kind: 'metric' judges by the primary metric, and stages.evaluate.metrics names none; name one",
+        ),
         ([f"{JUDGE}.kind=endpoint"], f"{JUDGE}.endpoint.base_url: missing"),
         ([f"{JUDGE}.kind=endpoint"], f"{JUDGE}.endpoint.model: missing"),
         ([f"{JUDGE}.kind=metric", f"{JUDGE}.endpoint.model=m"], f"{JUDGE}.endpoint: read by nothing"),

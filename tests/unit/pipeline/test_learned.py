@@ -64,8 +64,8 @@ def test_other_learned_pairs_and_another_rule_make_another_card(plan: MakePlan, 
     ]
     assert len({card.fingerprint for card in cards}) == 3
     assert card_in(plan("stages.card.micro_batch_tokens=99")).fingerprint == cards[0].fingerprint
-    assert cards[0].identity["rule"] is not None
-    assert cards[2].identity["rule"] is None
+    assert list(cards[0].identity["code"]) == ["rule.source"]
+    assert "code" not in cards[2].identity
 
 
 def test_of_a_model_from_elsewhere_nothing_is_known(plan: MakePlan, tmp_path: Path) -> None:
@@ -91,7 +91,27 @@ def test_of_a_model_from_elsewhere_nothing_is_known(plan: MakePlan, tmp_path: Pa
             r"'stage:card' is a reward card; this slot takes a reward model",
         ),
         ("stages.card.learned.limit=3", ConfigError, r"stages.card.learned.source: missing, so the other settings"),
-        ("stages.card.rule=house_stile", ConfigError, r"one of: house_style; did you mean 'house_style'\?"),
+        (
+            "stages.card.rule=house_style",
+            ConfigError,
+            r"stages.card.rule: .*'house_style' is no rule of the package any more; write 'bundled:quickstart/house_st",
+        ),
+        ("stages.card.rule.source=lenght", ConfigError, r"card.rule.source: 'lenght' is no scorer; did you mean 'len"),
+        (
+            "stages.card.rule={source: regex}",
+            ConfigError,
+            r"card.rule.pattern: missing; 'regex' needs it",
+        ),
+        (
+            "stages.card.rule={source: exact_answer}",
+            DataError,
+            r"judged.jsonl:1: 'answer' is missing",
+        ),
+        (
+            "stages.card.rule={source: 'stage:reward'}",
+            ConfigError,
+            r"card.rule.source: 'stage:reward' is a reward model; a rule is FILE.py:FUNCTION or one of: exact_answer, ",
+        ),
         (
             "stages.card.data.source=bundled:quickstart/heldout",
             DataError,

@@ -74,7 +74,8 @@ def test_later_stages_are_tried_and_nothing_is_left(
     tried: Callable[..., Plan], started: Commands, tmp_path: Path
 ) -> None:
     planned = tried()
-    assert [stages_in(command) for command in started] == [["--rows", "reward", "dpo", "ppo", "--scorers", "ppo"]]
+    names = ["--rows", "reward", "dpo", "ppo", "--scorers", "ppo", "evaluate"]
+    assert [stages_in(command) for command in started] == [names]
     asked = (tmp_path / "asked.txt").read_text()
     assert asked == "([[{'role': 'user', 'content': 'When is the training?'}]], ['Yes.'], 'On 21 March.')"
     assert not any(planned.run_folder.iterdir())
@@ -119,8 +120,15 @@ def test_a_stage_that_runs_first_finds_out_by_itself(
     scorers = f"stages.ppo.scorers=[{{source: reward}}, {{source: '{tmp_path}/score.py:raises'}}]"
     for stage in plan(scorers).stages[:3]:
         leave_artifact(stage)
-    tried(function="raises")
+    tried("stages.evaluate.metrics=[]", function="raises")
     assert started == []
+
+
+def test_metrics_are_tried_before_anything_trains(tried: Callable[..., Plan], tmp_path: Path) -> None:
+    with pytest.raises(RewardError) as caught:
+        tried(f"stages.evaluate.metrics=[{{name: level, source: '{tmp_path}/score.py:raises'}}]")
+    assert str(caught.value).startswith(f"stage evaluate, tried before anything trained: {tmp_path}/score.py:raises: ")
+    assert f"of which these have no 'level': {tmp_path}/heldout.jsonl:1;" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +169,7 @@ def test_what_does_not_answer_in_time_is_ended(plan: MakePlan, monkeypatch: pyte
 
     monkeypatch.setattr(processes, "execute", execute)
     planned = plan("launch.hang_seconds=7")
-    with pytest.raises(StageError, match=r"launch\.hang_seconds: rows were tried .* no answer within 7 seconds"):
+    with pytest.raises(StageError, match=r"launch\.hang_seconds: rows and .* were tried .* no answer within 7 seconds"):
         rehearse(planned, planned.stages, announce=lambda _: None)
 
 

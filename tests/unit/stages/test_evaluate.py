@@ -16,17 +16,18 @@ from transformers import AutoModelForCausalLM
 
 from alignment import worker
 from alignment.config.evaluating import EndpointConfig, FewShotConfig, JudgeConfig, JudgeKind
-from alignment.core.errors import DataError, ModelError, NonFiniteError, StageError
+from alignment.config.scoring import MetricConfig
+from alignment.core.errors import DataError, ModelError, NonFiniteError, RewardError, StageError
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import answer_ids, end_ids, prompt_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.evaluation import arms
 from alignment.evaluation.arms import Answered
-from alignment.evaluation.house_style import STYLE_PROMPT
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.reward_head import load_reward_model
+from alignment.records.evaluation import read_samples
 from alignment.stages.evaluate import answering
 from alignment.stages.evaluate import run as stage
 from alignment.stages.evaluate.config import EvaluateConfig
@@ -42,8 +43,11 @@ ROWS = [
     for day in ("Monday", "Friday", "Sunday")
 ]
 REFERENCES = {"Monday": "It is closed on Monday.", "Sunday": "Sunday."}
+RULES = "bundled:quickstart/house_style.py"
 SMALL = EvaluateConfig(
     arms=["base", "base+prompt", "base+few-shot", "stage:sft", "path:other"],
+    metrics=[MetricConfig(name=name, source=f"{RULES}:{name}") for name in ("style_and_facts", "style", "facts")],
+    system_prompt="Be brief.",
     max_new_tokens=4,
     bootstrap_samples=50,
     few_shot=FewShotConfig(count=1),
@@ -68,8 +72,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chained:
 def spec_of(chain: Chained, config: EvaluateConfig, fingerprint: str) -> StageSpec:
     artifact = chain.folder / "artifacts" / f"evaluate-{fingerprint}"
     inputs = {"reference": chain.inputs["sft"]}
-    if config.reward is not None:
-        inputs["reward"] = chain.inputs["reward"]
+    for field in (*(["reward"] if config.reward is not None else []), *_model_fields(config)):
+        inputs[field] = chain.inputs["reward"]
     places = {"stage:sft": chain.inputs["sft"].path, "path:other": chain.folder / "other"}
     places |= {f"path:{name}": chain.folder / name for name in ("near", "short")}
     spec = chain.spec("sft", LORA, config=config)
@@ -87,6 +91,11 @@ def spec_of(chain: Chained, config: EvaluateConfig, fingerprint: str) -> StageSp
         work=work,
         run_folder=run_folder,
     )
+
+
+def _model_fields(config: EvaluateConfig) -> list[str]:
+    """The inputs of metrics that are reward models of their own."""
+    return [f"metrics[{place}].source" for place, one in enumerate(config.metrics) if one.source == "stage:reward"]
 
 
 def evaluate(chain: Chained, config: EvaluateConfig, fingerprint: str) -> dict[str, Any]:
@@ -130,6 +139,87 @@ def test_every_arm_has_the_figures_that_can_be_compared(evaluated: dict[str, Any
     assert told["path:other"]["label"] == "other"
     assert evaluated["judge"] is None
     assert evaluated["conclusions"][0].startswith("3 prompts, by style_and_facts: ")
+
+
+def metric(name: str, source: str, **changes: Any) -> MetricConfig:
+    return MetricConfig(name=name, source=source, **changes)
+
+
+SCORE = """
+def letters(prompts, completions, rows):
+    return [len(text) for text in completions]
+
+
+def day(prompts, completions, rows):
+    return [1.0 * (row["day"] in text) for text, row in zip(completions, rows)]
+
+
+def nothing(prompts, completions, rows):
+    return [float("nan")] * len(rows)
+"""
+
+
+def test_a_metric_is_the_mean_of_what_its_source_says_of_every_answer(chain: Chained) -> None:
+    (chain.folder / "score.py").write_text(SCORE)
+    told = evaluate(
+        chain,
+        replace(
+            SMALL,
+            metrics=[
+                metric("vowels", "regex", pattern="[aeiou]"),
+                metric("short", "length", target=2),
+                metric("letters", f"{chain.folder}/score.py:letters", higher_is_better=False),
+                metric("by_reward", "reward"),
+                metric("by_other", "stage:reward"),
+            ],
+            primary="letters",
+        ),
+        "sources",
+    )
+    assert told["primary"] == "letters"
+    assert [(one["name"], one["higher_is_better"]) for one in told["metrics"]] == [
+        ("vowels", True),
+        ("short", True),
+        ("letters", False),
+        ("by_reward", True),
+        ("by_other", True),
+    ]
+    base, sft = (
+        next(arm["metrics"]["letters"]["mean"] for arm in told["arms"] if arm["name"] == name)
+        for name in ("base", "stage:sft")
+    )
+    (against,) = [one for one in told["comparisons"] if (one["arm"], one["against"]) == ("stage:sft", "base")]
+    assert against["difference"] == pytest.approx(sft - base)
+    samples = list(read_samples(chain.folder / "artifacts/evaluate-sources"))
+    for arm in told["arms"]:
+        answers = [sample.answers[arm["name"]] for sample in samples]
+        texts = [answer.text for answer in answers]
+        means = {name: interval["mean"] for name, interval in arm["metrics"].items()}
+        assert means["vowels"] == sum(any(letter in "aeiou" for letter in text) for text in texts) / 3
+        assert means["letters"] == sum(map(len, texts)) / 3
+        assert means["by_reward"] == arm["reward"]["mean"]
+        assert means["by_other"] == pytest.approx(means["by_reward"], abs=1e-5), "the same model, loaded for the metric"
+        assert [answer.scores["letters"] for answer in answers] == list(map(len, texts))
+
+
+def test_without_metrics_no_arm_is_better_and_the_other_figures_stand(chain: Chained) -> None:
+    told = evaluate(chain, replace(SMALL, arms=["base", "stage:sft"], metrics=[]), "bare")
+    assert (told["primary"], told["metrics"], told["comparisons"], told["tasks"]) == (None, [], [], {})
+    assert [arm["metrics"] for arm in told["arms"]] == [{}, {}]
+    assert all(arm["reward"]["low"] <= arm["reward"]["mean"] for arm in told["arms"])
+    assert told["conclusions"] == ["3 prompts, neither a metric nor a judge: no arm is called better than another."]
+
+
+def test_rows_that_lack_what_a_metric_looks_at_are_named(chain: Chained) -> None:
+    (chain.folder / "score.py").write_text(SCORE)
+    heldout = chain.folder / "heldout.jsonl"
+    for source, error, message in (
+        (f"{chain.folder}/score.py:day", RewardError, f"have no 'day': {heldout}:1, {heldout}:2, {heldout}:3"),
+        ("exact_answer", DataError, f"{heldout}:1"),
+        (f"{chain.folder}/score.py:nothing", RewardError, "nan"),
+    ):
+        with pytest.raises(error, match=message):
+            evaluate(chain, replace(SMALL, arms=["base"], metrics=[metric("day", source)]), "lacking")
 
 
 def test_the_loss_of_reference_answers_equals_a_slow_sum_over_tokens(chain: Chained, evaluated: dict[str, Any]) -> None:
@@ -190,13 +280,13 @@ def logprob(model: Any, prompt: list[int], answer: list[int]) -> float:
     return sum(oracle.log_softmax(logits[len(prompt) - 1 + place])[token] for place, token in enumerate(answer))
 
 
-def test_the_prompted_arm_is_asked_for_the_house_style(chain: Chained) -> None:
+def test_the_prompted_arm_is_asked_behind_the_recipe_s_system_prompt(chain: Chained) -> None:
     spec = spec_of(chain, SMALL, "prompted")
     context = StageContext(spec=spec, rank=0, world_size=1)
     rows = answering.rows_of(context, HeldOutPrompt, SMALL.data)
     asked = answering.asked_of(SMALL, context, tiny_tokenizer(), rows)
     shown = {name: tiny_tokenizer().decode(asked[name].prompts[0]) for name in ("base", "base+prompt")}
-    assert shown["base+prompt"] == shown["base"].replace("You are tiny.", STYLE_PROMPT)
+    assert shown["base+prompt"] == shown["base"].replace("You are tiny.", "Be brief.")
 
 
 def test_an_arm_whose_positions_do_not_suffice_is_refused(chain: Chained) -> None:

@@ -15,6 +15,7 @@ from alignment import worker
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
 from alignment.config.model import Dtype, ModelConfig
+from alignment.config.scoring import ScoreSourceConfig
 from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import DataError, ModelError, RewardError
@@ -24,13 +25,14 @@ from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.pipeline.sweeps.reported import of_stage
 from alignment.stages.reward.config import RewardConfig
-from alignment.stages.reward_card.config import RewardCardConfig, Rule
+from alignment.stages.reward_card.config import RewardCardConfig
 from alignment.stages.shared.preference_pairs import read_pairs
 from alignment.training.context import StageContext
 from tests.pairs import as_pairs
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_reward, tiny_scorer, tiny_spec, tiny_tokenizer
 
 LORA = AdapterConfig(rank=4)
+RULE = ScoreSourceConfig(source="bundled:quickstart/house_style.py:style")
 
 
 def rewardbench_row(number: int, **changes: Any) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def lines(spec: StageSpec) -> list[dict[str, Any]]:
 def test_a_file_like_rewardbench_s_gives_a_whole_card(folder: Path, tmp_path: Path) -> None:
     write(tmp_path / "pairs.jsonl", [rewardbench_row(number) for number in range(24)])
     learned = write(tmp_path / "learned.jsonl", [rewardbench_row(number) for number in range(18, 40)])
-    config = RewardCardConfig(bootstrap_samples=50, invariance_pairs=3, rule=Rule.house_style, num_worst=4)
+    config = RewardCardConfig(bootstrap_samples=50, invariance_pairs=3, rule=RULE, num_worst=4)
     spec = spec_of(folder, tmp_path, config, extra_data={"learned": learned})
     card = run(spec)
     pairs = lines(spec)
@@ -115,6 +117,24 @@ def test_a_file_like_rewardbench_s_gives_a_whole_card(folder: Path, tmp_path: Pa
         "a sweep may ask for it"
     )
     assert {"accuracy/bag_of_words", "accuracy/longer_answer", "ece", "brier", "log_loss"} <= manifest.metrics.keys()
+
+
+def test_a_function_of_yours_is_a_rule_and_names_the_pairs_that_it_cannot_judge(folder: Path, tmp_path: Path) -> None:
+    rows = [rewardbench_row(number, words=9 + number) for number in range(4)]
+    pairs = write(tmp_path / "pairs.jsonl", rows)
+    file = tmp_path / "score.py"
+    file.write_text(
+        "def near(prompts, completions, rows):\n"
+        "    return [-abs(row['words'] - len(text.split())) for text, row in zip(completions, rows, strict=True)]\n"
+    )
+    rule = ScoreSourceConfig(source=f"{file}:near")
+    spec = spec_of(folder, tmp_path, RewardCardConfig(bootstrap_samples=5, invariance_pairs=0, rule=rule))
+    right = [abs(len(r["chosen"].split()) - r["words"]) < abs(len(r["rejected"].split()) - r["words"]) for r in rows]
+    assert 0 < sum(right) < 4
+    assert run(spec)["rule"]["accuracy"]["mean"] == sum(right) / 4
+    write(pairs, [rewardbench_row(0, words=9), rewardbench_row(1), rewardbench_row(2)])
+    with pytest.raises(RewardError, match=f"of which these have no 'words': {pairs}:2, {pairs}:3; none of its scores"):
+        run(replace(spec, artifact=spec.artifact.with_name("again"), work=spec.work.with_name("again.work")))
 
 
 def test_without_known_pairs_there_is_no_bag_of_words_and_all_are_judged(folder: Path, tmp_path: Path) -> None:

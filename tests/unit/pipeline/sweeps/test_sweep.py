@@ -221,6 +221,37 @@ def test_what_an_evaluation_will_never_tell_of_an_arm_is_no_objective(
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("metrics", "objective", "words"),
+    [
+        ("[]", {"arm": "stage:dpo"}, "stages.evaluate.metrics names none; one of: reward, greedy_log_ratio, win_rate"),
+        ("[{name: gold, source: length, target: 9}]", {"arm": "stage:dpo"}, ""),
+        ("[{name: gold, source: length, target: 9}]", {"arm": "stage:dpo", "metric": "gold"}, ""),
+        (
+            "[{name: far, source: length, target: 9, higher_is_better: false}]",
+            {"arm": "stage:dpo"},
+            "the less far the better; set minimize: true",
+        ),
+        (
+            "[{name: far, source: length, target: 9, higher_is_better: false}]",
+            {"stage": "evaluate", "metric": "far/dpo"},
+            "the less far/dpo the better; set minimize: true",
+        ),
+    ],
+)
+def test_an_objective_is_a_metric_of_the_recipe_s_own(
+    runs: Runs, tmp_path: Path, metrics: str, objective: dict[str, Any], words: str
+) -> None:
+    told = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", f"stages.evaluate.metrics={metrics}"]
+    file = own(runs, tmp_path, objective=objective)
+    if not words:
+        assert [str(one) for one in module.read_sweep("quickstart", file, told).objectives] == ["gold of stage:dpo"]
+        return
+    with pytest.raises(ConfigError) as caught:
+        module.read_sweep("quickstart", file, told)
+    assert words in str(caught.value)
+
+
 def test_stages_that_measure_learn_nothing_to_prune_by(runs: Runs, tmp_path: Path) -> None:
     file = own(runs, tmp_path, pruning={"pruner": "median", "stage": "card"})
     with pytest.raises(ConfigError, match="no stage 'card' that learns; one of: sft, reward, dpo, ppo"):

@@ -1,0 +1,42 @@
+"""The metrics that a recipe asks an evaluation for, as the driver and the worker see them. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import Fault
+from alignment.config.scoring import MetricConfig
+from alignment.config.sweep import PRIMARY
+from alignment.records.evaluation import FIGURES, Metric
+
+
+def recorded(metrics: Sequence[MetricConfig]) -> list[Metric]:
+    """The metrics as evaluation.json lists them."""
+    return [Metric(name=metric.name, higher_is_better=metric.higher_is_better) for metric in metrics]
+
+
+def primary_name(metrics: Sequence[MetricConfig], primary: str | None) -> str | None:
+    """The name of the metric by which arms are compared: the one that is named, else the first; None without any."""
+    return primary or (metrics[0].name if metrics else None)
+
+
+def faults(metrics: Sequence[MetricConfig], primary: str | None, where: str) -> Iterator[Fault]:
+    """What is wrong with the names of metrics; their sources are checked as every scorer's is."""
+    names = [metric.name for metric in metrics]
+    for number, name in enumerate(names):
+        if message := _wrong_name(name, names[:number]):
+            yield Fault(where=f"{where}.metrics[{number}].name", message=message)
+    if primary is not None and primary not in names:
+        known = suggestion(primary, names) if names else "there are no metrics; name one, or write null"
+        yield Fault(where=f"{where}.primary", message=f"no metric '{primary}'; {known}")
+
+
+def _wrong_name(name: str, before: Sequence[str]) -> str:
+    if not name:
+        return "missing; write a name, such as brevity"
+    if name in before:
+        return f"{name!r} stands there twice"
+    if name == PRIMARY or name in FIGURES:
+        return f"{name!r} already means something; take another name"
+    return ""

@@ -1,0 +1,26 @@
+"""Answers scored outside of training: by a metric of an evaluation, or by a rule of a reward card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from alignment.rewards.scorer_sources import function_of
+from alignment.rewards.scorers import Answers, Scorer, refuse_unusable
+
+AT_ONCE = 128
+"""Answers that a scorer gets in one call, so that a slow one shows that it is at work."""
+
+
+def scores_of(scorer: Scorer, answers: Answers, *, source: str, progress: Callable[[int], None]) -> list[float]:
+    """One score an answer; ``progress`` receives how many answers each call scored, ``source`` names the scorer.
+
+    Raises:
+        RewardError: the scorer failed, or did not give one usable number an answer.
+    """
+    scores: list[float] = []
+    for part in answers.parts(AT_ONCE):
+        of_part = scorer.scores(part)
+        refuse_unusable(of_part, part, source=str(function_of(source) or source))
+        scores += of_part.tolist()
+        progress(len(part.texts))
+    return scores

@@ -1,0 +1,105 @@
+"""The metrics of an evaluation as a plan sees them: named, checked, and part of its identity."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from alignment.core.errors import AlignmentError, ConfigError, DataError
+from alignment.core.fingerprint import file_sha256
+from alignment.pipeline.plan.plan import PlannedStage
+from tests.unit.pipeline.conftest import TURN, MakePlan
+
+METRICS = "stages.evaluate.metrics"
+STYLE = "{name: style, source: 'bundled:quickstart/house_style.py:style'}"
+
+
+def evaluation(plan: MakePlan, *told: str) -> PlannedStage:
+    return next(stage for stage in plan(*told).stages if stage.name == "evaluate")
+
+
+def of(*metrics: str) -> str:
+    return f"{METRICS}=[{', '.join(metrics)}]"
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ([of("{source: length, target: 9}")], f"{METRICS}[0].name: missing; write a name"),
+        ([of("{name: a b, source: length, target: 9}")], f"{METRICS}[0].name: 'a b' is not allowed"),
+        ([of(STYLE, STYLE)], f"{METRICS}[1].name: 'style' stands there twice"),
+        ([of("{name: loss, source: length, target: 9}")], f"{METRICS}[0].name: 'loss' already means something"),
+        ([of("{name: primary, source: length, target: 9}")], f"{METRICS}[0].name: 'primary' already means something"),
+        ([of("{name: short, source: lenght}")], f"{METRICS}[0].source: 'lenght' is no scorer; did you mean 'length'?"),
+        ([of("{name: short, source: length}")], f"{METRICS}[0].target: missing; 'length' needs it"),
+        ([of("{name: short}")], f"{METRICS}[0].source: missing; it takes reward, a reward model"),
+        (
+            [of("{name: style, source: house_style}")],
+            f"{METRICS}[0].source: 'house_style' is no rule of the package any more; write 'bundled:quickstart/house_s",
+        ),
+        ([of("{name: s, source: 'nowhere.py:score'}")], "nowhere.py"),
+        (
+            [of("{name: r, source: reward}"), "stages.evaluate.reward=null"],
+            f"{METRICS}[0].source: 'reward' is the model that stages.evaluate.reward names, which is null; name one,",
+        ),
+        ([of("{name: r, source: 'stage:sft'}")], "'stage:sft' is a policy; this slot takes a reward model"),
+        (["stages.evaluate.primary=stile"], "stages.evaluate.primary: no metric 'stile'; did you mean 'style'?"),
+        (
+            [of(), "stages.evaluate.primary=style"],
+            "stages.evaluate.primary: no metric 'style'; there are no metrics; name one, or write null",
+        ),
+        (
+            ["stages.evaluate.system_prompt=null"],
+            "stages.evaluate.system_prompt: missing; the arm 'base+prompt' is asked behind it: write a text, or take",
+        ),
+        (["stages.evaluate.system_prompt=''"], "stages.evaluate.system_prompt: missing; the arm 'base+prompt'"),
+    ],
+)
+def test_a_metric_that_cannot_be_is_refused(plan: MakePlan, told: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(*told)
+    assert words in str(caught.value)
+
+
+def test_any_prompts_do_and_rows_are_held_against_what_a_rule_looks_at(plan: MakePlan, tmp_path: Path) -> None:
+    file = tmp_path / "heldout.jsonl"
+    rows = [{"messages": [TURN], "answer": "#### 21"}, {"messages": [TURN]}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan(of())
+    right = of("{name: right, source: exact_answer}")
+    plan(right, "stages.evaluate.data.limit=1")
+    with pytest.raises(DataError, match=rf"{file}:2: 'answer' is missing"):
+        plan(right)
+
+
+def test_the_code_of_a_metric_counts_by_its_content_alone(plan: MakePlan, tmp_path: Path) -> None:
+    file, moved = tmp_path / "score.py", tmp_path / "moved.py"
+    file.write_text("def brevity(prompts, completions, rows): return [-len(text) for text in completions]\n")
+    moved.write_bytes(file.read_bytes())
+    first = evaluation(plan, of(f"{{name: brevity, source: '{file}:brevity'}}"))
+    assert first.identity["code"] == {"metrics[0].source": file_sha256(file)}
+    assert evaluation(plan, of(f"{{name: brevity, source: '{moved}:brevity'}}")).fingerprint == first.fingerprint
+    file.write_text(file.read_text().replace("-len", "-2 * len"))
+    assert evaluation(plan, of(f"{{name: brevity, source: '{file}:brevity'}}")).fingerprint != first.fingerprint
+
+
+def test_what_counts_of_metrics_and_of_a_system_prompt(plan: MakePlan) -> None:
+    bare = ["stages.evaluate.arms=[base, 'stage:sft']"]
+    before = evaluation(plan, *bare).fingerprint
+    same = (["stages.evaluate.primary=style_and_facts"], ["stages.evaluate.system_prompt=Be brief."])
+    other = (["stages.evaluate.primary=style"], [f"{METRICS}.1.higher_is_better=false"], [f"{METRICS}.1.name=manner"])
+    assert {evaluation(plan, *bare, *told).fingerprint for told in same} == {before}
+    assert len({before, *(evaluation(plan, *bare, *told).fingerprint for told in other)}) == 4
+    prompted = [evaluation(plan, *told).fingerprint for told in ([], ["stages.evaluate.system_prompt=Be brief."])]
+    assert prompted[0] != prompted[1]
+
+
+def test_a_metric_may_be_a_reward_model_of_its_own(plan: MakePlan, tmp_path: Path) -> None:
+    stage = evaluation(plan, of("{name: liked, source: 'stage:reward'}"), "stages.evaluate.reward=null")
+    assert stage.inputs["metrics[0].source"].ref == "stage:reward"
+    assert "reward" not in stage.inputs
+    missing = of(f"{{name: liked, source: 'path:{tmp_path}/nowhere'}}")
+    with pytest.raises(AlignmentError, match="nowhere"):
+        plan(missing)
