@@ -68,7 +68,7 @@ def main(path: Path) -> int:
         spec=spec, rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1"))
     )
     _quiet()
-    context.pulse.start(spec.work, context.rank)
+    context.heartbeat.start(spec.work, context.rank)
     try:
         for number in stop_requests.SIGNALS:
             signal.signal(number, _stop_now)
@@ -122,7 +122,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _too_large(error: BaseException, context: StageContext) -> StageError:
     return StageError(
-        f"out of memory while {context.pulse.phase}: {str(error).splitlines()[0]}",
+        f"out of memory while {context.heartbeat.phase}: {str(error).splitlines()[0]}",
         remedy="lower optim.micro_batch_tokens, set optim.activation_checkpointing=true, or train an adapter",
     )
 

@@ -1,4 +1,4 @@
-"""Rewards a token and generalised advantage estimation (Schulman et al. 2016, eq. 16), for answers of ragged length."""
+"""Per-token rewards and generalised advantage estimation (Schulman et al. 2016, eq. 16), for answers of any length."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def leave_one_out(scores: Tensor, group: int) -> Tensor:
-    """``[rows]`` scores less the mean of the other answers to the same prompt, ``group`` answers to each in a row.
+    """``[rows]``: each score minus the mean score of the other answers to the same prompt.
+
+    The ``group`` answers to a prompt are consecutive rows.
 
     A baseline that does not depend on the answer leaves the gradient unbiased (Ahmadian et al. 2024, section 3).
     """
@@ -17,12 +19,12 @@ def leave_one_out(scores: Tensor, group: int) -> Tensor:
 
 
 def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, *, kl_coefficient: float) -> Tensor:
-    """``[rows, tokens]``: minus the KL times its coefficient on every counted token, plus the score on the last one.
+    """``[rows, tokens]``: minus the KL penalty on every counted token, plus the score on the last one.
 
     Args:
-        scores: ``[rows]`` of whole answers.
+        scores: ``[rows]``, one per whole answer.
         kl: ``[rows, tokens]`` k1 estimates.
-        response_mask: True on answer tokens up to and including EOS; they stand at the left of a row.
+        response_mask: True on answer tokens up to and including EOS; answers are left-aligned in a row.
     """
     rewards = -kl_coefficient * kl * response_mask
     last = response_mask.sum(-1) - 1

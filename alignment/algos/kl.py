@@ -1,4 +1,4 @@
-"""Estimators of KL(policy ‖ reference) from samples of the policy, and controllers of its coefficient.
+"""Estimators of KL(policy ‖ reference) from samples of the policy, and controllers of the KL coefficient.
 
 k1 = log π − log ref is unbiased and the only one whose use in a reward has the true KL gradient; k3 = e^(−k1) − 1 + k1
 has the same mean, less variance, and is never negative (Schulman 2020, "Approximating KL divergence"). Both are logged.
@@ -30,13 +30,13 @@ class FixedKl:
     coefficient: float
 
     def after(self, kl: float, num_episodes: int) -> FixedKl:
-        """The same controller, whatever the KL was."""
+        """The same controller: the coefficient does not depend on the observed KL."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdaptiveKl:
-    """A KL coefficient that steers the KL towards ``target`` nats a sequence (Ziegler et al. 2019, section 2.2).
+    """A KL coefficient that steers the KL towards ``target`` nats per sequence (Ziegler et al. 2019, section 2.2).
 
     Example: at KL 12, target 6 and horizon 10,000, 256 episodes raise the coefficient by the factor 1.00512.
     """
@@ -46,7 +46,7 @@ class AdaptiveKl:
     horizon: int
 
     def after(self, kl: float, num_episodes: int) -> AdaptiveKl:
-        """The controller after ``num_episodes`` episodes whose mean KL was ``kl`` nats a sequence."""
+        """The controller after ``num_episodes`` episodes whose mean KL was ``kl`` nats per sequence."""
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         factor = 1.0 + error * num_episodes / self.horizon
         return AdaptiveKl(coefficient=self.coefficient * factor, target=self.target, horizon=self.horizon)

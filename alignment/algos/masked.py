@@ -1,4 +1,4 @@
-"""Statistics over the tokens that count. A mask is True where a token counts; denominators are mask sums."""
+"""Statistics over counted tokens. A mask is True where a token counts; denominators are mask sums."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over counted elements, a scalar.
 
     Raises:
-        ValueError: nothing is counted.
+        ValueError: the mask counts no element.
     """
     count = mask.sum()
     if int(count) == 0:

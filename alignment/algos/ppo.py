@@ -27,25 +27,28 @@ def clipped_policy_loss(ratio: Tensor, advantages: Tensor, response_mask: Tensor
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, *, clip: float | None
 ) -> Tensor:
-    """Sum of ½·max((V − G)², (V_old + clip(V − V_old, ± clip) − G)²) over counted tokens; of ½·(V − G)² without."""
+    """Sum of ½·max((V − G)², (V_old + clip(V − V_old, ± clip) − G)²) over counted tokens.
+
+    Without a clip it is the sum of ½·(V − G)².
+    """
     if clip is None:
         return 0.5 * ((values - returns) ** 2 * response_mask).sum()
-    near = old_values + (values - old_values).clamp(-clip, clip)
-    worst = torch.maximum((values - returns) ** 2, (near - returns) ** 2)
+    clipped_values = old_values + (values - old_values).clamp(-clip, clip)
+    worst = torch.maximum((values - returns) ** 2, (clipped_values - returns) ** 2)
     return 0.5 * (worst * response_mask).sum()
 
 
 def value_is_clipped(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None) -> Tensor:
-    """Bool, of the arguments' shape: where the clipped error is the larger one, so that the value gets no gradient."""
+    """Boolean, in the arguments' shape: True where the clipped error is larger, so the value gets no gradient."""
     if clip is None:
         return torch.zeros_like(values, dtype=torch.bool)
     change = values - old_values
-    near = old_values + change.clamp(-clip, clip)
-    return (change.abs() > clip) & ((near - returns) ** 2 > (values - returns) ** 2)
+    clipped_values = old_values + change.clamp(-clip, clip)
+    return (change.abs() > clip) & ((clipped_values - returns) ** 2 > (values - returns) ** 2)
 
 
 def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -> float:
-    """1 − Var(G − V) / Var(G) over counted tokens; 0 where the returns do not vary."""
+    """1 − Var(G − V) / Var(G) over counted tokens; 0 if the returns do not vary."""
     counted = response_mask.bool()
     spread = returns[counted].var(unbiased=False)
     if float(spread) == 0.0:

@@ -1,7 +1,7 @@
-"""An artifact on disk: written to a temporary folder, flushed, its manifest last, then renamed in one step.
+"""An artifact on disk: written to a temporary folder with the manifest last, flushed, then renamed in one step.
 
-A folder with a manifest is complete; a folder without one never counts. ``manifest.json`` lists every file with size
-and SHA-256, so that damage is found before anything is built on it.
+A folder with a manifest is complete; a folder without a manifest is ignored. ``manifest.json`` lists every file with
+its size and SHA-256, so that damage is detected before anything is built on the artifact.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Manifest:
     base={"source": "bundled:smollm2-135m", …}, adapters=["adapters/0-sft", "adapters/1-dpo"], …)``.
 
     ``identity`` is the canonical form that was hashed, kept so that a plan can say what differs. ``base`` is the
-    model that ``adapters`` stand on, in order; ``base`` with ``"source": "self"`` is the artifact's own ``model/``.
-    ``adapters_stood`` says how each stood on the model when it was trained (``SavedAdapter`` in models/assembly).
-    ``metrics`` are the headline figures; ``usage`` holds seconds and peak memory in bytes.
+    model that ``adapters`` are applied to, in order; ``base`` with ``"source": "self"`` is the artifact's own
+    ``model/``. ``adapters_stood`` says how each adapter was applied when it was trained (``SavedAdapter`` in
+    models/assembly). ``metrics`` are the headline metrics; ``usage`` holds seconds and peak memory in bytes.
     """
 
     stage: str
@@ -70,8 +70,11 @@ def folder_name(stage: str, fingerprint: str) -> str:
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it: if ``durable`` even after a
-    power cut. Processes may do so at once, on several machines that share the folder."""
+    """Writes JSON so that a reader sees the old file or the new one, never half of it.
+
+    If ``durable``, this holds even after a power cut. Several processes may write the same file at the same time, also
+    from machines that share the folder.
+    """
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", durable=durable)
 
 
@@ -81,7 +84,7 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def readable(folder: Path) -> None:
-    """Lets others read the files of a folder; safetensors writes them for their owner alone."""
+    """Makes the files of a folder readable for everybody; safetensors makes them readable for their owner only."""
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o644)
@@ -97,9 +100,9 @@ def publish(content: Path, target: Path, manifest: Manifest) -> Manifest:
     """
     if (target / MANIFEST).exists():
         raise ArtifactError("this artifact exists and is complete", where=str(target), remedy="delete it to remake it")
-    (content / MANIFEST).unlink(missing_ok=True)  # of an attempt that was stopped before the rename
+    (content / MANIFEST).unlink(missing_ok=True)  # left by an attempt that was stopped before the rename
     for folder in (content, *(path for path in content.rglob("*") if path.is_dir())):
-        remove_leftovers(folder)  # of a process that was killed
+        remove_leftovers(folder)  # left by a process that was killed
     files = {}
     readable(content)
     for path in sorted(p for p in content.rglob("*") if p.is_file()):
@@ -116,17 +119,17 @@ def publish(content: Path, target: Path, manifest: Manifest) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a complete artifact, or None where there is none.
+    """The manifest of a complete artifact, or None if there is no manifest.
 
     Raises:
-        ArtifactError: the manifest is unreadable, of another schema, or not of the form above.
+        ArtifactError: the manifest is unreadable, has another schema, or a field of it has the wrong type.
     """
     path = folder / MANIFEST
     if not path.exists():
         return None
     try:
         if not path.is_file():
-            raise ValueError("no regular file")
+            raise ValueError("not a regular file")
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ArtifactError(f"unreadable: {error}", where=str(path), remedy=f"delete {folder} to remake it") from error
@@ -135,7 +138,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     for name, hint in get_type_hints(Manifest).items():
         if not fits(getattr(manifest, name), hint):
             raise ArtifactError(
-                f"unreadable: '{name}' is of another form: {getattr(manifest, name)!r:.60}",
+                f"unreadable: '{name}' has the wrong type: {getattr(manifest, name)!r:.60}",
                 where=str(path),
                 remedy=f"delete {folder} to remake it",
             )
@@ -143,7 +146,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def verify(folder: Path, *, content: bool) -> Manifest:
-    """Checks that every listed file is there with its size, and with its hash too if ``content``.
+    """Checks that every listed file exists with its size, and with its hash too if ``content``.
 
     Raises:
         ArtifactError: the artifact is missing, incomplete or damaged, or lists no file; the message names the file.
@@ -153,7 +156,7 @@ def verify(folder: Path, *, content: bool) -> Manifest:
         raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")
     if not manifest.files:
         where = str(folder / MANIFEST)
-        raise ArtifactError("lists no file, so it stands for nothing", where=where, remedy=f"delete {folder}")
+        raise ArtifactError("lists no files, so it cannot be checked", where=where, remedy=f"delete {folder}")
     for name, expected in manifest.files.items():
         path = inside(folder, name)
         if not path.is_file() or path.stat().st_size != expected.get("size"):
@@ -166,10 +169,10 @@ def verify(folder: Path, *, content: bool) -> Manifest:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """``folder / name`` for a name that a manifest gives.
+    """``folder / name`` for a file name from a manifest.
 
     Raises:
-        ArtifactError: the name leads out of the folder.
+        ArtifactError: the path is outside the folder.
     """
     path = folder / name
     try:
@@ -177,10 +180,12 @@ def inside(folder: Path, name: str) -> Path:
         path.is_file()
     except (OSError, ValueError) as error:  # too long, or with a zero byte
         raise ArtifactError(
-            f"its manifest names a file {name!r:.60} that cannot be: {error!s:.80}",
+            f"its manifest names an impossible file {name!r:.60}: {error!s:.80}",
             where=str(folder),
             remedy="do not use it",
         ) from error
     if not is_inside:
-        raise ArtifactError(f"its manifest names a file outside: {name!r}", where=str(folder), remedy="do not use it")
+        raise ArtifactError(
+            f"its manifest names a file outside the folder: {name!r}", where=str(folder), remedy="do not use it"
+        )
     return path

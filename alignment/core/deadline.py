@@ -1,7 +1,7 @@
-"""A bound on the time of somebody else's words that compute: a template's loops, a recipe's interpolations.
+"""A time limit for input that computes: a template's loops, a recipe's interpolations.
 
-It counts the processor's time, so that a busy machine or one that slept changes nothing. What runs in Python is stopped
-by an exception. What runs in C, such as a sum over a long list, hears of no exception; then the process is ended.
+It counts processor time, so a busy or suspended machine changes nothing. Python code is stopped by an exception. C
+code, such as a sum over a long list, cannot be interrupted by an exception; then the process is killed.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from contextlib import contextmanager
 from types import FrameType
 
 SECONDS = 10.0
-"""Of the processor, for one block; a template takes milliseconds for a long conversation."""
+"""Processor time for one block; a template takes milliseconds for a long conversation."""
 KILLED_SECONDS = 30.0
-"""Of the processor without a step of Python in between."""
+"""Processor time without a single Python instruction."""
 KILLED_BY = signal.SIGVTALRM
 _LOOK_EVERY = 1.0
 _AGAIN = 2.0
 
 
 _end: float | None = None
-"""When the rendering that is under way is late, in seconds of the main thread."""
+"""Deadline of the current block, in processor seconds of the main thread."""
 _is_watched = False
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Sets the timers for all that is ``Bounded`` in the block, which costs more than rendering a row does.
+    """Sets the timers once for all ``Bounded`` blocks inside; setting them costs more than rendering a row.
 
-    Signals reach the main thread alone, so nothing is bounded in another one.
+    Signals reach only the main thread, so nothing is bounded in other threads.
     """
     global _is_watched
     if _is_watched or not _in_main_thread():
@@ -47,13 +47,14 @@ def watched() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        # None: a C library's own, which Python cannot put back; the default would end the process at its next signal
+        # None: the handler of a C library, which Python cannot restore; the default would end the process at the next
+        # signal
         signal.signal(signal.SIGPROF, signal.SIG_IGN if before is None else before)
         _is_watched = False
 
 
 class _Late(BaseException):
-    """No ``except Exception`` of the code in the block may swallow it or make another of it."""
+    """A BaseException, so that no ``except Exception`` in the block can swallow or replace it."""
 
 
 class Bounded:
@@ -66,7 +67,7 @@ class Bounded:
         self._timers = watched() if not _is_watched else None
 
     def __enter__(self) -> None:
-        """Begins to count."""
+        """Starts the clock."""
         global _end
         if self._timers is not None:
             self._timers.__enter__()
@@ -74,7 +75,7 @@ class Bounded:
             _end = time.thread_time() + SECONDS
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Counts no more."""
+        """Stops the clock."""
         global _end
         if _in_main_thread():
             _end = None

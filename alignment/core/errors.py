@@ -5,14 +5,14 @@
     ├── DataError                  3   a data file or row that cannot be used
     ├── ModelError                 4   a model, tokenizer or adapter that is missing or does not fit
     ├── StageError                 5   a stage that failed while it ran
-    │   ├── DiskError              5   a file system that takes no more: full, over a quota or limit, read-only
-    │   ├── NonFiniteError         6   NaN or infinity in a loss, gradient or figure; the last good checkpoint stays
-    │   └── RewardError            9   a scorer that raised, or gave the wrong number of scores or one that is no number
+    │   ├── DiskError              5   a file system that cannot be written to: full, over a quota or limit, read-only
+    │   ├── NonFiniteError         6   NaN or infinity in a loss, gradient or metric; the last good checkpoint stays
+    │   └── RewardError            9   a scorer that raised, or returned too few, too many or non-finite scores
     ├── ArtifactError              7   an artifact or checkpoint that is damaged or belongs to something else
     ├── Busy                       8   another process works on the same run or artifact
-    └── Forgot                    10   a run that was done, but a policy lost more than its limits allow
+    └── Forgot                    10   a finished run in which a policy lost more than its limits allow
 
-Other codes: 0 all is well, 1 a fault of ours (a bug), 75 preempted (start again to go on), 130 interrupted by the user.
+Other codes: 0 success, 1 a bug of ours, 75 preempted (start again to continue), 130 interrupted by the user.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class AlignmentError(Exception):
 
     @property
     def labelled(self) -> str:
-        """As a command prints it, its kind first: ``model: base: no folder …``."""
+        """The error as a command prints it, with its kind first: ``model: base: no folder …``."""
         kinds = {2: "configuration", 3: "data", 4: "model", 7: "artifact", 8: "busy", 9: "scorer", 10: "forgot"}
         return f"{kinds.get(self.exit_code, 'error')}: {self}"
 
@@ -68,17 +68,17 @@ class StageError(AlignmentError):
 
 
 class DiskError(StageError):
-    """A file system that takes no more: it is full, over a quota or a limit on file sizes, or read-only."""
+    """A file system that cannot be written to: it is full, over a quota or a limit on file sizes, or read-only."""
 
 
 class NonFiniteError(StageError):
-    """NaN or infinity in a loss, gradient or figure of an evaluation."""
+    """NaN or infinity in a loss, a gradient or a metric of an evaluation."""
 
     exit_code = 6
 
 
 class RewardError(StageError):
-    """A scorer raised, or what it gave cannot be a score; nothing was learned from it."""
+    """A scorer raised, or returned something that is not a valid score; the policy was not updated with it."""
 
     exit_code = 9
 
@@ -96,10 +96,10 @@ class Busy(AlignmentError):
 
 
 class Forgot(AlignmentError):
-    """All stages are done, but a policy has lost more of what the base model could than its limits allow."""
+    """All stages are done, but a policy has forgotten more of the base model's abilities than its limits allow."""
 
     exit_code = 10
 
 
 PREEMPTED = 75
-"""Exit code of a stage that saved and stopped because it was asked to; starting again goes on."""
+"""Exit code of a stage that saved and stopped because it was asked to; the next start continues."""

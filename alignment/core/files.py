@@ -1,7 +1,7 @@
-"""Files that are written whole or not at all, and file systems that take no more.
+"""Files that are written whole or not at all, and errors of file systems that cannot be written to.
 
 Writers use ``replacing``: a reader sees the old file or the new one, and a failed write leaves nothing behind.
-``disk_error`` turns what a library raised on a full disk into an error that says which file, why and what to do.
+``disk_error`` turns a library's error on a full disk into one that says which file, why and what to do.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _WORDS = {
     "disk quota exceeded": errno.EDQUOT,
     "read-only file system": errno.EROFS,
 }
-"""The system's own words, as C++ libraries quote them."""
+"""The system's messages, as C++ libraries quote them."""
 _TOO_LARGE = "file too large"
-"""The system's too, but a server says so as well, of what it was sent."""
+"""Also a message of the system, but a server says the same of a request that is too large."""
 _OF_RUST = re.compile(r"\(os error (\d+)\)")
-"""How safetensors and tokenizers report what the system answered."""
+"""How safetensors and tokenizers report an error of the system."""
 _OF_TORCH = re.compile("pytorchstreamwriter failed writing|inline_container.*unexpected pos")
 """How torch.save reports a write that failed, for whatever reason."""
 _PATHS = {
@@ -43,16 +43,19 @@ _PATHS = {
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
 }
-_SHOWN_PATH = 120
+_LABEL_CHARACTERS = 120
 _LEFTOVER_SECONDS = 24 * 3600
 """A temporary file this old belongs to a process that was killed; files are written in seconds."""
 
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """A path beside ``path`` to write to. Its file takes the place of ``path`` when the block ends, and is removed when
-    the block fails; if ``durable`` its bytes are on the disk before. Processes may do so at once, on several machines
-    that share the folder."""
+    """Yields a temporary path beside ``path`` to write to.
+
+    The file replaces ``path`` when the block ends, and is removed when the block fails. If ``durable``, its bytes are
+    on the disk before it replaces ``path``. Several processes may do so at the same time, also from machines that share
+    the folder.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with naming(path):
@@ -68,7 +71,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A failed write says which file it was: the system's own error names none, or the temporary one."""
+    """Puts ``path`` into the error of a failed write; the system's error names no file, or the temporary one."""
     try:
         yield
     except OSError as error:
@@ -78,14 +81,16 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Writes UTF-8 by one rename."""
+    """Writes UTF-8 and replaces ``path`` in one rename."""
     with replacing(path, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def remove_leftovers(folder: Path, *, shared: bool = False) -> None:
-    """Removes temporary files that a killed process left in a folder; only those of more than a day ago where others
-    may be writing now (``shared``)."""
+    """Removes temporary files that a killed process left in a folder.
+
+    Only those older than a day if other processes may be writing now (``shared``).
+    """
     for file in folder.glob(".*.tmp"):
         with suppress(OSError):
             if not shared or time.time() - file.stat().st_mtime > _LEFTOVER_SECONDS:
@@ -93,34 +98,34 @@ def remove_leftovers(folder: Path, *, shared: bool = False) -> None:
 
 
 def disk_error(error: BaseException, *, folder: Path) -> DiskError | None:
-    """What to tell the user if the disk is the reason for this error or for one that led to it, else None.
+    """The error to show the user if the disk caused ``error`` or one that led to it, else None.
 
-    ``folder`` was being written to; the error may name the very file.
+    ``folder`` is where the block was writing; the error may name the exact file.
     """
-    for one in _chain(error):
-        number = _number(one)
+    for cause in _chain(error):
+        number = _number(cause)
         if number is not None:
-            named = one.filename if isinstance(one, OSError) else None
+            named = cause.filename if isinstance(cause, OSError) else None
             where = Path(named) if isinstance(named, str) else folder
             return DiskError(f"{_DISK[number]}{_room(number, where)}", where=str(where), remedy=_remedy(number))
     return None
 
 
 def path_error(error: OSError) -> ConfigError | None:
-    """What to tell the user if a path cannot be used as it is, else None."""
-    if error.errno not in _PATHS or not error.filename:  # a socket or a process was forbidden
+    """The error to show the user if a path cannot be used as it is, else None."""
+    if error.errno not in _PATHS or not error.filename:  # without a file name, a socket or a process was refused
         return None
     name = str(error.filename)
-    shown = name if len(name) <= _SHOWN_PATH else f"{name[:_SHOWN_PATH]}… ({len(name)} characters)"
-    return ConfigError(_PATHS[error.errno], where=shown, remedy="name another path, or change who may use this one")
+    label = name if len(name) <= _LABEL_CHARACTERS else f"{name[:_LABEL_CHARACTERS]}… ({len(name)} characters)"
+    return ConfigError(_PATHS[error.errno], where=label, remedy="name another path, or change who may use this one")
 
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Errors of the file system come out as errors for the user; ``folder`` is where the block writes.
+    """Turns errors of the file system into errors for the user; ``folder`` is where the block writes.
 
     Raises:
-        DiskError: the file system takes no more.
+        DiskError: the file system cannot be written to.
         ConfigError: a path cannot be used.
     """
     try:
@@ -128,10 +133,10 @@ def explained(folder: Path) -> Iterator[None]:
     except AlignmentError:
         raise
     except Exception as error:
-        told = disk_error(error, folder=folder) or (path_error(error) if isinstance(error, OSError) else None)
-        if told is None:
+        explanation = disk_error(error, folder=folder) or (path_error(error) if isinstance(error, OSError) else None)
+        if explanation is None:
             raise
-        raise told from error
+        raise explanation from error
 
 
 def is_full(folder: Path, *, least: int = 1 << 16) -> bool:
@@ -141,11 +146,11 @@ def is_full(folder: Path, *, least: int = 1 << 16) -> bool:
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: set[int] = set()
-    one: BaseException | None = error
-    while one is not None and id(one) not in seen:
-        seen.add(id(one))
-        yield one
-        one = one.__cause__ or one.__context__
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or link.__context__
 
 
 def _number(error: BaseException) -> int | None:
@@ -172,11 +177,11 @@ def _room(number: int, where: Path) -> str:
 
 
 def _remedy(number: int) -> str:
-    again = "and run again: nothing is lost, a stage goes on from its last checkpoint"
+    again = "and run again: nothing is lost, a stage continues from its last checkpoint"
     if number == errno.EFBIG:
         return f"raise the limit (ulimit -f unlimited) {again}"
     if number == errno.EROFS:
-        return f"make it writable {again}; output=FOLDER names another place"
+        return f"make it writable {again}; output=FOLDER writes to another folder"
     return f"free space {again}"
 
 
@@ -190,12 +195,12 @@ def _bytes(number: int) -> str:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the first folder above it that is there."""
-    return next((one for one in (path, *path.parents) if one.exists()), Path("/"))
+    """The path, or the nearest folder above it that exists."""
+    return next((candidate for candidate in (path, *path.parents) if candidate.exists()), Path("/"))
 
 
 def flush(path: Path) -> None:
-    """The bytes of a file, or the names in a folder, are on the disk when it returns."""
+    """Forces the bytes of a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -204,13 +209,13 @@ def flush(path: Path) -> None:
 
 
 def new_folder(to: str) -> Path:
-    """Where a command writes.
+    """The folder that a command writes, which does not exist yet.
 
     Raises:
-        ConfigError: it is taken, or has no place.
+        ConfigError: it exists already, or its parent folder does not.
     """
     target = Path(to).expanduser().absolute()
     if target.exists() or not target.parent.is_dir():
         why = "exists already" if target.exists() else "lies in a folder that does not exist"
-        raise ConfigError(f"{to!r} {why}", where="--to", remedy="name a new folder inside one that is there")
+        raise ConfigError(f"{to!r} {why}", where="--to", remedy="name a new folder inside one that exists")
     return target

@@ -1,9 +1,8 @@
-"""What defines a result, in one canonical form, and its hash.
+"""The canonical form of everything that defines a result, and its hash.
 
 A fingerprint covers a stage's configuration, the content of its data, the fingerprints of its inputs, the seed and the
 stage's revision. It never covers paths, launch, tracking, versions of libraries, or fields marked ``identity: False``
-(docs/design/0020). Values without a stable form (sets, floats that are not finite, objects) are refused rather than
-guessed at.
+(docs/design/0020). Values without a stable form (sets, non-finite floats, objects) are refused.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from typing import Any
 
 
 def canonical(value: Any) -> Any:
-    """Plain JSON data that stands for ``value``; dataclass fields marked ``identity: False`` are left out.
+    """``value`` as plain JSON data; dataclass fields marked ``identity: False`` are left out.
 
     Raises:
         TypeError: the value has no stable form.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = [f for f in dataclasses.fields(value) if f.metadata.get("identity", True)]
-        return {f.name: canonical(getattr(value, f.name)) for f in kept}
+        fields = [f for f in dataclasses.fields(value) if f.metadata.get("identity", True)]
+        return {f.name: canonical(getattr(value, f.name)) for f in fields}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, float):
@@ -49,7 +48,10 @@ def digest(value: Any) -> str:
 
 
 def content_sha256(path: Path, of_file: Callable[[Path], str] | None = None) -> str:
-    """Of a file its SHA-256, by ``of_file`` if given; of a folder that of the names and SHA-256 of the files in it."""
+    """The SHA-256 of a file's content, computed by ``of_file`` if given.
+
+    The hash of a folder covers the names and hashes of the files in it.
+    """
     of_file = of_file or file_sha256
     if not path.is_dir():
         return of_file(path)

@@ -1,4 +1,4 @@
-"""GPUs and cores of this machine that a process may use, found without PyTorch."""
+"""GPUs and cores of this machine that a process may use, detected without PyTorch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-"""Variables that name the GPUs to use; the second is ROCm's own, which knows the first too."""
+"""Variables that name the GPUs to use; the second is ROCm's own. ROCm reads the first too."""
 
 
 def visible_devices(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> list[str]:
-    """GPUs that this machine lets us use, as ``CUDA_VISIBLE_DEVICES`` names them; found without importing torch.
+    """GPUs that this machine lets us use, as ``CUDA_VISIBLE_DEVICES`` names them.
 
-    A name that is no device ends the list, as it does for CUDA.
+    An invalid name ends the list, as it does for CUDA.
     """
     for name in VISIBLE:
         if name in environment:
-            parts = (part.strip() for part in environment[name].split(","))
-            return list(itertools.takewhile(lambda part: part not in ("", "-1"), parts))
+            names = (part.strip() for part in environment[name].split(","))
+            return list(itertools.takewhile(lambda part: part not in ("", "-1"), names))
     return [str(number) for number in range(_num_nvidia(root) or _num_amd(root) or _num_wsl(root))]
 
 
@@ -31,7 +31,7 @@ def _num_nvidia(root: Path) -> int:
 
 
 def _num_amd(root: Path) -> int:
-    """The kernel lists processors there too; those without SIMD units are no GPUs."""
+    """The kernel lists processors in this folder too; entries without SIMD units are not GPUs."""
     if not (root / "dev" / "kfd").exists():
         return 0
     nodes = (root / "sys" / "class" / "kfd" / "kfd" / "topology" / "nodes").glob("*/properties")
@@ -39,7 +39,7 @@ def _num_amd(root: Path) -> int:
 
 
 def _num_wsl(root: Path) -> int:
-    """Windows' subsystem for Linux has one file for GPUs of every make; NVIDIA's own tool lists those with CUDA."""
+    """Windows' subsystem for Linux has one file for GPUs of every vendor; NVIDIA's tool lists those with CUDA."""
     tool = root / "usr" / "lib" / "wsl" / "lib" / "nvidia-smi"
     if not (root / "dev" / "dxg").exists() or not tool.exists():
         return 0
@@ -48,7 +48,7 @@ def _num_wsl(root: Path) -> int:
 
 @functools.lru_cache(maxsize=1)
 def _listed(tool: Path) -> int:
-    """GPUs that ``nvidia-smi -L`` lists, a line each."""
+    """Number of GPUs that ``nvidia-smi -L`` lists, one per line."""
     try:
         listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -57,12 +57,12 @@ def _listed(tool: Path) -> int:
 
 
 def count_devices() -> int:
-    """How many GPUs this machine lets us use."""
+    """Number of GPUs that this machine lets us use."""
     return len(visible_devices())
 
 
 def count_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,4 +1,4 @@
-"""Locks that a dead process cannot leave behind: the kernel holds them for as long as a descriptor is open."""
+"""Locks that a dead process cannot leave behind: the kernel holds them while a descriptor is open."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from pathlib import Path
 from alignment.core.errors import ArtifactError, Busy, ConfigError
 
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
-"""What file systems answer that know no locks: some network file systems, Lustre without ``flock``."""
-_SHOWN_COMMAND = 200
+"""Errors of file systems without locks: some network file systems, Lustre without ``flock``."""
+_COMMAND_CHARACTERS = 200
 _LOOK_SECONDS = 1.0
-"""For which one who only looks at a lock (``is_held``) is waited for; it takes microseconds."""
+"""How long to wait for a process that only looks at a lock (``is_held``), which takes microseconds."""
 
 
 @contextmanager
 def held(path: Path, *, wait: bool, remedy: str = "wait for it, or stop it") -> Iterator[int]:
     """Holds the lock file ``path`` while the block runs; yields its descriptor.
 
-    A child process that is handed the descriptor keeps the lock for as long as it lives, even if this one is killed.
+    A child process that inherits the descriptor holds the lock as long as it lives, even if this process is killed.
 
     Raises:
         Busy: another process holds it and ``wait`` is False; the message names that process.
-        ConfigError: the file system knows no locks.
-        ArtifactError: something else lies in its place, such as a link.
+        ConfigError: the file system does not support locks.
+        ArtifactError: ``path`` is something else, such as a link.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _open(path, os.O_RDWR | os.O_CREAT)
@@ -46,10 +46,10 @@ def held(path: Path, *, wait: bool, remedy: str = "wait for it, or stop it") -> 
 
 
 def is_held(path: Path) -> bool:
-    """Whether some process holds the lock now. Reading the file is enough to ask, so anybody's run may be looked at.
+    """Whether some process holds the lock now. It only needs to read the file, so it works on runs of other users too.
 
     Raises:
-        ConfigError: the file system knows no locks.
+        ConfigError: the file system does not support locks.
     """
     try:
         descriptor = _open(path, os.O_RDONLY)
@@ -62,7 +62,7 @@ def is_held(path: Path) -> bool:
 
 
 def _had_at_once(descriptor: int, path: Path) -> bool:
-    """Whether the lock was had. Who only looks shares it for a moment, and does not hold it."""
+    """Takes the lock if no other process holds it. A process that only looks at it shares it for a moment."""
     deadline = time.monotonic() + _LOOK_SECONDS
     while not _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, path):
         is_taken = not _lock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, path)
@@ -74,7 +74,7 @@ def _had_at_once(descriptor: int, path: Path) -> bool:
 
 
 def _lock(descriptor: int, how: int, path: Path) -> bool:
-    """Whether the lock was had."""
+    """Takes the lock if it is free; returns whether it did."""
     try:
         fcntl.flock(descriptor, how)
     except BlockingIOError:
@@ -83,7 +83,7 @@ def _lock(descriptor: int, how: int, path: Path) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
         raise ConfigError(
-            f"this file system knows no locks ({error.strerror}), and without them two runs could write one result",
+            f"this file system does not support locks ({error.strerror}); without them two runs could write one result",
             where=str(path.parent),
             remedy="use one that does: output=FOLDER for runs, ALIGNMENT_CACHE=FOLDER for models; "
             "network file systems have an option for it (Lustre: mount with -o flock)",
@@ -92,7 +92,7 @@ def _lock(descriptor: int, how: int, path: Path) -> bool:
 
 
 def _holder(descriptor: int, path: Path) -> str:
-    """Who holds the lock. Where the process that took it is gone, that is one that was handed its descriptor."""
+    """The process that holds the lock: the one that took it, or one that inherited its descriptor."""
     taker, _, host = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")
     if host and host != socket.gethostname():
         return f"process {taker} on {host}"
@@ -101,7 +101,7 @@ def _holder(descriptor: int, path: Path) -> str:
     heir = _heir(path)
     if heir is None:
         return f"process {taker}"
-    return f"process {heir}, which goes on although the process that started it, {taker}, is gone"
+    return f"process {heir}, which still runs although the process that started it, {taker}, is gone"
 
 
 def _is_running(pid: int) -> bool:
@@ -115,22 +115,22 @@ def _is_running(pid: int) -> bool:
 
 
 def _heir(path: Path) -> str | None:
-    """Number and command of another process that has the file open, as far as this user may look."""
+    """Id and command of another process that has the file open, as far as this user may see."""
     import psutil
 
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             if process.pid != os.getpid() and any(Path(file.path) == path for file in process.open_files()):
-                return f"{process.pid} ({shlex.join(process.cmdline())[:_SHOWN_COMMAND]})"
+                return f"{process.pid} ({shlex.join(process.cmdline())[:_COMMAND_CHARACTERS]})"
     return None
 
 
 def _open(path: Path, flags: int) -> int:
-    """A lock file is written to, so what a link leads to must not be taken for one.
+    """Opens a lock file. It is written to, so a link to another file must be refused.
 
     Raises:
-        ArtifactError: it is a link, or no regular file.
-        FileNotFoundError: it is not there, and ``flags`` do not make it.
+        ArtifactError: it is a link, or not a regular file.
+        FileNotFoundError: it does not exist, and ``flags`` do not create it.
     """
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
@@ -140,4 +140,4 @@ def _open(path: Path, flags: int) -> int:
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise
-    raise ArtifactError("a lock must be a regular file, and no link", where=str(path), remedy="remove what lies there")
+    raise ArtifactError("a lock must be a regular file, not a link", where=str(path), remedy="remove it")

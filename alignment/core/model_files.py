@@ -1,7 +1,7 @@
-"""The files of a model's folder, looked at before transformers reads them.
+"""Checks of the files in a model's folder before transformers reads them.
 
-Weights in several files come with an index that names them. A name that leads out of the folder would have weights read
-that its fingerprint does not cover and that nobody gave.
+Weights in several files come with an index that names them. A name outside the folder would load weights that its
+fingerprint does not cover.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from alignment.core.errors import ModelError
 
 
 def refuse_weights_elsewhere(folder: Path, *, where: str = "") -> None:
-    """Returns if every index of the folder names files that lie in it; they may be links, as in a hub's cache.
+    """Checks that every index of the folder names files inside it; they may be links, as in a hub's cache.
 
     Raises:
-        ModelError: one does not, or is no index.
+        ModelError: an index names a file outside the folder, or is damaged.
     """
     for index in sorted(folder.glob("*.index.json")):
         for name in _weight_map(index, where=where or str(folder)).values():
             if not isinstance(name, str) or name in (".", "..") or Path(name).name != name:
                 raise ModelError(
-                    f"{index.name} names a file of weights outside of the folder: {name!r:.80}",
+                    f"{index.name} names a weights file outside the folder: {name!r:.80}",
                     where=where or str(folder),
-                    remedy="do not use this model; the files of its weights must lie beside their index",
+                    remedy="do not use this model; weights files must lie beside their index",
                 )
 
 
@@ -37,5 +37,5 @@ def _weight_map(index: Path, *, where: str) -> dict[str, Any]:
         reason = f"{index.name} is damaged: {type(error).__name__}: {error!s:.80}"
         raise ModelError(reason, where=where, remedy="fetch the model again") from error
     if not isinstance(weight_map, dict):
-        raise ModelError(f"{index.name} is damaged: its weight_map is no object", where=where)
+        raise ModelError(f"{index.name} is damaged: its weight_map is not an object", where=where)
     return weight_map

@@ -1,6 +1,6 @@
 """Folders that ship beside the code: conf, launch, recipes and data.
 
-In a checkout they stand at its root, where a reader looks for them; the built package carries copies inside itself.
+In a checkout they are at its root, where a reader looks for them; the built package contains copies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether plain data from a file has the form that annotations say."""
+"""Checks that plain data from a file has the types that annotations declare."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any, get_args, get_origin
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether it is that, all through: ``dict[str, int]`` holds texts and whole numbers. A float may be absent."""
-    origin, parts = get_origin(hint), get_args(hint)
+    """Whether ``value`` and everything in it has the type ``hint``, such as ``dict[str, int]``. A float may be None."""
+    origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
     if origin is dict:
-        key, item = parts
+        key, item = arguments
         return isinstance(value, dict) and all(fits(k, key) and fits(v, item) for k, v in value.items())
     if origin is list:
-        return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
     if isinstance(value, bool):
         return hint is bool
     if hint is float:

@@ -1,4 +1,4 @@
-"""Files that a person wrote, such as a recipe or a template: read whole, and refused where they cannot be that."""
+"""Files that a person wrote, such as a recipe or a template: read whole, and refused if they are too large for that."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ MOST_BYTES = 1 << 20
 
 
 def refuse_endless(path: Path) -> None:
-    """Does nothing to a regular file, a link to one, or what is not there.
+    """Accepts a regular file, a link to one, or a path that does not exist.
 
     Raises:
-        DataError: it is a pipe, a socket or a device, which may never end.
+        DataError: the path is a pipe, a socket or a device, which may never end.
     """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISREG(mode):
-        raise DataError("is no regular file", where=str(path), remedy="copy what it gives to a file, and name that")
+        raise DataError(
+            "is not a regular file", where=str(path), remedy="copy its content to a file, and name that file"
+        )
 
 
 def small_text(path: Path) -> str:
@@ -29,7 +31,7 @@ def small_text(path: Path) -> str:
 
     Raises:
         OSError, UnicodeDecodeError: it cannot be read.
-        DataError: it is no regular file, or too large to be that.
+        DataError: it is not a regular file, or is too large.
     """
     refuse_endless(path)
     with path.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""Which signals ask a stage to stop, and how one that has only begun to import its libraries does."""
+"""The signals that ask a stage to stop, and how a stage stops while it still imports its libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 def stop_while_importing(write_status: Callable[[], None]) -> None:
-    """Until the stage has handlers of its own, a signal ends it at once, and as one that was asked to stop."""
+    """Until the stage installs its own handlers, a signal ends it at once, with the status of a requested stop."""
 
     def on_signal(_: int, __: FrameType | None) -> None:
         try:
@@ -23,10 +23,10 @@ def stop_while_importing(write_status: Callable[[], None]) -> None:
 
     for number in SIGNALS:
         signal.signal(number, on_signal)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launchers are started deaf to SIGUSR1 (processes.py)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launchers start with SIGUSR1 blocked (processes.py)
 
 
 def ignore() -> None:
-    """From here on the process ends by itself."""
+    """From here on the process ignores requests to stop, because it is about to end."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

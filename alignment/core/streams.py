@@ -1,7 +1,7 @@
-"""Output streams whose other end may go away: a closed pipe or terminal, or a full disk behind a log.
+"""Output streams whose reader may disappear: a closed pipe or terminal, or a full disk behind a log.
 
-What a command does never depends on whether anybody still reads what it prints, so such a stream falls silent.
-A disk may have room again: of a file, only what it did not take is lost.
+A command must not depend on whether anybody reads its output, so such a stream discards it. A disk may have space
+again later: a file loses only the text that could not be written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import IO, Any, TextIO, cast
 
 
 def make_unfailing() -> None:
-    """Lets this process print wherever its output leads; a process without any has nothing to print to anyway."""
+    """Makes printing safe in this process, wherever its output goes. A process may have no output stream at all."""
     for name in ("stdout", "stderr"):
         stream: TextIO | None = getattr(sys, name)
         if stream is not None:
@@ -22,14 +22,14 @@ def make_unfailing() -> None:
 
 
 class Unfailing:
-    """A text stream that drops what cannot be written. ``lost`` says whether anything was."""
+    """A text stream that drops text that cannot be written. ``lost`` is True once it dropped any."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
         self.lost = False
 
     def write(self, text: str) -> int:
-        """Characters taken, written or not."""
+        """Writes the text if it can; returns the number of characters either way."""
         try:
             self._stream.write(text)
         except OSError:
@@ -37,19 +37,19 @@ class Unfailing:
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """One after another."""
+        """Writes the lines one after another."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Hands on what is buffered."""
+        """Flushes the buffer."""
         try:
             self._stream.flush()
         except OSError:
             self._give_up()
 
     def _give_up(self) -> None:
-        """Sends the rest nowhere, unless to a file: the interpreter flushes the stream once more when it ends."""
+        """Redirects the rest to the null device, unless it goes to a file: the interpreter flushes again at its end."""
         self.lost = True
         try:
             if stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode):
@@ -57,7 +57,7 @@ class Unfailing:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
-        except (OSError, ValueError):  # no file behind it
+        except (OSError, ValueError):  # the stream has no file descriptor
             return
 
     def __getattr__(self, name: str) -> Any:

@@ -1,5 +1,8 @@
-"""What is written to a terminal. Rows, answers, file names and errors hold what somebody else wrote, and a terminal
-obeys some of it: an escape moves the cursor, hides a line or sets the title. Here it is shown instead."""
+"""Safe output to a terminal.
+
+Rows, answers, file names and errors hold text that somebody else wrote. A terminal obeys escapes in it: they move the
+cursor, hide a line or set the title. This console displays them instead.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +16,28 @@ from rich.segment import Segment
 from alignment.core.errors import AlignmentError
 
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but for tab and line break, what turns the direction of text, and halves of characters."""
+"""Control characters except tab and line break, characters that change the direction of text, and surrogates."""
 
 
 def visible(text: str) -> str:
-    r"""The text with what a terminal would obey written out, such as ``\x1b``."""
+    r"""The text with every character that a terminal would obey written out, such as ``\x1b``."""
     return _OBEYED.sub(lambda match: _written(ord(match[0])), text)
 
 
 class Terminal(Console):
-    """A console whose text is ``visible``; its own colours and cursor stay what they are."""
+    """A console that makes text ``visible``; its own colours and cursor movements still work."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(emoji=False, **options)
 
     def render(self, *arguments: Any, **options: Any) -> Iterable[Segment]:
-        """As rich renders it; what rich itself has the terminal do is no text."""
+        """Rich's segments with visible text; control segments are rich's own and stay."""
         for segment in super().render(*arguments, **options):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
 def complain(error: AlignmentError) -> None:
-    """An error, its kind first."""
+    """Prints an error to standard error, with its kind first."""
     Terminal(stderr=True).print(error.labelled, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""Which versions of what a result was made with."""
+"""The versions of the packages that a result was made with."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ PACKAGES = ("alignment-pipeline", "torch", "transformers", "trl", "peft", "accel
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that a result may depend on."""
-    found = {"python": sys.version.split()[0]}
+    """Versions of Python and of the packages that a result may depend on."""
+    installed = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # our own, when it runs from a folder
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed

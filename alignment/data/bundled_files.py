@@ -1,4 +1,4 @@
-"""Where rows come from: a file that ships with the project, or files of the user's."""
+"""Where rows come from: a file that ships with the project, or the user's files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def locate(source: str, *, where: str = "") -> Path:
     """The file or folder behind ``bundled:quickstart/NAME`` or ``path:FILE``.
 
     Raises:
-        DataError: no such form, name or file, or one of a kind that is not read.
+        DataError: the source has another form, or names a file that does not exist or has an unsupported type.
     """
     scheme, _, rest = source.partition(":")
     if scheme == "path" and rest:
@@ -26,7 +26,7 @@ def locate(source: str, *, where: str = "") -> Path:
     if scheme == "bundled" and rest:
         return _bundled(rest, where=where)
     raise DataError(
-        f"{source!r} is no data source",
+        f"{source!r} is not a valid data source",
         where=where,
         remedy="write bundled:quickstart/NAME, path:FILE or hub:ORG/NAME@REVISION",
     )

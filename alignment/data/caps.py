@@ -1,6 +1,6 @@
-"""Files opened so that none can fill the memory or never end, whatever somebody put into it.
+"""Opens files so that no content can fill the memory or keep a reader busy forever.
 
-The bounds lie far above what a model can read: a row of 16 MiB is some million tokens. docs/data.md lists them.
+The limits lie far above what a model can read: a row of 16 MiB is some million tokens. docs/data.md lists them.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from alignment.core.errors import DataError
 from alignment.core.small_files import refuse_endless
 
 LINE_BYTES = 16 << 20
-"""Of a line of JSON, or (as characters) of a line or a field of CSV."""
+"""Limit for a line of JSON, or (in characters) for a line or a field of CSV."""
 WHOLE_BYTES = 1 << 30
-"""Of a JSON file, which is read whole, and of what 1,000 rows of Parquet hold unpacked."""
+"""Limit for a JSON file, which is read whole, and for 1,000 rows of Parquet, unpacked."""
 RATIO = 200
-"""How many times its size a packed file may give; rows of text pack to a third, or to a twentieth."""
+"""How many times its size a packed file may unpack to; rows of text pack to between a third and a twentieth."""
 ALWAYS_BYTES = 64 << 20
-"""What any packed file may give, however small it is."""
+"""Bytes that any packed file may unpack to, however small it is."""
 LEVELS = 100
-"""How deep lists and objects may lie in one another."""
-_PART = 1 << 20
+"""How deep lists and objects may be nested."""
+_BLOCK = 1 << 20
 _SPLIT = "write shorter rows: cut the text into several"
 
 
 def opened(path: Path) -> BinaryIO:
-    """The file's bytes, unpacked where its name ends in ``.gz``.
+    """A stream of the file's bytes, unpacked if its name ends in ``.gz``.
 
     Raises:
-        DataError: it is no regular file. While it is read: it unpacks to more than its size lets expect.
+        DataError: it is not a regular file. While it is read: it unpacks to far more than its size suggests.
     """
     refuse_endless(path)
     if path.suffix != ".gz":
@@ -41,7 +41,7 @@ def opened(path: Path) -> BinaryIO:
 
 
 class _Unpacked(io.RawIOBase):
-    """A gzip file that is refused once it has given too much."""
+    """A gzip file that is refused once it has unpacked to too much."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -49,29 +49,29 @@ class _Unpacked(io.RawIOBase):
         self._left = max(ALWAYS_BYTES, RATIO * path.stat().st_size)
 
     def readable(self) -> bool:
-        """It is."""
+        """Always True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """The next bytes."""
+        """Fills the buffer with the next bytes."""
         count = self._stream.readinto(buffer)
         self._left -= count
         if self._left < 0:
             raise DataError(
-                f"unpacks to more than {RATIO} times its size, as no rows of text do",
+                f"unpacks to more than {RATIO} times its size, which rows of text never do",
                 where=str(self._path),
-                remedy="look what is in it; if it is right, unpack it (gunzip) and give the file itself",
+                remedy="check its content; if it is right, unpack it (gunzip) and give the unpacked file",
             )
         return count
 
     def close(self) -> None:
-        """Closes the file too."""
+        """Closes the packed file too."""
         self._stream.close()
         super().close()
 
 
 def lines(stream: BinaryIO, path: Path) -> Iterator[tuple[str, bytes | DataError]]:
-    """Where each line stands, and the line, or the fault that it is too long; such a one is not held in memory."""
+    """Yields the location of each line with the line, or with an error if it is too long to be held in memory."""
     number = 0
     while line := stream.readline(LINE_BYTES + 1):
         number += 1
@@ -85,10 +85,10 @@ def lines(stream: BinaryIO, path: Path) -> Iterator[tuple[str, bytes | DataError
 
 
 def text_lines(text: io.TextIOBase, path: Path) -> Iterator[str]:
-    """The lines of a text.
+    """Yields the lines of a text.
 
     Raises:
-        DataError: one is too long.
+        DataError: a line is too long.
     """
     number = 0
     while line := text.readline(LINE_BYTES + 1):
@@ -99,26 +99,26 @@ def text_lines(text: io.TextIOBase, path: Path) -> Iterator[str]:
 
 
 def whole(stream: BinaryIO, path: Path) -> bytes:
-    """All that there is.
+    """The whole content.
 
     Raises:
-        DataError: that is too much to be held in memory, with the values that it stands for.
+        DataError: the content and its parsed values would be too large for the memory.
     """
-    parts, count = [], 0
-    while part := stream.read(_PART):
-        parts.append(part)
-        count += len(part)
+    blocks, count = [], 0
+    while block := stream.read(_BLOCK):
+        blocks.append(block)
+        count += len(block)
         if count > WHOLE_BYTES:
             raise DataError(
                 f"is longer than {_mebibytes(WHOLE_BYTES)}, and a JSON list is read whole",
                 where=str(path),
                 remedy="write it as JSON Lines (.jsonl), which are read one by one",
             )
-    return b"".join(parts)
+    return b"".join(blocks)
 
 
 def is_deep(value: Any) -> bool:
-    """Whether lists and objects lie deeper than ``LEVELS`` in one another."""
+    """Whether lists and objects are nested deeper than ``LEVELS``."""
     level = [value]
     for _ in range(LEVELS + 1):
         groups = [item for item in level if isinstance(item, (dict, list))]

@@ -1,8 +1,8 @@
-"""Chat templates that stand in for the tokenizer's own: ChatML, or the user's.
+"""Chat templates that replace the tokenizer's own: ChatML, or the user's.
 
-ChatML for base models: where the vocabulary has its control tokens they are used, and the one that ends a turn becomes
-EOS. Elsewhere a turn opens with the same words as ordinary text and ends with the tokenizer's EOS: no token is new, so
-no embedding is, and an adapter needs nothing beside it.
+ChatML is for base models. If the vocabulary has ChatML's control tokens, they are used, and the one that ends a turn
+becomes EOS. Otherwise a turn opens with the same words as ordinary text and ends with the tokenizer's EOS. No token is
+new, so no embedding has to be trained, and an adapter is enough.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def template_file(source: str) -> Path | None:
 
 
 def template_text(source: str) -> str:
-    """The template as text that two sources must share to give the same rows: that of the file, or ``chatml``.
+    """The text of the template file, or ``chatml``. Two sources with the same text give the same rows.
 
     Raises:
-        DataError: neither form, or no such file, or one that is not UTF-8, too large or no regular file.
+        DataError: the source has another form, or its file is missing, not UTF-8, too large or not a regular file.
     """
     file = template_file(source)
     if file is None:
@@ -56,7 +56,7 @@ def template_text(source: str) -> str:
     try:
         if source.startswith("path:"):
             return small_text(file)
-        reason = f"{source!r} is no template"
+        reason = f"{source!r} is not a valid template"
     except (OSError, UnicodeDecodeError) as error:
         reason = f"{file} cannot be read: {error}"
     except DataError as error:

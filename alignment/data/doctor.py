@@ -1,4 +1,4 @@
-"""What an unknown file is: its format, what each kind of stage can make of it, and what is wrong in which rows."""
+"""Examines an unknown file: its format, what each kind of stage can make of it, and which rows are faulty."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from alignment.data.fields import Fields, SetAside
 from alignment.data.formats.form import Format
 from alignment.data.formats.plain import CHOICES, TEXT
 from alignment.data.hub_rows import source_rows
-from alignment.data.near_duplicates import NearRepeats
-from alignment.data.overlap import Placed
+from alignment.data.near_duplicates import NearDuplicates
+from alignment.data.overlap import LocatedText
 from alignment.data.reading import prepared, right_form, start
 from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Question, Record
 from alignment.data.row_files import RawRow
@@ -31,18 +31,18 @@ NOUNS: dict[type[Record], str] = {
     Question: "questions with choices",
 }
 _OF_ONE_FORMAT: dict[type[Record], Format] = {PlainText: TEXT, Question: CHOICES}
-"""Records that could be made of other formats too, of every conversation a text, which have a better use."""
+"""Records that are made of one format only, although others would do: every conversation could be a text."""
 _FULLEST: tuple[type[Record], ...] = (PreferencePair, Conversation, Prompt, PlainText)
-"""Records, those that take most of a row first."""
+"""Records, those that use most of a row first."""
 MEANT = 0.1
-"""Share of rows from which a file is meant for a stage; all others are then faulty."""
+"""Share of rows from which a file counts as meant for a stage; all other rows are then faulty."""
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 
 
 @dataclass(kw_only=True)
 class Use:
-    """What one kind of record can be made of a file. ``faults`` are rows of which it cannot, ``set_aside`` those that
-    it has no use for."""
+    """The records of one kind that a file gives. ``faults`` are faulty rows, ``set_aside`` rows of no use for the
+    kind."""
 
     record: type[Record]
     records: int = 0
@@ -53,9 +53,12 @@ class Use:
 
 @dataclass(kw_only=True)
 class Diagnosis:
-    """``unreadable`` rows are no rows at all; ``columns`` counts in how many rows each stands, ``placeholders`` how
-    many rows have each ``{{name}}`` in them. ``near`` has rows that say nearly the same as an earlier one, without
-    those that say exactly the same."""
+    """What ``examine`` learned about a file.
+
+    ``unreadable`` rows could not be parsed. ``columns`` counts the rows that have each column, ``placeholders`` the
+    rows that contain each ``{{name}}``. ``near_duplicates`` holds rows whose text is nearly the same as an earlier
+    one's; exact duplicates are not among them.
+    """
 
     path: Path
     format: Format
@@ -64,11 +67,11 @@ class Diagnosis:
     placeholders: Counter[str] = field(default_factory=Counter)
     unreadable: list[DataError] = field(default_factory=list)
     uses: dict[str, Use] = field(default_factory=dict)
-    near: NearRepeats = field(default_factory=NearRepeats)
+    near_duplicates: NearDuplicates = field(default_factory=NearDuplicates)
 
     @property
     def meant_for(self) -> list[str]:
-        """The stages that a tenth of the readable rows or more are of use to; else the one that finds least fault."""
+        """The stages that can use at least a tenth of the readable rows; else the stage with the fewest faults."""
         few = MEANT * (self.rows - len(self.unreadable))
         meant = [name for name, use in self.uses.items() if use.records and use.records >= few]
         best = min(self.uses, key=lambda name: (-self.uses[name].records, len(self.uses[name].faults)))
@@ -76,52 +79,56 @@ class Diagnosis:
 
     @property
     def faults(self) -> list[DataError]:
-        """Unreadable rows, and those that every stage which the file is meant for finds faulty, each once."""
-        found = {fault.where: fault for name in reversed(self.meant_for) for fault in self.uses[name].faults}
-        return [*self.unreadable, *found.values()]
+        """Unreadable rows, and rows that are faulty for a stage that the file is meant for, each once."""
+        distinct = {fault.where: fault for name in reversed(self.meant_for) for fault in self.uses[name].faults}
+        return [*self.unreadable, *distinct.values()]
 
 
 def examine(path: Path, data: SourceConfig, records: Mapping[str, type[Record]]) -> Diagnosis:
-    """One pass over all rows. ``records`` says what stages make of a row, by the names of those stages.
+    """One pass over all rows. ``records`` maps the names of stages to the records that they make of a row.
 
     Raises:
-        DataError: the file cannot be read at all, or its columns are of no known format.
+        DataError: the file cannot be read at all, or no known format has its columns.
     """
-    told = Diagnosis(path=path, format=start(path, data).format)
-    uses = {name: record for name, record in records.items() if _OF_ONE_FORMAT.get(record, told.format) is told.format}
-    told.uses = {name: Use(record=record) for name, record in uses.items()}
+    diagnosis = Diagnosis(path=path, format=start(path, data).format)
+    uses = {
+        name: record
+        for name, record in records.items()
+        if _OF_ONE_FORMAT.get(record, diagnosis.format) is diagnosis.format
+    }
+    diagnosis.uses = {name: Use(record=record) for name, record in uses.items()}
     seen: dict[str, set[str]] = {name: set() for name in uses}
-    examples = {name: right_form(told.format, record) for name, record in uses.items()}
+    examples = {name: right_form(diagnosis.format, record) for name, record in uses.items()}
     for row in source_rows(path, data):
-        told.rows += 1
+        diagnosis.rows += 1
         if isinstance(row, DataError):
-            told.unreadable.append(row)
+            diagnosis.unreadable.append(row)
             continue
         if isinstance(row.value, Mapping):
-            told.columns.update(row.value.keys())
+            diagnosis.columns.update(row.value.keys())
         value = prepared(row.value, data)
-        told.placeholders.update(set(_PLACEHOLDER.findall(repr(value))))
-        given = RawRow(where=row.where, value=value)
+        diagnosis.placeholders.update(set(_PLACEHOLDER.findall(repr(value))))
+        renamed = RawRow(where=row.where, value=value)
         new = {
-            name: _try(told.uses[name], record, told.format, given, examples[name], seen[name])
+            name: _try(diagnosis.uses[name], record, diagnosis.format, renamed, examples[name], seen[name])
             for name, record in uses.items()
         }
-        told.near.add(Placed(where=row.where, text=_text_of(new, uses)))
-    return told
+        diagnosis.near_duplicates.add(LocatedText(where=row.where, text=_text_of(new, uses)))
+    return diagnosis
 
 
 def _try(use: Use, record: type[Record], form: Format, row: RawRow, example: str, seen: set[str]) -> list[Record]:
-    """Counts what the row is to one kind of stage; returns its records without those that an earlier row gave too."""
+    """Counts the row for one kind of stage; returns its records that no earlier row gave."""
     try:
-        found: list[Any] = list(record.of(form.read(Fields(row.value, where=row.where, example=example))))
+        records: list[Any] = list(record.of(form.read(Fields(row.value, where=row.where, example=example))))
     except SetAside as reason:
         use.set_aside.append(reason)
     except DataError as fault:
         use.faults.append(fault)
     else:
-        use.records += len(found)
-        keyed = {record_key(one): one for one in found}
-        new = [one for key, one in keyed.items() if key not in seen]
+        use.records += len(records)
+        keyed = {record_key(record): record for record in records}
+        new = [record for key, record in keyed.items() if key not in seen]
         use.repeated += len(keyed) - len(new)
         seen.update(keyed)
         return new
@@ -129,20 +136,20 @@ def _try(use: Use, record: type[Record], form: Format, row: RawRow, example: str
 
 
 def record_key(record: Record) -> str:
-    """The same for records that say the same."""
-    said = [message.as_dict() for message in getattr(record, "messages", ())]
-    return digest([*said, *(getattr(record, name, "") for name in ("text", "chosen", "rejected"))])
+    """A hash that is equal for records with equal content."""
+    turns = [message.as_dict() for message in getattr(record, "messages", ())]
+    return digest([*turns, *(getattr(record, name, "") for name in ("text", "chosen", "rejected"))])
 
 
 def _text_of(new: Mapping[str, Sequence[Record]], uses: Mapping[str, type[Record]]) -> str:
-    """All that the new records of a row say, as the stage has them that takes most of it; empty where none is new.
+    """The text of a row's new records, read by the stage that uses most of the row; empty if no record is new.
 
-    System turns are left out: many rows share one, and would be alike by it alone.
+    System turns are left out: many rows share one, which alone would make them near duplicates.
     """
     by_record = {uses[name]: made for name, made in new.items() if made}
     records = next((by_record[record] for record in _FULLEST if record in by_record), ())
-    parts: list[str] = []
+    texts: list[str] = []
     for record in records:
-        parts += [message.content for message in getattr(record, "messages", ()) if message.role != "system"]
-        parts += [getattr(record, name, "") for name in ("text", "chosen", "rejected")]
-    return "\n".join(dict.fromkeys(parts))
+        texts += [message.content for message in getattr(record, "messages", ()) if message.role != "system"]
+        texts += [getattr(record, name, "") for name in ("text", "chosen", "rejected")]
+    return "\n".join(dict.fromkeys(texts))

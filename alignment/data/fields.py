@@ -13,21 +13,21 @@ MEDIA = ("images", "image", "audios", "audio", "videos", "video")
 
 
 class SetAside(DataError):
-    """A row that is no fault, but of no use for what is asked: a pair without a common prompt, a bad answer in SFT."""
+    """A valid row that this kind of stage cannot use: a pair without a common prompt, or a bad answer in SFT."""
 
 
 class Fields:
-    """The fields of ``row``, which stands at ``where`` (``FILE:LINE``); ``example`` is a row of the right form.
+    """The fields of ``row``, which is at ``where`` (``FILE:LINE``); ``example`` is a row of the right form.
 
     Raises:
-        DataError: from every method, where the field is not what it must be.
+        DataError: from every method, if the field has the wrong form.
     """
 
     def __init__(self, row: Any, *, where: str, example: str) -> None:
         self.where = where
         self.example = example
         if not isinstance(row, Mapping):
-            raise DataError(f"a row must be a JSON object; {row!r:.60} is none", where=where, remedy=self._remedy())
+            raise DataError(f"a row must be a JSON object; it is {row!r:.60}", where=where, remedy=self._remedy())
         self.row = row
         self._refuse_media()
 
@@ -40,48 +40,48 @@ class Fields:
         raise SetAside(f"'{field}' {reason}", where=self.where)
 
     def has(self, *names: str) -> bool:
-        """Whether all of these are there and not null."""
+        """Whether all of these fields are present and not null."""
         return all(self.row.get(name) is not None for name in names)
 
     def first_of(self, *names: str) -> str:
-        """The first of these that is there and not null."""
-        found = next((name for name in names if self.has(name)), None)
-        if found is None:
+        """The first of these fields that is present and not null."""
+        present = next((name for name in names if self.has(name)), None)
+        if present is None:
             self.fail(names[0], f"is missing; the row has {_listed(list(self.row))}")
-        return found
+        return present
 
     def required(self, field: str) -> Any:
-        """The value, whatever it is; null counts."""
+        """The value of a field that must be present, whatever it is, even null."""
         if field not in self.row:
             self.fail(field, f"is missing; the row has {_listed(list(self.row))}")
         return self.row[field]
 
     def text(self, field: str) -> str:
-        """Text that must be there."""
+        """The text of a field that must be present and not empty."""
         value = self.required(field)
         if not is_text(value):
             self.fail(field, f"must be text and not empty; it is {value!r:.60}")
         return str(value)
 
     def optional_text(self, field: str) -> str:
-        """Text that may be absent, null or empty, then empty."""
+        """The text of a field; empty if the field is absent, null or empty."""
         value = self.row.get(field)
         if value is not None and not isinstance(value, str):
             self.fail(field, f"must be text; it is {value!r:.60}")
         return value or ""
 
     def label(self, field: str) -> str:
-        """A name or number that tells rows apart; empty where the field is absent or something else."""
+        """A name or number that identifies the row; empty if the field is absent or something else."""
         value = self.row.get(field)
         return str(value) if isinstance(value, (str, int)) else ""
 
     def flag(self, field: str) -> bool:
         """True or false, also as files without booleans write them: 1, 0, "true", "false"."""
         value = self.required(field)
-        found = {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
-        if found is None:
+        parsed = {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+        if parsed is None:
             self.fail(field, f"must be true or false; it is {value!r:.60}")
-        return found
+        return parsed
 
     def items(self, field: str) -> list[Any]:
         """A list that is not empty."""
@@ -91,7 +91,7 @@ class Fields:
         return value
 
     def parsed(self, field: str, value: Any) -> Any:
-        """``value``, or the JSON that it is if it is text."""
+        """``value``, parsed as JSON if it is text."""
         if not isinstance(value, str):
             return value
         try:
@@ -100,13 +100,13 @@ class Fields:
             self.fail(field, f"must be JSON; it is {value!r:.60}")
 
     def _refuse_media(self) -> None:
-        """A text model would learn an answer to a picture that it never saw."""
+        """A text model would otherwise learn an answer to a picture that it never saw."""
         for name in MEDIA:
             if self.row.get(name):
                 raise DataError(
-                    f"'{name}' holds media, which no stage reads: models here read text alone",
+                    f"'{name}' holds media, which no stage reads: models here read only text",
                     where=self.where,
-                    remedy=f"take the row out, or the column '{name}' where the text makes sense without it",
+                    remedy=f"remove the row, or the column '{name}' if the text makes sense without it",
                 )
 
     def _remedy(self) -> str:
@@ -114,7 +114,7 @@ class Fields:
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is text with something in it."""
+    """Whether ``value`` is text that is not blank."""
     return isinstance(value, str) and bool(value.strip())
 
 

@@ -1,5 +1,7 @@
-"""Rows of a hub's data set, read from its snapshot on this machine by ``datasets``, which knows what its splits and
-subsets are. Nothing of the repository is run, and nothing is downloaded here.
+"""Rows of a data set from a hub, read from its local snapshot.
+
+``datasets`` reads them, because it knows the splits and subsets. No code of the repository is run, and nothing is
+downloaded here.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ _FOLDER = "datasets--"
 
 
 def source_rows(path: Path, data: SourceConfig) -> Iterator[RawRow | DataError]:
-    """The rows at ``path``: of a snapshot those of the split that ``data`` names, else those of its files.
+    """The rows of the files at ``path``; for a snapshot, the rows of the split that ``data`` names.
 
     Raises:
         DataError: see ``hub_rows`` and ``rows_of``.
@@ -30,13 +32,12 @@ def source_rows(path: Path, data: SourceConfig) -> Iterator[RawRow | DataError]:
 
 
 def unparsed_source_rows(path: Path, data: SourceConfig) -> Iterator[Unparsed]:
-    """As ``source_rows``, with lines of JSON in files of the user's as they stand there (``unparsed_rows_of``)."""
+    """Like ``source_rows``, but lines of JSON in the user's files stay unparsed (``unparsed_rows_of``)."""
     return unparsed_rows_of(path) if snapshot_name(path) is None else hub_rows(path, data.split, data.subset)
 
 
 def snapshot_name(path: Path) -> str | None:
-    """``hub:ORG/NAME@COMMIT`` of a data set's snapshot in a hub's cache, which the folders' names tell; None of any
-    other path."""
+    """``hub:ORG/NAME@COMMIT``, from the folders' names, if the path is a snapshot in a hub's cache; else None."""
     commit, snapshots, repository = path.name, path.parent.name, path.parent.parent.name
     if snapshots != "snapshots" or not repository.startswith(_FOLDER):
         return None
@@ -44,8 +45,10 @@ def snapshot_name(path: Path) -> str | None:
 
 
 def content_of(path: Path, of_file: Callable[[Path], str] | None = None) -> str:
-    """What a fingerprint holds of the data at ``path``: a snapshot's name, since a commit never changes, else the
-    SHA-256 of its content (``content_sha256``)."""
+    """How a fingerprint identifies the data at ``path``.
+
+    It is a snapshot's name, since a commit never changes, else the SHA-256 of the content (``content_sha256``).
+    """
     return snapshot_name(path) or content_sha256(path, of_file)
 
 
@@ -53,20 +56,20 @@ def hub_rows(folder: Path, split: str, subset: str | None) -> Iterator[RawRow]:
     """The rows of a snapshot in order, each at ``hub:ORG/NAME@COMMIT SPLIT: row NUMBER``; numbers begin at 1.
 
     Raises:
-        DataError: there is no such split or subset (it says which there are), or ``datasets`` cannot read the files.
+        DataError: the split or subset does not exist (the error lists those that do), or the files cannot be read.
     """
     from datasets.exceptions import DatasetsError
     from pyarrow import ArrowException
 
     name = snapshot_name(folder) or str(folder)
-    place = " ".join(filter(None, (name, subset, split)))
+    location = " ".join(filter(None, (name, subset, split)))
     number = 0
     try:
         for number, row in enumerate(_rows_of_split(folder, split, subset, where=name), start=1):
-            yield RawRow(where=f"{place}: row {number}", value=dict(row))
+            yield RawRow(where=f"{location}: row {number}", value=dict(row))
     except (*_RAISED, ArrowException, DatasetsError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        where = f"{place}, behind row {number}" if number else place
+        where = f"{location}, after row {number}" if number else location
         raise DataError(f"cannot be read: {reason}", where=where, remedy=_REMEDY) from error
 
 
@@ -89,20 +92,24 @@ def _rows_of_split(folder: Path, split: str, subset: str | None, *, where: str) 
 
 
 def _refuse_files_elsewhere(files: Iterable[str], folder: Path, *, where: str) -> None:
-    """A repository's description may name files of any place; the commit would not stand for what they hold.
+    """A repository's description may name files anywhere; the commit would not identify their content.
 
     Raises:
-        DataError: one lies outside the snapshot.
+        DataError: a file is outside the snapshot.
     """
     for file in files:
         if not any(Path(normpath(file)).is_relative_to(root) for root in (folder, folder.resolve())):
-            raise DataError(f"names a file outside of the repository: {file}", where=where, remedy=_REMEDY)
+            raise DataError(f"names a file outside the repository: {file}", where=where, remedy=_REMEDY)
 
 
 _RAISED = (
     *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError),
     *(zlib.error, YAMLError),
 )
-"""What ``datasets`` and the readers below it raise at files and descriptions that they cannot use, beside kinds of
-their own. Not all exceptions: one asks the stage to stop."""
-_REMEDY = "only JSON, CSV and Parquet files are read, never scripts; if there are some, give them by path:FOLDER"
+"""Exceptions of ``datasets`` and its readers for files and descriptions that they cannot use, beside their own types.
+
+Not ``Exception``, because one subclass asks the stage to stop.
+"""
+_REMEDY = (
+    "only JSON, CSV and Parquet files are read, never scripts; if it has such files, name their folder with path:FOLDER"
+)

@@ -1,7 +1,7 @@
-"""Rows that stand in two data sets: what is learned must not be what is asked in the evaluation.
+"""Finds rows that are in two data sets: training data must not contain the prompts of the evaluation.
 
-Two texts overlap by the share of one's runs of ``NGRAM`` words that stand in the other too (Brown et al. 2020 looked at
-13 words; short prompts have fewer). Case and punctuation do not count.
+The overlap of two texts is the share of one's runs of ``NGRAM`` words that are also in the other (Brown et al. 2020
+used 13 words; short prompts have fewer). Case and punctuation are ignored.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from alignment.data.records import Prompt, Record
 
 NGRAM = 8
 LIKELY = 0.5
-"""Share from which a row is reported."""
+"""Overlap from which a row is reported."""
 _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placed:
-    """A text and where it stands."""
+class LocatedText:
+    """A text and the location of its row."""
 
     where: str
     text: str
 
 
-def asked(record: Record) -> Placed:
-    """What a record asks: what its user turns say, or its text."""
+def asked(record: Record) -> LocatedText:
+    """The question of a record: its user turns, or its text."""
     turns = [turn.content for turn in getattr(record, "messages", ()) if turn.role == "user"]
-    return Placed(where=record.where, text="\n".join(turns) or getattr(record, "text", ""))
+    return LocatedText(where=record.where, text="\n".join(turns) or getattr(record, "text", ""))
 
 
-def asked_in(path: Path, data: SourceConfig) -> Iterator[Placed]:
-    """What the prompts of a source ask; rows without one are passed over."""
+def asked_in(path: Path, data: SourceConfig) -> Iterator[LocatedText]:
+    """The questions of a source's prompts; rows without a prompt are skipped."""
     lenient = replace(data, on_error=OnError.skip, max_skipped=1.0)
     return map(asked, iterate(path, Prompt, lenient))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overlap:
-    """``share`` of the runs of words of the row at ``held_out`` stand in the one at ``learned``."""
+    """The row at ``learned`` contains the ``share`` of the runs of words of the row at ``held_out``."""
 
     learned: str
     held_out: str
@@ -52,40 +52,41 @@ class Overlap:
 
 
 class HeldOut:
-    """Texts that must not be learned. Only their runs of words are kept in memory."""
+    """Texts that must not be learned. Only hashes of their runs of words are held in memory."""
 
-    def __init__(self, texts: Iterable[Placed]) -> None:
+    def __init__(self, texts: Iterable[LocatedText]) -> None:
         self._sizes: dict[str, int] = {}
-        self._places: dict[int, set[str]] = defaultdict(set)
-        for placed in texts:
-            runs = set(_runs(placed.text))
-            self._sizes[placed.where] = len(runs)
+        self._locations: dict[int, set[str]] = defaultdict(set)
+        for located in texts:
+            runs = set(_runs(located.text))
+            self._sizes[located.where] = len(runs)
             for run in runs:
-                self._places[run].add(placed.where)
+                self._locations[run].add(located.where)
 
-    def overlaps(self, texts: Iterable[Placed]) -> Iterator[Overlap]:
-        """For each text the held-out one with which it has most in common, if that is ``LIKELY`` enough."""
-        for placed in texts:
-            shares = self.shares(placed.text)
+    def overlaps(self, texts: Iterable[LocatedText]) -> Iterator[Overlap]:
+        """Yields, for each text, the held-out text with the largest overlap, if that is at least ``LIKELY``."""
+        for located in texts:
+            shares = self.shares(located.text)
             if shares and (best := max(shares.items(), key=lambda item: item[1]))[1] >= LIKELY:
-                yield Overlap(learned=placed.where, held_out=best[0], share=best[1])
+                yield Overlap(learned=located.where, held_out=best[0], share=best[1])
 
     def shares(self, text: str) -> dict[str, float]:
-        """For each held-out text, by its place, the share of its runs that stand in ``text``; without those at 0."""
-        shared = Counter(where for run in set(_runs(text)) for where in self._places.get(run, ()))
+        """Per location of a held-out text, the share of its runs that are in ``text``; texts without any are left
+        out."""
+        shared = Counter(where for run in set(_runs(text)) for where in self._locations.get(run, ()))
         return {where: count / self._sizes[where] for where, count in shared.items()}
 
 
 def asked_too(judged: Iterable[Record], learned: Iterable[Record]) -> set[str]:
-    """What of all that is asked of ``judged`` records, as ``asked`` gives it, a learned one asks too."""
+    """The questions of ``judged`` records (``asked``) that also overlap with a learned record."""
     distinct = {asked(record).text for record in judged}
-    held_out = HeldOut(Placed(where=text, text=text) for text in distinct)
-    told = (held_out.shares(asked(record).text) for record in learned)
-    return {text for shares in told for text, share in shares.items() if share >= LIKELY}
+    held_out = HeldOut(LocatedText(where=text, text=text) for text in distinct)
+    shares_of_rows = (held_out.shares(asked(record).text) for record in learned)
+    return {text for shares in shares_of_rows for text, share in shares.items() if share >= LIKELY}
 
 
 def _runs(text: str) -> Iterator[int]:
-    """Hashes of all runs of ``NGRAM`` words; a shorter text is one run."""
+    """Yields hashes of all runs of ``NGRAM`` words; a shorter text is one run."""
     words = _WORD.findall(text.lower())
     for start in range(max(1, len(words) - NGRAM + 1)):
         run = words[start : start + NGRAM]

@@ -1,6 +1,6 @@
-"""Content in parts: ``{"type": "text", "text": …}`` as OpenAI writes it, or with ``value`` as LLaMA-Factory does.
+"""Content in parts: ``{"type": "text", "text": …}`` in OpenAI's form, or with ``value`` in LLaMA-Factory's.
 
-Tool calls of the latter are parts too.
+In LLaMA-Factory's form, tool calls are parts too.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from alignment.data.fields import Fields
 
 
 def text_and_calls(fields: Fields, at: str, content: Any) -> tuple[Any, list[Any]]:
-    """The parts of text joined, and the calls of tools as they stand there; content without parts stays as it is.
+    """The joined text parts, and the raw tool calls; content without parts is returned unchanged.
 
     Raises:
-        DataError: a part is of another kind, such as a picture.
+        DataError: a part has another type, such as a picture.
     """
     if not isinstance(content, list):
         return content, []

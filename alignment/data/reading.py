@@ -1,4 +1,4 @@
-"""A data source read as records: rows, their format, and what was left out and why."""
+"""Reads a data source as records, and notes which rows were left out and why."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from alignment.data.row_files import RawRow
 R = TypeVar("R", bound=Record)
 
 LOOKED_AT = 100
-"""Rows from which a format is told."""
+"""Rows from which a format is detected."""
 NAMED = 20
-"""Faults that an error spells out; it counts the others."""
+"""Faults that an error lists; it counts the others."""
 NEXT = "\n  → "
-"""Between one remedy and another."""
+"""Separator between remedies."""
 
 
 @dataclass(kw_only=True)
 class Reading:
-    """``format`` is known once a row was read; ``faults`` and ``set_aside`` grow while ``records`` go by."""
+    """Progress of a reading: ``faults`` and ``set_aside`` grow while records are read."""
 
     path: Path
     format: Format
@@ -50,30 +50,30 @@ def read_records(path: Path, record: type[R], data: SourceConfig) -> list[R]:
 
 
 def iterate(path: Path, record: type[R], data: SourceConfig, *, reading: Reading | None = None) -> Iterator[R]:
-    """The source's records one by one. ``reading`` is told what was left out; ``start`` makes one.
+    """Yields the source's records. ``reading``, which ``start`` makes, records what was left out.
 
     Raises:
-        DataError: rows that are faulty, all named together, unless ``data.on_error`` skips them and they are few; or a
-            source without a single record.
+        DataError: rows are faulty (one error names them together), unless ``data.on_error`` skips them and they are
+            few; or the source has no record.
     """
-    told = start(path, data) if reading is None else reading
+    progress = start(path, data) if reading is None else reading
     taken = 0
-    for found in _examined(told, record, data):
-        yield found
+    for record_of_row in _examined(progress, record, data):
+        yield record_of_row
         taken += 1
         if taken == data.limit:
             break
-    where = str(told.path)
-    refuse_faults(told.faults, data, count=len(told.faults), rows=told.rows, where=where)
+    where = str(progress.path)
+    refuse_faults(progress.faults, data, count=len(progress.faults), rows=progress.rows, where=where)
     if not taken:
-        raise nothing((error.message for error in told.set_aside), rows=told.rows, where=where)
+        raise nothing((error.message for error in progress.set_aside), rows=progress.rows, where=where)
 
 
 def start(path: Path, data: SourceConfig) -> Reading:
-    """A reading at its beginning: the format is named, or told from the first rows.
+    """A new reading; the format is the configured one, or detected from the first rows.
 
     Raises:
-        DataError: no row, or none whose columns are known.
+        DataError: the source has no rows, or no row has the columns of a known format.
     """
     if data.format is not None and not data.columns:
         return Reading(path=path, format=FORMATS[data.format])
@@ -84,38 +84,40 @@ def start(path: Path, data: SourceConfig) -> Reading:
     rows = [_renamed(row.value, data) for row in head if isinstance(row, RawRow)]
     if not rows:
         faults = [row for row in head if isinstance(row, DataError)]
-        raise together(faults) if faults else DataError("holds no row", where=str(path), remedy="one row at least")
+        raise (
+            together(faults) if faults else DataError("holds no row", where=str(path), remedy="write at least one row")
+        )
     return Reading(path=path, format=detect(rows, where=str(path)))
 
 
 def _refuse_unknown_columns(rows: Sequence[Any], data: SourceConfig, *, where: str) -> None:
     known = {name for row in rows if isinstance(row, Mapping) for name in row}
-    for theirs in data.columns.values():
-        if known and theirs not in known:
+    for column in data.columns.values():
+        if known and column not in known:
             raise DataError(
-                f"data.columns names a column {theirs!r}, which no row has",
+                f"data.columns names a column {column!r}, which no row has",
                 where=where,
                 remedy=f"the columns are {', '.join(sorted(known))}",
             )
 
 
-def _examined(told: Reading, record: type[R], data: SourceConfig) -> Iterator[R]:
-    reader = Reader(format=told.format, record=record, data=data)
-    for row in source_rows(told.path, data):
-        told.rows += 1
+def _examined(reading: Reading, record: type[R], data: SourceConfig) -> Iterator[R]:
+    reader = Reader(format=reading.format, record=record, data=data)
+    for row in source_rows(reading.path, data):
+        reading.rows += 1
         try:
-            found = reader.records(row)
+            records = reader.records(row)
         except SetAside as reason:
-            told.set_aside.append(reason)
+            reading.set_aside.append(reason)
         except DataError as fault:
-            told.faults.append(fault)
+            reading.faults.append(fault)
         else:
-            yield from found
+            yield from records
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """Makes records of rows: those of ``format``, by what ``data`` says of columns and placeholders."""
+    """Makes records of rows of ``format``, with the columns and placeholders of ``data``."""
 
     format: Format
     record: type[Any]
@@ -126,10 +128,10 @@ class Reader:
         return right_form(self.format, self.record)
 
     def records(self, row: RawRow | DataError) -> list[Any]:
-        """All records of a row or none: a fault in its last pair is a fault of the row.
+        """All records of a row; a fault in any pair makes the whole row faulty.
 
         Raises:
-            DataError: the row is faulty, or (SetAside) of no use.
+            DataError: the row is faulty, or (SetAside) this kind of stage cannot use it.
         """
         if isinstance(row, DataError):
             raise row
@@ -138,7 +140,7 @@ class Reader:
 
 
 def right_form(form: Format, record: type[Any]) -> str:
-    """A row to hold against a faulty one: the format's own, if the record can be made of it."""
+    """An example row for errors: the format's own, if the record can be made of it."""
     try:
         list(record.of(form.read(Fields(json.loads(form.row), where="", example=""))))
     except DataError:
@@ -147,9 +149,9 @@ def right_form(form: Format, record: type[Any]) -> str:
 
 
 def together(faults: Sequence[DataError], count: int | None = None) -> DataError:
-    """One error for all of them, each kind with its first place.
+    """One error for all faults; equal messages are listed once, with the location of the first.
 
-    ``count`` says how many there are if these are the first ones.
+    ``count`` is the total number of faults if ``faults`` holds only the first ones.
     """
     count = len(faults) if count is None else count
     if count == 1:
@@ -157,7 +159,7 @@ def together(faults: Sequence[DataError], count: int | None = None) -> DataError
     alike: dict[str, list[DataError]] = {}
     for fault in faults[:NAMED]:
         alike.setdefault(fault.message, []).append(fault)
-    lines = "".join(f"\n  {ones[0].where}{_others(len(ones) - 1)}: {message}" for message, ones in alike.items())
+    lines = "".join(f"\n  {same[0].where}{_others(len(same) - 1)}: {message}" for message, same in alike.items())
     more = f"\n  and {count - NAMED} more" if count > NAMED else ""
     return DataError(f"{count} faulty rows:{lines}{more}", remedy=_remedies(faults[:NAMED]))
 
@@ -167,15 +169,15 @@ def _others(number: int) -> str:
 
 
 def _remedies(faults: Sequence[DataError]) -> str:
-    """What helps against each kind of fault."""
+    """The distinct remedies of the faults."""
     return NEXT.join(dict.fromkeys(fault.remedy for fault in faults if fault.remedy))
 
 
 def refuse_faults(faults: Sequence[DataError], data: SourceConfig, *, count: int, rows: int, where: str) -> None:
-    """Does nothing if there are none, or ``data`` has them skipped and they are few of the ``rows``.
+    """Accepts a reading without faults, or with few faults among the ``rows`` if ``data`` skips them.
 
     Raises:
-        DataError: otherwise; names the first of ``count``, which ``faults`` begins with.
+        DataError: otherwise. It lists ``faults``, the first of ``count``.
     """
     if not count:
         return
@@ -192,28 +194,28 @@ def refuse_faults(faults: Sequence[DataError], data: SourceConfig, *, count: int
 
 
 def nothing(set_aside: Iterable[str], *, rows: int, where: str) -> DataError:
-    """A source without a single record."""
+    """The error for a source without a single record."""
     reasons = sorted(set(set_aside))
     why = f": all {rows} rows were set aside ({'; '.join(reasons)})" if reasons else ""
     return DataError(f"holds no row that can be used{why}", where=where)
 
 
 def prepared(row: Any, data: SourceConfig) -> Any:
-    """The row with the columns and texts that the configuration gives it."""
+    """The row with columns renamed and placeholders filled as configured."""
     return _filled(_renamed(row, data), data.placeholders)
 
 
 def _renamed(row: Any, data: SourceConfig) -> Any:
-    """``data.columns`` says which of the file's columns is which of the format's."""
+    """The row with the format's column names; ``data.columns`` maps them to the file's."""
     if not data.columns or not isinstance(row, Mapping):
         return row
     taken = set(data.columns.values())
-    kept = {name: value for name, value in row.items() if name not in taken}
-    return kept | {ours: row[theirs] for ours, theirs in data.columns.items() if theirs in row}
+    others = {name: value for name, value in row.items() if name not in taken}
+    return others | {name: row[column] for name, column in data.columns.items() if column in row}
 
 
 def _filled(value: Any, placeholders: Mapping[str, str]) -> Any:
-    """``{{name}}`` in every text of a row, by what the configuration says for ``name``."""
+    """The value with ``{{name}}`` replaced in every text by the configured text for ``name``."""
     if not placeholders:
         return value
     if isinstance(value, str):

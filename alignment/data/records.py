@@ -1,8 +1,8 @@
-"""Rows as records that check themselves, whatever format they came in.
+"""Rows as validated records, whatever their format.
 
-``alignment/data/formats`` turns a row of any public format into an ``Example``; a record is built from one. A row that
-does not fit raises a ``DataError`` with file and line, the field, and a row of the right form. ``where`` is a record's
-``FILE:LINE``.
+``alignment/data/formats`` turns a row of any public format into an ``Example``, from which a record is built. A row
+that does not fit raises a ``DataError`` with file and line, the field, and a row of the right form. ``where`` is a
+record's ``FILE:LINE``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """What a row says, whatever its columns are called.
+    """The content of a row, whatever its columns are called.
 
-    ``turns`` may end with the assistant's; else ``answers`` may hold answers to the last of them. ``good`` is what a
-    label says of the last turn. ``field`` names the column that errors about turns are about.
+    ``turns`` may end with the assistant's turn; otherwise ``answers`` may hold answers to the last turn. ``good`` is a
+    label's verdict on the last turn. ``field`` names the column for errors about turns.
     """
 
     fields: Fields
@@ -41,7 +41,7 @@ class Example:
     field: str = "messages"
 
     def prompt(self, *, drop_answer: bool = False) -> tuple[Message, ...]:
-        """The turns, of which the last must be a user's or a tool's, once an answer is dropped."""
+        """The turns, without a last answer if ``drop_answer``. They must end with a turn of the user or of a tool."""
         self.refuse_text()
         turns = self.turns
         if drop_answer and turns and turns[-1].role == "assistant":
@@ -52,15 +52,16 @@ class Example:
         return turns
 
     def refuse_text(self) -> None:
-        """Raises DataError for plain text."""
+        """Raises DataError if the row is plain text."""
         if self.text:
-            self.fields.fail(self.field, "is plain text, in which nobody asks and nobody answers")
+            self.fields.fail(self.field, "is plain text without a prompt and an answer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """Turns to learn from, ending with the assistant's. Of several answers the best one is learned, of labelled ones
-    the good ones.
+    """Turns to learn from, ending with the assistant's.
+
+    The best of several answers is learned. Labelled answers are learned if they are good.
 
     Example row: ``{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}``
     """
@@ -77,11 +78,11 @@ class Conversation:
 
     @classmethod
     def of(cls, example: Example) -> Iterator[Self]:
-        """Raises DataError unless the last turn is the assistant's; SetAside where it is labelled as bad."""
+        """Raises DataError unless the last turn is the assistant's; SetAside if it is labelled as bad."""
         example.refuse_text()
         fields, messages = example.fields, example.turns
         if example.good is False:
-            fields.set_aside("label", "says that the answer is a bad one")
+            fields.set_aside("label", "says that the answer is bad")
         if example.answers:
             best = max(example.answers, key=lambda answer: answer.rank)
             messages = (*example.prompt(), Message(role="assistant", content=best.text))
@@ -120,30 +121,30 @@ class PreferencePair:
 
     @classmethod
     def of(cls, example: Example) -> Iterator[Self]:
-        """All pairs of answers of different rank. Raises DataError where there is none, or the two are the same."""
+        """Yields all pairs of answers of different rank. Raises DataError if answers are missing or equal."""
         fields = example.fields
         if not example.answers:
-            fields.fail("chosen", "is missing: the row has no two answers to compare")
+            fields.fail("chosen", "is missing: the row does not have two answers to compare")
         labels = {name: fields.label(name) for name in ("id", "task", "flaw", "subset")}
-        told: dict[str, Any] = labels | {"row": fields.row, "where": fields.where}
-        found = 0
-        for one, other in combinations(example.answers, 2):
-            better, worse = (one, other) if one.rank > other.rank else (other, one)
+        shared: dict[str, Any] = labels | {"row": fields.row, "where": fields.where}
+        num_pairs = 0
+        for first, second in combinations(example.answers, 2):
+            better, worse = (first, second) if first.rank > second.rank else (second, first)
             if better.rank == worse.rank:
                 continue
             if better.text.strip() == worse.text.strip():
-                fields.fail("rejected", "is the same as 'chosen'; there is nothing to prefer")
-            found += 1
-            yield cls(messages=example.prompt(), chosen=better.text, rejected=worse.text, tools=example.tools, **told)
-        if not found:
-            fields.set_aside("answers", "are all of the same rank")
+                fields.fail("rejected", "is the same as 'chosen', so there is no preference")
+            num_pairs += 1
+            yield cls(messages=example.prompt(), chosen=better.text, rejected=worse.text, tools=example.tools, **shared)
+        if not num_pairs:
+            fields.set_aside("answers", "all have the same rank")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """Turns that an answer is sampled for; a trailing assistant turn in the row is dropped.
+    """Turns to sample an answer for; a trailing assistant turn in the row is dropped.
 
-    ``row`` is the whole row, for scorers that look at more than the prompt.
+    ``row`` is the whole row, for scorers that read more than the prompt.
 
     Example row: ``{"messages": [{"role": "user", "content": "Summarise: …"}]}``
     """
@@ -159,7 +160,7 @@ class Prompt:
 
     @classmethod
     def of(cls, example: Example) -> Iterator[Self]:
-        """Raises DataError unless a user turn is left at the end."""
+        """Raises DataError unless the remaining turns end with a user's or a tool's."""
         fields = example.fields
         yield cls(
             messages=example.prompt(drop_answer=True),
@@ -204,7 +205,7 @@ class HeldOutPrompt(Prompt):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """Turns that end with a question, and answers to choose from; the one at the place ``right`` is right.
+    """Turns that end with a question, and answers to choose from; ``right`` is the index of the right one.
 
     Example row: ``{"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}``
     """
@@ -220,18 +221,18 @@ class Question:
 
     @classmethod
     def of(cls, example: Example) -> Iterator[Self]:
-        """Raises DataError unless there are two answers or more, no two of them the same, and one is the best."""
+        """Raises DataError unless there are at least two answers, all different, and a single best one."""
         fields, messages = example.fields, example.prompt()
         texts = [answer.text.strip() for answer in example.answers]
         if len(texts) == 1:
             fields.fail("choices", "has fewer than two answers to choose from")
         if not texts:
-            fields.fail("choices", "is missing: the row has no two answers to choose from")
-        if repeated := next((text for place, text in enumerate(texts) if text in texts[:place]), None):
-            fields.fail("choices", f"says {repeated!r:.60} twice; no two may be the same")
+            fields.fail("choices", "is missing: the row does not have two answers to choose from")
+        if repeated := next((text for index, text in enumerate(texts) if text in texts[:index]), None):
+            fields.fail("choices", f"contains {repeated!r:.60} twice; all must be different")
         ranks = [answer.rank for answer in example.answers]
         if ranks.count(max(ranks)) > 1:
-            fields.fail("choices", "has several answers that are the best; one must be")
+            fields.fail("choices", "has several best answers; it must have one")
         yield cls(
             messages=messages,
             choices=tuple(texts),
@@ -244,7 +245,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlainText:
-    """Text to learn as it is; of a conversation, what its turns say, and of several answers the best one.
+    """Text to learn as it is. The text of a conversation is that of its turns and of its best answer.
 
     Example row: ``{"text": "The shop is closed on Monday."}``
     """
@@ -257,13 +258,13 @@ class PlainText:
 
     @classmethod
     def of(cls, example: Example) -> Iterator[Self]:
-        """Raises DataError where nothing is said."""
+        """Raises DataError if the text is empty."""
         best = sorted(example.answers, key=lambda answer: -answer.rank)[:1]
         turns = [*(turn.content for turn in example.turns), *(answer.text for answer in best)]
-        said = example.text or "\n\n".join(filter(None, turns))
-        if not said:
-            example.fields.fail(example.field, "says nothing")
-        yield cls(text=said, id=example.fields.label("id"), where=example.fields.where)
+        text = example.text or "\n\n".join(filter(None, turns))
+        if not text:
+            example.fields.fail(example.field, "is empty")
+        yield cls(text=text, id=example.fields.label("id"), where=example.fields.where)
 
 
 Record = PlainText | Conversation | PreferencePair | Prompt | HeldOutPrompt | Question

@@ -1,7 +1,7 @@
-"""Rows of a file as they stand there: JSON Lines, JSON, CSV and Parquet, compressed or not, or a folder of these.
+"""Raw rows of a file: JSON Lines, JSON, CSV and Parquet, compressed or not, or of a folder of these.
 
-What cannot be parsed becomes a ``DataError`` in the place of the row, so that one pass finds all that is wrong. Lines
-of JSON can also be had unparsed, to be parsed by several processes.
+A row that cannot be parsed is replaced by a ``DataError``, so that one pass finds all faults. Lines of JSON are also
+available unparsed, so that several processes can parse them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from alignment.data import caps
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RawRow:
-    """``where`` is ``FILE:LINE`` where rows are lines, else ``FILE: row NUMBER``; numbers begin at 1."""
+    """``where`` is ``FILE:LINE`` if rows are lines, else ``FILE: row NUMBER``; numbers begin at 1."""
 
     where: str
     value: Any
@@ -31,7 +31,7 @@ class RawRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JsonLine:
-    """A line that was not parsed yet."""
+    """A line that is not parsed yet."""
 
     where: str
     text: bytes
@@ -41,8 +41,9 @@ Unparsed = JsonLine | RawRow | DataError
 
 
 def rows_of(path: Path) -> Iterator[RawRow | DataError]:
-    """The rows in order, files of a folder in the order of their names. Nothing but a row is held in memory, and of a
-    JSON file the whole list.
+    """The rows in order; files of a folder are read in the order of their names.
+
+    Only one row is held in memory, but of a JSON file the whole list.
 
     Raises:
         DataError: the file as a whole cannot be read.
@@ -51,7 +52,7 @@ def rows_of(path: Path) -> Iterator[RawRow | DataError]:
 
 
 def unparsed_rows_of(path: Path) -> Iterator[Unparsed]:
-    """As ``rows_of``, with lines of JSON as they stand in the file: ``parsed`` makes rows of them.
+    """Like ``rows_of``, but lines of JSON stay unparsed; ``parsed`` makes rows of them.
 
     Raises:
         DataError: the file as a whole cannot be read.
@@ -64,23 +65,23 @@ def unparsed_rows_of(path: Path) -> Iterator[Unparsed]:
 
 
 def parsed(row: Unparsed) -> RawRow | DataError:
-    """The row of a line, or why there is none."""
+    """The row of a line, or the error if it cannot be parsed."""
     return _parsed(row.text, row.where) if isinstance(row, JsonLine) else row
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file itself, or those of a folder whose names end as those of data files do.
+    """The file itself, or the data files in a folder, by their suffixes.
 
     Raises:
-        DataError: another kind of file, one that may never end (a pipe), or a folder without any.
+        DataError: the file has another suffix or may never end (a pipe), or the folder has no data file.
     """
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.is_file() and _suffix(file) in _READERS)
-        if not found:
+        files = sorted(file for file in path.iterdir() if file.is_file() and _suffix(file) in _READERS)
+        if not files:
             raise DataError("holds no data file", where=str(path), remedy=_REMEDY)
-        return found
+        return files
     if _suffix(path) not in _READERS:
-        raise DataError("is of no known kind", where=str(path), remedy=_REMEDY)
+        raise DataError("has an unknown file type", where=str(path), remedy=_REMEDY)
     refuse_endless(path)
     return [path]
 
@@ -103,7 +104,7 @@ def _json_lines(path: Path) -> Iterator[Unparsed]:
 
 
 def _begins_array(line: bytes) -> bool:
-    """Whether a whole file is one array, on one line or on several: a row is an object."""
+    """Whether the file is one JSON array, on one line or several. A row would be an object."""
     if not line.removeprefix(codecs.BOM_UTF8).lstrip().startswith((b"[{", b"[ ", b"[\n", b"[\r")):
         return False
     try:
@@ -119,32 +120,32 @@ def _parsed(text: bytes, where: str) -> RawRow | DataError:
         if b"\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
         if text.count(b"[") + text.count(b"{") > caps.LEVELS and caps.is_deep(value):
-            return DataError(f"has more than {caps.LEVELS} lists and objects in one another", where=where)
+            return DataError(f"nests lists and objects more than {caps.LEVELS} deep", where=where)
         return RawRow(where=where, value=value)
     except UnicodeEncodeError:
         return DataError(
-            "holds half of a surrogate pair, which is no character", where=where, remedy="write the character whole"
+            "holds half of a surrogate pair, which is not a character", where=where, remedy="write both halves"
         )
     except UnicodeDecodeError as error:
         return DataError(f"not UTF-8: {error.reason}", where=where, remedy="save the file as UTF-8")
     except (ValueError, RecursionError) as error:
-        return DataError(f"not JSON: {error}", where=where, remedy="one JSON object a line (JSON Lines)")
+        return DataError(f"not JSON: {error}", where=where, remedy="write one JSON object per line (JSON Lines)")
 
 
 def _json(path: Path) -> Iterator[Unparsed]:
-    """A list of rows; or JSON Lines under a wrong name, which public data sets often are."""
+    """A list of rows; or JSON Lines with the wrong suffix, which is common in public data sets."""
     with caps.opened(path) as stream:
         text = caps.whole(stream, path)
-    whole = _parsed(text, str(path))
-    if isinstance(whole, RawRow) and isinstance(whole.value, list):
-        for number, value in enumerate(whole.value, start=1):
+    document = _parsed(text, str(path))
+    if isinstance(document, RawRow) and isinstance(document.value, list):
+        for number, value in enumerate(document.value, start=1):
             yield RawRow(where=f"{path}: row {number}", value=value)
     elif text.lstrip()[:1] == b"{":
         yield from _json_lines(path)
-    elif isinstance(whole, DataError):
-        raise whole
+    elif isinstance(document, DataError):
+        raise document
     else:
-        raise DataError("is JSON, but no list of rows", where=str(path), remedy=_REMEDY)
+        raise DataError("is JSON, but not a list of rows", where=str(path), remedy=_REMEDY)
 
 
 def _csv(path: Path) -> Iterator[Unparsed]:
@@ -166,7 +167,7 @@ def _csv(path: Path) -> Iterator[Unparsed]:
                 yield DataError(f"not CSV: {error}", where=where)
                 continue
             if None in row or None in row.values():
-                yield DataError(f"has not the {len(names)} fields of the header", where=where)
+                yield DataError(f"does not have the {len(names)} fields of the header", where=where)
             else:
                 yield RawRow(where=where, value={name: value or None for name, value in row.items()})
 
@@ -197,7 +198,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Unparsed]]] = {
     ".csv": _csv,
     ".parquet": _parquet,
 }
-_ARRAY_REMEDY = "rename it to .json, or write one object a line"
+_ARRAY_REMEDY = "rename it to .json, or write one object per line"
 _REMEDY = (
     "give .jsonl, .json (a list of rows), .csv or .parquet, also .jsonl.gz, .json.gz, .csv.gz, or a folder of these"
 )

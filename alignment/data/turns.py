@@ -1,6 +1,6 @@
-"""Turns of a conversation, in the two forms that public files write them: OpenAI's and ShareGPT's.
+"""Turns of a conversation in the two forms of public files: OpenAI's and ShareGPT's.
 
-Both become messages with the roles that chat templates know. Tool calls and results are kept.
+Both become messages with the roles that chat templates know. Tool calls and results stay.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Message:
     """One turn: ``Message(role="user", content="Summarise: …")``.
 
     ``tool_calls`` are an assistant's, each ``{"type": "function", "function": {"name": …, "arguments": {…}}}``.
-    ``learned`` is False for a turn of the assistant that SFT reads and does not learn (``"weight": 0``, or
+    ``learned`` is False for a turn of the assistant that SFT reads but does not learn (``"weight": 0``, or
     ``"loss_weight": 0``).
     """
 
@@ -47,7 +47,7 @@ class Message:
 
 
 def turns_of(fields: Fields, field: str) -> tuple[Message, ...]:
-    """The turns at ``field``, in either form; a system turn may only come first.
+    """The turns in ``field``, in either form; a system turn may only come first.
 
     Raises:
         DataError: names the turn and what is wrong with it.
@@ -74,10 +74,10 @@ def turn_of(fields: Fields, at: str, turn: Any) -> Message:
     calls = turn.get("tool_calls") or []
     if not isinstance(calls, list):
         fields.fail(f"{at}.tool_calls", f"must be a list; it is {calls!r:.60}")
-    content, parts = text_and_calls(fields, f"{at}.content", turn.get("content"))
-    if not is_text(content) and not ((calls or parts) and content in ("", None)):
+    content, calls_in_content = text_and_calls(fields, f"{at}.content", turn.get("content"))
+    if not is_text(content) and not ((calls or calls_in_content) and content in ("", None)):
         fields.fail(f"{at}.content", f"must be text and not empty; it is {content!r:.60}")
-    called = [(f"{at}.tool_calls", call) for call in calls] + [(f"{at}.content", call) for call in parts]
+    called = [(f"{at}.tool_calls", call) for call in calls] + [(f"{at}.content", call) for call in calls_in_content]
     return Message(
         role=_ROLES_OPENAI[role],
         content=content or "",
@@ -87,19 +87,19 @@ def turn_of(fields: Fields, at: str, turn: Any) -> Message:
 
 
 def tools_of(fields: Fields, field: str = "tools") -> tuple[Mapping[str, Any], ...]:
-    """The tools that a row offers, as chat templates take them; none where the field is absent or empty.
+    """The tools of a row in the form for chat templates; empty if the field is absent or empty.
 
     Raises:
-        DataError: it is no list of objects with a name.
+        DataError: the field is not a list of objects with a name.
     """
     value = fields.row.get(field)
     if value in (None, "", []):
         return ()
-    found = fields.parsed(field, value)
-    if not isinstance(found, list):
+    parsed = fields.parsed(field, value)
+    if not isinstance(parsed, list):
         fields.fail(field, f"must be a list of tools; it is {value!r:.60}")
     tools = []
-    for number, tool in enumerate(found):
+    for number, tool in enumerate(parsed):
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not is_text(function.get("name")):
             fields.fail(f"{field}[{number}]", f"must be an object with a 'name'; it is {tool!r:.60}")
@@ -130,13 +130,15 @@ def _call(fields: Fields, at: str, call: Any) -> Mapping[str, Any]:
 
 
 def _learned(fields: Fields, at: str, turn: Mapping[str, Any], *, role: str) -> bool:
-    """Whether an assistant's turn is learned. No other turn ever is, and a file that asks for it is refused."""
+    """Whether an assistant's turn is learned. Other turns never are; a file that asks for it is refused."""
     weights = {name: turn.get(name) for name in ("weight", "loss_weight")}  # null is how Parquet leaves a field out
     for name, weight in weights.items():
         if weight not in (None, 0, 1):
             fields.fail(f"{at}.{name}", f"must be 0 or 1; it is {weight!r:.60}")
     if role != "assistant":
         if weights["loss_weight"]:
-            fields.fail(f"{at}.loss_weight", f"asks to learn a turn of the {role}; only an assistant's are learned")
+            fields.fail(
+                f"{at}.loss_weight", f"asks to learn a turn of the {role}; only turns of the assistant are learned"
+            )
         return True
     return all(weight is None or bool(weight) for weight in weights.values())

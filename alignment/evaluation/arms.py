@@ -14,7 +14,7 @@ from alignment.data.turns import Message
 from alignment.models.forward.answers import answer_statistics, batches, scalar_scores, unwrapped
 from alignment.models.forward.generate import answer_batch, reading_order
 from alignment.models.forward.shared_prompts import can_read, read
-from alignment.models.kernels.layout import laid_out
+from alignment.models.kernels.layout import prepacked
 
 TOKENS = 4096
 """Tokens of rows that are scored at once."""
@@ -107,7 +107,7 @@ def answer_and_score(
     answers: list[list[int]] = [[] for _ in prompts]
     scores: list[list[float]] = [[] for _ in prompts]
     order = reading_order(prompts)
-    with laid_out(model, batch_size):
+    with prepacked(model, batch_size):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             asked = [prompts[row] for row in rows]
@@ -138,7 +138,7 @@ def sequence_logprobs(
 ) -> list[float]:
     """Sum of log p(token | prefix) over each answer, in nats."""
     sums: list[float] = []
-    with laid_out(model.base_model, TOKENS):
+    with prepacked(model.base_model, TOKENS):
         for part in batches(prompts, answers, tokens=TOKENS, device=model.device):
             logprobs = answer_statistics(model, part).logprobs
             sums += [float(row.sum()) for row in logprobs.split(list(part.lengths))]
@@ -149,7 +149,7 @@ def sequence_logprobs(
 def reward_scores(model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
     """The reward model's score at each answer's last token."""
     scores: list[float] = []
-    with laid_out(unwrapped(model).base_model, TOKENS):  # the head computes in float32
+    with prepacked(unwrapped(model).base_model, TOKENS):  # the head computes in float32
         for part in batches(prompts, answers, tokens=TOKENS, device=model.device):
             scores += scalar_scores(model, part.rows).tolist()
     return scores

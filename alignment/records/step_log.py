@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` and its like: lines by step, none of which doubles back after a resume."""
+"""``metrics.jsonl`` and similar files: one line per step, without repeated steps after a resume."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends steps to a file; lines after a step can be dropped when a stage goes on from a checkpoint."""
+    """Appends steps to a file; lines after a step can be dropped when a stage continues from a checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def append(self, step: int, figures: dict[str, Any]) -> None:
-        """Writes one step; numbers that are not finite are kept as they are (``NaN``), to be seen."""
-        line = json.dumps({"step": step, **{key: _number(value) for key, value in figures.items()}})
+    def append(self, step: int, metrics: dict[str, Any]) -> None:
+        """Writes one step; non-finite numbers are written as they are (``NaN``), to be visible."""
+        line = json.dumps({"step": step, **{key: _number(value) for key, value in metrics.items()}})
         with naming(self._path), self._path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
     def keep_through(self, step: int) -> None:
-        """Drops what was logged after ``step``, a half-written last line included."""
+        """Drops the lines after ``step``, including a half-written last line."""
         if not self._path.exists():
             return
         lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
-        kept = [line for line in lines if _step_of(line) <= step]
-        write_text(self._path, "".join(line + "\n" for line in kept))
+        lines_to_keep = [line for line in lines if _step_of(line) <= step]
+        write_text(self._path, "".join(line + "\n" for line in lines_to_keep))
 
     def last(self) -> dict[str, Any]:
         """The newest step, or an empty dict."""
         return (self.rows() or [{}])[-1]
 
     def rows(self) -> list[dict[str, Any]]:
-        """All that is there."""
+        """All steps in the file."""
         lines = self._path.read_text(encoding="utf-8").split("\n") if self._path.exists() else []
         return [json.loads(line) for line in lines if line]
 

@@ -12,12 +12,12 @@ FILE = "sweep.json"
 Setting = str | int | float
 
 FEWEST_FOR_IMPORTANCE = 10
-"""Trials whose better half has five, below which optuna calls its measure of importance unstable."""
+"""Trials of which the better half has five; with fewer, optuna calls its measure of importance unstable."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Goal:
-    """What trials are judged by: ``Goal(label="brevity of stage:dpo", minimize=False)``."""
+    """The objective of trials: ``Goal(label="brevity of stage:dpo", minimize=False)``."""
 
     label: str
     minimize: bool
@@ -25,7 +25,7 @@ class Goal:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameter:
-    """A setting that is tried: one of ``values``, or a number from ``low`` to ``high``, by its size if ``log``."""
+    """A setting that varies: one of ``values``, or a number from ``low`` to ``high``, on a log scale if ``log``."""
 
     key: str
     values: list[str]
@@ -36,9 +36,9 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """A trial that ended: ``done`` with a figure for each goal, ``failed`` or ``pruned`` with the reason in words.
+    """A trial that ended: ``done`` with a value for each goal, ``failed`` or ``pruned`` with the reason in words.
 
-    ``words`` are its settings as overrides; ``report`` is its run's page, as the sweep's page finds it, or empty.
+    ``words`` are its settings as overrides; ``report`` is the path of its run's page from the sweep's page, or empty.
     """
 
     number: int
@@ -53,11 +53,11 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepRecord:
-    """All that came of a sweep so far.
+    """The results of a sweep so far.
 
-    ``trials`` are in order: the ``best`` first (the Pareto set where there are several goals), failed and pruned ones
-    last. ``verdict`` says in words what else may be as good, ``cautions`` what to know of the figures themselves.
-    ``importance`` has, for each goal, the share of each parameter; none where there are too few trials to tell.
+    ``trials`` are in order: the ``best`` first (the Pareto set if there are several goals), failed and pruned ones
+    last. ``verdict`` says in words which others may be as good; ``cautions`` are notes on the values. ``importance``
+    has, for each goal, the share of each parameter; it is empty if there are too few trials.
     """
 
     name: str
@@ -91,7 +91,7 @@ class SweepRecord:
 
     @property
     def done(self) -> list[Trial]:
-        """The trials that have figures."""
+        """The trials that have values."""
         return [trial for trial in self.trials if trial.state == "done"]
 
 

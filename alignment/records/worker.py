@@ -1,6 +1,6 @@
 """What a worker writes while it runs and when it ends, for the driver and the report to read (docs/design/0001).
 
-``progress.json`` and ``pulse/RANK.json`` lie in the stage's work folder, ``status.json`` in its folder of the run.
+``progress.json`` and ``heartbeats/RANK.json`` lie in the stage's work folder, ``status.json`` in its folder of the run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from alignment.core.errors import ArtifactError
 
 PROGRESS = "progress.json"
 STATUS = "status.json"
-HEARTBEATS = "pulse"
+HEARTBEATS = "heartbeats"
 DONE, FAILED, PREEMPTED = "done", "failed", "preempted"
 
 
@@ -76,10 +76,10 @@ class Status:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heartbeat:
-    """A process was at ``place`` in ``phase``, where nothing has happened since ``since``.
+    """A process was at ``location`` in ``phase``, and has done nothing since ``since``.
 
-    ``time`` and ``since`` are seconds of the process's own monotonic clock, so they compare with one another only.
-    ``waits``: for other processes in a collective operation, or for a GPU.
+    ``time`` and ``since`` are seconds of the process's own monotonic clock, which cannot be compared with another
+    machine's. ``waits`` is True while it waits for other processes in a collective operation, or for a GPU.
     """
 
     pid: int
@@ -87,7 +87,7 @@ class Heartbeat:
     time: float
     since: float
     waits: bool
-    place: str
+    location: str
     version: int = 1
 
     def write(self, file: Path) -> None:

@@ -1,23 +1,23 @@
-"""What a stage's own figures say against building on its result, in a sentence each.
+"""Reasons in a stage's own metrics not to build on its result, a sentence each.
 
-The driver prints them as the stage ends; ``align status`` and the report show them again.
+The driver prints them when the stage ends; ``align status`` and the report show them again.
 """
 
 from __future__ import annotations
 
 from alignment.records.evaluation import Evaluation
 
-SMOKE = "a smoke run: it shows that the recipe runs, and concludes nothing; none of its figures means anything"
+SMOKE = "a smoke run: it shows only that the recipe runs; its numbers mean nothing"
 _SMOKE_PROFILE = "smoke"
 
 
 def is_smoke(profile: str) -> bool:
-    """Whether a run under this profile was started to see whether it runs."""
+    """Whether the profile only checks that a run works."""
     return profile == _SMOKE_PROFILE
 
 
 def of_evaluation(evaluation: Evaluation) -> list[str]:
-    """What the answers of an evaluation say against its arms."""
+    """Doubts about the arms of an evaluation, from their answers."""
     cut = [arm.label for arm in evaluation.arms if arm.ended is not None and arm.ended.mean == 0.0]
     if not cut:
         return []

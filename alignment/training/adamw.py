@@ -1,9 +1,9 @@
 """AdamW (Loshchilov and Hutter 2019), also with moments in eight bits, and for weights without a float32 master copy.
 
-In bfloat16 a step of less than about 1/256 of a weight is lost when it is rounded to the nearest number, and Adam's
-second moment, which moves by a thousandth a step, never moves at all. Rounding at random, up or down in proportion to
-what is cut off, is right on average (Gupta et al. 2015), so small steps add up, with noise. The first moment is rounded
-to the nearest number: a tenth of it is new in each step, so it stays within a few per cent of what it should be.
+In bfloat16, rounding to the nearest number loses a step of less than about 1/256 of a weight, and Adam's second moment,
+which changes by a thousandth per step, never changes at all. Stochastic rounding, up or down in proportion to the
+remainder, is right on average (Gupta et al. 2015), so small steps add up, with noise. The first moment is rounded to
+the nearest number: a tenth of it is new in each step, so its error stays within a few per cent.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from alignment.training.context import StageContext
 
 BETAS = (0.9, 0.999)
 CHUNK = 2**16
-"""Weights whose seven float32 temporaries are held at once, so that they stay in a CPU's cache."""
+"""Weights that are updated at once; their seven float32 temporaries fit into a CPU's cache."""
 CHUNK_OF_GPU = 2**24
-"""The same elsewhere, where a call costs more than memory does. Not yet run on a GPU."""
+"""The same on other devices, where calls cost more than memory. Not yet run on a GPU."""
 CUT = 16
-"""Bits of a float32 that bfloat16 does not have."""
+"""Bits of a float32 that bfloat16 lacks."""
 
 
 def adamw(
     adapter: AdapterConfig, context: StageContext, *, lr: float, eps: float, moments: Moments
 ) -> tuple[type[Any], dict[str, Any]]:
-    """The optimiser's class and its keyword arguments, weight decay aside, which is a parameter group's own."""
+    """The optimiser's class and its keyword arguments, without weight decay, which each parameter group has."""
     kwargs = {"lr": lr, "betas": BETAS, "eps": eps}
     if adapter.kind is AdapterKind.full and not adapter.master_weights:
         return RandomlyRoundedAdamW, {**kwargs, "seed": context.seed("rounding")}
@@ -44,11 +44,11 @@ def adamw(
 
 
 class RandomlyRoundedAdamW(torch.optim.Optimizer):
-    """AdamW that computes in float32; bfloat16 weights and their second moments are rounded at random.
+    """AdamW that computes in float32, with stochastic rounding of bfloat16 weights and their second moments.
 
-    Weights of another dtype take the same steps without that. Random numbers depend on ``seed``, the step and the
-    place of the parameter, so all processes draw the same ones, and a resumed run goes on with those that it would have
-    drawn. Weights must be contiguous.
+    Weights of another dtype take the same steps without rounding. Random numbers depend on ``seed``, the step and the
+    index of the parameter, so all processes draw the same ones, and a resumed run continues the same sequence. Weights
+    must be contiguous.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class RandomlyRoundedAdamW(torch.optim.Optimizer):
             random = _generator(parameter.device, group["seed"], number, int(state["step"]))
             size = CHUNK if parameter.device.type == "cpu" else CHUNK_OF_GPU
             flat = [tensor.view(-1).split(size) for tensor in (parameter, parameter.grad.contiguous(), *moments)]
-            for part in zip(*flat, strict=True):
-                _step(part, group, float(state["step"]), random)
+            for chunk in zip(*flat, strict=True):
+                _step(chunk, group, float(state["step"]), random)
 
 
 def _generator(device: torch.device, *numbers: int) -> torch.Generator:
@@ -91,29 +91,29 @@ def _generator(device: torch.device, *numbers: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "big"))
 
 
-def _step(part: tuple[Tensor, ...], group: dict[str, Any], step: float, random: torch.Generator) -> None:
-    """``part``: weights, gradients, first and second moments, all ``[weights]``."""
-    weight, grad, first, second = part
+def _step(chunk: tuple[Tensor, ...], group: dict[str, Any], step: float, random: torch.Generator) -> None:
+    """Updates a chunk: weights, gradients, first and second moments, all ``[weights]``."""
+    weight, grad, first, second = chunk
     (beta1, beta2), grad = group["betas"], grad.float()
     mean = first.float().lerp_(grad, 1 - beta1)
     square = second.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     scale = square.div(1 - beta2**step).sqrt_().add_(group["eps"])
-    moved = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
-    moved.addcdiv_(mean, scale, value=-group["lr"] / (1 - beta1**step))
+    new_weight = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
+    new_weight.addcdiv_(mean, scale, value=-group["lr"] / (1 - beta1**step))
     first.copy_(mean)
     if weight.dtype is not torch.bfloat16:
-        weight.copy_(moved)
+        weight.copy_(new_weight)
         second.copy_(square)
         return
-    bits = torch.empty_like(moved, dtype=torch.int32).random_(generator=random)
-    weight.copy_(rounded_at_random(moved, bits & (2**CUT - 1)))
+    bits = torch.empty_like(new_weight, dtype=torch.int32).random_(generator=random)
+    weight.copy_(rounded_at_random(new_weight, bits & (2**CUT - 1)))
     second.copy_(rounded_at_random(square, (bits >> CUT) << 1))  # the 15 bits that weights did not use
 
 
 def rounded_at_random(values: Tensor, bits: Tensor) -> Tensor:
-    """``values`` (float32, finite; overwritten) as a neighbour among the numbers that bfloat16 has.
+    """Rounds ``values`` (float32, finite; overwritten) to one of the two neighbouring bfloat16 numbers.
 
-    ``bits`` are random integers from 0 to 2¹⁶ − 1. Each neighbour has the probability that makes the mean right.
+    ``bits`` are random integers from 0 to 2¹⁶ − 1. The probabilities of the neighbours make the mean right.
     """
     whole = values.view(torch.int32)
     whole.add_(bits).bitwise_and_(-(2**CUT))

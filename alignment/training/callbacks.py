@@ -1,4 +1,4 @@
-"""What happens around a trainer's steps: metrics and progress, checkpoints that are sealed, and stopping on request."""
+"""Callbacks around a trainer's steps: metrics and progress, sealed checkpoints, and stopping on request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alignment.models.assembly.adapters import with_own
 from alignment.records.step_log import MetricsLog
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
-from alignment.training.finite import refuse_figures, refuse_weights
+from alignment.training.finite import refuse_metrics, refuse_weights
 from alignment.training.sharding import layout
 
 _NAMES = {"learning_rate": "lr"}
@@ -33,11 +33,11 @@ class StepLog(TrainerCallback):
         self._headline = headline
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Shows the length of the work before the first step is done."""
+        """Reports the number of steps before the first one is done."""
         self._context.progress("training", state.global_step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The last step is always logged, however rarely the others are: the stage's figures are taken from it."""
+        """Always logs the last step, because the stage's metrics come from it."""
         if state.global_step >= state.max_steps:
             control.should_log = True
 
@@ -49,27 +49,29 @@ class StepLog(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """One line a step; the trainer's closing summary is not one. What is not finite ends the stage once it is
-        written, before a checkpoint is saved."""
+        """Writes one line per step, but not the trainer's final summary.
+
+        A non-finite metric ends the stage after it is written and before a checkpoint is saved.
+        """
         if not logs or "train_runtime" in logs:
             return
         if self._context.is_main:
             self._write(state, logs)
-        refuse_figures(logs, step=state.global_step)
+        refuse_metrics(logs, step=state.global_step)
 
     def _write(self, state: TrainerState, logs: dict[str, Any]) -> None:
-        figures = {_NAMES.get(name, name): value for name, value in logs.items()}
-        figures["seconds"] = self._context.clock.seconds()
-        self._log.append(state.global_step, figures)
-        self._context.trackers.log(state.global_step, figures)
-        shown = {self._headline: figures[self._headline]} if self._headline in figures else {}
-        self._context.progress("training", state.global_step, state.max_steps, **shown)
+        metrics = {_NAMES.get(name, name): value for name, value in logs.items()}
+        metrics["seconds"] = self._context.clock.seconds()
+        self._log.append(state.global_step, metrics)
+        self._context.trackers.log(state.global_step, metrics)
+        headline = {self._headline: metrics[self._headline]} if self._headline in metrics else {}
+        self._context.progress("training", state.global_step, state.max_steps, **headline)
 
 
 class Checkpoints(TrainerCallback):
     """Seals each checkpoint once every process has written its part, then removes the oldest.
 
-    One with a weight that is not finite is never sealed, so that no later attempt goes on from it.
+    A checkpoint with a non-finite weight is never sealed, so no later attempt continues from it.
     """
 
     def __init__(self, context: StageContext) -> None:
@@ -89,21 +91,21 @@ class Checkpoints(TrainerCallback):
 
 
 class WarmupEnds(TrainerCallback):
-    """Refuses a stage so short that the rate never leaves its warm-up, which begins at 0: it would learn nothing."""
+    """Refuses a stage that is too short to leave the warm-up, which begins at a rate of 0 and would teach nothing."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Runs once the number of steps is known."""
         if args.get_warmup_steps(state.max_steps) >= state.max_steps:
             raise ConfigError(
-                f"the warm-up takes all of the stage's {state.max_steps} optimiser steps, so nothing would be learned",
+                f"the warm-up covers all {state.max_steps} optimiser steps of the stage, so nothing would be learned",
                 where="optim.warmup_ratio",
-                remedy="set it to 0, or take smaller batches, more rows or more epochs",
+                remedy="set it to 0, or use smaller batches, more rows or more epochs",
             )
 
 
 class AdaptersAtWork(TrainerCallback):
-    """Switches on again what the trainer switched off: reloading a checkpoint, it leaves one adapter active, without
-    those that it stands on."""
+    """Activates the adapters below the own one again: after it reloads a checkpoint, the trainer leaves only one
+    active."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -114,20 +116,20 @@ class AdaptersAtWork(TrainerCallback):
 
 
 class NothingLeft(Exception):
-    """All steps were done before; the checkpoint is loaded."""
+    """All steps were done by an earlier attempt; the checkpoint is loaded."""
 
 
 class NoStepTooMany(TrainerCallback):
-    """Ends a training that was resumed after its last step; with ``max_steps`` transformers would take one more."""
+    """Ends a training that is resumed after its last step; with ``max_steps`` transformers would take one more."""
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Runs before anything of the step does."""
+        """Runs at the beginning of a step."""
         if state.global_step >= state.max_steps:
             raise NothingLeft
 
 
 class StopOnSignal(TrainerCallback):
-    """A signal that asks to stop has a checkpoint saved first; ``stopped`` then says so.
+    """Saves a checkpoint and stops the training when a signal asks for it; ``stopped`` is True then.
 
     It stops where a checkpoint is exact: after every ``period`` steps (the steps of a PPO update, else 1).
     """
@@ -139,8 +141,9 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While the block runs, a signal is a request for the next exact step; the handlers from before follow."""
-        # Ctrl-C ends what is no worker.
+        """While the block runs, a signal asks to stop at the next exact step; the old handlers are restored
+        afterwards."""
+        # Outside a worker, Ctrl-C still raises KeyboardInterrupt.
         chosen = [number for number in SIGNALS if signal.getsignal(number) is not signal.default_int_handler]
         before = {number: signal.signal(number, self._ask) for number in chosen}
         try:
@@ -153,7 +156,7 @@ class StopOnSignal(TrainerCallback):
         self.asked = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Every process stops at the same step, also when only one was asked."""
+        """Stops all processes at the same step, even if only one received the signal."""
         if state.global_step % self._period:
             return
         asked = self.asked

@@ -1,7 +1,7 @@
-"""Checkpoints that can be trusted: a manifest with sizes and hashes is written last, and only verified ones are used.
+"""Verified checkpoints: a manifest with sizes and hashes is written last, and only checkpoints that match are used.
 
-transformers takes the newest ``checkpoint-N``, complete or not. Here a folder without a manifest was never finished and
-is removed; one whose files differ from its manifest is set aside as ``quarantine-…``, and the next older one is taken.
+transformers takes the newest ``checkpoint-N``, complete or not. Here a folder without a manifest is unfinished and is
+removed. A folder whose files differ from its manifest is renamed to ``quarantine-…``, and the next older one is used.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from alignment.core.fingerprint import file_sha256
 from alignment.core.shapes import fits
 
 MANIFEST = "alignment_checkpoint.json"
-KEPT = 2
+NUM_STORED = 2
 WHOLE = "whole weights"
-"""The layout from which any number of processes goes on."""
+"""The layout from which any number of processes can continue."""
 
 
 def seal(checkpoint: Path, *, fingerprint: str, layout: str = WHOLE) -> None:
-    """Lists every file of a finished checkpoint; from then on it counts. ``layout`` says how weights lie in it."""
+    """Writes the manifest of a finished checkpoint, which makes it valid. ``layout`` describes how weights are
+    stored."""
     files = {
         path.relative_to(checkpoint).as_posix(): {"size": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(checkpoint.rglob("*"))
@@ -33,12 +34,12 @@ def seal(checkpoint: Path, *, fingerprint: str, layout: str = WHOLE) -> None:
 
 
 def layout_of(checkpoint: Path) -> str:
-    """How weights lie in a sealed checkpoint."""
+    """The layout of the weights in a sealed checkpoint."""
     return str(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("layout", WHOLE))
 
 
 def newest(folder: Path, *, fingerprint: str) -> Path | None:
-    """The newest checkpoint that verifies and belongs to this stage; damaged ones are set aside."""
+    """The newest checkpoint of this stage that verifies, or None; damaged ones are renamed."""
     discard_unfinished(folder)
     for checkpoint in _by_step(folder):
         if _verifies(checkpoint, fingerprint):
@@ -50,7 +51,7 @@ def newest(folder: Path, *, fingerprint: str) -> Path | None:
 
 
 def discard_unfinished(folder: Path) -> None:
-    """Removes what was being written when a process was killed or the disk was full: never sealed, it never counts."""
+    """Removes unsealed checkpoints, left by a process that was killed or by a full disk."""
     for checkpoint in _by_step(folder):
         if not (checkpoint / MANIFEST).exists():
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -59,7 +60,7 @@ def discard_unfinished(folder: Path) -> None:
 def rotate(folder: Path) -> None:
     """Keeps the newest sealed checkpoints and removes older ones."""
     sealed = [checkpoint for checkpoint in _by_step(folder) if (checkpoint / MANIFEST).exists()]
-    for checkpoint in sealed[KEPT:]:
+    for checkpoint in sealed[NUM_STORED:]:
         shutil.rmtree(checkpoint)
 
 
@@ -69,8 +70,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _by_step(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdigit()]
-    return sorted(found, key=step_of, reverse=True)
+    folders = [path for path in folder.glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdigit()]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def _verifies(checkpoint: Path, fingerprint: str) -> bool:

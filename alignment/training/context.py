@@ -1,4 +1,4 @@
-"""What a running stage has around it: its folders, its place among the processes, its randomness, its progress line."""
+"""The context of a running stage: its folders, its rank among the processes, its randomness, its progress line."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from alignment.core.files import disk_error
 from alignment.job import StageSpec
 from alignment.records.worker import Progress
 from alignment.training.device import own_device
-from alignment.training.heartbeat import Pulse
+from alignment.training.heartbeat import HeartbeatWriter
 from alignment.training.trackers.all_trackers import Trackers
 
 
 @dataclass(kw_only=True, slots=True)
 class Clock:
-    """Seconds that a stage has taken, those of earlier attempts included once they are told."""
+    """Seconds that a stage has taken; ``earlier`` holds those of earlier attempts once they are known."""
 
     earlier: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:
-        """All attempts together, as far as they led to what is there now."""
+        """Seconds of all attempts, as far as their steps count."""
         return self.earlier + time.monotonic() - self.started
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageContext:
-    """Handed to a stage by the worker."""
+    """Passed to a stage by the worker."""
 
     spec: StageSpec
     rank: int
     world_size: int
     clock: Clock = field(default_factory=Clock)
-    pulse: Pulse = field(default_factory=Pulse)
+    heartbeat: HeartbeatWriter = field(default_factory=HeartbeatWriter)
     trackers: Trackers = field(default_factory=Trackers)
 
     @property
@@ -48,12 +48,12 @@ class StageContext:
 
     @property
     def content(self) -> Path:
-        """What becomes the artifact."""
+        """The folder that becomes the artifact."""
         return self.spec.work / "content"
 
     @property
     def checkpoints(self) -> Path:
-        """Where an interrupted stage goes on from."""
+        """The folder from which an interrupted stage continues."""
         return self.spec.work / "checkpoints"
 
     @property
@@ -63,7 +63,7 @@ class StageContext:
 
     @property
     def adapter(self) -> AdapterConfig:
-        """How the stage changes the weights."""
+        """The adapter that the stage trains."""
         adapter = self.spec.adapter
         assert adapter is not None, "only a stage that trains has an adapter"
         return adapter
@@ -77,21 +77,22 @@ class StageContext:
         return torch.Generator().manual_seed(self.seed(name, *numbers))
 
     def run_generator(self, name: str) -> torch.Generator:
-        """A generator on the CPU, seeded by name, that gives every stage of the run the same numbers."""
+        """A generator on the CPU, seeded by name, with the same numbers in every stage of the run."""
         return torch.Generator().manual_seed(_seed(self.spec.seed, name))
 
-    def progress(self, phase: str, step: int = 0, total: int | None = None, **figures: float) -> None:
-        """Tells the driver how far the stage is; cheap, and a full disk may swallow it: what matters says so itself."""
-        self.pulse.phase = phase
-        self.pulse.told += 1
+    def progress(self, phase: str, step: int = 0, total: int | None = None, **metrics: float) -> None:
+        """Reports to the driver how far the stage is. It is cheap, and a full disk is ignored: other writes will report
+        it."""
+        self.heartbeat.phase = phase
+        self.heartbeat.reports += 1
         if not self.is_main:
             return
         try:
-            Progress(phase=phase, step=step, total=total, figures=figures).write(self.spec.work)
+            Progress(phase=phase, step=step, total=total, figures=metrics).write(self.spec.work)
         except OSError as error:
             if disk_error(error, folder=self.spec.work) is None:
                 raise
 
 
-def _seed(*parts: str | int) -> int:
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:7], "big")
+def _seed(*names: str | int) -> int:
+    return int.from_bytes(hashlib.sha256("/".join(map(str, names)).encode()).digest()[:7], "big")

@@ -1,7 +1,7 @@
-"""On which device a process of the worker's side runs: the launcher says it, and PyTorch has to agree.
+"""The device of a worker process: the launcher chooses it, and PyTorch has to agree.
 
-The launcher finds GPUs without PyTorch, so the two may differ. A stage that was meant for a GPU would then train on
-the CPU, or several processes would share a GPU that nobody counted.
+The launcher detects GPUs without PyTorch, so the two may differ. A stage that was meant for a GPU would then train on
+the CPU, or several processes would share a GPU by mistake.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def own_device() -> torch.device:
     """This process's own GPU, or the CPU.
 
     Raises:
-        ConfigError: the launcher has found another device than PyTorch does.
+        ConfigError: the launcher and PyTorch disagree about the device.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     rank = int(os.environ.get("LOCAL_RANK", "0"))

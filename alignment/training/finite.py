@@ -1,7 +1,7 @@
-"""Numbers that end a stage: a loss, a gradient or a weight that is not finite, and a training that diverged.
+"""Ends a stage on a non-finite loss, gradient or weight, and on divergence.
 
-A loss can stay finite while a model breaks: where its activations overflow, a normalisation makes zeros of them, the
-answer is a uniform guess, and no gradient is left.
+A loss can stay finite while a model breaks: when its activations overflow, a normalisation turns them into zeros, the
+prediction becomes uniform, and no gradient is left.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from alignment.core.errors import NonFiniteError, StageError
 from alignment.training.sharding import everyones
 
 LEARNED = 1e-3
-"""A loss below this may have no gradient left: there is nothing more to learn."""
-LAST_ROWS = 5
-"""Logged steps at the end whose median loss is judged; of a short training the last third."""
+"""A loss below this may have a gradient of zero, because there is nothing more to learn."""
+LAST_STEPS = 5
+"""Number of logged steps at the end whose median loss is judged; the last third if the training is short."""
 MARGIN = 1.1
-"""A loss counts as risen where it is higher by this factor."""
-KEPT = "the last checkpoint is kept"
-LOWER = "lower the learning rate, or look at the rows of this step"
+"""A loss has risen if it is higher by this factor."""
+_CHECKPOINT_STAYS = "the last checkpoint stays"
+_LOWER_RATE = "lower the learning rate, or check the rows of this step"
 
 
 class FiniteSteps(TrainerCallback):
-    """Stops before anything is kept of a step on NaN or infinity; the last good checkpoint stays.
+    """Ends the stage on NaN or infinity before the optimiser's step; the last good checkpoint stays.
 
-    A trainer of ours says what a step's loss was (``step_loss``). The norm of the gradients is read as the trainer
-    takes it, before it scales them: by a norm that overflowed, all of them become zero and look well.
+    The trainer provides the step's loss (``step_loss``). The norm of the gradients is read when the trainer computes
+    it, before it scales them: an overflowed norm scales all of them to zero, which would look fine.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -40,127 +40,133 @@ class FiniteSteps(TrainerCallback):
         self._norm: float | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Listens to the trainer's own function for the norm."""
+        """Wraps the trainer's function for the norm."""
         own = self._trainer._get_grad_norm
 
-        def noted(model: Any, grad_norm: Any = None) -> Any:
+        def get_and_note_norm(model: Any, grad_norm: Any = None) -> Any:
             norm = own(model, grad_norm=grad_norm)
             self._norm = _number(norm)
             return norm
 
-        self._trainer._get_grad_norm = noted
+        self._trainer._get_grad_norm = get_and_note_norm
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Gradients are already summed over processes here, so all of them see the same fault; a loss is a process's
-        own, and the launcher ends the others."""
+        """Checks norm and loss.
+
+        Gradients are summed over processes already, so all processes see the same fault. A loss belongs to one process;
+        the launcher ends the others.
+        """
         step = state.global_step + 1
         loss = _number(getattr(self._trainer, "step_loss", None))
         engine = getattr(self._trainer, "deepspeed", None)
-        # DeepSpeed has taken the step by now, and keeps of its gradients the norm alone.
+        # DeepSpeed has taken the step by now, and only the norm of its gradients is left.
         norm = self._norm if engine is None else _number(engine.get_global_grad_norm())
         if norm is None or not math.isfinite(norm):
-            self._refuse_gradients(model, norm, step)  # first, because all processes meet there
+            self._refuse_gradients(model, norm, step)  # first, because it is a collective operation
         if loss is not None and not math.isfinite(loss):
-            raise NonFiniteError(f"the loss is {loss} at step {step}", remedy=f"{LOWER}; {KEPT}")
+            raise NonFiniteError(f"the loss is {loss} at step {step}", remedy=f"{_LOWER_RATE}; {_CHECKPOINT_STAYS}")
         if loss is not None and loss > LEARNED and norm == 0.0:
             raise StageError(
-                f"no gradient is left at step {step}, at a loss of {loss:.4g}: the training diverged before",
+                f"all gradients are zero at step {step} with a loss of {loss:.4g}: the training diverged earlier",
                 remedy="lower the learning rate",
             )
 
     def _refuse_gradients(self, model: Any, norm: float | None, step: int) -> None:
-        # A norm that is NaN has made NaN of every gradient by now, so no name would say anything.
+        # By now a NaN norm has turned every gradient into NaN, so a name would be meaningless.
         fault = None if norm is not None and math.isnan(norm) else _first_fault(model)
         if norm is None and fault is None:
             return
         raise NonFiniteError(
-            f"a gradient is not finite at step {step}{fault or f' (their norm is {norm})'}", remedy=f"{LOWER}; {KEPT}"
+            f"a gradient is not finite at step {step}{fault or f' (their norm is {norm})'}",
+            remedy=f"{_LOWER_RATE}; {_CHECKPOINT_STAYS}",
         )
 
 
-def refuse_figures(figures: Mapping[str, Any], *, step: int) -> None:
-    """Ends a stage whose loss or norm of gradients, as logged, is not finite.
+def refuse_metrics(metrics: Mapping[str, Any], *, step: int) -> None:
+    """Ends a stage whose logged loss or gradient norm is not finite.
 
     Raises:
-        NonFiniteError: one is not.
+        NonFiniteError: one of them is not.
     """
-    for name, value in figures.items():
+    for name, value in metrics.items():
         watched = name in ("loss", "grad_norm") or name.startswith("loss/")
         if watched and isinstance(value, float) and not math.isfinite(value):
-            raise NonFiniteError(f"{name} is {value} at step {step}", remedy=f"{LOWER}; {KEPT}")
+            raise NonFiniteError(f"{name} is {value} at step {step}", remedy=f"{_LOWER_RATE}; {_CHECKPOINT_STAYS}")
 
 
 def refuse_divergence(losses: Sequence[float], *, ceiling: float) -> None:
-    """Ends a stage whose loss rose, and above ``ceiling``, which a model that knows nothing would stay below.
+    """Ends a stage whose loss rose above ``ceiling``, the loss of an uninformed model.
 
     Raises:
-        StageError: it did.
+        StageError: the loss rose above it.
     """
     if not losses:
         return
-    judged = sorted(losses[-max(1, min(LAST_ROWS, len(losses) // 3)) :])
-    last = judged[(len(judged) - 1) // 2]
-    if last > MARGIN * max(ceiling, losses[0]):
+    judged = sorted(losses[-max(1, min(LAST_STEPS, len(losses) // 3)) :])
+    final = judged[(len(judged) - 1) // 2]
+    if final > MARGIN * max(ceiling, losses[0]):
         raise StageError(
-            f"the training diverged: its loss went from {losses[0]:.4g} to {last:.4g}, above the {ceiling:.4g} of a "
-            "model that knows nothing",
-            remedy="lower the learning rate; nothing was kept as a result",
+            f"the training diverged: its loss went from {losses[0]:.4g} to {final:.4g}, above the {ceiling:.4g} of an "
+            "uninformed model",
+            remedy="lower the learning rate; no result was saved",
         )
 
 
 def refuse_weights(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Ends a stage whose trained weights are not all finite; all processes must call this.
+    """Ends a stage with a non-finite trained weight, such as after the last step, which no loss follows.
+
+    All processes must call this.
 
     Raises:
-        NonFiniteError: one is not; the last step may have done it, after which no loss is computed.
+        NonFiniteError: a weight is not finite.
     """
     fault = _first_not_finite(named)
     name = next((name for name in everyones(fault) if name is not None), None)
     if name is not None:
         raise NonFiniteError(
-            f"a weight is not finite ({name})", remedy="lower the learning rate; nothing of this step was kept"
+            f"a weight is not finite ({name})", remedy="lower the learning rate; this step was not saved"
         )
 
 
 def _first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of a tensor with NaN or infinity in this process's share of it."""
+    """The name of a tensor with NaN or infinity in this process's shard."""
     pairs = list(named)
-    # Read together: each reading by itself would have the host wait for the device.
+    # All are read together, because each single reading would make the host wait for the device.
     finite = torch.stack([_own(held).isfinite().all() for _, held in pairs]).tolist() if pairs else []
     return next((name for (name, _), good in zip(pairs, finite, strict=True) if not good), None)
 
 
-def refuse_results(figures: Mapping[str, float]) -> None:
-    """Ends a stage with a figure about its result that is not finite.
+def refuse_results(metrics: Mapping[str, float]) -> None:
+    """Ends a stage with a non-finite metric of its result.
 
     Raises:
-        NonFiniteError: one is not.
+        NonFiniteError: a metric is not finite.
     """
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if not math.isfinite(value):
             raise NonFiniteError(f"{name} is {value} after the last step", remedy="lower the learning rate")
 
 
 def _number(value: Any) -> float | None:
-    """A float of what a trainer or an engine gives, which may be shared out."""
+    """A float from a trainer's or an engine's value, which may be a sharded tensor."""
     if value is None:
         return None
     return float(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
 def _own(held: Tensor) -> Tensor:
-    """This process's share, where a tensor is sharded."""
+    """This process's shard of a sharded tensor, or the whole tensor."""
     if hasattr(held, "ds_tensor"):
         share, whole = held.ds_tensor.flatten(), getattr(held, "ds_numel")  # noqa: B009 - DeepSpeed adds both
-        # What follows on the last processes only fills up their shares, with whatever the memory held.
+        # On the last processes the shard ends with padding of undefined content.
         return share[: max(0, whole - torch.distributed.get_rank() * share.numel())]
     return held.to_local() if isinstance(held, DTensor) else held
 
 
 def _first_fault(model: Any) -> str | None:
-    """Where a gradient is not finite, in brackets; of shares, all processes say so if one has it in its own."""
+    """The name of a non-finite gradient, in brackets; if gradients are sharded, all processes agree on one."""
     grads = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
     name = _first_not_finite(grads)
     if any(isinstance(grad, DTensor) for _, grad in grads):

@@ -1,4 +1,4 @@
-"""Running a trainer to its end: from the newest good checkpoint, with our callbacks, and what it took."""
+"""Runs a trainer from the newest good checkpoint to its end, with callbacks, and measures its usage."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from alignment.training.sharding import everyones, layout
 
 
 class Preempted(BaseException):
-    """The stage was asked to stop, saved a checkpoint and did.
+    """The stage was asked to stop, saved a checkpoint and stopped.
 
-    It is raised by a signal wherever the stage is, so that no ``except Exception`` on the way may take it for a fault.
-    Outside a training nothing is ``saved``: what was there before is where the next attempt goes on.
+    A signal may raise it anywhere in the stage; as a BaseException it is not mistaken for a fault by ``except
+    Exception``. Outside of training nothing is ``saved``, and the next attempt continues from the earlier checkpoint.
     """
 
     def __init__(self, *, saved: bool = True) -> None:
@@ -45,10 +45,10 @@ class Preempted(BaseException):
 def train(
     trainer: Trainer, context: StageContext, *, headline: str, period: int = 1, ceiling: float = math.inf
 ) -> dict[str, float]:
-    """Trains, resuming where an earlier attempt stopped; returns the figures of the last step, which is always logged.
+    """Trains, resuming where an earlier attempt stopped; returns the metrics of the last step, which is always logged.
 
-    ``headline`` is the figure beside the progress bar; checkpoints are exact after every ``period`` steps. A loss that
-    rose above ``ceiling`` is no result.
+    ``headline`` names the metric beside the progress bar. Checkpoints are exact after every ``period`` steps. A loss
+    that rises above ``ceiling`` counts as divergence.
 
     Raises:
         Preempted: a signal asked to stop; the checkpoint is written.
@@ -66,14 +66,14 @@ def train(
     checks = (WarmupEnds(), FiniteSteps(trainer), NoStepTooMany())
     for callback in (AdaptersAtWork(), steps, Checkpoints(context), *checks, stop):
         trainer.add_callback(callback)
-    # NothingLeft: every step was done before; the checkpoint is loaded.
+    # NothingLeft: an earlier attempt did every step; the checkpoint is loaded.
     with stop.listening(), contextlib.suppress(NothingLeft):
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     if stop.stopped:
         raise Preempted
-    if stop.asked:  # after the last step, where there was no step left to stop at
+    if stop.asked:  # after the last step there was none left to stop at
         raise Preempted(saved=False)
-    rows = everyones(log.rows() if context.is_main else [])[0]  # the main process writes them
+    rows = everyones(log.rows() if context.is_main else [])[0]  # only the main process has written them
     refuse_divergence([row["loss"] for row in rows if "loss" in row], ceiling=ceiling)
     if context.is_main:
         context.trackers.table("samples", MetricsLog(context.content / "samples.jsonl").rows())
@@ -81,27 +81,29 @@ def train(
 
 
 def _newest_checkpoint(context: StageContext) -> Path | None:
-    """The main process looks, and sets damaged ones aside; the others take its word."""
-    found = [checkpoints.newest(context.checkpoints, fingerprint=context.spec.fingerprint) if context.is_main else None]
+    """The newest checkpoint; the main process verifies, renames damaged ones, and broadcasts the result."""
+    newest = [
+        checkpoints.newest(context.checkpoints, fingerprint=context.spec.fingerprint) if context.is_main else None
+    ]
     if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(found, src=0)
-    if found[0] is not None:
-        _refuse_other_layout(found[0], context)
-    return found[0]
+        torch.distributed.broadcast_object_list(newest, src=0)
+    if newest[0] is not None:
+        _refuse_other_layout(newest[0], context)
+    return newest[0]
 
 
 def _refuse_other_layout(checkpoint: Path, context: StageContext) -> None:
-    """Shares of one number of processes are of no use to another.
+    """Checks the layout: shards written by one number of processes are useless to another.
 
     Raises:
-        ConfigError: the checkpoint was written by processes that shared otherwise.
+        ConfigError: the checkpoint has another layout.
     """
-    theirs, ours = checkpoints.layout_of(checkpoint), layout(context)
-    if theirs != ours:
+    stored, expected = checkpoints.layout_of(checkpoint), layout(context)
+    if stored != expected:
         raise ConfigError(
-            f"{checkpoint.name} holds {theirs}, and this launch goes on from {ours} only",
+            f"{checkpoint.name} holds {stored}, but this launch can only continue from {expected}",
             where="launch",
-            remedy=f"launch it as before, or delete {checkpoint.parent} to train the stage anew",
+            remedy=f"launch it as before, or delete {checkpoint.parent} to train the stage again",
         )
 
 
@@ -109,10 +111,10 @@ def usage(context: StageContext) -> dict[str, float]:
     """Seconds of all attempts, and this process's peak memory in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-    figures = {"seconds": context.clock.seconds(), "peak_rss_bytes": peak}
+    metrics = {"seconds": context.clock.seconds(), "peak_rss_bytes": peak}
     if context.device.type == "cuda":
-        figures["peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
-    return figures
+        metrics["peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
+    return metrics
 
 
 def fresh_folder(context: StageContext, name: str) -> Any:

@@ -1,8 +1,8 @@
-"""Weights, gradients and optimiser state shared out among processes: what a stage of ours must know of it.
+"""Sharded weights, gradients and optimiser state, and how stages work with them.
 
-A model is loaded whole by every process and shared out when its trainer begins. From then on a weight that is shared
-out (ZeRO-3, FSDP) is there only while the module that holds it is called, so whatever reads weights without a call
-needs them gathered: ``gathered`` for passes without gradients, ``whole_state`` for saving (docs/design/0009).
+Every process loads the whole model, and its trainer shards it at the start. From then on a sharded weight (ZeRO-3,
+FSDP) is complete only while its module is called. Code that reads weights without a call must gather them: ``gathered``
+for passes without gradients, ``whole_state`` for saving (docs/design/0009).
 """
 
 from __future__ import annotations
@@ -31,71 +31,77 @@ T = TypeVar("T")
 
 
 def begin(context: StageContext) -> None:
-    """Makes the process group, before any model is loaded: stages meet before their trainers do, and DeepSpeed would
-    take itself to be alone."""
-    on_gpu = context.pulse.on_gpu = context.device.type == "cuda"
+    """Makes the process group before any model is loaded.
+
+    Stages communicate before their trainers do, and DeepSpeed would otherwise assume a single process.
+    """
+    on_gpu = context.heartbeat.on_gpu = context.device.type == "cuda"
     backend = "nccl" if on_gpu else "gloo"
     if on_gpu:
         torch.cuda.set_device(context.device)
     if context.spec.sharding.by_deepspeed:
         import deepspeed
 
-        # Its sums through shared memory would be compiled first, for which a machine may lack a compiler.
+        # Its sums through shared memory would have to be compiled, and the machine may lack a compiler.
         deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_SUMS] = False
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
     elif context.world_size > 1:
         torch.distributed.init_process_group(backend)
 
 
-def everyones(mine: T) -> list[T]:
-    """What each process has, by rank."""
+def everyones(value: T) -> list[T]:
+    """The value of each process, by rank."""
     if not torch.distributed.is_initialized():
-        return [mine]
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
-    return found
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def layout(context: StageContext) -> str:
-    """How weights and the optimiser's state lie in a checkpoint."""
+    """The layout of weights and optimiser state in a checkpoint."""
     sharding = context.spec.sharding
     return WHOLE if sharding is Sharding.none else f"shares of {context.world_size} processes ({sharding.value})"
 
 
 def sharding_arguments(context: StageContext) -> dict[str, Any]:
-    """What ``TrainingArguments`` is told; to be made after the models, which would otherwise be loaded in shares."""
+    """Keyword arguments of ``TrainingArguments``, to be made after the models are loaded, else these would be
+    sharded."""
     sharding, offload = context.spec.sharding, context.spec.offload
     if sharding is Sharding.none:
         return {}
     if sharding is Sharding.fsdp:
-        told = json.loads((shipped("launch") / "fsdp" / "fsdp.json").read_text(encoding="utf-8"))
-        return {"fsdp": True, "fsdp_config": told | {"cpu_offload": offload is Offload.weights}}
-    told = json.loads((shipped("launch") / "deepspeed" / f"{sharding.value}.json").read_text(encoding="utf-8"))
+        settings = json.loads((shipped("launch") / "fsdp" / "fsdp.json").read_text(encoding="utf-8"))
+        return {"fsdp": True, "fsdp_config": settings | {"cpu_offload": offload is Offload.weights}}
+    settings = json.loads((shipped("launch") / "deepspeed" / f"{sharding.value}.json").read_text(encoding="utf-8"))
     if offload is not Offload.none:
-        told["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": context.device.type == "cuda"}
+        settings["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": context.device.type == "cuda",
+        }
     if offload is Offload.weights:
-        told["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": context.device.type == "cuda"}
-    return {"deepspeed": told}
+        settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": context.device.type == "cuda"}
+    return {"deepspeed": settings}
 
 
-def prepare(model: nn.Module, context: StageContext, *parts: PreTrainedModel) -> None:
-    """After its fast forward was put on: lets a model be shared out. ``parts`` are the language models and scorers in
-    it, without wrappers; the model itself where there are none.
+def prepare(model: nn.Module, context: StageContext, *models: PreTrainedModel) -> None:
+    """Prepares a model for sharding, after its fast forward is installed.
 
-    Its products are then made under an autocast of our own. DeepSpeed and FSDP have others, that would round adapters.
+    ``models`` are the language models and scorers in it, without wrappers; by default the model itself. Products use an
+    autocast that this module sets up, because those of DeepSpeed and FSDP would round adapters.
     """
     sharding = context.spec.sharding
     if sharding is Sharding.none:
         return
     if isinstance(model, ActorCritic):
-        model.one_backward = True  # DeepSpeed does not expect a forward pass in the middle of a backward pass
+        model.joint_backward = True  # DeepSpeed does not expect a forward pass in the middle of a backward pass
     compute_in(model, context.spec.model.dtype, context.device)
-    for part in parts or (unwrapped(model),):
-        read_in_calls(part, context)
+    for language_model in models or (unwrapped(model),):
+        read_in_calls(language_model, context)
 
 
 def read_in_calls(model: PreTrainedModel, context: StageContext) -> None:
-    """Lets the weights of a language model or scorer, once they are shared out, be read inside calls only."""
+    """Makes sure that the sharded weights of a language model or scorer are only read inside calls."""
     sharding = context.spec.sharding
     head: nn.Module | None = model.get_output_embeddings()
     if head is not None and sharding in (Sharding.zero3, Sharding.fsdp):
@@ -105,9 +111,10 @@ def read_in_calls(model: PreTrainedModel, context: StageContext) -> None:
 
 
 def _gather_by_layer(model: PreTrainedModel) -> None:
-    """A layer's weights come together, because its blocks read those of the modules in it (models/kernels/blocks.py).
+    """Gathers a layer's weights together, because its blocks read those of its modules (models/kernels/blocks.py).
 
-    What goes into the first layer must want a gradient: DeepSpeed takes a layer's gradients when its input has one.
+    The first layer's input must require a gradient, because DeepSpeed reduces a layer's gradients when its input gets
+    one.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -120,9 +127,9 @@ def _gather_by_layer(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def gathered(trainer: Trainer, *models: nn.Module) -> Iterator[None]:
-    """Whole weights on every process, for passes without gradients that read them without calling their modules.
+    """Gathers whole weights on every process, for passes without gradients that do not call their modules.
 
-    Every process must enter.
+    Every process must enter the block.
     """
     engine = getattr(trainer, "deepspeed", None)
     if engine is None or engine.zero_optimization_stage() < 3:
@@ -132,8 +139,8 @@ def gathered(trainer: Trainer, *models: nn.Module) -> Iterator[None]:
     from trl.models.utils import add_hooks, remove_hooks
 
     parameters = {id(parameter): parameter for model in models for parameter in model.parameters()}
-    shared_out = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
-    with deepspeed.zero.GatheredParameters(shared_out):
+    sharded = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded):
         remove_hooks(engine)
         try:
             yield
@@ -142,7 +149,7 @@ def gathered(trainer: Trainer, *models: nn.Module) -> Iterator[None]:
 
 
 def whole(held: Tensor) -> Tensor:
-    """A weight, gathered where this process holds a share of it; every process must call this."""
+    """A weight, gathered if it is sharded; every process must call this."""
     if hasattr(held, "ds_id"):
         import deepspeed
 
@@ -153,7 +160,7 @@ def whole(held: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put(held: Tensor, values: Tensor | None) -> None:
-    """Gives a weight, or this process's share of it, the values that the main process has; all must call this."""
+    """Sets a weight, or this process's shard, to the values of the main process; every process must call this."""
     if hasattr(held, "ds_id"):
         import deepspeed
 
@@ -168,13 +175,13 @@ def put(held: Tensor, values: Tensor | None) -> None:
 
 
 def whole_state(model: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
-    """A model's weights, each of them whole, on the CPU; empty on all but the main process.
+    """A model's whole weights on the CPU; empty except on the main process.
 
-    Every process must call this. One weight is gathered at a time.
+    Every process must call this. Weights are gathered one at a time.
     """
     main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     known: dict[int, Tensor] = {}  # a tied weight stays one tensor
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name, held in model.named_parameters(remove_duplicate=False):
         if trained_only and not held.requires_grad:
             continue
@@ -182,14 +189,14 @@ def whole_state(model: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
             gathered_weight = whole(held).detach()
             known[id(held)] = gathered_weight.cpu().clone() if main else gathered_weight.new_empty(0)
         if main:
-            found[name] = known[id(held)]
-    return found
+            weights[name] = known[id(held)]
+    return weights
 
 
 def leave_frozen_out(engine: Any) -> None:
-    """Checkpoints of DeepSpeed's engine without frozen weights, which are the base's.
+    """Makes DeepSpeed's engine save checkpoints without frozen weights, which are the base's.
 
-    transformers asks it for that only where the whole model is PEFT's, and leaves those that two parts share.
+    transformers does so only if the whole model is PEFT's, and not for weights that two models share.
     """
     state_dict, load = engine.module_state_dict, engine.load_checkpoint
     named = engine.module.named_parameters(remove_duplicate=False)
@@ -205,6 +212,6 @@ def leave_frozen_out(engine: Any) -> None:
     engine.load_checkpoint = load_trained
 
 
-def is_shared_out(model: nn.Module) -> bool:
-    """Whether a process holds a share of the weights only."""
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a process holds only a shard of the weights."""
     return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Our settings in the trainer's words."""
+"""Translates settings into the trainer's arguments."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SCHEDULES = {
 
 
 def common_arguments(optim: OptimConfig, context: StageContext, *, log_every: int, save_every: int) -> dict[str, Any]:
-    """Keyword arguments that every ``TrainingArguments`` of ours shares.
+    """Keyword arguments that all ``TrainingArguments`` here share.
 
-    A process gets its whole share of an optimiser batch at once, and learns from it in pieces (MicroBatches).
+    A process gets its whole share of an optimiser batch at once, and splits it into micro-batches (MicroBatches).
     """
     return {
         **quiet_arguments(context),
@@ -31,7 +31,7 @@ def common_arguments(optim: OptimConfig, context: StageContext, *, log_every: in
         "activation_checkpointing_kwargs": {"use_reentrant": False},
         "num_train_epochs": optim.epochs,
         "max_steps": -1 if optim.max_steps is None else optim.max_steps,
-        "learning_rate": optim.lr,  # the optimiser itself is made by adamw.py
+        "learning_rate": optim.lr,  # adamw.py makes the optimiser itself
         "lr_scheduler_type": SCHEDULES[optim.schedule],
         "warmup_steps": optim.warmup_ratio,
         "weight_decay": optim.weight_decay,
@@ -47,12 +47,12 @@ def optimizer_arguments(optim: OptimConfig, context: StageContext) -> tuple[type
 
 
 def quiet_arguments(context: StageContext) -> dict[str, Any]:
-    """What has nothing to do with the optimiser: folders, seeds, precision, and no noise."""
+    """Arguments that do not concern the optimiser: folders, seeds, precision, and silence."""
     return {
         **sharding_arguments(context),
         "output_dir": str(context.checkpoints),
         "seed": context.seed("trainer") % 2**32,
-        # Where weights are shared out, autocast is our own (sharding.py).
+        # With sharded weights, sharding.py sets up autocast.
         "bf16": context.spec.model.dtype is Dtype.bfloat16 and context.spec.sharding is Sharding.none,
         "use_cpu": context.device.type == "cpu",
         "save_strategy": "steps",
@@ -68,14 +68,14 @@ def quiet_arguments(context: StageContext) -> dict[str, Any]:
 
 
 def share_of(batch_size: int, world_size: int) -> int:
-    """The rows of a global batch that one process learns from.
+    """The number of rows of a global batch for one process.
 
     Raises:
-        ConfigError: the batch does not divide by the processes.
+        ConfigError: the batch is not divisible by the number of processes.
     """
     if batch_size % world_size:
         raise ConfigError(
-            f"a global batch of {batch_size} does not divide by {world_size} processes",
+            f"a global batch of {batch_size} is not divisible by {world_size} processes",
             where="optim.batch_size",
             remedy=f"choose a multiple of {world_size}, or another launch.num_processes",
         )

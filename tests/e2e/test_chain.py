@@ -66,7 +66,7 @@ def test_a_result_is_exported_and_plain_transformers_reads_it(finished: Align, t
 
     printed = export("quickstart/dpo", "model")
     assert f"written: {tmp_path / 'model'}" in printed
-    assert "read again by transformers, it says the same" in printed
+    assert "loaded by transformers, it gives the same outputs" in printed
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert "export it as a model" in export("quickstart/dpo", "adapter", "--as", "adapter", code=4)
     export("quickstart/sft", "adapter", "--as", "adapter")

@@ -62,7 +62,7 @@ def _is_worker(process: psutil.Process, rank: int) -> bool:
     ("number", "expected"),
     [
         (signal.SIGKILL, "process 1 ended by signal 9"),
-        (signal.SIGSTOP, "process 1 of 2 does not run any more for 12 seconds: "),
+        (signal.SIGSTOP, "process 1 of 2 has not run for 12 seconds: "),
     ],
 )
 def test_a_lost_process_is_named(align: Align, number: signal.Signals, expected: str) -> None:

@@ -10,7 +10,7 @@ MUTATIONS = [
         "unit/data/test_tokenize.py",
         (
             "every token is learned",
-            "row.learned.extend([piece.learned] * len(ids))",
+            "row.learned.extend([segment.learned] * len(ids))",
             "row.learned.extend([True] * len(ids))",
             "test_exactly_the_assistants_turns_and_their_ends_are_learned",
         ),
@@ -48,8 +48,8 @@ MUTATIONS = [
         "unit/data/test_tokenize.py",
         (
             "a turn of weight 0 is learned",
-            "Piece(text=answer, learned=message.learned)",
-            "Piece(text=answer, learned=True)",
+            "Segment(text=answer, learned=message.learned)",
+            "Segment(text=answer, learned=True)",
             "test_a_turn_that_is_not_to_be_learned_is_context",
         ),
         (

@@ -116,17 +116,17 @@ MUTATIONS = [
     ),
     *in_file(
         "pipeline/execute/heartbeats.py",
-        "unit/pipeline/test_pulses.py",
+        "unit/pipeline/test_heartbeats.py",
         (
             "one process that stands still is enough",
-            "any(sign.idle < limit for sign in signs)",
-            "all(sign.idle < limit for sign in signs)",
+            "any(state.idle < limit for state in states)",
+            "all(state.idle < limit for state in states)",
             "test_while_one_is_at_work_nobody_is_stuck",
         ),
     ),
     *in_file(
         "records/worker.py",
-        "unit/pipeline/test_pulses.py",
+        "unit/pipeline/test_heartbeats.py",
         (
             "a file that is stale for a moment ends the run",
             "with suppress(FileNotFoundError, ArtifactError):\n                heartbeats",
@@ -309,7 +309,7 @@ MUTATIONS = [
         SWEEP,
         (
             "more is always better",
-            '"minimize" if one.minimize else "maximize"',
+            '"minimize" if objective.minimize else "maximize"',
             '"maximize"',
             "test_less_may_be_better",
         ),
@@ -337,8 +337,8 @@ MUTATIONS = [
         SWEEP,
         (
             "trials within chance are called worse",
-            "if found is not None and not found.excludes_zero()]",
-            "if found is None]",
+            "if difference is not None and not difference.excludes_zero()",
+            "if difference is None",
             "test_others_that_may_be_as_good_are_named",
         ),
         (

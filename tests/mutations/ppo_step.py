@@ -102,8 +102,8 @@ MUTATIONS = [
         "unit/training/test_micro_batches.py",
         (
             "a process cuts as it likes",
-            "divided(shares[own], max(1, *(len(pieces) for pieces in shares)))",
-            "shares[own]",
+            "divided(shares[rank], max(1, *(len(micro_batches) for micro_batches in shares)))",
+            "shares[rank]",
             "test_cut_further_no_piece_grows_and_no_row_is_lost",
         ),
         (

@@ -164,7 +164,7 @@ MUTATIONS = [
         "unit/models/test_start.py",
         (
             "a stacked adapter is remembered as merged",
-            "merged = adapter.chain is Chain.merge or not found.adapters",
+            "merged = adapter.chain is Chain.merge or not start.adapters",
             "merged = True",
             "test_a_chain_of_three_is_found_again",
         ),
@@ -180,8 +180,8 @@ MUTATIONS = [
         ),
         (
             "another tokenizer is taken",
-            "if theirs != tokenizer_hashes(tokenizer):",
-            "if theirs == {}:",
+            "if hashes != tokenizer_hashes(tokenizer):",
+            "if hashes == {}:",
             "test_another_tokenizer_is_refused_by_name",
         ),
         (

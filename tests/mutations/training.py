@@ -50,8 +50,8 @@ MUTATIONS = [
         ),
         (
             "a training that diverged is a result",
-            "if last > MARGIN * max(ceiling, losses[0]):",
-            "if last > 1e9 * MARGIN * max(ceiling, losses[0]):",
+            "if final > MARGIN * max(ceiling, losses[0]):",
+            "if final > 1e9 * MARGIN * max(ceiling, losses[0]):",
             "test_a_loss_that_rose_above_a_guess_is_no_result",
         ),
         (
@@ -122,8 +122,8 @@ MUTATIONS = [
         ),
         (
             "shares of other processes are gone on from",
-            "if theirs != ours:",
-            'if ours == "":',
+            "if stored != expected:",
+            'if expected == "":',
             "test_shares_of_other_processes_are_not_gone_on_from",
         ),
     ),
@@ -164,14 +164,14 @@ MUTATIONS = [
         "distributed/test_sharding.py",
         (
             "the optimiser's state is not offloaded",
-            'told["zero_optimization"]["offload_optimizer"]',
-            'told["zero_optimization"]["offload_nothing"]',
+            'settings["zero_optimization"]["offload_optimizer"]',
+            'settings["zero_optimization"]["offload_nothing"]',
             "test_deepspeed_is_told_what_to_offload",
         ),
         (
             "weights are offloaded with the optimiser's state alone asked for",
-            "if offload is Offload.weights:\n        told",
-            "if offload is not Offload.none:\n        told",
+            "if offload is Offload.weights:\n        settings",
+            "if offload is not Offload.none:\n        settings",
             "test_deepspeed_is_told_what_to_offload",
         ),
     ),

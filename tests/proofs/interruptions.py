@@ -100,7 +100,7 @@ class Stage:
     def worker(self) -> psutil.Process | None:
         """The process that is at the stage, by its sign of life."""
         with suppress(OSError, ValueError, TypeError, psutil.Error):
-            process = psutil.Process(json.loads((self.work / "pulse/0.json").read_text())["pid"])  # type: ignore[operator]
+            process = psutil.Process(json.loads((self.work / "heartbeats/0.json").read_text())["pid"])  # type: ignore[operator]
             return process if process.status() != psutil.STATUS_ZOMBIE else None
         return None
 

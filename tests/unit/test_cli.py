@@ -93,7 +93,7 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         "chat mine --arm sft --arm base --system 'be brief' --max-new-tokens 8 --temperature 0.5 --seed 3",
         "alignment.commands.chat.driver.chat",
         ("mine", ["sft", "base"]),
-        {"manner": CHAT, "output": HERE},
+        {"options": CHAT, "output": HERE},
     ),
     (
         "add-tokens bundled:smollm2-135m '<|a|>' '<|b|>' --to there",
@@ -214,7 +214,7 @@ def test_the_doctor_explains_a_file_and_its_faults_have_an_exit_code(capsys: Cap
     assert "overlap      none with bundled:quickstart/heldout" in capsys.readouterr().out
     heldout = "bundled:quickstart/heldout"
     assert cli.main(["doctor", heldout, "--against", heldout]) == 0
-    assert f"overlap      102 rows ask what {heldout} asks" in capsys.readouterr().out
+    assert f"overlap      102 rows ask the same as {heldout}" in capsys.readouterr().out
     assert cli.main(["doctor", str(tmp_path / "absent.jsonl")]) == 3
     assert "DATA: no file" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str)
     """Writes the folder ``to``; returns the exit code. ``source`` is what ``model.source`` takes.
 
     Raises:
-        ConfigError: ``to`` is taken.
+        ConfigError: ``to`` exists already.
         ModelError: there is no such model.
     """
     target = new_folder(to)

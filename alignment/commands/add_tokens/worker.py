@@ -1,8 +1,8 @@
-"""A model with more tokens, for ``align add-tokens``: ``worker FOLDER --to FOLDER TOKEN…``.
+"""Adds tokens to a model, for ``align add-tokens``: ``worker FOLDER --to FOLDER TOKEN…``.
 
-A new token's row, in the embeddings and in the head, is the mean of all others: the model then gives it about the
-probability of an average token, and every other token nearly what it gave before (Hewitt 2021, "Initializing new word
-embeddings for pretrained language models").
+A new token's row, in the embeddings and in the head, is the mean of all other rows. The model then gives it about the
+probability of an average token, and changes that of other tokens little (Hewitt 2021, "Initializing new word embeddings
+for pretrained language models").
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from alignment.core.terminal import complain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or that of the fault."""
+    """Returns exit code 0, or that of the error."""
     parser = argparse.ArgumentParser(prog="python -m alignment.commands.add_tokens.worker", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("tokens", nargs="+")
-    told = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with explained(told.to.parent):
-            print(add_tokens(told.folder, told.to, told.tokens))
+        with explained(options.to.parent):
+            print(add_tokens(options.folder, options.to, options.tokens))
     except AlignmentError as error:
         complain(error)
         return error.exit_code
@@ -47,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def add_tokens(folder: Path, to: Path, tokens: Sequence[str]) -> str:
-    """Writes the folder ``to`` by one rename; returns what is to be said about it.
+    """Writes the folder ``to`` in one rename; returns a message about it.
 
     Raises:
-        ConfigError: a token is one already, or is named twice.
-        ModelError: the model cannot be read, or does not know its new tokens when it is read again.
+        ConfigError: a token exists already, or is given twice.
+        ModelError: the model cannot be read, or lacks its new tokens when it is read again.
     """
     partial = to.with_name(f".{to.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -88,15 +88,15 @@ def _read(folder: Path) -> tuple[Any, Any]:
 
 def _refuse_known(tokenizer: Any, tokens: Sequence[str]) -> None:
     known = tokenizer.get_vocab()
-    for place, token in enumerate(tokens):
-        if token in known or token in tokens[:place] or not token.strip():
+    for index, token in enumerate(tokens):
+        if token in known or token in tokens[:index] or not token.strip():
             why = "is a token already" if token in known else "is named twice" if token.strip() else "is empty"
             raise ConfigError(f"{token!r} {why}", where="TOKEN", remedy="name others")
 
 
 @torch.no_grad()
 def _give_mean(matrix: nn.Module, start: int, end: int) -> None:
-    """Twice for a head that is tied to the embeddings, which changes nothing."""
+    """Sets new rows to the mean of the others. It is called twice for tied embeddings, which changes nothing."""
     weight: Any = matrix.weight
     weight[start:end] = weight[:start].float().mean(0).to(weight.dtype)
 
@@ -104,8 +104,8 @@ def _give_mean(matrix: nn.Module, start: int, end: int) -> None:
 def _refuse_lost(folder: Path, tokens: Sequence[str], rows: int) -> None:
     model, tokenizer = _read(folder)
     ids = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens]
-    if any(len(one) != 1 for one in ids) or model.get_input_embeddings().weight.shape[0] != rows:
-        raise ModelError("read again, it does not know its new tokens; nothing was written", where=str(folder))
+    if any(len(token_ids) != 1 for token_ids in ids) or model.get_input_embeddings().weight.shape[0] != rows:
+        raise ModelError("the written model lacks its new tokens; nothing was kept", where=str(folder))
 
 
 if __name__ == "__main__":

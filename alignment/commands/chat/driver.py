@@ -1,4 +1,4 @@
-"""``align chat``: one policy of a run or two, to talk to, in a process of its own."""
+"""``align chat``: a conversation with one or two policies of a run, in a separate process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOST_ARMS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speaker:
-    """A policy that answers: an ``artifact`` on its ``base``, or the bare base; ``described`` says what it is."""
+    """A policy that answers: an ``artifact`` on its ``base``, or the bare base; ``described`` is a description."""
 
     name: str
     described: str
@@ -39,47 +39,50 @@ class Speaker:
     chat_template: str | None = None
 
 
-def chat(console: Console, result: str, arms: Sequence[str], *, manner: Mapping[str, Any], output: Path) -> int:
-    """Talks until the user ends it; returns the exit code.
+def chat(console: Console, result: str, arms: Sequence[str], *, options: Mapping[str, Any], output: Path) -> int:
+    """Runs a chat until the user ends it; returns the exit code.
 
-    ``result`` is a run under ``output``, or what ``align export`` takes. ``arms`` are stages of that run, ``base``, or
-    such results; without any it is the last policy of the run that is done. ``manner`` is told to
-    ``alignment.commands.chat.chat_session``.
+    ``result`` is a run under ``output``, or a result that ``align export`` takes. ``arms`` are stages of that run,
+    ``base``, or such results; by default it is the run's last finished policy. ``options`` are the fields of
+    ``GenerationOptions``.
 
     Raises:
-        ConfigError: there is no such run, stage or result, or one that is no policy; more than two arms; a limit or a
-            temperature that cannot be.
-        ArtifactError: a stage that has made nothing yet.
-        ModelError: a base that is not here.
+        ConfigError: there is no such run, stage or result; a result is not a policy; there are more than two arms; or
+            an option is invalid.
+        ArtifactError: a stage has no result yet.
+        ModelError: a base is missing on this machine.
     """
-    _refuse_manner(manner)
+    _refuse_options(options)
     if len(arms) > MOST_ARMS:
-        raise ConfigError(f"{len(arms)} arms; two fit beside each other", where="--arm", remedy="name one or two")
+        raise ConfigError(f"{len(arms)} arms; two at most fit side by side", where="--arm", remedy="name one or two")
     finder = _Finder(console, result, output)
     speakers = [finder.speaker(arm) for arm in arms or [finder.default()]]
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "voices.json"
-        told = {"voices": [asdict(one) for one in speakers], "manner": dict(manner)}
-        write_text(file, json.dumps(told))
+        file = Path(folder) / "chat.json"
+        write_text(file, json.dumps({"sessions": list(map(asdict, speakers)), "options": dict(options)}))
         argv = [sys.executable, "-m", "alignment.commands.chat.worker", str(file)]
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops an answer, which is the other's to do
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops an answer, which the worker handles
         try:
             return processes.call(argv)
         finally:
             signal.signal(signal.SIGINT, before)
 
 
-def _refuse_manner(manner: Mapping[str, Any]) -> None:
-    if manner["max_new_tokens"] < 1:
-        raise ConfigError(f"{manner['max_new_tokens']} is no length", where="--max-new-tokens", remedy="give 1 or more")
-    if not 0 <= manner["temperature"] < float("inf"):
+def _refuse_options(options: Mapping[str, Any]) -> None:
+    if options["max_new_tokens"] < 1:
         raise ConfigError(
-            f"{manner['temperature']} is no temperature", where="--temperature", remedy="give 0 (greedy) or more"
+            f"{options['max_new_tokens']} is not a valid length", where="--max-new-tokens", remedy="give 1 or more"
+        )
+    if not 0 <= options["temperature"] < float("inf"):
+        raise ConfigError(
+            f"{options['temperature']} is not a valid temperature",
+            where="--temperature",
+            remedy="give 0 (greedy) or more",
         )
 
 
 class _Finder:
-    """What the words of a command line mean: within a run where the first one names one."""
+    """Resolves the arguments of the command line, within a run if the first argument names one."""
 
     def __init__(self, console: Console, result: str, output: Path) -> None:
         self._console = console
@@ -90,7 +93,7 @@ class _Finder:
         self._record = RunRecord.read(output / "runs" / result) if is_run else None
 
     def default(self) -> str:
-        """The last policy of the run that is done, or the result itself."""
+        """The last finished policy of the run, or the result itself."""
         if self._record is None:
             return self._result
         for name, stage in reversed(self._record.stages.items()):
@@ -98,7 +101,7 @@ class _Finder:
             if manifest is not None and manifest.kind == "policy":
                 return str(name)
         raise ArtifactError(
-            "no stage of this run has made a policy yet", where=self._result, remedy="run it, or talk to --arm base"
+            "no stage of this run has made a policy yet", where=self._result, remedy="run it, or chat with --arm base"
         )
 
     def speaker(self, arm: str) -> Speaker:
@@ -113,7 +116,7 @@ class _Finder:
             raise ConfigError(
                 f"run {self._result!r} has no stage {arm!r}; {suggestion(name, [*stages, BASE])}",
                 where="--arm",
-                remedy="another run's goes by RUN/STAGE, a folder by its path",
+                remedy="name a stage of another run as RUN/STAGE, and a folder by its path",
             )
         return self._of(
             artifact_of(arm, self._output), arm.rstrip("/").rpartition("/")[2] if Path(arm).is_dir() else arm
@@ -136,18 +139,20 @@ class _Finder:
             folder = artifact_of(self._result, self._output)
             manifest = _policy(folder)
             if manifest.base["source"] == "self":
-                raise ConfigError(f"{folder.name} holds whole weights and no base", where="--arm", remedy="name others")
+                raise ConfigError(
+                    f"{folder.name} holds whole weights and has no base", where="--arm", remedy="name another arm"
+                )
             where, source = base_of(manifest, folder, self._console), manifest.base["source"]
             return Speaker(name=BASE, described=source, artifact=None, base=str(where), dtype=_dtype(manifest))
         model = self._record.config["model"]
-        found = model_sources.resolve(model["source"], where="model.source")
-        if not found.ready:
-            found = model_sources.fetch(found, announce=display_for(self._console).note)
+        base = model_sources.resolve(model["source"], where="model.source")
+        if not base.ready:
+            base = model_sources.fetch(base, announce=display_for(self._console).note)
         return Speaker(
             name=BASE,
             described=model["source"],
             artifact=None,
-            base=str(found.folder),
+            base=str(base.folder),
             dtype=model["dtype"],
             chat_template=model.get("chat_template"),
         )
@@ -162,5 +167,5 @@ def _policy(folder: Path) -> Manifest:
     if manifest is None:
         raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")
     if manifest.kind != "policy":
-        raise ConfigError(f"{folder.name} is of kind {manifest.kind}; only a policy can talk", where="--arm")
+        raise ConfigError(f"{folder.name} is of kind {manifest.kind}; only a policy can chat", where="--arm")
     return manifest

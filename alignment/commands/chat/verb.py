@@ -47,6 +47,6 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
         console,
         arguments.result,
         arguments.arms,
-        manner={name: getattr(arguments, name) for name in _GENERATION},
+        options={name: getattr(arguments, name) for name in _GENERATION},
         output=output_of(arguments),
     )

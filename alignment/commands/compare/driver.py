@@ -1,4 +1,4 @@
-"""``align compare``: what differs between runs, in their settings and in what came of them."""
+"""``align compare``: the differences between runs, in their settings and in their results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.run_page.run_records import Difference
 
 NOT_SETTINGS = ("name", "output", "summary", "launch", "tracking")
-"""What a run is told that changes no result."""
+"""Settings of a run that change no result."""
 
 ABSENT = "–"
 
@@ -38,10 +38,10 @@ class _Judged:
 
 
 def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | None = None) -> None:
-    """Settings that differ, arms side by side, and differences from the first run, prompt by prompt.
+    """Prints differing settings, arms side by side, and paired differences from the first run.
 
     Raises:
-        ConfigError: fewer than two runs, one that is not there, or a page that cannot be written to ``html``.
+        ConfigError: there are fewer than two runs, a run does not exist, or ``html`` cannot be written.
     """
     page = None if html is None else _page(html, runs)
     folders = _folders(output, runs)
@@ -54,7 +54,7 @@ def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | 
         _show_arms(console, runs, judged, primary)
         _show_differences(console, runs, differences, primary)
     else:
-        console.print("\nnone of them was evaluated; add an evaluate stage", highlight=False)
+        console.print("\nnone of these runs was evaluated; add an evaluate stage", highlight=False)
     if page is not None:
         build_comparison(folders, page, settings=differing, differences=differences, primary=primary)
         console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
@@ -65,7 +65,7 @@ def _page(html: str, runs: Sequence[str]) -> Path:
         raise ConfigError(f"a page holds {MOST_RUNS} runs at most", where="--html", remedy="name fewer")
     path = Path(html).expanduser().absolute()
     if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"{html!r} cannot be a file", where="--html", remedy="name a file in a folder that is there")
+        raise ConfigError(f"{html!r} cannot be a file", where="--html", remedy="name a file in a folder that exists")
     return path
 
 
@@ -85,22 +85,26 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in NOT_SETTINGS}
 
 
-def _differing(told: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:
-    """The value in each run of every setting that differs between those that have it.
+def _differing(settings_of_runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:
+    """Yields every setting that differs between the runs that have it, with the value in each run.
 
-    Of a stage that some runs do not have, it is said which do.
+    For a stage that some runs lack, it yields which runs have it.
     """
-    every = [flat(one) for one in told]
-    stages = {name for one in told for name in one["stages"]}
-    lacking = {name for name in stages if any(name not in one["stages"] for one in told)}
-    said = set()
-    for key in dict.fromkeys(key for one in every for key in one):
+    flattened = [flat(settings) for settings in settings_of_runs]
+    stages = {name for settings in settings_of_runs for name in settings["stages"]}
+    lacking = {name for name in stages if any(name not in settings["stages"] for settings in settings_of_runs)}
+    named_stages = set()
+    for key in dict.fromkeys(key for settings in flattened for key in settings):
         stage = key.split(".")[1] if key.startswith("stages.") else ""
-        if stage in lacking and stage not in said:
-            said.add(stage)
-            yield f"stages.{stage}", [one["stages"].get(stage, {}).get("kind", ABSENT) for one in told]
-        values = [shown(one[key]) if key in one else ABSENT for one in every]
-        counted = [value for value, one in zip(values, told, strict=True) if not stage or stage in one["stages"]]
+        if stage in lacking and stage not in named_stages:
+            named_stages.add(stage)
+            yield (
+                f"stages.{stage}",
+                [settings["stages"].get(stage, {}).get("kind", ABSENT) for settings in settings_of_runs],
+            )
+        values = [shown(settings[key]) if key in settings else ABSENT for settings in flattened]
+        pairs = zip(values, settings_of_runs, strict=True)
+        counted = [value for value, settings in pairs if not stage or stage in settings["stages"]]
         if len(set(counted)) > 1:
             yield key, values
 
@@ -128,8 +132,8 @@ def _arms(folder: Path) -> dict[str, _Judged]:
 
 
 def _primary(judged: Sequence[dict[str, _Judged]]) -> Metric | None:
-    """The metric by which runs are compared: the first run's primary one, or else that of the next which has one."""
-    return next((one.primary for arms in judged for one in arms.values() if one.primary is not None), None)
+    """The metric by which runs are compared: the primary metric of the first run that has one."""
+    return next((arm.primary for arms in judged for arm in arms.values() if arm.primary is not None), None)
 
 
 def _show_arms(
@@ -146,14 +150,14 @@ def _show_arms(
     console.print(table)
 
 
-def _mean_and_bounds(figure: Interval | None) -> str:
-    if figure is None:
+def _mean_and_bounds(value: Interval | None) -> str:
+    if value is None:
         return ABSENT
-    return f"{figure.mean:.3f}" + (f" ({figure.bounds[0]:.3f}–{figure.bounds[1]:.3f})" if figure.bounds else "")
+    return f"{value.mean:.3f}" + (f" ({value.bounds[0]:.3f}–{value.bounds[1]:.3f})" if value.bounds else "")
 
 
 def _differences(judged: Sequence[dict[str, _Judged]]) -> Iterator[Difference]:
-    """What each other run has less the first, in every metric of an arm that both have."""
+    """Yields the differences of each other run minus the first, in every metric of an arm that both have."""
     for run, arms in enumerate(judged[1:], start=1):
         for name in [name for name in arms if name in judged[0]]:
             scores, first = arms[name].scores, judged[0][name].scores
@@ -169,16 +173,18 @@ def _differences(judged: Sequence[dict[str, _Judged]]) -> Iterator[Difference]:
 def _show_differences(
     console: Console, runs: Sequence[str], differences: Sequence[Difference], primary: Metric | None
 ) -> None:
-    for one in differences:
-        if primary is None or one.metric.name != primary.name:
+    for difference in differences:
+        if primary is None or difference.metric.name != primary.name:
             continue
-        label = f"{one.arm.removeprefix('stage:')}: {runs[one.run]} against {runs[0]}"
-        if one.interval is None:
+        label = f"{difference.arm.removeprefix('stage:')}: {runs[difference.run]} against {runs[0]}"
+        if difference.interval is None:
             line = f"{label}: judged on other prompts, which cannot be compared"
         else:
-            low, high = one.interval.bounds or (one.interval.mean, one.interval.mean)
-            verdict = "the same on every prompt" if one.none_at_all else one.metric.verdict(one.interval)
-            line = f"{label}: {one.interval.mean:+.3f} ({low:+.3f} to {high:+.3f}), {verdict}"
+            low, high = difference.interval.bounds or (difference.interval.mean, difference.interval.mean)
+            verdict = (
+                "the same on every prompt" if difference.none_at_all else difference.metric.verdict(difference.interval)
+            )
+            line = f"{label}: {difference.interval.mean:+.3f} ({low:+.3f} to {high:+.3f}), {verdict}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""``align export``: a stage's result as a folder that transformers or PEFT reads, made in a process of its own."""
+"""``align export``: a stage's result as a folder for transformers or PEFT, made in a separate process."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def export(console: Console, result: str, *, to: str, form: str, max_gap: float,
     ``result`` is an artifact's folder or ``RUN/STAGE`` of a run under ``output``.
 
     Raises:
-        ConfigError: there is no such result, or ``to`` is taken.
-        ModelError: the base that it stands on is not here.
+        ConfigError: there is no such result, or ``to`` exists already.
+        ModelError: the base of the result is missing on this machine.
     """
     folder = artifact_of(result, output)
     manifest = read_manifest(folder)

@@ -1,4 +1,4 @@
-"""A model card: what a result is, what it came from, what was measured of it, and what is not known."""
+"""A model card: what a result is, its origin, its measurements, and what is unknown about it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from alignment.commands.export.provenance import Judged, Provenance, Remembered, Step, without_places
+from alignment.commands.export.provenance import Judged, Provenance, Remembered, Step, without_folders
 from alignment.core.artifacts import POLICY, REWARD_MODEL, Manifest
 from alignment.pipeline.sources import bundled_model
 from alignment.records.evaluation import Comparison, Evaluation
@@ -23,33 +23,33 @@ _OF_ADAPTER = {
     "low-rank": ("kind", "rank", "alpha", "rslora", "dropout", "target_modules", "modules_to_save", "chain"),
 }
 _ELSEWHERE = ("kind", "adapter", "optim", "data")
-"""Settings of a stage that are told apart from its others."""
+"""Settings of a stage that have their own lines."""
 
 
-def model_card(manifest: Manifest, found: Provenance, *, form: str, notes: Sequence[str]) -> str:
-    """Markdown with the header that model hubs read; ``notes`` are sentences about this export."""
-    parts = [
-        _header(manifest, found, form),
-        _opening(manifest, found),
+def model_card(manifest: Manifest, origin: Provenance, *, form: str, notes: Sequence[str]) -> str:
+    """Markdown with a header for model hubs; ``notes`` are sentences about this export."""
+    sections = [
+        _header(manifest, origin, form),
+        _opening(manifest, origin),
         ["```python", *_usage(manifest, form), "```"],
         [f"- {note}" for note in notes],
-        ["## What was measured", "", *_measured(manifest, found)],
-        ["## Intended use and limits", "", *_limits(manifest, found)],
-        ["## Where it comes from", "", *_chain(manifest, found)],
-        ["## How to make it again", "", *_again(manifest, found)],
+        ["## What was measured", "", *_measured(manifest, origin)],
+        ["## Intended use and limits", "", *_limits(manifest, origin)],
+        ["## Where it comes from", "", *_chain(manifest, origin)],
+        ["## How to make it again", "", *_again(manifest, origin)],
     ]
-    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+    return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
 
 
 # ---- what it is -----------------------------------------------------------------------------------------------------
 
 
-def _header(manifest: Manifest, found: Provenance, form: str) -> list[str]:
+def _header(manifest: Manifest, origin: Provenance, form: str) -> list[str]:
     scheme, _, rest = str(manifest.base["source"]).partition(":")
     hubs = [
-        one.removeprefix("hub:").partition("@")[0] for step in found.steps for one in step.data if one[:4] == "hub:"
+        name.removeprefix("hub:").partition("@")[0] for step in origin.steps for name in step.data if name[:4] == "hub:"
     ]
-    kinds = dict.fromkeys(step.manifest.identity["kind"] for step in found.steps)
+    kinds = dict.fromkeys(step.manifest.identity["kind"] for step in origin.steps)
     return [
         "---",
         f"library_name: {_LIBRARY[form]}",
@@ -63,19 +63,17 @@ def _header(manifest: Manifest, found: Provenance, form: str) -> list[str]:
     ]
 
 
-def _opening(manifest: Manifest, found: Provenance) -> list[str]:
+def _opening(manifest: Manifest, origin: Provenance) -> list[str]:
     kind = "reward model" if manifest.kind == REWARD_MODEL else "policy"
     own = manifest.base["source"] == "self"
     base = "All weights were trained." if own else f"Its base is `{_source(manifest)}`."
-    scaled = f"The recipe was run under the profile `{found.profile}`, which changes its settings."
-    if found.profile == "smoke":
-        scaled = (
-            "It comes from a smoke run (`profile=smoke`), which shows that the recipe runs; it is worth nothing else."
-        )
+    scaled = f"The recipe was run under the profile `{origin.profile}`, which changes its settings."
+    if origin.profile == "smoke":
+        scaled = "It comes from a smoke run (`profile=smoke`), which shows only that the recipe runs; do not use it."
     return [
         f"# {manifest.stage}",
         "",
-        *([scaled, ""] if found.profile else []),
+        *([scaled, ""] if origin.profile else []),
         f"A {kind} trained by the stage `{manifest.stage}` ({manifest.identity['kind']}) of alignment-pipeline. {base}",
         "",
         f"Licence: {_licence(manifest)}",
@@ -83,11 +81,11 @@ def _opening(manifest: Manifest, found: Provenance) -> list[str]:
 
 
 def _source(manifest: Manifest) -> str:
-    return without_places(str(manifest.base["source"]))
+    return without_folders(str(manifest.base["source"]))
 
 
 def _licence(manifest: Manifest) -> str:
-    """Only of a bundled base is the licence known here."""
+    """The licence is known only for a bundled base."""
     scheme, _, name = str(manifest.base["source"]).partition(":")
     if scheme == "bundled" and name in bundled_model.MODELS:
         base = f"that of the base ({bundled_model.MODELS[name].licence})"
@@ -126,28 +124,28 @@ def _usage(manifest: Manifest, form: str) -> list[str]:
 # ---- what was measured ----------------------------------------------------------------------------------------------
 
 
-def _measured(manifest: Manifest, found: Provenance) -> list[str]:
-    lines = ["At the end of training:", "", "| figure | value |", "|---|---|"]
+def _measured(manifest: Manifest, origin: Provenance) -> list[str]:
+    lines = ["At the end of training:", "", "| metric | value |", "|---|---|"]
     lines += [f"| {name} | {value:.4g} |" for name, value in manifest.metrics.items()]
     if manifest.kind == REWARD_MODEL:
         return lines
-    lines += ["", *_evaluated(found.evaluation)]
-    return lines if found.forgetting is None else [*lines, "", *_forgot(found.forgetting)]
+    lines += ["", *_evaluated(origin.evaluation)]
+    return lines if origin.forgetting is None else [*lines, "", *_forgot(origin.forgetting)]
 
 
 def _evaluated(judged: Judged | None) -> list[str]:
     if judged is None:
-        return ["No evaluation of it is recorded beside it."]
+        return ["No evaluation of it is recorded."]
     evaluation = judged.evaluation
     prompts = "" if evaluation.num_prompts is None else f" on {evaluation.num_prompts} held-out prompts"
     lines = [f"As an arm of an evaluation{prompts} (`{judged.manifest.fingerprint[:8]}`):", ""]
-    lines += ["| figure | mean | 95 % interval |", "|---|---|---|"]
-    lines += [f"| {name} | {value.mean:.4g} | {_bounds(value)} |" for name, value in _figures(judged)]
-    return [*lines, "", *(_in_words(one, evaluation) for one in judged.comparisons)]
+    lines += ["| metric | mean | 95 % interval |", "|---|---|---|"]
+    lines += [f"| {name} | {value.mean:.4g} | {_bounds(value)} |" for name, value in _values(judged)]
+    return [*lines, "", *(_in_words(comparison, evaluation) for comparison in judged.comparisons)]
 
 
-def _figures(judged: Judged) -> Iterator[tuple[str, Interval]]:
-    """All that was measured, with the direction of each metric, and win rates that say by whom and against whom."""
+def _values(judged: Judged) -> Iterator[tuple[str, Interval]]:
+    """All measured values, with the direction of each metric, and win rates with judge and opponent."""
     metrics = {metric.name: metric for metric in judged.evaluation.metrics}
     for name, value in judged.arm.figures.items():
         if name in metrics:
@@ -156,17 +154,17 @@ def _figures(judged: Judged) -> Iterator[tuple[str, Interval]]:
             yield name, value
     for pair in judged.verdicts:
         if pair.win_rate is not None and judged.evaluation.judge is not None:
-            judge = without_places(judged.evaluation.judge.name)
+            judge = without_folders(judged.evaluation.judge.name)
             yield f"win rate against {_arm(pair.against)}, by {judge}", pair.win_rate
 
 
-def _forgot(found: Remembered) -> list[str]:
-    """What it lost of what the base could, and whether that is within the limits."""
-    arm, limits = found.arm, found.limits
+def _forgot(measured: Remembered) -> list[str]:
+    """How much the policy forgot of the base's abilities, and whether that is within the limits."""
+    arm, limits = measured.arm, measured.limits
     lines = [
-        f"Beside its base, in a measurement of forgetting (`{found.manifest.fingerprint[:8]}`):",
+        f"Compared with its base, in a measurement of forgetting (`{measured.manifest.fingerprint[:8]}`):",
         "",
-        "| figure | mean | 95 % interval | limit |",
+        "| change | mean | 95 % interval | limit |",
         "|---|---|---|---|",
     ]
     for name, change, limit in (
@@ -187,13 +185,13 @@ def _change(change: Interval | None) -> str:
     return f"{change.mean:+.1%} | {low:+.1%} to {high:+.1%}"
 
 
-def _bounds(figure: Interval) -> str:
-    return "" if figure.bounds is None else f"{figure.bounds[0]:.4g} to {figure.bounds[1]:.4g}"
+def _bounds(value: Interval) -> str:
+    return "" if value.bounds is None else f"{value.bounds[0]:.4g} to {value.bounds[1]:.4g}"
 
 
-def _in_words(one: Comparison, evaluation: Evaluation) -> str:
-    interval = f"{one.difference:+.3f} ({one.low:+.3f} to {one.high:+.3f}) in {evaluation.primary}"
-    return f"- {_arm(one.arm)} against {_arm(one.against)}: {interval}, {evaluation.verdict(one)}"
+def _in_words(comparison: Comparison, evaluation: Evaluation) -> str:
+    interval = f"{comparison.difference:+.3f} ({comparison.low:+.3f} to {comparison.high:+.3f}) in {evaluation.primary}"
+    return f"- {_arm(comparison.arm)} against {_arm(comparison.against)}: {interval}, {evaluation.verdict(comparison)}"
 
 
 def _arm(name: Any) -> str:
@@ -203,28 +201,26 @@ def _arm(name: Any) -> str:
 # ---- limits, lineage, command ---------------------------------------------------------------------------------------
 
 
-def _limits(manifest: Manifest, found: Provenance) -> list[str]:
+def _limits(manifest: Manifest, origin: Provenance) -> list[str]:
     if manifest.kind == REWARD_MODEL:
         use = "Scoring answers of the kind that it was trained on, as a part of training or judging other models."
     else:
         use = "Answering prompts of the kind that it was trained on."
-    lines = [f"- {use} Other uses were not looked at."]
-    if manifest.kind == "policy" and found.evaluation is None and found.forgetting is None:
-        lines.append(
-            "- Nothing was measured of it but what training logs: whether it is better than its base is not known."
-        )
-    lines.append("- What it says was not checked for truth, safety, bias or memorised text, beyond the figures above.")
-    lines.append("- It has the limits of its base, which its own card tells.")
+    lines = [f"- {use} Other uses were not tested."]
+    if manifest.kind == "policy" and origin.evaluation is None and origin.forgetting is None:
+        lines.append("- Nothing was measured except what training logs: whether it is better than its base is unknown.")
+    lines.append("- Its answers were not checked for truth, safety, bias or memorised text, beyond the values above.")
+    lines.append("- It has the limits of its base; see the base's own card.")
     return lines
 
 
-def _chain(manifest: Manifest, found: Provenance) -> list[str]:
-    kinds = " → ".join(f"{step.manifest.stage} ({step.manifest.identity['kind']})" for step in found.steps)
+def _chain(manifest: Manifest, origin: Provenance) -> list[str]:
+    kinds = " → ".join(f"{step.manifest.stage} ({step.manifest.identity['kind']})" for step in origin.steps)
     lines = [f"base → {kinds}", ""]
-    for step in found.steps:
+    for step in origin.steps:
         lines += _step(step)
-    if found.lost:
-        lines.append(f"- not found beside it, so not told here: {'; '.join(found.lost)}")
+    if origin.lost:
+        lines.append(f"- artifacts not found, so not described here: {'; '.join(origin.lost)}")
     lines += [
         f"- adapters, bottom first: {' → '.join(manifest.adapters) or 'none'}",
         f"- tokenizer `{manifest.tokenizer_sha256[:12]}`, chat template `{manifest.chat_template_sha256[:12]}`",
@@ -234,48 +230,50 @@ def _chain(manifest: Manifest, found: Provenance) -> list[str]:
 
 
 def _step(step: Step) -> list[str]:
-    one = step.manifest
-    config, base = one.identity.get("config", {}), one.identity.get("base", {})
+    manifest = step.manifest
+    config, base = manifest.identity.get("config", {}), manifest.identity.get("base", {})
     data = ", ".join(f"`{name}`" for name in step.data) or "a source whose name is not recorded"
-    inputs = ", ".join(f"{name} `{value[:12] if ':' not in value else value}`" for name, value in one.inputs.items())
+    inputs = ", ".join(
+        f"{name} `{value[:12] if ':' not in value else value}`" for name, value in manifest.inputs.items()
+    )
     adapter, optim = config.get("adapter", {}), config.get("optim", {})
     others = _flat({name: value for name, value in config.items() if name not in _ELSEWHERE})
-    shown = _OF_ADAPTER.get(adapter.get("kind", ""), _OF_ADAPTER["low-rank"])
+    names = _OF_ADAPTER.get(adapter.get("kind", ""), _OF_ADAPTER["low-rank"])
     return [
-        f"- **{one.stage}** ({one.identity['kind']}), fingerprint `{one.fingerprint}`",
+        f"- **{manifest.stage}** ({manifest.identity['kind']}), fingerprint `{manifest.fingerprint}`",
         f"  - takes {inputs or 'the base'}; base content `{base.get('content')}`, computed in {base.get('dtype')}",
-        f"  - data: {data}; content `{_contents(one.identity)}`",
-        *([f"  - adapter: {_settings(adapter, shown)}"] if adapter else []),
+        f"  - data: {data}; content `{_contents(manifest.identity)}`",
+        *([f"  - adapter: {_settings(adapter, names)}"] if adapter else []),
         *([f"  - optimiser: {_settings(optim, _OF_OPTIM)}"] if optim else []),
-        f"  - settings: {_settings(others, list(others))}; seed {one.identity.get('seed')}",
+        f"  - settings: {_settings(others, list(others))}; seed {manifest.identity.get('seed')}",
     ]
 
 
 def _contents(identity: Mapping[str, Any]) -> str:
     others = identity.get("extra_data", {}).values()
-    return ", ".join(str(one) for one in (identity.get("data"), *others))
+    return ", ".join(str(content) for content in (identity.get("data"), *others))
 
 
 def _flat(tree: Mapping[str, Any], ahead: str = "") -> dict[str, Any]:
     """Settings by dotted name."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, value in tree.items():
-        found |= _flat(value, f"{ahead}{name}.") if isinstance(value, dict) else {ahead + name: value}
-    return found
+        settings |= _flat(value, f"{ahead}{name}.") if isinstance(value, dict) else {ahead + name: value}
+    return settings
 
 
 def _settings(config: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Those that are set."""
-    told = [(name, config[name]) for name in names if config.get(name) not in (None, [], "")]
-    shown = [f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in told]
-    return without_places(", ".join(shown))
+    """The settings that are set, as text."""
+    pairs = [(name, config[name]) for name in names if config.get(name) not in (None, [], "")]
+    texts = [f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in pairs]
+    return without_folders(", ".join(texts))
 
 
-def _again(manifest: Manifest, found: Provenance) -> list[str]:
+def _again(manifest: Manifest, origin: Provenance) -> list[str]:
     made = f"made {manifest.created or 'at an unknown time'}"
     commit = f" at commit {manifest.git_commit}" if manifest.git_commit else ""
-    lines = ["```console", f"$ {shlex.join(found.command)}", "```", ""] if found.command else []
-    if not found.command:
-        lines = ["The command that made it is not recorded beside it.", ""]
+    lines = ["```console", f"$ {shlex.join(origin.command)}", "```", ""] if origin.command else []
+    if not origin.command:
+        lines = ["The command that made it is not recorded.", ""]
     versions = ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
     return [*lines, f"- {made}{commit}", f"- {versions or 'versions were not recorded'}"]

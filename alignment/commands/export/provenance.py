@@ -1,7 +1,7 @@
-"""What an artifact came from and what was measured of it, read from the artifacts and runs that lie around it.
+"""The origin and the measurements of an artifact, read from the artifacts and runs beside it.
 
-Names of stages and of data are in the run's record, content and figures in the artifacts. What is not there any more is
-left out, and said.
+Names of stages and of data are in the run's record; content and metrics are in the artifacts. Missing artifacts are
+left out and listed.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from alignment.records.forgetting import ArmForgetting, Forgetting, Limits
 from alignment.records.run import FILE as RUN_FILE
 from alignment.records.run import RunRecord
 
-_PLACE = re.compile(r"(?<![\w.])(?:~|\.\.?)?/(?:[^\s/'\",\]})]+/)*")
-"""A path but for its last part, wherever it begins in a text."""
+_FOLDERS = re.compile(r"(?<![\w.])(?:~|\.\.?)?/(?:[^\s/'\",\]})]+/)*")
+"""A path without its last part, anywhere in a text."""
 _NOT_MAKING = re.compile(r"output=|launch|tracking|[+~]*stages\.[^.=]+\.judge\b")
-"""Overrides that shape no model; a judge's may name an internal host."""
+"""Overrides that do not affect a model; a judge's may name an internal host."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """A stage on the way to the artifact; ``data`` are its sources as the run's record names them, main one first."""
+    """A stage on the way to the artifact; ``data`` are its sources as named in the run's record, the main one first."""
 
     manifest: Manifest
     data: list[str] = field(default_factory=list)
@@ -44,19 +44,19 @@ class Judged:
 
     @property
     def comparisons(self) -> list[Comparison]:
-        """The paired differences that it is part of."""
-        return [one for one in self.evaluation.comparisons if self.arm.name in (one.arm, one.against)]
+        """The paired differences with this artifact."""
+        return [pair for pair in self.evaluation.comparisons if self.arm.name in (pair.arm, pair.against)]
 
     @property
     def verdicts(self) -> list[JudgedPair]:
-        """The judge's pairs of which it is the first."""
+        """The judge's pairs whose first arm is this artifact."""
         judge = self.evaluation.judge
         return [] if judge is None else [pair for pair in judge.pairs if pair.arm == self.arm.name]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Remembered:
-    """What a stage ``forgetting`` measured of this artifact, and the limits that it was given."""
+    """A measurement of forgetting of this artifact, and its limits."""
 
     arm: ArmForgetting
     limits: Limits
@@ -65,10 +65,10 @@ class Remembered:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance:
-    """``steps`` are in order, the artifact itself last; ``lost`` names inputs whose artifacts are not there.
+    """``steps`` are in order, the artifact itself last; ``lost`` names inputs whose artifacts are missing.
 
-    ``command`` is what made the run, without the machine's folders; empty where no run is known. ``profile`` is what
-    scaled that run, if anything did.
+    ``command`` made the run, without the machine's folders; it is empty if no run is known. ``profile`` is that run's
+    profile, or empty.
     """
 
     steps: list[Step]
@@ -80,41 +80,41 @@ class Provenance:
 
 
 def provenance(artifact: Path, manifest: Manifest, run: str | None = None) -> Provenance:
-    """Of a result in a store of artifacts beside which runs are recorded; ``run`` is preferred among those."""
+    """The origin of a result in a folder of artifacts with runs beside it; ``run`` is the preferred run."""
     store = _store(artifact.parent)
     records = _records(artifact.parent.parent / "runs", run)
     steps, lost = _steps(manifest, store)
-    mine = next((record for record in records if artifact.name in _artifacts(record)), None)
-    named = [Step(manifest=one, data=_sources(store.get(one.fingerprint, artifact).name, records)) for one in steps]
+    own_record = next((record for record in records if artifact.name in _artifacts(record)), None)
+    named = [Step(manifest=step, data=_sources(store.get(step.fingerprint, artifact).name, records)) for step in steps]
     return Provenance(
         steps=named,
         lost=lost,
-        evaluation=_evaluation(manifest, store, mine),
-        forgetting=_forgetting(manifest, store, mine),
-        command=_command(mine) if mine else [],
-        profile=mine.profile if mine else "",
+        evaluation=_evaluation(manifest, store, own_record),
+        forgetting=_forgetting(manifest, store, own_record),
+        command=_command(own_record) if own_record else [],
+        profile=own_record.profile if own_record else "",
     )
 
 
-def without_places(text: str) -> str:
-    """The text without the folders of the machine that it was written on: of a path only the last part stays."""
-    return _PLACE.sub("", text)
+def without_folders(text: str) -> str:
+    """The text without the folders of the machine that wrote it: only the last part of a path stays."""
+    return _FOLDERS.sub("", text)
 
 
 def _store(folder: Path) -> dict[str, Path]:
     """Artifacts by fingerprint."""
-    found = {}
+    folders = {}
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
-        one = _read(path.parent)
-        if one is not None:
-            found[one.fingerprint] = path.parent
-    return found
+        manifest = _read(path.parent)
+        if manifest is not None:
+            folders[manifest.fingerprint] = path.parent
+    return folders
 
 
 def _read(folder: Path) -> Manifest | None:
     try:
         return read_manifest(folder)
-    except ArtifactError:  # another one's damage is not this one's
+    except ArtifactError:  # damage of another artifact does not matter here
         return None
 
 
@@ -133,21 +133,21 @@ def _artifacts(record: RunRecord) -> dict[str, str]:
 
 
 def _steps(manifest: Manifest, store: dict[str, Path]) -> tuple[list[Manifest], list[str]]:
-    """The artifact and all that it was made of, each behind its inputs."""
+    """The artifact and all its inputs, each after its own inputs."""
     done: dict[str, Manifest] = {}
     lost: list[str] = []
 
-    def visit(one: Manifest) -> None:
-        for name, fingerprint in one.inputs.items():
-            if fingerprint in done or not _is_fingerprint(fingerprint):  # else a model from outside
+    def visit(artifact: Manifest) -> None:
+        for name, fingerprint in artifact.inputs.items():
+            if fingerprint in done or not _is_fingerprint(fingerprint):  # otherwise it is a model from outside
                 continue
             folder = store.get(fingerprint)
-            found = None if folder is None else _read(folder)
-            if found is None:
-                lost.append(f"{name} of {one.stage}, `{fingerprint[:8]}`")
+            input_manifest = None if folder is None else _read(folder)
+            if input_manifest is None:
+                lost.append(f"{name} of {artifact.stage}, `{fingerprint[:8]}`")
             else:
-                visit(found)
-        done[one.fingerprint] = one
+                visit(input_manifest)
+        done[artifact.fingerprint] = artifact
 
     visit(manifest)
     return list(done.values()), lost
@@ -161,7 +161,7 @@ def _sources(artifact: str, records: list[RunRecord]) -> list[str]:
     for record in records:
         stage = _artifacts(record).get(artifact)
         if stage and (settings := record.settings_of(stage)):
-            return [without_places(source) for source in _named(settings.get("data")) if source]
+            return [without_folders(source) for source in _named(settings.get("data")) if source]
     return []
 
 
@@ -173,9 +173,9 @@ def _named(data: Any) -> Iterator[str]:
 
 
 def _command(record: RunRecord) -> list[str]:
-    """Settings that say where a run lies, or who judged it, say nothing of how it was made."""
-    told = [one for one in record.overrides if not _NOT_MAKING.match(one)]
-    return ["align", "run", without_places(record.recipe or "RECIPE"), *map(without_places, told)]
+    """The command without overrides for folders, launching, tracking and judges, which do not affect a model."""
+    overrides = [text for text in record.overrides if not _NOT_MAKING.match(text)]
+    return ["align", "run", without_folders(record.recipe or "RECIPE"), *map(without_folders, overrides)]
 
 
 def _evaluation(manifest: Manifest, store: dict[str, Path], run: RunRecord | None) -> Judged | None:
@@ -216,10 +216,12 @@ def _measurement(kind: str, manifest: Manifest, store: dict[str, Path], run: Run
     own = _artifacts(run) if run else {}
     results = []
     for folder in store.values():
-        one = _read(folder)
-        if one is None or one.kind != kind:
+        candidate = _read(folder)
+        if candidate is None or candidate.kind != kind:
             continue
-        arm = next((name for name in one.identity["arms"] if one.inputs.get(name) == manifest.fingerprint), None)
+        arm = next(
+            (name for name in candidate.identity["arms"] if candidate.inputs.get(name) == manifest.fingerprint), None
+        )
         if arm is not None:
-            results.append(_Measurement(folder=folder, manifest=one, arm=arm))
+            results.append(_Measurement(folder=folder, manifest=candidate, arm=arm))
     return max(results, key=lambda result: (result.folder.name in own, result.manifest.created), default=None)

@@ -1,4 +1,4 @@
-"""``align plan``: what would run and why, and whether this machine could start it."""
+"""``align plan``: which stages would run and why, and whether this machine could start them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from alignment.pipeline.plan.plan import make_plan
 
 
 def show(console: Console, recipe: str, overrides: Sequence[str]) -> None:
-    """Prints it, and starts nothing.
+    """Prints the plan and starts nothing.
 
     Raises:
-        AlignmentError: a fault in the plan, or sizes that go together on no machine.
+        AlignmentError: a fault in the plan, or sizes that no machine can combine.
     """
     plan = make_plan(recipe, overrides)
     show_plan(console, plan)

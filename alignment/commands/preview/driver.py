@@ -1,4 +1,4 @@
-"""``align preview``: some rows of each training stage as they will be learned from, in a process of its own."""
+"""``align preview``: some rows of each training stage as the stage will learn from them, in a separate process."""
 
 from __future__ import annotations
 
@@ -23,41 +23,41 @@ from alignment.stages.registry import kind_of
 def show_preview(
     console: Console, recipe: str, overrides: Sequence[str], *, stage: str | None, rows: int, html: str | None
 ) -> int:
-    """Prints it, and writes the same to the file ``html`` if one is named; returns the exit code.
+    """Prints the rows, and writes the same to the file ``html`` if it is given; returns the exit code.
 
     Raises:
-        AlignmentError: a fault in the plan; no such stage.
+        AlignmentError: the plan has a fault, or there is no such stage.
     """
     if html is not None and (Path(html).is_dir() or not Path(html).absolute().parent.is_dir()):
-        raise ConfigError(f"{html!r} cannot be a file", where="--html", remedy="name a file in a folder that is there")
+        raise ConfigError(f"{html!r} cannot be a file", where="--html", remedy="name a file in a folder that exists")
     plan = make_plan(recipe, overrides)
     plan = with_models(plan, display_for(console), stages=plan.stages)
-    known = [one for one in plan.stages if kind_of(one.config).trains]
-    chosen = [one for one in known if stage in (None, one.name)]
+    known = [planned for planned in plan.stages if kind_of(planned.config).trains]
+    chosen = [planned for planned in known if stage in (None, planned.name)]
     if not chosen:
-        names = ", ".join(one.name for one in known)
-        raise ConfigError(f"{stage!r} is no stage that trains; one of: {names}", where="--stage")
+        names = ", ".join(planned.name for planned in known)
+        raise ConfigError(f"{stage!r} is not a stage that trains; one of: {names}", where="--stage")
     with tempfile.TemporaryDirectory() as folder:
 
-        def file_of(one: PlannedStage) -> str:
+        def file_of(planned: PlannedStage) -> str:
             return str(
                 worker_protocol.write_stage_file(
-                    plan, one, plan.config.launch, git_commit="", folder=Path(folder) / one.name
+                    plan, planned, plan.config.launch, git_commit="", folder=Path(folder) / planned.name
                 )
             )
 
         argv = [sys.executable, "-m", "alignment.commands.preview.worker", *map(file_of, chosen), "--rows", str(rows)]
         argv += ["--html", html] if html else []
-        evaluation = next((one for one in plan.stages if kind_of(one.config).produces == EVALUATION), None)
+        evaluation = next((planned for planned in plan.stages if kind_of(planned.config).produces == EVALUATION), None)
         argv += ["--against", file_of(evaluation)] if evaluation else []
         return _exit_code(processes.call(argv))
 
 
 def _exit_code(code: int) -> int:
-    """That of the process, unless it had to be ended.
+    """The exit code of the process, unless it was killed.
 
     Raises:
-        ModelError: a chat template computed without end.
+        ModelError: a chat template did not terminate.
     """
     if code == -KILLED_BY:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Arguments that several verbs take, each with the same words."""
+"""Arguments that several verbs share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from alignment.core.errors import ConfigError
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """A recipe, which ``recipe_of`` wants to be there, and overrides of it."""
+    """Adds a recipe, which ``recipe_of`` requires, and overrides."""
     parser.add_argument(
         "recipe", metavar="RECIPE", nargs="?", help=f"{', '.join(recipe_names())}, or the path of your own .yaml"
     )
@@ -20,10 +20,10 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_of(arguments: argparse.Namespace) -> str:
-    """The recipe that was named.
+    """The given recipe.
 
     Raises:
-        ConfigError: none was; lists the shipped ones.
+        ConfigError: no recipe was given; the error lists the shipped ones.
     """
     if arguments.recipe is None:
         raise ConfigError(
@@ -34,12 +34,12 @@ def recipe_of(arguments: argparse.Namespace) -> str:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """Where runs are looked for."""
+    """Adds the folder in which runs are."""
     parser.add_argument(
         "--output", default=".", metavar="FOLDER", help="the folder that holds runs/ (default: this one)"
     )
 
 
 def output_of(arguments: argparse.Namespace) -> Path:
-    """That folder, absolute."""
+    """The output folder as an absolute path."""
     return Path(arguments.output).expanduser().absolute()

@@ -1,4 +1,4 @@
-"""How runs stand: read from their files, whether or not one is going on."""
+"""The state of runs, read from their files, whether or not they are still running."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from alignment.records.worker import Progress
 
 
 def show_status(console: Console, output: Path, run: str | None) -> None:
-    """One run in full, or a line for each run under ``output/runs``.
+    """Prints one run in full, or a line for each run under ``output/runs``.
 
     Raises:
-        ConfigError: there is no such run; says which there are.
+        ConfigError: there is no such run; the error suggests one.
     """
     folders = sorted(path.parent for path in (output / "runs").glob(f"*/{FILE}"))
     if run is None:
@@ -51,9 +51,9 @@ def _show_one(console: Console, folder: Path) -> None:
 
 
 def _state(folder: Path, record: RunRecord) -> str:
-    """The recorded state, unless the run says it is running, no process holds its lock and no job of Slurm's is left.
+    """The recorded state, or ``killed`` if a running run has neither a locked lock file nor a Slurm job.
 
-    The lock of a job on another machine is not seen from here on every file system.
+    On some file systems the lock of a job on another machine is invisible here.
     """
     if record.state == "running" and not is_held(folder / "lock") and not slurm_jobs.live(folder):
         return "killed"

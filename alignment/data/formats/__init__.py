@@ -1,4 +1,4 @@
-"""Formats of public data, told apart by their columns. A new one is a function and an entry in ``FORMATS``."""
+"""Formats of public data, detected by their columns. A new format is a function and an entry in ``_IN_ORDER``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from alignment.data.formats.plain import (
     TEXT,
 )
 
-# The more columns a format asks for, the earlier it stands: the first that fits a row is taken.
+# Formats that need more columns come earlier, because the first one that fits a row is taken.
 _IN_ORDER = (
     TRANSCRIPTS,
     WHOLE,
@@ -41,44 +41,49 @@ _IN_ORDER = (
     PROMPT,
     TEXT,
 )
-FORMATS: dict[str, Format] = {one.name: one for one in _IN_ORDER}
+FORMATS: dict[str, Format] = {form.name: form for form in _IN_ORDER}
 _BESIDE = ("system", "history", "input", "tools", "reference", "id", "task", "flaw", "subset")
-COLUMNS = sorted({*PROMPTS, *_BESIDE, *(name for one in _IN_ORDER for name in json.loads(one.row))})
+COLUMNS = sorted({*PROMPTS, *_BESIDE, *(name for form in _IN_ORDER for name in json.loads(form.row))})
 """Every column that a format or a record reads."""
 
 
 def format_of(row: Any) -> Format | None:
     """The first format that the row's columns fit."""
-    return next((one for one in _IN_ORDER if isinstance(row, Mapping) and one.fits(row)), None)
+    return next((form for form in _IN_ORDER if isinstance(row, Mapping) and form.fits(row)), None)
 
 
 def _named_like(row: Any) -> Format | None:
-    """The first format whose columns the row has, whatever is in them: enough to say what is wrong with it."""
+    """The first format whose columns the row has, whatever their content: enough to say what is wrong with the row."""
     columns = set(row) if isinstance(row, Mapping) else set()
-    return next((one for one in _IN_ORDER if set(json.loads(one.row)) <= columns), None)
+    return next((form for form in _IN_ORDER if set(json.loads(form.row)) <= columns), None)
 
 
 def _meant(fits: Format, row: Any, present: set[str]) -> Format:
-    """A row with the columns of a format that asks for more, which other rows fit, is a faulty row of that one."""
+    """The format that a row is meant for.
+
+    If the row has the columns of a format that needs more of them, and other rows fit that format, then this row is a
+    faulty row of that format.
+    """
     more = _IN_ORDER[: _IN_ORDER.index(fits)]
-    return next((one for one in more if one.name in present and set(json.loads(one.row)) <= set(row)), fits)
+    return next((form for form in more if form.name in present and set(json.loads(form.row)) <= set(row)), fits)
 
 
 def detect(rows: Sequence[Any], *, where: str) -> Format:
-    """The format that most of the rows have; where none has one, that whose columns most of them have.
+    """The format that fits most of the rows; if none fits any, the format whose columns most of the rows have.
 
     Raises:
-        DataError: no format fits any of them; names the columns that are there.
+        DataError: no format has the columns of any row; the error names the columns.
     """
     fitting = [format_of(row) for row in rows]
-    present = {one.name for one in fitting if one is not None}
-    for told in (fitting, [_named_like(row) for row in rows]):
-        found = Counter(_meant(one, row, present).name for one, row in zip(told, rows, strict=True) if one is not None)
-        if found:
-            return FORMATS[found.most_common(1)[0][0]]
+    present = {form.name for form in fitting if form is not None}
+    for guesses in (fitting, [_named_like(row) for row in rows]):
+        pairs = zip(guesses, rows, strict=True)
+        counts = Counter(_meant(guess, row, present).name for guess, row in pairs if guess is not None)
+        if counts:
+            return FORMATS[counts.most_common(1)[0][0]]
     columns = sorted({name for row in rows if isinstance(row, Mapping) for name in row})
     raise DataError(
-        f"no format is known for rows with the columns {', '.join(map(repr, columns)) or 'none'}",
+        f"no known format has the columns {', '.join(map(repr, columns)) or 'none'}",
         where=where,
-        remedy=f"say which column is which (data.columns={{prompt: YOURS}}), for one of: {', '.join(FORMATS)}",
+        remedy=f"map your columns (data.columns={{prompt: YOURS}}) to a format: {', '.join(FORMATS)}",
     )

@@ -1,4 +1,4 @@
-"""What a format is, and the parts that several formats are made of."""
+"""The type of a format, and functions that several formats share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from alignment.data.records import Answer, Example
 from alignment.data.turns import Message, turn_of, turns_of
 
 PROMPTS = ("messages", "prompt", "conversations", "instruction", "question")
-"""Columns that hold what is asked, in the order in which they are looked for."""
+"""Columns that may hold the prompt; the first that is present is used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """``fits`` looks at the columns of a row and the types in them, never at all of its content; ``read`` says what the
-    row means, and names what is wrong with it. ``row`` is a literal row, as JSON."""
+    """A format of rows.
+
+    ``fits`` checks the columns of a row and their types, but not all of its content. ``read`` turns the row into an
+    ``Example``, and raises errors for faults in it. ``row`` is an example row, as JSON.
+    """
 
     name: str
     summary: str
@@ -27,12 +30,12 @@ class Format:
 
 
 def holds(row: Mapping[str, Any], *names: str) -> bool:
-    """Whether the row has all of these columns, with something in them."""
+    """Whether the row has all of these columns, and no null in them."""
     return all(row.get(name) is not None for name in names)
 
 
 def starts_with_turn(value: Any) -> bool:
-    """Whether it is a list whose first entry looks like a turn."""
+    """Whether ``value`` is a list whose first entry looks like a turn."""
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, Mapping) and ("role" in first or "from" in first)
 
@@ -43,10 +46,10 @@ def is_question(value: Any) -> bool:
 
 
 def asked(fields: Fields) -> tuple[tuple[Message, ...], str]:
-    """The turns that ask, from whichever column has them, and its name. ``system`` and ``history`` go before them.
+    """The turns of the prompt, and the name of their column. ``system`` and ``history`` go before them.
 
     Raises:
-        DataError: none of the columns is there, or its content is neither text nor turns.
+        DataError: no column holds a prompt, or its content is neither text nor turns.
     """
     field = fields.first_of(*PROMPTS)
     if isinstance(fields.row[field], list):
@@ -61,10 +64,10 @@ def asked(fields: Fields) -> tuple[tuple[Message, ...], str]:
 
 
 def answer_text(fields: Fields, field: str) -> str:
-    """An answer that is text, a turn of the assistant's, or a list of one such turn.
+    """The text of an answer, which may also be an assistant's turn, or a list of one such turn.
 
     Raises:
-        DataError: it is something else.
+        DataError: the field holds something else.
     """
     value = fields.required(field)
     if isinstance(value, list) and len(value) == 1:
@@ -85,17 +88,17 @@ def preferred(chosen: str, rejected: str) -> tuple[Answer, ...]:
 def answers_of_whole(
     fields: Fields, chosen: tuple[Message, ...], rejected: tuple[Message, ...], *, names: tuple[str, str]
 ) -> tuple[tuple[Message, ...], tuple[Answer, ...]]:
-    """The common prompt and the two last turns of two whole conversations, which stand in the columns ``names``.
+    """The common prompt and the two last turns of two whole conversations in the columns ``names``.
 
     Raises:
         DataError: a conversation does not end with an assistant's text.
-        SetAside: they differ before their last turns, so they do not answer the same prompt.
+        SetAside: they differ before their last turns, so they answer different prompts.
     """
     for name, turns in zip(names, (chosen, rejected), strict=True):
         if turns[-1].role != "assistant":
             fields.fail(name, f"must end with an assistant turn; the last one's role is {turns[-1].role!r}")
         if turns[-1].tool_calls:
-            fields.fail(name, "ends with a call of a tool; pairs are compared by text alone")
+            fields.fail(name, "ends with a tool call; pairs are compared only by text")
     if chosen[:-1] != rejected[:-1]:
         reason = f"differs from '{names[0]}' before its last turn, so the two answer different prompts"
         fields.set_aside(names[1], reason)
@@ -103,7 +106,7 @@ def answers_of_whole(
 
 
 def _question(fields: Fields, field: str) -> str:
-    """Text; Alpaca's ``input`` goes behind its ``instruction``."""
+    """The text of the prompt; Alpaca's ``input`` is appended to its ``instruction``."""
     more = fields.optional_text("input") if field == "instruction" else ""
     return f"{fields.text(field)}\n\n{more}" if is_text(more) else fields.text(field)
 
@@ -111,9 +114,9 @@ def _question(fields: Fields, field: str) -> str:
 def _history(fields: Fields) -> list[Message]:
     """Alpaca's earlier questions and answers, ``[[question, answer], …]``."""
     value = fields.row.get("history") or []
-    told = []
+    turns = []
     for number, pair in enumerate(value if isinstance(value, list) else [value]):
         if not isinstance(pair, list) or len(pair) != 2 or not all(is_text(text) for text in pair):
             fields.fail(f"history[{number}]", f"must be a question and an answer; it is {pair!r:.60}")
-        told += [Message(role="user", content=pair[0]), Message(role="assistant", content=pair[1])]
-    return told
+        turns += [Message(role="user", content=pair[0]), Message(role="assistant", content=pair[1])]
+    return turns

@@ -1,4 +1,4 @@
-"""Two answers to one prompt, in all the forms that public preference data has."""
+"""Rows with two answers to one prompt, in all the forms of public preference data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _is_preference(row: Mapping[str, Any]) -> bool:
 
 
 def _whole(names: tuple[str, str]) -> Callable[[Fields], Example]:
-    """A reader of rows with two whole conversations in the columns ``names``."""
+    """A reader for rows with two whole conversations in the columns ``names``."""
 
     def read(fields: Fields) -> Example:
         chosen, rejected = (turns_of(fields, name) for name in names)
@@ -59,16 +59,16 @@ def _transcripts(fields: Fields) -> Example:
 
 
 def _turns_in(fields: Fields, field: str) -> tuple[Message, ...]:
-    r"""The turns of ``"\n\nHuman: …\n\nAssistant: …"``; the public file has empty ones."""
+    r"""The turns of ``"\n\nHuman: …\n\nAssistant: …"``; the public file has empty turns."""
     text = fields.text(field)
-    before, *pieces = _SPEAKER.split(text)
-    if before.strip() or not pieces:
+    before, *speakers_and_texts = _SPEAKER.split(text)
+    if before.strip() or not speakers_and_texts:
         fields.fail(field, f"must be a transcript that begins with 'Human:'; it is {text!r:.60}")
     turns = []
-    for speaker, said in zip(pieces[::2], pieces[1::2], strict=True):
-        if not said.strip():
+    for speaker, content in zip(speakers_and_texts[::2], speakers_and_texts[1::2], strict=True):
+        if not content.strip():
             fields.set_aside(field, f"has an empty turn of the {speaker}")
-        turns.append(Message(role=_ROLES[speaker], content=said.strip()))
+        turns.append(Message(role=_ROLES[speaker], content=content.strip()))
     return tuple(turns)
 
 

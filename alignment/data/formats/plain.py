@@ -1,4 +1,4 @@
-"""One answer to a prompt, several of different rank, or none yet."""
+"""Rows with one answer to a prompt, several answers of different rank, or only a prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SCORES = ("score", "overall_score", "rating", "rank")
 
 
 def _answered(name: str) -> Any:
-    """A reader of rows whose answer is in the column ``name``."""
+    """A reader for rows with the answer in the column ``name``."""
 
     def read(fields: Fields) -> Example:
         turns, field = asked(fields)
@@ -27,19 +27,21 @@ def _answered(name: str) -> Any:
 
 def _ranked(fields: Fields) -> Example:
     turns, field = asked(fields)
-    answers = tuple(_answer(fields, number, told) for number, told in enumerate(fields.items("completions")))
+    answers = tuple(
+        _answer(fields, number, completion) for number, completion in enumerate(fields.items("completions"))
+    )
     return Example(fields=fields, turns=turns, answers=answers, field=field)
 
 
-def _answer(fields: Fields, number: int, told: Any) -> Answer:
+def _answer(fields: Fields, number: int, completion: Any) -> Answer:
     """An object with a text, and a score (higher is better) or a rank (1 is best)."""
     at = f"completions[{number}]"
-    if not isinstance(told, Mapping):
-        fields.fail(at, f"must be an object with a text and a score or rank; it is {told!r:.60}")
-    text = next((told[name] for name in _TEXTS if is_text(told.get(name))), None)
+    if not isinstance(completion, Mapping):
+        fields.fail(at, f"must be an object with a text and a score or rank; it is {completion!r:.60}")
+    text = next((completion[name] for name in _TEXTS if is_text(completion.get(name))), None)
     if text is None:
         fields.fail(at, f"has no text under any of {', '.join(_TEXTS)}")
-    named = {name: told[name] for name in _SCORES if _is_number(told.get(name))}
+    named = {name: completion[name] for name in _SCORES if _is_number(completion.get(name))}
     if not named:
         fields.fail(at, f"has no number under any of {', '.join(_SCORES)}")
     name, value = next(iter(named.items()))
@@ -56,22 +58,22 @@ def _chosen(fields: Fields) -> Example:
     for number, choice in enumerate(choices):
         if not is_text(choice):
             fields.fail(f"choices[{number}]", f"must be text and not empty; it is {choice!r:.60}")
-    right = _place(fields, [choice.strip() for choice in choices])
+    right = _right_index(fields, [choice.strip() for choice in choices])
     answers = tuple(Answer(text=choice, rank=float(number == right)) for number, choice in enumerate(choices))
     return Example(fields=fields, turns=turns, answers=answers, field=field)
 
 
-def _place(fields: Fields, choices: list[str]) -> int:
-    """Which of the choices is the answer: the one that it says, or the one at its place, from 0."""
+def _right_index(fields: Fields, choices: list[str]) -> int:
+    """The index of the right choice; the answer is its text or its index, from 0."""
     answer = fields.required("answer")
     if isinstance(answer, int) and not isinstance(answer, bool):
         if not 0 <= answer < len(choices):
-            fields.fail("answer", f"is {answer}, and the places of {len(choices)} choices are 0 to {len(choices) - 1}")
+            fields.fail("answer", f"is {answer}, but the indices of {len(choices)} choices are 0 to {len(choices) - 1}")
         return answer
-    said = fields.text("answer").strip()
-    if said not in choices:
-        fields.fail("answer", f"is {said!r:.60}, which is none of the choices: {', '.join(map(repr, choices)):.200}")
-    return choices.index(said)
+    text = fields.text("answer").strip()
+    if text not in choices:
+        fields.fail("answer", f"is {text!r:.60}, which is not one of the choices: {', '.join(map(repr, choices)):.200}")
+    return choices.index(text)
 
 
 def _asked_only(fields: Fields) -> Example:
@@ -96,7 +98,7 @@ RANKED = Format(
 
 CHOICES = Format(
     name="choices",
-    summary="a question, answers to choose from, and the right one or its place from 0 (MMLU)",
+    summary="a question, answers to choose from, and the right one or its index from 0 (MMLU)",
     row='{"question": "2 + 2?", "choices": ["5.", "4."], "answer": "4."}',
     fits=lambda row: (
         isinstance(row.get("choices"), list)
@@ -132,7 +134,7 @@ QUESTION_ANSWER = Format(
 
 QUESTIONS = Format(
     name="turns",
-    summary="questions to ask one after another, of which the first is taken (MT-Bench)",
+    summary="questions to ask one after another; only the first is used (MT-Bench)",
     row='{"turns": ["Write a haiku.", "Now without nouns."]}',
     fits=lambda row: isinstance(row.get("turns"), list),
     read=_first_turn,

@@ -1,4 +1,4 @@
-"""Rows of a source → rows of token ids, some hundreds at a time, by several processes where there are many."""
+"""Turns rows of a source into rows of token ids, a thousand at a time, in several processes if there are many."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from alignment.data.tokens.limits import Limits, RowTooLong
 from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
 
 CHUNK = 1_000
-"""Rows that a process is handed at once."""
+"""Rows that a process receives at once."""
 FEW = 8
-"""Chunks below which it is not worth starting processes."""
+"""With fewer chunks it is not worth starting processes."""
 
 FAULT, SET_ASIDE, TOO_LONG, CUT = "fault", "set aside", "too long", "cut"
 
@@ -45,14 +45,17 @@ class Note:
     remedy: str = ""
 
     def as_row(self) -> dict[str, str]:
-        """The form in which it stands in a file."""
+        """The note as a row of the ledger, without empty fields."""
         return {name: value for name, value in asdict(self).items() if value}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """``batch`` holds the token rows of ``records`` records, which ``rows`` rows of the source gave; ``longest`` is the
-    number of tokens of the longest one, whether it was kept or not."""
+    """Token rows of some rows of the source.
+
+    ``batch`` holds the token rows of ``records`` records, which came from ``rows`` rows of the source. ``longest`` is
+    the number of tokens of the longest record, also if it was dropped.
+    """
 
     batch: pa.RecordBatch
     notes: Sequence[Note]
@@ -63,7 +66,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is done to every row."""
+    """Turns rows of a source into token rows."""
 
     tokenizer: Any
     kind: Kind
@@ -76,7 +79,7 @@ class Job:
         return pa.schema([("where", pa.string()), *((name, pa.list_(pa.int32())) for name in self.kind.columns)])
 
     def __call__(self, rows: Sequence[Unparsed], at_most: int | None = None) -> Chunk:
-        """The token rows of these rows, of their first ``at_most`` records."""
+        """The token rows of the first ``at_most`` records of these rows, or of all."""
         notes: list[Note] = []
         records: list[Any] = []
         read = 0
@@ -90,13 +93,13 @@ class Job:
                 notes.append(note_of_error(error))
         columns: dict[str, list[Any]] = {name: [] for name in self.schema.names}
         longest = 0
-        for one in tokenized(self.tokenizer, self.kind, records[:at_most], self.limits):
-            longest = max(longest, one.tokens)
-            if note := note_of(one):
+        for tokenized_record in tokenized(self.tokenizer, self.kind, records[:at_most], self.limits):
+            longest = max(longest, tokenized_record.tokens)
+            if note := note_of(tokenized_record):
                 notes.append(note)
-            for found in one.rows:
-                columns["where"].append(one.record.where)
-                for name, ids in found.items():
+            for row_of_ids in tokenized_record.rows:
+                columns["where"].append(tokenized_record.record.where)
+                for name, ids in row_of_ids.items():
                     columns[name].append(ids)
         return Chunk(
             batch=pa.RecordBatch.from_pydict(columns, schema=self.schema),
@@ -107,24 +110,24 @@ class Job:
         )
 
 
-def note_of(one: Tokenized) -> Note | None:
-    """What became of a record, if anything."""
-    if one.fault is not None:
-        return note_of_error(one.fault)
-    return Note(where=one.record.where, kind=CUT, reason=one.cut) if one.cut else None
+def note_of(tokenized: Tokenized) -> Note | None:
+    """The note on a record that was left out or cut, else None."""
+    if tokenized.fault is not None:
+        return note_of_error(tokenized.fault)
+    return Note(where=tokenized.record.where, kind=CUT, reason=tokenized.cut) if tokenized.cut else None
 
 
 def note_of_error(error: DataError) -> Note:
-    """Why a row was left out."""
+    """The note on a row that was left out."""
     kind = {SetAside: SET_ASIDE, RowTooLong: TOO_LONG}.get(type(error), FAULT)
     return Note(where=error.where, kind=kind, reason=error.message, remedy=error.remedy)
 
 
 def run(job: Job, rows: Iterable[Unparsed], *, limit: int | None, processes: int) -> Iterator[Chunk]:
-    """Chunks in the order of the rows, until ``limit`` records were read; then by one process.
+    """Yields chunks in the order of the rows. With a ``limit`` on the number of records, one process does all.
 
     Raises:
-        ModelError: a process was ended because a template computed without end.
+        ModelError: a process was killed because a template did not terminate.
         StageError: a process died.
     """
     chunks = _chunks(rows)
@@ -135,7 +138,7 @@ def run(job: Job, rows: Iterable[Unparsed], *, limit: int | None, processes: int
     few = len(first) < FEW
     chunks = chain(first, chunks)
     del first  # thousands of rows
-    if few or processes == 1 or sys.platform != "linux":  # elsewhere a process starts from nothing
+    if few or processes == 1 or sys.platform != "linux":  # other systems cannot fork a process
         yield from map(job, chunks)
     else:
         yield from _in_parallel(job, chunks, processes)
@@ -157,7 +160,7 @@ def _limited(job: Job, chunks: Iterable[Sequence[Unparsed]], limit: int) -> Iter
 
 
 def _in_parallel(job: Job, chunks: Iterable[Sequence[Unparsed]], processes: int) -> Iterator[Chunk]:
-    """No more chunks are under way than keep the processes busy, so that memory does not grow with the source."""
+    """Limits the chunks in flight to what keeps the processes busy, so memory does not grow with the source."""
     fork = get_context("fork")
     pool = ProcessPoolExecutor(processes, mp_context=fork, initializer=_begin, initargs=(job, os.getpid()))
     under_way: deque[Future[Chunk]] = deque()
@@ -165,13 +168,13 @@ def _in_parallel(job: Job, chunks: Iterable[Sequence[Unparsed]], processes: int)
     try:
         for rows in chunks:
             under_way.append(pool.submit(_work, rows))
-            workers = workers or set(active_children())  # all are started with the first chunk
+            workers = workers or set(active_children())  # the first chunk starts all of them
             if len(under_way) > 2 * processes:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
     except BrokenProcessPool as error:
-        pool.shutdown(cancel_futures=True)  # then all have ended
+        pool.shutdown(cancel_futures=True)  # waits until all have ended
         if any(worker.exitcode == -KILLED_BY for worker in workers):
             raise ModelError(
                 f"the chat template computes for more than {KILLED_SECONDS:g} s in one step",
@@ -179,7 +182,7 @@ def _in_parallel(job: Job, chunks: Iterable[Sequence[Unparsed]], processes: int)
             ) from error
         raise StageError(
             "a process that tokenised rows died",
-            remedy="look for a lack of memory; the stage starts anew when run again",
+            remedy="check whether memory ran out; the stage starts again when it is run again",
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -189,7 +192,8 @@ _job: Job
 
 
 def _begin(job: Job, parent: int) -> None:
-    """A forked process has the job already. Who stops the stage stops its parent, and it ends with that."""
+    """Prepares a forked process, which has the job already. It ends with its parent, so only the parent gets
+    signals."""
     global _job
     _job = job
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -199,7 +203,8 @@ def _begin(job: Job, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """A parent that is killed tells nobody, and its locks are held for as long as its children have them open."""
+    """Ends this process when its parent is gone. A killed parent cannot do so, and its children would hold its
+    locks."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""How long a row may be, and what is done to one that is longer."""
+"""The maximum length of a row, and what happens to longer rows."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from alignment.data.tokens.tokenize import Tokens
 
 
 class RowTooLong(DataError):
-    """A row that is no fault, but longer than the stage allows."""
+    """A valid row that is longer than the stage allows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Most tokens of a whole row (of the longer of two), of its prompt alone and of an answer alone.
+    """Maximum numbers of tokens: of a whole row (with the longer of two answers), of its prompt and of an answer.
 
-    In a conversation the answer is the last turn of the assistant, and the prompt all before it.
+    In a conversation the answer is the last turn of the assistant, and the prompt is everything before it.
     """
 
     row: int
@@ -28,14 +28,17 @@ class Limits:
 
     @property
     def cuts(self) -> bool:
-        """Whether rows are cut, not dropped."""
+        """Whether long rows are cut instead of dropped."""
         return self.too_long.do is TooLong.cut
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
-    """A row's prompt and its answers by name. Its first ``head`` tokens (BOS) and its last ``tail`` tokens (what the
-    template puts behind the last turn's content) are never cut."""
+    """A row's prompt, and its answers by name.
+
+    The first ``head`` tokens of the prompt (BOS) and its last ``tail`` tokens (what the template appends to the last
+    turn's content) are never cut.
+    """
 
     prompt: Tokens
     answers: Mapping[str, Tokens] = field(default_factory=dict)
@@ -49,19 +52,21 @@ class Parts:
 
 
 def excess(parts: Parts, limits: Limits) -> str:
-    """Which limits are broken and by what, in words; empty if none is."""
-    told = [("the row", parts.longest, limits.row), ("the prompt", len(parts.prompt), limits.prompt)]
-    told += [(f"'{name}'", len(tokens), limits.answer) for name, tokens in parts.answers.items()]
+    """A description of the limits that the row exceeds; empty if it exceeds none."""
+    lengths = [("the row", parts.longest, limits.row), ("the prompt", len(parts.prompt), limits.prompt)]
+    lengths += [(f"'{name}'", len(tokens), limits.answer) for name, tokens in parts.answers.items()]
     return ", ".join(
-        f"{what} has {length} tokens of {limit}" for what, length, limit in told if limit is not None and length > limit
+        f"{subject} has {length} tokens of {limit}"
+        for subject, length, limit in lengths
+        if limit is not None and length > limit
     )
 
 
 def cut_to(parts: Parts, limits: Limits) -> Parts:
-    """The parts within their limits.
+    """The parts, cut to their limits.
 
     Raises:
-        RowTooLong: nothing would be left of the prompt, or to learn, or two answers would be the same.
+        RowTooLong: cutting would leave no prompt, nothing to learn, or two equal answers.
     """
     over = excess(parts, limits)
     answers = {name: tokens[: limits.answer] for name, tokens in parts.answers.items()}
@@ -88,19 +93,19 @@ def _shortened(parts: Parts, room: int, side: Side) -> Tokens:
 
 
 def refuse_losses(limits: Limits, *, dropped: int, cut: int, records: int, longest: int, where: str) -> None:
-    """Does nothing if few enough of the records were dropped or cut.
+    """Accepts a data set of which few enough records were dropped or cut.
 
     Raises:
-        DataError: otherwise, or if all were dropped; says how long the longest is.
+        DataError: too many were, or all were dropped. The error gives the length of the longest.
     """
     share = limits.too_long.max_share
     if dropped + cut <= share * records and not (records and dropped == records):
         return
-    what = " and ".join(f"{count} {word}" for count, word in ((dropped, "dropped"), (cut, "cut")) if count)
+    counts = " and ".join(f"{count} {word}" for count, word in ((dropped, "dropped"), (cut, "cut")) if count)
     other = "" if limits.cuts else ", set too_long.do=cut"
     raise DataError(
-        f"{what} of {records} rows, because too long, more than {share:.0%} (the longest has {longest} tokens, "
-        f"the limit is {limits.row})",
+        f"{counts} of {records} rows because they are too long, more than {share:.0%} (the longest has {longest} "
+        f"tokens, the limit is {limits.row})",
         where=where,
         remedy=f"raise the stage's length limits{other}, or raise too_long.max_share",
     )

@@ -1,10 +1,11 @@
-"""Messages → text by the tokenizer's own chat template, cut where the assistant's turns begin and end.
+"""Renders messages with the tokenizer's chat template and cuts the text where the assistant's turns begin and end.
 
-A turn is found by rendering prefixes: it is what its prefix adds to the prefix with a generation prompt, up to and
-including the control token that ends the turn. Nothing is ever inferred from token ids, because pad may equal EOS.
+A turn is found by rendering prefixes: the text of the messages up to and including the turn, minus the text of the
+messages before it with a generation prompt. The turn ends with its control token. Nothing is inferred from token ids,
+because pad may equal EOS.
 
-Control tokens that somebody wrote into a message stay text: while the template is at work a private-use character
-stands for each of them, so that only the template's own are left in what it renders (``encode`` puts them back).
+Control tokens that somebody wrote into a message stay text. A private-use character replaces each of them before the
+template renders, so that all control tokens in the result are the template's own (``encode`` restores the others).
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from alignment.core.errors import AlignmentError, DataError, ModelError
 from alignment.data.turns import Message
 
 Tools = Sequence[Mapping[str, Any]]
-"""What the assistant may call, as chat templates take it."""
+"""The tools that the assistant may call, in the form for chat templates."""
 
 LAST_STAND_IN = 0x10FFFD
-"""The end of Unicode's last private-use area; icon fonts use the other ones."""
+"""The end of Unicode's last private-use area; icon fonts use the other areas."""
 
 
 _KEEPS_TURNS = (
-    "set model.chat_template=chatml, which renders every turn as it stands in the row (but knows no tools), or "
+    "set model.chat_template=chatml, which renders every turn as it is in the row (but does not support tools), or "
     "path:FILE of a template that does"
 )
 
@@ -40,39 +41,39 @@ _ENDLESS = ModelError(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """Rendered text that is tokenised by itself, and whether its tokens are learned."""
+class Segment:
+    """Rendered text that is tokenised separately, and whether its tokens are learned."""
 
     text: str
     learned: bool
 
 
 class ControlTokens:
-    """The special tokens of a tokenizer, and the characters that stand for them where they are meant as text."""
+    """The special tokens of a tokenizer, and the characters that replace them where they are ordinary text."""
 
     def __init__(self, tokenizer: Any) -> None:
-        found = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        longest_first = sorted(found, key=len, reverse=True)
-        self.ids = found
+        ids = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        longest_first = sorted(ids, key=len, reverse=True)
+        self.ids = ids
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._stand_ins = {token: chr(LAST_STAND_IN - place) for place, token in enumerate(longest_first)}
+        self._stand_ins = {token: chr(LAST_STAND_IN - index) for index, token in enumerate(longest_first)}
         self._tokens = {ord(stand_in): token for token, stand_in in self._stand_ins.items()}
-        self.unused = chr(LAST_STAND_IN - len(found))
-        """Stands for nothing."""
-        self._used = re.compile("[" + "".join(self._stand_ins.values()) + "]" if found else "(?!)")
+        self.unused = chr(LAST_STAND_IN - len(ids))
+        """A private-use character that replaces no token."""
+        self._used = re.compile("[" + "".join(self._stand_ins.values()) + "]" if ids else "(?!)")
 
     def escaped(self, value: Any) -> Any:
         """The value with control tokens replaced in every text inside it.
 
         Raises:
-            DataError: it contains a character that stands for one.
+            DataError: the value contains one of the private-use characters.
         """
         if isinstance(value, str):
             if value.isascii() and not self.pattern.search(value):
                 return value
             if clash := self._used.search(value):
                 raise DataError(
-                    f"a text contains the private-use character U+{ord(clash[0]):X}", remedy="take it out of the row"
+                    f"a text contains the private-use character U+{ord(clash[0]):X}", remedy="remove it from the row"
                 )
             return self.pattern.sub(lambda match: self._stand_ins[match[0]], value)
         if isinstance(value, Mapping):
@@ -80,27 +81,27 @@ class ControlTokens:
         return [self.escaped(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def is_escaped(self, text: str) -> bool:
-        """Whether anything stands for a control token in it."""
+        """Whether the text contains a replaced control token."""
         return not text.isascii() and self._used.search(text) is not None
 
     def restored(self, text: str) -> str:
-        """The text as it was written."""
+        """The text with its control tokens restored."""
         return text.translate(self._tokens)
 
 
 @functools.lru_cache(maxsize=16)
 def control_tokens(tokenizer: Any) -> ControlTokens:
-    """Those of a tokenizer, which must get no further ones afterwards."""
+    """The control tokens of a tokenizer, to which none may be added afterwards."""
     return ControlTokens(tokenizer)
 
 
 def render(tokenizer: Any, messages: Sequence[Message], *, answering: bool, tools: Tools = ()) -> str:
-    """The chat template's text; ``answering`` adds what opens an assistant turn.
+    """The messages rendered by the chat template; ``answering`` adds the opening of an assistant turn.
 
     Raises:
-        DataError: the tokenizer has no chat template, the template refuses these messages or leaves out tools or calls
-            of them, or a message contains a character that is needed here.
-        ModelError: the template does not come to an end. That is no fault of a row, so no further one is tried.
+        DataError: the tokenizer has no chat template, the template refuses these messages or leaves out tools or tool
+            calls, or a message contains a reserved character.
+        ModelError: the template does not terminate. That is not the row's fault, so no other row is tried.
     """
     if not tokenizer.chat_template:
         raise DataError(
@@ -124,46 +125,49 @@ def render(tokenizer: Any, messages: Sequence[Message], *, answering: bool, tool
 
 
 def _refuse_lost_tools(text: str, messages: Sequence[Message], tools: Tools) -> None:
-    """Most templates know nothing of tools and pass over them, so a model would learn to say nothing."""
+    """Most templates do not support tools and leave them out, so a model would learn to answer nothing."""
     for call in (*tools, *(call for message in messages for call in message.tool_calls)):
         name = str(call["function"]["name"])
         if json.dumps(name, ensure_ascii=False)[1:-1] not in text and name not in text:
             raise DataError(
                 f"the chat template leaves out the tool '{name}'",
-                remedy="use a model whose template knows tools, or rows without them",
+                remedy="use a model whose template supports tools, or rows without them",
             )
 
 
-def conversation_pieces(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> list[Piece]:
-    """What is read and each assistant turn, in turn, up to the end of the last assistant turn.
+def conversation_segments(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
+    """Alternating segments, up to the end of the last assistant turn: text before a turn, and the turn itself.
 
     Raises:
-        DataError: no assistant turn to learn from, or a template that cannot be cut at turns.
+        DataError: there is no assistant turn to learn from, or the rendered text cannot be cut at turns.
     """
-    pieces: list[Piece] = []
+    segments: list[Segment] = []
     rendered = ""
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
         if index == 0:
-            raise DataError("begins with a turn of the assistant, to which nobody has said anything")
+            raise DataError("begins with a turn of the assistant, without a prompt before it")
         before = render(tokenizer, messages[:index], answering=True, tools=tools)
         if not before.startswith(rendered):
             raise DataError(
-                "the chat template renders earlier turns differently once a turn follows them, as those do that drop "
-                "earlier thoughts",
-                remedy=f"{_KEEPS_TURNS}; rows with one answer need neither",
+                "the chat template renders earlier turns differently once a turn follows them, as templates do that "
+                "drop earlier thoughts",
+                remedy=f"{_KEEPS_TURNS}; rows with a single answer work as they are",
             )
         answer = _answer_behind(before, tokenizer, messages[:index], message, tools)
-        pieces += [Piece(text=before[len(rendered) :], learned=False), Piece(text=answer, learned=message.learned)]
+        segments += [
+            Segment(text=before[len(rendered) :], learned=False),
+            Segment(text=answer, learned=message.learned),
+        ]
         rendered = before + answer
-    if not any(piece.learned for piece in pieces):
+    if not any(segment.learned for segment in segments):
         raise DataError("no assistant turn to learn from")
-    return pieces
+    return segments
 
 
 def prompt_text(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> str:
-    """A prompt, ready for an answer."""
+    """A rendered prompt, ready for an answer."""
     return render(tokenizer, messages, answering=True, tools=tools)
 
 
@@ -177,10 +181,10 @@ def answer_text(tokenizer: Any, messages: Sequence[Message], answer: str, tools:
 
 
 def answer_texts(tokenizer: Any, messages: Sequence[Message], answers: Sequence[str], tools: Tools = ()) -> list[str]:
-    """Several answers to the same ``messages``, each as ``answer_text`` gives it."""
+    """Several answers to the same ``messages``, each rendered like ``answer_text``."""
     before = prompt_text(tokenizer, messages, tools)
-    said = [Message(role="assistant", content=answer) for answer in answers]
-    return [_answer_behind(before, tokenizer, messages, answer, tools) for answer in said]
+    turns = [Message(role="assistant", content=answer) for answer in answers]
+    return [_answer_behind(before, tokenizer, messages, answer, tools) for answer in turns]
 
 
 def _answer_behind(before: str, tokenizer: Any, messages: Sequence[Message], answer: Message, tools: Tools) -> str:
@@ -192,26 +196,26 @@ def _answer_behind(before: str, tokenizer: Any, messages: Sequence[Message], ans
 
 
 def _turn_end(tokenizer: Any, text: str) -> int:
-    """Where the turn ends: behind EOS, or behind the control token that the template puts there instead (Gemma).
+    """The end of the turn: after EOS, or after the control token that the template uses instead (Gemma).
 
-    What follows (a line break in ChatML) belongs to no answer.
+    Text after it (a line break in ChatML) does not belong to the answer.
     """
-    found = list(control_tokens(tokenizer).pattern.finditer(text))
-    for match in reversed(found):
+    matches = list(control_tokens(tokenizer).pattern.finditer(text))
+    for match in reversed(matches):
         if match[0] == tokenizer.eos_token:
             return match.end()
-    if not found or text[found[-1].end() :].strip():
+    if not matches or text[matches[-1].end() :].strip():
         raise DataError("the chat template does not end an assistant turn with EOS or another control token")
-    return found[-1].end()
+    return matches[-1].end()
 
 
 def prompt_tail(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> str | None:
-    """What the template puts behind the last turn's content, found by a character in its place; None if it is lost.
+    """The text that the template appends to the last turn's content, found with a marker; None if the marker is lost.
 
     Raises:
         DataError: see ``render``.
     """
     mark = control_tokens(tokenizer).unused
-    said = prompt_text(tokenizer, [*messages[:-1], replace(messages[-1], content=mark)], tools)
-    before, found, tail = said.partition(mark)
-    return tail if found and before and mark not in tail else None
+    rendered = prompt_text(tokenizer, [*messages[:-1], replace(messages[-1], content=mark)], tools)
+    before, mark_in_text, tail = rendered.partition(mark)
+    return tail if mark_in_text and before and mark not in tail else None

@@ -1,4 +1,4 @@
-"""What becomes of a record of each kind: pieces of text, then rows of token ids."""
+"""Turns a record of each kind into text segments, then into rows of token ids."""
 
 from __future__ import annotations
 
@@ -10,25 +10,33 @@ from alignment.core.deadline import watched
 from alignment.core.errors import DataError, ModelError
 from alignment.data.records import Conversation, PlainText, PreferencePair, Prompt
 from alignment.data.tokens.limits import Limits, Parts, RowTooLong, cut_to, excess
-from alignment.data.tokens.rendering import Piece, Tools, answer_texts, conversation_pieces, prompt_tail, prompt_text
+from alignment.data.tokens.rendering import (
+    Segment,
+    Tools,
+    answer_texts,
+    conversation_segments,
+    prompt_tail,
+    prompt_text,
+)
 from alignment.data.tokens.tokenize import Tokens, encode, escaped_text, front, text_rows, tokens_of
 from alignment.data.turns import Message
 
 PROMPT = "prompt"
-"""The name of a row's prompt; all other pieces are answers."""
+"""The name of a row's prompt; all other texts are answers."""
 
-Texts = dict[str, list[Piece]]
+Texts = dict[str, list[Segment]]
 Row = dict[str, list[int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """``texts`` renders a record, ``rows`` makes token ids of its parts; ``columns`` are what these rows have.
+    """How records of one type become rows.
 
-    ``asked`` gives the messages and tools that the prompt was rendered from.
+    ``texts`` renders a record, ``rows`` makes rows of token ids with the ``columns`` of its parts. ``asked`` gives the
+    messages and tools of the prompt.
 
     Raises:
-        DataError: from ``texts``, where the record cannot be rendered.
+        DataError: from ``texts``, if the record cannot be rendered.
     """
 
     name: str
@@ -41,9 +49,10 @@ class Kind:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokenized:
-    """What a record gave: its ``parts`` within the limits with their ``rows``, or the ``fault`` that it has no rows.
+    """A tokenised record: its ``parts`` within the limits and their ``rows``, or the ``fault`` for which it has no
+    rows.
 
-    ``tokens`` is the length of its longest sequence before anything was cut, and ``cut`` says what was.
+    ``tokens`` is the length of its longest sequence before cutting, and ``cut`` describes what was cut.
     """
 
     record: Any
@@ -55,11 +64,11 @@ class Tokenized:
 
 
 def tokenized(tokenizer: Any, kind: Kind, records: Sequence[Any], limits: Limits) -> Iterator[Tokenized]:
-    """Each record's rows, in order. All are encoded at once, so hand over some hundreds, not a million."""
+    """Yields each record's rows in order. All records are encoded at once, so pass some hundreds, not a million."""
     with watched():
         rendered = [_rendered(tokenizer, kind, record) for record in records]
     encoded = iter(
-        tokens_of(tokenizer, [pieces for one in rendered if isinstance(one, dict) for pieces in one.values()])
+        tokens_of(tokenizer, [segments for texts in rendered if isinstance(texts, dict) for segments in texts.values()])
     )
     for record, texts in zip(records, rendered, strict=True):
         if isinstance(texts, DataError):
@@ -79,7 +88,7 @@ def _rendered(tokenizer: Any, kind: Kind, record: Any) -> Texts | DataError:
     """The record's texts, or its fault.
 
     Raises:
-        ModelError: the template does not come to an end.
+        ModelError: the template does not terminate.
     """
     try:
         return kind.texts(tokenizer, record)
@@ -90,10 +99,10 @@ def _rendered(tokenizer: Any, kind: Kind, record: Any) -> Texts | DataError:
 
 
 def _fitted(tokenizer: Any, kind: Kind, record: Any, whole: Parts, limits: Limits) -> tuple[Parts, str]:
-    """The parts within their limits, and what was cut, in words; a text is of any length.
+    """The parts within their limits, and a description of what was cut; a text may have any length.
 
     Raises:
-        RowTooLong: they are longer, and rows are not cut or this one cannot be.
+        RowTooLong: the parts are too long, and rows are not cut or this row cannot be.
     """
     over = "" if kind is TEXTS else excess(whole, limits)
     if not over:
@@ -102,14 +111,14 @@ def _fitted(tokenizer: Any, kind: Kind, record: Any, whole: Parts, limits: Limit
         raise RowTooLong(over)
     tail = _tail(tokenizer, kind, record, whole.prompt.ids)
     if tail is None:
-        raise RowTooLong(f"{over}; where the last turn ends in the prompt cannot be told, so it cannot be cut")
+        raise RowTooLong(f"{over}; the end of the last turn in the prompt is unknown, so it cannot be cut")
     begin = front(tokenizer)
     head = len(begin) if tuple(whole.prompt.ids[: len(begin)]) == begin else 0
     return cut_to(replace(whole, head=head, tail=tail), limits), over
 
 
 def _tail(tokenizer: Any, kind: Kind, record: Any, prompt: list[int]) -> int | None:
-    """How many tokens the template puts behind the content of the prompt's last turn, or None."""
+    """Number of tokens that the template appends to the content of the prompt's last turn, or None if unknown."""
     text = prompt_tail(tokenizer, *kind.asked(record))
     ids = [] if text is None else encode(tokenizer, text)
     return len(ids) if text is not None and prompt[len(prompt) - len(ids) :] == ids else None
@@ -128,12 +137,12 @@ def _parts(named: Mapping[str, Tokens]) -> Parts:
 
 
 def _conversation_texts(tokenizer: Any, record: Conversation) -> Texts:
-    pieces = conversation_pieces(tokenizer, record.messages, record.tools)
-    return {PROMPT: pieces[:-1], "answer": pieces[-1:]}
+    segments = conversation_segments(tokenizer, record.messages, record.tools)
+    return {PROMPT: segments[:-1], "answer": segments[-1:]}
 
 
 def _before_the_last_answer(record: Conversation) -> tuple[Sequence[Message], Tools]:
-    last = max(place for place, message in enumerate(record.messages) if message.role == "assistant")
+    last = max(index for index, message in enumerate(record.messages) if message.role == "assistant")
     return record.messages[:last], record.tools
 
 
@@ -150,15 +159,15 @@ def _asked(record: PreferencePair | Prompt) -> tuple[Sequence[Message], Tools]:
 
 
 def _prompt_texts(tokenizer: Any, record: PreferencePair | Prompt) -> Texts:
-    return {PROMPT: [Piece(text=prompt_text(tokenizer, record.messages, record.tools), learned=False)]}
+    return {PROMPT: [Segment(text=prompt_text(tokenizer, record.messages, record.tools), learned=False)]}
 
 
 def _pair_texts(tokenizer: Any, record: PreferencePair) -> Texts:
     chosen, rejected = answer_texts(tokenizer, record.messages, (record.chosen, record.rejected), record.tools)
     return {
         **_prompt_texts(tokenizer, record),
-        "chosen": [Piece(text=chosen, learned=True)],
-        "rejected": [Piece(text=rejected, learned=True)],
+        "chosen": [Segment(text=chosen, learned=True)],
+        "rejected": [Segment(text=rejected, learned=True)],
     }
 
 
@@ -170,7 +179,7 @@ def _pair_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
 
 
 def _plain_texts(tokenizer: Any, record: PlainText) -> Texts:
-    return {"text": [Piece(text=escaped_text(tokenizer, record.text), learned=True)]}
+    return {"text": [Segment(text=escaped_text(tokenizer, record.text), learned=True)]}
 
 
 def _plain_rows(tokenizer: Any, parts: Parts, limits: Limits) -> list[Row]:
@@ -211,4 +220,4 @@ TEXTS = Kind(
     asked=lambda _: ((), ()),
     rows=_plain_rows,
 )
-"""Of any length: a text is cut into rows."""
+"""A text may have any length, because it is cut into rows."""

@@ -1,8 +1,8 @@
-"""A source as rows of token ids on disk, made once and kept by content; memory holds what is looked at.
+"""A source as rows of token ids on disk, cached by content and memory-mapped.
 
-What could change a row is part of the name: the rows' content, how they are read, the limits, tokenizer and template,
-this code's version; but for a template that asks for today's date, whose rows keep the day on which they were made.
-Two processes that want the same table make it once: the second waits.
+Everything that could change a row is part of the folder's name: the content of the rows, how they are read, the limits,
+tokenizer and template, and this code's version. An exception is a template that asks for today's date: its rows keep
+the day on which they were made. If two processes want the same table, the second waits until the first has made it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from alignment.data.tokens.row_kinds import Kind
 from alignment.data.tokens.tokenizer import tokenizer_hashes
 
 VERSION = 2
-"""Raised when rows come out otherwise, so that older tables are not found."""
+"""Raised when the rows change, so that older tables are not used."""
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,11 @@ _ROWS, _COUNTS = "rows.arrow", "counts.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTable:
-    """``rows`` has the kind's columns and ``where``. ``notes`` counts by kind what stands in the file ``ledger``, of
-    which ``first`` are the first ones; ``read`` rows gave ``records`` records of at most ``longest`` tokens."""
+    """Token rows with the kind's columns and ``where``.
+
+    ``notes`` counts the entries of the file ``ledger`` by kind, and ``first`` holds the first entries of each kind.
+    ``read`` rows gave ``records`` records of at most ``longest`` tokens.
+    """
 
     path: Path
     rows: Dataset
@@ -59,7 +62,7 @@ class TokenTable:
     first: dict[str, list[dict[str, str]]]
 
     def count(self, kind: str) -> int:
-        """Notes of a kind."""
+        """Number of notes of a kind."""
         return self.notes.get(kind, 0)
 
 
@@ -74,11 +77,13 @@ def token_table(
     processes: int,
     progress: Callable[[int], None] | None = None,
 ) -> TokenTable:
-    """The source's table from the folder ``cache``, made there if it is not. ``progress`` is told rows read.
+    """The source's table from the folder ``cache``; made there if it is missing.
+
+    ``progress`` is called with the number of rows read.
 
     Raises:
         DataError: the source cannot be read at all; rows are faulty and may not be skipped; too many are too long; or
-            none is left.
+            no row is left.
         StageError: the table cannot be written, or a process that makes it died.
     """
     form = start(path, data).format
@@ -91,9 +96,7 @@ def token_table(
             _make(folder, job.schema, chunks, progress)
             table = _open(path, folder)
     if table is None:
-        raise StageError(
-            "token rows that were just written cannot be read", where=str(folder), remedy="look at the disk"
-        )
+        raise StageError("token rows that were just written cannot be read", where=str(folder), remedy="check the disk")
     faults = [
         DataError(note["reason"], where=note["where"], remedy=note.get("remedy", ""))
         for note in table.first.get(FAULT, [])
@@ -115,10 +118,10 @@ def token_table(
 
 def _key(path: Path, data: SourceConfig, job: Job) -> str:
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers")]
-    told = {
+    content = {
         "version": [VERSION, *versions],
         "content": [content_of(path), *_files(path)],
-        "where": [str(path), data.split, data.subset],  # it stands in the rows
+        "where": [str(path), data.split, data.subset],  # part of the rows
         "format": job.reader.format.name,
         "columns": data.columns,
         "placeholders": data.placeholders,
@@ -127,11 +130,11 @@ def _key(path: Path, data: SourceConfig, job: Job) -> str:
         "limits": job.limits,
         "tokenizer": _of_tokenizer(job.tokenizer),
     }
-    return digest(told)[:32]
+    return digest(content)[:32]
 
 
 def _files(path: Path) -> list[list[str | int]]:
-    """Of a hub's snapshot which files are here: its name stands for all of them."""
+    """The files of a hub's snapshot that are on this machine; the snapshot's name covers all files, present or not."""
     if snapshot_name(path) is None:
         return []
     files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -139,14 +142,14 @@ def _files(path: Path) -> list[list[str | int]]:
 
 
 def _of_tokenizer(tokenizer: Any) -> list[str]:
-    """Its whole pipeline: merges, normaliser, what it puts around texts, and which tokens are special."""
+    """Hashes of the whole pipeline: merges, normaliser, prefixes and suffixes, and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pipeline = "" if backend is None else backend.to_str()
     return [*tokenizer_hashes(tokenizer).values(), hashlib.sha256(pipeline.encode()).hexdigest()]
 
 
 def _make(folder: Path, schema: pa.Schema, chunks: Iterator[Chunk], progress: Callable[[int], None] | None) -> None:
-    """Nothing is left of a table that was not finished."""
+    """Makes the table; removes an unfinished one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -189,15 +192,15 @@ def _sizes(folder: Path) -> list[int]:
 
 
 def _open(path: Path, folder: Path) -> TokenTable | None:
-    """The table in a folder, or None where there is none, or it is damaged."""
+    """The table in a folder, or None if it is missing or damaged."""
     try:
-        told = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
-        if told["sizes"] != _sizes(folder):
+        stored = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
+        if stored["sizes"] != _sizes(folder):
             raise ValueError("a file is cut short")
         rows = Dataset.from_file(str(folder / _ROWS))
-        return TokenTable(path=path, rows=rows, ledger=folder / LEDGER, **told["counts"])
+        return TokenTable(path=path, rows=rows, ledger=folder / LEDGER, **stored["counts"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
-        log.warning("%s cannot be used and is made anew: %s", folder, error)
+        log.warning("%s cannot be used and is made again: %s", folder, error)
         return None

@@ -1,4 +1,4 @@
-"""Rendered text → token ids, and which of them are learned (alignment/data/tokens/rendering.py says what a turn is)."""
+"""Turns rendered text into token ids, and marks those that are learned (rendering.py defines what a turn is)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any, TypeVar
 from alignment.core.errors import DataError
 from alignment.data.records import Record
 from alignment.data.tokens.rendering import (
-    Piece,
+    Segment,
     Tools,
     answer_text,
     control_tokens,
-    conversation_pieces,
+    conversation_segments,
     prompt_text,
 )
 from alignment.data.turns import Message
 
 IGNORED = -100
 STOPS = "alignment_stop_ids"
-"""Where a tokenizer keeps the tokens at which its model stops beside EOS."""
+"""The attribute of a tokenizer that holds the tokens, beside EOS, at which its model stops."""
 
 R = TypeVar("R", bound=Record)
 Row = TypeVar("Row")
@@ -46,15 +46,15 @@ class Tokens:
     learned: list[bool]
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of tokens."""
         return len(self.ids)
 
     def __add__(self, other: Tokens) -> Tokens:
-        """These, then those."""
+        """Concatenation."""
         return Tokens(ids=self.ids + other.ids, learned=self.learned + other.learned)
 
     def __getitem__(self, part: slice) -> Tokens:
-        """Some of them."""
+        """A slice of the tokens."""
         return Tokens(ids=self.ids[part], learned=self.learned[part])
 
     @property
@@ -64,25 +64,25 @@ class Tokens:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of already rendered text: nothing is added to it."""
+    """Token ids of rendered text; nothing is added to it."""
     return encode_all(tokenizer, [text])[0]
 
 
 def encode_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """``encode`` of many texts at once, which is several times as fast."""
+    """``encode`` of many texts at once, which is several times faster."""
     control = control_tokens(tokenizer)
-    escaped = [place for place, text in enumerate(texts) if control.is_escaped(text)]
+    escaped = [index for index, text in enumerate(texts) if control.is_escaped(text)]
     if not texts:
         return []
     ids_only = {"return_attention_mask": False, "return_token_type_ids": False}
-    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, **ids_only)["input_ids"]
-    for place in escaped:
-        found[place] = _encode_escaped(tokenizer, texts[place])
-    return found
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, **ids_only)["input_ids"]
+    for index in escaped:
+        ids[index] = _encode_escaped(tokenizer, texts[index])
+    return ids
 
 
 def _encode_escaped(tokenizer: Any, text: str) -> list[int]:
-    """The template's control tokens as such, what is written between them as text, whatever it looks like."""
+    """Encodes the template's control tokens as such, and everything between them as text, whatever it looks like."""
     control = control_tokens(tokenizer)
     ids: list[int] = []
     end = 0
@@ -96,18 +96,18 @@ def _encode_escaped(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def tokens_of(tokenizer: Any, many: Sequence[Sequence[Piece]]) -> list[Tokens]:
-    """The tokens of each row of pieces, all encoded at once."""
-    encoded = iter(encode_all(tokenizer, [piece.text for pieces in many for piece in pieces]))
-    found = []
-    for pieces in many:
+def tokens_of(tokenizer: Any, segments_of_rows: Sequence[Sequence[Segment]]) -> list[Tokens]:
+    """The tokens of each row, a list of segments; all are encoded at once."""
+    encoded = iter(encode_all(tokenizer, [segment.text for segments in segments_of_rows for segment in segments]))
+    rows = []
+    for segments in segments_of_rows:
         row = Tokens(ids=[], learned=[])
-        for piece in pieces:
+        for segment in segments:
             ids = next(encoded)
             row.ids.extend(ids)
-            row.learned.extend([piece.learned] * len(ids))
-        found.append(row)
-    return found
+            row.learned.extend([segment.learned] * len(ids))
+        rows.append(row)
+    return rows
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
@@ -135,8 +135,10 @@ def turn_end_id(tokenizer: Any) -> int:
 
 
 def end_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokens at which an answer is over: the one that ends a turn, EOS, which a base model may say instead, and
-    those that the model's own generation_config.json names.
+    """The tokens that end an answer.
+
+    They are the one that ends a turn, EOS, which a base model may emit instead, and those that the model's
+    generation_config.json names.
 
     Raises:
         DataError: see ``answer_ids``.
@@ -145,12 +147,12 @@ def end_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def tokenize_conversation(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> TokenizedConversation:
-    """A whole conversation with every assistant turn learned, its end included, but for those that say otherwise.
+    """A whole conversation with every assistant turn and its end learned, except turns that are not to be learned.
 
     Raises:
-        DataError: no assistant turn to learn from, or a template that cannot be cut at turns.
+        DataError: there is no assistant turn to learn from, or the rendered text cannot be cut at turns.
     """
-    (row,) = tokens_of(tokenizer, [conversation_pieces(tokenizer, messages, tools)])
+    (row,) = tokens_of(tokenizer, [conversation_segments(tokenizer, messages, tools)])
     return TokenizedConversation(input_ids=row.ids, labels=row.labels)
 
 
@@ -160,16 +162,16 @@ def escaped_text(tokenizer: Any, text: str) -> str:
 
 
 def text_rows(tokenizer: Any, ids: list[int], *, max_length: int) -> list[list[int]]:
-    """A text's tokens between what the tokenizer puts in front of texts, if anything, and EOS, cut into rows."""
+    """A text's tokens with the tokenizer's prefix, if any, and EOS, cut into rows of at most ``max_length``."""
     whole = [*front(tokenizer), *ids, tokenizer.eos_token_id]
     return [whole[start : start + max_length] for start in range(0, len(whole), max_length)]
 
 
 @functools.lru_cache(maxsize=16)
 def front(tokenizer: Any) -> tuple[int, ...]:
-    """What the tokenizer puts in front of texts: BOS, or nothing."""
+    """The prefix that the tokenizer adds to texts: BOS, or nothing."""
     whole, bare = tokenizer("a")["input_ids"], encode(tokenizer, "a")
-    starts = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
+    starts = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]
     return tuple(whole[: starts[0]]) if starts else ()
 
 
@@ -177,7 +179,7 @@ def tokenize_rows(records: Iterable[R], tokenize: Callable[[R], Row]) -> list[Ro
     """``tokenize`` applied to each record.
 
     Raises:
-        DataError: the first row that cannot be tokenised, by its place.
+        DataError: a row cannot be tokenised; the error gives the location of the first one.
     """
     rows = []
     for record in records:

@@ -1,4 +1,4 @@
-"""A model folder's tokenizer, with a chat template of the user's choice, and what stands for it in a fingerprint."""
+"""Loads a model folder's tokenizer, with a chat template of the user's choice, and hashes it for fingerprints."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from alignment.data.tokens.tokenize import STOPS
 
 
 def load_tokenizer(folder: Path, chat_template: str | None = None, *, model: Path | None = None) -> Any:
-    """The tokenizer of a model folder, with a pad token (EOS where it has none: masks never look at it).
+    """The tokenizer of a model folder, with a pad token (EOS if it has none, because masks never depend on it).
 
-    ``chat_template`` names one that stands in for its own (alignment/data/chat_template.py), ``model`` the folder of
-    the model where that is another.
+    ``chat_template`` replaces its own template (alignment/data/chat_template.py). ``model`` is the folder of the model
+    if it is another one.
 
     Raises:
-        ModelError: no tokenizer, one without an EOS token, or a generation_config.json that cannot be read.
+        ModelError: there is no usable tokenizer, it has no EOS token, or generation_config.json cannot be read.
         DataError: the template cannot be read.
     """
     try:
@@ -39,10 +39,10 @@ def load_tokenizer(folder: Path, chat_template: str | None = None, *, model: Pat
 
 
 def stop_ids(folder: Path) -> frozenset[int]:
-    """The tokens at which a model's own generation_config.json ends an answer: Llama 3 has three. None without it.
+    """The tokens at which generation_config.json ends an answer (Llama 3 has three); empty without that file.
 
     Raises:
-        ModelError: the file cannot be read, or names something else than tokens.
+        ModelError: the file cannot be read, or does not hold token ids.
     """
     file = folder / "generation_config.json"
     if not file.is_file():
@@ -57,9 +57,9 @@ def stop_ids(folder: Path) -> frozenset[int]:
     return frozenset(ids)
 
 
-def stops_alike(one: Any, other: Any) -> bool:
-    """Whether the models of two tokenizers with one vocabulary stop at the same tokens."""
-    return bool(getattr(one, STOPS, frozenset()) == getattr(other, STOPS, frozenset()))
+def stops_alike(first: Any, second: Any) -> bool:
+    """Whether the models of two tokenizers with the same vocabulary stop at the same tokens."""
+    return bool(getattr(first, STOPS, frozenset()) == getattr(second, STOPS, frozenset()))
 
 
 def tokenizer_hashes(tokenizer: Any) -> dict[str, str]:

@@ -14,11 +14,11 @@ from alignment.models.forward.answers import AnswerStream, answer_states, answer
 from alignment.models.forward.head import TokenStatistics
 
 ValueLoss = Callable[[Tensor], Tensor]
-"""From ``[answer tokens]`` values to a scalar."""
+"""Computes a scalar loss from values, ``[answer tokens]``."""
 
 
 class ValueHead(nn.Module):
-    """``[tokens]`` values from ``[tokens, width]`` states, in float32; it says 0 until it learned otherwise."""
+    """``[tokens]`` values from ``[tokens, width]`` states, in float32; its weights start at zero."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -31,62 +31,63 @@ class ValueHead(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """``value`` is a model of its own, or a ``ValueHead`` on the policy's trunk: then one pass serves both.
+    """Policy and value. ``value`` is a separate model, or a ``ValueHead`` on the policy's trunk; then one pass serves
+    both.
 
-    With ``one_backward`` the passes of two models are made one after the other, and their gradients together.
+    With ``joint_backward`` both forward passes come before a joint backward pass.
     """
 
     def __init__(self, policy: PreTrainedModel | PeftModel, value: PreTrainedModel | PeftModel | ValueHead) -> None:
         super().__init__()
         self.policy = policy
         self.value = value
-        self.one_backward = False
-        # DDP would send the frozen weights around, equal as they are.
+        self.joint_backward = False
+        # DDP would broadcast the frozen weights, although they are equal everywhere.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         self._ddp_params_and_buffers_to_ignore = frozen
 
     def forward(
-        self, part: AnswerStream, temperature: float, value_loss: ValueLoss, *, policy_learns: bool = True
+        self, micro_batch: AnswerStream, temperature: float, value_loss: ValueLoss, *, policy_learns: bool = True
     ) -> tuple[TokenStatistics, Tensor]:
         """Statistics of the answer tokens, ``[answer tokens]``, and the scalar ``value_loss`` of their values.
 
-        The loss is there to be backpropagated, not to be read: a model of its own makes its pass when the backward pass
-        comes to it, so that the activations of one model are held at a time, and it says 0 until then. Where the policy
-        does not learn, a head on its trunk must not teach the trunk either.
+        The loss is only for the backward pass; its value is 0. A separate value model runs its forward pass during the
+        backward pass, so that only one model's activations are in memory at a time. If the policy does not learn, a
+        head on its trunk must not train the trunk either.
         """
-        assert torch.is_grad_enabled(), "who learns nothing looks"
+        assert torch.is_grad_enabled(), "without gradients, call look"
         if not isinstance(self.value, ValueHead):
             model = unwrapped(self.value)
-            if self.one_backward:
-                return self._statistics(part, temperature)[0], value_loss(answer_values(model, part))
-            # Made before the policy's graph, because backward passes come last to what was made first.
-            deferred = _deferred(lambda: value_loss(answer_values(model, part)), part.labels.device)
-            return self._statistics(part, temperature)[0], deferred
-        statistics, states = self._statistics(part, temperature)
+            if self.joint_backward:
+                return self._statistics(micro_batch, temperature)[0], value_loss(answer_values(model, micro_batch))
+            # It comes before the policy's graph, because the backward pass visits the earliest node last.
+            deferred = _deferred(lambda: value_loss(answer_values(model, micro_batch)), micro_batch.labels.device)
+            return self._statistics(micro_batch, temperature)[0], deferred
+        statistics, states = self._statistics(micro_batch, temperature)
         return statistics, value_loss(self.value(states if policy_learns else states.detach()))
 
-    def look(self, part: AnswerStream, temperature: float) -> tuple[TokenStatistics, Tensor]:
-        """Statistics and values of the answer tokens, both ``[answer tokens]``, to learn nothing from."""
-        statistics, states = self._statistics(part, temperature)
+    def look(self, micro_batch: AnswerStream, temperature: float) -> tuple[TokenStatistics, Tensor]:
+        """Statistics and values of the answer tokens, both ``[answer tokens]``, without gradients."""
+        statistics, states = self._statistics(micro_batch, temperature)
         if isinstance(self.value, ValueHead):
             return statistics, self.value(states)
-        return statistics, answer_values(unwrapped(self.value), part)
+        return statistics, answer_values(unwrapped(self.value), micro_batch)
 
-    def _statistics(self, part: AnswerStream, temperature: float) -> tuple[TokenStatistics, Tensor]:
+    def _statistics(self, micro_batch: AnswerStream, temperature: float) -> tuple[TokenStatistics, Tensor]:
         policy = unwrapped(self.policy)
-        states = answer_states(policy, part)
-        return statistics_of(policy, states, part, temperature=temperature), states
+        states = answer_states(policy, micro_batch)
+        return statistics_of(policy, states, micro_batch, temperature=temperature), states
 
 
 def _deferred(loss: Callable[[], Tensor], device: torch.device) -> Tensor:
-    found: Tensor = _DeferredLoss.apply(torch.zeros((), device=device, requires_grad=True), loss)
-    return found
+    deferred: Tensor = _DeferredLoss.apply(torch.zeros((), device=device, requires_grad=True), loss)
+    return deferred
 
 
 class _DeferredLoss(torch.autograd.Function):
-    """A loss whose forward pass is made in the backward pass, under the autocast of the place where it was asked for.
+    """A loss whose forward pass runs in the backward pass, under the autocast that was active when it was created.
 
-    The first argument is there for autograd alone, which skips a function without an input that wants a gradient.
+    The first argument is only for autograd, which skips a function without an input that needs a gradient.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""Putting adapters on a model, switching them, and adding them into its weights.
+"""Adds adapters to a model, switches between them, and merges them into its weights.
 
-The adapter that a stage trains is PEFT's ``default`` one. Others beside it are frozen: those of earlier stages that it
-stands on, or a copy of what it was when the stage began.
+The adapter that a stage trains is PEFT's ``default``. Other adapters are frozen: those of earlier stages below it, or
+a copy of it as it was when the stage began.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _PREFIX_WEIGHTS = "prompt_embeddings"
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -> PreTrainedModel | PeftModel:
-    """The model with a fresh adapter that changes nothing yet, or the model itself for full training.
+    """The model with a new adapter that does not change its outputs yet, or the model itself for full training.
 
-    A fresh prefix does change something: its keys and values are zero, and take a share of the attention.
+    A new prefix does change them: its keys and values are zero, but take a share of the attention.
 
     Raises:
         ModelError: the target modules do not exist in this model.
@@ -50,8 +50,8 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
     if config.kind is AdapterKind.full:
         return model
     if config.kind is AdapterKind.prefix:
-        told = PrefixTuningConfig(num_virtual_tokens=config.virtual_tokens, init_weights="zero", task_type=task)
-        return put_prefix(get_peft_model(model, told))
+        prefix = PrefixTuningConfig(num_virtual_tokens=config.virtual_tokens, init_weights="zero", task_type=task)
+        return put_prefix(get_peft_model(model, prefix))
     targets: str | list[str] = list(config.target_modules)
     if config.target_modules == ["all-linear"]:
         targets = "all-linear"
@@ -77,17 +77,17 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
 
 
 def train_on(model: PreTrainedModel, folder: Path, config: AdapterConfig, task: TaskType) -> PeftModel:
-    """The model with a saved adapter, to be trained further; a frozen copy of it is kept, switched off.
+    """The model with a saved adapter that will be trained further, and an inactive frozen copy of that adapter.
 
     Raises:
-        ConfigError: the adapter is of another kind or shape than ``config`` says.
+        ConfigError: the adapter has another kind or shape than ``config``.
         ModelError: it was made for another architecture.
     """
     saved = saved_config(folder)
     _refuse_other_shape(saved, config, folder)
     saved.task_type, saved.inference_mode = task, False
     if not saved.is_prompt_learning:
-        saved.lora_dropout = config.dropout  # how it is trained, of which this stage decides, not what it is
+        saved.lora_dropout = config.dropout  # how it is trained, which this stage decides; not part of its shape
     wrapped = get_peft_model(model, saved)
     _load(wrapped, folder, OWN)
     if is_prefix(folder):
@@ -96,10 +96,10 @@ def train_on(model: PreTrainedModel, folder: Path, config: AdapterConfig, task: 
 
 
 def add_frozen(model: PeftModel, folders: Sequence[Path]) -> PeftModel:
-    """Lets saved adapters add to the model's weights too, below its own.
+    """Adds saved, frozen adapters below the model's own.
 
     Raises:
-        ModelError: one was made for another architecture.
+        ModelError: an adapter was made for another architecture.
     """
     for number, folder in enumerate(folders):
         _with_frozen(model, folder, f"{_BELOW}{number}")
@@ -107,17 +107,17 @@ def add_frozen(model: PeftModel, folders: Sequence[Path]) -> PeftModel:
 
 
 def with_own(model: PeftModel) -> PeftModel:
-    """The model with those adapters at work that it stands on, and its own last: as it is trained and used."""
+    """Activates the adapters below the model's own, and its own last, as it is trained and used."""
     _activate(model, [*(name for name in model.peft_config if name.startswith(_BELOW)), OWN])
     return model
 
 
 def put_in_order(folder: Path) -> None:
-    """Sorts the lists of names in a saved adapter's configuration: PEFT writes sets, ordered by chance."""
+    """Sorts the lists of names in a saved adapter's configuration, because PEFT writes sets in random order."""
     file = folder / "adapter_config.json"
-    told = json.loads(file.read_text(encoding="utf-8"))
-    names = {key: sorted(value) for key, value in told.items() if _are_names(value)}
-    write_text(file, json.dumps(told | names, indent=2, sort_keys=True))
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    names = {key: sorted(value) for key, value in settings.items() if _are_names(value)}
+    write_text(file, json.dumps(settings | names, indent=2, sort_keys=True))
 
 
 def _are_names(value: Any) -> bool:
@@ -125,10 +125,10 @@ def _are_names(value: Any) -> bool:
 
 
 def put_back(model: PreTrainedModel, folders: Sequence[Path], *, trainable: bool) -> PeftModel:
-    """Saved adapters on the weights that they stood on, bottom first; the last one is the model's own.
+    """The model with saved adapters on the weights that they were trained on, bottom first; the last is its own.
 
     Raises:
-        ModelError: one was made for another architecture.
+        ModelError: an adapter was made for another architecture.
     """
     if is_prefix(folders[-1]):
         return _put_back_prefix(model, folders[-1], trainable=trainable)
@@ -140,7 +140,7 @@ def put_back(model: PreTrainedModel, folders: Sequence[Path], *, trainable: bool
 
 
 def _put_back_prefix(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:
-    """PEFT itself refuses to train one that was loaded."""
+    """PEFT refuses to train a prefix that was loaded."""
     saved = saved_config(folder)
     saved.inference_mode = False
     wrapped = get_peft_model(model, saved)
@@ -152,7 +152,7 @@ def _put_back_prefix(model: PreTrainedModel, folder: Path, *, trainable: bool) -
 
 @contextmanager
 def at_start(model: PeftModel) -> Iterator[PreTrainedModel]:
-    """The model as it was when the stage began, for the duration of a ``with`` block: what it starts from."""
+    """The model as it was when the stage began, for the duration of a ``with`` block."""
     base = model.get_base_model()
     if (prefix := prefix_of(base.base_model)) is not None:
         with prefix.at_start():
@@ -171,7 +171,7 @@ def at_start(model: PeftModel) -> Iterator[PreTrainedModel]:
 
 @contextmanager
 def _switched_off(model: PeftModel) -> Iterator[None]:
-    """As PEFT does, but for what it says anew about which weights are trained, which takes time at every step."""
+    """Like PEFT's context, but without setting again which weights are trained, which costs time at every step."""
     layers = [layer for layer in model.modules() if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     for layer in layers:
         layer._disable_adapters = True
@@ -184,7 +184,7 @@ def _switched_off(model: PeftModel) -> Iterator[None]:
 
 @contextmanager
 def _start_instead(model: PeftModel) -> Iterator[None]:
-    """What the own adapter was, in its place."""
+    """Uses the frozen copy of the own adapter in its place."""
     before = [(layer, layer.active_adapters) for layer in _layers(model)]
     for layer, names in before:
         layer._active_adapter = [START if name == OWN else name for name in names]
@@ -197,7 +197,7 @@ def _start_instead(model: PeftModel) -> Iterator[None]:
 
 @contextmanager
 def _own_times_zero(model: PeftModel) -> Iterator[None]:
-    """Not switched off: when the stage begins, the model then computes to the last bit what its reference does."""
+    """Scales the own adapter by zero instead of switching it off, so that at first both outputs are bitwise equal."""
     before = [(layer, layer.scaling[OWN]) for layer in _layers(model) if OWN in layer.scaling]
     for layer, _ in before:
         layer.scaling[OWN] = 0.0
@@ -209,7 +209,7 @@ def _own_times_zero(model: PeftModel) -> Iterator[None]:
 
 
 def compute_in_base_dtype(model: PeftModel) -> PeftModel:
-    """Lets autocast choose the products' dtype; the factors themselves stay float32 for the optimiser.
+    """Lets autocast choose the dtype of the products; the factors stay float32 for the optimiser.
 
     PEFT would convert every activation to float32 and back around each adapter, which costs a third of a step on CPU.
     Plain low-rank layers become one function each (alignment/models/kernels/products.py).
@@ -221,12 +221,12 @@ def compute_in_base_dtype(model: PeftModel) -> PeftModel:
 
 
 def _with_saved(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:
-    """PEFT would read the weights by way of a GPU wherever there is one."""
+    """Loads on the model's device; PEFT would load the weights through a GPU if there is one."""
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, torch_device=str(model.device))
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model with a saved adapter added into its weights; a prefix has no place there and stays what it is.
+    """The model with a saved adapter merged into its weights; a prefix cannot be merged and stays.
 
     Raises:
         ModelError: the adapter was made for another architecture.
@@ -240,7 +240,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def saved_config(folder: Path) -> Any:
-    """What PEFT wrote about a saved adapter.
+    """PEFT's configuration of a saved adapter.
 
     Raises:
         ModelError: there is no adapter in safetensors.
@@ -261,26 +261,28 @@ def is_prefix(folder: Path) -> bool:
 
 def _refuse_other_shape(saved: Any, config: AdapterConfig, folder: Path) -> None:
     """A stage that continues an adapter changes its weights, not its shape."""
-    found_kind = _kind_of(saved)
-    told: dict[str, tuple[Any, Any]] = {"kind": (_family(config.kind).value, found_kind.value)}
-    if found_kind is AdapterKind.prefix:
-        told["virtual_tokens"] = (config.virtual_tokens, saved.num_virtual_tokens)
+    saved_kind = _kind_of(saved)
+    wanted_and_saved: dict[str, tuple[Any, Any]] = {"kind": (_family(config.kind).value, saved_kind.value)}
+    if saved_kind is AdapterKind.prefix:
+        wanted_and_saved["virtual_tokens"] = (config.virtual_tokens, saved.num_virtual_tokens)
     else:
-        told["rank"] = (config.rank, saved.r)
-        told["alpha"] = (config.alpha, saved.lora_alpha)
-        told["rslora"] = (config.rslora, saved.use_rslora)
-    for name, (wanted, found) in told.items():
-        if wanted != found:
+        wanted_and_saved["rank"] = (config.rank, saved.r)
+        wanted_and_saved["alpha"] = (config.alpha, saved.lora_alpha)
+        wanted_and_saved["rslora"] = (config.rslora, saved.use_rslora)
+    for name, (wanted, saved_value) in wanted_and_saved.items():
+        if wanted != saved_value:
             raise ConfigError(
-                f"the adapter that is to be continued has {found}, the stage asks for {wanted}",
+                f"the adapter to continue has {saved_value}, the stage asks for {wanted}",
                 where=f"adapter.{name}",
-                remedy=f"take the values of the earlier stage ({folder.name}), or do not continue it",
+                remedy=f"use the values of the earlier stage ({folder.name}), or do not continue it",
             )
 
 
 def _with_frozen(model: PeftModel, folder: Path, name: str) -> PeftModel:
-    """The model with a saved adapter beside those it has, switched off, its dropout too: what is not trained says
-    always the same. A sequence classifier's own way of adding one would copy its head too."""
+    """The model with another saved adapter, inactive, frozen and without dropout, so that its output is deterministic.
+
+    ``PeftModel.add_adapter`` is called directly, because a sequence classifier's own method would copy its head too.
+    """
     saved = saved_config(folder)
     saved.lora_dropout = 0.0
     PeftModel.add_adapter(model, name, saved)
@@ -292,7 +294,7 @@ def _with_frozen(model: PeftModel, folder: Path, name: str) -> PeftModel:
 
 
 def _family(kind: AdapterKind) -> AdapterKind:
-    """LoRA is LoRA, whatever it stands on."""
+    """QLoRA adapters are LoRA adapters, on quantised weights."""
     return AdapterKind.lora if kind is AdapterKind.qlora else kind
 
 
@@ -303,26 +305,26 @@ def _kind_of(saved: Any) -> AdapterKind:
 
 
 def _load(model: PeftModel, folder: Path, name: str) -> None:
-    """Gives an adapter its saved weights; what was not saved, such as a head that is new here, stays as it is."""
+    """Loads an adapter's saved weights; weights that were not saved, such as a new head, stay as they are."""
     weights = {**_whole_modules(model, name), **load_peft_weights(str(folder), device="cpu")}
     try:
-        found = set_peft_model_state_dict(model, weights, adapter_name=name)
+        loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
     except (RuntimeError, KeyError) as error:
         raise ModelError(f"this adapter does not fit the model: {error}", where=str(folder)) from error
-    unknown = [key for key in found.unexpected_keys if key != _PREFIX_WEIGHTS]  # which PEFT puts in its place itself
+    unknown = [key for key in loaded.unexpected_keys if key != _PREFIX_WEIGHTS]  # PEFT loads these itself
     if unknown:
         raise ModelError(f"this adapter does not fit the model, which lacks {unknown[0]}", where=str(folder))
 
 
 def _whole_modules(model: PeftModel, adapter: str) -> dict[str, Any]:
-    """What an adapter holds beside its factors, under the names by which PEFT saves it."""
-    found = {}
+    """The modules that an adapter holds beside its factors, under the names that PEFT saves."""
+    weights = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             state = module.state_dict()
             for saved, held in module.adapter_state_dict_load_map(adapter).items():
-                found[f"{name}.{saved}"] = state[held]
-    return found
+                weights[f"{name}.{saved}"] = state[held]
+    return weights
 
 
 def _layers(model: PeftModel) -> list[Any]:
@@ -330,6 +332,6 @@ def _layers(model: PeftModel) -> list[Any]:
 
 
 def _activate(model: PeftModel, names: list[str]) -> None:
-    """Which adapters add to the weights. PEFT's own way would also say which of them are trained."""
+    """Activates these adapters. PEFT's own method would also change which of them are trained."""
     for layer in _layers(model):
         layer._active_adapter = names

@@ -1,6 +1,6 @@
-"""A GGUF file → a transformers folder with safetensors: ``convert FILE.gguf FOLDER``.
+"""Converts a GGUF file into a transformers folder with safetensors: ``convert FILE.gguf FOLDER``.
 
-Run once, when the bundled model is first needed. transformers dequantises; the result is a plain bfloat16 model.
+It runs once, when the bundled model is first needed. transformers dequantises; the result is a plain bfloat16 model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def convert(gguf: Path, folder: Path) -> None:
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    # The weights are plain numbers now; what is left of the quantiser would be saved and believed by a reader.
+    # The weights are plain numbers now; the quantiser's configuration would be saved and mislead a reader.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.config._name_or_path = ""

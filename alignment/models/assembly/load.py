@@ -1,4 +1,4 @@
-"""Models and tokenizers from folders: a base, and the adapters that stand on it, in order."""
+"""Loads models from folders: a base, and the adapters on it, in order."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ DTYPES = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedAdapter:
-    """A folder as PEFT writes it, and how the adapter stood on the model when it was trained.
+    """A folder that PEFT wrote, and how the adapter was applied when it was trained.
 
-    ``merged``: the adapters below it had been added into the weights; else they stood beside them. ``nf4``: linear
-    weights were held in four bits.
+    ``merged``: the adapters below it were merged into the weights; otherwise they were active beside them. ``nf4``: the
+    linear weights were quantised to four bits.
     """
 
     path: Path
@@ -54,21 +54,21 @@ class Lineage:
 
     @property
     def beside(self) -> tuple[SavedAdapter, ...]:
-        """The topmost adapters, which stood together beside the same weights."""
+        """The topmost adapters, which were active together beside the same weights."""
         return self.adapters[self._own_weights :]
 
     @property
     def weights(self) -> Lineage:
-        """What the weights that these stood on were made of."""
+        """The lineage of the weights that these adapters were trained on."""
         return replace(self, adapters=self.adapters[: self._own_weights])
 
     @property
     def _own_weights(self) -> int:
-        return max((place for place, adapter in enumerate(self.adapters) if adapter.merged), default=0)
+        return max((index for index, adapter in enumerate(self.adapters) if adapter.merged), default=0)
 
 
 def lineage(spec: StageSpec, stage_input: StageInput) -> Lineage:
-    """Follows a reference to its base and adapters.
+    """Resolves a reference to its base and adapters.
 
     Raises:
         ArtifactError: the artifact is missing or damaged.
@@ -90,17 +90,17 @@ def saved_adapters(artifact: Path, manifest: Manifest) -> tuple[SavedAdapter, ..
     """The adapters in an artifact's folder, bottom first.
 
     Raises:
-        ArtifactError: the manifest names one outside of it.
+        ArtifactError: the manifest names an adapter outside the folder.
     """
     return tuple(
         SavedAdapter(path=inside(artifact, name), **manifest.adapters_stood.get(name, {})) for name in manifest.adapters
     )
 
 
-def base_record(spec: StageSpec, found: Lineage) -> dict[str, Any]:
-    """What a manifest says of the base below its adapters; ``content`` is set where that is the run's own base."""
-    content = base_content(spec) if found.base == spec.base_path else None
-    return {"source": found.source, "path": str(found.base), "content": content}
+def base_record(spec: StageSpec, lineage: Lineage) -> dict[str, Any]:
+    """A manifest's record of the base below its adapters; ``content`` is set if it is the run's own base."""
+    content = base_content(spec) if lineage.base == spec.base_path else None
+    return {"source": lineage.source, "path": str(lineage.base), "content": content}
 
 
 def base_content(spec: StageSpec) -> str | None:
@@ -109,7 +109,7 @@ def base_content(spec: StageSpec) -> str | None:
 
 
 def _base_of(manifest: Manifest, spec: StageSpec, stage_input: StageInput) -> Path:
-    """Where the base of an artifact lies now: content decides, not how somebody wrote its name."""
+    """The folder of an artifact's base on this machine; the content identifies it, not the name."""
     recorded = manifest.base["content"]
     if recorded is not None and recorded == base_content(spec):
         return spec.base_path
@@ -117,7 +117,7 @@ def _base_of(manifest: Manifest, spec: StageSpec, stage_input: StageInput) -> Pa
     if recorded is None and (elsewhere / "config.json").is_file():
         return elsewhere
     raise ModelError(
-        f"{stage_input.ref} stands on {manifest.base['source']}, which is not this run's base {spec.model.source}",
+        f"{stage_input.ref} was trained on {manifest.base['source']}, not on this run's base {spec.model.source}",
         where=f"stages.{spec.stage}",
         remedy=f"set model.source to the base that the artifact was made from (it was at {elsewhere})",
     )
@@ -133,10 +133,10 @@ def refuse_other_tokenizer(spec: StageSpec, stage_input: StageInput, tokenizer: 
         return
     manifest = read_manifest(stage_input.path)
     if manifest is None:
-        theirs = tokenizer_hashes(load_tokenizer(stage_input.path))
+        hashes = tokenizer_hashes(load_tokenizer(stage_input.path))
     else:
-        theirs = {"tokenizer_sha256": manifest.tokenizer_sha256, "chat_template_sha256": manifest.chat_template_sha256}
-    if theirs != tokenizer_hashes(tokenizer):
+        hashes = {"tokenizer_sha256": manifest.tokenizer_sha256, "chat_template_sha256": manifest.chat_template_sha256}
+    if hashes != tokenizer_hashes(tokenizer):
         raise ModelError(
             f"{stage_input.ref} has another tokenizer or chat template than {spec.model.source}",
             where=f"stages.{spec.stage}",
@@ -144,33 +144,33 @@ def refuse_other_tokenizer(spec: StageSpec, stage_input: StageInput, tokenizer: 
         )
 
 
-def load_policy(found: Lineage, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model with all adapters merged, in evaluation mode; every weight can be trained.
+def load_policy(lineage: Lineage, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model with all adapters merged, in evaluation mode; every weight is trainable.
 
-    Where an adapter was trained on weights in four bits, it is added to what these stand for.
+    An adapter that was trained on weights in four bits is merged into the dequantised weights.
     """
-    if not found.adapters:
-        model = _from_folder(found.base, dtype)
+    if not lineage.adapters:
+        model = _from_folder(lineage.base, dtype)
     else:
-        model = load_policy(found.weights, dtype)
-        if found.adapters[-1].nf4:
+        model = load_policy(lineage.weights, dtype)
+        if lineage.adapters[-1].nf4:
             round_trunk(model)
-    for adapter in found.beside:
+    for adapter in lineage.beside:
         model = merge_adapter(model, adapter.path)
     model.config.use_cache = False
-    return model.requires_grad_(True).eval()  # PEFT leaves frozen what it has merged
+    return model.requires_grad_(True).eval()  # PEFT leaves merged weights frozen
 
 
-def load_scalar(found: Lineage, dtype: torch.dtype) -> PreTrainedModel:
-    """The policy's trunk under one scalar head, freshly drawn: std 1/√(width + 1), no bias (Huang et al. 2024).
+def load_scalar(lineage: Lineage, dtype: torch.dtype) -> PreTrainedModel:
+    """The policy's trunk under a new scalar head, drawn with std 1/√(width + 1) and no bias (Huang et al. 2024).
 
-    The head is float32; ``score_offset`` is subtracted from what it says, and is zero until set. Adapters are merged
-    while the trunk is still a language model's, which is what they were made on.
+    The head is float32; ``score_offset`` is subtracted from its output, and is zero until set. Adapters are merged
+    while the trunk is still part of the language model that they were trained on.
     """
-    policy = load_policy(found, dtype)
+    policy = load_policy(lineage, dtype)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    with torch.device("meta"):  # the weights that this would draw are not used
+    with torch.device("meta"):  # its randomly drawn weights are not used
         model = AutoModelForSequenceClassification.from_config(config)
     setattr(model, model.base_model_prefix, policy.base_model)
     model.score = torch.nn.Linear(policy.base_model.get_input_embeddings().embedding_dim, 1, bias=False)
@@ -180,7 +180,7 @@ def load_scalar(found: Lineage, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_scalar_head(model: PreTrainedModel, file: Path) -> None:
-    """Puts a saved scalar head on the model, with the offset that centres its scores."""
+    """Loads a saved scalar head into the model, with the offset that centres its scores."""
     saved = load_file(file)
     with torch.no_grad():
         model.score.weight.copy_(saved["weight"])
@@ -200,23 +200,24 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def weights_dtype(compute: Dtype, adapter: AdapterConfig) -> torch.dtype:
-    """Of a model that is trained so: frozen weights take the compute dtype."""
+    """The dtype of a model's weights when it is loaded for training; frozen weights use the compute dtype."""
     return trained_dtype(compute, adapter) if adapter.kind is AdapterKind.full else DTYPES[compute]
 
 
 def trained_dtype(compute: Dtype, adapter: AdapterConfig) -> torch.dtype:
-    """Of weights that are trained themselves, as a stage's adapter has it: float32, and autocast does the products."""
+    """The dtype of weights that are trained themselves: float32 with products under autocast, unless configured
+    bare."""
     bare = adapter.kind is AdapterKind.full and not adapter.master_weights
     return DTYPES[compute] if bare else torch.float32
 
 
 def products_in(compute: Dtype, device: torch.device) -> torch.autocast:
-    """Matrix products in the compute dtype, for models whose adapters are float32 on a frozen base."""
+    """Autocast of matrix products to the compute dtype, for models with float32 adapters on a frozen base."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute is Dtype.bfloat16)
 
 
 def compute_in(model: nn.Module, compute: Dtype, device: torch.device) -> None:
-    """Puts ``products_in`` around the model's forward, for a model around which no trainer puts its own."""
+    """Wraps the model's forward in ``products_in``, for a model that no trainer wraps in autocast."""
     forward = model.forward
 
     @functools.wraps(forward)
@@ -228,8 +229,10 @@ def compute_in(model: nn.Module, compute: Dtype, device: torch.device) -> None:
 
 
 def frozen_copy(model: PreTrainedModel, products: torch.dtype) -> PreTrainedModel:
-    """The model, with weights that only enter matrix products in the format of the products: autocast rounds the
-    original's to the same numbers at each use, so both say exactly the same."""
+    """A frozen copy of the model, whose linear weights have the dtype of the products.
+
+    Autocast rounds the original's weights to the same numbers at each use, so both models give exactly the same output.
+    """
     copied = copy.deepcopy(model).requires_grad_(False)
     tied = copied.get_input_embeddings().weight
     for module in copied.modules():

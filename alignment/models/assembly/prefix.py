@@ -1,8 +1,8 @@
-"""Prefix tuning (Li and Liang 2021): in every layer, keys and values of virtual tokens stand in front of every row.
+"""Prefix tuning (Li and Liang 2021): in every layer, keys and values of virtual tokens precede every row.
 
-PEFT holds them as one embedding and hands them to a model as a cache. Here a trunk knows its prefix, and attention puts
-it before a row's own keys (alignment/models/forward/attention.py), so that rows stay one stream. As in PEFT, the
-positions of a row's own tokens begin behind it.
+PEFT holds them as one embedding and passes them to a model as a cache. Here the trunk has its prefix as an attribute,
+and attention puts it before a row's own keys (alignment/models/forward/attention.py), so rows stay one stream. As in
+PEFT, the positions of a row's own tokens begin after the prefix.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NO_LIMIT = 1 << 30
 
 
 class Prefix:
-    """The prefix of one model; ``tokens`` is its length. It knows what it was when it was put there."""
+    """The prefix of one model; ``tokens`` is its length. It remembers its initial value."""
 
     def __init__(self, model: PeftModel) -> None:
         config = model.active_peft_config
@@ -34,13 +34,13 @@ class Prefix:
         self._is_at_start = False
 
     def states(self) -> Tensor:
-        """``[2 · layers, key heads, tokens, width]``: a layer's keys, then its values."""
+        """``[2 · layers, key heads, tokens, width]``: the keys of each layer, then its values."""
         weight = self._start if self._is_at_start else self._encoder.embedding.weight
         return weight.view(self._shape).permute(1, 2, 0, 3)
 
     @contextmanager
     def at_start(self) -> Iterator[None]:
-        """As it was when it was put there, for the duration of a ``with`` block."""
+        """Uses the initial value for the duration of a ``with`` block."""
         self._is_at_start = True
         try:
             yield
@@ -49,7 +49,7 @@ class Prefix:
 
 
 def put_prefix(model: PeftModel) -> PeftModel:
-    """Lets the trunk of a PEFT model know the prefix that PEFT holds, and calls of the model go there."""
+    """Attaches the prefix that PEFT holds to the model's trunk, and routes calls of the model to the base model."""
     base = model.get_base_model()
     setattr(base.base_model, _NAME, Prefix(model))
     model.forward = types.MethodType(_forward, model)
@@ -58,23 +58,25 @@ def put_prefix(model: PeftModel) -> PeftModel:
 
 def prefix_of(trunk: PreTrainedModel) -> Prefix | None:
     """The prefix of a model without its head, if it has one."""
-    found: Prefix | None = getattr(trunk, _NAME, None)
-    return found
+    prefix: Prefix | None = getattr(trunk, _NAME, None)
+    return prefix
 
 
 def positions_of(trunk: PreTrainedModel) -> int:
-    """Tokens that a row may have: as many as positions that the model was made for, less those of its prefix; where it
-    has no limit, more than any row has."""
+    """The maximum number of tokens in a row: the model's positions minus those of its prefix.
+
+    Without a limit it is more than any row has.
+    """
     prefix = prefix_of(trunk)
     positions = getattr(trunk.config.get_text_config(), "max_position_embeddings", None)
     return (_NO_LIMIT if positions is None else positions) - (0 if prefix is None else prefix.tokens)
 
 
 def refuse_too_long(trunk: PreTrainedModel, tokens: int) -> None:
-    """Refuses a row of so many tokens where the model has fewer positions.
+    """Checks that a row of ``tokens`` tokens fits the model's positions.
 
     Raises:
-        ModelError: it has.
+        ModelError: it does not.
     """
     if tokens > (positions := positions_of(trunk)):
         raise ModelError(

@@ -1,4 +1,4 @@
-"""A trained reward model, as it was saved: trunk, its own adapter, and the scalar head."""
+"""Loads a saved reward model: trunk, its own adapter, and the scalar head."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from alignment.models.kernels.nf4 import quantize_trunk
 def load_reward_model(
     spec: StageSpec, stage_input: StageInput, *, device: torch.device, trained: torch.dtype | None = None
 ) -> PreTrainedModel | PeftModel:
-    """The reward model behind a reference; ``trained`` for a value model that starts from it.
+    """The reward model behind a reference; with ``trained``, a value model that starts from it.
 
-    ``trained`` is the dtype of its weights if they are trained whole; under an adapter they are frozen. Weights in four
-    bits are made on ``device``; the rest is moved by the caller.
+    ``trained`` is the dtype of its weights if they are all trained; under an adapter they are frozen. Weights in four
+    bits are quantised on ``device``; the caller moves the rest.
 
-    Its own adapter, the top one, stands on the model as it did in training, so that the scores are the same.
+    Its own adapter, the top one, is applied as in training, so that the scores are the same.
 
     Raises:
         ModelError: the artifact has no scalar head.
@@ -31,20 +31,20 @@ def load_reward_model(
     head = stage_input.path / "head.safetensors"
     if not head.exists():
         raise ModelError("no scalar head (head.safetensors) here", where=str(stage_input.path))
-    found = lineage(spec, stage_input)
-    full = not found.adapters
-    model = load_scalar(found.weights, trained if full and trained is not None else DTYPES[spec.model.dtype])
+    saved = lineage(spec, stage_input)
+    full = not saved.adapters
+    model = load_scalar(saved.weights, trained if full and trained is not None else DTYPES[spec.model.dtype])
     load_scalar_head(model, head)
     install_scalar(model)
     if full:
         return model.requires_grad_(trained is not None)
-    if found.adapters[-1].nf4:
+    if saved.adapters[-1].nf4:
         quantize_trunk(model, device)
-    return put_back(model, [one.path for one in found.beside], trainable=trained is not None)
+    return put_back(model, [adapter.path for adapter in saved.beside], trainable=trained is not None)
 
 
 def zero_head(model: PreTrainedModel | PeftModel) -> None:
-    """Lets a reward model say 0 to everything until it learns otherwise."""
+    """Sets the head and the offset of a reward model to zero, so that all its scores are 0."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     head = base.score.modules_to_save["default"] if isinstance(model, PeftModel) else base.score
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """The four models of PPO: policy and value are trained, reference and reward are frozen.
 
-Under an adapter the reference is the policy with its adapter off, or as it was at the start, and all frozen weights
-that policy, value and reward have in common are one tensor in memory. In full training each role has weights of its
-own.
+Under an adapter the reference is the policy with its adapter switched off, or as it was at the start. All frozen
+weights that policy, value and reward have in common are one tensor in memory. In full training each role has its own
+weights.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from alignment.models.forward.flat import use_flat_attention
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Roles:
-    """``frozen_reference`` is None when the reference is the policy with other adapters at work.
+    """The models of PPO.
 
-    ``reward`` is None where answers are scored by something else than a reward model of ours.
+    ``frozen_reference`` is None if the reference is the policy with other adapters active. ``reward`` is None if
+    answers are not scored by a reward model of a stage.
     """
 
     actor_critic: ActorCritic
@@ -46,7 +47,7 @@ class Roles:
         return self.actor_critic.policy
 
     def trained_models(self) -> list[PreTrainedModel]:
-        """The language model and, if there is one, the scorer that are trained, without wrappers."""
+        """The trained language model and, if it is a separate model, the value model, without wrappers."""
         value = self.actor_critic.value
         return [unwrapped(model) for model in (self.policy, value) if not isinstance(model, ValueHead)]
 
@@ -57,30 +58,31 @@ class Roles:
         return at_start(self.policy)
 
     def base_copies(self) -> float:
-        """Bytes of all roles' matrices, adapters aside and shared memory counted once, over those of the policy."""
+        """Bytes of all roles' matrices divided by the policy's; adapters do not count, and shared memory counts
+        once."""
         models = (self.actor_critic, self.reward, self.frozen_reference)
         resident = [_matrices(model) for model in models if model is not None]
-        return sum({place: size for found in resident for place, size in found.items()}.values()) / sum(
+        return sum({address: size for sizes in resident for address, size in sizes.items()}.values()) / sum(
             _matrices(self.policy).values()
         )
 
 
 def _matrices(model: nn.Module) -> dict[int, int]:
-    """Where the matrices lie, and how many bytes each has.
+    """The memory address of each matrix, with its size in bytes.
 
-    One that is shared out among processes (ZeRO-3) counts whole, and has no place but its own parameter.
+    A matrix that is sharded over processes (ZeRO-3) counts whole, and is identified by its parameter.
     """
-    found = {}
+    sizes = {}
     for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
         if len(shape) > 1 and not any(part in name for part in ("lora_", "prompt_encoder")):
-            found[parameter.data_ptr() or id(parameter)] = shape.numel() * parameter.element_size()
-    return found
+            sizes[parameter.data_ptr() or id(parameter)] = shape.numel() * parameter.element_size()
+    return sizes
 
 
 def build_roles(
     spec: StageSpec,
-    found: Lineage,
+    start: Lineage,
     reward: StageInput | None,
     adapter: AdapterConfig,
     *,
@@ -88,15 +90,15 @@ def build_roles(
     critic: Critic = Critic.separate,
     values_are_scores: bool = True,
 ) -> Roles:
-    """Loads what PPO needs; ``reward`` is a reward model of ours, if there is one.
+    """Loads the models of PPO; ``reward`` is the reward model of a stage, if there is one.
 
-    A separate value model starts from it and is trained whole or by adapter, as the reward model was. Without
-    ``values_are_scores`` its head starts at zero, for what the reward model says is then on another scale than what
-    comes back. Without a reward model the value model starts from the policy, under a head of zeros.
+    A separate value model starts from the reward model and is trained in full or by adapter, as the reward model was.
+    Without ``values_are_scores`` its head starts at zero, because rewards are on another scale than the reward model's
+    scores. Without a reward model the value model starts from the policy, under a head of zeros.
 
-    Every model is on ``device`` before memory is shared: moving one later would give it copies of its own.
+    Every model is on ``device`` before memory is shared, because moving a model later would copy its weights.
     """
-    trained = load_start(found, adapter, spec.model.dtype, task=TaskType.CAUSAL_LM, device=device).to(device)
+    trained = load_start(start, adapter, spec.model.dtype, task=TaskType.CAUSAL_LM, device=device).to(device)
     policy = unwrapped(trained)
     use_flat_attention(policy)
     reference = frozen_copy(policy, DTYPES[spec.model.dtype]) if adapter.kind is AdapterKind.full else None
@@ -106,7 +108,7 @@ def build_roles(
     if critic is Critic.shared:
         value: nn.Module = ValueHead(policy.get_output_embeddings().weight.shape[1]).to(device)
     else:
-        value = _value_model(spec, found, reward, adapter, device=device).to(device)
+        value = _value_model(spec, start, reward, adapter, device=device).to(device)
         share_frozen(value, trained)
         if reward is None or not values_are_scores:
             zero_head(value)
@@ -114,20 +116,20 @@ def build_roles(
 
 
 def _value_model(
-    spec: StageSpec, found: Lineage, reward: StageInput | None, adapter: AdapterConfig, *, device: torch.device
+    spec: StageSpec, start: Lineage, reward: StageInput | None, adapter: AdapterConfig, *, device: torch.device
 ) -> PreTrainedModel | PeftModel:
     if reward is not None:
         return load_reward_model(spec, reward, device=device, trained=trained_dtype(spec.model.dtype, adapter))
-    model = load_start(found, adapter, spec.model.dtype, task=TaskType.SEQ_CLS, device=device)
+    model = load_start(start, adapter, spec.model.dtype, task=TaskType.SEQ_CLS, device=device)
     install_scalar(unwrapped(model))
     return model.eval()
 
 
 def share_frozen(model: nn.Module, owner: nn.Module) -> int:
-    """Lets frozen weights of ``model`` that equal the owner's frozen ones be the same; returns how many.
+    """Replaces frozen weights of ``model`` by the owner's where these are equal and frozen; returns how many.
 
-    They are the same parameters, and not only the same memory, so that there is still one of them where they are shared
-    out among processes (ZeRO-3).
+    They become the same parameters, not only the same memory, so that they stay one when sharded over processes
+    (ZeRO-3).
     """
     owned = {name: p for name, p in owner.named_parameters(remove_duplicate=False) if not p.requires_grad}
     shared: dict[int, nn.Parameter] = {}

@@ -1,4 +1,4 @@
-"""The model that a stage trains: the policy that it starts from, with the stage's adapter on it."""
+"""Loads the model that a stage trains: the policy that it starts from, with the stage's adapter."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from alignment.models.kernels.nf4 import quantize_trunk
 
 
 def load_start(
-    found: Lineage, adapter: AdapterConfig, compute: Dtype, *, task: TaskType, device: torch.device
+    start: Lineage, adapter: AdapterConfig, compute: Dtype, *, task: TaskType, device: torch.device
 ) -> PreTrainedModel | PeftModel:
-    """The policy behind ``found``, ready to be trained as ``adapter`` says; under a scalar head for ``SEQ_CLS``.
+    """The policy ``start``, ready to be trained with ``adapter``; under a scalar head for ``SEQ_CLS``.
 
-    Adapters of earlier stages are added into the weights or stay beside them, as ``adapter.chain`` says. Weights in
-    four bits are made on ``device``; the rest is moved by the caller.
+    Adapters of earlier stages are merged into the weights or stay beside them, as configured by ``adapter.chain``.
+    Weights in four bits are quantised on ``device``; the caller moves the rest.
 
     Raises:
-        ConfigError: there is no adapter to continue, or one of another shape.
+        ConfigError: there is no adapter to continue, or it has another shape.
         ModelError: an adapter does not fit the model.
     """
     continues = adapter.kind is AdapterKind.prefix and adapter.chain is CONTINUE
-    if not continues and any(is_prefix(saved.path) for saved in found.adapters):
+    if not continues and any(is_prefix(saved.path) for saved in start.adapters):
         raise ConfigError(
             "the stage starts from a prefix, which cannot be merged into weights",
             where="adapter",
@@ -39,26 +39,25 @@ def load_start(
     load = load_policy if task is TaskType.CAUSAL_LM else load_scalar
     dtype = weights_dtype(compute, adapter)
     if adapter.kind is AdapterKind.full:
-        return load(found, dtype)
-    if adapter.chain is CONTINUE and not found.adapters:
+        return load(start, dtype)
+    if adapter.chain is CONTINUE and not start.adapters:
         raise ConfigError(
             "there is no adapter to continue: the stage starts from a whole model",
             where="adapter.chain",
             remedy="set it to merge, or let init name a stage that trained an adapter",
         )
-    below, beside = (found, ()) if adapter.chain is Chain.merge else (found.weights, found.beside)
+    below, beside = (start, ()) if adapter.chain is Chain.merge else (start.weights, start.beside)
     model = load(below, dtype)
     if adapter.kind is AdapterKind.qlora:
         quantize_trunk(model, device)
     continued = beside[-1:] if adapter.chain is CONTINUE else ()
     trained = train_on(model, continued[0].path, adapter, task) if continued else add_adapter(model, adapter, task)
     frozen = beside[: len(beside) - len(continued)]
-    return add_frozen(trained, [one.path for one in frozen]) if frozen else trained
+    return add_frozen(trained, [saved.path for saved in frozen]) if frozen else trained
 
 
 def turn_off_dropout(model: nn.Module) -> None:
-    """For good and in every mode: in the base model, in its attention, and in adapters, which bring what they were
-    made with."""
+    """Turns dropout off permanently and in every mode: in the base model, in attention, and in loaded adapters."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -73,15 +72,15 @@ def _is_dropout(name: str, value: object) -> bool:
     return name.endswith("dropout") and isinstance(value, float)
 
 
-def kept_below(found: Lineage, adapter: AdapterConfig) -> tuple[SavedAdapter, ...]:
-    """Which adapters of the starting policy stay below the stage's own in its result."""
-    return found.adapters[:-1] if adapter.chain is CONTINUE else found.adapters
+def adapters_below(start: Lineage, adapter: AdapterConfig) -> tuple[SavedAdapter, ...]:
+    """The adapters of the starting policy that stay below the stage's own in its result."""
+    return start.adapters[:-1] if adapter.chain is CONTINUE else start.adapters
 
 
-def saved_as(found: Lineage, adapter: AdapterConfig, folder: Path) -> SavedAdapter:
-    """The stage's own adapter, saved in ``folder``: how it stood on the model when it was trained."""
+def saved_as(start: Lineage, adapter: AdapterConfig, folder: Path) -> SavedAdapter:
+    """The stage's own adapter, saved in ``folder``, with how it was applied in training."""
     if adapter.chain is CONTINUE:
-        merged = found.adapters[-1].merged
+        merged = start.adapters[-1].merged
     else:
-        merged = adapter.chain is Chain.merge or not found.adapters
+        merged = adapter.chain is Chain.merge or not start.adapters
     return SavedAdapter(path=folder, merged=merged, nf4=adapter.kind is AdapterKind.qlora)

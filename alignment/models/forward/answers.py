@@ -1,4 +1,4 @@
-"""Prompts with their answers as one stream, and what policies, value and reward models say about the answers."""
+"""Prompts with their answers as one stream, and the outputs of policies, value and reward models for the answers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from alignment.models.forward.transfer import on_device
 class AnswerStream:
     """Prompt + answer rows without padding.
 
-    ``places`` are where in the stream the states stand that predict each answer token, ``labels`` the tokens,
-    ``lengths`` each answer's number of tokens. Example: prompt ``[5 6]`` and answer ``[7 2]`` give places ``[1 2]``,
-    labels ``[7 2]``. Answers to one prompt share its tokens of the stream.
+    ``indices`` are the indices in the stream of the states that predict each answer token, ``labels`` the tokens, and
+    ``lengths`` each answer's number of tokens. Example: prompt ``[5 6]`` and answer ``[7 2]`` give indices ``[1 2]``
+    and labels ``[7 2]``. Answers to one prompt share its tokens in the stream.
     """
 
     rows: FlatRows
-    places: Tensor
+    indices: Tensor
     labels: Tensor
     lengths: tuple[int, ...]
 
@@ -34,15 +34,15 @@ class AnswerStream:
 def answer_stream(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], device: torch.device
 ) -> AnswerStream:
-    """Puts each answer behind its prompt. Neither may be empty."""
+    """Appends each answer to its prompt. Neither may be empty."""
     rows = stream([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)], device)
     predicting = [
-        rows.place[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)]
+        rows.index[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)]
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
     return AnswerStream(
         rows=rows,
-        places=torch.cat(predicting),
+        indices=torch.cat(predicting),
         labels=on_device(torch.tensor([token for answer in answers for token in answer]), device),
         lengths=tuple(len(answer) for answer in answers),
     )
@@ -51,15 +51,15 @@ def answer_stream(
 def batches(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, tokens: int, device: torch.device
 ) -> Iterator[AnswerStream]:
-    """The rows in order, as many at a time as have at most ``tokens``."""
-    for piece in pieces_of(zip(prompts, answers, strict=True), tokens=tokens):
-        yield answer_stream(prompts[piece.start : piece.stop], answers[piece.start : piece.stop], device)
+    """Yields the rows in order, as streams of at most ``tokens`` tokens."""
+    for span in micro_batches_of(zip(prompts, answers, strict=True), tokens=tokens):
+        yield answer_stream(prompts[span.start : span.stop], answers[span.start : span.stop], device)
 
 
-def pieces_of(rows: Iterable[Sequence[Sequence[int]]], *, tokens: int) -> list[range]:
-    """Consecutive rows, each a prompt and an answer, that make a stream of at most ``tokens``.
+def micro_batches_of(rows: Iterable[Sequence[Sequence[int]]], *, tokens: int) -> list[range]:
+    """Ranges of rows, each a prompt and an answer, that make streams of at most ``tokens``.
 
-    A prompt right after itself is in the stream already.
+    A prompt that follows an equal one costs no tokens.
     """
     alone: list[int] = []
     behind: list[int] = []
@@ -72,22 +72,24 @@ def pieces_of(rows: Iterable[Sequence[Sequence[int]]], *, tokens: int) -> list[r
     return by_tokens(alone, tokens, behind=behind)
 
 
-def answer_statistics(model: PreTrainedModel, part: AnswerStream, *, temperature: float = 1.0) -> TokenStatistics:
+def answer_statistics(model: PreTrainedModel, batch: AnswerStream, *, temperature: float = 1.0) -> TokenStatistics:
     """Log-probabilities and entropies of the answer tokens; ``model`` is a causal language model without wrappers.
 
     Raises:
         ModelError: its head does more than one matrix product.
     """
-    return statistics_of(model, answer_states(model, part), part, temperature=temperature)
+    return statistics_of(model, answer_states(model, batch), batch, temperature=temperature)
 
 
-def answer_states(model: PreTrainedModel, part: AnswerStream) -> Tensor:
+def answer_states(model: PreTrainedModel, batch: AnswerStream) -> Tensor:
     """``[answer tokens, width]`` states that predict the answer tokens."""
-    return trunk_states(model.base_model, part.rows)[part.places]
+    return trunk_states(model.base_model, batch.rows)[batch.indices]
 
 
-def statistics_of(model: PreTrainedModel, states: Tensor, part: AnswerStream, *, temperature: float) -> TokenStatistics:
-    """What the model's head says of the answer tokens from their ``answer_states``.
+def statistics_of(
+    model: PreTrainedModel, states: Tensor, batch: AnswerStream, *, temperature: float
+) -> TokenStatistics:
+    """Statistics of the answer tokens by the model's head, from their ``answer_states``.
 
     Raises:
         ModelError: the head does more than one matrix product.
@@ -96,14 +98,14 @@ def statistics_of(model: PreTrainedModel, states: Tensor, part: AnswerStream, *,
         raise ModelError(
             f"{type(model).__name__} scales or caps its logits, or adds a bias to them",
             where="model.source",
-            remedy="PPO, evaluation and precompute_reference need a head without these; all else serves this model",
+            remedy="PPO, evaluation and precompute_reference need a head without these; other stages work",
         )
-    return label_statistics(model, states, part.labels, temperature=temperature)
+    return label_statistics(model, states, batch.labels, temperature=temperature)
 
 
-def answer_values(model: PreTrainedModel, part: AnswerStream) -> Tensor:
+def answer_values(model: PreTrainedModel, batch: AnswerStream) -> Tensor:
     """``[answer tokens]`` values before each token is emitted."""
-    return scalar_at(model, part.rows, part.places)
+    return scalar_at(model, batch.rows, batch.indices)
 
 
 def scalar_scores(model: PreTrainedModel, rows: FlatRows) -> Tensor:

@@ -1,7 +1,7 @@
 """Attention inside the rows of a stream, as a function that transformers' models call (AttentionInterface).
 
-On CUDA all rows are one call of the variable-length kernel, elsewhere some batched products
-(alignment/models/kernels/row_attention.py). A shared beginning is gathered in front of the row's own keys and values.
+On CUDA all rows are one call of the variable-length kernel; elsewhere they are some batched products
+(alignment/models/kernels/row_attention.py). A shared beginning is gathered before the row's own keys and values.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ _AMPERE = (8, 0)
 
 @dataclass(frozen=True, slots=True)
 class KeysValues:
-    """Of every layer by its number, ``[key heads, tokens, head width]`` keys and values of a stream."""
+    """Keys and values of a stream, each ``[key heads, tokens, head width]``, per layer number."""
 
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def cut(self, tokens: int) -> None:
-        """Leaves out what stands behind so many tokens."""
+        """Keeps only the first ``tokens`` tokens."""
         for number, (keys, values) in self.layers.items():
             self.layers[number] = keys[:, :tokens], values[:, :tokens]
 
 
 @dataclass(frozen=True, slots=True)
 class _Ahead:
-    """Keys that stand before a stream's own: ``prefix`` ones, which every query sees, then ``read`` of an earlier
+    """Numbers of keys before a stream's own: ``prefix`` keys, which every query sees, then ``read`` keys of an earlier
     stream."""
 
     prefix: int = 0
     read: int = 0
 
     def shifted(self, span: Range) -> Range:
-        """A range of the stream among all keys."""
+        """A range of the stream as a range of all keys."""
         return span[0] + self.prefix + self.read, span[1] + self.prefix + self.read
 
 
@@ -63,17 +63,18 @@ def flat_attention(
     dropout: float = 0.0,
     segments: Sequence[Segment] | None = None,
     prefix: Tensor | None = None,  # [2 · layers, key heads, virtual tokens, head width]
-    kept: KeysValues | None = None,
+    keys_values: KeysValues | None = None,
     earlier: KeysValues | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """``[1, tokens, heads, value width]``; without ``segments`` the batch is padded and goes to the standard function.
+    """``[1, tokens, heads, value width]``; without ``segments`` the batch is padded and the standard function computes
+    it.
 
-    ``kept`` gets the layer's keys and values; ``earlier`` has those of a stream before this one.
+    ``keys_values`` receives the layer's keys and values; ``earlier`` holds those of a stream before this one.
 
     Raises:
-        ValueError: the model asks for something that this function does not have: dropout on attention weights, a bias
-            or a learned mask, sinks, capped scores.
+        ValueError: the model needs a feature that this function lacks: dropout on attention weights, a bias or a
+            learned mask, sinks, capped scores.
     """
     if segments is None:
         return sdpa_attention_forward(
@@ -85,9 +86,11 @@ def flat_attention(
     if unusual:
         raise ValueError(f"{type(module).__name__} asks attention for {', '.join(unusual)}, which a flat stream lacks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Rotary positions may leave queries and keys in float32 where autocast has values in bfloat16.
+    # Rotary positions may leave queries and keys in float32 while autocast has values in bfloat16.
     query, key, value = (states.to(products_dtype(value)) for states in (query, key, value))
-    keys, values, ahead = _with_earlier(module, key[0], value[0], prefix=prefix, kept=kept, earlier=earlier)
+    keys, values, ahead = _with_earlier(
+        module, key[0], value[0], prefix=prefix, keys_values=keys_values, earlier=earlier
+    )
     if _has_kernel(query, value):
         return _varlen(query[0], keys, values, segments, scale, ahead)[None], None
     attended = attend(query[0], keys, values, _rows(tuple(segments), ahead), scale)
@@ -100,13 +103,13 @@ def _with_earlier(
     values: Tensor,
     *,
     prefix: Tensor | None,
-    kept: KeysValues | None,
+    keys_values: KeysValues | None,
     earlier: KeysValues | None,
 ) -> tuple[Tensor, Tensor, _Ahead]:
-    """A layer's keys and values of the stream behind those that stand before it, and how many these are."""
+    """A layer's keys and values with those that precede the stream, and the numbers of the latter."""
     ahead = _Ahead()
-    if kept is not None:
-        kept.layers[module.layer_idx] = keys.contiguous(), values.contiguous()  # not as views of larger products
+    if keys_values is not None:
+        keys_values.layers[module.layer_idx] = keys.contiguous(), values.contiguous()  # not as views of larger products
     if earlier is not None:
         read_keys, read_values = earlier.layers[module.layer_idx]
         keys, values = torch.cat([read_keys, keys], dim=1), torch.cat([read_values, values], dim=1)
@@ -119,10 +122,10 @@ def _with_earlier(
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:
-    """Whether CUDA's variable-length kernel takes these; what it does not take is computed by batched products.
+    """Whether CUDA's variable-length kernel supports these; batched products compute the rest.
 
     It is FlashAttention 2 (Dao 2023): half precision, values as wide as keys, widths that are multiples of 8 up to 256,
-    on NVIDIA's GPUs from Ampere on. ROCm's is another implementation, which was not tried.
+    on NVIDIA's GPUs from Ampere on. ROCm has another implementation, which is untested.
     """
     if query.device.type != "cuda" or torch.version.hip is not None:
         return False
@@ -134,21 +137,21 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=4)  # all layers ask for the same ones
 def _rows(segments: tuple[Segment, ...], ahead: _Ahead) -> tuple[Row, ...]:
-    """The rows that have queries, with their places among all keys."""
+    """The rows that have queries, with their ranges among all keys."""
     return tuple(
         Row(segment.own, _behind(segment.keys, ahead)) for segment in segments if segment.own[1] > segment.own[0]
     )
 
 
 def _behind(ranges: Sequence[Range], ahead: _Ahead) -> tuple[Range, ...]:
-    """Ranges of a stream among all keys; those of a prefix come first."""
+    """Ranges of a stream as ranges of all keys; the prefix comes first."""
     return (*(((0, ahead.prefix),) if ahead.prefix else ()), *map(ahead.shifted, ranges))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Told:
-    """What the variable-length kernel is told of a stream's rows: where their ``keys`` stand, if not as in the stream;
-    ``[rows + 1]`` offsets of queries and keys; the longest row's queries and keys."""
+class _KernelArguments:
+    """Arguments of the variable-length kernel: indices of ``keys`` unless they are in the order of the stream,
+    ``[rows + 1]`` offsets of queries and keys, and the longest row's numbers of queries and keys."""
 
     keys: Tensor | None
     starts: Tensor
@@ -158,11 +161,11 @@ class _Told:
 
 
 @functools.lru_cache(maxsize=4)  # all layers ask for the same ones
-def _told(segments: tuple[Segment, ...], ahead: _Ahead, device: torch.device) -> _Told:
+def _kernel_arguments(segments: tuple[Segment, ...], ahead: _Ahead, device: torch.device) -> _KernelArguments:
     rows = _rows(segments, ahead)
     own, whole = [row.queries for row in rows], [row.earlier + row.queries for row in rows]
     in_order = ahead == _Ahead() and not any(segment.before for segment in segments)
-    return _Told(
+    return _KernelArguments(
         keys=None
         if in_order
         else on_device(torch.cat([torch.arange(*span) for row in rows for span in row.keys]), device),
@@ -183,17 +186,17 @@ def _varlen(
     """``[tokens, heads, width]`` by one kernel call on CUDA; queries are aligned with the end of their keys."""
     from torch.nn.attention.varlen import varlen_attn
 
-    told = _told(tuple(segments), ahead, query.device)
-    if told.keys is not None:
-        key, value = key.index_select(1, told.keys), value.index_select(1, told.keys)
+    arguments = _kernel_arguments(tuple(segments), ahead, query.device)
+    if arguments.keys is not None:
+        key, value = key.index_select(1, arguments.keys), value.index_select(1, arguments.keys)
     attended = varlen_attn(
         query.transpose(0, 1),
         key.transpose(0, 1),
         value.transpose(0, 1),
-        told.starts,
-        told.key_starts,
-        told.longest,
-        told.longest_keys,
+        arguments.starts,
+        arguments.key_starts,
+        arguments.longest,
+        arguments.longest_keys,
         scale=scale,
         window_size=(-1, 0),
         enable_gqa=query.shape[0] != key.shape[0],

@@ -1,7 +1,7 @@
 """The fast forward behind the calls that TRL's trainers make.
 
 SFT and DPO call ``model(..., labels=..., fused_lm_head=True)`` and read per-token statistics; the reward trainer calls
-``model(input_ids, attention_mask).logits``. Both are answered here from one flat trunk pass, with the head on labelled
+``model(input_ids, attention_mask).logits``. Here one flat trunk pass serves both, with the head on labelled
 positions only.
 """
 
@@ -28,14 +28,14 @@ IGNORED = -100
 
 
 def install_causal(model: PreTrainedModel) -> None:
-    """Serves ``fused_lm_head=True`` calls of a causal language model by the fast forward; other calls are unchanged.
+    """Serves ``fused_lm_head=True`` calls of a causal language model with the fast forward; other calls are unchanged.
 
-    Call it after TRL's trainer has put its own fused head on. A model whose head scales or caps its logits keeps
+    Call it after TRL's trainer has installed its own fused head. A model whose head scales or caps its logits keeps
     TRL's.
     """
     if transforms_logits(model):
         log.warning(
-            "%s scales or caps its logits; TRL's own forward serves it, padding is computed.", type(model).__name__
+            "%s scales or caps its logits, so TRL's own forward is used and padding is computed.", type(model).__name__
         )
         return
     use_flat_attention(model)
@@ -53,7 +53,7 @@ def install_causal(model: PreTrainedModel) -> None:
 
 
 def install_scalar(model: PreTrainedModel) -> None:
-    """Serves a sequence-classification model with one label: the score at each row's last real token, in float32."""
+    """Serves a sequence-classification model with one label: the float32 score at each row's last real token."""
     use_flat_attention(model)
 
     @functools.wraps(type(model).forward)
@@ -65,7 +65,7 @@ def install_scalar(model: PreTrainedModel) -> None:
 
 
 def _rows_of(kwargs: dict[str, Any]) -> FlatRows:
-    """The stream of a batch that comes padded (attention mask) or packed (position ids that restart)."""
+    """The stream of a batch that is padded (attention mask) or packed (position ids that restart)."""
     input_ids, mask, positions = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs.get("position_ids")
     if mask is not None or positions is None:
         return flatten(input_ids, torch.ones_like(input_ids) if mask is None else mask)
@@ -76,23 +76,23 @@ def _rows_of(kwargs: dict[str, Any]) -> FlatRows:
 
 
 def _in_rows(labels: Tensor, rows: FlatRows) -> Tensor:
-    """Packed ``[1, tokens]`` labels as ``[rows, columns]``; those of a padded batch stand so already."""
-    if labels.shape == rows.kept.shape:
+    """Packed ``[1, tokens]`` labels as ``[rows, columns]``; those of a padded batch already have that shape."""
+    if labels.shape == rows.is_real.shape:
         return labels
-    return labels.new_full(rows.kept.shape, IGNORED).masked_scatter(rows.kept, labels.reshape(-1))
+    return labels.new_full(rows.is_real.shape, IGNORED).masked_scatter(rows.is_real, labels.reshape(-1))
 
 
 def _causal_output(
     model: PreTrainedModel, *, rows: FlatRows, labels: Tensor, count: Tensor | int | None
 ) -> FusedCausalLMOutput:
     wanted = _in_rows(labels, rows)
-    if bool(((wanted != IGNORED) & ~rows.kept).any()):
-        raise ValueError("a label stands on padding")
-    label_mask = (wanted[:, 1:] != IGNORED) & rows.kept[:, :-1]  # [rows, columns - 1]
+    if bool(((wanted != IGNORED) & ~rows.is_real).any()):
+        raise ValueError("padding has a label")
+    label_mask = (wanted[:, 1:] != IGNORED) & rows.is_real[:, :-1]  # [rows, columns - 1]
     states = trunk_states(model.base_model, rows)
-    # The state that predicts column c + 1 stands at column c.
+    # The state at column c predicts column c + 1.
     at = label_mask.nonzero(as_tuple=True)
-    statistics = label_statistics(model, states[rows.place[:, :-1][at]], wanted[:, 1:][at])
+    statistics = label_statistics(model, states[rows.index[:, :-1][at]], wanted[:, 1:][at])
     mask = label_mask if wanted is labels else _packed(rows, label_mask, labels)
 
     def spread(values: Tensor) -> Tensor:
@@ -111,5 +111,5 @@ def _causal_output(
 
 def _packed(rows: FlatRows, label_mask: Tensor, labels: Tensor) -> Tensor:
     """The label mask of rows in the shape of the packed labels, ``[1, tokens - 1]``."""
-    first = torch.zeros_like(rows.kept[:, :1])  # a row's first token is never predicted
-    return torch.cat([first, label_mask], dim=-1)[rows.kept].view_as(labels)[:, 1:]
+    first = torch.zeros_like(rows.is_real[:, :1])  # a row's first token is never predicted
+    return torch.cat([first, label_mask], dim=-1)[rows.is_real].view_as(labels)[:, 1:]

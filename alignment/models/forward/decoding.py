@@ -1,4 +1,4 @@
-"""A model made ready for decoding: attention that reads the cache where it stands."""
+"""Prepares a model for decoding, with attention that reads the cache in place."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from alignment.models.kernels.kv_cache import ATTENTION, ROOM
 
 @contextmanager
 def decoding(model: PreTrainedModel) -> Iterator[int]:
-    """Makes the model ready for steps of one token a row and undoes that; yields the room for its ``RowsCache``."""
+    """Prepares the model for steps of one token per row, and undoes that; yields the ``room`` for its ``RowsCache``."""
     implementation = model.config._attn_implementation
     ours = implementation in ("sdpa", FLAT_ATTENTION)
     try:
         if ours:
             model.set_attn_implementation(ATTENTION)
         with _without_cudnn():
-            # Other functions than these may take allocated columns for filled ones.
+            # Other attention functions may mistake allocated columns for filled ones.
             yield ROOM if ours or implementation == "eager" else 0
     finally:
         if ours:
@@ -30,10 +30,10 @@ def decoding(model: PreTrainedModel) -> Iterator[int]:
 
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
-    """PyTorch takes another kernel for attention on CUDA than cuDNN's.
+    """Keeps PyTorch from using cuDNN's attention kernel on CUDA.
 
-    Wrong text was reported of cuDNN's where few key heads serve many query heads, and it plans anew for each length of
-    the cache, which grows while a batch is decoded. Outside CUDA the setting changes nothing.
+    Wrong output was reported for cuDNN's kernel with grouped queries, and it plans again for each length of the cache,
+    which grows while a batch is decoded. Outside CUDA the setting has no effect.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -1,7 +1,7 @@
 """The trunk over real tokens only: a batch as one stream (alignment/models/forward/rows.py), padding never computed.
 
 Position ids restart with every row, and attention stays inside a row (models/forward/attention.py). Models whose
-attention cannot be cut so run on the padded batch, and say so once.
+attention cannot be restricted to rows run on the padded batch, with one warning.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ log = logging.getLogger(__name__)
 
 
 MULTIPLE = 64
-"""Tokens of which streams on a CPU in bfloat16 are multiples: oneDNN writes code for every new shape of a product, and
-else every step would have shapes of its own (docs/LOG.md, 2026-11-26)."""
+"""Streams on a CPU in bfloat16 are padded to a multiple of this number of tokens. oneDNN generates code for every new
+shape of a product, and otherwise every step would have new shapes (docs/LOG.md, 2026-11-26)."""
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-"""What configurations call dropout on attention weights."""
+"""Names in configurations for dropout on attention weights."""
 
 
 def can_run_flat(model: PreTrainedModel) -> bool:
-    """Whether attention can be cut at row boundaries: full, causal, without dropout, through the interface."""
+    """Whether attention can be restricted to rows: full, causal, without dropout, and called through the interface."""
     config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
@@ -45,13 +45,14 @@ def can_run_flat(model: PreTrainedModel) -> bool:
 
 
 def use_flat_attention(model: PreTrainedModel) -> bool:
-    """Selects the flat attention function where the model allows it; says so once where it does not.
+    """Selects the flat attention function if the model allows it, else warns once; returns whether it did.
 
-    Norms are fused in either case (models/kernels/norms.py), blocks where it does (models/kernels/blocks.py).
+    Norms are fused in either case (models/kernels/norms.py), blocks only with flat attention
+    (models/kernels/blocks.py).
     """
     fuse_norms(model)
     if not can_run_flat(model):
-        log.warning("%s has attention that the flat path does not serve; padding is computed.", type(model).__name__)
+        log.warning("%s has attention that the flat path does not support; padding is computed.", type(model).__name__)
         return False
     model.set_attn_implementation(ATTENTION)
     fuse_blocks(model)
@@ -59,29 +60,29 @@ def use_flat_attention(model: PreTrainedModel) -> bool:
 
 
 def trunk_states(
-    trunk: PreTrainedModel, rows: FlatRows, *, kept: KeysValues | None = None, earlier: KeysValues | None = None
+    trunk: PreTrainedModel, rows: FlatRows, *, keys_values: KeysValues | None = None, earlier: KeysValues | None = None
 ) -> Tensor:
     """``[tokens, width]`` last hidden states of the stream.
 
-    ``trunk`` is the model without its head (``LlamaModel`` and the like), with flat attention selected or not. Flat
-    attention puts its keys and values into ``kept``, and finds those of a stream that was read earlier in ``earlier``.
+    ``trunk`` is the model without its head (such as ``LlamaModel``), with flat attention selected or not. Flat
+    attention puts its keys and values into ``keys_values``, and reads those of an earlier stream from ``earlier``.
 
     Raises:
-        ModelError: a row is longer than the positions that the model was made for.
-        ValueError: something is to be kept or was read earlier, and the model's attention is not the flat one.
+        ModelError: a row is longer than the model's positions.
+        ValueError: ``keys_values`` or ``earlier`` is given, but the model's attention is not the flat one.
     """
     prefix = prefix_of(trunk)
     ahead = 0 if prefix is None else prefix.tokens
     refuse_too_long(trunk, max(rows.lengths))
     if trunk.config._attn_implementation != ATTENTION:
         refuse_prefix(trunk)
-        if kept is not None or earlier is not None:
-            raise ValueError(f"{type(trunk).__name__} has attention that keeps nothing of a stream")
+        if keys_values is not None or earlier is not None:
+            raise ValueError(f"{type(trunk).__name__} has attention that cannot return the keys and values of a stream")
         return _padded_states(trunk, rows)
     tokens = len(rows.input_ids)
     rows = rows.filled_up(_multiple(trunk))
-    told = {"prefix": None if prefix is None else prefix.states(), "kept": kept, "earlier": earlier}
-    # A four-dimensional mask is handed on as it is, which spares the model building one that nobody reads.
+    optional = {"prefix": None if prefix is None else prefix.states(), "keys_values": keys_values, "earlier": earlier}
+    # The model passes a four-dimensional mask on, instead of building a mask that would never be read.
     unread = torch.empty(1, 1, 1, 1, device=rows.input_ids.device)
     output = trunk(
         input_ids=rows.input_ids[None],
@@ -89,41 +90,41 @@ def trunk_states(
         attention_mask=unread,
         use_cache=False,
         segments=rows.segments,
-        **{name: value for name, value in told.items() if value is not None},
+        **{name: value for name, value in optional.items() if value is not None},
     )
-    if kept is not None:
-        kept.cut(tokens)
+    if keys_values is not None:
+        keys_values.cut(tokens)
     return output.last_hidden_state[0, :tokens]
 
 
 def _multiple(trunk: PreTrainedModel) -> int:
-    """What the tokens of a stream are to be a multiple of."""
+    """The number that the length of a stream must be a multiple of."""
     weight = trunk.get_input_embeddings().weight
     return MULTIPLE if weight.device.type == "cpu" and products_dtype(weight) is torch.bfloat16 else 1
 
 
 def refuse_prefix(trunk: PreTrainedModel) -> None:
-    """For what is computed without flat attention.
+    """Checks that a model without flat attention has no prefix.
 
     Raises:
-        ModelError: the model has a prefix.
+        ModelError: it has one.
     """
     if prefix_of(trunk) is not None:
         raise ModelError(
-            f"{type(trunk).__name__} has attention that the flat path does not serve, and a prefix needs it",
+            f"{type(trunk).__name__} has attention that the flat path does not support, and a prefix needs it",
             where="adapter.kind",
-            remedy="take a low-rank adapter",
+            remedy="use a low-rank adapter",
         )
 
 
 def _padded_states(trunk: PreTrainedModel, rows: FlatRows) -> Tensor:
     output = trunk(
-        input_ids=rows.input_ids[rows.place],
-        position_ids=(rows.kept.cumsum(-1) - 1).clamp(min=0),
-        attention_mask=rows.kept.long(),
+        input_ids=rows.input_ids[rows.index],
+        position_ids=(rows.is_real.cumsum(-1) - 1).clamp(min=0),
+        attention_mask=rows.is_real.long(),
         use_cache=False,
     )
-    # Where rows share tokens of the stream, their states are the same, and any of them will do.
-    real = rows.place[rows.kept]
+    # Rows that share tokens of the stream have equal states there, so any of them will do.
+    real = rows.index[rows.is_real]
     source = torch.empty_like(rows.input_ids).scatter_(0, real, torch.arange(len(real), device=real.device))
-    return output.last_hidden_state[rows.kept][source]
+    return output.last_hidden_state[rows.is_real][source]

@@ -1,10 +1,9 @@
 """Batched answers with a key-value cache: greedy, or pure ancestral sampling at a temperature.
 
 No top-k, top-p or repetition penalty can leak in from a model's generation config. Sampling inverts the cumulative
-distribution at one uniform number a row and step, drawn beforehand: the same seed gives the same answers whatever the
-batch size and whichever rows have finished, but for how products of other shapes are rounded in bfloat16. Equal prompts
-are read once. Finished rows leave the batch, and the cache with them, when there are enough of them to pay for moving
-the others.
+distribution at one uniform number per row and step, drawn beforehand. So the same seed gives the same answers for any
+batch size and any set of finished rows, except for the rounding of bfloat16 products of other shapes. Equal prompts are
+read once. Finished rows leave the batch and the cache when they are numerous enough to pay for moving the others.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ from alignment.models.forward.decoding import decoding
 from alignment.models.forward.flat import refuse_prefix
 from alignment.models.forward.shared_prompts import Reading, can_read, read
 from alignment.models.kernels.kv_cache import RowsCache
-from alignment.models.kernels.layout import laid_out
+from alignment.models.kernels.layout import prepacked
 
 PREFILL_TOKENS = 1024
-"""Prompt tokens read at once where they are padded; few rows of nearly the same length leave little padding."""
+"""Prompt tokens read at once if they are padded; a few rows of similar length need little padding."""
 
 FULL_ENOUGH = 0.75
-"""Share of unfinished rows above which finished ones stay: a step costs nearly the same with a few rows less."""
+"""Share of unfinished rows above which finished rows stay, because a few rows less hardly make a step cheaper."""
 
 BLOCK = 256
-"""Tokens of the vocabulary whose probabilities are first taken together."""
+"""Tokens of the vocabulary whose probabilities are first summed."""
 
 OnToken = Callable[[int, int], None]
-"""Is told each token as it is taken: the place of its prompt, and its id."""
+"""Called with the index of the prompt and the token id for each token as it is generated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """Ancestral sampling: ``uniforms [prompts, steps]`` in [0, 1), float64, one number a prompt and step."""
+    """Ancestral sampling: ``uniforms [prompts, steps]`` in [0, 1), float64, one number per prompt and step."""
 
     temperature: float
     uniforms: Tensor
@@ -60,23 +59,22 @@ def generate(
 ) -> list[list[int]]:
     """Answers to ``prompts`` (token ids), in their order; an answer ends with one of ``end_ids`` or at the limit.
 
-    Without ``sampling`` the likeliest token is taken. ``progress`` is told how many prompts are done, ``on_token`` each
-    token as it is taken: the place of its prompt, and its id. On CPU in bfloat16 the linear weights are held twice
-    meanwhile.
+    Without ``sampling`` the most likely token is taken. ``progress`` is called with the number of prompts done,
+    ``on_token`` with each new token. On CPU in bfloat16 the linear weights are meanwhile in memory twice.
 
     Raises:
-        ValueError: an empty prompt.
-        ModelError: the model has layers that keep something else than keys and values, or a prompt and its answer may
-            be longer than the positions that it was made for.
+        ValueError: a prompt is empty.
+        ModelError: the model has layers that cache something else than keys and values, or a prompt and its answer may
+            be longer than the model's positions.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no token")
     answers: list[list[int]] = [[] for _ in prompts]
     order = reading_order(prompts)
-    with laid_out(model, min(batch_size, len(prompts))):
+    with prepacked(model, min(batch_size, len(prompts))):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            found = answer_batch(
+            batch_answers = answer_batch(
                 model,
                 [prompts[i] for i in batch],
                 max_new_tokens=max_new_tokens,
@@ -85,7 +83,7 @@ def generate(
                 uniforms=None if sampling is None else sampling.uniforms[batch],
                 on_token=None if on_token is None else _of_batch(on_token, batch),
             )
-            for index, answer in zip(batch, found, strict=True):
+            for index, answer in zip(batch, batch_answers, strict=True):
                 answers[index] = answer
             if progress is not None:
                 progress(start + len(batch))
@@ -93,7 +91,7 @@ def generate(
 
 
 def reading_order(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Longer prompts first, so that little is computed on padding; equal ones side by side."""
+    """Indices of the prompts, longest first, so that there is little padding; equal prompts are adjacent."""
     return sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])), reverse=True)
 
 
@@ -109,9 +107,9 @@ def answer_batch(
     on_token: OnToken | None = None,
     reading: Reading | None = None,
 ) -> list[list[int]]:
-    """As ``generate``, one batch of prompts in ``reading_order``; ``uniforms [prompts, steps]`` to sample.
+    """Like ``generate`` for one batch of prompts in ``reading_order``; samples if given ``uniforms [prompts, steps]``.
 
-    ``reading`` is what the model has read of these prompts; without it they are read here.
+    ``reading`` holds what the model computed for these prompts; without it they are read here.
     """
     base = unwrapped(model)
     refuse_too_long(base.base_model, len(prompts[0]) + max_new_tokens)
@@ -119,7 +117,7 @@ def answer_batch(
         reading = read(base, prompts)
     with decoding(model) as room:
         begun = _begin(model, prompts, reading, room)
-        del reading  # its keys and values stand in the cache now; who goes on with it holds it
+        del reading  # its keys and values are in the cache now; a caller that still needs it holds its own reference
         return _continue(
             model,
             begun,
@@ -131,14 +129,17 @@ def answer_batch(
         )
 
 
-def _of_batch(on_token: OnToken, places: Sequence[int]) -> OnToken:
-    return lambda row, token: on_token(places[row], token)
+def _of_batch(on_token: OnToken, indices: Sequence[int]) -> OnToken:
+    return lambda row, token: on_token(indices[row], token)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Begun:
-    """A batch whose prompts were read: the cache, ``[rows, vocabulary]`` logits of first new tokens, and ``[rows,
-    columns]``: 1 on the columns that a row sees. A row's last column is its prompt's last token."""
+    """A batch whose prompts were read.
+
+    It has the cache, ``[rows, vocabulary]`` logits of the first new tokens, and ``seen [rows, columns]``, which is 1 on
+    the columns that a row sees. A row's last column is its prompt's last token.
+    """
 
     cache: RowsCache
     logits: Tensor
@@ -157,7 +158,7 @@ def _continue(
 ) -> list[list[int]]:
     cache, logits, width = begun.cache, begun.logits, begun.seen.shape[1]
     answers: list[list[int]] = [[] for _ in logits]
-    rows = list(range(len(answers)))  # which answer each row of the batch belongs to
+    rows = list(range(len(answers)))  # the answer that each row of the batch belongs to
     unfinished = set(rows)
     if uniforms is not None:
         uniforms = uniforms.to(model.device)
@@ -175,18 +176,20 @@ def _continue(
         if not unfinished or step == max_new_tokens - 1:
             break
         if len(unfinished) <= FULL_ENOUGH * len(rows):
-            kept = torch.tensor([place for place, row in enumerate(rows) if row in unfinished], device=model.device)
+            unfinished_rows = torch.tensor(
+                [index for index, row in enumerate(rows) if row in unfinished], device=model.device
+            )
             rows = [row for row in rows if row in unfinished]
-            cache.select(kept)
-            tokens, seen, positions = tokens[kept], seen[kept], positions[kept]
-            uniforms = None if uniforms is None else uniforms[kept]
+            cache.select(unfinished_rows)
+            tokens, seen, positions = tokens[unfinished_rows], seen[unfinished_rows], positions[unfinished_rows]
+            uniforms = None if uniforms is None else uniforms[unfinished_rows]
         positions += 1
         logits = _next_logits(model, tokens[:, None], seen[:, : width + step + 1], positions, cache)
     return answers
 
 
 def _begin(model: PreTrainedModel, prompts: Sequence[Sequence[int]], reading: Reading | None, room: int) -> _Begun:
-    """Rows for prompts in ``reading_order``."""
+    """The first state of a batch of prompts in ``reading_order``."""
     base = unwrapped(model)
     if reading is None:
         refuse_prefix(base.base_model)
@@ -198,39 +201,39 @@ def _begin(model: PreTrainedModel, prompts: Sequence[Sequence[int]], reading: Re
 
 
 def _read_padded(model: PreTrainedModel, prompts: Sequence[Sequence[int]], room: int) -> _Begun:
-    """Where attention is not flat: some prompts at a time, left-padded."""
+    """Reads left-padded prompts, some at a time, with a model whose attention is not flat."""
     cache, columns = RowsCache(model.config, room=room), len(prompts[0])
     logits, masks = [], []
     first = 0
-    for part, repeats in _parts(prompts):
-        seen = _seen(part, model.device)
+    for batch, repeats in _prefill_batches(prompts):
+        seen = _seen(batch, model.device)
         positions = (seen.cumsum(-1) - 1).clamp(min=0)
         own = RowsCache(model.config, room=0)
-        found = _next_logits(model, _left_padded(part, model.device), seen, positions, own)
-        sources = torch.arange(len(part)).repeat_interleave(torch.tensor(repeats)).to(model.device)
-        cache.place(own, sources, first=first, rows=len(prompts), length=columns)
-        logits.append(found[sources])
+        batch_logits = _next_logits(model, _left_padded(batch, model.device), seen, positions, own)
+        sources = torch.arange(len(batch)).repeat_interleave(torch.tensor(repeats)).to(model.device)
+        cache.write(own, sources, first=first, rows=len(prompts), length=columns)
+        logits.append(batch_logits[sources])
         masks.append(nn.functional.pad(seen[sources], (columns - seen.shape[1], 0)))
         first += len(sources)
     return _Begun(cache=cache, logits=torch.cat(logits), seen=torch.cat(masks))
 
 
-def _parts(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[Sequence[int]], list[int]]]:
-    """Different prompts of at most ``PREFILL_TOKENS`` padded tokens, or one of more, and how often each is wanted."""
-    part: list[Sequence[int]] = []
+def _prefill_batches(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[Sequence[int]], list[int]]]:
+    """Yields distinct prompts of at most ``PREFILL_TOKENS`` padded tokens, or a single longer one, and their counts."""
+    batch: list[Sequence[int]] = []
     repeats: list[int] = []
     for _, group in groupby(prompts, key=tuple):
         equal = list(group)
-        if part and (len(part) + 1) * len(part[0]) > PREFILL_TOKENS:
-            yield part, repeats
-            part, repeats = [], []
-        part.append(equal[0])
+        if batch and (len(batch) + 1) * len(batch[0]) > PREFILL_TOKENS:
+            yield batch, repeats
+            batch, repeats = [], []
+        batch.append(equal[0])
         repeats.append(len(equal))
-    yield part, repeats
+    yield batch, repeats
 
 
 def _next_logits(model: PreTrainedModel, ids: Tensor, seen: Tensor, positions: Tensor, cache: RowsCache) -> Tensor:
-    """``[rows, vocabulary]`` logits behind the last column."""
+    """``[rows, vocabulary]`` logits of the token after the last column."""
     output = model(
         input_ids=ids, attention_mask=seen, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1
     )
@@ -241,8 +244,8 @@ def _next_logits(model: PreTrainedModel, ids: Tensor, seen: Tensor, positions: T
 def _sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """``[rows]`` tokens: the first whose cumulative probability exceeds the row's uniform number.
 
-    Weights are exp(z − max z) in float32; sums of blocks of them are cumulated in float64, so that no sum over a whole
-    vocabulary is rounded to float32. First a block is found, then the token in it.
+    Weights are exp(z − max z) in float32. Sums of blocks are accumulated in float64, so that no sum over the whole
+    vocabulary is rounded to float32. The search finds a block first, then the token in it.
     """
     rows, vocabulary = logits.shape
     blocks = -(-vocabulary // BLOCK)
@@ -259,9 +262,10 @@ def _sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of ``[rows, choices]``: the choice in whose share ``uniform`` falls, and how far into it, in [0, 1].
+    """For each row of ``[rows, choices]``: the choice whose share contains ``uniform``, and its position in it, in [0,
+    1].
 
-    A choice of weight 0 is never taken, not even at a ``uniform`` of 0 or 1.
+    A choice of weight 0 is never taken, not even for a ``uniform`` of 0 or 1.
     """
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
@@ -278,6 +282,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> Tens
 
 
 def _seen(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """``[prompts, columns]``, 1 from a prompt's first token on; that of the first prompt, the longest, is column 0."""
+    """``[prompts, columns]``: 1 from a prompt's first token on. The first prompt is the longest and begins at column
+    0."""
     starts = torch.tensor([len(prompts[0]) - len(prompt) for prompt in prompts], device=device)
     return (torch.arange(len(prompts[0]), device=device) >= starts[:, None]).long()

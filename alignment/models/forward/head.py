@@ -1,7 +1,7 @@
-"""Log-probabilities from hidden states without ever holding all logits.
+"""Log-probabilities from hidden states without holding all logits in memory.
 
-The head is projected in chunks, matrix products in the weights' dtype, log-sum-exp and probabilities in float32. The
-gradient is the exact one of log softmax, chunk by chunk, so memory stays at one chunk.
+The states are multiplied with the head in chunks: matrix products in the weights' dtype, log-sum-exp and probabilities
+in float32. The gradient of log softmax is exact and is computed chunk by chunk too, so memory stays at one chunk.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ CHUNK = 256
 """Tokens projected at once: 256 × 49,152 bfloat16 products are 25 MB."""
 
 IN_CACHE = 2**19
-"""Float32 numbers that passes over logits work on at once on a CPU: 2 MB stay near its cores."""
+"""Float32 numbers that a pass over logits handles at once on a CPU; 2 MB fit into a core's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenStatistics:
-    """What the next-token distribution says about each labelled position; one dimension, in the order of the labels.
+    """Statistics of the next-token distribution at each labelled position, ``[labels]``, in the order of the labels.
 
     ``logprobs`` carries gradients (nats); ``entropy`` (nats), ``mean_logits`` and ``is_top1`` do not.
     """
@@ -40,15 +40,15 @@ class TokenStatistics:
 
 
 def token_statistics(hidden: Tensor, weight: Tensor, labels: Tensor, *, temperature: float = 1.0) -> TokenStatistics:
-    """Scores ``labels`` under softmax(hidden @ weight.T / temperature).
+    """Statistics of ``labels`` under softmax(hidden @ weight.T / temperature).
 
     Args:
-        hidden: ``[tokens, width]`` hidden states, each of the position *before* its label.
-        weight: ``[vocabulary, width]`` the head; it gets a gradient if it wants one.
+        hidden: ``[tokens, width]`` hidden states, each from the position *before* its label.
+        weight: ``[vocabulary, width]`` the head; it gets a gradient if it requires one.
         labels: ``[tokens]`` token ids.
     """
-    found = _ChunkedLogSoftmax.apply(hidden, weight, labels, temperature)
-    return TokenStatistics(**dict(zip(_FIELDS, found, strict=True)))
+    fields = _ChunkedLogSoftmax.apply(hidden, weight, labels, temperature)
+    return TokenStatistics(**dict(zip(_FIELDS, fields, strict=True)))
 
 
 def label_statistics(
@@ -62,8 +62,10 @@ def label_statistics(
 
 
 def answer_labels(head: nn.Module) -> None:
-    """Lets a call of the head itself compute ``label_statistics``: where weights are shared out among processes, they
-    are there while their module is called, and while gradients go through what the call gave."""
+    """Lets a call of the head module compute ``label_statistics``.
+
+    Sharded weights are gathered only while their module is called, and while gradients flow through its outputs.
+    """
     head.forward = types.MethodType(_forward_labels, head)
     setattr(head, _ANSWERS, True)
 
@@ -73,8 +75,8 @@ def _forward_labels(
 ) -> Tensor | tuple[Tensor, ...]:
     if labels is None:
         return type(self).forward(self, hidden)
-    found: tuple[Tensor, ...] = _ChunkedLogSoftmax.apply(hidden, self.weight, labels, temperature)
-    return found
+    fields: tuple[Tensor, ...] = _ChunkedLogSoftmax.apply(hidden, self.weight, labels, temperature)
+    return fields
 
 
 _ANSWERS = "answers_labels"
@@ -82,7 +84,7 @@ _FIELDS = ("logprobs", "entropy", "mean_logits", "is_top1")
 
 
 def transforms_logits(model: PreTrainedModel) -> bool:
-    """Whether the model's logits are more than ``hidden @ weight.T``: scaled, capped, or with a bias added."""
+    """Whether the model's logits differ from ``hidden @ weight.T``: scaled, capped, or with a bias."""
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         return True
     config = model.config.get_text_config()
@@ -90,9 +92,9 @@ def transforms_logits(model: PreTrainedModel) -> bool:
     return any(getattr(config, name, None) is not None for name in names)
 
 
-def scalar_at(model: PreTrainedModel, rows: FlatRows, places: Tensor) -> Tensor:
-    """``[places]`` scores of a model with one scalar head less its offset, at places of the stream, in float32."""
-    states = trunk_states(model.base_model, rows)[places]
+def scalar_at(model: PreTrainedModel, rows: FlatRows, indices: Tensor) -> Tensor:
+    """``[indices]`` float32 scores at these indices of the stream: the scalar head's output minus its offset."""
+    states = trunk_states(model.base_model, rows)[indices]
     with torch.autocast(states.device.type, enabled=False):
         return model.score(states.float()).squeeze(-1) - model.score_offset
 
@@ -100,9 +102,9 @@ def scalar_at(model: PreTrainedModel, rows: FlatRows, places: Tensor) -> Tensor:
 class _ChunkedLogSoftmax(torch.autograd.Function):
     """``[tokens]`` log-probabilities, entropies, mean logits and hits of the labels.
 
-    The gradient of a log-probability is known up to the factor that comes from above: onehot(label) − p. A frozen head
-    therefore has its share of the backward pass done while a chunk's probabilities are at hand; a trained head, whose
-    gradient mixes the factors of all tokens, has them computed again.
+    The gradient of a log-probability is onehot(label) − p, up to the incoming factor. With a frozen head its part of
+    the backward pass is therefore done while a chunk's probabilities are in memory. The gradient of a trained head
+    mixes the factors of all tokens, so the probabilities are computed again.
     """
 
     @staticmethod
@@ -111,24 +113,32 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
         hidden, weight = hidden.to(compute), weight.to(compute)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         slopes = torch.empty_like(hidden) if want_hidden and not want_weight else None
-        found = _Statistics(hidden.shape[0], hidden.device)
-        room = _Room(hidden, weight)
-        for chunk in _pieces(0, hidden.shape[0], CHUNK):
-            products = room.project(hidden[chunk], weight)
-            for rows, part in room.parts(chunk):
-                _score(room, found, rows, part, labels[rows], temperature=temperature, slope=slopes is not None)
+        statistics = _Statistics(hidden.shape[0], hidden.device)
+        memory = _ChunkMemory(hidden, weight)
+        for chunk in _slices(0, hidden.shape[0], CHUNK):
+            products = memory.project(hidden[chunk], weight)
+            for rows, chunk_products in memory.parts(chunk):
+                _score(
+                    memory,
+                    statistics,
+                    rows,
+                    chunk_products,
+                    labels[rows],
+                    temperature=temperature,
+                    slope=slopes is not None,
+                )
             if slopes is not None:
-                slopes[chunk] = room.project_back(len(products), weight)
+                slopes[chunk] = memory.project_back(len(products), weight)
         ctx.trained = want_weight
         if want_weight:
-            ctx.save_for_backward(hidden, weight, labels, found.log_norm)
+            ctx.save_for_backward(hidden, weight, labels, statistics.log_norm)
         elif slopes is not None:
             ctx.save_for_backward(slopes)
         ctx.temperature = temperature
         ctx.input_dtypes = dtypes
         mean_logits = _mean_logits(hidden, weight) / temperature
-        ctx.mark_non_differentiable(found.entropy, mean_logits, found.is_top1)
-        return found.logprobs, found.entropy, mean_logits, found.is_top1
+        ctx.mark_non_differentiable(statistics.entropy, mean_logits, statistics.is_top1)
+        return statistics.logprobs, statistics.entropy, mean_logits, statistics.is_top1
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -141,13 +151,13 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
 
 
 def _mean_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """``[tokens]``: the mean over the vocabulary is a product with the mean row of the head."""
+    """``[tokens]``: the mean over the vocabulary, as a product with the mean row of the head."""
     row = torch.full((1, weight.shape[0]), 1.0, dtype=weight.dtype, device=weight.device) @ weight / weight.shape[0]
     return (hidden @ row.T).squeeze(-1).float()
 
 
 class _Statistics:
-    """What is found out about ``[tokens]``, filled chunk by chunk."""
+    """Statistics of ``[tokens]``, filled chunk by chunk."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.logprobs = torch.empty(count, device=device)
@@ -156,9 +166,11 @@ class _Statistics:
         self.is_top1 = torch.empty(count, dtype=torch.bool, device=device)
 
 
-class _Room:
-    """Memory for one chunk's products, and for as many float32 rows of them as are worked on at once; used again by the
-    next: fresh pages for 100 MB cost as much as the arithmetic on them."""
+class _ChunkMemory:
+    """Memory for one chunk's products, and for the float32 rows of them that are handled at once.
+
+    It is reused for the next chunk, because new pages for 100 MB cost as much as the arithmetic on them.
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         count, vocabulary = _whole(min(CHUNK, hidden.shape[0])), weight.shape[0]
@@ -176,37 +188,44 @@ class _Room:
         return self._products[: len(hidden)]
 
     def project_back(self, count: int, weight: Tensor) -> Tensor:
-        """``[count, width]`` products of what stands in the place of a chunk's products with the head."""
+        """``[count, width]`` products of the head with the values that replaced a chunk's products."""
         return torch.mm(self._products[: _whole(count)], weight)[:count]
 
     def parts(self, chunk: slice) -> Iterator[tuple[slice, Tensor]]:
-        """The rows of a chunk worked on at once, as rows of all, and their products, to be read and written."""
-        for rows in _pieces(chunk.start, chunk.stop, self.at_once):
+        """Yields the rows of a chunk that are handled at once, as a slice of all rows, and a view of their products."""
+        for rows in _slices(chunk.start, chunk.stop, self.at_once):
             yield rows, self._products[rows.start - chunk.start : rows.stop - chunk.start]
 
 
 def _score(
-    room: _Room, found: _Statistics, rows: slice, products: Tensor, labels: Tensor, *, temperature: float, slope: bool
+    memory: _ChunkMemory,
+    statistics: _Statistics,
+    rows: slice,
+    products: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    slope: bool,
 ) -> None:
-    """Fills some rows' statistics; puts onehot(label) − p in the place of their ``products`` if ``slope`` is wanted."""
-    logits = room.logits[: len(labels)].copy_(products)
+    """Fills the statistics of some rows; if ``slope``, replaces their ``products`` by onehot(label) − p."""
+    logits = memory.logits[: len(labels)].copy_(products)
     if temperature != 1.0:
         logits.div_(temperature)
     highest = logits.amax(-1, keepdim=True)
-    weights = torch.exp(logits.sub_(highest), out=room.shares[: len(labels)])
+    weights = torch.exp(logits.sub_(highest), out=memory.shares[: len(labels)])
     total = weights.sum(-1, keepdim=True)
     chosen = logits.gather(-1, labels[:, None]).squeeze(-1)
     log_total = total.log().squeeze(-1)
-    found.log_norm[rows] = log_total + highest.squeeze(-1)
-    found.logprobs[rows] = chosen - log_total
-    found.is_top1[rows] = chosen >= 0
-    found.entropy[rows] = log_total - logits.mul_(weights).sum(-1) / total.squeeze(-1)
+    statistics.log_norm[rows] = log_total + highest.squeeze(-1)
+    statistics.logprobs[rows] = chosen - log_total
+    statistics.is_top1[rows] = chosen >= 0
+    statistics.entropy[rows] = log_total - logits.mul_(weights).sum(-1) / total.squeeze(-1)
     if slope:
         products.copy_(_log_softmax_slope(weights.div_(total), labels))
 
 
 def _log_softmax_slope(shares: Tensor, labels: Tensor) -> Tensor:
-    """onehot(label) − p in the place of p ``[rows, vocabulary]``."""
+    """Replaces p ``[rows, vocabulary]`` by onehot(label) − p, in place."""
     at_label = 1 - shares.gather(-1, labels[:, None])
     return shares.neg_().scatter_(-1, labels[:, None], at_label)
 
@@ -216,24 +235,24 @@ def _recomputed(ctx: Any, factors: Tensor) -> tuple[Tensor | None, Tensor]:
     hidden, weight, labels, log_norm = ctx.saved_tensors
     grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-    room = _Room(hidden, weight)
-    for chunk in _pieces(0, hidden.shape[0], CHUNK):
-        products = room.project(hidden[chunk], weight)
-        for rows, part in room.parts(chunk):
-            logits = room.logits[: len(part)].copy_(part).div_(ctx.temperature)
-            shares = torch.exp(logits.sub_(log_norm[rows, None]), out=room.shares[: len(part)])
-            part.copy_(_log_softmax_slope(shares, labels[rows]).mul_(factors[rows, None]))
+    memory = _ChunkMemory(hidden, weight)
+    for chunk in _slices(0, hidden.shape[0], CHUNK):
+        products = memory.project(hidden[chunk], weight)
+        for rows, chunk_products in memory.parts(chunk):
+            logits = memory.logits[: len(chunk_products)].copy_(chunk_products).div_(ctx.temperature)
+            shares = torch.exp(logits.sub_(log_norm[rows, None]), out=memory.shares[: len(chunk_products)])
+            chunk_products.copy_(_log_softmax_slope(shares, labels[rows]).mul_(factors[rows, None]))
         if grad_hidden is not None:
-            grad_hidden[chunk] = room.project_back(len(products), weight)
+            grad_hidden[chunk] = memory.project_back(len(products), weight)
         grad_weight += products.T @ hidden[chunk]
     hidden_dtype, weight_dtype = ctx.input_dtypes
     return None if grad_hidden is None else grad_hidden.to(hidden_dtype), grad_weight.to(weight_dtype)
 
 
 def _whole(count: int) -> int:
-    """So many rows that a product of this shape was probably seen before, which costs less."""
+    """A number of rows for which a product of this shape was probably computed before, which costs less."""
     return next_multiple(count, MULTIPLE)
 
 
-def _pieces(start: int, stop: int, size: int) -> Iterator[slice]:
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, stop)) for first in range(start, stop, size))

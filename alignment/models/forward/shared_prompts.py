@@ -1,7 +1,7 @@
-"""Prompts that a model reads once: answers are sampled, and texts scored, behind what is kept of them.
+"""Prompts that a model reads once, to sample answers or to score texts that follow them.
 
-Kept are keys and values of every layer and the last state of each prompt, from the flat forward. What comes later finds
-them as tokens of a stream that stood before its own (models/forward/rows.py).
+A reading holds the keys and values of every layer and the last state of each prompt, from the flat forward. Later
+streams continue them as an earlier stream (models/forward/rows.py).
 """
 
 from __future__ import annotations
@@ -22,107 +22,107 @@ from alignment.models.forward.rows import FlatRows, behind, by_tokens, stream
 from alignment.models.kernels.kv_cache import RowsCache
 
 READ_TOKENS = 2048
-"""Tokens read, or scored, at once."""
+"""Tokens that are read or scored at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """Different prompts read together: their stream, what is kept of it, and ``[prompts, width]`` last states.
+class PromptBatch:
+    """Distinct prompts read together: their stream, its keys and values, and ``[prompts, width]`` last states.
 
-    ``asked`` says for each prompt of the reading that belongs here which row of the stream it is.
+    ``asked`` holds, for each prompt of the reading in this batch, the row of the stream that it is.
     """
 
     rows: FlatRows
-    kept: KeysValues
+    keys_values: KeysValues
     ends: Tensor
     asked: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """Prompts that were read, in pieces, in order."""
+    """Prompts that were read, in order, in batches."""
 
-    pieces: tuple[Piece, ...]
+    batches: tuple[PromptBatch, ...]
 
     @torch.no_grad()
     def logits(self, model: PreTrainedModel) -> Tensor:
-        """``[prompts, vocabulary]`` logits of the first token behind each prompt."""
+        """``[prompts, vocabulary]`` logits of the first token after each prompt."""
         head = model.get_output_embeddings()
-        return torch.cat([head(piece.ends)[piece.asked] for piece in self.pieces])
+        return torch.cat([head(batch.ends)[batch.asked] for batch in self.batches])
 
     def cache(self, model: PreTrainedModel, *, room: int) -> RowsCache:
         """The cache of a decoding batch with a row for each prompt.
 
-        Last columns are aligned. A prefix stands in front of all, before the padding of shorter prompts.
+        Rows are right-aligned. A prefix comes first, before the padding of shorter prompts.
         """
         prefix = prefix_of(model.base_model)
         cache = RowsCache(model.config, room=room)
-        columns = max(max(piece.rows.lengths) for piece in self.pieces) + (0 if prefix is None else prefix.tokens)
-        rows = sum(len(piece.asked) for piece in self.pieces)
+        columns = max(max(batch.rows.lengths) for batch in self.batches) + (0 if prefix is None else prefix.tokens)
+        rows = sum(len(batch.asked) for batch in self.batches)
         first = 0
-        for piece in self.pieces:
-            places = _right_aligned(piece.rows)[piece.asked]
-            cache.place_stream(piece.kept, places, first=first, rows=rows, length=columns)
-            first += len(places)
+        for batch in self.batches:
+            indices = _right_aligned(batch.rows)[batch.asked]
+            cache.write_stream(batch.keys_values, indices, first=first, rows=rows, length=columns)
+            first += len(indices)
         if prefix is not None:
             cache.put_in_front(prefix.states())
         return cache
 
     @torch.no_grad()
     def logprobs(self, model: PreTrainedModel, texts: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
-        """Sums of log p(token | what stands before it), in nats, of any number of texts behind each prompt.
+        """Sums of log p(token | everything before it), in nats, of any number of texts after each prompt.
 
-        ``model`` is the one that has read the prompts. No text is empty.
+        ``model`` is the one that has read the prompts. No text may be empty.
         """
-        found: list[list[float]] = []
-        for piece in self.pieces:
-            of_piece = texts[len(found) : len(found) + len(piece.asked)]
-            rows = [row for row, of_prompt in zip(piece.asked.tolist(), of_piece, strict=True) for _ in of_prompt]
-            sums = iter(_logprobs(model, piece, rows, [text for of_prompt in of_piece for text in of_prompt]))
-            found += [[next(sums) for _ in of_prompt] for of_prompt in of_piece]
-        return found
+        sums_of_prompts: list[list[float]] = []
+        for batch in self.batches:
+            of_batch = texts[len(sums_of_prompts) : len(sums_of_prompts) + len(batch.asked)]
+            rows = [row for row, of_prompt in zip(batch.asked.tolist(), of_batch, strict=True) for _ in of_prompt]
+            sums = iter(_logprobs(model, batch, rows, [text for of_prompt in of_batch for text in of_prompt]))
+            sums_of_prompts += [[next(sums) for _ in of_prompt] for of_prompt in of_batch]
+        return sums_of_prompts
 
 
 def can_read(model: PreTrainedModel) -> bool:
-    """Whether the model's attention is the flat one, and its head one matrix product; ``model`` has no wrapper."""
+    """Whether the model has flat attention and a head that is one matrix product; ``model`` has no wrapper."""
     return model.config._attn_implementation == ATTENTION and not transforms_logits(model)
 
 
 @torch.no_grad()
 def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Reading:
-    """Reads prompts (token ids), none of them empty, by a model that ``can_read``; equal ones side by side once.
+    """Reads non-empty prompts (token ids) with a model that ``can_read``; adjacent equal prompts are read once.
 
     Raises:
-        ModelError: a prompt is longer than the positions that the model was made for.
+        ModelError: a prompt is longer than the model's positions.
     """
     different = [(prompt, len(list(equal))) for prompt, equal in groupby(prompts, key=tuple)]
-    pieces = []
-    for some in by_tokens([len(prompt) for prompt, _ in different], READ_TOKENS):
-        part = different[some.start : some.stop]
-        rows, kept = stream([prompt for prompt, _ in part], model.device), KeysValues()
-        ends = trunk_states(model.base_model, rows, kept=kept)[rows.ends]
-        asked = torch.arange(len(part)).repeat_interleave(torch.tensor([count for _, count in part]))
-        pieces.append(Piece(rows=rows, kept=kept, ends=ends, asked=asked.to(model.device)))
-    return Reading(pieces=tuple(pieces))
+    batches = []
+    for span in by_tokens([len(prompt) for prompt, _ in different], READ_TOKENS):
+        batch = different[span.start : span.stop]
+        rows, keys_values = stream([prompt for prompt, _ in batch], model.device), KeysValues()
+        ends = trunk_states(model.base_model, rows, keys_values=keys_values)[rows.ends]
+        asked = torch.arange(len(batch)).repeat_interleave(torch.tensor([count for _, count in batch]))
+        batches.append(PromptBatch(rows=rows, keys_values=keys_values, ends=ends, asked=asked.to(model.device)))
+    return Reading(batches=tuple(batches))
 
 
 def _right_aligned(rows: FlatRows) -> Tensor:
-    """``[rows, columns]`` places in the stream with each row's last token in the last column."""
-    columns = rows.place.shape[1]
-    shifted = torch.arange(columns, device=rows.place.device) - (columns - rows.kept.sum(-1, keepdim=True))
-    return rows.place.gather(1, shifted.clamp(min=0))
+    """``[rows, columns]`` indices in the stream, with each row's last token in the last column."""
+    columns = rows.index.shape[1]
+    shifted = torch.arange(columns, device=rows.index.device) - (columns - rows.is_real.sum(-1, keepdim=True))
+    return rows.index.gather(1, shifted.clamp(min=0))
 
 
-def _logprobs(model: PreTrainedModel, piece: Piece, which: list[int], texts: list[Sequence[int]]) -> list[float]:
-    """Of texts behind rows ``which`` of a piece."""
+def _logprobs(model: PreTrainedModel, batch: PromptBatch, which: list[int], texts: list[Sequence[int]]) -> list[float]:
+    """Sums of log-probabilities of texts that continue the rows ``which`` of a batch."""
     sums: list[float] = []
-    for some in by_tokens([len(text) for text in texts], READ_TOKENS):
-        part, after = texts[some.start : some.stop], which[some.start : some.stop]
-        rows = behind(piece.rows, after, part)
-        states = trunk_states(model.base_model, rows, earlier=piece.kept)
-        # A text's first token is foretold by its prompt's last one, every other by the one before it.
-        foretelling = states.roll(1, 0)
-        foretelling[rows.place[:, 0]] = piece.ends[after]
-        found = label_statistics(model, foretelling, rows.input_ids).logprobs
-        sums += [float(own.sum()) for own in found.split([len(text) for text in part])]
+    for span in by_tokens([len(text) for text in texts], READ_TOKENS):
+        span_texts, after = texts[span.start : span.stop], which[span.start : span.stop]
+        rows = behind(batch.rows, after, span_texts)
+        states = trunk_states(model.base_model, rows, earlier=batch.keys_values)
+        # The prompt's last token predicts a text's first token; every other token is predicted by the one before it.
+        predicting = states.roll(1, 0)
+        predicting[rows.index[:, 0]] = batch.ends[after]
+        logprobs = label_statistics(model, predicting, rows.input_ids).logprobs
+        sums += [float(own.sum()) for own in logprobs.split([len(text) for text in span_texts])]
     return sums

@@ -1,4 +1,4 @@
-"""From the host's memory to a device, without a wait."""
+"""Copies from the host's memory to a device without waiting."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def on_device(made: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on ``device``. A GPU copies it from pinned memory when it comes to it, and the host goes on.
+    """Copies a tensor of the host to ``device``. A GPU copies from pinned memory asynchronously.
 
-    PyTorch keeps the pinned memory until the copy is done.
+    PyTorch holds the pinned memory until the copy is done.
     """
     if device.type != "cuda":
         return made.to(device)

@@ -1,8 +1,8 @@
-"""Attention and feed-forward blocks of Llama-like models in fewer passes over their activations, equal to the models'.
+"""Attention and feed-forward blocks of Llama-like models in fewer passes over their activations, with equal results.
 
-What differs: layers of one input are multiplied together where they have low-rank adapters (products.py), and
-rotary positions (Su et al. 2021) are applied in four passes over half the numbers, forward and backward, instead of a
-dozen over all. A block is replaced only after it was found, on numbers of its own, to compute what it is thought to.
+The differences: layers of one input are multiplied together if they have low-rank adapters (products.py), and rotary
+positions (Su et al. 2021) take four passes over half the numbers, forward and backward, instead of a dozen over all. A
+block is replaced only after a test on fixed numbers shows that it computes the expected function.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _FEED_FORWARD = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "GemmaMLP", "Qwen3MLP"}
 
 
 def fuse_blocks(model: nn.Module) -> int:
-    """Replaces the forward of every block that is understood; returns how many.
+    """Replaces the forward of every block whose function is known; returns how many.
 
     The model's attention has no sliding window.
     """
     understood: dict[type, Any] = {}
-    found = 0
+    count = 0
     for module in model.modules():
         kind = type(module)
         if "forward" in vars(module) or kind.__name__ not in _ATTENTION | _FEED_FORWARD:
@@ -36,13 +36,12 @@ def fuse_blocks(model: nn.Module) -> int:
             understood[kind] = _replacement(module)
         if understood[kind] is not None:
             module.forward = types.MethodType(understood[kind], module)
-            found += 1
-    return found
+            count += 1
+    return count
 
 
 def read_together(module: nn.Module) -> tuple[nn.Module, ...]:
-    """The layers of a block that are multiplied together, because they read one input; none of a module that is not
-    replaced."""
+    """The layers of a block that read one input and are multiplied together; empty if the module was not replaced."""
     forward = getattr(vars(module).get("forward"), "__func__", None)
     names: tuple[str, ...] = ()
     if forward is _attention:
@@ -53,7 +52,7 @@ def read_together(module: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def _replacement(module: nn.Module) -> Any:
-    """The function that computes what the module does, or None."""
+    """The function that computes the same as the module, or None."""
     parameters = list(module.parameters())
     if any(parameter.is_meta or not parameter.numel() for parameter in parameters):
         return None
@@ -78,10 +77,15 @@ def _attention(
     cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``LlamaAttention.forward``, which serves eager attention itself: that function is each model's own."""
+    """Like ``LlamaAttention.forward``. Eager attention is left to the model, because each has its own function."""
     if self.config._attn_implementation == "eager":
-        told = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, "cache": cache, **kwargs}
-        return type(self).forward(self, hidden_states, **told)
+        arguments = {
+            "position_embeddings": position_embeddings,
+            "attention_mask": attention_mask,
+            "cache": cache,
+            **kwargs,
+        }
+        return type(self).forward(self, hidden_states, **arguments)
     shape = hidden_states.shape[:-1]
     query, key, value = (
         states.view(*shape, -1, self.head_dim).transpose(1, 2)
@@ -106,7 +110,7 @@ def _attention(
 
 
 def _feed_forward(self: Any, x: Tensor) -> Tensor:
-    """As ``LlamaMLP.forward``."""
+    """Like ``LlamaMLP.forward``."""
     gate, up = products(x, (self.gate_proj, self.up_proj))
     out: Tensor = self.down_proj(self.act_fn(gate) * up)
     return out
@@ -115,13 +119,13 @@ def _feed_forward(self: Any, x: Tensor) -> Tensor:
 def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() or query.shape[2] > 1:
         return _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
-    # A step of decoding waits for calls more than for numbers: both together.
+    # A decoding step spends more time on calls than on arithmetic, so both are rotated in one call.
     heads = [query.shape[1], key.shape[1]]
     return _turned(torch.cat([query, key], dim=1), cos, sin.chunk(2, dim=-1), 1).split(heads, dim=1)
 
 
 class _Rotary(torch.autograd.Function):
-    """``x [..., tokens, width]`` turned by angles: (x₁, x₂) → (x₁ cos − x₂ sin, x₂ cos + x₁ sin), of its two halves."""
+    """Rotates ``x [..., tokens, width]``: its halves (x₁, x₂) become (x₁ cos − x₂ sin, x₂ cos + x₁ sin)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

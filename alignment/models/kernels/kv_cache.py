@@ -1,8 +1,8 @@
-"""What a decoding batch keeps from step to step: keys and values, written in place.
+"""The cache of a decoding batch: keys and values, written in place.
 
-transformers' ``DynamicCache`` copies all that it holds at every step and again whenever a row finishes; here room is
-allocated ahead, and rows move only when the caller asks. The attention of one new token a row reads the cache where it
-stands, once for all query heads that share a key head (Ainslie et al. 2023, grouped-query attention).
+transformers' ``DynamicCache`` copies everything at every step, and again whenever a row finishes. Here columns are
+allocated ahead, and rows move only when the caller asks. The attention of one new token per row reads the cache in
+place, once for all query heads that share a key head (Ainslie et al. 2023, grouped-query attention).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from alignment.models.forward.attention import KeysValues
 ATTENTION = "decoding"
 
 ROOM = 64
-"""Columns allocated ahead. More of them would be computed on in vain; with fewer the cache would grow more often, and
-memory that is new to the process is slow to write."""
+"""Columns allocated ahead. With more of them, more empty columns would enter products; with fewer, the cache would grow
+more often, and writing to new memory is slow."""
 
 
 # ---- keys and values --------------------------------------------------------------------------------------------
@@ -33,8 +33,8 @@ memory that is new to the process is slow to write."""
 class RowsLayer(CacheLayerMixin):
     """``[rows, key heads, columns, width]`` keys and values of one layer; the first ``length`` columns are filled.
 
-    ``room`` columns are allocated ahead. ``update`` returns them too, for the model's mask hides them, as it hides
-    those that have left a sliding window. They hold the dtype of the products, which under autocast is autocast's.
+    ``room`` columns are allocated ahead. ``update`` returns them too, because the model's mask hides them, like columns
+    outside a sliding window. Keys and values have the dtype of the products, which is autocast's if it is enabled.
     """
 
     is_sliding = False
@@ -45,7 +45,7 @@ class RowsLayer(CacheLayerMixin):
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """No column, and no room for one yet."""
+        """Starts without columns, filled or allocated."""
         dtype = products_dtype(key_states)
         self.keys, self.values = key_states[:, :, :0].to(dtype), value_states[:, :, :0].to(dtype)
         self.is_initialized = True
@@ -63,20 +63,22 @@ class RowsLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns allocated after the next update, and the number of the first of them."""
+        """Number of columns allocated after the next update, and the index of the first of them."""
         return self._columns_after(query_length), 0
 
     def get_seq_length(self) -> int:
-        """Filled columns."""
+        """Number of filled columns."""
         return self.length
 
     def get_max_length(self) -> int:
-        """−1: there is no limit."""
+        """−1, which means no limit."""
         return -1
 
-    def place(self, keys: Tensor, values: Tensor, *, first: int, rows: int, length: int) -> None:
-        """Writes ``[some rows, key heads, columns, width]`` from row ``first`` on, of ``rows`` in all, with their last
-        column at ``length``."""
+    def write(self, keys: Tensor, values: Tensor, *, first: int, rows: int, length: int) -> None:
+        """Writes ``[some rows, key heads, columns, width]`` from row ``first`` on, right-aligned at column ``length``.
+
+        ``rows`` is the number of rows in the whole cache.
+        """
         if not self.is_initialized:
             self.keys, self.values = (
                 states.new_zeros(rows, states.shape[1], length + self.room, states.shape[3])
@@ -88,7 +90,7 @@ class RowsLayer(CacheLayerMixin):
         self.values[target] = values
 
     def select(self, rows: Tensor) -> None:
-        """Keeps ``rows`` only, in their order."""
+        """Keeps only ``rows``, in this order."""
         self.keys, self.values = _moved_up(self.keys, rows), _moved_up(self.values, rows)
 
     def _columns_after(self, new: int) -> int:
@@ -98,30 +100,31 @@ class RowsLayer(CacheLayerMixin):
 
 
 class RowsCache(Cache):
-    """A ``RowsLayer`` for every layer of a model that has keys and values of its own.
+    """A ``RowsLayer`` for every layer of a model that has its own keys and values.
 
     Raises:
-        ModelError: a layer keeps something else, such as the state of a recurrence.
+        ModelError: a layer caches something else, such as the state of a recurrence.
     """
 
     def __init__(self, config: PreTrainedConfig, *, room: int) -> None:
         super().__init__(layers=[_layer_like(layer, room) for layer in DynamicCache(config=config).layers])
 
-    def place(self, part: RowsCache, sources: Tensor, *, first: int, rows: int, length: int) -> None:
-        """Writes ``part``'s rows ``sources`` from row ``first`` on; this cache has ``rows`` rows of ``length`` columns.
+    def write(self, source: RowsCache, rows_of_source: Tensor, *, first: int, rows: int, length: int) -> None:
+        """Writes the rows ``rows_of_source`` of another cache from row ``first`` on.
 
-        Last columns are aligned, and zeros stand in front of shorter rows. A row of ``part`` may be named repeatedly.
+        This cache has ``rows`` rows of ``length`` columns. Rows are right-aligned, with zeros before shorter rows. A
+        row of the source may be written several times.
         """
-        for layer, other in zip(self.layers, part.layers, strict=True):
+        for layer, other in zip(self.layers, source.layers, strict=True):
             if isinstance(layer, RowsLayer) and other.is_initialized:
-                keys, values = (states[sources, :, : other.length] for states in (other.keys, other.values))
-                layer.place(keys, values, first=first, rows=rows, length=length)
+                keys, values = (states[rows_of_source, :, : other.length] for states in (other.keys, other.values))
+                layer.write(keys, values, first=first, rows=rows, length=length)
 
-    def place_stream(self, kept: KeysValues, places: Tensor, *, first: int, rows: int, length: int) -> None:
-        """As ``place``, from a stream: ``places [some rows, columns]`` say where in it each column stands."""
-        for number, (keys, values) in kept.layers.items():
-            own = (states[:, places].transpose(0, 1) for states in (keys, values))
-            self.layers[number].place(*own, first=first, rows=rows, length=length)
+    def write_stream(self, keys_values: KeysValues, indices: Tensor, *, first: int, rows: int, length: int) -> None:
+        """Like ``write``, from a stream: ``indices [some rows, columns]`` are the indices of each column in it."""
+        for number, (keys, values) in keys_values.layers.items():
+            own = (states[:, indices].transpose(0, 1) for states in (keys, values))
+            self.layers[number].write(*own, first=first, rows=rows, length=length)
 
     def put_in_front(self, prefix: Tensor) -> None:
         """Writes ``[2 · layers, key heads, tokens, width]`` keys and values into every row's first columns."""
@@ -130,7 +133,7 @@ class RowsCache(Cache):
             layer.values[:, :, : prefix.shape[2]] = prefix[2 * number + 1]
 
     def select(self, rows: Tensor) -> None:
-        """Keeps ``rows`` only, in their order."""
+        """Keeps only ``rows``, in this order."""
         for layer in self.layers:
             if isinstance(layer, RowsLayer) and layer.is_initialized:
                 layer.select(rows)
@@ -142,19 +145,19 @@ def _layer_like(layer: Any, room: int) -> Any:
     if isinstance(layer, DummyLayer):
         return layer
     raise ModelError(
-        f"generation does not serve layers that keep a {type(layer).__name__}",
+        f"generation does not support layers that cache a {type(layer).__name__}",
         where="model.source",
         remedy="use a model whose layers have full or sliding-window attention",
     )
 
 
 def _moved_up(states: Tensor, rows: Tensor) -> Tensor:
-    # In the memory that is there already: what is new to the process is slow to write.
+    # It reuses memory, because writing to new memory is slow.
     return states[: len(rows)].copy_(states[rows])
 
 
 def _widened(old: Tensor, columns: int) -> Tensor:
-    # Zeros, because a hidden column still enters a product, with weight 0.
+    # Zeros, because a hidden column still enters a product with weight 0.
     new = old.new_zeros(old.shape[0], old.shape[1], columns, old.shape[3])
     new[:, :, : old.shape[2]] = old
     return new
@@ -174,10 +177,10 @@ def decoding_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """``[rows, new tokens, heads, width]``; on CPU, with one new token a row, by two products and a softmax.
+    """``[rows, new tokens, heads, width]``; two products and a softmax on CPU with one new token per row.
 
-    Scores and weights are rounded to the cache's dtype, sums are in float32.
-    All else goes to transformers' function.
+    Scores and weights are rounded to the cache's dtype; sums are in float32. In other cases transformers' function is
+    called.
     """
     unusual = dropout or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
     if unusual or not _is_one_step(query.shape[2], query.device):
@@ -187,7 +190,7 @@ def decoding_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     rows, heads, columns, width = key.shape
-    queries = query.to(key.dtype).reshape(rows * heads, -1, width)  # those that share a key head, side by side
+    queries = query.to(key.dtype).reshape(rows * heads, -1, width)  # those that share a key head are adjacent
     keys, values = key.reshape(rows * heads, columns, width), value.reshape(rows * heads, columns, -1)
     summand = queries.new_zeros(1)
     if attention_mask is not None:
@@ -199,9 +202,9 @@ def decoding_attention(
 
 
 def decoding_mask(*, q_length: int, device: torch.device | str = "cpu", **kwargs: Any) -> Tensor | None:
-    """The mask of transformers' scaled-dot-product attention; as a summand, 0 or −infinity, for one new token a row."""
+    """The mask of transformers' scaled-dot-product attention; additive (0 or −infinity) for one new token per row."""
     if torch.device(device).type != "cpu":
-        # Whether no column is hidden would be read from the device, at every step.
+        # Checking whether any column is hidden would wait for the device at every step.
         kwargs["allow_is_causal_skip"] = False
     seen = sdpa_mask(q_length=q_length, device=device, **kwargs)
     if seen is None or not _is_one_step(q_length, torch.device(device)):

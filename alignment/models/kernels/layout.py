@@ -1,8 +1,8 @@
-"""Linear weights laid out for products that nothing is learned from: sampling, scoring, evaluation.
+"""Prepacked linear weights for products without gradients: sampling, scoring, evaluation.
 
-They get the dtype and, on CPU, the layout of the products: without this autocast would convert a weight and oneDNN
-rearrange it at every call. Where oneDNN lays them out, layers that read the same input are one product. A low-rank
-adapter stays beside its weight, because a sum rounded to bfloat16 would swallow small updates.
+The weights get the dtype and, on CPU, the memory layout of the products; otherwise autocast would convert a weight and
+oneDNN would reorder it at every call. With oneDNN's layout, layers that read the same input become one product. A
+low-rank adapter stays beside its weight, because a sum rounded to bfloat16 would lose small updates.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from alignment.models.kernels.products import JOINT, Products, factors, is_hooke
 
 Forward = Callable[[Tensor], Tensor]
 
-_LAID_OUT = "alignment_laid_out"
+_PREPACKED = "alignment_prepacked"
 
 
 @contextmanager
-def laid_out(model: nn.Module, rows: int) -> Iterator[None]:
-    """Lays out a model's linear weights for products with about ``rows`` rows, and undoes that.
+def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
+    """Prepacks a model's linear weights for products with about ``rows`` rows, and undoes that.
 
-    It takes a second copy of those weights while it lasts. What is laid out already stays as it is. Neither weights nor
-    adapters may change meanwhile.
+    It holds a second copy of those weights meanwhile. Layers that are prepacked already stay as they are. Neither
+    weights nor adapters may change in the block.
     """
     before: list[tuple[nn.Module, str, Any]] = []
     try:
-        _lay_out(model, rows, before)
+        _prepack(model, rows, before)
         yield
     finally:
         for module, name, value in reversed(before):
@@ -44,9 +44,11 @@ def laid_out(model: nn.Module, rows: int) -> Iterator[None]:
                 setattr(module, name, value)
 
 
-def _lay_out(model: nn.Module, rows: int, before: list[tuple[nn.Module, str, Any]]) -> None:
-    """Gives linear layers functions on a copy of their weights; notes of which modules it set what, and what that was
-    before, or None."""
+def _prepack(model: nn.Module, rows: int, before: list[tuple[nn.Module, str, Any]]) -> None:
+    """Gives linear layers functions on a copy of their weights.
+
+    It appends each module and attribute that it sets, and the value before or None, to ``before``.
+    """
 
     def put(module: nn.Module, name: str, value: Any) -> None:
         before.append((module, name, vars(module).get(name)))
@@ -54,12 +56,12 @@ def _lay_out(model: nn.Module, rows: int, before: list[tuple[nn.Module, str, Any
 
     done: set[int] = set()
     for module in model.modules():
-        if _LAID_OUT in vars(module):
-            done |= {id(part) for part in module.modules()}
+        if _PREPACKED in vars(module):
+            done |= {id(submodule) for submodule in module.modules()}
         if id(module) in done:
             continue
         layers = read_together(module)
-        if layers and all(map(_is_joined, layers)) and _LAID_OUT not in vars(layers[0]):
+        if layers and all(map(_is_joined, layers)) and _PREPACKED not in vars(layers[0]):
             put(layers[0], JOINT, _joint(layers, rows))
         elif (forward := _function_of(module, rows)) is not None:
             layers = (module,)
@@ -67,12 +69,12 @@ def _lay_out(model: nn.Module, rows: int, before: list[tuple[nn.Module, str, Any
         else:
             continue
         for layer in layers:
-            put(layer, _LAID_OUT, True)
-            done |= {id(part) for part in layer.modules()}
+            put(layer, _PREPACKED, True)
+            done |= {id(submodule) for submodule in layer.modules()}
 
 
 def _function_of(module: nn.Module, rows: int) -> Forward | None:
-    """The layer as a function, or None where it is no linear layer or there is nothing to gain."""
+    """The layer as a function, or None if it is not a linear layer or would not become faster."""
     if _is_joined(module):
         joint = _joint((module,), rows)
         return lambda states: joint(states)[0]
@@ -87,7 +89,7 @@ def _function_of(module: nn.Module, rows: int) -> Forward | None:
 
 
 def _is_joined(layer: nn.Module) -> bool:
-    """Whether oneDNN has a layout of its own for the layer's weight, with or without low-rank adapters beside it."""
+    """Whether oneDNN has its own layout for the layer's weight, with or without low-rank adapters beside it."""
     base = layer.get_base_layer() if isinstance(layer, LoraLinear) else layer
     if is_hooked(layer) or not _is_whole(base) or not _has_layout(base):
         return False
@@ -95,14 +97,14 @@ def _is_joined(layer: nn.Module) -> bool:
 
 
 def _joint(layers: Sequence[nn.Module], rows: int) -> Products:
-    """Layers of one input on one copy of their weights, beside which the second factors of their adapters stand."""
+    """Layers of one input as one product, on a copy of their weights next to the second factors of their adapters."""
     bases: list[Any] = [layer.get_base_layer() if isinstance(layer, LoraLinear) else layer for layer in layers]
     pairs = [factors(layer) if isinstance(layer, LoraLinear) else None for layer in layers]
     dtype, widths = computes_in(bases[0]), [base.out_features for base in bases]
     lows = [pair[0].to(dtype) for pair in pairs if pair is not None]
     weights = [frozen_weight(base, dtype).detach() for base in bases]
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    if lows:  # behind a layer's own input stands what the first factors make of it
+    if lows:  # the products with the first factors are appended to the layers' input
         ups = [
             weight.new_zeros(width, 0) if pair is None else pair[1].to(dtype)
             for width, pair in zip(widths, pairs, strict=True)
@@ -125,11 +127,11 @@ def _joint(layers: Sequence[nn.Module], rows: int) -> Products:
 
 
 def _joint_bias(bases: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | None:
-    """The layers' biases one after another, 0 where a layer has none; None where all lack one."""
+    """The layers' concatenated biases, 0 for a layer without one; None if no layer has one."""
     if all(base.bias is None for base in bases):
         return None
-    parts = [torch.zeros(base.out_features) if base.bias is None else base.bias.detach().cpu() for base in bases]
-    return torch.cat(parts).to(dtype)
+    biases = [torch.zeros(base.out_features) if base.bias is None else base.bias.detach().cpu() for base in bases]
+    return torch.cat(biases).to(dtype)
 
 
 def _with_adapter(product: Forward, a: Tensor, b: Tensor, dtype: torch.dtype) -> Forward:
@@ -145,7 +147,8 @@ def _with_adapter(product: Forward, a: Tensor, b: Tensor, dtype: torch.dtype) ->
 
 
 def _is_whole(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """A linear layer that is not sharded or offloaded; in four bits only on a CPU, where there is room for a copy."""
+    """Whether it is a linear layer that is neither sharded nor offloaded; in four bits only on CPU, which has memory
+    for a copy."""
     if isinstance(module, Nf4Linear):
         return module.weight.device.type == "cpu"
     if type(module) is not nn.Linear or "forward" in vars(module):
@@ -168,6 +171,6 @@ def _product(module: nn.Linear) -> Forward:
 
 
 def _has_layout(base: nn.Linear) -> bool:
-    """Whether its products are bfloat16 ones of oneDNN, which has a layout of its own for weights."""
+    """Whether the layer's products are bfloat16 products of oneDNN, which has its own layout for weights."""
     on_cpu = base.weight.device.type == "cpu" and computes_in(base) is torch.bfloat16
     return on_cpu and torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

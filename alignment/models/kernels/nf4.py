@@ -1,8 +1,8 @@
 """Linear weights in four bits: NF4 with double quantisation (Dettmers et al. 2023, section 3), by bitsandbytes.
 
-A layer of our own holds them, because bitsandbytes' rearranges its weight at the first call without gradients on some
-CPUs, and roles that share memory would then read another layout. Products are made with the weight written out, for as
-long as they take.
+A layer class of this project holds them, because bitsandbytes' layer reorders its weight at the first call without
+gradients on some CPUs, and roles that share memory would then read another layout. The weight is dequantised for each
+product.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 from alignment.models.assembly.precision import products_dtype
 
 BLOCK = 64
-"""Weights that share a scale. The scales themselves are held in eight bits, 256 to a second scale: 4.13 bits a weight
-in all."""
+"""Weights that share a scale. The scales themselves have eight bits, and 256 of them share a second scale: 4.13 bits
+per weight in total."""
 
 
 class Nf4Linear(nn.Linear):
-    """A linear layer whose ``weight`` is ``[out · in / 2, 1]`` pairs of four-bit numbers; frozen.
+    """A frozen linear layer whose ``weight`` is ``[out · in / 2, 1]`` pairs of four-bit numbers.
 
-    ``weight`` moves with the module, as do the scales; ``dtype`` is the format that it came in.
+    ``weight`` and the scales move with the module; ``dtype`` is the original dtype of the weight.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -45,7 +45,7 @@ class Nf4Linear(nn.Linear):
         self._block_of_scales = state.state2.blocksize
 
     def _apply(self, fn: Any, recurse: bool = True) -> Nf4Linear:
-        """Moves it; a change of format would leave scales that no longer fit the four bits."""
+        """Moves the layer without changing dtypes, because converted scales would no longer fit the four bits."""
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -53,7 +53,7 @@ class Nf4Linear(nn.Linear):
         return self
 
     def dense(self) -> Tensor:
-        """``[out, in]``, the weight that the four bits stand for."""
+        """``[out, in]``: the dequantised weight."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         inner = QuantState(
@@ -79,7 +79,7 @@ class Nf4Linear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ for a frozen weight that is written out anew in the backward pass, and not kept."""
+    """x Wᵀ for a frozen weight that is dequantised again in the backward pass instead of being stored."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Nf4Linear) -> Tensor:
@@ -92,7 +92,7 @@ class _Product(torch.autograd.Function):
 
 
 def float32_copy(module: nn.Module) -> Any:
-    """A copy of a module whose products are all made in float32, also those of weights in four bits."""
+    """A copy of a module whose products are all in float32, also those of weights in four bits."""
     own = copy.deepcopy(module).float()
     for layer in own.modules():
         if isinstance(layer, Nf4Linear):
@@ -101,19 +101,19 @@ def float32_copy(module: nn.Module) -> Any:
 
 
 def computes_in(layer: nn.Linear) -> torch.dtype:
-    """The format in which a linear layer's product is made."""
+    """The dtype of a linear layer's product."""
     held = layer.weight.new_empty(0, dtype=layer.dtype) if isinstance(layer, Nf4Linear) else layer.weight
     return products_dtype(held)
 
 
 def frozen_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """``[out, in]`` weight of a linear layer in the dtype of a product, written out where it is held in four bits."""
+    """``[out, in]`` weight of a linear layer in the dtype of a product, dequantised if it has four bits."""
     return (layer.dense() if isinstance(layer, Nf4Linear) else layer.weight).to(dtype)
 
 
 def quantize_trunk(model: PreTrainedModel, device: torch.device) -> None:
-    """Holds the linear layers of the model's trunk in four bits, one after another on ``device``; heads and embeddings
-    stay as they are."""
+    """Quantises the linear layers of the model's trunk to four bits, one after another on ``device``; heads and
+    embeddings stay as they are."""
     for name, layer in _linear_layers(model.base_model):
         path, _, own = name.rpartition(".")
         setattr(model.base_model.get_submodule(path), own, Nf4Linear(layer.to(device)))
@@ -121,7 +121,7 @@ def quantize_trunk(model: PreTrainedModel, device: torch.device) -> None:
 
 @torch.no_grad()
 def round_trunk(model: PreTrainedModel) -> None:
-    """Replaces the weights of the trunk's linear layers by what their four bits would stand for."""
+    """Replaces the weights of the trunk's linear layers by their quantised and dequantised values."""
     for _, layer in _linear_layers(model.base_model):
         layer.weight.copy_(Nf4Linear(layer).dense())
 

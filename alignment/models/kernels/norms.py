@@ -1,8 +1,8 @@
 """Root-mean-square layer norm (Zhang and Sennrich 2019) as one function, equal to the models' own layers.
 
-The models write it in eight passes, half of them over float32 copies that autograd keeps: on CPU a fifth of a step.
-Here the input and one number a token are kept. A layer is replaced only after it was found, on numbers of its own, to
-compute one of the two forms in use: weight · x/rms, or (1 + weight) · x/rms.
+The models' code takes eight passes, half of them over float32 copies that autograd stores: on CPU a fifth of a step.
+Here autograd stores the input and one number per token. A layer is replaced only after a test on fixed numbers shows
+that it computes one of the two forms in use: weight · x/rms, or (1 + weight) · x/rms.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 _MANY = 1 << 16
-"""Numbers from which on a pass over them takes longer than calling it."""
+"""Count of numbers from which a pass over them takes longer than the call itself."""
 
 
 def fuse_norms(model: nn.Module) -> int:
-    """Replaces the forward of every root-mean-square norm that is understood; returns how many."""
-    found = 0
+    """Replaces the forward of every root-mean-square norm whose form is known; returns how many."""
+    count = 0
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and (shift := _shift_of(module)) is not None:
             module.forward = types.MethodType(_forward_of(_eps(module), shift), module)
-            found += 1
-    return found
+            count += 1
+    return count
 
 
 def _eps(module: nn.Module) -> float:
@@ -33,7 +33,7 @@ def _eps(module: nn.Module) -> float:
 
 
 def _shift_of(module: nn.Module) -> float | None:
-    """What the layer adds to its weight, 0 or 1; None where it computes something else or was replaced already."""
+    """The number that the layer adds to its weight, 0 or 1; None if its form is another or it was replaced already."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or weight.is_meta or not weight.numel():
         return None
@@ -52,7 +52,7 @@ def _shift_of(module: nn.Module) -> float | None:
 
 def _forward_of(eps: float, shift: float) -> Any:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():  # a step of decoding waits as long for autograd as for the norm
+        if not torch.is_grad_enabled():  # in a decoding step autograd would take as long as the norm
             return _normed(hidden_states, self.weight, _rate(hidden_states, eps), shift)
         normed: Tensor = _RmsNorm.apply(hidden_states, self.weight, eps, shift)
         return normed
@@ -61,7 +61,7 @@ def _forward_of(eps: float, shift: float) -> Any:
 
 
 def _rate(x: Tensor, eps: float) -> Tensor:
-    """``[..., 1]`` 1/rms of ``x [..., width]``, in float32."""
+    """``[..., 1]``: 1/rms of ``x [..., width]``, in float32."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
@@ -96,13 +96,13 @@ class _RmsNorm(torch.autograd.Function):
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
     """``x [..., width]`` times a float32 ``factor [..., 1]``, rounded once.
 
-    On CPU a product of two dtypes makes copies of both first. Of many numbers it takes twice as long as batch
-    normalisation whose statistics are given: tokens are its channels, of mean 0 and variance 1.
+    On CPU a product of two dtypes first copies both. For many numbers it takes twice as long as batch normalisation
+    with given statistics, in which tokens are the channels, of mean 0 and variance 1.
     """
     if x.device.type != "cpu" or x.dtype == factor.dtype or x.numel() < _MANY:
         return torch.mul(x, factor, out=torch.empty_like(x))
     channels = factor.reshape(-1)
-    zero, one = torch.zeros_like(channels), torch.ones_like(channels)
+    mean, variance = torch.zeros_like(channels), torch.ones_like(channels)
     flat = x.reshape(1, len(channels), -1)
-    scaled, *_ = torch.native_batch_norm(flat, channels, None, zero, one, False, 0.0, 0.0)
+    scaled, *_ = torch.native_batch_norm(flat, channels, None, mean, variance, False, 0.0, 0.0)
     return scaled.view(x.shape)

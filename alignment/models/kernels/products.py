@@ -1,9 +1,9 @@
-"""Low-rank adapters beside their linear layer as one function: y = x Wᵀ + b + s (x Aᵀ) Bᵀ (Hu et al. 2021, eq. 3).
+"""A linear layer with low-rank adapters as one function: y = x Wᵀ + b + s (x Aᵀ) Bᵀ (Hu et al. 2021, eq. 3).
 
-PEFT's layer does the same in nine passes over activations, of which autograd keeps several. Here the scale goes into
-the small factor, the sum into the matrix product, and only ``x`` and ``x Aᵀ`` are kept. Several adapters on one layer
-are one of all their ranks together, and layers that read the same input (queries, keys and values; gate and up) share
-the products with small factors, whose few columns leave a processor idle.
+PEFT's layer takes nine passes over activations, several of which autograd stores. Here the scale is multiplied into the
+small factor, the sum is part of the matrix product, and only ``x`` and ``x Aᵀ`` are stored. Several adapters on one
+layer become one adapter with the sum of their ranks. Layers that read the same input (queries, keys and values; gate
+and up) share the products with small factors, whose few columns would leave a processor idle.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from alignment.models.kernels.nf4 import Nf4Linear, computes_in, frozen_weight
 
 
 def fuse_adapters(model: PeftModel) -> None:
-    """Lets every plain LoRA layer of the model compute in one function; layers of other kinds stay as they are."""
+    """Replaces the forward of every plain LoRA layer by one function; other layers stay as they are."""
     for module in model.modules():
         if type(module) is LoraLinear and type(module.get_base_layer()) in (nn.Linear, Nf4Linear):
             module.forward = types.MethodType(_forward, module)
@@ -35,14 +35,15 @@ def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 Products = Callable[[Tensor], tuple[Tensor, ...]]
-"""What several layers make of one input."""
+"""Computes the outputs of several layers for one input."""
 
 JOINT = "alignment_products"
-"""Where the first of several layers keeps a function for all of them, while weights are laid out (layout.py)."""
+"""The attribute in which the first of several layers holds a function for all, while weights are prepacked
+(layout.py)."""
 
 
 def products(x: Tensor, layers: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
-    """What several layers make of one input: one function where all of them have plain low-rank adapters."""
+    """The outputs of several layers for one input, by one function if all of them have plain low-rank adapters."""
     joint: Products | None = vars(layers[0]).get(JOINT)
     if joint is not None:
         return joint(x)
@@ -52,7 +53,7 @@ def products(x: Tensor, layers: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
 
 
 def is_hooked(layer: nn.Module) -> bool:
-    """Whether somebody waits for calls of the layer, as PEFT does for rows with adapters of their own."""
+    """Whether the layer has hooks, as PEFT registers them for rows with different adapters."""
     return bool(layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
 
 
@@ -61,15 +62,15 @@ def _is_fused(layer: nn.Module) -> bool:
 
 
 def _together(x: Tensor, layers: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    found = [_factors(layer, _plain_adapters(layer)) for layer in layers]
+    factors_and_scales = [_factors(layer, _plain_adapters(layer)) for layer in layers]
     bases = tuple(layer.base_layer for layer in layers)
-    scales = tuple(scale for _, _, scale in found)
-    factors = itertools.chain(*((a, b) for a, b, _ in found))
+    scales = tuple(scale for _, _, scale in factors_and_scales)
+    factors = itertools.chain(*((a, b) for a, b, _ in factors_and_scales))
     return _LowRankProducts.apply(x.to(computes_in(bases[0])), bases, scales, *factors)
 
 
 def factors(layer: LoraLinear) -> tuple[Tensor, Tensor] | None:
-    """The adapters' ``a [rank, in]`` and ``s·b [out, rank]``; None where the layer computes more than W x + s·b a x."""
+    """The adapters' ``a [rank, in]`` and ``s·b [out, rank]``; None if the layer computes more than W x + s·b a x."""
     names = _plain_adapters(layer)
     if not names:
         return None
@@ -80,16 +81,16 @@ def factors(layer: LoraLinear) -> tuple[Tensor, Tensor] | None:
 def _factors(layer: LoraLinear, names: list[str]) -> tuple[Tensor, Tensor, float]:
     """``a``, ``b`` and the scale of their product."""
     scales = [float(layer.scaling[name]) for name in names]
-    a, b = ([part[name].weight for name in names] for part in (layer.lora_A, layer.lora_B))
+    a, b = ([matrices[name].weight for name in names] for matrices in (layer.lora_A, layer.lora_B))
     if len(names) == 1:
         return a[0], b[0], scales[0]
     return torch.cat(a), torch.cat([up * scale for up, scale in zip(b, scales, strict=True)], dim=1), 1.0
 
 
 def _plain_adapters(layer: LoraLinear) -> list[str]:
-    """The adapters to add where all are unmerged, without dropout at work, bias or variant; else none.
+    """The active adapters if all are unmerged and without active dropout, bias or variant; else an empty list.
 
-    Layers whose forward somebody replaced (layout.py lays weights out, offloading fetches them) want a call.
+    A base layer whose forward was replaced (by layout.py, which prepacks weights, or by offloading) must be called.
     """
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or "forward" in vars(layer.base_layer):
@@ -105,9 +106,10 @@ def _is_plain(layer: LoraLinear, name: str) -> bool:
 
 
 class _LowRankProducts(torch.autograd.Function):
-    """Several layers of one input ``x [..., in]``: their frozen products, and those of all their factors at once.
+    """Several layers of one input ``x [..., in]``: their frozen products, and the products with all their factors at
+    once.
 
-    ``factors`` are ``a [rank, in]`` and ``b [out, rank]`` of each layer, and get gradients; ``x`` does too.
+    ``factors`` are ``a [rank, in]`` and ``b [out, rank]`` of each layer; they and ``x`` get gradients.
     """
 
     @staticmethod
@@ -119,8 +121,11 @@ class _LowRankProducts(torch.autograd.Function):
         ups = [(b * scale).to(x.dtype) for b, scale in zip(factors[1::2], scales, strict=True)]
         with torch.autocast(x.device.type, enabled=False):
             inner = flat @ low.T
-            parts = inner.split([up.shape[1] for up in ups], dim=1)
-            outs = [_product(flat, base).addmm_(part, up.T) for base, part, up in zip(bases, parts, ups, strict=True)]
+            inners = inner.split([up.shape[1] for up in ups], dim=1)
+            outs = [
+                _product(flat, base).addmm_(own_inner, up.T)
+                for base, own_inner, up in zip(bases, inners, ups, strict=True)
+            ]
         ctx.save_for_backward(flat, low, inner, *ups)
         ctx.bases, ctx.scales, ctx.shape = bases, scales, x.shape
         ctx.dtypes = [factor.dtype for factor in factors]
@@ -134,9 +139,9 @@ class _LowRankProducts(torch.autograd.Function):
         inwards = [grad @ up for grad, up in zip(flat, ups, strict=True)]
         grad_inner = inwards[0] if len(inwards) == 1 else torch.cat(inwards, dim=1)
         grads_a = (grad_inner.T @ x).split(ranks)
-        grads_b = [grad.T @ part for grad, part in zip(flat, inner.split(ranks, dim=1), strict=True)]
-        found = [(a, b.mul_(scale)) for a, b, scale in zip(grads_a, grads_b, ctx.scales, strict=True)]
-        factors = [grad.to(dtype) for grad, dtype in zip(itertools.chain(*found), ctx.dtypes, strict=True)]
+        grads_b = [grad.T @ own_inner for grad, own_inner in zip(flat, inner.split(ranks, dim=1), strict=True)]
+        grads_of_factors = [(a, b.mul_(scale)) for a, b, scale in zip(grads_a, grads_b, ctx.scales, strict=True)]
+        factors = [grad.to(dtype) for grad, dtype in zip(itertools.chain(*grads_of_factors), ctx.dtypes, strict=True)]
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_inner @ low

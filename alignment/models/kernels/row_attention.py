@@ -1,11 +1,11 @@
-"""Attention inside the rows of a stream on a CPU, rows of similar sizes in one product.
+"""Attention inside the rows of a stream on a CPU, with rows of similar sizes in one product.
 
-A row by itself is too little work for two cores, and its many small calls take longer than what they compute. So
-pieces of rows are put into groups, padded to the most queries and keys in the group: two batched matrix products with a
-softmax between. Of short rows the softmax is kept for the backward pass. A long row is one call of scaled-dot-product
-attention forward, and has its softmax computed again, piece by piece, in the backward pass. That is written out,
-because PyTorch's flash kernel for CPU took four times as long as the matrix products that it is made of. Heads of
-queries that share keys (Ainslie et al. 2023, grouped-query attention) stand in one product.
+A single row is too little work for two cores, and its many small calls take longer than the arithmetic. So spans of
+rows are put into groups and padded to the most queries and keys in the group: two batched matrix products with a
+softmax between. The softmax of short rows is stored for the backward pass. A long row is one forward call of
+scaled-dot-product attention, and its softmax is computed again in the backward pass, span by span. That is written out
+here, because PyTorch's flash kernel for CPU took four times as long as the matrix products that it consists of. Query
+heads that share keys (Ainslie et al. 2023, grouped-query attention) are in one product.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from alignment.models.forward.rows import Range, next_multiple
 from alignment.models.forward.transfer import on_device
 
 QUERIES = 256
-"""Queries up to which a row is short: what is kept of it grows with their square."""
+"""Number of queries up to which a row is short; its stored softmax grows with their square."""
 
-PIECE = 128
-"""Queries of a row in one piece at most: fewer see less of what comes after them."""
+SPAN = 128
+"""Maximum number of a row's queries in one span; with fewer queries, fewer scores are masked."""
 
 MULTIPLE = 16
-"""To its multiples queries, and keys before them, are padded: a product's shape that was seen before costs less."""
+"""Queries, and keys before them, are padded to multiples of it, because a product's shape costs less the second
+time."""
 
 SCORES = 2**18
-"""Scores of a head that several pieces have in one product at most."""
+"""Maximum number of a head's scores in a product of several spans."""
 
 CALL = 2**14
-"""What one product more is taken to cost, in scores of a head that are computed meanwhile; an estimate."""
+"""Estimated cost of one more product, as the number of a head's scores that could be computed meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Queries at ``own`` of the stream. Their keys stand at ``keys`` among all keys; the last of these are their
-    own."""
+    """Queries at ``own`` of the stream. Their keys are at ``keys`` among all keys; the last range is their own."""
 
     own: Range
     keys: tuple[Range, ...]
@@ -52,18 +52,18 @@ class Row:
 
     @property
     def earlier(self) -> int:
-        """Keys before its own."""
+        """Number of keys before its own."""
         return sum(end - start for start, end in self.keys) - self.queries
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, rows: tuple[Row, ...], scale: float) -> Tensor:
     """``[heads, tokens, value width]``: softmax(scale·q kᵀ) v inside rows; a query sees the keys up to its own.
 
-    In bfloat16 scores are rounded before the softmax, as transformers' eager attention does.
+    In bfloat16 scores are rounded before the softmax, as in transformers' eager attention.
 
     Args:
         query: ``[heads, tokens, width]``; every token is in one of ``rows``.
-        key: ``[key heads, keys, width]``; each serves as many heads of queries as the others.
+        key: ``[key heads, keys, width]``; each key head serves equally many query heads.
         value: ``[key heads, keys, value width]``.
     """
     attended: Tensor = _RowAttention.apply(
@@ -77,10 +77,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rows: tuple[Row, ...], sca
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Group:
-    """Rows, or pieces of them, in one batched product: one matrix a row and key head, those of a head side by side.
+    """Rows, or spans of rows, in one batched product: one matrix per row and key head; those of a head are adjacent.
 
-    ``queries`` and ``keys`` say where theirs stand among the lines of all groups. ``hidden`` is ``[1 or rows, queries,
-    keys]``, −∞ where a query does not see a key, else 0.
+    ``queries`` and ``keys`` are their slices of the lines of all groups. ``hidden`` is ``[1 or rows, queries, keys]``:
+    −∞ where a query does not see a key, else 0.
     """
 
     matrices: int
@@ -89,7 +89,7 @@ class _Group:
     hidden: Tensor
 
     def of_queries(self, lines: Tensor, width: int) -> Tensor:
-        """``[matrices, queries · parts, width]``: all heads of queries under one key head."""
+        """``[matrices, queries · parts, width]``: all query heads under one key head."""
         return lines[self.queries].view(self.matrices, -1, width)
 
     def of_keys(self, lines: Tensor) -> Tensor:
@@ -99,52 +99,52 @@ class _Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Plan:
-    """The products that a stream takes.
+    """The products for a stream.
 
-    ``kept`` groups are of short rows, whose softmax is kept; ``recomputed`` ones, of ``long`` rows, are for the
-    backward pass only.
+    ``stored`` groups hold short rows, whose softmax is stored; ``recomputed`` groups hold ``long`` rows, and are only
+    for the backward pass.
 
-    A line is a token under one key head, number ``token · key heads + head``. ``queries`` and ``keys`` are the lines
-    that stand in the groups, those that pad rows among them; ``padding`` is where in the groups a query pads, and
-    ``places`` where each line of the stream stands in them.
+    A line is a token under one key head, with the number ``token · key heads + head``. ``queries`` and ``keys`` are the
+    lines in the groups, including those that pad rows. ``padding`` holds the indices in the groups of padding queries,
+    and ``indices`` the index in the groups of each line of the stream.
     """
 
-    kept: tuple[_Group, ...]
+    stored: tuple[_Group, ...]
     recomputed: tuple[_Group, ...]
     long: tuple[tuple[Row, Tensor | None], ...]
-    """With what is hidden, ``[1, queries, keys]``, where there are keys before the row's own."""
+    """Long rows, each with its mask ``hidden [1, queries, keys]`` if it has keys before its own."""
     queries: Tensor
     keys: Tensor
     padding: Tensor
-    places: Tensor
+    indices: Tensor
 
 
-@functools.lru_cache(maxsize=4)  # all layers, and the models that read the same stream, ask for the same one
+@functools.lru_cache(maxsize=4)  # all layers, and all models that read the same stream, need the same plan
 def _plan(rows: tuple[Row, ...], heads: int, dtype: torch.dtype, device: torch.device) -> _Plan:
     short, long = ([row for row in rows if (row.queries > QUERIES) is longer] for longer in (False, True))
-    laid = _Laid(max(row.own[1] for row in rows), heads, dtype, device)
+    builder = _GroupBuilder(max(row.own[1] for row in rows), heads, dtype, device)
     return _Plan(
-        kept=tuple(laid.groups(short)),
-        recomputed=tuple(laid.groups(long)),
+        stored=tuple(builder.groups(short)),
+        recomputed=tuple(builder.groups(long)),
         long=tuple((row, on_device(_hidden_of(row, dtype), device) if row.earlier else None) for row in long),
-        **laid.lines(),
+        **builder.lines(),
     )
 
 
-class _Laid:
-    """Lays groups one behind the other."""
+class _GroupBuilder:
+    """Builds groups, and the lines in them, one after another."""
 
     def __init__(self, tokens: int, heads: int, dtype: torch.dtype, device: torch.device) -> None:
         self._heads, self._dtype, self._device = heads, dtype, device
-        self._places = torch.zeros(tokens, heads, dtype=torch.long)
+        self._indices = torch.zeros(tokens, heads, dtype=torch.long)
         self._queries, self._keys, self._padding = ([torch.zeros(0, dtype=torch.long)] for _ in range(3))
         self._ends = 0, 0
 
     def groups(self, rows: Sequence[Row]) -> Iterator[_Group]:
-        """Puts pieces of rows of similar sizes together."""
-        pieces = sorted((piece for row in rows for piece in _pieces(row)), key=lambda row: (row.queries, row.earlier))
-        for first, last in _cuts([(_whole(piece.queries), _whole(piece.earlier)) for piece in pieces]):
-            yield self._group(pieces[first:last])
+        """Groups spans of rows of similar sizes."""
+        spans = sorted((span for row in rows for span in _spans(row)), key=lambda row: (row.queries, row.earlier))
+        for first, last in _cuts([(_whole(span.queries), _whole(span.earlier)) for span in spans]):
+            yield self._group(spans[first:last])
 
     def _group(self, rows: Sequence[Row]) -> _Group:
         own, seen, real = _padded(rows)
@@ -154,7 +154,7 @@ class _Laid:
         )
         self._ends = end, keys_end
         slots = torch.arange(start, end).view(self._heads, *own.shape)
-        self._places[own[real]] = slots[:, real].T
+        self._indices[own[real]] = slots[:, real].T
         self._padding.append(slots[:, ~real].flatten())
         self._queries.append(_lines_of(own, self._heads))
         self._keys.append(_lines_of(seen, self._heads))
@@ -168,34 +168,36 @@ class _Laid:
         )
 
     def lines(self) -> dict[str, Tensor]:
-        """What a plan says of the lines in all groups laid so far."""
-        parts = {"queries": self._queries, "keys": self._keys, "padding": self._padding}
-        told = {name: torch.cat(part) for name, part in parts.items()} | {"places": self._places.flatten()}
-        return {name: on_device(part, self._device) for name, part in told.items()}
+        """The fields of a plan about the lines in all groups built so far."""
+        lines_of_groups = {"queries": self._queries, "keys": self._keys, "padding": self._padding}
+        joined = {name: torch.cat(lines) for name, lines in lines_of_groups.items()} | {
+            "indices": self._indices.flatten()
+        }
+        return {name: on_device(lines, self._device) for name, lines in joined.items()}
 
 
-def _pieces(row: Row) -> Iterator[Row]:
-    """Some queries of a row at a time, on the keys they see."""
+def _spans(row: Row) -> Iterator[Row]:
+    """Yields spans of a row's queries, with the keys that they see."""
     start, end = row.own
     own_keys = row.keys[-1][0]
-    for first in range(start, end, PIECE):
-        last = min(first + PIECE, end)
+    for first in range(start, end, SPAN):
+        last = min(first + SPAN, end)
         yield Row((first, last), (*row.keys[:-1], (own_keys, own_keys + last - start)))
 
 
 def _cuts(sizes: Sequence[tuple[int, int]]) -> list[Range]:
-    """How to cut rows of so many queries and earlier keys for calls and scores together to cost least."""
+    """The cuts of rows of these numbers of queries and earlier keys for which calls and scores together cost least."""
     costs, starts = [0], [0]
     for end in range(1, len(sizes) + 1):
-        found: list[tuple[int, int]] = []
+        options: list[tuple[int, int]] = []
         queries = earlier = 0
         for start in reversed(range(end)):
             queries, earlier = max(queries, sizes[start][0]), max(earlier, sizes[start][1])
             scores = (end - start) * queries * (queries + earlier)
-            if found and scores > SCORES:
+            if options and scores > SCORES:
                 break
-            found.append((costs[start] + scores + CALL, start))
-        cost, start = min(found)
+            options.append((costs[start] + scores + CALL, start))
+        cost, start = min(options)
         costs.append(cost)
         starts.append(start)
     ranges, end = [], len(sizes)
@@ -206,10 +208,10 @@ def _cuts(sizes: Sequence[tuple[int, int]]) -> list[Range]:
 
 
 def _padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """``[rows, queries]`` tokens, ``[rows, earlier + queries]`` keys, and which tokens are no padding.
+    """``[rows, queries]`` tokens, ``[rows, earlier + queries]`` keys, and a mask of the tokens that are not padding.
 
-    Padding follows queries and their keys, and stands in front of earlier keys. It is the row's own first token, so
-    that what is no number stays in its row.
+    Padding follows queries and their keys, and precedes earlier keys. It repeats the row's own first token, so that NaN
+    stays in its row.
     """
     most, earlier = _whole(max(row.queries for row in rows)), _whole(max(row.earlier for row in rows))
     own = torch.zeros(len(rows), most, dtype=torch.long)
@@ -223,7 +225,7 @@ def _padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lines_of(tokens: Tensor, heads: int) -> Tensor:
-    """The lines of ``[rows, columns]`` tokens, those of a head side by side."""
+    """The lines of ``[rows, columns]`` tokens; those of a head are adjacent."""
     return (tokens.flatten() * heads + torch.arange(heads)[:, None]).flatten()
 
 
@@ -232,12 +234,15 @@ def _whole(count: int) -> int:
 
 
 def _hidden(earlier: Sequence[int], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """``[1 or rows, queries, keys]`` of this ``shape``: −∞ on a query's later keys and on what pads a row's earlier
-    ones, else 0; for one row where all have equally many earlier keys."""
+    """``[1 or rows, queries, keys]`` of this ``shape``: −∞ on a query's later keys and on padding of earlier keys, else
+    0.
+
+    It has one row if all rows have equally many earlier keys.
+    """
     queries, keys = shape
-    most, places = keys - queries, torch.arange(keys)
+    most, columns = keys - queries, torch.arange(keys)
     padding = most - torch.tensor(earlier if len(set(earlier)) > 1 else earlier[:1])
-    unseen = (places < padding[:, None, None]) | (places > most + torch.arange(queries)[:, None])
+    unseen = (columns < padding[:, None, None]) | (columns > most + torch.arange(queries)[:, None])
     return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, float("-inf"))
 
 
@@ -254,58 +259,65 @@ class _RowAttention(torch.autograd.Function):
         heads, widths = key.shape[0], (query.shape[-1], value.shape[-1])
         lines = [_lines(states, heads) for states in (query, key, value)]
         queries, keys, values = _gathered(lines, plan)
-        found = queries.new_empty(len(queries), query.shape[0] // heads * widths[1])
-        kept = []
-        for group in plan.kept:
+        attended_lines = queries.new_empty(len(queries), query.shape[0] // heads * widths[1])
+        stored = []
+        for group in plan.stored:
             weights = _weights(group.of_queries(queries, widths[0]), group.of_keys(keys), group.hidden, scale)
-            torch.bmm(weights, group.of_keys(values), out=group.of_queries(found, widths[1]))
-            kept.append(weights)
-        attended = _spread(found, plan, query.shape[:2])
+            torch.bmm(weights, group.of_keys(values), out=group.of_queries(attended_lines, widths[1]))
+            stored.append(weights)
+        attended = _spread(attended_lines, plan, query.shape[:2])
         for row, hidden in plan.long:
             attended[:, slice(*row.own)] = _long(query, key, value, row, hidden, scale)
-        ctx.save_for_backward(query, key, value, *kept)
+        ctx.save_for_backward(query, key, value, *stored)
         ctx.plan, ctx.scale = plan, scale
         return attended
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
+        query, key, value, *stored = ctx.saved_tensors
         plan, heads, widths = ctx.plan, key.shape[0], (query.shape[-1], value.shape[-1])
         grad = grad.to(query.dtype)
         lines = [_lines(states, heads) for states in (query, key, value)]
         queries, keys, values = _gathered(lines, plan)
         grads = _lines(grad, heads).index_select(0, plan.queries)
-        grads.index_fill_(0, plan.padding, 0.0)  # so that queries that pad give nothing to the keys they saw
-        found = [torch.empty_like(part) for part in (queries, keys, values)]
-        for group, weights in zip_longest((*plan.kept, *plan.recomputed), kept):
+        grads.index_fill_(0, plan.padding, 0.0)  # so that padding queries contribute nothing to the keys that they see
+        grads_of_lines = [torch.empty_like(states) for states in (queries, keys, values)]
+        for group, weights in zip_longest((*plan.stored, *plan.recomputed), stored):
             inputs = group.of_queries(queries, widths[0]), group.of_keys(keys), group.of_keys(values)
             if weights is None:
                 weights = _weights(inputs[0], inputs[1], group.hidden, ctx.scale)
-            into = group.of_queries(found[0], widths[0]), group.of_keys(found[1]), group.of_keys(found[2])
+            into = (
+                group.of_queries(grads_of_lines[0], widths[0]),
+                group.of_keys(grads_of_lines[1]),
+                group.of_keys(grads_of_lines[2]),
+            )
             _gradients(inputs, weights, group.of_queries(grads, widths[1]), ctx.scale, into)
         grad_key, grad_value = (
-            torch.zeros_like(own).index_add_(0, plan.keys, part).view(states.shape[1], heads, -1).transpose(0, 1)
-            for own, part, states in zip(lines[1:], found[1:], (key, value), strict=True)
+            torch.zeros_like(own)
+            .index_add_(0, plan.keys, grads_of_keys)
+            .view(states.shape[1], heads, -1)
+            .transpose(0, 1)
+            for own, grads_of_keys, states in zip(lines[1:], grads_of_lines[1:], (key, value), strict=True)
         )
-        return _spread(found[0], plan, query.shape[:2]), grad_key, grad_value, None, None
+        return _spread(grads_of_lines[0], plan, query.shape[:2]), grad_key, grad_value, None, None
 
 
 def _lines(states: Tensor, heads: int) -> Tensor:
-    """``[tokens · heads, parts · width]`` of ``[parts · heads, tokens, width]``: what of a token is under one key
+    """``[tokens · heads, parts · width]`` from ``[parts · heads, tokens, width]``: a token's states under one key
     head."""
     return states.transpose(0, 1).reshape(states.shape[1] * heads, -1)
 
 
 def _gathered(lines: Sequence[Tensor], plan: _Plan) -> list[Tensor]:
-    """The lines of queries, keys and values that stand in the groups."""
-    places = (plan.queries, plan.keys, plan.keys)
-    return [states.index_select(0, at) for states, at in zip(lines, places, strict=True)]
+    """The lines of queries, keys and values in the groups."""
+    indices = (plan.queries, plan.keys, plan.keys)
+    return [states.index_select(0, at) for states, at in zip(lines, indices, strict=True)]
 
 
-def _spread(found: Tensor, plan: _Plan, shape: Sequence[int]) -> Tensor:
-    """``[heads, tokens, width]`` of the lines that stand in the groups."""
+def _spread(lines: Tensor, plan: _Plan, shape: Sequence[int]) -> Tensor:
+    """``[heads, tokens, width]`` from the lines in the groups."""
     heads, tokens = shape
-    return found.index_select(0, plan.places).view(tokens, heads, -1).transpose(0, 1)
+    return lines.index_select(0, plan.indices).view(tokens, heads, -1).transpose(0, 1)
 
 
 def _weights(query: Tensor, key: Tensor, hidden: Tensor, scale: float) -> Tensor:
@@ -334,7 +346,7 @@ def _gradients(
 
 
 def _long(query: Tensor, key: Tensor, value: Tensor, row: Row, hidden: Tensor | None, scale: float) -> Tensor:
-    """``[heads, queries, value width]`` of a row by itself."""
+    """``[heads, queries, value width]`` of a single row."""
     keys, values = (torch.cat([states[:, start:end] for start, end in row.keys], dim=1) for states in (key, value))
     return nn.functional.scaled_dot_product_attention(
         query[None, :, slice(*row.own)],

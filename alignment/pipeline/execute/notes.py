@@ -9,7 +9,7 @@ from alignment.config.model import Dtype
 from alignment.core import hardware
 from alignment.core.artifacts import EVALUATION, read_manifest
 from alignment.core.errors import ArtifactError
-from alignment.data.overlap import HeldOut, Overlap, Placed
+from alignment.data.overlap import HeldOut, LocatedText, Overlap
 from alignment.pipeline.backends import feasibility
 from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
@@ -82,7 +82,7 @@ def _asked_again(plan: Plan) -> Iterator[str]:
 
 def _overlaps(plan: Plan, held_out: HeldOut) -> dict[tuple[Overlap, ...], list[str]]:
     """What is learned of the held-out texts, and which stages learn it; several mostly learn the same rows."""
-    overlaps: dict[tuple[Placed, ...], tuple[Overlap, ...]] = {}
+    overlaps: dict[tuple[LocatedText, ...], tuple[Overlap, ...]] = {}
     stages: dict[tuple[Overlap, ...], list[str]] = {}
     for stage in plan.stages:
         for seen in stage.seen.values() if kind_of(stage.config).trains else ():

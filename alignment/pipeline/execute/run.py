@@ -97,7 +97,7 @@ def _execute(
             code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED
             with suppress(OSError):  # a full disk does not change why the run ended
                 recorder.finish("interrupted" if code == INTERRUPTED else "preempted")
-            console.print("stopped; the same command goes on from here", highlight=False)
+            console.print("stopped; the same command continues from here", highlight=False)
             return code
         except BaseException:
             with suppress(OSError):

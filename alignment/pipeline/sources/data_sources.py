@@ -1,6 +1,6 @@
-"""Data that a run takes from outside: files, or a data set of a hub.
+"""Data from outside: files, or a data set of a hub.
 
-As with models, planning looks only at what is on this machine; ``fetch`` is where anything is downloaded.
+As with models, planning reads only what is on this machine; only ``fetch`` downloads.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from alignment.pipeline.sources import hub
 from alignment.pipeline.sources.model_sources import remembered_sha256
 
 _PATTERNS = ("README.md", "*.json", "*.json.*", "*.jsonl", "*.jsonl.*", "*.csv", "*.csv.*", "*.tsv", "*.parquet")
-"""Files that are downloaded: what says which splits there are, and data."""
+"""Files that are downloaded: descriptions of splits, and data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSource:
-    """Data as a plan sees it.
+    """Data for a plan.
 
-    ``identity`` stands for its content in a fingerprint. ``path`` is None for a hub's data set that is not on this
-    machine yet, whose ``identity`` then names the revision asked for. A snapshot is not ``complete`` where nobody can
-    tell, such as after another program fetched some files of the repository.
+    ``identity`` represents its content in a fingerprint. ``path`` is None for a hub's data set that is not on this
+    machine yet; its ``identity`` then names the requested revision. A snapshot is not ``complete`` if its list of files
+    is unknown, such as after another program fetched some files of the repository.
     """
 
     source: str
@@ -35,7 +35,7 @@ class DataSource:
 
     @property
     def is_hub(self) -> bool:
-        """Whether a hub has it, and not the user."""
+        """Whether the data is from a hub."""
         return self.source.startswith("hub:")
 
 
@@ -43,7 +43,7 @@ def resolve(source: str, *, where: str) -> DataSource:
     """Looks data up without downloading anything.
 
     Raises:
-        DataError: the source has no known form, or there is nothing that can be read.
+        DataError: the source has an unknown form, or there is no readable file.
     """
     if source.startswith("hub:"):
         return _hub(source, where=where, download=False)
@@ -55,15 +55,15 @@ def fetch(data: DataSource, *, announce: Callable[[str], None]) -> DataSource:
     """The same data, on this machine.
 
     Raises:
-        DataError: it cannot be had; says why, and what to do.
+        DataError: it cannot be fetched; the error gives the reason and a remedy.
     """
     if data.complete:
         return data
     announce(f"downloading the data set {data.source.removeprefix('hub:')} from its hub")
-    found = _hub(data.source, where="data.source", download=True)
-    if not found.complete:
-        announce(f"{found.identity}: its hub cannot be reached; nobody can tell whether all its files are here")
-    return found
+    fetched = _hub(data.source, where="data.source", download=True)
+    if not fetched.complete:
+        announce(f"{fetched.identity}: its hub cannot be reached, so it is unknown whether all its files are here")
+    return fetched
 
 
 def _hub(source: str, *, where: str, download: bool) -> DataSource:

@@ -1,6 +1,6 @@
-"""Repositories of a hub, with models or with data: what of them is on this machine, and fetching them.
+"""Repositories of a hub, with models or data: finds their files on this machine, or fetches them.
 
-The hub's client is imported here and nowhere else, only for runs that name a repository.
+The hub's client is imported only here, and only for runs that name a repository.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Repository:
 
     @property
     def named(self) -> str:
-        """As a user writes it, with the revision."""
+        """The form that users write, with the revision."""
         return f"hub:{self.id}@{self.revision}"
 
 
 def repository(source: str, *, kind: str) -> Repository | None:
-    """The repository that ``source`` names, of the revision main where it names none; None of another form."""
+    """The repository that ``source`` names, by default at the revision main; None if it has another form."""
     match = _FORM.fullmatch(source)
     if match is None:
         return None
@@ -41,17 +41,19 @@ def repository(source: str, *, kind: str) -> Repository | None:
 def snapshot(
     asked: Repository, *, patterns: Sequence[str], download: bool, failure: type[ModelError | DataError]
 ) -> Path | None:
-    """The folder, named by its commit, with the files that fit ``patterns``; None where they are not on this machine
-    and ``download`` is false. Without its hub, a snapshot that is on this machine is taken as it is.
+    """The folder, named by its commit, with the files that match ``patterns``.
+
+    It is None if they are not on this machine and ``download`` is false. If the hub cannot be reached, a snapshot on
+    this machine is used as it is.
 
     Raises:
-        ModelError or DataError: what ``failure`` says: it cannot be had; with why, and what to do.
+        ModelError or DataError: the type in ``failure``; it cannot be fetched, with the reason and a remedy.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(
+        folder = snapshot_download(
             asked.id,
             repo_type=asked.kind,
             revision=asked.revision,
@@ -64,11 +66,11 @@ def snapshot(
         raise _failed(asked, error, failure) from error
     except Exception as error:  # the client lets through whatever its transport raises
         raise _failed(asked, error, failure) from error
-    return Path(found)
+    return Path(folder)
 
 
 def is_listed(asked: Repository) -> bool:
-    """Whether it is known which files the repository has, and so that a snapshot on this machine is complete."""
+    """Whether the list of the repository's files is known, so that a snapshot on this machine is complete."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -88,15 +90,15 @@ def _failed(asked: Repository, error: Exception, failure: type[ModelError | Data
         RevisionNotFoundError,
     )
 
-    told: dict[type[Exception], tuple[str, str]] = {
+    messages: dict[type[Exception], tuple[str, str]] = {
         GatedRepoError: ("is gated", f"ask for access on its page, then {_LOG_IN}"),
-        RepositoryNotFoundError: ("is not there, or private", f"check ORG/NAME; for a private one {_LOG_IN}"),
+        RepositoryNotFoundError: ("does not exist, or is private", f"check ORG/NAME; for a private one {_LOG_IN}"),
         RevisionNotFoundError: (f"has no revision '{asked.revision}'", "name a branch, a tag or a commit"),
-        HFValidationError: ("is no name that a repository can have", "write hub:ORG/NAME@REVISION"),
+        HFValidationError: ("is not a valid name of a repository", "write hub:ORG/NAME@REVISION"),
         LocalEntryNotFoundError: ("is not on this machine, and its hub cannot be reached", "check the connection"),
     }
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    what, remedy = next(
-        (text for kind, text in told.items() if isinstance(error, kind)), ("cannot be downloaded", "try again")
+    problem, remedy = next(
+        (text for kind, text in messages.items() if isinstance(error, kind)), ("cannot be downloaded", "try again")
     )
-    return failure(f"{what}: {reason}", where=asked.named, remedy=f"{remedy}; or give path:FOLDER")
+    return failure(f"{problem}: {reason}", where=asked.named, remedy=f"{remedy}; or give path:FOLDER")

@@ -1,6 +1,6 @@
-"""Models that a run takes from outside: the bundled one, a folder, or a hub repository.
+"""Models from outside: the bundled one, a folder, or a hub repository.
 
-Planning looks only at what is on this machine; ``fetch`` is where anything is downloaded.
+Planning reads only what is on this machine; only ``fetch`` downloads.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _SCORER = "ForSequenceClassification"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSource:
-    """A model as a plan sees it.
+    """A model for a plan.
 
-    ``identity`` stands for its content in a fingerprint. ``folder`` is where it is, or will be; None for a hub
-    repository that is not on this machine yet, whose ``identity`` then names the revision asked for.
+    ``identity`` represents its content in a fingerprint. ``folder`` is its present or future folder; None for a hub
+    repository that is not on this machine yet, whose ``identity`` then names the requested revision.
     """
 
     source: str
@@ -44,7 +44,7 @@ def resolve(source: str, *, where: str) -> ModelSource:
     """Looks a model up without downloading anything.
 
     Raises:
-        ModelError: the source has no known form, or its folder is not a model.
+        ModelError: the source has an unknown form, or its folder is not a model.
     """
     scheme, _, rest = source.partition(":")
     if scheme == "bundled" and rest:
@@ -59,32 +59,32 @@ def resolve(source: str, *, where: str) -> ModelSource:
     if repository := hub.repository(source, kind="model"):
         return _hub(source, repository, download=False)
     forms = "write bundled:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
-    advice = f"the folder goes by path:{source}" if Path(source).expanduser().is_dir() else forms
-    raise ModelError(f"{source!r} is no model source", where=where, remedy=advice)
+    advice = f"write path:{source} for the folder" if Path(source).expanduser().is_dir() else forms
+    raise ModelError(f"{source!r} is not a valid model source", where=where, remedy=advice)
 
 
 def fetch(model: ModelSource, *, announce: bundled_model.Announce) -> ModelSource:
     """The same model, on this machine.
 
     Raises:
-        ModelError: it cannot be had; says what was needed.
+        ModelError: it cannot be fetched; the error says what is missing.
     """
     scheme, _, rest = model.source.partition(":")
     if scheme == "bundled":
         bundled_model.ensure(bundled_model.lookup(rest), announce=announce)
     elif not model.ready:
         repository = hub.repository(model.source, kind="model")
-        assert repository is not None, "resolve() let the form pass"
+        assert repository is not None, "resolve() accepted the form"
         announce(f"downloading {rest} from its hub")
         return _hub(model.source, repository, download=True)
     return resolve(model.source, where="model.source")
 
 
 def model_folder(path: str, *, where: str) -> Path:
-    """A folder that holds a model in safetensors form.
+    """A folder with a model in safetensors form.
 
     Raises:
-        ModelError: it is not one; says what is missing.
+        ModelError: it is not such a folder; the error says what is missing.
     """
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
@@ -102,15 +102,15 @@ def model_folder(path: str, *, where: str) -> Path:
 
 
 def refuse_policy(model: ModelSource, *, where: str, advice: str) -> None:
-    """Does nothing if the model gives one score to a text, or is not on this machine yet.
+    """Accepts a model that gives one score to a text, or that is not on this machine yet.
 
     Raises:
-        ModelError: it is a language model, or a classifier with several labels; ``advice`` says what would fit.
+        ModelError: it is a language model, or a classifier with several labels; ``advice`` is the remedy.
     """
     if model.folder is None or not model.ready:
         return
     config = _config_of(model.folder, where=where)
-    architectures = config.get("architectures") or ["model of no named architecture"]
+    architectures = config.get("architectures") or ["model of an unknown architecture"]
     if not any(str(name).endswith(_SCORER) for name in architectures):
         raise ModelError(
             f"{model.folder} holds a {architectures[0]}, which gives no scores", where=where, remedy=advice
@@ -130,7 +130,7 @@ def _config_of(folder: Path, *, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"{folder}/config.json is not JSON: {error}", where=where) from error
     if not isinstance(config, dict):
-        raise ModelError(f"{folder}/config.json is no JSON object", where=where)
+        raise ModelError(f"{folder}/config.json is not a JSON object", where=where)
     return config
 
 
@@ -140,11 +140,10 @@ def _folder_digest(folder: Path) -> str:
 
 
 def remembered_sha256(path: Path) -> str:
-    """A file's SHA-256; that of a large file is kept in the cache for as long as nothing was done to the file.
+    """A file's SHA-256; that of a large file is cached as long as the file does not change.
 
-    A size can stay and a time of change be set, by a copy that keeps times, say. The kernel notes by itself when a file
-    was last written to or put into the place of another, and nobody sets that; but within a tick of its clock twice
-    would look like once, so a file that was touched just now is not remembered.
+    Size and modification time are not enough: a copy may preserve both. The kernel's change time cannot be set. But two
+    changes within one tick of its clock look like one, so the hash of a file that changed just now is not cached.
     """
     before = path.stat()
     if before.st_size < _LARGE:
@@ -164,7 +163,7 @@ def _state(stat: os.stat_result) -> list[int]:
 
 
 def _remembered(memo: Path) -> str | None:
-    """What stands there, or None where nothing does, or it is damaged."""
+    """The cached hash, or None if it is missing or damaged."""
     try:
         sha256 = json.loads(memo.read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -174,8 +173,8 @@ def _remembered(memo: Path) -> str | None:
 
 def _hub(source: str, repository: hub.Repository, *, download: bool) -> ModelSource:
     patterns = [f"*{suffix}" for suffix in sorted(_IDENTITY_SUFFIXES)]
-    found = hub.snapshot(repository, patterns=patterns, download=download, failure=ModelError)
-    if found is None:
+    snapshot = hub.snapshot(repository, patterns=patterns, download=download, failure=ModelError)
+    if snapshot is None:
         return ModelSource(source=source, identity=repository.named, folder=None, ready=False)
-    folder = model_folder(str(found), where=source)
+    folder = model_folder(str(snapshot), where=source)
     return ModelSource(source=source, identity=f"hub:{repository.id}@{folder.name}", folder=folder, ready=True)

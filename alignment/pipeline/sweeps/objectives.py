@@ -1,4 +1,4 @@
-"""What a sweep judges its trials by: looked up in the recipe before anything starts, read from each run when done."""
+"""Objectives of a sweep: resolved in the recipe before anything starts, and read from each finished run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FIGURES = [figure.value for figure in Figure]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """A figure in the result of ``stage``: of an evaluation's ``arm``, or, without one, of the stage's manifest."""
+    """A metric in the result of ``stage``: of an evaluation's ``arm``, or without an arm of the stage's manifest."""
 
     stage: str
     arm: str
@@ -40,37 +40,37 @@ class Objective:
         return f"{self.metric} of {self.arm or self.stage}"
 
     def artifact(self, run_folder: Path) -> Path:
-        """The result that tells the figure, as the run in this folder now has it."""
+        """The result with the metric in the run in this folder."""
         return Path(RunRecord.read(run_folder).stages[self.stage].artifact)
 
     def read(self, artifact: Path) -> Interval:
-        """The figure in a result, with its interval where it is a mean over prompts.
+        """The metric in a result, with its interval if it is a mean over prompts.
 
         Raises:
-            ConfigError: there is no such figure; says which there are.
-            NonFiniteError: it is no finite number.
+            ConfigError: there is no such metric; the error lists those that exist.
+            NonFiniteError: it is not a finite number.
         """
-        figures = self._figures(artifact)
-        if self.metric not in figures:
+        values = self._metrics(artifact)
+        if self.metric not in values:
             raise ConfigError(
-                f"no stage reports {self}; it reports {', '.join(figures) or 'nothing to go by'}",
+                f"no stage reports {self}; it reports {', '.join(values) or 'no metrics'}",
                 where="objective",
-                remedy=f"take another metric{self._wanting()}",
+                remedy=f"choose another metric{self._wanting()}",
             )
-        if not math.isfinite(figures[self.metric].mean):
+        if not math.isfinite(values[self.metric].mean):
             raise NonFiniteError(f"{self} is not a finite number", where=f"stage {self.stage}")
-        return figures[self.metric]
+        return values[self.metric]
 
     def by_prompt(self, artifact: Path) -> dict[str, float]:
-        """The figure in a result prompt by prompt; empty where it is not kept so."""
+        """The metric in a result by prompt; empty if it is not recorded by prompt."""
         return paired_differences.scores(artifact, self.arm).get(self.metric, {}) if self.arm else {}
 
     def _wanting(self) -> str:
         setting = {"reward": "reward", "win_rate": "judge.kind"}.get(self.metric) if self.arm else None
         return f" or set stages.{self.stage}.{setting}" if setting else ""
 
-    def _figures(self, artifact: Path) -> Mapping[str, Interval]:
-        """What the result reports of the arm, or of the stage, and can be asked for, by name."""
+    def _metrics(self, artifact: Path) -> Mapping[str, Interval]:
+        """The metrics of the arm, or of the stage, that the result reports, by name."""
         if not self.arm:
             manifest = read_manifest(artifact)
             metrics = manifest.metrics if manifest else {}
@@ -82,70 +82,74 @@ class Objective:
 
 
 def resolve(configs: Sequence[ObjectiveConfig], stages: Mapping[str, StageConfig]) -> tuple[Objective, ...]:
-    """The objectives by the stages that report them; those with faults are left out."""
+    """The objectives with the stages that report them; those with faults are left out."""
     resolved = []
-    for one in configs:
-        evaluations = _evaluations_of(one, stages)
-        stage = one.stage or next(iter(evaluations), "")
+    for objective in configs:
+        evaluations = _evaluations_of(objective, stages)
+        stage = objective.stage or next(iter(evaluations), "")
         if stage:
-            metric = one.metric if one.stage else _by_name(one.metric, evaluations[stage])
-            resolved.append(Objective(stage=stage, arm=one.arm, metric=metric, minimize=one.minimize))
+            metric = objective.metric if objective.stage else _by_name(objective.metric, evaluations[stage])
+            resolved.append(Objective(stage=stage, arm=objective.arm, metric=metric, minimize=objective.minimize))
     return tuple(resolved)
 
 
 def faults(configs: Sequence[ObjectiveConfig], stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
-    """Why these cannot be objectives of a recipe with these stages."""
+    """The faults of these objectives in a recipe with these stages."""
     if not configs:
-        yield Fault(where="objective", message="by what? write {arm: 'stage:dpo'}")
-    for number, one in enumerate(configs):
+        yield Fault(where="objective", message="no objective; write {arm: 'stage:dpo'}")
+    for number, objective in enumerate(configs):
         where = f"objective[{number}]" if len(configs) > 1 else "objective"
-        if message := _fault(one, stages):
+        if message := _fault(objective, stages):
             yield Fault(where=where, message=message)
 
 
 def cautions(objectives: Sequence[Objective], stages: Mapping[str, StageConfig]) -> tuple[str, ...]:
-    """What a reader of the sweep's outcome has to know of what it is judged by."""
+    """Warnings about the objectives for readers of the sweep's results."""
     return tuple(
-        f"{one} comes from the rows that the stage learns from, so the best trial may be the one that fits these "
-        "closest; a figure on held-out rows says more, such as one of an evaluation"
-        for one in objectives
-        if not one.arm and one.metric in reported.of_stage(stages[one.stage]).training
+        f"{objective} is measured on the training rows, so the best trial may be the one that fits these closest; a "
+        "metric on held-out rows says more, such as one of an evaluation"
+        for objective in objectives
+        if not objective.arm and objective.metric in reported.of_stage(stages[objective.stage]).training
     )
 
 
-def _fault(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
-    if bool(one.arm) == bool(one.stage):
-        return "write arm: … for a figure of the evaluation, or stage: … for one that a stage reports of itself"
-    return _fault_of_stage(one, stages) if one.stage else _fault_of_arm(one, stages)
+def _fault(objective: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
+    if bool(objective.arm) == bool(objective.stage):
+        return "write arm: … for a metric of the evaluation, or stage: … for one that a stage reports about itself"
+    return _fault_of_stage(objective, stages) if objective.stage else _fault_of_arm(objective, stages)
 
 
-def _fault_of_stage(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
-    less = one.metric in LESS_IS_BETTER or reported.less_is_better(one.metric)
-    if one.stage in (evaluations := _evaluations(stages)):
-        less = less or one.metric.partition("/")[0] in _less_is_better(evaluations[one.stage])
-    if less and not one.minimize:
-        return _WRONG_WAY.format(one.metric)
-    if one.stage not in stages:
-        return f"the recipe has no stage {one.stage!r}; {suggestion(one.stage, stages)}"
-    return reported.missing(stages[one.stage], one.metric, one.stage)
+def _fault_of_stage(objective: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
+    less = objective.metric in LESS_IS_BETTER or reported.less_is_better(objective.metric)
+    if objective.stage in (evaluations := _evaluations(stages)):
+        less = less or objective.metric.partition("/")[0] in _less_is_better(evaluations[objective.stage])
+    if less and not objective.minimize:
+        return _WRONG_WAY.format(objective.metric)
+    if objective.stage not in stages:
+        return f"the recipe has no stage {objective.stage!r}; {suggestion(objective.stage, stages)}"
+    return reported.missing(stages[objective.stage], objective.metric, objective.stage)
 
 
-def _fault_of_arm(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
-    evaluations = _evaluations_of(one, stages)
+def _fault_of_arm(objective: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
+    evaluations = _evaluations_of(objective, stages)
     if not evaluations:
         arms = sorted({arm for stage in _evaluations(stages).values() for arm in stage.arms})
-        remedy = suggestion(one.arm, arms) if arms else "add an evaluate stage to the recipe, or take stage: …"
-        return f"no stage reports {one.metric} of {one.arm!r}; {remedy}"
+        remedy = suggestion(objective.arm, arms) if arms else "add an evaluate stage to the recipe, or use stage: …"
+        return f"no stage reports {objective.metric} of {objective.arm!r}; {remedy}"
     name, stage = next(iter(evaluations.items()))
     metrics = recorded(stage.metrics)
     known = [*([PRIMARY] if metrics else []), *(metric.name for metric in metrics), *_FIGURES]
-    if one.metric not in known:
-        why = f"stages.{name}.metrics names none" if one.metric == PRIMARY else f"no evaluation reports {one.metric!r}"
-        return f"{why}; {suggestion(one.metric, known)}"
-    asked = _by_name(one.metric, stage)
-    if asked in (*LESS_IS_BETTER, *_less_is_better(stage)) and not one.minimize:
+    if objective.metric not in known:
+        why = (
+            f"stages.{name}.metrics names none"
+            if objective.metric == PRIMARY
+            else f"no evaluation reports {objective.metric!r}"
+        )
+        return f"{why}; {suggestion(objective.metric, known)}"
+    asked = _by_name(objective.metric, stage)
+    if asked in (*LESS_IS_BETTER, *_less_is_better(stage)) and not objective.minimize:
         return _WRONG_WAY.format(asked)
-    return _never_reported(asked, one.arm, stage, f"stages.{name}")
+    return _never_reported(asked, objective.arm, stage, f"stages.{name}")
 
 
 def _less_is_better(evaluation: Any) -> list[str]:
@@ -157,29 +161,29 @@ _WRONG_WAY = "the less {} the better; set minimize: true"
 
 
 def _by_name(metric: str, stage: Any) -> str:
-    """The metric's own name, also where ``primary`` stands for it."""
+    """The metric's own name, also if it is given as ``primary``."""
     return primary_name(stage.metrics, stage.primary) or metric if metric == PRIMARY else metric
 
 
 def _never_reported(metric: str, arm: str, stage: Any, where: str) -> str:
-    """Why the evaluation will not report this of an arm that it has, as far as its settings say; else nothing."""
+    """Why the evaluation will not report this for an arm that it has, judged by its settings; else an empty text."""
     lacking = f"no stage reports the {metric} of {arm!r}; "
     if metric == Figure.reward and stage.reward is None:
         return f"{lacking}give {where}.reward a reward model"
     if metric == Figure.greedy_log_ratio and arm in (PROMPTED, FEW_SHOT):
-        return f"{lacking}it is asked other prompts than {where}.reference, so take another arm or metric"
+        return f"{lacking}it gets other prompts than {where}.reference, so choose another arm or metric"
     if metric != Figure.win_rate:
         return ""
     if stage.judge.kind is JudgeKind.none:
         return f"{lacking}give {where}.judge.kind a judge, such as metric"
     if (arm, stage.reference) not in pairs_of(stage.judge, stage.arms, reference=stage.reference):
-        return f"{lacking}{where}.judge.pairs has to hold it against {where}.reference, {stage.reference!r}"
+        return f"{lacking}{where}.judge.pairs must compare it with {where}.reference, {stage.reference!r}"
     return ""
 
 
-def _evaluations_of(one: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> dict[str, Any]:
-    """The evaluations that have the arm."""
-    return {name: stage for name, stage in _evaluations(stages).items() if one.arm in stage.arms}
+def _evaluations_of(objective: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> dict[str, Any]:
+    """The evaluations with the arm."""
+    return {name: stage for name, stage in _evaluations(stages).items() if objective.arm in stage.arms}
 
 
 def _evaluations(stages: Mapping[str, StageConfig]) -> dict[str, Any]:

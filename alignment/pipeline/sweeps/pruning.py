@@ -1,4 +1,4 @@
-"""A stage's curve told to the study while the stage runs, so that a hopeless trial is seen early."""
+"""Reports a stage's curve to the study while the stage runs, so that a hopeless trial is stopped early."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alignment.records.step_log import METRICS, written_rows
 
 
 class Curve:
-    """The metric that a trial is watched by; nothing where none was asked for."""
+    """The metric by which a trial is pruned, if pruning is on."""
 
     def __init__(self, wanted: Sweep, trial: Any) -> None:
         self._config = wanted.config.pruning
@@ -28,12 +28,13 @@ class Curve:
         self._sign = 1.0 if self._config.minimize == wanted.objectives[0].minimize else -1.0
 
     def hopeless_at(self) -> int | None:
-        """Tells the study of new steps; the first one at which the trial ought to be stopped, or None.
+        """Reports new steps to the study; returns the first step at which the trial should be stopped, or None.
 
-        A stage that is done is told of and stopped no more, one that is shared with other trials among them.
+        A finished stage, such as one that is shared with other trials, is reported but not stopped.
 
         Raises:
-            ConfigError: the stage's first line has no such metric, so nothing would ever be pruned; says what there is.
+            ConfigError: the stage's first line lacks the metric, so nothing would ever be pruned; the error suggests
+                one.
         """
         if self._config.pruner is Pruner.none:
             return None
@@ -49,7 +50,7 @@ class Curve:
         if rows and not any(self._config.metric in row for row in rows):
             names = sorted({name for row in rows for name in row} - {"step", "seconds"})
             raise ConfigError(
-                f"stage {self._config.stage} shows no {self._config.metric!r} while it learns; "
+                f"stage {self._config.stage} logs no {self._config.metric!r} while it trains; "
                 f"{suggestion(self._config.metric, names)}",
                 where="pruning.metric",
             )
@@ -59,11 +60,11 @@ class Curve:
                 yield row["step"], float(value)
 
     def _rows(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, which lies in the work folder until the stage is done."""
+        """The lines of metrics.jsonl, which is in the work folder until the stage is done."""
         artifact = self._entry().artifact
-        for place in [Path(artifact), Path(f"{artifact}.work") / "content"] if artifact else []:
+        for folder in [Path(artifact), Path(f"{artifact}.work") / "content"] if artifact else []:
             with suppress(FileNotFoundError):
-                return written_rows(place / METRICS)
+                return written_rows(folder / METRICS)
         return []
 
     def _state(self) -> str:

@@ -1,5 +1,5 @@
-"""Which metrics a stage writes into its manifest, so that an objective which no stage reports is refused before the
-first trial and not after it."""
+"""The metrics that a stage writes into its manifest, so that an objective that no stage reports is refused before the
+first trial."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _LESS_IS_BETTER_OF = ("loss/", "perplexity/")
 
 
 def of_stage(config: StageConfig) -> Reported:
-    """What a stage with these settings writes into its manifest."""
+    """The metrics that a stage with these settings writes into its manifest."""
     return kind_of(config).outcome.metrics(config)
 
 
 def missing(config: StageConfig, metric: str, stage: str) -> str:
-    """Why a stage with these settings never reports a metric; nothing where it does."""
+    """Why a stage with these settings never reports a metric; empty if it does."""
     known = of_stage(config)
     if metric in known:
         return ""
@@ -26,10 +26,10 @@ def missing(config: StageConfig, metric: str, stage: str) -> str:
         return why
     every = [*known.names, *(f"{family}…" for family in known.families)]
     if not every:
-        return f"stage {stage!r} reports no figure; take the evaluation's, by arm: …"
+        return f"stage {stage!r} reports no metric; use the evaluation's, with arm: …"
     return f"stage {stage!r} reports no {metric!r}; {suggestion(metric, every)}"
 
 
 def less_is_better(metric: str) -> bool:
-    """Whether a larger figure is a worse one."""
+    """Whether a larger value is worse."""
     return metric in _LESS_IS_BETTER or metric.startswith(_LESS_IS_BETTER_OF)

@@ -1,4 +1,4 @@
-"""What came of a sweep so far: a table, ``sweep.json`` and a page, made anew after each trial."""
+"""The results of a sweep so far: a table, ``sweep.json`` and a page, written again after each trial."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def words(settings: Mapping[str, Setting]) -> list[str]:
 
 
 def write(study: Study, wanted: Sweep) -> SweepRecord:
-    """Writes ``sweep.json`` and the page; returns what they say."""
+    """Writes ``sweep.json`` and the page; returns their content."""
     record = _record(study, wanted)
     record.write(wanted.folder)
     report.build_sweep(record, wanted.folder / PAGE)
@@ -43,7 +43,7 @@ def write(study: Study, wanted: Sweep) -> SweepRecord:
 
 
 def show(console: Console, record: SweepRecord, wanted: Sweep) -> None:
-    """Every trial, the best one first, and the best as words to paste."""
+    """Prints every trial, the best first, and the best settings to paste."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("trial")
     for goal in record.goals:
@@ -51,33 +51,33 @@ def show(console: Console, record: SweepRecord, wanted: Sweep) -> None:
         table.add_column("95 %")
     table.add_column("settings")
     for trial in record.trials:
-        figures = [cell for one in trial.figures for cell in (f"{one.mean:.3f}", _bounds(one))]
+        cells = [cell for value in trial.figures for cell in (f"{value.mean:.3f}", _bounds(value))]
         blank = [trial.state, *[""] * (2 * len(record.goals) - 1)]
         reason = f": {trial.error.splitlines()[0]}" if trial.error else ""
-        table.add_row(str(trial.number), *(figures or blank), escape(" ".join(trial.words) + reason))
+        table.add_row(str(trial.number), *(cells or blank), escape(" ".join(trial.words) + reason))
     console.print()
     console.print(table)
     for trial in record.trials:
         if trial.number in record.best:
-            _say(console, f"best: {shlex.join(trial.words)}")
+            _print(console, f"best: {shlex.join(trial.words)}")
     if record.verdict:
-        _say(console, record.verdict)
+        _print(console, record.verdict)
     for caution in record.cautions:
-        _say(console, f"caution: {caution}")
-    _say(console, f"report: {wanted.folder / PAGE}")
+        _print(console, f"caution: {caution}")
+    _print(console, f"report: {wanted.folder / PAGE}")
 
 
-def _say(console: Console, line: str) -> None:
+def _print(console: Console, line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _bounds(one: Interval) -> str:
-    return "" if one.low is None or one.high is None else f"{one.low:.3f}–{one.high:.3f}"
+def _bounds(value: Interval) -> str:
+    return "" if value.low is None or value.high is None else f"{value.low:.3f}–{value.high:.3f}"
 
 
 def _record(study: Study, wanted: Sweep) -> SweepRecord:
     best = study.best()
-    trials = sorted((_trial(one, wanted) for one in study.told()), key=lambda trial: _rank(trial, best, wanted))
+    trials = sorted((_trial(trial, wanted) for trial in study.ended()), key=lambda trial: _rank(trial, best, wanted))
     return SweepRecord(
         name=wanted.folder.name,
         recipe=wanted.recipe,
@@ -85,10 +85,16 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
         summary=wanted.config.summary,
         search=wanted.config.search.value,
         number=wanted.number,
-        goals=[Goal(label=str(one), minimize=one.minimize) for one in wanted.objectives],
+        goals=[Goal(label=str(objective), minimize=objective.minimize) for objective in wanted.objectives],
         parameters=[
-            Parameter(key=one.key, values=one.values, low=one.low, high=one.high, log=one.log)
-            for one in wanted.config.parameters
+            Parameter(
+                key=parameter.key,
+                values=parameter.values,
+                low=parameter.low,
+                high=parameter.high,
+                log=parameter.log,
+            )
+            for parameter in wanted.config.parameters
         ],
         trials=trials,
         best=best,
@@ -98,23 +104,23 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
     )
 
 
-def _trial(told: Any, wanted: Sweep) -> Trial:
-    run = told.user_attrs["run"]
+def _trial(ended: Any, wanted: Sweep) -> Trial:
+    run = ended.user_attrs["run"]
     link = f"../../runs/{run}/{REPORT}"
-    error = told.user_attrs.get("error", "")
-    if "pruned_at" in told.user_attrs:
+    error = ended.user_attrs.get("error", "")
+    if "pruned_at" in ended.user_attrs:
         pruning = wanted.config.pruning
-        error = f"{pruning.metric} of {pruning.stage} was worse than the median at step {told.user_attrs['pruned_at']}"
-    bounds = told.user_attrs.get("intervals", [])
+        error = f"{pruning.metric} of {pruning.stage} was worse than the median at step {ended.user_attrs['pruned_at']}"
+    bounds = ended.user_attrs.get("intervals", [])
     return Trial(
-        number=number_of(told),
+        number=number_of(ended),
         run=run,
-        state={"COMPLETE": "done", "FAIL": "failed", "PRUNED": "pruned"}[told.state.name],
-        settings=dict(told.params),
-        words=words(told.params),
+        state={"COMPLETE": "done", "FAIL": "failed", "PRUNED": "pruned"}[ended.state.name],
+        settings=dict(ended.params),
+        words=words(ended.params),
         figures=[
             Interval(mean=mean, low=low, high=high)
-            for mean, (low, high) in zip(told.values or [], bounds, strict=False)
+            for mean, (low, high) in zip(ended.values or [], bounds, strict=False)
         ],
         error=error,
         report=link if (wanted.folder / link).is_file() else "",
@@ -122,7 +128,7 @@ def _trial(told: Any, wanted: Sweep) -> Trial:
 
 
 def _rank(trial: Trial, best: Sequence[int], wanted: Sweep) -> tuple[bool, bool, float, int]:
-    """Best first, then by the first goal; what has no figure comes last."""
+    """Sort key: the best first, then by the first goal; trials without values come last."""
     sign = 1 if wanted.objectives[0].minimize else -1
     return (
         not trial.figures,
@@ -133,10 +139,12 @@ def _rank(trial: Trial, best: Sequence[int], wanted: Sweep) -> tuple[bool, bool,
 
 
 def _by_prompt(study: Study, wanted: Sweep) -> dict[int, dict[str, float]]:
-    """The first objective's figure prompt by prompt, by trial; nothing of one told before artifacts were kept."""
+    """The first objective by trial and prompt; empty for a trial without recorded artifacts."""
     first = wanted.objectives[0]
-    kept = {number_of(one): one.user_attrs.get("artifacts") for one in study.completed()}
-    return {number: first.by_prompt(Path(artifacts[0])) if artifacts else {} for number, artifacts in kept.items()}
+    artifacts_of = {number_of(trial): trial.user_attrs.get("artifacts") for trial in study.completed()}
+    return {
+        number: first.by_prompt(Path(artifacts[0])) if artifacts else {} for number, artifacts in artifacts_of.items()
+    }
 
 
 def _verdict(
@@ -145,10 +153,16 @@ def _verdict(
     done = [trial for trial in trials if trial.figures]
     if len(wanted.objectives) > 1:
         return f"{_named(best)} the Pareto set by their means: every other is beaten by one of them" if best else ""
-    if len(done) < 2 or not (figures := by_prompt[done[0].number]):
+    if len(done) < 2 or not (best_scores := by_prompt[done[0].number]):
         return ""
-    differences = {one.number: paired_differences.difference(figures, by_prompt[one.number]) for one in done[1:]}
-    even = [number for number, found in differences.items() if found is not None and not found.excludes_zero()]
+    differences = {
+        trial.number: paired_differences.difference(best_scores, by_prompt[trial.number]) for trial in done[1:]
+    }
+    even = [
+        number
+        for number, difference in differences.items()
+        if difference is not None and not difference.excludes_zero()
+    ]
     if None in differences.values() and not even:
         return ""  # judged on other prompts
     if not even:
@@ -164,4 +178,4 @@ def _named(numbers: Sequence[int]) -> str:
 def _importance(study: Study, wanted: Sweep) -> list[dict[str, float]]:
     if len(wanted.config.parameters) < 2 or len(study.completed()) < FEWEST_FOR_IMPORTANCE:
         return []
-    return [study.importance(place) for place in range(len(wanted.objectives))]
+    return [study.importance(index) for index in range(len(wanted.objectives))]

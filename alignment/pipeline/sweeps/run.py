@@ -1,7 +1,7 @@
-"""A recipe many times over with other settings: each trial is a run of its own, judged by its result.
+"""Runs a recipe many times with different settings: each trial is a separate run, judged by its result.
 
-Stages that a setting does not reach are made once, because results are found again by their fingerprints. The study is
-a journal of lines beside the trials; a sweep that was stopped goes on with what is missing (docs/design/0012).
+Stages that a setting does not affect are made once, because results are reused by their fingerprints. The study is a
+journal of lines beside the trials; a stopped sweep continues with the missing trials (docs/design/0012).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _POLL_SECONDS = 0.5
 
 
 def sweep(recipe: str, name: str, overrides: Sequence[str], *, console: Console, at_once: int = 1) -> int:
-    """Runs the trials that are missing; returns the exit code: 0 if any trial ever came to its end.
+    """Runs the missing trials; returns the exit code, 0 if any trial has ever finished.
 
     Raises:
         ConfigError: the sweep does not fit the recipe or the machine, no stage reports its objective, or optuna is not
@@ -36,15 +36,15 @@ def sweep(recipe: str, name: str, overrides: Sequence[str], *, console: Console,
         Busy: another process works on it, or Slurm has jobs of a trial.
     """
     wanted = read_sweep(recipe, name, overrides)
-    parts = shares(at_once, wanted.launch)
+    shares_of_machine = shares(at_once, wanted.launch)
     study = Study(wanted)
     with held(wanted.folder / "lock", wait=False):
         study.retry_cut_off()
         console.print(f"{wanted.name}: {wanted.number} trials of {wanted.run_name}", highlight=False)
         for caution in wanted.cautions:
-            _say(console, "caution: ", caution)
+            _print(console, "caution: ", caution)
         apart = at_once > 1 or wanted.config.pruning.pruner is not Pruner.none
-        code = _apart(study, wanted, parts, console) if apart else _in_turn(study, wanted, console)
+        code = _in_parallel(study, wanted, shares_of_machine, console) if apart else _in_turn(study, wanted, console)
         if code:
             return code
         results.show(console, results.write(study, wanted), wanted)
@@ -52,9 +52,9 @@ def sweep(recipe: str, name: str, overrides: Sequence[str], *, console: Console,
 
 
 def _in_turn(study: Study, wanted: Sweep, console: Console) -> int:
-    """Trials one after another, in this process; returns the code of a stop, or 0 when all were made."""
+    """Runs trials one after another in this process; returns the exit code of a stop, or 0 after the last trial."""
     while (trial := study.next()) is not None:
-        _say(console, f"[bold]trial {number_of(trial)}[/]  ", " ".join(results.words(trial.params)))
+        _print(console, f"[bold]trial {number_of(trial)}[/]  ", " ".join(results.words(trial.params)))
         try:
             outcome = TrialOutcome(code=run(wanted.recipe, _overrides(wanted, trial), console=console, wait=True))
         except AlignmentError as error:
@@ -70,17 +70,17 @@ def _overrides(wanted: Sweep, trial: Any) -> list[str]:
 
 
 def _settle(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, console: Console) -> int:
-    """Tells the study how a trial ended; a fault of the trial is written down and ends no sweep.
+    """Records in the study how a trial ended; a failed trial does not end the sweep.
 
-    Returns the code of a stop, or 0.
+    Returns the exit code of a stop, or 0.
 
     Raises:
-        ConfigError: the trial is done, and what the sweep judges by is not there; so it would be with all.
+        ConfigError: the trial is done but lacks the objective, as all trials would.
         Busy: Slurm has jobs of the trial.
     """
     run_folder = wanted.output / "runs" / trial.user_attrs["run"]
     if outcome.code in (INTERRUPTED, PREEMPTED):
-        study.again(trial)  # what it has made is found again
+        study.again(trial)  # its finished stages will be reused
         return outcome.code
     if outcome.code == Busy.exit_code:
         study.again(trial)
@@ -88,11 +88,15 @@ def _settle(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, cons
     error = outcome.error
     if not outcome.code:
         try:
-            artifacts = [one.artifact(run_folder) for one in wanted.objectives]
-            figures = [one.read(artifact) for one, artifact in zip(wanted.objectives, artifacts, strict=True)]
-            study.complete(trial, figures, artifacts)
-            told = [f"{name} {figure.mean:.3f}" for name, figure in zip(wanted.objectives, figures, strict=True)]
-            _say(console, f"trial {number_of(trial)}: ", ", ".join(told))
+            artifacts = [objective.artifact(run_folder) for objective in wanted.objectives]
+            intervals = [
+                objective.read(artifact) for objective, artifact in zip(wanted.objectives, artifacts, strict=True)
+            ]
+            study.complete(trial, intervals, artifacts)
+            values = [
+                f"{name} {interval.mean:.3f}" for name, interval in zip(wanted.objectives, intervals, strict=True)
+            ]
+            _print(console, f"trial {number_of(trial)}: ", ", ".join(values))
         except ConfigError:
             study.again(trial)
             raise
@@ -100,22 +104,22 @@ def _settle(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, cons
             error = str(fault)
     if error:
         study.fail(trial, error)
-        _say(console, f"trial {number_of(trial)} failed: ", error)
+        _print(console, f"trial {number_of(trial)} failed: ", error)
     results.write(study, wanted)
     return 0
 
 
-def _say(console: Console, words: str, more: str) -> None:
-    """``words`` may hold markup, ``more`` is shown as it is."""
+def _print(console: Console, words: str, more: str) -> None:
+    """Prints ``words``, which may contain markup, and ``more`` as it is."""
     console.print(words, end="", highlight=False)
     console.print(more, markup=False, highlight=False, soft_wrap=True)
 
 
-# ---- trials in processes of their own -------------------------------------------------------------------------------
+# ---- trials in separate processes -----------------------------------------------------------------------------------
 
 
-class _Apart:
-    """A trial under way in a process of its own, and what is watched of it."""
+class _SeparateTrial:
+    """A running trial in a separate process, and its watched curve."""
 
     def __init__(self, trial: Any, wanted: Sweep, share: Share, console: Console) -> None:
         self.trial = trial
@@ -126,67 +130,69 @@ class _Apart:
         self._curve = Curve(wanted, trial)
         self._stage = ""
         log = wanted.folder / f"trial-{number_of(trial)}.log"
-        _say(console, f"[bold]{self._name}[/]  ", f"{' '.join(results.words(trial.params))}  (log: {log})")
+        _print(console, f"[bold]{self._name}[/]  ", f"{' '.join(results.words(trial.params))}  (log: {log})")
         argv = [wanted.recipe, *_overrides(wanted, trial)]
         self.process = Running(wanted.output / "runs" / trial.user_attrs["run"], argv, log=log, share=share)
 
     def ended(self) -> TrialOutcome | None:
-        """How it ended, or None while it runs: then says which stage it is at, and stops it if its curve is hopeless.
+        """The outcome of the trial, or None while it runs: it then prints a new stage, and stops a hopeless trial.
 
         Raises:
-            ConfigError: its curve does not show the metric that it is watched by.
+            ConfigError: the curve lacks the metric for pruning.
         """
         outcome = self.process.ended()
         if outcome is None:
             self._watch()
         elif not outcome.code:
-            self._curve.hopeless_at()  # the study hears of the steps since the last look, and of a stage made by others
+            self._curve.hopeless_at()  # reports the steps since the last check, and those of a reused stage
         return outcome
 
     def _watch(self) -> None:
         stage = self.process.stage()
         if stage and stage != self._stage:
-            _say(self._console, f"{self._name}: ", stage)
+            _print(self._console, f"{self._name}: ", stage)
             self._stage = stage
         if self.pruned_at is None and (step := self._curve.hopeless_at()) is not None:
             self.pruned_at = step
             self.process.ask_to_stop()
 
 
-def _apart(study: Study, wanted: Sweep, parts: Sequence[Share], console: Console) -> int:
-    """As many trials at once as the machine has parts; returns the code of a stop, or 0 when all were made."""
-    running: list[_Apart] = []
+def _in_parallel(study: Study, wanted: Sweep, shares_of_machine: Sequence[Share], console: Console) -> int:
+    """Runs as many trials at once as there are shares of the machine; returns the exit code of a stop, or 0."""
+    running: list[_SeparateTrial] = []
     try:
         with termination_raises():
-            return _to_the_end(study, wanted, list(parts), running, console)
+            return _to_the_end(study, wanted, list(shares_of_machine), running, console)
     except (KeyboardInterrupt, Terminated) as stop:
         code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED
         console.print("asking the trials to stop", highlight=False)
     finally:
-        stop_all([one.process for one in running], wanted.launch.grace_seconds)
-        for one in running:
-            study.again(one.trial)
-    console.print("stopped; the same command goes on from here", highlight=False)
+        stop_all([unfinished.process for unfinished in running], wanted.launch.grace_seconds)
+        for unfinished in running:
+            study.again(unfinished.trial)
+    console.print("stopped; the same command continues from here", highlight=False)
     return code
 
 
-def _to_the_end(study: Study, wanted: Sweep, free: list[Share], running: list[_Apart], console: Console) -> int:
-    """Keeps every part of the machine at work; ``running`` says at any time who is."""
+def _to_the_end(study: Study, wanted: Sweep, free: list[Share], running: list[_SeparateTrial], console: Console) -> int:
+    """Keeps every share of the machine busy; ``running`` always holds the running trials."""
     while True:
         while free and (trial := study.next()) is not None:
-            running.append(_Apart(trial, wanted, free.pop(0), console))
+            running.append(_SeparateTrial(trial, wanted, free.pop(0), console))
         if not running:
             return 0
         time.sleep(_POLL_SECONDS)
-        for one in list(running):
-            if (outcome := one.ended()) is None:
+        for running_trial in list(running):
+            if (outcome := running_trial.ended()) is None:
                 continue
-            one.process.close()
-            running.remove(one)
-            free.append(one.share)
-            if outcome.code and one.pruned_at is not None:
-                study.prune(one.trial, one.pruned_at)
-                console.print(f"trial {number_of(one.trial)} pruned at step {one.pruned_at}", highlight=False)
+            running_trial.process.close()
+            running.remove(running_trial)
+            free.append(running_trial.share)
+            if outcome.code and running_trial.pruned_at is not None:
+                study.prune(running_trial.trial, running_trial.pruned_at)
+                console.print(
+                    f"trial {number_of(running_trial.trial)} pruned at step {running_trial.pruned_at}", highlight=False
+                )
                 results.write(study, wanted)
-            elif code := _settle(study, one.trial, wanted, outcome, console):
+            elif code := _settle(study, running_trial.trial, wanted, outcome, console):
                 return code

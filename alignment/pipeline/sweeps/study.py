@@ -1,4 +1,4 @@
-"""Optuna's study of a sweep: which settings come next, and what came of each; a journal of lines beside the trials."""
+"""Optuna's study of a sweep, which proposes settings and records results in a journal of lines beside the trials."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from alignment.records.interval import Interval
 
 JOURNAL = "study.jsonl"
 _MOST_RANDOM = 10
-"""Trials before TPE learns from them, as optuna has it; fewer where there are few in all."""
+"""Number of random trials before TPE learns from them (optuna's default); fewer in a small sweep."""
 
 
 class Study:
-    """The study of just these questions in the sweep's folder, a new one if there is none.
+    """The study with this identity in the sweep's folder, or a new one.
 
-    A trial is optuna's; ``user_attrs`` hold its ``run``, and once it is told its ``error``, the step it was
-    ``pruned_at``, or its ``intervals`` and the ``artifacts`` that its figures stand in. One that was cut off is told as
-    failed without an ``error``, counts for nothing and is tried again under the same run name, so that its stages go on
-    from their checkpoints.
+    A trial is optuna's. Its ``user_attrs`` hold its ``run`` and, after its end, its ``error``, the step at which it was
+    pruned (``pruned_at``), or its ``intervals`` and the ``artifacts`` with its metrics. An interrupted trial is
+    recorded as failed without an ``error``. It does not count, and is tried again under the same run name, so that its
+    stages continue from their checkpoints.
     """
 
     def __init__(self, wanted: Sweep) -> None:
@@ -41,97 +41,98 @@ class Study:
         self._study = optuna.create_study(
             study_name=f"{wanted.name}-{wanted.identity[:16]}",
             storage=storage,
-            directions=["minimize" if one.minimize else "maximize" for one in wanted.objectives],
+            directions=["minimize" if objective.minimize else "maximize" for objective in wanted.objectives],
             pruner=_pruner(wanted.config.pruning),
             load_if_exists=True,
         )
         is_first = optuna.get_all_study_names(storage)[0] == self._study.study_name
-        # Runs of later studies have names of their own, so that no study takes another's for its own.
+        # Runs of later studies have other names, so that studies do not share runs.
         self._runs = f"{wanted.run_name}.{wanted.name}" + ("" if is_first else f".{wanted.identity[:8]}")
 
     def retry_cut_off(self) -> None:
-        """Has tried again what a process was at that is gone; call it while no trial runs."""
+        """Queues the trials of a process that is gone again; call it while no trial runs."""
         for trial in self._study.get_trials(states=[self._states.RUNNING]):
             self.again(trial)
 
     def next(self) -> Any | None:
-        """The next trial, or None when all were made or are under way."""
+        """The next trial, or None if all are done or running."""
         config = self._wanted.config
-        counted = [one for one in self._study.trials if not self._is_cut_off(one)]
-        if not any(one.state is self._states.WAITING for one in counted):
+        counted = [trial for trial in self._study.trials if not self._is_cut_off(trial)]
+        if not any(trial.state is self._states.WAITING for trial in counted):
             if config.search is Search.tpe and len(counted) >= (config.trials or 0):
                 return None
             if config.search is Search.grid:
-                tried = [one.params for one in counted]
-                combination = next((one for one in _grid(config.parameters) if one not in tried), None)
+                tried = [trial.params for trial in counted]
+                combination = next((values for values in _grid(config.parameters) if values not in tried), None)
                 if combination is None:
                     return None
                 self._study.enqueue_trial(combination)
-        number = sum("run" in one.user_attrs for one in counted)
-        # A sampler of its own for each trial: what it draws does not depend on stops in between.
+        number = sum("run" in trial.user_attrs for trial in counted)
+        # Each trial has its own sampler, so that its draws do not depend on interruptions.
         self._study.sampler = _sampler(config.seed + number, config.trials or 0)
-        trial = self._study.ask({one.key: _distribution(one) for one in config.parameters})
+        trial = self._study.ask({parameter.key: _distribution(parameter) for parameter in config.parameters})
         if "run" not in trial.user_attrs:
             trial.set_user_attr("run", f"{self._runs}.{number}")
         return trial
 
     def again(self, trial: Any) -> None:
-        """The trial was stopped, and is tried again."""
+        """Records that the trial was interrupted, and queues it again."""
         self._study.tell(trial.number, state=self._states.FAIL)
-        if "run" in trial.user_attrs:  # else it was cut off before it had a name, and asks nothing yet
+        if "run" in trial.user_attrs:  # otherwise it was interrupted before it had a name and settings
             self._study.enqueue_trial(trial.params, user_attrs={"run": trial.user_attrs["run"]})
 
-    def complete(self, trial: Any, figures: Sequence[Interval], artifacts: Sequence[Path]) -> None:
-        """The trial came to its end; a figure and the artifact that it stands in for each objective."""
-        trial.set_user_attr("artifacts", [str(one) for one in artifacts])
-        trial.set_user_attr("intervals", [[one.low, one.high] for one in figures])
-        self._study.tell(trial, [one.mean for one in figures])
+    def complete(self, trial: Any, values: Sequence[Interval], artifacts: Sequence[Path]) -> None:
+        """Records a finished trial, with a value and its artifact for each objective."""
+        trial.set_user_attr("artifacts", [str(artifact) for artifact in artifacts])
+        trial.set_user_attr("intervals", [[value.low, value.high] for value in values])
+        self._study.tell(trial, [value.mean for value in values])
 
     def fail(self, trial: Any, error: str) -> None:
-        """The trial failed; it is not tried again."""
+        """Records a failed trial, which is not tried again."""
         trial.set_user_attr("error", error)
         self._study.tell(trial, state=self._states.FAIL)
 
     def prune(self, trial: Any, step: int) -> None:
-        """The trial was stopped for good at a step."""
+        """Records that the trial was pruned at a step."""
         trial.set_user_attr("pruned_at", step)
         self._study.tell(trial, state=self._states.PRUNED)
 
-    def told(self) -> list[Any]:
-        """All trials that are done, failed or pruned, in order."""
-        return [one for one in self._study.trials if one.state.is_finished() and not self._is_cut_off(one)]
+    def ended(self) -> list[Any]:
+        """All done, failed and pruned trials, in order."""
+        return [trial for trial in self._study.trials if trial.state.is_finished() and not self._is_cut_off(trial)]
 
     def completed(self) -> list[Any]:
-        """The trials that have figures."""
-        return [one for one in self.told() if one.state is self._states.COMPLETE]
+        """The trials that have values."""
+        return [trial for trial in self.ended() if trial.state is self._states.COMPLETE]
 
     def best(self) -> list[int]:
-        """Number of the best trial, the first of equals, or those of the Pareto set; none before a trial is done."""
+        """Number of the best trial (the first among equals), or of those in the Pareto set; empty until a trial is
+        done."""
         if not self.completed():
             return []
         several = len(self._wanted.objectives) > 1
-        return [number_of(one) for one in (self._study.best_trials if several else [self._study.best_trial])]
+        return [number_of(trial) for trial in (self._study.best_trials if several else [self._study.best_trial])]
 
-    def importance(self, place: int) -> dict[str, float]:
-        """The share of each parameter in whether an objective comes out in its better half (Watanabe et al. 2023)."""
+    def importance(self, objective: int) -> dict[str, float]:
+        """The share of each parameter in whether an objective is in its better half (Watanabe et al. 2023)."""
         import optuna
 
-        sign = 1 if self._wanted.objectives[place].minimize else -1
+        sign = 1 if self._wanted.objectives[objective].minimize else -1
         with warnings.catch_warnings():
-            # That it is experimental, and that a target is to be small, as it is here.
+            # It warns that it is experimental and that it minimises the target, which is right here.
             warnings.simplefilter("ignore")
             evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
-            found = optuna.importance.get_param_importances(
-                self._study, evaluator=evaluator, target=lambda trial: sign * trial.values[place]
+            importances = optuna.importance.get_param_importances(
+                self._study, evaluator=evaluator, target=lambda trial: sign * trial.values[objective]
             )
-        return {name: float(share) for name, share in found.items()}
+        return {name: float(share) for name, share in importances.items()}
 
     def _is_cut_off(self, trial: Any) -> bool:
         return trial.state is self._states.FAIL and "error" not in trial.user_attrs
 
 
 def number_of(trial: Any) -> int:
-    """The number in its run's name, which stays when it is tried again."""
+    """The number in the run's name, which stays the same when the trial is tried again."""
     return int(trial.user_attrs["run"].rpartition(".")[2])
 
 
@@ -146,7 +147,7 @@ def _pruner(config: PruningConfig) -> Any:
 
 
 def _sampler(seed: int, trials: int) -> Any:
-    """``constant_liar``: trials at once are drawn apart, those under way being taken for bad ones."""
+    """TPE with ``constant_liar``: running trials count as bad, so that parallel trials are drawn apart."""
     import optuna
 
     with warnings.catch_warnings():
@@ -157,17 +158,20 @@ def _sampler(seed: int, trials: int) -> Any:
 
 
 def _grid(parameters: Sequence[ParameterConfig]) -> Iterator[dict[str, str]]:
-    keys = [one.key for one in parameters]
-    return (dict(zip(keys, values, strict=True)) for values in itertools.product(*(one.values for one in parameters)))
+    keys = [parameter.key for parameter in parameters]
+    return (
+        dict(zip(keys, values, strict=True))
+        for values in itertools.product(*(parameter.values for parameter in parameters))
+    )
 
 
-def _distribution(one: ParameterConfig) -> Any:
+def _distribution(parameter: ParameterConfig) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    if one.values:
-        return CategoricalDistribution(one.values)
-    assert one.low is not None
-    assert one.high is not None
-    if one.whole:
-        return IntDistribution(int(one.low), int(one.high), log=one.log)
-    return FloatDistribution(one.low, one.high, log=one.log)
+    if parameter.values:
+        return CategoricalDistribution(parameter.values)
+    assert parameter.low is not None
+    assert parameter.high is not None
+    if parameter.whole:
+        return IntDistribution(int(parameter.low), int(parameter.high), log=parameter.log)
+    return FloatDistribution(parameter.low, parameter.high, log=parameter.log)

@@ -1,4 +1,4 @@
-"""A sweep's file: read, checked, and laid over the recipe that it is for."""
+"""Reads a sweep's file, checks it, and applies it to its recipe."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from alignment.stages.registry import kind_of
 class Sweep:
     """A sweep over a recipe, checked.
 
-    ``identity`` stands for all that its trials' figures depend on; ``cautions`` are for whoever reads its outcome.
+    ``identity`` covers everything that the trials' results depend on; ``cautions`` are warnings for readers of the
+    results.
     """
 
     name: str
@@ -52,37 +53,38 @@ class Sweep:
 
     @property
     def number(self) -> int:
-        """How many trials there are in all."""
+        """Total number of trials."""
         if self.config.search is Search.tpe:
             return self.config.trials or 0
-        return math.prod(len(one.values) for one in self.config.parameters)
+        return math.prod(len(parameter.values) for parameter in self.config.parameters)
 
 
 def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
-    """A shipped sweep by its name, or a file's by its path, laid over the recipe.
+    """A shipped sweep by its name, or a file by its path, applied to the recipe.
 
     Raises:
-        ConfigError: no such sweep, faults in it, keys that the recipe does not have, or no such objective.
+        ConfigError: there is no such sweep, it has faults, the recipe lacks its keys, or no stage reports its
+            objective.
     """
     path = Path(name) if name.endswith(".yaml") else conf_folder() / "sweep" / f"{name}.yaml"
     if not path.is_file():
         if "/" in name or name.endswith(".yaml"):
             raise ConfigError(f"no file {name}", where="SWEEP", remedy="a sweep of your own is a file in .yaml")
-        known = sorted(one.stem for one in (conf_folder() / "sweep").glob("*.yaml"))
+        known = sorted(file.stem for file in (conf_folder() / "sweep").glob("*.yaml"))
         raise ConfigError(f"no sweep {name!r}; {suggestion(name, known)}", where="SWEEP", remedy="or give a .yaml file")
     if not is_name(path.stem):
         raise ConfigError(f"{path.stem!r} cannot name a sweep; allowed: {NAME.allowed}", where=str(path))
     config = sweep_from_plain(_plain(path), where=str(path))
-    refuse(_placed(path, _faults(config)))
+    refuse(_with_path(path, _faults(config)))
     plan = _checked_plan(recipe, overrides, config.parameters, path)
-    refuse(_placed(path, _faults_beside(config, plan.config.stages)))
+    refuse(_with_path(path, _faults_beside(config, plan.config.stages)))
     _refuse_unwatched(plan.config.launch, config.pruning)
     feasibility.refuse_what_cannot_start(
         plan.config.launch, plan.stages, num_devices=feasibility.devices_for(plan.config.launch)
     )
-    found = objectives.resolve(config.objective, plan.config.stages)
-    # The fingerprint of a stage covers recipe, overrides and data; what it does not reach changes no figure of it.
-    judged = [stage.fingerprint for one in found for stage in plan.stages if stage.name == one.stage]
+    resolved = objectives.resolve(config.objective, plan.config.stages)
+    # The fingerprint of a stage covers recipe, overrides and data; nothing else changes its metrics.
+    judged = [stage.fingerprint for objective in resolved for stage in plan.stages if stage.name == objective.stage]
     return Sweep(
         name=path.stem,
         config=config,
@@ -90,31 +92,31 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
         overrides=tuple(overrides),
         run_name=plan.config.name,
         launch=plan.config.launch,
-        objectives=found,
+        objectives=resolved,
         identity=digest([judged, config.search, config.seed, config.objective, config.parameters, config.pruning]),
         folder=plan.output / "sweeps" / f"{plan.config.name}.{path.stem}",
-        cautions=objectives.cautions(found, plan.config.stages),
+        cautions=objectives.cautions(resolved, plan.config.stages),
     )
 
 
 def _checked_plan(recipe: str, overrides: Sequence[str], parameters: Sequence[ParameterConfig], path: Path) -> Plan:
-    """The plan of the first values; each of the others is planned beside these, so that a wrong one is found now."""
-    first = {one.key: _checked(one)[0] for one in parameters}
-    others = [first | {one.key: value} for one in parameters for value in _checked(one)[1:]]
+    """The plan for the first values. Every other value is planned with them, so that an invalid one is found now."""
+    first = {parameter.key: _checked(parameter)[0] for parameter in parameters}
+    others = [first | {parameter.key: value} for parameter in parameters for value in _checked(parameter)[1:]]
     try:
         plan = make_plan(recipe, [*overrides, *_words(first)])
         for values in others:
             make_plan(recipe, [*overrides, *_words(values)])
     except AlignmentError as error:
-        make_plan(recipe, overrides)  # a fault of the recipe's own is told as such
+        make_plan(recipe, overrides)  # a fault of the recipe itself is reported without the sweep's path
         raise type(error)(error.message, where=f"{path}: {error.where}".rstrip(": "), remedy=error.remedy) from error
     return plan
 
 
-def _checked(one: ParameterConfig) -> list[str]:
-    """The values that a plan is made of before anything starts: all that are listed, or the ends of a range."""
-    ends = [end for end in (one.low, one.high) if end is not None]
-    return one.values or [str(int(end) if one.whole else end) for end in ends]
+def _checked(parameter: ParameterConfig) -> list[str]:
+    """The values that are planned before anything starts: all listed values, or the ends of a range."""
+    ends = [end for end in (parameter.low, parameter.high) if end is not None]
+    return parameter.values or [str(int(end) if parameter.whole else end) for end in ends]
 
 
 def _words(values: dict[str, str]) -> list[str]:
@@ -122,54 +124,58 @@ def _words(values: dict[str, str]) -> list[str]:
 
 
 def _plain(path: Path) -> Any:
-    """As YAML holds it; values of parameters as the text that an override would have, one objective as a list."""
+    """The file's content, with values of parameters as text, like in overrides, and a single objective as a list."""
     plain = yaml_file.read(path)
     if not isinstance(plain, dict):
         return plain
     if isinstance(plain.get("objective"), dict):
         plain["objective"] = [plain["objective"]]
     parameters = plain.get("parameters")
-    for one in parameters if isinstance(parameters, list) else []:
-        if isinstance(one, dict) and isinstance(one.get("values"), list):
-            one["values"] = [value if isinstance(value, str) else json.dumps(value) for value in one["values"]]
+    for parameter in parameters if isinstance(parameters, list) else []:
+        if isinstance(parameter, dict) and isinstance(parameter.get("values"), list):
+            values = parameter["values"]
+            parameter["values"] = [value if isinstance(value, str) else json.dumps(value) for value in values]
     return plain
 
 
-def _placed(path: Path, faults: Iterator[Fault]) -> list[Fault]:
+def _with_path(path: Path, faults: Iterator[Fault]) -> list[Fault]:
     return [Fault(where=f"{path}: {fault.where}", message=fault.message) for fault in faults]
 
 
 def _faults(config: SweepConfig) -> Iterator[Fault]:
-    """What is wrong in the file, whatever the recipe."""
+    """Faults in the file that do not depend on the recipe."""
     if not config.parameters:
         yield Fault(where="parameters", message="nothing to try; write - {key: …, values: […]}")
     if config.search is Search.tpe and not config.trials:
-        yield Fault(where="trials", message="say how many, such as trials: 12")
+        yield Fault(where="trials", message="set the number of trials, such as trials: 12")
     if config.search is Search.grid and config.trials is not None:
-        yield Fault(where="trials", message="a grid makes every combination; take this out, or take search: tpe")
+        yield Fault(where="trials", message="a grid tries every combination; remove trials, or set search: tpe")
     if config.pruning.pruner is not Pruner.none and len(config.objective) > 1:
-        yield Fault(where="pruning.pruner", message="trials with several objectives are never pruned; take none")
-    for number, one in enumerate(config.parameters):
-        for message in _wrong_with(one, config.search):
+        yield Fault(where="pruning.pruner", message="trials with several objectives cannot be pruned; set it to none")
+    for number, parameter in enumerate(config.parameters):
+        for message in _wrong_with(parameter, config.search):
             yield Fault(where=f"parameters[{number}]", message=message)
-        if one.key and one.key in [other.key for other in config.parameters[:number]]:
-            yield Fault(where=f"parameters[{number}]", message=f"{one.key} stands there twice; write all values in one")
+        if parameter.key and parameter.key in [other.key for other in config.parameters[:number]]:
+            yield Fault(
+                where=f"parameters[{number}]",
+                message=f"{parameter.key} is listed twice; write all its values in one entry",
+            )
 
 
-def _wrong_with(one: ParameterConfig, search: Search) -> Iterator[str]:
-    if not one.key:
-        yield "which setting? write key: stages.dpo.beta"
-    between = one.low is not None and one.high is not None and one.low < one.high
-    if bool(one.values) == between:
+def _wrong_with(parameter: ParameterConfig, search: Search) -> Iterator[str]:
+    if not parameter.key:
+        yield "no key; write key: stages.dpo.beta"
+    between = parameter.low is not None and parameter.high is not None and parameter.low < parameter.high
+    if bool(parameter.values) == between:
         yield "write values: [...], or low and high with low below high"
-    if not one.values and search is Search.grid:
-        yield "a grid takes values; take search: tpe for low and high"
-    if one.log and (one.low or 0) <= 0:
-        yield "log wants low above 0"
+    if not parameter.values and search is Search.grid:
+        yield "a grid needs values; set search: tpe for low and high"
+    if parameter.log and (parameter.low or 0) <= 0:
+        yield "log needs low above 0"
 
 
 def _faults_beside(config: SweepConfig, stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
-    """What does not fit these stages."""
+    """Faults that depend on the recipe's stages."""
     yield from objectives.faults(config.objective, stages)
     if config.pruning.pruner is not Pruner.none and (message := _unwatchable(config.pruning, stages)):
         yield Fault(where="pruning.stage", message=message)
@@ -177,7 +183,7 @@ def _faults_beside(config: SweepConfig, stages: Mapping[str, StageConfig]) -> It
 
 def _unwatchable(pruning: PruningConfig, stages: Mapping[str, StageConfig]) -> str:
     trained = [name for name, stage in stages.items() if kind_of(stage).trains]
-    return "" if pruning.stage in trained else f"no stage {pruning.stage!r} that learns; one of: {', '.join(trained)}"
+    return "" if pruning.stage in trained else f"no stage {pruning.stage!r} that trains; one of: {', '.join(trained)}"
 
 
 def _refuse_unwatched(launch: LaunchConfig, pruning: PruningConfig) -> None:
@@ -190,7 +196,7 @@ def _refuse_unwatched(launch: LaunchConfig, pruning: PruningConfig) -> None:
         )
     if pruning.pruner is not Pruner.none:
         raise ConfigError(
-            "a trial whose stages are jobs of Slurm cannot be pruned: the jobs would go on",
+            "a trial whose stages are Slurm jobs cannot be pruned, because the jobs would continue",
             where="pruning.pruner",
-            remedy="take none, or leave out launch/backend=slurm",
+            remedy="set it to none, or leave out launch/backend=slurm",
         )

@@ -1,7 +1,7 @@
-"""``python -m alignment.pipeline.sweeps.trial OUTCOME RECIPE OVERRIDE…``: a trial of a sweep as a process of its own.
+"""``python -m alignment.pipeline.sweeps.trial OUTCOME RECIPE OVERRIDE…``: a trial of a sweep as a separate process.
 
-It is an ordinary run that waits for results which another trial makes. How it ended stands in the file ``OUTCOME``
-afterwards. Its stdin is a pipe that the sweep holds open: when that is closed, since the sweep was killed, it stops.
+It is an ordinary run that waits for results of other trials. It writes its outcome to the file ``OUTCOME``. Its stdin
+is a pipe that the sweep holds open; when the pipe closes because the sweep was killed, the trial stops.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _stop_with_the_sweep() -> None:
-    """As if this process had been asked to stop, so that the stage which runs saves first."""
+    """Sends this process a signal to stop when the pipe closes, so that the running stage saves first."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

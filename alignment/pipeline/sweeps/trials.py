@@ -1,4 +1,4 @@
-"""Trials at the same time: each a process of its own with its share of the machine, what it prints kept in a file."""
+"""Parallel trials: each is a separate process with a share of the machine, and logs to a file."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from alignment.records.sweep import TrialOutcome
 
 _BUG = 1
 _SAVED_LATE_SECONDS = 15.0
-"""What a run takes to write down that it was stopped, once its stage has ended."""
+"""Time that a run needs to record that it was stopped, after its stage has ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """What of the machine a trial may use. ``devices`` are names of GPUs, None where nothing is said of them."""
+    """The part of the machine that a trial may use. ``devices`` are names of GPUs; None leaves them as they are."""
 
     cores: frozenset[int]
     devices: tuple[str, ...] | None = None
 
 
 def shares(number: int, launch: LaunchConfig) -> list[Share]:
-    """The machine in ``number`` equal parts, of cores and of GPUs; jobs of Slurm get theirs from Slurm.
+    """The machine's cores and GPUs in ``number`` equal shares; Slurm assigns those of its jobs.
 
     Raises:
-        ConfigError: it cannot be shared so.
+        ConfigError: the machine cannot be divided in this way.
     """
     if number < 1:
         raise ConfigError(f"{number} is not allowed; 1 or more", where="--at-once")
@@ -54,31 +54,31 @@ def shares(number: int, launch: LaunchConfig) -> list[Share]:
         )
     return [
         Share(
-            cores=frozenset(_part(cores, place, number)),
-            devices=tuple(devices[place * each : (place + 1) * each]) if devices else None,
+            cores=frozenset(_cores_of(cores, index, number)),
+            devices=tuple(devices[index * each : (index + 1) * each]) if devices else None,
         )
-        for place in range(number)
+        for index in range(number)
     ]
 
 
-def _part(cores: Sequence[int], place: int, number: int) -> Sequence[int]:
-    """Neighbouring cores; where there are fewer than trials, several trials have the same."""
+def _cores_of(cores: Sequence[int], index: int, number: int) -> Sequence[int]:
+    """The cores of one share; with fewer cores than trials, several trials have the same core."""
     each = len(cores) // number
-    return cores[place * each : (place + 1) * each] if each else cores[place % len(cores) :][:1] if cores else ()
+    return cores[index * each : (index + 1) * each] if each else cores[index % len(cores) :][:1] if cores else ()
 
 
 class Running:
-    """A trial under way."""
+    """A running trial."""
 
     def __init__(self, run_folder: Path, argv: Sequence[str], *, log: Path, share: Share) -> None:
-        """Starts it. ``argv`` is a recipe and its overrides."""
+        """Starts the trial. ``argv`` is a recipe and its overrides."""
         self._run_folder = run_folder
         self._log = log
         self._outcome = log.with_suffix(".json")
         self._outcome.unlink(missing_ok=True)
         devices = {} if share.devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(share.devices)}
         with log.open("ab") as sink:
-            # A session of its own: Ctrl-C reaches the sweep alone, which then asks its trials to stop.
+            # It has its own session, so Ctrl-C reaches only the sweep, which then asks its trials to stop.
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-m", "alignment.pipeline.sweeps.trial", str(self._outcome), *argv],
                 env={**os.environ, **devices, **environment.own_code(os.environ.get("PYTHONPATH", ""))},
@@ -88,11 +88,11 @@ class Running:
                 start_new_session=True,
             )
         if share.cores and hasattr(os, "sched_setaffinity"):
-            with suppress(ProcessLookupError):  # what it has to say of its end is read as always
+            with suppress(ProcessLookupError):  # it ended already; its outcome is read as usual
                 os.sched_setaffinity(self._process.pid, share.cores)
 
     def stage(self) -> str:
-        """The stage that it is at, or nothing before the first."""
+        """The running stage, or an empty text before the first."""
         try:
             stages = RunRecord.read(self._run_folder).stages
         except ArtifactError:
@@ -100,7 +100,7 @@ class Running:
         return next((name for name, stage in stages.items() if stage.state == "running"), "")
 
     def ended(self) -> TrialOutcome | None:
-        """How it ended, or None while it runs."""
+        """The outcome of the trial, or None while it runs."""
         code = self._process.poll()
         if code is None:
             return None
@@ -108,14 +108,16 @@ class Running:
             return TrialOutcome.read(self._outcome)
         except FileNotFoundError:
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-            return TrialOutcome(code=_BUG, error=f"its process ended {how} without a word\n{tail(self._log)}".rstrip())
+            return TrialOutcome(
+                code=_BUG, error=f"its process ended {how} without an outcome\n{tail(self._log)}".rstrip()
+            )
 
     def ask_to_stop(self) -> None:
-        """Returns at once; the stage that runs saves first."""
+        """Asks the trial to stop and returns at once; the running stage saves first."""
         self._process.terminate()
 
     def wait(self, seconds: float) -> None:
-        """Returns when it has ended, or after ``seconds``, when it is killed."""
+        """Waits until the trial has ended; kills it after ``seconds``."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -123,16 +125,16 @@ class Running:
             self._process.wait()
 
     def close(self) -> None:
-        """Lets go of it; where it still runs, it takes the closed pipe for a wish to stop."""
+        """Closes the pipe to the trial, which asks it to stop if it still runs."""
         if self._process.stdin is not None:
             self._process.stdin.close()
 
 
 def stop_all(running: Sequence[Running], grace_seconds: float) -> None:
-    """Asks all to stop and returns when they have."""
-    for one in running:
-        one.ask_to_stop()
+    """Asks all trials to stop, and returns when they have ended."""
+    for trial in running:
+        trial.ask_to_stop()
     deadline = time.monotonic() + grace_seconds + _SAVED_LATE_SECONDS
-    for one in running:
-        one.wait(max(0.0, deadline - time.monotonic()))
-        one.close()
+    for trial in running:
+        trial.wait(max(0.0, deadline - time.monotonic()))
+        trial.close()

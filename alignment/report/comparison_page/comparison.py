@@ -1,6 +1,6 @@
-"""Runs beside each other as one HTML file: settings that differ, arms, curves laid over each other, answers, cost.
+"""Runs side by side in one HTML file: differing settings, arms, overlaid curves, answers, cost.
 
-A run is called by its letter, A being the one that the others are compared with. What a run lacks is stated.
+Runs have letters; the others are compared with run A. The page states what a run lacks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from alignment.report.run_page.verdict import judge
 from alignment.stages.registry import trains
 
 MOST_RUNS = 8
-"""As many as have a look of their own (``.runs`` in style.css)."""
+"""As many as have their own look (``.runs`` in style.css)."""
 
 NUM_SAMPLES = 12
 
@@ -42,22 +42,22 @@ def build_comparison(
 ) -> None:
     """Writes the page about the runs in ``folders`` (at most ``MOST_RUNS``) to the file ``output``.
 
-    ``settings`` are those that differ, with a value for each run; ``differences`` are taken from the first run.
+    ``settings`` are those that differ, with a value for each run; ``differences`` are relative to the first run.
     ``primary`` is the metric by which runs are compared, if there is any.
 
     Raises:
         ArtifactError: a run.json is missing or unreadable.
     """
     runs = [
-        Told(look=look, letter=letter, run=read_run(folder))
+        ListedRun(look=look, letter=letter, run=read_run(folder))
         for look, (letter, folder) in enumerate(zip(string.ascii_uppercase, folders, strict=False))
     ]
     write_page(page(runs, settings=settings, differences=differences, primary=primary), output)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Told:
-    """A run as the page calls and draws it."""
+class ListedRun:
+    """A run with its letter and look on the page."""
 
     look: int
     letter: str
@@ -65,35 +65,37 @@ class Told:
 
     @property
     def swatch(self) -> Markup:
-        """Its line and mark."""
+        """The line and mark of the run."""
         return swatch(self.look)
 
     @property
     def facts(self) -> dict[str, str]:
-        """What it is, by heading."""
+        """Facts about the run, by heading."""
         return dict(run_tables.facts(self.run))
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know of it."""
+        """Notes on the run for the reader."""
         return ([] if self.run.evaluation else [self.run.evaluation_note]) + judge(self.run).warnings
 
 
 def page(
-    runs: Sequence[Told],
+    runs: Sequence[ListedRun],
     *,
     settings: Mapping[str, Sequence[str]],
     differences: Sequence[Difference],
     primary: Metric | None,
 ) -> str:
     """The page as HTML."""
-    shared = share([one.run for one in runs], NUM_SAMPLES)
-    by_primary = [one for one in differences if primary is not None and one.metric.name == primary.name]
+    shared = share([listed.run for listed in runs], NUM_SAMPLES)
+    by_primary = [item for item in differences if primary is not None and item.metric.name == primary.name]
     return template("comparison.html.j2").render(
         runs=runs,
-        settings=[(text.name(key, limit=120), [text.prose(value) for value in told]) for key, told in settings.items()],
+        settings=[
+            (text.name(key, limit=120), [text.prose(value) for value in values]) for key, values in settings.items()
+        ],
         lead=_lead(runs, by_primary, primary),
-        sentences=[_sentence(runs, one) for one in by_primary],
+        sentences=[_sentence(runs, difference) for difference in by_primary],
         arms=_arms(runs),
         plots=None if primary is None else _primary_plots(runs, primary.name),
         blocks=_blocks(runs, differences, primary),
@@ -105,38 +107,41 @@ def page(
     )
 
 
-# ---- what is said ---------------------------------------------------------------------------------------------------
+# ---- sentences ------------------------------------------------------------------------------------------------------
 
 
-def _lead(runs: Sequence[Told], differences: Sequence[Difference], primary: Metric | None) -> str:
+def _lead(runs: Sequence[ListedRun], differences: Sequence[Difference], primary: Metric | None) -> str:
     """``differences`` are those in the primary metric."""
-    if not any(one.run.evaluation for one in runs):
-        return "None of these runs was evaluated, so nothing can be said of which is better."
+    if not any(listed.run.evaluation for listed in runs):
+        return "None of these runs was evaluated, so it is unknown which is better."
     if primary is None:
-        return "No evaluation of these runs has a metric, so nothing can be said of which is better."
+        return "No evaluation of these runs has a metric, so it is unknown which is better."
     if not differences:
-        return f"No arm was scored by {primary.name} both in {runs[0].letter} and in another run, so none is compared."
-    paired = [one for one in differences if one.interval is not None]
+        return (
+            f"No arm was scored by {primary.name} both in {runs[0].letter} and in another run, so none can be compared."
+        )
+    paired = [difference for difference in differences if difference.interval is not None]
     if not paired:
-        return f"The other runs were judged on other prompts than {runs[0].letter}, so no difference can be told."
-    real = [one for one in paired if one.real]
+        return f"The other runs were judged on other prompts than {runs[0].letter}, so differences are unknown."
+    real = [difference for difference in paired if difference.real]
     if not real:
         return f"No difference from {runs[0].letter} is shown: every interval includes zero."
     verb = "is" if len(real) == 1 else "are"
     return f"{len(real)} of {len(paired)} differences from {runs[0].letter} in {primary.name} {verb} real."
 
 
-def _sentence(runs: Sequence[Told], one: Difference) -> str:
-    label, letter, first = _label(one.arm), runs[one.run].letter, runs[0].letter
-    found = one.interval
-    if found is None:
+def _sentence(runs: Sequence[ListedRun], difference: Difference) -> str:
+    label, letter, first = _label(difference.arm), runs[difference.run].letter, runs[0].letter
+    measured = difference.interval
+    if measured is None:
         return f"{label}: {letter} was judged on other prompts than {first}, which cannot be compared."
-    interval = f"{text.signed(found.mean)} in {one.metric.name} (95\u202f% interval {_bounds(found)})"
-    if one.none_at_all:
-        return f"{label}: the same {one.metric.name} in {letter} and {first} on every prompt."
-    if not one.real:
+    metric = difference.metric.name
+    interval = f"{text.signed(measured.mean)} in {metric} (95\u202f% interval {_bounds(measured)})"
+    if difference.none_at_all:
+        return f"{label}: the same {metric} in {letter} and {first} on every prompt."
+    if not difference.real:
         return f"{label}: a difference between {letter} and {first} is not shown: {interval}."
-    return f"{label}: {letter} is really {one.metric.verdict(found)} than {first}: {interval}."
+    return f"{label}: {letter} is really {difference.metric.verdict(measured)} than {first}: {interval}."
 
 
 def _label(arm: str) -> str:
@@ -152,30 +157,35 @@ def _bounds(item: Interval) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArmsTable:
-    """``rows`` are (arm, run, cells); a cell is (figure, bounds) as text, and stands under a heading."""
+    """``rows`` are (arm, run, cells); a cell is (value, bounds) as text, one per heading."""
 
     headings: list[str]
-    rows: list[tuple[str, Told, list[tuple[str, str]]]]
+    rows: list[tuple[str, ListedRun, list[tuple[str, str]]]]
 
 
-def _arm_names(runs: Sequence[Told]) -> list[str]:
-    return list(dict.fromkeys(arm.name for one in runs if one.run.evaluation for arm in one.run.evaluation.arms))
+def _arm_names(runs: Sequence[ListedRun]) -> list[str]:
+    return list(
+        dict.fromkeys(arm.name for listed in runs if listed.run.evaluation for arm in listed.run.evaluation.arms)
+    )
 
 
-def _arms(runs: Sequence[Told]) -> ArmsTable:
-    """Every figure that an evaluation holds of its arms; the runs of an arm stand below each other."""
-    found = [
-        (arm.label, one, arm.figures)
+def _arms(runs: Sequence[ListedRun]) -> ArmsTable:
+    """Every value of the arms in the evaluations; the runs of an arm follow each other."""
+    rows_of_arms = [
+        (arm.label, listed, arm.figures)
         for name in _arm_names(runs)
-        for one in runs
-        if one.run.evaluation
-        for arm in one.run.evaluation.arms
+        for listed in runs
+        if listed.run.evaluation
+        for arm in listed.run.evaluation.arms
         if arm.name == name
     ]
-    headings = list(dict.fromkeys(heading for _, _, figures in found for heading in figures))
+    headings = list(dict.fromkeys(heading for _, _, figures in rows_of_arms for heading in figures))
     return ArmsTable(
         headings=headings,
-        rows=[(label, one, [_cell(figures.get(heading)) for heading in headings]) for label, one, figures in found],
+        rows=[
+            (label, listed, [_cell(figures.get(heading)) for heading in headings])
+            for label, listed, figures in rows_of_arms
+        ],
     )
 
 
@@ -188,10 +198,10 @@ def _cell(item: Interval | None) -> tuple[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlotRow:
-    """A row of an interval plot: a run's figure, or its difference from the first run's."""
+    """A row of an interval plot: a run's value, or its difference from the first run's."""
 
     arm: str
-    told: Told
+    listed: ListedRun
     svg: Markup
     value: str
     bounds: str
@@ -201,7 +211,7 @@ class PlotRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """Rows on one axis; ``others`` are sentences about what could not be drawn."""
+    """Rows on one axis; ``others`` are sentences about differences that cannot be drawn."""
 
     title: str
     rows: list[PlotRow]
@@ -209,14 +219,14 @@ class Block:
     others: list[str]
 
 
-def _primary_plots(runs: Sequence[Told], metric: str) -> Block | None:
+def _primary_plots(runs: Sequence[ListedRun], metric: str) -> Block | None:
     """The metric of every arm in every run on one axis."""
     known = [
-        (_label(name), one, arm.metrics[metric])
+        (_label(name), listed, arm.metrics[metric])
         for name in _arm_names(runs)
-        for one in runs
-        if one.run.evaluation
-        for arm in one.run.evaluation.arms
+        for listed in runs
+        if listed.run.evaluation
+        for arm in listed.run.evaluation.arms
         if arm.name == name and metric in arm.metrics
     ]
     if not known:
@@ -225,44 +235,47 @@ def _primary_plots(runs: Sequence[Told], metric: str) -> Block | None:
     rows = [
         PlotRow(
             arm=label,
-            told=one,
-            svg=whisker(mean, scale, tone=f"s{one.look}", rule=None),
+            listed=listed,
+            svg=whisker(mean, scale, tone=f"s{listed.look}", rule=None),
             value=text.number(mean.mean),
             bounds=run_tables.bounds(mean),
         )
-        for label, one, mean in known
+        for label, listed, mean in known
     ]
     return Block(title=metric, rows=rows, axis=scale_axis(scale), others=[])
 
 
-def _blocks(runs: Sequence[Told], differences: Sequence[Difference], primary: Metric | None) -> list[Block]:
-    """Differences from the first run, a block for each metric of the answers, the primary one first."""
+def _blocks(runs: Sequence[ListedRun], differences: Sequence[Difference], primary: Metric | None) -> list[Block]:
+    """Differences from the first run, a block for each metric of the answers, the primary metric first."""
     first = None if primary is None else primary.name
-    names = sorted(dict.fromkeys(one.metric.name for one in differences), key=lambda name: name != first)
-    return [_block(runs, name, [one for one in differences if one.metric.name == name]) for name in names]
+    names = sorted(dict.fromkeys(difference.metric.name for difference in differences), key=lambda name: name != first)
+    return [
+        _block(runs, name, [difference for difference in differences if difference.metric.name == name])
+        for name in names
+    ]
 
 
-def _block(runs: Sequence[Told], metric: str, differences: Sequence[Difference]) -> Block:
-    known = [(one, one.interval) for one in differences if one.interval is not None]
+def _block(runs: Sequence[ListedRun], metric: str, differences: Sequence[Difference]) -> Block:
+    known = [(difference, difference.interval) for difference in differences if difference.interval is not None]
     others = [
-        f"{_label(one.arm)}: {runs[one.run].letter} was judged on other prompts than {runs[0].letter}."
-        for one in differences
-        if one.interval is None
+        f"{_label(difference.arm)}: {runs[difference.run].letter} was judged on other prompts than {runs[0].letter}."
+        for difference in differences
+        if difference.interval is None
     ]
     if not known:
         return Block(title=text.name(metric), rows=[], axis=Markup(""), others=others)
     scale = scale_of([interval for _, interval in known], within=None, include=0.0)
     rows = []
-    for one, interval in known:
+    for difference, interval in known:
         rows.append(
             PlotRow(
-                arm=_label(one.arm),
-                told=runs[one.run],
-                svg=whisker(interval, scale, tone=f"s{one.run}", rule=0.0),
+                arm=_label(difference.arm),
+                listed=runs[difference.run],
+                svg=whisker(interval, scale, tone=f"s{difference.run}", rule=0.0),
                 value=text.signed(interval.mean),
                 bounds=_bounds(interval),
-                verdict="real" if one.real else "not shown",
-                tone=run_tables.TONES[one.metric.verdict(interval)],
+                verdict="real" if difference.real else "not shown",
+                tone=run_tables.TONES[difference.metric.verdict(interval)],
             )
         )
     return Block(title=text.name(metric), rows=rows, axis=scale_axis(scale), others=others)
@@ -273,7 +286,8 @@ def _block(runs: Sequence[Told], metric: str, differences: Sequence[Difference])
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageCurves:
-    """A stage's charts with a line for each run that has it; ``notes`` say which have none, or lines that are one."""
+    """A stage's charts with a line for each run that has it; ``notes`` name runs without a line, or with the same
+    one."""
 
     name: str
     kind: str
@@ -281,35 +295,35 @@ class StageCurves:
     notes: list[str]
 
 
-def _curves(runs: Sequence[Told]) -> list[StageCurves]:
-    """Stages of one name and kind together. A result that several runs share is drawn once, as the first one's."""
-    groups: dict[tuple[str, str], list[tuple[Told, Stage]]] = {}
-    for one in runs:
-        for stage in one.run.stages:
-            groups.setdefault((stage.name, stage.kind), []).append((one, stage))
-    found = [_stage_curves(name, kind, stages) for (name, kind), stages in groups.items()]
-    return [one for one in found if one.charts or one.notes]
+def _curves(runs: Sequence[ListedRun]) -> list[StageCurves]:
+    """Groups stages of one name and kind. A result that several runs share is drawn once, for the first run."""
+    groups: dict[tuple[str, str], list[tuple[ListedRun, Stage]]] = {}
+    for listed in runs:
+        for stage in listed.run.stages:
+            groups.setdefault((stage.name, stage.kind), []).append((listed, stage))
+    curves = [_stage_curves(name, kind, stages) for (name, kind), stages in groups.items()]
+    return [stage for stage in curves if stage.charts or stage.notes]
 
 
-def _stage_curves(name: str, kind: str, stages: Sequence[tuple[Told, Stage]]) -> StageCurves:
+def _stage_curves(name: str, kind: str, stages: Sequence[tuple[ListedRun, Stage]]) -> StageCurves:
     notes: list[str] = []
     drawn: dict[str, tuple[str, int, Stage]] = {}
-    for one, stage in stages:
+    for listed, stage in stages:
         if not stage.metrics:
             if stage.manifest is None and trains(kind):
-                notes.append(f"{one.letter} has no curves of it yet ({stage.state}).")
+                notes.append(f"{listed.letter} has no curves of it yet ({stage.state}).")
         elif stage.artifact in drawn:
-            notes.append(f"{one.letter} has the same result as {drawn[stage.artifact][0]}, drawn once.")
+            notes.append(f"{listed.letter} has the same result as {drawn[stage.artifact][0]}, drawn once.")
         else:
-            drawn[stage.artifact] = (one.letter, one.look, stage)
+            drawn[stage.artifact] = (listed.letter, listed.look, stage)
     charts = overlaid(list(drawn.values())) if drawn else []
     return StageCurves(name=name, kind=kind, charts=charts, notes=notes)
 
 
-def _costs(runs: Sequence[Told]) -> list[tuple[str, list[tuple[str, str, bool]]]]:
+def _costs(runs: Sequence[ListedRun]) -> list[tuple[str, list[tuple[str, str, bool]]]]:
     """For each stage, each run's (time, peak memory, whether it was reused)."""
-    told = [{row.name: row for row in run_tables.usage_rows(one.run)} for one in runs]
-    names = dict.fromkeys(name for rows in told for name in rows)
+    rows_by_run = [{row.name: row for row in run_tables.usage_rows(listed.run)} for listed in runs]
+    names = dict.fromkeys(name for rows in rows_by_run for name in rows)
     return [
         (
             name,
@@ -317,7 +331,7 @@ def _costs(runs: Sequence[Told]) -> list[tuple[str, list[tuple[str, str, bool]]]
                 (rows[name].seconds, rows[name].memory, rows[name].state == "reused")
                 if name in rows
                 else ("–", "–", False)
-                for rows in told
+                for rows in rows_by_run
             ],
         )
         for name in names

@@ -1,4 +1,4 @@
-"""Prompts that several runs answered, and what the same arm said to them in each, chosen by a rule."""
+"""Prompts that several runs answered, with the answers of the same arm in each run, chosen by a rule."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ WIDEST = "runs differ most"
 
 
 def rule(primary: str | None) -> str:
-    """How the shown prompts were chosen, where runs are compared by this metric."""
-    others = "Arms that only one run has are left out; runs that said the same are named together."
+    """A description of how the shown prompts were chosen, if runs are compared by this metric."""
+    others = "Arms that only one run has are left out; runs with the same answer are named together."
     if primary is None:
         return f"They are in order of a hash of their id, taken from each task in turn. {others}"
     return (
@@ -24,8 +24,8 @@ def rule(primary: str | None) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Said:
-    """An answer, and which runs (by place) gave it."""
+class SharedAnswer:
+    """An answer, and the indices of the runs that gave it."""
 
     runs: list[int]
     answer: Answer
@@ -33,11 +33,11 @@ class Said:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shared:
-    """A prompt that several runs answered: ``arms`` are (arm, what was said)."""
+    """A prompt that several runs answered: ``arms`` are (arm, answers)."""
 
     sample: Sample
     why: str
-    arms: list[tuple[str, list[Said]]]
+    arms: list[tuple[str, list[SharedAnswer]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,45 +49,45 @@ class Chosen:
 
 
 def share(runs: Sequence[Run], num_samples: int) -> Chosen:
-    """The prompts to show; one with the same id and the same turns is the same prompt."""
-    found: dict[tuple[str, str], dict[int, Sample]] = {}
-    for place, run in enumerate(runs):
+    """The prompts to show; prompts with equal ids and equal turns are the same."""
+    samples_by_prompt: dict[tuple[str, str], dict[int, Sample]] = {}
+    for run_index, run in enumerate(runs):
         for sample in run.samples:
-            found.setdefault((sample.id, str(sample.messages)), {}).setdefault(place, sample)
-    together = [(next(iter(by_run.values())), _arms(by_run)) for by_run in found.values()]
+            samples_by_prompt.setdefault((sample.id, str(sample.messages)), {}).setdefault(run_index, sample)
+    together = [(next(iter(by_run.values())), _arms(by_run)) for by_run in samples_by_prompt.values()]
     shared = [(sample, arms) for sample, arms in together if arms]
-    told = [_widest(sample, arms) for sample, arms in shared]
-    arms_of = {id(one): arms for one, (_, arms) in zip(told, shared, strict=True)}
+    widest = [_widest(sample, arms) for sample, arms in shared]
+    arms_of = {id(chosen_sample): arms for chosen_sample, (_, arms) in zip(widest, shared, strict=True)}
     shown = [
         Shared(
-            sample=one.sample,
-            why=one.why,
-            arms=[(arm, _said(by_run)) for arm, by_run in arms_of[id(one.sample)].items()],
+            sample=chosen_sample.sample,
+            why=chosen_sample.why,
+            arms=[(arm, _text_of(by_run)) for arm, by_run in arms_of[id(chosen_sample.sample)].items()],
         )
-        for one in choose(told, num_samples, widest=WIDEST)
+        for chosen_sample in choose(widest, num_samples, widest=WIDEST)
     ]
     return Chosen(shown=shown, count=len(shared))
 
 
 def _arms(by_run: dict[int, Sample]) -> dict[str, dict[int, Answer]]:
-    """Each arm's answers by run, of arms that two runs have or more."""
+    """The answers of each arm by run index, for arms that at least two runs have."""
     arms: dict[str, dict[int, Answer]] = {}
-    for place, sample in by_run.items():
+    for run_index, sample in by_run.items():
         for answer in sample.answers:
-            arms.setdefault(answer.arm, {})[place] = answer
+            arms.setdefault(answer.arm, {})[run_index] = answer
     return {arm: answers for arm, answers in arms.items() if len(answers) > 1}
 
 
 def _widest(sample: Sample, arms: dict[str, dict[int, Answer]]) -> Sample:
-    """The sample with the answers of one arm, that in which the runs differ most."""
+    """The sample with the answers of the one arm in which the runs differ most."""
     return max((replace(sample, answers=list(by_run.values())) for by_run in arms.values()), key=gap)
 
 
-def _said(by_run: dict[int, Answer]) -> list[Said]:
-    said: dict[str, Said] = {}
-    for place, answer in by_run.items():
-        if answer.text in said:
-            said[answer.text].runs.append(place)
+def _text_of(by_run: dict[int, Answer]) -> list[SharedAnswer]:
+    by_text: dict[str, SharedAnswer] = {}
+    for run_index, answer in by_run.items():
+        if answer.text in by_text:
+            by_text[answer.text].runs.append(run_index)
         else:
-            said[answer.text] = Said(runs=[place], answer=answer)
-    return list(said.values())
+            by_text[answer.text] = SharedAnswer(runs=[run_index], answer=answer)
+    return list(by_text.values())

@@ -1,4 +1,4 @@
-"""Axis ticks at round numbers, and a series thinned to what a small plot can show."""
+"""Axis ticks at round numbers, and series thinned to the resolution of a small plot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 from alignment.report.kit import text
 
 _ROUNDING = 1e-5
-"""Share of a value below which a change is float32's, and would make ticks that differ in their last digits alone."""
+"""Share of a value below which a change is rounding of float32; ticks would differ only in their last digits."""
 
 Points = list[tuple[float, float | None]]
 """(step, value) in order; None is a value that was not finite, drawn as a gap."""
@@ -32,7 +32,7 @@ def nice_step(rough: float) -> float:
 
 
 def tick_labels(ticks: list[float]) -> list[str]:
-    """The ticks in one format, with just the decimals that tell them apart."""
+    """The ticks in one format, with as few decimals as distinguish them."""
     size = max(abs(tick) for tick in ticks)
     step = min((b - a for a, b in pairwise(ticks)), default=size or 1.0)
     if size >= 1e4 or (size and step < 1e-4):
@@ -43,7 +43,7 @@ def tick_labels(ticks: list[float]) -> list[str]:
 
 
 def apart(ticks: list[float]) -> list[str]:
-    """The ticks with as many significant digits, three or more, as tell them apart."""
+    """The ticks with as few significant digits, but at least three, as distinguish them."""
     for digits in range(3, 17):
         labels = [f"{tick:.{digits}g}".replace("-", text.MINUS, int(tick < 0)) for tick in ticks]
         if len(set(labels)) == len(set(ticks)):
@@ -52,7 +52,7 @@ def apart(ticks: list[float]) -> list[str]:
 
 
 def padded(values: list[float], share: float = 0.06) -> tuple[float, float]:
-    """The range of the values with a margin; what is constant but for rounding gets one around it."""
+    """The range of the values with a margin, also around a value that is constant except for rounding."""
     low, high = min(values), max(values)
     if high - low <= _ROUNDING * max(abs(low), abs(high)):
         margin = abs(low) * 0.1 or 1.0
@@ -62,33 +62,33 @@ def padded(values: list[float], share: float = 0.06) -> tuple[float, float]:
 
 
 def segments(points: Points) -> list[list[tuple[float, float]]]:
-    """The stretches between gaps."""
-    found: list[list[tuple[float, float]]] = [[]]
+    """The parts of a series between its gaps."""
+    stretches: list[list[tuple[float, float]]] = [[]]
     for x, y in points:
         if y is not None:
-            found[-1].append((x, y))
-        elif found[-1]:
-            found.append([])
-    return [segment for segment in found if segment]
+            stretches[-1].append((x, y))
+        elif stretches[-1]:
+            stretches.append([])
+    return [segment for segment in stretches if segment]
 
 
 def thinned(points: Points, most: int) -> Points:
-    """At most about ``most`` points: of each bucket its lowest and highest, so that no spike is lost, and any gap."""
+    """About ``most`` points at most: the lowest and the highest of each bucket, so that no spike is lost, and a gap."""
     if len(points) <= most:
         return points
     size = math.ceil(len(points) / (most / 3))
-    kept: Points = []
+    thin: Points = []
     for start in range(0, len(points), size):
         bucket = list(enumerate(points[start : start + size]))
         known = [(y, index) for index, (_, y) in bucket if y is not None]
         chosen = {min(known)[1], max(known)[1]} if known else set()
         chosen.update([index for index, (_, y) in bucket if y is None][:1])
-        kept += [points[start + index] for index in sorted(chosen)]
-    return kept
+        thin += [points[start + index] for index in sorted(chosen)]
+    return thin
 
 
 def smoothed(points: Points) -> Points:
-    """The mean of a window around each point, about a fifteenth of the series wide, so that it does not lag behind.
+    """The mean of a window around each point, about a fifteenth of the series wide, so that it does not lag.
 
     The window is cut at the ends of the series; gaps stay gaps.
     """

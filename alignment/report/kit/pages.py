@@ -1,7 +1,7 @@
-"""How every page is made: one HTML file without scripts, requests or anything beside it.
+"""Makes every page: one HTML file without scripts, requests or other files.
 
-A page holds text from data sets and models, so templates escape everything, and a content security policy in the page
-forbids scripts and requests even if something slipped through.
+A page holds text from data sets and models, so templates escape everything. A content security policy in the page also
+forbids scripts and requests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from alignment.report.run_page import run_tables
 
 
 def template(name: str, **filters: Callable[..., Any]) -> Template:
-    """A page's template; ``filters`` are its own beside those for figures that all have."""
+    """A page's template; ``filters`` are its own, beside those for numbers that all templates have."""
     environment = Environment(
         loader=PackageLoader("alignment.report", "templates"),
         autoescape=True,

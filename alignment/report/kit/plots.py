@@ -1,4 +1,4 @@
-"""Learning curves and interval plots as inline SVG. Colours are classes, so that the style sheet can follow the theme.
+"""Learning curves and interval plots as inline SVG. Colours are CSS classes, so that the style sheet can set the theme.
 
 Every text from outside passes ``Markup.format``, which escapes it.
 """
@@ -20,17 +20,17 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 64, 10, 24
 MAX_POINTS = 420
 MIN_TO_SMOOTH = 24
 MIN_TICK_GAP = 34
-"""Pixels between the middles of two numbers under a plot, so that they can be told apart."""
+"""Minimum pixels between the middles of two numbers under a plot."""
 MIN_LINE_GAP = 10
-"""The same of two numbers beside it."""
+"""Minimum pixels between two numbers beside a plot."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
     """A series of a chart.
 
-    ``label`` stands below its last value and is empty where a chart has one line; ``tag``, a letter or two, stands
-    before the value. ``look`` numbers its colour, dashes and mark: None is its place in the chart.
+    ``label`` is drawn below its last value, and is empty if a chart has one line; ``tag``, a letter or two, is drawn
+    before the value. ``look`` is the number of its colour, dashes and mark; None is its index in the chart.
     """
 
     points: Points
@@ -58,11 +58,11 @@ class Frame:
 
 
 def curve(lines: list[Line], *, title: str, guide: float | None) -> Markup:
-    """One small chart: thin raw lines, smoothed ones over them, last values labelled at the right.
+    """One small chart: thin raw lines, smoothed lines over them, and last values labelled at the right.
 
     ``guide`` is a value worth comparing with (chance, ln 2), drawn dotted. Every line needs a finite point.
     """
-    lines = [replace(line, look=place) if line.look is None else line for place, line in enumerate(lines)]
+    lines = [replace(line, look=index) if line.look is None else line for index, line in enumerate(lines)]
     values = [y for line in lines for _, y in line.points if y is not None]
     steps = [x for line in lines for x, y in line.points if y is not None]
     low_x, high_x = min(steps), max(steps)
@@ -78,26 +78,26 @@ def curve(lines: list[Line], *, title: str, guide: float | None) -> Markup:
 
 
 def interval_curve(points: list[tuple[float, Interval]], *, title: str, guide: float | None) -> Markup:
-    """Dots on their intervals over a logarithmic axis with the numbers of the points; a line joins their means.
+    """Dots on their intervals over a logarithmic axis labelled with the points' values; a line joins the means.
 
     ``points`` are in order of x, which is above 0. ``guide`` is drawn dotted.
     """
     scale = scale_of([item for _, item in points], within=(0.0, 1.0), include=guide)
-    places = sorted({x for x, _ in points})
-    low_x, high_x = padded([math.log10(x) for x in places])
+    xs = sorted({x for x, _ in points})
+    low_x, high_x = padded([math.log10(x) for x in xs])
     frame = Frame(low_x=low_x, high_x=high_x, low_y=scale.low, high_y=scale.high)
-    pixels = {place: frame.x(math.log10(place)) for place in places}
-    parts = [_y_axis(frame), _axis_of_places(pixels)]
-    parts.append(_guide(frame, guide))
-    parts += [_upright(pixels[x], item, frame) for x, item in points]
-    means = [fmean(item.mean for x, item in points if x == place) for place in places]
-    joined = _path([(math.log10(place), mean) for place, mean in zip(places, means, strict=True)], frame)
-    parts.append(Markup('<path class="line s0" d="{}"/>').format(joined))
-    parts += [_dot(pixels[x], frame.y(item.mean)) for x, item in points]
+    pixels = {x_value: frame.x(math.log10(x_value)) for x_value in xs}
+    drawn = [_y_axis(frame), _axis_of_values(pixels)]
+    drawn.append(_guide(frame, guide))
+    drawn += [_upright(pixels[x], item, frame) for x, item in points]
+    means = [fmean(item.mean for x, item in points if x == x_value) for x_value in xs]
+    joined = _path([(math.log10(x_value), mean) for x_value, mean in zip(xs, means, strict=True)], frame)
+    drawn.append(Markup('<path class="line s0" d="{}"/>').format(joined))
+    drawn += [_dot(pixels[x], frame.y(item.mean)) for x, item in points]
     last = means[-1]
-    parts.append(_label(WIDTH - RIGHT + 7, frame.y(last) + 4, text.compact(last), "end s0"))
+    drawn.append(_label(WIDTH - RIGHT + 7, frame.y(last) + 4, text.compact(last), "end s0"))
     spoken = ", ".join(f"{text.number(item.mean)} at {text.number(x, 0)}" for x, item in points)
-    return _drawing(f"{title}: {spoken}", parts)
+    return _drawing(f"{title}: {spoken}", drawn)
 
 
 def interval_scatter(
@@ -108,23 +108,25 @@ def interval_scatter(
     marked: set[int],
     guide: float | None = None,
 ) -> Markup:
-    """Dots on their intervals at places from 0 to 1 along an axis with ``ticks``; ``marked`` ones, by index, show.
+    """Dots on their intervals at positions from 0 to 1 along an axis with ``ticks``.
+
+    Points with an index in ``marked`` have another colour.
 
     ``guide`` is drawn dotted.
     """
     scale = scale_of([item for _, item in points], within=None, include=guide)
     frame = Frame(low_x=-0.06, high_x=1.06, low_y=scale.low, high_y=scale.high)
-    parts = [_y_axis(frame), _axis_below([frame.x(place) for place, _ in ticks], [label for _, label in ticks])]
+    parts = [_y_axis(frame), _axis_below([frame.x(position) for position, _ in ticks], [label for _, label in ticks])]
     parts.append(_guide(frame, guide))
-    for index, (place, item) in enumerate(points):
+    for index, (position, item) in enumerate(points):
         colour = 1 if index in marked else 0
-        parts.append(_upright(frame.x(place), item, frame, colour))
-        parts.append(_dot(frame.x(place), frame.y(item.mean), colour))
+        parts.append(_upright(frame.x(position), item, frame, colour))
+        parts.append(_dot(frame.x(position), frame.y(item.mean), colour))
     return _drawing(f"{title}: {len(points)} trials", parts)
 
 
 def calibration_curve(points: list[tuple[float, Interval]], *, title: str) -> Markup:
-    """How often a model is right over how sure it is, both from chance to certainty; dotted is where they are equal.
+    """How often a model is right over its confidence, both from chance to certainty; the dotted line is equality.
 
     ``points`` are in order of x, which lies in [.5, 1].
     """
@@ -167,7 +169,7 @@ def _drawing(spoken: str, parts: list[Markup]) -> Markup:
 
 
 def _spoken(title: str, lines: list[Line]) -> str:
-    """What a screen reader says instead of the picture."""
+    """The text for screen readers."""
     parts = []
     for line in lines:
         known = [y for _, y in line.points if y is not None]
@@ -194,7 +196,7 @@ def _y_axis(frame: Frame) -> Markup:
 
 
 def _guide(frame: Frame, value: float | None) -> Markup:
-    """The dotted line, with its number at the axis where no tick's is in the way; nothing without a value."""
+    """The dotted line, with its number at the axis unless a tick's is too close; empty without a value."""
     if value is None:
         return Markup("")
     y = frame.y(value)
@@ -211,13 +213,13 @@ def _x_axis(frame: Frame, last: float) -> Markup:
     return _axis_below([frame.x(tick) for tick in ticks], tick_labels(ticks))
 
 
-def _axis_of_places(pixels: dict[float, float]) -> Markup:
-    """A number under every place, but under none that would run into that of a larger one."""
-    kept: list[float] = []
-    for place in sorted(pixels, reverse=True):
-        if not kept or pixels[kept[0]] - pixels[place] >= MIN_TICK_GAP:
-            kept.insert(0, place)
-    return _axis_below([pixels[place] for place in kept], tick_labels(kept))
+def _axis_of_values(pixels: dict[float, float]) -> Markup:
+    """An axis with a number under every value, except where it would overlap the number of a larger value."""
+    labelled: list[float] = []
+    for value in sorted(pixels, reverse=True):
+        if not labelled or pixels[labelled[0]] - pixels[value] >= MIN_TICK_GAP:
+            labelled.insert(0, value)
+    return _axis_below([pixels[value] for value in labelled], tick_labels(labelled))
 
 
 def _axis_below(pixels: list[float], labels: list[str]) -> Markup:
@@ -230,7 +232,7 @@ def _axis_below(pixels: list[float], labels: list[str]) -> Markup:
 
 
 def _upright(x: float, item: Interval, frame: Frame, colour: int = 0) -> Markup:
-    """The interval as an upright line, or nothing where none was recorded."""
+    """The interval as a vertical line; empty if none was recorded."""
     if item.low is None or item.high is None:
         return Markup("")
     bounds = frame.y(item.low), frame.y(item.high)
@@ -250,7 +252,7 @@ def _series(points: Points, frame: Frame, look: int | None) -> Markup:
 
 
 def _path(points: Points, frame: Frame) -> str:
-    """SVG path data. A lone point becomes a line of no length, which round caps draw as a dot."""
+    """SVG path data. A single point becomes a line of length 0, which round caps draw as a dot."""
     strokes = []
     for segment in segments(points):
         pixels = [f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in segment]
@@ -259,25 +261,25 @@ def _path(points: Points, frame: Frame) -> str:
 
 
 def _end_labels(lines: list[Line], frame: Frame) -> Markup:
-    """The last finite value of each line, moved apart where two would overlap."""
+    """The last finite value of each line, shifted so that no two overlap."""
     ends = []
-    for place, line in enumerate(lines):
-        shown = smoothed(line.points) if len(line.points) >= MIN_TO_SMOOTH else line.points
-        x, y = [(x, y) for x, y in shown if y is not None][-1]
-        ends.append((frame.y(y), place, x, y))
+    for index, line in enumerate(lines):
+        drawn = smoothed(line.points) if len(line.points) >= MIN_TO_SMOOTH else line.points
+        x, y = [(x, y) for x, y in drawn if y is not None][-1]
+        ends.append((frame.y(y), index, x, y))
     ends.sort()
     height = 14 + 11 * max(len(line.label.split()) for line in lines)
     parts: list[Markup] = []
     floor = float(TOP)
     room = len(ends) * height
-    for pixel, place, x, y in ends:
-        line = lines[place]
+    for pixel, index, x, y in ends:
+        line = lines[index]
         top = min(max(pixel - 4, floor), HEIGHT - BOTTOM - room + 8)
         floor, room = top + height, room - height
         parts.append(mark((line.look or 0) if line.tag else 0, frame.x(x), pixel, f"dot s{line.look}"))
         value = f"{line.tag} {text.compact(y)}".strip()
         parts.append(_label(WIDTH - RIGHT + 7, top + 8, value, f"end s{line.look}"))
-        for row, word in enumerate(line.label.split()):  # one below another: there is room for a word
+        for row, word in enumerate(line.label.split()):  # one word per row, because there is little room
             parts.append(_label(WIDTH - RIGHT + 7, top + 19 + 11 * row, word, f"tick s{line.look}"))
     return Markup("").join(parts)
 
@@ -288,7 +290,7 @@ MARKS = (
     "m0 -3.8l3.6 6.4h-7.2z",
     "m0 -4l4 4l-4 4l-4 -4z",
 )
-"""A circle, a square, a triangle, a diamond, so that lines are not told apart by colour alone."""
+"""A circle, a square, a triangle, a diamond, so that colour is not the only difference between lines."""
 
 
 def mark(look: int, x: float, y: float, kind: str) -> Markup:
@@ -297,7 +299,7 @@ def mark(look: int, x: float, y: float, kind: str) -> Markup:
 
 
 def swatch(look: int) -> Markup:
-    """A piece of a series' line with its mark, for a legend."""
+    """A short line with the mark of a series, for a legend."""
     line = Markup('<path class="line s{}" d="M2 6H34"/>').format(look)
     return Markup('<svg class="swatch" viewBox="0 0 36 12" aria-hidden="true">{}{}</svg>').format(
         line, mark(look, 18, 6, f"dot s{look}")
@@ -310,19 +312,19 @@ def _label(x: float, y: float, words: str, kind: str) -> Markup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
-    """A horizontal axis in per cent of its width, so that an interval plot fits any screen without scaling its text."""
+    """A horizontal axis in per cent of its width, so that an interval plot fits any screen without scaled text."""
 
     low: float
     high: float
     ticks: list[float]
 
     def percent(self, value: float) -> str:
-        """Where ``value`` lies, as an SVG length."""
+        """The position of ``value``, as an SVG length."""
         return f"{(value - self.low) / (self.high - self.low) * 100:.2f}%"
 
 
 def scale_of(intervals: list[Interval], *, within: tuple[float, float] | None, include: float | None) -> Scale:
-    """The axis that holds all intervals. ``within`` bounds it (a score lies in [0, 1]), ``include`` must be on it."""
+    """The axis that contains all intervals and ``include``. ``within`` limits it (a score lies in [0, 1])."""
     values = [v for item in intervals for v in (item.mean, item.low, item.high) if v is not None]
     low, high = padded(values if include is None else [*values, include])
     if within:
@@ -331,9 +333,9 @@ def scale_of(intervals: list[Interval], *, within: tuple[float, float] | None, i
 
 
 def whisker(item: Interval, scale: Scale, *, tone: str, rule: float | None) -> Markup:
-    """A dot on its interval; ``rule`` is where a line stands that says something: no difference, or chance.
+    """A dot on its interval; ``rule`` is the position of a reference line: no difference, or chance.
 
-    The inner drawing hangs at half height, so that its parts keep their size in a row of any height.
+    The inner drawing is at half height, so its parts keep their size in a row of any height.
     """
     grid = [_vertical(scale.percent(tick), "grid") for tick in scale.ticks if tick != rule]
     if rule is not None:

@@ -1,4 +1,4 @@
-"""Records as far as their files can be understood, with text and numbers that a page can show."""
+"""Reads records as far as their files can be understood, with text and numbers cleaned for a page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOR_A_PAGE = Cleaning(prose=text.prose, line=text.name, number=_drawable)
 
 
 def shown(path: Path, kind: type[Record]) -> tuple[Record | None, str]:
-    """What a page can show of a file that is there, or None and the reason in words."""
+    """The record in a file, cleaned for a page, or None with the reason in words."""
     try:
         record = typed_json.read_parts(path, kind, FOR_A_PAGE)
     except NewerVersion:

@@ -1,4 +1,4 @@
-"""Puts the page about a run together and writes it."""
+"""Assembles the page about a run and writes it."""
 
 from __future__ import annotations
 
@@ -90,20 +90,20 @@ def _evaluated(evaluation: Evaluation | None) -> Evaluated | None:
 
 
 def _learns(stage: Stage) -> bool:
-    """Stages that have curves, or ought to have them."""
+    """Whether a stage has curves, or should have them."""
     return bool(stage.metrics or stage.notes) or trains(stage.kind)
 
 
 def _curve_notes(stage: Stage) -> list[str]:
-    """What a reader must know about a stage's curves, or why there are none."""
+    """Notes on a stage's curves, or the reason why there are none."""
     notes = list(stage.notes)
-    found: list[Chart] = charts(stage)
+    drawn: list[Chart] = charts(stage)
     if not stage.metrics:
         notes.append(
             "It left no metrics.jsonl, so there are no curves." if stage.state != "waiting" else "Not started."
         )
-    elif not found:
-        notes.append("Its metrics.jsonl holds none of the figures that are drawn for its kind.")
+    elif not drawn:
+        notes.append("Its metrics.jsonl holds none of the metrics that are drawn for its kind.")
     if gaps := num_gaps(stage):
         notes.append(f"{gaps} value{'s were' if gaps > 1 else ' was'} not finite; the lines have gaps there.")
     return notes

@@ -1,4 +1,4 @@
-"""The primary metric over how much was learned from, where stages differ in nothing but the amount of their data."""
+"""The primary metric over the amount of training data, for stages that differ only in that amount."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from alignment.report.kit.plots import interval_curve
 from alignment.report.run_page.run_records import Run, Stage
 
 AMOUNT = ("fraction", "limit")
-"""The settings of a stage's data that say how much of it is learned from."""
+"""The settings that limit how much of a stage's data is used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SizeCurve:
-    """A figure as the page shows it; ``caption`` says what it shows and what it does not."""
+    """A plot for the page; ``caption`` says what it shows and what it does not."""
 
     title: str
     caption: str
@@ -37,9 +37,9 @@ class Point:
 
 
 def size_curves(run: Run) -> list[SizeCurve]:
-    """A figure for every kind of stage that was trained from one model on several amounts of the same data.
+    """A plot for every kind of stage that was trained from one model on several amounts of the same data.
 
-    Only the optimiser's settings may differ besides: fewer rows may want more epochs.
+    Apart from the amount only the optimiser's settings may differ, because fewer rows may need more epochs.
     """
     evaluation = run.evaluation
     if evaluation is None:
@@ -62,7 +62,7 @@ def _points(stages: Sequence[Stage], evaluation: Evaluation) -> Iterator[Point]:
 
 
 def _shared(stage: Stage) -> str:
-    """All that shaped the result but the stage's name, the amount of its data and the optimiser's settings."""
+    """The stage's identity without its name, the amount of its data and the optimiser's settings."""
     identity = _without(stage.manifest.identity if stage.manifest else None, "stage")
     config = _without(identity.get("config"), "optim")
     data = _without(config.get("data"), *AMOUNT)
@@ -70,7 +70,7 @@ def _shared(stage: Stage) -> str:
 
 
 def _without(value: Any, *keys: str) -> dict[str, Any]:
-    """The mapping without the keys; anything else is an empty one."""
+    """The mapping without the keys; empty if the value is not a mapping."""
     return {key: item for key, item in value.items() if key not in keys} if isinstance(value, dict) else {}
 
 

@@ -1,4 +1,4 @@
-"""Numbers and names as a reader wants to see them."""
+"""Formats numbers and names for a reader."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MINUS = "\u2212"
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """``0.71``, ``−3.20``, or a dash where nothing was measured."""
+    """``0.71``, ``−3.20``, or a dash if nothing was measured."""
     if value is None:
         return "–"
     text = f"{abs(value):,.{digits}f}".replace(",", "\u202f")
@@ -73,16 +73,16 @@ def memory(size: float | None) -> str:
 
 
 def name(value: Any, limit: int = 80) -> str:
-    """A name on one line: control and direction-changing characters go, so that its neighbours stay as they are."""
-    kept = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in str(value))
-    line = " ".join(kept.split())
+    """A name on one line, without control and direction-changing characters, which could affect the text around it."""
+    visible = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in str(value))
+    line = " ".join(visible.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def prose(value: Any) -> str:
-    """Text of several lines as it is, but with a visible mark for what HTML cannot carry or what would reorder it.
+    """Text of several lines, with a visible mark for characters that HTML cannot hold or that would reorder it.
 
-    Right-to-left letters need no such marks; an override in a model's answer only hides what it says.
+    Right-to-left letters need no overrides; an override in a model's answer only hides its content.
     """
     return "".join("\ufffd" if _unwelcome(c) else c for c in str(value))
 

@@ -1,4 +1,4 @@
-"""Puts the page about a sweep together and writes it: what was tried, what came of it, and the best to paste."""
+"""Assembles the page about a sweep and writes it: the trials, their results, and the best one to paste."""
 
 from __future__ import annotations
 
@@ -42,15 +42,17 @@ def sweep_page(record: SweepRecord) -> str:
 
 def _facts(record: SweepRecord) -> list[tuple[str, str]]:
     counts = {state: sum(trial.state == state for trial in record.trials) for state in ("done", "failed", "pruned")}
-    told = ", ".join(f"{number} {state}" for state, number in counts.items() if number or state == "done")
+    counts_text = ", ".join(f"{number} {state}" for state, number in counts.items() if number or state == "done")
     pairs = [
         ("recipe", record.recipe),
         ("with", shlex.join(record.overrides)),
         ("search", record.search),
-        ("trials", f"{told} of {record.number}"),
+        ("trials", f"{counts_text} of {record.number}"),
         (
             "judged by",
-            text.listing([f"{one.label}, the {'less' if one.minimize else 'more'} the better" for one in record.goals]),
+            text.listing(
+                [f"{goal.label}, the {'less' if goal.minimize else 'more'} the better" for goal in record.goals]
+            ),
         ),
     ]
     return [(heading, text.name(value, limit=300)) for heading, value in pairs if value]
@@ -58,10 +60,10 @@ def _facts(record: SweepRecord) -> list[tuple[str, str]]:
 
 def _lead(record: SweepRecord) -> str:
     if not record.best:
-        return "No trial has come to its end yet." if not record.trials else "No trial came to its end with a figure."
+        return "No trial has ended yet." if not record.trials else "No trial ended with a result."
     so_far = "" if len(record.trials) >= record.number else " so far"
     if len(record.goals) > 1:
-        return f"{len(record.best)} of {len(record.done)} trials{so_far} are not beaten in every figure by another."
+        return f"{len(record.best)} of {len(record.done)} trials{so_far} are not beaten by another in every metric."
     best = record.trials[0]
     figure = best.figures[0]
     bounds = "" if figure.low is None else f" ({text.number(figure.low, 3)} to {text.number(figure.high, 3)})"
@@ -70,7 +72,7 @@ def _lead(record: SweepRecord) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slice:
-    """A plot of one figure over one setting."""
+    """A plot of one metric over one setting."""
 
     title: str
     goal: str
@@ -78,31 +80,31 @@ class Slice:
 
 
 def _slices(record: SweepRecord) -> list[Slice]:
-    """Every figure over every setting; none before two trials are done."""
+    """Every metric over every setting; empty until two trials are done."""
     done = record.done
     if len(done) < 2:
         return []
     marked = {index for index, trial in enumerate(done) if trial.number in record.best}
-    found = []
+    slices = []
     for index, goal in enumerate(record.goals):
         for parameter in record.parameters:
             axis = of_parameter(parameter)
-            points = [(axis.place(trial.settings[parameter.key]), trial.figures[index]) for trial in done]
+            points = [(axis.position(trial.settings[parameter.key]), trial.figures[index]) for trial in done]
             title = f"{goal.label} over {axis.title}"
             svg = interval_scatter(points, axis.ticks, title=title, marked=marked, guide=_chance(goal.label))
-            found.append(Slice(title=axis.title, goal=goal.label, svg=svg))
-    return found
+            slices.append(Slice(title=axis.title, goal=goal.label, svg=svg))
+    return slices
 
 
 def _chance(goal: str) -> float | None:
-    """What a figure comes to by chance, where that is known."""
+    """The value of a metric by chance, if it is known."""
     metric = goal.partition(" of ")[0]
     return CHANCE if "accurac" in metric or metric.startswith("win_rate") else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weight:
-    """How much of a figure hangs on a setting: ``share`` as a length and in words."""
+    """How much of a metric depends on a setting: ``share`` as a length and in words."""
 
     title: str
     share: str
@@ -110,7 +112,7 @@ class Weight:
 
 
 def _importance(record: SweepRecord) -> list[tuple[str, list[Weight]]]:
-    """For each goal the settings, those that weigh most first."""
+    """For each goal the settings, most important first."""
     return [
         (
             goal.label,

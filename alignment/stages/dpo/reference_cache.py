@@ -25,7 +25,7 @@ from alignment.config.model import Dtype
 from alignment.core.files import remove_leftovers, replacing
 from alignment.models.assembly.load import Lineage, products_in
 from alignment.models.assembly.weights_hash import weights_sha256
-from alignment.models.forward.answers import answer_statistics, answer_stream, pieces_of
+from alignment.models.forward.answers import answer_statistics, answer_stream, micro_batches_of
 from alignment.stages.shared.preference_pairs import rows_of
 from alignment.training.context import StageContext
 from alignment.training.sharding import everyones
@@ -85,7 +85,7 @@ def _interleaved(shares: Sequence[Tensor]) -> Tensor:
 def _sums(policy: PreTrainedModel, pairs: Dataset, answer: str, *, tokens: int) -> Tensor:
     """``[pairs]`` sums over the column ``answer``."""
     sums: list[Tensor] = []
-    for piece in pieces_of(rows_of(pairs, "prompt", answer), tokens=tokens):
+    for piece in micro_batches_of(rows_of(pairs, "prompt", answer), tokens=tokens):
         rows = pairs[piece.start : piece.stop]
         part = answer_stream(rows["prompt"], rows[answer], policy.device)
         logprobs = answer_statistics(policy, part).logprobs

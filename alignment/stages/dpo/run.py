@@ -165,7 +165,7 @@ def check_start(trainer: TokenizedDpoTrainer) -> None:
     """
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.model.train()  # as in training, so that dropout at work is seen
-    pieces = [piece for piece, _ in trainer._parts(batch)]
+    pieces = [piece for piece, _ in trainer._micro_batches(batch)]
     own = [row for piece in pieces for row in _start_rows(trainer, piece)]
     worst = max((row for rows in everyones(own) for row in rows), key=lambda row: row.excess)
     if worst.excess > trainer.start_tolerance:

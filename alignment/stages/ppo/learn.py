@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from alignment.algos.ppo import clipped_policy_loss, clipped_value_loss, log_ratio, value_is_clipped
 from alignment.models.assembly.roles import Roles
-from alignment.models.forward.answers import answer_stream, pieces_of, unwrapped
+from alignment.models.forward.answers import answer_stream, micro_batches_of, unwrapped
 from alignment.stages.ppo.report import add_policy
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import accumulating, as_many_as_most
@@ -119,7 +119,7 @@ class Learner:
     def _cut(self, experience: Experience, rows: list[int]) -> list[range]:
         """The rows as micro-batches, by their indices in ``rows``."""
         prompts, answers = [experience.prompts[row] for row in rows], [experience.answers[row] for row in rows]
-        return pieces_of(zip(prompts, answers, strict=True), tokens=self._episodes.micro_batch_tokens)
+        return micro_batches_of(zip(prompts, answers, strict=True), tokens=self._episodes.micro_batch_tokens)
 
     def _loss(
         self, model: nn.Module, experience: Experience, rows: list[int], tokens: Tensor, *, policy_learns: bool

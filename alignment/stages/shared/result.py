@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from alignment.data.tokens.tokenizer import tokenizer_hashes
 from alignment.models.assembly.adapters import OWN, put_in_order
 from alignment.models.assembly.load import Lineage, base_record
-from alignment.models.assembly.start import kept_below, saved_as
+from alignment.models.assembly.start import adapters_below, saved_as
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_weights
 from alignment.training.session import fresh_folder
-from alignment.training.sharding import is_shared_out, whole_state
+from alignment.training.sharding import is_sharded, whole_state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ def save_model(
     """
     is_adapter = isinstance(model, PeftModel)
     refuse_weights((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
-    state = whole_state(model, trained_only=is_adapter) if is_shared_out(model) else None
+    state = whole_state(model, trained_only=is_adapter) if is_sharded(model) else None
     if not context.is_main:
         return StageResult(metrics=metrics)
     tokenizer.save_pretrained(str(fresh_folder(context, "tokenizer")))
@@ -60,7 +60,7 @@ def save_model(
         return StageResult(metrics=metrics, base={"source": "self"}, hashes=hashes)
     if found.source == "self":  # the base is another artifact's own model; this one stands by itself
         shutil.copytree(found.base, fresh_folder(context, "model"), dirs_exist_ok=True)
-    below = kept_below(found, context.adapter)
+    below = adapters_below(found, context.adapter)
     own = fresh_folder(context, f"adapters/{len(below)}-{context.spec.stage}")
     # Frozen ones beside it are in folders of their own.
     model.save_pretrained(str(own), selected_adapters=[OWN], state_dict=state)

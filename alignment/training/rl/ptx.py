@@ -68,7 +68,7 @@ def _loss_sum(policy: PreTrainedModel, rows: Sequence[TokenizedConversation], de
     learned = [(row, column) for row, tokens in enumerate(rows) for column, label in _learned(tokens)]
     labels = [label for tokens in rows for _, label in _learned(tokens)]
     at = torch.tensor(learned, device=device)
-    before = flat.place[at[:, 0], at[:, 1] - 1]  # the state before a token predicts it
+    before = flat.index[at[:, 0], at[:, 1] - 1]  # the state before a token predicts it
     states = trunk_states(policy.base_model, flat)[before]
     return -label_statistics(policy, states, torch.tensor(labels, device=device)).logprobs.sum()
 

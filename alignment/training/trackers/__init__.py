@@ -1,1 +1,1 @@
-"""What curves, samples and results are sent to beside the files: one tracker a file."""
+"""Trackers, to which curves, samples and results are sent besides the files; one module per tracker."""

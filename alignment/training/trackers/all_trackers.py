@@ -1,5 +1,7 @@
-"""All trackers of a stage as one. None of them ever stops a training: the first fault of one is said, once, and the
-stage goes on without it."""
+"""All trackers of a stage as one.
+
+A tracker never stops a training: its first fault is reported once, and the stage continues without it.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ log = logging.getLogger(__name__)
 
 
 class Trackers:
-    """Hands everything on to each tracker; before ``start``, and on processes that never call it, there are none.
+    """Forwards everything to each tracker. Before ``start``, and on processes that never call it, there are none.
 
-    ``faults`` are what was said of those that failed.
+    ``faults`` holds the messages about trackers that failed.
     """
 
     def __init__(self) -> None:
@@ -40,17 +42,17 @@ class Trackers:
                 except Exception as error:  # noqa: BLE001 - a tracker raises whatever its transport raises
                     self._give_up(name, error)
 
-    def log(self, step: int, figures: Mapping[str, Any]) -> None:
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Sends one step."""
-        self._each(lambda tracker: tracker.log(step, figures))
+        self._each(lambda tracker: tracker.log(step, metrics))
 
     def catch_up(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Sends the steps that a resumed stage has kept, of which an attempt that was killed may not have sent all."""
+        """Sends the steps that a resumed stage already has, because a killed attempt may not have sent all of them."""
         for row in rows:
             self.log(row["step"], {name: value for name, value in row.items() if name != "step"})
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Sends rows as a table; nothing where there are none."""
+        """Sends rows as a table, if there are any."""
         if rows:
             columns, cells = columns_and_rows(rows)
             self._each(lambda tracker: tracker.table(name, columns, cells))
@@ -60,7 +62,7 @@ class Trackers:
         self._each(lambda tracker: tracker.result(manifest, folder))
 
     def close(self, *, done: bool) -> None:
-        """Flushes what was sent; ``done``: the stage came to its end."""
+        """Flushes what was sent; ``done`` is True if the stage has finished."""
         self._each(lambda tracker: tracker.close(done=done))
 
     def _each(self, action: Callable[[Tracker], None]) -> None:
@@ -73,5 +75,5 @@ class Trackers:
     def _give_up(self, name: str, error: Exception) -> None:
         self._open.pop(name, None)
         why = " ".join(str(error).split()) or type(error).__name__
-        self.faults.append(f"{name} failed and is not used any more in this stage: {why}")
+        self.faults.append(f"{name} failed and is no longer used in this stage: {why}")
         log.warning("%s", self.faults[-1])

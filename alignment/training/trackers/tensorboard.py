@@ -14,7 +14,7 @@ from alignment.training.trackers.tracker import Cell, Tracker, settings
 
 
 class TensorBoardTracker(Tracker):
-    """Scalars by step; settings, samples and tables as text. What comes again takes the place of what was there."""
+    """Scalars by step; settings, samples and tables as text. Repeated steps replace earlier ones."""
 
     def __init__(self, spec: StageSpec) -> None:
         self._folder = spec.run_folder / "tensorboard"
@@ -22,35 +22,36 @@ class TensorBoardTracker(Tracker):
         self._writer: Any = None
         self._step = 0
 
-    def log(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Written through at once: a killed process loses nothing that its checkpoint counts on."""
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes and flushes a step, so that a killed process loses no step before its checkpoint."""
         writer = self._opened(step)
         self._step = step
-        for name, value in figures.items():
+        for name, value in metrics.items():
             if isinstance(value, (int, float)):
                 writer.add_scalar(name, value, step)
         writer.flush()
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        """As Markdown, which TensorBoard draws."""
+        """Writes a table as Markdown, which TensorBoard renders."""
         lines = [columns, ["---"] * len(columns), *rows]
         text = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
         self._opened(0).add_text(name, text, self._step)
 
     def result(self, manifest: Manifest, folder: Path) -> None:
-        """The headline figures, under ``result/``, and the fingerprints of what it was made from."""
+        """Writes the headline metrics, under ``result/``, and the fingerprints of the inputs."""
         for name, value in manifest.metrics.items():
             self._opened(0).add_scalar(f"result/{name}", value, self._step)
         lineage = {"artifact": folder.name, "fingerprint": manifest.fingerprint, "inputs": manifest.inputs}
         self._opened(0).add_text("lineage", _block(lineage), self._step)
 
     def close(self, *, done: bool) -> None:
-        """Flushes; event files have no place for how a stage ended."""
+        """Flushes; event files cannot record how a stage ended."""
         if self._writer is not None:
             self._writer.close()
 
     def _opened(self, step: int) -> Any:
-        """The writer; opened by the first of this attempt's steps, it has readers forget those from there on."""
+        """The writer. It is opened at this attempt's first step, and makes readers forget earlier events from there
+        on."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -65,6 +66,6 @@ def _cell(value: Cell) -> str:
 
 
 def _block(value: Any) -> str:
-    """YAML, indented as Markdown wants code."""
+    """YAML, indented as a code block of Markdown."""
     text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
     return "\n".join(f"    {line}" for line in text.splitlines())

@@ -1,4 +1,4 @@
-"""What a tracker is, and what every tracker is told of a stage. Nothing of it comes from the environment."""
+"""The interface of trackers, and what every tracker receives about a stage. Nothing of it is from the environment."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Cell = str | int | float | bool | None
 
 
 class Tracker(ABC):
-    """Follows one stage. Any method may raise: whoever calls then goes on without this tracker."""
+    """Follows one stage. Any method may raise; the caller then continues without this tracker."""
 
     @abstractmethod
-    def log(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Sends one step. Steps that an earlier attempt has sent may come again, always from some step onwards."""
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Sends one step. Steps that an earlier attempt sent may come again, always from some step onwards."""
 
     @abstractmethod
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
@@ -30,17 +30,17 @@ class Tracker(ABC):
 
     @abstractmethod
     def result(self, manifest: Manifest, folder: Path) -> None:
-        """Sends the headline figures of the artifact in ``folder``, and what it was made from."""
+        """Sends the headline metrics of the artifact in ``folder``, and its inputs."""
 
     @abstractmethod
     def close(self, *, done: bool) -> None:
-        """Flushes what was sent; ``done``: the stage came to its end."""
+        """Flushes what was sent; ``done`` is True if the stage has finished."""
 
 
 def settings(spec: StageSpec) -> dict[str, Any]:
-    """The stage's settings as resolved, and what they were resolved against."""
-    told: dict[str, Any] = to_plain(spec.config)
-    return told | {
+    """The stage's resolved settings, with its run, model, launch and versions."""
+    config: dict[str, Any] = to_plain(spec.config)
+    return config | {
         "run": spec.run,
         "recipe": spec.recipe,
         "stage": spec.stage,
@@ -54,14 +54,14 @@ def settings(spec: StageSpec) -> dict[str, Any]:
 
 
 def tags(spec: StageSpec) -> list[str]:
-    """Recipe, kind of adapter, sharding, and the user's own, each once; W&B takes 64 characters of a tag."""
+    """Recipe, kind of adapter, sharding, and the user's own, without repetitions; W&B limits a tag to 64 characters."""
     adapter = [spec.adapter.kind.value] if spec.adapter is not None else []
     sharding = [spec.sharding.value] if spec.sharding is not Sharding.none else []
     return list(dict.fromkeys([spec.recipe[:64], *adapter, *sharding, *spec.tracking.tags]))
 
 
 def columns_and_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
-    """Rows as a table: what lies in groups gets columns of its own (``reward/mean``), lists become JSON."""
+    """Rows as a table: nested values get their own columns (``reward/mean``), lists become JSON."""
     flat = [_flat(row) for row in rows]
     columns = list(dict.fromkeys(name for row in flat for name in row))
     return columns, [[row.get(name) for name in columns] for row in flat]

@@ -1,4 +1,4 @@
-"""Weights & Biases: a group a run, a W&B run a stage, with an id that a resume finds (docs/design/0013)."""
+"""Weights & Biases: a W&B group per run, a W&B run per stage, with an id that a resume finds (docs/design/0013)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from alignment.training.trackers.tracker import Cell, Tracker, settings, tags
 from alignment.training.trackers.wandb_log import last_step
 
 TOKEN = "wandb-token.json"
-"""Beside the stage's ``wandb`` folder, which may be deleted once it is synced."""
+"""A file beside the stage's ``wandb`` folder, which may be deleted once it is synced."""
 
 _PATIENCE = {"init_timeout": 30.0, "finish_timeout": 60.0, "finish_timeout_raises": True}
-"""Seconds that a stage waits for a server; what did not get through by then lies in its folder for ``wandb sync``."""
-_SAYS_NOTHING_MORE = {
+"""Seconds that a stage waits for a server; what was not sent by then stays in its folder for ``wandb sync``."""
+_QUIET = {
     "console": "off",
     "disable_code": True,
     "disable_git": True,
@@ -30,9 +30,9 @@ _SAYS_NOTHING_MORE = {
     "x_disable_meta": True,
     "x_save_requirements": False,
 }
-"""W&B would send what is printed, command lines, git remotes with the passwords in them, names of users and hosts."""
+"""Without these W&B would send printed text, command lines, git remotes with passwords, and user and host names."""
 _AGENTS = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
-"""What an agent of a W&B sweep tells a process: the run that it will look for its figure in."""
+"""Variables that an agent of a W&B sweep sets: the run in which it looks for its metric."""
 
 
 class WandbTracker(Tracker):
@@ -54,44 +54,45 @@ class WandbTracker(Tracker):
             mode=_mode(),
             dir=str(spec.run_folder),
             config=settings(spec),
-            settings=wandb.Settings(**_PATIENCE, **_SAYS_NOTHING_MORE),
+            settings=wandb.Settings(**_PATIENCE, **_QUIET),
         )
         self._run.define_metric("*", step_metric="step")
-        # A server says itself how far it is; offline the files do.
+        # The server knows the last step; offline it is in the files.
         self._step = last_step(folder, self._run.id) if self._run.offline else self._run.step - 1
         self._declare_inputs(spec)
 
-    def log(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Steps that W&B has are left out: computed again they say the same, on a GPU up to rounding."""
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Sends one step. Steps that W&B already has are skipped; their values are the same, on a GPU up to
+        rounding."""
         if step > self._step:
-            self._run.log({**figures, "step": step}, step=step)
+            self._run.log({**metrics, "step": step}, step=step)
             self._step = step
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        """After the last step, as one of W&B's own steps that no metric has."""
+        """Sends a table after the last step, as a W&B step without metrics."""
         self._step += 1
         self._run.log({name: self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])}, self._step)
 
     def result(self, manifest: Manifest, folder: Path) -> None:
-        """The headline figures as the run's summary; the manifest, never weights, as an artifact."""
+        """Sends the headline metrics as the run's summary, and the manifest, never weights, as an artifact."""
         self._run.summary.update(manifest.metrics)
         self._run.log_artifact(self._artifact(manifest, folder))
 
     def close(self, *, done: bool) -> None:
-        """Waits for what is on its way, and for the process that writes it to the disk."""
+        """Waits until everything is sent, and until W&B's process has written it to the disk."""
         self._run.finish(exit_code=0 if done else 1)
         self._wandb.teardown()
 
     def _declare_inputs(self, spec: StageSpec) -> None:
-        """As `use_artifact` does, which waits for a server and offline does nothing but refuse."""
-        for one in {**spec.inputs, **spec.arms}.values():
-            if one.path is not None and (manifest := read_manifest(one.path)) is not None:
-                artifact = self._artifact(manifest, one.path)
+        """Like `use_artifact`, which waits for a server and fails offline."""
+        for stage_input in {**spec.inputs, **spec.arms}.values():
+            if stage_input.path is not None and (manifest := read_manifest(stage_input.path)) is not None:
+                artifact = self._artifact(manifest, stage_input.path)
                 self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
 
     def _artifact(self, manifest: Manifest, folder: Path) -> Any:
-        """The same for whoever made it and whoever takes it, so that W&B finds them to be one."""
-        told = self._wandb.Artifact(
+        """A W&B artifact that is equal for its producer and its consumers, so that W&B identifies them."""
+        artifact = self._wandb.Artifact(
             folder_name(manifest.stage, manifest.fingerprint),
             type=manifest.kind,
             metadata={
@@ -104,27 +105,27 @@ class WandbTracker(Tracker):
                 "created": manifest.created,
             },
         )
-        told.add_file(str(folder / MANIFEST), policy="immutable", skip_cache=True)
-        return told
+        artifact.add_file(str(folder / MANIFEST), policy="immutable", skip_cache=True)
+        return artifact
 
 
 def stable_id(spec: StageSpec) -> str:
-    """The W&B run id of a stage: the same whenever it goes on in its folder.
+    """The W&B run id of a stage, which stays the same when the stage is resumed in its folder.
 
-    A token that is drawn once and kept there tells it from the same stage of others who share the project.
+    A token that is drawn once and stored there distinguishes it from the same stage of other users of the project.
     """
     token = spec.run_folder / TOKEN
     if not token.exists():
         write_json(token, secrets.token_hex(16))
-    told = f"{token.read_text(encoding='utf-8')}/{spec.run}/{spec.stage}/{spec.fingerprint}"
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    identity = f"{token.read_text(encoding='utf-8')}/{spec.run}/{spec.stage}/{spec.fingerprint}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def _own_folder(spec: StageSpec) -> Path:
-    """Where W&B keeps everything of the stage.
+    """The folder for all files of W&B for this stage.
 
     Raises:
-        OSError: it cannot be written; W&B would go on in the machine's temporary folder.
+        OSError: it cannot be written; W&B would use the machine's temporary folder instead.
     """
     folder = spec.run_folder / "wandb"
     folder.mkdir(exist_ok=True)
@@ -136,7 +137,7 @@ def _own_folder(spec: StageSpec) -> Path:
 
 
 def _belonging(spec: StageSpec) -> dict[str, Any]:
-    """Whose the W&B run is, and its id. An evaluation under an agent is the agent's run, which says all that itself."""
+    """Owner and id of the W&B run. For an evaluation under an agent they are empty: the agent sets them."""
     if "WANDB_SWEEP_ID" in os.environ and spec.produces == EVALUATION:
         return {}
     for name in _AGENTS:
@@ -149,7 +150,7 @@ def _belonging(spec: StageSpec) -> dict[str, Any]:
 
 
 def _mode() -> Any:
-    """Whether there are credentials is looked up on this machine; nobody is asked and nothing is sent."""
+    """Online if this machine has credentials, else offline; it neither prompts nor connects."""
     import wandb
 
     if mode := os.environ.get("WANDB_MODE"):

@@ -64,7 +64,7 @@ def test_a_manifest_that_names_a_file_outside_is_refused(tmp_path: Path) -> None
     publish(content(tmp_path / "work"), tmp_path / "made", EMPTY)
     manifest = tmp_path / "made" / MANIFEST
     manifest.write_text(manifest.read_text().replace('"model/weights"', '"../secret"'))
-    with pytest.raises(ArtifactError, match=r"its manifest names a file outside: '\.\./secret'"):
+    with pytest.raises(ArtifactError, match=r"its manifest names a file outside the folder: '\.\./secret'"):
         verify(tmp_path / "made", content=True)
 
 
@@ -96,21 +96,21 @@ def test_a_manifest_of_another_form_is_unreadable_and_nothing_else(tmp_path: Pat
 
 def test_a_folder_in_the_place_of_a_manifest_is_unreadable(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).mkdir()
-    with pytest.raises(ArtifactError, match="unreadable: no regular file"):
+    with pytest.raises(ArtifactError, match="unreadable: not a regular file"):
         read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "lists no file, so it stands for nothing"),
+        ({}, "lists no files, so it cannot be checked"),
         ({"model/weights": {}}, "missing or cut short"),
         ({"model/weights": {"size": 7}}, "content differs from its manifest"),
         ({"model/weights": {"size": "7", "sha256": "x"}}, "missing or cut short"),
         ({"../other": {"size": 1}}, "names a file outside"),
         ({"/etc/passwd": {"size": 1}}, "names a file outside"),
-        ({"model\0": {"size": 1}}, "that cannot be"),
-        ({"x" * 300: {"size": 1}}, "that cannot be"),
+        ({"model\0": {"size": 1}}, "names an impossible file"),
+        ({"x" * 300: {"size": 1}}, "names an impossible file"),
         ({"model": {"size": 1}}, "missing or cut short"),
     ],
 )

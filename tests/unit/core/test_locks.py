@@ -72,11 +72,11 @@ def test_a_file_system_without_locks_is_named_with_a_way_out(
 
     (tmp_path / "lock").touch()
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(ConfigError, match="knows no locks") as caught, held(tmp_path / "lock", wait=False):
+    with pytest.raises(ConfigError, match="does not support locks") as caught, held(tmp_path / "lock", wait=False):
         pytest.fail("it is not locked")
     assert caught.value.where == str(tmp_path)
     assert "output=FOLDER" in caught.value.remedy
-    with pytest.raises(ConfigError, match="knows no locks"):
+    with pytest.raises(ConfigError, match="does not support locks"):
         is_held(tmp_path / "lock")
 
 
@@ -114,7 +114,8 @@ def test_the_process_that_goes_on_is_named_where_the_one_that_took_the_lock_is_g
     finally:
         os.kill(heir, 9)
     expected = (
-        f"in use by process {heir} (sleep 60), which goes on although the process that started it, {taker.pid}, is gone"
+        f"in use by process {heir} (sleep 60), "
+        f"which still runs although the process that started it, {taker.pid}, is gone"
     )
     assert caught.value.message == expected
 

@@ -47,7 +47,7 @@ def _index(folder: Path, name: Any) -> None:
 @pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/elsewhere.safetensors", "a/../../b", "..", 7])
 def test_an_index_that_leads_out_of_its_folder_is_refused(reader: str, name: Any, folder: Path) -> None:
     _index(folder, name)
-    with pytest.raises(ModelError, match=r"names a file of weights outside of the folder: .*(\.\.|/etc|7)"):
+    with pytest.raises(ModelError, match=r"names a weights file outside the folder: .*(\.\.|/etc|7)"):
         READERS[reader](folder)
 
 

@@ -106,7 +106,7 @@ def test_a_file_that_may_never_end_is_refused_before_it_is_opened(kind: str, tmp
             os.mkfifo(tmp_path / name)
         else:
             (tmp_path / name).symlink_to("/dev/zero")
-        with pytest.raises(DataError, match=rf"{name}.*: (it )?is no regular file"):
+        with pytest.raises(DataError, match=rf"{name}.*: (it )?is not a regular file"):
             template_text(f"path:{tmp_path / name}") if name == "a.jinja" else locate(f"path:{tmp_path / name}")
 
 

@@ -117,13 +117,13 @@ def test_a_ranked_list_gives_every_pair_of_different_rank_and_its_best_answer() 
     assert pairs == {("a", "b"), ("a", "c"), ("a", "d"), ("b", "d"), ("c", "d")}
     (conversation,) = _records(Conversation, row)
     assert conversation.messages[-1].content == "a"
-    with pytest.raises(SetAside, match="are all of the same rank"):
+    with pytest.raises(SetAside, match="all have the same rank"):
         _records(PreferencePair, {"prompt": "?", "completions": [scored[0], scored[2]]})
 
 
 def test_a_bad_answer_is_set_aside_in_sft_and_still_a_prompt() -> None:
     row = {"messages": [ASKED, ANSWER], "label": False}
-    with pytest.raises(SetAside, match="'label' says that the answer is a bad one"):
+    with pytest.raises(SetAside, match="'label' says that the answer is bad"):
         _records(Conversation, row)
     (prompt,) = _records(Prompt, row)
     assert [turn.as_dict() for turn in prompt.messages] == [ASKED]
@@ -284,7 +284,7 @@ FAULTS = [
     (
         "chosen_rejected",
         {"chosen": [ASKED, {**ANSWER, "tool_calls": [CALL]}], "rejected": [ASKED, ANSWER]},
-        "'chosen' ends with a call of a tool",
+        "'chosen' ends with a tool call",
     ),
     ("messages", {"messages": [ASKED], "tools": [3]}, "'tools[0]' must be an object with a 'name'; it is 3"),
     ("turns", {"turns": [""]}, "'turns[0]' must be text and not empty; it is ''"),
@@ -308,7 +308,7 @@ def test_most_rows_decide_and_unknown_columns_are_listed() -> None:
     assert detect([alpaca, pair, alpaca], where="x").name == "alpaca"
     with pytest.raises(DataError) as caught:
         detect([{"q": "a"}, {"r": 1}], where="rows.csv")
-    assert "no format is known for rows with the columns 'q', 'r'" in str(caught.value)
+    assert "no known format has the columns 'q', 'r'" in str(caught.value)
 
 
 # file, format, conversations, pairs, prompts; pairs are 0 where rows hold none

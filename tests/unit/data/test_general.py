@@ -11,7 +11,7 @@ import pytest
 
 from alignment.config.data import DataConfig
 from alignment.data.bundled_files import locate
-from alignment.data.overlap import HeldOut, Placed
+from alignment.data.overlap import HeldOut, LocatedText
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Question, Record
 from alignment.data.turns import Message
@@ -33,12 +33,12 @@ def _source(messages: Sequence[Message]) -> str:
     return source_text([message.as_dict() for message in messages])
 
 
-def _said(rows: list[Record]) -> Iterator[Placed]:
+def _said(rows: list[Record]) -> Iterator[LocatedText]:
     """All that a row says, its choices too."""
     for row in rows:
         turns = [turn.content for turn in getattr(row, "messages", ())]
         parts = [*turns, *getattr(row, "choices", ()), getattr(row, "text", "")]
-        yield Placed(where=row.where, text="\n".join(filter(None, parts)))
+        yield LocatedText(where=row.where, text="\n".join(filter(None, parts)))
 
 
 def test_there_are_enough_rows_and_each_has_an_id_of_its_own() -> None:

@@ -128,7 +128,7 @@ def test_a_description_that_names_files_of_other_places_is_refused(cache: Path, 
     (cache / "secret.jsonl").write_text(LINES)
     readme = f"---\nconfigs:\n- config_name: a\n  data_files: {place.format(folder=cache)}\n---\n"
     folder = leave_data_set(cache, {"README.md": readme, "train.jsonl": LINES})
-    with pytest.raises(DataError, match="names a file outside of the repository: "):
+    with pytest.raises(DataError, match="names a file outside the repository: "):
         list(hub_rows(folder, "train", None))
 
 

@@ -198,7 +198,7 @@ def test_few_lost_rows_are_allowed_and_many_are_not() -> None:
     with pytest.raises(DataError) as caught:
         refuse_losses(limits, dropped=2, cut=0, records=10, longest=9, where="x")
     assert str(caught.value) == (
-        "x: 2 dropped of 10 rows, because too long, more than 10% (the longest has 9 tokens, the limit is 5)\n"
+        "x: 2 dropped of 10 rows because they are too long, more than 10% (the longest has 9 tokens, the limit is 5)\n"
         "  → raise the stage's length limits, set too_long.do=cut, or raise too_long.max_share"
     )
     with pytest.raises(DataError, match="1 dropped and 2 cut of 10 rows") as caught:

@@ -15,8 +15,8 @@ from alignment.commands.doctor.driver import records, show_diagnosis
 from alignment.config.data import SourceConfig
 from alignment.data import near_duplicates
 from alignment.data.doctor import examine
-from alignment.data.near_duplicates import NearRepeat, NearRepeats
-from alignment.data.overlap import Placed
+from alignment.data.near_duplicates import NearDuplicate, NearDuplicates
+from alignment.data.overlap import LocatedText
 
 RNG = random.Random(0)
 WORDS = ["".join(RNG.choices("abcdefghijklmnopqrstuvwxyz", k=RNG.randint(2, 9))) for _ in range(400)]
@@ -33,11 +33,11 @@ def _changed(text: str, *places: int) -> str:
     return " ".join(words)
 
 
-def _found(*texts: str) -> list[NearRepeat]:
-    repeats = NearRepeats()
+def _found(*texts: str) -> list[NearDuplicate]:
+    repeats = NearDuplicates()
     for number, text in enumerate(texts, start=1):
-        repeats.add(Placed(where=f"a.jsonl:{number}", text=text))
-    return repeats.found
+        repeats.add(LocatedText(where=f"a.jsonl:{number}", text=text))
+    return repeats.pairs
 
 
 def _write(file: Path, rows: list[Any]) -> Path:
@@ -99,13 +99,16 @@ def test_the_doctor_names_near_repeats_and_leaves_exact_ones_to_their_own_count(
     near_one = {**rows[4], "prompt": _changed(rows[4]["prompt"], 12)}
     file = _write(tmp_path / "rows.jsonl", [*rows, rows[2], near_one, rows[2]])
     found = examine(file, SourceConfig(), records())
-    assert [(one.where, one.earlier) for one in found.near.found] == [(f"{file}:12", f"{file}:5")]
+    assert [(one.where, one.earlier) for one in found.near_duplicates.pairs] == [(f"{file}:12", f"{file}:5")]
     assert found.uses["sft"].repeated == 2
     printed = _diagnosis(file)
-    assert "near repeats 1 rows say nearly what an earlier row says; keep one of each" in printed
-    assert f"rows.jsonl:12 shares {found.near.found[0].share:.0%} of its runs of words with rows.jsonl:5" in printed
+    assert "duplicates   1 rows are nearly the same as an earlier row; keep one of each" in printed
+    assert (
+        f"rows.jsonl:12 shares {found.near_duplicates.pairs[0].share:.0%} of its runs of words with rows.jsonl:5"
+        in printed
+    )
     assert "only the first" not in printed
-    assert "near repeats no row" in _diagnosis(_write(tmp_path / "other.jsonl", rows))
+    assert "duplicates   no row" in _diagnosis(_write(tmp_path / "other.jsonl", rows))
 
 
 def test_a_system_turn_that_all_rows_share_makes_none_of_them_alike(tmp_path: Path) -> None:
@@ -116,7 +119,9 @@ def test_a_system_turn_that_all_rows_share_makes_none_of_them_alike(tmp_path: Pa
         return {"messages": [system, *turns]}
 
     assert (
-        examine(_write(tmp_path / "a.jsonl", [row(_text(12)) for _ in range(20)]), SourceConfig(), records()).near.found
+        examine(
+            _write(tmp_path / "a.jsonl", [row(_text(12)) for _ in range(20)]), SourceConfig(), records()
+        ).near_duplicates.pairs
         == []
     )
 
@@ -124,7 +129,7 @@ def test_a_system_turn_that_all_rows_share_makes_none_of_them_alike(tmp_path: Pa
 def test_pairs_are_compared_with_both_of_their_answers(tmp_path: Path) -> None:
     prompt, chosen = _text(10), _text(30)
     rows = [{"prompt": prompt, "chosen": chosen, "rejected": _text(30)} for _ in range(5)]
-    assert examine(_write(tmp_path / "a.jsonl", rows), SourceConfig(), records()).near.found == []
+    assert examine(_write(tmp_path / "a.jsonl", rows), SourceConfig(), records()).near_duplicates.pairs == []
 
 
 def test_rows_behind_the_limit_are_not_compared_and_the_doctor_says_so(
@@ -134,17 +139,17 @@ def test_rows_behind_the_limit_are_not_compared_and_the_doctor_says_so(
     rows = [{"text": text} for text in [*texts[:3], _changed(texts[0], 9), *texts[3:], _changed(texts[1], 9)]]
     file = _write(tmp_path / "a.jsonl", rows)
     monkeypatch.setattr(near_duplicates, "TEXTS", 5)
-    found = examine(file, SourceConfig(), records()).near
-    assert [(one.where, one.earlier) for one in found.found] == [(f"{file}:4", f"{file}:1")]
+    found = examine(file, SourceConfig(), records()).near_duplicates
+    assert [(one.where, one.earlier) for one in found.pairs] == [(f"{file}:4", f"{file}:1")]
     assert (found.looked_at, found.passed_over) == (5, 3)
-    assert "only the first 5 rows that differ were compared" in _diagnosis(file)
+    assert "only the first 5 distinct rows were compared" in _diagnosis(file)
 
 
 def test_a_file_of_rows_that_are_all_half_alike_does_not_take_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "COMPARISONS", 50)
     shared = _text(60)
-    repeats = NearRepeats()
+    repeats = NearDuplicates()
     for number in range(200):
-        repeats.add(Placed(where=f"a.jsonl:{number}", text=f"{shared} {_text(20)}"))
+        repeats.add(LocatedText(where=f"a.jsonl:{number}", text=f"{shared} {_text(20)}"))
     assert repeats.passed_over > 100
     assert repeats.looked_at + repeats.passed_over == 200

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alignment.data.overlap import HeldOut, Placed, asked_too
+from alignment.data.overlap import HeldOut, LocatedText, asked_too
 from alignment.data.records import Prompt
 from alignment.data.turns import Message
 
@@ -10,8 +10,10 @@ TEXT = "The library in Mill Lane opens at nine on weekdays and stays closed on S
 
 
 def _found(learned: str, held_out: str) -> list[tuple[str, str, float]]:
-    overlaps = HeldOut([Placed(where="eval:1", text=held_out), Placed(where="eval:2", text="Something else")])
-    found = overlaps.overlaps([Placed(where="train:7", text=learned), Placed(where="train:8", text="Quite another")])
+    overlaps = HeldOut([LocatedText(where="eval:1", text=held_out), LocatedText(where="eval:2", text="Something else")])
+    found = overlaps.overlaps(
+        [LocatedText(where="train:7", text=learned), LocatedText(where="train:8", text="Quite another")]
+    )
     return [(one.learned, one.held_out, round(one.share, 2)) for one in found]
 
 

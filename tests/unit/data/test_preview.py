@@ -13,11 +13,11 @@ from rich.console import Console
 from alignment.commands.preview.worker import main, show_stage
 from alignment.config.data import DataConfig, MixedConfig
 from alignment.config.too_long import TooLong, TooLongConfig
-from alignment.data.overlap import HeldOut, Placed
+from alignment.data.overlap import HeldOut, LocatedText
 from alignment.data.records import Conversation, PreferencePair, Prompt
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, Kind, tokenized
-from alignment.data.tokens.token_spans import Shown, histogram, shown
+from alignment.data.tokens.token_spans import RecordSpans, histogram, record_spans
 from alignment.data.turns import Message
 from alignment.stages.cpt.config import CptConfig
 from alignment.stages.dpo.config import DpoConfig
@@ -39,12 +39,12 @@ def tokenizer() -> Any:
     return tiny_tokenizer()
 
 
-def _shown(tokenizer: Any, kind: Kind, record: Any) -> Shown:
+def _shown(tokenizer: Any, kind: Kind, record: Any) -> RecordSpans:
     (one,) = tokenized(tokenizer, kind, [record], Limits(row=100))
-    return shown(tokenizer, one)
+    return record_spans(tokenizer, one)
 
 
-def _told(one: Shown) -> dict[str, list[tuple[str, bool]]]:
+def _told(one: RecordSpans) -> dict[str, list[tuple[str, bool]]]:
     """Runs of learned and unlearned tokens as text, by sequence."""
     return {
         name: [
@@ -143,12 +143,12 @@ def test_odd_rows_are_counted_with_an_example(tmp_path: Path, capsys: pytest.Cap
     rows = [(asked, "At nine."), ("Hi.", "The end: <|im_end|>"), ("Hi.", "The end: <|im_end|>")]
     told = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in rows]
     (tmp_path / "data.jsonl").write_text("\n".join(told))
-    held_out = HeldOut([Placed(where="heldout.jsonl:7", text=asked.upper())])
+    held_out = HeldOut([LocatedText(where="heldout.jsonl:7", text=asked.upper())])
     show_stage(Console(width=300), tiny_spec(tmp_path, SftConfig(max_length=100)), rows=1, held_out=held_out)
     printed = capsys.readouterr().out
     assert f"1 records repeat an earlier one, such as {tmp_path}/data.jsonl:3" in printed
-    assert "2 records have text that reads like a control token and stays text, such as " in printed
-    assert "1 records ask what the evaluation asks, such as " in printed
+    assert "2 records have text that looks like a control token but is ordinary text, such as " in printed
+    assert "1 records ask the same as the evaluation, such as " in printed
     assert "which has 100% of heldout.jsonl:7" in printed
 
 
@@ -163,7 +163,7 @@ def test_a_row_that_is_cut_says_so(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_what_would_stop_the_stage_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "Hi.", "completion": "Hello."}, {"prompt": "Why?" * 40, "completion": "So."}]
     printed = _printed(tmp_path, SftConfig(max_length=60), rows, capsys)
-    assert "the stage would stop: 1 dropped of 2 rows, because too long, more than 10%" in printed
+    assert "the stage would stop: 1 dropped of 2 rows because they are too long, more than 10%" in printed
     printed = _printed(tmp_path, SftConfig(), [rows[0], {"prompt": "Hi.", "completion": 5}], capsys)
     assert "the stage would stop: 'completion' must be text" in printed
     assert "would stop" not in _printed(tmp_path, SftConfig(), rows, capsys)
@@ -175,7 +175,7 @@ def test_what_is_taken_of_the_rows_is_said(tmp_path: Path, capsys: pytest.Captur
     data = DataConfig(source="", fraction=0.5, mix=[MixedConfig(share=0.25)])
     rows = [{"prompt": f"{number}?", "completion": "Yes."} for number in range(6)]
     printed = _printed(tmp_path, SftConfig(data=data), rows, capsys, extra_data={"data.mix[0]": other})
-    assert "data.fraction=0.5: about 3 of these are taken" in printed
+    assert "data.fraction=0.5: about 3 of these are used" in printed
     assert "mixed in: 25% of all rows" in printed
 
 

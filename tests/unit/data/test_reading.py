@@ -64,19 +64,19 @@ def test_lines_of_a_csv_are_counted_where_fields_have_breaks(tmp_path: Path) -> 
     rows = list(rows_of(file))
     assert isinstance(rows[0], RawRow)
     assert rows[0].value == {"prompt": "two\nlines", "completion": "yes"}
-    assert str(rows[1]) == f"{file}:4: has not the 2 fields of the header"
+    assert str(rows[1]) == f"{file}:4: does not have the 2 fields of the header"
     assert isinstance(rows[2], RawRow)
     assert rows[2].where == f"{file}:5"
 
 
-ARRAY = "a.jsonl: is one JSON array, not JSON Lines\n  → rename it to .json, or write one object a line"
+ARRAY = "a.jsonl: is one JSON array, not JSON Lines\n  → rename it to .json, or write one object per line"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"x", "is of no known kind"),
-        ("a.json", b'"x"', "is JSON, but no list of rows"),
+        ("a.txt", b"x", "has an unknown file type"),
+        ("a.json", b'"x"', "is JSON, but not a list of rows"),
         ("a.json", b"[1,", "not JSON: "),
         ("a.parquet", b"PAR0", "not Parquet: "),
         ("a.jsonl.gz", b"not packed", "cannot be read or unpacked: "),
@@ -104,10 +104,10 @@ GOOD = {"messages": [ASKED, {"role": "assistant", "content": "b"}]}
 PLANTED: list[tuple[Any, str]] = [
     (b'{"messages": [', "not JSON"),
     (b'{"messages": "\xff"}', "not UTF-8"),
-    (b"[1, 2]", "a row must be a JSON object; [1, 2] is none"),
-    (b"null", "a row must be a JSON object; None is none"),
+    (b"[1, 2]", "a row must be a JSON object; it is [1, 2]"),
+    (b"null", "a row must be a JSON object; it is None"),
     (b'"text"', "a row must be a JSON object"),
-    (b"NaN", "a row must be a JSON object; nan is none"),
+    (b"NaN", "a row must be a JSON object; it is nan"),
     ({}, "'messages' is missing; the row has no fields"),
     ({"message": []}, "'messages' is missing; the row has 'message'"),
     ({"messages": None}, "'messages' is missing"),
@@ -179,7 +179,7 @@ def test_each_kind_of_fault_gets_its_advice_and_the_way_out(tmp_path: Path) -> N
         read_records(file, Conversation, DataConfig(source=""))
     advice = [line.strip() for line in str(caught.value).splitlines() if "→" in line]
     assert advice[0].startswith("→ a row of the right form: ")
-    assert advice[1] == "→ one JSON object a line (JSON Lines)"
+    assert advice[1] == "→ write one JSON object per line (JSON Lines)"
     assert advice[2:] == [f"→ `align doctor {file}` looks at all rows; data.on_error=skip leaves faulty ones out"]
 
 
@@ -200,7 +200,7 @@ def test_columns_of_other_names_are_told(tmp_path: Path) -> None:
     (pair,) = read_records(file, PreferencePair, data)
     assert (pair.messages[0].content, pair.chosen, pair.rejected) == ("2 + 2?", "4.", "5.")
     file.write_text(_lines([{"q": "2 + 2?"}]))
-    with pytest.raises(DataError, match="no format is known for rows with the columns 'q'"):
+    with pytest.raises(DataError, match="no known format has the columns 'q'"):
         read_records(file, PreferencePair, ALL)
 
 
@@ -222,7 +222,7 @@ def test_a_file_of_which_all_rows_are_set_aside_says_why(tmp_path: Path) -> None
     file.write_text(_lines([{"prompt": "a", "completion": "b", "label": False}] * 2))
     with pytest.raises(DataError) as caught:
         read_records(file, Conversation, ALL)
-    assert "holds no row that can be used: all 2 rows were set aside ('label' says that the answer is a bad" in str(
+    assert "holds no row that can be used: all 2 rows were set aside ('label' says that the answer is bad" in str(
         caught.value
     )
 

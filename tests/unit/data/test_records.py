@@ -38,7 +38,7 @@ def test_the_example_in_an_error_is_itself_a_right_row(record: Any) -> None:
 WRONG = [
     (Conversation, {}, "'messages' is missing; the row has no fields"),
     (Conversation, {"dialogue": []}, "'messages' is missing; the row has 'dialogue'"),
-    (Conversation, [], "a row must be a JSON object; [] is none"),
+    (Conversation, [], "a row must be a JSON object; it is []"),
     (Conversation, {"messages": []}, "'messages' must be a list of turns and not empty; it is []"),
     (Conversation, {"messages": [USER]}, "'messages' must end with an assistant turn; the last one's role is 'user'"),
     (
@@ -65,7 +65,7 @@ WRONG = [
     (
         PreferencePair,
         {"messages": [USER], "chosen": "4.", "rejected": " 4."},
-        "'rejected' is the same as 'chosen'; there is nothing to prefer",
+        "'rejected' is the same as 'chosen', so there is no preference",
     ),
     (
         PreferencePair,
@@ -73,7 +73,7 @@ WRONG = [
         "'messages' must end with a user turn; the last one's role is 'assistant'",
     ),
     (Prompt, {"messages": [ANSWER]}, "'messages' must end with a user turn; the last one's role is missing"),
-    (Question, {"messages": [USER]}, "'choices' is missing: the row has no two answers to choose from"),
+    (Question, {"messages": [USER]}, "'choices' is missing: the row does not have two answers to choose from"),
 ]
 
 
@@ -171,10 +171,10 @@ def test_a_ranked_row_with_one_best_answer_is_a_question() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"answer": "6"}, "'answer' is '6', which is none of the choices: '3', '4', '5'"),
-        ({"answer": 3}, "'answer' is 3, and the places of 3 choices are 0 to 2"),
+        ({"answer": "6"}, "'answer' is '6', which is not one of the choices: '3', '4', '5'"),
+        ({"answer": 3}, "'answer' is 3, but the indices of 3 choices are 0 to 2"),
         ({"answer": True}, "'answer' must be text and not empty; it is True"),
-        ({"choices": ["4", "4 ", "5"]}, "'choices' says '4' twice; no two may be the same"),
+        ({"choices": ["4", "4 ", "5"]}, "'choices' contains '4' twice; all must be different"),
         ({"choices": ["4"]}, "'choices' has fewer than two answers to choose from"),
         ({"choices": []}, "'choices' must be a list and not empty; it is []"),
         ({"choices": ["4", ""]}, "'choices[1]' must be text and not empty; it is ''"),
@@ -188,7 +188,7 @@ def test_a_question_that_cannot_be_asked_is_named_exactly(changes: dict[str, Any
 
 def test_a_question_with_two_best_answers_is_refused() -> None:
     told = [{"text": "4", "score": 9}, {"text": "four", "score": 9}]
-    with pytest.raises(DataError, match="'choices' has several answers that are the best; one must be"):
+    with pytest.raises(DataError, match="'choices' has several best answers; it must have one"):
         _question({"prompt": "2 + 2?", "completions": told})
 
 

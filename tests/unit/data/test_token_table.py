@@ -179,7 +179,7 @@ def test_the_ledger_says_what_became_of_every_row(tmp_path: Path, tokenizer: Any
     table = _table(file, tokenizer, data=data, limits=Limits(row=200), processes=processes)
     notes = [json.loads(line) for line in table.ledger.read_text().splitlines()]
     assert sorted((int(note["where"].rsplit(":")[-1]), note["kind"], note["reason"]) for note in notes) == [
-        (8, "set aside", "'label' says that the answer is a bad one"),
+        (8, "set aside", "'label' says that the answer is bad"),
         (12, "fault", "'completion' must be text and not empty; it is 5"),
         (21, "too long", f"the row has {table.longest} tokens of 200"),
     ]
@@ -196,7 +196,7 @@ def test_cut_rows_are_kept_and_noted(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_too_many_long_rows_are_refused_with_the_longest(tmp_path: Path, tokenizer: Any) -> None:
     file = _rows(tmp_path, [_talk(1), {"prompt": "Why? " * 200, "completion": "So."}])
-    with pytest.raises(DataError, match=r"1 dropped of 2 rows, because too long, more than 10%"):
+    with pytest.raises(DataError, match=r"1 dropped of 2 rows because they are too long, more than 10%"):
         _table(file, tokenizer, limits=Limits(row=100))
 
 

@@ -240,7 +240,7 @@ def test_a_template_that_drops_earlier_thoughts_is_refused_with_a_way_out_that_w
         row = tokenize_conversation(other, _messages(turns))
         learned = [text for is_learned, text in _segments(other, row.input_ids, row.labels) if is_learned]
         assert learned == [f"{answer}<|im_end|>" for answer in answers]
-    assert "rows with one answer need neither" in caught.value.remedy
+    assert "rows with a single answer work as they are" in caught.value.remedy
     tokenize_conversation(tokenizer, _messages(turns[:2]))
 
 

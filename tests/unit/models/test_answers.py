@@ -22,14 +22,14 @@ def test_places_are_the_positions_before_each_answer_token() -> None:
     assert part.rows.input_ids.tolist() == [5, 6, 7, 2, 9, 2]
     assert part.rows.position_ids.tolist() == [0, 1, 2, 3, 0, 1]
     assert part.rows.ends.tolist() == [3, 5]
-    assert part.places.tolist() == [1, 2, 4]
+    assert part.indices.tolist() == [1, 2, 4]
     assert part.labels.tolist() == [7, 2, 2]
     assert part.lengths == (2, 1)
 
 
 def test_a_stream_knows_which_columns_its_rows_would_fill() -> None:
     rows = stream([[7, 8, 9], [5, 6]], CPU)
-    assert rows.kept.tolist() == [[True, True, True], [True, True, False]]
+    assert rows.is_real.tolist() == [[True, True, True], [True, True, False]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -54,7 +54,7 @@ def test_placed_rows_end_at_the_same_column_and_may_repeat() -> None:
     whole, part = (RowsCache(tiny_config("llama"), room=room) for room in (2, 0))
     for layer in range(2):
         part.update(*_states(2, 3, seed=layer), layer)
-    whole.place(part, torch.tensor([1, 1, 0]), first=1, rows=4, length=5)
+    whole.write(part, torch.tensor([1, 1, 0]), first=1, rows=4, length=5)
     assert whole.get_seq_length() == 5
     keys = whole.layers[1].keys
     source = part.layers[1].keys
@@ -68,7 +68,7 @@ def test_placed_rows_end_at_the_same_column_and_may_repeat() -> None:
 
 def test_a_layer_with_another_kind_of_state_is_refused() -> None:
     config = LlamaConfig(num_hidden_layers=2, layer_types=["full_attention", "linear_attention"])
-    with pytest.raises(ModelError, match="does not serve layers that keep a LinearAttentionLayer"):
+    with pytest.raises(ModelError, match="does not support layers that cache a LinearAttentionLayer"):
         RowsCache(config, room=0)
 
 

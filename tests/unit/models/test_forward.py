@@ -159,7 +159,7 @@ def test_labels_on_padding_are_refused() -> None:
     install_causal(model)
     batch = padded(ROWS["ragged"])
     batch.labels[batch.attention_mask == 0] = 77
-    with pytest.raises(ValueError, match="a label stands on padding"):
+    with pytest.raises(ValueError, match="padding has a label"):
         model(**batch.arguments(), fused_lm_head=True)
 
 
@@ -189,7 +189,7 @@ def test_a_common_beginning_is_computed_once(rows: str, computed: int) -> None:
 
 @pytest.mark.parametrize(
     "limits",
-    [{"QUERIES": 4, "PIECE": 3}, {"QUERIES": 4, "PIECE": 3, "SCORES": 0}, {"CALL": 0}, {"CALL": 10**9}],
+    [{"QUERIES": 4, "SPAN": 3}, {"QUERIES": 4, "SPAN": 3, "SCORES": 0}, {"CALL": 0}, {"CALL": 10**9}],
     ids=str,
 )
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -330,7 +330,7 @@ def test_a_sliding_window_takes_the_padded_path_and_says_so_once(
         batch = padded(ROWS["ragged"], side="left")
         output = model(**batch.arguments(), fused_lm_head=True)
     said = [record.getMessage() for record in caplog.records]
-    assert said == [f"{type(model).__name__} has attention that the flat path does not serve; padding is computed."]
+    assert said == [f"{type(model).__name__} has attention that the flat path does not support; padding is computed."]
     assert model.config._attn_implementation != ATTENTION
     expected = plain(reference, batch)
     _assert_same_statistics(output, expected)

@@ -14,7 +14,7 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.kernels import layout
 from alignment.models.kernels.blocks import fuse_blocks
-from alignment.models.kernels.layout import laid_out
+from alignment.models.kernels.layout import prepacked
 from alignment.models.kernels.nf4 import Nf4Linear, quantize_trunk
 from alignment.models.kernels.products import JOINT
 from tests.tiny import ARCHITECTURES, liven, tiny_model
@@ -32,7 +32,7 @@ def test_weights_laid_out_give_the_same_products(bias: bool, packed: bool, monke
     states = torch.randn(3, 2, 24)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = layer(states)
-        with laid_out(layer, 6):
+        with prepacked(layer, 6):
             assert "forward" in vars(layer[0])
             found = layer(states)
     assert found.dtype == expected.dtype == torch.bfloat16
@@ -56,7 +56,7 @@ def test_float32_products_need_no_copy() -> None:
 
 def _changed(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     before: list[tuple[nn.Module, str, Any]] = []
-    layout._lay_out(model, 2, before)
+    layout._prepack(model, 2, before)
     return before
 
 
@@ -66,7 +66,7 @@ def test_an_adapter_counts_while_weights_are_laid_out() -> None:
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(ids).logits.float()
-        with laid_out(model.get_base_model(), 1):
+        with prepacked(model.get_base_model(), 1):
             found = model(ids).logits.float()
         with model.disable_adapter():
             without = model(ids).logits.float()
@@ -93,10 +93,10 @@ def test_layers_of_one_input_are_one_product_and_give_the_same(architecture: str
     ids = torch.tensor([[5, 6, 7, 8], [9, 4, 4, 3]])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(ids).logits.float()
-        with laid_out(model, 8):
+        with prepacked(model, 8):
             found = model(ids).logits.float()
             for part in (model, model.base_model):  # as evaluation does around sampling and scoring
-                with laid_out(part, 8):
+                with prepacked(part, 8):
                     assert torch.equal(model(ids).logits.float(), found)
             joined = [name for name, module in model.named_modules() if JOINT in vars(module)]
             assert len(joined) == 2 * model.config.num_hidden_layers or not _has_own_layout()
@@ -121,7 +121,7 @@ def test_adapters_of_unlike_ranks_and_scales_count_while_weights_are_laid_out(ac
     ids = torch.tensor([[5, 6, 7, 8], [9, 4, 4, 3]])
     with torch.no_grad():
         truth = copy.deepcopy(model).float()(ids).logits
-        with torch.autocast("cpu", dtype=torch.bfloat16), laid_out(model.get_base_model(), 8):
+        with torch.autocast("cpu", dtype=torch.bfloat16), prepacked(model.get_base_model(), 8):
             found = model(ids).logits.float()
         model.base_model.set_adapter("default" if len(active) == 2 else "second")
         other = model(ids).logits.float()
@@ -142,7 +142,7 @@ def test_four_bits_are_written_out_once(monkeypatch: pytest.MonkeyPatch) -> None
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(ids).logits.float()
-        with laid_out(model, 4):
+        with prepacked(model, 4):
             monkeypatch.setattr(Nf4Linear, "dense", None)  # from here on nobody may ask
             assert relative(model(ids).logits.float(), expected) < 0.02
 
@@ -158,7 +158,7 @@ def test_a_layout_that_is_interrupted_leaves_nothing_behind(monkeypatch: pytest.
         return function_of(module, rows)
 
     monkeypatch.setattr(layout, "_function_of", interrupted)
-    with pytest.raises(KeyboardInterrupt), laid_out(model, 4):
+    with pytest.raises(KeyboardInterrupt), prepacked(model, 4):
         pass
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
 
@@ -170,7 +170,7 @@ def test_what_was_laid_out_is_gone_afterwards() -> None:
         return {name: dict(vars(module)) for name, module in model.named_modules()}
 
     def fail() -> None:
-        with laid_out(model, 4):
+        with prepacked(model, 4):
             assert held() != before
             raise KeyboardInterrupt
 

@@ -128,7 +128,7 @@ def test_an_artifact_of_another_base_is_refused(tmp_path: Path, base: Lineage) -
     made_on = {"base": {"content": "one"}}
     sft_input = publish_tiny(tiny_spec(tmp_path, SftConfig(), identity=made_on), _trained(base, LORA), base)
     spec = tiny_spec(tmp_path, DpoConfig(), identity={"base": {"content": "two"}})
-    with pytest.raises(ModelError, match="stage:sft stands on path:tiny, which is not this run's base"):
+    with pytest.raises(ModelError, match="stage:sft was trained on path:tiny, not on this run's base"):
         lineage(spec, sft_input)
 
 

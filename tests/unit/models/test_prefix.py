@@ -47,7 +47,7 @@ def _ours(wrapped: Any) -> list[torch.Tensor]:
     base = wrapped.get_base_model()
     rows = stream(ROWS, CPU)
     logits = base.lm_head(trunk_states(base.base_model, rows))
-    return [logits[rows.place[number, : len(row)]] for number, row in enumerate(ROWS)]
+    return [logits[rows.index[number, : len(row)]] for number, row in enumerate(ROWS)]
 
 
 def _pefts(wrapped: Any) -> list[torch.Tensor]:
@@ -181,7 +181,7 @@ def test_it_is_continued_and_nothing_is_put_on_it(tmp_path: Path, base: Lineage)
         with pytest.raises(ConfigError, match="starts from a prefix"):
             _start(found, other)
     longer = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=6, chain=CONTINUE)
-    with pytest.raises(ConfigError, match=r"adapter\.virtual_tokens: the adapter that is to be continued has 5"):
+    with pytest.raises(ConfigError, match=r"adapter\.virtual_tokens: the adapter to continue has 5"):
         _start(found, longer)
 
 

@@ -64,7 +64,7 @@ def test_answers_are_the_same_as_without_a_reading(tokens: int, multiple: int, m
 
 
 def test_nothing_is_kept_of_a_stream_where_attention_is_not_flat() -> None:
-    with pytest.raises(ValueError, match="keeps nothing of a stream"):
+    with pytest.raises(ValueError, match="cannot return the keys and values of a stream"):
         read(tiny_model(), PROMPTS)
 
 
@@ -87,8 +87,8 @@ def test_a_text_goes_on_where_its_row_ends() -> None:
         Segment(own=(2, 3), before=shared),
         Segment(own=(3, 6), before=((-2, 0),)),
     )
-    assert rows.place.tolist() == [[0, 1, 0], [2, 0, 0], [3, 4, 5]]
-    assert rows.kept.sum(-1).tolist() == [2, 1, 3]
+    assert rows.index.tolist() == [[0, 1, 0], [2, 0, 0], [3, 4, 5]]
+    assert rows.is_real.sum(-1).tolist() == [2, 1, 3]
     assert rows.lengths == (23, 22, 5)
 
 

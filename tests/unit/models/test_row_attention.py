@@ -40,7 +40,7 @@ def _by_loops(
 
 
 @pytest.mark.parametrize(
-    "limits", [{}, {"QUERIES": 4, "PIECE": 3}, {"QUERIES": 1, "PIECE": 1}, {"CALL": 0}, {"CALL": 10**9}], ids=str
+    "limits", [{}, {"QUERIES": 4, "SPAN": 3}, {"QUERIES": 1, "SPAN": 1}, {"CALL": 0}, {"CALL": 10**9}], ids=str
 )
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2), (3, 1)], ids=str)
 @pytest.mark.parametrize("rows", SHAPES.values(), ids=SHAPES)
@@ -72,17 +72,17 @@ def test_short_rows_share_a_product_and_long_ones_stand_alone() -> None:
     ends = [sum(lengths[: number + 1]) for number in range(len(lengths))]
     rows = tuple(Row((end - length, end), ((end - length, end),)) for length, end in zip(lengths, ends, strict=True))
     plan = row_attention._plan(rows, 3, torch.bfloat16, torch.device("cpu"))
-    assert sorted(group.hidden.shape[1] for group in plan.kept) == [48, 112], "padded to a multiple of 16"
-    assert sorted(group.matrices for group in plan.kept) == [9, 9]
+    assert sorted(group.hidden.shape[1] for group in plan.stored) == [48, 112], "padded to a multiple of 16"
+    assert sorted(group.matrices for group in plan.stored) == [9, 9]
     assert [row.queries for row, _ in plan.long] == [300]
 
 
 def test_no_product_has_more_scores_than_it_may() -> None:
     rows = tuple(Row((200 * n, 200 * n + 200), ((200 * n, 200 * n + 200),)) for n in range(20))
     plan = row_attention._plan(rows, 1, torch.bfloat16, torch.device("cpu"))
-    assert {group.hidden.shape for group in plan.kept} == {(1, 128, 128), (1, 80, 208)}, "pieces of 128 and 72 queries"
-    assert sum(group.matrices for group in plan.kept) == 2 * 20
-    assert all(group.matrices * group.hidden[0].numel() <= row_attention.SCORES for group in plan.kept)
+    assert {group.hidden.shape for group in plan.stored} == {(1, 128, 128), (1, 80, 208)}, "spans of 128 and 72 queries"
+    assert sum(group.matrices for group in plan.stored) == 2 * 20
+    assert all(group.matrices * group.hidden[0].numel() <= row_attention.SCORES for group in plan.stored)
 
 
 def test_what_is_no_number_stays_in_its_row() -> None:

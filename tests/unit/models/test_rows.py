@@ -18,7 +18,7 @@ def test_rows_that_have_nothing_in_common_stand_one_after_the_other() -> None:
     assert rows.input_ids.tolist() == [7, 8, 9, 5, 6]
     assert rows.position_ids.tolist() == [0, 1, 2, 0, 1]
     assert rows.segments == (Segment(own=(0, 3), before=()), Segment(own=(3, 5), before=()))
-    assert rows.place.tolist() == [[0, 1, 2], [3, 4, 0]]
+    assert rows.index.tolist() == [[0, 1, 2], [3, 4, 0]]
     assert rows.ends.tolist() == [2, 4]
 
 
@@ -53,12 +53,12 @@ def test_every_token_is_found_where_it_is_said_to_stand(name: str, side: str, sh
     batch = padded(ROWS[name], side=side, extra=1)
     rows = flatten(batch.input_ids, batch.attention_mask, share=share)
     kept = batch.attention_mask.bool()
-    assert torch.equal(rows.input_ids[rows.place[kept]], batch.input_ids[kept])
-    assert torch.equal(rows.position_ids[rows.place[kept]], (kept.cumsum(-1) - 1)[kept])
+    assert torch.equal(rows.input_ids[rows.index[kept]], batch.input_ids[kept])
+    assert torch.equal(rows.position_ids[rows.index[kept]], (kept.cumsum(-1) - 1)[kept])
     assert rows.input_ids[rows.ends].tolist() == [(prompt + answer)[-1] for prompt, answer in ROWS[name]]
     for row, segment in enumerate(rows.segments):
         seen = torch.cat([torch.arange(*part) for part in segment.keys])
-        assert torch.equal(seen, rows.place[row][kept[row]])
+        assert torch.equal(seen, rows.index[row][kept[row]])
 
 
 def test_an_empty_row_is_refused() -> None:
@@ -75,4 +75,4 @@ def test_a_filled_stream_has_the_same_rows_and_a_row_of_filling(multiple: int, t
     assert filled.segments[:2] == rows.segments
     assert [segment.own for segment in filled.segments[2:]] == [(5, tokens)] * (tokens > 5)
     assert (filled.lengths, filled.ends.tolist()) == (rows.lengths, [2, 4])
-    assert torch.equal(filled.place, rows.place)
+    assert torch.equal(filled.index, rows.index)

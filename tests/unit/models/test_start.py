@@ -184,7 +184,7 @@ def test_an_adapter_keeps_its_shape_when_it_is_continued(
     tmp_path: Path, base: Lineage, changes: dict[str, Any], where: str
 ) -> None:
     _, found = _first_stage(tmp_path, base, _adapter(AdapterKind.lora))
-    with pytest.raises(ConfigError, match=rf"adapter\.{where}: the adapter that is to be continued has"):
+    with pytest.raises(ConfigError, match=rf"adapter\.{where}: the adapter to continue has"):
         _start(found, AdapterConfig(**{"chain": CONTINUE, **changes}))
 
 

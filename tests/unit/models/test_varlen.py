@@ -111,7 +111,7 @@ def test_the_kernel_gets_what_was_read_earlier(virtual: int, monkeypatch: pytest
     layer.layer_idx = 0
     query, key, value = _states(read, "cpu", torch.float32)
     prefix = torch.randn(2, KEY_HEADS, virtual, key.shape[-1]) if virtual else None
-    flat_attention(layer, query, key, value, None, segments=read.segments, kept=earlier)
+    flat_attention(layer, query, key, value, None, segments=read.segments, keys_values=earlier)
     query, key, value = _states(rows, "cpu", torch.float32)
     told: dict[str, Any] = {"segments": rows.segments, "earlier": earlier}
     expected, _ = flat_attention(layer, query, key, value, None, **told, prefix=prefix)
@@ -147,7 +147,7 @@ def test_values_may_have_another_width_than_keys() -> None:
         state.grad = None
     expected = []
     for row, segment in enumerate(rows.segments):
-        places = rows.place[row][rows.kept[row]]
+        places = rows.index[row][rows.is_real[row]]
         states = [state[:, :, places].repeat_interleave(HEADS // state.shape[1], 1) for state in (query, key, value)]
         later = torch.ones(len(places), len(places)).triu(1).bool()
         scores = (states[0] @ states[1].transpose(-1, -2) * WIDTH**-0.5).masked_fill(later, float("-inf"))

@@ -53,7 +53,7 @@ class Runs:
 
     def talk(self, result: str, *arms: str, **manner: Any) -> list[str]:
         """The names of those who would speak."""
-        chat(Console(), result, arms, manner={**MANNER, **manner}, output=self.output)
+        chat(Console(), result, arms, options={**MANNER, **manner}, output=self.output)
         return [one["name"] for one in self.speakers]
 
     def refused(self, result: str, *arms: str, **manner: Any) -> str:
@@ -67,7 +67,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     found = Runs(tmp_path)
 
     def hear(argv: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        found.speakers = json.loads(Path(argv[-1]).read_text())["voices"]
+        found.speakers = json.loads(Path(argv[-1]).read_text())["sessions"]
         found.ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         return subprocess.CompletedProcess(argv, 0)
 
@@ -106,10 +106,10 @@ def test_arms_are_stages_the_base_or_other_results(runs: Runs, arms_of: Callable
     ("words", "said"),
     [
         (("a", "dpp"), "run 'a' has no stage 'dpp'; did you mean 'dpo'?"),
-        (("a", "reward"), "of kind reward; only a policy can talk"),
+        (("a", "reward"), "of kind reward; only a policy can chat"),
         (("a", "ppo"), "no complete artifact here"),
         (("c",), "there is no run 'c'"),
-        (("a", "sft", "dpo", "base"), "3 arms; two fit beside each other"),
+        (("a", "sft", "dpo", "base"), "3 arms; two at most fit side by side"),
     ],
 )
 def test_what_cannot_talk_is_named(runs: Runs, words: tuple[str, ...], said: str) -> None:
@@ -119,6 +119,6 @@ def test_what_cannot_talk_is_named(runs: Runs, words: tuple[str, ...], said: str
 def test_a_run_without_a_policy_and_limits_that_cannot_be_are_refused(runs: Runs) -> None:
     runs.add("young", sft=None)
     assert "no stage of this run has made a policy yet" in runs.refused("young")
-    assert "--max-new-tokens: 0 is no length" in runs.refused("a", max_new_tokens=0)
-    assert "--temperature: -1.0 is no temperature" in runs.refused("a", temperature=-1.0)
-    assert "nan is no temperature" in runs.refused("a", temperature=float("nan"))
+    assert "--max-new-tokens: 0 is not a valid length" in runs.refused("a", max_new_tokens=0)
+    assert "--temperature: -1.0 is not a valid temperature" in runs.refused("a", temperature=-1.0)
+    assert "nan is not a valid temperature" in runs.refused("a", temperature=float("nan"))

@@ -160,7 +160,7 @@ def test_runs_without_evaluation_still_show_their_settings(runs: Runs) -> None:
     runs.add("b", None, beta=0.2)
     printed = runs.compared("a", "b")
     assert "stages.dpo.beta" in printed
-    assert "none of them was evaluated" in printed
+    assert "none of these runs was evaluated" in printed
     runs.add("c", None)
     assert "no setting differs" in runs.compared("a", "c")
 

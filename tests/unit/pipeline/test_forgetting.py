@@ -67,7 +67,7 @@ def test_questions_are_checked_while_planning_and_part_of_the_result(gate: Gate,
     file = tmp_path / "mine.jsonl"
     file.write_text('{"question": "2 + 2?", "choices": ["3", "4"], "answer": "5"}\n')
     told = (_arms("stage:sft"), f"stages.forgetting.questions.source=path:{file}")
-    with pytest.raises(DataError, match=r"mine\.jsonl:1: 'answer' is '5', which is none of the choices: '3', '4'"):
+    with pytest.raises(DataError, match=r"mine\.jsonl:1: 'answer' is '5', which is not one of the choices: '3', '4'"):
         gate(*told)
     file.write_text('{"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}\n')
     before = gate(*told).stages[-1]

@@ -77,7 +77,7 @@ def test_a_few_aliases_are_fine() -> None:
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
-    with pytest.raises(ConfigError, match=r"pipe\.yaml: is no regular file"):
+    with pytest.raises(ConfigError, match=r"pipe\.yaml: is not a regular file"):
         yaml_file.read(tmp_path / "pipe.yaml")
 
 

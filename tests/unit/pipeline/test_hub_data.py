@@ -138,7 +138,7 @@ REFUSED = [
     ),
     (
         refusal(RepositoryNotFoundError),
-        "is not there, or private: 403 Client Error.\n  → check ORG/NAME; for a private",
+        "does not exist, or is private: 403 Client Error.\n  → check ORG/NAME; for a private",
     ),
     (refusal(RevisionNotFoundError), "has no revision 'v1': 403 Client Error.\n  → name a branch, a tag or a commit"),
     (
@@ -164,7 +164,7 @@ def test_what_cannot_be_had_is_an_error_that_says_why_and_what_to_do(
 
 
 def test_a_name_that_no_repository_can_have_is_refused_while_planning(plan: MakePlan) -> None:
-    with pytest.raises(DataError, match=r"hub:org/a--b@main: is no name that a repository can have: "):
+    with pytest.raises(DataError, match=r"hub:org/a--b@main: is not a valid name of a repository: "):
         plan("stages.sft.data.source=hub:org/a--b")
 
 
@@ -188,7 +188,7 @@ def test_a_snapshot_of_which_nobody_knows_whether_it_is_complete_is_completed_or
     answer(monkeypatch, lambda: folder)
     assert data_sources.fetch(found, announce=said.append) == found
     assert said[0] == "downloading the data set org/name from its hub"
-    assert said[1] == f"{NAME}: its hub cannot be reached; nobody can tell whether all its files are here"
+    assert said[1] == f"{NAME}: its hub cannot be reached, so it is unknown whether all its files are here"
     answer(monkeypatch, lambda: leave_data_set(cache, FILES))
     assert data_sources.fetch(found, announce=said.append).complete
     assert len(said) == 3

@@ -215,7 +215,7 @@ def test_frozen_rows_of_new_tokens_are_said_once(plan: MakePlan, tmp_path: Path)
 
 
 def test_a_folder_that_is_no_source_is_told_as_one(plan: MakePlan, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=f"the folder goes by path:{tmp_path}/model"):
+    with pytest.raises(ModelError, match=f"write path:{tmp_path}/model for the folder"):
         plan(f"model.source={tmp_path / 'model'}")
 
 
@@ -304,9 +304,9 @@ def test_a_model_folder_fits_where_a_policy_is_taken(plan: MakePlan, tmp_path: P
         ("stages.dpo.init=path:/nowhere", ModelError, "stages.dpo.init: no folder /nowhere"),
         ("model.source=path:/nowhere", ModelError, "model.source: no folder /nowhere"),
         ("model.source=bundled:smollm", ModelError, "model.source: no bundled model 'smollm'"),
-        ("model.source=gpt2", ModelError, "model.source: 'gpt2' is no model source"),
+        ("model.source=gpt2", ModelError, "model.source: 'gpt2' is not a valid model source"),
         ("stages.sft.data.source=path:/nowhere", DataError, "stages.sft.data.source: no file /nowhere"),
-        ("stages.sft.data.source=x", DataError, "stages.sft.data.source: 'x' is no data source"),
+        ("stages.sft.data.source=x", DataError, "stages.sft.data.source: 'x' is not a valid data source"),
         (
             "stages.sft.data.source=bundled:quickstart/conversation",
             DataError,

@@ -136,9 +136,14 @@ def test_metrics_are_tried_before_anything_trains(tried: Callable[..., Plan], tm
     [
         ("two", (), RewardError, "score.py:two: gave 2 scores for 1 answers to "),
         ("raises", (), RewardError, "score.py:raises: raised KeyError: 'level' at line 7, called for answers to "),
-        ("fine", ("stages.dpo.max_length=4",), DataError, "24 dropped of 24 rows, because too long, more than 10%"),
-        ("fine", ("stages.dpo.max_length=4", "stages.dpo.too_long.do=cut"), DataError, "because too long"),
-        ("fine", ("stages.ppo.max_prompt_length=4",), DataError, "24 dropped of 24 rows, because too long"),
+        (
+            "fine",
+            ("stages.dpo.max_length=4",),
+            DataError,
+            "24 dropped of 24 rows because they are too long, more than 10%",
+        ),
+        ("fine", ("stages.dpo.max_length=4", "stages.dpo.too_long.do=cut"), DataError, "because they are too long"),
+        ("fine", ("stages.ppo.max_prompt_length=4",), DataError, "24 dropped of 24 rows because they are too long"),
     ],
 )
 def test_what_would_stop_a_later_stage_is_said_with_its_kind_of_error(

@@ -237,7 +237,7 @@ def test_a_stage_that_was_preempted_ends_the_run_with_75(align: Align, monkeypat
     monkeypatch.setenv("WORKER_FAULT", "reward:preempt")
     code, printed = align()
     assert code == 75
-    assert "the same command goes on from here" in printed
+    assert "the same command continues from here" in printed
     assert align.record()["state"] == "preempted"
     assert align.states()["reward"] == "waiting"
 

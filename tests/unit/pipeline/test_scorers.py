@@ -215,7 +215,7 @@ def test_one_label_may_be_said_in_two_ways(plan: MakePlan, tmp_path: Path, confi
     ("config", "message"),
     [
         ({"architectures": ["LlamaForCausalLM"]}, "holds a LlamaForCausalLM, which gives no scores"),
-        ({"architectures": None}, "holds a model of no named architecture, which gives no scores"),
+        ({"architectures": None}, "holds a model of an unknown architecture, which gives no scores"),
         ({"id2label": {"0": "a", "1": "b"}}, "holds a classifier with 2 labels; a reward model has one"),
         ({"id2label": None}, "holds a classifier with 2 labels; a reward model has one"),
     ],

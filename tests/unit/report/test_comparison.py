@@ -120,7 +120,7 @@ def test_without_a_metric_nothing_is_said_of_which_run_is_better(compared: Compa
     for run in compared.runs:
         run.evaluation.update(metrics=[], primary=None, comparisons=[], tasks={})
     page = Page(compared.html()).text
-    assert "No evaluation of these runs has a metric, so nothing can be said of which is better." in page
+    assert "No evaluation of these runs has a metric, so it is unknown which is better." in page
     assert "They are in order of a hash of their id" in page
 
 
@@ -184,7 +184,7 @@ def test_runs_judged_on_other_prompts_are_not_compared(compared: Compared) -> No
     for row in compared.runs[1].samples:
         row["messages"] = [{"role": "user", "content": f"Another question. {row['id']}"}]
     page = Page(compared.html()).text
-    assert "The other runs were judged on other prompts than A, so no difference can be told." in page
+    assert "The other runs were judged on other prompts than A, so differences are unknown." in page
     assert "dpo: B was judged on other prompts than A." in page
     assert "No prompt was answered by an arm of the same name in two of these runs." in page
 

@@ -83,14 +83,14 @@ def test_every_trial_is_a_line_and_every_figure_a_dot() -> None:
 def test_axes_are_logarithmic_for_ranges_that_are_and_even_for_listed_values() -> None:
     axis = of_parameter(RATE)
     assert [label for _, label in axis.ticks] == ["1e-05", "0.0001", "0.001"]
-    assert axis.place(math.sqrt(1e-5 * 2e-3)) == pytest.approx(0.5)
-    assert [axis.place(value) for axis in [of_parameter(RANK)] for value in ("4", "16", "64")] == [0.0, 0.5, 1.0]
+    assert axis.position(math.sqrt(1e-5 * 2e-3)) == pytest.approx(0.5)
+    assert [axis.position(value) for axis in [of_parameter(RANK)] for value in ("4", "16", "64")] == [0.0, 0.5, 1.0]
     assert log_ticks(0.02, 0.6) == pytest.approx([0.02, 0.05, 0.1, 0.2, 0.5])
     assert log_ticks(0.11, 0.12) == [0.11, 0.12]
     narrow = of_parameter(replace(RATE, low=1000.1, high=1000.4))
     assert [label for _, label in narrow.ticks] == ["1000.1", "1000.4"]
     plain = of_parameter(replace(RATE, low=0.0, high=4.0, log=False))
-    assert plain.place(1.0) == 0.25
+    assert plain.position(1.0) == 0.25
 
 
 def test_several_figures_name_the_trials_that_none_beats() -> None:
@@ -98,7 +98,7 @@ def test_several_figures_name_the_trials_that_none_beats() -> None:
     trials = [replace(one, figures=[*one.figures, Interval(mean=2.0)]) for one in record().done[:3]]
     html = sweep_page(record(goals=goals, trials=trials, best=[6, 7], importance=[]))
     said = words(html)
-    assert "2 of 3 trials so far are not beaten in every figure by another." in said
+    assert "2 of 3 trials so far are not beaten by another in every metric." in said
     assert html.count('<pre class="command">') == 4
     assert "Drawn once 10 trials have come to their end." in said
 

@@ -73,9 +73,7 @@ def test_a_smoke_run_concludes_nothing(fake_run):
     fake_run.run["profile"] = "smoke"
     fake_run.headlines["reward"]["eval_accuracy"] = 0.0
     html = fake_run.html()
-    assert lead_of(html) == (
-        "This is a smoke run: it shows that the recipe runs, and concludes nothing; none of its figures means anything."
-    )
+    assert lead_of(html) == ("This is a smoke run: it shows only that the recipe runs; its numbers mean nothing.")
     assert "really better" not in html
     assert "Read this first" not in html
 

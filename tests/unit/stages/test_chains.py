@@ -201,7 +201,7 @@ def _then_killed(on_save: Any) -> Any:
 def test_an_adapter_of_another_base_is_refused_by_name(chained: Chained) -> None:
     chained.run("sft", LORA, identity={"base": {"content": "one"}})
     spec = chained.spec("dpo", LORA, init="sft", identity={"base": {"content": "another"}})
-    with pytest.raises(ModelError, match="stage:sft stands on path:tiny, which is not this run's base"):
+    with pytest.raises(ModelError, match="stage:sft was trained on path:tiny, not on this run's base"):
         worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
 
 

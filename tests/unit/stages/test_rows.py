@@ -167,5 +167,5 @@ def test_too_many_long_prompts_stop_the_stage(tmp_path: Path, tokenizer: Any) ->
     records = _prompts(tmp_path)[10:]
     context = StageContext(spec=tiny_spec(tmp_path, PpoConfig()), rank=0, world_size=1)
     limits = Limits(row=60, too_long=TooLongConfig(max_share=0.05))
-    with pytest.raises(DataError, match="1 dropped of 11 rows, because too long, more than 5%"):
+    with pytest.raises(DataError, match="1 dropped of 11 rows because they are too long, more than 5%"):
         fitting(context, PROMPTS, records, DataConfig(), limits, tokenizer)

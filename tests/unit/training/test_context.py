@@ -63,7 +63,7 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_an_error() -> None:
     with pytest.raises(ConfigError) as caught:
         share_of(10, 4)
     assert str(caught.value) == (
-        "optim.batch_size: a global batch of 10 does not divide by 4 processes\n"
+        "optim.batch_size: a global batch of 10 is not divisible by 4 processes\n"
         "  → choose a multiple of 4, or another launch.num_processes"
     )
 

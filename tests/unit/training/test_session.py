@@ -61,7 +61,7 @@ def test_a_stage_logs_every_step_and_keeps_two_sealed_checkpoints(context: Stage
 def test_a_stage_whose_warm_up_never_ends_is_refused(context: StageContext) -> None:
     trainer = _trainer(context, steps=1)
     trainer.args.warmup_steps = 0.05
-    with pytest.raises(ConfigError, match="the warm-up takes all of the stage's 1 optimiser steps"):
+    with pytest.raises(ConfigError, match="the warm-up covers all 1 optimiser steps of the stage"):
         train(trainer, context, headline="loss")
     trainer = _trainer(context, steps=2)
     trainer.args.warmup_steps = 0.05
@@ -168,7 +168,7 @@ def test_shares_of_other_processes_are_not_gone_on_from(context: StageContext) -
     folder.mkdir()
     (folder / "rank0.pt").write_text("a share")
     checkpoints.seal(folder, fingerprint=context.spec.fingerprint, layout="shares of 2 processes (zero2)")
-    with pytest.raises(ConfigError, match=r"checkpoint-2 holds shares of 2 processes \(zero2\), and this launch"):
+    with pytest.raises(ConfigError, match=r"checkpoint-2 holds shares of 2 processes \(zero2\), but this launch"):
         train(_trainer(context), context, headline="loss")
     assert folder.is_dir(), "it is of use to a launch like the one before"
 

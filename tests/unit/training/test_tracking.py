@@ -110,7 +110,7 @@ def test_a_tracker_that_fails_is_said_once_and_the_others_go_on(caplog: pytest.L
     assert broken.told == ["step 1"]
     assert sound.told == ["step 1", "step 2", "closed, done=True"]
     assert [record.getMessage() for record in caplog.records] == trackers.faults
-    assert trackers.faults == ["Broken failed and is not used any more in this stage: no route to host"]
+    assert trackers.faults == ["Broken failed and is no longer used in this stage: no route to host"]
 
 
 def test_only_the_main_process_tracks_and_only_if_asked(tmp_path: Path, context: StageContext) -> None:

@@ -15,7 +15,7 @@ import torch
 from peft import TaskType
 
 from alignment.commands.chat import worker as chat
-from alignment.commands.chat.chat_session import Manner, Voice, load_voice
+from alignment.commands.chat.chat_session import ChatSession, GenerationOptions, load_session
 from alignment.commands.chat.worker import Screen, converse
 from alignment.config.adapter import AdapterConfig
 from alignment.config.model import Dtype
@@ -36,22 +36,22 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def voice_with(base: Path) -> Callable[..., Voice]:
-    def make(**manner: object) -> Voice:
-        told = Manner(**{"max_new_tokens": 12, **manner})
-        return load_voice("base", None, base, Dtype.float32, manner=told, chat_template=None)
+def voice_with(base: Path) -> Callable[..., ChatSession]:
+    def make(**manner: object) -> ChatSession:
+        told = GenerationOptions(**{"max_new_tokens": 12, **manner})
+        return load_session("base", None, base, Dtype.float32, options=told, chat_template=None)
 
     return make
 
 
-def _say(voice: Voice, words: str) -> tuple[str, list[str]]:
+def _say(voice: ChatSession, words: str) -> tuple[str, list[str]]:
     pieces: list[str] = []
     notes: list[str] = []
     voice.answer(words, on_text=pieces.append, note=notes.append)
     return "".join(pieces), notes
 
 
-def test_it_hears_the_conversation_so_far(voice_with: Callable[..., Voice], base: Path) -> None:
+def test_it_hears_the_conversation_so_far(voice_with: Callable[..., ChatSession], base: Path) -> None:
     voice = voice_with(system="You are brief.")
     first, _ = _say(voice, "The shop?")
     second, _ = _say(voice, "And the keys?")
@@ -80,7 +80,9 @@ def test_an_answer_ends_where_the_models_own_generation_config_says(tmp_path: Pa
         artifact = publish_tiny(spec, model, found).path
 
     def answer() -> list[int]:
-        voice = load_voice("x", artifact, base, Dtype.float32, manner=Manner(max_new_tokens=12), chat_template=None)
+        voice = load_session(
+            "x", artifact, base, Dtype.float32, options=GenerationOptions(max_new_tokens=12), chat_template=None
+        )
         prompt = prompt_ids(voice.tokenizer, [Message(role="user", content="The shop?")])
         return generate(voice.model, [prompt], max_new_tokens=12, end_ids=sorted(voice.ends), batch_size=1)[0]
 
@@ -91,30 +93,30 @@ def test_an_answer_ends_where_the_models_own_generation_config_says(tmp_path: Pa
     assert answer() == before[: before.index(stop) + 1]
 
 
-def test_draws_come_from_the_seed(voice_with: Callable[..., Voice]) -> None:
+def test_draws_come_from_the_seed(voice_with: Callable[..., ChatSession]) -> None:
     once, again, other = (voice_with(temperature=1.0, seed=seed) for seed in (0, 0, 1))
     said = [[_say(voice, "Hi.")[0] for _ in range(2)] for voice in (once, again, other)]
     assert said[0] == said[1]
     assert said[0] != said[2]
 
 
-def test_the_oldest_exchanges_are_dropped_and_that_is_said(voice_with: Callable[..., Voice]) -> None:
+def test_the_oldest_exchanges_are_dropped_and_that_is_said(voice_with: Callable[..., ChatSession]) -> None:
     voice = voice_with()
     voice.model.config.max_position_embeddings = 180
     notes = [_say(voice, f"The note says that the shop is closed, {place}.")[1] for place in range(5)]
     assert notes[0] == []
     assert any(
-        "the oldest exchange was dropped, since the model reads 180 tokens at most" in n for one in notes for n in one
+        "the oldest exchange was dropped, because the model reads at most 180 tokens" in n for one in notes for n in one
     )
     assert len(voice.history) < 10
     assert voice.history[0].role == "user"
     before = list(voice.history)
-    with pytest.raises(DataError, match=r"tokens; base reads 180, its answer included\n.*say less"):
+    with pytest.raises(DataError, match=r"tokens; base reads 180, including its answer\n.*write less"):
         _say(voice, "word " * 300)
     assert voice.history == before, "nothing was said"
 
 
-def test_an_answer_that_is_stopped_stays_as_far_as_it_came(voice_with: Callable[..., Voice]) -> None:
+def test_an_answer_that_is_stopped_stays_as_far_as_it_came(voice_with: Callable[..., ChatSession]) -> None:
     voice = voice_with(max_new_tokens=200)
     pieces: list[str] = []
 
@@ -128,11 +130,11 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_came(voice_with: Callable[
     assert [turn.content for turn in voice.history] == ["Hi.", "".join(pieces)]
 
 
-def test_a_model_without_a_template_is_refused_at_once(voice_with: Callable[..., Voice]) -> None:
+def test_a_model_without_a_template_is_refused_at_once(voice_with: Callable[..., ChatSession]) -> None:
     voice = voice_with()
     voice.tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
-        Voice(name="bare", model=voice.model, tokenizer=voice.tokenizer, manner=Manner())
+        ChatSession(name="bare", model=voice.model, tokenizer=voice.tokenizer, options=GenerationOptions())
 
 
 class _Echo:
@@ -217,7 +219,7 @@ def test_a_fault_while_loading_has_its_exit_code(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     one = {"name": "x", "described": "x", "artifact": str(tmp_path), "base": None, "dtype": "float32"}
-    file = tmp_path / "voices.json"
-    file.write_text(json.dumps({"voices": [{**one, "chat_template": None}], "manner": {}}))
+    file = tmp_path / "chat.json"
+    file.write_text(json.dumps({"sessions": [{**one, "chat_template": None}], "options": {}}))
     assert chat.main([str(file)]) == 7
     assert "no complete artifact here" in capsys.readouterr().err

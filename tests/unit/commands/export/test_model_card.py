@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from alignment.commands.export.model_card import model_card
-from alignment.commands.export.provenance import provenance, without_places
+from alignment.commands.export.provenance import provenance, without_folders
 from alignment.core.artifacts import Manifest, publish, read_manifest
 
 OPTIM = {"lr": 2e-4, "batch_size": 8, "epochs": 1, "max_steps": None}
@@ -186,7 +186,7 @@ def test_no_folder_of_the_machine_is_in_it(store: Store) -> None:
     assert "$ align run mine.yaml stages.sft.data.source=path:a.jsonl seed=7\n" in card
     assert "judge.example" not in card
     assert "data: `path:pairs.jsonl`" in card
-    assert without_places("hub:org/name@1 ./mine.yaml ~/x/y.jsonl path:sub/x.jsonl") == (
+    assert without_folders("hub:org/name@1 ./mine.yaml ~/x/y.jsonl path:sub/x.jsonl") == (
         "hub:org/name@1 mine.yaml y.jsonl path:sub/x.jsonl"
     )
 
@@ -212,15 +212,15 @@ def test_what_is_not_known_is_said(store: Store) -> None:
     for path in (store.root / "artifacts" / "reward" / "manifest.json", store.root / "runs" / "mine" / "run.json"):
         path.unlink()
     card = store.card("sft")
-    assert "No evaluation of it is recorded beside it." in card
-    assert "whether it is better than its base is not known" in card
-    assert "The command that made it is not recorded beside it." in card
+    assert "No evaluation of it is recorded." in card
+    assert "whether it is better than its base is unknown" in card
+    assert "The command that made it is not recorded." in card
     assert "data: a source whose name is not recorded" in card
-    assert f"not found beside it, so not told here: reward of ppo, `{_fingerprint('reward')[:8]}`" in store.card()
+    assert f"artifacts not found, so not described here: reward of ppo, `{_fingerprint('reward')[:8]}`" in store.card()
 
 
 def test_damaged_neighbours_do_not_stop_it(store: Store) -> None:
     (store.root / "artifacts" / "reward" / "manifest.json").write_text("{")
     (store.root / "runs" / "mine" / "run.json").write_text("{")
     (store.root / "artifacts" / "evaluate" / "evaluation.json").write_text("{")
-    assert "No evaluation of it is recorded beside it." in store.card()
+    assert "No evaluation of it is recorded." in store.card()

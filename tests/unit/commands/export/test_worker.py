@@ -129,7 +129,9 @@ def test_a_reward_model_becomes_a_sequence_classifier(tmp_path: Path, base: Line
 def test_a_reward_model_is_no_adapter(tmp_path: Path, base: Lineage) -> None:
     """Its head and its offset would be lost."""
     saved = tiny_reward(tmp_path, AdapterConfig(rank=4), found=base, identity=IDENTITY)
-    with pytest.raises(ModelError, match=r"have no place in an adapter\n.*export it as a model"):
+    with pytest.raises(
+        ModelError, match=r"an adapter cannot hold the head of a reward model and its offset\n.*export it as a model"
+    ):
         export(saved.path, base.base, tmp_path / "out", form="adapter", max_gap=0.01)
     assert not (tmp_path / "out").exists()
 
@@ -139,7 +141,7 @@ def test_a_fault_is_printed_with_its_kind(tmp_path: Path, base: Lineage, capsys:
     told = [str(saved.path), "--base", str(base.base), "--to", str(tmp_path / "out"), "--as", "adapter"]
     capsys.readouterr()
     assert main([*told, "--max-gap", "0.01"]) == 4
-    assert capsys.readouterr().err.startswith("model: the head of a reward model")
+    assert capsys.readouterr().err.startswith("model: an adapter cannot hold the head of a reward model")
 
 
 def test_a_prefix_is_an_adapter_and_no_model(tmp_path: Path, base: Lineage) -> None:
@@ -152,7 +154,7 @@ def test_a_prefix_is_an_adapter_and_no_model(tmp_path: Path, base: Lineage) -> N
         export(saved.path, base.base, tmp_path / "out", form="model", max_gap=0.01)
     with pytest.warns(FutureWarning, match="past_key_values"):  # PEFT names it so
         told = export(saved.path, base.base, tmp_path / "out", form="adapter", max_gap=0.01)
-    assert "read again by PEFT" in told
+    assert "loaded by PEFT" in told
 
 
 def test_too_wide_a_gap_is_refused(tmp_path: Path, base: Lineage) -> None:
@@ -208,7 +210,9 @@ def test_what_was_written_wrong_is_not_exported(
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
     monkeypatch.setattr("alignment.commands.export.worker.shutil.copytree", copy)
     told = "adapter" if form == "adapter" else "model"
-    with pytest.raises(ModelError, match=r"what was written differs by .* from what was meant; nothing was exported"):
+    with pytest.raises(
+        ModelError, match=r"the written model's outputs differ by .* from the expected ones; nothing was exported"
+    ):
         export(saved.path, base.base, tmp_path / "out", form=told, max_gap=0.01)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))

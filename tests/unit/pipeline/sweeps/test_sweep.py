@@ -128,7 +128,7 @@ def test_less_may_be_better(runs: Runs, tmp_path: Path) -> None:
 
 def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs: Runs) -> None:
     runs.figure = lambda told: None
-    with pytest.raises(ConfigError, match="no stage reports style_and_facts of stage:dpo; it reports nothing to go by"):
+    with pytest.raises(ConfigError, match="no stage reports style_and_facts of stage:dpo; it reports no metrics"):
         go(runs)
     assert len(runs.asked) == 1
 
@@ -147,19 +147,19 @@ def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs:
         ({"parameters": [{"key": "stages.dpo.beta", "values": [0.1, "x"]}]}, "stages.dpo.beta: 'x' is not allowed"),
         ({"parameters": [{"key": "stages.dpo.beta"}]}, "write values: [...], or low and high"),
         ({"parameters": [{"key": "stages.dpo.beta", "values": [0.1], "low": 0, "high": 1}]}, "write values"),
-        ({"parameters": [{"key": "stages.dpo.beta", "low": 0, "high": 1, "log": True}]}, "log wants low above 0"),
+        ({"parameters": [{"key": "stages.dpo.beta", "low": 0, "high": 1, "log": True}]}, "log needs low above 0"),
         ({"search": "grid"}, "a grid takes values"),
         ({"trials": None}, "say how many"),
         ({"searhc": "grid"}, "unknown key; did you mean 'search'"),
         ({"parameters": [{"key": "stages.dpo.bata", "values": [0.1]}]}, "mine.yaml: stages.dpo.bata"),
         ({"parameters": [{"key": "stages.dpo.optim.warmup_ratio", "low": 0.1, "high": 1.5}]}, "1.5 is not allowed"),
-        ({"search": "grid", "trials": 3, "parameters": GRID}, "trials: a grid makes every combination; take this out"),
+        ({"search": "grid", "trials": 3, "parameters": GRID}, "trials: a grid tries every combination; remove trials"),
         ({"parameters": [*GRID, *GRID]}, "parameters[1]: stages.dpo.beta stands there twice"),
         ({"objective": {"arm": "stage:dpo", "metric": "loss"}}, "the less loss the better; set minimize: true"),
         ({"objective": {"stage": "dpo", "metric": "perplexity"}}, "set minimize: true"),
         ({"objective": []}, "by what? write"),
-        ({"objective": {"metric": "style"}}, "write arm: … for a figure of the evaluation, or stage: …"),
-        ({"objective": {"arm": "stage:dpo", "stage": "dpo"}}, "write arm: … for a figure of the evaluation, or"),
+        ({"objective": {"metric": "style"}}, "write arm: … for a metric of the evaluation, or stage: …"),
+        ({"objective": {"arm": "stage:dpo", "stage": "dpo"}}, "write arm: … for a metric of the evaluation, or"),
         ({"objective": {"stage": "rewrad"}}, "the recipe has no stage 'rewrad'; did you mean 'reward'"),
         ({"objective": {"stage": "reward", "metric": "eval_acuracy"}}, "did you mean 'eval_accuracy'"),
         (
@@ -173,10 +173,10 @@ def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs:
         ({"objective": {"stage": "ppo", "metric": "guard/kl", "minimize": True}}, "set stages.ppo.guard.every above 0"),
         ({"objective": {"stage": "report", "metric": "style"}}, "stage 'report' reports no figure"),
         ({"objective": [{"arm": "stage:dpo"}, {"arm": "stage:dop"}]}, "objective[1]: no stage reports primary of"),
-        ({"pruning": {"pruner": "median", "stage": "evaluate"}}, "no stage 'evaluate' that learns; one of: sft"),
+        ({"pruning": {"pruner": "median", "stage": "evaluate"}}, "no stage 'evaluate' that trains; one of: sft"),
         (
             {"pruning": {"pruner": "median"}, "objective": [{"arm": "stage:dpo"}, {"arm": "stage:sft"}]},
-            "trials with several objectives are never pruned",
+            "trials with several objectives cannot be pruned",
         ),
     ],
 )
@@ -193,10 +193,10 @@ def test_a_sweep_that_cannot_be_right_starts_nothing(
     ("arm", "metric", "judge", "words"),
     [
         ("stage:dpo", "win_rate", "", "stages.evaluate.judge.kind a judge"),
-        ("stage:sft", "win_rate", "metric", "stages.evaluate.judge.pairs has to hold it against"),
+        ("stage:sft", "win_rate", "metric", "stages.evaluate.judge.pairs must compare it with"),
         ("base", "win_rate", "metric", "against stages.evaluate.reference, 'stage:sft'"),
-        ("base+prompt", "greedy_log_ratio", "", "it is asked other prompts than stages.evaluate.reference"),
-        ("base+few-shot", "greedy_log_ratio", "", "it is asked other prompts than stages.evaluate.reference"),
+        ("base+prompt", "greedy_log_ratio", "", "it gets other prompts than stages.evaluate.reference"),
+        ("base+few-shot", "greedy_log_ratio", "", "it gets other prompts than stages.evaluate.reference"),
         ("stage:dpo", "win_rate", "metric", ""),
         ("stage:sft", "greedy_log_ratio", "", ""),
         ("base", "greedy_log_ratio", "", ""),
@@ -254,13 +254,13 @@ def test_an_objective_is_a_metric_of_the_recipe_s_own(
 
 def test_stages_that_measure_learn_nothing_to_prune_by(runs: Runs, tmp_path: Path) -> None:
     file = own(runs, tmp_path, pruning={"pruner": "median", "stage": "card"})
-    with pytest.raises(ConfigError, match="no stage 'card' that learns; one of: sft, reward, dpo, ppo"):
+    with pytest.raises(ConfigError, match="no stage 'card' that trains; one of: sft, reward, dpo, ppo"):
         go(runs, file, "+stages.card.kind=reward_card", "+stages.lost={kind: forgetting, arms: ['stage:sft']}")
 
 
 def test_jobs_of_slurm_are_not_pruned(runs: Runs, tmp_path: Path) -> None:
     file = own(runs, tmp_path, pruning={"pruner": "median", "stage": "dpo"})
-    with pytest.raises(ConfigError, match="stages are jobs of Slurm cannot be pruned"):
+    with pytest.raises(ConfigError, match="stages are Slurm jobs cannot be pruned"):
         go(runs, file, "launch/backend=slurm")
 
 
@@ -269,7 +269,7 @@ def test_figures_that_the_check_refuses_are_not_offered(runs: Runs, tmp_path: Pa
     with pytest.raises(ConfigError) as caught:
         go(runs, file, "stages.evaluate.judge.kind=metric")
     assert "no stage reports win_rate of stage:dpo; it reports style_and_facts\n" in str(caught.value)
-    assert "take another metric or set stages.evaluate.judge.kind" in str(caught.value)
+    assert "choose another metric or set stages.evaluate.judge.kind" in str(caught.value)
 
 
 def test_a_key_that_stands_twice_is_refused_with_its_line(runs: Runs, tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_a_recipe_without_an_evaluation_is_judged_by_what_a_stage_says_of_itself
 def test_a_figure_of_the_training_itself_is_told_as_such(runs: Runs, tmp_path: Path) -> None:
     file = own(runs, tmp_path, objective={"stage": "dpo", "metric": "rewards/margins"}, search="grid", parameters=GRID)
     _, printed = go(runs, file)
-    told = "rewards/margins of dpo comes from the rows that the stage learns from"
+    told = "rewards/margins of dpo is measured on the training rows"
     assert printed.count(f"caution: {told}") == 2, "before the first trial, and below the table"
     page = (runs.output / "sweeps/quickstart.mine/sweep.html").read_text()
     assert f"{told[0].upper()}{told[1:]}" in page

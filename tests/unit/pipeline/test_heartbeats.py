@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 
 from alignment.core.errors import StageError
-from alignment.pipeline.execute.heartbeats import Sign, Watch, refuse_stuck
+from alignment.pipeline.execute.heartbeats import ProcessState, Watch, refuse_stuck
 from alignment.records.worker import Heartbeat, Progress, heartbeat_file
 
 
-def _sign(rank: int, **changes: Any) -> Sign:
+def _sign(rank: int, **changes: Any) -> ProcessState:
     """One that gave a sign just now and did something a moment before."""
     silent = changes.pop("silent", 0.0)
-    last = Heartbeat(pid=1, phase="training", time=5000.0, since=4999.5, waits=False, place=f"here{rank}")
-    return Sign(rank=rank, last=replace(last, **changes), silent=silent)
+    last = Heartbeat(pid=1, phase="training", time=5000.0, since=4999.5, waits=False, location=f"here{rank}")
+    return ProcessState(rank=rank, last=replace(last, **changes), silent=silent)
 
 
-def _judge(*signs: Sign, processes: int | None = None) -> None:
+def _judge(*signs: ProcessState, processes: int | None = None) -> None:
     refuse_stuck(signs, processes=processes or len(signs), limit=60, stage="sft")
 
 
@@ -41,21 +41,21 @@ def test_who_has_not_started_is_waited_for() -> None:
 @pytest.mark.parametrize(
     ("signs", "expected"),
     [
-        ([_sign(0, **STUCK)], "process 0 of 1 is stuck for 60 seconds: training, here0"),
-        ([_sign(0, **WAITING), _sign(1, **STUCK)], "process 1 of 2 is stuck for 60 seconds: training, here1"),
+        ([_sign(0, **STUCK)], "process 0 of 1 has been stuck for 60 seconds: training, here0"),
+        ([_sign(0, **WAITING), _sign(1, **STUCK)], "process 1 of 2 has been stuck for 60 seconds: training, here1"),
         (
             [_sign(0, **STUCK), _sign(1, silent=61.0)],
-            "process 1 of 2 does not run any more for 60 seconds: training, here1",
+            "process 1 of 2 has not run for 60 seconds: training, here1",
         ),
-        ([_sign(0, **WAITING)], "process 0 of 1 is stuck for 60 seconds: training, here0"),
+        ([_sign(0, **WAITING)], "process 0 of 1 has been stuck for 60 seconds: training, here0"),
         (
             [_sign(0, **WAITING), _sign(1, **WAITING)],
-            "all processes wait for one another or for their GPUs\n  process 0: training, here0",
+            "all processes wait for each other or their GPUs\n  process 0: training, here0",
         ),
     ],
     ids=["alone", "others wait", "stopped", "alone with its GPU", "all wait"],
 )
-def test_the_one_that_others_wait_for_is_named(signs: list[Sign], expected: str) -> None:
+def test_the_one_that_others_wait_for_is_named(signs: list[ProcessState], expected: str) -> None:
     with pytest.raises(StageError) as caught:
         _judge(*signs)
     assert expected in str(caught.value)
@@ -67,8 +67,8 @@ def test_a_file_that_goes_while_it_is_read_is_no_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """A worker that is done removes its folder at any moment, and NFS has a number of its own for a file replaced."""
-    (tmp_path / "pulse").mkdir()
-    (tmp_path / "pulse" / "0.json").touch()
+    (tmp_path / "heartbeats").mkdir()
+    (tmp_path / "heartbeats" / "0.json").touch()
 
     def gone(*_: Any, **__: Any) -> str:
         raise OSError(number, "gone")
@@ -79,11 +79,11 @@ def test_a_file_that_goes_while_it_is_read_is_no_fault(
 
 
 def test_heartbeats_are_read_by_rank_and_damaged_ones_left_out(tmp_path: Path) -> None:
-    (tmp_path / "pulse").mkdir()
+    (tmp_path / "heartbeats").mkdir()
     for rank in (10, 2):
         _beat(tmp_path, at=1.0, rank=rank)
-    (tmp_path / "pulse/.3.json.99.tmp").write_text("{")
-    (tmp_path / "pulse/4.json").write_text('{"pid": "seven"}')
+    (tmp_path / "heartbeats/.3.json.99.tmp").write_text("{")
+    (tmp_path / "heartbeats/4.json").write_text('{"pid": "seven"}')
     assert list(Heartbeat.read_all(tmp_path)) == [2, 10]
     assert Heartbeat.read_all(tmp_path / "nowhere") == {}
 
@@ -102,7 +102,7 @@ def test_a_clock_that_is_set_makes_no_process_look_stuck(
     _beat(tmp_path, at=5000.0 + jump)
     refuse_stuck(watch.look(), processes=1, limit=60, stage="sft")
     now = 131.0
-    with pytest.raises(StageError, match="process 0 of 1 does not run any more"):
+    with pytest.raises(StageError, match="process 0 of 1 has not run"):
         refuse_stuck(watch.look(), processes=1, limit=60, stage="sft")
 
 
@@ -117,6 +117,6 @@ def test_a_new_process_of_the_same_rank_is_heard_anew(tmp_path: Path) -> None:
 
 
 def _beat(work: Path, *, at: float, pid: int = 1, rank: int = 0) -> None:
-    (work / "pulse").mkdir(exist_ok=True)
-    beat = Heartbeat(pid=pid, phase="training", time=at, since=at - 0.5, waits=False, place="x")
+    (work / "heartbeats").mkdir(exist_ok=True)
+    beat = Heartbeat(pid=pid, phase="training", time=at, since=at - 0.5, waits=False, location="x")
     beat.write(heartbeat_file(work, rank))

@@ -15,7 +15,7 @@ import pytest
 
 from alignment.records.worker import Heartbeat
 from alignment.training import heartbeat
-from alignment.training.heartbeat import Pulse, Used, activity
+from alignment.training.heartbeat import HeartbeatWriter, ProcessorTime, activity
 
 
 @pytest.fixture(autouse=True)
@@ -25,13 +25,13 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Callable[[Callable[[Pulse, threading.Event], None]], Any]]:
+def watched(tmp_path: Path) -> Iterator[Callable[[Callable[[HeartbeatWriter, threading.Event], None]], Any]]:
     """Watches a thread that runs a function for two seconds; gives the last sign."""
     over = threading.Event()
     threads = []
 
-    def watch(work: Callable[[Pulse, threading.Event], None]) -> Any:
-        one = Pulse(phase="training")
+    def watch(work: Callable[[HeartbeatWriter, threading.Event], None]) -> Any:
+        one = HeartbeatWriter(phase="training")
 
         def run() -> None:
             one.start(tmp_path, 3)
@@ -51,7 +51,7 @@ def test_a_thread_that_waits_has_done_nothing_since(watched: Any) -> None:
     sign = watched(lambda _, over: over.wait())
     assert sign.time - sign.since > 1.0
     assert sign.phase == "training"
-    assert "threading.py" in sign.place
+    assert "threading.py" in sign.location
     assert not sign.waits
 
 
@@ -61,10 +61,10 @@ def test_a_processor_that_is_busy_is_work_unless_a_gpu_may_be_waited_for(
 ) -> None:
     """A host that waits for a GPU spins, inside one call."""
     looks = itertools.count(1)
-    monkeypatch.setattr(heartbeat, "places_of", lambda frame: [("trainer.py", 7, "step")])
-    monkeypatch.setattr(heartbeat, "processor_seconds", lambda process: Used(own=0.2 * next(looks)))
+    monkeypatch.setattr(heartbeat, "call_stack", lambda frame: [("trainer.py", 7, "step")])
+    monkeypatch.setattr(heartbeat, "processor_seconds", lambda process: ProcessorTime(own=0.2 * next(looks)))
 
-    def compute(one: Pulse, over: threading.Event) -> None:
+    def compute(one: HeartbeatWriter, over: threading.Event) -> None:
         one.on_gpu = on_gpu
         over.wait()
 
@@ -88,25 +88,25 @@ SOMEWHERE, COLLECTIVE = [("trainer.py", 7, "step")], [("/site-packages/torch/dis
 @pytest.mark.parametrize(
     ("places", "used", "on_gpu", "works", "waits"),
     [
-        (SOMEWHERE, Used(own=0.25), False, True, False),
-        (SOMEWHERE, Used(own=0.25), True, False, True),
-        (SOMEWHERE, Used(started=0.25), True, True, False),  # rows made by processes of its own
-        (SOMEWHERE, Used(), True, False, False),
-        (COLLECTIVE, Used(own=0.25), False, False, True),
-        (COLLECTIVE, Used(started=0.25), False, False, True),
+        (SOMEWHERE, ProcessorTime(own=0.25), False, True, False),
+        (SOMEWHERE, ProcessorTime(own=0.25), True, False, True),
+        (SOMEWHERE, ProcessorTime(started=0.25), True, True, False),  # rows made by processes of its own
+        (SOMEWHERE, ProcessorTime(), True, False, False),
+        (COLLECTIVE, ProcessorTime(own=0.25), False, False, True),
+        (COLLECTIVE, ProcessorTime(started=0.25), False, False, True),
     ],
 )
 def test_the_processor_says_nothing_of_who_may_spin(
-    places: Any, used: Used, on_gpu: bool, works: bool, waits: bool
+    places: Any, used: ProcessorTime, on_gpu: bool, works: bool, waits: bool
 ) -> None:
     assert activity(places, used, on_gpu=on_gpu) == (works, waits)
 
 
 def test_progress_that_is_told_is_work(watched: Any) -> None:
-    def tell(one: Pulse, over: threading.Event) -> None:
+    def tell(one: HeartbeatWriter, over: threading.Event) -> None:
         def count() -> None:
             while not over.wait(0.2):
-                one.told += 1
+                one.reports += 1
 
         threading.Thread(target=count).start()
         over.wait()

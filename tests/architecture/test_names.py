@@ -1,0 +1,74 @@
+"""Names in the package say what they hold, in the terms of the field.
+
+A pronoun or a participle, such as ``theirs`` or ``found``, could name anything; so could ``place``.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "alignment"
+ROOMS = (
+    *("algos/**", "core/**", "data/**", "models/**", "training", "training/trackers", "commands/**"),
+    *("report/kit", "report/comparison_page", "report/sweep_page", "pipeline/sweeps", "pipeline/sources"),
+)
+"""Folders of the package whose names are in order, ``**`` with those below them; it grows to the whole package."""
+EMPTY = frozenset({"one", "ones", "what", "of_what"})
+"""Not to be used as a whole name."""
+VAGUE = frozenset({"found", "told", "said", "kept", "place", "places", "thing", "things", "theirs", "mine"})
+"""Not even as a word of a name."""
+PRIVATE = frozenset({"pulse", "price", "voice", "voices", "manner", "handover", "laid"})
+"""Words of our own: heartbeat, coefficient, chat session, generation option, worker protocol and
+prepacked are the field's."""
+
+
+def defined(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Names that a module defines, with their lines: variables, parameters, attributes, functions and classes."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()) | ast.arg(arg=name):
+                yield node.lineno, name
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                yield node.lineno, name
+            case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+                yield node.lineno, name
+            case ast.alias(asname=str(name)):
+                yield node.lineno, name
+
+
+def says_nothing(name: str) -> bool:
+    """Whether a name, in either spelling, is empty or holds a word that it must not hold."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().strip("_")
+    return words in EMPTY or not (VAGUE | PRIVATE).isdisjoint(words.split("_"))
+
+
+def offences(files: list[Path]) -> list[str]:
+    """``training/start.py:12 found`` for every name of these files that says nothing."""
+    names = {
+        (file.relative_to(PACKAGE).as_posix(), line, name)
+        for file in files
+        for line, name in [(1, file.stem), *defined(ast.parse(file.read_text(encoding="utf-8")))]
+    }
+    return [f"{file}:{line} {name}" for file, line, name in sorted(names) if says_nothing(name)]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_names_say_what_they_hold(room: str) -> None:
+    files = sorted(PACKAGE.glob(f"{room}/*.py"))
+    assert files
+    assert offences(files) == []
+
+
+@pytest.mark.parametrize("name", ["found", "_found", "kept_scores", "Place", "WasTold", "of_what", "KlPrice", "ones"])
+def test_a_name_that_says_nothing_is_noticed(name: str) -> None:
+    assert says_nothing(name)
+
+
+@pytest.mark.parametrize("name", ["leave_one_out", "founder", "replaced", "placeholder", "whatever", "reached_steps"])
+def test_a_part_of_a_word_does_not_count(name: str) -> None:
+    assert not says_nothing(name)
