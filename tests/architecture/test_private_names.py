@@ -170,7 +170,6 @@ CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
     "_get_grad_norm": ("transformers", lambda: has(transformers.Trainer, "_get_grad_norm", "model", "grad_norm")),
     "_prepare_inputs": ("transformers", lambda: has(transformers.Trainer, "_prepare_inputs", "inputs")),
     # ---- trl
-    "_metrics": ("trl", lambda: all(sets(cls, "_metrics") for cls in (trl.SFTTrainer, trl.RewardTrainer))),
     "_prepare_dataset": ("trl", lambda: has(trl.DPOTrainer, "_prepare_dataset", "dataset")),
     "_precompute_ref_logps": ("trl", lambda: has(trl.DPOTrainer, "_precompute_ref_logps", "dataset")),
     # ---- peft

@@ -10,7 +10,7 @@ import pytest
 
 from alignment.data.records import PreferencePair
 from alignment.data.turns import Message
-from alignment.evaluation.reward_card import (
+from alignment.evaluation.card_measures import (
     BARS,
     Intervals,
     Judged,

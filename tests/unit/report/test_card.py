@@ -12,7 +12,7 @@ import pytest
 from alignment.core.typed_json import to_json
 from alignment.data.records import PreferencePair
 from alignment.data.turns import Message
-from alignment.evaluation.reward_card import Intervals, Judged, card_of, warnings
+from alignment.evaluation.card_measures import Intervals, Judged, card_of, warnings
 from alignment.records.reward_card import Change, Invariances, Learned, Rescored
 from alignment.report import build
 from tests.unit.report.test_page import HOSTILE, Page, assert_harmless

@@ -90,7 +90,7 @@ def test_what_is_no_score_is_refused_by_function_row_and_value(tmp_path: Path, v
     with pytest.raises(RewardError) as caught:
         score(tmp_path, f"return {values}", preamble="import numpy")
     assert str(caught.value).startswith(f"{tmp_path}/score.py:brevity: ")
-    assert f"{message}; nothing was learned" in str(caught.value)
+    assert f"{message}; none of these scores was used" in str(caught.value)
     assert caught.value.exit_code == 9
 
 
@@ -107,7 +107,7 @@ def test_what_is_no_score_is_refused_by_function_row_and_value(tmp_path: Path, v
 def test_a_function_that_raises_is_named_with_the_line_that_did(tmp_path: Path, body: str, message: str) -> None:
     with pytest.raises(RewardError) as caught:
         score(tmp_path, body, preamble="def helper(): raise ValueError('deep')")
-    asked = "called for answers to rows.jsonl:4, rows.jsonl:9; nothing was learned from it"
+    asked = "called for answers to rows.jsonl:4, rows.jsonl:9; none of its scores was used"
     assert str(caught.value).splitlines()[0] == f"{tmp_path}/score.py:brevity: {message}, {asked}"
 
 
