@@ -182,7 +182,6 @@ def tiny_spec(folder: Path, config: StageConfig, **changes: Any) -> StageSpec:
         "git_commit": "",
         "produces": kind_of(config).produces,
     }
-    told["produces"] = kind_of(told["config"]).produces
     return StageSpec(**{**told, **changes})
 
 

@@ -23,9 +23,9 @@ MUTATIONS = [
             "test_log_ratios_and_rewards_of_every_arm_are_its_own_by_value",
         ),
         (
-            "arms change their rewards",
-            "scores[place :: len(arms)]",
-            "scores[len(arms) - 1 - place :: len(arms)]",
+            "arms change their scores",
+            "scores=scores[name],",
+            "scores=scores[next(iter(arms))],",
             "test_log_ratios_and_rewards_of_every_arm_are_its_own_by_value",
         ),
         (
@@ -40,9 +40,9 @@ MUTATIONS = [
         EVALUATE,
         (
             "base+prompt is asked as base is",
-            "{PROMPTED: lambda row: with_style_prompt(row.messages)}",
+            "{PROMPTED: lambda row: with_system_prompt(row.messages, system_prompt)}",
             "{PROMPTED: lambda row: row.messages}",
-            "test_the_prompted_arm_is_asked_for_the_house_style",
+            "test_the_prompted_arm_is_asked_behind_the_recipe_s_system_prompt",
         ),
         (
             "answers beyond a model's positions are asked for",

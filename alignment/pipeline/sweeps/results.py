@@ -17,7 +17,7 @@ from alignment.pipeline.execute.summary import REPORT
 from alignment.pipeline.sweeps.study import Study, number_of
 from alignment.pipeline.sweeps.sweep_file import Sweep
 from alignment.records.interval import Interval
-from alignment.records.sweep import (
+from alignment.records.sweep_record import (
     FEWEST_FOR_IMPORTANCE,
     Goal,
     Parameter,

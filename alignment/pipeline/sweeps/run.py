@@ -22,7 +22,7 @@ from alignment.pipeline.sweeps.pruning import Curve
 from alignment.pipeline.sweeps.study import Study, number_of
 from alignment.pipeline.sweeps.sweep_file import Sweep, read_sweep
 from alignment.pipeline.sweeps.trials import Running, Share, shares, stop_all
-from alignment.records.sweep import TrialOutcome
+from alignment.records.sweep_record import TrialOutcome
 
 _POLL_SECONDS = 0.5
 

@@ -17,7 +17,7 @@ from alignment.core.errors import AlignmentError
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import Terminal, visible
 from alignment.pipeline.execute.run import run
-from alignment.records.sweep import TrialOutcome
+from alignment.records.sweep_record import TrialOutcome
 
 _WIDTH = 120
 

@@ -17,7 +17,7 @@ from alignment.core.errors import ArtifactError, ConfigError
 from alignment.pipeline.backends import environment, slurm
 from alignment.pipeline.execute.worker_protocol import tail
 from alignment.records.run import RunRecord
-from alignment.records.sweep import TrialOutcome
+from alignment.records.sweep_record import TrialOutcome
 
 _BUG = 1
 _SAVED_LATE_SECONDS = 15.0

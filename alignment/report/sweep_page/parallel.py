@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from markupsafe import Markup
 
-from alignment.records.sweep import SweepRecord, Trial
+from alignment.records.sweep_record import SweepRecord, Trial
 from alignment.report.kit import text
 from alignment.report.sweep_page.sweep_axes import Axis, of_goal, of_parameter
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from alignment.records.sweep import Parameter, Setting, Trial
+from alignment.records.sweep_record import Parameter, Setting, Trial
 from alignment.report.kit import text
 from alignment.report.kit.axes import apart, nice_ticks, padded, tick_labels
 

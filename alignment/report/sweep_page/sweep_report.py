@@ -8,7 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from alignment.records.sweep import FEWEST_FOR_IMPORTANCE, Setting, SweepRecord
+from alignment.records.sweep_record import FEWEST_FOR_IMPORTANCE, Setting, SweepRecord
 from alignment.report.kit import text
 from alignment.report.kit.pages import template, write_page
 from alignment.report.kit.plots import interval_scatter

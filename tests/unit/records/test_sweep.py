@@ -8,7 +8,7 @@ import pytest
 
 from alignment.core.errors import ArtifactError
 from alignment.records.interval import Interval
-from alignment.records.sweep import Goal, Parameter, SweepRecord, Trial, TrialOutcome
+from alignment.records.sweep_record import Goal, Parameter, SweepRecord, Trial, TrialOutcome
 
 
 def test_settings_keep_their_types(tmp_path: Path) -> None:

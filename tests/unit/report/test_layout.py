@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from alignment.records.interval import Interval
-from alignment.records.sweep import Goal, Parameter
+from alignment.records.sweep_record import Goal, Parameter
 from alignment.report import build_sweep
 from tests.browser import Layout, browser, laid_out
 from tests.unit.report.conftest import FakeRun

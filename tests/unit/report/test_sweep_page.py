@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from alignment.records.interval import Interval
-from alignment.records.sweep import Goal, Parameter, SweepRecord, Trial
+from alignment.records.sweep_record import Goal, Parameter, SweepRecord, Trial
 from alignment.report import build_sweep
 from alignment.report.sweep_page.sweep_axes import log_ticks, of_parameter
 from alignment.report.sweep_page.sweep_report import sweep_page

@@ -16,7 +16,7 @@ from alignment.core.errors import Busy, ConfigError
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps import trials as shared
 from alignment.pipeline.sweeps.trials import Share, shares
-from alignment.records.sweep import TrialOutcome
+from alignment.records.sweep_record import TrialOutcome
 from tests.unit.pipeline.sweeps.fake_runs import BETAS, Runs, go, own, trials
 
 STEPS = 4

@@ -9,7 +9,7 @@ import psutil
 
 from alignment.core.locks import held
 from alignment.pipeline.sweeps.trials import Running, Share
-from alignment.records.sweep import TrialOutcome
+from alignment.records.sweep_record import TrialOutcome
 
 ALL = Share(cores=frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset())
 
