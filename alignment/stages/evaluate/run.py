@@ -22,7 +22,7 @@ from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate.answering import Asked, Policies, answers_of, asked_of
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.judging import Judged, ScoredArms, judge, open_endpoint
-from alignment.stages.evaluate.scoring import answers_to_score, scores_by_arm
+from alignment.stages.evaluate.metric_scores import answers_to_score, scores_by_arm
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext

@@ -14,7 +14,7 @@ from alignment.rewards.scorer_sources import REWARD
 from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate.answering import Asked
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.shared.scoring import scores_of
+from alignment.stages.shared.answer_scores import scores_of
 from alignment.training.context import StageContext
 
 
