@@ -136,7 +136,7 @@ def test_pairs_are_cut_alike_on_all_processes(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_empty_packed_piece_has_a_row_and_nothing_to_learn() -> None:
     batch = {name: torch.arange(6)[None] for name in ("input_ids", "labels", "position_ids")}
-    part = MicroBatches._packed_micro_batches(batch, 6, 6, 4)
+    part = MicroBatches._packed_micro_batch(batch, 6, 6, 4)
     assert part["input_ids"].tolist() == [[0, 1, 2, 3]]
     assert part["labels"].tolist() == [[-100] * 4]
 
