@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,13 +25,15 @@ MODEL = bundled_model.lookup("smollm2-135m")
 @pytest.mark.skipif(
     not bundled_model.is_ready(MODEL), reason="no bundled model on this machine; `make model` fetches it"
 )
-def test_the_bundled_model_learns_in_bfloat16(new_forked: Callable[[], Align]) -> None:
+def test_the_bundled_model_learns_in_bfloat16(new_forked: Callable[[], Align], tmp_path: Path) -> None:
+    rows = tmp_path / "one_short_row.jsonl"  # a row of the quickstart takes two minutes on a CPU without bfloat16
+    turns = [{"role": "user", "content": "When does it open?"}, {"role": "assistant", "content": "The shop opens at 9."}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
     align = replace(new_forked(), recipe="quickstart")
     others = [f"~stages.{stage}" for stage in ("reward", "dpo", "ppo", "evaluate", "report")]
     optim = "{batch_size: 1, max_steps: 3, lr: 2e-3, schedule: constant, warmup_ratio: 0.0, micro_batch_tokens: 512}"
     told = (f"model.source=bundled:{MODEL.name}", "model.dtype=bfloat16", f"stages.sft.optim={optim}")
-    cut = ("stages.sft.max_length=40", "stages.sft.too_long={do: cut, max_share: 1.0}")  # bfloat16 is slow on some CPUs
-    align("run", *others, *told, *cut, "stages.sft.data.limit=1")
+    align("run", *others, *told, f"stages.sft.data.source=path:{rows}")
     artifact = align.artifact("sft")
     manifest = verify(artifact, content=True)
     assert manifest.identity["base"] == {"content": f"gguf-sha256:{MODEL.sha256}", "dtype": "bfloat16"}
