@@ -44,21 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where status.json is written")
     parser.add_argument("--rows", nargs="*", type=Path, default=[], help="stage files whose rows are looked at")
     parser.add_argument("--scorers", nargs="*", type=Path, default=[], help="stage files whose functions are asked")
-    told = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     transformers_logging.set_verbosity_error()
     where = ""
     try:
-        for look, files in ((look_at_rows, told.rows), (ask_functions, told.scorers)):
+        for look, files in ((look_at_rows, options.rows), (ask_functions, options.scorers)):
             for file in files:
                 spec = read_spec(file)
                 where = f"stage {spec.stage}, tried before anything trained"
                 look(spec)
     except AlignmentError as error:
-        return _say(told.folder, error.exit_code, str(error), where)
+        return _say(options.folder, error.exit_code, str(error), where)
     except Exception as error:  # noqa: BLE001 - the last line of defence: the driver must hear of it
         traceback.print_exc()
-        return _say(told.folder, 1, f"{type(error).__name__}: {error}", where)
-    return _say(told.folder, 0, "", where)
+        return _say(options.folder, 1, f"{type(error).__name__}: {error}", where)
+    return _say(options.folder, 0, "", where)
 
 
 def _say(folder: Path, code: int, error: str, where: str) -> int:
@@ -86,14 +86,14 @@ def _look_at_source(tokenizer: object, kind: Kind, limits: Limits, data: SourceC
     lenient = replace(data, on_error=OnError.skip, max_skipped=1.0)  # the plan has looked at these faults
     records = list(islice(iterate(path, kind.record, lenient), LOOKED_AT))
     every = list(tokenized(tokenizer, kind, records, limits))
-    faults = [one.fault for one in every if one.fault is not None]
+    faults = [row.fault for row in every if row.fault is not None]
     others = [fault for fault in faults if not isinstance(fault, RowTooLong)]
     whole = len(every) < LOOKED_AT
     if every and len(others) == len(every) and (whole or data.on_error is OnError.fail):
         raise others[0]  # further rows of a longer source may be fine, where faulty ones are skipped
     if whole:
-        dropped, cut = len(faults) - len(others), sum(one.cut != "" for one in every)
-        longest = max((one.tokens for one in every), default=0)
+        dropped, cut = len(faults) - len(others), sum(row.cut != "" for row in every)
+        longest = max((row.tokens for row in every), default=0)
         refuse_losses(limits, dropped=dropped, cut=cut, records=len(every), longest=longest, where=str(path))
 
 

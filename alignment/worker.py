@@ -79,7 +79,7 @@ def main(path: Path) -> int:
         stop_requests.ignore()
         if stop.saved:
             _leave_together()
-        _finish(context, PREEMPTED, PREEMPTED_CODE, f"stopped on request; {_kept(stop)}")
+        _finish(context, PREEMPTED, PREEMPTED_CODE, f"stopped on request; {_what_is_saved(stop)}")
         return PREEMPTED_CODE
     except AlignmentError as error:
         stop_requests.ignore()
@@ -89,9 +89,9 @@ def main(path: Path) -> int:
     except BaseException as error:  # noqa: BLE001 - the last line of defence: the driver must hear of it
         stop_requests.ignore()
         traceback.print_exc()
-        if (told := _of_file_system(error, context)) is not None:
-            _finish(context, FAILED, told.exit_code, str(told))
-            return told.exit_code
+        if (failure := _of_file_system(error, context)) is not None:
+            _finish(context, FAILED, failure.exit_code, str(failure))
+            return failure.exit_code
         if _is_out_of_memory(error):
             _finish(context, FAILED, StageError.exit_code, str(_too_large(error, context)))
             return StageError.exit_code
@@ -101,7 +101,7 @@ def main(path: Path) -> int:
     return 0
 
 
-def _kept(stop: Preempted) -> str:
+def _what_is_saved(stop: Preempted) -> str:
     return "a checkpoint was written" if stop.saved else "it was not training, and goes on from what was there"
 
 
@@ -174,9 +174,11 @@ def _tracked(context: StageContext) -> Iterator[None]:
 
 def _refuse_changed_data(spec: StageSpec) -> None:
     """The fingerprint was taken when the run was planned, which may be hours ago."""
-    told = [(spec.data_path, spec.identity.get("data"))]
-    told += [(spec.extra_data[field], planned) for field, planned in spec.identity.get("extra_data", {}).items()]
-    for path, planned in told:
+    planned_data = [(spec.data_path, spec.identity.get("data"))]
+    planned_data += [
+        (spec.extra_data[field], planned) for field, planned in spec.identity.get("extra_data", {}).items()
+    ]
+    for path, planned in planned_data:
         if planned is not None and content_of(path) != planned:
             raise DataError(
                 "changed since the run was planned", where=str(path), remedy="start the run again to plan anew"

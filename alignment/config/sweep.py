@@ -20,7 +20,7 @@ PRIMARY = "primary"
 """Stands for the primary metric of an evaluation."""
 
 
-class Figure(str, Enum):
+class ArmMetric(str, Enum):
     """What an evaluation reports of an arm beside the recipe's metrics: a mean over held-out prompts.
 
     ``win_rate`` is by the evaluation's judge.
@@ -33,7 +33,7 @@ class Figure(str, Enum):
     perplexity = "perplexity"
 
 
-LESS_IS_BETTER = (Figure.greedy_log_ratio, Figure.loss, Figure.perplexity)
+LESS_IS_BETTER = (ArmMetric.greedy_log_ratio, ArmMetric.loss, ArmMetric.perplexity)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class ObjectiveConfig:
     """A figure, the more the better, or the less: ``metric`` of an ``arm`` of the recipe's evaluation, or of what a
     ``stage`` says of itself in its manifest, such as a reward model's ``eval_accuracy``.
 
-    Of an arm it is ``primary``, a metric of the evaluation by its name, or a ``Figure``.
+    Of an arm it is ``primary``, a metric of the evaluation by its name, or a ``ArmMetric``.
     """
 
     arm: Annotated[str, FILLED] = ""

@@ -68,9 +68,9 @@ def sweep_from_plain(plain: Any, *, where: str) -> SweepConfig:
         ConfigError: lists every fault.
     """
     conversion = _Conversion(StageClasses(), root="sweep")
-    found: SweepConfig = conversion.instance(SweepConfig, plain, where="", defaults=SweepConfig())
+    sweep: SweepConfig = conversion.instance(SweepConfig, plain, where="", defaults=SweepConfig())
     refuse([Fault(where=f"{where}: {fault.where}", message=fault.message) for fault in conversion.faults])
-    return found
+    return sweep
 
 
 def to_plain(value: Any) -> Any:
@@ -241,7 +241,7 @@ def paths_below(cls: type) -> Iterator[str]:
 def _ending_with(leaf: str, paths: Sequence[str]) -> list[str]:
     """The shortest of the paths that end with these keys."""
     ending = [path for path in paths if path.endswith(f".{leaf}")]
-    return [path for path in ending if path.count(".") == min(one.count(".") for one in ending)]
+    return [path for path in ending if path.count(".") == min(option.count(".") for option in ending)]
 
 
 def _either(names: Sequence[str]) -> str:

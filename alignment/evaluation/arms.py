@@ -112,12 +112,12 @@ def answer_and_score(
             rows = order[start : start + batch_size]
             asked = [prompts[row] for row in rows]
             reading = read(model, asked) if can_read(model) else None
-            found = answer_batch(model, asked, max_new_tokens=max_new_tokens, end_ids=end_ids, reading=reading)
+            batch_answers = answer_batch(model, asked, max_new_tokens=max_new_tokens, end_ids=end_ids, reading=reading)
             progress(start + len(rows))
-            texts = [[*([answer] * with_own), *others[row]] for row, answer in zip(rows, found, strict=True)]
+            texts = [[*([answer] * with_own), *others[row]] for row, answer in zip(rows, batch_answers, strict=True)]
             sums = _behind_each(model, asked, texts) if reading is None else reading.logprobs(model, texts)
             del reading  # before the next batch is read
-            for row, answer, own in zip(rows, found, sums, strict=True):
+            for row, answer, own in zip(rows, batch_answers, sums, strict=True):
                 answers[row], scores[row] = answer, own
     return answers, scores
 

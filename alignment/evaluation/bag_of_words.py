@@ -52,15 +52,15 @@ class Differences:
         """``[words]``: each word's sum of features by a factor of their pair."""
         return _sums(self.columns, self.values * factors[self.rows], self.shape[1])
 
-    def of(self, kept: NDArray[np.bool_]) -> Differences:
-        """Those of the pairs where ``kept`` is true."""
-        places = np.cumsum(kept) - 1
-        mine = kept[self.rows]
+    def of(self, mask: NDArray[np.bool_]) -> Differences:
+        """Those of the pairs where ``mask`` is true."""
+        new_rows = np.cumsum(mask) - 1
+        entries = mask[self.rows]
         return Differences(
-            rows=places[self.rows[mine]],
-            columns=self.columns[mine],
-            values=self.values[mine],
-            shape=(int(kept.sum()), self.shape[1]),
+            rows=new_rows[self.rows[entries]],
+            columns=self.columns[entries],
+            values=self.values[entries],
+            shape=(int(mask.sum()), self.shape[1]),
         )
 
 
@@ -74,7 +74,7 @@ class BagOfWords:
 
     @cached_property
     def _vocabulary(self) -> dict[str, int]:
-        return {word: place for place, word in enumerate(self.words)}
+        return {word: column for column, word in enumerate(self.words)}
 
     def margins(self, pairs: Sequence[Texts]) -> list[float]:
         """The log-odds that the first answer of each pair is the better one; 0 where no word tells them apart."""
@@ -83,8 +83,8 @@ class BagOfWords:
     def heaviest(self, count: int) -> tuple[list[str], list[str]]:
         """The words that speak most for an answer, and those that speak most against it."""
         order = np.argsort(self.weights, kind="stable")
-        against = [self.words[place] for place in order[:count] if self.weights[place] < 0]
-        return [self.words[place] for place in order[::-1][:count] if self.weights[place] > 0], against
+        against = [self.words[column] for column in order[:count] if self.weights[column] < 0]
+        return [self.words[column] for column in order[::-1][:count] if self.weights[column] > 0], against
 
 
 def fit(pairs: Sequence[Texts], groups: Sequence[str], *, seed: int) -> BagOfWords:
@@ -100,7 +100,7 @@ def fit(pairs: Sequence[Texts], groups: Sequence[str], *, seed: int) -> BagOfWor
             f"no word makes a difference in {FEWEST} of the {len(pairs)} pairs that a bag of words would learn from",
             remedy="name more pairs in 'learned'",
         )
-    features = differences(pairs, {word: place for place, word in enumerate(words)})
+    features = differences(pairs, {word: column for column, word in enumerate(words)})
     penalty = _best_penalty(features, groups, seed)
     return BagOfWords(words=words, weights=fitted(features, penalty), penalty=penalty)
 
@@ -129,8 +129,8 @@ def differences(pairs: Sequence[Texts], vocabulary: Mapping[str, int]) -> Differ
 
 def _differences_of(pair: Texts) -> dict[str, float]:
     chosen, rejected = map(words_of, pair)
-    told = {word: np.log1p(chosen[word]) - np.log1p(rejected[word]) for word in sorted(chosen | rejected)}
-    return {word: float(value) for word, value in told.items() if value}
+    by_word = {word: np.log1p(chosen[word]) - np.log1p(rejected[word]) for word in sorted(chosen | rejected)}
+    return {word: float(value) for word, value in by_word.items() if value}
 
 
 def loss(features: Differences, weights: Vector) -> float:
@@ -187,7 +187,7 @@ def _best_penalty(features: Differences, groups: Sequence[str], seed: int) -> fl
     if len(names) < 2:
         return PENALTIES[len(PENALTIES) // 2]
     order = np.random.default_rng(seed).permutation(len(names))
-    folds = {names[place]: number % min(FOLDS, len(names)) for number, place in enumerate(order.tolist())}
+    folds = {names[index]: number % min(FOLDS, len(names)) for number, index in enumerate(order.tolist())}
     fold = np.array([folds[group] for group in groups])
 
     def left_out(penalty: float) -> float:
@@ -200,9 +200,9 @@ def _best_penalty(features: Differences, groups: Sequence[str], seed: int) -> fl
     return min(PENALTIES, key=left_out)
 
 
-def _sums(places: NDArray[np.int64], values: Vector, count: int) -> Vector:
+def _sums(groups: NDArray[np.int64], values: Vector, count: int) -> Vector:
     """``[count]`` sums of the values at each place; without any, numpy would count in whole numbers."""
-    return np.bincount(places, values, minlength=count).astype(np.float64)
+    return np.bincount(groups, values, minlength=count).astype(np.float64)
 
 
 def sigmoid(values: Vector) -> Vector:

@@ -45,8 +45,8 @@ def grouped_interval(values: Sequence[float], groups: Sequence[str], *, samples:
     """
     if not values:
         raise ValueError("an interval needs at least one value")
-    _, places = np.unique(np.asarray(groups, dtype=object), return_inverse=True)
-    sums, counts = np.bincount(places, np.asarray(values, dtype=np.float64)), np.bincount(places)
+    _, group_of = np.unique(np.asarray(groups, dtype=object), return_inverse=True)
+    sums, counts = np.bincount(group_of, np.asarray(values, dtype=np.float64)), np.bincount(group_of)
     return ratio_interval(sums.tolist(), counts.tolist(), samples=samples, seed=seed)
 
 

@@ -140,7 +140,7 @@ def baselines(pairs: Sequence[Judged], intervals: Intervals) -> list[Baseline]:
     by_model = _model(pairs)
     judges = []
     for name, by_judge in _simpler(pairs).items():
-        more = [one - other for one, other in zip(by_model, by_judge, strict=True)]
+        more = [model_right - judge_right for model_right, judge_right in zip(by_model, by_judge, strict=True)]
         accuracy, difference = intervals.of(by_judge, pairs), intervals.of(more, pairs)
         judges.append(Baseline(name=name, accuracy=accuracy, difference=difference))
     return judges
@@ -170,8 +170,8 @@ def _model(pairs: Sequence[Judged]) -> list[float]:
 def _simpler(pairs: Sequence[Judged]) -> dict[str, list[float]]:
     """What judges that read less than the model get right."""
     words = [judged.words for judged in pairs if judged.words is not None]
-    found = {WORDS: right(words)} if len(words) == len(pairs) else {}
-    return {**found, LONGER: right([judged.longer_by for judged in pairs])}
+    by_name = {WORDS: right(words)} if len(words) == len(pairs) else {}
+    return {**by_name, LONGER: right([judged.longer_by for judged in pairs])}
 
 
 def calibration(margins: Sequence[float]) -> Calibration:
@@ -184,13 +184,13 @@ def calibration(margins: Sequence[float]) -> Calibration:
     values = np.asarray(margins, dtype=np.float64)
     confidence = sigmoid(np.abs(values))
     share = np.asarray(right(margins))
-    place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    bin_of = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
     bins = []
     for number in range(BINS):
-        mine = place == number
-        if mine.any():
-            bins.append(_bin(number, confidence[mine], share[mine]))
-    ece = sum(one.num_pairs * abs(one.share - one.confidence) for one in bins) / len(values)
+        members = bin_of == number
+        if members.any():
+            bins.append(_bin(number, confidence[members], share[members]))
+    ece = sum(part.num_pairs * abs(part.share - part.confidence) for part in bins) / len(values)
     return Calibration(
         bins=bins,
         ece=float(ece),
@@ -250,16 +250,16 @@ def length_bias(pairs: Sequence[Judged]) -> Length:
 def rule_agreement(pairs: Sequence[Judged], intervals: Intervals) -> RuleAgreement | None:
     """How often model and rule prefer the same answer, among pairs that the rule tells apart, and how often the rule is
     right there; None without a rule."""
-    told = [(judged, judged.rule[0] - judged.rule[1]) for judged in pairs if judged.rule is not None]
-    apart = [(judged, margin) for judged, margin in told if margin]
+    with_rule = [(judged, judged.rule[0] - judged.rule[1]) for judged in pairs if judged.rule is not None]
+    apart = [(judged, margin) for judged, margin in with_rule if margin]
     if not apart:
-        return RuleAgreement() if told else None
-    kept = [judged for judged, _ in apart]
+        return RuleAgreement() if with_rule else None
+    decided = [judged for judged, _ in apart]
     agree = right([judged.margin * margin for judged, margin in apart])
     return RuleAgreement(
         num_pairs=len(apart),
-        agreement=intervals.of(agree, kept),
-        accuracy=intervals.of(right([margin for _, margin in apart]), kept),
+        agreement=intervals.of(agree, decided),
+        accuracy=intervals.of(right([margin for _, margin in apart]), decided),
     )
 
 
@@ -299,8 +299,8 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+def _correlation(left: Sequence[float], right: Sequence[float]) -> float | None:
     """Pearson's; None where either does not vary."""
-    if len(one) < 2 or np.std(one) == 0 or np.std(other) == 0:
+    if len(left) < 2 or np.std(left) == 0 or np.std(right) == 0:
         return None
-    return float(np.corrcoef(one, other)[0, 1])
+    return float(np.corrcoef(left, right)[0, 1])

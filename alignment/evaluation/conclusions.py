@@ -28,10 +28,10 @@ def conclusions(
 
 def _differences(num_prompts: int, metric: Metric, comparisons: Sequence[Comparison], labels: Mapping[str, str]) -> str:
     real, not_shown = [], []
-    for one in comparisons:
-        arm, against = labels[one.arm], labels[one.against]
-        if one.real:
-            real.append(f"{arm} is {metric.verdict(one.interval)} than {against}")
+    for comparison in comparisons:
+        arm, against = labels[comparison.arm], labels[comparison.against]
+        if comparison.real:
+            real.append(f"{arm} is {metric.verdict(comparison.interval)} than {against}")
         else:
             not_shown.append(f"{arm} and {against}")
     parts = [", ".join(real)] if real else []
@@ -41,8 +41,8 @@ def _differences(num_prompts: int, metric: Metric, comparisons: Sequence[Compari
 
 def _limit(metric: Metric, comparisons: Sequence[Comparison]) -> str:
     """By the pairs that were not told apart, or by all of them; a pair without any spread says nothing."""
-    pairs = [one for one in comparisons if not one.real] or comparisons
-    sizes = [one.detectable for one in pairs if one.detectable]
+    pairs = [comparison for comparison in comparisons if not comparison.real] or comparisons
+    sizes = [comparison.detectable for comparison in pairs if comparison.detectable]
     if not sizes:
         return ""
     low, high = f"{min(sizes):.2f}", f"{max(sizes):.2f}"

@@ -38,12 +38,12 @@ class Reply:
 
 
 class Endpoint:
-    """Asks the endpoint; ``kept`` is the file of its replies."""
+    """Asks the endpoint; ``replies`` is the file of its replies."""
 
-    def __init__(self, config: EndpointConfig, kept: Path, *, where: str) -> None:
+    def __init__(self, config: EndpointConfig, replies: Path, *, where: str) -> None:
         """Raises ConfigError if the client is not installed, or the key's variable is not set."""
         self._config = config
-        self._kept = kept
+        self._replies = replies
         self._where = where
         self._key = api_key(config, where=where)
         self._client = _client(config, self._key, where=where)
@@ -54,7 +54,7 @@ class Endpoint:
         Raises:
             StageError: a call failed; all others were made first, unless ``GIVE_UP`` failed one after another.
         """
-        known = _read(self._kept)
+        known = _read(self._replies)
         keys = [self._key_of(prompt) for prompt in prompts]
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
         texts = {key: known[key] for key in keys if key in known}
@@ -122,8 +122,8 @@ class Endpoint:
 
     def _write(self, key: str, text: str) -> None:
         """Called by one thread only. A line begins with its break: the one before may have been cut off."""
-        self._kept.parent.mkdir(parents=True, exist_ok=True)
-        with self._kept.open("a", encoding="utf-8") as stream:
+        self._replies.parent.mkdir(parents=True, exist_ok=True)
+        with self._replies.open("a", encoding="utf-8") as stream:
             stream.write("\n" + json.dumps({"key": key, "text": text}))
 
 
@@ -184,15 +184,15 @@ def _without_variables() -> Iterator[None]:
         os.environ.update(taken)
 
 
-def _read(kept: Path) -> dict[str, str]:
+def _read(file: Path) -> dict[str, str]:
     """Replies by key; a line that was cut off when a stage was killed is passed over."""
-    found: dict[str, str] = {}
-    if not kept.is_file():
-        return found
-    for line in filter(None, kept.read_text(encoding="utf-8", errors="replace").split("\n")):
+    replies: dict[str, str] = {}
+    if not file.is_file():
+        return replies
+    for line in filter(None, file.read_text(encoding="utf-8", errors="replace").split("\n")):
         try:
-            told = json.loads(line)
-            found[told["key"]] = told["text"]
+            record = json.loads(line)
+            replies[record["key"]] = record["text"]
         except (ValueError, KeyError, TypeError):
-            log.warning("a line of %s cannot be read; what it held is asked again", kept)
-    return found
+            log.warning("a line of %s cannot be read; what it held is asked again", file)
+    return replies

@@ -39,10 +39,10 @@ def draw_examples(
             remedy="lower few_shot.count, or give few_shot.data more rows",
         )
     drawn = torch.randperm(len(free), generator=generator)[:count].tolist()
-    return [turn for place in drawn for turn in free[place].messages]
+    return [turn for index in drawn for turn in free[index].messages]
 
 
 def with_examples(messages: Sequence[Message], examples: Sequence[Message]) -> list[Message]:
     """The examples behind the system messages that the turns begin with, and before the rest."""
-    first = next((place for place, turn in enumerate(messages) if turn.role != "system"), len(messages))
+    first = next((index for index, turn in enumerate(messages) if turn.role != "system"), len(messages))
     return [*messages[:first], *examples, *messages[first:]]

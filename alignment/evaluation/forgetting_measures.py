@@ -61,8 +61,8 @@ def headlines(record: Forgetting) -> dict[str, float]:
 def text_rows(arms: Mapping[str, Measured], asked: Asked) -> list[dict[str, Any]]:
     """Each text with its tokens and what each arm needs for it, in nats."""
     return [
-        {"id": text.id, "tokens": tokens, "nats": {name: arm.nats[place] for name, arm in arms.items()}}
-        for place, (text, tokens) in enumerate(zip(asked.texts, asked.tokens, strict=True))
+        {"id": text.id, "tokens": tokens, "nats": {name: arm.nats[index] for name, arm in arms.items()}}
+        for index, (text, tokens) in enumerate(zip(asked.texts, asked.tokens, strict=True))
     ]
 
 
@@ -75,16 +75,16 @@ def question_rows(arms: Mapping[str, Measured], asked: Asked) -> list[dict[str, 
             "messages": [message.as_dict() for message in question.messages],
             "choices": list(question.choices),
             "answer": question.choices[question.right],
-            "scores": {name: arm.scores[place] for name, arm in arms.items()},
-            "right": {name: is_right(question, arm.scores[place]) for name, arm in arms.items()},
+            "scores": {name: arm.scores[index] for name, arm in arms.items()},
+            "right": {name: is_right(question, arm.scores[index]) for name, arm in arms.items()},
         }
-        for place, question in enumerate(asked.questions)
+        for index, question in enumerate(asked.questions)
     ]
 
 
 def is_right(question: Question, scores: Sequence[float]) -> bool:
     """Whether the right choice has the highest score, alone: who finds all choices alike knows nothing."""
-    return all(scores[question.right] > score for place, score in enumerate(scores) if place != question.right)
+    return all(scores[question.right] > score for index, score in enumerate(scores) if index != question.right)
 
 
 def _before(name: str, label: str, arm: Measured, asked: Asked) -> ArmForgetting:
@@ -106,7 +106,7 @@ def _after(
     row: ArmForgetting, arm: Measured, base: Measured, asked: Asked, limits: Limits, intervals: Intervals
 ) -> ArmForgetting:
     """The arm beside the base model, and whether it keeps within the limits."""
-    right, right_before = (_right(one, asked.questions) for one in (arm, base))
+    right, right_before = (_right(measured, asked.questions) for measured in (arm, base))
     more = [nats - nats_before for nats, nats_before in zip(arm.nats, base.nats, strict=True)]
     rise = intervals.of_ratio(more, asked.tokens).through(_as_rise)
     drop = intervals.of([before - after for after, before in zip(right, right_before, strict=True)])
@@ -141,8 +141,8 @@ def _right(arm: Measured, questions: Sequence[Question]) -> list[float]:
 
 def _by_task(right: Sequence[float], questions: Sequence[Question]) -> dict[str, float]:
     """The share of right answers to each kind of question that is named."""
-    found: dict[str, list[float]] = {}
-    for question, one in zip(questions, right, strict=True):
+    by_task: dict[str, list[float]] = {}
+    for question, value in zip(questions, right, strict=True):
         if question.task:
-            found.setdefault(question.task, []).append(one)
-    return {task: sum(ones) / len(ones) for task, ones in sorted(found.items())}
+            by_task.setdefault(question.task, []).append(value)
+    return {task: sum(values) / len(values) for task, values in sorted(by_task.items())}

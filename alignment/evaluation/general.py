@@ -20,12 +20,12 @@ from alignment.data.tokens.rendering import answer_texts
 from alignment.data.tokens.tokenize import encode, encode_all, escaped_text, front, prompt_ids, tokenize_rows
 from alignment.evaluation.arms import sequence_logprobs
 
-PIECE = 512
+CHUNK_TOKENS = 512
 """Tokens of a text that are read at once; what stands before them in a longer text is not seen."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
+class Chunk:
     """A part of the text number ``row``: ``scored`` tokens behind those that are only read.
 
     Example: a text of three tokens without BOS gives ``read [5]``, ``scored [6 7]``.
@@ -49,15 +49,15 @@ class Choice:
 class Material:
     """Texts and questions as tokens, the same for every policy."""
 
-    pieces: list[Piece]
+    chunks: list[Chunk]
     choices: list[list[Choice]]
 
     @property
     def tokens(self) -> list[int]:
         """How many tokens are scored in each text."""
-        counts = [0] * (1 + max(piece.row for piece in self.pieces))
-        for piece in self.pieces:
-            counts[piece.row] += len(piece.scored)
+        counts = [0] * (1 + max(chunk.row for chunk in self.chunks))
+        for chunk in self.chunks:
+            counts[chunk.row] += len(chunk.scored)
         return counts
 
 
@@ -75,42 +75,44 @@ def material(tokenizer: Any, texts: Sequence[PlainText], questions: Sequence[Que
     Raises:
         DataError: a text has a single token, so that nothing in it can be foretold; or the template refuses a question.
     """
-    rows = tokenize_rows(texts, lambda text: _pieces(tokenizer, text))
+    rows = tokenize_rows(texts, lambda text: _chunks(tokenizer, text))
     return Material(
-        pieces=[Piece(row=row, read=read, scored=scored) for row, found in enumerate(rows) for read, scored in found],
+        chunks=[Chunk(row=row, read=read, scored=scored) for row, spans in enumerate(rows) for read, scored in spans],
         choices=tokenize_rows(questions, lambda question: _choices(tokenizer, question)),
     )
 
 
-def measure(model: PreTrainedModel, told: Material, *, name: str) -> Measured:
+def measure(model: PreTrainedModel, material: Material, *, name: str) -> Measured:
     """What the policy called ``name`` says of everything.
 
     Raises:
         NonFiniteError: a log-probability is not finite.
         ModelError: the model's head does more than one matrix product.
     """
-    choices = [choice for question in told.choices for choice in question]
-    texts = sequence_logprobs(model, [piece.read for piece in told.pieces], [piece.scored for piece in told.pieces])
-    answers = sequence_logprobs(model, [one.prompt for one in choices], [one.answer for one in choices])
+    choices = [choice for question in material.choices for choice in question]
+    texts = sequence_logprobs(
+        model, [chunk.read for chunk in material.chunks], [chunk.scored for chunk in material.chunks]
+    )
+    answers = sequence_logprobs(model, [choice.prompt for choice in choices], [choice.answer for choice in choices])
     if not all(map(math.isfinite, [*texts, *answers])):
         raise NonFiniteError(
             f"{name} gives log-probabilities that are not finite", remedy="its training went wrong: lower its rate"
         )
-    nats = [0.0] * len(told.tokens)
-    for piece, logprob in zip(told.pieces, texts, strict=True):
-        nats[piece.row] -= logprob
+    nats = [0.0] * len(material.tokens)
+    for chunk, logprob in zip(material.chunks, texts, strict=True):
+        nats[chunk.row] -= logprob
     scores = iter([logprob / choice.size for choice, logprob in zip(choices, answers, strict=True)])
-    return Measured(nats=nats, scores=[[next(scores) for _ in question] for question in told.choices])
+    return Measured(nats=nats, scores=[[next(scores) for _ in question] for question in material.choices])
 
 
-def _pieces(tokenizer: Any, text: PlainText) -> list[tuple[list[int], list[int]]]:
+def _chunks(tokenizer: Any, text: PlainText) -> list[tuple[list[int], list[int]]]:
     begin = list(front(tokenizer))
     ids = encode(tokenizer, escaped_text(tokenizer, text.text))
-    cut = [ids[start : start + PIECE] for start in range(0, len(ids), PIECE)]
-    found = [(begin, piece) if begin else (piece[:1], piece[1:]) for piece in cut]
-    if not any(scored for _, scored in found):
+    cut = [ids[start : start + CHUNK_TOKENS] for start in range(0, len(ids), CHUNK_TOKENS)]
+    spans = [(begin, chunk) if begin else (chunk[:1], chunk[1:]) for chunk in cut]
+    if not any(scored for _, scored in spans):
         raise DataError("a text of a single token, in which nothing can be foretold", remedy="give longer texts")
-    return [(read, scored) for read, scored in found if scored]
+    return [(read, scored) for read, scored in spans if scored]
 
 
 def _choices(tokenizer: Any, question: Question) -> list[Choice]:

@@ -32,17 +32,19 @@ TOGETHER = 8
 def flat_scores(model: PreTrainedModel, rows: Rows, *, tokens: int, device: torch.device) -> Tensor:
     """``[rows]`` scores, as many at a time as have at most ``tokens``; common beginnings are computed once."""
     lengths = [len(row) for row in rows]
-    pieces = [rows[piece.start : piece.stop] for piece in by_tokens(lengths, tokens, behind=_behind(rows))]
-    return torch.cat([scalar_scores(model, stream(piece, device)) for piece in pieces]).cpu()
+    micro_batches = [
+        rows[micro_batch.start : micro_batch.stop] for micro_batch in by_tokens(lengths, tokens, behind=_behind(rows))
+    ]
+    return torch.cat([scalar_scores(model, stream(micro_batch, device)) for micro_batch in micro_batches]).cpu()
 
 
 def _behind(rows: Rows) -> list[int]:
     """Tokens that each row adds behind the one before it, of which it repeats the beginning."""
     added = [len(row) for row in rows]
-    for place in range(1, len(rows)):
-        one, other = rows[place - 1], rows[place]
-        same = next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(other))
-        added[place] -= same
+    for index in range(1, len(rows)):
+        before, row = rows[index - 1], rows[index]
+        same = next((at for at, pair in enumerate(zip(before, row, strict=False)) if pair[0] != pair[1]), len(row))
+        added[index] -= same
     return added
 
 
@@ -50,25 +52,25 @@ def _behind(rows: Rows) -> list[int]:
 def padded_scores(model: PreTrainedModel, rows: Rows, *, left: bool, device: torch.device) -> Tensor:
     """``[rows]`` scores by the trunk's plain forward over padded rows, at each one's last token."""
     whole = unwrapped(model)
-    found = []
+    scores = []
     for first in range(0, len(rows), TOGETHER):
         part = [torch.tensor(row) for row in rows[first : first + TOGETHER]]
         side = "left" if left else "right"
-        ids, kept = (
+        ids, mask = (
             pad_sequence(rows, batch_first=True, padding_side=side).to(device)
             for rows in (part, [torch.ones_like(row) for row in part])
         )
         states = whole.base_model(
             input_ids=ids,
-            attention_mask=kept,
-            position_ids=(kept.cumsum(-1) - 1).clamp(min=0),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
-        last = torch.full((len(part),), -1) if left else kept.sum(-1) - 1
+        last = torch.full((len(part),), -1) if left else mask.sum(-1) - 1
         with torch.autocast(device.type, enabled=False):
             at_end = states[torch.arange(len(part)), last].float()
-            found.append((whole.score(at_end).squeeze(-1) - whole.score_offset).cpu())
-    return torch.cat(found)
+            scores.append((whole.score(at_end).squeeze(-1) - whole.score_offset).cpu())
+    return torch.cat(scores)
 
 
 def moved(
@@ -81,7 +83,7 @@ def moved(
     usual = score(rows)
     order = torch.randperm(len(rows), generator=generator)
     turned = torch.empty_like(usual)
-    turned[order] = score([rows[place] for place in order.tolist()])
+    turned[order] = score([rows[index] for index in order.tolist()])
     changed = {
         "alone": torch.cat([score([row]) for row in rows]),
         "in another order": turned,
@@ -96,8 +98,8 @@ def moved(
 
 def _between(usual: Tensor, changed: Tensor) -> Change:
     pairs = [scores.view(-1, 2) for scores in (usual, changed)]
-    one, other = (torch.sign(pair[:, 0] - pair[:, 1]) for pair in pairs)
-    return Change(largest=float((usual - changed).abs().max()), flips=int((one != other).sum()))
+    usual_signs, changed_signs = (torch.sign(pair[:, 0] - pair[:, 1]) for pair in pairs)
+    return Change(largest=float((usual - changed).abs().max()), flips=int((usual_signs != changed_signs).sum()))
 
 
 def beyond_rounding(exact: Rescored) -> list[str]:

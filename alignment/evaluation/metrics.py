@@ -8,7 +8,7 @@ from alignment.config.did_you_mean import suggestion
 from alignment.config.faults import Fault
 from alignment.config.scoring import MetricConfig
 from alignment.config.sweep import PRIMARY
-from alignment.records.evaluation import FIGURES, Metric
+from alignment.records.evaluation import ARM_METRICS, Metric
 
 
 def recorded(metrics: Sequence[MetricConfig]) -> list[Metric]:
@@ -37,6 +37,6 @@ def _wrong_name(name: str, before: Sequence[str]) -> str:
         return "missing; write a name, such as brevity"
     if name in before:
         return f"{name!r} stands there twice"
-    if name == PRIMARY or name in FIGURES:
+    if name == PRIMARY or name in ARM_METRICS:
         return f"{name!r} already means something; take another name"
     return ""

@@ -62,19 +62,19 @@ class BothOrders:
 
 def points_of_scores(arm: Sequence[float], against: Sequence[float]) -> list[float]:
     """Points where two scores are compared; equal ones tie."""
-    return [WIN if mine > theirs else LOSS if mine < theirs else TIE for mine, theirs in zip(arm, against, strict=True)]
+    return [WIN if score > other else LOSS if score < other else TIE for score, other in zip(arm, against, strict=True)]
 
 
 def invalid_share(judged: Sequence[BothOrders]) -> float:
     """The share of invalid verdicts."""
-    verdicts = [verdict for one in judged for verdict in (one.arm_first, one.arm_second)]
+    verdicts = [verdict for orders in judged for verdict in (orders.arm_first, orders.arm_second)]
     return sum(verdict is Verdict.invalid for verdict in verdicts) / len(verdicts)
 
 
 def agreement(judged: Sequence[BothOrders]) -> float | None:
     """The share of prompts on which both orders say the same; None without a valid one."""
-    valid = [one for one in judged if one.valid]
-    return sum(one.agree for one in valid) / len(valid) if valid else None
+    valid = [orders for orders in judged if orders.valid]
+    return sum(orders.agree for orders in valid) / len(valid) if valid else None
 
 
 def position_bias(judged: Sequence[BothOrders]) -> float | None:
@@ -82,21 +82,21 @@ def position_bias(judged: Sequence[BothOrders]) -> float | None:
 
     A judge that says the same in both orders has 0; one that always names the first answer has 1.
     """
-    valid = [one for one in judged if one.valid]
-    return sum(one.lean for one in valid) / len(valid) if valid else None
+    valid = [orders for orders in judged if orders.valid]
+    return sum(orders.lean for orders in valid) / len(valid) if valid else None
 
 
-def same_share(one: Sequence[float], other: Sequence[float]) -> float:
+def same_share(points: Sequence[float], other_points: Sequence[float]) -> float:
     """The share of prompts with the same points."""
-    return sum(mine == theirs for mine, theirs in zip(one, other, strict=True)) / len(one)
+    return sum(point == other for point, other in zip(points, other_points, strict=True)) / len(points)
 
 
-def kappa(one: Sequence[float], other: Sequence[float]) -> float | None:
+def kappa(points: Sequence[float], other_points: Sequence[float]) -> float | None:
     """Cohen's κ of two judges' points (Cohen 1960): agreement beyond what their frequencies alone would give.
 
     None where chance alone makes them agree on everything.
     """
-    number = len(one)
-    ours, theirs = Counter(one), Counter(other)
-    chance = sum(ours[points] * theirs[points] for points in (WIN, TIE, LOSS)) / number**2
-    return None if chance == 1.0 else (same_share(one, other) - chance) / (1.0 - chance)
+    number = len(points)
+    counts, other_counts = Counter(points), Counter(other_points)
+    chance = sum(counts[point] * other_counts[point] for point in (WIN, TIE, LOSS)) / number**2
+    return None if chance == 1.0 else (same_share(points, other_points) - chance) / (1.0 - chance)

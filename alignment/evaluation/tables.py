@@ -43,20 +43,20 @@ _MOST = 700.0
 
 
 def refuse_not_finite(name: str, arm: Answered, *, rewards: list[float] | None, log_ratios: list[float] | None) -> None:
-    """Raises NonFiniteError if a figure of the arm called ``name`` would not be a finite number, on a single prompt."""
-    losses = [-one.logprob / one.tokens for one in arm.references if one is not None]
+    """Raises NonFiniteError if a metric of the arm called ``name`` would not be a finite number, on a single prompt."""
+    losses = [-reference.logprob / reference.tokens for reference in arm.references if reference is not None]
     perplexities = [math.exp(loss) if loss < _MOST else math.inf for loss in losses]
-    figures = {
+    metrics = {
         "reward": rewards or [],
         "greedy log-ratio": log_ratios or [],
         "loss": losses,
         "perplexity": perplexities,
     }
-    for figure, values in figures.items():
+    for metric, values in metrics.items():
         bad = [value for value in values if not math.isfinite(value)]
         if bad:
             raise NonFiniteError(
-                f"the {figure} of {name} is {bad[0]} on {len(bad)} of {len(values)} prompts",
+                f"the {metric} of {name} is {bad[0]} on {len(bad)} of {len(values)} prompts",
                 remedy="its training or the reward model's went wrong: lower the rate, or leave the arm out",
             )
 
@@ -98,8 +98,12 @@ def arm_result(
 
 def _loss(arm: Answered, intervals: Intervals) -> Interval | None:
     """Nats a token of the reference answers, over all tokens of all of them; None where there is none."""
-    sums = [one for one in arm.references if one is not None]
-    return intervals.of_ratio([-one.logprob for one in sums], [float(one.tokens) for one in sums]) if sums else None
+    sums = [reference for reference in arm.references if reference is not None]
+    return (
+        intervals.of_ratio([-reference.logprob for reference in sums], [float(reference.tokens) for reference in sums])
+        if sums
+        else None
+    )
 
 
 def compare(scores: Scores, *, reference: str, intervals: Intervals) -> list[Comparison]:
@@ -110,7 +114,7 @@ def compare(scores: Scores, *, reference: str, intervals: Intervals) -> list[Com
     trained = [name for name in scores if name not in (*UNTRAINED_ARMS, reference)]
     pairs = [*((name, "base") for name in (PROMPTED, FEW_SHOT)), *((reference, name) for name in UNTRAINED_ARMS)]
     pairs += [(name, reference) for name in trained]
-    pairs += [(later, earlier) for place, later in enumerate(trained) for earlier in trained[:place]]
+    pairs += [(later, earlier) for number, later in enumerate(trained) for earlier in trained[:number]]
     different = {frozenset(pair): pair for pair in reversed(pairs) if len(set(pair)) == 2 and set(pair) <= set(scores)}
     return [_comparison(scores, arm, against, intervals) for arm, against in reversed(different.values())]
 
@@ -139,11 +143,11 @@ def judged_pair(
     ``both`` are the verdicts behind them, None for a judge of scores; ``by_metric`` the points by the primary metric,
     to hold against the judge's. With more than a share of ``max_invalid`` of invalid verdicts there is no win rate.
     """
-    counted = [place for place, value in enumerate(points) if value is not None]
+    counted = [row for row, value in enumerate(points) if value is not None]
     valid = [value for value in points if value is not None]
     invalid = 0.0 if both is None else invalid_share(both)
     rate = intervals.of(valid) if valid and invalid <= max_invalid else None
-    beside = None if by_metric is None or not valid else [by_metric[place] for place in counted]
+    beside = None if by_metric is None or not valid else [by_metric[row] for row in counted]
     return JudgedPair(
         arm=arm,
         against=against,
@@ -172,8 +176,8 @@ def by_task(rows: Sequence[HeldOutPrompt], scores: Scores) -> dict[str, dict[str
     """Each arm's mean score on each kind of task; ``scores`` are by arm."""
     tasks: dict[str, dict[str, float]] = {}
     for task in sorted({row.task for row in rows if row.task}):
-        places = [place for place, row in enumerate(rows) if row.task == task]
-        tasks[task] = {name: sum(values[place] for place in places) / len(places) for name, values in scores.items()}
+        indices = [index for index, row in enumerate(rows) if row.task == task]
+        tasks[task] = {name: sum(values[index] for index in indices) / len(indices) for name, values in scores.items()}
     return tasks
 
 
@@ -187,11 +191,11 @@ def samples(rows: Sequence[HeldOutPrompt], arms: Mapping[str, Answered], scores:
             reference=row.reference,
             answers={
                 name: SampleAnswer(
-                    text=arm.answers[place].text,
-                    scores={metric: values[place] for metric, values in scores[name].items()},
+                    text=arm.answers[index].text,
+                    scores={metric: values[index] for metric, values in scores[name].items()},
                 )
                 for name, arm in arms.items()
             },
         )
-        for place, row in enumerate(rows)
+        for index, row in enumerate(rows)
     ]

@@ -64,11 +64,11 @@ class ArmResult:
             object.__setattr__(self, "label", self.name.removeprefix("stage:"))
 
     @property
-    def figures(self) -> dict[str, Interval]:
+    def all_metrics(self) -> dict[str, Interval]:
         """Everything that was measured of its answers, by name, the recipe's metrics first."""
-        others = ((one.name, getattr(self, one.name)) for one in fields(self) if one.name not in _NO_FIGURES)
-        found = {name: Interval(mean=value) if isinstance(value, float) else value for name, value in others}
-        return {**self.metrics, **{name: value for name, value in found.items() if value is not None}}
+        others = ((part.name, getattr(self, part.name)) for part in fields(self) if part.name not in _NOT_MEASURED)
+        intervals = {name: Interval(mean=value) if isinstance(value, float) else value for name, value in others}
+        return {**self.metrics, **{name: value for name, value in intervals.items() if value is not None}}
 
     @staticmethod
     def from_older(raw: Any) -> Any:
@@ -78,14 +78,14 @@ class ArmResult:
         return {**raw, "metrics": {name: raw[name] for name in _names_of_older(raw)}}
 
 
-_NO_FIGURES = ("name", "label", "metrics", "seconds")
-FIGURES = tuple(one.name for one in fields(ArmResult) if one.name not in _NO_FIGURES)
+_NOT_MEASURED = ("name", "label", "metrics", "seconds")
+ARM_METRICS = tuple(part.name for part in fields(ArmResult) if part.name not in _NOT_MEASURED)
 """Names that no metric of a recipe can have, since every arm has a figure of this name."""
 
 
 def _names_of_older(arm: Any) -> list[str]:
     """The figures of an older file's arm that stand among the metrics now."""
-    known = {one.name for one in fields(ArmResult)}
+    known = {part.name for part in fields(ArmResult)}
     return [name for name, value in arm.items() if name not in known and isinstance(value, dict) and "mean" in value]
 
 

@@ -13,11 +13,6 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "alignment"
-ROOMS = (
-    *("algos/**", "core/**", "data/**", "models/**", "training", "training/trackers", "commands/**"),
-    *("report/kit", "report/comparison_page", "report/sweep_page", "pipeline/sweeps", "pipeline/sources"),
-)
-"""Folders of the package whose names are in order, ``**`` with those below them; it grows to the whole package."""
 EMPTY = frozenset({"one", "ones", "what", "of_what"})
 """Not to be used as a whole name."""
 VAGUE = frozenset({"found", "told", "said", "kept", "place", "places", "thing", "things", "theirs", "mine"})
@@ -57,10 +52,9 @@ def offences(files: list[Path]) -> list[str]:
     return [f"{file}:{line} {name}" for file, line, name in sorted(names) if says_nothing(name)]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_names_say_what_they_hold(room: str) -> None:
-    files = sorted(PACKAGE.glob(f"{room}/*.py"))
-    assert files
+def test_names_say_what_they_hold() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 300
     assert offences(files) == []
 
 

@@ -147,7 +147,7 @@ def _evaluated(judged: Judged | None) -> list[str]:
 def _values(judged: Judged) -> Iterator[tuple[str, Interval]]:
     """All measured values, with the direction of each metric, and win rates with judge and opponent."""
     metrics = {metric.name: metric for metric in judged.evaluation.metrics}
-    for name, value in judged.arm.figures.items():
+    for name, value in judged.arm.all_metrics.items():
         if name in metrics:
             yield f"{name} ({'more' if metrics[name].higher_is_better else 'less'} is better)", value
         elif name != "win_rate":

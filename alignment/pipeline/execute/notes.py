@@ -25,13 +25,13 @@ HIGH_RATE = 1e-2
 
 def of_plan(plan: Plan) -> list[str]:
     """A sentence for each."""
-    found = [f"this is {doubts.SMOKE}"] if doubts.is_smoke(plan.profile) else []
+    notes = [f"this is {doubts.SMOKE}"] if doubts.is_smoke(plan.profile) else []
     if warning := frozen_rows(plan):
-        found.append(warning)
-    found += _slow_format(plan)
+        notes.append(warning)
+    notes += _slow_format(plan)
     for stage in plan.stages:
-        found += [*_high_rates(stage), *_small_data(stage)]
-    return [*found, *_asked_again(plan)]
+        notes += [*_high_rates(stage), *_small_data(stage)]
+    return [*notes, *_asked_again(plan)]
 
 
 def _slow_format(plan: Plan) -> Iterator[str]:

@@ -36,8 +36,8 @@ def scores(artifact: Path, arm: str) -> dict[str, dict[str, float]]:
     return by_metric
 
 
-def difference(one: dict[str, float], other: dict[str, float]) -> Interval | None:
-    """``one`` less ``other`` over prompts, with its 95 % interval; None where they are not about the same prompts."""
-    if not one or one.keys() != other.keys():
+def difference(scores: dict[str, float], other_scores: dict[str, float]) -> Interval | None:
+    """Of ``scores`` less ``other_scores``, the mean with its 95 % interval; None if their prompts differ."""
+    if not scores or scores.keys() != other_scores.keys():
         return None
-    return mean_interval([one[prompt] - other[prompt] for prompt in one], samples=SAMPLES, seed=SEED)
+    return mean_interval([scores[prompt] - other_scores[prompt] for prompt in scores], samples=SAMPLES, seed=SEED)

@@ -25,7 +25,7 @@ class RunRecorder:
     def __init__(self, plan: Plan, *, only: str | None = None) -> None:
         self._folder = plan.run_folder
         earlier = _recorded(plan) if only is not None else RunRecord()
-        stages = {stage.name: _kept_or_new(stage, earlier.stages.get(stage.name), only) for stage in plan.stages}
+        stages = {stage.name: _earlier_or_new(stage, earlier.stages.get(stage.name), only) for stage in plan.stages}
         self._others = {stage.name for stage in plan.stages if stages[stage.name].artifact != str(stage.artifact)}
         config = to_plain(plan.config)
         config["stages"] |= {name: earlier.settings_of(name) for name in self._others}
@@ -74,7 +74,7 @@ def _recorded(plan: Plan) -> RunRecord:
         return RunRecord()
 
 
-def _kept_or_new(stage: PlannedStage, earlier: StageEntry | None, only: str | None) -> StageEntry:
+def _earlier_or_new(stage: PlannedStage, earlier: StageEntry | None, only: str | None) -> StageEntry:
     """The entry of a stage: the one before as long as it is true, and the stage is not about to be run."""
     new = _entry(stage)
     if earlier is None:

@@ -35,7 +35,7 @@ def rehearse(plan: Plan, stages: Sequence[PlannedStage], *, announce: Callable[[
         AlignmentError: what the stage would raise: rows that cannot be learned from, or a scorer that fails.
         StageError: no answer within ``launch.hang_seconds``.
     """
-    waiting = [one for one in stages if one.action is not Action.reuse][1:]
+    waiting = [stage for stage in stages if stage.action is not Action.reuse][1:]
     rows = [stage for stage in waiting if _learns_by_own_tokenizer(stage.config, plan.config.stages)]
     scorers = [stage for stage in waiting if stage.code]
     rows = [stage for stage in rows if not rehearsed.is_known(plan, stage, part=rehearsed.ROWS)]
@@ -51,7 +51,7 @@ def rehearse(plan: Plan, stages: Sequence[PlannedStage], *, announce: Callable[[
 
 def _announcement(rows: Sequence[PlannedStage], scorers: Sequence[PlannedStage]) -> str:
     parts = [(rehearsed.ROWS, rows), (rehearsed.SCORERS, scorers)]
-    named = " and ".join(f"{part} of {', '.join(one.name for one in stages)}" for part, stages in parts if stages)
+    named = " and ".join(f"{part} of {', '.join(stage.name for stage in stages)}" for part, stages in parts if stages)
     return f"trying {named} before anything trains: ten seconds or more, once for these settings and data"
 
 
@@ -82,14 +82,16 @@ def _environment(plan: Plan) -> dict[str, str]:
 
 
 def _files(plan: Plan, stages: Sequence[PlannedStage], folder: Path) -> Iterator[str]:
-    for one in stages:
-        path = worker_protocol.write_stage_file(plan, one, plan.config.launch, git_commit="", folder=folder / one.name)
+    for stage in stages:
+        path = worker_protocol.write_stage_file(
+            plan, stage, plan.config.launch, git_commit="", folder=folder / stage.name
+        )
         yield str(path)
 
 
 def _deadline(plan: Plan, scorers: Sequence[PlannedStage]) -> Callable[[], None]:
     started, limit = time.monotonic(), plan.config.launch.hang_seconds
-    code = ", ".join(function for one in scorers for function in one.code)
+    code = ", ".join(function for stage in scorers for function in stage.code)
 
     def on_poll() -> None:
         machines.show_life(plan.run_folder, plan.config.launch)

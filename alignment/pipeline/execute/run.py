@@ -211,13 +211,13 @@ def with_models(plan: Plan, display: Display, *, stages: Sequence[PlannedStage])
     were not checked yet, so the plan is made anew.
     """
     missing = [model for model in [plan.base, *plan.sources.values()] if not model.ready]
-    data = {one.source: one for stage in stages for one in stage.hub_data if not one.complete}
+    data = {source.source: source for stage in stages for source in stage.hub_data if not source.complete}
     if not stages or not (missing or data):
         return plan
     for model in missing:
         model_sources.fetch(model, announce=display.note)
-    for one in data.values():
-        data_sources.fetch(one, announce=display.note)
+    for source in data.values():
+        data_sources.fetch(source, announce=display.note)
     return make_plan(plan.recipe, plan.overrides)
 
 

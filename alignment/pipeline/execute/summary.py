@@ -37,7 +37,10 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.print(table)
     for stage in plan.stages:
         if stage.action is not Action.reuse:
-            lines = [f"reads {one.identity}{'' if one.path else ', which a run downloads'}" for one in stage.hub_data]
+            lines = [
+                f"reads {source.identity}{'' if source.path else ', which a run downloads'}"
+                for source in stage.hub_data
+            ]
             lines += [f"runs your code: {function}" for function in stage.code if not function.startswith("bundled:")]
             for line in lines:
                 console.print(f"{stage.name} {line}", markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -57,15 +57,15 @@ def write_stage_file(
     folder = folder or plan.run_folder / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "stage.yaml"
-    told = {
+    content = {
         "run": plan.config.name,
         "recipe": Path(plan.recipe).stem,
         "stage": stage.name,
         "config": to_plain(stage.config),
         "model": _model(plan.config.model),
         "base_path": str(plan.base.folder),
-        "inputs": {field: _input(one) for field, one in stage.inputs.items()},
-        "arms": {arm: _input(one) for arm, one in stage.arms.items()},
+        "inputs": {field: _input(stage_input) for field, stage_input in stage.inputs.items()},
+        "arms": {arm: _input(stage_input) for arm, stage_input in stage.arms.items()},
         "data_path": str(stage.data),
         "extra_data": {field: str(path) for field, path in stage.extra_data.items()},
         "fingerprint": stage.fingerprint,
@@ -79,7 +79,7 @@ def write_stage_file(
         "tracking": to_plain(plan.config.tracking),
         "git_commit": git_commit,
     }
-    write_text(path, yaml.safe_dump(told, sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     return path
 
 
@@ -156,8 +156,8 @@ def commit_of_checkout(root: Path) -> str:
 
 def _who(printed: str) -> str:
     """The process that failed first, as torchrun reports it."""
-    found = _FIRST_FAILURE.search(printed)
-    return "its process" if found is None else f"process {found['rank']}"
+    match = _FIRST_FAILURE.search(printed)
+    return "its process" if match is None else f"process {match['rank']}"
 
 
 def _how(code: int, printed: str) -> str:
@@ -169,5 +169,5 @@ def _how(code: int, printed: str) -> str:
     return f"by signal {-code}" if code < 0 else f"with exit code {code}"
 
 
-def _input(one: StageInput) -> dict[str, str | None]:
-    return {"ref": one.ref, "path": None if one.path is None else str(one.path)}
+def _input(stage_input: StageInput) -> dict[str, str | None]:
+    return {"ref": stage_input.ref, "path": None if stage_input.path is None else str(stage_input.path)}

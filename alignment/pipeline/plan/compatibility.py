@@ -19,13 +19,13 @@ from alignment.stages.registry import as_trained, kind_of
 
 def faults(config: RunConfig) -> list[Fault]:
     """Everything in a run that does not go together."""
-    found = list(_launch_faults(config.launch))
+    every_fault = list(_launch_faults(config.launch))
     for name, stage in config.stages.items():
         refusals = [*kind_of(stage).launch.refusals(stage, config.launch)]
         trained = as_trained(stage)
         refusals += [] if trained is None else _adapter_refusals(trained, config.launch)
-        found += [Fault(where=f"stages.{name}.{r.field}", message=_refused(config.launch, r)) for r in refusals]
-    return found
+        every_fault += [Fault(where=f"stages.{name}.{r.field}", message=_refused(config.launch, r)) for r in refusals]
+    return every_fault
 
 
 def _refused(launch: LaunchConfig, refusal: Refusal) -> str:

@@ -70,7 +70,7 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
     values = [o for o in parsed if not choices.is_group(o) and not choices.is_profile(o)]
     if profile is not None:
         written = _written(tree)
-        tree = OmegaConf.create(profile.laid_over(written, processes=_processes(profile, values, written)))
+        tree = OmegaConf.create(profile.applied_to(written, processes=_processes(profile, values, written)))
     value_faults = [fault for o in values for fault in _apply(o, tree)]
     plain, plain_faults = _plain(tree)
     plain.setdefault("name", path.stem)

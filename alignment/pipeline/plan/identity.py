@@ -52,13 +52,13 @@ def of_stage(
 
 def _as_read(stage: StageConfig) -> StageConfig:
     """The stage without settings that name a place, and without those of an arm or a loss that is not there."""
-    return scorer_checks.without_places(kind_of(stage).as_read(stage))
+    return scorer_checks.without_paths(kind_of(stage).as_read(stage))
 
 
 def _template(run: RunConfig) -> dict[str, str]:
     """Absent where the tokenizer's own is used, as in results made before there was another."""
-    told = run.model.chat_template
-    return {} if told is None else {"chat_template": digest(template_text(told))}
+    template = run.model.chat_template
+    return {} if template is None else {"chat_template": digest(template_text(template))}
 
 
 def of_report(run: RunConfig, name: str, *, inputs: dict[str, str]) -> dict[str, Any]:

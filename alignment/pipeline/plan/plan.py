@@ -120,8 +120,8 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     named |= {fault.where for fault in faults}
     later = [*scorer_checks.faults(config.stages), *settings.faults(config), *unread.faults(config)]
     later += compatibility.faults(config)
-    found = [*faults, *(fault for fault in later if fault.where not in named)]
-    refuse([composition.placed(fault) for fault in found])
+    every_fault = [*faults, *(fault for fault in later if fault.where not in named)]
+    refuse([composition.placed(fault) for fault in every_fault])
     config = settings.completed(config)
     data, seen = _checked_data(config)
     output = Path(config.output).expanduser().absolute()
@@ -228,8 +228,8 @@ class _Builder:
         fingerprint = digest(described)
         artifact = self._artifacts / folder_name(name, fingerprint)
         work = artifact.with_name(f"{artifact.name}.work")
-        refs = {field: one.ref for field, one in inputs.items()}
-        paths = {field: one.path for field, one in self._data[name].items() if one.path is not None}
+        refs = {field: resolved.ref for field, resolved in inputs.items()}
+        paths = {field: source.path for field, source in self._data[name].items() if source.path is not None}
         action, reason = self._action(name, fingerprint, artifact, work, described, refs)
         planned = PlannedStage(
             name=name,
@@ -238,12 +238,12 @@ class _Builder:
             reason=reason,
             fingerprint=fingerprint,
             identity=described,
-            inputs={field: StageInput(ref=one.ref, path=one.path) for field, one in inputs.items()},
-            arms={arm: StageInput(ref=one.ref, path=one.path) for arm, one in arms.items()},
-            input_fingerprints={key: one.fingerprint for key, one in {**inputs, **arms}.items()},
+            inputs={field: StageInput(ref=resolved.ref, path=resolved.path) for field, resolved in inputs.items()},
+            arms={arm: StageInput(ref=resolved.ref, path=resolved.path) for arm, resolved in arms.items()},
+            input_fingerprints={key: resolved.fingerprint for key, resolved in {**inputs, **arms}.items()},
             data=paths.get(DATA),
             extra_data={field: path for field, path in paths.items() if field != DATA},
-            hub_data=tuple(one for one in self._data[name].values() if one.is_hub),
+            hub_data=tuple(source for source in self._data[name].values() if source.is_hub),
             code=tuple(map(str, scorer_checks.functions(config).values())),
             seen=self._seen[name],
             artifact=artifact,
@@ -268,9 +268,9 @@ class _Builder:
             self._config,
             name,
             base=self.base,
-            data={field: one.identity for field, one in self._data[name].items()},
-            inputs={field: one.fingerprint for field, one in inputs.items()},
-            arms={arm: one.fingerprint for arm, one in arms.items()},
+            data={field: source.identity for field, source in self._data[name].items()},
+            inputs={field: resolved.fingerprint for field, resolved in inputs.items()},
+            arms={arm: resolved.fingerprint for arm, resolved in arms.items()},
         )
 
     def _resolve(self, name: str, slot: Slot) -> _Resolved:

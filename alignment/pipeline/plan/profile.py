@@ -55,15 +55,15 @@ class Profile:
     for_each_process: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     instead_of_hub: Mapping[str, str] = field(default_factory=dict)
 
-    def laid_over(self, tree: Mapping[str, Any], *, processes: int = 1) -> dict[str, Any]:
+    def applied_to(self, tree: Mapping[str, Any], *, processes: int = 1) -> dict[str, Any]:
         """The tree of a recipe with this profile's values, for so many processes."""
-        told = merged(tree, self.values)
-        if "model" in self.instead_of_hub and _names_hub(told.get("model")):
-            told["model"] = merged(told["model"], {"source": self.instead_of_hub["model"]})
-        stages = told.get("stages")
+        changed = merged(tree, self.values)
+        if "model" in self.instead_of_hub and _names_hub(changed.get("model")):
+            changed["model"] = merged(changed["model"], {"source": self.instead_of_hub["model"]})
+        stages = changed.get("stages")
         if isinstance(stages, Mapping):
-            told["stages"] = {name: self._stage(stage, processes) for name, stage in stages.items()}
-        return told
+            changed["stages"] = {name: self._stage(stage, processes) for name, stage in stages.items()}
+        return changed
 
     def named(self, name: str) -> str:
         """What a run is called under this profile, so that nobody takes it for one without."""
@@ -73,13 +73,13 @@ class Profile:
     def _stage(self, stage: Any, processes: int) -> Any:
         if not isinstance(stage, Mapping):
             return stage
-        kind, told = str(stage.get("kind")), dict(stage)
-        for place, source in self.instead_of_hub.items():
-            name, _, keys = place.partition(".")
+        kind, changed = str(stage.get("kind")), dict(stage)
+        for slot, source in self.instead_of_hub.items():
+            name, _, keys = slot.partition(".")
             if name == kind:
-                told = _without_hub(told, (keys or "data").split("."), source)
-        shared_out = times(self.for_each_process.get(kind, {}), processes)
-        return merged(merged(told, self.stages.get(kind, {})), shared_out)
+                changed = _without_hub(changed, (keys or "data").split("."), source)
+        per_process = times(self.for_each_process.get(kind, {}), processes)
+        return merged(merged(changed, self.stages.get(kind, {})), per_process)
 
 
 def read(name: str, folders: list[Path]) -> Profile:

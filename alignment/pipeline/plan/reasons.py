@@ -37,13 +37,17 @@ def reason_to_run(
     the results of this run, which come first; of others only one that differs in little says anything.
     """
     candidates = [
-        one for one in store if one.manifest.stage == stage and one.manifest.identity["kind"] == identity["kind"]
+        candidate
+        for candidate in store
+        if candidate.manifest.stage == stage and candidate.manifest.identity["kind"] == identity["kind"]
     ]
     if not candidates:
         return "nothing made yet"
-    ours = [one for one in candidates if one.folder.name in own]
+    ours = [candidate for candidate in candidates if candidate.folder.name in own]
     candidates = ours or candidates
-    compared = [(list(_differences(one.manifest.identity, identity, refs)), one) for one in candidates]
+    compared = [
+        (list(_differences(candidate.manifest.identity, identity, refs)), candidate) for candidate in candidates
+    ]
     newest_first = sorted(compared, key=lambda pair: pair[1].manifest.created, reverse=True)
     differences, nearest = min(newest_first, key=lambda pair: len(pair[0]))
     if not ours and len(differences) > _SHOWN:
@@ -55,13 +59,13 @@ def reason_to_run(
 
 def _differences(old: dict[str, Any], new: dict[str, Any], refs: dict[str, str]) -> Iterator[str]:
     before, after = dict(_leaves(old)), dict(_leaves(new))
-    told = set()
+    texts = set()
     for path in sorted(before.keys() | after.keys(), key=_own_settings_first):
         if before.get(path) == after.get(path):
             continue
         text = _in_words(path, before.get(path, _ABSENT), after.get(path, _ABSENT), refs)
-        if text not in told:
-            told.add(text)
+        if text not in texts:
+            texts.add(text)
             yield text
 
 

@@ -78,9 +78,9 @@ def inputs_of(name: str, stages: Mapping[str, StageConfig]) -> list[str]:
 
 def faults(stages: Mapping[str, StageConfig]) -> list[Fault]:
     """Everything wrong with the references of a run, cycles included."""
-    found = [fault for name, stage in stages.items() for fault in _stage_faults(name, stage, stages)]
-    if found:
-        return found
+    stage_faults = [fault for name, stage in stages.items() for fault in _stage_faults(name, stage, stages)]
+    if stage_faults:
+        return stage_faults
     cycle = _cycle(stages)
     if cycle:
         return [Fault(where=f"stages.{cycle[0]}", message=f"depends on itself: {' → '.join(cycle)}")]
@@ -178,12 +178,12 @@ def _cycle(stages: Mapping[str, StageConfig]) -> list[str]:
             return [*trail[trail.index(name) :], name]
         if name not in finished:
             for other in inputs_of(name, stages):
-                if found := visit(other, [*trail, name]):
-                    return found
+                if cycle := visit(other, [*trail, name]):
+                    return cycle
             finished.add(name)
         return []
 
     for name in stages:
-        if found := visit(name, []):
-            return found
+        if cycle := visit(name, []):
+            return cycle
     return []

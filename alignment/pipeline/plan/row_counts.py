@@ -86,13 +86,13 @@ def faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str
 def _warm_up_faults(optim: OptimConfig, rows: int | None, *, where: str) -> Iterator[Fault]:
     """``max_steps`` alone decides where it is set; else nobody knows without the rows."""
     if optim.max_steps:
-        steps, of_what, remedy = optim.max_steps, "", "raise max_steps"
+        steps, drawn_from, remedy = optim.max_steps, "", "raise max_steps"
     elif rows is not None:
         steps = math.ceil(optim.epochs * math.ceil(rows / optim.batch_size))
-        of_what = f" with {rows} rows in batches of {optim.batch_size}"
+        drawn_from = f" with {rows} rows in batches of {optim.batch_size}"
         remedy = "take smaller batches, more rows or more epochs"
     else:
         return
     if optim.warmup_ratio and math.ceil(steps * optim.warmup_ratio) >= steps:
-        message = f"the warm-up takes all optimiser steps, {steps}{of_what}; set it to 0, or {remedy}"
+        message = f"the warm-up takes all optimiser steps, {steps}{drawn_from}; set it to 0, or {remedy}"
         yield Fault(where=f"{where}.warmup_ratio", message=message)

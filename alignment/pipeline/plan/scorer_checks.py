@@ -67,7 +67,7 @@ def with_files(stage: StageConfig) -> StageConfig:
     return changed
 
 
-def without_places(stage: StageConfig) -> StageConfig:
+def without_paths(stage: StageConfig) -> StageConfig:
     """The stage as its identity holds it: a function by its name, a model by being one; their content is hashed."""
     scorers = kind_of(stage).scorers(stage)
     changed: StageConfig = _with_sources(stage, {field: _kind(scorer.source) for field, scorer in scorers.items()})

@@ -26,20 +26,20 @@ from alignment.stages.registry import as_trained, kind_of
 
 def faults(config: RunConfig) -> list[Fault]:
     """Everything wrong with a run's template, Slurm jobs, trackers, adapters and data, and what its stages say."""
-    found: list[Fault] = [*_template_faults(config.model), *_slurm_faults(config.launch)]
-    found += _tracking_faults(config.tracking)
+    every_fault: list[Fault] = [*_template_faults(config.model), *_slurm_faults(config.launch)]
+    every_fault += _tracking_faults(config.tracking)
     for name, stage in config.stages.items():
         where, kind, trained = f"stages.{name}", kind_of(stage), as_trained(stage)
         if trained is not None:
-            found += _master_faults(trained, config.model.dtype, where)
-            found += _chain_faults(trained, config, f"{where}.adapter")
+            every_fault += _master_faults(trained, config.model.dtype, where)
+            every_fault += _chain_faults(trained, config, f"{where}.adapter")
         read_by_code = bool(scorer_checks.functions(stage))
         for slot in kind.data(stage):
             if isinstance(slot.data, DataConfig) and (slot.in_use or slot.data.source):
                 by_code = read_by_code and slot.field == "data"
-                found += _data_faults(slot.data, f"{where}.{slot.field}", read_by_code=by_code)
-        found += kind.faults(stage, config, where)
-    return found
+                every_fault += _data_faults(slot.data, f"{where}.{slot.field}", read_by_code=by_code)
+        every_fault += kind.faults(stage, config, where)
+    return every_fault
 
 
 def completed(config: RunConfig) -> RunConfig:
@@ -135,22 +135,22 @@ def _chain_faults(stage: TrainedConfig, config: RunConfig, where: str) -> Iterat
 
 def _shape_faults(adapter: AdapterConfig, before: AdapterConfig, init: str, where: str) -> Iterator[Fault]:
     for name in PREFIX_SHAPE if adapter.kind is AdapterKind.prefix else SHAPE:
-        wanted, found = getattr(adapter, name), getattr(before, name)
-        if wanted != found:
-            message = f"{wanted!r} cannot continue an adapter with {found!r}; take the value of {init}"
+        wanted, has = getattr(adapter, name), getattr(before, name)
+        if wanted != has:
+            message = f"{wanted!r} cannot continue an adapter with {has!r}; take the value of {init}"
             yield Fault(where=f"{where}.{name}", message=message)
     if any((adapter.kind is kind) != (before.kind is kind) for kind in (AdapterKind.dora, AdapterKind.prefix)):
         message = f"{adapter.kind.value} cannot continue what {init} trained with {before.kind.value}"
         yield Fault(where=f"{where}.kind", message=message)
 
 
-def _master_faults(stage: TrainedConfig, dtype: Dtype, place: str) -> Iterator[Fault]:
-    adapter, where = stage.adapter, f"{place}.adapter.master_weights"
+def _master_faults(stage: TrainedConfig, dtype: Dtype, path: str) -> Iterator[Fault]:
+    adapter, where = stage.adapter, f"{path}.adapter.master_weights"
     if adapter.master_weights:
         return
     if stage.optim.moments is not Moments.full:
         message = f"{stage.optim.moments.value!r} goes with float32 weights only; take full, or master_weights: true"
-        yield Fault(where=f"{place}.optim.moments", message=message)
+        yield Fault(where=f"{path}.optim.moments", message=message)
     if adapter.kind is not AdapterKind.full:
         yield Fault(where=where, message="false is read by nothing; only adapter.kind 'full' reads it")
     elif dtype is Dtype.float32:
@@ -164,8 +164,8 @@ def source_faults(data: SourceConfig, where: str) -> Iterator[Fault]:
             where=f"{where}.format", message=f"{data.format!r} is no format; {suggestion(data.format, FORMATS)}"
         )
     if not data.source.startswith("hub:"):
-        told = {"split": data.split, "subset": data.subset}
-        for name, value in told.items():
+        unread = {"split": data.split, "subset": data.subset}
+        for name, value in unread.items():
             if value != getattr(SourceConfig(), name):
                 message = f"{value!r} is read by nothing; only a data set of a hub has a {name}"
                 yield Fault(where=f"{where}.{name}", message=message)
@@ -173,14 +173,14 @@ def source_faults(data: SourceConfig, where: str) -> Iterator[Fault]:
 
 def _data_faults(data: DataConfig, where: str, *, read_by_code: bool = False) -> Iterator[Fault]:
     """``read_by_code``: a function of the user's gets the rows, with whatever columns it likes."""
-    for source, place in [(data, where), *((part, f"{where}.mix[{n}]") for n, part in enumerate(data.mix))]:
-        yield from source_faults(source, place)
+    for source, path in [(data, where), *((part, f"{where}.mix[{n}]") for n, part in enumerate(data.mix))]:
+        yield from source_faults(source, path)
         if not read_by_code:
-            yield from _column_faults(source, place)
+            yield from _column_faults(source, path)
     for number, part in enumerate(data.mix):
-        place = f"{where}.mix[{number}]"
+        path = f"{where}.mix[{number}]"
         if (part.share is None) == (part.count is None):
-            yield Fault(where=place, message="set either share or count, such as share: 0.2")
+            yield Fault(where=path, message="set either share or count, such as share: 0.2")
     shares = sum(part.share or 0.0 for part in data.mix)
     if shares >= 1.0:
         yield Fault(where=f"{where}.mix", message=f"the shares add up to {shares:g} and leave no room for own rows")

@@ -12,7 +12,7 @@ from alignment.config.did_you_mean import suggestion
 from alignment.config.evaluating import FEW_SHOT, PROMPTED, JudgeKind
 from alignment.config.faults import Fault
 from alignment.config.stage import StageConfig
-from alignment.config.sweep import LESS_IS_BETTER, PRIMARY, Figure, ObjectiveConfig
+from alignment.config.sweep import LESS_IS_BETTER, PRIMARY, ArmMetric, ObjectiveConfig
 from alignment.core.artifacts import EVALUATION, read_manifest
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.evaluation.metrics import primary_name, recorded
@@ -24,7 +24,7 @@ from alignment.records.interval import Interval
 from alignment.records.run import RunRecord
 from alignment.stages.registry import kind_of
 
-_FIGURES = [figure.value for figure in Figure]
+_ARM_METRICS = [metric.value for metric in ArmMetric]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +78,7 @@ class Objective:
         arm = Evaluation.read(artifact).arm(self.arm)
         if arm is None:
             return {}
-        return {name: value for name, value in arm.figures.items() if name in arm.metrics or name in _FIGURES}
+        return {name: value for name, value in arm.all_metrics.items() if name in arm.metrics or name in _ARM_METRICS}
 
 
 def resolve(configs: Sequence[ObjectiveConfig], stages: Mapping[str, StageConfig]) -> tuple[Objective, ...]:
@@ -138,7 +138,7 @@ def _fault_of_arm(objective: ObjectiveConfig, stages: Mapping[str, StageConfig])
         return f"no stage reports {objective.metric} of {objective.arm!r}; {remedy}"
     name, stage = next(iter(evaluations.items()))
     metrics = recorded(stage.metrics)
-    known = [*([PRIMARY] if metrics else []), *(metric.name for metric in metrics), *_FIGURES]
+    known = [*([PRIMARY] if metrics else []), *(metric.name for metric in metrics), *_ARM_METRICS]
     if objective.metric not in known:
         why = (
             f"stages.{name}.metrics names none"
@@ -168,11 +168,11 @@ def _by_name(metric: str, stage: Any) -> str:
 def _never_reported(metric: str, arm: str, stage: Any, where: str) -> str:
     """Why the evaluation will not report this for an arm that it has, judged by its settings; else an empty text."""
     lacking = f"no stage reports the {metric} of {arm!r}; "
-    if metric == Figure.reward and stage.reward is None:
+    if metric == ArmMetric.reward and stage.reward is None:
         return f"{lacking}give {where}.reward a reward model"
-    if metric == Figure.greedy_log_ratio and arm in (PROMPTED, FEW_SHOT):
+    if metric == ArmMetric.greedy_log_ratio and arm in (PROMPTED, FEW_SHOT):
         return f"{lacking}it gets other prompts than {where}.reference, so choose another arm or metric"
-    if metric != Figure.win_rate:
+    if metric != ArmMetric.win_rate:
         return ""
     if stage.judge.kind is JudgeKind.none:
         return f"{lacking}give {where}.judge.kind a judge, such as metric"

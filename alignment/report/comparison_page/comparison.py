@@ -172,7 +172,7 @@ def _arm_names(runs: Sequence[ListedRun]) -> list[str]:
 def _arms(runs: Sequence[ListedRun]) -> ArmsTable:
     """Every value of the arms in the evaluations; the runs of an arm follow each other."""
     rows_of_arms = [
-        (arm.label, listed, arm.figures)
+        (arm.label, listed, arm.all_metrics)
         for name in _arm_names(runs)
         for listed in runs
         if listed.run.evaluation

@@ -86,7 +86,7 @@ def plots(card: RewardCard) -> Iterator[Figure]:
     """The calibration curve and the margins, as far as the card has them."""
     if bins := card.calibration.bins:
         caption = "share of pairs in which it is right, over how sure it is; dotted: as sure as right"
-        points = [(one.confidence, Interval(mean=one.share, low=one.low, high=one.high)) for one in bins]
+        points = [(part.confidence, Interval(mean=part.share, low=part.low, high=part.high)) for part in bins]
         yield Figure(title="Calibration", caption=caption, svg=calibration_curve(points, title="Calibration"))
     edges, counts = card.margins.edges, card.margins.counts
     if counts and len(edges) == len(counts) + 1:

@@ -95,12 +95,12 @@ def _columns(nodes: list[Node], layer: dict[str, int]) -> list[list[Slot]]:
         for between in range(layer[node.name] + 1, last):
             columns[between].append((node.name, True))
     for before, column in pairwise(columns):
-        place = {name: index for index, (name, _) in enumerate(before)}
+        position = {name: index for index, (name, _) in enumerate(before)}
 
-        def middle(slot: Slot, place: dict[str, int] = place) -> float:
+        def middle(slot: Slot, position: dict[str, int] = position) -> float:
             origins = [slot[0]] if slot[1] else sources[slot[0]]
-            found = [place[origin] for origin in origins if origin in place]
-            return sum(found) / len(found) if found else 0.0
+            positions = [position[origin] for origin in origins if origin in position]
+            return sum(positions) / len(positions) if positions else 0.0
 
         column.sort(key=lambda slot: (middle(slot), slot[1]))
     return columns
@@ -160,8 +160,8 @@ def _arrow(x: float, y: float) -> Markup:
     return Markup('<path class="arrow" d="M{:.1f} {:.1f}l-8 -4v8z"/>').format(x - 0.5, y)
 
 
-def _box(node: Node, place: tuple[float, float], width: float, letters: int) -> Markup:
-    x, middle = place
+def _box(node: Node, centre: tuple[float, float], width: float, letters: int) -> Markup:
+    x, middle = centre
     y = middle - BOX_HEIGHT / 2
     state = node.state if node.state in ("base", "done", "reused", "failed", "running", "waiting") else "waiting"
     y_name = y + (21 if node.artifact else 28)

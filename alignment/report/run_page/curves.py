@@ -29,7 +29,7 @@ class Chart:
 
 def charts(stage: Stage) -> list[Chart]:
     """The stage's charts, each with at least one finite value."""
-    found = []
+    drawn = []
     for choice in _choices(stage):
         lines = [
             Line(label=label, points=points)
@@ -37,8 +37,8 @@ def charts(stage: Stage) -> list[Chart]:
             if (points := _points(stage.metrics, key, choice.over))
         ]
         if chart := _chart(choice, choice.keys, lines, title=choice.title, of=stage.name):
-            found.append(chart)
-    return found
+            drawn.append(chart)
+    return drawn
 
 
 def overlaid(stages: Sequence[tuple[str, int, Stage]]) -> list[Chart]:
@@ -46,7 +46,7 @@ def overlaid(stages: Sequence[tuple[str, int, Stage]]) -> list[Chart]:
 
     A guide is drawn only where it holds for all of them.
     """
-    found = []
+    drawn = []
     choices = min((_choices(stage) for _, _, stage in stages), key=lambda some: sum(c.guide is not None for c in some))
     for choice in choices:
         for key, label in zip(choice.keys, choice.labels, strict=True):
@@ -57,8 +57,8 @@ def overlaid(stages: Sequence[tuple[str, int, Stage]]) -> list[Chart]:
             ]
             title = f"{choice.title}, {label}" if label else choice.title
             if chart := _chart(choice, (key,), lines, title=title, of=stages[0][2].name):
-                found.append(chart)
-    return found
+                drawn.append(chart)
+    return drawn
 
 
 def _chart(choice: Curve, keys: tuple[str, ...], lines: list[Line], *, title: str, of: str) -> Chart | None:
@@ -85,10 +85,10 @@ def _points(rows: list[dict[str, Any]], key: str, over: str) -> Points:
     points = []
     for position, row in enumerate(rows, start=1):
         if key in row:
-            place = text.finite(row.get(over or "step"))
+            x = text.finite(row.get(over or "step"))
             if over:
-                place = None if place is None else math.sqrt(max(0.0, place))
-            points.append((float(position) if place is None else place, text.finite(row[key])))
+                x = None if x is None else math.sqrt(max(0.0, x))
+            points.append((float(position) if x is None else x, text.finite(row[key])))
     if over:
         points.sort(key=lambda point: point[0])
     return points if any(y is not None for _, y in points) else []

@@ -143,14 +143,14 @@ def _read_evaluation_of(
     if not candidates:
         return None, "This run has no evaluate stage.", [], "Samples come from an evaluation; there is none."
     known = [folder for name in candidates if (folder := folders[name]) is not None]
-    found = next((folder for folder in known if (folder / "evaluation.json").is_file()), None)
-    if found is None:
+    evaluation_folder = next((folder for folder in known if (folder / "evaluation.json").is_file()), None)
+    if evaluation_folder is None:
         reason = f"The evaluation ({candidates[0]}) has no result yet."
         return None, reason, [], "Samples come from the evaluation, which has no result yet."
-    evaluation, note = read_evaluation(found / "evaluation.json")
-    if not (found / SAMPLES).is_file():
+    evaluation, note = read_evaluation(evaluation_folder / "evaluation.json")
+    if not (evaluation_folder / SAMPLES).is_file():
         return evaluation, note, [], "The evaluation kept no samples.jsonl."
-    rows, torn = readable_rows(found / SAMPLES)
+    rows, torn = readable_rows(evaluation_folder / SAMPLES)
     samples, left_out = read_samples(rows, evaluation.primary_metric if evaluation else None)
     lost = torn + left_out
     return evaluation, note, samples, f"{lost} rows of samples.jsonl cannot be read." if lost else ""

@@ -111,8 +111,8 @@ class Stage:
     def headlines(self) -> dict[str, float]:
         """The finite figures of its manifest, by name."""
         metrics = self.manifest.metrics if self.manifest and isinstance(self.manifest.metrics, dict) else {}
-        found = {name: text.finite(value) for name, value in metrics.items()}
-        return {name: value for name, value in found.items() if value is not None}
+        values = {name: text.finite(value) for name, value in metrics.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -108,7 +108,7 @@ def arm_table(evaluation: Evaluation) -> ArmTable:
     }
     every |= {heading: [of_arm(arm) for arm in evaluation.arms] for heading, of_arm in _OF_ARMS.items()}
     columns = {heading: cells for heading, cells in every.items() if any(value != "–" for value, _ in cells)}
-    rows = [(arm.label, [cells[place] for cells in columns.values()]) for place, arm in enumerate(evaluation.arms)]
+    rows = [(arm.label, [cells[row] for cells in columns.values()]) for row, arm in enumerate(evaluation.arms)]
     return ArmTable(headings=list(columns), rows=rows)
 
 

@@ -34,10 +34,10 @@ def judge(run: Run) -> Verdict:
     if is_smoke(run.record.profile):
         return Verdict(lead=f"This is {SMOKE}.", differences=[], warnings=_unfinished(run))
     if evaluation is None:
-        told = f"{run.evaluation_note} Nothing can be said yet about which stage helped."
-        told = " ".join(map(lead, run.cards)) or told
+        sentence = f"{run.evaluation_note} Nothing can be said yet about which stage helped."
+        sentence = " ".join(map(lead, run.cards)) or sentence
         return Verdict(
-            lead=told,
+            lead=sentence,
             differences=[],
             warnings=_unfinished(run) + _doubts(run) + _forgot(run) + _handed_on(run) + _of_cards(run),
         )
@@ -114,8 +114,8 @@ def _group_lead(evaluation: Evaluation, sft: str, group: list[Comparison]) -> st
     return f"Preference training had mixed results: {'; '.join(parts)}."
 
 
-def _verb(subjects: list[str], one: str, many: str) -> str:
-    return one if len(subjects) == 1 else many
+def _verb(subjects: list[str], singular: str, plural: str) -> str:
+    return singular if len(subjects) == 1 else plural
 
 
 def _differences(evaluation: Evaluation) -> list[str]:
@@ -211,13 +211,15 @@ def _handed_on(run: Run) -> list[str]:
     """Stages whose guard liked an earlier policy better than the last one, or whose KL reached its budget."""
     warnings = []
     for stage in run.stages:
-        found = stage.headlines
-        kept, done, planned = found.get("guard/kept_update"), found.get("updates"), stage.config.get("updates")
-        if kept is not None and done is not None and kept < done:
-            best, last = found.get("guard/best_scorer"), found.get("guard/scorer")
+        headlines = stage.headlines
+        best_update, done = headlines.get("guard/kept_update"), headlines.get("updates")
+        planned = stage.config.get("updates")
+        if best_update is not None and done is not None and best_update < done:
+            best, last = headlines.get("guard/best_scorer"), headlines.get("guard/scorer")
             warnings.append(
-                f"{stage.name} hands on its policy after update {kept:.0f} of {done:.0f}: the held-out scorer gave "
-                f"{text.number(best, 3)} there and {text.number(last, 3)} at the end, on the prompts that chose it."
+                f"{stage.name} hands on its policy after update {best_update:.0f} of {done:.0f}: the held-out scorer "
+                f"gave {text.number(best, 3)} there and {text.number(last, 3)} at the end, "
+                "on the prompts that chose it."
             )
         if done is not None and isinstance(planned, int) and done < planned:
             why = "its KL was above guard.max_kl twice in a row"

@@ -14,6 +14,6 @@ from alignment.training.context import StageContext
 
 def run(config: CptConfig, context: StageContext) -> StageResult:
     """Texts in, policy out. A text longer than ``max_length`` becomes several rows."""
-    found, tokenizer = initial_policy(context)
+    start, tokenizer = initial_policy(context)
     rows, counts = token_rows(context, TEXTS, config.data, whole_rows(config), tokenizer)
-    return learn(config, context, found, tokenizer, rows, {"rows": counts["rows"]})
+    return learn(config, context, start, tokenizer, rows, {"rows": counts["rows"]})

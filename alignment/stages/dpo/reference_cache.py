@@ -51,7 +51,7 @@ class Reference:
 
 
 def reference_logprobs(
-    policy: PreTrainedModel, found: Lineage, pairs: Dataset, context: StageContext, *, tokens: int
+    policy: PreTrainedModel, start: Lineage, pairs: Dataset, context: StageContext, *, tokens: int
 ) -> Reference:
     """The reference of all pairs: a kept one, or each process computes its share. ``policy`` must not drop anything.
 
@@ -59,7 +59,7 @@ def reference_logprobs(
     """
     assert not policy.training, "dropout would be at work"
     dtype = context.spec.model.dtype
-    key = _key(found, pairs, context.adapter, dtype, policy.dtype, context.device)
+    key = _key(start, pairs, context.adapter, dtype, policy.dtype, context.device)
     file = context.spec.artifact.parent / "cache" / f"reference-{key}.safetensors"
     columns = _read(file, pairs=len(pairs))
     if all(everyones(columns is not None)) and columns is not None:
@@ -85,8 +85,8 @@ def _interleaved(shares: Sequence[Tensor]) -> Tensor:
 def _sums(policy: PreTrainedModel, pairs: Dataset, answer: str, *, tokens: int) -> Tensor:
     """``[pairs]`` sums over the column ``answer``."""
     sums: list[Tensor] = []
-    for piece in micro_batches_of(rows_of(pairs, "prompt", answer), tokens=tokens):
-        rows = pairs[piece.start : piece.stop]
+    for micro_batch in micro_batches_of(rows_of(pairs, "prompt", answer), tokens=tokens):
+        rows = pairs[micro_batch.start : micro_batch.stop]
         part = answer_stream(rows["prompt"], rows[answer], policy.device)
         logprobs = answer_statistics(policy, part).logprobs
         sums += [row.sum() for row in logprobs.split(list(part.lengths))]
@@ -94,7 +94,7 @@ def _sums(policy: PreTrainedModel, pairs: Dataset, answer: str, *, tokens: int) 
 
 
 def _key(
-    found: Lineage,
+    start: Lineage,
     pairs: Dataset,
     adapter: AdapterConfig,
     dtype: Dtype,
@@ -104,9 +104,9 @@ def _key(
     """``weights`` are held in another format than products are made in where they are trained with masters."""
     nf4 = adapter.kind is AdapterKind.qlora
     beside = adapter.kind is not AdapterKind.full and adapter.chain is not Chain.merge
-    stacked = beside and bool(found.adapters)
+    stacked = beside and bool(start.adapters)
     made_by = [torch.__version__, _device_name(device)]
-    shaped_by = [VERSION, dtype.value, str(weights), *made_by, weights_sha256(found), nf4, stacked]
+    shaped_by = [VERSION, dtype.value, str(weights), *made_by, weights_sha256(start), nf4, stacked]
     sha = hashlib.sha256(json.dumps(shaped_by).encode())
     for row in rows_of(pairs, "prompt", "chosen", "rejected"):
         sha.update(json.dumps(row).encode())

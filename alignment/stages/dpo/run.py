@@ -49,9 +49,9 @@ reference that was computed in other batches in that format."""
 
 def run(config: DpoConfig, context: StageContext) -> StageResult:
     """Pairs and a policy in, policy out."""
-    found, tokenizer = initial_policy(context)
+    start, tokenizer = initial_policy(context)
     pairs, counts = read_pairs(config, context, tokenizer)
-    trainer = _trainer(config, context, found, tokenizer, pairs)
+    trainer = _trainer(config, context, start, tokenizer, pairs)
     check_start(trainer)
     if trainer.precomputed is not None and context.is_main:
         trainer.precomputed.keep()
@@ -62,11 +62,11 @@ def run(config: DpoConfig, context: StageContext) -> StageResult:
         "rewards/margins": last["rewards/margins"],
         **counts,
     }
-    return save_model(trainer.model, tokenizer, context, found, metrics)
+    return save_model(trainer.model, tokenizer, context, start, metrics)
 
 
 class TokenizedDpoTrainer(MicroBatches, DPOTrainer):
-    """TRL's trainer on pairs that are tokens already, an optimiser batch learned from in pieces."""
+    """TRL's trainer on pairs that are tokens already, each optimiser batch cut into micro-batches."""
 
     pairs = True
     precomputed: Reference | None = None
@@ -80,12 +80,12 @@ class TokenizedDpoTrainer(MicroBatches, DPOTrainer):
 
 
 def _trainer(
-    config: DpoConfig, context: StageContext, found: Any, tokenizer: Any, pairs: Dataset
+    config: DpoConfig, context: StageContext, start: Any, tokenizer: Any, pairs: Dataset
 ) -> TokenizedDpoTrainer:
-    policy = initial_model(context, found, TaskType.CAUSAL_LM, may_drop=False)
+    policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=False)
     reference = precomputed = None
     if config.precompute_reference:
-        precomputed = _precomputed(unwrapped(policy), config, context, found, pairs)
+        precomputed = _precomputed(unwrapped(policy), config, context, start, pairs)
     elif config.adapter.kind is AdapterKind.full:
         reference = frozen_copy(policy, DTYPES[context.spec.model.dtype])
         use_flat_attention(reference)  # while its weights are whole: what it says is compared with the policy's
@@ -130,11 +130,11 @@ def _refer_to_the_start(trainer: TokenizedDpoTrainer, policy: PeftModel) -> None
     trainer.ref_model = reference
 
 
-def _precomputed(policy: Any, config: DpoConfig, context: StageContext, found: Any, pairs: Dataset) -> Reference:
+def _precomputed(policy: Any, config: DpoConfig, context: StageContext, start: Any, pairs: Dataset) -> Reference:
     """Computed in evaluation mode, whatever mode adapters of earlier stages arrived in."""
     policy.to(context.device).eval()
     use_flat_attention(policy)
-    return reference_logprobs(policy, found, pairs, context, tokens=config.optim.micro_batch_tokens)
+    return reference_logprobs(policy, start, pairs, context, tokens=config.optim.micro_batch_tokens)
 
 
 def _dataset(pairs: Dataset, reference: Reference | None) -> Dataset:
@@ -165,8 +165,8 @@ def check_start(trainer: TokenizedDpoTrainer) -> None:
     """
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.model.train()  # as in training, so that dropout at work is seen
-    pieces = [piece for piece, _ in trainer._micro_batches(batch)]
-    own = [row for piece in pieces for row in _start_rows(trainer, piece)]
+    micro_batches = [micro_batch for micro_batch, _ in trainer._micro_batches(batch)]
+    own = [row for micro_batch in micro_batches for row in _start_rows(trainer, micro_batch)]
     worst = max((row for rows in everyones(own) for row in rows), key=lambda row: row.excess)
     if worst.excess > trainer.start_tolerance:
         raise StageError(
@@ -194,14 +194,14 @@ class _StartRow:
 
 
 @torch.no_grad()
-def _start_rows(trainer: TokenizedDpoTrainer, piece: dict[str, Any]) -> Iterator[_StartRow]:
-    """All answers of a piece."""
-    policy = torch.cat(trainer.compute_ref_log_probs(trainer.model, piece))
-    if "ref_chosen_logps" in piece:
-        reference = torch.cat([piece["ref_chosen_logps"], piece["ref_rejected_logps"]])
+def _start_rows(trainer: TokenizedDpoTrainer, micro_batch: dict[str, Any]) -> Iterator[_StartRow]:
+    """All answers of a micro-batch."""
+    policy = torch.cat(trainer.compute_ref_log_probs(trainer.model, micro_batch))
+    if "ref_chosen_logps" in micro_batch:
+        reference = torch.cat([micro_batch["ref_chosen_logps"], micro_batch["ref_rejected_logps"]])
     else:
-        reference = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model, piece))
-    tokens = piece["completion_mask"].sum(-1)
+        reference = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model, micro_batch))
+    tokens = micro_batch["completion_mask"].sum(-1)
     for row in zip(policy.tolist(), reference.tolist(), tokens.tolist(), strict=True):
         yield _StartRow(*row)
 

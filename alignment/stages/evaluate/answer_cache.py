@@ -30,7 +30,7 @@ VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kept:
+class CachedAnswers:
     """Answers as token ids, an entry a prompt; the rest as in ``Answered`` (alignment/evaluation/arms.py)."""
 
     ids: list[list[int]]
@@ -41,7 +41,7 @@ class Kept:
 
 def file_of(
     context: StageContext,
-    found: Lineage,
+    policy: Lineage,
     prompts: Sequence[list[int]],
     references: Sequence[list[int] | None],
     *,
@@ -50,43 +50,43 @@ def file_of(
     with_logprobs: bool,
 ) -> Path:
     """Where the answers of a policy to these prompts are kept, or will be."""
-    told = [
+    parts = [
         VERSION,
         torch.__version__,
         transformers.__version__,
         context.device.type,
         context.spec.model.dtype.value,
-        weights_sha256(found),
+        weights_sha256(policy),
         max_new_tokens,
         list(ends),
         with_logprobs,
         list(prompts),
         list(references),
     ]
-    key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     return context.spec.artifact.parent / "cache" / f"answers-{key}.json"
 
 
-def read(file: Path, *, prompts: int) -> Kept | None:
+def read(file: Path, *, prompts: int) -> CachedAnswers | None:
     """What is kept there, or None where nothing is, or what is there is damaged."""
     try:
         sha, _, content = file.read_text(encoding="utf-8").partition("\n")
         if hashlib.sha256(content.encode()).hexdigest() != sha:
             raise ValueError("its content differs from its hash")
-        told: dict[str, Any] = json.loads(content)
+        fields: dict[str, Any] = json.loads(content)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         log.warning("%s cannot be used and is made anew: %s", file, error)
         return None
-    assert len(told["ids"]) == prompts, "the name of the file stands for its prompts"
-    references = [None if one is None else TokenSum(**one) for one in told.pop("references")]
-    return Kept(references=references, **told)
+    assert len(fields["ids"]) == prompts, "the name of the file stands for its prompts"
+    references = [None if total is None else TokenSum(**total) for total in fields.pop("references")]
+    return CachedAnswers(references=references, **fields)
 
 
-def write(file: Path, kept: Kept) -> None:
+def write(file: Path, answers: CachedAnswers) -> None:
     """By one rename, so that a file cut short is never found; on several machines that share the folder at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(asdict(kept))
+    content = json.dumps(asdict(answers))
     remove_leftovers(file.parent, shared=True)
     write_text(file, f"{hashlib.sha256(content.encode()).hexdigest()}\n{content}")

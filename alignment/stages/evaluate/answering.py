@@ -23,7 +23,7 @@ from alignment.models.assembly.load import DTYPES, Lineage, lineage, load_policy
 from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.flat import use_flat_attention
 from alignment.stages.evaluate import answer_cache
-from alignment.stages.evaluate.answer_cache import Kept
+from alignment.stages.evaluate.answer_cache import CachedAnswers
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
@@ -39,7 +39,7 @@ class Asked:
     ``plain``: it is asked the held-out prompts as they stand, so its answers can be held against the reference's.
     """
 
-    found: Lineage
+    policy: Lineage
     tokenizer: Any
     prompts: list[list[int]]
     references: list[list[int] | None]
@@ -52,21 +52,21 @@ class Policies:
 
     def __init__(self, context: StageContext) -> None:
         self._context = context
-        self._found: Lineage | None = None
+        self._loaded: Lineage | None = None
         self._model: PreTrainedModel | None = None
 
-    def load(self, found: Lineage) -> PreTrainedModel:
+    def load(self, policy: Lineage) -> PreTrainedModel:
         """The policy with its adapters merged, on this process's device."""
-        if self._model is None or found != self._found:
+        if self._model is None or policy != self._loaded:
             self._model = None  # free the old weights before the new ones come
-            self._model = load_policy(found, DTYPES[self._context.spec.model.dtype]).to(self._context.device)
+            self._model = load_policy(policy, DTYPES[self._context.spec.model.dtype]).to(self._context.device)
             use_flat_attention(self._model)
-            self._found = found
+            self._loaded = policy
         return self._model
 
     def let_go(self) -> None:
         """Frees the weights of the last policy."""
-        self._model = self._found = None
+        self._model = self._loaded = None
 
 
 def asked_of(
@@ -93,7 +93,7 @@ def _asked(
     own_tokens = tokenizer is not ours and tokenizer_hashes(tokenizer) != tokenizer_hashes(ours)
     shown = turns or _as_they_stand
     return Asked(
-        found=lineage(context.spec, stage_input),
+        policy=lineage(context.spec, stage_input),
         tokenizer=tokenizer,
         prompts=tokenize_rows(rows, lambda row: prompt_ids(tokenizer, shown(row))),
         references=[None] * len(rows) if own_tokens else _references(tokenizer, rows, shown),
@@ -124,16 +124,16 @@ def _tokenizer_of(context: StageContext, stage_input: StageInput, ours: Any) -> 
     if path is None or read_manifest(path) is not None:
         refuse_other_tokenizer(context.spec, stage_input, ours)
         return ours
-    theirs = load_tokenizer(path)
-    if tokenizer_hashes(theirs) == tokenizer_hashes(ours):
-        return ours if stops_alike(theirs, ours) else theirs
-    if not theirs.chat_template:
+    own = load_tokenizer(path)
+    if tokenizer_hashes(own) == tokenizer_hashes(ours):
+        return ours if stops_alike(own, ours) else own
+    if not own.chat_template:
         raise ModelError(
             f"{stage_input.ref} has a tokenizer of its own without a chat template, so nobody can tell how to ask it",
             where=f"stages.{context.spec.stage}.arms",
             remedy="put the template that it was trained with into its folder (chat_template.jinja)",
         )
-    return theirs
+    return own
 
 
 def _references(tokenizer: Any, rows: Sequence[HeldOutPrompt], turns: Turns) -> list[list[int] | None]:
@@ -154,17 +154,17 @@ def answers_of(
     ends = sorted(end_ids(asked.tokenizer))
     file = answer_cache.file_of(
         context,
-        asked.found,
+        asked.policy,
         asked.prompts,
         asked.references,
         max_new_tokens=config.max_new_tokens,
         ends=ends,
         with_logprobs=with_logprobs,
     )
-    kept = answer_cache.read(file, prompts=len(rows))
-    if kept is None:
+    cached = answer_cache.read(file, prompts=len(rows))
+    if cached is None:
         started = time.monotonic()
-        model = policies.load(asked.found)
+        model = policies.load(asked.policy)
         _refuse_too_long(model, asked, config.max_new_tokens, where=f"stages.{context.spec.stage}")
         ids, scores = answer_and_score(
             model,
@@ -176,7 +176,7 @@ def answers_of(
             with_own=with_logprobs,
             progress=progress,
         )
-        kept = Kept(
+        cached = CachedAnswers(
             ids=ids,
             logprobs=[sums[0] for sums in scores] if with_logprobs else None,
             references=[
@@ -185,12 +185,12 @@ def answers_of(
             ],
             seconds=time.monotonic() - started,
         )
-        answer_cache.write(file, kept)
+        answer_cache.write(file, cached)
     return Answered(
-        answers=read_answers(asked.tokenizer, kept.ids),
-        logprobs=kept.logprobs,
-        references=kept.references,
-        seconds=kept.seconds,
+        answers=read_answers(asked.tokenizer, cached.ids),
+        logprobs=cached.logprobs,
+        references=cached.references,
+        seconds=cached.seconds,
     )
 
 
@@ -199,7 +199,7 @@ def _refuse_too_long(model: PreTrainedModel, asked: Asked, max_new_tokens: int, 
     longest = max(map(len, asked.prompts)) + max_new_tokens
     if longest > positions:
         raise ModelError(
-            f"{asked.found.source} has {positions} positions; the longest prompt and its answer take {longest}",
+            f"{asked.policy.source} has {positions} positions; the longest prompt and its answer take {longest}",
             where=where,
             remedy="lower max_new_tokens or few_shot.count, or leave out longer prompts",
         )

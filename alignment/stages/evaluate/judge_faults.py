@@ -19,50 +19,50 @@ def judge_faults(stage: EvaluateConfig, where: str, *, hang_seconds: float) -> I
     A stage that does nothing for ``hang_seconds`` (0: however long) is ended.
     """
     judge = stage.judge
-    place = f"{where}.judge"
+    path = f"{where}.judge"
     if judge.kind is JudgeKind.none:
         if judge.pairs:
-            yield Fault(where=f"{place}.pairs", message="read by nothing; judge.kind says who judges")
+            yield Fault(where=f"{path}.pairs", message="read by nothing; judge.kind says who judges")
     else:
-        yield from _pair_faults(stage, place)
+        yield from _pair_faults(stage, path)
     if judge.kind is JudgeKind.metric and not stage.metrics:
         message = f"'metric' judges by the primary metric, and {where}.metrics names none; name one"
-        yield Fault(where=f"{place}.kind", message=message)
+        yield Fault(where=f"{path}.kind", message=message)
     if judge.kind is JudgeKind.reward and stage.reward is None:
-        yield Fault(where=f"{place}.kind", message=f"'reward' judges by {where}.reward, which is null; name a model")
+        yield Fault(where=f"{path}.kind", message=f"'reward' judges by {where}.reward, which is null; name a model")
     if judge.kind is JudgeKind.endpoint:
-        yield from _endpoint_faults(judge.endpoint, f"{place}.endpoint", hang_seconds)
+        yield from _endpoint_faults(judge.endpoint, f"{path}.endpoint", hang_seconds)
         if importlib.util.find_spec("openai") is None:
             message = f"an endpoint is asked by the package openai, which is not installed; pip install '{PACKAGE}'"
-            yield Fault(where=f"{place}.kind", message=message)
+            yield Fault(where=f"{path}.kind", message=message)
     elif judge.endpoint != EndpointConfig():
         message = f"read by nothing; only judge.kind 'endpoint' reads it, and it is '{judge.kind.value}'"
-        yield Fault(where=f"{place}.endpoint", message=message)
+        yield Fault(where=f"{path}.endpoint", message=message)
 
 
-def _pair_faults(stage: EvaluateConfig, place: str) -> Iterator[Fault]:
+def _pair_faults(stage: EvaluateConfig, path: str) -> Iterator[Fault]:
     for number, pair in enumerate(stage.judge.pairs):
         for name, arm in (("arm", pair.arm), ("against", pair.against)):
             if arm not in stage.arms:
                 message = f"{arm!r} is no arm of this evaluation; {suggestion(arm, stage.arms)}"
-                yield Fault(where=f"{place}.pairs[{number}].{name}", message=message)
+                yield Fault(where=f"{path}.pairs[{number}].{name}", message=message)
         if pair.arm == pair.against:
-            yield Fault(where=f"{place}.pairs[{number}]", message=f"{pair.arm!r} cannot meet itself; name two arms")
+            yield Fault(where=f"{path}.pairs[{number}]", message=f"{pair.arm!r} cannot meet itself; name two arms")
     if not pairs_of(stage.judge, stage.arms, reference=stage.reference):
         message = (
             "no trained arm meets the reference or base+prompt among these arms; name pairs: [{arm: …, against: …}]"
         )
-        yield Fault(where=f"{place}.pairs", message=message)
+        yield Fault(where=f"{path}.pairs", message=message)
 
 
-def _endpoint_faults(endpoint: EndpointConfig, place: str, hang_seconds: float) -> Iterator[Fault]:
+def _endpoint_faults(endpoint: EndpointConfig, path: str, hang_seconds: float) -> Iterator[Fault]:
     for name, example in (("base_url", "http://localhost:8000/v1"), ("model", "the name that the endpoint knows")):
         if not getattr(endpoint, name):
-            yield Fault(where=f"{place}.{name}", message=f"missing; such as {example}")
+            yield Fault(where=f"{path}.{name}", message=f"missing; such as {example}")
     longest = endpoint.timeout * (1 + endpoint.retries)
     if 0 < hang_seconds <= longest:
         message = (
             f"{endpoint.timeout:g} seconds, {1 + endpoint.retries} times, are more than launch.hang_seconds "
             f"({hang_seconds:g}), after which the stage would be taken to be stuck; lower it, or raise that"
         )
-        yield Fault(where=f"{place}.timeout", message=message)
+        yield Fault(where=f"{path}.timeout", message=message)

@@ -19,7 +19,7 @@ from alignment.records.evaluation import Judge, JudgedPair, Metric
 from alignment.records.interval import Interval
 from alignment.training.context import StageContext
 
-KEPT = "judgements.work.jsonl"
+REPLIES = "judgements.work.jsonl"
 """Replies of an endpoint while the stage runs, in its work folder."""
 
 
@@ -43,10 +43,10 @@ class ScoredArms:
     metric: Metric
     by_arm: Scores
 
-    def points(self, arm: str, against: str, places: Sequence[int]) -> list[float]:
+    def points(self, arm: str, against: str, indices: Sequence[int]) -> list[float]:
         """The arm's points on some prompts, where the better score wins."""
         better, other = (arm, against) if self.metric.higher_is_better else (against, arm)
-        return points_of_scores(*([self.by_arm[name][place] for place in places] for name in (better, other)))
+        return points_of_scores(*([self.by_arm[name][index] for index in indices] for name in (better, other)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +69,7 @@ def open_endpoint(config: JudgeConfig, context: StageContext) -> Endpoint | None
         return None
     return Endpoint(
         config.endpoint,
-        context.spec.work / KEPT,
+        context.spec.work / REPLIES,
         where=f"stages.{context.spec.stage}.judge",
     )
 
@@ -93,31 +93,31 @@ def judge(
     """
     if config.kind is JudgeKind.none:
         return Judged()
-    places = some(len(rows), config.max_prompts, context.generator("judge"))
+    indices = some(len(rows), config.max_prompts, context.generator("judge"))
     pairs = pairs_of(config, list(arms), reference=reference)
     if endpoint is not None:
-        judged, lines = _by_endpoint(config, context, endpoint, rows, arms, pairs, places)
+        judged, lines = _by_endpoint(config, context, endpoint, rows, arms, pairs, indices)
         name = config.endpoint.model
     elif config.kind is JudgeKind.metric:
         assert primary is not None, "the plan refuses to judge by a metric where there is none"
-        judged, lines = _by_scores(rows, primary, pairs, places)
+        judged, lines = _by_scores(rows, primary, pairs, indices)
         name = primary.metric.name
     else:
         by_reward = {arm: scores for arm, scores in rewards.items() if scores is not None}
-        judged, lines = _by_scores(rows, ScoredArms(metric=Metric(name="reward"), by_arm=by_reward), pairs, places)
+        judged, lines = _by_scores(rows, ScoredArms(metric=Metric(name="reward"), by_arm=by_reward), pairs, indices)
         name = "the reward model"
     beside = None if config.kind is JudgeKind.metric else primary
     table = Judge(
         kind=config.kind.value,
         name=name,
-        num_prompts=len(places),
-        pairs=[_row(pair, config, beside, places, intervals) for pair in judged],
+        num_prompts=len(indices),
+        pairs=[_row(pair, config, beside, indices, intervals) for pair in judged],
     )
     return Judged(table=table, lines=lines)
 
 
 def _row(
-    pair: _Pair, config: JudgeConfig, primary: ScoredArms | None, places: Sequence[int], intervals: Intervals
+    pair: _Pair, config: JudgeConfig, primary: ScoredArms | None, indices: Sequence[int], intervals: Intervals
 ) -> JudgedPair:
     """A pair's line of the table; ``primary`` is held against the judge where it is not the judge itself."""
     return judged_pair(
@@ -125,7 +125,7 @@ def _row(
         pair.against,
         pair.points,
         pair.both,
-        by_metric=None if primary is None else primary.points(pair.arm, pair.against, places),
+        by_metric=None if primary is None else primary.points(pair.arm, pair.against, indices),
         max_invalid=config.max_invalid,
         intervals=intervals,
     )
@@ -135,15 +135,15 @@ def _by_scores(
     rows: Sequence[HeldOutPrompt],
     scores: ScoredArms,
     pairs: Sequence[tuple[str, str]],
-    places: Sequence[int],
+    indices: Sequence[int],
 ) -> tuple[list[_Pair], list[dict[str, Any]]]:
     judged, lines = [], []
     for arm, against in pairs:
-        points = scores.points(arm, against, places)
+        points = scores.points(arm, against, indices)
         judged.append(_Pair(arm=arm, against=against, points=[*points]))
-        for place, point in zip(places, points, strict=True):
-            both = {"arm_score": scores.by_arm[arm][place], "against_score": scores.by_arm[against][place]}
-            lines.append(_line(rows, place, arm, against) | both | {"points": point})
+        for index, point in zip(indices, points, strict=True):
+            both = {"arm_score": scores.by_arm[arm][index], "against_score": scores.by_arm[against][index]}
+            lines.append(_line(rows, index, arm, against) | both | {"points": point})
     return judged, lines
 
 
@@ -154,42 +154,42 @@ def _by_endpoint(
     rows: Sequence[HeldOutPrompt],
     arms: Mapping[str, Answered],
     pairs: Sequence[tuple[str, str]],
-    places: Sequence[int],
+    indices: Sequence[int],
 ) -> tuple[list[_Pair], list[dict[str, Any]]]:
     """Every pair on every prompt in both orders; a call that failed is an invalid verdict."""
     shown = [
-        (arm, against, place, order)
+        (arm, against, index, order)
         for arm, against in pairs
-        for place in places
+        for index in indices
         for order in ((arm, against), (against, arm))
     ]
     prompts = [
         judge_prompt(
-            rows[place].messages,
-            *(arms[name].answers[place].text for name in order),
+            rows[index].messages,
+            *(arms[name].answers[index].text for name in order),
             criteria=config.endpoint.criteria,
         )
-        for _, _, place, order in shown
+        for _, _, index, order in shown
     ]
     replies = endpoint.ask(prompts, lambda done: context.progress("judging", done, len(prompts)))
     verdicts = [verdict_of(reply) for reply in replies]
     lines = [
-        _line(rows, place, arm, against) | _told(order[0], verdict, reply)
-        for (arm, against, place, order), verdict, reply in zip(shown, verdicts, replies, strict=True)
+        _line(rows, index, arm, against) | _reply(order[0], verdict, reply)
+        for (arm, against, index, order), verdict, reply in zip(shown, verdicts, replies, strict=True)
     ]
     both = [
         BothOrders(arm_first=verdicts[number], arm_second=verdicts[number + 1]) for number in range(0, len(shown), 2)
     ]
     judged = []
     for number, (arm, against) in enumerate(pairs):
-        own = both[number * len(places) : (number + 1) * len(places)]
-        judged.append(_Pair(arm=arm, against=against, points=[one.points for one in own], both=own))
+        own = both[number * len(indices) : (number + 1) * len(indices)]
+        judged.append(_Pair(arm=arm, against=against, points=[orders.points for orders in own], both=own))
     return judged, lines
 
 
-def _line(rows: Sequence[HeldOutPrompt], place: int, arm: str, against: str) -> dict[str, Any]:
-    return {"id": rows[place].id, "row": place, "arm": arm, "against": against}
+def _line(rows: Sequence[HeldOutPrompt], index: int, arm: str, against: str) -> dict[str, Any]:
+    return {"id": rows[index].id, "row": index, "arm": arm, "against": against}
 
 
-def _told(first: str, verdict: Verdict, reply: str) -> dict[str, Any]:
+def _reply(first: str, verdict: Verdict, reply: str) -> dict[str, Any]:
     return {"shown_first": first, "verdict": verdict.value, "text": reply}

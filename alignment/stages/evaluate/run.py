@@ -104,13 +104,13 @@ def _answers(
     rows: Sequence[HeldOutPrompt],
 ) -> dict[str, Answered]:
     arms: dict[str, Answered] = {}
-    for name, one in asked.items():
+    for name, arm in asked.items():
 
         def progress(done: int, before: int = len(arms) * len(rows)) -> None:
             context.progress("answering", before + done, len(asked) * len(rows))
 
-        compared = _is_compared(one) and not _is_reference(name, context)
-        arms[name] = answers_of(one, config, context, policies, rows, with_logprobs=compared, progress=progress)
+        compared = _is_compared(arm) and not _is_reference(name, context)
+        arms[name] = answers_of(arm, config, context, policies, rows, with_logprobs=compared, progress=progress)
         progress(len(rows))
     return arms
 
@@ -133,20 +133,20 @@ def _log_ratios(
 
     The reference reads the answers of all arms side by side, so that a prompt is computed once.
     """
-    found: dict[str, list[float] | None] = dict.fromkeys(arms)
+    ratios: dict[str, list[float] | None] = dict.fromkeys(arms)
     for name, arm in arms.items():
         if _is_compared(asked[name]) and _is_reference(name, context):
-            found[name] = [0.0] * len(arm.answers)
+            ratios[name] = [0.0] * len(arm.answers)
     compared = {name: (arm, arm.logprobs) for name, arm in arms.items() if arm.logprobs is not None}
     if not compared:
-        return found
+        return ratios
     prompts = asked[next(iter(compared))].prompts
     reference = policies.load(lineage(context.spec, context.spec.inputs["reference"]))
     under = sequence_logprobs(reference, *side_by_side(prompts, [arm.ids for arm, _ in compared.values()]))
-    for place, (name, (_, own)) in enumerate(compared.items()):
-        theirs = under[place :: len(compared)]
-        found[name] = [mine - other for mine, other in zip(own, theirs, strict=True)]
-    return found
+    for index, (name, (_, own)) in enumerate(compared.items()):
+        reference_logprobs = under[index :: len(compared)]
+        ratios[name] = [score - other for score, other in zip(own, reference_logprobs, strict=True)]
+    return ratios
 
 
 def _rewards(context: StageContext, answers: Mapping[str, Answers]) -> dict[str, list[float] | None]:
@@ -157,7 +157,7 @@ def _rewards(context: StageContext, answers: Mapping[str, Answers]) -> dict[str,
     model = load_reward_model(context.spec, context.spec.inputs["reward"], device=context.device).to(context.device)
     with products_in(context.spec.model.dtype, context.device):
         scores = reward_scores(model, *side_by_side(prompts, [arm.answer_ids for arm in answers.values()]))
-    return {name: scores[place :: len(answers)] for place, name in enumerate(answers)}
+    return {name: scores[index :: len(answers)] for index, name in enumerate(answers)}
 
 
 def _written(context: StageContext, evaluation: Evaluation, answers: list[Sample], judged: Judged) -> StageResult:
@@ -180,6 +180,6 @@ def _headlines(evaluation: Evaluation) -> dict[str, float]:
     """The metrics of the manifest: ``METRIC/ARM`` for each metric of the recipe, the loss and the win rate."""
     headlines: dict[str, float] = {}
     for name in (*(metric.name for metric in evaluation.metrics), "loss", "win_rate"):
-        means = {arm.label: arm.figures[name].mean for arm in evaluation.arms if name in arm.figures}
+        means = {arm.label: arm.all_metrics[name].mean for arm in evaluation.arms if name in arm.all_metrics}
         headlines |= {f"{name}/{label}": mean for label, mean in means.items()}
     return headlines

@@ -26,27 +26,27 @@ def run(config: ForgettingConfig, context: StageContext) -> StageResult:
     spec = context.spec
     context.progress("loading")
     tokenizer = load_tokenizer(spec.base_path, spec.model.chat_template)
-    for one in spec.arms.values():
-        refuse_other_tokenizer(spec, one, tokenizer)
+    for arm in spec.arms.values():
+        refuse_other_tokenizer(spec, arm, tokenizer)
     texts = rows_of(context, PlainText, config.data)
     questions = rows_of(context, Question, config.questions, field="questions")
-    told = material(tokenizer, texts, questions)
+    tokens = material(tokenizer, texts, questions)
     arms = {BASE: StageInput(ref=BASE, path=None), **{name: spec.arms[name] for name in config.arms}}
-    found: dict[str, Measured] = {}
-    for name, one in arms.items():
-        context.progress("measuring", len(found), len(arms))
-        found[name] = _measure(name, one, told, context)
-    asked = Asked(texts=texts, tokens=told.tokens, questions=questions)
+    measured: dict[str, Measured] = {}
+    for name, arm in arms.items():
+        context.progress("measuring", len(measured), len(arms))
+        measured[name] = _measure(name, arm, tokens, context)
+    asked = Asked(texts=texts, tokens=tokens.tokens, questions=questions)
     limits = Limits(perplexity_rise=config.max_perplexity_rise, ability_drop=config.max_ability_drop)
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
-    record = table(found, asked, limits=limits, intervals=intervals)
+    record = table(measured, asked, limits=limits, intervals=intervals)
     record.write(context.content)
-    write_lines(context.content / "texts.jsonl", text_rows(found, asked))
-    write_lines(context.content / "questions.jsonl", question_rows(found, asked))
+    write_lines(context.content / "texts.jsonl", text_rows(measured, asked))
+    write_lines(context.content / "questions.jsonl", question_rows(measured, asked))
     return StageResult(metrics=headlines(record))
 
 
-def _measure(name: str, one: StageInput, told: Material, context: StageContext) -> Measured:
-    model = load_policy(lineage(context.spec, one), DTYPES[context.spec.model.dtype]).to(context.device)
+def _measure(name: str, arm: StageInput, tokens: Material, context: StageContext) -> Measured:
+    model = load_policy(lineage(context.spec, arm), DTYPES[context.spec.model.dtype]).to(context.device)
     use_flat_attention(model)
-    return measure(model, told, name=name)
+    return measure(model, tokens, name=name)

@@ -43,12 +43,12 @@ OFFSET_SAMPLE = 64
 
 def run(config: RewardConfig, context: StageContext) -> StageResult:
     """Pairs and a policy in, reward model out."""
-    found, tokenizer = initial_policy(context)
+    start, tokenizer = initial_policy(context)
     pairs, counts = read_pairs(config, context, tokenizer)
     learned, held_out = split(
         pairs, config.eval_fraction, context.generator("split"), where=f"stages.{context.spec.stage}"
     )
-    trainer = _trainer(config, context, found, tokenizer, learned)
+    trainer = _trainer(config, context, start, tokenizer, learned)
     train(trainer, context, headline="loss", ceiling=DIVERGED * math.log(2))
     context.progress("scoring")
     judged = held_out if len(held_out) else drawn(learned, OFFSET_SAMPLE, context.generator("offset"))
@@ -62,7 +62,7 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
     if len(held_out):
         metrics |= held_out_metrics(both[::2], both[1::2], held_out)
     refuse_results(metrics)
-    result = save_model(trainer.model, tokenizer, context, found, metrics)
+    result = save_model(trainer.model, tokenizer, context, start, metrics)
     weight = whole(_score_head(trainer.model).weight)
     if context.is_main:
         head = {"weight": weight.detach().float().cpu().contiguous(), "offset": torch.tensor(offset)}
@@ -106,13 +106,13 @@ def drawn(pairs: Dataset, number: int, rng: torch.Generator) -> Dataset:
 def _trainer(
     config: RewardConfig,
     context: StageContext,
-    found: Any,
+    start: Any,
     tokenizer: Any,
     learned: Dataset,
 ) -> RewardTrainer:
     torch.manual_seed(context.seed("head") % 2**63)
-    model = initial_model(context, found, TaskType.SEQ_CLS, may_drop=False)
-    trainer = PiecewiseRewardTrainer(
+    model = initial_model(context, start, TaskType.SEQ_CLS, may_drop=False)
+    trainer = MicroBatchedRewardTrainer(
         model=model,
         args=TrlRewardConfig(
             **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
@@ -130,8 +130,8 @@ def _trainer(
     return trainer
 
 
-class PiecewiseRewardTrainer(MicroBatches, RewardTrainer):
-    """TRL's trainer, an optimiser batch learned from in pieces."""
+class MicroBatchedRewardTrainer(MicroBatches, RewardTrainer):
+    """TRL's trainer, each optimiser batch cut into micro-batches."""
 
     pairs = True
 
@@ -169,7 +169,7 @@ def _share_won(margins: torch.Tensor) -> float:
 
 
 def scores(
-    trainer: PiecewiseRewardTrainer,
+    trainer: MicroBatchedRewardTrainer,
     context: StageContext,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],

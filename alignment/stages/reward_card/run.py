@@ -49,16 +49,16 @@ def run(config: RewardCardConfig, context: StageContext) -> StageResult:
     learned = rows_of(context, PreferencePair, config.learned, field=LEARNED) if _knows_learned(context) else []
     context.progress("learning words")
     bag = _bag_of_words(context, learned)
-    kept, overlap = _without_learned(config, context, records, learned)
+    unseen, overlap = _without_learned(config, context, records, learned)
     context.progress("loading")
-    reading = _read(config, context, kept)
+    reading = _read(config, context, unseen)
     scores = _scores(config, context, reading)
     pairs = _judged(config, context, reading, scores, bag)
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
     card = replace(
         card_of(pairs, intervals=intervals, num_worst=config.num_worst),
         reward=context.spec.inputs["reward"].ref,
-        rows_too_long=len(kept) - len(pairs),
+        rows_too_long=len(unseen) - len(pairs),
         learned=overlap and _with_words(overlap, bag),
         invariances=_invariances(config, context, reading) if config.invariance_pairs else None,
     )
@@ -157,35 +157,35 @@ def _read(config: RewardCardConfig, context: StageContext, records: list[Prefere
         ModelError: it cannot be loaded, has another tokenizer than the run's base, or cannot have rows cut.
         DataError: too many pairs are too long.
     """
-    told = context.spec.inputs["reward"]
-    assert told.path is not None, "the plan refuses 'base' in a reward slot"
-    if read_manifest(told.path) is None:
+    reward = context.spec.inputs["reward"]
+    assert reward.path is not None, "the plan refuses 'base' in a reward slot"
+    if read_manifest(reward.path) is None:
         return _read_text(config, context, records)
     tokenizer = load_tokenizer(context.spec.base_path, context.spec.model.chat_template)
-    refuse_other_tokenizer(context.spec, told, tokenizer)
+    refuse_other_tokenizer(context.spec, reward, tokenizer)
     limits = Limits(row=config.max_length, too_long=config.too_long)
-    found, _ = fitting(context, PAIRS, records, config.data, limits, tokenizer)
-    parts = [row for one in found.values() for row in one.rows]
+    rows_of_pairs, _ = fitting(context, PAIRS, records, config.data, limits, tokenizer)
+    parts = [row for pair_rows in rows_of_pairs.values() for row in pair_rows.rows]
     rows = [row[PROMPT] + row[answer] for row in parts for answer in ("chosen", "rejected")]
-    model = load_reward_model(context.spec, told, device=context.device).to(context.device)
-    return _Reading(model=model, pairs=[records[place] for place in found], rows=rows)
+    model = load_reward_model(context.spec, reward, device=context.device).to(context.device)
+    return _Reading(model=model, pairs=[records[index] for index in rows_of_pairs], rows=rows)
 
 
 def _read_text(config: RewardCardConfig, context: StageContext, records: list[PreferencePair]) -> _Reading:
     """A model from outside has a tokenizer and a chat template of its own."""
     spec, limits = context.spec, Limits(row=config.max_length, too_long=config.too_long)
-    told = spec.inputs["reward"]
-    assert told.path is not None, "the plan refuses 'base' in a reward slot"
+    reward = spec.inputs["reward"]
+    assert reward.path is not None, "the plan refuses 'base' in a reward slot"
     if limits.cuts:
         raise ModelError(
-            f"{told.ref} reads text, and its rows cannot be cut",
+            f"{reward.ref} reads text, and its rows cannot be cut",
             where=f"stages.{spec.stage}.too_long",
             remedy="take too_long.do=drop",
         )
-    model, tokenizer = load_external(told.path, spec.model.dtype, source=told.ref)
+    model, tokenizer = load_external(reward.path, spec.model.dtype, source=reward.ref)
     prompts = [Prompt(messages=record.messages, tools=record.tools, where=record.where) for record in records]
     computation = Computation(device=context.device, dtype=spec.model.dtype, tokens=config.micro_batch_tokens)
-    scorer = TextScorer(model.to(context.device), tokenizer, prompts, computation, source=told.ref)
+    scorer = TextScorer(model.to(context.device), tokenizer, prompts, computation, source=reward.ref)
     both = [
         [scorer.ids(prompt, text) for text in (record.chosen, record.rejected)]
         for prompt, record in zip(prompts, records, strict=True)
@@ -212,21 +212,21 @@ def _scores(config: RewardCardConfig, context: StageContext, reading: _Reading) 
     Raises:
         RewardError: one is not finite.
     """
-    found: list[float] = []
+    scores: list[float] = []
     with products_in(context.spec.model.dtype, context.device):
         for first in range(0, len(reading.rows), AT_ONCE):
             context.progress("scoring", first, len(reading.rows))
-            found += flat_scores(
+            scores += flat_scores(
                 reading.model,
                 reading.rows[first : first + AT_ONCE],
                 tokens=config.micro_batch_tokens,
                 device=context.device,
             ).tolist()
-    for place, score in enumerate(found):
+    for index, score in enumerate(scores):
         if not math.isfinite(score):
-            where = reading.pairs[place // 2].where
+            where = reading.pairs[index // 2].where
             raise RewardError(f"gave {score} for an answer to {where}", where=context.spec.inputs["reward"].ref)
-    return found
+    return scores
 
 
 def _judged(
@@ -237,12 +237,12 @@ def _judged(
     return [
         Judged(
             pair=pair,
-            scores=(scores[2 * place], scores[2 * place + 1]),
-            tokens=(len(reading.rows[2 * place]), len(reading.rows[2 * place + 1])),
-            words=None if words is None else words[place],
-            rule=None if by_rule is None else (by_rule[2 * place], by_rule[2 * place + 1]),
+            scores=(scores[2 * index], scores[2 * index + 1]),
+            tokens=(len(reading.rows[2 * index]), len(reading.rows[2 * index + 1])),
+            words=None if words is None else words[index],
+            rule=None if by_rule is None else (by_rule[2 * index], by_rule[2 * index + 1]),
         )
-        for place, pair in enumerate(reading.pairs)
+        for index, pair in enumerate(reading.pairs)
     ]
 
 

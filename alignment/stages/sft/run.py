@@ -14,6 +14,6 @@ from alignment.training.context import StageContext
 
 def run(config: SftConfig, context: StageContext) -> StageResult:
     """Conversations in, policy out."""
-    found, tokenizer = initial_policy(context)
+    start, tokenizer = initial_policy(context)
     rows, counts = token_rows(context, CONVERSATIONS, config.data, limits_of_parts(config), tokenizer)
-    return learn(config, context, found, tokenizer, rows, counts)
+    return learn(config, context, start, tokenizer, rows, counts)

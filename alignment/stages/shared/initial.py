@@ -24,21 +24,21 @@ def initial_policy(context: StageContext) -> tuple[Lineage, Any]:
     spec = context.spec
     context.progress("loading")
     init = spec.inputs["init"]
-    found = lineage(spec, init)
-    tokenizer = load_tokenizer(found.base, spec.model.chat_template)
+    start = lineage(spec, init)
+    tokenizer = load_tokenizer(start.base, spec.model.chat_template)
     if init.path is not None and read_manifest(init.path) is not None:
         refuse_other_tokenizer(spec, init, tokenizer)
-    return found, tokenizer
+    return start, tokenizer
 
 
 def initial_model(
-    context: StageContext, found: Lineage, task: TaskType, *, may_drop: bool
+    context: StageContext, start: Lineage, task: TaskType, *, may_drop: bool
 ) -> PreTrainedModel | PeftModel:
     """The model that the stage trains, with its adapter on it (alignment/models/assembly/start.py).
 
     A stage that compares two passes of one model must not ``may_drop``: both would drop other numbers.
     """
-    model = load_start(found, context.adapter, context.spec.model.dtype, task=task, device=context.device)
+    model = load_start(start, context.adapter, context.spec.model.dtype, task=task, device=context.device)
     if not may_drop:
         turn_off_dropout(model)
     return model

@@ -35,14 +35,14 @@ class LanguageModelConfig(Protocol):
     save_every: int
 
 
-class PiecewiseSftTrainer(MicroBatches, SFTTrainer):
-    """TRL's trainer, an optimiser batch learned from in pieces."""
+class MicroBatchedSftTrainer(MicroBatches, SFTTrainer):
+    """TRL's trainer, each optimiser batch cut into micro-batches."""
 
 
 def learn(
     config: LanguageModelConfig,
     context: StageContext,
-    found: Lineage,
+    start: Lineage,
     tokenizer: Any,
     rows: Dataset,
     metrics: dict[str, float],
@@ -50,8 +50,8 @@ def learn(
     """Trains on rows of ``input_ids`` and ``labels`` and saves the model; ``metrics`` are told beside the last loss."""
     if config.packing:  # TRL packs by a map, whose result it would keep beside the token rows, under a name of its own
         disable_caching()
-    policy = initial_model(context, found, TaskType.CAUSAL_LM, may_drop=True)
-    trainer = PiecewiseSftTrainer(
+    policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=True)
+    trainer = MicroBatchedSftTrainer(
         model=policy,
         args=TrlSftConfig(
             **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
@@ -69,4 +69,4 @@ def learn(
     prepare(policy, context)
     uniform = math.log(unwrapped(policy).get_input_embeddings().num_embeddings)
     last = train(trainer, context, headline="loss", ceiling=uniform)
-    return save_model(trainer.model, tokenizer, context, found, {"loss": last["loss"], **metrics})
+    return save_model(trainer.model, tokenizer, context, start, {"loss": last["loss"], **metrics})

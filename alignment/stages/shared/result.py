@@ -34,7 +34,7 @@ def save_model(
     model: PreTrainedModel | PeftModel,
     tokenizer: Any,
     context: StageContext,
-    found: Lineage,
+    start: Lineage,
     metrics: dict[str, float],
 ) -> StageResult:
     """Writes a trained model: what lies below its adapter and that, or the whole model; and the tokenizer.
@@ -58,9 +58,9 @@ def save_model(
         model.save_pretrained(str(folder), state_dict=state)
         tokenizer.save_pretrained(str(folder))
         return StageResult(metrics=metrics, base={"source": "self"}, hashes=hashes)
-    if found.source == "self":  # the base is another artifact's own model; this one stands by itself
-        shutil.copytree(found.base, fresh_folder(context, "model"), dirs_exist_ok=True)
-    below = adapters_below(found, context.adapter)
+    if start.source == "self":  # the base is another artifact's own model; this one stands by itself
+        shutil.copytree(start.base, fresh_folder(context, "model"), dirs_exist_ok=True)
+    below = adapters_below(start, context.adapter)
     own = fresh_folder(context, f"adapters/{len(below)}-{context.spec.stage}")
     # Frozen ones beside it are in folders of their own.
     model.save_pretrained(str(own), selected_adapters=[OWN], state_dict=state)
@@ -70,7 +70,7 @@ def save_model(
         shutil.copytree(adapter.path, context.content / "adapters" / adapter.path.name, dirs_exist_ok=True)
     saved = {
         f"adapters/{adapter.path.name}": {"merged": adapter.merged, "nf4": adapter.nf4}
-        for adapter in (*below, saved_as(found, context.adapter, own))
+        for adapter in (*below, saved_as(start, context.adapter, own))
     }
-    base = base_record(context.spec, found)
+    base = base_record(context.spec, start)
     return StageResult(metrics=metrics, base=base, adapters=list(saved), adapters_stood=saved, hashes=hashes)

@@ -40,7 +40,7 @@ def rows_of(context: StageContext, record: type[R], data: DataConfig, *, field: 
     _begin_anew(context, field)
     sources = [_read(context, record, part, path) for part, path in _sources(context, data, field)]
     rows = [row for source in sources for row in source]
-    return [rows[place] for place in _places(context, data, field, [len(source) for source in sources])]
+    return [rows[index] for index in _indices(context, data, field, [len(source) for source in sources])]
 
 
 def token_rows(
@@ -67,9 +67,9 @@ def token_rows(
     ]
     for table in tables:
         _hand_on_ledger(context, table)
-    places = _places(context, data, field, [len(table.rows) for table in tables])
+    indices = _indices(context, data, field, [len(table.rows) for table in tables])
     rows = concatenate_datasets([table.rows.select_columns(list(kind.columns)) for table in tables])
-    rows = rows if places == range(len(rows)) else rows.select(places)
+    rows = rows if indices == range(len(rows)) else rows.select(indices)
     return rows, _counts(
         rows=len(rows),
         dropped=sum(table.count(TOO_LONG) for table in tables),
@@ -86,20 +86,20 @@ def fitting(
         DataError: some cannot be tokenised and may not be skipped, or too many are too long.
     """
     every = [
-        one
+        row
         for first in range(0, len(records), CHUNK)
-        for one in tokenized(tokenizer, kind, records[first : first + CHUNK], limits)
+        for row in tokenized(tokenizer, kind, records[first : first + CHUNK], limits)
     ]
-    notes = [note for one in every if (note := note_of(one)) is not None]
-    faults = [one.fault for one in every if one.fault is not None and not isinstance(one.fault, RowTooLong)]
+    notes = [note for row in every if (note := note_of(row)) is not None]
+    faults = [row.fault for row in every if row.fault is not None and not isinstance(row.fault, RowTooLong)]
     dropped, cut = (sum(note.kind == kind for note in notes) for kind in (TOO_LONG, CUT))
     where = f"stages.{context.spec.stage}"
     refuse_faults(faults, data, count=len(faults), rows=len(records), where=where)
-    longest = max((one.tokens for one in every), default=0)
+    longest = max((row.tokens for row in every), default=0)
     refuse_losses(limits, dropped=dropped, cut=cut, records=len(records), longest=longest, where=where)
     _note(context, [note.as_row() for note in notes])
-    found = {place: one for place, one in enumerate(every) if one.fault is None}
-    return found, _counts(rows=len(found), dropped=dropped, cut=cut)
+    fitting_rows = {index: row for index, row in enumerate(every) if row.fault is None}
+    return fitting_rows, _counts(rows=len(fitting_rows), dropped=dropped, cut=cut)
 
 
 def _counts(*, rows: int, dropped: int, cut: int) -> dict[str, float]:
@@ -120,7 +120,7 @@ def _sources(context: StageContext, data: DataConfig, field: str) -> list[tuple[
     return [(data, own), *mixed]
 
 
-def _places(context: StageContext, data: DataConfig, field: str, counts: Sequence[int]) -> Sequence[int]:
+def _indices(context: StageContext, data: DataConfig, field: str, counts: Sequence[int]) -> Sequence[int]:
     """Which rows of all sources, one after another, the stage takes, and in which order."""
     own: Sequence[int] = range(counts[0])
     if data.fraction < 1.0:
@@ -128,8 +128,8 @@ def _places(context: StageContext, data: DataConfig, field: str, counts: Sequenc
     if not data.mix:
         return own
     parts = list(zip(data.mix, counts[1:], strict=True))
-    places = mixed(len(own), parts, context.generator(f"{field}.mix"), where=f"stages.{context.spec.stage}.{field}")
-    return [own[place] if place < len(own) else place - len(own) + counts[0] for place in places]
+    indices = mixed(len(own), parts, context.generator(f"{field}.mix"), where=f"stages.{context.spec.stage}.{field}")
+    return [own[index] if index < len(own) else index - len(own) + counts[0] for index in indices]
 
 
 def _read(context: StageContext, record: type[R], data: SourceConfig, path: Path) -> list[R]:

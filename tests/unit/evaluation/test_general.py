@@ -38,15 +38,15 @@ def _slow(model: PreTrainedModel, read: Sequence[int], scored: Sequence[int]) ->
     return total
 
 
-@pytest.mark.parametrize("piece", [5, 512])
-def test_a_text_costs_the_nats_of_its_tokens_piece_by_piece(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(general, "PIECE", piece)
+@pytest.mark.parametrize("chunk", [5, 512])
+def test_a_text_costs_the_nats_of_its_tokens_piece_by_piece(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(general, "PIECE", chunk)
     tokenizer = tiny_tokenizer()
     model = tiny_model(vocab_size=len(tokenizer))
     expected, counts = [], []
     for text in TEXTS:
         ids = tokenizer(text.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        cut = [ids[start : start + piece] for start in range(0, len(ids), piece)]
+        cut = [ids[start : start + chunk] for start in range(0, len(ids), chunk)]
         expected.append(-sum(_slow(model, part[:1], part[1:]) for part in cut))
         counts.append(sum(len(part) - 1 for part in cut))
     use_flat_attention(model)
@@ -60,8 +60,8 @@ def test_what_a_tokenizer_puts_in_front_of_texts_is_read_and_the_first_token_the
     tokenizer._tokenizer.post_processor = _with_bos(tokenizer)
     ids = tokenizer(TEXTS[0].text)["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
-    (piece,) = material(tokenizer, TEXTS[:1], QUESTIONS).pieces
-    assert (piece.read, piece.scored) == (ids[:1], ids[1:])
+    (chunk,) = material(tokenizer, TEXTS[:1], QUESTIONS).chunks
+    assert (chunk.read, chunk.scored) == (ids[:1], ids[1:])
 
 
 def _with_bos(tokenizer):

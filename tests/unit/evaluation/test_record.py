@@ -9,7 +9,7 @@ import pytest
 
 from alignment.core.errors import ArtifactError
 from alignment.records.evaluation import (
-    FIGURES,
+    ARM_METRICS,
     ArmResult,
     Comparison,
     Evaluation,
@@ -66,7 +66,7 @@ def test_an_evaluation_of_before_there_were_metrics_has_those_of_the_rule_of_the
     )
     evaluation = Evaluation.read(tmp_path)
     assert (evaluation.metrics, evaluation.primary) == ([Metric(name="total"), Metric(name="part")], "total")
-    assert evaluation.arms[1].figures == {"total": HALF, "part": HALF, "words": Interval(mean=21.5)}
+    assert evaluation.arms[1].all_metrics == {"total": HALF, "part": HALF, "words": Interval(mean=21.5)}
     assert evaluation.verdict(evaluation.comparisons[0]) == "better"
     (sample,) = read_samples(tmp_path)
     assert sample.answers["base"] == SampleAnswer(text="Yes.", scores={"total": 1.0, "part": 0.5})
@@ -107,6 +107,6 @@ def test_a_verdict_goes_by_the_interval_and_the_direction(
 
 
 def test_the_figures_of_an_arm_are_its_metrics_and_what_every_evaluation_measures() -> None:
-    assert DPO.figures == {"brevity": HALF, "words": HALF, "distinct": Interval(mean=1.0)}
-    assert "loss" in FIGURES
-    assert not {"name", "label", "metrics", "seconds"} & set(FIGURES)
+    assert DPO.all_metrics == {"brevity": HALF, "words": HALF, "distinct": Interval(mean=1.0)}
+    assert "loss" in ARM_METRICS
+    assert not {"name", "label", "metrics", "seconds"} & set(ARM_METRICS)

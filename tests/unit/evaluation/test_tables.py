@@ -99,7 +99,7 @@ def test_a_row_says_how_many_answers_differ_and_ended() -> None:
     assert (row.reward, row.loss, row.perplexity) == (None, None, None)
     assert row.greedy_log_ratio is not None
     assert row.greedy_log_ratio.mean == pytest.approx(2.0)
-    assert list(row.figures) == ["brevity", "words", "greedy_log_ratio", "refusals", "distinct", "ended"]
+    assert list(row.all_metrics) == ["brevity", "words", "greedy_log_ratio", "refusals", "distinct", "ended"]
 
 
 def test_the_loss_is_a_mean_over_all_reference_tokens_and_its_interval_over_prompts() -> None:

@@ -12,9 +12,9 @@ import torch
 from alignment.core.artifacts import write_json
 from alignment.stages.dpo import reference_cache
 from alignment.stages.evaluate import answer_cache
-from alignment.stages.evaluate.answer_cache import Kept
+from alignment.stages.evaluate.answer_cache import CachedAnswers
 
-ANSWERS = Kept(ids=[[1, 2]], logprobs=None, references=[None], seconds=1.0)
+ANSWERS = CachedAnswers(ids=[[1, 2]], logprobs=None, references=[None], seconds=1.0)
 
 
 @pytest.mark.parametrize(

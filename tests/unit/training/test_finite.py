@@ -207,10 +207,10 @@ def test_an_absurd_rate_ends_a_stage(tmp_path: Path, kind: str) -> None:
 
 
 def test_an_infinite_loss_of_finite_slope_ends_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken(reward.PiecewiseRewardTrainer):
+    class Broken(reward.MicroBatchedRewardTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             return super().compute_loss(*args, **kwargs) + math.inf
 
-    monkeypatch.setattr(reward, "PiecewiseRewardTrainer", Broken)
+    monkeypatch.setattr(reward, "MicroBatchedRewardTrainer", Broken)
     with pytest.raises(NonFiniteError, match="the loss is inf at step 1"):
         Chained(tmp_path).run("reward", FULL)
