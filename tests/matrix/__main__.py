@@ -1,28 +1,22 @@
 """``python -m tests.matrix``: tries every stage under every adapter and launcher, and writes docs/compatibility.*.
 
-The files hold whole tables only. Exit code: 0 every cell works or is refused with a reason, 1 one failed, 2 a wrong
-option.
+The files are written after each launcher and adapter, and each of their cells names the run that it came from. A cell
+that was not asked for stays as it is. Exit code: 0 every cell works or is refused with a reason, 1 one failed, 2 a
+wrong option.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from alignment.core.artifacts import write_json
-from alignment.core.versions import PACKAGES
-from alignment.pipeline.execute.worker_protocol import commit_of_checkout
-from benchmarks.machine import processor
+from tests import results_file
 from tests.matrix.cells import ADAPTERS, LAUNCHERS, LOGITS, SAME, STAGES, Bench, Cell, Outcome
 from tests.matrix.rows import write_rows
 from tests.tiny import save_tiny_model
@@ -35,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Tries what was asked for; see the module for the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
     for axis, names in _AXES.items():
-        parser.add_argument(f"--{axis}", help=f"comma-separated: {', '.join(names)}; leaves docs/compatibility.* alone")
+        parser.add_argument(f"--{axis}", help=f"comma-separated: {', '.join(names)}")
     options = parser.parse_args(argv)
     chosen = {axis: (getattr(options, axis) or ",".join(names)).split(",") for axis, names in _AXES.items()}
     for axis, names in chosen.items():
@@ -43,10 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"no {axis} {', '.join(unknown)}; there are {', '.join(_AXES[axis])}")
     with tempfile.TemporaryDirectory() as folder:
         outcomes = _tried(Path(folder), chosen)
-    if all(set(chosen[axis]) == set(names) for axis, names in _AXES.items()):
-        record = _record(outcomes)
-        write_json(DOCS / "compatibility.json", record)
-        (DOCS / "compatibility.md").write_text(_page(outcomes, record), encoding="utf-8")
     failed = sum(outcome.state == "failed" for outcome in outcomes)
     print(f"{len(outcomes)} cells, {failed} failed")
     return int(failed > 0)
@@ -56,13 +46,24 @@ def _tried(folder: Path, chosen: dict[str, list[str]]) -> list[Outcome]:
     write_rows(folder)
     bench = Bench(folder=folder, model=save_tiny_model(folder / "model"))
     known: dict[Cell, Outcome] = {}
-    for launcher, adapter, stage in itertools.product(chosen["launcher"], chosen["adapter"], chosen["stage"]):
-        for cell in _needed(Cell(stage=stage, adapter=adapter, launcher=launcher)):
+    outcomes = []
+    for launcher, adapter in itertools.product(chosen["launcher"], chosen["adapter"]):
+        cells = [Cell(stage=stage, adapter=adapter, launcher=launcher) for stage in chosen["stage"]]
+        for cell in itertools.chain.from_iterable(map(_needed, cells)):
             if cell not in known:
                 started = time.monotonic()
                 known[cell] = bench.outcome(cell)
                 _show(known[cell], time.monotonic() - started)
-    return [one for cell, one in known.items() if all(getattr(cell, axis) in names for axis, names in chosen.items())]
+        tried = [known[cell] for cell in cells]
+        _write(tried)
+        outcomes += tried
+    return outcomes
+
+
+def _write(outcomes: Sequence[Outcome]) -> None:
+    content = results_file.update(DOCS / "compatibility.json", "cells", list(map(_entry, outcomes)), names=_AXES)
+    if content is not None:
+        (DOCS / "compatibility.md").write_text(page(content), encoding="utf-8")
 
 
 def _needed(cell: Cell) -> list[Cell]:
@@ -75,53 +76,39 @@ def _needed(cell: Cell) -> list[Cell]:
 def _show(outcome: Outcome, seconds: float) -> None:
     cell = outcome.cell
     figures = ", ".join(f"{name} {value:.1g}" for name, value in outcome.figures.items())
-    told = outcome.reason or figures
+    detail = outcome.reason or figures
     print(
-        f"{cell.launcher:<6} {cell.adapter:<7} {cell.stage:<7} {outcome.state:<8} {seconds:4.0f} s  {told}", flush=True
+        f"{cell.launcher:<6} {cell.adapter:<7} {cell.stage:<7} {outcome.state:<8} {seconds:4.0f} s  {detail}",
+        flush=True,
     )
 
 
-def _record(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    machine = processor()
+def _entry(outcome: Outcome) -> dict[str, Any]:
+    cell = outcome.cell
     return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit_of_checkout(DOCS.parent),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {machine['model']}",
-        "processes": 2,
-        "versions": {
-            "python": sys.version.split()[0],
-            **{name: importlib.metadata.version(name) for name in (*PACKAGES, "deepspeed") if name in _installed()},
-        },
-        "bounds": {"figures": SAME, "logits": LOGITS},
-        "cells": [
-            {
-                "stage": outcome.cell.stage,
-                "adapter": outcome.cell.adapter,
-                "launcher": outcome.cell.launcher,
-                "state": outcome.state,
-                **({"reason": outcome.reason} if outcome.reason else {}),
-                **{name: float(f"{value:.2g}") for name, value in outcome.figures.items()},
-            }
-            for outcome in outcomes
-        ],
+        "stage": cell.stage,
+        "adapter": cell.adapter,
+        "launcher": cell.launcher,
+        "state": outcome.state,
+        **({"reason": outcome.reason} if outcome.reason else {}),
+        **{name: float(f"{value:.2g}") for name, value in outcome.figures.items()},
     }
 
 
-def _installed() -> set[str]:
-    return {distribution.name for distribution in importlib.metadata.distributions()}
-
-
-def _page(outcomes: Sequence[Outcome], record: dict[str, Any]) -> str:
+def page(content: dict[str, Any]) -> str:
     """The table for readers: a row for each adapter and stage, reasons below."""
-    state = {(o.cell.adapter, o.cell.stage, o.cell.launcher): o for o in outcomes}
+    cells = {(cell["adapter"], cell["stage"], cell["launcher"]): cell for cell in content["cells"]}
+    runs = content["runs"]
+    several = len(runs) > 1
     reasons: list[str] = []
     lines = [
         "# Which stages, adapters and launches work together",
         "",
-        f"Written by `make matrix` on {record['date']} at {record['commit'][:7]}: {record['device']}, "
-        f"{record['processes']} processes (1 for `local`), "
-        "a tiny Llama in float32, each stage with its default settings except for sizes. Row lengths differ strongly, "
-        "so that processes split their shares of a batch into different numbers of micro-batches.",
+        "Written by `make matrix`: 2 processes (1 for `local`), a tiny Llama in float32, each stage with its default "
+        "settings except for sizes. Row lengths differ strongly, so that processes split their shares of a batch into "
+        "different numbers of micro-batches.",
+        "",
+        *(f"- {_letter(number) if several else ''}{_described(run)}" for number, run in enumerate(runs)),
         "",
         "*works*: the metrics of every step equal those of one process within "
         f"{SAME:g} (same global batch). Plain transformers and PEFT read the result and give the same logits within "
@@ -132,17 +119,25 @@ def _page(outcomes: Sequence[Outcome], record: dict[str, Any]) -> str:
         "|---|---|" + "---|" * len(LAUNCHERS),
     ]
     for adapter, stage in itertools.product(ADAPTERS, STAGES):
-        cells = []
+        row = []
         for launcher in LAUNCHERS:
-            outcome = state[adapter, stage, launcher]
-            if outcome.state == "refused" and outcome.reason not in reasons:
-                reasons.append(outcome.reason)
-            cells.append(
-                f"refused ({reasons.index(outcome.reason) + 1})" if outcome.state == "refused" else outcome.state
-            )
-        lines.append(f"| {adapter} | {stage} | " + " | ".join(cells) + " |")
+            cell = cells[adapter, stage, launcher]
+            state, reason = cell["state"], cell.get("reason", "")
+            if state == "refused":
+                reasons += [] if reason in reasons else [reason]
+                state = f"refused ({reasons.index(reason) + 1})"
+            row.append(state + (f" {_letter(cell['run'])}" if several else "").rstrip(": "))
+        lines.append(f"| {adapter} | {stage} | " + " | ".join(row) + " |")
     lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)), ""]
     return "\n".join(lines)
+
+
+def _letter(number: int) -> str:
+    return f"{chr(ord('a') + number)}: "
+
+
+def _described(run: dict[str, Any]) -> str:
+    return f"{run['date']}, commit {run['commit'][:7]}, {run['device']}"
 
 
 if __name__ == "__main__":

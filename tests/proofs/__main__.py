@@ -1,14 +1,13 @@
 """``python -m tests.proofs``: runs the proofs, prints each figure with its bound, and writes docs/proofs.json.
 
-The file holds whole runs only, in which nothing was skipped. Exit code: 0 all passed or were skipped, 1 one failed, 2 a
-wrong option.
+The file is written after each proof, and each of its proofs names the run that it came from. A proof that was skipped
+or not asked for stays as it is. Exit code: 0 all passed or were skipped, 1 one failed, 2 a wrong option.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import io
 import sys
 import tempfile
@@ -17,17 +16,13 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from alignment.core.artifacts import write_json
-from alignment.core.versions import PACKAGES
-from alignment.pipeline.execute.worker_protocol import commit_of_checkout
-from benchmarks.machine import processor
+from tests import results_file
 from tests.proofs import (
     bandit,
     count,
@@ -79,25 +74,24 @@ class Outcome:
             }
             for claim in self.claims
         ]
-        told = {"name": self.name, "state": self.state, "seconds": round(self.seconds, 1), "claims": claims}
-        return told | ({"reason": self.reason} if self.reason else {})
+        entry = {"name": self.name, "state": self.state, "seconds": round(self.seconds, 1), "claims": claims}
+        return entry | ({"reason": self.reason} if self.reason else {})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what was asked for; see the module for the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.proofs", description=__doc__)
-    parser.add_argument("--only", help=f"comma-separated: {', '.join(PROOFS)}; leaves docs/proofs.json alone")
+    parser.add_argument("--only", help=f"comma-separated: {', '.join(PROOFS)}")
     only = parser.parse_args(argv).only
     names = list(PROOFS) if only is None else only.split(",")
     if unknown := [name for name in names if name not in PROOFS]:
         parser.error(f"no proof {', '.join(unknown)}; there are {', '.join(PROOFS)}")
     _quiet()
-    outcomes = [_tried(name) for name in names]
-    skipped = [outcome.name for outcome in outcomes if outcome.state == "skipped"]
-    if only is None and not skipped:
-        write_json(RESULTS, _record(outcomes))
-    elif skipped:
-        print(f"docs/proofs.json is left as it is, because of what was skipped: {', '.join(skipped)}")
+    outcomes = []
+    for name in names:
+        outcomes.append(outcome := _tried(name))
+        if outcome.state != "skipped":
+            results_file.update(RESULTS, "proofs", [outcome.as_dict()], names=("name",))
     return int(any(outcome.state == "failed" for outcome in outcomes))
 
 
@@ -127,22 +121,6 @@ def _line(claim: Claim) -> str:
     values = " ".join(f"{value:.4g}" for value in claim.values)
     bounds = [f"{sign} {bound:g}" for sign, bound in (("≥", claim.at_least), ("≤", claim.at_most)) if bound is not None]
     return f"{claim.figure}: {values} ({', '.join(bounds)})"
-
-
-def _record(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    packages = [package for package in PACKAGES if package != "alignment-pipeline"]
-    machine = processor()
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit_of_checkout(RESULTS.parents[1]),
-        "processor": machine["model"],
-        "cores": machine["cores"],
-        "versions": {
-            "python": sys.version.split()[0],
-            **{package: importlib.metadata.version(package) for package in packages},
-        },
-        "proofs": [outcome.as_dict() for outcome in outcomes],
-    }
 
 
 def _quiet() -> None:
