@@ -27,7 +27,7 @@ MODEL = bundled_model.lookup("smollm2-135m")
 )
 def test_the_bundled_model_learns_in_bfloat16(new_forked: Callable[[], Align], tmp_path: Path) -> None:
     rows = tmp_path / "one_short_row.jsonl"  # a row of the quickstart takes two minutes on a CPU without bfloat16
-    turns = [{"role": "user", "content": "When does it open?"}, {"role": "assistant", "content": "The shop opens at 9."}]
+    turns = [{"role": "user", "content": "When is it open?"}, {"role": "assistant", "content": "The shop opens at 9."}]
     rows.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
     align = replace(new_forked(), recipe="quickstart")
     others = [f"~stages.{stage}" for stage in ("reward", "dpo", "ppo", "evaluate", "report")]
