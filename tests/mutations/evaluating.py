@@ -116,7 +116,7 @@ MUTATIONS = [
         ),
         (
             "equal scores are a loss",
-            "LOSS if mine < theirs else TIE",
+            "LOSS if score < other else TIE",
             "LOSS",
             "test_scores_are_compared_and_equal_ones_tie",
         ),
@@ -176,8 +176,8 @@ MUTATIONS = [
         ),
         (
             "a loss is a mean of means",
-            "[float(one.tokens) for one in sums]",
-            "[1.0 for one in sums]",
+            "[float(reference.tokens) for reference in sums]",
+            "[1.0 for _ in sums]",
             "test_the_loss_is_a_mean_over_all_reference_tokens_and_its_interval_over_prompts",
         ),
     ),
@@ -246,8 +246,8 @@ MUTATIONS = [
         ),
         (
             "an earlier policy is handed on without a word",
-            "done is not None and kept < done:",
-            "done is not None and kept < 0:",
+            "done is not None and best_update < done:",
+            "done is not None and best_update < 0:",
             "test_an_earlier_policy_that_was_handed_on_is_named_with_both_opinions",
         ),
     ),
