@@ -1,4 +1,4 @@
-"""What a reader calls the arms of an evaluation; without torch, because the driver asks too."""
+"""Short labels for the arms of an evaluation; torch-free, because the driver uses them too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def labels(arms: Sequence[str]) -> dict[str, str]:
-    """What a reader calls each arm: ``stage:dpo`` → ``dpo``, ``path:/models/tiny`` → ``tiny``; no two the same."""
+    """A unique label for each arm: ``stage:dpo`` → ``dpo``, ``path:/models/tiny`` → ``tiny``."""
     short = {
         arm: Path(arm.removeprefix("path:")).name if arm.startswith("path:") else arm.removeprefix("stage:")
         for arm in arms

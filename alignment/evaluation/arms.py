@@ -1,4 +1,4 @@
-"""One arm: a policy's answers to the held-out prompts, their log-probabilities, and what a reward model gives them."""
+"""One arm: a policy's answers to the held-out prompts, their log-probabilities, and their reward scores."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from alignment.models.forward.shared_prompts import can_read, read
 from alignment.models.kernels.layout import prepacked
 
 TOKENS = 4096
-"""Tokens of rows that are scored at once."""
+"""Tokens that are scored at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
     """One arm's answer to one prompt.
 
-    ``ids`` are its tokens with the end of the turn if it came; ``ended`` says whether it did.
+    ``ids`` are its tokens, with the end of the turn if it was generated; ``ended`` says whether it was.
     """
 
     ids: list[int]
@@ -34,7 +34,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenSum:
-    """The log-probability of a text in nats, and of how many tokens it is the sum."""
+    """The log-probability of a text in nats, and the number of tokens that it sums over."""
 
     logprob: float
     tokens: int
@@ -42,11 +42,11 @@ class TokenSum:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
-    """What one arm answered, one entry a held-out prompt.
+    """The answers of one arm, one entry per held-out prompt.
 
-    ``logprobs`` are those of its own answers, in nats; None for an arm whose log-ratio is not asked for.
-    ``references`` are those of the rows' reference answers, None for a row without one or an arm with other tokens.
-    ``seconds`` covers all of it, when it was computed.
+    ``logprobs`` are those of its own answers, in nats; None for an arm whose log-ratio is not needed. ``references``
+    are those of the rows' reference answers, None for a row without one or an arm with another tokenizer. ``seconds``
+    is the time that computing all of it took.
     """
 
     answers: list[Answer]
@@ -56,12 +56,12 @@ class Answered:
 
     @property
     def ids(self) -> list[list[int]]:
-        """The answers as tokens."""
+        """The token ids of the answers."""
         return [answer.ids for answer in self.answers]
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str) -> list[Message]:
-    """The same turns with the prompt behind the system message that they have, or as one."""
+    """The turns with the prompt appended to their system message, or as a new one."""
     system = [m.content for m in messages if m.role == "system"]
     turns = [m for m in messages if m.role != "system"]
     return [Message(role="system", content="\n".join([*system, system_prompt])), *turns]
@@ -79,7 +79,7 @@ def read_answers(tokenizer: Any, rows: Sequence[list[int]]) -> list[Answer]:
 def side_by_side(
     prompts: Sequence[Sequence[int]], arms: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Rows of all arms' answers (token ids), those to one prompt next to each other, so that it is computed once."""
+    """Prompts and answers (token ids) of all arms; rows of one prompt are adjacent, so that it is computed once."""
     return (
         [list(prompt) for prompt in prompts for _ in arms],
         [list(arm[row]) for row in range(len(prompts)) for arm in arms],
@@ -98,8 +98,8 @@ def answer_and_score(
     with_own: bool,
     progress: Callable[[int], None],
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """The model's answers to prompts, and log p of texts behind each, in nats: of its own answer first, if that is
-    asked for, then of the ``others``. What it has read of a prompt serves for all of it.
+    """The model's answers to prompts, and log p of texts after each prompt, in nats: first of its own answer if
+    ``with_own``, then of the ``others``. Where the model allows it, each prompt is read once for all of these.
 
     Raises:
         ModelError: the model's head does more than one matrix product.
@@ -115,17 +115,17 @@ def answer_and_score(
             batch_answers = answer_batch(model, asked, max_new_tokens=max_new_tokens, end_ids=end_ids, reading=reading)
             progress(start + len(rows))
             texts = [[*([answer] * with_own), *others[row]] for row, answer in zip(rows, batch_answers, strict=True)]
-            sums = _behind_each(model, asked, texts) if reading is None else reading.logprobs(model, texts)
+            sums = _logprobs_after_each(model, asked, texts) if reading is None else reading.logprobs(model, texts)
             del reading  # before the next batch is read
             for row, answer, own in zip(rows, batch_answers, sums, strict=True):
                 answers[row], scores[row] = answer, own
     return answers, scores
 
 
-def _behind_each(
+def _logprobs_after_each(
     model: PreTrainedModel, prompts: Sequence[list[int]], texts: Sequence[Sequence[list[int]]]
 ) -> list[list[float]]:
-    """Log-probabilities of any number of texts behind each prompt, as whole rows."""
+    """Log-probabilities of any number of texts after each prompt, computed as whole rows."""
     repeated = [prompt for prompt, of_prompt in zip(prompts, texts, strict=True) for _ in of_prompt]
     flat = [text for of_prompt in texts for text in of_prompt]
     sums = iter(sequence_logprobs(model, repeated, flat) if flat else [])

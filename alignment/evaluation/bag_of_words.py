@@ -1,8 +1,8 @@
-"""A bag of words as a judge of pairs: what can be told by which words an answer has, whatever their order.
+"""A bag-of-words judge of pairs: it knows which words an answer has, but not their order.
 
 The log-odds that an answer is the better one are linear in the differences of log(1 + count) of each word, chosen minus
-rejected: logistic regression without an intercept, under an L2 penalty, in float64 by Newton's method. The same pairs
-give the same weights.
+rejected. This is logistic regression without an intercept, with an L2 penalty, fitted in float64 by Newton's method.
+The same pairs give the same weights.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from alignment.core.errors import DataError
 Vector = NDArray[np.float64]
 
 PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-"""Of which the one with the smallest loss on pairs that were left out is taken. Chosen, not tuned."""
+"""Candidates; the one with the smallest cross-validation loss is used. Chosen, not tuned."""
 FOLDS = 5
 FEWEST = 2
-"""Pairs in which a word must make a difference to be in the vocabulary."""
+"""A word is in the vocabulary if its count differs between the answers of at least this many pairs."""
 _STEPS, _ROUNDS = 50, 1000
-"""Of Newton's method, and of conjugate gradients in each; some ten and some dozens are enough."""
+"""Most steps of Newton's method, and of conjugate gradients in each; about ten and some dozens are enough."""
 _SMALL = 1e-8
-"""Largest slope at which the fit has come to its end, a pair."""
+"""The fit has converged once no component of the gradient is larger than this per pair."""
 _WORD = re.compile(r"\w+(?:['’]\w+)?")
 
 Texts = tuple[str, str]
@@ -37,7 +37,7 @@ Texts = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Differences:
-    """``[pairs, words]`` features as the entries that are not 0, by row and column."""
+    """``[pairs, words]`` features as a sparse matrix: the entries that are not 0, with their rows and columns."""
 
     rows: NDArray[np.int64]
     columns: NDArray[np.int64]
@@ -45,15 +45,15 @@ class Differences:
     shape: tuple[int, int]
 
     def times(self, weights: Vector) -> Vector:
-        """``[pairs]``: each pair's sum of features by weight."""
+        """``[pairs]``: the features times ``[words]`` weights."""
         return _sums(self.rows, self.values * weights[self.columns], self.shape[0])
 
     def back(self, factors: Vector) -> Vector:
-        """``[words]``: each word's sum of features by a factor of their pair."""
+        """``[words]``: the transposed features times ``[pairs]`` factors."""
         return _sums(self.columns, self.values * factors[self.rows], self.shape[1])
 
     def of(self, mask: NDArray[np.bool_]) -> Differences:
-        """Those of the pairs where ``mask`` is true."""
+        """The features of the pairs where ``mask`` is true."""
         new_rows = np.cumsum(mask) - 1
         entries = mask[self.rows]
         return Differences(
@@ -66,7 +66,7 @@ class Differences:
 
 @dataclass(frozen=True, kw_only=True)
 class BagOfWords:
-    """``weights`` of words in the log-odds, and the ``penalty`` that they were fitted under."""
+    """``weights`` of words in the log-odds, and the ``penalty`` that they were fitted with."""
 
     words: tuple[str, ...]
     weights: Vector
@@ -77,28 +77,29 @@ class BagOfWords:
         return {word: column for column, word in enumerate(self.words)}
 
     def margins(self, pairs: Sequence[Texts]) -> list[float]:
-        """The log-odds that the first answer of each pair is the better one; 0 where no word tells them apart."""
+        """The log-odds that the first answer of each pair is the better one; 0 if no known word differs."""
         return differences(pairs, self._vocabulary).times(self.weights).tolist()
 
     def heaviest(self, count: int) -> tuple[list[str], list[str]]:
-        """The words that speak most for an answer, and those that speak most against it."""
+        """The words with the largest positive weights, and those with the largest negative ones."""
         order = np.argsort(self.weights, kind="stable")
         against = [self.words[column] for column in order[:count] if self.weights[column] < 0]
         return [self.words[column] for column in order[::-1][:count] if self.weights[column] > 0], against
 
 
 def fit(pairs: Sequence[Texts], groups: Sequence[str], *, seed: int) -> BagOfWords:
-    """Learns from ``pairs``; ``groups`` name each one's prompt, which stands on one side of a split only.
+    """Fits a model to ``pairs``; ``groups`` name the prompt of each pair, so that no prompt is in two folds.
 
     Raises:
-        DataError: no word makes a difference in as many pairs as it must.
+        DataError: no word differs between the answers of at least ``FEWEST`` pairs.
     """
     counts = Counter(word for pair in pairs for word in _differences_of(pair))
     words = tuple(sorted(word for word, count in counts.items() if count >= FEWEST))
     if not words:
         raise DataError(
-            f"no word makes a difference in {FEWEST} of the {len(pairs)} pairs that a bag of words would learn from",
-            remedy="name more pairs in 'learned'",
+            f"no word differs between the answers of at least {FEWEST} of the {len(pairs)} pairs that the bag of words "
+            "learns from",
+            remedy="give more pairs in 'learned'",
         )
     features = differences(pairs, {word: column for column, word in enumerate(words)})
     penalty = _best_penalty(features, groups, seed)
@@ -106,12 +107,12 @@ def fit(pairs: Sequence[Texts], groups: Sequence[str], *, seed: int) -> BagOfWor
 
 
 def words_of(text: str) -> Counter[str]:
-    """How often each word stands in a text; case does not count."""
+    """The number of times that each word occurs in a text, ignoring case."""
     return Counter(word.replace("’", "'") for word in _WORD.findall(text.lower()))
 
 
 def differences(pairs: Sequence[Texts], vocabulary: Mapping[str, int]) -> Differences:
-    """The features of pairs; words outside of the vocabulary count for nothing."""
+    """The features of pairs; words outside the vocabulary are ignored."""
     entries = [
         (row, vocabulary[word], value)
         for row, pair in enumerate(pairs)
@@ -139,12 +140,12 @@ def loss(features: Differences, weights: Vector) -> float:
 
 
 def slope(features: Differences, weights: Vector, penalty: float) -> Vector:
-    """``[words]``: that of Σ −log σ(margin) + penalty/2 · |weights|²."""
+    """``[words]``: the gradient of Σ −log σ(margin) + penalty/2 · |weights|²."""
     return penalty * weights - features.back(sigmoid(-features.times(weights)))
 
 
 def fitted(features: Differences, penalty: float) -> Vector:
-    """The weights where the slope is 0: Newton's method, each step by conjugate gradients, halved until it descends."""
+    """The weights where the gradient is 0: Newton's method by conjugate gradients, steps halved until they descend."""
     weights: Vector = np.zeros(features.shape[1])
     height = _penalised(features, weights, penalty)
     for _ in range(_STEPS):
@@ -182,7 +183,7 @@ def _penalised(features: Differences, weights: Vector, penalty: float) -> float:
 
 
 def _best_penalty(features: Differences, groups: Sequence[str], seed: int) -> float:
-    """By the loss on folds of groups that were left out; the middle one where there are no two groups."""
+    """The penalty with the smallest cross-validation loss over groups; the middle one if there is a single group."""
     names = sorted(set(groups))
     if len(names) < 2:
         return PENALTIES[len(PENALTIES) // 2]
@@ -201,7 +202,7 @@ def _best_penalty(features: Differences, groups: Sequence[str], seed: int) -> fl
 
 
 def _sums(groups: NDArray[np.int64], values: Vector, count: int) -> Vector:
-    """``[count]`` sums of the values at each place; without any, numpy would count in whole numbers."""
+    """``[count]`` sums of the values by group, float64 even without any values."""
     return np.bincount(groups, values, minlength=count).astype(np.float64)
 
 

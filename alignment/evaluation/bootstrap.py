@@ -1,4 +1,4 @@
-"""Intervals by resampling prompts (Efron 1979, percentile method), 95 %, and the size of difference that n can show."""
+"""95 % intervals by resampling prompts (Efron 1979, percentile method), and the smallest detectable difference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alignment.records.interval import Interval
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Intervals:
-    """How intervals are drawn: the same resamples of prompts for every figure."""
+    """Settings of the bootstrap: every figure uses the same resamples of prompts."""
 
     samples: int
     seed: int
@@ -28,7 +28,7 @@ class Intervals:
 
 
 def mean_interval(values: Sequence[float], *, samples: int, seed: int) -> Interval:
-    """The interval of a mean over prompts; of paired differences when ``values`` are such.
+    """The interval of a mean over prompts; ``values`` may be paired differences.
 
     Raises:
         ValueError: no values.
@@ -37,8 +37,8 @@ def mean_interval(values: Sequence[float], *, samples: int, seed: int) -> Interv
 
 
 def grouped_interval(values: Sequence[float], groups: Sequence[str], *, samples: int, seed: int) -> Interval:
-    """The interval of a mean whose values are alike within a group, such as pairs of answers to one prompt: whole
-    groups are drawn.
+    """The interval of a mean whose values depend on each other within a group, such as pairs of answers to one prompt:
+    whole groups are drawn.
 
     Raises:
         ValueError: no values.
@@ -51,7 +51,7 @@ def grouped_interval(values: Sequence[float], groups: Sequence[str], *, samples:
 
 
 def ratio_interval(values: Sequence[float], sizes: Sequence[float], *, samples: int, seed: int) -> Interval:
-    """The interval of Σ values / Σ sizes, where each value comes with its size: of nats a token over texts, say.
+    """The interval of Σ values / Σ sizes, such as nats per token over texts.
 
     Raises:
         ValueError: no values.
@@ -61,7 +61,7 @@ def ratio_interval(values: Sequence[float], sizes: Sequence[float], *, samples: 
     data, weights = np.asarray(values, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
     rng = np.random.default_rng(seed)
     drawn = []
-    for _ in range(samples):  # one at a time: all at once would be gigabytes for a large benchmark
+    for _ in range(samples):  # one sample at a time: all at once would take gigabytes for a large benchmark
         picks = rng.integers(0, len(data), size=len(data))
         drawn.append(data[picks].sum() / weights[picks].sum())
     low, high = np.quantile(drawn, [0.025, 0.975])
@@ -69,7 +69,7 @@ def ratio_interval(values: Sequence[float], sizes: Sequence[float], *, samples: 
 
 
 def detectable(differences: Sequence[float]) -> float | None:
-    """The true mean difference that would be found in four of five evaluations of this size.
+    """The true mean difference that four of five evaluations of this size would detect.
 
     (1.96 + .84) · s / √n, with the standard deviation s of the paired differences: the size at which a test at the 5 %
     level has a power of 80 % (Cohen 1988, chapter 2, in the normal approximation). None for fewer than two prompts.

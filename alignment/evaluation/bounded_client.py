@@ -1,8 +1,9 @@
-"""An HTTP client for a server that nobody vouches for: a try has a time and a size, and nothing follows a redirect.
+"""An HTTP client for an untrusted server: each try is limited in time and size, and redirects are not followed.
 
-A client's own timeout begins again with every byte that comes, so a byte a second keeps it waiting for ever. Here each
-read from the socket gets what is left of the whole try's time. What comes is counted before it is unpacked, and must
-not be packed. A redirect would take the prompts, and to the same host the key, to a place that the user never named.
+A client's own timeout starts again with every byte received, so a server that sends a byte a second could keep it
+waiting forever. Here each read from the socket gets only the time left for the whole try. Bytes are counted as they
+arrive, and compressed answers are refused. A redirect would send the prompts (and, to the same host, the key) to an
+address that the user never named.
 """
 
 from __future__ import annotations
@@ -13,40 +14,40 @@ import time
 from typing import Any
 
 MOST_BYTES = 4 << 20
-"""Of an answer with its headers; a judge's thousand words take some kilobytes."""
+"""Limit of an answer with its headers; a judge's thousand words take a few kilobytes."""
 
 
 class Refused(Exception):
-    """Why an answer was not read to its end."""
+    """The reason why an answer was not read to its end."""
 
 
 class _Allowance(threading.local):
-    """What is left of the try that this thread makes."""
+    """Time and bytes left for the current try of this thread."""
 
     seconds = 0.0
     end = math.inf
     left = MOST_BYTES
 
     def begin(self, seconds: float) -> None:
-        """A try begins."""
+        """Starts a try that may take this many seconds."""
         self.seconds, self.end, self.left = seconds, time.monotonic() + seconds, MOST_BYTES
 
     def remaining(self) -> float:
-        """Seconds.
+        """The seconds left for this try.
 
         Raises:
-            Refused: there are none.
+            Refused: no time is left.
         """
         remaining = self.end - time.monotonic()
         if remaining <= 0:
-            raise Refused(f"timed out: the whole answer was not there within {self.seconds:g} s")
+            raise Refused(f"timed out: the whole answer did not arrive within {self.seconds:g} s")
         return remaining
 
     def take(self, content: bytes) -> bytes:
-        """Counts what came.
+        """Counts received bytes and returns them.
 
         Raises:
-            Refused: it is too much.
+            Refused: the answer is too long.
         """
         self.left -= len(content)
         if self.left < 0:
@@ -55,7 +56,7 @@ class _Allowance(threading.local):
 
 
 def bounded_client(seconds: float) -> Any:
-    """A client for ``OpenAI(http_client=…)``, each of whose tries takes at most so long."""
+    """A client for ``OpenAI(http_client=…)``, each of whose tries takes at most this many seconds."""
     from openai import DefaultHttpxClient
 
     allowance = _Allowance()
@@ -69,17 +70,17 @@ def bounded_client(seconds: float) -> Any:
         headers={"Accept-Encoding": "identity"},
         event_hooks={"request": [begin], "response": [_refuse_packed]},
     )
-    for transport in (client._transport, *client._mounts.values()):  # directly, and by proxies of the environment's
+    for transport in (client._transport, *client._mounts.values()):  # direct, and through proxies of the environment
         if transport is not None:
             transport._pool._network_backend = _Backend(transport._pool._network_backend, allowance)
     return client
 
 
 def _refuse_packed(response: Any) -> None:
-    """Some kilobytes could be gigabytes once unpacked."""
+    """Refuses a compressed answer: a few kilobytes could expand to gigabytes."""
     packing = response.headers.get("content-encoding", "identity")
     if packing != "identity":
-        raise Refused(f"its answer is packed ({packing:.20}), which was not asked for")
+        raise Refused(f"its answer is compressed ({packing:.20}), which was not requested")
 
 
 class _Backend:
@@ -90,7 +91,7 @@ class _Backend:
         self._allowance = allowance
 
     def connect_tcp(self, *address: Any, timeout: float | None = None, **options: Any) -> Any:
-        """A connection."""
+        """Opens a connection."""
         within = _within(timeout, self._allowance)
         return _Stream(self._backend.connect_tcp(*address, timeout=within, **options), self._allowance)
 
@@ -107,15 +108,15 @@ class _Stream:
         self._allowance = allowance
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """What came next."""
+        """The next bytes."""
         return self._allowance.take(self._stream.read(max_bytes, timeout=_within(timeout, self._allowance)))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Sends it."""
+        """Sends bytes."""
         self._stream.write(buffer, timeout=_within(timeout, self._allowance))
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Closes the connection."""
         self._stream.close()
 
     def start_tls(self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None) -> _Stream:
@@ -124,7 +125,7 @@ class _Stream:
         return _Stream(self._stream.start_tls(ssl_context, server_hostname, timeout=within), self._allowance)
 
     def get_extra_info(self, info: str) -> Any:
-        """What is known of it."""
+        """Information about the connection."""
         return self._stream.get_extra_info(info)
 
 

@@ -1,7 +1,7 @@
 """The figures of a reward model's report card (docs/design/0016).
 
-A margin is the score of the chosen answer minus that of the rejected one; σ(margin) is what a Bradley-Terry model says
-of the chance that the chosen answer is the better one. A tie counts as half right.
+A margin is the score of the chosen answer minus that of the rejected one. σ(margin) is the probability, under a
+Bradley-Terry model, that the chosen answer is the better one. A tie counts as half right.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from alignment.records.reward_card import (
 )
 
 BINS = 5
-"""Of calibration, from chance to certainty. Chosen, not tuned: a hundred pairs a bin where there are five hundred."""
+"""Bins of calibration, from chance to certainty. Chosen, not tuned: five hundred pairs give a hundred per bin."""
 BARS = 20
-"""Of the histogram of margins, half of them on each side of 0."""
+"""Bars of the histogram of margins, half of them on each side of 0."""
 FEW = 10
-"""Prompts below which no interval is given: so few drawn again say too little."""
+"""With fewer prompts no interval is given: a bootstrap over so few says too little."""
 WORDS, LONGER = "bag of words", "longer answer"
 _JUDGES = {WORDS: "a bag of words", LONGER: "the rule that the longer answer is better"}
-"""The simpler judges, as a sentence calls them."""
+"""The simpler judges, as named in sentences."""
 _OUTLIERS = 0.99
-"""Share of margins within the histogram; the outermost bars hold the rest too."""
+"""Share of margins within the edges of the histogram; the outermost bars hold the rest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """A pair with what was said of it, chosen answer first.
+    """A pair with its judgements, chosen answer first.
 
-    ``scores`` are the model's, ``tokens`` the lengths of prompt and answer together. ``words`` is the margin by a bag
-    of words and ``rule`` what the rule says of each answer; None where there is none.
+    ``scores`` are the model's, ``tokens`` the lengths of prompt and answer together. ``words`` is the margin of a bag
+    of words and ``rule`` the rule's score of each answer; None without a bag of words or a rule.
     """
 
     pair: PreferencePair
@@ -64,17 +64,17 @@ class Judged:
 
     @property
     def longer_by(self) -> int:
-        """Tokens that the chosen answer has more."""
+        """How many tokens longer the chosen answer is."""
         return self.tokens[0] - self.tokens[1]
 
     @property
     def subset(self) -> str:
-        """The part of a benchmark, or the kind of task."""
+        """The subset of a benchmark, or else the task."""
         return self.pair.subset or self.pair.task
 
     @property
     def prompt(self) -> str:
-        """The same for pairs of the same prompt."""
+        """A key that is the same for pairs of the same prompt."""
         return repr(self.pair.messages)
 
     @property
@@ -101,13 +101,13 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Intervals:
-    """How intervals are drawn: the same resamples of prompts for every figure of the same pairs."""
+    """Settings of the bootstrap: all figures of the same pairs use the same resamples of prompts."""
 
     samples: int
     seed: int
 
     def of(self, values: Sequence[float], pairs: Sequence[Judged]) -> Interval:
-        """The mean over pairs with its 95 % interval, which is left out for few prompts."""
+        """The mean over pairs with its 95 % interval, without one for fewer than ``FEW`` prompts."""
         prompts = [judged.prompt for judged in pairs]
         if len(set(prompts)) < FEW:
             return Interval(mean=float(np.mean(values)))
@@ -120,7 +120,7 @@ def right(margins: Sequence[float]) -> list[float]:
 
 
 def card_of(pairs: Sequence[Judged], *, intervals: Intervals, num_worst: int) -> RewardCard:
-    """All figures that the pairs give, of which there is at least one."""
+    """All figures of the pairs, of which there must be at least one."""
     return RewardCard(
         num_pairs=len(pairs),
         num_prompts=len({judged.prompt for judged in pairs}),
@@ -136,7 +136,7 @@ def card_of(pairs: Sequence[Judged], *, intervals: Intervals, num_worst: int) ->
 
 
 def baselines(pairs: Sequence[Judged], intervals: Intervals) -> list[Baseline]:
-    """How often each simpler judge is right, and by how much the model is right more often, paired."""
+    """How often each simpler judge is right, and how much more often the model is right, paired."""
     by_model = _model(pairs)
     judges = []
     for name, by_judge in _simpler(pairs).items():
@@ -147,7 +147,7 @@ def baselines(pairs: Sequence[Judged], intervals: Intervals) -> list[Baseline]:
 
 
 def subsets(pairs: Sequence[Judged], intervals: Intervals) -> list[Subset]:
-    """Accuracy by subset, in the order in which they come; nothing where the pairs are not told apart so."""
+    """Accuracy by subset, in order of appearance; empty for fewer than two subsets."""
     names = list(dict.fromkeys(judged.subset for judged in pairs))
     if len(names) < 2:
         return []
@@ -168,17 +168,17 @@ def _model(pairs: Sequence[Judged]) -> list[float]:
 
 
 def _simpler(pairs: Sequence[Judged]) -> dict[str, list[float]]:
-    """What judges that read less than the model get right."""
+    """Which pairs the simpler judges get right, by judge."""
     words = [judged.words for judged in pairs if judged.words is not None]
     by_name = {WORDS: right(words)} if len(words) == len(pairs) else {}
     return {**by_name, LONGER: right([judged.longer_by for judged in pairs])}
 
 
 def calibration(margins: Sequence[float]) -> Calibration:
-    """Whether the model is right as often as it says: σ(|margin|) against the share of pairs in which it is.
+    """Whether the model is right as often as it is confident: σ(|margin|) against the share of pairs it gets right.
 
-    Seen from the answer that the model prefers, so that no pair has to be turned at random. ``ece`` is the mean
-    distance of the two over the bins, weighed by their pairs (Naeini et al. 2015); ``brier`` is the mean of
+    Confidence is that in the answer that the model prefers, so that no pair has to be flipped at random. ``ece`` is
+    the mean distance of the two over the bins, weighted by their pairs (Naeini et al. 2015). ``brier`` is the mean of
     (1 − σ(margin))² and ``log_loss`` that of −log σ(margin), in nats: .25 and .693 for a model that knows nothing.
     """
     values = np.asarray(margins, dtype=np.float64)
@@ -213,7 +213,7 @@ def _bin(number: int, confidence: NDArray[np.float64], share: NDArray[np.float64
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share among ``count``, taken to be independent (Wilson 1927)."""
+    """The 95 % interval of a share of ``count`` trials, assumed to be independent (Wilson 1927)."""
     z = 1.959964
     middle = share + z * z / (2 * count)
     half = z * sqrt(share * (1 - share) / count + z * z / (4 * count * count))
@@ -222,7 +222,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def histogram(margins: Sequence[float]) -> Margins:
-    """Counts of margins between edges around 0; the outermost bars hold what lies beyond them too."""
+    """Counts of margins between edges around 0; the outermost bars also hold the margins beyond them."""
     values = np.asarray(margins, dtype=np.float64)
     reach = float(np.quantile(np.abs(values), _OUTLIERS)) or 1.0
     edges = np.linspace(-reach, reach, BARS + 1)
@@ -231,9 +231,9 @@ def histogram(margins: Sequence[float]) -> Margins:
 
 
 def length_bias(pairs: Sequence[Judged]) -> Length:
-    """Whether the model goes by length: the correlation of margin and difference in length, how often it prefers the
-    longer answer and how often that is the chosen one, and how often it is right where the chosen one is longer, and
-    shorter. Figures for which there are no pairs are None."""
+    """Whether the model prefers longer answers: the correlation of margin and difference in length, how often it
+    prefers the longer answer, how often that is the chosen one, and the accuracy where the chosen answer is longer and
+    where it is shorter. Figures without any pairs are None."""
     different = [judged for judged in pairs if judged.longer_by]
     prefers = [judged.margin * (1 if judged.longer_by > 0 else -1) for judged in different]
     longer = [judged for judged in different if judged.longer_by > 0]
@@ -248,8 +248,8 @@ def length_bias(pairs: Sequence[Judged]) -> Length:
 
 
 def rule_agreement(pairs: Sequence[Judged], intervals: Intervals) -> RuleAgreement | None:
-    """How often model and rule prefer the same answer, among pairs that the rule tells apart, and how often the rule is
-    right there; None without a rule."""
+    """How often model and rule prefer the same answer, among pairs whose answers the rule scores differently, and how
+    often the rule is right there; None without a rule."""
     with_rule = [(judged, judged.rule[0] - judged.rule[1]) for judged in pairs if judged.rule is not None]
     apart = [(judged, margin) for judged, margin in with_rule if margin]
     if not apart:
@@ -264,19 +264,19 @@ def rule_agreement(pairs: Sequence[Judged], intervals: Intervals) -> RuleAgreeme
 
 
 def worst(pairs: Sequence[Judged], count: int) -> list[Judged]:
-    """The pairs in which the model is most sure of the wrong answer, first the surest."""
+    """The pairs where the model is most confident in the wrong answer, the most confident first."""
     wrong = sorted((judged for judged in pairs if judged.margin < 0), key=lambda judged: judged.margin)
     return wrong[:count]
 
 
 def warnings(card: RewardCard) -> list[str]:
-    """What a reader must know before the figures, a sentence each."""
+    """What a reader must know before reading the figures, one sentence each."""
     sentences = []
     learned = card.learned
     if learned and learned.judged_too and not learned.left_out:
         sentences.append(
-            f"{learned.judged_too} of the {card.num_pairs} pairs ask what the model learned from, so it may know "
-            "the answer by heart."
+            f"{learned.judged_too} of the {card.num_pairs} pairs overlap with what the model learned from, so it "
+            "may know the answer by heart."
         )
     if learned and not learned.part_known:
         sentences.append(
@@ -291,7 +291,7 @@ def warnings(card: RewardCard) -> list[str]:
             sentences.append(f"It is right less often than {judge}.")
     if card.invariances and card.invariances.moved:
         changes = ", ".join(card.invariances.moved)
-        sentences.append(f"In float32 its scores depend on what they should not: {changes}.")
+        sentences.append(f"In float32 its scores change when they should not: {changes}.")
     return sentences
 
 
@@ -300,7 +300,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _correlation(left: Sequence[float], right: Sequence[float]) -> float | None:
-    """Pearson's; None where either does not vary."""
+    """Pearson's correlation; None if either does not vary."""
     if len(left) < 2 or np.std(left) == 0 or np.std(right) == 0:
         return None
     return float(np.corrcoef(left, right)[0, 1])

@@ -14,8 +14,8 @@ def conclusions(
     judge: Judge | None,
     labels: Mapping[str, str],
 ) -> list[str]:
-    """A sentence on which arms differ by the primary ``metric``, one on the difference that this evaluation would
-    miss, and one on the judge if there is one. Without a metric there are no comparisons."""
+    """Sentences: which arms differ in the primary ``metric``, how large a difference this evaluation would miss, and
+    what the judge found, if there is one. Without a metric there are no comparisons."""
     sentences = []
     if metric is None and judge is None:
         sentences = [f"{num_prompts} prompts, neither a metric nor a judge: no arm is called better than another."]
@@ -40,7 +40,7 @@ def _differences(num_prompts: int, metric: Metric, comparisons: Sequence[Compari
 
 
 def _limit(metric: Metric, comparisons: Sequence[Comparison]) -> str:
-    """By the pairs that were not told apart, or by all of them; a pair without any spread says nothing."""
+    """From the pairs without a real difference, or else from all; a pair without any spread is skipped."""
     pairs = [comparison for comparison in comparisons if not comparison.real] or comparisons
     sizes = [comparison.detectable for comparison in pairs if comparison.detectable]
     if not sizes:
@@ -58,10 +58,10 @@ def _judged(judge: Judge, labels: Mapping[str, str]) -> str:
     for pair in judge.pairs:
         arm, against = labels[pair.arm], labels[pair.against]
         if pair.win_rate is None:
-            parts.append(f"of {arm} and {against} {NOTHING} ({pair.invalid or 0:.0%} of the verdicts are invalid)")
+            parts.append(f"{NOTHING} about {arm} and {against} ({pair.invalid or 0:.0%} of the verdicts are invalid)")
         else:
             low, high = pair.win_rate.bounds or (pair.win_rate.mean, pair.win_rate.mean)
             parts.append(
                 f"{arm} wins {pair.win_rate.mean:.2f} against {against} ({low:.2f} to {high:.2f}), {pair.verdict}"
             )
-    return f"By {judge.name} on {judge.num_prompts} prompts, ties as half a win: {'; '.join(parts)}."
+    return f"By {judge.name} on {judge.num_prompts} prompts, ties counted as half a win: {'; '.join(parts)}."

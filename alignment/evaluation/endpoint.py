@@ -1,6 +1,6 @@
-"""A judge behind an OpenAI-compatible chat endpoint: many calls at once, retried, and kept as they come.
+"""A judge at an OpenAI-compatible chat endpoint: many calls at once, retried, and saved as they arrive.
 
-Every reply is a line of a file at once, by what was asked; a stage that is started again asks only for the rest.
+Every reply is written to a file at once, keyed by the request; a stage that is started again requests only the rest.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from alignment.evaluation.bounded_client import Refused, bounded_client
 log = logging.getLogger(__name__)
 
 GIVE_UP = 8
-"""Failed calls one after another, each tried several times, after which the endpoint is taken to be down."""
+"""After this many failed calls in a row, each tried several times, the endpoint is taken to be down."""
 
 PACKAGE = "openai>=3,<4"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """What came of a call: the judge's words, or the ``error`` after the last try."""
+    """The result of a call: the judge's ``text``, or the ``error`` of the last try."""
 
     text: str = ""
     error: str = ""
 
 
 class Endpoint:
-    """Asks the endpoint; ``replies`` is the file of its replies."""
+    """Sends prompts to the endpoint; ``replies`` is the file that its replies are saved in."""
 
     def __init__(self, config: EndpointConfig, replies: Path, *, where: str) -> None:
         """Raises ConfigError if the client is not installed, or the key's variable is not set."""
@@ -49,10 +49,10 @@ class Endpoint:
         self._client = _client(config, self._key, where=where)
 
     def ask(self, prompts: Sequence[str], progress: Callable[[int], None]) -> list[str]:
-        """The judge's words on each prompt, in order; ``progress`` is told how many are there.
+        """The judge's reply to each prompt, in order; ``progress`` receives the number done so far.
 
         Raises:
-            StageError: a call failed; all others were made first, unless ``GIVE_UP`` failed one after another.
+            StageError: a call failed. All other calls are made first, unless ``GIVE_UP`` calls failed in a row.
         """
         known = _read(self._replies)
         keys = [self._key_of(prompt) for prompt in prompts]
@@ -70,7 +70,7 @@ class Endpoint:
         return [texts[key] for key in keys]
 
     def _ask_missing(self, prompts: dict[str, str]) -> Iterator[tuple[str, Reply]]:
-        """Keys and replies as they come; those that are no failures are written down first."""
+        """Keys and replies as they arrive; successful replies are saved first."""
         pool = ThreadPoolExecutor(self._config.concurrency)
         try:
             calls: dict[Future[Reply], str] = {pool.submit(self._call, prompt): key for key, prompt in prompts.items()}
@@ -96,24 +96,24 @@ class Endpoint:
                 temperature=0,
                 max_tokens=self._config.max_tokens,
             )
-        except (OpenAIError, Refused, ValueError) as error:  # ValueError: the body is no JSON
+        except (OpenAIError, Refused, ValueError) as error:  # ValueError: the body is not JSON
             return Reply(error=self._shown(_reason(error)))
         try:
             return Reply(text=str(answer.choices[0].message.content or ""))
         except (AttributeError, IndexError, TypeError):
-            return Reply(error=self._shown(f"what came back is no chat completion: {answer!r}"))
+            return Reply(error=self._shown(f"the reply is not a chat completion: {answer!r}"))
 
     def _shown(self, error: str) -> str:
-        """An error in a line, without the key, which some servers repeat."""
+        """An error as one line, without the key, which some servers repeat in their messages."""
         line = " ".join(error.split())
         return (line.replace(self._key, "***") if self._key else line)[:300]
 
     def _failure(self, failed: int, calls: int, error: str) -> StageError:
         return StageError(
-            f"{failed} of {calls} calls of the judge at {self._config.base_url} failed; the last one: {error}",
+            f"{failed} of {calls} calls to the judge at {self._config.base_url} failed; the last error: {error}",
             where=f"{self._where}.endpoint",
-            remedy="look whether the endpoint is up, serves this model and answers in time (judge.endpoint.timeout), "
-            "then run again: it asks only for verdicts that are missing. judge.kind=none evaluates without a judge",
+            remedy="check that the endpoint is up, serves this model and answers in time (judge.endpoint.timeout), "
+            "then run again: only missing verdicts are requested. judge.kind=none evaluates without a judge",
         )
 
     def _key_of(self, prompt: str) -> str:
@@ -121,17 +121,17 @@ class Endpoint:
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def _write(self, key: str, text: str) -> None:
-        """Called by one thread only. A line begins with its break: the one before may have been cut off."""
+        """Called by one thread only. A line starts with its line break, since the line before may have been cut off."""
         self._replies.parent.mkdir(parents=True, exist_ok=True)
         with self._replies.open("a", encoding="utf-8") as stream:
             stream.write("\n" + json.dumps({"key": key, "text": text}))
 
 
 def api_key(config: EndpointConfig, *, where: str) -> str:
-    """The key, or nothing where none is asked for.
+    """The key, or "" if the endpoint needs none.
 
     Raises:
-        ConfigError: the variable is not set.
+        ConfigError: the environment variable is not set.
     """
     if config.api_key_env is None:
         return ""
@@ -140,7 +140,7 @@ def api_key(config: EndpointConfig, *, where: str) -> str:
         raise ConfigError(
             f"the environment variable {config.api_key_env} is not set",
             where=f"{where}.endpoint.api_key_env",
-            remedy=f"export {config.api_key_env}=…, or null for an endpoint without a key",
+            remedy=f"export {config.api_key_env}=…, or set it to null for an endpoint without a key",
         )
     return key
 
@@ -150,7 +150,7 @@ def _client(config: EndpointConfig, key: str, *, where: str) -> Any:
         from openai import OpenAI
     except ImportError:
         raise ConfigError(
-            "an endpoint is asked by the package openai, which is not installed",
+            "an endpoint needs the package openai, which is not installed",
             where=f"{where}.kind",
             remedy=f"pip install '{PACKAGE}'",
         ) from None
@@ -165,7 +165,7 @@ def _client(config: EndpointConfig, key: str, *, where: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in words."""
+    """The error in words."""
     response = getattr(error, "response", None)
     if response is not None and 300 <= response.status_code < 400:
         target = urlsplit(response.headers.get("location", ""))
@@ -176,7 +176,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _without_variables() -> Iterator[None]:
-    """The client takes keys, names and headers from variables when it is made, and would send them to any server."""
+    """Hides OPENAI_ variables: the client would read keys, names and headers from them and send them to any server."""
     taken = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OPENAI_")}
     try:
         yield
@@ -185,7 +185,7 @@ def _without_variables() -> Iterator[None]:
 
 
 def _read(file: Path) -> dict[str, str]:
-    """Replies by key; a line that was cut off when a stage was killed is passed over."""
+    """Replies by key; a line that was cut off when a stage was killed is skipped."""
     replies: dict[str, str] = {}
     if not file.is_file():
         return replies
@@ -194,5 +194,5 @@ def _read(file: Path) -> dict[str, str]:
             record = json.loads(line)
             replies[record["key"]] = record["text"]
         except (ValueError, KeyError, TypeError):
-            log.warning("a line of %s cannot be read; what it held is asked again", file)
+            log.warning("a line of %s cannot be read; its verdict is requested again", file)
     return replies

@@ -1,4 +1,4 @@
-"""Examples for the arm *base + few-shot*: exchanges of the training conversations that stand before every prompt."""
+"""Examples for the arm ``base+few-shot``: exchanges of the training conversations, put before every prompt."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def draw_examples(
 ) -> list[Message]:
     """``2 · count`` turns of as many exchanges: rows of one user turn and its answer, in random order.
 
-    Rows with a system message or several turns are passed over, and so is every row of which half of a held-out prompt
-    can be read (alignment/data/overlap.py): an example must not give an answer away.
+    Rows with a system message or several turns are skipped, and so is every row that repeats half of a held-out prompt
+    (alignment/data/overlap.py): an example must not give an answer away.
 
     Raises:
         DataError: there are fewer such rows than ``count``.
@@ -33,8 +33,8 @@ def draw_examples(
     free = [row for row in fitting if row.where not in near]
     if len(free) < count:
         raise DataError(
-            f"{count} examples are wanted, and {len(free)} of {len(conversations)} rows are one question and its "
-            "answer and not held out",
+            f"{count} examples are needed, but only {len(free)} of {len(conversations)} rows are one question with its "
+            "answer and repeat no held-out prompt",
             where=where,
             remedy="lower few_shot.count, or give few_shot.data more rows",
         )
@@ -43,6 +43,6 @@ def draw_examples(
 
 
 def with_examples(messages: Sequence[Message], examples: Sequence[Message]) -> list[Message]:
-    """The examples behind the system messages that the turns begin with, and before the rest."""
+    """The turns with the examples inserted after the leading system messages."""
     first = next((index for index, turn in enumerate(messages) if turn.role != "system"), len(messages))
     return [*messages[:first], *examples, *messages[first:]]

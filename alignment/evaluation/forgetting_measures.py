@@ -1,6 +1,6 @@
-"""Before and after: what policies make of general text and questions, beside what the base model did.
+"""Forgetting: how policies do on general text and questions, compared with the base model.
 
-The record ``forgetting.json`` is made here, and the rows of ``texts.jsonl`` and ``questions.jsonl`` (docs/design/0015).
+Builds the record ``forgetting.json`` and the rows of ``texts.jsonl`` and ``questions.jsonl`` (docs/design/0015).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from alignment.records.interval import Interval
 
 BASE = "base"
 _MOST = 700.0
-"""Nats a token beyond which a perplexity is no number any more; a ruined model gets there."""
+"""Nats per token; exp of more overflows a float, which a ruined model reaches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """What was read: the texts with the tokens scored in each, and the questions."""
+    """What every arm was measured on: the texts, the number of scored tokens in each, and the questions."""
 
     texts: Sequence[PlainText]
     tokens: list[int]
@@ -32,7 +32,7 @@ class Asked:
 
 
 def table(arms: Mapping[str, Measured], asked: Asked, *, limits: Limits, intervals: Intervals) -> Forgetting:
-    """All arms, the base model first, and whether every one passed. Where nothing is judged, every one does."""
+    """All arms, the base model first, and whether all passed. Without limits all pass."""
     label_of = labels(list(arms))
     rows = []
     for name, arm in arms.items():
@@ -50,7 +50,7 @@ def table(arms: Mapping[str, Measured], asked: Asked, *, limits: Limits, interva
 
 
 def headlines(record: Forgetting) -> dict[str, float]:
-    """The metrics of the manifest; ``passed`` is 1 or 0, and left out where nothing was judged."""
+    """The metrics of the manifest; ``passed`` is 1 or 0, and absent if nothing was judged."""
     metrics = {"passed": float(record.passed)} if record.judged else {}
     for arm in record.arms:
         of_arm = {"perplexity": arm.perplexity, "ability": arm.ability}
@@ -59,7 +59,7 @@ def headlines(record: Forgetting) -> dict[str, float]:
 
 
 def text_rows(arms: Mapping[str, Measured], asked: Asked) -> list[dict[str, Any]]:
-    """Each text with its tokens and what each arm needs for it, in nats."""
+    """Each text with its number of tokens and its negative log-likelihood under each arm, in nats."""
     return [
         {"id": text.id, "tokens": tokens, "nats": {name: arm.nats[index] for name, arm in arms.items()}}
         for index, (text, tokens) in enumerate(zip(asked.texts, asked.tokens, strict=True))
@@ -67,7 +67,7 @@ def text_rows(arms: Mapping[str, Measured], asked: Asked) -> list[dict[str, Any]
 
 
 def question_rows(arms: Mapping[str, Measured], asked: Asked) -> list[dict[str, Any]]:
-    """Each question with every arm's scores of its choices, in nats a byte, and whether it chose the right one."""
+    """Each question with every arm's scores of its choices, in nats per byte, and whether it chose the right one."""
     return [
         {
             "id": question.id,
@@ -83,12 +83,12 @@ def question_rows(arms: Mapping[str, Measured], asked: Asked) -> list[dict[str, 
 
 
 def is_right(question: Question, scores: Sequence[float]) -> bool:
-    """Whether the right choice has the highest score, alone: who finds all choices alike knows nothing."""
+    """Whether the right choice alone has the highest score: a policy that scores all choices alike knows nothing."""
     return all(scores[question.right] > score for index, score in enumerate(scores) if index != question.right)
 
 
 def _before(name: str, label: str, arm: Measured, asked: Asked) -> ArmForgetting:
-    """An arm by itself, as the base model is shown."""
+    """An arm by itself, without a comparison."""
     right = _right(arm, asked.questions)
     nats = sum(arm.nats) / sum(asked.tokens)
     return ArmForgetting(
@@ -105,7 +105,7 @@ def _before(name: str, label: str, arm: Measured, asked: Asked) -> ArmForgetting
 def _after(
     row: ArmForgetting, arm: Measured, base: Measured, asked: Asked, limits: Limits, intervals: Intervals
 ) -> ArmForgetting:
-    """The arm beside the base model, and whether it keeps within the limits."""
+    """The arm compared with the base model, and whether it keeps within the limits."""
     right, right_before = (_right(measured, asked.questions) for measured in (arm, base))
     more = [nats - nats_before for nats, nats_before in zip(arm.nats, base.nats, strict=True)]
     rise = intervals.of_ratio(more, asked.tokens).through(_as_rise)
@@ -115,12 +115,12 @@ def _after(
 
 
 def _as_rise(nats: float) -> float:
-    """More nats a token as a relative rise of perplexity."""
+    """Additional nats per token as a relative rise of perplexity."""
     return math.expm1(min(nats, _MOST))
 
 
 def _reasons(rise: Interval, drop: Interval, limits: Limits) -> list[str]:
-    """What passes its limit, in words; the mean counts, whatever its interval."""
+    """Which limits are exceeded, in words; only the mean counts, not its interval."""
     reasons = []
     if limits.perplexity_rise is not None and rise.mean > limits.perplexity_rise:
         reasons.append(
@@ -140,7 +140,7 @@ def _right(arm: Measured, questions: Sequence[Question]) -> list[float]:
 
 
 def _by_task(right: Sequence[float], questions: Sequence[Question]) -> dict[str, float]:
-    """The share of right answers to each kind of question that is named."""
+    """The share of right answers by task; questions without a task are left out."""
     by_task: dict[str, list[float]] = {}
     for question, value in zip(questions, right, strict=True):
         if question.task:

@@ -1,8 +1,8 @@
-"""What a policy makes of general text, and which answers to questions it finds likeliest.
+"""The likelihood of general text under a policy, and which answers to questions it finds likeliest.
 
-A choice is scored as lm-evaluation-harness scores one for ``acc_norm``: by its log-likelihood as the assistant's answer
-under the chat template, the end of the turn left out, divided by its length in bytes, so that short answers are not
-ahead because they are short. The choices are not shown in the prompt.
+A choice is scored as in lm-evaluation-harness for ``acc_norm``: its log-likelihood as the assistant's answer under the
+chat template, without the end of the turn, divided by its length in bytes, so that short answers have no advantage.
+The choices are not shown in the prompt.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from alignment.data.tokens.tokenize import encode, encode_all, escaped_text, fro
 from alignment.evaluation.arms import sequence_logprobs
 
 CHUNK_TOKENS = 512
-"""Tokens of a text that are read at once; what stands before them in a longer text is not seen."""
+"""Tokens of a text that are read at once; a chunk of a longer text does not see the tokens before it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """A part of the text number ``row``: ``scored`` tokens behind those that are only read.
+    """A part of the text number ``row``: ``scored`` tokens after those that are only ``read``.
 
     Example: a text of three tokens without BOS gives ``read [5]``, ``scored [6 7]``.
     """
@@ -38,7 +38,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """An answer to choose: the prompt's tokens, its own, and the bytes of its text."""
+    """A choice of a question: the tokens of the prompt and of the answer, and the answer's ``size`` in bytes."""
 
     prompt: list[int]
     answer: list[int]
@@ -54,7 +54,7 @@ class Material:
 
     @property
     def tokens(self) -> list[int]:
-        """How many tokens are scored in each text."""
+        """The number of scored tokens in each text."""
         counts = [0] * (1 + max(chunk.row for chunk in self.chunks))
         for chunk in self.chunks:
             counts[chunk.row] += len(chunk.scored)
@@ -63,7 +63,7 @@ class Material:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What one policy says: nats of each text, and of each question the score of each choice, in nats a byte."""
+    """One policy's results: ``nats`` of each text, and ``scores`` of each choice of each question, in nats per byte."""
 
     nats: list[float]
     scores: list[list[float]]
@@ -73,7 +73,7 @@ def material(tokenizer: Any, texts: Sequence[PlainText], questions: Sequence[Que
     """Texts and questions as tokens.
 
     Raises:
-        DataError: a text has a single token, so that nothing in it can be foretold; or the template refuses a question.
+        DataError: a text has a single token, so there is none to predict; or the template refuses a question.
     """
     rows = tokenize_rows(texts, lambda text: _chunks(tokenizer, text))
     return Material(
@@ -83,7 +83,7 @@ def material(tokenizer: Any, texts: Sequence[PlainText], questions: Sequence[Que
 
 
 def measure(model: PreTrainedModel, material: Material, *, name: str) -> Measured:
-    """What the policy called ``name`` says of everything.
+    """Measures the policy called ``name`` on all texts and questions.
 
     Raises:
         NonFiniteError: a log-probability is not finite.
@@ -96,7 +96,8 @@ def measure(model: PreTrainedModel, material: Material, *, name: str) -> Measure
     answers = sequence_logprobs(model, [choice.prompt for choice in choices], [choice.answer for choice in choices])
     if not all(map(math.isfinite, [*texts, *answers])):
         raise NonFiniteError(
-            f"{name} gives log-probabilities that are not finite", remedy="its training went wrong: lower its rate"
+            f"{name} gives log-probabilities that are not finite",
+            remedy="its training went wrong: lower its learning rate",
         )
     nats = [0.0] * len(material.tokens)
     for chunk, logprob in zip(material.chunks, texts, strict=True):
@@ -111,7 +112,7 @@ def _chunks(tokenizer: Any, text: PlainText) -> list[tuple[list[int], list[int]]
     cut = [ids[start : start + CHUNK_TOKENS] for start in range(0, len(ids), CHUNK_TOKENS)]
     spans = [(begin, chunk) if begin else (chunk[:1], chunk[1:]) for chunk in cut]
     if not any(scored for _, scored in spans):
-        raise DataError("a text of a single token, in which nothing can be foretold", remedy="give longer texts")
+        raise DataError("the text has a single token, so there is none to predict", remedy="give longer texts")
     return [(read, scored) for read, scored in spans if scored]
 
 

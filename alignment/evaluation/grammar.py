@@ -1,7 +1,7 @@
-"""What a judge is shown and what counts as its verdict (docs/evaluation.md).
+"""The judge's prompt and the grammar of its verdict (docs/evaluation.md).
 
-Both are strict, because answers are written by models and may speak to the judge. Nothing that an answer says can look
-like a marker or a verdict once it is shown, and a verdict is read from the last line of the judge's own words only.
+Both are strict, because answers are written by models and may address the judge. Answers are escaped, so that nothing
+in them looks like a marker or a verdict, and a verdict is read only from the last line of the judge's reply.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from alignment.data.turns import Message
 
 
 class Verdict(str, Enum):
-    """Which of two answers is better, by its place: ``first`` was shown as A."""
+    """Which of two answers is better, by its position: ``first`` was shown as A."""
 
     first = "A"
     second = "B"
@@ -36,9 +36,9 @@ on it: [[A]] if A is better, [[B]] if B is better, [[tie]] if neither is."""
 
 
 def verdict_of(reply: str) -> Verdict:
-    """The verdict that the last line of a judge's reply is; ``invalid`` for anything but one of the three forms.
+    """The verdict in the last line of a judge's reply; ``invalid`` if the line is not exactly one of the three forms.
 
-    White space around the line and behind it does not count. Example: ``"B is short.\\n[[A]]"`` gives ``first``;
+    White space around the line and after it is ignored. Example: ``"B is short.\\n[[A]]"`` gives ``first``;
     ``"[[A]] wins"``, ``"[[a]]"`` and ``"[[A]]\\nor not"`` are invalid.
     """
     last = reply.rstrip().rpartition("\n")[2].strip()
@@ -46,7 +46,7 @@ def verdict_of(reply: str) -> Verdict:
 
 
 def judge_prompt(request: Sequence[Message], first: str, second: str, *, criteria: str) -> str:
-    """What the judge is asked, as one user turn; ``first`` is shown as A."""
+    """The judge's prompt, one user turn; ``first`` is shown as A."""
     turns = "\n\n".join(f"{turn.role}: {turn.content}" for turn in request)
     parts = [_between("request", turns), _between("answer A", first), _between("answer B", second)]
     return _TASK.format(criteria=criteria, material="\n\n".join(parts))
@@ -57,5 +57,5 @@ def _between(name: str, text: str) -> str:
 
 
 def disarmed(text: str) -> str:
-    """The text with a blank between equal brackets that touch: ``[[A]]`` becomes ``[ [A] ]``, ``<<<`` ``< < <``."""
+    """The text with a space between equal adjacent brackets: ``[[A]]`` becomes ``[ [A] ]``, ``<<<`` ``< < <``."""
     return re.sub(r"([\[\]<>])(?=\1)", r"\1 ", text)

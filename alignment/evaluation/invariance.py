@@ -1,8 +1,8 @@
-"""Whether a score depends on what it must not: the rows beside it, their order, and padding.
+"""Whether a score depends on what it must not depend on: other rows in the batch, their order, or padding.
 
-Rows are scored as a card scores them, and again each alone, in another order, and padded on either side by the model's
-plain forward, which shares neither the stream nor its attention. In exact arithmetic nothing would change; in
-bfloat16 sums come out a little differently, and float32 tells rounding from a fault.
+Rows are scored as for the report card, and again each alone, in another order, and padded on either side by the
+model's plain forward, which uses neither the flat stream nor its attention. In exact arithmetic nothing would change.
+In bfloat16 sums are rounded a little differently; scoring in float32 separates rounding from a fault.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ Score = Callable[[Rows], Tensor]
 """``[rows]`` scores of rows of token ids."""
 
 TOLERANCE = 1e-3
-"""Of the scores' standard deviation, beyond which float32 no longer explains a difference. Chosen, not tuned."""
+"""A share of the scores' standard deviation; float32 rounding explains no larger change. Chosen, not tuned."""
 TOGETHER = 8
-"""Rows padded to one length."""
+"""Rows that are padded to one length and scored at once."""
 
 
 @torch.no_grad()
 def flat_scores(model: PreTrainedModel, rows: Rows, *, tokens: int, device: torch.device) -> Tensor:
-    """``[rows]`` scores, as many at a time as have at most ``tokens``; common beginnings are computed once."""
+    """``[rows]`` scores, at most ``tokens`` at a time; common prefixes are computed once."""
     lengths = [len(row) for row in rows]
     micro_batches = [
-        rows[micro_batch.start : micro_batch.stop] for micro_batch in by_tokens(lengths, tokens, behind=_behind(rows))
+        rows[micro_batch.start : micro_batch.stop] for micro_batch in by_tokens(lengths, tokens, behind=_added(rows))
     ]
     return torch.cat([scalar_scores(model, stream(micro_batch, device)) for micro_batch in micro_batches]).cpu()
 
 
-def _behind(rows: Rows) -> list[int]:
-    """Tokens that each row adds behind the one before it, of which it repeats the beginning."""
+def _added(rows: Rows) -> list[int]:
+    """Tokens that each row adds to the row before it, after their common prefix."""
     added = [len(row) for row in rows]
     for index in range(1, len(rows)):
         before, row = rows[index - 1], rows[index]
@@ -50,7 +50,7 @@ def _behind(rows: Rows) -> list[int]:
 
 @torch.no_grad()
 def padded_scores(model: PreTrainedModel, rows: Rows, *, left: bool, device: torch.device) -> Tensor:
-    """``[rows]`` scores by the trunk's plain forward over padded rows, at each one's last token."""
+    """``[rows]`` scores at each row's last token, by the trunk's plain forward over padded rows."""
     whole = unwrapped(model)
     scores = []
     for first in range(0, len(rows), TOGETHER):
@@ -76,17 +76,17 @@ def padded_scores(model: PreTrainedModel, rows: Rows, *, left: bool, device: tor
 def moved(
     score: Score, padded: Callable[[Rows, bool], Tensor] | None, rows: Rows, generator: torch.Generator
 ) -> Rescored:
-    """How far each score moves, by what was changed; ``rows`` are pairs, chosen answer first.
+    """How far each score moves under each change; ``rows`` are pairs, chosen answer first.
 
-    ``padded`` takes whether padding stands on the left; None where the model cannot run so.
+    ``padded`` takes rows and whether to pad on the left; it is None if the model cannot run on padded rows.
     """
     usual = score(rows)
     order = torch.randperm(len(rows), generator=generator)
-    turned = torch.empty_like(usual)
-    turned[order] = score([rows[index] for index in order.tolist()])
+    reordered = torch.empty_like(usual)
+    reordered[order] = score([rows[index] for index in order.tolist()])
     changed = {
         "alone": torch.cat([score([row]) for row in rows]),
-        "in another order": turned,
+        "in another order": reordered,
     }
     if padded is not None:
         changed |= {"padded on the left": padded(rows, True), "padded on the right": padded(rows, False)}
@@ -103,7 +103,7 @@ def _between(usual: Tensor, changed: Tensor) -> Change:
 
 
 def beyond_rounding(exact: Rescored) -> list[str]:
-    """The changes that move a score in float32 by more than rounding does."""
+    """The changes that move a float32 score by more than rounding explains."""
     assert exact.spread is not None, "it was measured"
     limit = TOLERANCE * max(exact.spread, 1e-6)
     return [name for name, change in exact.changes.items() if not change.largest <= limit]

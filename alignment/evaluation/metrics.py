@@ -1,4 +1,4 @@
-"""The metrics that a recipe asks an evaluation for, as the driver and the worker see them. Torch-free."""
+"""The metrics of an evaluation as its recipe names them, for driver and worker. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from alignment.records.evaluation import ARM_METRICS, Metric
 
 
 def recorded(metrics: Sequence[MetricConfig]) -> list[Metric]:
-    """The metrics as evaluation.json lists them."""
+    """The metrics as ``evaluation.json`` lists them."""
     return [Metric(name=metric.name, higher_is_better=metric.higher_is_better) for metric in metrics]
 
 
 def primary_name(metrics: Sequence[MetricConfig], primary: str | None) -> str | None:
-    """The name of the metric by which arms are compared: the one that is named, else the first; None without any."""
+    """The name of the metric that arms are compared by: ``primary``, else the first; None without metrics."""
     return primary or (metrics[0].name if metrics else None)
 
 
 def faults(metrics: Sequence[MetricConfig], primary: str | None, where: str) -> Iterator[Fault]:
-    """What is wrong with the names of metrics; their sources are checked as every scorer's is."""
+    """Faults in the names of metrics; their sources are checked like those of all scorers."""
     names = [metric.name for metric in metrics]
     for number, name in enumerate(names):
         if message := _wrong_name(name, names[:number]):
             yield Fault(where=f"{where}.metrics[{number}].name", message=message)
     if primary is not None and primary not in names:
-        known = suggestion(primary, names) if names else "there are no metrics; name one, or write null"
+        known = suggestion(primary, names) if names else "there are no metrics; add one, or write null"
         yield Fault(where=f"{where}.primary", message=f"no metric '{primary}'; {known}")
 
 
@@ -36,7 +36,7 @@ def _wrong_name(name: str, before: Sequence[str]) -> str:
     if not name:
         return "missing; write a name, such as brevity"
     if name in before:
-        return f"{name!r} stands there twice"
+        return f"{name!r} is used twice; give each metric its own name"
     if name == PRIMARY or name in ARM_METRICS:
-        return f"{name!r} already means something; take another name"
+        return f"{name!r} is reserved; choose another name"
     return ""

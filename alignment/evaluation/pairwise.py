@@ -1,7 +1,7 @@
-"""Win rates of one arm against another: both orders put together, ties, position bias and agreement.
+"""Win rates of one arm against another: combining both orders, ties, position bias and agreement.
 
-A win counts only if both orders name the same answer; verdicts that contradict each other make a tie (Zheng et al.
-2023, section 3.4). A prompt with an invalid verdict is counted as invalid and nowhere else.
+A win counts only if both orders name the same answer; contradicting verdicts make a tie (Zheng et al. 2023, section
+3.4). A prompt with an invalid verdict counts as invalid only, never as a win, tie or loss.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from alignment.config.evaluating import PROMPTED, UNTRAINED_ARMS, JudgeConfig
 from alignment.evaluation.grammar import Verdict
 
 WIN, TIE, LOSS = 1.0, 0.5, 0.0
-"""Points of a prompt for the arm that is judged."""
+"""Points that the judged arm gets for a prompt."""
 
 _LEAN = {Verdict.first: 1.0, Verdict.second: -1.0, Verdict.tie: 0.0}
 
 
 def pairs_of(config: JudgeConfig, arms: Sequence[str], *, reference: str) -> list[tuple[str, str]]:
-    """The pairs that are judged: those asked for, or every trained arm against the reference and ``base+prompt``."""
+    """The pairs to judge: the configured ones, or every trained arm against the reference and ``base+prompt``."""
     if config.pairs:
         return [(pair.arm, pair.against) for pair in config.pairs]
     trained = [arm for arm in arms if arm not in UNTRAINED_ARMS]
@@ -29,19 +29,19 @@ def pairs_of(config: JudgeConfig, arms: Sequence[str], *, reference: str) -> lis
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BothOrders:
-    """The verdicts on one prompt: with the arm's answer shown first, and with the other's."""
+    """The verdicts on one prompt: with the arm's answer shown first, and with it shown second."""
 
     arm_first: Verdict
     arm_second: Verdict
 
     @property
     def valid(self) -> bool:
-        """Whether both can be read."""
+        """Whether neither verdict is invalid."""
         return Verdict.invalid not in (self.arm_first, self.arm_second)
 
     @property
     def agree(self) -> bool:
-        """Whether they name the same answer, or both a tie."""
+        """Whether both name the same answer, or both say tie."""
         assert self.valid
         return _LEAN[self.arm_first] == -_LEAN[self.arm_second]
 
@@ -56,12 +56,12 @@ class BothOrders:
 
     @property
     def lean(self) -> float:
-        """Towards the answer shown first, from 1 (both verdicts name it) to -1 (both name the second)."""
+        """Preference for the position: 1 if both verdicts name the answer shown first, -1 if both name the second."""
         return (_LEAN[self.arm_first] + _LEAN[self.arm_second]) / 2
 
 
 def points_of_scores(arm: Sequence[float], against: Sequence[float]) -> list[float]:
-    """Points where two scores are compared; equal ones tie."""
+    """Points from comparing two scores; equal scores tie."""
     return [WIN if score > other else LOSS if score < other else TIE for score, other in zip(arm, against, strict=True)]
 
 
@@ -72,15 +72,15 @@ def invalid_share(judged: Sequence[BothOrders]) -> float:
 
 
 def agreement(judged: Sequence[BothOrders]) -> float | None:
-    """The share of prompts on which both orders say the same; None without a valid one."""
+    """The share of valid prompts on which both orders agree; None if no prompt is valid."""
     valid = [orders for orders in judged if orders.valid]
     return sum(orders.agree for orders in valid) / len(valid) if valid else None
 
 
 def position_bias(judged: Sequence[BothOrders]) -> float | None:
-    """Verdicts for the first place less those for the second, as a share of all valid ones, from -1 to 1.
+    """Verdicts for the answer shown first minus those for the second, as a share of the valid ones, from -1 to 1.
 
-    A judge that says the same in both orders has 0; one that always names the first answer has 1.
+    A judge that agrees with itself in both orders has 0; a judge that always names the first answer has 1.
     """
     valid = [orders for orders in judged if orders.valid]
     return sum(orders.lean for orders in valid) / len(valid) if valid else None
@@ -92,9 +92,9 @@ def same_share(points: Sequence[float], other_points: Sequence[float]) -> float:
 
 
 def kappa(points: Sequence[float], other_points: Sequence[float]) -> float | None:
-    """Cohen's κ of two judges' points (Cohen 1960): agreement beyond what their frequencies alone would give.
+    """Cohen's κ of two judges' points (Cohen 1960): agreement beyond what chance gives at their frequencies.
 
-    None where chance alone makes them agree on everything.
+    None if chance alone makes them agree on everything.
     """
     number = len(points)
     counts, other_counts = Counter(points), Counter(other_points)

@@ -1,4 +1,4 @@
-"""The tables of an evaluation: each arm by itself, arms compared, tasks, and the answers to read."""
+"""The tables of an evaluation: figures of each arm, comparisons, judged pairs, tasks and sample answers."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from alignment.records.evaluation import (
 from alignment.records.interval import Interval
 
 Scores = Mapping[str, Sequence[float]]
-"""One score a prompt, by the metric's name, or by the arm's."""
+"""One score per prompt, keyed by the name of a metric or an arm."""
 
 _MOST = 700.0
-"""Nats a token; exp of more is no float."""
+"""Nats per token; exp of more overflows a float."""
 
 
 def refuse_not_finite(name: str, arm: Answered, *, rewards: list[float] | None, log_ratios: list[float] | None) -> None:
-    """Raises NonFiniteError if a metric of the arm called ``name`` would not be a finite number, on a single prompt."""
+    """Raises NonFiniteError if a figure of the arm called ``name`` is not finite on any prompt."""
     losses = [-reference.logprob / reference.tokens for reference in arm.references if reference is not None]
     perplexities = [math.exp(loss) if loss < _MOST else math.inf for loss in losses]
     metrics = {
@@ -57,7 +57,7 @@ def refuse_not_finite(name: str, arm: Answered, *, rewards: list[float] | None, 
         if bad:
             raise NonFiniteError(
                 f"the {metric} of {name} is {bad[0]} on {len(bad)} of {len(values)} prompts",
-                remedy="its training or the reward model's went wrong: lower the rate, or leave the arm out",
+                remedy="its training or the reward model's went wrong: lower the learning rate, or leave the arm out",
             )
 
 
@@ -72,9 +72,9 @@ def arm_result(
     win_rate: Interval | None,
     intervals: Intervals,
 ) -> ArmResult:
-    """One arm's line of the table.
+    """The figures of one arm.
 
-    ``scores`` are those of its answers by each metric; ``log_ratios`` are log π − log ref of its greedy answers, in
+    ``scores`` are its answers' scores by metric; ``log_ratios`` are log π − log reference of its greedy answers, in
     nats.
     """
     answers = arm.answers
@@ -97,7 +97,7 @@ def arm_result(
 
 
 def _loss(arm: Answered, intervals: Intervals) -> Interval | None:
-    """Nats a token of the reference answers, over all tokens of all of them; None where there is none."""
+    """Nats per token over all tokens of all reference answers; None without reference answers."""
     sums = [reference for reference in arm.references if reference is not None]
     return (
         intervals.of_ratio([-reference.logprob for reference in sums], [float(reference.tokens) for reference in sums])
@@ -107,9 +107,9 @@ def _loss(arm: Answered, intervals: Intervals) -> Interval | None:
 
 
 def compare(scores: Scores, *, reference: str, intervals: Intervals) -> list[Comparison]:
-    """Paired differences of arms' scores by the primary metric, which are given by arm.
+    """Paired differences of the arms' ``scores`` (by arm) in the primary metric.
 
-    The reference arm is held against the untrained ones, trained arms against it and each other.
+    The reference arm is compared with the untrained ones, trained arms with it and with each other.
     """
     trained = [name for name in scores if name not in (*UNTRAINED_ARMS, reference)]
     pairs = [*((name, "base") for name in (PROMPTED, FEW_SHOT)), *((reference, name) for name in UNTRAINED_ARMS)]
@@ -138,16 +138,17 @@ def judged_pair(
     max_invalid: float,
     intervals: Intervals,
 ) -> JudgedPair:
-    """A line of the judge's table: ``points`` are the arm's on each prompt, None where a verdict is invalid.
+    """A row of the judge's table: ``points`` are the arm's on each prompt, None where a verdict is invalid.
 
-    ``both`` are the verdicts behind them, None for a judge of scores; ``by_metric`` the points by the primary metric,
-    to hold against the judge's. With more than a share of ``max_invalid`` of invalid verdicts there is no win rate.
+    ``both`` are the verdicts that gave them, None for a judge that compares scores. ``by_metric`` are the points by
+    the primary metric, to compare with the judge's. If the share of invalid verdicts exceeds ``max_invalid``, there is
+    no win rate.
     """
     counted = [row for row, value in enumerate(points) if value is not None]
     valid = [value for value in points if value is not None]
     invalid = 0.0 if both is None else invalid_share(both)
     rate = intervals.of(valid) if valid and invalid <= max_invalid else None
-    beside = None if by_metric is None or not valid else [by_metric[row] for row in counted]
+    metric_points = None if by_metric is None or not valid else [by_metric[row] for row in counted]
     return JudgedPair(
         arm=arm,
         against=against,
@@ -160,8 +161,8 @@ def judged_pair(
         invalid=invalid,
         agreement=None if both is None else agreement(both),
         position_bias=None if both is None else position_bias(both),
-        metric_agreement=None if beside is None else same_share(valid, beside),
-        metric_kappa=None if beside is None else kappa(valid, beside),
+        metric_agreement=None if metric_points is None else same_share(valid, metric_points),
+        metric_kappa=None if metric_points is None else kappa(valid, metric_points),
     )
 
 
@@ -173,7 +174,7 @@ def _against_even(rate: Interval) -> str:
 
 
 def by_task(rows: Sequence[HeldOutPrompt], scores: Scores) -> dict[str, dict[str, float]]:
-    """Each arm's mean score on each kind of task; ``scores`` are by arm."""
+    """Each arm's mean score by task; ``scores`` are by arm."""
     tasks: dict[str, dict[str, float]] = {}
     for task in sorted({row.task for row in rows if row.task}):
         indices = [index for index, row in enumerate(rows) if row.task == task]

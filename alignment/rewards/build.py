@@ -32,12 +32,12 @@ def build_rewards(
 ) -> RewardMix:
     """The weighted sum of these scorers, each named by its field in the configuration.
 
-    ``prompts`` are all rows of the stage's data (up to ``data.limit``), too long ones included, so that a row's index
-    finds its prompt. ``tokenizer`` is the policy's. ``reward_model`` is the model behind ``reward`` if a stage made it
-    and it is loaded already; None loads it here.
+    ``prompts`` are all rows of the stage's data (up to ``data.limit``), too long ones included, so that prompts can be
+    looked up by the index of their row. ``tokenizer`` is the policy's. ``reward_model`` is the model of the source
+    ``reward``, if a stage made it and it is already loaded; with None it is loaded here.
 
     Raises:
-        DataError: a row lacks what a scorer looks at, or a function's file changed since the run was planned.
+        DataError: a row lacks a field that a scorer needs, or a function's file changed since the run was planned.
         ModelError: a reward model cannot be loaded, or its tokenizer does not fit.
         RewardError: a function's file cannot be imported.
     """
@@ -63,14 +63,14 @@ def build_scorer(
     prompts: Sequence[Prompt],
     run: Computation,
 ) -> Scorer:
-    """The scorer at a ``field`` of the configuration; the rest, and what it raises, as in ``build_rewards``."""
+    """The scorer at a ``field`` of the configuration; arguments and exceptions as in ``build_rewards``."""
     builder = _Builder(spec=spec, tokenizer=tokenizer, prompts=prompts, reward_model=None, run=run)
     return builder.scorer(field, scorer)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Builder:
-    """What the scorers of a stage have in common."""
+    """Builds scorers from the arguments that all scorers of a stage share."""
 
     spec: StageSpec
     tokenizer: Any
@@ -100,7 +100,7 @@ class _Builder:
         raise AssertionError(f"the plan refuses the source {scorer.source!r}")
 
     def _model(self, name: str, *, source: str) -> Scorer:
-        """The reward model in an input of the stage."""
+        """The reward model at the stage's input ``name``."""
         if name == REWARD and self.reward_model is not None:
             return TokenScorer(self.reward_model, self.run)
         model_input = self.spec.inputs[name]

@@ -1,4 +1,4 @@
-"""A Python function as a scorer (docs/rewards.md). A user's file is code that runs as whoever started the stage."""
+"""A Python function as a scorer (docs/rewards.md). A user's file runs with the rights of the user of the stage."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Function = Callable[[list[list[dict[str, str]]], list[str], list[dict[str, Any]]
 
 
 class FunctionScorer:
-    """Calls ``function(prompts, completions, rows)`` once a batch.
+    """Calls ``function(prompts, completions, rows)`` once per batch.
 
-    ``prompts`` are lists of ``{"role", "content"}`` messages, ``completions`` are text, ``rows`` the JSON rows of the
-    data file; all are copies, so that a function may change them.
+    ``prompts`` are lists of ``{"role", "content"}`` messages, ``completions`` are texts, ``rows`` the JSON rows of
+    the data file; all are copies, so that a function may change them.
     """
 
     def __init__(self, source: FunctionSource, function: Function) -> None:
@@ -36,7 +36,7 @@ class FunctionScorer:
         """``[answers]`` float64: what the function returns.
 
         Raises:
-            RewardError: it raised, or did not return one usable number an answer; names the line or the row.
+            RewardError: it raised, or did not return one usable number per answer; names the line or the row.
         """
         prompts = [[message.as_dict() for message in prompt.messages] for prompt in answers.prompts]
         rows = [copy.deepcopy(dict(prompt.row)) for prompt in answers.prompts]
@@ -51,18 +51,18 @@ class FunctionScorer:
 
 
 def load_function(source: FunctionSource, *, planned: str | None) -> Function:
-    """The function, its file imported once a process; ``planned`` is the file's SHA-256 when the run was planned.
+    """The function; its file is imported once per process. ``planned`` is the file's SHA-256 when the run was planned.
 
-    Modules beside the file can be imported by it; installed ones come first.
+    The file can import modules in its own folder; installed modules come first.
 
     Raises:
-        DataError: the file has changed since.
-        RewardError: it cannot be imported, or holds no such function.
+        DataError: the file has changed since then.
+        RewardError: the file cannot be imported, or does not define the function.
     """
     sha256 = file_sha256(source.file)
     if planned is not None and sha256 != planned:
         raise DataError(
-            "changed since the run was planned", where=str(source.file), remedy="start the run again to plan anew"
+            "changed since the run was planned", where=str(source.file), remedy="start the run again to plan it again"
         )
     function = getattr(_module(source, sha256), source.name, None)
     if not callable(function):
@@ -93,18 +93,18 @@ def _module(source: FunctionSource, sha256: str) -> ModuleType:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised it, such as a request to stop that arrived meanwhile.
+    """Whether this package raised the error, such as a request to stop that arrived meanwhile.
 
-    In a worker no signal raises ``KeyboardInterrupt``, so a function did.
+    In a worker no signal raises ``KeyboardInterrupt``, so that one comes from the user's function.
     """
     return type(error).__module__.startswith("alignment.")
 
 
 def _lacking(error: BaseException, answers: Answers) -> str:
-    """Names the rows that lack the column that a function looked up."""
+    """Names the rows without the column that a function looked up, as the end of a sentence."""
     column = error.args[0] if isinstance(error, KeyError) and error.args else None
     lacking = [prompt for prompt in answers.prompts if column not in prompt.row] if isinstance(column, str) else []
-    return f", of which these have no '{column}': {locations_of(lacking)}" if lacking else ""
+    return f"; these rows have no '{column}': {locations_of(lacking)}" if lacking else ""
 
 
 def _raised(error: BaseException, source: FunctionSource, when: str) -> RewardError:
@@ -114,5 +114,5 @@ def _raised(error: BaseException, source: FunctionSource, when: str) -> RewardEr
     return RewardError(
         f"raised {type(error).__name__}{detail}{at}, {when}; none of its scores was used",
         where=str(source),
-        remedy="mend the function and run again; the stage then starts anew, for it is another one",
+        remedy="fix the function and run again; the stage then starts from its beginning, because its code has changed",
     )

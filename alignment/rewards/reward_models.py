@@ -1,7 +1,7 @@
 """Reward models as scorers: a model that a stage made reads the policy's tokens, any other model reads text.
 
-Another model has its own tokenizer and chat template. So the answer is decoded, put behind its prompt, rendered with
-that model's template, and scored at the last real token, which is known from the length and never from a pad id.
+An external model has its own tokenizer and chat template. So the answer is decoded, put after its prompt, rendered
+with that model's template, and scored at the last real token, which is found by length and never by a pad id.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ANY_ANSWER = "Yes."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Computation:
-    """How a model is run: on which device, with products in which type, and how many ``tokens`` at once."""
+    """How a model is run: its device, the dtype of its matrix products, and how many ``tokens`` at once."""
 
     device: torch.device
     dtype: Dtype
@@ -45,7 +45,7 @@ class Computation:
 
 
 class TokenScorer:
-    """A reward model that shares the policy's tokenizer: token ids go in as they are."""
+    """A reward model that shares the policy's tokenizer and reads its token ids unchanged."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, run: Computation) -> None:
         self._model = model
@@ -60,9 +60,9 @@ class TokenScorer:
 
 
 class TextScorer:
-    """A sequence-classification model from outside, with a tokenizer and a chat template of its own.
+    """An external sequence-classification model with its own tokenizer and chat template.
 
-    ``prompts`` are all rows of the stage's data: each is rendered once here, so that a prompt that its template refuses
+    ``prompts`` are all rows of the stage's data. Each is rendered once here, so that a prompt that the template refuses
     is reported before anything is sampled.
     """
 
@@ -87,7 +87,7 @@ class TextScorer:
         """The score at the end of each conversation.
 
         Raises:
-            ModelError: a conversation is longer than the model's positions.
+            ModelError: a conversation has more tokens than the model has positions.
             RewardError: the model's template refuses a conversation.
         """
         rows = [self.ids(prompt, text) for prompt, text in zip(answers.prompts, answers.texts, strict=True)]
@@ -98,10 +98,10 @@ class TextScorer:
             return torch.cat([scalar_scores(self._model, part) for part in parts]).float().cpu()
 
     def ids(self, prompt: Prompt, text: str) -> list[int]:
-        """The conversation of a prompt and an answer as the model reads it.
+        """Token ids of a prompt and an answer, as the model reads the conversation.
 
         Raises:
-            RewardError: the model's template refuses it.
+            RewardError: the model's template refuses the conversation.
         """
         try:
             return encode(self._tokenizer, self._text(prompt, text))
@@ -111,7 +111,7 @@ class TextScorer:
             ) from error
 
     def _text(self, prompt: Prompt, answer: str) -> str:
-        """Prompt and answer as the model's own chat template writes a conversation."""
+        """Prompt and answer, rendered with the model's own chat template."""
         turn = Message(role="assistant", content=_without(self._control, answer))
         return render(self._tokenizer, [*prompt.messages, turn], answering=False)
 
@@ -121,15 +121,15 @@ class TextScorer:
             return
         row = lengths.index(max(lengths))
         raise ModelError(
-            f"has {positions} positions; prompt and answer of {answers.prompts[row].where} are {lengths[row]} of its "
+            f"has {positions} positions, but prompt and answer of {answers.prompts[row].where} are {lengths[row]} "
             "tokens",
             where=self._source,
-            remedy="lower max_prompt_length or max_new_tokens, or take a reward model with more positions",
+            remedy="lower max_prompt_length or max_new_tokens, or use a reward model with more positions",
         )
 
 
 def _without(control: Sequence[str], text: str) -> str:
-    """A text without the reward model's control tokens, so that a policy cannot end its own turn there."""
+    """A text without the reward model's control tokens, so that a policy cannot end its turn in that model's format."""
     before = None
     while text != before:
         before = text
@@ -141,16 +141,17 @@ def _without(control: Sequence[str], text: str) -> str:
 def load_external(folder: Path, dtype: Dtype, *, source: str) -> tuple[PreTrainedModel, Any]:
     """A plain transformers sequence-classification model with one label, and its tokenizer.
 
-    Its score layer is float32. ``source`` names it in errors, as the user wrote it.
+    Its score layer is float32. ``source`` names the model in errors, as the user wrote it.
 
     Raises:
-        ModelError: it is not one, has no score layer over its last token, or its tokenizer has no chat template.
+        ModelError: the folder holds no such model, the model has no score layer over its last token, or its tokenizer
+            has no chat template.
     """
     refuse_weights_elsewhere(folder, where=source)
     tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
         raise ModelError(
-            "its tokenizer has no chat template, so it is unknown how it reads a conversation",
+            "its tokenizer has no chat template, so the format of its conversations is unknown",
             where=source,
             remedy="put the template that it was trained with into its folder (chat_template.jinja)",
         )
@@ -167,13 +168,13 @@ def load_external(folder: Path, dtype: Dtype, *, source: str) -> tuple[PreTraine
     name = type(model).__name__
     if not hasattr(model, "score"):
         raise ModelError(
-            f"{name} does not score at the last token", where=source, remedy="take a decoder with a 'score' layer"
+            f"{name} does not score at the last token", where=source, remedy="use a decoder with a 'score' layer"
         )
     if report["missing_keys"]:
         raise ModelError(
             f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}, which {name} has",
             where=source,
-            remedy="take a folder that was saved as a sequence-classification model",
+            remedy="use a folder that was saved as a sequence-classification model",
         )
     if model.config.num_labels != 1:
         raise ModelError(f"it has {model.config.num_labels} labels; a reward model has one", where=source)

@@ -1,8 +1,8 @@
-"""What a scorer's ``source`` can be, as the plan checks it and the worker builds it. Nothing here is imported or run.
+"""The forms of a scorer's ``source``, for the plan that checks it and the worker that builds it.
 
-A source is ``reward`` (the stage's reward model), a reference to another reward model (``stage:NAME``, ``path:FOLDER``,
-``hub:ORG/NAME@REVISION``), a function (``FILE.py:FUNCTION`` of the user's, or ``bundled:NAME.py:FUNCTION`` of a file
-that ships with the project), or the name of a verifier.
+No user code is imported or run here. A source is ``reward`` (the stage's reward model), a reference to another reward
+model (``stage:NAME``, ``path:FOLDER``, ``hub:ORG/NAME@REVISION``), a function (``FILE.py:FUNCTION`` of a user's file,
+or ``bundled:NAME.py:FUNCTION`` of a file that ships with the project), or the name of a verifier.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VERIFIERS: dict[str, str | None] = {
     "regex": "pattern",
     "length": "target",
 }
-"""Each rule with the setting that it needs; no other source uses that setting."""
+"""Each verifier with the setting that it needs; no other source uses that setting."""
 
 _REFERENCES = ("stage:", "path:", "hub:")
 _BUNDLED = "bundled:"
@@ -30,7 +30,7 @@ _BUNDLED = "bundled:"
 class FunctionSource:
     """A function and its file: ``FunctionSource(file=Path("/home/me/score.py"), name="brevity")``.
 
-    ``bundled`` is what stands behind ``bundled:`` for a file that ships with the project, empty for the user's own.
+    ``bundled`` is the file's name after ``bundled:`` if it ships with the project, and empty for a user's file.
     """
 
     file: Path
@@ -57,27 +57,27 @@ def function_of(source: str) -> FunctionSource | None:
 
 
 def is_reference(source: str) -> bool:
-    """Whether a source names a reward model of its own, beside the stage's."""
+    """Whether a source refers to another reward model than the stage's."""
     return source.startswith(_REFERENCES)
 
 
 def is_known(source: str) -> bool:
-    """Whether a source has one of the forms that there are."""
+    """Whether a source has one of the allowed forms."""
     return source == REWARD or source in VERIFIERS or is_reference(source) or function_of(source) is not None
 
 
 def source_field(field: str) -> str:
-    """Where a scorer's source stands: ``scorers[0].source``."""
+    """The configuration field of a scorer's source: ``scorers[0].source``."""
     return f"{field}.source"
 
 
 def input_field(field: str, source: str) -> str | None:
-    """The input of the stage that holds a scorer's reward model; None for a scorer that is no reward model."""
+    """The input of the stage that holds a scorer's reward model; None for a scorer that is not a reward model."""
     if source == REWARD:
         return REWARD
     return source_field(field) if is_reference(source) else None
 
 
 def label(source: str) -> str:
-    """A source in a word, to name metrics: ``/home/me/score.py:brevity`` → ``brevity``, ``stage:judge`` → ``judge``."""
+    """A short name for metrics: ``/home/me/score.py:brevity`` → ``brevity``, ``stage:judge`` → ``judge``."""
     return source.rstrip("/").rpartition(":")[2].partition("@")[0].rpartition("/")[2] or source

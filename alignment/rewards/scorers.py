@@ -1,4 +1,4 @@
-"""What scorers take and return, checks of their scores, and the verifiers as scorers."""
+"""The input and output of scorers, checks of their scores, and the verifiers as scorers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ from alignment.core.errors import RewardError
 from alignment.data.records import Prompt
 from alignment.rewards import verifiers
 
-_REMEDY = f"give one number an answer, from -{LARGEST:g} to {LARGEST:g}, in the answers' order"
+_REMEDY = f"give one number per answer, from -{LARGEST:g} to {LARGEST:g}, in the answers' order"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
     """At least one answer to score, in every form that a scorer may read: token ids, text, and the row of its prompt.
 
-    ``texts`` have no special tokens.
-
-    ``rows`` are the indices of the prompts in the stage's data. Example: ``Answers(prompt_ids=[[1, 5]],
-    answer_ids=[[7, 2]], texts=["Hi."], prompts=[Prompt(…)], rows=[12])``.
+    ``texts`` have no special tokens. ``rows`` are the indices of the prompts in the stage's data.
+    Example: ``Answers(prompt_ids=[[1, 5]], answer_ids=[[7, 2]], texts=["Hi."], prompts=[Prompt(…)], rows=[12])``.
     """
 
     prompt_ids: Sequence[Sequence[int]]
@@ -37,13 +35,13 @@ class Answers:
     rows: Sequence[int]
 
     def parts(self, size: int) -> Iterator[Answers]:
-        """The answers in order, at most ``size`` at once."""
+        """The answers in order, in parts of at most ``size``."""
         for start in range(0, len(self.texts), size):
             some = slice(start, start + size)
             yield Answers(**{field.name: getattr(self, field.name)[some] for field in fields(self)})
 
     def locations(self) -> str:
-        """Files and lines of the prompts, the first three of them: ``a.jsonl:1, a.jsonl:7 and 2 more``."""
+        """Files and lines of the prompts, as in ``locations_of``."""
         return locations_of(self.prompts)
 
 
@@ -62,22 +60,22 @@ class Scorer(Protocol):
 
 
 def refuse_unusable(scores: Tensor, answers: Answers, *, source: str) -> None:
-    """Does nothing if all ``[answers]`` scores are within ±``LARGEST``.
+    """Checks that all ``[answers]`` scores are within ±``LARGEST``.
 
     Raises:
-        RewardError: one is not; names the scorer by its ``source``, the row and the value.
+        RewardError: a score is not; names the scorer by its ``source``, the row and the value.
     """
-    unusable = (~(scores.abs() <= LARGEST)).nonzero()  # NaN is not below anything
+    unusable = (~(scores.abs() <= LARGEST)).nonzero()  # NaN compares as false
     if len(unusable):
         index = int(unusable[0])
         _refuse_size(float(scores[index]), where=answers.prompts[index].where, source=source)
 
 
 def scores_from(given: Any, answers: Answers, *, source: str) -> Tensor:
-    """``[answers]`` float64 from what a user's function returned: a list of one number an answer.
+    """``[answers]`` float64 from the value that a user's function returned: a list of one number per answer.
 
     Raises:
-        RewardError: it is something else; names the function by its ``source``, the row and the value.
+        RewardError: the value is anything else; names the function by its ``source``, the row and the value.
     """
     count = len(answers.texts)
     if not isinstance(given, (list, tuple)):
@@ -99,7 +97,7 @@ def _number(value: Any, *, where: str, source: str) -> float:
 
 
 def _refuse_size(number: float, written: object = None, *, where: str, source: str) -> None:
-    """``written`` is the number as a function gave it."""
+    """``written`` is the value as the function returned it, for the message."""
     shown = number if written is None else written
     if not math.isfinite(number):
         raise _refused(f"gave {shown!r:.80} for an answer to {where}, which is not finite", source)
@@ -114,7 +112,7 @@ def _tensor(scores: Sequence[float]) -> Tensor:
 def _as_float(value: Real) -> float:
     try:
         return float(value)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for a float
         return math.inf
 
 
@@ -123,7 +121,7 @@ def _refused(problem: str, source: str, remedy: str = _REMEDY) -> RewardError:
 
 
 class ExactAnswer:
-    """Whether an answer ends with the number that its row asks for."""
+    """Whether the last number of an answer is the one expected by its row."""
 
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         self._expected = [verifiers.expected_answer(prompt.row, where=prompt.where) for prompt in prompts]
@@ -135,7 +133,7 @@ class ExactAnswer:
 
 
 class Regex:
-    """Whether a pattern is found in an answer."""
+    """Whether a pattern matches anywhere in an answer."""
 
     def __init__(self, pattern: str) -> None:
         self._pattern = re.compile(pattern)
@@ -146,11 +144,11 @@ class Regex:
 
 
 class Length:
-    """How close the length of an answer is to a number of words."""
+    """How close the length of an answer is to a target number of words."""
 
     def __init__(self, target: int) -> None:
         self._target = target
 
     def scores(self, answers: Answers) -> Tensor:
-        """From 0 to 1 an answer."""
+        """From 0 to 1 per answer."""
         return _tensor([verifiers.length(text, self._target) for text in answers.texts])

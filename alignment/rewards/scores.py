@@ -1,4 +1,4 @@
-"""Scores of answers: one type from a scorer to an advantage."""
+"""Scores of answers, the same type from scorers to advantages."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """What each scorer gives to each answer.
+    """The score of each answer by each scorer.
 
-    ``values`` is ``[scorers, answers]`` float32, a row for each of ``names``.
+    ``values`` is ``[scorers, answers]`` float32, one row for each of ``names``.
     Example: ``Scores(names=("regex", "length"), values=torch.tensor([[1.0, 0.0, 1.0], [0.5, 0.25, 1.0]]))``.
     """
 
@@ -22,15 +22,15 @@ class Scores:
 
     @classmethod
     def of(cls, named: Mapping[str, Tensor]) -> Scores:
-        """From ``[answers]`` of each scorer."""
+        """From the ``[answers]`` scores of each scorer."""
         return cls(names=tuple(named), values=torch.stack(list(named.values())).float())
 
     def by_name(self) -> dict[str, Tensor]:
-        """``[answers]`` of each scorer."""
+        """``[answers]`` scores of each scorer."""
         return dict(zip(self.names, self.values, strict=True))
 
     def of_answer(self, index: int) -> dict[str, float]:
-        """What each scorer gives to one answer."""
+        """The scores of one answer by scorer."""
         return dict(zip(self.names, self.values[:, index].tolist(), strict=True))
 
     def to(self, device: torch.device) -> Scores:
@@ -39,6 +39,6 @@ class Scores:
 
 
 def gathered_scores(shares: Sequence[Scores], order: Sequence[tuple[int, int]]) -> Scores:
-    """Scores of several shares of a batch as those of the whole; ``order`` names share and index of each answer."""
+    """Scores of a whole batch from its shares; ``order`` gives the share of each answer and its index there."""
     values = torch.stack([shares[share].values[:, index] for share, index in order], dim=1)
     return Scores(names=shares[0].names, values=values)

@@ -11,30 +11,30 @@ from alignment.rewards.scores import Scores
 
 
 class Rewards(Protocol):
-    """One or several scorers, and how their scores become one.
+    """One or more scorers, and how their scores are combined.
 
-    A process scores its own share of a rollout batch with ``scores``; once the shares of all processes are together,
+    Each process scores its own share of a rollout batch with ``scores``. Once the shares of all processes are gathered,
     ``total`` gives each answer one score, the same on every process.
     """
 
     def scores(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: Sequence[int]) -> Scores:
-        """What each scorer gives to each answer, on the CPU.
+        """The score of each answer by each scorer, on the CPU.
 
-        ``prompts`` and ``answers`` are token ids of the policy's tokenizer, answers with their end if it came; ``rows``
-        are the indices of the prompts in the stage's data, for scorers that look at other fields of a row.
+        ``prompts`` and ``answers`` are token ids of the policy's tokenizer, answers with the end token if it was
+        sampled. ``rows`` are the indices of the prompts in the stage's data, for scorers that read fields of a row.
 
         Raises:
-            RewardError: a scorer did not give one usable number an answer; names row, scorer and value.
+            RewardError: a scorer did not give one usable number per answer; names row, scorer and value.
         """
 
     def observe(self, scores: Scores) -> None:
-        """Running means and deviations take in the scores of a whole batch, before its ``total``."""
+        """Updates the running normalisation with the scores of a whole batch, before its ``total``."""
 
     def total(self, scores: Scores) -> Tensor:
         """``[answers]`` float32: the weighted sum of normalised and clipped scores."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on, as plain JSON values."""
+        """The state to save in a checkpoint, as plain JSON values."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state`` returned."""

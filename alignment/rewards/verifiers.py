@@ -13,7 +13,7 @@ ANSWER = "answer"
 _MARK = "####"
 _EXAMPLE = '{"messages": […], "answer": "6 times 3 is 18. #### 18"}'
 _NUMBER = re.compile(
-    r"(?P<sign>(?<![\w.)\]%])[-−])?"  # a minus, where it does not stand between two operands: 5-3
+    r"(?P<sign>(?<![\w.)\]%])[-−])?"  # a minus sign, but not the operator between two operands: 5-3
     r"(?:[$€£¥](?P<inner_sign>[-−])?)?"
     r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
 )
@@ -22,14 +22,14 @@ _NUMBER = re.compile(
 def exact_answer(completion: str, expected: Decimal) -> float:
     """1 if the last number of the completion is ``expected``, else 0 (Cobbe et al. 2021, GSM8K).
 
-    Thousands separators, currency signs and trailing zeros do not count: ``$1,080.00`` is 1080.
+    Thousands separators, currency signs and trailing zeros are ignored: ``$1,080.00`` is 1080.
     """
     numbers = list(_NUMBER.finditer(completion))
     return float(bool(numbers) and _value(numbers[-1]) == expected)
 
 
 def expected_answer(row: Mapping[str, Any], *, where: str) -> Decimal:
-    """The number after ``####`` in a row's ``answer``, or the field itself where that is a number.
+    """The number after ``####`` in a row's ``answer``, or the field itself if it is a number.
 
     Raises:
         DataError: there is no such number.
@@ -54,7 +54,7 @@ def regex(completion: str, pattern: re.Pattern[str]) -> float:
 
 
 def length(completion: str, target: int) -> float:
-    """1 at ``target`` words, falling linearly to 0 at no word and at twice as many."""
+    """1 at ``target`` words, falling linearly to 0 at zero words and at twice as many."""
     return max(0.0, 1.0 - abs(len(completion.split()) - target) / target)
 
 

@@ -1,4 +1,4 @@
-"""Several scorers as one reward: each part normalised and clipped if asked for, then the weighted sum."""
+"""Several scorers as one reward: each score is normalised and clipped if configured, then summed by weight."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from alignment.rewards.scorers import Answers, Scorer, refuse_unusable
 from alignment.rewards.scores import Scores
 
 _FLAT = 1e-6
-"""A deviation below this share of the mean is float32's rounding: such scores are all the same."""
+"""A deviation below this share of the mean is float32 rounding: such scores count as all equal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """A scorer and how its scores enter the total; ``source`` names it in errors."""
+    """A scorer and how its scores enter the total; ``source`` names the scorer in errors."""
 
     source: str
     scorer: Scorer
@@ -79,10 +79,10 @@ class RewardMix:
         return list(self._parts)
 
     def scores(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: Sequence[int]) -> Scores:
-        """What each scorer gives to each answer; none is called for a batch without answers.
+        """The score of each answer by each scorer; no scorer is called for a batch without answers.
 
         Raises:
-            RewardError: a scorer did not give one usable number an answer; names row, scorer and value.
+            RewardError: a scorer did not give one usable number per answer; names row, scorer and value.
         """
         if not answers:
             return Scores(names=tuple(self._parts), values=torch.empty(len(self._parts), 0))
@@ -96,7 +96,7 @@ class RewardMix:
         return Scores.of({name: _usable_scores(part, seen) for name, part in self._parts.items()})
 
     def observe(self, scores: Scores) -> None:
-        """Running means and deviations take in ``scores``. Given the whole batch, every process comes to the same."""
+        """Updates the running normalisation; every process gets the whole batch, so that all compute the same."""
         for name, values in scores.by_name().items():
             if name in self._moments:
                 self._moments[name].take_in(values.double())
@@ -107,7 +107,7 @@ class RewardMix:
         return torch.stack(summands).sum(0).float()
 
     def state(self) -> dict[str, Any]:
-        """Running means and deviations, as plain JSON values."""
+        """The running normalisation, as plain JSON values."""
         return {name: moments.state() for name, moments in self._moments.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -123,7 +123,7 @@ class RewardMix:
         return part.weight * scores
 
     def _text(self, answer: Sequence[int]) -> str:
-        """The text exactly as it was written, because a scorer may look at spaces."""
+        """The text exactly as it was generated, because a scorer may look at spaces."""
         text = self._tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text

@@ -74,7 +74,7 @@ def test_the_penalty_is_chosen_on_prompts_that_were_left_out() -> None:
 
 
 def test_pairs_without_a_common_word_are_refused() -> None:
-    with pytest.raises(DataError, match="no word makes a difference in 2 of the 1 pairs"):
+    with pytest.raises(DataError, match="no word differs between the answers of at least 2 of the 1 pairs"):
         fit([("a b", "c")], ["0"], seed=0)
 
 

@@ -69,6 +69,6 @@ def test_a_judge_has_a_sentence_that_says_where_nothing_can_be_concluded() -> No
     invalid = replace(pair, against="base", win_rate=None, invalid=0.4, verdict=NOTHING)
     judge = Judge(name="some-model", num_prompts=100, pairs=[pair, invalid])
     assert conclusions(100, None, [], judge, LABELS) == [
-        "By some-model on 100 prompts, ties as half a win: dpo wins 0.62 against sft (0.53 to 0.71), better; of dpo "
-        "and base nothing can be concluded (40% of the verdicts are invalid)."
+        "By some-model on 100 prompts, ties counted as half a win: dpo wins 0.62 against sft (0.53 to 0.71), better; "
+        "nothing can be concluded about dpo and base (40% of the verdicts are invalid)."
     ]

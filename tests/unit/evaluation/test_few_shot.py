@@ -60,7 +60,7 @@ def test_no_example_gives_a_held_out_answer_away() -> None:
     same = conversation(2, f"Shorten this: {SECRET}", "It leaves at 7:30.")
     free = conversation(3, "Who has the keys?", "Ida has.")
     assert draw([near, same, free], 1) == [*free.messages]
-    with pytest.raises(DataError, match="2 examples are wanted, and 1 of 3 rows"):
+    with pytest.raises(DataError, match="2 examples are needed, but only 1 of 3 rows"):
         draw([near, same, free], 2)
 
 

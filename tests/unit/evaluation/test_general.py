@@ -40,7 +40,7 @@ def _slow(model: PreTrainedModel, read: Sequence[int], scored: Sequence[int]) ->
 
 @pytest.mark.parametrize("chunk", [5, 512])
 def test_a_text_costs_the_nats_of_its_tokens_piece_by_piece(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(general, "PIECE", chunk)
+    monkeypatch.setattr(general, "CHUNK_TOKENS", chunk)
     tokenizer = tiny_tokenizer()
     model = tiny_model(vocab_size=len(tokenizer))
     expected, counts = [], []
@@ -86,8 +86,8 @@ def test_a_choice_scores_its_likelihood_a_byte_as_the_assistants_answer() -> Non
     close([score for one in scores for score in one], expected)
 
 
-def test_a_text_in_which_nothing_can_be_foretold_is_named() -> None:
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: a text of a single token"):
+def test_a_text_of_a_single_token_is_refused_by_file_and_line() -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: the text has a single token"):
         material(tiny_tokenizer(), [PlainText(text="a", where="rows.jsonl:3")], QUESTIONS)
 
 

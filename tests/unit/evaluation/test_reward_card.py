@@ -153,11 +153,11 @@ def test_a_card_says_first_what_makes_its_figures_worthless() -> None:
     card = card_of(many(*[-1.0] * 20), intervals=INTERVALS, num_worst=1)
     learned = Learned(judged_too=3, left_out=False, part_known=False)
     told = warnings(replace(card, learned=learned, invariances=Invariances(moved=["alone"])))
-    assert told[0].startswith("3 of the 20 pairs ask what the model learned from")
+    assert told[0].startswith("3 of the 20 pairs overlap with what the model learned from")
     assert told[1].startswith("Which part of its file the model learned from is not known exactly")
     assert told[2:] == [
         "It is right less often than the rule that the longer answer is better.",
-        "In float32 its scores depend on what they should not: alone.",
+        "In float32 its scores change when they should not: alone.",
     ]
     even = card_of(many(*[1.0, -1.0] * 10), intervals=INTERVALS, num_worst=1)
     (doubt,) = warnings(even)

@@ -29,9 +29,9 @@ def of(*metrics: str) -> str:
     [
         ([of("{source: length, target: 9}")], f"{METRICS}[0].name: missing; write a name"),
         ([of("{name: a b, source: length, target: 9}")], f"{METRICS}[0].name: 'a b' is not allowed"),
-        ([of(STYLE, STYLE)], f"{METRICS}[1].name: 'style' stands there twice"),
-        ([of("{name: loss, source: length, target: 9}")], f"{METRICS}[0].name: 'loss' already means something"),
-        ([of("{name: primary, source: length, target: 9}")], f"{METRICS}[0].name: 'primary' already means something"),
+        ([of(STYLE, STYLE)], f"{METRICS}[1].name: 'style' is used twice"),
+        ([of("{name: loss, source: length, target: 9}")], f"{METRICS}[0].name: 'loss' is reserved"),
+        ([of("{name: primary, source: length, target: 9}")], f"{METRICS}[0].name: 'primary' is reserved"),
         ([of("{name: short, source: lenght}")], f"{METRICS}[0].source: 'lenght' is no scorer; did you mean 'length'?"),
         ([of("{name: short, source: length}")], f"{METRICS}[0].target: missing; 'length' needs it"),
         ([of("{name: short}")], f"{METRICS}[0].source: missing; it takes reward, a reward model"),
@@ -48,7 +48,7 @@ def of(*metrics: str) -> str:
         (["stages.evaluate.primary=stile"], "stages.evaluate.primary: no metric 'stile'; did you mean 'style'?"),
         (
             [of(), "stages.evaluate.primary=style"],
-            "stages.evaluate.primary: no metric 'style'; there are no metrics; name one, or write null",
+            "stages.evaluate.primary: no metric 'style'; there are no metrics; add one, or write null",
         ),
         (
             ["stages.evaluate.system_prompt=null"],

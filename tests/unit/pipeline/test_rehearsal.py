@@ -128,7 +128,7 @@ def test_metrics_are_tried_before_anything_trains(tried: Callable[..., Plan], tm
     with pytest.raises(RewardError) as caught:
         tried(f"stages.evaluate.metrics=[{{name: level, source: '{tmp_path}/score.py:raises'}}]")
     assert str(caught.value).startswith(f"stage evaluate, tried before anything trained: {tmp_path}/score.py:raises: ")
-    assert f"of which these have no 'level': {tmp_path}/heldout.jsonl:1;" in str(caught.value)
+    assert f"; these rows have no 'level': {tmp_path}/heldout.jsonl:1;" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_rows_that_lack_a_column_are_named(tmp_path: Path) -> None:
         score(tmp_path, "return [row['facts'] for row in rows]", answers=answers_to(prompts, ["No."] * 4))
     assert str(caught.value).splitlines()[0] == (
         f"{tmp_path}/score.py:brevity: raised KeyError: 'facts' at line 3, called for answers to rows.jsonl:4, "
-        "rows.jsonl:9, rows.jsonl:11 and 1 more, of which these have no 'facts': rows.jsonl:9, rows.jsonl:11; none of "
+        "rows.jsonl:9, rows.jsonl:11 and 1 more; these rows have no 'facts': rows.jsonl:9, rows.jsonl:11; none of "
         "its scores was used"
     )
     with pytest.raises(

@@ -127,7 +127,7 @@ def test_a_conversation_beyond_the_model_s_positions_is_named(tmp_path: Path) ->
     assert len(judge.scores(answers_to(PROMPTS[:1], ["On Monday."]))) == 1
     with pytest.raises(ModelError) as caught:
         judge.scores(answers_to(PROMPTS[:1], ["On Monday. " * 20]))
-    assert str(caught.value).startswith("path:judge: has 48 positions; prompt and answer of rows.jsonl:1 are ")
+    assert str(caught.value).startswith("path:judge: has 48 positions, but prompt and answer of rows.jsonl:1 are ")
     assert "max_new_tokens" in caught.value.remedy
 
 

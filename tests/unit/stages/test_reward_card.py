@@ -133,7 +133,7 @@ def test_a_function_of_yours_is_a_rule_and_names_the_pairs_that_it_cannot_judge(
     assert 0 < sum(right) < 4
     assert run(spec)["rule"]["accuracy"]["mean"] == sum(right) / 4
     write(pairs, [rewardbench_row(0, words=9), rewardbench_row(1), rewardbench_row(2)])
-    with pytest.raises(RewardError, match=f"of which these have no 'words': {pairs}:2, {pairs}:3; none of its scores"):
+    with pytest.raises(RewardError, match=f"; these rows have no 'words': {pairs}:2, {pairs}:3; none of its scores"):
         run(replace(spec, artifact=spec.artifact.with_name("again"), work=spec.work.with_name("again.work")))
 
 
@@ -167,7 +167,7 @@ def test_pairs_that_were_learned_may_be_judged_and_are_then_counted(folder: Path
     config = RewardCardConfig(bootstrap_samples=5, invariance_pairs=0, leave_out_learned=False)
     card = run(spec_of(folder, tmp_path, config, extra_data={"learned": file}))
     assert (card["num_pairs"], card["learned"]["judged_too"]) == (12, 12)
-    assert card["warnings"][0].startswith("12 of the 12 pairs ask what the model learned from")
+    assert card["warnings"][0].startswith("12 of the 12 pairs overlap with what the model learned from")
     with pytest.raises(DataError, match="all 12 pairs ask what the reward model learned from"):
         run(spec_of(folder, tmp_path / "again", RewardCardConfig(), data_path=file, extra_data={"learned": file}))
 
@@ -252,7 +252,7 @@ def test_a_model_that_is_not_invariant_is_found_out(
     write(tmp_path / "pairs.jsonl", [rewardbench_row(number) for number in range(6)])
     card = run(spec_of(folder, tmp_path, RewardCardConfig(bootstrap_samples=5)))
     assert card["invariances"]["moved"] == ["alone", "in another order", "padded on the left", "padded on the right"]
-    assert any("scores depend on what they should not: alone" in sentence for sentence in card["warnings"])
+    assert any("scores change when they should not: alone" in sentence for sentence in card["warnings"])
 
 
 def test_a_score_that_is_no_number_stops_the_stage(
