@@ -1,4 +1,4 @@
-"""What the page shows of a reward model's card, as text and ready-made plots."""
+"""A reward model's card as text and finished plots for the page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODEL = "reward model"
 CHANCE = 0.5
 """Accuracy of a judge that knows nothing."""
 FEW_WORDS = 8
-"""Words of each kind that the page names."""
+"""How many words for and against an answer the page names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +32,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChangeRow:
-    """What should move no score, and by how much it did, by number format."""
+    """A change that should move no score, and how far it moved scores, by number format."""
 
     name: str
     by_format: dict[str, Change]
@@ -40,7 +40,7 @@ class ChangeRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CardView:
-    """A card with all that is drawn of it; ``figures`` are (words, value), ``spread`` is the scores' deviation."""
+    """A card with its plots and tables; ``figures`` are (heading, value), ``spread`` the scores' standard deviation."""
 
     stage: str
     card: RewardCard
@@ -53,7 +53,7 @@ class CardView:
 
 
 def card_view(card: Card) -> CardView:
-    """The card, drawn."""
+    """The card, ready for the template."""
     formats = {} if card.record.invariances is None else card.record.invariances.formats
     changes = list(_changes(formats))
     return CardView(
@@ -83,14 +83,14 @@ def lead(card: Card) -> str:
 
 
 def plots(card: RewardCard) -> Iterator[Figure]:
-    """The calibration curve and the margins, as far as the card has them."""
+    """The calibration curve and the histogram of margins, if the card has them."""
     if bins := card.calibration.bins:
-        caption = "share of pairs in which it is right, over how sure it is; dotted: as sure as right"
+        caption = "share of pairs that it gets right, by its confidence; dotted: perfect calibration"
         points = [(part.confidence, Interval(mean=part.share, low=part.low, high=part.high)) for part in bins]
         yield Figure(title="Calibration", caption=caption, svg=calibration_curve(points, title="Calibration"))
     edges, counts = card.margins.edges, card.margins.counts
     if counts and len(edges) == len(counts) + 1:
-        caption = "pairs by score of chosen − rejected; left of 0 it is wrong"
+        caption = "pairs by margin: score of chosen − rejected; below 0 it is wrong"
         yield Figure(title="Margins", caption=caption, svg=histogram(edges, counts, title="Margins"))
 
 
@@ -112,19 +112,19 @@ def _judges(card: RewardCard) -> WhiskerPlot:
 def _figures(card: RewardCard) -> Iterator[tuple[str, str]]:
     for judge in card.baselines:
         if judge.difference is not None:
-            yield f"more often right than: {judge.name}", _difference(judge.difference)
+            yield f"accuracy minus that of: {judge.name}", _difference(judge.difference)
     yield from _of_calibration(card.calibration)
     yield from _of_length(card.length)
     if card.rule and card.rule.agreement and card.rule.accuracy:
-        agreement = f"{text.number(card.rule.agreement.mean)} of the {card.rule.num_pairs} pairs that it tells apart"
-        yield "agrees with the rule", f"{agreement}; there the rule is right on {text.number(card.rule.accuracy.mean)}"
+        agreement = f"{text.number(card.rule.agreement.mean)} of the {card.rule.num_pairs} pairs that the rule decides"
+        yield "agrees with the rule", f"{agreement}; the rule itself is right on {text.number(card.rule.accuracy.mean)}"
     if means := [subset.accuracy.mean for subset in card.subsets if subset.accuracy]:
         yield "mean over subsets", text.number(sum(means) / len(means), 3)
     if card.learned:
         yield "learned from", _learned(card.learned)
         for words, heading in (
-            (card.learned.for_answer, "words for an answer, by the bag"),
-            (card.learned.against, "words against it"),
+            (card.learned.for_answer, "words for an answer (bag of words)"),
+            (card.learned.against, "words against an answer"),
         ):
             if words:
                 yield heading, ", ".join(words[:FEW_WORDS])
@@ -134,14 +134,14 @@ def _of_calibration(calibration: Calibration) -> Iterator[tuple[str, str]]:
     if calibration.ece is None or calibration.brier is None or calibration.log_loss is None:
         return
     yield "expected calibration error", text.number(calibration.ece, 3)
-    yield "Brier score (.25 knows nothing)", text.number(calibration.brier, 3)
-    yield "log loss, nats (.693 knows nothing)", text.number(calibration.log_loss, 3)
+    yield "Brier score (chance: .25)", text.number(calibration.brier, 3)
+    yield "log loss, nats (chance: .693)", text.number(calibration.log_loss, 3)
 
 
 def _of_length(length: Length) -> Iterator[tuple[str, str]]:
     if length.prefers_longer is not None and length.longer_is_chosen is not None:
         shares = text.share(length.prefers_longer), text.share(length.longer_is_chosen)
-        yield "prefers the longer answer", f"{shares[0]} of pairs; the longer one is the better in {shares[1]}"
+        yield "prefers the longer answer", f"{shares[0]} of pairs; the longer one is better in {shares[1]}"
     if length.correlation is not None:
         yield "correlation of margin and difference in length", text.number(length.correlation)
     if length.accuracy_where_longer is not None and length.accuracy_where_shorter is not None:
@@ -159,6 +159,6 @@ def _difference(item: Interval) -> str:
 def _learned(learned: Learned) -> str:
     pairs = f"{learned.num_pairs} pairs"
     if not learned.judged_too:
-        return f"{pairs}; none of the pairs judged asks the same"
-    fate = "left out" if learned.left_out else "judged all the same"
-    return f"{pairs}; {learned.judged_too} pairs that ask the same were {fate}"
+        return f"{pairs}; no judged pair overlaps with them"
+    fate = "left out" if learned.left_out else "judged anyway"
+    return f"{pairs}; {learned.judged_too} judged pairs overlap with them and were {fate}"

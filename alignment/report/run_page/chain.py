@@ -1,6 +1,6 @@
-"""The run's stages as a picture: boxes in layers from left to right, and the same as a list for a narrow screen.
+"""The run's stages as a picture: boxes in layers from left to right, or one below the other on a narrow screen.
 
-A long edge runs through the layers between as a lane, one a source, so that edges never cross a box.
+An edge that skips layers passes through them in a lane, one lane per source, so that edges never cross a box.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLUMN, ROW_GAP, LANE = 171, 14, 12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """A box of the picture: three lines of text, and the nodes it takes from."""
+    """A box of the picture: three lines of text, and the names of the nodes that it takes as inputs."""
 
     name: str
     state: str
@@ -34,7 +34,7 @@ class Node:
 
 
 def nodes_of(run: Run) -> list[Node]:
-    """The run's stages as nodes, the base model first where a stage uses it, each after its inputs."""
+    """The run's stages as nodes, each after its inputs; the base model comes first if a stage uses it."""
     known = {stage.name for stage in run.stages}
     nodes = [_node(stage, known) for stage in run.stages]
     if any(BASE in node.inputs for node in nodes):
@@ -74,7 +74,7 @@ def layers(nodes: list[Node]) -> dict[str, int]:
 
 
 def chain(run: Run) -> Markup:
-    """Both pictures; the style sheet shows the one that fits."""
+    """Both pictures; the style sheet shows the one that fits the screen."""
     nodes = nodes_of(run)
     if not nodes:
         return Markup("")
@@ -82,11 +82,11 @@ def chain(run: Run) -> Markup:
 
 
 Slot = tuple[str, bool]
-"""(node, whether this is only its lane through the layer)."""
+"""A node's name, and whether the slot is only its lane through the layer."""
 
 
 def _columns(nodes: list[Node], layer: dict[str, int]) -> list[list[Slot]]:
-    """What stands in each layer from top to bottom, near to where it comes from."""
+    """The slots of each layer from top to bottom, ordered to be near their sources."""
     columns: list[list[Slot]] = [[] for _ in range(max(layer.values()) + 1)]
     sources = {node.name: node.inputs for node in nodes}
     for node in nodes:
@@ -132,7 +132,7 @@ def wide(nodes: list[Node]) -> Markup:
 
 
 def _edges(nodes: list[Node], layer: dict[str, int], at: dict[tuple[str, int], tuple[float, float]]) -> list[Markup]:
-    """Each piece of an edge once, although edges of one source share their lane."""
+    """The pieces of all edges, without duplicates where edges of one source share a lane."""
     pieces: dict[str, None] = {}
     arrows = []
     for node in nodes:
@@ -179,7 +179,7 @@ def _box(node: Node, centre: tuple[float, float], width: float, letters: int) ->
 
 
 def narrow(nodes: list[Node]) -> Markup:
-    """One box a row; each source's edges run down a lane of their own at the left."""
+    """One box per row; the edges of each source run down their own lane at the left."""
     row = {node.name: index for index, node in enumerate(nodes)}
     spans = {node.name: max((row[o.name] for o in nodes if node.name in o.inputs), default=0) for node in nodes}
     sources = [node.name for node in nodes if spans[node.name] > row[node.name]]
@@ -200,7 +200,7 @@ def narrow(nodes: list[Node]) -> Markup:
 
 
 def _rail(source: str, x: float, gutter: float, pitch: float, row: dict[str, int], nodes: list[Node]) -> list[Markup]:
-    """Out of the source's box at its lower third, down the lane, and into every target at its middle."""
+    """Edges out of the source's box at three quarters of its height, down the lane, and into every target."""
     start = row[source] * pitch + BOX_HEIGHT * 0.75
     targets = [row[node.name] * pitch + BOX_HEIGHT * 0.4 for node in nodes if source in node.inputs]
     targets = [y for y in targets if y > start]

@@ -1,4 +1,4 @@
-"""Which figures of a stage's metrics.jsonl are worth a chart, by kind of stage; absent ones are left out."""
+"""Charts of a stage's metrics.jsonl, by kind of stage; a figure that was not logged gets no chart."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from alignment.stages.registry import curves
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
-    """A chart as the page shows it; ``keys`` are the names in metrics.jsonl."""
+    """A chart as the page shows it; ``keys`` are the names in metrics.jsonl, separated by spaces."""
 
     title: str
     unit: str
@@ -44,7 +44,7 @@ def charts(stage: Stage) -> list[Chart]:
 def overlaid(stages: Sequence[tuple[str, int, Stage]]) -> list[Chart]:
     """One stage of several runs, each ``(tag, look, stage)``: a chart for each figure, a line for each run that has it.
 
-    A guide is drawn only where it holds for all of them.
+    A guide line is drawn only if it holds for all of them.
     """
     drawn = []
     choices = min((_choices(stage) for _, _, stage in stages), key=lambda some: sum(c.guide is not None for c in some))
@@ -62,9 +62,9 @@ def overlaid(stages: Sequence[tuple[str, int, Stage]]) -> list[Chart]:
 
 
 def _chart(choice: Curve, keys: tuple[str, ...], lines: list[Line], *, title: str, of: str) -> Chart | None:
-    """The chart of a stage, or None where there is nothing to draw."""
-    still = len({y for line in lines for _, y in line.points}) == 1
-    if not lines or (choice.only_if_it_moves and still):
+    """The chart of a stage, or None if there is nothing to draw."""
+    is_constant = len({y for line in lines for _, y in line.points}) == 1
+    if not lines or (choice.only_if_it_moves and is_constant):
         return None
     svg = curve(lines, title=f"{of}, {title}", guide=choice.guide)
     return Chart(title=title, unit=choice.unit, keys=" ".join(keys), svg=svg)
@@ -81,7 +81,7 @@ def num_gaps(stage: Stage) -> int:
 
 
 def _points(rows: list[dict[str, Any]], key: str, over: str) -> Points:
-    """The series of ``key``; a row that does not log it is skipped, one that logs something not finite is a gap."""
+    """The series of ``key``; a row without it is skipped, a value that is not finite is a gap."""
     points = []
     for position, row in enumerate(rows, start=1):
         if key in row:

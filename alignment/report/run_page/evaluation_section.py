@@ -1,4 +1,4 @@
-"""An evaluation and its answers, as far as evaluation.json and the rows of samples.jsonl can be understood."""
+"""An evaluation and its answers, as far as evaluation.json and the rows of samples.jsonl can be read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_evaluation(path: Path) -> tuple[Evaluation | None, str]:
 
 
 def read_samples(rows: list[dict[str, Any]], primary: Metric | None) -> tuple[list[Sample], int]:
-    """The samples that have at least one answer, and how many rows had none."""
+    """The samples that have at least one answer, and how many rows have none."""
     records = [typed_json.parts(row, evaluation.Sample, FOR_A_PAGE) for row in rows]
     samples = [_sample(record, primary) for record in records if record is not None and record.answers]
     return samples, len(rows) - len(samples)

@@ -1,4 +1,4 @@
-"""What a stage ``forgetting`` measured, as far as its file can be understood."""
+"""The results of a ``forgetting`` stage, as far as its file can be read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from alignment.report.run_page.run_records import Forgetting
 
 
 def read_forgetting(stage: str, folder: Path | None) -> Forgetting:
-    """What the stage measured, or a note that says why nothing is shown."""
+    """The results of the stage, or a note that says why there are none."""
     if folder is None or not (folder / forgetting.FILE).is_file():
         return Forgetting(stage=stage, note=f"{stage} has no result yet.")
     record, note = shown(folder / forgetting.FILE, forgetting.Forgetting)

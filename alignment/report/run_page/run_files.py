@@ -24,10 +24,10 @@ from alignment.stages.registry import produced_by
 
 
 def read_run(run_folder: Path) -> Run:
-    """Everything the page shows of the run in ``run_folder``.
+    """Everything that the page shows of the run in ``run_folder``.
 
     Raises:
-        ArtifactError: run.json is missing or unreadable, so nothing is known of the run.
+        ArtifactError: run.json is missing or unreadable.
     """
     record = _read_record(run_folder)
     folders = {name: _artifact_folder(run_folder, name, entry) for name, entry in record.stages.items()}
@@ -54,7 +54,7 @@ def _read_record(run_folder: Path) -> RunRecord:
     try:
         record = typed_json.read_parts(path, RunRecord, FOR_A_PAGE, remedy="start the run again to rewrite it")
     except FileNotFoundError as error:
-        raise ArtifactError("no run is here", where=str(path), remedy="give the folder runs/<run>") from error
+        raise ArtifactError("there is no run here", where=str(path), remedy="give a folder runs/<run>") from error
     assert record is not None, "every field has a default"
     stages = {text.name(name): entry for name, entry in record.stages.items()}
     return replace(record, name=record.name or text.name(run_folder.name), stages=stages)
@@ -63,8 +63,8 @@ def _read_record(run_folder: Path) -> RunRecord:
 def _artifact_folder(run_folder: Path, stage: str, entry: StageEntry) -> Path | None:
     """Where the stage's artifact is or will be.
 
-    run.json may hold a path or a folder name; a run folder that was moved together with its artifacts still reads,
-    because the name is looked up beside it first.
+    run.json may hold a path or a folder name. The name is looked up next to the run first, so that a run that was moved
+    together with its artifacts can still be read.
     """
     recorded = entry.artifact or _stage_file(run_folder / stage / "stage.yaml").get("artifact")
     if not isinstance(recorded, str) or not recorded:
@@ -115,7 +115,7 @@ def _read_manifest(folder: Path | None, notes: list[str]) -> Manifest | None:
 
 
 def _read_metrics(folder: Path | None, notes: list[str]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; those of an interrupted stage lie in its work folder."""
+    """The lines of metrics.jsonl; those of an interrupted stage are in its work folder."""
     if folder is None:
         return []
     path = next((p for p in (folder, _work(folder) / "content") if (p / METRICS).is_file()), None)
@@ -123,7 +123,8 @@ def _read_metrics(folder: Path | None, notes: list[str]) -> list[dict[str, Any]]
         return []
     rows, torn = readable_rows(path / METRICS)
     if torn:
-        notes.append(f"{torn} line{'s' if torn > 1 else ''} of its metrics.jsonl cannot be read and is left out.")
+        lines = "1 line" if torn == 1 else f"{torn} lines"
+        notes.append(f"{lines} of its metrics.jsonl cannot be read and {'is' if torn == 1 else 'are'} left out.")
     return rows
 
 
@@ -141,7 +142,7 @@ def _read_evaluation_of(
         s.name for s in reversed(stages) if produced_by(s.kind) == EVALUATION
     ]
     if not candidates:
-        return None, "This run has no evaluate stage.", [], "Samples come from an evaluation; there is none."
+        return None, "This run has no evaluate stage.", [], "Samples come from an evaluation; this run has none."
     known = [folder for name in candidates if (folder := folders[name]) is not None]
     evaluation_folder = next((folder for folder in known if (folder / "evaluation.json").is_file()), None)
     if evaluation_folder is None:
@@ -149,7 +150,7 @@ def _read_evaluation_of(
         return None, reason, [], "Samples come from the evaluation, which has no result yet."
     evaluation, note = read_evaluation(evaluation_folder / "evaluation.json")
     if not (evaluation_folder / SAMPLES).is_file():
-        return evaluation, note, [], "The evaluation kept no samples.jsonl."
+        return evaluation, note, [], "The evaluation has no samples.jsonl."
     rows, torn = readable_rows(evaluation_folder / SAMPLES)
     samples, left_out = read_samples(rows, evaluation.primary_metric if evaluation else None)
     lost = torn + left_out
@@ -157,7 +158,7 @@ def _read_evaluation_of(
 
 
 def _read_cards(stages: list[Stage], folders: dict[str, Path | None]) -> list[Card]:
-    """The card of every stage that left one; a stage whose card cannot be read gets a note."""
+    """The card of every stage that wrote one; a stage whose card cannot be read gets a note."""
     cards = []
     for stage in stages:
         folder = folders[stage.name]

@@ -1,6 +1,6 @@
-"""What the report knows of a run, as plain records between reading and drawing.
+"""The data of a report, as plain records between reading and drawing.
 
-Every field that a run may lack is optional here, so that the drawing code states what is missing instead of failing.
+Every field that a run may lack is optional, so that the drawing code says what is missing instead of failing.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from alignment.stages.registry import produced_by
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """The run of this place less the first one, in a metric of an arm's answers, paired by prompt.
+    """The run number ``run`` minus the first one, in a metric of an arm's answers, paired by prompt.
 
-    ``interval`` is None where they were judged on other prompts.
+    ``interval`` is None if the runs were evaluated on different prompts.
     """
 
     run: int
@@ -38,13 +38,13 @@ class Difference:
 
     @property
     def none_at_all(self) -> bool:
-        """Whether every answer was judged alike: mostly an arm that the runs share."""
+        """Whether every answer has equal scores in both runs: usually an arm that the runs share."""
         return self.interval == Interval(mean=0.0, low=0.0, high=0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forgetting:
-    """What a stage of that kind measured; ``note`` says why there is nothing to show."""
+    """The results of a ``forgetting`` stage; ``note`` says why there are none."""
 
     stage: str
     record: ForgettingRecord | None = None
@@ -52,14 +52,14 @@ class Forgetting:
 
     @property
     def failed(self) -> list[ArmForgetting]:
-        """Arms that lost more than the limits allow."""
+        """Arms that exceed the limits."""
         return [] if self.record is None else [arm for arm in self.record.arms if not arm.passed]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """One arm's answer with its score by each metric, and its ``merit``: the score by the primary metric, negated where
-    less is better; None without one."""
+    """One arm's answer with its score by each metric, and its ``merit``: the score by the primary metric, negated if
+    less is better; None without a score."""
 
     arm: str
     text: str
@@ -88,10 +88,10 @@ class Card:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """A stage as the run left it.
+    """A stage and its state in the run.
 
     ``inputs`` are (field, reference) pairs. ``metrics`` are the lines of metrics.jsonl. ``notes`` say in words what
-    could not be read; ``error`` is the worker's own account of a failure.
+    could not be read; ``error`` is the worker's message about a failure.
     """
 
     name: str
@@ -117,7 +117,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """Everything the page shows. ``evaluation`` is None where there is none, and ``evaluation_note`` says why."""
+    """Everything that the page shows. If ``evaluation`` is None, ``evaluation_note`` says why."""
 
     record: RunRecord
     stages: list[Stage]
@@ -130,5 +130,5 @@ class Run:
 
     @property
     def unfinished(self) -> list[Stage]:
-        """Stages that have no usable artifact; the report's own stage is under way while this page is made."""
+        """Stages without a usable artifact, except the report itself, which is still running while the page is made."""
         return [stage for stage in self.stages if produced_by(stage.kind) != REPORT and stage.state not in COMPLETE]

@@ -37,12 +37,12 @@ class WhiskerPlot:
 
 
 TONES = {BETTER: "good", WORSE: "bad", NO_DIFFERENCE: "open"}
-"""How a verdict looks."""
+"""The CSS class of each verdict."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComparisonRow:
-    """A comparison as the page shows it; ``tone`` is ``good``, ``bad`` or ``open``."""
+    """A comparison as the page shows it; ``tone`` is a CSS class: ``good``, ``bad`` or ``open``."""
 
     arm: str
     against: str
@@ -73,7 +73,7 @@ def primary_plot(evaluation: Evaluation) -> WhiskerPlot | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArmTable:
-    """A row for each arm, (label, cells); a cell is (figure, bounds) and stands under a heading."""
+    """A row (label, cells) for each arm, with a cell (figure, bounds) for each heading."""
 
     headings: list[str]
     rows: list[tuple[str, list[tuple[str, str]]]]
@@ -102,7 +102,7 @@ _OF_ARMS: dict[str, Callable[[ArmResult], tuple[str, str]]] = {
 
 
 def arm_table(evaluation: Evaluation) -> ArmTable:
-    """The figures of the arms, the recipe's metrics first; one that no arm has is left out."""
+    """The figures of the arms, the recipe's metrics first; figures that no arm has are left out."""
     every = {
         metric.name: [_figure(arm.metrics.get(metric.name)) for arm in evaluation.arms] for metric in evaluation.metrics
     }
@@ -176,15 +176,14 @@ def _kappa(value: float | None) -> str:
 
 
 def bounds(item: Interval | None, digits: int = 2) -> str:
-    """``0.66 to 0.75``, or nothing where no interval was recorded."""
+    """``0.66 to 0.75``, or "" if no interval was recorded."""
     if item is None or item.low is None or item.high is None:
         return ""
     return f"{text.number(item.low, digits)} to {text.number(item.high, digits)}"
 
 
 def task_rows(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Per task, each arm's mean of the primary metric with a shade from 0 to 5, the better the stronger, so that weak
-    spots are seen at a glance."""
+    """Per task, each arm's mean of the primary metric with a shade from 0 to 5: the better, the stronger."""
     rows = []
     every = [value for means in evaluation.tasks.values() for value in means.values()]
     low, high = min([0.0, *every]), max([1.0, *every])
@@ -206,7 +205,7 @@ def settings(stage: Stage) -> list[tuple[str, str]]:
 
 
 def lineage(stage: Stage) -> list[tuple[str, str]]:
-    """What the artifact is made of, as (heading, value); empty entries are left out."""
+    """What the artifact was made from, as (heading, value); empty entries are left out."""
     manifest = stage.manifest
     if manifest is None:
         return []
@@ -234,7 +233,7 @@ def _pairs(value: Any) -> list[tuple[str, Any]]:
 
 
 def _short(value: Any) -> str:
-    """A long hash by its first twelve digits; the manifest beside it has the rest."""
+    """A value as text; a long hash is cut to its first twelve digits."""
     return value[:12] if _is_hash(value) else shown(value)
 
 
@@ -251,7 +250,7 @@ def _hashes(value: Any, prefix: str) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UsageRow:
-    """Time, memory and closing figures of a stage; ``share`` is its length beside the longest, as an SVG length."""
+    """Time, memory and final figures of a stage; ``share`` is its time relative to the longest, as an SVG length."""
 
     name: str
     state: str
@@ -262,7 +261,7 @@ class UsageRow:
 
 
 def usage_rows(run: Run) -> list[UsageRow]:
-    """A row for every stage that has left a time or a memory figure."""
+    """A row for every stage that recorded its time or memory."""
     rows = []
     longest = max((stage.seconds or 0.0 for stage in run.stages), default=0.0)
     for stage in run.stages:
@@ -284,7 +283,7 @@ def usage_rows(run: Run) -> list[UsageRow]:
 
 
 def _closing_figures(stage: Stage) -> list[tuple[str, str]]:
-    """The manifest's headline figures, counts without decimals; what measures has a table that says more."""
+    """The manifest's headline figures of a training stage; other stages have their own tables."""
     if not trains(stage.kind):
         return []
     return [
@@ -294,13 +293,13 @@ def _closing_figures(stage: Stage) -> list[tuple[str, str]]:
 
 
 def command(run: Run) -> str:
-    """The command line that makes this run again, quoted for a POSIX shell."""
+    """The command line that repeats this run, quoted for a POSIX shell."""
     words = ["align", "run", run.record.recipe or "RECIPE", *run.record.overrides]
     return " ".join(shlex.quote(word) for word in words)
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """What the run is, as (heading, value), independent of the machine it ran on."""
+    """Facts about the run as (heading, value), independent of the machine that it ran on."""
     model = run.record.config.get("model")
     source = text.name(model.get("source") or "") if isinstance(model, dict) else ""
     seconds = sum(stage.seconds or 0.0 for stage in run.stages)
@@ -319,5 +318,5 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 
 def date(stamp: str) -> str:
-    """An ISO time to the minute; anything else stays as it is."""
+    """An ISO time to the minute; any other text unchanged."""
     return f"{stamp[:10]} {stamp[11:16]}" if len(stamp) >= 16 and stamp[10] in "T " else stamp

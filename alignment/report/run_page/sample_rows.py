@@ -1,4 +1,4 @@
-"""Which prompts the page shows side by side, chosen by a rule that the page states, never by hand or by chance."""
+"""Chooses the prompts that the page shows side by side, by a rule that the page states, never by hand or at random."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BY_HASH = "by hash"
 
 
 def rule(primary: str | None) -> str:
-    """How the shown prompts were chosen, where arms are compared by this metric."""
+    """The rule by which prompts were chosen, in words; ``primary`` names the metric that arms are compared by."""
     if primary is None:
         return "They are in order of a hash of their id, taken from each task in turn."
     return (
@@ -29,7 +29,7 @@ def rule(primary: str | None) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chosen:
-    """A sample and the part of the rule that brought it here."""
+    """A sample and the part of the rule that selected it."""
 
     sample: Sample
     why: str
@@ -38,7 +38,7 @@ class Chosen:
 def choose(samples: list[Sample], num_samples: int, *, widest: str = WIDEST) -> list[Chosen]:
     """``num_samples`` samples, or all if there are fewer; the same samples give the same choice in any order.
 
-    ``widest`` says why those whose answers differ most by the primary metric were taken.
+    ``widest`` is the reason given for samples whose answers differ most by the primary metric.
     """
     ordered = sorted(samples, key=_hash)
     num_widest = (num_samples + 1) // 2
@@ -70,13 +70,13 @@ def _merits(sample: Sample) -> list[float]:
 
 
 def gap(sample: Sample) -> float:
-    """How far its answers lie apart by the primary metric."""
+    """The largest difference between its answers' scores by the primary metric."""
     merits = _merits(sample)
     return max(merits) - min(merits) if merits else 0.0
 
 
 def _halves(samples: list[Sample]) -> dict[int, str]:
-    """Better or worse than the median prompt, by the mean merit of all arms; neither where no answer has one."""
+    """Better or worse than the median prompt, by the mean merit of all arms; ``BY_HASH`` if no answer has a merit."""
     if not any(map(_merits, samples)):
         return {id(s): BY_HASH for s in samples}
     means = {id(s): sum(_merits(s)) / max(1, len(_merits(s))) for s in samples}
@@ -85,7 +85,7 @@ def _halves(samples: list[Sample]) -> dict[int, str]:
 
 
 def _in_turn(samples: list[Sample], count: int, group: Callable[[Sample], str]) -> list[Sample]:
-    """The first ``count`` samples when each group gives one in turn, in the order in which groups first appear."""
+    """The first ``count`` samples, taken from each group in turn, in the order in which groups first appear."""
     queues: dict[str, list[Sample]] = {}
     for sample in samples:
         queues.setdefault(group(sample), []).append(sample)

@@ -1,4 +1,4 @@
-"""What the evaluation shows, in plain sentences. Only an interval that excludes zero is called a real difference."""
+"""The verdict on a run in plain sentences. Only a difference whose interval excludes zero is called real."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from alignment.report.run_page.run_records import Run
 from alignment.stages.registry import doubts, learns_from_preferences
 
 MIN_DISTINCT = 0.9
-"""Below this share of distinct answers an arm says the same thing to different prompts (chosen, not tuned)."""
+"""Below this share of distinct answers an arm is called degenerate (chosen, not tuned)."""
 
 MAX_LOG_RATIO = 25.0
-"""Nats a sequence beyond which an arm has left its reference far behind (chosen, not tuned)."""
+"""Above this log-ratio, in nats per sequence, an arm is called far from the reference (chosen, not tuned)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """``lead`` is the answer in a sentence or two; the lists give its grounds, one sentence an entry."""
+    """``lead`` is the answer in a sentence or two; the lists give the reasons, one sentence per entry."""
 
     lead: str
     differences: list[str]
@@ -29,7 +29,7 @@ class Verdict:
 
 
 def judge(run: Run) -> Verdict:
-    """The verdict on a run, whatever is missing from it."""
+    """The verdict on a run, even an incomplete one."""
     evaluation = run.evaluation
     if is_smoke(run.record.profile):
         return Verdict(lead=f"This is {SMOKE}.", differences=[], warnings=_unfinished(run))
@@ -81,7 +81,7 @@ def _without_metric(evaluation: Evaluation) -> str:
 
 
 def _preference_against_sft(run: Run, evaluation: Evaluation) -> dict[str, list[Comparison]]:
-    """For every sft arm, the comparisons of preference-trained arms with it, all turned to *preference minus sft*."""
+    """For every sft arm, the comparisons of preference-trained arms with it, each as *preference minus sft*."""
     preferred = {f"stage:{stage.name}": learns_from_preferences(stage.kind) for stage in run.stages}
     groups: dict[str, list[Comparison]] = {}
     for item in evaluation.comparisons:
@@ -119,7 +119,7 @@ def _verb(subjects: list[str], singular: str, plural: str) -> str:
 
 
 def _differences(evaluation: Evaluation) -> list[str]:
-    """A sentence for each real difference, widest first, and one sentence for all that are not shown."""
+    """A sentence for each real difference, largest first, and one sentence for all differences that are not shown."""
     real = sorted((c for c in evaluation.comparisons if c.real), key=lambda c: -abs(c.difference))
     sentences = [_difference(evaluation, item) for item in real]
     unclear = [c for c in evaluation.comparisons if not c.real]
@@ -142,16 +142,16 @@ def _unfinished(run: Run) -> list[str]:
     if not stages:
         return []
     states = [f"{stage.name} ({stage.state})" for stage in stages]
-    return [f"The run is not complete: {text.listing(states)}. This page shows what there is."]
+    return [f"The run is not complete: {text.listing(states)}. This page shows what is available."]
 
 
 def _doubts(run: Run) -> list[str]:
-    """What the figures of training stages say against what was built on them."""
+    """Reasons in the figures of training stages to doubt the results that build on them."""
     return [f"{stage.name}: {doubt}." for stage in run.stages for doubt in doubts(stage.kind, stage.headlines)]
 
 
 def _forgot(run: Run) -> list[str]:
-    """Arms over a limit of what may be forgotten."""
+    """Arms that exceed a limit on forgetting."""
     arms = [arm for measured in run.forgetting for arm in measured.failed]
     return [f"{arm.label} forgot too much: {'; '.join(arm.reasons)}." for arm in arms]
 
@@ -191,8 +191,8 @@ def _never_ended(arm: ArmResult, num_prompts: int | None) -> str:
 
 
 def _overoptimised(run: Run, evaluation: Evaluation) -> list[str]:
-    """Arms that the reward model likes better than sft while the primary metric is really worse: the proxy was won, not
-    the goal."""
+    """Arms that the reward model scores above sft although the primary metric is really worse: the proxy was optimised,
+    not the goal."""
     rewards = {arm.name: arm.reward for arm in evaluation.arms}
     warnings = []
     for sft, group in _preference_against_sft(run, evaluation).items():
@@ -208,7 +208,7 @@ def _overoptimised(run: Run, evaluation: Evaluation) -> list[str]:
 
 
 def _handed_on(run: Run) -> list[str]:
-    """Stages whose guard liked an earlier policy better than the last one, or whose KL reached its budget."""
+    """Stages that hand on an earlier policy because its guard score was better, or that the KL ended early."""
     warnings = []
     for stage in run.stages:
         headlines = stage.headlines
@@ -219,7 +219,7 @@ def _handed_on(run: Run) -> list[str]:
             warnings.append(
                 f"{stage.name} hands on its policy after update {best_update:.0f} of {done:.0f}: the held-out scorer "
                 f"gave {text.number(best, 3)} there and {text.number(last, 3)} at the end, "
-                "on the prompts that chose it."
+                "on the prompts that were used to select it."
             )
         if done is not None and isinstance(planned, int) and done < planned:
             why = "its KL was above guard.max_kl twice in a row"
@@ -228,5 +228,5 @@ def _handed_on(run: Run) -> list[str]:
 
 
 def _of_cards(run: Run) -> list[str]:
-    """What each reward model's card says before its figures."""
+    """The warnings of each reward model's card."""
     return [f"{card.stage}: {sentence}" for card in run.cards for sentence in card.record.warnings]

@@ -63,7 +63,7 @@ def test_a_card_is_shown_with_all_that_it_measured(fake_run: Any) -> None:
     card = made_card()
     html = with_card(fake_run, json.dumps(card))
     assert_harmless(html)
-    judges = html.split("<figcaption>Right</figcaption>")[1].split("</figure>")[0]
+    judges = html.split("<figcaption>Accuracy</figcaption>")[1].split("</figure>")[0]
     assert judges.count('class="guide"') == 3, "chance, behind each of the judges"
     page = Page(html).text
     accuracy = f"{card['accuracy']['mean']:.3f}"
@@ -72,15 +72,15 @@ def test_a_card_is_shown_with_all_that_it_measured(fake_run: Any) -> None:
         accuracy,
         "bag of words",
         "longer answer",
-        "more often right than: bag of words",
+        "accuracy minus that of: bag of words",
         "expected calibration error",
         "prefers the longer answer",
         "agrees with the rule",
         "mean over subsets",
-        "100 pairs; 7 pairs that ask the same were left out",
+        "100 pairs; 7 judged pairs overlap with them and were left out",
         "plain-0",
         "padded on the left",
-        "1 turned round",
+        "1 flipped",
         "rejected, preferred by the model",
     ):
         assert told in page, told

@@ -343,8 +343,8 @@ def test_every_section_says_something(fake_run):
     fake_run.samples = []
     fake_run.run["stages"]["ppo"].update(state="waiting", inputs={}, artifact=None)
     html = fake_run.html()
-    assert "The evaluation kept no answers." in html
-    assert "<bdi>ppo</bdi> has no finished artifact and takes none." in html
+    assert "The evaluation has no answers." in html
+    assert "<bdi>ppo</bdi> has no finished artifact and no inputs." in html
     for section in html.split("<section")[1:]:
         assert Page(section.split("</h2>")[1]).text, section[:80]
 
@@ -425,7 +425,7 @@ def test_an_evaluation_with_a_judge_shows_its_pairs_and_what_can_be_concluded(fa
 
 def test_an_evaluation_of_before_there_were_judges_is_shown_as_it_was(fake_run):
     html = unlabelled(fake_run.html())
-    assert "Pairs before a judge" not in html
+    assert "Judged pairs" not in html
     row = re.search(r"<tr><th scope=\"row\"><bdi>base\+prompt</bdi></th>(.*?)</tr>", html).group(1)
     assert "<td>52.0</td>" in row, "words without an interval"
 

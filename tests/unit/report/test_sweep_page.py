@@ -100,7 +100,7 @@ def test_several_figures_name_the_trials_that_none_beats() -> None:
     said = words(html)
     assert "2 of 3 trials so far are not beaten by another in every metric." in said
     assert html.count('<pre class="command">') == 4
-    assert "Drawn once 10 trials have come to their end." in said
+    assert "Drawn once 10 trials have finished." in said
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_section_that_will_never_hold_anything_is_left_out() -> None:
     assert "Which settings matter" not in sweep_page(one), "a single setting has nothing to be weighed against"
     failed = record(trials=record().trials[-2:], number=2, best=[], verdict="", importance=[])
     html = sweep_page(failed)
-    for heading in ("Settings and what came of them", "Which settings matter", "Run the best again"):
+    for heading in ("Settings and results", "Which settings matter", "Run the best again"):
         assert heading not in html
 
 
@@ -125,8 +125,8 @@ def test_a_section_that_will_never_hold_anything_is_left_out() -> None:
 def test_a_sweep_that_has_just_begun_says_what_is_missing(trials: int) -> None:
     told = record(trials=record().trials[:trials], best=[6][:trials], verdict="", importance=[])
     said = words(sweep_page(told))
-    assert "Drawn from the second trial on" in said
-    assert ("None has ended yet." in said) == (trials == 0)
+    assert "Drawn once 2 trials have finished" in said
+    assert ("No trial has ended yet." in said) == (trials == 0)
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)

@@ -154,7 +154,7 @@ def test_an_earlier_policy_that_was_handed_on_is_named_with_both_opinions(fake_r
     }
     html = fake_run.html()
     assert "ppo hands on its policy after update 12 of 20: the held-out scorer gave 0.612 there and" in html
-    assert "and 0.550 at the end, on the prompts that chose it." in html
+    assert "and 0.550 at the end, on the prompts that were used to select it." in html
 
 
 def test_a_last_policy_that_was_handed_on_is_no_news(fake_run):
