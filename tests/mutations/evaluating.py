@@ -12,14 +12,14 @@ MUTATIONS = [
         EVALUATE,
         (
             "the evaluation's log-ratio has the other sign",
-            "[mine - other for mine, other in zip(own, theirs, strict=True)]",
-            "[other - mine for mine, other in zip(own, theirs, strict=True)]",
+            "[score - other for score, other in zip(own, reference_logprobs, strict=True)]",
+            "[other - score for score, other in zip(own, reference_logprobs, strict=True)]",
             "test_log_ratios_and_rewards_of_every_arm_are_its_own_by_value",
         ),
         (
             "every arm has the reference's words on the first one",
-            "theirs = under[place :: len(compared)]",
-            "theirs = under[0 :: len(compared)]",
+            "reference_logprobs = under[index :: len(compared)]",
+            "reference_logprobs = under[0 :: len(compared)]",
             "test_log_ratios_and_rewards_of_every_arm_are_its_own_by_value",
         ),
         (
@@ -56,8 +56,8 @@ MUTATIONS = [
         EVALUATE,
         (
             "longer answers are taken from shorter ones",
-            "        weights_sha256(found),\n        max_new_tokens,",
-            "        weights_sha256(found),",
+            "        weights_sha256(policy),\n        max_new_tokens,",
+            "        weights_sha256(policy),",
             "test_longer_answers_are_not_taken_from_shorter_ones",
         ),
         (

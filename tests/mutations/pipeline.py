@@ -363,8 +363,8 @@ MUTATIONS = [
         "unit/pipeline/test_compare.py",
         (
             "differences are taken of other prompts",
-            "if not one or one.keys() != other.keys():",
-            "if not one or len(one) != len(other):",
+            "if not scores or scores.keys() != other_scores.keys():",
+            "if not scores or len(scores) != len(other_scores):",
             "test_other_prompts_are_not_compared",
         ),
     ),
