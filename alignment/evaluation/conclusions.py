@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from alignment.records.evaluation import NOTHING, Comparison, Judge, Metric
+from alignment.evaluation.pairwise import TIE
+from alignment.records.evaluation import BETTER, NO_DIFFERENCE, NOTHING, WORSE, Comparison, Judge, JudgedPair, Metric
 
 
 def conclusions(
@@ -20,7 +21,11 @@ def conclusions(
     if metric is None and judge is None:
         sentences = [f"{num_prompts} prompts, neither a metric nor a judge: no arm is called better than another."]
     if metric is not None and comparisons:
-        sentences = [_differences(num_prompts, metric, comparisons, labels), _limit(metric, comparisons)]
+        sentences = [
+            _differences(num_prompts, metric, comparisons, labels),
+            _lost_by_correction(comparisons, labels),
+            _limit(metric, comparisons),
+        ]
     if judge is not None:
         sentences.append(_judged(judge, labels))
     return [sentence for sentence in sentences if sentence]
@@ -31,12 +36,22 @@ def _differences(num_prompts: int, metric: Metric, comparisons: Sequence[Compari
     for comparison in comparisons:
         arm, against = labels[comparison.arm], labels[comparison.against]
         if comparison.real:
-            real.append(f"{arm} is {metric.verdict(comparison.interval)} than {against}")
+            better = (comparison.difference > 0) == metric.higher_is_better
+            real.append(f"{arm} is {BETTER if better else WORSE} than {against}")
         else:
             not_shown.append(f"{arm} and {against}")
     parts = [", ".join(real)] if real else []
     parts += [f"{', '.join(not_shown)} cannot be told apart"] if not_shown else []
     return f"{num_prompts} prompts, by {metric.name}: {'; '.join(parts)}."
+
+
+def _lost_by_correction(comparisons: Sequence[Comparison], labels: Mapping[str, str]) -> str:
+    """On pairs whose interval excludes zero, but which are not shown to differ among so many comparisons."""
+    pairs = [pair for pair in comparisons if pair.interval.excludes_zero() and not pair.real]
+    if not pairs:
+        return ""
+    named = ", ".join(f"{labels[pair.arm]} and {labels[pair.against]}" for pair in pairs)
+    return f"The interval of {named} excludes zero, but among {len(comparisons)} comparisons that may be chance."
 
 
 def _limit(metric: Metric, comparisons: Sequence[Comparison]) -> str:
@@ -63,5 +78,17 @@ def _judged(judge: Judge, labels: Mapping[str, str]) -> str:
             low, high = pair.win_rate.bounds or (pair.win_rate.mean, pair.win_rate.mean)
             parts.append(
                 f"{arm} wins {pair.win_rate.mean:.2f} against {against} ({low:.2f} to {high:.2f}), {pair.verdict}"
+                f"{_because_of_length(pair)}"
             )
     return f"By {judge.name} on {judge.num_prompts} prompts, ties counted as half a win: {'; '.join(parts)}."
+
+
+def _because_of_length(pair: JudgedPair) -> str:
+    """Said where a difference is real as it stands, but not between answers of equal length."""
+    rate = pair.length_controlled
+    if rate is None or rate.bounds is None or pair.verdict not in (BETTER, WORSE):
+        return ""
+    low, high = rate.bounds
+    if (low > TIE) if pair.verdict == BETTER else (high < TIE):
+        return ""
+    return f", but at equal lengths {rate.mean:.2f} ({low:.2f} to {high:.2f}), {NO_DIFFERENCE}"

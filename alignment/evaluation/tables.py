@@ -1,15 +1,15 @@
-"""The tables of an evaluation: figures of each arm, comparisons, judged pairs, tasks and sample answers."""
+"""The tables of an evaluation: figures of each arm, judged pairs, tasks and sample answers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 
-from alignment.config.evaluating import FEW_SHOT, PROMPTED, UNTRAINED_ARMS
 from alignment.core.errors import NonFiniteError
 from alignment.data.records import HeldOutPrompt
+from alignment.evaluation import length_controlled
 from alignment.evaluation.arms import Answered
-from alignment.evaluation.bootstrap import Intervals, detectable
+from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.pairwise import (
     LOSS,
     TIE,
@@ -28,7 +28,6 @@ from alignment.records.evaluation import (
     NOTHING,
     WORSE,
     ArmResult,
-    Comparison,
     JudgedPair,
     Sample,
     SampleAnswer,
@@ -106,48 +105,31 @@ def _loss(arm: Answered, intervals: Intervals) -> Interval | None:
     )
 
 
-def compare(scores: Scores, *, reference: str, intervals: Intervals) -> list[Comparison]:
-    """Paired differences of the arms' ``scores`` (by arm) in the primary metric.
-
-    The reference arm is compared with the untrained ones, trained arms with it and with each other.
-    """
-    trained = [name for name in scores if name not in (*UNTRAINED_ARMS, reference)]
-    pairs = [*((name, "base") for name in (PROMPTED, FEW_SHOT)), *((reference, name) for name in UNTRAINED_ARMS)]
-    pairs += [(name, reference) for name in trained]
-    pairs += [(later, earlier) for number, later in enumerate(trained) for earlier in trained[:number]]
-    different = {frozenset(pair): pair for pair in reversed(pairs) if len(set(pair)) == 2 and set(pair) <= set(scores)}
-    return [_comparison(scores, arm, against, intervals) for arm, against in reversed(different.values())]
-
-
-def _comparison(scores: Scores, arm: str, against: str, intervals: Intervals) -> Comparison:
-    differences = [score - other for score, other in zip(scores[arm], scores[against], strict=True)]
-    interval = intervals.of(differences)
-    low, high = interval.bounds or (interval.mean, interval.mean)
-    return Comparison(
-        arm=arm, against=against, difference=interval.mean, low=low, high=high, detectable=detectable(differences)
-    )
-
-
 def judged_pair(
     arm: str,
     against: str,
     points: Sequence[float | None],
     both: Sequence[BothOrders] | None,
     *,
+    extra_words: Sequence[float],
     by_metric: Sequence[float] | None,
     max_invalid: float,
     intervals: Intervals,
 ) -> JudgedPair:
     """A row of the judge's table: ``points`` are the arm's on each prompt, None where a verdict is invalid.
 
-    ``both`` are the verdicts that gave them, None for a judge that compares scores. ``by_metric`` are the points by
-    the primary metric, to compare with the judge's. If the share of invalid verdicts exceeds ``max_invalid``, there is
-    no win rate.
+    ``extra_words`` says by how many words the arm's answer is longer. ``both`` are the verdicts that gave the points,
+    None for a judge that compares scores. ``by_metric`` are the points by the primary metric, to compare with the
+    judge's. If the share of invalid verdicts exceeds ``max_invalid``, there is no win rate.
     """
     counted = [row for row, value in enumerate(points) if value is not None]
     valid = [value for value in points if value is not None]
     invalid = 0.0 if both is None else invalid_share(both)
     rate = intervals.of(valid) if valid and invalid <= max_invalid else None
+    longer = [extra_words[row] for row in counted]
+    at_equal_lengths = None
+    if rate is not None:
+        at_equal_lengths = length_controlled.win_rate(valid, longer, samples=intervals.samples, seed=intervals.seed)
     metric_points = None if by_metric is None or not valid else [by_metric[row] for row in counted]
     return JudgedPair(
         arm=arm,
@@ -157,6 +139,7 @@ def judged_pair(
         ties=valid.count(TIE),
         losses=valid.count(LOSS),
         win_rate=rate,
+        length_controlled=at_equal_lengths,
         verdict=NOTHING if rate is None else _against_even(rate),
         invalid=invalid,
         agreement=None if both is None else agreement(both),

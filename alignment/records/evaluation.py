@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no real difference"
 """Verdicts on two arms."""
 NOTHING = "nothing can be concluded"
 """The verdict on two arms of which too many verdicts are invalid."""
+LEVEL = 0.05
+"""How often a family of comparisons without any true difference may show one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,17 +93,22 @@ def _names_of_older(arm: Any) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """``arm`` minus ``against`` in the primary metric, paired by prompt.
+    """``arm`` minus ``against`` in a metric, paired by prompt.
 
+    ``low`` and ``high`` bound the 95 % interval of this difference alone. ``p`` is that of a randomisation test, and
+    ``adjusted_p`` allows for the number of comparisons in the family (Holm 1979); older files have neither.
     ``detectable`` is the true difference that four of five such evaluations would find. Example:
-    ``Comparison(arm="stage:dpo", against="stage:sft", difference=0.08, low=0.02, high=0.14)``.
+    ``Comparison(arm="stage:dpo", against="stage:sft", metric="brevity", difference=0.08, low=0.02, high=0.14)``.
     """
 
     arm: Name
     against: Name
+    metric: Name = ""
     difference: float
     low: float
     high: float
+    p: float | None = None
+    adjusted_p: float | None = None
     detectable: float | None = None
 
     @property
@@ -111,18 +118,21 @@ class Comparison:
 
     @property
     def real(self) -> bool:
-        """Whether the interval excludes zero; read off the interval so that words and numbers cannot disagree."""
-        return self.interval.excludes_zero()
+        """Whether the difference is more than chance among the comparisons of its family.
+
+        Older files have no p value: the interval has to exclude zero.
+        """
+        return self.interval.excludes_zero() if self.adjusted_p is None else self.adjusted_p < LEVEL
+
+    @property
+    def p_in_words(self) -> str:
+        """``, p 0.012``, corrected for the family, to put behind the interval; empty where it is not known."""
+        return "" if self.adjusted_p is None else f", p {self.adjusted_p:.2g}"
 
     def turned(self) -> Comparison:
         """The same difference, seen from the other arm."""
-        return Comparison(
-            arm=self.against,
-            against=self.arm,
-            difference=-self.difference,
-            low=-self.high,
-            high=-self.low,
-            detectable=self.detectable,
+        return replace(
+            self, arm=self.against, against=self.arm, difference=-self.difference, low=-self.high, high=-self.low
         )
 
 
@@ -130,7 +140,8 @@ class Comparison:
 class JudgedPair:
     """What a judge said of two arms; ``win_rate`` is None where nothing can be concluded.
 
-    ``wins``, ``ties`` and ``losses`` count prompts, ``invalid`` is a share of verdicts. ``metric_agreement`` and
+    ``wins``, ``ties`` and ``losses`` count prompts, ``invalid`` is a share of verdicts. ``length_controlled`` is the
+    win rate between answers of equal length; None where length and arm cannot be told apart. ``metric_agreement`` and
     ``metric_kappa`` hold the judge against the primary metric. docs/evaluation.md explains the other figures.
     """
 
@@ -141,6 +152,7 @@ class JudgedPair:
     ties: int
     losses: int
     win_rate: Interval | None = None
+    length_controlled: Interval | None = None
     verdict: Name = ""
     invalid: float | None = None
     agreement: float | None = None
@@ -163,7 +175,8 @@ class Judge:
 class Evaluation:
     """The arms beside each other.
 
-    ``primary`` names the metric by which arms are compared; without metrics there is none, and no comparison.
+    ``primary`` names the metric of ``comparisons``; without metrics there is none, and no comparison. The comparisons
+    by other metrics are a family of their own.
     ``tasks`` maps a task to each arm's mean of it. ``conclusions`` say what an evaluation of this size can show.
     """
 
@@ -172,6 +185,7 @@ class Evaluation:
     primary: Name | None = None
     arms: list[ArmResult] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
+    other_comparisons: list[Comparison] = field(default_factory=list)
     tasks: dict[Name, dict[Name, float]] = field(default_factory=dict)
     judge: Judge | None = None
     conclusions: list[str] = field(default_factory=list)
@@ -196,8 +210,11 @@ class Evaluation:
 
     def verdict(self, comparison: Comparison) -> str:
         """On the first arm of a comparison: ``better``, ``worse`` or ``no real difference``."""
-        metric = self.primary_metric or Metric(name="")
-        return metric.verdict(comparison.interval)
+        if not comparison.real:
+            return NO_DIFFERENCE
+        name = comparison.metric or self.primary
+        metric = next((metric for metric in self.metrics if metric.name == name), Metric(name=""))
+        return BETTER if (comparison.difference > 0) == metric.higher_is_better else WORSE
 
     def write(self, folder: Path) -> None:
         """Writes the file into an artifact's folder."""

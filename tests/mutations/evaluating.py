@@ -8,6 +8,58 @@ EVALUATE = "unit/stages/test_evaluate.py"
 
 MUTATIONS = [
     *in_file(
+        "records/evaluation.py",
+        "unit/evaluation/test_comparisons.py",
+        (
+            "a difference is real by its p value alone, whatever the number of comparisons",
+            "self.adjusted_p < LEVEL",
+            "(self.p or 0.0) < LEVEL",
+            "test_the_same_difference_is_real_alone_and_may_be_chance_among_many",
+        ),
+        (
+            "more of any metric is better",
+            "return BETTER if (comparison.difference > 0) == metric.higher_is_better else WORSE",
+            "return BETTER if comparison.difference > 0 else WORSE",
+            "test_a_verdict_is_in_the_direction_of_its_metric",
+        ),
+    ),
+    *in_file(
+        "evaluation/significance.py",
+        "unit/evaluation/test_significance.py",
+        (
+            "p values are not corrected for their number",
+            "p_values[index] * (len(p_values) - rank)",
+            "p_values[index]",
+            "test_holm",
+        ),
+        (
+            "a difference counts in one direction only",
+            "(np.abs(signs @ differences) >= bound)",
+            "((signs @ differences) >= bound)",
+            "test_a_p_value_is_near_that_of_all_signs",
+        ),
+    ),
+    *in_file(
+        "evaluation/length_controlled.py",
+        "unit/evaluation/test_length_controlled.py",
+        (
+            "the win rate at equal lengths does not look at lengths",
+            "np.tanh(lengths / spread)",
+            "0.0 * lengths",
+            "test_an_equal_but_longer_arm_wins_only_while_length_counts",
+        ),
+    ),
+    *in_file(
+        "evaluation/tables.py",
+        "unit/evaluation/test_pairwise.py",
+        (
+            "lengths of prompts with invalid verdicts move up",
+            "longer = [extra_words[row] for row in counted]",
+            "longer = list(extra_words[-len(counted) :])",
+            "test_the_win_rate_at_equal_lengths_is_over_the_prompts_that_count",
+        ),
+    ),
+    *in_file(
         "stages/evaluate/run.py",
         EVALUATE,
         (

@@ -191,7 +191,8 @@ def _bounds(value: Interval) -> str:
 
 def _in_words(comparison: Comparison, evaluation: Evaluation) -> str:
     interval = f"{comparison.difference:+.3f} ({comparison.low:+.3f} to {comparison.high:+.3f}) in {evaluation.primary}"
-    return f"- {_arm(comparison.arm)} against {_arm(comparison.against)}: {interval}, {evaluation.verdict(comparison)}"
+    verdict = f"{interval}{comparison.p_in_words}, {evaluation.verdict(comparison)}"
+    return f"- {_arm(comparison.arm)} against {_arm(comparison.against)}: {verdict}"
 
 
 def _arm(name: Any) -> str:

@@ -191,7 +191,7 @@ def progress_line(progress: Progress | None) -> str:
 def _in_words(comparison: Comparison, evaluation: Evaluation) -> str:
     arm, against = evaluation.label(comparison.arm), evaluation.label(comparison.against)
     interval = f"{comparison.difference:+.3f} ({comparison.low:+.3f} to {comparison.high:+.3f})"
-    return f"{arm} against {against}: {interval}, {evaluation.verdict(comparison)}"
+    return f"{arm} against {against}: {interval}{comparison.p_in_words}, {evaluation.verdict(comparison)}"
 
 
 def _judged_in_words(pair: JudgedPair, evaluation: Evaluation, *, by: str) -> str:

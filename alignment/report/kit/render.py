@@ -71,6 +71,7 @@ class Evaluated:
     arms: run_tables.ArmTable
     comparisons: list[run_tables.ComparisonRow]
     axis: Markup
+    other_comparisons: list[run_tables.OtherComparisonRow]
     judged: list[run_tables.JudgedRow]
     tasks: list[tuple[str, list[tuple[str, int]]]]
 
@@ -78,12 +79,13 @@ class Evaluated:
 def _evaluated(evaluation: Evaluation | None) -> Evaluated | None:
     if evaluation is None:
         return None
-    comparisons, axis = run_tables.comparison_rows(evaluation)
+    comparisons, axis = run_tables.comparison_rows(evaluation, evaluation.comparisons)
     return Evaluated(
         plot=run_tables.primary_plot(evaluation),
         arms=run_tables.arm_table(evaluation),
         comparisons=comparisons,
         axis=axis,
+        other_comparisons=run_tables.other_comparison_rows(evaluation),
         judged=run_tables.judged_rows(evaluation),
         tasks=run_tables.task_rows(evaluation),
     )

@@ -37,6 +37,14 @@ def share(value: float | None) -> str:
     return f"{percent:.0f}\u202f%"
 
 
+def probability(value: float) -> str:
+    """``0.032``, or ``< 0.001``; one below 0.05 never reads as 0.050."""
+    if value < 0.001:
+        return "<\u202f0.001"
+    shown = f"{value:.3f}"
+    return "0.049" if shown == "0.050" and value < 0.05 else shown
+
+
 def compact(value: float) -> str:
     """Three significant digits, for labels in a plot: ``0.693``, ``−41.2``, ``12.4k``, ``3.1e-05``."""
     size = abs(value)

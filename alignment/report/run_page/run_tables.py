@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
-from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, ArmResult, Evaluation
+from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, ArmResult, Comparison, Evaluation
 from alignment.records.interval import Interval
 from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.kit import text
@@ -49,8 +49,22 @@ class ComparisonRow:
     difference: str
     bounds: str
     verdict: str
+    p: str
     tone: str
     svg: Markup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OtherComparisonRow:
+    """A comparison by another metric than the primary one; ``tone`` as in ``ComparisonRow``."""
+
+    metric: str
+    pair: str
+    difference: str
+    bounds: str
+    p: str
+    verdict: str
+    tone: str
 
 
 def primary_plot(evaluation: Evaluation) -> WhiskerPlot | None:
@@ -112,14 +126,14 @@ def arm_table(evaluation: Evaluation) -> ArmTable:
     return ArmTable(headings=list(columns), rows=rows)
 
 
-def comparison_rows(evaluation: Evaluation) -> tuple[list[ComparisonRow], Markup]:
-    """The comparisons in the evaluation's order, and the axis of their plot."""
-    if not evaluation.comparisons:
+def comparison_rows(evaluation: Evaluation, comparisons: Sequence[Comparison]) -> tuple[list[ComparisonRow], Markup]:
+    """Comparisons of an evaluation in their order, and the axis of their plot."""
+    if not comparisons:
         return [], Markup("")
-    intervals = [comparison.interval for comparison in evaluation.comparisons]
+    intervals = [comparison.interval for comparison in comparisons]
     scale: Scale = scale_of(intervals, within=None, include=0.0)
     rows = []
-    for item, interval in zip(evaluation.comparisons, intervals, strict=True):
+    for item, interval in zip(comparisons, intervals, strict=True):
         tone = TONES[evaluation.verdict(item)]
         rows.append(
             ComparisonRow(
@@ -128,11 +142,28 @@ def comparison_rows(evaluation: Evaluation) -> tuple[list[ComparisonRow], Markup
                 difference=text.signed(item.difference),
                 bounds=f"{text.signed(item.low)} to {text.signed(item.high)}",
                 verdict="real" if item.real else "not shown",
+                p="" if item.adjusted_p is None else f"p\u202f{text.probability(item.adjusted_p)}",
                 tone=tone,
                 svg=whisker(interval, scale, tone=tone, rule=0.0),
             )
         )
     return rows, scale_axis(scale)
+
+
+def other_comparison_rows(evaluation: Evaluation) -> list[OtherComparisonRow]:
+    """The comparisons by other metrics, those that are real first."""
+    return [
+        OtherComparisonRow(
+            metric=item.metric,
+            pair=f"{evaluation.label(item.arm)} − {evaluation.label(item.against)}",
+            difference=text.signed(item.difference),
+            bounds=f"{text.signed(item.low)} to {text.signed(item.high)}",
+            p="–" if item.adjusted_p is None else text.probability(item.adjusted_p),
+            verdict=evaluation.verdict(item),
+            tone=TONES[evaluation.verdict(item)],
+        )
+        for item in sorted(evaluation.other_comparisons, key=lambda item: not item.real)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +173,7 @@ class JudgedRow:
     arm: str
     against: str
     rate: Interval | None
+    at_equal_lengths: Interval | None
     counts: str
     invalid: str
     agreement: str
@@ -159,6 +191,7 @@ def judged_rows(evaluation: Evaluation) -> list[JudgedRow]:
             arm=evaluation.label(pair.arm),
             against=evaluation.label(pair.against),
             rate=pair.win_rate,
+            at_equal_lengths=pair.length_controlled,
             counts=f"{pair.wins} / {pair.ties} / {pair.losses}",
             invalid=text.share(pair.invalid),
             agreement=text.share(pair.agreement),

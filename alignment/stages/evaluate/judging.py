@@ -111,20 +111,29 @@ def judge(
         kind=config.kind.value,
         name=name,
         num_prompts=len(indices),
-        pairs=[_row(pair, config, beside, indices, intervals) for pair in judged],
+        pairs=[_row(pair, config, arms, beside, indices, intervals) for pair in judged],
     )
     return Judged(table=table, lines=lines)
 
 
 def _row(
-    pair: _Pair, config: JudgeConfig, primary: ScoredArms | None, indices: Sequence[int], intervals: Intervals
+    pair: _Pair,
+    config: JudgeConfig,
+    arms: Mapping[str, Answered],
+    primary: ScoredArms | None,
+    indices: Sequence[int],
+    intervals: Intervals,
 ) -> JudgedPair:
     """A pair's line of the table; ``primary`` is held against the judge where it is not the judge itself."""
+    words, words_against = (
+        [len(arms[name].answers[index].text.split()) for index in indices] for name in (pair.arm, pair.against)
+    )
     return judged_pair(
         pair.arm,
         pair.against,
         pair.points,
         pair.both,
+        extra_words=[float(count - other) for count, other in zip(words, words_against, strict=True)],
         by_metric=None if primary is None else primary.points(pair.arm, pair.against, indices),
         max_invalid=config.max_invalid,
         intervals=intervals,

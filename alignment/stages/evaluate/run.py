@@ -12,9 +12,10 @@ from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.arm_labels import labels
 from alignment.evaluation.arms import Answered, reward_scores, sequence_logprobs, side_by_side
 from alignment.evaluation.bootstrap import Intervals
+from alignment.evaluation.comparisons import compare
 from alignment.evaluation.conclusions import conclusions
 from alignment.evaluation.metrics import primary_name, recorded
-from alignment.evaluation.tables import arm_result, by_task, compare, refuse_not_finite, samples
+from alignment.evaluation.tables import arm_result, by_task, refuse_not_finite, samples
 from alignment.models.assembly.load import lineage, products_in, refuse_other_tokenizer
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.records.evaluation import ArmResult, Evaluation, Metric, Sample, write_samples
@@ -60,7 +61,7 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     label_of = labels(config.arms)
     by_primary = {} if primary is None else primary.by_arm
     metric = None if primary is None else primary.metric
-    comparisons = compare(by_primary, reference=reference, intervals=intervals)
+    comparisons = compare({} if metric is None else {metric.name: by_primary}, reference=reference, intervals=intervals)
     evaluation = Evaluation(
         num_prompts=len(rows),
         metrics=metrics,
@@ -79,6 +80,7 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
             for name, arm in arms.items()
         ],
         comparisons=comparisons,
+        other_comparisons=compare(_by_other_metrics(scores, metrics, metric), reference=reference, intervals=intervals),
         tasks=by_task(rows, by_primary),
         judge=judged.table,
         conclusions=conclusions(len(rows), metric, comparisons, judged.table, label_of),
@@ -94,6 +96,13 @@ def _primary(
     if metric is None:
         return None
     return ScoredArms(metric=metric, by_arm={arm: of_arm[metric.name] for arm, of_arm in scores.items()})
+
+
+def _by_other_metrics(
+    scores: Mapping[str, Mapping[str, list[float]]], metrics: Sequence[Metric], primary: Metric | None
+) -> dict[str, dict[str, list[float]]]:
+    others = [metric.name for metric in metrics if metric != primary]
+    return {name: {arm: of_arm[name] for arm, of_arm in scores.items()} for name in others}
 
 
 def _answers(

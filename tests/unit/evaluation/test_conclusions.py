@@ -48,6 +48,15 @@ def test_arms_are_told_apart_or_not_and_the_size_that_would_be_missed_is_said() 
     ]
 
 
+def test_a_pair_that_only_its_own_interval_tells_apart_is_named() -> None:
+    pair = replace(comparison("stage:dpo", "base", 0.4, real=True, size=0.1), p=0.03, adjusted_p=0.09)
+    sentences = conclusions(102, BREVITY, [pair, replace(pair, arm="stage:sft")], None, LABELS)
+    assert sentences[:2] == [
+        "102 prompts, by brevity: dpo and base, sft and base cannot be told apart.",
+        "The interval of dpo and base, sft and base excludes zero, but among 2 comparisons that may be chance.",
+    ]
+
+
 def test_less_of_a_metric_may_be_better() -> None:
     words = Metric(name="words", higher_is_better=False)
     fewer = comparison("stage:sft", "base", -4.0, real=True, size=None)
@@ -72,3 +81,16 @@ def test_a_judge_has_a_sentence_that_says_where_nothing_can_be_concluded() -> No
         "By some-model on 100 prompts, ties counted as half a win: dpo wins 0.62 against sft (0.53 to 0.71), better; "
         "nothing can be concluded about dpo and base (40% of the verdicts are invalid)."
     ]
+
+
+def test_a_win_that_length_explains_is_called_so() -> None:
+    rate, even = Interval(mean=0.62, low=0.53, high=0.71), Interval(mean=0.52, low=0.41, high=0.6)
+    pair = JudgedPair(arm="stage:dpo", against="base", wins=1, ties=2, losses=3, verdict="better", win_rate=rate)
+    (by_length,) = conclusions(
+        100, None, [], Judge(name="m", num_prompts=100, pairs=[replace(pair, length_controlled=even)]), LABELS
+    )
+    assert by_length.endswith("better, but at equal lengths 0.52 (0.41 to 0.60), no real difference.")
+    (by_both,) = conclusions(
+        100, None, [], Judge(name="m", num_prompts=100, pairs=[replace(pair, length_controlled=rate)]), LABELS
+    )
+    assert by_both.endswith("(0.53 to 0.71), better.")

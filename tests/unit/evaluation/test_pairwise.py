@@ -59,8 +59,29 @@ JUDGED = [both(A, B), both(A, B), both(B, A), both(TIE, TIE), both(A, A), both(A
 
 
 def row(judged: list[BothOrders], **changes: Any) -> JudgedPair:
-    told = {"by_metric": None, "max_invalid": 0.2, "intervals": Intervals(samples=500, seed=0)} | changes
-    return judged_pair("stage:dpo", "stage:sft", [one.points for one in judged], judged, **told)
+    settings: dict[str, Any] = {
+        "extra_words": [float(number) for number in range(len(judged))],
+        "by_metric": None,
+        "max_invalid": 0.2,
+        "intervals": Intervals(samples=500, seed=0),
+    }
+    points = [orders.points for orders in judged]
+    return judged_pair("stage:dpo", "stage:sft", points, judged, **(settings | changes))
+
+
+def test_the_win_rate_at_equal_lengths_is_over_the_prompts_that_count() -> None:
+    """A prompt without a valid verdict takes no part, and neither does the length of its answers."""
+    judged = [both(A, B), both(A, B), both(B, A), both(A, A)] * 10
+    longer = [float(number % 7 - 2) for number in range(40)]
+    pair = row(judged, extra_words=longer)
+    assert pair.length_controlled is not None
+    assert pair.length_controlled != pair.win_rate
+    invalid = row([*judged, both(BAD, BAD)], extra_words=[*longer, -9000.0])
+    assert invalid.length_controlled == pair.length_controlled
+
+
+def test_without_a_win_rate_there_is_none_at_equal_lengths() -> None:
+    assert row([both(A, B), *[both(BAD, BAD)] * 9]).length_controlled is None
 
 
 def test_agreement_bias_and_invalid_shares_by_hand() -> None:

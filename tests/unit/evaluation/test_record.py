@@ -32,6 +32,11 @@ EVALUATION = Evaluation(
     primary="brevity",
     arms=[DPO, ArmResult(name="base")],
     comparisons=[Comparison(arm="stage:dpo", against="base", difference=0.5, low=0.25, high=0.75, detectable=0.1)],
+    other_comparisons=[
+        Comparison(
+            arm="stage:dpo", against="base", metric="errors", difference=-1.0, low=-2.0, high=0.0, p=0.1, adjusted_p=0.2
+        )
+    ],
     tasks={"answer": {"base": 0.5}},
     judge=Judge(kind="metric", name="errors", num_prompts=3, pairs=[PAIR]),
     conclusions=["Little."],

@@ -1,4 +1,4 @@
-"""What an evaluation says: who is compared with whom, and which differences are called real."""
+"""The tables of an evaluation: an arm by itself, tasks and samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from alignment.data.turns import Message
 from alignment.evaluation.arm_labels import labels
 from alignment.evaluation.arms import Answer, Answered, TokenSum
 from alignment.evaluation.bootstrap import Intervals
-from alignment.evaluation.tables import arm_result, by_task, compare, refuse_not_finite, samples
+from alignment.evaluation.tables import arm_result, by_task, refuse_not_finite, samples
 from alignment.records.evaluation import ArmResult
 from alignment.records.interval import Interval
 
@@ -37,54 +37,6 @@ def row_of(arm: Answered, *, log_ratios: list[float] | None = None, **scores: li
         win_rate=None,
         intervals=INTERVALS,
     )
-
-
-@pytest.fixture
-def scores() -> dict[str, list[float]]:
-    low, high = [0.1, 0.2, 0.3, 0.2] * 5, [0.8, 0.9, 0.7, 0.9] * 5
-    return {
-        "base": low,
-        "base+prompt": low[::-1],
-        "stage:sft": high,
-        "stage:dpo": [value + 0.05 for value in high],
-        "stage:ppo": high[::-1],
-    }
-
-
-def test_trained_arms_meet_the_reference_and_the_reference_meets_the_untrained(scores: dict[str, list[float]]) -> None:
-    found = {(one.arm, one.against) for one in compare(scores, reference="stage:sft", intervals=INTERVALS)}
-    assert found == {
-        ("base+prompt", "base"),
-        ("stage:sft", "base"),
-        ("stage:sft", "base+prompt"),
-        ("stage:dpo", "stage:sft"),
-        ("stage:ppo", "stage:sft"),
-        ("stage:ppo", "stage:dpo"),
-    }
-
-
-def test_a_constant_gain_is_real_and_a_shuffle_is_not(scores: dict[str, list[float]]) -> None:
-    found = {one.arm: one for one in reversed(compare(scores, reference="stage:sft", intervals=INTERVALS))}
-    assert found["stage:dpo"].difference == pytest.approx(0.05)
-    assert found["stage:dpo"].real
-    assert found["stage:ppo"].difference == pytest.approx(0.0)
-    assert not found["stage:ppo"].real
-
-
-def test_differences_are_paired_so_a_constant_gain_has_no_width(scores: dict[str, list[float]]) -> None:
-    found = {one.arm: one for one in reversed(compare(scores, reference="stage:sft", intervals=INTERVALS))}
-    assert found["stage:dpo"].high - found["stage:dpo"].low == pytest.approx(0.0, abs=1e-9)
-
-
-def test_no_arm_meets_itself_or_another_twice(scores: dict[str, list[float]]) -> None:
-    found = [(one.arm, one.against) for one in compare(scores, reference="base", intervals=INTERVALS)]
-    assert found[0] == ("base+prompt", "base")
-    assert len({frozenset(pair) for pair in found}) == len(found)
-    assert all(one != other for one, other in found)
-
-
-def test_arms_that_were_not_asked_for_are_not_compared() -> None:
-    assert compare({"base": [0.5]}, reference="stage:sft", intervals=INTERVALS) == []
 
 
 def test_a_row_says_how_many_answers_differ_and_ended() -> None:

@@ -407,7 +407,7 @@ def test_an_evaluation_with_a_judge_shows_its_pairs_and_what_can_be_concluded(fa
     pair = {
         "arm": "stage:dpo", "against": "stage:sft", "wins": 50, "ties": 24, "losses": 26, "win_rate": rate,
         "verdict": "better", "invalid": 0.015, "agreement": 0.81, "position_bias": -0.12, "metric_agreement": 0.7,
-        "metric_kappa": 0.44,
+        "metric_kappa": 0.44, "length_controlled": {"mean": 0.55, "low": 0.47, "high": 0.63},
     }  # fmt: skip
     none = pair | {"against": "base+prompt", "win_rate": None, "verdict": "nothing can be concluded", "invalid": 1.0}
     fake_run.evaluation["judge"] = {"name": "a <b>judge</b>", "num_prompts": 100, "pairs": [pair, none, {"arm": "x"}]}
@@ -415,7 +415,7 @@ def test_an_evaluation_with_a_judge_shows_its_pairs_and_what_can_be_concluded(fa
     html = unlabelled(fake_run.html())
     rows = re.findall(r"<tr><th scope=\"row\"><bdi>dpo</bdi></th><td>(sft|base.prompt)</td>(.*?)</tr>", html)
     assert [against for against, _ in rows] == ["sft", "base+prompt"]
-    for shown in ("0.62", "0.53 to 0.71", "50 / 24 / 26", "81", "−0.12", "κ 0.44", "better"):
+    for shown in ("0.62", "0.53 to 0.71", "0.55", "0.47 to 0.63", "50 / 24 / 26", "81", "−0.12", "κ 0.44", "better"):
         assert shown in rows[0][1]
     assert "<td>–</td>" in rows[1][1]
     assert "nothing can be concluded" in rows[1][1]
@@ -423,9 +423,32 @@ def test_an_evaluation_with_a_judge_shows_its_pairs_and_what_can_be_concluded(fa
     assert "by quality: &lt;i&gt;nothing&lt;/i&gt;." in html
 
 
+def test_differences_have_their_p_values_and_those_of_other_metrics_a_table_of_their_own(fake_run):
+    evaluation = fake_run.evaluation
+    evaluation["comparisons"][0] |= {"metric": "quality", "p": 0.02, "adjusted_p": 0.0499}
+    evaluation["comparisons"][1] |= {"metric": "quality", "p": 0.02, "adjusted_p": 0.12}
+    other = {"arm": "stage:dpo", "against": "stage:sft", "difference": 0.07, "low": 0.02, "high": 0.12}
+    evaluation["metrics"][1]["higher_is_better"] = False
+    evaluation["other_comparisons"] = [
+        other | {"metric": "truth", "p": 0.2, "adjusted_p": 0.4},
+        other | {"metric": "tone", "p": 0.0001, "adjusted_p": 0.0002},
+    ]
+    html = unlabelled(fake_run.html())
+    assert 'role="cell">real <small>p\u202f0.049</small></span>' in html, "never as a value that is not below the level"
+    assert 'role="cell">not shown <small>p\u202f0.120</small></span>' in html, "though its interval excludes zero"
+    rows = re.findall(r'<tr><th scope="row"><bdi>(tone|truth)</bdi></th>(.*?)</tr>', html)
+    assert [metric for metric, _ in rows] == ["tone", "truth"], "what is real comes first"
+    assert "<td>dpo − sft</td>" in rows[0][1]
+    assert "<td>+0.070<small>+0.020 to +0.120</small></td>" in rows[0][1]
+    assert "<td>&lt;\u202f0.001</td>" in rows[0][1]
+    assert '<td class="verdict bad">worse</td>' in rows[0][1]
+    assert '<td class="verdict open">no real difference</td>' in rows[1][1]
+
+
 def test_an_evaluation_of_before_there_were_judges_is_shown_as_it_was(fake_run):
     html = unlabelled(fake_run.html())
     assert "Judged pairs" not in html
+    assert "Differences in the other metrics" not in html
     row = re.search(r"<tr><th scope=\"row\"><bdi>base\+prompt</bdi></th>(.*?)</tr>", html).group(1)
     assert "<td>52.0</td>" in row, "words without an interval"
 

@@ -1,0 +1,61 @@
+"""Paired differences of arms, by every metric."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from alignment.config.evaluating import FEW_SHOT, PROMPTED, UNTRAINED_ARMS
+from alignment.evaluation.bootstrap import Intervals, detectable
+from alignment.evaluation.significance import holm, sign_flip_p_values
+from alignment.records.evaluation import Comparison
+
+ScoresByArm = Mapping[str, Sequence[float]]
+"""One score a prompt, by the arm's name."""
+
+
+def compare(scores: Mapping[str, ScoresByArm], *, reference: str, intervals: Intervals) -> list[Comparison]:
+    """The family of all pairs of arms by all of these metrics; ``scores`` are by metric, and over the same prompts.
+
+    The reference arm is compared with the untrained ones, trained arms with it and each other.
+    """
+    compared = [
+        (metric, arm, against)
+        for metric, by_arm in scores.items()
+        for arm, against in _pairs(by_arm, reference=reference)
+    ]
+    series = [_differences(scores[metric], arm, against) for metric, arm, against in compared]
+    p_values = sign_flip_p_values(series, seed=intervals.seed)
+    comparisons = []
+    for (metric, arm, against), differences, p, adjusted in zip(
+        compared, series, p_values, holm(p_values), strict=True
+    ):
+        interval = intervals.of(differences)
+        low, high = interval.bounds or (interval.mean, interval.mean)
+        comparisons.append(
+            Comparison(
+                arm=arm,
+                against=against,
+                metric=metric,
+                difference=interval.mean,
+                low=low,
+                high=high,
+                p=p,
+                adjusted_p=adjusted,
+                detectable=detectable(differences),
+            )
+        )
+    return comparisons
+
+
+def _pairs(arms: Iterable[str], *, reference: str) -> list[tuple[str, str]]:
+    names = list(arms)
+    trained = [name for name in names if name not in (*UNTRAINED_ARMS, reference)]
+    pairs = [*((name, "base") for name in (PROMPTED, FEW_SHOT)), *((reference, name) for name in UNTRAINED_ARMS)]
+    pairs += [(name, reference) for name in trained]
+    pairs += [(later, earlier) for number, later in enumerate(trained) for earlier in trained[:number]]
+    different = {frozenset(pair): pair for pair in reversed(pairs) if len(set(pair)) == 2 and set(pair) <= set(names)}
+    return list(reversed(different.values()))
+
+
+def _differences(by_arm: ScoresByArm, arm: str, against: str) -> list[float]:
+    return [score - other for score, other in zip(by_arm[arm], by_arm[against], strict=True)]

@@ -1,0 +1,48 @@
+"""Whether paired differences are more than chance: a randomisation test, corrected over a family of comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_SAMPLES = 9_999
+_AT_ONCE = 500
+_CLOSE = 1e-9
+
+
+def sign_flip_p_values(series: Sequence[Sequence[float]], *, seed: int) -> list[float]:
+    """The two-sided p value of each series of paired differences over the same prompts.
+
+    If two arms were alike, each prompt's difference could as well have the other sign (Fisher 1935, chapter 3). The
+    p value is the share of random signs under which the mean is at least as far from zero, the observed signs counted
+    as one of them (Phipson and Smyth 2010). So it is never zero, and it is 1 where all differences are zero.
+    """
+    if not series:
+        return []
+    differences = np.asarray(series, dtype=np.float64).T
+    observed = np.abs(differences.sum(axis=0))
+    bound = observed - _CLOSE * np.abs(differences).sum(axis=0)  # sums in another order differ in their last digits
+    samples = max(_SAMPLES, 200 * len(series))
+    rng = np.random.default_rng(seed)
+    as_far = np.ones(len(series))
+    for start in range(0, samples, _AT_ONCE):
+        count = min(_AT_ONCE, samples - start)
+        signs = rng.integers(0, 2, size=(count, len(differences)), dtype=np.int8) * 2.0 - 1.0
+        as_far += (np.abs(signs @ differences) >= bound).sum(axis=0)
+    return (as_far / (samples + 1)).tolist()
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values adjusted for their number (Holm 1979).
+
+    Of comparisons without any true difference, one falls below a level with at most the probability of that level.
+
+    The k-th smallest of m is multiplied by m - k + 1. Example: ``[0.01, 0.04, 0.03]`` becomes ``[0.03, 0.06, 0.06]``.
+    """
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
+        adjusted[index] = largest
+    return adjusted

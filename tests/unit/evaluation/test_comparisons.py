@@ -1,0 +1,99 @@
+"""Which arms are compared, and which of their differences are called real."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from alignment.evaluation.bootstrap import Intervals
+from alignment.evaluation.comparisons import compare
+from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, Comparison, Evaluation, Metric
+
+INTERVALS = Intervals(samples=500, seed=3)
+LOW, HIGH = [0.1, 0.2, 0.3, 0.2] * 5, [0.8, 0.9, 0.7, 0.9] * 5
+BREVITY = {
+    "base": LOW,
+    "base+prompt": LOW[::-1],
+    "stage:sft": HIGH,
+    "stage:dpo": [value + 0.05 for value in HIGH],
+    "stage:ppo": HIGH[::-1],
+}
+
+
+def by_arm(reference: str = "stage:sft") -> dict[tuple[str, str], Comparison]:
+    pairs = compare({"brevity": BREVITY}, reference=reference, intervals=INTERVALS)
+    return {(pair.arm, pair.against): pair for pair in pairs}
+
+
+def test_trained_arms_meet_the_reference_and_the_reference_meets_the_untrained() -> None:
+    assert set(by_arm()) == {
+        ("base+prompt", "base"),
+        ("stage:sft", "base"),
+        ("stage:sft", "base+prompt"),
+        ("stage:dpo", "stage:sft"),
+        ("stage:ppo", "stage:sft"),
+        ("stage:ppo", "stage:dpo"),
+    }
+
+
+def test_no_arm_meets_itself_or_another_twice() -> None:
+    pairs = list(by_arm("base"))
+    assert pairs[0] == ("base+prompt", "base")
+    assert len({frozenset(pair) for pair in pairs}) == len(pairs)
+    assert all(arm != against for arm, against in pairs)
+
+
+def test_arms_that_were_not_asked_for_are_not_compared() -> None:
+    assert compare({"brevity": {"base": [0.5]}}, reference="stage:sft", intervals=INTERVALS) == []
+    assert compare({}, reference="stage:sft", intervals=INTERVALS) == []
+
+
+def test_a_constant_gain_is_real_and_a_shuffle_is_not() -> None:
+    dpo, ppo = by_arm()["stage:dpo", "stage:sft"], by_arm()["stage:ppo", "stage:sft"]
+    assert dpo.difference == pytest.approx(0.05)
+    assert dpo.real
+    assert ppo.difference == pytest.approx(0.0)
+    assert not ppo.real
+    assert dpo.high - dpo.low == pytest.approx(0.0, abs=1e-9), "differences are paired: a constant gain has no width"
+
+
+def test_the_same_difference_is_real_alone_and_may_be_chance_among_many() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(0.0, 1.0, 60)
+    gain = rng.normal(0.0, 1.0, 60)
+    arm = base + gain - gain.mean() + 0.29
+    alone = compare(
+        {"total": {"base": base.tolist(), "stage:sft": arm.tolist()}}, reference="stage:sft", intervals=INTERVALS
+    )
+    assert [pair.real for pair in alone] == [True]
+    null = {f"null {number}": rng.normal(0.0, 1.0, 60).tolist() for number in range(19)}
+    scores = {"total": {"base": base.tolist(), "stage:sft": arm.tolist()}}
+    scores |= {name: {"base": [0.0] * 60, "stage:sft": values} for name, values in null.items()}
+    among = compare(scores, reference="stage:sft", intervals=INTERVALS)
+    (total,) = (pair for pair in among if pair.metric == "total")
+    assert len(among) == 20
+    assert total.p is not None
+    assert total.adjusted_p is not None
+    assert total.p < 0.05 < total.adjusted_p
+    assert total.interval.excludes_zero()
+    assert not total.real
+
+
+def test_a_verdict_is_in_the_direction_of_its_metric() -> None:
+    errors = Metric(name="errors", higher_is_better=False)
+    evaluation = Evaluation(metrics=[Metric(name="total"), errors], primary="total")
+    more = Comparison(arm="a", against="b", difference=0.5, low=0.4, high=0.6, p=0.001, adjusted_p=0.01)
+    assert evaluation.verdict(more) == BETTER
+    assert evaluation.verdict(more.turned()) == WORSE
+    of_errors = Comparison(
+        arm="a", against="b", metric="errors", difference=0.5, low=0.4, high=0.6, p=0.001, adjusted_p=0.01
+    )
+    assert evaluation.verdict(of_errors) == WORSE
+    chance = Comparison(arm="a", against="b", difference=0.5, low=0.4, high=0.6, p=0.03, adjusted_p=0.05)
+    assert evaluation.verdict(chance) == NO_DIFFERENCE
+
+
+def test_a_comparison_of_before_there_were_p_values_goes_by_its_interval() -> None:
+    assert Comparison(arm="a", against="b", difference=0.5, low=0.4, high=0.6).real
+    assert not Comparison(arm="a", against="b", difference=0.5, low=-0.1, high=1.1).real
+    assert Comparison(arm="a", against="b", difference=0.5, low=0.4, high=0.6).p_in_words == ""
