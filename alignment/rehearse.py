@@ -1,8 +1,8 @@
-"""What stages can only find out with a tokenizer, or by running the user's code: ``python -m alignment.rehearse``.
+"""Checks that need a tokenizer, or that run the user's code: ``python -m alignment.rehearse``.
 
-The driver starts it before the first stage of a run, so that what would stop a later one is said before anything has
-trained: no chat template, rows that are all too long, a scorer that fails. It looks at the first rows of each source
-and asks each function of the user's once, about one answer. How it ended stands in ``status.json`` beside the log.
+The driver starts it before the first stage of a run, so that faults that would stop a later stage are reported before
+any training: no chat template, rows that are all too long, a scorer that fails. It reads the first rows of each source
+and calls each of the user's functions once, with one answer. The outcome is written to ``status.json`` next to the log.
 """
 
 from __future__ import annotations
@@ -32,81 +32,82 @@ from alignment.rewards.scorers import Answers
 from alignment.stages.registry import as_trained, kind_of, learned_data
 from alignment.stages.stage_file import read_spec
 
-LOOKED_AT = 500
-"""Records of a source whose tokens are counted."""
-TRIED = "Yes."
-"""The answer that functions are asked about; a policy says anything."""
+NUM_RECORDS = 500
+"""How many records of each source are tokenised."""
+TRIAL_ANSWER = "Yes."
+"""The answer that the user's functions are called with."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or that of the first fault."""
+    """Returns exit code 0, or that of the first fault."""
     parser = argparse.ArgumentParser(prog="python -m alignment.rehearse", description=__doc__)
     parser.add_argument("folder", type=Path, help="where status.json is written")
-    parser.add_argument("--rows", nargs="*", type=Path, default=[], help="stage files whose rows are looked at")
-    parser.add_argument("--scorers", nargs="*", type=Path, default=[], help="stage files whose functions are asked")
+    parser.add_argument("--rows", nargs="*", type=Path, default=[], help="stage files whose data rows are checked")
+    parser.add_argument("--scorers", nargs="*", type=Path, default=[], help="stage files whose functions are called")
     options = parser.parse_args(arguments)
     transformers_logging.set_verbosity_error()
     where = ""
     try:
-        for look, files in ((look_at_rows, options.rows), (ask_functions, options.scorers)):
+        for check, files in ((check_rows, options.rows), (try_functions, options.scorers)):
             for file in files:
                 spec = read_spec(file)
-                where = f"stage {spec.stage}, tried before anything trained"
-                look(spec)
+                where = f"stage {spec.stage}, checked before any training"
+                check(spec)
     except AlignmentError as error:
-        return _say(options.folder, error.exit_code, str(error), where)
-    except Exception as error:  # noqa: BLE001 - the last line of defence: the driver must hear of it
+        return _write_status(options.folder, error.exit_code, str(error), where)
+    except Exception as error:  # noqa: BLE001 - last resort: the driver must learn of every failure
         traceback.print_exc()
-        return _say(options.folder, 1, f"{type(error).__name__}: {error}", where)
-    return _say(options.folder, 0, "", where)
+        return _write_status(options.folder, 1, f"{type(error).__name__}: {error}", where)
+    return _write_status(options.folder, 0, "", where)
 
 
-def _say(folder: Path, code: int, error: str, where: str) -> int:
+def _write_status(folder: Path, code: int, error: str, where: str) -> int:
     Status(state=FAILED if code else DONE, exit_code=code, error=error, where=where).write(folder)
     return code
 
 
-def look_at_rows(spec: StageSpec) -> None:
-    """Does nothing if some of the first records of each source can be learned from.
+def check_rows(spec: StageSpec) -> None:
+    """Does nothing if the stage can learn from some of the first records of each source.
 
     Raises:
-        DataError: none of them can be rendered or tokenised, or a source that was seen as a whole is too long.
+        DataError: none of them can be rendered or tokenised, or too many rows of a source that was read to its end are
+            too long.
         ModelError: there is no usable tokenizer.
     """
     config = as_trained(spec.config)
-    assert config is not None, "the driver hands on training stages"
+    assert config is not None, "the driver passes only stages that train"
     tokenizer = load_tokenizer(spec.base_path, spec.model.chat_template)
     kind, limits = learned_data(config)
     mixed = [(part, spec.extra_data[f"data.mix[{number}]"]) for number, part in enumerate(config.data.mix)]
     for data, path in [(config.data, spec.data_path), *mixed]:
-        _look_at_source(tokenizer, kind, limits, data, path)
+        _check_source(tokenizer, kind, limits, data, path)
 
 
-def _look_at_source(tokenizer: object, kind: Kind, limits: Limits, data: SourceConfig, path: Path) -> None:
-    lenient = replace(data, on_error=OnError.skip, max_skipped=1.0)  # the plan has looked at these faults
-    records = list(islice(iterate(path, kind.record, lenient), LOOKED_AT))
+def _check_source(tokenizer: object, kind: Kind, limits: Limits, data: SourceConfig, path: Path) -> None:
+    lenient = replace(data, on_error=OnError.skip, max_skipped=1.0)  # the plan has checked for these faults
+    records = list(islice(iterate(path, kind.record, lenient), NUM_RECORDS))
     every = list(tokenized(tokenizer, kind, records, limits))
     faults = [row.fault for row in every if row.fault is not None]
     others = [fault for fault in faults if not isinstance(fault, RowTooLong)]
-    whole = len(every) < LOOKED_AT
+    whole = len(every) < NUM_RECORDS
     if every and len(others) == len(every) and (whole or data.on_error is OnError.fail):
-        raise others[0]  # further rows of a longer source may be fine, where faulty ones are skipped
+        raise others[0]  # if faulty rows are skipped, later rows of a longer source may still be usable
     if whole:
         dropped, cut = len(faults) - len(others), sum(row.cut != "" for row in every)
         longest = max((row.tokens for row in every), default=0)
         refuse_losses(limits, dropped=dropped, cut=cut, records=len(every), longest=longest, where=str(path))
 
 
-def ask_functions(spec: StageSpec) -> None:
-    """Does nothing if each function of the user's gives one finite number for an answer to the first prompt.
+def try_functions(spec: StageSpec) -> None:
+    """Does nothing if each of the user's functions returns one finite number for an answer to the first prompt.
 
     Raises:
-        RewardError: one does not; says which, and what it gave or raised.
+        RewardError: a function does not; the error names it and what it returned or raised.
     """
     data = getattr(spec.config, "data", None)
-    assert isinstance(data, DataConfig), "the driver hands on stages that score answers"
+    assert isinstance(data, DataConfig), "the driver passes only stages that score answers"
     prompt = next(iterate(spec.data_path, Prompt, data))
-    answers = Answers(prompt_ids=[[]], answer_ids=[[]], texts=[TRIED], prompts=[prompt], rows=[0])
+    answers = Answers(prompt_ids=[[]], answer_ids=[[]], texts=[TRIAL_ANSWER], prompts=[prompt], rows=[0])
     for field, scorer in kind_of(spec.config).scorers(spec.config).items():
         source = function_of(scorer.source)
         if source is not None:

@@ -1,7 +1,7 @@
-"""One stage on one process: ``python -m alignment.worker STAGE.YAML``, under a launcher, once on every rank.
+"""Runs one stage on one process: ``python -m alignment.worker STAGE.YAML``, started by a launcher on every rank.
 
-Reads what the driver froze, runs the stage, and on the main process publishes the artifact. How it ended stands in
-``status.json``, because launchers do not hand on exit codes.
+It reads the stage file that the driver wrote and runs the stage; the main process publishes the artifact. The outcome
+is written to ``status.json``, because launchers do not pass on exit codes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # what follows takes seconds to import, and a signal must not kill the process meanwhile
+if __name__ == "__main__":  # the imports below take seconds, and a signal must not kill the process meanwhile
     from alignment.core.stop_requests import stop_while_importing
     from alignment.records.worker import write_stopped_before_it_began
 
@@ -57,7 +57,7 @@ from alignment.training.session import Preempted, usage
 from alignment.training.sharding import begin
 
 RESERVE = "reserve"
-"""A file that is given up where the disk is full, so that there is room to say so."""
+"""A file that is deleted when the disk is full, to make room for ``status.json``."""
 _RESERVED = 1 << 16
 
 
@@ -67,33 +67,33 @@ def main(path: Path) -> int:
     context = StageContext(
         spec=spec, rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1"))
     )
-    _quiet()
+    _silence_libraries()
     context.heartbeat.start(spec.work, context.rank)
     try:
         for number in stop_requests.SIGNALS:
             signal.signal(number, _stop_now)
-        with _alone(context):
+        with _worker_lock(context):
             _run(spec, context)
         stop_requests.ignore()
     except Preempted as stop:
         stop_requests.ignore()
         if stop.saved:
-            _leave_together()
-        _finish(context, PREEMPTED, PREEMPTED_CODE, f"stopped on request; {_what_is_saved(stop)}")
+            _wait_for_all_ranks()
+        _finish(context, PREEMPTED, PREEMPTED_CODE, f"stopped on request; {_save_state(stop)}")
         return PREEMPTED_CODE
     except AlignmentError as error:
         stop_requests.ignore()
         _finish(context, FAILED, error.exit_code, str(error))
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    except BaseException as error:  # noqa: BLE001 - the last line of defence: the driver must hear of it
+    except BaseException as error:  # noqa: BLE001 - last resort: the driver must learn of every failure
         stop_requests.ignore()
         traceback.print_exc()
-        if (failure := _of_file_system(error, context)) is not None:
+        if (failure := _file_system_error(error, context)) is not None:
             _finish(context, FAILED, failure.exit_code, str(failure))
             return failure.exit_code
         if _is_out_of_memory(error):
-            _finish(context, FAILED, StageError.exit_code, str(_too_large(error, context)))
+            _finish(context, FAILED, StageError.exit_code, str(_out_of_memory(error, context)))
             return StageError.exit_code
         _finish(context, FAILED, 1, f"{type(error).__name__}: {error}")
         return 1
@@ -101,12 +101,12 @@ def main(path: Path) -> int:
     return 0
 
 
-def _what_is_saved(stop: Preempted) -> str:
-    return "a checkpoint was written" if stop.saved else "it was not training, and goes on from what was there"
+def _save_state(stop: Preempted) -> str:
+    return "a checkpoint was written" if stop.saved else "it was not training, so no checkpoint was written"
 
 
-def _of_file_system(error: BaseException, context: StageContext) -> AlignmentError | None:
-    """A disk that takes no more, or a path that cannot be used; what only holds space is removed first."""
+def _file_system_error(error: BaseException, context: StageContext) -> AlignmentError | None:
+    """The error for a full disk or an unusable path, else None. On a full disk, it first frees space."""
     if (full := disk_error(error, folder=context.spec.work)) is not None:
         if context.is_main:
             checkpoints.discard_unfinished(context.checkpoints)
@@ -116,19 +116,19 @@ def _of_file_system(error: BaseException, context: StageContext) -> AlignmentErr
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA says so by a type, the CPU's allocator in words."""
+    """CUDA raises its own error type; the CPU's allocator is recognised by its message."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def _too_large(error: BaseException, context: StageContext) -> StageError:
+def _out_of_memory(error: BaseException, context: StageContext) -> StageError:
     return StageError(
         f"out of memory while {context.heartbeat.phase}: {str(error).splitlines()[0]}",
         remedy="lower optim.micro_batch_tokens, set optim.activation_checkpointing=true, or train an adapter",
     )
 
 
-def _alone(context: StageContext) -> AbstractContextManager[object]:
-    """A lock of the worker's own: its launcher may be killed while it works on."""
+def _worker_lock(context: StageContext) -> AbstractContextManager[object]:
+    """The worker holds a lock itself, because it may keep running after its launcher is killed."""
     return held(context.spec.work / "worker.lock", wait=False) if context.is_main else nullcontext()
 
 
@@ -153,7 +153,7 @@ def _run(spec: StageSpec, context: StageContext) -> None:
 
 
 def function_of(kind: StageKind) -> Callable[[StageConfig, StageContext], StageResult]:
-    """The kind's own function, imported here and not before: it brings the training libraries."""
+    """The kind's ``run`` function, imported only here because it imports the training libraries."""
     module, _, name = kind.run.partition(":")
     function: Callable[[StageConfig, StageContext], StageResult] = getattr(importlib.import_module(module), name)
     return function
@@ -161,7 +161,7 @@ def function_of(kind: StageKind) -> Callable[[StageConfig, StageContext], StageR
 
 @contextmanager
 def _tracked(context: StageContext) -> Iterator[None]:
-    """Trackers follow the stage from here to its end, whatever that is."""
+    """Starts the trackers, and closes them when the stage succeeds or fails."""
     if context.is_main:
         context.trackers.start(context.spec)
     done = False
@@ -173,7 +173,11 @@ def _tracked(context: StageContext) -> Iterator[None]:
 
 
 def _refuse_changed_data(spec: StageSpec) -> None:
-    """The fingerprint was taken when the run was planned, which may be hours ago."""
+    """Compares data and chat template with their fingerprints from the plan, which may be hours old.
+
+    Raises:
+        DataError: one of them has changed since.
+    """
     planned_data = [(spec.data_path, spec.identity.get("data"))]
     planned_data += [
         (spec.extra_data[field], planned) for field, planned in spec.identity.get("extra_data", {}).items()
@@ -181,17 +185,19 @@ def _refuse_changed_data(spec: StageSpec) -> None:
     for path, planned in planned_data:
         if planned is not None and content_of(path) != planned:
             raise DataError(
-                "changed since the run was planned", where=str(path), remedy="start the run again to plan anew"
+                "changed since the run was planned", where=str(path), remedy="start the run again to plan it again"
             )
     template, planned = spec.model.chat_template, spec.identity.get("base", {}).get("chat_template")
     if template is not None and planned is not None and digest(template_text(template)) != planned:
         raise DataError(
-            "changed since the run was planned", where="model.chat_template", remedy="start the run again to plan anew"
+            "changed since the run was planned",
+            where="model.chat_template",
+            remedy="start the run again to plan it again",
         )
 
 
 def _stop_now(_: int, __: FrameType | None) -> None:
-    """Outside a training there is nothing to save; a trainer puts a handler of its own in place of this one."""
+    """Outside of training there is nothing to save; a trainer replaces this handler with its own."""
     raise Preempted(saved=False)
 
 
@@ -220,7 +226,7 @@ def _publish(spec: StageSpec, context: StageContext, result: StageResult) -> Man
 
 
 def _finish(context: StageContext, state: str, exit_code: int, error: str) -> None:
-    """The first process that fails says so; a success is the main process's to say."""
+    """Writes ``status.json``: the first process that fails reports the failure, the main process reports success."""
     folder = context.spec.run_folder
     if (folder / STATUS).exists() or (state == DONE and not context.is_main):
         return
@@ -235,17 +241,17 @@ def _finish(context: StageContext, state: str, exit_code: int, error: str) -> No
     )
     try:
         status.write(folder)
-    except OSError:  # the driver sees how the process ended, and that the disk is full
+    except OSError:  # the driver still sees the exit code and the full disk
         traceback.print_exc()
 
 
-def _leave_together() -> None:
-    """No process goes before all have saved: the first to end would have the launcher end the others."""
+def _wait_for_all_ranks() -> None:
+    """No process exits before all have saved, because the launcher ends the others when the first one exits."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
-def _quiet() -> None:
+def _silence_libraries() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -1,7 +1,7 @@
-"""What the rest of the package asks a kind of stage. A kind answers in its ``kind.py``; nothing else names a kind.
+"""The interface of a stage kind. Each kind defines a ``StageKind`` in its ``kind.py``; no other module names a kind.
 
-Every field has a default that fits most kinds. Callables take the settings of a stage of the kind, an instance of its
-``config`` class. Nothing here needs torch: the driver asks too.
+Optional fields have defaults that fit most kinds. Unless stated otherwise, callables take the settings of a stage of
+the kind, an instance of its ``config`` class. Nothing here imports torch, because the driver uses it too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from alignment.data.tokens.row_kinds import Kind as RowKind
 
 
 class RunsOn(str, Enum):
-    """Where a stage runs: on as many processes as the launch says, on one of them, or inside the driver."""
+    """Where a stage runs: on all processes of the launch, on one process, or inside the driver."""
 
     processes = "processes"
     one_process = "one process"
@@ -33,8 +33,8 @@ class RunsOn(str, Enum):
 class DataSlot:
     """Data that a stage reads, named by its ``field``, such as ``data`` or ``ptx.data``.
 
-    ``record`` is what its rows must be, and ``checks`` raise DataError for a row that lacks something else. ``rows``
-    says how a record becomes rows of tokens, for data that a stage learns from. A slot that is not ``in_use`` is
+    ``record`` is the type of its rows, and ``checks`` raise DataError for a row that lacks something else. For data
+    that a stage learns from, ``rows`` defines how a record becomes rows of tokens. A slot that is not ``in_use`` is
     checked but not read.
     """
 
@@ -48,10 +48,10 @@ class DataSlot:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slot:
-    """A place in a stage's configuration that holds a reference.
+    """A field of a stage's configuration that holds a reference.
 
-    Example: ``Slot(field="reward", takes=("reward",), ref="stage:reward")``; ``field`` is ``arms[2]`` inside a list.
-    ``external``: a reward model that no stage made fits too, from a folder or a hub. ``optional``: it may be null.
+    Example: ``Slot(field="reward", takes=("reward",), ref="stage:reward")``; inside a list, ``field`` is ``arms[2]``.
+    ``external``: a reward model from a folder or a hub is allowed too. ``optional``: the reference may be null.
     """
 
     field: str
@@ -63,7 +63,7 @@ class Slot:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal:
-    """Why a stage does not work under a launch: the ``field`` that is in the way, and the nearest that works."""
+    """Why a stage does not work under a launch: the ``field`` that prevents it, and what to set ``instead``."""
 
     field: str
     why: str
@@ -92,8 +92,10 @@ LOSS = Curve(title="Loss", unit="", keys=("loss",))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reported:
-    """Names of the metrics in a stage's manifest. ``training`` ones come from the rows that the stage learns from;
-    ``families`` are beginnings of names that go on in several ways."""
+    """Names of the metrics in a stage's manifest.
+
+    ``training`` metrics are measured on the rows that the stage learns from; ``families`` are prefixes of names.
+    """
 
     held_out: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
@@ -102,7 +104,7 @@ class Reported:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that are known by their whole name."""
+        """All names that are known in full."""
         return (*self.held_out, *self.training, *self.counts)
 
     def __contains__(self, metric: str) -> bool:
@@ -130,16 +132,16 @@ def _no_words(*_: Any) -> str:
 
 
 def whole_rows(config: Any) -> Limits:
-    """Limits of a stage that only says how long a whole row may be."""
+    """Limits of a stage that only sets the maximum length of a whole row."""
     return Limits(row=config.max_length)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class References:
-    """What the plan asks of a stage's references beyond the fields that are declared as such.
+    """What the plan needs to know of a stage's references, in addition to the fields that are declared as references.
 
-    ``more(config)``: slots elsewhere in the settings. ``faults(config, where)``. ``whole_run``: the stage waits for all
-    others, and its identity covers theirs.
+    ``more(config)``: slots elsewhere in the settings. ``faults(config, where)``: faults in references. ``whole_run``:
+    the stage waits for all others, and its identity covers theirs.
     """
 
     more: Callable[[Any], Iterable[Slot]] = _nothing
@@ -149,10 +151,11 @@ class References:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchShape:
-    """How a stage runs, and what it refuses.
+    """How a stage runs, and which launches it refuses.
 
-    ``refusals(config, launch)``; ``size_faults(config, processes, where)``: what does not divide by the processes;
-    ``check_machine(config, where)`` raises ConfigError where this machine lacks something that the stage needs.
+    ``refusals(config, launch)``: why it does not work under the launch. ``size_faults(config, processes, where)``:
+    sizes that do not divide by the number of processes. ``check_machine(config, where)`` raises ConfigError if this
+    machine lacks something that the stage needs.
     """
 
     runs_on: RunsOn = RunsOn.processes
@@ -163,13 +166,14 @@ class LaunchShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Learning:
-    """How a stage that trains makes use of its data.
+    """How a stage that trains uses its data.
 
-    ``limits(config)``: how long rows may be. ``faults(config, num_prompts, where)``: what so many different prompts are
-    too few for. ``one_row_a_record(config)``: whether the number of rows is known before they are tokenised.
-    ``batches_of_rows``: whether ``optim.batch_size`` counts rows. ``rehearsed``: whether the first rows are tokenised
-    before anything trains. ``may_drop``: whether dropout in an adapter is allowed. ``from_preferences``: whether it
-    learns what is preferred, so that the verdict compares it with what learned from demonstrations.
+    ``limits(config)``: how long rows may be. ``faults(config, num_prompts, where)``: settings that need more than
+    ``num_prompts`` different prompts. ``one_row_a_record(config)``: whether each record becomes one row, so that the
+    number of rows is known before tokenising. ``batches_of_rows``: whether ``optim.batch_size`` counts rows.
+    ``rehearsed``: whether the first rows are tokenised before any training. ``may_drop``: whether dropout in an adapter
+    is allowed. ``from_preferences``: True if it learns from preferences, False if from demonstrations, else None; the
+    verdict compares the first with the second.
     """
 
     limits: Callable[[Any], Limits] = whole_rows
@@ -183,12 +187,12 @@ class Learning:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a stage's result says.
+    """How a stage's result is reported.
 
-    ``metrics(config)``: the names in its manifest; ``why_missing(config, metric, stage)``: why it does not report one
-    that other settings would give, or "". ``doubts(metrics)``: sentences against building on the result.
+    ``metrics(config)``: the names in its manifest. ``why_missing(config, metric, stage)``: why it does not report a
+    metric that it would report with other settings, or "". ``doubts(metrics)``: warnings against using the result.
     ``lines(artifact)``: what is printed of the result after a run and by ``align status``.
-    ``against_forgetting(name)``: what helps where its policy forgot too much.
+    ``against_forgetting(name)``: advice for stage ``name`` if its policy forgot too much.
     """
 
     metrics: Callable[[Any], Reported] = _no_metrics
@@ -206,10 +210,11 @@ class StageKind:
     ``produces`` is the kind of its artifact. ``run`` is the worker's function, ``package.module:function``, called as
     ``run(config, context)`` on every process; a stage inside the driver has none.
 
-    ``data(config)``: what it reads. ``scorers(config)``: scorers by the field that holds each. ``faults(config, run,
-    where)``: settings that cannot be right. ``completed(config, run)``: the settings with what other stages say.
-    ``as_read(config)``: the settings without those that nothing reads. ``curves(settings)``: its charts, by its plain
-    settings. ``smoke``: what ``profile=smoke`` lays over its settings, where the profile's file does not.
+    ``data(config)``: the data that it reads. ``scorers(config)``: its scorers, by field. ``faults(config, run,
+    where)``: settings that cannot be right. ``completed(config, run)``: the settings, with values that follow from
+    other stages filled in. ``as_read(config)``: the settings, with unused ones at their defaults. ``curves(settings)``:
+    its charts, given its settings as plain values. ``smoke``: values that ``profile=smoke`` sets, unless the profile's
+    file sets others.
     """
 
     name: str
@@ -232,5 +237,5 @@ class StageKind:
 
     @property
     def trains(self) -> bool:
-        """Whether it trains a model, on one process or several; then it has the fields of ``TrainedConfig``."""
+        """Whether it trains a model; then its settings have the fields of ``TrainedConfig``."""
         return self.launch.runs_on is RunsOn.processes

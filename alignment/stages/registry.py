@@ -1,7 +1,7 @@
-"""The one table of stage kinds: ours, and those that other packages bring.
+"""The table of all stage kinds: the built-in ones, and those that other packages add.
 
-A package brings one by an entry point of the group ``alignment.stages``: ``toy = "my_package.toy:KIND"``.
-One that cannot be loaded is a line in ``problems()``; it stops only a run that uses it.
+A package adds a kind with an entry point in the group ``alignment.stages``: ``toy = "my_package.toy:KIND"``.
+A kind that cannot be loaded is listed by ``problems()``; it stops only a run that uses it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BUILT_IN = ("cpt", "sft", "reward", "dpo", "ppo", "evaluate", "forgetting", "re
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Registered:
-    """A kind and the package that it comes from, or the ``problem`` for which there is none."""
+    """A kind and the package that it comes from, or the ``problem`` that makes it unusable."""
 
     name: str
     origin: str
@@ -38,7 +38,7 @@ class Registered:
 
 @cache
 def registered() -> Mapping[str, Registered]:
-    """All kinds by name, ours first; those that cannot be used say why."""
+    """All kinds by name, the built-in ones first; unusable ones have a ``problem``."""
     rows = {name: _built_in(name) for name in _BUILT_IN}
     for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
         row = _from_entry_point(point)
@@ -59,28 +59,28 @@ def _from_entry_point(point: metadata.EntryPoint) -> Registered:
     origin = point.dist.name if point.dist is not None else point.value
     try:
         kind = point.load()
-    except Exception as error:  # noqa: BLE001 - somebody else's code; the other kinds still work
+    except Exception as error:  # noqa: BLE001 - another package's code; the other kinds still work
         why = f"{type(error).__name__}: {error}"
-        problem = f"cannot be loaded from {point.value} ({origin}): {why}; mend or uninstall that package"
+        problem = f"cannot be loaded from {point.value} ({origin}): {why}; fix or uninstall that package"
         return Registered(name=point.name, origin=origin, problem=problem)
     if not isinstance(kind, StageKind) or kind.name != point.name:
-        problem = f"{point.value} ({origin}) is not a StageKind of that name; name one in its entry point"
+        problem = f"cannot be used: {point.value} ({origin}) is not a StageKind of that name; fix its entry point"
         return Registered(name=point.name, origin=origin, problem=problem)
     return Registered(name=point.name, origin=origin, kind=kind)
 
 
 def kinds() -> dict[str, StageKind]:
-    """Every kind that can be used, by name."""
+    """All usable kinds, by name."""
     return {name: row.kind for name, row in registered().items() if row.kind is not None}
 
 
 def problems() -> dict[str, str]:
-    """Why other registered kinds cannot be used, by name."""
+    """Why the other registered kinds cannot be used, by name."""
     return {name: row.problem for name, row in registered().items() if row.kind is None}
 
 
 def config_classes() -> StageClasses:
-    """The settings' dataclass of every kind that can be used, by name, and why others cannot."""
+    """The settings' dataclass of each usable kind, by name, and why the other kinds cannot be used."""
     return StageClasses({name: kind.config for name, kind in kinds().items()}, problems())
 
 
@@ -88,7 +88,7 @@ def kind_named(name: str, *, where: str = "kind") -> StageKind:
     """The kind of this name.
 
     Raises:
-        ConfigError: there is none, or it cannot be used.
+        ConfigError: there is no such kind, or it cannot be used.
     """
     row = registered().get(name)
     if row is None:
@@ -104,24 +104,24 @@ def kind_of(config: StageConfig) -> StageKind:
 
 
 def produced_by(kind_name: str) -> str:
-    """The kind of artifact that stages of this kind make; "" for a kind that is not known here, as in an old record."""
+    """The kind of artifact that stages of this kind make; "" for an unknown kind, as in an old record."""
     row = registered().get(kind_name)
     return "" if row is None or row.kind is None else row.kind.produces
 
 
 def trains(kind_name: str) -> bool:
-    """Whether stages of this kind train a model; False for a kind that is not known here."""
+    """Whether stages of this kind train a model; False for an unknown kind."""
     row = registered().get(kind_name)
     return row is not None and row.kind is not None and row.kind.trains
 
 
 def as_trained(config: StageConfig) -> TrainedConfig | None:
-    """The settings as those of a stage that trains, or None for any other."""
+    """The settings, typed as those of a stage that trains; None for any other stage."""
     return cast(TrainedConfig, config) if kind_of(config).trains else None
 
 
 def learned_data(config: StageConfig) -> tuple[RowKind, Limits]:
-    """How the ``data`` of a stage that trains becomes rows of tokens, and how long they may be."""
+    """How the ``data`` of a stage that trains becomes rows of tokens, and how long these may be."""
     kind = kind_of(config)
     slot = next(slot for slot in kind.data(config) if slot.field == "data")
     assert slot.rows is not None, "a stage that trains learns from rows of tokens"
@@ -129,24 +129,24 @@ def learned_data(config: StageConfig) -> tuple[RowKind, Limits]:
 
 
 def doubts(kind_name: str, metrics: Mapping[str, float]) -> list[str]:
-    """What the metrics in the manifest of a stage of this kind say against building on its result."""
+    """Warnings against using a result of this kind, given the metrics in its manifest."""
     row = registered().get(kind_name)
     return [] if row is None or row.kind is None else list(row.kind.outcome.doubts(metrics))
 
 
 def curves(kind_name: str, settings: Mapping[str, Any]) -> list[Curve]:
-    """The charts of a stage of this kind with these plain settings; the loss for a kind that is not known here."""
+    """The charts of a stage of this kind with these plain settings; only the loss for an unknown kind."""
     row = registered().get(kind_name)
     return [LOSS] if row is None or row.kind is None else list(row.kind.curves(settings))
 
 
 def learns_from_preferences(kind_name: str) -> bool | None:
-    """Whether a stage of this kind learns what is preferred (True) or from demonstrations (False); else None."""
+    """Whether a stage of this kind learns from preferences (True) or from demonstrations (False); else None."""
     row = registered().get(kind_name)
     return None if row is None or row.kind is None else row.kind.learning.from_preferences
 
 
 def lines_of(kind_name: str, artifact: Path) -> list[str]:
-    """What is printed of a result that a stage of this kind has made."""
+    """The lines printed about a result of this kind."""
     row = registered().get(kind_name)
     return [] if row is None or row.kind is None else list(row.kind.outcome.lines(artifact))

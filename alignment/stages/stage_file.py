@@ -1,4 +1,4 @@
-"""The ``stage.yaml`` that a worker is started with, read and typed."""
+"""Reads the ``stage.yaml`` that a worker is started with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alignment.stages.registry import config_classes, kind_of
 
 
 def read_spec(path: Path) -> StageSpec:
-    """Reads and types a ``stage.yaml``."""
+    """Reads a ``stage.yaml`` into a typed ``StageSpec``."""
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     config = stage_from_plain(raw["config"], config_classes())
     return StageSpec(

@@ -167,7 +167,7 @@ MUTATIONS = [
         ),
         (
             "Adam counts the policy's steps of the warm-up",
-            "parameter.grad = None  # with zeros",
+            "parameter.grad = None  # with zero gradients",
             "parameter.grad.zero_()  # with zeros",
             "test_adam_counts_none_of_the_policys_warm_up_steps",
         ),

@@ -1,4 +1,4 @@
-"""What a stage of continued pretraining can be told."""
+"""Settings of a continued-pretraining stage."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from alignment.config.stage_fields import not_identity, reference_to
 
 @dataclass(kw_only=True, slots=True)
 class CptConfig:
-    """Continued pretraining: every token of plain texts is learned, each text cut into rows of ``max_length`` tokens.
+    """Continued pretraining: every token of plain texts is learned; each text is split into rows of ``max_length``.
 
-    ``packing`` puts short rows together; they do not see one another.
+    ``packing`` joins short rows, which do not attend to one another.
     """
 
     kind: str = "cpt"

@@ -1,4 +1,4 @@
-"""Continued pretraining: every token of plain text is learned, before any conversation."""
+"""Continued pretraining: every token of plain texts is learned."""
 
 from __future__ import annotations
 

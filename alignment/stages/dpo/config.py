@@ -1,4 +1,4 @@
-"""What a stage of direct preference optimisation can be told."""
+"""Settings of a direct preference optimisation stage."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from alignment.config.too_long import TooLongConfig
 
 
 class DpoLoss(str, Enum):
-    """Preference losses that TRL's DPO trainer offers and that we test, of log-ratios to the reference.
+    """Those preference losses of TRL's DPO trainer that we test.
 
-    ``sigmoid``: −log σ(β Δ) of their sums over answers (Rafailov et al. 2023). ``sigmoid_norm``: the same of means
-    over an answer's tokens (Lambert et al. 2024), with a larger beta. ``hinge``: max(0, 1 − β Δ) (Zhao et al. 2023).
-    ``ipo``: (Δ − 1/(2 β))² of means (Azar et al. 2023).
+    Δ is the log-ratio to the reference of the chosen answer, less that of the rejected one. ``sigmoid``: −log σ(β Δ),
+    with log-ratios summed over an answer's tokens (Rafailov et al. 2023). ``sigmoid_norm``: the same with means over
+    the tokens (Lambert et al. 2024); use a larger beta. ``hinge``: max(0, 1 − β Δ) (Zhao et al. 2023). ``ipo``:
+    (Δ − 1/(2 β))² with means (Azar et al. 2023).
     """
 
     sigmoid = "sigmoid"
@@ -32,8 +33,8 @@ class DpoLoss(str, Enum):
 class DpoConfig:
     """Direct preference optimisation (Rafailov et al. 2023). The reference is the policy at the start of the stage.
 
-    With ``precompute_reference`` its log-probabilities are computed once and kept beside the artifacts: worth it for
-    several epochs, or several stages on the same pairs. Otherwise it runs beside the policy.
+    With ``precompute_reference`` its log-probabilities are computed once and cached next to the artifacts, which pays
+    off over several epochs, or several stages on the same pairs. Otherwise they are computed in every step.
     """
 
     kind: str = "dpo"

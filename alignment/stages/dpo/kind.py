@@ -1,4 +1,4 @@
-"""What the rest of the package asks a stage of this kind."""
+"""The stage kind ``dpo``, as the rest of the package sees it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _data(config: DpoConfig) -> list[DataSlot]:
 
 def _refusals(config: DpoConfig, _: LaunchConfig) -> Iterator[Refusal]:
     if config.adapter.kind is AdapterKind.prefix:
-        why = "TRL's DPO trainer copies adapters in a way that PEFT has for factors only"
+        why = "TRL's DPO trainer copies adapters in a way that PEFT supports for low-rank adapters only"
         yield Refusal(field="adapter.kind", why=why, instead="adapter=lora")
 
 
@@ -31,7 +31,7 @@ def _reported(_: DpoConfig) -> Reported:
 
 
 def _curves(settings: Mapping[str, Any]) -> list[Curve]:
-    """Only the sigmoid loss starts at ln 2, so others get no guide there."""
+    """Only the sigmoid loss starts at ln 2, so the other losses get no guide line."""
     sigmoid = settings.get("loss", DpoLoss.sigmoid.value) == DpoLoss.sigmoid.value
     return [
         curve("Loss", "dotted: ln 2, where training starts", "loss", math.log(2)) if sigmoid else LOSS,
@@ -47,7 +47,7 @@ def _curves(settings: Mapping[str, Any]) -> list[Curve]:
 
 
 def _against_forgetting(name: str) -> str:
-    return f"raise stages.{name}.beta, lower its optim.lr or train fewer epochs; replay goes into the SFT before it"
+    return f"raise stages.{name}.beta, lower its optim.lr or train fewer epochs; add replay only to the SFT before it"
 
 
 KIND = StageKind(

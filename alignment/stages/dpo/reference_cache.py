@@ -1,7 +1,7 @@
-"""Log-probabilities of preference pairs under a frozen reference, computed once and kept by content.
+"""Log-probabilities of preference pairs under a frozen reference, computed once and cached by content.
 
-A stage with other settings on the same pairs and the same starting policy (a sweep over beta, a second epoch) finds
-them again; anything that could change them, weights, tokens, number format, device, changes the name of the file.
+A stage with other settings on the same pairs and starting policy (as in a sweep over beta) reads them from the cache.
+The file name depends on everything that could change them: weights, tokens, number format and device.
 """
 
 from __future__ import annotations
@@ -33,19 +33,22 @@ from alignment.training.sharding import everyones
 log = logging.getLogger(__name__)
 
 VERSION = 5
-"""Raised when the computation changes, so that older files are not found."""
+"""Raised when the computation changes, so that older files are not used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """Sums over chosen and over rejected answers in nats, one a pair, and the file that holds them or will."""
+    """Log-probabilities of the chosen and of the rejected answers, ``[pairs]`` in nats, and the file that caches them.
+
+    The file may not exist yet.
+    """
 
     chosen: Tensor
     rejected: Tensor
     file: Path
 
     def keep(self) -> None:
-        """Writes the file if it is not there as a whole. One process calls this, once the sums were checked."""
+        """Writes the file unless it exists and is complete. One process calls this, after the sums were checked."""
         if _read(self.file, pairs=len(self.chosen)) is None:
             _write(self.file, {"chosen": self.chosen, "rejected": self.rejected})
 
@@ -53,11 +56,11 @@ class Reference:
 def reference_logprobs(
     policy: PreTrainedModel, start: Lineage, pairs: Dataset, context: StageContext, *, tokens: int
 ) -> Reference:
-    """The reference of all pairs: a kept one, or each process computes its share. ``policy`` must not drop anything.
+    """The reference of all pairs, from the cache, or computed, with each process computing its share.
 
-    ``tokens`` are held in memory at once.
+    ``policy`` must be in evaluation mode; ``tokens`` limits the tokens of a micro-batch.
     """
-    assert not policy.training, "dropout would be at work"
+    assert not policy.training, "dropout would be active"
     dtype = context.spec.model.dtype
     key = _key(start, pairs, context.adapter, dtype, policy.dtype, context.device)
     file = context.spec.artifact.parent / "cache" / f"reference-{key}.safetensors"
@@ -74,7 +77,7 @@ def reference_logprobs(
 
 
 def _interleaved(shares: Sequence[Tensor]) -> Tensor:
-    """Values of processes that took every n-th pair each, in the order of the pairs."""
+    """The values in the order of the pairs; each of n processes computed every n-th pair."""
     whole = torch.empty(sum(len(share) for share in shares))
     for rank, share in enumerate(shares):
         whole[rank :: len(shares)] = share
@@ -83,7 +86,7 @@ def _interleaved(shares: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def _sums(policy: PreTrainedModel, pairs: Dataset, answer: str, *, tokens: int) -> Tensor:
-    """``[pairs]`` sums over the column ``answer``."""
+    """``[pairs]`` log-probabilities of the answers in the column ``answer``."""
     sums: list[Tensor] = []
     for micro_batch in micro_batches_of(rows_of(pairs, "prompt", answer), tokens=tokens):
         rows = pairs[micro_batch.start : micro_batch.stop]
@@ -101,10 +104,10 @@ def _key(
     weights: torch.dtype,
     device: torch.device,
 ) -> str:
-    """``weights`` are held in another format than products are made in where they are trained with masters."""
+    """The cache key. With master weights, the format of the ``weights`` differs from the ``dtype`` of products."""
     nf4 = adapter.kind is AdapterKind.qlora
-    beside = adapter.kind is not AdapterKind.full and adapter.chain is not Chain.merge
-    stacked = beside and bool(start.adapters)
+    keeps_adapters = adapter.kind is not AdapterKind.full and adapter.chain is not Chain.merge
+    stacked = keeps_adapters and bool(start.adapters)
     made_by = [torch.__version__, _device_name(device)]
     shaped_by = [VERSION, dtype.value, str(weights), *made_by, weights_sha256(start), nf4, stacked]
     sha = hashlib.sha256(json.dumps(shaped_by).encode())
@@ -114,25 +117,25 @@ def _key(
 
 
 def _device_name(device: torch.device) -> str:
-    """Kinds of GPUs round differently from one another, and from a CPU."""
+    """GPU models round differently from one another, and from a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _read(file: Path, *, pairs: int) -> dict[str, Tensor] | None:
-    """The columns of a kept file; None where there is none, or a damaged one, which is computed anew."""
+    """The columns of a cached file; None if it is missing or damaged, so that it is computed again."""
     try:
         columns = load_file(file)
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError) as error:
-        log.warning("%s is damaged (%s) and is computed anew.", file, error)
+        log.warning("%s is damaged (%s); it will be computed again.", file, error)
         return None
     whole = columns.keys() == {"chosen", "rejected"} and all(column.shape == (pairs,) for column in columns.values())
     return columns if whole else None
 
 
 def _write(file: Path, columns: dict[str, Tensor]) -> None:
-    """By one rename, so that a file cut short is never found; on several machines that share the folder at once."""
+    """Writes with one rename, so that no machine that shares the folder ever sees an incomplete file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(file.parent, shared=True)
     with replacing(file) as temporary:

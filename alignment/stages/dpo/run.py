@@ -1,8 +1,8 @@
-"""Direct preference optimisation on TRL's trainer (Rafailov et al. 2023, eq. 7).
+"""Direct preference optimisation with TRL's trainer (Rafailov et al. 2023, eq. 7).
 
-The reference is the policy at the start of the stage: under an adapter it is the same base with the adapters as they
-were then; in full training it is a frozen copy of the model. At step 0 both agree, so the loss must be ln 2; a stage
-where it is not stops with a reason.
+The reference is the policy at the start of the stage: with an adapter, the same base with the adapters as they were
+then; in full training, a frozen copy of the model. At step 0 both must agree on every answer (``check_start``), so the
+sigmoid loss starts at ln 2; otherwise the stage stops with an error.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from alignment.training.sharding import everyones, prepare, read_in_calls
 from alignment.training.trainer_arguments import common_arguments, optimizer_arguments
 
 DIVERGED = 10
-"""A loss so many times that of a policy that is its reference is worse than any noise."""
+"""A loss this many times the loss at the start, where policy and reference are equal, cannot be noise."""
 START_TOLERANCE = 1e-3
 BFLOAT16_TOLERANCE = 2e-2
-"""How far policy and reference may differ on a row at step 0, as a share of the row's log-probability over the root of
-its number of tokens, whose rounding errors are independent. The second, five times the precision of bfloat16, is for a
-reference that was computed in other batches in that format."""
+"""How far policy and reference may differ on a row at step 0, relative to its log-probability divided by the root of
+its number of tokens, because rounding errors of tokens are independent. ``BFLOAT16_TOLERANCE``, five times the
+precision of bfloat16, applies to a reference that was computed in bfloat16 in other batches."""
 
 
 def run(config: DpoConfig, context: StageContext) -> StageResult:
@@ -66,14 +66,14 @@ def run(config: DpoConfig, context: StageContext) -> StageResult:
 
 
 class TokenizedDpoTrainer(MicroBatches, DPOTrainer):
-    """TRL's trainer on pairs that are tokens already, each optimiser batch cut into micro-batches."""
+    """TRL's trainer on tokenised pairs, with each optimiser batch split into micro-batches."""
 
     pairs = True
     precomputed: Reference | None = None
     start_tolerance: float = START_TOLERANCE
 
     def _precompute_ref_logps(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
-        return dataset  # it has them already (reference_cache)
+        return dataset  # it already has them (reference_cache)
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset
@@ -88,7 +88,7 @@ def _trainer(
         precomputed = _precomputed(unwrapped(policy), config, context, start, pairs)
     elif config.adapter.kind is AdapterKind.full:
         reference = frozen_copy(policy, DTYPES[context.spec.model.dtype])
-        use_flat_attention(reference)  # while its weights are whole: what it says is compared with the policy's
+        use_flat_attention(reference)  # before its weights are sharded; its outputs are compared with the policy's
         read_in_calls(reference, context)
     trainer = TokenizedDpoTrainer(
         model=policy,
@@ -114,12 +114,12 @@ def _trainer(
         install_causal(reference)
         compute_in(reference, context.spec.model.dtype, context.device)  # as accelerate does for the policy
     elif isinstance(policy, PeftModel):
-        _refer_to_the_start(trainer, policy)
+        _use_start_as_reference(trainer, policy)
     return trainer
 
 
-def _refer_to_the_start(trainer: TokenizedDpoTrainer, policy: PeftModel) -> None:
-    """Instead of the copy of the adapter that TRL makes: it knows nothing of other adapters beside that one."""
+def _use_start_as_reference(trainer: TokenizedDpoTrainer, policy: PeftModel) -> None:
+    """Replaces the adapter copy that TRL makes, which ignores any other adapters."""
     policy.delete_adapter("ref")
     with_own(policy)
 
@@ -131,25 +131,25 @@ def _refer_to_the_start(trainer: TokenizedDpoTrainer, policy: PeftModel) -> None
 
 
 def _precomputed(policy: Any, config: DpoConfig, context: StageContext, start: Any, pairs: Dataset) -> Reference:
-    """Computed in evaluation mode, whatever mode adapters of earlier stages arrived in."""
+    """Switches to evaluation mode first, because adapters of earlier stages may be in training mode."""
     policy.to(context.device).eval()
     use_flat_attention(policy)
     return reference_logprobs(policy, start, pairs, context, tokens=config.optim.micro_batch_tokens)
 
 
 def _dataset(pairs: Dataset, reference: Reference | None) -> Dataset:
-    """The pairs, and the reference's log-probabilities, in columns of the names that TRL's collator looks for."""
+    """The pairs and the reference's log-probabilities, with the column names that TRL's collator expects."""
     rows = pairs.rename_columns({column: f"{column}_ids" for column in pairs.column_names})
     if reference is None:
         return rows
-    table = rows.with_format("arrow")[:]  # the rows themselves stay in their file, where they are not drawn or mixed
+    table = rows.with_format("arrow")[:]  # rows stay memory-mapped unless they were drawn or mixed
     for name, values in (("ref_chosen_logps", reference.chosen), ("ref_rejected_logps", reference.rejected)):
         table = table.append_column(name, pa.array(values.numpy()))
-    return Dataset(table, fingerprint=reference.file.stem)  # else all rows would be hashed for one
+    return Dataset(table, fingerprint=reference.file.stem)  # without a fingerprint, all rows would be hashed
 
 
 def start_loss(config: DpoConfig) -> float:
-    """The loss of a policy that is its reference."""
+    """The loss while the policy equals its reference."""
     if config.loss is DpoLoss.hinge:
         return 1.0
     return 1 / (4 * config.beta**2) if config.loss is DpoLoss.ipo else math.log(2)
@@ -158,13 +158,13 @@ def start_loss(config: DpoConfig) -> float:
 def check_start(trainer: TokenizedDpoTrainer) -> None:
     """Policy and reference must agree on every row of the first batch before the first step.
 
-    The mean loss would not show an error that both answers to a prompt share, nor much of one at a small beta.
+    The mean loss would hide an error that both answers to a prompt share, and at a small beta most of any error.
 
     Raises:
         StageError: they differ, so the reference is not the policy that the stage starts from.
     """
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    trainer.model.train()  # as in training, so that dropout at work is seen
+    trainer.model.train()  # as in training, so that active dropout is noticed
     micro_batches = [micro_batch for micro_batch, _ in trainer._micro_batches(batch)]
     own = [row for micro_batch in micro_batches for row in _start_rows(trainer, micro_batch)]
     worst = max((row for rows in everyones(own) for row in rows), key=lambda row: row.excess)
@@ -179,7 +179,7 @@ def check_start(trainer: TokenizedDpoTrainer) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _StartRow:
-    """An answer's log-probability under policy and reference, in nats, and its number of tokens."""
+    """An answer's log-probabilities under policy and reference, in nats, and its number of tokens."""
 
     policy: float
     reference: float
@@ -187,7 +187,7 @@ class _StartRow:
 
     @property
     def excess(self) -> float:
-        """What is compared with the tolerance; at least one nat a token counts, and NaN is infinitely far off."""
+        """The relative difference; a log-probability counts as at least one nat per token, and NaN gives infinity."""
         size = max(abs(self.reference), float(self.tokens)) / self.tokens**0.5
         difference = abs(self.policy - self.reference)
         return math.inf if math.isnan(difference) else difference / size
@@ -195,7 +195,7 @@ class _StartRow:
 
 @torch.no_grad()
 def _start_rows(trainer: TokenizedDpoTrainer, micro_batch: dict[str, Any]) -> Iterator[_StartRow]:
-    """All answers of a micro-batch."""
+    """One row for each answer of a micro-batch."""
     policy = torch.cat(trainer.compute_ref_log_probs(trainer.model, micro_batch))
     if "ref_chosen_logps" in micro_batch:
         reference = torch.cat([micro_batch["ref_chosen_logps"], micro_batch["ref_rejected_logps"]])
@@ -207,7 +207,7 @@ def _start_rows(trainer: TokenizedDpoTrainer, micro_batch: dict[str, Any]) -> It
 
 
 def _start_remedy(precomputed: Reference | None) -> str:
-    report = "report this with the stage.yaml of the run; with model.dtype=float32 a rounding would show as such"
+    report = "report this with the stage.yaml of the run; if model.dtype=float32 avoids it, it is rounding"
     if precomputed is None or not precomputed.file.is_file():
         return report
-    return f"delete {precomputed.file}, from which the reference was read, and run again; if it stays, {report}"
+    return f"delete {precomputed.file}, which holds the reference, and run again; if the error returns, {report}"

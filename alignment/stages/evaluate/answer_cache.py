@@ -1,7 +1,7 @@
-"""What an arm answered, kept by content beside the artifacts: answers are greedy, so they come out the same again.
+"""A cache of each arm's answers, next to the artifacts. Answers are greedy, so they would come out the same again.
 
-A second evaluation, or the next trial of a sweep, computes only the arms that are new. Anything that could change an
-answer, weights, prompts, number format, changes the name of the file.
+A second evaluation, or the next trial of a sweep, computes only new arms. The file name depends on everything that
+could change an answer: weights, prompts, number format and so on.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from alignment.training.context import StageContext
 log = logging.getLogger(__name__)
 
 VERSION = 3
-"""Raised when the computation changes, so that older files are not found."""
+"""Raised when the computation changes, so that older files are not used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CachedAnswers:
-    """Answers as token ids, an entry a prompt; the rest as in ``Answered`` (alignment/evaluation/arms.py)."""
+    """Answers as token ids, one per prompt; the rest as in ``Answered`` (alignment/evaluation/arms.py)."""
 
     ids: list[list[int]]
     logprobs: list[float] | None
@@ -49,7 +49,7 @@ def file_of(
     ends: Sequence[int],
     with_logprobs: bool,
 ) -> Path:
-    """Where the answers of a policy to these prompts are kept, or will be."""
+    """The file that caches, or will cache, a policy's answers to these prompts."""
     parts = [
         VERSION,
         torch.__version__,
@@ -68,7 +68,7 @@ def file_of(
 
 
 def read(file: Path, *, prompts: int) -> CachedAnswers | None:
-    """What is kept there, or None where nothing is, or what is there is damaged."""
+    """The cached answers, or None if the file is missing or damaged."""
     try:
         sha, _, content = file.read_text(encoding="utf-8").partition("\n")
         if hashlib.sha256(content.encode()).hexdigest() != sha:
@@ -77,15 +77,15 @@ def read(file: Path, *, prompts: int) -> CachedAnswers | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        log.warning("%s cannot be used and is made anew: %s", file, error)
+        log.warning("%s cannot be used and will be made again: %s", file, error)
         return None
-    assert len(fields["ids"]) == prompts, "the name of the file stands for its prompts"
+    assert len(fields["ids"]) == prompts, "the file's name depends on its prompts"
     references = [None if total is None else TokenSum(**total) for total in fields.pop("references")]
     return CachedAnswers(references=references, **fields)
 
 
 def write(file: Path, answers: CachedAnswers) -> None:
-    """By one rename, so that a file cut short is never found; on several machines that share the folder at once."""
+    """Writes with one rename, so that no machine that shares the folder ever sees an incomplete file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps(asdict(answers))
     remove_leftovers(file.parent, shared=True)

@@ -1,4 +1,4 @@
-"""What every arm of an evaluation is asked, and its answers: kept ones, or made by its policy."""
+"""The prompts of every arm of an evaluation, and its answers: cached ones, or made by its policy."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ Turns = Callable[[HeldOutPrompt], Sequence[Message]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """What an arm is asked, in its own tokens.
+class ArmPrompts:
+    """The prompts of an arm, in its own tokens.
 
-    ``own_tokens``: it comes from outside with a tokenizer of its own, so nothing that counts tokens can be compared.
-    ``plain``: it is asked the held-out prompts as they stand, so its answers can be held against the reference's.
+    ``own_tokens``: the arm has its own tokenizer, so figures that depend on tokens cannot be compared with other arms.
+    ``plain``: its prompts are the held-out prompts, unchanged, so its answers can be compared with the reference's.
     """
 
     policy: Lineage
@@ -48,7 +48,7 @@ class Asked:
 
 
 class Policies:
-    """Loads policies one at a time; asking for the one that is loaded costs nothing."""
+    """Loads policies, and holds one at a time; loading the held policy again costs nothing."""
 
     def __init__(self, context: StageContext) -> None:
         self._context = context
@@ -58,24 +58,24 @@ class Policies:
     def load(self, policy: Lineage) -> PreTrainedModel:
         """The policy with its adapters merged, on this process's device."""
         if self._model is None or policy != self._loaded:
-            self._model = None  # free the old weights before the new ones come
+            self._model = None  # free the old weights before loading the new ones
             self._model = load_policy(policy, DTYPES[self._context.spec.model.dtype]).to(self._context.device)
             use_flat_attention(self._model)
             self._loaded = policy
         return self._model
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Frees the weights of the last policy."""
         self._model = self._loaded = None
 
 
-def asked_of(
+def prompts_of_arms(
     config: EvaluateConfig, context: StageContext, tokenizer: Any, rows: Sequence[HeldOutPrompt]
-) -> dict[str, Asked]:
-    """What every arm is asked; ``tokenizer`` is the run's.
+) -> dict[str, ArmPrompts]:
+    """The prompts of every arm; ``tokenizer`` is the run's.
 
     Raises:
-        ModelError: an artifact has another tokenizer, or a model from outside no chat template.
+        ModelError: an artifact has another tokenizer, or an external model has no chat template.
         DataError: a row cannot be rendered, or there are too few examples.
     """
     system_prompt = config.system_prompt or ""  # the plan refuses an arm that needs one without it
@@ -83,16 +83,17 @@ def asked_of(
     if FEW_SHOT in config.arms:
         examples = _examples(config, context, rows)
         turns[FEW_SHOT] = lambda row: with_examples(row.messages, examples)
-    return {name: _asked(context, context.spec.arms[name], tokenizer, rows, turns.get(name)) for name in config.arms}
+    arms = context.spec.arms
+    return {name: _arm_prompts(context, arms[name], tokenizer, rows, turns.get(name)) for name in config.arms}
 
 
-def _asked(
+def _arm_prompts(
     context: StageContext, stage_input: StageInput, ours: Any, rows: Sequence[HeldOutPrompt], turns: Turns | None
-) -> Asked:
+) -> ArmPrompts:
     tokenizer = _tokenizer_of(context, stage_input, ours)
     own_tokens = tokenizer is not ours and tokenizer_hashes(tokenizer) != tokenizer_hashes(ours)
-    shown = turns or _as_they_stand
-    return Asked(
+    shown = turns or _unchanged
+    return ArmPrompts(
         policy=lineage(context.spec, stage_input),
         tokenizer=tokenizer,
         prompts=tokenize_rows(rows, lambda row: prompt_ids(tokenizer, shown(row))),
@@ -102,7 +103,7 @@ def _asked(
     )
 
 
-def _as_they_stand(row: HeldOutPrompt) -> Sequence[Message]:
+def _unchanged(row: HeldOutPrompt) -> Sequence[Message]:
     return row.messages
 
 
@@ -118,8 +119,7 @@ def _examples(config: EvaluateConfig, context: StageContext, rows: Sequence[Held
 
 
 def _tokenizer_of(context: StageContext, stage_input: StageInput, ours: Any) -> Any:
-    """The run's own tokenizer where the arm shares it and stops at the same tokens, else that of the folder from
-    outside."""
+    """The run's tokenizer if the arm shares it and stops at the same tokens, else that of the external model."""
     path = stage_input.path
     if path is None or read_manifest(path) is not None:
         refuse_other_tokenizer(context.spec, stage_input, ours)
@@ -129,7 +129,7 @@ def _tokenizer_of(context: StageContext, stage_input: StageInput, ours: Any) -> 
         return ours if stops_alike(own, ours) else own
     if not own.chat_template:
         raise ModelError(
-            f"{stage_input.ref} has a tokenizer of its own without a chat template, so nobody can tell how to ask it",
+            f"{stage_input.ref} has its own tokenizer without a chat template, so prompts cannot be rendered for it",
             where=f"stages.{context.spec.stage}.arms",
             remedy="put the template that it was trained with into its folder (chat_template.jinja)",
         )
@@ -141,7 +141,7 @@ def _references(tokenizer: Any, rows: Sequence[HeldOutPrompt], turns: Turns) -> 
 
 
 def answers_of(
-    asked: Asked,
+    arm_prompts: ArmPrompts,
     config: EvaluateConfig,
     context: StageContext,
     policies: Policies,
@@ -150,13 +150,13 @@ def answers_of(
     with_logprobs: bool,
     progress: Callable[[int], None],
 ) -> Answered:
-    """An arm's answers; ``progress`` is told how many are there."""
-    ends = sorted(end_ids(asked.tokenizer))
+    """An arm's answers; ``progress`` receives how many are done."""
+    ends = sorted(end_ids(arm_prompts.tokenizer))
     file = answer_cache.file_of(
         context,
-        asked.policy,
-        asked.prompts,
-        asked.references,
+        arm_prompts.policy,
+        arm_prompts.prompts,
+        arm_prompts.references,
         max_new_tokens=config.max_new_tokens,
         ends=ends,
         with_logprobs=with_logprobs,
@@ -164,12 +164,12 @@ def answers_of(
     cached = answer_cache.read(file, prompts=len(rows))
     if cached is None:
         started = time.monotonic()
-        model = policies.load(asked.policy)
-        _refuse_too_long(model, asked, config.max_new_tokens, where=f"stages.{context.spec.stage}")
+        model = policies.load(arm_prompts.policy)
+        _refuse_too_long(model, arm_prompts, config.max_new_tokens, where=f"stages.{context.spec.stage}")
         ids, scores = answer_and_score(
             model,
-            asked.prompts,
-            [[] if reference is None else [reference] for reference in asked.references],
+            arm_prompts.prompts,
+            [[] if reference is None else [reference] for reference in arm_prompts.references],
             max_new_tokens=config.max_new_tokens,
             end_ids=ends,
             batch_size=config.batch_size,
@@ -181,25 +181,26 @@ def answers_of(
             logprobs=[sums[0] for sums in scores] if with_logprobs else None,
             references=[
                 None if reference is None else TokenSum(logprob=sums[-1], tokens=len(reference))
-                for sums, reference in zip(scores, asked.references, strict=True)
+                for sums, reference in zip(scores, arm_prompts.references, strict=True)
             ],
             seconds=time.monotonic() - started,
         )
         answer_cache.write(file, cached)
     return Answered(
-        answers=read_answers(asked.tokenizer, cached.ids),
+        answers=read_answers(arm_prompts.tokenizer, cached.ids),
         logprobs=cached.logprobs,
         references=cached.references,
         seconds=cached.seconds,
     )
 
 
-def _refuse_too_long(model: PreTrainedModel, asked: Asked, max_new_tokens: int, *, where: str) -> None:
+def _refuse_too_long(model: PreTrainedModel, arm_prompts: ArmPrompts, max_new_tokens: int, *, where: str) -> None:
     positions = positions_of(model.base_model)
-    longest = max(map(len, asked.prompts)) + max_new_tokens
+    longest = max(map(len, arm_prompts.prompts)) + max_new_tokens
     if longest > positions:
         raise ModelError(
-            f"{asked.policy.source} has {positions} positions; the longest prompt and its answer take {longest}",
+            f"{arm_prompts.policy.source} has {positions} positions, but the longest prompt with its answer needs "
+            f"{longest}",
             where=where,
             remedy="lower max_new_tokens or few_shot.count, or leave out longer prompts",
         )

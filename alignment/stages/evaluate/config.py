@@ -1,4 +1,4 @@
-"""What an evaluation can be told."""
+"""Settings of an evaluation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from alignment.config.stage_fields import reference_to
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Greedy answers of every arm to held-out prompts: metrics, reward model and log-ratio to ``reference``.
+    """Scores greedy answers of every arm to held-out prompts: metrics, reward model and log-ratio to ``reference``.
 
     ``arms`` are ``base``, ``base+prompt`` (with ``system_prompt`` as a system message), ``base+few-shot`` (examples
-    before the prompt), ``stage:NAME``, and models from outside (``path:FOLDER``, ``hub:ORG/NAME@REVISION``), which may
-    have a tokenizer and a chat template of their own. Without a reward model (``reward: null``) that column stays
-    empty. Arms are compared by the metric that ``primary`` names, the first one unless it is set; without metrics no
-    arm is called better than another.
+    before the prompt), ``stage:NAME``, and external models (``path:FOLDER``, ``hub:ORG/NAME@REVISION``), which may have
+    their own tokenizer and chat template. Without a reward model (``reward: null``) that column stays empty. Arms are
+    compared by the metric that ``primary`` names, by default the first; without metrics, no arm is called better than
+    another.
     """
 
     kind: str = "evaluate"

@@ -1,4 +1,4 @@
-"""Judges as a plan sees them: whether there is something to judge, and something to judge by."""
+"""Checks a judge's settings when a run is planned: whether there are pairs to judge, and a way to judge them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from alignment.stages.evaluate.config import EvaluateConfig
 
 
 def judge_faults(stage: EvaluateConfig, where: str, *, hang_seconds: float) -> Iterator[Fault]:
-    """Everything wrong with the judge of an evaluation; ``where`` is the stage's place.
+    """All faults in the settings of an evaluation's judge; ``where`` is the stage's key.
 
-    A stage that does nothing for ``hang_seconds`` (0: however long) is ended.
+    A stage that makes no progress for ``hang_seconds`` is stopped; 0 turns this off.
     """
     judge = stage.judge
     path = f"{where}.judge"
     if judge.kind is JudgeKind.none:
         if judge.pairs:
-            yield Fault(where=f"{path}.pairs", message="read by nothing; judge.kind says who judges")
+            yield Fault(where=f"{path}.pairs", message="unused, because judge.kind is 'none'; set judge.kind")
     else:
         yield from _pair_faults(stage, path)
     if judge.kind is JudgeKind.metric and not stage.metrics:
@@ -33,10 +33,10 @@ def judge_faults(stage: EvaluateConfig, where: str, *, hang_seconds: float) -> I
     if judge.kind is JudgeKind.endpoint:
         yield from _endpoint_faults(judge.endpoint, f"{path}.endpoint", hang_seconds)
         if importlib.util.find_spec("openai") is None:
-            message = f"an endpoint is asked by the package openai, which is not installed; pip install '{PACKAGE}'"
+            message = f"'endpoint' needs the package openai, which is not installed; pip install '{PACKAGE}'"
             yield Fault(where=f"{path}.kind", message=message)
     elif judge.endpoint != EndpointConfig():
-        message = f"read by nothing; only judge.kind 'endpoint' reads it, and it is '{judge.kind.value}'"
+        message = f"unused; only judge.kind 'endpoint' uses it, and judge.kind is '{judge.kind.value}'"
         yield Fault(where=f"{path}.endpoint", message=message)
 
 
@@ -44,25 +44,23 @@ def _pair_faults(stage: EvaluateConfig, path: str) -> Iterator[Fault]:
     for number, pair in enumerate(stage.judge.pairs):
         for name, arm in (("arm", pair.arm), ("against", pair.against)):
             if arm not in stage.arms:
-                message = f"{arm!r} is no arm of this evaluation; {suggestion(arm, stage.arms)}"
+                message = f"{arm!r} is not an arm of this evaluation; {suggestion(arm, stage.arms)}"
                 yield Fault(where=f"{path}.pairs[{number}].{name}", message=message)
         if pair.arm == pair.against:
-            yield Fault(where=f"{path}.pairs[{number}]", message=f"{pair.arm!r} cannot meet itself; name two arms")
+            yield Fault(where=f"{path}.pairs[{number}]", message=f"{pair.arm!r} is compared with itself; name two arms")
     if not pairs_of(stage.judge, stage.arms, reference=stage.reference):
-        message = (
-            "no trained arm meets the reference or base+prompt among these arms; name pairs: [{arm: …, against: …}]"
-        )
+        message = "no trained arm can be compared with the reference or base+prompt; name pairs: [{arm: …, against: …}]"
         yield Fault(where=f"{path}.pairs", message=message)
 
 
 def _endpoint_faults(endpoint: EndpointConfig, path: str, hang_seconds: float) -> Iterator[Fault]:
-    for name, example in (("base_url", "http://localhost:8000/v1"), ("model", "the name that the endpoint knows")):
+    for name, value in (("base_url", "a URL such as http://localhost:8000/v1"), ("model", "the endpoint's model name")):
         if not getattr(endpoint, name):
-            yield Fault(where=f"{path}.{name}", message=f"missing; such as {example}")
+            yield Fault(where=f"{path}.{name}", message=f"missing; set it to {value}")
     longest = endpoint.timeout * (1 + endpoint.retries)
     if 0 < hang_seconds <= longest:
         message = (
-            f"{endpoint.timeout:g} seconds, {1 + endpoint.retries} times, are more than launch.hang_seconds "
-            f"({hang_seconds:g}), after which the stage would be taken to be stuck; lower it, or raise that"
+            f"{endpoint.timeout:g} seconds, {1 + endpoint.retries} times, are not less than launch.hang_seconds "
+            f"({hang_seconds:g}), after which a stage is stopped as stuck; lower it, or raise launch.hang_seconds"
         )
         yield Fault(where=f"{path}.timeout", message=message)

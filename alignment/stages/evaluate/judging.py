@@ -1,4 +1,4 @@
-"""Pairs of arms before a judge: two scores compared, or a model behind an endpoint asked in both orders."""
+"""Judges pairs of arms: by comparing two scores, or by asking a model at an endpoint in both orders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REPLIES = "judgements.work.jsonl"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """What a judge said: its part of ``evaluation.json``, and a line for every call."""
+    """A judge's results: its part of ``evaluation.json``, and the lines of ``judgements.jsonl``."""
 
     table: Judge | None = None
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -44,14 +44,14 @@ class ScoredArms:
     by_arm: Scores
 
     def points(self, arm: str, against: str, indices: Sequence[int]) -> list[float]:
-        """The arm's points on some prompts, where the better score wins."""
+        """The arm's points on the prompts ``indices``; the better score wins."""
         better, other = (arm, against) if self.metric.higher_is_better else (against, arm)
         return points_of_scores(*([self.by_arm[name][index] for index in indices] for name in (better, other)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pair:
-    """Two arms on some prompts: points for the first, None where a verdict is invalid; and both orders' verdicts."""
+    """Two arms on the judged prompts: points of ``arm``, None for an invalid verdict; and an endpoint's verdicts."""
 
     arm: str
     against: str
@@ -60,10 +60,10 @@ class _Pair:
 
 
 def open_endpoint(config: JudgeConfig, context: StageContext) -> Endpoint | None:
-    """The endpoint, if there is one to ask.
+    """The endpoint, or None if another judge or none is configured. Call it first, so that errors come early.
 
     Raises:
-        ConfigError: its client is not installed, or its key not set; better said before anything is answered.
+        ConfigError: its client is not installed, or its key is not set.
     """
     if config.kind is not JudgeKind.endpoint:
         return None
@@ -86,10 +86,10 @@ def judge(
     reference: str,
     intervals: Intervals,
 ) -> Judged:
-    """All pairs on the same prompts; nothing if no judge is asked for.
+    """Judges all pairs on the same prompts; the result is empty if no judge is configured.
 
     Raises:
-        StageError: a call of the endpoint fails.
+        StageError: a call to the endpoint fails.
     """
     if config.kind is JudgeKind.none:
         return Judged()
@@ -106,12 +106,12 @@ def judge(
         by_reward = {arm: scores for arm, scores in rewards.items() if scores is not None}
         judged, lines = _by_scores(rows, ScoredArms(metric=Metric(name="reward"), by_arm=by_reward), pairs, indices)
         name = "the reward model"
-    beside = None if config.kind is JudgeKind.metric else primary
+    compared_with = None if config.kind is JudgeKind.metric else primary
     table = Judge(
         kind=config.kind.value,
         name=name,
         num_prompts=len(indices),
-        pairs=[_row(pair, config, arms, beside, indices, intervals) for pair in judged],
+        pairs=[_row(pair, config, arms, compared_with, indices, intervals) for pair in judged],
     )
     return Judged(table=table, lines=lines)
 
@@ -124,7 +124,7 @@ def _row(
     indices: Sequence[int],
     intervals: Intervals,
 ) -> JudgedPair:
-    """A pair's line of the table; ``primary`` is held against the judge where it is not the judge itself."""
+    """A pair's row in the table; the judge is compared with ``primary``, which is None if it is the judge itself."""
     words, words_against = (
         [len(arms[name].answers[index].text.split()) for index in indices] for name in (pair.arm, pair.against)
     )
@@ -165,7 +165,7 @@ def _by_endpoint(
     pairs: Sequence[tuple[str, str]],
     indices: Sequence[int],
 ) -> tuple[list[_Pair], list[dict[str, Any]]]:
-    """Every pair on every prompt in both orders; a call that failed is an invalid verdict."""
+    """Asks about every pair on every prompt, in both orders."""
     shown = [
         (arm, against, index, order)
         for arm, against in pairs

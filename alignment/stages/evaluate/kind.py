@@ -1,4 +1,4 @@
-"""What the rest of the package asks a stage of this kind."""
+"""The stage kind ``evaluate``, as the rest of the package sees it."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def _scorers(config: EvaluateConfig) -> dict[str, MetricConfig]:
 
 
 def _metric_slots(config: EvaluateConfig) -> Iterator[Slot]:
-    """Metrics that are reward models of their own."""
+    """Metrics that are reward models."""
     for field, metric in _scorers(config).items():
         if is_reference(metric.source):
             yield Slot(field=source_field(field), takes=(REWARD_MODEL,), ref=metric.source, external=True)
 
 
 def _as_read(config: EvaluateConfig) -> EvaluateConfig:
-    """Without settings of arms that are not there; the primary metric by its name."""
+    """Resets settings of arms that are not evaluated; fills in the primary metric's name."""
     return replace(
         config,
         few_shot=config.few_shot if FEW_SHOT in config.arms else FewShotConfig(),
@@ -59,10 +59,10 @@ def _faults(config: EvaluateConfig, run: RunConfig, where: str) -> Iterator[Faul
     yield from metrics.faults(config.metrics, config.primary, where)
     for field, metric in _scorers(config).items():
         if metric.source == REWARD and config.reward is None:
-            message = f"'{REWARD}' is the model that {where}.reward names, which is null; name one, or take this out"
+            message = f"'{REWARD}' is the model that {where}.reward names, which is null; name a model, or remove this"
             yield Fault(where=f"{where}.{source_field(field)}", message=message)
     if PROMPTED in config.arms and not config.system_prompt:
-        message = f"missing; the arm '{PROMPTED}' is asked behind it: write a text, or take that arm out"
+        message = f"missing, but the arm '{PROMPTED}' needs it; write a system prompt, or remove that arm"
         yield Fault(where=f"{where}.system_prompt", message=message)
     yield from judge_faults(config, where, hang_seconds=run.launch.hang_seconds)
     if config.judge.kind is JudgeKind.none:

@@ -1,4 +1,4 @@
-"""Every arm's answers before the metrics of the recipe."""
+"""Scores every arm's answers with the metrics of the recipe."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation
 from alignment.rewards.scorer_sources import REWARD
 from alignment.rewards.scorers import Answers
-from alignment.stages.evaluate.answering import Asked
+from alignment.stages.evaluate.answering import ArmPrompts
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.shared.answer_scores import scores_of
 from alignment.training.context import StageContext
 
 
 def answers_to_score(
-    tokenizer: Any, rows: Sequence[HeldOutPrompt], asked: Mapping[str, Asked], arms: Mapping[str, Answered]
+    tokenizer: Any, rows: Sequence[HeldOutPrompt], arm_prompts: Mapping[str, ArmPrompts], arms: Mapping[str, Answered]
 ) -> dict[str, Answers]:
-    """Each arm's answers behind the plain prompt, as scorers see them; ``tokenizer`` is the run's."""
+    """Each arm's answers after the plain prompt, as scorers see them; ``tokenizer`` is the run's."""
     prompts = tokenize_rows(rows, lambda row: prompt_ids(tokenizer, row.messages))
     return {
         name: Answers(
             prompt_ids=prompts,
-            answer_ids=_in_our_tokens(tokenizer, rows, arm) if asked[name].own_tokens else arm.ids,
+            answer_ids=_in_our_tokens(tokenizer, rows, arm) if arm_prompts[name].own_tokens else arm.ids,
             texts=[answer.text for answer in arm.answers],
             prompts=rows,
             rows=range(len(rows)),
@@ -36,7 +36,7 @@ def answers_to_score(
 
 
 def _in_our_tokens(tokenizer: Any, rows: Sequence[HeldOutPrompt], arm: Answered) -> list[list[int]]:
-    """Answers of a model with other tokens, as the run's models would have written them."""
+    """Answers of a model with another tokenizer, in the run's tokens."""
     rows_of_ids = []
     for row, answer in zip(rows, arm.answers, strict=True):
         ids = answer_ids(tokenizer, row.messages, answer.text)
@@ -52,12 +52,12 @@ def scores_by_arm(
     answers: Mapping[str, Answers],
     rewards: Mapping[str, list[float] | None],
 ) -> dict[str, dict[str, list[float]]]:
-    """Every arm's scores by each metric, one a prompt; ``rewards`` are those of the stage's reward model.
+    """Every arm's scores by each metric, one per prompt; ``rewards`` are those of the stage's reward model.
 
     Raises:
-        DataError: a row lacks what a metric looks at, or a function's file changed since the run was planned.
+        DataError: a row lacks what a metric needs, or a function's file changed since the run was planned.
         ModelError: a reward model cannot be loaded, or its tokenizer does not fit.
-        RewardError: a metric failed, or did not give one usable number an answer.
+        RewardError: a metric failed, or did not return one usable number per answer.
     """
     scores: dict[str, dict[str, list[float]]] = {name: {} for name in answers}
     run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=TOKENS)

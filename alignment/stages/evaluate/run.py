@@ -1,4 +1,4 @@
-"""Arms side by side on held-out prompts."""
+"""Compares arms on held-out prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from alignment.models.assembly.load import lineage, products_in, refuse_other_to
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.records.evaluation import ArmResult, Evaluation, Metric, Sample, write_samples
 from alignment.rewards.scorers import Answers
-from alignment.stages.evaluate.answering import Asked, Policies, answers_of, asked_of
+from alignment.stages.evaluate.answering import ArmPrompts, Policies, answers_of, prompts_of_arms
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.judging import Judged, ScoredArms, judge, open_endpoint
 from alignment.stages.evaluate.metric_scores import answers_to_score, scores_by_arm
@@ -30,8 +30,10 @@ from alignment.training.context import StageContext
 
 
 def run(config: EvaluateConfig, context: StageContext) -> StageResult:
-    """Policies and a reward model in, ``evaluation.json`` and ``samples.jsonl`` out, and ``judgements.jsonl`` if there
-    is a judge. One process does it all."""
+    """Policies and a reward model in, ``evaluation.json`` and ``samples.jsonl`` out, on one process.
+
+    A judge also writes ``judgements.jsonl``.
+    """
     spec = context.spec
     context.progress("loading")
     endpoint = open_endpoint(config.judge, context)
@@ -40,13 +42,13 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
         if field in spec.inputs:
             refuse_other_tokenizer(spec, spec.inputs[field], tokenizer)
     rows = rows_of(context, HeldOutPrompt, config.data)
-    asked = asked_of(config, context, tokenizer, rows)
+    arm_prompts = prompts_of_arms(config, context, tokenizer, rows)
     policies = Policies(context)
-    arms = _answers(config, context, policies, asked, rows)
+    arms = _answers(config, context, policies, arm_prompts, rows)
     context.progress("scoring", len(arms) * len(rows), len(arms) * len(rows))
-    log_ratios = _log_ratios(context, policies, asked, arms)
-    policies.let_go()
-    answers = answers_to_score(tokenizer, rows, asked, arms)
+    log_ratios = _log_ratios(context, policies, arm_prompts, arms)
+    policies.release()
+    answers = answers_to_score(tokenizer, rows, arm_prompts, arms)
     rewards = _rewards(context, answers)
     for name, arm in arms.items():
         refuse_not_finite(name, arm, rewards=rewards[name], log_ratios=log_ratios[name])
@@ -109,14 +111,14 @@ def _answers(
     config: EvaluateConfig,
     context: StageContext,
     policies: Policies,
-    asked: Mapping[str, Asked],
+    arm_prompts: Mapping[str, ArmPrompts],
     rows: Sequence[HeldOutPrompt],
 ) -> dict[str, Answered]:
     arms: dict[str, Answered] = {}
-    for name, arm in asked.items():
+    for name, arm in arm_prompts.items():
 
         def progress(done: int, before: int = len(arms) * len(rows)) -> None:
-            context.progress("answering", before + done, len(asked) * len(rows))
+            context.progress("answering", before + done, len(arm_prompts) * len(rows))
 
         compared = _is_compared(arm) and not _is_reference(name, context)
         arms[name] = answers_of(arm, config, context, policies, rows, with_logprobs=compared, progress=progress)
@@ -124,32 +126,32 @@ def _answers(
     return arms
 
 
-def _is_compared(asked: Asked) -> bool:
-    """Whether the reference can read the arm's answers: same prompts, same tokens."""
-    return asked.plain and not asked.own_tokens
+def _is_compared(arm_prompts: ArmPrompts) -> bool:
+    """Whether the reference can read the arm's answers, because prompts and tokens are the same."""
+    return arm_prompts.plain and not arm_prompts.own_tokens
 
 
 def _is_reference(name: str, context: StageContext) -> bool:
-    """Whether an arm that is asked the plain prompts is the policy that log-ratios are taken to."""
+    """Whether an arm with the plain prompts is the reference of the log-ratios."""
     return context.spec.arms[name].path == context.spec.inputs["reference"].path
 
 
 def _log_ratios(
-    context: StageContext, policies: Policies, asked: Mapping[str, Asked], arms: Mapping[str, Answered]
+    context: StageContext, policies: Policies, arm_prompts: Mapping[str, ArmPrompts], arms: Mapping[str, Answered]
 ) -> dict[str, list[float] | None]:
-    """Log π − log ref of each arm's own greedy answers, nats a sequence; None for other prompts or tokens. It is no KL,
-    which is an expectation over samples: a greedy answer is the arm's likeliest, so the KL is usually smaller.
+    """Log π − log π_ref of each arm's own greedy answers, nats a sequence; None for other prompts or tokens.
 
-    The reference reads the answers of all arms side by side, so that a prompt is computed once.
+    This is not the KL, an expectation over samples, which is usually smaller because a greedy answer is the arm's
+    likeliest. The reference reads all arms' answers to a prompt in adjacent rows, so that the prompt is computed once.
     """
     ratios: dict[str, list[float] | None] = dict.fromkeys(arms)
     for name, arm in arms.items():
-        if _is_compared(asked[name]) and _is_reference(name, context):
+        if _is_compared(arm_prompts[name]) and _is_reference(name, context):
             ratios[name] = [0.0] * len(arm.answers)
     compared = {name: (arm, arm.logprobs) for name, arm in arms.items() if arm.logprobs is not None}
     if not compared:
         return ratios
-    prompts = asked[next(iter(compared))].prompts
+    prompts = arm_prompts[next(iter(compared))].prompts
     reference = policies.load(lineage(context.spec, context.spec.inputs["reference"]))
     under = sequence_logprobs(reference, *side_by_side(prompts, [arm.ids for arm, _ in compared.values()]))
     for index, (name, (_, own)) in enumerate(compared.items()):
@@ -159,7 +161,7 @@ def _log_ratios(
 
 
 def _rewards(context: StageContext, answers: Mapping[str, Answers]) -> dict[str, list[float] | None]:
-    """Every arm's answers are scored under the plain prompt, so that the scores can be compared."""
+    """The reward model's scores of every arm's answers, after the plain prompt, so that they can be compared."""
     if "reward" not in context.spec.inputs:
         return dict.fromkeys(answers)
     prompts = next(iter(answers.values())).prompt_ids
@@ -180,7 +182,7 @@ def _written(context: StageContext, evaluation: Evaluation, answers: list[Sample
 
 
 def _row(arm: ArmResult) -> dict[str, Any]:
-    """A line of the table that trackers show: metrics stand beside the other figures."""
+    """A row of the table that trackers show, with metrics next to the other figures."""
     row = to_json(arm)
     return {"name": row.pop("name"), "label": row.pop("label"), **row.pop("metrics"), **row}
 

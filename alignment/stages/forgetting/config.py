@@ -1,4 +1,4 @@
-"""What a measurement of forgetting can be told."""
+"""Settings of a forgetting measurement."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from alignment.config.rules import FRACTION, NOT_NEGATIVE, POSITIVE
 
 @dataclass(kw_only=True, slots=True)
 class ForgettingConfig:
-    """What policies have lost of what the base model could, and a gate: a run in which one lost more ends with code 10.
+    """Which abilities of the base model the policies lost; a run in which a policy exceeds a limit ends with code 10.
 
     The base model and then each of ``arms`` read the plain texts of ``data`` and choose answers to ``questions``. An
     arm passes if its perplexity rose by at most ``max_perplexity_rise`` of the base's (.2: from 20 to 24), and its
-    share of right answers fell by at most ``max_ability_drop`` (.1: from .64 to .54). Both limits: chosen, not tuned.
-    A limit of null is none; without both, arms are measured and not judged.
+    share of right answers fell by at most ``max_ability_drop`` (.1: from .64 to .54). The default limits are a choice
+    and were not tuned. null turns a limit off; with both off, arms are measured but not judged.
     """
 
     kind: str = "forgetting"

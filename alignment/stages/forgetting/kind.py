@@ -1,4 +1,4 @@
-"""What the rest of the package asks a stage of this kind."""
+"""The stage kind ``forgetting``, as the rest of the package sees it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def _data(config: ForgettingConfig) -> list[DataSlot]:
 
 def _reference_faults(config: ForgettingConfig, where: str) -> Iterator[Fault]:
     if not config.arms:
-        yield Fault(where=f"{where}.arms", message="names no policy; write those to measure, such as [stage:sft]")
+        yield Fault(where=f"{where}.arms", message="is empty; list the policies to measure, for example [stage:sft]")
     for number, arm in enumerate(config.arms):
         if arm in UNTRAINED_ARMS:
-            message = f"{arm!r} was not trained; the base model is measured anyway"
+            message = f"{arm!r} was not trained; remove it, the base model is measured anyway"
             yield Fault(where=f"{where}.arms[{number}]", message=message)
 
 

@@ -1,4 +1,4 @@
-"""What policies have lost of what the base model could: perplexity of general text, and questions with choices."""
+"""Measures which abilities of the base model policies lost: perplexity of general text, multiple-choice questions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from alignment.training.context import StageContext
 
 
 def run(config: ForgettingConfig, context: StageContext) -> StageResult:
-    """Policies in, ``forgetting.json``, ``texts.jsonl`` and ``questions.jsonl`` out. One process does it all.
+    """Policies in, ``forgetting.json``, ``texts.jsonl`` and ``questions.jsonl`` out, on one process.
 
-    An arm over a limit is no fault of the stage: the driver ends the run with it once all else is done.
+    The stage does not fail if an arm exceeds a limit; the driver fails the run at its end.
     """
     spec = context.spec
     context.progress("loading")

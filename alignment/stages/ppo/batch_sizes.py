@@ -1,4 +1,4 @@
-"""How an update of PPO is divided among processes. The plan asks, and so does the stage itself."""
+"""Checks that a PPO update can be divided among processes, when a run is planned and when the stage starts."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from alignment.stages.ppo.config import PpoConfig
 
 
 def size_faults(config: PpoConfig, processes: int, where: str) -> Iterator[Fault]:
-    """Why the stage at ``where`` cannot sample and learn on so many processes.
+    """Why the stage at ``where`` cannot sample and learn on this number of processes.
 
-    All answers to a prompt are sampled and learned from on one process.
+    All answers to a prompt stay on one process, for sampling and for learning.
     """
     episodes, group = config.optim.batch_size, config.completions_per_prompt
     if config.prompt_baseline and group == 1:
         message = (
-            "the baseline is the mean over the other completions of a prompt, and there are none; set "
+            "the baseline is the mean over the other completions of a prompt, but there are none; set "
             "completions_per_prompt to 2 or more"
         )
         yield Fault(where=f"{where}.prompt_baseline", message=message)
     if config.guard.every and config.guard.prompts < processes:
-        message = f"{config.guard.prompts} prompts for {processes} processes; choose {processes} or more"
+        message = f"{config.guard.prompts} prompts are too few for {processes} processes; choose {processes} or more"
         yield Fault(where=f"{where}.guard.prompts", message=message)
     prompts, rest = divmod(episodes, group)
     if rest:
@@ -29,7 +29,7 @@ def size_faults(config: PpoConfig, processes: int, where: str) -> Iterator[Fault
             f"{episodes} episodes do not divide by {group} completions a prompt; choose a divisor of optim.batch_size"
         )
         yield Fault(where=f"{where}.completions_per_prompt", message=message)
-        return  # how many prompts there are, nobody can tell
+        return  # the number of prompts is not defined
     if prompts % processes:
         message = (
             f"{prompts} prompts an update do not divide by {processes} processes; choose a multiple of "

@@ -1,4 +1,4 @@
-"""The trained weights in a checkpoint; frozen ones are the base's and are not copied."""
+"""The trained weights in a checkpoint. Frozen weights are the base's and are not copied."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ FILE = "actor_critic.safetensors"
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
-    """Writes the weights that are trained, as this process holds them."""
+    """Writes the trained weights, as this process holds them."""
     trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     save_file(trained, folder / FILE)
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Puts the weights that ``save_weights`` wrote into the model."""
+    """Loads the weights that ``save_weights`` wrote into the model."""
     saved = load_file(folder / FILE)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

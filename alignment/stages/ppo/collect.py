@@ -17,13 +17,13 @@ from alignment.training.rl.step_metrics import UpdateMetrics
 log = logging.getLogger(__name__)
 
 START_KL_TOLERANCE = 0.02
-"""Nats a sequence that bfloat16 may make of a KL of zero; with a wrong reference it is far larger."""
+"""Largest KL, in nats a sequence, that rounding in bfloat16 can cause; with a wrong reference it is far larger."""
 
 
 class Collector:
     """Makes the scored rollout batch of an update, the same on every process, on ``device``.
 
-    ``missing_eos_penalty`` is taken off the score of an answer that never ended.
+    ``missing_eos_penalty`` is subtracted from the score of an answer that has no end.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Collector:
 
     @torch.no_grad()
     def collect(self, update: int, metrics: UpdateMetrics) -> ScoredBatch:
-        """Samples and scores; the running means of scores take the batch in.
+        """Samples and scores; updates the running normalisation of scores.
 
         Raises:
             StageError: policy and reference differ before the first step.
@@ -53,7 +53,7 @@ class Collector:
         logprobs, reference = stack(rollout.logprobs, mask), stack(rollout.reference_logprobs, mask)
         kl = k1(logprobs, reference) * mask
         if update == 0:
-            refuse_another_start(kl)
+            refuse_wrong_reference(kl)
         by_scorer = rollout.scores.to(self._device)
         self.rewards.observe(by_scorer)
         return ScoredBatch(
@@ -70,37 +70,37 @@ class Collector:
         )
 
     def scores_of(self, rollout: Rollout) -> Tensor:
-        """``[rows]`` scores that PPO maximises: scorers put together, less the penalty of unended answers."""
+        """``[rows]`` scores that PPO maximises: the sum over scorers, less the penalty for answers without an end."""
         total = self.rewards.total(rollout.scores.to(self._device))
         return total - self._missing_eos_penalty * (~self._ended(rollout)).float()
 
     def _ended(self, rollout: Rollout) -> Tensor:
-        """``[rows]`` bool."""
+        """``[rows]`` bool: whether each answer has an end."""
         ended = [answer[-1] in self._end_ids for answer in rollout.answers]
         return torch.tensor(ended, device=self._device)
 
 
-def refuse_another_start(kl: Tensor) -> None:
-    """Policy and reference are the same before the first step, so ``kl [rows, tokens]`` is zero.
+def refuse_wrong_reference(kl: Tensor) -> None:
+    """Policy and reference are the same before the first step, so ``kl [rows, tokens]`` must be zero.
 
     Raises:
-        StageError: it is not.
+        StageError: its mean per row exceeds ``START_KL_TOLERANCE``.
     """
     worst = float(kl.sum(-1).abs().mean())
     if worst > START_KL_TOLERANCE:
         raise StageError(
             f"at step 0 the KL to the reference is {worst:.4f} nats a sequence, not 0: the reference is not the "
             "policy that the stage starts from",
-            remedy="report this with the stage.yaml of the run; nothing was trained",
+            remedy="nothing was trained; report this with the stage.yaml of the run",
         )
 
 
 def warn_of_equal_scores(scores: Tensor) -> None:
-    """Without differences there is nothing to prefer; the update then only returns towards the reference."""
+    """If all scores are equal, no answer is preferred, and the update only moves back towards the reference."""
     if float(scores.max() - scores.min()) == 0.0:
         log.warning(
-            "all %d answers of this update score %g, so there is nothing to learn from them. If this goes on: look "
-            "at samples.jsonl, raise max_new_tokens if no answer ends, or choose a scorer that tells answers apart.",
+            "all %d answers of this update score %g, so there is nothing to learn from them. If this continues: read "
+            "samples.jsonl, raise max_new_tokens if no answer ends, or choose a scorer that gives different scores.",
             len(scores),
             float(scores[0]),
         )

@@ -1,4 +1,4 @@
-"""What a stage of proximal policy optimisation can be told."""
+"""Settings of a proximal policy optimisation stage."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ class KlConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PpoOptimConfig:
-    """Adam without weight decay or warm-up, annealed to zero. ``batch_size`` counts episodes an update, globally.
+    """Adam without weight decay or warm-up; by default the learning rate falls linearly to zero.
 
-    ``micro_batch_tokens`` are learned from at once; a process samples its whole share at once.
+    ``batch_size`` is the number of episodes per update, over all processes.
+    ``micro_batch_tokens`` limits the tokens of a micro-batch in learning; a process samples its whole share at once.
     """
 
     lr: Annotated[float, POSITIVE] = 3e-5
@@ -57,28 +58,28 @@ class PpoConfig:
     """Proximal policy optimisation against a reward (Schulman et al. 2017; Huang et al. 2024 for the details).
 
     One update samples ``optim.batch_size`` episodes (``completions_per_prompt`` to a prompt) and takes ``ppo_epochs *
-    num_minibatches`` optimiser steps on them; ``updates`` of these make the run. The policy starts from ``init``, which
-    is also the reference. An answer's score is the sum of ``scorers``. The value model starts from ``reward`` where
-    that is a reward model of ours, else from the policy. It says what the reward model says where that alone scores,
-    unchanged (weight 1, neither normalised nor clipped, no ``prompt_baseline``, no ``whiten_rewards``): then values are
-    on the scale of the returns. Else its head is one of zeros, as a shared one is, where one pass serves both.
-    It learns alone for the first ``critic_warmup`` updates. ``value_clip`` bounds how far values move in an update;
-    null bounds nothing.
+    num_minibatches`` optimiser steps on them; a run has ``updates`` of these. The policy starts from ``init``, which is
+    also the reference. An answer's score is the weighted sum of ``scorers``. The value model starts from ``reward`` if
+    a stage made that model, else from the policy. It keeps the reward model's head if that model is the only scorer and
+    nothing rescales its scores (weight 1, not normalised, not clipped, no ``prompt_baseline``, no ``whiten_rewards``),
+    because then scores are on the scale of the returns. Otherwise its head starts at zero, as does the head of a shared
+    critic, where one pass computes policy and values. Only the critic learns in the first ``critic_warmup`` updates.
+    ``value_clip`` limits how far values move in an update; null sets no limit.
 
-    ``missing_eos_penalty`` is taken off the score of an answer that never ended, after scorers were put together; it
-    can only lower it. Its unit is the score's own, as that of ``kl.coefficient`` is: measured in deviations of scores,
-    what is maximised would change with every batch, and where all answers score alike there would be no penalty. With
-    ``prompt_baseline`` the mean score of the other completions of the same prompt is taken off: a Bradley-Terry reward
-    says nothing across prompts. A minibatch whose ``policy/approxkl`` exceeds ``max_approxkl`` is the update's last.
+    ``missing_eos_penalty`` is subtracted from the total score of an answer that has no end; it can only lower the
+    score. Its unit is that of the score, like that of ``kl.coefficient``: in units of the scores' deviation, the
+    objective would change with every batch, and with equal scores there would be no penalty. With ``prompt_baseline``
+    the mean score of the other completions of the prompt is subtracted, because Bradley-Terry rewards cannot be
+    compared across prompts. A minibatch whose ``policy/approxkl`` exceeds ``max_approxkl`` is the update's last.
     """
 
     REPLACED: ClassVar[dict[str, str]] = {
         "missing_eos_score": (
-            "it replaced the score of an answer that never ended; now 'missing_eos_penalty', 0 or more, is taken off "
-            "that score (missing_eos_penalty=0 in place of null)"
+            "it replaced the score of an answer without an end; now 'missing_eos_penalty', 0 or more, is subtracted "
+            "from that score (write missing_eos_penalty=0 instead of null)"
         ),
     }
-    """Keys of earlier versions, and what stands in their place."""
+    """Keys of earlier versions, and what to use instead."""
 
     kind: str = "ppo"
     init: str = reference_to("stage:sft", "policy")

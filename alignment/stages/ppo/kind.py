@@ -1,4 +1,4 @@
-"""What the rest of the package asks a stage of this kind."""
+"""The stage kind ``ppo``, as the rest of the package sees it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _as_read(config: PpoConfig) -> PpoConfig:
 
 
 def _scorer_slots(config: PpoConfig) -> Iterator[Slot]:
-    """Scorers that are reward models of their own."""
+    """Scorers that are reward models."""
     for name, scorer in in_use(config).items():
         if is_reference(scorer.source):
             yield Slot(field=source_field(name), takes=(REWARD_MODEL,), ref=scorer.source, external=True)
@@ -67,14 +67,14 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     steps = config.ppo_epochs * config.num_minibatches
     if config.max_approxkl is not None and steps < 3:
         message = (
-            f"{config.max_approxkl:g} ends nothing: the first minibatch sees no change, the second is held against it, "
-            f"and an update of ppo_epochs * num_minibatches = {steps} has none after that; take 3 or more, or null"
+            f"{config.max_approxkl:g} has no effect: the first minibatch never exceeds it, the second could only skip "
+            f"later ones, and an update of ppo_epochs * num_minibatches = {steps} has none; use 3 or more, or null"
         )
         yield Fault(where=f"{where}.max_approxkl", message=message)
     if config.critic_warmup >= config.updates:
         message = (
-            f"{config.critic_warmup} of {config.updates} updates are the critic's alone, so the policy learns nothing; "
-            "choose less than updates"
+            f"in {config.critic_warmup} of {config.updates} updates only the critic learns, so the policy learns "
+            "nothing; choose less than updates"
         )
         yield Fault(where=f"{where}.critic_warmup", message=message)
 
@@ -85,7 +85,7 @@ def _scorer_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
     for field, scorer in in_use(config).items():
         if scorer.source == REWARD and config.reward is None:
             message = (
-                f"'{REWARD}' is the model that {where}.reward names, which is null; name one, or take this scorer out"
+                f"'{REWARD}' is the model that {where}.reward names, which is null; name a model, or remove this scorer"
             )
             yield Fault(where=f"{where}.{field}.source", message=message)
     if _reads_no_reward(config):
@@ -93,30 +93,30 @@ def _scorer_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
 
 
 def _guard_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
-    """Policies are compared by this scorer, so it must be the same for all of them and tell them apart."""
+    """Policies are compared by this scorer, so it must score all policies alike, and not give all the same score."""
     scorer = config.guard.scorer
     if scorer.normalize:
-        message = "true, but a running normalisation cannot compare policies; a held-out scorer scores as it is"
+        message = "true, but a running normalisation cannot compare policies; set it to false"
         yield Fault(where=f"{where}.normalize", message=message)
     if scorer.weight == 0.0:
-        yield Fault(where=f"{where}.weight", message="0, so all policies would be equally good; choose another weight")
+        yield Fault(where=f"{where}.weight", message="0, so all policies would score the same; choose another weight")
 
 
 def _reads_no_reward(config: PpoConfig) -> bool:
     sources = [scorer.source for scorer in in_use(config).values()]
     if config.reward is None or REWARD in sources or not all(map(is_known, sources)):
-        return False  # a misspelt source may have been meant to read it
-    return config.critic is Critic.shared or _is_outside(config.reward)
+        return False  # a misspelt source may have been meant to use it
+    return config.critic is Critic.shared or _is_external(config.reward)
 
 
 def _unread_reward(config: PpoConfig) -> str:
     shared = config.critic is Critic.shared
     why = "a shared critic starts at 0" if shared else "a critic starts only from a reward model that a stage made"
-    return f"{config.reward!r} is read by nothing: no scorer is '{REWARD}', and {why}; write null, or add the scorer"
+    return f"{config.reward!r} is unused: no scorer is '{REWARD}', and {why}; write null, or add the scorer"
 
 
-def _is_outside(ref: str) -> bool:
-    """Whether a reference leads to a reward model that no stage made."""
+def _is_external(ref: str) -> bool:
+    """Whether a reference names a reward model that no stage made."""
     if ref.startswith("path:"):
         folder = Path(ref.removeprefix("path:")).expanduser().absolute()
         return folder.is_dir() and read_manifest(folder) is None
@@ -125,13 +125,13 @@ def _is_outside(ref: str) -> bool:
 
 def _refusals(config: PpoConfig, launch: LaunchConfig) -> Iterator[Refusal]:
     if launch.sharding is Sharding.fsdp:
-        why = "its four roles share weights, which fully_shard takes to be one model's"
+        why = "its four roles share weights, but fully_shard expects the weights of one model"
         yield Refusal(field="kind", why=why, instead="launch=zero3")
     if launch.sharding.by_deepspeed and config.critic_warmup:
-        why = "DeepSpeed takes its step on all weights, the policy's too"
+        why = "DeepSpeed steps all weights, including the policy's"
         yield Refusal(field="critic_warmup", why=why, instead="critic_warmup=0, or launch=ddp")
     if launch.sharding is Sharding.zero3 and config.ptx.coefficient:
-        why = "its passes do not go through DeepSpeed's engine"
+        why = "its forward passes bypass DeepSpeed's engine"
         yield Refusal(field="ptx.coefficient", why=why, instead="launch=zero2")
 
 
@@ -159,13 +159,13 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
     if metrics.get("eos_rate") != 0.0:
         return []
     return [
-        "none of the last update's answers ended within max_new_tokens: every one was cut off; raise it, or start "
-        "from a policy that ends its answers"
+        "none of the last update's answers ended within max_new_tokens, so all were cut off; raise it, or start from "
+        "a policy that ends its answers"
     ]
 
 
 def _against_forgetting(name: str) -> str:
-    return f"replay: stages.{name}.ptx.coefficient=1.0 learns general conversations beside it; or lower optim.lr"
+    return f"use replay: stages.{name}.ptx.coefficient=1.0 also trains on general conversations; or lower its optim.lr"
 
 
 def _curves(_: Mapping[str, Any]) -> list[Curve]:

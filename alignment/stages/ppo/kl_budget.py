@@ -1,4 +1,4 @@
-"""The end of a stage whose policy went too far from the reference."""
+"""Ends a stage whose policy moved too far from the reference."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class KlBudget:
-    """The KL of a single batch is noisy, so two in a row above ``limit`` (nats a sequence) exceed the budget.
+    """The budget is exceeded when two batches in a row have a KL above ``limit`` (nats a sequence).
 
-    ``was_above`` says whether the last batch was; a checkpoint holds it.
+    The KL of a single batch is too noisy. ``was_above`` is whether the last batch was above; checkpoints store it.
     """
 
     def __init__(self, limit: float | None) -> None:
@@ -19,7 +19,7 @@ class KlBudget:
         self.was_above = False
 
     def is_exceeded(self, kl: float) -> bool:
-        """Takes in the mean KL of the next batch."""
+        """Whether the budget is exceeded after the next batch, whose mean KL is ``kl``."""
         is_above = self._limit is not None and kl > self._limit
         is_exceeded = is_above and self.was_above
         self.was_above = is_above
@@ -27,14 +27,14 @@ class KlBudget:
 
 
 class EndsOverBudget(TrainerCallback):
-    """Ends the training once ``over_budget`` says so; nothing was learned from the last batch."""
+    """Ends the training when ``over_budget`` returns True; nothing was learned from the last batch."""
 
     def __init__(self, over_budget: Callable[[], bool]) -> None:
         self._over_budget = over_budget
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """All processes have the same rollout batch, so they agree."""
+        """Stops on all processes, because they have the same rollout batch."""
         if self._over_budget():
             control.should_log = True
-            control.should_save = False  # inside an update
+            control.should_save = False  # checkpoints are made only between updates
             control.should_training_stop = True

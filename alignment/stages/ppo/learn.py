@@ -27,8 +27,10 @@ from alignment.training.rl.step_metrics import UpdateMetrics
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearnOptions:
-    """How an update learns: its losses, how many minibatches an epoch has, and for how many updates the critic learns
-    alone. ``value_clip`` of None clips no value."""
+    """How an update learns: its losses, the minibatches of an epoch, and the updates in which only the critic learns.
+
+    With ``value_clip`` None, values are not clipped.
+    """
 
     clip: float
     value_clip: float | None
@@ -52,7 +54,7 @@ def experience_of(batch: ScoredBatch, advantages: Advantages) -> Experience:
 
 
 class Learner:
-    """Gradients of one minibatch at a time. ``autocast`` is the trainer's, for forward passes; ``ptx`` may be None."""
+    """Computes the gradients of one minibatch at a time. ``autocast`` is the trainer's, for forward passes."""
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class Learner:
         self._autocast = autocast
 
     def learn(self, model: nn.Module, experience: Experience, *, update: int, step_of_update: int, step: int) -> None:
-        """Leaves the gradients of the whole minibatch of this step, ready for the optimiser."""
+        """Computes the gradients of this step's whole minibatch and leaves them in the parameters."""
         policy_learns = update >= self._options.critic_warmup
         if self.ptx is not None and policy_learns:
             self._add_ptx(self.ptx, model, step)
@@ -84,10 +86,10 @@ class Learner:
         if not policy_learns:
             for parameter in self._roles.policy.parameters():
                 if parameter.requires_grad:
-                    parameter.grad = None  # with zeros instead, Adam would count the step
+                    parameter.grad = None  # with zero gradients, Adam would count the step
 
     def _minibatch(self, update: int, step_of_update: int) -> list[int]:
-        """Indices of its prompts; every epoch is a fresh permutation of the update's."""
+        """Indices of the minibatch's prompts; every epoch is a new permutation of the update's prompts."""
         epoch, minibatch = divmod(step_of_update, self._options.num_minibatches)
         generator = self._context.generator("minibatches", update, epoch)
         order = torch.randperm(self._episodes.prompts_per_update, generator=generator)
@@ -100,7 +102,7 @@ class Learner:
         self._update_metrics.add_share({"loss/ptx": share})
 
     def _backward(self, model: nn.Module, experience: Experience, prompts: list[int], *, policy_learns: bool) -> None:
-        """Sums over the minibatch divided by its tokens, across micro-batches and processes: never a mean of means."""
+        """The loss is a sum over the minibatch divided by its tokens, over all micro-batches and processes."""
         group = self._episodes.group
         tokens = experience.response_mask[rows_of(prompts, group)].sum().float()
         world_size = self._context.world_size
@@ -108,12 +110,12 @@ class Learner:
         rows = shares[self._context.rank]
         micro_batches = as_many_as_most([self._cut(experience, share) for share in shares], self._context.rank)
         for number, indices in enumerate(micro_batches):
-            # Processes meet in every micro-batch; an empty one reads a row that counts for nothing.
+            # Every micro-batch is a collective call, so an empty one reads a row with weight 0.
             read, counted = ([rows[i] for i in indices], tokens) if indices else (rows[:1], tokens * math.inf)
             with accumulating(self._accelerator, model, last=number == len(micro_batches) - 1):
                 with self._autocast():
                     loss = self._loss(model, experience, read, counted, policy_learns=policy_learns)
-                # DDP averages over processes; the sum over all of them is wanted.
+                # DDP averages over processes, but this loss is a sum.
                 self._accelerator.backward(loss * world_size)
 
     def _cut(self, experience: Experience, rows: list[int]) -> list[range]:
@@ -124,7 +126,7 @@ class Learner:
     def _loss(
         self, model: nn.Module, experience: Experience, rows: list[int], tokens: Tensor, *, policy_learns: bool
     ) -> Tensor:
-        """A micro-batch's share, to be backpropagated and not read (``ActorCritic.forward``)."""
+        """A micro-batch's share of the loss, for its gradients only (``ActorCritic.forward``)."""
         width = max(len(experience.answers[row]) for row in rows)
         mask = experience.response_mask[rows, :width]
         stream = answer_stream(
@@ -152,5 +154,5 @@ class Learner:
             tokens=tokens,
             clip=self._options.clip,
         )
-        # Gradients of 0 rather than none: DDP waits for those of every parameter.
+        # Gradients must be 0 instead of missing, because DDP waits for those of every parameter.
         return float(policy_learns) * policy_loss + loss

@@ -1,4 +1,4 @@
-"""The prompts of a stage: tokenised, and divided into those to learn from and those that are held out for the guard."""
+"""Tokenises the prompts of a stage, and splits them into prompts to learn from and held-out prompts for the guard."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def tokenized_prompts(
 
 
 def hold_out(prompts: Prompts, config: PpoConfig, context: StageContext) -> tuple[Prompts, Prompts]:
-    """Prompts to learn from and prompts for the guard; a prompt that several rows have is on one side only.
+    """Prompts to learn from, and held-out prompts for the guard; rows with the same prompt are on the same side.
 
     Raises:
-        ConfigError: too few different prompts.
+        ConfigError: there are too few different prompts.
     """
     if not config.guard.every:
         return prompts, Prompts(ids=[], rows=[])
@@ -38,7 +38,7 @@ def hold_out(prompts: Prompts, config: PpoConfig, context: StageContext) -> tupl
     number = config.guard.prompts
     if not context.world_size <= number < len(different):
         raise ConfigError(
-            f"{number} prompts cannot be held out of {len(different)}, by {context.world_size} processes",
+            f"{number} prompts cannot be held out of {len(different)} with {context.world_size} processes",
             where=f"stages.{context.spec.stage}.guard.prompts",
             remedy=f"choose {context.world_size} to {len(different) - 1}, or set guard.every to 0",
         )

@@ -1,4 +1,4 @@
-"""The metrics of an update: of the episodes that were sampled for it, and of the minibatches that it learned from."""
+"""The metrics of an update: those of its sampled episodes, and those of the minibatches that it learned from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alignment.training.rl.step_metrics import UpdateMetrics
 
 
 def add_scores(metrics: UpdateMetrics, batch: ScoredBatch) -> None:
-    """Mean of each scorer, and the deviation of what PPO maximises."""
+    """Adds each scorer's mean score, and the standard deviation of the scores that PPO maximises."""
     metrics.values |= {f"score/{name}": float(values.mean()) for name, values in batch.by_scorer.by_name().items()}
     metrics.values["objective/score_std"] = float(batch.scores.std(unbiased=False))
 
@@ -21,13 +21,13 @@ def add_scores(metrics: UpdateMetrics, batch: ScoredBatch) -> None:
 def add_episodes(
     metrics: UpdateMetrics, batch: ScoredBatch, advantages: Advantages, *, kl_coefficient: float, base_copies: float
 ) -> None:
-    """Sums over tokens become means over episodes; the rest are means over counted tokens."""
+    """Adds metrics of the episodes; those summed over tokens are means over episodes, the others over answer tokens."""
     mask = batch.response_mask
     kl = batch.kl.sum(-1)
     episodes = {
         "objective/kl": kl,
         "objective/kl_k3": (k3(batch.logprobs, batch.reference_logprobs) * mask).sum(-1),
-        # What is maximised, before any baseline or scaling.
+        # The objective, before any baseline or scaling.
         "objective/rlhf_reward": batch.scores - kl_coefficient * kl,
         "objective/score": batch.scores,
         "eos_rate": batch.ended.float(),
@@ -57,7 +57,7 @@ def add_policy(
     tokens: Tensor,
     clip: float,
 ) -> None:
-    """A micro-batch's share of its minibatch's metrics.
+    """Adds a micro-batch's share of its minibatch's metrics.
 
     ``loss`` is a scalar, already divided by ``tokens``, the scalar number of the minibatch's answer tokens. ``change``
     is log π/π_old, ``[rows, tokens]``; ``entropy`` is ``[answer tokens]``.

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation against a reward, on our own trainer (docs/design/0002)."""
+"""Proximal policy optimisation against a reward, with our own trainer (docs/design/0002-ppo-trainer.md)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from alignment.training.session import train
 from alignment.training.sharding import whole_state
 
 FROM_LAST_UPDATE = ("objective/score", "objective/kl", "response_length", "eos_rate", "memory/base_copies")
-"""Metrics of the last update that the manifest holds."""
+"""Metrics of the last update that are written to the manifest."""
 
 
 def run(config: PpoConfig, context: StageContext) -> StageResult:
@@ -76,7 +76,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
         roles.actor_critic.eval()
         metrics |= trainer.guard.finish(trainer.updates_done, trainer.rollouts)
     result = save_model(roles.policy, tokenizer, context, start, metrics)
-    # The last critic does not fit an earlier policy.
+    # The critic belongs to the last policy, so it is not saved with an earlier one.
     if metrics.get("guard/kept_update", metrics["updates"]) == metrics["updates"]:
         _save_critic(roles.actor_critic.value, context)
     return result
@@ -106,7 +106,7 @@ def _ptx(config: PpoConfig, context: StageContext, tokenizer: Any) -> Ptx | None
 
 
 def _save_critic(value: nn.Module, context: StageContext) -> None:
-    """Writes the trained weights of the value model, for going on from there; the policy does not need them."""
+    """Writes the trained weights of the value model, for further training; the policy does not need them."""
     refuse_weights((name, weight) for name, weight in value.named_parameters() if weight.requires_grad)
     prefix = "base_model.model." if isinstance(value, PeftModel) else ""
     trained = {name.removeprefix(prefix): p for name, p in whole_state(value, trained_only=True).items()}

@@ -1,6 +1,6 @@
 """Which scorers a PPO stage uses, by the field of its configuration that names each.
 
-The plan and the rehearsal use this too, so nothing here imports torch.
+Nothing here imports torch, because the plan and the rehearsal use it too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,6 @@ def maximised(config: PpoConfig) -> dict[str, ScorerConfig]:
 
 
 def in_use(config: PpoConfig) -> dict[str, ScorerConfig]:
-    """Every scorer that a stage calls; the held-out one only where the guard is on."""
+    """Every scorer that a stage calls; the held-out scorer only if the guard is on."""
     held_out = {GUARD: config.guard.scorer} if config.guard.every > 0 else {}
     return maximised(config) | held_out

@@ -1,10 +1,10 @@
 """PPO as a ``transformers.Trainer`` whose batches are rollouts that it makes itself.
 
-One trainer step is one optimiser step on one minibatch; ``ppo_epochs * num_minibatches`` of them make an update, and
-the first of these samples fresh answers. An update collects (collect.py), learns (learn.py) and reports (report.py).
-Micro-batches are looped over in a step, without ``accelerator.accumulate``, which would synchronise and step too often
-at the end of a dataloader. Checkpoints fall on update boundaries, where nothing but weights, optimiser, KL coefficient
-and step number is needed to go on: all randomness is derived from seed and step.
+One trainer step is one optimiser step on one minibatch; an update is ``ppo_epochs * num_minibatches`` steps, and the
+first of them samples new answers. An update collects (collect.py), learns (learn.py) and reports (report.py). A step
+loops over its micro-batches without ``accelerator.accumulate``, which would synchronise and step too often at the end
+of a dataloader. Checkpoints are made between updates. There, weights, optimiser, step number and a few numbers
+(``_save_state``) are all that a resumed run needs, because all randomness is derived from seed and step.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class PpoTrainer(Trainer):
         self.metrics = UpdateMetrics(self._gathered)
         self._experience: Experience | None = None
         self._update_ended = False
-        self._passed_over = False
+        self._skipped = False
         steps = range(args.max_steps * context.world_size)
         super().__init__(
             model=roles.actor_critic, args=args, train_dataset=list(steps), data_collator=lambda rows: {"step": rows}
@@ -104,11 +104,14 @@ class PpoTrainer(Trainer):
         prepare(roles.actor_critic, context, *roles.trained_models())
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        """Nothing: all roles are on their device, and among several processes on CPUs that has another name here
-        (``cpu:0``), to which torch copies whatever it moves: roles would no longer share memory."""
+        """Does nothing, because all roles are already on their device.
+
+        With several processes on CPUs the device is named ``cpu:0`` here. Moving a role there would copy it, and roles
+        would no longer share memory.
+        """
 
     def _gathered_roles(self) -> AbstractContextManager[None]:
-        """Whole weights, to sample and score with."""
+        """Gathers sharded weights for sampling and scoring."""
         return gathered(self, self.roles.actor_critic)
 
     def _gathered(self, values: Tensor) -> Tensor:
@@ -118,21 +121,21 @@ class PpoTrainer(Trainer):
 
     @property
     def rollouts(self) -> Rollouts:
-        """What makes rollout batches."""
+        """The maker of rollout batches."""
         return self.collector.rollouts
 
     @property
     def steps_per_update(self) -> int:
-        """Optimiser steps on one rollout batch."""
+        """The number of optimiser steps on one rollout batch."""
         return self.config.ppo_epochs * self.config.num_minibatches
 
     @property
     def updates_done(self) -> int:
-        """Updates that were learned from; one that was only sampled, because it was over the budget, does not count."""
+        """How many updates were learned from; a last one that was only sampled, over the KL budget, does not count."""
         return (self.state.global_step - int(self.over_budget)) // self.steps_per_update
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Adam without weight decay; the critic may have a rate of its own."""
+        """Adam without weight decay; the critic may have its own learning rate."""
         optim = self.config.optim
         critic_lr = optim.lr if optim.critic_lr is None else optim.critic_lr
         groups = [
@@ -148,26 +151,26 @@ class PpoTrainer(Trainer):
     # ---- an update --------------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One minibatch: gradients of the whole of it, ready for the optimiser. An update begins by sampling.
+        """Computes the gradients of one whole minibatch for the optimiser; the first step of an update samples first.
 
-        A minibatch that is passed over leaves no gradients, and the optimiser then changes nothing.
+        A skipped minibatch leaves no gradients, so the optimiser changes nothing.
         """
         update, step_of_update = divmod(self.state.global_step, self.steps_per_update)
-        model.eval()  # dropout would make the ratio noisy; everything here runs without it
+        model.eval()  # without dropout, which would make the ratio noisy
         if step_of_update == 0:
             self._begin(update)
         if self._experience is None:
             raise StageError(
-                f"a checkpoint inside update {update} cannot be continued",
+                f"the checkpoint was made inside update {update} and cannot be continued",
                 remedy="delete the stage's .work folder and run again",
             )
-        self._passed_over = self.over_budget or self._update_ended
-        if not self._passed_over:
+        self._skipped = self.over_budget or self._update_ended
+        if not self._skipped:
             self._learn(model, self._experience, update, step_of_update)
         if step_of_update == self.steps_per_update - 1:
             kl = self.metrics.values["objective/kl"]
             self.kl_controller = self.kl_controller.after(kl, self.episodes.per_update)
-        return torch.zeros((), device=self.args.device)  # losses are among the metrics, by name
+        return torch.zeros((), device=self.args.device)  # losses are reported as metrics
 
     def _begin(self, update: int) -> None:
         self._update_ended = False
@@ -175,7 +178,7 @@ class PpoTrainer(Trainer):
         self.context.progress("rollouts", self.state.global_step, self.args.max_steps)
         if self.guard is not None and self.guard.due(update):
             started = time.monotonic()
-            self.metrics.values |= self.guard.look(update, self.rollouts)
+            self.metrics.values |= self.guard.evaluate(update, self.rollouts)
             self.metrics.add_seconds("guard", time.monotonic() - started)
         self._experience = self._collect(update)
         self.context.progress("training", self.state.global_step, self.args.max_steps)
@@ -208,7 +211,8 @@ class PpoTrainer(Trainer):
         warn_of_equal_scores(scores)
         if self.over_budget:
             log.warning(
-                "the KL was above guard.max_kl twice in a row, %.2f nats at last; the stage ends after %d updates.",
+                "the KL was above guard.max_kl twice in a row (now %.2f nats a sequence); the stage ends after %d "
+                "updates.",
                 kl,
                 update,
             )
@@ -221,37 +225,37 @@ class PpoTrainer(Trainer):
         self.metrics.add_seconds("learning", time.monotonic() - started)
 
     def _check_step(self, share: float) -> None:
-        """Where a minibatch saw a policy that was too far, the update's remaining ones are passed over."""
+        """If the policy of this minibatch had moved too far, the update's remaining minibatches are skipped."""
         limit = self.config.max_approxkl
         if limit is not None:
             self._update_ended = float(self._gathered(torch.tensor([share])).sum()) > limit
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the update's metrics to the trainer's own; one line an update."""
+        """Adds the update's metrics to the trainer's own; there is one log line per update."""
         if "loss" in logs:
             logs.pop("loss")
             logs.update(self.metrics.result())
-            if self._passed_over:
-                logs["grad_norm"] = 0.0  # DeepSpeed gives the last one
+            if self._skipped:
+                logs["grad_norm"] = 0.0  # DeepSpeed would report that of an earlier step
         super().log(logs, start_time)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """Follows right after DeepSpeed's engine is made, and comes before a checkpoint is loaded into it."""
+        """Called after DeepSpeed's engine is made and before it loads a checkpoint, so frozen weights are left out."""
         if self.is_deepspeed_enabled:
             leave_frozen_out(self.accelerator.deepspeed_engine_wrapped.engine)
         return super().create_scheduler(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """DeepSpeed writes weights with the optimiser's state, and every process its share."""
+        """With DeepSpeed, writes only our state; the engine writes weights and optimiser state, sharded."""
         if not self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self._save_state(Path(output_dir or self.args.output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The weights that are trained, and the state beside them."""
+        """Writes the trained weights and our state."""
         folder = Path(output_dir or self.args.output_dir)
         self._save_state(folder)
         save_weights(self.roles.actor_critic, folder)
@@ -271,7 +275,7 @@ class PpoTrainer(Trainer):
         load_weights(self.roles.actor_critic, Path(resume_from_checkpoint))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As every trainer does; from a checkpoint, also with the state that is not in the weights."""
+        """Trains; from a checkpoint, it first restores our state."""
         if resume_from_checkpoint is not None:
             self._restore_state(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""The models and the trainer of a stage, from its configuration."""
+"""Builds the models and the trainer of a stage from its configuration."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def roles_of(config: PpoConfig, context: StageContext, start: Lineage, reward: S
 
 
 def _returns_are_scores(config: PpoConfig) -> bool:
-    """Whether returns are on the scale of the reward model's scores: it alone scores, and nothing rescales them."""
+    """Whether returns are on the scale of the reward model's scores: it is the only scorer, and nothing rescales it."""
     return config.scorers == [ScorerConfig(source=REWARD)] and not config.prompt_baseline and not config.whiten_rewards
 
 
@@ -62,10 +62,10 @@ def build_trainer(
     ptx: Ptx | None = None,
     samples: Samples | None = None,
 ) -> PpoTrainer:
-    """The trainer of a stage; an answer is over at one of ``end_ids``.
+    """The trainer of a stage; an answer ends at one of ``end_ids``.
 
     Raises:
-        ConfigError: episodes, prompts, processes and minibatches do not divide.
+        ConfigError: ``size_faults`` finds faults, such as episodes that do not divide by the processes.
     """
     refuse(list(size_faults(config, context.world_size, f"stages.{context.spec.stage}")))
     trainer = PpoTrainer(

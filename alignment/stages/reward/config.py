@@ -1,4 +1,4 @@
-"""What a stage that trains a reward model can be told."""
+"""Settings of a stage that trains a reward model."""
 
 from __future__ import annotations
 

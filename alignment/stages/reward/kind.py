@@ -1,4 +1,4 @@
-"""What the rest of the package asks a stage of this kind."""
+"""The stage kind ``reward``, as the rest of the package sees it."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
         return []
     held_out = "held-out pairs" if pairs is None else f"{pairs:.0f} held-out pairs"
     return [
-        f"right on {accuracy:.0%} of {held_out}, no better than chance ({_CHANCE:.0%}): what is trained on its "
-        "scores learns nothing of what is preferred"
+        f"right on {accuracy:.0%} of {held_out}, no better than chance ({_CHANCE:.0%}): a policy trained on its "
+        "scores does not learn the preferences"
     ]
 
 

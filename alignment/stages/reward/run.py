@@ -1,9 +1,9 @@
-"""A Bradley-Terry reward model on TRL's trainer: −log σ(r_chosen − r_rejected) (Stiennon et al. 2020, eq. 1).
+"""A Bradley-Terry reward model with TRL's trainer: −log σ(r_chosen − r_rejected) (Stiennon et al. 2020, eq. 1).
 
-The score stands at the last real token, the end of the answer's turn, located by length and never by pad id. A tenth
-of the pairs is held out, and their accuracy is reported beside that of the rule "the longer answer wins". The loss does
-not fix where scores lie, so an offset is saved that makes chosen answers score 0 on average (Huang et al. 2024): those
-held out, because a model scores higher what it learned from.
+The score is read at the last real token, the end of the answer's turn, located by length and never by pad id. The pairs
+of some prompts (``eval_fraction``) are held out, and their accuracy is reported with that of the rule "the longer
+answer wins". The loss does not fix the scores' origin, so an offset is saved that makes held-out chosen answers score 0
+on average (Huang et al. 2024). Training pairs would bias it, because a model scores what it learned from higher.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from alignment.training.sharding import gathered, prepare, whole
 from alignment.training.trainer_arguments import common_arguments, optimizer_arguments
 
 DIVERGED = 10
-"""A loss so many times that of a guess is worse than any noise."""
+"""A loss this many times the loss of a random guess cannot be noise."""
 OFFSET_SAMPLE = 64
-"""Pairs whose chosen answers set the offset, drawn from those learned from where none were held out."""
+"""How many training pairs set the offset if no pairs were held out."""
 
 
 def run(config: RewardConfig, context: StageContext) -> StageResult:
@@ -53,7 +53,7 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
     context.progress("scoring")
     judged = held_out if len(held_out) else drawn(learned, OFFSET_SAMPLE, context.generator("offset"))
     with gathered(trainer, trainer.model):
-        # Both answers to a prompt side by side, so that it is computed once.
+        # Both answers to a prompt are in adjacent rows, so that the prompt is computed once.
         rows = list(rows_of(judged, "prompt", "chosen", "rejected"))
         prompts = [prompt for prompt, *_ in rows for _ in range(2)]
         both = scores(trainer, context, prompts, [answer for _, *answers in rows for answer in answers])
@@ -71,10 +71,10 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
 
 
 def split(pairs: Dataset, fraction: float, rng: torch.Generator, *, where: str) -> tuple[Dataset, Dataset]:
-    """Pairs to learn from and pairs held out; a prompt stands on one side only.
+    """Pairs to learn from, and held-out pairs; all pairs of a prompt are on the same side.
 
     Raises:
-        DataError: too few prompts to hold any out.
+        DataError: there are too few prompts to hold any out.
     """
     if fraction == 0:
         return pairs, pairs.select([])
@@ -94,12 +94,12 @@ def split(pairs: Dataset, fraction: float, rng: torch.Generator, *, where: str) 
 
 
 def _in_order(ids: list[int]) -> bytes:
-    """Token ids in a few bytes that sort as the lists do."""
+    """Token ids as compact bytes that sort like the lists."""
     return np.asarray(ids, dtype=">u4").tobytes()
 
 
 def drawn(pairs: Dataset, number: int, rng: torch.Generator) -> Dataset:
-    """At most ``number`` of them, in random order."""
+    """At most ``number`` of the pairs, in random order."""
     return pairs.select(torch.randperm(len(pairs), generator=rng)[:number].tolist(), keep_in_memory=True)
 
 
@@ -118,7 +118,7 @@ def _trainer(
             **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
             max_length=None,
             center_rewards_coefficient=config.center_coefficient or None,
-            remove_unused_columns=False,  # they are made from those of the table when a batch is read
+            remove_unused_columns=False,  # the collator's columns are made from the table's when a batch is read
         ),
         train_dataset=_dataset(learned),
         processing_class=tokenizer,
@@ -131,16 +131,16 @@ def _trainer(
 
 
 class MicroBatchedRewardTrainer(MicroBatches, RewardTrainer):
-    """TRL's trainer, each optimiser batch cut into micro-batches."""
+    """TRL's trainer, with each optimiser batch split into micro-batches."""
 
     pairs = True
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
-        return dataset  # it is tokens already
+        return dataset  # it is already tokenised
 
 
 def _dataset(pairs: Dataset) -> Dataset:
-    """The pairs as the rows that TRL's collator looks for: each answer behind its prompt, joined when it is read."""
+    """The pairs as rows for TRL's collator: each answer is appended to its prompt when a row is read."""
     return pairs.with_transform(_joined)
 
 
@@ -174,7 +174,7 @@ def scores(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
 ) -> torch.Tensor:
-    """``[rows]`` scores; every process computes the same."""
+    """``[rows]`` scores; every process computes all of them."""
     with torch.no_grad(), products_in(context.spec.model.dtype, context.device):
         parts = batches(prompts, answers, tokens=trainer.micro_batch_tokens, device=trainer.args.device)
         return torch.cat([scalar_scores(trainer.model, part.rows) for part in parts]).cpu()

@@ -1,4 +1,4 @@
-"""What a reward card can be told."""
+"""Settings of a reward card."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from alignment.config.too_long import TooLongConfig
 
 @dataclass(kw_only=True, slots=True)
 class RewardCardConfig:
-    """A reward model held against pairs, and beside it what is told by length and by words alone.
+    """Tests a reward model on pairs, and compares it with baselines that see only an answer's length or its words.
 
-    ``reward`` may also be one that no stage made. ``learned`` are the pairs that it learned from: a bag of words learns
-    from the same, and with ``leave_out_learned`` no pair is judged whose prompt stands there. Without a source these
-    are the pairs of the stage that made the model, but for what that stage mixes in; of a model from elsewhere nothing
-    is known then, and there is no bag of words. ``rule`` scores both answers, and how often it prefers the same one as
-    the model is shown. ``invariance_pairs`` are scored again alone, padded, in another order
-    and in float32; 0 scores none. ``num_worst`` pairs are kept to read.
+    ``reward`` may also be a model that no stage made. ``learned`` are the pairs that it was trained on: a bag of words
+    learns from them, and with ``leave_out_learned`` pairs whose prompts they contain are not judged. By default these
+    are the pairs of the stage that made the model, without mixed-in rows; for a model from elsewhere they are unknown,
+    and there is no bag of words. ``rule`` scores both answers, and the card shows how often it agrees with the model.
+    ``invariance_pairs`` are scored again alone, padded, in another order and in float32; 0 turns this off. The card
+    lists ``num_worst`` pairs.
     """
 
     kind: str = "reward_card"

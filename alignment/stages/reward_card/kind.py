@@ -1,4 +1,4 @@
-"""What the rest of the package asks a stage of this kind."""
+"""The stage kind ``reward_card``, as the rest of the package sees it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alignment.stages.base import DataSlot, LaunchShape, Learning, Outcome, Repo
 from alignment.stages.reward_card.config import RewardCardConfig
 
 RULE = "rule"
-"""The field of the rule whose preferences are held against the model's."""
+"""The field of the rule whose preferences are compared with the model's."""
 
 
 def _data(config: RewardCardConfig) -> list[DataSlot]:
@@ -44,14 +44,14 @@ def _faults(config: RewardCardConfig, _: RunConfig, where: str) -> Iterator[Faul
         message = f"{config.rule.source!r} is a reward model; a rule is FILE.py:FUNCTION or one of: {rules}"
         yield Fault(where=f"{where}.{source_field(RULE)}", message=message)
     if not config.learned.source and config.learned != DataConfig():
-        message = f"missing, so the other settings are read by nothing; name the pairs that {config.reward} saw"
+        message = f"missing, so the other settings are unused; name the pairs that {config.reward} was trained on"
         yield Fault(where=f"{where}.learned.source", message=message)
 
 
 def with_learned(config: RewardCardConfig, run: RunConfig) -> RewardCardConfig:
-    """The card with the pairs of the stage that made its model, unless it names pairs itself.
+    """The card with ``learned`` set to the pairs of the stage that made its model, unless the card sets it itself.
 
-    Rows that the stage mixes in are drawn by its own name and stay out.
+    Rows that the stage mixes in are left out, because they are drawn with the stage's own random numbers.
     """
     made_by = run.stages.get(config.reward.removeprefix("stage:"))
     pairs = getattr(made_by, "data", None)

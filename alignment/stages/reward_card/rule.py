@@ -1,4 +1,4 @@
-"""Both answers of every pair before the rule that a reward card is held against."""
+"""Scores both answers of every pair with the rule of a reward card."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def scores_by_rule(rule: ScoreSourceConfig, context: StageContext, pairs: Sequen
     """The rule's score of each chosen and rejected answer in turn.
 
     Raises:
-        DataError: a row lacks what the rule looks at, or a function's file changed since the run was planned.
-        RewardError: the rule failed, or did not give one usable number an answer.
+        DataError: a row lacks what the rule needs, or a function's file changed since the run was planned.
+        RewardError: the rule failed, or did not return one usable number per answer.
     """
     prompts = [
         Prompt(messages=pair.messages, tools=pair.tools, row=pair.row, where=pair.where)

@@ -1,4 +1,4 @@
-"""A reward model's report card: pairs in, ``card.json`` and ``pairs.jsonl`` out. One process does it all."""
+"""A reward model's report card, made on one process."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from alignment.stages.shared.stage_rows import LEFT_OUT, fitting, rows_of
 from alignment.training.context import StageContext
 
 LEARNED = "learned"
-MOST_LEARNED = 20_000
-"""Pairs from which a bag of words learns, the first ones: a minute's work."""
+MAX_LEARNED = 20_000
+"""The bag of words learns from at most this many pairs, the first ones, which takes about a minute."""
 AT_ONCE = 128
-"""Rows between two words of progress."""
+"""How many rows are scored between two progress updates."""
 NUM_WORDS = 10
-"""Words that speak most for an answer, and against one."""
+"""How many words the card lists for an answer, and how many against."""
 
 
 def run(config: RewardCardConfig, context: StageContext) -> StageResult:
-    """A reward model and pairs in, figures about it out."""
+    """A reward model and pairs in, ``card.json`` and ``pairs.jsonl`` out."""
     records = rows_of(context, PreferencePair, config.data)
     learned = rows_of(context, PreferencePair, config.learned, field=LEARNED) if _knows_learned(context) else []
-    context.progress("learning words")
+    context.progress("fitting the bag of words")
     bag = _bag_of_words(context, learned)
     unseen, overlap = _without_learned(config, context, records, learned)
     context.progress("loading")
@@ -68,7 +68,7 @@ def run(config: RewardCardConfig, context: StageContext) -> StageResult:
     return StageResult(metrics=_headlines(card))
 
 
-# ---- what was learned from -------------------------------------------------------------------------------------------
+# ---- the pairs that the model was trained on -------------------------------------------------------------------------
 
 
 def _knows_learned(context: StageContext) -> bool:
@@ -76,14 +76,14 @@ def _knows_learned(context: StageContext) -> bool:
 
 
 def _bag_of_words(context: StageContext, learned: Sequence[PreferencePair]) -> BagOfWords | None:
-    seen = learned[:MOST_LEARNED]
+    seen = learned[:MAX_LEARNED]
     texts = [(pair.chosen, pair.rejected) for pair in seen]
     return fit(texts, [repr(pair.messages) for pair in seen], seed=context.seed("folds")) if seen else None
 
 
 def _with_words(learned: Learned, bag: BagOfWords | None) -> Learned:
-    """With what the bag of words learned."""
-    assert bag is not None, "it is learned wherever it is known from what"
+    """Adds the words and weights of the bag of words."""
+    assert bag is not None, "there is a bag of words whenever the learned pairs are known"
     speaks_for, against = bag.heaviest(NUM_WORDS)
     return replace(learned, words=len(bag.words), penalty=bag.penalty, for_answer=speaks_for, against=against)
 
@@ -91,10 +91,10 @@ def _with_words(learned: Learned, bag: BagOfWords | None) -> Learned:
 def _without_learned(
     config: RewardCardConfig, context: StageContext, records: list[PreferencePair], learned: list[PreferencePair]
 ) -> tuple[list[PreferencePair], Learned | None]:
-    """The pairs to judge, and how many of all ask what was learned; None where nobody knows.
+    """The pairs to judge, and how many pairs overlap with the learned ones; None if those are unknown.
 
     Raises:
-        DataError: no other pair is left.
+        DataError: all pairs overlap, so none is left to judge.
     """
     if not learned:
         return records, None
@@ -110,9 +110,9 @@ def _without_learned(
     if not config.leave_out_learned:
         return records, overlap
     if not others:
-        did = "learned" if part_known else "may have learned"
+        did = "was" if part_known else "may have been"
         raise DataError(
-            f"all {len(records)} pairs ask what the reward model {did} from",
+            f"all {len(records)} pairs have prompts that the reward model {did} trained on",
             where=f"stages.{context.spec.stage}.data",
             remedy="judge other pairs, or set leave_out_learned=false",
         )
@@ -122,7 +122,7 @@ def _without_learned(
 def _part_is_known(config: RewardCardConfig, context: StageContext) -> bool:
     """Whether the pairs drawn here are those that the model learned from.
 
-    A part is drawn among the rows that fit, by the run's seed: one row more or less, and it is another part.
+    A fraction is drawn with the run's seed among the rows that fit, so one row more or less changes the whole draw.
     """
     if config.learned.fraction == 1.0:
         return True
@@ -134,16 +134,16 @@ def _part_is_known(config: RewardCardConfig, context: StageContext) -> bool:
 
 
 def _whole_file(config: RewardCardConfig, context: StageContext) -> list[PreferencePair]:
-    """All own rows of the learned pairs, not a part."""
+    """All rows of the learned pairs' own source, instead of a fraction."""
     return rows_of(context, PreferencePair, replace(config.learned, fraction=1.0, mix=[]), field=LEARNED)
 
 
-# ---- the model and what it reads -------------------------------------------------------------------------------------
+# ---- the model and its rows ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Reading:
-    """The model, the pairs that it can read, and their rows of its token ids: chosen, rejected, chosen, …"""
+    """The model, the pairs within its limits, and their rows in its token ids: chosen, rejected, chosen, …"""
 
     model: PreTrainedModel | PeftModel
     pairs: list[PreferencePair]
@@ -151,10 +151,10 @@ class _Reading:
 
 
 def _read(config: RewardCardConfig, context: StageContext, records: list[PreferencePair]) -> _Reading:
-    """Loads the model and makes its rows.
+    """Loads the model and tokenises its rows.
 
     Raises:
-        ModelError: it cannot be loaded, has another tokenizer than the run's base, or cannot have rows cut.
+        ModelError: it cannot be loaded, has another tokenizer than the run's base, or its rows cannot be cut.
         DataError: too many pairs are too long.
     """
     reward = context.spec.inputs["reward"]
@@ -172,15 +172,15 @@ def _read(config: RewardCardConfig, context: StageContext, records: list[Prefere
 
 
 def _read_text(config: RewardCardConfig, context: StageContext, records: list[PreferencePair]) -> _Reading:
-    """A model from outside has a tokenizer and a chat template of its own."""
+    """A model that no stage made has its own tokenizer and chat template."""
     spec, limits = context.spec, Limits(row=config.max_length, too_long=config.too_long)
     reward = spec.inputs["reward"]
     assert reward.path is not None, "the plan refuses 'base' in a reward slot"
     if limits.cuts:
         raise ModelError(
-            f"{reward.ref} reads text, and its rows cannot be cut",
+            f"{reward.ref} reads text, so its rows cannot be cut",
             where=f"stages.{spec.stage}.too_long",
-            remedy="take too_long.do=drop",
+            remedy="set too_long.do=drop",
         )
     model, tokenizer = load_external(reward.path, spec.model.dtype, source=reward.ref)
     prompts = [Prompt(messages=record.messages, tools=record.tools, where=record.where) for record in records]
@@ -203,14 +203,14 @@ def _read_text(config: RewardCardConfig, context: StageContext, records: list[Pr
     )
 
 
-# ---- what is said of them --------------------------------------------------------------------------------------------
+# ---- scores and figures ----------------------------------------------------------------------------------------------
 
 
 def _scores(config: RewardCardConfig, context: StageContext, reading: _Reading) -> list[float]:
-    """A score a row.
+    """One score per row.
 
     Raises:
-        RewardError: one is not finite.
+        RewardError: a score is not finite.
     """
     scores: list[float] = []
     with products_in(context.spec.model.dtype, context.device):
@@ -247,9 +247,9 @@ def _judged(
 
 
 def _invariances(config: RewardCardConfig, context: StageContext, reading: _Reading) -> Invariances:
-    """How far scores of the first pairs move by what should not move them, in the model's format and in float32.
+    """How far scores of the first pairs change where they should not, in the model's number format and in float32.
 
-    It leaves the model in float32.
+    Afterwards the model is in float32.
     """
     own = context.spec.model.dtype
     formats = {}
@@ -274,7 +274,7 @@ def _moved(config: RewardCardConfig, context: StageContext, reading: _Reading, d
         return padded_scores(model, rows, left=left, device=device)
 
     with products_in(dtype, device):
-        # A prefix is known to the flat forward alone.
+        # Only the flat forward supports a prefix.
         plain = padded if prefix_of(unwrapped(model).base_model) is None else None
         return moved(score, plain, rows, context.generator("order"))
 

@@ -1,4 +1,4 @@
-"""What a stage of supervised fine-tuning can be told."""
+"""Settings of a supervised fine-tuning stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from alignment.config.too_long import TooLongConfig
 
 @dataclass(kw_only=True, slots=True)
 class SftConfig:
-    """Supervised fine-tuning on conversations: only assistant turns are learned, their end included."""
+    """Supervised fine-tuning on conversations: only assistant turns are learned, including the end of each turn."""
 
     kind: str = "sft"
     init: str = reference_to("base", "policy")

@@ -1,4 +1,4 @@
-"""What the rest of the package asks a stage of this kind."""
+"""The stage kind ``sft``, as the rest of the package sees it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on conversations, tokenised and masked by us (alignment/data/tokens/rendering.py)."""
+"""Supervised fine-tuning on conversations, which alignment/data/tokens/rendering.py tokenises and masks."""
 
 from __future__ import annotations
 

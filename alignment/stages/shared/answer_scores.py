@@ -1,4 +1,4 @@
-"""Answers scored outside of training: by a metric of an evaluation, or by a rule of a reward card."""
+"""Scores answers outside of training: by a metric of an evaluation, or by the rule of a reward card."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from alignment.rewards.scorer_sources import function_of
 from alignment.rewards.scorers import Answers, Scorer, refuse_unusable
 
 AT_ONCE = 128
-"""Answers that a scorer gets in one call, so that a slow one shows that it is at work."""
+"""How many answers a scorer gets in one call; a limit, so that a slow scorer still reports progress."""
 
 
 def scores_of(scorer: Scorer, answers: Answers, *, source: str, progress: Callable[[int], None]) -> list[float]:
-    """One score an answer; ``progress`` receives how many answers each call scored, ``source`` names the scorer.
+    """One score per answer; ``progress`` receives how many answers each call scored, ``source`` names the scorer.
 
     Raises:
-        RewardError: the scorer failed, or did not give one usable number an answer.
+        RewardError: the scorer failed, or did not return one usable number per answer.
     """
     scores: list[float] = []
     for part in answers.parts(AT_ONCE):

@@ -1,4 +1,4 @@
-"""Where a training stage starts: the policy behind ``init``, and the tokenizer that it was trained with."""
+"""Where a training stage starts: the policy that ``init`` names, and the tokenizer that it was trained with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def initial_policy(context: StageContext) -> tuple[Lineage, Any]:
 
     Raises:
         ArtifactError: the artifact is missing or damaged.
-        ModelError: it stands on another base than the run's, or was trained with another tokenizer or chat template.
+        ModelError: its base is not the run's, or it was trained with another tokenizer or chat template.
     """
     spec = context.spec
     context.progress("loading")
@@ -34,9 +34,10 @@ def initial_policy(context: StageContext) -> tuple[Lineage, Any]:
 def initial_model(
     context: StageContext, start: Lineage, task: TaskType, *, may_drop: bool
 ) -> PreTrainedModel | PeftModel:
-    """The model that the stage trains, with its adapter on it (alignment/models/assembly/start.py).
+    """The model that the stage trains, with the stage's adapter (alignment/models/assembly/start.py).
 
-    A stage that compares two passes of one model must not ``may_drop``: both would drop other numbers.
+    ``may_drop`` allows dropout. A stage that compares two passes of one model must not allow it, because each pass
+    would drop different values.
     """
     model = load_start(start, context.adapter, context.spec.model.dtype, task=task, device=context.device)
     if not may_drop:

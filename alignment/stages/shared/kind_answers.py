@@ -1,4 +1,4 @@
-"""Answers that several kinds of stages give alike. Torch-free."""
+"""Parts of a ``StageKind`` that several kinds share. Torch-free."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def next_token_curves(_: Mapping[str, Any]) -> list[Curve]:
 
 
 def next_token_metrics(_: Any) -> Reported:
-    """What a stage that learns to predict tokens reports."""
+    """Metrics of a stage that learns to predict tokens."""
     return Reported(training=("loss",), counts=ROW_COUNTS)
 
 
@@ -43,8 +43,8 @@ def of_arms(metrics: tuple[str, ...], arms: list[str]) -> tuple[str, ...]:
 
 
 def replay_advice(name: str) -> str:
-    """What helps where a stage that learns from texts of its own made the policy forget."""
+    """Advice for stage ``name``, which learns from its own texts, if its policy forgot too much."""
     return (
-        f"replay: stages.{name}.data.mix=[{{source: 'bundled:general/conversations', share: 0.2}}] mixes general rows "
-        f"into its own; or lower stages.{name}.optim.lr, train fewer epochs, or train an adapter"
+        f"use replay: stages.{name}.data.mix=[{{source: 'bundled:general/conversations', share: 0.2}}] adds general "
+        f"rows to its data; or lower stages.{name}.optim.lr, train fewer epochs, or train an adapter"
     )

@@ -1,4 +1,4 @@
-"""Next-token training on TRL's trainer, of rows that are tokens already: what SFT and continued pretraining share."""
+"""Next-token training with TRL's trainer on tokenised rows, shared by SFT and continued pretraining."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LanguageModelConfig(Protocol):
 
 
 class MicroBatchedSftTrainer(MicroBatches, SFTTrainer):
-    """TRL's trainer, each optimiser batch cut into micro-batches."""
+    """TRL's trainer, with each optimiser batch split into micro-batches."""
 
 
 def learn(
@@ -47,8 +47,8 @@ def learn(
     rows: Dataset,
     metrics: dict[str, float],
 ) -> StageResult:
-    """Trains on rows of ``input_ids`` and ``labels`` and saves the model; ``metrics`` are told beside the last loss."""
-    if config.packing:  # TRL packs by a map, whose result it would keep beside the token rows, under a name of its own
+    """Trains on rows of ``input_ids`` and ``labels`` and saves the model; ``metrics`` are added to the last loss."""
+    if config.packing:  # TRL packs with a map, which would cache its result next to the token rows
         disable_caching()
     policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=True)
     trainer = MicroBatchedSftTrainer(
@@ -57,7 +57,7 @@ def learn(
             **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
             max_length=config.max_length,
             packing=config.packing,
-            # Without packing nothing is left to do, and TRL would write a copy of all rows beside them.
+            # Without packing there is nothing to prepare, and TRL would write a copy of all rows.
             dataset_kwargs={"skip_prepare_dataset": not config.packing},
         ),
         train_dataset=rows,

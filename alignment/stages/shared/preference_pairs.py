@@ -1,7 +1,7 @@
 """Preference pairs as token ids, shared by the stages that learn from them.
 
 They stay in the Arrow file of the token table, with the columns ``prompt`` (ready for an answer), ``chosen`` and
-``rejected`` (each up to and including the end of the turn); memory holds the rows that are looked at.
+``rejected`` (each up to and including the end of the turn); only rows that are read are loaded into memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from alignment.stages.shared.stage_rows import token_rows
 from alignment.training.context import StageContext
 
 BLOCK = 1000
-"""Rows that a pass over all of them holds at a time."""
+"""How many rows a pass over all of them loads at a time."""
 
 
 class PairsConfig(Protocol):

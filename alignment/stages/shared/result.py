@@ -1,4 +1,4 @@
-"""What a stage hands to the worker, and how policies are written down."""
+"""What a stage returns to the worker, and how trained models are saved."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from alignment.training.sharding import is_sharded, whole_state
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageResult:
-    """The manifest's variable parts; the files lie in the context's content folder already."""
+    """The parts of the manifest that differ between stages; the files are already in the context's content folder."""
 
     metrics: dict[str, float]
     base: dict[str, Any] = field(default_factory=dict)
@@ -37,10 +37,10 @@ def save_model(
     start: Lineage,
     metrics: dict[str, float],
 ) -> StageResult:
-    """Writes a trained model: what lies below its adapter and that, or the whole model; and the tokenizer.
+    """Saves the tokenizer and a trained model: the whole model, or its adapter and the adapters below it.
 
-    The folders are plain transformers and PEFT folders. Only the main process writes, but all must call this: weights
-    may be shared out among them.
+    If the base is another artifact's own model, it is copied too. The folders are plain transformers and PEFT folders.
+    Only the main process writes, but all processes must call this, because weights may be sharded.
 
     Raises:
         NonFiniteError: a trained weight is not finite.
@@ -54,18 +54,18 @@ def save_model(
     hashes = tokenizer_hashes(tokenizer)
     if not is_adapter:
         folder = fresh_folder(context, "model")
-        model.config.use_cache = True  # off while training; whoever loads it wants to generate
+        model.config.use_cache = True  # it is off during training, but generation needs it
         model.save_pretrained(str(folder), state_dict=state)
         tokenizer.save_pretrained(str(folder))
         return StageResult(metrics=metrics, base={"source": "self"}, hashes=hashes)
-    if start.source == "self":  # the base is another artifact's own model; this one stands by itself
+    if start.source == "self":  # the base is another artifact's own model; this artifact must not depend on that one
         shutil.copytree(start.base, fresh_folder(context, "model"), dirs_exist_ok=True)
     below = adapters_below(start, context.adapter)
     own = fresh_folder(context, f"adapters/{len(below)}-{context.spec.stage}")
-    # Frozen ones beside it are in folders of their own.
+    # Frozen adapters next to it have their own folders.
     model.save_pretrained(str(own), selected_adapters=[OWN], state_dict=state)
     put_in_order(own)
-    (own / "README.md").unlink(missing_ok=True)  # a template that names nothing of this run
+    (own / "README.md").unlink(missing_ok=True)  # an empty template
     for adapter in below:
         shutil.copytree(adapter.path, context.content / "adapters" / adapter.path.name, dirs_exist_ok=True)
     saved = {

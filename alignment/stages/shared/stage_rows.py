@@ -1,4 +1,4 @@
-"""A stage's rows, as records or as rows of token ids, with a list of what was left out beside the result."""
+"""A stage's rows, as records or as token ids; rows that are left out are listed in a file next to the result."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ R = TypeVar("R", bound=Record)
 
 LEFT_OUT = "left_out.jsonl"
 DRAWN_AS = {"learned": "data"}
-"""A part of the pairs that another stage learned from is drawn as that stage drew it."""
+"""A fraction of the pairs that another stage learned from is drawn just as that stage drew it."""
 
 
 def rows_of(context: StageContext, record: type[R], data: DataConfig, *, field: str = "data") -> list[R]:
-    """The records of a stage's ``field`` with those that are mixed into them; what is left out goes to ``LEFT_OUT``.
+    """The records of a stage's ``field``, mixed-in ones included; records that are left out are listed in ``LEFT_OUT``.
 
     Raises:
-        DataError: rows are faulty and may not be skipped, no record is left, or too few to mix.
+        DataError: rows are faulty and may not be skipped, no record is left, or too few are left to mix.
     """
-    _begin_anew(context, field)
+    _remove_old_list(context, field)
     sources = [_read(context, record, part, path) for part, path in _sources(context, data, field)]
     rows = [row for source in sources for row in source]
     return [rows[index] for index in _indices(context, data, field, [len(source) for source in sources])]
@@ -46,12 +46,12 @@ def rows_of(context: StageContext, record: type[R], data: DataConfig, *, field: 
 def token_rows(
     context: StageContext, kind: Kind, data: DataConfig, limits: Limits, tokenizer: Any, *, field: str = "data"
 ) -> tuple[Dataset, dict[str, float]]:
-    """As ``rows_of``, tokenised, with the kind's columns; and how many rows there are, were too long or were cut.
+    """Like ``rows_of``, tokenised, with the kind's columns; and how many rows there are, were too long or were cut.
 
     Raises:
-        DataError: as ``rows_of``, or too many rows are too long.
+        DataError: as in ``rows_of``, or too many rows are too long.
     """
-    _begin_anew(context, field)
+    _remove_old_list(context, field)
     tables = [
         token_table(
             path,
@@ -66,7 +66,7 @@ def token_rows(
         for part, path in _sources(context, data, field)
     ]
     for table in tables:
-        _hand_on_ledger(context, table)
+        _copy_ledger(context, table)
     indices = _indices(context, data, field, [len(table.rows) for table in tables])
     rows = concatenate_datasets([table.rows.select_columns(list(kind.columns)) for table in tables])
     rows = rows if indices == range(len(rows)) else rows.select(indices)
@@ -80,7 +80,7 @@ def token_rows(
 def fitting(
     context: StageContext, kind: Kind, records: Sequence[Any], data: DataConfig, limits: Limits, tokenizer: Any
 ) -> tuple[dict[int, Tokenized], dict[str, float]]:
-    """The records that have token rows within the limits, by their place; and counts as in ``token_rows``.
+    """The tokenised records that are within the limits, by their index in ``records``; and counts as in ``token_rows``.
 
     Raises:
         DataError: some cannot be tokenised and may not be skipped, or too many are too long.
@@ -97,7 +97,7 @@ def fitting(
     refuse_faults(faults, data, count=len(faults), rows=len(records), where=where)
     longest = max((row.tokens for row in every), default=0)
     refuse_losses(limits, dropped=dropped, cut=cut, records=len(records), longest=longest, where=where)
-    _note(context, [note.as_row() for note in notes])
+    _list_left_out(context, [note.as_row() for note in notes])
     fitting_rows = {index: row for index, row in enumerate(every) if row.fault is None}
     return fitting_rows, _counts(rows=len(fitting_rows), dropped=dropped, cut=cut)
 
@@ -106,14 +106,14 @@ def _counts(*, rows: int, dropped: int, cut: int) -> dict[str, float]:
     return {"rows": float(rows), "rows_too_long": float(dropped), "rows_cut": float(cut)}
 
 
-def _begin_anew(context: StageContext, field: str) -> None:
-    """An interrupted attempt has left a list of its own."""
+def _remove_old_list(context: StageContext, field: str) -> None:
+    """An interrupted attempt may have left its list behind."""
     if field == "data" and context.is_main:
         (context.content / LEFT_OUT).unlink(missing_ok=True)
 
 
 def _sources(context: StageContext, data: DataConfig, field: str) -> list[tuple[SourceConfig, Path]]:
-    """The stage's own source, then those that are mixed in."""
+    """The stage's own source, then the mixed-in sources."""
     spec = context.spec
     own = spec.data_path if field == "data" else spec.extra_data[field]
     mixed = [(part, spec.extra_data[f"{field}.mix[{number}]"]) for number, part in enumerate(data.mix)]
@@ -121,7 +121,7 @@ def _sources(context: StageContext, data: DataConfig, field: str) -> list[tuple[
 
 
 def _indices(context: StageContext, data: DataConfig, field: str, counts: Sequence[int]) -> Sequence[int]:
-    """Which rows of all sources, one after another, the stage takes, and in which order."""
+    """Indices of the rows that the stage takes, in order; they count through the sources one after another."""
     own: Sequence[int] = range(counts[0])
     if data.fraction < 1.0:
         own = subset(counts[0], data.fraction, context.run_generator(f"{DRAWN_AS.get(field, field)}.fraction"))
@@ -136,24 +136,24 @@ def _read(context: StageContext, record: type[R], data: SourceConfig, path: Path
     reading = start(path, data)
     records = list(iterate(path, record, data, reading=reading))
     left_out = [note_of_error(error).as_row() for error in (*reading.faults, *reading.set_aside)]
-    _note(context, left_out)
+    _list_left_out(context, left_out)
     _warn(context, path, reading.rows, left_out, len(left_out))
     return records
 
 
-def _hand_on_ledger(context: StageContext, table: TokenTable) -> None:
+def _copy_ledger(context: StageContext, table: TokenTable) -> None:
     with table.ledger.open(encoding="utf-8") as stream:
         _append(context, stream)
     first = [note for notes in table.first.values() for note in notes]
     _warn(context, table.path, table.read, first, sum(table.notes.values()))
 
 
-def _note(context: StageContext, entries: Iterable[Mapping[str, str]]) -> None:
+def _list_left_out(context: StageContext, entries: Iterable[Mapping[str, str]]) -> None:
     _append(context, (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
 
 def _append(context: StageContext, lines: Iterable[str]) -> None:
-    """There is no file where nothing was left out."""
+    """Appends to ``LEFT_OUT``, which is not created if there are no lines."""
     lines = iter(lines)
     first = next(lines, None)
     if context.is_main and first is not None:
@@ -164,7 +164,7 @@ def _append(context: StageContext, lines: Iterable[str]) -> None:
 def _warn(context: StageContext, path: Path, rows: int, entries: Sequence[Mapping[str, str]], count: int) -> None:
     if entries and context.is_main:
         log.warning(
-            "%d of %d rows of %s were left out or cut, such as %s: %s (%s has them all)",
+            "%d of %d rows of %s were left out or cut, for example %s: %s (all are listed in %s)",
             count,
             rows,
             path,

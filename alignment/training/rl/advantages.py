@@ -1,4 +1,4 @@
-"""How scores of answers become advantages of tokens: a protocol, and the estimator that PPO uses."""
+"""Turns scores of answers into advantages of tokens: a protocol, and the estimator that PPO uses."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from alignment.algos.masked import center_and_scale, scale_only
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Advantages:
-    """What an estimator finds; all ``[rows, tokens]`` float32, zero outside the response mask.
+    """The result of an estimator; all ``[rows, tokens]`` float32, zero outside the response mask.
 
-    ``raw`` are the advantages as they are, ``whitened`` those that the policy learns from, and ``returns`` what the
-    value model learns to predict.
+    ``raw`` are the unscaled advantages, ``whitened`` those that the policy learns from, and ``returns`` the targets of
+    the value model.
     """
 
     raw: Tensor
@@ -25,12 +25,12 @@ class Advantages:
 
 
 class AdvantageEstimator(Protocol):
-    """Makes advantages of a rollout batch, the same on every process."""
+    """Computes the advantages of a rollout batch, the same on every process."""
 
     def estimate(
         self, *, scores: Tensor, kl: Tensor, values: Tensor, response_mask: Tensor, kl_coefficient: float
     ) -> Advantages:
-        """The advantages of a batch, whose answers to one prompt stand in neighbouring rows.
+        """The advantages of a batch, in which answers to the same prompt are in adjacent rows.
 
         ``scores`` are ``[rows]``; ``kl`` (k1 estimates in nats), ``values`` and ``response_mask`` (True on the tokens
         of an answer) are ``[rows, tokens]``.
@@ -41,8 +41,9 @@ class AdvantageEstimator(Protocol):
 class Gae:
     """Generalised advantage estimation (Schulman et al. 2016) with the KL in the reward of each token.
 
-    ``baseline_group``: scores are taken less the mean of the other answers to their prompt, of which there are so many
-    in all; None leaves them as they are. ``whiten_rewards`` divides the rewards of tokens by their deviation.
+    ``baseline_group`` is the number of answers to a prompt; the mean score of the other answers to the same prompt is
+    subtracted from each score. None subtracts nothing. ``whiten_rewards`` divides the rewards of tokens by their
+    standard deviation.
     """
 
     gamma: float

@@ -1,4 +1,4 @@
-"""What samples answers while a policy learns: a protocol, and the engine that samples with the policy itself."""
+"""Samples answers while a policy learns: a protocol, and the engine that samples with the policy itself."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class RolloutEngine(Protocol):
     """Samples answers from the policy as it is now."""
 
     def answers(self, prompts: Sequence[Sequence[int]], uniforms: Tensor) -> list[list[int]]:
-        """Token ids of one answer to each prompt, with its end if it came.
+        """Token ids of one answer to each prompt, including its end token if it has one.
 
-        ``uniforms`` is ``[prompts, max_new_tokens]``, float64 in [0, 1): the randomness of every token. It follows from
-        the seed, the update and the row, so that answers do not depend on how many processes share a batch.
+        ``uniforms`` is ``[prompts, max_new_tokens]``, float64 in [0, 1): the randomness of every token. It depends only
+        on the seed, the update and the row, so answers do not depend on how many processes share a batch.
         """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyEngine:
-    """Samples with the trained model, so no second copy of the weights has to follow it.
+    """Samples with the trained model itself, so that there is no second copy of the weights to keep in sync.
 
-    An answer is over at one of ``end_ids``.
+    An answer ends at one of ``end_ids``.
     """
 
     policy: PreTrainedModel | PeftModel
@@ -37,7 +37,7 @@ class PolicyEngine:
     end_ids: frozenset[int]
 
     def answers(self, prompts: Sequence[Sequence[int]], uniforms: Tensor) -> list[list[int]]:
-        """One answer to each prompt, all of them at once."""
+        """One answer to each prompt, sampled in one batch."""
         return generate(
             unwrapped(self.policy),
             prompts,

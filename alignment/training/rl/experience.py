@@ -1,4 +1,4 @@
-"""Records of an update: its rollout, the scored batch, and the experience that it learns from."""
+"""The data of an update: its rollout, the scored batch, and the experience that it learns from."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from alignment.rewards.scores import Scores, gathered_scores
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """Answers to prompts, read by policy, reference, value model and scorers; one entry a row.
+    """Answers to prompts, with the results of policy, reference, value model and scorers; one entry per row.
 
     ``rows`` are the indices of the prompts in the stage's data. ``logprobs``, ``reference_logprobs``, ``entropy`` and
-    ``values`` hold one float32 tensor ``[tokens of the answer]`` a row; ``scores`` is ``[scorers, rows]``. Tensors are
-    on the CPU, so that a rollout can travel between processes.
+    ``values`` hold one float32 tensor ``[tokens of the answer]`` per row; ``scores`` is ``[scorers, rows]``. Tensors
+    are on the CPU, so that a rollout can be sent between processes.
     """
 
     rows: list[int]
@@ -32,11 +32,11 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredBatch:
-    """The rollout batch of an update, of all processes, scored; the same on each of them, and on its device.
+    """The scored rollout batch of an update, of all processes; the same on each process, and on its device.
 
-    Tensors are ``[rows, tokens]`` float32, zero outside ``response_mask``, unless said otherwise. ``by_scorer`` are the
-    scorers' own scores, ``scores`` (``[rows]``) what is maximised; ``ended`` is ``[rows]`` bool. ``kl`` holds the k1
-    estimates in nats.
+    Tensors are ``[rows, tokens]`` float32, zero outside ``response_mask``, unless stated otherwise. ``by_scorer`` are
+    the scores of each scorer, ``scores`` (``[rows]``) those that PPO maximises; ``ended`` is ``[rows]`` bool. ``kl``
+    holds the k1 estimates in nats.
     """
 
     rollout: Rollout
@@ -55,8 +55,8 @@ class ScoredBatch:
 class Experience:
     """What an update learns from: its whole rollout batch, the same on every process.
 
-    Tensors are ``[rows, tokens]`` float32 unless said otherwise, zero outside ``response_mask``; ``scores`` is
-    ``[rows]``, the penalty of unended answers taken off. ``advantages`` are whitened.
+    Tensors are ``[rows, tokens]`` float32 unless stated otherwise, zero outside ``response_mask``; ``scores`` is
+    ``[rows]``, less the penalty for answers without an end. ``advantages`` are whitened.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -70,7 +70,7 @@ class Experience:
 
 
 def interleave(shares: Sequence[Rollout], *, group: int) -> Rollout:
-    """The whole batch in order, from processes that took every n-th prompt each, with ``group`` answers to a prompt."""
+    """The whole batch in order; each of n processes made ``group`` answers to every n-th prompt."""
     world = len(shares)
     total = sum(len(share.answers) for share in shares)
     order = [(row // group % world, row // group // world * group + row % group) for row in range(total)]
@@ -87,26 +87,26 @@ def rows_of(prompts: Sequence[int], group: int) -> list[int]:
 
 
 def response_mask(answers: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """``[rows, tokens]``: True on an answer's tokens, its EOS included. Lengths decide, never token ids."""
+    """``[rows, tokens]``: True on an answer's tokens, including its EOS; it depends on lengths, never on token ids."""
     lengths = torch.tensor([len(answer) for answer in answers], device=device)
     return torch.arange(int(lengths.max()), device=device) < lengths[:, None]
 
 
 def spread(flat: Tensor, mask: Tensor) -> Tensor:
-    """``[answer tokens]`` of a stream → ``[rows, tokens]``, zero outside the mask."""
+    """Converts ``[answer tokens]`` of a stream to ``[rows, tokens]``, zero outside the mask."""
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
 def stack(rows: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """One tensor a row → ``[rows, tokens]``, zero outside the mask."""
+    """Converts one tensor per row to ``[rows, tokens]``, zero outside the mask."""
     return spread(torch.cat(list(rows)).to(mask.device), mask)
 
 
 def prompt_order(count: int, start: int, number: int, generator: Callable[[int], torch.Generator]) -> list[int]:
-    """Which prompts the episodes ``start … start + number − 1`` of a run use: each pass is a fresh permutation.
+    """Indices of the prompts ``start … start + number − 1`` of a run; each pass over all is a new permutation.
 
-    ``generator`` gives the randomness of a pass by its number, so the order depends on the seed alone and a resumed
-    run meets the same prompts.
+    ``generator`` returns the generator of a pass by its number, so the order depends on the seed alone, and a resumed
+    run uses the same prompts.
     """
     passes = range(start // count, (start + number - 1) // count + 1)
     orders = {number_of_pass: torch.randperm(count, generator=generator(number_of_pass)) for number_of_pass in passes}

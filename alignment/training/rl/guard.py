@@ -1,13 +1,13 @@
-"""Watching for over-optimisation: held-out answers, judged by what PPO maximises and by a held-out scorer.
+"""Detects over-optimisation: scores held-out answers with the training score and with a held-out scorer.
 
-As a policy moves away from its start, the score that it maximises goes on rising, while the quality that the score
-stands for peaks and falls (Gao et al. 2022, in the square root of the KL). Only a scorer that training does not use can
+As a policy moves away from its start, the score that it maximises keeps rising, while the quality that the score
+measures peaks and falls (Gao et al. 2022, in the square root of the KL). Only a scorer that training does not use can
 show that.
 
-Looks are noisy, and the highest of many noisy means is partly luck. A later policy therefore replaces an earlier one
-only where it is better by more than a standard error of the difference, paired by prompt (the one-standard-error rule,
-Breiman et al. 1984, section 3.4.3): of policies that the prompts cannot tell apart, the one nearer to the reference is
-handed on. The best score is a mean over the prompts that chose it, so it is optimistic.
+Evaluations are noisy, and the highest of many noisy means is partly luck. A later policy therefore replaces an earlier
+one only if it is better by more than a standard error of the difference, paired by prompt (the one-standard-error rule,
+Breiman et al. 1984, section 3.4.3): among policies that the prompts cannot distinguish, it keeps an earlier one, which
+is nearer to the reference. The best score is a mean over the prompts that selected it, so it is optimistic.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def better_beyond_noise(later: Tensor, earlier: Tensor) -> bool:
 
 
 class Guard:
-    """Looks at a policy every so many updates, writes ``guard.jsonl``, and keeps the weights that did best.
+    """Evaluates a policy at regular intervals, writes ``guard.jsonl``, and keeps the best weights.
 
-    ``scorer`` is the held-out scorer; ``proxy`` turns a rollout batch into the scores that training would take.
+    ``scorer`` is the held-out scorer; ``proxy`` computes a rollout's training scores.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class Guard:
         self.best_updates = 0
 
     def due(self, updates: int) -> bool:
-        """Whether the policy is looked at after this many updates."""
+        """Whether the policy is evaluated after this many updates."""
         return updates % self._config.every == 0
 
-    def look(self, updates: int, rollouts: Rollouts) -> dict[str, float]:
+    def evaluate(self, updates: int, rollouts: Rollouts) -> dict[str, float]:
         """Means over the held-out prompts: ``guard/proxy``, ``guard/scorer``, ``guard/kl`` (nats a sequence).
 
-        ``guard/best_update`` is the update of the policy that would be handed on now. Every process must call this.
-        The same policy gets the same three means at every look.
+        ``guard/best_update`` is the update of the best policy so far. Every process must call this. Evaluating the same
+        policy again gives the same ``guard/scorer`` and ``guard/kl``.
         """
         rollout = rollouts.of_prompts(self._prompts, UpdateMetrics(lambda values: values[None]))
         scores = self._scores(rollout, rollouts)
@@ -90,11 +90,11 @@ class Guard:
             "guard/scorer": float(scores.mean()),
             "guard/kl": sum(float((policy - reference).sum()) for policy, reference in pairs) / len(rollout.answers),
         }
-        if everyones(self._is_best(scores, metrics["guard/kl"]))[0]:  # all follow the main process
-            self._remember(scores, updates)
+        if everyones(self._is_best(scores, metrics["guard/kl"]))[0]:  # the main process decides for all
+            self._record_best(scores, updates)
         metrics["guard/best_update"] = float(self.best_updates)
         if self._context.is_main:
-            self._log.keep_through(updates - 1)  # a resumed stage looks again
+            self._log.keep_through(updates - 1)  # a resumed stage evaluates again
             self._log.append(updates, metrics)
         return metrics
 
@@ -110,29 +110,29 @@ class Guard:
         limit = self._config.max_kl
         return (limit is None or kl <= limit) and better_beyond_noise(scores, self._best_scores)
 
-    def _remember(self, scores: Tensor, updates: int) -> None:
+    def _record_best(self, scores: Tensor, updates: int) -> None:
         self._best_scores, self.best_updates = scores.cpu(), updates
-        named = dict(self._policy.named_parameters())  # a tied weight once, since it is written once
+        named = dict(self._policy.named_parameters())  # holds a tied weight once, so that it is written once
         weights = whole_state(self._policy, trained_only=True)
         self._best = {name: held for name, held in weights.items() if name in named}
 
     def finish(self, updates: int, rollouts: Rollouts) -> dict[str, float]:
-        """Looks once more, puts the best weights back if ``keep_best``, and returns which these are."""
-        last = self.look(updates, rollouts)
-        assert self._best_scores is not None, "a look remembers the first policy"
+        """Evaluates once more, restores the best weights if ``keep_best``, and returns the metrics of both."""
+        last = self.evaluate(updates, rollouts)
+        assert self._best_scores is not None, "the first evaluation records a policy"
         best = {"guard/best_scorer": float(self._best_scores.mean())}
         if self._config.keep_best:
-            self._put_back()
+            self._restore_best()
             best["guard/kept_update"] = float(self.best_updates)
         return {**last, **best}
 
-    def _put_back(self) -> None:
+    def _restore_best(self) -> None:
         for name, parameter in self._policy.named_parameters():
             if parameter.requires_grad:
                 put(parameter, self._best.get(name))
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Writes the best weights so far beside a checkpoint; returns the rest as plain values."""
+        """Writes the best weights so far to a checkpoint folder; returns the rest of the state as plain values."""
         if self._best:
             save_file({name: weights.contiguous() for name, weights in self._best.items()}, folder / BEST)
         scores = None if self._best_scores is None else self._best_scores.tolist()

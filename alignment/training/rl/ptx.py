@@ -1,4 +1,4 @@
-"""Ordinary language modelling beside PPO, against forgetting what the policy could do (Ouyang et al. 2022, eq. 2)."""
+"""Adds a language-modelling loss to PPO, so that the policy forgets less (Ouyang et al. 2022, eq. 2)."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Ptx:
         self._tokens = micro_batch_tokens
 
     def add_gradients(self, policy: PreTrainedModel, step: int, accelerator: Accelerator) -> Tensor:
-        """This process's share of the loss of the step's conversations, not yet weighted.
+        """Returns this process's share of the loss of the step's conversations, without the coefficient.
 
-        The caller synchronises: gradients wait in the parameters until a later backward pass does.
+        Gradients stay local in the parameters; the caller must synchronise them in a later backward pass.
         """
         size = self._batch_size
         batch = prompt_order(len(self._rows), step * size, size, lambda round_: self._context.generator("ptx", round_))
@@ -52,11 +52,11 @@ class Ptx:
         own = shares[self._context.rank]
         total = torch.zeros((), device=self._context.device)
         for indices in as_many_as_most([by_tokens(share, self._tokens) for share in lengths], self._context.rank):
-            # Processes meet in every micro-batch; an empty one reads a row that counts for nothing.
+            # Every micro-batch is a collective call, so an empty one reads a row with weight 0.
             read, counted = ([own[index] for index in indices], learned) if indices else (rows[:1], math.inf)
             with products_in(self._context.spec.model.dtype, self._context.device):
                 loss = _loss_sum(policy, read, self._context.device) / counted
-            # Gradients are averaged over processes; the sum over all of them is wanted.
+            # Gradients are averaged over processes, but this loss is a sum.
             accelerator.backward(loss * self._coefficient * self._context.world_size)
             total += loss.detach()
         return total

@@ -1,4 +1,4 @@
-"""Samples answers to prompts, and reads them with every role: policy, value model, reference and scorers."""
+"""Samples answers to prompts, and evaluates them with policy, value model, reference and scorers."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ class Prompts:
     rows: Sequence[int]
 
     def __len__(self) -> int:
-        """Their number."""
+        """The number of prompts."""
         return len(self.ids)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Episodes:
-    """How episodes are made: from which prompts, how answers end, and how many an update, over all processes.
+    """How episodes are made; ``per_update`` is their number in an update, over all processes.
 
-    An answer is over at one of ``end_ids``, or after ``max_new_tokens``. ``group`` answers are sampled to each prompt;
-    they stay together, so that their prompt is computed once. Log-probabilities are those at ``temperature``.
-    ``micro_batch_tokens`` are read or learned from at once; a process samples its whole share at once.
+    An answer ends at one of ``end_ids``, or after ``max_new_tokens``. ``group`` answers are sampled for each prompt;
+    they are in adjacent rows, so that their prompt is computed once. Log-probabilities are taken at ``temperature``.
+    ``micro_batch_tokens`` limits the tokens of a micro-batch, except in sampling: a process samples its whole share at
+    once.
     """
 
     prompts: Prompts
@@ -57,9 +58,9 @@ class Episodes:
 
 
 class Rollouts:
-    """Each process makes its share of a batch, and gets the shares of all others, so that it holds the whole batch.
+    """Each process makes its share of a batch and receives all other shares, so that it holds the whole batch.
 
-    ``gathered`` makes weights whole that are sharded over processes.
+    ``gathered`` gathers sharded weights.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Rollouts:
         self.gathered = gathered
 
     def of_update(self, update: int, metrics: UpdateMetrics) -> Rollout:
-        """The episodes of an update; they do not depend on how many processes share them."""
+        """The episodes of an update, which do not depend on the number of processes."""
         number = self._episodes.prompts_per_update
         prompts = self._episodes.prompts
         drawn = prompt_order(
@@ -90,7 +91,7 @@ class Rollouts:
         return self._make(prompts, drawn, uniforms, self._episodes.group, metrics)
 
     def of_prompts(self, prompts: Prompts, metrics: UpdateMetrics) -> Rollout:
-        """One answer to each of the prompts, sampled with the same random numbers at every call."""
+        """One answer to each prompt, sampled with the same random numbers in every call."""
         uniforms = self._uniforms(len(prompts), "guard")
         return self._make(prompts, range(len(prompts)), uniforms, 1, metrics)
 
@@ -135,7 +136,7 @@ class Rollouts:
         )
 
     def _policy_and_values(self, prompts: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities are recomputed by the training forward, since those of sampling drift in low precision."""
+        """Log-probabilities are recomputed, because those from sampling differ from the training forward's."""
         look = self._roles.actor_critic.look
         readings = [look(batch, self._episodes.temperature) for batch in self._micro_batches(prompts, answers)]
         statistics = [statistics for statistics, _ in readings]

@@ -1,4 +1,4 @@
-"""A few answers of every update, to be read: ``samples.jsonl``."""
+"""Writes a few answers of every update to ``samples.jsonl``, for people to read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from alignment.training.rl.experience import Rollout
 
 
 class Samples:
-    """Writes the first answers to the first ``number`` prompts of a rollout batch, a line each."""
+    """Writes the first answer to each of the first ``number`` prompts of a rollout batch, one per line."""
 
     def __init__(self, context: StageContext, tokenizer: Any, *, group: int, number: int = 4) -> None:
         self._context = context
@@ -21,7 +21,7 @@ class Samples:
         self._log = MetricsLog(context.content / "samples.jsonl")
 
     def write(self, update: int, rollout: Rollout, scores: Sequence[float]) -> None:
-        """Only the main process writes. ``scores`` are what training maximises; each scorer's own are written too."""
+        """Writes on the main process only. ``scores`` are the training scores; each scorer's own are written too."""
         if not self._context.is_main:
             return
         self._log.keep_through(update - 1)  # a resumed stage samples this update again

@@ -1,4 +1,4 @@
-"""The metrics of one update, noted while it happens and reduced over processes at its end."""
+"""The metrics of one update, collected during the update and reduced over processes at its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class UpdateMetrics:
         self.clear()
 
     def clear(self) -> None:
-        """A new update begins."""
+        """Starts a new update."""
         self.values: dict[str, float] = {}
         self._shares: dict[str, float] = defaultdict(float)
         self._maxima: dict[str, float] = {}
@@ -28,29 +28,29 @@ class UpdateMetrics:
         self._first = 0.0
 
     def add_means(self, named: dict[str, Tensor], mask: Tensor) -> None:
-        """Means over counted elements of all processes; ``mask`` has the values' shape."""
+        """Adds means over the elements that ``mask`` counts, on all processes; ``mask`` has the values' shape."""
         own = [mask.sum().float(), *((values * mask).sum() for values in named.values())]
         count, *sums = self._gather(torch.stack(own)).sum(0).tolist()
         for name, total in zip(named, sums, strict=True):
             self.values[name] = total / count
 
     def add_share(self, named: dict[str, Tensor]) -> None:
-        """A micro-batch's share of its minibatch's metrics: sums already divided by the minibatch's tokens."""
-        for name, value in zip(named, torch.stack(list(named.values())).tolist(), strict=True):  # one wait for a GPU
+        """Adds a micro-batch's share of its minibatch's metrics: sums already divided by the minibatch's tokens."""
+        for name, value in zip(named, torch.stack(list(named.values())).tolist(), strict=True):  # one GPU sync
             self._shares[name] += value
 
     def add_maximum(self, name: str, value: Tensor) -> None:
-        """The largest value seen in the update."""
+        """Updates the largest value of the update."""
         self._maxima[name] = max(self._maxima.get(name, float("-inf")), float(value))
 
     def add_seconds(self, name: str, seconds: float) -> None:
-        """Time spent in a phase of the update."""
+        """Adds time spent in a phase of the update."""
         self.values[f"time/{name}"] = self.values.get(f"time/{name}", 0.0) + seconds
 
     def step_done(self) -> float:
-        """Closes a minibatch; returns this process's share of its approximate KL.
+        """Ends a minibatch; returns this process's share of its approximate KL.
 
-        That of the first minibatch must be zero: nothing has been learned yet.
+        The first minibatch's must be zero, because nothing has been learned yet.
         """
         total = self._shares["policy/approxkl"]
         if self._steps == 0:
@@ -61,7 +61,7 @@ class UpdateMetrics:
         return share
 
     def result(self) -> dict[str, float]:
-        """All metrics; shares are averaged over the update's optimiser steps. Every process must call this."""
+        """All metrics; shares are summed over processes and averaged over the optimiser steps. All must call this."""
         if not self._shares:  # the update was only sampled
             return dict(self.values)
         own = torch.tensor([self._first, *self._shares.values()])

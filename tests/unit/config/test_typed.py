@@ -40,8 +40,8 @@ FAULTS = [
     ({**with_stage(), "lauch": {}}, "lauch: unknown key; did you mean 'launch'?"),
     (
         with_ppo(missing_eos_score=-1.0),
-        "stages.ppo.missing_eos_score: unknown key; it replaced the score of an answer that never ended; now "
-        "'missing_eos_penalty', 0 or more, is taken off that score (missing_eos_penalty=0 in place of null)",
+        "stages.ppo.missing_eos_score: unknown key; it replaced the score of an answer without an end; now "
+        "'missing_eos_penalty', 0 or more, is subtracted from that score (write missing_eos_penalty=0 instead of null)",
     ),
     (
         with_ppo(scorers=[{"weight": -1e7}]),

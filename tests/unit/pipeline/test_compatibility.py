@@ -51,8 +51,8 @@ def adapter(kind: str, **more: Any) -> AdapterConfig:
             "moments in eight",
         ),
         (PpoConfig(), "fsdp", "kind", "its four roles share weights"),
-        (PpoConfig(critic_warmup=2), "zero2", "critic_warmup", "DeepSpeed takes its step on all weights"),
-        (PpoConfig(ptx=PtxConfig(coefficient=0.1)), "zero3", "ptx.coefficient", "its passes do not go through"),
+        (PpoConfig(critic_warmup=2), "zero2", "critic_warmup", "DeepSpeed steps all weights"),
+        (PpoConfig(ptx=PtxConfig(coefficient=0.1)), "zero3", "ptx.coefficient", "its forward passes bypass"),
     ],
 )
 def test_a_stage_that_cannot_be_launched_so_is_refused(stage: StageConfig, launch: str, where: str, why: str) -> None:

@@ -48,8 +48,8 @@ def _arms(*names: str) -> str:
 @pytest.mark.parametrize(
     ("arms", "message"),
     [
-        ([], "stages.forgetting.arms: names no policy; write those to measure, such as [stage:sft]"),
-        (["base"], "stages.forgetting.arms[0]: 'base' was not trained; the base model is measured anyway"),
+        ([], "stages.forgetting.arms: is empty; list the policies to measure, for example [stage:sft]"),
+        (["base"], "stages.forgetting.arms[0]: 'base' was not trained; remove it, the base model is measured anyway"),
         (["stage:sft", "base+prompt"], "stages.forgetting.arms[1]: 'base+prompt' was not trained; "),
         (["stage:reward"], "stages.forgetting.arms[0]: 'stage:reward' is a reward model; this slot takes a policy. "),
         (["stage:sft", "stage:sft"], "stages.forgetting.arms[1]: 'stage:sft' stands there twice"),
@@ -131,7 +131,7 @@ def test_the_remedy_that_is_named_is_one_that_plans(gate: Gate) -> None:
     _left(plan, "stage:sft")
     with pytest.raises(Forgot) as caught:
         forgetting_gate.refuse(plan.stages, plan.config.stages)
-    remedy = caught.value.remedy.split("replay: ")[1].split(" mixes")[0]
+    remedy = caught.value.remedy.split("replay: ")[1].split(" adds")[0]
     assert gate(_arms("stage:sft"), remedy).config.stages["sft"].data.mix[0].share == 0.2  # type: ignore[union-attr]
 
 

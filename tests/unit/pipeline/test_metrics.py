@@ -42,7 +42,7 @@ def of(*metrics: str) -> str:
         ([of("{name: s, source: 'nowhere.py:score'}")], "nowhere.py"),
         (
             [of("{name: r, source: reward}"), "stages.evaluate.reward=null"],
-            f"{METRICS}[0].source: 'reward' is the model that stages.evaluate.reward names, which is null; name one,",
+            f"{METRICS}[0].source: 'reward' is the model that stages.evaluate.reward names, which is null; name",
         ),
         ([of("{name: r, source: 'stage:sft'}")], "'stage:sft' is a policy; this slot takes a reward model"),
         (["stages.evaluate.primary=stile"], "stages.evaluate.primary: no metric 'stile'; did you mean 'style'?"),
@@ -52,9 +52,9 @@ def of(*metrics: str) -> str:
         ),
         (
             ["stages.evaluate.system_prompt=null"],
-            "stages.evaluate.system_prompt: missing; the arm 'base+prompt' is asked behind it: write a text, or take",
+            "stages.evaluate.system_prompt: missing, but the arm 'base+prompt' needs it; write a system prompt, or",
         ),
-        (["stages.evaluate.system_prompt=''"], "stages.evaluate.system_prompt: missing; the arm 'base+prompt'"),
+        (["stages.evaluate.system_prompt=''"], "stages.evaluate.system_prompt: missing, but the arm 'base+prompt'"),
     ],
 )
 def test_a_metric_that_cannot_be_is_refused(plan: MakePlan, told: list[str], words: str) -> None:

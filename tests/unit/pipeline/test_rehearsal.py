@@ -127,7 +127,7 @@ def test_a_stage_that_runs_first_finds_out_by_itself(
 def test_metrics_are_tried_before_anything_trains(tried: Callable[..., Plan], tmp_path: Path) -> None:
     with pytest.raises(RewardError) as caught:
         tried(f"stages.evaluate.metrics=[{{name: level, source: '{tmp_path}/score.py:raises'}}]")
-    assert str(caught.value).startswith(f"stage evaluate, tried before anything trained: {tmp_path}/score.py:raises: ")
+    assert str(caught.value).startswith(f"stage evaluate, checked before any training: {tmp_path}/score.py:raises: ")
     assert f"; these rows have no 'level': {tmp_path}/heldout.jsonl:1;" in str(caught.value)
 
 
@@ -153,7 +153,7 @@ def test_what_would_stop_a_later_stage_is_said_with_its_kind_of_error(
         tried(*settings, function=function)
     assert message in str(caught.value)
     stage = "dpo" if "dpo" in str(settings) else "ppo"
-    assert str(caught.value).startswith(f"stage {stage}, tried before anything trained: ")
+    assert str(caught.value).startswith(f"stage {stage}, checked before any training: ")
 
 
 def test_a_tokenizer_without_a_template_is_named(tried: Callable[..., Plan], tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_scorer_finds_the_variables_that_its_launcher_sets(
 
     def execute(command: Command, *, log: Path, **_: Any) -> int:
         found.append(command.environment)
-        return worker._say(log.parent, 0, "", "")
+        return worker._write_status(log.parent, 0, "", "")
 
     monkeypatch.setattr(processes, "execute", execute)
     monkeypatch.setattr(hardware, "count_devices", lambda: 0)
@@ -211,7 +211,7 @@ def test_other_machines_see_that_the_first_one_lives_while_it_tries(
 
     def execute(command: Command, *, log: Path, on_poll: Callable[[], None], **_: Any) -> int:
         on_poll()
-        return worker._say(log.parent, 0, "", "")
+        return worker._write_status(log.parent, 0, "", "")
 
     monkeypatch.setattr(processes, "execute", execute)
     rehearse(planned, planned.stages, announce=lambda _: None)
@@ -223,7 +223,7 @@ def test_rows_that_follow_faulty_ones_may_be_fine_where_faulty_ones_are_skipped(
     tried: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_error: str, refused: bool
 ) -> None:
     """No text can be rendered that holds a character which stands for a control token."""
-    monkeypatch.setattr(worker, "LOOKED_AT", 5)
+    monkeypatch.setattr(worker, "NUM_RECORDS", 5)
     rows = (tmp_path / "preferences.jsonl").read_text().splitlines()
     spoilt = [row.replace("When is", f"{chr(LAST_STAND_IN)} When is") for row in rows[:5]]
     (tmp_path / "spoilt.jsonl").write_text("\n".join([*spoilt, *rows[5:]]))

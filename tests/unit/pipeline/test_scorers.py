@@ -70,8 +70,8 @@ ALLOWED = (
     "exact_answer, regex, length"
 )
 FAULTS = [
-    ((NO_REWARD,), "scorers[0].source: 'reward' is the model that stages.ppo.reward names, which is null; name one, or "
-     "take this scorer out"),
+    ((NO_REWARD,), "scorers[0].source: 'reward' is the model that stages.ppo.reward names, which is null; name a "
+     "model, or remove this scorer"),
     ((scorers("source: lenght"),), f"scorers[0].source: 'lenght' is no scorer; did you mean 'length'? {ALLOWED}"),
     ((scorers("source: xyz"),), f"scorers[0].source: 'xyz' is no scorer; {ALLOWED}"),
     ((scorers("source: base"),), f"scorers[0].source: 'base' is no scorer; {ALLOWED}"),
@@ -83,7 +83,7 @@ FAULTS = [
      "scorers[1].target: 3 is read by nothing; only 'length' reads it"),
     ((scorers("source: reward", "source: regex, pattern: '('"),),
      "scorers[1].pattern: '(' is not allowed; a regular expression as Python writes them"),
-    ((scorers(STYLE),), "reward: 'stage:reward' is read by nothing: no scorer is 'reward', and a "
+    ((scorers(STYLE),), "reward: 'stage:reward' is unused: no scorer is 'reward', and a "
      "shared critic starts at 0; write null, or add the scorer"),
     ((scorers(),), "scorers: [] is not allowed; at least one entry"),
     (("stages.ppo.guard.every=1",), f"guard.scorer.source: missing; {ALLOWED}"),
@@ -95,10 +95,9 @@ FAULTS = [
     ((scorers("source: reward", "source: 'bundled:../../setup.py:style'"),), "scorers[1].source: no bundled "
      "file '../../setup.py'; one of: quickstart/house_style.py"),
     ((WATCHED, "stages.ppo.guard.scorer.normalize=true"),
-     "guard.scorer.normalize: true, but a running normalisation cannot compare policies; a held-out scorer scores "
-     "as it is"),
+     "guard.scorer.normalize: true, but a running normalisation cannot compare policies; set it to false"),
     ((WATCHED, "stages.ppo.guard.scorer.weight=0"),
-     "guard.scorer.weight: 0, so all policies would be equally good; choose another weight"),
+     "guard.scorer.weight: 0, so all policies would score the same; choose another weight"),
     (("stages.ppo.guard.every=1", "stages.ppo.guard.scorer.source=length"),
      "guard.scorer.target: missing; 'length' needs it"),
     (("stages.ppo.guard.every=1", "stages.ppo.guard.scorer.source='stage:sft'"),
@@ -266,7 +265,7 @@ def test_a_critic_starts_from_a_reward_model_of_ours_alone(plan: MakePlan, tmp_p
     plan(SEPARATE, scorers(STYLE))  # the critic reads it
     for ref in ("hub:org/judge", f"path:{judge(tmp_path / 'judge')}"):
         said = fault(plan, SEPARATE, scorers(STYLE), f"stages.ppo.reward='{ref}'")
-        assert said.startswith(f"stages.ppo.reward: '{ref}' is read by nothing: no scorer is 'reward', and a critic ")
+        assert said.startswith(f"stages.ppo.reward: '{ref}' is unused: no scorer is 'reward', and a critic ")
 
 
 def test_without_a_reward_model_the_stage_waits_for_none(plan: MakePlan) -> None:

@@ -35,11 +35,11 @@ def test_dropout_is_refused_where_passes_of_one_model_are_compared(plan: MakePla
         ((f"{PPO}.kl.horizon=50",), f"{PPO}.kl.horizon: 50 is read by nothing"),
         (
             (f"{PPO}.max_approxkl=0.1", f"{PPO}.ppo_epochs=1", f"{PPO}.num_minibatches=2"),
-            f"{PPO}.max_approxkl: 0.1 ends nothing: the first minibatch sees no change",
+            f"{PPO}.max_approxkl: 0.1 has no effect: the first minibatch never exceeds it",
         ),
         (
             (f"{PPO}.critic_warmup=4", f"{PPO}.updates=4"),
-            f"{PPO}.critic_warmup: 4 of 4 updates are the critic's alone, so the policy learns nothing",
+            f"{PPO}.critic_warmup: in 4 of 4 updates only the critic learns, so the policy learns nothing",
         ),
         ((f"{DPO}.too_long.side=right",), f"{DPO}.too_long.side: right is read by nothing; only too_long.do 'cut'"),
         (("stages.evaluate.judge.max_prompts=9",), "stages.evaluate.judge.max_prompts: 9 is read by nothing; only a"),

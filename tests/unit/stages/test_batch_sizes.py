@@ -28,7 +28,7 @@ def faults(processes: int, batch_size: int = 32, **fields: Any) -> list[str]:
         (
             1,
             {"prompt_baseline": True},
-            "stages.p.prompt_baseline: the baseline is the mean over the other completions of a prompt, and there are "
+            "stages.p.prompt_baseline: the baseline is the mean over the other completions of a prompt, but there are "
             "none; set completions_per_prompt to 2 or more",
         ),
         (
@@ -45,7 +45,7 @@ def faults(processes: int, batch_size: int = 32, **fields: Any) -> list[str]:
         (
             4,
             {"guard": GuardConfig(every=1, prompts=3)},
-            "stages.p.guard.prompts: 3 prompts for 4 processes; choose 4 or more",
+            "stages.p.guard.prompts: 3 prompts are too few for 4 processes; choose 4 or more",
         ),
     ],
 )

@@ -284,7 +284,7 @@ def test_the_prompted_arm_is_asked_behind_the_recipe_s_system_prompt(chain: Chai
     spec = spec_of(chain, SMALL, "prompted")
     context = StageContext(spec=spec, rank=0, world_size=1)
     rows = answering.rows_of(context, HeldOutPrompt, SMALL.data)
-    asked = answering.asked_of(SMALL, context, tiny_tokenizer(), rows)
+    asked = answering.prompts_of_arms(SMALL, context, tiny_tokenizer(), rows)
     shown = {name: tiny_tokenizer().decode(asked[name].prompts[0]) for name in ("base", "base+prompt")}
     assert shown["base+prompt"] == shown["base"].replace("You are tiny.", "Be brief.")
 
@@ -292,7 +292,7 @@ def test_the_prompted_arm_is_asked_behind_the_recipe_s_system_prompt(chain: Chai
 def test_an_arm_whose_positions_do_not_suffice_is_refused(chain: Chained) -> None:
     tiny_model(vocab_size=len(tiny_tokenizer()), max_position_embeddings=16).save_pretrained(chain.folder / "short")
     tiny_tokenizer().save_pretrained(chain.folder / "short")
-    with pytest.raises(ModelError, match=r"path:short has 16 positions; the longest prompt and its answer take"):
+    with pytest.raises(ModelError, match=r"path:short has 16 positions, but the longest prompt with its answer needs"):
         evaluate(chain, replace(SMALL, arms=["path:short"]), "short")
 
 
@@ -300,7 +300,7 @@ def test_a_model_from_outside_is_asked_in_its_own_words(chain: Chained) -> None:
     spec = spec_of(chain, SMALL, "asked")
     context = StageContext(spec=spec, rank=0, world_size=1)
     rows = answering.rows_of(context, HeldOutPrompt, SMALL.data)
-    asked = answering.asked_of(SMALL, context, tiny_tokenizer(), rows)
+    asked = answering.prompts_of_arms(SMALL, context, tiny_tokenizer(), rows)
     shown = asked["path:other"].tokenizer.decode(asked["path:other"].prompts[0])
     assert shown == (
         "<|im_start|>system\nYou are other.<|im_end|>\n"
@@ -370,7 +370,7 @@ def test_kept_answers_that_are_damaged_are_made_anew_with_a_word(
     with caplog.at_level(logging.WARNING):
         again = evaluate(chain, config, "damaged")
     assert len(generated) == 2
-    assert "is made anew" in caplog.text
+    assert "will be made again" in caplog.text
     before = figures(evaluated)
     assert figures(again) == {name: before[name] for name in config.arms}
 

@@ -54,7 +54,7 @@ def test_one_that_raises_is_a_line_and_takes_no_other_down(
     install("broken", "mine = broken:KIND", "raise RuntimeError('no licence')")
     assert "sft" in registry.kinds()
     assert "mine" not in registry.kinds()
-    line = "cannot be loaded from broken:KIND (broken): RuntimeError: no licence; mend or uninstall that package"
+    line = "cannot be loaded from broken:KIND (broken): RuntimeError: no licence; fix or uninstall that package"
     assert registry.problems() == {"mine": line}
     assert main(["stages"]) == 0
     assert f"mine         {line}" in capsys.readouterr().out

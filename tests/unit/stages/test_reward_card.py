@@ -168,7 +168,7 @@ def test_pairs_that_were_learned_may_be_judged_and_are_then_counted(folder: Path
     card = run(spec_of(folder, tmp_path, config, extra_data={"learned": file}))
     assert (card["num_pairs"], card["learned"]["judged_too"]) == (12, 12)
     assert card["warnings"][0].startswith("12 of the 12 pairs overlap with what the model learned from")
-    with pytest.raises(DataError, match="all 12 pairs ask what the reward model learned from"):
+    with pytest.raises(DataError, match="all 12 pairs have prompts that the reward model was trained on"):
         run(spec_of(folder, tmp_path / "again", RewardCardConfig(), data_path=file, extra_data={"learned": file}))
 
 
@@ -225,7 +225,7 @@ def test_a_model_from_outside_reads_the_text_by_its_own_template(folder: Path, t
     assert (card["num_pairs"], card["rows_too_long"]) == (12, 1)
     assert card["invariances"]["moved"] == []
     cut = replace(config, too_long=TooLongConfig(do=TooLong.cut))
-    with pytest.raises(ModelError, match="reads text, and its rows cannot be cut"):
+    with pytest.raises(ModelError, match="reads text, so its rows cannot be cut"):
         run(spec_of(folder, tmp_path / "cut", cut, data_path=tmp_path / "pairs.jsonl", **told))
 
 

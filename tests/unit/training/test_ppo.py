@@ -182,7 +182,7 @@ def test_episodes_that_do_not_divide_by_completions_are_refused(bench: Callable[
 
 
 def test_a_baseline_of_other_completions_needs_some(bench: Callable[..., Bench]) -> None:
-    with pytest.raises(ConfigError, match="the mean over the other completions of a prompt, and there are none"):
+    with pytest.raises(ConfigError, match="the mean over the other completions of a prompt, but there are none"):
         bench(prompt_baseline=True)
 
 

@@ -218,7 +218,7 @@ def test_the_best_policy_by_the_held_out_scorer_is_handed_on(
     assert lines[0]["guard/kl"] == pytest.approx(0.0, abs=1e-5)
     assert last["guard/kept_update"] == 0
     assert last["guard/best_scorer"] == pytest.approx(means[0])
-    again = run.trainer.guard.look(9, run.trainer.rollouts)
+    again = run.trainer.guard.evaluate(9, run.trainer.rollouts)
     assert again["guard/scorer"] == pytest.approx(means[0]), "the weights are those that did best"
     assert _policy(run) == start
 
@@ -245,7 +245,7 @@ def test_a_policy_that_is_better_by_chance_replaces_no_earlier_one(bench: Callab
     looks = [[0.0] * 8, [1.0] * 8, [3.0, -1.0] * 3 + [2.0, 0.2], [0.5] * 8]
     run = _watched(bench, "run", scorer=ScriptedRewards(looks))
     for update in range(4):
-        run.trainer.guard.look(update, run.trainer.rollouts)
+        run.trainer.guard.evaluate(update, run.trainer.rollouts)
     lines = run.lines("guard.jsonl")
     assert [line["guard/scorer"] for line in lines] == pytest.approx([0.0, 1.0, 1.025, 0.5])
     assert [line["guard/best_update"] for line in lines] == [0, 1, 1, 1]
@@ -268,14 +268,14 @@ def test_the_guard_neither_disturbs_training_nor_forgets_over_a_resume(bench: Ca
     assert _policy(straight) == _policy(alone)
 
     cut = _watched(bench, "cut")
-    look = cut.trainer.guard.look
+    look = cut.trainer.guard.evaluate
 
     def breaks(updates: int, rollouts: Any) -> Any:
         if updates == 2:
             raise KeyboardInterrupt
         return look(updates, rollouts)
 
-    cut.trainer.guard.look = breaks
+    cut.trainer.guard.evaluate = breaks
     with pytest.raises(KeyboardInterrupt):
         cut.train()
     resumed = _watched(bench, "cut")
@@ -296,7 +296,7 @@ def test_held_out_prompts_are_never_learned_from(bench: Callable[..., Bench]) ->
     assert {tuple(ids) for ids in [*learned.ids, *held_out.ids]} == {tuple(ids) for ids in PROMPTS}
     for one in (learned, held_out):
         assert all(prompts.ids[row - 40] == ids for row, ids in zip(one.rows, one.ids, strict=True))
-    with pytest.raises(ConfigError, match="8 prompts cannot be held out of 8, by"):
+    with pytest.raises(ConfigError, match="8 prompts cannot be held out of 8 with"):
         hold_out(prompts, replace(config, guard=GuardConfig(every=1, prompts=8)), run.context)
 
 
