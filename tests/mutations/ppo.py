@@ -168,7 +168,7 @@ MUTATIONS = [
         (
             "Adam counts the policy's steps of the warm-up",
             "parameter.grad = None  # with zero gradients",
-            "parameter.grad.zero_()  # with zeros",
+            "parameter.grad.zero_()  # with zero gradients",
             "test_adam_counts_none_of_the_policys_warm_up_steps",
         ),
     ),

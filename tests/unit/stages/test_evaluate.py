@@ -319,7 +319,7 @@ def test_a_model_with_our_tokens_and_ends_of_its_own_is_compared_and_stops_there
     spec = replace(spec_of(chain, config, "twin"), arms={"path:twin": StageInput(ref="path:twin", path=twin)})
     context = StageContext(spec=spec, rank=0, world_size=1)
     rows = answering.rows_of(context, HeldOutPrompt, config.data)
-    asked = answering._asked(context, spec.arms["path:twin"], load_tokenizer(chain.base), rows, None)
+    asked = answering._arm_prompts(context, spec.arms["path:twin"], load_tokenizer(chain.base), rows, None)
     assert not asked.own_tokens
     assert end_ids(asked.tokenizer) == {2, 9}
 
