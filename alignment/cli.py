@@ -1,7 +1,7 @@
 """The ``align`` command: a table of verbs, and what all of them have in common.
 
 A verb is a folder of ``alignment/commands/`` whose ``verb.py`` has two functions, ``add_arguments`` and ``handle``. It
-is imported when it is asked for, so that ``align --help`` stays instant.
+is imported only when it is called, so that ``align --help`` stays instant.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from alignment.core.terminal import Terminal, complain
 
 VERBS = {
     "run": "plan a recipe and run what has to run",
-    "plan": "say what would run, and why; start nothing",
+    "plan": "show what would run, and why; start nothing",
     "preview": "show rows as each stage would learn from them; train nothing",
     "sweep": "run a recipe with many settings",
-    "status": "how runs stand",
-    "compare": "what differs between runs",
-    "doctor": "what a data file is, and what is wrong in it",
+    "status": "show the state of runs",
+    "compare": "show what differs between runs",
+    "doctor": "show what a data file holds, and what is wrong in it",
     "export": "write a result as a folder that transformers or PEFT reads",
     "chat": "talk to a stage's policy, or to two side by side",
     "add-tokens": "write a model with more special tokens",
@@ -45,7 +45,7 @@ examples:
   align run quickstart                            the whole chain on a small model
   align run ./mine.yaml adapter=qlora             a recipe of your own; another choice from conf/
 
-exit codes: 0 well, 1 a fault of ours, 2 configuration, 3 data, 4 model, 5 stage or full disk, 6 not finite,
+exit codes: 0 success, 1 a bug of ours, 2 configuration, 3 data, 4 model, 5 stage or full disk, 6 not finite,
 7 artifact, 8 busy, 9 a scorer that failed, 10 a policy forgot too much, 75 preempted, 130 interrupted
 """
 
@@ -77,9 +77,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a command, with ``verb`` and its ``handle``; help and faults end the process, as argparse does.
+    """The arguments of a command, with ``verb`` and its ``handle``; help and faults end the process, as in argparse.
 
-    Options may stand between a recipe and its overrides, where argparse would take no more of these.
+    Options may come between a recipe and its overrides; argparse alone would reject the overrides after them.
     """
     parser = _parser(words)
     arguments, rest = parser.parse_known_args(words)
@@ -91,7 +91,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """It knows every verb by its summary, and the arguments of the one that is asked for."""
+    """A parser that has the summaries of all verbs, but only the arguments of the one that is called."""
     parser = argparse.ArgumentParser(
         prog="align",
         description="Align a language model: SFT, reward model, DPO and PPO as one planned run.",
@@ -126,16 +126,14 @@ def _current_folder() -> Path:
     try:
         return Path.cwd()
     except FileNotFoundError:
-        raise ConfigError(
-            "the folder that the command was called in is gone", remedy="change to one that is there"
-        ) from None
+        raise ConfigError("the current folder no longer exists", remedy="change to a folder that exists") from None
 
 
 def _refuse_other_package() -> None:
     """Another distribution brings an import package of the same name; the two overwrite each other's files.
 
     Raises:
-        ConfigError: it is installed beside this one.
+        ConfigError: it is installed too.
     """
     try:
         version = importlib.metadata.version(_RIVAL)
@@ -144,12 +142,12 @@ def _refuse_other_package() -> None:
     raise ConfigError(
         f"{_RIVAL} {version} is installed in this environment and brings a package 'alignment' too",
         where=sys.prefix,
-        remedy="use an environment of its own for alignment-pipeline",
+        remedy="install alignment-pipeline in an environment of its own",
     )
 
 
 def console_script() -> None:
-    """Entry point of the installed command. What it does never depends on whether anybody reads what it prints."""
+    """Entry point of the installed command. What it does never depends on whether anybody reads its output."""
     make_unfailing()
     sys.exit(main())
 

@@ -1,4 +1,4 @@
-"""How a stage changes the weights: all of them, or an adapter beside them."""
+"""What a stage trains: all weights, or an adapter next to frozen weights."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from alignment.config.rules import BELOW_ONE, FILLED, POSITIVE
 
 
 class AdapterKind(str, Enum):
-    """``full`` trains every weight, all others train something small beside frozen weights.
+    """``full`` trains every weight; the others train a small adapter and freeze the weights.
 
-    ``lora``: low-rank factors (Hu et al. 2021). ``dora``: the factors turn a weight, and a magnitude for each of its
-    outputs is trained too (Liu et al. 2024). ``qlora``: LoRA, the frozen linear weights being held in four bits, NF4
-    with double quantisation (Dettmers et al. 2023). ``prefix``: keys and values of ``virtual_tokens`` in front of every
-    row, in every layer (Li and Liang 2021).
+    ``lora``: low-rank factors (Hu et al. 2021). ``dora``: the factors change a weight's direction, and a magnitude for
+    each of its outputs is trained too (Liu et al. 2024). ``qlora``: LoRA with the frozen linear weights in four bits,
+    NF4 with double quantisation (Dettmers et al. 2023). ``prefix``: keys and values of ``virtual_tokens`` in front of
+    every row, in every layer (Li and Liang 2021).
     """
 
     full = "full"
@@ -26,16 +26,16 @@ class AdapterKind(str, Enum):
 
 
 Chain = Enum("Chain", {"merge": "merge", "stack": "stack", "continue": "continue"}, type=str)
-"""What becomes of the adapters that a stage starts from. ``merge``: they are added into the frozen weights, below a
-fresh adapter. ``stack``: they stay beside the weights, frozen, and a fresh one learns on top. ``continue``: the topmost
-one is trained on, and no other is added."""
+"""What happens to the adapters that a stage starts from. ``merge``: they are added into the frozen weights, below a
+new adapter. ``stack``: they stay separate and frozen, and a new one is trained on top. ``continue``: the topmost one is
+trained further, and no new one is added."""
 
-CONTINUE = Chain("continue")  # a word that Python keeps for itself
+CONTINUE = Chain("continue")  # a reserved word of Python
 
 SHAPE = ("rank", "alpha", "rslora", "target_modules")
 """Settings of a low-rank adapter that a stage which continues it cannot change."""
 PREFIX_SHAPE = ("virtual_tokens",)
-"""Those of a prefix."""
+"""The same for a prefix."""
 
 
 LOW_RANK = (AdapterKind.lora, AdapterKind.dora, AdapterKind.qlora)
@@ -44,21 +44,21 @@ READ_BY = {
     "virtual_tokens": (AdapterKind.prefix,),
     "chain": (*LOW_RANK, AdapterKind.prefix),
 }
-"""The kinds that read a setting, of those that not all of them read; ``master_weights`` is looked at beside others."""
+"""For each setting that only some kinds use: those kinds. ``master_weights`` is checked with other settings."""
 
 
 @dataclass(kw_only=True, slots=True)
 class AdapterConfig:
-    """What an adapter is made of, and how it stands on those of earlier stages.
+    """What an adapter consists of, and how it is combined with those of earlier stages.
 
     ``rank``, ``alpha``, ``dropout``, ``rslora`` (scale by alpha/√rank instead of alpha/rank, Kalajdzievski 2023),
-    ``target_modules`` and ``modules_to_save`` (trained whole, beside the factors) apply to low-rank adapters,
+    ``target_modules`` and ``modules_to_save`` (trained in full, next to the factors) apply to low-rank adapters,
     ``virtual_tokens`` to prefixes, ``chain`` to both, ``master_weights`` to full training. ``dropout`` is for CPT and
-    SFT: the other stages compare passes of one model, of which none may drop anything, and refuse it.
+    SFT: the other stages compare passes of one model, which must not use dropout, and refuse it.
 
     ``target_modules`` is a list of module names, or the single word ``all-linear``. With ``master_weights`` the trained
-    weights, their gradients and Adam's moments are float32; without, they have ``model.dtype``, half the bytes of each,
-    and steps too small for it are rounded at random (docs/design/0005).
+    weights, their gradients and Adam's moments are float32. Without, they have ``model.dtype``, which halves the memory
+    of each, and steps too small for it are rounded stochastically (docs/design/0005).
     """
 
     kind: AdapterKind = AdapterKind.lora

@@ -1,6 +1,6 @@
 """Where the processes of a stage run: on this machine, on several, or as jobs of Slurm.
 
-How they share a model (``launch``) is another choice. Every backend works with every way to share one.
+How they share a model (``launch``) is a separate choice. Every backend works with every such choice.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class LocalBackend:
 
 @dataclass(kw_only=True, slots=True)
 class MachinesBackend:
-    """``num_machines`` with one shared folder. The same command is started on each, with its own ``machine_rank``.
+    """``num_machines`` machines with a shared folder. The same command is started on each, with its ``machine_rank``.
 
-    Their processes meet at ``main_address:main_port``, which is on the machine of rank 0.
+    Their processes meet at ``main_address:main_port``, on the machine of rank 0.
     """
 
     kind: str = "machines"
@@ -37,12 +37,12 @@ class MachinesBackend:
 
 @dataclass(kw_only=True, slots=True)
 class SlurmBackend:
-    """One Slurm job for each stage that has to run; what is None is left to the cluster's defaults.
+    """One Slurm job for each stage that has to run; settings that are None are left to the cluster's defaults.
 
-    A job has one machine, of which it gets ``gpus``, ``cpus`` and ``memory`` (``64G``). It may take ``time``
-    (``"4:00:00"``, ``"2-12:00:00"``) and is asked to save ``signal_seconds`` before that is over; it is then queued
-    again and goes on. ``wait``: the command stays until the last job has ended and returns the run's exit code.
-    ``submit`` is false inside a job, where the stage runs on the machine that the job has.
+    A job gets ``gpus``, ``cpus`` and ``memory`` (``64G``) of one machine. It may run for ``time`` (``"4:00:00"``,
+    ``"2-12:00:00"``) and is asked to save ``signal_seconds`` before that ends; it is then queued again and continues.
+    ``wait``: the command waits until the last job has ended and returns the run's exit code. ``submit`` is false inside
+    a job, where the stage runs on the job's machine.
     """
 
     num_machines: ClassVar[int] = 1

@@ -1,4 +1,4 @@
-"""What the value model of a policy is."""
+"""The kinds of value model of a policy."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from alignment.config.rules import BETWEEN, FILLED, FRACTION, PART, POSITIVE
 
 
 class OnError(str, Enum):
-    """What a faulty row does: ``fail`` stops before anything is trained, ``skip`` leaves it out and notes it."""
+    """What happens at a faulty row: ``fail`` stops before anything is trained, ``skip`` leaves it out and notes it."""
 
     fail = "fail"
     skip = "skip"
@@ -19,13 +19,13 @@ class OnError(str, Enum):
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
     """``source`` is ``bundled:quickstart/NAME``, ``path:FILE`` of a file or a folder of files, or a hub's data set,
-    ``hub:ORG/NAME@REVISION``, of which ``split`` and ``subset`` (its name for a configuration) are read.
+    ``hub:ORG/NAME@REVISION``, of which ``split`` and ``subset`` (the hub's configuration) are read.
 
-    ``format`` names one of alignment/data/formats; without it, the columns tell. ``columns`` says which of the file's
-    columns is which of the format's (``{prompt: my_question}``), ``placeholders`` what stands for ``{{name}}`` in
-    texts. ``limit`` takes the first records only; None takes all. With ``on_error: skip`` at most a share of
-    ``max_skipped`` of the rows may be left out. A result is defined by what the file holds, not by where it lies, so
-    ``source`` is no part of a fingerprint; the content's hash is.
+    ``format`` names one of alignment/data/formats; without it, the columns decide. ``columns`` maps the format's
+    columns to those of the file (``{prompt: my_question}``), ``placeholders`` maps each ``{{name}}`` in texts to its
+    replacement. ``limit`` reads only the first records; None reads all. With ``on_error: skip`` at most a share of
+    ``max_skipped`` of the rows may be left out. A result depends on what the file holds, not on where it is, so
+    ``source`` is not part of a fingerprint; the content's hash is.
     """
 
     source: str = field(default="", metadata={"identity": False})
@@ -41,7 +41,7 @@ class SourceConfig:
 
 @dataclass(kw_only=True, slots=True)
 class MixedConfig(SourceConfig):
-    """Rows drawn at random from another source: so many that they are ``share`` of all rows, or ``count`` of them."""
+    """Rows drawn at random from another source: enough to be a ``share`` of all rows, or ``count`` rows."""
 
     share: Annotated[float | None, BETWEEN] = None
     count: Annotated[int | None, POSITIVE] = None
@@ -49,10 +49,10 @@ class MixedConfig(SourceConfig):
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig(SourceConfig):
-    """A stage's own rows, and ``mix``, what is mixed into them: general data against forgetting, say.
+    """A stage's own rows, and ``mix``, rows that are mixed in, such as general data against forgetting.
 
-    ``fraction`` takes that part of the own rows, drawn at random: those of .25 are among those of .5, whatever the
-    stage is called.
+    ``fraction`` takes that part of the stage's own rows, drawn at random: the rows of .25 are among those of .5,
+    whatever the stage is called.
     """
 
     mix: list[MixedConfig] = field(default_factory=list)

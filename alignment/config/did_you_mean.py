@@ -9,10 +9,9 @@ _CLOSE = 0.6
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:
-    """The option most like ``name``, or None where none is close.
+    """The option most similar to ``name``, or None if none is close.
 
-    Names that start alike win a tie, since the first letter is seldom the misspelt one: ``bata`` is ``beta``, not
-    ``data``.
+    Names with the same first letter win a tie, because it is seldom misspelt: ``bata`` is ``beta``, not ``data``.
     """
 
     def likeness(option: str) -> tuple[float, bool]:
@@ -24,9 +23,9 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
 
 
 def suggestion(name: str, options: Iterable[str]) -> str:
-    """``did you mean 'beta'?`` where one is close, else the list of what there is."""
+    """``did you mean 'beta'?`` if an option is close, otherwise the list of options."""
     known = list(options)
     if not known:
-        return "there is none to choose from"
+        return "there are none to choose from"
     best = nearest(name, known)
     return f"did you mean '{best}'?" if best else f"one of: {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""What an evaluation can be told beside its arms: examples for the few-shot arm, and a judge for pairs of arms."""
+"""Settings of an evaluation besides its arms: examples for the few-shot arm, and a judge for pairs of arms."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, POSITIVE, URL
 PROMPTED = "base+prompt"
 FEW_SHOT = "base+few-shot"
 UNTRAINED_ARMS = ("base", PROMPTED, FEW_SHOT)
-"""Arms of an evaluation that no stage has touched; the others name a stage, a folder or a hub's model."""
+"""Arms of an evaluation that no stage has trained; the others name a stage, a folder or a hub's model."""
 
 
 @dataclass(kw_only=True, slots=True)
 class FewShotConfig:
-    """The arm ``base+few-shot``: ``count`` exchanges of ``data``, drawn once, stand before every prompt.
+    """The arm ``base+few-shot``: ``count`` exchanges of ``data``, drawn once, precede every prompt.
 
-    An exchange is a row of one user turn and its answer. None is taken whose prompt is much like a held-out one.
+    An exchange is a row of one user turn and its answer. Rows whose prompt is similar to a held-out one are not used.
     """
 
     count: Annotated[int, POSITIVE] = 3
@@ -27,7 +27,7 @@ class FewShotConfig:
 
 
 class JudgeKind(str, Enum):
-    """``metric`` prefers the better score by the primary metric, ``reward`` the higher one of the reward model;
+    """``metric`` prefers the better score by the primary metric, ``reward`` the higher score of the reward model;
     ``endpoint`` asks a model, in both orders."""
 
     none = "none"
@@ -48,10 +48,10 @@ class PairConfig:
 class EndpointConfig:
     """An OpenAI-compatible chat endpoint: ``base_url`` ends where ``/chat/completions`` begins.
 
-    ``api_key_env`` names the environment variable that holds the key; the key itself stands nowhere. ``criteria`` is
-    what the judge is told to look for. A call waits ``timeout`` seconds for the whole answer, which has at most 4 MiB,
-    and is tried again ``retries`` times. No redirect is followed. ``concurrency`` calls are under way at once. Answers
-    are greedy, of at most ``max_tokens`` tokens.
+    ``api_key_env`` names the environment variable that holds the key; the key itself is written nowhere. ``criteria``
+    says what the judge should look for. A call waits ``timeout`` seconds for the whole answer, of at most 4 MiB, and is
+    retried ``retries`` times. Redirects are not followed. ``concurrency`` calls run at once. Answers are greedy and
+    have at most ``max_tokens`` tokens.
     """
 
     base_url: Annotated[str, URL] = ""
@@ -70,9 +70,9 @@ class EndpointConfig:
 class JudgeConfig:
     """Pairwise win rates on at most ``max_prompts`` held-out prompts.
 
-    Without ``pairs`` every trained arm meets the reference arm and ``base+prompt``. Of a pair of which more than a
-    share of ``max_invalid`` of the verdicts is invalid, nothing is concluded. A call that fails is no verdict: the
-    stage ends, and asks for it again when it is started again.
+    Without ``pairs`` every trained arm is compared with the reference arm and ``base+prompt``. If more than a share of
+    ``max_invalid`` of a pair's verdicts is invalid, nothing is concluded about it. A failed call is not a verdict: the
+    stage ends, and repeats the call when it is started again.
     """
 
     kind: JudgeKind = JudgeKind.none

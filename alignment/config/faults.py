@@ -11,7 +11,7 @@ from alignment.core.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:
-    """One thing that cannot be right.
+    """One error in a configuration.
 
     Example: ``Fault(where="stages.dpo.bata", message="unknown key; did you mean 'beta'?")``
     """
@@ -24,10 +24,10 @@ class Fault:
 
 
 def refuse(faults: Sequence[Fault]) -> None:
-    """Does nothing without faults.
+    """Raises an error if there are faults.
 
     Raises:
-        ConfigError: lists every fault, each on a line of its own.
+        ConfigError: lists every fault, each on its own line.
     """
     if not faults:
         return
@@ -38,14 +38,14 @@ def refuse(faults: Sequence[Fault]) -> None:
 
 
 def unread_faults(group: Any, default: Any, names: Sequence[str], where: str, reader: str) -> Iterator[Fault]:
-    """A fault for each of the group's fields that is not at its default although nothing reads it.
+    """A fault for each of the group's fields that is not at its default although it has no effect.
 
-    A setting at its default promises nothing and is let pass. ``reader`` says what would read it.
+    A setting at its default is always accepted. ``reader`` says what would use the setting.
     """
     for name in names:
         value, usual = getattr(group, name), getattr(default, name)
         if value != usual:
-            message = f"{_shown(value)} is read by nothing; {reader} reads it; leave it at {_shown(usual)}"
+            message = f"{_shown(value)} has no effect; {reader} uses it; leave it at {_shown(usual)}"
             yield Fault(where=f"{where}.{name}", message=message)
 
 

@@ -1,4 +1,4 @@
-"""On what a stage runs. Nothing here changes a result, so nothing here is part of a fingerprint."""
+"""Where and how a stage runs. Nothing here changes a result, so nothing here is part of a fingerprint."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from alignment.config.backend import Backend, LocalBackend, MachinesBackend, Slu
 from alignment.config.rules import NOT_NEGATIVE, POSITIVE
 
 DEVICE = "ALIGNMENT_DEVICE"
-"""The variable by which the launcher tells a worker its device, ``cpu`` or ``cuda``; unset for a process that was
-started without it."""
+"""The environment variable that gives a worker its device, ``cpu`` or ``cuda``; unset in a process that no launcher
+started."""
 
 
 class LauncherKind(str, Enum):
     """How worker processes are started.
 
-    ``auto`` takes ``accelerate launch`` for one process or for GPUs, and ``torchrun`` for several CPU processes, which
-    ``accelerate launch`` cannot start on one machine (it starts a single one without saying so), and for several
-    machines.
+    ``auto`` uses ``accelerate launch`` for one process or for GPUs. It uses ``torchrun`` for several machines, for
+    sharding, and for several CPU processes, of which ``accelerate launch`` silently starts only one on a machine.
     """
 
     auto = "auto"
@@ -28,11 +27,11 @@ class LauncherKind(str, Enum):
 
 
 class Sharding(str, Enum):
-    """What processes share out among themselves instead of all holding it.
+    """What is sharded over the processes, instead of every process holding all of it.
 
-    ``none``: nothing; each holds a whole model and gradients are averaged (DistributedDataParallel). ``zero1``: the
-    optimiser's state; ``zero2``: gradients too; ``zero3``: weights too (Rajbhandari et al. 2020, by DeepSpeed).
-    ``fsdp``: all three, by PyTorch (Zhao et al. 2023, ``fully_shard``).
+    ``none``: nothing; each process holds a whole model, and gradients are averaged (DistributedDataParallel).
+    ``zero1``: the optimiser's state; ``zero2``: gradients too; ``zero3``: weights too (Rajbhandari et al. 2020, by
+    DeepSpeed). ``fsdp``: all three, by PyTorch (Zhao et al. 2023, ``fully_shard``).
     """
 
     none = "none"
@@ -43,12 +42,12 @@ class Sharding(str, Enum):
 
     @property
     def by_deepspeed(self) -> bool:
-        """Whether DeepSpeed does it."""
+        """Whether DeepSpeed does the sharding."""
         return self in (Sharding.zero1, Sharding.zero2, Sharding.zero3)
 
 
 class Offload(str, Enum):
-    """What a GPU's share gives to the machine's own memory: nothing, the optimiser's state, or weights as well."""
+    """What is moved from GPU memory to the machine's own: nothing, the optimiser's state, or weights as well."""
 
     none = "none"
     optimizer = "optimizer"
@@ -57,7 +56,7 @@ class Offload(str, Enum):
 
 def _of_backend(kind: str, cls: type) -> dict[str, str]:
     return {
-        field.name: f"where stages run is a choice of its own now; write launch/backend={kind} "
+        field.name: f"where stages run is a separate choice now; write launch/backend={kind} "
         f"launch.backend.{field.name}={{value}}"
         for field in fields(cls)
         if field.name != "kind"
@@ -66,11 +65,11 @@ def _of_backend(kind: str, cls: type) -> dict[str, str]:
 
 @dataclass(kw_only=True, slots=True)
 class LaunchConfig:
-    """``num_processes`` workers on each machine; 0 is one for each GPU of a machine.
+    """``num_processes`` workers run on each machine; 0 means one for each of its GPUs.
 
-    ``threads`` are those of a process; 0 shares the cores evenly. ``grace_seconds`` is how long a stage that was asked
-    to stop may take to save before it is killed. A stage in which no process does anything for ``hang_seconds`` is
-    ended (0: never). ``backend`` is where the processes run.
+    ``threads`` is the number of threads of a process; 0 divides the cores evenly. ``grace_seconds`` is how long a stage
+    that was asked to stop may take to save before it is killed. A stage in which no process does anything for
+    ``hang_seconds`` is ended (0: never). ``backend`` is where the processes run.
     """
 
     REPLACED: ClassVar[dict[str, str]] = {
@@ -89,5 +88,5 @@ class LaunchConfig:
 
     @property
     def world_size(self) -> int:
-        """Processes on all machines together."""
+        """The number of processes on all machines together."""
         return self.num_processes * self.backend.num_machines

@@ -18,11 +18,11 @@ class Schedule(str, Enum):
 
 
 class Moments(str, Enum):
-    """How AdamW holds its two moments.
+    """How AdamW stores its two moments.
 
-    ``full``: in float32. ``eight_bit``: in eight bits, a scale for each block of 256 (Dettmers et al. 2022, by
-    bitsandbytes), for weights of 4,096 numbers and more. ``paged_eight_bit``: the same, in memory that a GPU pages out
-    to its machine's when it needs room.
+    ``full``: in float32. ``eight_bit``: in eight bits, with a scale for each block of 256 (Dettmers et al. 2022, by
+    bitsandbytes), for weights of at least 4,096 numbers. ``paged_eight_bit``: the same, in memory that a GPU pages out
+    to the machine's own when it needs room.
     """
 
     full = "full"
@@ -32,13 +32,13 @@ class Moments(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW. ``batch_size`` is global: it is split over processes, and does not change with them.
+    """AdamW. ``batch_size`` is global: it is split over processes, and does not depend on their number.
 
-    ``micro_batch_tokens`` are held in memory at once on a device, what the rows of a pair have in common once; a longer
-    row stands alone. ``activation_checkpointing`` keeps a layer's input only, and computes the layer again in the
-    backward pass. Both change memory and time, not what is learned, but for rounding: without ``master_weights``
-    gradients of pieces are added up in the model's dtype. ``max_steps``, where it is
-    set, is the number of steps, whatever ``epochs`` says.
+    A micro-batch holds at most ``micro_batch_tokens`` tokens; those that the rows of a pair share count once, and a
+    longer row is a micro-batch of its own. ``activation_checkpointing`` stores only a layer's input, and computes the
+    layer again in the backward pass. Both change memory and time, not what is learned, apart from rounding: without
+    ``master_weights`` the gradients of micro-batches are added up in the model's dtype. ``max_steps``, if it is set, is
+    the number of steps, whatever ``epochs`` says.
     """
 
     lr: Annotated[float, POSITIVE]

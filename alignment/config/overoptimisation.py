@@ -13,12 +13,12 @@ from alignment.config.scoring import ScorerConfig
 class GuardConfig:
     """Watching for over-optimisation (Gao et al. 2022): rising scores that a held-out scorer does not share.
 
-    Every ``every`` updates (0: never) the policy answers ``prompts`` rows of the stage's data that training never sees;
-    the stage's own scorers and ``scorer``, which has to be named, judge the answers. With ``keep_best`` the stage hands
-    on the policy that ``scorer`` liked best, not the last one; a later policy counts as better where it gains more than
-    a standard error, paired by prompt. Two rollout batches in a row with a mean KL above ``max_kl`` (nats a sequence)
-    end the stage, looked at or not; a policy that was looked at and lies above it is never the best, but without
-    ``every`` the stage hands on the one that went over. ``scorer`` is never normalised, and is called by every process.
+    Every ``every`` updates (0: never) the policy answers ``prompts`` rows of the stage's data that training never sees.
+    The stage's own scorers and the held-out ``scorer``, which has no default, judge the answers. With ``keep_best`` the
+    stage hands on the policy that ``scorer`` rated best, not the last one; a later policy is better only if it gains
+    more than a standard error, paired by prompt. Two rollout batches in a row with a mean KL above ``max_kl`` (nats a
+    sequence) end the stage, judged or not. A judged policy above ``max_kl`` is never the best, but without ``every``
+    the stage hands on the policy that exceeded it. ``scorer`` is never normalised, and every process calls it.
     """
 
     every: Annotated[int, NOT_NEGATIVE] = 0

@@ -7,11 +7,11 @@ from enum import Enum
 from alignment.config.evaluating import JudgeKind
 
 _INSTEAD_OF_CHOICES = {
-    ("launch", "slurm"): "where stages run is a choice of its own now; write launch/backend=slurm",
+    ("launch", "slurm"): "where stages run is a separate choice now; write launch/backend=slurm",
 }
 _INSTEAD_OF_SOURCES: dict[str, str] = {
     "house_style": (
-        "'house_style' is no rule of the package any more; write 'bundled:quickstart/house_style.py:style', or "
+        "'house_style' is no longer a rule of the package; write 'bundled:quickstart/house_style.py:style', or "
         "'…:style_and_facts' where every row has 'facts'"
     ),
 }
@@ -21,15 +21,15 @@ _INSTEAD_OF_VALUES: dict[tuple[type[Enum], str], str] = {
 
 
 def instead_of_choice(group: str, choice: str) -> str | None:
-    """What replaces a file that the group once had; None for one that it never had."""
+    """What replaces a file that the group had in an earlier version; None if it never had it."""
     return _INSTEAD_OF_CHOICES.get((group, choice))
 
 
 def instead_of_source(value: str) -> str | None:
-    """What took the place of a source that there was once; None for one that there never was."""
+    """What replaces a source of an earlier version; None if there never was such a source."""
     return _INSTEAD_OF_SOURCES.get(value)
 
 
 def instead_of_value(kind: type[Enum], value: str) -> str | None:
-    """What replaces a value that a setting of this kind once had; None for one that it never had."""
+    """What replaces a value that this type had in an earlier version; None if it never had it."""
     return _INSTEAD_OF_VALUES.get((kind, value))

@@ -1,4 +1,4 @@
-"""Language modelling beside reinforcement learning."""
+"""Language modelling alongside reinforcement learning."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from alignment.config.rules import NOT_NEGATIVE, POSITIVE
 
 @dataclass(kw_only=True, slots=True)
 class PtxConfig:
-    """Ordinary language modelling beside PPO, against forgetting (Ouyang et al. 2022, eq. 2).
+    """Ordinary language modelling alongside PPO, against forgetting (Ouyang et al. 2022, eq. 2).
 
-    ``coefficient`` weighs the token-mean loss on the assistant turns of ``batch_size`` conversations a step; 0 is off.
+    ``coefficient`` is the weight of the token-mean loss on the assistant turns of ``batch_size`` conversations a step;
+    0 turns it off.
     """
 
     coefficient: Annotated[float, NOT_NEGATIVE] = 0.0

@@ -1,4 +1,4 @@
-"""What values are allowed, beyond their type. A field says its rule beside it: ``lr: Annotated[float, POSITIVE]``."""
+"""Which values are allowed, beyond their type. A field's type names its rule: ``lr: Annotated[float, POSITIVE]``."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def _compiles(pattern: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A test of a value that has the right type already, and what it allows, in words.
+    """A test of a value that already has the right type, and a description of the allowed values.
 
-    A wrong value of a ``secret`` rule may hold a key or a password, and is not repeated.
+    A wrong value of a ``secret`` rule may hold a key or a password, so it is not shown.
     """
 
     holds: Callable[[Any], bool]
@@ -39,8 +39,9 @@ class Rule:
 
 
 LARGEST = 1e6
-"""A score, and what it is multiplied by or less: float32 tells scores of this size apart by .06, and holds the squared
-errors of a value function for them, summed over any batch. Beyond it a loss would become infinite."""
+"""The largest absolute value of a score and of its factors. At this size float32 distinguishes scores that are .06
+apart, and can hold the squared errors of a value function, summed over any batch. Beyond it a loss would become
+infinite."""
 
 NAME = Rule(is_name, "1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot")
 FILLED = Rule(lambda value: bool(value), "at least one entry")
@@ -82,7 +83,7 @@ VARIABLE = Rule(
 
 @cache
 def rule_of(cls: type, name: str) -> Rule | None:
-    """The rule that stands beside a field's type, if one does."""
+    """The rule in the annotation of a field, if it has one."""
     hint = typing.get_type_hints(cls, include_extras=True)[name]
-    beside = typing.get_args(hint)[1:] if typing.get_origin(hint) is typing.Annotated else ()
-    return next((extra for extra in beside if isinstance(extra, Rule)), None)
+    extras = typing.get_args(hint)[1:] if typing.get_origin(hint) is typing.Annotated else ()
+    return next((extra for extra in extras if isinstance(extra, Rule)), None)

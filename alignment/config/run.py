@@ -1,4 +1,4 @@
-"""The whole of what a run is told."""
+"""All settings of a run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from alignment.config.tracking import TrackingConfig
 class RunConfig:
     """A recipe after composition.
 
-    ``stages`` maps a stage's name to its configuration; order is the graph's business. ``output`` is the folder that
-    holds ``runs/`` and ``artifacts/``.
+    ``stages`` maps a stage's name to its configuration; their order follows from their references. ``output`` is the
+    folder that holds ``runs/`` and ``artifacts/``.
     """
 
     name: Annotated[str, NAME]

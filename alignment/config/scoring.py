@@ -1,4 +1,4 @@
-"""What gives scores to answers."""
+"""Settings of what scores answers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class ScoreSourceConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ScorerConfig(ScoreSourceConfig):
-    """One part of an answer's score: ``weight`` times what ``source`` says of it.
+    """One part of an answer's score: ``weight`` times the score that ``source`` gives it.
 
-    With ``normalize`` the running mean is taken off and the running standard deviation divided out; ``clip`` then
-    bounds the absolute value.
+    With ``normalize`` the running mean is subtracted from scores, which are then divided by the running standard
+    deviation; ``clip`` then limits the absolute value.
     """
 
     source: str = "reward"
@@ -38,7 +38,7 @@ class ScorerConfig(ScoreSourceConfig):
 
 @dataclass(kw_only=True, slots=True)
 class MetricConfig(ScoreSourceConfig):
-    """A metric of an evaluation: the mean of what ``source`` says of each answer, shown under ``name``."""
+    """A metric of an evaluation: the mean of the scores that ``source`` gives the answers, shown under ``name``."""
 
     name: Annotated[str, NAME] = ""
     higher_is_better: bool = True

@@ -1,7 +1,7 @@
-"""What every stage's settings have in common. The settings themselves are in alignment/stages/<kind>/config.py.
+"""What the settings of all stages have in common. The settings themselves are in alignment/stages/<kind>/config.py.
 
-``max_length`` counts the tokens of a whole row, ``max_prompt_length`` and ``max_answer_length`` those of its parts: of
-a conversation all before the last turn, and that turn. ``too_long`` says what becomes of longer rows.
+``max_length`` limits the tokens of a whole row, ``max_prompt_length`` and ``max_answer_length`` those of its parts: in
+a conversation everything before the last turn, and that turn. ``too_long`` says what happens to longer rows.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class StageClasses(dict[str, type[Any]]):
 
 
 class StageConfig(Protocol):
-    """Settings of a stage; ``kind`` names the row of alignment/stages/registry.py that says what they mean."""
+    """Settings of a stage; ``kind`` names the entry of alignment/stages/registry.py that says what they mean."""
 
     kind: str
 
 
 class TrainedOptim(Protocol):
-    """What every stage that trains says of its optimiser."""
+    """Settings of the optimiser that every stage that trains has."""
 
     lr: float
     batch_size: int

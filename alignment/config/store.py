@@ -1,8 +1,8 @@
-"""Which groups of choices exist, and the dataclass that each one's files fill; a stage's depends on its kind.
+"""Which groups of choices exist, and the dataclass that each group's files fill; a stage's depends on its kind.
 
-Hydra composes the files of ``conf/`` as plain values; ``alignment.config.typed`` checks the outcome against the
-dataclasses. The dataclasses are not registered as Hydra schemas on purpose: Hydra would stop at the first misspelling,
-and a user should see all of them.
+Hydra composes the files of ``conf/`` as plain values; ``alignment.config.typed`` checks the result against the
+dataclasses. The dataclasses are deliberately not registered as Hydra schemas: Hydra would stop at the first
+misspelling, and a user should see all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from alignment.config.tracking import TrackingConfig
 from alignment.core.resources import shipped
 
 BACKEND = "launch/backend"
-"""The group inside another one: where processes run, beside how they share a model."""
+"""A group inside another one: where processes run, in addition to how they share a model."""
 GROUPS: dict[str, object] = {
     "adapter": AdapterConfig,
     "launch": LaunchConfig,
@@ -27,7 +27,7 @@ GROUPS: dict[str, object] = {
     "tracking": TrackingConfig,
 }
 SEVERAL = ("tracking",)
-"""Groups of which several files may be chosen together: ``tracking=[wandb, tensorboard]``."""
+"""Groups from which several files may be chosen: ``tracking=[wandb, tensorboard]``."""
 
 
 def conf_folder() -> Path:

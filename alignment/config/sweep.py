@@ -1,4 +1,4 @@
-"""What a sweep tries, and by what it judges."""
+"""What a sweep tries, and how it judges trials."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from alignment.config.rules import FILLED, FINITE, NOT_NEGATIVE, POSITIVE
 
 
 class Search(str, Enum):
-    """``grid``: every combination of values, once. ``tpe``: where trials went well before (Bergstra et al. 2011)."""
+    """``grid``: every combination of values, once. ``tpe``: near trials that did well (Bergstra et al. 2011)."""
 
     grid = "grid"
     tpe = "tpe"
@@ -21,9 +21,9 @@ PRIMARY = "primary"
 
 
 class ArmMetric(str, Enum):
-    """What an evaluation reports of an arm beside the recipe's metrics: a mean over held-out prompts.
+    """What an evaluation reports of an arm besides the recipe's metrics: a mean over held-out prompts.
 
-    ``win_rate`` is by the evaluation's judge.
+    ``win_rate`` comes from the evaluation's judge.
     """
 
     reward = "reward"
@@ -38,10 +38,10 @@ LESS_IS_BETTER = (ArmMetric.greedy_log_ratio, ArmMetric.loss, ArmMetric.perplexi
 
 @dataclass(kw_only=True, slots=True)
 class ObjectiveConfig:
-    """A figure, the more the better, or the less: ``metric`` of an ``arm`` of the recipe's evaluation, or of what a
-    ``stage`` says of itself in its manifest, such as a reward model's ``eval_accuracy``.
+    """A figure to maximise, or to minimise: ``metric`` of an ``arm`` of the recipe's evaluation, or of the metrics in
+    a ``stage``'s manifest, such as a reward model's ``eval_accuracy``.
 
-    Of an arm it is ``primary``, a metric of the evaluation by its name, or a ``ArmMetric``.
+    For an arm it is ``primary``, the name of a metric of the evaluation, or an ``ArmMetric``.
     """
 
     arm: Annotated[str, FILLED] = ""
@@ -51,7 +51,7 @@ class ObjectiveConfig:
 
 
 class Pruner(str, Enum):
-    """``median``: a trial whose latest figures are worse, in the mean, than the median of finished trials' there."""
+    """``median`` stops a trial whose latest figures are worse, on average, than the median of finished trials there."""
 
     none = "none"
     median = "median"
@@ -59,10 +59,10 @@ class Pruner(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class PruningConfig:
-    """Trials that are stopped early, by ``metric`` in the metrics.jsonl of ``stage``, the less the better or the more.
+    """Stops trials early, by ``metric`` in the metrics.jsonl of ``stage``, which is to be minimised or maximised.
 
-    The objective comes after that stage, so this may stop a trial that would have been the best. The first
-    ``startup_trials`` finished trials and the first ``warmup_steps`` steps of each are left alone.
+    The objective is measured after that stage, so this may stop a trial that would have been the best. Nothing is
+    stopped before ``startup_trials`` trials have finished, nor in the first ``warmup_steps`` steps of a trial.
     """
 
     pruner: Pruner = Pruner.none
@@ -77,7 +77,7 @@ class PruningConfig:
 class ParameterConfig:
     """A setting of the recipe by its dotted ``key``: one of ``values``, or a number from ``low`` to ``high``.
 
-    ``log`` draws numbers evenly by their size; ``whole`` draws whole ones.
+    ``log`` draws numbers evenly on a log scale; ``whole`` draws integers.
     """
 
     key: Annotated[str, FILLED] = ""
@@ -90,7 +90,7 @@ class ParameterConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SweepConfig:
-    """``trials`` is how many ``tpe`` makes; a grid makes all. A file may give its one ``objective`` without a list."""
+    """``trials`` is the number that ``tpe`` runs; a grid runs all. A file may give one ``objective`` without a list."""
 
     summary: str = ""
     search: Search = Search.grid

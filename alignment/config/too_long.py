@@ -1,4 +1,4 @@
-"""What becomes of rows that are longer than a stage's limits."""
+"""What happens to rows that are longer than a stage's limits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from alignment.config.rules import FRACTION
 
 
 class TooLong(str, Enum):
-    """``drop`` leaves the row out, ``cut`` takes tokens away."""
+    """``drop`` leaves the row out, ``cut`` removes tokens."""
 
     drop = "drop"
     cut = "cut"
@@ -25,10 +25,10 @@ class Side(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class TooLongConfig:
-    """With ``do: cut`` an answer longer than ``max_answer_length`` loses its end, and with it the token that ends the
-    turn; then the prompt loses what is still too much at its ``side``, but for BOS and what the template puts behind
-    the last turn. A row of which nothing else would be left is dropped. No more than a share of ``max_share`` of a
-    source's rows may be dropped or cut.
+    """With ``do: cut`` an answer longer than ``max_answer_length`` loses its end, including the token that ends the
+    turn. Then the prompt loses the tokens that are still too many at its ``side``, except BOS and what the template
+    adds after the last turn. A row of which nothing else would be left is dropped. At most a share of ``max_share`` of
+    a source's rows may be dropped or cut.
     """
 
     do: TooLong = TooLong.drop

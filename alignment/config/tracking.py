@@ -1,4 +1,4 @@
-"""Where curves go beside ``metrics.jsonl``, which is always written."""
+"""Where curves go in addition to ``metrics.jsonl``, which is always written."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from alignment.config.rules import NAME, TAGS
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
-    """Weights & Biases, TensorBoard, both or none. What is below the first two is told to W&B.
+    """Weights & Biases, TensorBoard, both or neither. The other settings are for W&B.
 
     ``project`` and ``entity`` say where its runs belong (None: the user's own default), ``group`` what they are shown
-    under (None: the run's name), ``tags`` what they carry beside recipe, adapter and sharding.
+    under (None: the run's name), ``tags`` which tags they get besides recipe, adapter and sharding.
     """
 
     wandb: bool = False

@@ -1,7 +1,7 @@
-"""Plain values to dataclasses and back, reporting every fault at once.
+"""Converts plain values to dataclasses and back, and reports every fault at once.
 
-Types are strict: ``true`` is not a number and ``"16"`` is not an integer. Two forms are taken as what they plainly
-mean: an integer where a float stands, and ``"1e-4"`` for a float, which YAML 1.1 reads as text.
+Types are strict: ``true`` is not a number and ``"16"`` is not an integer. Two exceptions are accepted for a float: an
+integer, and ``"1e-4"``, which YAML 1.1 reads as text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 class _Wrong(Exception):
-    """A value that does not convert; carries what would be allowed."""
+    """A value that cannot be converted; carries what is allowed."""
 
 
 def typed(tree: Mapping[str, Any], stages: StageClasses) -> RunConfig:
@@ -43,7 +43,7 @@ def typed(tree: Mapping[str, Any], stages: StageClasses) -> RunConfig:
 
 
 def convert(tree: Mapping[str, Any], stages: StageClasses) -> tuple[RunConfig, list[Fault]]:
-    """As ``typed``, but hands the faults back; a faulty field holds its default, so that later checks add theirs."""
+    """As ``typed``, but returns the faults; a faulty field holds its default, so that later checks can run."""
     conversion = _Conversion(stages)
     return conversion.instance(RunConfig, tree, where="", defaults=RunConfig(name="run")), conversion.faults
 
@@ -87,7 +87,7 @@ def to_plain(value: Any) -> Any:
 
 
 class _Conversion:
-    """Walks a tree beside the dataclasses it should become, and gathers faults on the way; ``root`` names the tree."""
+    """Converts a tree to dataclasses and collects the faults; ``root`` names the tree in faults at its top."""
 
     def __init__(self, stages: StageClasses, root: str = "recipe") -> None:
         self._classes = stages
@@ -100,7 +100,7 @@ class _Conversion:
         if not isinstance(tree, Mapping):
             instead = instead_of_source(tree) if isinstance(tree, str) else None
             keys = f"it takes the keys {', '.join(hints)}"
-            self._fault(where, f"{tree!r} is no group of settings; {keys}{f'; {instead}' if instead else ''}")
+            self._fault(where, f"{tree!r} is not a group of settings; {keys}{f'; {instead}' if instead else ''}")
             return defaults
         values = {name: getattr(defaults, name) for name in hints}
         for key, value in tree.items():
@@ -114,7 +114,7 @@ class _Conversion:
         return cls(**values)
 
     def _unknown(self, cls: type, key: Any, value: Any, *, where: str, siblings: Mapping[Any, Any]) -> None:
-        """``lr`` of a stage is meant for its ``optim``, and ``adapter.rank`` of a run for each stage's adapter."""
+        """Suggests deeper paths: ``lr`` of a stage belongs to ``optim``, ``adapter.rank`` of a run to its stages."""
         deeper = list(paths_below(cls))
         if cls is RunConfig and isinstance(stages := siblings.get("stages"), Mapping):
             deeper += self._paths_of_stages(stages)
@@ -133,7 +133,7 @@ class _Conversion:
         if not isinstance(tree, Mapping):
             close = nearest(tree, self._classes) if isinstance(tree, str) else None
             hint = f"; did you mean {{kind: {close}}}?" if close else ""
-            self._fault(where, f"{tree!r} is no stage; it takes settings, beginning with 'kind'{hint}")
+            self._fault(where, f"{tree!r} is not a stage; it takes settings, beginning with 'kind'{hint}")
             return None
         if "kind" not in tree:
             self._fault(where, _without_kind(where.removeprefix("stages."), siblings, self._classes))
@@ -149,7 +149,7 @@ class _Conversion:
 
     def _stages(self, tree: Any) -> dict[str, StageConfig]:
         if not isinstance(tree, Mapping):
-            self._fault("stages", f"{tree!r} is no group of stages; write one name a stage")
+            self._fault("stages", f"{tree!r} is not a group of stages; write {{NAME: {{kind: KIND}}}}")
             return {}
         if not tree:
             self._fault("stages", "a run needs at least one stage")
@@ -185,11 +185,12 @@ class _Conversion:
         return converted
 
     def _of_kind(self, kinds: Mapping[str, type], tree: Any, *, where: str, default: Any) -> Any:
-        """An instance of the kind that ``tree`` names, or else of the default's. Each kind is a file of a group."""
+        """An instance of the kind that ``tree`` names, else of the default's. A group has a file for each kind."""
         group = where.replace(".", "/")
         if not isinstance(tree, Mapping):
             kind = nearest(str(tree), kinds) or "KIND"
-            self._fault(where, f"{tree!r} is no group of settings; choose {group}={kind}, or write {{kind: {kind}}}")
+            hint = f"choose {group}={kind}, or write {{kind: {kind}}}"
+            self._fault(where, f"{tree!r} is not a group of settings; {hint}")
             return default
         kind = tree.get("kind", default.kind)
         cls = kinds.get(kind) if isinstance(kind, str) else None
@@ -206,7 +207,7 @@ class _Conversion:
         return self.instance(cls, own, where=where, defaults=default if type(default) is cls else cls())
 
     def _instances(self, cls: type, value: Any, *, where: str) -> list[Any]:
-        """A list of groups of settings; what one leaves out has the default of its class."""
+        """A list of groups of settings; a key that a group leaves out has the default of its class."""
         if not isinstance(value, (list, tuple)):
             raise _Wrong(f"it takes a list of groups, each with some of the keys {', '.join(field_types(cls))}")
         return [
@@ -230,7 +231,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def paths_below(cls: type) -> Iterator[str]:
-    """Dotted paths of all settings of a dataclass and of those inside it, without what stands in lists."""
+    """Dotted paths of all settings of a dataclass, including nested ones, but not those inside lists."""
     for name, hint in field_types(cls).items():
         yield name
         group = group_of(hint)
@@ -239,7 +240,7 @@ def paths_below(cls: type) -> Iterator[str]:
 
 
 def _ending_with(leaf: str, paths: Sequence[str]) -> list[str]:
-    """The shortest of the paths that end with these keys."""
+    """Those of the paths that end with this key, the shortest only."""
     ending = [path for path in paths if path.endswith(f".{leaf}")]
     return [path for path in ending if path.count(".") == min(option.count(".") for option in ending)]
 
@@ -251,7 +252,7 @@ def _either(names: Sequence[str]) -> str:
 
 
 def group_of(hint: Any) -> type | None:
-    """The dataclass that a field holds, if it holds one, or None: a group of settings that may be left out."""
+    """The dataclass of a field that holds a group of settings, or a group or None; otherwise None."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return hint
     classes = _dataclasses_of(hint)
@@ -335,7 +336,7 @@ def _without_kind(name: str, siblings: list[str], kinds: Iterable[str]) -> str:
 
 
 def _as_written(value: Any) -> str:
-    """As YAML and a command line have it."""
+    """As YAML and the command line write it."""
     return str(value) if isinstance(value, str) else json.dumps(value, default=str)
 
 

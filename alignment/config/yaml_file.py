@@ -1,7 +1,7 @@
-"""Every YAML file that somebody else may have written is read here, and Hydra's own reading is preceded by this one.
+"""Reads every YAML file that a user may have written; a file that Hydra reads is read here first.
 
-No key stands twice in it: the second would replace the first without a word. And no alias makes a short file long: of
-seven lines, each with ten references to the one before, ten million values would come.
+A key must not occur twice, because the second would silently replace the first. Aliases must not make a short file
+long: seven lines, each with ten references to the line before, would expand to ten million values.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from alignment.core.errors import ConfigError, DataError
 from alignment.core.small_files import small_text
 
 MOST_NODES = 10_000
-"""Values and keys, those of an alias at each of its places; the longest recipe has some hundreds."""
+"""Values and keys, counting an alias each time it is used; the longest recipe has a few hundred."""
 _MERGE = "tag:yaml.org,2002:merge"
-"""Of ``<<``, which stands for no value."""
+"""The tag of ``<<``, which is not a value."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,40 +26,40 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 continue
-            # As they are read: 1 and "1" are two keys, 1 and 0x1 are not.
+            # Compare keys as they are read: 1 and "1" are different, 1 and 0x1 are the same.
             value = key.value if key.tag == _MERGE else self.construct_object(key)
             if value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} occurs twice", key.start_mark)
             seen.add(value)
         return super().construct_mapping(node, deep=deep)
 
     def get_single_node(self) -> yaml.Node | None:
-        """Refuses what would be too much before anything is made of it."""
+        """Refuses a tree that is too large before any value is built from it."""
         node = super().get_single_node()
         if node is not None and _count(node, {}) > MOST_NODES:
             raise yaml.constructor.ConstructorError(
-                None, None, f"holds more than {MOST_NODES:,} values, its aliases counted at each of their places"
+                None, None, f"holds more than {MOST_NODES:,} values, counting an alias each time it is used"
             )
         return node
 
 
 def load(text: str) -> Any:
-    """Plain values.
+    """The plain values of a text.
 
     Raises:
-        yaml.YAMLError: not YAML, a group has a key twice, or it holds too many values; says in which line.
+        yaml.YAMLError: it is not YAML, a group has a key twice, or it holds too many values; the error names the line.
     """
     try:
         return yaml.load(text, Loader=_Loader)
     except RecursionError:
-        raise yaml.YAMLError("groups and lists lie too deep in one another") from None
+        raise yaml.YAMLError("groups and lists are nested too deeply") from None
 
 
 def read(path: Path) -> Any:
     """The plain values in a file.
 
     Raises:
-        ConfigError: it cannot be read, is no regular file, is larger than a person writes, or is no YAML.
+        ConfigError: it cannot be read, is not a regular file, is larger than a person writes, or is not YAML.
     """
     try:
         return load(small_text(path))
@@ -72,10 +72,10 @@ def read(path: Path) -> Any:
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many nodes come of it; more than any limit of one that holds itself."""
+    """The number of nodes after aliases are expanded; above any limit for a node that contains itself."""
     if id(node) in known:
         return known[id(node)]
-    known[id(node)] = MOST_NODES + 1  # of an alias to a node that is not yet at its end
+    known[id(node)] = MOST_NODES + 1  # for an alias to a node that is not counted yet
     parts: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         parts = [part for pair in node.value for part in pair]

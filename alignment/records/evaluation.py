@@ -1,4 +1,4 @@
-"""``evaluation.json`` and ``samples.jsonl``: arms beside each other on held-out prompts (docs/evaluation.md)."""
+"""``evaluation.json`` and ``samples.jsonl``: arms compared on held-out prompts (docs/evaluation.md)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAMPLES = "samples.jsonl"
 BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no real difference"
 """Verdicts on two arms."""
 NOTHING = "nothing can be concluded"
-"""The verdict on two arms of which too many verdicts are invalid."""
+"""The verdict on two arms if too many of the judge's verdicts are invalid."""
 LEVEL = 0.05
 """How often a family of comparisons without any true difference may show one."""
 
@@ -32,7 +32,7 @@ class Metric:
     higher_is_better: bool = True
 
     def verdict(self, difference: Interval) -> str:
-        """On an arm whose mean differs by so much from another's: only an interval without zero is a difference."""
+        """The verdict on an arm whose mean differs this much from another's; zero must be outside the interval."""
         if not difference.excludes_zero():
             return NO_DIFFERENCE
         return BETTER if (difference.mean > 0) == self.higher_is_better else WORSE
@@ -40,11 +40,11 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArmResult:
-    """One arm; None stands for a figure that was not measured.
+    """One arm; a figure that was not measured is None.
 
     ``metrics`` are those of the recipe, by name. ``greedy_log_ratio`` is in nats a sequence, ``loss`` in nats a token;
-    ``refusals``, ``distinct`` and ``ended`` are shares of the answers, ``win_rate`` is one of the points against the
-    reference. ``seconds`` is what answering took.
+    ``refusals``, ``distinct`` and ``ended`` are shares of the answers, ``win_rate`` is a share of the points against
+    the reference. ``seconds`` is the time that answering took.
     """
 
     name: Name
@@ -74,7 +74,7 @@ class ArmResult:
 
     @staticmethod
     def from_older(raw: Any) -> Any:
-        """Older files have the scores of a rule of the package beside the other figures."""
+        """Older files have the scores of a rule of the package among the other figures."""
         if not isinstance(raw, dict) or "metrics" in raw:
             return raw
         return {**raw, "metrics": {name: raw[name] for name in _names_of_older(raw)}}
@@ -82,11 +82,11 @@ class ArmResult:
 
 _NOT_MEASURED = ("name", "label", "metrics", "seconds")
 ARM_METRICS = tuple(part.name for part in fields(ArmResult) if part.name not in _NOT_MEASURED)
-"""Names that no metric of a recipe can have, since every arm has a figure of this name."""
+"""Names that no metric of a recipe can have, because every arm has a figure of that name."""
 
 
 def _names_of_older(arm: Any) -> list[str]:
-    """The figures of an older file's arm that stand among the metrics now."""
+    """The figures of an older file's arm that belong to ``metrics`` now."""
     known = {part.name for part in fields(ArmResult)}
     return [name for name, value in arm.items() if name not in known and isinstance(value, dict) and "mean" in value]
 
@@ -138,11 +138,11 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgedPair:
-    """What a judge said of two arms; ``win_rate`` is None where nothing can be concluded.
+    """A judge's results for two arms; ``win_rate`` is None if nothing can be concluded.
 
     ``wins``, ``ties`` and ``losses`` count prompts, ``invalid`` is a share of verdicts. ``length_controlled`` is the
     win rate between answers of equal length; None where length and arm cannot be told apart. ``metric_agreement`` and
-    ``metric_kappa`` hold the judge against the primary metric. docs/evaluation.md explains the other figures.
+    ``metric_kappa`` compare the judge with the primary metric. docs/evaluation.md explains the other figures.
     """
 
     arm: Name
@@ -163,7 +163,7 @@ class JudgedPair:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judge:
-    """Who judged pairs of arms, on how many prompts, and what came of it."""
+    """The judge of pairs of arms, the number of prompts, and the results."""
 
     kind: Name = ""
     name: Name = "a judge"
@@ -173,7 +173,7 @@ class Judge:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """The arms beside each other.
+    """The results of all arms and their comparisons.
 
     ``primary`` names the metric of ``comparisons``; without metrics there is none, and no comparison. The comparisons
     by other metrics are a family of their own.
@@ -192,7 +192,7 @@ class Evaluation:
     version: int = 2
 
     def label(self, name: str) -> str:
-        """What a reader calls the arm ``name``."""
+        """The label of the arm ``name``."""
         return next((arm.label for arm in self.arms if arm.name == name), name.removeprefix("stage:"))
 
     def arm(self, name: str) -> ArmResult | None:
@@ -232,7 +232,7 @@ class Evaluation:
 
     @staticmethod
     def from_older(raw: Any) -> Any:
-        """Older files do not list their metrics; the first one was that by which arms were compared."""
+        """Older files do not list their metrics; arms were compared by the first one."""
         arms = raw.get("arms") if isinstance(raw, dict) and "metrics" not in raw else None
         first = arms[0] if isinstance(arms, list) and arms else None
         names = _names_of_older(first) if isinstance(first, dict) and "metrics" not in first else []
@@ -248,7 +248,7 @@ class SampleAnswer:
 
     @staticmethod
     def from_older(raw: Any) -> Any:
-        """Older files have the scores of a rule of the package beside the text."""
+        """Older files have the scores of a rule of the package next to the text."""
         if not isinstance(raw, dict) or "scores" in raw:
             return raw
         return {**raw, "scores": {name: value for name, value in raw.items() if isinstance(value, (int, float))}}
@@ -256,8 +256,8 @@ class SampleAnswer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """A held-out prompt with every arm's answer, by the arm's name; ``messages`` are turns as chat templates take
-    them."""
+    """A held-out prompt with every arm's answer, by the arm's name; ``messages`` are turns in the form that chat
+    templates take."""
 
     id: Name = ""
     task: Name = ""
@@ -267,7 +267,8 @@ class Sample:
 
     @property
     def prompt(self) -> str:
-        """The same for the same prompt in any evaluation: rows may have no id, and files may count theirs alike."""
+        """A key that identifies the prompt in any evaluation; ids do not, since rows may lack one and files may share
+        them."""
         return json.dumps([self.id, self.messages], sort_keys=True)
 
 
@@ -277,13 +278,13 @@ def write_samples(folder: Path, samples: list[Sample]) -> None:
 
 
 def read_samples(artifact: Path) -> Iterator[Sample]:
-    """The samples of an artifact; nothing where it kept none.
+    """The samples of an artifact; empty if it has none.
 
     Raises:
         ValueError: a line is not JSON.
     """
     file = artifact / SAMPLES
-    # Not by splitlines(), which also splits at U+2028 and the like: answers hold those as they are.
+    # Not by splitlines(), which also splits at U+2028 and the like, which answers may contain.
     lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
     rows = (typed_json.parts(json.loads(line), Sample) for line in lines if line)
     return (row for row in rows if row is not None)

@@ -1,4 +1,4 @@
-"""``forgetting.json``: what policies make of general text and questions, beside the base model (docs/design/0015)."""
+"""``forgetting.json``: policies on general text and questions, compared with the base model (docs/design/0015)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ FILE = "forgetting.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """The most that may be lost: of perplexity as a share of the base's, of right answers as a share of questions.
+    """The largest loss allowed: of perplexity as a share of the base's, of right answers as a share of questions.
 
-    None is no limit.
+    None means no limit.
     """
 
     perplexity_rise: float | None = None
@@ -24,16 +24,16 @@ class Limits:
 
     @property
     def judge(self) -> bool:
-        """Whether there is any."""
+        """Whether there is any limit."""
         return self.perplexity_rise is not None or self.ability_drop is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArmForgetting:
-    """One arm; ``nats`` are those a token, ``ability`` is the share of right answers, ``tasks`` that of each task.
+    """One arm; ``nats`` is the loss in nats a token, ``ability`` the share of right answers, ``tasks`` that by task.
 
-    ``rise`` is that of the perplexity as a share of the base's, ``drop`` that of the share of right answers; both are
-    None for the base itself. ``reasons`` say in words which limits were passed.
+    ``rise`` is the rise of the perplexity as a share of the base's, ``drop`` the drop of the share of right answers;
+    both are None for the base itself. ``reasons`` say in words which limits were exceeded.
     """
 
     name: Name
@@ -54,7 +54,7 @@ class ArmForgetting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forgetting:
-    """All arms, the base model first; every one has ``passed`` where nothing was ``judged``."""
+    """All arms, the base model first; every arm has ``passed`` if nothing was ``judged``."""
 
     num_texts: int | None = None
     num_tokens: int | None = None

@@ -1,4 +1,4 @@
-"""A mean with its 95 % interval, as every file of figures has it."""
+"""A mean with its 95 % interval, as all files of results hold it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 class Interval:
     """A mean with its 95 % interval: ``Interval(mean=0.71, low=0.66, high=0.75)``.
 
-    The bounds are None where only a mean was recorded; they are known both or not at all.
+    The bounds are None if only a mean was recorded; either both are known or neither.
     """
 
     mean: float
@@ -25,20 +25,20 @@ class Interval:
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """Both bounds, or None where only a mean is known."""
+        """Both bounds, or None if only a mean is known."""
         return None if self.low is None or self.high is None else (self.low, self.high)
 
     def excludes_zero(self) -> bool:
-        """Whether a difference of this size would hardly come by chance; False where the bounds are not known."""
+        """Whether a difference of this size is unlikely to be chance; False if the bounds are not known."""
         return self.bounds is not None and (self.bounds[0] > 0.0 or self.bounds[1] < 0.0)
 
     def through(self, function: Callable[[float], float]) -> Interval:
-        """The interval of a rising function of the figure."""
+        """The interval of an increasing function of the figure."""
         bounds = (None, None) if self.bounds is None else tuple(map(function, self.bounds))
         return Interval(mean=function(self.mean), low=bounds[0], high=bounds[1])
 
     @staticmethod
     def from_older(raw: Any) -> Any:
-        """Older evaluations have bare numbers for some figures: means without bounds."""
+        """Older evaluations have plain numbers for some figures: means without bounds."""
         is_number = isinstance(raw, (int, float)) and not isinstance(raw, bool)
         return {"mean": raw} if is_number else raw

@@ -1,6 +1,6 @@
-"""``card.json`` and the lines of ``pairs.jsonl``: what a reward model makes of pairs (docs/design/0016).
+"""``card.json`` and the lines of ``pairs.jsonl``: how a reward model judges pairs (docs/design/0016).
 
-Shares are of pairs and lie within 0 and 1. A field is None or empty where there was nothing to measure it on.
+Shares are of pairs and between 0 and 1. A field is None or empty if there was nothing to measure it on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ScoredPair:
     """A pair with its scores, chosen answer first: a line of ``pairs.jsonl``.
 
     ``margin`` is the score of the chosen answer minus that of the rejected one, and ``bag_of_words`` the margin by a
-    bag of words. ``tokens`` are the lengths of prompt and answer together, ``rule`` is what the rule gives each answer.
+    bag of words. ``tokens`` are the lengths of prompt and answer together, ``rule`` the rule's score of each answer.
     """
 
     id: Name = ""
@@ -49,7 +49,7 @@ class ScoredPair:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Baseline:
-    """How often a simpler judge is right, and by how much the model is right more often, paired."""
+    """How often a simpler judge is right, and how much more often the model is, paired."""
 
     name: Name = ""
     accuracy: Interval
@@ -70,7 +70,7 @@ class Subset:
 class Bin:
     """Pairs about which the model is about equally sure, from ``start`` to ``end``.
 
-    ``confidence`` is σ(|margin|) on average, ``share`` that of pairs in which it is right, with its 95 % interval.
+    ``confidence`` is the mean of σ(|margin|), ``share`` the share of pairs that it gets right, with its 95 % interval.
     """
 
     start: float | None = field(default=None, metadata={KEY: "from"})
@@ -84,7 +84,7 @@ class Bin:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """Expected calibration error, Brier score and log loss in nats, and the bins behind the first."""
+    """Expected calibration error, Brier score and log loss in nats, and the bins from which the first is computed."""
 
     bins: list[Bin] = field(default_factory=list)
     ece: float | None = None
@@ -94,7 +94,7 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Margins:
-    """A histogram: ``counts`` of margins between ``edges``, of which there is one more."""
+    """A histogram: ``counts`` of margins between ``edges``; there is one edge more than counts."""
 
     edges: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -104,7 +104,7 @@ class Margins:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Length:
-    """Whether the model goes by length: shares, and the correlation of margin and difference in length."""
+    """Whether the model prefers long answers: shares, and the correlation of margin and difference in length."""
 
     correlation: float | None = None
     prefers_longer: float | None = None
@@ -115,7 +115,7 @@ class Length:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RuleAgreement:
-    """Pairs that the rule tells apart: how often the model agrees with it, and how often the rule is right."""
+    """Pairs that the rule scores differently: how often the model agrees with it, and how often the rule is right."""
 
     num_pairs: int = 0
     agreement: Interval | None = None
@@ -124,9 +124,9 @@ class RuleAgreement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Learned:
-    """The pairs that the model learned from, of which ``judged_too`` are among those to judge and may be ``left_out``.
+    """The pairs that the model learned from. ``judged_too`` of them are also to be judged, and may be ``left_out``.
 
-    ``words``, ``penalty`` and the words that speak ``for_answer`` and ``against`` one are the bag of words'.
+    ``words``, ``penalty`` and the words ``for_answer`` and ``against`` belong to the bag of words.
     """
 
     num_pairs: int = 0
@@ -141,7 +141,7 @@ class Learned:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """The largest absolute difference of a score, and the number of pairs of which the other answer is preferred."""
+    """The largest absolute change of a score, and the number of pairs whose preferred answer changes."""
 
     largest: float
     flips: int = 0
@@ -149,7 +149,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rescored:
-    """Scores in one number format, made again in other ways; ``spread`` is their standard deviation."""
+    """Scores in one number format, computed again in other ways; ``spread`` is their standard deviation."""
 
     spread: float | None = None
     changes: dict[Name, Change] = field(default_factory=dict)
@@ -157,7 +157,8 @@ class Rescored:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Invariances:
-    """How far scores of the first pairs move by what should not move them; ``moved`` is what does in float32."""
+    """How far changes that should not matter move the scores of the first pairs; ``moved`` names those that do so in
+    float32."""
 
     num_pairs: int = 0
     formats: dict[Name, Rescored] = field(default_factory=dict)
@@ -166,7 +167,7 @@ class Invariances:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardCard:
-    """The card. ``worst`` are the pairs in which the model is most sure of the wrong answer, ``warnings`` sentences."""
+    """The card. ``worst`` are pairs in which the model is most sure of the wrong answer, ``warnings`` are sentences."""
 
     reward: Name = ""
     rows_too_long: int = 0

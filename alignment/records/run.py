@@ -1,4 +1,4 @@
-"""``run.json``: what a run was asked for and how far it is. The driver replaces it after every change."""
+"""``run.json``: a run's settings and progress. The driver replaces the file after every change."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class StageEntry:
 class RunRecord:
     """A run: ``running``, ``done``, ``forgot``, ``failed``, ``preempted``, ``interrupted`` or ``waiting``.
 
-    ``config`` is the configuration as plain data, ``profile`` the name of what was laid over it, if anything was.
+    ``config`` is the configuration as plain data, ``profile`` the name of the profile that was applied, if any.
     ``started`` and ``finished`` are times in UTC, ISO 8601.
     """
 
@@ -90,7 +90,7 @@ class RunRecord:
 
     @staticmethod
     def from_older(raw: Any) -> Any:
-        """Older records have the profile among the overrides alone."""
+        """Older records have the profile only among the overrides."""
         if not isinstance(raw, dict) or "profile" in raw or not isinstance(raw.get("overrides"), list):
             return raw
         words = [str(word).lstrip("+") for word in raw["overrides"]]

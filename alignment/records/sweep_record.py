@@ -115,4 +115,4 @@ class TrialOutcome:
             FileNotFoundError: it wrote nothing.
             ArtifactError: the file is damaged.
         """
-        return typed_json.read(file, TrialOutcome, remedy="start the sweep again; the trial runs anew")
+        return typed_json.read(file, TrialOutcome, remedy="start the sweep again; the trial runs again")

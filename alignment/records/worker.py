@@ -1,6 +1,6 @@
 """What a worker writes while it runs and when it ends, for the driver and the report to read (docs/design/0001).
 
-``progress.json`` and ``heartbeats/RANK.json`` lie in the stage's work folder, ``status.json`` in its folder of the run.
+``progress.json`` and ``heartbeats/RANK.json`` are in the stage's work folder, ``status.json`` in its folder of the run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Progress:
 
     @staticmethod
     def read(work: Path) -> Progress | None:
-        """The last progress of a running stage, or None before its first and where it cannot be read now."""
+        """The last progress of a running stage, or None if there is none yet or it cannot be read now."""
         # Another machine may have replaced the file just now (ESTALE); the next look sees it.
         with suppress(FileNotFoundError, ArtifactError):
             return typed_json.read(work / PROGRESS, Progress, remedy="")
@@ -62,7 +62,7 @@ class Status:
 
     @staticmethod
     def read(run_folder: Path) -> Status | None:
-        """How the stage ended, or None where its processes did not write it.
+        """How the stage ended, or None if its processes did not write it.
 
         Raises:
             ArtifactError: the file is damaged, or was written by a newer version.
@@ -111,7 +111,7 @@ def heartbeat_file(work: Path, rank: int) -> Path:
 
 
 def write_stopped_before_it_began(stage_file: Path) -> None:
-    """The status of a stage that a signal ended while it imported its libraries."""
+    """Writes the status of a stage that a signal ended while it imported its libraries."""
     Status(
         state=PREEMPTED,
         exit_code=PREEMPTED_CODE,

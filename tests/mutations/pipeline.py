@@ -24,7 +24,7 @@ MUTATIONS = [
             "test_a_damaged_result_is_not_reused",
         ),
         (
-            "a result whose fingerprint begins alike is reused",
+            "a result whose fingerprint starts the same is reused",
             "content=False).fingerprint != fingerprint:",
             "content=False).fingerprint == '':",
             "test_a_result_whose_fingerprint_only_begins_alike_is_not_reused",
@@ -170,7 +170,7 @@ MUTATIONS = [
             "test_a_template_that_changed_since_the_plan_is_refused",
         ),
         (
-            "running out of memory is a fault of ours",
+            "running out of memory is a bug of ours",
             "        if _is_out_of_memory(error):\n",
             "        if error is None:\n",
             "test_running_out_of_memory_comes_with_advice",
@@ -255,19 +255,19 @@ MUTATIONS = [
         ),
         (
             "a worker is killed without the time to save",
-            "            on_stop(stop)\n        family.wait(grace_seconds)\n",
+            "            on_stop(stop)\n        tree.wait(grace_seconds)\n",
             "            on_stop(stop)\n",
             "test_an_interrupted_worker_may_save_before_the_call_returns",
         ),
         (
             "a worker hears nothing of a signal to its launcher",
-            "            family.ask_to_stop()\n            family.wait(grace_seconds)\n",
+            "            tree.ask_to_stop()\n            tree.wait(grace_seconds)\n",
             "            pass\n",
             "test_a_signal_to_the_launcher_alone_lets_its_worker_save",
         ),
         (
             "a worker that does not stop goes on",
-            "    finally:\n        family.kill()\n",
+            "    finally:\n        tree.kill()\n",
             "    finally:\n        pass\n",
             "test_a_worker_that_does_not_stop_is_killed_after_the_grace",
         ),

@@ -39,7 +39,7 @@ def test_a_folder_that_is_gone_is_told(capsys: Captured, tmp_path: Path, monkeyp
     folder.rmdir()
     assert cli.main(["status"]) == 2
     assert capsys.readouterr().err == (
-        "configuration: the folder that the command was called in is gone\n  → change to one that is there\n"
+        "configuration: the current folder no longer exists\n  → change to a folder that exists\n"
     )
 
 
@@ -186,7 +186,7 @@ def test_misspellings_are_listed_together_and_nothing_is_started(capsys: Capture
         (
             ["status", "x", "--output", "/nowhere"],
             2,
-            "configuration: run: no run 'x' under /nowhere/runs; there is none",
+            "configuration: run: no run 'x' under /nowhere/runs; there are none",
         ),
     ],
 )

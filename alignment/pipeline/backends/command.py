@@ -1,4 +1,4 @@
-"""From a launch and a stage file to the command that runs the stage on this machine: which launcher, told what."""
+"""Builds the command that runs a stage on this machine: the launcher, its arguments and its environment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alignment.pipeline.backends import environment
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """``argv`` to execute, and ``environment``: variables laid over the caller's."""
+    """``argv`` to execute, and ``environment``: variables that are added to the caller's or replace them."""
 
     argv: tuple[str, ...]
     environment: dict[str, str]
@@ -34,7 +34,7 @@ def of_stage(
     """The command that runs a stage on this machine. ``devices`` are its GPUs (``visible_devices``), none for the CPU.
 
     Raises:
-        ConfigError: this launcher cannot start so many processes here.
+        ConfigError: this launcher cannot start that many processes here.
     """
     kind = chosen_launcher(launch, num_devices=len(devices))
     argv = (sys.executable, *_LAUNCHERS[kind](launch, len(devices)), "alignment.worker", str(stage_file))
@@ -44,10 +44,10 @@ def of_stage(
 
 
 def here(launch: LaunchConfig, stage_file: Path) -> Command:
-    """The same with the GPUs, cores and ``PYTHONPATH`` that this process has.
+    """The same with the GPUs, cores and ``PYTHONPATH`` of this process.
 
     Raises:
-        ConfigError: this launcher cannot start so many processes here.
+        ConfigError: this launcher cannot start that many processes here.
     """
     return of_stage(
         launch,
@@ -59,8 +59,8 @@ def here(launch: LaunchConfig, stage_file: Path) -> Command:
 
 
 def _devices_of_processes(devices: Sequence[str], num_processes: int) -> dict[str, str]:
-    """The device that each process has to find, and no GPU more than there are processes: a process that sees several
-    without a launcher's rank would spread every batch over all of them (transformers' DataParallel)."""
+    """The device for each process, and no more visible GPUs than processes: without a launcher's rank, a process that
+    sees several GPUs would spread every batch over all of them (transformers' DataParallel)."""
     if not devices:
         return {DEVICE: "cpu"}
     variable = next((name for name in hardware.VISIBLE if name in os.environ), hardware.VISIBLE[0])
@@ -68,16 +68,16 @@ def _devices_of_processes(devices: Sequence[str], num_processes: int) -> dict[st
 
 
 def with_processes(launch: LaunchConfig, *, num_devices: int) -> LaunchConfig:
-    """The launch with one process for each GPU where it asks for that.
+    """The launch, with one process for each GPU if it asks for that.
 
     Raises:
-        ConfigError: there is no GPU.
+        ConfigError: it asks for that, and there is no GPU.
     """
     if launch.num_processes:
         return launch
     if num_devices == 0:
         raise ConfigError(
-            "one process for each GPU is asked for, and this machine has none",
+            "0 starts one process for each GPU, and this machine has no GPU",
             where="launch.num_processes",
             remedy="launch.num_processes=2 starts two processes on the CPU",
         )
@@ -85,10 +85,10 @@ def with_processes(launch: LaunchConfig, *, num_devices: int) -> LaunchConfig:
 
 
 def chosen_launcher(launch: LaunchConfig, *, num_devices: int) -> LauncherKind:
-    """The launcher that ``auto`` stands for, or the one asked for if it can do it.
+    """The launcher that ``auto`` selects, or the chosen one if it can start these processes.
 
     Raises:
-        ConfigError: more processes than GPUs, or what this launcher does not start.
+        ConfigError: there are more processes than GPUs, or the chosen launcher cannot start them.
     """
     workers = launch.num_processes
     if num_devices and workers > num_devices:
@@ -106,7 +106,7 @@ def chosen_launcher(launch: LaunchConfig, *, num_devices: int) -> LauncherKind:
 
 
 def _refusal(launch: LaunchConfig, num_devices: int) -> str:
-    """Why accelerate cannot start this, or nothing; torchrun starts all."""
+    """Why accelerate cannot start this launch, or an empty string; torchrun can start all."""
     if launch.kind is LauncherKind.torchrun:
         return ""
     if launch.backend.num_machines > 1:
@@ -119,8 +119,8 @@ def _refusal(launch: LaunchConfig, num_devices: int) -> str:
 
 
 def _accelerate(launch: LaunchConfig, num_devices: int) -> list[str]:
-    """With a configuration file of ours, so that none in the user's home folder has a say, and a free port of its own
-    choosing, so that two runs on one machine never meet."""
+    """Uses our own configuration file, so that one in the user's home folder has no effect, and lets accelerate choose
+    a free port, so that two runs on one machine never collide."""
     several = num_devices > 0 and launch.num_processes > 1
     file = shipped("launch") / "accelerate" / ("ddp.yaml" if several else "local.yaml")
     settings = ["--config_file", str(file), "--num_processes", str(launch.num_processes)]
@@ -130,13 +130,13 @@ def _accelerate(launch: LaunchConfig, num_devices: int) -> list[str]:
 
 
 def _torchrun(launch: LaunchConfig, num_devices: int) -> list[str]:
-    """On one machine a rendezvous on a port of its own choosing, so that two runs on one machine never meet."""
-    meeting = ["--standalone", "--nnodes", "1"]
+    """On one machine, lets torchrun choose a free port for its rendezvous, so that two runs never collide."""
+    rendezvous = ["--standalone", "--nnodes", "1"]
     backend = launch.backend
     if isinstance(backend, MachinesBackend) and backend.num_machines > 1:
-        meeting = ["--nnodes", str(backend.num_machines), "--node_rank", str(backend.machine_rank)]
-        meeting += ["--master_addr", backend.main_address, "--master_port", str(backend.main_port)]
-    return ["-m", "torch.distributed.run", *meeting, "--nproc_per_node", str(launch.num_processes), "-m"]
+        rendezvous = ["--nnodes", str(backend.num_machines), "--node_rank", str(backend.machine_rank)]
+        rendezvous += ["--master_addr", backend.main_address, "--master_port", str(backend.main_port)]
+    return ["-m", "torch.distributed.run", *rendezvous, "--nproc_per_node", str(launch.num_processes), "-m"]
 
 
 _LAUNCHERS = {

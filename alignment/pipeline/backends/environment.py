@@ -1,6 +1,7 @@
-"""What a process of the worker's side finds in its environment, beside what the caller's has.
+"""Environment variables of worker processes, in addition to the caller's.
 
-It is offline and sends nothing, finds this package first, and has its share of threads and memory that is used again.
+They keep a process offline and free of telemetry, let it find this package first, limit its threads, and make it reuse
+its memory.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ CPU_MEMORY = {
     "MALLOC_TOP_PAD_": str(64 << 20),
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
 }
-"""Memory that a tensor gave back is used again. glibc would return it to the system and fetch fresh pages for the next
-tensor, which took as long as the arithmetic on it. oneDNN keeps code for 1,024 shapes of products, and nearly every
-batch has new ones: gigabytes after some dozen steps (docs/LOG.md, 2026-11-25). What the user has set stays."""
+"""Makes a process reuse the memory of freed tensors. glibc would return it to the system and fetch fresh pages for the
+next tensor, which took as long as the arithmetic on it. By default oneDNN caches code for 1,024 shapes of products, and
+nearly every batch has new shapes: gigabytes after a few dozen steps (docs/LOG.md, 2026-11-25). Variables that the user
+has set stay."""
 
 WAITING_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Whoever sets one of these has chosen how OpenMP's threads wait."""
+"""If the user has set one of these, the way in which OpenMP's threads wait is left alone."""
 _SPINS_ON_AMD = "1000"
 
 
 def of_worker(threads: int, pythonpath: str) -> dict[str, str]:
-    """Variables laid over the caller's; ``pythonpath`` is what that has to say of packages, behind ours."""
+    """Variables that replace the caller's; ``pythonpath`` is the caller's and is searched after our own folder."""
     return {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
@@ -45,8 +47,8 @@ def of_worker(threads: int, pythonpath: str) -> dict[str, str]:
 
 
 def idle_threads(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
-    """Has OpenMP's idle threads sleep soon. By default they spin for milliseconds, and beside another busy process they
-    spin on the core that a working thread needs: training steps took 18 times as long.
+    """Makes OpenMP's idle threads sleep soon. By default they spin for milliseconds, and next to another busy process
+    they spin on the core that a working thread needs: training steps took 18 times as long.
 
     On two Intel cores, sleeping at once cost nothing on a quiet machine. On two AMD cores it cost a fifth, and a short
     spin a twentieth (docs/LOG.md, 2026-11-26).
@@ -58,11 +60,11 @@ def idle_threads(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
 
 
 def own_code(pythonpath: str) -> dict[str, str]:
-    """Variables by which a process finds this package first, whatever lies in the folder that it starts in."""
+    """Variables that make a process find this package first, whatever is in its working folder."""
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(part for part in (str(CODE_ROOT), pythonpath) if part)}
 
 
 def _on_cpu() -> dict[str, str]:
-    """DeepSpeed, where it is installed, would warn in every log that it found no GPU. Nothing is compiled at run time,
-    and reading in PyTorch's compiler because bitsandbytes names it takes a stage most of a second."""
+    """Without a GPU: DeepSpeed, if it is installed, would warn in every log that it found none. Nothing is compiled at
+    run time, but bitsandbytes imports PyTorch's compiler, which takes most of a second in each stage."""
     return {} if hardware.count_devices() else {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}

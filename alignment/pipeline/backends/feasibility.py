@@ -1,4 +1,4 @@
-"""How a plan's stages are launched, and what of that this machine cannot do; said before anything starts."""
+"""How a plan's stages are launched; refuses what this machine cannot launch before anything starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from alignment.stages.registry import as_trained, kind_of
 
 
 def of_stage(launch: LaunchConfig, config: StageConfig, *, num_devices: int) -> LaunchConfig:
-    """A stage's launch, its processes counted; measuring is one process's work, which then has all the cores.
+    """A stage's launch with its number of processes. A stage that measures has one process, with all the cores.
 
     Raises:
         ConfigError: it asks for a process on each GPU, and there is none.
@@ -34,13 +34,14 @@ def of_stage(launch: LaunchConfig, config: StageConfig, *, num_devices: int) -> 
 
 
 def devices_for(launch: LaunchConfig) -> int:
-    """GPUs that stages will find: those of a job, or of this machine."""
+    """The number of GPUs that stages will find: those of a job, or of this machine."""
     submission = slurm.submission(launch)
     return hardware.count_devices() if submission is None else submission.gpus
 
 
 def why_not_here(plan: Plan) -> str:
-    """Why what the plan has to run cannot be started, or nothing; a plan may be meant for another machine."""
+    """Why this machine cannot start the stages that have to run, or an empty string; a plan may be meant for another
+    machine."""
     launch = plan.config.launch
     try:
         refuse_what_cannot_start(launch, plan.stages, num_devices=devices_for(launch))
@@ -50,10 +51,10 @@ def why_not_here(plan: Plan) -> str:
 
 
 def refuse_what_cannot_start(launch: LaunchConfig, stages: Sequence[PlannedStage], *, num_devices: int) -> None:
-    """Better said now than after the stages before. ``num_devices`` counts the GPUs that they will find.
+    """Refuses stages that cannot be launched, before any stage runs. ``num_devices`` counts the GPUs they will find.
 
     Raises:
-        ConfigError: some stage that has to run cannot be launched so.
+        ConfigError: some stage that has to run cannot be launched with these settings.
     """
     faults: list[Fault] = []
     for stage in stages:
@@ -70,14 +71,14 @@ def refuse_what_cannot_start(launch: LaunchConfig, stages: Sequence[PlannedStage
 
 
 def refuse_sizes(plan: Plan) -> None:
-    """Batches, prompts and processes that do not go together on any machine.
+    """Refuses batches, prompts and processes that do not work together on any machine.
 
     Raises:
-        ConfigError: some stage that has to run could not be shared out, or has too little data for its settings.
+        ConfigError: some stage that has to run cannot be split over its processes, or has too little data.
     """
     launch = plan.config.launch
     waiting = [stage for stage in plan.stages if stage.action is not Action.reuse]
-    if launch.num_processes:  # else the machine says how many there are
+    if launch.num_processes:  # otherwise the number depends on the machine
         refuse([fault for stage in waiting for fault in _size_faults(stage, launch.world_size)])
 
 
@@ -89,8 +90,8 @@ def _size_faults(stage: PlannedStage, processes: int) -> Iterator[Fault]:
     yield from kind.launch.size_faults(config, processes, where)
     if isinstance(config.optim, OptimConfig) and config.optim.batch_size % processes:
         message = (
-            f"{config.optim.batch_size} does not divide by {processes} processes; choose a multiple of {processes}, or "
-            "another launch.num_processes"
+            f"{config.optim.batch_size} is not divisible by {processes} processes; choose a multiple of {processes}, "
+            "or another launch.num_processes"
         )
         yield Fault(where=f"{where}.optim.batch_size", message=message)
     yield from row_counts.faults(config, stage.seen, where=where)
@@ -99,13 +100,13 @@ def _size_faults(stage: PlannedStage, processes: int) -> Iterator[Fault]:
 def _refuse_missing_package(launch: LaunchConfig) -> None:
     if launch.sharding.by_deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
-            f"{launch.sharding.value} is DeepSpeed's, which is not installed",
+            f"{launch.sharding.value} needs DeepSpeed, which is not installed",
             where="launch.sharding",
             remedy="pip install 'deepspeed>=0.19,<0.20', or launch=ddp",
         )
 
 
 def _page_faults(config: TrainedConfig, where: str, *, num_devices: int) -> Iterator[Fault]:
-    # bitsandbytes itself would go on without pages, and say so in a log.
+    # bitsandbytes itself would only log this and continue without paging.
     if config.optim.moments is Moments.paged_eight_bit and not num_devices:
-        yield Fault(where=f"{where}.moments", message="pages are a GPU's, and there is none; take eight_bit")
+        yield Fault(where=f"{where}.moments", message="paging needs a GPU, and there is none; use eight_bit")

@@ -1,8 +1,8 @@
 """Several machines on one shared folder: the first runs the plan, the others start their processes of each stage.
 
-Before a stage's processes start, the first machine leaves word of the attempt beside the stage's file; every other one
-answers each attempt once, with the same command under its own rank. While the first is at work it shows signs of life,
-so that no machine waits for one that is gone.
+Before a stage's processes start, the first machine announces the attempt in a file next to the stage's file. Every
+other machine answers each attempt once, with the same command under its own rank. While the first machine is working,
+it shows signs of life, so that the others do not wait for a machine that is gone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _STOPPED = {"preempted": PREEMPTED, "interrupted": INTERRUPTED}
 
 @contextmanager
 def announced(folder: Path, launch: LaunchConfig, fingerprint: str) -> Iterator[None]:
-    """Leaves word of an attempt at a stage in its folder while the block runs, where other machines wait for one."""
+    """Announces an attempt at a stage in its folder while the block runs, if there are other machines."""
     file = folder / ATTEMPT
     if launch.backend.num_machines == 1:
         yield
@@ -49,7 +49,7 @@ def announced(folder: Path, launch: LaunchConfig, fingerprint: str) -> Iterator[
 
 
 def show_life(run_folder: Path, launch: LaunchConfig) -> None:
-    """The first machine's sign of life, where others look for it."""
+    """Renews the first machine's sign of life, if there are other machines."""
     if launch.backend.num_machines > 1:
         with suppress(OSError):  # the next one is due in half a second
             (run_folder / LIFE).touch()
@@ -59,8 +59,8 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, comm
     """What every machine but the first does for these stages; returns the exit code of the run.
 
     Raises:
-        StageError: the run failed on the first machine, or nothing was heard of it for ``launch.hang_seconds``.
-        ConfigError: the first machine makes something else.
+        StageError: the run failed on the first machine, or that gave no sign of life for ``launch.hang_seconds``.
+        ConfigError: the first machine makes another result.
     """
     launch = plan.config.launch
     machine = f"machine {launch.backend.machine_rank} of {launch.backend.num_machines}"
@@ -77,7 +77,7 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, comm
         return INTERRUPTED
     except Terminated:
         return PREEMPTED
-    console.print(f"{machine} has no more to do", highlight=False)
+    console.print(f"{machine} has nothing more to do", highlight=False)
     return 0
 
 
@@ -109,14 +109,14 @@ class _Follower:
             if self._seen_running and state == "failed":
                 raise self._failed("the run failed on the first machine")
             if self._seen_running and state in ("done", FORGOT) and read_manifest(self._stage.artifact) is None:
-                raise self._other()
+                raise self._different_result()
             self._refuse_silence()
             time.sleep(_POLL_SECONDS)
         return 0
 
     def _answer(self, attempt: dict[str, str]) -> None:
         if attempt["fingerprint"] != self._stage.fingerprint:
-            raise self._other()
+            raise self._different_result()
         self._answered, self._seen_running = attempt["attempt"], True
         launch = feasibility.of_stage(
             self._plan.config.launch, self._stage.config, num_devices=hardware.count_devices()
@@ -130,26 +130,26 @@ class _Follower:
         )
 
     def _refuse_silence(self) -> None:
-        """The first machine is at work as long as its sign changes; whose clock dates it does not matter."""
+        """The first machine is alive as long as the file's time changes; the two clocks need not agree."""
         limit = self._plan.config.launch.hang_seconds
         with suppress(OSError):  # not there yet, or not for a moment (ESTALE)
             life = (self._plan.run_folder / LIFE).stat().st_mtime_ns
             if life != self._life:
                 self._life, self._heard = life, time.monotonic()
         if limit and time.monotonic() - self._heard > limit:
-            raise self._failed(f"nothing was heard of the first machine for {limit} seconds (launch.hang_seconds)")
+            raise self._failed(f"no sign of life from the first machine for {limit} seconds (launch.hang_seconds)")
 
     def _failed(self, message: str) -> StageError:
         own = f"log-{self._plan.config.launch.backend.machine_rank}.txt"
         return StageError(
             message,
             where=f"stage {self._stage.name}",
-            remedy=f"see there, or {self._folder / 'log.txt'} and {self._folder / own}",
+            remedy=f"look there, or in {self._folder / 'log.txt'} and {self._folder / own}",
         )
 
-    def _other(self) -> ConfigError:
+    def _different_result(self) -> ConfigError:
         return ConfigError(
-            "the first machine makes another result than this one would",
+            "the first machine makes a different result than this one would",
             where=f"stage {self._stage.name}",
             remedy="start the same command on each, with the same code and data; only machine_rank differs",
         )
@@ -164,7 +164,7 @@ def _read(file: Path) -> dict[str, str]:
 
 
 def _state(run_folder: Path) -> str:
-    """How the first machine's run stands, as far as it has written anything."""
+    """The state of the first machine's run, or an empty string if it cannot be read."""
     try:
         return RunRecord.read(run_folder).state
     except ArtifactError:
@@ -172,4 +172,4 @@ def _state(run_folder: Path) -> str:
 
 
 def _nothing() -> None:
-    """The first machine looks after the processes of all."""
+    """Does nothing, because the first machine watches the processes of all."""

@@ -30,7 +30,7 @@ def call(argv: Sequence[str]) -> int:
 
 
 def _nothing(_: BaseException) -> None:
-    """Nobody has to hear of an interruption."""
+    """Ignores an interruption."""
 
 
 def execute(
@@ -42,17 +42,16 @@ def execute(
     on_stop: Callable[[BaseException], None] = _nothing,
     keep_open: Sequence[int] = (),
 ) -> int:
-    """Runs a command to its end, output appended to ``log``, of which beginning and end are kept where it gets long;
-    returns its exit code, negative for a signal.
+    """Runs a command to its end; returns its exit code, negative for a signal.
 
-    The command has a session of its own, so that Ctrl-C reaches this process alone. If this call is interrupted (by
-    Ctrl-C, or an exception raised in a signal handler), the workers are asked to stop, awaited for ``grace_seconds``,
-    then killed; the interruption goes on. No process of the command outlives this call. ``on_poll`` is called twice a
-    second; where it finds that they are lost and raises an AlignmentError, they are killed at once. ``on_stop`` is
-    called with an interruption before the wait for it. Descriptors in ``keep_open`` stay open in the command, and locks
-    with them.
+    Its output is appended to ``log``; of a long log, only the beginning and the end are kept. The command has its own
+    session, so that Ctrl-C reaches only this process. If this call is interrupted (by Ctrl-C, or an exception raised in
+    a signal handler), the workers are asked to stop, have ``grace_seconds`` to do so, and are then killed; the
+    interruption is raised again. No process of the command outlives this call. ``on_poll`` is called twice a second; if
+    it raises an AlignmentError, the workers are killed at once. ``on_stop`` is called with an interruption before the
+    wait. Descriptors in ``keep_open`` stay open in the command, and so do their locks.
     """
-    with log.open("ab") as sink, _answered_later() as came, _deaf_launcher():
+    with log.open("ab") as sink, _signals_deferred() as arrived, _sigusr1_blocked():
         leader = psutil.Popen(
             command.argv,
             env={**os.environ, **command.environment},
@@ -62,37 +61,35 @@ def execute(
             start_new_session=True,
             pass_fds=keep_open,
         )
-    family = _Family(leader)
+    tree = _ProcessTree(leader)
     try:
-        for number in came:
+        for number in arrived:
             signal.raise_signal(number)
         while (code := _exit_code(leader)) is None:
-            family.look()
+            tree.look()
             shorten(log)
             on_poll()
-        if -code in SIGNALS:  # the launcher alone was asked to stop, and its workers have yet to hear of it
-            family.ask_to_stop()
-            family.wait(grace_seconds)
+        if -code in SIGNALS:  # only the launcher was asked to stop, so its workers do not know yet
+            tree.ask_to_stop()
+            tree.wait(grace_seconds)
         return code
     except AlignmentError:
         raise
     except BaseException as stop:
-        family.ask_to_stop()
-        with suppress(
-            OSError, SystemExit
-        ):  # a terminal that was closed takes no words, and the worker saves all the same
+        tree.ask_to_stop()
+        with suppress(OSError, SystemExit):  # the terminal may be closed; the worker saves all the same
             on_stop(stop)
-        family.wait(grace_seconds)
+        tree.wait(grace_seconds)
         raise
     finally:
-        family.kill()
+        tree.kill()
         shorten(log)
 
 
 @contextmanager
-def _deaf_launcher() -> Iterator[None]:
-    """SIGUSR1 would kill a launcher, which knows nothing of it; workers take it as a request. A process that is started
-    while a signal is blocked goes on to block it, and so do those that it starts; workers unblock it."""
+def _sigusr1_blocked() -> Iterator[None]:
+    """Starts a launcher with SIGUSR1 blocked. The signal would kill a launcher, which does not handle it; workers take
+    it as a request to stop. A process inherits the blocked signals of its parent; workers unblock this one."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     try:
         yield
@@ -101,39 +98,39 @@ def _deaf_launcher() -> Iterator[None]:
 
 
 @contextmanager
-def _answered_later() -> Iterator[list[int]]:
-    """Signals that come while a process starts; an exception of their handlers would leave it without anybody who knows
-    of it."""
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # handlers are the main thread's
-        yield came
+def _signals_deferred() -> Iterator[list[int]]:
+    """Collects signals that arrive while a process starts, because an exception from their handlers would leave that
+    process running without a parent that knows it."""
+    arrived: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread has handlers
+        yield arrived
         return
     taken = [number for number in SIGNALS if callable(signal.getsignal(number))]
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in taken}
+    before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in taken}
     try:
-        yield came
+        yield arrived
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _exit_code(leader: psutil.Popen) -> int | None:
-    """Waits a moment; None while it still runs."""
+    """The exit code, or None if the process still runs after a short wait."""
     try:
         return int(leader.wait(timeout=_POLL_SECONDS))
     except psutil.TimeoutExpired:
         return None
 
 
-class _Family:
-    """A launcher and all that it started, remembered so that workers are found even after their launcher died."""
+class _ProcessTree:
+    """A launcher and its descendants, remembered so that workers are found even after their launcher died."""
 
     def __init__(self, leader: psutil.Process) -> None:
         self._leader = leader
         self._known: dict[int, psutil.Process] = {}
 
     def look(self) -> None:
-        """Notes who is there now."""
+        """Remembers the processes that exist now."""
         with suppress(psutil.NoSuchProcess):
             for process in self._leader.children(recursive=True):
                 self._known.setdefault(process.pid, process)
@@ -157,7 +154,7 @@ class _Family:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """Ends whoever is left, and collects the launcher."""
+        """Kills the processes that are left, and collects the launcher's exit code."""
         for process in self._alive():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -168,7 +165,7 @@ class _Family:
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    """A process that ended and was not collected by its parent does not count."""
+    """Whether the process runs; a zombie does not count."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

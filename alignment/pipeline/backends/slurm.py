@@ -1,4 +1,4 @@
-"""Slurm's own commands, each called with a list of arguments and for a bounded time."""
+"""Calls Slurm's own commands, each with a list of arguments and a time limit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ENDED = frozenset(
 class Job:
     """What Slurm says of a job: ``Job(state="PENDING", reason="Priority", exit_code=0)``.
 
-    ``reason`` is why it waits, or ``None`` as Slurm writes it; ``exit_code`` counts once it has ended.
+    ``reason`` is why it waits, or the text ``None``, as Slurm writes it; ``exit_code`` is valid once it has ended.
     """
 
     state: str
@@ -42,13 +42,13 @@ class Job:
 
 
 def submission(launch: LaunchConfig) -> SlurmBackend | None:
-    """How stages are submitted; None where they are not, as inside a job."""
+    """How stages are submitted; None if they are not, as inside a job."""
     backend = launch.backend
     return backend if isinstance(backend, SlurmBackend) and backend.submit else None
 
 
 def refuse_without_slurm() -> None:
-    """Returns where jobs can be submitted.
+    """Refuses a machine on which jobs cannot be submitted.
 
     Raises:
         ConfigError: there is no ``sbatch``.
@@ -57,15 +57,15 @@ def refuse_without_slurm() -> None:
         raise ConfigError(
             "there is no sbatch on this machine",
             where="launch.backend",
-            remedy="call it on a login node of the cluster, load its slurm module, or take launch/backend=local",
+            remedy="call it on a login node of the cluster, load its slurm module, or use launch/backend=local",
         )
 
 
 def submit(file: Path, *, after: str | None) -> str:
-    """Hands a job file to Slurm, to start when the job ``after`` has ended well; returns the job's id.
+    """Submits a job file, to start when the job ``after`` has ended well; returns the job's id.
 
     Raises:
-        ConfigError: Slurm refuses it; the message is Slurm's own.
+        ConfigError: Slurm refuses it, with the reason that Slurm gives, or does not answer in time.
     """
     argv = ["sbatch", "--parsable"]
     if after is not None:
@@ -73,7 +73,7 @@ def submit(file: Path, *, after: str | None) -> str:
     outcome = _call([*argv, str(file)], seconds=_SUBMIT_SECONDS)
     if outcome is None:
         raise ConfigError(f"sbatch gave no answer in {_SUBMIT_SECONDS:.0f} seconds", where=str(file))
-    job = outcome.stdout.strip().partition(";")[0]  # behind it, the name of one of several clusters
+    job = outcome.stdout.strip().partition(";")[0]  # the name of one of several clusters may follow
     if outcome.returncode != 0 or re.fullmatch(r"\d+", job, re.ASCII) is None:
         reason = outcome.stderr.strip() or outcome.stdout.strip() or "it gave no reason"
         raise ConfigError(
@@ -83,15 +83,15 @@ def submit(file: Path, *, after: str | None) -> str:
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Ends jobs, as far as Slurm knows them."""
+    """Cancels those of the jobs that Slurm knows."""
     if jobs:
         _call(["scancel", *jobs], seconds=_ASK_SECONDS)
 
 
 def look(jobs: Sequence[str]) -> dict[str, Job] | None:
-    """What Slurm knows of each job, by id; ended ones for some minutes, or for as long as it keeps accounts.
+    """What Slurm knows of each job, by id. It knows ended jobs for some minutes, or for as long as it keeps accounts.
 
-    None: Slurm is not there, or gave no answer in time.
+    None: Slurm is not there, or did not answer in time.
     """
     if not jobs:
         return {}
@@ -117,7 +117,7 @@ def _queue(jobs: Sequence[str]) -> dict[str, Job] | None:
 
 
 def _accounts(jobs: Sequence[str]) -> dict[str, Job]:
-    """Jobs that the queue has forgotten; nothing where a cluster keeps no accounts."""
+    """Jobs that are no longer in the queue; empty if the cluster keeps no accounts."""
     columns = "--format=JobIDRaw,State,ExitCode"
     argv = ["sacct", "--noheader", "--parsable2", "--allocations", columns, f"--jobs={','.join(jobs)}"]
     outcome = _call(argv, seconds=_ASK_SECONDS)
@@ -129,7 +129,7 @@ def _accounts(jobs: Sequence[str]) -> dict[str, Job]:
 
 
 def _exit_code(text: str) -> int:
-    """``5`` of ``5:0``; behind the colon stands a signal."""
+    """``5`` of ``5:0``; the number after the colon is a signal."""
     code = text.partition(":")[0]
     return int(code) if code.isdecimal() else 0
 

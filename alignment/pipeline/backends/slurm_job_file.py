@@ -1,4 +1,4 @@
-"""A stage as a job file for ``sbatch``: a pure function of the plan, and the template in ``launch/slurm``."""
+"""A stage as a job file for ``sbatch``: a pure function of the plan and the template in ``launch/slurm``."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from alignment.stages.registry import kind_of
 
 TEMPLATE = Path("slurm") / "stage.sbatch"
 HERE = "launch.backend.submit=false"
-"""What makes the driver inside a job run the stage itself."""
+"""The override that makes the driver inside a job run the stage itself."""
 
 _DIRECTIVE = re.compile(r"[A-Za-z0-9._/@:=,+%-]+")
-"""No newline, which would begin another directive, no space, no quote, nothing that a shell would read."""
+"""No newline, which would begin another directive, no space, no quote, nothing that a shell would interpret."""
 
 
 def render(plan: Plan, stage: PlannedStage, *, folder: Path, wait: bool = False) -> str:
-    """The job file of a stage; the job runs ``align run … --stage NAME`` in ``folder``, where the user called it, and
-    with ``wait`` waits for another one that makes the same result.
+    """The job file of a stage. The job runs ``align run … --stage NAME`` in ``folder``, where the user called it; with
+    ``wait`` it waits for another process that makes the same result.
 
     Raises:
-        ConfigError: something cannot stand in a directive of Slurm, such as a folder with a space in its name.
+        ConfigError: a value is not allowed in a directive of Slurm, such as a folder with a space in its name.
     """
     slurm = plan.config.launch.backend
-    assert isinstance(slurm, SlurmBackend), "jobs are submitted by it alone"
+    assert isinstance(slurm, SlurmBackend), "no other backend submits jobs"
     directives = [_checked(directive) for directive in _directives(plan, stage, slurm)]
     step = ["--ntasks=1", "--kill-on-bad-exit=1"]
     if slurm.cpus is not None:
-        step.append(f"--cpus-per-task={slurm.cpus}")  # srun does not take it from the job
+        step.append(f"--cpus-per-task={slurm.cpus}")  # srun does not inherit it from the job
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     template = environment.from_string((shipped("launch") / TEMPLATE).read_text(encoding="utf-8"))
     return template.render(
@@ -50,7 +50,7 @@ def render(plan: Plan, stage: PlannedStage, *, folder: Path, wait: bool = False)
 
 
 def _command(plan: Plan, stage: PlannedStage, *, wait: bool) -> list[str]:
-    """What the user called, for one stage. ``-u``: a log shows each line when it is printed."""
+    """The user's command for one stage. ``-u``: a log shows each line when it is printed."""
     driver = [sys.executable, "-u", "-m", "alignment.cli", "run", plan.recipe, "--stage", stage.name]
     return [*driver, *(["--wait"] if wait else []), *plan.overrides, HERE]
 
@@ -78,7 +78,7 @@ def _directives(plan: Plan, stage: PlannedStage, slurm: SlurmBackend) -> Iterato
 
 
 def _num_gpus(config: StageConfig, slurm: SlurmBackend) -> int:
-    """A report draws, and measuring is one process's work."""
+    """A stage that the driver makes needs no GPU, and one with a single process needs at most one."""
     runs_on = kind_of(config).launch.runs_on
     if runs_on is RunsOn.driver:
         return 0
@@ -86,14 +86,14 @@ def _num_gpus(config: StageConfig, slurm: SlurmBackend) -> int:
 
 
 def _literal(path: Path) -> str:
-    """The path as Slurm reads it, which replaces what follows a % sign."""
+    """The path, escaped for Slurm, which replaces what follows a % sign."""
     return str(path).replace("%", "%%")
 
 
 def _checked(directive: str) -> str:
     if _DIRECTIVE.fullmatch(directive) is None:
         raise ConfigError(
-            f"{directive!r} cannot stand in a job file",
+            f"{directive!r} is not allowed in a job file",
             where="launch.backend",
             remedy="its names and folders may hold A-Z a-z 0-9 . _ / @ : = , + % -; output=FOLDER names another folder",
         )

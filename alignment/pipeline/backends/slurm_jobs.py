@@ -1,4 +1,4 @@
-"""A run as a chain of Slurm jobs, one a stage, each the ordinary driver: submit it, follow it, know it again."""
+"""Submits and follows a run as a chain of Slurm jobs, one for each stage, each of which is the ordinary driver."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from alignment.records.run import RunRecord
 from alignment.records.worker import Progress
 
 FILE = "jobs.json"
-"""In the run's folder: stage → id of its job. What submits writes it, and jobs never do: they write ``run.json``."""
+"""In the run's folder: stage → id of its job. Only the call that submits writes it; jobs write ``run.json``."""
 
 _POLL_SECONDS = 5.0
 _SHOWN_LATE_SECONDS = 60.0
-"""Within which a shared file system shows here what another machine has written."""
+"""Time within which a shared file system shows here what another machine has written."""
 _FORGOTTEN = Job(state="COMPLETED", reason="Slurm has forgotten it")
 
 
 def submit(plan: Plan, stages: Sequence[PlannedStage], *, wait: bool) -> dict[str, str]:
-    """Submits a job for each stage, in their order, each to start when the one before has ended well; returns the ids.
+    """Submits a job for each stage, in order, each to start when the one before has ended well; returns the ids.
 
     Raises:
         ConfigError: Slurm refuses one; those before it are cancelled.
@@ -51,7 +51,7 @@ def submit(plan: Plan, stages: Sequence[PlannedStage], *, wait: bool) -> dict[st
 
 
 def read_jobs(run_folder: Path) -> dict[str, str]:
-    """Stage → id of the job that was submitted for it last; empty where none was."""
+    """Stage → id of the job that was last submitted for it; empty if none was."""
     try:
         jobs = json.loads((run_folder / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -60,24 +60,24 @@ def read_jobs(run_folder: Path) -> dict[str, str]:
 
 
 def states(run_folder: Path) -> dict[str, str]:
-    """Stage → its job in words, ``job 12 PENDING (Priority)``; the id alone where Slurm cannot be asked."""
+    """Stage → its job in words, ``job 12 PENDING (Priority)``; only the id if Slurm does not answer."""
     jobs = read_jobs(run_folder)
     known = slurm.look(list(jobs.values())) or {}
     return {stage: f"job {job} {known.get(job, '')}".rstrip() for stage, job in jobs.items()}
 
 
 def live(run_folder: Path) -> dict[str, str]:
-    """Stage → id of those jobs of the run of which Slurm says that they wait or run."""
+    """Stage → id of its job, for the jobs of the run that wait or run according to Slurm."""
     jobs = read_jobs(run_folder)
     known = slurm.look(list(jobs.values())) or {}
     return {stage: job for stage, job in jobs.items() if job in known and not known[job].ended}
 
 
 def refuse_queued(run_folder: Path) -> None:
-    """Returns where no job of the run waits or runs; jobs that have ended are forgotten.
+    """Refuses a run of which jobs wait or run; jobs that have ended are forgotten.
 
     Raises:
-        Busy: some do.
+        Busy: there are such jobs.
     """
     left = live(run_folder)
     if left:
@@ -87,7 +87,7 @@ def refuse_queued(run_folder: Path) -> None:
 
 
 def follow(plan: Plan, stages: Sequence[PlannedStage], jobs: Mapping[str, str], display: Display) -> None:
-    """Shows each stage's job until it has ended; returns when all ended well. Interrupting it ends no job.
+    """Shows each stage's job until it has ended; returns when all ended well. An interruption does not end the jobs.
 
     Raises:
         AlignmentError: a job failed; the kind of error is that of the driver in it.
@@ -96,48 +96,48 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], jobs: Mapping[str, str], 
         _follow_stage(plan, stage, jobs[stage.name], display)
 
 
-def _follow_stage(plan: Plan, stage: PlannedStage, number: str, display: Display) -> None:
+def _follow_stage(plan: Plan, stage: PlannedStage, job_id: str, display: Display) -> None:
     shown, running = "", False
     try:
-        for job in _polled(number):
+        for job in _polled(job_id):
             if running and job.state == "PENDING":
-                display.end(stage.name, "stopped", "queued again; it goes on from its checkpoint")
+                display.end(stage.name, "stopped", "queued again; it continues from its checkpoint")
                 running = False
             if not running and job.state == "RUNNING":
-                display.begin(stage.name, f"job {number}")
+                display.begin(stage.name, f"job {job_id}")
                 running = True
             elif not running and str(job) != shown:
-                display.note(f"{stage.name}: job {number} {job}")
+                display.note(f"{stage.name}: job {job_id} {job}")
             shown = str(job)
             progress = Progress.read(stage.work) if running else None
             if progress is not None:
                 display.update(progress)
-        _refuse_failed(plan, stage, number, job)
+        _refuse_failed(plan, stage, job_id, job)
     except BaseException as stop:
-        display.end(stage.name, "stopped" if isinstance(stop, KeyboardInterrupt) else "failed", f"job {number}")
+        display.end(stage.name, "stopped" if isinstance(stop, KeyboardInterrupt) else "failed", f"job {job_id}")
         raise
     seconds = RunRecord.read(plan.run_folder).stages[stage.name].seconds
     display.end(stage.name, "done", f"{duration(seconds):<12} {stage.artifact.name}")
 
 
-def _polled(number: str) -> Iterator[Job]:
-    """What Slurm says of a job now and then; the last one is how it ended. Silence of Slurm is waited out."""
+def _polled(job_id: str) -> Iterator[Job]:
+    """A job's state at intervals; the last one is how it ended. Waits as long as Slurm does not answer."""
     while True:
-        known = slurm.look([number])
+        known = slurm.look([job_id])
         if known is not None:
-            job = known.get(number, _FORGOTTEN)
+            job = known.get(job_id, _FORGOTTEN)
             yield job
             if job.ended:
                 return
         time.sleep(_POLL_SECONDS)
 
 
-def _refuse_failed(plan: Plan, stage: PlannedStage, number: str, job: Job) -> None:
-    log = plan.run_folder / stage.name / f"slurm-{number}.log"
+def _refuse_failed(plan: Plan, stage: PlannedStage, job_id: str, job: Job) -> None:
+    log = plan.run_folder / stage.name / f"slurm-{job_id}.log"
     if job.state != "COMPLETED":
         kind = worker_protocol.ERRORS.get(job.exit_code, StageError)
         raise kind(
-            f"job {number} ended as {job} with exit code {job.exit_code}\n{worker_protocol.tail(log)}".rstrip(),
+            f"job {job_id} ended as {job} with exit code {job.exit_code}\n{worker_protocol.tail(log)}".rstrip(),
             where=f"stage {stage.name}",
             remedy=f"log: {log}",
         )
@@ -146,13 +146,13 @@ def _refuse_failed(plan: Plan, stage: PlannedStage, number: str, job: Job) -> No
         time.sleep(_POLL_SECONDS)
     if read_manifest(stage.artifact) is None:
         raise ConfigError(
-            f"job {number} has ended, but its result {stage.artifact.name} is not there; "
-            "were the recipe, its data or the code changed meanwhile?",
+            f"job {job_id} has ended, but its result {stage.artifact.name} is missing; "
+            "were the recipe, its data or the code changed in the meantime?",
             where=f"stage {stage.name}",
             remedy=f"run it again; log: {log}",
         )
 
 
 def advice(run: str, jobs: Mapping[str, str]) -> str:
-    """What a user can do about jobs that were submitted."""
+    """What a user can do about submitted jobs."""
     return f"`align status {run}` shows them, `scancel {' '.join(jobs.values())}` ends them"

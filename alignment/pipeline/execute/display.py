@@ -18,7 +18,7 @@ _PLAIN_EVERY_SECONDS = 30.0
 _SHOWN_FIGURES = 3
 _BAR_WIDTHS = (20, 8)
 _NARROW = 110
-"""Columns of a terminal below which the bar takes the smaller width, so that its line stays one line."""
+"""Width of a terminal, in columns, below which the bar is shorter, so that its line does not wrap."""
 
 Clock = Callable[[], float]
 """Seconds that only go up."""
@@ -26,16 +26,16 @@ _MARKS = {"done": "[green]✓[/]", "reused": "[cyan]=[/]", "failed": "[red]✗[/
 
 
 class Display(Protocol):
-    """Told what happens; decides what is worth a line."""
+    """Is notified of what happens, and decides what to print."""
 
     def note(self, text: str) -> None:
-        """A step that is no stage, such as a download."""
+        """A step that is not a stage, such as a download."""
 
     def begin(self, stage: str, reason: str) -> None:
         """A stage starts."""
 
     def update(self, progress: StageProgress) -> None:
-        """The stage that runs is this far."""
+        """The running stage has made this progress."""
 
     def end(self, stage: str, state: str, detail: str) -> None:
         """A stage ended: ``done``, ``reused``, ``failed`` or ``stopped``."""
@@ -64,17 +64,17 @@ def figures(progress: StageProgress) -> str:
 
 
 def steps(progress: StageProgress) -> str:
-    """``12/57``, ``12`` where nobody knows of how many, or nothing before the first."""
+    """``12/57``, ``12`` if the total is unknown, or nothing before the first step."""
     if progress.total:
         return f"{progress.step}/{progress.total}"
     return str(progress.step or "")
 
 
 class _Pace:
-    """How long a stage's remaining steps take, judged by all steps since it was first seen.
+    """Estimates how long a stage's remaining steps take, from all steps since it was first seen.
 
-    A window of seconds would hold no two steps of PPO, where an update and its sampling take minutes. Phases that count
-    the same steps, such as sampling and training, share a pace.
+    A window of seconds would not contain two steps of PPO, whose update and sampling take minutes. Phases that count
+    the same steps, such as sampling and training, share an estimate.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -84,7 +84,7 @@ class _Pace:
         self._began = self._reached = 0.0
 
     def see(self, progress: StageProgress) -> None:
-        """The stage is this far now."""
+        """Records the stage's progress now."""
         now = self._clock()
         if progress.total != self._total or progress.step < self._latest:
             self._total, self._first, self._began = progress.total, progress.step, now
@@ -93,7 +93,7 @@ class _Pace:
             self._latest, self._reached = progress.step, now
 
     def left(self) -> float | None:
-        """Seconds, or None before a step was seen to take its time."""
+        """Seconds, or None before a step has been timed."""
         done = self._latest - self._first
         if not self._total or not done:
             return None
@@ -102,7 +102,7 @@ class _Pace:
 
 
 class _Times(ProgressColumn):
-    """``0:18 elapsed, 1:02 left``; it counts on while the stage writes no progress."""
+    """``0:18 elapsed, 1:02 left``; it keeps counting while the stage writes no progress."""
 
     def __init__(self, pace: _Pace) -> None:
         super().__init__(table_column=Column(no_wrap=True))
@@ -161,7 +161,7 @@ class _Live:
             total=progress.total,
             phase=progress.phase,
             steps=steps(progress),
-            figures=figures(progress) or task.fields["figures"],  # sampling comes without, and the last ones hold
+            figures=figures(progress) or task.fields["figures"],  # sampling has none; the last ones stay
         )
 
     def end(self, stage: str, state: str, detail: str) -> None:
@@ -172,8 +172,8 @@ class _Live:
 
 
 class _Plain:
-    """A line when a stage begins, enters a phase for the first time, and ends; between, where it has got further, one
-    every half minute at most."""
+    """Prints a line when a stage begins, enters a phase for the first time, and ends; in between at most one every half
+    minute, if the stage has progressed."""
 
     def __init__(self, console: Console, clock: Clock) -> None:
         self._console = console

@@ -1,4 +1,4 @@
-"""The gate behind a run: which policies lost more than their limits allow, and what a user can do about it."""
+"""The gate after a run: which policies lost more than their limits allow, and what a user can do about it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from alignment.records.forgetting import Forgetting
 from alignment.stages.registry import kind_of
 
 FORGOT = "forgot"
-"""How a run ended whose stages are all done."""
+"""The state of a run whose stages are all done, but in which a policy forgot too much."""
 
 
 def lost(stages: Sequence[PlannedStage]) -> list[str]:
-    """A sentence for each arm that lost too much, whether it was measured just now or results are reused."""
+    """A sentence for each arm that lost too much, in new and in reused results."""
     return [sentence for stage, record in _failed(stages) for sentence in _sentences(stage.name, record)]
 
 
 def refuse(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig]) -> None:
-    """Returns if no arm of these stages lost too much. ``configs`` are all stages of the run.
+    """Refuses stages in which an arm lost too much. ``configs`` are all stages of the run.
 
     Raises:
-        Forgot: some did; names each arm, what it lost, and the remedies.
+        Forgot: an arm did; the error names each such arm, what it lost, and the remedies.
     """
     failed = _failed(stages)
     if failed:
@@ -36,7 +36,7 @@ def refuse(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig]) -
 
 
 def read_outcome(artifact: Path) -> Forgetting | None:
-    """The record of an artifact, or None where it is not there yet.
+    """The record of an artifact, or None if it has none yet.
 
     Raises:
         ArtifactError: it is damaged, or was written by a newer version.
@@ -63,5 +63,7 @@ def _remedy(arm: str, configs: Mapping[str, StageConfig]) -> str:
     name = arm.removeprefix("stage:")
     config = configs.get(name)
     if config is None:
-        return f"{arm} was trained elsewhere; train it with general rows among its own, a lower rate or fewer epochs"
+        return (
+            f"{arm} was trained elsewhere; train it with general rows mixed in, a lower learning rate or fewer epochs"
+        )
     return kind_of(config).outcome.against_forgetting(name)

@@ -1,4 +1,4 @@
-"""What is not wrong, but worth a word before a run starts; and after each stage, what its figures say against it."""
+"""Notes on a plan that is valid but questionable, and on results whose own figures cast doubt on them."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ HIGH_RATE = 1e-2
 
 
 def of_plan(plan: Plan) -> list[str]:
-    """A sentence for each."""
+    """A sentence for each note on the plan."""
     notes = [f"this is {doubts.SMOKE}"] if doubts.is_smoke(plan.profile) else []
     if warning := frozen_rows(plan):
         notes.append(warning)
     notes += _slow_format(plan)
     for stage in plan.stages:
         notes += [*_high_rates(stage), *_small_data(stage)]
-    return [*notes, *_asked_again(plan)]
+    return [*notes, *_shared_prompts(plan)]
 
 
 def _slow_format(plan: Plan) -> Iterator[str]:
-    """What a run would take several times as long for, on a processor that has no bfloat16."""
+    """A note if the run would be several times slower because this processor has no bfloat16."""
     waits = any(stage.action is not Action.reuse and kind_of(stage.config).run for stage in plan.stages)
     on_cpu = not feasibility.devices_for(plan.config.launch)
     if waits and on_cpu and plan.config.model.dtype is Dtype.bfloat16 and not hardware.has_bfloat16():
@@ -68,20 +68,20 @@ def _small_data(stage: PlannedStage) -> Iterator[str]:
         )
 
 
-def _asked_again(plan: Plan) -> Iterator[str]:
-    """Prompts that are learned and evaluated, in the rows that a plan compares."""
+def _shared_prompts(plan: Plan) -> Iterator[str]:
+    """Notes on prompts that are both trained on and evaluated, among the rows that a plan compares."""
     for evaluation in plan.stages:
         if kind_of(evaluation.config).produces != EVALUATION or "data" not in evaluation.seen:
             continue
         for both, stages in _overlaps(plan, HeldOut(evaluation.seen["data"].texts)).items():
             yield (
                 f"{len(both)} of the rows that {', '.join(stages)} may learn from ask what {evaluation.name} asks, "
-                f"such as {both[0].learned}, which has {both[0].share:.0%} of {both[0].held_out}"
+                f"such as {both[0].learned}, which contains {both[0].share:.0%} of {both[0].held_out}"
             )
 
 
 def _overlaps(plan: Plan, held_out: HeldOut) -> dict[tuple[Overlap, ...], list[str]]:
-    """What is learned of the held-out texts, and which stages learn it; several mostly learn the same rows."""
+    """The overlaps of learned and held-out texts, with the stages that learn them; stages often learn the same rows."""
     overlaps: dict[tuple[LocatedText, ...], tuple[Overlap, ...]] = {}
     stages: dict[tuple[Overlap, ...], list[str]] = {}
     for stage in plan.stages:
@@ -94,7 +94,7 @@ def _overlaps(plan: Plan, held_out: HeldOut) -> dict[tuple[Overlap, ...], list[s
 
 
 def of_result(kind: str, artifact: Path) -> list[str]:
-    """What a stage's own figures say against its result, if that is there."""
+    """Doubts that a stage's own figures cast on its result; empty if there is no result."""
     if registry.produced_by(kind) == EVALUATION:
         try:
             return doubts.of_evaluation(Evaluation.read(artifact))
@@ -102,6 +102,6 @@ def of_result(kind: str, artifact: Path) -> list[str]:
             return []
     try:
         manifest = read_manifest(artifact)
-    except ArtifactError:  # whoever builds on it is told; to be shown, it needs no figures
+    except ArtifactError:  # a stage that uses the artifact reports the damage
         return []
     return [] if manifest is None else registry.doubts(kind, manifest.metrics)

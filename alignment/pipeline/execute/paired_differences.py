@@ -1,4 +1,4 @@
-"""Two evaluations on the same prompts: differences prompt by prompt, which say more than two intervals do."""
+"""Compares two evaluations prompt by prompt, which is more precise than comparing their intervals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEED = 0
 
 
 def evaluations(run_folder: Path) -> dict[str, Path]:
-    """The artifacts of a run's evaluations that are done, by stage.
+    """The artifacts of a run's finished evaluations, by stage.
 
     Raises:
         ArtifactError: there is no such run.
@@ -37,7 +37,7 @@ def scores(artifact: Path, arm: str) -> dict[str, dict[str, float]]:
 
 
 def difference(scores: dict[str, float], other_scores: dict[str, float]) -> Interval | None:
-    """Of ``scores`` less ``other_scores``, the mean with its 95 % interval; None if their prompts differ."""
+    """The mean of ``scores`` minus ``other_scores`` with its 95 % interval; None without scores on the same prompts."""
     if not scores or scores.keys() != other_scores.keys():
         return None
     return mean_interval([scores[prompt] - other_scores[prompt] for prompt in scores], samples=SAMPLES, seed=SEED)

@@ -1,4 +1,4 @@
-"""How the driver keeps ``run.json`` up to date while a run goes on (records/run.py)."""
+"""Keeps ``run.json`` (records/run.py) up to date during a run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from alignment.records.run import RunRecord, StageEntry
 
 
 class RunRecorder:
-    """Writes how far a run is, for ``align status`` and for the report.
+    """Writes a run's progress, for ``align status`` and for the report.
 
-    Where the run is about one stage ``only``, what was recorded of results before stays. Of a result that was made with
-    other settings than those of now, its settings stay too; such a run is not done.
+    If the call runs ``only`` one stage, the entries of earlier results stay. If such a result was made with other
+    settings than the current ones, its settings stay too, and the run is not done.
     """
 
     def __init__(self, plan: Plan, *, only: str | None = None) -> None:
@@ -42,14 +42,14 @@ class RunRecorder:
         self._save()
 
     def stage(self, name: str, state: str, *, seconds: float | None = None) -> None:
-        """Notes a stage's new state, and what it took."""
+        """Records a stage's new state and how long it took."""
         entry = replace(self.record.stages[name], state=state)
         if seconds is not None:
             entry = replace(entry, seconds=round(seconds, 2))
         self._save(stages={**self.record.stages, name: entry})
 
     def end(self) -> bool:
-        """Notes that nothing more happens here; returns whether the run is done, or else waits for other calls."""
+        """Records the end of this call. Returns whether the run is done; otherwise it waits for other calls."""
         done = not self._others and all(entry.complete for entry in self.record.stages.values())
         if done:
             self.finish("done")
@@ -58,7 +58,7 @@ class RunRecorder:
         return done
 
     def finish(self, state: str) -> None:
-        """Notes how the run ended: ``done``, ``forgot``, ``failed``, ``preempted`` or ``interrupted``."""
+        """Records how the run ended: ``done``, ``forgot``, ``failed``, ``preempted`` or ``interrupted``."""
         self._save(state=state, finished=_now())
 
     def _save(self, **changes: Any) -> None:
@@ -67,7 +67,7 @@ class RunRecorder:
 
 
 def _recorded(plan: Plan) -> RunRecord:
-    """What is recorded of the run, or nothing where that cannot be read: it is written anew."""
+    """The existing record of the run, or an empty one if that cannot be read; it is then written again."""
     try:
         return RunRecord.read(plan.run_folder)
     except ArtifactError:
@@ -75,13 +75,13 @@ def _recorded(plan: Plan) -> RunRecord:
 
 
 def _earlier_or_new(stage: PlannedStage, earlier: StageEntry | None, only: str | None) -> StageEntry:
-    """The entry of a stage: the one before as long as it is true, and the stage is not about to be run."""
+    """The entry of a stage: the earlier one if it is still true and the stage is not about to run, else a new one."""
     new = _entry(stage)
     if earlier is None:
         return new
     if earlier.artifact != new.artifact:
-        there = stage.name != only and earlier.complete and stage.action is not Action.reuse
-        return replace(earlier, reason="made with other settings") if there else new
+        keeps_earlier = stage.name != only and earlier.complete and stage.action is not Action.reuse
+        return replace(earlier, reason="made with other settings") if keeps_earlier else new
     if stage.action is Action.reuse:
         return earlier if earlier.complete else new
     return earlier if earlier.state in ("waiting", "failed") and stage.name != only else new
@@ -94,19 +94,19 @@ def _entry(stage: PlannedStage) -> StageEntry:
         state="reused" if reused else "waiting",
         reason=stage.reason,
         artifact=str(stage.artifact),
-        seconds=seconds_then(stage) if reused else None,
+        seconds=recorded_seconds(stage) if reused else None,
         inputs=_inputs(stage),
     )
 
 
-def seconds_then(stage: PlannedStage) -> float | None:
-    """What the result took when it was made."""
+def recorded_seconds(stage: PlannedStage) -> float | None:
+    """The seconds that the result took when it was made."""
     manifest = read_manifest(stage.artifact)
     return manifest.usage.get("seconds") if manifest else None
 
 
 def _inputs(stage: PlannedStage) -> dict[str, Any]:
-    """Field → reference; a list for a field that holds several."""
+    """Field → reference, or a list of references if the field holds several."""
     inputs: dict[str, Any] = {}
     for slot in references.slots(stage.config):
         if references.is_arm(slot):

@@ -1,7 +1,7 @@
-"""Trying before the first stage what would stop a later one (alignment/rehearse.py), in a process with a deadline.
+"""Tries before the first stage what could stop a later one (alignment/rehearse.py), in a process with a deadline.
 
-``align plan`` does not: it runs no code of the user's and needs no tokenizer. The stage that runs first is left out,
-because it finds out by itself at once, and so are jobs of Slurm, whose nodes are not this machine.
+``align plan`` does not do this: it runs none of the user's code and needs no tokenizer. The stage that runs first is
+left out, because it would fail at once anyway. So are Slurm jobs, whose nodes are not this machine.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 def rehearse(plan: Plan, stages: Sequence[PlannedStage], *, announce: Callable[[str], None]) -> None:
-    """Returns if nothing is known to stop those of the stages that come behind another.
+    """Tries the stages that run after the first one.
 
     Raises:
-        AlignmentError: what the stage would raise: rows that cannot be learned from, or a scorer that fails.
+        AlignmentError: the error that a stage would raise: rows that cannot be learned from, or a scorer that fails.
         StageError: no answer within ``launch.hang_seconds``.
     """
     waiting = [stage for stage in stages if stage.action is not Action.reuse][1:]
@@ -72,8 +72,8 @@ def _try(plan: Plan, rows: Sequence[PlannedStage], scorers: Sequence[PlannedStag
 
 
 def _environment(plan: Plan) -> dict[str, str]:
-    """A worker's, as far as a scorer may read it: torchrun names the process, and accelerate does not name a single
-    one."""
+    """A worker's environment, as far as a scorer may read it: torchrun sets the variables of the process's rank, and
+    accelerate does not for a single process."""
     devices = hardware.count_devices()
     launch = command.with_processes(plan.config.launch, num_devices=devices)
     own = environment.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
@@ -100,14 +100,14 @@ def _deadline(plan: Plan, scorers: Sequence[PlannedStage]) -> Callable[[], None]
                 f"rows{f' and {code}' if code else ''} were tried before anything trained, and there was no answer "
                 f"within {limit} seconds",
                 where="launch.hang_seconds",
-                remedy="raise it, or set it to 0, if a scorer or a template needs so long",
+                remedy="raise it, or set it to 0, if a scorer or a template needs that long",
             )
 
     return on_poll
 
 
 def _learns_by_own_tokenizer(config: StageConfig, stages: dict[str, StageConfig]) -> bool:
-    """Whether the stage tokenises with the run's base model, which a policy from outside does not stand on."""
+    """Whether the stage tokenises with the run's base model, and does not start from a policy from outside the run."""
     trained = as_trained(config)
     if trained is None or not kind_of(config).learning.rehearsed:
         return False

@@ -1,7 +1,7 @@
-"""Trials that went well (alignment/pipeline/execute/rehearsal.py) are remembered, so that the same is not tried twice.
+"""Remembers rehearsals that succeeded (alignment/pipeline/execute/rehearsal.py), so that none is repeated.
 
-A file for each in ``artifacts/.tried``, named by all that a trial looks at. What it does not look at may change: rates,
-betas, what the stage starts from. So a run that goes on and the later trials of a sweep need not wait again.
+Each has a file in ``artifacts/.tried``, named by a hash of all that the rehearsal reads. Everything else may change:
+rates, betas, what the stage starts from. So a continued run and the later trials of a sweep need not wait again.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _SETTINGS = {
     ROWS: ("data", "max_length", "max_prompt_length", "max_answer_length", "too_long"),
     SCORERS: ("data",),
 }
-"""What a trial of this part reads of a stage's settings."""
+"""The settings of a stage that a rehearsal of each part reads."""
 _CONTENT = {ROWS: ("kind", "revision", "base", "data", "extra_data"), SCORERS: ("data", "code")}
-"""Parts of an identity that stand for the content of what it reads."""
+"""The entries of an identity that cover the content that it reads."""
 
 
 def is_known(plan: Plan, stage: PlannedStage, *, part: str) -> bool:
-    """Whether the ``part`` of such a stage, ``ROWS`` or ``SCORERS``, was tried and went well."""
+    """Whether this ``part`` of the stage, ``ROWS`` or ``SCORERS``, was rehearsed with success."""
     return _file(plan, stage, part).is_file()
 
 
 def remember(plan: Plan, stage: PlannedStage, *, part: str) -> None:
-    """Notes that it went well; where that cannot be written, it is tried again."""
+    """Records a success; if that cannot be written, the part is tried again next time."""
     file = _file(plan, stage, part)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Executes a plan: one stage after another, each in processes of its own, recorded as it goes."""
+"""Executes a plan: one stage after another, each in its own processes, and records the progress."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.backends.slurm_job_file import HERE
 from alignment.pipeline.execute import forgetting_gate, heartbeats, notes, rehearsal, worker_protocol
 from alignment.pipeline.execute.display import Display, display_for, duration
-from alignment.pipeline.execute.record import RunRecorder, seconds_then
+from alignment.pipeline.execute.record import RunRecorder, recorded_seconds
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
 from alignment.pipeline.execute.summary import REPORT, show_results
 from alignment.pipeline.execute.worker_protocol import Preempted
@@ -50,14 +50,14 @@ def run(
 ) -> int:
     """Plans and executes all stages, or the one named ``only``; returns the exit code (alignment/core/errors.py).
 
-    With ``wait`` it waits for another process that works on this run or on a result that it needs, and reuses what that
-    one made; without, it is refused.
+    If another process works on this run or on a result that it needs, the call is refused; with ``wait`` it waits for
+    that process and reuses its results.
 
     Raises:
-        AlignmentError: a fault in the plan, or a stage that failed; what was done before stays and is reused. Forgot:
-            all is done, and a policy lost more than its limits allow.
+        AlignmentError: a fault in the plan, or a stage that failed; finished results stay and are reused. Forgot: all
+            stages are done, and a policy lost more than its limits allow.
     """
-    tried = command_for is None
+    rehearses = command_for is None
     command_for = command_for or command.here
     plan = make_plan(recipe, overrides)
     if only is not None:
@@ -76,20 +76,20 @@ def run(
     if launch.backend.machine_rank:
         plan = _with_all(plan, display_for(console), only)
         return machines.follow(plan, _chosen(plan, only), console=console, command_for=command_for)
-    return _execute(plan, only, console, command_for, wait=wait, tried=tried)
+    return _execute(plan, only, console, command_for, wait=wait, rehearses=rehearses)
 
 
 def _execute(
-    plan: Plan, only: str | None, console: Console, command_for: CommandFor, *, wait: bool, tried: bool
+    plan: Plan, only: str | None, console: Console, command_for: CommandFor, *, wait: bool, rehearses: bool
 ) -> int:
     with held(plan.run_folder / "lock", wait=wait):
-        remove_leftovers(plan.run_folder, shared=True)  # with who submits the chain, and writes jobs.json
+        remove_leftovers(plan.run_folder, shared=True)  # a call that submits jobs writes jobs.json there
         display = display_for(console)
         plan = _with_all(plan, display, only)
         recorder = RunRecorder(plan, only=only)
         try:
             with termination_raises():
-                if tried:  # with the workers of this machine, not with others
+                if rehearses:  # only if this machine's own workers run the stages
                     rehearsal.rehearse(plan, _chosen(plan, only), announce=display.note)
                 for stage in _chosen(plan, only):
                     _one_stage(plan, stage, recorder, display, command_for, wait=wait)
@@ -107,17 +107,17 @@ def _execute(
             if forgetting_gate.lost(plan.stages):
                 recorder.finish(forgetting_gate.FORGOT)
             show_results(console, plan.run_folder, recorder.record)
-    if HERE not in plan.overrides:  # in a job: the chain goes on, and who waits for its end hears of it
+    if HERE not in plan.overrides:  # in a job, the chain goes on; the call that waits for its end reports this
         forgetting_gate.refuse(_chosen(plan, only), plan.config.stages)
     return 0
 
 
 def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> int:
-    """Hands the stages that have to run to Slurm, and stays until they have ended if asked to."""
+    """Submits the stages that have to run to Slurm; if asked to, waits until they have ended."""
     display = display_for(console)
     with held(plan.run_folder / "submit.lock", wait=False):
         slurm_jobs.refuse_queued(plan.run_folder)
-        with held(plan.run_folder / "lock", wait=False):  # given back before the first job wants it
+        with held(plan.run_folder / "lock", wait=False):  # released before the first job needs it
             plan = _with_all(plan, display, only)
             RunRecorder(plan, only=only).end()
         waiting = []
@@ -149,7 +149,7 @@ def _refuse_what_cannot_start(plan: Plan, only: str | None) -> None:
 
 
 def _with_all(plan: Plan, display: Display, only: str | None) -> Plan:
-    """The plan with all that the chosen stages take from a hub, of whose data only now anything is known."""
+    """The plan with all models and data of a hub that the chosen stages need, checked again with that data."""
     complete = with_models(plan, display, stages=_not_reused(plan, only))
     if complete is not plan:
         _refuse_what_cannot_start(complete, only)
@@ -157,10 +157,10 @@ def _with_all(plan: Plan, display: Display, only: str | None) -> Plan:
 
 
 def refuse_missing_inputs(plan: Plan, only: str) -> None:
-    """Returns if the stage can run by itself.
+    """Refuses a stage that cannot run by itself.
 
     Raises:
-        ConfigError: there is no such stage, or one that it takes an input from has not been run.
+        ConfigError: there is no such stage, or a stage that makes one of its inputs has not been run.
     """
     if only not in plan.config.stages:
         raise ConfigError(f"no stage '{only}' in this recipe; {suggestion(only, plan.config.stages)}", where="--stage")
@@ -168,14 +168,14 @@ def refuse_missing_inputs(plan: Plan, only: str) -> None:
     missing = [name for name in references.inputs_of(only, plan.config.stages) if name not in {*reused, only}]
     if missing and only not in reused:
         raise ConfigError(
-            f"{only} takes the result of {', '.join(missing)}, not made with these settings yet",
+            f"{only} needs the result of {', '.join(missing)}, which was not made with these settings yet",
             where="--stage",
             remedy=f"first: {_command_of(plan, missing[0])}, or leave --stage out to run all",
         )
 
 
 def _command_of(plan: Plan, stage: str) -> str:
-    """What makes one stage with the settings of this plan."""
+    """The command that makes one stage with the settings of this plan."""
     return shlex.join(["align", "run", plan.recipe, *plan.overrides, "--stage", stage])
 
 
@@ -199,16 +199,16 @@ def _chosen(plan: Plan, only: str | None) -> list[PlannedStage]:
 
 
 def _not_reused(plan: Plan, only: str | None) -> list[PlannedStage]:
-    """The chosen stages that take models or data."""
+    """The chosen stages that have to run and need models or data."""
     waiting = [stage for stage in _chosen(plan, only) if stage.action is not Action.reuse]
     return [stage for stage in waiting if kind_of(stage.config).launch.runs_on is not RunsOn.driver]
 
 
 def with_models(plan: Plan, display: Display, *, stages: Sequence[PlannedStage]) -> Plan:
-    """The plan with every model and all data on this machine that these stages need.
+    """The plan with every model and all data that these stages need on this machine.
 
-    Nothing is fetched for no stage. What had to be downloaded from a hub is pinned to a commit only then, and its rows
-    were not checked yet, so the plan is made anew.
+    Without stages, nothing is downloaded. A download pins a hub's source to a commit, and its rows have not been
+    checked yet, so the plan is made again.
     """
     missing = [model for model in [plan.base, *plan.sources.values()] if not model.ready]
     data = {source.source: source for stage in stages for source in stage.hub_data if not source.complete}
@@ -233,21 +233,21 @@ def _one_stage(
     recorder.stage(stage.name, "running")
     started = time.monotonic()
     try:
-        made = _make(plan, stage, display, command_for, wait=wait)
+        was_made = _make(plan, stage, display, command_for, wait=wait)
         verify(stage.artifact, content=False)
         _point_to_result(plan, stage)
     except BaseException as stop:
-        # Busy: a process of an earlier call, whose driver was killed, is still at it.
+        # Busy: a process of an earlier call, whose driver was killed, is still working on the stage.
         interrupted = isinstance(stop, (KeyboardInterrupt, Terminated, Preempted, Busy))
         with suppress(OSError):
             recorder.stage(stage.name, "waiting" if interrupted else "failed", seconds=time.monotonic() - started)
         display.end(stage.name, "failed" if not interrupted else "stopped", duration(time.monotonic() - started))
         raise
-    if made:
+    if was_made:
         recorder.stage(stage.name, "done", seconds=time.monotonic() - started)
         display.end(stage.name, "done", f"{duration(time.monotonic() - started):<12} {stage.artifact.name}")
     else:
-        recorder.stage(stage.name, "reused", seconds=seconds_then(stage))
+        recorder.stage(stage.name, "reused", seconds=recorded_seconds(stage))
         display.end(stage.name, "reused", stage.artifact.name)
     _doubt(plan, stage, display)
 
@@ -260,19 +260,19 @@ def _reuse(plan: Plan, stage: PlannedStage, display: Display) -> None:
 
 
 def _doubt(plan: Plan, stage: PlannedStage, display: Display) -> None:
-    """Says what the stage's figures say against it, before the next stage builds on it."""
+    """Prints doubts about the stage's result before the next stage builds on it."""
     if not doubts.is_smoke(plan.profile):
         for doubt in notes.of_result(stage.config.kind, stage.artifact):
             display.note(f"{stage.name}: {doubt}")
 
 
 def _make(plan: Plan, stage: PlannedStage, display: Display, command_for: CommandFor, *, wait: bool) -> bool:
-    """Makes the artifact, alone: another run that wants the same one is refused, or waits, while this one works on it.
+    """Makes the artifact under a lock: meanwhile, another run that needs it is refused or waits.
 
-    False: another process made it meanwhile.
+    Returns False if another process has made it in the meantime.
     """
     if wait and is_held(stage.work / "lock"):
-        display.note(f"{stage.name}: another process works on it; waiting")
+        display.note(f"{stage.name}: another process is working on it; waiting")
     with held(stage.work / "lock", wait=wait) as lock:
         if read_manifest(stage.artifact) is not None:
             _remove_work(stage)
@@ -286,7 +286,7 @@ def _make(plan: Plan, stage: PlannedStage, display: Display, command_for: Comman
 
 
 def _clear(stage: PlannedStage) -> None:
-    """Removes the work folder beside a complete result: its process was killed right after it was done."""
+    """Removes the work folder of a complete result, left by a process that was killed right after it was done."""
     if not stage.work.exists() or read_manifest(stage.artifact) is None:
         return
     with suppress(Busy), held(stage.work / "lock", wait=False):
@@ -337,19 +337,19 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
     manifest = read_manifest(stage.artifact)
     if manifest is None or manifest.fingerprint != stage.fingerprint:
         raise ArtifactError(
-            "the stage said it was done, but its result is not there", where=str(stage.artifact), remedy="run it again"
+            "the stage reported success, but its result is missing", where=str(stage.artifact), remedy="run it again"
         )
 
 
 class ReportSettings(Protocol):
-    """What a page about a run needs of its stage's settings."""
+    """The settings of a stage that makes a page about its run."""
 
     kind: str
     num_samples: int
 
 
 def _make_report(plan: Plan, stage: PlannedStage, config: ReportSettings) -> None:
-    """Runs in this process: a report reads files and draws, it computes nothing."""
+    """Runs in this process, because a report only reads files and draws."""
     from alignment import report
 
     started = time.monotonic()
@@ -371,7 +371,7 @@ def _make_report(plan: Plan, stage: PlannedStage, config: ReportSettings) -> Non
 
 
 def _point_to_result(plan: Plan, stage: PlannedStage) -> None:
-    """A report also stands in the run's folder, where a user looks for it."""
+    """Copies a report into the run's folder, where a user looks for it."""
     if kind_of(stage.config).launch.runs_on is RunsOn.driver:
         with replacing(plan.run_folder / REPORT) as temporary:
             shutil.copyfile(stage.artifact / REPORT, temporary)

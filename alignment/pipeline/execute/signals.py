@@ -1,4 +1,4 @@
-"""Being asked to stop: by SIGTERM or SIGUSR1, by a terminal that closes, or by the user."""
+"""Requests to stop: by SIGTERM or SIGUSR1, by a terminal that closes, or by the user."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Terminated(BaseException):
 
 @contextmanager
 def termination_raises() -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and SIGHUP become an exception, so that a stage is asked to save before this process goes.
+    """Turns SIGTERM, SIGUSR1 and SIGHUP into an exception, so that a stage is asked to save before this process ends.
 
-    SIGHUP stays ignored where it was, as under nohup, and once it came: shell and terminal both send it, and the second
-    must not cut short what the first began.
+    SIGHUP stays ignored if it was, as under nohup, and is ignored after the first one: shell and terminal both send it,
+    and the second must not interrupt what the first began.
     """
 
     def on_signal(number: int, _: FrameType | None) -> None:
@@ -39,6 +39,6 @@ def termination_raises() -> Iterator[None]:
 
 
 def acknowledgement(stop: BaseException) -> str:
-    """What to say at once of an interruption, because the step under way may take long."""
+    """What to print at once after an interruption, because the current step may take long."""
     again = "; press Ctrl-C again to end it at once without saving" if isinstance(stop, KeyboardInterrupt) else ""
     return f"stopping: the stage finishes its step, saves and ends{again}"

@@ -1,4 +1,4 @@
-"""Results that a user names, ``RUN/STAGE`` or a folder, and the base models that they stand on."""
+"""Results that a user names, by ``RUN/STAGE`` or by folder, and the base models that they need."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def artifact_of(result: str, output: Path) -> Path:
     runs = sorted(path.parent.name for path in (output / "runs").glob(f"*/{FILE}"))
     if run not in runs:
         raise ConfigError(
-            f"{result!r} is no folder, and there is no run {run!r} under {output / 'runs'}; {suggestion(run, runs)}",
+            f"{result!r} is not a folder, and there is no run {run!r} under {output / 'runs'}; {suggestion(run, runs)}",
             where="RESULT",
             remedy="name an artifact's folder, or RUN/STAGE",
         )
@@ -38,23 +38,23 @@ def artifact_of(result: str, output: Path) -> Path:
 
 
 def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:
-    """The folder of the base, checked by content where the manifest recorded that.
+    """The folder of the base model, whose content is checked if the manifest recorded it.
 
     Raises:
-        ModelError: it is gone, or another one now.
+        ModelError: it is missing, or has changed.
     """
     recorded, there = manifest.base["content"], Path(manifest.base["path"])
     if recorded is None:
         if (there / "config.json").is_file():
             return there
-        raise ModelError("the base that it stands on is gone", where=str(there), remedy="put it there again")
+        raise ModelError("the base model of the result is missing", where=str(there), remedy="put it there again")
     model = model_sources.resolve(manifest.base["source"], where=str(artifact))
     if not model.ready:
         model = model_sources.fetch(model, announce=display_for(console).note)
     if model.identity != recorded or model.folder is None:
         raise ModelError(
-            f"{manifest.base['source']} is another model now than the one that {artifact.name} stands on",
+            f"{manifest.base['source']} is no longer the base model of {artifact.name}: its content has changed",
             where=str(artifact),
-            remedy=f"bring back the one with identity {recorded}",
+            remedy=f"restore the model with identity {recorded}",
         )
     return model.folder

@@ -28,7 +28,7 @@ REPORT = "report.html"
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    """One line a stage: what happens to it, and why; then what data of a hub and code of the user's it would take."""
+    """A line for each stage: what happens to it, and why; then the hub data and user code that a run would use."""
     console.print(f"[bold]{escape(plan.config.name)}[/]  {escape(plan.config.summary)}", highlight=False)
     table = _grid()
     for stage in plan.stages:
@@ -51,7 +51,7 @@ def show_plan(console: Console, plan: Plan) -> None:
 
 
 def show_stages(console: Console, record: RunRecord, jobs: Mapping[str, str]) -> None:
-    """One line a stage: how it stands, what it took, where its result is; and its Slurm job, of those to come."""
+    """A line for each stage: its state, duration and result's folder, and its Slurm job if it is unfinished."""
     table = _grid()
     for name, stage in record.stages.items():
         job = jobs.get(name, "") if stage.state in ("waiting", "running", "failed") else ""
@@ -61,8 +61,8 @@ def show_stages(console: Console, record: RunRecord, jobs: Mapping[str, str]) ->
 
 
 def show_results(console: Console, run_folder: Path, record: RunRecord) -> None:
-    """The arms of every evaluation that is done and the cards of reward models, or where the results lie without an
-    evaluation, and where the report is."""
+    """Every finished evaluation, reward card and measurement of forgetting; the paths of the results if the run has no
+    evaluation; and the path of the report."""
     made = {name: stage for name, stage in record.stages.items() if stage.complete}
     for stage in made.values():
         artifact = Path(stage.artifact)
@@ -91,7 +91,7 @@ def _show_other(console: Console, name: str, artifact_kind: str, artifact: Path)
 
 
 def _doubts(record: RunRecord) -> list[str]:
-    """What stands against the results of a run; of a smoke run nothing else is worth saying."""
+    """Doubts about the results of a run; for a smoke run only that it is one."""
     if doubts.is_smoke(record.profile):
         return [f"this is {doubts.SMOKE}"]
     return [
@@ -103,7 +103,7 @@ def _doubts(record: RunRecord) -> list[str]:
 
 
 def show_evaluation(console: Console, evaluation: Evaluation) -> None:
-    """The arms side by side, then a line a comparison that says whether the difference is real."""
+    """The arms side by side, then a line for each comparison that says whether the difference is real."""
     others = [metric.name for metric in evaluation.metrics if metric.name != evaluation.primary]
     primary = [] if evaluation.primary is None else [escape(evaluation.primary), "95 %"]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -141,7 +141,7 @@ def _what_is_shown(evaluation: Evaluation) -> str:
 
 
 def show_card(console: Console, name: str, card: RewardCard) -> None:
-    """How often a reward model is right, beside simpler judges, and what must be known before."""
+    """How often a reward model is right, compared with simpler judges, and the card's warnings."""
     judges = [f"{judge.name} {_share(judge.accuracy)}{_difference(judge.difference)}" for judge in card.baselines]
     lines = [f"{name}: right on {_share(card.accuracy)} of {card.num_pairs} pairs; {'; '.join(judges)}"]
     for line in [*lines, *(f"  {sentence}" for sentence in card.warnings)]:
@@ -161,7 +161,7 @@ def _difference(difference: Interval | None) -> str:
 
 
 def show_forgetting(console: Console, name: str, record: Forgetting) -> None:
-    """A line an arm: before and after, and whether it passed; without limits none is judged."""
+    """A line for each arm: before and after, and whether it passed; without limits no arm is judged."""
     for arm in record.arms[1:]:
         verdict = "passed" if arm.passed else "forgot too much"
         perplexity = _before_and_after(record.arms[0].perplexity, arm.perplexity, digits=2)
@@ -182,7 +182,7 @@ def _signed(change: Interval | None, form: str, *, sign: int = 1) -> str:
 
 
 def progress_line(progress: Progress | None) -> str:
-    """``training 12/57``, or that nothing was heard yet."""
+    """``training 12/57``, or ``starting`` before the first progress."""
     if progress is None:
         return "starting"
     return f"{progress.phase} {steps(progress)}".rstrip()
@@ -197,7 +197,7 @@ def _in_words(comparison: Comparison, evaluation: Evaluation) -> str:
 def _judged_in_words(pair: JudgedPair, evaluation: Evaluation, *, by: str) -> str:
     arm, against = evaluation.label(pair.arm), evaluation.label(pair.against)
     if pair.win_rate is None:
-        return f"by {by}, of {arm} and {against}: {pair.verdict} ({pair.invalid or 0:.0%} of verdicts invalid)"
+        return f"by {by}, {arm} against {against}: {pair.verdict} ({pair.invalid or 0:.0%} of verdicts invalid)"
     low, high = pair.win_rate.bounds or (pair.win_rate.mean, pair.win_rate.mean)
     interval = f"{pair.win_rate.mean:.2f} ({low:.2f} to {high:.2f})"
     return f"by {by}, {arm} wins {interval} against {against}: {pair.verdict}"

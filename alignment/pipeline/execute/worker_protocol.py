@@ -39,10 +39,10 @@ ERRORS = {
 """The kind of error that an exit code stands for."""
 _TAIL_LINES = 15
 _REPORT_LINES = 60
-"""Within which a launcher reports on its processes."""
+"""The last lines of a log, among which a launcher reports on its processes."""
 _FIRST_FAILURE = re.compile(r"Root Cause.*?rank\s*:\s*(?P<rank>\d+)", re.DOTALL)
 _KILLED = re.compile(r"Root Cause.*?exitcode\s*:\s*-9\b", re.DOTALL)
-"""As torchrun reports on its processes."""
+"""Parts of torchrun's report on its processes."""
 _BUG = 1
 
 
@@ -84,7 +84,7 @@ def write_stage_file(
 
 
 def _model(config: ModelConfig) -> dict[str, Any]:
-    """A worker is told absolute paths."""
+    """The model's settings with absolute paths."""
     plain: dict[str, Any] = to_plain(config)
     file = None if config.chat_template is None else template_file(config.chat_template)
     return plain if file is None else plain | {"chat_template": f"path:{file}"}
@@ -95,18 +95,18 @@ def raise_for_status(folder: Path, *, code: int, stage: str) -> None:
 
     Raises:
         Preempted: it saved and stopped on request.
-        AlignmentError: it failed; the kind of error is the worker's own where it said so.
-        ArtifactError: what it wrote of its end is damaged.
+        AlignmentError: it failed; the kind of error is the worker's own if it reported one.
+        ArtifactError: its status is damaged.
     """
     log = folder / "log.txt"
     status = Status.read(folder)
     printed = "\n".join(_last_lines(log, _REPORT_LINES)) if log.exists() else ""
-    # Where a process was killed, what the others say is that they lost their connection to it.
+    # If a process was killed, the others only report that they lost their connection to it.
     if status is None and is_full(folder):
         raise _without_room(folder, stage)
     if status is None or (status.exit_code == _BUG and _KILLED.search(printed)):
         raise StageError(
-            f"{_who(printed)} ended {_how(code, printed)} without a word\n{tail(log)}",
+            f"{_who(printed)} ended {_how(code, printed)} without reporting an error\n{tail(log)}",
             where=f"stage {stage}",
             remedy=f"log: {log}",
         )
@@ -118,25 +118,25 @@ def raise_for_status(folder: Path, *, code: int, stage: str) -> None:
     if kind is not None:
         raise kind(f"{status.error}\n  log: {log}", where=status.where)
     raise AlignmentError(
-        f"{status.error}\n{tail(log)}", where=f"stage {stage}", remedy=f"this is a fault of ours; the log is {log}"
+        f"{status.error}\n{tail(log)}", where=f"stage {stage}", remedy=f"this is a bug of ours; the log is {log}"
     )
 
 
 def _without_room(folder: Path, stage: str) -> StageError:
-    """A stage that could not even write how it ended."""
+    """The error of a stage that could not even write how it ended."""
     error = disk_error(OSError(errno.ENOSPC, "", str(folder)), folder=folder)
     assert error is not None, "the number stands for a full disk"
     return StageError(f"{error.message}; it could not write how it ended", where=f"stage {stage}", remedy=error.remedy)
 
 
 def notes(folder: Path) -> list[str]:
-    """What the stage in ``folder`` wrote of itself beside how it ended."""
+    """The notes in the status of the stage in ``folder``."""
     status = Status.read(folder)
     return [] if status is None else status.notes
 
 
 def tail(log: Path) -> str:
-    """The last lines of a log, indented; nothing without one."""
+    """The last lines of a log, indented; empty if there is no log."""
     if not log.exists():
         return ""
     return "\n".join(f"  | {line}" for line in _last_lines(log, _TAIL_LINES))
@@ -147,7 +147,7 @@ def _last_lines(log: Path, number: int) -> list[str]:
 
 
 def commit_of_checkout(root: Path) -> str:
-    """The git commit of the code that runs, or nothing where it was installed without its history."""
+    """The git commit of the running code, or an empty string if it was installed without its history."""
     if not (root / ".git").exists():
         return ""
     outcome = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
@@ -161,11 +161,11 @@ def _who(printed: str) -> str:
 
 
 def _how(code: int, printed: str) -> str:
-    """A launcher hides its worker's signal behind an exit code of its own and names it in what it prints."""
+    """A launcher has its own exit code for a worker's signal, and names the signal in its output."""
     if code == -9 or "SIGKILL" in printed or "Signal 9" in printed:
         return "by signal 9 (often: the machine ran out of memory; a smaller micro_batch_tokens helps)"
     if code == -KILLED_BY or KILLED_BY.name in printed:
-        return f"by {KILLED_BY.name} (a chat template computed without end; set model.chat_template)"
+        return f"by {KILLED_BY.name} (a chat template did not finish; set model.chat_template)"
     return f"by signal {-code}" if code < 0 else f"with exit code {code}"
 
 

@@ -1,4 +1,4 @@
-"""Which files of ``conf/`` a call chooses, by overrides of groups and by a profile, as Hydra takes them."""
+"""The files of ``conf/`` that a call chooses, by group overrides and by a profile, in Hydra's form."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def is_profile(override: Override) -> bool:
 
 
 def profile(path: Path, search: str, overrides: list[Override]) -> tuple[Profile | None, list[Fault]]:
-    """The profile that the command line asks for, and what is wrong with how it does.
+    """The profile that the command line asks for, and the faults in how it asks.
 
     Raises:
-        ConfigError: its file has another form.
+        ConfigError: the profile's file is malformed.
     """
     if not overrides:
         return None, []
@@ -52,8 +52,8 @@ def profile(path: Path, search: str, overrides: list[Override]) -> tuple[Profile
 
 
 def backend(search: str, groups: Sequence[str]) -> DictConfig | None:
-    """What the file of a backend says that was chosen beside the recipe. It replaces what the recipe says of its own:
-    the settings of one backend mean nothing to another."""
+    """The settings of the backend that the overrides choose, or None. They replace the recipe's backend settings
+    entirely, because the settings of one backend mean nothing to another."""
     chosen = [override for override in groups if override.startswith(f"{BACKEND}=")]
     if not chosen:
         return None
@@ -62,7 +62,7 @@ def backend(search: str, groups: Sequence[str]) -> DictConfig | None:
 
 
 def with_profile(overrides: list[Override], chosen: Profile | None) -> list[Override]:
-    """The user's choices of files, and the profile's of groups that the user left alone."""
+    """The user's choices of files, and the profile's choices for groups that the user left alone."""
     taken = {override.key_or_group for override in overrides}
     files = chosen.choices if chosen is not None else {}
     parser = OverridesParser.create()
@@ -71,7 +71,7 @@ def with_profile(overrides: list[Override], chosen: Profile | None) -> list[Over
 
 
 def expanded(name: str, search: str, overrides: list[Override]) -> tuple[list[str], list[Fault]]:
-    """Group overrides as Hydra takes them, and what is wrong with the others.
+    """The valid group overrides in Hydra's form, and the faults in the others.
 
     A bare ``adapter=full`` becomes one override for every stage that picks an adapter.
     """
@@ -117,6 +117,6 @@ def _instead(group: str, choice: str, options: Sequence[str]) -> str:
 
 
 def nearest_file(error: MissingConfigException) -> str:
-    """What the name in ``defaults`` may have meant."""
+    """A hint at what a missing name in ``defaults`` may have meant, or an empty string."""
     group, _, missing = (error.missing_cfg_file or "").rpartition("/")
     return f"; {_instead(group, missing, error.options)}" if missing and error.options else ""

@@ -1,7 +1,7 @@
-"""A recipe and overrides to one plain tree, by Hydra, once.
+"""Composes a recipe and its overrides into one plain tree, with Hydra.
 
-Hydra merges the files; single values given on the command line are laid over the outcome here, one by one, so that
-every misspelling is found rather than the first. Nothing in a configuration can run code or read the environment:
+Hydra merges the files. Values from the command line are applied to the result here, one by one, so that every
+misspelling is reported, not only the first. Nothing in a configuration can run code or read the environment:
 ``_target_`` and resolvers are refused.
 """
 
@@ -40,10 +40,10 @@ _ENDLESS = ConfigError("its interpolations come to more than can be written down
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Composition:
-    """What the files and overrides amount to, not yet typed; ``faults`` were found on the way.
+    """The tree that files and overrides compose to, not yet typed, and the ``faults`` found so far.
 
-    ``written`` are the dotted keys that a recipe file of the user's sets and no override does. ``profile`` is the name
-    of what was laid over the recipe, if anything was.
+    ``written`` are the dotted keys that the user's recipe file sets and no override changes. ``profile`` is the name
+    of the profile that was applied, if any.
     """
 
     recipe: str
@@ -53,7 +53,7 @@ class Composition:
     profile: str = ""
 
     def placed(self, fault: Fault) -> Fault:
-        """The fault with the file that it stands in, if it stands in the user's."""
+        """The fault, with the recipe's file in front if the user's recipe sets the faulty key."""
         return replace(fault, where=f"{self.recipe}: {fault.where}") if fault.where in self.written else fault
 
 
@@ -86,10 +86,10 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
 
 
 def _files(path: Path, overrides: Sequence[Override]) -> tuple[DictConfig, Profile | None, list[Fault]]:
-    """The recipe's files merged with those that are chosen, the profile, and what is wrong with the choices.
+    """The recipe's files merged with the chosen ones, the profile, and the faults in the choices.
 
     Raises:
-        ConfigError: they do not compose.
+        ConfigError: the files do not compose.
     """
     check_files()
     with initialize_config_dir(config_dir=str(path.parent), version_base=_HYDRA):
@@ -111,30 +111,30 @@ def _files(path: Path, overrides: Sequence[Override]) -> tuple[DictConfig, Profi
 
 
 def _keys_written(path: Path) -> frozenset[str]:
-    """Every dotted key of a YAML file, those of groups too."""
+    """Every dotted key of a YAML file, including those of groups."""
 
-    def keys(tree: Any, ahead: str) -> Iterator[str]:
+    def keys(tree: Any, prefix: str) -> Iterator[str]:
         for key, value in tree.items() if isinstance(tree, dict) else ():
-            yield f"{ahead}{key}"
-            yield from keys(value, f"{ahead}{key}.")
+            yield f"{prefix}{key}"
+            yield from keys(value, f"{prefix}{key}.")
 
     return frozenset(keys(yaml_file.read(path), ""))
 
 
-def _leaves(tree: Any, ahead: str) -> Iterator[tuple[str, Any]]:
-    """Every value that is no group, with its dotted key."""
+def _leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Every value that is not a group, with its dotted key."""
     for key, value in tree.items() if isinstance(tree, Mapping) else ():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{ahead}{key}.")
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{ahead}{key}", value
+            yield f"{prefix}{key}", value
 
 
 def find_recipe(recipe: str) -> Path:
     """The file of a recipe.
 
     Raises:
-        ConfigError: no such name or file; says what there is.
+        ConfigError: there is no such name or file; the error lists the shipped recipes.
     """
     if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
         path = Path(recipe).expanduser().absolute()
@@ -147,19 +147,19 @@ def find_recipe(recipe: str) -> Path:
         raise ConfigError(
             f"no recipe '{recipe}'; {suggestion(recipe, recipe_names())}",
             where="recipe",
-            remedy="`align recipes` lists them; a file of your own goes by its path, ./mine.yaml",
+            remedy="`align recipes` lists them; name a file of your own by its path, ./mine.yaml",
         )
     return recipes_folder() / f"{recipe}.yaml"
 
 
 def _check_recipe_text(path: Path) -> None:
-    """Refuses what Hydra itself would act on before a composed tree could be looked at."""
+    """Refuses what Hydra would act on while it composes, before the composed tree can be checked."""
     content = yaml_file.read(path)
     if not isinstance(content, dict):
         raise ConfigError("a recipe is a group of settings", where=str(path), remedy="begin it with: defaults: [base]")
     faults = list(hostile(content, where=""))
     if "hydra" in content:
-        faults.append(Fault(where="hydra", message="settings of Hydra itself are not taken"))
+        faults.append(Fault(where="hydra", message="Hydra's own settings are not allowed"))
     defaults = content.get("defaults", [])
     if isinstance(defaults, list) and "_self_" in defaults[:-1]:
         faults.append(Fault(where="defaults", message="'_self_' must come last, or the recipe's own values are lost"))
@@ -167,7 +167,7 @@ def _check_recipe_text(path: Path) -> None:
 
 
 def _processes(profile: Profile, overrides: list[Override], tree: Mapping[str, Any]) -> int:
-    """How many share a stage's rows: as many as the command line or the profile says, else one, on each machine."""
+    """How many processes share a stage's rows: what the command line or the profile says, else 1, on each machine."""
     launch = tree.get("launch")
     values = {key: value for key, value in _leaves(launch, "launch.") if key.startswith("launch.backend.")}
     values |= dict(_leaves(profile.values.get("launch"), "launch."))
@@ -179,7 +179,7 @@ def _processes(profile: Profile, overrides: list[Override], tree: Mapping[str, A
 
 
 def _apply(override: Override, tree: DictConfig) -> Iterator[Fault]:
-    """Lays one value over the tree; a key that does not exist is left for the typed check to name."""
+    """Applies one override to the tree; the typed check reports keys that do not exist."""
     key = override.key_or_group
     if override.is_delete():
         parent, _, last = key.rpartition(".")
@@ -197,14 +197,14 @@ def _apply(override: Override, tree: DictConfig) -> Iterator[Fault]:
 
 
 def _written(tree: DictConfig) -> dict[str, Any]:
-    """The tree as it was written, with its interpolations."""
+    """The tree as it was written, with interpolations unresolved."""
     written = OmegaConf.to_container(tree, resolve=False)
     assert isinstance(written, dict)
     return {str(key): value for key, value in written.items()}
 
 
 def _plain(tree: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
-    """The tree as plain values, interpolations of its own keys resolved."""
+    """The tree as plain values with its interpolations resolved, and the faults in them."""
     written: Any = _written(tree)
     faults = list(hostile(written, where=""))
     if not faults:

@@ -1,4 +1,4 @@
-"""Stages that leave the rows of added tokens as they are."""
+"""Warns of stages that do not train the embedding rows of added tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from alignment.stages.registry import as_trained
 
 
 def frozen_rows(plan: Plan) -> str | None:
-    """What is to be said where a stage begins with tokens that were added, and leaves their rows as they are."""
+    """A warning if a stage starts from a base with added tokens and does not train their rows; otherwise None."""
     file = None if plan.base.folder is None else plan.base.folder / NEW_TOKENS
     if file is None or not file.is_file():
         return None
@@ -23,13 +23,14 @@ def frozen_rows(plan: Plan) -> str | None:
             continue
         if not _trains_rows(config.adapter):
             return (
-                f"{stage.name} does not train the rows of the new tokens {tokens}: they stay the mean of all others; "
-                f"set stages.{stage.name}.adapter.modules_to_save=[embed_tokens] (its name there), or adapter=full"
+                f"{stage.name} does not train the rows of the new tokens {tokens}: they stay the mean of all other "
+                f"rows; set stages.{stage.name}.adapter.modules_to_save=[embed_tokens] (or this model's name for it), "
+                "or adapter=full"
             )
     return None
 
 
 def _trains_rows(adapter: AdapterConfig) -> bool:
-    """Whether the embeddings learn: as a whole, or as one of the modules that an adapter names."""
+    """Whether the embeddings are trained: with all weights, or as a module that the adapter names."""
     named = [*adapter.modules_to_save, *adapter.target_modules]
     return adapter.kind is AdapterKind.full or any("embed" in name or name.endswith("wte") for name in named)

@@ -1,4 +1,4 @@
-"""What would make Hydra or OmegaConf run code, or read what lies outside the configuration."""
+"""Finds what would make Hydra or OmegaConf run code, or read anything outside the configuration."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ _TOKEN = re.compile(r"\$\{|[{}:]")
 
 
 def hostile(value: Any, *, where: str) -> Iterator[Fault]:
-    """Such keys and values, wherever they lie in it."""
+    """A fault for each such key and value in ``value``, at any depth."""
     if isinstance(value, dict):
         for key, item in value.items():
             path = f"{where}.{key}" if where else str(key)
             if str(key).split(".")[-1] == "_target_":
-                yield Fault(where=path, message="'_target_' is not taken: a configuration is data and never runs code")
+                yield Fault(
+                    where=path, message="'_target_' is not allowed: a configuration is data and never runs code"
+                )
             if _has_resolver(str(key)):
                 yield _reads_outside(str(key), where)
             yield from hostile(item, where=path)
@@ -29,12 +31,12 @@ def hostile(value: Any, *, where: str) -> Iterator[Fault]:
 
 
 def _reads_outside(text: str, where: str) -> Fault:
-    message = f"{text!r} is not taken: a configuration reads only itself; use ${{other.key}} or the value"
+    message = f"{text!r} is not allowed: a configuration reads only itself; use ${{other.key}} or the value"
     return Fault(where=where, message=message)
 
 
 def _has_resolver(text: str) -> bool:
-    """Whether ``${name:…}`` may stand in the text, its name itself interpolated or not: a colon inside such braces."""
+    """Whether the text may contain ``${name:…}``, even with an interpolated name: a colon inside such braces."""
     depth = 0
     for token in _TOKEN.findall(text):
         if token == ":" and depth:

@@ -1,7 +1,7 @@
-"""The files that Hydra reads, each looked at before Hydra acts on it.
+"""Checks each file that Hydra reads before Hydra acts on it.
 
-A file that a recipe includes has a defaults list of its own, whose interpolations Hydra resolves while it composes: a
-composed tree shows nothing of them any more, and an error names what they became.
+A file that a recipe includes has its own defaults list, whose interpolations Hydra resolves while it composes. The
+composed tree no longer shows them, and an error would print the values that they resolved to.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class _CheckedFiles(FileConfigSource):
 
 
 def check_files() -> None:
-    """From here on Hydra reads files by the class above."""
-    Plugins.instance()  # which registers Hydra's own class first
+    """Makes Hydra read files through the class above from now on."""
+    Plugins.instance()  # registers Hydra's own class first
     SourcesRegistry.instance().types[FileConfigSource.scheme()] = _CheckedFiles
 
 
 def refuse_hostile_defaults(path: Path, content: Any) -> None:
-    """Returns unless the file's defaults list would have something read from outside the configuration.
+    """Refuses a defaults list that would read anything from outside the configuration.
 
     Raises:
-        ConfigError: it would; names the entries.
+        ConfigError: it would; the error names the entries.
     """
     defaults = content.get("defaults") if isinstance(content, dict) else None
     faults = hostile(defaults, where="defaults")

@@ -22,41 +22,41 @@ def of_stage(
     inputs: dict[str, str],
     arms: dict[str, str],
 ) -> dict[str, Any]:
-    """``data`` stands for the content of the stage's data by field; ``inputs`` and ``arms`` give the fingerprint of
-    what each slot holds.
+    """The identity of a stage. ``data`` maps each data field to the identity of its content; ``inputs`` and ``arms``
+    map each slot to the fingerprint of what it holds.
 
-    The stage's name is part of it because random numbers are drawn by it. Paths, launch, tracking, and how often a
-    stage logs or saves are not.
+    The stage's name is part of it because random numbers are derived from it. Paths, launch, tracking, and how often
+    a stage logs or saves are not.
     """
     stage = run.stages[name]
     kind = kind_of(stage)
     others = {field: content for field, content in data.items() if field != "data"}
-    seldom = {
+    optional = {
         "extra_data": others,
         "code": scorer_checks.code(stage),
-    }  # absent where empty, as in results made before these
+    }  # left out if empty, as in results that are older than these keys
     return {
         "stage": name,
         "kind": stage.kind,
         "revision": kind.revision,
-        "rule": None,  # older results hold a hash here where a rule of the package scored
+        "rule": None,  # older results hold a hash here if a rule of the package scored
         "config": canonical(_as_read(stage)),
         "data": data["data"],
         "inputs": inputs,
         "arms": arms,
         "base": {"content": base.identity, "dtype": run.model.dtype.value, **_template(run)},
         "seed": run.seed,
-        **{key: value for key, value in seldom.items() if value},
+        **{key: value for key, value in optional.items() if value},
     }
 
 
 def _as_read(stage: StageConfig) -> StageConfig:
-    """The stage without settings that name a place, and without those of an arm or a loss that is not there."""
+    """The stage without paths, and without the settings of an arm or a loss that it does not use."""
     return scorer_checks.without_paths(kind_of(stage).as_read(stage))
 
 
 def _template(run: RunConfig) -> dict[str, str]:
-    """Absent where the tokenizer's own is used, as in results made before there was another."""
+    """Empty if the tokenizer's own template is used, as in results that are older than this setting."""
     template = run.model.chat_template
     return {} if template is None else {"chat_template": digest(template_text(template))}
 

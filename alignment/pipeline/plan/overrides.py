@@ -1,6 +1,6 @@
-"""Each ``KEY=VALUE`` of the command line, as Hydra parses it, and what its grammar does not take but a user means.
+"""Parses each ``KEY=VALUE`` of the command line with Hydra, and accepts some that its grammar rejects.
 
-Hydra's grammar knows ASCII letters only outside quotes, and a shell has taken the quotes away: a folder called
+Outside quotes, Hydra's grammar allows only ASCII letters, and the shell has removed the user's quotes: a folder called
 ``müller`` would need two pairs of them.
 """
 
@@ -22,15 +22,15 @@ _STAND_IN = re.compile(r"_x([0-9a-f]{6})x_")
 _PATH = "path:"
 _SHOWN_TEXT = 60
 _DEEPEST = 30
-"""Brackets within one another; Hydra and OmegaConf descend by recursion, and Python ends that at some depth."""
+"""Levels of nested brackets; Hydra and OmegaConf recurse into them, and Python limits recursion."""
 
 
 def parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
-    """Those that are some, and what is wrong with the others."""
+    """The valid overrides, and the faults in the others."""
     parsed, faults = [], []
     for text in overrides:
         if (depth := _depth(text)) > _DEEPEST:
-            message = f"brackets within {depth} others; no setting has more than a few"
+            message = f"brackets are nested {depth} deep; no setting needs more than a few levels"
             faults.append(Fault(where=f"{_shown(text)[:_SHOWN_TEXT]}…", message=message))
             continue
         try:
@@ -46,14 +46,14 @@ def parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
         elif override.is_sweep_override():
             faults.append(Fault(where=_shown(text), message="several values for one key; give one"))
         elif override.key_or_group.split(".")[0].split("/")[0] == "hydra":
-            faults.append(Fault(where=text, message="settings of Hydra itself are not taken"))
+            faults.append(Fault(where=text, message="Hydra's own settings are not allowed"))
         else:
             parsed.append(override)
     return parsed, faults
 
 
 def _depth(text: str) -> int:
-    """How many brackets are open at once, at most."""
+    """The largest number of brackets that are open at once."""
     opened = itertools.accumulate({"[": 1, "{": 1, "]": -1, "}": -1}.get(letter, 0) for letter in text)
     return max(opened, default=0)
 
@@ -69,10 +69,10 @@ def _malformed(text: str) -> Fault:
 
 
 def parse_override(text: str) -> Override:
-    """The override.
+    """Parses one override.
 
     Raises:
-        HydraException: it is none.
+        HydraException: the text is not an override.
     """
     parser = OverridesParser.create()
     ascii_text = "".join(character if character.isascii() else f"_x{ord(character):06x}x_" for character in text)
@@ -88,19 +88,19 @@ def parse_override(text: str) -> Override:
 
 
 def _restored(parsed: Override, text: str) -> Override:
-    """The override with its own letters in place of those that stood in for them."""
-    parsed.key_or_group = _own(parsed.key_or_group)
-    parsed.package = _own(parsed.package)
-    parsed._value = _own(parsed._value)
+    """The override with its own characters in place of their stand-ins."""
+    parsed.key_or_group = _decoded(parsed.key_or_group)
+    parsed.package = _decoded(parsed.package)
+    parsed._value = _decoded(parsed._value)
     parsed.input_line = text
     return parsed
 
 
-def _own(value: Any) -> Any:
+def _decoded(value: Any) -> Any:
     if isinstance(value, str):
         return _STAND_IN.sub(lambda match: chr(int(match[1], 16)), value)
     if isinstance(value, QuotedString):
-        return QuotedString(text=_own(value.text), quote=value.quote)
+        return QuotedString(text=_decoded(value.text), quote=value.quote)
     if isinstance(value, list):
-        return [_own(item) for item in value]
-    return {_own(key): _own(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return [_decoded(item) for item in value]
+    return {_decoded(key): _decoded(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -1,4 +1,4 @@
-"""A composed run to a plan: which stages run, which are reused, and why. Nothing is started, nothing downloaded."""
+"""Turns a composed run into a plan: which stages run, which are reused, and why. Starts and downloads nothing."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from alignment.stages.base import DataSlot, Slot
 from alignment.stages.registry import kind_of
 
 CHECKPOINT_MANIFEST = "alignment_checkpoint.json"
-"""Written last into a checkpoint by ``alignment.training.checkpoints``; a folder without it never counts."""
+"""The last file that ``alignment.training.checkpoints`` writes into a checkpoint; without it, a folder is ignored."""
 
 CHECKED_ROWS = 20_000
-"""Rows of a data file looked at while planning, to keep a plan quick; the stage checks all of them as it reads."""
+"""Rows of a data file that are checked while planning, to keep planning fast; the stage checks all rows."""
 
 DATA = "data"
 """The field of a stage's main data file."""
@@ -60,9 +60,10 @@ class Action(str, Enum):
 class PlannedStage:
     """A stage with its inputs resolved and its result named.
 
-    ``inputs`` has an entry for each reference except arms; ``extra_data`` holds files beside the main one, by field;
-    neither has a hub's data set that is not on this machine, but ``hub_data`` has every one. ``code`` are the functions
-    of the user that it runs. ``artifact`` is where the result is or will be, ``work`` where it is made.
+    ``inputs`` has an entry for each reference except arms. ``data`` is the main data file, and ``extra_data`` holds
+    the others by field; hub data sets that are not on this machine are missing in both, but ``hub_data`` lists all.
+    ``code`` names the user's functions that the stage runs. ``artifact`` is the folder of the result, ``work`` the
+    folder in which it is made.
     """
 
     name: str
@@ -85,8 +86,8 @@ class PlannedStage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """All that ``run`` needs. ``sources`` are the models taken from outside, by what the user wrote; ``profile`` names
-    what was laid over the recipe, if anything was."""
+    """All that ``run`` needs. ``sources`` are the models from outside the run, by the reference that the user wrote;
+    ``profile`` names the profile that was applied, if any."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -107,7 +108,7 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     """Composes, checks and plans.
 
     Raises:
-        ConfigError: any fault in recipe, overrides or references, all listed.
+        ConfigError: faults in the recipe, overrides or references; the error lists all of them.
         DataError: a data file is missing, or a row does not fit its stage.
         ModelError: a model folder is missing or is not a model.
         ArtifactError: a result that would be reused is damaged.
@@ -115,7 +116,7 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     composition = compose(recipe, overrides)
     config, faults = convert(composition.tree, registry.config_classes())
     faults = [*composition.faults, *faults]
-    named = {fault.where for fault in faults}  # a faulty field holds its default, of which nothing more need be said
+    named = {fault.where for fault in faults}  # a faulty field holds its default, so more faults of it would mislead
     faults += [fault for fault in references.faults(config.stages) if fault.where.partition("[")[0] not in named]
     named |= {fault.where for fault in faults}
     later = [*scorer_checks.faults(config.stages), *settings.faults(config), *unread.faults(config)]
@@ -142,7 +143,7 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
 
 
 def _checked_data(config: RunConfig) -> tuple[dict[str, dict[str, DataSource]], dict[str, dict[str, Seen]]]:
-    """Each stage's data by field, and what was seen in the first rows of those that are on this machine."""
+    """Each stage's data sources by field, and a summary of the first rows of those that are on this machine."""
     located: dict[str, dict[str, DataSource]] = {}
     seen: dict[str, dict[str, Seen]] = {}
     read: dict[Any, Seen] = {}
@@ -166,7 +167,7 @@ def _first_rows(data: SourceConfig) -> SourceConfig:
 
 
 def _read(file: DataSlot, path: Path) -> Seen:
-    """Looks at each of the file's first rows."""
+    """Reads and checks the file's first rows."""
     how = _first_rows(file.data)
     records = read_records(path, file.record, how)
     for record in records:
@@ -176,7 +177,7 @@ def _read(file: DataSlot, path: Path) -> Seen:
 
 
 def _slots_in_use(stage: StageConfig) -> Iterator[DataSlot]:
-    """Every source that a stage reads, with those that are mixed into it."""
+    """Every source that a stage reads, including those that are mixed in."""
     kind = kind_of(stage)
     for slot in kind.data(stage):
         if slot.in_use:
@@ -189,7 +190,7 @@ def _slots_in_use(stage: StageConfig) -> Iterator[DataSlot]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Resolved:
-    """A reference, where it leads (None: the base model), and the fingerprint of what is there."""
+    """A reference, the path that it resolves to (None: the base model), and the fingerprint of the content there."""
 
     ref: str
     path: Path | None
@@ -197,7 +198,7 @@ class _Resolved:
 
 
 class _Builder:
-    """Plans stages in order; each finds its inputs among those planned before."""
+    """Plans stages in order; each finds its inputs among those that are planned already."""
 
     def __init__(
         self,
@@ -219,7 +220,7 @@ class _Builder:
         self._planned: dict[str, PlannedStage] = {}
 
     def stage(self, name: str) -> PlannedStage:
-        """Plans one stage; those it takes its inputs from must have been planned."""
+        """Plans one stage; the stages of its inputs must be planned already."""
         config = self._config.stages[name]
         slots = list(references.slots(config))
         inputs = {slot.field: self._resolve(name, slot) for slot in slots if not references.is_arm(slot)}
@@ -314,7 +315,7 @@ class _Builder:
         if read_manifest(artifact) is not None:
             if verify(artifact, content=False).fingerprint != fingerprint:
                 raise ArtifactError(
-                    "holds another result whose fingerprint begins alike",
+                    "holds another result whose fingerprint starts the same",
                     where=str(artifact),
                     remedy=f"move {artifact} away",
                 )
@@ -326,7 +327,7 @@ class _Builder:
 
 
 def _results_of(run_folder: Path) -> frozenset[str]:
-    """Names of the artifacts that the run's record names, if it can be read."""
+    """Names of the artifacts in the run's record; empty if the record cannot be read."""
     try:
         stages = RunRecord.read(run_folder).stages
     except ArtifactError:
@@ -335,6 +336,6 @@ def _results_of(run_folder: Path) -> frozenset[str]:
 
 
 def newest_checkpoint(work: Path) -> Path | None:
-    """The last complete checkpoint of a stage under way. The worker verifies it before it goes on from there."""
+    """The last complete checkpoint of an unfinished stage. The worker verifies it before it continues from it."""
     complete = [manifest.parent for manifest in (work / "checkpoints").glob(f"checkpoint-*/{CHECKPOINT_MANIFEST}")]
     return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)

@@ -1,7 +1,7 @@
-"""Profiles: what scales any recipe, laid over it by kind of stage (docs/design/0011).
+"""Profiles scale any recipe, by settings for each kind of stage (docs/design/0011).
 
-A file of ``conf/profile/`` cannot name the stages of a recipe that it has never seen, so it is not merged by Hydra: its
-values for a kind go to every stage of that kind, after the recipe's and before those of the command line.
+A file of ``conf/profile/`` does not know the names of a recipe's stages, so Hydra does not merge it. Its values for a
+kind apply to every stage of that kind, after the recipe's values and before those of the command line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SMOKE = "smoke"
 
 
 def _allowed() -> dict[str, tuple[str, ...]]:
-    """Keys of a profile's parts; those of ``values`` are checked with the run's."""
+    """The allowed keys of each part of a profile, except ``values``, whose keys are checked with the run's."""
     kinds = registry.kinds()
     sources = [
         name if slot.field == "data" else f"{name}.{slot.field}"
@@ -40,10 +40,10 @@ def _allowed() -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """``choices`` are made of groups that the command line leaves alone. ``values`` are laid over the run, ``stages``
-    over each stage of a kind. ``for_each_process`` are more of these, whole numbers that are meant for one process and
-    taken as many times as there are processes: what is shared out. ``instead_of_hub`` says what is read where a recipe
-    names a hub: by every stage of a kind as its ``data``, or as what a dotted name says, and as ``model``.
+    """``choices`` apply to groups that the command line leaves alone. ``values`` apply to the run, ``stages`` to each
+    stage of a kind. ``for_each_process`` holds further settings of stages, integers for one process, which are
+    multiplied by the number of processes. ``instead_of_hub`` gives the sources to read where a recipe names a hub: for
+    ``model``, for the ``data`` of a kind, or for another field of a kind by its dotted name.
 
     Example: ``Profile(name="smoke", stages={"ppo": {"updates": 2}})``
     """
@@ -56,7 +56,7 @@ class Profile:
     instead_of_hub: Mapping[str, str] = field(default_factory=dict)
 
     def applied_to(self, tree: Mapping[str, Any], *, processes: int = 1) -> dict[str, Any]:
-        """The tree of a recipe with this profile's values, for so many processes."""
+        """The tree of a recipe with this profile's values, for this number of processes."""
         changed = merged(tree, self.values)
         if "model" in self.instead_of_hub and _names_hub(changed.get("model")):
             changed["model"] = merged(changed["model"], {"source": self.instead_of_hub["model"]})
@@ -66,8 +66,8 @@ class Profile:
         return changed
 
     def named(self, name: str) -> str:
-        """What a run is called under this profile, so that nobody takes it for one without."""
-        parts = name.split(".")  # a sweep's trials say it in the first: mine-smoke.dpo_beta.3
+        """The run's name with this profile's, so that nobody mistakes it for a run without the profile."""
+        parts = name.split(".")  # a sweep's trials have it in the first part: mine-smoke.dpo_beta.3
         return name if any(part.endswith(f"-{self.name}") for part in parts) else f"{name}-{self.name}"
 
     def _stage(self, stage: Any, processes: int) -> Any:
@@ -83,10 +83,10 @@ class Profile:
 
 
 def read(name: str, folders: list[Path]) -> Profile:
-    """The profile of this name, from the first of the folders that has it; one of them does.
+    """The profile of this name, from the first of the folders that has it; one of them must have it.
 
     Raises:
-        ConfigError: its file is not of the form above.
+        ConfigError: its file is malformed.
     """
     path = next(path for folder in folders if (path := folder / GROUP / f"{name}.yaml").is_file())
     content = yaml_file.read(path) or {}
@@ -96,14 +96,14 @@ def read(name: str, folders: list[Path]) -> Profile:
     for part in ("stages", "for_each_process"):
         for kind, value in parts.get(part, {}).items():
             _group(value, where=f"{path}: {part}.{kind}")
-    if name == SMOKE:  # kinds of other packages bring what makes them quick
-        brought = {kind.name: kind.smoke for kind in registry.kinds().values() if kind.smoke}
-        parts = {**parts, "stages": {**brought, **parts.get("stages", {})}}
+    if name == SMOKE:  # kinds of other packages define their own smoke settings
+        own_settings = {kind.name: kind.smoke for kind in registry.kinds().values() if kind.smoke}
+        parts = {**parts, "stages": {**own_settings, **parts.get("stages", {})}}
     return Profile(name=name, **parts)
 
 
 def merged(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, with the values of ``over`` where they have the same key; groups are merged, lists replaced."""
+    """Both trees merged; where both have a key, the value of ``over`` wins. Groups are merged, lists replaced."""
     both = {
         key: merged(tree[key], value) if isinstance(value, Mapping) and isinstance(tree.get(key), Mapping) else value
         for key, value in over.items()
@@ -112,18 +112,18 @@ def merged(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def times(tree: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """The tree with every whole number in it taken so many times."""
+    """The tree with every integer in it multiplied by ``number``."""
 
-    def taken(value: Any) -> Any:
+    def multiplied(value: Any) -> Any:
         if isinstance(value, Mapping):
             return times(value, number)
         return value * number if isinstance(value, int) and not isinstance(value, bool) else value
 
-    return {key: taken(value) for key, value in tree.items()}
+    return {key: multiplied(value) for key, value in tree.items()}
 
 
 def _without_hub(tree: Mapping[str, Any], keys: Sequence[str], source: str) -> dict[str, Any]:
-    """The tree with another source at these keys, if a hub's is there; split and columns were those of the hub's."""
+    """The tree with another source at these keys, if a hub's is there; the hub's split and columns are dropped."""
     first, *rest = keys
     group = tree.get(first)
     if rest:
@@ -137,13 +137,13 @@ def _names_hub(group: Any) -> bool:
 
 
 def _group(content: Any, allowed: Sequence[str] | None = None, *, where: str) -> Mapping[str, Any]:
-    """The content, which has only the keys that are allowed.
+    """The content, if it is a group with allowed keys only.
 
     Raises:
-        ConfigError: it has others, or is no group.
+        ConfigError: it has other keys, or is not a group.
     """
     if not isinstance(content, Mapping):
-        raise ConfigError(f"{content!r} is no group of settings", where=where, remedy="write {key: value}")
+        raise ConfigError(f"{content!r} is not a group of settings", where=where, remedy="write {key: value}")
     for key in content:
         if allowed is not None and key not in allowed:
             raise ConfigError(f"unknown key '{key}'; {suggestion(str(key), allowed)}", where=where)

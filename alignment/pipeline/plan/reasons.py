@@ -1,4 +1,4 @@
-"""Why a stage has to run: what differs from the nearest result there is."""
+"""Why a stage has to run: how it differs from the nearest existing result."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def reason_to_run(
 ) -> str:
     """``beta 0.1 → 0.3 (nearest: dpo-91c0aa17)``, or that nothing was made yet.
 
-    ``refs`` gives the reference in each slot, so that a changed input can be called by its stage's name. ``own`` are
-    the results of this run, which come first; of others only one that differs in little says anything.
+    ``refs`` maps each slot to its reference, so that a changed input is named by its stage. ``own`` names the results
+    of this run, which are preferred; a result of another run is named only if it differs in few settings.
     """
     candidates = [
         candidate
@@ -86,9 +86,9 @@ def _in_words(path: tuple[str, ...], old: Any, new: Any, refs: dict[str, str]) -
     if head == "extra_data":
         return f"{rest} changes"
     if head == "code":
-        return "code that scores changes"
+        return "the scoring code changes"
     if head == "rule":
-        return "the rule that scores changes"
+        return "the scoring rule changes"
     if head == "revision":
         return "the stage itself was revised"
     return f"{'.'.join(path)} {_value(old)} → {_value(new)}"

@@ -1,4 +1,4 @@
-"""References between stages: which there are, whether each fits its slot, and the order they impose."""
+"""References between stages: where they are, whether each fits its slot, and the order that they impose."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def stage_of(slot: Slot) -> str | None:
 
 
 def is_arm(slot: Slot) -> bool:
-    """Whether it is one of several in a list."""
+    """Whether the slot is an item of a list."""
     return slot.field.endswith("]")
 
 
 def is_base(slot: Slot) -> bool:
-    """Whether it stands for the run's base model, with or without a prompt or examples."""
+    """Whether the slot names the run's base model, with or without a prompt or examples."""
     return slot.ref in UNTRAINED_ARMS
 
 
@@ -68,7 +68,7 @@ def slots(stage: Any) -> Iterator[Slot]:
 
 
 def inputs_of(name: str, stages: Mapping[str, StageConfig]) -> list[str]:
-    """The stages that must be done first. A report shows the whole run, so it waits for every other stage."""
+    """The stages that must be done before this one. A report shows the whole run, so it waits for all others."""
     stage = stages[name]
     if kind_of(stage).references.whole_run:
         return [other for other, config in stages.items() if not kind_of(config).references.whole_run]
@@ -88,7 +88,7 @@ def faults(stages: Mapping[str, StageConfig]) -> list[Fault]:
 
 
 def in_order(stages: Mapping[str, StageConfig]) -> list[str]:
-    """Stage names so that each follows its inputs, otherwise in the recipe's order. Call it after ``faults``."""
+    """The stages' names, each after its inputs, otherwise in the recipe's order. Call ``faults`` first."""
     done: list[str] = []
 
     def visit(name: str) -> None:
@@ -115,7 +115,7 @@ def _stage_faults(name: str, stage: StageConfig, stages: Mapping[str, StageConfi
                 where=where, message=f"{slot.ref!r} is an arm of an evaluation, not a model to start from; write 'base'"
             )
         elif is_arm(slot) and slot.ref in seen:
-            yield Fault(where=where, message=f"{slot.ref!r} stands there twice")
+            yield Fault(where=where, message=f"{slot.ref!r} is listed twice")
         if is_arm(slot):
             seen.add(slot.ref)
 
@@ -127,8 +127,8 @@ def _problem(slot: Slot, stages: Mapping[str, StageConfig]) -> str | None:
     if stage is None:
         known = [*(UNTRAINED_ARMS if is_arm(slot) else (BASE,)), *(_STAGE + name for name in stages)]
         close = nearest(slot.ref, known)
-        meant = f"did you mean {close!r}? Else " if close else ""
-        return f"{slot.ref!r} is no reference; {meant}write base, stage:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
+        hint = f"did you mean {close!r}? Otherwise " if close else ""
+        return f"{slot.ref!r} is not a reference; {hint}write base, stage:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
     if stage not in stages:
         return f"no stage '{stage}' in this run; {_ended(suggestion(stage, stages))}{_otherwise(slot)}"
     produced = kind_of(stages[stage]).produces
@@ -143,7 +143,7 @@ def _ended(sentence: str) -> str:
 
 def _otherwise(slot: Slot) -> str:
     if is_arm(slot):
-        return " Otherwise take this arm out."
+        return " Otherwise remove this arm."
     return " Otherwise write null." if slot.optional else ""
 
 
@@ -165,12 +165,12 @@ def what_fits(slot: Slot, stages: Mapping[str, StageConfig]) -> str:
     if fitting:
         advice = f"Use {' or '.join(repr(_STAGE + name) for name in fitting)}."
     elif slot.external:
-        advice += " From outside it takes a …ForSequenceClassification with one label, by path: or hub:."
+        advice += " From outside the run it takes a …ForSequenceClassification with one label, by path: or hub:."
     return f"this slot takes {wanted}. {advice}"
 
 
 def _cycle(stages: Mapping[str, StageConfig]) -> list[str]:
-    """The first cycle, first name repeated at the end, or nothing."""
+    """The first cycle, with its first name repeated at the end; empty if there is none."""
     finished: set[str] = set()
 
     def visit(name: str, trail: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
-"""How much data there is, as a plan has seen it, and stages that this is too little for.
+"""How much data a plan has seen, and stages for which that is too little.
 
-Rows that are too long are only known to the stage, so what stands here are upper bounds: what they refuse, the stage
-would refuse too, after those before it have trained.
+Only the stage knows which rows are too long, so these counts are upper bounds. What they refuse, the stage would
+refuse too, but only after the stages before it have trained.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from alignment.stages.registry import as_trained, kind_of
 
 COMPARED_ROWS = 2_000
 COMPARED_CHARACTERS = 1_000_000
-"""Of a source, what is held against the evaluation's, to keep a plan quick: so many characters take about half a
-second. ``align preview`` looks at more."""
+"""The part of a source that is compared with the evaluation's data, to keep planning fast: this many characters take
+about half a second. ``align preview`` compares more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seen:
-    """``rows`` of a source and how many different ``prompts`` they have; all there are if it was read as a ``whole``.
-    ``texts`` are what the first of them ask."""
+    """The number of ``rows`` of a source and of different ``prompts`` in them; exact if the ``whole`` source was read.
+    ``texts`` are what the first rows ask."""
 
     rows: int
     prompts: int
@@ -39,7 +39,7 @@ class Seen:
 
 
 def seen(records: Sequence[Record], *, whole: bool) -> Seen:
-    """What a plan remembers of the records that it read."""
+    """A summary of the records that a plan has read."""
     prompts = {_prompt_of(record) for record in records}
     return Seen(rows=len(records), prompts=len(prompts), whole=whole, texts=tuple(_compared(records)))
 
@@ -54,7 +54,7 @@ def _compared(records: Sequence[Record]) -> Iterator[LocatedText]:
 
 
 def _prompt_of(record: Any) -> tuple[Any, ...]:
-    """All that a template renders: a stage tells prompts apart by their tokens."""
+    """All that a template renders, because a stage distinguishes prompts by their tokens."""
     turns = [(turn.role, turn.content, _text(turn.tool_calls)) for turn in getattr(record, "messages", ())]
     return (_text(getattr(record, "tools", ())), *turns) if turns else (getattr(record, "text", ""),)
 
@@ -64,14 +64,14 @@ def _text(values: Sequence[Mapping[str, Any]]) -> str:
 
 
 def rows_of(data: DataConfig, own: Seen | None) -> int | None:
-    """Most rows that a stage can have of its data; None if nobody can tell before it runs."""
+    """The most rows that a stage can get from its data; None if that is unknown before it runs."""
     if own is None or not own.whole or data.mix:
         return None
     return math.ceil(Fraction(str(data.fraction)) * own.rows)
 
 
 def faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str) -> Iterator[Fault]:
-    """What a stage at ``where`` asks of its data that cannot be there."""
+    """Settings of the stage at ``where`` that need more data than it can have."""
     kind, trained = kind_of(config), as_trained(config)
     if trained is None:
         return
@@ -84,15 +84,15 @@ def faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str
 
 
 def _warm_up_faults(optim: OptimConfig, rows: int | None, *, where: str) -> Iterator[Fault]:
-    """``max_steps`` alone decides where it is set; else nobody knows without the rows."""
+    """The number of steps is ``max_steps`` if that is set; otherwise it is unknown without ``rows``."""
     if optim.max_steps:
-        steps, drawn_from, remedy = optim.max_steps, "", "raise max_steps"
+        steps, source, remedy = optim.max_steps, "", "raise max_steps"
     elif rows is not None:
         steps = math.ceil(optim.epochs * math.ceil(rows / optim.batch_size))
-        drawn_from = f" with {rows} rows in batches of {optim.batch_size}"
-        remedy = "take smaller batches, more rows or more epochs"
+        source = f" for {rows} rows in batches of {optim.batch_size}"
+        remedy = "use smaller batches, more rows or more epochs"
     else:
         return
     if optim.warmup_ratio and math.ceil(steps * optim.warmup_ratio) >= steps:
-        message = f"the warm-up takes all optimiser steps, {steps}{drawn_from}; set it to 0, or {remedy}"
+        message = f"the warm-up takes all optimiser steps ({steps}{source}); set it to 0, or {remedy}"
         yield Fault(where=f"{where}.warmup_ratio", message=message)

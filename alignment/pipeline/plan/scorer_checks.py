@@ -1,6 +1,6 @@
-"""Scorers as a plan sees them: whether each can be what it says, which code they run, and what counts of their sources.
+"""Checks scorers while planning: whether each is valid, which code it runs, and what a fingerprint covers of it.
 
-A user's file is parsed, never imported: planning runs nothing.
+A user's file is parsed, never imported: planning does not run it.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def functions(stage: StageConfig) -> dict[str, FunctionSource]:
 
 
 def code(stage: StageConfig) -> dict[str, str]:
-    """SHA-256 of the file of each function. Call it after ``faults``."""
+    """The SHA-256 of each function's file, by field. Call ``faults`` first."""
     return {field: file_sha256(function.file) for field, function in functions(stage).items()}
 
 
 def with_files(stage: StageConfig) -> StageConfig:
-    """The stage with absolute file names: its worker may run in another folder."""
+    """The stage with absolute file names, because its worker may run in another folder."""
     named = {field: function_of(scorer.source) for field, scorer in kind_of(stage).scorers(stage).items()}
     changed: StageConfig = _with_sources(
         stage, {field: str(function) for field, function in named.items() if function is not None}
@@ -68,14 +68,15 @@ def with_files(stage: StageConfig) -> StageConfig:
 
 
 def without_paths(stage: StageConfig) -> StageConfig:
-    """The stage as its identity holds it: a function by its name, a model by being one; their content is hashed."""
+    """The stage as its identity holds it: only a function's name, and ``model`` for a model. Their content is hashed
+    elsewhere."""
     scorers = kind_of(stage).scorers(stage)
     changed: StageConfig = _with_sources(stage, {field: _kind(scorer.source) for field, scorer in scorers.items()})
     return changed
 
 
 def _with_sources(config: Any, sources: Mapping[str, str]) -> Any:
-    """The settings with other sources, by the field of each scorer, such as ``scorers[0]`` or ``guard.scorer``."""
+    """The settings with these sources, by the field of each scorer, such as ``scorers[0]`` or ``guard.scorer``."""
     for field, source in sources.items():
         config = _with_source(config, field.split("."), source)
     return config
@@ -101,7 +102,7 @@ def _kind(source: str) -> str:
 
 
 def row_checks(stage: StageConfig) -> tuple[Callable[[HasRow], object], ...]:
-    """What the stage's verifiers look at in a row; each raises DataError where that is not there."""
+    """Checks for what the stage's verifiers read in a row; each raises DataError if a row lacks it."""
     sources = {scorer.source for scorer in kind_of(stage).scorers(stage).values()}
     return tuple(check for source, check in _ROW_CHECKS.items() if source in sources)
 
@@ -121,7 +122,7 @@ def _scorer_faults(where: str, scorer: ScoreSourceConfig) -> Iterator[Fault]:
     if problem:
         yield Fault(where=f"{where}.source", message=problem)
     if not is_known(scorer.source):
-        return  # which settings it needs, nobody can tell
+        return  # its settings are unknown
     needed = VERIFIERS.get(scorer.source)
     for user, setting in VERIFIERS.items():
         if setting is None:
@@ -130,7 +131,7 @@ def _scorer_faults(where: str, scorer: ScoreSourceConfig) -> Iterator[Fault]:
         if setting == needed and value is None:
             yield Fault(where=f"{where}.{setting}", message=f"missing; '{scorer.source}' needs it")
         elif setting != needed and value is not None:
-            yield Fault(where=f"{where}.{setting}", message=f"{value!r} is read by nothing; only '{user}' reads it")
+            yield Fault(where=f"{where}.{setting}", message=f"{value!r} has no effect; only '{user}' uses it")
 
 
 def _source_problem(source: str) -> str | None:
@@ -144,7 +145,7 @@ def _source_problem(source: str) -> str | None:
     if source.endswith(".py"):
         return f"{source!r} names no function; write {source}:FUNCTION"
     close = nearest(source, [REWARD, *VERIFIERS])
-    return f"{source!r} is no scorer; {f'did you mean {close!r}? ' if close else ''}{ALLOWED}"
+    return f"{source!r} is not a scorer; {f'did you mean {close!r}? ' if close else ''}{ALLOWED}"
 
 
 def _function_problem(function: FunctionSource) -> str | None:

@@ -1,4 +1,4 @@
-"""What no rule for a single field can say: settings that only together, or only here, cannot be right."""
+"""Checks that a rule for a single field cannot make: settings that are wrong together, or on this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from alignment.stages.registry import as_trained, kind_of
 
 
 def faults(config: RunConfig) -> list[Fault]:
-    """Everything wrong with a run's template, Slurm jobs, trackers, adapters and data, and what its stages say."""
+    """Faults in a run's template, Slurm jobs, trackers, adapters and data, and those that its stages report."""
     every_fault: list[Fault] = [*_template_faults(config.model), *_slurm_faults(config.launch)]
     every_fault += _tracking_faults(config.tracking)
     for name, stage in config.stages.items():
@@ -43,7 +43,7 @@ def faults(config: RunConfig) -> list[Fault]:
 
 
 def completed(config: RunConfig) -> RunConfig:
-    """The run with what its stages say of one another filled in."""
+    """The run with the settings filled in that a stage takes from other stages."""
     stages = {name: kind_of(stage).completed(stage, config) for name, stage in config.stages.items()}
     return replace(config, stages=stages)
 
@@ -57,29 +57,30 @@ def _template_faults(model: ModelConfig) -> Iterator[Fault]:
 
 
 def _slurm_faults(launch: LaunchConfig) -> Iterator[Fault]:
-    """What would end a job after it has waited in a queue."""
+    """Settings that would end a job after it has waited in a queue."""
     submitted = slurm.submission(launch)
     if submitted is None:
         return
     if submitted.signal_seconds <= launch.grace_seconds:
         message = (
-            f"{submitted.signal_seconds} seconds before its end a job is asked to save, for which a stage may take "
-            f"launch.grace_seconds, {launch.grace_seconds}; take more"
+            f"a job is asked to save {submitted.signal_seconds} seconds before its end, but a stage may take "
+            f"launch.grace_seconds, {launch.grace_seconds}, to save; use more"
         )
         yield Fault(where="launch.backend.signal_seconds", message=message)
     if submitted.time is not None and _seconds(submitted.time) <= submitted.signal_seconds:
-        message = f"{submitted.time!r} is over before a job would be asked to save, signal_seconds earlier; take more"
+        message = f"{submitted.time!r} ends before a job would be asked to save, signal_seconds earlier; use more"
         yield Fault(where="launch.backend.time", message=message)
     if 0 < submitted.gpus < launch.num_processes:
-        message = f"{submitted.gpus} for {launch.num_processes} processes; take one for each: {launch.num_processes}"
+        message = f"{submitted.gpus} for {launch.num_processes} processes; use one for each: {launch.num_processes}"
         yield Fault(where="launch.backend.gpus", message=message)
     if not (submitted.gpus or launch.num_processes):
-        message = "0 for one process on each GPU; say how many a job gets, or take launch.num_processes=1"
+        message = "0 for one process on each GPU; set how many GPUs a job gets, or launch.num_processes=1"
         yield Fault(where="launch.backend.gpus", message=message)
 
 
 def _tracking_faults(tracking: TrackingConfig) -> Iterator[Fault]:
-    """What a stage would find out hours later. A folder called wandb would pass for a module, so packages are asked."""
+    """Missing packages, which a stage would notice hours later. Looks for the installed distribution, because a folder
+    called wandb would pass for the module."""
     for name, wanted, versions in (
         ("wandb", tracking.wandb, ">=0.31,<0.32"),
         ("tensorboard", tracking.tensorboard, ">=2.20,<3"),
@@ -98,32 +99,32 @@ def _is_installed(package: str) -> bool:
 
 
 def _seconds(time: str) -> int:
-    """Of ``[days-]hours:minutes:seconds``."""
+    """The seconds in ``[days-]hours:minutes:seconds``."""
     days, _, clock = time.rpartition("-")
     hours, minutes, seconds = map(int, clock.split(":"))
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _chain_faults(stage: TrainedConfig, config: RunConfig, where: str) -> Iterator[Fault]:
-    """What is known of the stage that this one starts from, where it is one of the run's."""
+    """Faults in ``chain``, and conflicts with the stage that this one starts from, if the run has it."""
     adapter = stage.adapter
     named = config.stages.get(stage.init.removeprefix("stage:"))
     before = None if named is None else as_trained(named)
     continues = adapter.kind is AdapterKind.prefix and adapter.chain is CONTINUE
     if before is not None and before.adapter.kind is AdapterKind.prefix and not continues:
-        message = f"{stage.init} trained a prefix, which cannot be merged; continue it, or train factors there"
+        message = (
+            f"{stage.init} trained a prefix, which cannot be merged; continue it, or train a low-rank adapter there"
+        )
         yield Fault(where=where, message=message)
     if adapter.kind is AdapterKind.full or adapter.chain is Chain.merge:
         return
     if adapter.modules_to_save:
-        yield Fault(
-            where=f"{where}.chain", message=f"modules_to_save goes with chain 'merge' only, not {adapter.chain.value!r}"
-        )
+        yield Fault(where=f"{where}.chain", message=f"modules_to_save needs chain 'merge', not {adapter.chain.value!r}")
     if adapter.kind is AdapterKind.prefix and adapter.chain is Chain.stack:
-        message = "a prefix does not stand on other adapters; take chain 'merge', or 'continue' for a prefix"
+        message = "a prefix cannot be stacked on other adapters; use chain 'merge', or 'continue' for a prefix"
         yield Fault(where=f"{where}.chain", message=message)
     if adapter.kind is AdapterKind.dora and adapter.chain is Chain.stack:
-        message = "DoRA turns the weights that it finds and cannot be added to others beside them; take chain 'merge'"
+        message = "DoRA rescales the weights that it adapts and cannot be stacked on other adapters; use chain 'merge'"
         yield Fault(where=f"{where}.chain", message=message)
     if adapter.chain is not CONTINUE:
         return
@@ -137,7 +138,7 @@ def _shape_faults(adapter: AdapterConfig, before: AdapterConfig, init: str, wher
     for name in PREFIX_SHAPE if adapter.kind is AdapterKind.prefix else SHAPE:
         wanted, has = getattr(adapter, name), getattr(before, name)
         if wanted != has:
-            message = f"{wanted!r} cannot continue an adapter with {has!r}; take the value of {init}"
+            message = f"{wanted!r} cannot continue an adapter with {has!r}; use the value of {init}"
             yield Fault(where=f"{where}.{name}", message=message)
     if any((adapter.kind is kind) != (before.kind is kind) for kind in (AdapterKind.dora, AdapterKind.prefix)):
         message = f"{adapter.kind.value} cannot continue what {init} trained with {before.kind.value}"
@@ -149,30 +150,30 @@ def _master_faults(stage: TrainedConfig, dtype: Dtype, path: str) -> Iterator[Fa
     if adapter.master_weights:
         return
     if stage.optim.moments is not Moments.full:
-        message = f"{stage.optim.moments.value!r} goes with float32 weights only; take full, or master_weights: true"
+        message = f"{stage.optim.moments.value!r} needs float32 weights; use full, or master_weights: true"
         yield Fault(where=f"{path}.optim.moments", message=message)
     if adapter.kind is not AdapterKind.full:
-        yield Fault(where=where, message="false is read by nothing; only adapter.kind 'full' reads it")
+        yield Fault(where=where, message="false has no effect; only adapter.kind 'full' uses it")
     elif dtype is Dtype.float32:
-        yield Fault(where=where, message="false saves nothing where model.dtype is float32; choose bfloat16, or true")
+        yield Fault(where=where, message="false saves no memory if model.dtype is float32; use bfloat16, or true")
 
 
 def source_faults(data: SourceConfig, where: str) -> Iterator[Fault]:
-    """What cannot be right in a source by itself."""
+    """Faults in the settings of a single source."""
     if data.format is not None and data.format not in FORMATS:
         yield Fault(
-            where=f"{where}.format", message=f"{data.format!r} is no format; {suggestion(data.format, FORMATS)}"
+            where=f"{where}.format", message=f"{data.format!r} is not a format; {suggestion(data.format, FORMATS)}"
         )
     if not data.source.startswith("hub:"):
         unread = {"split": data.split, "subset": data.subset}
         for name, value in unread.items():
             if value != getattr(SourceConfig(), name):
-                message = f"{value!r} is read by nothing; only a data set of a hub has a {name}"
+                message = f"{value!r} has no effect; only a hub's data set has a {name}"
                 yield Fault(where=f"{where}.{name}", message=message)
 
 
 def _data_faults(data: DataConfig, where: str, *, read_by_code: bool = False) -> Iterator[Fault]:
-    """``read_by_code``: a function of the user's gets the rows, with whatever columns it likes."""
+    """``read_by_code``: a function of the user's reads the rows, so any column is allowed."""
     for source, path in [(data, where), *((part, f"{where}.mix[{n}]") for n, part in enumerate(data.mix))]:
         yield from source_faults(source, path)
         if not read_by_code:
@@ -183,7 +184,9 @@ def _data_faults(data: DataConfig, where: str, *, read_by_code: bool = False) ->
             yield Fault(where=path, message="set either share or count, such as share: 0.2")
     shares = sum(part.share or 0.0 for part in data.mix)
     if shares >= 1.0:
-        yield Fault(where=f"{where}.mix", message=f"the shares add up to {shares:g} and leave no room for own rows")
+        yield Fault(
+            where=f"{where}.mix", message=f"the shares add up to {shares:g} and leave no room for the stage's own rows"
+        )
 
 
 def _column_faults(data: SourceConfig, where: str) -> Iterator[Fault]:

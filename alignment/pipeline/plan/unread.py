@@ -1,7 +1,7 @@
-"""Settings that nothing reads beside the others, or that leave nothing to learn: they would promise something, and
-change a fingerprint for nothing.
+"""Refuses settings that have no effect together with the others: they would mislead, and change a fingerprint for
+nothing.
 
-A setting at its default promises nothing and is let pass.
+A setting at its default is always accepted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from alignment.stages.registry import as_trained, kind_of
 
 
 def faults(config: RunConfig) -> list[Fault]:
-    """Everything in a run that is set and read by nothing."""
+    """A fault for every setting in a run that has no effect."""
     return [fault for name, stage in config.stages.items() for fault in _stage_faults(stage, f"stages.{name}")]
 
 
@@ -29,8 +29,8 @@ def _stage_faults(stage: StageConfig, where: str) -> Iterator[Fault]:
         drops = trained.adapter.kind in LOW_RANK and trained.adapter.dropout > 0.0
         if drops and not kind_of(stage).learning.may_drop:
             message = (
-                f"{trained.adapter.dropout:g} is read by nothing: {stage.kind} compares passes of one model, of which "
-                "none may drop anything; take 0"
+                f"{trained.adapter.dropout:g} is not supported: {stage.kind} compares passes of one model, which must "
+                "not use dropout; use 0"
             )
             yield Fault(where=f"{where}.adapter.dropout", message=message)
     too_long = getattr(stage, "too_long", None)
@@ -43,5 +43,5 @@ def _adapter_faults(adapter: AdapterConfig, where: str) -> Iterator[Fault]:
         readers = READ_BY.get(field.name)
         if readers is not None and adapter.kind not in readers:
             kinds = ", ".join(f"'{kind.value}'" for kind in readers)
-            reader = f"only adapter.kind {kinds}, and it is '{adapter.kind.value}',"
+            reader = f"only adapter.kind {kinds}, not '{adapter.kind.value}',"
             yield from unread_faults(adapter, AdapterConfig(), (field.name,), where, reader)

@@ -90,7 +90,7 @@ FAULTS = [
     ),
     (
         with_stage(adapter="full"),
-        "stages.sft.adapter: 'full' is no group of settings; "
+        "stages.sft.adapter: 'full' is not a group of settings; "
         "it takes the keys kind, rank, alpha, dropout, rslora, target_modules, modules_to_save, virtual_tokens, chain, "
         "master_weights",
     ),
@@ -105,7 +105,7 @@ FAULTS = [
     ),
     (
         {"name": "run", "stages": {"sft": "sfft"}},
-        "stages.sft: 'sfft' is no stage; it takes settings, beginning with 'kind'; did you mean {kind: sft}?",
+        "stages.sft: 'sfft' is not a stage; it takes settings, beginning with 'kind'; did you mean {kind: sft}?",
     ),
     ({"name": "run", "stages": {}}, "stages: a run needs at least one stage"),
     (
@@ -147,7 +147,10 @@ FAULTS = [
     (with_ppo(scorers=[{"weight": "x"}]), "stages.ppo.scorers[0].weight: 'x' is not allowed; it takes a number"),
     (with_ppo(scorers=[{"clip": 0}]), "stages.ppo.scorers[0].clip: 0 is not allowed; a number above 0"),
     (with_ppo(scorers=[]), "stages.ppo.scorers: [] is not allowed; at least one entry"),
-    (with_ppo(scorers=[SCORER, "reward"]), f"stages.ppo.scorers[1]: 'reward' is no group of settings; {SCORER_KEYS}"),
+    (
+        with_ppo(scorers=[SCORER, "reward"]),
+        f"stages.ppo.scorers[1]: 'reward' is not a group of settings; {SCORER_KEYS}",
+    ),
     (
         with_ppo(scorers={"source": "reward"}),
         "stages.ppo.scorers: {'source': 'reward'} is not allowed; it takes a list of groups, each with some of the "

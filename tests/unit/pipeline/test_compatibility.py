@@ -34,21 +34,21 @@ def adapter(kind: str, **more: Any) -> AdapterConfig:
             SftConfig(adapter=adapter("qlora")),
             "zero3",
             "adapter.kind",
-            "weights in four bits cannot be cut into shares",
+            "four-bit weights cannot be sharded",
         ),
-        (SftConfig(adapter=adapter("qlora")), "fsdp", "adapter.kind", "weights in four bits cannot be cut"),
-        (SftConfig(adapter=adapter("prefix")), "zero3", "adapter.kind", "a prefix is read by every layer"),
+        (SftConfig(adapter=adapter("qlora")), "fsdp", "adapter.kind", "four-bit weights cannot be sharded"),
+        (SftConfig(adapter=adapter("prefix")), "zero3", "adapter.kind", "every layer reads the prefix"),
         (
             SftConfig(adapter=adapter("full", master_weights=False)),
             "zero1",
             "adapter.master_weights",
-            "what is rounded at random",
+            "stochastic rounding",
         ),
         (
             SftConfig(optim=OptimConfig(lr=1e-4, moments=Moments.eight_bit)),
             "zero2",
             "optim.moments",
-            "moments in eight",
+            "eight-bit moments",
         ),
         (PpoConfig(), "fsdp", "kind", "its four roles share weights"),
         (PpoConfig(critic_warmup=2), "zero2", "critic_warmup", "DeepSpeed steps all weights"),
@@ -59,7 +59,7 @@ def test_a_stage_that_cannot_be_launched_so_is_refused(stage: StageConfig, launc
     told = found(stage, sharding=Sharding(launch))
     assert len(told) == 1
     assert told[0].startswith(f"stages.s.{where}: does not work with launch={launch}: {why}")
-    assert "; take " in told[0]
+    assert "; use " in told[0]
     assert found(stage) == []
 
 
@@ -79,9 +79,9 @@ def test_weights_and_factors_are_launched_in_every_way(kind: str, sharding: str)
 @pytest.mark.parametrize(
     ("offload", "sharding", "expected"),
     [
-        ("optimizer", "none", "launch.offload: 'optimizer' is read by nothing under launch.sharding=none; take zero1"),
-        ("optimizer", "fsdp", "launch.offload: 'optimizer' is read by nothing under launch.sharding=fsdp; take zero1"),
-        ("weights", "zero2", "launch.offload: 'weights' is read by nothing under launch.sharding=zero2; take zero3"),
+        ("optimizer", "none", "launch.offload: 'optimizer' has no effect with launch.sharding=none; use zero1"),
+        ("optimizer", "fsdp", "launch.offload: 'optimizer' has no effect with launch.sharding=fsdp; use zero1"),
+        ("weights", "zero2", "launch.offload: 'weights' has no effect with launch.sharding=zero2; use zero3"),
     ],
 )
 def test_an_offload_that_nothing_reads_is_refused(offload: str, sharding: str, expected: str) -> None:
@@ -93,5 +93,5 @@ def test_an_offload_that_nothing_reads_is_refused(offload: str, sharding: str, e
 def test_a_machine_that_is_not_among_them_is_refused() -> None:
     assert found(SftConfig(), backend=MachinesBackend(machine_rank=1)) == []
     assert found(SftConfig(), backend=MachinesBackend(machine_rank=2)) == [
-        "launch.backend.machine_rank: 2 is no rank among 2 machines; the first is 0"
+        "launch.backend.machine_rank: 2 is not a rank of 2 machines; ranks start at 0"
     ]

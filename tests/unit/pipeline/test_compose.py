@@ -166,14 +166,14 @@ FAULTY = [
     ("launch=[]", "launch=[]: no launch '[]'; one of: ddp, fsdp, local, zero1, zero2, zero3"),
     (
         "launch=slurm",
-        "launch=slurm: no launch 'slurm'; one of: ddp, fsdp, local, zero1, zero2, zero3; where stages run is a choice "
-        "of its own now; write launch/backend=slurm",
+        "launch=slurm: no launch 'slurm'; one of: ddp, fsdp, local, zero1, zero2, zero3; where stages run is a "
+        "separate choice now; write launch/backend=slurm",
     ),
     ("launch/backend=slrum", "launch/backend=slrum: no launch/backend 'slrum'; did you mean 'slurm'?"),
     ("launch/bakend=slurm", "launch/bakend=slurm: no group 'launch/bakend'; did you mean 'launch/backend'?"),
     (
         "launch.backend=slurm",
-        "launch.backend: 'slurm' is no group of settings; choose launch/backend=slurm, or write {kind: slurm}",
+        "launch.backend: 'slurm' is not a group of settings; choose launch/backend=slurm, or write {kind: slurm}",
     ),
     ("launch.backend.kind=slrum", "launch.backend.kind: 'slrum' is not allowed; did you mean 'slurm'?"),
     (
@@ -182,12 +182,12 @@ FAULTY = [
     ),
     (
         "launch.slurm.partition=gpu",
-        "launch.slurm.partition: unknown key; where stages run is a choice of its own now; write launch/backend=slurm "
+        "launch.slurm.partition: unknown key; where stages run is a separate choice now; write launch/backend=slurm "
         "launch.backend.partition=gpu",
     ),
     (
         "launch.num_machines=4",
-        "launch.num_machines: unknown key; where stages run is a choice of its own now; write launch/backend=machines "
+        "launch.num_machines: unknown key; where stages run is a separate choice now; write launch/backend=machines "
         "launch.backend.num_machines=4",
     ),
     ("profile=smok", "profile=smok: no profile 'smok'; did you mean 'smoke'?"),
@@ -208,16 +208,16 @@ FAULTY = [
     ("seed", "seed: not an override; write key=value, such as stages.dpo.beta=0.3"),
     (
         f"seed={'[' * 31}{']' * 31}",
-        f"seed={'[' * 31}{']' * 24}…: brackets within 31 others; no setting has more than a few",
+        f"seed={'[' * 31}{']' * 24}…: brackets are nested 31 deep; no setting needs more than a few levels",
     ),
     (
         f"stages.sft.optim={'{' * 3000}",
-        f"stages.sft.optim={'{' * 43}…: brackets within 3000 others; no setting has more than a few",
+        f"stages.sft.optim={'{' * 43}…: brackets are nested 3000 deep; no setting needs more than a few levels",
     ),
     ("=1", "=1: not an override; write key=value, such as stages.dpo.beta=0.3"),
     ("seed=[1", "seed=[1: not an override; write key=value, such as stages.dpo.beta=0.3"),
-    ("hydra.run.dir=x", "hydra.run.dir=x: settings of Hydra itself are not taken"),
-    ("hydra/launcher=x", "hydra/launcher=x: settings of Hydra itself are not taken"),
+    ("hydra.run.dir=x", "hydra.run.dir=x: Hydra's own settings are not allowed"),
+    ("hydra/launcher=x", "hydra/launcher=x: Hydra's own settings are not allowed"),
     ("summary=${nowhere}", "summary: Interpolation key 'nowhere' not found"),
 ]
 
@@ -500,13 +500,13 @@ def test_a_profile_of_the_user_s_own_stands_beside_the_recipe(tmp_path: Path) ->
     [
         ("stage: {dpo: {}}", "mine.yaml: unknown key 'stage'; did you mean 'stages'?"),
         ("stages: {dop: {}}", "mine.yaml: stages: unknown key 'dop'; did you mean 'dpo'?"),
-        ("stages: {dpo: 3}", "mine.yaml: stages.dpo: 3 is no group of settings"),
+        ("stages: {dpo: 3}", "mine.yaml: stages.dpo: 3 is not a group of settings"),
         ("choices: {lanch: local}", "mine.yaml: choices: unknown key 'lanch'; did you mean 'launch'?"),
         ("instead_of_hub: {modl: x}", "mine.yaml: instead_of_hub: unknown key 'modl'; did you mean 'model'?"),
         ("for_each_process: {dop: {}}", "mine.yaml: for_each_process: unknown key 'dop'; did you mean 'dpo'?"),
-        ("for_each_process: {dpo: 3}", "mine.yaml: for_each_process.dpo: 3 is no group of settings"),
-        ("values: 3", "mine.yaml: values: 3 is no group of settings"),
-        ("- a", "mine.yaml: ['a'] is no group of settings"),
+        ("for_each_process: {dpo: 3}", "mine.yaml: for_each_process.dpo: 3 is not a group of settings"),
+        ("values: 3", "mine.yaml: values: 3 is not a group of settings"),
+        ("- a", "mine.yaml: ['a'] is not a group of settings"),
         ("a: [", "mine.yaml: not YAML"),
     ],
 )

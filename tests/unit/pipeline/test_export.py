@@ -64,4 +64,4 @@ def test_a_base_of_another_content_is_refused(tmp_path: Path, artifact: Callable
     (base / "config.json").write_text("{}")
     (base / "model.safetensors").write_bytes(b"weights")
     folder = artifact(base={"source": f"path:{base}", "path": str(base), "content": "files-sha256:other"})
-    assert "is another model now" in str(_refused(folder, tmp_path))
+    assert "its content has changed" in str(_refused(folder, tmp_path))

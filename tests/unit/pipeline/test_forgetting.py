@@ -52,7 +52,7 @@ def _arms(*names: str) -> str:
         (["base"], "stages.forgetting.arms[0]: 'base' was not trained; remove it, the base model is measured anyway"),
         (["stage:sft", "base+prompt"], "stages.forgetting.arms[1]: 'base+prompt' was not trained; "),
         (["stage:reward"], "stages.forgetting.arms[0]: 'stage:reward' is a reward model; this slot takes a policy. "),
-        (["stage:sft", "stage:sft"], "stages.forgetting.arms[1]: 'stage:sft' stands there twice"),
+        (["stage:sft", "stage:sft"], "stages.forgetting.arms[1]: 'stage:sft' is listed twice"),
         (["stage:sfd"], "stages.forgetting.arms[0]: no stage 'sfd' in this run; did you mean 'sft'?"),
     ],
 )

@@ -99,7 +99,7 @@ def test_split_and_subset_count_and_are_refused_where_nothing_reads_them(plan: M
     assert fingerprints[0] != fingerprints[1]
     assert sft(plan(SOURCE, "stages.sft.data.subset=default")).fingerprint not in fingerprints
     for more, said in (("split=test", "split: 'test'"), ("subset=a", "subset: 'a'")):
-        with pytest.raises(ConfigError, match=rf"stages\.sft\.data\.{said} is read by nothing; only a data set of a"):
+        with pytest.raises(ConfigError, match=rf"stages\.sft\.data\.{said} has no effect; only a hub's data set"):
             plan(f"stages.sft.data.{more}")
     with pytest.raises(ConfigError, match=r"stages\.sft\.data\.split: '' is not allowed"):
         plan(SOURCE, "stages.sft.data.split=''")
@@ -203,4 +203,4 @@ def test_the_doctor_explains_a_split_of_a_data_set(cache: Path, capsys: pytest.C
     assert cli.main(["doctor", "hub:org/name", "--subset", "x"]) == 3
     assert "has no subset 'x'; it has default" in capsys.readouterr().err
     assert cli.main(["doctor", "bundled:quickstart/heldout", "--split", "test"]) == 2
-    assert "DATA.split: 'test' is read by nothing" in capsys.readouterr().err
+    assert "DATA.split: 'test' has no effect" in capsys.readouterr().err

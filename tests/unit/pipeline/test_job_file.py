@@ -125,7 +125,7 @@ def test_launch_settings_change_no_result(plan: MakePlan) -> None:
 def test_a_name_that_slurm_or_a_shell_would_read_gets_into_no_job_file(plan: MakePlan, name: str) -> None:
     made = plan("launch/backend=slurm")
     hostile = dataclasses.replace(made, config=dataclasses.replace(made.config, name=name))
-    with pytest.raises(ConfigError, match="cannot stand in a job file"):
+    with pytest.raises(ConfigError, match="is not allowed in a job file"):
         rendered(hostile)
 
 

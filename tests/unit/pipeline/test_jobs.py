@@ -142,7 +142,7 @@ def test_without_slurm_the_command_says_so(
     assert cli.main(["run", "quickstart", *overrides, "launch/backend=slurm"]) == 2
     assert capsys.readouterr().err == (
         "configuration: launch.backend: there is no sbatch on this machine\n"
-        "  → call it on a login node of the cluster, load its slurm module, or take launch/backend=local\n"
+        "  → call it on a login node of the cluster, load its slurm module, or use launch/backend=local\n"
     )
 
 
@@ -239,7 +239,7 @@ def test_a_job_is_followed_through_the_queue_and_through_being_queued_again(sft:
     assert follow(sft) == [
         "sft: job 11 PENDING (Resources)",
         "sft begins: job 11",
-        "sft stopped: queued again; it goes on from its checkpoint",
+        "sft stopped: queued again; it continues from its checkpoint",
         "sft: job 11 PENDING (BeginTime)",
         "sft begins: job 11",
         f"sft done: {stage.artifact.name}",

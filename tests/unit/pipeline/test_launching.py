@@ -41,13 +41,13 @@ def test_pages_are_refused_without_a_gpu() -> None:
 def test_a_batch_is_split_over_all_machines() -> None:
     fits, does_not = (SftConfig(optim=OptimConfig(lr=1e-4, batch_size=size)) for size in (8, 6))
     refuse(stage(fits), num_processes=2, backend=MachinesBackend())
-    with pytest.raises(ConfigError, match=r"stages\.it\.optim\.batch_size: 6 does not divide by 4 processes"):
+    with pytest.raises(ConfigError, match=r"stages\.it\.optim\.batch_size: 6 is not divisible by 4 processes"):
         refuse(stage(fits), stage(does_not), num_processes=2, backend=MachinesBackend())
 
 
 def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feasibility.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match="zero2 is DeepSpeed's, which is not installed") as caught:
+    with pytest.raises(ConfigError, match="zero2 needs DeepSpeed, which is not installed") as caught:
         refuse(stage(SftConfig()), sharding=Sharding.zero2)
     assert "pip install 'deepspeed" in caught.value.remedy
     refuse(stage(SftConfig()), num_processes=2)
@@ -66,7 +66,7 @@ def test_an_evaluation_and_a_report_want_one_process_or_none() -> None:
     refuse(stage(ReportConfig()), num_processes=0)
     with pytest.raises(ConfigError, match="2 processes, but this machine has 1 GPU"):
         refuse(stage(SftConfig()), num_processes=2, num_devices=1)
-    with pytest.raises(ConfigError, match="this machine has none"):
+    with pytest.raises(ConfigError, match="this machine has no GPU"):
         refuse(stage(SftConfig()), num_processes=0)
 
 

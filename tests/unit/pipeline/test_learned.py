@@ -94,9 +94,13 @@ def test_of_a_model_from_elsewhere_nothing_is_known(plan: MakePlan, tmp_path: Pa
         (
             "stages.card.rule=house_style",
             ConfigError,
-            r"stages.card.rule: .*'house_style' is no rule of the package any more; write 'bundled:quickstart/house_st",
+            r"stages.card.rule: .*'house_style' is no longer a rule of the package; write 'bundled:quickstart/house_st",
         ),
-        ("stages.card.rule.source=lenght", ConfigError, r"card.rule.source: 'lenght' is no scorer; did you mean 'len"),
+        (
+            "stages.card.rule.source=lenght",
+            ConfigError,
+            r"card.rule.source: 'lenght' is not a scorer; did you mean 'len",
+        ),
         (
             "stages.card.rule={source: regex}",
             ConfigError,

@@ -148,7 +148,7 @@ def test_a_machine_that_would_make_something_else_is_refused(shared: Shared, mon
 def test_no_machine_waits_for_one_that_is_gone(shared: Shared) -> None:
     shared.says("running")
     shared.plan.config.launch = replace(LAUNCH, hang_seconds=1)
-    with pytest.raises(StageError, match="nothing was heard of the first machine for 1 seconds"):
+    with pytest.raises(StageError, match="no sign of life from the first machine for 1 seconds"):
         shared.follow()
     machines.show_life(shared.plan.run_folder, LAUNCH)
     assert (shared.plan.run_folder / machines.LIFE).exists()

@@ -32,12 +32,15 @@ def of(*metrics: str) -> str:
         ([of(STYLE, STYLE)], f"{METRICS}[1].name: 'style' is used twice"),
         ([of("{name: loss, source: length, target: 9}")], f"{METRICS}[0].name: 'loss' is reserved"),
         ([of("{name: primary, source: length, target: 9}")], f"{METRICS}[0].name: 'primary' is reserved"),
-        ([of("{name: short, source: lenght}")], f"{METRICS}[0].source: 'lenght' is no scorer; did you mean 'length'?"),
+        (
+            [of("{name: short, source: lenght}")],
+            f"{METRICS}[0].source: 'lenght' is not a scorer; did you mean 'length'?",
+        ),
         ([of("{name: short, source: length}")], f"{METRICS}[0].target: missing; 'length' needs it"),
         ([of("{name: short}")], f"{METRICS}[0].source: missing; it takes reward, a reward model"),
         (
             [of("{name: style, source: house_style}")],
-            f"{METRICS}[0].source: 'house_style' is no rule of the package any more; write 'bundled:quickstart/house_s",
+            f"{METRICS}[0].source: 'house_style' is no longer a rule of the package; write 'bundled:quickstart/house_s",
         ),
         ([of("{name: s, source: 'nowhere.py:score'}")], "nowhere.py"),
         (

@@ -245,7 +245,7 @@ def test_a_damaged_result_is_not_reused(plan: MakePlan) -> None:
 def test_a_result_whose_fingerprint_only_begins_alike_is_not_reused(plan: MakePlan) -> None:
     sft = plan().stages[0]
     leave_artifact(replace(sft, fingerprint=sft.fingerprint[:8] + "0" * 56))
-    with pytest.raises(ArtifactError, match="holds another result whose fingerprint begins alike"):
+    with pytest.raises(ArtifactError, match="holds another result whose fingerprint starts the same"):
         plan()
 
 
@@ -279,28 +279,28 @@ def test_a_model_folder_fits_where_a_policy_is_taken(plan: MakePlan, tmp_path: P
         (
             "~stages.ppo",
             ConfigError,
-            "stages.evaluate.arms[4]: no stage 'ppo' in this run; did you mean 'dpo'? Otherwise take this arm out.",
+            "stages.evaluate.arms[4]: no stage 'ppo' in this run; did you mean 'dpo'? Otherwise remove this arm.",
         ),
         ("stages.evaluate.arms=[]", ConfigError, "stages.evaluate.arms: [] is not allowed; at least one entry"),
         (
             "stages.evaluate.arms=[base+fewshot]",
             ConfigError,
-            "stages.evaluate.arms[0]: 'base+fewshot' is no reference; did you mean 'base+few-shot'? Else write base, "
-            "stage:NAME, path:FOLDER or hub:ORG/NAME@REVISION",
+            "stages.evaluate.arms[0]: 'base+fewshot' is not a reference; did you mean 'base+few-shot'? Otherwise "
+            "write base, stage:NAME, path:FOLDER or hub:ORG/NAME@REVISION",
         ),
         (
             "stages.evaluate.arms=['stage:zzzzzz']",
             ConfigError,
             "stages.evaluate.arms[0]: no stage 'zzzzzz' in this run; one of: sft, reward, dpo, ppo, evaluate, report. "
-            "Otherwise take this arm out.",
+            "Otherwise remove this arm.",
         ),
         ("stages.sft.init=stage:dpo", ConfigError, "stages.sft: depends on itself: sft → dpo → sft"),
         (
             "stages.dpo.init=sft",
             ConfigError,
-            "stages.dpo.init: 'sft' is no reference; write base, stage:NAME, path:FOLDER or hub:ORG/NAME@REVISION",
+            "stages.dpo.init: 'sft' is not a reference; write base, stage:NAME, path:FOLDER or hub:ORG/NAME@REVISION",
         ),
-        ("stages.evaluate.arms=[base,base]", ConfigError, "stages.evaluate.arms[1]: 'base' stands there twice"),
+        ("stages.evaluate.arms=[base,base]", ConfigError, "stages.evaluate.arms[1]: 'base' is listed twice"),
         ("stages.dpo.init=path:/nowhere", ModelError, "stages.dpo.init: no folder /nowhere"),
         ("model.source=path:/nowhere", ModelError, "model.source: no folder /nowhere"),
         ("model.source=bundled:smollm", ModelError, "model.source: no bundled model 'smollm'"),
@@ -344,16 +344,18 @@ def test_faulty_rows_may_be_skipped_by_the_plan_too(plan: MakePlan, tmp_path: Pa
 
 
 def test_a_format_is_named_right_or_refused(plan: MakePlan) -> None:
-    with pytest.raises(ConfigError, match=r"stages\.dpo\.data\.format: 'preferense' is no format; did you mean 'pref"):
+    with pytest.raises(
+        ConfigError, match=r"stages\.dpo\.data\.format: 'preferense' is not a format; did you mean 'pref"
+    ):
         plan("stages.dpo.data.format=preferense")
     assert changed(plan(), plan("stages.dpo.data.format=preference")) == {"dpo", "evaluate", "report"}
 
 
 def test_weights_without_masters_are_refused_where_that_means_nothing(plan: MakePlan) -> None:
     off = "stages.dpo.adapter.master_weights=false"
-    with pytest.raises(ConfigError, match=r"stages\.dpo\.adapter\.master_weights: false is read by nothing"):
+    with pytest.raises(ConfigError, match=r"stages\.dpo\.adapter\.master_weights: false has no effect"):
         plan(off)
-    with pytest.raises(ConfigError, match=r"master_weights: false saves nothing where model\.dtype is float32"):
+    with pytest.raises(ConfigError, match=r"master_weights: false saves no memory if model\.dtype is float32"):
         plan(off, "stages.dpo.adapter.kind=full", "model.dtype=float32")
     full = plan("stages.dpo.adapter.kind=full")
     assert changed(full, plan("stages.dpo.adapter.kind=full", off)) == {"dpo", "evaluate", "report"}

@@ -155,9 +155,9 @@ def test_what_a_stage_noted_on_its_way_reaches_the_user_once(align: Align, monke
     ("fault", "error", "code", "words"),
     [
         ("sft:crash", StageError, 5, ["by signal 9", "memory", "| working on sft"]),
-        ("sft:template", StageError, 5, ["by SIGVTALRM", "a chat template computed without end"]),
+        ("sft:template", StageError, 5, ["by SIGVTALRM", "a chat template did not finish"]),
         ("sft:torn", ArtifactError, 7, ["status.json: unreadable: state: 3 is not text", "log.txt"]),
-        ("sft:bug", AlignmentError, 1, ["KeyError: 'x'", "a fault of ours", "| working on sft"]),
+        ("sft:bug", AlignmentError, 1, ["KeyError: 'x'", "a bug of ours", "| working on sft"]),
     ],
 )
 def test_a_worker_that_ends_badly_is_shown_with_its_last_words(
@@ -213,7 +213,7 @@ def test_a_stage_that_says_it_is_done_and_left_nothing_is_a_fault(
     align: Align, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORKER_FAULT", "sft:lie")
-    with pytest.raises(ArtifactError, match="said it was done, but its result is not there"):
+    with pytest.raises(ArtifactError, match="reported success, but its result is missing"):
         align()
     assert align.states()["sft"] == "failed"
 
@@ -358,7 +358,7 @@ def test_a_second_hangup_does_not_cut_short_what_the_first_began() -> None:
 def test_a_batch_that_cannot_be_split_is_refused_before_anything_starts(align: Align) -> None:
     with pytest.raises(ConfigError) as caught:
         align("launch.num_processes=3", "stages.ppo.optim.batch_size=36", "stages.reward.optim.batch_size=12")
-    assert "stages.sft.optim.batch_size: 8 does not divide by 3 processes" in str(caught.value)
+    assert "stages.sft.optim.batch_size: 8 is not divisible by 3 processes" in str(caught.value)
     assert "stages.dpo.optim.batch_size" in str(caught.value)
     assert "stages.ppo" not in str(caught.value)
     assert not (align.run_folder / "sft").exists()
@@ -392,7 +392,7 @@ def test_one_that_waits_takes_what_the_other_run_made(align: Align) -> None:
         other.enter_context(held(artifact.with_name(f"{artifact.name}.work") / "lock", wait=False))
 
         def finish() -> None:
-            while "sft: another process works on it; waiting" not in screen.getvalue():
+            while "sft: another process is working on it; waiting" not in screen.getvalue():
                 time.sleep(0.01)
             hidden.rename(artifact)
             other.close()
@@ -512,7 +512,7 @@ def test_a_stage_whose_inputs_are_not_there_names_them(align: Align) -> None:
     with pytest.raises(ConfigError) as caught:
         align(only="ppo")
     told = str(caught.value)
-    assert told.startswith("--stage: ppo takes the result of reward, not made with these settings yet\n")
+    assert told.startswith("--stage: ppo needs the result of reward, which was not made with these settings yet\n")
     assert "→ first: align run quickstart output=" in told, "with the settings of this call"
     assert told.endswith(" --stage reward, or leave --stage out to run all")
     with pytest.raises(ConfigError, match="--stage: no stage 'dop' in this recipe; did you mean 'dpo'"):

@@ -72,15 +72,15 @@ ALLOWED = (
 FAULTS = [
     ((NO_REWARD,), "scorers[0].source: 'reward' is the model that stages.ppo.reward names, which is null; name a "
      "model, or remove this scorer"),
-    ((scorers("source: lenght"),), f"scorers[0].source: 'lenght' is no scorer; did you mean 'length'? {ALLOWED}"),
-    ((scorers("source: xyz"),), f"scorers[0].source: 'xyz' is no scorer; {ALLOWED}"),
-    ((scorers("source: base"),), f"scorers[0].source: 'base' is no scorer; {ALLOWED}"),
+    ((scorers("source: lenght"),), f"scorers[0].source: 'lenght' is not a scorer; did you mean 'length'? {ALLOWED}"),
+    ((scorers("source: xyz"),), f"scorers[0].source: 'xyz' is not a scorer; {ALLOWED}"),
+    ((scorers("source: base"),), f"scorers[0].source: 'base' is not a scorer; {ALLOWED}"),
     ((scorers("source: score.py"),), "scorers[0].source: 'score.py' names no function; write score.py:FUNCTION"),
     ((scorers("source: reward", "source: regex"),), "scorers[1].pattern: missing; 'regex' needs it"),
     ((scorers("source: reward", "source: length"),), "scorers[1].target: missing; 'length' needs it"),
-    ((scorers("source: reward, pattern: x"),), "scorers[0].pattern: 'x' is read by nothing; only 'regex' reads it"),
+    ((scorers("source: reward, pattern: x"),), "scorers[0].pattern: 'x' has no effect; only 'regex' uses it"),
     ((scorers("source: reward", "source: regex, pattern: x, target: 3"),),
-     "scorers[1].target: 3 is read by nothing; only 'length' reads it"),
+     "scorers[1].target: 3 has no effect; only 'length' uses it"),
     ((scorers("source: reward", "source: regex, pattern: '('"),),
      "scorers[1].pattern: '(' is not allowed; a regular expression as Python writes them"),
     ((scorers(STYLE),), "reward: 'stage:reward' is unused: no scorer is 'reward', and a "
@@ -88,7 +88,7 @@ FAULTS = [
     ((scorers(),), "scorers: [] is not allowed; at least one entry"),
     (("stages.ppo.guard.every=1",), f"guard.scorer.source: missing; {ALLOWED}"),
     (("stages.ppo.guard.every=1", "stages.ppo.guard.scorer.source=house_style"),
-     "guard.scorer.source: 'house_style' is no rule of the package any more; write "
+     "guard.scorer.source: 'house_style' is no longer a rule of the package; write "
      "'bundled:quickstart/house_style.py:style', or '…:style_and_facts' where every row has 'facts'"),
     ((scorers("source: reward", "source: 'bundled:quickstart/hose_style.py:style'"),), "scorers[1].source: no bundled "
      "file 'quickstart/hose_style.py'; did you mean 'quickstart/house_style.py'?"),
@@ -122,7 +122,7 @@ def test_without_a_reward_model_in_the_run_the_advice_is_what_fits_from_outside(
     said = fault(plan, "~stages.reward", "stages.evaluate.reward=null", "stages.ppo.reward='stage:sft'")
     assert said == (
         "stages.ppo.reward: 'stage:sft' is a policy; this slot takes a reward model. No stage of this run makes one. "
-        "From outside it takes a …ForSequenceClassification with one label, by path: or hub:."
+        "From outside the run it takes a …ForSequenceClassification with one label, by path: or hub:."
     )
 
 
@@ -306,7 +306,7 @@ def test_the_content_of_a_function_s_file_counts_and_its_place_does_not(
     function.write_text(function.read_text().replace("-len", "-2 * len"))
     after = planned(function)
     assert ppo(after).fingerprint != ppo(first).fingerprint
-    assert ppo(after).reason == f"code that scores changes (nearest: {ppo(first).artifact.name})"
+    assert ppo(after).reason == f"the scoring code changes (nearest: {ppo(first).artifact.name})"
     assert {stage.name for stage, other in zip(after.stages, first.stages, strict=True)
             if stage.fingerprint != other.fingerprint} == {"ppo", "evaluate", "report"}  # fmt: skip
 

@@ -22,10 +22,10 @@ PROJECT = Path(__file__).parents[3] / "pyproject.toml"
         (["stages.dpo.init=base", f"{DPO}.chain=continue"], f"{DPO}.chain: base has no adapter to continue"),
         ([f"{DPO}.chain=continue", f"{DPO}.rank=8"], f"{DPO}.rank: 8 cannot continue an adapter with 16"),
         ([f"{DPO}.chain=continue", f"{DPO}.kind=dora"], f"{DPO}.kind: dora cannot continue what stage:sft trained"),
-        ([f"{DPO}.chain=stack", f"{DPO}.kind=dora"], f"{DPO}.chain: DoRA turns the weights"),
-        ([f"{DPO}.chain=stack", f"{DPO}.modules_to_save=[embed_tokens]"], f"{DPO}.chain: modules_to_save goes with"),
+        ([f"{DPO}.chain=stack", f"{DPO}.kind=dora"], f"{DPO}.chain: DoRA rescales the weights"),
+        ([f"{DPO}.chain=stack", f"{DPO}.modules_to_save=[embed_tokens]"], f"{DPO}.chain: modules_to_save needs"),
         ([f"{DPO}.kind=prefix"], f"{DPO}.kind: does not work with any launch: TRL's DPO trainer"),
-        (["stages.reward.adapter={kind: prefix, chain: stack}"], "stages.reward.adapter.chain: a prefix does not"),
+        (["stages.reward.adapter={kind: prefix, chain: stack}"], "stages.reward.adapter.chain: a prefix cannot"),
         (["adapter@stages.sft.adapter=prefix"], "stages.reward.adapter: stage:sft trained a prefix"),
     ],
 )
@@ -44,12 +44,12 @@ def test_adapters_that_can_are_not(plan: MakePlan) -> None:
     [
         (
             ["launch.backend.signal_seconds=120"],
-            "launch.backend.signal_seconds: 120 seconds before its end a job is asked",
+            "launch.backend.signal_seconds: a job is asked to save 120 seconds before its end",
         ),
-        (["launch.backend.time=0:05:00"], "launch.backend.time: '0:05:00' is over before a job would be asked to save"),
+        (["launch.backend.time=0:05:00"], "launch.backend.time: '0:05:00' ends before a job would be asked to save"),
         (
             ["launch.backend.gpus=1", "launch.num_processes=2"],
-            "launch.backend.gpus: 1 for 2 processes; take one for each: 2",
+            "launch.backend.gpus: 1 for 2 processes; use one for each: 2",
         ),
         (["launch.num_processes=0"], "launch.backend.gpus: 0 for one process on each GPU"),
     ],

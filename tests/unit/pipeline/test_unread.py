@@ -11,7 +11,7 @@ from alignment.core.errors import ConfigError
 from tests.unit.pipeline.conftest import MakePlan
 
 DPO, PPO = "stages.dpo", "stages.ppo"
-ONLY_LOW_RANK = "read by nothing; only adapter.kind 'lora', 'dora', 'qlora', and it is"
+ONLY_LOW_RANK = "has no effect; only adapter.kind 'lora', 'dora', 'qlora', not"
 
 
 @pytest.mark.parametrize("stage", ["reward", "dpo", "ppo"])
@@ -19,20 +19,20 @@ def test_dropout_is_refused_where_passes_of_one_model_are_compared(plan: MakePla
     where = f"stages.{stage}.adapter.dropout"
     with pytest.raises(ConfigError) as caught:
         plan(f"{where}=0.05")
-    assert str(caught.value).startswith(f"{where}: 0.05 is read by nothing: {stage} compares passes of one model")
+    assert str(caught.value).startswith(f"{where}: 0.05 is not supported: {stage} compares passes of one model")
     plan("stages.sft.adapter.dropout=0.05", f"{where}=0")
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ((f"{DPO}.adapter={{kind: full, rank: 8}}",), f"{DPO}.adapter.rank: 8 is {ONLY_LOW_RANK} 'full'"),
-        ((f"{DPO}.adapter={{kind: full, chain: stack}}",), f"{DPO}.adapter.chain: stack is read by nothing"),
-        (("stages.sft.adapter={kind: full, dropout: 0.1}",), f"stages.sft.adapter.dropout: 0.1 is {ONLY_LOW_RANK}"),
-        (("stages.sft.adapter={kind: lora, virtual_tokens: 8}",), "stages.sft.adapter.virtual_tokens: 8 is read by"),
-        (("stages.reward.adapter={kind: prefix, alpha: 8}",), f"stages.reward.adapter.alpha: 8 is {ONLY_LOW_RANK}"),
-        ((f"{PPO}.kl.target=3",), f"{PPO}.kl.target: 3 is read by nothing; only kl.control 'adaptive' reads it"),
-        ((f"{PPO}.kl.horizon=50",), f"{PPO}.kl.horizon: 50 is read by nothing"),
+        ((f"{DPO}.adapter={{kind: full, rank: 8}}",), f"{DPO}.adapter.rank: 8 {ONLY_LOW_RANK} 'full'"),
+        ((f"{DPO}.adapter={{kind: full, chain: stack}}",), f"{DPO}.adapter.chain: stack has no effect"),
+        (("stages.sft.adapter={kind: full, dropout: 0.1}",), f"stages.sft.adapter.dropout: 0.1 {ONLY_LOW_RANK}"),
+        (("stages.sft.adapter={kind: lora, virtual_tokens: 8}",), "stages.sft.adapter.virtual_tokens: 8 has no effect"),
+        (("stages.reward.adapter={kind: prefix, alpha: 8}",), f"stages.reward.adapter.alpha: 8 {ONLY_LOW_RANK}"),
+        ((f"{PPO}.kl.target=3",), f"{PPO}.kl.target: 3 has no effect; only kl.control 'adaptive' uses it"),
+        ((f"{PPO}.kl.horizon=50",), f"{PPO}.kl.horizon: 50 has no effect"),
         (
             (f"{PPO}.max_approxkl=0.1", f"{PPO}.ppo_epochs=1", f"{PPO}.num_minibatches=2"),
             f"{PPO}.max_approxkl: 0.1 has no effect: the first minibatch never exceeds it",
@@ -41,8 +41,8 @@ def test_dropout_is_refused_where_passes_of_one_model_are_compared(plan: MakePla
             (f"{PPO}.critic_warmup=4", f"{PPO}.updates=4"),
             f"{PPO}.critic_warmup: in 4 of 4 updates only the critic learns, so the policy learns nothing",
         ),
-        ((f"{DPO}.too_long.side=right",), f"{DPO}.too_long.side: right is read by nothing; only too_long.do 'cut'"),
-        (("stages.evaluate.judge.max_prompts=9",), "stages.evaluate.judge.max_prompts: 9 is read by nothing; only a"),
+        ((f"{DPO}.too_long.side=right",), f"{DPO}.too_long.side: right has no effect; only too_long.do 'cut'"),
+        (("stages.evaluate.judge.max_prompts=9",), "stages.evaluate.judge.max_prompts: 9 has no effect; only a"),
     ],
 )
 def test_what_the_other_settings_leave_without_a_reader_is_refused(

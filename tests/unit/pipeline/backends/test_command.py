@@ -74,7 +74,7 @@ def test_one_process_for_each_gpu_is_counted_and_refused_without_any() -> None:
     assert with_processes(launch, num_devices=4).num_processes == 4
     assert with_processes(launch, num_devices=4).world_size == 8
     assert with_processes(LaunchConfig(num_processes=3), num_devices=4).num_processes == 3
-    with pytest.raises(ConfigError, match="this machine has none") as caught:
+    with pytest.raises(ConfigError, match="this machine has no GPU") as caught:
         with_processes(launch, num_devices=0)
     assert "launch.num_processes=2" in caught.value.remedy
 

@@ -275,14 +275,14 @@ def test_figures_that_the_check_refuses_are_not_offered(runs: Runs, tmp_path: Pa
 def test_a_key_that_stands_twice_is_refused_with_its_line(runs: Runs, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("parameters:\n- key: stages.dpo.beta\n  values: [0.1]\n  values: [0.3]\n")
-    with pytest.raises(ConfigError, match=r"(?s)key 'values' stands twice.*line 4"):
+    with pytest.raises(ConfigError, match=r"(?s)key 'values' occurs twice.*line 4"):
         go(runs, str(file))
 
 
 def test_an_empty_file_is_no_sweep(runs: Runs, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("")
-    with pytest.raises(ConfigError, match=r"mine\.yaml: sweep: None is no group of settings"):
+    with pytest.raises(ConfigError, match=r"mine\.yaml: sweep: None is not a group of settings"):
         go(runs, str(file))
 
 
