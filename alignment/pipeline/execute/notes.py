@@ -76,7 +76,7 @@ def _shared_prompts(plan: Plan) -> Iterator[str]:
         for both, stages in _overlaps(plan, HeldOut(evaluation.seen["data"].texts)).items():
             yield (
                 f"{len(both)} of the rows that {', '.join(stages)} may learn from ask what {evaluation.name} asks, "
-                f"such as {both[0].learned}, which contains {both[0].share:.0%} of {both[0].held_out}"
+                f"such as {both[0].learned}, which has {both[0].share:.0%} of {both[0].held_out}"
             )
 
 

@@ -66,7 +66,7 @@ def test_a_stage_that_cannot_be_launched_so_is_refused(stage: StageConfig, launc
 def test_a_prefix_is_refused_in_dpo_wherever_it_runs() -> None:
     (told,) = found(DpoConfig(adapter=adapter("prefix")))
     assert told.startswith("stages.s.adapter.kind: does not work with any launch: TRL's DPO trainer copies adapters")
-    assert told.endswith("; take adapter=lora")
+    assert told.endswith("; use adapter=lora")
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "dora"])

@@ -112,11 +112,11 @@ def test_the_defaults_of_an_included_file_never_read_the_environment(
 ) -> None:
     """Hydra resolves them while it composes, and its errors name what they became."""
     monkeypatch.setenv("CANARY", SECRET)
-    with pytest.raises(ConfigError, match="is not taken") as caught:
+    with pytest.raises(ConfigError, match="is not allowed") as caught:
         compose(_included(tmp_path, text), [])
     assert SECRET not in str(caught.value)
     assert "model/theirs.yaml: defaults" in str(caught.value)
-    with pytest.raises(ConfigError, match="is not taken") as caught:
+    with pytest.raises(ConfigError, match="is not allowed") as caught:
         compose(_write(tmp_path / "whole.yaml", text), [])
     assert SECRET not in str(caught.value)
 
@@ -127,4 +127,4 @@ def test_the_defaults_of_an_included_file_may_name_the_configuration_s_own_choic
     recipe = _included(tmp_path, "defaults: [{/parts: '${adapter@stages.sft.adapter}'}]\nsource: path:/m\n")
     with pytest.raises(ConfigError) as caught:
         compose(recipe, [])
-    assert "is not taken" not in str(caught.value), "Hydra says what it thinks of it"
+    assert "is not allowed" not in str(caught.value), "Hydra says what it thinks of it"

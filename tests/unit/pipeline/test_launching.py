@@ -32,7 +32,7 @@ JUDGED = EvaluateConfig(arms=["base"])
 
 
 def test_pages_are_refused_without_a_gpu() -> None:
-    with pytest.raises(ConfigError, match=r"stages\.it\.optim\.moments: pages are a GPU's.*take eight_bit"):
+    with pytest.raises(ConfigError, match=r"stages\.it\.optim\.moments: paging needs a GPU.*use eight_bit"):
         refuse(stage(PAGED))
     refuse(stage(PAGED), num_devices=1)
     refuse(stage(PAGED, Action.reuse))

@@ -136,12 +136,12 @@ def test_what_an_earlier_run_left_is_not_taken_for_the_end_of_this_one(
 
 def test_a_machine_that_would_make_something_else_is_refused(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
     other = machines.announced(shared.plan.run_folder / "sft", LAUNCH, "1" * 64)
-    with other, pytest.raises(ConfigError, match="makes another result"):
+    with other, pytest.raises(ConfigError, match="makes a different result"):
         shared.follow()
     assert shared.starts() == 0
     told = iter(["running", "done"])
     monkeypatch.setattr(machines, "_state", lambda _: next(told))
-    with pytest.raises(ConfigError, match="makes another result"):
+    with pytest.raises(ConfigError, match="makes a different result"):
         shared.follow()
 
 
@@ -167,7 +167,7 @@ def test_a_sign_of_life_counts_because_it_is_new_whatever_its_date(shared: Share
     follower._heard -= 2
     follower._refuse_silence()
     follower._heard -= 2
-    with pytest.raises(StageError, match="nothing was heard"):
+    with pytest.raises(StageError, match="no sign of life"):
         follower._refuse_silence()
     os.utime(life, (date + 1, date + 1))
     follower._refuse_silence()
