@@ -168,7 +168,7 @@ def test_win_rates_stand_in_a_line_each_where_a_judge_was() -> None:
     nothing = replace(pair, invalid=0.4, win_rate=None, verdict="nothing can be concluded")
     printed = shown(replace(EVALUATION, judge=Judge(name="some-model", pairs=[pair, nothing])))
     assert "by some-model, dpo wins 0.62 (0.53 to 0.71) against sft: better" in printed
-    assert "of dpo and sft: nothing can be concluded (40% of verdicts invalid)" in printed
+    assert "by some-model, dpo against sft: nothing can be concluded (40% of verdicts invalid)" in printed
 
 
 def test_the_primary_metric_has_its_interval_and_says_which_way_is_better() -> None:
