@@ -16,6 +16,18 @@ UNTRAINED_ARMS = ("base", PROMPTED, FEW_SHOT)
 
 
 @dataclass(kw_only=True, slots=True)
+class AnswersConfig:
+    """How every arm answers. At ``temperature`` 0 it answers once, with the most likely tokens.
+
+    Above 0 it samples ``per_prompt`` answers. At 1 these are samples of the policy itself, so they also estimate its KL
+    divergence from the reference.
+    """
+
+    per_prompt: Annotated[int, POSITIVE] = 1
+    temperature: Annotated[float, NOT_NEGATIVE] = 0.0
+
+
+@dataclass(kw_only=True, slots=True)
 class FewShotConfig:
     """The arm ``base+few-shot``: ``count`` exchanges of ``data``, drawn once, precede every prompt.
 

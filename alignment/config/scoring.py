@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from alignment.config.rules import NAME, PATTERN, POSITIVE, SCORE
+from alignment.config.rules import NAME, PATTERN, POSITIVE, SCORE, Rule
+
+MEAN, MAJORITY = "mean", "majority"
+_PASS = re.compile(r"pass@([1-9][0-9]{0,3})")
+AGGREGATE = Rule(
+    lambda value: value in (MEAN, MAJORITY) or _PASS.fullmatch(value) is not None,
+    f"{MEAN}, {MAJORITY}, or pass@K, such as pass@4",
+)
+
+
+def pass_size(aggregate: str) -> int | None:
+    """K of ``pass@K``; None for another aggregate."""
+    match = _PASS.fullmatch(aggregate)
+    return int(match[1]) if match else None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,7 +52,14 @@ class ScorerConfig(ScoreSourceConfig):
 
 @dataclass(kw_only=True, slots=True)
 class MetricConfig(ScoreSourceConfig):
-    """A metric of an evaluation: the mean of the scores that ``source`` gives the answers, shown under ``name``."""
+    """A metric of an evaluation, shown under ``name``: the scores that ``source`` gives the answers.
+
+    ``aggregate`` makes one score of those of several answers to a prompt (``answers.per_prompt``): their ``mean``;
+    ``pass@K``, the probability that one of K is correct, which is an answer of at least ``passing_score``; or
+    ``majority``, the score of the most frequent final answer, for ``exact_answer``.
+    """
 
     name: Annotated[str, NAME] = ""
     higher_is_better: bool = True
+    aggregate: Annotated[str, AGGREGATE] = MEAN
+    passing_score: Annotated[float, SCORE] = 1.0

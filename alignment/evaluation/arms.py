@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from alignment.data.tokens.tokenize import end_ids
 from alignment.data.turns import Message
 from alignment.models.forward.answers import answer_statistics, batches, scalar_scores, unwrapped
-from alignment.models.forward.generate import answer_batch, reading_order
+from alignment.models.forward.generate import Sampling, answer_batch, reading_order
 from alignment.models.forward.shared_prompts import can_read, read
 from alignment.models.kernels.layout import prepacked
+
+T = TypeVar("T")
 
 TOKENS = 4096
 """Tokens that are scored at once."""
@@ -42,22 +44,37 @@ class TokenSum:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
-    """The answers of one arm, one entry per held-out prompt.
+    """The answers of one arm: ``per_prompt`` to each held-out prompt, those to one prompt next to each other.
 
     ``logprobs`` are those of its own answers, in nats; None for an arm whose log-ratio is not needed. ``references``
-    are those of the rows' reference answers, None for a row without one or an arm with another tokenizer. ``seconds``
-    is the time that computing all of it took.
+    are those of the rows' reference answers, one entry per prompt, None for a row without one or an arm with another
+    tokenizer. ``seconds`` is the time that computing all of it took.
     """
 
     answers: list[Answer]
     logprobs: list[float] | None
     references: list[TokenSum | None]
     seconds: float
+    per_prompt: int = 1
 
     @property
     def ids(self) -> list[list[int]]:
         """The token ids of the answers."""
         return [answer.ids for answer in self.answers]
+
+    @property
+    def first_answers(self) -> list[Answer]:
+        """The first answer to each prompt."""
+        return self.answers[:: self.per_prompt]
+
+    def means(self, values: Sequence[float]) -> list[float]:
+        """The mean over the answers to each prompt; ``values`` have one entry per answer."""
+        return [sum(values) / len(values) for values in grouped(values, self.per_prompt)]
+
+
+def grouped(values: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Consecutive groups of ``size`` values."""
+    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str) -> list[Message]:
@@ -97,9 +114,12 @@ def answer_and_score(
     batch_size: int,
     with_own: bool,
     progress: Callable[[int], None],
+    sampling: Sampling | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """The model's answers to prompts, and log p of texts after each prompt, in nats: first of its own answer if
-    ``with_own``, then of the ``others``. Where the model allows it, each prompt is read once for all of these.
+    """The model's answers to prompts, greedy without ``sampling``, and log p of texts after each prompt, in nats.
+
+    The texts are the model's own answer if ``with_own``, then the ``others``. Where the model allows it, each prompt is
+    read once for all of these.
 
     Raises:
         ModelError: the model's head does more than one matrix product.
@@ -112,7 +132,15 @@ def answer_and_score(
             rows = order[start : start + batch_size]
             asked = [prompts[row] for row in rows]
             reading = read(model, asked) if can_read(model) else None
-            batch_answers = answer_batch(model, asked, max_new_tokens=max_new_tokens, end_ids=end_ids, reading=reading)
+            batch_answers = answer_batch(
+                model,
+                asked,
+                max_new_tokens=max_new_tokens,
+                end_ids=end_ids,
+                temperature=1.0 if sampling is None else sampling.temperature,
+                uniforms=None if sampling is None else sampling.uniforms[rows],
+                reading=reading,
+            )
             progress(start + len(rows))
             texts = [[*([answer] * with_own), *others[row]] for row, answer in zip(rows, batch_answers, strict=True)]
             sums = _logprobs_after_each(model, asked, texts) if reading is None else reading.logprobs(model, texts)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from alignment.config.did_you_mean import suggestion
+from alignment.config.evaluating import AnswersConfig
 from alignment.config.faults import Fault
-from alignment.config.scoring import MetricConfig
+from alignment.config.scoring import MAJORITY, MetricConfig, pass_size
 from alignment.config.sweep import PRIMARY
 from alignment.records.evaluation import ARM_METRICS, Metric
 
@@ -21,8 +22,18 @@ def primary_name(metrics: Sequence[MetricConfig], primary: str | None) -> str | 
     return primary or (metrics[0].name if metrics else None)
 
 
-def faults(metrics: Sequence[MetricConfig], primary: str | None, where: str) -> Iterator[Fault]:
-    """Faults in the names of metrics; their sources are checked like those of all scorers."""
+def faults(metrics: Sequence[MetricConfig], primary: str | None, answers: AnswersConfig, where: str) -> Iterator[Fault]:
+    """Faults in the names and aggregates of metrics; their sources are checked like those of all scorers."""
+    if answers.per_prompt > 1 and answers.temperature == 0.0:
+        message = f"{answers.per_prompt} greedy answers to a prompt are all the same; set temperature, such as 0.7"
+        yield Fault(where=f"{where}.answers.temperature", message=message)
+    for number, metric in enumerate(metrics):
+        if message := _wrong_aggregate(metric, answers.per_prompt):
+            yield Fault(where=f"{where}.metrics[{number}].aggregate", message=message)
+        elif metric.passing_score != MetricConfig().passing_score and pass_size(metric.aggregate) is None:
+            reader = f"only the aggregate pass@K uses it, and it is {metric.aggregate!r}"
+            message = f"{metric.passing_score:g} has no effect; {reader}"
+            yield Fault(where=f"{where}.metrics[{number}].passing_score", message=message)
     names = [metric.name for metric in metrics]
     for number, name in enumerate(names):
         if message := _wrong_name(name, names[:number]):
@@ -30,6 +41,19 @@ def faults(metrics: Sequence[MetricConfig], primary: str | None, where: str) -> 
     if primary is not None and primary not in names:
         known = suggestion(primary, names) if names else "there are no metrics; add one, or write null"
         yield Fault(where=f"{where}.primary", message=f"no metric '{primary}'; {known}")
+
+
+def _wrong_aggregate(metric: MetricConfig, per_prompt: int) -> str:
+    size = pass_size(metric.aggregate)
+    if size is not None and size > per_prompt:
+        return f"{metric.aggregate!r} needs at least {size} answers to a prompt; set answers.per_prompt"
+    if size is not None and not metric.higher_is_better:
+        return f"{metric.aggregate!r} counts high scores as correct, and less of this metric is better; take 'mean'"
+    if metric.aggregate == MAJORITY and metric.source != "exact_answer":
+        return "'majority' compares final answers, which only the source exact_answer has; take 'mean'"
+    if metric.aggregate == MAJORITY and per_prompt == 1:
+        return "'majority' needs several answers to a prompt; set answers.per_prompt"
+    return ""
 
 
 def _wrong_name(name: str, before: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from alignment.core.errors import NonFiniteError
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation import length_controlled
-from alignment.evaluation.arms import Answered
+from alignment.evaluation.arms import Answered, grouped
 from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.pairwise import (
     LOSS,
@@ -47,7 +47,7 @@ def refuse_not_finite(name: str, arm: Answered, *, rewards: list[float] | None, 
     perplexities = [math.exp(loss) if loss < _MOST else math.inf for loss in losses]
     metrics = {
         "reward": rewards or [],
-        "greedy log-ratio": log_ratios or [],
+        "log-ratio": log_ratios or [],
         "loss": losses,
         "perplexity": perplexities,
     }
@@ -55,7 +55,7 @@ def refuse_not_finite(name: str, arm: Answered, *, rewards: list[float] | None, 
         bad = [value for value in values if not math.isfinite(value)]
         if bad:
             raise NonFiniteError(
-                f"the {metric} of {name} is {bad[0]} on {len(bad)} of {len(values)} prompts",
+                f"the {metric} of {name} is {bad[0]} on {len(bad)} of {len(values)} answers",
                 remedy="its training or the reward model's went wrong: lower the learning rate, or leave the arm out",
             )
 
@@ -70,11 +70,13 @@ def arm_result(
     log_ratios: list[float] | None,
     win_rate: Interval | None,
     intervals: Intervals,
+    sampled: bool = False,
 ) -> ArmResult:
     """The figures of one arm.
 
-    ``scores`` are its answers' scores by metric; ``log_ratios`` are log π − log reference of its greedy answers, in
-    nats.
+    ``scores`` are by metric, one per prompt; ``rewards`` and ``log_ratios`` have one entry per answer. ``log_ratios``
+    are log π − log reference of its answers, in nats. Of answers ``sampled`` from the policy they estimate the KL
+    divergence, an expectation; of greedy ones they do not.
     """
     answers = arm.answers
     loss = _loss(arm, intervals)
@@ -82,17 +84,27 @@ def arm_result(
         name=name,
         label=label,
         metrics={metric: intervals.of(list(values)) for metric, values in scores.items()},
-        words=intervals.of([float(len(answer.text.split())) for answer in answers]),
-        reward=None if rewards is None else intervals.of(rewards),
-        greedy_log_ratio=None if log_ratios is None else intervals.of(log_ratios),
+        words=intervals.of(arm.means([float(len(answer.text.split())) for answer in answers])),
+        reward=None if rewards is None else intervals.of(arm.means(rewards)),
+        greedy_log_ratio=None if log_ratios is None or sampled else intervals.of(log_ratios),
+        kl=None if log_ratios is None or not sampled else intervals.of(arm.means(log_ratios)),
+        kl_k3=None if log_ratios is None or not sampled else intervals.of(arm.means(list(map(_k3, log_ratios)))),
         win_rate=win_rate,
         loss=loss,
         perplexity=None if loss is None else loss.through(math.exp),
-        refusals=intervals.of([float(is_refusal(answer.text)) for answer in answers]),
+        refusals=intervals.of(arm.means([float(is_refusal(answer.text)) for answer in answers])),
         distinct=len({answer.text for answer in answers}) / len(answers),
-        ended=intervals.of([float(answer.ended) for answer in answers]),
+        ended=intervals.of(arm.means([float(answer.ended) for answer in answers])),
         seconds=arm.seconds,
     )
+
+
+def _k3(log_ratio: float) -> float:
+    """An estimate of the KL divergence that is never negative (Schulman 2020), r - 1 - log r with r = reference / π.
+
+    Beyond what a float can hold it is cut: no interval could be drawn over an infinite value.
+    """
+    return math.exp(min(-log_ratio, _MOST)) - 1.0 + log_ratio
 
 
 def _loss(arm: Answered, intervals: Intervals) -> Interval | None:
@@ -175,7 +187,8 @@ def samples(rows: Sequence[HeldOutPrompt], arms: Mapping[str, Answered], scores:
             reference=row.reference,
             answers={
                 name: SampleAnswer(
-                    text=arm.answers[index].text,
+                    text=arm.first_answers[index].text,
+                    further=[answer.text for answer in grouped(arm.answers, arm.per_prompt)[index][1:]],
                     scores={metric: values[index] for metric, values in scores[name].items()},
                 )
                 for name, arm in arms.items()

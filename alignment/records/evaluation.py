@@ -43,8 +43,9 @@ class ArmResult:
     """One arm; a figure that was not measured is None.
 
     ``metrics`` are those of the recipe, by name. ``greedy_log_ratio`` is in nats a sequence, ``loss`` in nats a token;
-    ``refusals``, ``distinct`` and ``ended`` are shares of the answers, ``win_rate`` is a share of the points against
-    the reference. ``seconds`` is the time that answering took.
+    ``kl`` and ``kl_k3`` estimate the KL divergence from the reference on sampled answers, in nats a sequence, by two
+    estimators that must agree. ``refusals``, ``distinct`` and ``ended`` are shares of the answers, ``win_rate`` is a
+    share of the points against the reference. ``seconds`` is the time that answering took.
     """
 
     name: Name
@@ -53,6 +54,8 @@ class ArmResult:
     words: Interval | None = None
     reward: Interval | None = None
     greedy_log_ratio: Interval | None = None
+    kl: Interval | None = None
+    kl_k3: Interval | None = None
     win_rate: Interval | None = None
     loss: Interval | None = None
     perplexity: Interval | None = None
@@ -241,9 +244,10 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleAnswer:
-    """An arm's answer to one prompt, and its score by each metric of the recipe."""
+    """An arm's first answer to one prompt, the ``further`` ones, and the prompt's score by each metric."""
 
     text: str = ""
+    further: list[str] = field(default_factory=list)
     scores: dict[Name, float] = field(default_factory=dict)
 
     @staticmethod

@@ -28,6 +28,12 @@ def exact_answer(completion: str, expected: Decimal) -> float:
     return float(bool(numbers) and _value(numbers[-1]) == expected)
 
 
+def final_number(completion: str) -> str:
+    """The last number of the completion in one spelling, such as ``1080``; empty if it has none."""
+    numbers = list(_NUMBER.finditer(completion))
+    return f"{_value(numbers[-1]).normalize():f}" if numbers else ""
+
+
 def expected_answer(row: Mapping[str, Any], *, where: str) -> Decimal:
     """The number after ``####`` in a row's ``answer``, or the field itself if it is a number.
 

@@ -8,6 +8,52 @@ EVALUATE = "unit/stages/test_evaluate.py"
 
 MUTATIONS = [
     *in_file(
+        "evaluation/repeated_answers.py",
+        "unit/evaluation/test_repeated_answers.py",
+        (
+            "pass@k as if answers were drawn with replacement",
+            "return 1.0 - math.comb(wrong, k) / math.comb(len(correct), k)",
+            "return 1.0 - (wrong / len(correct)) ** k",
+            "test_pass_at_k_is_the_share_of_all_choices_with_a_right_answer",
+        ),
+        (
+            "an answer passes above its score only",
+            "score >= passing_score",
+            "score > passing_score",
+            "test_an_answer_passes_at_a_score_of_ones_own",
+        ),
+    ),
+    *in_file(
+        "evaluation/tables.py",
+        EVALUATE,
+        (
+            "k3 with the ratio turned over",
+            "return math.exp(min(-log_ratio, _MOST)) - 1.0 + log_ratio",
+            "return math.exp(min(log_ratio, _MOST)) - 1.0 - log_ratio",
+            "test_sampled_answers_estimate_the_kl_divergence",
+        ),
+    ),
+    *in_file(
+        "stages/evaluate/answering.py",
+        EVALUATE,
+        (
+            "samples are drawn at temperature 1 whatever is asked for",
+            "Sampling(temperature=config.answers.temperature, uniforms=uniforms)",
+            "Sampling(temperature=1.0, uniforms=uniforms)",
+            "test_a_low_temperature_samples_the_greedy_answer",
+        ),
+    ),
+    *in_file(
+        "stages/evaluate/metric_scores.py",
+        EVALUATE,
+        (
+            "answers are scored for the prompts in turn",
+            "row_of_answer = [row for row in range(len(rows)) for _ in range(arm.per_prompt)]",
+            "row_of_answer = [row for _ in range(arm.per_prompt) for row in range(len(rows))]",
+            "test_each_answer_is_scored_for_its_own_prompt",
+        ),
+    ),
+    *in_file(
         "records/evaluation.py",
         "unit/evaluation/test_comparisons.py",
         (

@@ -1,4 +1,4 @@
-"""A cache of each arm's answers, next to the artifacts. Answers are greedy, so they would come out the same again.
+"""A cache of each arm's answers, next to the artifacts. Greedy or from a seed, they would come out the same again.
 
 A second evaluation, or the next trial of a sweep, computes only new arms. The file name depends on everything that
 could change an answer: weights, prompts, number format and so on.
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 
+from alignment.config.evaluating import AnswersConfig
 from alignment.core.files import remove_leftovers, write_text
 from alignment.evaluation.arms import TokenSum
 from alignment.models.assembly.load import Lineage
@@ -31,7 +32,7 @@ VERSION = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CachedAnswers:
-    """Answers as token ids, one per prompt; the rest as in ``Answered`` (alignment/evaluation/arms.py)."""
+    """Answers as token ids; the rest as in ``Answered`` (alignment/evaluation/arms.py)."""
 
     ids: list[list[int]]
     logprobs: list[float] | None
@@ -44,6 +45,7 @@ def file_of(
     policy: Lineage,
     prompts: Sequence[list[int]],
     references: Sequence[list[int] | None],
+    answers: AnswersConfig,
     *,
     max_new_tokens: int,
     ends: Sequence[int],
@@ -63,11 +65,13 @@ def file_of(
         list(prompts),
         list(references),
     ]
+    if answers.temperature > 0.0:
+        parts += [answers.per_prompt, answers.temperature, context.seed("answers")]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     return context.spec.artifact.parent / "cache" / f"answers-{key}.json"
 
 
-def read(file: Path, *, prompts: int) -> CachedAnswers | None:
+def read(file: Path, *, num_answers: int) -> CachedAnswers | None:
     """The cached answers, or None if the file is missing or damaged."""
     try:
         sha, _, content = file.read_text(encoding="utf-8").partition("\n")
@@ -79,7 +83,7 @@ def read(file: Path, *, prompts: int) -> CachedAnswers | None:
     except (OSError, ValueError) as error:
         log.warning("%s cannot be used and will be made again: %s", file, error)
         return None
-    assert len(fields["ids"]) == prompts, "the file's name depends on its prompts"
+    assert len(fields["ids"]) == num_answers, "the file's name depends on its prompts"
     references = [None if total is None else TokenSum(**total) for total in fields.pop("references")]
     return CachedAnswers(references=references, **fields)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from alignment.config.evaluating import FEW_SHOT, PROMPTED
@@ -22,6 +23,7 @@ from alignment.job import StageInput
 from alignment.models.assembly.load import DTYPES, Lineage, lineage, load_policy, refuse_other_tokenizer
 from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.flat import use_flat_attention
+from alignment.models.forward.generate import Sampling
 from alignment.stages.evaluate import answer_cache
 from alignment.stages.evaluate.answer_cache import CachedAnswers
 from alignment.stages.evaluate.config import EvaluateConfig
@@ -152,36 +154,39 @@ def answers_of(
 ) -> Answered:
     """An arm's answers; ``progress`` receives how many are done."""
     ends = sorted(end_ids(arm_prompts.tokenizer))
+    per_prompt = config.answers.per_prompt
     file = answer_cache.file_of(
         context,
         arm_prompts.policy,
         arm_prompts.prompts,
         arm_prompts.references,
+        config.answers,
         max_new_tokens=config.max_new_tokens,
         ends=ends,
         with_logprobs=with_logprobs,
     )
-    cached = answer_cache.read(file, prompts=len(rows))
+    cached = answer_cache.read(file, num_answers=len(rows) * per_prompt)
     if cached is None:
         started = time.monotonic()
         model = policies.load(arm_prompts.policy)
         _refuse_too_long(model, arm_prompts, config.max_new_tokens, where=f"stages.{context.spec.stage}")
         ids, scores = answer_and_score(
             model,
-            arm_prompts.prompts,
-            [[] if reference is None else [reference] for reference in arm_prompts.references],
+            [prompt for prompt in arm_prompts.prompts for _ in range(per_prompt)],
+            [texts for reference in arm_prompts.references for texts in _references_once(reference, per_prompt)],
             max_new_tokens=config.max_new_tokens,
             end_ids=ends,
             batch_size=config.batch_size,
             with_own=with_logprobs,
-            progress=progress,
+            progress=lambda done: progress(done // per_prompt),
+            sampling=_sampling(config, context, len(rows) * per_prompt),
         )
         cached = CachedAnswers(
             ids=ids,
             logprobs=[sums[0] for sums in scores] if with_logprobs else None,
             references=[
                 None if reference is None else TokenSum(logprob=sums[-1], tokens=len(reference))
-                for sums, reference in zip(scores, arm_prompts.references, strict=True)
+                for sums, reference in zip(scores[::per_prompt], arm_prompts.references, strict=True)
             ],
             seconds=time.monotonic() - started,
         )
@@ -191,7 +196,22 @@ def answers_of(
         logprobs=cached.logprobs,
         references=cached.references,
         seconds=cached.seconds,
+        per_prompt=per_prompt,
     )
+
+
+def _references_once(reference: list[int] | None, per_prompt: int) -> list[list[list[int]]]:
+    """The texts to score after each answer's prompt: the reference answer after the first one, where there is one."""
+    return [[] if reference is None else [reference], *([] for _ in range(per_prompt - 1))]
+
+
+def _sampling(config: EvaluateConfig, context: StageContext, num_answers: int) -> Sampling | None:
+    """The same random numbers for every arm; None for greedy answers."""
+    if config.answers.temperature == 0.0:
+        return None
+    generator = context.generator("answers")
+    uniforms = torch.rand(num_answers, config.max_new_tokens, generator=generator, dtype=torch.float64)
+    return Sampling(temperature=config.answers.temperature, uniforms=uniforms)
 
 
 def _refuse_too_long(model: PreTrainedModel, arm_prompts: ArmPrompts, max_new_tokens: int, *, where: str) -> None:

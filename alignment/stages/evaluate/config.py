@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from alignment.config.data import DataConfig
-from alignment.config.evaluating import FewShotConfig, JudgeConfig
+from alignment.config.evaluating import AnswersConfig, FewShotConfig, JudgeConfig
 from alignment.config.rules import FILLED, POSITIVE
 from alignment.config.scoring import MetricConfig
 from alignment.config.stage_fields import reference_to
@@ -34,6 +34,7 @@ class EvaluateConfig:
     metrics: list[MetricConfig] = field(default_factory=list)
     primary: str | None = None
     system_prompt: str | None = None
+    answers: AnswersConfig = field(default_factory=AnswersConfig)
     max_new_tokens: Annotated[int, POSITIVE] = 96
     batch_size: Annotated[int, POSITIVE] = field(default=128, metadata={"identity": False})
     bootstrap_samples: Annotated[int, POSITIVE] = 2000

@@ -103,7 +103,7 @@ def judge(
         judged, lines = _by_scores(rows, primary, pairs, indices)
         name = primary.metric.name
     else:
-        by_reward = {arm: scores for arm, scores in rewards.items() if scores is not None}
+        by_reward = {name: arms[name].means(scores) for name, scores in rewards.items() if scores is not None}
         judged, lines = _by_scores(rows, ScoredArms(metric=Metric(name="reward"), by_arm=by_reward), pairs, indices)
         name = "the reward model"
     compared_with = None if config.kind is JudgeKind.metric else primary
@@ -126,7 +126,7 @@ def _row(
 ) -> JudgedPair:
     """A pair's row in the table; the judge is compared with ``primary``, which is None if it is the judge itself."""
     words, words_against = (
-        [len(arms[name].answers[index].text.split()) for index in indices] for name in (pair.arm, pair.against)
+        [len(arms[name].first_answers[index].text.split()) for index in indices] for name in (pair.arm, pair.against)
     )
     return judged_pair(
         pair.arm,
@@ -175,7 +175,7 @@ def _by_endpoint(
     prompts = [
         judge_prompt(
             rows[index].messages,
-            *(arms[name].answers[index].text for name in order),
+            *(arms[name].first_answers[index].text for name in order),
             criteria=config.endpoint.criteria,
         )
         for _, _, index, order in shown

@@ -56,7 +56,7 @@ def _as_read(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def _faults(config: EvaluateConfig, run: RunConfig, where: str) -> Iterator[Fault]:
-    yield from metrics.faults(config.metrics, config.primary, where)
+    yield from metrics.faults(config.metrics, config.primary, config.answers, where)
     for field, metric in _scorers(config).items():
         if metric.source == REWARD and config.reward is None:
             message = f"'{REWARD}' is the model that {where}.reward names, which is null; name a model, or remove this"

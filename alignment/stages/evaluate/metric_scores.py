@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from alignment.config.scoring import MetricConfig
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
 from alignment.evaluation.arms import TOKENS, Answered
+from alignment.evaluation.repeated_answers import scores_of_prompts
 from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation
 from alignment.rewards.scorer_sources import REWARD
@@ -23,22 +25,24 @@ def answers_to_score(
 ) -> dict[str, Answers]:
     """Each arm's answers after the plain prompt, as scorers see them; ``tokenizer`` is the run's."""
     prompts = tokenize_rows(rows, lambda row: prompt_ids(tokenizer, row.messages))
-    return {
-        name: Answers(
-            prompt_ids=prompts,
-            answer_ids=_in_our_tokens(tokenizer, rows, arm) if arm_prompts[name].own_tokens else arm.ids,
+    scored = {}
+    for name, arm in arms.items():
+        row_of_answer = [row for row in range(len(rows)) for _ in range(arm.per_prompt)]
+        asked = [rows[row] for row in row_of_answer]
+        scored[name] = Answers(
+            prompt_ids=[prompts[row] for row in row_of_answer],
+            answer_ids=_in_our_tokens(tokenizer, asked, arm) if arm_prompts[name].own_tokens else arm.ids,
             texts=[answer.text for answer in arm.answers],
-            prompts=rows,
-            rows=range(len(rows)),
+            prompts=asked,
+            rows=row_of_answer,
         )
-        for name, arm in arms.items()
-    }
+    return scored
 
 
-def _in_our_tokens(tokenizer: Any, rows: Sequence[HeldOutPrompt], arm: Answered) -> list[list[int]]:
+def _in_our_tokens(tokenizer: Any, prompts: Sequence[HeldOutPrompt], arm: Answered) -> list[list[int]]:
     """Answers of a model with another tokenizer, in the run's tokens."""
     rows_of_ids = []
-    for row, answer in zip(rows, arm.answers, strict=True):
+    for row, answer in zip(prompts, arm.answers, strict=True):
         ids = answer_ids(tokenizer, row.messages, answer.text)
         rows_of_ids.append(ids if answer.ended or len(ids) == 1 else ids[:-1])
     return rows_of_ids
@@ -52,7 +56,7 @@ def scores_by_arm(
     answers: Mapping[str, Answers],
     rewards: Mapping[str, list[float] | None],
 ) -> dict[str, dict[str, list[float]]]:
-    """Every arm's scores by each metric, one per prompt; ``rewards`` are those of the stage's reward model.
+    """Every arm's scores by each metric, one per prompt; ``rewards`` are those of the stage's reward model, per answer.
 
     Raises:
         DataError: a row lacks what a metric needs, or a function's file changed since the run was planned.
@@ -61,7 +65,8 @@ def scores_by_arm(
     """
     scores: dict[str, dict[str, list[float]]] = {name: {} for name in answers}
     run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=TOKENS)
-    total = sum(metric.source != REWARD for metric in config.metrics) * len(answers) * len(rows)
+    sources = {_source(metric) for metric in config.metrics if metric.source != REWARD}
+    total = len(sources) * sum(len(of_arm.texts) for of_arm in answers.values())
     done = 0
 
     def progress(number: int) -> None:
@@ -69,13 +74,27 @@ def scores_by_arm(
         done += number
         context.progress("scoring", done, total)
 
+    by_source: dict[tuple[Any, ...], Mapping[str, list[float] | None]] = {(REWARD, None, None): rewards}
     for number, metric in enumerate(config.metrics):
-        if metric.source == REWARD:
-            for name, by_reward in rewards.items():
-                assert by_reward is not None, "the plan refuses this metric without a reward model"
-                scores[name][metric.name] = by_reward
-            continue
-        scorer = build_scorer(f"metrics[{number}]", metric, context.spec, tokenizer, rows, run)
+        if _source(metric) not in by_source:
+            scorer = build_scorer(f"metrics[{number}]", metric, context.spec, tokenizer, rows, run)
+            by_source[_source(metric)] = {
+                name: scores_of(scorer, of_arm, source=metric.source, progress=progress)
+                for name, of_arm in answers.items()
+            }
         for name, of_arm in answers.items():
-            scores[name][metric.name] = scores_of(scorer, of_arm, source=metric.source, progress=progress)
+            of_answers = by_source[_source(metric)][name]
+            assert of_answers is not None, "the plan refuses this metric without a reward model"
+            scores[name][metric.name] = scores_of_prompts(
+                of_answers,
+                of_arm.texts,
+                aggregate=metric.aggregate,
+                passing_score=metric.passing_score,
+                per_prompt=config.answers.per_prompt,
+            )
     return scores
+
+
+def _source(metric: MetricConfig) -> tuple[str, str | None, int | None]:
+    """Metrics with the same source share its scores, and differ in how they put several answers together."""
+    return metric.source, metric.pattern, metric.target

@@ -46,7 +46,7 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     policies = Policies(context)
     arms = _answers(config, context, policies, arm_prompts, rows)
     context.progress("scoring", len(arms) * len(rows), len(arms) * len(rows))
-    log_ratios = _log_ratios(context, policies, arm_prompts, arms)
+    log_ratios = _log_ratios(config, context, policies, arm_prompts, arms)
     policies.release()
     answers = answers_to_score(tokenizer, rows, arm_prompts, arms)
     rewards = _rewards(context, answers)
@@ -78,6 +78,7 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
                 log_ratios=log_ratios[name],
                 win_rate=judged.win_rate(name, reference=reference),
                 intervals=intervals,
+                sampled=config.answers.temperature > 0.0,
             )
             for name, arm in arms.items()
         ],
@@ -120,15 +121,16 @@ def _answers(
         def progress(done: int, before: int = len(arms) * len(rows)) -> None:
             context.progress("answering", before + done, len(arm_prompts) * len(rows))
 
-        compared = _is_compared(arm) and not _is_reference(name, context)
+        compared = _is_compared(arm, config) and not _is_reference(name, context)
         arms[name] = answers_of(arm, config, context, policies, rows, with_logprobs=compared, progress=progress)
         progress(len(rows))
     return arms
 
 
-def _is_compared(arm_prompts: ArmPrompts) -> bool:
-    """Whether the reference can read the arm's answers, because prompts and tokens are the same."""
-    return arm_prompts.plain and not arm_prompts.own_tokens
+def _is_compared(arm_prompts: ArmPrompts, config: EvaluateConfig) -> bool:
+    """Whether log-ratios of the arm's answers mean something: prompts and tokens are the reference's, and the answers
+    are greedy or samples of the policy itself, not of one at another temperature."""
+    return arm_prompts.plain and not arm_prompts.own_tokens and config.answers.temperature in (0.0, 1.0)
 
 
 def _is_reference(name: str, context: StageContext) -> bool:
@@ -137,21 +139,26 @@ def _is_reference(name: str, context: StageContext) -> bool:
 
 
 def _log_ratios(
-    context: StageContext, policies: Policies, arm_prompts: Mapping[str, ArmPrompts], arms: Mapping[str, Answered]
+    config: EvaluateConfig,
+    context: StageContext,
+    policies: Policies,
+    arm_prompts: Mapping[str, ArmPrompts],
+    arms: Mapping[str, Answered],
 ) -> dict[str, list[float] | None]:
-    """Log π − log π_ref of each arm's own greedy answers, nats a sequence; None for other prompts or tokens.
+    """Log π − log π_ref of each arm's own answers, nats a sequence; None for other prompts, tokens or temperatures.
 
-    This is not the KL, an expectation over samples, which is usually smaller because a greedy answer is the arm's
-    likeliest. The reference reads all arms' answers to a prompt in adjacent rows, so that the prompt is computed once.
+    Of greedy answers this is not the KL, an expectation over samples, which is usually smaller because a greedy answer
+    is the arm's likeliest. The reference reads all arms' answers to a prompt in adjacent rows, so that the prompt is
+    computed once.
     """
     ratios: dict[str, list[float] | None] = dict.fromkeys(arms)
     for name, arm in arms.items():
-        if _is_compared(arm_prompts[name]) and _is_reference(name, context):
+        if _is_compared(arm_prompts[name], config) and _is_reference(name, context):
             ratios[name] = [0.0] * len(arm.answers)
     compared = {name: (arm, arm.logprobs) for name, arm in arms.items() if arm.logprobs is not None}
     if not compared:
         return ratios
-    prompts = arm_prompts[next(iter(compared))].prompts
+    prompts = [prompt for prompt in arm_prompts[next(iter(compared))].prompts for _ in range(config.answers.per_prompt)]
     reference = policies.load(lineage(context.spec, context.spec.inputs["reference"]))
     under = sequence_logprobs(reference, *side_by_side(prompts, [arm.ids for arm, _ in compared.values()]))
     for index, (name, (_, own)) in enumerate(compared.items()):

@@ -85,7 +85,7 @@ def test_tasks_are_averaged_by_themselves_and_every_answer_is_kept() -> None:
     ("figure", "changes"),
     [
         ("reward", {"rewards": [1.0, math.nan]}),
-        ("greedy log-ratio", {"log_ratios": [math.inf, 0.0]}),
+        ("log-ratio", {"log_ratios": [math.inf, 0.0]}),
         ("loss", {"logprob": math.nan}),
         ("loss", {"logprob": -math.inf}),
         ("perplexity", {"logprob": -8000.0}),

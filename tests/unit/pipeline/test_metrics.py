@@ -16,6 +16,9 @@ METRICS = "stages.evaluate.metrics"
 STYLE = "{name: style, source: 'bundled:quickstart/house_style.py:style'}"
 
 
+SAMPLED = "stages.evaluate.answers={per_prompt: 4, temperature: 0.7}"
+
+
 def evaluation(plan: MakePlan, *told: str) -> PlannedStage:
     return next(stage for stage in plan(*told).stages if stage.name == "evaluate")
 
@@ -52,6 +55,34 @@ def of(*metrics: str) -> str:
         (
             [of(), "stages.evaluate.primary=style"],
             "stages.evaluate.primary: no metric 'style'; there are no metrics; add one, or write null",
+        ),
+        (
+            ["stages.evaluate.answers={per_prompt: 4}"],
+            "stages.evaluate.answers.temperature: 4 greedy answers to a prompt are all the same; set temperature",
+        ),
+        (
+            [SAMPLED, of("{name: p, source: length, target: 9, aggregate: pass@8}")],
+            f"{METRICS}[0].aggregate: 'pass@8' needs at least 8 answers to a prompt; set answers.per_prompt",
+        ),
+        (
+            [SAMPLED, of("{name: p, source: length, target: 9, aggregate: pass@2, higher_is_better: false}")],
+            f"{METRICS}[0].aggregate: 'pass@2' counts high scores as correct, and less of this metric is better",
+        ),
+        (
+            [SAMPLED, of("{name: m, source: length, target: 9, aggregate: majority}")],
+            f"{METRICS}[0].aggregate: 'majority' compares final answers, which only the source exact_answer has",
+        ),
+        (
+            [of("{name: m, source: exact_answer, aggregate: majority}")],
+            f"{METRICS}[0].aggregate: 'majority' needs several answers to a prompt; set answers.per_prompt",
+        ),
+        (
+            [of("{name: m, source: length, target: 9, aggregate: median}")],
+            f"{METRICS}[0].aggregate: 'median' is not allowed; mean, majority, or pass@K, such as pass@4",
+        ),
+        (
+            [of("{name: m, source: length, target: 9, passing_score: 0.5}")],
+            f"{METRICS}[0].passing_score: 0.5 has no effect; only the aggregate pass@K uses it, and it is 'mean'",
         ),
         (
             ["stages.evaluate.system_prompt=null"],

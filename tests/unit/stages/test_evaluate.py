@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alignment import worker
-from alignment.config.evaluating import EndpointConfig, FewShotConfig, JudgeConfig, JudgeKind
+from alignment.config.evaluating import AnswersConfig, EndpointConfig, FewShotConfig, JudgeConfig, JudgeKind
 from alignment.config.scoring import MetricConfig
 from alignment.core.errors import DataError, ModelError, NonFiniteError, RewardError, StageError
 from alignment.data.records import HeldOutPrompt
@@ -64,6 +64,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chained:
     theirs._tokenizer = tiny_bpe(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|odd|>"])
     theirs.chat_template = CHAT_TEMPLATE.replace("You are tiny.", "You are other.")
     save_tiny_model(chain.folder / "other", tokenizer=theirs, seed=3)
+    save_tiny_model(chain.folder / "near", seed=4)
     told = [row | ({"reference": REFERENCES[row["id"]]} if row["id"] in REFERENCES else {}) for row in ROWS]
     (chain.folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
     return chain
@@ -244,7 +245,6 @@ def test_log_ratios_and_rewards_of_every_arm_are_its_own_by_value(
     chain: Chained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against plain forward passes, row by row, of each policy, of the reference (sft) and of the reward model."""
-    save_tiny_model(chain.folder / "near", seed=4)
     answered: dict[str, Answered] = {}
     arm_result = stage.arm_result
 
@@ -391,7 +391,7 @@ def test_an_empty_evaluation_set_is_an_error(chain: Chained, tmp_path: Path) -> 
 
 def test_a_reward_that_is_no_number_ends_the_evaluation(chain: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "reward_scores", lambda _, prompts, __: [math.nan] * len(prompts))
-    with pytest.raises(NonFiniteError, match="the reward of base is nan on 3 of 3 prompts"):
+    with pytest.raises(NonFiniteError, match="the reward of base is nan on 3 of 3 answers"):
         evaluate(chain, SMALL, "nan")
     assert not (chain.folder / "artifacts/evaluate-nan/manifest.json").exists()
 
@@ -523,3 +523,104 @@ def test_at_most_so_many_prompts_are_judged(chain: Chained) -> None:
     told = evaluate(chain, replace(config, judge=replace(config.judge, max_prompts=2)), "few")
     assert told["judge"]["num_prompts"] == 2
     assert told["judge"]["pairs"][0]["prompts"] == 2
+
+
+SAMPLED = replace(
+    SMALL,
+    arms=["base", "base+prompt", "stage:sft", "path:near"],
+    metrics=[
+        MetricConfig(name="closed", source="regex", pattern="[aeiou]"),
+        MetricConfig(name="once", source="regex", pattern="[aeiou]", aggregate="pass@1"),
+        MetricConfig(name="in_three", source="regex", pattern="[aeiou]", aggregate="pass@3"),
+        MetricConfig(name="reward", source="reward"),
+    ],
+    answers=AnswersConfig(per_prompt=6, temperature=1.0),
+)
+
+
+@torch.no_grad()
+def test_sampled_answers_estimate_the_kl_divergence(chain: Chained) -> None:
+    """One token an answer, so that the exact divergence is a sum over the vocabulary."""
+    number = 600
+    config = replace(SAMPLED, metrics=[], max_new_tokens=1, answers=AnswersConfig(per_prompt=number, temperature=1.0))
+    results = figures(evaluate(chain, config, "kl"))
+    assert results["stage:sft"]["kl"]["mean"] == 0.0
+    assert results["base+prompt"]["kl"] is None, "another prompt"
+    reference = chain.policy("sft")
+    for name, folder in (("base", chain.base), ("path:near", chain.folder / "near")):
+        own = AutoModelForCausalLM.from_pretrained(folder)
+        exact, variances = 0.0, {"kl": 0.0, "kl_k3": 0.0}
+        for row in ROWS:
+            ids = torch.tensor([prompt_ids(tiny_tokenizer(), [Message(**turn) for turn in row["messages"]])])
+            log_p, log_q = (torch.log_softmax(model(ids).logits[0, -1].double(), dim=-1) for model in (own, reference))
+            k1 = log_p - log_q
+            divergence = float((log_p.exp() * k1).sum())
+            exact += divergence / 3
+            for estimator, values in (("kl", k1), ("kl_k3", (-k1).exp() - 1 + k1)):
+                variances[estimator] += float((log_p.exp() * (values - divergence) ** 2).sum()) / 9 / number
+        for estimator, variance in variances.items():
+            assert results[name][estimator]["mean"] == pytest.approx(exact, abs=3 * math.sqrt(variance) + 1e-5)
+        assert results[name]["greedy_log_ratio"] is None
+    assert results["path:near"]["kl"]["mean"] > 0.3
+
+
+def test_several_answers_to_a_prompt_make_one_score(chain: Chained) -> None:
+    record = evaluate(chain, SAMPLED, "sampled")
+    results = figures(record)
+    samples = list(read_samples(chain.folder / "artifacts/evaluate-sampled"))
+    for name in ("base", "stage:sft", "path:near"):
+        answers = [[sample.answers[name].text, *sample.answers[name].further] for sample in samples]
+        assert [len(of_prompt) for of_prompt in answers] == [6, 6, 6]
+        right = [sum(any(letter in text for letter in "aeiou") for text in of_prompt) for of_prompt in answers]
+        in_three = [1 - math.comb(6 - count, 3) / math.comb(6, 3) for count in right]
+        metrics = results[name]["metrics"]
+        assert metrics["closed"]["mean"] == metrics["once"]["mean"] == pytest.approx(sum(right) / 18, abs=1e-5)
+        assert metrics["in_three"]["mean"] == pytest.approx(sum(in_three) / 3, abs=1e-5)
+        assert [sample.answers[name].scores["in_three"] for sample in samples] == pytest.approx(in_three)
+        assert results[name]["distinct"] == pytest.approx(len({t for texts in answers for t in texts}) / 18, abs=1e-5)
+        words = [sum(len(text.split()) for text in of_prompt) / 6 for of_prompt in answers]
+        assert results[name]["words"]["mean"] == pytest.approx(sum(words) / 3, abs=1e-5)
+        assert metrics["reward"]["mean"] == results[name]["reward"]["mean"]
+    assert any(sum(map(bool, [sample.answers["base"].scores["closed"] % 1])) > 0 for sample in samples), "mixed answers"
+    assert {comparison["metric"] for comparison in record["comparisons"]} == {"closed"}
+
+
+def test_sampled_answers_come_out_the_same_again_and_are_kept(chain: Chained, caplog: pytest.LogCaptureFixture) -> None:
+    first = evaluate(chain, SAMPLED, "sampled-once")
+    loads: list[Lineage] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answering, "load_policy", lambda policy, dtype: loads.append(policy))
+        with pytest.raises(AttributeError):  # only the reference has to be loaded, to read the answers
+            evaluate(chain, SAMPLED, "sampled-again")
+    assert len(loads) == 1
+    for file in (chain.folder / "artifacts/cache").glob("answers-*.json"):
+        file.unlink()
+    assert figures(evaluate(chain, SAMPLED, "sampled-anew")) == figures(first)
+
+
+def test_at_another_temperature_nothing_is_said_of_the_policys_kl(chain: Chained) -> None:
+    config = replace(SAMPLED, answers=AnswersConfig(per_prompt=2, temperature=0.7), metrics=[])
+    for arm in figures(evaluate(chain, config, "cooler")).values():
+        assert (arm["kl"], arm["kl_k3"], arm["greedy_log_ratio"]) == (None, None, None)
+
+
+def test_a_low_temperature_samples_the_greedy_answer(chain: Chained) -> None:
+    greedy = replace(SAMPLED, answers=AnswersConfig(), metrics=[])
+    evaluate(chain, greedy, "greedy")
+    evaluate(chain, replace(greedy, answers=AnswersConfig(per_prompt=2, temperature=1e-4)), "cold")
+    kept, cold = (list(read_samples(chain.folder / f"artifacts/evaluate-{name}")) for name in ("greedy", "cold"))
+    for sample, again in zip(kept, cold, strict=True):
+        for name, answer in sample.answers.items():
+            assert (answer.text, answer.further) == (again.answers[name].text, [])
+            assert again.answers[name].further == [answer.text]
+
+
+def test_each_answer_is_scored_for_its_own_prompt(chain: Chained, tmp_path: Path) -> None:
+    """A function that gives the first letter of the prompt's day: the same for all answers to it, whatever they say."""
+    file = tmp_path / "by_row.py"
+    file.write_text("def day(prompts, completions, rows):\n    return [ord(row['facts'][0][0][0]) for row in rows]\n")
+    config = replace(SAMPLED, metrics=[MetricConfig(name="day", source=f"{file}:day")])
+    spec = replace(spec_of(chain, config, "by-row"), identity={})
+    worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+    scores = [sample.answers["base"].scores["day"] for sample in read_samples(spec.artifact)]
+    assert scores == [float(ord(row["facts"][0][0][0])) for row in ROWS]

@@ -1,0 +1,53 @@
+"""Several answers to one prompt: how often one of k is right, and what the majority says."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from alignment.config.scoring import MAJORITY, pass_size
+from alignment.evaluation.arms import grouped
+from alignment.rewards.verifiers import final_number
+
+
+def scores_of_prompts(
+    scores: Sequence[float], texts: Sequence[str], *, aggregate: str, passing_score: float, per_prompt: int
+) -> list[float]:
+    """One score per prompt from the scores of its ``per_prompt`` answers (MetricConfig has the aggregates)."""
+    groups = grouped(scores, per_prompt)
+    if aggregate == MAJORITY:
+        finals = grouped([final_number(text) for text in texts], per_prompt)
+        return [majority_score(answers, group) for answers, group in zip(finals, groups, strict=True)]
+    if (size := pass_size(aggregate)) is not None:
+        return [pass_at_k([score >= passing_score for score in group], size) for group in groups]
+    return [sum(group) / len(group) for group in groups]
+
+
+def pass_at_k(correct: Sequence[bool], k: int) -> float:
+    """The probability that at least one of ``k`` of these answers, drawn without replacement, is correct.
+
+    The unbiased estimate 1 - C(n - c, k) / C(n, k) of Chen et al. 2021, section 2.1, with n answers of which c are
+    correct.
+
+    Raises:
+        ValueError: there are fewer than ``k`` answers.
+    """
+    if not 1 <= k <= len(correct):
+        raise ValueError(f"pass@{k} needs at least {k} answers, and there are {len(correct)}")
+    wrong = len(correct) - sum(correct)
+    return 1.0 - math.comb(wrong, k) / math.comb(len(correct), k)
+
+
+def majority_score(answers: Sequence[str], scores: Sequence[float]) -> float:
+    """The score of the most frequent final answer (Wang et al. 2023, self-consistency).
+
+    Answers that are equally frequent count with the mean of their scores, as if one of them was drawn. An empty final
+    answer does not vote. Without any vote the score is the mean of all.
+    """
+    votes = Counter(answer for answer in answers if answer)
+    if not votes:
+        return sum(scores) / len(scores)
+    highest = max(votes.values())
+    first = [answers.index(answer) for answer, count in votes.items() if count == highest]
+    return sum(scores[index] for index in first) / len(first)
