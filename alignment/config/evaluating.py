@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Annotated
 
 from alignment.config.data import DataConfig
-from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, POSITIVE, URL, VARIABLE
+from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, POSITIVE, SCORE, URL, VARIABLE
 
 PROMPTED = "base+prompt"
 FEW_SHOT = "base+few-shot"
@@ -54,6 +54,20 @@ class PairConfig:
 
     arm: str = ""
     against: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class GateConfig:
+    """What a run requires of its evaluation: ``arm`` is better than ``against`` by at least ``min_difference``.
+
+    It is judged by the 95 % interval of the paired difference in ``metric``, by default the primary one: all of the
+    interval has to lie at ``min_difference`` or above. Below 0, it says how much worse the arm may be.
+    """
+
+    arm: str = ""
+    against: str = ""
+    metric: str | None = None
+    min_difference: Annotated[float, SCORE] = 0.0
 
 
 @dataclass(kw_only=True, slots=True)

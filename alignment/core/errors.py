@@ -10,7 +10,7 @@
     │   └── RewardError            9   a scorer that raised, or returned too few, too many or non-finite scores
     ├── ArtifactError              7   an artifact or checkpoint that is damaged or belongs to something else
     ├── Busy                       8   another process works on the same run or artifact
-    └── Forgot                    10   a finished run in which a policy lost more than its limits allow
+    └── GateNotMet                10   a finished run whose results do not meet what its recipe requires
 
 Other codes: 0 success, 1 a bug of ours, 75 preempted (start again to continue), 130 interrupted by the user.
 """
@@ -39,7 +39,7 @@ class AlignmentError(Exception):
     @property
     def labelled(self) -> str:
         """The error as a command prints it, with its kind first: ``model: base: no folder …``."""
-        kinds = {2: "configuration", 3: "data", 4: "model", 7: "artifact", 8: "busy", 9: "scorer", 10: "forgot"}
+        kinds = {2: "configuration", 3: "data", 4: "model", 7: "artifact", 8: "busy", 9: "scorer", 10: "gate"}
         return f"{kinds.get(self.exit_code, 'error')}: {self}"
 
 
@@ -95,8 +95,8 @@ class Busy(AlignmentError):
     exit_code = 8
 
 
-class Forgot(AlignmentError):
-    """All stages are done, but a policy has forgotten more of the base model's abilities than its limits allow."""
+class GateNotMet(AlignmentError):
+    """All stages are done, but the results do not meet a gate: a policy forgot too much, or did not improve enough."""
 
     exit_code = 10
 

@@ -8,17 +8,18 @@ from collections.abc import Sequence
 
 from alignment.config.scoring import MAJORITY, pass_size
 from alignment.evaluation.arms import grouped
-from alignment.rewards.verifiers import final_number
 
 
 def scores_of_prompts(
-    scores: Sequence[float], texts: Sequence[str], *, aggregate: str, passing_score: float, per_prompt: int
+    scores: Sequence[float], finals: Sequence[str], *, aggregate: str, passing_score: float, per_prompt: int
 ) -> list[float]:
-    """One score per prompt from the scores of its ``per_prompt`` answers (MetricConfig has the aggregates)."""
+    """One score per prompt from the scores of its ``per_prompt`` answers (MetricConfig has the aggregates).
+
+    ``finals`` are the final answers that the majority is taken of.
+    """
     groups = grouped(scores, per_prompt)
     if aggregate == MAJORITY:
-        finals = grouped([final_number(text) for text in texts], per_prompt)
-        return [majority_score(answers, group) for answers, group in zip(finals, groups, strict=True)]
+        return [majority_score(*pair) for pair in zip(grouped(finals, per_prompt), groups, strict=True)]
     if (size := pass_size(aggregate)) is not None:
         return [pass_at_k([score >= passing_score for score in group], size) for group in groups]
     return [sum(group) / len(group) for group in groups]

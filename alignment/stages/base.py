@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from alignment.config.data import DataConfig, MixedConfig
+from alignment.config.evaluating import GateConfig
 from alignment.config.faults import Fault
 from alignment.config.launch import LaunchConfig
 from alignment.config.run import RunConfig
@@ -192,7 +193,8 @@ class Outcome:
     ``metrics(config)``: the names in its manifest. ``why_missing(config, metric, stage)``: why it does not report a
     metric that it would report with other settings, or "". ``doubts(metrics)``: warnings against using the result.
     ``lines(artifact)``: what is printed of the result after a run and by ``align status``.
-    ``against_forgetting(name)``: advice for stage ``name`` if its policy forgot too much.
+    ``against_forgetting(name)``: advice for stage ``name`` if its policy forgot too much. ``gates(config)``: what a run
+    requires of an evaluation.
     """
 
     metrics: Callable[[Any], Reported] = _no_metrics
@@ -200,6 +202,7 @@ class Outcome:
     doubts: Callable[[Mapping[str, float]], Sequence[str]] = _nothing
     lines: Callable[[Any], Sequence[str]] = _nothing
     against_forgetting: Callable[[str], str] = _no_words
+    gates: Callable[[Any], Sequence[GateConfig]] = _nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -51,12 +51,12 @@ def gated(new_forked: Callable[[], Align], tmp_path_factory: pytest.TempPathFact
 def test_the_rest_of_the_run_is_made_and_says_what_was_forgotten(gated: Gated) -> None:
     assert {stage["state"] for stage in gated.align.stages().values()} == {"done"}
     run = gated.align.output / "runs/replay"
-    assert json.loads((run / "run.json").read_text())["state"] == "forgot"
+    assert json.loads((run / "run.json").read_text())["state"] == "gate not met"
     page = (run / "report.html").read_text()
     assert "What was forgotten" in page
     assert " forgot too much: perplexity of general text is " in page
     assert "forgetting: sft passed: perplexity of general text " in gated.printed
-    assert "forgot: stages.forgetting: ruined forgot too much: perplexity of general text is " in gated.printed
+    assert "gate: stages.forgetting: ruined forgot too much: perplexity of general text is " in gated.printed
     assert "was trained elsewhere" in gated.printed
 
 
@@ -85,7 +85,7 @@ def test_the_artifact_has_every_figure(gated: Gated) -> None:
 
 
 def test_a_reused_result_trips_again_and_so_does_the_stage_alone(gated: Gated) -> None:
-    assert "forgot: stages.forgetting: ruined" in gated(code=10)
+    assert "gate: stages.forgetting: ruined" in gated(code=10)
     assert {stage["state"] for stage in gated.align.stages().values()} == {"reused"}
     gated("--stage", "forgetting", code=10)
     gated("--stage", "report")

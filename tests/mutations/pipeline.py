@@ -9,6 +9,22 @@ SWEEP, SWEEP_AT_ONCE = "unit/pipeline/sweeps/test_sweep.py", "unit/pipeline/swee
 
 MUTATIONS = [
     *in_file(
+        "pipeline/execute/evaluation_gate.py",
+        "unit/pipeline/test_evaluation_gates.py",
+        (
+            "a gate is met by the mean, however wide its interval",
+            "gain.bounds[0] < gate.min_difference",
+            "gain.mean < gate.min_difference",
+            "test_the_whole_interval_has_to_lie_above_the_margin",
+        ),
+        (
+            "more of any metric meets a gate",
+            "return difference(arm, against) if more_is_better else difference(against, arm)",
+            "return difference(arm, against)",
+            "test_less_of_a_metric_may_be_better",
+        ),
+    ),
+    *in_file(
         "pipeline/plan/plan.py",
         PLAN,
         (

@@ -22,7 +22,7 @@ from alignment.core.artifacts import read_manifest, write_json
 from alignment.core.errors import PREEMPTED, ArtifactError, ConfigError, StageError
 from alignment.pipeline.backends import feasibility, processes
 from alignment.pipeline.backends.command import CommandFor
-from alignment.pipeline.execute.forgetting_gate import FORGOT
+from alignment.pipeline.execute.gates import NOT_MET
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
 from alignment.records.run import RunRecord
@@ -108,7 +108,7 @@ class _Follower:
                 return _STOPPED[state]
             if self._seen_running and state == "failed":
                 raise self._failed("the run failed on the first machine")
-            if self._seen_running and state in ("done", FORGOT) and read_manifest(self._stage.artifact) is None:
+            if self._seen_running and state in ("done", NOT_MET) and read_manifest(self._stage.artifact) is None:
                 raise self._different_result()
             self._refuse_silence()
             time.sleep(_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""The gate after a run: which policies lost more than their limits allow, and what a user can do about it."""
+"""The gate of a measurement of forgetting: which policies lost more than their limits allow, and what helps."""
 
 from __future__ import annotations
 
@@ -7,32 +7,22 @@ from pathlib import Path
 
 from alignment.config.stage import StageConfig
 from alignment.core.artifacts import FORGETTING, read_manifest
-from alignment.core.errors import Forgot
 from alignment.pipeline.plan.plan import PlannedStage
 from alignment.records.forgetting import Forgetting
 from alignment.stages.registry import kind_of
 
-FORGOT = "forgot"
-"""The state of a run whose stages are all done, but in which a policy forgot too much."""
 
-
-def lost(stages: Sequence[PlannedStage]) -> list[str]:
-    """A sentence for each arm that lost too much, in new and in reused results."""
+def not_met(stages: Sequence[PlannedStage]) -> list[str]:
+    """A sentence for each arm that lost too much."""
     return [sentence for stage, record in _failed(stages) for sentence in _sentences(stage.name, record)]
 
 
-def refuse(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig]) -> None:
-    """Refuses stages in which an arm lost too much. ``configs`` are all stages of the run.
-
-    Raises:
-        Forgot: an arm did; the error names each such arm, what it lost, and the remedies.
-    """
+def remedies(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig]) -> list[str]:
+    """What helps against it. ``configs`` are all stages of the run."""
     failed = _failed(stages)
-    if failed:
-        arms = [arm.name for _, record in failed for arm in record.arms if not arm.passed]
-        remedies = [_remedy(arm, configs) for arm in dict.fromkeys(arms)]
-        limits = [f"stages.{stage.name}.max_perplexity_rise and max_ability_drop set the limits" for stage, _ in failed]
-        raise Forgot("\n  ".join(lost(stages)), remedy="\n  → ".join([*remedies, *limits]))
+    arms = [arm.name for _, record in failed for arm in record.arms if not arm.passed]
+    limits = [f"stages.{stage.name}.max_perplexity_rise and max_ability_drop set the limits" for stage, _ in failed]
+    return [*(_remedy(arm, configs) for arm in dict.fromkeys(arms)), *limits]
 
 
 def read_outcome(artifact: Path) -> Forgetting | None:

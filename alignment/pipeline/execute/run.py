@@ -23,7 +23,7 @@ from alignment.core.resources import CODE_ROOT
 from alignment.pipeline.backends import command, feasibility, machines, processes, slurm, slurm_jobs
 from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.backends.slurm_job_file import HERE
-from alignment.pipeline.execute import forgetting_gate, heartbeats, notes, rehearsal, worker_protocol
+from alignment.pipeline.execute import gates, heartbeats, notes, rehearsal, worker_protocol
 from alignment.pipeline.execute.display import Display, display_for, duration
 from alignment.pipeline.execute.record import RunRecorder, recorded_seconds
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
@@ -54,8 +54,8 @@ def run(
     that process and reuses its results.
 
     Raises:
-        AlignmentError: a fault in the plan, or a stage that failed; finished results stay and are reused. Forgot: all
-            stages are done, and a policy lost more than its limits allow.
+        AlignmentError: a fault in the plan, or a stage that failed; finished results stay and are reused. GateNotMet:
+            all stages are done, but the results do not meet a gate.
     """
     rehearses = command_for is None
     command_for = command_for or command.here
@@ -104,11 +104,11 @@ def _execute(
                 recorder.finish("failed")
             raise
         if recorder.end():
-            if forgetting_gate.lost(plan.stages):
-                recorder.finish(forgetting_gate.FORGOT)
+            if gates.not_met(plan.stages):
+                recorder.finish(gates.NOT_MET)
             show_results(console, plan.run_folder, recorder.record)
     if HERE not in plan.overrides:  # in a job, the chain goes on; the call that waits for its end reports this
-        forgetting_gate.refuse(_chosen(plan, only), plan.config.stages)
+        gates.refuse(_chosen(plan, only), plan.config.stages)
     return 0
 
 
@@ -139,7 +139,7 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
         display.note(f"the jobs go on: {slurm_jobs.advice(plan.config.name, submitted)}")
         return INTERRUPTED
     show_results(console, plan.run_folder, RunRecord.read(plan.run_folder))
-    forgetting_gate.refuse(_chosen(plan, only), plan.config.stages)
+    gates.refuse(_chosen(plan, only), plan.config.stages)
     return 0
 
 

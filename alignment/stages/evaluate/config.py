@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from alignment.config.data import DataConfig
-from alignment.config.evaluating import AnswersConfig, FewShotConfig, JudgeConfig
+from alignment.config.evaluating import AnswersConfig, FewShotConfig, GateConfig, JudgeConfig
 from alignment.config.rules import FILLED, POSITIVE
 from alignment.config.scoring import MetricConfig
 from alignment.config.stage_fields import reference_to
@@ -40,3 +40,4 @@ class EvaluateConfig:
     bootstrap_samples: Annotated[int, POSITIVE] = 2000
     few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    gate: list[GateConfig] = field(default_factory=list, metadata={"identity": False})

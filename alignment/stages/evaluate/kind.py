@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from alignment.config.evaluating import FEW_SHOT, PROMPTED, FewShotConfig, JudgeConfig, JudgeKind
+from alignment.config.did_you_mean import suggestion
+from alignment.config.evaluating import FEW_SHOT, PROMPTED, FewShotConfig, GateConfig, JudgeConfig, JudgeKind
 from alignment.config.faults import Fault, unread_faults
 from alignment.config.run import RunConfig
 from alignment.config.scoring import MetricConfig
@@ -64,10 +65,32 @@ def _faults(config: EvaluateConfig, run: RunConfig, where: str) -> Iterator[Faul
     if PROMPTED in config.arms and not config.system_prompt:
         message = f"missing, but the arm '{PROMPTED}' needs it; write a system prompt, or remove that arm"
         yield Fault(where=f"{where}.system_prompt", message=message)
+    yield from _gate_faults(config, where)
     yield from judge_faults(config, where, hang_seconds=run.launch.hang_seconds)
     if config.judge.kind is JudgeKind.none:
         names, reader = ("max_prompts", "max_invalid"), "only a judge (judge.kind)"
         yield from unread_faults(config.judge, JudgeConfig(), names, f"{where}.judge", reader)
+
+
+def _gates(config: EvaluateConfig) -> list[GateConfig]:
+    return config.gate
+
+
+def _gate_faults(config: EvaluateConfig, where: str) -> Iterator[Fault]:
+    names = [metric.name for metric in config.metrics]
+    for number, gate in enumerate(config.gate):
+        path = f"{where}.gate[{number}]"
+        for field, arm in (("arm", gate.arm), ("against", gate.against)):
+            if arm not in config.arms:
+                message = f"{arm!r} is not an arm of this evaluation; {suggestion(arm, config.arms)}"
+                yield Fault(where=f"{path}.{field}", message=message)
+        if gate.arm == gate.against:
+            yield Fault(where=path, message=f"{gate.arm!r} cannot be compared with itself; name two different arms")
+        if not names:
+            yield Fault(where=path, message=f"compares by a metric, and {where}.metrics is empty; add one")
+        elif gate.metric is not None and gate.metric not in names:
+            message = f"no metric {gate.metric!r}; {suggestion(gate.metric, names)}"
+            yield Fault(where=f"{path}.metric", message=message)
 
 
 def _check_machine(config: EvaluateConfig, where: str) -> None:
@@ -93,5 +116,5 @@ KIND = StageKind(
     as_read=_as_read,
     references=References(more=_metric_slots),
     launch=LaunchShape(runs_on=RunsOn.one_process, check_machine=_check_machine),
-    outcome=Outcome(metrics=_reported),
+    outcome=Outcome(metrics=_reported, gates=_gates),
 )

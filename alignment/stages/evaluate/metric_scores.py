@@ -14,6 +14,7 @@ from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation
 from alignment.rewards.scorer_sources import REWARD
 from alignment.rewards.scorers import Answers
+from alignment.rewards.verifiers import final_number
 from alignment.stages.evaluate.answering import ArmPrompts
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.shared.answer_scores import scores_of
@@ -87,7 +88,7 @@ def scores_by_arm(
             assert of_answers is not None, "the plan refuses this metric without a reward model"
             scores[name][metric.name] = scores_of_prompts(
                 of_answers,
-                of_arm.texts,
+                [final_number(text) for text in of_arm.texts],
                 aggregate=metric.aggregate,
                 passing_score=metric.passing_score,
                 per_prompt=config.answers.per_prompt,

@@ -54,7 +54,9 @@ SCORES = [1.0, 0.0, 1.0, 0.0, 0.0, 1.0]
     ],
 )
 def test_one_score_of_the_answers_to_each_prompt(aggregate: str, expected: list[float]) -> None:
-    scores = scores_of_prompts(SCORES, TEXTS, aggregate=aggregate, passing_score=1.0, per_prompt=3)
+    scores = scores_of_prompts(
+        SCORES, list(map(final_number, TEXTS)), aggregate=aggregate, passing_score=1.0, per_prompt=3
+    )
     assert scores == pytest.approx(expected)
 
 

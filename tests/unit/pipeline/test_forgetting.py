@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alignment.core.errors import ConfigError, DataError, Forgot
-from alignment.pipeline.execute import forgetting_gate
+from alignment.core.errors import ConfigError, DataError, GateNotMet
+from alignment.pipeline.execute import gates
 from alignment.pipeline.execute.summary import show_forgetting
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.records.forgetting import ArmForgetting, Forgetting
@@ -115,8 +115,8 @@ def test_a_run_ends_with_the_arms_that_forgot_and_what_helps_each(gate: Gate) ->
     told = _arms("stage:sft", "stage:ppo")
     plan = gate(told)
     _left(plan, "stage:ppo", "stage:sft")
-    with pytest.raises(Forgot) as caught:
-        forgetting_gate.refuse(plan.stages, plan.config.stages)
+    with pytest.raises(GateNotMet) as caught:
+        gates.refuse(plan.stages, plan.config.stages)
     assert caught.value.exit_code == 10
     lines = str(caught.value).splitlines()
     assert lines[0] == "stages.forgetting: sft forgot too much: too dear"
@@ -129,15 +129,15 @@ def test_a_run_ends_with_the_arms_that_forgot_and_what_helps_each(gate: Gate) ->
 def test_the_remedy_that_is_named_is_one_that_plans(gate: Gate) -> None:
     plan = gate(_arms("stage:sft"))
     _left(plan, "stage:sft")
-    with pytest.raises(Forgot) as caught:
-        forgetting_gate.refuse(plan.stages, plan.config.stages)
+    with pytest.raises(GateNotMet) as caught:
+        gates.refuse(plan.stages, plan.config.stages)
     remedy = caught.value.remedy.split("replay: ")[1].split(" adds")[0]
     assert gate(_arms("stage:sft"), remedy).config.stages["sft"].data.mix[0].share == 0.2  # type: ignore[union-attr]
 
 
 def test_nothing_is_said_where_all_passed_or_nothing_was_measured(gate: Gate) -> None:
     plan = gate(_arms("stage:sft"))
-    forgetting_gate.refuse(plan.stages, plan.config.stages)
+    gates.refuse(plan.stages, plan.config.stages)
     _left(plan)
-    forgetting_gate.refuse(plan.stages, plan.config.stages)
-    assert forgetting_gate.lost(plan.stages) == []
+    gates.refuse(plan.stages, plan.config.stages)
+    assert gates.not_met(plan.stages) == []

@@ -1,0 +1,29 @@
+"""The gates of a run: what its results have to meet, checked once all stages are done, in new and in reused results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from alignment.config.stage import StageConfig
+from alignment.core.errors import GateNotMet
+from alignment.pipeline.execute import evaluation_gate, forgetting_gate
+from alignment.pipeline.plan.plan import PlannedStage
+
+NOT_MET = "gate not met"
+"""The state of a run whose stages are all done, but whose results do not meet a gate."""
+
+
+def not_met(stages: Sequence[PlannedStage]) -> list[str]:
+    """A sentence for each gate that is not met."""
+    return [*forgetting_gate.not_met(stages), *evaluation_gate.not_met(stages)]
+
+
+def refuse(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig]) -> None:
+    """Refuses results that do not meet the gates of these stages. ``configs`` are all stages of the run.
+
+    Raises:
+        GateNotMet: names each gate, what was measured, and the remedies.
+    """
+    if sentences := not_met(stages):
+        remedies = [*forgetting_gate.remedies(stages, configs), *evaluation_gate.remedies(stages)]
+        raise GateNotMet("\n  ".join(sentences), remedy="\n  → ".join(remedies))

@@ -1,0 +1,132 @@
+"""The gates of an evaluation: which are refused, which are met, and what is said of one that is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from alignment.core.errors import ConfigError, GateNotMet
+from alignment.pipeline.execute import gates
+from alignment.pipeline.plan.plan import Plan
+from alignment.records.evaluation import ArmResult, Evaluation, Metric, Sample, SampleAnswer, write_samples
+from tests.unit.pipeline.conftest import MakePlan, leave_artifact
+
+GATE = "stages.evaluate.gate"
+METRICS = (
+    "[{name: total, source: length, target: 9}, {name: errors, source: regex, pattern: x, higher_is_better: false}]"
+)
+SFT, DPO = "stage:sft", "stage:dpo"
+
+
+def gated(plan: MakePlan, *entries: str) -> Plan:
+    return plan(f"stages.evaluate.metrics={METRICS}", f"{GATE}=[{', '.join(entries)}]")
+
+
+def left(plan: Plan, totals: Sequence[float], errors: Sequence[float] = (0.0,)) -> Plan:
+    """With a result in which DPO's scores exceed SFT's by ``totals`` and ``errors``, one prompt after another."""
+    stage = next(stage for stage in plan.stages if stage.name == "evaluate")
+    leave_artifact(stage)
+    metrics = [Metric(name="total"), Metric(name="errors", higher_is_better=False)]
+    arms = [ArmResult(name=SFT), ArmResult(name=DPO)]
+    Evaluation(metrics=metrics, primary="total", arms=arms).write(stage.artifact)
+    samples = [
+        Sample(
+            id=str(number),
+            answers={
+                SFT: SampleAnswer(scores={"total": 0.25, "errors": 0.5}),
+                DPO: SampleAnswer(scores={"total": 0.25 + more, "errors": 0.5 + errors[number % len(errors)]}),
+            },
+        )
+        for number, more in enumerate(totals)
+    ]
+    write_samples(stage.artifact, samples)
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (
+            "{arm: 'stage:sft', against: 'stage:ddpo'}",
+            f"{GATE}[0].against: 'stage:ddpo' is not an arm of this evaluation; did",
+        ),
+        (
+            "{arm: 'stage:sft', against: 'stage:sft'}",
+            f"{GATE}[0]: 'stage:sft' cannot be compared with itself; name two",
+        ),
+        (
+            "{arm: 'stage:dpo', against: 'stage:sft', metric: totl}",
+            f"{GATE}[0].metric: no metric 'totl'; did you mean 'total'?",
+        ),
+        (
+            "{arm: 'stage:dpo', against: 'stage:sft', min_difference: 1e7}",
+            f"{GATE}[0].min_difference: 10000000.0 is not allowed",
+        ),
+        ("{against: 'stage:sft'}", f"{GATE}[0].arm: '' is not an arm of this evaluation;"),
+    ],
+)
+def test_a_gate_that_cannot_be_is_refused(plan: MakePlan, entry: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        gated(plan, entry)
+    assert words in str(caught.value)
+
+
+def test_a_gate_needs_a_metric(plan: MakePlan) -> None:
+    with pytest.raises(ConfigError, match=r"compares by a metric, and stages\.evaluate\.metrics is empty; add one"):
+        plan("stages.evaluate.metrics=[]", f"{GATE}=[{{arm: 'stage:dpo', against: 'stage:sft'}}]")
+
+
+@pytest.mark.parametrize(
+    ("margin", "totals", "met"),
+    [
+        (0.0, [0.25] * 8, True),
+        (0.25, [0.25] * 8, True),
+        (0.26, [0.25] * 8, False),
+        (0.0, [0.5, -0.4] * 4, False),  # better in the mean, and not with confidence
+        (-0.5, [0.5, -0.4] * 4, True),
+        (-0.1, [-0.25] * 8, False),
+    ],
+)
+def test_the_whole_interval_has_to_lie_above_the_margin(
+    plan: MakePlan, margin: float, totals: Sequence[float], met: bool
+) -> None:
+    made = left(gated(plan, f"{{arm: 'stage:dpo', against: 'stage:sft', min_difference: {margin}}}"), totals)
+    assert (gates.not_met(made.stages) == []) is met
+
+
+def test_less_of_a_metric_may_be_better(plan: MakePlan) -> None:
+    fewer = "{arm: 'stage:dpo', against: 'stage:sft', metric: errors, min_difference: 0.2}"
+    assert gates.not_met(left(gated(plan, fewer), [0.0] * 8, errors=[-0.25]).stages) == []
+    more = "{arm: 'stage:sft', against: 'stage:dpo', metric: errors, min_difference: 0.2}"
+    assert gates.not_met(gated(plan, more).stages) != []
+
+
+def test_a_run_ends_with_the_gates_that_are_not_met(plan: MakePlan) -> None:
+    entries = [
+        "{arm: 'stage:dpo', against: 'stage:sft', min_difference: 0.1}",
+        "{arm: 'stage:dpo', against: 'stage:sft', min_difference: 0.5}",
+        "{arm: 'stage:dpo', against: base}",
+    ]
+    made = left(gated(plan, *entries), [0.25] * 8)
+    with pytest.raises(GateNotMet) as caught:
+        gates.refuse(made.stages, made.config.stages)
+    assert caught.value.exit_code == 10
+    assert str(caught.value).splitlines() == [
+        "stages.evaluate.gate[1]: dpo against sft in total: better by +0.250 (+0.250 to +0.250); "
+        "the interval has to lie at +0.500 or above",
+        "  stages.evaluate.gate[2]: dpo against base in total: samples.jsonl does not have the scores of both",
+        "  → stages.evaluate.gate sets what is required; more prompts make the intervals narrower",
+    ]
+
+
+def test_another_gate_makes_nothing_again(plan: MakePlan) -> None:
+    def fingerprint(*entries: str) -> str:
+        return next(stage.fingerprint for stage in gated(plan, *entries).stages if stage.name == "evaluate")
+
+    assert fingerprint("{arm: 'stage:dpo', against: 'stage:sft'}") == fingerprint()
+
+
+def test_before_there_is_a_result_no_gate_is_judged(plan: MakePlan) -> None:
+    made = gated(plan, "{arm: 'stage:dpo', against: 'stage:sft', min_difference: 0.5}")
+    gates.refuse(made.stages, made.config.stages)
