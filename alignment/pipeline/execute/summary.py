@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD
@@ -14,7 +15,7 @@ from alignment.pipeline.execute import forgetting_gate, notes
 from alignment.pipeline.execute.display import duration, steps
 from alignment.pipeline.plan.plan import Action, Plan
 from alignment.records.evaluation import FILE as EVALUATION_FILE
-from alignment.records.evaluation import Comparison, Evaluation, JudgedPair
+from alignment.records.evaluation import ArmResult, Comparison, Evaluation, JudgedPair
 from alignment.records.forgetting import Forgetting
 from alignment.records.interval import Interval
 from alignment.records.reward_card import FILE as CARD_FILE
@@ -25,6 +26,8 @@ from alignment.report import doubts
 from alignment.stages.registry import lines_of, produced_by
 
 REPORT = "report.html"
+_NONE = "–"
+_WIDEST = 10_000
 
 
 def show_plan(console: Console, plan: Plan) -> None:
@@ -102,12 +105,27 @@ def _doubts(record: RunRecord) -> list[str]:
     ]
 
 
+_COLUMNS: dict[str, Callable[[ArmResult], str]] = {
+    "words": lambda arm: _mean(arm.words, digits=1),
+    "reward": lambda arm: _mean(arm.reward),
+    "log-ratio": lambda arm: _mean(arm.greedy_log_ratio),
+    "KL": lambda arm: _mean(arm.kl),
+    "loss": lambda arm: _mean(arm.loss),
+}
+"""The figures that every arm may have; one that no arm has is left out."""
+_UNITS = {
+    "log-ratio": "log-ratio of greedy answers to the reference, in nats a sequence",
+    "KL": "KL from the reference on sampled answers, in nats a sequence",
+}
+
+
 def show_evaluation(console: Console, evaluation: Evaluation) -> None:
     """The arms side by side, then a line for each comparison that says whether the difference is real."""
     others = [metric.name for metric in evaluation.metrics if metric.name != evaluation.primary]
     primary = [] if evaluation.primary is None else [escape(evaluation.primary), "95 %"]
+    columns = {title: cell for title, cell in _COLUMNS.items() if any(cell(arm) != _NONE for arm in evaluation.arms)}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for title in ("arm", *primary, *map(escape, others), "words", "reward", "log-ratio", "loss"):
+    for title in ("arm", *primary, *map(escape, others), *columns):
         table.add_column(title, justify="left" if title == "arm" else "right", no_wrap=True)
     for arm in evaluation.arms:
         of_primary = evaluation.primary_of(arm)
@@ -115,29 +133,33 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
             escape(arm.label),
             *((_mean(of_primary, digits=3), _bounds(of_primary)) if primary else ()),
             *(_mean(arm.metrics.get(name)) for name in others),
-            _mean(arm.words, digits=1),
-            _mean(arm.reward),
-            _mean(arm.greedy_log_ratio),
-            _mean(arm.loss),
+            *(cell(arm) for cell in columns.values()),
         )
     console.print()
-    console.print(table)
+    _print_whole(console, table)
     lines = [_in_words(comparison, evaluation) for comparison in evaluation.comparisons]
     if evaluation.judge is not None:
         lines += [_judged_in_words(pair, evaluation, by=evaluation.judge.name) for pair in evaluation.judge.pairs]
-    for line in [*lines, _what_is_shown(evaluation)]:
+    for line in [*lines, _what_is_shown(evaluation, [_UNITS[title] for title in columns if title in _UNITS])]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _what_is_shown(evaluation: Evaluation) -> str:
+def _print_whole(console: Console, table: Table) -> None:
+    """Prints a table whose figures are not cut, however narrow the terminal: a long line is better."""
+    width = console.width
+    console.width = max(width, Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum)
+    try:
+        console.print(table, crop=False, soft_wrap=True)
+    finally:
+        console.width = width
+
+
+def _what_is_shown(evaluation: Evaluation, units: Sequence[str]) -> str:
     metric = evaluation.primary_metric
     compared = "no metric, so no arm is called better"
     if metric is not None:
         compared = f"{metric.name}: {'more' if metric.higher_is_better else 'less'} is better"
-    return (
-        f"{evaluation.num_prompts} held-out prompts; {compared}; log-ratio of greedy answers to the reference, nats a "
-        "sequence"
-    )
+    return "; ".join([f"{evaluation.num_prompts} held-out prompts", compared, *units])
 
 
 def show_card(console: Console, name: str, card: RewardCard) -> None:
@@ -205,7 +227,7 @@ def _judged_in_words(pair: JudgedPair, evaluation: Evaluation, *, by: str) -> st
 
 def _mean(figure: Interval | None, digits: int = 2) -> str:
     """A mean, or a dash for what was not measured."""
-    return "–" if figure is None else f"{figure.mean:.{digits}f}"
+    return _NONE if figure is None else f"{figure.mean:.{digits}f}"
 
 
 def _bounds(figure: Interval | None) -> str:

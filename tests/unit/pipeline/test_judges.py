@@ -149,8 +149,8 @@ BREVITY = Metric(name="brevity")
 EVALUATION = Evaluation(num_prompts=3, metrics=[BREVITY, Metric(name="tone")], primary="brevity", arms=[ARM])
 
 
-def shown(evaluation: Evaluation) -> str:
-    console = Console(width=200, record=True)
+def shown(evaluation: Evaluation, *, width: int = 200) -> str:
+    console = Console(width=width, record=True)
     show_evaluation(console, evaluation)
     return console.export_text()
 
@@ -176,14 +176,37 @@ def test_the_primary_metric_has_its_interval_and_says_which_way_is_better() -> N
     less = Comparison(arm="stage:dpo", against="stage:sft", difference=-0.1, low=-0.2, high=-0.05)
     for metric, verdict, better in ((BREVITY, "worse", "more"), (down, "better", "less")):
         printed = shown(replace(EVALUATION, metrics=[metric, Metric(name="tone")], comparisons=[less]))
-        assert printed.split()[:8] == ["arm", "brevity", "95", "%", "tone", "words", "reward", "log-ratio"]
+        assert printed.split()[:7] == ["arm", "brevity", "95", "%", "tone", "words", "loss"], (
+            "what no arm has is left out"
+        )
         assert "0.500  0.400–0.600  0.25   21.4" in printed
         assert f"dpo against sft: -0.100 (-0.200 to -0.050), {verdict}" in printed
-        assert f"3 held-out prompts; brevity: {better} is better;" in printed
+        assert f"3 held-out prompts; brevity: {better} is better\n" in printed
+
+
+def test_the_terminal_says_what_log_ratios_and_divergences_are_of() -> None:
+    greedy = shown(replace(EVALUATION, arms=[replace(ARM, greedy_log_ratio=Interval(mean=3.5))]))
+    assert "3.50" in greedy
+    assert "more is better; log-ratio of greedy answers to the reference, in nats a sequence\n" in greedy
+    sampled = shown(replace(EVALUATION, arms=[replace(ARM, kl=Interval(mean=2.25))]))
+    assert "2.25" in sampled
+    assert "more is better; KL from the reference on sampled answers, in nats a sequence\n" in sampled
+
+
+def test_no_figure_is_cut_where_the_terminal_is_narrow() -> None:
+    names = [f"a_metric_with_a_long_name_{number}" for number in range(4)]
+    metrics = [Metric(name=name) for name in names]
+    arm = replace(ARM, metrics={name: Interval(mean=0.125 * number) for number, name in enumerate(names)})
+    wide = shown(replace(EVALUATION, metrics=metrics, primary=names[0], arms=[arm]))
+    narrow = shown(replace(EVALUATION, metrics=metrics, primary=names[0], arms=[arm]), width=60)
+    assert "…" not in narrow
+    table = [line.split() for line in wide.splitlines()[1:3]]
+    assert [line.split() for line in narrow.splitlines()[1:3]] == table
+    assert {"0.12", "0.25", "0.38"} <= set(table[1])
 
 
 def test_an_evaluation_without_metrics_shows_what_was_measured_and_compares_nothing() -> None:
     printed = shown(replace(EVALUATION, metrics=[], primary=None))
-    assert printed.split()[:5] == ["arm", "words", "reward", "log-ratio", "loss"]
+    assert printed.split()[:4] == ["arm", "words", "loss", "dpo"]
     assert "1.23" in printed
     assert "no metric, so no arm is called better" in printed
