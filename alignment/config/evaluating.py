@@ -58,10 +58,10 @@ class PairConfig:
 
 @dataclass(kw_only=True, slots=True)
 class GateConfig:
-    """What a run requires of its evaluation: ``arm`` is better than ``against`` by at least ``min_difference``.
+    """What a run requires of its evaluation: ``arm`` is better than ``against`` by more than ``min_difference``.
 
     It is judged by the 95 % interval of the paired difference in ``metric``, by default the primary one: all of the
-    interval has to lie at ``min_difference`` or above. Below 0, it says how much worse the arm may be.
+    interval has to lie above ``min_difference``. Below 0, it says how much worse the arm may be.
     """
 
     arm: str = ""

@@ -28,12 +28,13 @@ class ArmMetric(str, Enum):
 
     reward = "reward"
     greedy_log_ratio = "greedy_log_ratio"
+    kl = "kl"
     win_rate = "win_rate"
     loss = "loss"
     perplexity = "perplexity"
 
 
-LESS_IS_BETTER = (ArmMetric.greedy_log_ratio, ArmMetric.loss, ArmMetric.perplexity)
+LESS_IS_BETTER = (ArmMetric.greedy_log_ratio, ArmMetric.kl, ArmMetric.loss, ArmMetric.perplexity)
 
 
 @dataclass(kw_only=True, slots=True)

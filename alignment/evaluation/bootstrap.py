@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
+from alignment.records.evaluation import LEVEL
 from alignment.records.interval import Interval
 
 
@@ -68,12 +70,16 @@ def ratio_interval(values: Sequence[float], sizes: Sequence[float], *, samples: 
     return Interval(mean=float(data.sum() / weights.sum()), low=float(low), high=float(high))
 
 
-def detectable(differences: Sequence[float]) -> float | None:
-    """The true mean difference that four of five evaluations of this size would detect.
+def detectable(differences: Sequence[float], *, comparisons: int = 1) -> float | None:
+    """The true mean difference that four of five evaluations of this size would show among so many ``comparisons``.
 
-    (1.96 + .84) · s / √n, with the standard deviation s of the paired differences: the size at which a test at the 5 %
-    level has a power of 80 % (Cohen 1988, chapter 2, in the normal approximation). None for fewer than two prompts.
+    (z + .84) · s / √n, with the standard deviation s of the paired differences: the size at which a test has a power of
+    80 % (Cohen 1988, chapter 2, in the normal approximation). z is the quantile for a level of 5 % shared by the
+    comparisons, 1.96 for a single one: what Holm's correction asks of the first. None where no difference could be
+    shown: the smallest p value of a randomisation test on n prompts is 2 / 2ⁿ.
     """
-    if len(differences) < 2:
+    count = len(differences)
+    if count < 2 or 2.0 ** (1 - count) * comparisons >= LEVEL:
         return None
-    return (1.96 + 0.84) * float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
+    quantiles = NormalDist().inv_cdf(1 - LEVEL / 2 / comparisons) + NormalDist().inv_cdf(0.8)
+    return quantiles * float(np.std(differences, ddof=1)) / math.sqrt(count)

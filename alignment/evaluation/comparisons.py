@@ -14,7 +14,7 @@ ScoresByArm = Mapping[str, Sequence[float]]
 
 
 def compare(scores: Mapping[str, ScoresByArm], *, reference: str, intervals: Intervals) -> list[Comparison]:
-    """The family of all pairs of arms by all of these metrics; ``scores`` are by metric, and over the same prompts.
+    """The family of the compared pairs of arms by all of these metrics; ``scores`` are over the same prompts.
 
     The reference arm is compared with the untrained ones, trained arms with it and each other.
     """
@@ -41,7 +41,7 @@ def compare(scores: Mapping[str, ScoresByArm], *, reference: str, intervals: Int
                 high=high,
                 p=p,
                 adjusted_p=adjusted,
-                detectable=detectable(differences),
+                detectable=detectable(differences, comparisons=len(compared)),
             )
         )
     return comparisons

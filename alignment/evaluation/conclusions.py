@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from alignment.evaluation.pairwise import TIE
-from alignment.records.evaluation import BETTER, NO_DIFFERENCE, NOTHING, WORSE, Comparison, Judge, JudgedPair, Metric
+from alignment.records.evaluation import (
+    BETTER,
+    LEVEL,
+    NO_DIFFERENCE,
+    NOTHING,
+    WORSE,
+    Comparison,
+    Judge,
+    JudgedPair,
+    Metric,
+)
 
 
 def conclusions(
@@ -46,12 +56,14 @@ def _differences(num_prompts: int, metric: Metric, comparisons: Sequence[Compari
 
 
 def _lost_by_correction(comparisons: Sequence[Comparison], labels: Mapping[str, str]) -> str:
-    """On pairs whose interval excludes zero, but which are not shown to differ among so many comparisons."""
+    """On pairs whose interval excludes zero, but which are not shown to differ."""
     pairs = [pair for pair in comparisons if pair.interval.excludes_zero() and not pair.real]
     if not pairs:
         return ""
     named = ", ".join(f"{labels[pair.arm]} and {labels[pair.against]}" for pair in pairs)
-    return f"The interval of {named} excludes zero, but among {len(comparisons)} comparisons that may be chance."
+    alone = all(pair.p is not None and pair.p >= LEVEL for pair in pairs)
+    judged = "by a randomisation test" if alone else f"among {len(comparisons)} comparisons"
+    return f"The interval of {named} excludes zero, but {judged} that may be chance."
 
 
 def _limit(metric: Metric, comparisons: Sequence[Comparison]) -> str:

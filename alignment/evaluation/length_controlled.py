@@ -11,6 +11,7 @@ from alignment.records.interval import Interval
 
 _PENALTY = 0.01
 """Keeps the fit finite where an arm wins every prompt, or where lengths alone separate wins from losses."""
+_EACH_WAY = 0.05
 _STEPS = 50
 _AT_ONCE = 250
 
@@ -24,11 +25,12 @@ def win_rate(points: Sequence[float], extra_length: Sequence[float], *, samples:
     logit P(win) = θ + φ · tanh(extra length / its standard deviation), and the win rate at equal lengths is σ(θ). The
     paper's term for the difficulty of a prompt is left out: it is estimated from many arms, and an evaluation has few.
 
-    It cannot be told where all differences in length are equal: length and arm are then the same thing.
+    It cannot be told unless each arm has the longer answer on a share of ``_EACH_WAY`` of the prompts: otherwise
+    nothing was seen near equal lengths, and length and arm are nearly the same thing.
     """
     won, lengths = np.asarray(points, dtype=np.float64), np.asarray(extra_length, dtype=np.float64)
     spread = lengths.std()
-    if len(won) < 2 or spread == 0.0:
+    if len(won) < 2 or min((lengths > 0.0).mean(), (lengths < 0.0).mean()) < _EACH_WAY:
         return None
     features = np.stack([np.ones_like(lengths), np.tanh(lengths / spread)], axis=1)
     mean = _sigmoid(_fit(features, won, np.ones((1, len(won))))[0, 0])

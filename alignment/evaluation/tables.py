@@ -88,7 +88,6 @@ def arm_result(
         reward=None if rewards is None else intervals.of(arm.means(rewards)),
         greedy_log_ratio=None if log_ratios is None or sampled else intervals.of(log_ratios),
         kl=None if log_ratios is None or not sampled else intervals.of(arm.means(log_ratios)),
-        kl_k3=None if log_ratios is None or not sampled else intervals.of(arm.means(list(map(_k3, log_ratios)))),
         win_rate=win_rate,
         loss=loss,
         perplexity=None if loss is None else loss.through(math.exp),
@@ -97,14 +96,6 @@ def arm_result(
         ended=intervals.of(arm.means([float(answer.ended) for answer in answers])),
         seconds=arm.seconds,
     )
-
-
-def _k3(log_ratio: float) -> float:
-    """An estimate of the KL divergence that is never negative (Schulman 2020), r - 1 - log r with r = reference / π.
-
-    Beyond what a float can hold it is cut: no interval could be drawn over an infinite value.
-    """
-    return math.exp(min(-log_ratio, _MOST)) - 1.0 + log_ratio
 
 
 def _loss(arm: Answered, intervals: Intervals) -> Interval | None:

@@ -43,9 +43,9 @@ class ArmResult:
     """One arm; a figure that was not measured is None.
 
     ``metrics`` are those of the recipe, by name. ``greedy_log_ratio`` is in nats a sequence, ``loss`` in nats a token;
-    ``kl`` and ``kl_k3`` estimate the KL divergence from the reference on sampled answers, in nats a sequence, by two
-    estimators that must agree. ``refusals``, ``distinct`` and ``ended`` are shares of the answers, ``win_rate`` is a
-    share of the points against the reference. ``seconds`` is the time that answering took.
+    ``kl`` estimates the KL divergence from the reference on sampled answers, in nats a sequence. ``refusals``,
+    ``distinct`` and ``ended`` are shares of the answers, ``win_rate`` is a share of the points against the reference.
+    ``seconds`` is the time that answering took.
     """
 
     name: Name
@@ -55,7 +55,6 @@ class ArmResult:
     reward: Interval | None = None
     greedy_log_ratio: Interval | None = None
     kl: Interval | None = None
-    kl_k3: Interval | None = None
     win_rate: Interval | None = None
     loss: Interval | None = None
     perplexity: Interval | None = None

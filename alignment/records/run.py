@@ -47,7 +47,7 @@ class StageEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """A run: ``running``, ``done``, ``forgot``, ``failed``, ``preempted``, ``interrupted`` or ``waiting``.
+    """A run: ``running``, ``done``, ``gate not met``, ``failed``, ``preempted``, ``interrupted`` or ``waiting``.
 
     ``config`` is the configuration as plain data, ``profile`` the name of the profile that was applied, if any.
     ``started`` and ``finished`` are times in UTC, ISO 8601.

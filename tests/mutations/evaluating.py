@@ -8,6 +8,26 @@ EVALUATE = "unit/stages/test_evaluate.py"
 
 MUTATIONS = [
     *in_file(
+        "stages/evaluate/judging.py",
+        EVALUATE,
+        (
+            "a judge reads the answers to other prompts",
+            "arms[name].first_answers[index].text for name in order",
+            "arms[name].answers[index].text for name in order",
+            "test_a_judge_compares_the_first_answers_to_the_same_prompt",
+        ),
+    ),
+    *in_file(
+        "stages/evaluate/answer_cache.py",
+        EVALUATE,
+        (
+            "samples of another seed are taken for this one's",
+            'parts += [answers.per_prompt, answers.temperature, context.seed("answers")]',
+            "parts += [answers.per_prompt, answers.temperature]",
+            "test_another_seed_samples_other_answers",
+        ),
+    ),
+    *in_file(
         "evaluation/repeated_answers.py",
         "unit/evaluation/test_repeated_answers.py",
         (
@@ -21,16 +41,6 @@ MUTATIONS = [
             "score >= passing_score",
             "score > passing_score",
             "test_an_answer_passes_at_a_score_of_ones_own",
-        ),
-    ),
-    *in_file(
-        "evaluation/tables.py",
-        EVALUATE,
-        (
-            "k3 with the ratio turned over",
-            "return math.exp(min(-log_ratio, _MOST)) - 1.0 + log_ratio",
-            "return math.exp(min(log_ratio, _MOST)) - 1.0 - log_ratio",
-            "test_sampled_answers_estimate_the_kl_divergence",
         ),
     ),
     *in_file(

@@ -12,6 +12,9 @@ from alignment.records.evaluation import Evaluation
 from alignment.records.interval import Interval
 from alignment.stages.registry import kind_of
 
+FEWEST_PROMPTS = 10
+"""With fewer, an interval that resamples them is too narrow to rely on."""
+
 
 def not_met(stages: Sequence[PlannedStage]) -> list[str]:
     """A sentence for each gate that is not met: its arms, the difference with its interval, and what is required."""
@@ -28,26 +31,30 @@ def _of_stage(stage: PlannedStage) -> Iterator[str]:
     gates = kind_of(stage.config).outcome.gates(stage.config)
     if not gates or read_manifest(stage.artifact) is None:
         return
-    evaluation = Evaluation.read(stage.artifact)
+    try:
+        evaluation = Evaluation.read(stage.artifact)
+    except FileNotFoundError:
+        yield f"stages.{stage.name}.gate: {stage.artifact} has no evaluation.json; delete it to remake it"
+        return
     for number, gate in enumerate(gates):
         metric = gate.metric or evaluation.primary or ""
         gain = _gain(stage, evaluation, metric, gate)
-        if gain is None or gain.bounds is None or gain.bounds[0] < gate.min_difference:
+        if gain is None or gain.bounds is None or gain.bounds[0] <= gate.min_difference:
             arms = f"{evaluation.label(gate.arm)} against {evaluation.label(gate.against)}"
             yield f"stages.{stage.name}.gate[{number}]: {arms} in {metric}: {_in_words(gain, gate.min_difference)}"
 
 
 def _gain(stage: PlannedStage, evaluation: Evaluation, metric: str, gate: GateConfig) -> Interval | None:
-    """By how much the arm is better, prompt by prompt; None if the samples do not have both arms' scores."""
+    """By how much the arm is better, prompt by prompt; None if the samples do not have enough scores of both."""
     arm, against = (scores(stage.artifact, name).get(metric, {}) for name in (gate.arm, gate.against))
+    if len(arm) < FEWEST_PROMPTS:
+        return None
     more_is_better = next((known.higher_is_better for known in evaluation.metrics if known.name == metric), True)
     return difference(arm, against) if more_is_better else difference(against, arm)
 
 
 def _in_words(gain: Interval | None, required: float) -> str:
     if gain is None or gain.bounds is None:
-        return "samples.jsonl does not have the scores of both"
+        return f"samples.jsonl does not have the scores of both on {FEWEST_PROMPTS} different prompts"
     low, high = gain.bounds
-    return (
-        f"better by {gain.mean:+.3f} ({low:+.3f} to {high:+.3f}); the interval has to lie at {required:+.3f} or above"
-    )
+    return f"better by {gain.mean:+.3f} ({low:+.3f} to {high:+.3f}); the interval has to lie above {required:+.3f}"

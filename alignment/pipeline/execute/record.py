@@ -58,7 +58,7 @@ class RunRecorder:
         return done
 
     def finish(self, state: str) -> None:
-        """Records how the run ended: ``done``, ``forgot``, ``failed``, ``preempted`` or ``interrupted``."""
+        """Records how the run ended: ``done``, ``gate not met``, ``failed``, ``preempted`` or ``interrupted``."""
         self._save(state=state, finished=_now())
 
     def _save(self, **changes: Any) -> None:

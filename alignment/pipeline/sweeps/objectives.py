@@ -170,7 +170,11 @@ def _never_reported(metric: str, arm: str, stage: Any, where: str) -> str:
     lacking = f"no stage reports the {metric} of {arm!r}; "
     if metric == ArmMetric.reward and stage.reward is None:
         return f"{lacking}give {where}.reward a reward model"
-    if metric == ArmMetric.greedy_log_ratio and arm in (PROMPTED, FEW_SHOT):
+    if metric == ArmMetric.greedy_log_ratio and stage.answers.temperature > 0.0:
+        return f"{lacking}answers are sampled (temperature {stage.answers.temperature:g}); choose another metric"
+    if metric == ArmMetric.kl and stage.answers.temperature != 1.0:
+        return f"{lacking}set {where}.answers.temperature to 1"
+    if metric in (ArmMetric.greedy_log_ratio, ArmMetric.kl) and arm in (PROMPTED, FEW_SHOT):
         return f"{lacking}it gets other prompts than {where}.reference, so choose another arm or metric"
     if metric != ArmMetric.win_rate:
         return ""

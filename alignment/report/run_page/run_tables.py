@@ -108,7 +108,6 @@ _OF_ARMS: dict[str, Callable[[ArmResult], tuple[str, str]]] = {
     "reward": lambda arm: _figure(arm.reward),
     "log-ratio": lambda arm: _figure(arm.greedy_log_ratio, 1),
     "KL, nats": lambda arm: _figure(arm.kl),
-    "KL by k3": lambda arm: _figure(arm.kl_k3),
     "loss, nats": lambda arm: _figure(arm.loss),
     "perplexity": lambda arm: _figure(arm.perplexity, 1),
     "refusals": lambda arm: _share(arm.refusals),

@@ -123,9 +123,14 @@ def _differences(evaluation: Evaluation) -> list[str]:
     real = sorted((c for c in evaluation.comparisons if c.real), key=lambda c: -abs(c.difference))
     sentences = [_difference(evaluation, item) for item in real]
     unclear = [c for c in evaluation.comparisons if not c.real]
-    if unclear:
-        pairs = [f"{evaluation.label(c.arm)} and {evaluation.label(c.against)}" for c in unclear]
-        sentences.append(f"Not shown, because the interval includes zero: a difference between {'; '.join(pairs)}.")
+    for excludes, reason in ((False, "the interval includes zero"), (True, "its p value, corrected, is 0.05 or more")):
+        pairs = [
+            f"{evaluation.label(c.arm)} and {evaluation.label(c.against)}"
+            for c in unclear
+            if c.interval.excludes_zero() is excludes
+        ]
+        if pairs:
+            sentences.append(f"Not shown, because {reason}: a difference between {'; '.join(pairs)}.")
     return sentences
 
 
@@ -165,10 +170,11 @@ def _arm_warnings(evaluation: Evaluation) -> list[str]:
                 "the same thing to different prompts and its scores mean little."
             )
         # An untrained arm is far from the reference because the reference was trained.
-        ratio = arm.greedy_log_ratio
+        ratio = arm.greedy_log_ratio or arm.kl
         if ratio is not None and ratio.mean > MAX_LOG_RATIO and arm.name not in UNTRAINED_ARMS:
+            measured = "its greedy answers have a log-ratio" if arm.greedy_log_ratio else "it has a KL divergence"
             warnings.append(
-                f"{arm.label} has moved far from the reference: its greedy answers have a log-ratio of "
+                f"{arm.label} has moved far from the reference: {measured} of "
                 f"{text.number(ratio.mean, 1)} nats (more than {MAX_LOG_RATIO:.0f}): read its answers before "
                 "trusting its score."
             )

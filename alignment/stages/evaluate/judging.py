@@ -125,19 +125,24 @@ def _row(
     intervals: Intervals,
 ) -> JudgedPair:
     """A pair's row in the table; the judge is compared with ``primary``, which is None if it is the judge itself."""
-    words, words_against = (
-        [len(arms[name].first_answers[index].text.split()) for index in indices] for name in (pair.arm, pair.against)
-    )
+    words, words_against = (_words(arms[name], config, indices) for name in (pair.arm, pair.against))
     return judged_pair(
         pair.arm,
         pair.against,
         pair.points,
         pair.both,
-        extra_words=[float(count - other) for count, other in zip(words, words_against, strict=True)],
+        extra_words=[count - other for count, other in zip(words, words_against, strict=True)],
         by_metric=None if primary is None else primary.points(pair.arm, pair.against, indices),
         max_invalid=config.max_invalid,
         intervals=intervals,
     )
+
+
+def _words(arm: Answered, config: JudgeConfig, indices: Sequence[int]) -> list[float]:
+    """How long the judged answers are: the first to each prompt, or on average all, for a judge of all scores."""
+    counts = [float(len(answer.text.split())) for answer in arm.answers]
+    of_prompts = counts[:: arm.per_prompt] if config.kind is JudgeKind.endpoint else arm.means(counts)
+    return [of_prompts[index] for index in indices]
 
 
 def _by_scores(

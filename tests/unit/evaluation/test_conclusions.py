@@ -25,9 +25,17 @@ def comparison(arm: str, against: str, difference: float, *, real: bool, size: f
 
 
 def test_the_detectable_difference_by_hand() -> None:
-    """Differences .1, .3, .1, .3: s = √(.04/3), so 2.8 · s / √4."""
-    assert detectable([0.1, 0.3, 0.1, 0.3]) == pytest.approx(2.8 * math.sqrt(0.04 / 3) / 2)
+    """Differences .1, .3, … of eight prompts: s = √(.08/7), so 2.8 · s / √8; z is 2.638 for a level of .05 / 6."""
+    eight = [0.1, 0.3] * 4
+    assert detectable(eight) == pytest.approx(2.8016 * math.sqrt(0.08 / 7) / math.sqrt(8), rel=1e-4)
+    assert detectable(eight, comparisons=6) == pytest.approx(3.4799 * math.sqrt(0.08 / 7) / math.sqrt(8), rel=1e-4)
+
+
+def test_nothing_is_detectable_on_so_few_prompts_that_no_test_could_show_it() -> None:
     assert detectable([0.4]) is None
+    assert detectable([0.1, 0.3, 0.1, 0.3, 0.1]) is None, "2 / 2⁵ is above .05"
+    assert detectable([0.1, 0.3] * 3) is not None
+    assert detectable([0.1, 0.3] * 3, comparisons=2) is None
 
 
 def test_arms_are_told_apart_or_not_and_the_size_that_would_be_missed_is_said() -> None:
@@ -55,6 +63,13 @@ def test_a_pair_that_only_its_own_interval_tells_apart_is_named() -> None:
         "102 prompts, by brevity: dpo and base, sft and base cannot be told apart.",
         "The interval of dpo and base, sft and base excludes zero, but among 2 comparisons that may be chance.",
     ]
+
+
+def test_a_randomisation_test_may_show_nothing_alone() -> None:
+    pair = replace(comparison("stage:dpo", "base", 0.4, real=True, size=None), p=0.125, adjusted_p=0.125)
+    assert conclusions(4, BREVITY, [pair], None, LABELS)[1] == (
+        "The interval of dpo and base excludes zero, but by a randomisation test that may be chance."
+    )
 
 
 def test_less_of_a_metric_may_be_better() -> None:

@@ -62,13 +62,20 @@ def test_ties_count_half() -> None:
     assert rate.mean == pytest.approx(0.5, abs=1e-6)
 
 
-def test_equal_differences_in_length_cannot_be_told_from_the_arm() -> None:
+def test_nothing_is_said_of_equal_lengths_where_one_arm_is_always_longer() -> None:
     assert win_rate([1.0, 0.0, 1.0], [5.0, 5.0, 5.0], samples=50, seed=0) is None
     assert win_rate([1.0], [5.0], samples=50, seed=0) is None
+    points, _ = planted(1.0, 0.0, shift=0.0, count=200)
+    longer = np.random.default_rng(0).normal(100, 5, 200)
+    assert win_rate(points, longer.tolist(), samples=50, seed=0) is None
+    longer[:9] = -1.0  # of 200
+    assert win_rate(points, longer.tolist(), samples=50, seed=0) is None
+    longer[:10] = -1.0
+    assert win_rate(points, longer.tolist(), samples=50, seed=0) is not None
 
 
 def test_an_arm_that_always_wins_has_a_finite_rate() -> None:
-    extra = np.random.default_rng(0).normal(3, 1, 200).tolist()
+    extra = np.random.default_rng(0).normal(1, 1, 200).tolist()
     rate = win_rate([1.0] * 200, extra, samples=50, seed=0)
     assert rate is not None
     assert 0.97 < rate.mean <= 1.0

@@ -80,12 +80,14 @@ def test_a_gate_needs_a_metric(plan: MakePlan) -> None:
 @pytest.mark.parametrize(
     ("margin", "totals", "met"),
     [
-        (0.0, [0.25] * 8, True),
-        (0.25, [0.25] * 8, True),
-        (0.26, [0.25] * 8, False),
-        (0.0, [0.5, -0.4] * 4, False),  # better in the mean, and not with confidence
-        (-0.5, [0.5, -0.4] * 4, True),
-        (-0.1, [-0.25] * 8, False),
+        (0.0, [0.25] * 10, True),
+        (0.24, [0.25] * 10, True),
+        (0.25, [0.25] * 10, False),  # not above it
+        (0.0, [0.0] * 10, False),  # an arm that changed nothing
+        (0.0, [0.25] * 9, False),  # too few prompts
+        (0.0, [0.5, -0.4] * 5, False),  # better in the mean, and not with confidence
+        (-0.5, [0.5, -0.4] * 5, True),
+        (-0.1, [-0.25] * 10, False),
     ],
 )
 def test_the_whole_interval_has_to_lie_above_the_margin(
@@ -97,7 +99,7 @@ def test_the_whole_interval_has_to_lie_above_the_margin(
 
 def test_less_of_a_metric_may_be_better(plan: MakePlan) -> None:
     fewer = "{arm: 'stage:dpo', against: 'stage:sft', metric: errors, min_difference: 0.2}"
-    assert gates.not_met(left(gated(plan, fewer), [0.0] * 8, errors=[-0.25]).stages) == []
+    assert gates.not_met(left(gated(plan, fewer), [0.0] * 10, errors=[-0.25]).stages) == []
     more = "{arm: 'stage:sft', against: 'stage:dpo', metric: errors, min_difference: 0.2}"
     assert gates.not_met(gated(plan, more).stages) != []
 
@@ -108,14 +110,15 @@ def test_a_run_ends_with_the_gates_that_are_not_met(plan: MakePlan) -> None:
         "{arm: 'stage:dpo', against: 'stage:sft', min_difference: 0.5}",
         "{arm: 'stage:dpo', against: base}",
     ]
-    made = left(gated(plan, *entries), [0.25] * 8)
+    made = left(gated(plan, *entries), [0.25] * 10)
     with pytest.raises(GateNotMet) as caught:
         gates.refuse(made.stages, made.config.stages)
     assert caught.value.exit_code == 10
     assert str(caught.value).splitlines() == [
         "stages.evaluate.gate[1]: dpo against sft in total: better by +0.250 (+0.250 to +0.250); "
-        "the interval has to lie at +0.500 or above",
-        "  stages.evaluate.gate[2]: dpo against base in total: samples.jsonl does not have the scores of both",
+        "the interval has to lie above +0.500",
+        "  stages.evaluate.gate[2]: dpo against base in total: samples.jsonl does not have the scores of both on 10 "
+        "different prompts",
         "  → stages.evaluate.gate sets what is required; more prompts make the intervals narrower",
     ]
 

@@ -9,6 +9,7 @@ import pytest
 
 from alignment.core.errors import AlignmentError, ConfigError, DataError
 from alignment.core.fingerprint import file_sha256
+from alignment.pipeline.plan.compose import compose
 from alignment.pipeline.plan.plan import PlannedStage
 from tests.unit.pipeline.conftest import TURN, MakePlan
 
@@ -137,3 +138,15 @@ def test_a_metric_may_be_a_reward_model_of_its_own(plan: MakePlan, tmp_path: Pat
     missing = of(f"{{name: liked, source: 'path:{tmp_path}/nowhere'}}")
     with pytest.raises(AlignmentError, match="nowhere"):
         plan(missing)
+
+
+def test_a_recipe_that_samples_runs_as_smoke(tmp_path: Path) -> None:
+    recipe = tmp_path / "sampled.yaml"
+    recipe.write_text(
+        "defaults: [base, stage@stages.evaluate: evaluate, _self_]\nsummary: samples\nstages:\n  evaluate:\n"
+        "    arms: [base]\n    reference: base\n    reward: null\n"
+        "    answers: {per_prompt: 4, temperature: 1.0}\n    gate: [{arm: base, against: base}]\n"
+        "    metrics: [{name: p, source: length, target: 9, aggregate: pass@4}]\n"
+    )
+    tree = compose(str(recipe), ["profile=smoke"]).tree["stages"]["evaluate"]
+    assert (tree["answers"], tree["gate"]) == ({"per_prompt": 4, "temperature": 1.0}, [])

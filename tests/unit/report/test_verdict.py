@@ -56,6 +56,22 @@ def test_real_and_not_shown_differences_are_told_apart(fake_run):
     assert html.count('role="cell">real</span>') == 5
 
 
+def test_a_difference_that_is_lost_by_the_correction_has_a_reason_of_its_own(fake_run, make_comparison):
+    fake_run.evaluation["comparisons"] = [
+        make_comparison("stage:dpo", "stage:sft", 0.09, 0.05) | {"p": 0.03, "adjusted_p": 0.09},
+        make_comparison("stage:ppo", "stage:sft", 0.01, 0.05) | {"p": 0.7, "adjusted_p": 0.7},
+    ]
+    html = fake_run.html()
+    assert "Not shown, because the interval includes zero: a difference between ppo and sft." in html
+    assert "Not shown, because its p value, corrected, is 0.05 or more: a difference between dpo and sft." in html
+
+
+def test_a_policy_that_moved_far_by_its_kl_is_named(fake_run):
+    arm = next(arm for arm in fake_run.evaluation["arms"] if arm["name"] == "stage:ppo")
+    arm |= {"greedy_log_ratio": None, "kl": {"mean": 400.0}}
+    assert "ppo has moved far from the reference: it has a KL divergence of 400.0 nats" in fake_run.html()
+
+
 @pytest.mark.parametrize(
     ("low", "high", "verdict"), [(0.0, 0.1, "not shown"), (-0.1, 0.0, "not shown"), (1e-4, 0.1, "real")]
 )

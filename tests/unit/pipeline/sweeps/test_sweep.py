@@ -189,6 +189,22 @@ def test_a_sweep_that_cannot_be_right_starts_nothing(
     assert runs.asked == []
 
 
+def test_sampled_answers_report_a_divergence_and_greedy_ones_a_log_ratio(runs: Runs, tmp_path: Path) -> None:
+    settings = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}"]
+    sampled = "stages.evaluate.answers={per_prompt: 2, temperature: 1.0}"
+
+    def objectives(metric: str, *more: str) -> object:
+        file = own(runs, tmp_path, objective={"arm": "stage:dpo", "metric": metric, "minimize": True})
+        return module.read_sweep("quickstart", file, [*settings, *more]).objectives
+
+    assert objectives("greedy_log_ratio")
+    assert objectives("kl", sampled)
+    with pytest.raises(ConfigError, match=r"answers are sampled \(temperature 1\); choose another metric"):
+        objectives("greedy_log_ratio", sampled)
+    with pytest.raises(ConfigError, match=r"set stages\.evaluate\.answers\.temperature to 1"):
+        objectives("kl")
+
+
 @pytest.mark.parametrize(
     ("arm", "metric", "judge", "words"),
     [
@@ -224,7 +240,11 @@ def test_what_an_evaluation_will_never_tell_of_an_arm_is_no_objective(
 @pytest.mark.parametrize(
     ("metrics", "objective", "words"),
     [
-        ("[]", {"arm": "stage:dpo"}, "stages.evaluate.metrics names none; one of: reward, greedy_log_ratio, win_rate"),
+        (
+            "[]",
+            {"arm": "stage:dpo"},
+            "stages.evaluate.metrics names none; one of: reward, greedy_log_ratio, kl, win_rate",
+        ),
         ("[{name: gold, source: length, target: 9}]", {"arm": "stage:dpo"}, ""),
         ("[{name: gold, source: length, target: 9}]", {"arm": "stage:dpo", "metric": "gold"}, ""),
         (
