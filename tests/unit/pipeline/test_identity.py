@@ -42,7 +42,7 @@ OUTSIDE = {
     # What a reference points to counts by its content.
     **{cls: {"init"} for cls in (CptConfig, SftConfig, RewardConfig, DpoConfig)},
     PpoConfig: {"init", "reward", "save_every"},
-    EvaluateConfig: {"arms", "reference", "reward", "batch_size"},
+    EvaluateConfig: {"arms", "reference", "reward", "batch_size", "gate"},
     ForgettingConfig: {"arms"},
     RewardCardConfig: {"reward", "micro_batch_tokens"},
     ReportConfig: {"evaluation"},
