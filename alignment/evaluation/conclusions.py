@@ -46,8 +46,7 @@ def _differences(num_prompts: int, metric: Metric, comparisons: Sequence[Compari
     for comparison in comparisons:
         arm, against = labels[comparison.arm], labels[comparison.against]
         if comparison.real:
-            better = (comparison.difference > 0) == metric.higher_is_better
-            real.append(f"{arm} is {BETTER if better else WORSE} than {against}")
+            real.append(f"{arm} is {metric.direction(comparison.difference)} than {against}")
         else:
             not_shown.append(f"{arm} and {against}")
     parts = [", ".join(real)] if real else []

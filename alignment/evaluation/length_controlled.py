@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from alignment.evaluation.bag_of_words import sigmoid
 from alignment.records.interval import Interval
 
 _PENALTY = 0.01
 """Keeps the fit finite where an arm wins every prompt, or where lengths alone separate wins from losses."""
 _EACH_WAY = 0.05
+"""The smallest share of prompts on which each arm has the longer answer."""
 _STEPS = 50
 _AT_ONCE = 250
 
@@ -33,14 +35,14 @@ def win_rate(points: Sequence[float], extra_length: Sequence[float], *, samples:
     if len(won) < 2 or min((lengths > 0.0).mean(), (lengths < 0.0).mean()) < _EACH_WAY:
         return None
     features = np.stack([np.ones_like(lengths), np.tanh(lengths / spread)], axis=1)
-    mean = _sigmoid(_fit(features, won, np.ones((1, len(won))))[0, 0])
+    mean = sigmoid(_fit(features, won, np.ones((1, len(won))))[0, 0])
     rng = np.random.default_rng(seed)
     rates = []
     for start in range(0, samples, _AT_ONCE):
         count = min(_AT_ONCE, samples - start)
         picks = rng.integers(0, len(won), size=(count, len(won)))
         weights = np.stack([np.bincount(pick, minlength=len(won)) for pick in picks]).astype(np.float64)
-        rates.append(_sigmoid(_fit(features, won, weights)[:, 0]))
+        rates.append(sigmoid(_fit(features, won, weights)[:, 0]))
     low, high = np.quantile(np.concatenate(rates), [0.025, 0.975])
     return Interval(mean=float(mean), low=float(low), high=float(high))
 
@@ -53,7 +55,7 @@ def _fit(features: Array, won: Array, weights: Array) -> Array:
     coefficients = np.zeros((len(weights), features.shape[1]))
     ridge = _PENALTY * np.eye(features.shape[1])
     for _ in range(_STEPS):
-        chance = _sigmoid(coefficients @ features.T)
+        chance = sigmoid(coefficients @ features.T)
         gradient = (weights * (won - chance)) @ features - _PENALTY * coefficients
         curvature = np.einsum("rn,ni,nj->rij", weights * chance * (1.0 - chance), features, features) + ridge
         step = np.linalg.solve(curvature, gradient[..., None])[..., 0]
@@ -62,8 +64,3 @@ def _fit(features: Array, won: Array, weights: Array) -> Array:
         if np.abs(step).max() < 1e-9:
             break
     return coefficients
-
-
-def _sigmoid(values: Array) -> Array:
-    chance: Array = np.exp(-np.logaddexp(0.0, -values))
-    return chance

@@ -35,7 +35,11 @@ class Metric:
         """The verdict on an arm whose mean differs this much from another's; zero must be outside the interval."""
         if not difference.excludes_zero():
             return NO_DIFFERENCE
-        return BETTER if (difference.mean > 0) == self.higher_is_better else WORSE
+        return self.direction(difference.mean)
+
+    def direction(self, difference: float) -> str:
+        """``better`` or ``worse``: what a real difference of this sign means."""
+        return BETTER if (difference > 0) == self.higher_is_better else WORSE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +220,7 @@ class Evaluation:
             return NO_DIFFERENCE
         name = comparison.metric or self.primary
         metric = next((metric for metric in self.metrics if metric.name == name), Metric(name=""))
-        return BETTER if (comparison.difference > 0) == metric.higher_is_better else WORSE
+        return metric.direction(comparison.difference)
 
     def write(self, folder: Path) -> None:
         """Writes the file into an artifact's folder."""

@@ -74,8 +74,8 @@ MUTATIONS = [
         ),
         (
             "more of any metric is better",
-            "return BETTER if (comparison.difference > 0) == metric.higher_is_better else WORSE",
-            "return BETTER if comparison.difference > 0 else WORSE",
+            "return BETTER if (difference > 0) == self.higher_is_better else WORSE",
+            "return BETTER if difference > 0 else WORSE",
             "test_a_verdict_is_in_the_direction_of_its_metric",
         ),
     ),
@@ -262,7 +262,7 @@ MUTATIONS = [
         ),
         (
             "more is always better in an evaluation",
-            "return BETTER if (difference.mean > 0) == self.higher_is_better else WORSE",
+            "return self.direction(difference.mean)",
             "return BETTER if difference.mean > 0 else WORSE",
             "test_a_verdict_goes_by_the_interval_and_the_direction",
         ),
