@@ -2,7 +2,8 @@
 
 A fingerprint covers a stage's configuration, the content of its data, the fingerprints of its inputs, the seed and the
 stage's revision. It never covers paths, launch, tracking, versions of libraries, or fields marked ``identity: False``
-(docs/design/0020). Values without a stable form (sets, non-finite floats, objects) are refused.
+(docs/design/0020). Settings that came later count only if they are set. Values without a stable form (sets, non-finite
+floats, objects) are refused.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+IF_SET = {"identity": "if set"}
+"""Metadata of a setting that came later: at its default it is left out, so that older results are still reused."""
+
 
 def canonical(value: Any) -> Any:
-    """``value`` as plain JSON data; dataclass fields marked ``identity: False`` are left out.
+    """``value`` as plain JSON data. Dataclass fields marked ``identity: False`` are left out, and those marked
+    ``IF_SET`` where they have their default.
 
     Raises:
         TypeError: the value has no stable form.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [f for f in dataclasses.fields(value) if f.metadata.get("identity", True)]
-        return {f.name: canonical(getattr(value, f.name)) for f in fields}
+        return {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value) if _counts(f, value)}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, float):
@@ -39,6 +43,13 @@ def canonical(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): canonical(value[key]) for key in sorted(value)}
     raise TypeError(f"{type(value).__name__} has no stable form for a fingerprint")
+
+
+def _counts(field: dataclasses.Field[Any], config: Any) -> bool:
+    if field.metadata.get("identity") != IF_SET["identity"]:
+        return bool(field.metadata.get("identity", True))
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return bool(getattr(config, field.name) != default)
 
 
 def digest(value: Any) -> str:

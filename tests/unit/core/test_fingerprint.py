@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from alignment.config.adapter import AdapterKind
 from alignment.config.scoring import ScorerConfig
-from alignment.core.fingerprint import canonical, digest
+from alignment.core.fingerprint import IF_SET, canonical, digest
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.sft.config import SftConfig
@@ -59,3 +60,16 @@ def test_entries_of_a_list_of_groups_count_one_by_one_and_in_order() -> None:
     }
     assert canonical(PpoConfig(scorers=[other, one]))["scorers"] == kept[::-1]
     assert digest(PpoConfig(scorers=[one])) != digest(PpoConfig(scorers=[ScorerConfig(weight=2.5)]))
+
+
+@dataclass(kw_only=True)
+class Settings:
+    old: int = 1
+    newer: dict[str, int] = field(default_factory=dict, metadata=IF_SET)
+    newest: int | None = field(default=None, metadata=IF_SET)
+
+
+def test_a_setting_that_came_later_counts_only_if_it_is_set() -> None:
+    assert canonical(Settings()) == {"old": 1}
+    assert canonical(Settings(newer={"a": 1})) == {"old": 1, "newer": {"a": 1}}
+    assert canonical(Settings(newest=0)) == {"old": 1, "newest": 0}
