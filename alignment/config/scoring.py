@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 from alignment.config.rules import NAME, PATTERN, POSITIVE, SCORE, Rule
+from alignment.core.fingerprint import IF_SET
 
 MEAN, MAJORITY = "mean", "majority"
 _PASS = re.compile(r"pass@([1-9][0-9]{0,3})")
@@ -28,12 +29,14 @@ class ScoreSourceConfig:
 
     ``source`` is ``reward`` (the model that the stage's ``reward`` names), another reward model (``stage:NAME``,
     ``path:FOLDER``, ``hub:ORG/NAME@REVISION``), ``FILE.py:FUNCTION`` (your code), ``bundled:NAME.py:FUNCTION``, or a
-    rule: ``exact_answer``, ``regex`` (with ``pattern``) or ``length`` (with ``target``, in words).
+    rule (alignment/rewards/rules): ``regex`` has a ``pattern``, ``length`` a ``target`` in words, ``json_schema`` a
+    ``schema``.
     """
 
     source: str = ""
     pattern: Annotated[str | None, PATTERN] = None
     target: Annotated[int | None, POSITIVE] = None
+    schema: dict[str, Any] | None = field(default=None, metadata=IF_SET)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -290,9 +291,12 @@ def _scalar_or_list(hint: Any, value: Any) -> Any:
             raise _Wrong("it takes a list, such as [a, b]")
         return [_scalar_or_list(typing.get_args(hint)[0], item) for item in value]
     if typing.get_origin(hint) is dict:
+        inner = typing.get_args(hint)[1]
         if not isinstance(value, Mapping):
-            raise _Wrong("it takes names and texts, such as {name: text}")
-        return {str(key): _scalar_or_list(typing.get_args(hint)[1], item) for key, item in value.items()}
+            raise _Wrong("it takes names and texts, such as {name: text}" if inner is str else "it takes a group")
+        return {str(key): _scalar_or_list(inner, item) for key, item in value.items()}
+    if hint is Any:
+        return _json(value)
     if issubclass(hint, Enum):
         return _choice(hint, value)
     return _scalar(hint, value)
@@ -304,6 +308,17 @@ def _scalar(hint: type, value: Any) -> Any:
     if type(value) is not hint:
         raise _Wrong(f"it takes {_WORDS[hint]}")
     return value
+
+
+def _json(value: Any) -> Any:
+    """A value that JSON has, with all that is in it."""
+    if isinstance(value, Mapping):
+        return {str(key): _json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise _Wrong(f"{value!r:.60} in it is not JSON; write it as text, in quotes")
 
 
 def _number(value: Any) -> float:

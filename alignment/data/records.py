@@ -175,7 +175,8 @@ class Prompt:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutPrompt(Prompt):
     """A prompt that arms of an evaluation answer, and a ``reference`` answer where the row has one: its column of that
-    name, or a trailing assistant turn.
+    name, or a trailing assistant turn. A row with answers to choose from has ``choices``, of which ``right`` is the
+    index of the best one.
 
     Example row: ``{"messages": [{"role": "user", "content": "When …?"}], "reference": "On 21 March."}``
     """
@@ -185,11 +186,15 @@ class HeldOutPrompt(Prompt):
     )
 
     reference: str = ""
+    choices: tuple[str, ...] = ()
+    right: int | None = None
 
     @classmethod
     def of(cls, example: Example) -> Iterator[Self]:
         """Raises DataError unless a user turn is left at the end."""
         fields = example.fields
+        ranks = [answer.rank for answer in example.answers]
+        has_choices = len(ranks) > 1 and ranks.count(max(ranks)) == 1
         messages = example.prompt(drop_answer=True)
         dropped = "".join(turn.content for turn in example.turns[len(messages) :])
         yield cls(
@@ -200,6 +205,8 @@ class HeldOutPrompt(Prompt):
             row=fields.row,
             where=fields.where,
             reference=fields.label("reference") or dropped,
+            choices=tuple(answer.text for answer in example.answers) if has_choices else (),
+            right=ranks.index(max(ranks)) if has_choices else None,
         )
 
 

@@ -17,8 +17,9 @@ from alignment.models.assembly.load import refuse_other_tokenizer
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.reward_models import Computation, TextScorer, TokenScorer, load_external
+from alignment.rewards.rules.all_rules import rule_of
 from alignment.rewards.scorer_sources import REWARD, function_of, input_field, source_field
-from alignment.rewards.scorers import ExactAnswer, Length, Regex, Scorer
+from alignment.rewards.scorers import RuleScorer, Scorer
 from alignment.rewards.weighted_sum import Part, RewardMix
 
 
@@ -84,20 +85,12 @@ class _Builder:
         if function is not None:
             planned = self.spec.identity.get("code", {}).get(source_field(field))
             return FunctionScorer(function, load_function(function, planned=planned))
+        rule = rule_of(scorer)
+        if rule is not None:
+            return RuleScorer(rule, self.prompts)
         name = input_field(field, scorer.source)
-        return self._verifier(scorer) if name is None else self._model(name, source=scorer.source)
-
-    def _verifier(self, scorer: ScoreSourceConfig) -> Scorer:
-        match scorer.source:
-            case "exact_answer":
-                return ExactAnswer(self.prompts)
-            case "regex":
-                assert scorer.pattern is not None, "the plan refuses a regex without its pattern"
-                return Regex(scorer.pattern)
-            case "length":
-                assert scorer.target is not None, "the plan refuses a length without its target"
-                return Length(scorer.target)
-        raise AssertionError(f"the plan refuses the source {scorer.source!r}")
+        assert name is not None, f"the plan refuses the source {scorer.source!r}"
+        return self._model(name, source=scorer.source)
 
     def _model(self, name: str, *, source: str) -> Scorer:
         """The reward model at the stage's input ``name``."""

@@ -2,7 +2,7 @@
 
 No user code is imported or run here. A source is ``reward`` (the stage's reward model), a reference to another reward
 model (``stage:NAME``, ``path:FOLDER``, ``hub:ORG/NAME@REVISION``), a function (``FILE.py:FUNCTION`` of a user's file,
-or ``bundled:NAME.py:FUNCTION`` of a file that ships with the project), or the name of a verifier.
+or ``bundled:NAME.py:FUNCTION`` of a file that ships with the project), or the name of a rule.
 """
 
 from __future__ import annotations
@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.core.resources import shipped
+from alignment.rewards.rules.all_rules import RULES
 
 REWARD = "reward"
 """Both the source and the field of the stage that it reads."""
 
-VERIFIERS: dict[str, str | None] = {
-    "exact_answer": None,
-    "regex": "pattern",
-    "length": "target",
-}
-"""Each verifier with the setting that it needs; no other source uses that setting."""
+CHOICE = "choice"
+"""A metric of the policy itself: which of a row's choices it finds likeliest."""
 
 _REFERENCES = ("stage:", "path:", "hub:")
 _BUNDLED = "bundled:"
@@ -63,7 +60,7 @@ def is_reference(source: str) -> bool:
 
 def is_known(source: str) -> bool:
     """Whether a source has one of the allowed forms."""
-    return source == REWARD or source in VERIFIERS or is_reference(source) or function_of(source) is not None
+    return source == REWARD or source in RULES or is_reference(source) or function_of(source) is not None
 
 
 def source_field(field: str) -> str:

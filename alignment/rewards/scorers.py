@@ -1,9 +1,8 @@
-"""The input and output of scorers, checks of their scores, and the verifiers as scorers."""
+"""The input and output of scorers, checks of their scores, and rules as scorers."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -15,7 +14,7 @@ from torch import Tensor
 from alignment.config.rules import LARGEST
 from alignment.core.errors import RewardError
 from alignment.data.records import Prompt
-from alignment.rewards import verifiers
+from alignment.rewards.rules.rule_kind import Rule
 
 _REMEDY = f"give one number per answer, from -{LARGEST:g} to {LARGEST:g}, in the answers' order"
 
@@ -120,35 +119,18 @@ def _refused(problem: str, source: str, remedy: str = _REMEDY) -> RewardError:
     return RewardError(f"{problem}; none of these scores was used", where=source, remedy=remedy)
 
 
-class ExactAnswer:
-    """Whether the last number of an answer is the one expected by its row."""
+class RuleScorer:
+    """Scores texts by a rule; ``prompts`` are all rows of the stage's data.
 
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
-        self._expected = [verifiers.expected_answer(prompt.row, where=prompt.where) for prompt in prompts]
+    Raises:
+        DataError: a row lacks what the rule reads.
+    """
+
+    def __init__(self, rule: Rule, prompts: Sequence[Prompt]) -> None:
+        self._rule = rule
+        self._expected = [rule.expected(prompt) for prompt in prompts]
 
     def scores(self, answers: Answers) -> Tensor:
-        """1 or 0 an answer."""
+        """The rule's score of each answer."""
         pairs = zip(answers.texts, answers.rows, strict=True)
-        return _tensor([verifiers.exact_answer(text, self._expected[row]) for text, row in pairs])
-
-
-class Regex:
-    """Whether a pattern matches anywhere in an answer."""
-
-    def __init__(self, pattern: str) -> None:
-        self._pattern = re.compile(pattern)
-
-    def scores(self, answers: Answers) -> Tensor:
-        """1 or 0 an answer."""
-        return _tensor([verifiers.regex(text, self._pattern) for text in answers.texts])
-
-
-class Length:
-    """How close the length of an answer is to a target number of words."""
-
-    def __init__(self, target: int) -> None:
-        self._target = target
-
-    def scores(self, answers: Answers) -> Tensor:
-        """From 0 to 1 per answer."""
-        return _tensor([verifiers.length(text, self._target) for text in answers.texts])
+        return _tensor([self._rule.score(text, self._expected[row]) for text, row in pairs])

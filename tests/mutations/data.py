@@ -190,12 +190,48 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "rewards/rules/texts.py",
+        "unit/rewards/test_rules.py",
+        (
+            "a key fact may be part of a word",
+            'f" {wording} " in answer',
+            "wording in answer",
+            "test_key_facts_are_the_share_that_stands_in_the_answer",
+        ),
+    ),
+    *in_file(
+        "rewards/rules/json_schema.py",
+        "unit/rewards/test_rules.py",
+        (
+            "NaN is JSON",
+            "json.loads(text, parse_constant=_refuse_constant)",
+            "json.loads(text)",
+            "test_an_answer_is_json_that_the_schema_accepts",
+        ),
+        (
+            "the metric's schema comes before the row's",
+            "if schema is None and self._default is not None:",
+            "if self._default is not None:",
+            "test_a_row_s_own_schema_comes_before_the_metric_s",
+        ),
+    ),
+    *in_file(
+        "rewards/rules/instructions.py",
+        "unit/rewards/test_rules.py",
+        (
+            "an argument that a row leaves open is drawn",
+            "    if drawn:\n",
+            "    if not name:\n",
+            "test_a_row_whose_instructions_cannot_be_checked_is_named",
+        ),
+    ),
+    *in_file(
         "rewards/scorers.py",
-        "unit/rewards/test_verifiers.py",
+        "unit/rewards/test_rules.py",
         (
             "every answer is held against the first row",
-            "self._expected[row]) for text, row in pairs",
-            "self._expected[0]) for text, row in pairs",
+            "self._rule.score(text, self._expected[row])",
+            "self._rule.score(text, self._expected[0])",
             "test_each_answer_is_held_against_its_own_row",
         ),
     ),

@@ -116,6 +116,26 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "evaluation/multiple_choice.py",
+        "unit/evaluation/test_multiple_choice.py",
+        (
+            "equally likely choices count as right",
+            "logprobs[right] > other for",
+            "logprobs[right] >= other for",
+            "test_multiple_choice_that_are_equally_likely_count_as_wrong",
+        ),
+    ),
+    *in_file(
+        "stages/evaluate/run.py",
+        EVALUATE,
+        (
+            "an arm chooses without its system prompt",
+            "arm.tokenizer, rows, arm.turns, name=name",
+            "arm.tokenizer, rows, lambda row: row.messages, name=name",
+            "test_the_metric_choice_asks_every_arm_s_policy_behind_its_own_prompt",
+        ),
+    ),
+    *in_file(
         "stages/evaluate/run.py",
         EVALUATE,
         (

@@ -11,7 +11,7 @@ MUTATIONS = [
     *in_file(
         "core/fingerprint.py",
         PLAN,
-        ("settings that change no result count", 'f.metadata.get("identity", True)', "True", RERUNS),
+        ("settings that change no result count", 'bool(field.metadata.get("identity", True))', "True", RERUNS),
     ),
     *in_file(
         "core/fingerprint.py",

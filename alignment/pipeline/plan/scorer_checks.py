@@ -8,32 +8,35 @@ from __future__ import annotations
 import ast
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from string import ascii_uppercase
 from typing import Any
 
 from alignment.config.did_you_mean import nearest, suggestion
 from alignment.config.faults import Fault
 from alignment.config.replaced_keys import instead_of_source
-from alignment.config.scoring import ScoreSourceConfig
+from alignment.config.scoring import MetricConfig, ScoreSourceConfig
 from alignment.config.stage import StageConfig
+from alignment.core.errors import DataError
 from alignment.core.fingerprint import file_sha256
 from alignment.data.bundled_files import bundled_code
-from alignment.data.records import HasRow
+from alignment.data.records import HasRow, Question
+from alignment.rewards.rules.all_rules import RULES, rule_of
 from alignment.rewards.scorer_sources import (
+    CHOICE,
     REWARD,
-    VERIFIERS,
     FunctionSource,
     function_of,
     is_known,
     is_reference,
     source_field,
 )
-from alignment.rewards.verifiers import expected_answer
 from alignment.stages.registry import kind_of
 
 ALLOWED = (
     f"it takes {REWARD}, a reward model (stage:NAME, path:FOLDER), FILE.py:FUNCTION, bundled:NAME.py:FUNCTION, or one "
-    f"of: {', '.join(VERIFIERS)}"
+    f"of: {', '.join(RULES)}"
 )
+_CHOICES = f"{CHOICE} takes a question with texts to choose from: {Question.EXAMPLE}"
 
 
 def faults(stages: Mapping[str, StageConfig]) -> list[Fault]:
@@ -102,36 +105,54 @@ def _kind(source: str) -> str:
 
 
 def row_checks(stage: StageConfig) -> tuple[Callable[[HasRow], object], ...]:
-    """Checks for what the stage's verifiers read in a row; each raises DataError if a row lacks it."""
-    sources = {scorer.source for scorer in kind_of(stage).scorers(stage).values()}
-    return tuple(check for source, check in _ROW_CHECKS.items() if source in sources)
+    """Checks for what the stage's rules read in a row; each raises DataError if a row lacks it. Call ``faults``
+    first."""
+    scorers = kind_of(stage).scorers(stage).values()
+    rules = [rule_of(scorer) for scorer in scorers]
+    checks: list[Callable[[HasRow], object]] = [rule.expected for rule in rules if rule is not None]
+    if any(scorer.source == CHOICE for scorer in scorers):
+        checks.append(_has_choices)
+    return tuple(checks)
 
 
-def _has_answer(record: HasRow) -> None:
-    expected_answer(record.row, where=record.where)
-
-
-_ROW_CHECKS: dict[str, Callable[[HasRow], object]] = {"exact_answer": _has_answer}
+def _has_choices(record: HasRow) -> None:
+    if len(getattr(record, "choices", ())) > len(ascii_uppercase):
+        raise DataError(f"'choices' has more than {len(ascii_uppercase)}", where=record.where, remedy=_CHOICES)
+    if not getattr(record, "choices", ()):
+        raise DataError("'choices' is missing, or none of them is the best", where=record.where, remedy=_CHOICES)
 
 
 def _scorer_faults(where: str, scorer: ScoreSourceConfig) -> Iterator[Fault]:
     if not scorer.source:
         yield Fault(where=f"{where}.source", message=f"missing; {ALLOWED}")
         return
+    if scorer.source == CHOICE and isinstance(scorer, MetricConfig):
+        yield from _setting_faults(where, scorer)
+        return
     problem = _source_problem(scorer.source)
     if problem:
         yield Fault(where=f"{where}.source", message=problem)
     if not is_known(scorer.source):
         return  # its settings are unknown
-    needed = VERIFIERS.get(scorer.source)
-    for user, setting in VERIFIERS.items():
-        if setting is None:
+    yield from _setting_faults(where, scorer)
+    rule = RULES.get(scorer.source)
+    if rule is None:
+        return
+    if rule.package is not None and (missing := rule.package.missing()):
+        yield Fault(where=f"{where}.source", message=f"'{scorer.source}' {missing}")
+    elif problem := rule.fault(scorer):
+        yield Fault(where=f"{where}.{rule.setting}", message=problem)
+
+
+def _setting_faults(where: str, scorer: ScoreSourceConfig) -> Iterator[Fault]:
+    for name, rule in RULES.items():
+        if rule.setting is None:
             continue
-        value = getattr(scorer, setting)
-        if setting == needed and value is None:
-            yield Fault(where=f"{where}.{setting}", message=f"missing; '{scorer.source}' needs it")
-        elif setting != needed and value is not None:
-            yield Fault(where=f"{where}.{setting}", message=f"{value!r} has no effect; only '{user}' uses it")
+        value = getattr(scorer, rule.setting)
+        if name == scorer.source and rule.needs and value is None:
+            yield Fault(where=f"{where}.{rule.setting}", message=f"missing; '{name}' needs it")
+        elif name != scorer.source and value is not None:
+            yield Fault(where=f"{where}.{rule.setting}", message=f"{value!r:.60} has no effect; only '{name}' uses it")
 
 
 def _source_problem(source: str) -> str | None:
@@ -140,11 +161,13 @@ def _source_problem(source: str) -> str | None:
         return _function_problem(function)
     if is_known(source):
         return None
+    if source == CHOICE:
+        return f"{source!r} asks a policy, and not its answers; only a metric of an evaluation can be that"
     if instead := instead_of_source(source):
         return instead
     if source.endswith(".py"):
         return f"{source!r} names no function; write {source}:FUNCTION"
-    close = nearest(source, [REWARD, *VERIFIERS])
+    close = nearest(source, [REWARD, CHOICE, *RULES])
     return f"{source!r} is not a scorer; {f'did you mean {close!r}? ' if close else ''}{ALLOWED}"
 
 

@@ -35,7 +35,7 @@ Turns = Callable[[HeldOutPrompt], Sequence[Message]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArmPrompts:
-    """The prompts of an arm, in its own tokens.
+    """The prompts of an arm, in its own tokens, and the ``turns`` of a row as it sees them.
 
     ``own_tokens``: the arm has its own tokenizer, so figures that depend on tokens cannot be compared with other arms.
     ``plain``: its prompts are the held-out prompts, unchanged, so its answers can be compared with the reference's.
@@ -43,6 +43,7 @@ class ArmPrompts:
 
     policy: Lineage
     tokenizer: Any
+    turns: Turns
     prompts: list[list[int]]
     references: list[list[int] | None]
     plain: bool
@@ -98,6 +99,7 @@ def _arm_prompts(
     return ArmPrompts(
         policy=lineage(context.spec, stage_input),
         tokenizer=tokenizer,
+        turns=shown,
         prompts=tokenize_rows(rows, lambda row: prompt_ids(tokenizer, shown(row))),
         references=[None] * len(rows) if own_tokens else _references(tokenizer, rows, shown),
         plain=turns is None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,13 +13,16 @@ from alignment.evaluation.arms import TOKENS, Answered
 from alignment.evaluation.repeated_answers import scores_of_prompts
 from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation
-from alignment.rewards.scorer_sources import REWARD
+from alignment.rewards.rules.numbers import final_number
+from alignment.rewards.scorer_sources import CHOICE, REWARD
 from alignment.rewards.scorers import Answers
-from alignment.rewards.verifiers import final_number
 from alignment.stages.evaluate.answering import ArmPrompts
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.shared.answer_scores import scores_of
 from alignment.training.context import StageContext
+
+Source = tuple[str, str]
+"""What scores answers: a metric's source, and its settings as JSON."""
 
 
 def answers_to_score(
@@ -56,8 +60,12 @@ def scores_by_arm(
     rows: Sequence[HeldOutPrompt],
     answers: Mapping[str, Answers],
     rewards: Mapping[str, list[float] | None],
+    choices: Mapping[str, list[float]],
 ) -> dict[str, dict[str, list[float]]]:
-    """Every arm's scores by each metric, one per prompt; ``rewards`` are those of the stage's reward model, per answer.
+    """Every arm's scores by each metric, one per prompt.
+
+    ``rewards`` are those of the stage's reward model, per answer; ``choices`` are those of the source ``choice``, per
+    prompt.
 
     Raises:
         DataError: a row lacks what a metric needs, or a function's file changed since the run was planned.
@@ -66,7 +74,11 @@ def scores_by_arm(
     """
     scores: dict[str, dict[str, list[float]]] = {name: {} for name in answers}
     run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=TOKENS)
-    sources = {_source(metric) for metric in config.metrics if metric.source != REWARD}
+    by_source: dict[Source, Mapping[str, list[float] | None]] = {
+        (REWARD, ""): rewards,
+        (CHOICE, ""): {name: _repeated(of_arm, config.answers.per_prompt) for name, of_arm in choices.items()},
+    }
+    sources = {_source(metric) for metric in config.metrics} - set(by_source)
     total = len(sources) * sum(len(of_arm.texts) for of_arm in answers.values())
     done = 0
 
@@ -75,7 +87,6 @@ def scores_by_arm(
         done += number
         context.progress("scoring", done, total)
 
-    by_source: dict[tuple[Any, ...], Mapping[str, list[float] | None]] = {(REWARD, None, None): rewards}
     for number, metric in enumerate(config.metrics):
         if _source(metric) not in by_source:
             scorer = build_scorer(f"metrics[{number}]", metric, context.spec, tokenizer, rows, run)
@@ -96,6 +107,12 @@ def scores_by_arm(
     return scores
 
 
-def _source(metric: MetricConfig) -> tuple[str, str | None, int | None]:
+def _source(metric: MetricConfig) -> Source:
     """Metrics with the same source share its scores, and differ in how they put several answers together."""
-    return metric.source, metric.pattern, metric.target
+    settings = {"pattern": metric.pattern, "target": metric.target, "schema": metric.schema}
+    used = {name: value for name, value in settings.items() if value is not None}
+    return metric.source, json.dumps(used, sort_keys=True) if used else ""
+
+
+def _repeated(scores: Sequence[float], times: int) -> list[float]:
+    return [score for score in scores for _ in range(times)]

@@ -15,10 +15,12 @@ from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.comparisons import compare
 from alignment.evaluation.conclusions import conclusions
 from alignment.evaluation.metrics import primary_name, recorded
+from alignment.evaluation.multiple_choice import choice_scores
 from alignment.evaluation.tables import arm_result, by_task, refuse_not_finite, samples
 from alignment.models.assembly.load import lineage, products_in, refuse_other_tokenizer
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.records.evaluation import ArmResult, Evaluation, Metric, Sample, write_samples
+from alignment.rewards.scorer_sources import CHOICE
 from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate.answering import ArmPrompts, Policies, answers_of, prompts_of_arms
 from alignment.stages.evaluate.config import EvaluateConfig
@@ -44,7 +46,7 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     rows = rows_of(context, HeldOutPrompt, config.data)
     arm_prompts = prompts_of_arms(config, context, tokenizer, rows)
     policies = Policies(context)
-    arms = _answers(config, context, policies, arm_prompts, rows)
+    arms, choices = _answers(config, context, policies, arm_prompts, rows)
     context.progress("scoring", len(arms) * len(rows), len(arms) * len(rows))
     log_ratios = _log_ratios(config, context, policies, arm_prompts, arms)
     policies.release()
@@ -52,7 +54,7 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     rewards = _rewards(context, answers)
     for name, arm in arms.items():
         refuse_not_finite(name, arm, rewards=rewards[name], log_ratios=log_ratios[name])
-    scores = scores_by_arm(config, context, tokenizer, rows, answers, rewards)
+    scores = scores_by_arm(config, context, tokenizer, rows, answers, rewards, choices)
     metrics = recorded(config.metrics)
     primary = _primary(config, metrics, scores)
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
@@ -114,8 +116,11 @@ def _answers(
     policies: Policies,
     arm_prompts: Mapping[str, ArmPrompts],
     rows: Sequence[HeldOutPrompt],
-) -> dict[str, Answered]:
+) -> tuple[dict[str, Answered], dict[str, list[float]]]:
+    """Every arm's answers, and which rows' right choice it finds likeliest if a metric asks for that."""
     arms: dict[str, Answered] = {}
+    choices: dict[str, list[float]] = {}
+    with_choices = any(metric.source == CHOICE for metric in config.metrics)
     for name, arm in arm_prompts.items():
 
         def progress(done: int, before: int = len(arms) * len(rows)) -> None:
@@ -123,8 +128,10 @@ def _answers(
 
         compared = _is_compared(arm, config) and not _is_reference(name, context)
         arms[name] = answers_of(arm, config, context, policies, rows, with_logprobs=compared, progress=progress)
+        if with_choices:
+            choices[name] = choice_scores(policies.load(arm.policy), arm.tokenizer, rows, arm.turns, name=name)
         progress(len(rows))
-    return arms
+    return arms, choices
 
 
 def _is_compared(arm_prompts: ArmPrompts, config: EvaluateConfig) -> bool:

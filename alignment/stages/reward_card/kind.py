@@ -13,7 +13,8 @@ from alignment.core.artifacts import REWARD_CARD
 from alignment.data.records import PreferencePair
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import PAIRS
-from alignment.rewards.scorer_sources import REWARD, VERIFIERS, is_reference, source_field
+from alignment.rewards.rules.all_rules import RULES
+from alignment.rewards.scorer_sources import REWARD, is_reference, source_field
 from alignment.stages.base import DataSlot, LaunchShape, Learning, Outcome, Reported, RunsOn, StageKind
 from alignment.stages.reward_card.config import RewardCardConfig
 
@@ -40,7 +41,7 @@ def _scorers(config: RewardCardConfig) -> dict[str, ScoreSourceConfig]:
 
 def _faults(config: RewardCardConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     if config.rule is not None and (config.rule.source == REWARD or is_reference(config.rule.source)):
-        rules = ", ".join(VERIFIERS)
+        rules = ", ".join(RULES)
         message = f"{config.rule.source!r} is a reward model; a rule is FILE.py:FUNCTION or one of: {rules}"
         yield Fault(where=f"{where}.{source_field(RULE)}", message=message)
     if not config.learned.source and config.learned != DataConfig():

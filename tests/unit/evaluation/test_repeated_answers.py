@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from alignment.evaluation.repeated_answers import majority_score, pass_at_k, scores_of_prompts
-from alignment.rewards.verifiers import final_number
+from alignment.rewards.rules.numbers import final_number
 
 
 @pytest.mark.parametrize(("count", "right"), [(4, 0), (4, 1), (5, 3), (6, 6)])

@@ -107,6 +107,8 @@ def another(value: Any, hint: Any) -> Any:
     assert value is None, f"{value!r}"
     assert kinds, hint
     kind = kinds[0]
+    if typing.get_origin(kind) is dict:
+        return {"x": "y"}
     if is_dataclass(kind):
         return kind(source="length")
     return next(iter(kind)) if issubclass(kind, Enum) else kind(1)

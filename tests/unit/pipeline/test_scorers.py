@@ -18,6 +18,7 @@ from alignment.core.resources import shipped
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.plan.plan import Plan, PlannedStage
+from alignment.rewards.rules import rule_kind
 from alignment.stages.ppo.config import PpoConfig
 from tests.unit.pipeline.conftest import MakePlan, leave_artifact
 from tests.unit.pipeline.test_run import fake
@@ -67,7 +68,8 @@ def fault(plan: MakePlan, *overrides: str) -> str:
 WATCHED = "stages.ppo.guard={every: 1, scorer: {source: 'bundled:quickstart/house_style.py:style'}}"
 ALLOWED = (
     "it takes reward, a reward model (stage:NAME, path:FOLDER), FILE.py:FUNCTION, bundled:NAME.py:FUNCTION, or one of: "
-    "exact_answer, regex, length"
+    "exact_answer, regex, length, key_facts, refusal, json_schema, rouge_l, chrf, instructions_strict, "
+    "instructions_loose"
 )
 FAULTS = [
     ((NO_REWARD,), "scorers[0].source: 'reward' is the model that stages.ppo.reward names, which is null; name a "
@@ -83,6 +85,12 @@ FAULTS = [
      "scorers[1].target: 3 has no effect; only 'length' uses it"),
     ((scorers("source: reward", "source: regex, pattern: '('"),),
      "scorers[1].pattern: '(' is not allowed; a regular expression as Python writes them"),
+    ((scorers("source: reward", "source: choice"),), "scorers[1].source: 'choice' asks a policy, and not its answers; "
+     "only a metric of an evaluation can be that"),
+    ((scorers("source: reward", "source: json_schema, schema: {type: text}"),), "scorers[1].schema: is not a JSON "
+     "schema: 'text' is not valid under any of the given schemas"),
+    ((scorers("source: reward", "source: json_schema, schema: text"),), "scorers[1].schema: 'text' is not allowed; "
+     "it takes a group"),
     ((scorers(STYLE),), "reward: 'stage:reward' is unused: no scorer is 'reward', and a "
      "shared critic starts at 0; write null, or add the scorer"),
     ((scorers(),), "scorers: [] is not allowed; at least one entry"),
@@ -116,6 +124,25 @@ FAULTS = [
 @pytest.mark.parametrize(("overrides", "message"), FAULTS, ids=[message[:60] for _, message in FAULTS])
 def test_a_scorer_that_cannot_be_is_named_exactly(plan: MakePlan, overrides: tuple[str, ...], message: str) -> None:
     assert fault(plan, *overrides).split("\n")[0] == f"stages.ppo.{message}"
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "command"),
+    [
+        ("rouge_l", "rouge_score", "pip install 'rouge-score>=0.1.2,<0.2'"),
+        (
+            "instructions_strict",
+            "langdetect",
+            "pip install 'lm_eval>=0.4.13,<0.5' langdetect immutabledict 'nltk>=3.9.1'",
+        ),
+    ],
+)
+def test_a_rule_whose_library_is_missing_says_how_to_install_it(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch, source: str, module: str, command: str
+) -> None:
+    monkeypatch.setattr(rule_kind, "find_spec", lambda name: None if name == module else object())
+    expected = f"stages.ppo.scorers[1].source: '{source}' needs {module}, not installed here; {command}"
+    assert fault(plan, scorers("source: reward", f"source: {source}")) == expected
 
 
 def test_without_a_reward_model_in_the_run_the_advice_is_what_fits_from_outside(plan: MakePlan) -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from alignment.core.errors import RewardError
-from alignment.rewards.scorers import Answers, Length, Regex
+from alignment.rewards.rules.rule_kind import Rule
+from alignment.rewards.rules.texts import Length, Regex
+from alignment.rewards.scorers import Answers, RuleScorer
 from alignment.rewards.scores import Scores
 from alignment.rewards.weighted_sum import Part, RewardMix
 from tests.tiny import tiny_tokenizer
@@ -32,6 +34,10 @@ class Told:
         """The scores, whatever the answers."""
         self.asked.append(answers)
         return torch.tensor(self._scores)
+
+
+def ruled(rule: Rule) -> RuleScorer:
+    return RuleScorer(rule, PROMPTS)
 
 
 def mix(*parts: Part) -> RewardMix:
@@ -86,15 +92,18 @@ def test_a_batch_without_answers_asks_nobody() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -2e6])
 def test_what_is_no_score_is_refused_whoever_gave_it(bad: float) -> None:
-    slot = mix(Part(source="regex", scorer=Regex("."), weight=0.0), Part(source="reward", scorer=Told([0.5, bad])))
+    slot = mix(
+        Part(source="regex", scorer=ruled(Regex(".")), weight=0.0),
+        Part(source="reward", scorer=Told([0.5, bad])),
+    )
     with pytest.raises(RewardError, match=r"^reward: gave (nan|inf|-2000000.0) for an answer to rows\.jsonl:3"):
         slot.scores([[5], [6]], [ids("a"), ids("b")], [0, 2])
 
 
 def test_the_total_is_the_weighted_sum_of_clipped_scores() -> None:
     slot = mix(
-        Part(source="regex", scorer=Regex("x"), weight=2.0),
-        Part(source="length", scorer=Length(3), weight=-0.5, clip=4.0),
+        Part(source="regex", scorer=ruled(Regex(".")), weight=2.0),
+        Part(source="length", scorer=ruled(Length(3)), weight=-0.5, clip=4.0),
     )
     total = learned(slot, scores_of(regex=[1.0, 0.0, 1.0], length=[-7.0, 3.0, 9.0]))
     assert total.tolist() == [2 + 2, 0 - 1.5, 2 - 2]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment import worker
 from alignment.config.evaluating import AnswersConfig, EndpointConfig, FewShotConfig, JudgeConfig, JudgeKind, PairConfig
@@ -201,6 +201,33 @@ def test_a_metric_is_the_mean_of_what_its_source_says_of_every_answer(chain: Cha
         assert means["by_reward"] == arm["reward"]["mean"]
         assert means["by_other"] == pytest.approx(means["by_reward"], abs=1e-5), "the same model, loaded for the metric"
         assert [answer.scores["letters"] for answer in answers] == list(map(len, texts))
+
+
+def test_the_metric_choice_asks_every_arm_s_policy_behind_its_own_prompt(chain: Chained, tmp_path: Path) -> None:
+    """``base+prompt`` and a model from outside see other turns and tokens than ``base``."""
+    days = ["Monday", "Friday", "Sunday", "Tuesday"]
+    questions = [{"question": f"Number {n}: when?", "choices": days, "answer": n % 4} for n in range(12)]
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    config = replace(SMALL, arms=["base", "base+prompt", "path:other"], metrics=[metric("mmlu", "choice")])
+    spec = replace(spec_of(chain, config, "choice"), data_path=heldout)
+    worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+    samples = list(read_samples(spec.artifact))
+    theirs = AutoTokenizer.from_pretrained(chain.folder / "other")
+    for arm, folder, tokenizer, system in (
+        ("base", chain.base, tiny_tokenizer(), []),
+        ("base+prompt", chain.base, tiny_tokenizer(), [{"role": "system", "content": "Be brief."}]),
+        ("path:other", chain.folder / "other", theirs, []),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for question, sample in zip(questions, samples, strict=True):
+            listed = "\n".join(f"{letter}. {day}" for letter, day in zip("ABCD", days, strict=True))
+            turns = [*system, {"role": "user", "content": f"{question['question']}\n{listed}\nAnswer:"}]
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            logits = model(torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).logits[0, -1]
+            letters = logits[[tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "ABCD"]]
+            expected = float(int(letters.argmax()) == question["answer"])
+            assert sample.answers[arm].scores == {"mmlu": expected}, (arm, sample.id)
 
 
 def test_without_metrics_no_arm_is_better_and_the_other_figures_stand(chain: Chained) -> None:

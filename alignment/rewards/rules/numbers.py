@@ -1,4 +1,4 @@
-"""Rules that score an answer's text: functions of text and numbers, each from 0 to 1."""
+"""The rule ``exact_answer``: whether an answer's last number is the right one (GSM8K, Cobbe et al. 2021)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from alignment.core.errors import DataError
+from alignment.data.records import HasRow
 
 ANSWER = "answer"
 _MARK = "####"
@@ -17,6 +18,18 @@ _NUMBER = re.compile(
     r"(?:[$€£¥](?P<inner_sign>[-−])?)?"
     r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
 )
+
+
+class ExactAnswer:
+    """1 for an answer whose last number is the one that its row's ``answer`` gives, else 0."""
+
+    def expected(self, record: HasRow) -> Decimal:
+        """The row's number; raises DataError if it has none."""
+        return expected_answer(record.row, where=record.where)
+
+    def score(self, text: str, expected: Decimal) -> float:
+        """1 or 0."""
+        return exact_answer(text, expected)
 
 
 def exact_answer(completion: str, expected: Decimal) -> float:
@@ -52,16 +65,6 @@ def expected_answer(row: Mapping[str, Any], *, where: str) -> Decimal:
     raise DataError(
         f"'{ANSWER}' {missing}", where=where, remedy=f"exact_answer takes the number after {_MARK}: {_EXAMPLE}"
     )
-
-
-def regex(completion: str, pattern: re.Pattern[str]) -> float:
-    """1 if the pattern is found anywhere in the completion, else 0."""
-    return float(pattern.search(completion) is not None)
-
-
-def length(completion: str, target: int) -> float:
-    """1 at ``target`` words, falling linearly to 0 at zero words and at twice as many."""
-    return max(0.0, 1.0 - abs(len(completion.split()) - target) / target)
 
 
 def _value(number: re.Match[str]) -> Decimal:

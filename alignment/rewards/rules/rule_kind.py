@@ -1,0 +1,75 @@
+"""What a rule is: it scores an answer's text, with what the answer's row says about it. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, NoReturn, Protocol
+
+from alignment.config.scoring import ScoreSourceConfig
+from alignment.core.errors import DataError
+from alignment.data.records import HasRow
+
+
+class Rule(Protocol):
+    """Scores texts. What it expects of an answer may differ from row to row."""
+
+    def expected(self, record: HasRow) -> Any:
+        """What the rule reads in a row.
+
+        Raises:
+            DataError: the row lacks it; names file and line.
+        """
+
+    def score(self, text: str, expected: Any) -> float:
+        """The score of an answer to the row that ``expected`` comes from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Package:
+    """A library that a rule needs: the ``modules`` that it imports, and what pip calls it."""
+
+    modules: tuple[str, ...]
+    requirement: str
+
+    def missing(self) -> str:
+        """What to say if it is not installed; empty if it is."""
+        absent = [module for module in self.modules if find_spec(module) is None]
+        return f"needs {', '.join(absent)}, not installed here; pip install {self.requirement}" if absent else ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuleKind:
+    """A rule as the plan and the docs see it.
+
+    ``build`` makes the rule from its settings, of which it ``needs`` one, or ``takes`` one that may be missing.
+    ``fault`` says what is wrong with that setting, beyond its type; empty if nothing is.
+    """
+
+    build: Callable[[ScoreSourceConfig], Rule]
+    needs: str | None = None
+    takes: str | None = None
+    package: Package | None = None
+    fault: Callable[[ScoreSourceConfig], str] = lambda _: ""
+
+    @property
+    def setting(self) -> str | None:
+        """The setting that it uses, if any."""
+        return self.needs or self.takes
+
+
+def lacking(record: HasRow, field: str, remedy: str) -> NoReturn:
+    """Raises DataError for a field that is missing in a row, or has another form."""
+    value = record.row.get(field)
+    problem = "is missing" if value is None else f"has another form; it is {value!r:.60}"
+    raise DataError(f"'{field}' {problem}", where=record.where, remedy=remedy)
+
+
+def texts_in(row: Mapping[str, Any], field: str) -> list[str] | None:
+    """The texts of a field that holds one text, or a list of them; None if it holds anything else, or blank text."""
+    value = row.get(field)
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts:
+        return None
+    return texts if all(isinstance(text, str) and text.strip() for text in texts) else None

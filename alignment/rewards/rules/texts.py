@@ -1,0 +1,97 @@
+"""Rules about the words of an answer: a pattern, its length, key facts, refusals."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Any
+
+from alignment.data.records import HasRow
+from alignment.evaluation.refusals import is_refusal
+from alignment.rewards.rules.rule_kind import lacking
+
+FACTS = "facts"
+_FACTS_EXAMPLE = (
+    'key_facts takes a list of texts, or of lists of wordings: {"facts": ["21 March", ["noon", "12 o\'clock"]]}'
+)
+
+
+class Regex:
+    """1 if the pattern occurs anywhere in the answer, else 0."""
+
+    def __init__(self, pattern: str) -> None:
+        self._pattern = re.compile(pattern)
+
+    def expected(self, record: HasRow) -> None:
+        """Rows say nothing about it."""
+
+    def score(self, text: str, expected: None) -> float:
+        """1 or 0."""
+        return float(self._pattern.search(text) is not None)
+
+
+class Length:
+    """1 at ``target`` words, falling linearly to 0 at zero words and at twice as many."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+
+    def expected(self, record: HasRow) -> None:
+        """Rows say nothing about it."""
+
+    def score(self, text: str, expected: None) -> float:
+        """From 0 to 1."""
+        return max(0.0, 1.0 - abs(len(text.split()) - self._target) / self._target)
+
+
+class Refusal:
+    """1 if the answer contains a phrase of alignment/evaluation/refusals.py, else 0."""
+
+    def expected(self, record: HasRow) -> None:
+        """Rows say nothing about it."""
+
+    def score(self, text: str, expected: None) -> float:
+        """1 or 0."""
+        return float(is_refusal(text))
+
+
+class KeyFacts:
+    """The share of its row's ``facts`` that the answer contains (recall).
+
+    A fact is a text, or a list of wordings of which one is enough. It is contained if its words stand in the answer one
+    after another, as whole words. Case, punctuation and compatibility forms of characters (Unicode's NFKC) are ignored.
+    """
+
+    def expected(self, record: HasRow) -> list[list[str]]:
+        """The wordings of each fact, as words with single spaces.
+
+        Raises:
+            DataError: the row has no facts, or one that has no words.
+        """
+        facts = record.row.get(FACTS)
+        if not isinstance(facts, list) or not facts:
+            lacking(record, FACTS, _FACTS_EXAMPLE)
+        wordings = [_wordings(fact) for fact in facts]
+        if not all(wordings):
+            lacking(record, FACTS, _FACTS_EXAMPLE)
+        return wordings
+
+    def score(self, text: str, expected: list[list[str]]) -> float:
+        """From 0 to 1."""
+        answer = f" {_words(text)} "
+        contained = sum(any(f" {wording} " in answer for wording in fact) for fact in expected)
+        return contained / len(expected)
+
+
+def _wordings(fact: Any) -> list[str]:
+    """Empty unless the fact is text, or a list of texts, with words in each."""
+    texts = [fact] if isinstance(fact, str) else fact
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return []
+    wordings = [_words(text) for text in texts]
+    return wordings if all(wordings) else []
+
+
+def _words(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.findall(r"\d+(?:[.,:]\d+)*|\w+", folded))
