@@ -22,6 +22,8 @@ NOTHING = "nothing can be concluded"
 """The verdict on two arms if too many of the judge's verdicts are invalid."""
 LEVEL = 0.05
 """How often a family of comparisons without any true difference may show one."""
+FEWEST_PROMPTS = 10
+"""With fewer, an interval that resamples prompts is too narrow to rely on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +184,7 @@ class Evaluation:
     """The results of all arms and their comparisons.
 
     ``primary`` names the metric of ``comparisons``; without metrics there is none, and no comparison. The comparisons
-    by other metrics are a family of their own.
+    by other metrics are a family of their own, and so are ``reward_comparisons``, by the scores of the reward model.
     ``tasks`` maps a task to each arm's mean of it. ``conclusions`` say what an evaluation of this size can show.
     """
 
@@ -192,6 +194,7 @@ class Evaluation:
     arms: list[ArmResult] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     other_comparisons: list[Comparison] = field(default_factory=list)
+    reward_comparisons: list[Comparison] = field(default_factory=list)
     tasks: dict[Name, dict[Name, float]] = field(default_factory=dict)
     judge: Judge | None = None
     conclusions: list[str] = field(default_factory=list)

@@ -50,6 +50,7 @@ class RunRecord:
     """A run: ``running``, ``done``, ``gate not met``, ``failed``, ``preempted``, ``interrupted`` or ``waiting``.
 
     ``config`` is the configuration as plain data, ``profile`` the name of the profile that was applied, if any.
+    ``cautions`` are the plan's notes that speak against its evaluations.
     ``started`` and ``finished`` are times in UTC, ISO 8601.
     """
 
@@ -62,6 +63,7 @@ class RunRecord:
     finished: Name | None = None
     state: Name = ""
     stages: dict[str, StageEntry] = field(default_factory=dict)
+    cautions: list[Annotated[str, Line(400)]] = field(default_factory=list)
     version: int = 1
 
     def settings_of(self, stage: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ The driver prints them when the stage ends; ``align status`` and the report show
 
 from __future__ import annotations
 
-from alignment.records.evaluation import Evaluation
+from alignment.records.evaluation import FEWEST_PROMPTS, ArmResult, Evaluation
 
 SMOKE = "a smoke run: it shows only that the recipe runs; its numbers mean nothing"
 _SMOKE_PROFILE = "smoke"
@@ -17,11 +17,26 @@ def is_smoke(profile: str) -> bool:
 
 
 def of_evaluation(evaluation: Evaluation) -> list[str]:
-    """Doubts about the arms of an evaluation, from their answers."""
-    cut = [arm.label for arm in evaluation.arms if arm.ended is not None and arm.ended.mean == 0.0]
-    if not cut:
-        return []
-    return [
-        f"all answers of {', '.join(cut)} were cut off at max_new_tokens, so their scores are those of unfinished "
-        "text; raise it"
-    ]
+    """Doubts about an evaluation: too few prompts, or arms whose answers were cut off."""
+    doubts = [too_few_prompts(evaluation)] if too_few_prompts(evaluation) else []
+    all_cut = [arm.label for arm in evaluation.arms if arm.ended is not None and arm.ended.mean == 0.0]
+    most_cut = [f"{arm.label} ({1 - arm.ended.mean:.0%})" for arm in evaluation.arms if arm.ended and _mostly_cut(arm)]
+    for amount, labels in (("all", all_cut), ("most", most_cut)):
+        if labels:
+            doubts.append(
+                f"{amount} answers of {', '.join(labels)} were cut off at max_new_tokens, so their scores are those of "
+                "unfinished text; raise it"
+            )
+    return doubts
+
+
+def too_few_prompts(evaluation: Evaluation) -> str:
+    """Why no arm can be called better on so few prompts; empty if there are enough."""
+    number = evaluation.num_prompts
+    if number is None or number >= FEWEST_PROMPTS:
+        return ""
+    return f"only {number} prompts were evaluated, too few for a verdict; it takes at least {FEWEST_PROMPTS}"
+
+
+def _mostly_cut(arm: ArmResult) -> bool:
+    return arm.ended is not None and 0.0 < arm.ended.mean < 0.5

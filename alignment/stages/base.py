@@ -16,7 +16,7 @@ from alignment.config.evaluating import GateConfig
 from alignment.config.faults import Fault
 from alignment.config.launch import LaunchConfig
 from alignment.config.run import RunConfig
-from alignment.config.scoring import ScoreSourceConfig
+from alignment.config.scoring import MetricConfig, ScoreSourceConfig
 from alignment.data.records import Record
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import Kind as RowKind
@@ -116,6 +116,10 @@ def _nothing(*_: Any) -> tuple[()]:
     return ()
 
 
+def _no_metric(_: Any) -> MetricConfig | None:
+    return None
+
+
 def _no_scorers(_: Any) -> Mapping[str, ScoreSourceConfig]:
     return {}
 
@@ -194,7 +198,7 @@ class Outcome:
     metric that it would report with other settings, or "". ``doubts(metrics)``: warnings against using the result.
     ``lines(artifact)``: what is printed of the result after a run and by ``align status``.
     ``against_forgetting(name)``: advice for stage ``name`` if its policy forgot too much. ``gates(config)``: what a run
-    requires of an evaluation.
+    requires of an evaluation. ``primary(config)``: the metric by which it compares arms, if it does.
     """
 
     metrics: Callable[[Any], Reported] = _no_metrics
@@ -203,6 +207,7 @@ class Outcome:
     lines: Callable[[Any], Sequence[str]] = _nothing
     against_forgetting: Callable[[str], str] = _no_words
     gates: Callable[[Any], Sequence[GateConfig]] = _nothing
+    primary: Callable[[Any], MetricConfig | None] = _no_metric
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

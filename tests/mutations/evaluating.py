@@ -116,6 +116,32 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "evaluation/contradictions.py",
+        "unit/report/test_verdict.py",
+        (
+            "a reward model's difference that may be chance contradicts",
+            "gain.real and gain.difference > 0",
+            "gain.difference > 0",
+            "test_a_reward_model_that_contradicts_is_in_the_headline_if_its_difference_is_real",
+        ),
+        (
+            "a judge of another pair contradicts",
+            " and {pair.arm, pair.against} == {better, worse}:",
+            ":",
+            "test_a_judge_that_does_not_contradict_is_not_in_the_headline",
+        ),
+    ),
+    *in_file(
+        "pipeline/execute/notes.py",
+        "unit/pipeline/test_notes.py",
+        (
+            "a rule with another target counts as the same metric",
+            "source.pattern, source.target, source.schema",
+            "source.pattern, source.schema",
+            "test_a_primary_metric_that_a_stage_optimises_is_named_and_recorded",
+        ),
+    ),
+    *in_file(
         "evaluation/multiple_choice.py",
         "unit/evaluation/test_multiple_choice.py",
         (

@@ -8,12 +8,9 @@ from alignment.config.evaluating import GateConfig
 from alignment.core.artifacts import read_manifest
 from alignment.pipeline.execute.paired_differences import difference, scores
 from alignment.pipeline.plan.plan import PlannedStage
-from alignment.records.evaluation import Evaluation
+from alignment.records.evaluation import FEWEST_PROMPTS, Evaluation
 from alignment.records.interval import Interval
 from alignment.stages.registry import kind_of
-
-FEWEST_PROMPTS = 10
-"""With fewer, an interval that resamples them is too narrow to rely on."""
 
 
 def not_met(stages: Sequence[PlannedStage]) -> list[str]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from alignment.config.model import Dtype
+from alignment.config.scoring import ScoreSourceConfig
+from alignment.config.stage import StageConfig
 from alignment.core import hardware
 from alignment.core.artifacts import EVALUATION, read_manifest
 from alignment.core.errors import ArtifactError
@@ -16,6 +19,7 @@ from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
 from alignment.pipeline.plan.row_counts import rows_of
 from alignment.records.evaluation import Evaluation
 from alignment.report import doubts
+from alignment.rewards.scorer_sources import REWARD, function_of
 from alignment.stages import registry
 from alignment.stages.registry import as_trained, kind_of
 
@@ -31,7 +35,37 @@ def of_plan(plan: Plan) -> list[str]:
     notes += _slow_format(plan)
     for stage in plan.stages:
         notes += [*_high_rates(stage), *_small_data(stage)]
-    return [*notes, *_shared_prompts(plan)]
+    return [*notes, *cautions(plan)]
+
+
+def cautions(plan: Plan) -> list[str]:
+    """The notes that speak against an evaluation: prompts that are also trained on, a metric that is."""
+    return [*_shared_prompts(plan), *_learned_metrics(plan)]
+
+
+def _learned_metrics(plan: Plan) -> Iterator[str]:
+    """Notes on primary metrics that stages learn from, or that choose their policy: those scores were optimised."""
+    for evaluation in plan.stages:
+        metric = kind_of(evaluation.config).outcome.primary(evaluation.config)
+        if metric is None:
+            continue
+        for stage in (stage for stage in plan.stages if kind_of(stage.config).trains):
+            fields = [
+                field
+                for field, scorer in kind_of(stage.config).scorers(stage.config).items()
+                if _scores_of(scorer, stage.config) == _scores_of(metric, evaluation.config)
+            ]
+            if fields:
+                yield (
+                    f"{evaluation.name} judges by {metric.name}, which {stage.name} optimises ({fields[0]}): a better "
+                    "score may come from gaps in that measure, so look at another metric too"
+                )
+
+
+def _scores_of(source: ScoreSourceConfig, config: StageConfig) -> tuple[Any, ...]:
+    """What gives these scores: equal for two sources that score alike. ``reward`` is the model that its stage names."""
+    name = getattr(config, REWARD, None) if source.source == REWARD else source.source
+    return str(function_of(name or "") or name), source.pattern, source.target, source.schema
 
 
 def _slow_format(plan: Plan) -> Iterator[str]:

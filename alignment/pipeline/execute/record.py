@@ -10,6 +10,7 @@ from alignment.config.typed import to_plain
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ArtifactError
 from alignment.pipeline.backends.slurm_job_file import HERE
+from alignment.pipeline.execute.notes import cautions
 from alignment.pipeline.plan import references
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
 from alignment.records.run import RunRecord, StageEntry
@@ -38,6 +39,7 @@ class RunRecorder:
             started=earlier.started or _now(),
             state="running",
             stages=stages,
+            cautions=cautions(plan),
         )
         self._save()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignment.config.evaluating import UNTRAINED_ARMS
+from alignment.evaluation.contradictions import contradictions
 from alignment.records.evaluation import BETTER, WORSE, ArmResult, Comparison, Evaluation
-from alignment.report.doubts import SMOKE, is_smoke, of_evaluation
+from alignment.report.doubts import SMOKE, is_smoke, of_evaluation, too_few_prompts
 from alignment.report.kit import text
 from alignment.report.run_page.card_page import lead
 from alignment.report.run_page.run_records import Run
@@ -43,8 +44,9 @@ def judge(run: Run) -> Verdict:
         )
     return Verdict(
         lead=_lead(run, evaluation),
-        differences=_differences(evaluation),
+        differences=[] if too_few_prompts(evaluation) else _differences(evaluation),
         warnings=_unfinished(run)
+        + _cautions(run)
         + _doubts(run)
         + _forgot(run)
         + _arm_warnings(evaluation)
@@ -57,6 +59,13 @@ def judge(run: Run) -> Verdict:
 def _lead(run: Run, evaluation: Evaluation) -> str:
     if len(evaluation.arms) == 1:
         return f"Only {evaluation.arms[0].label} was evaluated, so there is nothing to compare it with."
+    if few := too_few_prompts(evaluation):
+        return f"{few[0].upper()}{few[1:]}."
+    return " ".join([_by_metric(run, evaluation), *contradictions(evaluation)])
+
+
+def _by_metric(run: Run, evaluation: Evaluation) -> str:
+    """What the primary metric says, whatever others say."""
     if evaluation.primary_metric is None:
         return _without_metric(evaluation)
     if not evaluation.comparisons:
@@ -150,6 +159,11 @@ def _unfinished(run: Run) -> list[str]:
     return [f"The run is not complete: {text.listing(states)}. This page shows what is available."]
 
 
+def _cautions(run: Run) -> list[str]:
+    """What the plan said against the evaluation, such as prompts that were also trained on."""
+    return [f"{caution[0].upper()}{caution[1:]}." for caution in run.record.cautions if caution]
+
+
 def _doubts(run: Run) -> list[str]:
     """Reasons in the figures of training stages to doubt the results that build on them."""
     return [f"{stage.name}: {doubt}." for stage in run.stages for doubt in doubts(stage.kind, stage.headlines)]
@@ -178,7 +192,8 @@ def _arm_warnings(evaluation: Evaluation) -> list[str]:
                 f"{text.number(ratio.mean, 1)} nats (more than {MAX_LOG_RATIO:.0f}): read its answers before "
                 "trusting its score."
             )
-    warnings += [f"{doubt[0].upper()}{doubt[1:]}." for doubt in of_evaluation(evaluation)]
+    doubts_of_answers = [doubt for doubt in of_evaluation(evaluation) if doubt != too_few_prompts(evaluation)]
+    warnings += [f"{doubt[0].upper()}{doubt[1:]}." for doubt in doubts_of_answers]
     never_ended = [_never_ended(arm, evaluation.num_prompts) for arm in evaluation.arms if _cut(arm)]
     if never_ended:
         warnings.append(f"Some answers never ended and were cut off at the limit: {text.listing(never_ended)}.")

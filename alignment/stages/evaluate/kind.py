@@ -93,6 +93,11 @@ def _gate_faults(config: EvaluateConfig, where: str) -> Iterator[Fault]:
             yield Fault(where=f"{path}.metric", message=message)
 
 
+def _primary(config: EvaluateConfig) -> MetricConfig | None:
+    name = metrics.primary_name(config.metrics, config.primary)
+    return next((metric for metric in config.metrics if metric.name == name), None)
+
+
 def _check_machine(config: EvaluateConfig, where: str) -> None:
     if config.judge.kind is JudgeKind.endpoint:
         api_key(config.judge.endpoint, where=f"{where}.judge")
@@ -107,7 +112,7 @@ KIND = StageKind(
     name="evaluate",
     summary="arms side by side on held-out prompts",
     config=EvaluateConfig,
-    revision=8,
+    revision=9,
     produces=EVALUATION,
     run="alignment.stages.evaluate.run:run",
     data=_data,
@@ -116,5 +121,5 @@ KIND = StageKind(
     as_read=_as_read,
     references=References(more=_metric_slots),
     launch=LaunchShape(runs_on=RunsOn.one_process, check_machine=_check_machine),
-    outcome=Outcome(metrics=_reported, gates=_gates),
+    outcome=Outcome(metrics=_reported, gates=_gates, primary=_primary),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from alignment.core.artifacts import write_lines
@@ -14,13 +15,14 @@ from alignment.evaluation.arms import Answered, reward_scores, sequence_logprobs
 from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.comparisons import compare
 from alignment.evaluation.conclusions import conclusions
+from alignment.evaluation.contradictions import contradictions
 from alignment.evaluation.metrics import primary_name, recorded
 from alignment.evaluation.multiple_choice import choice_scores
 from alignment.evaluation.tables import arm_result, by_task, refuse_not_finite, samples
 from alignment.models.assembly.load import lineage, products_in, refuse_other_tokenizer
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.records.evaluation import ArmResult, Evaluation, Metric, Sample, write_samples
-from alignment.rewards.scorer_sources import CHOICE
+from alignment.rewards.scorer_sources import CHOICE, REWARD
 from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate.answering import ArmPrompts, Policies, answers_of, prompts_of_arms
 from alignment.stages.evaluate.config import EvaluateConfig
@@ -86,10 +88,12 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
         ],
         comparisons=comparisons,
         other_comparisons=compare(_by_other_metrics(scores, metrics, metric), reference=reference, intervals=intervals),
+        reward_comparisons=compare(_by_reward(arms, rewards), reference=reference, intervals=intervals),
         tasks=by_task(rows, by_primary),
         judge=judged.table,
         conclusions=conclusions(len(rows), metric, comparisons, judged.table, label_of),
     )
+    evaluation = replace(evaluation, conclusions=[*evaluation.conclusions, *contradictions(evaluation)])
     return _written(context, evaluation, samples(rows, arms, scores), judged)
 
 
@@ -108,6 +112,14 @@ def _by_other_metrics(
 ) -> dict[str, dict[str, list[float]]]:
     others = [metric.name for metric in metrics if metric != primary]
     return {name: {arm: of_arm[name] for arm, of_arm in scores.items()} for name in others}
+
+
+def _by_reward(
+    arms: Mapping[str, Answered], rewards: Mapping[str, list[float] | None]
+) -> dict[str, dict[str, list[float]]]:
+    """The reward model's scores by prompt; empty without a reward model."""
+    scored = {name: arms[name].means(scores) for name, scores in rewards.items() if scores is not None}
+    return {REWARD: scored} if scored else {}
 
 
 def _answers(

@@ -116,6 +116,28 @@ def test_prompts_that_are_learned_and_evaluated_are_named(plan: MakePlan, tmp_pa
     assert f"note: {note}" in screen.getvalue()
 
 
+@pytest.mark.usefixtures("apart")
+def test_a_primary_metric_that_a_stage_optimises_is_named_and_recorded(plan: MakePlan) -> None:
+    metrics = "stages.evaluate.metrics=[{name: brevity, source: length, target: 20}, {name: liked, source: reward}]"
+    scorers = "stages.ppo.scorers=[{source: reward}, {source: length, target: 20, weight: 0.5}]"
+    said = (
+        "evaluate judges by brevity, which ppo optimises (scorers[1]): a better score may come from gaps in that "
+        "measure, so look at another metric too"
+    )
+    planned = plan(metrics, scorers)
+    assert of_plan(planned) == [said]
+    planned.run_folder.mkdir(parents=True)
+    RunRecorder(planned)
+    assert read_run(planned.run_folder).record.cautions == [said]
+    assert of_plan(plan(metrics, scorers.replace("target: 20", "target: 30"))) == []
+    liked = plan(metrics, "stages.evaluate.primary=liked")
+    assert of_plan(liked) == [said.replace("brevity", "liked").replace("scorers[1]", "scorers[0]")]
+    assert of_plan(plan(metrics, "stages.evaluate.primary=liked", "stages.ppo.scorers=[{source: length, target: 20}]",
+                        "stages.ppo.reward=null")) == []  # fmt: skip
+    guarded = ["stages.ppo.guard.every=1", "stages.ppo.guard.scorer={source: length, target: 20}"]
+    assert of_plan(plan(metrics, *guarded)) == [said.replace("scorers[1]", "guard.scorer")]
+
+
 def test_a_result_that_is_not_there_or_damaged_says_nothing_of_itself(tmp_path: Path) -> None:
     assert of_result("reward", tmp_path) == of_result("evaluate", tmp_path) == []
     (tmp_path / "manifest.json").write_text("{")

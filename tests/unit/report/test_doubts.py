@@ -45,6 +45,20 @@ def test_arms_whose_answers_were_all_cut_off_are_named() -> None:
     assert of_evaluation(Evaluation(arms=others)) == []
 
 
+def test_arms_most_of_whose_answers_were_cut_off_are_named_with_the_share() -> None:
+    arms = [ArmResult(name="base", ended=Interval(mean=0.49)), ArmResult(name="stage:ppo", ended=Interval(mean=0.1))]
+    assert of_evaluation(Evaluation(arms=arms)) == [
+        "most answers of base (51%), ppo (90%) were cut off at max_new_tokens, so their scores are those of unfinished "
+        "text; raise it"
+    ]
+
+
+def test_fewer_than_ten_prompts_are_too_few() -> None:
+    (few,) = of_evaluation(Evaluation(num_prompts=9))
+    assert few == "only 9 prompts were evaluated, too few for a verdict; it takes at least 10"
+    assert of_evaluation(Evaluation(num_prompts=10)) == []
+
+
 def test_a_smoke_run_is_known_by_its_profile() -> None:
     assert is_smoke("smoke")
     assert not is_smoke("")

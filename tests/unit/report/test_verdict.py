@@ -200,3 +200,70 @@ def test_the_guards_two_opinions_are_drawn_over_the_root_of_the_kl(fake_run):
     words = re.findall(r'<text class="tick s(\d)"[^>]*>(.*?)</text>', chart)
     assert [word for line, word in words if line == "0"][:2] == ["training", "score"]
     assert [word for line, word in words if line == "1"][:2] == ["held-out", "scorer"]
+
+
+def with_judge(fake_run, *pairs: dict[str, object]) -> None:
+    fake_run.evaluation["judge"] = {"kind": "endpoint", "name": "a-model", "num_prompts": 100, "pairs": list(pairs)}
+
+
+def judged(arm: str, against: str, rate: float, verdict: str) -> dict[str, object]:
+    win_rate = {"mean": rate, "low": rate - 0.05, "high": rate + 0.05}
+    return {"arm": arm, "against": against, "wins": 1, "ties": 0, "losses": 1, "win_rate": win_rate, "verdict": verdict}
+
+
+def test_a_judge_that_contradicts_the_primary_metric_is_in_the_headline(fake_run, make_comparison):
+    fake_run.evaluation["comparisons"] = [make_comparison("stage:dpo", "stage:sft", 0.09, 0.05)]
+    expected = (
+        "Preference training helped: dpo beats sft. By quality, dpo is better than sft, but a-model prefers sft "
+        "(win rate 0.70)."
+    )
+    for pair in (judged("stage:sft", "stage:dpo", 0.7, "better"), judged("stage:dpo", "stage:sft", 0.3, "worse")):
+        with_judge(fake_run, pair)
+        assert lead_of(fake_run.html()) == expected
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        judged("stage:dpo", "stage:sft", 0.7, "better"),
+        judged("stage:dpo", "stage:sft", 0.48, "no real difference"),
+        judged("stage:ppo", "stage:sft", 0.3, "worse"),
+    ],
+    ids=["it agrees", "it cannot tell", "another pair"],
+)
+def test_a_judge_that_does_not_contradict_is_not_in_the_headline(fake_run, make_comparison, pair):
+    fake_run.evaluation["comparisons"] = [make_comparison("stage:dpo", "stage:sft", 0.09, 0.05)]
+    with_judge(fake_run, pair)
+    assert lead_of(fake_run.html()) == "Preference training helped: dpo beats sft."
+
+
+def test_a_reward_model_that_contradicts_is_in_the_headline_if_its_difference_is_real(fake_run, make_comparison):
+    fake_run.evaluation["comparisons"] = [make_comparison("stage:ppo", "stage:sft", -0.1, 0.05)]
+    expected = "Preference training hurt: ppo falls behind sft."
+    for gain, others in (
+        (0.8, " By quality, sft is better than ppo, but the reward model scores ppo higher (+0.800)."),
+        (0.03, ""),
+        (-0.8, ""),
+    ):
+        for pair in (
+            make_comparison("stage:ppo", "stage:sft", gain, 0.05),
+            make_comparison("stage:sft", "stage:ppo", -gain, 0.05),
+        ):
+            fake_run.evaluation["reward_comparisons"] = [pair | {"metric": "reward"}]
+            assert lead_of(fake_run.html()) == expected + others
+
+
+def test_too_few_prompts_give_no_verdict(fake_run):
+    fake_run.evaluation["num_prompts"] = 9
+    html = fake_run.html()
+    assert lead_of(html) == "Only 9 prompts were evaluated, too few for a verdict; it takes at least 10."
+    assert "really better" not in html
+    fake_run.evaluation["num_prompts"] = 10
+    assert "really better" in fake_run.html()
+
+
+def test_what_the_plan_said_against_the_evaluation_stands_first_among_the_warnings(fake_run):
+    fake_run.run["cautions"] = ["3 of the rows that sft may learn from ask what evaluate asks"]
+    fake_run.headlines["ppo"] = {"eos_rate": 0.0}
+    html = fake_run.html()
+    assert html.index("3 of the rows that sft may learn from ask what evaluate asks.") < html.index("ended within")

@@ -230,6 +230,18 @@ def test_the_metric_choice_asks_every_arm_s_policy_behind_its_own_prompt(chain: 
             assert sample.answers[arm].scores == {"mmlu": expected}, (arm, sample.id)
 
 
+def test_the_reward_model_s_differences_are_a_family_of_their_own(chain: Chained, evaluated: dict[str, Any]) -> None:
+    rewards = {arm["name"]: arm["reward"]["mean"] for arm in evaluated["arms"]}
+    by_pair = {(pair["arm"], pair["against"]): pair for pair in evaluated["reward_comparisons"]}
+    assert set(by_pair) == {(pair["arm"], pair["against"]) for pair in evaluated["comparisons"]}
+    for (arm, against), pair in by_pair.items():
+        assert pair["metric"] == "reward"
+        assert pair["difference"] == pytest.approx(rewards[arm] - rewards[against], abs=1e-6)
+    assert evaluate(chain, replace(SMALL, arms=["base", "stage:sft"], reward=None), "no-reward")[
+        "reward_comparisons"
+    ] == []  # fmt: skip
+
+
 def test_without_metrics_no_arm_is_better_and_the_other_figures_stand(chain: Chained) -> None:
     told = evaluate(chain, replace(SMALL, arms=["base", "stage:sft"], metrics=[]), "bare")
     assert (told["primary"], told["metrics"], told["comparisons"], told["tasks"]) == (None, [], [], {})
