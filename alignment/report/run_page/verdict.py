@@ -201,7 +201,8 @@ def _arm_warnings(evaluation: Evaluation) -> list[str]:
 
 
 def _cut(arm: ArmResult) -> bool:
-    return arm.ended is not None and 0 < arm.ended.mean < 1
+    """Whether some of its answers were cut off, but not most: those are a doubt of the evaluation."""
+    return arm.ended is not None and 0.5 <= arm.ended.mean < 1
 
 
 def _never_ended(arm: ArmResult, num_prompts: int | None) -> str:
