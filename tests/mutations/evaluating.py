@@ -180,7 +180,7 @@ MUTATIONS = [
             "arms change their scores",
             "scores=scores[name],",
             "scores=scores[next(iter(arms))],",
-            "test_log_ratios_and_rewards_of_every_arm_are_its_own_by_value",
+            "test_a_metric_is_the_mean_of_what_its_source_says_of_every_answer",
         ),
         (
             "figures that are no numbers are published",
