@@ -35,7 +35,7 @@ class FewShotConfig:
     """
 
     count: Annotated[int, POSITIVE] = 3
-    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/conversations"))
+    data: DataConfig = field(default_factory=DataConfig)
 
 
 class JudgeKind(str, Enum):

@@ -19,4 +19,4 @@ class PtxConfig:
 
     coefficient: Annotated[float, NOT_NEGATIVE] = 0.0
     batch_size: Annotated[int, POSITIVE] = 8
-    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/conversations"))
+    data: DataConfig = field(default_factory=DataConfig)

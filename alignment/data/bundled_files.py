@@ -25,10 +25,13 @@ def locate(source: str, *, where: str = "") -> Path:
         return path
     if scheme == "bundled" and rest:
         return _bundled(rest, where=where)
+    is_file = bool(source) and Path(source).expanduser().exists()
     raise DataError(
         f"{source!r} is not a valid data source",
         where=where,
-        remedy="write bundled:quickstart/NAME, path:FILE or hub:ORG/NAME@REVISION",
+        remedy=f"did you mean path:{source}?"
+        if is_file
+        else "write bundled:quickstart/NAME, path:FILE or hub:ORG/NAME@REVISION",
     )
 
 

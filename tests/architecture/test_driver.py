@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,8 +36,9 @@ def modules_after(*arguments: str) -> set[str]:
     return {name.partition(".")[0] for name in outcome["modules"]}
 
 
-OFFLINE = [name for name in recipe_names() if "hub:" not in (recipes_folder() / f"{name}.yaml").read_text()]
-"""What a hub's data set is, its own library says."""
+ELSEWHERE = re.compile(r"hub:|path:")
+OFFLINE = [name for name in recipe_names() if not ELSEWHERE.search((recipes_folder() / f"{name}.yaml").read_text())]
+"""What a hub's data set is, its own library says; a path is a file of the user's."""
 
 
 @pytest.mark.parametrize("arguments", [*(("plan", name) for name in OFFLINE), ("--help",), ("status",)])

@@ -18,7 +18,7 @@ def show(console: Console, recipe: str, overrides: Sequence[str]) -> None:
         AlignmentError: a fault in the plan, or sizes that no machine can combine.
     """
     plan = make_plan(recipe, overrides)
-    show_plan(console, plan)
     refuse_sizes(plan)
+    show_plan(console, plan)
     if reason := why_not_here(plan):
         console.print(f"this machine cannot start it: {reason}", markup=False, highlight=False, soft_wrap=True)

@@ -19,6 +19,7 @@ from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
 from alignment.pipeline.plan.row_counts import rows_of
 from alignment.records.evaluation import Evaluation
 from alignment.report import doubts
+from alignment.report.kit import text
 from alignment.rewards.scorer_sources import REWARD, function_of
 from alignment.stages import registry
 from alignment.stages.registry import as_trained, kind_of
@@ -109,8 +110,9 @@ def _shared_prompts(plan: Plan) -> Iterator[str]:
             continue
         for both, stages in _overlaps(plan, HeldOut(evaluation.seen["data"].texts)).items():
             yield (
-                f"{len(both)} of the rows that {', '.join(stages)} may learn from ask what {evaluation.name} asks, "
-                f"such as {both[0].learned}, which has {both[0].share:.0%} of {both[0].held_out}"
+                f"{len(both)} of the rows that {text.listing(stages)} may learn from resemble prompts of "
+                f"{evaluation.name}: {both[0].learned} has {both[0].share:.0%} of the eight-word sequences of "
+                f"{both[0].held_out}"
             )
 
 

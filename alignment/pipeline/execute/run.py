@@ -99,9 +99,10 @@ def _execute(
                 recorder.finish("interrupted" if code == INTERRUPTED else "preempted")
             console.print("stopped; the same command continues from here", highlight=False)
             return code
-        except BaseException:
-            with suppress(OSError):
-                recorder.finish("failed")
+        except BaseException as error:
+            if not isinstance(error, Busy):  # the stage goes on, so the run has not failed
+                with suppress(OSError):
+                    recorder.finish("failed")
             raise
         if recorder.end():
             if gates.not_met(plan.stages):
@@ -227,7 +228,7 @@ def _one_stage(
     if stage.action is Action.reuse:
         _reuse(plan, stage, display)
         return
-    for function in stage.code:
+    for function in stage.user_code:
         display.note(f"{stage.name} runs your code: {function}")
     display.begin(stage.name, stage.reason)
     recorder.stage(stage.name, "running")
@@ -240,7 +241,10 @@ def _one_stage(
         # Busy: a process of an earlier call, whose driver was killed, is still working on the stage.
         interrupted = isinstance(stop, (KeyboardInterrupt, Terminated, Preempted, Busy))
         with suppress(OSError):
-            recorder.stage(stage.name, "waiting" if interrupted else "failed", seconds=time.monotonic() - started)
+            if isinstance(stop, Busy):
+                recorder.stage(stage.name, "running")  # by that other process
+            else:
+                recorder.stage(stage.name, "waiting" if interrupted else "failed", seconds=time.monotonic() - started)
         display.end(stage.name, "failed" if not interrupted else "stopped", duration(time.monotonic() - started))
         raise
     if was_made:

@@ -44,7 +44,7 @@ def show_plan(console: Console, plan: Plan) -> None:
                 f"reads {source.identity}{'' if source.path else ', which a run downloads'}"
                 for source in stage.hub_data
             ]
-            lines += [f"runs your code: {function}" for function in stage.code if not function.startswith("bundled:")]
+            lines += [f"runs your code: {function}" for function in stage.user_code]
             for line in lines:
                 console.print(f"{stage.name} {line}", markup=False, highlight=False, emoji=False, soft_wrap=True)
     for note in notes.of_plan(plan):

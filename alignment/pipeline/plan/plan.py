@@ -62,8 +62,8 @@ class PlannedStage:
 
     ``inputs`` has an entry for each reference except arms. ``data`` is the main data file, and ``extra_data`` holds
     the others by field; hub data sets that are not on this machine are missing in both, but ``hub_data`` lists all.
-    ``code`` names the user's functions that the stage runs. ``artifact`` is the folder of the result, ``work`` the
-    folder in which it is made.
+    ``code`` names the functions that the stage runs, the user's and those that ship with the project. ``artifact`` is
+    the folder of the result, ``work`` the folder in which it is made.
     """
 
     name: str
@@ -82,6 +82,11 @@ class PlannedStage:
     seen: dict[str, Seen]
     artifact: Path
     work: Path
+
+    @property
+    def user_code(self) -> list[str]:
+        """The functions that do not ship with the project."""
+        return [function for function in self.code if not function.startswith("bundled:")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +122,9 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     config, faults = convert(composition.tree, registry.config_classes())
     faults = [*composition.faults, *faults]
     named = {fault.where for fault in faults}  # a faulty field holds its default, so more faults of it would mislead
-    faults += [fault for fault in references.faults(config.stages) if fault.where.partition("[")[0] not in named]
+    unreadable = set(composition.tree.get("stages") or {}) - set(config.stages)
+    in_references = references.faults(config.stages, unreadable=unreadable)
+    faults += [fault for fault in in_references if fault.where.partition("[")[0] not in named]
     named |= {fault.where for fault in faults}
     later = [*scorer_checks.faults(config.stages), *settings.faults(config), *unread.faults(config)]
     later += compatibility.faults(config)

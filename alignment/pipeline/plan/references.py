@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from alignment.config.did_you_mean import nearest, suggestion
@@ -76,9 +76,10 @@ def inputs_of(name: str, stages: Mapping[str, StageConfig]) -> list[str]:
     return list(dict.fromkeys(other for other in named if other is not None))
 
 
-def faults(stages: Mapping[str, StageConfig]) -> list[Fault]:
-    """Everything wrong with the references of a run, cycles included."""
-    stage_faults = [fault for name, stage in stages.items() for fault in _stage_faults(name, stage, stages)]
+def faults(stages: Mapping[str, StageConfig], *, unreadable: Container[str] = ()) -> list[Fault]:
+    """Everything wrong with the references of a run, cycles included; nothing is said of references to ``unreadable``
+    stages, which have faults of their own."""
+    stage_faults = [fault for name, stage in stages.items() for fault in _stage_faults(name, stage, stages, unreadable)]
     if stage_faults:
         return stage_faults
     cycle = _cycle(stages)
@@ -102,10 +103,12 @@ def in_order(stages: Mapping[str, StageConfig]) -> list[str]:
     return done
 
 
-def _stage_faults(name: str, stage: StageConfig, stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
+def _stage_faults(
+    name: str, stage: StageConfig, stages: Mapping[str, StageConfig], unreadable: Container[str]
+) -> Iterator[Fault]:
     seen = set()
     yield from kind_of(stage).references.faults(stage, f"stages.{name}")
-    for slot in slots(stage):
+    for slot in (slot for slot in slots(stage) if stage_of(slot) not in unreadable):
         where = f"stages.{name}.{slot.field}"
         problem = _problem(slot, stages)
         if problem:

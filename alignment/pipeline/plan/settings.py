@@ -23,6 +23,8 @@ from alignment.pipeline.backends import slurm
 from alignment.pipeline.plan import scorer_checks
 from alignment.stages.registry import as_trained, kind_of
 
+_NO_ROWS = "missing; name the rows: path:FILE, hub:ORG/NAME@REVISION, or what ships with the project: bundled:NAME"
+
 
 def faults(config: RunConfig) -> list[Fault]:
     """Faults in a run's template, Slurm jobs, trackers, adapters and data, and those that its stages report."""
@@ -35,6 +37,8 @@ def faults(config: RunConfig) -> list[Fault]:
             every_fault += _chain_faults(trained, config, f"{where}.adapter")
         read_by_code = bool(scorer_checks.functions(stage))
         for slot in kind.data(stage):
+            if slot.in_use and not slot.data.source:
+                every_fault.append(Fault(where=f"{where}.{slot.field}.source", message=_NO_ROWS))
             if isinstance(slot.data, DataConfig) and (slot.in_use or slot.data.source):
                 by_code = read_by_code and slot.field == "data"
                 every_fault += _data_faults(slot.data, f"{where}.{slot.field}", read_by_code=by_code)
@@ -74,7 +78,10 @@ def _slurm_faults(launch: LaunchConfig) -> Iterator[Fault]:
         message = f"{submitted.gpus} for {launch.num_processes} processes; use one for each: {launch.num_processes}"
         yield Fault(where="launch.backend.gpus", message=message)
     if not (submitted.gpus or launch.num_processes):
-        message = "0 for one process on each GPU; set how many GPUs a job gets, or launch.num_processes=1"
+        message = (
+            "0, and launch.num_processes is 0 (one process for each GPU), so nothing says how many GPUs a job gets; "
+            "set this"
+        )
         yield Fault(where="launch.backend.gpus", message=message)
 
 

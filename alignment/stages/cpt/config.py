@@ -22,7 +22,7 @@ class CptConfig:
     kind: str = "cpt"
     init: str = reference_to("base", "policy")
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/conversations"))
+    data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
     max_length: Annotated[int, POSITIVE] = 1024
     packing: bool = True

@@ -40,7 +40,7 @@ class DpoConfig:
     kind: str = "dpo"
     init: str = reference_to("stage:sft", "policy")
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/preferences"))
+    data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5))
     max_length: Annotated[int, POSITIVE] = 1024
     max_prompt_length: Annotated[int | None, POSITIVE] = None

@@ -30,7 +30,7 @@ class EvaluateConfig:
     )
     reference: str = reference_to("stage:sft", "policy")
     reward: str | None = reference_to("stage:reward", "reward")
-    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/heldout"))
+    data: DataConfig = field(default_factory=DataConfig)
     metrics: list[MetricConfig] = field(default_factory=list)
     primary: str | None = None
     system_prompt: str | None = None

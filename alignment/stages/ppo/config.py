@@ -86,7 +86,7 @@ class PpoConfig:
     reward: str | None = reference_to("stage:reward", "reward", external=True)
     scorers: Annotated[list[ScorerConfig], FILLED] = field(default_factory=lambda: [ScorerConfig()])
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/preferences"))
+    data: DataConfig = field(default_factory=DataConfig)
     optim: PpoOptimConfig = field(default_factory=PpoOptimConfig)
     kl: KlConfig = field(default_factory=KlConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)

@@ -144,7 +144,7 @@ def _too_few_prompts(config: PpoConfig, num_prompts: int, where: str) -> Iterato
 
 
 def _reported(config: PpoConfig) -> Reported:
-    training = ("objective/score", "objective/kl", "response_length", "eos_rate")
+    training = ("objective/score", "objective/score_std", "objective/kl", "response_length", "eos_rate")
     families = ("guard/",) if config.guard.every else ()
     return Reported(training=training, counts=(*ROW_COUNTS, "updates", "memory/base_copies"), families=families)
 
@@ -156,12 +156,18 @@ def _why_missing(config: PpoConfig, metric: str, stage: str) -> str:
 
 
 def _doubts(metrics: Mapping[str, float]) -> list[str]:
-    if metrics.get("eos_rate") != 0.0:
-        return []
-    return [
-        "none of the last update's answers ended within max_new_tokens, so all were cut off; raise it, or start from "
-        "a policy that ends its answers"
-    ]
+    doubts = []
+    if metrics.get("eos_rate") == 0.0:
+        doubts.append(
+            "none of the last update's answers ended within max_new_tokens, so all were cut off; raise it, or start "
+            "from a policy that ends its answers"
+        )
+    if metrics.get("objective/score_std") == 0.0:
+        doubts.append(
+            "all of the last update's answers had the same score, so there was nothing to learn from; take a scorer "
+            "that distinguishes them"
+        )
+    return doubts
 
 
 def _against_forgetting(name: str) -> str:

@@ -32,7 +32,14 @@ from alignment.training.rl.samples import Samples
 from alignment.training.session import train
 from alignment.training.sharding import whole_state
 
-FROM_LAST_UPDATE = ("objective/score", "objective/kl", "response_length", "eos_rate", "memory/base_copies")
+FROM_LAST_UPDATE = (
+    "objective/score",
+    "objective/score_std",
+    "objective/kl",
+    "response_length",
+    "eos_rate",
+    "memory/base_copies",
+)
 """Metrics of the last update that are written to the manifest."""
 
 

@@ -26,7 +26,7 @@ class RewardCardConfig:
 
     kind: str = "reward_card"
     reward: str = reference_to("stage:reward", "reward", external=True)
-    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/preferences"))
+    data: DataConfig = field(default_factory=DataConfig)
     learned: DataConfig = field(default_factory=DataConfig)
     leave_out_learned: bool = True
     rule: ScoreSourceConfig | None = None

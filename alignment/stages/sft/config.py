@@ -20,7 +20,7 @@ class SftConfig:
     kind: str = "sft"
     init: str = reference_to("base", "policy")
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    data: DataConfig = field(default_factory=lambda: DataConfig(source="bundled:quickstart/conversations"))
+    data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4))
     max_length: Annotated[int, POSITIVE] = 1024
     max_prompt_length: Annotated[int | None, POSITIVE] = None

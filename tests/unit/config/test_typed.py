@@ -223,7 +223,7 @@ def test_keys_left_out_keep_the_stage_s_own_defaults() -> None:
     stage = config.stages["reward"]
     assert stage.optim.lr == 1e-4  # type: ignore[union-attr]
     assert stage.optim.epochs == 2.0  # type: ignore[union-attr]
-    assert stage.data.source == "bundled:quickstart/preferences"  # type: ignore[union-attr]
+    assert stage.data.source == ""  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("value", [1e-4, "1e-4", "1E-04"])

@@ -108,8 +108,8 @@ def test_prompts_that_are_learned_and_evaluated_are_named(plan: MakePlan, tmp_pa
     planned = plan()
     (note,) = of_plan(planned)
     assert note == (
-        f"1 of the rows that reward, dpo, ppo may learn from ask what evaluate asks, such as {pairs}:25, which has "
-        f"100% of {tmp_path}/heldout.jsonl:1"
+        f"1 of the rows that reward, dpo and ppo may learn from resemble prompts of evaluate: {pairs}:25 has "
+        f"100% of the eight-word sequences of {tmp_path}/heldout.jsonl:1"
     )
     screen = StringIO()
     show_plan(Console(file=screen, width=400), planned)

@@ -51,7 +51,7 @@ def test_adapters_that_can_are_not(plan: MakePlan) -> None:
             ["launch.backend.gpus=1", "launch.num_processes=2"],
             "launch.backend.gpus: 1 for 2 processes; use one for each: 2",
         ),
-        (["launch.num_processes=0"], "launch.backend.gpus: 0 for one process on each GPU"),
+        (["launch.num_processes=0"], "launch.backend.gpus: 0, and launch.num_processes is 0"),
     ],
 )
 def test_a_job_that_would_fail_after_it_has_waited_is_refused(plan: MakePlan, told: list[str], words: str) -> None:

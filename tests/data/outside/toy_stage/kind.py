@@ -46,5 +46,5 @@ KIND = StageKind(
     curves=lambda _: [Curve(title="Backward loss", unit="nats", keys=("loss",))],
     learning=Learning(one_row_a_record=lambda _: False, batches_of_rows=False, may_drop=True),
     outcome=Outcome(metrics=lambda _: Reported(training=("loss",)), lines=loss_line),
-    smoke={"optim": {"max_steps": 1}},
+    smoke={"optim": {"max_steps": 1, "warmup_ratio": 0.0}},
 )

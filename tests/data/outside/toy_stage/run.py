@@ -13,7 +13,7 @@ from toy_stage.kind import ToyConfig
 
 
 def run(config: ToyConfig, context: StageContext) -> StageResult:
-    found, tokenizer = initial_policy(context)
+    policy, tokenizer = initial_policy(context)
     rows, counts = token_rows(context, TEXTS, config.data, whole_rows(config), tokenizer)
     rows = rows.map(lambda row: {name: row[name][::-1] for name in ("input_ids", "labels")}, keep_in_memory=True)
-    return learn(config, context, found, tokenizer, rows, counts)
+    return learn(config, context, policy, tokenizer, rows, counts)
