@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
+from io import StringIO
 from types import ModuleType
 from typing import Any
 
@@ -120,7 +121,8 @@ def _checks() -> ModuleType:
     langdetect.DetectorFactory.seed = 0  # otherwise the same text may be of another language the next time
     fetch, nltk.download = nltk.download, lambda *_, **__: False
     try:
-        from lm_eval.tasks.ifeval import utils
+        with redirect_stdout(StringIO()):  # it says that it downloaded something, whether it did or not
+            from lm_eval.tasks.ifeval import utils
     finally:
         nltk.download = fetch
     checks: ModuleType = utils
