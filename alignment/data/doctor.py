@@ -138,7 +138,8 @@ def _try(use: Use, record: type[Record], form: Format, row: RawRow, example: str
 def record_key(record: Record) -> str:
     """A hash that is equal for records with equal content."""
     turns = [message.as_dict() for message in getattr(record, "messages", ())]
-    return digest([*turns, *(getattr(record, name, "") for name in ("text", "chosen", "rejected"))])
+    texts = [getattr(record, name, "") for name in ("text", "chosen", "rejected")]
+    return digest([*turns, *texts, *getattr(record, "later_turns", ())])
 
 
 def _text_of(new: Mapping[str, Sequence[Record]], uses: Mapping[str, type[Record]]) -> str:
@@ -152,4 +153,5 @@ def _text_of(new: Mapping[str, Sequence[Record]], uses: Mapping[str, type[Record
     for record in records:
         texts += [message.content for message in getattr(record, "messages", ()) if message.role != "system"]
         texts += [getattr(record, name, "") for name in ("text", "chosen", "rejected")]
+        texts += getattr(record, "later_turns", ())
     return "\n".join(dict.fromkeys(texts))

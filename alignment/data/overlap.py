@@ -14,7 +14,7 @@ from pathlib import Path
 
 from alignment.config.data import OnError, SourceConfig
 from alignment.data.reading import iterate
-from alignment.data.records import Prompt, Record
+from alignment.data.records import HeldOutPrompt, Record
 
 NGRAM = 8
 LIKELY = 0.5
@@ -31,15 +31,16 @@ class LocatedText:
 
 
 def asked(record: Record) -> LocatedText:
-    """The question of a record: its user turns, or its text."""
+    """The question of a record: its user turns, those that an evaluation asks later too, or its text."""
     turns = [turn.content for turn in getattr(record, "messages", ()) if turn.role == "user"]
+    turns += getattr(record, "later_turns", ())
     return LocatedText(where=record.where, text="\n".join(turns) or getattr(record, "text", ""))
 
 
 def asked_in(path: Path, data: SourceConfig) -> Iterator[LocatedText]:
     """The questions of a source's prompts; rows without a prompt are skipped."""
     lenient = replace(data, on_error=OnError.skip, max_skipped=1.0)
-    return map(asked, iterate(path, Prompt, lenient))
+    return map(asked, iterate(path, HeldOutPrompt, lenient))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

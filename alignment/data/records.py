@@ -29,11 +29,13 @@ class Example:
     """The content of a row, whatever its columns are called.
 
     ``turns`` may end with the assistant's turn; otherwise ``answers`` may hold answers to the last turn. ``good`` is a
-    label's verdict on the last turn. ``field`` names the column for errors about turns.
+    label's verdict on the last turn. ``later_turns`` are the user's next turns, each asked after an answer to the one
+    before. ``field`` names the column for errors about turns.
     """
 
     fields: Fields
     turns: tuple[Message, ...] = ()
+    later_turns: tuple[str, ...] = ()
     answers: tuple[Answer, ...] = ()
     good: bool | None = None
     text: str = ""
@@ -178,6 +180,9 @@ class HeldOutPrompt(Prompt):
     name, or a trailing assistant turn. A row with answers to choose from has ``choices``, of which ``right`` is the
     index of the best one.
 
+    ``later_turns`` are what the user says next, each after the arm's answer to the turn before; ``later_references``
+    are the reference answers to them, "" for a turn without one.
+
     Example row: ``{"messages": [{"role": "user", "content": "When …?"}], "reference": "On 21 March."}``
     """
 
@@ -188,15 +193,28 @@ class HeldOutPrompt(Prompt):
     reference: str = ""
     choices: tuple[str, ...] = ()
     right: int | None = None
+    later_turns: tuple[str, ...] = ()
+    later_references: tuple[str, ...] = ()
+
+    @property
+    def num_turns(self) -> int:
+        """How often an arm answers."""
+        return 1 + len(self.later_turns)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The reference answer to each turn, "" for a turn without one."""
+        return (self.reference, *(self.later_references or ("",) * len(self.later_turns)))
 
     @classmethod
     def of(cls, example: Example) -> Iterator[Self]:
-        """Raises DataError unless a user turn is left at the end."""
+        """Raises DataError unless a user turn is left at the end, and references fit the turns."""
         fields = example.fields
         ranks = [answer.rank for answer in example.answers]
         has_choices = len(ranks) > 1 and ranks.count(max(ranks)) == 1
         messages = example.prompt(drop_answer=True)
         dropped = "".join(turn.content for turn in example.turns[len(messages) :])
+        reference, *later_references = _references(example)
         yield cls(
             messages=messages,
             tools=example.tools,
@@ -204,10 +222,26 @@ class HeldOutPrompt(Prompt):
             task=fields.label("task"),
             row=fields.row,
             where=fields.where,
-            reference=fields.label("reference") or dropped,
+            reference=reference or dropped,
             choices=tuple(answer.text for answer in example.answers) if has_choices else (),
             right=ranks.index(max(ranks)) if has_choices else None,
+            later_turns=example.later_turns,
+            later_references=tuple(later_references),
         )
+
+
+def _references(example: Example) -> list[str]:
+    """The reference answer to each turn; a row of the format ``turns`` may list them."""
+    fields, num_turns = example.fields, 1 + len(example.later_turns)
+    value = fields.row.get("reference")
+    if example.field != "turns" or not isinstance(value, list):
+        return [fields.label("reference"), *[""] * (num_turns - 1)]
+    if value and len(value) != num_turns:
+        fields.fail("reference", f"must have an entry for each of the {num_turns} turns; it has {len(value)}")
+    for number, text in enumerate(value):
+        if text is not None and not isinstance(text, str):
+            fields.fail(f"reference[{number}]", f"must be text; it is {text!r:.60}")
+    return [text or "" for text in value] or [""] * num_turns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -44,11 +45,12 @@ class TokenSum:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
-    """The answers of one arm: ``per_prompt`` to each held-out prompt, those to one prompt next to each other.
+    """The answers of one arm: ``per_prompt`` to each turn of each held-out prompt, in that order (exchanges.py).
 
     ``logprobs`` are those of its own answers, in nats; None for an arm whose log-ratio is not needed. ``references``
-    are those of the rows' reference answers, one entry per prompt, None for a row without one or an arm with another
-    tokenizer. ``seconds`` is the time that computing all of it took.
+    are those of the rows' reference answers, one entry per turn, None for a turn without one or an arm with another
+    tokenizer. ``seconds`` is the time that computing all of it took. ``turns`` are how many each prompt has; empty if
+    each has one.
     """
 
     answers: list[Answer]
@@ -56,6 +58,7 @@ class Answered:
     references: list[TokenSum | None]
     seconds: float
     per_prompt: int = 1
+    turns: Sequence[int] = ()
 
     @property
     def ids(self) -> list[list[int]]:
@@ -63,13 +66,30 @@ class Answered:
         return [answer.ids for answer in self.answers]
 
     @property
-    def first_answers(self) -> list[Answer]:
-        """The first answer to each prompt."""
-        return self.answers[:: self.per_prompt]
+    def exchanges(self) -> list[Sequence[Answer]]:
+        """The first answer in each turn of each prompt; the first answers of all turns are one conversation."""
+        return self.by_prompt(self.answers[:: self.per_prompt])
+
+    def by_prompt(self, values: Sequence[T]) -> list[Sequence[T]]:
+        """One group per prompt; ``values`` have one entry per turn."""
+        if not self.turns:
+            return grouped(values, 1)
+        return [values[end - size : end] for end, size in zip(accumulate(self.turns), self.turns, strict=True)]
+
+    def of_prompts(self, values: Sequence[float]) -> list[float]:
+        """The mean over the turns of each prompt; ``values`` have one entry per turn."""
+        return [sum(of_turns) / len(of_turns) for of_turns in self.by_prompt(values)]
 
     def means(self, values: Sequence[float]) -> list[float]:
-        """The mean over the answers to each prompt; ``values`` have one entry per answer."""
-        return [sum(values) / len(values) for values in grouped(values, self.per_prompt)]
+        """The mean over the turns of each prompt and the answers in them; ``values`` have one entry per answer."""
+        return self.of_prompts(self._of_turns(values))
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Like ``means``, but the sum over the turns: of log-probabilities, those of a whole conversation."""
+        return [sum(of_turns) for of_turns in self.by_prompt(self._of_turns(values))]
+
+    def _of_turns(self, values: Sequence[float]) -> list[float]:
+        return [sum(of_answers) / len(of_answers) for of_answers in grouped(values, self.per_prompt)]
 
 
 def grouped(values: Sequence[T], size: int) -> list[Sequence[T]]:
@@ -94,12 +114,12 @@ def read_answers(tokenizer: Any, rows: Sequence[list[int]]) -> list[Answer]:
 
 
 def side_by_side(
-    prompts: Sequence[Sequence[int]], arms: Sequence[Sequence[Sequence[int]]]
+    prompts: Sequence[Sequence[Sequence[int]]], answers: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and answers (token ids) of all arms; rows of one prompt are adjacent, so that it is computed once."""
+    """All arms' prompts and answers (token ids); rows of one prompt are adjacent, so that it is computed once."""
     return (
-        [list(prompt) for prompt in prompts for _ in arms],
-        [list(arm[row]) for row in range(len(prompts)) for arm in arms],
+        [list(prompt) for of_row in zip(*prompts, strict=True) for prompt in of_row],
+        [list(answer) for of_row in zip(*answers, strict=True) for answer in of_row],
     )
 
 

@@ -31,6 +31,7 @@ from alignment.records.evaluation import (
     JudgedPair,
     Sample,
     SampleAnswer,
+    TurnAnswer,
 )
 from alignment.records.interval import Interval
 
@@ -74,20 +75,21 @@ def arm_result(
 ) -> ArmResult:
     """The figures of one arm.
 
-    ``scores`` are by metric, one per prompt; ``rewards`` and ``log_ratios`` have one entry per answer. ``log_ratios``
-    are log π − log reference of its answers, in nats. Of answers ``sampled`` from the policy they estimate the KL
-    divergence, an expectation; of greedy ones they do not.
+    ``scores`` are by metric, one per turn; ``rewards`` and ``log_ratios`` have one entry per answer. ``log_ratios``
+    are log π − log reference of its answers, in nats, which are summed over the turns of a conversation. Of answers
+    ``sampled`` from the policy they estimate the KL divergence, an expectation; of greedy ones they do not.
     """
     answers = arm.answers
     loss = _loss(arm, intervals)
     return ArmResult(
         name=name,
         label=label,
-        metrics={metric: intervals.of(list(values)) for metric, values in scores.items()},
+        metrics={metric: intervals.of(arm.of_prompts(values)) for metric, values in scores.items()},
+        by_turn=_by_turn(arm, scores, intervals),
         words=intervals.of(arm.means([float(len(answer.text.split())) for answer in answers])),
         reward=None if rewards is None else intervals.of(arm.means(rewards)),
-        greedy_log_ratio=None if log_ratios is None or sampled else intervals.of(log_ratios),
-        kl=None if log_ratios is None or not sampled else intervals.of(arm.means(log_ratios)),
+        greedy_log_ratio=None if log_ratios is None or sampled else intervals.of(arm.sums(log_ratios)),
+        kl=None if log_ratios is None or not sampled else intervals.of(arm.sums(log_ratios)),
         win_rate=win_rate,
         loss=loss,
         perplexity=None if loss is None else loss.through(math.exp),
@@ -98,13 +100,28 @@ def arm_result(
     )
 
 
+def _by_turn(arm: Answered, scores: Scores, intervals: Intervals) -> list[dict[str, Interval]]:
+    """The metrics of each turn by itself, over the prompts that have it; empty if no prompt has a second one."""
+    longest = max(arm.turns, default=1)
+    groups = {metric: arm.by_prompt(values) for metric, values in scores.items()}
+    return [
+        {
+            metric: intervals.of([of_turns[turn] for of_turns in of_metric if turn < len(of_turns)])
+            for metric, of_metric in groups.items()
+        }
+        for turn in range(longest if longest > 1 else 0)
+    ]
+
+
 def _loss(arm: Answered, intervals: Intervals) -> Interval | None:
     """Nats per token over all tokens of all reference answers; None without reference answers."""
-    sums = [reference for reference in arm.references if reference is not None]
-    return (
-        intervals.of_ratio([-reference.logprob for reference in sums], [float(reference.tokens) for reference in sums])
-        if sums
-        else None
+    known = ([sums for sums in of_prompt if sums is not None] for of_prompt in arm.by_prompt(arm.references))
+    of_prompts = [sums for sums in known if sums]
+    if not of_prompts:
+        return None
+    return intervals.of_ratio(
+        [-sum(reference.logprob for reference in sums) for sums in of_prompts],
+        [float(sum(reference.tokens for reference in sums)) for sums in of_prompts],
     )
 
 
@@ -169,21 +186,39 @@ def by_task(rows: Sequence[HeldOutPrompt], scores: Scores) -> dict[str, dict[str
 
 
 def samples(rows: Sequence[HeldOutPrompt], arms: Mapping[str, Answered], scores: Mapping[str, Scores]) -> list[Sample]:
-    """Every prompt with every arm's answer; ``scores`` are by arm, then by metric."""
+    """Every prompt with every arm's answer; ``scores`` are by arm, then by metric, one per turn."""
+    of_arms = {name: _sample_answers(arm, scores[name]) for name, arm in arms.items()}
     return [
         Sample(
             id=row.id,
             task=row.task,
             messages=[message.as_dict() for message in row.messages],
             reference=row.reference,
-            answers={
-                name: SampleAnswer(
-                    text=arm.first_answers[index].text,
-                    further=[answer.text for answer in grouped(arm.answers, arm.per_prompt)[index][1:]],
-                    scores={metric: values[index] for metric, values in scores[name].items()},
-                )
-                for name, arm in arms.items()
-            },
+            later_turns=list(row.later_turns),
+            later_references=list(row.later_references) if any(row.later_references) else [],
+            answers={name: answers[index] for name, answers in of_arms.items()},
         )
         for index, row in enumerate(rows)
+    ]
+
+
+def _sample_answers(arm: Answered, scores: Scores) -> list[SampleAnswer]:
+    """An arm's answers to each prompt."""
+    of_metrics = {metric: arm.of_prompts(values) for metric, values in scores.items()}
+    turns = [
+        TurnAnswer(
+            text=answers[0].text,
+            further=[answer.text for answer in answers[1:]],
+            scores={metric: values[number] for metric, values in scores.items()},
+        )
+        for number, answers in enumerate(grouped(arm.answers, arm.per_prompt))
+    ]
+    return [
+        SampleAnswer(
+            text=of_prompt[0].text,
+            further=of_prompt[0].further,
+            scores={metric: values[index] for metric, values in of_metrics.items()},
+            turns=list(of_prompt) if len(of_prompt) > 1 else [],
+        )
+        for index, of_prompt in enumerate(arm.by_prompt(turns))
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from alignment.core import typed_json
 from alignment.core.artifacts import write_lines
-from alignment.core.typed_json import Label, Name
+from alignment.core.typed_json import LEFT_OUT_IF_EMPTY, Label, Name
 from alignment.records.interval import Interval
 
 FILE = "evaluation.json"
@@ -51,7 +51,7 @@ class ArmResult:
     ``metrics`` are those of the recipe, by name. ``greedy_log_ratio`` is in nats a sequence, ``loss`` in nats a token;
     ``kl`` estimates the KL divergence from the reference on sampled answers, in nats a sequence. ``refusals``,
     ``distinct`` and ``ended`` are shares of the answers, ``win_rate`` is a share of the points against the reference.
-    ``seconds`` is the time that answering took.
+    ``seconds`` is the time that answering took. ``by_turn`` are the metrics of each turn, where prompts have several.
     """
 
     name: Name
@@ -68,6 +68,7 @@ class ArmResult:
     distinct: float | None = None
     ended: Interval | None = None
     seconds: float | None = None
+    by_turn: list[dict[Name, Interval]] = field(default_factory=list, metadata=LEFT_OUT_IF_EMPTY)
 
     def __post_init__(self) -> None:
         if not self.label:
@@ -88,7 +89,7 @@ class ArmResult:
         return {**raw, "metrics": {name: raw[name] for name in _names_of_older(raw)}}
 
 
-_NOT_MEASURED = ("name", "label", "metrics", "seconds")
+_NOT_MEASURED = ("name", "label", "metrics", "seconds", "by_turn")
 ARM_METRICS = tuple(part.name for part in fields(ArmResult) if part.name not in _NOT_MEASURED)
 """Names that no metric of a recipe can have, because every arm has a figure of that name."""
 
@@ -249,12 +250,25 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SampleAnswer:
-    """An arm's first answer to one prompt, the ``further`` ones, and the prompt's score by each metric."""
+class TurnAnswer:
+    """An arm's first answer in one turn, the ``further`` ones, and the turn's score by each metric."""
 
     text: str = ""
     further: list[str] = field(default_factory=list)
     scores: dict[Name, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleAnswer:
+    """An arm's first answer to one prompt, the ``further`` ones, and the prompt's score by each metric.
+
+    ``turns`` are all turns of a prompt that has several, the first one too; its scores are means over them.
+    """
+
+    text: str = ""
+    further: list[str] = field(default_factory=list)
+    scores: dict[Name, float] = field(default_factory=dict)
+    turns: list[TurnAnswer] = field(default_factory=list, metadata=LEFT_OUT_IF_EMPTY)
 
     @staticmethod
     def from_older(raw: Any) -> Any:
@@ -267,19 +281,21 @@ class SampleAnswer:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """A held-out prompt with every arm's answer, by the arm's name; ``messages`` are turns in the form that chat
-    templates take."""
+    templates take. ``later_turns`` are what the user says next, ``later_references`` the reference answers to that."""
 
     id: Name = ""
     task: Name = ""
     messages: list[dict[str, Any]] = field(default_factory=list)
     reference: str = ""
+    later_turns: list[str] = field(default_factory=list, metadata=LEFT_OUT_IF_EMPTY)
+    later_references: list[str] = field(default_factory=list, metadata=LEFT_OUT_IF_EMPTY)
     answers: dict[Name, SampleAnswer] = field(default_factory=dict)
 
     @property
     def prompt(self) -> str:
         """A key that identifies the prompt in any evaluation; ids do not, since rows may lack one and files may share
         them."""
-        return json.dumps([self.id, self.messages], sort_keys=True)
+        return json.dumps([self.id, self.messages, *self.later_turns], sort_keys=True)
 
 
 def write_samples(folder: Path, samples: list[Sample]) -> None:

@@ -6,14 +6,85 @@ from tests.mutations.mutation import in_file
 
 EVALUATE = "unit/stages/test_evaluate.py"
 
+TURNS = "unit/stages/test_evaluate_turns.py"
+
 MUTATIONS = [
+    *in_file(
+        "stages/evaluate/turn_prompts.py",
+        TURNS,
+        (
+            "a later question is asked without the answers before it",
+            "prompts = [continued(rows[index], answers) for index in asked for answers in earlier[index]]",
+            "prompts = [rows[index] for index in asked for answers in earlier[index]]",
+            "test_the_second_question_is_asked_after_the_arms_own_first_answer",
+        ),
+        (
+            "every sample goes on with the first one's answer",
+            "samples[turn.rows[number // per_prompt]][number % per_prompt].append(answer.text)",
+            "samples[turn.rows[number // per_prompt]][number % per_prompt].append("
+            "turn.answers[number - number % per_prompt].text)",
+            "test_each_sample_goes_on_with_its_own_answer_and_every_turn_has_its_own_cache",
+        ),
+        (
+            "a later reference is read behind the first question alone",
+            "messages = shown(continued(row, before))",
+            "messages = shown(row)",
+            "test_a_later_reference_is_read_after_the_references_before_it",
+        ),
+        (
+            "a later turn of base+prompt has no system prompt",
+            "prompts=tokenize_rows(prompts, lambda prompt: prompt_ids(tokenizer, shown(prompt))),",
+            "prompts=tokenize_rows(prompts, lambda prompt: prompt_ids(tokenizer, prompt.messages)),",
+            "test_the_second_question_is_asked_after_the_arms_own_first_answer",
+        ),
+    ),
+    *in_file(
+        "stages/evaluate/answer_cache.py",
+        TURNS,
+        (
+            "later turns draw the first one's random numbers",
+            'return ("answers", asked.number) if asked.number else ("answers",)',
+            'return ("answers",)',
+            "test_later_turns_draw_other_random_numbers",
+        ),
+    ),
+    *in_file(
+        "stages/evaluate/metric_scores.py",
+        TURNS,
+        (
+            "scorers read a later answer behind the first question",
+            "prompt_ids=[next(later) if turn.turn > 0 else first[turn.row] for turn in turn_of_answer],",
+            "prompt_ids=[first[turn.row] for turn in turn_of_answer],",
+            "test_rewards_and_log_ratios_of_later_turns_are_those_of_the_own_conversation",
+        ),
+    ),
+    *in_file(
+        "evaluation/exchanges.py",
+        "unit/evaluation/test_exchanges.py",
+        (
+            "a scored conversation has the first sample's answers",
+            "earlier = [of_row[sample : turn * per_prompt : per_prompt] for sample in range(per_prompt)]",
+            "earlier = [of_row[: turn * per_prompt : per_prompt] for sample in range(per_prompt)]",
+            "test_every_answer_is_behind_its_own_conversation",
+        ),
+    ),
+    *in_file(
+        "evaluation/arms.py",
+        "unit/evaluation/test_exchanges.py",
+        (
+            "a conversation's log-ratio is a mean over its turns",
+            "return [sum(of_turns) for of_turns in self.by_prompt(self._of_turns(values))]",
+            "return self.of_prompts(self._of_turns(values))",
+            "test_a_row_scores_the_mean_of_its_turns_and_its_log_ratio_is_their_sum",
+        ),
+    ),
     *in_file(
         "stages/evaluate/judging.py",
         EVALUATE,
         (
             "a judge reads the answers to other prompts",
-            "arms[name].first_answers[index].text for name in order",
-            "arms[name].answers[index].text for name in order",
+            "*(exchanges[name][index] for name in order)",
+            "*(exchanges[name][index - 1] for name in order)",
             "test_a_judge_compares_the_first_answers_to_the_same_prompt",
         ),
     ),
@@ -22,7 +93,7 @@ MUTATIONS = [
         EVALUATE,
         (
             "samples of another seed are taken for this one's",
-            'parts += [answers.per_prompt, answers.temperature, context.seed("answers")]',
+            "parts += [answers.per_prompt, answers.temperature, context.seed(*seed_of(asked))]",
             "parts += [answers.per_prompt, answers.temperature]",
             "test_another_seed_samples_other_answers",
         ),
@@ -48,8 +119,8 @@ MUTATIONS = [
         EVALUATE,
         (
             "samples are drawn at temperature 1 whatever is asked for",
-            "Sampling(temperature=config.answers.temperature, uniforms=uniforms)",
-            "Sampling(temperature=1.0, uniforms=uniforms)",
+            "Sampling(temperature=config.answers.temperature, uniforms=of_rows)",
+            "Sampling(temperature=1.0, uniforms=of_rows)",
             "test_a_low_temperature_samples_the_greedy_answer",
         ),
     ),
@@ -58,8 +129,8 @@ MUTATIONS = [
         EVALUATE,
         (
             "answers are scored for the prompts in turn",
-            "row_of_answer = [row for row in range(len(rows)) for _ in range(arm.per_prompt)]",
-            "row_of_answer = [row for _ in range(arm.per_prompt) for row in range(len(rows))]",
+            "prompts=asked,\n",
+            "prompts=asked[::-1],\n",
             "test_each_answer_is_scored_for_its_own_prompt",
         ),
     ),
@@ -178,8 +249,8 @@ MUTATIONS = [
         ),
         (
             "arms change their scores",
-            "scores=scores[name],",
-            "scores=scores[next(iter(arms))],",
+            "scores=turn_scores[name],",
+            "scores=turn_scores[next(iter(arms))],",
             "test_a_metric_is_the_mean_of_what_its_source_says_of_every_answer",
         ),
         (
@@ -330,8 +401,8 @@ MUTATIONS = [
         ),
         (
             "a loss is a mean of means",
-            "[float(reference.tokens) for reference in sums]",
-            "[1.0 for _ in sums]",
+            "[float(sum(reference.tokens for reference in sums)) for sums in of_prompts]",
+            "[1.0 for _ in of_prompts]",
             "test_the_loss_is_a_mean_over_all_reference_tokens_and_its_interval_over_prompts",
         ),
     ),

@@ -81,11 +81,13 @@ def _asked_only(fields: Fields) -> Example:
     return Example(fields=fields, turns=turns, tools=tools_of(fields), field=field)
 
 
-def _first_turn(fields: Fields) -> Example:
-    first = fields.items("turns")[0]
-    if not is_text(first):
-        fields.fail("turns[0]", f"must be text and not empty; it is {first!r:.60}")
-    return Example(fields=fields, turns=(Message(role="user", content=first),), field="turns")
+def _questions(fields: Fields) -> Example:
+    questions = fields.items("turns")
+    for number, question in enumerate(questions):
+        if not is_text(question):
+            fields.fail(f"turns[{number}]", f"must be text and not empty; it is {question!r:.60}")
+    first, *later = questions
+    return Example(fields=fields, turns=(Message(role="user", content=first),), later_turns=tuple(later), field="turns")
 
 
 RANKED = Format(
@@ -134,10 +136,10 @@ QUESTION_ANSWER = Format(
 
 QUESTIONS = Format(
     name="turns",
-    summary="questions to ask one after another; only the first is used (MT-Bench)",
+    summary="questions to ask one after another: an evaluation asks all, other stages the first (MT-Bench)",
     row='{"turns": ["Write a haiku.", "Now without nouns."]}',
     fits=lambda row: isinstance(row.get("turns"), list),
-    read=_first_turn,
+    read=_questions,
 )
 
 PROMPT = Format(

@@ -53,7 +53,9 @@ def share(runs: Sequence[Run], num_samples: int) -> Chosen:
     samples_by_prompt: dict[tuple[str, str], dict[int, Sample]] = {}
     for run_index, run in enumerate(runs):
         for sample in run.samples:
-            samples_by_prompt.setdefault((sample.id, str(sample.messages)), {}).setdefault(run_index, sample)
+            samples_by_prompt.setdefault((sample.id, str((sample.messages, sample.later_turns))), {}).setdefault(
+                run_index, sample
+            )
     together = [(next(iter(by_run.values())), _arms(by_run)) for by_run in samples_by_prompt.values()]
     shared = [(sample, arms) for sample, arms in together if arms]
     widest = [_widest(sample, arms) for sample, arms in shared]
@@ -84,10 +86,11 @@ def _widest(sample: Sample, arms: dict[str, dict[int, Answer]]) -> Sample:
 
 
 def _text_of(by_run: dict[int, Answer]) -> list[SharedAnswer]:
-    by_text: dict[str, SharedAnswer] = {}
+    by_text: dict[tuple[str, ...], SharedAnswer] = {}
     for run_index, answer in by_run.items():
-        if answer.text in by_text:
-            by_text[answer.text].runs.append(run_index)
+        texts = (answer.text, *answer.later)
+        if texts in by_text:
+            by_text[texts].runs.append(run_index)
         else:
-            by_text[answer.text] = SharedAnswer(runs=[run_index], answer=answer)
+            by_text[texts] = SharedAnswer(runs=[run_index], answer=answer)
     return list(by_text.values())

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from alignment.core.errors import ConfigError
 from alignment.records.evaluation import Evaluation
+from alignment.records.interval import Interval
 from alignment.report.kit.pages import template, write_page
 from alignment.report.kit.sizes import size_curves
 from alignment.report.run_page import run_tables
@@ -74,6 +75,7 @@ class Evaluated:
     other_comparisons: list[run_tables.OtherComparisonRow]
     judged: list[run_tables.JudgedRow]
     tasks: list[tuple[str, list[tuple[str, int]]]]
+    turns: list[list[Interval | None]]
 
 
 def _evaluated(evaluation: Evaluation | None) -> Evaluated | None:
@@ -88,6 +90,7 @@ def _evaluated(evaluation: Evaluation | None) -> Evaluated | None:
         other_comparisons=run_tables.other_comparison_rows(evaluation),
         judged=run_tables.judged_rows(evaluation),
         tasks=run_tables.task_rows(evaluation),
+        turns=run_tables.turn_rows(evaluation),
     )
 
 

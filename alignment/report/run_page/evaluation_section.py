@@ -35,6 +35,8 @@ def _sample(record: evaluation.Sample, primary: Metric | None) -> Sample:
         messages=[(text.name(turn.get("role", "")), text.prose(turn.get("content") or "")) for turn in record.messages],
         reference=record.reference,
         answers=[_answer(arm, answer, primary) for arm, answer in record.answers.items()],
+        later_turns=tuple(record.later_turns),
+        later_references=tuple(record.later_references),
     )
 
 
@@ -42,5 +44,9 @@ def _answer(arm: str, answer: SampleAnswer, primary: Metric | None) -> Answer:
     score = None if primary is None else answer.scores.get(primary.name)
     less_is_better = primary is not None and not primary.higher_is_better
     return Answer(
-        arm=arm, text=answer.text, scores=answer.scores, merit=-score if score is not None and less_is_better else score
+        arm=arm,
+        text=answer.text,
+        scores=answer.scores,
+        merit=-score if score is not None and less_is_better else score,
+        later=tuple(turn.text for turn in answer.turns[1:]),
     )

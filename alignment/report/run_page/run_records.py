@@ -59,23 +59,29 @@ class Forgetting:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
     """One arm's answer with its score by each metric, and its ``merit``: the score by the primary metric, negated if
-    less is better; None without a score."""
+    less is better; None without a score. ``later`` are its answers to the user's later turns."""
 
     arm: str
     text: str
     scores: dict[str, float]
     merit: float | None
+    later: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """A held-out prompt with every arm's answer; ``messages`` are (role, text) pairs."""
+    """A held-out prompt with every arm's answer; ``messages`` are (role, text) pairs.
+
+    ``later_turns`` are what the user says after the first answer, ``later_references`` the reference answers to that.
+    """
 
     id: str
     task: str
     messages: list[tuple[str, str]]
     reference: str
     answers: list[Answer]
+    later_turns: tuple[str, ...] = ()
+    later_references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -233,6 +233,17 @@ def task_rows(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, int]]]]
     return rows
 
 
+def turn_rows(evaluation: Evaluation) -> list[list[Interval | None]]:
+    """Per turn, each arm's mean of the primary metric; empty if prompts have one turn, or without such a metric."""
+    longest = max((len(arm.by_turn) for arm in evaluation.arms), default=0)
+    if evaluation.primary is None:
+        return []
+    return [
+        [arm.by_turn[turn].get(evaluation.primary) if turn < len(arm.by_turn) else None for arm in evaluation.arms]
+        for turn in range(longest)
+    ]
+
+
 def settings(stage: Stage) -> list[tuple[str, str]]:
     """The stage's resolved configuration as (dotted key, value)."""
     return [(text.name(key, limit=120), text.prose(shown(value))) for key, value in flat(stage.config).items()]

@@ -44,12 +44,14 @@ class RuleKind:
     """A rule as the plan and the docs see it.
 
     ``build`` makes the rule from its settings, of which it ``needs`` one, or ``takes`` one that may be missing.
-    ``fault`` says what is wrong with that setting, beyond its type; empty if nothing is.
+    ``fault`` says what is wrong with that setting, beyond its type; empty if nothing is. Answers are compared with the
+    field of their row that ``reads`` names, if any.
     """
 
     build: Callable[[ScoreSourceConfig], Rule]
     needs: str | None = None
     takes: str | None = None
+    reads: str | None = None
     package: Package | None = None
     fault: Callable[[ScoreSourceConfig], str] = lambda _: ""
 

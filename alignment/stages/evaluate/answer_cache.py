@@ -22,6 +22,7 @@ from alignment.core.files import remove_leftovers, write_text
 from alignment.evaluation.arms import TokenSum
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.weights_hash import weights_sha256
+from alignment.stages.evaluate.turn_prompts import TurnPrompts
 from alignment.training.context import StageContext
 
 log = logging.getLogger(__name__)
@@ -43,15 +44,14 @@ class CachedAnswers:
 def file_of(
     context: StageContext,
     policy: Lineage,
-    prompts: Sequence[list[int]],
-    references: Sequence[list[int] | None],
+    asked: TurnPrompts,
     answers: AnswersConfig,
     *,
     max_new_tokens: int,
     ends: Sequence[int],
     with_logprobs: bool,
 ) -> Path:
-    """The file that caches, or will cache, a policy's answers to these prompts."""
+    """The file that caches, or will cache, a policy's answers in one turn."""
     parts = [
         VERSION,
         torch.__version__,
@@ -62,13 +62,18 @@ def file_of(
         max_new_tokens,
         list(ends),
         with_logprobs,
-        list(prompts),
-        list(references),
+        list(asked.prompts),
+        [None if reference is None else reference.key for reference in asked.references],
     ]
     if answers.temperature > 0.0:
-        parts += [answers.per_prompt, answers.temperature, context.seed("answers")]
+        parts += [answers.per_prompt, answers.temperature, context.seed(*seed_of(asked))]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     return context.spec.artifact.parent / "cache" / f"answers-{key}.json"
+
+
+def seed_of(asked: TurnPrompts) -> tuple[Any, ...]:
+    """The name that the random numbers of a turn are derived from."""
+    return ("answers", asked.number) if asked.number else ("answers",)
 
 
 def read(file: Path, *, num_answers: int) -> CachedAnswers | None:

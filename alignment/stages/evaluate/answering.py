@@ -14,10 +14,17 @@ from alignment.config.evaluating import FEW_SHOT, PROMPTED
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ModelError
 from alignment.data.records import Conversation, HeldOutPrompt
-from alignment.data.tokens.tokenize import answer_ids, end_ids, prompt_ids, tokenize_rows
+from alignment.data.tokens.tokenize import end_ids
 from alignment.data.tokens.tokenizer import load_tokenizer, stops_alike, tokenizer_hashes
 from alignment.data.turns import Message
-from alignment.evaluation.arms import Answered, TokenSum, answer_and_score, read_answers, with_system_prompt
+from alignment.evaluation.arms import (
+    Answered,
+    TokenSum,
+    answer_and_score,
+    read_answers,
+    sequence_logprobs,
+    with_system_prompt,
+)
 from alignment.evaluation.few_shot import draw_examples, with_examples
 from alignment.job import StageInput
 from alignment.models.assembly.load import DTYPES, Lineage, lineage, load_policy, refuse_other_tokenizer
@@ -27,15 +34,22 @@ from alignment.models.forward.generate import Sampling
 from alignment.stages.evaluate import answer_cache
 from alignment.stages.evaluate.answer_cache import CachedAnswers
 from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.turn_prompts import (
+    AnsweredTurn,
+    Shown,
+    TurnPrompts,
+    conversations,
+    first_turn,
+    later_turn,
+    together,
+)
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
-
-Turns = Callable[[HeldOutPrompt], Sequence[Message]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArmPrompts:
-    """The prompts of an arm, in its own tokens, and the ``turns`` of a row as it sees them.
+    """The prompts of an arm, in its own tokens: those of the ``first`` turn, and how it is ``shown`` any row.
 
     ``own_tokens``: the arm has its own tokenizer, so figures that depend on tokens cannot be compared with other arms.
     ``plain``: its prompts are the held-out prompts, unchanged, so its answers can be compared with the reference's.
@@ -43,9 +57,8 @@ class ArmPrompts:
 
     policy: Lineage
     tokenizer: Any
-    turns: Turns
-    prompts: list[list[int]]
-    references: list[list[int] | None]
+    first: TurnPrompts
+    shown: Shown
     plain: bool
     own_tokens: bool
 
@@ -82,27 +95,25 @@ def prompts_of_arms(
         DataError: a row cannot be rendered, or there are too few examples.
     """
     system_prompt = config.system_prompt or ""  # the plan refuses an arm that needs one without it
-    turns: dict[str, Turns] = {PROMPTED: lambda row: with_system_prompt(row.messages, system_prompt)}
+    shown: dict[str, Shown] = {PROMPTED: lambda row: with_system_prompt(row.messages, system_prompt)}
     if FEW_SHOT in config.arms:
         examples = _examples(config, context, rows)
-        turns[FEW_SHOT] = lambda row: with_examples(row.messages, examples)
+        shown[FEW_SHOT] = lambda row: with_examples(row.messages, examples)
     arms = context.spec.arms
-    return {name: _arm_prompts(context, arms[name], tokenizer, rows, turns.get(name)) for name in config.arms}
+    return {name: _arm_prompts(context, arms[name], tokenizer, rows, shown.get(name)) for name in config.arms}
 
 
 def _arm_prompts(
-    context: StageContext, stage_input: StageInput, ours: Any, rows: Sequence[HeldOutPrompt], turns: Turns | None
+    context: StageContext, stage_input: StageInput, ours: Any, rows: Sequence[HeldOutPrompt], shown: Shown | None
 ) -> ArmPrompts:
     tokenizer = _tokenizer_of(context, stage_input, ours)
     own_tokens = tokenizer is not ours and tokenizer_hashes(tokenizer) != tokenizer_hashes(ours)
-    shown = turns or _unchanged
     return ArmPrompts(
         policy=lineage(context.spec, stage_input),
         tokenizer=tokenizer,
-        turns=shown,
-        prompts=tokenize_rows(rows, lambda row: prompt_ids(tokenizer, shown(row))),
-        references=[None] * len(rows) if own_tokens else _references(tokenizer, rows, shown),
-        plain=turns is None,
+        first=first_turn(tokenizer, rows, shown or _unchanged, with_references=not own_tokens),
+        shown=shown or _unchanged,
+        plain=shown is None,
         own_tokens=own_tokens,
     )
 
@@ -140,10 +151,6 @@ def _tokenizer_of(context: StageContext, stage_input: StageInput, ours: Any) -> 
     return own
 
 
-def _references(tokenizer: Any, rows: Sequence[HeldOutPrompt], turns: Turns) -> list[list[int] | None]:
-    return tokenize_rows(rows, lambda row: answer_ids(tokenizer, turns(row), row.reference) if row.reference else None)
-
-
 def answers_of(
     arm_prompts: ArmPrompts,
     config: EvaluateConfig,
@@ -154,75 +161,137 @@ def answers_of(
     with_logprobs: bool,
     progress: Callable[[int], None],
 ) -> Answered:
-    """An arm's answers; ``progress`` receives how many are done."""
-    ends = sorted(end_ids(arm_prompts.tokenizer))
+    """An arm's answers; ``progress`` receives how many turns are done.
+
+    Raises:
+        ModelError: a conversation with its next answer may be longer than the policy's positions.
+        DataError: a row cannot be rendered with an arm's own answers.
+    """
     per_prompt = config.answers.per_prompt
+    turns: list[AnsweredTurn] = []
+    done = 0
+    for number in range(max(row.num_turns for row in rows)):
+        asked = arm_prompts.first
+        if number > 0:
+            asked = later_turn(
+                arm_prompts.tokenizer,
+                rows,
+                arm_prompts.shown,
+                conversations(rows, turns, per_prompt),
+                number=number,
+                with_references=not arm_prompts.own_tokens,
+            )
+
+        def of_arm(answers: int, before: int = done) -> None:
+            progress(before + answers // per_prompt)
+
+        turns.append(
+            _answers_in(asked, arm_prompts, config, context, policies, with_logprobs=with_logprobs, progress=of_arm)
+        )
+        done += len(asked.rows)
+    return together(rows, turns, per_prompt)
+
+
+def _answers_in(
+    asked: TurnPrompts,
+    arm_prompts: ArmPrompts,
+    config: EvaluateConfig,
+    context: StageContext,
+    policies: Policies,
+    *,
+    with_logprobs: bool,
+    progress: Callable[[int], None],
+) -> AnsweredTurn:
+    """An arm's answers in one turn: cached ones, or made by its policy; ``progress`` receives how many are done."""
+    ends = sorted(end_ids(arm_prompts.tokenizer))
+    num_answers = len(asked.rows) * config.answers.per_prompt
     file = answer_cache.file_of(
         context,
         arm_prompts.policy,
-        arm_prompts.prompts,
-        arm_prompts.references,
+        asked,
         config.answers,
         max_new_tokens=config.max_new_tokens,
         ends=ends,
         with_logprobs=with_logprobs,
     )
-    cached = answer_cache.read(file, num_answers=len(rows) * per_prompt)
+    cached = answer_cache.read(file, num_answers=num_answers)
     if cached is None:
         started = time.monotonic()
         model = policies.load(arm_prompts.policy)
-        _refuse_too_long(model, arm_prompts, config.max_new_tokens, where=f"stages.{context.spec.stage}")
+        _refuse_too_long(model, arm_prompts, asked, config.max_new_tokens, where=f"stages.{context.spec.stage}")
+        shared = num_answers // len(asked.prompts)
         ids, scores = answer_and_score(
             model,
-            [prompt for prompt in arm_prompts.prompts for _ in range(per_prompt)],
-            [texts for reference in arm_prompts.references for texts in _references_once(reference, per_prompt)],
+            [prompt for prompt in asked.prompts for _ in range(shared)],
+            _texts_behind(asked, config.answers.per_prompt),
             max_new_tokens=config.max_new_tokens,
             end_ids=ends,
             batch_size=config.batch_size,
             with_own=with_logprobs,
-            progress=lambda done: progress(done // per_prompt),
-            sampling=_sampling(config, context, len(rows) * per_prompt),
+            progress=progress,
+            sampling=_sampling(config, context, asked),
         )
         cached = CachedAnswers(
             ids=ids,
             logprobs=[sums[0] for sums in scores] if with_logprobs else None,
-            references=[
-                None if reference is None else TokenSum(logprob=sums[-1], tokens=len(reference))
-                for sums, reference in zip(scores[::per_prompt], arm_prompts.references, strict=True)
-            ],
+            references=_reference_sums(model, asked, [sums[-1:] for sums in scores[:: config.answers.per_prompt]]),
             seconds=time.monotonic() - started,
         )
         answer_cache.write(file, cached)
-    return Answered(
+    return AnsweredTurn(
+        rows=asked.rows,
         answers=read_answers(arm_prompts.tokenizer, cached.ids),
         logprobs=cached.logprobs,
         references=cached.references,
         seconds=cached.seconds,
-        per_prompt=per_prompt,
     )
 
 
-def _references_once(reference: list[int] | None, per_prompt: int) -> list[list[list[int]]]:
-    """The texts to score after each answer's prompt: the reference answer after the first one, where there is one."""
-    return [[] if reference is None else [reference], *([] for _ in range(per_prompt - 1))]
+def _texts_behind(asked: TurnPrompts, per_prompt: int) -> list[list[list[int]]]:
+    """The texts to score after each answer's prompt: a reference answer to that prompt, once, where there is one."""
+    return [
+        [reference.ids] if number == 0 and reference is not None and reference.prompt is None else []
+        for reference in asked.references
+        for number in range(per_prompt)
+    ]
 
 
-def _sampling(config: EvaluateConfig, context: StageContext, num_answers: int) -> Sampling | None:
-    """The same random numbers for every arm; None for greedy answers."""
+def _reference_sums(
+    model: PreTrainedModel, asked: TurnPrompts, behind_prompts: Sequence[Sequence[float]]
+) -> list[TokenSum | None]:
+    """The log-probability of each row's reference; ``behind_prompts`` has those that were scored with the answers."""
+    apart = [(reference.prompt, reference.ids) for reference in asked.references if reference and reference.prompt]
+    sums = iter(sequence_logprobs(model, [prompt for prompt, _ in apart], [ids for _, ids in apart]) if apart else [])
+    return [
+        None
+        if reference is None
+        else TokenSum(logprob=next(sums) if reference.prompt else behind[0], tokens=len(reference.ids))
+        for reference, behind in zip(asked.references, behind_prompts, strict=True)
+    ]
+
+
+def _sampling(config: EvaluateConfig, context: StageContext, asked: TurnPrompts) -> Sampling | None:
+    """The same random numbers for every arm, and others in each turn; None for greedy answers."""
     if config.answers.temperature == 0.0:
         return None
-    generator = context.generator("answers")
-    uniforms = torch.rand(num_answers, config.max_new_tokens, generator=generator, dtype=torch.float64)
-    return Sampling(temperature=config.answers.temperature, uniforms=uniforms)
+    per_prompt = config.answers.per_prompt
+    generator = context.generator(*answer_cache.seed_of(asked))
+    num_rows = max(asked.rows) + 1  # rows without this turn have numbers too, which keeps the others' the same
+    uniforms = torch.rand(num_rows * per_prompt, config.max_new_tokens, generator=generator, dtype=torch.float64)
+    of_rows = uniforms.view(num_rows, per_prompt, -1)[asked.rows].flatten(0, 1)
+    return Sampling(temperature=config.answers.temperature, uniforms=of_rows)
 
 
-def _refuse_too_long(model: PreTrainedModel, arm_prompts: ArmPrompts, max_new_tokens: int, *, where: str) -> None:
+def _refuse_too_long(
+    model: PreTrainedModel, arm_prompts: ArmPrompts, asked: TurnPrompts, max_new_tokens: int, *, where: str
+) -> None:
     positions = positions_of(model.base_model)
-    longest = max(map(len, arm_prompts.prompts)) + max_new_tokens
+    longest = max(map(len, asked.prompts)) + max_new_tokens
     if longest > positions:
+        in_turn = f" in turn {asked.number + 1}" if asked.number else ""
         raise ModelError(
             f"{arm_prompts.policy.source} has {positions} positions, but the longest prompt with its answer needs "
-            f"{longest}",
+            f"{longest}{in_turn}",
             where=where,
             remedy="lower max_new_tokens or few_shot.count, or leave out longer prompts",
         )

@@ -9,10 +9,10 @@ from typing import Any
 from alignment.config.evaluating import JudgeConfig, JudgeKind
 from alignment.data.mix import some
 from alignment.data.records import HeldOutPrompt
-from alignment.evaluation.arms import Answered
+from alignment.evaluation.arms import Answer, Answered
 from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.endpoint import Endpoint
-from alignment.evaluation.grammar import Verdict, judge_prompt, verdict_of
+from alignment.evaluation.grammar import Verdict, conversations_prompt, judge_prompt, verdict_of
 from alignment.evaluation.pairwise import BothOrders, pairs_of, points_of_scores
 from alignment.evaluation.tables import Scores, judged_pair
 from alignment.records.evaluation import Judge, JudgedPair, Metric
@@ -139,9 +139,10 @@ def _row(
 
 
 def _words(arm: Answered, config: JudgeConfig, indices: Sequence[int]) -> list[float]:
-    """How long the judged answers are: the first to each prompt, or on average all, for a judge of all scores."""
+    """How long the judged answers are: the first to each turn, or on average all, for a judge of all scores."""
     counts = [float(len(answer.text.split())) for answer in arm.answers]
-    of_prompts = counts[:: arm.per_prompt] if config.kind is JudgeKind.endpoint else arm.means(counts)
+    of_first = config.kind is JudgeKind.endpoint
+    of_prompts = arm.of_prompts(counts[:: arm.per_prompt]) if of_first else arm.means(counts)
     return [of_prompts[index] for index in indices]
 
 
@@ -177,12 +178,9 @@ def _by_endpoint(
         for index in indices
         for order in ((arm, against), (against, arm))
     ]
+    exchanges = {name: arm.exchanges for name, arm in arms.items()}
     prompts = [
-        judge_prompt(
-            rows[index].messages,
-            *(arms[name].first_answers[index].text for name in order),
-            criteria=config.endpoint.criteria,
-        )
+        _prompt(rows[index], *(exchanges[name][index] for name in order), criteria=config.endpoint.criteria)
         for _, _, index, order in shown
     ]
     replies = endpoint.ask(prompts, lambda done: context.progress("judging", done, len(prompts)))
@@ -199,6 +197,14 @@ def _by_endpoint(
         own = both[number * len(indices) : (number + 1) * len(indices)]
         judged.append(_Pair(arm=arm, against=against, points=[orders.points for orders in own], both=own))
     return judged, lines
+
+
+def _prompt(row: HeldOutPrompt, first: Sequence[Answer], second: Sequence[Answer], *, criteria: str) -> str:
+    """The judge's prompt; a row of several turns is judged by the whole conversation."""
+    first_texts, second_texts = ([answer.text for answer in exchange] for exchange in (first, second))
+    if row.num_turns == 1:
+        return judge_prompt(row.messages, *first_texts, *second_texts, criteria=criteria)
+    return conversations_prompt(row.messages, row.later_turns, first_texts, second_texts, criteria=criteria)
 
 
 def _line(rows: Sequence[HeldOutPrompt], index: int, arm: str, against: str) -> dict[str, Any]:

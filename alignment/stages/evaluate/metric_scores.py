@@ -10,6 +10,7 @@ from alignment.config.scoring import MetricConfig
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
 from alignment.evaluation.arms import TOKENS, Answered
+from alignment.evaluation.exchanges import asked_turns, prompts_of_answers
 from alignment.evaluation.repeated_answers import scores_of_prompts
 from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation
@@ -28,18 +29,24 @@ Source = tuple[str, str]
 def answers_to_score(
     tokenizer: Any, rows: Sequence[HeldOutPrompt], arm_prompts: Mapping[str, ArmPrompts], arms: Mapping[str, Answered]
 ) -> dict[str, Answers]:
-    """Each arm's answers after the plain prompt, as scorers see them; ``tokenizer`` is the run's."""
-    prompts = tokenize_rows(rows, lambda row: prompt_ids(tokenizer, row.messages))
+    """Each arm's answers after the plain prompt, as scorers see them; ``tokenizer`` is the run's.
+
+    The prompt of a later turn is the conversation before it, so it has the arm's own answers.
+    """
+    first = tokenize_rows(rows, lambda row: prompt_ids(tokenizer, row.messages))
     scored = {}
     for name, arm in arms.items():
-        row_of_answer = [row for row in range(len(rows)) for _ in range(arm.per_prompt)]
-        asked = [rows[row] for row in row_of_answer]
+        turn_of_answer = [turn for turn in asked_turns(rows) for _ in range(arm.per_prompt)]
+        texts = [answer.text for answer in arm.answers]
+        asked = prompts_of_answers(rows, texts, per_prompt=arm.per_prompt)
+        continued = [prompt for prompt, turn in zip(asked, turn_of_answer, strict=True) if turn.turn > 0]
+        later = iter(tokenize_rows(continued, lambda prompt: prompt_ids(tokenizer, prompt.messages)))
         scored[name] = Answers(
-            prompt_ids=[prompts[row] for row in row_of_answer],
+            prompt_ids=[next(later) if turn.turn > 0 else first[turn.row] for turn in turn_of_answer],
             answer_ids=_in_our_tokens(tokenizer, asked, arm) if arm_prompts[name].own_tokens else arm.ids,
-            texts=[answer.text for answer in arm.answers],
+            texts=texts,
             prompts=asked,
-            rows=row_of_answer,
+            rows=[turn.row for turn in turn_of_answer],
         )
     return scored
 
@@ -62,7 +69,7 @@ def scores_by_arm(
     rewards: Mapping[str, list[float] | None],
     choices: Mapping[str, list[float]],
 ) -> dict[str, dict[str, list[float]]]:
-    """Every arm's scores by each metric, one per prompt.
+    """Every arm's scores by each metric, one per turn of a prompt.
 
     ``rewards`` are those of the stage's reward model, per answer; ``choices`` are those of the source ``choice``, per
     prompt.

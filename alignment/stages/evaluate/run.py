@@ -50,13 +50,14 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     policies = Policies(context)
     arms, choices = _answers(config, context, policies, arm_prompts, rows)
     context.progress("scoring", len(arms) * len(rows), len(arms) * len(rows))
-    log_ratios = _log_ratios(config, context, policies, arm_prompts, arms)
-    policies.release()
     answers = answers_to_score(tokenizer, rows, arm_prompts, arms)
+    log_ratios = _log_ratios(config, context, policies, arm_prompts, arms, answers)
+    policies.release()
     rewards = _rewards(context, answers)
     for name, arm in arms.items():
         refuse_not_finite(name, arm, rewards=rewards[name], log_ratios=log_ratios[name])
-    scores = scores_by_arm(config, context, tokenizer, rows, answers, rewards, choices)
+    turn_scores = scores_by_arm(config, context, tokenizer, rows, answers, rewards, choices)
+    scores = {name: _of_prompts(arm, turn_scores[name]) for name, arm in arms.items()}
     metrics = recorded(config.metrics)
     primary = _primary(config, metrics, scores)
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
@@ -77,7 +78,7 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
                 name,
                 arm,
                 label=label_of[name],
-                scores=scores[name],
+                scores=turn_scores[name],
                 rewards=rewards[name],
                 log_ratios=log_ratios[name],
                 win_rate=judged.win_rate(name, reference=reference),
@@ -94,7 +95,12 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
         conclusions=conclusions(len(rows), metric, comparisons, judged.table, label_of),
     )
     evaluation = replace(evaluation, conclusions=[*evaluation.conclusions, *contradictions(evaluation)])
-    return _written(context, evaluation, samples(rows, arms, scores), judged)
+    return _written(context, evaluation, samples(rows, arms, turn_scores), judged)
+
+
+def _of_prompts(arm: Answered, scores: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """One score per prompt by each metric, the mean over its turns."""
+    return {metric: arm.of_prompts(values) for metric, values in scores.items()}
 
 
 def _primary(
@@ -133,16 +139,17 @@ def _answers(
     arms: dict[str, Answered] = {}
     choices: dict[str, list[float]] = {}
     with_choices = any(metric.source == CHOICE for metric in config.metrics)
+    num_turns = sum(row.num_turns for row in rows)
     for name, arm in arm_prompts.items():
 
-        def progress(done: int, before: int = len(arms) * len(rows)) -> None:
-            context.progress("answering", before + done, len(arm_prompts) * len(rows))
+        def progress(done: int, before: int = len(arms) * num_turns) -> None:
+            context.progress("answering", before + done, len(arm_prompts) * num_turns)
 
         compared = _is_compared(arm, config) and not _is_reference(name, context)
         arms[name] = answers_of(arm, config, context, policies, rows, with_logprobs=compared, progress=progress)
         if with_choices:
-            choices[name] = choice_scores(policies.load(arm.policy), arm.tokenizer, rows, arm.turns, name=name)
-        progress(len(rows))
+            choices[name] = choice_scores(policies.load(arm.policy), arm.tokenizer, rows, arm.shown, name=name)
+        progress(num_turns)
     return arms, choices
 
 
@@ -163,12 +170,14 @@ def _log_ratios(
     policies: Policies,
     arm_prompts: Mapping[str, ArmPrompts],
     arms: Mapping[str, Answered],
+    answers: Mapping[str, Answers],
 ) -> dict[str, list[float] | None]:
     """Log π − log π_ref of each arm's own answers, nats a sequence; None for other prompts, tokens or temperatures.
 
-    Of greedy answers this is not the KL, an expectation over samples, which is usually smaller because a greedy answer
-    is the arm's likeliest. The reference reads all arms' answers to a prompt in adjacent rows, so that the prompt is
-    computed once.
+    An answer of a later turn follows the arm's own conversation, for the reference too, so that the sum over the turns
+    is that of all that the arm wrote. Of greedy answers this is not the KL, an expectation over samples, which is
+    usually smaller because a greedy answer is the arm's likeliest. The reference reads all arms' answers to a prompt in
+    adjacent rows, so that the prompt is computed once.
     """
     ratios: dict[str, list[float] | None] = dict.fromkeys(arms)
     for name, arm in arms.items():
@@ -177,7 +186,7 @@ def _log_ratios(
     compared = {name: (arm, arm.logprobs) for name, arm in arms.items() if arm.logprobs is not None}
     if not compared:
         return ratios
-    prompts = [prompt for prompt in arm_prompts[next(iter(compared))].prompts for _ in range(config.answers.per_prompt)]
+    prompts = [answers[name].prompt_ids for name in compared]
     reference = policies.load(lineage(context.spec, context.spec.inputs["reference"]))
     under = sequence_logprobs(reference, *side_by_side(prompts, [arm.ids for arm, _ in compared.values()]))
     for index, (name, (_, own)) in enumerate(compared.items()):
@@ -187,10 +196,10 @@ def _log_ratios(
 
 
 def _rewards(context: StageContext, answers: Mapping[str, Answers]) -> dict[str, list[float] | None]:
-    """The reward model's scores of every arm's answers, after the plain prompt, so that they can be compared."""
+    """The reward model's scores of every arm's answers, after the plain prompts, so that they can be compared."""
     if "reward" not in context.spec.inputs:
         return dict.fromkeys(answers)
-    prompts = next(iter(answers.values())).prompt_ids
+    prompts = [arm.prompt_ids for arm in answers.values()]
     model = load_reward_model(context.spec, context.spec.inputs["reward"], device=context.device).to(context.device)
     with products_in(context.spec.model.dtype, context.device):
         scores = reward_scores(model, *side_by_side(prompts, [arm.answer_ids for arm in answers.values()]))

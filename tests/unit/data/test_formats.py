@@ -15,7 +15,7 @@ from alignment.core.errors import DataError
 from alignment.data.fields import Fields, SetAside
 from alignment.data.formats import FORMATS, detect, format_of
 from alignment.data.reading import Reading, iterate, start
-from alignment.data.records import Conversation, PlainText, PreferencePair, Prompt, Record
+from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Record
 from tests.public import PUBLIC, WRITTEN, needs_public_data
 
 ANSWER = {"role": "assistant", "content": "4."}
@@ -288,6 +288,7 @@ FAULTS = [
     ),
     ("messages", {"messages": [ASKED], "tools": [3]}, "'tools[0]' must be an object with a 'name'; it is 3"),
     ("turns", {"turns": [""]}, "'turns[0]' must be text and not empty; it is ''"),
+    ("turns", {"turns": ["Hi", " "]}, "'turns[1]' must be text and not empty; it is ' '"),
 ]
 
 
@@ -297,6 +298,39 @@ def test_a_fault_is_named_by_the_column_of_the_format(name: str, row: Any, messa
         _records(Conversation, row, name)
     assert message in str(caught.value)
     assert str(caught.value).startswith("rows.jsonl:7: ")
+
+
+@pytest.mark.parametrize(
+    ("reference", "first", "later"),
+    [
+        (None, "", ("",)),
+        ([], "", ("",)),
+        ("144", "144", ("",)),
+        (["144", "72"], "144", ("72",)),
+        (["144", None], "144", ("",)),
+    ],
+)
+def test_an_evaluation_asks_every_turn_and_reads_a_reference_for_each(
+    reference: Any, first: str, later: tuple[str, ...]
+) -> None:
+    row = {"turns": ["12 times 12?", "Half of that?"], "reference": reference}
+    (prompt,) = _records(HeldOutPrompt, row)
+    assert [turn.content for turn in prompt.messages] == ["12 times 12?"]
+    assert prompt.later_turns == ("Half of that?",)
+    assert (prompt.reference, prompt.later_references, prompt.num_turns) == (first, later, 2)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (["144"], "'reference' must have an entry for each of the 2 turns; it has 1"),
+        (["144", 72], "'reference[1]' must be text; it is 72"),
+    ],
+)
+def test_references_must_fit_the_turns(reference: Any, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        _records(HeldOutPrompt, {"turns": ["12 times 12?", "Half of that?"], "reference": reference})
+    assert message in str(caught.value)
 
 
 def test_where_no_row_fits_its_columns_still_tell_what_is_wrong_with_it() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from alignment.data.overlap import HeldOut, LocatedText, asked_too
-from alignment.data.records import Prompt
+import json
+from pathlib import Path
+
+from alignment.config.data import SourceConfig
+from alignment.data.overlap import HeldOut, LocatedText, asked, asked_in, asked_too
+from alignment.data.records import HeldOutPrompt, Prompt
 from alignment.data.turns import Message
 
 TEXT = "The library in Mill Lane opens at nine on weekdays and stays closed on Sundays until the end of March."
@@ -45,3 +49,13 @@ def test_a_learned_text_counts_for_every_judged_one_that_stands_in_it() -> None:
     longer = f"{TEXT} Who has the keys, and where do they hang when the library is closed for the day?"
     known = asked_too(_asking(TEXT, longer, "Something else"), _asking(longer, "Quite another"))
     assert known == {TEXT, longer}
+
+
+def test_a_learned_text_that_only_a_later_turn_asks_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "held_out.jsonl"
+    file.write_text(json.dumps({"turns": ["When is it open?", TEXT]}) + "\n")
+    (held_out,) = asked_in(file, SourceConfig())
+    assert held_out.text == f"When is it open?\n{TEXT}"
+    row = HeldOutPrompt(messages=(Message(role="user", content="When is it open?"),), later_turns=(TEXT,))
+    assert asked(row).text == held_out.text
+    assert list(HeldOut([held_out]).overlaps([LocatedText(where="train:7", text=TEXT)]))

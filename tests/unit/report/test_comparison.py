@@ -203,6 +203,18 @@ def test_answers_of_one_arm_stand_together_and_equal_ones_once(compared: Compare
     assert "Only here." not in page
 
 
+def test_conversations_that_part_in_a_later_turn_are_not_named_together(compared: Compared) -> None:
+    for number, run in enumerate(compared.runs):
+        run.samples = run.samples[:1]
+        turns = [{"text": "First."}, {"text": f"Second of {number}."}]
+        run.samples[0] |= {"later_turns": ["And?"], "answers": {"base": {"text": "First.", "turns": turns}}}
+    page = Page(compared.html()).text
+    assert "base A First. user And? assistant Second of 0." in page
+    assert "base B First. user And? assistant Second of 1." in page
+    compared.runs[1].samples[0]["later_turns"] = ["Why?"]
+    assert "No prompt was answered by an arm of the same name" in Page(compared.html()).text
+
+
 def test_time_and_memory_stand_beside_each_other(compared: Compared) -> None:
     compared.runs[1].run["stages"]["dpo"]["seconds"] = 61.0
     times = r"<td>6\u202fmin 43\u202fs</td><td>2\.4\u202fGB</td><td>1\u202fmin 01\u202fs</td>"

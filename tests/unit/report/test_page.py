@@ -295,6 +295,29 @@ def test_a_sample_shows_the_answer_and_its_scores(fake_run):
     assert "(no answer)" in page
 
 
+def test_a_conversation_of_several_turns_is_shown_in_order(fake_run):
+    fake_run.samples = fake_run.samples[:1]
+    turns = [{"text": "At half past seven."}, {"text": " "}]
+    fake_run.samples[0] |= {
+        "later_turns": ["And back?"],
+        "reference": "At 7:30.",
+        "later_references": ["At noon."],
+        "answers": {"stage:dpo": {"text": "At half past seven.", "scores": {"quality": 0.5}, "turns": turns}},
+    }
+    page = Page(fake_run.html()).text
+    assert "reference At 7:30. user And back? assistant At noon." in page
+    assert "dpo At half past seven. user And back? assistant (no answer) quality 0.50" in page
+
+
+def test_a_metric_has_a_row_for_each_turn_where_prompts_have_several(fake_run):
+    assert "By turn" not in Page(fake_run.html()).text
+    for number, arm in enumerate(fake_run.evaluation["arms"]):
+        arm["by_turn"] = [{"quality": {"mean": mean + number / 10}} for mean in (0.5, 0.25)]
+    page = Page(fake_run.html()).text
+    assert "By turn quality of the answers to each turn" in page
+    assert "10.500.600.700.800.90 20.250.350.450.550.65" in page
+
+
 def test_lineage_settings_and_the_command_are_there(fake_run):
     fake_run.run["overrides"] = ["stages.dpo.beta=0.3", "name=it's mine"]
     page = Page(fake_run.html()).text

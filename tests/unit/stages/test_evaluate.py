@@ -324,7 +324,7 @@ def test_the_prompted_arm_is_asked_behind_the_recipe_s_system_prompt(chain: Chai
     context = StageContext(spec=spec, rank=0, world_size=1)
     rows = answering.rows_of(context, HeldOutPrompt, SMALL.data)
     asked = answering.prompts_of_arms(SMALL, context, tiny_tokenizer(), rows)
-    shown = {name: tiny_tokenizer().decode(asked[name].prompts[0]) for name in ("base", "base+prompt")}
+    shown = {name: tiny_tokenizer().decode(asked[name].first.prompts[0]) for name in ("base", "base+prompt")}
     assert shown["base+prompt"] == shown["base"].replace("You are tiny.", "Be brief.")
 
 
@@ -340,12 +340,12 @@ def test_a_model_from_outside_is_asked_in_its_own_words(chain: Chained) -> None:
     context = StageContext(spec=spec, rank=0, world_size=1)
     rows = answering.rows_of(context, HeldOutPrompt, SMALL.data)
     asked = answering.prompts_of_arms(SMALL, context, tiny_tokenizer(), rows)
-    shown = asked["path:other"].tokenizer.decode(asked["path:other"].prompts[0])
+    shown = asked["path:other"].tokenizer.decode(asked["path:other"].first.prompts[0])
     assert shown == (
         "<|im_start|>system\nYou are other.<|im_end|>\n"
         "<|im_start|>user\nThe shop is closed on Monday. When?<|im_end|>\n<|im_start|>assistant\n"
     )
-    few = asked["base+few-shot"].tokenizer.decode(asked["base+few-shot"].prompts[0])
+    few = asked["base+few-shot"].tokenizer.decode(asked["base+few-shot"].first.prompts[0])
     assert few.count("<|im_start|>assistant\n") == 2
     assert few.endswith(shown.partition("<|im_end|>\n")[2])
 
