@@ -227,7 +227,7 @@ MUTATIONS = [
         EVALUATE,
         (
             "an arm chooses without its system prompt",
-            "arm.tokenizer, rows, arm.turns, name=name",
+            "arm.tokenizer, rows, arm.shown, name=name",
             "arm.tokenizer, rows, lambda row: row.messages, name=name",
             "test_the_metric_choice_asks_every_arm_s_policy_behind_its_own_prompt",
         ),
