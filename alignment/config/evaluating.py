@@ -71,25 +71,30 @@ class GateConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class EndpointConfig:
+class ChatEndpointConfig:
     """An OpenAI-compatible chat endpoint: ``base_url`` ends where ``/chat/completions`` begins.
 
-    ``api_key_env`` names the environment variable that holds the key; the key itself is written nowhere. ``criteria``
-    says what the judge should look for. A call waits ``timeout`` seconds for the whole answer, of at most 4 MiB, and is
-    retried ``retries`` times. Redirects are not followed. ``concurrency`` calls run at once. Answers are greedy and
-    have at most ``max_tokens`` tokens.
+    ``api_key_env`` names the environment variable that holds the key; the key itself is written nowhere. A call waits
+    ``timeout`` seconds for the whole answer, of at most 4 MiB, and is retried ``retries`` times. Redirects are not
+    followed. ``concurrency`` calls run at once. Answers are greedy and have at most ``max_tokens`` tokens.
     """
 
     base_url: Annotated[str, URL] = ""
     model: str = ""
-    criteria: Annotated[str, FILLED] = (
-        "Prefer the answer that does what the request asks, is correct and complete, and invents nothing."
-    )
     max_tokens: Annotated[int, POSITIVE] = 512
     api_key_env: Annotated[str | None, VARIABLE] = field(default=None, metadata={"identity": False})
     timeout: Annotated[float, POSITIVE] = field(default=60.0, metadata={"identity": False})
     retries: Annotated[int, NOT_NEGATIVE] = field(default=2, metadata={"identity": False})
     concurrency: Annotated[int, POSITIVE] = field(default=4, metadata={"identity": False})
+
+
+@dataclass(kw_only=True, slots=True)
+class EndpointConfig(ChatEndpointConfig):
+    """A chat endpoint that judges pairs of answers; ``criteria`` says what it should look for."""
+
+    criteria: Annotated[str, FILLED] = (
+        "Prefer the answer that does what the request asks, is correct and complete, and invents nothing."
+    )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from alignment.config.rules import NAME, PATTERN, POSITIVE, SCORE, Rule
+from alignment.config.rules import FILLED, NAME, PATTERN, POSITIVE, SCORE, Rule
 from alignment.core.fingerprint import IF_SET
 
 MEAN, MAJORITY = "mean", "majority"
@@ -57,6 +57,9 @@ class ScorerConfig(ScoreSourceConfig):
 class MetricConfig(ScoreSourceConfig):
     """A metric of an evaluation, shown under ``name``: the scores that ``source`` gives the answers.
 
+    Two sources are for metrics alone: ``choice``, and ``grade``, which asks the stage's ``grader``. A ``rubric`` is for
+    ``grade``, in place of the grader's own.
+
     ``aggregate`` makes one score of those of several answers to a prompt (``answers.per_prompt``): their ``mean``;
     ``pass@K``, the probability that one of K is correct, which is an answer of at least ``passing_score``; or
     ``majority``, the score of the most frequent final answer, for ``exact_answer``.
@@ -66,3 +69,4 @@ class MetricConfig(ScoreSourceConfig):
     higher_is_better: bool = True
     aggregate: Annotated[str, AGGREGATE] = MEAN
     passing_score: Annotated[float, SCORE] = 1.0
+    rubric: Annotated[str | None, FILLED] = field(default=None, metadata=IF_SET)

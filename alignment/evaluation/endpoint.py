@@ -1,4 +1,4 @@
-"""A judge at an OpenAI-compatible chat endpoint: many calls at once, retried, and saved as they arrive.
+"""A judge or grader at an OpenAI-compatible chat endpoint: many calls at once, retried, and saved as they arrive.
 
 Every reply is written to a file at once, keyed by the request; a stage that is started again requests only the rest.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from alignment.config.evaluating import EndpointConfig
+from alignment.config.evaluating import ChatEndpointConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.evaluation.bounded_client import Refused, bounded_client
 
@@ -38,11 +38,24 @@ class Reply:
 
 
 class Endpoint:
-    """Sends prompts to the endpoint; ``replies`` is the file that its replies are saved in."""
+    """Sends prompts to the endpoint; ``replies`` is the file that its replies are saved in.
 
-    def __init__(self, config: EndpointConfig, replies: Path, *, where: str) -> None:
+    ``where`` is the setting above ``endpoint``, whose last part names the endpoint's role. ``without`` says how to
+    evaluate without it.
+    """
+
+    def __init__(
+        self,
+        config: ChatEndpointConfig,
+        replies: Path,
+        *,
+        where: str,
+        without: str = "judge.kind=none evaluates without a judge",
+    ) -> None:
         """Raises ConfigError if the client is not installed, or the key's variable is not set."""
         self._config = config
+        self._role = where.rpartition(".")[2] or "judge"
+        self._without = without
         self._replies = replies
         self._where = where
         self._key = api_key(config, where=where)
@@ -110,10 +123,10 @@ class Endpoint:
 
     def _failure(self, failed: int, calls: int, error: str) -> StageError:
         return StageError(
-            f"{failed} of {calls} calls to the judge at {self._config.base_url} failed; the last error: {error}",
+            f"{failed} of {calls} calls to the {self._role} at {self._config.base_url} failed; the last error: {error}",
             where=f"{self._where}.endpoint",
-            remedy="check that the endpoint is up, serves this model and answers in time (judge.endpoint.timeout), "
-            "then run again: only missing verdicts are requested. judge.kind=none evaluates without a judge",
+            remedy="check that the endpoint is up, serves this model and answers in time "
+            f"({self._role}.endpoint.timeout), then run again: only missing replies are requested. {self._without}",
         )
 
     def _key_of(self, prompt: str) -> str:
@@ -127,7 +140,7 @@ class Endpoint:
             stream.write("\n" + json.dumps({"key": key, "text": text}))
 
 
-def api_key(config: EndpointConfig, *, where: str) -> str:
+def api_key(config: ChatEndpointConfig, *, where: str) -> str:
     """The key, or "" if the endpoint needs none.
 
     Raises:
@@ -145,7 +158,7 @@ def api_key(config: EndpointConfig, *, where: str) -> str:
     return key
 
 
-def _client(config: EndpointConfig, key: str, *, where: str) -> Any:
+def _client(config: ChatEndpointConfig, key: str, *, where: str) -> Any:
     try:
         from openai import OpenAI
     except ImportError:
@@ -194,5 +207,5 @@ def _read(file: Path) -> dict[str, str]:
             record = json.loads(line)
             replies[record["key"]] = record["text"]
         except (ValueError, KeyError, TypeError):
-            log.warning("a line of %s cannot be read; its verdict is requested again", file)
+            log.warning("a line of %s cannot be read; its reply is requested again", file)
     return replies

@@ -29,6 +29,8 @@ def asked_turns(rows: Sequence[HeldOutPrompt]) -> list[AskedTurn]:
 def continued(row: HeldOutPrompt, answers: Sequence[str]) -> HeldOutPrompt:
     """The row as it asks its next turn: its messages, these answers, and the user's turns behind each of them.
 
+    Its reference is the one to that turn.
+
     Example: ``continued(row, ["4."])`` of a row that asks "2 + 2?" and then "Times 3?" has the messages "2 + 2?", "4."
     and "Times 3?".
     """
@@ -38,7 +40,9 @@ def continued(row: HeldOutPrompt, answers: Sequence[str]) -> HeldOutPrompt:
         for exchange in exchanges
         for role, content in zip(("assistant", "user"), exchange, strict=True)
     ]
-    return replace(row, messages=(*row.messages, *turns)) if turns else row
+    if not turns:
+        return row
+    return replace(row, messages=(*row.messages, *turns), reference=row.references[len(answers)])
 
 
 def prompts_of_answers(rows: Sequence[HeldOutPrompt], texts: Sequence[str], *, per_prompt: int) -> list[HeldOutPrompt]:

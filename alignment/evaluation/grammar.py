@@ -59,7 +59,7 @@ def verdict_of(reply: str) -> Verdict:
 
 def judge_prompt(request: Sequence[Message], first: str, second: str, *, criteria: str) -> str:
     """The judge's prompt, one user turn; ``first`` is shown as A."""
-    parts = [_between("request", _text(request)), _between("answer A", first), _between("answer B", second)]
+    parts = [between("request", text_of(request)), between("answer A", first), between("answer B", second)]
     return _TASK.format(criteria=criteria, material="\n\n".join(parts))
 
 
@@ -76,20 +76,22 @@ def conversations_prompt(
     ``first`` and ``second`` are the answers to the request and to each of the user's ``later_turns``; ``first`` is
     shown as A. Both conversations are shown in full, one after the other.
     """
-    parts = [_between("request", _text(request))]
+    parts = [between("request", text_of(request))]
     for name, answers in (("A", first), ("B", second)):
         for number, answer in enumerate(answers, start=1):
             if number > 1:
-                parts.append(_between(f"turn {number} of the user to {name}", later_turns[number - 2]))
-            parts.append(_between(f"answer {number} of {name}", answer))
+                parts.append(between(f"turn {number} of the user to {name}", later_turns[number - 2]))
+            parts.append(between(f"answer {number} of {name}", answer))
     return _CONVERSATIONS.format(criteria=criteria, material="\n\n".join(parts))
 
 
-def _text(turns: Sequence[Message]) -> str:
+def text_of(turns: Sequence[Message]) -> str:
+    """Turns as text, each behind its role."""
     return "\n\n".join(f"{turn.role}: {turn.content}" for turn in turns)
 
 
-def _between(name: str, text: str) -> str:
+def between(name: str, text: str) -> str:
+    """A text between its markers, which nothing inside it can look like."""
     return f"<<<{name}>>>\n{disarmed(text)}\n<<<end of {name}>>>"
 
 

@@ -8,21 +8,29 @@ from collections.abc import Sequence
 
 from alignment.config.scoring import MAJORITY, pass_size
 from alignment.evaluation.arms import grouped
+from alignment.evaluation.known_scores import known
 
 
 def scores_of_prompts(
-    scores: Sequence[float], finals: Sequence[str], *, aggregate: str, passing_score: float, per_prompt: int
-) -> list[float]:
+    scores: Sequence[float | None], finals: Sequence[str], *, aggregate: str, passing_score: float, per_prompt: int
+) -> list[float | None]:
     """One score per prompt from the scores of its ``per_prompt`` answers (MetricConfig has the aggregates).
 
-    ``finals`` are the final answers that the majority is taken of.
+    ``finals`` are the final answers that the majority is taken of. A prompt without scores (None) has none.
     """
-    groups = grouped(scores, per_prompt)
-    if aggregate == MAJORITY:
-        return [majority_score(*pair) for pair in zip(grouped(finals, per_prompt), groups, strict=True)]
-    if (size := pass_size(aggregate)) is not None:
-        return [pass_at_k([score >= passing_score for score in group], size) for group in groups]
-    return [sum(group) / len(group) for group in groups]
+    size = pass_size(aggregate)
+    of_prompts: list[float | None] = []
+    for group, answers in zip(grouped(scores, per_prompt), grouped(finals, per_prompt), strict=True):
+        given = known(group)
+        if len(given) < len(group):
+            of_prompts.append(None)
+        elif aggregate == MAJORITY:
+            of_prompts.append(majority_score(answers, given))
+        elif size is not None:
+            of_prompts.append(pass_at_k([score >= passing_score for score in given], size))
+        else:
+            of_prompts.append(sum(given) / len(given))
+    return of_prompts
 
 
 def pass_at_k(correct: Sequence[bool], k: int) -> float:

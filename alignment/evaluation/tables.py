@@ -10,6 +10,7 @@ from alignment.data.records import HeldOutPrompt
 from alignment.evaluation import length_controlled
 from alignment.evaluation.arms import Answered, grouped
 from alignment.evaluation.bootstrap import Intervals
+from alignment.evaluation.known_scores import Scores, known, of_prompts
 from alignment.evaluation.pairwise import (
     LOSS,
     TIE,
@@ -34,9 +35,6 @@ from alignment.records.evaluation import (
     TurnAnswer,
 )
 from alignment.records.interval import Interval
-
-Scores = Mapping[str, Sequence[float]]
-"""One score per prompt, keyed by the name of a metric or an arm."""
 
 _MOST = 700.0
 """Nats per token; exp of more overflows a float."""
@@ -84,7 +82,7 @@ def arm_result(
     return ArmResult(
         name=name,
         label=label,
-        metrics={metric: intervals.of(arm.of_prompts(values)) for metric, values in scores.items()},
+        metrics={metric: intervals.of(known(of_prompts(arm, values))) for metric, values in scores.items()},
         by_turn=_by_turn(arm, scores, intervals),
         words=intervals.of(arm.means([float(len(answer.text.split())) for answer in answers])),
         reward=None if rewards is None else intervals.of(arm.means(rewards)),
@@ -106,7 +104,7 @@ def _by_turn(arm: Answered, scores: Scores, intervals: Intervals) -> list[dict[s
     groups = {metric: arm.by_prompt(values) for metric, values in scores.items()}
     return [
         {
-            metric: intervals.of([of_turns[turn] for of_turns in of_metric if turn < len(of_turns)])
+            metric: intervals.of(known([of_turns[turn] for of_turns in of_metric if turn < len(of_turns)]))
             for metric, of_metric in groups.items()
         }
         for turn in range(longest if longest > 1 else 0)
@@ -132,7 +130,7 @@ def judged_pair(
     both: Sequence[BothOrders] | None,
     *,
     extra_words: Sequence[float],
-    by_metric: Sequence[float] | None,
+    by_metric: Sequence[float | None] | None,
     max_invalid: float,
     intervals: Intervals,
 ) -> JudgedPair:
@@ -140,7 +138,7 @@ def judged_pair(
 
     ``extra_words`` says by how many words the arm's answer is longer. ``both`` are the verdicts that gave the points,
     None for a judge that compares scores. ``by_metric`` are the points by the primary metric, to compare with the
-    judge's. If the share of invalid verdicts exceeds ``max_invalid``, there is no win rate.
+    judge's, None where it has no score. If the share of invalid verdicts exceeds ``max_invalid``, there is no win rate.
     """
     counted = [row for row, value in enumerate(points) if value is not None]
     valid = [value for value in points if value is not None]
@@ -150,7 +148,9 @@ def judged_pair(
     at_equal_lengths = None
     if rate is not None:
         at_equal_lengths = length_controlled.win_rate(valid, longer, samples=intervals.samples, seed=intervals.seed)
-    metric_points = None if by_metric is None or not valid else [by_metric[row] for row in counted]
+    both_judged = [(points[row], by_metric[row]) for row in counted] if by_metric is not None else []
+    compared = [(own, other) for own, other in both_judged if own is not None and other is not None]
+    own_points, metric_points = [own for own, _ in compared], [other for _, other in compared]
     return JudgedPair(
         arm=arm,
         against=against,
@@ -164,8 +164,8 @@ def judged_pair(
         invalid=invalid,
         agreement=None if both is None else agreement(both),
         position_bias=None if both is None else position_bias(both),
-        metric_agreement=None if metric_points is None else same_share(valid, metric_points),
-        metric_kappa=None if metric_points is None else kappa(valid, metric_points),
+        metric_agreement=same_share(own_points, metric_points) if compared else None,
+        metric_kappa=kappa(own_points, metric_points) if compared else None,
     )
 
 
@@ -177,11 +177,13 @@ def _against_even(rate: Interval) -> str:
 
 
 def by_task(rows: Sequence[HeldOutPrompt], scores: Scores) -> dict[str, dict[str, float]]:
-    """Each arm's mean score by task; ``scores`` are by arm."""
+    """Each arm's mean score by task; ``scores`` are by arm. A task without any score is left out."""
     tasks: dict[str, dict[str, float]] = {}
     for task in sorted({row.task for row in rows if row.task}):
         indices = [index for index, row in enumerate(rows) if row.task == task]
-        tasks[task] = {name: sum(values[index] for index in indices) / len(indices) for name, values in scores.items()}
+        by_arm = {name: known([values[index] for index in indices]) for name, values in scores.items()}
+        means = {name: sum(values) / len(values) for name, values in by_arm.items() if values}
+        tasks |= {task: means} if means or not scores else {}
     return tasks
 
 
@@ -204,12 +206,12 @@ def samples(rows: Sequence[HeldOutPrompt], arms: Mapping[str, Answered], scores:
 
 def _sample_answers(arm: Answered, scores: Scores) -> list[SampleAnswer]:
     """An arm's answers to each prompt."""
-    of_metrics = {metric: arm.of_prompts(values) for metric, values in scores.items()}
+    of_metrics = {metric: of_prompts(arm, values) for metric, values in scores.items()}
     turns = [
         TurnAnswer(
             text=answers[0].text,
             further=[answer.text for answer in answers[1:]],
-            scores={metric: values[number] for metric, values in scores.items()},
+            scores=_at(scores, number),
         )
         for number, answers in enumerate(grouped(arm.answers, arm.per_prompt))
     ]
@@ -217,8 +219,13 @@ def _sample_answers(arm: Answered, scores: Scores) -> list[SampleAnswer]:
         SampleAnswer(
             text=of_prompt[0].text,
             further=of_prompt[0].further,
-            scores={metric: values[index] for metric, values in of_metrics.items()},
+            scores=_at(of_metrics, index),
             turns=list(of_prompt) if len(of_prompt) > 1 else [],
         )
         for index, of_prompt in enumerate(arm.by_prompt(turns))
     ]
+
+
+def _at(scores: Scores, index: int) -> dict[str, float]:
+    """The scores at an index, by metric; a metric that has none there is left out."""
+    return {metric: score for metric, values in scores.items() if (score := values[index]) is not None}

@@ -181,12 +181,30 @@ class Judge:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Grading:
+    """How a model graded the answers for a ``metric``, on a scale of whole numbers.
+
+    ``num_prompts`` have a grade for every answer of every arm that has the metric; the others do not count. ``invalid``
+    is the share of an arm's replies without a grade, ``left_out`` names the arms that have too many and so no metric.
+    """
+
+    metric: Name
+    model: Name = "a grader"
+    lowest: int | None = None
+    highest: int | None = None
+    num_prompts: int | None = None
+    invalid: dict[Name, float] = field(default_factory=dict)
+    left_out: list[Name] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
     """The results of all arms and their comparisons.
 
     ``primary`` names the metric of ``comparisons``; without metrics there is none, and no comparison. The comparisons
     by other metrics are a family of their own, and so are ``reward_comparisons``, by the scores of the reward model.
-    ``tasks`` maps a task to each arm's mean of it. ``conclusions`` say what an evaluation of this size can show.
+    ``tasks`` maps a task to each arm's mean of it. ``gradings`` are about metrics that a model graded. ``conclusions``
+    say what an evaluation of this size can show.
     """
 
     num_prompts: int | None = None
@@ -198,6 +216,7 @@ class Evaluation:
     reward_comparisons: list[Comparison] = field(default_factory=list)
     tasks: dict[Name, dict[Name, float]] = field(default_factory=dict)
     judge: Judge | None = None
+    gradings: list[Grading] = field(default_factory=list, metadata=LEFT_OUT_IF_EMPTY)
     conclusions: list[str] = field(default_factory=list)
     version: int = 2
 

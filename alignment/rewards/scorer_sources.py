@@ -19,6 +19,15 @@ REWARD = "reward"
 CHOICE = "choice"
 """A metric of the policy itself: which of a row's choices it finds likeliest."""
 
+GRADE = "grade"
+"""A metric by an endpoint, the stage's ``grader``."""
+
+OF_METRICS = {
+    CHOICE: "asks a policy, and not its answers",
+    GRADE: "asks the grader of an evaluation, call by call",
+}
+"""Sources that only a metric of an evaluation can have, and why."""
+
 _REFERENCES = ("stage:", "path:", "hub:")
 _BUNDLED = "bundled:"
 

@@ -7,8 +7,57 @@ from tests.mutations.mutation import in_file
 EVALUATE = "unit/stages/test_evaluate.py"
 
 TURNS = "unit/stages/test_evaluate_turns.py"
+GRADING = "unit/stages/test_grading.py"
 
 MUTATIONS = [
+    *in_file(
+        "stages/evaluate/grading.py",
+        GRADING,
+        (
+            "a prompt without a grade in one arm counts in the others",
+            "None if row in without or grade is None else float(grade)",
+            "None if grade is None else float(grade)",
+            "test_a_prompt_without_a_grade_in_one_arm_counts_in_none",
+        ),
+        (
+            "an arm with too many replies without a grade stays",
+            "if share <= config.max_invalid]",
+            "if share <= 1.0]",
+            "test_an_answer_that_names_its_grade_does_not_get_it",
+        ),
+        (
+            "a metric's own rubric is passed over",
+            "text=metric.rubric or config.rubric,",
+            "text=config.rubric,",
+            "test_samples_are_graded_one_by_one_and_rubrics_are_metrics_of_their_own",
+        ),
+    ),
+    *in_file(
+        "evaluation/grades.py",
+        "unit/evaluation/test_grades.py",
+        (
+            "a grade beyond the scale counts",
+            "if grade is not None and self.lowest <= grade <= self.highest else None",
+            "if grade is not None else None",
+            "test_a_grade_is_the_last_line_and_nothing_else",
+        ),
+        (
+            "a grade is searched for anywhere in the last line",
+            "match = _GRADE.fullmatch(",
+            "match = _GRADE.search(",
+            "test_a_grade_is_the_last_line_and_nothing_else",
+        ),
+    ),
+    *in_file(
+        "evaluation/exchanges.py",
+        "unit/evaluation/test_exchanges.py",
+        (
+            "a later turn has the first one's reference",
+            "reference=row.references[len(answers)])",
+            "reference=row.reference)",
+            "test_a_row_goes_on_with_the_answers_and_the_turns_behind_them",
+        ),
+    ),
     *in_file(
         "stages/evaluate/turn_prompts.py",
         TURNS,

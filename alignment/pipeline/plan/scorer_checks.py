@@ -23,6 +23,7 @@ from alignment.data.records import HasRow, Question
 from alignment.rewards.rules.all_rules import RULES, rule_of
 from alignment.rewards.scorer_sources import (
     CHOICE,
+    OF_METRICS,
     REWARD,
     FunctionSource,
     function_of,
@@ -126,7 +127,7 @@ def _scorer_faults(where: str, scorer: ScoreSourceConfig) -> Iterator[Fault]:
     if not scorer.source:
         yield Fault(where=f"{where}.source", message=f"missing; {ALLOWED}")
         return
-    if scorer.source == CHOICE and isinstance(scorer, MetricConfig):
+    if scorer.source in OF_METRICS and isinstance(scorer, MetricConfig):
         yield from _setting_faults(where, scorer)
         return
     problem = _source_problem(scorer.source)
@@ -161,13 +162,13 @@ def _source_problem(source: str) -> str | None:
         return _function_problem(function)
     if is_known(source):
         return None
-    if source == CHOICE:
-        return f"{source!r} asks a policy, and not its answers; only a metric of an evaluation can be that"
+    if source in OF_METRICS:
+        return f"{source!r} {OF_METRICS[source]}; only a metric of an evaluation can be that"
     if instead := instead_of_source(source):
         return instead
     if source.endswith(".py"):
         return f"{source!r} names no function; write {source}:FUNCTION"
-    close = nearest(source, [REWARD, CHOICE, *RULES])
+    close = nearest(source, [REWARD, *OF_METRICS, *RULES])
     return f"{source!r} is not a scorer; {f'did you mean {close!r}? ' if close else ''}{ALLOWED}"
 
 

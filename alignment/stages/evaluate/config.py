@@ -7,9 +7,11 @@ from typing import Annotated
 
 from alignment.config.data import DataConfig
 from alignment.config.evaluating import AnswersConfig, FewShotConfig, GateConfig, JudgeConfig
+from alignment.config.grading import GraderConfig
 from alignment.config.rules import FILLED, POSITIVE
 from alignment.config.scoring import MetricConfig
 from alignment.config.stage_fields import reference_to
+from alignment.core.fingerprint import IF_SET
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,6 +34,7 @@ class EvaluateConfig:
     reward: str | None = reference_to("stage:reward", "reward")
     data: DataConfig = field(default_factory=DataConfig)
     metrics: list[MetricConfig] = field(default_factory=list)
+    grader: GraderConfig = field(default_factory=GraderConfig, metadata=IF_SET)
     primary: str | None = None
     system_prompt: str | None = None
     answers: AnswersConfig = field(default_factory=AnswersConfig)

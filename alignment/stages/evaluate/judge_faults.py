@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 
 from alignment.config.did_you_mean import suggestion
 from alignment.config.evaluating import EndpointConfig, JudgeKind
 from alignment.config.faults import Fault
-from alignment.evaluation.endpoint import PACKAGE
 from alignment.evaluation.pairwise import pairs_of
 from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.endpoint_faults import client_missing, endpoint_faults
 
 
 def judge_faults(stage: EvaluateConfig, where: str, *, hang_seconds: float) -> Iterator[Fault]:
@@ -31,9 +30,8 @@ def judge_faults(stage: EvaluateConfig, where: str, *, hang_seconds: float) -> I
     if judge.kind is JudgeKind.reward and stage.reward is None:
         yield Fault(where=f"{path}.kind", message=f"'reward' judges by {where}.reward, which is null; name a model")
     if judge.kind is JudgeKind.endpoint:
-        yield from _endpoint_faults(judge.endpoint, f"{path}.endpoint", hang_seconds)
-        if importlib.util.find_spec("openai") is None:
-            message = f"'endpoint' needs the package openai, which is not installed; pip install '{PACKAGE}'"
+        yield from endpoint_faults(judge.endpoint, f"{path}.endpoint", hang_seconds=hang_seconds)
+        if message := client_missing("endpoint"):
             yield Fault(where=f"{path}.kind", message=message)
     elif judge.endpoint != EndpointConfig():
         message = f"unused; only judge.kind 'endpoint' uses it, and judge.kind is '{judge.kind.value}'"
@@ -51,16 +49,3 @@ def _pair_faults(stage: EvaluateConfig, path: str) -> Iterator[Fault]:
     if not pairs_of(stage.judge, stage.arms, reference=stage.reference):
         message = "no trained arm can be compared with the reference or base+prompt; name pairs: [{arm: …, against: …}]"
         yield Fault(where=f"{path}.pairs", message=message)
-
-
-def _endpoint_faults(endpoint: EndpointConfig, path: str, hang_seconds: float) -> Iterator[Fault]:
-    for name, value in (("base_url", "a URL such as http://localhost:8000/v1"), ("model", "the endpoint's model name")):
-        if not getattr(endpoint, name):
-            yield Fault(where=f"{path}.{name}", message=f"missing; set it to {value}")
-    longest = endpoint.timeout * (1 + endpoint.retries)
-    if 0 < hang_seconds <= longest:
-        message = (
-            f"{endpoint.timeout:g} seconds, {1 + endpoint.retries} times, are not less than launch.hang_seconds "
-            f"({hang_seconds:g}), after which a stage is stopped as stuck; lower it, or raise launch.hang_seconds"
-        )
-        yield Fault(where=f"{path}.timeout", message=message)

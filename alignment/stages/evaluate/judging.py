@@ -13,8 +13,9 @@ from alignment.evaluation.arms import Answer, Answered
 from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.grammar import Verdict, conversations_prompt, judge_prompt, verdict_of
+from alignment.evaluation.known_scores import Scores
 from alignment.evaluation.pairwise import BothOrders, pairs_of, points_of_scores
-from alignment.evaluation.tables import Scores, judged_pair
+from alignment.evaluation.tables import judged_pair
 from alignment.records.evaluation import Judge, JudgedPair, Metric
 from alignment.records.interval import Interval
 from alignment.training.context import StageContext
@@ -43,10 +44,18 @@ class ScoredArms:
     metric: Metric
     by_arm: Scores
 
-    def points(self, arm: str, against: str, indices: Sequence[int]) -> list[float]:
-        """The arm's points on the prompts ``indices``; the better score wins."""
+    def score(self, arm: str, index: int) -> float | None:
+        """The arm's score on a prompt; None if it has none."""
+        return self.by_arm[arm][index] if arm in self.by_arm else None
+
+    def points(self, arm: str, against: str, indices: Sequence[int]) -> list[float | None]:
+        """The arm's points on the prompts ``indices``; the better score wins. None where an arm has no score."""
         better, other = (arm, against) if self.metric.higher_is_better else (against, arm)
-        return points_of_scores(*([self.by_arm[name][index] for index in indices] for name in (better, other)))
+        return [_points(self.score(better, index), self.score(other, index)) for index in indices]
+
+
+def _points(score: float | None, other: float | None) -> float | None:
+    return None if score is None or other is None else points_of_scores([score], [other])[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,9 +164,9 @@ def _by_scores(
     judged, lines = [], []
     for arm, against in pairs:
         points = scores.points(arm, against, indices)
-        judged.append(_Pair(arm=arm, against=against, points=[*points]))
+        judged.append(_Pair(arm=arm, against=against, points=points))
         for index, point in zip(indices, points, strict=True):
-            both = {"arm_score": scores.by_arm[arm][index], "against_score": scores.by_arm[against][index]}
+            both = {"arm_score": scores.score(arm, index), "against_score": scores.score(against, index)}
             lines.append(_line(rows, index, arm, against) | both | {"points": point})
     return judged, lines
 

@@ -18,6 +18,7 @@ from alignment.evaluation.endpoint import api_key
 from alignment.rewards.scorer_sources import REWARD, is_reference, source_field
 from alignment.stages.base import DataSlot, LaunchShape, Outcome, References, Reported, RunsOn, Slot, StageKind
 from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.grader_faults import grader_faults, is_graded
 from alignment.stages.evaluate.judge_faults import judge_faults
 from alignment.stages.shared.kind_answers import of_arms
 
@@ -66,6 +67,7 @@ def _faults(config: EvaluateConfig, run: RunConfig, where: str) -> Iterator[Faul
         message = f"missing, but the arm '{PROMPTED}' needs it; write a system prompt, or remove that arm"
         yield Fault(where=f"{where}.system_prompt", message=message)
     yield from _gate_faults(config, where)
+    yield from grader_faults(config, where, hang_seconds=run.launch.hang_seconds)
     yield from judge_faults(config, where, hang_seconds=run.launch.hang_seconds)
     if config.judge.kind is JudgeKind.none:
         names, reader = ("max_prompts", "max_invalid"), "only a judge (judge.kind)"
@@ -101,6 +103,8 @@ def _primary(config: EvaluateConfig) -> MetricConfig | None:
 def _check_machine(config: EvaluateConfig, where: str) -> None:
     if config.judge.kind is JudgeKind.endpoint:
         api_key(config.judge.endpoint, where=f"{where}.judge")
+    if is_graded(config):
+        api_key(config.grader.endpoint, where=f"{where}.grader")
 
 
 def _reported(config: EvaluateConfig) -> Reported:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from alignment.config.scoring import MetricConfig
@@ -15,7 +16,7 @@ from alignment.evaluation.repeated_answers import scores_of_prompts
 from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation
 from alignment.rewards.rules.numbers import final_number
-from alignment.rewards.scorer_sources import CHOICE, REWARD
+from alignment.rewards.scorer_sources import CHOICE, GRADE, REWARD
 from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate.answering import ArmPrompts
 from alignment.stages.evaluate.config import EvaluateConfig
@@ -24,6 +25,16 @@ from alignment.training.context import StageContext
 
 Source = tuple[str, str]
 """What scores answers: a metric's source, and its settings as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """Scores that other parts of the stage computed, by arm: per answer those of the stage's reward model and, by
+    metric, a grader's ``grades``; per prompt those of the source ``choice``."""
+
+    rewards: Mapping[str, list[float] | None]
+    choices: Mapping[str, list[float]]
+    grades: Mapping[str, Mapping[str, list[float | None]]]
 
 
 def answers_to_score(
@@ -66,25 +77,24 @@ def scores_by_arm(
     tokenizer: Any,
     rows: Sequence[HeldOutPrompt],
     answers: Mapping[str, Answers],
-    rewards: Mapping[str, list[float] | None],
-    choices: Mapping[str, list[float]],
-) -> dict[str, dict[str, list[float]]]:
-    """Every arm's scores by each metric, one per turn of a prompt.
+    measured: Measured,
+) -> dict[str, dict[str, list[float | None]]]:
+    """Every arm's scores by each metric, one per turn of a prompt; ``measured`` are those that need no scorer.
 
-    ``rewards`` are those of the stage's reward model, per answer; ``choices`` are those of the source ``choice``, per
-    prompt.
+    Only a graded metric leaves out arms, and has None for the turns of a prompt that does not count.
 
     Raises:
         DataError: a row lacks what a metric needs, or a function's file changed since the run was planned.
         ModelError: a reward model cannot be loaded, or its tokenizer does not fit.
         RewardError: a metric failed, or did not return one usable number per answer.
     """
-    scores: dict[str, dict[str, list[float]]] = {name: {} for name in answers}
+    scores: dict[str, dict[str, list[float | None]]] = {name: {} for name in answers}
     run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=TOKENS)
-    by_source: dict[Source, Mapping[str, list[float] | None]] = {
-        (REWARD, ""): rewards,
-        (CHOICE, ""): {name: _repeated(of_arm, config.answers.per_prompt) for name, of_arm in choices.items()},
+    by_source: dict[Source, Mapping[str, Sequence[float | None] | None]] = {
+        (REWARD, ""): measured.rewards,
+        (CHOICE, ""): {name: _repeated(of_arm, config.answers.per_prompt) for name, of_arm in measured.choices.items()},
     }
+    by_source |= {_source(metric): measured.grades[metric.name] for metric in config.metrics if metric.source == GRADE}
     sources = {_source(metric) for metric in config.metrics} - set(by_source)
     total = len(sources) * sum(len(of_arm.texts) for of_arm in answers.values())
     done = 0
@@ -102,6 +112,8 @@ def scores_by_arm(
                 for name, of_arm in answers.items()
             }
         for name, of_arm in answers.items():
+            if name not in by_source[_source(metric)]:
+                continue
             of_answers = by_source[_source(metric)][name]
             assert of_answers is not None, "the plan refuses this metric without a reward model"
             scores[name][metric.name] = scores_of_prompts(
@@ -116,7 +128,7 @@ def scores_by_arm(
 
 def _source(metric: MetricConfig) -> Source:
     """Metrics with the same source share its scores, and differ in how they put several answers together."""
-    settings = {"pattern": metric.pattern, "target": metric.target, "schema": metric.schema}
+    settings = {"pattern": metric.pattern, "target": metric.target, "schema": metric.schema, "rubric": metric.rubric}
     used = {name: value for name, value in settings.items() if value is not None}
     return metric.source, json.dumps(used, sort_keys=True) if used else ""
 

@@ -16,6 +16,9 @@ from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.comparisons import compare
 from alignment.evaluation.conclusions import conclusions
 from alignment.evaluation.contradictions import contradictions
+from alignment.evaluation.exchanges import asked_turns
+from alignment.evaluation.grade_conclusions import grade_conclusions
+from alignment.evaluation.known_scores import Scores, known, of_prompts
 from alignment.evaluation.metrics import primary_name, recorded
 from alignment.evaluation.multiple_choice import choice_scores
 from alignment.evaluation.tables import arm_result, by_task, refuse_not_finite, samples
@@ -26,8 +29,9 @@ from alignment.rewards.scorer_sources import CHOICE, REWARD
 from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate.answering import ArmPrompts, Policies, answers_of, prompts_of_arms
 from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.grading import LINES, grade_answers, open_grader
 from alignment.stages.evaluate.judging import Judged, ScoredArms, judge, open_endpoint
-from alignment.stages.evaluate.metric_scores import answers_to_score, scores_by_arm
+from alignment.stages.evaluate.metric_scores import Measured, answers_to_score, scores_by_arm
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
@@ -36,11 +40,12 @@ from alignment.training.context import StageContext
 def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     """Policies and a reward model in, ``evaluation.json`` and ``samples.jsonl`` out, on one process.
 
-    A judge also writes ``judgements.jsonl``.
+    A judge also writes ``judgements.jsonl``, a grader ``grades.jsonl``.
     """
     spec = context.spec
     context.progress("loading")
     endpoint = open_endpoint(config.judge, context)
+    grader = open_grader(config, context)
     tokenizer = load_tokenizer(spec.base_path, spec.model.chat_template)
     for field in ("reference", "reward"):
         if field in spec.inputs:
@@ -56,8 +61,13 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     rewards = _rewards(context, answers)
     for name, arm in arms.items():
         refuse_not_finite(name, arm, rewards=rewards[name], log_ratios=log_ratios[name])
-    turn_scores = scores_by_arm(config, context, tokenizer, rows, answers, rewards, choices)
-    scores = {name: _of_prompts(arm, turn_scores[name]) for name, arm in arms.items()}
+    grades = grade_answers(config, context, grader, answers, asked_turns(rows))
+    measured = Measured(rewards=rewards, choices=choices, grades=grades.by_metric)
+    turn_scores = scores_by_arm(config, context, tokenizer, rows, answers, measured)
+    scores = {
+        name: {metric: of_prompts(arm, values) for metric, values in turn_scores[name].items()}
+        for name, arm in arms.items()
+    }
     metrics = recorded(config.metrics)
     primary = _primary(config, metrics, scores)
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
@@ -68,7 +78,8 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     label_of = labels(config.arms)
     by_primary = {} if primary is None else primary.by_arm
     metric = None if primary is None else primary.metric
-    comparisons = compare({} if metric is None else {metric.name: by_primary}, reference=reference, intervals=intervals)
+    compared = {} if metric is None else {metric.name: _known(by_primary)}
+    comparisons = compare(compared, reference=reference, intervals=intervals)
     evaluation = Evaluation(
         num_prompts=len(rows),
         metrics=metrics,
@@ -92,32 +103,41 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
         reward_comparisons=compare(_by_reward(arms, rewards), reference=reference, intervals=intervals),
         tasks=by_task(rows, by_primary),
         judge=judged.table,
-        conclusions=conclusions(len(rows), metric, comparisons, judged.table, label_of),
+        gradings=grades.gradings,
+        conclusions=[
+            *conclusions(len(rows), metric, comparisons, judged.table, label_of),
+            *grade_conclusions(grades.gradings, len(rows), label_of),
+        ],
     )
     evaluation = replace(evaluation, conclusions=[*evaluation.conclusions, *contradictions(evaluation)])
+    if grades.lines:
+        write_lines(context.content / LINES, grades.lines)
     return _written(context, evaluation, samples(rows, arms, turn_scores), judged)
 
 
-def _of_prompts(arm: Answered, scores: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    """One score per prompt by each metric, the mean over its turns."""
-    return {metric: arm.of_prompts(values) for metric, values in scores.items()}
-
-
-def _primary(
-    config: EvaluateConfig, metrics: Sequence[Metric], scores: Mapping[str, Mapping[str, list[float]]]
-) -> ScoredArms | None:
+def _primary(config: EvaluateConfig, metrics: Sequence[Metric], scores: Mapping[str, Scores]) -> ScoredArms | None:
     name = primary_name(config.metrics, config.primary)
     metric = next((metric for metric in metrics if metric.name == name), None)
     if metric is None:
         return None
-    return ScoredArms(metric=metric, by_arm={arm: of_arm[metric.name] for arm, of_arm in scores.items()})
+    return ScoredArms(metric=metric, by_arm=_by_metric(scores, metric.name))
+
+
+def _by_metric(scores: Mapping[str, Scores], metric: str) -> dict[str, Sequence[float | None]]:
+    """The scores by one metric of every arm that has it."""
+    return {arm: of_arm[metric] for arm, of_arm in scores.items() if metric in of_arm}
 
 
 def _by_other_metrics(
-    scores: Mapping[str, Mapping[str, list[float]]], metrics: Sequence[Metric], primary: Metric | None
+    scores: Mapping[str, Scores], metrics: Sequence[Metric], primary: Metric | None
 ) -> dict[str, dict[str, list[float]]]:
     others = [metric.name for metric in metrics if metric != primary]
-    return {name: {arm: of_arm[name] for arm, of_arm in scores.items()} for name in others}
+    return {name: _known(_by_metric(scores, name)) for name in others}
+
+
+def _known(by_arm: Scores) -> dict[str, list[float]]:
+    """The scores that there are, which are on the same prompts for every arm."""
+    return {arm: known(values) for arm, values in by_arm.items()}
 
 
 def _by_reward(

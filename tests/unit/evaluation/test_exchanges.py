@@ -38,6 +38,8 @@ def test_a_row_goes_on_with_the_answers_and_the_turns_behind_them() -> None:
         ("user", "c3"),
     ]
     assert continued(ROWS[1], []) is ROWS[1]
+    two = row("a1", "a2", references=("second",))
+    assert [continued(two, texts).reference for texts in ([], ["x"])] == ["", "second"]
 
 
 def test_every_answer_is_behind_its_own_conversation() -> None:
