@@ -8,6 +8,7 @@ from typing import Annotated
 
 from alignment.config.data import DataConfig
 from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, POSITIVE, SCORE, URL, VARIABLE
+from alignment.core.fingerprint import IF_SET
 
 PROMPTED = "base+prompt"
 FEW_SHOT = "base+few-shot"
@@ -98,12 +99,21 @@ class EndpointConfig(ChatEndpointConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class LabelledConfig:
+    """Pairs of answers of which people have chosen one, to hold the judge against them; without a source there are
+    none. At most ``max_prompts`` prompts are drawn, with one pair of each."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    max_prompts: Annotated[int, POSITIVE] = 50
+
+
+@dataclass(kw_only=True, slots=True)
 class JudgeConfig:
     """Pairwise win rates on at most ``max_prompts`` held-out prompts.
 
     Without ``pairs`` every trained arm is compared with the reference arm and ``base+prompt``. If more than a share of
     ``max_invalid`` of a pair's verdicts is invalid, nothing is concluded about it. A failed call is not a verdict: the
-    stage ends, and repeats the call when it is started again.
+    stage ends, and repeats the call when it is started again. The judge also judges the pairs in ``labelled``.
     """
 
     kind: JudgeKind = JudgeKind.none
@@ -111,3 +121,4 @@ class JudgeConfig:
     max_prompts: Annotated[int, POSITIVE] = 200
     max_invalid: Annotated[float, FRACTION] = 0.2
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    labelled: LabelledConfig = field(default_factory=LabelledConfig, metadata=IF_SET)

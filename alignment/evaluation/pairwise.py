@@ -60,9 +60,11 @@ class BothOrders:
         return (_LEAN[self.arm_first] + _LEAN[self.arm_second]) / 2
 
 
-def points_of_scores(arm: Sequence[float], against: Sequence[float]) -> list[float]:
-    """Points from comparing two scores; equal scores tie."""
-    return [WIN if score > other else LOSS if score < other else TIE for score, other in zip(arm, against, strict=True)]
+def points_of(score: float | None, other: float | None) -> float | None:
+    """The points of an answer by comparing its score with the other's; equal scores tie. None without both."""
+    if score is None or other is None:
+        return None
+    return WIN if score > other else LOSS if score < other else TIE
 
 
 def invalid_share(judged: Sequence[BothOrders]) -> float:

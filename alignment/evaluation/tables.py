@@ -142,7 +142,7 @@ def judged_pair(
     """
     counted = [row for row, value in enumerate(points) if value is not None]
     valid = [value for value in points if value is not None]
-    invalid = 0.0 if both is None else invalid_share(both)
+    invalid = points.count(None) / len(points) if both is None else invalid_share(both)
     rate = intervals.of(valid) if valid and invalid <= max_invalid else None
     longer = [extra_words[row] for row in counted]
     at_equal_lengths = None

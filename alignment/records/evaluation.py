@@ -172,12 +172,17 @@ class JudgedPair:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judge:
-    """The judge of pairs of arms, the number of prompts, and the results."""
+    """The judge of pairs of arms, the number of prompts, and the results.
+
+    ``labelled`` is how it judged pairs of which people have chosen one answer: the chosen answers are the arm, so that
+    its win rate is the share of pairs on which the judge agrees with people, ties counted as half.
+    """
 
     kind: Name = ""
     name: Name = "a judge"
     num_prompts: int | None = None
     pairs: list[JudgedPair] = field(default_factory=list)
+    labelled: JudgedPair | None = field(default=None, metadata=LEFT_OUT_IF_EMPTY)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

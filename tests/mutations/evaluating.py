@@ -8,8 +8,47 @@ EVALUATE = "unit/stages/test_evaluate.py"
 
 TURNS = "unit/stages/test_evaluate_turns.py"
 GRADING = "unit/stages/test_grading.py"
+LABELLED = "unit/stages/test_labelled.py"
 
 MUTATIONS = [
+    *in_file(
+        "stages/evaluate/labelled.py",
+        LABELLED,
+        (
+            "a labelled pair is judged in one order twice",
+            "for answers in ((pair.chosen, pair.rejected), (pair.rejected, pair.chosen))",
+            "for answers in ((pair.chosen, pair.rejected), (pair.chosen, pair.rejected))",
+            "test_a_judge_that_looks_at_the_position_alone_is_no_better_than_chance",
+        ),
+        (
+            "a metric of which less is better judges labelled pairs the wrong way round",
+            "point = points_of(rejected, chosen) if fewer_is_better else points_of(chosen, rejected)",
+            "point = points_of(chosen, rejected)",
+            "test_a_metric_judges_labelled_pairs_in_its_own_direction",
+        ),
+        (
+            "both answers of a labelled pair are scored as the chosen one",
+            "texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]",
+            "texts = [text for pair in pairs for text in (pair.chosen, pair.chosen)]",
+            "test_a_reward_model_judges_labelled_pairs_by_its_scores",
+        ),
+    ),
+    *in_file(
+        "evaluation/labelled_pairs.py",
+        "unit/evaluation/test_labelled_pairs.py",
+        (
+            "a judge is trusted on six pairs",
+            "return pair.verdict == BETTER and _counted(pair) >= FEWEST_PROMPTS",
+            "return pair.verdict == BETTER",
+            "test_a_judge_is_trusted_only_beyond_chance",
+        ),
+        (
+            "pairs of one prompt are counted as independent",
+            "return list(first.values())",
+            "return list(pairs)",
+            "test_a_prompt_is_judged_once",
+        ),
+    ),
     *in_file(
         "stages/evaluate/grading.py",
         GRADING,

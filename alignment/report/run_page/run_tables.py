@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup
 
-from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, ArmResult, Comparison, Evaluation
+from alignment.evaluation.labelled_pairs import agrees, verdict_on_judge
+from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, ArmResult, Comparison, Evaluation, JudgedPair
 from alignment.records.interval import Interval
 from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.kit import text
@@ -185,24 +186,30 @@ class JudgedRow:
 
 
 def judged_rows(evaluation: Evaluation) -> list[JudgedRow]:
-    """The judge's table."""
-    pairs = evaluation.judge.pairs if evaluation.judge else []
-    return [
-        JudgedRow(
-            arm=evaluation.label(pair.arm),
-            against=evaluation.label(pair.against),
-            rate=pair.win_rate,
-            at_equal_lengths=pair.length_controlled,
-            counts=f"{pair.wins} / {pair.ties} / {pair.losses}",
-            invalid=text.share(pair.invalid),
-            agreement=text.share(pair.agreement),
-            bias="–" if pair.position_bias is None else text.signed(pair.position_bias, 2),
-            metric=text.share(pair.metric_agreement) + _kappa(pair.metric_kappa),
-            verdict=pair.verdict,
-            tone=TONES.get(pair.verdict, "open"),
-        )
-        for pair in pairs
-    ]
+    """The judge's table; answers that people have chosen come last, against those that they rejected."""
+    judge = evaluation.judge
+    rows = [_judged_row(pair, evaluation) for pair in (judge.pairs if judge else [])]
+    if judge is not None and judge.labelled is not None:
+        row = _judged_row(judge.labelled, evaluation)
+        tone = "good" if agrees(judge.labelled) else "bad"
+        rows.append(replace(row, arm="chosen by people", verdict=verdict_on_judge(judge.labelled), tone=tone))
+    return rows
+
+
+def _judged_row(pair: JudgedPair, evaluation: Evaluation) -> JudgedRow:
+    return JudgedRow(
+        arm=evaluation.label(pair.arm),
+        against=evaluation.label(pair.against),
+        rate=pair.win_rate,
+        at_equal_lengths=pair.length_controlled,
+        counts=f"{pair.wins} / {pair.ties} / {pair.losses}",
+        invalid=text.share(pair.invalid),
+        agreement=text.share(pair.agreement),
+        bias="–" if pair.position_bias is None else text.signed(pair.position_bias, 2),
+        metric=text.share(pair.metric_agreement) + _kappa(pair.metric_kappa),
+        verdict=pair.verdict,
+        tone=TONES.get(pair.verdict, "open"),
+    )
 
 
 def _kappa(value: float | None) -> str:

@@ -84,7 +84,7 @@ def _grade(
     grades: Grades,
 ) -> None:
     """Adds a metric's part to ``grades``."""
-    rubric = _rubric(metric, config)
+    rubric = rubric_of(metric, config)
     prompts = [
         rubric.prompt(prompt.messages, text, reference=getattr(prompt, "reference", ""))
         for of_arm in answers.values()
@@ -101,7 +101,8 @@ def _grade(
     grades.gradings.append(grading)
 
 
-def _rubric(metric: MetricConfig, config: GraderConfig) -> Rubric:
+def rubric_of(metric: MetricConfig, config: GraderConfig) -> Rubric:
+    """The rubric of a metric: its own, or the grader's."""
     return Rubric(
         text=metric.rubric or config.rubric,
         lowest=config.lowest,

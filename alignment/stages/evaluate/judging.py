@@ -14,7 +14,7 @@ from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.grammar import Verdict, conversations_prompt, judge_prompt, verdict_of
 from alignment.evaluation.known_scores import Scores
-from alignment.evaluation.pairwise import BothOrders, pairs_of, points_of_scores
+from alignment.evaluation.pairwise import BothOrders, pairs_of, points_of
 from alignment.evaluation.tables import judged_pair
 from alignment.records.evaluation import Judge, JudgedPair, Metric
 from alignment.records.interval import Interval
@@ -51,11 +51,7 @@ class ScoredArms:
     def points(self, arm: str, against: str, indices: Sequence[int]) -> list[float | None]:
         """The arm's points on the prompts ``indices``; the better score wins. None where an arm has no score."""
         better, other = (arm, against) if self.metric.higher_is_better else (against, arm)
-        return [_points(self.score(better, index), self.score(other, index)) for index in indices]
-
-
-def _points(score: float | None, other: float | None) -> float | None:
-    return None if score is None or other is None else points_of_scores([score], [other])[0]
+        return [points_of(self.score(better, index), self.score(other, index)) for index in indices]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,12 +11,13 @@ from alignment.config.faults import Fault, unread_faults
 from alignment.config.run import RunConfig
 from alignment.config.scoring import MetricConfig
 from alignment.core.artifacts import EVALUATION, REWARD_MODEL
-from alignment.data.records import Conversation, HeldOutPrompt
+from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair
 from alignment.data.tokens.row_kinds import CONVERSATIONS
 from alignment.evaluation import metrics
 from alignment.evaluation.endpoint import api_key
 from alignment.rewards.scorer_sources import REWARD, is_reference, source_field
 from alignment.stages.base import DataSlot, LaunchShape, Outcome, References, Reported, RunsOn, Slot, StageKind
+from alignment.stages.evaluate import labelled_faults
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.grader_faults import grader_faults, is_graded
 from alignment.stages.evaluate.judge_faults import judge_faults
@@ -32,6 +33,13 @@ def _data(config: EvaluateConfig) -> list[DataSlot]:
             record=Conversation,
             rows=CONVERSATIONS,
             in_use=FEW_SHOT in config.arms,
+        ),
+        DataSlot(
+            field=labelled_faults.DATA,
+            data=config.judge.labelled.data,
+            record=PreferencePair,
+            in_use=labelled_faults.labels_pairs(config.judge),
+            checks=labelled_faults.labelled_checks(config),
         ),
     ]
 
@@ -69,6 +77,7 @@ def _faults(config: EvaluateConfig, run: RunConfig, where: str) -> Iterator[Faul
     yield from _gate_faults(config, where)
     yield from grader_faults(config, where, hang_seconds=run.launch.hang_seconds)
     yield from judge_faults(config, where, hang_seconds=run.launch.hang_seconds)
+    yield from labelled_faults.labelled_faults(config, where)
     if config.judge.kind is JudgeKind.none:
         names, reader = ("max_prompts", "max_invalid"), "only a judge (judge.kind)"
         yield from unread_faults(config.judge, JudgeConfig(), names, f"{where}.judge", reader)

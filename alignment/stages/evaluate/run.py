@@ -19,6 +19,7 @@ from alignment.evaluation.contradictions import contradictions
 from alignment.evaluation.exchanges import asked_turns
 from alignment.evaluation.grade_conclusions import grade_conclusions
 from alignment.evaluation.known_scores import Scores, known, of_prompts
+from alignment.evaluation.labelled_pairs import labelled_conclusions
 from alignment.evaluation.metrics import primary_name, recorded
 from alignment.evaluation.multiple_choice import choice_scores
 from alignment.evaluation.tables import arm_result, by_task, refuse_not_finite, samples
@@ -27,10 +28,13 @@ from alignment.models.assembly.reward_head import load_reward_model
 from alignment.records.evaluation import ArmResult, Evaluation, Metric, Sample, write_samples
 from alignment.rewards.scorer_sources import CHOICE, REWARD
 from alignment.rewards.scorers import Answers
+from alignment.stages.evaluate import grading
+from alignment.stages.evaluate import labelled as labelled_pairs
 from alignment.stages.evaluate.answering import ArmPrompts, Policies, answers_of, prompts_of_arms
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.grading import LINES, grade_answers, open_grader
+from alignment.stages.evaluate.grading import grade_answers, open_grader
 from alignment.stages.evaluate.judging import Judged, ScoredArms, judge, open_endpoint
+from alignment.stages.evaluate.labelled import judge_labelled
 from alignment.stages.evaluate.metric_scores import Measured, answers_to_score, scores_by_arm
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import rows_of
@@ -75,6 +79,8 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     judged = judge(
         config.judge, context, rows, arms, rewards, primary, endpoint, reference=reference, intervals=intervals
     )
+    labelled = judge_labelled(config, context, tokenizer, endpoint, grader, intervals)
+    judge_table = judged.table and replace(judged.table, labelled=labelled.pair)
     label_of = labels(config.arms)
     by_primary = {} if primary is None else primary.by_arm
     metric = None if primary is None else primary.metric
@@ -102,16 +108,18 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
         other_comparisons=compare(_by_other_metrics(scores, metrics, metric), reference=reference, intervals=intervals),
         reward_comparisons=compare(_by_reward(arms, rewards), reference=reference, intervals=intervals),
         tasks=by_task(rows, by_primary),
-        judge=judged.table,
+        judge=judge_table,
         gradings=grades.gradings,
         conclusions=[
-            *conclusions(len(rows), metric, comparisons, judged.table, label_of),
+            *conclusions(len(rows), metric, comparisons, judge_table, label_of),
+            *labelled_conclusions(judge_table),
             *grade_conclusions(grades.gradings, len(rows), label_of),
         ],
     )
     evaluation = replace(evaluation, conclusions=[*evaluation.conclusions, *contradictions(evaluation)])
-    if grades.lines:
-        write_lines(context.content / LINES, grades.lines)
+    for file, lines in ((grading.LINES, grades.lines), (labelled_pairs.LINES, labelled.lines)):
+        if lines:
+            write_lines(context.content / file, lines)
     return _written(context, evaluation, samples(rows, arms, turn_scores), judged)
 
 

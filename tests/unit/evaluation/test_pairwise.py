@@ -15,7 +15,7 @@ from alignment.evaluation.pairwise import (
     invalid_share,
     kappa,
     pairs_of,
-    points_of_scores,
+    points_of,
     position_bias,
 )
 from alignment.evaluation.tables import judged_pair
@@ -132,7 +132,8 @@ def test_without_one_valid_verdict_nothing_is_concluded_at_any_bound() -> None:
 
 
 def test_scores_are_compared_and_equal_ones_tie() -> None:
-    assert points_of_scores([0.2, 0.5, 0.1], [0.1, 0.5, 0.3]) == [1.0, 0.5, 0.0]
+    assert [points_of(*pair) for pair in ((0.2, 0.1), (0.5, 0.5), (0.1, 0.3))] == [1.0, 0.5, 0.0]
+    assert points_of(None, 0.1) is points_of(0.1, None) is None
 
 
 def test_agreement_with_the_metric_leaves_invalid_prompts_out() -> None:

@@ -60,6 +60,23 @@ ENDPOINT = [
         ([*ENDPOINT, f"{JUDGE}.endpoint.timeout=0"], f"{JUDGE}.endpoint.timeout: 0 is not allowed"),
         ([*ENDPOINT, f"{JUDGE}.endpoint.timeout=300"], f"{JUDGE}.endpoint.timeout: 300 seconds, 3 times, are not"),
         ([*ENDPOINT, f"{JUDGE}.max_invalid=1.5"], f"{JUDGE}.max_invalid: 1.5 is not allowed"),
+        (
+            [f"{JUDGE}.labelled.max_prompts=9", f"{JUDGE}.kind=metric"],
+            f"{JUDGE}.labelled.data.source: missing, so the other settings are unused",
+        ),
+        (
+            [f"{JUDGE}.labelled.data.source='bundled:quickstart/preferences'"],
+            f"{JUDGE}.labelled: unused: a judge of the kind 'none' cannot judge pairs from a file",
+        ),
+        (
+            [
+                f"{JUDGE}.kind=metric",
+                f"{JUDGE}.labelled.data.source='bundled:quickstart/preferences'",
+                "stages.evaluate.metrics=[{name: mmlu, source: choice}]",
+                "stages.evaluate.primary=mmlu",
+            ],
+            f"{JUDGE}.labelled: the primary metric has the source 'choice', which scores no answers",
+        ),
         (["stages.evaluate.few_shot.count=0"], "stages.evaluate.few_shot.count: 0 is not allowed"),
         (["stages.evaluate.reference=base+few-shot"], "'base+few-shot' is an arm of an evaluation"),
         (["stages.sft.init=base+few-shot"], "'base+few-shot' is an arm of an evaluation"),
@@ -210,3 +227,17 @@ def test_an_evaluation_without_metrics_shows_what_was_measured_and_compares_noth
     assert printed.split()[:4] == ["arm", "words", "loss", "dpo"]
     assert "1.23" in printed
     assert "no metric, so no arm is called better" in printed
+
+
+def test_labelled_rows_that_the_judging_metric_cannot_read_are_refused_by_the_plan(
+    plan: MakePlan, tmp_path: Path
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "2 + 2?", "chosen": "4.", "rejected": "5."}\n')
+    labelled = [f"{JUDGE}.kind=metric", f"{JUDGE}.labelled.data.source='path:{file}'", "stages.evaluate.primary=facts"]
+    metric = "stages.evaluate.metrics=[{name: facts, source: %s}]"
+    assert evaluation(plan(*labelled, metric % "refusal")) != evaluation(
+        plan(*labelled[:1], labelled[2], metric % "refusal")
+    )
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: 'facts' is missing"):
+        plan(*labelled, metric % "key_facts")

@@ -446,6 +446,20 @@ def test_an_evaluation_with_a_judge_shows_its_pairs_and_what_can_be_concluded(fa
     assert "by quality: &lt;i&gt;nothing&lt;/i&gt;." in html
 
 
+def test_a_judge_that_was_held_against_people_has_a_row_of_its_own(fake_run):
+    labelled = {
+        "arm": "chosen", "against": "rejected", "prompts": 50, "wins": 24, "ties": 4, "losses": 22,
+        "win_rate": {"mean": 0.52, "low": 0.4, "high": 0.64}, "verdict": "no real difference", "invalid": 0.0,
+        "agreement": 0.9, "position_bias": 0.31,
+    }  # fmt: skip
+    fake_run.evaluation["judge"] = {"name": "m", "num_prompts": 100, "pairs": [], "labelled": labelled}
+    page = Page(fake_run.html()).text
+    row = page[page.index("chosen by people") :].split("By task")[0]
+    for shown in ("rejected", "0.52", "0.40 to 0.64", "24 / 4 / 22", "+0.31", "chance may agree as often"):
+        assert shown in row
+    assert "of which chance gives half" in page
+
+
 def test_differences_have_their_p_values_and_those_of_other_metrics_a_table_of_their_own(fake_run):
     evaluation = fake_run.evaluation
     evaluation["comparisons"][0] |= {"metric": "quality", "p": 0.02, "adjusted_p": 0.0499}
