@@ -18,7 +18,7 @@ MUTATIONS = [
             "a labelled pair is judged in one order twice",
             "for answers in ((pair.chosen, pair.rejected), (pair.rejected, pair.chosen))",
             "for answers in ((pair.chosen, pair.rejected), (pair.chosen, pair.rejected))",
-            "test_a_judge_that_looks_at_the_position_alone_is_no_better_than_chance",
+            "test_a_judge_that_people_would_agree_with",
         ),
         (
             "a metric of which less is better judges labelled pairs the wrong way round",
