@@ -7,7 +7,7 @@ from typing import Annotated
 
 from alignment.config.data import DataConfig
 from alignment.config.evaluating import AnswersConfig, FewShotConfig, GateConfig, JudgeConfig
-from alignment.config.grading import GraderConfig
+from alignment.config.grader import GraderConfig
 from alignment.config.rules import FILLED, POSITIVE
 from alignment.config.scoring import MetricConfig
 from alignment.config.stage_fields import reference_to

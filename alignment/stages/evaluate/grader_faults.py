@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from alignment.config.faults import Fault
-from alignment.config.grading import GraderConfig
+from alignment.config.grader import GraderConfig
 from alignment.config.scoring import MetricConfig, pass_size
 from alignment.rewards.scorer_sources import GRADE
 from alignment.stages.evaluate.config import EvaluateConfig

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignment.config.grading import GraderConfig
+from alignment.config.grader import GraderConfig
 from alignment.config.scoring import MetricConfig
 from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.exchanges import AskedTurn

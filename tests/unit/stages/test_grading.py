@@ -11,7 +11,7 @@ import pytest
 
 from alignment import worker
 from alignment.config.evaluating import AnswersConfig, ChatEndpointConfig, JudgeConfig, JudgeKind, PairConfig
-from alignment.config.grading import GraderConfig
+from alignment.config.grader import GraderConfig
 from alignment.config.scoring import MetricConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.evaluation import arms

@@ -13,7 +13,7 @@ import torch
 from alignment import worker
 from alignment.config.data import DataConfig
 from alignment.config.evaluating import ChatEndpointConfig, JudgeConfig, JudgeKind, LabelledConfig, PairConfig
-from alignment.config.grading import GraderConfig
+from alignment.config.grader import GraderConfig
 from alignment.config.scoring import MetricConfig
 from alignment.core.errors import DataError
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids
