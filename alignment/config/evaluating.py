@@ -8,7 +8,6 @@ from typing import Annotated
 
 from alignment.config.data import DataConfig
 from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, POSITIVE, SCORE, URL, VARIABLE
-from alignment.core.fingerprint import IF_SET
 
 PROMPTED = "base+prompt"
 FEW_SHOT = "base+few-shot"
@@ -121,4 +120,4 @@ class JudgeConfig:
     max_prompts: Annotated[int, POSITIVE] = 200
     max_invalid: Annotated[float, FRACTION] = 0.2
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
-    labelled: LabelledConfig = field(default_factory=LabelledConfig, metadata=IF_SET)
+    labelled: LabelledConfig = field(default_factory=LabelledConfig)

@@ -11,7 +11,6 @@ from alignment.config.grader import GraderConfig
 from alignment.config.rules import FILLED, POSITIVE
 from alignment.config.scoring import MetricConfig
 from alignment.config.stage_fields import reference_to
-from alignment.core.fingerprint import IF_SET
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,7 +33,7 @@ class EvaluateConfig:
     reward: str | None = reference_to("stage:reward", "reward")
     data: DataConfig = field(default_factory=DataConfig)
     metrics: list[MetricConfig] = field(default_factory=list)
-    grader: GraderConfig = field(default_factory=GraderConfig, metadata=IF_SET)
+    grader: GraderConfig = field(default_factory=GraderConfig)
     primary: str | None = None
     system_prompt: str | None = None
     answers: AnswersConfig = field(default_factory=AnswersConfig)

@@ -14,7 +14,7 @@ import pytest
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
-from alignment.config.evaluating import FEW_SHOT, PROMPTED, EndpointConfig, JudgeConfig
+from alignment.config.evaluating import FEW_SHOT, PROMPTED, ChatEndpointConfig, EndpointConfig, JudgeConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.replay import PtxConfig
 from alignment.config.run import RunConfig
@@ -52,8 +52,8 @@ OUTSIDE = {
     # Memory and time.
     OptimConfig: {"micro_batch_tokens", "activation_checkpointing"},
     PpoOptimConfig: {"micro_batch_tokens"},
-    # How a judge is reached, not who judges.
-    EndpointConfig: {"api_key_env", "timeout", "retries", "concurrency"},
+    # How a judge or grader is reached, not who judges.
+    **{cls: {"api_key_env", "timeout", "retries", "concurrency"} for cls in (ChatEndpointConfig, EndpointConfig)},
 }
 for _often in (CptConfig, SftConfig, RewardConfig, DpoConfig):
     OUTSIDE[_often] = OUTSIDE[_often] | {"log_every", "save_every"}
