@@ -71,7 +71,7 @@ def conversations_prompt(
     *,
     criteria: str,
 ) -> str:
-    """The judge's prompt about two conversations of several turns (as in MT-Bench, Zheng et al. 2023, figure 8).
+    """The judge's prompt about two conversations of several turns (as in MT-Bench, Zheng et al. 2023, section 3.5).
 
     ``first`` and ``second`` are the answers to the request and to each of the user's ``later_turns``; ``first`` is
     shown as A. Both conversations are shown in full, one after the other.
