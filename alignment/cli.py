@@ -32,6 +32,7 @@ VERBS = {
     "compare": "show what differs between runs",
     "doctor": "show what a data file holds, and what is wrong in it",
     "export": "write a result as a folder that transformers or PEFT reads",
+    "judge": "let people say which of two arms answers better",
     "chat": "talk to a stage's policy, or to two side by side",
     "add-tokens": "write a model with more special tokens",
     "recipes": "list the shipped recipes",
@@ -44,7 +45,6 @@ _EXAMPLES = """\
 examples:
   align run quickstart                            the whole chain on a small model
   align run ./mine.yaml adapter=qlora             a recipe of your own; another choice from conf/
-
 exit codes: 0 success, 1 a bug of ours, 2 configuration, 3 data, 4 model, 5 stage or full disk, 6 not finite,
 7 artifact, 8 busy, 9 a scorer that failed, 10 a gate is not met, 75 preempted, 130 interrupted
 """

@@ -40,12 +40,13 @@ class FewShotConfig:
 
 class JudgeKind(str, Enum):
     """``metric`` prefers the better score by the primary metric, ``reward`` the higher score of the reward model;
-    ``endpoint`` asks a model, in both orders."""
+    ``endpoint`` asks a model, in both orders; ``people`` counts the votes of ``align judge``."""
 
     none = "none"
     metric = "metric"
     reward = "reward"
     endpoint = "endpoint"
+    people = "people"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -112,12 +113,15 @@ class JudgeConfig:
 
     Without ``pairs`` every trained arm is compared with the reference arm and ``base+prompt``. If more than a share of
     ``max_invalid`` of a pair's verdicts is invalid, nothing is concluded about it. A failed call is not a verdict: the
-    stage ends, and repeats the call when it is started again. The judge also judges the pairs in ``labelled``.
+    stage ends, and repeats the call when it is started again. The judge also judges the pairs in ``labelled``. For
+    people, every prompt with a vote counts. Their ``votes`` are a file of ``align judge``, by default that of this run
+    and stage; its content counts.
     """
 
     kind: JudgeKind = JudgeKind.none
     pairs: list[PairConfig] = field(default_factory=list)
     max_prompts: Annotated[int, POSITIVE] = 200
     max_invalid: Annotated[float, FRACTION] = 0.2
+    votes: str | None = field(default=None, metadata={"identity": False})
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     labelled: LabelledConfig = field(default_factory=LabelledConfig)

@@ -111,10 +111,23 @@ def read(path: Path, kind: type[Record], *, remedy: str) -> Record:
         NewerVersion: it was written by a newer version of this program.
         ArtifactError: it cannot be read, or a field has another form; says which, with ``remedy`` behind it.
     """
+    return strict(_content(path, kind, remedy), kind, where=str(path), remedy=remedy)
+
+
+def strict(raw: Any, kind: type[Record], *, where: str, remedy: str) -> Record:
+    """The record in plain data; ``where`` names it in errors.
+
+    Raises:
+        NewerVersion: it was written by a newer version of this program.
+        ArtifactError: it is not an object, or a field has another form; says which, with ``remedy`` behind it.
+    """
+    if not isinstance(raw, dict):
+        raise ArtifactError("unreadable: it holds no JSON object", where=where, remedy=remedy)
+    _refuse_newer(raw, kind, where)
     reader = _Reader(AS_IT_IS)
-    record: Record = reader.record(_content(path, kind, remedy), kind, "")
+    record: Record = reader.record(raw, kind, "")
     if reader.faults:
-        raise ArtifactError(f"unreadable: {reader.faults[0]}", where=str(path), remedy=remedy)
+        raise ArtifactError(f"unreadable: {reader.faults[0]}", where=where, remedy=remedy)
     return record
 
 
@@ -142,15 +155,19 @@ def _content(path: Path, kind: type[Any], remedy: str) -> dict[str, Any]:
         raise ArtifactError(f"unreadable: {error}", where=str(path), remedy=remedy) from error
     if not isinstance(raw, dict):
         raise ArtifactError("unreadable: it holds no JSON object", where=str(path), remedy=remedy)
+    _refuse_newer(raw, kind, str(path))
+    return raw
+
+
+def _refuse_newer(raw: dict[str, Any], kind: type[Any], where: str) -> None:
     known = next((field.default for field in dataclasses.fields(kind) if field.name == VERSION), None)
     version = raw.get(VERSION, known)
     if isinstance(version, int) and isinstance(known, int) and version > known:
         raise NewerVersion(
             f"has version {version} of its form, and this program reads versions up to {known}",
-            where=str(path),
+            where=where,
             remedy="update the program, or read the file with the one that wrote it",
         )
-    return raw
 
 
 class _Reader:

@@ -40,13 +40,13 @@ class Reading:
     set_aside: list[SetAside] = field(default_factory=list)
 
 
-def read_records(path: Path, record: type[R], data: SourceConfig) -> list[R]:
-    """All records of the source, at most ``data.limit``.
+def read_records(path: Path, record: type[R], data: SourceConfig, *, reading: Reading | None = None) -> list[R]:
+    """All records of the source, at most ``data.limit``; ``reading`` is as in ``iterate``.
 
     Raises:
         DataError: see ``iterate``.
     """
-    return list(iterate(path, record, data))
+    return list(iterate(path, record, data, reading=reading))
 
 
 def iterate(path: Path, record: type[R], data: SourceConfig, *, reading: Reading | None = None) -> Iterator[R]:

@@ -84,14 +84,24 @@ def _judged(judge: Judge, labels: Mapping[str, str]) -> str:
     for pair in judge.pairs:
         arm, against = labels[pair.arm], labels[pair.against]
         if pair.win_rate is None:
-            parts.append(f"{NOTHING} about {arm} and {against} ({pair.invalid or 0:.0%} of the verdicts are invalid)")
+            parts.append(f"{NOTHING} about {arm} and {against} ({pair.why_nothing})")
         else:
             low, high = pair.win_rate.bounds or (pair.win_rate.mean, pair.win_rate.mean)
             parts.append(
                 f"{arm} wins {pair.win_rate.mean:.2f} against {against} ({low:.2f} to {high:.2f}), {pair.verdict}"
-                f"{_because_of_length(pair)}"
+                f"{_because_of_length(pair)}{_by_people(pair)}"
             )
     return f"By {judge.name} on {judge.num_prompts} prompts, ties counted as half a win: {'; '.join(parts)}."
+
+
+def _by_people(pair: JudgedPair) -> str:
+    """How many people judged how much, and whether they agree."""
+    people = pair.people
+    if people is None:
+        return ""
+    agreement = "" if people.alpha is None else f", Krippendorff's α {people.alpha:.2f}"
+    judged = f"{people.judged} of {pair.prompts} prompts, {people.votes} votes, annotators: {people.annotators}"
+    return f" ({judged}{agreement}{pair.stale_votes})"
 
 
 def _because_of_length(pair: JudgedPair) -> str:

@@ -146,6 +146,23 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class JudgedByPeople:
+    """How people judged two arms: ``judged`` prompts, with so many ``votes`` of so many ``annotators``.
+
+    ``same_answers`` counts prompts that both arms answered alike, which nobody is asked about. ``stale`` votes are
+    about other answers of the same arms and do not count. ``alpha`` is Krippendorff's α; None if no prompt has two
+    votes, or all such votes are the same.
+    """
+
+    judged: int = 0
+    same_answers: int = 0
+    annotators: int = 0
+    votes: int = 0
+    stale: int = 0
+    alpha: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class JudgedPair:
     """A judge's results for two arms; ``win_rate`` is None if nothing can be concluded.
 
@@ -168,6 +185,21 @@ class JudgedPair:
     position_bias: float | None = None
     metric_agreement: float | None = None
     metric_kappa: float | None = None
+    people: JudgedByPeople | None = None
+
+    @property
+    def why_nothing(self) -> str:
+        """Why nothing can be concluded, in words: too many invalid verdicts, or too few prompts that people judged."""
+        if self.people is None:
+            return f"{self.invalid or 0:.0%} of the verdicts are invalid"
+        judged = f"people judged {self.people.judged} of {self.prompts} prompts"
+        return f"{judged}, and {FEWEST_PROMPTS} are needed{self.stale_votes}"
+
+    @property
+    def stale_votes(self) -> str:
+        """``; 3 votes are about other answers and do not count``, to put behind a sentence; empty if there are none."""
+        stale = 0 if self.people is None else self.people.stale
+        return f"; {stale} votes are about other answers and do not count" if stale else ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

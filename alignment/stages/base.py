@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from alignment.config.data import DataConfig, MixedConfig
@@ -116,6 +117,10 @@ def _nothing(*_: Any) -> tuple[()]:
     return ()
 
 
+def _no_files(*_: Any) -> Mapping[str, Path]:
+    return {}
+
+
 def _no_metric(_: Any) -> MetricConfig | None:
     return None
 
@@ -218,7 +223,9 @@ class StageKind:
     ``produces`` is the kind of its artifact. ``run`` is the worker's function, ``package.module:function``, called as
     ``run(config, context)`` on every process; a stage inside the driver has none.
 
-    ``data(config)``: the data that it reads. ``scorers(config)``: its scorers, by field. ``faults(config, run,
+    ``data(config)``: the data that it reads. ``files(config, folder)``: other files that it reads, by field, which
+    exist and are valid, else DataError; ``folder`` is the run's folder of the stage. Their content is part of its
+    identity. ``scorers(config)``: its scorers, by field. ``faults(config, run,
     where)``: settings that cannot be right. ``completed(config, run)``: the settings, with values that follow from
     other stages filled in. ``as_read(config)``: the settings, with unused ones at their defaults. ``curves(settings)``:
     its charts, given its settings as plain values. ``smoke``: values that ``profile=smoke`` sets, unless the profile's
@@ -232,6 +239,7 @@ class StageKind:
     produces: str
     run: str = ""
     data: Callable[[Any], Sequence[DataSlot]] = _nothing
+    files: Callable[[Any, Path], Mapping[str, Path]] = _no_files
     scorers: Callable[[Any], Mapping[str, ScoreSourceConfig]] = _no_scorers
     faults: Callable[[Any, RunConfig, str], Iterable[Fault]] = _nothing
     completed: Callable[[Any, RunConfig], Any] = _unchanged

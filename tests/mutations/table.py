@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutations import data, driver, evaluating, pipeline, ppo, ppo_step, results, stages, training
+from tests.mutations import data, driver, evaluating, people, pipeline, ppo, ppo_step, results, stages, training
 from tests.mutations.mutation import Mutation
 
 MUTATIONS: list[Mutation] = [
@@ -12,6 +12,7 @@ MUTATIONS: list[Mutation] = [
     *stages.MUTATIONS,
     *data.MUTATIONS,
     *evaluating.MUTATIONS,
+    *people.MUTATIONS,
     *results.MUTATIONS,
     *pipeline.MUTATIONS,
     *driver.MUTATIONS,

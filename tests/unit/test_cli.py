@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from alignment import __version__, cli
+from alignment.commands.judge.driver import Options
 from alignment.config.data import SourceConfig
 from alignment.config.store import recipe_names
 from alignment.stages.registry import config_classes
@@ -94,6 +95,15 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         "alignment.commands.chat.driver.chat",
         ("mine", ["sft", "base"]),
         {"options": CHAT, "output": HERE},
+    ),
+    (
+        "judge mine --arm sft --arm dpo --stage evaluate --annotator ada --votes v.jsonl --port 8000 --open",
+        "alignment.commands.judge.driver.judge",
+        ("mine", ["sft", "dpo"]),
+        {
+            "options": Options(stage="evaluate", annotator="ada", votes="v.jsonl", port=8000, opens_browser=True),
+            "output": HERE,
+        },
     ),
     (
         "add-tokens bundled:smollm2-135m '<|a|>' '<|b|>' --to there",

@@ -21,6 +21,7 @@ from alignment.data.formats.plain import (
     RANKED,
     TEXT,
 )
+from alignment.data.formats.voted_pairs import VOTES
 
 # Formats that need more columns come earlier, because the first one that fits a row is taken.
 _IN_ORDER = (
@@ -29,6 +30,7 @@ _IN_ORDER = (
     PREFERENCE,
     PAIRED,
     WHOLE_MESSAGES,
+    VOTES,
     RANKED,
     CHOICES,
     KTO,

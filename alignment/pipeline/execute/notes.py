@@ -35,7 +35,7 @@ def of_plan(plan: Plan) -> list[str]:
         notes.append(warning)
     notes += _slow_format(plan)
     for stage in plan.stages:
-        notes += [*_high_rates(stage), *_small_data(stage)]
+        notes += [*_high_rates(stage), *_small_data(stage), *_left_out(stage)]
     return [*notes, *cautions(plan)]
 
 
@@ -101,6 +101,14 @@ def _small_data(stage: PlannedStage) -> Iterator[str]:
             f"stages.{stage.name}.optim.batch_size is {config.optim.batch_size}, and there are {rows} rows: each step "
             "learns from all of them"
         )
+
+
+def _left_out(stage: PlannedStage) -> Iterator[str]:
+    """Notes on rows that give the stage nothing, such as ties among votes."""
+    for field, seen in stage.seen.items():
+        for reason, count in seen.set_aside:
+            among = "" if seen.whole else " that a plan reads"
+            yield f"stages.{stage.name}.{field}: {count} rows{among} are left out: {reason}"
 
 
 def _shared_prompts(plan: Plan) -> Iterator[str]:

@@ -221,7 +221,7 @@ def _in_words(comparison: Comparison, evaluation: Evaluation) -> str:
 def _judged_in_words(pair: JudgedPair, evaluation: Evaluation, *, by: str) -> str:
     arm, against = evaluation.label(pair.arm), evaluation.label(pair.against)
     if pair.win_rate is None:
-        return f"by {by}, {arm} against {against}: {pair.verdict} ({pair.invalid or 0:.0%} of verdicts invalid)"
+        return f"by {by}, {arm} against {against}: {pair.verdict} ({pair.why_nothing})"
     low, high = pair.win_rate.bounds or (pair.win_rate.mean, pair.win_rate.mean)
     interval = f"{pair.win_rate.mean:.2f} ({low:.2f} to {high:.2f})"
     return f"by {by}, {arm} wins {interval} against {against}: {pair.verdict}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig
-from alignment.core.fingerprint import canonical, digest
+from alignment.core.fingerprint import canonical, digest, file_sha256
 from alignment.data.chat_template import template_text
 from alignment.pipeline.plan import scorer_checks
 from alignment.pipeline.sources.model_sources import ModelSource
@@ -21,9 +23,10 @@ def of_stage(
     data: dict[str, str],
     inputs: dict[str, str],
     arms: dict[str, str],
+    files: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """The identity of a stage. ``data`` maps each data field to the identity of its content; ``inputs`` and ``arms``
-    map each slot to the fingerprint of what it holds.
+    map each slot to the fingerprint of what it holds. ``files`` are other files that it reads, by field.
 
     The stage's name is part of it because random numbers are derived from it. Paths, launch, tracking, and how often
     a stage logs or saves are not.
@@ -34,6 +37,7 @@ def of_stage(
     optional = {
         "extra_data": others,
         "code": scorer_checks.code(stage),
+        "files": {field: file_sha256(path) for field, path in (files or {}).items()},
     }  # left out if empty, as in results that are older than these keys
     return {
         "stage": name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -16,7 +16,7 @@ from alignment.config.typed import convert
 from alignment.core.artifacts import folder_name, read_manifest, verify
 from alignment.core.errors import ArtifactError, ModelError
 from alignment.core.fingerprint import digest
-from alignment.data.reading import read_records
+from alignment.data.reading import read_records, start
 from alignment.job import StageInput
 from alignment.pipeline.plan import (
     compatibility,
@@ -61,9 +61,9 @@ class PlannedStage:
     """A stage with its inputs resolved and its result named.
 
     ``inputs`` has an entry for each reference except arms. ``data`` is the main data file, and ``extra_data`` holds
-    the others by field; hub data sets that are not on this machine are missing in both, but ``hub_data`` lists all.
-    ``code`` names the functions that the stage runs, the user's and those that ship with the project. ``artifact`` is
-    the folder of the result, ``work`` the folder in which it is made.
+    the others and further files, by field; hub data sets that are not on this machine are missing in both, but
+    ``hub_data`` lists all. ``code`` names the functions that the stage runs, the user's and those that ship with the
+    project. ``artifact`` is the folder of the result, ``work`` the folder in which it is made.
     """
 
     name: str
@@ -176,11 +176,16 @@ def _first_rows(data: SourceConfig) -> SourceConfig:
 def _read(file: DataSlot, path: Path) -> Seen:
     """Reads and checks the file's first rows."""
     how = _first_rows(file.data)
-    records = read_records(path, file.record, how)
+    reading = start(path, how)
+    records = read_records(path, file.record, how, reading=reading)
     for record in records:
         for check in file.checks:
             check(record)
-    return row_counts.seen(records, whole=how.limit == file.data.limit or len(records) < CHECKED_ROWS)
+    return row_counts.seen(
+        records,
+        whole=how.limit == file.data.limit or len(records) < CHECKED_ROWS,
+        set_aside=(reason.message for reason in reading.set_aside),
+    )
 
 
 def _slots_in_use(stage: StageConfig) -> Iterator[DataSlot]:
@@ -223,7 +228,8 @@ class _Builder:
         self._seen = seen
         self._artifacts = output / "artifacts"
         self._store: list[Made] = made(self._artifacts)
-        self._own = _results_of(output / "runs" / config.name)
+        self._run_folder = output / "runs" / config.name
+        self._own = _results_of(self._run_folder)
         self._planned: dict[str, PlannedStage] = {}
 
     def stage(self, name: str) -> PlannedStage:
@@ -232,12 +238,14 @@ class _Builder:
         slots = list(references.slots(config))
         inputs = {slot.field: self._resolve(name, slot) for slot in slots if not references.is_arm(slot)}
         arms = {slot.ref: self._resolve(name, slot) for slot in slots if references.is_arm(slot)}
-        described = self._identity(name, config, inputs, arms)
+        files = kind_of(config).files(config, self._run_folder / name)
+        described = self._identity(name, config, inputs, arms, files)
         fingerprint = digest(described)
         artifact = self._artifacts / folder_name(name, fingerprint)
         work = artifact.with_name(f"{artifact.name}.work")
         refs = {field: resolved.ref for field, resolved in inputs.items()}
         paths = {field: source.path for field, source in self._data[name].items() if source.path is not None}
+        paths |= files
         action, reason = self._action(name, fingerprint, artifact, work, described, refs)
         planned = PlannedStage(
             name=name,
@@ -266,6 +274,7 @@ class _Builder:
         config: StageConfig,
         inputs: dict[str, _Resolved],
         arms: dict[str, _Resolved],
+        files: Mapping[str, Path],
     ) -> dict[str, Any]:
         if kind_of(config).references.whole_run:
             others = references.inputs_of(name, self._config.stages)
@@ -279,6 +288,7 @@ class _Builder:
             data={field: source.identity for field, source in self._data[name].items()},
             inputs={field: resolved.fingerprint for field, resolved in inputs.items()},
             arms={arm: resolved.fingerprint for arm, resolved in arms.items()},
+            files=files,
         )
 
     def _resolve(self, name: str, slot: Slot) -> _Resolved:

@@ -83,7 +83,7 @@ def _in_words(path: tuple[str, ...], old: Any, new: Any, refs: dict[str, str]) -
         return _of_base(rest, old, new)
     if head == "data":
         return "data changes"
-    if head == "extra_data":
+    if head in ("extra_data", "files"):
         return f"{rest} changes"
     if head == "code":
         return "the scoring code changes"

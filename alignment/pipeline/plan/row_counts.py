@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -30,18 +31,25 @@ about half a second. ``align preview`` compares more."""
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seen:
     """The number of ``rows`` of a source and of different ``prompts`` in them; exact if the ``whole`` source was read.
-    ``texts`` are what the first rows ask."""
+    ``texts`` are what the first rows ask. ``set_aside`` counts the rows that are of no use to the stage, by reason."""
 
     rows: int
     prompts: int
     whole: bool
     texts: tuple[LocatedText, ...] = ()
+    set_aside: tuple[tuple[str, int], ...] = ()
 
 
-def seen(records: Sequence[Record], *, whole: bool) -> Seen:
-    """A summary of the records that a plan has read."""
+def seen(records: Sequence[Record], *, whole: bool, set_aside: Iterable[str] = ()) -> Seen:
+    """A summary of the records that a plan has read; ``set_aside`` are the reasons for which rows gave none."""
     prompts = {_prompt_of(record) for record in records}
-    return Seen(rows=len(records), prompts=len(prompts), whole=whole, texts=tuple(_compared(records)))
+    return Seen(
+        rows=len(records),
+        prompts=len(prompts),
+        whole=whole,
+        texts=tuple(_compared(records)),
+        set_aside=tuple(Counter(set_aside).items()),
+    )
 
 
 def _compared(records: Sequence[Record]) -> Iterator[LocatedText]:

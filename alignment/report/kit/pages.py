@@ -17,17 +17,22 @@ from alignment.report.kit import text
 from alignment.report.run_page import run_tables
 
 
-def template(name: str, **filters: Callable[..., Any]) -> Template:
-    """A page's template; ``filters`` are its own, beside those for numbers that all templates have."""
-    environment = Environment(
-        loader=PackageLoader("alignment.report", "templates"),
+def environment(package: str) -> Environment:
+    """The templates of a package, in its folder ``templates``; they escape everything and know every name they use."""
+    return Environment(
+        loader=PackageLoader(package, "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(
+
+
+def template(name: str, **filters: Callable[..., Any]) -> Template:
+    """A page's template; ``filters`` are its own, beside those for numbers that all templates have."""
+    templates = environment("alignment.report")
+    templates.filters.update(
         number=text.number,
         share=text.share,
         compact=text.compact,
@@ -35,7 +40,7 @@ def template(name: str, **filters: Callable[..., Any]) -> Template:
         opening=_opening,
         **filters,
     )
-    return environment.get_template(name)
+    return templates.get_template(name)
 
 
 def _opening(words: str) -> str:

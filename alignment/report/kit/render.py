@@ -16,6 +16,7 @@ from alignment.report.run_page import run_tables
 from alignment.report.run_page.card_page import card_view
 from alignment.report.run_page.chain import chain
 from alignment.report.run_page.curves import Chart, charts, num_gaps
+from alignment.report.run_page.people_rows import PeopleRow, people_rows
 from alignment.report.run_page.run_files import read_run
 from alignment.report.run_page.run_records import Run, Stage
 from alignment.report.run_page.sample_rows import choose, rule
@@ -74,6 +75,7 @@ class Evaluated:
     axis: Markup
     other_comparisons: list[run_tables.OtherComparisonRow]
     judged: list[run_tables.JudgedRow]
+    judged_by_people: list[PeopleRow]
     tasks: list[tuple[str, list[tuple[str, int]]]]
     turns: list[list[Interval | None]]
 
@@ -89,6 +91,7 @@ def _evaluated(evaluation: Evaluation | None) -> Evaluated | None:
         axis=axis,
         other_comparisons=run_tables.other_comparison_rows(evaluation),
         judged=run_tables.judged_rows(evaluation),
+        judged_by_people=people_rows(evaluation),
         tasks=run_tables.task_rows(evaluation),
         turns=run_tables.turn_rows(evaluation),
     )

@@ -10,6 +10,7 @@ from alignment.config.faults import Fault
 from alignment.evaluation.pairwise import pairs_of
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.endpoint_faults import client_missing, endpoint_faults
+from alignment.stages.evaluate.votes_file import people_faults
 
 
 def judge_faults(stage: EvaluateConfig, where: str, *, hang_seconds: float) -> Iterator[Fault]:
@@ -24,6 +25,7 @@ def judge_faults(stage: EvaluateConfig, where: str, *, hang_seconds: float) -> I
             yield Fault(where=f"{path}.pairs", message="unused, because judge.kind is 'none'; set judge.kind")
     else:
         yield from _pair_faults(stage, path)
+    yield from people_faults(judge, path)
     if judge.kind is JudgeKind.metric and not stage.metrics:
         message = f"'metric' judges by the primary metric, and {where}.metrics names none; name one"
         yield Fault(where=f"{path}.kind", message=message)

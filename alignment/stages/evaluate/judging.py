@@ -18,6 +18,7 @@ from alignment.evaluation.pairwise import BothOrders, pairs_of, points_of
 from alignment.evaluation.tables import judged_pair
 from alignment.records.evaluation import Judge, JudgedPair, Metric
 from alignment.records.interval import Interval
+from alignment.stages.evaluate.people import by_people
 from alignment.training.context import StageContext
 
 REPLIES = "judgements.work.jsonl"
@@ -94,12 +95,17 @@ def judge(
     """Judges all pairs on the same prompts; the result is empty if no judge is configured.
 
     Raises:
-        StageError: a call to the endpoint fails.
+        StageError: a call to the endpoint fails, or the votes of people have changed since the run was planned.
     """
     if config.kind is JudgeKind.none:
         return Judged()
-    indices = some(len(rows), config.max_prompts, context.generator("judge"))
     pairs = pairs_of(config, list(arms), reference=reference)
+    if config.kind is JudgeKind.people:
+        every = range(len(rows))
+        by_metric = None if primary is None else lambda arm, against: primary.points(arm, against, every)
+        table, lines = by_people(config, context, rows, arms, pairs, by_metric, intervals)
+        return Judged(table=table, lines=lines)
+    indices = some(len(rows), config.max_prompts, context.generator("judge"))
     if endpoint is not None:
         judged, lines = _by_endpoint(config, context, endpoint, rows, arms, pairs, indices)
         name = config.endpoint.model

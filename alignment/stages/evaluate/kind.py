@@ -21,12 +21,13 @@ from alignment.stages.evaluate import labelled_faults
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.grader_faults import grader_faults, is_graded
 from alignment.stages.evaluate.judge_faults import judge_faults
+from alignment.stages.evaluate.votes_file import single_answer_checks, votes_files
 from alignment.stages.shared.kind_answers import of_arms
 
 
 def _data(config: EvaluateConfig) -> list[DataSlot]:
     return [
-        DataSlot(field="data", data=config.data, record=HeldOutPrompt),
+        DataSlot(field="data", data=config.data, record=HeldOutPrompt, checks=single_answer_checks(config)),
         DataSlot(
             field="few_shot.data",
             data=config.few_shot.data,
@@ -129,6 +130,7 @@ KIND = StageKind(
     produces=EVALUATION,
     run="alignment.stages.evaluate.run:run",
     data=_data,
+    files=votes_files,
     scorers=_scorers,
     faults=_faults,
     as_read=_as_read,

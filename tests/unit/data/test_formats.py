@@ -27,6 +27,7 @@ GIVES: dict[str, tuple[str | None, int, str | None]] = {
     "preference": ("4.", 1, "2 + 2?"),
     "stack_exchange": ("4.", 1, "2 + 2?"),
     "chosen_messages": ("4.", 1, "2 + 2?"),
+    "votes": ("4.", 1, "2 + 2?"),
     "ranked": ("4.", 1, "2 + 2?"),
     "choices": ("4.", 1, "2 + 2?"),
     "kto": ("4.", 0, "2 + 2?"),

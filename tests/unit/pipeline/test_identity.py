@@ -54,6 +54,8 @@ OUTSIDE = {
     PpoOptimConfig: {"micro_batch_tokens"},
     # How a judge or grader is reached, not who judges.
     **{cls: {"api_key_env", "timeout", "retries", "concurrency"} for cls in (ChatEndpointConfig, EndpointConfig)},
+    # Votes count by their content.
+    JudgeConfig: {"votes"},
 }
 for _often in (CptConfig, SftConfig, RewardConfig, DpoConfig):
     OUTSIDE[_often] = OUTSIDE[_often] | {"log_every", "save_every"}

@@ -27,11 +27,17 @@ ENDPOINT = [
 ]
 
 
+PEOPLE = [f"{JUDGE}.kind=people"]
+
+
 @pytest.mark.parametrize(
     ("told", "words"),
     [
-        ([f"{JUDGE}.kind=rules"], f"{JUDGE}.kind: 'rules' is not allowed; one of: none, metric, reward, endpoint"),
-        ([f"{JUDGE}.kind=rule"], "reward, endpoint; 'rule' is now 'metric': the evaluation's primary metric judges"),
+        (
+            [f"{JUDGE}.kind=rules"],
+            f"{JUDGE}.kind: 'rules' is not allowed; one of: none, metric, reward, endpoint, people",
+        ),
+        ([f"{JUDGE}.kind=rule"], "endpoint, people; 'rule' is now 'metric': the evaluation's primary metric judges"),
         (
             [f"{JUDGE}.kind=metric", "stages.evaluate.metrics=[]"],
             f"{JUDGE}.kind: 'metric' judges by the primary metric, and stages.evaluate.metrics names none; name one",
@@ -77,6 +83,9 @@ ENDPOINT = [
             ],
             f"{JUDGE}.labelled: the primary metric has the source 'choice', which scores no answers",
         ),
+        ([f"{JUDGE}.votes=v.jsonl"], f"{JUDGE}.votes: v.jsonl has no effect; only judge.kind 'people' uses it"),
+        ([*PEOPLE, f"{JUDGE}.max_prompts=9"], f"{JUDGE}.max_prompts: 9 has no effect; only another kind of judge"),
+        ([*PEOPLE, f"{JUDGE}.max_invalid=0.5"], f"{JUDGE}.max_invalid: 0.5 has no effect; only another kind of judge"),
         (["stages.evaluate.few_shot.count=0"], "stages.evaluate.few_shot.count: 0 is not allowed"),
         (["stages.evaluate.reference=base+few-shot"], "'base+few-shot' is an arm of an evaluation"),
         (["stages.sft.init=base+few-shot"], "'base+few-shot' is an arm of an evaluation"),
@@ -185,7 +194,7 @@ def test_win_rates_stand_in_a_line_each_where_a_judge_was() -> None:
     nothing = replace(pair, invalid=0.4, win_rate=None, verdict="nothing can be concluded")
     printed = shown(replace(EVALUATION, judge=Judge(name="some-model", pairs=[pair, nothing])))
     assert "by some-model, dpo wins 0.62 (0.53 to 0.71) against sft: better" in printed
-    assert "by some-model, dpo against sft: nothing can be concluded (40% of verdicts invalid)" in printed
+    assert "by some-model, dpo against sft: nothing can be concluded (40% of the verdicts are invalid)" in printed
 
 
 def test_the_primary_metric_has_its_interval_and_says_which_way_is_better() -> None:

@@ -16,6 +16,7 @@ from tests.browser import Layout, browser, laid_out
 from tests.unit.report.conftest import FakeRun
 from tests.unit.report.test_card import made_card, with_card
 from tests.unit.report.test_comparison import Compared
+from tests.unit.report.test_people import judged_by_people
 from tests.unit.report.test_sweep_page import RANK, RATE, record
 
 WIDTHS = (1280, 390)
@@ -72,8 +73,17 @@ def card(folder: Path) -> Path:
     return folder / "card.html"
 
 
+def report_with_people(folder: Path) -> Path:
+    """A report whose judges are people."""
+    run = FakeRun(folder)
+    judged_by_people(run)
+    run.html()
+    return run.root / "report.html"
+
+
 PAGES: dict[str, Any] = {
     "report": report_with_everything,
+    "people": report_with_people,
     "sweep": sweep_of_many_settings,
     "comparison": comparison_of_three,
     "card": card,

@@ -1,0 +1,1 @@
+"""``align judge``: people say which of two answers is better."""

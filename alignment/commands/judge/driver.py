@@ -1,0 +1,176 @@
+"""``align judge``: finds the answers of two arms, and serves the page on which people compare them."""
+
+from __future__ import annotations
+
+import importlib.util
+import webbrowser
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from alignment.commands.judge.ballots import Ballots, annotator_name
+from alignment.config.did_you_mean import suggestion
+from alignment.core.artifacts import verify
+from alignment.core.errors import ArtifactError, ConfigError, DataError
+from alignment.core.locks import held
+from alignment.evaluation.answer_pairs import AnswerPair, pairs_of_samples
+from alignment.pipeline.execute.paired_differences import evaluations
+from alignment.records.evaluation import SAMPLES, Evaluation, read_samples
+from alignment.records.run import FILE as RUN_FILE
+from alignment.records.votes import FILE, cut_unfinished_line
+
+LIBRARIES = {"starlette": "starlette>=1,<2", "uvicorn": "uvicorn>=0.34,<1"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """The options of the command line; None where the default applies."""
+
+    stage: str | None = None
+    annotator: str | None = None
+    votes: str | None = None
+    port: int = 0
+    opens_browser: bool = False
+
+
+def judge(console: Console, run: str, arms: Sequence[str], *, options: Options, output: Path) -> int:
+    """Serves the page until Ctrl-C; returns the exit code.
+
+    Raises:
+        ConfigError: a library is missing; there is no such run, evaluation or arm; the same arm is named twice; or an
+            option is not valid.
+        DataError: the file of votes is damaged.
+        ArtifactError: the evaluation is damaged.
+        Busy: another server writes the same votes, or the port is taken.
+    """
+    _refuse_without_libraries()
+    from alignment.commands.judge import server
+
+    annotator = _annotator(options.annotator)
+    stage, artifact = _evaluation(run, options.stage, output)
+    pair = _two_arms(arms, Evaluation.read(artifact))
+    file = _votes_file(options.votes, output / "runs" / run / stage)
+    pairs = _pairs(artifact, pair)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        held(file.with_name(f"{file.name}.lock"), wait=False, remedy="judge on its page, or stop it"),
+        server.listening(options.port) as listener,
+    ):
+        if cut_unfinished_line(file):
+            _print(console, f"{file}: half a vote at the end, which was never confirmed, was removed")
+        ballots = Ballots(file, pairs, pair)
+        page = server.Page(ballots, listener, run=run, annotator=annotator)
+        _introduce(console, ballots, file, pair)
+        _print(console, f"judge at {page.address} (Ctrl-C ends)")
+        if options.opens_browser:
+            webbrowser.open(page.address)
+        page.serve()
+        _summarise(console, ballots, file)
+    return 0
+
+
+def _refuse_without_libraries() -> None:
+    missing = [wanted for name, wanted in LIBRARIES.items() if importlib.util.find_spec(name) is None]
+    if missing:
+        command = f"pip install {' '.join(repr(wanted) for wanted in missing)}"
+        names = " and ".join(wanted.partition(">")[0] for wanted in missing)
+        raise ConfigError(f"the page needs {names}, not installed here", where="align judge", remedy=command)
+
+
+def _annotator(name: str | None) -> str | None:
+    try:
+        return None if name is None else annotator_name(name)
+    except ValueError as error:
+        raise ConfigError(f"{name!r:.60}: {error}", where="--annotator", remedy="give another name") from None
+
+
+def _evaluation(run: str, stage: str | None, output: Path) -> tuple[str, Path]:
+    """The evaluation of a run: its stage and its artifact, whose content is what was made."""
+    runs = sorted(path.parent.name for path in (output / "runs").glob(f"*/{RUN_FILE}"))
+    if run not in runs:
+        raise ConfigError(f"no run {run!r} under {output / 'runs'}; {suggestion(run, runs)}", where="RUN")
+    artifacts = evaluations(output / "runs" / run)
+    if not artifacts:
+        raise ConfigError(
+            f"the run {run!r} has no finished evaluation, so there are no answers to judge",
+            where="RUN",
+            remedy="add a stage of kind evaluate to its recipe, and run it",
+        )
+    if stage is None and len(artifacts) > 1:
+        raise ConfigError(f"the run has several evaluations: {', '.join(artifacts)}", where="--stage")
+    name = next(iter(artifacts)) if stage is None else stage.removeprefix("stage:")
+    if name not in artifacts:
+        raise ConfigError(f"no finished evaluation {name!r}; {suggestion(name, artifacts)}", where="--stage")
+    verify(artifacts[name], content=True)
+    return name, artifacts[name]
+
+
+def _two_arms(arms: Sequence[str], evaluation: Evaluation) -> tuple[str, str]:
+    """The full names of the two arms to compare."""
+    named = {name: arm.name for arm in evaluation.arms for name in (arm.label, arm.name)}
+    labels = [arm.label for arm in evaluation.arms]
+    if not arms and len(labels) == 2:
+        arms = labels
+    for arm in arms:
+        if arm not in named:
+            raise ConfigError(f"no arm {arm!r} in this evaluation; {suggestion(arm, labels)}", where="--arm")
+    chosen = [named[arm] for arm in arms]
+    if len(chosen) != 2:
+        raise ConfigError(
+            f"{len(chosen)} arms are named, and two are compared",
+            where="--arm",
+            remedy=f"its arms: {', '.join(labels)}",
+        )
+    if chosen[0] == chosen[1]:
+        raise ConfigError(f"{arms[0]!r} cannot be compared with itself", where="--arm", remedy="name two arms")
+    return chosen[0], chosen[1]
+
+
+def _votes_file(votes: str | None, folder: Path) -> Path:
+    if votes is None:
+        return folder / FILE
+    file = Path(votes).expanduser().resolve()  # the lock is beside the file itself, whatever links lead there
+    if file.suffix != ".jsonl" or (file.exists() and not file.is_file()) or not file.parent.is_dir():
+        raise ConfigError(
+            f"{votes!r} cannot hold votes", where="--votes", remedy="name a file .jsonl in a folder that exists"
+        )
+    return file
+
+
+def _pairs(artifact: Path, arms: tuple[str, str]) -> list[AnswerPair]:
+    try:
+        samples = list(read_samples(artifact))
+    except ValueError as error:
+        raise ArtifactError(
+            f"unreadable: {error}", where=str(artifact / SAMPLES), remedy=f"delete {artifact} to remake it"
+        ) from error
+    if any(sample.later_turns for sample in samples):
+        raise DataError(
+            "has prompts of several turns, and people judge single answers",
+            where=str(artifact / SAMPLES),
+            remedy="judge an evaluation whose rows ask one turn",
+        )
+    pairs = pairs_of_samples(samples, arms)
+    if not pairs:
+        raise ArtifactError("holds no answers of both arms", where=str(artifact / SAMPLES), remedy="run it again")
+    return pairs
+
+
+def _introduce(console: Console, ballots: Ballots, file: Path, arms: tuple[str, str]) -> None:
+    _print(console, f"{arms[0]} and {arms[1]}: {ballots.total} pairs of answers to judge")
+    if ballots.num_same:
+        _print(console, f"{ballots.num_same} more have the same answer twice, and are ties without a vote")
+    if ballots.num_stale:
+        _print(console, f"{ballots.num_stale} votes in the file are about other answers of these arms and do not count")
+    _print(console, f"votes: {file}")
+
+
+def _summarise(console: Console, ballots: Ballots, file: Path) -> None:
+    judged = [f"{name} {count} of {ballots.total}" for name, count in ballots.judged().items()]
+    _print(console, f"judged: {', '.join(judged) or 'nothing yet'}; votes: {file}")
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

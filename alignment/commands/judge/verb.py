@@ -1,0 +1,48 @@
+"""``align judge``: its arguments, and what they call."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+from alignment.commands.shared.arguments import add_output, output_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A run, two of its arms, and who judges."""
+    parser.description = (
+        "Opens a page on this machine on which people compare two arms' answers without knowing whose they are. "
+        "Votes are stored at once; Ctrl-C ends, and the same command goes on."
+    )
+    parser.add_argument("run", metavar="RUN", help="the name of a run with a finished evaluation")
+    parser.add_argument(
+        "--arm",
+        dest="arms",
+        action="append",
+        default=[],
+        metavar="ARM",
+        help="an arm of the evaluation, such as sft; give it twice (default: its arms, if it has just two)",
+    )
+    parser.add_argument("--stage", metavar="NAME", help="the evaluation, if the run has several")
+    parser.add_argument("--annotator", metavar="NAME", help="who judges; without it, the page asks")
+    parser.add_argument(
+        "--votes", metavar="FILE", help="where votes are stored (default: runs/RUN/STAGE/votes.jsonl of this folder)"
+    )
+    parser.add_argument("--port", type=int, default=0, metavar="N", help="port of 127.0.0.1 (default: any free one)")
+    parser.add_argument("--open", dest="opens_browser", action="store_true", help="open the page in a browser")
+    add_output(parser)
+
+
+def handle(console: Console, arguments: argparse.Namespace) -> int:
+    """Serves the page until the user ends it; returns the exit code."""
+    from alignment.commands.judge.driver import Options, judge
+
+    options = Options(
+        stage=arguments.stage,
+        annotator=arguments.annotator,
+        votes=arguments.votes,
+        port=arguments.port,
+        opens_browser=arguments.opens_browser,
+    )
+    return judge(console, arguments.run, arguments.arms, options=options, output=output_of(arguments))

@@ -1,0 +1,231 @@
+"""The page on which people judge, as a web application: a pair at a time, a form for each vote.
+
+Only the address with the token is answered, under a host name of this machine: another page in the same browser knows
+neither (a page that points its own name at 127.0.0.1 is refused by that name). Every text is escaped, and a content
+security policy allows this application's own script and style alone.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from alignment.commands.judge.ballots import AlreadyJudged, Ballots, Choice, Refused, UnknownPair, annotator_name
+from alignment.core.errors import DataError
+from alignment.report.kit.pages import environment
+from alignment.report.kit.text import prose
+
+HOSTS = ("127.0.0.1", "localhost")
+MOST_BYTES = 4096
+"""The longest form; one has a name, a hash and a digit."""
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; form-action 'self'; "
+        "base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+_STATUS: Mapping[type[Exception], int] = {UnknownPair: 404, AlreadyJudged: 409, Refused: 409}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """A turn of the prompt as the page shows it."""
+
+    role: str
+    text: str
+
+
+def application(ballots: Ballots, token: str, *, run: str, annotator: str | None) -> ASGIApp:
+    """The application for one pair of arms; ``annotator`` is who judges unless somebody names another."""
+    pages = _Pages(ballots, run=run, annotator=annotator)
+    routes = [
+        Route("/", pages.start),
+        Route("/judge", pages.judge),
+        Route("/vote", pages.vote, methods=["POST"]),
+        Route("/undo", pages.undo, methods=["POST"]),
+        Route("/style.css", _style),
+        Route("/keys.js", _script),
+    ]
+    middleware = [
+        Middleware(_WithHeaders),
+        Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
+        Middleware(_WithToken, token=token),
+    ]
+    return Starlette(routes=routes, middleware=middleware)
+
+
+class _WithHeaders:
+    """Puts the headers on every response, refusals too."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message["headers"] = [*message["headers"], *own]
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+
+class _WithToken:
+    """Takes the token off the beginning of the path, and refuses a request without it."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._token = token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        first, slash, rest = scope["path"].removeprefix("/").partition("/")
+        if not secrets.compare_digest(first.encode("utf-8", "replace"), self._token):
+            refusal = "Open the address that `align judge` printed, with its token.\n"
+            await PlainTextResponse(refusal, status_code=403)(scope, receive, send)
+        elif not slash:
+            await RedirectResponse(f"/{first}/")(scope, receive, send)
+        else:
+            await self._app({**scope, "path": f"/{rest}"}, receive, send)
+
+
+class _Pages:
+    """What the addresses of the application answer."""
+
+    def __init__(self, ballots: Ballots, *, run: str, annotator: str | None) -> None:
+        self._ballots = ballots
+        self._run = run
+        self._annotator = annotator
+        self._templates = environment("alignment.commands.judge")
+
+    async def start(self, request: Request) -> Response:
+        """Asks who judges, unless that is known; ``?who`` asks in any case."""
+        if self._annotator is not None and "who" not in request.query_params:
+            return _to_judge(self._annotator)
+        return self._page("start.html.j2", judged=self._ballots.judged())
+
+    async def judge(self, request: Request) -> Response:
+        """The annotator's next pair."""
+        try:
+            name = annotator_name(request.query_params.get("annotator", ""))
+        except ValueError as error:
+            return self._page("start.html.j2", status=400, problem=f"{error}.", judged=self._ballots.judged())
+        standing = self._ballots.standing(name)
+        if standing.ballot is None:
+            return self._page("done.html.j2", standing=standing)
+        return self._page(
+            "ballot.html.j2",
+            standing=standing,
+            turns=_turns(standing.ballot.pair.messages),
+            answers=[prose(answer) for answer in standing.ballot.answers],
+        )
+
+    async def vote(self, request: Request) -> Response:
+        """Stores a vote, and goes on to the next pair."""
+
+        def store(name: str, form: Mapping[str, str]) -> None:
+            try:
+                choice = Choice(form.get("choice", ""))
+            except ValueError:
+                raise _Malformed("A vote is 1, 2 or 0.") from None
+            self._ballots.vote(name, form.get("pair", ""), choice)
+
+        return await self._changed(request, store)
+
+    async def undo(self, request: Request) -> Response:
+        """Takes the annotator's last vote back, and shows that pair again."""
+        return await self._changed(request, lambda name, _: self._ballots.undo(name))
+
+    async def _changed(self, request: Request, change: Callable[[str, Mapping[str, str]], None]) -> Response:
+        name = None
+        try:
+            form = await _form(request)
+            name = annotator_name(form.get("annotator", ""))
+            change(name, form)
+        except Refused as refusal:
+            return self._refused(name, str(refusal), status=_STATUS[type(refusal)])
+        except (_Malformed, ValueError) as error:
+            return self._refused(name, str(error), status=400)
+        except OSError as error:
+            problem = f"The file of votes cannot be written to: {error.strerror}. Nothing else was changed."
+            return self._refused(name, problem, status=507)
+        except DataError as error:
+            return self._refused(name, f"The file of votes was changed by somebody else: {error}", status=500)
+        return _to_judge(name)
+
+    def _refused(self, name: str | None, problem: str, *, status: int) -> Response:
+        return self._page("refused.html.j2", status=status, problem=prose(problem), annotator=name)
+
+    def _page(self, template: str, *, status: int = 200, **values: Any) -> Response:
+        values = {"run": self._run, "problem": "", "total": self._ballots.total, **values}
+        html = self._templates.get_template(template).render(link_to=_link_to, **values)
+        return HTMLResponse(html, status_code=status)
+
+
+class _Malformed(Exception):
+    """A form that no page of this application sends."""
+
+
+async def _form(request: Request) -> Mapping[str, str]:
+    """The fields of a form; of a field that is repeated, the last.
+
+    Raises:
+        _Malformed: it is too long, or has too many fields.
+    """
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MOST_BYTES:
+            raise _Malformed("The form is too long.")
+    try:
+        return dict(parse_qsl(body.decode("utf-8", "replace"), max_num_fields=8))
+    except ValueError:
+        raise _Malformed("The form has too many fields.") from None
+
+
+def _link_to(annotator: str) -> str:
+    return f"judge?{urlencode({'annotator': annotator})}"
+
+
+def _to_judge(annotator: str) -> Response:
+    return RedirectResponse(_link_to(annotator), status_code=303)
+
+
+def _turns(messages: list[dict[str, Any]]) -> list[Turn]:
+    turns = []
+    for message in messages:
+        calls = [json.dumps(call, ensure_ascii=False, indent=1) for call in message.get("tool_calls") or []]
+        text = "\n".join([*filter(None, [str(message.get("content") or "")]), *calls])
+        turns.append(Turn(role=prose(message.get("role", "")), text=prose(text)))
+    return turns
+
+
+async def _style(_: Request) -> Response:
+    """The style of the reports, and what only this page has."""
+    texts = [_text("alignment.report", "style.css"), _text("alignment.commands.judge", "judge.css")]
+    return Response("\n".join(texts), media_type="text/css")
+
+
+async def _script(_: Request) -> Response:
+    return Response(_text("alignment.commands.judge", "keys.js"), media_type="text/javascript")
+
+
+def _text(package: str, name: str) -> str:
+    return resources.files(package).joinpath("templates", name).read_text(encoding="utf-8")

@@ -1,0 +1,66 @@
+"""Pairs of answers for people to judge: which there are, and in what order.
+
+Torch-free, because the driver's side of ``align judge`` uses it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.records.evaluation import Sample
+from alignment.records.votes import pair_key
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerPair:
+    """The answers of two arms to one prompt, by arm; ``key`` is ``pair_key`` of the prompt and the answers.
+
+    Example: ``AnswerPair(key="9f86…", messages=[{"role": "user", "content": "2 + 2?"}], answers={"stage:dpo": "4.",
+    "stage:sft": "5."})``.
+    """
+
+    key: str
+    messages: list[dict[str, Any]]
+    answers: dict[str, str]
+    id: str = ""
+    task: str = ""
+
+    @property
+    def same(self) -> bool:
+        """Whether both arms gave the same answer, so that there is nothing to judge."""
+        first, second = self.answers.values()
+        return first.strip() == second.strip()
+
+
+def pair_of(messages: Sequence[Mapping[str, Any]], answers: Mapping[str, str], *, id: str, task: str) -> AnswerPair:
+    """The pair of the two ``answers``, by arm, to the prompt in ``messages``."""
+    turns = [dict(message) for message in messages]
+    return AnswerPair(key=pair_key(turns, answers), messages=turns, answers=dict(answers), id=id, task=task)
+
+
+def pairs_of_samples(samples: Iterable[Sample], arms: tuple[str, str]) -> list[AnswerPair]:
+    """The pairs of an evaluation's first answers, in the order of its prompts; prompts that an arm did not answer are
+    left out."""
+    return [
+        pair_of(sample.messages, {arm: sample.answers[arm].text for arm in arms}, id=sample.id, task=sample.task)
+        for sample in samples
+        if all(arm in sample.answers for arm in arms)
+    ]
+
+
+def queue(pairs: Iterable[AnswerPair]) -> list[AnswerPair]:
+    """The pairs in the order in which people see them, each once, those with the same answer included.
+
+    The order is that of their hashes. So it is random to the prompts, and the same for everybody: what was judged
+    before somebody stopped is a random sample, and several annotators have the same pairs in common.
+    """
+    return sorted({pair.key: pair for pair in pairs}.values(), key=lambda pair: pair.key)
+
+
+def shown_first(pair: AnswerPair, annotator: str) -> str:
+    """The arm whose answer this annotator sees first: random over pairs and annotators, the same at every look."""
+    drawn = hashlib.sha256(f"{pair.key}/{annotator}".encode()).digest()[0]
+    return sorted(pair.answers)[drawn % 2]

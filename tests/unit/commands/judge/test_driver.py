@@ -1,0 +1,226 @@
+"""Which answers ``align judge`` serves, and what it refuses before it does."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+from rich.console import Console
+
+from alignment.commands.judge import server
+from alignment.commands.judge.driver import Options, judge
+from alignment.core.artifacts import MANIFEST
+from alignment.core.errors import AlignmentError, Busy, DataError
+from alignment.core.locks import held
+from alignment.records.evaluation import SAMPLES
+from alignment.records.run import RunRecord, StageEntry
+from alignment.records.votes import append_vote, read_votes
+from tests.judged import finished_run, pair, sample, vote
+
+PAIR = ("sft", "dpo")
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """A run ``mine`` with four prompts, and a run without an evaluation."""
+    finished_run(tmp_path, [sample(number) for number in (1, 2, 3)] + [sample(4, sft="same", dpo="same")])
+    bare = tmp_path / "runs" / "bare"
+    bare.mkdir()
+    RunRecord(name="bare", stages={"sft": StageEntry(kind="sft", state="done")}).write(bare)
+    return tmp_path
+
+
+@pytest.fixture
+def printed(output: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Calls the command, which serves nothing; returns what it printed."""
+    monkeypatch.setattr(server.Page, "serve", lambda page: None)
+
+    def call(run: str = "mine", arms: Sequence[str] = PAIR, **options: Any) -> str:
+        console = Console(width=300, record=True)
+        assert judge(console, run, arms, options=Options(**options), output=output) == 0
+        return console.export_text()
+
+    return call
+
+
+def test_it_says_what_is_judged_and_where_votes_are(printed: Any, output: Path) -> None:
+    file = output / "runs" / "mine" / "evaluate" / "votes.jsonl"
+    append_vote(file.parent.mkdir() or file, vote(pair(1, dpo="An earlier answer.")))
+    append_vote(file, vote(pair(2)))
+    with file.open("ab") as stream:
+        stream.write(b'{"pair": "12')
+    told = printed()
+    assert "stage:sft and stage:dpo: 3 pairs of answers to judge\n" in told
+    assert "1 more have the same answer twice" in told
+    assert "1 votes in the file are about other answers of these arms and do not count" in told
+    assert "half a vote at the end, which was never confirmed, was removed" in told
+    assert f"judged: ada 1 of 3; votes: {file}" in told
+    assert file.read_bytes().endswith(b"}\n")
+
+
+def test_arms_are_named_by_label_or_in_full_and_need_no_naming_where_there_are_two(
+    printed: Any, output: Path, tmp_path: Path
+) -> None:
+    assert "stage:dpo and base: 4 pairs" in printed(arms=["stage:dpo", "base"])
+    assert "votes: " + str(tmp_path / "mine.jsonl") in printed(votes=str(tmp_path / "mine.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("run", "arms", "options", "words"),
+    [
+        ("mien", PAIR, {}, "no run 'mien' under"),
+        ("mien", PAIR, {}, "did you mean 'mine'?"),
+        ("bare", PAIR, {}, "RUN: the run 'bare' has no finished evaluation"),
+        ("mine", PAIR, {"stage": "evalaute"}, "no finished evaluation 'evalaute'; did you mean 'evaluate'?"),
+        ("mine", ["sft", "dop"], {}, "--arm: no arm 'dop' in this evaluation; did you mean 'dpo'?"),
+        ("mine", ["sft", "stage:sft"], {}, "--arm: 'sft' cannot be compared with itself"),
+        ("mine", ["sft"], {}, "1 arms are named, and two are compared"),
+        ("mine", [], {}, "its arms: base, sft, dpo"),
+        ("mine", PAIR, {"annotator": "a\x1b"}, "--annotator: 'a\\x1b': a name has 1 to 40 printable characters"),
+        ("mine", PAIR, {"port": 70000}, "--port: 70000 is not a port"),
+        ("mine", PAIR, {"votes": "votes.txt"}, "--votes: 'votes.txt' cannot hold votes"),
+        ("mine", PAIR, {"votes": "nowhere/votes.jsonl"}, "name a file .jsonl in a folder that exists"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(
+    printed: Any, run: str, arms: Sequence[str], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(AlignmentError) as caught:
+        printed(run, arms, **options)
+    assert words in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_prompts_of_several_turns_are_refused(printed: Any, output: Path) -> None:
+    finished_run(output, [replace(sample(1), later_turns=["And then?"])], run="turns", stage="talk")
+    with pytest.raises(DataError, match="has prompts of several turns, and people judge single answers"):
+        printed("turns", arms=PAIR)
+
+
+def test_several_evaluations_are_told_apart_by_name(printed: Any, output: Path) -> None:
+    record = RunRecord.read(output / "runs" / "mine")
+    entry = record.stages["evaluate"]
+    RunRecord(name="mine", stages={"first": entry, "second": entry}).write(output / "runs" / "mine")
+    with pytest.raises(AlignmentError, match="the run has several evaluations: first, second"):
+        printed()
+    assert str(output / "runs/mine/second/votes.jsonl") in printed(stage="second")
+
+
+def test_damaged_answers_and_votes_are_refused(printed: Any, output: Path) -> None:
+    file = output / "runs" / "mine" / "evaluate" / "votes.jsonl"
+    file.parent.mkdir()
+    file.write_text("not a vote\n")
+    with pytest.raises(AlignmentError, match=r"votes\.jsonl:1: not JSON") as caught:
+        printed()
+    assert caught.value.exit_code == 3
+    artifact = output / "artifacts" / "evaluate-00000000"
+    text = (artifact / SAMPLES).read_text()
+    (artifact / SAMPLES).write_text(text.replace("from sft", "from xxx"))
+    with pytest.raises(AlignmentError, match="content differs from its manifest") as caught:
+        printed()
+    assert caught.value.exit_code == 7
+    assert (artifact / MANIFEST).is_file()
+
+
+@pytest.mark.parametrize(
+    ("missing", "command"), [("starlette", "'starlette>=1,<2'"), ("uvicorn", "'uvicorn>=0.34,<1'")]
+)
+def test_a_missing_library_is_named_with_the_command_that_installs_it(
+    printed: Any, monkeypatch: pytest.MonkeyPatch, missing: str, command: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    with pytest.raises(AlignmentError) as caught:
+        printed()
+    assert f"pip install {command}" in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_file_of_votes_must_be_a_file(printed: Any, output: Path) -> None:
+    os.mkfifo(output / "pipe.jsonl")
+    with pytest.raises(AlignmentError, match="cannot hold votes"):
+        printed(votes=str(output / "pipe.jsonl"))
+
+
+def test_a_second_server_on_the_same_votes_or_port_is_refused(printed: Any, output: Path) -> None:
+    file = output / "votes.jsonl"
+    (output / "link.jsonl").symlink_to(file)
+    for name in ("votes.jsonl", "link.jsonl"):
+        with held(output / "votes.jsonl.lock", wait=False), pytest.raises(Busy, match="in use by process"):
+            printed(votes=str(output / name))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(Busy, match=f"another program listens on port {port}"):
+            printed(port=port)
+    printed(port=port)
+    assert not file.exists()
+
+
+@contextmanager
+def served(output: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command as a user starts it, and the address that it prints."""
+    argv = [
+        sys.executable,
+        "-m",
+        "alignment.cli",
+        "judge",
+        "mine",
+        "--arm",
+        "sft",
+        "--arm",
+        "dpo",
+        "--annotator",
+        "ada",
+    ]
+    with subprocess.Popen(
+        [*argv, "--output", str(output)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = next((line for line in process.stdout if line.startswith("judge at ")), "")
+            assert line, "it ended without serving"
+            yield process, line.split()[2]
+        finally:
+            process.kill()
+
+
+def vote_for(address: str, key: str) -> int:
+    """Sends a vote as the page does; returns the status of the page that it leads to."""
+    form = urlencode({"annotator": "ada", "pair": key, "choice": "1"}).encode()
+    with urllib.request.urlopen(urllib.request.Request(f"{address}vote", data=form), timeout=20) as answer:
+        return int(answer.status)
+
+
+def test_a_served_page_stores_votes_and_ends_well_at_ctrl_c(output: Path) -> None:
+    file = output / "runs" / "mine" / "evaluate" / "votes.jsonl"
+    with served(output) as (process, address):
+        assert address.startswith("http://127.0.0.1:")
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(address.rsplit("/", 2)[0] + "/wrong/", timeout=20)
+        assert vote_for(address, pair(1).key) == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert process.stdout is not None
+        assert "judged: ada 1 of 3" in process.stdout.read()
+    with served(output) as (process, address):
+        assert vote_for(address, pair(2).key) == 200
+        process.kill()
+        process.wait(20)
+    with served(output) as (_, address):
+        assert vote_for(address, pair(3).key) == 200
+    assert [one.id for one in read_votes(file)] == ["p1", "p2", "p3"]
