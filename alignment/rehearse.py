@@ -18,6 +18,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from alignment.config.data import DataConfig, OnError, SourceConfig
+from alignment.config.validation import ValidationConfig
 from alignment.core.errors import AlignmentError
 from alignment.data.reading import iterate
 from alignment.data.records import Prompt
@@ -79,8 +80,14 @@ def check_rows(spec: StageSpec) -> None:
     tokenizer = load_tokenizer(spec.base_path, spec.model.chat_template)
     kind, limits = learned_data(config)
     mixed = [(part, spec.extra_data[f"data.mix[{number}]"]) for number, part in enumerate(config.data.mix)]
-    for data, path in [(config.data, spec.data_path), *mixed]:
+    for data, path in [(config.data, spec.data_path), *mixed, *_held_out_source(spec)]:
         _check_source(tokenizer, kind, limits, data, path)
+
+
+def _held_out_source(spec: StageSpec) -> list[tuple[SourceConfig, Path]]:
+    """The source of the stage's validation, if that has one of its own."""
+    validation, path = getattr(spec.config, "validation", None), spec.extra_data.get("validation.data")
+    return [(validation.data, path)] if isinstance(validation, ValidationConfig) and path is not None else []
 
 
 def _check_source(tokenizer: object, kind: Kind, limits: Limits, data: SourceConfig, path: Path) -> None:

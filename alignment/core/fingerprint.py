@@ -49,7 +49,7 @@ def _counts(field: dataclasses.Field[Any], config: Any) -> bool:
     if field.metadata.get("identity") != IF_SET["identity"]:
         return bool(field.metadata.get("identity", True))
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return bool(getattr(config, field.name) != default)
+    return bool(canonical(getattr(config, field.name)) != canonical(default))
 
 
 def digest(value: Any) -> str:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignment.core.errors import NonFiniteError, StageError
+from alignment.records.validation_figures import LOSS as VALIDATION_LOSS
 from alignment.training.sharding import everyones
 
 LEARNED = 1e-3
@@ -85,13 +86,13 @@ class FiniteSteps(TrainerCallback):
 
 
 def refuse_metrics(metrics: Mapping[str, Any], *, step: int) -> None:
-    """Ends a stage whose logged loss or gradient norm is not finite.
+    """Ends a stage whose logged loss, held-out loss or gradient norm is not finite.
 
     Raises:
         NonFiniteError: one of them is not.
     """
     for name, value in metrics.items():
-        watched = name in ("loss", "grad_norm") or name.startswith("loss/")
+        watched = name in ("loss", "grad_norm", VALIDATION_LOSS) or name.startswith("loss/")
         if watched and isinstance(value, float) and not math.isfinite(value):
             raise NonFiniteError(f"{name} is {value} at step {step}", remedy=f"{_LOWER_RATE}; {_CHECKPOINT_STAYS}")
 

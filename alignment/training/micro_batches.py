@@ -22,6 +22,7 @@ from alignment.models.forward.causal import IGNORED
 from alignment.models.forward.rows import SHORTEST_SHARED, by_tokens
 
 Batch = dict[str, Any]
+PACKED_COLUMNS = ("input_ids", "labels", "position_ids")
 
 
 def same_number_everywhere(micro_batches: list[range], accelerator: Accelerator) -> list[range]:
@@ -84,11 +85,13 @@ def accumulating(accelerator: Accelerator, model: nn.Module, *, last: bool) -> I
 class MicroBatches(Trainer):
     """A mix-in for TRL's trainers. Batches are padded or packed rows (SFT), or pairs: chosen rows, then rejected rows.
 
-    ``micro_batch_tokens`` limits a micro-batch; set it after construction.
+    ``micro_batch_tokens`` limits a micro-batch; set it after construction. ``accuracy_metric`` is TRL's name of the
+    share of pairs, or of learned tokens, on which the model is right.
     """
 
     micro_batch_tokens: int
     pairs: bool = False
+    accuracy_metric: str = ""
     step_loss: Tensor | None = None
     _share: float = 1.0
 
@@ -115,6 +118,24 @@ class MicroBatches(Trainer):
         """Weights a mean over pairs by its share of the batch; a sum over tokens is already divided by all tokens."""
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         return loss * self._share if self.pairs else loss
+
+    def held_out_loss(self, model: nn.Module, inputs: Batch) -> tuple[float, float, float]:
+        """The loss of one micro-batch of held-out rows, with TRL's loss and masks as in training.
+
+        Every process must call this, with equally many rows. Returns this process's loss, whose mean over all processes
+        is that of all their rows; their accuracy; and how many pairs or learned tokens all processes have together. The
+        model must be in evaluation mode.
+        """
+        if "attention_mask" not in inputs:  # packed rows are delimited by their position ids alone
+            inputs = {name: inputs[name] for name in PACKED_COLUMNS}
+        inputs = self._prepare_inputs(inputs)
+        _, num_tokens = self.get_batch_samples(iter([inputs]), 1, self.args.device)
+        self._share = 1.0
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_tokens)
+        accuracy = self._metrics["eval"][self.accuracy_metric][-1]
+        num_pairs = len(inputs["input_ids"]) // 2 * self.accelerator.num_processes
+        return float(loss), accuracy, float(num_pairs if self.pairs else num_tokens)
 
     def _micro_batches(self, inputs: Batch) -> list[tuple[Batch, float]]:
         """Micro-batches with their shares of the pairs, or of the learned tokens."""
@@ -149,7 +170,7 @@ class MicroBatches(Trainer):
     def _packed_micro_batch(inputs: Batch, start: int, end: int, first: int) -> Batch:
         """The columns from ``start`` to ``end``; if there are none, the first row without learned tokens."""
         columns = slice(start, end) if end > start else slice(0, first)
-        columns_of_batch = {name: inputs[name][:, columns] for name in ("input_ids", "labels", "position_ids")}
+        columns_of_batch = {name: inputs[name][:, columns] for name in PACKED_COLUMNS}
         if end == start:
             columns_of_batch["labels"] = torch.full_like(columns_of_batch["labels"], IGNORED)
         return columns_of_batch

@@ -27,6 +27,7 @@ from alignment.training.callbacks import (
 )
 from alignment.training.context import StageContext
 from alignment.training.finite import FiniteSteps, refuse_divergence
+from alignment.training.looks import Validation
 from alignment.training.sharding import everyones, layout
 
 
@@ -43,12 +44,19 @@ class Preempted(BaseException):
 
 
 def train(
-    trainer: Trainer, context: StageContext, *, headline: str, period: int = 1, ceiling: float = math.inf
+    trainer: Trainer,
+    context: StageContext,
+    *,
+    headline: str,
+    period: int = 1,
+    ceiling: float = math.inf,
+    validation: Validation | None = None,
 ) -> dict[str, float]:
     """Trains, resuming where an earlier attempt stopped; returns the metrics of the last step, which is always logged.
 
     ``headline`` names the metric beside the progress bar. Checkpoints are exact after every ``period`` steps. A loss
-    that rises above ``ceiling`` counts as divergence.
+    that rises above ``ceiling`` counts as divergence. With ``validation``, the model holds the weights of the step that
+    it hands on, the metrics are those of that step, and later losses are not judged.
 
     Raises:
         Preempted: a signal asked to stop; the checkpoint is written.
@@ -64,8 +72,11 @@ def train(
     stop = StopOnSignal(period=period)
     steps = StepLog(context, log, headline=headline)
     checks = (WarmupEnds(), FiniteSteps(trainer), NoStepTooMany())
-    for callback in (AdaptersAtWork(), steps, Checkpoints(context), *checks, stop):
+    looks = () if validation is None else (validation,)  # first: it adds to what others log, seal and stop
+    for callback in (*looks, AdaptersAtWork(), steps, Checkpoints(context), *checks, stop):
         trainer.add_callback(callback)
+    if validation is not None and resumed is not None:
+        validation.resume(resumed)
     # NothingLeft: an earlier attempt did every step; the checkpoint is loaded.
     with stop.listening(), contextlib.suppress(NothingLeft):
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
@@ -74,10 +85,14 @@ def train(
     if stop.asked:  # after the last step there was none left to stop at
         raise Preempted(saved=False)
     rows = everyones(log.rows() if context.is_main else [])[0]  # only the main process has written them
+    outcome: dict[str, float] = {}
+    if validation is not None:
+        rows, outcome = [row for row in rows if row["step"] <= validation.handed_on], validation.finish()
     refuse_divergence([row["loss"] for row in rows if "loss" in row], ceiling=ceiling)
     if context.is_main:
         context.trackers.table("samples", MetricsLog(context.content / "samples.jsonl").rows())
-    return {key: value for key, value in (rows[-1] if rows else {}).items() if isinstance(value, (int, float))}
+    last = {key: value for key, value in (rows[-1] if rows else {}).items() if isinstance(value, (int, float))}
+    return last | outcome
 
 
 def _newest_checkpoint(context: StageContext) -> Path | None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, Trainer
 
 from alignment.config.launch import Offload, Sharding
@@ -167,6 +167,13 @@ def put(held: Tensor, values: Tensor | None) -> None:
         with deepspeed.zero.GatheredParameters([held], modifier_rank=0):
             if values is not None:
                 held.copy_(values)
+        return
+    if isinstance(held, DTensor):
+        local = held.to_local()
+        whole_weight = torch.empty(held.shape, dtype=held.dtype, device=local.device)
+        if values is not None:
+            whole_weight.copy_(values)
+        local.copy_(distribute_tensor(whole_weight, held.device_mesh, held.placements).to_local())
         return
     if values is not None:
         held.copy_(values)

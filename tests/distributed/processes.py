@@ -27,15 +27,22 @@ SECONDS = 120
 
 
 def on_processes(
-    spec: StageSpec, *, world_size: int = 2, stop_after: int | None = None, nan_at: int | None = None
+    spec: StageSpec,
+    *,
+    world_size: int = 2,
+    stop_after: int | None = None,
+    nan_at: int | None = None,
+    kill_after: int | None = None,
+    killed_when: str = "logged",
 ) -> list[int]:
     """Runs a stage on processes of its own; returns their exit codes, those of ``alignment.worker``.
 
-    Process 1 gets SIGTERM after the step ``stop_after``, or a loss that is no number in the step ``nan_at``.
+    Process 1 gets SIGTERM after the step ``stop_after``, or a loss that is no number in the step ``nan_at``. All get
+    SIGKILL at the step ``kill_after``, when it is ``logged``, before a checkpoint of it, or when that is ``sealed``.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    told = (world_size, _free_port(), stop_after, nan_at)
+    told = (world_size, _free_port(), stop_after, nan_at, kill_after, killed_when)
     group = [context.Process(target=_process, args=(spec, rank, *told)) for rank in range(world_size)]
     for one in group:
         one.start()
@@ -54,7 +61,14 @@ def _free_port() -> int:
 
 
 def _process(
-    spec: StageSpec, rank: int, world_size: int, port: int, stop_after: int | None, nan_at: int | None
+    spec: StageSpec,
+    rank: int,
+    world_size: int,
+    port: int,
+    stop_after: int | None,
+    nan_at: int | None,
+    kill_after: int | None,
+    killed_when: str,
 ) -> None:
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -66,19 +80,21 @@ def _process(
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:
-            sys.exit(_run(spec, *((stop_after, nan_at) if rank == 1 else (None, None))))
+            sys.exit(_run(spec, *((stop_after, nan_at) if rank == 1 else (None, None)), kill_after, killed_when))
         except Exception:
             traceback.print_exc()
             raise
 
 
-def _run(spec: StageSpec, stop_after: int | None, nan_at: int | None) -> int:
+def _run(spec: StageSpec, stop_after: int | None, nan_at: int | None, kill_after: int | None, killed_when: str) -> int:
     from alignment import worker
 
     if stop_after is not None:
         _stop_after(stop_after)
     if nan_at is not None:
         _nan_at(nan_at)
+    if kill_after is not None:
+        _kill_after(kill_after, killed_when)
     worker.read_spec = lambda _: spec
     return worker.main(spec.run_folder / "stage.yaml")
 
@@ -94,6 +110,20 @@ def _stop_after(steps: int) -> None:
         otherwise(self, args, state, control, **told)
 
     StopOnSignal.on_step_end = on_step_end
+
+
+def _kill_after(step: int, when: str) -> None:
+    from alignment.training.callbacks import Checkpoints, StepLog
+
+    cls, name = {"logged": (StepLog, "on_log"), "sealed": (Checkpoints, "on_save")}[when]
+    otherwise = getattr(cls, name)
+
+    def callback(self: Any, args: Any, state: Any, control: Any, **told: Any) -> None:
+        otherwise(self, args, state, control, **told)
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(cls, name, callback)
 
 
 def _nan_at(step: int) -> None:

@@ -76,8 +76,8 @@ MUTATIONS = [
         ),
         (
             "a warm-up as long as max_steps starts",
-            "    if optim.max_steps:\n",
-            "    if optim.max_steps and rows is not None:\n",
+            "    if optim.max_steps or rows is None:\n",
+            "    if rows is None:\n        return None\n    if optim.max_steps:\n",
             "test_data_that_is_too_little_is_named_exactly",
         ),
     ),

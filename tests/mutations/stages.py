@@ -50,12 +50,12 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/reward/run.py",
+        "stages/shared/by_prompt.py",
         "unit/stages/test_reward_split.py",
         (
             "held-out pairs are learned from",
             "learned = [row for row, prompt in enumerate(prompt_of) if prompt not in chosen]",
-            "learned = list(range(len(pairs)))",
+            "learned = list(range(len(rows)))",
             "test_a_prompt_is_learned_from_or_held_out",
         ),
     ),

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from tests.mutations import data, driver, evaluating, people, pipeline, ppo, ppo_step, results, stages, training
+from tests.mutations import (
+    data,
+    driver,
+    evaluating,
+    people,
+    pipeline,
+    ppo,
+    ppo_step,
+    results,
+    stages,
+    training,
+    validation,
+)
 from tests.mutations.mutation import Mutation
 
 MUTATIONS: list[Mutation] = [
@@ -10,6 +22,7 @@ MUTATIONS: list[Mutation] = [
     *ppo.MUTATIONS,
     *ppo_step.MUTATIONS,
     *stages.MUTATIONS,
+    *validation.MUTATIONS,
     *data.MUTATIONS,
     *evaluating.MUTATIONS,
     *people.MUTATIONS,

@@ -14,6 +14,7 @@ from alignment.core.artifacts import EVALUATION, read_manifest
 from alignment.core.errors import ArtifactError
 from alignment.data.overlap import HeldOut, LocatedText, Overlap
 from alignment.pipeline.backends import feasibility
+from alignment.pipeline.plan import validation_checks
 from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
 from alignment.pipeline.plan.row_counts import rows_of
@@ -35,7 +36,7 @@ def of_plan(plan: Plan) -> list[str]:
         notes.append(warning)
     notes += _slow_format(plan)
     for stage in plan.stages:
-        notes += [*_high_rates(stage), *_small_data(stage), *_left_out(stage)]
+        notes += [*_high_rates(stage), *_small_data(stage), *_left_out(stage), *_near_held_out(stage)]
     return [*notes, *cautions(plan)]
 
 
@@ -109,6 +110,20 @@ def _left_out(stage: PlannedStage) -> Iterator[str]:
         for reason, count in seen.set_aside:
             among = "" if seen.whole else " that a plan reads"
             yield f"stages.{stage.name}.{field}: {count} rows{among} are left out: {reason}"
+
+
+def _near_held_out(stage: PlannedStage) -> Iterator[str]:
+    """A note if a stage learns what its own validation nearly asks; equal prompts are refused."""
+    learned, held_out = stage.seen.get("data"), stage.seen.get(validation_checks.DATA)
+    if learned is None or held_out is None:
+        return
+    both = list(HeldOut(held_out.texts).overlaps(learned.texts))
+    if both:
+        yield (
+            f"{len(both)} of the rows that {stage.name} may learn from resemble rows of its validation: "
+            f"{both[0].learned} has {both[0].share:.0%} of the eight-word sequences of {both[0].held_out}; its "
+            "held-out loss may be too low"
+        )
 
 
 def _shared_prompts(plan: Plan) -> Iterator[str]:

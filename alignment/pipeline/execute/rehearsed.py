@@ -19,7 +19,7 @@ from alignment.pipeline.plan.plan import Plan, PlannedStage
 FOLDER = ".tried"
 ROWS, SCORERS = "rows", "scorers"
 _SETTINGS = {
-    ROWS: ("data", "max_length", "max_prompt_length", "max_answer_length", "too_long"),
+    ROWS: ("data", "max_length", "max_prompt_length", "max_answer_length", "too_long", "validation"),
     SCORERS: ("data",),
 }
 """The settings of a stage that a rehearsal of each part reads."""

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import takewhile
 from typing import Any
 
 from alignment.config.data import DataConfig
@@ -19,7 +20,8 @@ from alignment.config.faults import Fault
 from alignment.config.optim import OptimConfig
 from alignment.config.stage import StageConfig
 from alignment.data.overlap import LocatedText, asked
-from alignment.data.records import Record
+from alignment.data.records import Conversation, Record
+from alignment.pipeline.plan import validation_checks
 from alignment.stages.registry import as_trained, kind_of
 
 COMPARED_ROWS = 2_000
@@ -31,24 +33,29 @@ about half a second. ``align preview`` compares more."""
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seen:
     """The number of ``rows`` of a source and of different ``prompts`` in them; exact if the ``whole`` source was read.
-    ``texts`` are what the first rows ask. ``set_aside`` counts the rows that are of no use to the stage, by reason."""
+    ``texts`` are what the first rows ask. ``set_aside`` counts the rows that are of no use to the stage, by reason;
+    ``openings`` are hashes of what stands before the first learned answer.
+    """
 
     rows: int
     prompts: int
     whole: bool
     texts: tuple[LocatedText, ...] = ()
     set_aside: tuple[tuple[str, int], ...] = ()
+    openings: frozenset[int] = frozenset()
 
 
 def seen(records: Sequence[Record], *, whole: bool, set_aside: Iterable[str] = ()) -> Seen:
     """A summary of the records that a plan has read; ``set_aside`` are the reasons for which rows gave none."""
     prompts = {_prompt_of(record) for record in records}
+    openings = frozenset(hash(_prompt_of(record, opening=True)) for record in records)
     return Seen(
         rows=len(records),
         prompts=len(prompts),
         whole=whole,
         texts=tuple(_compared(records)),
         set_aside=tuple(Counter(set_aside).items()),
+        openings=openings,
     )
 
 
@@ -61,9 +68,13 @@ def _compared(records: Sequence[Record]) -> Iterator[LocatedText]:
         yield placed
 
 
-def _prompt_of(record: Any) -> tuple[Any, ...]:
-    """All that a template renders, because a stage distinguishes prompts by their tokens."""
-    turns = [(turn.role, turn.content, _text(turn.tool_calls)) for turn in getattr(record, "messages", ())]
+def _prompt_of(record: Any, *, opening: bool = False) -> tuple[Any, ...]:
+    """All that a template renders, because a stage distinguishes prompts by their tokens; of a conversation whose
+    ``opening`` is asked for, only what stands before the first answer that is learned."""
+    messages = getattr(record, "messages", ())
+    if opening and isinstance(record, Conversation):
+        messages = takewhile(lambda turn: turn.role != "assistant" or not turn.learned, messages)
+    turns = [(turn.role, turn.content, _text(turn.tool_calls)) for turn in messages]
     return (_text(getattr(record, "tools", ())), *turns) if turns else (getattr(record, "text", ""),)
 
 
@@ -86,21 +97,39 @@ def faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str
     rows = rows_of(trained.data, seen_by_field.get("data"))
     if rows is not None:
         yield from kind.learning.faults(config, min(rows, seen_by_field["data"].prompts), where)
-    if isinstance(trained.optim, OptimConfig):
-        known = rows if kind.learning.one_row_a_record(config) else None
-        yield from _warm_up_faults(trained.optim, known, where=f"{where}.optim")
+    if not isinstance(trained.optim, OptimConfig):
+        return
+    looks = validation_checks.of_stage(config)
+    known = rows if kind.learning.one_row_a_record(config) else None
+    if looks is not None and known is not None:
+        prompts = min(known, len(seen_by_field["data"].openings))
+        yield from validation_checks.row_faults(
+            looks, rows=known, prompts=prompts, batch_size=trained.optim.batch_size, where=f"{where}.validation"
+        )
+        known -= validation_checks.num_held_out(looks, prompts)
+    yield from _warm_up_faults(trained.optim, known, where=f"{where}.optim")
+    if looks is not None:
+        if steps := _steps(trained.optim, known):
+            yield from validation_checks.step_faults(looks, steps, f"{where}.validation")
+        learned, held_out = (seen_by_field.get(name) for name in ("data", validation_checks.DATA))
+        if learned is not None and held_out is not None:
+            both = (learned.openings, held_out.openings)
+            yield from validation_checks.overlap_faults(trained.data, looks, both, f"{where}.validation")
+
+
+def _steps(optim: OptimConfig, rows: int | None) -> int | None:
+    """The number of optimiser steps: ``max_steps`` if that is set; otherwise None without ``rows``."""
+    if optim.max_steps or rows is None:
+        return optim.max_steps
+    return math.ceil(optim.epochs * math.ceil(rows / optim.batch_size))
 
 
 def _warm_up_faults(optim: OptimConfig, rows: int | None, *, where: str) -> Iterator[Fault]:
-    """The number of steps is ``max_steps`` if that is set; otherwise it is unknown without ``rows``."""
-    if optim.max_steps:
-        steps, source, remedy = optim.max_steps, "", "raise max_steps"
-    elif rows is not None:
-        steps = math.ceil(optim.epochs * math.ceil(rows / optim.batch_size))
-        source = f" for {rows} rows in batches of {optim.batch_size}"
-        remedy = "use smaller batches, more rows or more epochs"
-    else:
-        return
-    if optim.warmup_ratio and math.ceil(steps * optim.warmup_ratio) >= steps:
+    steps = _steps(optim, rows)
+    if steps and optim.warmup_ratio and math.ceil(steps * optim.warmup_ratio) >= steps:
+        source, remedy = "", "raise max_steps"
+        if not optim.max_steps:
+            source = f" for {rows} rows in batches of {optim.batch_size}"
+            remedy = "use smaller batches, more rows or more epochs"
         message = f"the warm-up takes all optimiser steps ({steps}{source}); set it to 0, or {remedy}"
         yield Fault(where=f"{where}.warmup_ratio", message=message)

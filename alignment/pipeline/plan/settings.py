@@ -16,11 +16,12 @@ from alignment.config.optim import Moments
 from alignment.config.run import RunConfig
 from alignment.config.stage import TrainedConfig
 from alignment.config.tracking import TrackingConfig
+from alignment.config.validation import ValidationConfig
 from alignment.core.errors import DataError
 from alignment.data.chat_template import template_text
 from alignment.data.formats import COLUMNS, FORMATS
 from alignment.pipeline.backends import slurm
-from alignment.pipeline.plan import scorer_checks
+from alignment.pipeline.plan import scorer_checks, validation_checks
 from alignment.stages.registry import as_trained, kind_of
 
 _NO_ROWS = "missing; name the rows: path:FILE, hub:ORG/NAME@REVISION, or what ships with the project: bundled:NAME"
@@ -42,6 +43,9 @@ def faults(config: RunConfig) -> list[Fault]:
             if isinstance(slot.data, DataConfig) and (slot.in_use or slot.data.source):
                 by_code = read_by_code and slot.field == "data"
                 every_fault += _data_faults(slot.data, f"{where}.{slot.field}", read_by_code=by_code)
+        looks = getattr(stage, "validation", None)
+        if isinstance(looks, ValidationConfig):
+            every_fault += validation_checks.settings_faults(looks, f"{where}.validation")
         every_fault += kind.faults(stage, config, where)
     return every_fault
 

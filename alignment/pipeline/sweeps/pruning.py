@@ -12,6 +12,7 @@ from alignment.config.did_you_mean import suggestion
 from alignment.config.sweep import Pruner
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.pipeline.sweeps.sweep_file import Sweep
+from alignment.records import validation_figures
 from alignment.records.run import RunRecord, StageEntry
 from alignment.records.step_log import METRICS, written_rows
 
@@ -47,7 +48,8 @@ class Curve:
 
     def _new_steps(self) -> Iterator[tuple[int, float]]:
         rows = self._rows()
-        if rows and not any(self._config.metric in row for row in rows):
+        comes_later = self._config.metric in validation_figures.HELD_OUT  # with the first look at held-out rows
+        if rows and not comes_later and not any(self._config.metric in row for row in rows):
             names = sorted({name for row in rows for name in row} - {"step", "seconds"})
             raise ConfigError(
                 f"stage {self._config.stage} logs no {self._config.metric!r} while it trains; "

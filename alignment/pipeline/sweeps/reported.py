@@ -5,10 +5,21 @@ from __future__ import annotations
 
 from alignment.config.did_you_mean import suggestion
 from alignment.config.stage import StageConfig
+from alignment.records import validation_figures
 from alignment.stages.base import Reported
 from alignment.stages.registry import kind_of
 
-_LESS_IS_BETTER = ("loss", "eval_loss", "log_loss", "brier", "ece", "objective/kl", "guard/kl")
+_LESS_IS_BETTER = (
+    "loss",
+    "eval_loss",
+    validation_figures.LOSS,
+    validation_figures.LAST_LOSS,
+    "log_loss",
+    "brier",
+    "ece",
+    "objective/kl",
+    "guard/kl",
+)
 _LESS_IS_BETTER_OF = ("loss/", "perplexity/")
 
 

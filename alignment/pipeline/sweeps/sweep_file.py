@@ -22,8 +22,9 @@ from alignment.core.errors import AlignmentError, ConfigError
 from alignment.core.fingerprint import digest
 from alignment.pipeline.backends import feasibility, slurm
 from alignment.pipeline.plan.plan import Plan, make_plan
-from alignment.pipeline.sweeps import objectives
+from alignment.pipeline.sweeps import objectives, reported
 from alignment.pipeline.sweeps.objectives import Objective
+from alignment.records import validation_figures
 from alignment.stages.registry import kind_of
 
 
@@ -177,13 +178,23 @@ def _wrong_with(parameter: ParameterConfig, search: Search) -> Iterator[str]:
 def _faults_beside(config: SweepConfig, stages: Mapping[str, StageConfig]) -> Iterator[Fault]:
     """Faults that depend on the recipe's stages."""
     yield from objectives.faults(config.objective, stages)
-    if config.pruning.pruner is not Pruner.none and (message := _unwatchable(config.pruning, stages)):
+    if config.pruning.pruner is Pruner.none:
+        return
+    if message := _unwatchable(config.pruning, stages):
         yield Fault(where="pruning.stage", message=message)
+    elif message := _unlogged(config.pruning, stages[config.pruning.stage]):
+        yield Fault(where="pruning.metric", message=message)
 
 
 def _unwatchable(pruning: PruningConfig, stages: Mapping[str, StageConfig]) -> str:
     trained = [name for name, stage in stages.items() if kind_of(stage).trains]
     return "" if pruning.stage in trained else f"no stage {pruning.stage!r} that trains; one of: {', '.join(trained)}"
+
+
+def _unlogged(pruning: PruningConfig, stage: StageConfig) -> str:
+    """Why a stage never logs a figure of validation; other metrics are known once it logs its first step."""
+    is_of_validation = pruning.metric.startswith(validation_figures.PREFIX)
+    return reported.missing(stage, pruning.metric, pruning.stage) if is_of_validation else ""
 
 
 def _refuse_unwatched(launch: LaunchConfig, pruning: PruningConfig) -> None:

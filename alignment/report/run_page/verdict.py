@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.evaluation.contradictions import contradictions
+from alignment.records import validation_figures
 from alignment.records.evaluation import BETTER, WORSE, ArmResult, Comparison, Evaluation
 from alignment.report.doubts import SMOKE, is_smoke, of_evaluation, too_few_prompts
 from alignment.report.kit import text
 from alignment.report.run_page.card_page import lead
-from alignment.report.run_page.run_records import Run
+from alignment.report.run_page.run_records import Run, Stage
 from alignment.stages.registry import doubts, learns_from_preferences
 
 MIN_DISTINCT = 0.9
@@ -246,7 +247,16 @@ def _handed_on(run: Run) -> list[str]:
         if done is not None and isinstance(planned, int) and done < planned:
             why = "its KL was above guard.max_kl twice in a row"
             warnings.append(f"{stage.name} ended after {done:.0f} of {planned} updates: {why}.")
+        warnings += _validated(stage)
     return warnings
+
+
+def _validated(stage: Stage) -> list[str]:
+    """What validation chose, and why it ended the stage early."""
+    settings = stage.config.get("validation")
+    patience = settings.get("patience") if isinstance(settings, dict) else None
+    sentences = validation_figures.outcome(stage.headlines, patience=patience if isinstance(patience, int) else None)
+    return [f"{stage.name} {sentence}." for sentence in sentences]
 
 
 def _of_cards(run: Run) -> list[str]:

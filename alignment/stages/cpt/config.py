@@ -10,6 +10,8 @@ from alignment.config.data import DataConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.rules import POSITIVE
 from alignment.config.stage_fields import not_identity, reference_to
+from alignment.config.validation import ValidationConfig
+from alignment.core.fingerprint import IF_SET
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,5 +28,6 @@ class CptConfig:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
     max_length: Annotated[int, POSITIVE] = 1024
     packing: bool = True
+    validation: ValidationConfig = field(default_factory=ValidationConfig, metadata=IF_SET)
     log_every: Annotated[int, POSITIVE] = not_identity(1)
     save_every: Annotated[int, POSITIVE] = not_identity(10)

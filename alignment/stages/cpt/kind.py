@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from alignment.config.faults import Fault
+from alignment.config.run import RunConfig
 from alignment.core.artifacts import POLICY
 from alignment.data.records import PlainText
 from alignment.data.tokens.row_kinds import TEXTS
 from alignment.stages.base import DataSlot, Learning, Outcome, StageKind
 from alignment.stages.cpt.config import CptConfig
-from alignment.stages.shared.kind_answers import next_token_curves, next_token_metrics, replay_advice
+from alignment.stages.shared.kind_answers import (
+    handed_on,
+    held_out_slot,
+    next_token_curves,
+    next_token_metrics,
+    replay_advice,
+    why_not_validated,
+)
 
 
 def _data(config: CptConfig) -> list[DataSlot]:
-    return [DataSlot(field="data", data=config.data, record=PlainText, rows=TEXTS)]
+    own = DataSlot(field="data", data=config.data, record=PlainText, rows=TEXTS)
+    return [own, held_out_slot(config.validation, own)]
+
+
+def _faults(config: CptConfig, _: RunConfig, where: str) -> Iterator[Fault]:
+    if config.validation.share is not None:
+        message = "a text becomes several rows, so a share would hold out parts of learned texts; use validation.data"
+        yield Fault(where=f"{where}.validation.share", message=message)
 
 
 KIND = StageKind(
@@ -22,6 +40,7 @@ KIND = StageKind(
     produces=POLICY,
     run="alignment.stages.cpt.run:run",
     data=_data,
+    faults=_faults,
     curves=next_token_curves,
     learning=Learning(
         one_row_a_record=lambda _: False,  # a text becomes as many rows as its tokens fill
@@ -29,5 +48,7 @@ KIND = StageKind(
         rehearsed=False,
         may_drop=True,
     ),
-    outcome=Outcome(metrics=next_token_metrics, against_forgetting=replay_advice),
+    outcome=Outcome(
+        metrics=next_token_metrics, why_missing=why_not_validated, lines=handed_on, against_forgetting=replay_advice
+    ),
 )

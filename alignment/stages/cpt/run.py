@@ -9,11 +9,14 @@ from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.language_model import learn
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import token_rows
+from alignment.stages.shared.validation_rows import hold_out
 from alignment.training.context import StageContext
 
 
 def run(config: CptConfig, context: StageContext) -> StageResult:
     """Texts in, policy out. A text longer than ``max_length`` becomes several rows."""
     start, tokenizer = initial_policy(context)
-    rows, counts = token_rows(context, TEXTS, config.data, whole_rows(config), tokenizer)
-    return learn(config, context, start, tokenizer, rows, {"rows": counts["rows"]})
+    limits = whole_rows(config)
+    rows, counts = token_rows(context, TEXTS, config.data, limits, tokenizer)
+    learned, held_out = hold_out(config, context, rows, TEXTS, limits, tokenizer)
+    return learn(config, context, start, tokenizer, learned, {"rows": counts["rows"]}, held_out=held_out)

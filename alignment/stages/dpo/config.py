@@ -12,6 +12,8 @@ from alignment.config.optim import OptimConfig
 from alignment.config.rules import POSITIVE
 from alignment.config.stage_fields import not_identity, reference_to
 from alignment.config.too_long import TooLongConfig
+from alignment.config.validation import ValidationConfig
+from alignment.core.fingerprint import IF_SET
 
 
 class DpoLoss(str, Enum):
@@ -49,5 +51,6 @@ class DpoConfig:
     beta: Annotated[float, POSITIVE] = 0.1
     loss: DpoLoss = DpoLoss.sigmoid
     precompute_reference: bool = field(default=False, metadata={"identity": False})
+    validation: ValidationConfig = field(default_factory=ValidationConfig, metadata=IF_SET)
     log_every: Annotated[int, POSITIVE] = not_identity(1)
     save_every: Annotated[int, POSITIVE] = not_identity(10)

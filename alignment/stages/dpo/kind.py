@@ -13,11 +13,21 @@ from alignment.data.records import PreferencePair
 from alignment.data.tokens.row_kinds import PAIRS
 from alignment.stages.base import LOSS, Curve, DataSlot, LaunchShape, Learning, Outcome, Refusal, Reported, StageKind
 from alignment.stages.dpo.config import DpoConfig, DpoLoss
-from alignment.stages.shared.kind_answers import ROW_COUNTS, curve, limits_of_parts
+from alignment.stages.shared.kind_answers import (
+    ROW_COUNTS,
+    and_held_out,
+    beside_held_out,
+    curve,
+    handed_on,
+    held_out_slot,
+    limits_of_parts,
+    why_not_validated,
+)
 
 
 def _data(config: DpoConfig) -> list[DataSlot]:
-    return [DataSlot(field="data", data=config.data, record=PreferencePair, rows=PAIRS)]
+    own = DataSlot(field="data", data=config.data, record=PreferencePair, rows=PAIRS)
+    return [own, held_out_slot(config.validation, own)]
 
 
 def _refusals(config: DpoConfig, _: LaunchConfig) -> Iterator[Refusal]:
@@ -26,14 +36,15 @@ def _refusals(config: DpoConfig, _: LaunchConfig) -> Iterator[Refusal]:
         yield Refusal(field="adapter.kind", why=why, instead="adapter=lora")
 
 
-def _reported(_: DpoConfig) -> Reported:
-    return Reported(training=("loss", "rewards/accuracies", "rewards/margins"), counts=ROW_COUNTS)
+def _reported(config: DpoConfig) -> Reported:
+    own = Reported(training=("loss", "rewards/accuracies", "rewards/margins"), counts=ROW_COUNTS)
+    return and_held_out(own, config.validation)
 
 
 def _curves(settings: Mapping[str, Any]) -> list[Curve]:
     """Only the sigmoid loss starts at ln 2, so the other losses get no guide line."""
     sigmoid = settings.get("loss", DpoLoss.sigmoid.value) == DpoLoss.sigmoid.value
-    return [
+    charts = [
         curve("Loss", "dotted: ln 2, where training starts", "loss", math.log(2)) if sigmoid else LOSS,
         curve("Accuracy", "share of pairs; dotted: chance", "rewards/accuracies", 0.5),
         curve("Margin", "implicit reward, chosen − rejected", "rewards/margins", 0.0),
@@ -44,6 +55,7 @@ def _curves(settings: Mapping[str, Any]) -> list[Curve]:
             labels=("chosen", "rejected"),
         ),
     ]
+    return beside_held_out(charts, settings, loss="loss", accuracy="rewards/accuracies")
 
 
 def _against_forgetting(name: str) -> str:
@@ -61,5 +73,7 @@ KIND = StageKind(
     curves=_curves,
     launch=LaunchShape(refusals=_refusals),
     learning=Learning(limits=limits_of_parts, from_preferences=True),
-    outcome=Outcome(metrics=_reported, against_forgetting=_against_forgetting),
+    outcome=Outcome(
+        metrics=_reported, why_missing=why_not_validated, lines=handed_on, against_forgetting=_against_forgetting
+    ),
 )

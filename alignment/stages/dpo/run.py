@@ -22,6 +22,7 @@ from trl import DPOTrainer
 from alignment.config.adapter import AdapterKind
 from alignment.config.model import Dtype
 from alignment.core.errors import StageError
+from alignment.data.tokens.row_kinds import PAIRS
 from alignment.models.assembly.adapters import at_start, with_own
 from alignment.models.assembly.load import DTYPES, compute_in, frozen_copy
 from alignment.models.forward.answers import unwrapped
@@ -30,9 +31,13 @@ from alignment.models.forward.flat import use_flat_attention
 from alignment.stages.dpo.config import DpoConfig, DpoLoss
 from alignment.stages.dpo.reference_cache import Reference, reference_logprobs
 from alignment.stages.shared.initial import initial_model, initial_policy
-from alignment.stages.shared.preference_pairs import read_pairs
+from alignment.stages.shared.kind_answers import limits_of_parts
+from alignment.stages.shared.preference_pairs import pair_tokens, read_pairs
 from alignment.stages.shared.result import StageResult, save_model
+from alignment.stages.shared.validation_rows import hold_out
 from alignment.training.context import StageContext
+from alignment.training.held_out import HeldOutRows
+from alignment.training.looks import Validation, of_handed_on
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
 from alignment.training.sharding import everyones, prepare, read_in_calls
@@ -50,17 +55,27 @@ precision of bfloat16, applies to a reference that was computed in bfloat16 in o
 def run(config: DpoConfig, context: StageContext) -> StageResult:
     """Pairs and a policy in, policy out."""
     start, tokenizer = initial_policy(context)
-    pairs, counts = read_pairs(config, context, tokenizer)
-    trainer = _trainer(config, context, start, tokenizer, pairs)
+    pairs, counts = read_pairs(config, context, tokenizer, located=config.validation.takes_rows)
+    learned, held_out = hold_out(config, context, pairs, PAIRS, limits_of_parts(config), tokenizer)
+    counts["rows"] = float(len(learned))
+    trainer = _trainer(config, context, start, tokenizer, learned, held_out)
     check_start(trainer)
-    if trainer.precomputed is not None and context.is_main:
-        trainer.precomputed.keep()
-    last = train(trainer, context, headline="loss", ceiling=DIVERGED * start_loss(config))
+    for reference in (trainer.precomputed, trainer.precomputed_held_out):
+        if reference is not None and context.is_main:
+            reference.keep()
+    last = train(
+        trainer,
+        context,
+        headline="loss",
+        ceiling=DIVERGED * start_loss(config),
+        validation=_validation(config, context, trainer, held_out),
+    )
     metrics = {
         "loss": last["loss"],
         "rewards/accuracies": last["rewards/accuracies"],
         "rewards/margins": last["rewards/margins"],
         **counts,
+        **of_handed_on(last),
     }
     return save_model(trainer.model, tokenizer, context, start, metrics)
 
@@ -69,7 +84,9 @@ class TokenizedDpoTrainer(MicroBatches, DPOTrainer):
     """TRL's trainer on tokenised pairs, with each optimiser batch split into micro-batches."""
 
     pairs = True
+    accuracy_metric = "rewards/accuracies"
     precomputed: Reference | None = None
+    precomputed_held_out: Reference | None = None
     start_tolerance: float = START_TOLERANCE
 
     def _precompute_ref_logps(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
@@ -80,12 +97,19 @@ class TokenizedDpoTrainer(MicroBatches, DPOTrainer):
 
 
 def _trainer(
-    config: DpoConfig, context: StageContext, start: Any, tokenizer: Any, pairs: Dataset
+    config: DpoConfig,
+    context: StageContext,
+    start: Any,
+    tokenizer: Any,
+    pairs: Dataset,
+    held_out: Dataset | None = None,
 ) -> TokenizedDpoTrainer:
     policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=False)
-    reference = precomputed = None
+    reference = precomputed = precomputed_held_out = None
     if config.precompute_reference:
         precomputed = _precomputed(unwrapped(policy), config, context, start, pairs)
+        if held_out is not None:
+            precomputed_held_out = _precomputed(unwrapped(policy), config, context, start, held_out)
     elif config.adapter.kind is AdapterKind.full:
         reference = frozen_copy(policy, DTYPES[context.spec.model.dtype])
         use_flat_attention(reference)  # before its weights are sharded; its outputs are compared with the policy's
@@ -103,7 +127,7 @@ def _trainer(
         train_dataset=_dataset(pairs, precomputed),
         processing_class=tokenizer,
     )
-    trainer.precomputed = precomputed
+    trainer.precomputed, trainer.precomputed_held_out = precomputed, precomputed_held_out
     if precomputed is not None and context.spec.model.dtype is Dtype.bfloat16:
         trainer.start_tolerance = BFLOAT16_TOLERANCE
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens
@@ -116,6 +140,15 @@ def _trainer(
     elif isinstance(policy, PeftModel):
         _use_start_as_reference(trainer, policy)
     return trainer
+
+
+def _validation(
+    config: DpoConfig, context: StageContext, trainer: TokenizedDpoTrainer, pairs: Dataset | None
+) -> Validation | None:
+    if pairs is None:
+        return None
+    held_out = HeldOutRows(rows=_dataset(pairs, trainer.precomputed_held_out), tokens=pair_tokens(pairs))
+    return Validation(config.validation, context, trainer, held_out)
 
 
 def _use_start_as_reference(trainer: TokenizedDpoTrainer, policy: PeftModel) -> None:

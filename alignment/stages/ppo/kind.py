@@ -171,7 +171,10 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _against_forgetting(name: str) -> str:
-    return f"use replay: stages.{name}.ptx.coefficient=1.0 also trains on general conversations; or lower its optim.lr"
+    return (
+        f"use replay: stages.{name}.ptx.coefficient=1.0 stages.{name}.ptx.data.source=bundled:general/conversations "
+        "also trains on general conversations; or lower its optim.lr"
+    )
 
 
 def _curves(_: Mapping[str, Any]) -> list[Curve]:

@@ -11,6 +11,8 @@ from alignment.config.optim import OptimConfig
 from alignment.config.rules import BELOW_ONE, NOT_NEGATIVE, POSITIVE
 from alignment.config.stage_fields import not_identity, reference_to
 from alignment.config.too_long import TooLongConfig
+from alignment.config.validation import ValidationConfig
+from alignment.core.fingerprint import IF_SET
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,5 +34,6 @@ class RewardConfig:
     too_long: TooLongConfig = field(default_factory=TooLongConfig)
     center_coefficient: Annotated[float, NOT_NEGATIVE] = 0.0
     eval_fraction: Annotated[float, BELOW_ONE] = 0.1
+    validation: ValidationConfig = field(default_factory=ValidationConfig, metadata=IF_SET)
     log_every: Annotated[int, POSITIVE] = not_identity(1)
     save_every: Annotated[int, POSITIVE] = not_identity(10)

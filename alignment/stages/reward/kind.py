@@ -12,13 +12,23 @@ from alignment.data.records import PreferencePair
 from alignment.data.tokens.row_kinds import PAIRS
 from alignment.stages.base import Curve, DataSlot, Learning, Outcome, Reported, StageKind
 from alignment.stages.reward.config import RewardConfig
-from alignment.stages.shared.kind_answers import ROW_COUNTS, curve, limits_of_parts
+from alignment.stages.shared.kind_answers import (
+    ROW_COUNTS,
+    and_held_out,
+    beside_held_out,
+    curve,
+    handed_on,
+    held_out_slot,
+    limits_of_parts,
+    why_not_validated,
+)
 
 _CHANCE = 0.5
 
 
 def _data(config: RewardConfig) -> list[DataSlot]:
-    return [DataSlot(field="data", data=config.data, record=PreferencePair, rows=PAIRS)]
+    own = DataSlot(field="data", data=config.data, record=PreferencePair, rows=PAIRS)
+    return [own, held_out_slot(config.validation, own)]
 
 
 def _too_few_prompts(config: RewardConfig, num_prompts: int, where: str) -> Iterator[Fault]:
@@ -34,13 +44,13 @@ def _reported(config: RewardConfig) -> Reported:
     held_out = ("eval_accuracy", "eval_loss", "eval_margin", "eval_length_rule_accuracy")
     counts = (*ROW_COUNTS, "score_offset")
     if not config.eval_fraction:
-        return Reported(counts=counts)
-    return Reported(held_out=held_out, counts=(*counts, "eval_rows"))
+        return and_held_out(Reported(counts=counts), config.validation)
+    return and_held_out(Reported(held_out=held_out, counts=(*counts, "eval_rows")), config.validation)
 
 
 def _why_missing(config: RewardConfig, metric: str, stage: str) -> str:
     if config.eval_fraction or not metric.startswith("eval_"):
-        return ""
+        return why_not_validated(config, metric, stage)
     return f"stage {stage!r} reports no {metric!r} without held-out pairs; set stages.{stage}.eval_fraction above 0"
 
 
@@ -55,12 +65,13 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
     ]
 
 
-def _curves(_: Mapping[str, Any]) -> list[Curve]:
-    return [
+def _curves(settings: Mapping[str, Any]) -> list[Curve]:
+    charts = [
         curve("Loss", "Bradley–Terry; dotted: chance, ln 2", "loss", math.log(2)),
         curve("Accuracy, training pairs", "share; dotted: chance", "accuracy", _CHANCE),
         curve("Margin", "score of chosen − rejected", "margin", 0.0),
     ]
+    return beside_held_out(charts, settings, loss="loss", accuracy="accuracy")
 
 
 KIND = StageKind(
@@ -73,5 +84,5 @@ KIND = StageKind(
     data=_data,
     curves=_curves,
     learning=Learning(limits=limits_of_parts, faults=_too_few_prompts),
-    outcome=Outcome(metrics=_reported, why_missing=_why_missing, doubts=_doubts),
+    outcome=Outcome(metrics=_reported, why_missing=_why_missing, doubts=_doubts, lines=handed_on),
 )

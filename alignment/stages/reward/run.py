@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel, TaskType
@@ -20,16 +19,21 @@ from safetensors.torch import save_file
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
-from alignment.core.errors import DataError
+from alignment.data.tokens.row_kinds import PAIRS
 from alignment.models.assembly.load import products_in
 from alignment.models.forward.answers import batches, scalar_scores, unwrapped
 from alignment.models.forward.causal import install_scalar
 from alignment.stages.reward.config import RewardConfig
+from alignment.stages.shared.by_prompt import split_by_prompt
 from alignment.stages.shared.initial import initial_model, initial_policy
-from alignment.stages.shared.preference_pairs import read_pairs, rows_of
+from alignment.stages.shared.kind_answers import limits_of_parts
+from alignment.stages.shared.preference_pairs import pair_tokens, read_pairs, rows_of
 from alignment.stages.shared.result import StageResult, save_model
+from alignment.stages.shared.validation_rows import hold_out
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_results
+from alignment.training.held_out import HeldOutRows
+from alignment.training.looks import Validation, of_handed_on
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.session import train
 from alignment.training.sharding import gathered, prepare, whole
@@ -44,12 +48,19 @@ OFFSET_SAMPLE = 64
 def run(config: RewardConfig, context: StageContext) -> StageResult:
     """Pairs and a policy in, reward model out."""
     start, tokenizer = initial_policy(context)
-    pairs, counts = read_pairs(config, context, tokenizer)
-    learned, held_out = split(
+    pairs, counts = read_pairs(config, context, tokenizer, located=config.validation.takes_rows)
+    rest, held_out = split(
         pairs, config.eval_fraction, context.generator("split"), where=f"stages.{context.spec.stage}"
     )
+    learned, validated = hold_out(config, context, rest, PAIRS, limits_of_parts(config), tokenizer)
     trainer = _trainer(config, context, start, tokenizer, learned)
-    train(trainer, context, headline="loss", ceiling=DIVERGED * math.log(2))
+    last = train(
+        trainer,
+        context,
+        headline="loss",
+        ceiling=DIVERGED * math.log(2),
+        validation=_validation(config, context, trainer, validated),
+    )
     context.progress("scoring")
     judged = held_out if len(held_out) else drawn(learned, OFFSET_SAMPLE, context.generator("offset"))
     with gathered(trainer, trainer.model):
@@ -58,7 +69,7 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
         prompts = [prompt for prompt, *_ in rows for _ in range(2)]
         both = scores(trainer, context, prompts, [answer for _, *answers in rows for answer in answers])
     offset = float(both[::2].mean())
-    metrics = {"score_offset": offset, **counts, "rows": float(len(learned))}
+    metrics = {"score_offset": offset, **counts, "rows": float(len(learned)), **of_handed_on(last)}
     if len(held_out):
         metrics |= held_out_metrics(both[::2], both[1::2], held_out)
     refuse_results(metrics)
@@ -78,24 +89,8 @@ def split(pairs: Dataset, fraction: float, rng: torch.Generator, *, where: str) 
     """
     if fraction == 0:
         return pairs, pairs.select([])
-    prompt_of = [_in_order(prompt) for (prompt,) in rows_of(pairs, "prompt")]
-    prompts = sorted(set(prompt_of))
-    count = round(fraction * len(prompts))
-    if not 0 < count < len(prompts):
-        raise DataError(
-            f"{len(prompts)} prompts are too few to hold out a share of {fraction}",
-            where=where,
-            remedy="add pairs, or set eval_fraction=0",
-        )
-    chosen = {prompts[i] for i in torch.randperm(len(prompts), generator=rng)[:count].tolist()}
-    learned = [row for row, prompt in enumerate(prompt_of) if prompt not in chosen]
-    held_out = [row for row, prompt in enumerate(prompt_of) if prompt in chosen]
+    learned, held_out = split_by_prompt(pairs, fraction, rng, where=where, setting="eval_fraction=0")
     return pairs.select(learned, keep_in_memory=True), pairs.select(held_out, keep_in_memory=True)
-
-
-def _in_order(ids: list[int]) -> bytes:
-    """Token ids as compact bytes that sort like the lists."""
-    return np.asarray(ids, dtype=">u4").tobytes()
 
 
 def drawn(pairs: Dataset, number: int, rng: torch.Generator) -> Dataset:
@@ -130,10 +125,20 @@ def _trainer(
     return trainer
 
 
+def _validation(
+    config: RewardConfig, context: StageContext, trainer: MicroBatchedRewardTrainer, pairs: Dataset | None
+) -> Validation | None:
+    if pairs is None:
+        return None
+    held_out = HeldOutRows(rows=_dataset(pairs), tokens=pair_tokens(pairs))
+    return Validation(config.validation, context, trainer, held_out)
+
+
 class MicroBatchedRewardTrainer(MicroBatches, RewardTrainer):
     """TRL's trainer, with each optimiser batch split into micro-batches."""
 
     pairs = True
+    accuracy_metric = "accuracy"
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset  # it is already tokenised

@@ -11,6 +11,8 @@ from alignment.config.optim import OptimConfig
 from alignment.config.rules import POSITIVE
 from alignment.config.stage_fields import not_identity, reference_to
 from alignment.config.too_long import TooLongConfig
+from alignment.config.validation import ValidationConfig
+from alignment.core.fingerprint import IF_SET
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,5 +29,6 @@ class SftConfig:
     max_answer_length: Annotated[int | None, POSITIVE] = None
     too_long: TooLongConfig = field(default_factory=TooLongConfig)
     packing: bool = False
+    validation: ValidationConfig = field(default_factory=ValidationConfig, metadata=IF_SET)
     log_every: Annotated[int, POSITIVE] = not_identity(1)
     save_every: Annotated[int, POSITIVE] = not_identity(10)

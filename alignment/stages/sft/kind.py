@@ -7,11 +7,20 @@ from alignment.data.records import Conversation
 from alignment.data.tokens.row_kinds import CONVERSATIONS
 from alignment.stages.base import DataSlot, Learning, Outcome, StageKind
 from alignment.stages.sft.config import SftConfig
-from alignment.stages.shared.kind_answers import limits_of_parts, next_token_curves, next_token_metrics, replay_advice
+from alignment.stages.shared.kind_answers import (
+    handed_on,
+    held_out_slot,
+    limits_of_parts,
+    next_token_curves,
+    next_token_metrics,
+    replay_advice,
+    why_not_validated,
+)
 
 
 def _data(config: SftConfig) -> list[DataSlot]:
-    return [DataSlot(field="data", data=config.data, record=Conversation, rows=CONVERSATIONS)]
+    own = DataSlot(field="data", data=config.data, record=Conversation, rows=CONVERSATIONS)
+    return [own, held_out_slot(config.validation, own)]
 
 
 KIND = StageKind(
@@ -29,5 +38,7 @@ KIND = StageKind(
         may_drop=True,
         from_preferences=False,
     ),
-    outcome=Outcome(metrics=next_token_metrics, against_forgetting=replay_advice),
+    outcome=Outcome(
+        metrics=next_token_metrics, why_missing=why_not_validated, lines=handed_on, against_forgetting=replay_advice
+    ),
 )

@@ -9,11 +9,15 @@ from alignment.stages.shared.kind_answers import limits_of_parts
 from alignment.stages.shared.language_model import learn
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import token_rows
+from alignment.stages.shared.validation_rows import hold_out
 from alignment.training.context import StageContext
 
 
 def run(config: SftConfig, context: StageContext) -> StageResult:
     """Conversations in, policy out."""
     start, tokenizer = initial_policy(context)
-    rows, counts = token_rows(context, CONVERSATIONS, config.data, limits_of_parts(config), tokenizer)
-    return learn(config, context, start, tokenizer, rows, counts)
+    limits, located = limits_of_parts(config), config.validation.takes_rows
+    rows, counts = token_rows(context, CONVERSATIONS, config.data, limits, tokenizer, located=located)
+    learned, held_out = hold_out(config, context, rows, CONVERSATIONS, limits, tokenizer)
+    counts["rows"] = float(len(learned))
+    return learn(config, context, start, tokenizer, learned, counts, held_out=held_out)

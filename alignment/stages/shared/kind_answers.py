@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from alignment.config.validation import ValidationConfig
+from alignment.core.artifacts import read_manifest
 from alignment.data.tokens.limits import Limits
 from alignment.evaluation.arm_labels import labels
-from alignment.stages.base import Curve, Reported
+from alignment.records import validation_figures as names
+from alignment.stages.base import Curve, DataSlot, Reported
 
 ROW_COUNTS = ("rows", "rows_too_long", "rows_cut")
 
@@ -17,14 +22,62 @@ def curve(title: str, unit: str, key: str, guide: float | None = None) -> Curve:
     return Curve(title=title, unit=unit, keys=(key,), guide=guide)
 
 
-def next_token_curves(_: Mapping[str, Any]) -> list[Curve]:
+def next_token_curves(settings: Mapping[str, Any]) -> list[Curve]:
     """Charts of a stage that learns to predict tokens."""
-    return [curve("Loss", "nats a token", "loss"), curve("Next-token accuracy", "share", "mean_token_accuracy")]
+    charts = [curve("Loss", "nats a token", "loss"), curve("Next-token accuracy", "share", "mean_token_accuracy")]
+    return beside_held_out(charts, settings, loss="loss", accuracy="mean_token_accuracy")
 
 
-def next_token_metrics(_: Any) -> Reported:
+def next_token_metrics(config: Any) -> Reported:
     """Metrics of a stage that learns to predict tokens."""
-    return Reported(training=("loss",), counts=ROW_COUNTS)
+    return and_held_out(Reported(training=("loss",), counts=ROW_COUNTS), config.validation)
+
+
+def held_out_slot(validation: ValidationConfig, own: DataSlot) -> DataSlot:
+    """The validation's own data, whose rows are like those of the stage's ``own``."""
+    in_use = validation.on and bool(validation.data.source)
+    return replace(own, field="validation.data", data=validation.data, in_use=in_use)
+
+
+def and_held_out(reported: Reported, validation: ValidationConfig) -> Reported:
+    """The metrics of a stage, and those of its validation if it has one."""
+    if not validation.on:
+        return reported
+    return replace(reported, held_out=(*reported.held_out, *names.HELD_OUT), counts=(*reported.counts, *names.COUNTS))
+
+
+def why_not_validated(config: Any, metric: str, stage: str) -> str:
+    """Why a stage does not report a metric of validation; empty if it does, and for other metrics."""
+    if config.validation.on or not metric.startswith(names.PREFIX):
+        return ""
+    return (
+        f"stage {stage!r} reports no {metric!r} without validation; set stages.{stage}.validation.every above 0, and "
+        "validation.share or validation.data"
+    )
+
+
+def beside_held_out(charts: list[Curve], settings: Mapping[str, Any], *, loss: str, accuracy: str) -> list[Curve]:
+    """The charts, with validation's loss and accuracy beside those of training if the stage was validated."""
+    validation = settings.get("validation")
+    if not isinstance(validation, Mapping) or not validation.get("every"):
+        return charts
+    held_out = {loss: names.LOSS, accuracy: names.ACCURACY}
+    return [
+        replace(chart, keys=(chart.keys[0], held_out[chart.keys[0]]), labels=("training", "held-out"))
+        if chart.keys[0] in held_out
+        else chart
+        for chart in charts
+    ]
+
+
+def handed_on(artifact: Path) -> list[str]:
+    """Sentences on the step that validation chose, and on an early end."""
+    manifest = read_manifest(artifact)
+    if manifest is None:
+        return []
+    validation = manifest.identity.get("config", {}).get("validation", {})
+    sentences = names.outcome(manifest.metrics, patience=validation.get("patience"))
+    return [f"{manifest.stage} {sentence}" for sentence in sentences]
 
 
 def limits_of_parts(config: Any) -> Limits:

@@ -32,12 +32,25 @@ class PairsConfig(Protocol):
     too_long: TooLongConfig
 
 
-def read_pairs(config: PairsConfig, context: StageContext, tokenizer: Any) -> tuple[Dataset, dict[str, float]]:
-    """The pairs within the limits, and how many there are, were too long or were cut."""
-    return token_rows(context, PAIRS, config.data, limits_of_parts(config), tokenizer)
+def read_pairs(
+    config: PairsConfig, context: StageContext, tokenizer: Any, *, located: bool = False
+) -> tuple[Dataset, dict[str, float]]:
+    """The pairs within the limits, and how many there are, were too long or were cut.
+
+    ``located`` adds the column ``where``.
+    """
+    return token_rows(context, PAIRS, config.data, limits_of_parts(config), tokenizer, located=located)
 
 
 def rows_of(pairs: Dataset, *columns: str) -> Iterator[tuple[list[int], ...]]:
     """The token ids of each pair in these columns, from the first pair to the last."""
     for block in pairs.select_columns(list(columns)).iter(BLOCK):
         yield from zip(*(block[column] for column in columns), strict=True)
+
+
+def pair_tokens(pairs: Dataset) -> list[int]:
+    """``[pairs]``: the tokens of both rows of each pair."""
+    return [
+        2 * len(prompt) + len(chosen) + len(rejected)
+        for prompt, chosen, rejected in rows_of(pairs, "prompt", "chosen", "rejected")
+    ]

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 R = TypeVar("R", bound=Record)
 
 LEFT_OUT = "left_out.jsonl"
+WHERE = "where"
 DRAWN_AS = {"learned": "data"}
 """A fraction of the pairs that another stage learned from is drawn just as that stage drew it."""
 
@@ -44,9 +45,18 @@ def rows_of(context: StageContext, record: type[R], data: DataConfig, *, field: 
 
 
 def token_rows(
-    context: StageContext, kind: Kind, data: DataConfig, limits: Limits, tokenizer: Any, *, field: str = "data"
+    context: StageContext,
+    kind: Kind,
+    data: DataConfig,
+    limits: Limits,
+    tokenizer: Any,
+    *,
+    field: str = "data",
+    located: bool = False,
 ) -> tuple[Dataset, dict[str, float]]:
     """Like ``rows_of``, tokenised, with the kind's columns; and how many rows there are, were too long or were cut.
+
+    ``located`` adds the column ``where``, which names the file and row that a row is from.
 
     Raises:
         DataError: as in ``rows_of``, or too many rows are too long.
@@ -68,7 +78,8 @@ def token_rows(
     for table in tables:
         _copy_ledger(context, table)
     indices = _indices(context, data, field, [len(table.rows) for table in tables])
-    rows = concatenate_datasets([table.rows.select_columns(list(kind.columns)) for table in tables])
+    columns = [*kind.columns, *([WHERE] if located else [])]
+    rows = concatenate_datasets([table.rows.select_columns(columns) for table in tables])
     rows = rows if indices == range(len(rows)) else rows.select(indices)
     return rows, _counts(
         rows=len(rows),

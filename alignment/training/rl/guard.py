@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignment.config.overoptimisation import GuardConfig
 from alignment.records.step_log import MetricsLog
 from alignment.rewards.slot import Rewards
+from alignment.training.best_weights import BestWeights
 from alignment.training.context import StageContext
 from alignment.training.rl.experience import Rollout
 from alignment.training.rl.rollouts import Prompts, Rollouts
 from alignment.training.rl.step_metrics import UpdateMetrics
-from alignment.training.sharding import everyones, put, whole_state
+from alignment.training.sharding import everyones
 
 BEST = "guard_best.safetensors"
 
@@ -65,10 +65,9 @@ class Guard:
         self._context = context
         self._prompts = prompts
         self._scorer = scorer
-        self._policy = policy
         self._proxy = proxy
         self._log = MetricsLog(context.content / "guard.jsonl")
-        self._best: dict[str, Tensor] = {}
+        self._best = BestWeights(policy, file=BEST)
         self._best_scores: Tensor | None = None  # [prompts]
         self.best_updates = 0
 
@@ -112,9 +111,7 @@ class Guard:
 
     def _record_best(self, scores: Tensor, updates: int) -> None:
         self._best_scores, self.best_updates = scores.cpu(), updates
-        named = dict(self._policy.named_parameters())  # holds a tied weight once, so that it is written once
-        weights = whole_state(self._policy, trained_only=True)
-        self._best = {name: held for name, held in weights.items() if name in named}
+        self._best.record()
 
     def finish(self, updates: int, rollouts: Rollouts) -> dict[str, float]:
         """Evaluates once more, restores the best weights if ``keep_best``, and returns the metrics of both."""
@@ -122,19 +119,13 @@ class Guard:
         assert self._best_scores is not None, "the first evaluation records a policy"
         best = {"guard/best_scorer": float(self._best_scores.mean())}
         if self._config.keep_best:
-            self._restore_best()
+            self._best.restore()
             best["guard/kept_update"] = float(self.best_updates)
         return {**last, **best}
 
-    def _restore_best(self) -> None:
-        for name, parameter in self._policy.named_parameters():
-            if parameter.requires_grad:
-                put(parameter, self._best.get(name))
-
     def save(self, folder: Path) -> dict[str, Any]:
         """Writes the best weights so far to a checkpoint folder; returns the rest of the state as plain values."""
-        if self._best:
-            save_file({name: weights.contiguous() for name, weights in self._best.items()}, folder / BEST)
+        self._best.save(folder)
         scores = None if self._best_scores is None else self._best_scores.tolist()
         return {"best_updates": self.best_updates, "best_scores": scores}
 
@@ -142,4 +133,4 @@ class Guard:
         """Restores what ``save`` wrote."""
         if state["best_scores"] is not None:
             self.best_updates, self._best_scores = state["best_updates"], torch.tensor(state["best_scores"])
-            self._best = load_file(folder / BEST) if self._context.is_main else {}
+            self._best.load(folder, main=self._context.is_main)

@@ -67,7 +67,8 @@ def test_every_setting_of_an_adapter_is_read_by_all_kinds_or_by_those_named() ->
 
 def test_a_loss_that_is_switched_off_has_no_settings_in_a_fingerprint(plan: MakePlan) -> None:
     def named(*overrides: str) -> str:
-        return next(stage.fingerprint for stage in plan(*overrides).stages if stage.name == "ppo")
+        source = f"{PPO}.ptx.data.source='bundled:quickstart/conversations'"
+        return next(stage.fingerprint for stage in plan(source, *overrides).stages if stage.name == "ppo")
 
     assert named(f"{PPO}.ptx.batch_size=2") == named()
     assert named(f"{PPO}.ptx.coefficient=1", f"{PPO}.ptx.batch_size=2") != named(f"{PPO}.ptx.coefficient=1")

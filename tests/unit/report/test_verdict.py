@@ -189,6 +189,20 @@ def test_a_stage_that_ended_over_its_budget_says_so(fake_run):
     assert "ppo ended after 7 of 16 updates: its KL was above guard.max_kl twice in a row." in fake_run.html()
 
 
+def test_a_step_that_validation_chose_and_an_early_end_are_said(fake_run):
+    fake_run.run["config"]["stages"]["sft"]["validation"] = {"every": 10, "patience": 2}
+    fake_run.headlines["sft"] = {
+        "validation/loss": 1.21,
+        "validation/step": 20.0,
+        "validation/last_step": 40.0,
+        "validation/last_loss": 1.3,
+        "validation/planned_steps": 100.0,
+    }
+    html = fake_run.html()
+    assert "sft hands on step 20, where the held-out loss was least: 1.21, and 1.3 at step 40" in html
+    assert "sft stopped at step 40 of 100: no improvement in 2 looks." in html
+
+
 def test_the_guards_two_opinions_are_drawn_over_the_root_of_the_kl(fake_run):
     assert "Held-out answers, over √KL" not in fake_run.html()
     for step, row in enumerate(fake_run.metrics["ppo"]):

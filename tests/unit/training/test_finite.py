@@ -116,7 +116,7 @@ def test_a_model_that_has_no_gradient_left_stops_unless_nothing_is_left_to_learn
 # ---- what is logged, and what comes of it ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["loss", "loss/value", "grad_norm"])
+@pytest.mark.parametrize("name", ["loss", "loss/value", "grad_norm", "validation/loss"])
 @NOT_FINITE
 def test_a_logged_figure_that_is_not_finite_is_written_and_stops(
     arguments: TrainingArguments, context: StageContext, name: str, value: float

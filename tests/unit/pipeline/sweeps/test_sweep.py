@@ -172,6 +172,14 @@ def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs:
         ),
         ({"objective": {"stage": "ppo", "metric": "guard/kl", "minimize": True}}, "set stages.ppo.guard.every above 0"),
         ({"objective": {"stage": "report", "metric": "style"}}, "stage 'report' reports no metric"),
+        (
+            {"objective": {"stage": "dpo", "metric": "validation/loss", "minimize": True}},
+            "reports no 'validation/loss' without validation; set stages.dpo.validation.every above 0",
+        ),
+        (
+            {"pruning": {"pruner": "median", "stage": "sft", "metric": "validation/loss"}},
+            "pruning.metric: stage 'sft' reports no 'validation/loss' without validation",
+        ),
         ({"objective": [{"arm": "stage:dpo"}, {"arm": "stage:dop"}]}, "objective[1]: no stage reports primary of"),
         ({"pruning": {"pruner": "median", "stage": "evaluate"}}, "no stage 'evaluate' that trains; one of: sft"),
         (
@@ -187,6 +195,22 @@ def test_a_sweep_that_cannot_be_right_starts_nothing(
         go(runs, own(runs, tmp_path, **changes))
     assert words in str(caught.value)
     assert runs.asked == []
+
+
+def test_held_out_figures_of_a_stage_can_be_an_objective(runs: Runs, tmp_path: Path) -> None:
+    settings = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}"]
+    settings += [f"stages.{stage}.validation={{share: 0.2, every: 2}}" for stage in ("reward", "dpo")]
+
+    def read(**objective: object) -> module.Sweep:
+        file = own(runs, tmp_path, objective=objective)
+        return module.read_sweep("quickstart", file, settings)
+
+    for stage, metric, minimize in (("reward", "validation/accuracy", False), ("dpo", "validation/loss", True)):
+        wanted = read(stage=stage, metric=metric, minimize=minimize)
+        assert str(wanted.objectives[0]) == f"{metric} of {stage}"
+        assert wanted.cautions == (), "it is not measured on the training rows"
+    with pytest.raises(ConfigError, match="the less validation/loss the better; set minimize: true"):
+        read(stage="dpo", metric="validation/loss")
 
 
 def test_sampled_answers_report_a_divergence_and_greedy_ones_a_log_ratio(runs: Runs, tmp_path: Path) -> None:
@@ -275,7 +299,12 @@ def test_an_objective_is_a_metric_of_the_recipe_s_own(
 def test_stages_that_measure_learn_nothing_to_prune_by(runs: Runs, tmp_path: Path) -> None:
     file = own(runs, tmp_path, pruning={"pruner": "median", "stage": "card"})
     with pytest.raises(ConfigError, match="no stage 'card' that trains; one of: sft, reward, dpo, ppo"):
-        go(runs, file, "+stages.card.kind=reward_card", "+stages.lost={kind: forgetting, arms: ['stage:sft']}")
+        go(
+            runs,
+            file,
+            "+stages.card={kind: reward_card, data: {source: 'bundled:quickstart/preferences'}}",
+            "+stages.lost={kind: forgetting, arms: ['stage:sft']}",
+        )
 
 
 def test_jobs_of_slurm_are_not_pruned(runs: Runs, tmp_path: Path) -> None:

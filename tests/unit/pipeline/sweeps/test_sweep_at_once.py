@@ -75,6 +75,8 @@ class Process:
             losses = self.all.losses.get(self.beta, 1.0)
             loss = losses[self.steps - 1] if isinstance(losses, list) else losses
             line = {"step": self.steps, "loss": loss, "seconds": 1.0}
+            if self.steps % 2 == 0 and "stages.dpo.validation={share: 0.2, every: 2}" in self.argv:
+                line["validation/loss"] = loss
             with self.curve.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
             return None
@@ -203,6 +205,17 @@ def test_a_metric_that_the_stage_does_not_show_ends_the_sweep_at_its_first_step(
     with pytest.raises(ConfigError, match="stage dpo logs no 'los' while it trains; did you mean 'loss'"):
         go(runs, median(runs, tmp_path, metric="los"))
     assert (runs.asked, len(processes.seen)) == ([], 1)
+
+
+def test_a_trial_is_pruned_by_its_held_out_loss_which_its_first_step_does_not_show(
+    processes: Processes, runs: Runs, tmp_path: Path
+) -> None:
+    processes.losses = {"0.5": [1.0, 1.0, 1.0, 3.0]}
+    wanted = median(runs, tmp_path, metric="validation/loss")
+    code, printed = go(runs, wanted, "stages.dpo.validation={share: 0.2, every: 2}")
+    assert code == 0
+    assert "trial 2 pruned at step 4" in printed
+    assert len(runs.asked) == 2
 
 
 @pytest.fixture

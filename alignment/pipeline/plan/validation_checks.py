@@ -1,0 +1,101 @@
+"""Refuses settings of validation that contradict one another, or for which a stage has too few steps or rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from alignment.config.data import DataConfig
+from alignment.config.faults import Fault
+from alignment.config.stage import StageConfig
+from alignment.config.validation import ValidationConfig
+
+DATA = "validation.data"
+
+
+def of_stage(config: StageConfig) -> ValidationConfig | None:
+    """The validation of a stage, if its kind has such settings and they are used."""
+    validation = getattr(config, "validation", None)
+    return validation if isinstance(validation, ValidationConfig) and validation.on else None
+
+
+def settings_faults(validation: ValidationConfig, where: str) -> Iterator[Fault]:
+    """Settings, at the path ``where``, that contradict one another."""
+    share, source = validation.share, validation.data.source
+    if share is not None and source:
+        message = (
+            f"{share:g} of the stage's own prompts, but {where}.data names rows of their own; remove one of the two"
+        )
+        yield Fault(where=f"{where}.share", message=message)
+    if validation.on and share is None and not source:
+        message = (
+            f"{validation.every}, but there are no rows to look at; set {where}.share=0.05, or {where}.data.source"
+        )
+        yield Fault(where=f"{where}.every", message=message)
+    if validation.on:
+        return
+    unread = {"share": share, "data.source": source, "keep_best": validation.keep_best, "patience": validation.patience}
+    for name, value in unread.items():
+        if value:
+            message = f"{value} has no effect without a look; set {where}.every, such as {where}.every=10"
+            yield Fault(where=f"{where}.{name}", message=message)
+
+
+def step_faults(validation: ValidationConfig, steps: int, where: str) -> Iterator[Fault]:
+    """Settings that a stage of at most so many optimiser steps would never get to."""
+    if validation.every > steps:
+        message = f"{validation.every} is more than the {steps} optimiser steps of the stage; choose at most {steps}"
+        yield Fault(where=f"{where}.every", message=message)
+        return
+    looks = math.ceil(steps / validation.every)
+    if validation.patience is not None and validation.patience >= looks:
+        message = (
+            f"{validation.patience} has no effect: in {looks} look{'' if looks == 1 else 's'} at most {looks - 1} "
+            "follow the best one; choose less, or look more often"
+        )
+        yield Fault(where=f"{where}.patience", message=message)
+
+
+def num_held_out(validation: ValidationConfig | None, prompts: int) -> int:
+    """How many of so many prompts are held out; each has one row or more."""
+    return 0 if validation is None or validation.share is None else round(validation.share * prompts)
+
+
+def row_faults(
+    validation: ValidationConfig, *, rows: int, prompts: int, batch_size: int, where: str
+) -> Iterator[Fault]:
+    """A share for which the stage has too few rows: it has at most ``rows``, with at most so many different prompts."""
+    held_out = num_held_out(validation, prompts)
+    if validation.share is None:
+        return
+    if not 0 < held_out < prompts:
+        message = (
+            f"{prompts} prompts are too few to hold out a share of {validation.share:g}; choose another share, "
+            f"add rows, or give {where}.data rows of their own"
+        )
+        yield Fault(where=f"{where}.share", message=message)
+    elif rows - held_out < batch_size:
+        message = (
+            f"{validation.share:g} leaves at most {rows - held_out} of {rows} rows to learn from, less than one "
+            f"batch of {batch_size}; choose a smaller share or smaller batches, or add rows"
+        )
+        yield Fault(where=f"{where}.share", message=message)
+
+
+def overlap_faults(
+    data: DataConfig, validation: ValidationConfig, prompts: tuple[frozenset[int], frozenset[int]], where: str
+) -> Iterator[Fault]:
+    """Held-out prompts that are learned from; ``prompts`` are hashes of those that a plan has read, learned and held
+    out.
+
+    If only a part of a source is used, only the stage knows which rows are in it.
+    """
+    learned, held_out = prompts
+    if data.fraction < 1.0 or validation.data.fraction < 1.0:
+        return
+    if shared := len(learned & held_out):
+        message = (
+            f"{shared} of its {len(held_out)} different prompts are learned from too, so their loss says nothing of "
+            "new prompts; remove them from one of the two sources, or use validation.share"
+        )
+        yield Fault(where=f"{where}.data.source", message=message)

@@ -1,0 +1,84 @@
+"""The rows by which a stage is validated while it trains: a share of its own prompts, or a source of their own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Protocol
+
+from datasets import Dataset
+
+from alignment.config.optim import OptimConfig
+from alignment.config.validation import ValidationConfig
+from alignment.core.errors import DataError
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.row_kinds import Kind
+from alignment.stages.shared.by_prompt import prompts_of, split_by_prompt
+from alignment.stages.shared.stage_rows import WHERE, token_rows
+from alignment.training.context import StageContext
+
+HELD_OUT = "validation_rows.jsonl"
+"""Names the rows that were held out, next to the result."""
+
+
+class ValidatedConfig(Protocol):
+    """Settings of a stage that can be validated while it trains."""
+
+    optim: OptimConfig
+    validation: ValidationConfig
+
+
+def hold_out(
+    config: ValidatedConfig, context: StageContext, rows: Dataset, kind: Kind, limits: Limits, tokenizer: Any
+) -> tuple[Dataset, Dataset | None]:
+    """The rows to learn from, and the held-out rows, which are None without validation.
+
+    No prompt is on both sides. With a ``share``, ``rows`` have the column ``where``, and the held-out ones are listed
+    in ``HELD_OUT``.
+
+    Raises:
+        DataError: too few prompts to hold any out, less than one batch is left to learn from, or a prompt of the
+            validation's own data is learned from.
+    """
+    validation, where = config.validation, f"stages.{context.spec.stage}.validation"
+    if not validation.on:
+        return rows, None
+    if validation.share is None:
+        held_out, _ = token_rows(context, kind, validation.data, limits, tokenizer, field="validation.data")
+        _refuse_shared_prompts(rows, held_out, where=f"{where}.data")
+        return rows, held_out
+    learned, chosen = split_by_prompt(
+        rows,
+        validation.share,
+        context.generator("validation"),
+        where=f"{where}.share",
+        setting="validation.data to rows of their own",
+    )
+    if len(learned) < config.optim.batch_size:
+        raise DataError(
+            f"{validation.share} of the prompts leaves {len(learned)} rows to learn from, less than one batch of "
+            f"{config.optim.batch_size}",
+            where=f"{where}.share",
+            remedy="choose a smaller share or smaller batches, or add rows",
+        )
+    held_out = rows.select(chosen, keep_in_memory=True)
+    _list(context, held_out[WHERE])
+    columns = list(kind.columns)
+    return rows.select(learned, keep_in_memory=True).select_columns(columns), held_out.select_columns(columns)
+
+
+def _refuse_shared_prompts(learned: Dataset, held_out: Dataset, *, where: str) -> None:
+    asked = set(prompts_of(learned))
+    shared = sum(prompt in asked for prompt in prompts_of(held_out))
+    if shared:
+        raise DataError(
+            f"{shared} of {len(held_out)} held-out rows have a prompt that is learned from, so their loss says nothing "
+            "of new prompts",
+            where=where,
+            remedy="remove these rows from one of the two sources, or use validation.share",
+        )
+
+
+def _list(context: StageContext, located: list[str]) -> None:
+    if context.is_main:
+        lines = (json.dumps({WHERE: name}, ensure_ascii=False) + "\n" for name in located)
+        (context.content / HELD_OUT).write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,178 @@
+"""A stage that is validated while it trains hands on the weights of its least held-out loss, and that loss is true."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from alignment.config.data import DataConfig
+from alignment.config.validation import ValidationConfig
+from alignment.core.errors import ConfigError, DataError
+from alignment.data.tokens.tokenizer import load_tokenizer
+from alignment.job import StageSpec
+from alignment.pipeline.sweeps.objectives import Objective
+from alignment.stages.registry import curves, lines_of
+from alignment.stages.shared.by_prompt import prompts_of, split_by_prompt
+from tests.by_hand import by_hand, handed_on_policy, held_out_rows, logprobs
+from tests.chained import FULL, LORA, Chained, config_of
+from tests.noisy import HELD_OUT, STEPS, held_out_losses, lines, manifest, noise, overfitting, ran, write_rows
+
+OWN = ValidationConfig(data=DataConfig(source="own"), every=2, keep_best=True)
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_the_step_with_the_least_held_out_loss_is_handed_on(tmp_path: Path, kind: str) -> None:
+    spec = overfitting(Chained(tmp_path), kind, FULL)
+    looks = held_out_losses(ran(spec))
+    assert list(looks) == list(range(2, STEPS[kind] + 1, 2))
+    best = min(looks, key=lambda step: looks[step])
+    last = max(looks)
+    assert 2 < best < last, "it should fall and then rise"
+    loss, accuracy = by_hand(spec, held_out_rows(spec))
+    assert loss == pytest.approx(looks[best], rel=1e-5)
+    assert abs(looks[last] - looks[best]) > 0.01
+    metrics = manifest(spec)
+    line = next(line for line in lines(spec) if line["step"] == best)
+    assert metrics["validation/loss"] == pytest.approx(loss, rel=1e-5)
+    assert (metrics["validation/step"], metrics["validation/last_step"]) == (best, last)
+    assert metrics["validation/last_loss"] == pytest.approx(looks[last], rel=1e-5)
+    assert metrics["validation/accuracy"] == line["validation/accuracy"]
+    if accuracy is not None:
+        assert metrics["validation/accuracy"] == pytest.approx(accuracy)
+    if kind != "reward":
+        assert metrics["loss"] == line["loss"], "the figures are those of the step that is handed on"
+    (sentence,) = lines_of(kind, spec.artifact)
+    assert sentence.startswith(f"{kind} hands on step {best}, where the held-out loss was least: {looks[best]:.4g}")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_look_has_no_dropout_and_counts_learned_tokens_whatever_the_micro_batches(
+    tmp_path: Path, *, packing: bool
+) -> None:
+    adapter = replace(LORA, dropout=0.4)
+    spec = overfitting(Chained(tmp_path), "sft", adapter, max_steps=4, packing=packing)
+    config: Any = spec.config
+    spec = replace(spec, config=replace(config, optim=replace(config.optim, micro_batch_tokens=100)))
+    ran(spec)
+    loss, _ = by_hand(spec, held_out_rows(spec))
+    assert manifest(spec)["validation/loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def own_data(folder: Path, kind: str, **changes: Any) -> StageSpec:
+    """A stage with held-out rows of their own, so that none is taken from its data."""
+    spec = overfitting(Chained(folder), kind, **{"adapter": LORA, "validation": OWN, "max_steps": 5, **changes})
+    return replace(
+        spec, extra_data={"validation.data": write_rows(folder / "own.jsonl", noise(kind, rows=5, first=50))}
+    )
+
+
+@pytest.mark.parametrize(("kind", "adapter"), [("sft", replace(LORA, dropout=0.4)), ("dpo", FULL)])
+def test_looking_changes_no_step(tmp_path: Path, kind: str, adapter: Any) -> None:
+    """Nor the order of the rows, nor what dropout draws."""
+    runs = []
+    for every in (0, 1):
+        validation = replace(OWN, keep_best=False, every=every) if every else ValidationConfig()
+        spec = own_data(tmp_path / str(every), kind, adapter=adapter, validation=validation)
+        rows = [
+            {name: value for name, value in line.items() if not name.startswith("validation/") and name != "seconds"}
+            for line in ran(spec)
+        ]
+        files = sorted(spec.artifact.rglob("*.safetensors"))
+        runs.append((rows, {file.relative_to(spec.artifact): file.read_bytes() for file in files}))
+    assert runs[0] == runs[1]
+    assert runs[0][1], "there are weights"
+
+
+def test_texts_are_validated_on_texts_of_their_own(tmp_path: Path) -> None:
+    """Every token but a row's first is learned, the end of the text too."""
+    chained, texts = Chained(tmp_path), ["The shop is closed on Monday.", "Please answer in two sentences."]
+    validation = replace(OWN, every=1)
+    spec = chained.spec("cpt", FULL, config=config_of("cpt", FULL, validation=validation))
+    own = write_rows(tmp_path / "own.jsonl", [{"text": text} for text in texts])
+    spec = replace(spec, extra_data={"validation.data": own})
+    ran(spec)
+    tokenizer = load_tokenizer(spec.base_path, None)
+    rows = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    every = [logprob for row in rows for logprob in logprobs(handed_on_policy(spec), row[:1], row[1:])]
+    assert max(map(len, rows)) <= 64, "each is one row"
+    assert manifest(spec)["validation/loss"] == pytest.approx(-sum(every) / len(every), rel=1e-5)
+
+
+def test_without_keep_best_the_last_step_is_handed_on_with_its_own_loss(tmp_path: Path) -> None:
+    validation = replace(OWN, keep_best=False)
+    spec = own_data(tmp_path, "dpo", adapter=FULL, validation=validation, max_steps=5, log_every=100)
+    looks = held_out_losses(ran(spec))
+    assert list(looks) == [2, 4, 5], "the last step is looked at too"
+    assert [line["step"] for line in lines(spec)] == [2, 4, 5], "one line for each look, whatever log_every says"
+    loss, _ = by_hand(spec, noise("dpo", rows=5, first=50))
+    assert manifest(spec)["validation/loss"] == pytest.approx(loss, rel=1e-5) == pytest.approx(looks[5], rel=1e-5)
+    assert lines_of("dpo", spec.artifact) == []
+    objective = Objective(stage="dpo", arm="", metric="validation/loss", minimize=True)
+    assert objective.read(spec.artifact).mean == manifest(spec)["validation/loss"]
+
+
+def test_a_precomputed_reference_covers_the_held_out_pairs(tmp_path: Path) -> None:
+    spec = own_data(tmp_path, "dpo", adapter=FULL, precompute_reference=True, max_steps=3)
+    ran(spec)
+    loss, _ = by_hand(spec, noise("dpo", rows=5, first=50))
+    assert manifest(spec)["validation/loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_patience_ends_the_stage_and_the_sentence_says_where(tmp_path: Path) -> None:
+    spec = overfitting(Chained(tmp_path), "sft", FULL, replace(HELD_OUT, patience=2), max_steps=40)
+    looks = held_out_losses(ran(spec))
+    best = min(looks, key=lambda step: looks[step])
+    assert max(looks) == best + 4, "two looks after the best one"
+    assert manifest(spec)["validation/planned_steps"] == 40
+    manifest_file = spec.artifact / "manifest.json"
+    written = json.loads(manifest_file.read_text())
+    written["identity"] = {"config": {"validation": {"patience": 2}}}
+    manifest_file.write_text(json.dumps(written))
+    assert lines_of("sft", spec.artifact)[1] == f"sft stopped at step {best + 4} of 40: no improvement in 2 looks"
+
+
+def test_a_row_that_is_learned_from_is_not_held_out(tmp_path: Path) -> None:
+    spec = own_data(tmp_path, "sft")
+    write_rows(spec.extra_data["validation.data"], noise("sft", rows=4, first=15))
+    with pytest.raises(DataError, match="2 of 4 held-out rows have a prompt that is learned from"):
+        ran(spec)
+
+
+def test_a_look_that_would_never_come_and_a_share_that_leaves_no_batch_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="6 is more than the 5 optimiser steps of the stage"):
+        ran(own_data(tmp_path / "late", "sft", validation=replace(OWN, every=6)))
+    with pytest.raises(DataError, match=r"0.9 of the prompts leaves 2 rows to learn from, less than one batch of 4"):
+        ran(overfitting(Chained(tmp_path / "much"), "sft", LORA, replace(HELD_OUT, share=0.9)))
+
+
+def test_no_prompt_is_on_both_sides() -> None:
+    """In conversations it is all that stands before the first learned token."""
+    rows = [([number % 5, 7, number], [-100, -100, number]) for number in range(12)]
+    table = Dataset.from_dict({"input_ids": [row for row, _ in rows], "labels": [labels for _, labels in rows]})
+    assert len(set(prompts_of(table))) == 5
+    sides = split_by_prompt(table, 0.4, torch.Generator().manual_seed(0), where="", setting="")
+    prompts = [{tuple(rows[index][0][:2]) for index in side} for side in sides]
+    assert [len(side) for side in prompts] == [3, 2]
+    assert not prompts[0] & prompts[1]
+    assert sorted([*sides[0], *sides[1]]) == list(range(12))
+
+
+def test_the_rest_is_held_out_of_what_the_evaluation_leaves(tmp_path: Path) -> None:
+    spec = overfitting(Chained(tmp_path), "reward", FULL, max_steps=2, eval_fraction=0.25)
+    ran(spec)
+    metrics = manifest(spec)
+    assert (metrics["eval_rows"], metrics["validation/rows"], metrics["rows"]) == (4, 4, 9)
+
+
+@pytest.mark.parametrize("kind", ["cpt", "sft", "reward", "dpo"])
+def test_the_held_out_figures_are_drawn_beside_those_of_training(kind: str) -> None:
+    drawn = curves(kind, {"validation": {"every": 5}})
+    assert [chart.keys[1:] for chart in drawn[:2]] == [("validation/loss",), ("validation/accuracy",)]
+    assert drawn[0].labels == ("training", "held-out")
+    assert all(len(chart.keys) == 1 for chart in curves(kind, {})[:2])
