@@ -14,8 +14,10 @@ ScoresByArm = Mapping[str, Sequence[float]]
 
 
 def compare(scores: Mapping[str, ScoresByArm], *, reference: str, intervals: Intervals) -> list[Comparison]:
-    """The family of the compared pairs of arms by all of these metrics; ``scores`` are over the same prompts.
+    """The family of the compared pairs of arms by all of these metrics.
 
+    The scores of a metric are over the same prompts for all arms; other metrics may be over others, as those of several
+    benchmarks are.
     The reference arm is compared with the untrained ones, trained arms with it and each other.
     """
     compared = [
@@ -24,7 +26,7 @@ def compare(scores: Mapping[str, ScoresByArm], *, reference: str, intervals: Int
         for arm, against in _pairs(by_arm, reference=reference)
     ]
     series = [_differences(scores[metric], arm, against) for metric, arm, against in compared]
-    p_values = sign_flip_p_values(series, seed=intervals.seed)
+    p_values = _p_values(series, seed=intervals.seed)
     comparisons = []
     for (metric, arm, against), differences, p, adjusted in zip(
         compared, series, p_values, holm(p_values), strict=True
@@ -45,6 +47,17 @@ def compare(scores: Mapping[str, ScoresByArm], *, reference: str, intervals: Int
             )
         )
     return comparisons
+
+
+def _p_values(series: Sequence[Sequence[float]], *, seed: int) -> list[float]:
+    """The p value of each series; those of one length are tested together."""
+    p_values = [1.0] * len(series)
+    for length in dict.fromkeys(map(len, series)):
+        same = [index for index, differences in enumerate(series) if len(differences) == length]
+        tested = sign_flip_p_values([series[index] for index in same], seed=seed)
+        for index, p in zip(same, tested, strict=True):
+            p_values[index] = p
+    return p_values
 
 
 def _pairs(arms: Iterable[str], *, reference: str) -> list[tuple[str, str]]:

@@ -93,16 +93,44 @@ LOSS = Curve(title="Loss", unit="", keys=("loss",))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """A cell of a table: ``Cell(text="0.714", bounds="0.66 to 0.76")``. ``tone`` is ``good``, ``bad``, ``open`` or "",
+    and colours a verdict."""
+
+    text: str
+    bounds: str = ""
+    tone: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResultTable:
+    """A table of a result, for the run's page, the page that compares runs, and model cards.
+
+    ``columns`` are headings by key. A column about an arm has the arm's name as its key (``stage:dpo``), so that a
+    model card can pick the columns about one policy; ``of_arms`` are these keys. A row is a label and a cell for each
+    column.
+    """
+
+    title: str
+    note: str
+    columns: Mapping[str, str]
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+    of_arms: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Reported:
     """Names of the metrics in a stage's manifest.
 
-    ``training`` metrics are measured on the rows that the stage learns from; ``families`` are prefixes of names.
+    ``training`` metrics are measured on the rows that the stage learns from; ``families`` are prefixes of names. Of
+    metrics whose names begin with one of ``less_is_better``, less is better.
     """
 
     held_out: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
     families: tuple[str, ...] = ()
+    less_is_better: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,7 +145,7 @@ def _nothing(*_: Any) -> tuple[()]:
     return ()
 
 
-def _no_files(*_: Any) -> Mapping[str, Path]:
+def _no_paths(*_: Any) -> Mapping[str, Path]:
     return {}
 
 
@@ -135,6 +163,10 @@ def _unchanged(config: Any, *_: Any) -> Any:
 
 def _no_metrics(_: Any) -> Reported:
     return Reported()
+
+
+def _no_files(*_: Any) -> Mapping[str, str]:
+    return {}
 
 
 def _no_words(*_: Any) -> str:
@@ -157,6 +189,26 @@ class References:
     more: Callable[[Any], Iterable[Slot]] = _nothing
     faults: Callable[[Any, str], Iterable[Fault]] = _nothing
     whole_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OtherFiles:
+    """Files that a stage reads besides its data and models, such as votes, or descriptions of tasks.
+
+    ``paths(config, folder)``: files for the worker (``StageSpec.extra_data``), by field, which exist and are valid,
+    else DataError; ``folder`` is the run's folder of the stage. A fingerprint covers their content.
+    ``located(config)``: the settings with absolute paths, because a worker may run in another folder.
+    ``content(config, where)``: what a fingerprint covers of the files, such as the SHA-256 of each, by a name that does
+    not depend on where they are; raises DataError if a file is missing. ``code(config)``: the user's code in them that
+    the stage runs, for announcements. ``hub_data(config)``: the data sets of a hub that they name,
+    ``hub:ORG/NAME@REVISION``; the worker finds each under its name in ``StageSpec.extra_data``.
+    """
+
+    paths: Callable[[Any, Path], Mapping[str, Path]] = _no_paths
+    located: Callable[[Any], Any] = _unchanged
+    content: Callable[[Any, str], Mapping[str, str]] = _no_files
+    code: Callable[[Any], Sequence[str]] = _nothing
+    hub_data: Callable[[Any], Sequence[str]] = _nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,7 +253,8 @@ class Outcome:
 
     ``metrics(config)``: the names in its manifest. ``why_missing(config, metric, stage)``: why it does not report a
     metric that it would report with other settings, or "". ``doubts(metrics)``: warnings against using the result.
-    ``lines(artifact)``: what is printed of the result after a run and by ``align status``.
+    ``lines(artifact)``: what is printed of the result after a run and by ``align status``. ``tables(artifact)``: the
+    tables that pages and model cards show of it; raises ArtifactError or FileNotFoundError if there is nothing to read.
     ``against_forgetting(name)``: advice for stage ``name`` if its policy forgot too much. ``gates(config)``: what a run
     requires of an evaluation. ``primary(config)``: the metric by which it compares arms, if it does.
     """
@@ -209,7 +262,8 @@ class Outcome:
     metrics: Callable[[Any], Reported] = _no_metrics
     why_missing: Callable[[Any, str, str], str] = _no_words
     doubts: Callable[[Mapping[str, float]], Sequence[str]] = _nothing
-    lines: Callable[[Any], Sequence[str]] = _nothing
+    lines: Callable[[Path], Sequence[str]] = _nothing
+    tables: Callable[[Path], Sequence[ResultTable]] = _nothing
     against_forgetting: Callable[[str], str] = _no_words
     gates: Callable[[Any], Sequence[GateConfig]] = _nothing
     primary: Callable[[Any], MetricConfig | None] = _no_metric
@@ -223,9 +277,7 @@ class StageKind:
     ``produces`` is the kind of its artifact. ``run`` is the worker's function, ``package.module:function``, called as
     ``run(config, context)`` on every process; a stage inside the driver has none.
 
-    ``data(config)``: the data that it reads. ``files(config, folder)``: other files that it reads, by field, which
-    exist and are valid, else DataError; ``folder`` is the run's folder of the stage. Their content is part of its
-    identity. ``scorers(config)``: its scorers, by field. ``faults(config, run,
+    ``data(config)``: the data that it reads. ``scorers(config)``: its scorers, by field. ``faults(config, run,
     where)``: settings that cannot be right. ``completed(config, run)``: the settings, with values that follow from
     other stages filled in. ``as_read(config)``: the settings, with unused ones at their defaults. ``curves(settings)``:
     its charts, given its settings as plain values. ``smoke``: values that ``profile=smoke`` sets, unless the profile's
@@ -239,13 +291,13 @@ class StageKind:
     produces: str
     run: str = ""
     data: Callable[[Any], Sequence[DataSlot]] = _nothing
-    files: Callable[[Any, Path], Mapping[str, Path]] = _no_files
     scorers: Callable[[Any], Mapping[str, ScoreSourceConfig]] = _no_scorers
     faults: Callable[[Any, RunConfig, str], Iterable[Fault]] = _nothing
     completed: Callable[[Any, RunConfig], Any] = _unchanged
     as_read: Callable[[Any], Any] = _unchanged
     curves: Callable[[Mapping[str, Any]], Sequence[Curve]] = _nothing
     references: References = References()
+    files: OtherFiles = OtherFiles()
     launch: LaunchShape = LaunchShape()
     learning: Learning = Learning()
     outcome: Outcome = Outcome()

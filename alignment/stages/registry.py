@@ -19,11 +19,11 @@ from alignment.config.stage import StageClasses, StageConfig, TrainedConfig
 from alignment.core.errors import ConfigError
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import Kind as RowKind
-from alignment.stages.base import LOSS, Curve, StageKind
+from alignment.stages.base import LOSS, Curve, ResultTable, StageKind
 
 GROUP = "alignment.stages"
 OURS = "alignment"
-_BUILT_IN = ("cpt", "sft", "reward", "dpo", "ppo", "evaluate", "forgetting", "report", "reward_card")
+_BUILT_IN = ("cpt", "sft", "reward", "dpo", "ppo", "evaluate", "forgetting", "benchmark", "report", "reward_card")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,3 +150,14 @@ def lines_of(kind_name: str, artifact: Path) -> list[str]:
     """The lines printed about a result of this kind."""
     row = registered().get(kind_name)
     return [] if row is None or row.kind is None else list(row.kind.outcome.lines(artifact))
+
+
+def tables_of(kind_name: str, artifact: Path) -> list[ResultTable]:
+    """The tables of a result of this kind.
+
+    Raises:
+        FileNotFoundError: the artifact lacks the file.
+        ArtifactError: the file is damaged, or was written by a newer version.
+    """
+    row = registered().get(kind_name)
+    return [] if row is None or row.kind is None else list(row.kind.outcome.tables(artifact))

@@ -47,6 +47,15 @@ def test_the_driver_imports_no_training_library(arguments: tuple[str, ...], tmp_
     assert not modules_after(*arguments, *more) & set(HEAVY)
 
 
+def test_a_plan_of_benchmarks_does_not_import_the_harness(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "defaults: [base, stage@stages.benchmark: benchmark, _self_]\n"
+        f"stages: {{benchmark: {{tasks: [both, shout], task_folders: ['{ROOT / 'tests/data/tasks'}']}}}}\n"
+    )
+    assert not modules_after("plan", str(recipe), f"output={tmp_path}") & {*HEAVY, "lm_eval"}
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("stages",), ("recipes",), ("run", "--help"), ("sweep", "--help")])
 def test_help_and_listings_do_not_even_import_hydra(arguments: tuple[str, ...]) -> None:
     assert "hydra" not in modules_after(*arguments)

@@ -191,6 +191,10 @@ CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
     # ---- deepspeed
     "__compatible_ops__": ("deepspeed", lambda: says("deepspeed", "ops/__init__.py", "__compatible_ops__")),
     # ---- wandb
+    "_loglikelihood_tokens": (
+        "lm_eval",
+        lambda: says("lm_eval", "api/model.py", "self._loglikelihood_tokens(new_reqs, disable_tqdm=disable_tqdm)"),
+    ),
     "_log_artifact": ("wandb", lambda: says("wandb", "sdk/wandb_run.py", "def _log_artifact(")),
 }
 UNDOCUMENTED: dict[str, tuple[str, Callable[[], bool]]] = {

@@ -29,7 +29,7 @@ MUTATIONS = [
         ("the seed is out of the fingerprint", '"seed": run.seed,', '"seed": 0,', RERUNS),
         (
             "data is out of the fingerprint",
-            '"data": data["data"],',
+            '"data": data.get("data"),',
             '"data": "",',
             "test_the_content_of_data_counts_and_its_place_does_not",
         ),

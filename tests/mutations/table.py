@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutations import (
+    benchmarks,
     data,
     driver,
     evaluating,
@@ -26,6 +27,7 @@ MUTATIONS: list[Mutation] = [
     *data.MUTATIONS,
     *evaluating.MUTATIONS,
     *people.MUTATIONS,
+    *benchmarks.MUTATIONS,
     *results.MUTATIONS,
     *pipeline.MUTATIONS,
     *driver.MUTATIONS,

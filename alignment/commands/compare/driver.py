@@ -19,7 +19,10 @@ from alignment.records.interval import Interval
 from alignment.records.run import FILE, RunRecord
 from alignment.report.comparison_page.comparison import MOST_RUNS, build_comparison
 from alignment.report.comparison_page.setting_rows import flat, shown
+from alignment.report.run_page.run_files import read_run
 from alignment.report.run_page.run_records import Difference
+from alignment.report.run_page.table_sections import side_by_side
+from alignment.stages.base import ResultTable
 
 NOT_SETTINGS = ("name", "output", "summary", "launch", "tracking")
 """Settings of a run that change no result."""
@@ -50,11 +53,14 @@ def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | 
     primary = _primary(judged)
     differences = list(_differences(judged))
     _show_settings(console, runs, differing)
+    results = side_by_side([read_run(folder).tables for folder in folders])
     if any(judged):
         _show_arms(console, runs, judged, primary)
         _show_differences(console, runs, differences, primary)
-    else:
+    elif not results:
         console.print("\nnone of these runs was evaluated; add an evaluate stage", highlight=False)
+    for stage, result in results:
+        _show_result(console, runs, stage, result)
     if page is not None:
         build_comparison(folders, page, settings=differing, differences=differences, primary=primary)
         console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
@@ -186,6 +192,16 @@ def _show_differences(
             )
             line = f"{label}: {difference.interval.mean:+.3f} ({low:+.3f} to {high:+.3f}), {verdict}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_result(console: Console, runs: Sequence[str], stage: str, result: ResultTable) -> None:
+    """A table that a kind of stage brings, with the arms of all runs as columns."""
+    headings = [f"{runs[int(key.partition('/')[0])]}: {heading}" for key, heading in result.columns.items()]
+    table = _table(escape(f"{stage}: {result.title}"), *map(escape, headings))
+    for label, cells in result.rows:
+        table.add_row(escape(label), *(escape(f"{cell.text} {cell.bounds}".rstrip()) for cell in cells))
+    console.print()
+    console.print(table)
 
 
 def _table(*titles: str) -> Table:

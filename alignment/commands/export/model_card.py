@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from alignment.commands.export.provenance import Judged, Provenance, Remembered, Step, without_folders
+from alignment.commands.export.provenance import Judged, Provenance, Remembered, Step, Tabled, without_folders
 from alignment.core.artifacts import POLICY, REWARD_MODEL, Manifest
 from alignment.pipeline.sources import bundled_model
 from alignment.records.evaluation import Comparison, Evaluation
@@ -130,7 +130,25 @@ def _measured(manifest: Manifest, origin: Provenance) -> list[str]:
     if manifest.kind == REWARD_MODEL:
         return lines
     lines += ["", *_evaluated(origin.evaluation)]
-    return lines if origin.forgetting is None else [*lines, "", *_forgot(origin.forgetting)]
+    if origin.forgetting is not None:
+        lines += ["", *_forgot(origin.forgetting)]
+    return [*lines, *(line for result in origin.others for line in _tabled(result))]
+
+
+def _tabled(result: Tabled) -> Iterator[str]:
+    """The columns about this policy in each table that has them."""
+    for table in result.tables:
+        columns = [key for key in table.columns if key == result.arm or key not in table.of_arms]
+        if result.arm not in columns:
+            continue
+        at = [list(table.columns).index(key) for key in columns]
+        headings = ["value" if key == result.arm else table.columns[key] for key in columns]
+        yield from ("", f"In `{result.manifest.stage}` (`{result.manifest.fingerprint[:8]}`): {table.note}", "")
+        yield f"| {' | '.join(('', *headings))} |"
+        yield f"|{'---|' * (len(columns) + 1)}"
+        for label, cells in table.rows:
+            texts = [f"{cells[index].text} {cells[index].bounds}".rstrip() for index in at]
+            yield f"| {' | '.join((label, *texts))} |"
 
 
 def _evaluated(judged: Judged | None) -> list[str]:
@@ -208,7 +226,8 @@ def _limits(manifest: Manifest, origin: Provenance) -> list[str]:
     else:
         use = "Answering prompts of the kind that it was trained on."
     lines = [f"- {use} Other uses were not tested."]
-    if manifest.kind == "policy" and origin.evaluation is None and origin.forgetting is None:
+    measured = origin.evaluation is not None or origin.forgetting is not None or bool(origin.others)
+    if manifest.kind == POLICY and not measured:
         lines.append("- Nothing was measured except what training logs: whether it is better than its base is unknown.")
     lines.append("- Its answers were not checked for truth, safety, bias or memorised text, beyond the values above.")
     lines.append("- It has the limits of its base; see the base's own card.")

@@ -19,6 +19,8 @@ from alignment.records.evaluation import ArmResult, Comparison, Evaluation, Judg
 from alignment.records.forgetting import ArmForgetting, Forgetting, Limits
 from alignment.records.run import FILE as RUN_FILE
 from alignment.records.run import RunRecord
+from alignment.stages.base import ResultTable
+from alignment.stages.registry import tables_of
 
 _FOLDERS = re.compile(r"(?<![\w.])(?:~|\.\.?)?/(?:[^\s/'\",\]})]+/)*")
 """A path without its last part, anywhere in a text."""
@@ -64,6 +66,15 @@ class Remembered:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Tabled:
+    """A result of another kind that has this artifact as the arm ``arm``, with the tables that the kind brings."""
+
+    arm: str
+    tables: list[ResultTable]
+    manifest: Manifest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance:
     """``steps`` are in order, the artifact itself last; ``lost`` names inputs whose artifacts are missing.
 
@@ -75,6 +86,7 @@ class Provenance:
     lost: list[str] = field(default_factory=list)
     evaluation: Judged | None = None
     forgetting: Remembered | None = None
+    others: list[Tabled] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
     profile: str = ""
 
@@ -91,6 +103,7 @@ def provenance(artifact: Path, manifest: Manifest, run: str | None = None) -> Pr
         lost=lost,
         evaluation=_evaluation(manifest, store, own_record),
         forgetting=_forgetting(manifest, store, own_record),
+        others=list(_others(manifest, store, own_record)),
         command=_command(own_record) if own_record else [],
         profile=own_record.profile if own_record else "",
     )
@@ -202,6 +215,18 @@ def _forgetting(manifest: Manifest, store: dict[str, Path], run: RunRecord | Non
     return None if arm is None else Remembered(arm=arm, limits=record.limits, manifest=result.manifest)
 
 
+def _others(manifest: Manifest, store: dict[str, Path], run: RunRecord | None) -> Iterator[Tabled]:
+    """The results of kinds that bring their own tables, one of each kind."""
+    kinds = {candidate.kind for folder in store.values() if (candidate := _read(folder)) is not None}
+    for kind in sorted(kinds):
+        result = _measurement(kind, manifest, store, run)
+        if result is not None:
+            with suppress(ArtifactError, OSError):
+                tables = tables_of(result.manifest.identity.get("kind", ""), result.folder)
+                if tables:
+                    yield Tabled(arm=result.arm, tables=tables, manifest=result.manifest)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Measurement:
     """A result that has the artifact among its arms, under the name ``arm``."""
@@ -219,9 +244,8 @@ def _measurement(kind: str, manifest: Manifest, store: dict[str, Path], run: Run
         candidate = _read(folder)
         if candidate is None or candidate.kind != kind:
             continue
-        arm = next(
-            (name for name in candidate.identity["arms"] if candidate.inputs.get(name) == manifest.fingerprint), None
-        )
+        arms = candidate.identity.get("arms", {})
+        arm = next((name for name in arms if candidate.inputs.get(name) == manifest.fingerprint), None)
         if arm is not None:
             results.append(_Measurement(folder=folder, manifest=candidate, arm=arm))
     return max(results, key=lambda result: (result.folder.name in own, result.manifest.created), default=None)

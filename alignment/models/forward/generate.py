@@ -36,6 +36,9 @@ BLOCK = 256
 OnToken = Callable[[int, int], None]
 """Called with the index of the prompt and the token id for each token as it is generated."""
 
+Ends = Callable[[Sequence[int]], bool]
+"""Called with an answer's tokens after each new one; returns whether the answer ends there."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
@@ -56,11 +59,13 @@ def generate(
     sampling: Sampling | None = None,
     progress: Callable[[int], None] | None = None,
     on_token: OnToken | None = None,
+    ends: Ends | None = None,
 ) -> list[list[int]]:
     """Answers to ``prompts`` (token ids), in their order; an answer ends with one of ``end_ids`` or at the limit.
 
     Without ``sampling`` the most likely token is taken. ``progress`` is called with the number of prompts done,
-    ``on_token`` with each new token. On CPU in bfloat16 the linear weights are meanwhile in memory twice.
+    ``on_token`` with each new token. ``ends`` is a further condition for the end of an answer. On CPU in bfloat16 the
+    linear weights are meanwhile in memory twice.
 
     Raises:
         ValueError: a prompt is empty.
@@ -82,6 +87,7 @@ def generate(
                 temperature=1.0 if sampling is None else sampling.temperature,
                 uniforms=None if sampling is None else sampling.uniforms[batch],
                 on_token=None if on_token is None else _of_batch(on_token, batch),
+                ends=ends,
             )
             for index, answer in zip(batch, batch_answers, strict=True):
                 answers[index] = answer
@@ -106,6 +112,7 @@ def answer_batch(
     uniforms: Tensor | None = None,
     on_token: OnToken | None = None,
     reading: Reading | None = None,
+    ends: Ends | None = None,
 ) -> list[list[int]]:
     """Like ``generate`` for one batch of prompts in ``reading_order``; samples if given ``uniforms [prompts, steps]``.
 
@@ -126,6 +133,7 @@ def answer_batch(
             temperature=temperature,
             uniforms=uniforms,
             on_token=on_token,
+            ends=ends,
         )
 
 
@@ -155,6 +163,7 @@ def _continue(
     temperature: float,
     uniforms: Tensor | None,  # [rows, steps]
     on_token: OnToken | None,
+    ends: Ends | None,
 ) -> list[list[int]]:
     cache, logits, width = begun.cache, begun.logits, begun.seen.shape[1]
     answers: list[list[int]] = [[] for _ in logits]
@@ -171,7 +180,7 @@ def _continue(
                 answers[row].append(token)
                 if on_token is not None:
                     on_token(row, token)
-                if token in end_ids:
+                if token in end_ids or (ends is not None and ends(answers[row])):
                     unfinished.remove(row)
         if not unfinished or step == max_new_tokens - 1:
             break

@@ -20,6 +20,7 @@ from alignment.core.errors import StageError
 from alignment.pipeline.backends import command, environment, machines, processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute import rehearsed, worker_protocol
+from alignment.pipeline.plan import scorer_checks
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
 from alignment.stages.registry import as_trained, kind_of
 
@@ -37,7 +38,7 @@ def rehearse(plan: Plan, stages: Sequence[PlannedStage], *, announce: Callable[[
     """
     waiting = [stage for stage in stages if stage.action is not Action.reuse][1:]
     rows = [stage for stage in waiting if _learns_by_own_tokenizer(stage.config, plan.config.stages)]
-    scorers = [stage for stage in waiting if stage.code]
+    scorers = [stage for stage in waiting if scorer_checks.functions(stage.config)]
     rows = [stage for stage in rows if not rehearsed.is_known(plan, stage, part=rehearsed.ROWS)]
     scorers = [stage for stage in scorers if not rehearsed.is_known(plan, stage, part=rehearsed.SCORERS)]
     if not (rows or scorers):

@@ -37,7 +37,10 @@ def of_stage(
     optional = {
         "extra_data": others,
         "code": scorer_checks.code(stage),
-        "files": {field: file_sha256(path) for field, path in (files or {}).items()},
+        "files": {
+            **kind.files.content(stage, f"stages.{name}"),
+            **{field: file_sha256(path) for field, path in (files or {}).items()},
+        },
     }  # left out if empty, as in results that are older than these keys
     return {
         "stage": name,
@@ -45,7 +48,7 @@ def of_stage(
         "revision": kind.revision,
         "rule": None,  # older results hold a hash here if a rule of the package scored
         "config": canonical(_as_read(stage)),
-        "data": data["data"],
+        "data": data.get("data"),
         "inputs": inputs,
         "arms": arms,
         "base": {"content": base.identity, "dtype": run.model.dtype.value, **_template(run)},

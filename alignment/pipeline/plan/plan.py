@@ -156,6 +156,8 @@ def _checked_data(config: RunConfig) -> tuple[dict[str, dict[str, DataSource]], 
     read: dict[Any, Seen] = {}
     for name, stage in config.stages.items():
         located[name], seen[name] = {}, {}
+        for hub_data in kind_of(stage).files.hub_data(stage):
+            located[name][hub_data] = data_sources.resolve(hub_data, where=f"stages.{name}")
         for file in _slots_in_use(stage):
             where = f"stages.{name}.{file.field}"
             source = located[name][file.field] = data_sources.resolve(file.data.source, where=f"{where}.source")
@@ -238,7 +240,7 @@ class _Builder:
         slots = list(references.slots(config))
         inputs = {slot.field: self._resolve(name, slot) for slot in slots if not references.is_arm(slot)}
         arms = {slot.ref: self._resolve(name, slot) for slot in slots if references.is_arm(slot)}
-        files = kind_of(config).files(config, self._run_folder / name)
+        files = kind_of(config).files.paths(config, self._run_folder / name)
         described = self._identity(name, config, inputs, arms, files)
         fingerprint = digest(described)
         artifact = self._artifacts / folder_name(name, fingerprint)
@@ -249,7 +251,7 @@ class _Builder:
         action, reason = self._action(name, fingerprint, artifact, work, described, refs)
         planned = PlannedStage(
             name=name,
-            config=scorer_checks.with_files(config),
+            config=kind_of(config).files.located(scorer_checks.with_files(config)),
             action=action,
             reason=reason,
             fingerprint=fingerprint,
@@ -260,7 +262,7 @@ class _Builder:
             data=paths.get(DATA),
             extra_data={field: path for field, path in paths.items() if field != DATA},
             hub_data=tuple(source for source in self._data[name].values() if source.is_hub),
-            code=tuple(map(str, scorer_checks.functions(config).values())),
+            code=(*map(str, scorer_checks.functions(config).values()), *kind_of(config).files.code(config)),
             seen=self._seen[name],
             artifact=artifact,
             work=work,

@@ -123,6 +123,8 @@ def _fault_of_stage(objective: ObjectiveConfig, stages: Mapping[str, StageConfig
     less = objective.metric in LESS_IS_BETTER or reported.less_is_better(objective.metric)
     if objective.stage in (evaluations := _evaluations(stages)):
         less = less or objective.metric.partition("/")[0] in _less_is_better(evaluations[objective.stage])
+    if objective.stage in stages:
+        less = less or objective.metric.startswith(reported.of_stage(stages[objective.stage]).less_is_better)
     if less and not objective.minimize:
         return _WRONG_WAY.format(objective.metric)
     if objective.stage not in stages:

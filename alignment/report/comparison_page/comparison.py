@@ -23,7 +23,9 @@ from alignment.report.run_page import run_tables
 from alignment.report.run_page.curves import Chart, overlaid
 from alignment.report.run_page.run_files import read_run
 from alignment.report.run_page.run_records import Difference, Run, Stage
+from alignment.report.run_page.table_sections import side_by_side
 from alignment.report.run_page.verdict import judge
+from alignment.stages.base import ResultTable
 from alignment.stages.registry import trains
 
 MOST_RUNS = 8
@@ -99,6 +101,7 @@ def page(
         arms=_arms(runs),
         plots=None if primary is None else _primary_plots(runs, primary.name),
         blocks=_blocks(runs, differences, primary),
+        results=_results(runs),
         curves=_curves(runs),
         shared=shared,
         rule=rule(None if primary is None else primary.name),
@@ -279,6 +282,19 @@ def _block(runs: Sequence[ListedRun], metric: str, differences: Sequence[Differe
             )
         )
     return Block(title=text.name(metric), rows=rows, axis=scale_axis(scale), others=others)
+
+
+def _results(runs: Sequence[ListedRun]) -> list[tuple[str, ResultTable, list[str]]]:
+    """The tables that kinds of stage bring: the stage, a table with the arms of all runs, and its headings."""
+    joined = side_by_side([listed.run.tables for listed in runs])
+    return [
+        (
+            stage,
+            table,
+            [f"{runs[int(key.partition('/')[0])].letter}: {heading}" for key, heading in table.columns.items()],
+        )
+        for stage, table in joined
+    ]
 
 
 # ---- curves and cost ------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from alignment.report.kit.record_files import FOR_A_PAGE, shown
 from alignment.report.run_page.evaluation_section import read_evaluation, read_samples
 from alignment.report.run_page.forgetting_section import read_forgetting
 from alignment.report.run_page.run_records import Card, Run, Sample, Stage
+from alignment.report.run_page.table_sections import read_tables
 from alignment.stages.registry import produced_by
 
 
@@ -46,6 +47,7 @@ def read_run(run_folder: Path) -> Run:
             for stage in stages
             if produced_by(stage.kind) == FORGETTING
         ],
+        tables=[tables for stage in stages if (tables := read_tables(stage, folders[stage.name])).shown],
     )
 
 

@@ -16,6 +16,7 @@ from alignment.records.interval import Interval
 from alignment.records.reward_card import RewardCard
 from alignment.records.run import COMPLETE, RunRecord
 from alignment.report.kit import text
+from alignment.stages.base import ResultTable
 from alignment.stages.registry import produced_by
 
 
@@ -122,6 +123,20 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Tables:
+    """The tables of a stage whose kind brings its own; ``note`` says why there are none."""
+
+    stage: str
+    tables: list[ResultTable] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def shown(self) -> bool:
+        """Whether there is anything to show; most kinds bring no table."""
+        return bool(self.tables or self.note)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """Everything that the page shows. If ``evaluation`` is None, ``evaluation_note`` says why."""
 
@@ -133,6 +148,7 @@ class Run:
     samples_note: str
     cards: list[Card] = field(default_factory=list)
     forgetting: list[Forgetting] = field(default_factory=list)
+    tables: list[Tables] = field(default_factory=list)
 
     @property
     def unfinished(self) -> list[Stage]:

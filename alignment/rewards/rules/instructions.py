@@ -21,7 +21,7 @@ from alignment.rewards.rules.rule_kind import Package, lacking
 
 PACKAGE = Package(
     modules=("lm_eval", "langdetect", "immutabledict", "nltk"),
-    requirement="'lm_eval>=0.4.13,<0.5' langdetect immutabledict 'nltk>=3.9.1'",
+    requirement="'lm_eval>=0.4.13,<0.4.14' langdetect immutabledict 'nltk>=3.9.1'",
 )
 IDS, ARGUMENTS = "instruction_id_list", "kwargs"
 _EXAMPLE = f'rows are as in google/IFEval: {{"prompt": "…", "{IDS}": ["punctuation:no_comma"], "{ARGUMENTS}": [{{}}]}}'

@@ -11,11 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from alignment.config.evaluating import FEW_SHOT, PROMPTED
-from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ModelError
 from alignment.data.records import Conversation, HeldOutPrompt
 from alignment.data.tokens.tokenize import end_ids
-from alignment.data.tokens.tokenizer import load_tokenizer, stops_alike, tokenizer_hashes
+from alignment.data.tokens.tokenizer import tokenizer_hashes
 from alignment.data.turns import Message
 from alignment.evaluation.arms import (
     Answered,
@@ -27,9 +26,8 @@ from alignment.evaluation.arms import (
 )
 from alignment.evaluation.few_shot import draw_examples, with_examples
 from alignment.job import StageInput
-from alignment.models.assembly.load import DTYPES, Lineage, lineage, load_policy, refuse_other_tokenizer
+from alignment.models.assembly.load import Lineage, lineage
 from alignment.models.assembly.prefix import positions_of
-from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import Sampling
 from alignment.stages.evaluate import answer_cache
 from alignment.stages.evaluate.answer_cache import CachedAnswers
@@ -43,6 +41,7 @@ from alignment.stages.evaluate.turn_prompts import (
     later_turn,
     together,
 )
+from alignment.stages.shared.arm_policies import Policies, refuse_without_template, tokenizer_of
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 
@@ -61,28 +60,6 @@ class ArmPrompts:
     shown: Shown
     plain: bool
     own_tokens: bool
-
-
-class Policies:
-    """Loads policies, and holds one at a time; loading the held policy again costs nothing."""
-
-    def __init__(self, context: StageContext) -> None:
-        self._context = context
-        self._loaded: Lineage | None = None
-        self._model: PreTrainedModel | None = None
-
-    def load(self, policy: Lineage) -> PreTrainedModel:
-        """The policy with its adapters merged, on this process's device."""
-        if self._model is None or policy != self._loaded:
-            self._model = None  # free the old weights before loading the new ones
-            self._model = load_policy(policy, DTYPES[self._context.spec.model.dtype]).to(self._context.device)
-            use_flat_attention(self._model)
-            self._loaded = policy
-        return self._model
-
-    def release(self) -> None:
-        """Frees the weights of the last policy."""
-        self._model = self._loaded = None
 
 
 def prompts_of_arms(
@@ -106,8 +83,10 @@ def prompts_of_arms(
 def _arm_prompts(
     context: StageContext, stage_input: StageInput, ours: Any, rows: Sequence[HeldOutPrompt], shown: Shown | None
 ) -> ArmPrompts:
-    tokenizer = _tokenizer_of(context, stage_input, ours)
+    tokenizer = tokenizer_of(context, stage_input, ours)
     own_tokens = tokenizer is not ours and tokenizer_hashes(tokenizer) != tokenizer_hashes(ours)
+    if own_tokens:
+        refuse_without_template(context, stage_input, tokenizer)
     return ArmPrompts(
         policy=lineage(context.spec, stage_input),
         tokenizer=tokenizer,
@@ -131,24 +110,6 @@ def _examples(config: EvaluateConfig, context: StageContext, rows: Sequence[Held
         generator=context.generator("few_shot"),
         where=f"stages.{context.spec.stage}.few_shot",
     )
-
-
-def _tokenizer_of(context: StageContext, stage_input: StageInput, ours: Any) -> Any:
-    """The run's tokenizer if the arm shares it and stops at the same tokens, else that of the external model."""
-    path = stage_input.path
-    if path is None or read_manifest(path) is not None:
-        refuse_other_tokenizer(context.spec, stage_input, ours)
-        return ours
-    own = load_tokenizer(path)
-    if tokenizer_hashes(own) == tokenizer_hashes(ours):
-        return ours if stops_alike(own, ours) else own
-    if not own.chat_template:
-        raise ModelError(
-            f"{stage_input.ref} has its own tokenizer without a chat template, so prompts cannot be rendered for it",
-            where=f"stages.{context.spec.stage}.arms",
-            remedy="put the template that it was trained with into its folder (chat_template.jinja)",
-        )
-    return own
 
 
 def answers_of(

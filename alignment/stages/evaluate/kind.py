@@ -16,7 +16,17 @@ from alignment.data.tokens.row_kinds import CONVERSATIONS
 from alignment.evaluation import metrics
 from alignment.evaluation.endpoint import api_key
 from alignment.rewards.scorer_sources import REWARD, is_reference, source_field
-from alignment.stages.base import DataSlot, LaunchShape, Outcome, References, Reported, RunsOn, Slot, StageKind
+from alignment.stages.base import (
+    DataSlot,
+    LaunchShape,
+    OtherFiles,
+    Outcome,
+    References,
+    Reported,
+    RunsOn,
+    Slot,
+    StageKind,
+)
 from alignment.stages.evaluate import labelled_faults
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.grader_faults import grader_faults, is_graded
@@ -130,7 +140,7 @@ KIND = StageKind(
     produces=EVALUATION,
     run="alignment.stages.evaluate.run:run",
     data=_data,
-    files=votes_files,
+    files=OtherFiles(paths=votes_files),
     scorers=_scorers,
     faults=_faults,
     as_read=_as_read,

@@ -30,12 +30,13 @@ from alignment.rewards.scorer_sources import CHOICE, REWARD
 from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate import grading
 from alignment.stages.evaluate import labelled as labelled_pairs
-from alignment.stages.evaluate.answering import ArmPrompts, Policies, answers_of, prompts_of_arms
+from alignment.stages.evaluate.answering import ArmPrompts, answers_of, prompts_of_arms
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.grading import grade_answers, open_grader
 from alignment.stages.evaluate.judging import Judged, ScoredArms, judge, open_endpoint
 from alignment.stages.evaluate.labelled import judge_labelled
 from alignment.stages.evaluate.metric_scores import Measured, answers_to_score, scores_by_arm
+from alignment.stages.shared.arm_policies import Policies
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext

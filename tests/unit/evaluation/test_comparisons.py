@@ -97,3 +97,15 @@ def test_a_comparison_of_before_there_were_p_values_goes_by_its_interval() -> No
     assert Comparison(arm="a", against="b", difference=0.5, low=0.4, high=0.6).real
     assert not Comparison(arm="a", against="b", difference=0.5, low=-0.1, high=1.1).real
     assert Comparison(arm="a", against="b", difference=0.5, low=0.4, high=0.6).p_in_words == ""
+
+
+def test_metrics_over_other_prompts_are_one_family() -> None:
+    """As tasks with other numbers of rows: each p value is that of its metric alone, and all are corrected together."""
+    short = {name: values[:8] for name, values in BREVITY.items() if name in ("stage:sft", "stage:dpo")}
+    long = {"stage:sft": LOW, "stage:dpo": [value + 0.01 * (-1) ** index for index, value in enumerate(LOW)]}
+    alone = [compare({"it": scores}, reference="stage:sft", intervals=INTERVALS)[0] for scores in (short, long)]
+    together = compare({"short": short, "long": long}, reference="stage:sft", intervals=INTERVALS)
+    assert [pair.p for pair in together] == [pair.p for pair in alone]
+    low, high = sorted(pair.p or 0.0 for pair in alone)
+    assert low < high
+    assert sorted(pair.adjusted_p or 0.0 for pair in together) == pytest.approx([2 * low, max(2 * low, high)])

@@ -87,6 +87,23 @@ def test_what_differs_is_shown_and_nothing_else(runs: Runs) -> None:
     assert "base: bb against a: +0.000 (+0.000 to +0.000), the same on every prompt" in printed
 
 
+def test_tables_of_a_stage_have_the_arms_of_all_runs_as_columns(runs: Runs) -> None:
+    for name, value in (("a", 0.25), ("b", 0.75)):
+        runs.add(name, None)
+        run = runs.output / "runs" / name
+        task = {"name": "capitals", "num_fewshot": 2, "num_rows": 20, "all_rows": 20, "metrics": [{"name": "acc"}]}
+        arms = [{"name": "stage:dpo", "values": {"capitals/acc": {"value": value, "stderr": 0.1}}}]
+        (run / "benchmark.json").write_text(json.dumps({"tasks": [task], "arms": arms}))
+        record = json.loads((run / "run.json").read_text())
+        record["stages"]["asked"] = {"kind": "benchmark", "state": "done", "artifact": str(run)}
+        (run / "run.json").write_text(json.dumps(record))
+    printed = runs.compared("a", "b")
+    heading, row = [line.split() for line in printed.splitlines() if "asked: Tasks" in line or "capitals/acc" in line]
+    assert heading == ["asked:", "Tasks", "a:", "dpo", "b:", "dpo"]
+    assert row == ["capitals/acc", "0.250", "±", "0.100", "0.750", "±", "0.100"]
+    assert "none of these runs was evaluated" not in printed
+
+
 def test_settings_that_differ_read_as_one_would_type_them(runs: Runs) -> None:
     runs.add("a", None, scorers=[{"source": "reward", "clip": None}], limit=None, flag=True)
     runs.add("b", None, scorers=[{"source": "reward", "clip": 2.0}], limit=8, flag=False)

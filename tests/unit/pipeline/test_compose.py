@@ -407,7 +407,7 @@ def test_the_smoke_profile_has_values_for_every_kind_of_stage() -> None:
     told = yaml.safe_load((conf_folder() / "profile/smoke.yaml").read_text())
     assert told["stages"].keys() == STAGES.keys()
     others = {"evaluate.few_shot.data", "forgetting.questions"}
-    assert told["instead_of_hub"].keys() == {"model", *STAGES, *others} - {"report"}
+    assert told["instead_of_hub"].keys() == {"model", *STAGES, *others} - {"report", "benchmark"}
 
 
 @pytest.mark.parametrize("recipe", ["quickstart", "tldr_1b_ppo"])

@@ -25,6 +25,7 @@ from alignment.core.fingerprint import digest
 from alignment.pipeline.plan import identity
 from alignment.pipeline.sources.model_sources import ModelSource
 from alignment.stages import registry
+from alignment.stages.benchmark.config import BenchmarkConfig
 from alignment.stages.cpt.config import CptConfig
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
@@ -45,6 +46,7 @@ OUTSIDE = {
     EvaluateConfig: {"arms", "reference", "reward", "batch_size", "gate"},
     ForgettingConfig: {"arms"},
     RewardCardConfig: {"reward", "micro_batch_tokens"},
+    BenchmarkConfig: {"arms", "task_folders", "micro_batch_tokens", "batch_size"},
     ReportConfig: {"evaluation"},
     # What is read counts by its content, and how strictly it was read shapes nothing.
     **{cls: {"source", "on_error", "max_skipped"} for cls in (SourceConfig, DataConfig, MixedConfig)},

@@ -133,7 +133,7 @@ def test_a_scorer_that_cannot_be_is_named_exactly(plan: MakePlan, overrides: tup
         (
             "instructions_strict",
             "langdetect",
-            "pip install 'lm_eval>=0.4.13,<0.5' langdetect immutabledict 'nltk>=3.9.1'",
+            "pip install 'lm_eval>=0.4.13,<0.4.14' langdetect immutabledict 'nltk>=3.9.1'",
         ),
     ],
 )

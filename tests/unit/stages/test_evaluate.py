@@ -31,6 +31,7 @@ from alignment.records.evaluation import read_samples
 from alignment.stages.evaluate import answering
 from alignment.stages.evaluate import run as stage
 from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.shared import arm_policies
 from alignment.training.context import StageContext
 from tests.chained import DATA, LORA, Chained
 from tests.judge_server import Response, serving
@@ -446,9 +447,9 @@ def said(monkeypatch: pytest.MonkeyPatch) -> None:
     """sft says the bait, base an answer."""
     tokenizer = tiny_tokenizer()
     trained: list[bool] = []
-    original = answering.Policies.load
+    original = arm_policies.Policies.load
 
-    def load(self: answering.Policies, found: Lineage) -> Any:
+    def load(self: arm_policies.Policies, found: Lineage) -> Any:
         trained.append(bool(found.adapters))
         return original(self, found)
 
@@ -456,7 +457,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> None:
         words = BAIT if trained[-1] else HONEST
         return [[*tokenizer(words)["input_ids"], tokenizer.eos_token_id] for _ in prompts]
 
-    monkeypatch.setattr(answering.Policies, "load", load)
+    monkeypatch.setattr(arm_policies.Policies, "load", load)
     monkeypatch.setattr(arms, "answer_batch", generate)
 
 
@@ -626,7 +627,7 @@ def test_sampled_answers_come_out_the_same_again_and_are_kept(chain: Chained, ca
     first = evaluate(chain, SAMPLED, "sampled-once")
     loads: list[Lineage] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answering, "load_policy", lambda policy, dtype: loads.append(policy))
+        patch.setattr(arm_policies, "load_policy", lambda policy, dtype: loads.append(policy))
         with pytest.raises(AttributeError):  # only the reference has to be loaded, to read the answers
             evaluate(chain, SAMPLED, "sampled-again")
     assert len(loads) == 1

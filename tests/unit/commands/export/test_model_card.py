@@ -155,6 +155,24 @@ def test_without_limits_it_is_not_said_to_have_passed(store: Store) -> None:
     assert "It was not judged: no limits were set." in store.card()
 
 
+def test_the_tables_of_a_benchmark_have_the_column_of_this_policy(store: Store) -> None:
+    content = store.root / "content"
+    content.mkdir()
+    values = {"capitals/acc": {"value": 0.55, "stderr": 0.114}}
+    task = {"name": "capitals", "num_fewshot": 2, "num_rows": 20, "all_rows": 20, "metrics": [{"name": "acc"}]}
+    arms = [{"name": "base", "values": {"capitals/acc": {"value": 0.25}}}, {"name": "stage:ppo", "values": values}]
+    told = {"harness": "0.4.13", "tasks": [task], "arms": arms}
+    (content / "benchmark.json").write_text(json.dumps(told))
+    identity = {"kind": "benchmark", "arms": {"stage:ppo": _fingerprint("ppo")}}
+    inputs = {"stage:ppo": _fingerprint("ppo")}
+    store.publish("asked", kind="benchmark", config={"kind": "benchmark"}, identity=identity, inputs=inputs)
+    card = store.card()
+    assert "In `asked` (`" in card
+    assert "|  | examples | rows | value |\n|---|---|---|---|\n| capitals/acc | 2 | 20 | 0.550 ± 0.114 |" in card
+    assert "0.250" not in card
+    assert "capitals" not in store.card("sft")
+
+
 def test_a_smoke_run_is_said_to_be_one(store: Store) -> None:
     assert "smoke" not in store.card()
     path = store.root / "runs" / "mine" / "run.json"

@@ -1,0 +1,235 @@
+"""Runs tasks of lm-evaluation-harness on every arm, and compares arms row by row."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from alignment.core.errors import ConfigError, DataError
+from alignment.core.typed_json import to_json
+from alignment.data.tokens.tokenize import STOPS, end_ids
+from alignment.data.tokens.tokenizer import load_tokenizer
+from alignment.evaluation.arm_labels import labels
+from alignment.evaluation.bootstrap import Intervals
+from alignment.evaluation.comparisons import compare
+from alignment.models.assembly.load import lineage
+from alignment.models.assembly.prefix import positions_of
+from alignment.records.benchmark import (
+    Benchmark,
+    BenchmarkArm,
+    BenchmarkRow,
+    BenchmarkTask,
+    TaskMetric,
+    write_rows,
+)
+from alignment.stages.benchmark.config import BenchmarkConfig
+from alignment.stages.benchmark.kind import INSTALL, content, selected
+from alignment.stages.benchmark.task_files import HARNESS
+from alignment.stages.shared.arm_policies import Policies, refuse_without_template, tokenizer_of
+from alignment.stages.shared.result import StageResult
+from alignment.training.context import StageContext
+
+BASE = "base"
+
+
+def run(config: BenchmarkConfig, context: StageContext) -> StageResult:
+    """Policies in, ``benchmark.json`` and ``samples.jsonl`` out, on one process."""
+    where = f"stages.{context.spec.stage}"
+    _refuse_changed_files(config, context, where)
+    # Standard errors of a few metrics are resampled, by default in as many processes as there are cores.
+    os.environ.setdefault("LMEVAL_DISABLE_MULTIPROC", "1")
+    try:
+        from alignment.stages.benchmark import harness_run, harness_tasks
+    except ImportError as error:
+        raise ConfigError(f"lm-evaluation-harness cannot be imported: {error}", where=where, remedy=INSTALL) from error
+    context.progress("loading")
+    harness_run.RandomState.seed()
+    state = harness_run.RandomState()
+    chosen = selected(config)
+    loaded = harness_tasks.load(
+        chosen, config.tasks, context.spec.work, context.spec.extra_data, where=f"{where}.tasks"
+    )
+    state.save()
+    policies = Policies(context)
+
+    def measured(number: int, name: str) -> harness_run.ArmRun:
+        """One arm; its weights are free again when the next one is loaded."""
+        model = _model(config, context, policies, name, phase=f"arm {number}/{len(config.arms)}")
+        state.restore()
+        return harness_run.run_arm(model, loaded, chosen, config, name=name, where=f"{where}.tasks")
+
+    runs: dict[str, harness_run.ArmRun] = {}
+    seconds: dict[str, float] = {}
+    for number, name in enumerate(config.arms, start=1):
+        started = time.monotonic()
+        runs[name] = measured(number, name)
+        seconds[name] = time.monotonic() - started
+    policies.release()
+    record = _record(config, context, runs, seconds)
+    return _written(context, record, _rows(runs, record.tasks))
+
+
+def _refuse_changed_files(config: BenchmarkConfig, context: StageContext, where: str) -> None:
+    """Compares the tasks' files with their fingerprints from the plan.
+
+    Raises:
+        DataError: one of them has changed since, or is missing.
+    """
+    planned = context.spec.identity.get("files")
+    if planned is not None and dict(content(config, where)) != planned:
+        raise DataError(
+            "the tasks, their data or the harness changed since the run was planned",
+            where=f"{where}.task_folders",
+            remedy="start the run again to plan it again",
+        )
+
+
+def _model(config: BenchmarkConfig, context: StageContext, policies: Policies, name: str, *, phase: str) -> Any:
+    """The arm behind the harness's interface.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no chat template and needs it.
+        ConfigError: ``max_length`` is more than its positions.
+    """
+    from alignment.stages.benchmark.harness_model import HarnessModel, Sizes
+
+    spec = context.spec
+    tokenizer = tokenizer_of(context, spec.arms[name], load_tokenizer(spec.base_path, spec.model.chat_template))
+    if config.apply_chat_template:
+        refuse_without_template(context, spec.arms[name], tokenizer)
+    model = policies.load(lineage(spec, spec.arms[name]))
+    positions = positions_of(model.base_model)
+    if config.max_length is not None and config.max_length > positions:
+        raise ConfigError(
+            f"{config.max_length} is more than the {positions} positions of {name}",
+            where=f"stages.{spec.stage}.max_length",
+            remedy="lower it, or set it to null for all positions",
+        )
+    done = 0
+
+    def progress(number: int) -> None:
+        nonlocal done
+        done += number
+        context.progress(phase, done)
+
+    sizes = Sizes(
+        max_length=config.max_length,
+        max_new_tokens=config.max_new_tokens,
+        micro_batch_tokens=config.micro_batch_tokens,
+        batch_size=config.batch_size,
+    )
+    return HarnessModel(
+        model, tokenizer, sizes, end_ids=_end_ids(config, tokenizer), where=f"arm {name}", progress=progress
+    )
+
+
+def _end_ids(config: BenchmarkConfig, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer, as the harness has them: EOS, and those of generation_config.json; in a
+    conversation also the one that ends a turn."""
+    if config.apply_chat_template:
+        return sorted(end_ids(tokenizer))
+    return sorted({tokenizer.eos_token_id, *getattr(tokenizer, STOPS, ())})
+
+
+def _record(
+    config: BenchmarkConfig, context: StageContext, runs: Mapping[str, Any], seconds: Mapping[str, float]
+) -> Benchmark:
+    label_of = labels(config.arms)
+    tasks: list[BenchmarkTask] = _in_all(runs)
+    intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
+    firsts = [(task, task.metrics[0]) for task in tasks if task.metrics]
+    others = [(task, metric) for task in tasks for metric in task.metrics[1:]]
+    return Benchmark(
+        harness=importlib.metadata.version(HARNESS),
+        chat_template=config.apply_chat_template,
+        tasks=tasks,
+        arms=[
+            BenchmarkArm(name=name, label=label_of[name], values=dict(run.values), seconds=seconds[name])
+            for name, run in runs.items()
+        ],
+        comparisons=compare(_scores(firsts, runs), reference=BASE, intervals=intervals),
+        other_comparisons=compare(_scores(others, runs), reference=BASE, intervals=intervals),
+    )
+
+
+def _in_all(runs: Mapping[str, Any]) -> list[BenchmarkTask]:
+    """The tasks, whose metrics are ``by_row`` only if they are for every arm."""
+    first, *others = (run.tasks for run in runs.values())
+    by_row = [{task.key(metric) for task in tasks for metric in task.metrics if metric.by_row} for tasks in others]
+    return [_restricted(task, by_row) for task in first]
+
+
+def _restricted(task: BenchmarkTask, by_row: list[set[str]]) -> BenchmarkTask:
+    metrics = [
+        replace(metric, by_row=metric.by_row and all(task.key(metric) in of_arm for of_arm in by_row))
+        for metric in task.metrics
+    ]
+    return replace(task, metrics=metrics)
+
+
+def _scores(
+    metrics: list[tuple[BenchmarkTask, TaskMetric]], runs: Mapping[str, Any]
+) -> dict[str, dict[str, list[float]]]:
+    """Each row's score by ``TASK/METRIC`` and arm, for metrics that have one."""
+    return {
+        task.key(metric): {
+            name: [row.answer.scores[metric.title] for _, row in sorted(run.rows[task.name].items())]
+            for name, run in runs.items()
+        }
+        for task, metric in metrics
+        if metric.by_row
+    }
+
+
+def _rows(runs: Mapping[str, Any], tasks: list[BenchmarkTask]) -> list[BenchmarkRow]:
+    first = next(iter(runs.values()))
+    return [
+        BenchmarkRow(
+            task=task.name,
+            number=number,
+            id=row.id,
+            prompt=row.prompt,
+            target=row.target,
+            answers={name: run.rows[task.name][number].answer for name, run in runs.items()},
+        )
+        for task in tasks
+        for number, row in sorted(first.rows.get(task.name, {}).items())
+    ]
+
+
+def _written(context: StageContext, record: Benchmark, rows: list[BenchmarkRow]) -> StageResult:
+    record.write(context.content)
+    write_rows(context.content, rows)
+    context.trackers.table("benchmarks", _table(record))
+    context.trackers.table("samples", [to_json(row) for row in rows])
+    return StageResult(metrics=_headlines(record))
+
+
+def _table(record: Benchmark) -> list[dict[str, Any]]:
+    """The rows of the table that trackers show."""
+    return [
+        {
+            "task": task.name,
+            "metric": metric.title,
+            "arm": arm.label,
+            "value": arm.values[task.key(metric)].value,
+            "stderr": arm.values[task.key(metric)].stderr,
+            "examples": task.num_fewshot,
+            "rows": task.num_rows,
+        }
+        for task in record.tasks
+        for metric in task.metrics
+        for arm in record.arms
+    ]
+
+
+def _headlines(record: Benchmark) -> dict[str, float]:
+    """The metrics of the manifest: ``TASK/METRIC/ARM``, and how many rows were measured and left out."""
+    values = {f"{key}/{arm.label}": measured.value for arm in record.arms for key, measured in arm.values.items()}
+    leaves = [task for task in record.tasks if not task.group]
+    rows = sum(task.num_rows for task in leaves)
+    return {**values, "rows": float(rows), "rows_left_out": float(sum(task.all_rows for task in leaves) - rows)}
