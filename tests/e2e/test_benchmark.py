@@ -17,7 +17,10 @@ TASKS = Path(__file__).parents[1] / "data" / "tasks"
 RECIPE = """\
 defaults: [base, stage@stages.sft: sft, stage@stages.benchmark: benchmark, stage@stages.report: report, _self_]
 stages:
-  sft: {data: {source: "bundled:quickstart/conversations", limit: 12}, optim: {batch_size: 4, micro_batch_tokens: 60, lr: 1e-3}, max_length: 4096}
+  sft:
+    data: {source: "bundled:quickstart/conversations", limit: 12}
+    optim: {batch_size: 4, micro_batch_tokens: 60, lr: 1e-3}
+    max_length: 4096
   benchmark: {arms: [base, "stage:sft"], tasks: [both, shout], bootstrap_samples: 100}
   report: {evaluation: null}
 """
@@ -53,4 +56,4 @@ def test_a_run_measures_shows_and_reuses_benchmarks(align: Align, tmp_path: Path
     assert "benchmark: limit left out 44 of 50 rows, so its figures are worth nothing beside others" in limited
     task = folder / "capitals.yaml"
     task.write_text(task.read_text().replace("num_fewshot: 2", "num_fewshot: 1"))
-    assert re.search(r"benchmark +run .*files\.task_folders\[0\]", align("plan", own))
+    assert re.search(r"benchmark +run .*task_folders\[0\] changes", align("plan", own))
