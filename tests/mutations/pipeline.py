@@ -376,7 +376,7 @@ MUTATIONS = [
     ),
     *in_file(
         "pipeline/execute/paired_differences.py",
-        "unit/pipeline/test_compare.py",
+        "unit/commands/compare/test_driver.py",
         (
             "differences are taken of other prompts",
             "if not scores or scores.keys() != other_scores.keys():",
