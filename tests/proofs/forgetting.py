@@ -63,7 +63,7 @@ def figure(found: Found) -> None:
                 limits.ability_drop,
             ),
         },
-        below="after SFT on 96 narrow rows at a rate of 6.5e-3, with 95 % intervals; dotted: the limit",
+        below="after SFT on 96 narrow rows at a rate of 7e-3, with 95 % intervals; dotted: the limit",
     )
 
 
