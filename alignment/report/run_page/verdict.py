@@ -73,10 +73,21 @@ def _by_metric(run: Run, evaluation: Evaluation) -> str:
         return "The evaluation holds no comparisons, so no difference between arms is shown."
     against_sft = _preference_against_sft(run, evaluation)
     if not against_sft:
-        real = sum(item.real for item in evaluation.comparisons)
-        count = len(evaluation.comparisons)
-        return f"{real} of {count} comparisons between arms show{'s' if real == 1 else ''} a real difference."
+        return _all_pairs_lead(evaluation)
     return " ".join(_group_lead(evaluation, sft, group) for sft, group in against_sft.items())
+
+
+def _all_pairs_lead(evaluation: Evaluation) -> str:
+    """Which arms are better than which, where no arm has learned from preferences."""
+    worse_by_better: dict[str, list[str]] = {}
+    for item in evaluation.comparisons:
+        if item.real:
+            better = item if evaluation.verdict(item) == BETTER else item.turned()
+            worse_by_better.setdefault(evaluation.label(better.arm), []).append(evaluation.label(better.against))
+    if not worse_by_better:
+        return f"By {evaluation.primary}, no arm is shown to be better than another."
+    parts = [f"{arm} is better than {text.listing(worse)}" for arm, worse in worse_by_better.items()]
+    return f"By {evaluation.primary}, {'; '.join(parts)}."
 
 
 def _without_metric(evaluation: Evaluation) -> str:

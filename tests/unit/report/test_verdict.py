@@ -128,9 +128,21 @@ def test_a_higher_reward_with_really_worse_metric_is_called_over_optimisation(fa
     assert "The reward model scores ppo above sft although its quality is really worse" in fake_run.html()
 
 
-def test_without_preference_stages_the_lead_counts_real_differences(fake_run):
+def test_without_preference_stages_the_lead_says_which_arms_are_better(fake_run, make_comparison):
     fake_run.drop_arms(["base", "base+prompt", "stage:sft"])
-    assert lead_of(fake_run.html()) == "3 of 3 comparisons between arms show a real difference."
+    expected = "By quality, base+prompt is better than base; sft is better than base and base+prompt."
+    assert lead_of(fake_run.html()) == expected
+    pairs = fake_run.evaluation["comparisons"]
+    fake_run.evaluation["comparisons"] = [
+        make_comparison(pair["against"], pair["arm"], -pair["difference"], 0.01) for pair in pairs
+    ]
+    assert sorted(lead_of(fake_run.html())) == sorted(expected), "the same pairs, each from the other side"
+
+
+def test_without_preference_stages_and_real_differences_no_arm_is_better(fake_run, make_comparison):
+    fake_run.drop_arms(["base", "stage:sft"])
+    fake_run.evaluation["comparisons"] = [make_comparison("stage:sft", "base", 0.01, 0.05)]
+    assert lead_of(fake_run.html()) == "By quality, no arm is shown to be better than another."
 
 
 def test_where_less_is_better_lower_means_are_better(fake_run, make_comparison):
