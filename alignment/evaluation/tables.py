@@ -99,13 +99,17 @@ def arm_result(
 
 
 def _by_turn(arm: Answered, scores: Scores, intervals: Intervals) -> list[dict[str, Interval]]:
-    """The metrics of each turn by itself, over the prompts that have it; empty if no prompt has a second one."""
+    """The metrics of each turn by itself, over the prompts that have it; empty if no prompt has a second one.
+
+    A metric without any score in a turn is left out there.
+    """
     longest = max(arm.turns, default=1)
     groups = {metric: arm.by_prompt(values) for metric, values in scores.items()}
     return [
         {
-            metric: intervals.of(known([of_turns[turn] for of_turns in of_metric if turn < len(of_turns)]))
+            metric: intervals.of(of_turn)
             for metric, of_metric in groups.items()
+            if (of_turn := known([of_turns[turn] for of_turns in of_metric if turn < len(of_turns)]))
         }
         for turn in range(longest if longest > 1 else 0)
     ]

@@ -95,6 +95,25 @@ def test_a_row_scores_the_mean_of_its_turns_and_its_log_ratio_is_their_sum() -> 
     assert "by_turn" not in result.all_metrics
 
 
+def test_a_turn_in_which_no_prompt_has_a_score_has_no_figure() -> None:
+    """The only row of two turns has no grade, so the second turn has none."""
+    result = arm_result(
+        "stage:dpo",
+        answered("one", "two", "three", turns=[2, 1]),
+        label="dpo",
+        scores={"helpful": [None, None, 7.0], "right": [1.0, 0.0, 1.0]},
+        rewards=None,
+        log_ratios=None,
+        win_rate=None,
+        intervals=INTERVALS,
+    )
+    assert result.metrics["helpful"].mean == 7.0
+    assert [{name: mean.mean for name, mean in of_turn.items()} for of_turn in result.by_turn] == [
+        {"helpful": 7.0, "right": 1.0},
+        {"right": 0.0},
+    ]
+
+
 def test_of_samples_the_log_ratio_is_a_mean_within_each_turn_and_a_sum_over_turns() -> None:
     arm = answered(*"abcdef", turns=[2, 1], per_prompt=2)
     assert arm.sums([1.0, 3.0, 10.0, 20.0, 5.0, 7.0]) == [2.0 + 15.0, 6.0]
