@@ -12,15 +12,17 @@ from alignment.rewards.rules.rule_kind import Package, lacking
 
 PACKAGE = Package(modules=("jsonschema",), requirement="'jsonschema>=4.23,<5'")
 SCHEMA = "schema"
+_REFER = ("$ref", "$dynamicRef")
 _REMEDY = f'give the metric a {SCHEMA}, or each row one: {{"{SCHEMA}": {{"type": "object", "required": ["name"]}}}}'
 
 
 class JsonSchema:
     """1 for an answer that is one JSON value which the schema accepts, else 0.
 
-    White space around the value is allowed; a code fence, words before it, NaN and Infinity are not. The schema is that
-    of the row, or else the metric's; without ``$schema`` it is read as the newest draft. ``format`` is not checked, and
-    a ``$ref`` to another document is never fetched.
+    White space around the value is allowed; a code fence, words before it, NaN and Infinity are not, and neither is a
+    number that is too large for the schema's arithmetic. The schema is that of the row, or else the metric's; without
+    ``$schema`` it is read as the newest draft. ``format`` is not checked, and a ``$ref`` to another document is never
+    fetched.
     """
 
     def __init__(self, schema: Mapping[str, Any] | None) -> None:
@@ -48,7 +50,7 @@ class JsonSchema:
         try:
             value = json.loads(text, parse_constant=_refuse_constant)
             return float(expected.is_valid(value))
-        except (ValueError, RecursionError):
+        except (ValueError, OverflowError, RecursionError):
             return 0.0
 
 
@@ -57,13 +59,20 @@ def schema_problem(schema: Mapping[str, Any]) -> str:
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
 
+    draft = schema.get("$schema", "")
+    if not isinstance(draft, str) or (draft and validator_for(schema, default=None) is None):
+        return f"has the $schema {draft!r:.80}, which is no draft of JSON schema; leave it out for the newest"
     cls: Any = validator_for(schema)
     try:
         cls.check_schema(schema)
     except SchemaError as error:
         return f"is not a JSON schema: {error.message:.200}"
-    outside = sorted(reference for reference in _references(schema) if not reference.startswith("#"))
-    return f"refers to {outside[0]!r:.80}, and nothing is fetched; write it under $defs" if outside else ""
+    references = sorted(_references(schema, {**schema, "$schema": cls.META_SCHEMA["$schema"]}))
+    outside = next((reference for reference, _ in references if not reference.startswith("#")), None)
+    if outside is not None:
+        return f"refers to {outside!r:.80}, and nothing is fetched; write it under $defs"
+    missing = next((reference for reference, is_there in references if not is_there), None)
+    return "" if missing is None else f"refers to {missing!r:.80}, which it does not hold"
 
 
 def _validator(schema: Mapping[str, Any]) -> Any:
@@ -73,14 +82,32 @@ def _validator(schema: Mapping[str, Any]) -> Any:
     return validator_for(schema)(schema, registry=Registry())  # an empty one, which fetches nothing
 
 
-def _references(schema: Any) -> set[str]:
-    """All that ``$ref`` names anywhere in a schema."""
+def _references(schema: Any, document: Mapping[str, Any]) -> set[tuple[str, bool]]:
+    """All references anywhere in a schema, each with whether ``document`` holds what it refers to.
+
+    The document is the whole schema, or the part around the reference that has an ``$id`` of its own.
+    """
     if isinstance(schema, list):
-        return set().union(*map(_references, schema))
+        return set().union(*(_references(part, document) for part in schema))
     if not isinstance(schema, Mapping):
         return set()
-    own = {schema["$ref"]} if isinstance(schema.get("$ref"), str) else set()
-    return own.union(*map(_references, schema.values()))
+    if isinstance(schema.get("$id"), str) and not schema["$id"].startswith("#"):
+        document = {**schema, "$schema": document["$schema"]}
+    named = [schema[keyword] for keyword in _REFER if isinstance(schema.get(keyword), str)]
+    own = {(name, _holds(document, name)) for name in named}
+    return own.union(*(_references(part, document) for part in schema.values()))
+
+
+def _holds(document: Mapping[str, Any], reference: str) -> bool:
+    from referencing import Registry, Resource
+    from referencing.exceptions import Unresolvable
+
+    resource: Any = Resource.from_contents(document)
+    try:
+        Registry().resolver_with_root(resource).lookup(reference)
+    except Unresolvable:
+        return False
+    return True
 
 
 def _parsed(schema: str, record: HasRow) -> Any:

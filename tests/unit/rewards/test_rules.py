@@ -277,6 +277,27 @@ def test_an_answer_is_json_that_the_schema_accepts(answer: str, expected: float)
     assert scored(rule("json_schema"), answer, schema=json.dumps(PERSON)) == expected
 
 
+@pytest.mark.parametrize("answer", ["1e999", "1" + "0" * 400])
+def test_a_number_too_large_to_check_is_not_accepted(answer: str) -> None:
+    assert scored(rule("json_schema", schema={"type": "number", "multipleOf": 0.01}), answer) == 0.0
+
+
+def test_references_are_followed_within_a_schema() -> None:
+    inner = {"$id": "urn:inner", "$ref": "#/$defs/size", "$defs": {"size": {"type": "integer"}}}
+    for schema in (
+        {"$ref": "#/$defs/size", "$defs": {"size": {"type": "integer"}}},
+        {"$ref": "#size", "$defs": {"size": {"$anchor": "size", "type": "integer"}}},
+        {
+            "$schema": "http://json-schema.org/draft-07/schema#",
+            "$ref": "#/definitions/size",
+            "definitions": {"size": {"type": "integer"}},
+        },
+        {"allOf": [inner]},
+    ):
+        assert scored(rule("json_schema"), "3", schema=schema) == 1.0
+        assert scored(rule("json_schema"), '"3"', schema=schema) == 0.0
+
+
 def test_a_row_s_own_schema_comes_before_the_metric_s() -> None:
     text = rule("json_schema", schema={"type": "string"})
     assert scored(text, "5") == 0.0
@@ -294,6 +315,13 @@ def test_a_row_s_own_schema_comes_before_the_metric_s() -> None:
             {"$ref": "http://127.0.0.1:9/x.json"},
             "'schema' refers to 'http://127.0.0.1:9/x.json', and nothing is fetched",
         ),
+        (
+            {"$dynamicRef": "http://127.0.0.1:9/x.json#a"},
+            "'schema' refers to 'http://127.0.0.1:9/x.json#a', and nothing",
+        ),
+        ({"$ref": "#/$defs/size"}, "'schema' refers to '#/$defs/size', which it does not hold"),
+        ({"properties": {"age": {"$ref": "#size"}}}, "'schema' refers to '#size', which it does not hold"),
+        ({"$schema": "http://127.0.0.1:9/draft"}, "'schema' has the $schema 'http://127.0.0.1:9/draft', which is no"),
     ],
 )
 def test_a_row_without_a_usable_schema_is_named(schema: Any, message: str) -> None:
