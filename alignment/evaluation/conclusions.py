@@ -26,7 +26,8 @@ def conclusions(
     labels: Mapping[str, str],
 ) -> list[str]:
     """Sentences: which arms differ in the primary ``metric``, how large a difference this evaluation would miss, and
-    what the judge found, if there is one. Without a metric there are no comparisons."""
+    what the judge found, if there is one. Without a metric there are no comparisons. ``num_prompts`` are those that
+    have a score."""
     sentences = []
     if metric is None and judge is None:
         sentences = [f"{num_prompts} prompts, neither a metric nor a judge: no arm is called better than another."]

@@ -274,6 +274,12 @@ class Evaluation:
         """An arm's mean of the primary metric."""
         return None if self.primary is None else arm.metrics.get(self.primary)
 
+    @property
+    def num_compared(self) -> int | None:
+        """The prompts on which arms are compared by the primary metric: all, or those with a grade in every arm."""
+        grading = next((grading for grading in self.gradings if grading.metric == self.primary), None)
+        return self.num_prompts if grading is None or grading.num_prompts is None else grading.num_prompts
+
     def verdict(self, comparison: Comparison) -> str:
         """On the first arm of a comparison: ``better``, ``worse`` or ``no real difference``."""
         if not comparison.real:

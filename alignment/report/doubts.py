@@ -32,10 +32,13 @@ def of_evaluation(evaluation: Evaluation) -> list[str]:
 
 def too_few_prompts(evaluation: Evaluation) -> str:
     """Why no arm can be called better on so few prompts; empty if there are enough."""
-    number = evaluation.num_prompts
+    number = evaluation.num_compared
     if number is None or number >= FEWEST_PROMPTS:
         return ""
-    return f"only {number} prompts were evaluated, too few for a verdict; it takes at least {FEWEST_PROMPTS}"
+    counted = f"only {number} prompts were evaluated"
+    if number != evaluation.num_prompts:
+        counted = f"only {number} of {evaluation.num_prompts} prompts have a grade by {evaluation.primary} in every arm"
+    return f"{counted}, too few for a verdict; it takes at least {FEWEST_PROMPTS}"
 
 
 def _mostly_cut(arm: ArmResult) -> bool:

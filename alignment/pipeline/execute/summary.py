@@ -11,6 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD
+from alignment.evaluation.grade_conclusions import grade_conclusions
 from alignment.evaluation.labelled_pairs import labelled_conclusions
 from alignment.pipeline.execute import forgetting_gate, notes
 from alignment.pipeline.execute.display import duration, steps
@@ -142,6 +143,8 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
     if evaluation.judge is not None:
         lines += [_judged_in_words(pair, evaluation, by=evaluation.judge.name) for pair in evaluation.judge.pairs]
         lines += labelled_conclusions(evaluation.judge)
+    labels = {arm.name: arm.label for arm in evaluation.arms}
+    lines += grade_conclusions(evaluation.gradings, evaluation.num_prompts or 0, labels)
     for line in [*lines, _what_is_shown(evaluation, [_UNITS[title] for title in columns if title in _UNITS])]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

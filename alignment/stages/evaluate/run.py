@@ -87,6 +87,7 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     metric = None if primary is None else primary.metric
     compared = {} if metric is None else {metric.name: _known(by_primary)}
     comparisons = compare(compared, reference=reference, intervals=intervals)
+    num_compared = len(next((scores for by_arm in compared.values() for scores in by_arm.values()), rows))
     evaluation = Evaluation(
         num_prompts=len(rows),
         metrics=metrics,
@@ -112,7 +113,7 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
         judge=judge_table,
         gradings=grades.gradings,
         conclusions=[
-            *conclusions(len(rows), metric, comparisons, judge_table, label_of),
+            *conclusions(num_compared, metric, comparisons, judge_table, label_of),
             *labelled_conclusions(judge_table),
             *grade_conclusions(grades.gradings, len(rows), label_of),
         ],

@@ -14,7 +14,7 @@ from alignment.core.errors import ConfigError, DataError
 from alignment.pipeline.backends.feasibility import why_not_here
 from alignment.pipeline.execute.summary import show_evaluation
 from alignment.pipeline.plan.plan import Plan
-from alignment.records.evaluation import ArmResult, Comparison, Evaluation, Judge, JudgedPair, Metric
+from alignment.records.evaluation import ArmResult, Comparison, Evaluation, Grading, Judge, JudgedPair, Metric
 from alignment.records.interval import Interval
 from tests.unit.pipeline.conftest import TURN, MakePlan
 from tests.unit.pipeline.worker import INTERVAL
@@ -195,6 +195,13 @@ def test_win_rates_stand_in_a_line_each_where_a_judge_was() -> None:
     printed = shown(replace(EVALUATION, judge=Judge(name="some-model", pairs=[pair, nothing])))
     assert "by some-model, dpo wins 0.62 (0.53 to 0.71) against sft: better" in printed
     assert "by some-model, dpo against sft: nothing can be concluded (40% of the verdicts are invalid)" in printed
+
+
+def test_arms_and_prompts_without_grades_are_named() -> None:
+    grading = Grading(metric="brevity", model="m", num_prompts=2, invalid={"stage:dpo": 0.4}, left_out=["stage:dpo"])
+    printed = shown(replace(EVALUATION, gradings=[grading]))
+    assert "By brevity, nothing can be concluded about dpo (40%): " in printed
+    assert "brevity is over 2 of 3 prompts: " in printed
 
 
 def test_the_primary_metric_has_its_interval_and_says_which_way_is_better() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from alignment.records.evaluation import ArmResult, Evaluation
+from alignment.records.evaluation import ArmResult, Evaluation, Grading
 from alignment.records.interval import Interval
 from alignment.report.doubts import is_smoke, of_evaluation
 from alignment.stages.registry import doubts
@@ -57,6 +59,16 @@ def test_fewer_than_ten_prompts_are_too_few() -> None:
     (few,) = of_evaluation(Evaluation(num_prompts=9))
     assert few == "only 9 prompts were evaluated, too few for a verdict; it takes at least 10"
     assert of_evaluation(Evaluation(num_prompts=10)) == []
+
+
+def test_prompts_without_a_grade_by_the_primary_metric_do_not_count() -> None:
+    gradings = [Grading(metric="polite", num_prompts=9), Grading(metric="helpful", num_prompts=10)]
+    evaluation = Evaluation(num_prompts=60, primary="helpful", gradings=gradings)
+    assert of_evaluation(evaluation) == []
+    (few,) = of_evaluation(replace(evaluation, primary="polite"))
+    assert few == (
+        "only 9 of 60 prompts have a grade by polite in every arm, too few for a verdict; it takes at least 10"
+    )
 
 
 def test_a_smoke_run_is_known_by_its_profile() -> None:
