@@ -21,6 +21,7 @@ from alignment.records.evaluation import Evaluation, Sample, read_samples
 from alignment.stages.evaluate import answering
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.grading import settled
+from alignment.stages.shared import arm_policies
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained
 from tests.judge_server import Judge, Response, Served, serving
@@ -241,7 +242,7 @@ def test_replies_that_arrived_before_a_stop_are_not_asked_for_again(chain: Chain
 def test_a_missing_key_is_named_before_a_model_is_loaded(chain: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GRADER_KEY", raising=False)
     loads: list[Callable[..., Any]] = []
-    monkeypatch.setattr(answering, "load_policy", loads.append)
+    monkeypatch.setattr(arm_policies, "load_policy", loads.append)
     endpoint = ChatEndpointConfig(base_url="http://127.0.0.1:9/v1", model="m", api_key_env="GRADER_KEY")
     spec = spec_of(chain, replace(CONFIG, grader=GraderConfig(endpoint=endpoint)), "key")
     with pytest.raises(ConfigError, match="GRADER_KEY is not set") as caught:
