@@ -14,7 +14,7 @@ from alignment.config.faults import Fault
 from alignment.config.stage import StageConfig
 from alignment.config.sweep import LESS_IS_BETTER, PRIMARY, ArmMetric, ObjectiveConfig
 from alignment.core.artifacts import EVALUATION, read_manifest
-from alignment.core.errors import ConfigError, NonFiniteError
+from alignment.core.errors import ConfigError, NonFiniteError, StageError
 from alignment.evaluation.metrics import primary_name, recorded
 from alignment.evaluation.pairwise import pairs_of
 from alignment.pipeline.execute import paired_differences
@@ -48,10 +48,13 @@ class Objective:
 
         Raises:
             ConfigError: there is no such metric; the error lists those that exist.
+            StageError: a grader or a judge gave too little to measure it by.
             NonFiniteError: it is not a finite number.
         """
         values = self._metrics(artifact)
         if self.metric not in values:
+            if why := self._why_unknown(artifact):
+                raise StageError(f"{self} is unknown: {why}", where=f"stage {self.stage}")
             raise ConfigError(
                 f"no stage reports {self}; it reports {', '.join(values) or 'no metrics'}",
                 where="objective",
@@ -68,6 +71,16 @@ class Objective:
     def _wanting(self) -> str:
         setting = {"reward": "reward", "win_rate": "judge.kind"}.get(self.metric) if self.arm else None
         return f" or set stages.{self.stage}.{setting}" if setting else ""
+
+    def _why_unknown(self, artifact: Path) -> str:
+        """Why a result could not give the metric, although its stage measures it; empty if it does not."""
+        if not self.arm:
+            return ""
+        evaluation = Evaluation.read(artifact)
+        if any(grading.metric == self.metric and self.arm in grading.left_out for grading in evaluation.gradings):
+            return "too many replies of the grader have no grade"
+        pairs = evaluation.judge.pairs if evaluation.judge and self.metric == ArmMetric.win_rate.value else []
+        return next((pair.why_nothing for pair in pairs if pair.arm == self.arm and pair.win_rate is None), "")
 
     def _metrics(self, artifact: Path) -> Mapping[str, Interval]:
         """The metrics of the arm, or of the stage, that the result reports, by name."""

@@ -29,6 +29,8 @@ class Runs:
         self.figure = figure
         self.words: Callable[[dict[str, str]], float] = lambda told: 21.5
         self.asked: list[dict[str, str]] = []
+        self.lost: dict[str, Any] = {}
+        """More of ``evaluation.json``, where there is no figure."""
         self.codes: dict[int, int] = {}
         self.faults: dict[int, Exception] = {}
 
@@ -50,6 +52,7 @@ class Runs:
         figure = None if mean is None else {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
         arm = {"name": "stage:dpo", "metrics": {} if figure is None else {METRIC: figure}, "words": 21.5}
         evaluation = {"metrics": [{"name": METRIC}], "primary": METRIC, "arms": [arm]}
+        evaluation |= self.lost if mean is None else {}
         (artifact / "evaluation.json").write_text(json.dumps(evaluation))
         scores = [] if mean is None else [mean + noise for noise in (-0.02, 0.0, 0.02)]
         lines = [

@@ -14,7 +14,7 @@ from alignment.config.store import conf_folder
 from alignment.config.sweep import SweepConfig
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.pipeline.sweeps import run as module
-from tests.unit.pipeline.sweeps.fake_runs import BETAS, Runs, go, own, trials
+from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs, go, own, trials
 
 GRID = [{"key": "stages.dpo.beta", "values": [0.1, 0.3]}]
 
@@ -72,6 +72,27 @@ def test_others_that_may_be_as_good_are_named(runs: Runs) -> None:
     assert "best: stages.dpo.beta=0.05" in printed
     assert "trials 1, 2 may be as good" in printed
     assert printed.count("best:") == 1
+
+
+def test_a_trial_whose_arm_has_no_grades_fails_and_ends_no_sweep(runs: Runs, tmp_path: Path) -> None:
+    runs.lost, figure = {"gradings": [{"metric": METRIC, "left_out": ["stage:dpo"]}]}, runs.figure
+    runs.figure = lambda told: None if told["stages.dpo.beta"] == "0.3" else figure(told)
+    code, _ = go(runs, own(runs, tmp_path, search="grid", parameters=GRID))
+    assert code == 0
+    assert [(row["state"], row["words"]) for row in trials(runs, "mine")] == [
+        ("done", ["stages.dpo.beta=0.1"]),
+        ("failed", ["stages.dpo.beta=0.3"]),
+    ]
+    assert "too many replies of the grader have no grade" in trials(runs, "mine")[1]["error"]
+
+
+def test_a_trial_of_which_the_judge_says_nothing_fails_and_ends_no_sweep(runs: Runs, tmp_path: Path) -> None:
+    pair = {"arm": "stage:dpo", "against": "stage:sft", "wins": 0, "ties": 0, "losses": 0, "invalid": 0.5}
+    runs.lost, runs.figure = {"judge": {"pairs": [pair]}}, lambda told: None
+    file = own(runs, tmp_path, objective={"arm": "stage:dpo", "metric": "win_rate"}, search="grid", parameters=GRID)
+    assert go(runs, file, "stages.evaluate.judge.kind=reward")[0] == 5
+    assert [row["state"] for row in trials(runs, "mine")] == ["failed"] * 2
+    assert "50% of the verdicts are invalid" in trials(runs, "mine")[0]["error"]
 
 
 @pytest.mark.parametrize("code", [75, 130])
