@@ -38,6 +38,8 @@ class Chosen:
 def choose(samples: list[Sample], num_samples: int, *, widest: str = WIDEST) -> list[Chosen]:
     """``num_samples`` samples, or all if there are fewer; the same samples give the same choice in any order.
 
+    Samples without a score by the primary metric come last.
+
     ``widest`` is the reason given for samples whose answers differ most by the primary metric.
     """
     ordered = sorted(samples, key=_hash)
@@ -48,13 +50,12 @@ def choose(samples: list[Sample], num_samples: int, *, widest: str = WIDEST) -> 
     rest = [s for s in ordered if id(s) not in taken]
     halves = _halves(ordered)
     by_half = [
-        s
-        for half in (WORSE, BETTER, BY_HASH)
-        for s in _in_turn([s for s in rest if halves[id(s)] == half], len(rest), _task)
+        s for half in (WORSE, BETTER) for s in _in_turn([s for s in rest if halves[id(s)] == half], len(rest), _task)
     ]
-    wanted = num_samples - len(chosen)
-    chosen += [Chosen(sample=s, why=halves[id(s)]) for s in _in_turn(by_half, wanted, lambda s: halves[id(s)])]
-    return chosen
+    without = _in_turn([s for s in rest if halves[id(s)] == BY_HASH], len(rest), _task)
+    following = [*_in_turn(by_half, len(rest), lambda s: halves[id(s)]), *without]
+    wanted = max(0, num_samples - len(chosen))
+    return [*chosen, *(Chosen(sample=s, why=halves[id(s)]) for s in following[:wanted])]
 
 
 def _hash(sample: Sample) -> str:
@@ -76,12 +77,12 @@ def gap(sample: Sample) -> float:
 
 
 def _halves(samples: list[Sample]) -> dict[int, str]:
-    """Better or worse than the median prompt, by the mean merit of all arms; ``BY_HASH`` if no answer has a merit."""
-    if not any(map(_merits, samples)):
-        return {id(s): BY_HASH for s in samples}
-    means = {id(s): sum(_merits(s)) / max(1, len(_merits(s))) for s in samples}
-    middle = median(means.values())
-    return {key: BETTER if mean > middle else WORSE for key, mean in means.items()}
+    """Better or worse than the median prompt, by the mean merit of all arms; ``BY_HASH`` if no answer to the prompt has
+    a merit."""
+    means = {id(s): sum(_merits(s)) / len(_merits(s)) for s in samples if _merits(s)}
+    middle = median(means.values()) if means else 0.0
+    halves = {key: BETTER if mean > middle else WORSE for key, mean in means.items()}
+    return {id(s): halves.get(id(s), BY_HASH) for s in samples}
 
 
 def _in_turn(samples: list[Sample], count: int, group: Callable[[Sample], str]) -> list[Sample]:

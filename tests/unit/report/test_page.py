@@ -281,6 +281,17 @@ def test_samples_spread_over_tasks_and_outcomes_whatever_their_order(fake_run):
     assert "8 of 40 held-out prompts." in first
 
 
+def test_prompts_without_a_score_are_in_neither_half(fake_run):
+    for sample in fake_run.samples[:20]:
+        sample["answers"] = {arm: {"text": answer["text"]} for arm, answer in sample["answers"].items()}
+    html = fake_run.html(num_samples=40)
+    shown = {why: html.count(f"<small>{why}</small>") for why in ("by hash, better half", "by hash, worse half")}
+    assert html.count("<small>by hash</small>") == 20
+    assert sum(shown.values()) + html.count("<small>arms differ most</small>") == 20
+    html = fake_run.html(num_samples=20)
+    assert "<small>by hash</small>" not in html
+
+
 @pytest.mark.parametrize(("wanted", "shown"), [(0, 0), (1, 1), (40, 40), (99, 40)])
 def test_as_many_samples_as_asked_for_or_as_there_are(fake_run, wanted, shown):
     assert fake_run.html(num_samples=wanted).count('<details class="sample"') == shown
