@@ -211,7 +211,8 @@ class HeldOutPrompt(Prompt):
         """Raises DataError unless a user turn is left at the end, and references fit the turns."""
         fields = example.fields
         ranks = [answer.rank for answer in example.answers]
-        has_choices = len(ranks) > 1 and ranks.count(max(ranks)) == 1
+        # Other rows with several answers have the better one first, so the letter alone would give it away.
+        has_choices = isinstance(fields.row.get("choices"), list) and len(ranks) > 1 and ranks.count(max(ranks)) == 1
         messages = example.prompt(drop_answer=True)
         dropped = "".join(turn.content for turn in example.turns[len(messages) :])
         reference, *later_references = _references(example)

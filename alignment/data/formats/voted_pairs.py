@@ -14,6 +14,8 @@ from alignment.records.votes import TIE
 def _voted(fields: Fields) -> Example:
     turns, field = asked(fields)
     answers = fields.required("answers")
+    if not isinstance(answers, Mapping) or len(answers) != 2:
+        fields.fail("answers", f"must hold the answers of two arms by their names; it is {answers!r:.60}")
     for arm, text in answers.items():
         if not is_text(text):
             fields.set_aside(f"answers.{arm}", "is empty")

@@ -107,6 +107,27 @@ def test_a_held_out_prompt_may_have_a_reference_in_a_column_or_as_its_last_turn(
     assert prompt.reference == reference
 
 
+@pytest.mark.parametrize(
+    ("form", "row"),
+    [
+        ("preference", {"messages": [USER], "chosen": "4.", "rejected": "5."}),
+        ("ranked", {"prompt": "2 + 2?", "completions": [{"text": "4.", "rank": 1}, {"text": "5.", "rank": 2}]}),
+        ("votes", {"prompt": "2 + 2?", "answers": {"dpo": "4.", "sft": "5."}, "preferred": "dpo"}),
+    ],
+)
+def test_answers_that_people_ranked_are_no_choices(form: str, row: dict[str, Any]) -> None:
+    """The better one always stands first, so a policy that only likes the first letter would choose right."""
+    (prompt,) = HeldOutPrompt.of(FORMATS[form].read(Fields(row, where="x:1", example="")))
+    assert (prompt.choices, prompt.right) == ((), None)
+
+
+@pytest.mark.parametrize("answers", [None, ["4.", "5."], {"dpo": "4."}, {"dpo": "4.", "sft": "5.", "base": "6."}])
+def test_a_vote_that_is_not_on_two_answers_is_refused(answers: Any) -> None:
+    row = {"prompt": "2 + 2?", "answers": answers, "preferred": "dpo"}
+    with pytest.raises(DataError, match="'answers' must hold the answers of two arms by their names; it is "):
+        FORMATS["votes"].read(Fields(row, where="x:1", example=""))
+
+
 def test_rows_are_read_in_order_up_to_the_limit_and_blank_lines_passed_over(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [json.dumps({"id": str(number), "messages": [USER, ANSWER]}) for number in range(4)]
