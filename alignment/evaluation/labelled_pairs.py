@@ -22,14 +22,14 @@ def one_of_each_prompt(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
 
 def agrees(pair: JudgedPair) -> bool:
     """Whether the judge names people's answer more often than chance, on enough prompts."""
-    return pair.verdict == BETTER and _counted(pair) >= FEWEST_PROMPTS
+    return pair.verdict == BETTER and pair.counted >= FEWEST_PROMPTS
 
 
 def verdict_on_judge(pair: JudgedPair) -> str:
     """The judge's agreement with people, in a few words."""
     if pair.win_rate is None:
         return pair.verdict
-    if _counted(pair) < FEWEST_PROMPTS:
+    if pair.counted < FEWEST_PROMPTS:
         return f"fewer than {FEWEST_PROMPTS} pairs"
     if pair.verdict == BETTER:
         return "agrees with people"
@@ -48,18 +48,13 @@ def labelled_conclusions(judge: Judge | None) -> list[str]:
         ]
     low, high = pair.win_rate.bounds or (TIE, TIE)
     agreement = (
-        f"{judge.name} agrees with people on {pair.win_rate.mean:.0%} of {_counted(pair)} pairs ({low:.0%} to "
+        f"{judge.name} agrees with people on {pair.win_rate.mean:.0%} of {pair.counted} pairs ({low:.0%} to "
         f"{high:.0%}), ties counted as half"
     )
-    if _counted(pair) < FEWEST_PROMPTS:
+    if pair.counted < FEWEST_PROMPTS:
         return [f"{agreement}, which are too few to tell it from chance."]
     if pair.verdict == BETTER:
         return [f"{agreement}; chance gives 50%."]
     if pair.verdict == WORSE:
         return [f"{agreement}, less often than chance: its win rates say nothing of what people prefer."]
     return [f"{agreement}, which chance also gives: its win rates say nothing."]
-
-
-def _counted(pair: JudgedPair) -> int:
-    """The pairs with a valid verdict."""
-    return pair.wins + pair.ties + pair.losses

@@ -188,6 +188,11 @@ class JudgedPair:
     people: JudgedByPeople | None = None
 
     @property
+    def counted(self) -> int:
+        """The prompts with a valid verdict."""
+        return self.wins + self.ties + self.losses
+
+    @property
     def why_nothing(self) -> str:
         """Why nothing can be concluded, in words: too many invalid verdicts, or too few prompts that people judged."""
         if self.people is None:

@@ -38,7 +38,7 @@ MUTATIONS = [
         "unit/evaluation/test_labelled_pairs.py",
         (
             "a judge is trusted on six pairs",
-            "return pair.verdict == BETTER and _counted(pair) >= FEWEST_PROMPTS",
+            "return pair.verdict == BETTER and pair.counted >= FEWEST_PROMPTS",
             "return pair.verdict == BETTER",
             "test_a_judge_is_trusted_only_beyond_chance",
         ),

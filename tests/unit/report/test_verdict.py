@@ -234,7 +234,8 @@ def with_judge(fake_run, *pairs: dict[str, object]) -> None:
 
 def judged(arm: str, against: str, rate: float, verdict: str) -> dict[str, object]:
     win_rate = {"mean": rate, "low": rate - 0.05, "high": rate + 0.05}
-    return {"arm": arm, "against": against, "wins": 1, "ties": 0, "losses": 1, "win_rate": win_rate, "verdict": verdict}
+    counts = {"wins": 40, "ties": 20, "losses": 40}
+    return {"arm": arm, "against": against, **counts, "win_rate": win_rate, "verdict": verdict}
 
 
 def test_a_judge_that_contradicts_the_primary_metric_is_in_the_headline(fake_run, make_comparison):
@@ -261,6 +262,15 @@ def test_a_judge_that_does_not_contradict_is_not_in_the_headline(fake_run, make_
     fake_run.evaluation["comparisons"] = [make_comparison("stage:dpo", "stage:sft", 0.09, 0.05)]
     with_judge(fake_run, pair)
     assert lead_of(fake_run.html()) == "Preference training helped: dpo beats sft."
+
+
+def test_a_judge_of_fewer_than_ten_prompts_contradicts_nothing(fake_run, make_comparison):
+    fake_run.evaluation["comparisons"] = [make_comparison("stage:dpo", "stage:sft", 0.09, 0.05)]
+    pair = judged("stage:sft", "stage:dpo", 0.7, "better")
+    with_judge(fake_run, pair | {"wins": 5, "ties": 1, "losses": 3})
+    assert lead_of(fake_run.html()) == "Preference training helped: dpo beats sft."
+    with_judge(fake_run, pair | {"wins": 5, "ties": 2, "losses": 3})
+    assert "a-model prefers sft" in lead_of(fake_run.html())
 
 
 def test_a_reward_model_that_contradicts_is_in_the_headline_if_its_difference_is_real(fake_run, make_comparison):
