@@ -67,6 +67,7 @@ def file_of(
     ]
     if answers.temperature > 0.0:
         parts += [answers.per_prompt, answers.temperature, context.seed(*seed_of(asked))]
+        parts += [asked.rows] if asked.number else []  # random numbers are drawn by row; a first turn has all rows
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     return context.spec.artifact.parent / "cache" / f"answers-{key}.json"
 

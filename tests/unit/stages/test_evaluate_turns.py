@@ -22,11 +22,13 @@ from alignment.data.tokens.tokenize import answer_ids, prompt_ids
 from alignment.data.turns import Message
 from alignment.evaluation.arms import Answered, with_system_prompt
 from alignment.job import StageInput, StageSpec
+from alignment.models.assembly.load import lineage
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.pipeline.plan.scorer_checks import row_checks
 from alignment.records.evaluation import ArmResult, Evaluation, Sample, read_samples
-from alignment.stages.evaluate import answering, metric_scores
+from alignment.stages.evaluate import answer_cache, answering, metric_scores
 from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.turn_prompts import TurnPrompts
 from alignment.training.context import StageContext
 from tests.chained import DATA, LORA, Chained
 from tests.judge_server import Response, serving
@@ -316,6 +318,20 @@ def test_later_turns_draw_other_random_numbers(chain: Chained, monkeypatch: pyte
     assert [len(uniforms) for uniforms in drawn] == [6, 4, 6, 4]
     assert torch.equal(drawn[1], drawn[3]), "the same for every arm"
     assert not torch.isclose(drawn[0][:4], drawn[1]).any()
+
+
+def test_samples_of_a_later_turn_are_cached_with_the_rows_whose_random_numbers_they_drew(chain: Chained) -> None:
+    """The same conversation at another place in the data draws other numbers there."""
+    spec = spec_of(chain, CONFIG, "places")
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    asked = [TurnPrompts(number=1, rows=[row], prompts=[[5, 6]], references=[None]) for row in (0, 1)]
+
+    def file(turn: TurnPrompts, temperature: float) -> Path:
+        answers, policy = AnswersConfig(temperature=temperature), lineage(spec, spec.inputs["reference"])
+        return answer_cache.file_of(context, policy, turn, answers, max_new_tokens=4, ends=[2], with_logprobs=False)
+
+    assert file(asked[0], 1.0) != file(asked[1], 1.0)
+    assert file(asked[0], 0.0) == file(asked[1], 0.0)
 
 
 def test_a_judge_sees_both_whole_conversations(chain: Chained) -> None:
