@@ -190,6 +190,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "data/records.py",
+        "unit/data/test_records.py",
+        (
+            "the chosen answer of a pair is the right choice, always the first",
+            'has_choices = isinstance(fields.row.get("choices"), list) and len(ranks) > 1',
+            "has_choices = len(ranks) > 1",
+            "test_answers_that_people_ranked_are_no_choices",
+        ),
+    ),
+    *in_file(
         "rewards/rules/texts.py",
         "unit/rewards/test_rules.py",
         (
@@ -213,6 +223,12 @@ MUTATIONS = [
             "if schema is None and self._default is not None:",
             "if self._default is not None:",
             "test_a_row_s_own_schema_comes_before_the_metric_s",
+        ),
+        (
+            "an answer's number that is too large ends the stage",
+            "except (ValueError, OverflowError, RecursionError):",
+            "except (ValueError, RecursionError):",
+            "test_a_number_too_large_to_check_is_not_accepted",
         ),
     ),
     *in_file(

@@ -135,6 +135,12 @@ MUTATIONS = [
             'return ("answers",)',
             "test_later_turns_draw_other_random_numbers",
         ),
+        (
+            "a cached later turn may be that of other rows, which drew other random numbers",
+            "parts += [asked.rows] if asked.number else []",
+            "parts += []",
+            "test_samples_of_a_later_turn_are_cached_with_the_rows_whose_random_numbers_they_drew",
+        ),
     ),
     *in_file(
         "stages/evaluate/metric_scores.py",
@@ -282,6 +288,12 @@ MUTATIONS = [
             "gain.real and gain.difference > 0",
             "gain.difference > 0",
             "test_a_reward_model_that_contradicts_is_in_the_headline_if_its_difference_is_real",
+        ),
+        (
+            "a judge of nine prompts contradicts",
+            "    if pair.counted < FEWEST_PROMPTS:\n",
+            "    if pair.counted < 1:\n",
+            "test_a_judge_of_fewer_than_ten_prompts_contradicts_nothing",
         ),
         (
             "a judge of another pair contradicts",

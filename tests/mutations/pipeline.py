@@ -321,6 +321,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "pipeline/sweeps/objectives.py",
+        SWEEP,
+        (
+            "an arm without grades ends the whole sweep",
+            "self.arm in grading.left_out for grading",
+            "not grading for grading",
+            "test_a_trial_whose_arm_has_no_grades_fails_and_ends_no_sweep",
+        ),
+    ),
+    *in_file(
         "pipeline/sweeps/study.py",
         SWEEP,
         (
