@@ -32,11 +32,12 @@ ABSENT = "–"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Judged:
-    """An arm of a run, the metrics of its evaluation by name, and the scores of its answers by metric and prompt."""
+    """An arm of a run, its evaluation's metrics and prompts, and the scores of its answers by metric and prompt."""
 
     arm: ArmResult
     metrics: dict[str, Metric]
     primary: Metric | None
+    prompts: set[str]
     scores: dict[str, dict[str, float]]
 
 
@@ -131,9 +132,12 @@ def _arms(folder: Path) -> dict[str, _Judged]:
     for artifact in paired_differences.evaluations(folder).values():
         evaluation = Evaluation.read(artifact)
         metrics = {metric.name: metric for metric in evaluation.metrics}
+        prompts = paired_differences.prompts(artifact)
         for arm in evaluation.arms:
             scores = paired_differences.scores(artifact, arm.name)
-            arms[arm.name] = _Judged(arm=arm, metrics=metrics, primary=evaluation.primary_metric, scores=scores)
+            arms[arm.name] = _Judged(
+                arm=arm, metrics=metrics, primary=evaluation.primary_metric, prompts=prompts, scores=scores
+            )
     return arms
 
 
@@ -166,13 +170,17 @@ def _differences(judged: Sequence[dict[str, _Judged]]) -> Iterator[Difference]:
     """Yields the differences of each other run minus the first, in every metric of an arm that both have."""
     for run, arms in enumerate(judged[1:], start=1):
         for name in [name for name in arms if name in judged[0]]:
-            scores, first = arms[name].scores, judged[0][name].scores
-            for metric in [metric for metric in scores if metric in first]:
+            this, first = arms[name], judged[0][name]
+            for metric in [metric for metric in this.scores if metric in first.scores]:
+                scores, others, unscored = this.scores[metric], first.scores[metric], 0
+                if this.prompts == first.prompts:
+                    scores, others, unscored = paired_differences.in_both(scores, others)
                 yield Difference(
                     run=run,
                     arm=name,
-                    metric=arms[name].metrics.get(metric) or Metric(name=metric),
-                    interval=paired_differences.difference(scores[metric], first[metric]),
+                    metric=this.metrics.get(metric) or Metric(name=metric),
+                    interval=paired_differences.difference(scores, others),
+                    unscored=unscored,
                 )
 
 
@@ -190,7 +198,8 @@ def _show_differences(
             verdict = (
                 "the same on every prompt" if difference.none_at_all else difference.metric.verdict(difference.interval)
             )
-            line = f"{label}: {difference.interval.mean:+.3f} ({low:+.3f} to {high:+.3f}), {verdict}"
+            interval = f"{difference.interval.mean:+.3f} ({low:+.3f} to {high:+.3f})"
+            line = f"{label}: {interval}, {verdict}{difference.without}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

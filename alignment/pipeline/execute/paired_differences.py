@@ -36,6 +36,18 @@ def scores(artifact: Path, arm: str) -> dict[str, dict[str, float]]:
     return by_metric
 
 
+def prompts(artifact: Path) -> set[str]:
+    """Every prompt of an evaluation, whether it has scores or not."""
+    return {sample.prompt for sample in read_samples(artifact)}
+
+
+def in_both(scores: dict[str, float], other_scores: dict[str, float]) -> tuple[dict[str, float], dict[str, float], int]:
+    """The scores on prompts that both have, and how many prompts only one has."""
+    both = [prompt for prompt in scores if prompt in other_scores]
+    only_one = len(scores.keys() ^ other_scores.keys())
+    return {prompt: scores[prompt] for prompt in both}, {prompt: other_scores[prompt] for prompt in both}, only_one
+
+
 def difference(scores: dict[str, float], other_scores: dict[str, float]) -> Interval | None:
     """The mean of ``scores`` minus ``other_scores`` with its 95 % interval; None without scores on the same prompts."""
     if not scores or scores.keys() != other_scores.keys():

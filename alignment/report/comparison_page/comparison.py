@@ -139,9 +139,9 @@ def _sentence(runs: Sequence[ListedRun], difference: Difference) -> str:
     if measured is None:
         return f"{label}: {letter} was judged on other prompts than {first}, which cannot be compared."
     metric = difference.metric.name
-    interval = f"{text.signed(measured.mean)} in {metric} (95\u202f% interval {_bounds(measured)})"
+    interval = f"{text.signed(measured.mean)} in {metric} (95\u202f% interval {_bounds(measured)}){difference.without}"
     if difference.none_at_all:
-        return f"{label}: the same {metric} in {letter} and {first} on every prompt."
+        return f"{label}: the same {metric} in {letter} and {first} on every prompt{difference.without}."
     if not difference.real:
         return f"{label}: a difference between {letter} and {first} is not shown: {interval}."
     return f"{label}: {letter} is really {difference.metric.verdict(measured)} than {first}: {interval}."

@@ -24,18 +24,26 @@ from alignment.stages.registry import produced_by
 class Difference:
     """The run number ``run`` minus the first one, in a metric of an arm's answers, paired by prompt.
 
-    ``interval`` is None if the runs were evaluated on different prompts.
+    ``interval`` is None if the runs were evaluated on different prompts. ``unscored`` prompts lack a score in one of
+    the runs, such as a grade, and do not count.
     """
 
     run: int
     arm: str
     metric: Metric
     interval: Interval | None
+    unscored: int = 0
 
     @property
     def real(self) -> bool:
         """Whether the interval excludes zero."""
         return self.interval is not None and self.interval.excludes_zero()
+
+    @property
+    def without(self) -> str:
+        """What does not count, to put behind the interval; empty if all prompts do."""
+        prompts = "prompt that has" if self.unscored == 1 else "prompts that have"
+        return f", without {self.unscored} {prompts} no score in one of the runs" if self.unscored else ""
 
     @property
     def none_at_all(self) -> bool:

@@ -24,7 +24,7 @@ class Runs:
     def add(
         self,
         name: str,
-        scores: dict[str, list[float]] | None,
+        scores: dict[str, list[float | None]] | None,
         *,
         prompts: str = "p",
         ids: bool = True,
@@ -45,9 +45,10 @@ class Runs:
             arms = [
                 {
                     "name": arm,
-                    "metrics": {METRIC: {"mean": sum(told) / len(told), "low": min(told), "high": max(told)}},
+                    "metrics": {METRIC: {"mean": sum(known) / len(known), "low": min(known), "high": max(known)}},
                 }
                 for arm, told in scores.items()
+                if (known := [score for score in told if score is not None])
             ]
             metrics = [{"name": METRIC, "higher_is_better": higher_is_better}]
             (run / "evaluation.json").write_text(json.dumps({"metrics": metrics, "primary": METRIC, "arms": arms}))
@@ -56,7 +57,10 @@ class Runs:
                 {
                     "id": f"{prompts}{place}" if ids else "",
                     "messages": [{"role": "user", "content": f"{prompts}{place}"}],
-                    "answers": {arm: {"text": "", "scores": {METRIC: told[place]}} for arm, told in scores.items()},
+                    "answers": {
+                        arm: {"text": "", "scores": {} if told[place] is None else {METRIC: told[place]}}
+                        for arm, told in scores.items()
+                    },
                 }
                 for place in range(number)
             ]
@@ -134,6 +138,18 @@ def test_other_prompts_are_not_compared(runs: Runs) -> None:
     printed = runs.compared("a", "b")
     assert "dpo: b against a: judged on other prompts" in printed
     assert "better" not in printed
+
+
+def test_prompts_without_a_score_in_one_run_count_in_neither(runs: Runs, tmp_path: Path) -> None:
+    """A grader gives now and then no grade, and on other prompts in each run."""
+    runs.add("a", {"stage:dpo": [0.5, None, 0.5, 0.1]})
+    runs.add("b", {"stage:dpo": [0.9, 0.9, 0.7, None]})
+    page = tmp_path / "page.html"
+    line = (
+        "dpo: b against a: +0.300 (+0.200 to +0.400), better, without 2 prompts that have no score in one of the runs"
+    )
+    assert line in runs.compared("a", "b", html=str(page))
+    assert "without 2 prompts that have no score in one of the runs" in page.read_text()
 
 
 def test_prompts_without_ids_are_told_apart_by_what_they_say(runs: Runs) -> None:
