@@ -107,7 +107,7 @@ def test_a_process_that_raises_is_named(new_align: Callable[[], Align], tmp_path
         "stages.ppo.init=base",
         "stages.ppo.reward=null",
         f"stages.ppo.scorers=[{{source: '{file}:second'}}]",
-        "stages.ppo.data.limit=6",
+        "stages.ppo.data={source: 'bundled:quickstart/preferences', limit: 6}",
         "stages.ppo.max_prompt_length=4096",
         "stages.ppo.max_new_tokens=8",
         "stages.ppo.optim.batch_size=4",

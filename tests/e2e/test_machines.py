@@ -11,7 +11,11 @@ from pathlib import Path
 from tests.e2e.conftest import environment
 
 RECIPE = "defaults: [base, stage@stages.sft: sft, _self_]\nsummary: one stage\n"
-SMALL = ("data.limit=12", "max_length=4096", "optim={batch_size: 4, micro_batch_tokens: 60, lr: 1e-3}")
+SMALL = (
+    "data={source: 'bundled:quickstart/conversations', limit: 12}",
+    "max_length=4096",
+    "optim={batch_size: 4, micro_batch_tokens: 60, lr: 1e-3}",
+)
 
 
 def free_port() -> int:

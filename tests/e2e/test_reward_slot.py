@@ -35,7 +35,8 @@ def test_a_function_scores_a_rule_joins_it_and_a_guard_watches(finished: Align, 
         *ALONE,
         f"stages.ppo.scorers=[{scorers}]",
         "stages.ppo.guard={every: 2, prompts: 2, scorer: {source: length, target: 2}}",
-        "stages.ppo.ptx={coefficient: 0.1, batch_size: 2, data: {limit: 4}}",
+        "stages.ppo.ptx={coefficient: 0.1, batch_size: 2, "
+        "data: {source: 'bundled:quickstart/conversations', limit: 4}}",
         "stages.ppo.critic_warmup=1",
     )
     assert f"runs your code: {file}:brevity" in align("plan", *told)

@@ -46,6 +46,9 @@ def test_only_what_a_setting_reaches_is_made_for_each_value(new_forked: Callable
 RECIPE = """\
 defaults: [base, stage@stages.sft: sft, stage@stages.dpo: dpo, _self_]
 summary: two stages
+stages:
+  sft: {data: {source: "bundled:quickstart/conversations"}}
+  dpo: {data: {source: "bundled:quickstart/preferences"}}
 """
 BY_ITS_OWN_FIGURE = """\
 objective: {stage: dpo, metric: rewards/accuracies}

@@ -54,7 +54,7 @@ def learn(
     rows: Dataset,
     metrics: dict[str, float],
     *,
-    held_out: Dataset | None,
+    held_out: Dataset | None = None,
 ) -> StageResult:
     """Trains on rows of ``input_ids`` and ``labels`` and saves the model; ``metrics`` are added to the last loss.
 
