@@ -87,6 +87,18 @@ MUTATIONS = [
             "test_data_elsewhere_and_the_harness_s_version_are_covered_too",
         ),
         (
+            "included files and functions beside the tasks' folders are not covered",
+            '            hashes[f"files of {task.name}"] = digest([file_sha256(file) for file in outside])\n',
+            "            pass\n",
+            "test_what_a_task_reads_beside_its_folder_and_hidden_data_in_it_are_covered_too",
+        ),
+        (
+            "hidden data in a tasks' folder are not covered",
+            " and not _is_by_product(file.relative_to(folder))",
+            "",
+            "test_what_a_task_reads_beside_its_folder_and_hidden_data_in_it_are_covered_too",
+        ),
+        (
             "code that Python compiled changes a fingerprint",
             'any(part.startswith(".") or part in SKIPPED for part in name.parts)',
             "False",

@@ -139,23 +139,36 @@ def _located(config: BenchmarkConfig) -> BenchmarkConfig:
 
 
 def content(config: BenchmarkConfig, where: str) -> Mapping[str, str]:
-    """The harness's version, and the SHA-256 of each folder of tasks and of the data files that tasks name.
+    """The harness's version, and the SHA-256 of each folder of tasks. What tasks read elsewhere is covered too: data,
+    included files, and the files of functions.
 
     Raises:
         DataError: a data file is missing.
     """
     folders = [located(name) for name in config.task_folders]
     hashes = {f"task_folders[{n}]": _tree_sha256(folder) for n, folder in enumerate(folders) if folder.is_dir()}
-    for task in _known(config).tasks.values():
+    known = _known(config)
+    for task in known.tasks.values():
         files = data_files(task)
         for file in files:
             if not file.exists():
                 remedy = f"{task.file} names it; paths are relative to the file that names them"
                 raise DataError("no such file", where=f"{where}.tasks: {task.name}: {file}", remedy=remedy)
-        outside = [file for file in files if not any(file.resolve().is_relative_to(f.resolve()) for f in folders)]
-        if outside:
+        if outside := _outside(files, folders):
             hashes[f"data of {task.name}"] = digest([content_sha256(file) for file in outside])
+    for task in (*known.tasks.values(), *known.groups.values()):
+        if outside := _outside(task.sources, folders):
+            hashes[f"files of {task.name}"] = digest([file_sha256(file) for file in outside])
     return {"lm_eval": _installed() or "", **hashes}
+
+
+def _outside(files: Sequence[Path], folders: Sequence[Path]) -> list[Path]:
+    """The files that the hash of no folder covers."""
+    return [file for file in files if not any(_covers(folder.resolve(), file.resolve()) for folder in folders)]
+
+
+def _covers(folder: Path, file: Path) -> bool:
+    return file.is_relative_to(folder) and not _is_by_product(file.relative_to(folder))
 
 
 def _tree_sha256(folder: Path) -> str:

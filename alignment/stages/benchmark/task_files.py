@@ -37,18 +37,24 @@ class Function:
 
     def __str__(self) -> str:
         """``/home/me/tasks/utils.py:process_docs``, or the reference where an installed module is meant."""
-        module, _, name = self.reference.rpartition(".")
-        file = self.folder / f"{module.replace('.', '/')}.py"
-        return f"{file}:{name}" if file.is_file() else self.reference
+        file = self.file
+        return self.reference if file is None else f"{file}:{self.reference.rpartition('.')[2]}"
+
+    @property
+    def file(self) -> Path | None:
+        """The file in ``folder`` that defines it; None where an installed module is meant."""
+        file = self.folder / f"{self.reference.rpartition('.')[0].replace('.', '/')}.py"
+        return file if file.is_file() else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFile:
-    """A task or a group: its name, its file, and its settings with those of included files."""
+    """A task or a group: its name, its file, and its settings with those of the files in ``included``."""
 
     name: str
     file: Path
     settings: Mapping[str, Any]
+    included: Sequence[Path] = ()
 
     @property
     def is_group(self) -> bool:
@@ -65,6 +71,12 @@ class TaskFile:
     def functions(self) -> list[Function]:
         """The functions that its settings name, in their order."""
         return list(dict.fromkeys(_functions(self.settings)))
+
+    @property
+    def sources(self) -> list[Path]:
+        """The files that say what it does: its own, those that it includes, and those of its functions."""
+        of_functions = (function.file for function in self.functions)
+        return list(dict.fromkeys([self.file, *self.included, *(file for file in of_functions if file is not None)]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +130,13 @@ def together(folders: Sequence[Sequence[TaskFile]]) -> TaskFolders:
 
 
 def _task_file(file: Path) -> TaskFile | None:
-    settings = read_settings(file)
+    settings, included = read_settings(file)
     name = settings.get("group", settings.get("task"))
-    return TaskFile(name=name, file=file, settings=settings) if isinstance(name, str) else None
+    return TaskFile(name=name, file=file, settings=settings, included=included) if isinstance(name, str) else None
 
 
-def read_settings(file: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The settings in a file over those of the files that it includes; data files have absolute paths.
+def read_settings(file: Path, including: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[Path]]:
+    """The settings in a file over those of the files that it includes, and these files; data files have absolute paths.
 
     Raises:
         DataError: a file is missing, is not YAML or not a group of settings, or includes itself.
@@ -136,15 +148,18 @@ def read_settings(file: Path, including: tuple[Path, ...] = ()) -> dict[str, Any
         raise DataError(f"cannot be read{by}: {_in_a_line(error)}", where=str(file)) from error
     if not isinstance(settings, dict):
         raise DataError("is not a group of settings", where=str(file), remedy="write a task as KEY: VALUE")
-    included = settings.pop("include", [])
+    names = settings.pop("include", [])
     merged: dict[str, Any] = {}
-    for name in included if isinstance(included, list) else [included]:
+    included: list[Path] = []
+    for name in names if isinstance(names, list) else [names]:
         other = (file.parent / str(name)).absolute()
         if other in (*including, file):
             raise DataError("includes itself", where=str(file))
-        merged |= read_settings(other, (*including, file))
+        of_other, below = read_settings(other, (*including, file))
+        merged |= of_other
         merged.pop(NEVER_INCLUDED, None)
-    return merged | _with_data_files(settings, file.parent)
+        included += [other, *below]
+    return merged | _with_data_files(settings, file.parent), included
 
 
 def _in_a_line(error: Exception) -> str:

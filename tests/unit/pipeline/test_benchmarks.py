@@ -304,6 +304,28 @@ def test_data_elsewhere_and_the_harness_s_version_are_covered_too(
     assert stage(benchmark()).fingerprint != planned.fingerprint
 
 
+@pytest.mark.parametrize("changed", ["common.yaml", "clean.py", ".rows.jsonl"])
+def test_what_a_task_reads_beside_its_folder_and_hidden_data_in_it_are_covered_too(
+    benchmark: MakeBenchmark, folder: Path, tmp_path: Path, changed: str
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    files = {
+        "common.yaml": shared / "common.yaml",
+        "clean.py": shared / "clean.py",
+        ".rows.jsonl": folder / ".rows.jsonl",
+    }
+    common = TASK.removeprefix("task: sums\n").replace("sums.jsonl", "../tasks/.rows.jsonl")
+    files["common.yaml"].write_text(f"{common}process_docs: !function clean.rows\n")
+    files["clean.py"].write_text("def rows(data):\n    return data\n")
+    files[".rows.jsonl"].write_text(ROWS)
+    (folder / "sums.yaml").write_text("include: ../shared/common.yaml\ntask: sums\n")
+    planned = stage(benchmark())
+    assert str(tmp_path) not in json.dumps(planned.identity)
+    files[changed].write_text(f"{files[changed].read_text()}\n")
+    assert stage(benchmark()).fingerprint != planned.fingerprint
+
+
 def test_a_plan_says_which_code_of_yours_runs(benchmark: MakeBenchmark, folder: Path) -> None:
     (folder / "clean.py").write_text("raise SystemExit('a plan runs nothing')\n")
     add(folder, "cleaned", "task: cleaned\nprocess_docs: !function clean.rows\n", base="sums.yaml")
