@@ -206,7 +206,12 @@ def _reported(config: BenchmarkConfig) -> Reported:
     return Reported(
         counts=("rows", "rows_left_out"),
         families=tuple(f"{name}/" for name in (*tasks.tasks, *tasks.groups)),
-        less_is_better=tuple(f"{task.name}/{metric}" for task in tasks.tasks.values() for metric in falling(task)),
+        less_is_better=tuple(
+            f"{task.name}/{metric}{end}"
+            for task in tasks.tasks.values()
+            for metric in falling(task)
+            for end in ("/", ",")  # the arm or the filter follows
+        ),
     )
 
 

@@ -212,6 +212,8 @@ def test_without_the_harness_s_release_the_plan_says_what_to_install(
         ("sums/exact_match/sft", False, ""),
         ("sums/ter/sft", True, ""),
         ("sums/ter/sft", False, "the less sums/ter/sft the better; set minimize: true"),
+        ("sums/ter,strict/sft", False, "the less sums/ter,strict/sft the better; set minimize: true"),
+        ("sums/term_match/sft", False, ""),
         ("sumz/ter/sft", True, "stage 'benchmark' reports no 'sumz/ter/sft'; one of: rows, rows_left_out, sums/…"),
         ("rows", False, ""),
     ],
