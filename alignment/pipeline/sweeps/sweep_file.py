@@ -192,9 +192,19 @@ def _unwatchable(pruning: PruningConfig, stages: Mapping[str, StageConfig]) -> s
 
 
 def _unlogged(pruning: PruningConfig, stage: StageConfig) -> str:
-    """Why a stage never logs a figure of validation; other metrics are known once it logs its first step."""
-    is_of_validation = pruning.metric.startswith(validation_figures.PREFIX)
-    return reported.missing(stage, pruning.metric, pruning.stage) if is_of_validation else ""
+    """Why a trial cannot be pruned by this figure of validation; other metrics are known once the stage logs its first
+    step."""
+    if not pruning.metric.startswith(validation_figures.PREFIX):
+        return ""
+    if missing := reported.missing(stage, pruning.metric, pruning.stage):
+        return missing
+    if pruning.metric not in validation_figures.HELD_OUT:
+        known = suggestion(pruning.metric, validation_figures.HELD_OUT)
+        return f"stage {pruning.stage!r} reports {pruning.metric!r} only at its end; {known}"
+    if pruning.minimize != reported.less_is_better(pruning.metric):
+        direction, value = ("more", "false") if pruning.minimize else ("less", "true")
+        return f"the {direction} {pruning.metric} the better; set pruning.minimize: {value}"
+    return ""
 
 
 def _refuse_unwatched(launch: LaunchConfig, pruning: PruningConfig) -> None:

@@ -234,6 +234,30 @@ def test_held_out_figures_of_a_stage_can_be_an_objective(runs: Runs, tmp_path: P
         read(stage="dpo", metric="validation/loss")
 
 
+@pytest.mark.parametrize(
+    ("metric", "minimize", "words"),
+    [
+        ("validation/last_loss", True, "stage 'dpo' reports 'validation/last_loss' only at its end; "),
+        ("validation/accuracy", True, "the more validation/accuracy the better; set pruning.minimize: false"),
+        ("validation/loss", False, "the less validation/loss the better; set pruning.minimize: true"),
+        ("validation/accuracy", False, ""),
+        ("validation/loss", True, ""),
+    ],
+)
+def test_only_what_a_look_measures_prunes_and_only_in_its_direction(
+    runs: Runs, tmp_path: Path, metric: str, minimize: bool, words: str
+) -> None:
+    settings = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}"]
+    settings += ["stages.dpo.validation={share: 0.2, every: 2}"]
+    pruning = {"pruner": "median", "stage": "dpo", "metric": metric, "minimize": minimize}
+    file = own(runs, tmp_path, pruning=pruning)
+    if words:
+        with pytest.raises(ConfigError, match=f"pruning.metric: {words}"):
+            module.read_sweep("quickstart", file, settings)
+    else:
+        assert module.read_sweep("quickstart", file, settings).config.pruning.metric == metric
+
+
 def test_sampled_answers_report_a_divergence_and_greedy_ones_a_log_ratio(runs: Runs, tmp_path: Path) -> None:
     settings = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}"]
     sampled = "stages.evaluate.answers={per_prompt: 2, temperature: 1.0}"
