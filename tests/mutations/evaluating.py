@@ -306,6 +306,12 @@ MUTATIONS = [
         "pipeline/execute/notes.py",
         "unit/pipeline/test_notes.py",
         (
+            "rows of a validation count as learned from",
+            " if not field.startswith(validation_checks.DATA)",
+            "",
+            "test_rows_of_a_validation_are_not_learned_from_but_may_choose_a_step",
+        ),
+        (
             "a rule with another target counts as the same metric",
             "source.pattern, source.target, source.schema",
             "source.pattern, source.schema",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +127,26 @@ def _near_held_out(stage: PlannedStage) -> Iterator[str]:
 
 
 def _shared_prompts(plan: Plan) -> Iterator[str]:
-    """Notes on prompts that are both trained on and evaluated, among the rows that a plan compares."""
+    """Notes on evaluated prompts that are also trained on, or choose a step, among the rows that a plan compares."""
     for evaluation in plan.stages:
         if kind_of(evaluation.config).produces != EVALUATION or "data" not in evaluation.seen:
             continue
-        for both, stages in _overlaps(plan, HeldOut(evaluation.seen["data"].texts)).items():
-            yield (
-                f"{len(both)} of the rows that {text.listing(stages)} may learn from resemble prompts of "
-                f"{evaluation.name}: {both[0].learned} has {both[0].share:.0%} of the eight-word sequences of "
-                f"{both[0].held_out}"
-            )
+        held_out = HeldOut(evaluation.seen["data"].texts)
+        for both, stages in _overlaps(plan, held_out).items():
+            yield _resemble(f"that {text.listing(stages)} may learn from", both, evaluation)
+        for stage in plan.stages:
+            looks, own = validation_checks.of_stage(stage.config), stage.seen.get(validation_checks.DATA)
+            if looks is None or own is None or not (looks.keep_best or looks.patience):
+                continue
+            if both := tuple(held_out.overlaps(own.texts)):
+                yield _resemble(f"by which {stage.name} chooses its step", both, evaluation)
+
+
+def _resemble(which: str, both: Sequence[Overlap], evaluation: PlannedStage) -> str:
+    return (
+        f"{len(both)} of the rows {which} resemble prompts of {evaluation.name}: {both[0].learned} has "
+        f"{both[0].share:.0%} of the eight-word sequences of {both[0].held_out}"
+    )
 
 
 def _overlaps(plan: Plan, held_out: HeldOut) -> dict[tuple[Overlap, ...], list[str]]:
@@ -144,7 +154,8 @@ def _overlaps(plan: Plan, held_out: HeldOut) -> dict[tuple[Overlap, ...], list[s
     overlaps: dict[tuple[LocatedText, ...], tuple[Overlap, ...]] = {}
     stages: dict[tuple[Overlap, ...], list[str]] = {}
     for stage in plan.stages:
-        for seen in stage.seen.values() if kind_of(stage.config).trains else ():
+        learned = [seen for field, seen in stage.seen.items() if not field.startswith(validation_checks.DATA)]
+        for seen in learned if kind_of(stage.config).trains else ():
             if seen.texts not in overlaps:
                 overlaps[seen.texts] = tuple(held_out.overlaps(seen.texts))
             names = stages.setdefault(overlaps[seen.texts], [])

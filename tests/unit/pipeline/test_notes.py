@@ -117,6 +117,24 @@ def test_prompts_that_are_learned_and_evaluated_are_named(plan: MakePlan, tmp_pa
 
 
 @pytest.mark.usefixtures("apart")
+def test_rows_of_a_validation_are_not_learned_from_but_may_choose_a_step(plan: MakePlan, tmp_path: Path) -> None:
+    (tmp_path / "heldout.jsonl").write_text(
+        json.dumps({**ROWS["heldout"], "messages": [{**TURN, "content": LONG}]}) + "\n"
+    )
+    own = tmp_path / "own.jsonl"
+    turns = [{**TURN, "content": LONG}, {"role": "assistant", "content": "On 21 March."}]
+    own.write_text(json.dumps({**ROWS["conversations"], "messages": turns}) + "\n")
+    steps = "stages.sft.optim.max_steps=4"
+    looks = f"every: 1, data: {{source: 'path:{own}'}}"
+    assert of_plan(plan(steps, f"stages.sft.validation={{{looks}}}")) == []
+    (note,) = of_plan(plan(steps, f"stages.sft.validation={{{looks}, keep_best: true}}"))
+    assert note == (
+        f"1 of the rows by which sft chooses its step resemble prompts of evaluate: {own}:1 has 100% of the "
+        f"eight-word sequences of {tmp_path}/heldout.jsonl:1"
+    )
+
+
+@pytest.mark.usefixtures("apart")
 def test_a_primary_metric_that_a_stage_optimises_is_named_and_recorded(plan: MakePlan) -> None:
     metrics = "stages.evaluate.metrics=[{name: brevity, source: length, target: 20}, {name: liked, source: reward}]"
     scorers = "stages.ppo.scorers=[{source: reward}, {source: length, target: 20, weight: 0.5}]"
