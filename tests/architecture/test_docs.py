@@ -10,6 +10,7 @@ import pytest
 
 from alignment.cli import parse
 from alignment.config.typed import typed
+from alignment.pipeline.plan import settings
 from alignment.pipeline.plan.compose import compose
 from alignment.stages.registry import config_classes
 
@@ -91,3 +92,19 @@ def test_the_recipe_in_readme_and_docs_is_one(tmp_path: Path) -> None:
         composition = compose(str(tmp_path / "mine.yaml"), [])
         assert not composition.faults
         assert list(typed(composition.tree, config_classes()).stages) == ["sft", "dpo"]
+
+
+RECIPES = [
+    (page, text)
+    for page in PAGES
+    for text in re.findall(r"```yaml\n(defaults:.*?)```", page.read_text("utf-8"), re.DOTALL)
+]
+
+
+@pytest.mark.parametrize(("page", "text"), RECIPES, ids=lambda value: value.name if isinstance(value, Path) else "")
+def test_a_recipe_in_the_docs_names_the_rows_of_its_stages(page: Path, text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    composition = compose(str(tmp_path / "mine.yaml"), [])
+    assert not composition.faults
+    faults = settings.faults(typed(composition.tree, config_classes()))
+    assert not [fault for fault in faults if fault.where.endswith("data.source")], page.name
