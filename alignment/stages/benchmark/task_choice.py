@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.did_you_mean import suggestion
-from alignment.stages.benchmark.task_files import TaskFile, TaskFolders
+from alignment.stages.benchmark.task_files import ADDRESS, TaskFile, TaskFolders
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")
 """``dataset_path`` of data in files of this machine, which ``data_files`` names."""
@@ -88,18 +88,22 @@ def _refuse_data(group: str, settings: Mapping[str, Any], keys: Sequence[str]) -
 
 def data_files(task: TaskFile) -> list[Path]:
     """The files and folders of this machine that a task reads, in a stable order."""
-    arguments = task.settings.get("dataset_kwargs") or {}
-    paths = list(_paths(arguments.get("data_files"))) + list(_paths(arguments.get("data_dir")))
+    names = _names_of_files(task)
     source = str(task.settings.get("dataset_path") or "")
-    return paths if paths or not Path(source).is_dir() else [Path(source)]
+    return [Path(name) for name in (names if names or not Path(source).is_dir() else [source])]
 
 
-def _paths(value: Any) -> Iterator[Path]:
+def _names_of_files(task: TaskFile) -> list[str]:
+    arguments = task.settings.get("dataset_kwargs") or {}
+    return [name for key in ("data_files", "data_dir") for name in _names(arguments.get(key))]
+
+
+def _names(value: Any) -> Iterator[str]:
     for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]:
         if isinstance(item, (Mapping, list)):
-            yield from _paths(item)
+            yield from _names(item)
         elif item is not None:
-            yield Path(str(item))
+            yield str(item)
 
 
 def hub_source(task: TaskFile) -> str | None:
@@ -157,6 +161,13 @@ def _data_problems(task: TaskFile) -> Iterator[str]:
         yield "names no data; set dataset_path, such as json with data_files"
     elif source in BUILDERS and not data_files(task):
         yield f"reads {source} and names no file; set dataset_kwargs: {{data_files: …}}"
+    elif addresses := [name for name in _names_of_files(task) if ADDRESS in name]:
+        yield f"reads {addresses[0]}, and stages have no network; download the file and name it in data_files"
+    elif hub_source(task) is not None and _names_of_files(task):
+        yield (
+            f"chooses files of the hub's data set {source} (data_files, data_dir), which this stage cannot do; "
+            "download them, and set dataset_path to their format, such as csv"
+        )
     elif source not in BUILDERS and not Path(str(source)).is_dir() and hub_source(task) is None:
         yield (
             f"has dataset_path {source!r}, which is no folder beside its file; give a folder, one of "

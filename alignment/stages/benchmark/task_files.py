@@ -26,6 +26,8 @@ SHIPPED = "harness:"
 SKIPPED = ("__pycache__", ".ipynb_checkpoints")
 """Folders that are not read."""
 NEVER_INCLUDED = "task_list"
+ADDRESS = "://"
+"""In the name of a data file that is on no machine of ours, such as ``hf://datasets/org/name/rows.csv``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,6 +204,8 @@ def _absolute(paths: Any, folder: Path) -> Any:
         return {split: _absolute(value, folder) for split, value in paths.items()}
     if isinstance(paths, list):
         return [_absolute(path, folder) for path in paths]
+    if ADDRESS in str(paths):
+        return paths
     return str((folder / Path(str(paths)).expanduser()).absolute())
 
 

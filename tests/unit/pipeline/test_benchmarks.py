@@ -116,6 +116,14 @@ def test_settings_that_cannot_be_right_are_named(benchmark: MakeBenchmark, overr
         ),
         ("dataset_path: null", "names no data; set dataset_path, such as json with data_files"),
         ("dataset_kwargs: null", "reads json and names no file; set dataset_kwargs: {data_files: …}"),
+        (
+            "dataset_kwargs: {data_files: {test: hf://datasets/org/name/rows.jsonl}}",
+            "reads hf://datasets/org/name/rows.jsonl, and stages have no network; download the file and name it",
+        ),
+        (
+            "dataset_path: org/name\ndataset_kwargs: {data_files: {test: part/rows.csv}}",
+            "chooses files of the hub's data set org/name (data_files, data_dir), which this stage cannot do; ",
+        ),
         ("dataset_path: ./rows", "has dataset_path './rows', which is no folder beside its file; give a folder"),
     ],
 )
