@@ -43,6 +43,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "stages/reward/run.py",
+        STAGES,
+        (
+            "validation sees the pairs that eval_accuracy is of",
+            ", reported=held_out)",
+            ")",
+            "test_a_pair_that_a_reward_model_reports_on_is_not_looked_at",
+        ),
+    ),
+    *in_file(
         "training/looks.py",
         STAGES,
         (

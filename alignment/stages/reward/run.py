@@ -52,7 +52,7 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
     rest, held_out = split(
         pairs, config.eval_fraction, context.generator("split"), where=f"stages.{context.spec.stage}"
     )
-    learned, validated = hold_out(config, context, rest, PAIRS, limits_of_parts(config), tokenizer)
+    learned, validated = hold_out(config, context, rest, PAIRS, limits_of_parts(config), tokenizer, reported=held_out)
     trainer = _trainer(config, context, start, tokenizer, learned)
     last = train(
         trainer,

@@ -28,23 +28,35 @@ class ValidatedConfig(Protocol):
 
 
 def hold_out(
-    config: ValidatedConfig, context: StageContext, rows: Dataset, kind: Kind, limits: Limits, tokenizer: Any
+    config: ValidatedConfig,
+    context: StageContext,
+    rows: Dataset,
+    kind: Kind,
+    limits: Limits,
+    tokenizer: Any,
+    *,
+    reported: Dataset | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """The rows to learn from, and the held-out rows, which are None without validation.
 
-    No prompt is on both sides. With a ``share``, ``rows`` have the column ``where``, and the held-out ones are listed
+    No prompt is on both sides, and none of a held-out row is in ``reported``, the rows on which the stage reports its
+    result. With a ``share``, ``rows`` have the column ``where``, and the held-out ones are listed
     in ``HELD_OUT``.
 
     Raises:
         DataError: too few prompts to hold any out, less than one batch is left to learn from, or a prompt of the
-            validation's own data is learned from.
+            validation's own data is learned from or reported on.
     """
     validation, where = config.validation, f"stages.{context.spec.stage}.validation"
     if not validation.on:
         return rows, None
     if validation.share is None:
         held_out, _ = token_rows(context, kind, validation.data, limits, tokenizer, field="validation.data")
-        _refuse_shared_prompts(rows, held_out, where=f"{where}.data")
+        why = "that is learned from, so their loss says nothing of new prompts"
+        _refuse_shared_prompts(rows, held_out, why, where=f"{where}.data")
+        if reported is not None:
+            why = "on which the stage reports its result, which validation must not see"
+            _refuse_shared_prompts(reported, held_out, why, where=f"{where}.data")
         return rows, held_out
     learned, chosen = split_by_prompt(
         rows,
@@ -66,13 +78,12 @@ def hold_out(
     return rows.select(learned, keep_in_memory=True).select_columns(columns), held_out.select_columns(columns)
 
 
-def _refuse_shared_prompts(learned: Dataset, held_out: Dataset, *, where: str) -> None:
-    asked = set(prompts_of(learned))
+def _refuse_shared_prompts(rows: Dataset, held_out: Dataset, why: str, *, where: str) -> None:
+    asked = set(prompts_of(rows))
     shared = sum(prompt in asked for prompt in prompts_of(held_out))
     if shared:
         raise DataError(
-            f"{shared} of {len(held_out)} held-out rows have a prompt that is learned from, so their loss says nothing "
-            "of new prompts",
+            f"{shared} of {len(held_out)} held-out rows have a prompt {why}",
             where=where,
             remedy="remove these rows from one of the two sources, or use validation.share",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from alignment.config.adapter import CONTINUE, AdapterConfig, Chain
 from alignment.config.data import DataConfig
 from alignment.config.validation import ValidationConfig
 from alignment.core.errors import ConfigError, DataError
@@ -18,9 +20,13 @@ from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec
 from alignment.pipeline.sweeps.objectives import Objective
 from alignment.stages.registry import curves, lines_of
+from alignment.stages.reward.run import split
 from alignment.stages.shared.by_prompt import prompts_of, split_by_prompt
+from alignment.stages.shared.preference_pairs import read_pairs
+from alignment.training.context import StageContext
+from alignment.training.looks import Looks
 from tests.by_hand import by_hand, handed_on_policy, held_out_rows, logprobs
-from tests.chained import FULL, LORA, Chained, config_of
+from tests.chained import DORA, FULL, LORA, Chained, config_of
 from tests.noisy import HELD_OUT, STEPS, held_out_losses, lines, manifest, noise, overfitting, ran, write_rows
 
 OWN = ValidationConfig(data=DataConfig(source="own"), every=2, keep_best=True)
@@ -62,6 +68,31 @@ def test_a_look_has_no_dropout_and_counts_learned_tokens_whatever_the_micro_batc
     ran(spec)
     loss, _ = by_hand(spec, held_out_rows(spec))
     assert manifest(spec)["validation/loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "before"),
+    [(DORA, None), (LORA, LORA), (replace(LORA, chain=Chain.stack), LORA), (replace(LORA, chain=CONTINUE), LORA)],
+    ids=["dora", "merge", "stack", "continue"],
+)
+def test_the_best_weights_of_an_adapter_are_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: AdapterConfig, before: AdapterConfig | None
+) -> None:
+    chained = Chained(tmp_path)
+    if before is not None:
+        chained.run("sft", before)
+    spec = overfitting(chained, "sft", adapter, max_steps=6, rate=0.1)
+    if before is not None:
+        spec = replace(spec, stage="second", artifact=tmp_path / "second", inputs={"init": chained.inputs["sft"]})
+    add = Looks.add
+    monkeypatch.setattr(
+        Looks, "add", lambda looks, step, loss, patience: add(looks, step, loss + step, patience=patience)
+    )
+    looks = held_out_losses(ran(spec))
+    assert manifest(spec)["validation/step"] == 2
+    loss, _ = by_hand(spec, held_out_rows(spec))
+    assert loss == pytest.approx(looks[2], rel=1e-4)
+    assert abs(looks[6] - looks[2]) > 0.01
 
 
 def own_data(folder: Path, kind: str, **changes: Any) -> StageSpec:
@@ -141,6 +172,19 @@ def test_a_row_that_is_learned_from_is_not_held_out(tmp_path: Path) -> None:
     spec = own_data(tmp_path, "sft")
     write_rows(spec.extra_data["validation.data"], noise("sft", rows=4, first=15))
     with pytest.raises(DataError, match="2 of 4 held-out rows have a prompt that is learned from"):
+        ran(spec)
+
+
+def test_a_pair_that_a_reward_model_reports_on_is_not_looked_at(tmp_path: Path) -> None:
+    """Else the step with the best ``eval_accuracy`` might be chosen."""
+    spec = own_data(tmp_path, "reward", eval_fraction=0.25)
+    config: Any = spec.config
+    context, tokenizer = StageContext(spec=spec, rank=0, world_size=1), load_tokenizer(spec.base_path, None)
+    pairs, _ = read_pairs(config, context, tokenizer)
+    _, reported = split(pairs, 0.25, context.generator("split"), where="")
+    (number,) = re.findall(r"Word (\d+)", tokenizer.decode(reported[0]["prompt"]))
+    write_rows(spec.extra_data["validation.data"], noise("reward", rows=1, first=int(number)))
+    with pytest.raises(DataError, match="1 of 1 held-out rows have a prompt on which the stage reports its result"):
         ran(spec)
 
 
