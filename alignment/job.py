@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.adapter import AdapterConfig
+from alignment.config.data import DataConfig, SourceConfig
 from alignment.config.launch import Offload, Sharding
 from alignment.config.model import ModelConfig
 from alignment.config.stage import StageConfig
@@ -57,3 +58,9 @@ class StageSpec:
         """How the stage changes the weights; None for one that trains nothing."""
         adapter = getattr(self.config, "adapter", None)
         return adapter if isinstance(adapter, AdapterConfig) else None
+
+    def sources(self, data: DataConfig, field: str) -> list[tuple[SourceConfig, Path]]:
+        """The source of ``data``, which the stage has as ``field``, and those that are mixed in, with their files."""
+        own = self.data_path if field == "data" else self.extra_data[field]
+        mixed = [(part, self.extra_data[f"{field}.mix[{number}]"]) for number, part in enumerate(data.mix)]
+        return [(data, own), *mixed]

@@ -79,15 +79,16 @@ def check_rows(spec: StageSpec) -> None:
     assert config is not None, "the driver passes only stages that train"
     tokenizer = load_tokenizer(spec.base_path, spec.model.chat_template)
     kind, limits = learned_data(config)
-    mixed = [(part, spec.extra_data[f"data.mix[{number}]"]) for number, part in enumerate(config.data.mix)]
-    for data, path in [(config.data, spec.data_path), *mixed, *_held_out_source(spec)]:
+    for data, path in [*spec.sources(config.data, "data"), *_held_out_sources(spec)]:
         _check_source(tokenizer, kind, limits, data, path)
 
 
-def _held_out_source(spec: StageSpec) -> list[tuple[SourceConfig, Path]]:
-    """The source of the stage's validation, if that has one of its own."""
-    validation, path = getattr(spec.config, "validation", None), spec.extra_data.get("validation.data")
-    return [(validation.data, path)] if isinstance(validation, ValidationConfig) and path is not None else []
+def _held_out_sources(spec: StageSpec) -> list[tuple[SourceConfig, Path]]:
+    """The sources of the stage's validation, if that has data of its own."""
+    validation = getattr(spec.config, "validation", None)
+    if not isinstance(validation, ValidationConfig) or "validation.data" not in spec.extra_data:
+        return []
+    return spec.sources(validation.data, "validation.data")
 
 
 def _check_source(tokenizer: object, kind: Kind, limits: Limits, data: SourceConfig, path: Path) -> None:

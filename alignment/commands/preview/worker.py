@@ -87,10 +87,7 @@ def show_stage(console: Console, spec: StageSpec, *, rows: int, held_out: HeldOu
     assert config is not None, "the driver passes only training stages"
     tokenizer = load_tokenizer(spec.base_path, spec.model.chat_template)
     kind, limits = learned_data(config)
-    mixed = [
-        (mixed_source, spec.extra_data[f"data.mix[{number}]"]) for number, mixed_source in enumerate(config.data.mix)
-    ]
-    for data, path in [(config.data, spec.data_path), *mixed]:
+    for data, path in spec.sources(config.data, "data"):
         lenient = replace(
             data, on_error=OnError.skip, max_skipped=1.0
         )  # faults are printed and do not stop the preview

@@ -39,7 +39,7 @@ def rows_of(context: StageContext, record: type[R], data: DataConfig, *, field: 
         DataError: rows are faulty and may not be skipped, no record is left, or too few are left to mix.
     """
     _remove_old_list(context, field)
-    sources = [_read(context, record, part, path) for part, path in _sources(context, data, field)]
+    sources = [_read(context, record, part, path) for part, path in context.spec.sources(data, field)]
     rows = [row for source in sources for row in source]
     return [rows[index] for index in _indices(context, data, field, [len(source) for source in sources])]
 
@@ -73,7 +73,7 @@ def token_rows(
             processes=count_cores(),
             progress=lambda rows: context.progress("tokenising", rows),
         )
-        for part, path in _sources(context, data, field)
+        for part, path in context.spec.sources(data, field)
     ]
     for table in tables:
         _copy_ledger(context, table)
@@ -121,14 +121,6 @@ def _remove_old_list(context: StageContext, field: str) -> None:
     """An interrupted attempt may have left its list behind."""
     if field == "data" and context.is_main:
         (context.content / LEFT_OUT).unlink(missing_ok=True)
-
-
-def _sources(context: StageContext, data: DataConfig, field: str) -> list[tuple[SourceConfig, Path]]:
-    """The stage's own source, then the mixed-in sources."""
-    spec = context.spec
-    own = spec.data_path if field == "data" else spec.extra_data[field]
-    mixed = [(part, spec.extra_data[f"{field}.mix[{number}]"]) for number, part in enumerate(data.mix)]
-    return [(data, own), *mixed]
 
 
 def _indices(context: StageContext, data: DataConfig, field: str, counts: Sequence[int]) -> Sequence[int]:

@@ -232,11 +232,15 @@ def test_rows_that_follow_faulty_ones_may_be_fine_where_faulty_ones_are_skipped(
         tried(data)
 
 
-def test_held_out_rows_of_their_own_are_tried_too(tried: Callable[..., Plan], tmp_path: Path) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_held_out_rows_of_their_own_are_tried_too(tried: Callable[..., Plan], tmp_path: Path, *, mixed: bool) -> None:
     rows = (tmp_path / "preferences.jsonl").read_text().splitlines()
+    (tmp_path / "fine.jsonl").write_text("\n".join(row.replace("When is", "When was") for row in rows))
     (tmp_path / "own.jsonl").write_text("\n".join(row.replace("When is", f"{chr(LAST_STAND_IN)} When") for row in rows))
+    spoilt = f"source: 'path:{tmp_path}/own.jsonl'"
+    data = f"{{source: 'path:{tmp_path}/fine.jsonl', mix: [{{{spoilt}, count: 2}}]}}" if mixed else f"{{{spoilt}}}"
     with pytest.raises(DataError, match="private-use character"):
-        tried(f"stages.dpo.validation={{every: 1, data: {{source: 'path:{tmp_path}/own.jsonl'}}}}")
+        tried(f"stages.dpo.validation={{every: 1, data: {data}}}")
 
 
 def test_a_run_tries_before_its_first_stage(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
