@@ -93,7 +93,7 @@ class Validation(TrainerCallback):
             self._best.record()
         control.should_log = True
         if self.looks.out_of_patience:
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True  # as after the last step
 
     def on_log(
         self,

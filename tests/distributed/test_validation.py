@@ -121,13 +121,13 @@ def test_a_killed_stage_hands_on_the_same_bytes(
 
 
 def test_a_stage_that_its_patience_ended_takes_no_step_more_when_it_goes_on(tmp_path: Path) -> None:
-    """Its checkpoint is of the step at which it ended."""
+    """Its checkpoint is of the step at which it ended, whatever ``save_every`` says."""
     chained, validation = Chained(tmp_path), replace(HELD_OUT, patience=1)
     spec = overfitting(chained, "sft", FULL, validation, max_steps=40, save_every=1)
     assert on_processes(spec, world_size=1) == [0], logs(spec)
     last = int(manifest(spec)["validation/last_step"])
     before = content(spec)
-    again = overfitting(Chained(tmp_path / "again"), "sft", FULL, validation, max_steps=40, save_every=1)
+    again = overfitting(Chained(tmp_path / "again"), "sft", FULL, validation, max_steps=40, save_every=40)
     assert on_processes(again, world_size=1, kill_after=last, killed_when="sealed") == [-9], logs(again)
     assert list(again.work.glob(f"checkpoints/checkpoint-{last}/alignment_checkpoint.json"))
     assert on_processes(again, world_size=1) == [0], logs(again)

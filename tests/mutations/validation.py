@@ -90,6 +90,12 @@ MUTATIONS = [
             f"{KILLED}[sft-full-none-16]",
         ),
         (
+            "a stage that its patience ended leaves no checkpoint of its end",
+            "control.should_save = control.should_training_stop = True",
+            "control.should_training_stop = True",
+            "test_a_stage_that_its_patience_ended_takes_no_step_more_when_it_goes_on",
+        ),
+        (
             "a stage that its patience ended goes on",
             "        if self.looks.out_of_patience:\n            raise NothingLeft",
             "        if self.looks.last_step < 0:\n            raise NothingLeft",
