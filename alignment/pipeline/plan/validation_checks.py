@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 
 from alignment.config.data import DataConfig
-from alignment.config.faults import Fault
+from alignment.config.faults import Fault, unread_faults
 from alignment.config.stage import StageConfig
 from alignment.config.validation import ValidationConfig
 
@@ -32,6 +33,9 @@ def settings_faults(validation: ValidationConfig, where: str) -> Iterator[Fault]
             f"{validation.every}, but there are no rows to look at; set {where}.share=0.05, or {where}.data.source"
         )
         yield Fault(where=f"{where}.every", message=message)
+    if validation.on and share is not None and not source:
+        settings = [field.name for field in fields(DataConfig) if field.name != "source"]
+        yield from unread_faults(validation.data, DataConfig(), settings, f"{where}.data", f"only {where}.data.source")
     if validation.on:
         return
     unread = {"share": share, "data.source": source, "keep_best": validation.keep_best, "patience": validation.patience}

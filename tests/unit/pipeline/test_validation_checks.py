@@ -45,6 +45,10 @@ OWN = DataConfig(source="path:own.jsonl")
             ValidationConfig(every=5),
             f"{WHERE}.every: 5, but there are no rows to look at; set {WHERE}.share=0.05, or {WHERE}.data.source",
         ),
+        (
+            ValidationConfig(share=0.1, every=5, data=DataConfig(fraction=0.5)),
+            f"{WHERE}.data.fraction: 0.5 has no effect; only {WHERE}.data.source uses it; leave it at 1",
+        ),
         (ValidationConfig(share=0.1), f"{WHERE}.share: 0.1 {UNREAD}"),
         (ValidationConfig(keep_best=True), f"{WHERE}.keep_best: True {UNREAD}"),
         (ValidationConfig(patience=3), f"{WHERE}.patience: 3 {UNREAD}"),
