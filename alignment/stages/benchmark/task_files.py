@@ -143,8 +143,9 @@ def read_settings(file: Path, including: tuple[Path, ...] = ()) -> tuple[dict[st
     Raises:
         DataError: a file is missing, is not YAML or not a group of settings, or includes itself.
     """
+    folder = file.resolve().parent  # a link is read where it leads to, as the harness reads it
     try:
-        settings = yaml.load(small_text(file), Loader=_loader(file.parent))
+        settings = yaml.load(small_text(file), Loader=_loader(folder))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         by = f", which {including[-1]} includes" if including else ""
         raise DataError(f"cannot be read{by}: {_in_a_line(error)}", where=str(file)) from error
@@ -154,14 +155,14 @@ def read_settings(file: Path, including: tuple[Path, ...] = ()) -> tuple[dict[st
     merged: dict[str, Any] = {}
     included: list[Path] = []
     for name in names if isinstance(names, list) else [names]:
-        other = (file.parent / str(name)).absolute()
+        other = folder / str(name)
         if other in (*including, file):
             raise DataError("includes itself", where=str(file))
         of_other, below = read_settings(other, (*including, file))
         merged |= of_other
         merged.pop(NEVER_INCLUDED, None)
         included += [other, *below]
-    return merged | _with_data_files(settings, file.parent), included
+    return merged | _with_data_files(settings, folder), included
 
 
 def _in_a_line(error: Exception) -> str:

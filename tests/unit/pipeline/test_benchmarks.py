@@ -345,6 +345,20 @@ def test_a_plan_says_which_code_of_yours_runs(benchmark: MakeBenchmark, folder: 
     assert stage(benchmark()).code == ()
 
 
+def test_a_link_is_read_where_it_leads_to(benchmark: MakeBenchmark, folder: Path, tmp_path: Path) -> None:
+    """As the harness reads it: the functions are those beside the file, not beside the link."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "clean.py").write_text("def rows(data):\n    return data\n")
+    (shared / "rows.jsonl").write_text(ROWS)
+    linked = TASK.replace("sums", "linked").replace("linked.jsonl", "rows.jsonl")
+    (shared / "linked.yaml").write_text(f"{linked}process_docs: !function clean.rows\n")
+    (folder / "linked.yaml").symlink_to(shared / "linked.yaml")
+    planned = stage(benchmark("stages.benchmark.tasks=[linked]"))
+    assert planned.code == (f"{shared}/clean.py:rows",)
+    assert set(planned.identity["files"]) == {"lm_eval", "task_folders[0]", "data of linked", "files of linked"}
+
+
 def test_the_worker_gets_absolute_folders(
     benchmark: MakeBenchmark, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
