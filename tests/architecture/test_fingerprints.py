@@ -19,11 +19,14 @@ NEW_IDENTITY = {
 }
 """Kinds of stages whose fingerprints differ from the table's, with the reason; stages that build on them differ too."""
 
+OLDER_SETTINGS = {"replay": ["stages.sft.optim.lr=6.5e-3"]}
+"""Settings of recipes as they were when the table was made."""
+
 
 @pytest.mark.parametrize("call", TABLE)
 def test_a_stage_has_the_fingerprint_that_it_had(call: str, tmp_path: Path) -> None:
     recipe, *overrides = call.split()
-    plan = make_plan(recipe, [*overrides, f"output={tmp_path}"])
+    plan = make_plan(recipe, [*OLDER_SETTINGS.get(recipe, []), *overrides, f"output={tmp_path}"])
     same = {stage.name: stage.fingerprint == TABLE[call][stage.name] for stage in plan.stages}
     assert list(same) == list(TABLE[call])
     assert same == {stage.name: stage.name not in _new(plan) for stage in plan.stages}
