@@ -216,7 +216,7 @@ MUTATIONS = [
             "NaN is JSON",
             "json.loads(text, parse_constant=_refuse_constant)",
             "json.loads(text)",
-            "test_an_answer_is_json_that_the_schema_accepts",
+            "test_what_python_reads_as_a_number_and_json_does_not_have_is_refused",
         ),
         (
             "the metric's schema comes before the row's",

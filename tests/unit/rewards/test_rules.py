@@ -298,6 +298,12 @@ def test_references_are_followed_within_a_schema() -> None:
         assert scored(rule("json_schema"), '"3"', schema=schema) == 0.0
 
 
+@pytest.mark.parametrize("answer", ["NaN", "Infinity", "-Infinity"])
+def test_what_python_reads_as_a_number_and_json_does_not_have_is_refused(answer: str) -> None:
+    assert scored(rule("json_schema", schema={}), answer) == 0.0
+    assert scored(rule("json_schema", schema={}), "1.5") == 1.0
+
+
 def test_a_row_s_own_schema_comes_before_the_metric_s() -> None:
     text = rule("json_schema", schema={"type": "string"})
     assert scored(text, "5") == 0.0

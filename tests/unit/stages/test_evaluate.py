@@ -24,6 +24,7 @@ from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.evaluation import arms
 from alignment.evaluation.arms import Answered
+from alignment.evaluation.multiple_choice import choice_scores
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.reward_head import load_reward_model
@@ -204,7 +205,9 @@ def test_a_metric_is_the_mean_of_what_its_source_says_of_every_answer(chain: Cha
         assert [answer.scores["letters"] for answer in answers] == list(map(len, texts))
 
 
-def test_the_metric_choice_asks_every_arm_s_policy_behind_its_own_prompt(chain: Chained, tmp_path: Path) -> None:
+def test_the_metric_choice_asks_every_arm_s_policy_behind_its_own_prompt(
+    chain: Chained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``base+prompt`` and a model from outside see other turns and tokens than ``base``."""
     days = ["Monday", "Friday", "Sunday", "Tuesday"]
     questions = [{"question": f"Number {n}: when?", "choices": days, "answer": n % 4} for n in range(12)]
@@ -212,7 +215,16 @@ def test_the_metric_choice_asks_every_arm_s_policy_behind_its_own_prompt(chain: 
     heldout.write_text("".join(json.dumps(row) + "\n" for row in questions))
     config = replace(SMALL, arms=["base", "base+prompt", "path:other"], metrics=[metric("mmlu", "choice")])
     spec = replace(spec_of(chain, config, "choice"), data_path=heldout)
+    first_turns: dict[str, str] = {}
+
+    def noted(model: Any, tokenizer: Any, rows: Any, turns: Any, *, name: str) -> list[float]:
+        first_turns[name] = turns(rows[0])[0].content
+        return choice_scores(model, tokenizer, rows, turns, name=name)
+
+    monkeypatch.setattr(stage, "choice_scores", noted)
     worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+    question = "Number 0: when?"
+    assert first_turns == {"base": question, "base+prompt": "Be brief.", "path:other": question}
     samples = list(read_samples(spec.artifact))
     theirs = AutoTokenizer.from_pretrained(chain.folder / "other")
     for arm, folder, tokenizer, system in (
