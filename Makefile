@@ -48,7 +48,7 @@ test-device: $(STAMP)  ## run the tests of models, stages and training on the CU
 test-slurm: $(STAMP)  ## run stages as jobs of a real Slurm, which is fetched and started on this machine (Debian)
 	$(BIN)/python -m pytest tests/slurm $(ARGS)
 
-mutations: $(STAMP)  ## break the wiring in some 200 ways, each in a copy, and see a test fail: ARGS="--only export --jobs 4"
+mutations: $(STAMP)  ## break the wiring in over 350 ways, each in a copy, and see a test fail: ARGS="--only export --jobs 4"
 	$(BIN)/python -m tests.mutations $(ARGS)
 
 prove: $(STAMP)  ## run the slow proofs that the stages reach known optima: ARGS="--only bandit" runs some
