@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -144,6 +144,18 @@ def parts(raw: Any, kind: type[Record], cleaning: Cleaning = AS_IT_IS) -> Record
     """As much of the record in plain data as has its form, cleaned; None where a field that has no default has not."""
     record = _Reader(cleaning).record(raw, kind, "")
     return None if record is _ABSENT else cast(Record, record)
+
+
+def lines(file: Path, kind: type[Record]) -> Iterator[Record]:
+    """As much of the record in each line of a file as has its form; empty without the file.
+
+    Raises:
+        ValueError: a line is not JSON.
+    """
+    # Not by splitlines(), which also splits at U+2028 and the like, which answers may contain.
+    texts = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
+    records = (parts(json.loads(text), kind) for text in texts if text)
+    return (record for record in records if record is not None)
 
 
 def _content(path: Path, kind: type[Any], remedy: str) -> dict[str, Any]:

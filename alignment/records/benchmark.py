@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,8 +162,4 @@ def read_rows(artifact: Path) -> Iterator[BenchmarkRow]:
     Raises:
         ValueError: a line is not JSON.
     """
-    file = artifact / SAMPLES
-    # Not by splitlines(), which also splits at U+2028 and the like, which answers may contain.
-    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
-    rows = (typed_json.parts(json.loads(line), BenchmarkRow) for line in lines if line)
-    return (row for row in rows if row is not None)
+    return typed_json.lines(artifact / SAMPLES, BenchmarkRow)

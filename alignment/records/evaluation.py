@@ -376,8 +376,4 @@ def read_samples(artifact: Path) -> Iterator[Sample]:
     Raises:
         ValueError: a line is not JSON.
     """
-    file = artifact / SAMPLES
-    # Not by splitlines(), which also splits at U+2028 and the like, which answers may contain.
-    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
-    rows = (typed_json.parts(json.loads(line), Sample) for line in lines if line)
-    return (row for row in rows if row is not None)
+    return typed_json.lines(artifact / SAMPLES, Sample)
