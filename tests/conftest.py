@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -24,6 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Adds the exceptions behind the rule that they are exceptions to."""
     for line in THIRD_PARTY_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_collection_finish() -> None:
+    """Spares each trainer that begins a look through all that is imported, half a second, for something to free."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

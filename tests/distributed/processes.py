@@ -22,6 +22,7 @@ PRELOADED = (
     "alignment.stages.dpo.run",
     "alignment.stages.reward.run",
     "tests.chained",
+    "tests.distributed.frozen",
 )
 SECONDS = 120
 

@@ -22,6 +22,7 @@ from alignment.config.model import Dtype, ModelConfig
 from alignment.config.overoptimisation import GuardConfig
 from alignment.config.scoring import ScorerConfig
 from alignment.config.stage import StageConfig
+from alignment.core.artifacts import verify
 from alignment.job import StageInput, StageSpec
 from alignment.stages.ppo.config import KlConfig, KlControl
 from alignment.stages.ppo.learn import Learner
@@ -33,7 +34,7 @@ from tests.distributed.processes import on_processes
 from tests.oracles.close import close
 from tests.tiny import BASE_SOURCE
 
-ZERO1, ZERO2, ZERO3, FSDP = Sharding.zero1, Sharding.zero2, Sharding.zero3, Sharding.fsdp
+NONE, ZERO1, ZERO2, ZERO3, FSDP = Sharding.none, Sharding.zero1, Sharding.zero2, Sharding.zero3, Sharding.fsdp
 NAMES = {"ppo": ("objective/score", "loss/policy", "loss/value", "grad_norm")}
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
@@ -92,10 +93,12 @@ def weights(artifact: Path) -> dict[str, torch.Tensor]:
     [
         ("sft", FULL, ZERO3),
         ("sft", QLORA, ZERO2),
+        ("reward", LORA, NONE),
         ("reward", LORA, ZERO3),
         ("reward", FULL, FSDP),
         ("dpo", FULL, ZERO3),
         ("dpo", LORA, FSDP),
+        ("ppo", LORA, NONE),
         ("ppo", FULL, ZERO2),
         ("ppo", LORA, ZERO1),
         ("ppo", LORA, ZERO3),
@@ -121,6 +124,9 @@ def test_it_trains_what_one_process_trains(
             chained.run(kind, adapter, config=config)
             spec = chained.spec(kind, adapter)
         found.append((figures(spec.artifact, kind), weights(spec.artifact)))
+    if kind == "ppo" and sharding is NONE:
+        manifest = verify(spec.artifact, content=False)
+        assert manifest.metrics["memory/base_copies"] < 1.1, "each process has the base once"
     assert all(one != other for one, other in minibatches), "processes should differ in their micro-batches"
     (alone, theirs), (together, ours) = found
     close(together, alone, atol=1e-4, rtol=1e-4)

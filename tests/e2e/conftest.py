@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from alignment.config.store import recipes_folder
+from alignment.pipeline.plan.compose import compose
 from tests.e2e.forked import Forked
 from tests.tiny import save_tiny_model
 
@@ -52,14 +53,14 @@ SMALL = (
 )
 
 
+@cache
 def _small(recipe: str) -> list[str]:
     """The settings that are about no stage, and for each stage of the recipe those of its kind."""
-    stages = re.findall(r"stage@stages\.(\w+): (\w+)", (recipes_folder() / f"{recipe}.yaml").read_text())
-    told = [setting for setting in SMALL if not setting.startswith("stages.")]
-    for name, kind in stages:
-        own = f"stages.{kind}."
-        told += [f"stages.{name}.{setting.removeprefix(own)}" for setting in SMALL if setting.startswith(own)]
-    return told
+    settings = [setting for setting in SMALL if not setting.startswith("stages.")]
+    for name, stage in compose(recipe, []).tree["stages"].items():
+        own = f"stages.{stage['kind']}."
+        settings += [f"stages.{name}.{setting.removeprefix(own)}" for setting in SMALL if setting.startswith(own)]
+    return settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ and all that was printed. A stage has one process, which nobody polls or interru
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -44,14 +45,16 @@ class Forked:
 
 
 def _serve() -> None:
-    import datasets  # noqa: F401
-    import peft  # noqa: F401
-    import trl  # noqa: F401
-
+    import alignment.stages.dpo.run
+    import alignment.stages.evaluate.run
+    import alignment.stages.ppo.run
+    import alignment.stages.reward.run
+    import alignment.stages.sft.run  # noqa: F401  each stage would import these anew
     from alignment import cli
     from alignment.pipeline.backends import processes
 
     processes.execute = _execute
+    gc.freeze()  # or each stage's trainer would look through all that is imported, which takes half a second
     for line in sys.stdin:
         argv = json.loads(line)
         with tempfile.TemporaryFile() as sink:

@@ -158,21 +158,6 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(
     assert steps == sorted(set(steps))
 
 
-def test_two_processes_train_what_one_does(new_align: Callable[[], Align], finished: Align) -> None:
-    align = new_align()
-    without = ("~stages.dpo", "~stages.evaluate", "~stages.report")  # pairs are trained on by the reward model
-    align("run", "launch.num_processes=2", *without)
-    assert set(states(align).values()) == {"done"}
-    assert verify(align.artifact("ppo"), content=False).metrics["memory/base_copies"] < 1.1, "shared on each process"
-    for stage in ("sft", "reward", "ppo"):
-        status = json.loads((align.output / f"runs/quickstart/{stage}/status.json").read_text())
-        assert status["where"].endswith("of 2")
-        for path in sorted(finished.artifact(stage).glob("adapters/*/adapter_model.safetensors")):
-            other = load_file(align.artifact(stage) / path.relative_to(finished.artifact(stage)))
-            for name, weight in load_file(path).items():
-                torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=2e-5, msg=f"{stage} {name} differs")
-
-
 def test_full_training_runs_the_whole_chain(new_forked: Callable[[], Align]) -> None:
     align = new_forked()
     without = [f"stages.{stage}.adapter.master_weights=false" for stage in ("sft", "ppo")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import socket
 import subprocess
 import sys
@@ -36,6 +37,8 @@ def test_two_machines_make_what_two_processes_make(tiny_model_folder: Path, tmp_
 
     together = start("one", "launch.num_processes=2")
     assert ended(together)[0] == 0
+    (status,) = (tmp_path / "one").glob("runs/*/sft/status.json")
+    assert json.loads(status.read_text())["where"].endswith(" of 2")
     meeting = ("launch/backend=machines", f"launch.backend.main_port={free_port()}")
     machines = [start("two", *meeting, f"launch.backend.machine_rank={rank}") for rank in (1, 0)]
     codes, printed = zip(*map(ended, machines), strict=True)
