@@ -354,16 +354,20 @@ MUTATIONS = [
             "test_log_ratios_and_rewards_of_every_arm_are_its_own_by_value",
         ),
         (
-            "arms change their scores",
-            "scores=turn_scores[name],",
-            "scores=turn_scores[next(iter(arms))],",
-            "test_a_metric_is_the_mean_of_what_its_source_says_of_every_answer",
-        ),
-        (
             "figures that are no numbers are published",
             "        refuse_not_finite(name, arm, rewards=rewards[name], log_ratios=log_ratios[name])\n",
             "        pass\n",
             "test_a_reward_that_is_no_number_ends_the_evaluation",
+        ),
+    ),
+    *in_file(
+        "stages/evaluate/evaluation_record.py",
+        EVALUATE,
+        (
+            "arms change their scores",
+            "scores=scored.turn_scores[name],",
+            "scores=scored.turn_scores[next(iter(scored.arms))],",
+            "test_a_metric_is_the_mean_of_what_its_source_says_of_every_answer",
         ),
     ),
     *in_file(

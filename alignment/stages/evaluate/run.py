@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from alignment.core.artifacts import write_lines
 from alignment.core.typed_json import to_json
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenizer import load_tokenizer
-from alignment.evaluation.arm_labels import labels
 from alignment.evaluation.arms import Answered, reward_scores, sequence_logprobs, side_by_side
 from alignment.evaluation.bootstrap import Intervals
-from alignment.evaluation.comparisons import compare
-from alignment.evaluation.conclusions import conclusions
-from alignment.evaluation.contradictions import contradictions
+from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.exchanges import asked_turns
-from alignment.evaluation.grade_conclusions import grade_conclusions
-from alignment.evaluation.known_scores import Scores, known, of_prompts
-from alignment.evaluation.labelled_pairs import labelled_conclusions
 from alignment.evaluation.metrics import primary_name, recorded
 from alignment.evaluation.multiple_choice import choice_scores
-from alignment.evaluation.tables import arm_result, by_task, refuse_not_finite, samples
+from alignment.evaluation.tables import refuse_not_finite, samples
 from alignment.models.assembly.load import lineage, products_in, refuse_other_tokenizer
 from alignment.models.assembly.reward_head import load_reward_model
-from alignment.records.evaluation import ArmResult, Evaluation, Metric, Sample, write_samples
-from alignment.rewards.scorer_sources import CHOICE, REWARD
+from alignment.records.evaluation import ArmResult, Evaluation, Sample, write_samples
+from alignment.rewards.scorer_sources import CHOICE
 from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate import grading
 from alignment.stages.evaluate import labelled as labelled_pairs
 from alignment.stages.evaluate.answering import ArmPrompts, answers_of, prompts_of_arms
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.grading import grade_answers, open_grader
-from alignment.stages.evaluate.judging import Judged, ScoredArms, judge, open_endpoint
+from alignment.stages.evaluate.evaluation_record import ScoredAnswers, evaluation_of
+from alignment.stages.evaluate.grading import Grades, grade_answers, open_grader
+from alignment.stages.evaluate.judging import Judged, judge, open_endpoint
 from alignment.stages.evaluate.labelled import judge_labelled
 from alignment.stages.evaluate.metric_scores import Measured, answers_to_score, scores_by_arm
 from alignment.stages.shared.arm_policies import Policies
@@ -55,6 +49,30 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     for field in ("reference", "reward"):
         if field in spec.inputs:
             refuse_other_tokenizer(spec, spec.inputs[field], tokenizer)
+    scored, grades = _scored(config, context, tokenizer, grader)
+    judged = judge(
+        config.judge,
+        context,
+        scored.rows,
+        scored.arms,
+        scored.rewards,
+        scored.primary,
+        endpoint,
+        reference=scored.reference,
+        intervals=scored.intervals,
+    )
+    labelled = judge_labelled(config, context, tokenizer, endpoint, grader, scored.intervals)
+    evaluation = evaluation_of(config, scored, judged, labelled.pair, grades.gradings)
+    for file, lines in ((grading.LINES, grades.lines), (labelled_pairs.LINES, labelled.lines)):
+        if lines:
+            write_lines(context.content / file, lines)
+    return _written(context, evaluation, samples(scored.rows, scored.arms, scored.turn_scores), judged)
+
+
+def _scored(
+    config: EvaluateConfig, context: StageContext, tokenizer: Any, grader: Endpoint | None
+) -> tuple[ScoredAnswers, Grades]:
+    """Every arm's answers, scored by every metric, the reward model and the reference."""
     rows = rows_of(context, HeldOutPrompt, config.data)
     arm_prompts = prompts_of_arms(config, context, tokenizer, rows)
     policies = Policies(context)
@@ -68,94 +86,18 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
         refuse_not_finite(name, arm, rewards=rewards[name], log_ratios=log_ratios[name])
     grades = grade_answers(config, context, grader, answers, asked_turns(rows))
     measured = Measured(rewards=rewards, choices=choices, grades=grades.by_metric)
-    turn_scores = scores_by_arm(config, context, tokenizer, rows, answers, measured)
-    scores = {
-        name: {metric: of_prompts(arm, values) for metric, values in turn_scores[name].items()}
-        for name, arm in arms.items()
-    }
-    metrics = recorded(config.metrics)
-    primary = _primary(config, metrics, scores)
-    intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
-    reference = spec.inputs["reference"].ref
-    judged = judge(
-        config.judge, context, rows, arms, rewards, primary, endpoint, reference=reference, intervals=intervals
+    scored = ScoredAnswers(
+        rows=rows,
+        arms=arms,
+        rewards=rewards,
+        log_ratios=log_ratios,
+        turn_scores=scores_by_arm(config, context, tokenizer, rows, answers, measured),
+        metrics=recorded(config.metrics),
+        primary_name=primary_name(config.metrics, config.primary),
+        reference=context.spec.inputs["reference"].ref,
+        intervals=Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap")),
     )
-    labelled = judge_labelled(config, context, tokenizer, endpoint, grader, intervals)
-    judge_table = judged.table and replace(judged.table, labelled=labelled.pair)
-    label_of = labels(config.arms)
-    by_primary = {} if primary is None else primary.by_arm
-    metric = None if primary is None else primary.metric
-    compared = {} if metric is None else {metric.name: _known(by_primary)}
-    comparisons = compare(compared, reference=reference, intervals=intervals)
-    num_compared = len(next((scores for by_arm in compared.values() for scores in by_arm.values()), rows))
-    evaluation = Evaluation(
-        num_prompts=len(rows),
-        metrics=metrics,
-        primary=None if metric is None else metric.name,
-        arms=[
-            arm_result(
-                name,
-                arm,
-                label=label_of[name],
-                scores=turn_scores[name],
-                rewards=rewards[name],
-                log_ratios=log_ratios[name],
-                win_rate=judged.win_rate(name, reference=reference),
-                intervals=intervals,
-                sampled=config.answers.temperature > 0.0,
-            )
-            for name, arm in arms.items()
-        ],
-        comparisons=comparisons,
-        other_comparisons=compare(_by_other_metrics(scores, metrics, metric), reference=reference, intervals=intervals),
-        reward_comparisons=compare(_by_reward(arms, rewards), reference=reference, intervals=intervals),
-        tasks=by_task(rows, by_primary),
-        judge=judge_table,
-        gradings=grades.gradings,
-        conclusions=[
-            *conclusions(num_compared, metric, comparisons, judge_table, label_of),
-            *labelled_conclusions(judge_table),
-            *grade_conclusions(grades.gradings, len(rows), label_of),
-        ],
-    )
-    evaluation = replace(evaluation, conclusions=[*evaluation.conclusions, *contradictions(evaluation)])
-    for file, lines in ((grading.LINES, grades.lines), (labelled_pairs.LINES, labelled.lines)):
-        if lines:
-            write_lines(context.content / file, lines)
-    return _written(context, evaluation, samples(rows, arms, turn_scores), judged)
-
-
-def _primary(config: EvaluateConfig, metrics: Sequence[Metric], scores: Mapping[str, Scores]) -> ScoredArms | None:
-    name = primary_name(config.metrics, config.primary)
-    metric = next((metric for metric in metrics if metric.name == name), None)
-    if metric is None:
-        return None
-    return ScoredArms(metric=metric, by_arm=_by_metric(scores, metric.name))
-
-
-def _by_metric(scores: Mapping[str, Scores], metric: str) -> dict[str, Sequence[float | None]]:
-    """The scores by one metric of every arm that has it."""
-    return {arm: of_arm[metric] for arm, of_arm in scores.items() if metric in of_arm}
-
-
-def _by_other_metrics(
-    scores: Mapping[str, Scores], metrics: Sequence[Metric], primary: Metric | None
-) -> dict[str, dict[str, list[float]]]:
-    others = [metric.name for metric in metrics if metric != primary]
-    return {name: _known(_by_metric(scores, name)) for name in others}
-
-
-def _known(by_arm: Scores) -> dict[str, list[float]]:
-    """The scores that there are, which are on the same prompts for every arm."""
-    return {arm: known(values) for arm, values in by_arm.items()}
-
-
-def _by_reward(
-    arms: Mapping[str, Answered], rewards: Mapping[str, list[float] | None]
-) -> dict[str, dict[str, list[float]]]:
-    """The reward model's scores by prompt; empty without a reward model."""
-    scored = {name: arms[name].means(scores) for name, scores in rewards.items() if scores is not None}
-    return {REWARD: scored} if scored else {}
+    return scored, grades
 
 
 def _answers(

@@ -29,7 +29,7 @@ from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.records.evaluation import read_samples
-from alignment.stages.evaluate import answering
+from alignment.stages.evaluate import answering, evaluation_record
 from alignment.stages.evaluate import run as stage
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.shared import arm_policies
@@ -298,13 +298,13 @@ def test_log_ratios_and_rewards_of_every_arm_are_its_own_by_value(
 ) -> None:
     """Against plain forward passes, row by row, of each policy, of the reference (sft) and of the reward model."""
     answered: dict[str, Answered] = {}
-    arm_result = stage.arm_result
+    arm_result = evaluation_record.arm_result
 
     def noted(name: str, arm: Answered, **told: Any) -> Any:
         answered[name] = arm
         return arm_result(name, arm, **told)
 
-    monkeypatch.setattr(stage, "arm_result", noted)
+    monkeypatch.setattr(evaluation_record, "arm_result", noted)
     config = replace(SMALL, arms=["base", "stage:sft", "path:near"])
     told = figures(evaluate(chain, config, "by-value"))
     policies = {"base": chain.base, "path:near": chain.folder / "near"}

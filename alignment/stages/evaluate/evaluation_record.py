@@ -1,0 +1,132 @@
+"""What scored answers and a judge's results say: the content of ``evaluation.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from alignment.data.records import HeldOutPrompt
+from alignment.evaluation.arm_labels import labels
+from alignment.evaluation.arms import Answered
+from alignment.evaluation.bootstrap import Intervals
+from alignment.evaluation.comparisons import compare
+from alignment.evaluation.conclusions import conclusions
+from alignment.evaluation.contradictions import contradictions
+from alignment.evaluation.grade_conclusions import grade_conclusions
+from alignment.evaluation.known_scores import Scores, known, of_prompts
+from alignment.evaluation.labelled_pairs import labelled_conclusions
+from alignment.evaluation.tables import arm_result, by_task
+from alignment.records.evaluation import ArmResult, Evaluation, Grading, JudgedPair, Metric
+from alignment.rewards.scorer_sources import REWARD
+from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.judging import Judged, ScoredArms
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredAnswers:
+    """Every arm's answers to the held-out prompts and their scores, each by arm.
+
+    ``rewards`` and ``log_ratios`` (nats a sequence) have one value per answer, or None for an arm that has none.
+    ``turn_scores`` has one value per answer for each metric of an arm.
+    """
+
+    rows: Sequence[HeldOutPrompt]
+    arms: Mapping[str, Answered]
+    rewards: Mapping[str, list[float] | None]
+    log_ratios: Mapping[str, list[float] | None]
+    turn_scores: Mapping[str, Scores]
+    metrics: Sequence[Metric]
+    primary_name: str | None
+    reference: str
+    intervals: Intervals
+
+    @property
+    def prompt_scores(self) -> dict[str, dict[str, list[float | None]]]:
+        """One value per prompt for each metric of an arm."""
+        return {
+            name: {metric: of_prompts(arm, values) for metric, values in self.turn_scores[name].items()}
+            for name, arm in self.arms.items()
+        }
+
+    @property
+    def primary(self) -> ScoredArms | None:
+        """The scores by the primary metric; None without metrics."""
+        metric = next((metric for metric in self.metrics if metric.name == self.primary_name), None)
+        return None if metric is None else ScoredArms(metric=metric, by_arm=self.by_metric(metric.name))
+
+    def by_metric(self, metric: str) -> dict[str, Sequence[float | None]]:
+        """The scores by one metric of every arm that has it, one value per prompt."""
+        return {arm: of_arm[metric] for arm, of_arm in self.prompt_scores.items() if metric in of_arm}
+
+
+def evaluation_of(
+    config: EvaluateConfig,
+    scored: ScoredAnswers,
+    judged: Judged,
+    labelled: JudgedPair | None,
+    gradings: Sequence[Grading],
+) -> Evaluation:
+    """The record with all figures, comparisons and conclusions."""
+    primary = scored.primary
+    by_primary = {} if primary is None else primary.by_arm
+    metric = None if primary is None else primary.metric
+    compared = {} if metric is None else {metric.name: _known(by_primary)}
+    comparisons = compare(compared, reference=scored.reference, intervals=scored.intervals)
+    num_compared = len(next((scores for by_arm in compared.values() for scores in by_arm.values()), scored.rows))
+    judge_table = judged.table and replace(judged.table, labelled=labelled)
+    label_of = labels(config.arms)
+    evaluation = Evaluation(
+        num_prompts=len(scored.rows),
+        metrics=list(scored.metrics),
+        primary=None if metric is None else metric.name,
+        arms=_arm_results(config, scored, judged, label_of),
+        comparisons=comparisons,
+        other_comparisons=compare(
+            _by_other_metrics(scored, metric), reference=scored.reference, intervals=scored.intervals
+        ),
+        reward_comparisons=compare(_by_reward(scored), reference=scored.reference, intervals=scored.intervals),
+        tasks=by_task(scored.rows, by_primary),
+        judge=judge_table,
+        gradings=list(gradings),
+        conclusions=[
+            *conclusions(num_compared, metric, comparisons, judge_table, label_of),
+            *labelled_conclusions(judge_table),
+            *grade_conclusions(gradings, len(scored.rows), label_of),
+        ],
+    )
+    return replace(evaluation, conclusions=[*evaluation.conclusions, *contradictions(evaluation)])
+
+
+def _arm_results(
+    config: EvaluateConfig, scored: ScoredAnswers, judged: Judged, label_of: Mapping[str, str]
+) -> list[ArmResult]:
+    return [
+        arm_result(
+            name,
+            arm,
+            label=label_of[name],
+            scores=scored.turn_scores[name],
+            rewards=scored.rewards[name],
+            log_ratios=scored.log_ratios[name],
+            win_rate=judged.win_rate(name, reference=scored.reference),
+            intervals=scored.intervals,
+            sampled=config.answers.temperature > 0.0,
+        )
+        for name, arm in scored.arms.items()
+    ]
+
+
+def _by_other_metrics(scored: ScoredAnswers, primary: Metric | None) -> dict[str, dict[str, list[float]]]:
+    others = [metric.name for metric in scored.metrics if metric != primary]
+    return {name: _known(scored.by_metric(name)) for name in others}
+
+
+def _known(by_arm: Scores) -> dict[str, list[float]]:
+    """The scores that there are, which are on the same prompts for every arm."""
+    return {arm: known(values) for arm, values in by_arm.items()}
+
+
+def _by_reward(scored: ScoredAnswers) -> dict[str, dict[str, list[float]]]:
+    """The reward model's scores by prompt; empty without a reward model."""
+    means = {name: scored.arms[name].means(scores) for name, scores in scored.rewards.items() if scores is not None}
+    return {REWARD: means} if means else {}
