@@ -59,6 +59,12 @@ class StageSpec:
         adapter = getattr(self.config, "adapter", None)
         return adapter if isinstance(adapter, AdapterConfig) else None
 
+    @property
+    def made_rows(self) -> dict[str, StageInput]:
+        """The results of other stages whose rows this stage reads, by the field of the reference."""
+        named = [f"{field}.source" for field in ("data", *self.extra_data)]
+        return {name: self.inputs[name] for name in named if name in self.inputs}
+
     def sources(self, data: DataConfig, field: str) -> list[tuple[SourceConfig, Path]]:
         """The source of ``data``, which the stage has as ``field``, and those that are mixed in, with their files."""
         own = self.data_path if field == "data" else self.extra_data[field]

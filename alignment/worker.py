@@ -35,7 +35,7 @@ import transformers
 
 from alignment.config.stage import StageConfig
 from alignment.core import stop_requests
-from alignment.core.artifacts import Manifest, publish
+from alignment.core.artifacts import Manifest, publish, verify
 from alignment.core.errors import PREEMPTED as PREEMPTED_CODE
 from alignment.core.errors import AlignmentError, DataError, StageError
 from alignment.core.files import disk_error, path_error
@@ -177,7 +177,11 @@ def _refuse_changed_data(spec: StageSpec) -> None:
 
     Raises:
         DataError: one of them has changed since.
+        ArtifactError: rows that another stage made are missing or damaged.
     """
+    for made_by in spec.made_rows.values():
+        assert made_by.path is not None, "the plan resolves it to the stage's result"
+        verify(made_by.path, content=True)
     planned_data = [(spec.data_path, spec.identity.get("data"))]
     planned_data += [
         (spec.extra_data[field], planned) for field, planned in spec.identity.get("extra_data", {}).items()

@@ -29,7 +29,11 @@ EVALUATION = "evaluation"
 FORGETTING = "forgetting"
 REWARD_CARD = "reward_card"
 REPORT = "report"
+ROWS = "rows"
 """Kinds of artifacts that more than one room knows; a kind of stage says which one it makes."""
+
+ROWS_FILE = "rows.jsonl"
+"""The file of an artifact of kind ``ROWS`` that other stages read as data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

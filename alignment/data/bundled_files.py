@@ -25,6 +25,12 @@ def locate(source: str, *, where: str = "") -> Path:
         return path
     if scheme == "bundled" and rest:
         return _bundled(rest, where=where)
+    if scheme == "stage":
+        raise DataError(
+            f"{source!r} is rows of a stage, which only a recipe with that stage can name",
+            where=where,
+            remedy="name the file in its result: path:artifacts/STAGE-FINGERPRINT/rows.jsonl",
+        )
     is_file = bool(source) and Path(source).expanduser().exists()
     raise DataError(
         f"{source!r} is not a valid data source",

@@ -17,6 +17,8 @@ from alignment.core.errors import ArtifactError
 PROGRESS = "progress.json"
 STATUS = "status.json"
 HEARTBEATS = "heartbeats"
+PARTS = "part-*.json"
+"""Parts of a result in the folder ``checkpoints`` of a stage that stores them as they are made."""
 DONE, FAILED, PREEMPTED = "done", "failed", "preempted"
 
 

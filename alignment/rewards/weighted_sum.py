@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alignment.data.records import Prompt
+from alignment.data.tokens.tokenizer import generated_text
 from alignment.rewards.scorer_sources import label
 from alignment.rewards.scorers import Answers, Scorer, refuse_unusable
 from alignment.rewards.scores import Scores
@@ -89,7 +90,7 @@ class RewardMix:
         seen = Answers(
             prompt_ids=prompts,
             answer_ids=answers,
-            texts=[self._text(answer) for answer in answers],
+            texts=[generated_text(self._tokenizer, answer) for answer in answers],
             prompts=[self._prompts[row] for row in rows],
             rows=rows,
         )
@@ -121,12 +122,6 @@ class RewardMix:
         if part.clip is not None:
             scores = scores.clamp(-part.clip, part.clip)
         return part.weight * scores
-
-    def _text(self, answer: Sequence[int]) -> str:
-        """The text exactly as it was generated, because a scorer may look at spaces."""
-        text = self._tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
 
 
 def _usable_scores(part: Part, answers: Answers) -> Tensor:

@@ -18,6 +18,7 @@ from alignment.config.faults import Fault
 from alignment.config.launch import LaunchConfig
 from alignment.config.run import RunConfig
 from alignment.config.scoring import MetricConfig, ScoreSourceConfig
+from alignment.core.artifacts import ROWS
 from alignment.data.records import Record
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import Kind as RowKind
@@ -46,6 +47,18 @@ class DataSlot:
     rows: RowKind | None = None
     in_use: bool = True
     checks: tuple[Callable[[Any], object], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MadeRows:
+    """The form of the rows that a stage makes for other stages, known before there are any.
+
+    ``example`` is such a row as JSON. ``others`` are the rows that it would make with other settings, by the setting:
+    ``{"select=best": '{"messages": …}'}``.
+    """
+
+    example: str
+    others: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,6 +182,10 @@ def _no_files(*_: Any) -> Mapping[str, str]:
     return {}
 
 
+def _no_rows(_: Any) -> MadeRows | None:
+    return None
+
+
 def _no_words(*_: Any) -> str:
     return ""
 
@@ -277,7 +294,9 @@ class StageKind:
     ``produces`` is the kind of its artifact. ``run`` is the worker's function, ``package.module:function``, called as
     ``run(config, context)`` on every process; a stage inside the driver has none.
 
-    ``data(config)``: the data that it reads. ``scorers(config)``: its scorers, by field. ``faults(config, run,
+    ``data(config)``: the data that it reads. ``rows(config)``: the rows that it makes, if it produces ``ROWS``.
+    ``leaves_out`` names its field that lists data whose prompts it leaves out; the plan fills an empty list with the
+    data of the run's evaluations. ``scorers(config)``: its scorers, by field. ``faults(config, run,
     where)``: settings that cannot be right. ``completed(config, run)``: the settings, with values that follow from
     other stages filled in. ``as_read(config)``: the settings, with unused ones at their defaults. ``curves(settings)``:
     its charts, given its settings as plain values. ``smoke``: values that ``profile=smoke`` sets, unless the profile's
@@ -291,6 +310,8 @@ class StageKind:
     produces: str
     run: str = ""
     data: Callable[[Any], Sequence[DataSlot]] = _nothing
+    rows: Callable[[Any], MadeRows | None] = _no_rows
+    leaves_out: str = ""
     scorers: Callable[[Any], Mapping[str, ScoreSourceConfig]] = _no_scorers
     faults: Callable[[Any, RunConfig, str], Iterable[Fault]] = _nothing
     completed: Callable[[Any, RunConfig], Any] = _unchanged
@@ -306,4 +327,4 @@ class StageKind:
     @property
     def trains(self) -> bool:
         """Whether it trains a model; then its settings have the fields of ``TrainedConfig``."""
-        return self.launch.runs_on is RunsOn.processes
+        return self.launch.runs_on is RunsOn.processes and self.produces != ROWS

@@ -23,7 +23,19 @@ from alignment.stages.base import LOSS, Curve, ResultTable, StageKind
 
 GROUP = "alignment.stages"
 OURS = "alignment"
-_BUILT_IN = ("cpt", "sft", "reward", "dpo", "ppo", "evaluate", "forgetting", "benchmark", "report", "reward_card")
+_BUILT_IN = (
+    "cpt",
+    "sft",
+    "reward",
+    "dpo",
+    "ppo",
+    "sample",
+    "evaluate",
+    "forgetting",
+    "benchmark",
+    "report",
+    "reward_card",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,7 @@ A server that has imported everything, and computed nothing, is forked for every
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,7 @@ PRELOADED = (
     "alignment.stages.ppo.run",
     "alignment.stages.dpo.run",
     "alignment.stages.reward.run",
+    "alignment.stages.sample.run",
     "tests.chained",
     "tests.distributed.frozen",
 )
@@ -39,7 +41,8 @@ def on_processes(
     """Runs a stage on processes of its own; returns their exit codes, those of ``alignment.worker``.
 
     Process 1 gets SIGTERM after the step ``stop_after``, or a loss that is no number in the step ``nan_at``. All get
-    SIGKILL at the step ``kill_after``, when it is ``logged``, before a checkpoint of it, or when that is ``sealed``.
+    SIGKILL at the step ``kill_after``, when it is ``logged``, before a checkpoint of it, or when that is ``sealed``; or
+    where they begin with their part of that number, when ``sampling``.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
@@ -95,7 +98,7 @@ def _run(spec: StageSpec, stop_after: int | None, nan_at: int | None, kill_after
     if nan_at is not None:
         _nan_at(nan_at)
     if kill_after is not None:
-        _kill_after(kill_after, killed_when)
+        _kill_at_part(kill_after) if killed_when == "sampling" else _kill_after(kill_after, killed_when)
     worker.read_spec = lambda _: spec
     return worker.main(spec.run_folder / "stage.yaml")
 
@@ -125,6 +128,19 @@ def _kill_after(step: int, when: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(cls, name, callback)
+
+
+def _kill_at_part(part: int) -> None:
+    from alignment.stages.sample import answer_sampling
+
+    otherwise, parts = answer_sampling.generate, itertools.count(1)
+
+    def generate(*args: Any, **told: Any) -> Any:
+        if next(parts) == part:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return otherwise(*args, **told)
+
+    answer_sampling.generate = generate
 
 
 def _nan_at(step: int) -> None:

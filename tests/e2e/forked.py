@@ -49,6 +49,7 @@ def _serve() -> None:
     import alignment.stages.evaluate.run
     import alignment.stages.ppo.run
     import alignment.stages.reward.run
+    import alignment.stages.sample.run
     import alignment.stages.sft.run  # noqa: F401  each stage would import these anew
     from alignment import cli
     from alignment.pipeline.backends import processes

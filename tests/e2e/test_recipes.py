@@ -16,7 +16,7 @@ from tests.e2e.forked import Forked
 from tests.tiny import pythia_tokenizer, save_tiny_model
 
 FOR_GPUS = ("llama_8b_rlhf_qlora", "qwen_0_5b_rlhf_lora", "tldr_1b_ppo", "tulu3_8b_sft_dpo", "zephyr_7b_dpo_qlora")
-SMOKED = (*FOR_GPUS, "quickstart", "reward_card")
+SMOKED = (*FOR_GPUS, "quickstart", "reward_card", "iterative_dpo")
 
 
 def _tulu_row(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -93,3 +93,27 @@ def test_adapters_on_four_bits_are_stacked(smoke: Path, recipe: str) -> None:
         stood = verify(Path(stage["artifact"]), content=True).adapters_stood
         assert all(one["nf4"] for one in stood.values()), name
         assert [one["merged"] for one in stood.values()] == [True, *[False] * (len(stood) - 1)]
+
+
+def test_a_changed_second_round_runs_again_alone_and_learns_from_the_first_one_s_answers(
+    smoke: Path, forked: Forked
+) -> None:
+    recipe = "iterative_dpo"
+    told = ["run", recipe, "profile=smoke", "name=changed", "stages.sample_2.temperature=0.7", *_told(recipe, smoke)]
+    code, printed = forked.run(told)
+    assert code == 0, printed
+    before, after = (
+        json.loads((smoke / recipe / f"runs/{name}-smoke/run.json").read_text())["stages"]
+        for name in (recipe, "changed")
+    )
+    assert [name for name, stage in after.items() if stage["state"] == "done"] == [
+        "sample_2",
+        "dpo_2",
+        "evaluate",
+        "report",
+    ]
+    samples = (Path(after["sample_2"]["artifact"]) / "samples.jsonl").read_text().splitlines()
+    first, second = (verify(Path(stages["artifact"]), content=True) for stages in (before["dpo_1"], after["dpo_2"]))
+    assert {json.loads(line)["policy"] for line in samples} == {first.fingerprint}
+    assert second.inputs["init"] == first.fingerprint, "the first round's policy is the reference"
+    assert second.inputs["data.source"] == verify(Path(after["sample_2"]["artifact"]), content=True).fingerprint

@@ -12,6 +12,7 @@ from tests.mutations import (
     ppo,
     ppo_step,
     results,
+    sampling,
     stages,
     training,
     validation,
@@ -29,6 +30,7 @@ MUTATIONS: list[Mutation] = [
     *people.MUTATIONS,
     *benchmarks.MUTATIONS,
     *results.MUTATIONS,
+    *sampling.MUTATIONS,
     *pipeline.MUTATIONS,
     *driver.MUTATIONS,
 ]

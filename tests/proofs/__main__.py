@@ -33,6 +33,7 @@ from tests.proofs import (
     mutations,
     overoptimisation,
     plain_script,
+    rounds,
     story,
 )
 from tests.proofs.common import Claim, Skipped
@@ -49,6 +50,7 @@ PROOFS: dict[str, Callable[[Path], list[Claim]]] = {
     "interruptions": interruptions.run,
     "plain_script": plain_script.run,
     "forgetting": forgetting.run,
+    "rounds": rounds.run,
 }
 
 

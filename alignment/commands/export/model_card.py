@@ -262,7 +262,7 @@ def _step(step: Step) -> list[str]:
     return [
         f"- **{manifest.stage}** ({manifest.identity['kind']}), fingerprint `{manifest.fingerprint}`",
         f"  - takes {inputs or 'the base'}; base content `{base.get('content')}`, computed in {base.get('dtype')}",
-        f"  - data: {data}; content `{_contents(manifest.identity)}`",
+        f"  - data: {data}{_contents(manifest.identity)}",
         *([f"  - adapter: {_settings(adapter, names)}"] if adapter else []),
         *([f"  - optimiser: {_settings(optim, _OF_OPTIM)}"] if optim else []),
         f"  - settings: {_settings(others, list(others))}; seed {manifest.identity.get('seed')}",
@@ -270,8 +270,9 @@ def _step(step: Step) -> list[str]:
 
 
 def _contents(identity: Mapping[str, Any]) -> str:
-    others = identity.get("extra_data", {}).values()
-    return ", ".join(str(content) for content in (identity.get("data"), *others))
+    """The hashes of a step's data; rows of another stage have none, because the inputs name that stage."""
+    contents = [content for content in (identity.get("data"), *identity.get("extra_data", {}).values()) if content]
+    return f"; content `{', '.join(map(str, contents))}`" if contents else ""
 
 
 def _flat(tree: Mapping[str, Any], ahead: str = "") -> dict[str, Any]:

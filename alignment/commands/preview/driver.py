@@ -37,6 +37,12 @@ def show_preview(
     if not chosen:
         names = ", ".join(planned.name for planned in known)
         raise ConfigError(f"{stage!r} is not a stage that trains; one of: {names}", where="--stage")
+    for planned in (planned for planned in chosen if planned.unmade):
+        makers = " and ".join(planned.unmade)
+        console.print(f"{planned.name}: its rows do not exist before {makers} has run", markup=False, highlight=False)
+    shown = [planned for planned in chosen if not planned.unmade]
+    if not shown:
+        return 0
     with tempfile.TemporaryDirectory() as folder:
 
         def file_of(planned: PlannedStage) -> str:
@@ -46,11 +52,15 @@ def show_preview(
                 )
             )
 
-        argv = [sys.executable, "-m", "alignment.commands.preview.worker", *map(file_of, chosen), "--rows", str(rows)]
+        argv = [sys.executable, "-m", "alignment.commands.preview.worker", *map(file_of, shown), "--rows", str(rows)]
         argv += ["--html", html] if html else []
-        evaluation = next((planned for planned in plan.stages if kind_of(planned.config).produces == EVALUATION), None)
+        evaluation = next(filter(_is_known_evaluation, plan.stages), None)
         argv += ["--against", file_of(evaluation)] if evaluation else []
         return _exit_code(processes.call(argv))
+
+
+def _is_known_evaluation(planned: PlannedStage) -> bool:
+    return kind_of(planned.config).produces == EVALUATION and not planned.unmade
 
 
 def _exit_code(code: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,10 @@ def tokenizer_hashes(tokenizer: Any) -> dict[str, str]:
         "tokenizer_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
     }
+
+
+def generated_text(tokenizer: Any, answer: Sequence[int]) -> str:
+    """The text of an answer's token ids exactly as it was generated, because a scorer may look at spaces."""
+    text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text

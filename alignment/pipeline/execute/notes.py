@@ -10,7 +10,7 @@ from alignment.config.model import Dtype
 from alignment.config.scoring import ScoreSourceConfig
 from alignment.config.stage import StageConfig
 from alignment.core import hardware
-from alignment.core.artifacts import EVALUATION, read_manifest
+from alignment.core.artifacts import EVALUATION, ROWS, read_manifest
 from alignment.core.errors import ArtifactError
 from alignment.data.overlap import HeldOut, LocatedText, Overlap
 from alignment.pipeline.backends import feasibility
@@ -51,7 +51,7 @@ def _learned_metrics(plan: Plan) -> Iterator[str]:
         metric = kind_of(evaluation.config).outcome.primary(evaluation.config)
         if metric is None:
             continue
-        for stage in (stage for stage in plan.stages if kind_of(stage.config).trains):
+        for stage in (stage for stage in plan.stages if _learns_or_selects(stage)):
             fields = [
                 field
                 for field, scorer in kind_of(stage.config).scorers(stage.config).items()
@@ -62,6 +62,12 @@ def _learned_metrics(plan: Plan) -> Iterator[str]:
                     f"{evaluation.name} judges by {metric.name}, which {stage.name} optimises ({fields[0]}): a better "
                     "score may come from gaps in that measure, so look at another metric too"
                 )
+
+
+def _learns_or_selects(stage: PlannedStage) -> bool:
+    """Whether policies get better by the stage's scorers: it trains with them, or selects what others train on."""
+    kind = kind_of(stage.config)
+    return kind.trains or kind.produces == ROWS
 
 
 def _scores_of(source: ScoreSourceConfig, config: StageConfig) -> tuple[Any, ...]:

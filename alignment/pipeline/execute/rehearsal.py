@@ -37,6 +37,7 @@ def rehearse(plan: Plan, stages: Sequence[PlannedStage], *, announce: Callable[[
         StageError: no answer within ``launch.hang_seconds``.
     """
     waiting = [stage for stage in stages if stage.action is not Action.reuse][1:]
+    waiting = [stage for stage in waiting if not stage.unmade]  # there is nothing to try yet
     rows = [stage for stage in waiting if _learns_by_own_tokenizer(stage.config, plan.config.stages)]
     scorers = [stage for stage in waiting if scorer_checks.functions(stage.config)]
     rows = [stage for stage in rows if not rehearsed.is_known(plan, stage, part=rehearsed.ROWS)]

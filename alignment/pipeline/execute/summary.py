@@ -46,6 +46,7 @@ def show_plan(console: Console, plan: Plan) -> None:
                 f"reads {source.identity}{'' if source.path else ', which a run downloads'}"
                 for source in stage.hub_data
             ]
+            lines += [f"reads rows that {maker} has yet to make" for maker in stage.unmade]
             lines += [f"runs your code: {function}" for function in stage.user_code]
             for line in lines:
                 console.print(f"{stage.name} {line}", markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from alignment.config.data import DataConfig, SourceConfig
+from alignment.config.data import SourceConfig
 from alignment.config.faults import refuse
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig
 from alignment.config.typed import convert
-from alignment.core.artifacts import folder_name, read_manifest, verify
+from alignment.core.artifacts import ROWS_FILE, folder_name, read_manifest, verify
 from alignment.core.errors import ArtifactError, ModelError
 from alignment.core.fingerprint import digest
 from alignment.data.reading import read_records, start
@@ -21,6 +21,7 @@ from alignment.job import StageInput
 from alignment.pipeline.plan import (
     compatibility,
     identity,
+    made_rows,
     references,
     row_counts,
     scorer_checks,
@@ -28,12 +29,14 @@ from alignment.pipeline.plan import (
     unread,
 )
 from alignment.pipeline.plan.compose import compose
+from alignment.pipeline.plan.made_rows import DATA, RowsOfStages
 from alignment.pipeline.plan.reasons import Made, made, reason_to_run
 from alignment.pipeline.plan.row_counts import Seen
 from alignment.pipeline.sources import data_sources
 from alignment.pipeline.sources.data_sources import DataSource
 from alignment.pipeline.sources.model_sources import ModelSource, refuse_policy, resolve
 from alignment.records.run import RunRecord
+from alignment.records.worker import PARTS
 from alignment.stages import registry
 from alignment.stages.base import DataSlot, Slot
 from alignment.stages.registry import kind_of
@@ -43,9 +46,6 @@ CHECKPOINT_MANIFEST = "alignment_checkpoint.json"
 
 CHECKED_ROWS = 20_000
 """Rows of a data file that are checked while planning, to keep planning fast; the stage checks all rows."""
-
-DATA = "data"
-"""The field of a stage's main data file."""
 
 
 class Action(str, Enum):
@@ -62,8 +62,9 @@ class PlannedStage:
 
     ``inputs`` has an entry for each reference except arms. ``data`` is the main data file, and ``extra_data`` holds
     the others and further files, by field; hub data sets that are not on this machine are missing in both, but
-    ``hub_data`` lists all. ``code`` names the functions that the stage runs, the user's and those that ship with the
-    project. ``artifact`` is the folder of the result, ``work`` the folder in which it is made.
+    ``hub_data`` lists all. Rows of the stages ``unmade`` do not exist yet. ``code`` names the functions that the stage
+    runs, the user's and those that ship with the project. ``artifact`` is the folder of the result, ``work`` the folder
+    in which it is made.
     """
 
     name: str
@@ -82,6 +83,7 @@ class PlannedStage:
     seen: dict[str, Seen]
     artifact: Path
     work: Path
+    unmade: tuple[str, ...] = ()
 
     @property
     def user_code(self) -> list[str]:
@@ -129,6 +131,7 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     later = [*scorer_checks.faults(config.stages), *settings.faults(config), *unread.faults(config)]
     later += compatibility.faults(config)
     every_fault = [*faults, *(fault for fault in later if fault.where not in named)]
+    every_fault += made_rows.faults(config.stages) if not every_fault else []
     refuse([composition.placed(fault) for fault in every_fault])
     config = settings.completed(config)
     data, seen = _checked_data(config)
@@ -158,7 +161,9 @@ def _checked_data(config: RunConfig) -> tuple[dict[str, dict[str, DataSource]], 
         located[name], seen[name] = {}, {}
         for hub_data in kind_of(stage).files.hub_data(stage):
             located[name][hub_data] = data_sources.resolve(hub_data, where=f"stages.{name}")
-        for file in _slots_in_use(stage):
+        for file in made_rows.data_slots(stage):
+            if made_rows.stage_named(file.data.source) is not None:
+                continue
             where = f"stages.{name}.{file.field}"
             source = located[name][file.field] = data_sources.resolve(file.data.source, where=f"{where}.source")
             if source.path is None:
@@ -188,18 +193,6 @@ def _read(file: DataSlot, path: Path) -> Seen:
         whole=how.limit == file.data.limit or len(records) < CHECKED_ROWS,
         set_aside=(reason.message for reason in reading.set_aside),
     )
-
-
-def _slots_in_use(stage: StageConfig) -> Iterator[DataSlot]:
-    """Every source that a stage reads, including those that are mixed in."""
-    kind = kind_of(stage)
-    for slot in kind.data(stage):
-        if slot.in_use:
-            checks = scorer_checks.row_checks(stage) if slot.field == DATA else ()
-            slot = replace(slot, checks=(*slot.checks, *checks))
-            yield slot
-            for number, part in enumerate(slot.data.mix if isinstance(slot.data, DataConfig) else ()):
-                yield replace(slot, field=f"{slot.field}.mix[{number}]", data=part)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,7 +240,8 @@ class _Builder:
         work = artifact.with_name(f"{artifact.name}.work")
         refs = {field: resolved.ref for field, resolved in inputs.items()}
         paths = {field: source.path for field, source in self._data[name].items() if source.path is not None}
-        paths |= files
+        rows = self._rows_of_stages(config)
+        paths |= {**rows.paths, **files}
         action, reason = self._action(name, fingerprint, artifact, work, described, refs)
         planned = PlannedStage(
             name=name,
@@ -263,9 +257,10 @@ class _Builder:
             extra_data={field: path for field, path in paths.items() if field != DATA},
             hub_data=tuple(source for source in self._data[name].values() if source.is_hub),
             code=(*map(str, scorer_checks.functions(config).values()), *kind_of(config).files.code(config)),
-            seen=self._seen[name],
+            seen={**self._seen[name], **rows.seen},
             artifact=artifact,
             work=work,
+            unmade=rows.unmade,
         )
         self._planned[name] = planned
         return planned
@@ -292,6 +287,22 @@ class _Builder:
             arms={arm: resolved.fingerprint for arm, resolved in arms.items()},
             files=files,
         )
+
+    def _rows_of_stages(self, config: StageConfig) -> RowsOfStages:
+        paths: dict[str, Path] = {}
+        seen: dict[str, Seen] = {}
+        unmade: dict[str, None] = {}
+        for file in made_rows.data_slots(config):
+            maker = made_rows.stage_named(file.data.source)
+            if maker is None:
+                continue
+            planned = self._planned[maker]
+            path = paths[file.field] = planned.artifact / ROWS_FILE
+            if planned.action is Action.reuse:
+                seen[file.field] = _read(file, path)
+            else:
+                unmade[maker] = None
+        return RowsOfStages(paths=paths, seen=seen, unmade=tuple(unmade))
 
     def _resolve(self, name: str, slot: Slot) -> _Resolved:
         if references.is_base(slot):
@@ -342,6 +353,8 @@ class _Builder:
         checkpoint = newest_checkpoint(work)
         if checkpoint is not None:
             return Action.resume, f"from {checkpoint.name}"
+        if parts := sum(1 for _ in (work / "checkpoints").glob(PARTS)):
+            return Action.resume, f"from {parts} stored parts"
         return Action.run, reason_to_run(name, described, refs, self._store, own=self._own)
 
 

@@ -13,7 +13,8 @@ from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.config.faults import Fault
 from alignment.config.stage import StageConfig
 from alignment.config.typed import field_types
-from alignment.core.artifacts import EVALUATION, FORGETTING, POLICY, REPORT, REWARD_CARD, REWARD_MODEL
+from alignment.core.artifacts import EVALUATION, FORGETTING, POLICY, REPORT, REWARD_CARD, REWARD_MODEL, ROWS
+from alignment.pipeline.plan import made_rows
 from alignment.stages.base import Slot
 from alignment.stages.registry import kind_of
 
@@ -27,6 +28,7 @@ _NOUNS = {
     REWARD_CARD: "a reward card",
     FORGETTING: "a measurement of forgetting",
     REPORT: "a report",
+    ROWS: "a set of rows",
 }
 
 
@@ -65,6 +67,7 @@ def slots(stage: Any) -> Iterator[Slot]:
             for number, ref in enumerate(value):
                 yield Slot(field=f"{field.name}[{number}]", takes=takes, ref=ref)
     yield from kind_of(stage).references.more(stage)
+    yield from made_rows.slots(stage)
 
 
 def inputs_of(name: str, stages: Mapping[str, StageConfig]) -> list[str]:

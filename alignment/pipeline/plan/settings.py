@@ -21,10 +21,13 @@ from alignment.core.errors import DataError
 from alignment.data.chat_template import template_text
 from alignment.data.formats import COLUMNS, FORMATS
 from alignment.pipeline.backends import slurm
-from alignment.pipeline.plan import scorer_checks, validation_checks
+from alignment.pipeline.plan import made_rows, scorer_checks, validation_checks
 from alignment.stages.registry import as_trained, kind_of
 
-_NO_ROWS = "missing; name the rows: path:FILE, hub:ORG/NAME@REVISION, or what ships with the project: bundled:NAME"
+_NO_ROWS = (
+    "missing; name the rows: path:FILE, hub:ORG/NAME@REVISION, or what ships with the project: bundled:NAME; or "
+    "the rows that another stage makes: stage:NAME"
+)
 
 
 def faults(config: RunConfig) -> list[Fault]:
@@ -53,7 +56,7 @@ def faults(config: RunConfig) -> list[Fault]:
 def completed(config: RunConfig) -> RunConfig:
     """The run with the settings filled in that a stage takes from other stages."""
     stages = {name: kind_of(stage).completed(stage, config) for name, stage in config.stages.items()}
-    return replace(config, stages=stages)
+    return replace(config, stages=made_rows.with_left_out(stages))
 
 
 def _template_faults(model: ModelConfig) -> Iterator[Fault]:

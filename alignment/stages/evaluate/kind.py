@@ -10,12 +10,12 @@ from alignment.config.evaluating import FEW_SHOT, PROMPTED, FewShotConfig, GateC
 from alignment.config.faults import Fault, unread_faults
 from alignment.config.run import RunConfig
 from alignment.config.scoring import MetricConfig
-from alignment.core.artifacts import EVALUATION, REWARD_MODEL
+from alignment.core.artifacts import EVALUATION
 from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair
 from alignment.data.tokens.row_kinds import CONVERSATIONS
 from alignment.evaluation import metrics
 from alignment.evaluation.endpoint import api_key
-from alignment.rewards.scorer_sources import REWARD, is_reference, source_field
+from alignment.rewards.scorer_sources import REWARD, source_field
 from alignment.stages.base import (
     DataSlot,
     LaunchShape,
@@ -24,7 +24,6 @@ from alignment.stages.base import (
     References,
     Reported,
     RunsOn,
-    Slot,
     StageKind,
 )
 from alignment.stages.evaluate import labelled_faults
@@ -33,6 +32,7 @@ from alignment.stages.evaluate.grader_faults import grader_faults, is_graded
 from alignment.stages.evaluate.judge_faults import judge_faults
 from alignment.stages.evaluate.votes_file import single_answer_checks, votes_files
 from alignment.stages.shared.kind_answers import of_arms
+from alignment.stages.shared.scorer_slots import reward_model_slots
 
 
 def _data(config: EvaluateConfig) -> list[DataSlot]:
@@ -57,13 +57,6 @@ def _data(config: EvaluateConfig) -> list[DataSlot]:
 
 def _scorers(config: EvaluateConfig) -> dict[str, MetricConfig]:
     return {f"metrics[{number}]": metric for number, metric in enumerate(config.metrics)}
-
-
-def _metric_slots(config: EvaluateConfig) -> Iterator[Slot]:
-    """Metrics that are reward models."""
-    for field, metric in _scorers(config).items():
-        if is_reference(metric.source):
-            yield Slot(field=source_field(field), takes=(REWARD_MODEL,), ref=metric.source, external=True)
 
 
 def _as_read(config: EvaluateConfig) -> EvaluateConfig:
@@ -144,7 +137,7 @@ KIND = StageKind(
     scorers=_scorers,
     faults=_faults,
     as_read=_as_read,
-    references=References(more=_metric_slots),
+    references=References(more=lambda config: reward_model_slots(_scorers(config))),
     launch=LaunchShape(runs_on=RunsOn.one_process, check_machine=_check_machine),
     outcome=Outcome(metrics=_reported, gates=_gates, primary=_primary),
 )

@@ -12,11 +12,11 @@ from alignment.config.faults import Fault, unread_faults
 from alignment.config.launch import LaunchConfig, Sharding
 from alignment.config.replay import PtxConfig
 from alignment.config.run import RunConfig
-from alignment.core.artifacts import POLICY, REWARD_MODEL, read_manifest
+from alignment.core.artifacts import POLICY, read_manifest
 from alignment.data.records import Conversation, Prompt
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
-from alignment.rewards.scorer_sources import REWARD, is_known, is_reference, source_field
+from alignment.rewards.scorer_sources import REWARD, is_known
 from alignment.stages.base import (
     Curve,
     DataSlot,
@@ -26,13 +26,13 @@ from alignment.stages.base import (
     References,
     Refusal,
     Reported,
-    Slot,
     StageKind,
 )
 from alignment.stages.ppo.batch_sizes import size_faults
 from alignment.stages.ppo.config import KlConfig, KlControl, PpoConfig
 from alignment.stages.ppo.scorers_in_use import GUARD, in_use
 from alignment.stages.shared.kind_answers import ROW_COUNTS, curve
+from alignment.stages.shared.scorer_slots import missing_reward_faults, reward_model_slots
 
 
 def _data(config: PpoConfig) -> list[DataSlot]:
@@ -50,13 +50,6 @@ def _data(config: PpoConfig) -> list[DataSlot]:
 
 def _as_read(config: PpoConfig) -> PpoConfig:
     return replace(config, ptx=PtxConfig()) if config.ptx.coefficient == 0.0 else config
-
-
-def _scorer_slots(config: PpoConfig) -> Iterator[Slot]:
-    """Scorers that are reward models."""
-    for name, scorer in in_use(config).items():
-        if is_reference(scorer.source):
-            yield Slot(field=source_field(name), takes=(REWARD_MODEL,), ref=scorer.source, external=True)
 
 
 def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
@@ -82,12 +75,7 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
 def _scorer_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
     if GUARD in in_use(config):
         yield from _guard_faults(config, f"{where}.{GUARD}")
-    for field, scorer in in_use(config).items():
-        if scorer.source == REWARD and config.reward is None:
-            message = (
-                f"'{REWARD}' is the model that {where}.reward names, which is null; name a model, or remove this scorer"
-            )
-            yield Fault(where=f"{where}.{field}.source", message=message)
+    yield from missing_reward_faults(in_use(config), config.reward, where)
     if _reads_no_reward(config):
         yield Fault(where=f"{where}.reward", message=_unread_reward(config))
 
@@ -212,7 +200,7 @@ KIND = StageKind(
     faults=_faults,
     as_read=_as_read,
     curves=_curves,
-    references=References(more=_scorer_slots),
+    references=References(more=lambda config: reward_model_slots(in_use(config))),
     launch=LaunchShape(refusals=_refusals, size_faults=size_faults),
     learning=Learning(
         limits=lambda config: Limits(row=config.max_prompt_length, too_long=config.too_long),

@@ -52,8 +52,10 @@ def tokenizer_of(context: StageContext, stage_input: StageInput, ours: Any) -> A
     return ours if alike else own
 
 
-def refuse_without_template(context: StageContext, stage_input: StageInput, tokenizer: Any) -> None:
-    """Does nothing if conversations can be rendered for an arm.
+def refuse_without_template(
+    context: StageContext, stage_input: StageInput, tokenizer: Any, *, field: str = "arms"
+) -> None:
+    """Does nothing if conversations can be rendered for the policy that the stage's ``field`` names.
 
     Raises:
         ModelError: its tokenizer has no chat template.
@@ -61,6 +63,6 @@ def refuse_without_template(context: StageContext, stage_input: StageInput, toke
     if not tokenizer.chat_template:
         raise ModelError(
             f"{stage_input.ref} has a tokenizer without a chat template, so prompts cannot be rendered for it",
-            where=f"stages.{context.spec.stage}.arms",
+            where=f"stages.{context.spec.stage}.{field}",
             remedy="put the template that it was trained with into its folder (chat_template.jinja)",
         )

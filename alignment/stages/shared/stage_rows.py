@@ -108,7 +108,7 @@ def fitting(
     refuse_faults(faults, data, count=len(faults), rows=len(records), where=where)
     longest = max((row.tokens for row in every), default=0)
     refuse_losses(limits, dropped=dropped, cut=cut, records=len(records), longest=longest, where=where)
-    _list_left_out(context, [note.as_row() for note in notes])
+    list_left_out(context, [note.as_row() for note in notes])
     fitting_rows = {index: row for index, row in enumerate(every) if row.fault is None}
     return fitting_rows, _counts(rows=len(fitting_rows), dropped=dropped, cut=cut)
 
@@ -139,7 +139,7 @@ def _read(context: StageContext, record: type[R], data: SourceConfig, path: Path
     reading = start(path, data)
     records = list(iterate(path, record, data, reading=reading))
     left_out = [note_of_error(error).as_row() for error in (*reading.faults, *reading.set_aside)]
-    _list_left_out(context, left_out)
+    list_left_out(context, left_out)
     _warn(context, path, reading.rows, left_out, len(left_out))
     return records
 
@@ -151,7 +151,8 @@ def _copy_ledger(context: StageContext, table: TokenTable) -> None:
     _warn(context, table.path, table.read, first, sum(table.notes.values()))
 
 
-def _list_left_out(context: StageContext, entries: Iterable[Mapping[str, str]]) -> None:
+def list_left_out(context: StageContext, entries: Iterable[Mapping[str, str]]) -> None:
+    """Appends rows with where they are and the reason to ``LEFT_OUT``; only the main process writes."""
     _append(context, (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
 

@@ -35,6 +35,7 @@ from alignment.stages.registry import config_classes
 from alignment.stages.report.config import ReportConfig
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.reward_card.config import RewardCardConfig
+from alignment.stages.sample.config import SampleConfig
 from alignment.stages.sft.config import SftConfig
 
 STAGES = config_classes()
@@ -46,6 +47,7 @@ OUTSIDE = {
     EvaluateConfig: {"arms", "reference", "reward", "batch_size", "gate"},
     ForgettingConfig: {"arms"},
     RewardCardConfig: {"reward", "micro_batch_tokens"},
+    SampleConfig: {"policy", "reward", "batch_size"},
     BenchmarkConfig: {"arms", "task_folders", "micro_batch_tokens", "batch_size"},
     ReportConfig: {"evaluation"},
     # What is read counts by its content, and how strictly it was read shapes nothing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,14 @@ def test_a_smoke_run_is_said_to_be_one(store: Store) -> None:
     for profile, sentence in (("smoke", "It comes from a smoke run"), ("mine", "under the profile `mine`")):
         path.write_text(json.dumps({**told, "profile": profile}))
         assert sentence in store.card()
+
+
+def test_rows_that_a_stage_made_have_no_content_of_their_own(store: Store) -> None:
+    identity = {"kind": "sft", "config": CONFIGS["sft"], "data": None, "seed": 42}
+    shutil.rmtree(store.root / "artifacts" / "sft")
+    store.publish("sft", kind="policy", config=CONFIGS["sft"], identity=identity)
+    card = store.card()
+    assert "data: `hub:org/chats@0123`\n" in card
 
 
 def test_its_lineage_names_every_stage_with_data_and_settings(store: Store) -> None:

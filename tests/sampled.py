@@ -1,0 +1,64 @@
+"""A stage that samples answers, run as the worker runs it, on a tiny policy and shipped or written prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from alignment import worker
+from alignment.config.data import DataConfig
+from alignment.config.scoring import ScorerConfig
+from alignment.job import StageInput, StageSpec
+from alignment.stages.sample.config import SampleConfig
+from alignment.training.context import StageContext
+from tests.chained import DATA
+from tests.tiny import save_tiny_model, tiny_spec
+
+LENGTH = ScorerConfig(source="length", target=3)
+FINGERPRINT = "f" * 64
+"""Of the policy."""
+
+
+def sample_spec(folder: Path, *, prompts: Sequence[dict[str, Any]] | None = None, **changes: Any) -> StageSpec:
+    """Four answers of at most twelve tokens to each of nine prompts, in three parts; ``prompts`` are written rows.
+
+    ``changes`` are settings of the stage, or fields of the spec.
+    """
+    if not (folder / "base").exists():
+        save_tiny_model(folder / "base")
+    file = DATA / "preferences.jsonl"
+    if prompts is not None:
+        file = folder / "prompts.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    settings: dict[str, Any] = {
+        "policy": "base",
+        "reward": None,
+        "scorers": [LENGTH],
+        "data": DataConfig(source="path:prompts", limit=9),
+        "max_prompt_length": 4096,
+        "max_new_tokens": 12,
+        "ended_only": False,
+        "batch_size": 12,
+    }
+    of_spec = {name: changes.pop(name) for name in ("inputs", "extra_data", "seed") if name in changes}
+    told = {"inputs": {"policy": StageInput(ref="base", path=None)}, "input_fingerprints": {"policy": FINGERPRINT}}
+    return tiny_spec(folder, SampleConfig(**{**settings, **changes}), data_path=file, **{**told, **of_spec})
+
+
+def sampled(folder: Path, **changes: Any) -> Path:
+    """The artifact of the stage; arguments as in ``sample_spec``."""
+    spec = sample_spec(folder, **changes)
+    worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+    return spec.artifact
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON Lines."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
+def asked(number: int) -> dict[str, Any]:
+    """A row with a prompt of its own."""
+    return {"id": f"q{number}", "messages": [{"role": "user", "content": f"What is in box {number}, and whose is it?"}]}
