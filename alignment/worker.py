@@ -123,8 +123,20 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _out_of_memory(error: BaseException, context: StageContext) -> StageError:
     return StageError(
         f"out of memory while {context.heartbeat.phase}: {str(error).splitlines()[0]}",
-        remedy="lower optim.micro_batch_tokens, set optim.activation_checkpointing=true, or train an adapter",
+        remedy=_memory_remedy(context.spec.config),
     )
+
+
+def _memory_remedy(config: StageConfig) -> str:
+    """Names settings that the stage has."""
+    optim = getattr(config, "optim", None)
+    if hasattr(optim, "micro_batch_tokens"):
+        checkpointing = hasattr(optim, "activation_checkpointing")
+        more = ", set optim.activation_checkpointing=true" if checkpointing else ""
+        return f"lower optim.micro_batch_tokens{more}, or train an adapter"
+    if hasattr(config, "batch_size"):
+        return "lower batch_size, or use a machine with more memory"
+    return "use a machine with more memory"
 
 
 def _worker_lock(context: StageContext) -> AbstractContextManager[object]:

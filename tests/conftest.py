@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spares each trainer that begins a look through all that is imported, half a second, for something to free."""
+    """Spares each trainer that begins a search of all that is imported for something to free, which takes 0.4 s."""
     gc.collect()
     gc.freeze()
 

@@ -55,7 +55,7 @@ def _serve() -> None:
     from alignment.pipeline.backends import processes
 
     processes.execute = _execute
-    gc.freeze()  # or each stage's trainer would look through all that is imported, which takes half a second
+    gc.freeze()  # or each stage's trainer would look through all that is imported, which takes 0.4 s
     for line in sys.stdin:
         argv = json.loads(line)
         with tempfile.TemporaryFile() as sink:

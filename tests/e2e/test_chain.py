@@ -52,6 +52,7 @@ def test_every_stage_leaves_an_artifact_that_verifies(finished: Align) -> None:
 def test_the_report_and_every_arm_are_there(finished: Align) -> None:
     evaluation = json.loads((finished.artifact("evaluate") / "evaluation.json").read_text())
     assert [arm["label"] for arm in evaluation["arms"]] == ["base", "base+prompt", "sft", "dpo", "ppo"]
+    assert evaluation["num_prompts"] == 5, "the settings of a small run did not reach the stage"
     page = (finished.output / "runs/quickstart/report.html").read_text()
     for label in ("base+prompt", "sft", "dpo", "ppo"):
         assert label in page

@@ -85,9 +85,9 @@ MUTATIONS = [
         ),
         (
             "a damaged part is used",
-            'return value if digest(json.dumps(value)) == content["sha256"] else None',
-            "return value",
-            "test_a_damaged_part_is_made_again",
+            'if digest(json.dumps(value)) != content["sha256"]:',
+            "if False:",
+            "test_a_damaged_part_is_made_again_with_a_warning",
         ),
         (
             "a part of other prompts is used",

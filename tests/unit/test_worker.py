@@ -17,9 +17,12 @@ import torch
 
 from alignment import worker
 from alignment.config.model import ModelConfig
+from alignment.config.stage import StageConfig
 from alignment.core.errors import DataError, NonFiniteError
 from alignment.core.fingerprint import content_sha256, digest
 from alignment.data.chat_template import template_text
+from alignment.stages.report.config import ReportConfig
+from alignment.stages.sample.config import SampleConfig
 from alignment.stages.sft.config import SftConfig
 from alignment.training.context import StageContext
 from alignment.training.session import Preempted
@@ -149,16 +152,22 @@ def test_the_first_process_that_fails_has_the_word(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("config", "error", "remedy"),
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-        RuntimeError("can't allocate memory: 9 GB"),
+        (
+            SftConfig(),
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "optim.micro_batch_tokens",
+        ),
+        (SftConfig(), RuntimeError("can't allocate memory: 9 GB"), "optim.micro_batch_tokens"),
+        (SampleConfig(), MemoryError("9 GB"), "lower batch_size"),
+        (ReportConfig(), MemoryError("9 GB"), "a machine with more memory"),
     ],
 )
-def test_running_out_of_memory_comes_with_advice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+def test_running_out_of_memory_comes_with_advice_that_the_stage_can_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: StageConfig, error: Exception, remedy: str
 ) -> None:
-    spec = tiny_spec(tmp_path, SftConfig())
+    spec = tiny_spec(tmp_path, config)
 
     def run(_: object, context: StageContext) -> None:
         context.progress("training")
@@ -171,7 +180,8 @@ def test_running_out_of_memory_comes_with_advice(
     status = json.loads((spec.run_folder / "status.json").read_text())
     assert status["exit_code"] == 5
     assert "out of memory while training" in status["error"]
-    assert "micro_batch_tokens" in status["error"]
+    assert remedy in status["error"]
+    assert ("micro_batch_tokens" in status["error"]) == isinstance(config, SftConfig)
 
 
 def test_a_template_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:

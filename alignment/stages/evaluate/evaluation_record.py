@@ -41,14 +41,6 @@ class ScoredAnswers:
     intervals: Intervals
 
     @property
-    def prompt_scores(self) -> dict[str, dict[str, list[float | None]]]:
-        """One value per prompt for each metric of an arm."""
-        return {
-            name: {metric: of_prompts(arm, values) for metric, values in self.turn_scores[name].items()}
-            for name, arm in self.arms.items()
-        }
-
-    @property
     def primary(self) -> ScoredArms | None:
         """The scores by the primary metric; None without metrics."""
         metric = next((metric for metric in self.metrics if metric.name == self.primary_name), None)
@@ -56,7 +48,11 @@ class ScoredAnswers:
 
     def by_metric(self, metric: str) -> dict[str, Sequence[float | None]]:
         """The scores by one metric of every arm that has it, one value per prompt."""
-        return {arm: of_arm[metric] for arm, of_arm in self.prompt_scores.items() if metric in of_arm}
+        return {
+            name: of_prompts(self.arms[name], scores[metric])
+            for name, scores in self.turn_scores.items()
+            if metric in scores
+        }
 
 
 def evaluation_of(

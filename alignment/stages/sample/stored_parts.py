@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from alignment.core.fingerprint import digest
 from alignment.records.worker import PARTS
 from alignment.training.context import StageContext
 from alignment.training.sharding import everyones
+
+log = logging.getLogger(__name__)
 
 
 def made_in_parts(
@@ -50,10 +53,15 @@ def _file(context: StageContext, name: str, number: int, key: Any) -> Path:
 
 
 def _read(file: Path) -> Any:
-    """The stored value, or None if it is missing or damaged."""
+    """The stored value, or None if it is missing or damaged; the log names a damaged one."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         value = content["value"]
-        return value if digest(json.dumps(value)) == content["sha256"] else None
-    except (OSError, ValueError, LookupError, TypeError):
+        if digest(json.dumps(value)) != content["sha256"]:
+            raise ValueError("its content does not match its hash")
+        return value
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        log.warning("%s cannot be used and will be made again: %s", file, error)
         return None

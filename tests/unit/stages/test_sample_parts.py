@@ -61,7 +61,9 @@ def _stopping(monkeypatch: pytest.MonkeyPatch, function: str, *, after: int) -> 
 
 
 @pytest.mark.parametrize("damage", ["{", '{"value": [[1]], "sha256": "0"}', "null"])
-def test_a_damaged_part_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+def test_a_damaged_part_is_made_again_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     straight = run(sample_spec(tmp_path / "straight"))
     spec = sample_spec(tmp_path / "stopped")
     _stopping(monkeypatch, "generate", after=2)
@@ -73,6 +75,7 @@ def test_a_damaged_part_is_made_again(tmp_path: Path, monkeypatch: pytest.Monkey
     made = _stopping(monkeypatch, "generate", after=99)
     assert run(spec) == straight
     assert len(made) == 2
+    assert [record.args[0] for record in caplog.records if "made again" in record.message] == [first]
     assert second.name != first.name
 
 
