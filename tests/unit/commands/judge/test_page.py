@@ -44,8 +44,10 @@ def serving(file: Path) -> Iterator[str]:
 
 def begin(page: Page, address: str, name: str) -> None:
     page.open(address)
+    page.wait_for("document.activeElement?.id === 'annotator'")  # letters that come before are lost
     for letter in name:
         page.press(letter)
+    assert page.evaluate("document.activeElement.value") == name
     page.press("Enter")
     page.wait_for(f"document.querySelector('.count') !== null && {READY}")
 
