@@ -45,11 +45,9 @@ class Trial:
         code, states = outcome(self.tree)
         if code == FAILED and "failed" in states.values():
             return CAUGHT
-        if code == 0:
-            return f"SURVIVED {self.mutation.test}"
-        return (
-            f"SURVIVED: the test could not be run (pytest ended with {code})\n{log_of(self.tree).read_text()[-2000:]}"
-        )
+        reason = "" if code == 0 else f": the test could not be run (pytest ended with {code})"
+        log = log_of(self.tree).read_text(encoding="utf-8")
+        return f"SURVIVED{reason} {self.mutation.test} {states}\n{log[-2000:]}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
