@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from alignment.records.evaluation import BETTER, FEWEST_PROMPTS, WORSE, Evaluation, JudgedPair
+from alignment.records.evaluation import BETTER, WORSE, Evaluation, JudgedPair
 
 
 def contradictions(evaluation: Evaluation) -> list[str]:
@@ -38,8 +38,6 @@ def _judged(evaluation: Evaluation, better: str, worse: str) -> Iterator[str]:
 
 def _preferred(pair: JudgedPair) -> str:
     """The arm that the judge really prefers; empty if it prefers none, or judged too few prompts to say."""
-    if pair.counted < FEWEST_PROMPTS:
-        return ""
     return {BETTER: pair.arm, WORSE: pair.against}.get(pair.verdict, "")
 
 

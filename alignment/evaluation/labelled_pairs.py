@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from alignment.data.records import PreferencePair
 from alignment.evaluation.pairwise import TIE
-from alignment.records.evaluation import BETTER, FEWEST_PROMPTS, WORSE, Judge, JudgedPair
+from alignment.records.evaluation import BETTER, TOO_FEW, WORSE, Judge, JudgedPair
 
 CHOSEN, REJECTED = "chosen", "rejected"
 """What the two sides are called where arms stand otherwise."""
@@ -22,15 +22,13 @@ def one_of_each_prompt(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
 
 def agrees(pair: JudgedPair) -> bool:
     """Whether the judge names people's answer more often than chance, on enough prompts."""
-    return pair.verdict == BETTER and pair.counted >= FEWEST_PROMPTS
+    return pair.verdict == BETTER
 
 
 def verdict_on_judge(pair: JudgedPair) -> str:
     """The judge's agreement with people, in a few words."""
-    if pair.win_rate is None:
+    if pair.win_rate is None or pair.verdict == TOO_FEW:
         return pair.verdict
-    if pair.counted < FEWEST_PROMPTS:
-        return f"fewer than {FEWEST_PROMPTS} pairs"
     if pair.verdict == BETTER:
         return "agrees with people"
     return "contradicts people" if pair.verdict == WORSE else "chance may agree as often"
@@ -51,7 +49,7 @@ def labelled_conclusions(judge: Judge | None) -> list[str]:
         f"{judge.name} agrees with people on {pair.win_rate.mean:.0%} of {pair.counted} pairs ({low:.0%} to "
         f"{high:.0%}), ties counted as half"
     )
-    if pair.counted < FEWEST_PROMPTS:
+    if pair.verdict == TOO_FEW:
         return [f"{agreement}, which are too few to tell it from chance."]
     if pair.verdict == BETTER:
         return [f"{agreement}; chance gives 50%."]

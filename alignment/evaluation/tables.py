@@ -25,8 +25,10 @@ from alignment.evaluation.pairwise import (
 from alignment.evaluation.refusals import is_refusal
 from alignment.records.evaluation import (
     BETTER,
+    FEWEST_PROMPTS,
     NO_DIFFERENCE,
     NOTHING,
+    TOO_FEW,
     WORSE,
     ArmResult,
     JudgedPair,
@@ -164,7 +166,7 @@ def judged_pair(
         losses=valid.count(LOSS),
         win_rate=rate,
         length_controlled=at_equal_lengths,
-        verdict=NOTHING if rate is None else _against_even(rate),
+        verdict=NOTHING if rate is None else _against_even(rate, len(valid)),
         invalid=invalid,
         agreement=None if both is None else agreement(both),
         position_bias=None if both is None else position_bias(both),
@@ -173,7 +175,9 @@ def judged_pair(
     )
 
 
-def _against_even(rate: Interval) -> str:
+def _against_even(rate: Interval, prompts: int) -> str:
+    if prompts < FEWEST_PROMPTS:
+        return TOO_FEW
     low, high = rate.bounds or (TIE, TIE)
     if low > TIE:
         return BETTER

@@ -24,6 +24,8 @@ LEVEL = 0.05
 """How often a family of comparisons without any true difference may show one."""
 FEWEST_PROMPTS = 10
 """With fewer, an interval that resamples prompts is too narrow to rely on."""
+TOO_FEW = f"fewer than {FEWEST_PROMPTS} prompts"
+"""The verdict of a judge on two arms of which it judged too few prompts to say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

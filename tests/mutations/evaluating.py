@@ -37,9 +37,9 @@ MUTATIONS = [
         "evaluation/labelled_pairs.py",
         "unit/evaluation/test_labelled_pairs.py",
         (
-            "a judge is trusted on six pairs",
-            "return pair.verdict == BETTER and pair.counted >= FEWEST_PROMPTS",
+            "a judge that may agree by chance is trusted",
             "return pair.verdict == BETTER",
+            "return pair.verdict != WORSE",
             "test_a_judge_is_trusted_only_beyond_chance",
         ),
         (
@@ -279,6 +279,12 @@ MUTATIONS = [
             "longer = list(extra_words[-len(counted) :])",
             "test_the_win_rate_at_equal_lengths_is_over_the_prompts_that_count",
         ),
+        (
+            "a judge of nine prompts gives a verdict",
+            "if prompts < FEWEST_PROMPTS:",
+            "if prompts < FEWEST_PROMPTS - 1:",
+            "test_ten_valid_prompts_are_the_fewest_for_a_verdict",
+        ),
     ),
     *in_file(
         "evaluation/contradictions.py",
@@ -288,12 +294,6 @@ MUTATIONS = [
             "gain.real and gain.difference > 0",
             "gain.difference > 0",
             "test_a_reward_model_that_contradicts_is_in_the_headline_if_its_difference_is_real",
-        ),
-        (
-            "a judge of nine prompts contradicts",
-            "    if pair.counted < FEWEST_PROMPTS:\n",
-            "    if pair.counted < 1:\n",
-            "test_a_judge_of_fewer_than_ten_prompts_contradicts_nothing",
         ),
         (
             "a judge of another pair contradicts",

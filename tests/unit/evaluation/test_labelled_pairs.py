@@ -27,9 +27,10 @@ def judged(**changes: Any) -> JudgedPair:
     return JudgedPair(**usual | changes)
 
 
+TOO_FEW = "fewer than 10 prompts"
 BETTER = {"wins": 39, "losses": 7, "win_rate": Interval(mean=0.82, low=0.72, high=0.91), "verdict": "better"}
 WORSE = {"wins": 7, "losses": 39, "win_rate": Interval(mean=0.18, low=0.09, high=0.28), "verdict": "worse"}
-FEW = {"wins": 6, "ties": 0, "losses": 0, "win_rate": Interval(mean=1.0, low=1.0, high=1.0), "verdict": "better"}
+FEW = {"wins": 6, "ties": 0, "losses": 0, "win_rate": Interval(mean=1.0, low=1.0, high=1.0), "verdict": TOO_FEW}
 BROKEN = {"wins": 2, "ties": 0, "losses": 0, "win_rate": None, "verdict": "nothing can be concluded", "invalid": 0.96}
 
 
@@ -60,7 +61,7 @@ BROKEN = {"wins": 2, "ties": 0, "losses": 0, "win_rate": None, "verdict": "nothi
             FEW,
             "m agrees with people on 100% of 6 pairs (100% to 100%), ties counted as half, which are too few to tell "
             "it from chance.",
-            "fewer than 10 pairs",
+            TOO_FEW,
             False,
         ),
         (

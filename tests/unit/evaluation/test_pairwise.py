@@ -98,8 +98,15 @@ def test_a_row_counts_wins_ties_and_losses_and_ties_are_half_a_win() -> None:
     assert found.win_rate.bounds is not None
     assert found.win_rate.mean == pytest.approx((2 + 5 / 2) / 8)
     assert found.win_rate.bounds[0] < 0.5 < found.win_rate.bounds[1]
-    assert found.verdict == "no real difference"
+    assert found.verdict == "fewer than 10 prompts", "two of the ten prompts are invalid"
     assert found.metric_agreement is None
+
+
+def test_ten_valid_prompts_are_the_fewest_for_a_verdict() -> None:
+    """An interval of nine wins in nine prompts leaves no room for chance, however few they are."""
+    assert [row([both(A, B)] * prompts).verdict for prompts in (9, 10)] == ["fewer than 10 prompts", "better"]
+    mixed = [both(A, B), both(B, A)] * 5
+    assert row(mixed).verdict == "no real difference"
 
 
 def test_a_judge_that_always_names_the_first_place_tells_nothing_apart() -> None:

@@ -266,11 +266,8 @@ def test_a_judge_that_does_not_contradict_is_not_in_the_headline(fake_run, make_
 
 def test_a_judge_of_fewer_than_ten_prompts_contradicts_nothing(fake_run, make_comparison):
     fake_run.evaluation["comparisons"] = [make_comparison("stage:dpo", "stage:sft", 0.09, 0.05)]
-    pair = judged("stage:sft", "stage:dpo", 0.7, "better")
-    with_judge(fake_run, pair | {"wins": 5, "ties": 1, "losses": 3})
+    with_judge(fake_run, judged("stage:sft", "stage:dpo", 0.7, "fewer than 10 prompts"))
     assert lead_of(fake_run.html()) == "Preference training helped: dpo beats sft."
-    with_judge(fake_run, pair | {"wins": 5, "ties": 2, "losses": 3})
-    assert "a-model prefers sft" in lead_of(fake_run.html())
 
 
 def test_a_reward_model_that_contradicts_is_in_the_headline_if_its_difference_is_real(fake_run, make_comparison):

@@ -497,10 +497,10 @@ def honest(prompt: str, _: int) -> Response:
 @pytest.mark.parametrize(
     ("judge", "verdict", "win_rate", "invalid"),
     [
-        (honest, "worse", 0.0, 0.0),
+        (honest, "fewer than 10 prompts", 0.0, 0.0),
         (lambda prompt, _: Response(text=between(prompt, "answer A")), "nothing can be concluded", None, 1.0),
         (lambda prompt, _: Response(text=prompt), "nothing can be concluded", None, 1.0),
-        (lambda prompt, _: Response(text="[[A]]"), "no real difference", 0.5, 0.0),
+        (lambda prompt, _: Response(text="[[A]]"), "fewer than 10 prompts", 0.5, 0.0),
     ],
     ids=["honest", "quotes an answer", "quotes everything", "always the first"],
 )
