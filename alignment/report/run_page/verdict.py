@@ -206,7 +206,7 @@ def _arm_warnings(evaluation: Evaluation) -> list[str]:
             )
     doubts_of_answers = [doubt for doubt in of_evaluation(evaluation) if doubt != too_few_prompts(evaluation)]
     warnings += [f"{doubt[0].upper()}{doubt[1:]}." for doubt in doubts_of_answers]
-    never_ended = [_never_ended(arm, evaluation.num_prompts) for arm in evaluation.arms if _cut(arm)]
+    never_ended = [_never_ended(arm) for arm in evaluation.arms if _cut(arm)]
     if never_ended:
         warnings.append(f"Some answers never ended and were cut off at the limit: {text.listing(never_ended)}.")
     return warnings
@@ -217,11 +217,10 @@ def _cut(arm: ArmResult) -> bool:
     return arm.ended is not None and 0.5 <= arm.ended.mean < 1
 
 
-def _never_ended(arm: ArmResult, num_prompts: int | None) -> str:
+def _never_ended(arm: ArmResult) -> str:
+    """A share, because a prompt may have several answers and several turns."""
     missing = 1 - (arm.ended.mean if arm.ended else 0.0)
-    if num_prompts:
-        return f"{max(1, round(missing * num_prompts))} of {num_prompts} from {arm.label}"
-    return f"{text.share(missing)} from {arm.label}"
+    return f"{text.share(missing)} of those from {arm.label}"
 
 
 def _overoptimised(run: Run, evaluation: Evaluation) -> list[str]:

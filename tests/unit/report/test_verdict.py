@@ -112,7 +112,7 @@ def test_degenerate_arms_large_kl_and_endless_answers_are_named(fake_run):
     html = fake_run.html()
     assert "ppo is degenerate: only 62\u202f% of its answers are distinct" in html
     assert "ppo has moved far from the reference: its greedy answers have a log-ratio of 41.0 nats (more th" in html
-    assert "Some answers never ended and were cut off at the limit: 7 of 100 from ppo." in html
+    assert "Some answers never ended and were cut off at the limit: 7\u202f% of those from ppo." in html
 
 
 @pytest.mark.parametrize(("distinct", "kl"), [(0.9, 25.0), (1.0, 0.0), (None, None)])
