@@ -37,7 +37,8 @@ def useful_flop(
 ) -> float:
     """FLOP of one step (PPO: update; sampling: all answers of a measurement).
 
-    ``counts`` holds ``trunk_tokens`` and ``scored_tokens``; PPO and sampling take ``prompt_tokens`` and
+    ``counts`` holds ``trunk_tokens`` and ``scored_tokens``; KTO also ``mismatched_tokens`` and ``reference_tokens``, of
+    prompts with mismatched answers, and with these and the answers. PPO and sampling take ``prompt_tokens`` and
     ``answer_tokens``.
     """
     linear, head = model["linear"], model["head"]
@@ -47,6 +48,9 @@ def useful_flop(
         return sum(phase_flop(adapter, model, counts, sharing or Sharing()).values())
     trained = TRAINED[adapter]
     once = linear * counts["trunk_tokens"] + head * counts["scored_tokens"]
+    if kind == "kto":  # the policy looks at mismatched answers, and the reference at these and at the answers
+        looked_at = counts["mismatched_tokens"] + counts["reference_tokens"]
+        return trained * once + FORWARD * (linear * looked_at + head * 3 * counts["scored_tokens"])
     reference = FORWARD * once if kind == "dpo" else 0
     return trained * once + reference
 

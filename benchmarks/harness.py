@@ -90,7 +90,13 @@ def _stem(name: str, options: Options, *, whole: bool) -> str:
 
 def _conditions(work: Work, options: Options, base: Path) -> dict[str, Any]:
     """What must not change between measurements that are compared."""
-    kinds = {"sft": ("conversations",), "reward": ("pairs",), "dpo": ("pairs",), "ppo": ("conversations", "pairs")}
+    kinds = {
+        "sft": ("conversations",),
+        "reward": ("pairs",),
+        "dpo": ("pairs",),
+        "kto": ("pairs",),
+        "ppo": ("conversations", "pairs"),
+    }
     return {
         "processor": processor(),
         "threads": options.threads,

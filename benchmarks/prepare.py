@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from alignment import worker
 from alignment.core.errors import DataError
+from alignment.data.tokens.row_kinds import DESIRABLE, UNDESIRABLE
 from alignment.data.tokens.token_spans import in_common
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_conversation
 from alignment.data.tokens.tokenizer import load_tokenizer
@@ -26,6 +28,7 @@ from alignment.data.turns import Message
 from alignment.job import StageInput
 from alignment.models.assembly.load import lineage, load_scalar
 from alignment.models.assembly.reward_head import load_reward_model
+from alignment.stages.kto.labelled_rows import ANSWER, MISMATCHED, in_order
 from alignment.stages.stage_file import read_spec
 from alignment.training.context import StageContext
 from benchmarks import rows
@@ -74,9 +77,23 @@ def counts_of(kind: str, tokens: list[Any]) -> dict[str, int]:
     elif kind in ("reward", "dpo"):
         sequences = [row["prompt"] + row[answer] for row in tokens for answer in ("chosen", "rejected")]
         scored = sum(len(row["chosen"]) + len(row["rejected"]) for row in tokens) if kind == "dpo" else 0
+    elif kind == "kto":
+        return _counts_of_labelled(tokens)
     else:
         return {"prompt_tokens": _apart(tokens)}
     return {"tokens": sum(map(len, sequences)), "trunk_tokens": _apart(sequences), "scored_tokens": scored}
+
+
+def _counts_of_labelled(tokens: list[Any]) -> dict[str, int]:
+    """As ``counts_of``; also the tokens to compute of prompts with mismatched answers, and with both."""
+    own, other = ([row["prompt"] + row[answer] for row in tokens] for answer in (ANSWER, MISMATCHED))
+    return {
+        "tokens": sum(map(len, own)),
+        "trunk_tokens": _apart(own),
+        "scored_tokens": sum(len(row[ANSWER]) for row in tokens),
+        "mismatched_tokens": _apart(other),
+        "reference_tokens": _apart([*own, *other]),
+    }
 
 
 def _apart(sequences: Sequence[list[int]]) -> int:
@@ -95,6 +112,8 @@ def _select(kind: str, folder: Path, tokenizer: Any, data: Path | None, repetiti
     for repetition in range(repetitions):
         part = rows.taken(fitting, repetition, count)
         tokens = [found for _, found in part]
+        if kind == "kto":
+            tokens = _in_our_order(folder, tokens)
         files = _write(folder, f"repetition-{repetition}", [row for row, _ in part], tokens)
         chosen.append({**files, "counts": counts_of(kind, tokens)})
     return {
@@ -112,6 +131,8 @@ def _fitting(kind: str, tokenizer: Any, data: Path | None) -> tuple[list[tuple[d
         found, tokenize, limit = rows.conversations(data), _conversation, MAX_LENGTH
     elif kind in ("reward", "dpo"):
         found, tokenize, limit = rows.pairs(data), _pair, MAX_LENGTH
+    elif kind == "kto":
+        found, tokenize, limit = rows.answers(data), _labelled, MAX_LENGTH
     else:
         found, tokenize, limit = rows.prompts(data), _prompt, MAX_PROMPT_LENGTH
     fitting = []
@@ -130,7 +151,7 @@ def _longest(tokens: Any) -> int:
         return len(tokens)
     if "input_ids" in tokens:
         return len(tokens["input_ids"])
-    return len(tokens["prompt"]) + max(len(tokens["chosen"]), len(tokens["rejected"]))
+    return len(tokens["prompt"]) + max(len(ids) for name, ids in tokens.items() if name != "prompt")
 
 
 def _messages(row: dict[str, Any]) -> list[Message]:
@@ -146,6 +167,22 @@ def _pair(tokenizer: Any, row: dict[str, Any]) -> Tokens:
     messages = _messages(row)
     answers = {name: answer_ids(tokenizer, messages, row[name]) for name in ("chosen", "rejected")}
     return {"prompt": prompt_ids(tokenizer, messages), **answers}
+
+
+def _labelled(tokenizer: Any, row: dict[str, Any]) -> Tokens:
+    """As our stage reads it: the answer is in the column of its label."""
+    messages = _messages(row)
+    sides: Tokens = {DESIRABLE: [], UNDESIRABLE: []}
+    sides[DESIRABLE if row["label"] else UNDESIRABLE] = answer_ids(tokenizer, messages, row["completion"])
+    return {"prompt": prompt_ids(tokenizer, messages), **sides}
+
+
+def _in_our_order(folder: Path, tokens: list[Any]) -> list[Any]:
+    """Labelled answers as our stage takes them, each beside the answer by which it estimates the divergence."""
+    config = stage_config("kto", "lora", folder, steps=1, rows=ROWS)
+    spec = read_spec(write_stage(folder / "order", config, base=folder, data=folder))
+    rng = StageContext(spec=spec, rank=0, world_size=1).generator("order")
+    return list(in_order(Dataset.from_list(tokens), rng, batch_size=ROWS, mismatch=True))
 
 
 def _prompt(tokenizer: Any, row: dict[str, Any]) -> list[int]:

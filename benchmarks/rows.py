@@ -54,6 +54,21 @@ def pairs(folder: Path | None) -> list[dict[str, Any]]:
     ]
 
 
+def answers(folder: Path | None) -> list[dict[str, Any]]:
+    """``{"messages": [… user], "completion": text, "label": bool}`` rows: an answer of each pair.
+
+    In turn it is the chosen and the rejected one.
+    """
+    return [
+        {
+            "messages": row["messages"],
+            "completion": row["rejected" if number % 2 else "chosen"],
+            "label": not number % 2,
+        }
+        for number, row in enumerate(pairs(folder))
+    ]
+
+
 def prompts(folder: Path | None) -> list[dict[str, Any]]:
     """``{"messages": [user]}`` rows: the conversations without their answers."""
     return [{"messages": row["messages"][:-1]} for row in conversations(folder)]

@@ -19,6 +19,7 @@ from alignment.config.stage import StageConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.config.typed import to_plain
 from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.kto.config import KtoConfig
 from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.sft.config import SftConfig
@@ -94,6 +95,8 @@ def stage_config(
             precompute_reference=False,
             save_every=_NEVER,
         )
+    if kind == "kto":
+        return KtoConfig(adapter=how, data=source, optim=optim, max_length=max_length, beta=BETA, save_every=_NEVER)
     return SftConfig(adapter=how, data=source, optim=optim, max_length=max_length, save_every=_NEVER)
 
 

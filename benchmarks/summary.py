@@ -57,7 +57,7 @@ def summarise(
                 }
                 for one in variants
             }
-    if work.kind in ("sft", "reward", "dpo"):
+    if work.kind in ("sft", "reward", "dpo", "kto"):
         content["learning"] = _against(work, found, lambda how, ours, rival: loss_differences(ours, rival))
     if failures:
         content["failures"] = failures

@@ -40,8 +40,10 @@ class Contestant:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """``kind`` is ``sft``, ``reward``, ``dpo``, ``ppo``, ``sampling`` or ``growth``; ``adapter`` is ``lora`` or
-    ``full``. ``quantity`` is what ratios are about, beside peak memory."""
+    """``kind`` is ``sft``, ``reward``, ``dpo``, ``kto``, ``ppo``, ``sampling`` or ``growth``.
+
+    ``adapter`` is ``lora`` or ``full``. ``quantity`` is what ratios are about, beside peak memory.
+    """
 
     kind: str
     adapter: str
@@ -212,13 +214,19 @@ WORKS: dict[str, Work] = {
     "dpo_lora": _training(
         kind="dpo", adapter="lora", tuned="", stock="log_softmax and gather, reference by disable_adapter"
     ),
+    "kto_lora": _training(
+        kind="kto",
+        adapter="lora",
+        tuned="",
+        stock="log_softmax and gather, reference by disable_adapter; four passes over the answers, as TRL's",
+    ),
     "sampling": _sampling(),
     "ppo_lora": _ppo("lora"),
     "ppo_full": _ppo("full"),
     "neighbour": _neighbour(),
     "growth": Work(kind="growth", adapter="lora", contestants={name: _ours() for name in POINTS}),
 }
-ALIASES = {"sft": ("sft_lora", "sft_full"), "reward": ("reward_lora",), "dpo": ("dpo_lora",)}
+ALIASES = {"sft": ("sft_lora", "sft_full"), "reward": ("reward_lora",), "dpo": ("dpo_lora",), "kto": ("kto_lora",)}
 ALIASES |= {"ppo": ("ppo_lora", "ppo_full"), "all": tuple(WORKS)}
 
 

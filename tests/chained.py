@@ -17,6 +17,7 @@ from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import lineage, load_policy
 from alignment.stages.cpt.config import CptConfig
 from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.kto.config import KtoConfig
 from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.sft.config import SftConfig
@@ -25,7 +26,13 @@ from tests.device import need_bitsandbytes
 from tests.tiny import save_tiny_model, tiny_spec
 
 DATA = Path(__file__).parents[1] / "data" / "quickstart"
-FILES = {"cpt": "conversations", "sft": "conversations", "reward": "preferences", "dpo": "preferences"}
+FILES = {
+    "cpt": "conversations",
+    "sft": "conversations",
+    "reward": "preferences",
+    "dpo": "preferences",
+    "kto": "preferences",
+}
 LORA, FULL = AdapterConfig(rank=4), AdapterConfig(kind=AdapterKind.full)
 QLORA = AdapterConfig(kind=AdapterKind.qlora, rank=4, chain=Chain.stack)
 DORA = AdapterConfig(kind=AdapterKind.dora, rank=4)
@@ -45,6 +52,8 @@ def config_of(kind: str, adapter: AdapterConfig, **changes: Any) -> StageConfig:
         return RewardConfig(optim=optim, max_length=4096, eval_fraction=0.0, **told)
     if kind == "dpo":
         return DpoConfig(optim=optim, max_length=4096, save_every=1, **told)
+    if kind == "kto":
+        return KtoConfig(optim=optim, max_length=4096, save_every=1, **told)
     told = {"updates": 2, "ppo_epochs": 2, "max_prompt_length": 4096, "max_new_tokens": 6, **told}
     return PpoConfig(optim=PpoOptimConfig(lr=1e-2, batch_size=4), **told)
 
@@ -74,8 +83,7 @@ class Chained:
             self.folder,
             config or config_of(kind, adapter),
             inputs=inputs,
-            data_path=DATA / f"{FILES.get(kind, 'preferences')}.jsonl",
-            **changes,
+            **{"data_path": DATA / f"{FILES.get(kind, 'preferences')}.jsonl", **changes},
         )
 
     def run(self, kind: str, adapter: AdapterConfig, *, init: str = "base", **changes: Any) -> list[dict[str, float]]:

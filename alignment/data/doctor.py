@@ -19,21 +19,33 @@ from alignment.data.hub_rows import source_rows
 from alignment.data.near_duplicates import NearDuplicates
 from alignment.data.overlap import LocatedText
 from alignment.data.reading import prepared, right_form, start
-from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Question, Record
+from alignment.data.records import (
+    Conversation,
+    HeldOutPrompt,
+    LabelledAnswer,
+    PlainText,
+    PreferencePair,
+    Prompt,
+    Question,
+    Record,
+)
 from alignment.data.row_files import RawRow
 
 NOUNS: dict[type[Record], str] = {
     PlainText: "texts",
     Conversation: "conversations",
     PreferencePair: "pairs",
+    LabelledAnswer: "labelled answers",
     Prompt: "prompts",
     HeldOutPrompt: "held-out prompts",
     Question: "questions with choices",
 }
 _OF_ONE_FORMAT: dict[type[Record], Format] = {PlainText: TEXT, Question: CHOICES}
 """Records that are made of one format only, although others would do: every conversation could be a text."""
-_FULLEST: tuple[type[Record], ...] = (PreferencePair, Conversation, Prompt, PlainText)
+_FULLEST: tuple[type[Record], ...] = (PreferencePair, LabelledAnswer, Conversation, Prompt, PlainText)
 """Records, those that use most of a row first."""
+_TEXTS = ("text", "chosen", "rejected", "answer")
+"""Fields of records that hold a text beside their turns."""
 MEANT = 0.1
 """Share of rows from which a file counts as meant for a stage; all other rows are then faulty."""
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
@@ -138,8 +150,9 @@ def _try(use: Use, record: type[Record], form: Format, row: RawRow, example: str
 def record_key(record: Record) -> str:
     """A hash that is equal for records with equal content."""
     turns = [message.as_dict() for message in getattr(record, "messages", ())]
-    texts = [getattr(record, name, "") for name in ("text", "chosen", "rejected")]
-    return digest([*turns, *texts, *getattr(record, "later_turns", ())])
+    texts = [getattr(record, name, "") for name in _TEXTS]
+    label = str(getattr(record, "desirable", ""))
+    return digest([*turns, *texts, label, *getattr(record, "later_turns", ())])
 
 
 def _text_of(new: Mapping[str, Sequence[Record]], uses: Mapping[str, type[Record]]) -> str:
@@ -152,6 +165,6 @@ def _text_of(new: Mapping[str, Sequence[Record]], uses: Mapping[str, type[Record
     texts: list[str] = []
     for record in records:
         texts += [message.content for message in getattr(record, "messages", ()) if message.role != "system"]
-        texts += [getattr(record, name, "") for name in ("text", "chosen", "rejected")]
+        texts += [getattr(record, name, "") for name in _TEXTS]
         texts += getattr(record, "later_turns", ())
     return "\n".join(dict.fromkeys(texts))

@@ -143,6 +143,60 @@ class PreferencePair:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledAnswer:
+    """An answer to a prompt, and whether it is ``desirable``. Of a pair, the better answer is desirable and the worse
+    one is not.
+
+    Example row: ``{"messages": [{"role": "user", "content": "2 + 2?"}], "completion": "4.", "label": true}``
+    """
+
+    EXAMPLE: ClassVar[str] = '{"messages": [{"role": "user", "content": "2 + 2?"}], "completion": "4.", "label": true}'
+
+    messages: tuple[Message, ...]
+    answer: str
+    desirable: bool
+    tools: tuple[Mapping[str, Any], ...] = ()
+    id: str = ""
+    task: str = ""
+    where: str = field(default="", compare=False)
+
+    @classmethod
+    def of(cls, example: Example) -> Iterator[Self]:
+        """Yields the labelled answer, or both answers of a pair. Raises DataError if neither is there; SetAside for a
+        pair of equal rank."""
+        example.refuse_text()
+        fields = example.fields
+        shared: dict[str, Any] = {
+            "messages": example.prompt(drop_answer=True),
+            "tools": example.tools,
+            "id": fields.label("id"),
+            "task": fields.label("task"),
+            "where": fields.where,
+        }
+        for answer, desirable in _labelled_answers(example):
+            yield cls(answer=answer, desirable=desirable, **shared)
+
+
+def _labelled_answers(example: Example) -> list[tuple[str, bool]]:
+    """The answers of a row, and whether each is desirable."""
+    fields, answers = example.fields, example.answers
+    if example.good is not None:
+        last = example.turns[-1] if example.turns else None
+        if last is None or last.role != "assistant" or not last.content.strip():
+            fields.fail("completion", "is missing: the row has a label, but no answer that it is about")
+        return [(last.content, example.good)]
+    if len(answers) != 2:
+        has = f"{len(answers)} answers of different rank" if answers else "no label"
+        fields.fail("label", f"is missing: the row has {has}, so nothing says whether an answer is desirable")
+    better, worse = sorted(answers, key=lambda answer: -answer.rank)
+    if better.rank == worse.rank:
+        fields.set_aside("answers", "all have the same rank")
+    if better.text.strip() == worse.text.strip():
+        fields.fail("rejected", "is the same as 'chosen', so it would be desirable and undesirable")
+    return [(better.text, True), (worse.text, False)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """Turns to sample an answer for; a trailing assistant turn in the row is dropped.
 
@@ -309,7 +363,7 @@ class PlainText:
         yield cls(text=text, id=example.fields.label("id"), where=example.fields.where)
 
 
-Record = PlainText | Conversation | PreferencePair | Prompt | HeldOutPrompt | Question
+Record = PlainText | Conversation | PreferencePair | LabelledAnswer | Prompt | HeldOutPrompt | Question
 
 
 class HasRow(Protocol):

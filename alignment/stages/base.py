@@ -38,7 +38,7 @@ class DataSlot:
 
     ``record`` is the type of its rows, and ``checks`` raise DataError for a row that lacks something else. For data
     that a stage learns from, ``rows`` defines how a record becomes rows of tokens. A slot that is not ``in_use`` is
-    checked but not read.
+    checked but not read. ``label`` names the label of a record; a plan counts the records of each.
     """
 
     field: str
@@ -47,6 +47,7 @@ class DataSlot:
     rows: RowKind | None = None
     in_use: bool = True
     checks: tuple[Callable[[Any], object], ...] = ()
+    label: Callable[[Any], str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,8 +252,9 @@ class Learning:
     ``num_prompts`` different prompts. ``one_row_a_record(config)``: whether each record becomes one row, so that the
     number of rows is known before tokenising. ``batches_of_rows``: whether ``optim.batch_size`` counts rows.
     ``rehearsed``: whether the first rows are tokenised before any training. ``may_drop``: whether dropout in an adapter
-    is allowed. ``from_preferences``: True if it learns from preferences, False if from demonstrations, else None; the
-    verdict compares the first with the second.
+    is allowed. ``label_faults(config, counts, where)``: settings that do not fit the number of records of each label;
+    ``label_notes(config, counts)``: what the stage makes of it, as sentences. ``from_preferences``: True if it learns
+    from preferences, False if from demonstrations, else None; the verdict compares the first with the second.
     """
 
     limits: Callable[[Any], Limits] = whole_rows
@@ -261,6 +263,8 @@ class Learning:
     batches_of_rows: bool = True
     rehearsed: bool = True
     may_drop: bool = False
+    label_faults: Callable[[Any, Mapping[str, int], str], Iterable[Fault]] = _nothing
+    label_notes: Callable[[Any, Mapping[str, int]], Iterable[str]] = _nothing
     from_preferences: bool | None = None
 
 

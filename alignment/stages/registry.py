@@ -28,6 +28,7 @@ _BUILT_IN = (
     "sft",
     "reward",
     "dpo",
+    "kto",
     "ppo",
     "sample",
     "evaluate",

@@ -1,15 +1,15 @@
 """Splits an optimiser batch into micro-batches that fit in memory, by tokens, which determine the cost of a stream.
 
 The trainer passes the process's whole share of an optimiser batch. Gradients are accumulated over its micro-batches,
-and the loss is that of the whole: the token mean over all micro-batches and processes in SFT, else the mean over all
-pairs.
+and the loss is that of the whole: the mean over the learned tokens, pairs or rows of all micro-batches and processes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -40,8 +40,8 @@ def same_number_everywhere(micro_batches: list[range], accelerator: Accelerator)
 def cut_alike(tokens: Tensor, limit: int, accelerator: Accelerator) -> list[range]:
     """The same micro-batches on every process, by ``[rows]`` tokens, so that none is too large on any process.
 
-    All processes have equally many rows. TRL's trainers of pairs gather metrics of single pairs, so a micro-batch must
-    hold equally many on every process.
+    All processes have equally many rows. TRL's trainers of pairs and of rows gather metrics in each micro-batch, so it
+    must hold equally many on every process.
     """
     if accelerator.num_processes > 1:
         tokens = tokens.to(accelerator.device, copy=True)
@@ -82,15 +82,26 @@ def accumulating(accelerator: Accelerator, model: nn.Module, *, last: bool) -> I
         yield
 
 
+class Unit(Enum):
+    """What a trainer's loss is a mean over: learned tokens, pairs, or rows.
+
+    A batch of pairs holds the chosen rows, then the rejected ones.
+    """
+
+    tokens = "tokens"
+    pairs = "pairs"
+    rows = "rows"
+
+
 class MicroBatches(Trainer):
-    """A mix-in for TRL's trainers. Batches are padded or packed rows (SFT), or pairs: chosen rows, then rejected rows.
+    """A mix-in for TRL's trainers. Batches are padded rows, or packed ones (SFT).
 
     ``micro_batch_tokens`` limits a micro-batch; set it after construction. ``accuracy_metric`` is TRL's name of the
     share of pairs, or of learned tokens, on which the model is right.
     """
 
     micro_batch_tokens: int
-    pairs: bool = False
+    unit: Unit = Unit.tokens
     accuracy_metric: str = ""
     step_loss: Tensor | None = None
     _share: float = 1.0
@@ -109,15 +120,21 @@ class MicroBatches(Trainer):
             self._share = share
             with accumulating(self.accelerator, model, last=number == len(micro_batches) - 1):
                 total += super().training_step(model, micro_batch, num_items_in_batch)
-        _weigh(metrics, before, [share for _, share in micro_batches])
+        shares = [share for _, share in micro_batches]
+        _weigh(metrics, before, lambda name: self._metric_weights(name, shares))
         self.step_loss = total
         self.state.num_input_tokens_seen = self._total_train_tokens
         return total
 
+    def _metric_weights(self, name: str, shares: Sequence[float]) -> Sequence[float]:
+        """The weights, in the mean of a metric, of the micro-batches that report it."""
+        return shares
+
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
-        """Weights a mean over pairs by its share of the batch; a sum over tokens is already divided by all tokens."""
+        """Weights a mean over pairs or rows by its share of the batch; a sum over tokens is already divided by all
+        tokens."""
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        return loss * self._share if self.pairs else loss
+        return loss if self.unit is Unit.tokens else loss * self._share
 
     def held_out_loss(self, model: nn.Module, inputs: Batch) -> tuple[float, float, float]:
         """The loss of one micro-batch of held-out rows, with TRL's loss and masks as in training.
@@ -135,28 +152,35 @@ class MicroBatches(Trainer):
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_tokens)
         accuracy = self._metrics["eval"][self.accuracy_metric][-1]
         num_pairs = len(inputs["input_ids"]) // 2 * self.accelerator.num_processes
-        return float(loss), accuracy, float(num_pairs if self.pairs else num_tokens)
+        return float(loss), accuracy, float(num_pairs if self.unit is Unit.pairs else num_tokens)
 
     def _micro_batches(self, inputs: Batch) -> list[tuple[Batch, float]]:
-        """Micro-batches with their shares of the pairs, or of the learned tokens."""
+        """Micro-batches with their shares of the pairs or rows, or of the learned tokens."""
         if "attention_mask" not in inputs:
             micro_batches = self._packed_micro_batches(inputs)
         else:
             lengths = inputs["attention_mask"].sum(-1)
-            number = len(lengths) // 2 if self.pairs else len(lengths)
-            tokens = lengths.view(-1, number).sum(0)
-            if self.pairs and self.model.config._attn_implementation == ATTENTION:
-                tokens -= shared_tokens(inputs["input_ids"], inputs["attention_mask"])
-            if self.pairs:
-                ranges = cut_alike(tokens, self.micro_batch_tokens, self.accelerator)
-                return [(_pairs_of(inputs, span, number), len(span) / number) for span in ranges]
-            ranges = same_number_everywhere(by_tokens(tokens.tolist(), self.micro_batch_tokens), self.accelerator)
-            micro_batches = [{name: _cut(value, span, number) for name, value in inputs.items()} for span in ranges]
+            if self.unit is Unit.pairs:
+                return self._micro_batches_of_pairs(inputs, lengths)
+            if self.unit is Unit.rows:
+                ranges = cut_alike(lengths, self.micro_batch_tokens, self.accelerator)
+                return [(_rows_of(inputs, span, len(lengths)), len(span) / len(lengths)) for span in ranges]
+            ranges = same_number_everywhere(by_tokens(lengths.tolist(), self.micro_batch_tokens), self.accelerator)
+            micro_batches = [_rows_of(inputs, span, len(lengths)) for span in ranges]
         learned = [int((micro_batch["labels"] != IGNORED).sum()) for micro_batch in micro_batches]
         return [
             (micro_batch, count / max(1, sum(learned)))
             for micro_batch, count in zip(micro_batches, learned, strict=True)
         ]
+
+    def _micro_batches_of_pairs(self, inputs: Batch, lengths: Tensor) -> list[tuple[Batch, float]]:
+        """As ``_micro_batches``, by the ``lengths`` of the rows."""
+        number = len(lengths) // 2
+        tokens = lengths.view(-1, number).sum(0)
+        if self.model.config._attn_implementation == ATTENTION:
+            tokens -= shared_tokens(inputs["input_ids"], inputs["attention_mask"])
+        ranges = cut_alike(tokens, self.micro_batch_tokens, self.accelerator)
+        return [(_pairs_of(inputs, span, number), len(span) / number) for span in ranges]
 
     def _packed_micro_batches(self, inputs: Batch) -> list[Batch]:
         """Micro-batches of packed rows ``[1, tokens]``, whose position ids restart at 0."""
@@ -192,6 +216,11 @@ def _cut(value: Any, span: range, number: int) -> Any:
     return value[span.start : span.stop] if isinstance(value, Tensor) and value.shape[:1] == (number,) else value
 
 
+def _rows_of(inputs: Batch, span: range, number: int) -> Batch:
+    """The rows in ``span`` of a batch of ``number`` rows."""
+    return {name: _cut(value, span, number) for name, value in inputs.items()}
+
+
 def _pairs_of(inputs: Batch, span: range, number: int) -> Batch:
     """Both rows of each pair in ``span``; columns such as a margin or a reference have one entry per pair."""
     pairs = {}
@@ -203,14 +232,16 @@ def _pairs_of(inputs: Batch, span: range, number: int) -> Batch:
     return pairs
 
 
-def _weigh(metrics: dict[str, list[float]], before: dict[str, int], shares: Sequence[float]) -> None:
-    """Combines the metrics that the micro-batches appended: extremes of extremes, means of others weighted by share."""
+def _weigh(
+    metrics: dict[str, list[float]], before: dict[str, int], weights_of: Callable[[str], Sequence[float]]
+) -> None:
+    """Combines the metrics that the micro-batches appended: extremes of extremes, weighted means of others."""
     for name, values in metrics.items():
-        added = values[before.get(name, 0) :]
-        if len(added) != len(shares) or len(shares) == 1:
+        added, weights = values[before.get(name, 0) :], weights_of(name)
+        if len(added) != len(weights) or len(weights) == 1:
             continue
         if name.startswith(("min_", "max_")):
             combined = min(added) if name.startswith("min_") else max(added)
         else:
-            combined = sum(value * share for value, share in zip(added, shares, strict=True)) / sum(shares)
+            combined = sum(value * weight for value, weight in zip(added, weights, strict=True)) / sum(weights)
         values[before.get(name, 0) :] = [combined]

@@ -29,7 +29,7 @@ def main(task_file: Path) -> None:
     if lora is not None:
         model = get_peft_model(model, lora)
     rows = read_json(Path(task["tokens"]))
-    loss_of = {"sft": _sft_loss, "reward": _reward_loss, "dpo": _dpo_loss}[task["kind"]]
+    loss_of = {"sft": _sft_loss, "reward": _reward_loss, "dpo": _dpo_loss, "kto": _kto_loss}[task["kind"]]
     steps = Steps()
     with without_casts(task, model):
         _train(model.train(), lambda: loss_of(model, rows, tokenizer.pad_token_id), task, steps)
@@ -69,6 +69,25 @@ def _dpo_loss(model: Any, rows: list[dict[str, list[int]]], pad: int) -> Tensor:
         reference = _answer_logprobs(model, ids, real, labels)
     chosen, rejected = (policy - reference).chunk(2)
     return -functional.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def _kto_loss(model: Any, rows: list[dict[str, Any]], pad: int) -> Tensor:
+    answers, mismatched = (_answers(rows, name, pad) for name in ("completion", "KL_completion"))
+    with torch.no_grad():
+        others = _answer_logprobs(model, *mismatched)
+        with model.disable_adapter():
+            divergence = (others - _answer_logprobs(model, *mismatched)).mean().clamp(min=0)
+            reference = _answer_logprobs(model, *answers)
+    ratios = _answer_logprobs(model, *answers) - reference
+    signs = torch.tensor([1.0 if row["label"] else -1.0 for row in rows], device=ratios.device)
+    return (1 - torch.sigmoid(BETA * signs * (ratios - divergence))).mean()
+
+
+def _answers(rows: list[dict[str, Any]], name: str, pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts with these answers: ids, which are real, and labels of the answers."""
+    ids, real = _padded([row["prompt"] + row[name] for row in rows], pad)
+    labels, _ = _padded([[IGNORED] * len(row["prompt"]) + row[name] for row in rows], IGNORED)
+    return ids, real, labels
 
 
 def _answer_logprobs(model: Any, ids: Tensor, real: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""TRL's current SFT, reward and DPO trainers on rows that are tokens already, with their defaults or tuned."""
+"""TRL's current SFT, reward, DPO and KTO trainers on rows that are tokens already, with their defaults or tuned."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from benchmarks.contestants.training import lora_of, model_of, tokenizer_of, without_casts
 from benchmarks.measure import Steps, matmul_peak, write_result
@@ -20,6 +29,13 @@ from benchmarks.setting import BETA, LEARNING_RATE, MAX_GRAD_NORM, ROWS, SEED, r
 
 class TokenizedDpoTrainer(DPOTrainer):
     """TRL's trainer, spared its tokenisation: all contestants see the same token ids."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset
+
+
+class TokenizedKtoTrainer(KTOTrainer):
+    """The same for KTO."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset
@@ -64,6 +80,8 @@ def _trainer(task: dict[str, Any], folder: str) -> Any:
         return RewardTrainer(args=RewardConfig(**told, max_length=None), **shared)
     if task["kind"] == "dpo":
         return TokenizedDpoTrainer(args=DPOConfig(**told, max_length=None, beta=BETA), **shared)
+    if task["kind"] == "kto":
+        return TokenizedKtoTrainer(args=KTOConfig(**told, max_length=None, beta=BETA), **shared)
     # Rows are short enough already, and padding-free rows may not be cut.
     packed = task["contestant"] == "trl_tuned"
     return SFTTrainer(args=SFTConfig(**told, max_length=None, padding_free=packed), **shared)
@@ -97,6 +115,9 @@ def _rows(task: dict[str, Any]) -> list[dict[str, Any]]:
             {"chosen_ids": row["prompt"] + row["chosen"], "rejected_ids": row["prompt"] + row["rejected"]}
             for row in rows
         ]
+    if task["kind"] == "kto":
+        names = ("prompt", "completion", "KL_completion")
+        return [{"label": row["label"]} | {f"{name}_ids": row[name] for name in names} for row in rows]
     return [{f"{name}_ids": row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import peft
 import pytest
 import torch
@@ -85,7 +86,8 @@ def overridden() -> Iterator[str]:
         for cls in vars(found).values():
             if isinstance(cls, type) and cls.__module__.startswith("alignment."):
                 foreign = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in KNOWN]
-                methods = [name for name, held in vars(cls).items() if inspect.isfunction(held)]
+                own = [base for base in cls.__mro__ if base.__module__.startswith("alignment.")]  # mixins as well
+                methods = [name for base in own for name, held in vars(base).items() if inspect.isfunction(held)]
                 yield from (name for name in methods for base in foreign if name in vars(base))
 
 
@@ -172,6 +174,9 @@ CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
     # ---- trl
     "_prepare_dataset": ("trl", lambda: has(trl.DPOTrainer, "_prepare_dataset", "dataset")),
     "_precompute_ref_logps": ("trl", lambda: has(trl.DPOTrainer, "_precompute_ref_logps", "dataset")),
+    "_compute_kl_logps": ("trl", lambda: has(trl.KTOTrainer, "_compute_kl_logps", "model", "batch")),
+    # ---- datasets
+    "_fingerprint": ("datasets", lambda: isinstance(datasets.Dataset.from_dict({})._fingerprint, str)),
     # ---- peft
     "_active_adapter": ("peft", lambda: lora_layer()._active_adapter == ["default"]),
     "_disable_adapters": ("peft", lambda: lora_layer()._disable_adapters is False),

@@ -40,7 +40,7 @@ def test_the_record_is_of_these_revisions() -> None:
         ("sft", "alignment/models/kernels/products.py"),
         ("cpt", "alignment/data/tokens/chunks.py"),
         ("reward", "alignment/stages/reward/run.py"),
-        ("dpo", "alignment/stages/dpo/reference_cache.py"),
+        ("dpo", "alignment/stages/shared/reference_cache.py"),
         ("ppo", "alignment/algos/gae.py"),
         ("ppo", "alignment/stages/ppo/trainer.py"),
         ("ppo", "alignment/rewards/weighted_sum.py"),

@@ -21,6 +21,7 @@ PRELOADED = (
     "alignment.worker",
     "alignment.stages.ppo.run",
     "alignment.stages.dpo.run",
+    "alignment.stages.kto.run",
     "alignment.stages.reward.run",
     "alignment.stages.sample.run",
     "tests.chained",

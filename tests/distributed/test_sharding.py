@@ -53,7 +53,7 @@ def ragged(config: Any) -> StageConfig:
     """In PPO one of two processes cuts its two answers in two micro-batches and the other does not; of four pairs each
     would cut others, were it alone."""
     room = {"ppo": {"micro_batch_tokens": 500}}
-    room["reward"] = room["dpo"] = {"micro_batch_tokens": 1100, "batch_size": 8, "max_steps": 2}
+    room["reward"] = room["dpo"] = room["kto"] = {"micro_batch_tokens": 1100, "batch_size": 8, "max_steps": 2}
     changed: StageConfig = replace(config, optim=replace(config.optim, **room.get(config.kind, {})))
     return changed
 
@@ -98,6 +98,9 @@ def weights(artifact: Path) -> dict[str, torch.Tensor]:
         ("reward", FULL, FSDP),
         ("dpo", FULL, ZERO3),
         ("dpo", LORA, FSDP),
+        ("kto", LORA, NONE),
+        ("kto", FULL, ZERO3),
+        ("kto", LORA, FSDP),
         ("ppo", LORA, NONE),
         ("ppo", FULL, ZERO2),
         ("ppo", LORA, ZERO1),
@@ -325,7 +328,9 @@ def test_activations_may_be_computed_again(tmp_path: Path, kind: str, adapter: A
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @needs_deepspeed
 @pytest.mark.parametrize("sharding", [Sharding.none, ZERO1, ZERO2, ZERO3, FSDP], ids=lambda sharding: sharding.value)
-@pytest.mark.parametrize(("kind", "adapter"), [("sft", FULL), ("reward", LORA), ("dpo", LORA), ("ppo", LORA)])
+@pytest.mark.parametrize(
+    ("kind", "adapter"), [("sft", FULL), ("reward", LORA), ("dpo", LORA), ("kto", LORA), ("ppo", LORA)]
+)
 def test_all_gpus_train_what_one_trains(tmp_path: Path, kind: str, adapter: AdapterConfig, sharding: Sharding) -> None:
     """Not yet run: two or more GPUs whose number divides 4, or one, whose shares are the whole."""
     if kind == "ppo" and sharding is FSDP:

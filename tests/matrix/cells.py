@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from alignment.core.artifacts import verify
 from tests.matrix.rows import CONVERSATIONS, PAIRS, TEXTS
 
-STAGES = ("cpt", "sft", "reward", "dpo", "ppo")
+STAGES = ("cpt", "sft", "reward", "dpo", "kto", "ppo")
 ADAPTERS = ("full", "lora", "dora", "qlora", "prefix")
 LAUNCHERS = ("local", "ddp", "fsdp", "zero1", "zero2", "zero3")
 IDS = torch.tensor([[5, 6, 7, 8, 2]])
@@ -41,6 +41,7 @@ _SETTINGS = {
     "sft": ("max_length=4096", _OPTIM),
     "reward": ("max_length=4096", "eval_fraction=0.34", _OPTIM),
     "dpo": ("max_length=4096", _OPTIM),
+    "kto": ("max_length=4096", _OPTIM),
     "ppo": (
         "updates=2",
         "ppo_epochs=2",

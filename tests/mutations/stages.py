@@ -26,21 +26,29 @@ MUTATIONS = [
             '{"prompt": "prompt_ids", "chosen": "rejected_ids", "rejected": "chosen_ids"}',
             "test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved",
         ),
+    ),
+    *in_file(
+        "stages/shared/start_reference.py",
+        "unit/stages/test_dpo.py",
         (
-            "DPO's reference follows the policy",
+            "the reference follows the policy",
             "        with at_start(policy):\n",
             "        if policy is not None:\n",
             "test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved",
         ),
+    ),
+    *in_file(
+        "stages/shared/start_check.py",
+        "unit/stages/test_dpo.py",
         (
-            "DPO's start is not checked",
-            "if worst.excess > trainer.start_tolerance:",
-            "if worst.excess > 1e9 + trainer.start_tolerance:",
+            "the start is not checked",
+            "if worst.excess > tolerance:",
+            "if worst.excess > 1e9 + tolerance:",
             "test_a_reference_that_is_not_the_start_stops_before_anything_is_learned",
         ),
     ),
     *in_file(
-        "stages/dpo/reference_cache.py",
+        "stages/shared/reference_cache.py",
         "unit/training/test_reference_cache.py",
         (
             "a kept reference does not depend on the weights",

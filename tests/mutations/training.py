@@ -10,13 +10,13 @@ MUTATIONS = [
         "unit/training/test_micro_batches.py",
         (
             "a micro-batch of pairs counts as a whole batch",
-            "return loss * self._share if self.pairs else loss",
+            "return loss if self.unit is Unit.tokens else loss * self._share",
             "return loss",
             "test_what_saves_memory_changes_neither_weights_nor_figures",
         ),
         (
             "figures of micro-batches are averaged whatever their size",
-            "value * share for value, share in zip(added, shares, strict=True)) / sum(shares)",
+            "value * weight for value, weight in zip(added, weights, strict=True)) / sum(weights)",
             "added) / len(added)",
             "test_figures_of_pieces_count_by_their_share",
         ),

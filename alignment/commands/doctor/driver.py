@@ -16,7 +16,15 @@ from alignment.data.doctor import NOUNS, Diagnosis, Use, examine
 from alignment.data.hub_rows import snapshot_name
 from alignment.data.overlap import HeldOut, asked_in
 from alignment.data.reading import NAMED
-from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Record
+from alignment.data.records import (
+    Conversation,
+    HeldOutPrompt,
+    LabelledAnswer,
+    PlainText,
+    PreferencePair,
+    Prompt,
+    Record,
+)
 from alignment.pipeline.plan import settings
 from alignment.pipeline.sources import data_sources
 from alignment.stages.registry import kinds
@@ -25,7 +33,14 @@ _LISTED = 8
 """Locations that a reason lists."""
 _PAIRS = 5
 """Near duplicates that are listed."""
-_FIRST: tuple[type[Record], ...] = (PreferencePair, Conversation, HeldOutPrompt, Prompt, PlainText)
+_FIRST: tuple[type[Record], ...] = (
+    PreferencePair,
+    LabelledAnswer,
+    Conversation,
+    HeldOutPrompt,
+    Prompt,
+    PlainText,
+)
 """Records for whose stages settings are printed, the one that needs most of a row first."""
 
 

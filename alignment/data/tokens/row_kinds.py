@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.core.deadline import watched
 from alignment.core.errors import DataError, ModelError
-from alignment.data.records import Conversation, PlainText, PreferencePair, Prompt
+from alignment.data.records import Conversation, LabelledAnswer, PlainText, PreferencePair, Prompt
 from alignment.data.tokens.limits import Limits, Parts, RowTooLong, cut_to, excess
 from alignment.data.tokens.rendering import (
     Segment,
@@ -23,6 +23,8 @@ from alignment.data.turns import Message
 
 PROMPT = "prompt"
 """The name of a row's prompt; all other texts are answers."""
+DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
+"""The names of labelled answers."""
 
 Texts = dict[str, list[Segment]]
 Row = dict[str, list[int]]
@@ -151,14 +153,14 @@ def _conversation_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
     return [{"input_ids": whole.ids, "labels": whole.labels}]
 
 
-# ---- pairs and prompts ----------------------------------------------------------------------------------------------
+# ---- pairs, labelled answers and prompts ----------------------------------------------------------------------------
 
 
-def _asked(record: PreferencePair | Prompt) -> tuple[Sequence[Message], Tools]:
+def _asked(record: PreferencePair | LabelledAnswer | Prompt) -> tuple[Sequence[Message], Tools]:
     return record.messages, record.tools
 
 
-def _prompt_texts(tokenizer: Any, record: PreferencePair | Prompt) -> Texts:
+def _prompt_texts(tokenizer: Any, record: PreferencePair | LabelledAnswer | Prompt) -> Texts:
     return {PROMPT: [Segment(text=prompt_text(tokenizer, record.messages, record.tools), learned=False)]}
 
 
@@ -173,6 +175,18 @@ def _pair_texts(tokenizer: Any, record: PreferencePair) -> Texts:
 
 def _pair_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
     return [{PROMPT: parts.prompt.ids, **{name: tokens.ids for name, tokens in parts.answers.items()}}]
+
+
+def _labelled_texts(tokenizer: Any, record: LabelledAnswer) -> Texts:
+    (answer,) = answer_texts(tokenizer, record.messages, (record.answer,), record.tools)
+    label = DESIRABLE if record.desirable else UNDESIRABLE
+    return {**_prompt_texts(tokenizer, record), label: [Segment(text=answer, learned=True)]}
+
+
+def _labelled_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
+    """The answer is in the column of its label; the other column is empty."""
+    row: Row = {PROMPT: parts.prompt.ids, DESIRABLE: [], UNDESIRABLE: []}
+    return [row | {label: tokens.ids for label, tokens in parts.answers.items()}]
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------
@@ -203,6 +217,14 @@ PAIRS = Kind(
     texts=_pair_texts,
     asked=_asked,
     rows=_pair_rows,
+)
+LABELLED_ANSWERS = Kind(
+    name="labelled answer",
+    record=LabelledAnswer,
+    columns=(PROMPT, DESIRABLE, UNDESIRABLE),
+    texts=_labelled_texts,
+    asked=_asked,
+    rows=_labelled_rows,
 )
 PROMPTS = Kind(
     name="prompt",

@@ -17,7 +17,7 @@ from alignment.pipeline.backends import feasibility
 from alignment.pipeline.plan import validation_checks
 from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
-from alignment.pipeline.plan.row_counts import rows_of
+from alignment.pipeline.plan.row_counts import labels_of, rows_of
 from alignment.records.evaluation import Evaluation
 from alignment.report import doubts
 from alignment.report.kit import text
@@ -36,7 +36,7 @@ def of_plan(plan: Plan) -> list[str]:
         notes.append(warning)
     notes += _slow_format(plan)
     for stage in plan.stages:
-        notes += [*_high_rates(stage), *_small_data(stage), *_left_out(stage), *_near_held_out(stage)]
+        notes += [*_high_rates(stage), *_small_data(stage), *_labels(stage), *_left_out(stage), *_near_held_out(stage)]
     return [*notes, *cautions(plan)]
 
 
@@ -108,6 +108,13 @@ def _small_data(stage: PlannedStage) -> Iterator[str]:
             f"stages.{stage.name}.optim.batch_size is {config.optim.batch_size}, and there are {rows} rows: each step "
             "learns from all of them"
         )
+
+
+def _labels(stage: PlannedStage) -> Iterator[str]:
+    """What a stage makes of the labels of its rows."""
+    config = as_trained(stage.config)
+    if config is not None and (labels := labels_of(config.data, stage.seen.get("data"))):
+        yield from (f"{stage.name}: {note}" for note in kind_of(config).learning.label_notes(config, labels))
 
 
 def _left_out(stage: PlannedStage) -> Iterator[str]:

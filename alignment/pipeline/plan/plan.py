@@ -169,7 +169,7 @@ def _checked_data(config: RunConfig) -> tuple[dict[str, dict[str, DataSource]], 
             if source.path is None:
                 continue
             asked = (source.path, digest(_first_rows(file.data)), file.data.on_error, file.data.max_skipped)
-            key = (*asked, file.record, file.checks)
+            key = (*asked, file.record, file.checks, file.label)
             if key not in read:
                 read[key] = _read(file, source.path)
             seen[name][file.field] = read[key]
@@ -192,6 +192,7 @@ def _read(file: DataSlot, path: Path) -> Seen:
         records,
         whole=how.limit == file.data.limit or len(records) < CHECKED_ROWS,
         set_aside=(reason.message for reason in reading.set_aside),
+        label=file.label,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import takewhile
@@ -34,7 +34,7 @@ about half a second. ``align preview`` compares more."""
 class Seen:
     """The number of ``rows`` of a source and of different ``prompts`` in them; exact if the ``whole`` source was read.
     ``texts`` are what the first rows ask. ``set_aside`` counts the rows that are of no use to the stage, by reason;
-    ``openings`` are hashes of what stands before the first learned answer.
+    ``openings`` are hashes of what stands before the first learned answer, ``labels`` the number of rows by label.
     """
 
     rows: int
@@ -43,10 +43,20 @@ class Seen:
     texts: tuple[LocatedText, ...] = ()
     set_aside: tuple[tuple[str, int], ...] = ()
     openings: frozenset[int] = frozenset()
+    labels: tuple[tuple[str, int], ...] = ()
 
 
-def seen(records: Sequence[Record], *, whole: bool, set_aside: Iterable[str] = ()) -> Seen:
-    """A summary of the records that a plan has read; ``set_aside`` are the reasons for which rows gave none."""
+def seen(
+    records: Sequence[Record],
+    *,
+    whole: bool,
+    set_aside: Iterable[str] = (),
+    label: Callable[[Record], str] | None = None,
+) -> Seen:
+    """A summary of the records that a plan has read.
+
+    ``set_aside`` are the reasons for which rows gave none. ``label`` names the label of a record.
+    """
     prompts = {_prompt_of(record) for record in records}
     openings = frozenset(hash(_prompt_of(record, opening=True)) for record in records)
     return Seen(
@@ -56,6 +66,7 @@ def seen(records: Sequence[Record], *, whole: bool, set_aside: Iterable[str] = (
         texts=tuple(_compared(records)),
         set_aside=tuple(Counter(set_aside).items()),
         openings=openings,
+        labels=() if label is None else tuple(sorted(Counter(map(label, records)).items())),
     )
 
 
@@ -89,6 +100,11 @@ def rows_of(data: DataConfig, own: Seen | None) -> int | None:
     return math.ceil(Fraction(str(data.fraction)) * own.rows)
 
 
+def labels_of(data: DataConfig, own: Seen | None) -> dict[str, int]:
+    """The number of rows of each label in the stage's data; empty if that is unknown before it runs."""
+    return {} if own is None or rows_of(data, own) is None else dict(own.labels)
+
+
 def faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str) -> Iterator[Fault]:
     """Settings of the stage at ``where`` that need more data than it can have."""
     kind, trained = kind_of(config), as_trained(config)
@@ -97,6 +113,8 @@ def faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str
     rows = rows_of(trained.data, seen_by_field.get("data"))
     if rows is not None:
         yield from kind.learning.faults(config, min(rows, seen_by_field["data"].prompts), where)
+    if labels := labels_of(trained.data, seen_by_field.get("data")):
+        yield from kind.learning.label_faults(config, labels, where)
     if not isinstance(trained.optim, OptimConfig):
         return
     looks = validation_checks.of_stage(config)

@@ -34,7 +34,7 @@ from alignment.training.context import StageContext
 from alignment.training.finite import refuse_results
 from alignment.training.held_out import HeldOutRows
 from alignment.training.looks import Validation, of_handed_on
-from alignment.training.micro_batches import MicroBatches
+from alignment.training.micro_batches import MicroBatches, Unit
 from alignment.training.session import train
 from alignment.training.sharding import gathered, prepare, whole
 from alignment.training.trainer_arguments import common_arguments, optimizer_arguments
@@ -137,7 +137,7 @@ def _validation(
 class MicroBatchedRewardTrainer(MicroBatches, RewardTrainer):
     """TRL's trainer, with each optimiser batch split into micro-batches."""
 
-    pairs = True
+    unit = Unit.pairs
     accuracy_metric = "accuracy"
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:

@@ -29,6 +29,12 @@ COUNTS = {"tokens": 50, "trunk_tokens": 40, "scored_tokens": 20}
         ("sft", "full", COUNTS, 6 * (100 * 40 + 10 * 20)),
         ("reward", "lora", {**COUNTS, "scored_tokens": 0}, 4 * 100 * 40),
         ("dpo", "lora", COUNTS, (4 + 2) * (100 * 40 + 10 * 20)),
+        (
+            "kto",
+            "lora",
+            {**COUNTS, "mismatched_tokens": 41, "reference_tokens": 55},
+            4 * (100 * 40 + 10 * 20) + 2 * 100 * (41 + 55) + 2 * 10 * 60,
+        ),
         ("sampling", "none", {"prompt_tokens": 30, "answer_tokens": 5}, 2 * 100 * 35 + 2 * 10 * 5),
         ("ppo", "lora", {"prompt_tokens": 30, "answer_tokens": 5}, 40 * 100 * 35 + 20 * 10 * 5),
         ("ppo", "full", {"prompt_tokens": 30, "answer_tokens": 5}, 56 * 100 * 35 + 28 * 10 * 5),
@@ -46,6 +52,17 @@ def test_beginnings_that_sequences_have_in_common_have_to_be_computed_once() -> 
     pairs = [{"prompt": [1, 2], "chosen": [3, 4], "rejected": [3]}, {"prompt": [1, 7], "chosen": [3], "rejected": [5]}]
     assert counts_of("dpo", pairs) == {"tokens": 13, "trunk_tokens": 4 + 3, "scored_tokens": 5}
     assert counts_of("reward", pairs)["scored_tokens"] == 0
+    labelled = [
+        {"prompt": [1, 2], "completion": [3, 4], "KL_completion": [3], "label": True},
+        {"prompt": [1, 7], "completion": [3], "KL_completion": [3, 4], "label": False},
+    ]
+    assert counts_of("kto", labelled) == {
+        "tokens": 7,
+        "trunk_tokens": 6,
+        "scored_tokens": 3,
+        "mismatched_tokens": 6,
+        "reference_tokens": 7,
+    }
     assert counts_of("sampling", [[1, 2, 3], [1, 2]]) == {"prompt_tokens": 3}
 
 

@@ -15,7 +15,15 @@ from alignment.core.errors import DataError
 from alignment.data.fields import Fields, SetAside
 from alignment.data.formats import FORMATS, detect, format_of
 from alignment.data.reading import Reading, iterate, start
-from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Record
+from alignment.data.records import (
+    Conversation,
+    HeldOutPrompt,
+    LabelledAnswer,
+    PlainText,
+    PreferencePair,
+    Prompt,
+    Record,
+)
 from tests.public import PUBLIC, WRITTEN, needs_public_data
 
 ANSWER = {"role": "assistant", "content": "4."}
@@ -408,13 +416,15 @@ def test_files_in_public_shapes_are_what_they_are(
 
 def _cells(row: Any) -> list[str]:
     """What the user guide's table says of a row, from the records that it gives."""
-    texts, conversations, pairs, prompts = (
-        _or_none(record, row) for record in (PlainText, Conversation, PreferencePair, Prompt)
+    texts, conversations, pairs, answers, prompts = (
+        _or_none(record, row) for record in (PlainText, Conversation, PreferencePair, LabelledAnswer, Prompt)
     )
+    labels = [f"`{json.dumps(answer.answer)}` {'good' if answer.desirable else 'bad'}" for answer in answers]
     return [
         f"learns `{json.dumps(texts[0].text)}`" if texts else "–",
         f"learns `{json.dumps(conversations[0].messages[-1].content)}`" if conversations else "–",
         f"`{json.dumps(pairs[0].chosen)}` over `{json.dumps(pairs[0].rejected)}`" if pairs else "–",
+        ", ".join(labels) or "–",
         f"asks `{json.dumps(prompts[0].messages[-1].content)}`" if prompts else "–",
     ]
 

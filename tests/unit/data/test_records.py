@@ -14,7 +14,7 @@ from alignment.data.bundled_files import locate
 from alignment.data.fields import Fields
 from alignment.data.formats import FORMATS
 from alignment.data.reading import read_records, right_form
-from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair, Prompt, Question
+from alignment.data.records import Conversation, HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Question
 from alignment.data.turns import Message
 from alignment.stages.registry import kinds
 
@@ -119,6 +119,54 @@ def test_answers_that_people_ranked_are_no_choices(form: str, row: dict[str, Any
     """The better one always stands first, so a policy that only likes the first letter would choose right."""
     (prompt,) = HeldOutPrompt.of(FORMATS[form].read(Fields(row, where="x:1", example="")))
     assert (prompt.choices, prompt.right) == ((), None)
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "expected"),
+    [
+        ("kto", {"prompt": "2 + 2?", "completion": "4.", "label": True}, [("4.", True)]),
+        ("kto", {"prompt": "2 + 2?", "completion": "5.", "label": False}, [("5.", False)]),
+        ("kto", {"messages": [USER, ANSWER], "label": "false"}, [("4.", False)]),
+        ("kto", {"messages": [USER], "completion": "4.", "label": 1}, [("4.", True)]),
+        ("preference", {"messages": [USER], "chosen": "4.", "rejected": "5."}, [("4.", True), ("5.", False)]),
+        (
+            "ranked",
+            {"prompt": "2 + 2?", "completions": [{"text": "5.", "rank": 2}, {"text": "4.", "rank": 1}]},
+            [("4.", True), ("5.", False)],
+        ),
+    ],
+)
+def test_a_labelled_answer_is_read_from_a_label_or_from_a_pair(
+    form: str, row: dict[str, Any], expected: list[tuple[str, bool]]
+) -> None:
+    records = list(LabelledAnswer.of(FORMATS[form].read(Fields(row, where="x:1", example=""))))
+    assert [(record.answer, record.desirable) for record in records] == expected
+    assert {record.messages for record in records} == {(Message(role="user", content="2 + 2?"),)}
+    assert {record.where for record in records} == {"x:1"}
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "message"),
+    [
+        ("messages", {"messages": [USER, ANSWER]}, "'label' is missing: the row has no label"),
+        (
+            "ranked",
+            {"prompt": "?", "completions": [{"text": str(rank), "rank": rank} for rank in range(3)]},
+            "'label' is missing: the row has 3 answers of different rank",
+        ),
+        ("kto", {"messages": [USER], "label": True}, "'completion' is missing: the row has a label, but no answer"),
+        ("preference", {"messages": [USER], "chosen": "4.", "rejected": "4. "}, "'rejected' is the same as 'chosen'"),
+        (
+            "ranked",
+            {"prompt": "?", "completions": [{"text": "4.", "rank": 1}, {"text": "5.", "rank": 1}]},
+            "'answers' all have the same rank",
+        ),
+        ("text", {"text": "2 + 2 is 4."}, "is plain text without a prompt and an answer"),
+    ],
+)
+def test_a_row_that_does_not_label_an_answer_is_refused(form: str, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        list(LabelledAnswer.of(FORMATS[form].read(Fields(row, where="x:1", example=LabelledAnswer.EXAMPLE))))
 
 
 @pytest.mark.parametrize("answers", [None, ["4.", "5."], {"dpo": "4."}, {"dpo": "4.", "sft": "5.", "base": "6."}])

@@ -30,6 +30,7 @@ from alignment.stages.cpt.config import CptConfig
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.forgetting.config import ForgettingConfig
+from alignment.stages.kto.config import KtoConfig
 from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig
 from alignment.stages.registry import config_classes
 from alignment.stages.report.config import ReportConfig
@@ -42,7 +43,7 @@ STAGES = config_classes()
 
 OUTSIDE = {
     # What a reference points to counts by its content.
-    **{cls: {"init"} for cls in (CptConfig, SftConfig, RewardConfig, DpoConfig)},
+    **{cls: {"init"} for cls in (CptConfig, SftConfig, RewardConfig, DpoConfig, KtoConfig)},
     PpoConfig: {"init", "reward", "save_every"},
     EvaluateConfig: {"arms", "reference", "reward", "batch_size", "gate"},
     ForgettingConfig: {"arms"},
@@ -61,9 +62,10 @@ OUTSIDE = {
     # Votes count by their content.
     JudgeConfig: {"votes"},
 }
-for _often in (CptConfig, SftConfig, RewardConfig, DpoConfig):
+for _often in (CptConfig, SftConfig, RewardConfig, DpoConfig, KtoConfig):
     OUTSIDE[_often] = OUTSIDE[_often] | {"log_every", "save_every"}
-OUTSIDE[DpoConfig] = OUTSIDE[DpoConfig] | {"precompute_reference"}
+for _compared in (DpoConfig, KtoConfig):
+    OUTSIDE[_compared] = OUTSIDE[_compared] | {"precompute_reference"}
 """Settings that change no result. A name is added here only with the reason why."""
 
 STAGE: dict[str, StageConfig] = {

@@ -509,4 +509,4 @@ def test_shares_and_losses_are_shown_with_their_intervals(fake_run):
     row = re.search(r"<tr><th scope=\"row\"><bdi>base</bdi></th>(.*?)</tr>", html).group(1)
     assert "1.40 to 1.60" in row
     assert "3\u202f%<small>0\u202f% to 7\u202f%</small>" in row
-    assert "2 of 100 from base" in html
+    assert "2\u202f% of those from base" in html

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from alignment.core.artifacts import write_json
-from alignment.stages.dpo import reference_cache
 from alignment.stages.evaluate import answer_cache
 from alignment.stages.evaluate.answer_cache import CachedAnswers
+from alignment.stages.shared import reference_cache
 
 ANSWERS = CachedAnswers(ids=[[1, 2]], logprobs=None, references=[None], seconds=1.0)
 

@@ -146,7 +146,7 @@ def test_a_killed_stage_goes_on_with_all_its_adapters(
     assert saved[0] == saved[1]
 
 
-@pytest.mark.parametrize("kind", ["cpt", "sft", "reward", "dpo"])
+@pytest.mark.parametrize("kind", ["cpt", "sft", "reward", "dpo", "kto"])
 def test_a_killed_stage_goes_on_counting_tokens(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
     config: Any = replace(config_of(kind, LORA), save_every=1)

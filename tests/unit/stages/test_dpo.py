@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.core.errors import StageError
 from alignment.models.assembly.adapters import at_start
-from alignment.stages.dpo import reference_cache
 from alignment.stages.dpo import run as dpo
 from alignment.stages.dpo.config import DpoConfig, DpoLoss
-from alignment.stages.dpo.reference_cache import Reference
+from alignment.stages.shared import reference_cache, start_reference
 from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.preference_pairs import read_pairs
+from alignment.stages.shared.reference_cache import Reference
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained, config_of
 from tests.oracles.close import close
@@ -118,9 +118,8 @@ def test_a_precomputed_reference_is_what_the_starting_policy_says_of_every_row(t
 
 def test_a_reference_stands_beside_its_own_pair_where_rows_are_drawn() -> None:
     pairs = as_table(TokenizedPair(prompt=[n], chosen=[n, 2], rejected=[n, 3]) for n in range(6)).select([4, 0, 2])
-    reference = Reference(
-        chosen=torch.tensor([-4.0, 0.0, -2.0]), rejected=torch.tensor([4.5, 0.5, 2.5]), file=Path("x")
-    )
+    logprobs = {"chosen": torch.tensor([-4.0, 0.0, -2.0]), "rejected": torch.tensor([4.5, 0.5, 2.5])}
+    reference = Reference(logprobs=logprobs, file=Path("x"))
     assert list(dpo._dataset(pairs, reference)) == [
         {
             "prompt_ids": [n], "chosen_ids": [n, 2], "rejected_ids": [n, 3],
@@ -165,6 +164,8 @@ def test_a_kept_reference_that_is_wrong_is_named(tmp_path: Path, monkeypatch: py
 def test_a_live_reference_of_other_weights_stops_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chained = Chained(tmp_path)
     full = AdapterConfig(kind=AdapterKind.full)
-    monkeypatch.setattr(dpo, "frozen_copy", lambda policy, _: tiny_model(seed=1, vocab_size=policy.config.vocab_size))
+    monkeypatch.setattr(
+        start_reference, "frozen_copy", lambda policy, _: tiny_model(seed=1, vocab_size=policy.config.vocab_size)
+    )
     with pytest.raises(StageError, match="the reference is not the starting policy"):
         chained.run("dpo", full)

@@ -196,7 +196,7 @@ def test_a_figure_of_a_result_that_is_not_finite_is_no_result() -> None:
 # ---- whole stages ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "kto"])
 def test_an_absurd_rate_ends_a_stage(tmp_path: Path, kind: str) -> None:
     """Its losses stay finite: the last states overflow, are normalised to zeros, and every token is as likely."""
     config: Any = config_of(kind, LORA)

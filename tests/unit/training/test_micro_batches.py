@@ -20,6 +20,8 @@ from alignment.models.forward.rows import by_tokens, stream
 from alignment.records.step_log import MetricsLog
 from alignment.stages.dpo import run as dpo
 from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.kto import run as kto
+from alignment.stages.kto.config import KtoConfig
 from alignment.stages.reward import run as reward
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.sft import run as sft
@@ -44,8 +46,9 @@ STAGES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "sft packed": (SftConfig(optim=OPTIM, adapter=ADAPTER, packing=True, max_length=160), sft.run),
     "reward": (RewardConfig(optim=OPTIM, adapter=ADAPTER, eval_fraction=0.0), reward.run),
     "dpo": (DpoConfig(optim=OPTIM, adapter=ADAPTER), dpo.run),
+    "kto": (KtoConfig(optim=OPTIM, adapter=ADAPTER), kto.run),
 }
-PAIRS = ("reward", "dpo")
+PAIRS = ("reward", "dpo", "kto")
 NOT_EXACT = {"seconds"}
 NOT_EXACT |= {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
 """What TRL averages over tokens inside a piece of pairs."""
@@ -143,7 +146,7 @@ def test_an_empty_packed_piece_has_a_row_and_nothing_to_learn() -> None:
 
 def test_figures_of_pieces_count_by_their_share() -> None:
     metrics = {"margin": [9.0, 1.0, 4.0], "min_reward": [-1.0, -3.0, 2.0], "max_reward": [2.0, 5.0], "once": [7.0]}
-    _weigh(metrics, {"margin": 1, "min_reward": 1}, [0.75, 0.25])
+    _weigh(metrics, {"margin": 1, "min_reward": 1}, lambda _: [0.75, 0.25])
     assert metrics == {"margin": [9.0, 1.75], "min_reward": [-1.0, -3.0], "max_reward": [5.0], "once": [7.0]}
 
 

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
 from alignment.records.step_log import MetricsLog
-from alignment.stages.dpo import reference_cache
 from alignment.stages.dpo import run as dpo
 from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.shared import reference_cache
 from alignment.training.context import StageContext
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
 from tests.unit.training.test_micro_batches import ADAPTER, OPTIM, trained_weights, write_rows

@@ -1,6 +1,6 @@
-"""Log-probabilities of preference pairs under a frozen reference, computed once and cached by content.
+"""Log-probabilities of answers under a frozen reference, computed once and cached by content.
 
-A stage with other settings on the same pairs and starting policy (as in a sweep over beta) reads them from the cache.
+A stage with other settings on the same rows and starting policy (as in a sweep over beta) reads them from the cache.
 The file name depends on everything that could change them: weights, tokens, number format and device.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,46 +38,53 @@ VERSION = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """Log-probabilities of the chosen and of the rejected answers, ``[pairs]`` in nats, and the file that caches them.
+    """Log-probabilities of answers, ``[rows]`` in nats, by the column of the answers; and the file that caches them.
 
     The file may not exist yet.
     """
 
-    chosen: Tensor
-    rejected: Tensor
+    logprobs: Mapping[str, Tensor]
     file: Path
 
     def keep(self) -> None:
         """Writes the file unless it exists and is complete. One process calls this, after the sums were checked."""
-        if _read(self.file, pairs=len(self.chosen)) is None:
-            _write(self.file, {"chosen": self.chosen, "rejected": self.rejected})
+        rows = {len(column) for column in self.logprobs.values()}
+        if _read(self.file, tuple(self.logprobs), rows=rows.pop()) is None:
+            _write(self.file, dict(self.logprobs))
 
 
 def reference_logprobs(
-    policy: PreTrainedModel, start: Lineage, pairs: Dataset, context: StageContext, *, tokens: int
+    policy: PreTrainedModel,
+    start: Lineage,
+    rows: Dataset,
+    context: StageContext,
+    *,
+    answers: Sequence[str],
+    tokens: int,
 ) -> Reference:
-    """The reference of all pairs, from the cache, or computed, with each process computing its share.
+    """The reference of all rows, from the cache, or computed, with each process computing its share.
 
-    ``policy`` must be in evaluation mode; ``tokens`` limits the tokens of a micro-batch.
+    ``answers`` are the columns of the answers to the column ``prompt``. ``policy`` must be in evaluation mode;
+    ``tokens`` limits the tokens of a micro-batch.
     """
     assert not policy.training, "dropout would be active"
     dtype = context.spec.model.dtype
-    key = _key(start, pairs, context.adapter, dtype, policy.dtype, context.device)
+    key = _key(start, rows_of(rows, "prompt", *answers), context.adapter, dtype, policy.dtype, context.device)
     file = context.spec.artifact.parent / "cache" / f"reference-{key}.safetensors"
-    columns = _read(file, pairs=len(pairs))
+    columns = _read(file, answers, rows=len(rows))
     if all(everyones(columns is not None)) and columns is not None:
-        return Reference(file=file, **columns)
+        return Reference(file=file, logprobs=columns)
     context.progress("reference log-probabilities")
-    share = pairs.shard(num_shards=context.world_size, index=context.rank, contiguous=False)
+    share = rows.shard(num_shards=context.world_size, index=context.rank, contiguous=False)
     with products_in(dtype, context.device):
-        chosen, rejected = (_sums(policy, share, answer, tokens=tokens) for answer in ("chosen", "rejected"))
-    sums = [_interleaved(shares) for shares in zip(*everyones((chosen, rejected)), strict=True)]
-    assert all(len(column) == len(pairs) for column in sums), "a process's share is missing"
-    return Reference(chosen=sums[0], rejected=sums[1], file=file)
+        own = [_sums(policy, share, answer, tokens=tokens) for answer in answers]
+    sums = [_interleaved(shares) for shares in zip(*everyones(own), strict=True)]
+    assert all(len(column) == len(rows) for column in sums), "a process's share is missing"
+    return Reference(file=file, logprobs=dict(zip(answers, sums, strict=True)))
 
 
 def _interleaved(shares: Sequence[Tensor]) -> Tensor:
-    """The values in the order of the pairs; each of n processes computed every n-th pair."""
+    """The values in the order of the rows; each of n processes computed every n-th row."""
     whole = torch.empty(sum(len(share) for share in shares))
     for rank, share in enumerate(shares):
         whole[rank :: len(shares)] = share
@@ -85,12 +92,12 @@ def _interleaved(shares: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _sums(policy: PreTrainedModel, pairs: Dataset, answer: str, *, tokens: int) -> Tensor:
-    """``[pairs]`` log-probabilities of the answers in the column ``answer``."""
+def _sums(policy: PreTrainedModel, rows: Dataset, answer: str, *, tokens: int) -> Tensor:
+    """``[rows]`` log-probabilities of the answers in the column ``answer``."""
     sums: list[Tensor] = []
-    for micro_batch in micro_batches_of(rows_of(pairs, "prompt", answer), tokens=tokens):
-        rows = pairs[micro_batch.start : micro_batch.stop]
-        part = answer_stream(rows["prompt"], rows[answer], policy.device)
+    for micro_batch in micro_batches_of(rows_of(rows, "prompt", answer), tokens=tokens):
+        texts = rows[micro_batch.start : micro_batch.stop]
+        part = answer_stream(texts["prompt"], texts[answer], policy.device)
         logprobs = answer_statistics(policy, part).logprobs
         sums += [row.sum() for row in logprobs.split(list(part.lengths))]
     return torch.stack(sums).cpu() if sums else torch.empty(0)
@@ -98,7 +105,7 @@ def _sums(policy: PreTrainedModel, pairs: Dataset, answer: str, *, tokens: int) 
 
 def _key(
     start: Lineage,
-    pairs: Dataset,
+    rows: Iterable[tuple[list[int], ...]],
     adapter: AdapterConfig,
     dtype: Dtype,
     weights: torch.dtype,
@@ -111,7 +118,7 @@ def _key(
     made_by = [torch.__version__, _device_name(device)]
     shaped_by = [VERSION, dtype.value, str(weights), *made_by, weights_sha256(start), nf4, stacked]
     sha = hashlib.sha256(json.dumps(shaped_by).encode())
-    for row in rows_of(pairs, "prompt", "chosen", "rejected"):
+    for row in rows:
         sha.update(json.dumps(row).encode())
     return sha.hexdigest()[:32]
 
@@ -121,7 +128,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _read(file: Path, *, pairs: int) -> dict[str, Tensor] | None:
+def _read(file: Path, answers: Sequence[str], *, rows: int) -> dict[str, Tensor] | None:
     """The columns of a cached file; None if it is missing or damaged, so that it is computed again."""
     try:
         columns = load_file(file)
@@ -130,7 +137,7 @@ def _read(file: Path, *, pairs: int) -> dict[str, Tensor] | None:
     except (SafetensorError, OSError) as error:
         log.warning("%s is damaged (%s); it will be computed again.", file, error)
         return None
-    whole = columns.keys() == {"chosen", "rejected"} and all(column.shape == (pairs,) for column in columns.values())
+    whole = columns.keys() == set(answers) and all(column.shape == (rows,) for column in columns.values())
     return columns if whole else None
 
 

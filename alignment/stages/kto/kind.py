@@ -1,0 +1,133 @@
+"""The stage kind ``kto``, as the rest of the package sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from alignment.algos.label_weights import GREATEST_RATIO, LEAST_RATIO, label_weights
+from alignment.config.adapter import AdapterKind
+from alignment.config.faults import Fault
+from alignment.config.launch import LaunchConfig
+from alignment.config.run import RunConfig
+from alignment.core.artifacts import POLICY
+from alignment.data.records import LabelledAnswer
+from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, UNDESIRABLE
+from alignment.stages.base import LOSS, Curve, DataSlot, LaunchShape, Learning, Outcome, Refusal, Reported, StageKind
+from alignment.stages.kto.config import KtoConfig
+from alignment.stages.shared.kind_answers import ROW_COUNTS, curve, limits_of_parts
+
+FIGURES = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins")
+COUNTS = ("desirable_rows", "undesirable_rows", "desirable_weight", "undesirable_weight")
+_LABELS = ("desirable", "undesirable")
+
+
+def label_of(record: LabelledAnswer) -> str:
+    """The label's name."""
+    return DESIRABLE if record.desirable else UNDESIRABLE
+
+
+def one_label(labels: Mapping[str, int]) -> str:
+    """Why rows with these numbers of labels cannot be learned from; empty if they can."""
+    missing = next((label for label in (DESIRABLE, UNDESIRABLE) if not labels.get(label)), None)
+    if missing is None:
+        return ""
+    return f"none of the {sum(labels.values())} rows is {missing}, and KTO learns from the difference"
+
+
+def _data(config: KtoConfig) -> list[DataSlot]:
+    return [DataSlot(field="data", data=config.data, record=LabelledAnswer, rows=LABELLED_ANSWERS, label=label_of)]
+
+
+def _faults(config: KtoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
+    if config.loss.estimates_kl and config.optim.batch_size < 2:
+        message = (
+            f"{config.optim.batch_size}, but the KL divergence is estimated from other answers of the same batch; use "
+            "2 or more, or loss=apo_zero_unpaired"
+        )
+        yield Fault(where=f"{where}.optim.batch_size", message=message)
+
+
+def _size_faults(config: KtoConfig, processes: int, where: str) -> Iterator[Fault]:
+    size = config.optim.batch_size
+    if config.loss.estimates_kl and processes > 1 and size % processes == 0 and size // processes < 2:
+        message = (
+            f"{size} leaves one row for each of {processes} processes, and TRL's trainer needs two; use "
+            f"{2 * processes} or more, or fewer processes"
+        )
+        yield Fault(where=f"{where}.optim.batch_size", message=message)
+
+
+def _refusals(config: KtoConfig, _: LaunchConfig) -> Iterator[Refusal]:
+    if config.adapter.kind is AdapterKind.prefix:
+        why = "TRL's KTO trainer copies adapters in a way that PEFT supports for low-rank adapters only"
+        yield Refusal(field="adapter.kind", why=why, instead="adapter=lora")
+
+
+def _label_faults(_: KtoConfig, labels: Mapping[str, int], where: str) -> Iterator[Fault]:
+    if why := one_label(labels):
+        yield Fault(where=f"{where}.data", message=f"{why}; add such rows, or use a stage that learns from one kind")
+
+
+def _label_notes(config: KtoConfig, labels: Mapping[str, int]) -> Iterator[str]:
+    """The weights that follow from the labels, or a warning about those that were set."""
+    if one_label(labels):
+        return
+    counts = labels[DESIRABLE], labels[UNDESIRABLE]
+    weights = label_weights(*counts, desirable=config.desirable_weight, undesirable=config.undesirable_weight)
+    ratio = weights.ratio(*counts)
+    note = (
+        f"{counts[0]} desirable and {counts[1]} undesirable rows, with weights of {weights.desirable:.4g} and "
+        f"{weights.undesirable:.4g}: together the desirable ones count {ratio:.3g} times as much"
+    )
+    if not LEAST_RATIO - 1e-9 <= ratio <= GREATEST_RATIO + 1e-9:
+        yield f"{note}, and the paper recommends 1 to 4/3; set one of the weights to null"
+    elif config.desirable_weight is None or config.undesirable_weight is None:
+        yield note
+
+
+def _reported(_: KtoConfig) -> Reported:
+    return Reported(training=FIGURES, counts=(*ROW_COUNTS, *COUNTS))
+
+
+def _curves(_: Mapping[str, Any]) -> list[Curve]:
+    return [
+        LOSS,
+        Curve(
+            title="Implicit reward",
+            unit="β log π/ref",
+            keys=("rewards/chosen", "rewards/rejected"),
+            labels=_LABELS,
+            guide=0.0,
+        ),
+        curve("Margin", "implicit reward, desirable − undesirable", "rewards/margins", 0.0),
+        curve("KL divergence from the reference", "nats, estimated from mismatched answers", "kl", 0.0),
+        Curve(
+            title="Log-probability of the answers",
+            unit="nats",
+            keys=("logps/chosen", "logps/rejected"),
+            labels=_LABELS,
+        ),
+    ]
+
+
+def _against_forgetting(name: str) -> str:
+    return f"raise stages.{name}.beta, lower its optim.lr or train fewer epochs; add replay only to the SFT before it"
+
+
+KIND = StageKind(
+    name="kto",
+    summary="Kahneman–Tversky optimisation on single answers, labelled good or bad",
+    config=KtoConfig,
+    revision=1,
+    produces=POLICY,
+    run="alignment.stages.kto.run:run",
+    data=_data,
+    faults=_faults,
+    curves=_curves,
+    launch=LaunchShape(refusals=_refusals, size_faults=_size_faults),
+    learning=Learning(
+        limits=limits_of_parts, label_faults=_label_faults, label_notes=_label_notes, from_preferences=True
+    ),
+    outcome=Outcome(metrics=_reported, against_forgetting=_against_forgetting),
+)

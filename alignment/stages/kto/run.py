@@ -1,0 +1,127 @@
+"""Kahneman–Tversky optimisation with TRL's trainer (Ethayarajh et al. 2024, eq. 7).
+
+The reference is the policy at the start of the stage. At step 0 both must agree on every answer (``check_start``); then
+the divergence is 0 and the loss is half the mean weight. The loss lies between 0 and the largest weight, so it has no
+bound beyond which training has diverged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset
+from peft import TaskType
+from trl import KTOConfig as TrlKtoConfig
+
+from alignment.algos.label_weights import LabelWeights, label_weights
+from alignment.core.errors import DataError
+from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, UNDESIRABLE
+from alignment.models.assembly.load import Lineage
+from alignment.stages.kto.config import KtoConfig
+from alignment.stages.kto.kind import FIGURES, one_label
+from alignment.stages.kto.kto_trainer import OTHER_REFERENCE, REFERENCE, TokenizedKtoTrainer
+from alignment.stages.kto.labelled_rows import ANSWER, LABEL, MISMATCHED, count_labels, in_order
+from alignment.stages.shared.initial import initial_model, initial_policy
+from alignment.stages.shared.kind_answers import limits_of_parts
+from alignment.stages.shared.result import StageResult, save_model
+from alignment.stages.shared.stage_rows import token_rows
+from alignment.stages.shared.start_check import refuse_other_reference
+from alignment.stages.shared.start_reference import copy_of_start, make_ready, precomputed_reference, with_reference
+from alignment.training.context import StageContext
+from alignment.training.session import train
+from alignment.training.trainer_arguments import common_arguments
+
+
+def run(config: KtoConfig, context: StageContext) -> StageResult:
+    """Labelled answers and a policy in, policy out.
+
+    Raises:
+        DataError: all answers have the same label.
+    """
+    start, tokenizer = initial_policy(context)
+    rows, counts = token_rows(context, LABELLED_ANSWERS, config.data, limits_of_parts(config), tokenizer)
+    labels = count_labels(rows)
+    weights = weights_of(config, labels, where=f"stages.{context.spec.stage}.data")
+    trainer = _trainer(config, context, start, tokenizer, rows, weights)
+    check_start(trainer)
+    if trainer.precomputed is not None and context.is_main:
+        trainer.precomputed.keep()
+    last = train(trainer, context, headline="loss")
+    metrics = {
+        # A batch without answers of one label has no reward of that label.
+        **{name: last[name] for name in FIGURES if name in last},
+        **counts,
+        "desirable_rows": float(labels[DESIRABLE]),
+        "undesirable_rows": float(labels[UNDESIRABLE]),
+        "desirable_weight": weights.desirable,
+        "undesirable_weight": weights.undesirable,
+    }
+    return save_model(trainer.model, tokenizer, context, start, metrics)
+
+
+def weights_of(config: KtoConfig, labels: Mapping[str, int], *, where: str) -> LabelWeights:
+    """The weights of the labels, given the number of rows of each.
+
+    Raises:
+        DataError: there are rows of one label only.
+    """
+    if why := one_label(labels):
+        raise DataError(why, where=where, remedy="add such rows, or use a stage that learns from one kind")
+    return label_weights(
+        labels[DESIRABLE],
+        labels[UNDESIRABLE],
+        desirable=config.desirable_weight,
+        undesirable=config.undesirable_weight,
+    )
+
+
+def _trainer(
+    config: KtoConfig,
+    context: StageContext,
+    start: Lineage,
+    tokenizer: Any,
+    answers: Dataset,
+    weights: LabelWeights,
+) -> TokenizedKtoTrainer:
+    policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=False)
+    mismatch = config.loss.estimates_kl
+    rng = context.generator("order")
+    rows = in_order(answers, rng, batch_size=config.optim.batch_size, mismatch=mismatch)
+    names = {ANSWER: REFERENCE, MISMATCHED: OTHER_REFERENCE} if mismatch else {ANSWER: REFERENCE}
+    reference = precomputed = None
+    if config.precompute_reference:
+        tokens = config.optim.micro_batch_tokens
+        precomputed = precomputed_reference(policy, start, rows, context, answers=tuple(names), tokens=tokens)
+    else:
+        reference = copy_of_start(policy, context)
+    with_ids = rows.rename_columns({name: f"{name}_ids" for name in rows.column_names if name != LABEL})
+    trainer = TokenizedKtoTrainer(
+        model=policy,
+        ref_model=reference,
+        args=TrlKtoConfig(
+            **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
+            beta=config.beta,
+            loss_type=config.loss.value,
+            desirable_weight=weights.desirable,
+            undesirable_weight=weights.undesirable,
+            max_length=None,
+            precompute_ref_log_probs=config.precompute_reference,
+        ),
+        train_dataset=with_reference(with_ids, precomputed, names),
+        processing_class=tokenizer,
+    )
+    trainer.precompute_ref_logps = True  # each batch gets them before it is learned from (with_estimates)
+    make_ready(trainer, policy, reference, precomputed, config.optim, context)
+    return trainer
+
+
+def check_start(trainer: TokenizedKtoTrainer) -> None:
+    """Policy and reference must agree on every answer of the first batch before the first step.
+
+    Raises:
+        StageError: they differ, so the reference is not the policy that the stage starts from.
+    """
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.model.train()  # as in training, so that active dropout is noticed
+    refuse_other_reference(trainer.start_rows(batch), trainer.precomputed, tolerance=trainer.start_tolerance)

@@ -1,0 +1,60 @@
+"""Whether a reference is the policy that a stage starts from, answer by answer, before anything is learned.
+
+A mean loss would hide an error that the answers share, and at a small beta most of any error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from alignment.core.errors import StageError
+from alignment.stages.shared.reference_cache import Reference
+from alignment.training.sharding import everyones
+
+START_TOLERANCE = 1e-3
+BFLOAT16_TOLERANCE = 2e-2
+"""How far policy and reference may differ on a row at step 0, relative to its log-probability divided by the root of
+its number of tokens, because rounding errors of tokens are independent. ``BFLOAT16_TOLERANCE``, five times the
+precision of bfloat16, applies to a reference that was computed in bfloat16 in other batches."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartRow:
+    """An answer's log-probabilities under policy and reference, in nats, and its number of tokens."""
+
+    policy: float
+    reference: float
+    tokens: int
+
+    @property
+    def excess(self) -> float:
+        """The relative difference; a log-probability counts as at least one nat per token, and NaN gives infinity."""
+        size = max(abs(self.reference), float(self.tokens)) / self.tokens**0.5
+        difference = abs(self.policy - self.reference)
+        return math.inf if math.isnan(difference) else difference / size
+
+
+def refuse_other_reference(own: Iterable[StartRow], precomputed: Reference | None, *, tolerance: float) -> None:
+    """Compares the answers of this process and of all others; every process must call this.
+
+    Raises:
+        StageError: policy and reference differ on an answer, so the reference is not the policy that the stage starts
+            from.
+    """
+    worst = max((row for rows in everyones(list(own)) for row in rows), key=lambda row: row.excess)
+    if worst.excess > tolerance:
+        raise StageError(
+            f"at step 0 policy and reference differ by {abs(worst.policy - worst.reference):.3g} nats on an answer of "
+            f"{worst.tokens} tokens ({worst.policy:.6g} and {worst.reference:.6g}): the reference is not the starting "
+            "policy",
+            remedy=_remedy(precomputed),
+        )
+
+
+def _remedy(precomputed: Reference | None) -> str:
+    report = "report this with the stage.yaml of the run; if model.dtype=float32 avoids it, it is rounding"
+    if precomputed is None or not precomputed.file.is_file():
+        return report
+    return f"delete {precomputed.file}, which holds the reference, and run again; if the error returns, {report}"

@@ -1,0 +1,122 @@
+"""The policy at the start of a stage as the reference of a TRL trainer that compares the two.
+
+With an adapter, the reference is the same base with the adapters as they were at the start; in full training, it is a
+frozen copy of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignment.config.adapter import AdapterKind
+from alignment.config.model import Dtype
+from alignment.config.optim import OptimConfig
+from alignment.models.assembly.adapters import at_start, with_own
+from alignment.models.assembly.load import DTYPES, Lineage, compute_in, frozen_copy
+from alignment.models.forward.answers import unwrapped
+from alignment.models.forward.causal import install_causal
+from alignment.models.forward.flat import use_flat_attention
+from alignment.stages.shared.reference_cache import Reference, reference_logprobs
+from alignment.stages.shared.start_check import BFLOAT16_TOLERANCE, START_TOLERANCE
+from alignment.training.context import StageContext
+from alignment.training.micro_batches import MicroBatches
+from alignment.training.sharding import prepare, read_in_calls
+from alignment.training.trainer_arguments import optimizer_arguments
+
+
+class AgainstStart(MicroBatches):
+    """A mix-in for TRL's trainers that compare the policy with ``ref_model``, on rows that are tokenised already.
+
+    ``precomputed`` holds the reference's log-probabilities of the rows if they were computed beforehand.
+    """
+
+    precomputed: Reference | None = None
+    start_tolerance: float = START_TOLERANCE
+
+    def _precompute_ref_logps(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset  # it already has them (reference_cache)
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset
+
+
+def copy_of_start(policy: PreTrainedModel | PeftModel, context: StageContext) -> PreTrainedModel | None:
+    """A frozen copy in full training; None with an adapter, whose base serves both. Pass it to the trainer."""
+    if context.adapter.kind is not AdapterKind.full:
+        return None
+    reference = frozen_copy(policy, DTYPES[context.spec.model.dtype])
+    use_flat_attention(reference)  # before its weights are sharded; its outputs are compared with the policy's
+    read_in_calls(reference, context)
+    return reference
+
+
+def make_ready(
+    trainer: AgainstStart,
+    policy: PreTrainedModel | PeftModel,
+    reference: PreTrainedModel | None,
+    precomputed: Reference | None,
+    optim: OptimConfig,
+    context: StageContext,
+) -> None:
+    """Gives a newly made trainer its optimiser, the fast forward and its reference."""
+    trainer.precomputed = precomputed
+    if precomputed is not None and context.spec.model.dtype is Dtype.bfloat16:
+        trainer.start_tolerance = BFLOAT16_TOLERANCE
+    trainer.micro_batch_tokens = optim.micro_batch_tokens
+    trainer.optimizer_cls_and_kwargs = optimizer_arguments(optim, context)
+    install_causal(unwrapped(policy))
+    prepare(policy, context)
+    if reference is not None:
+        install_causal(reference)
+        compute_in(reference, context.spec.model.dtype, context.device)  # as accelerate does for the policy
+    elif isinstance(policy, PeftModel):
+        _use_start_as_reference(trainer, policy)
+
+
+def _use_start_as_reference(trainer: AgainstStart, policy: PeftModel) -> None:
+    """Replaces the adapter copy that TRL makes, which ignores any other adapters."""
+    policy.delete_adapter("ref")
+    with_own(policy)
+
+    def reference(**inputs: Any) -> Any:
+        with at_start(policy):
+            return trainer.model(**inputs)
+
+    trainer.ref_model = reference
+
+
+def precomputed_reference(
+    policy: PreTrainedModel | PeftModel,
+    start: Lineage,
+    rows: Dataset,
+    context: StageContext,
+    *,
+    answers: Sequence[str],
+    tokens: int,
+) -> Reference:
+    """As ``reference_logprobs``.
+
+    Switches the policy to evaluation mode first, because adapters of earlier stages may be in training mode.
+    """
+    model = unwrapped(policy)
+    model.to(context.device).eval()
+    use_flat_attention(model)
+    return reference_logprobs(model, start, rows, context, answers=answers, tokens=tokens)
+
+
+def with_reference(rows: Dataset, reference: Reference | None, names: Mapping[str, str]) -> Dataset:
+    """The rows with the reference's log-probabilities; ``names`` maps its columns to those that TRL expects."""
+    if reference is None:
+        return rows
+    columns: Mapping[str, Tensor] = reference.logprobs
+    table = rows.with_format("arrow")[:]  # rows stay memory-mapped unless they were drawn or mixed
+    for column, name in names.items():
+        table = table.append_column(name, pa.array(columns[column].numpy()))
+    return Dataset(table, fingerprint=reference.file.stem)  # without a fingerprint, all rows would be hashed

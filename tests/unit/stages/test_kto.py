@@ -1,0 +1,379 @@
+"""KTO as the stage computes it, against the paper's formula and against TRL's own trainer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from trl import KTOConfig as TrlKtoConfig
+from trl import KTOTrainer
+
+from alignment.config.adapter import AdapterConfig
+from alignment.config.optim import OptimConfig, Schedule
+from alignment.core.artifacts import verify
+from alignment.core.errors import DataError, StageError
+from alignment.data.tokens.row_kinds import LABELLED_ANSWERS
+from alignment.models.assembly.adapters import at_start
+from alignment.stages.kto import run as kto
+from alignment.stages.kto.config import KtoLoss
+from alignment.stages.kto.kto_trainer import TokenizedKtoTrainer
+from alignment.stages.kto.labelled_rows import mismatched
+from alignment.stages.registry import kind_named
+from alignment.stages.shared import reference_cache
+from alignment.stages.shared.initial import initial_policy
+from alignment.stages.shared.kind_answers import limits_of_parts
+from alignment.stages.shared.stage_rows import token_rows
+from alignment.training.callbacks import Checkpoints
+from alignment.training.context import StageContext
+from tests.chained import FULL, LORA, Chained, config_of
+from tests.oracles import kto as oracle
+from tests.oracles.close import close
+from tests.tiny import liven, tiny_tokenizer
+
+BETA = 0.7
+WEIGHTS = (1.5, 0.6)
+QUESTIONS = ("Shop?", "Keys, please?", "When is the hall open today?", "Why?", "Who is there now?", "How far is it?")
+
+
+def labelled(folder: Path, labels: Sequence[bool], questions: Sequence[str] = QUESTIONS) -> Path:
+    """Rows of different lengths, whose prompts all differ unless there are more rows than questions."""
+    rows = [
+        {
+            "messages": [{"role": "user", "content": questions[number % len(questions)]}],
+            "completion": "It is here, " * (number % 3) + f"number {number}.",
+            "label": label,
+        }
+        for number, label in enumerate(labels)
+    ]
+    file = folder / "labelled.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def made(
+    folder: Path, labels: Sequence[bool] = (True, False, True, True, False, True), **changes: Any
+) -> TokenizedKtoTrainer:
+    """The trainer of a stage that is about to learn from these rows, all in one batch."""
+    chained = Chained(folder)
+    adapter: AdapterConfig = changes.pop("adapter", LORA)
+    config: Any = config_of(
+        "kto", adapter, **{"beta": BETA, "desirable_weight": 1.5, "undesirable_weight": 0.6, **changes}
+    )
+    config = replace(config, optim=replace(config.optim, batch_size=len(labels), micro_batch_tokens=60))
+    spec = replace(chained.spec("kto", adapter, config=config), data_path=labelled(folder, labels))
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    start, tokenizer = initial_policy(context)
+    rows, _ = token_rows(context, LABELLED_ANSWERS, config.data, limits_of_parts(config), tokenizer)
+    return kto._trainer(
+        config, context, start, tokenizer, rows, kto.weights_of(config, kto.count_labels(rows), where="")
+    )
+
+
+def logprob(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """log p(answer | prompt) in float64, from the logits of a plain pass over this row alone."""
+    ids = torch.tensor([prompt + answer])
+    logprobs = model(ids).logits[0].double().log_softmax(-1)
+    return sum(logprobs[index - 1, ids[0, index]] for index in range(len(prompt), ids.shape[1]))  # type: ignore[return-value]
+
+
+def by_hand(trainer: TokenizedKtoTrainer, loss: KtoLoss) -> tuple[float, torch.Tensor, float, list[float]]:
+    """The batch's loss, its gradient in the trained weights, z0, and log π/π_ref of the rows, by the paper."""
+    rows = list(trainer.train_dataset)
+    prompts, answers = [row["prompt_ids"] for row in rows], [row["completion_ids"] for row in rows]
+    labels = [row["label"] for row in rows]
+    policy = trainer.model.get_base_model()
+    z0 = 0.0
+    with torch.no_grad(), at_start(trainer.model) as start:
+        reference = [float(logprob(start, *row)) for row in zip(prompts, answers, strict=True)]
+    if loss is KtoLoss.kto:
+        crossed = [(prompts[x], answers[y]) for x, y in oracle.rotated([str(p) for p in prompts], len(rows))]
+        with torch.no_grad():
+            own = [float(logprob(policy, *row)) for row in crossed]
+            with at_start(trainer.model) as start:
+                z0 = oracle.divergence(own, [float(logprob(start, *row)) for row in crossed])
+    logprobs = [logprob(policy, *row) for row in zip(prompts, answers, strict=True)]
+    ratios = [float(own.detach()) - other for own, other in zip(logprobs, reference, strict=True)]
+    slopes = oracle.gradient(ratios, labels, z0, beta=BETA, weights=WEIGHTS)
+    trainer.model.zero_grad()
+    sum(slope * own for slope, own in zip(slopes, logprobs, strict=True)).backward()  # type: ignore[union-attr]
+    return oracle.loss(ratios, labels, z0, beta=BETA, weights=WEIGHTS), gradients(trainer.model), z0, ratios
+
+
+def gradients(model: PeftModel) -> torch.Tensor:
+    return torch.cat([weight.grad.flatten().double() for weight in model.parameters() if weight.requires_grad])
+
+
+def step(trainer: TokenizedKtoTrainer) -> tuple[float, torch.Tensor]:
+    """The loss of the first batch and its gradient, as a training step computes them, from several micro-batches."""
+    trainer.model.zero_grad()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    assert len(trainer._micro_batches(batch)) > 1
+    loss = float(trainer.training_step(trainer.model, batch))
+    return loss, gradients(trainer.model)
+
+
+@pytest.mark.parametrize("towards", [1.0, -1.0], ids=["likelier", "less likely"])
+@pytest.mark.parametrize("loss", list(KtoLoss), ids=lambda loss: loss.value)
+def test_the_loss_and_its_gradient_are_those_of_the_paper(tmp_path: Path, loss: KtoLoss, towards: float) -> None:
+    """Where mismatched answers became likelier, z0 is positive and shifts every row; elsewhere it is cut off at 0."""
+    trainer = made(tmp_path, loss=loss)
+    kto.check_start(trainer)
+    move(trainer, towards)
+    got, got_gradient = step(trainer)
+    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    expected, expected_gradient, z0, ratios = by_hand(trainer, loss)
+    close(got, expected, rtol=1e-4)
+    close(got_gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+    assert (z0 > 0.1) is (loss is KtoLoss.kto and towards > 0)
+    close(metrics["kl"], z0, rtol=1e-4, atol=1e-5)
+    labels = trainer.train_dataset["label"]
+    rewards = [
+        sum(BETA * ratio for ratio, label in zip(ratios, labels, strict=True) if label is side) / labels.count(side)
+        for side in (True, False)
+    ]
+    close(metrics["rewards/chosen"], rewards[0], rtol=1e-4)
+    close(metrics["rewards/rejected"], rewards[1], rtol=1e-4)
+    close(metrics["rewards/margins"], rewards[0] - rewards[1], rtol=1e-4, atol=1e-5)
+
+
+def move(trainer: TokenizedKtoTrainer, towards: float) -> None:
+    """Some steps by which all answers become likelier, or less likely."""
+    liven(trainer.model)
+    rows = list(trainer.train_dataset)
+    optimizer = torch.optim.SGD([w for w in trainer.model.parameters() if w.requires_grad], lr=0.05)
+    for _ in range(30):
+        optimizer.zero_grad()
+        total = sum(logprob(trainer.model, row["prompt_ids"], row["completion_ids"]) for row in rows)
+        (-towards * total / len(rows)).backward()  # type: ignore[operator]
+        optimizer.step()
+
+
+@pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
+def test_the_first_loss_is_half_the_mean_weight(tmp_path: Path, adapter: AdapterConfig, *, precompute: bool) -> None:
+    trainer = made(tmp_path, adapter=adapter, precompute_reference=precompute)
+    kto.check_start(trainer)
+    loss, _ = step(trainer)
+    assert loss == pytest.approx(0.5 * (4 * 1.5 + 2 * 0.6) / 6, rel=1e-5)
+    assert trainer._metrics["train"]["kl"] == pytest.approx([0.0], abs=1e-4)
+
+
+def test_the_loss_and_its_gradient_are_those_of_the_paper_with_a_precomputed_reference(tmp_path: Path) -> None:
+    trainer = made(tmp_path, precompute_reference=True)
+    kto.check_start(trainer)
+    move(trainer, 1.0)
+    got, got_gradient = step(trainer)
+    expected, expected_gradient, z0, _ = by_hand(trainer, KtoLoss.kto)
+    assert z0 > 0.1
+    close(got, expected, rtol=1e-4)
+    close(got_gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
+def test_a_reference_that_is_not_the_start_stops_before_anything_is_learned(
+    tmp_path: Path, *, precompute: bool
+) -> None:
+    trainer = made(tmp_path, precompute_reference=precompute)
+    liven(trainer.model)
+    with pytest.raises(StageError, match="the reference is not the starting policy"):
+        kto.check_start(trainer)
+
+
+# ---- mismatched answers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "size", "expected"),
+    [
+        ("abcde", 3, [2, 0, 1, 4, 3]),
+        ("aabb", 4, [2, 3, 0, 1]),  # a distance of one would put two answers beside their own prompt
+        ("aaab", 4, [3, 0, 1, 2]),  # no distance avoids it; the least of the best
+        ("abcd", 3, [2, 0, 1, 2]),  # the last batch has one row
+        ("ab", 8, [1, 0]),
+        ("a", 2, [0]),
+    ],
+)
+def test_each_prompt_gets_the_answer_of_another_row_of_its_batch(prompts: str, size: int, expected: list[int]) -> None:
+    assert mismatched(prompts, size) == expected
+
+
+def test_rows_of_one_prompt_meet_answers_to_another(tmp_path: Path) -> None:
+    """As a sampling stage writes them: several answers to each prompt, one after another."""
+    chained = Chained(tmp_path)
+    config: Any = config_of("kto", LORA)
+    config = replace(config, optim=replace(config.optim, batch_size=4))
+    spec = replace(
+        chained.spec("kto", LORA, config=config), data_path=labelled(tmp_path, [True, False] * 4, ["A?", "B?"])
+    )
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    rows, _ = token_rows(context, LABELLED_ANSWERS, config.data, limits_of_parts(config), tiny_tokenizer())
+    ordered = kto.in_order(rows, context.generator("order"), batch_size=4, mismatch=True)
+    answers = {tuple(row["completion"]): (row["prompt"], number) for number, row in enumerate(ordered)}
+    assert len(answers) == 8
+    for number, row in enumerate(ordered):
+        _, other = answers[tuple(row["KL_completion"])]
+        assert other != number
+        assert other // 4 == number // 4, "of the same batch"
+    labels = {tuple(row["completion"]): row["label"] for row in ordered}
+    assert labels == {tuple(row["desirable"] or row["undesirable"]): bool(row["desirable"]) for row in rows}
+    assert [row["prompt"] for row in ordered] != [row["prompt"] for row in rows], "they are shuffled"
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------
+
+
+def test_the_result_records_the_labels_and_the_weights_that_follow_from_them(tmp_path: Path) -> None:
+    chained = Chained(tmp_path)
+    file = labelled(tmp_path, [True, False, False, False, True, False])
+    chained.run("kto", LORA, data_path=file)
+    metrics = verify(chained.inputs["kto"].path, content=True).metrics
+    names = ("desirable_rows", "undesirable_rows", "desirable_weight", "undesirable_weight")
+    assert [metrics[name] for name in names] == [2, 4, 2, 1]
+
+
+def test_a_pair_is_a_desirable_and_an_undesirable_answer(tmp_path: Path) -> None:
+    chained = Chained(tmp_path)
+    lines = chained.run("kto", LORA)
+    metrics = verify(chained.inputs["kto"].path, content=True).metrics
+    assert [metrics[name] for name in ("rows", "desirable_rows", "undesirable_rows")] == [8, 4, 4]
+    assert lines[0]["loss"] == pytest.approx(0.5, abs=1e-4)
+    kind, config = kind_named("kto"), chained.spec("kto", LORA).config
+    assert set(kind.outcome.metrics(config).names) <= metrics.keys()
+    drawn = {key for chart in kind.curves({}) for key in chart.keys}
+    assert all(drawn <= line.keys() for line in lines)
+
+
+def test_a_killed_stage_ends_with_the_weights_of_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over two epochs of three batches, the last of a single row."""
+    config: Any = config_of("kto", LORA)
+    config = replace(config, optim=replace(config.optim, batch_size=2, epochs=2.0))
+    saved = []
+    for killed in (False, True):
+        folder = tmp_path / str(killed)
+        chained = Chained(folder)
+        file = labelled(folder, [True, False, False, True, False])
+        if killed:
+            with monkeypatch.context() as patch:
+                patch.setattr(Checkpoints, "on_save", then_killed(Checkpoints.on_save, step=4))
+                with pytest.raises(Killed):
+                    chained.run("kto", LORA, config=config, data_path=file)
+        lines = chained.run("kto", LORA, config=config, data_path=file)
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        (own,) = chained.inputs["kto"].path.glob("adapters/*/adapter_model.safetensors")
+        saved.append(([{**line, "seconds": 0.0} for line in lines], own.read_bytes()))
+    assert saved[0] == saved[1]
+
+
+class Killed(BaseException):
+    """The process ended right after a checkpoint."""
+
+
+def then_killed(on_save: Any, *, step: int) -> Any:
+    def callback(self: Any, args: Any, state: Any, control: Any, **told: Any) -> None:
+        on_save(self, args, state, control, **told)
+        if state.global_step == step:
+            raise Killed
+
+    return callback
+
+
+def test_what_is_learned_makes_desirable_answers_likelier_than_others(tmp_path: Path) -> None:
+    chained = Chained(tmp_path)
+    optim = OptimConfig(lr=1e-2, batch_size=6, epochs=20, schedule=Schedule.constant, warmup_ratio=0.0)
+    file = labelled(tmp_path, [True, False, True, False, True, False])
+    config: Any = config_of("kto", LORA)
+    config = replace(config, optim=optim, save_every=100)
+    lines = chained.run("kto", LORA, config=config, data_path=file)
+    assert lines[-1]["rewards/chosen"] > 0.1 > -0.1 > lines[-1]["rewards/rejected"]
+    assert lines[-1]["loss"] < 0.4
+
+
+@pytest.mark.parametrize(("label", "missing"), [(True, "undesirable"), (False, "desirable")])
+def test_rows_of_one_label_are_refused(tmp_path: Path, label: bool, missing: str) -> None:
+    chained = Chained(tmp_path)
+    with pytest.raises(DataError, match=f"none of the 3 rows is {missing}, and KTO learns from the difference"):
+        chained.run("kto", LORA, data_path=labelled(tmp_path, [label] * 3))
+
+
+def test_a_kept_reference_that_is_wrong_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chained = Chained(tmp_path)
+    sums = reference_cache._sums
+    monkeypatch.setattr(reference_cache, "_sums", lambda *args, **kwargs: sums(*args, **kwargs) + 5.0)
+    with pytest.raises(StageError, match="policy and reference differ by 5 nats on an answer of"):
+        chained.run("kto", LORA, config=config_of("kto", LORA, precompute_reference=True))
+    assert not list(tmp_path.rglob("reference-*"))
+
+
+# ---- TRL's own trainer -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", list(KtoLoss), ids=lambda loss: loss.value)
+def test_the_first_losses_are_those_of_trl_s_own_trainer(tmp_path: Path, loss: KtoLoss) -> None:
+    """On the same rows as text, tokenised by TRL, in the same order: the losses of five steps over two batches."""
+    chained = Chained(tmp_path)
+    optim = OptimConfig(
+        lr=1e-3, batch_size=3, micro_batch_tokens=60, max_steps=5, schedule=Schedule.constant, warmup_ratio=0.0
+    )
+    config: Any = config_of("kto", FULL, beta=BETA, loss=loss)
+    config = replace(config, optim=optim)
+    labels = [True, False, True, False, False, True]
+    spec = replace(chained.spec("kto", FULL, config=config), data_path=labelled(tmp_path, labels))
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    ours = [line["loss"] for line in chained.run("kto", FULL, config=config, data_path=spec.data_path)]
+    rows = [json.loads(line) for line in spec.data_path.read_text().splitlines()]
+    order = torch.randperm(len(rows), generator=context.generator("order")).tolist()
+    stock = stock_losses(chained.base, [rows[index] for index in order], loss, tmp_path / "stock")
+    assert len(set(ours)) == 5
+    assert ours == pytest.approx(stock, abs=1e-4)
+
+
+def stock_losses(base: Path, rows: list[dict[str, Any]], loss: KtoLoss, folder: Path) -> list[float]:
+    """The losses of five steps of TRL's trainer, as a user would call it."""
+    tokenizer = tiny_tokenizer()
+    # As text: of a conversation, TRL would also learn what the template puts after the end of the turn.
+    texts = [
+        {
+            "prompt": tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True),
+            "completion": row["completion"] + tokenizer.eos_token,
+            "label": row["label"],
+        }
+        for row in rows
+    ]
+    models = [AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32) for _ in range(2)]
+    trainer = KTOTrainer(
+        model=models[0],
+        ref_model=models[1],
+        args=TrlKtoConfig(
+            output_dir=str(folder),
+            loss_type=loss.value,
+            beta=BETA,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=3,
+            max_steps=5,
+            max_length=None,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(texts),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
