@@ -1,11 +1,14 @@
-"""A chat endpoint of this process on loopback that says what a test has it say; no model is behind it."""
+"""A server of this process on loopback that says what a test has it say: a chat endpoint, or one that gives scores.
+
+No model is behind it.
+"""
 
 from __future__ import annotations
 
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -30,6 +33,9 @@ class Response:
 Judge = Callable[[str, int], Response | None]
 """From the prompt and the number of the call (from 0) to an answer; None never answers."""
 
+Answering = Callable[[dict[str, Any], int], Response | None]
+"""The same from the body of any request."""
+
 
 @dataclass
 class Served:
@@ -37,6 +43,7 @@ class Served:
 
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
     headers: list[str] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
 
@@ -46,9 +53,14 @@ class Served:
         return EndpointConfig(**(told | changes))
 
 
+def serving(judge: Judge, *, port: int = 0) -> AbstractContextManager[Served]:
+    """A chat endpoint until the block ends; calls that were never answered are then let go."""
+    return listening(lambda body, number: judge(body["messages"][0]["content"], number), port=port)
+
+
 @contextmanager
-def serving(judge: Judge, *, port: int = 0) -> Iterator[Served]:
-    """Serves until the block ends; calls that were never answered are then let go."""
+def listening(answering: Answering, *, port: int = 0) -> Iterator[Served]:
+    """The same for requests of any form, whatever their path."""
     over = threading.Event()
     lock = threading.Lock()
     served = Served(url="")
@@ -59,9 +71,10 @@ def serving(judge: Judge, *, port: int = 0) -> Iterator[Served]:
             with lock:
                 number = len(served.requests)
                 served.requests.append(told)
+                served.paths.append(self.path)
                 served.headers.append(str(self.headers))
                 served.keys.append(self.headers.get("Authorization"))
-            response = judge(told["messages"][0]["content"], number)
+            response = answering(told, number)
             if response is None:
                 over.wait(30)
                 self.close_connection = True

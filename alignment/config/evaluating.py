@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
 
+from alignment.config.calls import CallsConfig
 from alignment.config.data import DataConfig
-from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, POSITIVE, SCORE, URL, VARIABLE
+from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, POSITIVE, SCORE
 
 PROMPTED = "base+prompt"
 FEW_SHOT = "base+few-shot"
@@ -72,21 +73,14 @@ class GateConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class ChatEndpointConfig:
+class ChatEndpointConfig(CallsConfig):
     """An OpenAI-compatible chat endpoint: ``base_url`` ends where ``/chat/completions`` begins.
 
-    ``api_key_env`` names the environment variable that holds the key; the key itself is written nowhere. A call waits
-    ``timeout`` seconds for the whole answer, of at most 4 MiB, and is retried ``retries`` times. Redirects are not
-    followed. ``concurrency`` calls run at once. Answers are greedy and have at most ``max_tokens`` tokens.
+    Answers are greedy and have at most ``max_tokens`` tokens.
     """
 
-    base_url: Annotated[str, URL] = ""
     model: str = ""
     max_tokens: Annotated[int, POSITIVE] = 512
-    api_key_env: Annotated[str | None, VARIABLE] = field(default=None, metadata={"identity": False})
-    timeout: Annotated[float, POSITIVE] = field(default=60.0, metadata={"identity": False})
-    retries: Annotated[int, NOT_NEGATIVE] = field(default=2, metadata={"identity": False})
-    concurrency: Annotated[int, POSITIVE] = field(default=4, metadata={"identity": False})
 
 
 @dataclass(kw_only=True, slots=True)

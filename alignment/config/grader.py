@@ -1,4 +1,4 @@
-"""Settings of metrics of the source ``grade``: a model at an endpoint grades one answer at a time."""
+"""Settings of the source ``grade``: a model at an endpoint grades one answer at a time."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from alignment.config.evaluating import ChatEndpointConfig
-from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, POSITIVE
+from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, POSITIVE, SCORE, URL
 
 
 @dataclass(kw_only=True, slots=True)
-class GraderConfig:
-    """The model that grades answers for all metrics of the source ``grade``, from ``lowest`` to ``highest``.
+class GradingConfig:
+    """A model that grades answers from ``lowest`` to ``highest``.
 
-    ``rubric`` says what earns which grade; a metric may have a rubric of its own. With ``show_reference`` the grader
-    sees the row's reference answer, where there is one. An arm with more than a share of ``max_invalid`` of replies
-    without a grade has no such metric.
+    ``rubric`` says what earns which grade. With ``show_reference`` the grader sees the row's reference answer, where
+    there is one.
     """
 
     endpoint: ChatEndpointConfig = field(default_factory=ChatEndpointConfig)
@@ -27,4 +26,32 @@ class GraderConfig:
     lowest: Annotated[int, NOT_NEGATIVE] = 1
     highest: Annotated[int, POSITIVE] = 10
     show_reference: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class GraderConfig(GradingConfig):
+    """The model that grades answers for all metrics of the source ``grade``; a metric may have a rubric of its own.
+
+    An arm with more than a share of ``max_invalid`` of replies without a grade has no such metric.
+    """
+
     max_invalid: Annotated[float, FRACTION] = 0.2
+
+
+@dataclass(kw_only=True, slots=True)
+class ScorerEndpointConfig(ChatEndpointConfig):
+    """A chat endpoint whose address is no part of a result: the same model may answer elsewhere when a stage goes
+    on."""
+
+    base_url: Annotated[str, URL] = field(default="", metadata={"identity": False})
+
+
+@dataclass(kw_only=True, slots=True)
+class ScorerGraderConfig(GradingConfig):
+    """The model that grades answers for a scorer.
+
+    ``ungraded`` is the score of an answer whose reply has no grade. Without it such a reply ends the stage.
+    """
+
+    endpoint: ScorerEndpointConfig = field(default_factory=ScorerEndpointConfig)
+    ungraded: Annotated[float | None, SCORE] = None

@@ -18,7 +18,8 @@ class GuardConfig:
     stage hands on the policy that ``scorer`` rated best, not the last one; a later policy is better only if it gains
     more than a standard error, paired by prompt. Two rollout batches in a row with a mean KL above ``max_kl`` (nats a
     sequence) end the stage, judged or not. A judged policy above ``max_kl`` is never the best, but without ``every``
-    the stage hands on the policy that exceeded it. ``scorer`` is never normalised, and every process calls it.
+    the stage hands on the policy that exceeded it. ``scorer`` is never normalised, and the main process calls it for
+    all.
     """
 
     every: Annotated[int, NOT_NEGATIVE] = 0

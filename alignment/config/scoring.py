@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Annotated, Any
 
-from alignment.config.rules import FILLED, NAME, PATTERN, POSITIVE, SCORE, Rule
+from alignment.config.grader import ScorerGraderConfig
+from alignment.config.reward_server import ServerConfig
+from alignment.config.rules import FILLED, NAME, PATTERN, PENALTY, POSITIVE, SCORE, Rule
 from alignment.core.fingerprint import IF_SET
 
 MEAN, MAJORITY = "mean", "majority"
@@ -28,8 +31,9 @@ class ScoreSourceConfig:
     """Where a score comes from.
 
     ``source`` is ``reward`` (the model that the stage's ``reward`` names), another reward model (``stage:NAME``,
-    ``path:FOLDER``, ``hub:ORG/NAME@REVISION``), ``FILE.py:FUNCTION`` (your code), ``bundled:NAME.py:FUNCTION``, or a
-    rule (alignment/rewards/rules): ``regex`` has a ``pattern``, ``length`` a ``target`` in words, ``json_schema`` a
+    ``path:FOLDER``, ``hub:ORG/NAME@REVISION``), ``FILE.py:FUNCTION`` (your code), ``bundled:NAME.py:FUNCTION``,
+    ``server`` (a reward model or classifier behind HTTP, which ``server`` describes), or a rule
+    (alignment/rewards/rules): ``regex`` has a ``pattern``, ``length`` a ``target`` in words, ``json_schema`` a
     ``schema``.
     """
 
@@ -37,20 +41,59 @@ class ScoreSourceConfig:
     pattern: Annotated[str | None, PATTERN] = None
     target: Annotated[int | None, POSITIVE] = None
     schema: dict[str, Any] | None = field(default=None, metadata=IF_SET)
+    server: ServerConfig | None = field(default=None, metadata=IF_SET)
 
 
 @dataclass(kw_only=True, slots=True)
-class ScorerConfig(ScoreSourceConfig):
+class MemberConfig(ScoreSourceConfig):
+    """A scorer without its weight, as a member of an ensemble is.
+
+    ``source`` may also be ``grade``: a model at an endpoint grades each answer, as ``grader`` says. With ``normalize``
+    the running mean is subtracted from scores, which are then divided by the running standard deviation; ``clip`` then
+    limits the absolute value.
+    """
+
+    normalize: bool = False
+    clip: Annotated[float | None, POSITIVE] = None
+    grader: ScorerGraderConfig | None = field(default=None, metadata=IF_SET)
+
+
+class Combine(str, Enum):
+    """One score of those of several members.
+
+    ``mean``; ``min``, worst-case optimisation (Coste et al. 2024); ``mean_minus_std``, the mean less ``std_weight``
+    times the members' standard deviation (Eisenstein et al. 2024).
+    """
+
+    mean = "mean"
+    min = "min"
+    mean_minus_std = "mean_minus_std"
+
+
+@dataclass(kw_only=True, slots=True)
+class EnsembleConfig:
+    """Several scorers whose scores become one, so that a policy gains little where they disagree.
+
+    ``normalize`` and ``clip`` of a member come before its score is combined. Bradley-Terry models fix scores only up to
+    a constant, so members that were trained apart should be normalised.
+    """
+
+    members: list[MemberConfig] = field(default_factory=list)
+    combine: Combine = Combine.mean
+    std_weight: Annotated[float, PENALTY] = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class ScorerConfig(MemberConfig):
     """One part of an answer's score: ``weight`` times the score that ``source`` gives it.
 
-    With ``normalize`` the running mean is subtracted from scores, which are then divided by the running standard
-    deviation; ``clip`` then limits the absolute value.
+    ``source`` may also be ``ensemble``, several scorers as ``ensemble`` describes them; ``normalize`` and ``clip`` then
+    apply to their combined score.
     """
 
     source: str = "reward"
     weight: Annotated[float, SCORE] = 1.0
-    normalize: bool = False
-    clip: Annotated[float | None, POSITIVE] = None
+    ensemble: EnsembleConfig | None = field(default=None, metadata=IF_SET)
 
 
 @dataclass(kw_only=True, slots=True)

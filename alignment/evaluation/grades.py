@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from alignment.config.grader import GradingConfig
 from alignment.data.turns import Message
 from alignment.evaluation.grammar import between
 
@@ -66,3 +67,13 @@ class Rubric:
         match = _GRADE.fullmatch(reply.rstrip().rpartition("\n")[2].strip())
         grade = None if match is None else int(match[1])
         return grade if grade is not None and self.lowest <= grade <= self.highest else None
+
+
+def rubric_of(grader: GradingConfig, text: str | None = None) -> Rubric:
+    """The rubric of a grader, with another ``text`` if one is given."""
+    return Rubric(
+        text=text or grader.rubric,
+        lowest=grader.lowest,
+        highest=grader.highest,
+        show_reference=grader.show_reference,
+    )

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.config.scoring import ScorerConfig, ScoreSourceConfig
+from alignment.algos.ensembles import mean, mean_minus_std, worst
+from alignment.config.scoring import Combine, EnsembleConfig, MemberConfig, ScorerConfig, ScoreSourceConfig
 from alignment.core.artifacts import read_manifest
 from alignment.data.records import Prompt
 from alignment.job import StageSpec
 from alignment.models.assembly.load import refuse_other_tokenizer
 from alignment.models.assembly.reward_head import load_reward_model
+from alignment.rewards.asking import Asking
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.reward_models import Computation, TextScorer, TokenScorer, load_external
 from alignment.rewards.rules.all_rules import rule_of
-from alignment.rewards.scorer_sources import REWARD, function_of, input_field, source_field
+from alignment.rewards.scorer_sources import ENSEMBLE, REWARD, function_of, input_field, member_field, source_field
 from alignment.rewards.scorers import RuleScorer, Scorer
-from alignment.rewards.weighted_sum import Part, RewardMix
+from alignment.rewards.served import GradeScorer, ServerScorer
+from alignment.rewards.weighted_sum import Ensemble, Part, RewardMix
 
 
 def build_rewards(
@@ -30,30 +35,25 @@ def build_rewards(
     prompts: Sequence[Prompt],
     reward_model: PreTrainedModel | PeftModel | None,
     run: Computation,
+    asking: Asking | None = None,
 ) -> RewardMix:
     """The weighted sum of these scorers, each named by its field in the configuration.
 
     ``prompts`` are all rows of the stage's data (up to ``data.limit``), too long ones included, so that prompts can be
     looked up by the index of their row. ``tokenizer`` is the policy's. ``reward_model`` is the model of the source
-    ``reward``, if a stage made it and it is already loaded; with None it is loaded here.
+    ``reward``, if a stage made it and it is already loaded; with None it is loaded here. ``asking`` is for scorers
+    behind HTTP.
 
     Raises:
+        ConfigError: the key of a server is not set, or its client is not installed.
         DataError: a row lacks a field that a scorer needs, or a function's file changed since the run was planned.
         ModelError: a reward model cannot be loaded, or its tokenizer does not fit.
         RewardError: a function's file cannot be imported.
     """
-    builder = _Builder(spec=spec, tokenizer=tokenizer, prompts=prompts, reward_model=reward_model, run=run)
-    parts = [
-        Part(
-            source=str(function_of(scorer.source) or scorer.source),
-            scorer=builder.scorer(field, scorer),
-            weight=scorer.weight,
-            normalize=scorer.normalize,
-            clip=scorer.clip,
-        )
-        for field, scorer in scorers.items()
-    ]
-    return RewardMix(parts, tokenizer, prompts)
+    builder = _Builder(
+        spec=spec, tokenizer=tokenizer, prompts=prompts, reward_model=reward_model, run=run, asking=asking
+    )
+    return RewardMix([builder.part(field, scorer) for field, scorer in scorers.items()], tokenizer, prompts)
 
 
 def build_scorer(
@@ -63,9 +63,10 @@ def build_scorer(
     tokenizer: Any,
     prompts: Sequence[Prompt],
     run: Computation,
+    asking: Asking | None = None,
 ) -> Scorer:
     """The scorer at a ``field`` of the configuration; arguments and exceptions as in ``build_rewards``."""
-    builder = _Builder(spec=spec, tokenizer=tokenizer, prompts=prompts, reward_model=None, run=run)
+    builder = _Builder(spec=spec, tokenizer=tokenizer, prompts=prompts, reward_model=None, run=run, asking=asking)
     return builder.scorer(field, scorer)
 
 
@@ -78,6 +79,31 @@ class _Builder:
     prompts: Sequence[Prompt]
     reward_model: PreTrainedModel | PeftModel | None
     run: Computation
+    asking: Asking | None
+
+    def part(self, field: str, scorer: ScorerConfig) -> Part | Ensemble:
+        """The summand of a total at a field of the configuration."""
+        if scorer.source != ENSEMBLE:
+            return self._column(field, scorer, weight=scorer.weight)
+        assert scorer.ensemble is not None, "the plan refuses an ensemble without members"
+        members = enumerate(scorer.ensemble.members)
+        return Ensemble(
+            source=ENSEMBLE,
+            members=[self._column(member_field(field, number), member) for number, member in members],
+            combine=_combining(scorer.ensemble),
+            weight=scorer.weight,
+            normalize=scorer.normalize,
+            clip=scorer.clip,
+        )
+
+    def _column(self, field: str, scorer: MemberConfig, *, weight: float = 1.0) -> Part:
+        return Part(
+            source=str(function_of(scorer.source) or scorer.source),
+            scorer=self.scorer(field, scorer),
+            weight=weight,
+            normalize=scorer.normalize,
+            clip=scorer.clip,
+        )
 
     def scorer(self, field: str, scorer: ScoreSourceConfig) -> Scorer:
         """The scorer at a field of the configuration."""
@@ -88,6 +114,12 @@ class _Builder:
         rule = rule_of(scorer)
         if rule is not None:
             return RuleScorer(rule, self.prompts)
+        if scorer.server is not None:
+            assert self.asking is not None
+            return ServerScorer(scorer.server, field, self.asking)
+        if isinstance(scorer, MemberConfig) and scorer.grader is not None:
+            assert self.asking is not None
+            return GradeScorer(scorer.grader, field, self.asking)
         name = input_field(field, scorer.source)
         assert name is not None, f"the plan refuses the source {scorer.source!r}"
         return self._model(name, source=scorer.source)
@@ -104,3 +136,13 @@ class _Builder:
             return TokenScorer(own_model.to(self.run.device), self.run)
         model, tokenizer = load_external(model_input.path, self.run.dtype, source=model_input.ref)
         return TextScorer(model.to(self.run.device), tokenizer, self.prompts, self.run, source=model_input.ref)
+
+
+def _combining(config: EnsembleConfig) -> Callable[[Tensor], Tensor]:
+    """``[members, answers]`` → ``[answers]``."""
+    how: dict[Combine, Callable[[Tensor], Tensor]] = {
+        Combine.mean: mean,
+        Combine.min: worst,
+        Combine.mean_minus_std: partial(mean_minus_std, weight=config.std_weight),
+    }
+    return how[config.combine]

@@ -2,14 +2,17 @@
 
 No user code is imported or run here. A source is ``reward`` (the stage's reward model), a reference to another reward
 model (``stage:NAME``, ``path:FOLDER``, ``hub:ORG/NAME@REVISION``), a function (``FILE.py:FUNCTION`` of a user's file,
-or ``bundled:NAME.py:FUNCTION`` of a file that ships with the project), or the name of a rule.
+or ``bundled:NAME.py:FUNCTION`` of a file that ships with the project), ``server``, ``grade``, ``ensemble``, or the name
+of a rule.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignment.config.scoring import ScorerConfig, ScoreSourceConfig
 from alignment.core.resources import shipped
 from alignment.rewards.rules.all_rules import RULES
 
@@ -20,13 +23,16 @@ CHOICE = "choice"
 """A metric of the policy itself: which of a row's choices it finds likeliest."""
 
 GRADE = "grade"
-"""A metric by an endpoint, the stage's ``grader``."""
+"""A model at an endpoint that grades answers: a scorer's own ``grader``, or for a metric that of its stage."""
 
-OF_METRICS = {
-    CHOICE: "asks a policy, and not its answers",
-    GRADE: "asks the grader of an evaluation, call by call",
-}
-"""Sources that only a metric of an evaluation can have, and why."""
+SERVER = "server"
+"""A reward model or classifier behind HTTP."""
+
+ENSEMBLE = "ensemble"
+"""Several scorers whose scores become one."""
+
+GROUPS = {SERVER: "server", GRADE: "grader", ENSEMBLE: "ensemble"}
+"""Sources that a group of settings describes, by the name of that group."""
 
 _REFERENCES = ("stage:", "path:", "hub:")
 _BUNDLED = "bundled:"
@@ -69,7 +75,24 @@ def is_reference(source: str) -> bool:
 
 def is_known(source: str) -> bool:
     """Whether a source has one of the allowed forms."""
-    return source == REWARD or source in RULES or is_reference(source) or function_of(source) is not None
+    named = source == REWARD or source in RULES or source in GROUPS
+    return named or is_reference(source) or function_of(source) is not None
+
+
+def with_members(scorers: Mapping[str, ScoreSourceConfig]) -> dict[str, ScoreSourceConfig]:
+    """The scorers and all members of ensembles among them, by the field of each: ``scorers[0].ensemble.members[1]``."""
+    every: dict[str, ScoreSourceConfig] = {}
+    for field, scorer in scorers.items():
+        every[field] = scorer
+        ensemble = scorer.ensemble if isinstance(scorer, ScorerConfig) else None
+        if scorer.source == ENSEMBLE and ensemble is not None:
+            every |= {member_field(field, number): member for number, member in enumerate(ensemble.members)}
+    return every
+
+
+def member_field(field: str, number: int) -> str:
+    """The field of a member of the ensemble at ``field``."""
+    return f"{field}.ensemble.members[{number}]"
 
 
 def source_field(field: str) -> str:

@@ -82,10 +82,15 @@ def scores_from(given: Any, answers: Answers, *, source: str) -> Tensor:
     if len(given) != count:
         raise _refused(f"gave {len(given)} scores for {count} answers to {answers.locations()}", source)
     pairs = zip(given, answers.prompts, strict=True)
-    return _tensor([_number(value, where=prompt.where, source=source) for value, prompt in pairs])
+    return _tensor([checked_number(value, where=prompt.where, source=source) for value, prompt in pairs])
 
 
-def _number(value: Any, *, where: str, source: str) -> float:
+def checked_number(value: Any, *, where: str, source: str) -> float:
+    """The score of an answer to the row at ``where``, as the scorer ``source`` gave it.
+
+    Raises:
+        RewardError: it is not a number within ±``LARGEST``.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise _refused(
             f"gave {value!r:.80} ({type(value).__name__}) for an answer to {where}, which is not a number", source

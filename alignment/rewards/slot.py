@@ -33,6 +33,9 @@ class Rewards(Protocol):
     def total(self, scores: Scores) -> Tensor:
         """``[answers]`` float32: the weighted sum of normalised and clipped scores."""
 
+    def of_ensembles(self, scores: Scores) -> dict[str, Tensor]:
+        """``[answers]`` of each ensemble, for metrics: its combined score, and how far its members are apart."""
+
     def state(self) -> dict[str, Any]:
         """The state to save in a checkpoint, as plain JSON values."""
 

@@ -1,15 +1,20 @@
-"""Several scorers as one reward: each score is normalised and clipped if configured, then summed by weight."""
+"""Several scorers as one reward: each score is normalised and clipped if configured, then summed by weight.
+
+The scores of an ensemble's members are combined before that sum. Each member keeps a column of its own in ``Scores``,
+because a running normalisation needs the scores of the whole batch, and people want to see who disagrees.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alignment.algos.ensembles import spread
 from alignment.data.records import Prompt
 from alignment.data.tokens.tokenizer import generated_text
 from alignment.rewards.scorer_sources import label
@@ -26,6 +31,22 @@ class Part:
 
     source: str
     scorer: Scorer
+    weight: float = 1.0
+    normalize: bool = False
+    clip: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ensemble:
+    """Several scorers that enter the total as one; the weights of ``members`` do not count.
+
+    ``combine`` turns the normalised and clipped scores of the members, ``[members, answers]``, into ``[answers]``.
+    These are then normalised and clipped like those of one scorer.
+    """
+
+    source: str
+    members: Sequence[Part]
+    combine: Callable[[Tensor], Tensor]
     weight: float = 1.0
     normalize: bool = False
     clip: float | None = None
@@ -68,16 +89,24 @@ class RewardMix:
     ``tokenizer`` is the policy's; ``prompts`` are all rows of the stage's data, by index.
     """
 
-    def __init__(self, parts: Sequence[Part], tokenizer: Any, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, parts: Sequence[Part | Ensemble], tokenizer: Any, prompts: Sequence[Prompt]) -> None:
         self._parts = dict(zip(_names([part.source for part in parts]), parts, strict=True))
+        self._members = {name: _members(name, part) for name, part in self._parts.items() if isinstance(part, Ensemble)}
         self._tokenizer = tokenizer
         self._prompts = prompts
-        self._moments = {name: RunningMoments() for name, part in self._parts.items() if part.normalize}
+        every = [*self._parts.items(), *(item for members in self._members.values() for item in members.items())]
+        self._moments = {name: RunningMoments() for name, part in every if part.normalize}
+        self._columns: dict[str, Part] = {}
+        for name, part in self._parts.items():
+            self._columns |= {name: part} if isinstance(part, Part) else self._members[name]
 
     @property
     def names(self) -> list[str]:
-        """Names of the scorers in metrics; a second one of the same name is ``NAME#2``."""
-        return list(self._parts)
+        """Names of the scorers in metrics; a second one of the same name is ``NAME#2``.
+
+        A member of an ensemble is ``ensemble/NAME``.
+        """
+        return list(self._columns)
 
     def scores(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: Sequence[int]) -> Scores:
         """The score of each answer by each scorer; no scorer is called for a batch without answers.
@@ -86,7 +115,7 @@ class RewardMix:
             RewardError: a scorer did not give one usable number per answer; names row, scorer and value.
         """
         if not answers:
-            return Scores(names=tuple(self._parts), values=torch.empty(len(self._parts), 0))
+            return Scores(names=tuple(self._columns), values=torch.empty(len(self._columns), 0))
         seen = Answers(
             prompt_ids=prompts,
             answer_ids=answers,
@@ -94,18 +123,30 @@ class RewardMix:
             prompts=[self._prompts[row] for row in rows],
             rows=rows,
         )
-        return Scores.of({name: _usable_scores(part, seen) for name, part in self._parts.items()})
+        return Scores.of({name: _usable_scores(part, seen) for name, part in self._columns.items()})
 
     def observe(self, scores: Scores) -> None:
         """Updates the running normalisation; every process gets the whole batch, so that all compute the same."""
-        for name, values in scores.by_name().items():
-            if name in self._moments:
-                self._moments[name].take_in(values.double())
+        by_name = scores.by_name()
+        for name in self._columns:
+            self._take_in(name, by_name[name].double())
+        for name in self._members:  # what is combined is normalised already
+            self._take_in(name, self._combined(name, by_name))
 
     def total(self, scores: Scores) -> Tensor:
         """``[answers]``: the weighted sum of normalised and clipped scores, float32, computed in float64."""
-        summands = [self._weighted(name, values.double()) for name, values in scores.by_name().items()]
+        by_name = scores.by_name()
+        summands = [part.weight * self._rescaled(name, self._own(name, by_name)) for name, part in self._parts.items()]
         return torch.stack(summands).sum(0).float()
+
+    def of_ensembles(self, scores: Scores) -> dict[str, Tensor]:
+        """``[answers]`` of each ensemble: its combined score, ``ensemble``, and how far its members are apart,
+        ``ensemble_std``."""
+        by_name, combined = scores.by_name(), {}
+        for name in self._members:
+            combined[name] = self._combined(name, by_name).float()
+            combined[f"{name}_std"] = spread(self._of_members(name, by_name)).float()
+        return combined
 
     def state(self) -> dict[str, Any]:
         """The running normalisation, as plain JSON values."""
@@ -115,13 +156,35 @@ class RewardMix:
         """Restores what ``state`` returned."""
         self._moments = {name: RunningMoments(**state[name]) for name in self._moments}
 
-    def _weighted(self, name: str, scores: Tensor) -> Tensor:
+    def _take_in(self, name: str, values: Tensor) -> None:
+        if name in self._moments:
+            self._moments[name].take_in(values)
+
+    def _own(self, name: str, by_name: Mapping[str, Tensor]) -> Tensor:
+        return self._combined(name, by_name) if name in self._members else by_name[name].double()
+
+    def _combined(self, name: str, by_name: Mapping[str, Tensor]) -> Tensor:
         part = self._parts[name]
+        assert isinstance(part, Ensemble)
+        return part.combine(self._of_members(name, by_name))
+
+    def _of_members(self, name: str, by_name: Mapping[str, Tensor]) -> Tensor:
+        """``[members, answers]``: normalised and clipped scores."""
+        return torch.stack([self._rescaled(member, by_name[member].double()) for member in self._members[name]])
+
+    def _rescaled(self, name: str, scores: Tensor) -> Tensor:
+        part = self._parts.get(name) or self._columns[name]
         if part.normalize:
             scores = self._moments[name].normalised(scores)
         if part.clip is not None:
             scores = scores.clamp(-part.clip, part.clip)
-        return part.weight * scores
+        return scores
+
+
+def _members(name: str, ensemble: Ensemble) -> dict[str, Part]:
+    """The members by their names in metrics."""
+    names = _names([member.source for member in ensemble.members])
+    return {f"{name}/{own}": member for own, member in zip(names, ensemble.members, strict=True)}
 
 
 def _usable_scores(part: Part, answers: Answers) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, Trainer
 
 from alignment.config.launch import Offload, Sharding
+from alignment.core.errors import AlignmentError
 from alignment.core.resources import shipped
 from alignment.models.assembly.actor_critic import ActorCritic
 from alignment.models.assembly.load import compute_in
@@ -56,6 +57,24 @@ def everyones(value: T) -> list[T]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def shared(make: Callable[[], T]) -> list[T]:
+    """The value that each process makes, by rank.
+
+    If ``make`` fails on some of them, all raise the error of the first that failed. Otherwise the others would wait for
+    a process that has ended.
+    """
+    value, error = None, None
+    try:
+        value = make()
+    except AlignmentError as failed:
+        error = failed
+    outcomes: list[Any] = everyones((value, error))
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [made for made, _ in outcomes]
 
 
 def layout(context: StageContext) -> str:

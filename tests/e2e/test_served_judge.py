@@ -1,4 +1,4 @@
-"""A judge served by transformers on this machine, asked through the real client by the user's command."""
+"""A judge and a grader served by transformers on this machine, asked through the real client by the user's command."""
 
 from __future__ import annotations
 
@@ -98,3 +98,28 @@ def test_a_served_model_judges_in_both_orders(
     assert pair["invalid"] == sum(call["verdict"] == "invalid" for call in calls) / len(calls)
     assert pair["verdict"] in printed
     assert [arm["name"] for arm in told["arms"]] == ["base", "base+prompt", "base+few-shot"]
+
+
+@pytest.mark.slow
+def test_a_served_model_grades_the_answers_that_ppo_learns_from(
+    served: tuple[str, str], new_forked: Callable[[], Align]
+) -> None:
+    """Its replies are seldom grades; what is none has the score that the recipe names for it, and never another."""
+    url, model = served
+    align = replace(new_forked(), recipe="quickstart")
+    others = [f"~stages.{stage}" for stage in ("reward", "dpo", "evaluate", "report")]
+    grader = f"{{endpoint: {{base_url: '{url}', model: '{model}', max_tokens: 12}}, ungraded: -1}}"
+    align(
+        "run",
+        *others,
+        "stages.ppo.reward=null",
+        "stages.ppo.updates=1",
+        f"stages.ppo.scorers=[{{source: grade, grader: {grader}}}, {{source: length, target: 4, weight: 0.5}}]",
+    )
+    folder = align.artifact("ppo")
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert samples
+    for sample in samples:
+        assert sample["scorers"]["grade"] in {-1.0, *map(float, range(1, 11))}
+    (figures,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert -1.0 <= figures["score/grade"] <= 10.0

@@ -144,8 +144,8 @@ MUTATIONS = [
         "unit/rewards/test_mix.py",
         (
             "weights of scorers are ignored",
-            "return part.weight * scores",
-            "return scores",
+            "part.weight * self._rescaled(name, self._own(name, by_name))",
+            "self._rescaled(name, self._own(name, by_name))",
             "test_the_total_is_the_weighted_sum_of_clipped_scores",
         ),
         (

@@ -66,8 +66,8 @@ MUTATIONS = [
         ),
         (
             "a metric's own rubric is passed over",
-            "text=metric.rubric or config.rubric,",
-            "text=config.rubric,",
+            "rubric_of(config, metric.rubric)",
+            "rubric_of(config)",
             "test_samples_are_graded_one_by_one_and_rubrics_are_metrics_of_their_own",
         ),
     ),
@@ -466,16 +466,20 @@ MUTATIONS = [
             "test_every_prompt_is_one_greedy_call_with_a_user_turn",
         ),
         (
+            "replies of another model are taken",
+            "return digest([self._config, prompt])",
+            "return digest([prompt])",
+            "test_what_was_answered_is_kept_by_who_was_asked",
+        ),
+    ),
+    *in_file(
+        "evaluation/endpoint_client.py",
+        "unit/evaluation/test_endpoint.py",
+        (
             "a key stands in an error",
-            'line.replace(self._key, "***") if self._key else line',
+            'line.replace(key, "***") if key else line',
             "line",
             "test_a_key_comes_from_its_variable_and_stands_nowhere_else",
-        ),
-        (
-            "replies of another model are taken",
-            "asked = [self._config.base_url, self._config.model, ",
-            "asked = [self._config.base_url, ",
-            "test_what_was_answered_is_kept_by_who_was_asked",
         ),
     ),
     *in_file(

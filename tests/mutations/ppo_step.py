@@ -55,8 +55,12 @@ MUTATIONS = [
         "stages/ppo/collect.py",
         STEP,
         ("the KL is paid out", "kl = k1(logprobs, reference) * mask", "kl = k1(reference, logprobs) * mask", PAPERS),
-        ("an answer without an end costs nothing", "- self._missing_eos_penalty *", "- 0.0 *", PAPERS),
-        ("an answer with an end costs the penalty", "(~self._ended(rollout)).float()", "self._ended(rollout)", PAPERS),
+    ),
+    *in_file(
+        "stages/ppo/penalties.py",
+        STEP,
+        ("an answer without an end costs nothing", "- self.missing_eos *", "- 0.0 *", PAPERS),
+        ("an answer with an end costs the penalty", "(~ended).float()", "ended.float()", PAPERS),
     ),
     *in_file(
         "stages/ppo/trainer_setup.py",

@@ -101,8 +101,8 @@ MUTATIONS = [
         "distributed/test_sample.py",
         (
             "every process makes the first part of a group",
-            "own = make(group[context.rank]) if context.rank < len(group) else None",
-            "own = make(group[0])",
+            "shared(partial(make, group[context.rank]) if context.rank < len(group) else _nothing)",
+            "shared(partial(make, group[0]))",
             "test_two_processes_make_what_one_makes",
         ),
     ),

@@ -14,6 +14,7 @@ from tests.mutations import (
     ppo_step,
     results,
     sampling,
+    scorers,
     stages,
     training,
     validation,
@@ -33,6 +34,7 @@ MUTATIONS: list[Mutation] = [
     *benchmarks.MUTATIONS,
     *results.MUTATIONS,
     *sampling.MUTATIONS,
+    *scorers.MUTATIONS,
     *pipeline.MUTATIONS,
     *driver.MUTATIONS,
 ]

@@ -16,6 +16,7 @@ from alignment.core.errors import ConfigError
 from alignment.pipeline.backends import command, slurm
 from alignment.pipeline.plan import row_counts
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
+from alignment.pipeline.plan.scorer_groups import refuse_missing_keys
 from alignment.stages.base import RunsOn
 from alignment.stages.registry import as_trained, kind_of
 
@@ -64,6 +65,7 @@ def refuse_what_cannot_start(launch: LaunchConfig, stages: Sequence[PlannedStage
         _refuse_missing_package(own)
         command.chosen_launcher(own, num_devices=num_devices)
         kind_of(stage.config).launch.check_machine(stage.config, f"stages.{stage.name}")
+        refuse_missing_keys(stage.config, f"stages.{stage.name}")
         if (trained := as_trained(stage.config)) is not None:
             faults += _size_faults(stage, own.world_size)
             faults += _page_faults(trained, f"stages.{stage.name}.optim", num_devices=num_devices)

@@ -21,7 +21,7 @@ from alignment.pipeline.plan.row_counts import labels_of, rows_of
 from alignment.records.evaluation import Evaluation
 from alignment.report import doubts
 from alignment.report.kit import text
-from alignment.rewards.scorer_sources import REWARD, function_of
+from alignment.rewards.scorer_sources import GRADE, REWARD, function_of
 from alignment.stages import registry
 from alignment.stages.registry import as_trained, kind_of
 
@@ -71,9 +71,16 @@ def _learns_or_selects(stage: PlannedStage) -> bool:
 
 
 def _scores_of(source: ScoreSourceConfig, config: StageConfig) -> tuple[Any, ...]:
-    """What gives these scores: equal for two sources that score alike. ``reward`` is the model that its stage names."""
+    """What gives these scores: equal for two sources that score alike. ``reward`` is the model that its stage names.
+
+    Of a server or a grader the model counts, whatever it is asked.
+    """
     name = getattr(config, REWARD, None) if source.source == REWARD else source.source
-    return str(function_of(name or "") or name), source.pattern, source.target, source.schema
+    served = source.server.model if source.server is not None else ""
+    if source.source == GRADE:
+        grader = getattr(source, "grader", None) or getattr(config, "grader", None)
+        served = grader.endpoint.model if grader is not None else ""
+    return str(function_of(name or "") or name), source.pattern, source.target, source.schema, served
 
 
 def _slow_format(plan: Plan) -> Iterator[str]:

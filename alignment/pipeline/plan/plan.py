@@ -128,7 +128,11 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     in_references = references.faults(config.stages, unreadable=unreadable)
     faults += [fault for fault in in_references if fault.where.partition("[")[0] not in named]
     named |= {fault.where for fault in faults}
-    later = [*scorer_checks.faults(config.stages), *settings.faults(config), *unread.faults(config)]
+    later = [
+        *scorer_checks.faults(config.stages, hang_seconds=config.launch.hang_seconds),
+        *settings.faults(config),
+        *unread.faults(config),
+    ]
     later += compatibility.faults(config)
     every_fault = [*faults, *(fault for fault in later if fault.where not in named)]
     every_fault += made_rows.faults(config.stages) if not every_fault else []

@@ -20,10 +20,13 @@ from alignment.core.errors import DataError
 from alignment.core.fingerprint import file_sha256
 from alignment.data.bundled_files import bundled_code
 from alignment.data.records import HasRow, Question
+from alignment.pipeline.plan.scorer_groups import group_faults
 from alignment.rewards.rules.all_rules import RULES, rule_of
 from alignment.rewards.scorer_sources import (
     CHOICE,
-    OF_METRICS,
+    ENSEMBLE,
+    GRADE,
+    GROUPS,
     REWARD,
     FunctionSource,
     function_of,
@@ -35,18 +38,26 @@ from alignment.stages.registry import kind_of
 
 ALLOWED = (
     f"it takes {REWARD}, a reward model (stage:NAME, path:FOLDER), FILE.py:FUNCTION, bundled:NAME.py:FUNCTION, or one "
-    f"of: {', '.join(RULES)}"
+    f"of: {', '.join((*GROUPS, *RULES))}"
 )
+_NOT_HERE = {
+    GRADE: "is for scorers of a policy's answers, and for metrics of an evaluation; a server can score here",
+    ENSEMBLE: "is for scorers of a stage, and cannot be a metric, a rule or a member of another ensemble",
+}
+"""Why a source that is a group of settings is refused where there is no such group."""
 _CHOICES = f"{CHOICE} takes a question with texts to choose from: {Question.EXAMPLE}"
 
 
-def faults(stages: Mapping[str, StageConfig]) -> list[Fault]:
-    """Everything wrong with the scorers of a run."""
+def faults(stages: Mapping[str, StageConfig], *, hang_seconds: float) -> list[Fault]:
+    """Everything wrong with the scorers of a run.
+
+    A stage that makes no progress for ``hang_seconds`` is stopped; 0 turns this off.
+    """
     return [
         fault
         for name, stage in stages.items()
         for field, scorer in kind_of(stage).scorers(stage).items()
-        for fault in _scorer_faults(f"stages.{name}.{field}", scorer)
+        for fault in _scorer_faults(f"stages.{name}.{field}", scorer, hang_seconds)
     ]
 
 
@@ -87,15 +98,16 @@ def _with_sources(config: Any, sources: Mapping[str, str]) -> Any:
 
 
 def _with_source(group: Any, keys: Sequence[str], source: str) -> Any:
-    first, *rest = keys
-    if not rest and not first.endswith("]"):
-        return dataclasses.replace(group, **{first: dataclasses.replace(getattr(group, first), source=source)})
-    if rest:
-        return dataclasses.replace(group, **{first: _with_source(getattr(group, first), rest, source)})
-    name, _, number = first.removesuffix("]").partition("[")
-    scorers = list(getattr(group, name))
-    scorers[int(number)] = dataclasses.replace(scorers[int(number)], source=source)
-    return dataclasses.replace(group, **{name: scorers})
+    """The group with another ``source`` at the end of ``keys``, of which some name an item of a list."""
+    if not keys:
+        return dataclasses.replace(group, source=source)
+    name, _, number = keys[0].removesuffix("]").partition("[")
+    value = getattr(group, name)
+    if not number:
+        return dataclasses.replace(group, **{name: _with_source(value, keys[1:], source)})
+    items = list(value)
+    items[int(number)] = _with_source(items[int(number)], keys[1:], source)
+    return dataclasses.replace(group, **{name: items})
 
 
 def _kind(source: str) -> str:
@@ -123,19 +135,20 @@ def _has_choices(record: HasRow) -> None:
         raise DataError("'choices' is missing, or none of them is the best", where=record.where, remedy=_CHOICES)
 
 
-def _scorer_faults(where: str, scorer: ScoreSourceConfig) -> Iterator[Fault]:
+def _scorer_faults(where: str, scorer: ScoreSourceConfig, hang_seconds: float) -> Iterator[Fault]:
     if not scorer.source:
         yield Fault(where=f"{where}.source", message=f"missing; {ALLOWED}")
         return
-    if scorer.source in OF_METRICS and isinstance(scorer, MetricConfig):
+    if scorer.source in (CHOICE, GRADE) and isinstance(scorer, MetricConfig):
         yield from _setting_faults(where, scorer)
         return
-    problem = _source_problem(scorer.source)
+    problem = _source_problem(scorer)
     if problem:
         yield Fault(where=f"{where}.source", message=problem)
-    if not is_known(scorer.source):
+    if not is_known(scorer.source) or (problem and scorer.source in GROUPS):
         return  # its settings are unknown
     yield from _setting_faults(where, scorer)
+    yield from group_faults(where, scorer, hang_seconds=hang_seconds)
     rule = RULES.get(scorer.source)
     if rule is None:
         return
@@ -156,19 +169,22 @@ def _setting_faults(where: str, scorer: ScoreSourceConfig) -> Iterator[Fault]:
             yield Fault(where=f"{where}.{rule.setting}", message=f"{value!r:.60} has no effect; only '{name}' uses it")
 
 
-def _source_problem(source: str) -> str | None:
+def _source_problem(scorer: ScoreSourceConfig) -> str | None:
+    source = scorer.source
     function = function_of(source)
     if function is not None:
         return _function_problem(function)
+    if source in GROUPS and not hasattr(scorer, GROUPS[source]):
+        return f"{source!r} {_NOT_HERE[source]}"
     if is_known(source):
         return None
-    if source in OF_METRICS:
-        return f"{source!r} {OF_METRICS[source]}; only a metric of an evaluation can be that"
+    if source == CHOICE:
+        return f"{source!r} asks a policy, and not its answers; only a metric of an evaluation can be that"
     if instead := instead_of_source(source):
         return instead
     if source.endswith(".py"):
         return f"{source!r} names no function; write {source}:FUNCTION"
-    close = nearest(source, [REWARD, *OF_METRICS, *RULES])
+    close = nearest(source, [REWARD, CHOICE, *GROUPS, *RULES])
     return f"{source!r} is not a scorer; {f'did you mean {close!r}? ' if close else ''}{ALLOWED}"
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from alignment.config.faults import Fault
 from alignment.config.grader import GraderConfig
 from alignment.config.scoring import MetricConfig, pass_size
+from alignment.evaluation.endpoint_faults import client_missing, endpoint_faults, scale_faults
 from alignment.rewards.scorer_sources import GRADE
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.endpoint_faults import client_missing, endpoint_faults
 
 
 def is_graded(config: EvaluateConfig) -> bool:
@@ -31,9 +31,7 @@ def grader_faults(stage: EvaluateConfig, where: str, *, hang_seconds: float) -> 
     grader, path = stage.grader, f"{where}.grader"
     if is_graded(stage):
         yield from endpoint_faults(grader.endpoint, f"{path}.endpoint", hang_seconds=hang_seconds)
-        if grader.highest <= grader.lowest:
-            message = f"must be above {path}.lowest, which is {grader.lowest}; it is {grader.highest}"
-            yield Fault(where=f"{path}.highest", message=message)
+        yield from scale_faults(grader, path)
         yield from _passing_faults(grader, stage.metrics, where)
     elif grader != GraderConfig():
         message = f"unused, because no metric has the source '{GRADE}'; add one, or remove the grader"

@@ -10,7 +10,8 @@ from alignment.config.grader import GraderConfig
 from alignment.config.scoring import MetricConfig
 from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.exchanges import AskedTurn
-from alignment.evaluation.grades import Rubric
+from alignment.evaluation.grades import rubric_of
+from alignment.evaluation.saved_replies import SavedReplies
 from alignment.records.evaluation import Grading
 from alignment.rewards.scorer_sources import GRADE
 from alignment.rewards.scorers import Answers
@@ -47,7 +48,7 @@ def open_grader(config: EvaluateConfig, context: StageContext) -> Endpoint | Non
         return None
     return Endpoint(
         config.grader.endpoint,
-        context.spec.work / REPLIES,
+        SavedReplies(context.spec.work / REPLIES),
         where=f"stages.{context.spec.stage}.grader",
         without=f"Without metrics of the source '{GRADE}' the evaluation needs no grader",
     )
@@ -84,7 +85,7 @@ def _grade(
     grades: Grades,
 ) -> None:
     """Adds a metric's part to ``grades``."""
-    rubric = rubric_of(metric, config)
+    rubric = rubric_of(config, metric.rubric)
     prompts = [
         rubric.prompt(prompt.messages, text, reference=getattr(prompt, "reference", ""))
         for of_arm in answers.values()
@@ -99,16 +100,6 @@ def _grade(
     counted, grading = settled(metric.name, by_arm, next(iter(answers.values())).rows, config)
     grades.by_metric[metric.name] = counted
     grades.gradings.append(grading)
-
-
-def rubric_of(metric: MetricConfig, config: GraderConfig) -> Rubric:
-    """The rubric of a metric: its own, or the grader's."""
-    return Rubric(
-        text=metric.rubric or config.rubric,
-        lowest=config.lowest,
-        highest=config.highest,
-        show_reference=config.show_reference,
-    )
 
 
 def settled(

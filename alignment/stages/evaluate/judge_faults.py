@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from alignment.config.did_you_mean import suggestion
 from alignment.config.evaluating import EndpointConfig, JudgeKind
 from alignment.config.faults import Fault
+from alignment.evaluation.endpoint_faults import client_missing, endpoint_faults
 from alignment.evaluation.pairwise import pairs_of
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.endpoint_faults import client_missing, endpoint_faults
 from alignment.stages.evaluate.votes_file import people_faults
 
 

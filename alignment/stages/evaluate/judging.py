@@ -15,6 +15,7 @@ from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.grammar import Verdict, conversations_prompt, judge_prompt, verdict_of
 from alignment.evaluation.known_scores import Scores
 from alignment.evaluation.pairwise import BothOrders, pairs_of, points_of
+from alignment.evaluation.saved_replies import SavedReplies
 from alignment.evaluation.tables import judged_pair
 from alignment.records.evaluation import Judge, JudgedPair, Metric
 from alignment.records.interval import Interval
@@ -75,7 +76,7 @@ def open_endpoint(config: JudgeConfig, context: StageContext) -> Endpoint | None
         return None
     return Endpoint(
         config.endpoint,
-        context.spec.work / REPLIES,
+        SavedReplies(context.spec.work / REPLIES),
         where=f"stages.{context.spec.stage}.judge",
     )
 

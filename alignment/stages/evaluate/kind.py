@@ -14,7 +14,7 @@ from alignment.core.artifacts import EVALUATION
 from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair
 from alignment.data.tokens.row_kinds import CONVERSATIONS
 from alignment.evaluation import metrics
-from alignment.evaluation.endpoint import api_key
+from alignment.evaluation.endpoint_client import api_key
 from alignment.rewards.scorer_sources import REWARD, source_field
 from alignment.stages.base import (
     DataSlot,
@@ -115,9 +115,9 @@ def _primary(config: EvaluateConfig) -> MetricConfig | None:
 
 def _check_machine(config: EvaluateConfig, where: str) -> None:
     if config.judge.kind is JudgeKind.endpoint:
-        api_key(config.judge.endpoint, where=f"{where}.judge")
+        api_key(config.judge.endpoint, where=f"{where}.judge.endpoint")
     if is_graded(config):
-        api_key(config.grader.endpoint, where=f"{where}.grader")
+        api_key(config.grader.endpoint, where=f"{where}.grader.endpoint")
 
 
 def _reported(config: EvaluateConfig) -> Reported:

@@ -14,6 +14,7 @@ from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
 from alignment.evaluation.arms import TOKENS
 from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.endpoint import Endpoint
+from alignment.evaluation.grades import rubric_of
 from alignment.evaluation.grammar import Verdict, judge_prompt, verdict_of
 from alignment.evaluation.labelled_pairs import CHOSEN, REJECTED, one_of_each_prompt
 from alignment.evaluation.pairwise import BothOrders, points_of
@@ -24,7 +25,6 @@ from alignment.rewards.reward_models import Computation
 from alignment.rewards.scorer_sources import GRADE, REWARD
 from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.grading import rubric_of
 from alignment.stages.evaluate.labelled_faults import DATA, labels_pairs, primary_metric
 from alignment.stages.shared.answer_scores import scores_of
 from alignment.stages.shared.stage_rows import rows_of
@@ -132,7 +132,7 @@ def _scores(
     answers = _answers(tokenizer, pairs)
     if metric.source == GRADE:
         assert grader is not None, "a metric of this source opens the grader"
-        rubric = rubric_of(metric, config.grader)
+        rubric = rubric_of(config.grader, metric.rubric)
         prompts = [
             rubric.prompt(prompt.messages, text, reference="")
             for prompt, text in zip(answers.prompts, answers.texts, strict=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.config.scoring import MetricConfig
+from alignment.core.fingerprint import canonical
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
 from alignment.evaluation.arms import TOKENS, Answered
@@ -21,6 +22,7 @@ from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate.answering import ArmPrompts
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.shared.answer_scores import scores_of
+from alignment.stages.shared.asking_servers import asking_of
 from alignment.training.context import StageContext
 
 Source = tuple[str, str]
@@ -106,7 +108,7 @@ def scores_by_arm(
 
     for number, metric in enumerate(config.metrics):
         if _source(metric) not in by_source:
-            scorer = build_scorer(f"metrics[{number}]", metric, context.spec, tokenizer, rows, run)
+            scorer = build_scorer(f"metrics[{number}]", metric, context.spec, tokenizer, rows, run, asking_of(context))
             by_source[_source(metric)] = {
                 name: scores_of(scorer, of_arm, source=metric.source, progress=progress)
                 for name, of_arm in answers.items()
@@ -128,7 +130,13 @@ def scores_by_arm(
 
 def _source(metric: MetricConfig) -> Source:
     """Metrics with the same source share its scores, and differ in how they put several answers together."""
-    settings = {"pattern": metric.pattern, "target": metric.target, "schema": metric.schema, "rubric": metric.rubric}
+    settings = {
+        "pattern": metric.pattern,
+        "target": metric.target,
+        "schema": metric.schema,
+        "server": None if metric.server is None else canonical(metric.server),
+        "rubric": metric.rubric,
+    }
     used = {name: value for name, value in settings.items() if value is not None}
     return metric.source, json.dumps(used, sort_keys=True) if used else ""
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from alignment.algos.kl import k1
 from alignment.core.errors import StageError
+from alignment.rewards.scores import Scores
 from alignment.rewards.slot import Rewards
+from alignment.stages.ppo.penalties import Penalties
 from alignment.training.rl.experience import Rollout, ScoredBatch, response_mask, stack
 from alignment.training.rl.rollouts import Rollouts
 from alignment.training.rl.step_metrics import UpdateMetrics
@@ -23,7 +25,7 @@ START_KL_TOLERANCE = 0.02
 class Collector:
     """Makes the scored rollout batch of an update, the same on every process, on ``device``.
 
-    ``missing_eos_penalty`` is subtracted from the score of an answer that has no end.
+    ``penalties`` are subtracted from scores.
     """
 
     def __init__(
@@ -32,13 +34,13 @@ class Collector:
         rewards: Rewards,
         *,
         end_ids: frozenset[int],
-        missing_eos_penalty: float,
+        penalties: Penalties,
         device: torch.device,
     ) -> None:
         self.rollouts = rollouts
         self.rewards = rewards
         self._end_ids = end_ids
-        self._missing_eos_penalty = missing_eos_penalty
+        self._penalties = penalties
         self._device = device
 
     @torch.no_grad()
@@ -59,6 +61,7 @@ class Collector:
         return ScoredBatch(
             rollout=rollout,
             by_scorer=by_scorer,
+            parts=self._penalties.of_length(self._lengths(rollout)) | self._of_ensembles(by_scorer),
             scores=self.scores_of(rollout),
             ended=self._ended(rollout),
             response_mask=mask,
@@ -69,10 +72,17 @@ class Collector:
             values=stack(rollout.values, mask),
         )
 
+    def _of_ensembles(self, by_scorer: Scores) -> dict[str, Tensor]:
+        return {f"score/{name}": values for name, values in self.rewards.of_ensembles(by_scorer).items()}
+
     def scores_of(self, rollout: Rollout) -> Tensor:
-        """``[rows]`` scores that PPO maximises: the sum over scorers, less the penalty for answers without an end."""
+        """``[rows]`` scores that PPO maximises: the sum over scorers, less all penalties."""
         total = self.rewards.total(rollout.scores.to(self._device))
-        return total - self._missing_eos_penalty * (~self._ended(rollout)).float()
+        return self._penalties.subtracted(total, self._lengths(rollout), self._ended(rollout))
+
+    def _lengths(self, rollout: Rollout) -> Tensor:
+        """``[rows]`` int: the tokens of each answer, its end included."""
+        return torch.tensor([len(answer) for answer in rollout.answers], device=self._device)
 
     def _ended(self, rollout: Rollout) -> Tensor:
         """``[rows]`` bool: whether each answer has an end."""

@@ -16,6 +16,7 @@ from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, PENALTY, POSI
 from alignment.config.scoring import ScorerConfig
 from alignment.config.stage_fields import not_identity, reference_to
 from alignment.config.too_long import TooLongConfig
+from alignment.core.fingerprint import IF_SET
 
 
 class KlControl(str, Enum):
@@ -54,6 +55,17 @@ class PpoOptimConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class OverlongConfig:
+    """A penalty for answers that come close to ``max_new_tokens`` (DAPO, Yu et al. 2025, eq. 13).
+
+    It rises linearly from 0 to ``weight`` over the last ``buffer`` tokens; 0 turns it off.
+    """
+
+    buffer: Annotated[int, NOT_NEGATIVE] = 0
+    weight: Annotated[float, PENALTY] = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
 class PpoConfig:
     """Proximal policy optimisation against a reward (Schulman et al. 2017; Huang et al. 2024 for the details).
 
@@ -68,9 +80,12 @@ class PpoConfig:
 
     ``missing_eos_penalty`` is subtracted from the total score of an answer that has no end; it can only lower the
     score. Its unit is that of the score, like that of ``kl.coefficient``: in units of the scores' deviation, the
-    objective would change with every batch, and with equal scores there would be no penalty. With ``prompt_baseline``
-    the mean score of the other completions of the prompt is subtracted, because Bradley-Terry rewards cannot be
-    compared across prompts. A minibatch whose ``policy/approxkl`` exceeds ``max_approxkl`` is the update's last.
+    objective would change with every batch, and with equal scores there would be no penalty. ``length_penalty`` is
+    subtracted for each token of an answer, and ``overlong`` for the last ones before ``max_new_tokens``.
+
+    With ``prompt_baseline`` the mean score of the other completions of the prompt is subtracted, because Bradley-Terry
+    rewards cannot be compared across prompts. A minibatch whose ``policy/approxkl`` exceeds ``max_approxkl`` is the
+    update's last.
     """
 
     REPLACED: ClassVar[dict[str, str]] = {
@@ -110,4 +125,6 @@ class PpoConfig:
     value_coefficient: Annotated[float, NOT_NEGATIVE] = 0.1
     whiten_rewards: bool = False
     missing_eos_penalty: Annotated[float, PENALTY] = 1.0
+    length_penalty: Annotated[float, PENALTY] = field(default=0.0, metadata=IF_SET)
+    overlong: OverlongConfig = field(default_factory=OverlongConfig, metadata=IF_SET)
     save_every: Annotated[int, POSITIVE] = not_identity(1)

@@ -12,11 +12,12 @@ from alignment.config.faults import Fault, unread_faults
 from alignment.config.launch import LaunchConfig, Sharding
 from alignment.config.replay import PtxConfig
 from alignment.config.run import RunConfig
+from alignment.config.scoring import MemberConfig
 from alignment.core.artifacts import POLICY, read_manifest
 from alignment.data.records import Conversation, Prompt
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
-from alignment.rewards.scorer_sources import REWARD, is_known
+from alignment.rewards.scorer_sources import REWARD, is_known, with_members
 from alignment.stages.base import (
     Curve,
     DataSlot,
@@ -29,7 +30,7 @@ from alignment.stages.base import (
     StageKind,
 )
 from alignment.stages.ppo.batch_sizes import size_faults
-from alignment.stages.ppo.config import KlConfig, KlControl, PpoConfig
+from alignment.stages.ppo.config import KlConfig, KlControl, OverlongConfig, PpoConfig
 from alignment.stages.ppo.scorers_in_use import GUARD, in_use
 from alignment.stages.shared.kind_answers import ROW_COUNTS, curve
 from alignment.stages.shared.scorer_slots import missing_reward_faults, reward_model_slots
@@ -57,6 +58,7 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     if config.kl.control is not KlControl.adaptive:
         reader = "only kl.control 'adaptive'"
         yield from unread_faults(config.kl, KlConfig(), ("target", "horizon"), f"{where}.kl", reader)
+    yield from _overlong_faults(config, f"{where}.overlong")
     steps = config.ppo_epochs * config.num_minibatches
     if config.max_approxkl is not None and steps < 3:
         message = (
@@ -72,6 +74,17 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         yield Fault(where=f"{where}.critic_warmup", message=message)
 
 
+def _overlong_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
+    if config.overlong.buffer > config.max_new_tokens:
+        message = (
+            f"{config.overlong.buffer} tokens are more than an answer may have (max_new_tokens, "
+            f"{config.max_new_tokens}); choose at most that"
+        )
+        yield Fault(where=f"{where}.buffer", message=message)
+    if not config.overlong.buffer:
+        yield from unread_faults(config.overlong, OverlongConfig(), ("weight",), where, "a buffer above 0")
+
+
 def _scorer_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
     if GUARD in in_use(config):
         yield from _guard_faults(config, f"{where}.{GUARD}")
@@ -83,9 +96,10 @@ def _scorer_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
 def _guard_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
     """Policies are compared by this scorer, so it must score all policies alike, and not give all the same score."""
     scorer = config.guard.scorer
-    if scorer.normalize:
-        message = "true, but a running normalisation cannot compare policies; set it to false"
-        yield Fault(where=f"{where}.normalize", message=message)
+    for field, part in with_members({where: scorer}).items():
+        if isinstance(part, MemberConfig) and part.normalize:
+            message = "true, but a running normalisation cannot compare policies; set it to false"
+            yield Fault(where=f"{field}.normalize", message=message)
     if scorer.weight == 0.0:
         yield Fault(where=f"{where}.weight", message="0, so all policies would score the same; choose another weight")
 

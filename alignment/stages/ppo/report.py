@@ -13,8 +13,10 @@ from alignment.training.rl.step_metrics import UpdateMetrics
 
 
 def add_scores(metrics: UpdateMetrics, batch: ScoredBatch) -> None:
-    """Adds each scorer's mean score, and the standard deviation of the scores that PPO maximises."""
-    metrics.values |= {f"score/{name}": float(values.mean()) for name, values in batch.by_scorer.by_name().items()}
+    """Adds each scorer's mean score, those of ensembles and penalties, and the standard deviation of the scores that
+    PPO maximises."""
+    by_scorer = {f"score/{name}": values for name, values in batch.by_scorer.by_name().items()}
+    metrics.values |= {name: float(values.mean()) for name, values in (by_scorer | dict(batch.parts)).items()}
     metrics.values["objective/score_std"] = float(batch.scores.std(unbiased=False))
 
 

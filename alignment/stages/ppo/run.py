@@ -21,6 +21,7 @@ from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.ppo.prompt_split import hold_out, tokenized_prompts
 from alignment.stages.ppo.scorers_in_use import GUARD, maximised
 from alignment.stages.ppo.trainer_setup import build_trainer, roles_of
+from alignment.stages.shared.asking_servers import asking_of
 from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.result import StageResult, save_model
 from alignment.stages.shared.stage_rows import rows_of, token_rows
@@ -55,7 +56,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
     learned, held_out = hold_out(prompts, config, context)
     roles = roles_of(config, context, start, reward)
     computation = Computation(device=context.device, dtype=spec.model.dtype, tokens=config.optim.micro_batch_tokens)
-    from_stage = (spec, tokenizer, rows, roles.reward, computation)
+    from_stage = (spec, tokenizer, rows, roles.reward, computation, asking_of(context))
     trainer = build_trainer(
         config,
         context,

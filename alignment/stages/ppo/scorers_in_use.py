@@ -5,7 +5,8 @@ Nothing here imports torch, because the plan and the rehearsal use it too.
 
 from __future__ import annotations
 
-from alignment.config.scoring import ScorerConfig
+from alignment.config.scoring import ScorerConfig, ScoreSourceConfig
+from alignment.rewards.scorer_sources import with_members
 from alignment.stages.ppo.config import PpoConfig
 
 GUARD = "guard.scorer"
@@ -17,7 +18,7 @@ def maximised(config: PpoConfig) -> dict[str, ScorerConfig]:
     return {f"scorers[{number}]": scorer for number, scorer in enumerate(config.scorers)}
 
 
-def in_use(config: PpoConfig) -> dict[str, ScorerConfig]:
-    """Every scorer that a stage calls; the held-out scorer only if the guard is on."""
+def in_use(config: PpoConfig) -> dict[str, ScoreSourceConfig]:
+    """Every scorer that a stage calls, members of ensembles too; the held-out scorer only if the guard is on."""
     held_out = {GUARD: config.guard.scorer} if config.guard.every > 0 else {}
-    return maximised(config) | held_out
+    return with_members(maximised(config) | held_out)

@@ -31,6 +31,7 @@ from alignment.stages.ppo.collect import Collector, warn_of_equal_scores
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.ppo.kl_budget import KlBudget
 from alignment.stages.ppo.learn import Learner, LearnOptions, experience_of
+from alignment.stages.ppo.penalties import penalties_of
 from alignment.training.adamw import adamw
 from alignment.training.context import StageContext
 from alignment.training.rl.advantages import AdvantageEstimator
@@ -88,7 +89,7 @@ class PpoTrainer(Trainer):
             Rollouts(roles, context, episodes=episodes, engine=engine, rewards=rewards, gathered=self._gathered_roles),
             rewards,
             end_ids=episodes.end_ids,
-            missing_eos_penalty=config.missing_eos_penalty,
+            penalties=penalties_of(config),
             device=self.args.device,
         )
         self.learner = Learner(

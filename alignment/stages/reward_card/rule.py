@@ -11,6 +11,7 @@ from alignment.rewards.reward_models import Computation
 from alignment.rewards.scorers import Answers
 from alignment.stages.reward_card.kind import RULE
 from alignment.stages.shared.answer_scores import scores_of
+from alignment.stages.shared.asking_servers import asking_of
 from alignment.training.context import StageContext
 
 
@@ -27,7 +28,8 @@ def scores_by_rule(rule: ScoreSourceConfig, context: StageContext, pairs: Sequen
         for _ in ("chosen", "rejected")
     ]
     run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=1)
-    scorer = build_scorer(RULE, rule, context.spec, None, prompts, run)  # a rule needs neither tokenizer nor model
+    # A rule needs neither tokenizer nor model.
+    scorer = build_scorer(RULE, rule, context.spec, None, prompts, run, asking_of(context))
     texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
     no_tokens: list[list[int]] = [[] for _ in texts]
     answers = Answers(prompt_ids=no_tokens, answer_ids=no_tokens, texts=texts, prompts=prompts, rows=range(len(texts)))

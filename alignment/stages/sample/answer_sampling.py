@@ -20,6 +20,7 @@ from alignment.stages.sample.asked_prompts import AskedPrompts
 from alignment.stages.sample.config import SampleConfig
 from alignment.stages.sample.stored_parts import made_in_parts
 from alignment.stages.shared.arm_policies import Policies
+from alignment.stages.shared.asking_servers import asking_of
 from alignment.training.context import StageContext
 
 SEED = "answers"
@@ -80,7 +81,7 @@ def answer_scores(
     context.progress("loading scorers")
     run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=TOKENS)
     scorers = {f"scorers[{number}]": scorer for number, scorer in enumerate(config.scorers)}
-    rewards = build_rewards(scorers, context.spec, tokenizer, records, None, run)
+    rewards = build_rewards(scorers, context.spec, tokenizer, records, None, run, asking_of(context))
     spans = _spans(config, asked)
 
     def score(number: int) -> list[list[float]]:

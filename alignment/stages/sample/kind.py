@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 
 from alignment.config.faults import Fault, unread_faults
 from alignment.config.run import RunConfig
-from alignment.config.scoring import ScorerConfig
+from alignment.config.scoring import ScoreSourceConfig
 from alignment.core.artifacts import ROWS
 from alignment.data.records import HeldOutPrompt, Prompt
 from alignment.records.sampling import COUNTS
-from alignment.rewards.scorer_sources import REWARD, is_known
+from alignment.rewards.scorer_sources import REWARD, is_known, with_members
 from alignment.stages.base import (
     DataSlot,
     LaunchShape,
@@ -53,13 +53,13 @@ def _rows(config: SampleConfig) -> MadeRows:
     return MadeRows(example=_EXAMPLES[config.select], others=others)
 
 
-def _scorers(config: SampleConfig) -> dict[str, ScorerConfig]:
-    return {f"scorers[{number}]": scorer for number, scorer in enumerate(config.scorers)}
+def _scorers(config: SampleConfig) -> dict[str, ScoreSourceConfig]:
+    return with_members({f"scorers[{number}]": scorer for number, scorer in enumerate(config.scorers)})
 
 
 def _faults(config: SampleConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     yield from missing_reward_faults(_scorers(config), config.reward, where)
-    sources = [scorer.source for scorer in config.scorers]
+    sources = [scorer.source for scorer in _scorers(config).values()]
     if config.reward is not None and REWARD not in sources and all(map(is_known, sources)):
         message = f"{config.reward!r} is unused: no scorer is '{REWARD}'; write null, or add the scorer"
         yield Fault(where=f"{where}.reward", message=message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from alignment.core.files import write_text
 from alignment.core.fingerprint import digest
 from alignment.records.worker import PARTS
 from alignment.training.context import StageContext
-from alignment.training.sharding import everyones
+from alignment.training.sharding import everyones, shared
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +39,17 @@ def made_in_parts(
     progress(len(parts) - len(missing))
     for first in range(0, len(missing), context.world_size):
         group = missing[first : first + context.world_size]
-        own = make(group[context.rank]) if context.rank < len(group) else None
-        for number, value in zip(group, everyones(own)[: len(group)], strict=True):
+        values = shared(partial(make, group[context.rank]) if context.rank < len(group) else _nothing)
+        for number, value in zip(group, values[: len(group)], strict=True):
             parts[number] = value
             if context.is_main:
                 write_text(files[number], json.dumps({"value": value, "sha256": digest(json.dumps(value))}))
         progress(len(parts) - len(missing) + first + len(group))
     return parts
+
+
+def _nothing() -> None:
+    """What a process makes that is left over."""
 
 
 def _file(context: StageContext, name: str, number: int, key: Any) -> Path:

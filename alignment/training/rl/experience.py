@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -35,12 +35,14 @@ class ScoredBatch:
     """The scored rollout batch of an update, of all processes; the same on each process, and on its device.
 
     Tensors are ``[rows, tokens]`` float32, zero outside ``response_mask``, unless stated otherwise. ``by_scorer`` are
-    the scores of each scorer, ``scores`` (``[rows]``) those that PPO maximises; ``ended`` is ``[rows]`` bool. ``kl``
-    holds the k1 estimates in nats.
+    the scores of each scorer, ``scores`` (``[rows]``) those that PPO maximises; ``ended`` is ``[rows]`` bool. ``parts``
+    are other ``[rows]`` that the scores are made of, by the metric that is their mean. ``kl`` holds the k1 estimates in
+    nats.
     """
 
     rollout: Rollout
     by_scorer: Scores
+    parts: Mapping[str, Tensor]
     scores: Tensor
     ended: Tensor
     response_mask: Tensor
@@ -56,7 +58,7 @@ class Experience:
     """What an update learns from: its whole rollout batch, the same on every process.
 
     Tensors are ``[rows, tokens]`` float32 unless stated otherwise, zero outside ``response_mask``; ``scores`` is
-    ``[rows]``, less the penalty for answers without an end. ``advantages`` are whitened.
+    ``[rows]``, less all penalties. ``advantages`` are whitened.
     """
 
     prompts: Sequence[Sequence[int]]

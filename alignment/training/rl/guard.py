@@ -28,7 +28,7 @@ from alignment.training.context import StageContext
 from alignment.training.rl.experience import Rollout
 from alignment.training.rl.rollouts import Prompts, Rollouts
 from alignment.training.rl.step_metrics import UpdateMetrics
-from alignment.training.sharding import everyones
+from alignment.training.sharding import everyones, shared
 
 BEST = "guard_best.safetensors"
 
@@ -98,9 +98,10 @@ class Guard:
         return metrics
 
     def _scores(self, rollout: Rollout, rollouts: Rollouts) -> Tensor:
-        """``[prompts]`` by the held-out scorer."""
+        """``[prompts]`` by the held-out scorer, which the main process asks for all."""
+        own = (rollout.prompts, rollout.answers, rollout.rows) if self._context.is_main else ([], [], [])
         with rollouts.gathered():  # a reward model may share the policy's weights
-            scores = self._scorer.scores(rollout.prompts, rollout.answers, rollout.rows)
+            scores = shared(lambda: self._scorer.scores(*own))[0]
         return self._scorer.total(scores)
 
     def _is_best(self, scores: Tensor, kl: float) -> bool:

@@ -18,7 +18,7 @@ from alignment.training.context import StageContext
 from alignment.training.rl.engine import RolloutEngine
 from alignment.training.rl.experience import Rollout, interleave, prompt_order, rows_of
 from alignment.training.rl.step_metrics import UpdateMetrics
-from alignment.training.sharding import everyones
+from alignment.training.sharding import shared
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,8 +110,9 @@ class Rollouts:
         with self.gathered(), products_in(self._context.spec.model.dtype, self._context.device):
             answers = self._engine.answers(prompt_ids, uniforms[rows_of(share, group)])
             sampled = time.monotonic()
-            rollout = self._read(prompt_ids, answers, [prompts.rows[index] for index in indices])
-        whole = interleave(everyones(rollout), group=group)
+            rows = [prompts.rows[index] for index in indices]
+            shares = shared(lambda: self._read(prompt_ids, answers, rows))
+        whole = interleave(shares, group=group)
         metrics.add_seconds("rollouts", sampled - started)
         metrics.add_seconds("scoring", time.monotonic() - sampled)
         return whole

@@ -34,7 +34,7 @@ def with_slurm(**fields: Any) -> dict[str, Any]:
 SLURM_WORD = "1 to 128 of A-Z a-z 0-9 . _ , -, beginning with a letter, a digit or _"
 SLURM_TIME = "hours:minutes:seconds as in '4:00:00', after days as in '2-12:00:00'"
 SCORER = {"source": "reward"}
-SCORER_KEYS = "it takes the keys source, pattern, target, schema, weight, normalize, clip"
+SCORER_KEYS = "it takes the keys source, pattern, target, schema, server, normalize, clip, grader, weight, ensemble"
 FAULTS = [
     (with_stage(pakcing=True), "stages.sft.pakcing: unknown key; did you mean 'packing'?"),
     ({**with_stage(), "lauch": {}}, "lauch: unknown key; did you mean 'launch'?"),
@@ -154,7 +154,7 @@ FAULTS = [
     (
         with_ppo(scorers={"source": "reward"}),
         "stages.ppo.scorers: {'source': 'reward'} is not allowed; it takes a list of groups, each with some of the "
-        "keys source, pattern, target, schema, weight, normalize, clip",
+        "keys source, pattern, target, schema, server, normalize, clip, grader, weight, ensemble",
     ),
     (with_ppo(guard={"scorer": {"sauce": "x"}}), "stages.ppo.guard.scorer.sauce: unknown key; did you mean 'source'?"),
     (

@@ -13,7 +13,9 @@ import pytest
 
 from alignment.config.evaluating import EndpointConfig
 from alignment.core.errors import ConfigError, StageError
-from alignment.evaluation.endpoint import GIVE_UP, Endpoint
+from alignment.evaluation.endpoint import Endpoint
+from alignment.evaluation.endpoint_calls import GIVE_UP
+from alignment.evaluation.saved_replies import SavedReplies
 from tests.judge_server import Judge, Response, serving
 
 pytest.importorskip("openai")
@@ -23,7 +25,7 @@ VARIABLES = ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJ
 
 
 def ask(config: EndpointConfig, kept: Path, prompts: list[str]) -> list[str]:
-    endpoint = Endpoint(config, kept, where="stages.evaluate.judge")
+    endpoint = Endpoint(config, SavedReplies(kept), where="stages.evaluate.judge")
     return endpoint.ask(prompts, lambda done: None)
 
 
@@ -48,7 +50,7 @@ def test_every_prompt_is_one_greedy_call_with_a_user_turn(kept: Path, monkeypatc
         monkeypatch.setenv(name, value)
     done: list[int] = []
     with serving(lambda prompt, _: Response(text=f"so much for {prompt}")) as served:
-        endpoint = Endpoint(served.config(concurrency=3, max_tokens=7), kept, where="")
+        endpoint = Endpoint(served.config(concurrency=3, max_tokens=7), SavedReplies(kept), where="")
         replies = endpoint.ask(["a", "b", "c", "b"], done.append)
     assert replies == [f"so much for {prompt}" for prompt in "abcb"]
     assert sorted(done) == [1, 2, 3]

@@ -467,6 +467,9 @@ def test_what_may_be_a_key_is_not_repeated_where_it_is_no_override(value: str) -
     (fault,) = faults(f"{key}={value}")
     assert fault.startswith(f"{key}=…: ")
     assert "pass" not in fault
+    (fault,) = faults(f"stages.ppo.scorers=[{{source: server, server: {{base_url: {value}")
+    assert fault.startswith("stages.ppo.scorers=…: ")
+    assert "pass" not in fault
 
 
 def test_a_smoke_run_asks_no_hub_for_questions_and_examples(tmp_path: Path) -> None:

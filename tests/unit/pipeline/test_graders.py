@@ -49,7 +49,7 @@ def metric(**settings: object) -> str:
         ),
         (
             ["stages.ppo.scorers=[{source: grade}]"],
-            "stages.ppo.scorers[0].source: 'grade' asks the grader of an evaluation, call by call; only a metric of",
+            "stages.ppo.scorers[0].grader: missing; 'grade' needs it",
         ),
     ],
 )

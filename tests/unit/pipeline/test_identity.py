@@ -15,12 +15,14 @@ import pytest
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
 from alignment.config.evaluating import FEW_SHOT, PROMPTED, ChatEndpointConfig, EndpointConfig, JudgeConfig
+from alignment.config.grader import ScorerEndpointConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.replay import PtxConfig
+from alignment.config.reward_server import ServerConfig
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig
 from alignment.config.too_long import TooLongConfig
-from alignment.config.typed import field_types, listed_dataclass
+from alignment.config.typed import field_types, group_of, listed_dataclass
 from alignment.core.fingerprint import digest
 from alignment.pipeline.plan import identity
 from alignment.pipeline.sources.model_sources import ModelSource
@@ -41,6 +43,7 @@ from alignment.stages.sft.config import SftConfig
 
 STAGES = config_classes()
 
+REACHED = {"api_key_env", "timeout", "retries", "concurrency"}
 OUTSIDE = {
     # What a reference points to counts by its content.
     **{cls: {"init"} for cls in (CptConfig, SftConfig, RewardConfig, DpoConfig, KtoConfig)},
@@ -58,7 +61,10 @@ OUTSIDE = {
     OptimConfig: {"micro_batch_tokens", "activation_checkpointing"},
     PpoOptimConfig: {"micro_batch_tokens"},
     # How a judge or grader is reached, not who judges.
-    **{cls: {"api_key_env", "timeout", "retries", "concurrency"} for cls in (ChatEndpointConfig, EndpointConfig)},
+    **dict.fromkeys((ChatEndpointConfig, EndpointConfig), REACHED),
+    # A scorer is its model, wherever that answers; a stage may go on at another address.
+    ScorerEndpointConfig: REACHED | {"base_url"},
+    ServerConfig: REACHED | {"base_url", "batch_size"},
     # Votes count by their content.
     JudgeConfig: {"votes"},
 }
@@ -118,7 +124,7 @@ def another(value: Any, hint: Any) -> Any:
     if typing.get_origin(kind) is dict:
         return {"x": "y"}
     if is_dataclass(kind):
-        return kind(source="length")
+        return kind(source="length") if "source" in field_types(kind) else kind()
     return next(iter(kind)) if issubclass(kind, Enum) else kind(1)
 
 
@@ -151,7 +157,7 @@ def test_what_is_outside_is_marked_so_and_nothing_else_is() -> None:
     while todo:
         cls = todo.pop()
         marked[cls] = {f.name for f in dataclasses.fields(cls) if not f.metadata.get("identity", True)}
-        hints = [listed_dataclass(hint) or hint for hint in field_types(cls).values()]
+        hints = [listed_dataclass(hint) or group_of(hint) or hint for hint in field_types(cls).values()]
         todo += [hint for hint in hints if is_dataclass(hint) and hint not in marked]
     assert {cls: names for cls, names in marked.items() if names} == {
         cls: names for cls, names in OUTSIDE.items() if cls in marked

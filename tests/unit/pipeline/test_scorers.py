@@ -68,8 +68,8 @@ def fault(plan: MakePlan, *overrides: str) -> str:
 WATCHED = "stages.ppo.guard={every: 1, scorer: {source: 'bundled:quickstart/house_style.py:style'}}"
 ALLOWED = (
     "it takes reward, a reward model (stage:NAME, path:FOLDER), FILE.py:FUNCTION, bundled:NAME.py:FUNCTION, or one of: "
-    "exact_answer, regex, length, key_facts, refusal, json_schema, rouge_l, chrf, instructions_strict, "
-    "instructions_loose"
+    "server, grade, ensemble, exact_answer, regex, length, key_facts, refusal, json_schema, rouge_l, chrf, "
+    "instructions_strict, instructions_loose"
 )
 FAULTS = [
     ((NO_REWARD,), "scorers[0].source: 'reward' is the model that stages.ppo.reward names, which is null; name a "

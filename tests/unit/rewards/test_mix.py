@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean, pstdev
 
 import pytest
 import torch
 
+from alignment.algos import ensembles
 from alignment.core.errors import RewardError
 from alignment.rewards.rules.rule_kind import Rule
 from alignment.rewards.rules.texts import Length, Regex
 from alignment.rewards.scorers import Answers, RuleScorer
 from alignment.rewards.scores import Scores
-from alignment.rewards.weighted_sum import Part, RewardMix
+from alignment.rewards.weighted_sum import Ensemble, Part, RewardMix
+from tests.oracles import ensembles as ensembles_oracle
 from tests.tiny import tiny_tokenizer
 from tests.unit.rewards.conftest import prompt
 
@@ -40,7 +43,7 @@ def ruled(rule: Rule) -> RuleScorer:
     return RuleScorer(rule, PROMPTS)
 
 
-def mix(*parts: Part) -> RewardMix:
+def mix(*parts: Part | Ensemble) -> RewardMix:
     return RewardMix(parts, TOKENIZER, PROMPTS)
 
 
@@ -177,4 +180,71 @@ def test_a_restored_slot_goes_on_as_the_straight_one() -> None:
     resumed.restore(json.loads(json.dumps(first.state())))
     found += [learned(resumed, raw).tolist() for raw in told[3:]]
     assert found == expected
+    assert resumed.state() == straight.state()
+
+
+# ---- ensembles ------------------------------------------------------------------------------------------------------
+
+
+def cautious(**changes: float | bool) -> RewardMix:
+    """A rule, and twice the lower bound of two members, of which the first is normalised and the second clipped."""
+    members = [
+        Part(source="stage:first", scorer=Told([5.0, 7.0]), normalize=True),
+        Part(source="stage:second", scorer=Told([-9.0, 1.0]), clip=2.0, weight=100.0),
+    ]
+    combine = partial(ensembles.mean_minus_std, weight=0.5)
+    ensemble = Ensemble(source="ensemble", members=members, combine=combine, **{"weight": 2.0, **changes})
+    return mix(Part(source="rule", scorer=Told([1.0, 0.0])), ensemble)
+
+
+def lower_bound(first: Sequence[float], seen: Sequence[float], second: Sequence[float]) -> list[float]:
+    members = [ensembles_oracle.standardised(first, seen), [max(-2.0, min(2.0, score)) for score in second]]
+    return ensembles_oracle.combined(members, "mean_minus_std", weight=0.5)
+
+
+def test_members_have_columns_of_their_own_and_enter_the_total_as_one() -> None:
+    slot = cautious()
+    scores = slot.scores([[5], [6]], [ids("a"), ids("b")], [0, 1])
+    assert slot.names == ["rule", "ensemble/first", "ensemble/second"] == list(scores.names)
+    assert scores.values.tolist() == [[1.0, 0.0], [5.0, 7.0], [-9.0, 1.0]]
+    bound = lower_bound([5.0, 7.0], [5.0, 7.0], [-9.0, 1.0])
+    assert learned(slot, scores).tolist() == pytest.approx([1.0 + 2.0 * bound[0], 2.0 * bound[1]], rel=1e-6)
+
+
+def test_an_ensemble_says_what_it_gave_and_how_far_its_members_were_apart() -> None:
+    slot = cautious()
+    scores = slot.scores([[5], [6]], [ids("a"), ids("b")], [0, 1])
+    slot.observe(scores)
+    shown = slot.of_ensembles(scores)
+    assert list(shown) == ["ensemble", "ensemble_std"]
+    assert shown["ensemble"].tolist() == pytest.approx(lower_bound([5.0, 7.0], [5.0, 7.0], [-9.0, 1.0]), rel=1e-6)
+    apart = [ensembles_oracle.deviation(pair) for pair in ([-1.0, -2.0], [1.0, 1.0])]
+    assert shown["ensemble_std"].tolist() == pytest.approx(apart, abs=1e-6)
+    assert mix(Part(source="a", scorer=Told())).of_ensembles(scores_of(a=[1.0])) == {}
+
+
+def test_what_is_combined_is_normalised_and_clipped_in_its_turn() -> None:
+    slot = cautious(normalize=True, clip=0.5)
+    first, second, bounds = [], [], []
+    for one, other in zip(batches(3, 4), [[float(n), -1.0, 0.5, 1.0] for n in range(3)], strict=True):
+        one = torch.tensor(one).tolist()
+        first, second = first + one, second + other
+        bounds += lower_bound(one, first, other)
+        scores = scores_of(**{"rule": [0.0] * 4, "ensemble/first": one, "ensemble/second": other})
+        expected = [2.0 * max(-0.5, min(0.5, s)) for s in ensembles_oracle.standardised(bounds[-4:], bounds)]
+        assert learned(slot, scores).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_restored_ensemble_goes_on_as_the_straight_one() -> None:
+    told = [
+        scores_of(**{"rule": one, "ensemble/first": one, "ensemble/second": [x / 1e3 for x in one]})
+        for one in batches(5, 4)
+    ]
+    straight, first, resumed = (cautious(normalize=True) for _ in range(3))
+    expected = [learned(straight, raw).tolist() for raw in told]
+    given = [learned(first, raw).tolist() for raw in told[:3]]
+    resumed.restore(json.loads(json.dumps(first.state())))
+    given += [learned(resumed, raw).tolist() for raw in told[3:]]
+    assert given == expected
+    assert sorted(straight.state()) == ["ensemble", "ensemble/first"]
     assert resumed.state() == straight.state()

@@ -12,6 +12,7 @@ import pytest
 from alignment import worker
 from alignment.config.evaluating import AnswersConfig, ChatEndpointConfig, JudgeConfig, JudgeKind, PairConfig
 from alignment.config.grader import GraderConfig
+from alignment.config.reward_server import ServerApi, ServerConfig
 from alignment.config.scoring import MetricConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.evaluation import arms
@@ -24,7 +25,7 @@ from alignment.stages.evaluate.grading import settled
 from alignment.stages.shared import arm_policies
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained
-from tests.judge_server import Judge, Response, Served, serving
+from tests.judge_server import Judge, Response, Served, listening, serving
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [
@@ -221,6 +222,24 @@ def test_samples_are_graded_one_by_one_and_rubrics_are_metrics_of_their_own(chai
     assert by_name["stage:sft"] == {"helpful": 1.0, "tone": 2.0, "mean_tone": 2.0}
     assert len(served.requests) == 2 * 2 * 6, "equal answers are asked about once"
     assert {line["answer"] for line in lines(chain, "rubrics")} == {0, 1}
+
+
+def test_a_server_scores_beside_the_grader(chain: Chained) -> None:
+    def scores(body: dict[str, Any], _: int) -> Response:
+        return Response(body=json.dumps([[{"label": "LABEL_0", "score": len(text)}] for (text,) in body["inputs"]]))
+
+    with listening(scores) as server:
+        settings = ServerConfig(base_url=server.url, api=ServerApi.tei_predict, model="length", retries=0)
+        metric = MetricConfig(name="length", source="server", server=settings)
+        evaluation, samples, _ = evaluate(chain, fair, "served", replace(CONFIG, metrics=[*CONFIG.metrics, metric]))
+    answers = {arm: [sample.answers[arm] for sample in samples] for arm in ("base", "stage:sft")}
+    for name, of_arm in answers.items():
+        texts = [[turn.text for turn in answer.turns] or [answer.text] for answer in of_arm]
+        means = [sum(map(len, turns)) / len(turns) for turns in texts]
+        (arm,) = [arm for arm in evaluation.arms if arm.name == name]
+        assert arm.metrics["length"].mean == pytest.approx(sum(means) / len(means))
+    assert evaluation.primary == "helpful"
+    assert set(server.paths) == {"/v1/predict"}
 
 
 def test_replies_that_arrived_before_a_stop_are_not_asked_for_again(chain: Chained) -> None:

@@ -74,6 +74,10 @@ class TokenRewards:
         """There is only one."""
         return scores.values[0]
 
+    def of_ensembles(self, scores: Scores) -> dict[str, torch.Tensor]:
+        """There is none."""
+        return {}
+
     def _named(self, scores: Sequence[float]) -> Scores:
         return Scores.of({self._name: torch.tensor(scores)})
 

@@ -1,4 +1,4 @@
-"""Checks the settings of a chat endpoint when a run is planned."""
+"""Checks the settings of a server that is called over HTTP, when a run is planned."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 from alignment.config.evaluating import ChatEndpointConfig
 from alignment.config.faults import Fault
-from alignment.evaluation.endpoint import PACKAGE
+from alignment.config.grader import GradingConfig
+from alignment.config.reward_server import ServerConfig
+from alignment.evaluation.endpoint_client import PACKAGE
 
 
-def endpoint_faults(endpoint: ChatEndpointConfig, path: str, *, hang_seconds: float) -> Iterator[Fault]:
+def endpoint_faults(endpoint: ChatEndpointConfig | ServerConfig, path: str, *, hang_seconds: float) -> Iterator[Fault]:
     """What is missing in the settings at ``path``, and retries that outlast ``hang_seconds``; 0 is no limit."""
     for name, value in (("base_url", "a URL such as http://localhost:8000/v1"), ("model", "the endpoint's model name")):
         if not getattr(endpoint, name):
@@ -22,6 +24,13 @@ def endpoint_faults(endpoint: ChatEndpointConfig, path: str, *, hang_seconds: fl
             f"({hang_seconds:g}), after which a stage is stopped as stuck; lower it, or raise launch.hang_seconds"
         )
         yield Fault(where=f"{path}.timeout", message=message)
+
+
+def scale_faults(grader: GradingConfig, path: str) -> Iterator[Fault]:
+    """A scale without two grades."""
+    if grader.highest <= grader.lowest:
+        message = f"must be above {path}.lowest, which is {grader.lowest}; it is {grader.highest}"
+        yield Fault(where=f"{path}.highest", message=message)
 
 
 def client_missing(setting: str) -> str:

@@ -1,0 +1,114 @@
+"""Calls to a server: many at once, retried, and their replies saved as they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import Any
+
+from alignment.config.calls import CallsConfig
+from alignment.core.errors import StageError
+from alignment.evaluation.bounded_client import Refused
+from alignment.evaluation.endpoint_client import api_key, open_client, reason
+from alignment.evaluation.saved_replies import SavedReplies
+
+GIVE_UP = 8
+"""After this many failed calls in a row, each tried several times, the endpoint is taken to be down."""
+
+Call = Callable[[Any], Sequence[Any]]
+"""Asks the client it is given; returns a value for each key of the call. Raises ValueError for what is no reply."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Reply:
+    """The result of a call: a value for each of its keys, or the ``error`` of its last try."""
+
+    values: Sequence[Any] = field(default_factory=tuple)
+    error: str = ""
+
+
+class EndpointCalls:
+    """Calls one server. ``where`` is the setting that ``config`` comes from, and ``role`` what the server is.
+
+    ``without`` says how to do without it. A failure is an error of the type ``failure``.
+    """
+
+    def __init__(
+        self,
+        config: CallsConfig,
+        replies: SavedReplies,
+        *,
+        where: str,
+        role: str,
+        without: str = "",
+        failure: type[StageError] = StageError,
+    ) -> None:
+        """Raises ConfigError if the client is not installed, or the key's variable is not set."""
+        self._config = config
+        self._replies = replies
+        self._where = where
+        self._role = role
+        self._without = without
+        self._failure_type = failure
+        self._key = api_key(config, where=where)
+        self._client = open_client(config, self._key, where=where)
+
+    def values(
+        self,
+        keys: Sequence[str],
+        calls_for: Callable[[Sequence[str]], Iterable[tuple[Sequence[str], Call]]],
+        progress: Callable[[int], None],
+    ) -> list[Any]:
+        """The value of each key, in order; ``progress`` receives how many different ones are known so far.
+
+        ``calls_for`` divides the keys without a saved value, each once, into calls.
+
+        Raises:
+            StageError: a call failed. All other calls are made first, unless ``GIVE_UP`` calls failed in a row.
+        """
+        different = dict.fromkeys(keys)
+        missing = [key for key in different if key not in self._replies]
+        done, errors, calls = len(different) - len(missing), [], list(calls_for(missing)) if missing else []
+        for asked, reply in self._replies_to(calls):
+            errors += [reply.error] if reply.error else []
+            done += len(asked)
+            progress(done)
+        if errors:
+            raise self._failure(len(errors), len(calls), errors[-1])
+        return [self._replies[key] for key in keys]
+
+    def _replies_to(self, calls: Sequence[tuple[Sequence[str], Call]]) -> Iterator[tuple[Sequence[str], _Reply]]:
+        """Keys and replies as they arrive; what was answered is saved first."""
+        pool = ThreadPoolExecutor(self._config.concurrency)
+        try:
+            pending = {pool.submit(self._reply, call, len(asked)): asked for asked, call in calls}
+            in_a_row, done = 0, 0
+            for future in as_completed(pending):
+                reply, done = future.result(), done + 1
+                in_a_row = in_a_row + 1 if reply.error else 0
+                if in_a_row >= GIVE_UP:
+                    raise self._failure(in_a_row, done, reply.error)
+                for key, value in zip(pending[future], reply.values, strict=bool(reply.values)):
+                    self._replies.save(key, value)
+                yield pending[future], reply
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _reply(self, call: Call, count: int) -> _Reply:
+        from openai import OpenAIError
+
+        try:
+            values = call(self._client)
+        except (OpenAIError, Refused, ValueError) as error:  # ValueError: the body is not JSON, or not a reply
+            return _Reply(error=reason(error, key=self._key))
+        assert len(values) == count, "a call gives a value for each of its keys"
+        return _Reply(values=values)
+
+    def _failure(self, failed: int, calls: int, error: str) -> StageError:
+        return self._failure_type(
+            f"{failed} of {calls} calls to the {self._role} at {self._config.base_url} failed; the last error: {error}",
+            where=self._where,
+            remedy=f"check that it is up, serves this model and answers in time ({self._where}.timeout), then run "
+            f"again: only missing replies are requested. {self._without}".rstrip(),
+        )

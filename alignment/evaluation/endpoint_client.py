@@ -1,0 +1,90 @@
+"""The client of a server that answers over HTTP: its key, its retries, its errors in words.
+
+The client is that of the package openai, which retries with growing pauses what may pass (connections, 408, 409, 429
+and 5xx), and can also post to other paths than OpenAI's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from alignment.config.calls import CallsConfig
+from alignment.core.errors import ConfigError
+from alignment.evaluation.bounded_client import Refused, bounded_client
+
+PACKAGE = "openai>=3,<4"
+
+
+def api_key(config: CallsConfig, *, where: str) -> str:
+    """The key, or "" if the server needs none; ``where`` is the setting that ``config`` comes from.
+
+    Raises:
+        ConfigError: the environment variable is not set.
+    """
+    if config.api_key_env is None:
+        return ""
+    key = os.environ.get(config.api_key_env, "")
+    if not key:
+        raise ConfigError(
+            f"the environment variable {config.api_key_env} is not set",
+            where=f"{where}.api_key_env",
+            remedy=f"export {config.api_key_env}=…, or set it to null for an endpoint without a key",
+        )
+    return key
+
+
+def open_client(config: CallsConfig, key: str, *, where: str) -> Any:
+    """A client for calls to ``config.base_url``.
+
+    Raises:
+        ConfigError: its package is not installed.
+    """
+    try:
+        from openai import OpenAI
+    except ImportError:
+        raise ConfigError(
+            "an endpoint needs the package openai, which is not installed",
+            where=where,
+            remedy=f"pip install '{PACKAGE}'",
+        ) from None
+    with _without_variables():
+        return OpenAI(
+            base_url=config.base_url,
+            api_key=key or "none",
+            timeout=config.timeout,
+            max_retries=config.retries,
+            http_client=bounded_client(config.timeout),
+        )
+
+
+def reason(error: Exception, *, key: str) -> str:
+    """The error as one line, without the key, which some servers repeat in their messages."""
+    line = " ".join(_words(error).split())
+    return (line.replace(key, "***") if key else line)[:300]
+
+
+def _words(error: Exception) -> str:
+    response = getattr(error, "response", None)
+    if response is not None and 300 <= response.status_code < 400:
+        target = urlsplit(response.headers.get("location", ""))
+        origin = f"{target.scheme}://{target.netloc}" if target.netloc else "another path"
+        return f"it redirects to {origin}; neither key nor prompts are sent there. If it is right, give it as base_url"
+    return str(error) if isinstance(error, (Refused, NoReply)) else f"{type(error).__name__}: {error}"
+
+
+class NoReply(ValueError):
+    """A server's answer that is not what was asked for; says what is wrong with it."""
+
+
+@contextmanager
+def _without_variables() -> Iterator[None]:
+    """Hides OPENAI_ variables: the client would read keys, names and headers from them and send them to any server."""
+    taken = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OPENAI_")}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)

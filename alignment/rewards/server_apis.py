@@ -1,0 +1,180 @@
+"""What servers that score answers are sent, and what they answer (docs/rewards.md). Torch-free."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.config.reward_server import ServerApi, ServerConfig
+from alignment.data.records import Prompt
+from alignment.evaluation.endpoint_client import NoReply
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """An answer to score, and its prompt."""
+
+    prompt: Prompt
+    answer: str
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The turns of the prompt."""
+        return [turn.as_dict() for turn in self.prompt.messages]
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The prompt's row, with texts in place of values that JSON does not have, such as dates."""
+        row: dict[str, Any] = json.loads(json.dumps(dict(self.prompt.row), default=str))
+        return row
+
+    @property
+    def asked(self) -> str:
+        """The prompt as one text: the contents of its turns, with blank lines between them."""
+        return "\n\n".join(turn.content for turn in self.prompt.messages)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Api:
+    """``body`` is posted to ``path``; ``read`` gives a score for each item of the answer, as the server wrote it.
+
+    ``read`` raises NoReply for an answer of another form. ``single``: a call has one item. ``labels``: it can score by
+    one class of several.
+    """
+
+    path: str
+    body: Callable[[ServerConfig, Sequence[Item]], dict[str, Any]]
+    read: Callable[[ServerConfig, Any, int], list[Any]]
+    single: bool = False
+    labels: bool = False
+
+
+def _scores_body(config: ServerConfig, items: Sequence[Item]) -> dict[str, Any]:
+    return {
+        "model": config.model,
+        "items": [
+            {"id": number, "messages": item.messages, "answer": item.answer, "row": item.row}
+            for number, item in enumerate(items)
+        ],
+    }
+
+
+def _pooling_body(config: ServerConfig, items: Sequence[Item]) -> dict[str, Any]:
+    (item,) = items
+    conversation = [*item.messages, {"role": "assistant", "content": item.answer}]
+    return {
+        "model": config.model,
+        "messages": conversation,
+        "add_generation_prompt": False,
+        "encoding_format": "float",
+        **_activation(config),
+    }
+
+
+def _classify_body(config: ServerConfig, items: Sequence[Item]) -> dict[str, Any]:
+    return {"model": config.model, "input": [item.answer for item in items], **_activation(config)}
+
+
+def _pairs_body(config: ServerConfig, items: Sequence[Item]) -> dict[str, Any]:
+    texts = {"text_1": [item.asked for item in items], "text_2": [item.answer for item in items]}
+    return {"model": config.model, **texts, **_activation(config)}
+
+
+def _activation(config: ServerConfig) -> dict[str, Any]:
+    """A score without a label is the model's output itself, and not its sigmoid."""
+    return {"use_activation": config.label is not None}
+
+
+def _predict_body(config: ServerConfig, items: Sequence[Item]) -> dict[str, Any]:
+    return {"inputs": [[item.answer] for item in items], "raw_scores": config.label is None, "truncate": False}
+
+
+def _read_scores(_: ServerConfig, reply: Any, count: int) -> list[Any]:
+    return [_get(entry, "score") for entry in _in_order(_get(reply, "scores"), count, "id")]
+
+
+def _read_pooling(config: ServerConfig, reply: Any, count: int) -> list[Any]:
+    entries = _in_order(_get(reply, "data"), count, "index")
+    return [_one_of(config, _listed(_get(entry, "data"))) for entry in entries]
+
+
+def _read_classify(config: ServerConfig, reply: Any, count: int) -> list[Any]:
+    entries = _in_order(_get(reply, "data"), count, "index")
+    return [_one_of(config, _listed(_get(entry, "probs"))) for entry in entries]
+
+
+def _read_pairs(_: ServerConfig, reply: Any, count: int) -> list[Any]:
+    return [_get(entry, "score") for entry in _in_order(_get(reply, "data"), count, "index")]
+
+
+def _read_predictions(config: ServerConfig, reply: Any, count: int) -> list[Any]:
+    entries = _counted(_listed(reply), count)
+    return [_of_label(config, _listed(entry)) for entry in entries]
+
+
+def _of_label(config: ServerConfig, classes: list[Any]) -> Any:
+    scores = {_get(one_class, "label"): _get(one_class, "score") for one_class in classes}
+    if config.label is None:
+        return _only(list(scores.values()))
+    if config.label not in scores:
+        raise NoReply(f"it has no class {config.label!r}, but {', '.join(map(repr, scores))}")
+    return scores[config.label]
+
+
+def _one_of(config: ServerConfig, outputs: list[Any]) -> Any:
+    """The output of the label, which is the number of a class; without one, the only output."""
+    if config.label is None:
+        return _only(outputs)
+    if int(config.label) >= len(outputs):
+        raise NoReply(f"it has no class {config.label}, but {len(outputs)} of them, from 0")
+    return outputs[int(config.label)]
+
+
+def _only(outputs: list[Any]) -> Any:
+    if len(outputs) != 1:
+        raise NoReply(f"it gives {len(outputs)} numbers for an answer, not one; a label chooses one of a classifier's")
+    return outputs[0]
+
+
+def _in_order(entries: Any, count: int, key: str) -> list[Any]:
+    """The entries, if they are those of the items, in their order."""
+    counted = _counted(_listed(entries), count)
+    order = [_get(entry, key) for entry in counted]
+    if order != list(range(count)) or any(isinstance(number, bool) for number in order):
+        raise NoReply(f"it gives the scores in another order than the answers: '{key}' is {_shown(order)}")
+    return counted
+
+
+def _counted(entries: list[Any], count: int) -> list[Any]:
+    if len(entries) != count:
+        raise NoReply(f"it gives {len(entries)} scores for {count} answers")
+    return entries
+
+
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise NoReply(f"its reply has another form: {_shown(value)} is not a list")
+    return value
+
+
+def _get(entry: Any, key: str) -> Any:
+    if not isinstance(entry, Mapping) or key not in entry:
+        raise NoReply(f"its reply has another form: no '{key}' in {_shown(entry)}")
+    return entry[key]
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.80}"
+
+
+APIS: Mapping[ServerApi, Api] = {
+    ServerApi.scores: Api(path="/scores", body=_scores_body, read=_read_scores),
+    ServerApi.vllm_pooling: Api(path="/pooling", body=_pooling_body, read=_read_pooling, single=True, labels=True),
+    ServerApi.vllm_classify: Api(path="/classify", body=_classify_body, read=_read_classify, labels=True),
+    ServerApi.vllm_score: Api(path="/score", body=_pairs_body, read=_read_pairs),
+    ServerApi.tei_predict: Api(path="/predict", body=_predict_body, read=_read_predictions, labels=True),
+}
+NUMBERED = (ServerApi.vllm_pooling, ServerApi.vllm_classify)
+"""Whose ``label`` is the number of a class."""
