@@ -21,15 +21,23 @@ PHASES = {"rollouts": "rollout", "scoring": "score", "learning": "train"}
 SAME_LOSS = 0.02
 """Largest relative difference of first losses that bfloat16 products explain."""
 
+UPDATES = ("ppo", "grpo")
+"""Kinds of work whose steps are updates: answers are sampled, scored and learned from."""
+
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sharing:
-    """What a PPO update need not do twice: ``completions`` answers to a prompt, policy and value in ``one_pass``."""
+    """What an update need not do: ``completions`` answers to a prompt, policy and value in ``one_pass``, or no critic.
+
+    Without a ``critic`` there is no reward model either. ``epochs`` is how often an answer is learned from.
+    """
 
     completions: int = 1
     one_pass: bool = False
+    critic: bool = True
+    epochs: int = PPO_EPOCHS
 
 
 def useful_flop(
@@ -44,7 +52,7 @@ def useful_flop(
     linear, head = model["linear"], model["head"]
     if kind == "sampling":
         return FORWARD * (linear * (counts["prompt_tokens"] + counts["answer_tokens"]) + head * counts["answer_tokens"])
-    if kind == "ppo":
+    if kind in UPDATES:
         return sum(phase_flop(adapter, model, counts, sharing or Sharing()).values())
     trained = TRAINED[adapter]
     once = linear * counts["trunk_tokens"] + head * counts["scored_tokens"]
@@ -58,18 +66,20 @@ def useful_flop(
 def phase_flop(
     adapter: str, model: Mapping[str, int], counts: Mapping[str, float], sharing: Sharing
 ) -> dict[str, float]:
-    """FLOP of each phase of a PPO update; ``counts`` has ``prompt_tokens``, one for each answer, and ``answer_tokens``.
+    """FLOP of each phase of an update; ``counts`` has ``prompt_tokens``, one for each answer, and ``answer_tokens``.
 
     The policy looks at its answers while it samples them; reference, reward and value look once; policy and value
-    learn in each epoch. In one pass the value costs nothing, and answers of one prompt share it.
+    learn in each epoch. In one pass the value costs nothing, and answers of one prompt share it. Without a critic only
+    the reference looks, and only the policy learns.
     """
     trunk = model["linear"] * (counts["prompt_tokens"] / sharing.completions + counts["answer_tokens"])
     head = model["head"] * counts["answer_tokens"]
-    passes = 1 if sharing.one_pass else 2
+    passes = 1 if sharing.one_pass or not sharing.critic else 2
+    looks = 1 + passes if sharing.critic else 1
     return {
         "rollout": FORWARD * (trunk + head),
-        "score": FORWARD * ((1 + passes) * trunk + head),
-        "train": TRAINED[adapter] * PPO_EPOCHS * (passes * trunk + head),
+        "score": FORWARD * (looks * trunk + head),
+        "train": TRAINED[adapter] * sharing.epochs * (passes * trunk + head),
     }
 
 
@@ -92,7 +102,7 @@ def figures_of(
         seconds = sum(result["seconds"])
         known = {"prompt_tokens": counts["prompt_tokens"] * len(result["lengths"]), "answer_tokens": sum(lengths)}
         found |= {"tokens_per_second": sum(lengths) / seconds, "mean_length": sum(lengths) / len(lengths)}
-    elif kind == "ppo":
+    elif kind in UPDATES:
         known["answer_tokens"] = result["answer_tokens"]
         found |= {"seconds_per_update": seconds, "answer_tokens": float(result["answer_tokens"])}
         floors = phase_flop(adapter, model, known, sharing or Sharing())

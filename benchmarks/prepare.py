@@ -32,7 +32,7 @@ from alignment.stages.kto.labelled_rows import ANSWER, MISMATCHED, in_order
 from alignment.stages.stage_file import read_spec
 from alignment.training.context import StageContext
 from benchmarks import rows
-from benchmarks.setting import MAX_LENGTH, MAX_PROMPT_LENGTH, PROMPTS, ROWS, SEED, read_json
+from benchmarks.setting import GRPO_GROUP, MAX_LENGTH, MAX_PROMPT_LENGTH, PROMPTS, ROWS, SEED, read_json
 from benchmarks.stage import artifact_of, stage_config, write_stage
 from benchmarks.works import MODEL_SIZES, POINTS
 
@@ -107,7 +107,7 @@ def _apart(sequences: Sequence[list[int]]) -> int:
 
 def _select(kind: str, folder: Path, tokenizer: Any, data: Path | None, repetitions: int) -> dict[str, Any]:
     fitting, left_out = _fitting(kind, tokenizer, data)
-    count = PROMPTS if kind in ("sampling", "ppo") else ROWS
+    count = {"sampling": PROMPTS, "ppo": PROMPTS, "grpo": PROMPTS // GRPO_GROUP}.get(kind, ROWS)
     chosen = []
     for repetition in range(repetitions):
         part = rows.taken(fitting, repetition, count)

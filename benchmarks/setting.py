@@ -33,6 +33,13 @@ PPO_MICRO_BATCH = 8
 PPO_MICRO_BATCH_TOKENS = {"lora": 2048, "full": 1024}
 """The default of our PPO stage; full training takes half of it, to hold fewer activations."""
 
+GRPO_GROUP = 8
+"""Answers to a prompt; an update has as many answers as one of PPO, so the prompts are fewer."""
+GRPO_BETA = 0.04
+"""Shao et al. 2024, section 4.2."""
+GRPO_LENGTH = 20
+"""Tokens of the answer that scores highest: a rule, so that no reward model is measured."""
+
 
 def read_json(path: Path) -> Any:
     """The file's content."""

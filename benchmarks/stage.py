@@ -15,17 +15,21 @@ from alignment.config.critic import Critic
 from alignment.config.data import DataConfig
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig, Schedule
+from alignment.config.scoring import ScorerConfig
 from alignment.config.stage import StageConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.config.typed import to_plain
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.kto.config import KtoConfig
-from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig
+from alignment.stages.ppo.config import Advantage, KlConfig, KlTerm, PpoConfig, PpoOptimConfig
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.sft.config import SftConfig
 from benchmarks.figures import Sharing
 from benchmarks.setting import (
     BETA,
+    GRPO_BETA,
+    GRPO_GROUP,
+    GRPO_LENGTH,
     LEARNING_RATE,
     LORA,
     MAX_GRAD_NORM,
@@ -70,6 +74,8 @@ def stage_config(
     )
     if kind == "ppo":
         return _ppo(source, how, updates=steps, sharing=sharing or Sharing())
+    if kind == "grpo":
+        return _grpo(_ppo(source, how, updates=steps, sharing=Sharing(completions=GRPO_GROUP)))
     optim = OptimConfig(
         lr=LEARNING_RATE[adapter],
         batch_size=rows,
@@ -119,6 +125,19 @@ def _ppo(source: DataConfig, adapter: AdapterConfig, *, updates: int, sharing: S
         max_prompt_length=MAX_PROMPT_LENGTH,
         max_new_tokens=PPO_NEW_TOKENS,
         save_every=_NEVER,
+    )
+
+
+def _grpo(config: PpoConfig) -> PpoConfig:
+    """The same without a critic and without a reward model: one epoch, and the KL in the loss."""
+    return replace(
+        config,
+        reward=None,
+        scorers=[ScorerConfig(source="length", target=GRPO_LENGTH)],
+        advantage=Advantage.grpo,
+        critic=Critic.none,
+        kl=KlConfig(coefficient=GRPO_BETA, apply_to=KlTerm.loss),
+        ppo_epochs=1,
     )
 
 

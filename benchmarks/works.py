@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.figures import Sharing
-from benchmarks.setting import MICRO_BATCH_TOKENS, PPO_MICRO_BATCH_TOKENS
+from benchmarks.setting import MICRO_BATCH_TOKENS, PPO_MICRO_BATCH, PPO_MICRO_BATCH_TOKENS
 
 OURS = "ours"
 OURS_FLOAT32 = "ours_float32"
@@ -40,7 +40,7 @@ class Contestant:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """``kind`` is ``sft``, ``reward``, ``dpo``, ``kto``, ``ppo``, ``sampling`` or ``growth``.
+    """``kind`` is ``sft``, ``reward``, ``dpo``, ``kto``, ``ppo``, ``grpo``, ``sampling`` or ``growth``.
 
     ``adapter`` is ``lora`` or ``full``. ``quantity`` is what ratios are about, beside peak memory.
     """
@@ -130,6 +130,24 @@ def _our_ppo(
         against=None,
         sharing=sharing or Sharing(),
         master_weights=master_weights,
+    )
+
+
+def _grpo() -> Work:
+    sharing = Sharing(critic=False, epochs=1)  # prompts are counted once each, however many answers they have
+    rule = "a rule as the reward"
+    checkpointed = f"{_DEFAULT}, micro-batches of {PPO_MICRO_BATCH} rows; {rule}"
+    tuned = f"checkpointing off, micro-batches of {PPO_MICRO_BATCH} rows; {_NO_CASTS}; {rule}"
+    stage = _STAGE.format(PPO_MICRO_BATCH_TOKENS["lora"])
+    return Work(
+        kind="grpo",
+        adapter="lora",
+        contestants={
+            OURS: Contestant(module="ours", allowed=f"{rule}; {stage}", against=None, sharing=sharing),
+            "trl_default": Contestant(module="trl_grpo", allowed=checkpointed, measured=1, sharing=sharing),
+            "trl_tuned": Contestant(module="trl_grpo", allowed=tuned, measured=1, sharing=sharing),
+        },
+        quantity="seconds_per_update",
     )
 
 
@@ -223,11 +241,12 @@ WORKS: dict[str, Work] = {
     "sampling": _sampling(),
     "ppo_lora": _ppo("lora"),
     "ppo_full": _ppo("full"),
+    "grpo_lora": _grpo(),
     "neighbour": _neighbour(),
     "growth": Work(kind="growth", adapter="lora", contestants={name: _ours() for name in POINTS}),
 }
 ALIASES = {"sft": ("sft_lora", "sft_full"), "reward": ("reward_lora",), "dpo": ("dpo_lora",), "kto": ("kto_lora",)}
-ALIASES |= {"ppo": ("ppo_lora", "ppo_full"), "all": tuple(WORKS)}
+ALIASES |= {"ppo": ("ppo_lora", "ppo_full"), "grpo": ("grpo_lora",), "all": tuple(WORKS)}
 
 
 def works_named(text: str) -> list[str]:

@@ -54,8 +54,8 @@ def config_of(kind: str, adapter: AdapterConfig, **changes: Any) -> StageConfig:
         return DpoConfig(optim=optim, max_length=4096, save_every=1, **told)
     if kind == "kto":
         return KtoConfig(optim=optim, max_length=4096, save_every=1, **told)
-    told = {"updates": 2, "ppo_epochs": 2, "max_prompt_length": 4096, "max_new_tokens": 6, **told}
-    return PpoConfig(optim=PpoOptimConfig(lr=1e-2, batch_size=4), **told)
+    sizes = {"updates": 2, "ppo_epochs": 2, "max_prompt_length": 4096, "max_new_tokens": 6}
+    return PpoConfig(**{"optim": PpoOptimConfig(lr=1e-2, batch_size=4), **sizes, **told})
 
 
 class Chained:
@@ -77,11 +77,12 @@ class Chained:
     ) -> StageSpec:
         """What the stage is told; ``init`` names the stage that it starts from."""
         inputs = {"init": self.inputs.get(init, StageInput(ref="base", path=None))}
-        if kind == "ppo":
+        config = config or config_of(kind, adapter)
+        if isinstance(config, PpoConfig) and config.reward is not None:
             inputs["reward"] = self.inputs["reward"]
         return tiny_spec(
             self.folder,
-            config or config_of(kind, adapter),
+            config,
             inputs=inputs,
             **{"data_path": DATA / f"{FILES.get(kind, 'preferences')}.jsonl", **changes},
         )

@@ -6,18 +6,6 @@ import torch
 from torch import Tensor
 
 
-def leave_one_out(scores: Tensor, group: int) -> Tensor:
-    """``[rows]``: each score minus the mean score of the other answers to the same prompt.
-
-    The ``group`` answers to a prompt are consecutive rows.
-
-    A baseline that does not depend on the answer leaves the gradient unbiased (Ahmadian et al. 2024, section 3).
-    """
-    grouped = scores.view(-1, group)
-    others = (grouped.sum(-1, keepdim=True) - grouped) / (group - 1)
-    return (grouped - others).view(-1)
-
-
 def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, *, kl_coefficient: float) -> Tensor:
     """``[rows, tokens]``: minus the KL penalty on every counted token, plus the score on the last one.
 

@@ -17,11 +17,23 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def clipped_policy_loss(ratio: Tensor, advantages: Tensor, response_mask: Tensor, *, clip: float) -> Tensor:
-    """Sum of max(−A·ratio, −A·clip(ratio, 1 ± clip)) over counted tokens."""
+def answer_log_ratio(logprobs: Tensor, old_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """``[rows, 1]`` log π/π_old of whole answers, the sum over counted tokens, clamped like that of a token."""
+    change = ((logprobs - old_logprobs) * response_mask).sum(-1, keepdim=True)
+    return change.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def clipped_policy_loss(
+    ratio: Tensor, advantages: Tensor, weights: Tensor, *, clip: float, clip_high: float | None = None
+) -> Tensor:
+    """Weighted sum of max(−A·ratio, −A·clip(ratio, 1 − clip, 1 + clip_high)).
+
+    ``weights`` is a mask, or what each token counts. ``clip_high`` is ``clip`` if None; a larger one lets unlikely
+    tokens gain more (Yu et al. 2025, section 3.1).
+    """
     plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
-    return (torch.maximum(plain, clipped) * response_mask).sum()
+    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + (clip if clip_high is None else clip_high))
+    return (torch.maximum(plain, clipped) * weights).sum()
 
 
 def clipped_value_loss(

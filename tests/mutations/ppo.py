@@ -75,8 +75,8 @@ MUTATIONS = [
         ),
         (
             "a micro-batch learns from the rows of the first one",
-            "[rows[i] for i in indices], tokens",
-            "[rows[i] for i in micro_batches[0]], tokens",
+            "[rows[i] for i in indices], whole",
+            "[rows[i] for i in micro_batches[0]], whole",
             "test_the_size_of_a_micro_batch_never_changes_the_weights",
         ),
     ),
@@ -91,8 +91,8 @@ MUTATIONS = [
         ),
         (
             "advantages are not whitened",
-            "whitened=center_and_scale(raw, response_mask)",
-            "whitened=raw",
+            "learned=center_and_scale(raw, response_mask)",
+            "learned=raw",
             "test_an_experience_is_what_the_papers_say_of_its_own_figures",
         ),
         (

@@ -11,31 +11,35 @@ MUTATIONS = [
     *in_file(
         "stages/ppo/learn.py",
         STEP,
-        (
-            "the policy's ratio is never clipped",
-            "clipped_policy_loss(change.exp(), advantages, mask, clip=self._options.clip)",
-            "clipped_policy_loss(change.exp(), advantages, mask, clip=1e9 * self._options.clip)",
-            PAPERS,
-        ),
         ("values are never clipped", "mask, clip=clip) / tokens", "mask, clip=1e9 * clip) / tokens", PAPERS),
         ("value_coefficient is ignored", "return self._options.value_coefficient * loss", "return loss", PAPERS),
-        (
-            "the ratio is one",
-            "experience.logprobs[rows, :width])",
-            "spread(statistics.logprobs, mask).detach())",
-            PAPERS,
-        ),
-        ("the policy does not learn", "float(policy_learns) * policy_loss", "0.0 * policy_loss", PAPERS),
+        ("the policy does not learn", "float(policy_learns) * loss.total", "0.0 * loss.total", PAPERS),
         (
             "returns are advantages",
             "old, returns = experience.values[rows, :width], experience.returns[rows, :width]",
             "old, returns = experience.values[rows, :width], experience.advantages[rows, :width]",
             PAPERS,
         ),
+    ),
+    *in_file(
+        "training/rl/policy_objective.py",
+        STEP,
+        (
+            "the policy's ratio is never clipped",
+            "clip=self.clip, clip_high=self.clip_high)",
+            "clip=1e9 * self.clip, clip_high=1e9 * self.clip_high)",
+            PAPERS,
+        ),
+        (
+            "the ratio is one",
+            "change = log_ratio(logprobs, sampled.logprobs)",
+            "change = log_ratio(logprobs, logprobs.detach())",
+            PAPERS,
+        ),
         (
             "a minibatch's sums are divided by its rows",
-            "experience.response_mask[rows_of(prompts, group)].sum().float()",
-            "experience.response_mask[rows_of(prompts, group)].any(-1).sum().float()",
+            "return response_mask.sum().float()",
+            "return response_mask.any(-1).sum().float()",
             PAPERS,
         ),
     ),
@@ -49,7 +53,12 @@ MUTATIONS = [
     *in_file(
         "stages/ppo/trainer.py",
         STEP,
-        ("the KL costs nothing", "kl_coefficient=coefficient,\n        )", "kl_coefficient=0.0,\n        )", PAPERS),
+        (
+            "the KL costs nothing",
+            "kl_coefficient=0.0 if self._objective.kl_in_loss else coefficient",
+            "kl_coefficient=0.0",
+            PAPERS,
+        ),
     ),
     *in_file(
         "stages/ppo/collect.py",
@@ -63,7 +72,7 @@ MUTATIONS = [
         ("an answer with an end costs the penalty", "(~ended).float()", "ended.float()", PAPERS),
     ),
     *in_file(
-        "stages/ppo/trainer_setup.py",
+        "stages/ppo/methods.py",
         STEP,
         (
             "the ratio's clip never arrives",
@@ -72,6 +81,10 @@ MUTATIONS = [
             PAPERS,
         ),
         ("the discount is lambda", "gamma=config.gamma,", "gamma=config.gae_lambda,", PAPERS),
+    ),
+    *in_file(
+        "stages/ppo/trainer_setup.py",
+        STEP,
         (
             "PPO's gradients are never clipped",
             "max_grad_norm=config.optim.max_grad_norm,",
@@ -80,7 +93,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/ppo/trainer_setup.py",
+        "stages/ppo/methods.py",
         PPO,
         (
             "the prompt baseline is never asked for",
@@ -88,6 +101,10 @@ MUTATIONS = [
             "baseline_group=None",
             "test_with_a_prompt_baseline_rewards_are_relative_to_the_other_completions",
         ),
+    ),
+    *in_file(
+        "stages/ppo/trainer_setup.py",
+        PPO,
         (
             "a critic starts at the reward model's scores whatever comes back",
             "values_are_scores=_returns_are_scores(config)",

@@ -122,8 +122,8 @@ MUTATIONS = [
         ),
         (
             "the critic of a later policy is kept",
-            'if metrics.get("guard/kept_update", metrics["updates"]) == metrics["updates"]:',
-            'if metrics["updates"] == metrics["updates"]:',
+            'metrics.get("guard/kept_update", metrics["updates"]) == metrics["updates"]:',
+            'metrics["updates"] == metrics["updates"]:',
             "test_a_critic_is_kept_beside_the_policy_that_it_learned_with_alone",
         ),
     ),

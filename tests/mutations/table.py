@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutations import (
     benchmarks,
+    critic_free,
     data,
     driver,
     evaluating,
@@ -25,6 +26,7 @@ MUTATIONS: list[Mutation] = [
     *training.MUTATIONS,
     *ppo.MUTATIONS,
     *ppo_step.MUTATIONS,
+    *critic_free.MUTATIONS,
     *stages.MUTATIONS,
     *kto.MUTATIONS,
     *validation.MUTATIONS,

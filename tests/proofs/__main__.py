@@ -26,6 +26,7 @@ from tests import results_file
 from tests.proofs import (
     bandit,
     count,
+    critic_free,
     dpo,
     forgetting,
     interruptions,
@@ -43,6 +44,7 @@ RESULTS = Path(__file__).parents[2] / "docs/proofs.json"
 PROOFS: dict[str, Callable[[Path], list[Claim]]] = {
     "mutations": mutations.run,
     "bandit": bandit.run,
+    "critic_free": critic_free.run,
     "count": count.run,
     "dpo": dpo.run,
     "kto": kto.run,

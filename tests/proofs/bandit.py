@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,6 @@ def make_bandit(folder: Path, seed: int) -> Bandit:
 
 def learned(folder: Path, bandit: Bandit, mode: Mode, *, updates: int, seed: int) -> tuple[Tensor, float]:
     """``[prompts, tokens]`` log-probabilities after PPO, and the largest share of values clipped in an update."""
-    rewards = bandit.rewards.tolist()
     config = PpoConfig(
         reward=None,
         adapter=mode.adapter,
@@ -92,6 +92,13 @@ def learned(folder: Path, bandit: Bandit, mode: Mode, *, updates: int, seed: int
         save_every=updates + 1,
         optim=PpoOptimConfig(lr=3e-3, critic_lr=1e-2, batch_size=256, micro_batch_tokens=100_000),
     )
+    policy, lines = trained(folder, bandit, config, seed)
+    return policy, max(line["val/clipfrac"] for line in lines)
+
+
+def trained(folder: Path, bandit: Bandit, config: PpoConfig, seed: int) -> tuple[Tensor, list[dict[str, Any]]]:
+    """``[prompts, tokens]`` log-probabilities after a PPO stage, and what it logged, one entry an update."""
+    rewards = bandit.rewards.tolist()
     stage = ppo_stage(
         folder,
         config,
@@ -102,7 +109,7 @@ def learned(folder: Path, bandit: Bandit, mode: Mode, *, updates: int, seed: int
         seed=seed,
     )
     lines = stage.train()
-    return bandit.policy_of(stage.roles.policy), max(line["val/clipfrac"] for line in lines)
+    return bandit.policy_of(stage.roles.policy), lines
 
 
 def run(folder: Path) -> list[Claim]:

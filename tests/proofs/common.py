@@ -95,6 +95,10 @@ class TokenRewards:
         """The first function's scores as they are."""
         return scores.values[0]
 
+    def of_ensembles(self, scores: Scores) -> dict[str, Tensor]:
+        """Nothing: no function is an ensemble."""
+        return {}
+
     def state(self) -> dict[str, Any]:
         """Nothing: a function learns nothing."""
         return {}

@@ -32,12 +32,14 @@ class ValueHead(nn.Module):
 
 class ActorCritic(nn.Module):
     """Policy and value. ``value`` is a separate model, or a ``ValueHead`` on the policy's trunk; then one pass serves
-    both.
+    both. With None there is no critic.
 
     With ``joint_backward`` both forward passes come before a joint backward pass.
     """
 
-    def __init__(self, policy: PreTrainedModel | PeftModel, value: PreTrainedModel | PeftModel | ValueHead) -> None:
+    def __init__(
+        self, policy: PreTrainedModel | PeftModel, value: PreTrainedModel | PeftModel | ValueHead | None
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.value = value
@@ -47,36 +49,57 @@ class ActorCritic(nn.Module):
         self._ddp_params_and_buffers_to_ignore = frozen
 
     def forward(
-        self, micro_batch: AnswerStream, temperature: float, value_loss: ValueLoss, *, policy_learns: bool = True
+        self,
+        micro_batch: AnswerStream,
+        temperature: float,
+        value_loss: ValueLoss,
+        *,
+        policy_learns: bool = True,
+        entropy_gradient: bool = False,
     ) -> tuple[TokenStatistics, Tensor]:
         """Statistics of the answer tokens, ``[answer tokens]``, and the scalar ``value_loss`` of their values.
+
+        Without a critic that loss is 0.
 
         The loss is only for the backward pass; its value is 0. A separate value model runs its forward pass during the
         backward pass, so that only one model's activations are in memory at a time. If the policy does not learn, a
         head on its trunk must not train the trunk either.
         """
         assert torch.is_grad_enabled(), "without gradients, call look"
-        if not isinstance(self.value, ValueHead):
-            model = unwrapped(self.value)
-            if self.joint_backward:
-                return self._statistics(micro_batch, temperature)[0], value_loss(answer_values(model, micro_batch))
-            # It comes before the policy's graph, because the backward pass visits the earliest node last.
-            deferred = _deferred(lambda: value_loss(answer_values(model, micro_batch)), micro_batch.labels.device)
-            return self._statistics(micro_batch, temperature)[0], deferred
-        statistics, states = self._statistics(micro_batch, temperature)
-        return statistics, value_loss(self.value(states if policy_learns else states.detach()))
+        if self.value is None or isinstance(self.value, ValueHead):
+            statistics, states = self._statistics(micro_batch, temperature, entropy_gradient)
+            if self.value is None:
+                return statistics, torch.zeros((), device=micro_batch.labels.device)
+            return statistics, value_loss(self.value(states if policy_learns else states.detach()))
+        model = unwrapped(self.value)
+        if self.joint_backward:
+            statistics, _ = self._statistics(micro_batch, temperature, entropy_gradient)
+            return statistics, value_loss(answer_values(model, micro_batch))
+        # It comes before the policy's graph, because the backward pass visits the earliest node last.
+        deferred = _deferred(lambda: value_loss(answer_values(model, micro_batch)), micro_batch.labels.device)
+        return self._statistics(micro_batch, temperature, entropy_gradient)[0], deferred
 
-    def look(self, micro_batch: AnswerStream, temperature: float) -> tuple[TokenStatistics, Tensor]:
-        """Statistics and values of the answer tokens, both ``[answer tokens]``, without gradients."""
+    def look(self, micro_batch: AnswerStream, temperature: float) -> tuple[TokenStatistics, Tensor | None]:
+        """Statistics and values of the answer tokens, both ``[answer tokens]``, without gradients.
+
+        Without a critic the values are None.
+        """
         statistics, states = self._statistics(micro_batch, temperature)
+        if self.value is None:
+            return statistics, None
         if isinstance(self.value, ValueHead):
             return statistics, self.value(states)
         return statistics, answer_values(unwrapped(self.value), micro_batch)
 
-    def _statistics(self, micro_batch: AnswerStream, temperature: float) -> tuple[TokenStatistics, Tensor]:
+    def _statistics(
+        self, micro_batch: AnswerStream, temperature: float, entropy_gradient: bool = False
+    ) -> tuple[TokenStatistics, Tensor]:
         policy = unwrapped(self.policy)
         states = answer_states(policy, micro_batch)
-        return statistics_of(policy, states, micro_batch, temperature=temperature), states
+        statistics = statistics_of(
+            policy, states, micro_batch, temperature=temperature, entropy_gradient=entropy_gradient
+        )
+        return statistics, states
 
 
 def _deferred(loss: Callable[[], Tensor], device: torch.device) -> Tensor:

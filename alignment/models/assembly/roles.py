@@ -1,4 +1,4 @@
-"""The four models of PPO: policy and value are trained, reference and reward are frozen.
+"""The four models of PPO: policy and value are trained, reference and reward are frozen. The value model may be absent.
 
 Under an adapter the reference is the policy with its adapter switched off, or as it was at the start. All frozen
 weights that policy, value and reward have in common are one tensor in memory. In full training each role has its own
@@ -49,7 +49,8 @@ class Roles:
     def trained_models(self) -> list[PreTrainedModel]:
         """The trained language model and, if it is a separate model, the value model, without wrappers."""
         value = self.actor_critic.value
-        return [unwrapped(model) for model in (self.policy, value) if not isinstance(model, ValueHead)]
+        separate = [] if value is None or isinstance(value, ValueHead) else [value]
+        return [unwrapped(model) for model in (self.policy, *separate)]
 
     def reference(self) -> AbstractContextManager[PreTrainedModel]:
         """The policy at the start of the stage, for the duration of a ``with`` block."""
@@ -105,9 +106,10 @@ def build_roles(
     scorer = None if reward is None else load_reward_model(spec, reward, device=device).to(device)
     if scorer is not None:
         share_frozen(scorer, trained)
+    value: nn.Module | None = None
     if critic is Critic.shared:
-        value: nn.Module = ValueHead(policy.get_output_embeddings().weight.shape[1]).to(device)
-    else:
+        value = ValueHead(policy.get_output_embeddings().weight.shape[1]).to(device)
+    elif critic is Critic.separate:
         value = _value_model(spec, start, reward, adapter, device=device).to(device)
         share_frozen(value, trained)
         if reward is None or not values_are_scores:

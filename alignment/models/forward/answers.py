@@ -87,7 +87,7 @@ def answer_states(model: PreTrainedModel, batch: AnswerStream) -> Tensor:
 
 
 def statistics_of(
-    model: PreTrainedModel, states: Tensor, batch: AnswerStream, *, temperature: float
+    model: PreTrainedModel, states: Tensor, batch: AnswerStream, *, temperature: float, entropy_gradient: bool = False
 ) -> TokenStatistics:
     """Statistics of the answer tokens by the model's head, from their ``answer_states``.
 
@@ -100,7 +100,7 @@ def statistics_of(
             where="model.source",
             remedy="PPO, evaluation and precompute_reference need a head without these; other stages work",
         )
-    return label_statistics(model, states, batch.labels, temperature=temperature)
+    return label_statistics(model, states, batch.labels, temperature=temperature, entropy_gradient=entropy_gradient)
 
 
 def answer_values(model: PreTrainedModel, batch: AnswerStream) -> Tensor:

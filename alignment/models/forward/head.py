@@ -30,7 +30,8 @@ IN_CACHE = 2**19
 class TokenStatistics:
     """Statistics of the next-token distribution at each labelled position, ``[labels]``, in the order of the labels.
 
-    ``logprobs`` carries gradients (nats); ``entropy`` (nats), ``mean_logits`` and ``is_top1`` do not.
+    ``logprobs`` carries gradients (nats); ``mean_logits`` and ``is_top1`` do not. ``entropy`` (nats, of the whole
+    distribution) carries them only if the caller asks for it.
     """
 
     logprobs: Tensor
@@ -39,26 +40,35 @@ class TokenStatistics:
     is_top1: Tensor
 
 
-def token_statistics(hidden: Tensor, weight: Tensor, labels: Tensor, *, temperature: float = 1.0) -> TokenStatistics:
+def token_statistics(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, temperature: float = 1.0, entropy_gradient: bool = False
+) -> TokenStatistics:
     """Statistics of ``labels`` under softmax(hidden @ weight.T / temperature).
 
     Args:
         hidden: ``[tokens, width]`` hidden states, each from the position *before* its label.
         weight: ``[vocabulary, width]`` the head; it gets a gradient if it requires one.
         labels: ``[tokens]`` token ids.
+        entropy_gradient: whether the entropies carry gradients; the probabilities are then computed twice.
     """
-    fields = _ChunkedLogSoftmax.apply(hidden, weight, labels, temperature)
+    fields = _ChunkedLogSoftmax.apply(hidden, weight, labels, temperature, entropy_gradient)
     return TokenStatistics(**dict(zip(_FIELDS, fields, strict=True)))
 
 
 def label_statistics(
-    model: PreTrainedModel, hidden: Tensor, labels: Tensor, *, temperature: float = 1.0
+    model: PreTrainedModel,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
 ) -> TokenStatistics:
     """``token_statistics`` under the model's own head."""
     head = model.get_output_embeddings()
     if getattr(head, _ANSWERS, False):
-        return TokenStatistics(**dict(zip(_FIELDS, head(hidden, labels, temperature), strict=True)))
-    return token_statistics(hidden, head.weight, labels, temperature=temperature)
+        fields = head(hidden, labels, temperature, entropy_gradient)
+        return TokenStatistics(**dict(zip(_FIELDS, fields, strict=True)))
+    return token_statistics(hidden, head.weight, labels, temperature=temperature, entropy_gradient=entropy_gradient)
 
 
 def answer_labels(head: nn.Module) -> None:
@@ -71,11 +81,15 @@ def answer_labels(head: nn.Module) -> None:
 
 
 def _forward_labels(
-    self: nn.Linear, hidden: Tensor, labels: Tensor | None = None, temperature: float = 1.0
+    self: nn.Linear,
+    hidden: Tensor,
+    labels: Tensor | None = None,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     if labels is None:
         return type(self).forward(self, hidden)
-    fields: tuple[Tensor, ...] = _ChunkedLogSoftmax.apply(hidden, self.weight, labels, temperature)
+    fields: tuple[Tensor, ...] = _ChunkedLogSoftmax.apply(hidden, self.weight, labels, temperature, entropy_gradient)
     return fields
 
 
@@ -104,15 +118,19 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
 
     The gradient of a log-probability is onehot(label) − p, up to the incoming factor. With a frozen head its part of
     the backward pass is therefore done while a chunk's probabilities are in memory. The gradient of a trained head
-    mixes the factors of all tokens, so the probabilities are computed again.
+    mixes the factors of all tokens, and an entropy has a gradient of its own, −p·(log p + entropy); in both cases the
+    probabilities are computed again.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, entropy_gradient: bool
+    ) -> tuple[Tensor, ...]:
         compute, dtypes = products_dtype(weight), (hidden.dtype, weight.dtype)
         hidden, weight = hidden.to(compute), weight.to(compute)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
-        slopes = torch.empty_like(hidden) if want_hidden and not want_weight else None
+        ctx.recomputes = want_weight or entropy_gradient
+        slopes = torch.empty_like(hidden) if want_hidden and not ctx.recomputes else None
         statistics = _Statistics(hidden.shape[0], hidden.device)
         memory = _ChunkMemory(hidden, weight)
         for chunk in _slices(0, hidden.shape[0], CHUNK):
@@ -129,25 +147,26 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
                 )
             if slopes is not None:
                 slopes[chunk] = memory.project_back(len(products), weight)
-        ctx.trained = want_weight
-        if want_weight:
-            ctx.save_for_backward(hidden, weight, labels, statistics.log_norm)
+        if ctx.recomputes:
+            ctx.save_for_backward(hidden, weight, labels, statistics.log_norm, statistics.entropy)
         elif slopes is not None:
             ctx.save_for_backward(slopes)
         ctx.temperature = temperature
+        ctx.entropy_gradient = entropy_gradient
         ctx.input_dtypes = dtypes
         mean_logits = _mean_logits(hidden, weight) / temperature
-        ctx.mark_non_differentiable(statistics.entropy, mean_logits, statistics.is_top1)
+        constants = () if entropy_gradient else (statistics.entropy,)
+        ctx.mark_non_differentiable(*constants, mean_logits, statistics.is_top1)
         return statistics.logprobs, statistics.entropy, mean_logits, statistics.is_top1
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         factors = (grad_logprobs / ctx.temperature).float()
-        if ctx.trained:
-            grad_hidden, grad_weight = _recomputed(ctx, factors)
-            return grad_hidden, grad_weight, None, None
+        if ctx.recomputes:
+            entropy_factors = (grad_entropy / ctx.temperature).float() if ctx.entropy_gradient else None
+            return *_recomputed(ctx, factors, entropy_factors), None, None, None
         (slopes,) = ctx.saved_tensors
-        return (slopes * factors[:, None]).to(ctx.input_dtypes[0]), None, None, None
+        return (slopes * factors[:, None]).to(ctx.input_dtypes[0]), None, None, None, None
 
 
 def _mean_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -230,23 +249,31 @@ def _log_softmax_slope(shares: Tensor, labels: Tensor) -> Tensor:
     return shares.neg_().scatter_(-1, labels[:, None], at_label)
 
 
-def _recomputed(ctx: Any, factors: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Gradients of hidden states and of a trained head."""
-    hidden, weight, labels, log_norm = ctx.saved_tensors
+def _recomputed(ctx: Any, factors: Tensor, entropy_factors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of hidden states and of the head, each if it needs one."""
+    hidden, weight, labels, log_norm, entropy = ctx.saved_tensors
     grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
     memory = _ChunkMemory(hidden, weight)
     for chunk in _slices(0, hidden.shape[0], CHUNK):
         products = memory.project(hidden[chunk], weight)
         for rows, chunk_products in memory.parts(chunk):
             logits = memory.logits[: len(chunk_products)].copy_(chunk_products).div_(ctx.temperature)
             shares = torch.exp(logits.sub_(log_norm[rows, None]), out=memory.shares[: len(chunk_products)])
-            chunk_products.copy_(_log_softmax_slope(shares, labels[rows]).mul_(factors[rows, None]))
+            bend = None if entropy_factors is None else logits.add_(entropy[rows, None]).mul_(shares)
+            slopes = _log_softmax_slope(shares, labels[rows]).mul_(factors[rows, None])
+            if bend is not None and entropy_factors is not None:
+                slopes.sub_(bend.mul_(entropy_factors[rows, None]))
+            chunk_products.copy_(slopes)
         if grad_hidden is not None:
             grad_hidden[chunk] = memory.project_back(len(products), weight)
-        grad_weight += products.T @ hidden[chunk]
+        if grad_weight is not None:
+            grad_weight += products.T @ hidden[chunk]
     hidden_dtype, weight_dtype = ctx.input_dtypes
-    return None if grad_hidden is None else grad_hidden.to(hidden_dtype), grad_weight.to(weight_dtype)
+    return (
+        None if grad_hidden is None else grad_hidden.to(hidden_dtype),
+        None if grad_weight is None else grad_weight.to(weight_dtype),
+    )
 
 
 def _whole(count: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from alignment.config.faults import Fault
 from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.ppo.critic_faults import group_faults
 
 
 def size_faults(config: PpoConfig, processes: int, where: str) -> Iterator[Fault]:
@@ -14,12 +15,7 @@ def size_faults(config: PpoConfig, processes: int, where: str) -> Iterator[Fault
     All answers to a prompt stay on one process, for sampling and for learning.
     """
     episodes, group = config.optim.batch_size, config.completions_per_prompt
-    if config.prompt_baseline and group == 1:
-        message = (
-            "the baseline is the mean over the other completions of a prompt, but there are none; set "
-            "completions_per_prompt to 2 or more"
-        )
-        yield Fault(where=f"{where}.prompt_baseline", message=message)
+    yield from group_faults(config, where)
     if config.guard.every and config.guard.prompts < processes:
         message = f"{config.guard.prompts} prompts are too few for {processes} processes; choose {processes} or more"
         yield Fault(where=f"{where}.guard.prompts", message=message)

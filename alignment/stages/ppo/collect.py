@@ -69,7 +69,7 @@ class Collector:
             reference_logprobs=reference,
             kl=kl,
             entropy=stack(rollout.entropy, mask),
-            values=stack(rollout.values, mask),
+            values=None if rollout.values is None else stack(rollout.values, mask),
         )
 
     def _of_ensembles(self, by_scorer: Scores) -> dict[str, Tensor]:

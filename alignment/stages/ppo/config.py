@@ -26,6 +26,27 @@ class KlControl(str, Enum):
     adaptive = "adaptive"
 
 
+class KlTerm(str, Enum):
+    """Where the KL is paid: as a part of the ``reward``, or in the ``loss``, with a gradient (Shao et al. 2024)."""
+
+    reward = "reward"
+    loss = "loss"
+
+
+class Advantage(str, Enum):
+    """What an answer or its tokens are compared with.
+
+    ``gae`` is a value model (Schulman et al. 2016). The others compare whole answers to one prompt: with the mean of
+    the others (``rloo``, Ahmadian et al. 2024), in standard deviations from the mean of all (``grpo``, Shao et al.
+    2024), or with that mean alone (``dr_grpo``, Liu et al. 2025).
+    """
+
+    gae = "gae"
+    rloo = "rloo"
+    grpo = "grpo"
+    dr_grpo = "dr_grpo"
+
+
 @dataclass(kw_only=True, slots=True)
 class KlConfig:
     """``target`` (nats a sequence) and ``horizon`` (episodes) apply to adaptive control only."""
@@ -34,6 +55,7 @@ class KlConfig:
     coefficient: Annotated[float, NOT_NEGATIVE] = 0.05
     target: Annotated[float, POSITIVE] = 6.0
     horizon: Annotated[int, POSITIVE] = 10_000
+    apply_to: KlTerm = field(default=KlTerm.reward, metadata=IF_SET)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -86,6 +108,11 @@ class PpoConfig:
     With ``prompt_baseline`` the mean score of the other completions of the prompt is subtracted, because Bradley-Terry
     rewards cannot be compared across prompts. A minibatch whose ``policy/approxkl`` exceeds ``max_approxkl`` is the
     update's last.
+
+    Any ``advantage`` but ``gae`` needs no value model: ``critic`` is then ``none``, and ``completions_per_prompt`` is
+    the size of a group. ``clip_high`` limits how far a ratio may rise above 1; null is ``clip``. The mean entropy of
+    all answer tokens, times ``entropy_coefficient``, is added to the objective. With ``drop_ties`` an update learns
+    only from prompts whose answers do not all score alike.
     """
 
     REPLACED: ClassVar[dict[str, str]] = {
@@ -107,6 +134,7 @@ class PpoConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     ptx: PtxConfig = field(default_factory=PtxConfig)
     updates: Annotated[int, POSITIVE] = 16
+    advantage: Advantage = field(default=Advantage.gae, metadata=IF_SET)
     critic: Critic = Critic.separate
     critic_warmup: Annotated[int, NOT_NEGATIVE] = 0
     completions_per_prompt: Annotated[int, POSITIVE] = 1
@@ -121,6 +149,9 @@ class PpoConfig:
     gamma: Annotated[float, FRACTION] = 1.0
     gae_lambda: Annotated[float, FRACTION] = 0.95
     clip: Annotated[float, POSITIVE] = 0.2
+    clip_high: Annotated[float | None, POSITIVE] = field(default=None, metadata=IF_SET)
+    entropy_coefficient: Annotated[float, NOT_NEGATIVE] = field(default=0.0, metadata=IF_SET)
+    drop_ties: bool = field(default=False, metadata=IF_SET)
     value_clip: Annotated[float | None, POSITIVE] = 0.2
     value_coefficient: Annotated[float, NOT_NEGATIVE] = 0.1
     whiten_rewards: bool = False

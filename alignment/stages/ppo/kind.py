@@ -31,6 +31,7 @@ from alignment.stages.base import (
 )
 from alignment.stages.ppo.batch_sizes import size_faults
 from alignment.stages.ppo.config import KlConfig, KlControl, OverlongConfig, PpoConfig
+from alignment.stages.ppo.critic_faults import critic_faults
 from alignment.stages.ppo.scorers_in_use import GUARD, in_use
 from alignment.stages.shared.kind_answers import ROW_COUNTS, curve
 from alignment.stages.shared.scorer_slots import missing_reward_faults, reward_model_slots
@@ -55,6 +56,7 @@ def _as_read(config: PpoConfig) -> PpoConfig:
 
 def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     yield from _scorer_faults(config, where)
+    yield from critic_faults(config, where)
     if config.kl.control is not KlControl.adaptive:
         reader = "only kl.control 'adaptive'"
         yield from unread_faults(config.kl, KlConfig(), ("target", "horizon"), f"{where}.kl", reader)
@@ -108,12 +110,15 @@ def _reads_no_reward(config: PpoConfig) -> bool:
     sources = [scorer.source for scorer in in_use(config).values()]
     if config.reward is None or REWARD in sources or not all(map(is_known, sources)):
         return False  # a misspelt source may have been meant to use it
-    return config.critic is Critic.shared or _is_external(config.reward)
+    return config.critic is not Critic.separate or _is_external(config.reward)
 
 
 def _unread_reward(config: PpoConfig) -> str:
-    shared = config.critic is Critic.shared
-    why = "a shared critic starts at 0" if shared else "a critic starts only from a reward model that a stage made"
+    why = {
+        Critic.separate: "a critic starts only from a reward model that a stage made",
+        Critic.shared: "a shared critic starts at 0",
+        Critic.none: "there is no critic that could start from it",
+    }[config.critic]
     return f"{config.reward!r} is unused: no scorer is '{REWARD}', and {why}; write null, or add the scorer"
 
 
@@ -179,7 +184,13 @@ def _against_forgetting(name: str) -> str:
     )
 
 
-def _curves(_: Mapping[str, Any]) -> list[Curve]:
+def _curves(settings: Mapping[str, Any]) -> list[Curve]:
+    without_critic = settings.get("critic") == Critic.none.value
+    absent = ("loss/value", "val/explained_variance") if without_critic else ("objective/tied_prompts",)
+    return [chart for chart in _all_curves() if chart.keys[0] not in absent]
+
+
+def _all_curves() -> list[Curve]:
     return [
         curve("Score", "what PPO maximises, mean of an update", "objective/score"),
         curve("KL to the reference", "nats a sequence", "objective/kl"),
@@ -197,6 +208,7 @@ def _curves(_: Mapping[str, Any]) -> list[Curve]:
         curve(
             "Explained variance", "of the value model; dotted: no better than a constant", "val/explained_variance", 0.0
         ),
+        curve("Prompts without a difference", "whose answers all score alike, in an update", "objective/tied_prompts"),
         curve("Answer length", "tokens", "response_length"),
         curve("Answers that ended", "share", "eos_rate"),
     ]

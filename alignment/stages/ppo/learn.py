@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from alignment.algos.ppo import clipped_policy_loss, clipped_value_loss, log_ratio, value_is_clipped
+from alignment.algos.ppo import clipped_value_loss, value_is_clipped
+from alignment.models.assembly.actor_critic import ValueLoss
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import answer_stream, micro_batches_of, unwrapped
 from alignment.stages.ppo.report import add_policy
@@ -20,6 +21,7 @@ from alignment.training.context import StageContext
 from alignment.training.micro_batches import accumulating, as_many_as_most
 from alignment.training.rl.advantages import Advantages
 from alignment.training.rl.experience import Experience, ScoredBatch, rows_of, spread
+from alignment.training.rl.policy_objective import PolicyObjective, Sampled
 from alignment.training.rl.ptx import Ptx
 from alignment.training.rl.rollouts import Episodes
 from alignment.training.rl.step_metrics import UpdateMetrics
@@ -32,24 +34,29 @@ class LearnOptions:
     With ``value_clip`` None, values are not clipped.
     """
 
-    clip: float
+    objective: PolicyObjective
     value_clip: float | None
     value_coefficient: float
     num_minibatches: int
     critic_warmup: int
 
 
-def experience_of(batch: ScoredBatch, advantages: Advantages) -> Experience:
+def experience_of(
+    batch: ScoredBatch, advantages: Advantages, *, learned_prompts: Sequence[int], kl_coefficient: float
+) -> Experience:
     """What an update learns from."""
     return Experience(
         prompts=batch.rollout.prompts,
         answers=batch.rollout.answers,
         response_mask=batch.response_mask,
         logprobs=batch.logprobs,
+        reference_logprobs=batch.reference_logprobs,
         values=batch.values,
         scores=batch.scores,
-        advantages=advantages.whitened,
+        advantages=advantages.learned,
         returns=advantages.returns,
+        learned_prompts=learned_prompts,
+        kl_coefficient=kl_coefficient,
     )
 
 
@@ -77,23 +84,29 @@ class Learner:
         self._accelerator = accelerator
         self._autocast = autocast
 
-    def learn(self, model: nn.Module, experience: Experience, *, update: int, step_of_update: int, step: int) -> None:
-        """Computes the gradients of this step's whole minibatch and leaves them in the parameters."""
+    def learn(
+        self, model: nn.Module, experience: Experience, prompts: Sequence[int], *, update: int, step: int
+    ) -> None:
+        """Computes the gradients of the ``minibatch`` of prompts and leaves them in the parameters."""
         policy_learns = update >= self._options.critic_warmup
         if self.ptx is not None and policy_learns:
             self._add_ptx(self.ptx, model, step)
-        self._backward(model, experience, self._minibatch(update, step_of_update), policy_learns=policy_learns)
+        self._backward(model, experience, prompts, policy_learns=policy_learns)
         if not policy_learns:
             for parameter in self._roles.policy.parameters():
                 if parameter.requires_grad:
                     parameter.grad = None  # with zero gradients, Adam would count the step
 
-    def _minibatch(self, update: int, step_of_update: int) -> list[int]:
-        """Indices of the minibatch's prompts; every epoch is a new permutation of the update's prompts."""
+    def minibatch(self, experience: Experience, update: int, step_of_update: int) -> list[int]:
+        """Indices of the minibatch's prompts; every epoch is a new permutation of the prompts that are learned from.
+
+        It is empty if these are fewer than the minibatches.
+        """
         epoch, minibatch = divmod(step_of_update, self._options.num_minibatches)
         generator = self._context.generator("minibatches", update, epoch)
         order = torch.randperm(self._episodes.prompts_per_update, generator=generator)
-        prompts: list[int] = order.tensor_split(self._options.num_minibatches)[minibatch].tolist()
+        learned = order[torch.isin(order, torch.tensor(experience.learned_prompts, dtype=order.dtype))]
+        prompts: list[int] = learned.tensor_split(self._options.num_minibatches)[minibatch].tolist()
         return prompts
 
     def _add_ptx(self, ptx: Ptx, model: nn.Module, step: int) -> None:
@@ -101,17 +114,20 @@ class Learner:
             share = ptx.add_gradients(unwrapped(self._roles.policy), step, self._accelerator)
         self._update_metrics.add_share({"loss/ptx": share})
 
-    def _backward(self, model: nn.Module, experience: Experience, prompts: list[int], *, policy_learns: bool) -> None:
-        """The loss is a sum over the minibatch divided by its tokens, over all micro-batches and processes."""
+    def _backward(
+        self, model: nn.Module, experience: Experience, prompts: Sequence[int], *, policy_learns: bool
+    ) -> None:
+        """The loss is a sum over the minibatch divided by one number, over all micro-batches and processes."""
         group = self._episodes.group
-        tokens = experience.response_mask[rows_of(prompts, group)].sum().float()
+        mask = experience.response_mask[rows_of(prompts, group)]
+        whole = _Divisors(tokens=mask.sum().float(), policy=self._options.objective.divisor(mask))
         world_size = self._context.world_size
         shares = [rows_of(prompts[rank::world_size], group) for rank in range(world_size)]
-        rows = shares[self._context.rank]
+        rows, first = shares[self._context.rank], rows_of(prompts, group)[:1]
         micro_batches = as_many_as_most([self._cut(experience, share) for share in shares], self._context.rank)
         for number, indices in enumerate(micro_batches):
             # Every micro-batch is a collective call, so an empty one reads a row with weight 0.
-            read, counted = ([rows[i] for i in indices], tokens) if indices else (rows[:1], tokens * math.inf)
+            read, counted = ([rows[i] for i in indices], whole) if indices else (first, whole.endless())
             with accumulating(self._accelerator, model, last=number == len(micro_batches) - 1):
                 with self._autocast():
                     loss = self._loss(model, experience, read, counted, policy_learns=policy_learns)
@@ -124,7 +140,7 @@ class Learner:
         return micro_batches_of(zip(prompts, answers, strict=True), tokens=self._episodes.micro_batch_tokens)
 
     def _loss(
-        self, model: nn.Module, experience: Experience, rows: list[int], tokens: Tensor, *, policy_learns: bool
+        self, model: nn.Module, experience: Experience, rows: list[int], divisors: _Divisors, *, policy_learns: bool
     ) -> Tensor:
         """A micro-batch's share of the loss, for its gradients only (``ActorCritic.forward``)."""
         width = max(len(experience.answers[row]) for row in rows)
@@ -133,7 +149,38 @@ class Learner:
             [experience.prompts[row] for row in rows], [experience.answers[row] for row in rows], mask.device
         )
 
+        objective = self._options.objective
+        statistics, value_loss = model(
+            stream,
+            self._episodes.temperature,
+            self._value_loss(experience, rows, mask, divisors.tokens),
+            policy_learns=policy_learns,
+            entropy_gradient=objective.entropy_coefficient > 0.0,
+        )
+        loss = objective.loss(
+            spread(statistics.logprobs, mask),
+            spread(statistics.entropy, mask),
+            Sampled(
+                logprobs=experience.logprobs[rows, :width],
+                reference_logprobs=experience.reference_logprobs[rows, :width],
+                advantages=experience.advantages[rows, :width],
+                response_mask=mask,
+            ),
+            kl_coefficient=experience.kl_coefficient,
+            divisor=divisors.policy,
+            tokens=divisors.tokens,
+        )
+        add_policy(self._update_metrics, loss, objective, statistics.entropy, mask, tokens=divisors.tokens)
+        # Gradients must be 0 instead of missing, because DDP waits for those of every parameter.
+        return float(policy_learns) * loss.total + value_loss
+
+    def _value_loss(self, experience: Experience, rows: list[int], mask: Tensor, tokens: Tensor) -> ValueLoss:
+        """What a critic learns from these rows; ``tokens`` is the minibatch's number."""
+
         def value_loss(flat: Tensor) -> Tensor:
+            assert experience.values is not None, "a critic has values"
+            assert experience.returns is not None, "a critic has targets"
+            width = mask.shape[1]
             old, returns = experience.values[rows, :width], experience.returns[rows, :width]
             values, clip = spread(flat, mask), self._options.value_clip
             loss = clipped_value_loss(values, old, returns, mask, clip=clip) / tokens
@@ -141,18 +188,16 @@ class Learner:
             self._update_metrics.add_share({"loss/value": loss.detach(), "val/clipfrac": clipped})
             return self._options.value_coefficient * loss
 
-        statistics, loss = model(stream, self._episodes.temperature, value_loss, policy_learns=policy_learns)
-        change = log_ratio(spread(statistics.logprobs, mask), experience.logprobs[rows, :width])
-        advantages = experience.advantages[rows, :width]
-        policy_loss = clipped_policy_loss(change.exp(), advantages, mask, clip=self._options.clip) / tokens
-        add_policy(
-            self._update_metrics,
-            loss=policy_loss.detach(),
-            change=change.detach(),
-            entropy=statistics.entropy,
-            response_mask=mask,
-            tokens=tokens,
-            clip=self._options.clip,
-        )
-        # Gradients must be 0 instead of missing, because DDP waits for those of every parameter.
-        return float(policy_learns) * policy_loss + loss
+        return value_loss
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Divisors:
+    """Scalars of a whole minibatch: its answer tokens, and what the policy's sum is divided by."""
+
+    tokens: Tensor
+    policy: Tensor
+
+    def endless(self) -> _Divisors:
+        """With these a row does not count."""
+        return _Divisors(tokens=self.tokens * math.inf, policy=self.policy * math.inf)

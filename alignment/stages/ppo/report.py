@@ -9,6 +9,7 @@ from alignment.algos.kl import k3
 from alignment.algos.ppo import explained_variance
 from alignment.training.rl.advantages import Advantages
 from alignment.training.rl.experience import ScoredBatch
+from alignment.training.rl.policy_objective import PolicyLoss, PolicyObjective
 from alignment.training.rl.step_metrics import UpdateMetrics
 
 
@@ -35,44 +36,41 @@ def add_episodes(
         "eos_rate": batch.ended.float(),
         "response_length": mask.sum(-1).float(),
     }
-    tokens = {
-        "objective/entropy": batch.entropy,
-        "val/returns": advantages.returns,
-        "val/advantages": advantages.raw,
-        "val/values": batch.values,
-    }
+    tokens = {"objective/entropy": batch.entropy, "val/advantages": advantages.raw}
+    if batch.values is not None and advantages.returns is not None:
+        tokens |= {"val/returns": advantages.returns, "val/values": batch.values}
+        metrics.values["val/explained_variance"] = explained_variance(batch.values, advantages.returns, mask)
     metrics.add_means(episodes, torch.ones_like(batch.scores))
     metrics.add_means(tokens, mask)
     metrics.values["objective/kl_coef"] = kl_coefficient
     metrics.values["memory/base_copies"] = base_copies
-    metrics.values["val/explained_variance"] = explained_variance(batch.values, advantages.returns, mask)
 
 
 @torch.no_grad()
 def add_policy(
     metrics: UpdateMetrics,
-    *,
-    loss: Tensor,
-    change: Tensor,
+    loss: PolicyLoss,
+    objective: PolicyObjective,
     entropy: Tensor,
     response_mask: Tensor,
+    *,
     tokens: Tensor,
-    clip: float,
 ) -> None:
     """Adds a micro-batch's share of its minibatch's metrics.
 
-    ``loss`` is a scalar, already divided by ``tokens``, the scalar number of the minibatch's answer tokens. ``change``
-    is log π/π_old, ``[rows, tokens]``; ``entropy`` is ``[answer tokens]``.
+    ``entropy`` is ``[answer tokens]``, and ``tokens`` the scalar number of the minibatch's answer tokens.
     """
-    ratio = change.exp()
-    clipped = ((ratio - 1.0).abs() > clip).float()
+    over = loss.ratio - 1.0
+    clipped = ((over > objective.clip_high) | (-over > objective.clip)).float()
+    kl = {} if loss.kl is None else {"loss/kl": loss.kl}
     metrics.add_share(
         {
-            "loss/policy": loss,
-            "policy/approxkl": (0.5 * change**2 * response_mask).sum() / tokens,
+            "loss/policy": loss.policy,
+            **kl,
+            "policy/approxkl": (0.5 * loss.change**2 * response_mask).sum() / tokens,
             "policy/clipfrac": (clipped * response_mask).sum() / tokens,
             "policy/entropy": entropy.sum() / tokens,
-            "val/ratio": (ratio * response_mask).sum() / tokens,
+            "val/ratio": (loss.ratio * response_mask).sum() / tokens,
         }
     )
-    metrics.add_maximum("val/ratio_max", (ratio * response_mask).max())
+    metrics.add_maximum("val/ratio_max", (loss.ratio * response_mask).max())

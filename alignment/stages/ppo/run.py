@@ -85,8 +85,9 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
         metrics |= trainer.guard.finish(trainer.updates_done, trainer.rollouts)
     result = save_model(roles.policy, tokenizer, context, start, metrics)
     # The critic belongs to the last policy, so it is not saved with an earlier one.
-    if metrics.get("guard/kept_update", metrics["updates"]) == metrics["updates"]:
-        _save_critic(roles.actor_critic.value, context)
+    value = roles.actor_critic.value
+    if value is not None and metrics.get("guard/kept_update", metrics["updates"]) == metrics["updates"]:
+        _save_critic(value, context)
     return result
 
 

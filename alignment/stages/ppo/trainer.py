@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from alignment.algos.group import tied_groups
 from alignment.algos.kl import AdaptiveKl, KlController
 from alignment.core.errors import StageError
 from alignment.models.assembly.roles import Roles
@@ -28,7 +29,7 @@ from alignment.rewards.slot import Rewards
 from alignment.stages.ppo import report
 from alignment.stages.ppo.checkpoint import load_weights, save_weights
 from alignment.stages.ppo.collect import Collector, warn_of_equal_scores
-from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.ppo.config import Advantage, PpoConfig
 from alignment.stages.ppo.kl_budget import KlBudget
 from alignment.stages.ppo.learn import Learner, LearnOptions, experience_of
 from alignment.stages.ppo.penalties import penalties_of
@@ -48,7 +49,8 @@ log = logging.getLogger(__name__)
 
 
 class PpoTrainer(Trainer):
-    """Proximal policy optimisation with a clipped value function (Huang et al. 2024 for every detail)."""
+    """Proximal policy optimisation with a clipped value function (Huang et al. 2024 for every detail), or without a
+    critic (``Advantage``)."""
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class PpoTrainer(Trainer):
         self.context = context
         self.episodes = episodes
         self.estimator = estimator
+        self._objective = learn.objective
         self.kl_controller = kl_controller
         self.kl_budget = KlBudget(config.guard.max_kl)
         self.samples = samples
@@ -139,10 +142,9 @@ class PpoTrainer(Trainer):
         """Adam without weight decay; the critic may have its own learning rate."""
         optim = self.config.optim
         critic_lr = optim.lr if optim.critic_lr is None else optim.critic_lr
-        groups = [
-            {"params": _trained(self.roles.actor_critic.policy), "lr": optim.lr},
-            {"params": _trained(self.roles.actor_critic.value), "lr": critic_lr},
-        ]
+        groups = [{"params": _trained(self.roles.actor_critic.policy), "lr": optim.lr}]
+        if self.roles.actor_critic.value is not None:
+            groups.append({"params": _trained(self.roles.actor_critic.value), "lr": critic_lr})
         kind, arguments = adamw(
             self.config.adapter, self.context, lr=optim.lr, eps=optim.adam_eps, moments=optim.moments
         )
@@ -165,9 +167,10 @@ class PpoTrainer(Trainer):
                 f"the checkpoint was made inside update {update} and cannot be continued",
                 remedy="delete the stage's .work folder and run again",
             )
-        self._skipped = self.over_budget or self._update_ended
+        prompts = self.learner.minibatch(self._experience, update, step_of_update)
+        self._skipped = self.over_budget or self._update_ended or not prompts
         if not self._skipped:
-            self._learn(model, self._experience, update, step_of_update)
+            self._learn(model, self._experience, prompts, update)
         if step_of_update == self.steps_per_update - 1:
             kl = self.metrics.values["objective/kl"]
             self.kl_controller = self.kl_controller.after(kl, self.episodes.per_update)
@@ -193,7 +196,7 @@ class PpoTrainer(Trainer):
             kl=batch.kl,
             values=batch.values,
             response_mask=batch.response_mask,
-            kl_coefficient=coefficient,
+            kl_coefficient=0.0 if self._objective.kl_in_loss else coefficient,
         )
         report.add_scores(self.metrics, batch)
         report.add_episodes(
@@ -202,7 +205,17 @@ class PpoTrainer(Trainer):
         self._check(update, batch.scores)
         if self.samples is not None:
             self.samples.write(update, batch.rollout, batch.scores.tolist())
-        return experience_of(batch, advantages)
+        learned = self._learned_prompts(batch.scores)
+        return experience_of(batch, advantages, learned_prompts=learned, kl_coefficient=coefficient)
+
+    def _learned_prompts(self, scores: Tensor) -> list[int]:
+        """Indices of the update's prompts, without those whose answers all score alike if these are dropped."""
+        every = list(range(self.episodes.prompts_per_update))
+        if self.config.advantage is Advantage.gae:
+            return every
+        tied = tied_groups(scores, self.episodes.group).tolist()
+        self.metrics.values["objective/tied_prompts"] = float(sum(tied))
+        return [prompt for prompt in every if not tied[prompt]] if self.config.drop_ties else every
 
     def _check(self, update: int, scores: Tensor) -> None:
         kl = self.metrics.values["objective/kl"]
@@ -218,10 +231,9 @@ class PpoTrainer(Trainer):
                 update,
             )
 
-    def _learn(self, model: Any, experience: Experience, update: int, step_of_update: int) -> None:
+    def _learn(self, model: Any, experience: Experience, prompts: list[int], update: int) -> None:
         started = time.monotonic()
-        step = self.state.global_step
-        self.learner.learn(model, experience, update=update, step_of_update=step_of_update, step=step)
+        self.learner.learn(model, experience, prompts, update=update, step=self.state.global_step)
         self._check_step(self.metrics.step_done())
         self.metrics.add_seconds("learning", time.monotonic() - started)
 

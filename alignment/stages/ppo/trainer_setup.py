@@ -16,9 +16,9 @@ from alignment.stages.ppo.batch_sizes import size_faults
 from alignment.stages.ppo.config import KlConfig, KlControl, PpoConfig
 from alignment.stages.ppo.kl_budget import EndsOverBudget
 from alignment.stages.ppo.learn import LearnOptions
+from alignment.stages.ppo.methods import estimator_of, objective_of
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.context import StageContext
-from alignment.training.rl.advantages import Gae
 from alignment.training.rl.engine import PolicyEngine
 from alignment.training.rl.ptx import Ptx
 from alignment.training.rl.rollouts import Episodes, Prompts
@@ -75,7 +75,7 @@ def build_trainer(
         episodes=_episodes(config, prompts, end_ids),
         engine=PolicyEngine(policy=roles.policy, temperature=config.temperature, end_ids=end_ids),
         rewards=rewards,
-        estimator=_estimator(config),
+        estimator=estimator_of(config),
         learn=_learn_options(config),
         kl_controller=kl_controller(config.kl),
         args=_arguments(config, context),
@@ -112,18 +112,9 @@ def _episodes(config: PpoConfig, prompts: Prompts, end_ids: frozenset[int]) -> E
     )
 
 
-def _estimator(config: PpoConfig) -> Gae:
-    return Gae(
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        baseline_group=config.completions_per_prompt if config.prompt_baseline else None,
-        whiten_rewards=config.whiten_rewards,
-    )
-
-
 def _learn_options(config: PpoConfig) -> LearnOptions:
     return LearnOptions(
-        clip=config.clip,
+        objective=objective_of(config),
         value_clip=config.value_clip,
         value_coefficient=config.value_coefficient,
         num_minibatches=config.num_minibatches,

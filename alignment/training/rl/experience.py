@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ class Rollout:
     """Answers to prompts, with the results of policy, reference, value model and scorers; one entry per row.
 
     ``rows`` are the indices of the prompts in the stage's data. ``logprobs``, ``reference_logprobs``, ``entropy`` and
-    ``values`` hold one float32 tensor ``[tokens of the answer]`` per row; ``scores`` is ``[scorers, rows]``. Tensors
-    are on the CPU, so that a rollout can be sent between processes.
+    ``values`` hold one float32 tensor ``[tokens of the answer]`` per row; ``scores`` is ``[scorers, rows]``. Without a
+    critic ``values`` is None. Tensors are on the CPU, so that a rollout can be sent between processes.
     """
 
     rows: list[int]
@@ -26,7 +27,7 @@ class Rollout:
     logprobs: list[Tensor]
     reference_logprobs: list[Tensor]
     entropy: list[Tensor]
-    values: list[Tensor]
+    values: list[Tensor] | None
     scores: Scores
 
 
@@ -37,7 +38,7 @@ class ScoredBatch:
     Tensors are ``[rows, tokens]`` float32, zero outside ``response_mask``, unless stated otherwise. ``by_scorer`` are
     the scores of each scorer, ``scores`` (``[rows]``) those that PPO maximises; ``ended`` is ``[rows]`` bool. ``parts``
     are other ``[rows]`` that the scores are made of, by the metric that is their mean. ``kl`` holds the k1 estimates in
-    nats.
+    nats. ``values`` is None without a critic.
     """
 
     rollout: Rollout
@@ -50,7 +51,7 @@ class ScoredBatch:
     reference_logprobs: Tensor
     kl: Tensor
     entropy: Tensor
-    values: Tensor
+    values: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,17 +59,22 @@ class Experience:
     """What an update learns from: its whole rollout batch, the same on every process.
 
     Tensors are ``[rows, tokens]`` float32 unless stated otherwise, zero outside ``response_mask``; ``scores`` is
-    ``[rows]``, less all penalties. ``advantages`` are whitened.
+    ``[rows]``, less all penalties. ``advantages`` are those that the policy learns from. ``values`` and ``returns`` are
+    None without a critic. ``learned_prompts`` are the indices of the prompts that the update learns from.
+    ``kl_coefficient`` is that of the KL in the loss.
     """
 
     prompts: Sequence[Sequence[int]]
     answers: Sequence[Sequence[int]]
     response_mask: Tensor
     logprobs: Tensor
-    values: Tensor
+    reference_logprobs: Tensor
+    values: Tensor | None
     scores: Tensor
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
+    learned_prompts: Sequence[int]
+    kl_coefficient: float
 
 
 def interleave(shares: Sequence[Rollout], *, group: int) -> Rollout:
@@ -76,11 +82,18 @@ def interleave(shares: Sequence[Rollout], *, group: int) -> Rollout:
     world = len(shares)
     total = sum(len(share.answers) for share in shares)
     order = [(row // group % world, row // group // world * group + row % group) for row in range(total)]
-    lists = [field.name for field in fields(Rollout) if field.name != "scores"]
+    lists = {field.name: [getattr(share, field.name) for share in shares] for field in fields(Rollout)}
+    del lists["scores"]
     return Rollout(
-        **{name: [getattr(shares[rank], name)[index] for rank, index in order] for name in lists},
+        **{name: _in_order(parts, order) for name, parts in lists.items()},
         scores=gathered_scores([share.scores for share in shares], order),
     )
+
+
+def _in_order(parts: Sequence[list[Any] | None], order: Sequence[tuple[int, int]]) -> Any:
+    """Entries of the processes' lists, each by rank and index; None if the processes have no lists."""
+    lists = [part for part in parts if part is not None]
+    return [lists[rank][index] for rank, index in order] if lists else None
 
 
 def rows_of(prompts: Sequence[int], group: int) -> list[int]:

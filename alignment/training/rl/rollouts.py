@@ -132,19 +132,22 @@ class Rollouts:
             logprobs=by_answer(logprobs),
             reference_logprobs=by_answer(reference),
             entropy=by_answer(entropy),
-            values=by_answer(values),
+            values=None if values is None else by_answer(values),
             scores=self._rewards.scores(prompts, answers, rows),
         )
 
-    def _policy_and_values(self, prompts: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    def _policy_and_values(
+        self, prompts: list[list[int]], answers: list[list[int]]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities are recomputed, because those from sampling differ from the training forward's."""
         look = self._roles.actor_critic.look
         readings = [look(batch, self._episodes.temperature) for batch in self._micro_batches(prompts, answers)]
         statistics = [statistics for statistics, _ in readings]
+        values = [values for _, values in readings if values is not None]
         return (
             torch.cat([tokens.logprobs for tokens in statistics]),
             torch.cat([tokens.entropy for tokens in statistics]),
-            torch.cat([values for _, values in readings]),
+            torch.cat(values) if values else None,
         )
 
     def _reference_logprobs(self, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:

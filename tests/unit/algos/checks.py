@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from alignment.algos import gae, kl, masked, ppo
+from alignment.algos import gae, group, kl, masked, ppo
+from tests.oracles import critic_free
 from tests.oracles import gae as gae_oracle
 from tests.oracles import kl as kl_oracle
 from tests.oracles import masked as masked_oracle
@@ -75,6 +76,51 @@ def clipped_policy_loss(batch: Batch) -> None:
     loss = ppo.clipped_policy_loss(change.exp(), batch.advantages, batch.mask, clip=0.2)
     told = (batch.logprobs, batch.old_logprobs, batch.advantages, batch.mask)
     close(loss, ppo_oracle.policy_loss(*(t.tolist() for t in told), clip=0.2))
+
+
+def asymmetric_policy_loss(batch: Batch) -> None:
+    ratio = ppo.log_ratio(batch.logprobs, batch.old_logprobs).exp()
+    loss = ppo.clipped_policy_loss(ratio, batch.advantages, batch.mask, clip=0.2, clip_high=0.35)
+    expected = -math.fsum(
+        critic_free.surrogate(math.exp(new - old), advantage, low=0.2, high=0.35)
+        for rows in zip(*_counted(batch, batch.logprobs, batch.old_logprobs, batch.advantages), strict=True)
+        for new, old, advantage in zip(*rows, strict=True)
+    )
+    close(loss, expected)
+
+
+def answer_log_ratio(batch: Batch) -> None:
+    new, old = _counted(batch, batch.logprobs, batch.old_logprobs)
+    expected = [[math.fsum(now) - math.fsum(before)] for now, before in zip(new, old, strict=True)]
+    close(ppo.answer_log_ratio(batch.logprobs, batch.old_logprobs, batch.mask), expected)
+
+
+def leave_one_out(batch: Batch) -> None:
+    _compared("rloo", group.leave_one_out, batch)
+
+
+def group_standardized(batch: Batch) -> None:
+    _compared("grpo", group.group_standardized, batch)
+
+
+def group_centered(batch: Batch) -> None:
+    _compared("dr_grpo", group.group_centered, batch)
+
+
+def tied_groups(batch: Batch) -> None:
+    scores = torch.tensor([1.5, 1.5, 2.0, -0.5, 0.0, 0.0])
+    assert group.tied_groups(scores, 2).tolist() == critic_free.tied(scores.tolist(), 2) == [True, False, True]
+    assert group.tied_groups(scores, 3).tolist() == [False, False]
+
+
+def _compared(method: str, compare: Callable[[torch.Tensor, int], torch.Tensor], batch: Batch) -> None:
+    for size in (2, len(batch.scores)):
+        close(compare(batch.scores, size), critic_free.advantages(method, batch.scores.tolist(), size))
+
+
+def _counted(batch: Batch, *figures: torch.Tensor) -> list[list[list[float]]]:
+    """Each figure's rows, without padding."""
+    return [[row[:length] for row, length in zip(each.tolist(), batch.lengths, strict=True)] for each in figures]
 
 
 def clipped_value_loss(batch: Batch) -> None:
@@ -144,6 +190,12 @@ CHECKS: dict[str, Callable[[Batch], None]] = {
         token_rewards,
         advantages_and_returns,
         clipped_policy_loss,
+        asymmetric_policy_loss,
+        answer_log_ratio,
+        leave_one_out,
+        group_standardized,
+        group_centered,
+        tied_groups,
         clipped_value_loss,
         unclipped_value_loss,
         explained_variance,

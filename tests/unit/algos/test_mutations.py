@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.algos import gae, kl, masked, ppo
+from alignment.algos import gae, group, kl, masked, ppo
 from tests.unit.algos.checks import CHECKS
 from tests.unit.algos.conftest import random_batch
 
@@ -89,8 +89,10 @@ def _not_centred(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
 
 
 def _policy_loss(worse: Any, *, clip_change: Callable[[float], float] = lambda clip: clip, sign: float = -1.0) -> Any:
-    def wrong(ratio: Tensor, advantages: Tensor, response_mask: Tensor, *, clip: float) -> Tensor:
-        near = ratio.clamp(1.0 - clip_change(clip), 1.0 + clip_change(clip))
+    def wrong(
+        ratio: Tensor, advantages: Tensor, response_mask: Tensor, *, clip: float, clip_high: float | None = None
+    ) -> Tensor:
+        near = ratio.clamp(1.0 - clip_change(clip), 1.0 + clip_change(clip_high or clip))
         return (worse(sign * advantages * ratio, sign * advantages * near) * response_mask).sum()
 
     return wrong
@@ -116,6 +118,15 @@ def _late_values(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor,
 def _unbounded(self: kl.AdaptiveKl, seen: float, num_episodes: int) -> kl.AdaptiveKl:
     factor = 1.0 + (seen / self.target - 1.0) * num_episodes / self.horizon
     return replace(self, coefficient=self.coefficient * factor)
+
+
+def _of_other_groups(scores: Tensor, size: int) -> Tensor:
+    """The answers to a prompt taken for those in the same place of all prompts."""
+    return scores.view(-1, size).T.reshape(-1)
+
+
+def _of_all(scores: Tensor, _: int) -> Tensor:
+    return scores - scores.mean()
 
 
 _UPDATE = "whole_update"
@@ -268,6 +279,69 @@ MUTATIONS: dict[str, Mutation] = {
         checks=_POLICY,
     ),
     "ratio upside down": Mutation(module=ppo, name="log_ratio", fault=_arguments(lambda a, b: (b, a)), checks=_POLICY),
+    "one clip for both directions": Mutation(
+        module=ppo,
+        name="clipped_policy_loss",
+        fault=_arguments(_same, clip_high=lambda _: None),
+        checks=("asymmetric_policy_loss",),
+    ),
+    "the upper clip below and the lower one above": Mutation(
+        module=ppo,
+        name="clipped_policy_loss",
+        fault=lambda right: lambda r, a, m, *, clip, clip_high: right(r, a, m, clip=clip_high, clip_high=clip),
+        checks=("asymmetric_policy_loss",),
+    ),
+    "an answer's ratio upside down": Mutation(
+        module=ppo,
+        name="answer_log_ratio",
+        fault=_arguments(lambda new, old, m: (old, new, m)),
+        checks=("answer_log_ratio",),
+    ),
+    "an answer's ratio over padding too": Mutation(
+        module=ppo,
+        name="answer_log_ratio",
+        fault=_arguments(lambda new, old, m: (new, old, torch.ones_like(m))),
+        checks=("answer_log_ratio",),
+    ),
+    "an answer's ratio as a mean": Mutation(
+        module=ppo,
+        name="answer_log_ratio",
+        fault=lambda right: lambda new, old, m: right(new, old, m) / m.sum(-1, keepdim=True),
+        checks=("answer_log_ratio",),
+    ),
+    "a score among the others": Mutation(
+        module=group, name="leave_one_out", fault=_instead(group.group_centered), checks=("leave_one_out",)
+    ),
+    "leave-one-out with the wrong sign": Mutation(
+        module=group, name="leave_one_out", fault=_result(torch.neg), checks=("leave_one_out",)
+    ),
+    "a group's deviation ignored": Mutation(
+        module=group, name="group_standardized", fault=_instead(group.group_centered), checks=("group_standardized",)
+    ),
+    "a group's deviation biased": Mutation(
+        module=group,
+        name="group_standardized",
+        fault=lambda right: lambda s, size: right(s, size) * (size / (size - 1)) ** 0.5,
+        checks=("group_standardized",),
+    ),
+    "standardised with the wrong sign": Mutation(
+        module=group, name="group_standardized", fault=_result(torch.neg), checks=("group_standardized",)
+    ),
+    "centred over all prompts": Mutation(
+        module=group, name="group_centered", fault=_instead(_of_all), checks=("group_centered",)
+    ),
+    "centred with the wrong sign": Mutation(
+        module=group, name="group_centered", fault=_result(torch.neg), checks=("group_centered",)
+    ),
+    "ties turned over": Mutation(
+        module=group, name="tied_groups", fault=_result(torch.logical_not), checks=("tied_groups",)
+    ),
+    "ties across prompts": Mutation(
+        module=group,
+        name="tied_groups",
+        fault=_arguments(lambda scores, size: (_of_other_groups(scores, size), size)),
+        checks=("tied_groups",),
+    ),
     "values clipped around the return": Mutation(
         module=ppo,
         name="clipped_value_loss",

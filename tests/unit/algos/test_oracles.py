@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from alignment.algos.gae import advantages_and_returns, token_rewards
+from alignment.algos.group import group_centered, group_standardized, leave_one_out
 from alignment.algos.kl import AdaptiveKl, FixedKl, k1, k3
 from alignment.algos.masked import center_and_scale, masked_mean, scale_only
 from alignment.algos.ppo import (
+    answer_log_ratio,
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
@@ -173,6 +179,56 @@ def test_the_log_ratio_is_clamped_so_that_the_ratio_stays_finite() -> None:
     change = log_ratio(torch.tensor([0.0, -500.0, -3.0]), torch.tensor([-500.0, 0.0, -2.5]))
     assert change.tolist() == [20.0, -20.0, -0.5]
     assert torch.isfinite(change.exp()).all()
+
+
+def test_an_answers_log_ratio_is_clamped_as_a_whole() -> None:
+    new, old = torch.tensor([[-9.0, -9.0, -9.0], [0.5, 0.25, 9.0]]), torch.zeros(2, 3)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    assert answer_log_ratio(new, old, mask).tolist() == [[-20.0], [0.75]]
+
+
+def test_equal_scores_give_advantages_of_zero() -> None:
+    for compare in (leave_one_out, group_standardized, group_centered):
+        assert compare(torch.full((4,), 2.5), 4).tolist() == [0.0] * 4
+
+
+def test_the_gradient_of_k3_is_that_of_the_kl_from_the_reference_and_of_k1_in_the_reward_that_to_it() -> None:
+    """By enumeration of a distribution over five tokens: E_π[∇k3] = ∇KL(ref ‖ π), E_π[k1·∇log π] = ∇KL(π ‖ ref)."""
+    rng = torch.Generator().manual_seed(0)
+    start = torch.randn(5, generator=rng, dtype=torch.float64)
+    reference = torch.randn(5, generator=rng, dtype=torch.float64).log_softmax(-1)
+
+    def gradient(function: Callable[[Tensor], Tensor]) -> Tensor:
+        logits = start.clone().requires_grad_()
+        function(logits.log_softmax(-1)).backward()
+        assert logits.grad is not None
+        return logits.grad
+
+    in_loss = gradient(lambda policy: (policy.exp().detach() * k3(policy, reference)).sum())
+    in_reward = gradient(lambda policy: (policy.exp() * k1(policy, reference)).detach() @ policy)
+    from_reference = gradient(lambda policy: (reference.exp() * (reference - policy)).sum())
+    to_reference = gradient(lambda policy: (policy.exp() * (policy - reference)).sum())
+    close(in_loss, from_reference, atol=1e-12)
+    close(in_reward, to_reference, atol=1e-12)
+    assert float((from_reference - to_reference).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize(("compare", "share"), [(leave_one_out, 1.0), (group_centered, 0.5)], ids=["RLOO", "Dr. GRPO"])
+def test_dr_grpo_shrinks_the_gradient_because_a_group_mean_contains_the_answer(
+    compare: Callable[[Tensor, int], Tensor], share: float
+) -> None:
+    """By enumeration of all groups of two answers: the mean gradient is (G − 1)/G of that of the expected reward."""
+    rewards = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    logits = torch.tensor([0.1, 0.7, -0.4], dtype=torch.float64, requires_grad=True)
+    policy = logits.log_softmax(-1)
+    (exact,) = torch.autograd.grad((policy.exp() * rewards).sum(), logits, retain_graph=True)
+    total = torch.zeros((), dtype=torch.float64)
+    for first, second in itertools.product(range(3), repeat=2):
+        pair = [first, second]
+        chance = policy.exp()[pair].prod().detach()
+        total = total + chance * (compare(rewards[pair], 2) * policy[pair]).mean()
+    (found,) = torch.autograd.grad(total, logits)
+    close(found, share * exact, atol=1e-12)
 
 
 def test_a_value_clipped_away_from_its_return_gets_no_gradient() -> None:

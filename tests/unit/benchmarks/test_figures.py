@@ -121,6 +121,13 @@ def test_mfu_divides_useful_work_by_what_the_peak_would_have_done_in_that_time()
     assert (found["first_loss"], found["second_loss"]) == (1.5, 1.2)
 
 
+def test_grpo_reads_with_the_reference_alone_and_learns_without_a_critic() -> None:
+    sharing = WORKS["grpo_lora"].contestants["ours"].sharing
+    phases = phase_flop("lora", MODEL, {"prompt_tokens": 30, "answer_tokens": 5}, sharing)
+    once = 100 * 35 + 10 * 5
+    assert phases == {"rollout": 2 * once, "score": 2 * once, "train": 4 * once}
+
+
 def test_sampling_counts_real_tokens_over_all_seeds() -> None:
     result = {
         "seconds": [1.0, 3.0],

@@ -58,6 +58,29 @@ def test_gradients_equal_those_of_log_softmax(
             close(mine.grad, other.grad, atol=1e-5)
 
 
+@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_an_entropy_has_the_gradient_of_the_whole_distributions_entropy(
+    monkeypatch: pytest.MonkeyPatch, figures: tuple[torch.Tensor, ...], temperature: float, trained: bool
+) -> None:
+    """Together with that of the log-probability, each with weights of its own."""
+    monkeypatch.setattr(head, "CHUNK", 3)
+    monkeypatch.setattr(head, "IN_CACHE", 2 * 11)
+    hidden, weight, labels = figures
+    upstream = torch.randn(2, 7, generator=torch.Generator().manual_seed(1))
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)]
+    theirs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    found = token_statistics(*ours, labels, temperature=temperature, entropy_gradient=True)
+    (found.logprobs * upstream[0] + found.entropy * upstream[1]).sum().backward()
+    plain = ((theirs[0] @ theirs[1].T) / temperature).log_softmax(-1)
+    entropy = -(plain.exp() * plain).sum(-1)
+    (plain.gather(-1, labels[:, None]).squeeze(-1) * upstream[0] + entropy * upstream[1]).sum().backward()
+    close(found.entropy.detach(), entropy.detach(), atol=1e-6)
+    for mine, other in zip(ours, theirs, strict=True):
+        if mine.requires_grad:
+            close(mine.grad, other.grad, atol=1e-5)
+
+
 def test_a_frozen_head_gets_no_gradient(figures: tuple[torch.Tensor, ...]) -> None:
     hidden, weight, labels = figures
     hidden = hidden.clone().requires_grad_()

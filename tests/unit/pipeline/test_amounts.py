@@ -149,3 +149,16 @@ def test_a_plan_refuses_sizes_that_no_machine_can_run(
     ]
     assert cli.main(["plan", "quickstart", *overrides, *wrong]) == 2
     assert "32 episodes do not divide by 3 completions a prompt" in capsys.readouterr().err
+
+
+def test_a_plan_refuses_groups_of_one_answer(
+    plan: MakePlan, overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("advantage=rloo", "critic=none", "prompt_baseline=false", "gae_lambda=0.95", "value_clip=0.2")
+    told = [f"stages.ppo.{each}" for each in (*settings, "optim.critic_lr=null")]
+    refuse_sizes(plan(*told))
+    assert cli.main(["plan", "quickstart", *overrides, *told, "stages.ppo.completions_per_prompt=1"]) == 2
+    assert (
+        "stages.ppo.completions_per_prompt: 1, but advantage 'rloo' compares the answers to a prompt; choose 2 or more"
+        in " ".join(capsys.readouterr().err.split())
+    )

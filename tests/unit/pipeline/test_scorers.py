@@ -295,6 +295,17 @@ def test_a_critic_starts_from_a_reward_model_of_ours_alone(plan: MakePlan, tmp_p
         assert said.startswith(f"stages.ppo.reward: '{ref}' is unused: no scorer is 'reward', and a critic ")
 
 
+def test_without_a_critic_only_a_scorer_reads_the_reward_model(plan: MakePlan) -> None:
+    told = ("prompt_baseline=false", "gae_lambda=0.95", "value_clip=0.2", "optim.critic_lr=null", "advantage=rloo")
+    without = ("stages.ppo.critic=none", *(f"stages.ppo.{each}" for each in told))
+    plan(*without)
+    assert fault(plan, *without, scorers(STYLE)) == (
+        "stages.ppo.reward: 'stage:reward' is unused: no scorer is 'reward', and there is no critic that could start "
+        "from it; write null, or add the scorer"
+    )
+    assert set(ppo(plan(*without, NO_REWARD, scorers(STYLE))).inputs) == {"init"}
+
+
 def test_without_a_reward_model_the_stage_waits_for_none(plan: MakePlan) -> None:
     planned = plan(NO_REWARD, scorers("source: length, target: 20"))
     assert set(ppo(planned).inputs) == {"init"}

@@ -11,6 +11,18 @@ from alignment.core.errors import ConfigError
 from tests.unit.pipeline.conftest import MakePlan
 
 DPO, PPO = "stages.dpo", "stages.ppo"
+WITHOUT = tuple(
+    f"{PPO}.{name}={value}"
+    for name, value in {
+        "advantage": "grpo",
+        "critic": "none",
+        "prompt_baseline": "false",
+        "gae_lambda": "0.95",
+        "value_clip": "0.2",
+        "optim.critic_lr": "null",
+    }.items()
+)
+"""The quickstart's PPO without a critic, and without the settings that only a critic has."""
 ONLY_LOW_RANK = "has no effect; only adapter.kind 'lora', 'dora', 'qlora', not"
 
 
@@ -41,6 +53,32 @@ def test_dropout_is_refused_where_passes_of_one_model_are_compared(plan: MakePla
             (f"{PPO}.critic_warmup=4", f"{PPO}.updates=4"),
             f"{PPO}.critic_warmup: in 4 of 4 updates only the critic learns, so the policy learns nothing",
         ),
+        (
+            (f"{PPO}.critic=none",),
+            f"{PPO}.critic: 'none', but advantage 'gae' needs a value model; choose 'separate' or",
+        ),
+        ((f"{PPO}.drop_ties=true",), f"{PPO}.drop_ties: True has no effect; only an advantage that compares answers"),
+        *(
+            ((*WITHOUT, f"{PPO}.{name}={value}"), f"{PPO}.{name}: {shown} has no effect; only advantage 'gae' uses it")
+            for name, value, shown in (
+                ("critic_warmup", "1", "1"),
+                ("prompt_baseline", "true", "True"),
+                ("gamma", "0.9", "0.9"),
+                ("gae_lambda", "1.0", "1"),
+                ("value_clip", "10.0", "10"),
+                ("value_coefficient", "0.5", "0.5"),
+                ("whiten_rewards", "true", "True"),
+                ("optim.critic_lr", "1e-3", "0.001"),
+            )
+        ),
+        *(
+            (
+                (*WITHOUT, f"{PPO}.advantage={advantage}", f"{PPO}.critic={critic}"),
+                f"{PPO}.critic: '{critic}', but advantage '{advantage}' has no value model; choose 'none'",
+            )
+            for advantage in ("rloo", "grpo", "dr_grpo")
+            for critic in ("separate", "shared")
+        ),
         ((f"{DPO}.too_long.side=right",), f"{DPO}.too_long.side: right has no effect; only too_long.do 'cut'"),
         (("stages.evaluate.judge.max_prompts=9",), "stages.evaluate.judge.max_prompts: 9 has no effect; only a"),
     ],
@@ -57,6 +95,8 @@ def test_the_same_settings_are_taken_where_they_are_read(plan: MakePlan) -> None
     plan(f"{PPO}.kl={{control: adaptive, target: 3, horizon: 50}}", f"{DPO}.too_long={{do: cut, side: right}}")
     plan(f"{PPO}.max_approxkl=0.1", f"{PPO}.ppo_epochs=1", f"{PPO}.num_minibatches=3")
     plan(f"{PPO}.critic_warmup=3", f"{PPO}.updates=4")
+    plan(*WITHOUT, f"{PPO}.drop_ties=true", f"{PPO}.clip_high=0.3", f"{PPO}.entropy_coefficient=0.01")
+    plan(f"{PPO}.kl.apply_to=loss", f"{PPO}.clip_high=0.3", f"{PPO}.entropy_coefficient=0.01")
     plan("stages.sft.adapter={kind: qlora, rank: 8, alpha: 8, dropout: 0.1}", f"{DPO}.adapter={{kind: full}}")
 
 

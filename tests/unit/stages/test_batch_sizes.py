@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from alignment.config.critic import Critic
 from alignment.config.overoptimisation import GuardConfig
 from alignment.stages.ppo.batch_sizes import size_faults
-from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig
+from alignment.stages.ppo.config import Advantage, PpoConfig, PpoOptimConfig
 
 
 def faults(processes: int, batch_size: int = 32, **fields: Any) -> list[str]:
@@ -30,6 +31,15 @@ def faults(processes: int, batch_size: int = 32, **fields: Any) -> list[str]:
             {"prompt_baseline": True},
             "stages.p.prompt_baseline: the baseline is the mean over the other completions of a prompt, but there are "
             "none; set completions_per_prompt to 2 or more",
+        ),
+        *(
+            (
+                1,
+                {"advantage": advantage, "critic": Critic.none},
+                f"stages.p.completions_per_prompt: 1, but advantage '{advantage.value}' compares the answers to a "
+                "prompt; choose 2 or more",
+            )
+            for advantage in (Advantage.rloo, Advantage.grpo, Advantage.dr_grpo)
         ),
         (
             3,

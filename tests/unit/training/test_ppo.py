@@ -20,11 +20,10 @@ from alignment.config.scoring import ScorerConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.models.assembly.roles import ValueHead
 from alignment.models.forward.answers import answer_stream, unwrapped
-from alignment.stages.ppo import learn
 from alignment.stages.ppo.config import KlConfig, KlControl
 from alignment.stages.ppo.learn import Learner
 from alignment.stages.ppo.trainer import PpoTrainer
-from alignment.training.rl import engine
+from alignment.training.rl import engine, policy_objective
 from alignment.training.rl.experience import Experience, Rollout
 from alignment.training.rl.rollouts import Rollouts
 from alignment.training.rl.step_metrics import UpdateMetrics
@@ -58,13 +57,13 @@ def test_nothing_has_changed_at_the_first_minibatch(
 ) -> None:
     """The ratio is one and the KL zero: rollout, training and reference agree on log-probabilities."""
     changes: list[torch.Tensor] = []
-    log_ratio = learn.log_ratio
+    log_ratio = policy_objective.log_ratio
 
     def noted(*args: torch.Tensor) -> torch.Tensor:
         changes.append(log_ratio(*args).detach())
         return log_ratio(*args)
 
-    monkeypatch.setattr(learn, "log_ratio", noted)
+    monkeypatch.setattr(policy_objective, "log_ratio", noted)
     run = bench(adapter=adapter, updates=1, num_minibatches=1, temperature=temperature)
     run.train()
     assert float(changes[0].abs().max()) < 1e-5
@@ -137,13 +136,13 @@ def test_every_episode_is_learned_from_once_an_epoch(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
-    minibatch = Learner._minibatch
+    minibatch = Learner.minibatch
 
-    def noted(self: Learner, *step: int) -> list[int]:
+    def noted(self: Learner, *step: Any) -> list[int]:
         seen.append(minibatch(self, *step))
         return seen[-1]
 
-    monkeypatch.setattr(Learner, "_minibatch", noted)
+    monkeypatch.setattr(Learner, "minibatch", noted)
     bench(updates=2, ppo_epochs=3, num_minibatches=4, optim=optim(batch_size=10)).train()
     epochs = [[row for rows in seen[start : start + 4] for row in rows] for start in range(0, len(seen), 4)]
     assert len(epochs) == 6

@@ -17,72 +17,16 @@ import torch
 from torch import Tensor
 
 from alignment.stages.ppo.config import KlConfig
-from alignment.stages.ppo.trainer import PpoTrainer
 from tests.oracles import gae as gae_oracle
 from tests.oracles import masked as masked_oracle
-from tests.tiny import tiny_model, tiny_scorer
 from tests.unit.training.ppo_bench import END, PROMPTS, Bench, TokenRewards, optim
+from tests.unit.training.ppo_steps import Plain, Rows, Weights, taken
 
 BETA, GAMMA, LAMBDA, CLIP, VALUE_CLIP, COEFFICIENT, PENALTY, MAX_NORM = 0.3, 0.9, 0.8, 0.02, 0.01, 0.7, 0.75, 0.5
-Weights = dict[str, Tensor]
 
 
 def score(answer: Sequence[int]) -> float:
     return sum(answer) / 16 - 2.0
-
-
-@dataclass
-class Taken:
-    """What a run left: weights before each step and gradients that its optimiser was given, and each update's rows."""
-
-    before: list[Weights]
-    gradients: list[Weights]
-    rows: list[list[tuple[list[int], list[int]]]]
-
-
-def taken(run: Bench, monkeypatch: pytest.MonkeyPatch) -> Taken:
-    found = Taken(before=[], gradients=[], rows=[])
-    step, collect = torch.optim.AdamW.step, PpoTrainer._collect
-    named = dict(run.roles.actor_critic.named_parameters())
-
-    def noted_step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        found.before.append({name: p.detach().double() for name, p in named.items()})
-        found.gradients.append({name: p.grad.double() for name, p in named.items() if p.grad is not None})
-        return step(self, *args, **kwargs)
-
-    def noted_collect(self: PpoTrainer, update: int) -> Any:
-        experience = collect(self, update)
-        pairs = zip(experience.prompts, experience.answers, strict=True)
-        found.rows.append([(list(prompt), list(answer)) for prompt, answer in pairs])
-        return experience
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", noted_step)
-    monkeypatch.setattr(PpoTrainer, "_collect", noted_collect)
-    run.train()
-    return found
-
-
-class Plain:
-    """Policy and value model in float64 by transformers alone; both of them learn."""
-
-    def __init__(self, weights: Weights) -> None:
-        self.policy = tiny_model(vocab_size=24).double()
-        self.value = tiny_scorer(vocab_size=24).double()
-        for part, model in (("policy.", self.policy), ("value.", self.value)):
-            own = {name.removeprefix(part): held for name, held in weights.items() if name.startswith(part)}
-            model.load_state_dict(own, strict=False)
-            assert {name for name, _ in model.named_parameters()} <= own.keys()
-
-    def says(self, rows: list[tuple[list[int], list[int]]]) -> tuple[list[Tensor], list[Tensor]]:
-        """Log-probabilities of answer tokens, and values before them."""
-        logprobs, values = [], []
-        for prompt, answer in rows:
-            ids = torch.tensor([prompt + answer])
-            at = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
-            logits = self.policy(ids).logits[0, at].log_softmax(-1)
-            logprobs.append(logits.gather(-1, torch.tensor(answer)[:, None])[:, 0])
-            values.append((self.value.model(ids).last_hidden_state[0, at] @ self.value.score.weight.T)[:, 0])
-        return logprobs, values
 
 
 @dataclass
@@ -96,7 +40,7 @@ class Figures:
     bound: dict[str, float]
 
 
-def oracle(reference: Plain, old: Plain, new: Plain, rows: list[tuple[list[int], list[int]]], **how: Any) -> Figures:
+def oracle(reference: Plain, old: Plain, new: Plain, rows: Rows, **how: Any) -> Figures:
     with torch.no_grad():
         at_start, (before, old_values) = reference.says(rows)[0], old.says(rows)
     advantages, returns = targets(rows, before, at_start, old_values, **how)
@@ -123,7 +67,7 @@ def oracle(reference: Plain, old: Plain, new: Plain, rows: list[tuple[list[int],
 
 
 def targets(
-    rows: list[tuple[list[int], list[int]]],
+    rows: Rows,
     before: list[Tensor],
     at_start: list[Tensor],
     values: list[Tensor],

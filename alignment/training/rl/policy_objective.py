@@ -1,0 +1,126 @@
+"""The loss of a policy on answers that it sampled: clipped ratios, a KL penalty if asked for, and an entropy bonus.
+
+Methods differ in what has a ratio, a token or a whole answer, and in how the terms of tokens are averaged. All terms
+are sums over tokens, divided by a number of the whole minibatch, so that neither micro-batches nor processes change the
+gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from alignment.algos.kl import k3
+from alignment.algos.ppo import answer_log_ratio, clipped_policy_loss, log_ratio
+
+
+class Average(str, Enum):
+    """How the terms of tokens become the loss of a minibatch.
+
+    ``tokens`` is the mean over all tokens. The others are means over answers: of the mean over an answer's tokens
+    (``token_means``), of their sum (``token_sums``), or of their sum divided by a constant (``constant_length``).
+    """
+
+    tokens = "tokens"
+    token_means = "token_means"
+    token_sums = "token_sums"
+    constant_length = "constant_length"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """What a micro-batch's answers were when they were sampled: ``[rows, tokens]`` float32, zero outside the mask."""
+
+    logprobs: Tensor
+    reference_logprobs: Tensor
+    advantages: Tensor
+    response_mask: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyLoss:
+    """A micro-batch's share of the loss.
+
+    ``total`` is what the policy learns from. ``policy`` and ``kl`` are its terms, without coefficients and gradients;
+    ``kl`` is None if the KL is not in the loss. ``change`` is log π/π_old of tokens, ``[rows, tokens]``; ``ratio`` are
+    the ratios that were clipped, in the same shape. Neither carries gradients.
+    """
+
+    total: Tensor
+    policy: Tensor
+    kl: Tensor | None
+    change: Tensor
+    ratio: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyObjective:
+    """The objective of a method.
+
+    ``clip`` and ``clip_high`` are how far a ratio may fall below 1 and rise above it. With ``whole_answers`` the ratio
+    is that of an answer's probability, else of a token's. ``max_new_tokens`` is the constant of
+    ``Average.constant_length``. With ``kl_in_loss`` the k3 estimate of the KL is added, with its gradient, averaged as
+    the policy's terms are. ``entropy_coefficient`` times the mean entropy of all tokens is subtracted.
+    """
+
+    average: Average
+    whole_answers: bool
+    clip: float
+    clip_high: float
+    max_new_tokens: int
+    kl_in_loss: bool
+    entropy_coefficient: float
+
+    def divisor(self, response_mask: Tensor) -> Tensor:
+        """What a minibatch's sum is divided by, a scalar; ``response_mask`` is that of the whole minibatch."""
+        if self.average is Average.tokens:
+            return response_mask.sum().float()
+        answers = torch.tensor(float(len(response_mask)), device=response_mask.device)
+        return answers * self.max_new_tokens if self.average is Average.constant_length else answers
+
+    def loss(
+        self,
+        logprobs: Tensor,
+        entropy: Tensor,
+        sampled: Sampled,
+        *,
+        kl_coefficient: float,
+        divisor: Tensor,
+        tokens: Tensor,
+    ) -> PolicyLoss:
+        """A micro-batch's share. ``logprobs`` and ``entropy`` are ``[rows, tokens]`` of the policy as it is now.
+
+        ``divisor`` is the minibatch's, and ``tokens`` the number of its answer tokens; both are infinite for rows that
+        must not count.
+        """
+        mask, advantages = sampled.response_mask, sampled.advantages
+        change = log_ratio(logprobs, sampled.logprobs)
+        if self.whole_answers:
+            ratio = answer_log_ratio(logprobs, sampled.logprobs, mask).exp()
+            weights, advantages = torch.ones_like(ratio), advantages[:, :1]  # an answer has one advantage
+        else:
+            ratio, weights = change.exp(), self._weights(mask)
+        clipped = clipped_policy_loss(ratio, advantages, weights, clip=self.clip, clip_high=self.clip_high)
+        policy = total = clipped / divisor
+        kl = None
+        if self.kl_in_loss:
+            kl = (k3(logprobs, sampled.reference_logprobs) * self._weights(mask)).sum() / divisor
+            total = total + kl_coefficient * kl
+        if self.entropy_coefficient:
+            total = total - self.entropy_coefficient * (entropy * mask).sum() / tokens
+        return PolicyLoss(
+            total=total,
+            policy=policy.detach(),
+            kl=None if kl is None else kl.detach(),
+            change=change.detach(),
+            ratio=ratio.detach().expand_as(mask),
+        )
+
+    def _weights(self, response_mask: Tensor) -> Tensor:
+        """``[rows, tokens]``: what each token counts before the division by the minibatch's number."""
+        if self.average is Average.token_means:
+            return response_mask / response_mask.sum(-1, keepdim=True)
+        return response_mask
