@@ -54,6 +54,7 @@ FRACTION = Rule(lambda value: 0 <= value <= 1, "from 0 to 1")
 PATTERN = Rule(lambda value: _compiles(value), "a regular expression as Python writes them")
 BETWEEN = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 BELOW_ONE = Rule(lambda value: 0 <= value < 1, "from 0 to below 1")
+BELOW_HALF = Rule(lambda value: 0 <= value < 0.5, "from 0 to below 0.5")
 PORT = Rule(lambda value: 0 < value < 65536, "a port from 1 to 65535")
 SLURM_WORD = Rule(
     lambda value: re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._,-]{0,127}", value) is not None,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from alignment.core.errors import DataError
 
@@ -75,6 +76,11 @@ class Fields:
         value = self.row.get(field)
         return str(value) if isinstance(value, (str, int)) else ""
 
+    def number(self, field: str) -> float | None:
+        """A finite number; None if the field is absent or something else."""
+        value = self.row.get(field)
+        return float(value) if is_number(value) and math.isfinite(value) else None
+
     def flag(self, field: str) -> bool:
         """True or false, also as files without booleans write them: 1, 0, "true", "false"."""
         value = self.required(field)
@@ -116,6 +122,11 @@ class Fields:
 def is_text(value: Any) -> bool:
     """Whether ``value`` is text that is not blank."""
     return isinstance(value, str) and bool(value.strip())
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether ``value`` is a number, and not true or false."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _listed(names: Sequence[str]) -> str:

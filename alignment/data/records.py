@@ -7,21 +7,28 @@ record's ``FILE:LINE``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, ClassVar, Protocol, Self
 
+from alignment.core.errors import DataError
 from alignment.data.fields import Fields
 from alignment.data.turns import Message
+
+SCORE_COLUMNS = ("chosen_score", "rejected_score")
+"""Columns with the scores of a pair's answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """An answer to the last user turn; of two, the one with the higher ``rank`` is better."""
+    """An answer to the last user turn; of two, the one with the higher ``rank`` is better. ``score`` is a number that
+    the row gives it on any scale."""
 
     text: str
     rank: float
+    score: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +110,8 @@ class Conversation:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreferencePair:
     """Two answers to one prompt, the better one first. ``flaw`` says in a word what is wrong with ``rejected``,
-    ``subset`` to which part of a benchmark the pair belongs. ``row`` is the whole row, for a rule that looks at more.
+    ``subset`` to which part of a benchmark the pair belongs. ``scores`` are those of the chosen and of the rejected
+    answer, if the row has both. ``row`` is the whole row, for a rule that looks at more.
 
     Example row: ``{"messages": [{"role": "user", "content": "2 + 2?"}], "chosen": "4.", "rejected": "5."}``
     """
@@ -118,6 +126,7 @@ class PreferencePair:
     task: str = ""
     flaw: str = ""
     subset: str = ""
+    scores: tuple[float, float] | None = None
     row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     where: str = field(default="", compare=False)
 
@@ -137,9 +146,47 @@ class PreferencePair:
             if better.text.strip() == worse.text.strip():
                 fields.fail("rejected", "is the same as 'chosen', so there is no preference")
             num_pairs += 1
-            yield cls(messages=example.prompt(), chosen=better.text, rejected=worse.text, tools=example.tools, **shared)
+            yield cls(
+                messages=example.prompt(),
+                chosen=better.text,
+                rejected=worse.text,
+                tools=example.tools,
+                scores=_scores(fields, better, worse),
+                **shared,
+            )
         if not num_pairs:
             fields.set_aside("answers", "all have the same rank")
+
+    def margin(self) -> float:
+        """By how much the chosen answer scores higher.
+
+        Raises:
+            DataError: the row has no scores, or they contradict the preference.
+        """
+        if self.scores is None:
+            raise DataError(
+                f"the row has no numbers in {' and '.join(map(repr, SCORE_COLUMNS))}, which 'margin' learns from",
+                where=self.where,
+                remedy=f"add them, name your columns (data.columns={{{SCORE_COLUMNS[0]}: YOURS}}), or set margin=0",
+            )
+        chosen, rejected = self.scores
+        if chosen < rejected:
+            raise DataError(
+                f"the chosen answer scores {chosen:g}, less than the rejected one with {rejected:g}",
+                where=self.where,
+                remedy="exchange the answers or remove the row; scores must agree with the preference",
+            )
+        return chosen - rejected
+
+
+def _scores(fields: Fields, better: Answer, worse: Answer) -> tuple[float, float] | None:
+    """The scores of two answers, from the answers themselves or from columns of their own."""
+    chosen, rejected = better.score, worse.score
+    if chosen is None or rejected is None:
+        chosen, rejected = (fields.number(name) for name in SCORE_COLUMNS)
+    if chosen is None or rejected is None or not math.isfinite(chosen - rejected):
+        return None
+    return float(chosen), float(rejected)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,6 +27,7 @@ from alignment.config.tracking import TrackingConfig
 from alignment.config.typed import field_types, kinds_of, listed_dataclass
 from alignment.pipeline.execute.run import ReportSettings
 from alignment.stages.registry import config_classes
+from alignment.stages.shared.kind_answers import LimitedConfig
 from alignment.stages.shared.language_model import LanguageModelConfig
 from alignment.stages.shared.preference_pairs import PairsConfig
 
@@ -88,7 +89,7 @@ REFERENCES = {
 }
 
 
-PROTOCOLS: list[Any] = [TrainedConfig, LanguageModelConfig, PairsConfig, ReportSettings]
+PROTOCOLS: list[Any] = [TrainedConfig, LanguageModelConfig, LimitedConfig, PairsConfig, ReportSettings]
 """By which functions that several kinds of stage share read settings."""
 
 

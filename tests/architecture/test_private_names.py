@@ -172,6 +172,7 @@ CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
     "_get_grad_norm": ("transformers", lambda: has(transformers.Trainer, "_get_grad_norm", "model", "grad_norm")),
     "_prepare_inputs": ("transformers", lambda: has(transformers.Trainer, "_prepare_inputs", "inputs")),
     # ---- trl
+    "_compute_loss": ("trl", lambda: has(trl.DPOTrainer, "_compute_loss", "model", "inputs", "return_outputs")),
     "_prepare_dataset": ("trl", lambda: has(trl.DPOTrainer, "_prepare_dataset", "dataset")),
     "_precompute_ref_logps": ("trl", lambda: has(trl.DPOTrainer, "_precompute_ref_logps", "dataset")),
     "_compute_kl_logps": ("trl", lambda: has(trl.KTOTrainer, "_compute_kl_logps", "model", "batch")),

@@ -24,6 +24,7 @@ from alignment.config.scoring import ScorerConfig
 from alignment.config.stage import StageConfig
 from alignment.core.artifacts import verify
 from alignment.job import StageInput, StageSpec
+from alignment.stages.dpo.config import DpoLoss
 from alignment.stages.ppo.config import KlConfig, KlControl
 from alignment.stages.ppo.learn import Learner
 from alignment.training.context import StageContext
@@ -137,6 +138,39 @@ def test_it_trains_what_one_process_trains(
     for name, held in ours.items():
         assert held.shape == theirs[name].shape
         close(held, theirs[name], atol=1e-5)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("settings", "adapter", "sharding"),
+    [
+        ({"loss": DpoLoss.orpo}, FULL, ZERO3),
+        ({"loss": DpoLoss.orpo}, FULL, FSDP),
+        ({"loss": DpoLoss.simpo, "target_margin": 0.5, "nll_weight": 0.5}, LORA, NONE),
+        ({"label_smoothing": 0.1, "nll_weight": 0.5}, LORA, FSDP),
+        ({"label_smoothing": 0.1, "nll_weight": 0.5}, FULL, ZERO3),
+    ],
+    ids=["orpo-zero3", "orpo-fsdp", "simpo-ddp", "conservative-fsdp", "conservative-zero3"],
+)
+def test_losses_of_ours_and_the_changes_of_answers_are_those_of_one_process(
+    tmp_path: Path, settings: dict[str, Any], adapter: AdapterConfig, sharding: Sharding
+) -> None:
+    steady: Any = ragged(steadied("dpo", adapter))
+    config = replace(steady, **settings)
+    results = []
+    for shared in (False, True):
+        chained = Chained(tmp_path / str(shared))
+        spec = shared_out(chained, "dpo", adapter, sharding if shared else NONE, config=config)
+        if shared:
+            assert on_processes(spec) == [0, 0], logs(spec)
+        else:
+            chained.run("dpo", adapter, config=config)
+        metrics = verify(spec.artifact, content=False).metrics
+        assert abs(metrics["logps/chosen_change"]) > 0.1
+        results.append((figures(spec.artifact, "dpo"), list(metrics.values())))
+    (alone, alone_metrics), (together, together_metrics) = results
+    close(together, alone, atol=1e-4, rtol=1e-4)
+    close(together_metrics, alone_metrics, atol=1e-4, rtol=1e-4)
 
 
 @needs_deepspeed

@@ -8,7 +8,10 @@ the proportion does, so nothing else depends on their being enumerated rather th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
@@ -39,12 +42,19 @@ def pairs_of(bandit: Bandit) -> list[TokenizedPair]:
     ]
 
 
-def learned(folder: Path, bandit: Bandit, adapter: AdapterConfig, *, seed: int) -> Tensor:
-    """``[prompts, tokens]`` log-probabilities after DPO on all pairs at once."""
-    pairs = pairs_of(bandit)
+def learned(
+    folder: Path,
+    bandit: Bandit,
+    adapter: AdapterConfig,
+    pairs: list[TokenizedPair],
+    *,
+    seed: int,
+    loss: Mapping[str, Any] = MappingProxyType({"beta": BETA}),
+) -> Tensor:
+    """``[prompts, tokens]`` log-probabilities after DPO on all ``pairs`` at once, with these settings of its loss."""
     config = DpoConfig(
         adapter=adapter,
-        beta=BETA,
+        **loss,
         optim=OptimConfig(
             lr=1e-2,
             batch_size=len(pairs),
@@ -69,7 +79,7 @@ def run(folder: Path) -> list[Claim]:
     claims = task_claims(bandits)
     for mode in MODES[:2]:  # DPO has no critic
         policies = [
-            learned(folder / f"{mode.name}-{seed}", bandit, mode.adapter, seed=seed)
+            learned(folder / f"{mode.name}-{seed}", bandit, mode.adapter, pairs_of(bandit), seed=seed)
             for seed, bandit in zip(SEEDS, bandits, strict=True)
         ]
         claims += policy_claims(mode.name, bandits, policies)

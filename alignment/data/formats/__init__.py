@@ -22,6 +22,7 @@ from alignment.data.formats.plain import (
     TEXT,
 )
 from alignment.data.formats.voted_pairs import VOTES
+from alignment.data.records import SCORE_COLUMNS
 
 # Formats that need more columns come earlier, because the first one that fits a row is taken.
 _IN_ORDER = (
@@ -44,7 +45,7 @@ _IN_ORDER = (
     TEXT,
 )
 FORMATS: dict[str, Format] = {form.name: form for form in _IN_ORDER}
-_BESIDE = ("system", "history", "input", "tools", "reference", "id", "task", "flaw", "subset")
+_BESIDE = ("system", "history", "input", "tools", "reference", "id", "task", "flaw", "subset", *SCORE_COLUMNS)
 COLUMNS = sorted({*PROMPTS, *_BESIDE, *(name for form in _IN_ORDER for name in json.loads(form.row))})
 """Every column that a format or a record reads."""
 

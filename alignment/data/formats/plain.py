@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from alignment.data.fields import Fields, is_text
+from alignment.data.fields import Fields, is_number, is_text
 from alignment.data.formats.form import PROMPTS, Format, answer_text, asked, holds, is_question
 from alignment.data.records import Answer, Example
 from alignment.data.turns import Message, tools_of
@@ -41,15 +41,11 @@ def _answer(fields: Fields, number: int, completion: Any) -> Answer:
     text = next((completion[name] for name in _TEXTS if is_text(completion.get(name))), None)
     if text is None:
         fields.fail(at, f"has no text under any of {', '.join(_TEXTS)}")
-    named = {name: completion[name] for name in _SCORES if _is_number(completion.get(name))}
+    named = {name: completion[name] for name in _SCORES if is_number(completion.get(name))}
     if not named:
         fields.fail(at, f"has no number under any of {', '.join(_SCORES)}")
     name, value = next(iter(named.items()))
-    return Answer(text=text, rank=-value if name == "rank" else value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return Answer(text=text, rank=-value) if name == "rank" else Answer(text=text, rank=value, score=value)
 
 
 def _chosen(fields: Fields) -> Example:

@@ -76,7 +76,9 @@ class Job:
     @property
     def schema(self) -> pa.Schema:
         """Columns of the token rows, and where in the source each comes from."""
-        return pa.schema([("where", pa.string()), *((name, pa.list_(pa.int32())) for name in self.kind.columns)])
+        ids = ((name, pa.list_(pa.int32())) for name in self.kind.columns)
+        numbers = ((name, pa.float64()) for name in self.kind.numbers)
+        return pa.schema([("where", pa.string()), *ids, *numbers])
 
     def __call__(self, rows: Sequence[Unparsed], at_most: int | None = None) -> Chunk:
         """The token rows of the first ``at_most`` records of these rows, or of all."""
@@ -101,6 +103,8 @@ class Job:
                 columns["where"].append(tokenized_record.record.where)
                 for name, ids in row_of_ids.items():
                     columns[name].append(ids)
+                for name, number_of in self.kind.numbers.items():
+                    columns[name].append(number_of(tokenized_record.record))
         return Chunk(
             batch=pa.RecordBatch.from_pydict(columns, schema=self.schema),
             notes=notes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from alignment.core.deadline import watched
@@ -25,6 +25,8 @@ PROMPT = "prompt"
 """The name of a row's prompt; all other texts are answers."""
 DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
 """The names of labelled answers."""
+MARGIN = "margin"
+"""The column with a pair's difference of scores, which no model takes."""
 
 Texts = dict[str, list[Segment]]
 Row = dict[str, list[int]]
@@ -35,10 +37,10 @@ class Kind:
     """How records of one type become rows.
 
     ``texts`` renders a record, ``rows`` makes rows of token ids with the ``columns`` of its parts. ``asked`` gives the
-    messages and tools of the prompt.
+    messages and tools of the prompt. ``numbers`` are further columns, with a number of the record in each.
 
     Raises:
-        DataError: from ``texts``, if the record cannot be rendered.
+        DataError: from ``texts``, if the record cannot be rendered or lacks a number.
     """
 
     name: str
@@ -47,6 +49,12 @@ class Kind:
     texts: Callable[[Any, Any], Texts]
     asked: Callable[[Any], tuple[Sequence[Message], Tools]]
     rows: Callable[[Any, Parts, Limits], list[Row]]
+    numbers: Mapping[str, Callable[[Any], float]] = field(default_factory=dict)
+
+    @property
+    def all_columns(self) -> tuple[str, ...]:
+        """Columns of token ids, then those of numbers."""
+        return (*self.columns, *self.numbers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +181,11 @@ def _pair_texts(tokenizer: Any, record: PreferencePair) -> Texts:
     }
 
 
+def _scored_pair_texts(tokenizer: Any, record: PreferencePair) -> Texts:
+    record.margin()  # a pair without one has no texts
+    return _pair_texts(tokenizer, record)
+
+
 def _pair_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
     return [{PROMPT: parts.prompt.ids, **{name: tokens.ids for name, tokens in parts.answers.items()}}]
 
@@ -226,6 +239,7 @@ LABELLED_ANSWERS = Kind(
     asked=_asked,
     rows=_labelled_rows,
 )
+SCORED_PAIRS = replace(PAIRS, name="scored pair", texts=_scored_pair_texts, numbers={MARGIN: PreferencePair.margin})
 PROMPTS = Kind(
     name="prompt",
     record=Prompt,

@@ -9,7 +9,7 @@ from typing import Annotated
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
 from alignment.config.optim import OptimConfig
-from alignment.config.rules import POSITIVE
+from alignment.config.rules import BELOW_HALF, NOT_NEGATIVE, POSITIVE
 from alignment.config.stage_fields import not_identity, reference_to
 from alignment.config.too_long import TooLongConfig
 from alignment.config.validation import ValidationConfig
@@ -17,18 +17,34 @@ from alignment.core.fingerprint import IF_SET
 
 
 class DpoLoss(str, Enum):
-    """Those preference losses of TRL's DPO trainer that we test.
+    """Losses of a pair. h is β times Δ, the log-ratio to the reference of the chosen answer, less that of the rejected.
 
-    Δ is the log-ratio to the reference of the chosen answer, less that of the rejected one. ``sigmoid``: −log σ(β Δ),
-    with log-ratios summed over an answer's tokens (Rafailov et al. 2023). ``sigmoid_norm``: the same with means over
-    the tokens (Lambert et al. 2024); use a larger beta. ``hinge``: max(0, 1 − β Δ) (Zhao et al. 2023). ``ipo``:
-    (Δ − 1/(2 β))² with means (Azar et al. 2023).
+    ``sigmoid``: −log σ(h), with log-ratios summed over an answer's tokens (Rafailov et al. 2023). ``sigmoid_norm``: the
+    same with means over the tokens (Lambert et al. 2024); use a larger beta. ``hinge``: max(0, 1 − h) (Zhao et al.
+    2023). ``ipo``: (Δ − 1/(2 β))² with means (Azar et al. 2023). ``robust``: ``sigmoid``, unbiased although a share
+    ``label_smoothing`` of the labels is flipped (Chowdhury et al. 2024). ``apo_zero``: raises chosen answers and
+    lowers rejected ones, each against the reference; ``apo_down``: lowers both, rejected ones more (D'Oosterlinck et
+    al. 2024, eqs. 7 and 8).
+
+    Two take no reference. ``simpo``: −log σ(β (m_c − m_r) − ``target_margin``), with the means m of log p over an
+    answer's tokens (Meng et al. 2024, eq. 6). ``orpo``: −m_c − ``odds_weight`` log σ(log odds of chosen over rejected),
+    where an answer's probability is exp(m) (Hong et al. 2024, eq. 6); it does not need a policy that SFT trained.
     """
 
     sigmoid = "sigmoid"
     sigmoid_norm = "sigmoid_norm"
     hinge = "hinge"
     ipo = "ipo"
+    robust = "robust"
+    apo_zero = "apo_zero"
+    apo_down = "apo_down"
+    simpo = "simpo"
+    orpo = "orpo"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares the policy with its start."""
+        return self not in (DpoLoss.simpo, DpoLoss.orpo)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,7 +52,15 @@ class DpoConfig:
     """Direct preference optimisation (Rafailov et al. 2023). The reference is the policy at the start of the stage.
 
     With ``precompute_reference`` its log-probabilities are computed once and cached next to the artifacts, which pays
-    off over several epochs, or several stages on the same pairs. Otherwise they are computed in every step.
+    off over several epochs, or several stages on the same pairs. Otherwise they are computed in every step. A loss
+    without a reference computes none.
+
+    ``label_smoothing`` is the share of labels that are flipped: of ``sigmoid`` and ``sigmoid_norm`` it makes the
+    conservative loss (Mitchell 2023), and ``robust`` needs it. ``nll_weight`` adds the negative log-likelihood of the
+    chosen answer, divided by its tokens (α of Pang et al. 2024). ``margin`` times the difference of a pair's
+    scores is subtracted from h (Amini et al. 2024, with their f the identity); then rows need scores. ``target_margin``
+    is γ of ``simpo``, which needs it. ``odds_weight`` is λ of ``orpo``; its default is that of Hong et al. for
+    Mistral 7B.
     """
 
     kind: str = "dpo"
@@ -50,6 +74,11 @@ class DpoConfig:
     too_long: TooLongConfig = field(default_factory=TooLongConfig)
     beta: Annotated[float, POSITIVE] = 0.1
     loss: DpoLoss = DpoLoss.sigmoid
+    label_smoothing: Annotated[float, BELOW_HALF] = field(default=0.0, metadata=IF_SET)
+    nll_weight: Annotated[float, NOT_NEGATIVE] = field(default=0.0, metadata=IF_SET)
+    margin: Annotated[float, NOT_NEGATIVE] = field(default=0.0, metadata=IF_SET)
+    target_margin: Annotated[float | None, NOT_NEGATIVE] = field(default=None, metadata=IF_SET)
+    odds_weight: Annotated[float, POSITIVE] = field(default=0.1, metadata=IF_SET)
     precompute_reference: bool = field(default=False, metadata={"identity": False})
     validation: ValidationConfig = field(default_factory=ValidationConfig, metadata=IF_SET)
     log_every: Annotated[int, POSITIVE] = not_identity(1)

@@ -9,10 +9,9 @@ from typing import Any
 from alignment.config.adapter import AdapterKind
 from alignment.config.launch import LaunchConfig
 from alignment.core.artifacts import POLICY
-from alignment.data.records import PreferencePair
-from alignment.data.tokens.row_kinds import PAIRS
 from alignment.stages.base import LOSS, Curve, DataSlot, LaunchShape, Learning, Outcome, Refusal, Reported, StageKind
 from alignment.stages.dpo.config import DpoConfig, DpoLoss
+from alignment.stages.dpo.loss_settings import loss_faults
 from alignment.stages.shared.kind_answers import (
     ROW_COUNTS,
     and_held_out,
@@ -21,12 +20,17 @@ from alignment.stages.shared.kind_answers import (
     handed_on,
     held_out_slot,
     limits_of_parts,
+    pair_slot,
     why_not_validated,
 )
 
+CHANGES = ("logps/chosen_change", "logps/rejected_change")
+"""By how many nats log p of an answer changed in training, on average."""
+HALVED = math.log(2)
+
 
 def _data(config: DpoConfig) -> list[DataSlot]:
-    own = DataSlot(field="data", data=config.data, record=PreferencePair, rows=PAIRS)
+    own = pair_slot(config.data, config.margin)
     return [own, held_out_slot(config.validation, own)]
 
 
@@ -37,17 +41,28 @@ def _refusals(config: DpoConfig, _: LaunchConfig) -> Iterator[Refusal]:
 
 
 def _reported(config: DpoConfig) -> Reported:
-    own = Reported(training=("loss", "rewards/accuracies", "rewards/margins"), counts=ROW_COUNTS)
+    own = Reported(training=("loss", "rewards/accuracies", "rewards/margins", *CHANGES), counts=ROW_COUNTS)
     return and_held_out(own, config.validation)
 
 
+def _doubts(metrics: Mapping[str, float]) -> list[str]:
+    chosen, rejected = (metrics.get(name, 0.0) for name in CHANGES)
+    if max(chosen, rejected) >= -HALVED:
+        return []
+    return [
+        "chosen and rejected answers both became less than half as likely: on the first batch, log p fell by "
+        f"{-chosen:.3g} nats for chosen and {-rejected:.3g} for rejected ones, so the policy gives other answers; "
+        "nll_weight=1 keeps chosen answers likely (Pang et al. 2024), and a smaller optim.lr or a larger beta may too"
+    ]
+
+
 def _curves(settings: Mapping[str, Any]) -> list[Curve]:
-    """Only the sigmoid loss starts at ln 2, so the other losses get no guide line."""
-    sigmoid = settings.get("loss", DpoLoss.sigmoid.value) == DpoLoss.sigmoid.value
+    """Charts of an older result too, whose settings lack the newer ones."""
+    unit = "log odds" if settings.get("loss") == DpoLoss.orpo.value else "implicit reward"
     charts = [
-        curve("Loss", "dotted: ln 2, where training starts", "loss", math.log(2)) if sigmoid else LOSS,
+        curve("Loss", "dotted: ln 2, where training starts", "loss", math.log(2)) if _from_ln2(settings) else LOSS,
         curve("Accuracy", "share of pairs; dotted: chance", "rewards/accuracies", 0.5),
-        curve("Margin", "implicit reward, chosen − rejected", "rewards/margins", 0.0),
+        curve("Margin", f"{unit}, chosen − rejected", "rewards/margins", 0.0),
         Curve(
             title="Log-probability of the answers",
             unit="nats",
@@ -58,9 +73,17 @@ def _curves(settings: Mapping[str, Any]) -> list[Curve]:
     return beside_held_out(charts, settings, loss="loss", accuracy="rewards/accuracies")
 
 
+def _from_ln2(settings: Mapping[str, Any]) -> bool:
+    """Whether the loss starts at ln 2 whatever the rows are."""
+    own_terms = any(settings.get(name) for name in ("nll_weight", "margin"))
+    return settings.get("loss", DpoLoss.sigmoid.value) in _FROM_LN2 and not own_terms
+
+
 def _against_forgetting(name: str) -> str:
     return f"raise stages.{name}.beta, lower its optim.lr or train fewer epochs; add replay only to the SFT before it"
 
+
+_FROM_LN2 = (DpoLoss.sigmoid.value, DpoLoss.sigmoid_norm.value, DpoLoss.robust.value)
 
 KIND = StageKind(
     name="dpo",
@@ -71,9 +94,14 @@ KIND = StageKind(
     run="alignment.stages.dpo.run:run",
     data=_data,
     curves=_curves,
+    faults=lambda config, _, where: loss_faults(config, where),
     launch=LaunchShape(refusals=_refusals),
     learning=Learning(limits=limits_of_parts, from_preferences=True),
     outcome=Outcome(
-        metrics=_reported, why_missing=why_not_validated, lines=handed_on, against_forgetting=_against_forgetting
+        metrics=_reported,
+        why_missing=why_not_validated,
+        doubts=_doubts,
+        lines=handed_on,
+        against_forgetting=_against_forgetting,
     ),
 )

@@ -8,26 +8,24 @@ sigmoid loss starts at ln 2; otherwise the stage stops with an error.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import TaskType
 from trl import DPOConfig as TrlDpoConfig
-from trl import DPOTrainer
 
-from alignment.data.tokens.row_kinds import PAIRS
+from alignment.data.tokens.row_kinds import MARGIN
 from alignment.models.assembly.load import Lineage
 from alignment.stages.dpo.config import DpoConfig, DpoLoss
+from alignment.stages.dpo.first_batch import FirstBatch
+from alignment.stages.dpo.pair_losses import PairLogprobs, implicit_rewards, nll_of_chosen, own_loss
+from alignment.stages.dpo.pair_trainer import PairTrainer, WithMargins
 from alignment.stages.shared.initial import initial_model, initial_policy
-from alignment.stages.shared.kind_answers import limits_of_parts
+from alignment.stages.shared.kind_answers import limits_of_parts, pair_rows
 from alignment.stages.shared.preference_pairs import pair_tokens, read_pairs
 from alignment.stages.shared.reference_cache import Reference
 from alignment.stages.shared.result import StageResult, save_model
-from alignment.stages.shared.start_check import StartRow, refuse_other_reference
 from alignment.stages.shared.start_reference import (
-    AgainstStart,
     copy_of_start,
     make_ready,
     precomputed_reference,
@@ -37,23 +35,24 @@ from alignment.stages.shared.validation_rows import hold_out
 from alignment.training.context import StageContext
 from alignment.training.held_out import HeldOutRows
 from alignment.training.looks import Validation, of_handed_on
-from alignment.training.micro_batches import Unit
 from alignment.training.session import train
 from alignment.training.trainer_arguments import common_arguments
 
 DIVERGED = 10
-"""A loss this many times the loss at the start, where policy and reference are equal, cannot be noise."""
+"""A loss this many times the loss at the start cannot be noise."""
 ANSWERS = ("chosen", "rejected")
+_REPLACED = "sigmoid"
+"""What TRL computes where one of our losses takes its place."""
 
 
 def run(config: DpoConfig, context: StageContext) -> StageResult:
     """Pairs and a policy in, policy out."""
     start, tokenizer = initial_policy(context)
     pairs, counts = read_pairs(config, context, tokenizer, located=config.validation.takes_rows)
-    learned, held_out = hold_out(config, context, pairs, PAIRS, limits_of_parts(config), tokenizer)
+    learned, held_out = hold_out(config, context, pairs, pair_rows(config.margin), limits_of_parts(config), tokenizer)
     counts["rows"] = float(len(learned))
     trainer = _trainer(config, context, start, tokenizer, learned, held_out)
-    check_start(trainer)
+    first = check_start(trainer)
     for reference in (trainer.precomputed, trainer.precomputed_held_out):
         if reference is not None and context.is_main:
             reference.keep()
@@ -61,25 +60,18 @@ def run(config: DpoConfig, context: StageContext) -> StageResult:
         trainer,
         context,
         headline="loss",
-        ceiling=DIVERGED * start_loss(config),
+        ceiling=DIVERGED * start_loss(config, first.start),
         validation=_validation(config, context, trainer, held_out),
     )
     metrics = {
         "loss": last["loss"],
         "rewards/accuracies": last["rewards/accuracies"],
         "rewards/margins": last["rewards/margins"],
+        **first.changes(),
         **counts,
         **of_handed_on(last),
     }
     return save_model(trainer.model, tokenizer, context, start, metrics)
-
-
-class TokenizedDpoTrainer(AgainstStart, DPOTrainer):
-    """TRL's trainer on tokenised pairs, with each optimiser batch split into micro-batches."""
-
-    unit = Unit.pairs
-    accuracy_metric = "rewards/accuracies"
-    precomputed_held_out: Reference | None = None
 
 
 def _trainer(
@@ -89,7 +81,8 @@ def _trainer(
     tokenizer: Any,
     pairs: Dataset,
     held_out: Dataset | None = None,
-) -> TokenizedDpoTrainer:
+) -> PairTrainer:
+    needs_reference = config.loss.needs_reference
     policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=False)
     reference = precomputed = precomputed_held_out = None
 
@@ -100,28 +93,42 @@ def _trainer(
     if config.precompute_reference:
         precomputed = computed(pairs)
         precomputed_held_out = None if held_out is None else computed(held_out)
-    else:
+    elif needs_reference:
         reference = copy_of_start(policy, context)
-    trainer = TokenizedDpoTrainer(
+    trainer = PairTrainer(
         model=policy,
         ref_model=reference,
         args=TrlDpoConfig(
             **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
             beta=config.beta,
-            loss_type=config.loss.value,
+            loss_type=config.loss.value if needs_reference else _REPLACED,
+            label_smoothing=config.label_smoothing if config.loss is DpoLoss.robust else 0.0,
             max_length=None,
-            precompute_ref_log_probs=config.precompute_reference,
+            # Without a reference, this keeps TRL from loading one.
+            precompute_ref_log_probs=config.precompute_reference or not needs_reference,
+            remove_unused_columns=False,  # a pair may have a margin
         ),
         train_dataset=_dataset(pairs, precomputed),
         processing_class=tokenizer,
     )
     trainer.precomputed_held_out = precomputed_held_out
+    _set_loss(trainer, config)
     make_ready(trainer, policy, reference, precomputed, config.optim, context)
     return trainer
 
 
+def _set_loss(trainer: PairTrainer, config: DpoConfig) -> None:
+    """Sets what TRL's loss lacks. TRL then takes the reference's log-probabilities from the batch."""
+    trainer.needs_reference = config.loss.needs_reference
+    trainer.own_loss, trainer.implicit_rewards = own_loss(config), implicit_rewards(config)
+    trainer.nll_weight = config.nll_weight
+    trainer.precompute_ref_logps |= trainer.has_own_terms
+    if config.margin:
+        trainer.data_collator = WithMargins(trainer.data_collator)
+
+
 def _validation(
-    config: DpoConfig, context: StageContext, trainer: TokenizedDpoTrainer, pairs: Dataset | None
+    config: DpoConfig, context: StageContext, trainer: PairTrainer, pairs: Dataset | None
 ) -> Validation | None:
     if pairs is None:
         return None
@@ -131,38 +138,30 @@ def _validation(
 
 def _dataset(pairs: Dataset, reference: Reference | None) -> Dataset:
     """The pairs and the reference's log-probabilities, with the column names that TRL's collator expects."""
-    rows = pairs.rename_columns({column: f"{column}_ids" for column in pairs.column_names})
+    rows = pairs.rename_columns({column: f"{column}_ids" for column in pairs.column_names if column != MARGIN})
     return with_reference(rows, reference, {answer: f"ref_{answer}_logps" for answer in ANSWERS})
 
 
-def start_loss(config: DpoConfig) -> float:
-    """The loss while the policy equals its reference."""
-    if config.loss is DpoLoss.hinge:
+def start_loss(config: DpoConfig, start: PairLogprobs) -> float:
+    """The loss of the first batch while the policy equals its reference."""
+    own = own_loss(config)
+    loss = _trl_start_loss(config) if own is None else float(own(start).mean())
+    return loss + config.nll_weight * float(nll_of_chosen(start).mean())
+
+
+def _trl_start_loss(config: DpoConfig) -> float:
+    if config.loss in (DpoLoss.hinge, DpoLoss.apo_zero, DpoLoss.apo_down):
         return 1.0
     return 1 / (4 * config.beta**2) if config.loss is DpoLoss.ipo else math.log(2)
 
 
-def check_start(trainer: TokenizedDpoTrainer) -> None:
-    """Policy and reference must agree on every answer of the first batch before the first step.
+def check_start(trainer: PairTrainer) -> FirstBatch:
+    """The first batch, before the first step.
 
     Raises:
-        StageError: they differ, so the reference is not the policy that the stage starts from.
+        StageError: policy and reference differ on a row, so the reference is not the policy that the stage starts from.
     """
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    trainer.model.train()  # as in training, so that active dropout is noticed
-    micro_batches = [micro_batch for micro_batch, _ in trainer._micro_batches(batch)]
-    own = [row for micro_batch in micro_batches for row in _start_rows(trainer, micro_batch)]
-    refuse_other_reference(own, trainer.precomputed, tolerance=trainer.start_tolerance)
-
-
-@torch.no_grad()
-def _start_rows(trainer: TokenizedDpoTrainer, micro_batch: dict[str, Any]) -> Iterator[StartRow]:
-    """One row for each answer of a micro-batch."""
-    policy = torch.cat(trainer.compute_ref_log_probs(trainer.model, micro_batch))
-    if "ref_chosen_logps" in micro_batch:
-        reference = torch.cat([micro_batch["ref_chosen_logps"], micro_batch["ref_rejected_logps"]])
-    else:
-        reference = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model, micro_batch))
-    tokens = micro_batch["completion_mask"].sum(-1)
-    for row in zip(policy.tolist(), reference.tolist(), tokens.tolist(), strict=True):
-        yield StartRow(*row)
+    first = FirstBatch(trainer)
+    if trainer.needs_reference:
+        first.refuse_other_start()
+    return first

@@ -19,6 +19,9 @@ from alignment.core.fingerprint import IF_SET
 class RewardConfig:
     """A Bradley-Terry reward model: a scalar score at the last token of an answer (Stiennon et al. 2020, eq. 1).
 
+    ``margin`` times the difference of a pair's scores is subtracted from that of the rewards in the loss (Touvron et
+    al. 2023, eq. 2); then rows need scores.
+
     ``center_coefficient`` weighs (r_chosen + r_rejected)² in the loss (Eisenstein et al. 2023). ``eval_fraction`` of
     the prompts is held out for the accuracy, and for the offset that makes chosen answers score 0 on average.
     """
@@ -32,6 +35,7 @@ class RewardConfig:
     max_prompt_length: Annotated[int | None, POSITIVE] = None
     max_answer_length: Annotated[int | None, POSITIVE] = None
     too_long: TooLongConfig = field(default_factory=TooLongConfig)
+    margin: Annotated[float, NOT_NEGATIVE] = field(default=0.0, metadata=IF_SET)
     center_coefficient: Annotated[float, NOT_NEGATIVE] = 0.0
     eval_fraction: Annotated[float, BELOW_ONE] = 0.1
     validation: ValidationConfig = field(default_factory=ValidationConfig, metadata=IF_SET)

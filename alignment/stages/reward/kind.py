@@ -8,8 +8,6 @@ from typing import Any
 
 from alignment.config.faults import Fault
 from alignment.core.artifacts import REWARD_MODEL
-from alignment.data.records import PreferencePair
-from alignment.data.tokens.row_kinds import PAIRS
 from alignment.stages.base import Curve, DataSlot, Learning, Outcome, Reported, StageKind
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.shared.kind_answers import (
@@ -20,6 +18,7 @@ from alignment.stages.shared.kind_answers import (
     handed_on,
     held_out_slot,
     limits_of_parts,
+    pair_slot,
     why_not_validated,
 )
 
@@ -27,7 +26,7 @@ _CHANCE = 0.5
 
 
 def _data(config: RewardConfig) -> list[DataSlot]:
-    own = DataSlot(field="data", data=config.data, record=PreferencePair, rows=PAIRS)
+    own = pair_slot(config.data, config.margin)
     return [own, held_out_slot(config.validation, own)]
 
 

@@ -1,5 +1,7 @@
 """A Bradley-Terry reward model with TRL's trainer: −log σ(r_chosen − r_rejected) (Stiennon et al. 2020, eq. 1).
 
+With a ``margin``, its product with a pair's score difference is subtracted inside σ (Touvron et al. 2023, eq. 2).
+
 The score is read at the last real token, the end of the answer's turn, located by length and never by pad id. The pairs
 of some prompts (``eval_fraction``) are held out, and their accuracy is reported with that of the rule "the longer
 answer wins". The loss does not fix the scores' origin, so an offset is saved that makes held-out chosen answers score 0
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +22,14 @@ from safetensors.torch import save_file
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
-from alignment.data.tokens.row_kinds import PAIRS
+from alignment.data.tokens.row_kinds import MARGIN
 from alignment.models.assembly.load import products_in
 from alignment.models.forward.answers import batches, scalar_scores, unwrapped
 from alignment.models.forward.causal import install_scalar
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.shared.by_prompt import split_by_prompt
 from alignment.stages.shared.initial import initial_model, initial_policy
-from alignment.stages.shared.kind_answers import limits_of_parts
+from alignment.stages.shared.kind_answers import limits_of_parts, pair_rows
 from alignment.stages.shared.preference_pairs import pair_tokens, read_pairs, rows_of
 from alignment.stages.shared.result import StageResult, save_model
 from alignment.stages.shared.validation_rows import hold_out
@@ -52,7 +55,8 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
     rest, held_out = split(
         pairs, config.eval_fraction, context.generator("split"), where=f"stages.{context.spec.stage}"
     )
-    learned, validated = hold_out(config, context, rest, PAIRS, limits_of_parts(config), tokenizer, reported=held_out)
+    kind, limits = pair_rows(config.margin), limits_of_parts(config)
+    learned, validated = hold_out(config, context, rest, kind, limits, tokenizer, reported=held_out)
     trainer = _trainer(config, context, start, tokenizer, learned)
     last = train(
         trainer,
@@ -115,7 +119,7 @@ def _trainer(
             center_rewards_coefficient=config.center_coefficient or None,
             remove_unused_columns=False,  # the collator's columns are made from the table's when a batch is read
         ),
-        train_dataset=_dataset(learned),
+        train_dataset=_dataset(learned, config.margin),
         processing_class=tokenizer,
     )
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens
@@ -130,7 +134,7 @@ def _validation(
 ) -> Validation | None:
     if pairs is None:
         return None
-    held_out = HeldOutRows(rows=_dataset(pairs), tokens=pair_tokens(pairs))
+    held_out = HeldOutRows(rows=_dataset(pairs, config.margin), tokens=pair_tokens(pairs))
     return Validation(config.validation, context, trainer, held_out)
 
 
@@ -144,16 +148,20 @@ class MicroBatchedRewardTrainer(MicroBatches, RewardTrainer):
         return dataset  # it is already tokenised
 
 
-def _dataset(pairs: Dataset) -> Dataset:
-    """The pairs as rows for TRL's collator: each answer is appended to its prompt when a row is read."""
-    return pairs.with_transform(_joined)
+def _dataset(pairs: Dataset, margin: float) -> Dataset:
+    """The pairs as rows for TRL's collator, made when a row is read; ``margin`` is the weight of score differences."""
+    return pairs.with_transform(partial(_joined, margin=margin))
 
 
-def _joined(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-    return {
+def _joined(rows: dict[str, list[Any]], margin: float) -> dict[str, list[Any]]:
+    """Each answer appended to its prompt, and the weighted margins if the rows have them."""
+    columns: dict[str, list[Any]] = {
         f"{answer}_ids": [prompt + ids for prompt, ids in zip(rows["prompt"], rows[answer], strict=True)]
         for answer in ("chosen", "rejected")
     }
+    if MARGIN in rows:
+        columns[MARGIN] = [margin * difference for difference in rows[MARGIN]]
+    return columns
 
 
 def held_out_metrics(chosen: torch.Tensor, rejected: torch.Tensor, pairs: Dataset) -> dict[str, float]:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from alignment.config.data import DataConfig
+from alignment.config.too_long import TooLongConfig
 from alignment.config.validation import ValidationConfig
 from alignment.core.artifacts import read_manifest
+from alignment.data.records import PreferencePair
 from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.row_kinds import PAIRS, SCORED_PAIRS
+from alignment.data.tokens.row_kinds import Kind as RowKind
 from alignment.evaluation.arm_labels import labels
 from alignment.records import validation_figures as names
 from alignment.stages.base import Curve, DataSlot, Reported
@@ -31,6 +36,17 @@ def next_token_curves(settings: Mapping[str, Any]) -> list[Curve]:
 def next_token_metrics(config: Any) -> Reported:
     """Metrics of a stage that learns to predict tokens."""
     return and_held_out(Reported(training=("loss",), counts=ROW_COUNTS), config.validation)
+
+
+def pair_rows(margin: float) -> RowKind:
+    """How pairs become rows: with their difference of scores, if a stage weighs it by a ``margin`` above 0."""
+    return SCORED_PAIRS if margin else PAIRS
+
+
+def pair_slot(data: DataConfig, margin: float) -> DataSlot:
+    """Pairs to learn from; with a ``margin`` above 0 each needs scores."""
+    checks = (PreferencePair.margin,) if margin else ()
+    return DataSlot(field="data", data=data, record=PreferencePair, rows=pair_rows(margin), checks=checks)
 
 
 def held_out_slot(validation: ValidationConfig, own: DataSlot) -> DataSlot:
@@ -80,7 +96,16 @@ def handed_on(artifact: Path) -> list[str]:
     return [f"{manifest.stage} {sentence}" for sentence in sentences]
 
 
-def limits_of_parts(config: Any) -> Limits:
+class LimitedConfig(Protocol):
+    """Settings of a stage that bounds whole rows, their prompts and their answers."""
+
+    max_length: int
+    max_prompt_length: int | None
+    max_answer_length: int | None
+    too_long: TooLongConfig
+
+
+def limits_of_parts(config: LimitedConfig) -> Limits:
     """Limits of a stage that bounds whole rows, their prompts and their answers."""
     return Limits(
         row=config.max_length,

@@ -1,7 +1,8 @@
 """Preference pairs as token ids, shared by the stages that learn from them.
 
 They stay in the Arrow file of the token table, with the columns ``prompt`` (ready for an answer), ``chosen`` and
-``rejected`` (each up to and including the end of the turn); only rows that are read are loaded into memory.
+``rejected`` (each up to and including the end of the turn), and perhaps ``margin``. Only rows that are read are loaded
+into memory.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from typing import Any, Protocol
 from datasets import Dataset
 
 from alignment.config.data import DataConfig
-from alignment.config.too_long import TooLongConfig
-from alignment.data.tokens.row_kinds import PAIRS
-from alignment.stages.shared.kind_answers import limits_of_parts
+from alignment.stages.shared.kind_answers import LimitedConfig, limits_of_parts, pair_rows
 from alignment.stages.shared.stage_rows import token_rows
 from alignment.training.context import StageContext
 
@@ -22,14 +21,11 @@ BLOCK = 1000
 """How many rows a pass over all of them loads at a time."""
 
 
-class PairsConfig(Protocol):
+class PairsConfig(LimitedConfig, Protocol):
     """Settings of a stage that learns from pairs."""
 
     data: DataConfig
-    max_length: int
-    max_prompt_length: int | None
-    max_answer_length: int | None
-    too_long: TooLongConfig
+    margin: float
 
 
 def read_pairs(
@@ -37,9 +33,10 @@ def read_pairs(
 ) -> tuple[Dataset, dict[str, float]]:
     """The pairs within the limits, and how many there are, were too long or were cut.
 
-    ``located`` adds the column ``where``.
+    With a ``margin``, they have that column too. ``located`` adds the column ``where``.
     """
-    return token_rows(context, PAIRS, config.data, limits_of_parts(config), tokenizer, located=located)
+    kind, limits = pair_rows(config.margin), limits_of_parts(config)
+    return token_rows(context, kind, config.data, limits, tokenizer, located=located)
 
 
 def rows_of(pairs: Dataset, *columns: str) -> Iterator[tuple[list[int], ...]]:

@@ -78,7 +78,7 @@ def token_rows(
     for table in tables:
         _copy_ledger(context, table)
     indices = _indices(context, data, field, [len(table.rows) for table in tables])
-    columns = [*kind.columns, *([WHERE] if located else [])]
+    columns = [*kind.all_columns, *([WHERE] if located else [])]
     rows = concatenate_datasets([table.rows.select_columns(columns) for table in tables])
     rows = rows if indices == range(len(rows)) else rows.select(indices)
     return rows, _counts(

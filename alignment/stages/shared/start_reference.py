@@ -34,14 +34,16 @@ from alignment.training.trainer_arguments import optimizer_arguments
 class AgainstStart(MicroBatches):
     """A mix-in for TRL's trainers that compare the policy with ``ref_model``, on rows that are tokenised already.
 
-    ``precomputed`` holds the reference's log-probabilities of the rows if they were computed beforehand.
+    ``precomputed`` holds the reference's log-probabilities of the rows if they were computed beforehand. Without
+    ``needs_reference`` there is nothing to compare with.
     """
 
+    needs_reference: bool = True
     precomputed: Reference | None = None
     start_tolerance: float = START_TOLERANCE
 
     def _precompute_ref_logps(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
-        return dataset  # it already has them (reference_cache)
+        return dataset  # it already has them (reference_cache), or needs none
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset
@@ -77,14 +79,18 @@ def make_ready(
         install_causal(reference)
         compute_in(reference, context.spec.model.dtype, context.device)  # as accelerate does for the policy
     elif isinstance(policy, PeftModel):
-        _use_start_as_reference(trainer, policy)
+        _drop_copied_adapter(policy)
+        if trainer.needs_reference:
+            _use_start_as_reference(trainer, policy)
 
 
-def _use_start_as_reference(trainer: AgainstStart, policy: PeftModel) -> None:
-    """Replaces the adapter copy that TRL makes, which ignores any other adapters."""
+def _drop_copied_adapter(policy: PeftModel) -> None:
+    """Removes the copy that TRL makes for a reference, which ignores any other adapters."""
     policy.delete_adapter("ref")
     with_own(policy)
 
+
+def _use_start_as_reference(trainer: AgainstStart, policy: PeftModel) -> None:
     def reference(**inputs: Any) -> Any:
         with at_start(policy):
             return trainer.model(**inputs)

@@ -74,7 +74,7 @@ def hold_out(
         )
     held_out = rows.select(chosen, keep_in_memory=True)
     _list(context, held_out[WHERE])
-    columns = list(kind.columns)
+    columns = list(kind.all_columns)
     return rows.select(learned, keep_in_memory=True).select_columns(columns), held_out.select_columns(columns)
 
 

@@ -169,6 +169,57 @@ def test_a_row_that_does_not_label_an_answer_is_refused(form: str, row: dict[str
         list(LabelledAnswer.of(FORMATS[form].read(Fields(row, where="x:1", example=LabelledAnswer.EXAMPLE))))
 
 
+PAIR = {"messages": [USER], "chosen": "4.", "rejected": "5."}
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept", "margin"),
+    [
+        ({"chosen_score": 9, "rejected_score": 2.5}, (9.0, 2.5), 6.5),
+        ({"chosen_score": -1, "rejected_score": -1}, (-1.0, -1.0), 0.0),
+    ],
+)
+def test_a_pair_holds_the_scores_of_its_row(scores: dict[str, Any], kept: tuple[float, float], margin: float) -> None:
+    pair = _made(PreferencePair, PAIR | scores)
+    assert pair.scores == kept
+    assert pair.margin() == margin
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {},
+        {"chosen_score": 9},
+        {"chosen_score": "9", "rejected_score": 1},
+        {"chosen_score": True, "rejected_score": 0},
+        {"chosen_score": float("inf"), "rejected_score": 0},
+        {"chosen_score": 1e308, "rejected_score": -1e308},
+    ],
+)
+def test_a_pair_without_two_numbers_has_no_scores_and_no_margin(scores: dict[str, Any]) -> None:
+    pair = _made(PreferencePair, PAIR | scores)
+    assert pair.scores is None
+    with pytest.raises(DataError) as caught:
+        pair.margin()
+    assert str(caught.value).startswith("x:1: the row has no numbers in 'chosen_score' and 'rejected_score'")
+
+
+def test_scores_that_contradict_a_preference_give_no_margin() -> None:
+    pair = _made(PreferencePair, PAIR | {"chosen_score": 1, "rejected_score": 2})
+    with pytest.raises(DataError, match="x:1: the chosen answer scores 1, less than the rejected one with 2"):
+        pair.margin()
+
+
+def test_pairs_of_graded_answers_have_their_scores_and_those_of_ranked_ones_none() -> None:
+    def pairs(name: str, *values: float) -> list[Any]:
+        completions = [{"text": f"answer {number}", name: value} for number, value in enumerate(values)]
+        row = {"prompt": "2 + 2?", "completions": completions}
+        return list(PreferencePair.of(FORMATS["ranked"].read(Fields(row, where="x:1", example=""))))
+
+    assert [pair.scores for pair in pairs("rating", 1, 5, 3)] == [(5.0, 1.0), (3.0, 1.0), (5.0, 3.0)]
+    assert [pair.scores for pair in pairs("rank", 1, 2)] == [None]
+
+
 @pytest.mark.parametrize("answers", [None, ["4.", "5."], {"dpo": "4."}, {"dpo": "4.", "sft": "5.", "base": "6."}])
 def test_a_vote_that_is_not_on_two_answers_is_refused(answers: Any) -> None:
     row = {"prompt": "2 + 2?", "answers": answers, "preferred": "dpo"}

@@ -26,7 +26,7 @@ from alignment.data.row_files import unparsed_rows_of
 from alignment.data.tokens import chunks, token_table
 from alignment.data.tokens.chunks import Job
 from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, TEXTS, Kind
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, SCORED_PAIRS, TEXTS, Kind
 from alignment.data.tokens.token_table import TokenTable
 from alignment.data.tokens.tokenize import tokenize_conversation
 from alignment.training.session import Preempted
@@ -98,6 +98,28 @@ def test_rows_are_those_of_the_records_in_their_order(tmp_path: Path, tokenizer:
     assert table.rows["where"][:] == [f"{file}:{line}" for line in range(1, 51)]
     assert (table.read, table.records) == (50, 50)
     assert table.longest == max(len(row.input_ids) for row in expected)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_margins_stand_beside_their_pairs_and_a_pair_without_scores_is_left_out(
+    tmp_path: Path, tokenizer: Any, processes: int
+) -> None:
+    rows = [
+        {"prompt": f"{number}?", "chosen": "Yes.", "rejected": "No.", "chosen_score": number / 2, "rejected_score": -1}
+        for number in range(20)
+    ]
+    del rows[3]["chosen_score"]
+    file = _rows(tmp_path, rows)
+    skipping = DataConfig(source="", on_error=OnError.skip)
+    table = _table(file, tokenizer, kind=SCORED_PAIRS, data=skipping, processes=processes)
+    pairs = _table(file, tokenizer, kind=PAIRS, processes=processes)
+    others = [number for number in range(20) if number != 3]
+    assert table.rows["margin"][:] == [number / 2 + 1 for number in others]
+    assert table.rows["chosen"][:] == [pairs.rows["chosen"][number] for number in others]
+    assert table.rows["where"][:] == [f"{file}:{number + 1}" for number in others]
+    assert "margin" not in pairs.rows.column_names
+    with pytest.raises(DataError, match=f"{file}:4: the row has no numbers in 'chosen_score' and 'rejected_score'"):
+        _table(file, tokenizer, kind=SCORED_PAIRS, processes=processes)
 
 
 def test_a_table_is_made_once(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,10 @@ def refusal(plan: MakePlan, *overrides: str) -> str:
     return str(caught.value)
 
 
+def test_a_stage_may_learn_margins_from_pairs_that_another_stage_samples(plan: MakePlan) -> None:
+    assert changed(plan(), plan("stages.more.margin=0.5")) == ["more", "evaluate"]
+
+
 def test_rounds_are_a_chain_that_the_run_records(plan: MakePlan) -> None:
     planned = plan()
     assert [stage.name for stage in planned.stages] == ["sample", "dpo", "again", "more", "evaluate"]

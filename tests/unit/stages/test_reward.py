@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,36 @@ def test_the_loss_is_that_of_bradley_and_terry_with_its_centre(tmp_path: Path, c
     assert abs(chosen - rejected) > 0.1, "which of them is chosen must matter"
     assert abs(chosen + rejected) > 0.1, "and the centre"
     close(loss, minus_log_sigmoid(chosen - rejected) + center * (chosen + rejected) ** 2, rtol=1e-4)
+
+
+def test_a_margin_is_subtracted_from_what_sigma_takes_on_learned_and_on_held_out_rows(tmp_path: Path) -> None:
+    """Touvron et al. 2023, eq. 2, times the setting."""
+    told = config(margin=0.25)
+    chained = Chained(tmp_path)
+    file = tmp_path / "scored.jsonl"
+    rows = [
+        {"prompt": f"{number}?", "chosen": "It is closed.", "rejected": "No.", "chosen_score": 3, "rejected_score": 1}
+        for number in range(8)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = replace(chained.spec("reward", LORA, config=told), data_path=file)
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    start, tokenizer = initial_policy(context)
+    pairs = read_pairs(told, context, tokenizer)[0].select([0])
+    trainer = reward._trainer(told, context, start, tokenizer, pairs)
+    trainer.args.per_device_train_batch_size = trainer._train_batch_size = 1
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with torch.no_grad():
+        loss = float(trainer.compute_loss(trainer.model, batch))
+    chosen, rejected = sides(trainer.model, TokenizedPair(**pairs.select_columns(["prompt", "chosen", "rejected"])[0]))
+    close(loss, minus_log_sigmoid(chosen - rejected - 0.5), rtol=1e-4)
+    validation = reward._validation(told, context, trainer, pairs)
+    assert validation is not None
+    trainer.model.eval()
+    held_out = validation._held_out
+    with torch.no_grad():
+        held_out_loss, *_ = trainer.held_out_loss(trainer.model, trainer.data_collator([held_out.rows[0]]))
+    close(held_out_loss, loss, rtol=1e-4)
 
 
 def test_held_out_figures_and_the_offset_are_of_the_saved_model(tmp_path: Path) -> None:

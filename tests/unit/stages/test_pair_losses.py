@@ -1,0 +1,352 @@
+"""DPO's losses and their gradients as the trainer computes them, against their papers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+import torch
+
+from alignment import worker
+from alignment.config.adapter import AdapterConfig
+from alignment.config.validation import ValidationConfig
+from alignment.core.artifacts import read_manifest
+from alignment.core.errors import StageError
+from alignment.models.assembly.adapters import at_start
+from alignment.stages.dpo import pair_trainer
+from alignment.stages.dpo import run as dpo
+from alignment.stages.dpo.config import DpoConfig, DpoLoss
+from alignment.stages.shared.initial import initial_policy
+from alignment.stages.shared.preference_pairs import read_pairs
+from alignment.training.context import StageContext
+from tests.chained import FULL, LORA, Chained, config_of
+from tests.oracles import preferences as oracle
+from tests.oracles.close import close
+from tests.tiny import liven
+
+BETA = 0.7
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """Settings of a loss, its value for a pair according to its paper, and at the start, if that is a constant."""
+
+    settings: Mapping[str, Any]
+    paper: Callable[[oracle.Pair], oracle.Loss]
+    at_start: float | None = None
+
+    @property
+    def needs_reference(self) -> bool:
+        return DpoLoss(self.settings["loss"]).needs_reference
+
+
+def case(paper: Callable[..., oracle.Loss], loss: str, at_start: float | None = None, **settings: float) -> Case:
+    """A case in which the paper's formula takes the settings as they are."""
+    return Case(settings={"loss": DpoLoss(loss), **settings}, paper=partial(paper, **settings), at_start=at_start)
+
+
+def and_nll(plain: Case, weight: float) -> Case:
+    def paper(pair: oracle.Pair) -> oracle.Loss:
+        return oracle.with_nll(plain.paper(pair), pair, nll_weight=weight)
+
+    return Case(settings={**plain.settings, "nll_weight": weight}, paper=paper)
+
+
+LN2 = math.log(2.0)
+CASES = {
+    "sigmoid": case(oracle.dpo, "sigmoid", LN2, beta=BETA),
+    "sigmoid_norm": case(oracle.normalised_dpo, "sigmoid_norm", LN2, beta=BETA),
+    "hinge": case(oracle.hinge, "hinge", 1.0, beta=BETA),
+    "ipo": case(oracle.ipo, "ipo", 1.0 / (4.0 * BETA**2), beta=BETA),
+    "robust": case(oracle.robust, "robust", LN2, beta=BETA, label_smoothing=0.2),
+    "apo_zero": case(oracle.apo_zero, "apo_zero", 1.0, beta=BETA),
+    "apo_down": case(oracle.apo_down, "apo_down", 1.0, beta=BETA),
+    "conservative": case(oracle.dpo, "sigmoid", LN2, beta=BETA, label_smoothing=0.2),
+    "conservative_norm": case(oracle.normalised_dpo, "sigmoid_norm", LN2, beta=BETA, label_smoothing=0.2),
+    "margin": case(oracle.dpo, "sigmoid", beta=BETA, margin=0.6),
+    "simpo": case(oracle.simpo, "simpo", beta=2.0, target_margin=0.9),
+    "orpo": case(oracle.orpo, "orpo", odds_weight=0.4),
+}
+CASES |= {f"{name}+nll": and_nll(CASES[name], 0.8) for name in ("sigmoid", "ipo", "apo_down", "margin", "simpo")}
+PRECOMPUTED = ("sigmoid", "apo_zero", "conservative", "margin+nll")
+
+
+def logprobs(logits: torch.Tensor, ids: list[int], start: int) -> list[float]:
+    """log p of each token from ``start`` on, from logits ``[tokens, vocabulary]``."""
+    return [float(logits[at - 1].double().log_softmax(-1)[ids[at]]) for at in range(start, len(ids))]
+
+
+ANSWERS = [
+    ("Is it open?", "No, the shop is closed on Monday.", "Yes."),
+    ("Who has the keys?", "The caretaker.", "They are in the hall, says the note."),
+    ("Where?", "In the hall.", "In the shop on Monday."),
+    ("What does it say?", "That the keys are with the caretaker.", "That it is closed."),
+    ("When?", "On Monday.", "The note says now."),
+    ("Is the hall closed?", "The text says only that the shop is.", "It is, on Monday, and so are the keys."),
+]
+
+
+def scored_rows(folder: Path) -> Path:
+    """Pairs with scores that differ more from row to row."""
+    file = folder / "scored.jsonl"
+    rows = [
+        {
+            "prompt": prompt,
+            "chosen": chosen,
+            "rejected": rejected,
+            "chosen_score": 0.5 * number + 1,
+            "rejected_score": 0.25,
+        }
+        for number, (prompt, chosen, rejected) in enumerate(ANSWERS)
+    ]
+    write_rows(file, rows)
+    return file
+
+
+def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def moved(model: torch.nn.Module) -> None:
+    """Moves the policy by about a nat an answer, so that no loss is saturated."""
+    liven(model)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data *= 0.5
+
+
+def about_to_learn(
+    folder: Path, settings: Mapping[str, Any], rows: Sequence[int] = (0, 3), adapter: AdapterConfig = LORA
+) -> tuple[dpo.PairTrainer, list[dict[str, Any]]]:
+    """A stage before its first step, and the pairs of its only batch."""
+    chained = Chained(folder)
+    config = config_of("dpo", adapter, **settings)
+    assert isinstance(config, DpoConfig)
+    spec = replace(chained.spec("dpo", adapter, config=config), data_path=scored_rows(folder))
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    start, tokenizer = initial_policy(context)
+    pairs, _ = read_pairs(config, context, tokenizer)
+    pairs = pairs.select(rows)
+    trainer = dpo._trainer(config, context, start, tokenizer, pairs)
+    trainer.args.per_device_train_batch_size = trainer._train_batch_size = len(rows)
+    return trainer, list(pairs)
+
+
+def in_numbers(trainer: dpo.PairTrainer, row: Mapping[str, Any]) -> oracle.Pair:
+    """A pair under the policy and under its start, from plain forward passes."""
+    answers = {}
+    base = trainer.model.get_base_model()
+    for side in ("chosen", "rejected"):
+        ids = torch.tensor([row["prompt"] + row[side]], device=trainer.args.device)
+        with torch.no_grad():
+            answers[side] = logprobs(base(ids).logits[0], ids[0].tolist(), len(row["prompt"]))
+            with at_start(trainer.model) as start:
+                answers[f"reference_{side}"] = logprobs(start(ids).logits[0], ids[0].tolist(), len(row["prompt"]))
+    return oracle.Pair(**answers, score_difference=row.get("margin", 0.0))
+
+
+def batch_of(trainer: dpo.PairTrainer) -> dict[str, torch.Tensor]:
+    """The only batch, its pairs in the order of the longer prompt first."""
+    batch: dict[str, torch.Tensor] = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    return batch
+
+
+def in_order_of(batch: dict[str, torch.Tensor], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as they stand in a batch, which is shuffled."""
+    by_ids = {tuple(row["prompt"] + row["chosen"]): row for row in rows}
+    chosen = zip(batch["input_ids"][: len(rows)], batch["attention_mask"][: len(rows)], strict=True)
+    return [by_ids[tuple(ids[real.bool()].tolist())] for ids, real in chosen]
+
+
+def loss_and_gradient(trainer: dpo.PairTrainer, batch: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
+    """The trainer's loss, and its gradient with respect to the ``[2 * pairs, tokens]`` log-probabilities."""
+    outputs = []
+
+    def recorded(**kwargs: Any) -> Any:
+        outputs.append(trainer.model(**kwargs))
+        outputs[-1].log_probs.retain_grad()
+        return outputs[-1]
+
+    loss = trainer.compute_loss(recorded, batch)
+    loss.backward()
+    return float(loss.detach()), outputs[0].log_probs.grad
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.needs_reference])
+def test_a_reference_that_is_not_the_start_stops_before_anything_is_learned(tmp_path: Path, name: str) -> None:
+    trainer, _ = about_to_learn(tmp_path, CASES[name].settings)
+    liven(trainer.model)
+    with pytest.raises(
+        StageError, match=r"at step 0 policy and reference differ by .*: the reference is not the starting policy"
+    ):
+        dpo.check_start(trainer)
+
+
+@pytest.mark.parametrize(
+    ("name", "precomputed"), [*((name, False) for name in CASES), *((name, True) for name in PRECOMPUTED)]
+)
+def test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved(
+    tmp_path: Path, name: str, precomputed: bool
+) -> None:
+    tried = CASES[name]
+    trainer, rows = about_to_learn(tmp_path, {**tried.settings, "precompute_reference": precomputed})
+    first = dpo.check_start(trainer)
+    batch = batch_of(trainer)
+    rows = in_order_of(batch, rows)
+    with torch.no_grad():
+        at_step_0 = float(trainer.compute_loss(trainer.model, batch))
+    config = config_of("dpo", LORA, **tried.settings)
+    assert isinstance(config, DpoConfig)
+    close(at_step_0, mean(tried.paper(in_numbers(trainer, row)).value for row in rows), rtol=1e-4)
+    close(dpo.start_loss(config, first.start), at_step_0, rtol=1e-4)
+    if tried.at_start is not None:
+        close(at_step_0, tried.at_start, rtol=1e-4)
+
+    moved(trainer.model)
+    pairs = [in_numbers(trainer, row) for row in rows]
+    got, gradient = loss_and_gradient(trainer, batch)
+    papers = [tried.paper(pair) for pair in pairs]
+    assert abs(got - at_step_0) > 0.01
+    close(got, mean(paper.value for paper in papers), rtol=1e-4)
+    mask = batch["completion_mask"][:, 1:].bool()
+    by_row = [paper.by_chosen for paper in papers] + [paper.by_rejected for paper in papers]
+    expected = torch.tensor(by_row, dtype=torch.float64)[:, None].expand(mask.shape)[mask.cpu()] / len(rows)
+    close(gradient[mask], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["simpo", "orpo"])
+@pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
+def test_a_loss_without_a_reference_has_none_anywhere(tmp_path: Path, name: str, adapter: AdapterConfig) -> None:
+    trainer, _ = about_to_learn(tmp_path, CASES[name].settings, adapter=adapter)
+    assert trainer.ref_model is None
+    assert not any("ref" in name.split(".") for name, _ in trainer.model.named_parameters())
+    dpo.check_start(trainer)
+    calls: list[Any] = []
+    trainer.model.register_forward_hook(lambda *_: calls.append(1))
+    trainer.compute_loss(trainer.model, batch_of(trainer))
+    assert len(calls) == 1
+
+
+def test_a_precomputed_reference_is_read_and_not_computed(tmp_path: Path) -> None:
+    trainer, _ = about_to_learn(tmp_path, {**CASES["conservative"].settings, "precompute_reference": True})
+    calls: list[Any] = []
+    trainer.model.register_forward_hook(lambda *_: calls.append(1))
+    trainer.compute_loss(trainer.model, batch_of(trainer))
+    assert len(calls) == 1
+
+
+def test_answers_are_ranked_by_what_the_loss_compares(tmp_path: Path) -> None:
+    """SimPO compares means over tokens, ORPO odds; sums would rank many pairs by their lengths."""
+    for name in ("simpo", "orpo"):
+        trainer, rows = about_to_learn(tmp_path / name, CASES[name].settings, rows=(0, 1, 2, 3, 4, 5))
+        moved(trainer.model)
+        batch = batch_of(trainer)
+        trainer.compute_loss(trainer.model, batch)
+        chosen, rejected = zip(*(ranked_by(name, in_numbers(trainer, row)) for row in rows), strict=True)
+        metrics = {key: values[-1] for key, values in trainer._metrics["train"].items()}
+        close(metrics["rewards/chosen"], mean(chosen), rtol=1e-4)
+        close(metrics["rewards/rejected"], mean(rejected), rtol=1e-4)
+        close(metrics["rewards/margins"], mean(chosen) - mean(rejected), rtol=1e-4, atol=1e-5)
+        close(metrics["rewards/accuracies"], mean(float(a > b) for a, b in zip(chosen, rejected, strict=True)))
+
+
+def ranked_by(name: str, pair: oracle.Pair) -> tuple[float, float]:
+    means = (sum(answer) / len(answer) for answer in (pair.chosen, pair.rejected))
+    if name == "simpo":
+        return tuple(2.0 * mean_logprob for mean_logprob in means)  # type: ignore[return-value]
+    return tuple(math.log(math.exp(m) / (1.0 - math.exp(m))) for m in means)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["margin+nll", "conservative", "orpo"])
+def test_micro_batches_change_no_loss_of_ours(tmp_path: Path, name: str) -> None:
+    gradients = []
+    for tokens in (100_000, 1):
+        trainer, _ = about_to_learn(tmp_path / str(tokens), CASES[name].settings, rows=(0, 1, 2, 3))
+        moved(trainer.model)
+        trainer.micro_batch_tokens = tokens
+        trainer.current_gradient_accumulation_steps = 1  # as its loop sets it
+        loss = trainer.training_step(trainer.model, batch_of(trainer))
+        own = [weight.grad.flatten() for weight in trainer.model.parameters() if weight.grad is not None]
+        gradients.append(torch.cat([loss.detach().reshape(1), *own]))
+    assert len(trainer._micro_batches(batch_of(trainer))) == 4
+    close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["conservative", "margin+nll", "orpo"])
+def test_the_loss_of_held_out_pairs_is_that_of_training(tmp_path: Path, name: str) -> None:
+    trainer, rows = about_to_learn(tmp_path, CASES[name].settings, rows=(0, 2))
+    moved(trainer.model)
+    batch = batch_of(trainer)
+    trainer.model.eval()
+    with torch.no_grad():
+        loss, accuracy, number = trainer.held_out_loss(trainer.model, batch)
+    pairs = [in_numbers(trainer, row) for row in rows]
+    close(loss, mean(CASES[name].paper(pair).value for pair in pairs), rtol=1e-4)
+    assert accuracy == trainer._metrics["eval"]["rewards/accuracies"][-1]
+    assert number == 2.0
+
+
+@pytest.mark.parametrize(("name", "adapter"), [("margin+nll", LORA), ("orpo", FULL), ("simpo", LORA)])
+def test_a_stage_with_a_loss_of_ours_is_validated_and_resumed(
+    tmp_path: Path, name: str, adapter: AdapterConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after its first step, it ends like one that was not."""
+    settings = {**CASES[name].settings, "validation": ValidationConfig(share=0.3, every=1)}
+
+    def run_on(folder: Path) -> dict[str, float]:
+        folder.mkdir(exist_ok=True)
+        config = config_of("dpo", adapter, **settings)
+        config = replace(config, optim=replace(config.optim, batch_size=2, epochs=2))  # type: ignore[attr-defined]
+        spec = replace(Chained(folder).spec("dpo", adapter, config=config), data_path=scored_rows(folder))
+        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+        manifest = read_manifest(spec.artifact)
+        assert manifest is not None
+        return dict(manifest.metrics)
+
+    straight = run_on(tmp_path / "straight")
+    with monkeypatch.context() as patched:
+        patched.setattr(pair_trainer.PairTrainer, "training_step", failing_after(1))
+        with pytest.raises(KeyboardInterrupt):
+            run_on(tmp_path / "resumed")
+    resumed = run_on(tmp_path / "resumed")
+    assert straight["validation/loss"] > 0.0
+    close(list(resumed.values()), list(straight.values()), rtol=1e-4, atol=1e-5)
+    assert resumed.keys() == straight.keys()
+
+
+def failing_after(steps: int) -> Any:
+    """A training step that is interrupted after so many."""
+    whole, done = pair_trainer.PairTrainer.training_step, []
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(done) == steps:
+            raise KeyboardInterrupt
+        done.append(1)
+        return whole(self, *args, **kwargs)
+
+    return step
+
+
+def test_changes_are_those_of_the_first_batch_under_the_policy_of_now(tmp_path: Path) -> None:
+    trainer, rows = about_to_learn(tmp_path, CASES["sigmoid"].settings)
+    first = dpo.check_start(trainer)
+    moved(trainer.model)
+    trainer.model_wrapped = trainer.model
+    pairs = [in_numbers(trainer, row) for row in rows]
+    close(
+        first.changes()["logps/chosen_change"],
+        mean(sum(pair.chosen) - sum(pair.reference_chosen) for pair in pairs),
+        rtol=1e-4,
+    )
+    close(
+        first.changes()["logps/rejected_change"],
+        mean(sum(pair.rejected) - sum(pair.reference_rejected) for pair in pairs),
+        rtol=1e-4,
+    )
