@@ -5,7 +5,7 @@ The driver prints them when the stage ends; ``align status`` and the report show
 
 from __future__ import annotations
 
-from alignment.records.evaluation import FEWEST_PROMPTS, ArmResult, Evaluation
+from alignment.records.evaluation import BETTER, FEWEST_PROMPTS, ArmResult, Evaluation
 
 SMOKE = "a smoke run: it shows only that the recipe runs; its numbers mean nothing"
 _SMOKE_PROFILE = "smoke"
@@ -17,7 +17,7 @@ def is_smoke(profile: str) -> bool:
 
 
 def of_evaluation(evaluation: Evaluation) -> list[str]:
-    """Doubts about an evaluation: too few prompts, or arms whose answers were cut off."""
+    """Doubts about an evaluation: too few prompts, arms whose answers were cut off, or a winner that repeats itself."""
     doubts = [too_few_prompts(evaluation)] if too_few_prompts(evaluation) else []
     all_cut = [arm.label for arm in evaluation.arms if arm.ended is not None and arm.ended.mean == 0.0]
     most_cut = [f"{arm.label} ({1 - arm.ended.mean:.0%})" for arm in evaluation.arms if arm.ended and _mostly_cut(arm)]
@@ -27,7 +27,27 @@ def of_evaluation(evaluation: Evaluation) -> list[str]:
                 f"{amount} answers of {', '.join(labels)} were cut off at max_new_tokens, so their scores are those of "
                 "unfinished text; raise it"
             )
-    return doubts
+    return doubts + winners_that_repeat_themselves(evaluation)
+
+
+def winners_that_repeat_themselves(evaluation: Evaluation) -> list[str]:
+    """Arms that are better than another by the primary metric, with less than half of its share of distinct answers.
+
+    A policy that says the same to everybody has often found a gap in what scores it.
+    """
+    shares = {arm.name: arm.distinct for arm in evaluation.arms}
+    beaten: dict[str, list[str]] = {}
+    for item in evaluation.comparisons:
+        verdict = evaluation.verdict(item)
+        better, worse = (item.arm, item.against) if verdict == BETTER else (item.against, item.arm)
+        share, other = shares.get(better), shares.get(worse)
+        if item.real and share is not None and other is not None and share < other / 2:
+            beaten.setdefault(better, []).append(f"{other:.0%} of those of {evaluation.label(worse)}")
+    return [
+        f"only {shares[arm]:.0%} of the answers of {evaluation.label(arm)} are distinct, against "
+        f"{' and '.join(others)}: read them before you trust its score"
+        for arm, others in beaten.items()
+    ]
 
 
 def too_few_prompts(evaluation: Evaluation) -> str:

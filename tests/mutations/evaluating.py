@@ -557,6 +557,22 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "report/doubts.py",
+        "unit/report/test_doubts.py",
+        (
+            "a winner may repeat itself",
+            "return doubts + winners_that_repeat_themselves(evaluation)",
+            "return doubts",
+            "test_a_winner_that_says_the_same_to_everybody_is_named",
+        ),
+        (
+            "a loser that repeats itself is doubted",
+            "if verdict == BETTER else (item.against, item.arm)",
+            "if verdict else (item.against, item.arm)",
+            "test_few_distinct_answers_alone_are_no_reason",
+        ),
+    ),
+    *in_file(
         "report/run_page/verdict.py",
         "unit/report/test_verdict.py",
         (

@@ -8,7 +8,7 @@ from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.evaluation.contradictions import contradictions
 from alignment.records import validation_figures
 from alignment.records.evaluation import BETTER, WORSE, ArmResult, Comparison, Evaluation
-from alignment.report.doubts import SMOKE, is_smoke, of_evaluation, too_few_prompts
+from alignment.report.doubts import SMOKE, is_smoke, of_evaluation, too_few_prompts, winners_that_repeat_themselves
 from alignment.report.kit import text
 from alignment.report.run_page.card_page import lead
 from alignment.report.run_page.run_records import Run, Stage
@@ -62,7 +62,8 @@ def _lead(run: Run, evaluation: Evaluation) -> str:
         return f"Only {evaluation.arms[0].label} was evaluated, so there is nothing to compare it with."
     if few := too_few_prompts(evaluation):
         return f"{few[0].upper()}{few[1:]}."
-    return " ".join([_by_metric(run, evaluation), *contradictions(evaluation)])
+    repeated = [f"But {doubt}." for doubt in winners_that_repeat_themselves(evaluation)]
+    return " ".join([_by_metric(run, evaluation), *contradictions(evaluation), *repeated])
 
 
 def _by_metric(run: Run, evaluation: Evaluation) -> str:
@@ -204,7 +205,8 @@ def _arm_warnings(evaluation: Evaluation) -> list[str]:
                 f"{text.number(ratio.mean, 1)} nats (more than {MAX_LOG_RATIO:.0f}): read its answers before "
                 "trusting its score."
             )
-    doubts_of_answers = [doubt for doubt in of_evaluation(evaluation) if doubt != too_few_prompts(evaluation)]
+    in_the_lead = [too_few_prompts(evaluation), *winners_that_repeat_themselves(evaluation)]
+    doubts_of_answers = [doubt for doubt in of_evaluation(evaluation) if doubt not in in_the_lead]
     warnings += [f"{doubt[0].upper()}{doubt[1:]}." for doubt in doubts_of_answers]
     never_ended = [_never_ended(arm) for arm in evaluation.arms if _cut(arm)]
     if never_ended:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from alignment.records.evaluation import ArmResult, Evaluation, Grading
+from alignment.records.evaluation import ArmResult, Comparison, Evaluation, Grading, Metric
 from alignment.records.interval import Interval
 from alignment.report.doubts import is_smoke, of_evaluation
 from alignment.stages.registry import doubts
@@ -74,3 +74,37 @@ def test_prompts_without_a_grade_by_the_primary_metric_do_not_count() -> None:
 def test_a_smoke_run_is_known_by_its_profile() -> None:
     assert is_smoke("smoke")
     assert not is_smoke("")
+
+
+def _one_beats_the_other(distinct: float, other: float, difference: float) -> Evaluation:
+    arms = [ArmResult(name="stage:ppo", distinct=distinct), ArmResult(name="stage:sft", distinct=other)]
+    low, high = difference - 0.05, difference + 0.05
+    item = Comparison(
+        arm="stage:ppo",
+        against="stage:sft",
+        metric="liked",
+        difference=difference,
+        low=low,
+        high=high,
+        adjusted_p=0.01 if abs(difference) > 0.1 else 0.4,
+    )
+    metrics = [Metric(name="liked")]
+    return Evaluation(arms=arms, comparisons=[item], metrics=metrics, primary="liked", num_prompts=100)
+
+
+def test_a_winner_that_says_the_same_to_everybody_is_named() -> None:
+    assert of_evaluation(_one_beats_the_other(0.03, 0.86, 0.2)) == [
+        "only 3% of the answers of ppo are distinct, against 86% of those of sft: read them before you trust its score"
+    ]
+    assert of_evaluation(_one_beats_the_other(0.86, 0.03, -0.2)) == [
+        "only 3% of the answers of sft are distinct, against 86% of those of ppo: read them before you trust its score"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("distinct", "other", "difference"),
+    [(0.44, 0.86, 0.2), (0.03, 0.05, 0.2), (0.03, 0.86, -0.2), (0.03, 0.86, 0.01)],
+    ids=["half as many", "a task with few answers", "it loses", "it may be chance"],
+)
+def test_few_distinct_answers_alone_are_no_reason(distinct: float, other: float, difference: float) -> None:
+    assert of_evaluation(_one_beats_the_other(distinct, other, difference)) == []

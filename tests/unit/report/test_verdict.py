@@ -286,6 +286,18 @@ def test_a_reward_model_that_contradicts_is_in_the_headline_if_its_difference_is
             assert lead_of(fake_run.html()) == expected + others
 
 
+def test_a_winner_that_says_the_same_to_everybody_is_doubted_in_the_headline(fake_run, make_comparison):
+    fake_run.evaluation["comparisons"] = [make_comparison("stage:ppo", "stage:sft", 0.3, 0.05)]
+    for arm in fake_run.evaluation["arms"]:
+        arm["distinct"] = 0.03 if arm["name"] == "stage:ppo" else 0.98
+    html = fake_run.html()
+    doubt = (
+        "only 3% of the answers of ppo are distinct, against 98% of those of sft: read them before you trust its score."
+    )
+    assert lead_of(html) == f"Preference training helped: ppo beats sft. But {doubt}"
+    assert html.count(doubt) == 1
+
+
 def test_too_few_prompts_give_no_verdict(fake_run):
     fake_run.evaluation["num_prompts"] = 9
     html = fake_run.html()
