@@ -121,7 +121,10 @@ def page(content: dict[str, Any]) -> str:
     for adapter, stage in itertools.product(ADAPTERS, STAGES):
         row = []
         for launcher in LAUNCHERS:
-            cell = cells[adapter, stage, launcher]
+            cell = cells.get((adapter, stage, launcher))
+            if cell is None:  # a new stage, of which so far only a part was tried
+                row.append("not tried")
+                continue
             state, reason = cell["state"], cell.get("reason", "")
             if state == "refused":
                 reasons += [] if reason in reasons else [reason]

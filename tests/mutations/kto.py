@@ -45,7 +45,6 @@ MUTATIONS = [
             "answer_logprobs(self.model, rows)",
             _PAPER,
         ),
-        ("KTO's prompts are learned too", 'batch["completion_mask"] == 0', 'batch["attention_mask"] == 0', _PAPER),
         (
             "KTO's rewards are averaged by rows of both labels",
             'name.rpartition("/")[2], shares)',

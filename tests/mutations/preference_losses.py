@@ -155,7 +155,7 @@ MUTATIONS = [
         ),
         (
             "a loss without a reference copies the model",
-            "elif needs_reference:",
+            "elif config.loss.needs_reference:",
             "else:",
             NO_REFERENCE,
         ),
@@ -166,6 +166,28 @@ MUTATIONS = [
             NLL,
         ),
         ("the loss of APO starts at ln 2", "(DpoLoss.hinge, DpoLoss.apo_zero,", "(DpoLoss.hinge,", APO),
+    ),
+    *in_file(
+        "stages/shared/start_reference.py",
+        TESTS,
+        (
+            "the reference follows the policy",
+            "        with at_start(policy):\n",
+            "        if policy is not None:\n",
+            DPO,
+        ),
+        ("prompts are learned too", 'batch["completion_mask"] == 0', 'batch["attention_mask"] == 0', CHANGES),
+        ("TRL's copy of the adapter stays", '    policy.delete_adapter("ref")\n', "    pass\n", NO_REFERENCE),
+    ),
+    *in_file(
+        "stages/shared/start_check.py",
+        TESTS,
+        (
+            "the start is not checked",
+            "if worst.excess > tolerance:",
+            "if worst.excess > 1e9 + tolerance:",
+            "test_a_reference_that_is_not_the_start_stops_before_anything_is_learned[hinge]",
+        ),
     ),
     *in_file(
         "stages/dpo/first_batch.py",

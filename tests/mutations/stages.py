@@ -6,32 +6,6 @@ from tests.mutations.mutation import in_file
 
 MUTATIONS = [
     *in_file(
-        "stages/shared/start_reference.py",
-        "unit/stages/test_pair_losses.py",
-        (
-            "the reference follows the policy",
-            "        with at_start(policy):\n",
-            "        if policy is not None:\n",
-            "test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved[sigmoid-False]",
-        ),
-        (
-            "TRL's copy of the adapter stays",
-            '    policy.delete_adapter("ref")\n',
-            "    pass\n",
-            "test_a_loss_without_a_reference_has_none_anywhere",
-        ),
-    ),
-    *in_file(
-        "stages/shared/start_check.py",
-        "unit/stages/test_pair_losses.py",
-        (
-            "the start is not checked",
-            "if worst.excess > tolerance:",
-            "if worst.excess > 1e9 + tolerance:",
-            "test_a_reference_that_is_not_the_start_stops_before_anything_is_learned[hinge]",
-        ),
-    ),
-    *in_file(
         "stages/shared/reference_cache.py",
         "unit/training/test_reference_cache.py",
         (

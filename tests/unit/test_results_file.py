@@ -70,10 +70,12 @@ def test_the_page_says_which_cell_comes_from_which_run() -> None:
         for launcher in LAUNCHERS
     ]
     cells[0] |= {"state": "refused", "reason": "too small"}
+    del cells[1]
     lines = page({"runs": [OLD, NEW], "cells": cells}).splitlines()
     assert "- a: 2026-11-01, commit aaaaaaa, CPU, old" in lines
     assert "- b: 2026-11-02, commit bbbbbbb, CPU, new" in lines
     row = next(line for line in lines if line.startswith(f"| {ADAPTERS[0]} | {STAGES[0]} |"))
     assert row.split(" | ")[2] == "refused (1) a"
+    assert row.split(" | ")[3] == "not tried"
     assert row.endswith("works b |")
     assert "1. too small" in lines

@@ -49,16 +49,14 @@ class FirstBatch:
         }
 
     def refuse_other_start(self) -> None:
-        """Compares policy and reference on every answer.
-
-        Raises:
-            StageError: they differ, so the reference is not the policy that the stage starts from.
-        """
+        """Raises StageError unless policy and reference agree on every answer."""
         reference = torch.cat(self._of_all(self._trainer.reference_logprobs))
         policy = torch.cat([self.start.chosen, self.start.rejected])
         tokens = torch.cat([self.start.chosen_tokens, self.start.rejected_tokens]).int()
-        rows = [StartRow(*row) for row in zip(policy.tolist(), reference.tolist(), tokens.tolist(), strict=True)]
-        refuse_other_reference(rows, self._trainer.precomputed, tolerance=self._trainer.start_tolerance)
+        rows = zip(policy.tolist(), reference.tolist(), tokens.tolist(), strict=True)
+        refuse_other_reference(
+            (StartRow(*row) for row in rows), self._trainer.precomputed, tolerance=self._trainer.start_tolerance
+        )
 
     def _of_all(self, values: Callable[[Batch], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """``[pairs]`` values of chosen and of rejected answers, of all processes, on the CPU."""

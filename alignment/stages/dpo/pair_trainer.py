@@ -13,10 +13,9 @@ from torch import Tensor
 from trl import DPOTrainer
 
 from alignment.data.tokens.row_kinds import MARGIN
-from alignment.models.forward.causal import IGNORED
 from alignment.stages.dpo.pair_losses import PairLogprobs, PairLoss, RewardsOf, nll_of_chosen
 from alignment.stages.shared.reference_cache import Reference
-from alignment.stages.shared.start_reference import AgainstStart
+from alignment.stages.shared.start_reference import AgainstStart, answer_logprobs
 from alignment.training.micro_batches import Batch, Unit
 
 
@@ -36,7 +35,7 @@ class PairTrainer(AgainstStart, DPOTrainer):
     """TRL's trainer, with each optimiser batch split into micro-batches. Set what is not TRL's after construction.
 
     ``own_loss`` replaces TRL's loss, ``nll_weight`` times the chosen answer's negative log-likelihood is added to the
-    loss, and ``implicit_rewards`` replace TRL's. Without ``needs_reference``, nothing is compared with a reference.
+    loss, and ``implicit_rewards`` replace TRL's.
     """
 
     unit = Unit.pairs
@@ -53,16 +52,9 @@ class PairTrainer(AgainstStart, DPOTrainer):
 
     def logprobs_of(self, model: Any, inputs: Batch) -> tuple[Tensor, Tensor]:
         """``[pairs]`` log-probabilities of the chosen and of the rejected answers, in nats, without gradients."""
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
         with torch.no_grad(), self.accelerator.autocast():
-            outputs = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                labels=labels,
-                use_cache=False,
-                fused_lm_head=True,
-            )
-        return outputs.log_probs.sum(-1).chunk(2)
+            chosen, rejected = answer_logprobs(model, inputs).chunk(2)
+        return chosen, rejected
 
     def _compute_loss(self, model: Any, inputs: Batch, return_outputs: bool) -> Tensor:
         """The mean loss of the pairs, and TRL's metrics of them."""

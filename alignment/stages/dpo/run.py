@@ -1,8 +1,8 @@
-"""Direct preference optimisation with TRL's trainer (Rafailov et al. 2023, eq. 7).
+"""Direct preference optimisation with TRL's trainer (Rafailov et al. 2023, eq. 7), and losses like it.
 
 The reference is the policy at the start of the stage: with an adapter, the same base with the adapters as they were
 then; in full training, a frozen copy of the model. At step 0 both must agree on every answer (``check_start``), so the
-sigmoid loss starts at ln 2; otherwise the stage stops with an error.
+sigmoid loss starts at ln 2; otherwise the stage stops with an error. A loss without a reference has none of this.
 """
 
 from __future__ import annotations
@@ -25,12 +25,7 @@ from alignment.stages.shared.kind_answers import limits_of_parts, pair_rows
 from alignment.stages.shared.preference_pairs import pair_tokens, read_pairs
 from alignment.stages.shared.reference_cache import Reference
 from alignment.stages.shared.result import StageResult, save_model
-from alignment.stages.shared.start_reference import (
-    copy_of_start,
-    make_ready,
-    precomputed_reference,
-    with_reference,
-)
+from alignment.stages.shared.start_reference import copy_of_start, make_ready, precomputed_reference, with_reference
 from alignment.stages.shared.validation_rows import hold_out
 from alignment.training.context import StageContext
 from alignment.training.held_out import HeldOutRows
@@ -82,7 +77,6 @@ def _trainer(
     pairs: Dataset,
     held_out: Dataset | None = None,
 ) -> PairTrainer:
-    needs_reference = config.loss.needs_reference
     policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=False)
     reference = precomputed = precomputed_held_out = None
 
@@ -93,7 +87,7 @@ def _trainer(
     if config.precompute_reference:
         precomputed = computed(pairs)
         precomputed_held_out = None if held_out is None else computed(held_out)
-    elif needs_reference:
+    elif config.loss.needs_reference:
         reference = copy_of_start(policy, context)
     trainer = PairTrainer(
         model=policy,
@@ -101,11 +95,11 @@ def _trainer(
         args=TrlDpoConfig(
             **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
             beta=config.beta,
-            loss_type=config.loss.value if needs_reference else _REPLACED,
+            loss_type=config.loss.value if config.loss.needs_reference else _REPLACED,
             label_smoothing=config.label_smoothing if config.loss is DpoLoss.robust else 0.0,
             max_length=None,
             # Without a reference, this keeps TRL from loading one.
-            precompute_ref_log_probs=config.precompute_reference or not needs_reference,
+            precompute_ref_log_probs=config.precompute_reference or not config.loss.needs_reference,
             remove_unused_columns=False,  # a pair may have a margin
         ),
         train_dataset=_dataset(pairs, precomputed),

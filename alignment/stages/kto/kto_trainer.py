@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from trl import KTOTrainer
 
-from alignment.models.forward.causal import IGNORED
 from alignment.stages.shared.start_check import StartRow
-from alignment.stages.shared.start_reference import AgainstStart
+from alignment.stages.shared.start_reference import AgainstStart, answer_logprobs
 from alignment.training.micro_batches import Batch, Unit
 
 TEXT = ("input_ids", "attention_mask", "completion_mask")
@@ -94,14 +93,6 @@ class TokenizedKtoTrainer(AgainstStart, KTOTrainer):
             tokens = part["completion_mask"].sum(-1)
             for row in zip(policy.tolist(), reference.tolist(), tokens.tolist(), strict=True):
                 yield StartRow(*row)
-
-
-def answer_logprobs(model: Any, batch: Batch) -> Tensor:
-    """``[rows]`` log-probabilities of the answers, in nats."""
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
-    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logprobs: Tensor = model(**texts, labels=labels, fused_lm_head=True).log_probs
-    return logprobs.sum(-1)
 
 
 def _others(batch: Batch) -> Batch:

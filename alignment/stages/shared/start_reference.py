@@ -21,7 +21,7 @@ from alignment.config.optim import OptimConfig
 from alignment.models.assembly.adapters import at_start, with_own
 from alignment.models.assembly.load import DTYPES, Lineage, compute_in, frozen_copy
 from alignment.models.forward.answers import unwrapped
-from alignment.models.forward.causal import install_causal
+from alignment.models.forward.causal import IGNORED, install_causal
 from alignment.models.forward.flat import use_flat_attention
 from alignment.stages.shared.reference_cache import Reference, reference_logprobs
 from alignment.stages.shared.start_check import BFLOAT16_TOLERANCE, START_TOLERANCE
@@ -34,8 +34,8 @@ from alignment.training.trainer_arguments import optimizer_arguments
 class AgainstStart(MicroBatches):
     """A mix-in for TRL's trainers that compare the policy with ``ref_model``, on rows that are tokenised already.
 
-    ``precomputed`` holds the reference's log-probabilities of the rows if they were computed beforehand. Without
-    ``needs_reference`` there is nothing to compare with.
+    ``precomputed`` holds the reference's log-probabilities of the rows if they were computed beforehand. A loss that
+    compares nothing does not need a reference; set ``needs_reference`` before ``make_ready``.
     """
 
     needs_reference: bool = True
@@ -96,6 +96,14 @@ def _use_start_as_reference(trainer: AgainstStart, policy: PeftModel) -> None:
             return trainer.model(**inputs)
 
     trainer.ref_model = reference
+
+
+def answer_logprobs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """``[rows]`` log-probabilities of the answers in a padded batch, in nats."""
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logprobs: Tensor = model(**texts, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+    return logprobs.sum(-1)
 
 
 def precomputed_reference(
