@@ -18,7 +18,7 @@ import pytest
 from alignment.config.overoptimisation import GuardConfig
 from alignment.config.reward_server import ServerConfig
 from alignment.config.scoring import ScorerConfig
-from alignment.job import StageInput, StageSpec
+from alignment.job import StageSpec
 from alignment.records.worker import Heartbeat
 from alignment.stages.ppo.config import PpoConfig
 from tests.chained import LORA, Chained, config_of
@@ -32,7 +32,6 @@ Reply = Callable[[dict[str, Any], int], Response | None]
 def stage(folder: Path, url: str, **changes: Any) -> StageSpec:
     """Two updates of eight answers, scored by a server in calls of two answers, and watched by another scorer of it."""
     chained = Chained(folder)
-    chained.inputs["reward"] = StageInput(ref="base", path=None)
     told: dict[str, Any] = {"base_url": url, "model": "rm", "timeout": 20.0, "retries": 0, "concurrency": 2}
     server = ServerConfig(**(told | {"batch_size": 2} | changes))
     config = config_of(
@@ -45,9 +44,7 @@ def stage(folder: Path, url: str, **changes: Any) -> StageSpec:
         ),
     )
     assert isinstance(config, PpoConfig)
-    spec = chained.spec("ppo", LORA, config=config)
-    del spec.inputs["reward"]
-    return spec
+    return chained.spec("ppo", LORA, config=config)
 
 
 def score(item: dict[str, Any]) -> float:
