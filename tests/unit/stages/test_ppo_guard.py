@@ -11,7 +11,6 @@ import pytest
 from alignment import worker
 from alignment.config.overoptimisation import GuardConfig
 from alignment.config.scoring import ScorerConfig
-from alignment.job import StageInput
 from alignment.stages.ppo.config import PpoConfig
 from alignment.training.context import StageContext
 from alignment.training.rl.guard import Guard
@@ -21,7 +20,6 @@ from tests.chained import LORA, Chained, config_of
 def _run(folder: Path) -> Path:
     """The artifact of a stage that wants few words and whose guard wants many; both are rules."""
     chained = Chained(folder)
-    chained.inputs["reward"] = StageInput(ref="base", path=None)
     config = config_of(
         "ppo",
         LORA,
@@ -32,7 +30,6 @@ def _run(folder: Path) -> Path:
     )
     assert isinstance(config, PpoConfig)
     spec = chained.spec("ppo", LORA, config=config)
-    del spec.inputs["reward"]
     worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
     return spec.artifact
 
