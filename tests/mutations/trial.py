@@ -92,6 +92,8 @@ def _run(tree: Path, tests: list[str], stop_at_failure: bool) -> None:
     outcomes = Outcomes()
     # A plugin that the libraries have imported as well is none whose assertions matter here.
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    # In pytest's own folder, processes that end at the same time remove old folders, and one of them may fail at it.
+    options += [f"--basetemp={tree.with_name(f'{tree.name}.temporary')}"]
     options += ["-x"] if stop_at_failure else []
     code = int(pytest.main([*options, *tests], plugins=[outcomes]))
     imported = sys.modules.get("alignment")
