@@ -17,7 +17,10 @@ def is_smoke(profile: str) -> bool:
 
 
 def of_evaluation(evaluation: Evaluation) -> list[str]:
-    """Doubts about an evaluation: too few prompts, arms whose answers were cut off, or a winner that repeats itself."""
+    """Doubts about an evaluation.
+
+    They are too few prompts, arms whose answers were cut off, a judge without a verdict, a winner that repeats itself.
+    """
     doubts = [too_few_prompts(evaluation)] if too_few_prompts(evaluation) else []
     all_cut = [arm.label for arm in evaluation.arms if arm.ended is not None and arm.ended.mean == 0.0]
     most_cut = [f"{arm.label} ({1 - arm.ended.mean:.0%})" for arm in evaluation.arms if arm.ended and _mostly_cut(arm)]
@@ -27,7 +30,15 @@ def of_evaluation(evaluation: Evaluation) -> list[str]:
                 f"{amount} answers of {', '.join(labels)} were cut off at max_new_tokens, so their scores are those of "
                 "unfinished text; raise it"
             )
-    return doubts + winners_that_repeat_themselves(evaluation)
+    return doubts + _judge_without_a_verdict(evaluation) + winners_that_repeat_themselves(evaluation)
+
+
+def _judge_without_a_verdict(evaluation: Evaluation) -> list[str]:
+    """A judge that was asked, and of which nothing can be concluded for any pair of arms."""
+    judge = evaluation.judge
+    if judge is None or not judge.pairs or any(pair.win_rate is not None for pair in judge.pairs):
+        return []
+    return [f"{judge.name} as a judge says nothing about any pair of arms: {judge.pairs[0].why_nothing}"]
 
 
 def winners_that_repeat_themselves(evaluation: Evaluation) -> list[str]:

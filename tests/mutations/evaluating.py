@@ -561,8 +561,8 @@ MUTATIONS = [
         "unit/report/test_doubts.py",
         (
             "a winner may repeat itself",
-            "return doubts + winners_that_repeat_themselves(evaluation)",
-            "return doubts",
+            " + winners_that_repeat_themselves(evaluation)\n",
+            "\n",
             "test_a_winner_that_says_the_same_to_everybody_is_named",
         ),
         (

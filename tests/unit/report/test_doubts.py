@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from alignment.records.evaluation import ArmResult, Comparison, Evaluation, Grading, Metric
+from alignment.records.evaluation import ArmResult, Comparison, Evaluation, Grading, Judge, JudgedPair, Metric
 from alignment.records.interval import Interval
 from alignment.report.doubts import is_smoke, of_evaluation
 from alignment.stages.registry import doubts
@@ -108,3 +108,13 @@ def test_a_winner_that_says_the_same_to_everybody_is_named() -> None:
 )
 def test_few_distinct_answers_alone_are_no_reason(distinct: float, other: float, difference: float) -> None:
     assert of_evaluation(_one_beats_the_other(distinct, other, difference)) == []
+
+
+def test_a_judge_without_a_verdict_on_any_pair_is_named() -> None:
+    silent = JudgedPair(arm="stage:dpo", against="stage:sft", prompts=20, wins=0, ties=0, losses=0, invalid=1.0)
+    heard = replace(silent, win_rate=Interval(mean=0.5, low=0.4, high=0.6))
+    assert of_evaluation(Evaluation(judge=Judge(name="a-model", pairs=[silent, silent]))) == [
+        "a-model as a judge says nothing about any pair of arms: 100% of the verdicts are invalid"
+    ]
+    for pairs in ([], [silent, heard]):
+        assert of_evaluation(Evaluation(judge=Judge(name="a-model", pairs=pairs))) == []
