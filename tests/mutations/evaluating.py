@@ -566,6 +566,12 @@ MUTATIONS = [
             "test_a_winner_that_says_the_same_to_everybody_is_named",
         ),
         (
+            "a judge without a verdict is not named",
+            " + _judge_without_a_verdict(evaluation)",
+            "",
+            "test_a_judge_without_a_verdict_on_any_pair_is_named",
+        ),
+        (
             "a loser that repeats itself is doubted",
             "if verdict == BETTER else (item.against, item.arm)",
             "if verdict else (item.against, item.arm)",
