@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.contestants.training import lora_of, model_of, tokenizer_of, without_casts
+from benchmarks.contestants.update_clock import UpdateClock
 from benchmarks.measure import Steps, matmul_peak, write_result
 from benchmarks.setting import (
     GRPO_BETA,
@@ -37,26 +37,12 @@ class TokenizedGrpoTrainer(GRPOTrainer):
         return [json.loads(prompt) for prompt in prompts], None, {}
 
 
-class Clock(TrainerCallback):
-    """Tells ``Steps`` of each update, which is logged at its end."""
-
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
-        self.updates: list[dict[str, Any]] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """The trainer's closing summary is not an update."""
-        if logs and "loss" in logs:
-            self._steps.ended(float(logs["loss"]))
-            self.updates.append(dict(logs))
-
-
 def main(task_file: Path) -> None:
     """Makes the updates and writes the result."""
     task = read_json(task_file)
     peak = matmul_peak()
     steps = Steps()
-    clock = Clock(steps)
+    clock = UpdateClock(steps, loss="loss")
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(task, folder)
         trainer.add_callback(clock)

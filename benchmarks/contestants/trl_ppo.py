@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
+from benchmarks.contestants.update_clock import UpdateClock
 from benchmarks.measure import Steps, matmul_peak, write_result
 from benchmarks.setting import (
     LEARNING_RATE,
@@ -27,26 +28,12 @@ from benchmarks.setting import (
 )
 
 
-class Clock(TrainerCallback):
-    """Tells ``Steps`` of each update, which is logged once, at its end."""
-
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
-        self.updates: list[dict[str, Any]] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """There is no one loss; the figures of the update are kept whole."""
-        if logs and "objective/scores" in logs:
-            self._steps.ended(float(logs["loss/policy_avg"]))
-            self.updates.append(dict(logs))
-
-
 def main(task_file: Path) -> None:
     """Makes the updates and writes the result."""
     task = read_json(task_file)
     peak = matmul_peak()
     steps, counted = Steps(), _count_answers()
-    clock = Clock(steps)
+    clock = UpdateClock(steps, loss="loss/policy_avg")
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(task, folder)
         trainer.add_callback(clock)
