@@ -83,7 +83,7 @@ def main(path: Path) -> int:
         return PREEMPTED_CODE
     except AlignmentError as error:
         stop_requests.ignore()
-        _finish(context, FAILED, error.exit_code, str(error))
+        _finish(context, FAILED, error.exit_code, str(error), rank=error.rank)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except BaseException as error:  # noqa: BLE001 - last resort: the driver must learn of every failure
@@ -241,12 +241,16 @@ def _publish(spec: StageSpec, context: StageContext, result: StageResult) -> Man
     return complete
 
 
-def _finish(context: StageContext, state: str, exit_code: int, error: str) -> None:
-    """Writes ``status.json``: the first process that fails reports the failure, the main process reports success."""
+def _finish(context: StageContext, state: str, exit_code: int, error: str, *, rank: int | None = None) -> None:
+    """Writes ``status.json``: the first process that fails reports the failure, the main process reports success.
+
+    ``rank`` is that of the process that met the error, if it was another one.
+    """
     folder = context.spec.run_folder
     if (folder / STATUS).exists() or (state == DONE and not context.is_main):
         return
-    several = f", process {context.rank} of {context.world_size}" if context.world_size > 1 else ""
+    rank = context.rank if rank is None else rank
+    several = f", process {rank} of {context.world_size}" if context.world_size > 1 else ""
     status = Status(
         state=state,
         exit_code=exit_code,

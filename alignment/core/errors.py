@@ -21,10 +21,12 @@ from __future__ import annotations
 class AlignmentError(Exception):
     """Base of every error that is shown without a traceback.
 
-    ``where`` names the key, file or stage; ``remedy`` says what to do next.
+    ``where`` names the key, file or stage; ``remedy`` says what to do next. ``rank`` is that of the process that met
+    the error, where the others raise it too.
     """
 
     exit_code = 1
+    rank: int | None = None
 
     def __init__(self, message: str, *, where: str = "", remedy: str = "") -> None:
         super().__init__(message)

@@ -62,8 +62,8 @@ def everyones(value: T) -> list[T]:
 def shared(make: Callable[[], T]) -> list[T]:
     """The value that each process makes, by rank.
 
-    If ``make`` fails on some of them, all raise the error of the first that failed. Otherwise the others would wait for
-    a process that has ended.
+    If ``make`` fails on some of them, all raise the error of the first that failed, with its rank. Otherwise the others
+    would wait for a process that has ended.
     """
     value, error = None, None
     try:
@@ -71,8 +71,9 @@ def shared(make: Callable[[], T]) -> list[T]:
     except AlignmentError as failed:
         error = failed
     outcomes: list[Any] = everyones((value, error))
-    for _, failure in outcomes:
+    for rank, (_, failure) in enumerate(outcomes):
         if failure is not None:
+            failure.rank = rank
             raise failure
     return [made for made, _ in outcomes]
 

@@ -193,7 +193,7 @@ MUTATIONS = [
         ),
         (
             "a worker's exit code is not its fault's",
-            "_finish(context, FAILED, error.exit_code, str(error))",
+            "_finish(context, FAILED, error.exit_code, str(error), rank=error.rank)",
             "_finish(context, FAILED, 1, str(error))",
             "test_how_a_stage_ended_stands_in_its_status",
         ),

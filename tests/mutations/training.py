@@ -175,4 +175,14 @@ MUTATIONS = [
             "test_deepspeed_is_told_what_to_offload",
         ),
     ),
+    *in_file(
+        "training/sharding.py",
+        "distributed/test_raising_scorer.py",
+        (
+            "an error that all raise does not say which process met it",
+            "failure.rank = rank",
+            "failure.rank = None",
+            "test_the_process_that_raised_is_named_by_the_other_one_too",
+        ),
+    ),
 ]
