@@ -43,8 +43,12 @@ def _signals_as_before() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-SEVERAL_PROCESSES = ("test_sharding", "test_machines", "test_lost_processes")
+SEVERAL_PROCESSES = ("distributed/", "e2e/test_machines", "e2e/test_lost_processes")
 """Files whose tests start several processes that wait for one another; two such tests at once crawl."""
+
+
+def _is_of_several_processes(test: str) -> bool:
+    return any(f"tests/{start}" in test for start in SEVERAL_PROCESSES)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for marks
@@ -52,15 +56,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What belongs together stays with one of the processes that ``make test`` shares the tests out to: tests of
     several processes, and those on one run of a recipe."""
     for item in items:
-        if item.path.stem in SEVERAL_PROCESSES:
+        if _is_of_several_processes(item.path.as_posix()):
             item.add_marker(pytest.mark.xdist_group("processes"))
-        for made_once in {"finished", "gated", "smoke"} & set(getattr(item, "fixturenames", ())):
+        for made_once in {"finished", "gated", "served", "smoke"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(made_once))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_node_collection_finished(ids: list[str]) -> None:
     """Ends the run where pytest and pytest-xdist share out the tests of a group, which makes it twice as long."""
-    whole = [test for test in ids if any(f"{file}.py::" in test for file in SEVERAL_PROCESSES)]
+    whole = list(filter(_is_of_several_processes, ids))
     if alone := [test for test in whole if "@processes" not in test]:
         pytest.exit(f"this pytest and pytest-xdist do not keep groups together ({alone[0]})", returncode=4)

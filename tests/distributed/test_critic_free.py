@@ -86,9 +86,7 @@ def same(alone: StageSpec, together: StageSpec) -> None:
     ("advantage", "adapter", "sharding"),
     [
         (Advantage.rloo, LORA, Sharding.none),
-        (Advantage.grpo, FULL, Sharding.none),
         (Advantage.dr_grpo, LORA, Sharding.zero2),
-        (Advantage.grpo, LORA, Sharding.zero3),
         (Advantage.grpo, FULL, Sharding.zero3),
     ],
     ids=lambda value: getattr(getattr(value, "kind", value), "value", value),

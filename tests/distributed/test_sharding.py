@@ -92,23 +92,18 @@ def weights(artifact: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("kind", "adapter", "sharding"),
     [
-        ("sft", FULL, ZERO3),
+        ("sft", DORA, ZERO3),
         ("sft", QLORA, ZERO2),
-        ("reward", LORA, NONE),
         ("reward", LORA, ZERO3),
         ("reward", FULL, FSDP),
         ("dpo", FULL, ZERO3),
         ("dpo", LORA, FSDP),
         ("kto", LORA, NONE),
         ("kto", FULL, ZERO3),
-        ("kto", LORA, FSDP),
         ("ppo", LORA, NONE),
-        ("ppo", FULL, ZERO2),
-        ("ppo", LORA, ZERO1),
+        ("ppo", FULL, ZERO1),
         ("ppo", LORA, ZERO3),
-        ("ppo", FULL, ZERO3),
-        ("sft", DORA, ZERO3),
-    ],
+    ],  # each kind, adapter and sharding; ``make matrix`` tries all together
     ids=lambda value: getattr(getattr(value, "kind", value), "value", value),
 )
 def test_it_trains_what_one_process_trains(
@@ -144,13 +139,11 @@ def test_it_trains_what_one_process_trains(
 @pytest.mark.parametrize(
     ("settings", "adapter", "sharding"),
     [
-        ({"loss": DpoLoss.orpo}, FULL, ZERO3),
         ({"loss": DpoLoss.orpo}, FULL, FSDP),
         ({"loss": DpoLoss.simpo, "target_margin": 0.5, "nll_weight": 0.5}, LORA, NONE),
-        ({"label_smoothing": 0.1, "nll_weight": 0.5}, LORA, FSDP),
         ({"label_smoothing": 0.1, "nll_weight": 0.5}, FULL, ZERO3),
     ],
-    ids=["orpo-zero3", "orpo-fsdp", "simpo-ddp", "conservative-fsdp", "conservative-zero3"],
+    ids=["orpo-fsdp", "simpo-ddp", "conservative-zero3"],
 )
 def test_losses_of_ours_and_the_changes_of_answers_are_those_of_one_process(
     tmp_path: Path, settings: dict[str, Any], adapter: AdapterConfig, sharding: Sharding

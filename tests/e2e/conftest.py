@@ -156,8 +156,8 @@ def new_forked(new_align: Callable[[], Align], forked: Forked) -> Callable[[], A
 
 
 @pytest.fixture(scope="session")
-def finished(new_align: Callable[[], Align]) -> Align:
+def finished(new_forked: Callable[[], Align]) -> Align:
     """A chain that ran once, undisturbed. Tests may run more in it but never remove a result."""
-    align = new_align()
+    align = new_forked()
     align("run")
     return align

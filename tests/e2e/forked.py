@@ -47,6 +47,7 @@ class Forked:
 def _serve() -> None:
     import alignment.stages.dpo.run
     import alignment.stages.evaluate.run
+    import alignment.stages.kto.run
     import alignment.stages.ppo.run
     import alignment.stages.reward.run
     import alignment.stages.sample.run

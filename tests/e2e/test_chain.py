@@ -9,14 +9,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
-import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -58,13 +56,12 @@ def test_the_report_and_every_arm_are_there(finished: Align) -> None:
         assert label in page
 
 
-def test_a_result_is_exported_and_plain_transformers_reads_it(finished: Align, tmp_path: Path) -> None:
+def test_a_result_is_exported_and_plain_transformers_reads_it(finished: Align, forked: Forked, tmp_path: Path) -> None:
     def export(result: str, to: str, *more: str, code: int = 0) -> str:
-        argv = [sys.executable, "-m", "alignment.cli", "export", result, "--to", str(tmp_path / to), *more]
-        argv += ["--output", str(finished.output)]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=environment(), check=False)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        argv = ["export", result, "--to", str(tmp_path / to), *more, "--output", str(finished.output)]
+        ended, printed = forked.run(argv)
+        assert ended == code, printed
+        return printed
 
     printed = export("quickstart/dpo", "model")
     assert f"written: {tmp_path / 'model'}" in printed
@@ -125,14 +122,13 @@ def test_a_second_run_reuses_everything_and_prints_the_arms(finished: Align) -> 
     assert "report.html" in printed
 
 
-def test_a_changed_beta_runs_dpo_evaluation_and_report_only(finished: Align, forked: Forked) -> None:
-    align = replace(finished, forked=forked)
-    align("run", "stages.dpo.beta=0.3")
-    found = states(align)
+def test_a_changed_beta_runs_dpo_evaluation_and_report_only(finished: Align) -> None:
+    finished("run", "stages.dpo.beta=0.3")
+    found = states(finished)
     assert {name for name, state in found.items() if state == "done"} == {"dpo", "evaluate", "report"}
     assert {name for name, state in found.items() if state == "reused"} == {"sft", "reward", "ppo"}
-    align("run")  # back to what the other tests look at
-    assert set(states(align).values()) == {"reused"}
+    finished("run")  # back to what the other tests look at
+    assert set(states(finished).values()) == {"reused"}
 
 
 def test_more_processes_run_nothing_again(finished: Align) -> None:
@@ -140,22 +136,19 @@ def test_more_processes_run_nothing_again(finished: Align) -> None:
     assert set(states(finished).values()) == {"reused"}
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_killed_in_the_middle_it_goes_on_and_ends_the_same(
-    stage: str, new_align: Callable[[], Align], finished: Align, forked: Forked
-) -> None:
-    align = new_align()
-    for earlier in STAGES[: STAGES.index(stage)]:
+def test_killed_in_the_middle_it_goes_on_and_ends_the_same(new_forked: Callable[[], Align], finished: Align) -> None:
+    align = new_forked()
+    for earlier in STAGES[: STAGES.index("ppo")]:
         shutil.copytree(finished.artifact(earlier), align.output / "artifacts" / finished.artifact(earlier).name)
-    _kill_during(align, stage)
-    (work,) = align.output.glob(f"artifacts/{stage}-*.work")
+    _kill_during(align, "ppo")
+    (work,) = align.output.glob("artifacts/ppo-*.work")
     assert list(work.glob("checkpoints/checkpoint-*/alignment_checkpoint.json"))
     assert not (align.output / "artifacts" / work.name.removesuffix(".work") / "manifest.json").exists()
-    assert re.search(rf"^{stage} +resume +from checkpoint-", align("plan"), re.MULTILINE)
-    replace(align, forked=forked)("run")
+    assert re.search(r"^ppo +resume +from checkpoint-", align("plan"), re.MULTILINE)
+    align("run")
     straight = {name: sha for name, sha in finished.weights().items() if not name.startswith("dpo")}
     assert straight.items() <= align.weights().items()
-    steps = [json.loads(line)["step"] for line in (align.artifact(stage) / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (align.artifact("ppo") / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
 
 
@@ -183,7 +176,7 @@ def test_a_damaged_input_stops_before_training(new_forked: Callable[[], Align]) 
 
 
 def _kill_during(align: Align, stage: str) -> None:
-    """SIGKILL to the driver and all its processes once the stage has a sealed checkpoint."""
+    """SIGKILL to a driver, its launcher and its worker, none of them forked, once the stage has a sealed checkpoint."""
     process = subprocess.Popen(
         align.argv("run"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
     )

@@ -114,6 +114,8 @@ def test_a_served_model_grades_the_answers_that_ppo_learns_from(
         *others,
         "stages.ppo.reward=null",
         "stages.ppo.updates=1",
+        "stages.ppo.num_minibatches=1",
+        "stages.ppo.optim.batch_size=4",
         f"stages.ppo.scorers=[{{source: grade, grader: {grader}}}, {{source: length, target: 4, weight: 0.5}}]",
     )
     folder = align.artifact("ppo")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from alignment.config.store import conf_folder
 from alignment.core import hardware
 from alignment.core.artifacts import Manifest, publish
+from alignment.pipeline.plan import choices
+from alignment.pipeline.plan import compose as composing
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.stages.registry import kind_of
 
@@ -31,6 +36,27 @@ NUM_PAIRS = 24
 """As many as the quickstart's smallest stage needs."""
 
 MakePlan = Callable[..., Plan]
+
+
+_composed: dict[Any, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def each_set_of_files_is_composed_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the time of these tests would go into the same files; test_compose composes them every time."""
+    if request.path.stem == "test_compose":
+        return
+    files = composing._files
+
+    def once(path: Path, overrides: list[Any]) -> Any:
+        chosen = [one.input_line for one in overrides if choices.is_group(one) or choices.is_profile(one)]
+        read = sorted((file, file.stat().st_mtime_ns, file.stat().st_size) for file in path.parent.rglob("*.yaml"))
+        key = (path, str(conf_folder()), *chosen, *read)
+        if key not in _composed:
+            _composed[key] = files(path, overrides)
+        return copy.deepcopy(_composed[key])
+
+    monkeypatch.setattr(composing, "_files", once)
 
 
 @pytest.fixture(autouse=True)

@@ -54,11 +54,8 @@ def _moved(chained: Chained, kind: str, since: str) -> float:
     [
         (FULL, LORA),
         (LORA, FULL),
-        (QLORA, QLORA),
         (LORA, QLORA),
-        (DORA, DORA),
         (LORA, _lora(Chain.stack)),
-        (LORA, _lora(CONTINUE)),
         (DORA, AdapterConfig(kind=AdapterKind.dora, rank=4, chain=CONTINUE)),
         (QLORA, AdapterConfig(kind=AdapterKind.qlora, rank=4, chain=CONTINUE)),
         (QLORA, AdapterConfig(kind=AdapterKind.qlora, rank=4)),
@@ -78,7 +75,6 @@ def test_dpo_starts_at_ln_2_from_whatever_sft_left(
 @pytest.mark.parametrize(
     ("sft", "later"),
     [
-        (LORA, LORA),
         (QLORA, QLORA),
         (DORA, DORA),
         (LORA, _lora(Chain.stack)),
@@ -123,7 +119,7 @@ class _Killed(BaseException):
 
 @pytest.mark.parametrize(
     "adapter",
-    [_lora(Chain.stack), _lora(CONTINUE), QLORA],
+    [_lora(CONTINUE), QLORA],
     ids=lambda adapter: f"{adapter.kind.value}-{adapter.chain.value}",
 )
 def test_a_killed_stage_goes_on_with_all_its_adapters(
@@ -146,7 +142,7 @@ def test_a_killed_stage_goes_on_with_all_its_adapters(
     assert saved[0] == saved[1]
 
 
-@pytest.mark.parametrize("kind", ["cpt", "sft", "reward", "dpo", "kto"])
+@pytest.mark.parametrize("kind", ["cpt", "reward", "kto"])
 def test_a_killed_stage_goes_on_counting_tokens(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
     config: Any = replace(config_of(kind, LORA), save_every=1)

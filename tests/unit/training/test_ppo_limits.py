@@ -45,8 +45,9 @@ def _critic(run: Bench) -> str:
 # ---- warm-up of the critic ------------------------------------------------------------------------------------------
 
 
-@KINDS
-@pytest.mark.parametrize("critic", [Critic.separate, Critic.shared])
+@pytest.mark.parametrize(
+    ("adapter", "critic"), [(LORA, Critic.separate), (FULL, Critic.shared)], ids=["lora-separate", "full-shared"]
+)
 def test_only_the_critic_learns_while_it_warms_up(
     bench: Callable[..., Bench], adapter: AdapterConfig, critic: Critic
 ) -> None:
