@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,55 +10,17 @@ from pathlib import Path
 import pytest
 
 from alignment.evaluation.grammar import verdict_of
-from alignment.pipeline.sources import bundled_model
 from tests.e2e.conftest import Align
-
-NEEDED = ("openai", "fastapi", "uvicorn")
-"""The client, and what ``transformers serve`` is built on."""
-
-BOOTED = 90
-"""Seconds within which the server must answer."""
+from tests.transformers_server import missing, model_served
 
 
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """URL and model name of the shipped model behind ``transformers serve``."""
-    for package in NEEDED:
-        pytest.importorskip(package, reason=f"transformers serve needs {', '.join(NEEDED[1:])}: pip install {package}")
-    model = bundled_model.lookup("smollm2-135m")
-    if not bundled_model.is_ready(model):
-        pytest.skip("the shipped model is not on this machine; `make model` fetches it")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    name = str(bundled_model.folder(model))
-    argv = [sys.executable, "-m", "transformers.cli.transformers", "serve", name, "--device", "cpu"]
-    log = tmp_path / "server.log"
-    with log.open("wb") as sink:
-        server = subprocess.Popen(
-            [*argv, "--host", "127.0.0.1", "--port", str(port)],
-            stdout=sink,
-            stderr=sink,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )
-    try:
-        _wait(f"http://127.0.0.1:{port}/health", server, log)
-        yield f"http://127.0.0.1:{port}/v1", name
-    finally:
-        server.kill()
-        server.wait()
-
-
-def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + BOOTED
-    while True:
-        assert server.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.1)
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """URL and name of the shipped model behind ``transformers serve``."""
+    if reason := missing():
+        pytest.skip(reason)
+    with model_served(tmp_path_factory.mktemp("server")) as url_and_name:
+        yield url_and_name
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def _write(outcomes: Sequence[Outcome]) -> None:
 def _needed(cell: Cell) -> list[Cell]:
     """The cells that this one is compared with or takes its reward model from, and itself, last."""
     alone = Cell(stage=cell.stage, adapter=cell.adapter, launcher="local")
-    reward = [Cell(stage="reward", adapter=cell.adapter, launcher="local")] if cell.stage == "ppo" else []
+    reward = [Cell(stage="reward", adapter=cell.adapter, launcher="local")] if cell.kind == "ppo" else []
     return [*reward, alone, cell]
 
 
@@ -114,6 +114,9 @@ def page(content: dict[str, Any]) -> str:
         f"{SAME:g} (same global batch). Plain transformers and PEFT read the result and give the same logits within "
         f"{LOGITS:g}. No weight is empty. A combination that does not work is refused before anything starts; "
         "the reasons are below.",
+        "",
+        "`grpo` is the kind `ppo` with `advantage=grpo`, `critic=none` and the KL in the loss. The kinds that train "
+        "nothing are left out.",
         "",
         "| adapter | stage | " + " | ".join(LAUNCHERS) + " |",
         "|---|---|" + "---|" * len(LAUNCHERS),

@@ -24,7 +24,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from alignment.core.artifacts import verify
 from tests.matrix.rows import CONVERSATIONS, PAIRS, TEXTS
 
-STAGES = ("cpt", "sft", "reward", "dpo", "kto", "ppo")
+STAGES = ("cpt", "sft", "reward", "dpo", "kto", "ppo", "grpo")
+KINDS = {"grpo": "ppo"}
+"""The kind of a stage that is not called after it."""
 ADAPTERS = ("full", "lora", "dora", "qlora", "prefix")
 LAUNCHERS = ("local", "ddp", "fsdp", "zero1", "zero2", "zero3")
 IDS = torch.tensor([[5, 6, 7, 8, 2]])
@@ -32,9 +34,18 @@ SAME = 1e-4
 """Of losses and other figures of a step, relative to 1 or their own size: sums over processes are rounded otherwise."""
 LOGITS = 1e-3
 """Of a model that two runs trained: the optimiser divides small gradients by their own size."""
-FIGURES = {"ppo": ("objective/score", "objective/kl", "loss/policy", "loss/value", "grad_norm")}
+_RL = ("objective/score", "objective/kl", "loss/policy", "grad_norm")
+FIGURES = {"ppo": (*_RL, "loss/value"), "grpo": (*_RL, "loss/kl", "objective/tied_prompts")}
 LOSS = ("loss", "grad_norm")
 _OPTIM = "optim={batch_size: 8, micro_batch_tokens: 110, lr: 1e-3, warmup_ratio: 0.0, schedule: constant}"
+_ROLLOUTS = (
+    "updates=2",
+    "ppo_epochs=2",
+    "num_minibatches=1",
+    "max_prompt_length=4096",
+    "max_new_tokens=6",
+    "optim={batch_size: 8, micro_batch_tokens: 110, lr: 1e-3}",
+)
 _SETTINGS = {
     # As many steps as there are whole batches: processes repeat some rows of a partial one (docs/launching.md).
     "cpt": ("max_length=64", _OPTIM, "optim.micro_batch_tokens=90", "optim.max_steps=3"),
@@ -42,13 +53,15 @@ _SETTINGS = {
     "reward": ("max_length=4096", "eval_fraction=0.34", _OPTIM),
     "dpo": ("max_length=4096", _OPTIM),
     "kto": ("max_length=4096", _OPTIM),
-    "ppo": (
-        "updates=2",
-        "ppo_epochs=2",
-        "num_minibatches=1",
-        "max_prompt_length=4096",
-        "max_new_tokens=6",
-        "optim={batch_size: 8, micro_batch_tokens: 110, lr: 1e-3}",
+    "ppo": _ROLLOUTS,
+    "grpo": (
+        *_ROLLOUTS,
+        "advantage=grpo",
+        "critic=none",
+        "completions_per_prompt=2",
+        "kl={coefficient: 0.04, apply_to: loss}",
+        "clip_high=0.28",
+        "drop_ties=true",
     ),
 }
 _ROWS = {"cpt": TEXTS, "sft": CONVERSATIONS}
@@ -67,6 +80,11 @@ class Cell:
     stage: str
     adapter: str
     launcher: str
+
+    @property
+    def kind(self) -> str:
+        """The kind of the stage."""
+        return KINDS.get(self.stage, self.stage)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +130,7 @@ class Bench:
     def _recipe(self, cell: Cell) -> Path:
         path = self.folder / f"{cell.stage}.yaml"
         path.write_text(
-            f"defaults: [base, stage@stages.{cell.stage}: {cell.stage}, _self_]\nsummary: one cell\n", encoding="utf-8"
+            f"defaults: [base, stage@stages.{cell.stage}: {cell.kind}, _self_]\nsummary: one cell\n", encoding="utf-8"
         )
         return path
 
@@ -125,7 +143,7 @@ class Bench:
         told += [f"{stage}.adapter.{setting}" for setting in _ADAPTERS.get(cell.adapter, _FACTORS)]
         told += [f"{stage}.data.source=path:{self.folder / _ROWS.get(cell.stage, PAIRS)}"]
         told += [f"{stage}.init=base", *(f"{stage}.{setting}" for setting in _SETTINGS[cell.stage])]
-        if cell.stage == "ppo":
+        if cell.kind == "ppo":
             reward = Cell(stage="reward", adapter=cell.adapter, launcher="local")
             told.append(f"{stage}.reward=path:{self.artifact(reward)}")
         return told

@@ -37,6 +37,7 @@ from tests.proofs import (
     overoptimisation,
     plain_script,
     rounds,
+    served,
     story,
 )
 from tests.proofs.common import Claim, Skipped
@@ -57,6 +58,7 @@ PROOFS: dict[str, Callable[[Path], list[Claim]]] = {
     "plain_script": plain_script.run,
     "forgetting": forgetting.run,
     "rounds": rounds.run,
+    "served": served.run,
 }
 
 
