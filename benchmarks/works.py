@@ -137,7 +137,8 @@ def _grpo() -> Work:
     sharing = Sharing(critic=False, epochs=1)  # prompts are counted once each, however many answers they have
     rule = "a rule as the reward"
     checkpointed = f"{_DEFAULT}, micro-batches of {PPO_MICRO_BATCH} rows; {rule}"
-    tuned = f"checkpointing off, micro-batches of {PPO_MICRO_BATCH} rows; {_NO_CASTS}; {rule}"
+    # PEFT's input casts stay: TRL samples outside of autocast, where factors in float32 need them.
+    tuned = f"checkpointing off, micro-batches of {PPO_MICRO_BATCH} rows; {rule}"
     stage = _STAGE.format(PPO_MICRO_BATCH_TOKENS["lora"])
     return Work(
         kind="grpo",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.contestants.training import lora_of, model_of, tokenizer_of, without_casts
+from benchmarks.contestants.training import lora_of, model_of, tokenizer_of
 from benchmarks.contestants.update_clock import UpdateClock
 from benchmarks.measure import Steps, matmul_peak, write_result
 from benchmarks.setting import (
@@ -46,9 +45,7 @@ def main(task_file: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(task, folder)
         trainer.add_callback(clock)
-        tuned = task["contestant"] == "trl_tuned"
-        with without_casts(task, trainer.model) if tuned else nullcontext():
-            trainer.train()
+        trainer.train()
     lengths = [update["completions/mean_length"] for update in clock.updates[1:]]
     write_result(
         Path(task["result"]),
