@@ -8,13 +8,16 @@ of a rule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from alignment.config.scoring import ScorerConfig, ScoreSourceConfig
 from alignment.core.resources import shipped
 from alignment.rewards.rules.all_rules import RULES
+
+S = TypeVar("S", bound=ScoreSourceConfig)
 
 REWARD = "reward"
 """Both the source and the field of the stage that it reads."""
@@ -77,6 +80,11 @@ def is_known(source: str) -> bool:
     """Whether a source has one of the allowed forms."""
     named = source == REWARD or source in RULES or source in GROUPS
     return named or is_reference(source) or function_of(source) is not None
+
+
+def in_list(scorers: Sequence[S]) -> dict[str, S]:
+    """The scorers of a stage's list by the field of each: ``scorers[0]``, ``scorers[1]`` and so on."""
+    return {f"scorers[{number}]": scorer for number, scorer in enumerate(scorers)}
 
 
 def with_members(scorers: Mapping[str, ScoreSourceConfig]) -> dict[str, ScoreSourceConfig]:

@@ -22,6 +22,7 @@ from alignment.core.fingerprint import digest
 from alignment.data.records import Prompt
 from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.endpoint_calls import Call, EndpointCalls
+from alignment.evaluation.endpoint_client import NoReply
 from alignment.evaluation.grades import rubric_of
 from alignment.rewards.asking import Asking
 from alignment.rewards.rules.rule_kind import texts_in
@@ -71,10 +72,13 @@ class ServerScorer:
     def _ask(self, items: Sequence[Item], client: Any) -> list[float]:
         reply = client.post(self._api.path, cast_to=object, body=self._api.body(self._config, items))
         given = self._api.read(self._config, reply, len(items))
-        return [
-            checked_number(score, where=item.prompt.where, source=self._source)
-            for score, item in zip(given, items, strict=True)
-        ]
+        try:
+            return [
+                checked_number(score, where=item.prompt.where, source=self._source)
+                for score, item in zip(given, items, strict=True)
+            ]
+        except RewardError as error:  # so that the replies to the other calls are kept
+            raise NoReply(error.message) from error
 
 
 class GradeScorer:

@@ -115,12 +115,18 @@ def _read_predictions(config: ServerConfig, reply: Any, count: int) -> list[Any]
 
 
 def _of_label(config: ServerConfig, classes: list[Any]) -> Any:
-    scores = {_get(one_class, "label"): _get(one_class, "score") for one_class in classes}
+    scores = {_text(_get(one_class, "label")): _get(one_class, "score") for one_class in classes}
     if config.label is None:
         return _only(list(scores.values()))
     if config.label not in scores:
         raise NoReply(f"it has no class {config.label!r}, but {', '.join(map(repr, scores))}")
     return scores[config.label]
+
+
+def _text(label: Any) -> str:
+    if not isinstance(label, str):
+        raise NoReply(f"its reply has another form: the label {_shown(label)} is not text")
+    return label
 
 
 def _one_of(config: ServerConfig, outputs: list[Any]) -> Any:

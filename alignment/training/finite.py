@@ -98,7 +98,7 @@ def refuse_metrics(metrics: Mapping[str, Any], *, step: int) -> None:
 
 
 def refuse_divergence(losses: Sequence[float], *, ceiling: float) -> None:
-    """Ends a stage whose loss rose above ``ceiling``, the loss of an uninformed model.
+    """Ends a stage whose loss rose above ``ceiling``, the most that a stage may have, or above its first loss, by much.
 
     Raises:
         StageError: the loss rose above it.
@@ -109,8 +109,8 @@ def refuse_divergence(losses: Sequence[float], *, ceiling: float) -> None:
     final = judged[(len(judged) - 1) // 2]
     if final > MARGIN * max(ceiling, losses[0]):
         raise StageError(
-            f"the training diverged: its loss went from {losses[0]:.4g} to {final:.4g}, above the {ceiling:.4g} of an "
-            "uninformed model",
+            f"the training diverged: its loss went from {losses[0]:.4g} to {final:.4g}, above {ceiling:.4g}, "
+            "the most that this stage may have",
             remedy="lower the learning rate; no result was saved",
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,8 @@ from alignment.training.checkpoints import WHOLE
 from alignment.training.context import StageContext
 
 _SHARED_MEMORY_SUMS = "deepspeed_shm_comm"
+_PATIENCE = timedelta(days=7)
+"""Longer than any wait for a process that asks a server. It is the driver that ends a stage without signs of life."""
 T = TypeVar("T")
 
 
@@ -45,9 +48,9 @@ def begin(context: StageContext) -> None:
 
         # Its sums through shared memory would have to be compiled, and the machine may lack a compiler.
         deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_SUMS] = False
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_PATIENCE)
     elif context.world_size > 1:
-        torch.distributed.init_process_group(backend)
+        torch.distributed.init_process_group(backend, timeout=_PATIENCE)
 
 
 def everyones(value: T) -> list[T]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from alignment.config.adapter import AdapterKind
 from alignment.config.launch import LaunchConfig
 from alignment.core.artifacts import POLICY
 from alignment.stages.base import LOSS, Curve, DataSlot, LaunchShape, Learning, Outcome, Refusal, Reported, StageKind
@@ -19,8 +18,10 @@ from alignment.stages.shared.kind_answers import (
     curve,
     handed_on,
     held_out_slot,
+    hold_nearer_to_the_start,
     limits_of_parts,
     pair_slot,
+    prefix_refused,
     why_not_validated,
 )
 
@@ -35,9 +36,7 @@ def _data(config: DpoConfig) -> list[DataSlot]:
 
 
 def _refusals(config: DpoConfig, _: LaunchConfig) -> Iterator[Refusal]:
-    if config.adapter.kind is AdapterKind.prefix:
-        why = "TRL's DPO trainer copies adapters in a way that PEFT supports for low-rank adapters only"
-        yield Refusal(field="adapter.kind", why=why, instead="adapter=lora")
+    yield from prefix_refused(config.adapter, "DPO")
 
 
 def _reported(config: DpoConfig) -> Reported:
@@ -79,10 +78,6 @@ def _from_ln2(settings: Mapping[str, Any]) -> bool:
     return settings.get("loss", DpoLoss.sigmoid.value) in _FROM_LN2 and not own_terms
 
 
-def _against_forgetting(name: str) -> str:
-    return f"raise stages.{name}.beta, lower its optim.lr or train fewer epochs; add replay only to the SFT before it"
-
-
 _FROM_LN2 = (DpoLoss.sigmoid.value, DpoLoss.sigmoid_norm.value, DpoLoss.robust.value)
 
 KIND = StageKind(
@@ -102,6 +97,6 @@ KIND = StageKind(
         why_missing=why_not_validated,
         doubts=_doubts,
         lines=handed_on,
-        against_forgetting=_against_forgetting,
+        against_forgetting=hold_nearer_to_the_start,
     ),
 )

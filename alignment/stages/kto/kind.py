@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from alignment.algos.label_weights import GREATEST_RATIO, LEAST_RATIO, label_weights
-from alignment.config.adapter import AdapterKind
 from alignment.config.faults import Fault
 from alignment.config.launch import LaunchConfig
 from alignment.config.run import RunConfig
@@ -15,10 +14,19 @@ from alignment.data.records import LabelledAnswer
 from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, UNDESIRABLE
 from alignment.stages.base import LOSS, Curve, DataSlot, LaunchShape, Learning, Outcome, Refusal, Reported, StageKind
 from alignment.stages.kto.config import KtoConfig
-from alignment.stages.shared.kind_answers import ROW_COUNTS, curve, limits_of_parts
+from alignment.stages.shared.kind_answers import (
+    ROW_COUNTS,
+    curve,
+    hold_nearer_to_the_start,
+    limits_of_parts,
+    prefix_refused,
+)
 
 FIGURES = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins")
 COUNTS = ("desirable_rows", "undesirable_rows", "desirable_weight", "undesirable_weight")
+ONE_LABEL_REMEDY = (
+    "add such rows, or use a stage that learns from one kind; for rows of a stage that samples, change its threshold"
+)
 _LABELS = ("desirable", "undesirable")
 
 
@@ -59,14 +67,12 @@ def _size_faults(config: KtoConfig, processes: int, where: str) -> Iterator[Faul
 
 
 def _refusals(config: KtoConfig, _: LaunchConfig) -> Iterator[Refusal]:
-    if config.adapter.kind is AdapterKind.prefix:
-        why = "TRL's KTO trainer copies adapters in a way that PEFT supports for low-rank adapters only"
-        yield Refusal(field="adapter.kind", why=why, instead="adapter=lora")
+    yield from prefix_refused(config.adapter, "KTO")
 
 
 def _label_faults(_: KtoConfig, labels: Mapping[str, int], where: str) -> Iterator[Fault]:
     if why := one_label(labels):
-        yield Fault(where=f"{where}.data", message=f"{why}; add such rows, or use a stage that learns from one kind")
+        yield Fault(where=f"{where}.data", message=f"{why}; {ONE_LABEL_REMEDY}")
 
 
 def _label_notes(config: KtoConfig, labels: Mapping[str, int]) -> Iterator[str]:
@@ -111,10 +117,6 @@ def _curves(_: Mapping[str, Any]) -> list[Curve]:
     ]
 
 
-def _against_forgetting(name: str) -> str:
-    return f"raise stages.{name}.beta, lower its optim.lr or train fewer epochs; add replay only to the SFT before it"
-
-
 KIND = StageKind(
     name="kto",
     summary="Kahneman–Tversky optimisation on single answers, labelled good or bad",
@@ -129,5 +131,5 @@ KIND = StageKind(
     learning=Learning(
         limits=limits_of_parts, label_faults=_label_faults, label_notes=_label_notes, from_preferences=True
     ),
-    outcome=Outcome(metrics=_reported, against_forgetting=_against_forgetting),
+    outcome=Outcome(metrics=_reported, against_forgetting=hold_nearer_to_the_start),
 )

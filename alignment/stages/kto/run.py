@@ -18,8 +18,9 @@ from alignment.algos.label_weights import LabelWeights, label_weights
 from alignment.core.errors import DataError
 from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, UNDESIRABLE
 from alignment.models.assembly.load import Lineage
+from alignment.records.step_log import METRICS, MetricsLog
 from alignment.stages.kto.config import KtoConfig
-from alignment.stages.kto.kind import FIGURES, one_label
+from alignment.stages.kto.kind import FIGURES, ONE_LABEL_REMEDY, one_label
 from alignment.stages.kto.kto_trainer import OTHER_REFERENCE, REFERENCE, TokenizedKtoTrainer
 from alignment.stages.kto.labelled_rows import ANSWER, LABEL, MISMATCHED, count_labels, in_order
 from alignment.stages.shared.initial import initial_model, initial_policy
@@ -47,10 +48,9 @@ def run(config: KtoConfig, context: StageContext) -> StageResult:
     check_start(trainer)
     if trainer.precomputed is not None and context.is_main:
         trainer.precomputed.keep()
-    last = train(trainer, context, headline="loss")
+    train(trainer, context, headline="loss")
     metrics = {
-        # A batch without answers of one label has no reward of that label.
-        **{name: last[name] for name in FIGURES if name in last},
+        **_newest_figures(context),
         **counts,
         "desirable_rows": float(labels[DESIRABLE]),
         "undesirable_rows": float(labels[UNDESIRABLE]),
@@ -60,6 +60,12 @@ def run(config: KtoConfig, context: StageContext) -> StageResult:
     return save_model(trainer.model, tokenizer, context, start, metrics)
 
 
+def _newest_figures(context: StageContext) -> dict[str, float]:
+    """The last value of each figure; a batch without answers of one label has no reward of that label."""
+    rows = MetricsLog(context.content / METRICS).rows() if context.is_main else []
+    return {name: float(row[name]) for row in rows for name in FIGURES if name in row}
+
+
 def weights_of(config: KtoConfig, labels: Mapping[str, int], *, where: str) -> LabelWeights:
     """The weights of the labels, given the number of rows of each.
 
@@ -67,7 +73,7 @@ def weights_of(config: KtoConfig, labels: Mapping[str, int], *, where: str) -> L
         DataError: there are rows of one label only.
     """
     if why := one_label(labels):
-        raise DataError(why, where=where, remedy="add such rows, or use a stage that learns from one kind")
+        raise DataError(why, where=where, remedy=ONE_LABEL_REMEDY)
     return label_weights(
         labels[DESIRABLE],
         labels[UNDESIRABLE],

@@ -36,6 +36,9 @@ from alignment.stages.ppo.scorers_in_use import GUARD, in_use
 from alignment.stages.shared.kind_answers import ROW_COUNTS, curve
 from alignment.stages.shared.scorer_slots import missing_reward_faults, reward_model_slots
 
+TIED_SHARE = "objective/tied_share"
+"""The share of an update's prompts whose answers all have the same score."""
+
 
 def _data(config: PpoConfig) -> list[DataSlot]:
     return [
@@ -60,6 +63,9 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     if config.kl.control is not KlControl.adaptive:
         reader = "only kl.control 'adaptive'"
         yield from unread_faults(config.kl, KlConfig(), ("target", "horizon"), f"{where}.kl", reader)
+    elif config.kl.coefficient == 0.0:
+        message = "0, which kl.control 'adaptive' multiplies, so it stays 0; choose more, or kl.control=fixed"
+        yield Fault(where=f"{where}.kl.coefficient", message=message)
     yield from _overlong_faults(config, f"{where}.overlong")
     steps = config.ppo_epochs * config.num_minibatches
     if config.max_approxkl is not None and steps < 3:
@@ -152,6 +158,7 @@ def _too_few_prompts(config: PpoConfig, num_prompts: int, where: str) -> Iterato
 
 def _reported(config: PpoConfig) -> Reported:
     training = ("objective/score", "objective/score_std", "objective/kl", "response_length", "eos_rate")
+    training += () if config.critic is not Critic.none else (TIED_SHARE,)
     families = ("guard/",) if config.guard.every else ()
     return Reported(training=training, counts=(*ROW_COUNTS, "updates", "memory/base_copies"), families=families)
 
@@ -169,10 +176,10 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
             "none of the last update's answers ended within max_new_tokens, so all were cut off; raise it, or start "
             "from a policy that ends its answers"
         )
-    if metrics.get("objective/score_std") == 0.0:
+    if metrics.get("objective/score_std") == 0.0 or metrics.get(TIED_SHARE) == 1.0:
         doubts.append(
-            "all of the last update's answers had the same score, so there was nothing to learn from; take a scorer "
-            "that distinguishes them"
+            "all answers to each of the last update's prompts had the same score, so there was nothing to learn from; "
+            "take a scorer that distinguishes them"
         )
     return doubts
 

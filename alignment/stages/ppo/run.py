@@ -18,6 +18,7 @@ from alignment.models.assembly.load import refuse_other_tokenizer
 from alignment.rewards.build import build_rewards
 from alignment.rewards.reward_models import Computation
 from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.ppo.kind import TIED_SHARE
 from alignment.stages.ppo.prompt_split import hold_out, tokenized_prompts
 from alignment.stages.ppo.scorers_in_use import GUARD, maximised
 from alignment.stages.ppo.trainer_setup import build_trainer, roles_of
@@ -78,6 +79,8 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
         )
     last = train(trainer, context, headline="objective/score", period=trainer.steps_per_update)
     metrics = {name: last[name] for name in FROM_LAST_UPDATE} | counts
+    if TIED_SHARE in last:
+        metrics[TIED_SHARE] = last[TIED_SHARE]
     metrics["updates"] = float(trainer.updates_done)
     if trainer.guard is not None:
         context.progress("held-out answers")

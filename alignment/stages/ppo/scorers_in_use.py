@@ -6,7 +6,7 @@ Nothing here imports torch, because the plan and the rehearsal use it too.
 from __future__ import annotations
 
 from alignment.config.scoring import ScorerConfig, ScoreSourceConfig
-from alignment.rewards.scorer_sources import with_members
+from alignment.rewards.scorer_sources import in_list, with_members
 from alignment.stages.ppo.config import PpoConfig
 
 GUARD = "guard.scorer"
@@ -14,8 +14,8 @@ GUARD = "guard.scorer"
 
 
 def maximised(config: PpoConfig) -> dict[str, ScorerConfig]:
-    """The scorers whose weighted sum PPO maximises: ``scorers[0]``, ``scorers[1]`` and so on."""
-    return {f"scorers[{number}]": scorer for number, scorer in enumerate(config.scorers)}
+    """The scorers whose weighted sum PPO maximises."""
+    return in_list(config.scorers)
 
 
 def in_use(config: PpoConfig) -> dict[str, ScoreSourceConfig]:

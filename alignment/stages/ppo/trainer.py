@@ -30,6 +30,7 @@ from alignment.stages.ppo import report
 from alignment.stages.ppo.checkpoint import load_weights, save_weights
 from alignment.stages.ppo.collect import Collector, warn_of_equal_scores
 from alignment.stages.ppo.config import Advantage, PpoConfig
+from alignment.stages.ppo.kind import TIED_SHARE
 from alignment.stages.ppo.kl_budget import KlBudget
 from alignment.stages.ppo.learn import Learner, LearnOptions, experience_of
 from alignment.stages.ppo.penalties import penalties_of
@@ -215,6 +216,7 @@ class PpoTrainer(Trainer):
             return every
         tied = tied_groups(scores, self.episodes.group).tolist()
         self.metrics.values["objective/tied_prompts"] = float(sum(tied))
+        self.metrics.values[TIED_SHARE] = sum(tied) / len(tied)
         return [prompt for prompt in every if not tied[prompt]] if self.config.drop_ties else every
 
     def _check(self, update: int, scores: Tensor) -> None:

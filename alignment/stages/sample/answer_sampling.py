@@ -15,6 +15,7 @@ from alignment.models.assembly.prefix import refuse_too_long
 from alignment.models.forward.generate import Sampling, generate
 from alignment.rewards.build import build_rewards
 from alignment.rewards.reward_models import Computation
+from alignment.rewards.scorer_sources import in_list
 from alignment.rewards.scores import Scores
 from alignment.stages.sample.asked_prompts import AskedPrompts
 from alignment.stages.sample.config import SampleConfig
@@ -80,8 +81,7 @@ def answer_scores(
     """
     context.progress("loading scorers")
     run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=TOKENS)
-    scorers = {f"scorers[{number}]": scorer for number, scorer in enumerate(config.scorers)}
-    rewards = build_rewards(scorers, context.spec, tokenizer, records, None, run, asking_of(context))
+    rewards = build_rewards(in_list(config.scorers), context.spec, tokenizer, records, None, run, asking_of(context))
     spans = _spans(config, asked)
 
     def score(number: int) -> list[list[float]]:

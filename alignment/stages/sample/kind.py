@@ -11,7 +11,7 @@ from alignment.config.scoring import ScoreSourceConfig
 from alignment.core.artifacts import ROWS
 from alignment.data.records import HeldOutPrompt, Prompt
 from alignment.records.sampling import COUNTS
-from alignment.rewards.scorer_sources import REWARD, is_known, with_members
+from alignment.rewards.scorer_sources import REWARD, in_list, is_known, with_members
 from alignment.stages.base import (
     DataSlot,
     LaunchShape,
@@ -54,7 +54,7 @@ def _rows(config: SampleConfig) -> MadeRows:
 
 
 def _scorers(config: SampleConfig) -> dict[str, ScoreSourceConfig]:
-    return with_members({f"scorers[{number}]": scorer for number, scorer in enumerate(config.scorers)})
+    return with_members(in_list(config.scorers))
 
 
 def _faults(config: SampleConfig, _: RunConfig, where: str) -> Iterator[Fault]:

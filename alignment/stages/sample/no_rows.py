@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from alignment.core.errors import StageError
 from alignment.stages.sample.config import SampleConfig
 from alignment.stages.sample.row_making import OfPrompt
-from alignment.stages.sample.selection import Candidate
+from alignment.stages.sample.selection import NO_END, Candidate
 from alignment.training.context import StageContext
 
 
@@ -28,13 +28,20 @@ def no_rows(
         reasons = Counter(reason for outcome in made for reason in outcome.left_out.values())
         counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items()))
         message = f"none of the {sum(map(len, candidates))} answers can be used ({counts})"
-        remedy = "raise max_new_tokens, or set ended_only=false if answers without an end may be learned"
+        remedy = _of_reasons(reasons)
     elif config.threshold is not None:
         message = f"no answer reaches the threshold {config.threshold:g}; the best one scores {max(scores):g}"
         remedy = "lower threshold, or raise completions_per_prompt"
     else:
         message, remedy = _no_difference(config, [of_prompt for of_prompt in usable if len(of_prompt) > 1])
     return StageError(message, where=f"stages.{context.spec.stage}", remedy=remedy)
+
+
+def _of_reasons(reasons: Mapping[str, int]) -> str:
+    """What to do about answers that were left out for these reasons."""
+    if reasons.get(NO_END):
+        return "raise max_new_tokens, or set ended_only=false if answers without an end may be learned"
+    return "take a policy that answers these prompts, or another chat template; `align chat` shows what it says"
 
 
 def _no_difference(config: SampleConfig, several: Sequence[Sequence[float]]) -> tuple[str, str]:

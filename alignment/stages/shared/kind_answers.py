@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.data import DataConfig
 from alignment.config.too_long import TooLongConfig
 from alignment.config.validation import ValidationConfig
@@ -17,7 +18,7 @@ from alignment.data.tokens.row_kinds import PAIRS, SCORED_PAIRS
 from alignment.data.tokens.row_kinds import Kind as RowKind
 from alignment.evaluation.arm_labels import labels
 from alignment.records import validation_figures as names
-from alignment.stages.base import Curve, DataSlot, Reported
+from alignment.stages.base import Curve, DataSlot, Refusal, Reported
 
 ROW_COUNTS = ("rows", "rows_too_long", "rows_cut")
 
@@ -53,6 +54,18 @@ def held_out_slot(validation: ValidationConfig, own: DataSlot) -> DataSlot:
     """The validation's own data, whose rows are like those of the stage's ``own``."""
     in_use = validation.on and bool(validation.data.source)
     return replace(own, field="validation.data", data=validation.data, in_use=in_use)
+
+
+def prefix_refused(adapter: AdapterConfig, trainer: str) -> Iterator[Refusal]:
+    """A prefix, where TRL's ``trainer`` makes a reference by copying the adapter."""
+    if adapter.kind is AdapterKind.prefix:
+        why = f"TRL's {trainer} trainer copies adapters in a way that PEFT supports for low-rank adapters only"
+        yield Refusal(field="adapter.kind", why=why, instead="adapter=lora")
+
+
+def hold_nearer_to_the_start(name: str) -> str:
+    """Advice against forgetting in the stage ``name``, which is held to its start by ``beta``."""
+    return f"raise stages.{name}.beta, lower its optim.lr or train fewer epochs; add replay only to the SFT before it"
 
 
 def and_held_out(reported: Reported, validation: ValidationConfig) -> Reported:

@@ -17,6 +17,8 @@ from alignment.stages.registry import doubts
     [
         ("reward", {"eval_accuracy": 0.5, "eval_rows": 30.0}, "right on 50% of 30 held-out pairs, no better than"),
         ("reward", {"eval_accuracy": 0.31}, "right on 31% of held-out pairs, no better than chance (50%)"),
+        ("ppo", {"objective/score_std": 0.0}, "all answers to each of the last update's prompts had the same score"),
+        ("ppo", {"objective/tied_share": 1.0}, "all answers to each of the last update's prompts had the same score"),
         ("ppo", {"eos_rate": 0.0}, "none of the last update's answers ended within max_new_tokens"),
     ],
 )

@@ -143,20 +143,30 @@ def test_a_server_that_never_answers_is_given_up_at_the_timeout(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("score", "words"),
     [
-        ("NaN", r"^gave nan for an answer to rows\.jsonl:2, which is not finite"),
-        ("Infinity", r"^gave inf for an answer to rows\.jsonl:2, which is not finite"),
-        ("-2e6", r"^gave -2000000.0 for an answer to rows\.jsonl:2, which is beyond ±1e\+06"),
-        ("null", r"^gave None \(NoneType\) for an answer to rows\.jsonl:2, which is not a number"),
-        ("true", r"^gave True \(bool\)"),
-        ('"3"', r"^gave '3' \(str\)"),
+        ("NaN", r"gave nan for an answer to rows\.jsonl:2, which is not finite"),
+        ("Infinity", r"gave inf for an answer to rows\.jsonl:2, which is not finite"),
+        ("-2e6", r"gave -2000000.0 for an answer to rows\.jsonl:2, which is beyond ±1e\+06"),
+        ("null", r"gave None \(NoneType\) for an answer to rows\.jsonl:2, which is not a number"),
+        ("true", r"gave True \(bool\)"),
+        ('"3"', r"gave '3' \(str\)"),
     ],
 )
 def test_what_is_no_score_is_refused_with_its_row_and_kept_nowhere(tmp_path: Path, score: str, words: str) -> None:
     reply = f'{{"scores": [{{"id": 0, "score": 1.0}}, {{"id": 1, "score": {score}}}]}}'
     error = failing(tmp_path, lambda *_: Response(body=reply))
-    assert re.match(words, error.message)
-    assert error.where == "server rm"
+    assert re.match(rf"1 of 1 calls to the reward server at \S+ failed; the last error: {words}", error.message)
     assert not kept(tmp_path)
+
+
+def test_the_other_calls_are_made_and_kept_beside_one_whose_score_is_refused(tmp_path: Path) -> None:
+    def reply(body: dict[str, Any], _: int) -> Response:
+        wrong = any(item["answer"] == "wrong" for item in body["items"])
+        return Response(body='{"scores": [{"id": 0, "score": null}]}') if wrong else length_scores(body, 0)
+
+    failing(tmp_path, reply, ["wrong", "bb", "ccc"], batch_size=1)
+    with listening(length_scores) as served:
+        assert ask(tmp_path, served, ["wrong", "bb", "ccc"], batch_size=1) == [2.5, 1.0, 1.5]
+    assert [item["answer"] for request in served.requests for item in request["items"]] == ["wrong"]
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ REFUSED: list[tuple[ServerApi, Any, str | None, str]] = [
     ),
     (ServerApi.tei_predict, [[{"label": "a", "score": 1.0}]], None, "gives 1 scores for 2 answers"),
     (ServerApi.tei_predict, [[{"label": "a", "score": 1.0}]] * 2, "b", "no class 'b', but 'a'"),
+    (ServerApi.tei_predict, [[{"label": ["a"], "score": 1.0}]] * 2, "a", "is not text"),
     (ServerApi.tei_predict, [[{"label": "a", "score": 1}, {"label": "b", "score": 1}]] * 2, None, "2 numbers for an"),
     (ServerApi.tei_predict, {"error": "overloaded"}, None, "is not a list"),
     (ServerApi.tei_predict, None, None, "is not a list"),

@@ -186,11 +186,13 @@ def test_without_a_critic_there_are_no_values_no_weights_of_it_and_no_memory_for
 
 
 def test_with_ties_alone_nothing_is_learned(bench: Callable[..., Bench]) -> None:
-    run = run_of(bench, "grpo", KlTerm.loss, rewards=TokenRewards(lambda prompt, answer: 1.0), num_minibatches=2)
+    rewards = TokenRewards(lambda prompt, answer: float(len(prompt)))  # prompts differ, their answers do not
+    run = run_of(bench, "grpo", KlTerm.loss, rewards=rewards, num_minibatches=2)
     before = [p.detach().clone() for p in run.roles.policy.parameters()]
     run.train()
     assert all(torch.equal(p, old) for p, old in zip(run.roles.policy.parameters(), before, strict=True))
     assert [line["objective/tied_prompts"] for line in run.metrics()] == [8.0, 8.0]
+    assert [line["objective/tied_share"] for line in run.metrics()] == [1.0, 1.0]
     assert [line["grad_norm"] for line in run.metrics()] == [0.0, 0.0]
 
 
