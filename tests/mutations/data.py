@@ -288,8 +288,8 @@ MUTATIONS = [
         "unit/stages/test_ppo_guard.py",
         (
             "the guard's scorer is maximised too",
-            "enumerate(config.scorers)}",
-            "enumerate(config.scorers)} | {GUARD: config.guard.scorer}",
+            "return in_list(config.scorers)",
+            "return in_list(config.scorers) | {GUARD: config.guard.scorer}",
             "test_the_guard_asks_its_own_scorer_and_the_stage_its_own",
         ),
     ),

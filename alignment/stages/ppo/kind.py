@@ -158,9 +158,10 @@ def _too_few_prompts(config: PpoConfig, num_prompts: int, where: str) -> Iterato
 
 def _reported(config: PpoConfig) -> Reported:
     training = ("objective/score", "objective/score_std", "objective/kl", "response_length", "eos_rate")
-    training += () if config.critic is not Critic.none else (TIED_SHARE,)
+    of_groups = (TIED_SHARE,) if config.critic is Critic.none else ()
+    counts = (*ROW_COUNTS, "updates", "memory/base_copies")
     families = ("guard/",) if config.guard.every else ()
-    return Reported(training=training, counts=(*ROW_COUNTS, "updates", "memory/base_copies"), families=families)
+    return Reported(training=(*training, *of_groups), counts=counts, families=families)
 
 
 def _why_missing(config: PpoConfig, metric: str, stage: str) -> str:
