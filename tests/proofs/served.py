@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -32,11 +33,16 @@ from tests.transformers_server import missing, model_served
 
 ANSWERS, PROMPTS = 16, 4
 CALLS = ANSWERS + 2 * PROMPTS
-"""A grade for each answer, then verdicts in both orders."""
+"""A grade for each answer, then verdicts in both orders; equal answers to equal prompts are graded once."""
+REPEATED = 4
+"""Answers that may repeat another one."""
 KILLED_AT = (3, 11, ANSWERS + 4)
 """Calls during which a run is killed: of the first update, of the second, of the judge."""
 UNGRADED = -1.0
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
 RECIPE = """\
 defaults: [base, stage@stages.ppo: ppo, stage@stages.evaluate: evaluate, _self_]
 summary: a served model grades and judges
@@ -114,14 +120,14 @@ def run(folder: Path) -> list[Claim]:
     grades = [sample["scorers"]["grade"] for sample in _lines(straight, "ppo", "samples.jsonl")]
     verdicts = [call["verdict"] for call in _lines(straight, "evaluate", "judgements.jsonl")]
     return [
-        Claim(figure="calls of the undisturbed run", values=(float(expected.total()),), at_least=CALLS, at_most=CALLS),
         Claim(
-            figure="questions that both runs had answered",
-            values=(float((expected & answered).total()),),
-            at_least=CALLS,
+            figure="calls of the undisturbed run",
+            values=(float(expected.total()),),
+            at_least=CALLS - REPEATED,
+            at_most=CALLS,
         ),
         Claim(
-            figure="questions that were answered twice or of one run alone",
+            figure="questions answered twice, or in one of the runs alone",
             values=(_apart(expected, answered),),
             at_most=0,
         ),
@@ -141,9 +147,12 @@ def _made(folder: Path, model: Path, url: str, name: str, *, kills: Sequence[int
     """The folder of a run that was killed so often and ended, and how often each question was answered."""
     folder.mkdir()
     answered: Counter[str] = Counter()
+    with socket.socket() as free:  # one address for all runs, because that of a judge counts
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     for number, fatal in enumerate((*kills, None)):
         asked = Asked(url=url, fatal=None if fatal is None else fatal - answered.total())
-        with listening(asked.answer) as served:
+        with listening(asked.answer, port=port) as served:
             argv = [sys.executable, "-m", "alignment.cli", "run", str(_recipe(folder, model, served.url, name))]
             with (folder / f"printed-{number}.txt").open("wb") as sink:
                 asked.process = subprocess.Popen(argv, stdout=sink, stderr=sink, env=environment())
