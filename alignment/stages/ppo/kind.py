@@ -36,6 +36,8 @@ from alignment.stages.ppo.scorers_in_use import GUARD, in_use
 from alignment.stages.shared.kind_answers import ROW_COUNTS, curve
 from alignment.stages.shared.scorer_slots import missing_reward_faults, reward_model_slots
 
+LENGTH, OVERLONG = "penalty/length", "penalty/overlong"
+"""What penalties took from the scores; each is reported if it is in use."""
 TIED_SHARE = "objective/tied_share"
 """The share of an update's prompts whose answers all have the same score."""
 
@@ -217,6 +219,12 @@ def _all_curves() -> list[Curve]:
             "Explained variance", "of the value model; dotted: no better than a constant", "val/explained_variance", 0.0
         ),
         curve("Prompts without a difference", "whose answers all score alike, in an update", "objective/tied_prompts"),
+        Curve(
+            title="Penalties",
+            unit="subtracted from the score, mean of an update",
+            keys=(LENGTH, OVERLONG),
+            labels=("length", "overlong"),
+        ),
         curve("Answer length", "tokens", "response_length"),
         curve("Answers that ended", "share", "eos_rate"),
     ]

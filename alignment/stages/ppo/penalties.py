@@ -8,9 +8,7 @@ from torch import Tensor
 
 from alignment.algos.length_penalties import of_each_token, of_overlong
 from alignment.stages.ppo.config import OverlongConfig, PpoConfig
-
-LENGTH, OVERLONG = "penalty/length", "penalty/overlong"
-"""Metrics, each if its penalty is in use."""
+from alignment.stages.ppo.kind import LENGTH, OVERLONG
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

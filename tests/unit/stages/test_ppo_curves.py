@@ -19,5 +19,10 @@ def test_curves_are_those_of_the_critic_or_of_groups(critic: Critic) -> None:
     assert not absent & keys
 
 
+def test_penalties_are_drawn_together() -> None:
+    (chart,) = [chart for chart in curves("ppo", {}) if chart.title == "Penalties"]
+    assert chart.keys == ("penalty/length", "penalty/overlong")
+
+
 def test_a_stage_of_an_earlier_version_has_a_critic() -> None:
     assert {key for chart in curves("ppo", {}) for key in chart.keys} >= OF_CRITIC

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
@@ -22,9 +24,7 @@ from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair
 from alignment.data.tokens.tokenize import prompt_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
-from alignment.evaluation.arms import reward_scores
 from alignment.models.assembly.load import Lineage
-from alignment.models.assembly.reward_head import load_reward_model
 from alignment.records.sampling import Sampling
 from alignment.stages import registry
 from alignment.stages.sample.config import Select
@@ -283,19 +283,27 @@ def test_a_reward_model_of_the_run_chooses_the_best_answer_and_sft_learns_it(tmp
 
 
 def test_a_reward_model_scores_an_answer_after_its_own_prompt(tmp_path: Path) -> None:
-    """By hand, for answers of one token whose text no other token has."""
+    """Beside transformers and PEFT alone, for answers of one token whose text no other token has."""
     spec = sample_spec(tmp_path)
     lineage = Lineage(source=BASE_SOURCE, base=tmp_path / "base", adapters=())
     reward = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=lineage, base_path=tmp_path / "base")
     settings = {"reward": "stage:reward", "scorers": [ScorerConfig()], "inputs": {**spec.inputs, "reward": reward}}
     made = sampled(tmp_path, max_new_tokens=1, **settings)
-    model = load_reward_model(spec, reward, device=torch.device("cpu"))
+    assert reward.path is not None
+    (adapter,) = (reward.path / "adapters").iterdir()
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.float32, num_labels=1)
+    model = PeftModel.from_pretrained(base, adapter).get_base_model().model
+    head = load_file(reward.path / "head.safetensors")
     tokenizer = load_tokenizer(tmp_path / "base")
     texts = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(tokenizer))]
     known = [line for line in lines(made / "samples.jsonl") if texts.count(line["answer"]) == 1]
     assert len(known) > 9
     prompts = [prompt_ids(tokenizer, [Message(**turn) for turn in line["messages"]]) for line in known]
-    scores = reward_scores(model, prompts, [[texts.index(line["answer"])] for line in known])
+    scores = []
+    for prompt, line in zip(prompts, known, strict=True):
+        with torch.no_grad():
+            states = model(torch.tensor([[*prompt, texts.index(line["answer"])]])).last_hidden_state
+        scores.append(float(states[0, -1] @ head["weight"][0] - head["offset"]))
     assert [line["score"] for line in known] == pytest.approx(scores, abs=1e-4)
 
 
