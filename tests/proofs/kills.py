@@ -75,7 +75,7 @@ TARGETS = {
             "data.limit=8",
             "max_length=4096",
             "save_every=1",
-            "optim={batch_size: 4, micro_batch_tokens: 60, lr: 1e-3, epochs: 30}",
+            "optim={batch_size: 4, micro_batch_tokens: 60, lr: 1e-3, epochs: 60}",
         ),
         left_out=LATER,
         length=120,
