@@ -98,19 +98,20 @@ def refuse_metrics(metrics: Mapping[str, Any], *, step: int) -> None:
 
 
 def refuse_divergence(losses: Sequence[float], *, ceiling: float) -> None:
-    """Ends a stage whose loss rose above ``ceiling``, the most that a stage may have, or above its first loss, by much.
+    """Ends a stage whose last losses are ``MARGIN`` times as high as both ``ceiling`` and its first loss.
 
     Raises:
-        StageError: the loss rose above it.
+        StageError: they are; the error names the bound.
     """
     if not losses:
         return
     judged = sorted(losses[-max(1, min(LAST_STEPS, len(losses) // 3)) :])
     final = judged[(len(judged) - 1) // 2]
-    if final > MARGIN * max(ceiling, losses[0]):
+    bound = MARGIN * max(ceiling, losses[0])
+    if final > bound:
         raise StageError(
-            f"the training diverged: its loss went from {losses[0]:.4g} to {final:.4g}, above {ceiling:.4g}, "
-            "the most that this stage may have",
+            f"the training diverged: its loss went from {losses[0]:.4g} to {final:.4g}, above the "
+            f"{bound:.4g} that this stage may reach",
             remedy="lower the learning rate; no result was saved",
         )
 

@@ -62,7 +62,7 @@ def held_out_metrics(trainer: MicroBatches, held_out: HeldOutRows) -> dict[str, 
     """
     accelerator, model = trainer.accelerator, trainer.model_wrapped
     loss = accuracy = count = 0.0
-    with _in_evaluation_mode(model), outside_of_data_loaders(accelerator):
+    with _in_evaluation_mode(model), _outside_of_data_loaders(accelerator):
         for part in rounds(
             held_out.tokens,
             limit=trainer.micro_batch_tokens,
@@ -91,7 +91,7 @@ def _in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def outside_of_data_loaders(accelerator: Accelerator) -> Iterator[None]:
+def _outside_of_data_loaders(accelerator: Accelerator) -> Iterator[None]:
     """In the last batch of training rows, accelerate would cut what it gathers to the size of that batch."""
     state = accelerator.gradient_state
     references, state.dataloader_references = state.dataloader_references, [None]

@@ -16,7 +16,6 @@ from trl import KTOTrainer
 
 from alignment.stages.shared.start_check import StartRow
 from alignment.stages.shared.start_reference import AgainstStart, answer_logprobs
-from alignment.training.held_out import outside_of_data_loaders
 from alignment.training.micro_batches import Batch, Unit
 
 TEXT = ("input_ids", "attention_mask", "completion_mask")
@@ -39,8 +38,7 @@ class TokenizedKtoTrainer(AgainstStart, KTOTrainer):
         before = {name: len(metrics[name]) if name in metrics else 0 for name in (CHOSEN, REJECTED, MARGINS)}
         batch = self.with_estimates(model, inputs)
         self._label_counts = self._counted(batch)
-        with outside_of_data_loaders(self.accelerator):  # in which TRL's metrics are one number of each process
-            loss = super().training_step(model, batch, num_items_in_batch)
+        loss = super().training_step(model, batch, num_items_in_batch)
         rewards = [metrics[name][before[name] :] for name in (CHOSEN, REJECTED) if name in metrics]
         if len(rewards) == 2 and all(rewards):
             metrics[MARGINS][before[MARGINS] :] = [rewards[0][0] - rewards[1][0]]

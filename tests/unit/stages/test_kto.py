@@ -37,6 +37,7 @@ from tests.chained import FULL, LORA, Chained, config_of
 from tests.oracles import kto as oracle
 from tests.oracles.close import close
 from tests.tiny import liven, tiny_tokenizer
+from tests.trl_arguments import QUIET_FLOAT32
 
 BETA = 0.7
 WEIGHTS = (1.5, 0.6)
@@ -300,6 +301,20 @@ def test_what_is_learned_makes_desirable_answers_likelier_than_others(tmp_path: 
     assert lines[-1]["loss"] < 0.4
 
 
+def test_a_figure_that_the_last_batch_lacks_is_reported_as_it_last_was(tmp_path: Path) -> None:
+    """Five rows in batches of two: the last batch has one row, so one label and no margin."""
+    chained = Chained(tmp_path)
+    config: Any = config_of("kto", LORA)
+    config = replace(config, optim=replace(config.optim, batch_size=2))
+    lines = chained.run("kto", LORA, config=config, data_path=labelled(tmp_path, [True, False, True, False, True]))
+    margins = [line["rewards/margins"] for line in lines if "rewards/margins" in line]
+    assert margins
+    assert "rewards/margins" not in lines[-1]
+    artifact = chained.inputs["kto"].path
+    assert artifact is not None
+    assert verify(artifact, content=False).metrics["rewards/margins"] == margins[-1]
+
+
 @pytest.mark.parametrize(("label", "missing"), [(True, "undesirable"), (False, "desirable")])
 def test_rows_of_one_label_are_refused(tmp_path: Path, label: bool, missing: str) -> None:
     chained = Chained(tmp_path)
@@ -364,13 +379,7 @@ def stock_losses(base: Path, rows: list[dict[str, Any]], loss: KtoLoss, folder: 
             per_device_train_batch_size=3,
             max_steps=5,
             max_length=None,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
+            **QUIET_FLOAT32,
         ),
         train_dataset=Dataset.from_list(texts),
         processing_class=tokenizer,

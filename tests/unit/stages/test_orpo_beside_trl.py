@@ -21,6 +21,7 @@ from alignment.config.optim import OptimConfig, Schedule
 from alignment.stages.dpo.config import DpoLoss
 from tests.chained import FULL, Chained, config_of
 from tests.tiny import tiny_tokenizer
+from tests.trl_arguments import QUIET_FLOAT32
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it is on trial
@@ -62,13 +63,7 @@ def their_terms(base: Path, rows: list[dict[str, Any]], folder: Path) -> list[fl
             per_device_train_batch_size=1,
             num_train_epochs=1,
             max_length=4096,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
+            **QUIET_FLOAT32,
         ),
         train_dataset=Dataset.from_list(texts),
         processing_class=tokenizer,
