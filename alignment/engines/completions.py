@@ -1,0 +1,209 @@
+"""The client of a vLLM server: token ids in, token ids with log-probabilities out, and weights that follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from alignment.config.calls import CallsConfig
+from alignment.config.sampling_engine import SamplingConfig
+from alignment.core.errors import StageError
+from alignment.evaluation.bounded_client import Refused
+from alignment.evaluation.endpoint_client import open_client, reason
+
+TOKENS_A_REPLY = 8192
+"""The most tokens that are asked for in one call, unless one answer may be longer."""
+
+
+class CallFailed(Exception):
+    """A call got no reply; says why. The server may have ended."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A prompt's token ids, and how many answers it gets. Answer i is sampled with the random seed ``seed + i``."""
+
+    prompt: Sequence[int]
+    answers: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineAnswer:
+    """Token ids with the end if there is one, and the log-probability of each, in nats, as it was sampled."""
+
+    ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """How answers are made. Above ``temperature`` 0 they are sampled from the whole distribution."""
+
+    max_new_tokens: int
+    temperature: float
+    end_ids: Sequence[int]
+
+
+class EngineClient:
+    """Calls one server at ``url`` (without ``/v1``); ``where`` is the setting that it comes from."""
+
+    def __init__(self, config: SamplingConfig, url: str, key: str, *, where: str) -> None:
+        """Raises ConfigError if the package openai is not installed."""
+        self._key = key
+        self._where = where
+        self._concurrency = config.concurrency
+        calls = CallsConfig(base_url=url, timeout=config.timeout, retries=config.retries)
+        self._client = open_client(calls, key, where=where)
+
+    def answers(
+        self, model: str, asked: Sequence[Asked], generation: Generation, progress: Callable[[], None]
+    ) -> list[list[EngineAnswer]]:
+        """The answers to each prompt, by the weights that the server calls ``model``.
+
+        ``progress`` is called with each reply.
+
+        Raises:
+            CallFailed: a call got no reply.
+            StageError: a reply is not what was asked for, such as an answer of other weights.
+        """
+        size = max(1, TOKENS_A_REPLY // generation.max_new_tokens)
+        calls = [
+            (index, first, replace(whole, answers=min(size, whole.answers - first), seed=whole.seed + first))
+            for index, whole in enumerate(asked)
+            for first in range(0, whole.answers, size)
+        ]
+        replies: dict[tuple[int, int], list[EngineAnswer]] = {}
+        pool = ThreadPoolExecutor(self._concurrency)
+        try:
+            pending = {
+                pool.submit(self._reply, model, part, generation): (index, first) for index, first, part in calls
+            }
+            for future in as_completed(pending):
+                replies[pending[future]] = future.result()
+                progress()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        ordered: list[list[EngineAnswer]] = [[] for _ in asked]
+        for index, first, _ in calls:
+            ordered[index] += replies[index, first]
+        return ordered
+
+    def models(self) -> list[str]:
+        """The names that the server answers to.
+
+        Raises:
+            CallFailed: the call got no reply.
+        """
+        return [str(model["id"]) for model in self._call("get", "/v1/models")["data"]]
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Makes an adapter answer to ``name``.
+
+        Raises:
+            CallFailed: the server did not take it.
+        """
+        self._call("post", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, text=True)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter.
+
+        Raises:
+            CallFailed: the server does not have it.
+        """
+        self._call("post", "/v1/unload_lora_adapter", {"lora_name": name}, text=True)
+
+    def replace_weights(self, folder: Path, version: str) -> None:
+        """Replaces all weights by those of a model's folder, and names them ``version``.
+
+        Raises:
+            CallFailed: the server did not take them.
+        """
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        self._call("post", "/collective_rpc", body)
+        self._call("post", "/reset_prefix_cache", {})
+        self._call("post", "/update_weight_version", {"new_version": version})
+
+    def weights_version(self) -> str:
+        """The version that was named last.
+
+        Raises:
+            CallFailed: the call got no reply.
+        """
+        return str(self._call("get", "/weight_info")["weight_version"])
+
+    def _reply(self, model: str, asked: Asked, generation: Generation) -> list[EngineAnswer]:
+        body = {
+            "model": model,
+            "prompt": list(asked.prompt),
+            "n": asked.answers,
+            "seed": asked.seed,
+            "max_tokens": generation.max_new_tokens,
+            "temperature": generation.temperature,
+            "stop_token_ids": list(generation.end_ids),
+            "ignore_eos": True,  # the end ids are all ends
+            "logprobs": 0,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            "skip_special_tokens": False,
+        }
+        reply = self._call("post", "/v1/completions", body)
+        try:
+            return checked(reply, model, asked, generation)
+        except WrongReply as error:
+            raise StageError(f"the engine's reply {error}", where=self._where, remedy=_REMEDY) from error
+
+    def _call(self, verb: str, path: str, body: Mapping[str, object] | None = None, *, text: bool = False) -> Any:
+        from openai import OpenAIError
+
+        try:
+            if verb == "get":
+                return self._client.get(path, cast_to=object)
+            return self._client.post(path, cast_to=str if text else object, body=body)
+        except (OpenAIError, Refused, ValueError) as error:
+            raise CallFailed(f"{path}: {reason(error, key=self._key)}") from error
+
+
+class WrongReply(ValueError):
+    """What is wrong with a reply."""
+
+
+_REMEDY = (
+    "nothing was learned from it; check that no other program uses this server, and that it was started as "
+    "docs/engines.md says"
+)
+
+
+def checked(reply: Any, model: str, asked: Asked, generation: Generation) -> list[EngineAnswer]:
+    """The answers of a reply to ``/v1/completions``.
+
+    Raises:
+        WrongReply: other weights made it, or it is not what was asked for.
+    """
+    try:
+        if reply["model"] != model:
+            raise WrongReply(f"was made by the weights {reply['model']!r}, not by {model!r}")
+        choices = sorted(reply["choices"], key=lambda choice: choice["index"])
+        if len(choices) != asked.answers:
+            raise WrongReply(f"has {len(choices)} answers, not {asked.answers}")
+        return [_answer(choice, asked, generation) for choice in choices]
+    except (KeyError, TypeError) as error:
+        raise WrongReply(f"lacks what a vLLM server gives ({type(error).__name__}: {error})") from error
+
+
+def _answer(choice: Mapping[str, Any], asked: Asked, generation: Generation) -> EngineAnswer:
+    ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+    if choice["prompt_token_ids"] is not None and choice["prompt_token_ids"] != list(asked.prompt):
+        raise WrongReply("is for another prompt")
+    if not 1 <= len(ids) <= generation.max_new_tokens or len(logprobs) != len(ids):
+        raise WrongReply(f"has {len(ids)} tokens and {len(logprobs)} log-probabilities")
+    ends = frozenset(generation.end_ids)
+    if any(token in ends for token in ids[:-1]) or (len(ids) < generation.max_new_tokens and ids[-1] not in ends):
+        raise WrongReply("does not end where an answer ends")
+    if not all(isinstance(value, (int, float)) and math.isfinite(value) and value < 1e-3 for value in logprobs):
+        raise WrongReply("has log-probabilities that are none")
+    return EngineAnswer(ids=[int(token) for token in ids], logprobs=[float(value) for value in logprobs])

@@ -1,0 +1,41 @@
+"""Finds the environment of an engine, which is never this package's own: their versions of torch differ."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from alignment.core.errors import ConfigError
+
+VARIABLE = "ALIGNMENT_ENGINE_PYTHON"
+_QUERY = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
+
+
+def engines_folder() -> Path:
+    """Where ``make engine`` builds environments."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignment" / "engines"
+
+
+def interpreter(python: str | None, *, package: str, where: str) -> Path:
+    """The interpreter of the environment that has ``package``; ``where`` is the setting for it.
+
+    Raises:
+        ConfigError: there is none, or it lacks the package.
+    """
+    given = python or os.environ.get(VARIABLE)
+    path = Path(given).expanduser() if given else engines_folder() / package / "bin" / "python"
+    build = f"build the environment with `make engine`, or name its interpreter here or in {VARIABLE}"
+    if not os.access(path, os.X_OK) or not path.is_file():
+        raise ConfigError(f"{path} is not an interpreter that can be run", where=where, remedy=build)
+    if not _has(path, package):
+        raise ConfigError(f"{path} has no package {package}", where=where, remedy=build)
+    return path
+
+
+@cache
+def _has(python: Path, package: str) -> bool:
+    argv: Sequence[str] = [str(python), "-c", _QUERY, package]
+    return subprocess.run(argv, check=False, capture_output=True, timeout=60).returncode == 0

@@ -1,0 +1,141 @@
+"""Keeps servers for as long as their owner lives: ``python -m alignment.engines.keeper_process FOLDER``.
+
+The owner starts it with a pipe as its standard input. When that closes, because the owner closed it or ended in any
+way, even by SIGKILL, the keeper ends the server with all its descendants and removes ``FOLDER``. It detaches from the
+owner's process tree first, so that what ends the owner leaves it the time to clean up. A server cannot outlive the
+keeper: the kernel kills it.
+
+``FOLDER/command-1.json`` has the first server's ``argv``, ``environment`` and ``log``. A ``command-2.json`` replaces
+that server by a second one, and so on. When server N ends by itself, its exit code is in ``FOLDER/exit-N``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+GRACE_SECONDS = 5.0
+"""How long a server may take to end by itself."""
+_POLL_SECONDS = 0.2
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def pid_file(folder: Path) -> Path:
+    """The file with the keeper's own process number."""
+    return folder / "pid"
+
+
+def command_file(folder: Path, number: int) -> Path:
+    """The file that starts a server."""
+    return folder / f"command-{number}.json"
+
+
+def exit_file(folder: Path, number: int) -> Path:
+    """The file with the exit code of a server that ended by itself."""
+    return folder / f"exit-{number}"
+
+
+def main(folder: Path) -> None:
+    """Detaches, keeps servers until the owner has gone, and cleans up."""
+    if detached := os.fork():
+        pid_file(folder).write_text(str(detached))
+        os._exit(0)  # the owner waits for this process alone
+    os.setsid()
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of a server become children of this process
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+    os.dup2(1, 2)
+    try:
+        _keep(folder)
+    finally:
+        _end_descendants()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _keep(folder: Path) -> None:
+    """Returns when the owner has gone."""
+    number, server = 0, None
+    while not _owner_has_gone():
+        if command_file(folder, number + 1).exists():
+            number += 1
+            _end_descendants()
+            server = _started(command_file(folder, number))
+        elif server is not None and server.poll() is not None:
+            exit_file(folder, number).write_text(str(server.returncode))
+            server = None
+
+
+def _started(file: Path) -> subprocess.Popen[bytes]:
+    command = json.loads(file.read_text(encoding="utf-8"))
+    with Path(command["log"]).open("ab") as sink:
+        return subprocess.Popen(
+            command["argv"],
+            env=os.environ | command["environment"],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+            preexec_fn=_before_program,
+        )
+
+
+def _before_program() -> None:
+    """Runs in a server's process before its program starts."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _owner_has_gone() -> bool:
+    readable, _, _ = select.select([0], [], [], _POLL_SECONDS)
+    return bool(readable) and os.read(0, 1) == b""
+
+
+def _end_descendants() -> None:
+    """Asks all descendants to end, and kills those that do not."""
+    for process in _living():
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    while descendants := _living():
+        if time.monotonic() > deadline:
+            for process in descendants:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        time.sleep(0.05)
+
+
+def _living() -> list[psutil.Process]:
+    """The descendants that still run; ended ones are collected."""
+    living = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                living.append(process)
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    return living
+
+
+def _prctl(option: int, value: int) -> None:
+    """Linux only; elsewhere the owner's pipe alone ends a server."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

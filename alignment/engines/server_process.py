@@ -1,0 +1,240 @@
+"""Servers on 127.0.0.1 in processes of their own, which never outlive their owner (keeper_process.py)."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from alignment.core.errors import StageError
+from alignment.engines.keeper_process import GRACE_SECONDS, command_file, exit_file, pid_file
+
+HOST = "127.0.0.1"
+PORT, KEY = "{port}", "{key}"
+"""Stand for the port and the key in a command."""
+_TRIES = 3
+_POLL_SECONDS = 0.2
+_TAIL = 8000
+"""Bytes of a log in which the cause of an end is looked for."""
+_PORT_TAKEN = ("address already in use", "errno 98")
+_NO_MEMORY = ("out of memory", "outofmemoryerror", "cannot allocate memory", "no available memory", "bad_alloc")
+_ERROR = re.compile(r"\b[A-Z]\w*Error\b.*")
+_KILLED = -9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerCommand:
+    """How a server is started; ``{port}`` and ``{key}`` in ``argv`` and ``environment`` are filled in.
+
+    ``name`` is for messages, and ``smaller`` says how to make the server need less memory.
+    """
+
+    name: str
+    argv: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    smaller: str = ""
+
+
+class Keeper:
+    """A folder for temporary files, and the process that removes it and ends its servers when this one ends.
+
+    Example::
+
+        with Keeper() as keeper:
+            server = ServerProcess(keeper, command, log=Path("server.log"), where="sampling", start_timeout=600)
+    """
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="alignment-server-"))
+        self.servers = 0
+        process = subprocess.Popen(
+            [sys.executable, "-m", "alignment.engines.keeper_process", str(self.folder)], stdin=subprocess.PIPE
+        )
+        assert process.stdin is not None, "its standard input is a pipe"
+        self._pipe = process.stdin
+        if process.wait() != 0:  # it goes on in a process that is no child of this one
+            raise StageError("the process that would keep servers cannot be started", where=str(self.folder))
+        self._pid = int(pid_file(self.folder).read_text())
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still keeps its folder; somebody may have killed it."""
+        try:
+            return self.folder.exists() and psutil.Process(self._pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def start(self, command: Mapping[str, object]) -> int:
+        """Starts a server in place of the last one; returns its number."""
+        self.servers += 1
+        written = self.folder / "command.partial"
+        written.touch(mode=0o600)  # it has the server's key
+        written.write_text(json.dumps(command), encoding="utf-8")
+        written.rename(command_file(self.folder, self.servers))
+        return self.servers
+
+    def close(self) -> None:
+        """Ends the server and removes the folder; returns when both are gone."""
+        self._pipe.close()
+        deadline = time.monotonic() + 4 * GRACE_SECONDS
+        while self.is_alive and time.monotonic() < deadline:
+            time.sleep(0.02)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ServerProcess:
+    """A server that answers; its ``keeper`` ends it.
+
+    ``where`` is the setting that asks for it. ``log`` is the file for its output. ``waiting`` is called while the
+    server starts. ``port`` is fixed, or a free one is chosen.
+    """
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        command: ServerCommand,
+        *,
+        log: Path,
+        where: str,
+        start_timeout: float,
+        waiting: Callable[[], None] = lambda: None,
+        port: int | None = None,
+    ) -> None:
+        """Starts the server, in place of the keeper's last one.
+
+        Raises:
+            StageError: it ended, or did not answer in time; says why, as far as its log tells.
+        """
+        self._keeper = keeper
+        self._command = command
+        self._log = log
+        self._where = where
+        self.key = secrets.token_hex(16)
+        if port is not None and not is_free(port):
+            raise StageError(
+                f"{command.name} cannot listen on port {port}, which another program uses",
+                where=where,
+                remedy="choose another port",
+            )
+        for attempt in range(_TRIES):
+            self.port = port or free_port()
+            self._start()
+            try:
+                self._wait(start_timeout, waiting)
+                return
+            except StageError:
+                if port is not None or attempt == _TRIES - 1 or not self._port_was_taken():
+                    raise
+
+    @property
+    def url(self) -> str:
+        """Its address, as ``http://127.0.0.1:8000``."""
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the server ended by itself, or was killed."""
+        return self._exit_code() is not None
+
+    def failure(self) -> StageError:
+        """Why the server ended."""
+        code, tail = self._exit_code(), self._tail()
+        reason, remedy = f"{self._command.name} ended with exit code {code}", f"read {self._log}"
+        if code == _KILLED or any(word in tail.lower() for word in _NO_MEMORY):
+            reason = f"{reason}: it was killed, or there was not enough memory"
+            remedy = f"{self._command.smaller}; {remedy}" if self._command.smaller else remedy
+        elif errors := _ERROR.findall(tail):
+            reason = f"{reason}: {errors[-1].strip()[:300]}"
+        return StageError(reason, where=self._where, remedy=remedy)
+
+    def _start(self) -> None:
+        self._log_start = self._log.stat().st_size if self._log.exists() else 0
+        values = {PORT: str(self.port), KEY: self.key}
+        environment = {name: _filled(value, values) for name, value in self._command.environment.items()}
+        command = {
+            "argv": [_filled(word, values) for word in self._command.argv],
+            "environment": {"TMPDIR": str(self._keeper.folder), **environment},
+            "log": str(self._log),
+        }
+        self._number = self._keeper.start(command)
+
+    def _wait(self, seconds: float, waiting: Callable[[], None]) -> None:
+        deadline = time.monotonic() + seconds
+        while True:
+            if self.has_ended:
+                raise self.failure()
+            if self._answers():
+                return
+            if time.monotonic() > deadline:
+                raise StageError(
+                    f"{self._command.name} did not answer within {seconds:g} s of its start",
+                    where=self._where,
+                    remedy=f"give it more time (start_timeout), or read {self._log}",
+                )
+            waiting()
+            time.sleep(_POLL_SECONDS)
+
+    def _answers(self) -> bool:
+        with suppress(OSError, urllib.error.URLError), urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
+            return bool(reply.status == 200)
+        return False
+
+    def _exit_code(self) -> int | None:
+        if not self._keeper.is_alive:
+            return _KILLED
+        with suppress(FileNotFoundError, ValueError):
+            return int(exit_file(self._keeper.folder, self._number).read_text())
+        return None
+
+    def _port_was_taken(self) -> bool:
+        return any(words in self._tail().lower() for words in _PORT_TAKEN)
+
+    def _tail(self) -> str:
+        """The end of what this server wrote."""
+        if not self._log.exists():
+            return ""
+        with self._log.open("rb") as stream:
+            stream.seek(max(self._log_start, self._log.stat().st_size - _TAIL))
+            return stream.read().decode(errors="replace")
+
+
+def is_free(port: int) -> bool:
+    """Whether no program listens on a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) != 0
+
+
+def free_port() -> int:
+    """A port of this machine that no program uses now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _filled(text: str, values: Mapping[str, str]) -> str:
+    for name, value in values.items():
+        text = text.replace(name, value)
+    return text

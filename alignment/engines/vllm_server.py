@@ -1,0 +1,79 @@
+"""The command that starts a vLLM server for a stage: tokens in, tokens out, and weights that can be replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment.config.sampling_engine import SamplingConfig
+from alignment.engines.server_process import HOST, KEY, PORT, ServerCommand
+
+BASE = "base"
+"""The name of the weights without an adapter."""
+ADAPTERS = 2
+"""Adapters that the server holds: that of the policy as it is, and that of the version before."""
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM can be prepared for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VllmOptions:
+    """What a server must be able to do.
+
+    ``model`` is the folder of the weights, in ``dtype``; ``max_length`` the longest prompt with its answer. ``rank`` is
+    the highest rank of an adapter, or 0 without adapters. ``replaceable``: all weights will be replaced. ``on_gpu``
+    says where it runs.
+    """
+
+    model: Path
+    dtype: str
+    max_length: int
+    rank: int = 0
+    replaceable: bool = False
+    on_gpu: bool = False
+
+
+def vllm_command(python: Path, config: SamplingConfig, options: VllmOptions) -> ServerCommand:
+    """A server that applies no defaults of a model's generation config, and gives the log-probabilities that it
+    samples from."""
+    environment = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_API_KEY": KEY,
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if options.replaceable:
+        environment["VLLM_SERVER_DEV_MODE"] = (
+            "1"  # its endpoints need no key, so they are open only where they are used
+        )
+    device = ["--gpu-memory-utilization", str(config.gpu_share)]
+    if not options.on_gpu:
+        environment |= {
+            "VLLM_CPU_KVCACHE_SPACE": f"{config.cache_gb:g}",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+        device = ["--enforce-eager"]
+    return ServerCommand(
+        name="vLLM",
+        argv=[
+            *(str(python), "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(options.model), "--served-model-name", BASE, "--skip-tokenizer-init"),
+            *("--dtype", options.dtype, "--max-model-len", str(options.max_length)),
+            *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"),
+            *("--host", HOST, "--port", PORT, "--disable-uvicorn-access-log"),
+            *_adapters(options.rank),
+            *device,
+        ],
+        environment=environment,
+        smaller="lower sampling.gpu_share" if options.on_gpu else "lower sampling.cache_gb",
+    )
+
+
+def _adapters(rank: int) -> Sequence[str]:
+    if not rank:
+        return ()
+    fitting = next(possible for possible in RANKS if possible >= rank)
+    return ("--enable-lora", "--max-lora-rank", str(fitting), "--max-loras", str(ADAPTERS))

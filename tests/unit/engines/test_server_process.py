@@ -1,0 +1,194 @@
+"""Servers end with their owner, however that ends, and what ends them is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from alignment.core.errors import StageError
+from alignment.engines.server_process import KEY, PORT, Keeper, ServerCommand, ServerProcess
+
+PARENT = """
+import http.server, os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+open(os.path.join(sys.argv[2], "pids"), "w").write(f"{os.getpid()} {child.pid}")
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = sys.argv[3].encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *_): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+"""A server with a child in a session of its own; both pids are in a file."""
+OWNER = """
+import sys, time
+from pathlib import Path
+from alignment.engines.server_process import Keeper
+from tests.unit.engines.test_server_process import started
+folder = Path(sys.argv[1])
+keeper = Keeper()
+server = started(keeper, folder)
+(folder / "scratch").write_text(str(keeper.folder))
+time.sleep(600)
+"""
+
+
+def command(folder: Path) -> ServerCommand:
+    """The server above."""
+    return ServerCommand(name="the server", argv=[sys.executable, "-c", PARENT, PORT, str(folder), KEY])
+
+
+def started(keeper: Keeper, folder: Path) -> ServerProcess:
+    """It, once it answers."""
+    return ServerProcess(keeper, command(folder), log=folder / "log", where="sampling", start_timeout=30)
+
+
+def program(text: str) -> ServerCommand:
+    """A server that ends at once."""
+    return ServerCommand(name="the server", argv=[sys.executable, "-c", text], smaller="lower sampling.cache_gb")
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Waits for a condition."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def pids(folder: Path) -> list[int]:
+    """The server's process and its child's."""
+    return [int(pid) for pid in (folder / "pids").read_text().split()]
+
+
+def gone(folder: Path) -> bool:
+    """Whether both have ended."""
+    return not any(
+        psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids(folder)
+    )
+
+
+def test_a_server_answers_with_its_key_and_leaves_nothing_when_it_is_closed(tmp_path: Path) -> None:
+    with Keeper() as keeper:
+        server = started(keeper, tmp_path)
+        with urllib.request.urlopen(server.url) as reply:
+            assert reply.read().decode() == server.key
+        assert len(server.key) == 32
+        assert not server.has_ended
+        assert not gone(tmp_path)
+        scratch, port = keeper.folder, server.port
+    assert gone(tmp_path)
+    assert not scratch.exists()
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_when_the_owner_is_killed(tmp_path: Path, number: signal.Signals) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)])
+    try:
+        until(lambda: (tmp_path / "scratch").exists() and (tmp_path / "scratch").read_text() != "")
+        scratch = Path((tmp_path / "scratch").read_text())
+        assert scratch.exists()
+        assert not gone(tmp_path)
+    finally:
+        owner.send_signal(number)
+        owner.wait()
+    until(lambda: gone(tmp_path) and not scratch.exists())
+
+
+def test_a_server_does_not_outlive_its_keeper(tmp_path: Path) -> None:
+    with Keeper() as keeper:
+        started(keeper, tmp_path)
+        server = psutil.Process(pids(tmp_path)[0])
+        parent = server.parent()
+        assert parent is not None
+        parent.kill()
+        until(lambda: not psutil.pid_exists(server.pid) or server.status() == psutil.STATUS_ZOMBIE)
+        os.kill(pids(tmp_path)[1], signal.SIGKILL)  # a server's own child ends only if it watches its parent
+        assert not keeper.is_alive
+    assert not keeper.folder.exists()
+
+
+def test_a_second_server_replaces_the_first(tmp_path: Path) -> None:
+    (tmp_path / "second").mkdir()
+    with Keeper() as keeper:
+        started(keeper, tmp_path)
+        second = started(keeper, tmp_path / "second")
+        assert gone(tmp_path)
+        with urllib.request.urlopen(second.url) as reply:
+            assert reply.read().decode() == second.key
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("raise ValueError('no such model')", "exit code 1: ValueError: no such model"),
+        ("raise MemoryError('Cannot allocate memory')", "killed, or there was not enough memory"),
+        ("import os; os.kill(os.getpid(), 9)", "exit code -9: it was killed, or there was not enough memory"),
+        ("raise SystemExit(3)", "the server ended with exit code 3"),
+    ],
+)
+def test_a_server_that_ends_says_why(tmp_path: Path, text: str, reason: str) -> None:
+    with Keeper() as keeper, pytest.raises(StageError, match=reason) as raised:
+        ServerProcess(keeper, program(text), log=tmp_path / "log", where="stages.ppo.sampling", start_timeout=30)
+    assert raised.value.where == "stages.ppo.sampling"
+    assert str(tmp_path / "log") in raised.value.remedy
+    assert ("cache_gb" in raised.value.remedy) == ("memory" in reason)
+
+
+def test_a_port_that_was_taken_meanwhile_is_tried_again(tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    text = (
+        f"import pathlib, sys; first = pathlib.Path({str(first)!r})\n"
+        "if not first.exists():\n"
+        "    first.touch(); sys.exit('OSError: [Errno 98] Address already in use')\n" + PARENT
+    )
+    argv = [sys.executable, "-c", text, PORT, str(tmp_path), KEY]
+    with Keeper() as keeper:
+        server = ServerProcess(
+            keeper,
+            ServerCommand(name="the server", argv=argv),
+            log=tmp_path / "log",
+            where="sampling",
+            start_timeout=30,
+        )
+        assert keeper.servers == 2
+        assert not server.has_ended
+
+
+def test_a_chosen_port_that_is_taken_is_an_error(tmp_path: Path) -> None:
+    with socket.socket() as taken, Keeper() as keeper:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(StageError, match=f"cannot listen on port {port}, which another program uses"):
+            ServerProcess(keeper, command(tmp_path), log=tmp_path / "log", where="--port", start_timeout=30, port=port)
+
+
+def test_a_server_that_never_answers_is_named(tmp_path: Path) -> None:
+    with Keeper() as keeper, pytest.raises(StageError, match="did not answer within 1 s of its start"):
+        ServerProcess(
+            keeper, program("import time; time.sleep(60)"), log=tmp_path / "log", where="sampling", start_timeout=1
+        )
+
+
+def test_the_end_of_a_server_is_noticed_later_too(tmp_path: Path) -> None:
+    with Keeper() as keeper:
+        server = started(keeper, tmp_path)
+        os.kill(pids(tmp_path)[0], signal.SIGKILL)
+        until(lambda: server.has_ended)
+        assert "exit code -9" in server.failure().message
