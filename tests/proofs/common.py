@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from alignment.rewards.scores import Scores
 from alignment.rewards.slot import Rewards
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.ppo.prompt_split import hold_out
+from alignment.stages.ppo.served_sampling import served_engine
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.stages.ppo.trainer_setup import build_trainer, roles_of
 from alignment.training.context import StageContext
@@ -114,12 +116,14 @@ class PpoStage:
     context: StageContext
     roles: Roles
     trainer: PpoTrainer
+    resources: ExitStack
 
     def train(self) -> list[dict[str, Any]]:
         """Runs it to its end; returns what was logged, one entry an update. The guard then has its last word."""
-        train(self.trainer, self.context, headline="objective/score", period=self.trainer.steps_per_update)
-        if self.trainer.guard is not None:
-            self.trainer.guard.finish(self.trainer.updates_done, self.trainer.rollouts)
+        with self.resources:
+            train(self.trainer, self.context, headline="objective/score", period=self.trainer.steps_per_update)
+            if self.trainer.guard is not None:
+                self.trainer.guard.finish(self.trainer.updates_done, self.trainer.rollouts)
         lines = (self.context.content / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
@@ -141,10 +145,13 @@ def ppo_stage(
     """
     spec = tiny_spec(folder, config, base_path=base, seed=seed)
     context = StageContext(spec=spec, rank=0, world_size=1)
-    roles = roles_of(config, context, Lineage(source=BASE_SOURCE, base=base, adapters=()), None)
+    start = Lineage(source=BASE_SOURCE, base=base, adapters=())
+    roles = roles_of(config, context, start, None)
     ids = [list(prompt) for prompt in prompts]
     learned, held_out = hold_out(Prompts(ids=ids, rows=range(len(ids))), config, context)
-    trainer = build_trainer(config, context, roles, learned, frozenset({end_id}), rewards)
+    resources, ends = ExitStack(), frozenset({end_id})
+    engine = resources.enter_context(served_engine(config, context, roles, start, learned, held_out, end_ids=ends))
+    trainer = build_trainer(config, context, roles, learned, ends, rewards, engine=engine)
     if held_out_scorer is not None:
         trainer.guard = Guard(
             config.guard,
@@ -154,7 +161,7 @@ def ppo_stage(
             policy=roles.policy,
             proxy=trainer.collector.scores_of,
         )
-    return PpoStage(context=context, roles=roles, trainer=trainer)
+    return PpoStage(context=context, roles=roles, trainer=trainer, resources=resources)
 
 
 @torch.no_grad()

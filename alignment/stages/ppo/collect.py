@@ -56,6 +56,7 @@ class Collector:
         kl = k1(logprobs, reference) * mask
         if update == 0:
             refuse_wrong_reference(kl)
+        sampled = rollout.sampled_logprobs
         by_scorer = rollout.scores.to(self._device)
         self.rewards.observe(by_scorer)
         return ScoredBatch(
@@ -66,6 +67,7 @@ class Collector:
             ended=self._ended(rollout),
             response_mask=mask,
             logprobs=logprobs,
+            sampled_logprobs=None if sampled is None else stack(sampled, mask),
             reference_logprobs=reference,
             kl=kl,
             entropy=stack(rollout.entropy, mask),

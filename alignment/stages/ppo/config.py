@@ -13,6 +13,7 @@ from alignment.config.optim import Moments, Schedule
 from alignment.config.overoptimisation import GuardConfig
 from alignment.config.replay import PtxConfig
 from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, PENALTY, POSITIVE
+from alignment.config.sampling_engine import RolloutSamplingConfig
 from alignment.config.scoring import ScorerConfig
 from alignment.config.stage_fields import not_identity, reference_to
 from alignment.config.too_long import TooLongConfig
@@ -112,7 +113,7 @@ class PpoConfig:
     Any ``advantage`` but ``gae`` needs no value model: ``critic`` is then ``none``, and ``completions_per_prompt`` is
     the size of a group. ``clip_high`` limits how far a ratio may rise above 1; null is ``clip``. The mean entropy of
     all answer tokens, times ``entropy_coefficient``, is added to the objective. With ``drop_ties`` an update learns
-    only from prompts whose answers do not all score alike.
+    only from prompts whose answers do not all score alike. ``sampling`` is what samples.
     """
 
     REPLACED: ClassVar[dict[str, str]] = {
@@ -132,6 +133,7 @@ class PpoConfig:
     optim: PpoOptimConfig = field(default_factory=PpoOptimConfig)
     kl: KlConfig = field(default_factory=KlConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    sampling: RolloutSamplingConfig = field(default_factory=RolloutSamplingConfig, metadata=IF_SET)
     ptx: PtxConfig = field(default_factory=PtxConfig)
     updates: Annotated[int, POSITIVE] = 16
     advantage: Advantage = field(default=Advantage.gae, metadata=IF_SET)

@@ -12,6 +12,7 @@ from alignment.config.faults import Fault, unread_faults
 from alignment.config.launch import LaunchConfig, Sharding
 from alignment.config.replay import PtxConfig
 from alignment.config.run import RunConfig
+from alignment.config.sampling_engine import Engine
 from alignment.config.scoring import MemberConfig
 from alignment.core.artifacts import POLICY, read_manifest
 from alignment.data.records import Conversation, Prompt
@@ -32,8 +33,10 @@ from alignment.stages.base import (
 from alignment.stages.ppo.batch_sizes import size_faults
 from alignment.stages.ppo.config import KlConfig, KlControl, OverlongConfig, PpoConfig
 from alignment.stages.ppo.critic_faults import critic_faults
+from alignment.stages.ppo.engine_checks import OF_ENGINE, engine_curves, engine_doubts, engine_faults
 from alignment.stages.ppo.scorers_in_use import GUARD, in_use
 from alignment.stages.shared.kind_answers import ROW_COUNTS, curve
+from alignment.stages.shared.sampling_checks import check_engine, sampling_refusals
 from alignment.stages.shared.scorer_slots import missing_reward_faults, reward_model_slots
 
 LENGTH, OVERLONG = "penalty/length", "penalty/overlong"
@@ -62,6 +65,7 @@ def _as_read(config: PpoConfig) -> PpoConfig:
 def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     yield from _scorer_faults(config, where)
     yield from critic_faults(config, where)
+    yield from engine_faults(config, where)
     if config.kl.control is not KlControl.adaptive:
         reader = "only kl.control 'adaptive'"
         yield from unread_faults(config.kl, KlConfig(), ("target", "horizon"), f"{where}.kl", reader)
@@ -139,6 +143,7 @@ def _is_external(ref: str) -> bool:
 
 
 def _refusals(config: PpoConfig, launch: LaunchConfig) -> Iterator[Refusal]:
+    yield from sampling_refusals(config.sampling, launch)
     if launch.sharding is Sharding.fsdp:
         why = "its four roles share weights, but fully_shard expects the weights of one model"
         yield Refusal(field="kind", why=why, instead="launch=zero3")
@@ -163,7 +168,8 @@ def _reported(config: PpoConfig) -> Reported:
     of_groups = (TIED_SHARE,) if config.critic is Critic.none else ()
     counts = (*ROW_COUNTS, "updates", "memory/base_copies")
     families = ("guard/",) if config.guard.every else ()
-    return Reported(training=(*training, *of_groups), counts=counts, families=families)
+    of_engine = () if config.sampling.engine is Engine.own else OF_ENGINE
+    return Reported(training=(*training, *of_groups, *of_engine), counts=counts, families=families)
 
 
 def _why_missing(config: PpoConfig, metric: str, stage: str) -> str:
@@ -184,7 +190,7 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
             "all answers to each of the last update's prompts had the same score, so there was nothing to learn from; "
             "take a scorer that distinguishes them"
         )
-    return doubts
+    return [*doubts, *engine_doubts(metrics)]
 
 
 def _against_forgetting(name: str) -> str:
@@ -227,6 +233,7 @@ def _all_curves() -> list[Curve]:
         ),
         curve("Answer length", "tokens", "response_length"),
         curve("Answers that ended", "share", "eos_rate"),
+        *engine_curves(),
     ]
 
 
@@ -243,7 +250,11 @@ KIND = StageKind(
     as_read=_as_read,
     curves=_curves,
     references=References(more=lambda config: reward_model_slots(in_use(config))),
-    launch=LaunchShape(refusals=_refusals, size_faults=size_faults),
+    launch=LaunchShape(
+        refusals=_refusals,
+        size_faults=size_faults,
+        check_machine=lambda config, where: check_engine(config.sampling, where),
+    ),
     learning=Learning(
         limits=lambda config: Limits(row=config.max_prompt_length, too_long=config.too_long),
         faults=_too_few_prompts,

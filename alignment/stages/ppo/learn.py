@@ -42,7 +42,12 @@ class LearnOptions:
 
 
 def experience_of(
-    batch: ScoredBatch, advantages: Advantages, *, learned_prompts: Sequence[int], kl_coefficient: float
+    batch: ScoredBatch,
+    advantages: Advantages,
+    *,
+    importance: Tensor | None,
+    learned_prompts: Sequence[int],
+    kl_coefficient: float,
 ) -> Experience:
     """What an update learns from."""
     return Experience(
@@ -54,6 +59,7 @@ def experience_of(
         values=batch.values,
         scores=batch.scores,
         advantages=advantages.learned,
+        importance=importance,
         returns=advantages.returns,
         learned_prompts=learned_prompts,
         kl_coefficient=kl_coefficient,
@@ -165,6 +171,7 @@ class Learner:
                 reference_logprobs=experience.reference_logprobs[rows, :width],
                 advantages=experience.advantages[rows, :width],
                 response_mask=mask,
+                importance=None if experience.importance is None else experience.importance[rows, :width],
             ),
             kl_coefficient=experience.kl_coefficient,
             divisor=divisors.policy,

@@ -18,9 +18,12 @@ from alignment.models.assembly.load import refuse_other_tokenizer
 from alignment.rewards.build import build_rewards
 from alignment.rewards.reward_models import Computation
 from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.ppo.engine_checks import OF_ENGINE
 from alignment.stages.ppo.kind import TIED_SHARE
 from alignment.stages.ppo.prompt_split import hold_out, tokenized_prompts
 from alignment.stages.ppo.scorers_in_use import GUARD, maximised
+from alignment.stages.ppo.served_sampling import served_engine
+from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.stages.ppo.trainer_setup import build_trainer, roles_of
 from alignment.stages.shared.asking_servers import asking_of
 from alignment.stages.shared.initial import initial_policy
@@ -43,6 +46,8 @@ FROM_LAST_UPDATE = (
     "memory/base_copies",
 )
 """Metrics of the last update that are written to the manifest."""
+OF_SOME = (TIED_SHARE, *OF_ENGINE)
+"""Those that only some methods or engines have."""
 
 
 def run(config: PpoConfig, context: StageContext) -> StageResult:
@@ -58,40 +63,47 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
     roles = roles_of(config, context, start, reward)
     computation = Computation(device=context.device, dtype=spec.model.dtype, tokens=config.optim.micro_batch_tokens)
     from_stage = (spec, tokenizer, rows, roles.reward, computation, asking_of(context))
-    trainer = build_trainer(
-        config,
-        context,
-        roles,
-        learned,
-        end_ids(tokenizer),
-        build_rewards(maximised(config), *from_stage),
-        ptx=_ptx(config, context, tokenizer),
-        samples=Samples(context, tokenizer, group=config.completions_per_prompt),
-    )
-    if config.guard.every:
-        trainer.guard = Guard(
-            config.guard,
+    ends = end_ids(tokenizer)
+    with served_engine(config, context, roles, start, learned, held_out, end_ids=ends) as engine:
+        trainer = build_trainer(
+            config,
             context,
-            held_out,
-            scorer=build_rewards({GUARD: config.guard.scorer}, *from_stage),
-            policy=roles.policy,
-            proxy=trainer.collector.scores_of,
+            roles,
+            learned,
+            ends,
+            build_rewards(maximised(config), *from_stage),
+            engine=engine,
+            ptx=_ptx(config, context, tokenizer),
+            samples=Samples(context, tokenizer, group=config.completions_per_prompt),
         )
-    last = train(trainer, context, headline="objective/score", period=trainer.steps_per_update)
-    metrics = {name: last[name] for name in FROM_LAST_UPDATE} | counts
-    if TIED_SHARE in last:
-        metrics[TIED_SHARE] = last[TIED_SHARE]
-    metrics["updates"] = float(trainer.updates_done)
-    if trainer.guard is not None:
-        context.progress("held-out answers")
-        roles.actor_critic.eval()
-        metrics |= trainer.guard.finish(trainer.updates_done, trainer.rollouts)
+        if config.guard.every:
+            trainer.guard = Guard(
+                config.guard,
+                context,
+                held_out,
+                scorer=build_rewards({GUARD: config.guard.scorer}, *from_stage),
+                policy=roles.policy,
+                proxy=trainer.collector.scores_of,
+            )
+        metrics = _trained(trainer, context) | counts
     result = save_model(roles.policy, tokenizer, context, start, metrics)
     # The critic belongs to the last policy, so it is not saved with an earlier one.
     value = roles.actor_critic.value
     if value is not None and metrics.get("guard/kept_update", metrics["updates"]) == metrics["updates"]:
         _save_critic(value, context)
     return result
+
+
+def _trained(trainer: PpoTrainer, context: StageContext) -> dict[str, float]:
+    """Trains; the metrics of the last update, and of the guard."""
+    last = train(trainer, context, headline="objective/score", period=trainer.steps_per_update)
+    metrics = {name: last[name] for name in FROM_LAST_UPDATE} | {name: last[name] for name in OF_SOME if name in last}
+    metrics["updates"] = float(trainer.updates_done)
+    if trainer.guard is not None:
+        context.progress("held-out answers")
+        trainer.roles.actor_critic.eval()
+        metrics |= trainer.guard.finish(trainer.updates_done, trainer.rollouts)
+    return metrics
 
 
 def own_reward_model(context: StageContext) -> StageInput | None:

@@ -30,6 +30,7 @@ from alignment.stages.ppo import report
 from alignment.stages.ppo.checkpoint import load_weights, save_weights
 from alignment.stages.ppo.collect import Collector, warn_of_equal_scores
 from alignment.stages.ppo.config import Advantage, PpoConfig
+from alignment.stages.ppo.engine_gap import EngineGap
 from alignment.stages.ppo.kind import TIED_SHARE
 from alignment.stages.ppo.kl_budget import KlBudget
 from alignment.stages.ppo.learn import Learner, LearnOptions, experience_of
@@ -77,6 +78,11 @@ class PpoTrainer(Trainer):
         self._objective = learn.objective
         self.kl_controller = kl_controller
         self.kl_budget = KlBudget(config.guard.max_kl)
+        self._engine_gap = EngineGap(
+            config.sampling,
+            whole_answers=learn.objective.whole_answers,
+            where=f"stages.{context.spec.stage}.sampling",
+        )
         self.samples = samples
         self.guard: Guard | None = None
         self.over_budget = False
@@ -186,6 +192,8 @@ class PpoTrainer(Trainer):
             self.metrics.values |= self.guard.evaluate(update, self.rollouts)
             self.metrics.add_seconds("guard", time.monotonic() - started)
         self._experience = self._collect(update)
+        if self.config.sampling.max_staleness and update + 1 < self.config.updates:
+            self.rollouts.sample_ahead(update + 1)
         self.context.progress("training", self.state.global_step, self.args.max_steps)
 
     @torch.no_grad()
@@ -203,11 +211,14 @@ class PpoTrainer(Trainer):
         report.add_episodes(
             self.metrics, batch, advantages, kl_coefficient=coefficient, base_copies=self.roles.base_copies()
         )
+        importance = self._engine_gap.importance(batch, update, self.metrics)
         self._check(update, batch.scores)
         if self.samples is not None:
             self.samples.write(update, batch.rollout, batch.scores.tolist())
         learned = self._learned_prompts(batch.scores)
-        return experience_of(batch, advantages, learned_prompts=learned, kl_coefficient=coefficient)
+        return experience_of(
+            batch, advantages, importance=importance, learned_prompts=learned, kl_coefficient=coefficient
+        )
 
     def _learned_prompts(self, scores: Tensor) -> list[int]:
         """Indices of the update's prompts, without those whose answers all score alike if these are dropped."""

@@ -19,7 +19,7 @@ from alignment.stages.ppo.learn import LearnOptions
 from alignment.stages.ppo.methods import estimator_of, objective_of
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.context import StageContext
-from alignment.training.rl.engine import PolicyEngine
+from alignment.training.rl.engine import PolicyEngine, RolloutEngine
 from alignment.training.rl.ptx import Ptx
 from alignment.training.rl.rollouts import Episodes, Prompts
 from alignment.training.rl.samples import Samples
@@ -59,10 +59,11 @@ def build_trainer(
     end_ids: frozenset[int],
     rewards: Rewards,
     *,
+    engine: RolloutEngine | None = None,
     ptx: Ptx | None = None,
     samples: Samples | None = None,
 ) -> PpoTrainer:
-    """The trainer of a stage; an answer ends at one of ``end_ids``.
+    """The trainer of a stage; an answer ends at one of ``end_ids``. Without an ``engine`` the policy itself samples.
 
     Raises:
         ConfigError: ``size_faults`` finds faults, such as episodes that do not divide by the processes.
@@ -73,7 +74,7 @@ def build_trainer(
         config,
         context,
         episodes=_episodes(config, prompts, end_ids),
-        engine=PolicyEngine(policy=roles.policy, temperature=config.temperature, end_ids=end_ids),
+        engine=engine or PolicyEngine(policy=roles.policy, temperature=config.temperature, end_ids=end_ids),
         rewards=rewards,
         estimator=estimator_of(config),
         learn=_learn_options(config),

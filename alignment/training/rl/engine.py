@@ -14,31 +14,53 @@ from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.generate import Sampling, generate
 
 
-class RolloutEngine(Protocol):
-    """Samples answers from the policy as it is now."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampledAnswers:
+    """Token ids of one answer to each prompt, including its end token if it has one.
 
-    def answers(self, prompts: Sequence[Sequence[int]], uniforms: Tensor) -> list[list[int]]:
-        """Token ids of one answer to each prompt, including its end token if it has one.
+    ``logprobs`` are those that the answers were sampled with, ``[tokens]`` float32 for each; None if the policy itself
+    sampled. ``version`` is that of the weights that sampled.
+    """
+
+    ids: list[list[int]]
+    logprobs: list[Tensor] | None
+    version: int
+
+
+class RolloutEngine(Protocol):
+    """Samples answers from the policy."""
+
+    def follow(self, version: int) -> None:
+        """Samples from the policy as it is now, ``version``, from here on. Every process calls it, with the weights
+        gathered."""
+
+    def answers(self, prompts: Sequence[Sequence[int]], uniforms: Tensor) -> SampledAnswers:
+        """One answer to each prompt; several to one prompt are in adjacent rows.
 
         ``uniforms`` is ``[prompts, max_new_tokens]``, float64 in [0, 1): the randomness of every token. It depends only
-        on the seed, the update and the row, so answers do not depend on how many processes share a batch.
+        on the seed, the update and the row.
         """
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class PolicyEngine:
     """Samples with the trained model itself, so that there is no second copy of the weights to keep in sync.
 
-    An answer ends at one of ``end_ids``.
+    An answer ends at one of ``end_ids``. Answers do not depend on how many processes share a batch.
     """
 
     policy: PreTrainedModel | PeftModel
     temperature: float
     end_ids: frozenset[int]
+    version: int = 0
 
-    def answers(self, prompts: Sequence[Sequence[int]], uniforms: Tensor) -> list[list[int]]:
+    def follow(self, version: int) -> None:
+        """Notes the version; the weights are the policy's."""
+        self.version = version
+
+    def answers(self, prompts: Sequence[Sequence[int]], uniforms: Tensor) -> SampledAnswers:
         """One answer to each prompt, sampled in one batch."""
-        return generate(
+        ids = generate(
             unwrapped(self.policy),
             prompts,
             max_new_tokens=uniforms.shape[1],
@@ -46,3 +68,4 @@ class PolicyEngine:
             batch_size=len(prompts),
             sampling=Sampling(temperature=self.temperature, uniforms=uniforms),
         )
+        return SampledAnswers(ids=ids, logprobs=None, version=self.version)

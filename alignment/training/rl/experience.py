@@ -16,15 +16,19 @@ from alignment.rewards.scores import Scores, gathered_scores
 class Rollout:
     """Answers to prompts, with the results of policy, reference, value model and scorers; one entry per row.
 
-    ``rows`` are the indices of the prompts in the stage's data. ``logprobs``, ``reference_logprobs``, ``entropy`` and
-    ``values`` hold one float32 tensor ``[tokens of the answer]`` per row; ``scores`` is ``[scorers, rows]``. Without a
-    critic ``values`` is None. Tensors are on the CPU, so that a rollout can be sent between processes.
+    ``rows`` are the indices of the prompts in the stage's data, and ``versions`` those of the weights that sampled.
+    ``logprobs``, ``sampled_logprobs``, ``reference_logprobs``, ``entropy`` and ``values`` hold one float32 tensor
+    ``[tokens of the answer]`` per row; ``scores`` is ``[scorers, rows]``. Without a critic ``values`` is None.
+    ``sampled_logprobs`` are an engine's; None if the policy itself sampled. Tensors are on the CPU, so that a rollout
+    can be sent between processes.
     """
 
     rows: list[int]
     prompts: list[list[int]]
     answers: list[list[int]]
+    versions: list[int]
     logprobs: list[Tensor]
+    sampled_logprobs: list[Tensor] | None
     reference_logprobs: list[Tensor]
     entropy: list[Tensor]
     values: list[Tensor] | None
@@ -38,7 +42,7 @@ class ScoredBatch:
     Tensors are ``[rows, tokens]`` float32, zero outside ``response_mask``, unless stated otherwise. ``by_scorer`` are
     the scores of each scorer, ``scores`` (``[rows]``) those that PPO maximises; ``ended`` is ``[rows]`` bool. ``parts``
     are other ``[rows]`` that the scores are made of, by the metric that is their mean. ``kl`` holds the k1 estimates in
-    nats. ``values`` is None without a critic.
+    nats. ``values`` is None without a critic, and ``sampled_logprobs`` (those of an engine) without an engine.
     """
 
     rollout: Rollout
@@ -48,6 +52,7 @@ class ScoredBatch:
     ended: Tensor
     response_mask: Tensor
     logprobs: Tensor
+    sampled_logprobs: Tensor | None
     reference_logprobs: Tensor
     kl: Tensor
     entropy: Tensor
@@ -60,7 +65,8 @@ class Experience:
 
     Tensors are ``[rows, tokens]`` float32 unless stated otherwise, zero outside ``response_mask``; ``scores`` is
     ``[rows]``, less all penalties. ``advantages`` are those that the policy learns from. ``values`` and ``returns`` are
-    None without a critic. ``learned_prompts`` are the indices of the prompts that the update learns from.
+    None without a critic. ``importance`` are the weights of tokens in the policy's loss; None weighs all alike.
+    ``learned_prompts`` are the indices of the prompts that the update learns from.
     ``kl_coefficient`` is that of the KL in the loss.
     """
 
@@ -72,6 +78,7 @@ class Experience:
     values: Tensor | None
     scores: Tensor
     advantages: Tensor
+    importance: Tensor | None
     returns: Tensor | None
     learned_prompts: Sequence[int]
     kl_coefficient: float

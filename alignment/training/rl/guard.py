@@ -81,7 +81,7 @@ class Guard:
         ``guard/best_update`` is the update of the best policy so far. Every process must call this. Evaluating the same
         policy again gives the same ``guard/scorer`` and ``guard/kl``.
         """
-        rollout = rollouts.of_prompts(self._prompts, UpdateMetrics(lambda values: values[None]))
+        rollout = rollouts.of_prompts(self._prompts, updates, UpdateMetrics(lambda values: values[None]))
         scores = self._scores(rollout, rollouts)
         pairs = zip(rollout.logprobs, rollout.reference_logprobs, strict=True)
         metrics = {

@@ -32,12 +32,16 @@ class Average(str, Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampled:
-    """What a micro-batch's answers were when they were sampled: ``[rows, tokens]`` float32, zero outside the mask."""
+    """What a micro-batch's answers were when they were sampled: ``[rows, tokens]`` float32, zero outside the mask.
+
+    ``importance`` multiplies the policy's term of each token, or of a whole answer in its first token; None is 1.
+    """
 
     logprobs: Tensor
     reference_logprobs: Tensor
     advantages: Tensor
     response_mask: Tensor
+    importance: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,13 +100,16 @@ class PolicyObjective:
         ``divisor`` is the minibatch's, and ``tokens`` the number of its answer tokens; both are infinite for rows that
         must not count.
         """
-        mask, advantages = sampled.response_mask, sampled.advantages
+        mask, advantages, importance = sampled.response_mask, sampled.advantages, sampled.importance
         change = log_ratio(logprobs, sampled.logprobs)
         if self.whole_answers:
             ratio = answer_log_ratio(logprobs, sampled.logprobs, mask).exp()
             weights, advantages = torch.ones_like(ratio), advantages[:, :1]  # an answer has one advantage
+            importance = None if importance is None else importance[:, :1]
         else:
             ratio, weights = change.exp(), self._weights(mask)
+        if importance is not None:
+            weights = weights * importance
         clipped = clipped_policy_loss(ratio, advantages, weights, clip=self.clip, clip_high=self.clip_high)
         policy = total = clipped / divisor
         kl = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -15,10 +16,10 @@ from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import AnswerStream, answer_statistics, batches
 from alignment.rewards.slot import Rewards
 from alignment.training.context import StageContext
-from alignment.training.rl.engine import RolloutEngine
+from alignment.training.rl.engine import RolloutEngine, SampledAnswers
 from alignment.training.rl.experience import Rollout, interleave, prompt_order, rows_of
 from alignment.training.rl.step_metrics import UpdateMetrics
-from alignment.training.sharding import shared
+from alignment.training.sharding import own_of_all, shared
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +58,19 @@ class Episodes:
         return self.per_update // self.group
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Draw:
+    """This process's prompts of a batch, one entry a row, and the random numbers of each row."""
+
+    prompts: list[list[int]]
+    rows: list[int]
+    uniforms: Tensor
+
+
 class Rollouts:
     """Each process makes its share of a batch and receives all other shares, so that it holds the whole batch.
 
-    ``gathered`` gathers sharded weights.
+    ``gathered`` gathers sharded weights. The answers of an update can be sampled ahead, before it begins.
     """
 
     def __init__(
@@ -79,21 +89,46 @@ class Rollouts:
         self._engine = engine
         self._rewards = rewards
         self.gathered = gathered
+        self._ahead: dict[int, Future[SampledAnswers]] = {}
 
     def of_update(self, update: int, metrics: UpdateMetrics) -> Rollout:
-        """The episodes of an update, which do not depend on the number of processes."""
+        """The episodes of an update, which do not depend on the number of processes.
+
+        Raises:
+            StageError: the engine failed.
+        """
+        return self._make(self._draw_of(update), self._episodes.group, update, metrics, ahead=self._ahead.get(update))
+
+    def sample_ahead(self, update: int) -> None:
+        """Begins to sample the answers of a later update with the engine's weights, beside whatever follows."""
+        draw = self._draw_of(update)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="sampling ahead")
+        self._ahead = {update: thread.submit(self._engine.answers, draw.prompts, draw.uniforms)}
+        thread.shutdown(wait=False)
+
+    def of_prompts(self, prompts: Prompts, version: int, metrics: UpdateMetrics) -> Rollout:
+        """One answer to each prompt by the policy as it is now, ``version``, sampled with the same random numbers in
+        every call."""
+        uniforms = self._uniforms(len(prompts), "guard")
+        return self._make(self._own(prompts, range(len(prompts)), uniforms, 1), 1, version, metrics)
+
+    def _draw_of(self, update: int) -> _Draw:
         number = self._episodes.prompts_per_update
         prompts = self._episodes.prompts
         drawn = prompt_order(
             len(prompts), update * number, number, lambda round_: self._context.generator("prompts", round_)
         )
         uniforms = self._uniforms(self._episodes.per_update, "sampling", update)
-        return self._make(prompts, drawn, uniforms, self._episodes.group, metrics)
+        return self._own(prompts, drawn, uniforms, self._episodes.group)
 
-    def of_prompts(self, prompts: Prompts, metrics: UpdateMetrics) -> Rollout:
-        """One answer to each prompt, sampled with the same random numbers in every call."""
-        uniforms = self._uniforms(len(prompts), "guard")
-        return self._make(prompts, range(len(prompts)), uniforms, 1, metrics)
+    def _own(self, prompts: Prompts, drawn: Sequence[int], uniforms: Tensor, group: int) -> _Draw:
+        share = range(self._context.rank, len(drawn), self._context.world_size)
+        indices = [drawn[i] for i in share for _ in range(group)]
+        return _Draw(
+            prompts=[list(prompts.ids[index]) for index in indices],
+            rows=[prompts.rows[index] for index in indices],
+            uniforms=uniforms[rows_of(share, group)],
+        )
 
     def _uniforms(self, rows: int, name: str, *numbers: int) -> Tensor:
         generator = self._context.generator(name, *numbers)
@@ -101,39 +136,46 @@ class Rollouts:
 
     @torch.no_grad()
     def _make(
-        self, prompts: Prompts, drawn: Sequence[int], uniforms: Tensor, group: int, metrics: UpdateMetrics
+        self,
+        draw: _Draw,
+        group: int,
+        version: int,
+        metrics: UpdateMetrics,
+        *,
+        ahead: Future[SampledAnswers] | None = None,
     ) -> Rollout:
-        share = range(self._context.rank, len(drawn), self._context.world_size)
-        indices = [drawn[i] for i in share for _ in range(group)]
-        prompt_ids = [list(prompts.ids[index]) for index in indices]
+        """A whole batch; its answers were sampled ahead, or are sampled by the policy as it is now, ``version``."""
         started = time.monotonic()
         with self.gathered(), products_in(self._context.spec.model.dtype, self._context.device):
-            answers = self._engine.answers(prompt_ids, uniforms[rows_of(share, group)])
+            wait(self._ahead.values())  # the weights that they are sampled with must stay until then
+            self._engine.follow(version)
+            answers = own_of_all(ahead.result if ahead else lambda: self._engine.answers(draw.prompts, draw.uniforms))
             sampled = time.monotonic()
-            rows = [prompts.rows[index] for index in indices]
-            shares = shared(lambda: self._read(prompt_ids, answers, rows))
+            shares = shared(lambda: self._read(draw, answers))
         whole = interleave(shares, group=group)
         metrics.add_seconds("rollouts", sampled - started)
         metrics.add_seconds("scoring", time.monotonic() - sampled)
         return whole
 
-    def _read(self, prompts: list[list[int]], answers: list[list[int]], rows: list[int]) -> Rollout:
-        lengths = [len(answer) for answer in answers]
+    def _read(self, draw: _Draw, sampled: SampledAnswers) -> Rollout:
+        lengths = [len(answer) for answer in sampled.ids]
 
         def by_answer(flat: Tensor) -> list[Tensor]:
             return list(flat.float().cpu().split(lengths))
 
-        logprobs, entropy, values = self._policy_and_values(prompts, answers)
-        reference = self._reference_logprobs(prompts, answers)
+        logprobs, entropy, values = self._policy_and_values(draw.prompts, sampled.ids)
+        reference = self._reference_logprobs(draw.prompts, sampled.ids)
         return Rollout(
-            rows=rows,
-            prompts=prompts,
-            answers=answers,
+            rows=draw.rows,
+            prompts=draw.prompts,
+            answers=sampled.ids,
+            versions=[sampled.version] * len(sampled.ids),
             logprobs=by_answer(logprobs),
+            sampled_logprobs=sampled.logprobs,
             reference_logprobs=by_answer(reference),
             entropy=by_answer(entropy),
             values=None if values is None else by_answer(values),
-            scores=self._rewards.scores(prompts, answers, rows),
+            scores=self._rewards.scores(draw.prompts, sampled.ids, draw.rows),
         )
 
     def _policy_and_values(

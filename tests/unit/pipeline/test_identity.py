@@ -20,6 +20,7 @@ from alignment.config.optim import OptimConfig
 from alignment.config.replay import PtxConfig
 from alignment.config.reward_server import ServerConfig
 from alignment.config.run import RunConfig
+from alignment.config.sampling_engine import RolloutSamplingConfig
 from alignment.config.stage import StageConfig
 from alignment.config.too_long import TooLongConfig
 from alignment.config.typed import field_types, group_of, listed_dataclass
@@ -44,6 +45,7 @@ from alignment.stages.sft.config import SftConfig
 STAGES = config_classes()
 
 REACHED = {"api_key_env", "timeout", "retries", "concurrency"}
+SERVED = REACHED | {"python", "url", "cache_gb", "gpu_share", "start_timeout"}
 OUTSIDE = {
     # What a reference points to counts by its content.
     **{cls: {"init"} for cls in (CptConfig, SftConfig, RewardConfig, DpoConfig, KtoConfig)},
@@ -65,6 +67,8 @@ OUTSIDE = {
     # A scorer is its model, wherever that answers; a stage may go on at another address.
     ScorerEndpointConfig: REACHED | {"base_url"},
     ServerConfig: REACHED | {"base_url", "batch_size"},
+    # How an engine is reached and how much memory it has; the bound only counts differences.
+    RolloutSamplingConfig: SERVED | {"gap_bound"},
     # Votes count by their content.
     JudgeConfig: {"votes"},
 }

@@ -68,9 +68,10 @@ def test_answers_to_one_prompt_stay_together_in_the_batch() -> None:
 
 def _rollout(rows: list[int]) -> Rollout:
     """Figures that name their row."""
-    named = {name: [float(row) for row in rows] for name in ("logprobs", "reference_logprobs", "entropy", "values")}
+    kinds = ("logprobs", "sampled_logprobs", "reference_logprobs", "entropy", "values")
+    named = {name: [float(row) for row in rows] for name in kinds}
     ids = [[row] for row in rows]
-    return Rollout(rows=rows, prompts=ids, answers=ids, scores=_scores(rows), **named)
+    return Rollout(rows=rows, prompts=ids, answers=ids, versions=rows, scores=_scores(rows), **named)
 
 
 def _scores(rows: list[int]) -> Scores:

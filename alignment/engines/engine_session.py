@@ -1,0 +1,216 @@
+"""An engine for the time of a stage: started or found, given weights, asked, and started again if it dies."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from alignment.config.sampling_engine import SamplingConfig
+from alignment.core.errors import ConfigError, StageError
+from alignment.engines.completions import Asked, CallFailed, EngineAnswer, EngineClient, Generation
+from alignment.engines.engine_environment import interpreter
+from alignment.engines.server_process import Keeper, ServerProcess
+from alignment.engines.vllm_server import BASE, VllmOptions, vllm_command
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+RESTARTS = 2
+"""How often a server that ended is started again in one stage."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Weights that the engine answers with: the adapter in ``folder``, or a whole model if ``whole``.
+
+    ``name`` is unique in a session. None as ``folder`` stands for the weights that the engine was started with.
+    """
+
+    name: str = BASE
+    folder: Path | None = None
+    whole: bool = False
+
+
+class EngineSession:
+    """One engine, for one process that starts it; others of the stage only ask (``join``).
+
+    ``where`` is the setting. ``log`` is the file for the server's output. ``waiting`` is called while it starts, and
+    with each reply. ``folder`` is for weights, and is removed at the end.
+    """
+
+    def __init__(self, config: SamplingConfig, *, where: str, log: Path, waiting: Callable[[], None]) -> None:
+        self._config = config
+        self._where = where
+        self._log = log
+        self._waiting = waiting
+        self._keeper: Keeper | None = None
+        self._server: ServerProcess | None = None
+        self._client: EngineClient | None = None
+        self._options: VllmOptions | None = None
+        self._weights = Weights()
+        self._restarts = RESTARTS
+
+    @property
+    def folder(self) -> Path:
+        """A folder for weights."""
+        return self._own_keeper().folder
+
+    @property
+    def address(self) -> tuple[str, str]:
+        """Its address and key, for other processes of the stage."""
+        if self._server is not None:
+            return self._server.url, self._server.key
+        return (self._config.url or "").removesuffix("/").removesuffix("/v1"), self._key()
+
+    def start(self, options: VllmOptions) -> None:
+        """Starts the server, or finds the one at ``url``.
+
+        Raises:
+            ConfigError: there is no environment with vLLM.
+            StageError: the server cannot be started, or does not answer.
+        """
+        self._options = options
+        self._weights = Weights()
+        if self._config.url is None:
+            python = interpreter(self._config.python, package="vllm", where=f"{self._where}.python")
+            self._server = ServerProcess(
+                self._own_keeper(),
+                vllm_command(python, self._config, options),
+                log=self._log,
+                where=self._where,
+                start_timeout=self._config.start_timeout,
+                waiting=self._waiting,
+            )
+        self.join(self.address)
+        self._refuse_other_server()
+
+    def join(self, address: tuple[str, str]) -> None:
+        """Asks the server at an address from here on."""
+        url, key = address
+        self._client = EngineClient(self._config, url, key, where=self._where)
+
+    def use(self, weights: Weights) -> None:
+        """Answers with these weights from here on.
+
+        Raises:
+            StageError: the server does not take them.
+        """
+        self._try(lambda: self._load(weights))
+        before, self._weights = self._weights, weights
+        if before.folder is not None and not before.whole:
+            self._try(lambda: self._asked().unload_adapter(before.name))
+
+    def answers(self, weights: Weights, asked: Sequence[Asked], generation: Generation) -> list[list[EngineAnswer]]:
+        """The answers to each prompt by these weights, which ``use`` was given.
+
+        Raises:
+            StageError: the server failed, or an answer is of other weights or not what was asked for.
+        """
+
+        def ask() -> list[list[EngineAnswer]]:
+            self._refuse_other_version(weights)
+            answers = self._asked().answers(BASE if weights.whole else weights.name, asked, generation, self._waiting)
+            self._refuse_other_version(weights)
+            return answers
+
+        return self._try(ask)
+
+    def close(self) -> None:
+        """Ends the server and removes the folder."""
+        if self._keeper is not None:
+            self._keeper.close()
+        self._keeper = self._server = None
+
+    def __enter__(self) -> EngineSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _own_keeper(self) -> Keeper:
+        if self._keeper is None:
+            self._keeper = Keeper()
+        return self._keeper
+
+    def _asked(self) -> EngineClient:
+        assert self._client is not None, "a session is started or joined first"
+        return self._client
+
+    def _load(self, weights: Weights) -> None:
+        if weights.folder is None:
+            return
+        if weights.whole:
+            self._asked().replace_weights(weights.folder, weights.name)
+        else:
+            self._asked().load_adapter(weights.name, weights.folder)
+
+    def _refuse_other_version(self, weights: Weights) -> None:
+        """An adapter's answers have its name; a whole model's have none, so the server is asked for the version."""
+        if not weights.whole:
+            return
+        version = self._asked().weights_version()
+        if version != weights.name:
+            raise StageError(
+                f"the engine answers with the weights {version!r}, not with {weights.name!r}",
+                where=self._where,
+                remedy="nothing was learned from its answers; let no other program use this server",
+            )
+
+    def _refuse_other_server(self) -> None:
+        names = self._try(self._asked().models)
+        if BASE not in names:
+            raise ConfigError(
+                f"the server at {self.address[0]} has no model {BASE!r}, but {', '.join(map(repr, names))}",
+                where=f"{self._where}.url",
+                remedy=f"start it with --served-model-name {BASE}, as docs/engines.md says",
+            )
+
+    def _try(self, call: Callable[[], T]) -> T:
+        """Calls; starts a server that ended again, with the weights that it had.
+
+        Raises:
+            StageError: a call failed although the server runs, or it ended too often.
+        """
+        while True:
+            try:
+                return call()
+            except CallFailed as error:
+                if self._server is None or not self._server.has_ended:
+                    raise StageError(
+                        f"a call to the engine at {self.address[0]} failed: {error}",
+                        where=self._where,
+                        remedy=f"check that it is up, and give it more time ({self._where}.timeout) if it is slow; its "
+                        f"log is {self._log}; then run again: the stage continues from its checkpoint",
+                    ) from error
+                if not self._restarts:
+                    raise self._server.failure() from error
+                self._start_again()
+
+    def _start_again(self) -> None:
+        assert self._server is not None, "it was started"
+        assert self._options is not None, "it was started"
+        log.warning("%s; it is started again.", self._server.failure().message)
+        self._restarts -= 1
+        weights, options = self._weights, self._options
+        self.start(options)
+        self._load(weights)
+        self._weights = weights
+
+    def _key(self) -> str:
+        if self._config.api_key_env is None:
+            return ""
+        key = os.environ.get(self._config.api_key_env, "")
+        if not key:
+            raise ConfigError(
+                f"the environment variable {self._config.api_key_env} is not set",
+                where=f"{self._where}.api_key_env",
+                remedy=f"export {self._config.api_key_env}=…, or set it to null for a server without a key",
+            )
+        return key

@@ -1,0 +1,69 @@
+"""What a plan refuses of an engine that samples for a stage, and what the stage's result says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from alignment.config.adapter import AdapterKind
+from alignment.config.faults import Fault, unread_faults
+from alignment.config.sampling_engine import Engine, RolloutSamplingConfig
+from alignment.stages.base import Curve
+from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.shared.sampling_checks import sampling_faults
+
+GAP, LARGEST_GAP, BEYOND = "engine/gap", "engine/gap_max", "engine/beyond"
+"""The mean and the largest difference of a log-probability to the engine's, and the share beyond the bound."""
+IMPORTANCE, CAPPED, STALENESS = "engine/importance", "engine/capped", "engine/staleness"
+"""The mean importance weight, the share of weights at the cap, and the age in updates of the policy that sampled."""
+OF_ENGINE = (GAP, LARGEST_GAP, BEYOND, CAPPED)
+"""Those of the last update that are reported."""
+WORRYING = 0.02
+"""A mean difference in nats a token that rounding in bfloat16 rarely makes."""
+
+_UNSERVED = {
+    AdapterKind.dora: "vLLM does not take DoRA",
+    AdapterKind.prefix: "vLLM does not take prefixes of keys and values",
+}
+
+
+def engine_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
+    """Settings of the engine that cannot be right, or that it does not support."""
+    sampling, field = config.sampling, f"{where}.sampling"
+    yield from sampling_faults(sampling, field)
+    if sampling.engine is Engine.own:
+        own = ("importance_cap", "max_staleness", "gap_bound")
+        yield from unread_faults(sampling, RolloutSamplingConfig(), own, field, "only engine 'vllm'")
+        return
+    if reason := _UNSERVED.get(config.adapter.kind):
+        message = f"'vllm', but {reason}; use adapter=lora or adapter=full, or {field}.engine=own"
+        yield Fault(where=f"{field}.engine", message=message)
+    if config.adapter.kind is not AdapterKind.full and config.adapter.modules_to_save:
+        message = f"'vllm', which does not take adapters with modules_to_save; leave them out, or {field}.engine=own"
+        yield Fault(where=f"{field}.engine", message=message)
+    if sampling.max_staleness and sampling.importance_cap is None:
+        message = "1, so answers are those of an earlier policy, and nothing corrects that; set importance_cap, as 2.0"
+        yield Fault(where=f"{field}.max_staleness", message=message)
+
+
+def engine_doubts(metrics: Mapping[str, float]) -> list[str]:
+    """Warnings about a policy that learned from an engine's answers."""
+    if metrics.get(GAP, 0.0) <= WORRYING or CAPPED in metrics:
+        return []
+    return [
+        f"the engine that sampled gave log-probabilities that differ from the policy's by {metrics[GAP]:.3f} nats a "
+        f"token ({metrics.get(BEYOND, 0.0):.0%} beyond the bound), and nothing corrected for it: the policy learned "
+        "from answers of another one; set sampling.importance_cap, or sampling.engine=own"
+    ]
+
+
+def engine_curves() -> list[Curve]:
+    """Charts of an engine; they are empty without one."""
+    return [
+        Curve(
+            title="Gap to the engine",
+            unit="nats a token: difference of log-probabilities, mean and largest",
+            keys=(GAP, LARGEST_GAP),
+            labels=("mean", "largest"),
+        ),
+        Curve(title="Weights at the cap", unit="share of tokens", keys=(CAPPED,)),
+    ]
