@@ -15,6 +15,8 @@ from alignment.core.errors import StageError
 from alignment.evaluation.bounded_client import Refused
 from alignment.evaluation.endpoint_client import open_client, reason
 
+SEEDS = 2**48
+"""Seeds are whole numbers from 0 to below this."""
 TOKENS_A_REPLY = 8192
 """The most tokens that are asked for in one call, unless one answer may be longer."""
 

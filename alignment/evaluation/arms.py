@@ -163,14 +163,14 @@ def answer_and_score(
             )
             progress(start + len(rows))
             texts = [[*([answer] * with_own), *others[row]] for row, answer in zip(rows, batch_answers, strict=True)]
-            sums = _logprobs_after_each(model, asked, texts) if reading is None else reading.logprobs(model, texts)
+            sums = logprobs_after_each(model, asked, texts) if reading is None else reading.logprobs(model, texts)
             del reading  # before the next batch is read
             for row, answer, own in zip(rows, batch_answers, sums, strict=True):
                 answers[row], scores[row] = answer, own
     return answers, scores
 
 
-def _logprobs_after_each(
+def logprobs_after_each(
     model: PreTrainedModel, prompts: Sequence[list[int]], texts: Sequence[Sequence[list[int]]]
 ) -> list[list[float]]:
     """Log-probabilities of any number of texts after each prompt, computed as whole rows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind
-from alignment.models.assembly.adapters import OWN, put_in_order
+from alignment.core.errors import ModelError
+from alignment.models.assembly.adapters import OWN, is_prefix, put_in_order, saved_config
 from alignment.models.assembly.load import Lineage, load_policy
 from alignment.models.kernels.nf4 import round_trunk
 
@@ -28,12 +29,46 @@ def write_base(start: Lineage, adapter: AdapterConfig, dtype: torch.dtype, folde
         model = load_policy(start, dtype)
         return write_model(model, dict(model.named_parameters(remove_duplicate=False)), dtype, folder)
     below = replace(start, adapters=start.adapters[:-1]) if adapter.chain is CONTINUE else start
-    if not below.adapters and adapter.kind is not AdapterKind.qlora:
-        return below.base
+    if adapter.kind is not AdapterKind.qlora:
+        return write_merged(below, dtype, folder)
     model = load_policy(below, dtype)
-    if adapter.kind is AdapterKind.qlora:
-        round_trunk(model)
+    round_trunk(model)
     model.save_pretrained(str(folder))
+    return folder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedWeights:
+    """A policy as an engine takes it: the lineage of weights that have to be merged, and at most one LoRA adapter.
+
+    Policies with equal ``below`` can be served side by side. ``rank`` is the adapter's, 0 without one.
+    """
+
+    below: Lineage
+    adapter: Path | None = None
+    rank: int = 0
+
+
+def served_weights(policy: Lineage) -> ServedWeights:
+    """How an engine takes a policy: its topmost adapter apart if it is a plain LoRA adapter, else all merged.
+
+    Raises:
+        ModelError: the policy has a prefix.
+    """
+    if any(is_prefix(adapter.path) for adapter in policy.adapters):
+        raise ModelError("vLLM does not take prefixes of keys and values", remedy="use sampling.engine=own")
+    if len(policy.beside) == 1 and not policy.beside[0].nf4:
+        saved = saved_config(policy.beside[0].path)
+        if not saved.use_dora and not saved.modules_to_save:
+            return ServedWeights(below=policy.weights, adapter=policy.beside[0].path, rank=saved.r)
+    return ServedWeights(below=policy)
+
+
+def write_merged(below: Lineage, dtype: torch.dtype, folder: Path) -> Path:
+    """The folder of a lineage's merged weights: that of the base if there is nothing to merge, else ``folder``."""
+    if not below.adapters:
+        return below.base
+    load_policy(below, dtype).save_pretrained(str(folder))
     return folder
 
 

@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from alignment.config.evaluating import AnswersConfig
+from alignment.config.sampling_engine import Engine
 from alignment.core.files import remove_leftovers, write_text
 from alignment.evaluation.arms import TokenSum
 from alignment.models.assembly.load import Lineage
@@ -50,6 +51,7 @@ def file_of(
     max_new_tokens: int,
     ends: Sequence[int],
     with_logprobs: bool,
+    engine: Engine,
 ) -> Path:
     """The file that caches, or will cache, a policy's answers in one turn."""
     parts = [
@@ -68,6 +70,8 @@ def file_of(
     if answers.temperature > 0.0:
         parts += [answers.per_prompt, answers.temperature, context.seed(*seed_of(asked))]
         parts += [asked.rows] if asked.number else []  # random numbers are drawn by row; a first turn has all rows
+    if engine is not Engine.own:
+        parts += [engine.value]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     return context.spec.artifact.parent / "cache" / f"answers-{key}.json"
 

@@ -16,10 +16,12 @@ from alignment.data.records import Conversation, HeldOutPrompt
 from alignment.data.tokens.tokenize import end_ids
 from alignment.data.tokens.tokenizer import tokenizer_hashes
 from alignment.data.turns import Message
+from alignment.engines.completions import SEEDS, Asked, Generation
 from alignment.evaluation.arms import (
     Answered,
     TokenSum,
     answer_and_score,
+    logprobs_after_each,
     read_answers,
     sequence_logprobs,
     with_system_prompt,
@@ -42,6 +44,7 @@ from alignment.stages.evaluate.turn_prompts import (
     together,
 )
 from alignment.stages.shared.arm_policies import Policies, refuse_without_template, tokenizer_of
+from alignment.stages.shared.served_policies import ServedPolicies
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 
@@ -174,6 +177,7 @@ def _answers_in(
         max_new_tokens=config.max_new_tokens,
         ends=ends,
         with_logprobs=with_logprobs,
+        engine=config.sampling.engine,
     )
     cached = answer_cache.read(file, num_answers=num_answers)
     if cached is None:
@@ -181,17 +185,28 @@ def _answers_in(
         model = policies.load(arm_prompts.policy)
         _refuse_too_long(model, arm_prompts, asked, config.max_new_tokens, where=f"stages.{context.spec.stage}")
         shared = num_answers // len(asked.prompts)
-        ids, scores = answer_and_score(
-            model,
-            [prompt for prompt in asked.prompts for _ in range(shared)],
-            _texts_behind(asked, config.answers.per_prompt),
-            max_new_tokens=config.max_new_tokens,
-            end_ids=ends,
-            batch_size=config.batch_size,
-            with_own=with_logprobs,
-            progress=progress,
-            sampling=_sampling(config, context, asked),
-        )
+        prompts = [prompt for prompt in asked.prompts for _ in range(shared)]
+        behind, sampling = _texts_behind(asked, config.answers.per_prompt), _sampling(config, context, asked)
+        if policies.served is None:
+            ids, scores = answer_and_score(
+                model,
+                prompts,
+                behind,
+                max_new_tokens=config.max_new_tokens,
+                end_ids=ends,
+                batch_size=config.batch_size,
+                with_own=with_logprobs,
+                progress=progress,
+                sampling=sampling,
+            )
+        else:
+            generation = Generation(
+                max_new_tokens=config.max_new_tokens, temperature=config.answers.temperature, end_ids=ends
+            )
+            policies.served.prepare(arm_prompts.policy, max(map(len, prompts)) + config.max_new_tokens)
+            ids = _served_ids(policies.served, asked, generation, sampling, answers=shared, progress=progress)
+            texts = [[*([answer] * with_logprobs), *others] for answer, others in zip(ids, behind, strict=True)]
+            scores = logprobs_after_each(model, prompts, texts)
         cached = CachedAnswers(
             ids=ids,
             logprobs=[sums[0] for sums in scores] if with_logprobs else None,
@@ -206,6 +221,27 @@ def _answers_in(
         references=cached.references,
         seconds=cached.seconds,
     )
+
+
+def _served_ids(
+    served: ServedPolicies,
+    asked: TurnPrompts,
+    generation: Generation,
+    sampling: Sampling | None,
+    *,
+    answers: int,
+    progress: Callable[[int], None],
+) -> list[list[int]]:
+    """The answers of the prepared policy by the engine, ``answers`` to each prompt."""
+    seeds = [0] * len(asked.prompts)
+    if sampling is not None:
+        seeds = (sampling.uniforms[::answers, 0] * SEEDS).long().tolist()
+    requests = [
+        Asked(prompt=prompt, answers=answers, seed=seed) for prompt, seed in zip(asked.prompts, seeds, strict=True)
+    ]
+    total = len(requests) * answers
+    replies = served.answers(requests, generation, lambda calls: progress(min(calls * answers, total)))
+    return [answer.ids for of_prompt in replies for answer in of_prompt]
 
 
 def _texts_behind(asked: TurnPrompts, per_prompt: int) -> list[list[list[int]]]:

@@ -9,8 +9,10 @@ from alignment.config.data import DataConfig
 from alignment.config.evaluating import AnswersConfig, FewShotConfig, GateConfig, JudgeConfig
 from alignment.config.grader import GraderConfig
 from alignment.config.rules import FILLED, POSITIVE
+from alignment.config.sampling_engine import SamplingConfig
 from alignment.config.scoring import MetricConfig
 from alignment.config.stage_fields import reference_to
+from alignment.core.fingerprint import IF_SET
 
 
 @dataclass(kw_only=True, slots=True)
@@ -21,7 +23,7 @@ class EvaluateConfig:
     before the prompt), ``stage:NAME``, and external models (``path:FOLDER``, ``hub:ORG/NAME@REVISION``), which may have
     their own tokenizer and chat template. Without a reward model (``reward: null``) that column stays empty. Arms are
     compared by the metric that ``primary`` names, by default the first; without metrics, no arm is called better than
-    another.
+    another. ``sampling`` is what answers.
     """
 
     kind: str = "evaluate"
@@ -43,3 +45,4 @@ class EvaluateConfig:
     few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     gate: list[GateConfig] = field(default_factory=list, metadata={"identity": False})
+    sampling: SamplingConfig = field(default_factory=SamplingConfig, metadata=IF_SET)

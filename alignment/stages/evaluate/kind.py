@@ -32,6 +32,7 @@ from alignment.stages.evaluate.grader_faults import grader_faults, is_graded
 from alignment.stages.evaluate.judge_faults import judge_faults
 from alignment.stages.evaluate.votes_file import single_answer_checks, votes_files
 from alignment.stages.shared.kind_answers import of_arms
+from alignment.stages.shared.sampling_checks import check_engine, sampling_faults
 from alignment.stages.shared.scorer_slots import reward_model_slots
 
 
@@ -71,6 +72,7 @@ def _as_read(config: EvaluateConfig) -> EvaluateConfig:
 
 def _faults(config: EvaluateConfig, run: RunConfig, where: str) -> Iterator[Fault]:
     yield from metrics.faults(config.metrics, config.primary, config.answers, where)
+    yield from sampling_faults(config.sampling, f"{where}.sampling")
     for field, metric in _scorers(config).items():
         if metric.source == REWARD and config.reward is None:
             message = f"'{REWARD}' is the model that {where}.reward names, which is null; name a model, or remove this"
@@ -114,6 +116,7 @@ def _primary(config: EvaluateConfig) -> MetricConfig | None:
 
 
 def _check_machine(config: EvaluateConfig, where: str) -> None:
+    check_engine(config.sampling, where)
     if config.judge.kind is JudgeKind.endpoint:
         api_key(config.judge.endpoint, where=f"{where}.judge.endpoint")
     if is_graded(config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from alignment.core.artifacts import write_lines
@@ -32,6 +33,7 @@ from alignment.stages.evaluate.labelled import judge_labelled
 from alignment.stages.evaluate.metric_scores import Measured, answers_to_score, scores_by_arm
 from alignment.stages.shared.arm_policies import Policies
 from alignment.stages.shared.result import StageResult
+from alignment.stages.shared.served_policies import served_policies
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 
@@ -75,8 +77,10 @@ def _scored(
     """Every arm's answers, scored by every metric, the reward model and the reference."""
     rows = rows_of(context, HeldOutPrompt, config.data)
     arm_prompts = prompts_of_arms(config, context, tokenizer, rows)
-    policies = Policies(context)
-    arms, choices = _answers(config, context, policies, arm_prompts, rows)
+    served = served_policies(config.sampling, context)
+    policies = Policies(context, served)
+    with served or nullcontext():
+        arms, choices = _answers(config, context, policies, arm_prompts, rows)
     context.progress("scoring", len(arms) * len(rows), len(arms) * len(rows))
     answers = answers_to_score(tokenizer, rows, arm_prompts, arms)
     log_ratios = _log_ratios(config, context, policies, arm_prompts, arms, answers)

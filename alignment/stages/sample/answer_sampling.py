@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from alignment.data.records import Prompt
 from alignment.data.tokens.tokenize import end_ids
+from alignment.engines.completions import SEEDS, Asked, Generation
 from alignment.evaluation.arms import TOKENS
 from alignment.models.assembly.load import lineage
 from alignment.models.assembly.prefix import refuse_too_long
@@ -22,6 +24,7 @@ from alignment.stages.sample.config import SampleConfig
 from alignment.stages.sample.stored_parts import made_in_parts
 from alignment.stages.shared.arm_policies import Policies
 from alignment.stages.shared.asking_servers import asking_of
+from alignment.stages.shared.served_policies import ServedPolicies, served_policies
 from alignment.training.context import StageContext
 
 SEED = "answers"
@@ -39,27 +42,75 @@ def sampled_answers(
         ModelError: a prompt and its answer may be longer than the policy's positions.
     """
     policy = lineage(context.spec, context.spec.inputs["policy"])
-    policies, ends, count = Policies(context), sorted(end_ids(tokenizer)), config.completions_per_prompt
+    generation = Generation(
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature, end_ids=sorted(end_ids(tokenizer))
+    )
     spans, longest = _spans(config, asked), max(map(len, asked.ids)) + config.max_new_tokens
+    served = served_policies(config.sampling, context)
+    if served is None:
+        policies = Policies(context)
 
-    def sample(number: int) -> list[list[int]]:
-        model = policies.load(policy)
-        refuse_too_long(model.base_model, longest)  # of all prompts, so that no part is sampled in vain
-        prompts = [asked.ids[index] for index in spans[number]]
-        uniforms = [_uniforms(config, context, asked.rows[index]) for index in spans[number]]
-        return generate(
-            model,
-            [prompt for prompt in prompts for _ in range(count)],
-            max_new_tokens=config.max_new_tokens,
-            end_ids=ends,
-            batch_size=len(prompts) * count,
-            sampling=Sampling(temperature=config.temperature, uniforms=torch.cat(uniforms)),
-        )
+        def sample(number: int) -> list[list[int]]:
+            model = policies.load(policy)
+            refuse_too_long(model.base_model, longest)  # of all prompts, so that no part is sampled in vain
+            return _own_answers(config, context, model, asked, spans[number], generation)
 
-    answers = _in_parts(context, "answering", spans, asked, sample)
-    policies.release()
+        answers = _in_parts(context, "answering", spans, asked, sample)
+        policies.release()
+    else:
+        with served:
+            answers = _in_parts(
+                context,
+                "answering by vLLM",
+                spans,
+                asked,
+                lambda number: _served_answers(config, context, served, asked, spans[number], generation),
+                prepare=lambda: served.prepare(policy, longest),
+            )
     flat = [answer for part in answers for answer in part]
+    count = config.completions_per_prompt
     return [flat[first : first + count] for first in range(0, len(flat), count)]
+
+
+def _own_answers(
+    config: SampleConfig,
+    context: StageContext,
+    model: PreTrainedModel,
+    asked: AskedPrompts,
+    indices: Sequence[int],
+    generation: Generation,
+) -> list[list[int]]:
+    count = config.completions_per_prompt
+    return generate(
+        model,
+        [asked.ids[index] for index in indices for _ in range(count)],
+        max_new_tokens=generation.max_new_tokens,
+        end_ids=generation.end_ids,
+        batch_size=len(indices) * count,
+        sampling=Sampling(
+            temperature=generation.temperature,
+            uniforms=torch.cat([_uniforms(config, context, asked.rows[index]) for index in indices]),
+        ),
+    )
+
+
+def _served_answers(
+    config: SampleConfig,
+    context: StageContext,
+    served: ServedPolicies,
+    asked: AskedPrompts,
+    indices: Sequence[int],
+    generation: Generation,
+) -> list[list[int]]:
+    requests = [
+        Asked(
+            prompt=asked.ids[index],
+            answers=config.completions_per_prompt,
+            seed=context.seed(SEED, asked.rows[index]) % SEEDS,
+        )
+        for index in indices
+    ]
+    return [answer.ids for of_prompt in served.answers(requests, generation) for answer in of_prompt]
 
 
 def answer_scores(
@@ -108,9 +159,21 @@ def _uniforms(config: SampleConfig, context: StageContext, row: int) -> torch.Te
     return torch.rand(*shape, generator=context.generator(SEED, row), dtype=torch.float64)
 
 
-def _in_parts(context: StageContext, name: str, spans: Sequence[range], asked: AskedPrompts, make: Any) -> list[Any]:
+def _in_parts(
+    context: StageContext,
+    name: str,
+    spans: Sequence[range],
+    asked: AskedPrompts,
+    make: Callable[[int], Any],
+    prepare: Callable[[], None] = lambda: None,
+) -> list[Any]:
     keys = [[asked.rows[index] for index in span] for span in spans]
     ends = [0, *(span.stop for span in spans)]
     return made_in_parts(
-        context, name, keys, make, progress=lambda done: context.progress(name, ends[done], len(asked.rows))
+        context,
+        name,
+        keys,
+        make,
+        progress=lambda done: context.progress(name, ends[done], len(asked.rows)),
+        prepare=prepare,
     )

@@ -8,9 +8,11 @@ from typing import Annotated
 
 from alignment.config.data import DataConfig
 from alignment.config.rules import FILLED, NOT_NEGATIVE, POSITIVE, SCORE
+from alignment.config.sampling_engine import SamplingConfig
 from alignment.config.scoring import ScorerConfig
 from alignment.config.stage_fields import not_identity, reference_to
 from alignment.config.too_long import TooLongConfig
+from alignment.core.fingerprint import IF_SET
 
 
 class Select(str, Enum):
@@ -44,6 +46,7 @@ class SampleConfig:
     Answers that repeat another one to the same prompt or are empty are left out, and with ``ended_only`` those that
     reach ``max_new_tokens``, because a stage would learn to end its answers there. A prompt is asked once. Prompts
     that overlap with those of ``leave_out`` are not asked; an empty list stands for the data of the run's evaluations.
+    ``sampling`` is what samples.
     """
 
     kind: str = "sample"
@@ -62,3 +65,4 @@ class SampleConfig:
     min_margin: Annotated[float, NOT_NEGATIVE] = 0.0
     threshold: Annotated[float | None, SCORE] = None
     batch_size: Annotated[int, POSITIVE] = not_identity(128)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig, metadata=IF_SET)

@@ -24,6 +24,7 @@ from alignment.stages.base import (
 )
 from alignment.stages.sample.config import SampleConfig, Select
 from alignment.stages.sample.sampling_tables import lines, tables
+from alignment.stages.shared.sampling_checks import check_engine, sampling_faults, sampling_refusals
 from alignment.stages.shared.scorer_slots import missing_reward_faults, reward_model_slots
 
 _ASKED = {"role": "user", "content": "2 + 2?"}
@@ -58,6 +59,7 @@ def _scorers(config: SampleConfig) -> dict[str, ScoreSourceConfig]:
 
 
 def _faults(config: SampleConfig, _: RunConfig, where: str) -> Iterator[Fault]:
+    yield from sampling_faults(config.sampling, f"{where}.sampling")
     yield from missing_reward_faults(_scorers(config), config.reward, where)
     sources = [scorer.source for scorer in _scorers(config).values()]
     if config.reward is not None and REWARD not in sources and all(map(is_known, sources)):
@@ -106,6 +108,10 @@ KIND = StageKind(
     scorers=_scorers,
     faults=_faults,
     references=References(more=lambda config: reward_model_slots(_scorers(config))),
-    launch=LaunchShape(runs_on=RunsOn.processes),
+    launch=LaunchShape(
+        runs_on=RunsOn.processes,
+        refusals=lambda config, launch: sampling_refusals(config.sampling, launch),
+        check_machine=lambda config, where: check_engine(config.sampling, where),
+    ),
     outcome=Outcome(metrics=_reported, doubts=_doubts, lines=lines, tables=tables),
 )

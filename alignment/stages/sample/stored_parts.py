@@ -25,18 +25,22 @@ def made_in_parts(
     make: Callable[[int], Any],
     *,
     progress: Callable[[int], None],
+    prepare: Callable[[], None] = lambda: None,
 ) -> list[Any]:
     """The value of every part, in order, on every process.
 
     ``keys`` has an entry of plain values for each part: what its content depends on beside the stage's fingerprint.
     ``make`` computes a part by its number; its value must be plain JSON. The processes share the missing parts, and
     the main process stores them under ``name``. A part is always computed as a whole, so that the number of processes
-    does not change it. ``progress`` receives how many parts are done.
+    does not change it. ``progress`` receives how many parts are done. ``prepare`` is called on every process if a part
+    is missing.
     """
     files = [_file(context, name, number, key) for number, key in enumerate(keys)]
     parts: list[Any] = everyones([_read(file) for file in files] if context.is_main else [])[0]
     missing = [number for number, value in enumerate(parts) if value is None]
     progress(len(parts) - len(missing))
+    if missing:
+        prepare()
     for first in range(0, len(missing), context.world_size):
         group = missing[first : first + context.world_size]
         values = shared(partial(make, group[context.rank]) if context.rank < len(group) else _nothing)

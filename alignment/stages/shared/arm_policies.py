@@ -12,13 +12,18 @@ from alignment.data.tokens.tokenizer import load_tokenizer, stops_alike, tokeniz
 from alignment.job import StageInput
 from alignment.models.assembly.load import DTYPES, Lineage, load_policy, refuse_other_tokenizer
 from alignment.models.forward.flat import use_flat_attention
+from alignment.stages.shared.served_policies import ServedPolicies
 from alignment.training.context import StageContext
 
 
 class Policies:
-    """Loads policies, and holds one at a time; loading the held policy again costs nothing."""
+    """Loads policies, and holds one at a time; loading the held policy again costs nothing.
 
-    def __init__(self, context: StageContext) -> None:
+    ``served`` answers for them, if an engine does.
+    """
+
+    def __init__(self, context: StageContext, served: ServedPolicies | None = None) -> None:
+        self.served = served
         self._context = context
         self._loaded: Lineage | None = None
         self._model: PreTrainedModel | None = None

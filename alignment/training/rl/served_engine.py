@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.engines.completions import Asked, Generation
+from alignment.engines.completions import SEEDS, Asked, Generation
 from alignment.engines.engine_session import EngineSession, Weights
 from alignment.models.assembly.engine_weights import write_adapter, write_model
 from alignment.models.assembly.load import DTYPES
@@ -21,9 +21,6 @@ from alignment.models.forward.answers import unwrapped
 from alignment.training.context import StageContext
 from alignment.training.rl.engine import SampledAnswers
 from alignment.training.sharding import is_sharded, shared, whole_state
-
-SEEDS = 2**48
-"""Seeds are whole numbers below this."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -20,7 +20,7 @@ from alignment.config.optim import OptimConfig
 from alignment.config.replay import PtxConfig
 from alignment.config.reward_server import ServerConfig
 from alignment.config.run import RunConfig
-from alignment.config.sampling_engine import RolloutSamplingConfig
+from alignment.config.sampling_engine import RolloutSamplingConfig, SamplingConfig
 from alignment.config.stage import StageConfig
 from alignment.config.too_long import TooLongConfig
 from alignment.config.typed import field_types, group_of, listed_dataclass
@@ -68,6 +68,7 @@ OUTSIDE = {
     ScorerEndpointConfig: REACHED | {"base_url"},
     ServerConfig: REACHED | {"base_url", "batch_size"},
     # How an engine is reached and how much memory it has; the bound only counts differences.
+    SamplingConfig: SERVED,
     RolloutSamplingConfig: SERVED | {"gap_bound"},
     # Votes count by their content.
     JudgeConfig: {"votes"},

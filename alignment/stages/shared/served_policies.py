@@ -1,0 +1,149 @@
+"""Policies that a vLLM server answers for: one server at a time, with the weights that the next policy needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from alignment.config.sampling_engine import Engine, SamplingConfig
+from alignment.core.errors import ModelError
+from alignment.engines.completions import Asked, EngineAnswer, Generation
+from alignment.engines.engine_session import EngineSession, Weights
+from alignment.engines.vllm_server import VllmOptions
+from alignment.models.assembly.engine_weights import ServedWeights, served_weights, write_merged
+from alignment.models.assembly.load import DTYPES, Lineage
+from alignment.training.context import StageContext
+from alignment.training.sharding import shared
+
+_LENGTHS = 1024
+"""The length that a server is prepared for is a multiple of this, so that a longer turn rarely needs another server."""
+
+
+class ServedPolicies:
+    """Answers of policies by the engine of ``config``, for all processes of a stage.
+
+    The main process starts the server. Policies that differ by one LoRA adapter share it.
+    """
+
+    def __init__(self, config: SamplingConfig, context: StageContext) -> None:
+        self._config = config
+        self._context = context
+        self._session = EngineSession(
+            config,
+            where=f"stages.{context.spec.stage}.sampling",
+            log=context.spec.work / "engine.log",
+            waiting=self._waiting,
+        )
+        self._below: Lineage | None = None
+        self._longest = self._rank = 0
+        self._weights = Weights()
+        self._progress: Callable[[], None] = lambda: None
+
+    def prepare(self, policy: Lineage, longest: int) -> None:
+        """Starts a server for the policy unless the running one fits; ``longest`` is a prompt with its answer.
+
+        Every process must call this.
+
+        Raises:
+            ConfigError: there is no environment with vLLM.
+            ModelError: the engine does not take the policy.
+            StageError: the server cannot be started, or does not take the weights.
+        """
+        needed = served_weights(policy)
+        if needed.below != self._below or longest > self._longest or needed.rank > self._rank:
+            self._start(needed, longest)
+        adapter = needed.adapter
+        weights = Weights() if adapter is None else Weights(name=_name_of(adapter), folder=adapter)
+        if weights != self._weights:
+            shared(lambda: self._session.use(weights) if self._context.is_main else None)
+            self._weights = weights
+
+    def answers(
+        self, asked: Sequence[Asked], generation: Generation, progress: Callable[[int], None] = lambda _: None
+    ) -> list[list[EngineAnswer]]:
+        """The answers of the prepared policy; ``progress`` receives how many calls were answered.
+
+        Raises:
+            StageError: the engine failed, or gave what was not asked for.
+        """
+        done = 0
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            progress(done)
+
+        self._progress = count
+        try:
+            return self._session.answers(self._weights, asked, generation)
+        finally:
+            self._progress = lambda: None
+
+    def _start(self, needed: ServedWeights, longest: int) -> None:
+        self._context.progress("starting vLLM")
+        self._rank = needed.rank if needed.below != self._below else max(self._rank, needed.rank)
+        self._longest = -(-longest // _LENGTHS) * _LENGTHS
+        if (positions := _positions_of(needed.below.base)) is not None:
+            if longest > positions:
+                raise ModelError(
+                    f"the model has {positions} positions; a prompt with its answer may need {longest}",
+                    where=str(needed.below.base),
+                    remedy="lower max_new_tokens, or leave out longer prompts",
+                )
+            self._longest = min(self._longest, positions)
+        self._below, self._weights = needed.below, Weights()
+
+        def start_on_main() -> tuple[str, str]:
+            if not self._context.is_main:
+                return "", ""
+            self._session.start(self._options(needed))
+            return self._session.address
+
+        address = shared(start_on_main)[0]
+        if not self._context.is_main:
+            self._session.join(address)
+
+    def _options(self, needed: ServedWeights) -> VllmOptions:
+        dtype, model = self._context.spec.model.dtype, needed.below.base
+        if self._config.url is None:
+            folder = self._session.folder / "base"
+            shutil.rmtree(folder, ignore_errors=True)
+            model = write_merged(needed.below, DTYPES[dtype], folder)
+        return VllmOptions(
+            model=model,
+            dtype=dtype.value,
+            max_length=self._longest,
+            rank=self._rank,
+            on_gpu=self._context.device.type == "cuda",
+        )
+
+    def _waiting(self) -> None:
+        self._context.heartbeat.reports += 1
+        self._progress()
+
+    def __enter__(self) -> ServedPolicies:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session.close()
+
+
+def served_policies(config: SamplingConfig, context: StageContext) -> ServedPolicies | None:
+    """The policies behind an engine; None if the stage samples with its own."""
+    return None if config.engine is Engine.own else ServedPolicies(config, context)
+
+
+def _name_of(adapter: Path) -> str:
+    """The artifact and the adapter in it; their names differ between all adapters of a run."""
+    return f"{adapter.parent.parent.name}/{adapter.name}"
+
+
+def _positions_of(model: Path) -> int | None:
+    """The positions of a model's folder, if its configuration says."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return config.get("max_position_embeddings") or config.get("n_positions")
