@@ -138,26 +138,37 @@ class EngineClient:
         """
         return str(self._call("get", "/weight_info")["weight_version"])
 
+    def stream(self, model: str, asked: Asked, generation: Generation, on_token: Callable[[int], None]) -> None:
+        """Calls ``on_token`` with each token of one answer as it arrives.
+
+        Raises:
+            CallFailed: the server stopped to reply.
+            StageError: other weights answer.
+        """
+        from openai import OpenAIError, Stream
+
+        body = _body(model, asked, generation) | {"stream": True}
+        try:
+            with self._client.post(
+                "/v1/completions", cast_to=object, body=body, stream=True, stream_cls=Stream[object]
+            ) as chunks:
+                for chunk in chunks:
+                    if chunk["model"] != model:
+                        raise self._refused(WrongReply(f"was made by the weights {chunk['model']!r}, not by {model!r}"))
+                    for token in chunk["choices"][0]["token_ids"] or ():
+                        on_token(int(token))
+        except (OpenAIError, Refused, ValueError, LookupError, TypeError) as error:
+            raise CallFailed(reason(error, key=self._key)) from error
+
     def _reply(self, model: str, asked: Asked, generation: Generation) -> list[EngineAnswer]:
-        body = {
-            "model": model,
-            "prompt": list(asked.prompt),
-            "n": asked.answers,
-            "seed": asked.seed,
-            "max_tokens": generation.max_new_tokens,
-            "temperature": generation.temperature,
-            "stop_token_ids": list(generation.end_ids),
-            "ignore_eos": True,  # the end ids are all ends
-            "logprobs": 0,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
-            "skip_special_tokens": False,
-        }
-        reply = self._call("post", "/v1/completions", body)
+        reply = self._call("post", "/v1/completions", _body(model, asked, generation))
         try:
             return checked(reply, model, asked, generation)
         except WrongReply as error:
-            raise StageError(f"the engine's reply {error}", where=self._where, remedy=_REMEDY) from error
+            raise self._refused(error) from error
+
+    def _refused(self, error: WrongReply) -> StageError:
+        return StageError(f"the engine's reply {error}", where=self._where, remedy=_REMEDY)
 
     def _call(self, verb: str, path: str, body: Mapping[str, object] | None = None, *, text: bool = False) -> Any:
         from openai import OpenAIError
@@ -178,6 +189,23 @@ _REMEDY = (
     "nothing was learned from it; check that no other program uses this server, and that it was started as "
     "docs/engines.md says"
 )
+
+
+def _body(model: str, asked: Asked, generation: Generation) -> dict[str, Any]:
+    return {
+        "model": model,
+        "prompt": list(asked.prompt),
+        "n": asked.answers,
+        "seed": asked.seed,
+        "max_tokens": generation.max_new_tokens,
+        "temperature": generation.temperature,
+        "stop_token_ids": list(generation.end_ids),
+        "ignore_eos": True,  # the end ids are all ends
+        "logprobs": 0,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "skip_special_tokens": False,
+    }
 
 
 def checked(reply: Any, model: str, asked: Asked, generation: Generation) -> list[EngineAnswer]:

@@ -120,6 +120,14 @@ class EngineSession:
 
         return self._try(ask)
 
+    def stream(self, weights: Weights, asked: Asked, generation: Generation, on_token: Callable[[int], None]) -> None:
+        """Calls ``on_token`` with each token of one answer by these weights as it arrives.
+
+        Raises:
+            StageError: the server failed, or other weights answer.
+        """
+        self._try(lambda: self._asked().stream(weights.name, asked, generation, on_token))
+
     def close(self) -> None:
         """Ends the server and removes the folder."""
         if self._keeper is not None:

@@ -7,21 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
+from alignment.commands.chat.answerers import Answerer, own_answerer, served_answerer
 from alignment.config.model import Dtype
+from alignment.config.sampling_engine import SamplingConfig
 from alignment.core.artifacts import verify
 from alignment.core.errors import DataError
 from alignment.data.tokens.tokenize import end_ids, prompt_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
-from alignment.models.assembly.load import DTYPES, Lineage, load_policy, saved_adapters
-from alignment.models.assembly.prefix import positions_of
-from alignment.models.forward.answers import unwrapped
-from alignment.models.forward.flat import use_flat_attention
-from alignment.models.forward.generate import Sampling, generate
-from alignment.training.device import own_device
+from alignment.engines.completions import Generation
+from alignment.models.assembly.load import Lineage, saved_adapters
 
 HALF_A_CHARACTER = "\ufffd"
 
@@ -42,10 +37,10 @@ class GenerationOptions:
 
 @dataclass(kw_only=True)
 class ChatSession:
-    """A loaded policy called ``name``, and its conversation so far."""
+    """A policy called ``name``, what answers for it, and its conversation so far."""
 
     name: str
-    model: PreTrainedModel
+    answerer: Answerer
     tokenizer: Any
     options: GenerationOptions
     history: list[Message] = field(default_factory=list)
@@ -75,18 +70,15 @@ class ChatSession:
         """
         asked = Message(role="user", content=words)
         prompt = self._fitting(asked, note)
-        room = self._positions() - len(prompt)
+        room = self.answerer.positions - len(prompt)
         text = _Text(self.tokenizer, on_text)
+        generation = Generation(
+            max_new_tokens=min(self.options.max_new_tokens, room),
+            temperature=self.options.temperature,
+            end_ids=sorted(self.ends),
+        )
         try:
-            generate(
-                self.model,
-                [prompt],
-                max_new_tokens=min(self.options.max_new_tokens, room),
-                end_ids=sorted(self.ends),
-                batch_size=1,
-                sampling=self._sampling(),
-                on_token=lambda _, token: text.add(token),
-            )
+            self.answerer.answer(prompt, generation, (self.options.seed << 20) + self.answers, text.add)
             text.finish()
         finally:
             self.answers += 1
@@ -96,7 +88,7 @@ class ChatSession:
     def _fitting(self, asked: Message, note: Callable[[str], None]) -> list[int]:
         """The prompt's tokens; the oldest exchanges are dropped until there is room for an answer."""
         dropped, left = 0, list(self.history)
-        positions = self._positions()
+        positions = self.answerer.positions
         prompt = self._rendered([*left, asked])
         while left and len(prompt) + self.options.max_new_tokens > positions:
             left, dropped = left[2:], dropped + 1
@@ -115,17 +107,6 @@ class ChatSession:
     def _rendered(self, turns: list[Message]) -> list[int]:
         system = [Message(role="system", content=self.options.system)] if self.options.system else []
         return prompt_ids(self.tokenizer, [*system, *turns])
-
-    def _positions(self) -> int:
-        """Number of tokens that the model can read and write."""
-        return positions_of(unwrapped(self.model).base_model)
-
-    def _sampling(self) -> Sampling | None:
-        if self.options.temperature == 0:
-            return None
-        rng = torch.Generator().manual_seed((self.options.seed << 20) + self.answers)
-        uniforms = torch.rand(1, self.options.max_new_tokens, dtype=torch.float64, generator=rng)
-        return Sampling(temperature=self.options.temperature, uniforms=uniforms)
 
 
 class _Text:
@@ -161,13 +142,18 @@ def load_session(
     *,
     options: GenerationOptions,
     chat_template: str | None,
+    engine: SamplingConfig | None,
 ) -> ChatSession:
     """A session with a stage's result on its base (None if it contains its own), or with the bare ``base``.
+
+    With ``engine`` a vLLM server answers.
 
     Raises:
         ArtifactError: the artifact is missing or damaged.
         ModelError: a model cannot be loaded.
-        DataError: see ``Voice``.
+        DataError: see ``ChatSession``.
+        ConfigError: there is no environment with vLLM.
+        StageError: the server cannot be started.
     """
     if artifact is None:
         assert base is not None, "without an artifact there must be a base"
@@ -181,6 +167,8 @@ def load_session(
             adapters=saved_adapters(artifact, manifest),
         )
         tokenizer = load_tokenizer(artifact / "tokenizer", model=lineage.base)
-    model = load_policy(lineage, DTYPES[dtype]).to(own_device())
-    use_flat_attention(model)  # as in an evaluation
-    return ChatSession(name=name, model=model, tokenizer=tokenizer, options=options)
+    if engine is None:
+        answerer: Answerer = own_answerer(lineage, dtype)
+    else:
+        answerer = served_answerer(lineage, dtype, engine)
+    return ChatSession(name=name, answerer=answerer, tokenizer=tokenizer, options=options)

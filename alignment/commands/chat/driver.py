@@ -39,12 +39,20 @@ class Speaker:
     chat_template: str | None = None
 
 
-def chat(console: Console, result: str, arms: Sequence[str], *, options: Mapping[str, Any], output: Path) -> int:
+def chat(
+    console: Console,
+    result: str,
+    arms: Sequence[str],
+    *,
+    options: Mapping[str, Any],
+    engine: Mapping[str, Any] | None,
+    output: Path,
+) -> int:
     """Runs a chat until the user ends it; returns the exit code.
 
     ``result`` is a run under ``output``, or a result that ``align export`` takes. ``arms`` are stages of that run,
     ``base``, or such results; by default it is the run's last finished policy. ``options`` are the fields of
-    ``GenerationOptions``.
+    ``GenerationOptions``. ``engine`` are settings of ``SamplingConfig``; None if the policies answer themselves.
 
     Raises:
         ConfigError: there is no such run, stage or result; a result is not a policy; there are more than two arms; or
@@ -59,7 +67,9 @@ def chat(console: Console, result: str, arms: Sequence[str], *, options: Mapping
     speakers = [finder.speaker(arm) for arm in arms or [finder.default()]]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "chat.json"
-        write_text(file, json.dumps({"sessions": list(map(asdict, speakers)), "options": dict(options)}))
+        write_text(
+            file, json.dumps({"sessions": list(map(asdict, speakers)), "options": dict(options), "engine": engine})
+        )
         argv = [sys.executable, "-m", "alignment.commands.chat.worker", str(file)]
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops an answer, which the worker handles
         try:

@@ -36,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="0, the likeliest token each time (default), or more",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of answers above temperature 0 (default: 0)")
+    parser.add_argument(
+        "--engine", choices=("own", "vllm"), default="own", help="what answers: this program (default), or vLLM"
+    )
+    parser.add_argument(
+        "--engine-python", metavar="PATH", help="the interpreter that has vLLM (default: make engine's)"
+    )
     add_output(parser)
 
 
@@ -48,5 +54,6 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
         arguments.result,
         arguments.arms,
         options={name: getattr(arguments, name) for name in _GENERATION},
+        engine=None if arguments.engine == "own" else {"engine": "vllm", "python": arguments.engine_python},
         output=output_of(arguments),
     )

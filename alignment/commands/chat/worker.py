@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from alignment.commands.chat.chat_session import ChatSession, GenerationOptions, load_session
 from alignment.config.model import Dtype
-from alignment.core.errors import AlignmentError, DataError
+from alignment.config.sampling_engine import SamplingConfig
+from alignment.core.errors import AlignmentError, DataError, StageError
 from alignment.core.streams import Unfailing, make_unfailing
 from alignment.core.terminal import Terminal, complain, visible
 
@@ -41,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b.*")
     screen = Screen()
     try:
-        sessions = [_load(session, GenerationOptions(**chat["options"]), screen) for session in chat["sessions"]]
+        engine = SamplingConfig(**chat["engine"]) if chat["engine"] else None
+        options = GenerationOptions(**chat["options"])
+        sessions = [_load(session, options, screen, engine) for session in chat["sessions"]]
         screen.note(HELP)
         converse(sessions, screen)
     except AlignmentError as error:
@@ -52,7 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _load(settings: dict[str, str | None], options: GenerationOptions, screen: Screen) -> ChatSession:
+def _load(
+    settings: dict[str, str | None],
+    options: GenerationOptions,
+    screen: Screen,
+    engine: SamplingConfig | None,
+) -> ChatSession:
     screen.note(f"{settings['name']}: {settings['described']} …")
     artifact, base = (Path(settings[key] or "") if settings[key] else None for key in ("artifact", "base"))
     return load_session(
@@ -62,6 +70,7 @@ def _load(settings: dict[str, str | None], options: GenerationOptions, screen: S
         Dtype(settings["dtype"]),
         options=options,
         chat_template=settings["chat_template"],
+        engine=engine,
     )
 
 
@@ -98,7 +107,7 @@ def _answer(session: ChatSession, words: str, on_text: Callable[[str], None], sc
     """Prints the answer of one session; an interrupt stops it, and the next session answers."""
     try:
         session.answer(words, on_text=on_text, note=screen.note)
-    except DataError as error:
+    except (DataError, StageError) as error:
         on_text(f"[{error}]")
     except KeyboardInterrupt:
         on_text(" [stopped]")

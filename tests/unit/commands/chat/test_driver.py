@@ -53,7 +53,7 @@ class Runs:
 
     def talk(self, result: str, *arms: str, **manner: Any) -> list[str]:
         """The names of those who would speak."""
-        chat(Console(), result, arms, options={**MANNER, **manner}, output=self.output)
+        chat(Console(), result, arms, options={**MANNER, **manner}, engine=None, output=self.output)
         return [one["name"] for one in self.speakers]
 
     def refused(self, result: str, *arms: str, **manner: Any) -> str:

@@ -39,7 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def voice_with(base: Path) -> Callable[..., ChatSession]:
     def make(**manner: object) -> ChatSession:
         told = GenerationOptions(**{"max_new_tokens": 12, **manner})
-        return load_session("base", None, base, Dtype.float32, options=told, chat_template=None)
+        return load_session("base", None, base, Dtype.float32, options=told, chat_template=None, engine=None)
 
     return make
 
@@ -59,7 +59,11 @@ def test_it_hears_the_conversation_so_far(voice_with: Callable[..., ChatSession]
     turns += [Message(role="assistant", content=first), Message(role="user", content="And the keys?")]
     tokenizer = load_tokenizer(base)
     (ids,) = generate(
-        voice.model, [prompt_ids(tokenizer, turns)], max_new_tokens=12, end_ids=sorted(voice.ends), batch_size=1
+        voice.answerer.model,
+        [prompt_ids(tokenizer, turns)],
+        max_new_tokens=12,
+        end_ids=sorted(voice.ends),
+        batch_size=1,
     )
     assert second == tokenizer.decode(ids, skip_special_tokens=True).lstrip()
     voice.forget()
@@ -81,10 +85,16 @@ def test_an_answer_ends_where_the_models_own_generation_config_says(tmp_path: Pa
 
     def answer() -> list[int]:
         voice = load_session(
-            "x", artifact, base, Dtype.float32, options=GenerationOptions(max_new_tokens=12), chat_template=None
+            "x",
+            artifact,
+            base,
+            Dtype.float32,
+            options=GenerationOptions(max_new_tokens=12),
+            chat_template=None,
+            engine=None,
         )
         prompt = prompt_ids(voice.tokenizer, [Message(role="user", content="The shop?")])
-        return generate(voice.model, [prompt], max_new_tokens=12, end_ids=sorted(voice.ends), batch_size=1)[0]
+        return generate(voice.answerer.model, [prompt], max_new_tokens=12, end_ids=sorted(voice.ends), batch_size=1)[0]
 
     before = answer()
     stop = next(token for token in before[1:] if token not in (before[0], 2))
@@ -102,7 +112,7 @@ def test_draws_come_from_the_seed(voice_with: Callable[..., ChatSession]) -> Non
 
 def test_the_oldest_exchanges_are_dropped_and_that_is_said(voice_with: Callable[..., ChatSession]) -> None:
     voice = voice_with()
-    voice.model.config.max_position_embeddings = 180
+    voice.answerer.model.config.max_position_embeddings = 180
     notes = [_say(voice, f"The note says that the shop is closed, {place}.")[1] for place in range(5)]
     assert notes[0] == []
     assert any(
@@ -134,7 +144,7 @@ def test_a_model_without_a_template_is_refused_at_once(voice_with: Callable[...,
     voice = voice_with()
     voice.tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
-        ChatSession(name="bare", model=voice.model, tokenizer=voice.tokenizer, options=GenerationOptions())
+        ChatSession(name="bare", answerer=voice.answerer, tokenizer=voice.tokenizer, options=GenerationOptions())
 
 
 class _Echo:
@@ -220,6 +230,6 @@ def test_a_fault_while_loading_has_its_exit_code(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     one = {"name": "x", "described": "x", "artifact": str(tmp_path), "base": None, "dtype": "float32"}
     file = tmp_path / "chat.json"
-    file.write_text(json.dumps({"sessions": [{**one, "chat_template": None}], "options": {}}))
+    file.write_text(json.dumps({"sessions": [{**one, "chat_template": None}], "options": {}, "engine": None}))
     assert chat.main([str(file)]) == 7
     assert "no complete artifact here" in capsys.readouterr().err

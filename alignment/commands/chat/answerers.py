@@ -1,0 +1,120 @@
+"""What answers in a chat: the loaded policy itself, or a vLLM server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from alignment.config.model import Dtype
+from alignment.config.sampling_engine import SamplingConfig
+from alignment.engines.completions import Asked, Generation
+from alignment.engines.engine_environment import engines_folder, interpreter
+from alignment.engines.engine_session import EngineSession, Weights
+from alignment.engines.vllm_server import VllmOptions
+from alignment.models.assembly.engine_weights import served_weights, write_merged
+from alignment.models.assembly.load import DTYPES, Lineage, load_policy
+from alignment.models.assembly.prefix import positions_of
+from alignment.models.forward.answers import unwrapped
+from alignment.models.forward.flat import use_flat_attention
+from alignment.models.forward.generate import Sampling, generate
+from alignment.training.device import own_device
+
+
+class Answerer(Protocol):
+    """Answers one prompt at a time."""
+
+    @property
+    def positions(self) -> int:
+        """The number of tokens that it can read and write."""
+
+    def answer(self, prompt: Sequence[int], generation: Generation, seed: int, on_token: Callable[[int], None]) -> None:
+        """Calls ``on_token`` with each token as it is generated. ``seed`` determines the draws above temperature 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnAnswerer:
+    """Generates with a loaded model."""
+
+    model: PreTrainedModel
+
+    @property
+    def positions(self) -> int:
+        """The model's."""
+        return positions_of(unwrapped(self.model).base_model)
+
+    def answer(self, prompt: Sequence[int], generation: Generation, seed: int, on_token: Callable[[int], None]) -> None:
+        """Generates in a batch of one."""
+        generate(
+            self.model,
+            [prompt],
+            max_new_tokens=generation.max_new_tokens,
+            end_ids=generation.end_ids,
+            batch_size=1,
+            sampling=_sampling(generation, seed),
+            on_token=lambda _, token: on_token(token),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedAnswerer:
+    """Asks the engine of ``session``."""
+
+    session: EngineSession
+    weights: Weights
+    positions: int
+
+    def answer(self, prompt: Sequence[int], generation: Generation, seed: int, on_token: Callable[[int], None]) -> None:
+        """Asks for a stream of tokens."""
+        self.session.stream(self.weights, Asked(prompt=prompt, answers=1, seed=seed), generation, on_token)
+
+
+def own_answerer(policy: Lineage, dtype: Dtype) -> OwnAnswerer:
+    """Loads the policy as an evaluation does.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    model = load_policy(policy, DTYPES[dtype]).to(own_device())
+    use_flat_attention(model)
+    return OwnAnswerer(model=model)
+
+
+def served_answerer(policy: Lineage, dtype: Dtype, config: SamplingConfig) -> ServedAnswerer:
+    """Starts a server for the policy, which ends with this process.
+
+    Raises:
+        ConfigError: there is no environment with vLLM.
+        ModelError: vLLM does not take the policy.
+        StageError: the server cannot be started.
+    """
+    interpreter(config.python, package="vllm", where="--engine-python")
+    log = engines_folder() / "chat.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    session = EngineSession(config, where="--engine", log=log, waiting=lambda: None)
+    needed = served_weights(policy)
+    positions = int(AutoConfig.from_pretrained(str(needed.below.base)).max_position_embeddings)
+    model = write_merged(needed.below, DTYPES[dtype], session.folder / "base")
+    session.start(
+        VllmOptions(
+            model=model,
+            dtype=dtype.value,
+            max_length=positions,
+            rank=needed.rank,
+            on_gpu=own_device().type == "cuda",
+        )
+    )
+    weights = Weights() if needed.adapter is None else Weights(name="policy", folder=needed.adapter)
+    session.use(weights)
+    return ServedAnswerer(session=session, weights=weights, positions=positions)
+
+
+def _sampling(generation: Generation, seed: int) -> Sampling | None:
+    if generation.temperature == 0:
+        return None
+    rng = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(1, generation.max_new_tokens, dtype=torch.float64, generator=rng)
+    return Sampling(temperature=generation.temperature, uniforms=uniforms)
