@@ -29,6 +29,11 @@ def refuse_weights_elsewhere(folder: Path, *, where: str = "") -> None:
                 )
 
 
+def weights_size(folder: Path) -> int:
+    """The bytes of a model's weights on disk."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def _weight_map(index: Path, *, where: str) -> dict[str, Any]:
     try:
         content = json.loads(index.read_text(encoding="utf-8"))

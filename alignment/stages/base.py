@@ -235,13 +235,15 @@ class LaunchShape:
 
     ``refusals(config, launch)``: why it does not work under the launch. ``size_faults(config, processes, where)``:
     sizes that do not divide by the number of processes. ``check_machine(config, where)`` raises ConfigError if this
-    machine lacks something that the stage needs.
+    machine lacks something that the stage needs. ``notes(config, weights)``: what running it costs, as sentences;
+    ``weights`` is the size of the base model's files in bytes, None if they are not here.
     """
 
     runs_on: RunsOn = RunsOn.processes
     refusals: Callable[[Any, LaunchConfig], Iterable[Refusal]] = _nothing
     size_faults: Callable[[Any, int, str], Iterable[Fault]] = _nothing
     check_machine: Callable[[Any, str], object] = _nothing
+    notes: Callable[[Any, int | None], Iterable[str]] = _nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from alignment.config.stage import StageConfig
 from alignment.core import hardware
 from alignment.core.artifacts import EVALUATION, ROWS, read_manifest
 from alignment.core.errors import ArtifactError
+from alignment.core.model_files import weights_size
 from alignment.data.overlap import HeldOut, LocatedText, Overlap
 from alignment.pipeline.backends import feasibility
 from alignment.pipeline.plan import validation_checks
@@ -35,7 +36,10 @@ def of_plan(plan: Plan) -> list[str]:
     if warning := frozen_rows(plan):
         notes.append(warning)
     notes += _slow_format(plan)
+    weights = weights_size(plan.base.folder) if plan.base.folder and plan.base.ready else None
     for stage in plan.stages:
+        of_launch = kind_of(stage.config).launch.notes(stage.config, weights)
+        notes += [] if stage.action is Action.reuse else [f"{stage.name}: {note}" for note in of_launch]
         notes += [*_high_rates(stage), *_small_data(stage), *_labels(stage), *_left_out(stage), *_near_held_out(stage)]
     return [*notes, *cautions(plan)]
 

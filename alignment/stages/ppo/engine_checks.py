@@ -45,6 +45,22 @@ def engine_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
         yield Fault(where=f"{field}.max_staleness", message=message)
 
 
+def engine_notes(config: PpoConfig, weights: int | None) -> Iterator[str]:
+    """What an engine costs, and what it changes."""
+    if config.sampling.engine is Engine.own:
+        return
+    size = "" if weights is None else f", {weights / 1e9:.2g} GB"
+    if config.adapter.kind is AdapterKind.full:
+        yield (
+            f"vLLM holds the weights a second time, and after each of {config.updates} updates all of them{size} are "
+            "written to a file and read by it; with adapter=lora only the adapter is"
+        )
+    else:
+        yield f"vLLM holds the frozen weights a second time{size}"
+    if config.sampling.max_staleness:
+        yield "answers are sampled by the policy of the update before, while that update is learned from"
+
+
 def engine_doubts(metrics: Mapping[str, float]) -> list[str]:
     """Warnings about a policy that learned from an engine's answers."""
     if metrics.get(GAP, 0.0) <= WORRYING or CAPPED in metrics:

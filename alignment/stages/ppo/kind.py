@@ -33,7 +33,7 @@ from alignment.stages.base import (
 from alignment.stages.ppo.batch_sizes import size_faults
 from alignment.stages.ppo.config import KlConfig, KlControl, OverlongConfig, PpoConfig
 from alignment.stages.ppo.critic_faults import critic_faults
-from alignment.stages.ppo.engine_checks import OF_ENGINE, engine_curves, engine_doubts, engine_faults
+from alignment.stages.ppo.engine_checks import OF_ENGINE, engine_curves, engine_doubts, engine_faults, engine_notes
 from alignment.stages.ppo.scorers_in_use import GUARD, in_use
 from alignment.stages.shared.kind_answers import ROW_COUNTS, curve
 from alignment.stages.shared.sampling_checks import check_engine, sampling_refusals
@@ -254,6 +254,7 @@ KIND = StageKind(
         refusals=_refusals,
         size_faults=size_faults,
         check_machine=lambda config, where: check_engine(config.sampling, where),
+        notes=engine_notes,
     ),
     learning=Learning(
         limits=lambda config: Limits(row=config.max_prompt_length, too_long=config.too_long),
