@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ class Asked:
     prompt: Sequence[int]
     answers: int
     seed: int
+
+
+def asked_once(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Asked]:
+    """One request for each run of equal prompts, with the seed of its first; ``seeds`` has one for each prompt."""
+    runs = groupby(range(len(prompts)), key=lambda row: tuple(prompts[row]))
+    requests = [list(rows) for _, rows in runs]
+    return [Asked(prompt=prompts[rows[0]], answers=len(rows), seed=seeds[rows[0]]) for rows in requests]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +82,8 @@ class EngineClient:
             StageError: a reply is not what was asked for, such as an answer of other weights.
         """
         size = max(1, TOKENS_A_REPLY // generation.max_new_tokens)
+        if generation.temperature == 0.0:
+            size = 1  # vLLM takes no more for one greedy answer
         calls = [
             (index, first, replace(whole, answers=min(size, whole.answers - first), seed=whole.seed + first))
             for index, whole in enumerate(asked)

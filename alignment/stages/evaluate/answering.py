@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,10 @@ from alignment.data.records import Conversation, HeldOutPrompt
 from alignment.data.tokens.tokenize import end_ids
 from alignment.data.tokens.tokenizer import tokenizer_hashes
 from alignment.data.turns import Message
-from alignment.engines.completions import SEEDS, Asked, Generation
 from alignment.evaluation.arms import (
     Answered,
     TokenSum,
     answer_and_score,
-    logprobs_after_each,
     read_answers,
     sequence_logprobs,
     with_system_prompt,
@@ -44,7 +43,7 @@ from alignment.stages.evaluate.turn_prompts import (
     together,
 )
 from alignment.stages.shared.arm_policies import Policies, refuse_without_template, tokenizer_of
-from alignment.stages.shared.served_policies import ServedPolicies
+from alignment.stages.shared.served_policies import served_answer_and_score
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 
@@ -181,38 +180,7 @@ def _answers_in(
     )
     cached = answer_cache.read(file, num_answers=num_answers)
     if cached is None:
-        started = time.monotonic()
-        model = policies.load(arm_prompts.policy)
-        _refuse_too_long(model, arm_prompts, asked, config.max_new_tokens, where=f"stages.{context.spec.stage}")
-        shared = num_answers // len(asked.prompts)
-        prompts = [prompt for prompt in asked.prompts for _ in range(shared)]
-        behind, sampling = _texts_behind(asked, config.answers.per_prompt), _sampling(config, context, asked)
-        if policies.served is None:
-            ids, scores = answer_and_score(
-                model,
-                prompts,
-                behind,
-                max_new_tokens=config.max_new_tokens,
-                end_ids=ends,
-                batch_size=config.batch_size,
-                with_own=with_logprobs,
-                progress=progress,
-                sampling=sampling,
-            )
-        else:
-            generation = Generation(
-                max_new_tokens=config.max_new_tokens, temperature=config.answers.temperature, end_ids=ends
-            )
-            policies.served.prepare(arm_prompts.policy, max(map(len, prompts)) + config.max_new_tokens)
-            ids = _served_ids(policies.served, asked, generation, sampling, answers=shared, progress=progress)
-            texts = [[*([answer] * with_logprobs), *others] for answer, others in zip(ids, behind, strict=True)]
-            scores = logprobs_after_each(model, prompts, texts)
-        cached = CachedAnswers(
-            ids=ids,
-            logprobs=[sums[0] for sums in scores] if with_logprobs else None,
-            references=_reference_sums(model, asked, [sums[-1:] for sums in scores[:: config.answers.per_prompt]]),
-            seconds=time.monotonic() - started,
-        )
+        cached = _made(asked, arm_prompts, config, context, policies, with_logprobs=with_logprobs, progress=progress)
         answer_cache.write(file, cached)
     return AnsweredTurn(
         rows=asked.rows,
@@ -223,25 +191,38 @@ def _answers_in(
     )
 
 
-def _served_ids(
-    served: ServedPolicies,
+def _made(
     asked: TurnPrompts,
-    generation: Generation,
-    sampling: Sampling | None,
+    arm_prompts: ArmPrompts,
+    config: EvaluateConfig,
+    context: StageContext,
+    policies: Policies,
     *,
-    answers: int,
+    with_logprobs: bool,
     progress: Callable[[int], None],
-) -> list[list[int]]:
-    """The answers of the prepared policy by the engine, ``answers`` to each prompt."""
-    seeds = [0] * len(asked.prompts)
-    if sampling is not None:
-        seeds = (sampling.uniforms[::answers, 0] * SEEDS).long().tolist()
-    requests = [
-        Asked(prompt=prompt, answers=answers, seed=seed) for prompt, seed in zip(asked.prompts, seeds, strict=True)
-    ]
-    total = len(requests) * answers
-    replies = served.answers(requests, generation, lambda calls: progress(min(calls * answers, total)))
-    return [answer.ids for of_prompt in replies for answer in of_prompt]
+) -> CachedAnswers:
+    started, per_prompt = time.monotonic(), config.answers.per_prompt
+    model = policies.load(arm_prompts.policy)
+    _refuse_too_long(model, arm_prompts, asked, config.max_new_tokens, where=f"stages.{context.spec.stage}")
+    answer = partial(answer_and_score, batch_size=config.batch_size)
+    if policies.served is not None:
+        answer = partial(served_answer_and_score, policies.served, arm_prompts.policy)
+    ids, scores = answer(
+        model,
+        [prompt for prompt in asked.prompts for _ in range(len(asked.rows) * per_prompt // len(asked.prompts))],
+        _texts_behind(asked, per_prompt),
+        max_new_tokens=config.max_new_tokens,
+        end_ids=sorted(end_ids(arm_prompts.tokenizer)),
+        with_own=with_logprobs,
+        progress=progress,
+        sampling=_sampling(config, context, asked),
+    )
+    return CachedAnswers(
+        ids=ids,
+        logprobs=[sums[0] for sums in scores] if with_logprobs else None,
+        references=_reference_sums(model, asked, [sums[-1:] for sums in scores[::per_prompt]]),
+        seconds=time.monotonic() - started,
+    )
 
 
 def _texts_behind(asked: TurnPrompts, per_prompt: int) -> list[list[list[int]]]:

@@ -8,13 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from transformers import PreTrainedModel
+
 from alignment.config.sampling_engine import Engine, SamplingConfig
 from alignment.core.errors import ModelError
-from alignment.engines.completions import Asked, EngineAnswer, Generation
+from alignment.engines.completions import SEEDS, Asked, EngineAnswer, Generation, asked_once
 from alignment.engines.engine_session import EngineSession, Weights
 from alignment.engines.vllm_server import VllmOptions
+from alignment.evaluation.arms import logprobs_after_each
 from alignment.models.assembly.engine_weights import ServedWeights, served_weights, write_merged
 from alignment.models.assembly.load import DTYPES, Lineage
+from alignment.models.forward.generate import Sampling
 from alignment.training.context import StageContext
 from alignment.training.sharding import shared
 
@@ -64,7 +68,7 @@ class ServedPolicies:
     def answers(
         self, asked: Sequence[Asked], generation: Generation, progress: Callable[[int], None] = lambda _: None
     ) -> list[list[EngineAnswer]]:
-        """The answers of the prepared policy; ``progress`` receives how many calls were answered.
+        """The answers of the prepared policy; ``progress`` receives how many requests were answered.
 
         Raises:
             StageError: the engine failed, or gave what was not asked for.
@@ -136,6 +140,36 @@ class ServedPolicies:
 def served_policies(config: SamplingConfig, context: StageContext) -> ServedPolicies | None:
     """The policies behind an engine; None if the stage samples with its own."""
     return None if config.engine is Engine.own else ServedPolicies(config, context)
+
+
+def served_answer_and_score(
+    served: ServedPolicies,
+    policy: Lineage,
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    others: Sequence[Sequence[list[int]]],
+    *,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    with_own: bool,
+    progress: Callable[[int], None],
+    sampling: Sampling | None = None,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Like ``answer_and_score``, but the engine answers; ``model`` is the policy, which gives the log-probabilities.
+
+    Raises:
+        ModelError: the engine does not take the policy.
+        StageError: the engine failed, or gave what was not asked for.
+    """
+    generation = Generation(
+        max_new_tokens=max_new_tokens, temperature=sampling.temperature if sampling else 0.0, end_ids=end_ids
+    )
+    seeds = [0] * len(prompts) if sampling is None else (sampling.uniforms[:, 0] * SEEDS).long().tolist()
+    served.prepare(policy, max(map(len, prompts)) + max_new_tokens)
+    replies = served.answers(asked_once(prompts, seeds), generation, progress)
+    answers = [answer.ids for of_prompt in replies for answer in of_prompt]
+    texts = [[*([answer] * with_own), *after] for answer, after in zip(answers, others, strict=True)]
+    return answers, logprobs_after_each(model, prompts, texts)
 
 
 def _name_of(adapter: Path) -> str:

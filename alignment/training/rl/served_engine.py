@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.engines.completions import SEEDS, Asked, Generation
+from alignment.engines.completions import SEEDS, Generation, asked_once
 from alignment.engines.engine_session import EngineSession, Weights
 from alignment.models.assembly.engine_weights import write_adapter, write_model
 from alignment.models.assembly.load import DTYPES
@@ -74,11 +73,7 @@ class ServedEngine:
         Raises:
             StageError: the engine failed, or gave answers of another version.
         """
-        seeds = (uniforms[:, 0] * SEEDS).long().tolist()
-        asked = [
-            Asked(prompt=prompts[rows[0]], answers=len(rows), seed=seeds[rows[0]])
-            for rows in (list(rows) for _, rows in groupby(range(len(prompts)), key=lambda row: tuple(prompts[row])))
-        ]
+        asked = asked_once(prompts, (uniforms[:, 0] * SEEDS).long().tolist())
         replies = self.session.answers(self._weights, asked, self.generation)
         answers = [answer for of_prompt in replies for answer in of_prompt]
         return SampledAnswers(
