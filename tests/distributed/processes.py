@@ -132,7 +132,7 @@ def _kill_after(step: int, when: str) -> None:
 
 
 def _kill_at_part(part: int) -> None:
-    from alignment.stages.sample import answer_sampling
+    from alignment.stages.shared import answer_sampling
 
     otherwise, parts = answer_sampling.generate, itertools.count(1)
 

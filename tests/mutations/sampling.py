@@ -30,12 +30,12 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/sample/answer_sampling.py",
+        "stages/shared/answer_sampling.py",
         STAGE,
         (
             "answers are sampled at temperature 1 whatever is asked for",
-            "Sampling(temperature=config.temperature,",
-            "Sampling(temperature=1.0,",
+            "temperature=config.temperature, end_ids",
+            "temperature=1.0, end_ids",
             EXACT,
         ),
         (
@@ -45,6 +45,10 @@ MUTATIONS = [
             "    return numbers[:1].expand(*shape)",
             EXACT,
         ),
+    ),
+    *in_file(
+        "stages/sample/answer_scoring.py",
+        STAGE,
         (
             "answers are scored for other prompts",
             "of_part = [(asked.rows[i], asked.ids[i], answer)",
@@ -59,7 +63,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/sample/answer_sampling.py",
+        "stages/shared/answer_sampling.py",
         PARTS,
         (
             "only the prompts of a part are held to the policy's positions",
@@ -75,7 +79,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/sample/stored_parts.py",
+        "stages/shared/stored_parts.py",
         PARTS,
         (
             "parts are not stored",
@@ -97,7 +101,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/sample/stored_parts.py",
+        "stages/shared/stored_parts.py",
         "distributed/test_sample.py",
         (
             "every process makes the first part of a group",
@@ -107,7 +111,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/sample/asked_prompts.py",
+        "stages/shared/asked_prompts.py",
         STAGE,
         (
             "prompts of the evaluation are asked",

@@ -10,17 +10,18 @@ from alignment.algos.best_of_n import expected_best, kl_bound
 from alignment.core.artifacts import ROWS_FILE, read_manifest, write_lines
 from alignment.data.records import Prompt
 from alignment.data.tokens.tokenize import end_ids
-from alignment.data.tokens.tokenizer import generated_text, load_tokenizer
-from alignment.models.assembly.load import refuse_other_tokenizer
+from alignment.data.tokens.tokenizer import generated_text
+from alignment.models.assembly.load import lineage, refuse_other_tokenizer
 from alignment.records.sampling import COUNTS, BestOf, Sampling
 from alignment.rewards.scores import Scores
-from alignment.stages.sample.answer_sampling import SEED, answer_scores, sampled_answers
-from alignment.stages.sample.asked_prompts import AskedPrompts, asked_prompts
+from alignment.stages.sample.answer_scoring import answer_scores
 from alignment.stages.sample.config import SampleConfig
 from alignment.stages.sample.no_rows import no_rows
 from alignment.stages.sample.row_making import OfPrompt, rows_of_prompt
 from alignment.stages.sample.selection import EMPTY, NO_END, REPEATED, Candidate
-from alignment.stages.shared.arm_policies import refuse_without_template, tokenizer_of
+from alignment.stages.shared.answer_sampling import SEED, sampled_answers
+from alignment.stages.shared.arm_policies import asked_tokenizer
+from alignment.stages.shared.asked_prompts import AskedPrompts, asked_prompts
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
@@ -37,11 +38,12 @@ def run(config: SampleConfig, context: StageContext) -> StageResult:
         StageError: the answers give no row.
     """
     context.progress("loading")
-    tokenizer = _tokenizer(context)
+    tokenizer = asked_tokenizer(context, field="policy")
     _refuse_other_reward(context, tokenizer)
     records = rows_of(context, Prompt, config.data)
     asked = asked_prompts(config, context, tokenizer, records)
-    answers = sampled_answers(config, context, tokenizer, asked)
+    policy = lineage(context.spec, context.spec.inputs["policy"])
+    answers = sampled_answers(config, context, policy, tokenizer, asked)
     by_scorer, totals = answer_scores(config, context, tokenizer, records, asked, answers)
     candidates = _candidates(tokenizer, answers, totals)
     prompts = [records[row] for row in asked.rows]
@@ -56,16 +58,6 @@ def run(config: SampleConfig, context: StageContext) -> StageResult:
         sampling.write(context.content)
         context.trackers.table("samples", samples)
     return StageResult(metrics=_metrics(sampling))
-
-
-def _tokenizer(context: StageContext) -> Any:
-    """The policy's tokenizer: the run's, or its own if it is a model from outside."""
-    spec, policy = context.spec, context.spec.inputs["policy"]
-    ours = load_tokenizer(spec.base_path, spec.model.chat_template)
-    tokenizer = tokenizer_of(context, policy, ours)
-    if tokenizer is not ours:
-        refuse_without_template(context, policy, tokenizer, field="policy")
-    return tokenizer
 
 
 def _refuse_other_reward(context: StageContext, tokenizer: Any) -> None:

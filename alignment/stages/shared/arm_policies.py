@@ -1,4 +1,4 @@
-"""The policies that a stage compares: loaded one at a time, each with its tokenizer."""
+"""The policies that a stage compares or asks: loaded one at a time, each with its tokenizer."""
 
 from __future__ import annotations
 
@@ -55,6 +55,20 @@ def tokenizer_of(context: StageContext, stage_input: StageInput, ours: Any) -> A
     own = load_tokenizer(path)
     alike = tokenizer_hashes(own) == tokenizer_hashes(ours) and stops_alike(own, ours)
     return ours if alike else own
+
+
+def asked_tokenizer(context: StageContext, *, field: str) -> Any:
+    """The tokenizer of the policy that the stage's ``field`` names: the run's, or its own if it is from outside.
+
+    Raises:
+        ModelError: an artifact has another tokenizer than the run's base, or there is no chat template.
+    """
+    spec, policy = context.spec, context.spec.inputs[field]
+    ours = load_tokenizer(spec.base_path, spec.model.chat_template)
+    tokenizer = tokenizer_of(context, policy, ours)
+    if tokenizer is not ours:
+        refuse_without_template(context, policy, tokenizer, field=field)
+    return tokenizer
 
 
 def refuse_without_template(

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from alignment import worker
 from alignment.config.evaluating import AnswersConfig, FewShotConfig, JudgeConfig, JudgeKind, PairConfig
+from alignment.config.sampling_engine import Engine
 from alignment.config.scoring import MetricConfig
 from alignment.core.errors import DataError, ModelError
 from alignment.data.reading import iterate
@@ -326,12 +327,14 @@ def test_samples_of_a_later_turn_are_cached_with_the_rows_whose_random_numbers_t
     context = StageContext(spec=spec, rank=0, world_size=1)
     asked = [TurnPrompts(number=1, rows=[row], prompts=[[5, 6]], references=[None]) for row in (0, 1)]
 
-    def file(turn: TurnPrompts, temperature: float) -> Path:
+    def file(turn: TurnPrompts, temperature: float, engine: Engine = Engine.own) -> Path:
         answers, policy = AnswersConfig(temperature=temperature), lineage(spec, spec.inputs["reference"])
-        return answer_cache.file_of(context, policy, turn, answers, max_new_tokens=4, ends=[2], with_logprobs=False)
+        limits = {"max_new_tokens": 4, "ends": [2], "with_logprobs": False}
+        return answer_cache.file_of(context, policy, turn, answers, **limits, engine=engine)
 
     assert file(asked[0], 1.0) != file(asked[1], 1.0)
     assert file(asked[0], 0.0) == file(asked[1], 0.0)
+    assert file(asked[0], 0.0) != file(asked[0], 0.0, Engine.vllm)
 
 
 def test_a_judge_sees_both_whole_conversations(chain: Chained) -> None:

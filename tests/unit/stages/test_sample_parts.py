@@ -9,7 +9,8 @@ import pytest
 
 from alignment import worker
 from alignment.core.errors import ModelError
-from alignment.stages.sample import answer_sampling
+from alignment.stages.sample import answer_scoring
+from alignment.stages.shared import answer_sampling
 from alignment.training.context import StageContext
 from tests.sampled import asked, sample_spec
 
@@ -39,7 +40,7 @@ def test_a_stage_that_is_stopped_in_the_middle_makes_the_same_bytes_and_nothing_
 def _stopping(monkeypatch: pytest.MonkeyPatch, function: str, *, after: int) -> list[int]:
     """Parts that were made from now on, by ``generate`` or by ``score``; the stage stops after so many."""
     made: list[int] = []
-    module, name = (answer_sampling, "generate") if function == "generate" else (answer_sampling, "build_rewards")
+    module, name = (answer_sampling, "generate") if function == "generate" else (answer_scoring, "build_rewards")
     right = getattr(module, name)
 
     def counted(call: Any) -> Any:

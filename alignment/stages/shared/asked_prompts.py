@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from alignment.config.data import DataConfig
+from alignment.config.too_long import TooLongConfig
 from alignment.core.errors import DataError
 from alignment.data.overlap import HeldOut, asked
 from alignment.data.records import HeldOutPrompt, Prompt
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import PROMPTS
-from alignment.stages.sample.config import SampleConfig
 from alignment.stages.shared.stage_rows import fitting, list_left_out, rows_of
 from alignment.training.context import StageContext
+
+
+class AskingConfig(Protocol):
+    """Settings of a stage that asks a policy the prompts of its data."""
+
+    data: DataConfig
+    leave_out: list[DataConfig]
+    max_prompt_length: int
+    too_long: TooLongConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +38,7 @@ class AskedPrompts:
 
 
 def asked_prompts(
-    config: SampleConfig, context: StageContext, tokenizer: Any, records: Sequence[Prompt]
+    config: AskingConfig, context: StageContext, tokenizer: Any, records: Sequence[Prompt]
 ) -> AskedPrompts:
     """The prompts of ``records`` that are asked; ``left_out.jsonl`` lists the others.
 
@@ -58,7 +68,7 @@ def asked_prompts(
     )
 
 
-def _evaluated(config: SampleConfig, context: StageContext, records: Mapping[int, Prompt]) -> dict[int, str]:
+def _evaluated(config: AskingConfig, context: StageContext, records: Mapping[int, Prompt]) -> dict[int, str]:
     """The rows that ask what an evaluation asks, with the reason."""
     held_out = HeldOut(
         asked(prompt)
