@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +30,7 @@ RESTARTS = 2
 class Weights:
     """Weights that the engine answers with: the adapter in ``folder``, or a whole model if ``whole``.
 
-    ``name`` is unique in a session. None as ``folder`` stands for the weights that the engine was started with.
+    ``name`` is unique (``EngineSession.named``). Without a ``folder`` they are those that the engine was started with.
     """
 
     name: str = BASE
@@ -54,6 +56,11 @@ class EngineSession:
         self._options: VllmOptions | None = None
         self._weights = Weights()
         self._restarts = RESTARTS
+        self._id = secrets.token_hex(4)
+
+    def named(self, name: str) -> str:
+        """A name for weights that no other session gives, because several stages may use one server at a ``url``."""
+        return f"{name}-{self._id}"
 
     @property
     def folder(self) -> Path:
@@ -126,10 +133,16 @@ class EngineSession:
         Raises:
             StageError: the server failed, or other weights answer.
         """
-        self._try(lambda: self._asked().stream(weights.name, asked, generation, on_token))
+        try:
+            self._asked().stream(weights.name, asked, generation, on_token)
+        except CallFailed as error:  # not asked again: some tokens have been passed on
+            raise self._failure(error) from error
 
     def close(self) -> None:
-        """Ends the server and removes the folder."""
+        """Ends the server and removes the folder; a server at ``url`` forgets the adapter."""
+        if self._server is None and self._client is not None and self._weights.folder is not None:
+            with suppress(CallFailed):
+                self._client.unload_adapter(self._weights.name)
         if self._keeper is not None:
             self._keeper.close()
         self._keeper = self._server = None
@@ -190,16 +203,20 @@ class EngineSession:
             try:
                 return call()
             except CallFailed as error:
-                if self._server is None or not self._server.has_ended:
-                    raise StageError(
-                        f"a call to the engine at {self.address[0]} failed: {error}",
-                        where=self._where,
-                        remedy=f"check that it is up, and give it more time ({self._where}.timeout) if it is slow; its "
-                        f"log is {self._log}; then run again: the stage continues from its checkpoint",
-                    ) from error
-                if not self._restarts:
-                    raise self._server.failure() from error
+                if self._server is None or not self._server.has_ended or not self._restarts:
+                    raise self._failure(error) from error
                 self._start_again()
+
+    def _failure(self, error: CallFailed) -> StageError:
+        if self._server is not None and self._server.has_ended:
+            return self._server.failure()
+        log_file = f"its log is {self._log}; " if self._server is not None else ""
+        return StageError(
+            f"a call to the engine at {self.address[0]} failed: {error}",
+            where=self._where,
+            remedy=f"check that it is up, and give it more time ({self._where}.timeout) if it is slow; {log_file}"
+            "then run again: the stage continues from its checkpoint",
+        )
 
     def _start_again(self) -> None:
         assert self._server is not None, "it was started"

@@ -59,11 +59,16 @@ class ServedPolicies:
         needed = served_weights(policy)
         if needed.below != self._below or longest > self._longest or needed.rank > self._rank:
             self._start(needed, longest)
-        adapter = needed.adapter
-        weights = Weights() if adapter is None else Weights(name=_name_of(adapter), folder=adapter)
-        if weights != self._weights:
-            shared(lambda: self._session.use(weights) if self._context.is_main else None)
-            self._weights = weights
+        if needed.adapter != self._weights.folder:
+            self._weights = shared(lambda: self._used(needed.adapter))[0]
+
+    def _used(self, adapter: Path | None) -> Weights:
+        """On the main process, has the engine answer with an adapter, or without one."""
+        name = None if adapter is None else self._session.named(f"{adapter.parent.parent.name}/{adapter.name}")
+        weights = Weights() if name is None else Weights(name=name, folder=adapter)
+        if self._context.is_main:
+            self._session.use(weights)
+        return weights
 
     def answers(
         self, asked: Sequence[Asked], generation: Generation, progress: Callable[[int], None] = lambda _: None
@@ -170,11 +175,6 @@ def served_answer_and_score(
     answers = [answer.ids for of_prompt in replies for answer in of_prompt]
     texts = [[*([answer] * with_own), *after] for answer, after in zip(answers, others, strict=True)]
     return answers, logprobs_after_each(model, prompts, texts)
-
-
-def _name_of(adapter: Path) -> str:
-    """The artifact and the adapter in it; their names differ between all adapters of a run."""
-    return f"{adapter.parent.parent.name}/{adapter.name}"
 
 
 def _positions_of(model: Path) -> int | None:

@@ -54,9 +54,9 @@ class ServedEngine:
             shutil.rmtree(before.folder)
 
     def _loaded(self, folder: Path, state: dict[str, Tensor] | None) -> Weights:
-        """The weights as they are now; the main process writes them, and has the engine load them."""
+        """The weights as they are now; the main process names and writes them, and has the engine load them."""
         is_adapter = isinstance(self.policy, PeftModel)
-        weights = Weights(name=folder.name, folder=folder, whole=not is_adapter)
+        weights = Weights(name=self.session.named(folder.name), folder=folder, whole=not is_adapter)
         if not self.context.is_main:
             return weights
         if isinstance(self.policy, PeftModel):
