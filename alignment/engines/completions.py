@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +20,10 @@ SEEDS = 2**48
 """Seeds are whole numbers from 0 to below this."""
 TOKENS_A_REPLY = 8192
 """The most tokens that are asked for in one call, unless one answer may be longer."""
+
+
+_PATIENCE = 5.0
+"""Seconds without a reply after which the stage reports that it waits; a call has a limit of its own."""
 
 
 class CallFailed(Exception):
@@ -71,11 +75,16 @@ class EngineClient:
         self._client = open_client(calls, key, where=where)
 
     def answers(
-        self, model: str, asked: Sequence[Asked], generation: Generation, progress: Callable[[], None]
+        self,
+        model: str,
+        asked: Sequence[Asked],
+        generation: Generation,
+        progress: Callable[[], None] = lambda: None,
+        waiting: Callable[[], None] = lambda: None,
     ) -> list[list[EngineAnswer]]:
         """The answers to each prompt, by the weights that the server calls ``model``.
 
-        ``progress`` is called with each reply.
+        ``progress`` is called with each reply, and ``waiting`` every few seconds without one.
 
         Raises:
             CallFailed: a call got no reply.
@@ -95,9 +104,13 @@ class EngineClient:
             pending = {
                 pool.submit(self._reply, model, part, generation): (index, first) for index, first, part in calls
             }
-            for future in as_completed(pending):
-                replies[pending[future]] = future.result()
-                progress()
+            while pending:
+                arrived, _ = wait(pending, timeout=_PATIENCE, return_when=FIRST_COMPLETED)
+                if not arrived:
+                    waiting()
+                for future in arrived:
+                    replies[pending.pop(future)] = future.result()
+                    progress()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         ordered: list[list[EngineAnswer]] = [[] for _ in asked]

@@ -41,8 +41,8 @@ class Weights:
 class EngineSession:
     """One engine, for one process that starts it; others of the stage only ask (``join``).
 
-    ``where`` is the setting. ``log`` is the file for the server's output. ``waiting`` is called while it starts, and
-    with each reply. ``folder`` is for weights, and is removed at the end.
+    ``where`` is the setting. ``log`` is the file for the server's output. ``waiting`` is called now and then while it
+    starts or answers, so that the stage does not count as stuck. ``folder`` is for weights, and is removed at the end.
     """
 
     def __init__(self, config: SamplingConfig, *, where: str, log: Path, waiting: Callable[[], None]) -> None:
@@ -112,16 +112,27 @@ class EngineSession:
         if before.folder is not None and not before.whole:
             self._try(lambda: self._asked().unload_adapter(before.name))
 
-    def answers(self, weights: Weights, asked: Sequence[Asked], generation: Generation) -> list[list[EngineAnswer]]:
-        """The answers to each prompt by these weights, which ``use`` was given.
+    def answers(
+        self,
+        weights: Weights,
+        asked: Sequence[Asked],
+        generation: Generation,
+        progress: Callable[[], None] = lambda: None,
+    ) -> list[list[EngineAnswer]]:
+        """The answers to each prompt by these weights, which ``use`` was given; ``progress`` is called with each reply.
 
         Raises:
             StageError: the server failed, or an answer is of other weights or not what was asked for.
         """
 
+        def replied() -> None:
+            self._waiting()
+            progress()
+
         def ask() -> list[list[EngineAnswer]]:
             self._refuse_other_version(weights)
-            answers = self._asked().answers(BASE if weights.whole else weights.name, asked, generation, self._waiting)
+            name = BASE if weights.whole else weights.name
+            answers = self._asked().answers(name, asked, generation, replied, self._waiting)
             self._refuse_other_version(weights)
             return answers
 

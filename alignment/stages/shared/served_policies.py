@@ -44,7 +44,6 @@ class ServedPolicies:
         self._below: Lineage | None = None
         self._longest = self._rank = 0
         self._weights = Weights()
-        self._progress: Callable[[], None] = lambda: None
 
     def prepare(self, policy: Lineage, longest: int) -> None:
         """Starts a server for the policy unless the running one fits; ``longest`` is a prompt with its answer.
@@ -85,11 +84,7 @@ class ServedPolicies:
             done += 1
             progress(done)
 
-        self._progress = count
-        try:
-            return self._session.answers(self._weights, asked, generation)
-        finally:
-            self._progress = lambda: None
+        return self._session.answers(self._weights, asked, generation, count)
 
     def _start(self, needed: ServedWeights, longest: int) -> None:
         self._context.progress("starting vLLM")
@@ -131,7 +126,6 @@ class ServedPolicies:
 
     def _waiting(self) -> None:
         self._context.heartbeat.reports += 1
-        self._progress()
 
     def __enter__(self) -> ServedPolicies:
         return self
