@@ -14,10 +14,10 @@ from alignment.models.assembly.engine_weights import write_base
 from alignment.models.assembly.load import DTYPES, Lineage
 from alignment.models.assembly.roles import Roles
 from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.shared.stage_engine import session_of, start_engine
 from alignment.training.context import StageContext
 from alignment.training.rl.rollouts import Prompts
 from alignment.training.rl.served_engine import ServedEngine
-from alignment.training.sharding import shared
 
 
 @contextmanager
@@ -41,23 +41,9 @@ def served_engine(
         yield None
         return
 
-    def waiting() -> None:
-        context.heartbeat.reports += 1
-
-    context.progress("starting vLLM")
-    where, log = f"stages.{context.spec.stage}.sampling", context.spec.work / "engine.log"
     longest = max(len(ids) for asked in prompts for ids in asked.ids) + config.max_new_tokens
-    with EngineSession(config.sampling, where=where, log=log, waiting=waiting) as session:
-
-        def start_on_main() -> tuple[str, str]:
-            if not context.is_main:
-                return "", ""
-            session.start(_options(config, context, start, session, longest))
-            return session.address
-
-        address = shared(start_on_main)[0]
-        if not context.is_main:
-            session.join(address)
+    with session_of(config.sampling, context) as session:
+        start_engine(session, context, lambda: _options(config, context, start, session, longest))
         generation = Generation(
             max_new_tokens=config.max_new_tokens, temperature=config.temperature, end_ids=sorted(end_ids)
         )

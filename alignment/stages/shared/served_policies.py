@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from alignment.config.sampling_engine import Engine, SamplingConfig
 from alignment.core.errors import ModelError
 from alignment.engines.completions import SEEDS, Asked, EngineAnswer, Generation, asked_once
-from alignment.engines.engine_session import EngineSession, Weights
+from alignment.engines.engine_session import Weights
 from alignment.engines.vllm_server import VllmOptions
 from alignment.evaluation.arms import logprobs_after_each
 from alignment.models.assembly.engine_weights import ServedWeights, served_weights, write_merged
 from alignment.models.assembly.load import DTYPES, Lineage
 from alignment.models.forward.generate import Sampling
+from alignment.stages.shared.stage_engine import session_of, start_engine
 from alignment.training.context import StageContext
 from alignment.training.sharding import shared
 
@@ -35,12 +36,7 @@ class ServedPolicies:
     def __init__(self, config: SamplingConfig, context: StageContext) -> None:
         self._config = config
         self._context = context
-        self._session = EngineSession(
-            config,
-            where=f"stages.{context.spec.stage}.sampling",
-            log=context.spec.work / "engine.log",
-            waiting=self._waiting,
-        )
+        self._session = session_of(config, context)
         self._below: Lineage | None = None
         self._longest = self._rank = 0
         self._weights = Weights()
@@ -87,7 +83,6 @@ class ServedPolicies:
         return self._session.answers(self._weights, asked, generation, count)
 
     def _start(self, needed: ServedWeights, longest: int) -> None:
-        self._context.progress("starting vLLM")
         self._rank = needed.rank if needed.below != self._below else max(self._rank, needed.rank)
         self._longest = -(-longest // _LENGTHS) * _LENGTHS
         if (positions := _positions_of(needed.below.base)) is not None:
@@ -100,15 +95,7 @@ class ServedPolicies:
             self._longest = min(self._longest, positions)
         self._below, self._weights = needed.below, Weights()
 
-        def start_on_main() -> tuple[str, str]:
-            if not self._context.is_main:
-                return "", ""
-            self._session.start(self._options(needed))
-            return self._session.address
-
-        address = shared(start_on_main)[0]
-        if not self._context.is_main:
-            self._session.join(address)
+        start_engine(self._session, self._context, lambda: self._options(needed))
 
     def _options(self, needed: ServedWeights) -> VllmOptions:
         dtype, model = self._context.spec.model.dtype, needed.below.base
@@ -123,9 +110,6 @@ class ServedPolicies:
             rank=self._rank,
             on_gpu=self._context.device.type == "cuda",
         )
-
-    def _waiting(self) -> None:
-        self._context.heartbeat.reports += 1
 
     def __enter__(self) -> ServedPolicies:
         return self
