@@ -31,8 +31,7 @@ class RolloutEngine(Protocol):
     """Samples answers from the policy."""
 
     def follow(self, version: int) -> None:
-        """Samples from the policy as it is now, ``version``, from here on. Every process calls it, with the weights
-        gathered."""
+        """Samples from the policy as it is now, ``version``, from here on; every process must call this."""
 
     def answers(self, prompts: Sequence[Sequence[int]], uniforms: Tensor) -> SampledAnswers:
         """One answer to each prompt; several to one prompt are in adjacent rows.
