@@ -94,7 +94,13 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         "chat mine --arm sft --arm base --system 'be brief' --max-new-tokens 8 --temperature 0.5 --seed 3",
         "alignment.commands.chat.driver.chat",
         ("mine", ["sft", "base"]),
-        {"options": CHAT, "output": HERE},
+        {"options": CHAT, "engine": None, "output": HERE},
+    ),
+    (
+        "chat mine --max-new-tokens 8 --temperature 0.5 --seed 3 --system 'be brief' --engine vllm --engine-python p",
+        "alignment.commands.chat.driver.chat",
+        ("mine", []),
+        {"options": CHAT, "engine": {"engine": "vllm", "python": "p"}, "output": HERE},
     ),
     (
         "judge mine --arm sft --arm dpo --stage evaluate --annotator ada --votes v.jsonl --port 8000 --open",
