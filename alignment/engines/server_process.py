@@ -29,11 +29,12 @@ PORT, KEY = "{port}", "{key}"
 """Stand for the port and the key in a command."""
 _TRIES = 3
 _POLL_SECONDS = 0.2
-_TAIL = 8000
+_TAIL = 100_000
 """Bytes of a log in which the cause of an end is looked for."""
 _PORT_TAKEN = ("address already in use", "errno 98")
 _NO_MEMORY = ("out of memory", "outofmemoryerror", "cannot allocate memory", "no available memory", "bad_alloc")
-_ERROR = re.compile(r"\b[A-Z]\w*Error\b.*")
+_ERROR = re.compile(r"\b(?!EngineDeadError)[A-Z]\w*Error: .*")
+"""What ended a server; vLLM's EngineDeadError says only that something else did."""
 _KILLED = -9
 
 

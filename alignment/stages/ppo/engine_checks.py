@@ -17,8 +17,8 @@ IMPORTANCE, CAPPED, STALENESS = "engine/importance", "engine/capped", "engine/st
 """The mean importance weight, the share of weights at the cap, and the age in updates of the policy that sampled."""
 OF_ENGINE = (GAP, LARGEST_GAP, BEYOND, CAPPED)
 """Those of the last update that are reported."""
-WORRYING = 0.02
-"""A mean difference in nats a token that rounding in bfloat16 rarely makes."""
+WORRYING = 0.05
+"""A mean difference in nats a token; rounding in bfloat16 made .039 on a model of 135 million parameters."""
 
 _UNSERVED = {
     AdapterKind.dora: "vLLM does not take DoRA",
