@@ -147,7 +147,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "commands/export/worker.py",
+        "commands/export/comparing.py",
         "unit/commands/export/test_worker.py",
         (
             "what was exported is not read back",
@@ -155,34 +155,50 @@ MUTATIONS = [
             "if worst > 1e9 * RELOADED:",
             "test_what_was_written_wrong_is_not_exported",
         ),
+    ),
+    *in_file(
+        "commands/export/as_model.py",
+        "unit/commands/export/test_worker.py",
         (
             "an exported policy is compared with itself",
-            "_refuse_differences(_logprobs(again, rows), expected, folder)\n    return [*notes",
-            "_refuse_differences(_logprobs(again, rows), _logprobs(again, rows), folder)\n    return [*notes",
-            "test_what_was_written_wrong_is_not_exported",
-        ),
-        (
-            "an exported adapter is not read back",
-            "    _refuse_differences(_logprobs(again, rows), expected, folder)\n    notes =",
-            "    said =",
+            "refuse_differences(logprobs(again, result.rows), expected, folder)",
+            "refuse_differences(logprobs(again, result.rows), logprobs(again, result.rows), folder)",
             "test_what_was_written_wrong_is_not_exported",
         ),
         (
             "an exported reward model is not read back",
-            "    _refuse_differences(_scores(again, rows), expected, folder)\n",
+            "    refuse_differences(_scores(again, result.rows), expected, folder)\n",
             "",
             "test_what_was_written_wrong_is_not_exported",
         ),
+    ),
+    *in_file(
+        "commands/export/as_adapter.py",
+        "unit/commands/export/test_worker.py",
+        (
+            "an exported adapter is not read back",
+            "    refuse_differences(logprobs(again, result.rows), expected, folder)\n",
+            "",
+            "test_what_was_written_wrong_is_not_exported",
+        ),
+    ),
+    *in_file(
+        "commands/export/exported.py",
+        "unit/commands/export/test_worker.py",
         (
             "any gap of merging is allowed",
             "if gap.mean_kl > max_gap:",
             "if gap.mean_kl > 1e9 + max_gap:",
             "test_too_wide_a_gap_is_refused",
         ),
+    ),
+    *in_file(
+        "commands/export/worker.py",
+        "unit/commands/export/test_worker.py",
         (
             "a damaged artifact is exported",
-            "manifest = verify(artifact, content=True)",
-            "manifest = verify(artifact, content=False)",
+            "verify(artifact, content=True)",
+            "verify(artifact, content=False)",
             "test_a_damaged_artifact_is_not_exported",
         ),
         (

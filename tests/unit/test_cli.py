@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from alignment import __version__, cli
+from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.judge.driver import Options
 from alignment.config.data import SourceConfig
 from alignment.config.store import recipe_names
@@ -88,7 +89,7 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         "export mine/dpo --to there --as adapter --max-gap 0.5",
         "alignment.commands.export.driver.export",
         ("mine/dpo",),
-        {"to": "there", "form": "adapter", "max_gap": 0.5, "output": HERE},
+        {"to": "there", "options": ExportOptions(form="adapter", max_gap=0.5), "output": HERE},
     ),
     (
         "chat mine --arm sft --arm base --system 'be brief' --max-new-tokens 8 --temperature 0.5 --seed 3",

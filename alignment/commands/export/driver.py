@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+from alignment.commands.export.export_options import GGUF, ExportOptions
 from alignment.core.artifacts import POLICY, REWARD_MODEL, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.core.files import new_folder
@@ -14,15 +18,17 @@ from alignment.pipeline.backends import processes
 from alignment.pipeline.execute.stored_results import artifact_of, base_of
 
 EXPORTED = (POLICY, REWARD_MODEL)
+LLAMA_PYTHON = "ALIGNMENT_LLAMA_CPP_PYTHON"
+"""The environment variable that names an interpreter with llama-cpp-python."""
 
 
-def export(console: Console, result: str, *, to: str, form: str, max_gap: float, output: Path) -> int:
+def export(console: Console, result: str, *, to: str, options: ExportOptions, output: Path) -> int:
     """Writes the folder ``to``; returns the exit code.
 
     ``result`` is an artifact's folder or ``RUN/STAGE`` of a run under ``output``.
 
     Raises:
-        ConfigError: there is no such result, or ``to`` exists already.
+        ConfigError: there is no such result, ``to`` exists already, or there is no interpreter where one was named.
         ModelError: the base of the result is missing on this machine.
     """
     folder = artifact_of(result, output)
@@ -34,8 +40,8 @@ def export(console: Console, result: str, *, to: str, form: str, max_gap: float,
             f"{folder.name} is of kind {manifest.kind}; a policy or a reward model can be exported", where=result
         )
     target = new_folder(to)
-    argv = [sys.executable, "-m", "alignment.commands.export.worker", str(folder), "--to", str(target), "--as", form]
-    argv += ["--max-gap", str(max_gap)]
+    argv = [sys.executable, "-m", "alignment.commands.export.worker", str(folder), "--to", str(target)]
+    argv += _with_llama_python(options).as_arguments
     if manifest.base["source"] != "self":
         argv += ["--base", str(base_of(manifest, folder, console))]
     if not Path(result).expanduser().is_dir():
@@ -44,3 +50,18 @@ def export(console: Console, result: str, *, to: str, form: str, max_gap: float,
     if code == 0:
         console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)
     return code
+
+
+def _with_llama_python(options: ExportOptions) -> ExportOptions:
+    """The options with the whole path of the interpreter that reads a GGUF file, if one was named."""
+    named = options.llama_python or os.environ.get(LLAMA_PYTHON)
+    if options.form != GGUF or not named:
+        return options
+    path = shutil.which(Path(named).expanduser())
+    if path is None:
+        raise ConfigError(
+            f"{named!r} is not a program",
+            where="--llama-python" if options.llama_python else LLAMA_PYTHON,
+            remedy="name bin/python of an environment with llama-cpp-python (make engine-llama builds one), or none",
+        )
+    return replace(options, llama_python=str(Path(path).absolute()))

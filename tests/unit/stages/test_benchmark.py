@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from alignment import worker
+from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.export.worker import export
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ConfigError, DataError, ModelError, NonFiniteError, StageError
@@ -55,7 +56,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chained]:
     chain.run("sft", LORA, identity={"kind": "sft", "base": {"dtype": "float32"}, "arms": {}})
     sft = chain.inputs["sft"].path
     assert sft is not None
-    export(sft, chain.base, chain.folder / "exported", form="model", max_gap=1.0)
+    export(sft, chain.base, chain.folder / "exported", ExportOptions(form="model", max_gap=1.0))
     shutil.copytree(chain.base, chain.folder / "twin")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", str(chain.folder / "datasets"))

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment.commands.add_tokens.worker import add_tokens, main
+from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.export.worker import export
 from alignment.config.adapter import AdapterConfig
 from alignment.config.model import NEW_TOKENS
@@ -65,7 +66,7 @@ def test_they_survive_training_by_adapter_and_export(tmp_path: Path) -> None:
     trained = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base), str(next(artifact.glob("adapters/*")))
     )
-    export(artifact, base, tmp_path / "out", form="model", max_gap=0.01)
+    export(artifact, base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(TOKENS[0], add_special_tokens=False)["input_ids"] == [token]
     asked = torch.tensor([[5, token, 7, 2]])

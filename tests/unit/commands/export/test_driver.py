@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from alignment.commands.export.driver import export
+from alignment.commands.export.export_options import ExportOptions
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, ModelError
 
@@ -30,7 +31,7 @@ def artifact(tmp_path: Path) -> Callable[..., Path]:
 def _refused(result: object, tmp_path: Path, *, to: str | None = None) -> AlignmentError:
     with pytest.raises(AlignmentError) as caught:
         export(
-            Console(), str(result), to=to or str(tmp_path / "out"), form="model", max_gap=0.01, output=tmp_path / "none"
+            Console(), str(result), to=to or str(tmp_path / "out"), options=ExportOptions(), output=tmp_path / "none"
         )
     return caught.value
 

@@ -13,7 +13,9 @@ from peft import PeftModel, TaskType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from alignment.commands.export.worker import export, gap_between, main
+from alignment.commands.export.comparing import gap_between
+from alignment.commands.export.export_options import ExportOptions
+from alignment.commands.export.worker import export, main
 from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.core.errors import ArtifactError, ModelError
@@ -59,7 +61,7 @@ def _trained(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_policy_becomes_a_plain_model(tmp_path: Path, base: Lineage, kind: AdapterKind) -> None:
     said, saved = _trained(tmp_path, base, kind)
-    told = export(saved.path, base.base, tmp_path / "out", form="model", max_gap=0.01)
+    told = export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=IDS).logits
     close(again, said, rtol=1e-4, atol=1e-4)
@@ -78,7 +80,7 @@ def test_an_exported_model_stops_where_it_stopped_here(tmp_path: Path, base: Lin
     file = base.base / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [0, 9]}))
     _, saved = _trained(tmp_path, base, kind)
-    export(saved.path, base.base, tmp_path / "out", form="model", max_gap=0.01)
+    export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [0, 2, 9]
 
 
@@ -86,7 +88,7 @@ def test_stacked_adapters_become_one_model(tmp_path: Path, base: Lineage) -> Non
     _, saved = _trained(tmp_path, base, AdapterKind.qlora)
     found = lineage(tiny_spec(tmp_path, DpoConfig(), base_path=base.base), saved)
     said, saved = _trained(tmp_path, found, AdapterKind.qlora, Chain.stack)
-    export(saved.path, base.base, tmp_path / "out", form="model", max_gap=0.01)
+    export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=IDS).logits
     close(again, said, rtol=1e-4, atol=1e-4)
@@ -94,7 +96,7 @@ def test_stacked_adapters_become_one_model(tmp_path: Path, base: Lineage) -> Non
 
 def test_an_adapter_stays_one(tmp_path: Path, base: Lineage) -> None:
     said, saved = _trained(tmp_path, base, AdapterKind.lora)
-    export(saved.path, base.base, tmp_path / "out", form="adapter", max_gap=0.01)
+    export(saved.path, base.base, tmp_path / "out", ExportOptions(form="adapter", max_gap=0.01))
     with torch.no_grad():
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.base), tmp_path / "out")
         close(model(input_ids=IDS).logits, said, rtol=1e-5, atol=1e-5)
@@ -108,7 +110,7 @@ def test_adapters_on_adapters_are_no_adapter_of_the_base(tmp_path: Path, base: L
     found = lineage(tiny_spec(tmp_path, DpoConfig(), base_path=base.base), saved)
     _, saved = _trained(tmp_path, found, AdapterKind.lora)
     with pytest.raises(ModelError, match=r"1-dpo on 0-sft on path:tiny.*\n.*export it as a model"):
-        export(saved.path, base.base, tmp_path / "out", form="adapter", max_gap=0.01)
+        export(saved.path, base.base, tmp_path / "out", ExportOptions(form="adapter", max_gap=0.01))
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
 
@@ -116,7 +118,7 @@ def test_adapters_on_adapters_are_no_adapter_of_the_base(tmp_path: Path, base: L
 @pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.lora])
 def test_a_reward_model_becomes_a_sequence_classifier(tmp_path: Path, base: Lineage, kind: AdapterKind) -> None:
     saved = tiny_reward(tmp_path, AdapterConfig(kind=kind, rank=4), found=base, identity=IDENTITY)
-    told = export(saved.path, base.base, tmp_path / "out", form="model", max_gap=0.01)
+    told = export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
     spec = tiny_spec(tmp_path, DpoConfig(), base_path=base.base)
     with torch.no_grad():
         ours = scalar_scores(load_reward_model(spec, saved, device=CPU), stream([IDS[0].tolist()], CPU))
@@ -132,7 +134,7 @@ def test_a_reward_model_is_no_adapter(tmp_path: Path, base: Lineage) -> None:
     with pytest.raises(
         ModelError, match=r"an adapter cannot hold the head of a reward model and its offset\n.*export it as a model"
     ):
-        export(saved.path, base.base, tmp_path / "out", form="adapter", max_gap=0.01)
+        export(saved.path, base.base, tmp_path / "out", ExportOptions(form="adapter", max_gap=0.01))
     assert not (tmp_path / "out").exists()
 
 
@@ -151,16 +153,16 @@ def test_a_prefix_is_an_adapter_and_no_model(tmp_path: Path, base: Lineage) -> N
     spec = tiny_spec(tmp_path, SftConfig(adapter=adapter), base_path=base.base, identity=IDENTITY)
     saved = publish_tiny(spec, model, base)
     with pytest.raises(ModelError, match="a prefix cannot be merged"):
-        export(saved.path, base.base, tmp_path / "out", form="model", max_gap=0.01)
+        export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
     with pytest.warns(FutureWarning, match="past_key_values"):  # PEFT names it so
-        told = export(saved.path, base.base, tmp_path / "out", form="adapter", max_gap=0.01)
+        told = export(saved.path, base.base, tmp_path / "out", ExportOptions(form="adapter", max_gap=0.01))
     assert "loaded by PEFT" in told
 
 
 def test_too_wide_a_gap_is_refused(tmp_path: Path, base: Lineage) -> None:
     _, saved = _trained(tmp_path, base, AdapterKind.lora)
     with pytest.raises(ModelError, match=r"more than -1\n.*--max-gap"):
-        export(saved.path, base.base, tmp_path / "out", form="model", max_gap=-1.0)
+        export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=-1.0))
     assert not (tmp_path / "out").exists()
 
 
@@ -169,7 +171,7 @@ def test_a_damaged_artifact_is_not_exported(tmp_path: Path, base: Lineage) -> No
     file = saved.path / "adapters/0-sft/adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     with pytest.raises(ArtifactError, match="content differs"):
-        export(saved.path, base.base, tmp_path / "out", form="model", max_gap=0.01)
+        export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
 
 
 def _damage(file: Path, part: str) -> None:
@@ -208,12 +210,12 @@ def test_what_was_written_wrong_is_not_exported(
         _damage(Path(folder) / "adapter_model.safetensors", "lora_B")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
-    monkeypatch.setattr("alignment.commands.export.worker.shutil.copytree", copy)
+    monkeypatch.setattr("alignment.commands.export.as_adapter.shutil.copytree", copy)
     told = "adapter" if form == "adapter" else "model"
     with pytest.raises(
         ModelError, match=r"the written model's outputs differ by .* from the expected ones; nothing was exported"
     ):
-        export(saved.path, base.base, tmp_path / "out", form=told, max_gap=0.01)
+        export(saved.path, base.base, tmp_path / "out", ExportOptions(form=told, max_gap=0.01))
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
 

@@ -1,0 +1,49 @@
+"""``--as adapter``: the one adapter of a policy for PEFT, on its base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from alignment.commands.export.comparing import logprobs, refuse_differences, stream_logprobs
+from alignment.commands.export.exported import ExportedResult
+from alignment.core.artifacts import REWARD_MODEL
+from alignment.core.errors import ModelError
+from alignment.models.assembly.adapters import put_back
+from alignment.models.assembly.load import load_policy
+
+
+def write_adapter(result: ExportedResult, folder: Path) -> list[str]:
+    """Copies the adapter's folder as PEFT wrote it; it must be the only difference between the base and the policy.
+
+    Raises:
+        ModelError: the result is not one adapter on a public base, or it gives other outputs when PEFT loads it.
+    """
+    lineage = result.lineage
+    if result.manifest.kind == REWARD_MODEL:
+        raise ModelError(
+            "an adapter cannot hold the head of a reward model and its offset", remedy="export it as a model"
+        )
+    if len(lineage.adapters) != 1 or lineage.source == "self":
+        stack = " on ".join(adapter.path.name for adapter in reversed(lineage.adapters)) or "no adapter"
+        raise ModelError(
+            f"it is not a single adapter on a public base, but {stack} on {lineage.source}",
+            remedy="export it as a model",
+        )
+    shutil.copytree(lineage.adapters[0].path, folder)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    of_hub = lineage.source.partition(":")[2].partition("@")[0]
+    config["base_model_name_or_path"] = str(lineage.base) if lineage.source.startswith("path:") else of_hub
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    original = put_back(load_policy(lineage.weights, torch.float32), [lineage.adapters[0].path], trainable=False)
+    expected = stream_logprobs(original.get_base_model(), result.rows)
+    again = PeftModel.from_pretrained(load_policy(lineage.weights, torch.float32), str(folder)).eval()
+    refuse_differences(logprobs(again, result.rows), expected, folder)
+    notes = ["loaded by PEFT on its base, it gives the same outputs on the fixed rows"]
+    if lineage.adapters[0].nf4:
+        notes.append("it was trained on weights in four bits (NF4, double quantisation): load its base in the same way")
+    return notes

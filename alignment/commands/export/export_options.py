@@ -1,0 +1,99 @@
+"""The options of an export, which ``align export`` hands to its worker."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from alignment.core.errors import ConfigError
+
+GGUF = "gguf"
+FORMS = ("model", "adapter", GGUF)
+GGUF_TYPES = ("f16", "bf16", "q8_0", "f32")
+"""Types of the weights in a GGUF file; the first is the default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """``max_gap`` is a mean KL per token in nats; the options below it are those of a GGUF file alone.
+
+    ``llama_python`` is an interpreter with llama-cpp-python, by which the file is read too. ``has_modelfile`` asks for
+    Ollama's Modelfile.
+    """
+
+    form: str = "model"
+    max_gap: float = 0.01
+    dtype: str | None = None
+    llama_python: str | None = None
+    has_modelfile: bool = True
+
+    def refuse_unused(self) -> None:
+        """An option that the form does not use is a mistake.
+
+        Raises:
+            ConfigError: an option of GGUF files stands beside another form.
+        """
+        unused = {"--dtype": self.dtype, "--llama-python": self.llama_python, "--no-modelfile": not self.has_modelfile}
+        for name, value in unused.items():
+            if value and self.form != GGUF:
+                raise ConfigError(
+                    f"is an option of --as {GGUF}", where=name, remedy=f"leave it out, or add --as {GGUF}"
+                )
+
+    @property
+    def as_arguments(self) -> list[str]:
+        """The same options on a command line."""
+        arguments = ["--as", self.form, "--max-gap", str(self.max_gap)]
+        arguments += [] if self.dtype is None else ["--dtype", self.dtype]
+        arguments += [] if self.llama_python is None else ["--llama-python", self.llama_python]
+        return arguments if self.has_modelfile else [*arguments, "--no-modelfile"]
+
+
+def add_form_arguments(parser: argparse.ArgumentParser) -> None:
+    """The form, and options of forms."""
+    parser.add_argument(
+        "--as",
+        dest="form",
+        choices=FORMS,
+        default="model",
+        help="adapters merged into whole weights (default), the one adapter on its base, or a GGUF file for llama.cpp "
+        "and Ollama",
+    )
+    parser.add_argument(
+        "--max-gap",
+        type=float,
+        default=0.01,
+        metavar="NATS",
+        help="mean KL a token that merging may cause by rounding, and the type of a GGUF file once more (default: "
+        "0.01)",
+    )
+    parser.add_argument("--dtype", choices=GGUF_TYPES, help=f"type of a GGUF file's weights (default: {GGUF_TYPES[0]})")
+    parser.add_argument(
+        "--llama-python",
+        metavar="PATH",
+        help="an interpreter with llama-cpp-python, which reads the GGUF file too (default: the environment variable "
+        "ALIGNMENT_LLAMA_CPP_PYTHON, or none)",
+    )
+    parser.add_argument(
+        "--no-modelfile",
+        dest="has_modelfile",
+        action="store_false",
+        help="write the GGUF file without Ollama's Modelfile",
+    )
+
+
+def options_of(arguments: argparse.Namespace) -> ExportOptions:
+    """The options that were given.
+
+    Raises:
+        ConfigError: see ``ExportOptions.refuse_unused``.
+    """
+    options = ExportOptions(
+        form=arguments.form,
+        max_gap=arguments.max_gap,
+        dtype=arguments.dtype,
+        llama_python=arguments.llama_python,
+        has_modelfile=arguments.has_modelfile,
+    )
+    options.refuse_unused()
+    return options

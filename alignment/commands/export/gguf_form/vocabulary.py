@@ -1,0 +1,188 @@
+"""A tokenizer as metadata of a GGUF file: byte-level BPE, as llama.cpp's tokenizer ``gpt2`` reads it.
+
+llama.cpp has no field for a pre-tokenizer's rule; it has a list of names whose rules it knows. With
+a rule that is none of these, texts would be cut into other tokens than in training, so it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+
+from alignment.commands.export.gguf_form.architectures import Metadata
+from alignment.core.errors import ModelError
+from alignment.data.tokens.rendering import prompt_text
+from alignment.data.tokens.tokenize import front, turn_end_id
+from alignment.data.turns import Message
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+_LLAMA3_RULE = _WORDS + r"|\p{N}{1,3}" + _REST
+_QWEN2_RULE = _WORDS + r"|\p{N}" + _REST
+_OF_SPLIT = {_LLAMA3_RULE: "llama-bpe", _QWEN2_RULE: "qwen2"}
+"""The rules of a ``Split`` in tokenizer.json, and llama.cpp's names for them."""
+
+_KNOWN = "llama.cpp's rules gpt-2, smollm, llama-bpe and qwen2 are known here"
+_PLAIN = {"lstrip", "rstrip", "single_word"}
+"""Properties of an added token that llama.cpp does not apply."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vocabulary:
+    """``stops`` are the texts of the tokens that end an answer; ``adds_bos``: llama.cpp puts BOS in front of a text.
+
+    ``notes`` are sentences about what a GGUF file cannot say.
+    """
+
+    metadata: Metadata
+    stops: list[str]
+    adds_bos: bool
+    notes: list[str]
+
+
+def vocabulary(tokenizer: Any, size: int, stops: Sequence[int]) -> Vocabulary:
+    """The tokenizer's metadata for a model with ``size`` rows of embeddings that ends answers at ``stops``.
+
+    Raises:
+        ModelError: llama.cpp would not cut texts into the same tokens.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError("the tokenizer is not one of the library tokenizers", remedy=_UNKNOWN_REMEDY)
+    described = json.loads(backend.to_str())
+    rule = pre_tokenizer(described)
+    _refuse_other_forms(described)
+    texts, types = _tokens(described, size)
+    ends, notes = _ends(tokenizer, stops)
+    adds_bos = _adds_bos(tokenizer)
+    merges = described["model"]["merges"]
+    metadata: Metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": rule,
+        "tokenizer.ggml.tokens": texts,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in merges],
+        **_named(bos=tokenizer.bos_token_id, unknown=tokenizer.unk_token_id, padding=tokenizer.pad_token_id),
+        **ends,
+        "tokenizer.ggml.add_bos_token": adds_bos,
+        "tokenizer.ggml.add_eos_token": False,
+    }
+    if tokenizer.chat_template:
+        metadata["tokenizer.chat_template"] = tokenizer.chat_template
+    if described["normalizer"]:
+        notes.append("llama.cpp does not normalise texts (NFC), as this tokenizer does: send texts in that form")
+    return Vocabulary(metadata=metadata, stops=[texts[token] for token in stops], adds_bos=adds_bos, notes=notes)
+
+
+# ---- how texts are cut ----------------------------------------------------------------------------------------------
+
+_UNKNOWN_REMEDY = "export it as a model (--as model)"
+
+
+def pre_tokenizer(described: Mapping[str, Any]) -> str:
+    """llama.cpp's name for the rule by which a tokenizer.json cuts texts into words.
+
+    Raises:
+        ModelError: it has no name, as far as is known here.
+    """
+    outer = described["pre_tokenizer"] or {"type": "nothing"}
+    steps = outer["pretokenizers"] if outer["type"] == "Sequence" else [outer]
+    match [_without_defaults(step) for step in steps]:
+        case [{"type": "ByteLevel"}]:
+            return "gpt-2"
+        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]:
+            return "smollm"
+        case [
+            {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated"},
+            {"type": "ByteLevel", "use_regex": False},
+        ] if rule in _OF_SPLIT:
+            return _OF_SPLIT[rule]
+    raise ModelError(
+        f"the tokenizer cuts texts by {json.dumps(outer, ensure_ascii=False)}, and {_KNOWN}", remedy=_UNKNOWN_REMEDY
+    )
+
+
+def _without_defaults(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A step without what changes no token: offsets, and values that are off or usual."""
+    usual = {"trim_offsets": step.get("trim_offsets"), "add_prefix_space": False, "use_regex": True, "invert": False}
+    return {name: value for name, value in step.items() if name not in usual or value != usual[name]}
+
+
+def _refuse_other_forms(described: Mapping[str, Any]) -> None:
+    model, normalizer = described["model"], described["normalizer"]
+    rule = pre_tokenizer(described)
+    faults = [f"it is {model['type']}"] if model["type"] != "BPE" else []
+    faults += [
+        f"{name} is {model[name]!r}"
+        for name in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+        if model.get(name)
+    ]
+    if bool(model.get("ignore_merges")) != (rule == "llama-bpe"):
+        faults.append(f"ignore_merges is {model.get('ignore_merges')} with {rule}")
+    if normalizer and normalizer != {"type": "NFC"}:
+        faults.append(f"it normalises texts by {json.dumps(normalizer, ensure_ascii=False)}")
+    faults += [
+        f"the token {token['content']!r} has {name}"
+        for token in described["added_tokens"]
+        for name in sorted(_PLAIN)
+        if token[name]
+    ]
+    if faults:
+        raise ModelError(f"llama.cpp would cut texts otherwise than the tokenizer: {faults[0]}", remedy=_UNKNOWN_REMEDY)
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def _tokens(described: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Texts and types by id; rows of embeddings beyond the tokenizer's have types that nothing is cut into."""
+    texts = {number: text for text, number in described["model"]["vocab"].items()}
+    types = dict.fromkeys(texts, gguf.TokenType.NORMAL)
+    for token in described["added_tokens"]:
+        texts[token["id"]] = token["content"]
+        types[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
+    if max(texts) >= size:
+        raise ModelError(f"the tokenizer has the token {max(texts)}, and the model has {size} rows of embeddings")
+    return (
+        [texts.get(number, f"[unused {number}]") for number in range(size)],
+        [int(types.get(number, gguf.TokenType.UNUSED)) for number in range(size)],
+    )
+
+
+def _ends(tokenizer: Any, stops: Sequence[int]) -> tuple[Metadata, list[str]]:
+    """The fields of the tokens that end an answer. GGUF has three: EOS, the end of a turn, the end of a message."""
+    turn_end = turn_end_id(tokenizer) if tokenizer.chat_template else None
+    others = [token for token in stops if token not in (tokenizer.eos_token_id, turn_end)]
+    ends = _named(eos=tokenizer.eos_token_id, eot=turn_end, eom=others[0] if others else None)
+    if not others[1:]:
+        return ends, []
+    beyond = ", ".join(tokenizer.convert_ids_to_tokens(others[1:]))
+    return ends, [f"GGUF has fields for three tokens that end an answer; stop at {beyond} too"]
+
+
+def _named(**ids: int | None) -> Metadata:
+    return {f"tokenizer.ggml.{name}_token_id": number for name, number in ids.items() if number is not None}
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Whether llama.cpp should put BOS in front of texts.
+
+    Chats were trained as the template writes them. If it writes BOS itself, llama.cpp's server and the Modelfile leave
+    that one out, so there is always exactly one. If it writes none, there must be none.
+    """
+    if front(tokenizer) not in ((), (tokenizer.bos_token_id,)):
+        raise ModelError(
+            f"the tokenizer puts {tokenizer.convert_ids_to_tokens(front(tokenizer))} in front of texts; "
+            "llama.cpp can put BOS there, or nothing"
+        )
+    return bool(front(tokenizer)) and all(text.startswith(tokenizer.bos_token) for text in _prompts(tokenizer))
+
+
+def _prompts(tokenizer: Any) -> Iterator[str]:
+    if tokenizer.chat_template:
+        yield prompt_text(tokenizer, [Message(role="user", content="Hi.")])
