@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from alignment.config.adapter import AdapterConfig
@@ -69,6 +70,7 @@ _SIZES = {
 _CONFIGS: Mapping[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
     "mistral": MistralConfig,
     "gemma": GemmaConfig,
     "gpt2": GPT2Config,
@@ -77,6 +79,7 @@ _CONFIGS: Mapping[str, type[PreTrainedConfig]] = {
 _EXTRAS: Mapping[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
     "qwen2": {"tie_word_embeddings": False},
+    "qwen3": {"tie_word_embeddings": True, "head_dim": 128},
     "mistral": {"sliding_window": None, "tie_word_embeddings": False},
     "gemma": {"head_dim": 8},
     "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
@@ -143,11 +146,20 @@ def pythia_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny_model(
-    folder: Path, *, architecture: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None, seed: int = 0
+    folder: Path,
+    *,
+    architecture: str = "llama",
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    seed: int = 0,
+    **changes: Any,
 ) -> Path:
-    """A model folder with config, safetensors and tokenizer, as a user would have one; returns ``folder``."""
+    """A model folder with config, safetensors and tokenizer, as a user would have one; returns ``folder``.
+
+    ``changes`` replace settings of the model.
+    """
     tokenizer = tokenizer or tiny_tokenizer()
-    tiny_model(architecture, seed=seed, vocab_size=len(tokenizer)).save_pretrained(str(folder))
+    sizes = {"vocab_size": len(tokenizer), **changes}
+    tiny_model(architecture, seed=seed, **sizes).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     return folder
 

@@ -84,7 +84,11 @@ def merged_policy(
     if not result.lineage.adapters:
         return merged, expected, []
     gap = gap_between(_logprobs_as_trained(result), expected)
-    note = f"merging changed log-probabilities by at most {gap.largest:.3g}, {gap.mean_kl:.2g} nats of KL per token"
+    widened = ", and computing in float32 where training computed in bfloat16," if dtype != DTYPES[result.dtype] else ""
+    note = (
+        f"merging{widened} changed log-probabilities by at most {gap.largest:.3g}, {gap.mean_kl:.2g} nats of KL per "
+        "token"
+    )
     if gap.mean_kl > max_gap:
         raise ModelError(
             f"{note}, more than {max_gap:g}",

@@ -7,13 +7,14 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from alignment.commands.export.export_options import GGUF
 from alignment.commands.export.provenance import Judged, Provenance, Remembered, Step, Tabled, without_folders
 from alignment.core.artifacts import POLICY, REWARD_MODEL, Manifest
 from alignment.pipeline.sources import bundled_model
 from alignment.records.evaluation import Comparison, Evaluation
 from alignment.records.interval import Interval
 
-_LIBRARY = {"model": "transformers", "adapter": "peft"}
+_LIBRARY = {"model": "transformers", "adapter": "peft", GGUF: "gguf"}
 _CLASS = {POLICY: "AutoModelForCausalLM", REWARD_MODEL: "AutoModelForSequenceClassification"}
 _TASK = {POLICY: "text-generation", REWARD_MODEL: "text-classification"}
 _OF_OPTIM = ("lr", "batch_size", "epochs", "max_steps", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm")
@@ -26,12 +27,14 @@ _ELSEWHERE = ("kind", "adapter", "optim", "data")
 """Settings of a stage that have their own lines."""
 
 
-def model_card(manifest: Manifest, origin: Provenance, *, form: str, notes: Sequence[str]) -> str:
-    """Markdown with a header for model hubs; ``notes`` are sentences about this export."""
+def model_card(
+    manifest: Manifest, origin: Provenance, *, form: str, notes: Sequence[str], files: Sequence[str] = ()
+) -> str:
+    """Markdown with a header for model hubs; ``notes`` are sentences about this export, ``files`` its files."""
     sections = [
         _header(manifest, origin, form),
         _opening(manifest, origin),
-        ["```python", *_usage(manifest, form), "```"],
+        _usage(manifest, form, files),
         [f"- {note}" for note in notes],
         ["## What was measured", "", *_measured(manifest, origin)],
         ["## Intended use and limits", "", *_limits(manifest, origin)],
@@ -93,7 +96,20 @@ def _licence(manifest: Manifest) -> str:
     return "that of the base and of the data applies; neither is recorded here."
 
 
-def _usage(manifest: Manifest, form: str) -> list[str]:
+def _usage(manifest: Manifest, form: str, files: Sequence[str]) -> list[str]:
+    if form == GGUF:
+        return ["```console", *_programs(manifest, files), "```"]
+    return ["```python", *_python(manifest, form), "```"]
+
+
+def _programs(manifest: Manifest, files: Sequence[str]) -> list[str]:
+    """Commands for a folder with a GGUF file."""
+    (file,) = (name for name in files if name.endswith(".gguf"))
+    ollama = [f"$ ollama create {manifest.stage} -f Modelfile", f"$ ollama run {manifest.stage}"]
+    return [*(ollama if "Modelfile" in files else []), f"$ llama-server --model {file} --jinja"]
+
+
+def _python(manifest: Manifest, form: str) -> list[str]:
     kind = _CLASS[manifest.kind]
     if form == "adapter":
         return [

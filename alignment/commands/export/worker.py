@@ -12,6 +12,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_form_arguments(parser)
     parser.add_argument("--run", help="the run whose evaluation the card describes, if several runs have this artifact")
     given = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b.*")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -89,7 +91,8 @@ def _write(result: ExportedResult, folder: Path, options: ExportOptions) -> list
 def _describe(result: ExportedResult, folder: Path, *, form: str, notes: Sequence[str], run: str | None) -> None:
     """Writes the card and the manifests of all stages on the way, without folders of this machine."""
     origin = provenance(result.artifact, result.manifest, run)
-    card = model_card(result.manifest, origin, form=form, notes=notes)
+    files = sorted(file.name for file in folder.iterdir())
+    card = model_card(result.manifest, origin, form=form, notes=notes, files=files)
     (folder / "README.md").write_text(card, encoding="utf-8")
     steps = [_lineage(step.manifest) for step in origin.steps]
     (folder / "lineage.json").write_text(

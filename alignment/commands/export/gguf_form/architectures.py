@@ -6,7 +6,7 @@ lists them. Only what is tested is written; everything else is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +33,23 @@ class Architecture:
     interleaved: bool
     without: tuple[str, ...] = ()
     """Settings that must be off, because the weights or layers that they bring were not tested."""
+    head_dim_when_read: Callable[[PreTrainedConfig], int] | None = None
+    """The only width of a head with which transformers can read the file, where it ignores the file's own."""
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(arch=gguf.MODEL_ARCH.LLAMA, interleaved=True, without=("attention_bias", "mlp_bias")),
-    "qwen2": Architecture(arch=gguf.MODEL_ARCH.QWEN2, interleaved=False, without=("use_sliding_window",)),
+    "qwen2": Architecture(
+        arch=gguf.MODEL_ARCH.QWEN2,
+        interleaved=False,
+        without=("use_sliding_window",),
+        head_dim_when_read=lambda config: config.hidden_size // config.num_attention_heads,
+    ),
     "qwen3": Architecture(
-        arch=gguf.MODEL_ARCH.QWEN3, interleaved=False, without=("attention_bias", "use_sliding_window")
+        arch=gguf.MODEL_ARCH.QWEN3,
+        interleaved=False,
+        without=("attention_bias", "use_sliding_window"),
+        head_dim_when_read=lambda _: 128,
     ),
 }
 
@@ -59,6 +69,8 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     faults += [f"hidden_act: {config.hidden_act}"] if config.hidden_act != "silu" else []
     faults += [f"rope_type: {rope['rope_type']}"] if rope.get("rope_type", "default") != "default" else []
     faults += ["partial_rotary_factor"] if rope.get("partial_rotary_factor", 1.0) != 1.0 else []
+    readable = architecture.head_dim_when_read
+    faults += [f"head_dim: {head_dim(config)}"] if readable and head_dim(config) != readable(config) else []
     if faults:
         raise ModelError(
             f"{config.model_type} with {', '.join(faults)} has no GGUF form here; {works} without such settings",

@@ -87,5 +87,13 @@ def _quantized(name: str, weight: Tensor, wanted: gguf.GGMLQuantizationType) -> 
     largest = float(np.abs(values).max())
     if wanted == gguf.GGMLQuantizationType.F16 and largest > _LARGEST_F16:
         raise ModelError(f"{name} has a weight of {largest:.3g}, more than float16 can hold", remedy="add --dtype bf16")
-    quantized: np.ndarray[Any, Any] = gguf.quantize(values, wanted)
-    return quantized
+    return np.ascontiguousarray(gguf.quantize(values, wanted)).view(_Written)
+
+
+class _Written(np.ndarray[Any, Any]):
+    """An array whose failed write has the system's error: that of numpy's ``tofile`` does not say that a disk is full,
+    and a few bytes are lost without any error."""
+
+    def tofile(self, file: Any, *_: Any, **__: Any) -> None:
+        """Writes the bytes."""
+        file.write(self.data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +37,8 @@ def gap_of_file(file: Path, rows: Sequence[list[int]], expected: Tensor, *, dtyp
     Raises:
         ModelError: in f32 it gives other outputs; in another type the gap is larger than ``max_gap``.
     """
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32).eval()
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers draws its progress whatever its settings are
+        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32).eval()
     actual = logprobs(model, rows)
     if dtype == "f32":
         refuse_differences(actual, expected, file)

@@ -24,10 +24,17 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+"
 _LLAMA3_RULE = _WORDS + r"|\p{N}{1,3}" + _REST
 _QWEN2_RULE = _WORDS + r"|\p{N}" + _REST
-_OF_SPLIT = {_LLAMA3_RULE: "llama-bpe", _QWEN2_RULE: "qwen2"}
-"""The rules of a ``Split`` in tokenizer.json, and llama.cpp's names for them."""
+_BYTES = {"type": "ByteLevel"}
+_RULES = {
+    "gpt-2": [_BYTES],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES],
+    **{
+        name: [{"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated"}, {**_BYTES, "use_regex": False}]
+        for name, rule in (("llama-bpe", _LLAMA3_RULE), ("qwen2", _QWEN2_RULE))
+    },
+}
+"""llama.cpp's names of rules, and the steps in tokenizer.json that cut in the same way, without usual values."""
 
-_KNOWN = "llama.cpp's rules gpt-2, smollm, llama-bpe and qwen2 are known here"
 _PLAIN = {"lstrip", "rstrip", "single_word"}
 """Properties of an added token that llama.cpp does not apply."""
 
@@ -91,23 +98,18 @@ def pre_tokenizer(described: Mapping[str, Any]) -> str:
         ModelError: it has no name, as far as is known here.
     """
     outer = described["pre_tokenizer"] or {"type": "nothing"}
-    steps = outer["pretokenizers"] if outer["type"] == "Sequence" else [outer]
-    match [_without_defaults(step) for step in steps]:
-        case [{"type": "ByteLevel"}]:
-            return "gpt-2"
-        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]:
-            return "smollm"
-        case [
-            {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated"},
-            {"type": "ByteLevel", "use_regex": False},
-        ] if rule in _OF_SPLIT:
-            return _OF_SPLIT[rule]
+    steps = [_without_usual(step) for step in (outer["pretokenizers"] if outer["type"] == "Sequence" else [outer])]
+    for name, rule in _RULES.items():
+        if steps == rule:
+            return name
     raise ModelError(
-        f"the tokenizer cuts texts by {json.dumps(outer, ensure_ascii=False)}, and {_KNOWN}", remedy=_UNKNOWN_REMEDY
+        f"the tokenizer cuts texts by {json.dumps(outer, ensure_ascii=False)}; of llama.cpp's rules, "
+        f"{', '.join(_RULES)} are known here",
+        remedy=_UNKNOWN_REMEDY,
     )
 
 
-def _without_defaults(step: Mapping[str, Any]) -> dict[str, Any]:
+def _without_usual(step: Mapping[str, Any]) -> dict[str, Any]:
     """A step without what changes no token: offsets, and values that are off or usual."""
     usual = {"trim_offsets": step.get("trim_offsets"), "add_prefix_space": False, "use_regex": True, "invert": False}
     return {name: value for name, value in step.items() if name not in usual or value != usual[name]}
