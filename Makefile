@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.alignment-pipeline-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help align plan sweep preview status engine test test-device test-slurm test-engines mutations prove matrix model check format bench clean
+.PHONY: help align plan sweep preview status engine engine-llama test test-device test-slurm test-engines mutations prove matrix model check format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ engine:  ## build the environment of vLLM (3.4 GB), which samples and serves; it
 	$(PYTHON) -m venv $(ENGINES)/vllm
 	$(ENGINES)/vllm/bin/python -m pip install --quiet --disable-pip-version-check --requirement launch/engines/$(ENGINE).txt
 	$(ENGINES)/vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # pip takes builds that do not fit
+
+engine-llama:  ## build the environment of llama.cpp, which checks exported GGUF files (a quarter of an hour)
+	$(PYTHON) -m venv $(ENGINES)/llama-cpp
+	$(ENGINES)/llama-cpp/bin/python -m pip install --quiet --disable-pip-version-check --requirement launch/engines/llama-cpp.txt
 
 test: $(STAMP)  ## run the tests, on several cores at once
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup $(ARGS)

@@ -14,6 +14,7 @@ from alignment.commands.export.export_options import GGUF, ExportOptions
 from alignment.core.artifacts import POLICY, REWARD_MODEL, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.core.files import new_folder
+from alignment.engines.engine_environment import engines_folder
 from alignment.pipeline.backends import processes
 from alignment.pipeline.execute.stored_results import artifact_of, base_of
 
@@ -53,15 +54,16 @@ def export(console: Console, result: str, *, to: str, options: ExportOptions, ou
 
 
 def _with_llama_python(options: ExportOptions) -> ExportOptions:
-    """The options with the whole path of the interpreter that reads a GGUF file, if one was named."""
-    named = options.llama_python or os.environ.get(LLAMA_PYTHON)
-    if options.form != GGUF or not named:
+    """The options with the interpreter that reads a GGUF file too: one that was named, or that make engine-llama built."""
+    if options.form != GGUF:
         return options
-    path = shutil.which(Path(named).expanduser())
-    if path is None:
+    named = options.llama_python or os.environ.get(LLAMA_PYTHON)
+    built = engines_folder() / "llama-cpp" / "bin" / "python"
+    path = shutil.which(Path(named).expanduser()) if named else shutil.which(built)
+    if named and path is None:
         raise ConfigError(
             f"{named!r} is not a program",
             where="--llama-python" if options.llama_python else LLAMA_PYTHON,
             remedy="name bin/python of an environment with llama-cpp-python (make engine-llama builds one), or none",
         )
-    return replace(options, llama_python=str(Path(path).absolute()))
+    return replace(options, llama_python=None if path is None else str(Path(path).absolute()))

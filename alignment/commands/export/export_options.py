@@ -72,7 +72,7 @@ def add_form_arguments(parser: argparse.ArgumentParser) -> None:
         "--llama-python",
         metavar="PATH",
         help="an interpreter with llama-cpp-python, which reads the GGUF file too (default: the environment variable "
-        "ALIGNMENT_LLAMA_CPP_PYTHON, or none)",
+        "ALIGNMENT_LLAMA_CPP_PYTHON, or what make engine-llama built, if anything)",
     )
     parser.add_argument(
         "--no-modelfile",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from alignment.commands.export.driver import export
-from alignment.commands.export.export_options import ExportOptions
+from alignment.commands.export.export_options import ExportOptions, add_form_arguments, options_of
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, ModelError
 
@@ -66,3 +68,66 @@ def test_a_base_of_another_content_is_refused(tmp_path: Path, artifact: Callable
     (base / "model.safetensors").write_bytes(b"weights")
     folder = artifact(base={"source": f"path:{base}", "path": str(base), "content": "files-sha256:other"})
     assert "its content has changed" in str(_refused(folder, tmp_path))
+
+
+# ---- the interpreter that reads a GGUF file -------------------------------------------------------------------------
+
+
+def _argv(options: ExportOptions, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The worker's command line."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr("alignment.commands.export.driver.processes.call", lambda argv: commands.append(argv) or 1)
+    assert export(Console(), str(artifact), to=str(tmp_path / "out"), options=options, output=tmp_path) == 1
+    return commands[0]
+
+
+def test_an_interpreter_that_is_not_there_is_refused(
+    tmp_path: Path, artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = artifact(base={"source": "self"})
+    options = ExportOptions(form="gguf", llama_python=str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"--llama-python: .*is not a program\n.*make engine-llama"):
+        export(Console(), str(folder), to=str(tmp_path / "out"), options=options, output=tmp_path)
+    monkeypatch.setenv("ALIGNMENT_LLAMA_CPP_PYTHON", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"ALIGNMENT_LLAMA_CPP_PYTHON: .*is not a program"):
+        export(Console(), str(folder), to=str(tmp_path / "out"), options=ExportOptions(form="gguf"), output=tmp_path)
+
+
+def test_the_interpreter_is_the_one_named_or_the_one_that_was_built(
+    tmp_path: Path, artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = artifact(base={"source": "self"})
+    monkeypatch.delenv("ALIGNMENT_LLAMA_CPP_PYTHON", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    gguf = ExportOptions(form="gguf")
+    assert "--llama-python" not in _argv(gguf, folder, tmp_path, monkeypatch)
+    built = tmp_path / "cache" / "alignment" / "engines" / "llama-cpp" / "bin" / "python"
+    built.parent.mkdir(parents=True)
+    built.symlink_to(sys.executable)  # as in an environment, whose interpreter must not be followed to its origin
+    assert _argv(gguf, folder, tmp_path, monkeypatch)[-2:] == ["--llama-python", str(built)]
+    monkeypatch.setenv("ALIGNMENT_LLAMA_CPP_PYTHON", sys.executable)
+    assert _argv(gguf, folder, tmp_path, monkeypatch)[-2:] == ["--llama-python", sys.executable]
+    assert "--llama-python" not in _argv(ExportOptions(), folder, tmp_path, monkeypatch)
+
+
+def test_options_arrive_at_the_worker(
+    tmp_path: Path, artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = artifact(base={"source": "self"})
+    options = ExportOptions(form="gguf", max_gap=0.5, dtype="bf16", llama_python=sys.executable, has_modelfile=False)
+    argv = _argv(options, folder, tmp_path, monkeypatch)
+    parser = argparse.ArgumentParser()
+    add_form_arguments(parser)
+    assert options_of(parser.parse_args(argv[argv.index("--as") :])) == options
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [(["--dtype", "f16"], "--dtype"), (["--llama-python", "x"], "--llama-python"), (["--no-modelfile"], "--no-mod")],
+)
+@pytest.mark.parametrize("form", ["model", "adapter"])
+def test_an_option_of_gguf_files_is_refused_beside_another_form(form: str, more: list[str], name: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_form_arguments(parser)
+    with pytest.raises(ConfigError, match=rf"{name}.*: is an option of --as gguf\n"):
+        options_of(parser.parse_args(["--as", form, *more]))

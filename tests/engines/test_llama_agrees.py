@@ -1,0 +1,100 @@
+"""Greedy answers of the shipped model to held-out prompts: ours in float32 against llama.cpp's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from alignment.commands.export.gguf_form.architectures import model_metadata
+from alignment.commands.export.gguf_form.gguf_file import file_metadata, write_file
+from alignment.commands.export.gguf_form.llama_cpp_check import ask
+from alignment.commands.export.gguf_form.vocabulary import vocabulary
+from alignment.data.tokens.tokenize import end_ids, prompt_ids
+from alignment.data.tokens.tokenizer import load_tokenizer
+from alignment.data.turns import Message
+from alignment.models.forward.generate import generate
+from alignment.pipeline.sources import bundled_model
+
+pytestmark = pytest.mark.engines
+
+HELD_OUT = Path(__file__).parents[2] / "data" / "quickstart" / "heldout.jsonl"
+PROMPTS, TOKENS, SHARE = 100, 32, 0.98
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[Any, Any]:
+    """The shipped model in float32 and its tokenizer."""
+    entry = bundled_model.lookup("smollm2-135m")
+    if not bundled_model.is_ready(entry):
+        pytest.skip("the shipped model is not on this machine; `make model` fetches it")
+    folder = bundled_model.folder(entry)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(model: tuple[Any, Any]) -> list[list[int]]:
+    """Held-out prompts of the quickstart, as the model is asked them."""
+    rows = [json.loads(line)["messages"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()[:PROMPTS]]
+    return [prompt_ids(model[1], [Message(**turn) for turn in row if turn["role"] != "assistant"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def ours(model: tuple[Any, Any], prompts: list[list[int]]) -> list[list[int]]:
+    """Our greedy answers."""
+    stops = sorted(end_ids(model[1]))
+    return generate(model[0], prompts, max_new_tokens=TOKENS, end_ids=stops, batch_size=16)
+
+
+@pytest.mark.parametrize(("dtype", "wide_cache"), [("f32", True), ("f16", False)])
+def test_answers_agree(
+    tmp_path: Path,
+    llama_python: Path,
+    model: tuple[Any, Any],
+    prompts: list[list[int]],
+    ours: list[list[int]],
+    dtype: str,
+    wide_cache: bool,
+) -> None:
+    """f16 with llama.cpp's usual cache, whose keys and values are f16 too."""
+    policy, tokenizer = model
+    stops = sorted(end_ids(tokenizer))
+    words = vocabulary(tokenizer, policy.config.vocab_size, stops)
+    metadata = {**model_metadata(policy.config), **file_metadata(dtype), **words.metadata}
+    file = tmp_path / f"model-{dtype}.gguf"
+    write_file(file, policy, metadata, dtype)
+    texts = [tokenizer.decode(prompt) for prompt in prompts]
+    request = {"prompts": prompts, "texts": texts, "max_new_tokens": TOKENS, "stops": stops, "wide_cache": wide_cache}
+    reply = ask(llama_python, file, **request)
+    assert reply["ids"] == prompts, "the texts of all prompts are cut into the tokens of training"
+    differences = [
+        _difference(index, prompt, answer, other, margins, model)
+        for index, (prompt, answer, other, margins) in enumerate(
+            zip(prompts, ours, reply["answers"], reply["margins"], strict=True)
+        )
+        if answer != other
+    ]
+    equal = 1 - len(differences) / len(prompts)
+    print(f"\n{dtype}: {equal:.1%} of {len(prompts)} answers of {TOKENS} tokens are equal", *differences, sep="\n")
+    assert equal >= SHARE
+
+
+def _difference(
+    index: int, prompt: list[int], answer: list[int], other: list[int], margins: list[list[float]], model: Any
+) -> str:
+    """The first tokens that differ, and how much likelier each side finds its own, in nats."""
+    at = next(at for at, (one, two) in enumerate(zip(answer, other, strict=False)) if one != two)
+    with torch.no_grad():
+        logits = model[0](input_ids=torch.tensor([prompt + answer[:at]])).logits[0, -1]
+    mine, yours = answer[at], other[at]
+    second, behind = margins[at]
+    tokens = model[1].convert_ids_to_tokens([mine, yours])
+    return (
+        f"prompt {index}, token {at}: {tokens[0]!r} here, ahead of llama.cpp's by "
+        f"{float(logits[mine] - logits[yours]):.4f}; {tokens[1]!r} in llama.cpp, ahead of "
+        f"{'ours' if second == mine else 'a third'} by {behind:.4f}"
+    )
