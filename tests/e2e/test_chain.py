@@ -67,6 +67,10 @@ def test_a_result_is_exported_and_plain_transformers_reads_it(finished: Align, f
     assert f"written: {tmp_path / 'model'}" in printed
     assert "loaded by transformers, it gives the same outputs" in printed
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    printed = export("quickstart/dpo", "gguf", "--as", "gguf", "--max-gap", "0.1")
+    assert "f16 costs" in printed
+    AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="model-f16.gguf")
+    assert 'stop "<|im_end|>"' in (tmp_path / "gguf" / "Modelfile").read_text()
     assert "export it as a model" in export("quickstart/dpo", "adapter", "--as", "adapter", code=4)
     export("quickstart/sft", "adapter", "--as", "adapter")
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(finished.model), tmp_path / "adapter")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from alignment.pipeline.sources import bundled_model
 pytestmark = pytest.mark.engines
 
 HELD_OUT = Path(__file__).parents[2] / "data" / "quickstart" / "heldout.jsonl"
-PROMPTS, TOKENS, SHARE = 100, 32, 0.98
+PROMPTS, TOKENS = 100, 32
+TIE = 0.02
+"""Nats by which the likeliest token may be ahead where answers part. llama.cpp multiplies weights in f16 by states that
+it rounds to f16, which moves logits by some thousandths."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,9 @@ def ours(model: tuple[Any, Any], prompts: list[list[int]]) -> list[list[int]]:
     return generate(model[0], prompts, max_new_tokens=TOKENS, end_ids=stops, batch_size=16)
 
 
-@pytest.mark.parametrize(("dtype", "wide_cache"), [("f32", True), ("f16", False)])
+@pytest.mark.parametrize(
+    ("dtype", "wide_cache", "share"), [("f32", True, 0.98), ("f16", True, 0.95), ("f16", False, 0.95)]
+)
 def test_answers_agree(
     tmp_path: Path,
     llama_python: Path,
@@ -59,8 +65,9 @@ def test_answers_agree(
     ours: list[list[int]],
     dtype: str,
     wide_cache: bool,
+    share: float,
 ) -> None:
-    """f16 with llama.cpp's usual cache, whose keys and values are f16 too."""
+    """Answers may part only where two tokens are nearly equally likely; llama.cpp's usual cache is f16."""
     policy, tokenizer = model
     stops = sorted(end_ids(tokenizer))
     words = vocabulary(tokenizer, policy.config.vocab_size, stops)
@@ -79,22 +86,32 @@ def test_answers_agree(
         if answer != other
     ]
     equal = 1 - len(differences) / len(prompts)
-    print(f"\n{dtype}: {equal:.1%} of {len(prompts)} answers of {TOKENS} tokens are equal", *differences, sep="\n")
-    assert equal >= SHARE
+    cache = "f32" if wide_cache else "f16"
+    print(f"\n{dtype}, cache {cache}: {equal:.1%} of {len(prompts)} answers of {TOKENS} tokens are equal")
+    print(*(difference.text for difference in differences), sep="\n")
+    assert equal >= share
+    assert all(difference.ahead < TIE for difference in differences)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """Where two answers part; ``ahead`` is the larger of the distances by which each side prefers its own token."""
+
+    text: str
+    ahead: float
 
 
 def _difference(
     index: int, prompt: list[int], answer: list[int], other: list[int], margins: list[list[float]], model: Any
-) -> str:
-    """The first tokens that differ, and how much likelier each side finds its own, in nats."""
-    at = next(at for at, (one, two) in enumerate(zip(answer, other, strict=False)) if one != two)
+) -> Difference:
+    at = next(at for at, (ours, theirs) in enumerate(zip(answer, other, strict=False)) if ours != theirs)
     with torch.no_grad():
         logits = model[0](input_ids=torch.tensor([prompt + answer[:at]])).logits[0, -1]
-    mine, yours = answer[at], other[at]
-    second, behind = margins[at]
-    tokens = model[1].convert_ids_to_tokens([mine, yours])
-    return (
-        f"prompt {index}, token {at}: {tokens[0]!r} here, ahead of llama.cpp's by "
-        f"{float(logits[mine] - logits[yours]):.4f}; {tokens[1]!r} in llama.cpp, ahead of "
-        f"{'ours' if second == mine else 'a third'} by {behind:.4f}"
+    ahead_here = float(logits[answer[at]] - logits[other[at]])
+    second, ahead_there = margins[at]
+    tokens = model[1].convert_ids_to_tokens([answer[at], other[at], int(second)])
+    text = (
+        f"prompt {index}, token {at}: {tokens[0]!r} here, {ahead_here:.4f} nats ahead of {tokens[1]!r}; in llama.cpp "
+        f"that is {ahead_there:.4f} ahead of {tokens[2]!r}"
     )
+    return Difference(text=text, ahead=max(ahead_here, ahead_there))

@@ -54,7 +54,7 @@ def export(console: Console, result: str, *, to: str, options: ExportOptions, ou
 
 
 def _with_llama_python(options: ExportOptions) -> ExportOptions:
-    """The options with the interpreter that reads a GGUF file too: one that was named, or that make engine-llama built."""
+    """The options with the interpreter that reads a GGUF file too: one named, or that make engine-llama built."""
     if options.form != GGUF:
         return options
     named = options.llama_python or os.environ.get(LLAMA_PYTHON)
