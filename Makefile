@@ -45,7 +45,7 @@ engine:  ## build the environment of vLLM (3.4 GB), which samples and serves; it
 	$(ENGINES)/vllm/bin/python -m pip install --quiet --disable-pip-version-check --requirement launch/engines/$(ENGINE).txt
 	$(ENGINES)/vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # pip takes builds that do not fit
 
-engine-llama:  ## build the environment of llama.cpp, which checks exported GGUF files (a quarter of an hour)
+engine-llama:  ## build the environment of llama.cpp, which checks exported GGUF files (ten minutes)
 	$(PYTHON) -m venv $(ENGINES)/llama-cpp
 	$(ENGINES)/llama-cpp/bin/python -m pip install --quiet --disable-pip-version-check --requirement launch/engines/llama-cpp.txt
 

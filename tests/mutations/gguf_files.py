@@ -34,7 +34,12 @@ MUTATIONS = [
             SAME,
         ),
         ("K stays in the order of transformers", '"k_proj": config', '"no_proj": config', SAME),
-        ("tied embeddings are written twice", "if config.tie_word_embeddings and", "if False and", SAME),
+        (
+            "tied embeddings are written twice",
+            "if config.tie_word_embeddings and",
+            "if False and",
+            "test_tied_embeddings_are_written_once",
+        ),
         (
             "qwen2 is rotated as llama",
             "arch=gguf.MODEL_ARCH.QWEN2,\n        interleaved=False",
@@ -75,7 +80,12 @@ MUTATIONS = [
             "and largest > 1e9 * _LARGEST_F16:",
             "test_a_weight_that_float16_cannot_hold_is_refused",
         ),
-        ("a full disk has no name", "file.write(self.data)", "super().tofile(file)", "test_a_full_disk_is_named"),
+        (
+            "a full disk has no name",
+            "file.write(self.data)",
+            "super().tofile(file)",
+            "test_a_write_that_failed_has_the_systems_error",
+        ),
     ),
     *in_file(
         "commands/export/gguf_form/read_back.py",

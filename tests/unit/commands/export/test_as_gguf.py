@@ -118,6 +118,17 @@ def test_the_metadata_are_those_of_the_specification(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings_are_written_once(tmp_path: Path, tied: bool) -> None:
+    base = tiny_base(tmp_path, tie_word_embeddings=tied, num_hidden_layers=1)
+    _, saved = trained_policy(tmp_path, base)
+    export(saved.path, base.base, tmp_path / "out", F32)
+    names = sorted(tensor.name for tensor in gguf.GGUFReader(tmp_path / "out" / "model-f32.gguf").tensors)
+    parts = ("attn_k", "attn_norm", "attn_output", "attn_q", "attn_v", "ffn_down", "ffn_gate", "ffn_norm", "ffn_up")
+    whole = ["output_norm.weight", "token_embd.weight"]
+    assert names == [f"blk.0.{part}.weight" for part in parts] + ([] if tied else ["output.weight"]) + whole
+
+
 def test_interleaved_rows_give_the_scores_of_halves() -> None:
     """A query and a key of two heads, rotated in llama.cpp's way and in transformers' way."""
     rng = torch.Generator().manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -178,23 +179,25 @@ def test_a_later_system_turn_that_the_template_refuses_does_not_matter() -> None
         assert evaluated(template, turns) == render(tokenizer, turns, answering=True)
 
 
-STRANGE = ' """ {{x}} }} { \u00a0 \t \\ \U0001f642 \U000e0001 \' '
-"""Characters that a Modelfile or Go's template language would read otherwise than as they are."""
+STRANGE = ['"""', "{{x}}", "}}", "{", "\u00a0", "\t", "\r", "a\\b", "\U0001f642", "\U000e0001", "'"]
+"""Texts that a Modelfile or Go's template language might read otherwise than as they are."""
 
 
-def test_strange_texts_are_quoted() -> None:
+@pytest.mark.parametrize("strange", [*STRANGE, " ".join(STRANGE)])
+def test_strange_texts_are_quoted(strange: str) -> None:
     tokenizer = styled_tokenizer("chatml")
     tokenizer.chat_template = (
         "{% for message in messages %}{{ STRANGE + '<|im_start|>' + message.role + message.content + '<|im_end|>' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ STRANGE + '<|im_start|>assistant' }}{% endif %}"
-    ).replace("STRANGE", repr(STRANGE))
+    ).replace("STRANGE", repr(strange))
     template, _ = ollama_template(tokenizer, bos="")
     turns = _turns("system: s", "user: u")
     assert evaluated(template, turns) == render(tokenizer, turns, answering=True)
-    assert STRANGE in evaluated(template, turns)
+    assert evaluated(template, turns).count(strange) == 3
     assert '"""' not in template
-    assert template.isascii() or all(letter.isprintable() or letter == "\n" for letter in template)
-    assert r"\u007b\u007bx\u007d\u007d" in template
+    assert all(letter.isprintable() or letter == "\n" for letter in template)
+    outside = re.sub(r"\{\{ .*? \}\}", "", template)
+    assert not re.search('[{}"]', outside)
 
 
 @pytest.mark.parametrize(
