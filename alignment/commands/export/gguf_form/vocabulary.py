@@ -64,7 +64,7 @@ def vocabulary(tokenizer: Any, size: int, stops: Sequence[int]) -> Vocabulary:
     described = json.loads(backend.to_str())
     rule = pre_tokenizer(described)
     _refuse_other_forms(described)
-    texts, types = _tokens(described, size)
+    texts, types = _tokens(described, size, stops)
     ends, notes = _ends(tokenizer, stops)
     adds_bos = _adds_bos(tokenizer)
     merges = described["model"]["merges"]
@@ -141,15 +141,19 @@ def _refuse_other_forms(described: Mapping[str, Any]) -> None:
 # ---- tokens ---------------------------------------------------------------------------------------------------------
 
 
-def _tokens(described: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+def _tokens(described: Mapping[str, Any], size: int, stops: Sequence[int]) -> tuple[list[str], list[int]]:
     """Texts and types by id; rows of embeddings beyond the tokenizer's have types that nothing is cut into."""
     texts = {number: text for text, number in described["model"]["vocab"].items()}
     types = dict.fromkeys(texts, gguf.TokenType.NORMAL)
     for token in described["added_tokens"]:
         texts[token["id"]] = token["content"]
         types[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
-    if max(texts) >= size:
-        raise ModelError(f"the tokenizer has the token {max(texts)}, and the model has {size} rows of embeddings")
+    beyond = [number for number in (*texts, *stops) if number >= size]
+    if beyond:
+        raise ModelError(
+            f"the tokenizer or generation_config.json has the token {max(beyond)}, and the model has {size} rows of "
+            "embeddings"
+        )
     return (
         [texts.get(number, f"[unused {number}]") for number in range(size)],
         [int(types.get(number, gguf.TokenType.UNUSED)) for number in range(size)],

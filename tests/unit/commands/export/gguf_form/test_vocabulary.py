@@ -137,6 +137,8 @@ def test_more_tokens_than_embeddings_are_refused() -> None:
     tokenizer = tiny_tokenizer()
     with pytest.raises(ModelError, match=f"has the token {len(tokenizer) - 1}, and the model has 300 rows"):
         vocabulary(tokenizer, 300, [2])
+    with pytest.raises(ModelError, match="has the token 9999, and the model has 400 rows"):
+        vocabulary(tokenizer, 400, [2, 9999])
 
 
 def test_types_tell_control_tokens_from_words_and_from_empty_rows() -> None:
