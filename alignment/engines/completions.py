@@ -124,7 +124,11 @@ class EngineClient:
         Raises:
             CallFailed: the call got no reply.
         """
-        return [str(model["id"]) for model in self._call("get", "/v1/models")["data"]]
+        reply = self._call("get", "/v1/models")
+        try:
+            return [str(model["id"]) for model in reply["data"]]
+        except (KeyError, TypeError) as error:
+            raise CallFailed(f"/v1/models: its reply {_lacking(error)}") from error
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Makes an adapter answer to ``name``.
@@ -159,7 +163,15 @@ class EngineClient:
         Raises:
             CallFailed: the call got no reply.
         """
-        return str(self._call("get", "/weight_info")["weight_version"])
+        reply = self._call("get", "/weight_info")
+        try:
+            return str(reply["weight_version"])
+        except (KeyError, TypeError) as error:
+            raise CallFailed(f"/weight_info: its reply {_lacking(error)}") from error
+
+    def close(self) -> None:
+        """Closes its connections."""
+        self._client.close()
 
     def stream(self, model: str, asked: Asked, generation: Generation, on_token: Callable[[int], None]) -> None:
         """Calls ``on_token`` with each token of one answer as it arrives.
@@ -245,11 +257,17 @@ def checked(reply: Any, model: str, asked: Asked, generation: Generation) -> lis
             raise WrongReply(f"has {len(choices)} answers, not {asked.answers}")
         return [_answer(choice, asked, generation) for choice in choices]
     except (KeyError, TypeError) as error:
-        raise WrongReply(f"lacks what a vLLM server gives ({type(error).__name__}: {error})") from error
+        raise WrongReply(_lacking(error)) from error
+
+
+def _lacking(error: Exception) -> str:
+    return f"lacks what a vLLM server gives ({type(error).__name__}: {error})"
 
 
 def _answer(choice: Mapping[str, Any], asked: Asked, generation: Generation) -> EngineAnswer:
     ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+    if not all(isinstance(token, int) and token >= 0 for token in ids):
+        raise WrongReply("has tokens that are none")
     if choice["prompt_token_ids"] is not None and choice["prompt_token_ids"] != list(asked.prompt):
         raise WrongReply("is for another prompt")
     if not 1 <= len(ids) <= generation.max_new_tokens or len(logprobs) != len(ids):
@@ -259,4 +277,4 @@ def _answer(choice: Mapping[str, Any], asked: Asked, generation: Generation) -> 
         raise WrongReply("does not end where an answer ends")
     if not all(isinstance(value, (int, float)) and math.isfinite(value) and value < 1e-3 for value in logprobs):
         raise WrongReply("has log-probabilities that are none")
-    return EngineAnswer(ids=[int(token) for token in ids], logprobs=[float(value) for value in logprobs])
+    return EngineAnswer(ids=list(ids), logprobs=[float(value) for value in logprobs])

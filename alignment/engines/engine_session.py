@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ T = TypeVar("T")
 
 RESTARTS = 2
 """How often a server that ended is started again in one stage."""
+_ENDING_SECONDS = 3.0
+"""How long after a call that failed a server may be found to have ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +59,7 @@ class EngineSession:
         self._options: VllmOptions | None = None
         self._weights = Weights()
         self._restarts = RESTARTS
+        self._failed = False
         self._id = secrets.token_hex(4)
 
     def named(self, name: str) -> str:
@@ -99,6 +103,8 @@ class EngineSession:
     def join(self, address: tuple[str, str]) -> None:
         """Asks the server at an address from here on."""
         url, key = address
+        if self._client is not None:
+            self._client.close()
         self._client = EngineClient(self._config, url, key, where=self._where)
 
     def use(self, weights: Weights) -> None:
@@ -110,7 +116,7 @@ class EngineSession:
         self._try(lambda: self._load(weights))
         before, self._weights = self._weights, weights
         if before.folder is not None and not before.whole:
-            self._try(lambda: self._asked().unload_adapter(before.name))
+            self._try(lambda: self._forget(before))
 
     def answers(
         self,
@@ -150,13 +156,16 @@ class EngineSession:
             raise self._failure(error) from error
 
     def close(self) -> None:
-        """Ends the server and removes the folder; a server at ``url`` forgets the adapter."""
-        if self._server is None and self._client is not None and self._weights.folder is not None:
+        """Ends the server and removes the folder; a server at ``url`` that still answers forgets the adapter."""
+        if self._server is None and not self._failed and self._weights.folder is not None and not self._weights.whole:
             with suppress(CallFailed):
-                self._client.unload_adapter(self._weights.name)
+                self._forget(self._weights)
+        self._server = None  # so that a call of another thread, which now fails, does not start it again
         if self._keeper is not None:
             self._keeper.close()
-        self._keeper = self._server = None
+        self._keeper = None
+        if self._client is not None:
+            self._client.close()
 
     def __enter__(self) -> EngineSession:
         return self
@@ -182,6 +191,11 @@ class EngineSession:
             self._asked().replace_weights(weights.folder, weights.name)
         else:
             self._asked().load_adapter(weights.name, weights.folder)
+
+    def _forget(self, weights: Weights) -> None:
+        """A server that was started again meanwhile does not have them."""
+        if weights.name in self._asked().models():
+            self._asked().unload_adapter(weights.name)
 
     def _refuse_other_version(self, weights: Weights) -> None:
         """An adapter's answers have its name; a whole model's have none, so the server is asked for the version."""
@@ -214,12 +228,23 @@ class EngineSession:
             try:
                 return call()
             except CallFailed as error:
-                if self._server is None or not self._server.has_ended or not self._restarts:
+                if not self._restarts or not self._has_ended():
                     raise self._failure(error) from error
                 self._start_again()
 
+    def _has_ended(self) -> bool:
+        """Whether a server of the stage ended. The connection breaks before that can be seen."""
+        deadline = time.monotonic() + _ENDING_SECONDS
+        while (server := self._server) is not None and time.monotonic() < deadline:
+            if server.has_ended:
+                return True
+            time.sleep(0.05)
+        return False
+
     def _failure(self, error: CallFailed) -> StageError:
-        if self._server is not None and self._server.has_ended:
+        self._failed = True
+        if self._has_ended():
+            assert self._server is not None, "it ended"
             return self._server.failure()
         log_file = f"its log is {self._log}; " if self._server is not None else ""
         return StageError(
@@ -236,7 +261,7 @@ class EngineSession:
         self._restarts -= 1
         weights, options = self._weights, self._options
         self.start(options)
-        self._load(weights)
+        self._try(lambda: self._load(weights))
         self._weights = weights
 
     def _key(self) -> str:

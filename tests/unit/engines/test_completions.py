@@ -1,0 +1,246 @@
+"""What is asked of an engine, and every reply that is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alignment.config.sampling_engine import Engine, SamplingConfig
+from alignment.core.errors import StageError
+from alignment.engines import completions
+from alignment.engines.completions import Asked, CallFailed, EngineAnswer, EngineClient, Generation, WrongReply, checked
+from tests.engine_server import COMPLETIONS, Failure, FakeEngine, engine_server
+
+ASKED = Asked(prompt=[5, 9], answers=2, seed=11)
+GENERATION = Generation(max_new_tokens=3, temperature=1.0, end_ids=[2])
+WHERE = "stages.ppo.sampling"
+Change = Callable[[dict[str, Any]], object]
+
+
+def reply() -> dict[str, Any]:
+    """What a server gives: one answer of the full length, and one that ends."""
+    first = {
+        "index": 0,
+        "token_ids": [4, 7, 8],
+        "logprobs": {"token_logprobs": [-1.0, -0.5, -0.25]},
+        "prompt_token_ids": [5, 9],
+    }
+    second = {
+        "index": 1,
+        "token_ids": [6, 2],
+        "logprobs": {"token_logprobs": [-2.0, 0.0]},
+        "prompt_token_ids": [5, 9],
+    }
+    return {"model": "policy-3", "choices": [second, first]}
+
+
+def test_answers_are_those_of_the_reply_in_their_order() -> None:
+    assert checked(reply(), "policy-3", ASKED, GENERATION) == [
+        EngineAnswer(ids=[4, 7, 8], logprobs=[-1.0, -0.5, -0.25]),
+        EngineAnswer(ids=[6, 2], logprobs=[-2.0, 0.0]),
+    ]
+
+
+def first(reply: dict[str, Any]) -> dict[str, Any]:
+    choice: dict[str, Any] = reply["choices"][1]
+    return choice
+
+
+def logprobs_of(values: list[Any]) -> Change:
+    return lambda reply: first(reply).update(logprobs={"token_logprobs": values})
+
+
+def ids_of(ids: Any) -> Change:
+    def change(reply: dict[str, Any]) -> None:
+        first(reply)["token_ids"] = ids
+        first(reply)["logprobs"] = {"token_logprobs": [-1.0] * len(ids)}
+
+    return change
+
+
+NO_LOGPROBS = "has log-probabilities that are none"
+NO_END = "does not end where an answer ends"
+FAULTS: dict[str, tuple[Change, str]] = {
+    "another version": (
+        lambda reply: reply.update(model="policy-2"),
+        "was made by the weights 'policy-2', not by 'policy-3'",
+    ),
+    "the base": (lambda reply: reply.update(model="base"), "was made by the weights 'base', not by 'policy-3'"),
+    "too few answers": (lambda reply: reply["choices"].pop(), "has 1 answers, not 2"),
+    "too many answers": (lambda reply: reply["choices"].append(first(reply)), "has 3 answers, not 2"),
+    "another prompt": (lambda reply: first(reply).update(prompt_token_ids=[5, 8]), "is for another prompt"),
+    "no tokens": (ids_of([]), "has 0 tokens and 0 log-probabilities"),
+    "too many tokens": (ids_of([4, 7, 8, 9]), "has 4 tokens and 4 log-probabilities"),
+    "a log-probability too few": (logprobs_of([-1.0, -0.5]), "has 3 tokens and 2 log-probabilities"),
+    "no number": (logprobs_of([-1.0, math.nan, -0.5]), NO_LOGPROBS),
+    "infinite": (logprobs_of([-1.0, -math.inf, -0.5]), NO_LOGPROBS),
+    "above 1": (logprobs_of([-1.0, 0.5, -0.5]), NO_LOGPROBS),
+    "a text for a number": (logprobs_of([-1.0, "-1", -0.5]), NO_LOGPROBS),
+    "goes on after its end": (ids_of([4, 2, 8]), NO_END),
+    "ends without an end": (ids_of([4, 7]), NO_END),
+    "no choices": (lambda reply: reply.pop("choices"), "lacks what a vLLM server gives (KeyError: 'choices')"),
+    "no token ids": (lambda reply: first(reply).pop("token_ids"), "lacks what a vLLM server gives"),
+    "no log-probabilities": (lambda reply: first(reply).update(logprobs=None), "lacks what a vLLM server gives"),
+    "texts for tokens": (ids_of(["four", "seven", "eight"]), "has tokens that are none"),
+    "a negative token": (ids_of([4, -7, 8]), "has tokens that are none"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_reply_is_refused(fault: str) -> None:
+    change, why = FAULTS[fault]
+    wrong = reply()
+    change(wrong)
+    with pytest.raises(WrongReply) as raised:
+        checked(wrong, "policy-3", ASKED, GENERATION)
+    assert str(raised.value).startswith(why)
+
+
+@pytest.mark.parametrize("wrong", [None, "text", [], {}])
+def test_what_is_no_reply_at_all_is_refused(wrong: Any) -> None:
+    with pytest.raises(WrongReply, match="lacks what a vLLM server gives"):
+        checked(wrong, "policy-3", ASKED, GENERATION)
+
+
+def test_a_server_may_leave_the_prompt_out() -> None:
+    without = reply()
+    for choice in without["choices"]:
+        choice["prompt_token_ids"] = None
+    assert len(checked(without, "policy-3", ASKED, GENERATION)) == 2
+
+
+@contextmanager
+def asking(base: Path, *, key: str = "", **changes: Any) -> Iterator[tuple[FakeEngine, EngineClient]]:
+    """A server, and a client of it."""
+    with engine_server(base, key=key) as engine:
+        config = replace(SamplingConfig(engine=Engine.vllm, timeout=5.0, retries=0), **changes)
+        with closing(EngineClient(config, engine.url, key, where=WHERE)) as client:
+            yield engine, client
+
+
+def told(client: EngineClient, *asked: Asked, generation: Generation = GENERATION) -> list[list[EngineAnswer]]:
+    return client.answers("base", asked, generation, lambda: None)
+
+
+def test_a_call_asks_for_tokens_as_they_were_sampled(base: Path) -> None:
+    with asking(base, key="secret") as (engine, client):
+        told(client, ASKED, generation=replace(GENERATION, temperature=0.7))
+        (body,) = engine.paths(COMPLETIONS)
+    assert body == {
+        "model": "base",
+        "prompt": [5, 9],
+        "n": 2,
+        "seed": 11,
+        "max_tokens": 3,
+        "temperature": 0.7,
+        "stop_token_ids": [2],
+        "ignore_eos": True,
+        "logprobs": 0,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "skip_special_tokens": False,
+    }
+
+
+def test_log_probabilities_are_the_models_at_the_temperature(base: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32).eval()
+    with asking(base) as (_, client):
+        ((answer, _),) = told(client, ASKED, generation=replace(GENERATION, temperature=0.7))
+    logits = model(torch.tensor([[5, 9, *answer.ids]])).logits[0, 1:-1].double() / 0.7
+    expected = [row.log_softmax(-1)[token].item() for row, token in zip(logits, answer.ids, strict=True)]
+    assert answer.logprobs == pytest.approx(expected, abs=1e-5)
+
+
+def test_long_groups_are_cut_in_calls_whose_seeds_go_on(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [Asked(prompt=[5, 9], answers=7, seed=100), Asked(prompt=[8], answers=1, seed=50)]
+    with asking(base) as (engine, client):
+        whole = told(client, *asked)
+        assert sorted(body["n"] for body in engine.paths(COMPLETIONS)) == [1, 7]
+        engine.calls.clear()
+        monkeypatch.setattr(completions, "TOKENS_A_REPLY", 9)  # three answers of three tokens
+        assert told(client, *asked) == whole
+        calls = sorted((body["prompt"], body["seed"], body["n"]) for body in engine.paths(COMPLETIONS))
+    assert calls == [([5, 9], 100, 3), ([5, 9], 103, 3), ([5, 9], 106, 1), ([8], 50, 1)]
+
+
+def test_an_answer_longer_than_a_reply_may_be_has_a_call_of_its_own(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completions, "TOKENS_A_REPLY", 2)
+    with asking(base) as (engine, client):
+        assert [len(of_prompt) for of_prompt in told(client, replace(ASKED, answers=3))] == [3]
+        assert [body["n"] for body in engine.paths(COMPLETIONS)] == [1, 1, 1]
+
+
+def test_answers_stand_in_the_order_of_their_prompts_whenever_replies_come(base: Path) -> None:
+    asked = [Asked(prompt=[token], answers=2, seed=token) for token in range(3, 15)]
+    with asking(base, concurrency=1) as (_, client):
+        expected = told(client, *asked)
+    with asking(base, concurrency=12) as (engine, client):
+        engine.failing = lambda path, number: engine.over.wait(0.1 if number < 6 else 0) or None
+        seen: list[int] = []
+        assert client.answers("base", asked, GENERATION, lambda: seen.append(1)) == expected
+    assert len(seen) == len(asked), "each reply is a sign of life"
+
+
+def test_a_wrong_reply_is_an_error_of_the_setting(base: Path) -> None:
+    with asking(base) as (engine, client):
+        engine.edit = lambda reply: reply | {"model": "other"}
+        with pytest.raises(StageError, match="the engine's reply was made by the weights 'other', not by") as raised:
+            told(client, ASKED)
+    assert raised.value.where == WHERE
+    assert "nothing was learned from it" in raised.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (Failure(status=500, text="CUDA out of memory"), "CUDA out of memory"),
+        (Failure(drops=True), "Connection error"),
+        (Failure(hangs=True), "timed out"),
+    ],
+)
+def test_a_call_that_fails_says_why(base: Path, failure: Failure, words: str) -> None:
+    with asking(base, timeout=1.0) as (engine, client):
+        engine.failing = lambda path, number: failure
+        with pytest.raises(CallFailed, match=f"{COMPLETIONS}: .*{words}"):
+            told(client, ASKED)
+        assert len(engine.calls) == 1, "without retries"
+
+
+@pytest.mark.parametrize("failure", [Failure(status=503, text="busy"), Failure(drops=True)])
+def test_a_failure_that_passes_is_tried_again(base: Path, failure: Failure) -> None:
+    with asking(base, retries=2) as (engine, client):
+        engine.failing = lambda path, number: failure if number < 2 else None
+        assert len(told(client, ASKED)[0]) == 2
+        assert len(engine.calls) == 3
+
+
+def test_a_key_is_sent_and_never_shown(base: Path) -> None:
+    with asking(base, key="secret") as (engine, client):
+        assert client.models() == ["base"]
+        engine.failing = lambda path, number: Failure(status=500, text="secret")
+        with pytest.raises(CallFailed) as raised:
+            client.models()
+        stranger = EngineClient(SamplingConfig(retries=0), engine.url, "wrong", where=WHERE)
+        with closing(stranger), pytest.raises(CallFailed, match=r"/v1/models: .*401"):
+            stranger.models()
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["text", [], {"data": [{}]}, {"weight": 1}])
+def test_a_server_of_another_kind_is_a_call_that_failed(base: Path, content: Any) -> None:
+    with asking(base) as (engine, client):
+        engine.failing = lambda path, number: Failure(status=200, content=content)
+        for call in (client.models, client.weights_version):
+            with pytest.raises(CallFailed, match="lacks what a vLLM server gives"):
+                call()

@@ -1,0 +1,343 @@
+"""An engine for the time of a stage: it dies and is started again with its weights, or the stage ends and says why."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from alignment.config.sampling_engine import Engine, SamplingConfig
+from alignment.core.errors import ConfigError, StageError
+from alignment.engines.completions import Asked, EngineAnswer, Generation
+from alignment.engines.engine_session import RESTARTS, EngineSession, Weights
+from alignment.engines.vllm_server import VllmOptions
+from alignment.models.assembly.engine_weights import write_model
+from tests.engine_server import COMPLETIONS, Failure, FakeEngine, Planted, engine_server, interpreter_of
+from tests.tiny import liven, tiny_model
+
+ASKED = [Asked(prompt=[5, 9], answers=3, seed=11), Asked(prompt=[8], answers=1, seed=40)]
+GENERATION = Generation(max_new_tokens=4, temperature=1.0, end_ids=[2])
+WHERE = "stages.ppo.sampling"
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Weights]:
+    """Two adapters that do something, and not the same."""
+    folder = tmp_path_factory.mktemp("adapters")
+    weights = []
+    for number in range(2):
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(str(base)), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+        )
+        liven(model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.mul_(1.0 + number)
+        model.save_pretrained(str(folder / f"policy-{number}"))
+        weights.append(Weights(name=f"policy-{number}-abcd", folder=folder / f"policy-{number}"))
+    return weights
+
+
+def options(base: Path, **changes: Any) -> VllmOptions:
+    return replace(VllmOptions(model=base, dtype="float32", max_length=64, rank=4), **changes)
+
+
+@contextmanager
+def session_with(folder: Path, *, waiting: Callable[[], None] = lambda: None, **told: Any) -> Iterator[EngineSession]:
+    config = SamplingConfig(engine=Engine.vllm, **{"timeout": 20.0, "retries": 0, **told})
+    with EngineSession(config, where=WHERE, log=folder / "engine.log", waiting=waiting) as session:
+        yield session
+
+
+@contextmanager
+def at_url(base: Path, folder: Path, **told: Any) -> Iterator[tuple[FakeEngine, EngineSession]]:
+    """A session with a server that runs already."""
+    with engine_server(base) as engine, session_with(folder, url=f"{engine.url}/v1/", **told) as session:
+        session.start(options(base))
+        yield engine, session
+
+
+@contextmanager
+def started(base: Path, folder: Path, planted: Planted, **told: Any) -> Iterator[EngineSession]:
+    """A session with a server of its own."""
+    with session_with(folder, python=str(interpreter_of(folder, planted)), **told) as session:
+        session.start(options(base))
+        yield session
+
+
+def servers_under(folder: Path) -> list[psutil.Process]:
+    """Processes whose command line names something in ``folder``."""
+    named = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        alive = process.info["status"] != psutil.STATUS_ZOMBIE
+        if alive and any(str(folder) in word for word in process.info["cmdline"] or ()):
+            named.append(process)
+    return named
+
+
+def answers_of(base: Path, folder: Path, weights: Weights) -> list[list[EngineAnswer]]:
+    """What an undisturbed engine gives."""
+    with at_url(base, folder) as (_, session):
+        session.use(weights)
+        return session.answers(weights, ASKED, GENERATION)
+
+
+# ---- weights follow -------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_those_of_the_weights_that_were_loaded_last_and_others_are_forgotten(
+    base: Path, tmp_path: Path, adapters: list[Weights]
+) -> None:
+    with at_url(base, tmp_path) as (engine, session):
+        given = [session.answers(Weights(), ASKED, GENERATION)]
+        for weights in adapters:
+            session.use(weights)
+            given.append(session.answers(weights, ASKED, GENERATION))
+            assert engine.names == ["base", weights.name]
+            assert engine.paths(COMPLETIONS)[-1]["model"] == weights.name
+        session.use(Weights())
+        assert engine.names == ["base"]
+        assert session.answers(Weights(), ASKED, GENERATION) == given[0]
+    assert given[0] != given[1] != given[2]
+
+
+def test_a_new_adapter_is_loaded_before_the_old_one_is_forgotten(
+    base: Path, tmp_path: Path, adapters: list[Weights]
+) -> None:
+    with at_url(base, tmp_path) as (engine, session):
+        for weights in adapters:
+            session.use(weights)
+        changes = [(path, body["lora_name"]) for path, body in engine.calls if path in (LOAD, UNLOAD)]
+    first, second = (weights.name for weights in adapters)
+    assert changes == [(LOAD, first), (LOAD, second), (UNLOAD, first)]
+
+
+def test_a_server_of_the_user_has_no_adapter_of_ours_left(base: Path, tmp_path: Path, adapters: list[Weights]) -> None:
+    with engine_server(base) as engine:
+        with session_with(tmp_path, url=engine.url) as session:
+            session.start(options(base))
+            session.use(adapters[0])
+        assert engine.names == ["base"]
+
+
+def test_a_server_that_failed_is_not_waited_for_again_at_the_end(
+    base: Path, tmp_path: Path, adapters: list[Weights]
+) -> None:
+    with at_url(base, tmp_path, timeout=1.0) as (engine, session):
+        session.use(adapters[0])
+        engine.failing = lambda path, number: Failure(hangs=True)
+        with pytest.raises(StageError, match="timed out"):
+            session.answers(adapters[0], ASKED, GENERATION)
+        calls = len(engine.calls)
+        session.close()
+        assert len(engine.calls) == calls
+
+
+def test_whole_weights_are_replaced_and_their_version_is_asked_for(base: Path, tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=24, seed=3)
+    weights = Weights(
+        name="policy-7-abcd",
+        folder=write_model(
+            model, dict(model.named_parameters(remove_duplicate=False)), torch.float32, tmp_path / "policy-7"
+        ),
+        whole=True,
+    )
+    untied = write_model(
+        AutoModelForCausalLM.from_pretrained(str(base)),
+        AutoModelForCausalLM.from_pretrained(str(base)).state_dict(),
+        torch.float32,
+        tmp_path / "untied",
+    )
+    model.save_pretrained(str(tmp_path / "other"))
+    expected = answers_of(tmp_path / "other", tmp_path, Weights())
+    with at_url(untied, tmp_path) as (engine, session):
+        session.use(weights)
+        assert session.answers(weights, ASKED, GENERATION) == expected
+        assert {body["model"] for body in engine.paths(COMPLETIONS)} == {"base"}
+        engine.version = "policy-6-abcd"  # somebody else replaced them
+        with pytest.raises(StageError, match="the engine answers with the weights 'policy-6-abcd', not with 'policy-7"):
+            session.answers(weights, ASKED, GENERATION)
+
+
+def test_weights_that_are_replaced_while_answers_are_sampled_are_noticed(base: Path, tmp_path: Path) -> None:
+    weights = Weights(name="policy-7-abcd", folder=tmp_path, whole=True)
+    with at_url(base, tmp_path) as (engine, session):
+        engine.version = weights.name
+
+        def edit(reply: dict[str, Any]) -> dict[str, Any]:
+            engine.version = "policy-8-abcd"
+            return reply
+
+        engine.edit = edit
+        with pytest.raises(StageError, match="the engine answers with the weights 'policy-8-abcd'"):
+            session.answers(weights, ASKED, GENERATION)
+
+
+def test_an_answer_under_another_name_is_refused(base: Path, tmp_path: Path, adapters: list[Weights]) -> None:
+    with at_url(base, tmp_path) as (engine, session):
+        session.use(adapters[0])
+        engine.edit = lambda reply: reply | {"model": "policy-9-abcd"}
+        with pytest.raises(StageError, match="was made by the weights 'policy-9-abcd', not by 'policy-0-abcd'"):
+            session.answers(adapters[0], ASKED, GENERATION)
+
+
+# ---- servers of the user --------------------------------------------------------------------------------------------
+
+
+def test_a_server_with_another_model_is_refused(base: Path, tmp_path: Path) -> None:
+    with engine_server(base) as engine, session_with(tmp_path, url=engine.url) as session:
+        engine.failing = lambda path, number: Failure(status=200, content={"data": [{"id": "gpt-3"}]})
+        with pytest.raises(ConfigError, match=f"the server at {engine.url} has no model 'base', but 'gpt-3'") as raised:
+            session.start(options(base))
+    assert raised.value.where == f"{WHERE}.url"
+    assert "--served-model-name base" in raised.value.remedy
+
+
+def test_nobody_at_the_url_is_an_error_with_a_remedy(base: Path, tmp_path: Path) -> None:
+    with engine_server(base) as engine:
+        url = engine.url
+    with session_with(tmp_path, url=url) as session:
+        with pytest.raises(
+            StageError, match=f"a call to the engine at {url} failed: /v1/models: .*Connection"
+        ) as raised:
+            session.start(options(base))
+    assert "check that it is up" in raised.value.remedy
+    assert "log is" not in raised.value.remedy, "nobody's log is known"
+
+
+def test_the_key_is_that_of_the_variable(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ENGINE_KEY", raising=False)
+    with engine_server(base, key="secret") as engine:
+        with session_with(tmp_path, url=engine.url, api_key_env="ENGINE_KEY") as session:
+            with pytest.raises(ConfigError, match="the environment variable ENGINE_KEY is not set"):
+                session.start(options(base))
+            monkeypatch.setenv("ENGINE_KEY", "secret")
+            session.start(options(base))
+            assert session.address == (engine.url, "secret")
+        with session_with(tmp_path, url=engine.url) as stranger, pytest.raises(StageError, match="401"):
+            stranger.start(options(base))
+
+
+def test_names_of_two_sessions_differ(tmp_path: Path) -> None:
+    with session_with(tmp_path) as first, session_with(tmp_path) as second:
+        assert first.named("policy-1") == first.named("policy-1") != second.named("policy-1")
+
+
+# ---- servers of the stage -------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_dies_is_started_again_with_the_weights_that_it_had(
+    base: Path, tmp_path: Path, adapters: list[Weights], caplog: pytest.LogCaptureFixture
+) -> None:
+    planted = Planted(dies_at=1, once=str(tmp_path / "died"))
+    with started(base, tmp_path, planted) as session, caplog.at_level(logging.WARNING):
+        session.use(adapters[0])
+        address = session.address
+        given = session.answers(adapters[0], ASKED, GENERATION)
+        assert session.address != address
+        session.use(adapters[1])
+        second = session.answers(adapters[1], ASKED, GENERATION)
+        folder = session.folder
+    assert (tmp_path / "died").exists()
+    assert given == answers_of(base, tmp_path, adapters[0])
+    assert second == answers_of(base, tmp_path, adapters[1])
+    assert "vLLM ended with exit code 3; it is started again." in caplog.text
+    assert not folder.exists()
+    assert servers_under(tmp_path) == []
+
+
+def test_a_server_that_dies_between_two_adapters_goes_on_with_the_new_one(
+    base: Path, tmp_path: Path, adapters: list[Weights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new server never had the old adapter, which is to be forgotten."""
+    with started(base, tmp_path, Planted()) as session:
+        session.use(adapters[0])
+        load = session._load
+
+        def load_and_die(weights: Weights) -> None:
+            load(weights)
+            monkeypatch.undo()
+            for server in servers_under(tmp_path):
+                server.kill()
+
+        monkeypatch.setattr(session, "_load", load_and_die)
+        session.use(adapters[1])
+        assert session.answers(adapters[1], ASKED, GENERATION) == answers_of(base, tmp_path, adapters[1])
+
+
+def test_a_server_that_always_dies_is_given_up(base: Path, tmp_path: Path) -> None:
+    with started(base, tmp_path, Planted(dies_at=1)) as session:
+        with pytest.raises(StageError, match="vLLM ended with exit code 3") as raised:
+            session.answers(Weights(), ASKED, GENERATION)
+        folder = session.folder
+    assert (tmp_path / "engine.log").read_text().count("listening") == 1 + RESTARTS
+    assert str(tmp_path / "engine.log") in raised.value.remedy
+    assert not folder.exists()
+
+
+def test_a_server_that_dies_while_it_gets_its_weights_again_is_given_up_too(
+    base: Path, tmp_path: Path, adapters: list[Weights]
+) -> None:
+    folder = tmp_path / "policy"
+    shutil.copytree(str(adapters[0].folder), folder)
+    weights = replace(adapters[0], folder=folder)
+    with started(base, tmp_path, Planted(dies_at=1)) as session:
+        session.use(weights)
+        shutil.rmtree(folder)  # so the new server cannot load it
+        with pytest.raises(StageError, match=LOAD):
+            session.answers(weights, ASKED, GENERATION)
+
+
+def test_a_hanging_server_is_not_started_again(base: Path, tmp_path: Path) -> None:
+    with started(base, tmp_path, Planted(hangs_at=1), timeout=1.0) as session:
+        before = time.monotonic()
+        with pytest.raises(StageError, match="timed out") as raised:
+            session.answers(Weights(), ASKED[:1], GENERATION)
+        assert time.monotonic() - before < 15
+    assert f"({WHERE}.timeout)" in raised.value.remedy
+    assert (tmp_path / "engine.log").read_text().count("listening") == 1
+
+
+def test_a_slow_server_is_waited_for_and_the_stage_shows_life(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignment.engines.completions._PATIENCE", 0.05)
+    signs: list[int] = []
+    with engine_server(base, planted=Planted(pause=0.5)) as engine:
+        with session_with(tmp_path, url=engine.url, waiting=lambda: signs.append(1)) as session:
+            session.start(options(base))
+            session.answers(Weights(), ASKED, GENERATION)
+    assert len(signs) >= 5
+
+
+def test_a_session_that_was_closed_starts_nothing(base: Path, tmp_path: Path) -> None:
+    """Answers may still be asked for ahead when a stage ends."""
+    with started(base, tmp_path, Planted()) as session:
+        session.close()
+        with pytest.raises(StageError):
+            session.answers(Weights(), ASKED, GENERATION)
+        assert session._keeper is None
+    assert servers_under(tmp_path) == []
+
+
+def test_a_session_closes_its_connections(base: Path, tmp_path: Path) -> None:
+    with at_url(base, tmp_path) as (_, session):
+        client = session._asked()
+        session.join(session.address)
+        assert client._client.is_closed()
+        client = session._asked()
+        session.close()
+        assert client._client.is_closed()
