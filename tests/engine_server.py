@@ -31,6 +31,8 @@ BASE = "base"
 PLANTED = "TEST_ENGINE_PLANTED"
 """A variable with the faults of a server that is a process of its own, as JSON."""
 COMPLETIONS = "/v1/completions"
+SCRATCH = "scratch"
+"""A file beside the program of ``interpreter_of``, with the temporary folder of each server that it started."""
 Body = dict[str, Any]
 
 
@@ -72,7 +74,8 @@ class FakeEngine:
     """A server at work. Tests may plant a fault at any time.
 
     ``calls`` are path and body of each request. ``failing`` gives what happens in place of a reply, from the path and
-    how often it was called before. ``edit`` changes a reply to a call for answers.
+    how often it was called before. ``edit`` changes a reply to a call for answers. ``pausing`` gives the seconds before
+    such a reply from what is asked.
     """
 
     base: Path
@@ -80,6 +83,7 @@ class FakeEngine:
     planted: Planted = field(default_factory=Planted)
     failing: Callable[[str, int], Failure | None] = lambda path, number: None
     edit: Callable[[Body], Body] = lambda reply: reply
+    pausing: Callable[[Body], float] = lambda body: 0.0
     url: str = ""
     calls: list[tuple[str, Body]] = field(default_factory=list)
 
@@ -228,8 +232,10 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/v1") and engine.key and self.headers.get("Authorization") != f"Bearer {engine.key}":
             self._send(401, {"error": "Unauthorized"})
             return
-        if path == COMPLETIONS and not self._goes_on(engine.planted, number + 1):
-            return
+        if path == COMPLETIONS:
+            engine.over.wait(engine.planted.pause + engine.pausing(body))
+            if not self._goes_on(engine.planted, number + 1):
+                return
         failure = engine.failing(path, number)
         if failure is not None:
             self._fail(failure)
@@ -241,9 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(status, {"error": {"message": text, "code": status}})
 
     def _goes_on(self, planted: Planted, number: int) -> bool:
-        """Whether the process lives on and answers; it may take its time."""
-        if planted.pause:
-            self.engine.over.wait(planted.pause)
+        """Whether the process lives on and answers."""
         if number not in (planted.dies_at, planted.hangs_at) or (planted.once and Path(planted.once).exists()):
             return True
         if planted.once:
@@ -311,6 +315,7 @@ def interpreter_of(folder: Path, planted: Planted | None = None) -> Path:
     program.write_text(
         "#!/bin/sh\n"
         'if [ "$1" = -c ]; then exit 0; fi\n'  # whether there is a package vllm
+        f"echo \"$TMPDIR\" >> '{folder / SCRATCH}'\n"
         f"export PYTHONPATH='{root}' {PLANTED}='{faults}'\n"
         f"exec '{sys.executable}' -m tests.engine_server \"$@\"\n"
     )

@@ -212,7 +212,7 @@ class EngineClient:
             if verb == "get":
                 return self._client.get(path, cast_to=object)
             return self._client.post(path, cast_to=str if text else object, body=body)
-        except (OpenAIError, Refused, ValueError) as error:
+        except (OpenAIError, Refused, ValueError, RuntimeError) as error:  # the last from a client that was closed
             raise CallFailed(f"{path}: {reason(error, key=self._key)}") from error
 
 

@@ -28,6 +28,7 @@ from tests.proofs import (
     count,
     critic_free,
     dpo,
+    engines,
     forgetting,
     interruptions,
     kills,
@@ -59,6 +60,7 @@ PROOFS: dict[str, Callable[[Path], list[Claim]]] = {
     "forgetting": forgetting.run,
     "rounds": rounds.run,
     "served": served.run,
+    "engines": engines.run,
 }
 
 

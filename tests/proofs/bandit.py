@@ -68,9 +68,9 @@ class Bandit:
         return float((policy.exp() - self.optimum.exp()).abs().max())
 
 
-def make_bandit(folder: Path, seed: int) -> Bandit:
-    """A random model of one layer as the reference, and random strengths."""
-    model = tiny_model(seed=seed, vocab_size=VOCABULARY, num_hidden_layers=1)
+def make_bandit(folder: Path, seed: int, **changes: int) -> Bandit:
+    """A random model of one layer as the reference, and random strengths; ``changes`` are sizes of the model."""
+    model = tiny_model(seed=seed, vocab_size=VOCABULARY, num_hidden_layers=1, **changes)
     model.save_pretrained(str(folder))
     rng = torch.Generator().manual_seed(seed)
     strengths = torch.randint(1, MOST + 1, (len(PROMPTS), VOCABULARY), generator=rng)
@@ -80,7 +80,13 @@ def make_bandit(folder: Path, seed: int) -> Bandit:
 
 def learned(folder: Path, bandit: Bandit, mode: Mode, *, updates: int, seed: int) -> tuple[Tensor, float]:
     """``[prompts, tokens]`` log-probabilities after PPO, and the largest share of values clipped in an update."""
-    config = PpoConfig(
+    policy, lines = trained(folder, bandit, ppo_config(mode, updates), seed)
+    return policy, max(line["val/clipfrac"] for line in lines)
+
+
+def ppo_config(mode: Mode, updates: int) -> PpoConfig:
+    """PPO as it learns a bandit."""
+    return PpoConfig(
         reward=None,
         adapter=mode.adapter,
         critic=mode.critic,
@@ -92,8 +98,6 @@ def learned(folder: Path, bandit: Bandit, mode: Mode, *, updates: int, seed: int
         save_every=updates + 1,
         optim=PpoOptimConfig(lr=3e-3, critic_lr=1e-2, batch_size=256, micro_batch_tokens=100_000),
     )
-    policy, lines = trained(folder, bandit, config, seed)
-    return policy, max(line["val/clipfrac"] for line in lines)
 
 
 def trained(folder: Path, bandit: Bandit, config: PpoConfig, seed: int) -> tuple[Tensor, list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from alignment.config.adapter import AdapterKind
 from alignment.config.faults import Fault, unread_faults
 from alignment.config.sampling_engine import Engine, RolloutSamplingConfig
+from alignment.engines.vllm_server import RANKS
 from alignment.stages.base import Curve
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.shared.sampling_checks import sampling_faults
@@ -16,7 +17,7 @@ GAP, LARGEST_GAP, BEYOND = "engine/gap", "engine/gap_max", "engine/beyond"
 IMPORTANCE, CAPPED, STALENESS = "engine/importance", "engine/capped", "engine/staleness"
 """The mean importance weight, the share of weights at the cap, and the age in updates of the policy that sampled."""
 OF_ENGINE = (GAP, LARGEST_GAP, BEYOND, CAPPED)
-"""Those of the last update that are reported."""
+"""Those of the last update that are reported; the last one only with a cap."""
 WORRYING = 0.05
 """A mean difference in nats a token; rounding in bfloat16 made .039 on a model of 135 million parameters."""
 
@@ -40,9 +41,19 @@ def engine_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
     if config.adapter.kind is not AdapterKind.full and config.adapter.modules_to_save:
         message = f"'vllm', which does not take adapters with modules_to_save; leave them out, or {field}.engine=own"
         yield Fault(where=f"{field}.engine", message=message)
+    if config.adapter.kind is not AdapterKind.full and config.adapter.rank > RANKS[-1]:
+        message = f"{config.adapter.rank}, but vLLM takes at most {RANKS[-1]}; lower it, or {field}.engine=own"
+        yield Fault(where=f"{where}.adapter.rank", message=message)
     if sampling.max_staleness and sampling.importance_cap is None:
         message = "1, so answers are those of an earlier policy, and nothing corrects that; set importance_cap, as 2.0"
         yield Fault(where=f"{field}.max_staleness", message=message)
+
+
+def reported_of_engine(sampling: RolloutSamplingConfig) -> tuple[str, ...]:
+    """Metrics of the last update that an engine adds."""
+    if sampling.engine is Engine.own:
+        return ()
+    return tuple(name for name in OF_ENGINE if name != CAPPED or sampling.importance_cap is not None)
 
 
 def engine_notes(config: PpoConfig, weights: int | None) -> Iterator[str]:

@@ -12,7 +12,6 @@ from alignment.config.faults import Fault, unread_faults
 from alignment.config.launch import LaunchConfig, Sharding
 from alignment.config.replay import PtxConfig
 from alignment.config.run import RunConfig
-from alignment.config.sampling_engine import Engine
 from alignment.config.scoring import MemberConfig
 from alignment.core.artifacts import POLICY, read_manifest
 from alignment.data.records import Conversation, Prompt
@@ -33,7 +32,13 @@ from alignment.stages.base import (
 from alignment.stages.ppo.batch_sizes import size_faults
 from alignment.stages.ppo.config import KlConfig, KlControl, OverlongConfig, PpoConfig
 from alignment.stages.ppo.critic_faults import critic_faults
-from alignment.stages.ppo.engine_checks import OF_ENGINE, engine_curves, engine_doubts, engine_faults, engine_notes
+from alignment.stages.ppo.engine_checks import (
+    engine_curves,
+    engine_doubts,
+    engine_faults,
+    engine_notes,
+    reported_of_engine,
+)
 from alignment.stages.ppo.scorers_in_use import GUARD, in_use
 from alignment.stages.shared.kind_answers import ROW_COUNTS, curve
 from alignment.stages.shared.sampling_checks import check_engine, sampling_refusals
@@ -168,7 +173,7 @@ def _reported(config: PpoConfig) -> Reported:
     of_groups = (TIED_SHARE,) if config.critic is Critic.none else ()
     counts = (*ROW_COUNTS, "updates", "memory/base_copies")
     families = ("guard/",) if config.guard.every else ()
-    of_engine = () if config.sampling.engine is Engine.own else OF_ENGINE
+    of_engine = reported_of_engine(config.sampling)
     return Reported(training=(*training, *of_groups, *of_engine), counts=counts, families=families)
 
 

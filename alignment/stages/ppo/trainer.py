@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 
 from alignment.algos.group import tied_groups
 from alignment.algos.kl import AdaptiveKl, KlController
+from alignment.config.sampling_engine import Engine
 from alignment.core.errors import StageError
 from alignment.models.assembly.roles import Roles
 from alignment.rewards.slot import Rewards
@@ -48,6 +49,11 @@ from alignment.training.rl.step_metrics import UpdateMetrics
 from alignment.training.sharding import gathered, leave_frozen_out, prepare
 
 log = logging.getLogger(__name__)
+
+SAMPLES_DIFFER = (
+    "the stage continues from its checkpoint, but the engine's answers depend on what else it samples at the time: "
+    "from here on they need not equal those of a run that was never interrupted."
+)
 
 
 class PpoTrainer(Trainer):
@@ -304,6 +310,8 @@ class PpoTrainer(Trainer):
         """Trains; from a checkpoint, it first restores our state."""
         if resume_from_checkpoint is not None:
             self._restore_state(Path(resume_from_checkpoint))
+            if self.config.sampling.engine is not Engine.own and self.context.is_main:
+                log.warning(SAMPLES_DIFFER)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _restore_state(self, folder: Path) -> None:

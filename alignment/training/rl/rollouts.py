@@ -146,7 +146,8 @@ class Rollouts:
     ) -> Rollout:
         """A whole batch; its answers were sampled ahead, or are sampled by the policy as it is now, ``version``."""
         started = time.monotonic()
-        wait(self._ahead.values())  # the weights that they are sampled with must stay until then
+        if self._ahead:  # the weights that any process samples with must stay until then
+            own_of_all(lambda: wait(self._ahead.values()))
         self._engine.follow(version)
         with self.gathered(), products_in(self._context.spec.model.dtype, self._context.device):
             answers = own_of_all(ahead.result if ahead else lambda: self._engine.answers(draw.prompts, draw.uniforms))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -48,17 +47,17 @@ class ServedEngine:
         is_adapter, state = isinstance(self.policy, PeftModel), None
         if not is_adapter or is_sharded(self.policy):
             state = whole_state(self.policy, trained_only=is_adapter)
-        before, folder = self._weights, self.session.folder / f"policy-{version}"
-        self._weights, self.version = shared(lambda: self._loaded(folder, state))[0], version
+        before = self._weights
+        self._weights, self.version = shared(lambda: self._loaded(version, state))[0], version
         if self.context.is_main and before.folder is not None:
             shutil.rmtree(before.folder)
 
-    def _loaded(self, folder: Path, state: dict[str, Tensor] | None) -> Weights:
+    def _loaded(self, version: int, state: dict[str, Tensor] | None) -> Weights:
         """The weights as they are now; the main process names and writes them, and has the engine load them."""
-        is_adapter = isinstance(self.policy, PeftModel)
-        weights = Weights(name=self.session.named(folder.name), folder=folder, whole=not is_adapter)
         if not self.context.is_main:
-            return weights
+            return Weights()
+        folder, is_adapter = self.session.folder / f"policy-{version}", isinstance(self.policy, PeftModel)
+        weights = Weights(name=self.session.named(folder.name), folder=folder, whole=not is_adapter)
         if isinstance(self.policy, PeftModel):
             write_adapter(self.policy, state, folder)
         else:

@@ -209,11 +209,11 @@ def test_a_server_with_another_model_is_refused(base: Path, tmp_path: Path) -> N
 def test_nobody_at_the_url_is_an_error_with_a_remedy(base: Path, tmp_path: Path) -> None:
     with engine_server(base) as engine:
         url = engine.url
-    with session_with(tmp_path, url=url) as session:
-        with pytest.raises(
-            StageError, match=f"a call to the engine at {url} failed: /v1/models: .*Connection"
-        ) as raised:
-            session.start(options(base))
+    with (
+        session_with(tmp_path, url=url) as session,
+        pytest.raises(StageError, match=f"a call to the engine at {url} failed: /v1/models: .*Connection") as raised,
+    ):
+        session.start(options(base))
     assert "check that it is up" in raised.value.remedy
     assert "log is" not in raised.value.remedy, "nobody's log is known"
 
@@ -316,10 +316,9 @@ def test_a_slow_server_is_waited_for_and_the_stage_shows_life(
 ) -> None:
     monkeypatch.setattr("alignment.engines.completions._PATIENCE", 0.05)
     signs: list[int] = []
-    with engine_server(base, planted=Planted(pause=0.5)) as engine:
-        with session_with(tmp_path, url=engine.url, waiting=lambda: signs.append(1)) as session:
-            session.start(options(base))
-            session.answers(Weights(), ASKED, GENERATION)
+    with at_url(base, tmp_path, waiting=lambda: signs.append(1)) as (engine, session):
+        engine.planted = Planted(pause=0.5)
+        session.answers(Weights(), ASKED, GENERATION)
     assert len(signs) >= 5
 
 
