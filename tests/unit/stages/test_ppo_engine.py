@@ -180,8 +180,8 @@ def test_metrics_of_an_engine_are_reported_where_there_are_any() -> None:
     ("metrics", "doubted"),
     [
         ({}, False),
-        ({"engine/gap": 0.02, "engine/beyond": 0.0}, False),
-        ({"engine/gap": 0.021, "engine/beyond": 0.25}, True),
+        ({"engine/gap": 0.05, "engine/beyond": 0.0}, False),
+        ({"engine/gap": 0.051, "engine/beyond": 0.25}, True),
         ({"engine/gap": 0.4, "engine/beyond": 0.9, "engine/capped": 0.0}, False),
     ],
 )
@@ -190,7 +190,7 @@ def test_a_gap_that_nothing_corrects_is_doubted(metrics: dict[str, float], doubt
     assert (
         doubts
         == [
-            "the engine that sampled gave log-probabilities that differ from the policy's by 0.021 nats a token (25% "
+            "the engine that sampled gave log-probabilities that differ from the policy's by 0.051 nats a token (25% "
             "beyond the bound), and nothing corrected for it: the policy learned from answers of another one; set "
             "sampling.importance_cap, or sampling.engine=own"
         ]
