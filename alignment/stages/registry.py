@@ -31,6 +31,7 @@ _BUILT_IN = (
     "kto",
     "ppo",
     "sample",
+    "distil",
     "evaluate",
     "forgetting",
     "benchmark",

@@ -24,7 +24,7 @@ from alignment.core.resources import shipped
 from alignment.models.assembly.actor_critic import ActorCritic
 from alignment.models.assembly.load import compute_in
 from alignment.models.forward.answers import unwrapped
-from alignment.models.forward.head import answer_labels
+from alignment.models.forward.head import read_in_calls_only
 from alignment.training.checkpoints import WHOLE
 from alignment.training.context import StageContext
 
@@ -135,7 +135,7 @@ def read_in_calls(model: PreTrainedModel, context: StageContext) -> None:
     sharding = context.spec.sharding
     head: nn.Module | None = model.get_output_embeddings()
     if head is not None and sharding in (Sharding.zero3, Sharding.fsdp):
-        answer_labels(head)
+        read_in_calls_only(head)
     if sharding is Sharding.zero3:
         _gather_by_layer(model)
 

@@ -7,7 +7,7 @@ in float32. The gradient of log softmax is exact and is computed chunk by chunk 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignment.models.assembly.precision import products_dtype
-from alignment.models.forward.flat import MULTIPLE, trunk_states
-from alignment.models.forward.rows import FlatRows, next_multiple
+from alignment.models.forward.flat import trunk_states
+from alignment.models.forward.head_chunks import ChunkMemory, chunks_of
+from alignment.models.forward.rows import FlatRows
 
-CHUNK = 256
-"""Tokens projected at once: 256 × 49,152 bfloat16 products are 25 MB."""
-
-IN_CACHE = 2**19
-"""Float32 numbers that a pass over logits handles at once on a CPU; 2 MB fit into a core's cache."""
+HeadFunction = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""Computes tensors from hidden states ``[tokens, width]`` and a head's weight ``[vocabulary, width]``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,36 +62,35 @@ def label_statistics(
     entropy_gradient: bool = False,
 ) -> TokenStatistics:
     """``token_statistics`` under the model's own head."""
+    fields = through_head(
+        model,
+        hidden,
+        lambda states, weight: _ChunkedLogSoftmax.apply(states, weight, labels, temperature, entropy_gradient),
+    )
+    return TokenStatistics(**dict(zip(_FIELDS, fields, strict=True)))
+
+
+def through_head(model: PreTrainedModel, hidden: Tensor, function: HeadFunction) -> tuple[Tensor, ...]:
+    """``function`` of hidden states and of the weight of the model's head, in a call of the head if it wants one."""
     head = model.get_output_embeddings()
-    if getattr(head, _ANSWERS, False):
-        fields = head(hidden, labels, temperature, entropy_gradient)
-        return TokenStatistics(**dict(zip(_FIELDS, fields, strict=True)))
-    return token_statistics(hidden, head.weight, labels, temperature=temperature, entropy_gradient=entropy_gradient)
+    outputs: tuple[Tensor, ...] = head(hidden, function) if hasattr(head, _CALLED) else function(hidden, head.weight)
+    return outputs
 
 
-def answer_labels(head: nn.Module) -> None:
-    """Lets a call of the head module compute ``label_statistics``.
+def read_in_calls_only(head: nn.Module) -> None:
+    """Makes ``through_head`` call the head module.
 
     Sharded weights are gathered only while their module is called, and while gradients flow through its outputs.
     """
-    head.forward = types.MethodType(_forward_labels, head)
-    setattr(head, _ANSWERS, True)
+    head.forward = types.MethodType(_forward, head)
+    setattr(head, _CALLED, True)
 
 
-def _forward_labels(
-    self: nn.Linear,
-    hidden: Tensor,
-    labels: Tensor | None = None,
-    temperature: float = 1.0,
-    entropy_gradient: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
-    if labels is None:
-        return type(self).forward(self, hidden)
-    fields: tuple[Tensor, ...] = _ChunkedLogSoftmax.apply(hidden, self.weight, labels, temperature, entropy_gradient)
-    return fields
+def _forward(self: nn.Linear, hidden: Tensor, function: HeadFunction | None = None) -> Tensor | tuple[Tensor, ...]:
+    return type(self).forward(self, hidden) if function is None else function(hidden, self.weight)
 
 
-_ANSWERS = "answers_labels"
+_CALLED = "is_read_in_calls_only"
 _FIELDS = ("logprobs", "entropy", "mean_logits", "is_top1")
 
 
@@ -132,8 +129,8 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
         ctx.recomputes = want_weight or entropy_gradient
         slopes = torch.empty_like(hidden) if want_hidden and not ctx.recomputes else None
         statistics = _Statistics(hidden.shape[0], hidden.device)
-        memory = _ChunkMemory(hidden, weight)
-        for chunk in _slices(0, hidden.shape[0], CHUNK):
+        memory = ChunkMemory(hidden, weight)
+        for chunk in chunks_of(hidden.shape[0]):
             products = memory.project(hidden[chunk], weight)
             for rows, chunk_products in memory.parts(chunk):
                 _score(
@@ -185,39 +182,8 @@ class _Statistics:
         self.is_top1 = torch.empty(count, dtype=torch.bool, device=device)
 
 
-class _ChunkMemory:
-    """Memory for one chunk's products, and for the float32 rows of them that are handled at once.
-
-    It is reused for the next chunk, because new pages for 100 MB cost as much as the arithmetic on them.
-    """
-
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        count, vocabulary = _whole(min(CHUNK, hidden.shape[0])), weight.shape[0]
-        self.at_once = count if hidden.device.type != "cpu" else min(count, max(1, IN_CACHE // vocabulary))
-        self._states = hidden.new_zeros(count, hidden.shape[1])
-        self._products = torch.empty(count, vocabulary, dtype=hidden.dtype, device=hidden.device)
-        self.logits = torch.empty(self.at_once, vocabulary, dtype=torch.float32, device=hidden.device)
-        self.shares = torch.empty_like(self.logits)
-
-    def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """``[chunk, vocabulary]`` products of a chunk's states with the head."""
-        self._states[: len(hidden)] = hidden
-        whole = _whole(len(hidden))
-        torch.mm(self._states[:whole], weight.T, out=self._products[:whole])
-        return self._products[: len(hidden)]
-
-    def project_back(self, count: int, weight: Tensor) -> Tensor:
-        """``[count, width]`` products of the head with the values that replaced a chunk's products."""
-        return torch.mm(self._products[: _whole(count)], weight)[:count]
-
-    def parts(self, chunk: slice) -> Iterator[tuple[slice, Tensor]]:
-        """Yields the rows of a chunk that are handled at once, as a slice of all rows, and a view of their products."""
-        for rows in _slices(chunk.start, chunk.stop, self.at_once):
-            yield rows, self._products[rows.start - chunk.start : rows.stop - chunk.start]
-
-
 def _score(
-    memory: _ChunkMemory,
+    memory: ChunkMemory,
     statistics: _Statistics,
     rows: slice,
     products: Tensor,
@@ -254,8 +220,8 @@ def _recomputed(ctx: Any, factors: Tensor, entropy_factors: Tensor | None) -> tu
     hidden, weight, labels, log_norm, entropy = ctx.saved_tensors
     grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-    memory = _ChunkMemory(hidden, weight)
-    for chunk in _slices(0, hidden.shape[0], CHUNK):
+    memory = ChunkMemory(hidden, weight)
+    for chunk in chunks_of(hidden.shape[0]):
         products = memory.project(hidden[chunk], weight)
         for rows, chunk_products in memory.parts(chunk):
             logits = memory.logits[: len(chunk_products)].copy_(chunk_products).div_(ctx.temperature)
@@ -274,12 +240,3 @@ def _recomputed(ctx: Any, factors: Tensor, entropy_factors: Tensor | None) -> tu
         None if grad_hidden is None else grad_hidden.to(hidden_dtype),
         None if grad_weight is None else grad_weight.to(weight_dtype),
     )
-
-
-def _whole(count: int) -> int:
-    """A number of rows for which a product of this shape was probably computed before, which costs less."""
-    return next_multiple(count, MULTIPLE)
-
-
-def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
-    return (slice(first, min(first + size, stop)) for first in range(start, stop, size))

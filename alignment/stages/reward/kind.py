@@ -16,6 +16,7 @@ from alignment.stages.shared.kind_answers import (
     beside_held_out,
     curve,
     handed_on,
+    held_out_fault,
     held_out_slot,
     limits_of_parts,
     pair_slot,
@@ -31,12 +32,7 @@ def _data(config: RewardConfig) -> list[DataSlot]:
 
 
 def _too_few_prompts(config: RewardConfig, num_prompts: int, where: str) -> Iterator[Fault]:
-    if config.eval_fraction > 0 and not 0 < round(config.eval_fraction * num_prompts) < num_prompts:
-        message = (
-            f"{num_prompts} prompts are too few to hold out a share of {config.eval_fraction:g}; add pairs, or set "
-            "eval_fraction to 0"
-        )
-        yield Fault(where=f"{where}.eval_fraction", message=message)
+    yield from held_out_fault(config.eval_fraction, num_prompts, "pairs", where)
 
 
 def _reported(config: RewardConfig) -> Reported:

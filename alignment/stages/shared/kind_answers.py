@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.data import DataConfig
+from alignment.config.faults import Fault
 from alignment.config.too_long import TooLongConfig
 from alignment.config.validation import ValidationConfig
 from alignment.core.artifacts import read_manifest
@@ -66,6 +67,16 @@ def prefix_refused(adapter: AdapterConfig, trainer: str) -> Iterator[Refusal]:
 def hold_nearer_to_the_start(name: str) -> str:
     """Advice against forgetting in the stage ``name``, which is held to its start by ``beta``."""
     return f"raise stages.{name}.beta, lower its optim.lr or train fewer epochs; add replay only to the SFT before it"
+
+
+def held_out_fault(fraction: float, num_prompts: int, rows: str, where: str) -> Iterator[Fault]:
+    """A fault if no prompt can be held out, or none would be left; ``rows`` names what would help."""
+    if fraction > 0 and not 0 < round(fraction * num_prompts) < num_prompts:
+        message = (
+            f"{num_prompts} prompts are too few to hold out a share of {fraction:g}; add {rows}, or set "
+            "eval_fraction to 0"
+        )
+        yield Fault(where=f"{where}.eval_fraction", message=message)
 
 
 def and_held_out(reported: Reported, validation: ValidationConfig) -> Reported:

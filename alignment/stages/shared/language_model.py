@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from datasets import Dataset, disable_caching
-from peft import TaskType
+from peft import PeftModel, TaskType
+from transformers import PreTrainedModel
 from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer
 
@@ -28,22 +29,64 @@ from alignment.training.sharding import prepare
 from alignment.training.trainer_arguments import common_arguments, optimizer_arguments
 
 
-class LanguageModelConfig(Protocol):
+class TrainerConfig(Protocol):
+    """Settings of a trainer of next tokens."""
+
+    optim: OptimConfig
+    log_every: int
+    save_every: int
+
+
+class LanguageModelConfig(TrainerConfig, Protocol):
     """Settings of a stage that learns to predict tokens."""
 
     adapter: AdapterConfig
-    optim: OptimConfig
     max_length: int
     packing: bool
     validation: ValidationConfig
-    log_every: int
-    save_every: int
 
 
 class MicroBatchedSftTrainer(MicroBatches, SFTTrainer):
     """TRL's trainer, with each optimiser batch split into micro-batches."""
 
     accuracy_metric = "mean_token_accuracy"
+
+
+Trainer = TypeVar("Trainer", bound=MicroBatchedSftTrainer)
+
+
+def next_token_trainer(
+    trainer: type[Trainer],
+    config: TrainerConfig,
+    context: StageContext,
+    policy: PreTrainedModel | PeftModel,
+    tokenizer: Any,
+    rows: Dataset,
+    **arguments: Any,
+) -> Trainer:
+    """A ``trainer`` of the policy on rows of ``input_ids`` and ``labels``, with its optimiser.
+
+    ``arguments`` are further ones of TRL's configuration. The caller installs a forward pass and calls ``prepare``.
+    """
+    made = trainer(
+        model=policy,
+        args=TrlSftConfig(
+            **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
+            # Without packing there is nothing to prepare, and TRL would write a copy of all rows.
+            dataset_kwargs={"skip_prepare_dataset": not arguments.get("packing", False)},
+            **arguments,
+        ),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    made.micro_batch_tokens = config.optim.micro_batch_tokens
+    made.optimizer_cls_and_kwargs = optimizer_arguments(config.optim, context)
+    return made
+
+
+def uniform_loss(policy: PreTrainedModel | PeftModel) -> float:
+    """The loss of a model for which all tokens are equally likely, in nats."""
+    return math.log(unwrapped(policy).get_input_embeddings().num_embeddings)
 
 
 def learn(
@@ -63,27 +106,23 @@ def learn(
     if config.packing:  # TRL packs with a map, which would cache its result next to the token rows
         disable_caching()
     policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=True)
-    trainer = MicroBatchedSftTrainer(
-        model=policy,
-        args=TrlSftConfig(
-            **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
-            max_length=config.max_length,
-            packing=config.packing,
-            # Without packing there is nothing to prepare, and TRL would write a copy of all rows.
-            dataset_kwargs={"skip_prepare_dataset": not config.packing},
-        ),
-        train_dataset=rows,
-        processing_class=tokenizer,
+    trainer = next_token_trainer(
+        MicroBatchedSftTrainer,
+        config,
+        context,
+        policy,
+        tokenizer,
+        rows,
+        max_length=config.max_length,
+        packing=config.packing,
     )
-    trainer.micro_batch_tokens = config.optim.micro_batch_tokens
-    trainer.optimizer_cls_and_kwargs = optimizer_arguments(config.optim, context)
     install_causal(unwrapped(policy))
     prepare(policy, context)
-    uniform = math.log(unwrapped(policy).get_input_embeddings().num_embeddings)
+    ceiling = uniform_loss(policy)
     validation = None
     if held_out is not None:
         validation = Validation(config.validation, context, trainer, _with_lengths(held_out))
-    last = train(trainer, context, headline="loss", ceiling=uniform, validation=validation)
+    last = train(trainer, context, headline="loss", ceiling=ceiling, validation=validation)
     return save_model(trainer.model, tokenizer, context, start, {"loss": last["loss"], **metrics, **of_handed_on(last)})
 
 

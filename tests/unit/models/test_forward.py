@@ -15,7 +15,7 @@ from trl.trainer.utils import add_fused_lm_head
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.core.errors import ModelError
 from alignment.models.assembly.adapters import add_adapter
-from alignment.models.forward import flat, head
+from alignment.models.forward import flat, head_chunks
 from alignment.models.forward.answers import scalar_scores, unwrapped
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.causal import install_causal, install_scalar
@@ -265,7 +265,7 @@ def test_the_size_of_a_chunk_changes_nothing(monkeypatch: pytest.MonkeyPatch, ch
     batch = padded(ROWS["ragged"])
     expected = reference(**batch.arguments(), fused_lm_head=True)
     expected.loss.backward()
-    monkeypatch.setattr(head, "CHUNK", chunk)
+    monkeypatch.setattr(head_chunks, "CHUNK", chunk)
     output = model(**batch.arguments(), fused_lm_head=True)
     output.loss.backward()
     assert relative(output.log_probs, expected.log_probs) < 1e-6

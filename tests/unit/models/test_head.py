@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignment.models.forward import head
+from alignment.models.forward import head_chunks
 from alignment.models.forward.head import token_statistics
 from tests.oracles import logprobs as oracle
 from tests.oracles.close import close
@@ -26,8 +26,8 @@ def figures() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_statistics_equal_the_slow_loops(
     monkeypatch: pytest.MonkeyPatch, figures: tuple[torch.Tensor, ...], temperature: float, chunk: int, at_once: int
 ) -> None:
-    monkeypatch.setattr(head, "CHUNK", chunk)
-    monkeypatch.setattr(head, "IN_CACHE", at_once * 11)
+    monkeypatch.setattr(head_chunks, "CHUNK", chunk)
+    monkeypatch.setattr(head_chunks, "IN_CACHE", at_once * 11)
     hidden, weight, labels = figures
     logits = (hidden.double() @ weight.double().T).tolist()
     found = token_statistics(hidden, weight, labels, temperature=temperature)
@@ -44,8 +44,8 @@ def test_statistics_equal_the_slow_loops(
 def test_gradients_equal_those_of_log_softmax(
     monkeypatch: pytest.MonkeyPatch, figures: tuple[torch.Tensor, ...], temperature: float, trained: bool
 ) -> None:
-    monkeypatch.setattr(head, "CHUNK", 3)
-    monkeypatch.setattr(head, "IN_CACHE", 2 * 11)
+    monkeypatch.setattr(head_chunks, "CHUNK", 3)
+    monkeypatch.setattr(head_chunks, "IN_CACHE", 2 * 11)
     hidden, weight, labels = figures
     upstream = torch.randn(7, generator=torch.Generator().manual_seed(1))
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)]
@@ -64,8 +64,8 @@ def test_an_entropy_has_the_gradient_of_the_whole_distributions_entropy(
     monkeypatch: pytest.MonkeyPatch, figures: tuple[torch.Tensor, ...], temperature: float, trained: bool
 ) -> None:
     """Together with that of the log-probability, each with weights of its own."""
-    monkeypatch.setattr(head, "CHUNK", 3)
-    monkeypatch.setattr(head, "IN_CACHE", 2 * 11)
+    monkeypatch.setattr(head_chunks, "CHUNK", 3)
+    monkeypatch.setattr(head_chunks, "IN_CACHE", 2 * 11)
     hidden, weight, labels = figures
     upstream = torch.randn(2, 7, generator=torch.Generator().manual_seed(1))
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)]

@@ -1,0 +1,174 @@
+"""How far a student's next-token distributions are from a teacher's, without holding all logits in memory.
+
+p is the teacher's distribution and q the student's. The forward divergence Σ_x p(x) (log p(x) − log q(x)) is what
+knowledge distillation minimises (Hinton et al. 2015, section 2). Σ_x min(p(x), q(x)) is the probability that
+speculative decoding accepts a token that the student drafts (Leviathan et al. 2023, theorem 3.5). As in head.py the
+states are multiplied with the heads in chunks, and the gradient is computed chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignment.models.assembly.precision import products_dtype
+from alignment.models.forward.head import through_head
+from alignment.models.forward.head_chunks import ChunkMemory, chunks_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Teaching:
+    """What a teacher says at some positions: hidden ``states [tokens, width]``, and its head's ``weight``.
+
+    Student and teacher have the same vocabulary; their widths may differ.
+    """
+
+    states: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Divergence:
+    """Of the student from the teacher at each position, ``[tokens]``.
+
+    ``forward_kl`` carries gradients for the student (nats). ``acceptance`` is Σ min(p, q), and ``is_same_top`` says
+    whether both find the same token most likely.
+    """
+
+    forward_kl: Tensor
+    acceptance: Tensor
+    is_same_top: Tensor
+
+
+def divergence_from(
+    student: PreTrainedModel, states: Tensor, teaching: Teaching, *, temperature: float = 1.0
+) -> Divergence:
+    """The divergence of the student, given its hidden ``states [tokens, width]``, under its own head.
+
+    Logits of both are divided by ``temperature``.
+    """
+    fields = through_head(
+        student,
+        states,
+        lambda hidden, weight: _ChunkedDivergence.apply(hidden, weight, teaching.states, teaching.weight, temperature),
+    )
+    return Divergence(forward_kl=fields[0], acceptance=fields[1], is_same_top=fields[2])
+
+
+class _ChunkedDivergence(torch.autograd.Function):
+    """``[tokens]`` divergences, acceptances and agreements.
+
+    The gradient in the student's logits is (q − p) / temperature. With a frozen head its part of the backward pass is
+    done while a chunk's probabilities are in memory. The gradient of a trained head mixes the factors of all tokens, so
+    the probabilities are computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, teacher_states: Tensor, teacher_weight: Tensor, temperature: float
+    ) -> tuple[Tensor, ...]:
+        compute, dtypes = products_dtype(weight), (hidden.dtype, weight.dtype)
+        hidden, weight = hidden.to(compute), weight.to(compute)
+        taught = products_dtype(teacher_weight)
+        teacher_states, teacher_weight = teacher_states.to(taught), teacher_weight.to(taught)
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        slopes = torch.empty_like(hidden) if want_hidden and not want_weight else None
+        chunks = _Chunks(hidden, weight, teacher_states, teacher_weight, temperature)
+        count = hidden.shape[0]
+        forward_kl, acceptance = hidden.new_empty(2, count, dtype=torch.float32)
+        is_same_top = hidden.new_empty(count, dtype=torch.bool)
+        for chunk in chunks_of(count):
+            num_products = len(chunks.project(chunk))
+            for rows, products, log_q, log_p in chunks.log_shares(chunk):
+                is_same_top[rows] = log_q.argmax(-1) == log_p.argmax(-1)
+                q, p = chunks.shares(log_q, log_p)
+                forward_kl[rows] = log_p.sub_(log_q).mul_(p).sum(-1)
+                acceptance[rows] = torch.minimum(q, p, out=log_q).sum(-1)
+                if slopes is not None:
+                    products.copy_(q.sub_(p))
+            if slopes is not None:
+                slopes[chunk] = chunks.project_back(num_products)
+        if want_weight:
+            ctx.save_for_backward(hidden, weight, teacher_states, teacher_weight)
+        elif slopes is not None:
+            ctx.save_for_backward(slopes)
+        ctx.recomputes, ctx.temperature, ctx.input_dtypes = want_weight, temperature, dtypes
+        ctx.mark_non_differentiable(acceptance, is_same_top)
+        return forward_kl, acceptance, is_same_top
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        factors = (grad / ctx.temperature).float()
+        if ctx.recomputes:
+            return *_recomputed(ctx, factors), None, None, None
+        (slopes,) = ctx.saved_tensors
+        return (slopes * factors[:, None]).to(ctx.input_dtypes[0]), None, None, None, None
+
+
+class _Chunks:
+    """Log-probabilities of student and teacher, chunk by chunk, and some rows of a chunk at a time."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, teacher_states: Tensor, teacher_weight: Tensor, temperature: float
+    ) -> None:
+        self._student, self._teacher = (hidden, weight), (teacher_states, teacher_weight)
+        self._memory = ChunkMemory(hidden, weight)
+        self._teacher_memory = ChunkMemory(teacher_states, teacher_weight)
+        self._temperature = temperature
+
+    def project(self, chunk: slice) -> Tensor:
+        """``[chunk, vocabulary]`` products of the student's states with its head; the teacher's are computed too."""
+        states, weight = self._teacher
+        self._teacher_memory.project(states[chunk], weight)
+        hidden, weight = self._student
+        return self._memory.project(hidden[chunk], weight)
+
+    def log_shares(self, chunk: slice) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Yields rows of a projected chunk, a view of the student's products, and log q and log p."""
+        both = zip(self._memory.parts(chunk), self._teacher_memory.parts(chunk), strict=True)
+        for (rows, products), (_, teacher_products) in both:
+            log_q = _log_softmax(self._memory, products, self._temperature)
+            yield rows, products, log_q, _log_softmax(self._teacher_memory, teacher_products, self._temperature)
+
+    def shares(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """q and p of these log-probabilities, until the next rows."""
+        return (
+            torch.exp(log_q, out=self._memory.shares[: len(log_q)]),
+            torch.exp(log_p, out=self._teacher_memory.shares[: len(log_p)]),
+        )
+
+    def project_back(self, count: int) -> Tensor:
+        """``[count, width]`` products of the student's head with the values that replaced a chunk's products."""
+        return self._memory.project_back(count, self._student[1])
+
+
+def _log_softmax(memory: ChunkMemory, products: Tensor, temperature: float) -> Tensor:
+    """``[rows, vocabulary]`` in float32, in memory that the next rows use again."""
+    logits = memory.logits[: len(products)].copy_(products)
+    if temperature != 1.0:
+        logits.div_(temperature)
+    logits.sub_(logits.amax(-1, keepdim=True))
+    return logits.sub_(torch.exp(logits, out=memory.shares[: len(products)]).sum(-1, keepdim=True).log())
+
+
+def _recomputed(ctx: Any, factors: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Gradients of hidden states, if they need one, and of the head."""
+    hidden, weight, teacher_states, teacher_weight = ctx.saved_tensors
+    chunks = _Chunks(hidden, weight, teacher_states, teacher_weight, ctx.temperature)
+    grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    for chunk in chunks_of(hidden.shape[0]):
+        slopes = chunks.project(chunk)
+        for rows, products, log_q, log_p in chunks.log_shares(chunk):
+            q, p = chunks.shares(log_q, log_p)
+            products.copy_(q.sub_(p).mul_(factors[rows, None]))
+        if grad_hidden is not None:
+            grad_hidden[chunk] = chunks.project_back(len(slopes))
+        grad_weight += slopes.T @ hidden[chunk]
+    hidden_dtype, weight_dtype = ctx.input_dtypes
+    return None if grad_hidden is None else grad_hidden.to(hidden_dtype), grad_weight.to(weight_dtype)
