@@ -143,6 +143,7 @@ def _put_back_prefix(model: PreTrainedModel, folder: Path, *, trainable: bool) -
     """PEFT refuses to train a prefix that was loaded."""
     saved = saved_config(folder)
     saved.inference_mode = False
+    saved.base_model_name_or_path = None  # where the base was; PEFT would warn if it is elsewhere now
     wrapped = get_peft_model(model, saved)
     _load(wrapped, folder, OWN)
     if not trainable:

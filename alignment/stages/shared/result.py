@@ -60,6 +60,7 @@ def save_model(
         return StageResult(metrics=metrics, base={"source": "self"}, hashes=hashes)
     if start.source == "self":  # the base is another artifact's own model; this artifact must not depend on that one
         shutil.copytree(start.base, fresh_folder(context, "model"), dirs_exist_ok=True)
+        model.peft_config[OWN].base_model_name_or_path = str(context.spec.artifact / "model")
     below = adapters_below(start, context.adapter)
     own = fresh_folder(context, f"adapters/{len(below)}-{context.spec.stage}")
     # Frozen adapters next to it have their own folders.
