@@ -112,10 +112,15 @@ def with_own(model: PeftModel) -> PeftModel:
     return model
 
 
-def put_in_order(folder: Path) -> None:
-    """Sorts the lists of names in a saved adapter's configuration, because PEFT writes sets in random order."""
+def put_in_order(folder: Path, *, base: Path | None = None) -> None:
+    """Sorts the lists of names in a saved adapter's configuration, because PEFT writes sets in random order.
+
+    ``base`` is where the model will be that the adapter belongs to, if not where it was loaded from.
+    """
     file = folder / "adapter_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
+    if base is not None:
+        settings["base_model_name_or_path"] = str(base)
     names = {key: sorted(value) for key, value in settings.items() if _are_names(value)}
     write_text(file, json.dumps(settings | names, indent=2, sort_keys=True))
 

@@ -60,12 +60,11 @@ def save_model(
         return StageResult(metrics=metrics, base={"source": "self"}, hashes=hashes)
     if start.source == "self":  # the base is another artifact's own model; this artifact must not depend on that one
         shutil.copytree(start.base, fresh_folder(context, "model"), dirs_exist_ok=True)
-        model.peft_config[OWN].base_model_name_or_path = str(context.spec.artifact / "model")
     below = adapters_below(start, context.adapter)
     own = fresh_folder(context, f"adapters/{len(below)}-{context.spec.stage}")
     # Frozen adapters next to it have their own folders.
     model.save_pretrained(str(own), selected_adapters=[OWN], state_dict=state)
-    put_in_order(own)
+    put_in_order(own, base=context.spec.artifact / "model" if start.source == "self" else None)
     (own / "README.md").unlink(missing_ok=True)  # an empty template
     for adapter in below:
         shutil.copytree(adapter.path, context.content / "adapters" / adapter.path.name, dirs_exist_ok=True)
