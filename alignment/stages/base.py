@@ -255,7 +255,9 @@ class Learning:
     number of rows is known before tokenising. ``batches_of_rows``: whether ``optim.batch_size`` counts rows.
     ``rehearsed``: whether the first rows are tokenised before any training. ``may_drop``: whether dropout in an adapter
     is allowed. ``label_faults(config, counts, where)``: settings that do not fit the number of records of each label;
-    ``label_notes(config, counts)``: what the stage makes of it, as sentences. ``from_preferences``: True if it learns
+    ``label_notes(config, counts)``: what the stage makes of it, as sentences. ``layer_faults(config, layers, where)``:
+    settings that do not fit the number of layers of its ``init``, of which ``layers_left(config, layers)`` are in its
+    result. ``from_preferences``: True if it learns
     from preferences, False if from demonstrations, else None; the verdict compares the first with the second.
     """
 
@@ -267,6 +269,8 @@ class Learning:
     may_drop: bool = False
     label_faults: Callable[[Any, Mapping[str, int], str], Iterable[Fault]] = _nothing
     label_notes: Callable[[Any, Mapping[str, int]], Iterable[str]] = _nothing
+    layer_faults: Callable[[Any, int, str], Iterable[Fault]] = _nothing
+    layers_left: Callable[[Any, int], int] = lambda _, layers: layers
     from_preferences: bool | None = None
 
 

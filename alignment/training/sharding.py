@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, Trainer
+from transformers.integrations import unset_hf_deepspeed_config
 
 from alignment.config.launch import Offload, Sharding
 from alignment.core.errors import AlignmentError
@@ -153,6 +154,11 @@ def _gather_by_layer(model: PreTrainedModel) -> None:
     if kinds:
         set_z3_leaf_modules(model, list(kinds))
         model.enable_input_require_grads()
+
+
+def load_whole_again() -> None:
+    """After the last step: models that are loaded from now on are whole. Under ZeRO-3 they would be read in shards."""
+    unset_hf_deepspeed_config()
 
 
 @contextlib.contextmanager

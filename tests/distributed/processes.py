@@ -24,6 +24,7 @@ PRELOADED = (
     "alignment.stages.kto.run",
     "alignment.stages.reward.run",
     "alignment.stages.sample.run",
+    "alignment.stages.distil.run",
     "tests.chained",
     "tests.distributed.frozen",
 )

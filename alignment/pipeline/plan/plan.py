@@ -29,6 +29,7 @@ from alignment.pipeline.plan import (
     unread,
 )
 from alignment.pipeline.plan.compose import compose
+from alignment.pipeline.plan.depths import Depths
 from alignment.pipeline.plan.made_rows import DATA, RowsOfStages
 from alignment.pipeline.plan.reasons import Made, made, reason_to_run
 from alignment.pipeline.plan.row_counts import Seen
@@ -231,6 +232,7 @@ class _Builder:
         self._run_folder = output / "runs" / config.name
         self._own = _results_of(self._run_folder)
         self._planned: dict[str, PlannedStage] = {}
+        self._depths = Depths(base)
 
     def stage(self, name: str) -> PlannedStage:
         """Plans one stage; the stages of its inputs must be planned already."""
@@ -238,6 +240,8 @@ class _Builder:
         slots = list(references.slots(config))
         inputs = {slot.field: self._resolve(name, slot) for slot in slots if not references.is_arm(slot)}
         arms = {slot.ref: self._resolve(name, slot) for slot in slots if references.is_arm(slot)}
+        if registry.as_trained(config) is not None:
+            self._depths.add(name, config, inputs["init"].ref, inputs["init"].path)
         files = kind_of(config).files.paths(config, self._run_folder / name)
         described = self._identity(name, config, inputs, arms, files)
         fingerprint = digest(described)

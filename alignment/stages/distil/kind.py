@@ -56,6 +56,16 @@ def _too_few_prompts(config: DistilConfig, num_prompts: int, where: str) -> Iter
     yield from held_out_fault(config.eval_fraction, num_prompts, "prompts", where)
 
 
+def too_many_layers(config: DistilConfig, layers: int, where: str) -> Iterator[Fault]:
+    """A fault if a draft of the first layers would have all ``layers`` of its ``init``."""
+    if config.layers is not None and config.layers >= layers:
+        message = (
+            f"{config.layers}, but {config.init} has {layers} layers, and a draft of all of them would be as slow; "
+            f"choose at most {layers - 1}"
+        )
+        yield Fault(where=f"{where}.layers", message=message)
+
+
 def _reported(config: DistilConfig) -> Reported:
     held_out = HELD_OUT if config.eval_fraction else ()
     counts = (*COUNTS, "eval_prompts", "eval_tokens") if config.eval_fraction else COUNTS
@@ -107,6 +117,8 @@ KIND = StageKind(
         faults=_too_few_prompts,
         one_row_a_record=lambda _: False,
         batches_of_rows=False,
+        layer_faults=too_many_layers,
+        layers_left=lambda config, layers: layers if config.layers is None else config.layers,
     ),
     outcome=Outcome(
         metrics=_reported,

@@ -37,7 +37,7 @@ from alignment.stages.shared.result import StageResult, save_model
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 from alignment.training.session import train
-from alignment.training.sharding import prepare, shared
+from alignment.training.sharding import load_whole_again, prepare, shared
 
 
 def run(config: DistilConfig, context: StageContext) -> StageResult:
@@ -113,8 +113,11 @@ def _learned(
         trainer = next_token_trainer(MicroBatchedSftTrainer, config, context, policy, tokenizer, rows, max_length=None)
         install_causal(unwrapped(policy))
     prepare(policy, context)
-    last = train(trainer, context, headline="loss", ceiling=uniform_loss(policy))
-    return last["loss"], save_model(trainer.model, tokenizer, context, start, {})
+    ceiling = uniform_loss(policy)
+    last = train(trainer, context, headline="loss", ceiling=ceiling)
+    result = save_model(trainer.model, tokenizer, context, start, {})
+    load_whole_again()  # the student that was saved is compared with its teacher next
+    return last["loss"], result
 
 
 def distil_trainer(

@@ -9,12 +9,14 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from alignment.config.faults import refuse
 from alignment.core.artifacts import Manifest
-from alignment.core.errors import ConfigError, ModelError
+from alignment.core.errors import ModelError
 from alignment.data.tokens.tokenizer import tokenizer_hashes
 from alignment.models.assembly.first_layers import keep_first_layers
 from alignment.models.assembly.load import Lineage, load_policy, saved_adapters, weights_dtype
 from alignment.stages.distil.config import DistilConfig
+from alignment.stages.distil.kind import too_many_layers
 from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.result import StageResult
 from alignment.training.context import StageContext
@@ -39,12 +41,7 @@ def student_of(config: DistilConfig, context: StageContext, tokenizer: Any) -> L
     if config.layers is None:
         return start
     available = AutoConfig.from_pretrained(str(start.base)).get_text_config().num_hidden_layers
-    if config.layers >= available:
-        raise ConfigError(
-            f"{config.layers}, but {config.init} has {available} layers, and a draft of all of them would be as slow; "
-            f"choose at most {available - 1}",
-            where=f"{where}.layers",
-        )
+    refuse(list(too_many_layers(config, available, where)))
     shared(lambda: _make(config.layers, context, start, tokenizer) if context.is_main else None)
     return Lineage(source="self", base=_folder(context), adapters=())
 
