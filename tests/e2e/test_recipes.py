@@ -16,7 +16,7 @@ from tests.e2e.forked import Forked
 from tests.tiny import pythia_tokenizer, save_tiny_model
 
 FOR_GPUS = ("llama_8b_rlhf_qlora", "qwen_0_5b_rlhf_lora", "tldr_1b_ppo", "tulu3_8b_sft_dpo", "zephyr_7b_dpo_qlora")
-SMOKED = (*FOR_GPUS, "quickstart", "reward_card", "iterative_dpo", "kto")
+SMOKED = (*FOR_GPUS, "quickstart", "reward_card", "iterative_dpo", "kto", "draft")
 
 
 def _tulu_row(number: int) -> tuple[dict[str, Any], dict[str, Any]]:

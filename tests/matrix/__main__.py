@@ -115,8 +115,9 @@ def page(content: dict[str, Any]) -> str:
         f"{LOGITS:g}. No weight is empty. A combination that does not work is refused before anything starts; "
         "the reasons are below.",
         "",
-        "`grpo` is the kind `ppo` with `advantage=grpo`, `critic=none` and the KL in the loss. The kinds that train "
-        "nothing are left out.",
+        "`grpo` is the kind `ppo` with `advantage=grpo`, `critic=none` and the KL in the loss. `draft` is the kind "
+        "`distil` on the first layer, as is `distil` here, which has `method=sequence`. The kinds that train nothing "
+        "are left out.",
         "",
         "| adapter | stage | " + " | ".join(LAUNCHERS) + " |",
         "|---|---|" + "---|" * len(LAUNCHERS),

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from alignment.core.artifacts import verify
 from tests.matrix.rows import CONVERSATIONS, PAIRS, TEXTS
 
-STAGES = ("cpt", "sft", "reward", "dpo", "kto", "ppo", "grpo")
-KINDS = {"grpo": "ppo"}
+STAGES = ("cpt", "sft", "reward", "dpo", "kto", "ppo", "grpo", "distil", "draft")
+KINDS = {"grpo": "ppo", "draft": "distil"}
 """The kind of a stage that is not called after it."""
 ADAPTERS = ("full", "lora", "dora", "qlora", "prefix")
 LAUNCHERS = ("local", "ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -37,6 +37,15 @@ LOGITS = 1e-3
 _RL = ("objective/score", "objective/kl", "loss/policy", "grad_norm")
 FIGURES = {"ppo": (*_RL, "loss/value"), "grpo": (*_RL, "loss/kl", "objective/tied_prompts")}
 LOSS = ("loss", "grad_norm")
+_TEACHING = (
+    "teacher=base",
+    "layers=1",
+    "completions_per_prompt=2",
+    "max_prompt_length=4096",
+    "max_new_tokens=6",
+    "eval_fraction=0.34",  # 16 prompts of 24 are learned, so batches are whole
+    "optim={batch_size: 8, micro_batch_tokens: 110, lr: 1e-3, warmup_ratio: 0.0, schedule: constant}",
+)
 _OPTIM = "optim={batch_size: 8, micro_batch_tokens: 110, lr: 1e-3, warmup_ratio: 0.0, schedule: constant}"
 _ROLLOUTS = (
     "updates=2",
@@ -63,6 +72,8 @@ _SETTINGS = {
         "clip_high=0.28",
         "drop_ties=true",
     ),
+    "distil": (*_TEACHING, "method=sequence"),
+    "draft": (*_TEACHING, "timed_prompts=0"),
 }
 _ROWS = {"cpt": TEXTS, "sft": CONVERSATIONS}
 _ADAPTERS = {"full": (), "prefix": ("virtual_tokens=4",)}

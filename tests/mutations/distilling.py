@@ -141,8 +141,8 @@ MUTATIONS = [
         "unit/models/test_first_layers.py",
         (
             "the last layers are kept",
-            "list(kept)[:layers]",
-            "list(kept)[-layers:]",
+            "list(available)[:layers]",
+            "list(available)[-layers:]",
             "test_it_has_the_states_after_these_layers_under_the_same_norm_and_head",
         ),
         (

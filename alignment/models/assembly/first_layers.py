@@ -18,8 +18,8 @@ def keep_first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
         ModelError: its layers are not one list of modules, as in all architectures of decoders.
     """
     config = model.config.get_text_config()
-    name, kept = _decoder_layers(model)
-    setattr(model.base_model, name, nn.ModuleList(list(kept)[:layers]))
+    name, available = _decoder_layers(model)
+    setattr(model.base_model, name, nn.ModuleList(list(available)[:layers]))
     for field in _OF_LAYERS:
         if getattr(config, field, None) is not None:
             setattr(config, field, getattr(config, field)[:layers])

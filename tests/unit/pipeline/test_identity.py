@@ -30,6 +30,7 @@ from alignment.pipeline.sources.model_sources import ModelSource
 from alignment.stages import registry
 from alignment.stages.benchmark.config import BenchmarkConfig
 from alignment.stages.cpt.config import CptConfig
+from alignment.stages.distil.config import DistilConfig
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.forgetting.config import ForgettingConfig
@@ -54,6 +55,7 @@ OUTSIDE = {
     ForgettingConfig: {"arms"},
     RewardCardConfig: {"reward", "micro_batch_tokens"},
     SampleConfig: {"policy", "reward", "batch_size"},
+    DistilConfig: {"init", "teacher", "batch_size"},
     BenchmarkConfig: {"arms", "task_folders", "micro_batch_tokens", "batch_size"},
     ReportConfig: {"evaluation"},
     # What is read counts by its content, and how strictly it was read shapes nothing.
@@ -73,7 +75,7 @@ OUTSIDE = {
     # Votes count by their content.
     JudgeConfig: {"votes"},
 }
-for _often in (CptConfig, SftConfig, RewardConfig, DpoConfig, KtoConfig):
+for _often in (CptConfig, SftConfig, RewardConfig, DpoConfig, KtoConfig, DistilConfig):
     OUTSIDE[_often] = OUTSIDE[_often] | {"log_every", "save_every"}
 for _compared in (DpoConfig, KtoConfig):
     OUTSIDE[_compared] = OUTSIDE[_compared] | {"precompute_reference"}
