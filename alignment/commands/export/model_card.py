@@ -13,6 +13,7 @@ from alignment.core.artifacts import POLICY, REWARD_MODEL, Manifest
 from alignment.pipeline.sources import bundled_model
 from alignment.records.evaluation import Comparison, Evaluation
 from alignment.records.interval import Interval
+from alignment.stages.base import ResultTable
 
 _LIBRARY = {"model": "transformers", "adapter": "peft", GGUF: "gguf"}
 _CLASS = {POLICY: "AutoModelForCausalLM", REWARD_MODEL: "AutoModelForSequenceClassification"}
@@ -143,6 +144,8 @@ def _python(manifest: Manifest, form: str) -> list[str]:
 def _measured(manifest: Manifest, origin: Provenance) -> list[str]:
     lines = ["At the end of training:", "", "| metric | value |", "|---|---|"]
     lines += [f"| {name} | {value:.4g} |" for name, value in manifest.metrics.items()]
+    for table in origin.own:
+        lines += ["", *_table(table, list(table.columns), list(table.columns.values()), f"{table.title}: {table.note}")]
     if manifest.kind == REWARD_MODEL:
         return lines
     lines += ["", *_evaluated(origin.evaluation)]
@@ -157,14 +160,19 @@ def _tabled(result: Tabled) -> Iterator[str]:
         columns = [key for key in table.columns if key == result.arm or key not in table.of_arms]
         if result.arm not in columns:
             continue
-        at = [list(table.columns).index(key) for key in columns]
         headings = ["value" if key == result.arm else table.columns[key] for key in columns]
-        yield from ("", f"In `{result.manifest.stage}` (`{result.manifest.fingerprint[:8]}`): {table.note}", "")
-        yield f"| {' | '.join(('', *headings))} |"
-        yield f"|{'---|' * (len(columns) + 1)}"
-        for label, cells in table.rows:
-            texts = [f"{cells[index].text} {cells[index].bounds}".rstrip() for index in at]
-            yield f"| {' | '.join((label, *texts))} |"
+        introduction = f"In `{result.manifest.stage}` (`{result.manifest.fingerprint[:8]}`): {table.note}"
+        yield ""
+        yield from _table(table, columns, headings, introduction)
+
+
+def _table(table: ResultTable, columns: list[str], headings: list[str], introduction: str) -> Iterator[str]:
+    """These columns of a table, below a sentence."""
+    at = [list(table.columns).index(key) for key in columns]
+    yield from (introduction, "", f"| {' | '.join(('', *headings))} |", f"|{'---|' * (len(columns) + 1)}")
+    for label, cells in table.rows:
+        texts = [f"{cells[index].text} {cells[index].bounds}".rstrip() for index in at]
+        yield f"| {' | '.join((label, *texts))} |"
 
 
 def _evaluated(judged: Judged | None) -> list[str]:

@@ -78,12 +78,13 @@ class Tabled:
 class Provenance:
     """``steps`` are in order, the artifact itself last; ``lost`` names inputs whose artifacts are missing.
 
-    ``command`` made the run, without the machine's folders; it is empty if no run is known. ``profile`` is that run's
-    profile, or empty.
+    ``own`` are the tables of the artifact itself. ``command`` made the run, without the machine's folders; it is empty
+    if no run is known. ``profile`` is that run's profile, or empty.
     """
 
     steps: list[Step]
     lost: list[str] = field(default_factory=list)
+    own: list[ResultTable] = field(default_factory=list)
     evaluation: Judged | None = None
     forgetting: Remembered | None = None
     others: list[Tabled] = field(default_factory=list)
@@ -101,6 +102,7 @@ def provenance(artifact: Path, manifest: Manifest, run: str | None = None) -> Pr
     return Provenance(
         steps=named,
         lost=lost,
+        own=_tables(artifact, manifest),
         evaluation=_evaluation(manifest, store, own_record),
         forgetting=_forgetting(manifest, store, own_record),
         others=list(_others(manifest, store, own_record)),
@@ -221,10 +223,17 @@ def _others(manifest: Manifest, store: dict[str, Path], run: RunRecord | None) -
     for kind in sorted(kinds):
         result = _measurement(kind, manifest, store, run)
         if result is not None:
-            with suppress(ArtifactError, OSError):
-                tables = tables_of(result.manifest.identity.get("kind", ""), result.folder)
-                if tables:
-                    yield Tabled(arm=result.arm, tables=tables, manifest=result.manifest)
+            tables = _tables(result.folder, result.manifest)
+            if tables:
+                yield Tabled(arm=result.arm, tables=tables, manifest=result.manifest)
+
+
+def _tables(folder: Path, manifest: Manifest) -> list[ResultTable]:
+    """The tables that the kind of a result brings; none if its files cannot be read."""
+    try:
+        return tables_of(manifest.identity.get("kind", ""), folder)
+    except (ArtifactError, OSError):
+        return []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

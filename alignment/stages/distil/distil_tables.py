@@ -71,9 +71,8 @@ def _cells(figures: StudentFigures, timing: Timing | None, assisted: Assisted | 
 
 
 def _note(record: Distillation) -> str:
-    student = "The student" if record.layers is None else f"The student, the first {record.layers} layers,"
     note = (
-        f"{student} on {record.tokens} tokens of the teacher's answers to {record.prompts} held-out prompts. "
+        f"{_student(record)} on {record.tokens} tokens of the teacher's answers to {record.prompts} held-out prompts. "
         "Acceptance is the mean of Σ min(p, q), the probability that speculative sampling keeps a drafted token "
         "(Leviathan et al. 2023). 95 % intervals over prompts."
     )
@@ -83,6 +82,12 @@ def _note(record: Distillation) -> str:
         f"{note} A token of the draft takes {record.timing.cost_ratio:.2f} of the teacher's time. Greedy answers, one "
         f"at a time, by transformers: {_differing(record.timing)}."
     )
+
+
+def _student(record: Distillation) -> str:
+    if record.layers is None:
+        return "The student"
+    return f"The student, the first {'layer' if record.layers == 1 else f'{record.layers} layers'},"
 
 
 def _cell(interval: Interval) -> Cell:

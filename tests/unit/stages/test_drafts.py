@@ -12,8 +12,11 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from alignment.commands.export.model_card import model_card
+from alignment.commands.export.provenance import provenance
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
+from alignment.core.artifacts import verify
 from alignment.core.errors import ConfigError, ModelError, StageError
 from alignment.job import StageInput
 from alignment.models.assembly.first_layers import keep_first_layers
@@ -292,3 +295,13 @@ def test_a_teacher_with_a_prefix_is_compared_but_not_timed(tmp_path: Path) -> No
     distilled(tmp_path / "compared", inputs=inputs, layers=None)
     with pytest.raises(ConfigError, match="not timed with a teacher that has a prefix; use 0"):
         distilled(tmp_path / "timed", inputs=inputs, layers=None, timed_prompts=1)
+
+
+def test_a_model_card_has_the_table_of_the_student(tmp_path: Path) -> None:
+    artifact = distilled(tmp_path)
+    manifest = verify(artifact, content=True)
+    manifest = replace(manifest, identity={"kind": "distil"})
+    card = model_card(manifest, provenance(artifact, manifest), form="model", notes=[])
+    acceptance = Distillation.read(artifact).after.acceptance.mean
+    assert "Beside its teacher: The student, the first layer, on 24 tokens of the teacher's answers" in card
+    assert f"| after | {acceptance:.3f} " in card
