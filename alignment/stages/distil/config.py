@@ -10,6 +10,7 @@ from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.rules import BELOW_ONE, NOT_NEGATIVE, POSITIVE
+from alignment.config.sampling_engine import SamplingConfig
 from alignment.config.stage_fields import not_identity, reference_to
 from alignment.config.too_long import TooLongConfig
 
@@ -38,10 +39,10 @@ class DistilConfig:
     embeddings, last norm and head: a draft for speculative decoding. Its weights are those of ``init`` with all
     adapters merged. Student and teacher share a tokenizer.
 
-    The teacher samples ``completions_per_prompt`` answers at ``temperature``, ``batch_size`` at a time. The logits of
-    both are divided by ``loss_temperature`` in the loss of ``tokens``, and by ``temperature`` where they are reported.
-    A prompt is asked once, and none that overlaps with those of ``leave_out``; an empty list stands for the data of the
-    run's evaluations.
+    ``sampling`` has the teacher sample ``completions_per_prompt`` answers at ``temperature``, ``batch_size`` at a time.
+    The logits of both are divided by ``loss_temperature`` in the loss of ``tokens``, and by ``temperature`` where they
+    are reported. A prompt is asked once, and none that overlaps with those of ``leave_out``; an empty list stands for
+    the data of the run's evaluations.
 
     ``eval_fraction`` of the prompts is held out. On the teacher's answers to them the student is compared with the
     teacher, before and after: how often speculative decoding with ``gamma`` drafted tokens a step would accept a token
@@ -64,6 +65,7 @@ class DistilConfig:
     too_long: TooLongConfig = field(default_factory=TooLongConfig)
     max_new_tokens: Annotated[int, POSITIVE] = 96
     batch_size: Annotated[int, POSITIVE] = not_identity(128)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     eval_fraction: Annotated[float, BELOW_ONE] = 0.1
     gamma: Annotated[int, POSITIVE] = 4
     timed_prompts: Annotated[int, NOT_NEGATIVE] = 0

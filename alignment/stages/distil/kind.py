@@ -12,10 +12,11 @@ from alignment.core.artifacts import POLICY
 from alignment.data.records import HeldOutPrompt, Prompt
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import PROMPTS
-from alignment.stages.base import Curve, DataSlot, Learning, Outcome, Reported, StageKind
+from alignment.stages.base import Curve, DataSlot, LaunchShape, Learning, Outcome, Reported, StageKind
 from alignment.stages.distil.config import DistilConfig, Method
 from alignment.stages.distil.distil_tables import lines, tables
 from alignment.stages.shared.kind_answers import curve, held_out_fault, replay_advice
+from alignment.stages.shared.sampling_checks import check_engine, sampling_faults, sampling_refusals
 
 COUNTS = ("rows", "rows_too_long", "prompts", "prompts_evaluated", "prompts_repeated", "answer_tokens")
 BEFORE = "_before"
@@ -33,6 +34,7 @@ def _data(config: DistilConfig) -> list[DataSlot]:
 
 def _faults(config: DistilConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     usual = DistilConfig()
+    yield from sampling_faults(config.sampling, f"{where}.sampling")
     if config.layers is None and config.init == config.teacher:
         message = (
             f"{config.init!r} is the teacher itself, which has nothing to learn from itself; set layers to take its "
@@ -112,6 +114,10 @@ KIND = StageKind(
     leaves_out="leave_out",
     faults=_faults,
     curves=_curves,
+    launch=LaunchShape(
+        refusals=lambda config, launch: sampling_refusals(config.sampling, launch),
+        check_machine=lambda config, where: check_engine(config.sampling, where),
+    ),
     learning=Learning(
         limits=lambda config: Limits(row=config.max_prompt_length, too_long=config.too_long),
         faults=_too_few_prompts,
