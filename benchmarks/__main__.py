@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from alignment.core.errors import AlignmentError
@@ -14,7 +14,6 @@ from alignment.core.hardware import count_cores
 from benchmarks.harness import Failed, Options, measure
 from benchmarks.journal import OtherConditions
 from benchmarks.machine import RESULTS
-from benchmarks.setting import REPETITIONS
 from benchmarks.works import ALIASES, WORKS, works_named
 
 
@@ -33,26 +32,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no contestant {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     if told.data is not None and not told.data.is_dir():
         parser.error("--data is no folder")
-    options = Options(
-        repetitions=told.repetitions,
-        contestants=contestants,
-        data=None if told.data is None else told.data.absolute(),
-        threads=told.threads,
-        amx=not told.no_amx,
-        resume=told.resume,
-        results=told.results,
-    )
+
+    def options_of(name: str) -> Options:
+        return Options(
+            repetitions=told.repetitions or WORKS[name].repetitions,
+            contestants=contestants,
+            data=None if told.data is None else told.data.absolute(),
+            threads=told.threads,
+            amx=not told.no_amx,
+            resume=told.resume,
+            results=told.results,
+        )
+
     return _measure_all(
-        [name for name in names if not contestants or set(contestants) & set(WORKS[name].contestants)], options
+        [name for name in names if not contestants or set(contestants) & set(WORKS[name].contestants)], options_of
     )
 
 
-def _measure_all(names: Sequence[str], options: Options) -> int:
+def _measure_all(names: Sequence[str], options_of: Callable[[str], Options]) -> int:
     code = 0
     for name in names:
         print(f"{name}", flush=True)
         try:
-            measure(name, options)
+            measure(name, options_of(name))
         except KeyboardInterrupt:
             print("stopped; the same command with --resume goes on from here", file=sys.stderr)
             return 130
@@ -67,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--works", default="all", help=f"comma-separated: {', '.join([*ALIASES, *WORKS])}")
     parser.add_argument("--contestants", help="comma-separated; all if not given")
-    parser.add_argument("--repetitions", type=_positive, default=REPETITIONS)
+    parser.add_argument("--repetitions", type=_positive, help="the work's own number if not given")
     parser.add_argument("--data", type=Path, default=Path(folder) if folder else None, help="folder of public data")
     parser.add_argument("--threads", type=_positive, default=count_cores())
     parser.add_argument("--no-amx", action="store_true", help="no AMX tiles for anyone, as on a CPU without them")

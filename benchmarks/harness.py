@@ -11,20 +11,22 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from alignment.config.launch import LaunchConfig
 from alignment.core import hardware
+from alignment.core.errors import ConfigError
+from alignment.engines.engine_environment import VARIABLE, interpreter
 from alignment.pipeline.backends import command, environment, processes
 from alignment.pipeline.execute.worker_protocol import commit_of_checkout
 from alignment.pipeline.sources import bundled_model
 from benchmarks import environments, rows
 from benchmarks.journal import Journal
 from benchmarks.machine import NO_AMX, ROOT, code_sha256, processor, scrubbed
-from benchmarks.setting import MAX_LENGTH, REPETITIONS, ROWS, read_json
+from benchmarks.setting import MAX_LENGTH, ROWS, read_json
 from benchmarks.stage import MODEL, artifact_of, stage_config, write_stage
 from benchmarks.summary import summarise, table
 from benchmarks.works import POINTS, WORKS, Contestant, Work
@@ -84,7 +86,7 @@ def measure(name: str, options: Options) -> Path:
 
 
 def _stem(name: str, options: Options, *, whole: bool) -> str:
-    partial = not whole or options.repetitions < REPETITIONS
+    partial = not whole or options.repetitions < WORKS[name].repetitions
     return name + ("" if options.amx else "-no-amx") + ("-partial" if partial else "")
 
 
@@ -111,11 +113,16 @@ def _interpreters(work: Work, chosen: list[str]) -> tuple[dict[str, str], dict[s
     """The Python of each contestant, and why some have none."""
     pythons, missing = {}, {}
     for name in chosen:
-        wanted = work.contestants[name].environment
+        wanted, engine = work.contestants[name].environment, work.contestants[name].engine
         try:
+            if engine is not None:  # which runs beside the contestant
+                interpreter(None, package=engine, where=VARIABLE)
             pythons[name] = sys.executable if wanted is None else str(environments.python_of(wanted))
         except environments.CannotBuild as reason:
             missing[name] = f"its environment could not be built: {reason}"
+        except ConfigError as reason:
+            missing[name] = scrubbed(f"{reason.message}; {reason.remedy}")
+        if name in missing:
             print(f"  {name}: {missing[name]}", flush=True)
     return pythons, missing
 
@@ -183,6 +190,7 @@ def _task(told: _Measurement, folder: Path) -> dict[str, Any]:
         "adapter": told.work.adapter,
         "contestant": told.contestant,
         "steps": steps,
+        "size": asdict(told.work.size),
         "base": str(told.base),
         "tokens": files["tokens"],
         "result": str(folder / "result.json"),
@@ -279,6 +287,7 @@ def _prepare(work: Work, options: Options, base: Path, folder: Path) -> dict[str
         "adapter": work.adapter,
         "base": str(base),
         "data": None if options.data is None else str(options.data),
+        "size": asdict(work.size),
         "repetitions": options.repetitions,
         "folder": str(folder),
     }

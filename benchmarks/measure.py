@@ -10,12 +10,15 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
+Memory = tuple[int, str]
+"""Bytes, and how they were counted."""
 _SIDE = 2048
 _TRIES = 8
 
@@ -44,8 +47,8 @@ def matmul_peak(dtype: torch.dtype = torch.bfloat16) -> float:
     return 2 * _SIDE**3 / best
 
 
-def peak_memory() -> tuple[int, str]:
-    """Bytes at the highest so far, and how they were counted."""
+def peak_memory() -> Memory:
+    """This process's at the highest so far."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated()), "max_memory_allocated"
     unit = 1 if sys.platform == "darwin" else 1024
@@ -70,10 +73,10 @@ class Steps:
         self.losses.append(loss)
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Of Python and the packages that matter, where they are installed."""
     found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -81,12 +84,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_result(path: Path, *, peak: float, seconds: list[float], **figures: Any) -> None:
-    """``seconds`` of each measured step; ``peak`` is what ``matmul_peak`` said before."""
-    memory, kind = peak_memory()
+def write_result(
+    path: Path, *, peak: float, seconds: list[float], memory: Memory | None = None, **figures: Any
+) -> None:
+    """``seconds`` of each measured step; ``peak`` is what ``matmul_peak`` said before. ``memory`` is this process's if
+    not given, and ``versions`` in ``figures`` replaces those of this environment."""
+    size, kind = memory or peak_memory()
     result = {
         "seconds": seconds,
-        "peak_memory": memory,
+        "peak_memory": size,
         "memory_kind": kind,
         "matmul_peak": peak,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

@@ -22,7 +22,7 @@ from alignment import worker
 from alignment.core.errors import DataError
 from alignment.data.tokens.row_kinds import DESIRABLE, UNDESIRABLE
 from alignment.data.tokens.token_spans import in_common
-from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_conversation
+from alignment.data.tokens.tokenize import answer_ids, encode, prompt_ids, tokenize_conversation
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.job import StageInput
@@ -34,7 +34,7 @@ from alignment.training.context import StageContext
 from benchmarks import rows
 from benchmarks.setting import GRPO_GROUP, MAX_LENGTH, MAX_PROMPT_LENGTH, PROMPTS, ROWS, SEED, read_json
 from benchmarks.stage import artifact_of, stage_config, write_stage
-from benchmarks.works import MODEL_SIZES, POINTS
+from benchmarks.works import MODEL_SIZES, POINTS, SamplingSize
 
 Tokens = dict[str, list[int]]
 
@@ -50,7 +50,7 @@ def main(task_file: Path) -> None:
         inputs["repetitions"] = _growth(folder, tokenizer, data, task["repetitions"])
         inputs["models"] |= {name: parameters(_random_model(folder, base, name)) for name in MODEL_SIZES}
     else:
-        inputs |= _select(task["kind"], folder, tokenizer, data, task["repetitions"])
+        inputs |= _select(task["kind"], folder, tokenizer, data, task["repetitions"], SamplingSize(**task["size"]))
     if task["kind"] == "reward":
         inputs["head"] = str(_scorer_head(folder, base, Path(inputs["repetitions"][0]["rows"])))
     if task["kind"] == "ppo":
@@ -105,9 +105,15 @@ def _apart(sequences: Sequence[list[int]]) -> int:
 # ---- rows --------------------------------------------------------------------------------------------------------
 
 
-def _select(kind: str, folder: Path, tokenizer: Any, data: Path | None, repetitions: int) -> dict[str, Any]:
-    fitting, left_out = _fitting(kind, tokenizer, data)
-    count = {"sampling": PROMPTS, "ppo": PROMPTS, "grpo": PROMPTS // GRPO_GROUP}.get(kind, ROWS)
+def _select(
+    kind: str, folder: Path, tokenizer: Any, data: Path | None, repetitions: int, size: SamplingSize
+) -> dict[str, Any]:
+    fitting, left_out = _fitting(kind, tokenizer, data, size.prompt_tokens)
+    if kind == "sampling" and size.system_tokens:
+        system = {"role": "system", "content": system_text(tokenizer, rows.conversations(data), size.system_tokens)}
+        led = [{"messages": [system, *row["messages"]]} for row, _ in fitting]
+        fitting = [(row, _prompt(tokenizer, row)) for row in led]
+    count = {"sampling": size.prompts, "ppo": PROMPTS, "grpo": PROMPTS // GRPO_GROUP}.get(kind, ROWS)
     chosen = []
     for repetition in range(repetitions):
         part = rows.taken(fitting, repetition, count)
@@ -124,8 +130,19 @@ def _select(kind: str, folder: Path, tokenizer: Any, data: Path | None, repetiti
     }
 
 
-def _fitting(kind: str, tokenizer: Any, data: Path | None) -> tuple[list[tuple[dict[str, Any], Any]], int]:
-    """Rows with their tokens, and how many were left out: too long, or not a conversation that we take."""
+def system_text(tokenizer: Any, conversations: Sequence[dict[str, Any]], tokens: int) -> str:
+    """The first ``tokens`` tokens of the answers, as the text of a system turn."""
+    answers = " ".join(turn["content"] for row in conversations for turn in row["messages"] if turn["role"] != "user")
+    return str(tokenizer.decode(encode(tokenizer, answers)[:tokens])).strip()
+
+
+def _fitting(
+    kind: str, tokenizer: Any, data: Path | None, prompt_tokens: int = MAX_PROMPT_LENGTH
+) -> tuple[list[tuple[dict[str, Any], Any]], int]:
+    """Rows with their tokens, and how many were left out: too long, or not a conversation that we take.
+
+    ``prompt_tokens`` is the limit for rows that are prompts alone.
+    """
     tokenize: Callable[[Any, dict[str, Any]], Any]
     if kind == "sft":
         found, tokenize, limit = rows.conversations(data), _conversation, MAX_LENGTH
@@ -134,7 +151,7 @@ def _fitting(kind: str, tokenizer: Any, data: Path | None) -> tuple[list[tuple[d
     elif kind == "kto":
         found, tokenize, limit = rows.answers(data), _labelled, MAX_LENGTH
     else:
-        found, tokenize, limit = rows.prompts(data), _prompt, MAX_PROMPT_LENGTH
+        found, tokenize, limit = rows.prompts(data), _prompt, prompt_tokens
     fitting = []
     for row in found:
         try:

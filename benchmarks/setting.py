@@ -23,9 +23,6 @@ REPETITIONS = 5
 PROMPTS = 32
 """Prompts of a rollout or of a batch of answers."""
 MAX_PROMPT_LENGTH = 96
-SAMPLED_TOKENS = 64
-"""New tokens at most, where only sampling is measured."""
-SAMPLING_SEEDS = (0, 1, 2)
 PPO_NEW_TOKENS = 48
 PPO_EPOCHS = 4
 PPO_MICRO_BATCH = 8

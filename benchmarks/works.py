@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.figures import Sharing
-from benchmarks.setting import MICRO_BATCH_TOKENS, PPO_MICRO_BATCH, PPO_MICRO_BATCH_TOKENS
+from benchmarks.setting import (
+    MAX_PROMPT_LENGTH,
+    MICRO_BATCH_TOKENS,
+    PPO_MICRO_BATCH,
+    PPO_MICRO_BATCH_TOKENS,
+    PROMPTS,
+    REPETITIONS,
+)
 
 OURS = "ours"
 OURS_FLOAT32 = "ours_float32"
@@ -18,8 +25,9 @@ class Contestant:
     """``module`` runs one measurement. ``allowed`` says what it was given. ``measured`` steps follow one warm-up step.
 
     ``against`` names which of ours a rival is compared with; None for our own. ``environment`` names a requirements
-    file in ``environments/``, or None for the project's own. ``sharing`` is about PPO, ``master_weights`` about full
-    training of ours, ``optim_changes`` are settings of its optimiser that a variant of ours changes (none of PPO).
+    file in ``environments/``, or None for the project's own. ``engine`` is the package of an engine that the contestant
+    asks, whose environment `make engine` builds. ``sharing`` is about PPO, ``master_weights`` about full training of
+    ours, ``optim_changes`` are settings of its optimiser that a variant of ours changes (none of PPO).
     ``our_memory`` says whether it has what the launcher tells glibc about memory, ``threads_sleep`` whether its idle
     threads sleep soon as the launcher says, or spin as OpenMP's do by themselves. ``busy_neighbours`` processes compute
     beside it, a core each.
@@ -30,6 +38,7 @@ class Contestant:
     measured: int = 2
     against: str | None = OURS
     environment: str | None = None
+    engine: str | None = None
     sharing: Sharing = field(default_factory=Sharing)
     master_weights: bool = True
     optim_changes: dict[str, Any] = field(default_factory=dict)
@@ -39,16 +48,34 @@ class Contestant:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingSize:
+    """What ``sampling`` samples: an answer of at most ``new_tokens`` to each of ``prompts`` prompts, once a seed.
+
+    A prompt has at most ``prompt_tokens``. With ``system_tokens`` it is then put behind one system turn, whose text has
+    this number of tokens (in place of the template's own turn, if it has one).
+    """
+
+    prompts: int = PROMPTS
+    prompt_tokens: int = MAX_PROMPT_LENGTH
+    new_tokens: int = 64
+    seeds: tuple[int, ...] = (0, 1, 2)
+    system_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
     """``kind`` is ``sft``, ``reward``, ``dpo``, ``kto``, ``ppo``, ``grpo``, ``sampling`` or ``growth``.
 
-    ``adapter`` is ``lora`` or ``full``. ``quantity`` is what ratios are about, beside peak memory.
+    ``adapter`` is ``lora`` or ``full``. ``quantity`` is what ratios are about, beside peak memory. ``size`` is about
+    ``sampling``. A published result has ``repetitions`` or more.
     """
 
     kind: str
     adapter: str
     contestants: dict[str, Contestant] = field(default_factory=dict)
     quantity: str = "tokens_per_second"
+    size: SamplingSize = field(default_factory=SamplingSize)
+    repetitions: int = REPETITIONS
 
 
 _STAGE = "the real stage, started by the launcher as the driver starts it; micro-batches of at most {} tokens"
@@ -152,19 +179,49 @@ def _grpo() -> Work:
     )
 
 
+_OURS_SAMPLES = "models.forward.generate.generate, one batch, its model prepared as the stages do (use_flat_attention)"
+_STOCK_SAMPLES = "model.generate(do_sample=True, top_k=0, top_p=1), one left-padded batch"
+_VLLM_SAMPLES = (
+    "a warm server of alignment.engines, which forgets its prompts between measurements; all answers are asked for at "
+    "once, and the time is that of the client's call; memory is the sum of the highest resident sets of the server's "
+    "processes, the client not counted"
+)
+
+
 def _sampling() -> Work:
-    ours = "models.forward.generate.generate, one batch, its model prepared as the stages do (use_flat_attention)"
-    stock = "model.generate(do_sample=True, top_k=0, top_p=1), one left-padded batch"
     return Work(
         kind="sampling",
         adapter="none",
         contestants={
-            OURS: Contestant(module="sampling", allowed=f"{ours}, bf16", against=None),
-            "generate": Contestant(module="sampling", allowed=f"{stock}, bf16"),
-            OURS_FLOAT32: Contestant(module="sampling", allowed=f"{ours}, float32", against=None),
-            "generate_float32": Contestant(module="sampling", allowed=f"{stock}, float32", against=OURS_FLOAT32),
+            OURS: _samples(_OURS_SAMPLES, "bf16", against=None),
+            "generate": _samples(_STOCK_SAMPLES, "bf16"),
+            "vllm": _samples(_VLLM_SAMPLES, "bf16", engine="vllm"),
+            OURS_FLOAT32: _samples(_OURS_SAMPLES, "float32", against=None),
+            "generate_float32": _samples(_STOCK_SAMPLES, "float32", against=OURS_FLOAT32),
+            "vllm_float32": _samples(_VLLM_SAMPLES, "float32", engine="vllm", against=OURS_FLOAT32),
         },
     )
+
+
+def _sampling_many(*, system_tokens: int = 0) -> Work:
+    """Many long answers; with ``system_tokens`` after a beginning that the prompts have in common."""
+    common = "; the common beginning is read once, into a cache that all rows begin with" if system_tokens else ""
+    return Work(
+        kind="sampling",
+        adapter="none",
+        contestants={
+            OURS: _samples(_OURS_SAMPLES, "bf16", against=None),
+            "generate": _samples(f"{_STOCK_SAMPLES}{common}", "bf16"),
+            "vllm": _samples(_VLLM_SAMPLES, "bf16", engine="vllm"),
+        },
+        size=SamplingSize(prompts=128, prompt_tokens=128, new_tokens=128, seeds=(0,), system_tokens=system_tokens),
+        repetitions=3,
+    )
+
+
+def _samples(how: str, dtype: str, *, engine: str | None = None, against: str | None = OURS) -> Contestant:
+    module = "sampling" if engine is None else f"{engine}_sampling"
+    return Contestant(module=module, allowed=f"{how}, {dtype}", engine=engine, against=against)
 
 
 def _neighbour() -> Work:
@@ -240,6 +297,8 @@ WORKS: dict[str, Work] = {
         stock="log_softmax and gather, reference by disable_adapter; four passes over the answers, as TRL's",
     ),
     "sampling": _sampling(),
+    "sampling_128": _sampling_many(),
+    "sampling_prefix": _sampling_many(system_tokens=256),
     "ppo_lora": _ppo("lora"),
     "ppo_full": _ppo("full"),
     "grpo_lora": _grpo(),

@@ -32,13 +32,13 @@ def missing() -> str:
 
 
 @contextmanager
-def model_served(folder: Path) -> Iterator[tuple[str, str]]:
+def model_served(folder: Path, *, dtype: str = "auto") -> Iterator[tuple[str, str]]:
     """Its URL and the model's name, until the block ends. ``folder`` gets its log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     name = str(bundled_model.folder(bundled_model.lookup(MODEL)))
-    argv = [sys.executable, "-m", "transformers.cli.transformers", "serve", name, "--device", "cpu"]
+    argv = [sys.executable, "-m", "transformers.cli.transformers", "serve", name, "--device", "cpu", "--dtype", dtype]
     log = folder / "server.log"
     with log.open("wb") as sink:
         server = subprocess.Popen(

@@ -154,8 +154,16 @@ class EngineClient:
         """
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self._call("post", "/collective_rpc", body)
-        self._call("post", "/reset_prefix_cache", {})
+        self.reset_prefix_cache()
         self._call("post", "/update_weight_version", {"new_version": version})
+
+    def reset_prefix_cache(self) -> None:
+        """Makes the server forget what it computed for earlier prompts.
+
+        Raises:
+            CallFailed: the server did not, or was not started as one whose weights are replaced.
+        """
+        self._call("post", "/reset_prefix_cache", {})
 
     def weights_version(self) -> str:
         """The version that was named last.

@@ -1,11 +1,12 @@
-"""Answers of at most 64 tokens to 32 prompts at temperature 1: ours, or ``model.generate``, in bf16 or float32.
+"""Answers to prompts at temperature 1: ours, or ``model.generate``, in bf16 or float32.
 
-The two draw different random numbers, so answers differ; real tokens of each are counted, the one that ends an answer
+All draw different random numbers, so answers differ; real tokens of each are counted, the one that ends an answer
 included, and mean lengths stand beside the speed.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from benchmarks.measure import device, matmul_peak, synchronise, write_result
-from benchmarks.setting import SAMPLED_TOKENS, SAMPLING_SEEDS, read_json
+from benchmarks.setting import read_json
 
 Answers = list[list[int]]
+Answer = Callable[[int, int], Answers]
+"""Called with a seed and a number of tokens; returns an answer of at most that length to each prompt."""
 WARM_UP_TOKENS = 4
 
 
@@ -31,17 +34,35 @@ def main(task_file: Path) -> None:
     end = AutoTokenizer.from_pretrained(task["base"]).eos_token_id
     model = AutoModelForCausalLM.from_pretrained(task["base"], dtype=dtype).to(device()).eval()
     prompts: list[list[int]] = read_json(Path(task["tokens"]))
-    answer = (_ours if ours else _theirs)(model, prompts, end)
+    if ours:
+        answer = _ours(model, prompts, end)
+    else:
+        answer = _theirs(model, prompts, end, common=common_length(prompts) if task["size"]["system_tokens"] else 0)
+    seconds, lengths = measured(answer, task["size"], end)
+    write_result(Path(task["result"]), peak=peak, seconds=seconds, losses=[], lengths=lengths)
+
+
+def measured(
+    answer: Answer, size: dict[str, Any], end: int, before_each: Callable[[], None] = lambda: None
+) -> tuple[list[float], list[list[int]]]:
+    """Seconds and real lengths of the answers for each seed, after a short call as a warm-up."""
     answer(0, WARM_UP_TOKENS)
     seconds, lengths = [], []
-    for seed in SAMPLING_SEEDS:
+    for seed in size["seeds"]:
+        before_each()
         synchronise()
         started = time.perf_counter()
-        answers = answer(seed, SAMPLED_TOKENS)
+        answers = answer(seed, size["new_tokens"])
         synchronise()
         seconds.append(time.perf_counter() - started)
         lengths.append([real_length(row, end) for row in answers])
-    write_result(Path(task["result"]), peak=peak, seconds=seconds, losses=[], lengths=lengths)
+    return seconds, lengths
+
+
+def common_length(prompts: list[list[int]]) -> int:
+    """Tokens with which all prompts begin, and after which each has at least one more."""
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def real_length(answer: list[int], end: int) -> int:
@@ -49,7 +70,7 @@ def real_length(answer: list[int], end: int) -> int:
     return answer.index(end) + 1 if end in answer else len(answer)
 
 
-def _ours(model: Any, prompts: list[list[int]], end: int) -> Callable[[int, int], Answers]:
+def _ours(model: Any, prompts: list[list[int]], end: int) -> Answer:
     from alignment.models.forward.flat import use_flat_attention
     from alignment.models.forward.generate import Sampling, generate
 
@@ -64,10 +85,21 @@ def _ours(model: Any, prompts: list[list[int]], end: int) -> Callable[[int, int]
     return answer
 
 
-def _theirs(model: Any, prompts: list[list[int]], end: int) -> Callable[[int, int], Answers]:
+def _theirs(model: Any, prompts: list[list[int]], end: int, *, common: int) -> Answer:
+    """``common`` tokens with which all prompts begin are read once; padding stands behind them."""
     longest = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[end] * (longest - len(prompt)) + prompt for prompt in prompts], device=device())
-    real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device())
+    padding = [longest - len(prompt) for prompt in prompts]
+    rows = [prompt[:common] + [end] * gap + prompt[common:] for prompt, gap in zip(prompts, padding, strict=True)]
+    masks = [[1] * common + [0] * gap + [1] * (longest - common - gap) for gap in padding]
+    ids, real = torch.tensor(rows, device=device()), torch.tensor(masks, device=device())
+
+    def beginning() -> dict[str, Any]:
+        if not common:
+            return {}
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids[:1, :common], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(prompts))
+        return {"past_key_values": cache}
 
     def answer(seed: int, limit: int) -> Answers:
         torch.manual_seed(seed)
@@ -82,9 +114,10 @@ def _theirs(model: Any, prompts: list[list[int]], end: int) -> Callable[[int, in
                 top_p=1.0,
                 eos_token_id=end,
                 pad_token_id=end,
+                **beginning(),
             )
-        rows: Answers = found[:, longest:].tolist()
-        return rows
+        answers: Answers = found[:, longest:].tolist()
+        return answers
 
     return answer
 

@@ -1,0 +1,192 @@
+"""What is sampled, how it is counted, and what an engine is asked; nothing is timed here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.engines.completions import Asked, EngineAnswer, Generation
+from benchmarks import harness
+from benchmarks.contestants.sampling import _ours, _theirs, common_length, measured
+from benchmarks.contestants.vllm_sampling import _asking, highest_resident, memory_below
+from benchmarks.prepare import _select, system_text
+from benchmarks.setting import read_json
+from benchmarks.works import WORKS, SamplingSize, works_named
+from tests.tiny import tiny_model, tiny_tokenizer
+
+PROMPTS = [[5, 6, 7, 8, 9], [5, 6, 7, 30], [5, 6, 7, 8, 40, 41, 42]]
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_model().eval()
+
+
+def test_prompts_have_in_common_what_leaves_each_a_token_of_its_own() -> None:
+    assert common_length(PROMPTS) == 3
+    assert common_length([[1, 2], [1, 2, 3], [1, 2]]) == 1
+    assert common_length([[1, 2], [3, 2]]) == 0
+
+
+def test_a_beginning_that_generate_reads_once_changes_no_answer(model: Any) -> None:
+    whole, shared = (_theirs(model, PROMPTS, 2, common=common) for common in (0, 3))
+    assert whole(7, 12) == shared(7, 12)
+    assert shared(7, 12) == shared(7, 12), "the beginning that was read is as before"
+    assert shared(7, 12) != shared(8, 12)
+
+
+def test_ours_and_generate_answer_all_prompts_within_the_limit(model: Any) -> None:
+    for answer in (_ours(model, PROMPTS, 2), _theirs(model, PROMPTS, 2, common=0)):
+        assert [0 < len(row) <= 12 for row in answer(0, 12)] == [True] * 3
+
+
+def test_answers_are_counted_up_to_their_end_for_each_seed_after_a_warm_up() -> None:
+    calls: list[Any] = []
+
+    def answer(seed: int, limit: int) -> list[list[int]]:
+        calls.append((seed, limit))
+        return [[4, 2, 9], [4, 4, 4, 4]]
+
+    size = {"seeds": [3, 5], "new_tokens": 16}
+    seconds, lengths = measured(answer, size, 2, before_each=lambda: calls.append("forget"))
+    assert calls == [(0, 4), "forget", (3, 16), "forget", (5, 16)]
+    assert lengths == [[2, 4], [2, 4]]
+    assert len(seconds) == 2
+
+
+def test_an_engine_is_asked_each_prompt_once_with_a_seed_of_its_own() -> None:
+    class Client:
+        def answers(
+            self, model: str, asked: list[Asked], generation: Generation, progress: Callable[[], None]
+        ) -> list[list[EngineAnswer]]:
+            assert (model, generation) == ("base", Generation(max_new_tokens=9, temperature=1.0, end_ids=[2]))
+            assert [one.answers for one in asked] == [1, 1, 1]
+            return [[EngineAnswer(ids=[*one.prompt, one.seed], logprobs=[])] for one in asked]
+
+    answer = _asking(Client(), PROMPTS, 2)  # type: ignore[arg-type]
+    assert answer(0, 9) == [[*PROMPTS[0], 0], [*PROMPTS[1], 1], [*PROMPTS[2], 2]]
+    assert answer(2, 9) == [[*PROMPTS[0], 6], [*PROMPTS[1], 7], [*PROMPTS[2], 8]]
+
+
+def test_an_engines_memory_is_the_sum_over_its_processes() -> None:
+    assert highest_resident("Name:\tpython\nVmPeak:\t 900 kB\nVmHWM:\t     12 kB\nVmRSS:\t 8 kB\n") == 12 * 1024
+    assert highest_resident("Name:\tpython\nState:\tZ (zombie)\n") == 0
+    with _process("import time; time.sleep(600)") as small, _process(_PARENT) as parent:
+        _wait(lambda: memory_below(parent)[0] > 2 * (60 << 20))
+        assert memory_below(parent)[1] == "sum of VmHWM"
+        assert memory_below(parent)[0] < 2 * (160 << 20), "both children and nothing else"
+        assert memory_below(small)[0] == 0, "a process is not below itself"
+
+
+_CHILD = "import time; held = bytearray(60 << 20); del held; time.sleep(600)"
+_PARENT = f"""
+import subprocess, sys
+held = bytearray(400 << 20)
+children = [subprocess.Popen([sys.executable, "-c", {_CHILD!r}]) for _ in range(2)]
+try:
+    sys.stdin.read()
+finally:
+    for child in children:
+        child.kill()
+"""
+
+
+@contextmanager
+def _process(code: str) -> Iterator[int]:
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    try:
+        yield process.pid
+    finally:
+        if code == _PARENT:
+            process.communicate()
+        process.kill()
+        process.wait()
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_prompts_with_a_common_beginning_are_the_same_behind_another_system_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.rows.conversations", lambda folder: CONVERSATIONS)
+    tokenizer = tiny_tokenizer()
+    text = system_text(tokenizer, CONVERSATIONS, 9)
+    assert "The keys are with the caretaker. The keys are".startswith(text)
+    assert len(tokenizer(text)["input_ids"]) == 9
+    plain, led = (_prompt_texts(tmp_path, tokenizer, tokens) for tokens in (0, 9))
+    assert len(plain) == 2
+    assert led == [prompt.replace("You are tiny.", text) for prompt in plain]
+
+
+CONVERSATIONS = [
+    {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": "The keys are with the caretaker."},
+        ]
+    }
+    for question in ("Hall?", "Shop?", "Who, say?")
+]
+
+
+def _prompt_texts(folder: Path, tokenizer: Any, system_tokens: int) -> list[str]:
+    chosen = _select("sampling", folder, tokenizer, None, 1, SamplingSize(prompts=2, system_tokens=system_tokens))
+    ids = read_json(Path(chosen["repetitions"][0]["tokens"]))
+    assert chosen["repetitions"][0]["counts"] == {"prompt_tokens": sum(map(len, ids)) - common_length(ids)}
+    return [tokenizer.decode(prompt) for prompt in ids]
+
+
+@pytest.mark.parametrize("name", ["sampling_128", "sampling_prefix"])
+def test_the_large_works_sample_128_answers_of_128_tokens_once(name: str) -> None:
+    work = WORKS[name]
+    assert list(work.contestants) == ["ours", "generate", "vllm"]
+    assert (work.size.prompts, work.size.prompt_tokens, work.size.new_tokens, work.size.seeds) == (128, 128, 128, (0,))
+    assert work.size.system_tokens == (256 if name == "sampling_prefix" else 0)
+    assert works_named(name) == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "repetitions", "stem"),
+    [
+        ("sampling", 4, "sampling-partial"),
+        ("sampling", 5, "sampling"),
+        ("sampling_128", 2, "sampling_128-partial"),
+        ("sampling_128", 3, "sampling_128"),
+    ],
+)
+def test_a_result_is_whole_with_the_repetitions_of_its_work(name: str, repetitions: int, stem: str) -> None:
+    assert harness._stem(name, _options(repetitions), whole=True) == stem
+
+
+def test_an_engine_without_an_environment_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGNMENT_ENGINE_PYTHON", "/nowhere/bin/python")
+    pythons, missing = harness._interpreters(WORKS["sampling"], ["generate", "vllm", "vllm_float32"])
+    assert pythons == {"generate": sys.executable}
+    assert set(missing) == {"vllm", "vllm_float32"}
+    assert missing["vllm"].startswith("python is not an interpreter that can be run; build the environment with")
+    monkeypatch.setenv("ALIGNMENT_ENGINE_PYTHON", sys.executable)
+    assert "has no package vllm; build" in harness._interpreters(WORKS["sampling"], ["vllm"])[1]["vllm"]
+
+
+def _options(repetitions: int) -> harness.Options:
+    return harness.Options(
+        repetitions=repetitions,
+        contestants=(),
+        data=None,
+        threads=2,
+        amx=True,
+        resume=False,
+        results=Path("results"),
+    )
