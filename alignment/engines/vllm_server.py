@@ -13,6 +13,9 @@ BASE = "base"
 """The name of the weights without an adapter."""
 ADAPTERS = 2
 """Adapters that the server holds: that of the policy as it is, and that of the version before."""
+ON_CPU = ("--enforce-eager", "--no-enable-chunked-prefill")
+"""Arguments of a server without a GPU. vLLM 0.32 ends with "CPU Generator does not use offset" if it reads a part of a
+prompt whose answer has a random seed, so it reads prompts whole."""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM can be prepared for."""
 
@@ -51,11 +54,8 @@ def vllm_command(python: Path, config: SamplingConfig, options: VllmOptions) -> 
         )
     device = ["--gpu-memory-utilization", str(config.gpu_share)]
     if not options.on_gpu:
-        environment |= {
-            "VLLM_CPU_KVCACHE_SPACE": f"{config.cache_gb:g}",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        }
-        device = ["--enforce-eager"]
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        device = [*ON_CPU, "--kv-cache-memory-bytes", str(int(config.cache_gb * 2**30))]
     return ServerCommand(
         name="vLLM",
         argv=[

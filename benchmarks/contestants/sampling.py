@@ -97,9 +97,9 @@ def _theirs(model: Any, prompts: list[list[int]], end: int, *, common: int) -> A
         if not common:
             return {}
         cache = DynamicCache(config=model.config)
-        model(input_ids=ids[:1, :common], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids[:1, :common], cache=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(len(prompts))
-        return {"past_key_values": cache}
+        return {"cache": cache}
 
     def answer(seed: int, limit: int) -> Answers:
         torch.manual_seed(seed)

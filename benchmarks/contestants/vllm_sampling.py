@@ -80,7 +80,7 @@ def _asking(client: EngineClient, prompts: list[list[int]], end: int) -> Answer:
             Asked(prompt=prompt, answers=1, seed=seed * len(prompts) + index) for index, prompt in enumerate(prompts)
         ]
         generation = Generation(max_new_tokens=limit, temperature=1.0, end_ids=[end])
-        return [reply.ids for (reply,) in client.answers(BASE, asked, generation, progress=lambda: None)]
+        return [reply.ids for (reply,) in client.answers(BASE, asked, generation)]
 
     return answer
 

@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from alignment.commands.export.gguf_form.architectures import model_metadata
 from alignment.commands.export.gguf_form.gguf_file import file_metadata, write_file
 from alignment.commands.export.gguf_form.llama_cpp_check import ask
 from alignment.commands.export.gguf_form.vocabulary import vocabulary
-from alignment.data.tokens.tokenize import end_ids, prompt_ids
-from alignment.data.tokens.tokenizer import load_tokenizer
-from alignment.data.turns import Message
-from alignment.models.forward.generate import generate
-from alignment.pipeline.sources import bundled_model
+from tests.engines.greedy import TOKENS, stop_ids
 
 pytestmark = pytest.mark.engines
 
-HELD_OUT = Path(__file__).parents[2] / "data" / "quickstart" / "heldout.jsonl"
-PROMPTS, TOKENS = 100, 32
 TIE = 0.02
 """Nats by which the likeliest token may be ahead where answers part. llama.cpp multiplies weights in f16 by states that
 it rounds to f16, which moves logits by some thousandths."""
-
-
-@pytest.fixture(scope="module")
-def model() -> tuple[Any, Any]:
-    """The shipped model in float32 and its tokenizer."""
-    entry = bundled_model.lookup("smollm2-135m")
-    if not bundled_model.is_ready(entry):
-        pytest.skip("the shipped model is not on this machine; `make model` fetches it")
-    folder = bundled_model.folder(entry)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), load_tokenizer(folder)
-
-
-@pytest.fixture(scope="module")
-def prompts(model: tuple[Any, Any]) -> list[list[int]]:
-    """Held-out prompts of the quickstart, as the model is asked them."""
-    rows = [json.loads(line)["messages"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()[:PROMPTS]]
-    return [prompt_ids(model[1], [Message(**turn) for turn in row if turn["role"] != "assistant"]) for row in rows]
-
-
-@pytest.fixture(scope="module")
-def ours(model: tuple[Any, Any], prompts: list[list[int]]) -> list[list[int]]:
-    """Our greedy answers."""
-    stops = sorted(end_ids(model[1]))
-    return generate(model[0], prompts, max_new_tokens=TOKENS, end_ids=stops, batch_size=16)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +28,7 @@ def ours(model: tuple[Any, Any], prompts: list[list[int]]) -> list[list[int]]:
 def test_answers_agree(
     tmp_path: Path,
     llama_python: Path,
-    model: tuple[Any, Any],
+    smollm: tuple[Any, Any],
     prompts: list[list[int]],
     ours: list[list[int]],
     dtype: str,
@@ -68,8 +36,8 @@ def test_answers_agree(
     share: float,
 ) -> None:
     """Answers may part only where two tokens are nearly equally likely; llama.cpp's usual cache is f16."""
-    policy, tokenizer = model
-    stops = sorted(end_ids(tokenizer))
+    policy, tokenizer = smollm
+    stops = stop_ids(tokenizer)
     words = vocabulary(tokenizer, policy.config.vocab_size, stops)
     metadata = {**model_metadata(policy.config), **file_metadata(dtype), **words.metadata}
     file = tmp_path / f"model-{dtype}.gguf"
@@ -79,7 +47,7 @@ def test_answers_agree(
     reply = ask(llama_python, file, **request)
     assert reply["ids"] == prompts, "the texts of all prompts are cut into the tokens of training"
     differences = [
-        _difference(index, prompt, answer, other, margins, model)
+        _difference(index, prompt, answer, other, margins, smollm)
         for index, (prompt, answer, other, margins) in enumerate(
             zip(prompts, ours, reply["answers"], reply["margins"], strict=True)
         )

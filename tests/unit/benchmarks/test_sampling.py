@@ -63,9 +63,7 @@ def test_answers_are_counted_up_to_their_end_for_each_seed_after_a_warm_up() -> 
 
 def test_an_engine_is_asked_each_prompt_once_with_a_seed_of_its_own() -> None:
     class Client:
-        def answers(
-            self, model: str, asked: list[Asked], generation: Generation, progress: Callable[[], None]
-        ) -> list[list[EngineAnswer]]:
+        def answers(self, model: str, asked: list[Asked], generation: Generation) -> list[list[EngineAnswer]]:
             assert (model, generation) == ("base", Generation(max_new_tokens=9, temperature=1.0, end_ids=[2]))
             assert [one.answers for one in asked] == [1, 1, 1]
             return [[EngineAnswer(ids=[*one.prompt, one.seed], logprobs=[])] for one in asked]
@@ -78,7 +76,7 @@ def test_an_engine_is_asked_each_prompt_once_with_a_seed_of_its_own() -> None:
 def test_an_engines_memory_is_the_sum_over_its_processes() -> None:
     assert highest_resident("Name:\tpython\nVmPeak:\t 900 kB\nVmHWM:\t     12 kB\nVmRSS:\t 8 kB\n") == 12 * 1024
     assert highest_resident("Name:\tpython\nState:\tZ (zombie)\n") == 0
-    with _process("import time; time.sleep(600)") as small, _process(_PARENT) as parent:
+    with _process("import sys; sys.stdin.read()") as small, _process(_PARENT) as parent:
         _wait(lambda: memory_below(parent)[0] > 2 * (60 << 20))
         assert memory_below(parent)[1] == "sum of VmHWM"
         assert memory_below(parent)[0] < 2 * (160 << 20), "both children and nothing else"
@@ -100,14 +98,9 @@ finally:
 
 @contextmanager
 def _process(code: str) -> Iterator[int]:
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
-    try:
+    """It ends when its standard input does."""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
         yield process.pid
-    finally:
-        if code == _PARENT:
-            process.communicate()
-        process.kill()
-        process.wait()
 
 
 def _wait(condition: Callable[[], bool]) -> None:

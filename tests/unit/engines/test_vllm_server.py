@@ -19,14 +19,16 @@ ALWAYS = [
     *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"),
     *("--host", "127.0.0.1", "--port", "{port}", "--disable-uvicorn-access-log"),
 ]
+ON_CPU = ["--enforce-eager", "--no-enable-chunked-prefill", "--kv-cache-memory-bytes", str(1 << 29)]
 DEV = "VLLM_SERVER_DEV_MODE"
 
 
 def test_a_server_on_a_cpu() -> None:
     command = vllm_command(Path("/env/python"), CONFIG, OPTIONS)
-    assert list(command.argv) == [*ALWAYS, "--enforce-eager"]
+    assert list(command.argv) == [*ALWAYS, *ON_CPU]
     assert command.environment["VLLM_API_KEY"] == "{key}"
-    assert command.environment["VLLM_CPU_KVCACHE_SPACE"] == "0.5"
+    assert command.environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in command.environment  # vLLM takes whole numbers there
     assert command.environment["VLLM_NO_USAGE_STATS"] == command.environment["DO_NOT_TRACK"] == "1"
     assert command.smaller == "lower sampling.cache_gb"
 
@@ -44,7 +46,7 @@ def test_a_server_is_prepared_for_the_rank_above(rank: int, prepared: str) -> No
     assert list(argv) == [
         *ALWAYS,
         *("--enable-lora", "--max-lora-rank", prepared, "--max-loras", "2"),
-        "--enforce-eager",
+        *ON_CPU,
     ]
 
 
