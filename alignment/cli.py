@@ -34,6 +34,7 @@ VERBS = {
     "export": "write a result as a folder that transformers or PEFT reads",
     "judge": "let people say which of two arms answers better",
     "chat": "talk to a stage's policy, or to two side by side",
+    "serve": "serve policies behind an OpenAI-compatible endpoint",
     "add-tokens": "write a model with more special tokens",
     "recipes": "list the shipped recipes",
     "stages": "list the kinds of stage",

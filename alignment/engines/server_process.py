@@ -89,6 +89,23 @@ class Keeper:
         written.rename(command_file(self.folder, self.servers))
         return self.servers
 
+    def exit_code(self, number: int) -> int | None:
+        """That of a server that has ended by itself, or was killed; None while it runs."""
+        if not self.is_alive:
+            return _KILLED
+        with suppress(FileNotFoundError, ValueError):
+            return int(exit_file(self.folder, number).read_text())
+        return None
+
+    def run(self, command: ServerCommand, *, log: Path) -> int:
+        """Runs a program that is no server to its end, with its output in ``log``; returns its exit code."""
+        number = self.start(
+            {"argv": list(command.argv), "environment": dict(command.environment), "log": str(log)},
+        )
+        while (code := self.exit_code(number)) is None:
+            time.sleep(_POLL_SECONDS)
+        return code
+
     def close(self) -> None:
         """Ends the server and removes the folder; returns when both are gone."""
         self._pipe.close()
@@ -110,7 +127,8 @@ class ServerProcess:
     """A server that answers; its ``keeper`` ends it.
 
     ``where`` is the setting that asks for it. ``log`` is the file for its output. ``waiting`` is called while the
-    server starts. ``port`` is fixed, or a free one is chosen.
+    server starts. ``port`` is fixed, or a free one is chosen. ``look`` says how to learn more about a failure; by
+    default, to read the log.
     """
 
     def __init__(
@@ -123,6 +141,7 @@ class ServerProcess:
         start_timeout: float,
         waiting: Callable[[], None] = lambda: None,
         port: int | None = None,
+        look: str = "",
     ) -> None:
         """Starts the server, in place of the keeper's last one.
 
@@ -133,6 +152,7 @@ class ServerProcess:
         self._command = command
         self._log = log
         self._where = where
+        self._look = look or f"read {log}"
         self.key = secrets.token_hex(16)
         if port is not None and not is_free(port):
             raise StageError(
@@ -163,7 +183,7 @@ class ServerProcess:
     def failure(self) -> StageError:
         """Why the server ended."""
         code, tail = self._exit_code(), self._tail()
-        reason, remedy = f"{self._command.name} ended with exit code {code}", f"read {self._log}"
+        reason, remedy = f"{self._command.name} ended with exit code {code}", self._look
         if code == _KILLED or any(word in tail.lower() for word in _NO_MEMORY):
             reason = f"{reason}: it was killed, or there was not enough memory"
             remedy = f"{self._command.smaller}; {remedy}" if self._command.smaller else remedy
@@ -193,7 +213,7 @@ class ServerProcess:
                 raise StageError(
                     f"{self._command.name} did not answer within {seconds:g} s of its start",
                     where=self._where,
-                    remedy=f"give it more time (start_timeout), or read {self._log}",
+                    remedy=f"give it more time (start_timeout), or {self._look}",
                 )
             waiting()
             time.sleep(_POLL_SECONDS)
@@ -204,11 +224,7 @@ class ServerProcess:
         return False
 
     def _exit_code(self) -> int | None:
-        if not self._keeper.is_alive:
-            return _KILLED
-        with suppress(FileNotFoundError, ValueError):
-            return int(exit_file(self._keeper.folder, self._number).read_text())
-        return None
+        return self._keeper.exit_code(self._number)
 
     def _port_was_taken(self) -> bool:
         return any(words in self._tail().lower() for words in _PORT_TAKEN)

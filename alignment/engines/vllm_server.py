@@ -18,6 +18,8 @@ ON_CPU = ("--enforce-eager", "--no-enable-chunked-prefill")
 prompt whose answer has a random seed, so it reads prompts whole."""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM can be prepared for."""
+NO_BINDING = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""The environment of a server without a GPU: the stage shares its cores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,21 +42,14 @@ class VllmOptions:
 def vllm_command(python: Path, config: SamplingConfig, options: VllmOptions) -> ServerCommand:
     """A server that applies no defaults of a model's generation config, and gives the log-probabilities that it
     samples from."""
-    environment = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_API_KEY": KEY,
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    environment = quiet_environment() | {"VLLM_API_KEY": KEY, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     if options.replaceable:
         environment["VLLM_SERVER_DEV_MODE"] = (
             "1"  # its endpoints need no key, so they are open only where they are used
         )
     device = ["--gpu-memory-utilization", str(config.gpu_share)]
     if not options.on_gpu:
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        environment |= NO_BINDING
         device = [*ON_CPU, "--kv-cache-memory-bytes", str(int(config.cache_gb * 2**30))]
     return ServerCommand(
         name="vLLM",
@@ -64,7 +59,7 @@ def vllm_command(python: Path, config: SamplingConfig, options: VllmOptions) -> 
             *("--dtype", options.dtype, "--max-model-len", str(options.max_length)),
             *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"),
             *("--host", HOST, "--port", PORT, "--disable-uvicorn-access-log"),
-            *_adapters(options.rank),
+            *adapter_arguments(options.rank, ADAPTERS),
             *device,
         ],
         environment=environment,
@@ -72,8 +67,19 @@ def vllm_command(python: Path, config: SamplingConfig, options: VllmOptions) -> 
     )
 
 
-def _adapters(rank: int) -> Sequence[str]:
+def quiet_environment() -> dict[str, str]:
+    """Variables that keep a vLLM server offline and free of telemetry."""
+    return {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def adapter_arguments(rank: int, adapters: int) -> Sequence[str]:
+    """The arguments for so many adapters of at most this rank; none if the rank is 0."""
     if not rank:
         return ()
     fitting = next(possible for possible in RANKS if possible >= rank)
-    return ("--enable-lora", "--max-lora-rank", str(fitting), "--max-loras", str(ADAPTERS))
+    return ("--enable-lora", "--max-lora-rank", str(fitting), "--max-loras", str(adapters))

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from alignment.commands.chat.answerers import Answerer, own_answerer, served_answerer
+from alignment.commands.shared.loaded_policies import parts_of
 from alignment.config.model import Dtype
 from alignment.config.sampling_engine import SamplingConfig
-from alignment.core.artifacts import verify
 from alignment.core.errors import DataError
 from alignment.data.tokens.tokenize import end_ids, prompt_ids
-from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.engines.completions import Generation
-from alignment.models.assembly.load import Lineage, saved_adapters
 
 HALF_A_CHARACTER = "\ufffd"
 
@@ -155,18 +153,7 @@ def load_session(
         ConfigError: there is no environment with vLLM.
         StageError: the server cannot be started.
     """
-    if artifact is None:
-        assert base is not None, "without an artifact there must be a base"
-        lineage = Lineage(source="base", base=base, adapters=())
-        tokenizer = load_tokenizer(base, chat_template)
-    else:
-        manifest = verify(artifact, content=True)
-        lineage = Lineage(
-            source=manifest.base["source"],
-            base=base or artifact / "model",
-            adapters=saved_adapters(artifact, manifest),
-        )
-        tokenizer = load_tokenizer(artifact / "tokenizer", model=lineage.base)
+    lineage, tokenizer = parts_of(artifact, base, chat_template)
     if engine is None:
         answerer: Answerer = own_answerer(lineage, dtype)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from alignment.commands.judge.ballots import Ballots, annotator_name
+from alignment.commands.shared.libraries import refuse_without
+from alignment.commands.shared.listening import listening
 from alignment.config.did_you_mean import suggestion
 from alignment.core.artifacts import verify
 from alignment.core.errors import ArtifactError, ConfigError, DataError
@@ -45,7 +46,7 @@ def judge(console: Console, run: str, arms: Sequence[str], *, options: Options, 
         ArtifactError: the evaluation is damaged.
         Busy: another server writes the same votes, or the port is taken.
     """
-    _refuse_without_libraries()
+    refuse_without(LIBRARIES, where="align judge", needs="the page needs")
     from alignment.commands.judge import server
 
     annotator = _annotator(options.annotator)
@@ -56,7 +57,7 @@ def judge(console: Console, run: str, arms: Sequence[str], *, options: Options, 
     file.parent.mkdir(parents=True, exist_ok=True)
     with (
         held(file.with_name(f"{file.name}.lock"), wait=False, remedy="judge on its page, or stop it"),
-        server.listening(options.port) as listener,
+        listening(options.port) as listener,
     ):
         if cut_unfinished_line(file):
             _print(console, f"{file}: half a vote at the end, which was never confirmed, was removed")
@@ -69,14 +70,6 @@ def judge(console: Console, run: str, arms: Sequence[str], *, options: Options, 
         page.serve()
         _summarise(console, ballots, file)
     return 0
-
-
-def _refuse_without_libraries() -> None:
-    missing = [wanted for name, wanted in LIBRARIES.items() if importlib.util.find_spec(name) is None]
-    if missing:
-        command = f"pip install {' '.join(repr(wanted) for wanted in missing)}"
-        names = " and ".join(wanted.partition(">")[0] for wanted in missing)
-        raise ConfigError(f"the page needs {names}, not installed here", where="align judge", remedy=command)
 
 
 def _annotator(name: str | None) -> str | None:

@@ -106,7 +106,7 @@ def test_arms_are_stages_the_base_or_other_results(runs: Runs, arms_of: Callable
     ("words", "said"),
     [
         (("a", "dpp"), "run 'a' has no stage 'dpp'; did you mean 'dpo'?"),
-        (("a", "reward"), "of kind reward; only a policy can chat"),
+        (("a", "reward"), "of kind reward; only a policy can answer"),
         (("a", "ppo"), "no complete artifact here"),
         (("c",), "there is no run 'c'"),
         (("a", "sft", "dpo", "base"), "3 arms; two at most fit side by side"),

@@ -11,6 +11,7 @@ import pytest
 
 from alignment.commands.judge import server
 from alignment.commands.judge.ballots import Ballots
+from alignment.commands.shared.listening import listening
 from alignment.evaluation.answer_pairs import queue, shown_first
 from alignment.records.votes import TIE, read_votes
 from tests.browser import browser
@@ -31,7 +32,7 @@ CUT = """
 @contextmanager
 def serving(file: Path) -> Iterator[str]:
     """The page on a free port until the block ends; yields its address."""
-    with server.listening(0) as listener:
+    with listening(0) as listener:
         page = server.Page(Ballots(file, PAIRS, ARMS), listener, run="mine", annotator=None)
         thread = threading.Thread(target=page.serve, daemon=True)
         thread.start()

@@ -1,0 +1,52 @@
+"""``align serve``: its arguments, and what they call."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+from alignment.commands.shared.arguments import add_output, output_of
+
+ENGINES = ("transformers", "vllm")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A run, its arms, and what serves them."""
+    parser.description = (
+        "Serves policies of a run on this machine (127.0.0.1) behind the API of OpenAI, each as a model of its own "
+        "name, until Ctrl-C."
+    )
+    parser.add_argument("result", metavar="RUN", help="a run's name, RUN/STAGE, or an artifact's folder")
+    parser.add_argument(
+        "--arm",
+        dest="arms",
+        action="append",
+        default=[],
+        metavar="ARM",
+        help="a stage of the run, base, or RUN/STAGE of another; repeat it for several (default: the last policy)",
+    )
+    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="what serves (default: transformers)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes any free one (default: 8000)")
+    parser.add_argument(
+        "--engine-python", metavar="PATH", help="the interpreter of the environment that has vLLM (docs/serving.md)"
+    )
+    parser.add_argument("--api-key-env", metavar="VARIABLE", help="holds the key that clients must send (vLLM)")
+    parser.add_argument(
+        "--tool-parser", metavar="NAME", help="how vLLM reads calls of tools in answers (default: hermes)"
+    )
+    add_output(parser)
+
+
+def handle(console: Console, arguments: argparse.Namespace) -> int:
+    """Serves until the user ends it; returns the exit code."""
+    from alignment.commands.serve.driver import Options, serve
+
+    options = Options(
+        engine=arguments.engine,
+        port=arguments.port,
+        engine_python=arguments.engine_python,
+        api_key_env=arguments.api_key_env,
+        tool_parser=arguments.tool_parser,
+    )
+    return serve(console, arguments.result, arguments.arms, options=options, output=output_of(arguments))

@@ -1,0 +1,51 @@
+"""``python -m alignment.commands.serve.worker SETTINGS.json PORT``, which ``align serve`` calls.
+
+It serves policies with transformers, or writes the files that vLLM loads and ends. An error is written beside the
+settings for the driver.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+from alignment.commands.serve.loaded_arms import load_arms
+from alignment.commands.serve.vllm_layout import VllmFiles
+from alignment.commands.serve.worker_error import write_error
+from alignment.commands.shared.stored_policy import StoredPolicy
+from alignment.core.errors import AlignmentError
+from alignment.core.terminal import complain
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns exit code 0, or that of the error."""
+    file, port = sys.argv[1:] if arguments is None else arguments
+    folder = Path(file).parent
+    settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    policies = [StoredPolicy(**policy) for policy in settings["policies"]]
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b.*")
+    try:
+        if settings["engine"] == "vllm":
+            from alignment.commands.serve.vllm_files import write_files
+
+            write_files(policies, VllmFiles(folder=folder))
+        else:
+            from alignment.commands.serve.transformers_app import serve
+
+            serve(load_arms(policies), int(port))
+    except AlignmentError as error:
+        write_error(folder, error)
+        complain(error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

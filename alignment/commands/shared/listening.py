@@ -1,0 +1,43 @@
+"""Ports of 127.0.0.1, which no other machine reaches."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from alignment.core.errors import Busy, ConfigError
+
+HOST = "127.0.0.1"
+_LARGEST_PORT = 65535
+
+
+@contextmanager
+def listening(port: int) -> Iterator[socket.socket]:
+    """A socket that listens on a port of this machine; 0 is any free one.
+
+    Raises:
+        ConfigError: there is no such port, or this user may not take it.
+        Busy: another program listens there.
+    """
+    if not 0 <= port <= _LARGEST_PORT:
+        raise ConfigError(f"{port} is not a port", where="--port", remedy=f"give one from 1 to {_LARGEST_PORT}, or 0")
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+            listener.listen()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise Busy(
+                    f"another program listens on port {port}",
+                    where="--port",
+                    remedy="give another, or 0 for a free one",
+                ) from None
+            if error.errno == errno.EACCES:
+                raise ConfigError(
+                    f"this user may not listen on port {port}", where="--port", remedy="give one above 1023"
+                ) from None
+            raise
+        yield listener

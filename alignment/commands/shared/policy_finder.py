@@ -1,0 +1,116 @@
+"""The policies that a command line names: stages of a run, its base, results of other runs, and artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from alignment.commands.shared.stored_policy import StoredPolicy
+from alignment.config.did_you_mean import suggestion
+from alignment.core.artifacts import MANIFEST, POLICY, Manifest, read_manifest
+from alignment.core.errors import ArtifactError, ConfigError
+from alignment.pipeline.execute.display import display_for
+from alignment.pipeline.execute.stored_results import artifact_of, base_of
+from alignment.pipeline.plan.references import BASE
+from alignment.pipeline.sources import model_sources
+from alignment.records.run import FILE, RunRecord
+
+
+class PolicyFinder:
+    """Resolves the arguments of a command line, within a run under ``output`` if ``result`` names one."""
+
+    def __init__(self, console: Console, result: str, output: Path) -> None:
+        self._console = console
+        self._result = result
+        self._output = output
+        is_artifact = (Path(result).expanduser() / MANIFEST).is_file()
+        is_run = (output / "runs" / result / FILE).is_file() and not is_artifact
+        self._record = RunRecord.read(output / "runs" / result) if is_run else None
+
+    def policies(self, arms: Sequence[str]) -> list[StoredPolicy]:
+        """The policies that ``arms`` name, or without any the last finished one of the run, or the result itself.
+
+        Raises:
+            ConfigError: there is no such run, stage or result, or it is not a policy.
+            ArtifactError: a stage has no result yet.
+            ModelError: a base is missing on this machine.
+        """
+        return [self._policy(arm) for arm in arms or [self._default()]]
+
+    def _default(self) -> str:
+        if self._record is None:
+            return self._result
+        for name, stage in reversed(self._record.stages.items()):
+            manifest = read_manifest(Path(stage.artifact))
+            if manifest is not None and manifest.kind == POLICY:
+                return str(name)
+        raise ArtifactError(
+            "no stage of this run has made a policy yet", where=self._result, remedy="run it, or name --arm base"
+        )
+
+    def _policy(self, arm: str) -> StoredPolicy:
+        if arm == BASE:
+            return self._bare()
+        stages = {} if self._record is None else self._record.stages
+        name = arm.removeprefix("stage:")
+        if name in stages:
+            return self._of(Path(stages[name].artifact), name)
+        if self._record is not None and "/" not in arm:
+            raise ConfigError(
+                f"run {self._result!r} has no stage {arm!r}; {suggestion(name, [*stages, BASE])}",
+                where="--arm",
+                remedy="name a stage of another run as RUN/STAGE, and a folder by its path",
+            )
+        return self._of(
+            artifact_of(arm, self._output), arm.rstrip("/").rpartition("/")[2] if Path(arm).is_dir() else arm
+        )
+
+    def _of(self, folder: Path, name: str) -> StoredPolicy:
+        manifest = _manifest_of_policy(folder)
+        own = manifest.base["source"] == "self"
+        return StoredPolicy(
+            name=name,
+            described=f"{folder.name}" + ("" if own else f" on {manifest.base['source']}"),
+            artifact=str(folder),
+            base=None if own else str(base_of(manifest, folder, self._console)),
+            dtype=manifest.identity["base"]["dtype"],
+        )
+
+    def _bare(self) -> StoredPolicy:
+        """The run's base model, or that of the result."""
+        if self._record is None:
+            folder = artifact_of(self._result, self._output)
+            manifest = _manifest_of_policy(folder)
+            if manifest.base["source"] == "self":
+                raise ConfigError(
+                    f"{folder.name} holds whole weights and has no base", where="--arm", remedy="name another arm"
+                )
+            where, source = base_of(manifest, folder, self._console), manifest.base["source"]
+            return StoredPolicy(name=BASE, described=source, artifact=None, base=str(where), dtype=_dtype(manifest))
+        model = self._record.config["model"]
+        base = model_sources.resolve(model["source"], where="model.source")
+        if not base.ready:
+            base = model_sources.fetch(base, announce=display_for(self._console).note)
+        return StoredPolicy(
+            name=BASE,
+            described=model["source"],
+            artifact=None,
+            base=str(base.folder),
+            dtype=model["dtype"],
+            chat_template=model.get("chat_template"),
+        )
+
+
+def _dtype(manifest: Manifest) -> str:
+    return str(manifest.identity["base"]["dtype"])
+
+
+def _manifest_of_policy(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")
+    if manifest.kind != POLICY:
+        raise ConfigError(f"{folder.name} is of kind {manifest.kind}; only a policy can answer", where="--arm")
+    return manifest
