@@ -15,6 +15,7 @@ from rich.console import Console
 from alignment import __version__, cli
 from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.judge.driver import Options
+from alignment.commands.serve.driver import Options as ServeOptions
 from alignment.config.data import SourceConfig
 from alignment.config.store import recipe_names
 from alignment.stages.registry import config_classes
@@ -102,6 +103,15 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         "alignment.commands.chat.driver.chat",
         ("mine", []),
         {"options": CHAT, "engine": {"engine": "vllm", "python": "p"}, "output": HERE},
+    ),
+    (
+        "serve mine --arm sft --arm base --engine vllm --port 0 --engine-python p --api-key-env K --tool-parser mistral",
+        "alignment.commands.serve.driver.serve",
+        ("mine", ["sft", "base"]),
+        {
+            "options": ServeOptions(engine="vllm", port=0, engine_python="p", api_key_env="K", tool_parser="mistral"),
+            "output": HERE,
+        },
     ),
     (
         "judge mine --arm sft --arm dpo --stage evaluate --annotator ada --votes v.jsonl --port 8000 --open",

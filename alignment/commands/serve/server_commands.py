@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def vllm_command(
     variables = quiet_environment() | {"VLLM_API_KEY": api_key}
     if not on_gpu:
         variables |= {CACHE: os.environ.get(CACHE, CACHE_GB)} | NO_BINDING
-    adapters = [f"{arm.name}={files.adapter(arm)}" for arm in layout.arms]
+    adapters = [json.dumps({"name": arm.name, "path": str(files.adapter(arm))}) for arm in layout.arms]
     rank = max((arm.rank for arm in layout.arms), default=0)
     return ServerCommand(
         name="vLLM",

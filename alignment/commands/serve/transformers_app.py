@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
-from fastapi import HTTPException
+from fastapi import HTTPException, Request
+from fastapi.responses import JSONResponse
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
@@ -71,9 +72,9 @@ class ServedArms(ModelManager):
 
 
 def application(arms: Sequence[LoadedArm]) -> Any:
-    """The ASGI app."""
+    """The ASGI app. Its errors have OpenAI's form, so that clients show their text."""
     manager, state = ServedArms(arms), GenerationState()
-    return build_server(
+    app = build_server(
         manager,
         ChatCompletionHandler(manager, state),
         completion_handler=CompletionHandler(manager, state),
@@ -82,6 +83,13 @@ def application(arms: Sequence[LoadedArm]) -> Any:
         systemone_handler=SystemOneHandler(manager, state),
         generation_state=state,
     )
+    app.add_exception_handler(HTTPException, _refusal)
+    return app
+
+
+async def _refusal(_: Request, error: Any) -> JSONResponse:
+    body = {"message": str(error.detail), "type": "invalid_request_error", "code": error.status_code}
+    return JSONResponse({"error": body}, status_code=error.status_code)
 
 
 def serve(arms: Sequence[LoadedArm], port: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core.artifacts import Manifest, inside, read_manifest
@@ -63,7 +64,7 @@ class VllmFiles:
 
     def adapter(self, arm: VllmArm) -> Path:
         """The adapter of a policy: as training wrote it, or a sum of several, written here."""
-        return arm.folders[0] if len(arm.folders) == 1 else self.folder / "adapters" / arm.name.replace("/", "-")
+        return arm.folders[0] if len(arm.folders) == 1 else self.folder / "adapters" / quote(arm.name, safe="")
 
 
 def vllm_layout(policies: Sequence[StoredPolicy]) -> VllmLayout:
@@ -114,6 +115,8 @@ def _weights(policy: StoredPolicy) -> Path:
 
 def _arm(policy: StoredPolicy) -> VllmArm:
     ranks = [int(config["r"]) for config in _configs(policy)]
+    if not ranks:
+        _refuse(policy, "it has weights of its own")
     if sum(ranks) > RANKS[-1]:
         _refuse(policy, f"its adapters have rank {sum(ranks)} together, and vLLM holds at most {RANKS[-1]}")
     return VllmArm(name=policy.name, folders=_folders(policy), rank=sum(ranks))

@@ -1,0 +1,96 @@
+"""What every server of ``align serve`` must answer, whatever engine it has."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import openai
+import pytest
+
+from tests.served import ARMS, END, TOOL, ServedRun, Serving, client
+
+QUESTIONS = ("Hi.", "When is the shop open?", "Where are the keys?", "Say only what the text says.", "Why?")
+LIMIT = 12
+
+
+def answers_are_ours(served: Serving, run: ServedRun) -> None:
+    """Greedy answers of each arm equal ours, with the same tokens counted, and end where ours end."""
+    asked = client(served)
+    assert {model.id for model in asked.models.list()} == set(ARMS)
+    ended_by_template, texts = 0, set()
+    for arm in ARMS:
+        for question in QUESTIONS:
+            messages = [{"role": "user", "content": question}]
+            ours = run.answer(arm, messages, limit=LIMIT)
+            reply = asked.chat.completions.create(model=arm, messages=messages, max_tokens=LIMIT, temperature=0)
+            (choice,) = reply.choices
+            assert reply.model == arm
+            assert choice.message.content == ours.text
+            assert choice.finish_reason == ("stop" if len(ours.ids) < LIMIT else "length")
+            assert reply.usage.prompt_tokens == len(ours.prompt)
+            assert reply.usage.completion_tokens == len(ours.ids)
+            ended_by_template += len(ours.ids) < LIMIT and ours.ids[-1] == END
+            texts.add((question, ours.text))
+    assert ended_by_template >= 3, "answers end at a token that the base's own generation config does not name"
+    assert len(texts) > 2 * len(QUESTIONS), "the arms differ"
+
+
+def tools_reach_the_template(served: Serving, run: ServedRun) -> None:
+    """The prompt is what the template makes of system turn, tools, a call and its result."""
+    call = {"name": "opening_hours", "arguments": {"shop": "bakery"}}
+    sent = {"name": "opening_hours", "arguments": '{"shop": "bakery"}'}
+    turns = [
+        {"role": "system", "content": "You are brief."},
+        {"role": "user", "content": "When is the bakery open?"},
+    ]
+    result = {"role": "tool", "tool_call_id": "1", "content": "from 8 to 12"}
+    cases = [
+        (turns, turns),
+        (
+            [
+                *turns,
+                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+                result,
+            ],
+            [
+                *turns,
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"id": "1", "type": "function", "function": sent}],
+                },
+                result,
+            ],
+        ),
+    ]
+    for rendered, messages in cases:
+        ours = run.answer("dpo", rendered, limit=LIMIT, tools=[TOOL])
+        without = run.answer("dpo", rendered, limit=LIMIT)
+        assert len(ours.prompt) > len(without.prompt)
+        reply = client(served).chat.completions.create(
+            model="dpo", messages=messages, tools=[TOOL], max_tokens=LIMIT, temperature=0
+        )
+        assert reply.usage.prompt_tokens == len(ours.prompt)
+        assert reply.choices[0].message.content == ours.text
+
+
+def the_server_takes_nothing_else(served: Serving, run: ServedRun) -> None:
+    """Neither a folder of this machine nor a model of the hub is served."""
+    for name in (str(run.base), "gpt2", "sft@main", "sft:model.gguf", ""):
+        with pytest.raises(openai.NotFoundError) as refused:
+            client(served).chat.completions.create(model=name, messages=[{"role": "user", "content": "Hi."}])
+        assert name in str(refused.value)
+
+
+def nothing_is_left_after(serving: Serving, number: signal.Signals) -> None:
+    """Neither process, port nor temporary folder is left after a signal to the command."""
+    processes = serving.processes()
+    assert len(processes) >= 2
+    assert not serving.has_left_nothing(processes)
+    serving.process.send_signal(number)
+    assert serving.process.wait(timeout=60) == (0 if number is signal.SIGINT else -number)
+    deadline = time.monotonic() + 30
+    while not serving.has_left_nothing(processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -1,0 +1,106 @@
+"""``align serve`` with transformers: three policies asked by OpenAI's client, and what is left when it ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from alignment.commands.serve.driver import LIBRARIES
+from tests.asked_policies import (
+    answers_are_ours,
+    nothing_is_left_after,
+    the_server_takes_nothing_else,
+    tools_reach_the_template,
+)
+from tests.served import ARMS, ServedRun, Serving, command, served_run, serving
+
+ABSENT = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(ABSENT), reason=f"transformers serves with {', '.join(ABSENT)}, not installed")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> ServedRun:
+    return served_run(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def served(run: ServedRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """The three policies behind one address."""
+    arms = [word for arm in ARMS for word in ("--arm", arm)]
+    with serving(run, tmp_path_factory.mktemp("serving") / "temporary", *arms) as process:
+        yield process
+
+
+def test_each_arm_answers_as_our_own_generation_and_stops_where_training_ended_answers(
+    served: Serving, run: ServedRun
+) -> None:
+    answers_are_ours(served, run)
+
+
+def test_a_system_turn_and_tools_are_rendered_by_the_template(served: Serving, run: ServedRun) -> None:
+    tools_reach_the_template(served, run)
+
+
+def test_no_other_model_is_loaded_whoever_asks(served: Serving, run: ServedRun) -> None:
+    the_server_takes_nothing_else(served, run)
+
+
+def test_it_says_what_is_served_and_its_curl_works(served: Serving) -> None:
+    assert served.printed[0] == "loading base, sft, dpo …"
+    assert served.printed[1] == f"serving at {served.url} (Ctrl-C ends):"
+    assert [line.split()[0] for line in served.printed[2:5]] == list(ARMS)
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl here")
+    done = subprocess.run(served.curl, shell=True, capture_output=True, text=True, check=True)  # noqa: S602
+    assert '"model":"dpo"' in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+def test_nothing_is_left(run: ServedRun, tmp_path: Path, number: signal.Signals) -> None:
+    with serving(run, tmp_path / "temporary") as process:
+        nothing_is_left_after(process, number)
+
+
+def test_the_end_of_the_server_ends_the_command_and_is_named(run: ServedRun, tmp_path: Path) -> None:
+    with serving(run, tmp_path / "temporary") as process:
+        processes = process.processes()
+        (server,) = [one for one in processes if "alignment.commands.serve.worker" in one.cmdline()]
+        server.kill()
+        printed, _ = process.process.communicate(timeout=60)
+        assert process.process.returncode == 5
+        assert "transformers serve ended with exit code -9" in printed
+        assert "the end of its log is above" in printed
+        assert process.has_left_nothing(processes)
+
+
+def ended(run: ServedRun, *arguments: str) -> tuple[int, str]:
+    """Exit code and output of a command that does not come to serving."""
+    done = subprocess.run(command(run, *arguments), capture_output=True, text=True, timeout=120, env=os.environ)
+    return done.returncode, done.stderr
+
+
+def test_a_fault_while_loading_has_its_exit_code(run: ServedRun, tmp_path: Path) -> None:
+    copy = ServedRun(output=tmp_path, artifacts=dict(run.artifacts))
+    shutil.copytree(run.base, copy.base)
+    (copy.base / "chat_template.jinja").unlink()
+    copy.record()
+    code, printed = ended(copy, "--arm", "base", "--port", "0")
+    assert code == 3, printed
+    assert "data: base: the tokenizer has no chat template" in printed
+
+
+def test_a_port_that_is_taken_is_named(run: ServedRun) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code, printed = ended(run, "--port", str(taken.getsockname()[1]))
+    assert code == 8
+    assert "busy: --port: another program listens on port" in printed

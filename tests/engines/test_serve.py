@@ -1,0 +1,81 @@
+"""``align serve`` with vLLM: three policies as adapters on one base, and a merged one by itself."""
+
+from __future__ import annotations
+
+import json
+import signal
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from tests.asked_policies import (
+    answers_are_ours,
+    nothing_is_left_after,
+    the_server_takes_nothing_else,
+    tools_reach_the_template,
+)
+from tests.served import ARMS, TOOL, ServedRun, Serving, client, served_run, serving
+
+pytestmark = pytest.mark.engines
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> ServedRun:
+    return served_run(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def served(run: ServedRun, vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """The three policies behind one address."""
+    arms = [word for arm in ARMS for word in ("--arm", arm)]
+    temporary = tmp_path_factory.mktemp("serving") / "temporary"
+    with serving(run, temporary, *arms, "--engine", "vllm", "--engine-python", str(vllm_python)) as process:
+        yield process
+
+
+def test_each_arm_answers_as_our_own_generation_and_stops_where_training_ended_answers(
+    served: Serving, run: ServedRun
+) -> None:
+    answers_are_ours(served, run)
+
+
+def test_a_system_turn_and_tools_are_rendered_by_the_template(served: Serving, run: ServedRun) -> None:
+    tools_reach_the_template(served, run)
+    messages = [{"role": "system", "content": "You are brief."}, {"role": "user", "content": "When?"}]
+    ours = run.answer("sft", messages, limit=2, tools=[TOOL])
+    body = json.dumps({"model": "sft", "messages": messages, "tools": [TOOL]}).encode()
+    address = served.url.removesuffix("/v1") + "/tokenize"
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as reply:
+        assert json.load(reply)["tokens"] == ours.prompt
+
+
+def test_no_other_model_is_loaded_whoever_asks(served: Serving, run: ServedRun) -> None:
+    the_server_takes_nothing_else(served, run)
+
+
+def test_a_merged_policy_is_served_with_a_key(run: ServedRun, vllm_python: Path, tmp_path: Path) -> None:
+    """A DoRA adapter, which vLLM does not hold beside weights; then nothing is left after SIGKILL."""
+    run.add("dora", AdapterConfig(kind=AdapterKind.dora, rank=4), seed=3)
+    arguments = ["--arm", "dora", "--engine", "vllm", "--engine-python", str(vllm_python), "--api-key-env", "SERVE_KEY"]
+    with serving(run, tmp_path / "temporary", *arguments, SERVE_KEY="opened") as process:
+        assert '-H "Authorization: Bearer $SERVE_KEY"' in process.curl
+        messages = [{"role": "user", "content": "When is the shop open?"}]
+        with pytest.raises(openai.AuthenticationError):
+            client(process, "wrong").chat.completions.create(model="dora", messages=messages)
+        ours = run.answer("dora", messages, limit=8)
+        reply = client(process, "opened").chat.completions.create(
+            model="dora", messages=messages, max_tokens=8, temperature=0
+        )
+        assert reply.choices[0].message.content == ours.text
+        nothing_is_left_after(process, signal.SIGKILL)
+
+
+def test_nothing_is_left_after_ctrl_c(run: ServedRun, vllm_python: Path, tmp_path: Path) -> None:
+    arguments = ["--arm", "base", "--engine", "vllm", "--engine-python", str(vllm_python)]
+    with serving(run, tmp_path / "temporary", *arguments) as process:
+        nothing_is_left_after(process, signal.SIGINT)
