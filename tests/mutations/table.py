@@ -20,6 +20,7 @@ from tests.mutations import (
     results,
     sampling,
     scorers,
+    serving,
     stages,
     training,
     validation,
@@ -47,4 +48,5 @@ MUTATIONS: list[Mutation] = [
     *scorers.MUTATIONS,
     *pipeline.MUTATIONS,
     *driver.MUTATIONS,
+    *serving.MUTATIONS,
 ]
