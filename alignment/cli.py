@@ -43,9 +43,8 @@ VERBS = {
 
 _RIVAL = "alignment-handbook"
 _EXAMPLES = """\
-examples:
-  align run quickstart                            the whole chain on a small model
-  align run ./mine.yaml adapter=qlora             a recipe of your own; another choice from conf/
+examples: align run quickstart (the whole chain on a small model)
+  align run ./mine.yaml adapter=qlora (a recipe of your own; another choice from conf/)
 exit codes: 0 success, 1 a bug of ours, 2 configuration, 3 data, 4 model, 5 stage or full disk, 6 not finite,
 7 artifact, 8 busy, 9 a scorer that failed, 10 a gate is not met, 75 preempted, 130 interrupted
 """

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -170,9 +172,9 @@ def command(run: ServedRun, *arguments: str) -> list[str]:
 
 
 @contextmanager
-def serving(run: ServedRun, temporary: Path, *arguments: str, **variables: str) -> Iterator[Serving]:
+def serving(run: ServedRun, *arguments: str, **variables: str) -> Iterator[Serving]:
     """The command, once it serves; it is killed at the end if it still runs."""
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix="serving-"))  # a short path: sockets of vLLM have at most 107 characters
     environment = os.environ | {"TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"} | variables
     process = subprocess.Popen(
         command(run, "--port", "0", *arguments),
@@ -197,6 +199,7 @@ def serving(run: ServedRun, temporary: Path, *arguments: str, **variables: str) 
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
+        shutil.rmtree(temporary)
 
 
 def client(serving: Serving, key: str = "none") -> Any:

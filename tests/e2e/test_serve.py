@@ -32,10 +32,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> ServedRun:
 
 
 @pytest.fixture(scope="module")
-def served(run: ServedRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def served(run: ServedRun) -> Iterator[Serving]:
     """The three policies behind one address."""
     arms = [word for arm in ARMS for word in ("--arm", arm)]
-    with serving(run, tmp_path_factory.mktemp("serving") / "temporary", *arms) as process:
+    with serving(run, *arms) as process:
         yield process
 
 
@@ -64,13 +64,13 @@ def test_it_says_what_is_served_and_its_curl_works(served: Serving) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
-def test_nothing_is_left(run: ServedRun, tmp_path: Path, number: signal.Signals) -> None:
-    with serving(run, tmp_path / "temporary") as process:
+def test_nothing_is_left(run: ServedRun, number: signal.Signals) -> None:
+    with serving(run) as process:
         nothing_is_left_after(process, number)
 
 
-def test_the_end_of_the_server_ends_the_command_and_is_named(run: ServedRun, tmp_path: Path) -> None:
-    with serving(run, tmp_path / "temporary") as process:
+def test_the_end_of_the_server_ends_the_command_and_is_named(run: ServedRun) -> None:
+    with serving(run) as process:
         processes = process.processes()
         (server,) = [one for one in processes if "alignment.commands.serve.worker" in one.cmdline()]
         server.kill()

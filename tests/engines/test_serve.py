@@ -29,11 +29,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> ServedRun:
 
 
 @pytest.fixture(scope="module")
-def served(run: ServedRun, vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def served(run: ServedRun, vllm_python: Path) -> Iterator[Serving]:
     """The three policies behind one address."""
     arms = [word for arm in ARMS for word in ("--arm", arm)]
-    temporary = tmp_path_factory.mktemp("serving") / "temporary"
-    with serving(run, temporary, *arms, "--engine", "vllm", "--engine-python", str(vllm_python)) as process:
+    with serving(run, *arms, "--engine", "vllm", "--engine-python", str(vllm_python)) as process:
         yield process
 
 
@@ -58,11 +57,11 @@ def test_no_other_model_is_loaded_whoever_asks(served: Serving, run: ServedRun) 
     the_server_takes_nothing_else(served, run)
 
 
-def test_a_merged_policy_is_served_with_a_key(run: ServedRun, vllm_python: Path, tmp_path: Path) -> None:
+def test_a_merged_policy_is_served_with_a_key(run: ServedRun, vllm_python: Path) -> None:
     """A DoRA adapter, which vLLM does not hold beside weights; then nothing is left after SIGKILL."""
     run.add("dora", AdapterConfig(kind=AdapterKind.dora, rank=4), seed=3)
     arguments = ["--arm", "dora", "--engine", "vllm", "--engine-python", str(vllm_python), "--api-key-env", "SERVE_KEY"]
-    with serving(run, tmp_path / "temporary", *arguments, SERVE_KEY="opened") as process:
+    with serving(run, *arguments, SERVE_KEY="opened") as process:
         assert '-H "Authorization: Bearer $SERVE_KEY"' in process.curl
         messages = [{"role": "user", "content": "When is the shop open?"}]
         with pytest.raises(openai.AuthenticationError):
@@ -75,7 +74,7 @@ def test_a_merged_policy_is_served_with_a_key(run: ServedRun, vllm_python: Path,
         nothing_is_left_after(process, signal.SIGKILL)
 
 
-def test_nothing_is_left_after_ctrl_c(run: ServedRun, vllm_python: Path, tmp_path: Path) -> None:
+def test_nothing_is_left_after_ctrl_c(run: ServedRun, vllm_python: Path) -> None:
     arguments = ["--arm", "base", "--engine", "vllm", "--engine-python", str(vllm_python)]
-    with serving(run, tmp_path / "temporary", *arguments) as process:
+    with serving(run, *arguments) as process:
         nothing_is_left_after(process, signal.SIGINT)

@@ -105,9 +105,9 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         {"options": CHAT, "engine": {"engine": "vllm", "python": "p"}, "output": HERE},
     ),
     (
-        "serve mine --arm sft --arm base --engine vllm --port 0 --engine-python p --api-key-env K --tool-parser mistral",
+        "serve mine --arm sft --engine vllm --port 0 --engine-python p --api-key-env K --tool-parser mistral",
         "alignment.commands.serve.driver.serve",
-        ("mine", ["sft", "base"]),
+        ("mine", ["sft"]),
         {
             "options": ServeOptions(engine="vllm", port=0, engine_python="p", api_key_env="K", tool_parser="mistral"),
             "output": HERE,
