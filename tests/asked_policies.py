@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
+from typing import Any
 
 import openai
 import pytest
 
-from tests.served import ARMS, END, TOOL, ServedRun, Serving, client
+from tests.served import ARMS, END, EOS, TOOL, OwnAnswer, ServedRun, Serving, client
 
 QUESTIONS = ("Hi.", "When is the shop open?", "Where are the keys?", "Say only what the text says.", "Why?")
 LIMIT = 12
 
 
-def answers_are_ours(served: Serving, run: ServedRun) -> None:
-    """Greedy answers of each arm equal ours, with the same tokens counted, and end where ours end."""
-    asked = client(served)
-    assert {model.id for model in asked.models.list()} == set(ARMS)
-    ended_by_template, texts = 0, set()
-    for arm in ARMS:
-        for question in QUESTIONS:
+def answers_are_ours(served: Serving, run: ServedRun, **options: Any) -> list[tuple[Any, OwnAnswer]]:
+    """Greedy answers of each arm equal ours, with as many tokens, and end where ours end; returns each reply with ours.
+
+    ``options`` are added to each request.
+    """
+    answered, ended_by_template = [], 0
+    with client(served) as asked:
+        assert {model.id for model in asked.models.list()} == set(ARMS)
+        for arm, question in itertools.product(ARMS, QUESTIONS):
             messages = [{"role": "user", "content": question}]
             ours = run.answer(arm, messages, limit=LIMIT)
-            reply = asked.chat.completions.create(model=arm, messages=messages, max_tokens=LIMIT, temperature=0)
+            reply = asked.chat.completions.create(
+                model=arm, messages=messages, max_tokens=LIMIT, temperature=0, extra_body=options
+            )
             (choice,) = reply.choices
             assert reply.model == arm
-            assert choice.message.content == ours.text
-            assert choice.finish_reason == ("stop" if len(ours.ids) < LIMIT else "length")
+            assert whole_characters(choice.message.content) == whole_characters(ours.text)
+            assert choice.finish_reason == ("stop" if ours.ids[-1] in (END, EOS) else "length")
             assert reply.usage.prompt_tokens == len(ours.prompt)
             assert reply.usage.completion_tokens == len(ours.ids)
             ended_by_template += len(ours.ids) < LIMIT and ours.ids[-1] == END
-            texts.add((question, ours.text))
+            answered.append((reply, ours))
     assert ended_by_template >= 3, "answers end at a token that the base's own generation config does not name"
-    assert len(texts) > 2 * len(QUESTIONS), "the arms differ"
+    assert len({ours.text for _, ours in answered}) > 2 * len(QUESTIONS), "the arms differ"
+    return answered
+
+
+def whole_characters(text: str) -> str:
+    """Without a character at the end of which some bytes are missing: transformers writes it as �, vLLM leaves it."""
+    return text.rstrip("\ufffd")
 
 
 def tools_reach_the_template(served: Serving, run: ServedRun) -> None:
@@ -68,19 +80,20 @@ def tools_reach_the_template(served: Serving, run: ServedRun) -> None:
         ours = run.answer("dpo", rendered, limit=LIMIT, tools=[TOOL])
         without = run.answer("dpo", rendered, limit=LIMIT)
         assert len(ours.prompt) > len(without.prompt)
-        reply = client(served).chat.completions.create(
-            model="dpo", messages=messages, tools=[TOOL], max_tokens=LIMIT, temperature=0
-        )
+        with client(served) as asked:
+            reply = asked.chat.completions.create(
+                model="dpo", messages=messages, tools=[TOOL], max_tokens=LIMIT, temperature=0
+            )
         assert reply.usage.prompt_tokens == len(ours.prompt)
-        assert reply.choices[0].message.content == ours.text
+        assert whole_characters(reply.choices[0].message.content) == whole_characters(ours.text)
 
 
 def the_server_takes_nothing_else(served: Serving, run: ServedRun) -> None:
     """Neither a folder of this machine nor a model of the hub is served."""
-    for name in (str(run.base), "gpt2", "sft@main", "sft:model.gguf", ""):
-        with pytest.raises(openai.NotFoundError) as refused:
-            client(served).chat.completions.create(model=name, messages=[{"role": "user", "content": "Hi."}])
-        assert name in str(refused.value)
+    with client(served) as asked:
+        for name in (str(run.base), "gpt2", "sft@main", "sft:model.gguf"):
+            with pytest.raises(openai.NotFoundError):
+                asked.chat.completions.create(model=name, messages=[{"role": "user", "content": "Hi."}])
 
 
 def nothing_is_left_after(serving: Serving, number: signal.Signals) -> None:

@@ -39,7 +39,9 @@ def served(run: ServedRun, vllm_python: Path) -> Iterator[Serving]:
 def test_each_arm_answers_as_our_own_generation_and_stops_where_training_ended_answers(
     served: Serving, run: ServedRun
 ) -> None:
-    answers_are_ours(served, run)
+    for reply, ours in answers_are_ours(served, run, return_token_ids=True):
+        assert reply.choices[0].token_ids == ours.ids
+        assert reply.prompt_token_ids == ours.prompt
 
 
 def test_a_system_turn_and_tools_are_rendered_by_the_template(served: Serving, run: ServedRun) -> None:
@@ -64,13 +66,18 @@ def test_a_merged_policy_is_served_with_a_key(run: ServedRun, vllm_python: Path)
     with serving(run, *arguments, SERVE_KEY="opened") as process:
         assert '-H "Authorization: Bearer $SERVE_KEY"' in process.curl
         messages = [{"role": "user", "content": "When is the shop open?"}]
-        with pytest.raises(openai.AuthenticationError):
-            client(process, "wrong").chat.completions.create(model="dora", messages=messages)
+        with client(process, "wrong") as stranger, pytest.raises(openai.AuthenticationError):
+            stranger.chat.completions.create(model="dora", messages=messages)
         ours = run.answer("dora", messages, limit=8)
-        reply = client(process, "opened").chat.completions.create(
-            model="dora", messages=messages, max_tokens=8, temperature=0
-        )
-        assert reply.choices[0].message.content == ours.text
+        with client(process, "opened") as asked:
+            reply = asked.chat.completions.create(
+                model="dora",
+                messages=messages,
+                max_tokens=8,
+                temperature=0,
+                extra_body={"return_token_ids": True},
+            )
+        assert reply.choices[0].token_ids == ours.ids
         nothing_is_left_after(process, signal.SIGKILL)
 
 
