@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 from alignment.core.errors import ConfigError
 
-GGUF = "gguf"
-FORMS = ("model", "adapter", GGUF)
+GGUF, VLLM = "gguf", "vllm"
+FORMS = ("model", "adapter", GGUF, VLLM)
 GGUF_TYPES = ("f16", "bf16", "q8_0", "f32")
 """Types of the weights in a GGUF file; the first is the default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportOptions:
-    """``max_gap`` is a mean KL per token in nats; the options below it are those of a GGUF file alone.
+    """``max_gap`` is a mean KL per token in nats; ``engine_python`` is the interpreter that has vLLM, for that form
+    alone. The options below it are those of a GGUF file alone.
 
     ``llama_python`` is an interpreter with llama-cpp-python, by which the file is read too. ``has_modelfile`` asks for
     Ollama's Modelfile.
@@ -23,6 +24,7 @@ class ExportOptions:
 
     form: str = "model"
     max_gap: float = 0.01
+    engine_python: str | None = None
     dtype: str | None = None
     llama_python: str | None = None
     has_modelfile: bool = True
@@ -31,13 +33,16 @@ class ExportOptions:
         """An option that the form does not use is a mistake.
 
         Raises:
-            ConfigError: an option of GGUF files stands beside another form.
+            ConfigError: an option of one form stands beside another.
         """
-        unused = {"--dtype": self.dtype, "--llama-python": self.llama_python, "--no-modelfile": not self.has_modelfile}
-        for name, value in unused.items():
-            if value and self.form != GGUF:
+        of_gguf = {"--dtype": self.dtype, "--llama-python": self.llama_python, "--no-modelfile": not self.has_modelfile}
+        given = {name: (GGUF, value) for name, value in of_gguf.items()} | {
+            "--engine-python": (VLLM, self.engine_python)
+        }
+        for name, (form, value) in given.items():
+            if value and self.form != form:
                 raise ConfigError(
-                    f"is an option of --as {GGUF}", where=name, remedy=f"leave it out, or add --as {GGUF}"
+                    f"is an option of --as {form}", where=name, remedy=f"leave it out, or add --as {form}"
                 )
 
     @property
@@ -45,6 +50,7 @@ class ExportOptions:
         """The same options on a command line."""
         arguments = ["--as", self.form, "--max-gap", str(self.max_gap)]
         arguments += [] if self.dtype is None else ["--dtype", self.dtype]
+        arguments += [] if self.engine_python is None else ["--engine-python", self.engine_python]
         arguments += [] if self.llama_python is None else ["--llama-python", self.llama_python]
         return arguments if self.has_modelfile else [*arguments, "--no-modelfile"]
 
@@ -56,8 +62,8 @@ def add_form_arguments(parser: argparse.ArgumentParser) -> None:
         dest="form",
         choices=FORMS,
         default="model",
-        help="adapters merged into whole weights (default), the one adapter on its base, or a GGUF file for llama.cpp "
-        "and Ollama",
+        help="adapters merged into whole weights (default), the one adapter on its base, a GGUF file for llama.cpp and "
+        "Ollama, or whole weights that vLLM was seen to load",
     )
     parser.add_argument(
         "--max-gap",
@@ -66,6 +72,9 @@ def add_form_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NATS",
         help="mean KL a token that merging may cause by rounding, and the type of a GGUF file once more (default: "
         "0.01)",
+    )
+    parser.add_argument(
+        "--engine-python", metavar="PATH", help="the interpreter that has vLLM (default: make engine's)"
     )
     parser.add_argument("--dtype", choices=GGUF_TYPES, help=f"type of a GGUF file's weights (default: {GGUF_TYPES[0]})")
     parser.add_argument(
@@ -91,6 +100,7 @@ def options_of(arguments: argparse.Namespace) -> ExportOptions:
     options = ExportOptions(
         form=arguments.form,
         max_gap=arguments.max_gap,
+        engine_python=arguments.engine_python,
         dtype=arguments.dtype,
         llama_python=arguments.llama_python,
         has_modelfile=arguments.has_modelfile,

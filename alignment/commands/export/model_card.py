@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from alignment.commands.export.export_options import GGUF
+from alignment.commands.export.export_options import GGUF, VLLM
 from alignment.commands.export.provenance import Judged, Provenance, Remembered, Step, Tabled, without_folders
 from alignment.core.artifacts import POLICY, REWARD_MODEL, Manifest
 from alignment.pipeline.sources import bundled_model
@@ -15,7 +15,7 @@ from alignment.records.evaluation import Comparison, Evaluation
 from alignment.records.interval import Interval
 from alignment.stages.base import ResultTable
 
-_LIBRARY = {"model": "transformers", "adapter": "peft", GGUF: "gguf"}
+_LIBRARY = {"model": "transformers", "adapter": "peft", GGUF: "gguf", VLLM: "vllm"}
 _CLASS = {POLICY: "AutoModelForCausalLM", REWARD_MODEL: "AutoModelForSequenceClassification"}
 _TASK = {POLICY: "text-generation", REWARD_MODEL: "text-classification"}
 _OF_OPTIM = ("lr", "batch_size", "epochs", "max_steps", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm")
@@ -100,7 +100,8 @@ def _licence(manifest: Manifest) -> str:
 def _usage(manifest: Manifest, form: str, files: Sequence[str]) -> list[str]:
     if form == GGUF:
         return ["```console", *_programs(manifest, files), "```"]
-    return ["```python", *_python(manifest, form), "```"]
+    served = ["```bash", "vllm serve .  # in this folder", "```", ""] if form == VLLM else []
+    return [*served, "```python", *_python(manifest, form), "```"]
 
 
 def _programs(manifest: Manifest, files: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Exports a result for other programs: ``worker ARTIFACT --base FOLDER --to FOLDER --as model|adapter|gguf``.
+"""Exports a result for other programs: ``worker ARTIFACT --base FOLDER --to FOLDER --as model|adapter|gguf|vllm``.
 
 ``align export`` calls it. Adapters are merged into the weights that they were trained on, after dequantising weights in
 four bits. The difference that rounding the sum makes is measured and limited. The written folder is then loaded by
@@ -22,7 +22,8 @@ from transformers.utils import logging as transformers_logging
 from alignment.commands.export.as_adapter import write_adapter
 from alignment.commands.export.as_gguf import write_gguf
 from alignment.commands.export.as_model import write_policy, write_reward
-from alignment.commands.export.export_options import GGUF, ExportOptions, add_form_arguments, options_of
+from alignment.commands.export.as_vllm import write_for_vllm
+from alignment.commands.export.export_options import GGUF, VLLM, ExportOptions, add_form_arguments, options_of
 from alignment.commands.export.exported import ExportedResult, exported_result
 from alignment.commands.export.model_card import model_card
 from alignment.commands.export.provenance import provenance, without_folders
@@ -83,6 +84,8 @@ def _write(result: ExportedResult, folder: Path, options: ExportOptions) -> list
         return write_adapter(result, folder)
     if options.form == GGUF:
         return write_gguf(result, folder, options)
+    if options.form == VLLM:
+        return write_for_vllm(result, folder, options)
     if result.manifest.kind == REWARD_MODEL:
         return write_reward(result, folder)
     return write_policy(result, folder, max_gap=options.max_gap)

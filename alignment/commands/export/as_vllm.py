@@ -1,0 +1,80 @@
+"""``--as vllm``: whole weights that a vLLM server was seen to load and to answer with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from alignment.commands.export.as_model import write_policy
+from alignment.commands.export.export_options import ExportOptions
+from alignment.commands.export.exported import ExportedResult
+from alignment.config.sampling_engine import Engine, SamplingConfig
+from alignment.core.artifacts import REWARD_MODEL
+from alignment.core.errors import ModelError
+from alignment.engines.completions import Asked, EngineAnswer, Generation
+from alignment.engines.engine_environment import engines_folder, interpreter
+from alignment.engines.engine_session import EngineSession, Weights
+from alignment.engines.vllm_server import VllmOptions
+from alignment.evaluation.arms import sequence_logprobs
+from alignment.models.assembly.load import DTYPES, Lineage, load_policy
+from alignment.models.forward.flat import use_flat_attention
+from alignment.models.forward.generate import generate
+
+TOKENS = 16
+"""Tokens that are compared of each answer."""
+OTHER_MODEL = 0.5
+"""A mean difference in nats a token that no rounding explains."""
+
+
+def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions) -> list[str]:
+    """Writes a causal language model as ``--as model`` does, and has a vLLM server answer with it.
+
+    Raises:
+        ConfigError: there is no environment with vLLM.
+        ModelError: it is a reward model, see ``write_policy``, or vLLM gives other log-probabilities.
+        StageError: vLLM does not load it.
+    """
+    if result.manifest.kind == REWARD_MODEL:
+        raise ModelError("vLLM is asked for answers, which a reward model does not give", remedy="export it as a model")
+    interpreter(options.engine_python, package="vllm", where="--engine-python")
+    notes = write_policy(result, folder, max_gap=options.max_gap)
+    generation = Generation(max_new_tokens=TOKENS, temperature=0.0, end_ids=result.stops)
+    theirs = _vllm_answers(result, folder, generation, options)
+    model = load_policy(Lineage(source="self", base=folder, adapters=()), DTYPES[result.dtype])
+    use_flat_attention(model)
+    ours = generate(model, result.rows, max_new_tokens=TOKENS, end_ids=result.stops, batch_size=len(result.rows))
+    under = sequence_logprobs(model, result.rows, [answer.ids for answer in theirs])
+    tokens = sum(len(answer.ids) for answer in theirs)
+    gap = sum(abs(sum(answer.logprobs) - ours_sum) for answer, ours_sum in zip(theirs, under, strict=True)) / tokens
+    if gap > OTHER_MODEL:
+        raise ModelError(
+            f"vLLM's log-probabilities differ from ours by {gap:.2f} nats a token; nothing was exported",
+            where=str(folder),
+            remedy="this version of vLLM computes the model differently; export it as a model, or as a GGUF file",
+        )
+    equal = sum(answer.ids == own for answer, own in zip(theirs, ours, strict=True))
+    return [
+        *notes,
+        f"loaded by vLLM, {equal} of {len(ours)} greedy answers to the fixed rows begin with the same {TOKENS} tokens "
+        f"as here, and its log-probabilities differ by {gap:.2g} nats a token in the mean",
+    ]
+
+
+def _vllm_answers(
+    result: ExportedResult, folder: Path, generation: Generation, options: ExportOptions
+) -> list[EngineAnswer]:
+    log = engines_folder() / "export.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    config = SamplingConfig(engine=Engine.vllm, python=options.engine_python)
+    with EngineSession(config, where="--as vllm", log=log, waiting=lambda: None) as session:
+        session.start(
+            VllmOptions(
+                model=folder,
+                dtype=result.dtype.value,
+                max_length=max(map(len, result.rows)) + generation.max_new_tokens,
+                on_gpu=torch.cuda.is_available(),
+            )
+        )
+        asked = [Asked(prompt=row, answers=1, seed=0) for row in result.rows]
+        return [answers[0] for answers in session.answers(Weights(), asked, generation)]
