@@ -65,7 +65,7 @@ MUTATIONS = [
         "models/forward/distilled.py",
         STAGE,
         (
-            "prompts are learned too",
+            "prompts of a student are learned too",
             "(labels[:, 1:] != IGNORED) & rows.is_real[:, 1:]",
             "rows.is_real[:, 1:]",
             _PAPERS,
