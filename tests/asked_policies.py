@@ -33,7 +33,7 @@ def answers_are_ours(served: Serving, run: ServedRun, **options: Any) -> list[tu
             (choice,) = reply.choices
             assert reply.model == arm
             assert whole_characters(choice.message.content) == whole_characters(ours.text)
-            assert choice.finish_reason == ("stop" if ours.ids[-1] in (END, EOS) else "length")
+            assert choice.finish_reason in _reasons(ours)
             assert reply.usage.prompt_tokens == len(ours.prompt)
             assert reply.usage.completion_tokens == len(ours.ids)
             ended_by_template += len(ours.ids) < LIMIT and ours.ids[-1] == END
@@ -41,6 +41,12 @@ def answers_are_ours(served: Serving, run: ServedRun, **options: Any) -> list[tu
     assert ended_by_template >= 3, "answers end at a token that the base's own generation config does not name"
     assert len({ours.text for _, ours in answered}) > 2 * len(QUESTIONS), "the arms differ"
     return answered
+
+
+def _reasons(ours: OwnAnswer) -> set[str]:
+    """Why an answer may have ended; of an end that is the last token allowed, transformers says it was the length."""
+    by_end, by_length = ours.ids[-1] in (END, EOS), len(ours.ids) == LIMIT
+    return {reason for reason, holds in (("stop", by_end), ("length", by_length)) if holds}
 
 
 def whole_characters(text: str) -> str:

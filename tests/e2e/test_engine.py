@@ -24,6 +24,7 @@ from alignment.config.scoring import ScorerConfig
 from alignment.job import StageSpec
 from alignment.records.worker import Heartbeat
 from alignment.stages.ppo.config import Advantage, PpoConfig
+from alignment.training.checkpoints import MANIFEST
 from tests.chained import LORA, Chained, config_of
 from tests.distributed.processes import on_processes
 from tests.distributed.test_critic_free import scorer_in
@@ -131,8 +132,8 @@ def test_a_stage_that_is_killed_takes_its_own_engine_with_it_and_goes_on_with_an
     codes: list[int] = []
     stage = threading.Thread(target=lambda: codes.extend(on_processes(spec, world_size=1)))
     stage.start()
-    metrics = spec.work / "content/metrics.jsonl"
-    until(lambda: metrics.exists() and metrics.read_text().count("\n") == 1, logs(spec))
+    until(lambda: any(spec.work.glob(f"checkpoints/*/{MANIFEST}")), logs(spec))
+    assert len(lines_of(spec.work / "content")) == 1
     assert left_of(programs), "it samples for the second update"
     kill(spec)
     stage.join()
@@ -176,9 +177,9 @@ def test_the_command_runs_a_chain_with_an_engine(new_forked: Callable[[], Align]
     align = new_forked()
     programs = tmp_path / "programs"
     settings = ("~stages.dpo", "~stages.evaluate", "~stages.report", "stages.ppo.sampling.engine=vllm")
-    planned = align("plan", *settings, "stages.ppo.sampling.python=/nowhere/python", code=2)
-    assert "/nowhere/python is not an interpreter that can be run" in planned
-    assert "stages.ppo.sampling.python" in planned
+    nowhere = "stages.ppo.sampling.python=/nowhere/python"
+    for printed in (align("plan", *settings, nowhere), align("run", *settings, nowhere, code=2)):
+        assert "stages.ppo.sampling.python: /nowhere/python is not an interpreter that can be run" in printed
     python = f"stages.ppo.sampling.python={interpreter_of(programs)}"
     assert "vLLM holds the frozen weights a second time" in align("plan", *settings, python)
     align("run", *settings, python)

@@ -50,6 +50,8 @@ def _told(recipe: str, folder: Path) -> list[str]:
         tokenizer = pythia_tokenizer() if architecture == "gpt_neox" else None
         save_tiny_model(model, architecture=architecture, tokenizer=tokenizer)
     told = [f"output={folder / recipe}", f"model.source=path:{model}"]
+    if recipe == "draft":
+        told.append("stages.draft.layers=1")  # the model has two
     for stage, which in reads.items():
         file = folder / f"{recipe}-{stage}.jsonl"
         file.write_text("".join(f"{json.dumps(row(number)[which])}\n" for number in range(1, 11)))

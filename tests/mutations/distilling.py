@@ -170,7 +170,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/distil/comparing.py",
+        "stages/distil/student_comparison.py",
         STAGE,
         ("what is reported ignores the temperature", "temperature=config.temperature,", "temperature=1.0,", _RECORD),
         (

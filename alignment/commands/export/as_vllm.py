@@ -40,20 +40,20 @@ def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions)
     interpreter(options.engine_python, package="vllm", where="--engine-python")
     notes = write_policy(result, folder, max_gap=options.max_gap)
     generation = Generation(max_new_tokens=TOKENS, temperature=0.0, end_ids=result.stops)
-    theirs = _vllm_answers(result, folder, generation, options)
+    of_vllm = _vllm_answers(result, folder, generation, options)
     model = load_policy(Lineage(source="self", base=folder, adapters=()), DTYPES[result.dtype])
     use_flat_attention(model)
     ours = generate(model, result.rows, max_new_tokens=TOKENS, end_ids=result.stops, batch_size=len(result.rows))
-    under = sequence_logprobs(model, result.rows, [answer.ids for answer in theirs])
-    tokens = sum(len(answer.ids) for answer in theirs)
-    gap = sum(abs(sum(answer.logprobs) - ours_sum) for answer, ours_sum in zip(theirs, under, strict=True)) / tokens
+    under = sequence_logprobs(model, result.rows, [answer.ids for answer in of_vllm])
+    tokens = sum(len(answer.ids) for answer in of_vllm)
+    gap = sum(abs(sum(answer.logprobs) - ours_sum) for answer, ours_sum in zip(of_vllm, under, strict=True)) / tokens
     if gap > OTHER_MODEL:
         raise ModelError(
             f"vLLM's log-probabilities differ from ours by {gap:.2f} nats a token; nothing was exported",
             where=str(folder),
             remedy="this version of vLLM computes the model differently; export it as a model, or as a GGUF file",
         )
-    equal = sum(answer.ids == own for answer, own in zip(theirs, ours, strict=True))
+    equal = sum(answer.ids == own for answer, own in zip(of_vllm, ours, strict=True))
     return [
         *notes,
         f"loaded by vLLM, {equal} of {len(ours)} greedy answers to the fixed rows begin with the same {TOKENS} tokens "

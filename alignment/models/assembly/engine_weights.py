@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind
+from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.core.errors import ModelError
-from alignment.models.assembly.adapters import OWN, is_prefix, put_in_order, saved_config
+from alignment.models.assembly.adapters import OWN, is_prefix, merge_adapter, put_in_order, saved_config
 from alignment.models.assembly.load import Lineage, load_policy
 from alignment.models.kernels.nf4 import round_trunk
 
@@ -28,11 +28,15 @@ def write_base(start: Lineage, adapter: AdapterConfig, dtype: torch.dtype, folde
     if adapter.kind is AdapterKind.full:
         model = load_policy(start, dtype)
         return write_model(model, dict(model.named_parameters(remove_duplicate=False)), dtype, folder)
-    below = replace(start, adapters=start.adapters[:-1]) if adapter.chain is CONTINUE else start
-    if adapter.kind is not AdapterKind.qlora:
+    below, beside = (start, ()) if adapter.chain is Chain.merge else (start.weights, start.beside)
+    frozen = beside[:-1] if adapter.chain is CONTINUE else beside
+    if not frozen and adapter.kind is not AdapterKind.qlora:
         return write_merged(below, dtype, folder)
     model = load_policy(below, dtype)
-    round_trunk(model)
+    if adapter.kind is AdapterKind.qlora:
+        round_trunk(model)  # the frozen adapters beside it were never in four bits
+    for saved in frozen:
+        model = merge_adapter(model, saved.path)
     model.save_pretrained(str(folder))
     return folder
 

@@ -242,19 +242,19 @@ def test_the_doctor_says_what_each_stage_can_make_of_a_file(tmp_path: Path) -> N
     file.write_text(_lines([pair, pair, {**pair, "rejected": "4."}, {**pair, "prompt": ""}]))
     found = examine(file, ALL, records())
     assert found.format.name == "preference"
-    assert found.meant_for == ["sft", "reward, dpo", "kto", "ppo", "evaluate"]
+    assert found.meant_for == ["sft", "reward, dpo", "kto", "ppo, distil", "evaluate"]
     uses = {name: (use.records, use.repeated, len(use.faults)) for name, use in found.uses.items()}
     assert uses == {
         "sft": (3, 2, 1),
         "reward, dpo": (2, 1, 2),
         "kto": (4, 2, 2),
-        "ppo": (3, 2, 1),
+        "ppo, distil": (3, 2, 1),
         "evaluate": (3, 2, 1),
     }
     assert sorted(fault.where for fault in found.faults) == [f"{file}:3", f"{file}:4"]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(_lines([{"prompt": "a"}, {"prompt": "b"}]))
-    assert examine(prompts, ALL, records()).meant_for == ["ppo", "evaluate"]
+    assert examine(prompts, ALL, records()).meant_for == ["ppo, distil", "evaluate"]
     assert not examine(prompts, ALL, records()).faults
 
 

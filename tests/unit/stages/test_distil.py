@@ -25,10 +25,10 @@ from alignment.models.forward.generate import Sampling, generate
 from alignment.records.distillation import Distillation
 from alignment.stages.distil import comparing
 from alignment.stages.distil import run as distil
-from alignment.stages.distil.comparing import figures_of, frozen_model, sums_of_answers
 from alignment.stages.distil.config import Method
 from alignment.stages.distil.distil_trainer import DistilTrainer
 from alignment.stages.distil.student import student_of
+from alignment.stages.distil.student_comparison import figures_of, frozen_model, sums_of_answers
 from alignment.stages.distil.taught_rows import HeldOutAnswers
 from alignment.stages.registry import kind_named
 from alignment.stages.shared import answer_sampling

@@ -133,7 +133,7 @@ def test_the_command_names_every_arm_and_the_least_rank_that_fits(
         "--lora-modules",
         json.dumps({"name": "sft", "path": str(folder(run, "sft", "0-sft"))}),
         json.dumps({"name": "dpo", "path": "/there/adapters/dpo"}),
-        "--enforce-eager",
+        *("--enforce-eager", "--no-enable-chunked-prefill"),
     ]
     assert command.environment["VLLM_API_KEY"] == "", "one that the caller has for something else is not asked for"
     assert command.environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
