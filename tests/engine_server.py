@@ -314,7 +314,7 @@ def interpreter_of(folder: Path, planted: Planted | None = None) -> Path:
     faults = json.dumps(asdict(planted or Planted()))
     program.write_text(
         "#!/bin/sh\n"
-        'if [ "$1" = -c ]; then exit 0; fi\n'  # whether there is a package vllm
+        'if [ "$1" = -I ]; then exit 0; fi\n'  # whether there is a package vllm
         f"echo \"$TMPDIR\" >> '{folder / SCRATCH}'\n"
         f"export PYTHONPATH='{root}' {PLANTED}='{faults}'\n"
         f"exec '{sys.executable}' -m tests.engine_server \"$@\"\n"

@@ -19,9 +19,9 @@ from alignment.evaluation.endpoint_client import open_client, reason
 SEEDS = 2**48
 """Seeds are whole numbers from 0 to below this."""
 TOKENS_A_REPLY = 8192
-"""The most tokens that are asked for in one call, unless one answer may be longer."""
-
-
+"""The most tokens of answers, each with its prompt, that are asked for in one call, unless one answer has more."""
+OTHER_WEIGHTS = 0.5
+"""A mean difference of log-probabilities, in nats a token, that no rounding explains."""
 _PATIENCE = 5.0
 """Seconds without a reply after which the stage reports that it waits; a call has a limit of its own."""
 
@@ -72,30 +72,28 @@ class EngineClient:
         self._where = where
         self._concurrency = config.concurrency
         calls = CallsConfig(base_url=url, timeout=config.timeout, retries=config.retries)
-        self._client = open_client(calls, key, where=where)
+        self._client = open_client(calls, key, where=where, direct=True)
 
     def answers(
         self,
         model: str,
         asked: Sequence[Asked],
         generation: Generation,
-        progress: Callable[[], None] = lambda: None,
+        progress: Callable[[int], None] = lambda _: None,
         waiting: Callable[[], None] = lambda: None,
     ) -> list[list[EngineAnswer]]:
         """The answers to each prompt, by the weights that the server calls ``model``.
 
-        ``progress`` is called with each reply, and ``waiting`` every few seconds without one.
+        ``progress`` receives the number of answers in each reply; ``waiting`` is called every few seconds without
+        one.
 
         Raises:
             CallFailed: a call got no reply.
             StageError: a reply is not what was asked for, such as an answer of other weights.
         """
-        size = max(1, TOKENS_A_REPLY // generation.max_new_tokens)
-        if generation.temperature == 0.0:
-            size = 1  # vLLM takes no more for one greedy answer
         calls = [
             (index, first, replace(whole, answers=min(size, whole.answers - first), seed=whole.seed + first))
-            for index, whole in enumerate(asked)
+            for index, (whole, size) in enumerate((whole, _answers_a_call(whole, generation)) for whole in asked)
             for first in range(0, whole.answers, size)
         ]
         replies: dict[tuple[int, int], list[EngineAnswer]] = {}
@@ -109,8 +107,9 @@ class EngineClient:
                 if not arrived:
                     waiting()
                 for future in arrived:
-                    replies[pending.pop(future)] = future.result()
-                    progress()
+                    call = pending.pop(future)
+                    replies[call] = future.result()
+                    progress(len(replies[call]))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         ordered: list[list[EngineAnswer]] = [[] for _ in asked]
@@ -185,7 +184,7 @@ class EngineClient:
         """Calls ``on_token`` with each token of one answer as it arrives.
 
         Raises:
-            CallFailed: the server stopped to reply.
+            CallFailed: the server stopped replying.
             StageError: other weights answer.
         """
         from openai import OpenAIError, Stream
@@ -234,6 +233,13 @@ _REMEDY = (
 )
 
 
+def _answers_a_call(asked: Asked, generation: Generation) -> int:
+    """A reply repeats the prompt with each answer. Of greedy answers vLLM gives one."""
+    if generation.temperature == 0.0:
+        return 1
+    return max(1, TOKENS_A_REPLY // (generation.max_new_tokens + len(asked.prompt)))
+
+
 def _body(model: str, asked: Asked, generation: Generation) -> dict[str, Any]:
     return {
         "model": model,
@@ -275,7 +281,7 @@ def _lacking(error: Exception) -> str:
 def _answer(choice: Mapping[str, Any], asked: Asked, generation: Generation) -> EngineAnswer:
     ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
     if not all(isinstance(token, int) and token >= 0 for token in ids):
-        raise WrongReply("has tokens that are none")
+        raise WrongReply("has an invalid token")
     if choice["prompt_token_ids"] is not None and choice["prompt_token_ids"] != list(asked.prompt):
         raise WrongReply("is for another prompt")
     if not 1 <= len(ids) <= generation.max_new_tokens or len(logprobs) != len(ids):
@@ -284,5 +290,5 @@ def _answer(choice: Mapping[str, Any], asked: Asked, generation: Generation) -> 
     if any(token in ends for token in ids[:-1]) or (len(ids) < generation.max_new_tokens and ids[-1] not in ends):
         raise WrongReply("does not end where an answer ends")
     if not all(isinstance(value, (int, float)) and math.isfinite(value) and value < 1e-3 for value in logprobs):
-        raise WrongReply("has log-probabilities that are none")
+        raise WrongReply("has an invalid log-probability")
     return EngineAnswer(ids=list(ids), logprobs=[float(value) for value in logprobs])

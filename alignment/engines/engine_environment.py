@@ -37,5 +37,8 @@ def interpreter(python: str | None, *, package: str, where: str) -> Path:
 
 @cache
 def _has(python: Path, package: str) -> bool:
-    argv: Sequence[str] = [str(python), "-c", _QUERY, package]
-    return subprocess.run(argv, check=False, capture_output=True, timeout=60).returncode == 0
+    argv: Sequence[str] = [str(python), "-I", "-c", _QUERY, package]  # -I: a folder of that name here does not count
+    try:
+        return subprocess.run(argv, check=False, capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):  # no program, or none that answers
+        return False

@@ -123,17 +123,18 @@ class EngineSession:
         weights: Weights,
         asked: Sequence[Asked],
         generation: Generation,
-        progress: Callable[[], None] = lambda: None,
+        progress: Callable[[int], None] = lambda _: None,
     ) -> list[list[EngineAnswer]]:
-        """The answers to each prompt by these weights, which ``use`` was given; ``progress`` is called with each reply.
+        """The answers to each prompt by these weights, which ``use`` was given; ``progress`` receives the number of
+        answers in each reply.
 
         Raises:
             StageError: the server failed, or an answer is of other weights or not what was asked for.
         """
 
-        def replied() -> None:
+        def replied(number: int) -> None:
             self._waiting()
-            progress()
+            progress(number)
 
         def ask() -> list[list[EngineAnswer]]:
             self._refuse_other_version(weights)
@@ -189,8 +190,12 @@ class EngineSession:
             return
         if weights.whole:
             self._asked().replace_weights(weights.folder, weights.name)
-        else:
+            return
+        try:
             self._asked().load_adapter(weights.name, weights.folder)
+        except CallFailed:
+            if weights.name not in self._asked().models():  # a reply that was lost, and a retry that it refused
+                raise
 
     def _forget(self, weights: Weights) -> None:
         """A server that was started again meanwhile does not have them."""
@@ -210,7 +215,7 @@ class EngineSession:
             )
 
     def _refuse_other_server(self) -> None:
-        names = self._try(self._asked().models)
+        names = self._try(lambda: self._asked().models())
         if BASE not in names:
             raise ConfigError(
                 f"the server at {self.address[0]} has no model {BASE!r}, but {', '.join(map(repr, names))}",

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import psutil
 
+NOT_STARTED = 127
+"""The exit code of a program that could not be started, as a shell gives it; the reason stands behind it."""
 GRACE_SECONDS = 5.0
 """How long a server may take to end by itself."""
 _POLL_SECONDS = 0.2
@@ -72,7 +74,10 @@ def _keep(folder: Path) -> None:
         if command_file(folder, number + 1).exists():
             number += 1
             _end_descendants()
-            server = _started(command_file(folder, number))
+            try:
+                server = _started(command_file(folder, number))
+            except OSError as error:
+                exit_file(folder, number).write_text(f"{NOT_STARTED} {error}")
         elif server is not None and server.poll() is not None:
             exit_file(folder, number).write_text(str(server.returncode))
             server = None

@@ -22,7 +22,7 @@ from types import TracebackType
 import psutil
 
 from alignment.core.errors import StageError
-from alignment.engines.keeper_process import GRACE_SECONDS, command_file, exit_file, pid_file
+from alignment.engines.keeper_process import GRACE_SECONDS, NOT_STARTED, command_file, exit_file, pid_file
 
 HOST = "127.0.0.1"
 PORT, KEY = "{port}", "{key}"
@@ -36,6 +36,8 @@ _NO_MEMORY = ("out of memory", "outofmemoryerror", "cannot allocate memory", "no
 _ERROR = re.compile(r"\b(?!EngineDeadError)[A-Z]\w*Error: .*")
 """What ended a server; vLLM's EngineDeadError says only that something else did."""
 _KILLED = -9
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""A proxy of the environment does not reach this machine's own addresses."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +83,13 @@ class Keeper:
             return False
 
     def start(self, command: Mapping[str, object]) -> int:
-        """Starts a server in place of the last one; returns its number."""
+        """Starts a server in place of the last one; returns its number.
+
+        Raises:
+            StageError: somebody ended the keeper.
+        """
+        if not self.is_alive:
+            raise StageError("the process that keeps servers was ended", remedy="run again; the stage continues")
         self.servers += 1
         written = self.folder / "command.partial"
         written.touch(mode=0o600)  # it has the server's key
@@ -94,8 +102,15 @@ class Keeper:
         if not self.is_alive:
             return _KILLED
         with suppress(FileNotFoundError, ValueError):
-            return int(exit_file(self.folder, number).read_text())
+            return int(exit_file(self.folder, number).read_text().split(maxsplit=1)[0])
         return None
+
+    def why_not_started(self, number: int) -> str:
+        """Why a program could not be started; empty if it was."""
+        with suppress(FileNotFoundError):
+            code, _, reason = exit_file(self.folder, number).read_text().partition(" ")
+            return reason if code == str(NOT_STARTED) else ""
+        return ""
 
     def run(self, command: ServerCommand, *, log: Path) -> int:
         """Runs a program that is no server to its end, with its output in ``log``; returns its exit code."""
@@ -184,7 +199,9 @@ class ServerProcess:
         """Why the server ended."""
         code, tail = self._exit_code(), self._tail()
         reason, remedy = f"{self._command.name} ended with exit code {code}", self._look
-        if code == _KILLED or any(word in tail.lower() for word in _NO_MEMORY):
+        if why := self._keeper.why_not_started(self._number):
+            reason = f"{self._command.name} cannot be started: {why}"
+        elif code == _KILLED or any(word in tail.lower() for word in _NO_MEMORY):
             reason = f"{reason}: it was killed, or there was not enough memory"
             remedy = f"{self._command.smaller}; {remedy}" if self._command.smaller else remedy
         elif errors := _ERROR.findall(tail):
@@ -219,7 +236,7 @@ class ServerProcess:
             time.sleep(_POLL_SECONDS)
 
     def _answers(self) -> bool:
-        with suppress(OSError, urllib.error.URLError), urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
+        with suppress(OSError, urllib.error.URLError), _DIRECT.open(f"{self.url}/health", timeout=5) as reply:
             return bool(reply.status == 200)
         return False
 

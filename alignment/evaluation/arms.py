@@ -180,17 +180,30 @@ def logprobs_after_each(
     return [[next(sums) for _ in of_prompt] for of_prompt in texts]
 
 
-@torch.no_grad()
 def sequence_logprobs(
     model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]
 ) -> list[float]:
     """Sum of log p(token | prefix) over each answer, in nats."""
-    sums: list[float] = []
+    return [float(row.sum()) for row in _logprob_rows(model, prompts, answers)]
+
+
+def token_logprobs(
+    model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]
+) -> list[list[float]]:
+    """log p(token | prefix) of each token of each answer, in nats."""
+    return [row.tolist() for row in _logprob_rows(model, prompts, answers)]
+
+
+@torch.no_grad()
+def _logprob_rows(
+    model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]
+) -> list[torch.Tensor]:
+    """``[tokens]`` of each answer."""
+    rows: list[torch.Tensor] = []
     with prepacked(model.base_model, TOKENS):
         for part in batches(prompts, answers, tokens=TOKENS, device=model.device):
-            logprobs = answer_statistics(model, part).logprobs
-            sums += [float(row.sum()) for row in logprobs.split(list(part.lengths))]
-    return sums
+            rows += answer_statistics(model, part).logprobs.split(list(part.lengths))
+    return rows
 
 
 @torch.no_grad()

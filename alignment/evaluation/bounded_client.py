@@ -55,8 +55,11 @@ class _Allowance(threading.local):
         return content
 
 
-def bounded_client(seconds: float) -> Any:
-    """A client for ``OpenAI(http_client=…)``, each of whose tries takes at most this many seconds."""
+def bounded_client(seconds: float, *, direct: bool = False) -> Any:
+    """A client for ``OpenAI(http_client=…)``, each of whose tries takes at most this many seconds.
+
+    ``direct``: without the proxies of the environment, for a server on this machine.
+    """
     from openai import DefaultHttpxClient
 
     allowance = _Allowance()
@@ -67,6 +70,7 @@ def bounded_client(seconds: float) -> Any:
     client = DefaultHttpxClient(
         timeout=seconds,
         follow_redirects=False,
+        trust_env=not direct,
         headers={"Accept-Encoding": "identity"},
         event_hooks={"request": [begin], "response": [_refuse_packed]},
     )

@@ -37,8 +37,8 @@ def api_key(config: CallsConfig, *, where: str) -> str:
     return key
 
 
-def open_client(config: CallsConfig, key: str, *, where: str) -> Any:
-    """A client for calls to ``config.base_url``.
+def open_client(config: CallsConfig, key: str, *, where: str, direct: bool = False) -> Any:
+    """A client for calls to ``config.base_url``; ``direct`` without the proxies of the environment.
 
     Raises:
         ConfigError: its package is not installed.
@@ -57,7 +57,7 @@ def open_client(config: CallsConfig, key: str, *, where: str) -> Any:
             api_key=key or "none",
             timeout=config.timeout,
             max_retries=config.retries,
-            http_client=bounded_client(config.timeout),
+            http_client=bounded_client(config.timeout, direct=direct),
         )
 
 

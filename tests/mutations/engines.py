@@ -289,7 +289,12 @@ MUTATIONS = [
             "test_answers_are_those_of_the_reply_in_their_order",
         ),
         ("the parts of a group have one seed", "seed=whole.seed + first", "seed=whole.seed", CUT),
-        ("a group is never cut", "TOKENS_A_REPLY // generation.max_new_tokens", "TOKENS_A_REPLY", CUT),
+        (
+            "a group is never cut",
+            "TOKENS_A_REPLY // (generation.max_new_tokens + len(asked.prompt))",
+            "TOKENS_A_REPLY",
+            CUT,
+        ),
         ("the rest of a group is too long", "answers=min(size, whole.answers - first)", "answers=size", CUT),
         ("a model's own end is an end", '"ignore_eos": True,', '"ignore_eos": False,', ASKED),
         ("log-probabilities are not asked for", '"logprobs": 0,', '"logprobs": None,', ASKED),

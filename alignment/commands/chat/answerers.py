@@ -14,7 +14,7 @@ from alignment.config.sampling_engine import SamplingConfig
 from alignment.engines.completions import Asked, Generation
 from alignment.engines.engine_environment import engines_folder, interpreter
 from alignment.engines.engine_session import EngineSession, Weights
-from alignment.engines.vllm_server import VllmOptions
+from alignment.engines.vllm_server import RANKS, VllmOptions
 from alignment.models.assembly.engine_weights import served_weights, write_merged
 from alignment.models.assembly.load import DTYPES, Lineage, load_policy
 from alignment.models.assembly.prefix import positions_of
@@ -22,6 +22,9 @@ from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import Sampling, generate
 from alignment.training.device import own_device
+
+MOST_TOKENS = 4096
+"""Of a conversation behind vLLM, which must have room for the keys and values of all of them."""
 
 
 class Answerer(Protocol):
@@ -95,8 +98,8 @@ def served_answerer(policy: Lineage, dtype: Dtype, config: SamplingConfig) -> Se
     log = engines_folder() / "chat.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     session = EngineSession(config, where="--engine", log=log, waiting=lambda: None)
-    needed = served_weights(policy)
-    positions = int(AutoConfig.from_pretrained(str(needed.below.base)).max_position_embeddings)
+    needed = served_weights(policy, highest_rank=RANKS[-1])
+    positions = min(MOST_TOKENS, int(AutoConfig.from_pretrained(str(needed.below.base)).max_position_embeddings))
     model = write_merged(needed.below, DTYPES[dtype], session.folder / "base")
     session.start(
         VllmOptions(

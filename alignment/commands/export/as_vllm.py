@@ -12,19 +12,17 @@ from alignment.commands.export.exported import ExportedResult
 from alignment.config.sampling_engine import Engine, SamplingConfig
 from alignment.core.artifacts import REWARD_MODEL
 from alignment.core.errors import ModelError
-from alignment.engines.completions import Asked, EngineAnswer, Generation
+from alignment.engines.completions import OTHER_WEIGHTS, Asked, EngineAnswer, Generation
 from alignment.engines.engine_environment import engines_folder, interpreter
 from alignment.engines.engine_session import EngineSession, Weights
 from alignment.engines.vllm_server import VllmOptions
-from alignment.evaluation.arms import sequence_logprobs
+from alignment.evaluation.arms import token_logprobs
 from alignment.models.assembly.load import DTYPES, Lineage, load_policy
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import generate
 
 TOKENS = 16
 """Tokens that are compared of each answer."""
-OTHER_MODEL = 0.5
-"""A mean difference in nats a token that no rounding explains."""
 
 
 def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions) -> list[str]:
@@ -44,10 +42,14 @@ def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions)
     model = load_policy(Lineage(source="self", base=folder, adapters=()), DTYPES[result.dtype])
     use_flat_attention(model)
     ours = generate(model, result.rows, max_new_tokens=TOKENS, end_ids=result.stops, batch_size=len(result.rows))
-    under = sequence_logprobs(model, result.rows, [answer.ids for answer in of_vllm])
-    tokens = sum(len(answer.ids) for answer in of_vllm)
-    gap = sum(abs(sum(answer.logprobs) - ours_sum) for answer, ours_sum in zip(of_vllm, under, strict=True)) / tokens
-    if gap > OTHER_MODEL:
+    under = token_logprobs(model, result.rows, [answer.ids for answer in of_vllm])
+    differences = [
+        abs(own - other)
+        for own_row, answer in zip(under, of_vllm, strict=True)
+        for own, other in zip(own_row, answer.logprobs, strict=True)
+    ]
+    gap = sum(differences) / len(differences)
+    if gap > OTHER_WEIGHTS:
         raise ModelError(
             f"vLLM's log-probabilities differ from ours by {gap:.2f} nats a token; nothing was exported",
             where=str(folder),

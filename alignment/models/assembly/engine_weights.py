@@ -53,8 +53,9 @@ class ServedWeights:
     rank: int = 0
 
 
-def served_weights(policy: Lineage) -> ServedWeights:
-    """How an engine takes a policy: its topmost adapter apart if it is a plain LoRA adapter, else all merged.
+def served_weights(policy: Lineage, *, highest_rank: int) -> ServedWeights:
+    """How an engine takes a policy: its topmost adapter apart if it is a plain LoRA adapter of at most this rank, else
+    all merged.
 
     Raises:
         ModelError: the policy has a prefix.
@@ -63,7 +64,7 @@ def served_weights(policy: Lineage) -> ServedWeights:
         raise ModelError("vLLM does not take prefixes of keys and values", remedy="use sampling.engine=own")
     if len(policy.beside) == 1 and not policy.beside[0].nf4:
         saved = saved_config(policy.beside[0].path)
-        if not saved.use_dora and not saved.modules_to_save:
+        if not saved.use_dora and not saved.modules_to_save and saved.r <= highest_rank:
             return ServedWeights(below=policy.weights, adapter=policy.beside[0].path, rank=saved.r)
     return ServedWeights(below=policy)
 

@@ -7,12 +7,10 @@ from torch import Tensor
 from alignment.algos.importance import truncated_importance
 from alignment.config.sampling_engine import RolloutSamplingConfig
 from alignment.core.errors import StageError
+from alignment.engines.completions import OTHER_WEIGHTS
 from alignment.stages.ppo.engine_checks import BEYOND, CAPPED, GAP, IMPORTANCE, LARGEST_GAP, STALENESS
 from alignment.training.rl.experience import ScoredBatch
 from alignment.training.rl.step_metrics import UpdateMetrics
-
-OTHER_WEIGHTS = 0.5
-"""A mean difference in nats a token that no rounding explains."""
 
 
 class EngineGap:

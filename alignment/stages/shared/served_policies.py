@@ -11,10 +11,10 @@ from types import TracebackType
 from transformers import PreTrainedModel
 
 from alignment.config.sampling_engine import Engine, SamplingConfig
-from alignment.core.errors import ModelError
-from alignment.engines.completions import SEEDS, Asked, EngineAnswer, Generation, asked_once
+from alignment.core.errors import ConfigError, ModelError, StageError
+from alignment.engines.completions import OTHER_WEIGHTS, SEEDS, Asked, EngineAnswer, Generation, asked_once
 from alignment.engines.engine_session import Weights
-from alignment.engines.vllm_server import VllmOptions
+from alignment.engines.vllm_server import RANKS, VllmOptions
 from alignment.evaluation.arms import logprobs_after_each
 from alignment.models.assembly.engine_weights import ServedWeights, served_weights, write_merged
 from alignment.models.assembly.load import DTYPES, Lineage
@@ -47,15 +47,33 @@ class ServedPolicies:
         Every process must call this.
 
         Raises:
-            ConfigError: there is no environment with vLLM.
+            ConfigError: there is no environment with vLLM, or the server at a url has other weights.
             ModelError: the engine does not take the policy.
             StageError: the server cannot be started, or does not take the weights.
         """
-        needed = served_weights(policy)
-        if needed.below != self._below or longest > self._longest or needed.rank > self._rank:
+        needed = served_weights(policy, highest_rank=RANKS[-1])
+        if self._config.url is not None:
+            self._refuse_other_weights(needed)
+            if self._below is None:
+                self._start(needed, longest)
+        elif needed.below != self._below or longest > self._longest or needed.rank > self._rank:
             self._start(needed, longest)
         if needed.adapter != self._weights.folder:
             self._weights = shared(lambda: self._used(needed.adapter))[0]
+
+    def _refuse_other_weights(self, needed: ServedWeights) -> None:
+        """A server at a url has one set of weights, those of a plain folder; only an adapter can be put on them.
+
+        Raises:
+            ConfigError: the policy has others.
+        """
+        if needed.below.adapters or self._below not in (None, needed.below):
+            names = " and ".join(adapter.path.name for adapter in needed.below.adapters) or needed.below.source
+            raise ConfigError(
+                f"the server at a url has one set of weights, and this policy has others ({names} merged)",
+                where=f"stages.{self._context.spec.stage}.sampling.url",
+                remedy="leave it out: the stage then starts a server with the weights of each policy",
+            )
 
     def _used(self, adapter: Path | None) -> Weights:
         """On the main process, has the engine answer with an adapter, or without one."""
@@ -68,19 +86,35 @@ class ServedPolicies:
     def answers(
         self, asked: Sequence[Asked], generation: Generation, progress: Callable[[int], None] = lambda _: None
     ) -> list[list[EngineAnswer]]:
-        """The answers of the prepared policy; ``progress`` receives how many requests were answered.
+        """The answers of the prepared policy; ``progress`` receives how many there are so far.
 
         Raises:
             StageError: the engine failed, or gave what was not asked for.
         """
         done = 0
 
-        def count() -> None:
+        def count(number: int) -> None:
             nonlocal done
-            done += 1
-            progress(done)
+            done += number
+            progress(min(done, sum(request.answers for request in asked)))  # a server that died answers some again
 
         return self._session.answers(self._weights, asked, generation, count)
+
+    def refuse_other_weights(self, answers: Sequence[EngineAnswer], sums: Sequence[float]) -> None:
+        """``sums`` are the policy's own log-probabilities of the answers, in nats.
+
+        Raises:
+            StageError: they differ so much from the engine's that it has other weights.
+        """
+        tokens = sum(len(answer.ids) for answer in answers)
+        gap = sum(abs(sum(answer.logprobs) - own) for answer, own in zip(answers, sums, strict=True)) / tokens
+        if gap > OTHER_WEIGHTS:
+            raise StageError(
+                f"the engine's log-probabilities differ from the policy's by {gap:.2f} nats a token, so it has other "
+                "weights",
+                where=f"stages.{self._context.spec.stage}.sampling",
+                remedy="check that the server has the model that the policy's adapter was trained on",
+            )
 
     def _start(self, needed: ServedWeights, longest: int) -> None:
         self._rank = needed.rank if needed.below != self._below else max(self._rank, needed.rank)
@@ -150,9 +184,11 @@ def served_answer_and_score(
     seeds = [0] * len(prompts) if sampling is None else (sampling.uniforms[:, 0] * SEEDS).long().tolist()
     served.prepare(policy, max(map(len, prompts)) + max_new_tokens)
     replies = served.answers(asked_once(prompts, seeds), generation, progress)
-    answers = [answer.ids for of_prompt in replies for answer in of_prompt]
-    texts = [[*([answer] * with_own), *after] for answer, after in zip(answers, others, strict=True)]
-    return answers, logprobs_after_each(model, prompts, texts)
+    answers = [answer for of_prompt in replies for answer in of_prompt]
+    texts = [[answer.ids, *after] for answer, after in zip(answers, others, strict=True)]
+    sums = logprobs_after_each(model, prompts, texts)
+    served.refuse_other_weights(answers, [of_answer[0] for of_answer in sums])
+    return [answer.ids for answer in answers], [of_answer[0 if with_own else 1 :] for of_answer in sums]
 
 
 def _positions_of(model: Path) -> int | None:

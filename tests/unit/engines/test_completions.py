@@ -65,7 +65,7 @@ def ids_of(ids: Any) -> Change:
     return change
 
 
-NO_LOGPROBS = "has log-probabilities that are none"
+NO_LOGPROBS = "has an invalid log-probability"
 NO_END = "does not end where an answer ends"
 FAULTS: dict[str, tuple[Change, str]] = {
     "another version": (
@@ -88,8 +88,8 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "no choices": (lambda reply: reply.pop("choices"), "lacks what a vLLM server gives (KeyError: 'choices')"),
     "no token ids": (lambda reply: first(reply).pop("token_ids"), "lacks what a vLLM server gives"),
     "no log-probabilities": (lambda reply: first(reply).update(logprobs=None), "lacks what a vLLM server gives"),
-    "texts for tokens": (ids_of(["four", "seven", "eight"]), "has tokens that are none"),
-    "a negative token": (ids_of([4, -7, 8]), "has tokens that are none"),
+    "texts for tokens": (ids_of(["four", "seven", "eight"]), "has an invalid token"),
+    "a negative token": (ids_of([4, -7, 8]), "has an invalid token"),
 }
 
 
@@ -126,7 +126,7 @@ def asking(base: Path, *, key: str = "", **changes: Any) -> Iterator[tuple[FakeE
 
 
 def told(client: EngineClient, *asked: Asked, generation: Generation = GENERATION) -> list[list[EngineAnswer]]:
-    return client.answers("base", asked, generation, lambda: None)
+    return client.answers("base", asked, generation)
 
 
 def test_a_call_asks_for_tokens_as_they_were_sampled(base: Path) -> None:
@@ -166,7 +166,9 @@ def test_long_groups_are_cut_in_calls_whose_seeds_go_on(base: Path, monkeypatch:
         whole = told(client, *asked)
         assert sorted(body["n"] for body in engine.paths(COMPLETIONS)) == [1, 7]
         engine.calls.clear()
-        monkeypatch.setattr(completions, "TOKENS_A_REPLY", 9)  # three answers of three tokens
+        monkeypatch.setattr(
+            completions, "TOKENS_A_REPLY", 15
+        )  # three answers of three tokens, each behind a prompt of two
         assert told(client, *asked) == whole
         calls = sorted((body["prompt"], body["seed"], body["n"]) for body in engine.paths(COMPLETIONS))
     assert calls == [([5, 9], 100, 3), ([5, 9], 103, 3), ([5, 9], 106, 1), ([8], 50, 1)]
@@ -188,8 +190,8 @@ def test_answers_stand_in_the_order_of_their_prompts_whenever_replies_come(base:
     with asking(base, concurrency=12) as (engine, client):
         engine.failing = lambda path, number: engine.over.wait(0.1 if number < 6 else 0) or None
         seen: list[int] = []
-        assert client.answers("base", asked, GENERATION, lambda: seen.append(1)) == expected
-    assert len(seen) == len(asked), "each reply is a sign of life"
+        assert client.answers("base", asked, GENERATION, seen.append) == expected
+    assert seen == [2] * len(asked), "of each reply, its answers"
 
 
 def test_a_wrong_reply_is_an_error_of_the_setting(base: Path) -> None:
