@@ -192,3 +192,25 @@ def test_the_end_of_a_server_is_noticed_later_too(tmp_path: Path) -> None:
         os.kill(pids(tmp_path)[0], signal.SIGKILL)
         until(lambda: server.has_ended)
         assert "exit code -9" in server.failure().message
+
+
+def test_a_program_that_cannot_be_started_is_named(tmp_path: Path) -> None:
+    nowhere = ServerCommand(name="the server", argv=[str(tmp_path / "nowhere")], smaller="lower sampling.cache_gb")
+    with Keeper() as keeper, pytest.raises(StageError, match=r"the server cannot be started: .*nowhere") as raised:
+        ServerProcess(keeper, nowhere, log=tmp_path / "log", where="sampling", start_timeout=30)
+    assert "cache_gb" not in raised.value.remedy
+
+
+def test_a_proxy_is_not_asked_for_a_server_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with Keeper() as keeper:
+        assert not started(keeper, tmp_path).has_ended
+
+
+def test_a_keeper_that_was_killed_starts_nothing(tmp_path: Path) -> None:
+    with Keeper() as keeper:
+        psutil.Process(int((keeper.folder / "pid").read_text())).kill()
+        until(lambda: not keeper.is_alive)
+        with pytest.raises(StageError, match="the process that keeps servers was ended"):
+            started(keeper, tmp_path)

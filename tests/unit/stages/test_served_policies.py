@@ -1,0 +1,70 @@
+"""Policies behind an engine: which share a server, and what a server at a url cannot give."""
+
+from __future__ import annotations
+
+import pytest
+
+from alignment.config.adapter import AdapterConfig, Chain
+from alignment.config.sampling_engine import Engine, SamplingConfig
+from alignment.core.errors import ConfigError, StageError
+from alignment.engines.completions import Asked, EngineAnswer, Generation
+from alignment.models.assembly.load import Lineage, lineage
+from alignment.stages.shared.served_policies import ServedPolicies
+from alignment.training.context import StageContext
+from tests.chained import LORA, Chained
+from tests.engine_server import engine_server
+
+STACK = AdapterConfig(rank=4, chain=Chain.stack)
+GENERATION = Generation(max_new_tokens=4, temperature=1.0, end_ids=[2])
+PROMPTS = [[5, 9, 40], [7, 120]]
+
+
+@pytest.fixture(scope="module")
+def chained(tmp_path_factory: pytest.TempPathFactory) -> Chained:
+    """A run with an adapter on its base, and one on the merged weights of both."""
+    chained = Chained(tmp_path_factory.mktemp("served"))
+    chained.run("sft", LORA)
+    chained.run("dpo", LORA, init="sft")
+    return chained
+
+
+def policy_of(chained: Chained, stage: str) -> Lineage:
+    spec = chained.spec("dpo", LORA, init=stage)
+    return lineage(spec, spec.inputs["init"])
+
+
+def served(chained: Chained, url: str) -> ServedPolicies:
+    context = StageContext(spec=chained.spec("dpo", LORA, init="sft"), rank=0, world_size=1)
+    return ServedPolicies(SamplingConfig(engine=Engine.vllm, url=url), context)
+
+
+def test_an_adapter_on_the_base_is_answered_for_at_a_url(chained: Chained) -> None:
+    policy = policy_of(chained, "sft")
+    with engine_server(chained.base) as engine, served(chained, engine.url) as policies:
+        policies.prepare(policy, 10)
+        policies.answers([Asked(prompt=PROMPTS[0], answers=1, seed=1)], GENERATION)
+        assert len(engine.names) == 2
+        policies.prepare(policy, 2000)  # the server's own length is the user's choice
+        assert len(engine.names) == 2
+
+
+def test_merged_weights_are_refused_at_a_url(chained: Chained) -> None:
+    with engine_server(chained.base) as engine, served(chained, engine.url) as policies:
+        with pytest.raises(ConfigError, match="one set of weights, and this policy has others") as raised:
+            policies.prepare(policy_of(chained, "dpo"), 10)
+        assert raised.value.where.endswith(".sampling.url")
+        assert engine.names == ["base"]
+
+
+def test_a_server_with_other_weights_is_found_by_their_log_probabilities(chained: Chained) -> None:
+    policy = policy_of(chained, "sft")
+    with engine_server(chained.base) as engine, served(chained, engine.url) as policies:
+        policies.prepare(policy, 10)
+        answers = [
+            answers[0]
+            for answers in policies.answers([Asked(prompt=prompt, answers=1, seed=1) for prompt in PROMPTS], GENERATION)
+        ]
+        policies.refuse_other_weights(answers, [sum(answer.logprobs) for answer in answers])
+        far = [EngineAnswer(ids=answer.ids, logprobs=[value - 1.0 for value in answer.logprobs]) for answer in answers]
+        with pytest.raises(StageError, match=r"differ from the policy's by 1\.00 nats a token"):
+            policies.refuse_other_weights(far, [sum(answer.logprobs) for answer in answers])
