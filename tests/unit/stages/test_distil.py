@@ -23,8 +23,8 @@ from alignment.job import StageInput
 from alignment.models.assembly.load import lineage, load_policy
 from alignment.models.forward.generate import Sampling, generate
 from alignment.records.distillation import Distillation
-from alignment.stages.distil import comparing
 from alignment.stages.distil import run as distil
+from alignment.stages.distil import student_comparison
 from alignment.stages.distil.config import Method
 from alignment.stages.distil.distil_trainer import DistilTrainer
 from alignment.stages.distil.student import student_of
@@ -322,7 +322,7 @@ def test_a_killed_stage_ends_as_an_undisturbed_one(
             patch.setattr(answer_sampling, "generate", killed_on_call(answer_sampling.generate, 2))
         else:
             calls = {"before": 1, "after": 2}[killed_at]
-            patch.setattr(comparing, "figures_of", killed_on_call(comparing.figures_of, calls))
+            patch.setattr(student_comparison, "figures_of", killed_on_call(student_comparison.figures_of, calls))
         with pytest.raises(Killed):
             distilled(tmp_path / "killed", **changes)
     assert results(distilled(tmp_path / "killed", **changes)) == straight
