@@ -16,7 +16,7 @@ from alignment.engines.vllm_server import VllmOptions
 from tests.engines.greedy import GAP, PROMPTS, SHARE, TOKENS, differences, report, stop_ids
 from tests.transformers_server import missing, model_served
 
-pytestmark = pytest.mark.engines
+pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("vllm_python")]
 Smollm = tuple[Any, Any]
 Ids = list[int]
 BATCH = 20
