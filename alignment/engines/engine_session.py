@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -13,12 +12,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from alignment.config.calls import CallsConfig
 from alignment.config.sampling_engine import SamplingConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.engines.completions import Asked, CallFailed, EngineAnswer, EngineClient, Generation
 from alignment.engines.engine_environment import interpreter
 from alignment.engines.server_process import Keeper, ServerProcess
 from alignment.engines.vllm_server import BASE, VllmOptions, vllm_command
+from alignment.evaluation.endpoint_client import api_key
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -270,13 +271,4 @@ class EngineSession:
         self._weights = weights
 
     def _key(self) -> str:
-        if self._config.api_key_env is None:
-            return ""
-        key = os.environ.get(self._config.api_key_env, "")
-        if not key:
-            raise ConfigError(
-                f"the environment variable {self._config.api_key_env} is not set",
-                where=f"{self._where}.api_key_env",
-                remedy=f"export {self._config.api_key_env}=…, or set it to null for a server without a key",
-            )
-        return key
+        return api_key(CallsConfig(api_key_env=self._config.api_key_env), where=self._where)

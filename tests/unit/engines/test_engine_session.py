@@ -79,11 +79,11 @@ def started(base: Path, folder: Path, planted: Planted, **told: Any) -> Iterator
 
 
 def servers_under(folder: Path) -> list[psutil.Process]:
-    """Processes whose command line names something in ``folder``."""
+    """Servers whose temporary files are in ``folder``."""
     named = []
-    for process in psutil.process_iter(["cmdline", "status"]):
+    for process in psutil.process_iter(["environ", "status"]):
         alive = process.info["status"] != psutil.STATUS_ZOMBIE
-        if alive and any(str(folder) in word for word in process.info["cmdline"] or ()):
+        if alive and (process.info["environ"] or {}).get("TMPDIR") == str(folder):
             named.append(process)
     return named
 
@@ -256,7 +256,7 @@ def test_a_server_that_dies_is_started_again_with_the_weights_that_it_had(
     assert second == answers_of(base, tmp_path, adapters[1])
     assert "vLLM ended with exit code 3; it is started again." in caplog.text
     assert not folder.exists()
-    assert servers_under(tmp_path) == []
+    assert servers_under(folder) == []
 
 
 def test_a_server_that_dies_between_two_adapters_goes_on_with_the_new_one(
@@ -270,11 +270,12 @@ def test_a_server_that_dies_between_two_adapters_goes_on_with_the_new_one(
         def load_and_die(weights: Weights) -> None:
             load(weights)
             monkeypatch.undo()
-            for server in servers_under(tmp_path):
+            for server in servers_under(session.folder):
                 server.kill()
 
         monkeypatch.setattr(session, "_load", load_and_die)
         session.use(adapters[1])
+        assert (tmp_path / "engine.log").read_text().count("listening") == 2, "it was started again"
         assert session.answers(adapters[1], ASKED, GENERATION) == answers_of(base, tmp_path, adapters[1])
 
 
@@ -325,11 +326,13 @@ def test_a_slow_server_is_waited_for_and_the_stage_shows_life(
 def test_a_session_that_was_closed_starts_nothing(base: Path, tmp_path: Path) -> None:
     """Answers may still be asked for ahead when a stage ends."""
     with started(base, tmp_path, Planted()) as session:
+        folder = session.folder
+        assert len(servers_under(folder)) == 1
         session.close()
         with pytest.raises(StageError):
             session.answers(Weights(), ASKED, GENERATION)
         assert session._keeper is None
-    assert servers_under(tmp_path) == []
+    assert servers_under(folder) == []
 
 
 def test_a_session_closes_its_connections(base: Path, tmp_path: Path) -> None:
