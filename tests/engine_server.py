@@ -1,4 +1,4 @@
-"""A server that speaks the part of vLLM's API that stages use, on the CPU with transformers and PEFT alone.
+"""A server that speaks the part of vLLM's API that stages use, on the CPU with NumPy alone.
 
 It answers with the weights of the folders that it is given, so it shows whether they follow the policy. Faults can be
 planted. ``engine_server`` runs it in this process. ``interpreter_of`` writes a program that stages take for the
@@ -8,7 +8,6 @@ interpreter of an environment with vLLM; a server that it starts is a process of
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import sys
@@ -21,11 +20,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+import numpy as np
+
+from tests.oracles.llama import Array, Llama, log_softmax
 
 BASE = "base"
 PLANTED = "TEST_ENGINE_PLANTED"
@@ -92,10 +89,10 @@ class FakeEngine:
         self._calls_lock = threading.Lock()
         self.over = threading.Event()
         self.version = "default"
-        base = AutoModelForCausalLM.from_pretrained(str(self.base), dtype=torch.float32).eval()
-        self._models: dict[str, Any] = {BASE: base}
+        base = Llama.load(self.base)
+        self._models = {BASE: base}
         self._history = [base]
-        self._known: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        self._known: dict[tuple[int, tuple[int, ...]], Array] = {}
 
     @property
     def names(self) -> list[str]:
@@ -146,7 +143,7 @@ class FakeEngine:
     def _load(self, name: str, folder: Path) -> str:
         if name in self._models:
             raise Refused(400, f"The lora adapter '{name}' has already been loaded.")
-        model = PeftModel.from_pretrained(copy.deepcopy(self._models[BASE]), str(folder)).merge_and_unload().eval()
+        model = self._models[BASE].with_adapter(folder)
         self._models[name] = model
         self._history.append(model)
         return f"Success: LoRA adapter '{name}' added successfully."
@@ -158,12 +155,10 @@ class FakeEngine:
 
     def _replace(self, folder: Path) -> Body:
         """As vLLM: a head that is not one with the embeddings has to be in the file."""
-        model = AutoModelForCausalLM.from_config(self._models[BASE].config, dtype=torch.float32).eval()
-        weights = load_file(folder / "model.safetensors")
-        missing = set(model.state_dict()) - set(weights)
-        if missing - ({"lm_head.weight"} if model.config.tie_word_embeddings else set()):
-            raise Refused(500, f"weights were not initialized: {sorted(missing)}")
-        model.load_state_dict(weights, strict=False)
+        try:
+            model = self._models[BASE].with_weights(folder)
+        except KeyError as missing:
+            raise Refused(500, str(missing)) from missing
         self._models[BASE] = model
         self._history.append(model)
         return {"results": [None]}
@@ -188,28 +183,28 @@ class FakeEngine:
 
     def _answer(self, body: Body, seed: int) -> tuple[list[int], list[float]]:
         model = self._history[-2] if self.planted.behind and len(self._history) > 1 else self._models[body["model"]]
-        generator = torch.Generator().manual_seed(seed)
+        draws = np.random.default_rng(seed)
         ids: list[int] = []
         logprobs: list[float] = []
         while len(ids) < body["max_tokens"] and not (ids and ids[-1] in body["stop_token_ids"]):
             logits = self._logits(model, [*body["prompt"], *ids])
             if body["temperature"] == 0:
-                token, said = int(logits.argmax()), logits.log_softmax(-1)
+                distribution = log_softmax(logits)
+                token = int(distribution.argmax())
             else:
-                said = (self.planted.power * (logits / body["temperature"]).log_softmax(-1)).log_softmax(-1)
-                token = int(torch.multinomial(said.exp(), 1, generator=generator))
+                distribution = log_softmax(self.planted.power * log_softmax(logits / body["temperature"]))
+                token = int(draws.choice(len(distribution), p=np.exp(distribution)))
             ids.append(token)
-            logprobs.append(float(said[token]))
+            logprobs.append(float(distribution[token]))
         return ids, logprobs
 
-    @torch.no_grad()
-    def _logits(self, model: Any, ids: Sequence[int]) -> Tensor:
-        """``[vocabulary]`` float64, of the token after ``ids``."""
+    def _logits(self, model: Llama, ids: Sequence[int]) -> Array:
+        """``[vocabulary]``, of the token after ``ids``."""
         key = (id(model), tuple(ids))
         if key not in self._known:
             if len(self._known) > 4096:
                 self._known.clear()
-            self._known[key] = model(torch.tensor([list(ids)])).logits[0, -1].double()
+            self._known[key] = model.logits(ids)
         return self._known[key]
 
 
@@ -329,7 +324,6 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
     told, _ = parser.parse_known_args(argv)
-    torch.set_num_threads(1)
     engine = FakeEngine(
         base=told.model, key=os.environ["VLLM_API_KEY"], planted=Planted(**json.loads(os.environ[PLANTED]))
     )

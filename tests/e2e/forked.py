@@ -45,11 +45,15 @@ class Forked:
 
 
 def _serve() -> None:
+    import alignment.stages.cpt.run
+    import alignment.stages.distil.run
     import alignment.stages.dpo.run
     import alignment.stages.evaluate.run
+    import alignment.stages.forgetting.run
     import alignment.stages.kto.run
     import alignment.stages.ppo.run
     import alignment.stages.reward.run
+    import alignment.stages.reward_card.run
     import alignment.stages.sample.run
     import alignment.stages.sft.run  # noqa: F401  each stage would import these anew
     from alignment import cli
