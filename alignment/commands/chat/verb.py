@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, output_of
+from alignment.commands.shared.arguments import add_output, add_policies, output_of
 
 _GENERATION = ("system", "max_new_tokens", "temperature", "seed")
 """Options about how answers are made."""
@@ -17,15 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Talks to a policy of a run, line by line, from a terminal or a pipe: /reset begins anew, /exit or Ctrl-D ends."
     )
-    parser.add_argument("result", metavar="RUN", help="a run's name, RUN/STAGE, or an artifact's folder")
-    parser.add_argument(
-        "--arm",
-        dest="arms",
-        action="append",
-        default=[],
-        metavar="ARM",
-        help="a stage of the run, base, or RUN/STAGE of another; give it twice for two (default: the last policy)",
-    )
+    add_policies(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="what the system message says")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
     parser.add_argument(

@@ -10,7 +10,7 @@ import uvicorn
 
 from alignment.commands.judge.ballots import Ballots
 from alignment.commands.judge.web_app import application
-from alignment.commands.shared.listening import HOST
+from alignment.engines.server_process import HOST
 
 
 class Page:

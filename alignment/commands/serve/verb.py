@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, output_of
+from alignment.commands.shared.arguments import add_output, add_policies, output_of
 
 ENGINES = ("transformers", "vllm")
 
@@ -17,15 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Serves policies of a run on this machine (127.0.0.1) behind the API of OpenAI, each as a model of its own "
         "name, until Ctrl-C."
     )
-    parser.add_argument("result", metavar="RUN", help="a run's name, RUN/STAGE, or an artifact's folder")
-    parser.add_argument(
-        "--arm",
-        dest="arms",
-        action="append",
-        default=[],
-        metavar="ARM",
-        help="a stage of the run, base, or RUN/STAGE of another; repeat it for several (default: the last policy)",
-    )
+    add_policies(parser)
     parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="what serves (default: transformers)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes any free one (default: 8000)")
     parser.add_argument(

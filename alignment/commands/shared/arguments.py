@@ -33,6 +33,19 @@ def recipe_of(arguments: argparse.Namespace) -> str:
     return str(arguments.recipe)
 
 
+def add_policies(parser: argparse.ArgumentParser) -> None:
+    """Adds ``result`` and ``arms``, which ``PolicyFinder`` takes."""
+    parser.add_argument("result", metavar="RUN", help="a run's name, RUN/STAGE, or an artifact's folder")
+    parser.add_argument(
+        "--arm",
+        dest="arms",
+        action="append",
+        default=[],
+        metavar="ARM",
+        help="a stage of the run, base, or RUN/STAGE of another; repeat it for several (default: the last policy)",
+    )
+
+
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Adds the folder in which runs are."""
     parser.add_argument(

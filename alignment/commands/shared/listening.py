@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from alignment.core.errors import Busy, ConfigError
+from alignment.engines.server_process import HOST
 
-HOST = "127.0.0.1"
 _LARGEST_PORT = 65535
 
 
