@@ -51,7 +51,7 @@ class EndpointCalls:
         self._role = role
         self._without = without
         self._failure_type = failure
-        self._key = api_key(config, where=where)
+        self._key = api_key(config.api_key_env, where=f"{where}.api_key_env")
         self._client = open_client(config, self._key, where=where)
 
     def values(

@@ -19,20 +19,20 @@ from alignment.evaluation.bounded_client import Refused, bounded_client
 PACKAGE = "openai>=3,<4"
 
 
-def api_key(config: CallsConfig, *, where: str) -> str:
-    """The key, or "" if the server needs none; ``where`` is the setting that ``config`` comes from.
+def api_key(variable: str | None, *, where: str) -> str:
+    """The key in an environment variable, or "" if a server needs none; ``where`` is the setting that names it.
 
     Raises:
         ConfigError: the environment variable is not set.
     """
-    if config.api_key_env is None:
+    if variable is None:
         return ""
-    key = os.environ.get(config.api_key_env, "")
+    key = os.environ.get(variable, "")
     if not key:
         raise ConfigError(
-            f"the environment variable {config.api_key_env} is not set",
-            where=f"{where}.api_key_env",
-            remedy=f"export {config.api_key_env}=…, or set it to null for an endpoint without a key",
+            f"the environment variable {variable} is not set",
+            where=where,
+            remedy=f"export {variable}=…, or name none for a server without a key",
         )
     return key
 

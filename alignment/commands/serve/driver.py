@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import time
 from collections import Counter
@@ -27,10 +26,12 @@ from alignment.core.logs import shorten
 from alignment.core.terminal import Terminal
 from alignment.engines.engine_environment import interpreter
 from alignment.engines.server_process import Keeper, ServerCommand, ServerProcess
+from alignment.evaluation.endpoint_client import api_key
 
 LIBRARIES = {"fastapi": "fastapi>=0.115", "uvicorn": "uvicorn>=0.34,<1", "openai": "openai>=3,<4"}
 """What ``transformers serve`` consists of, beside transformers."""
 WHERE = "align serve"
+KEY_WHERE = "--api-key-env"
 START_SECONDS = 3600.0
 """Loading large weights from a slow disk takes long; Ctrl-C ends the wait."""
 _LINES = 30
@@ -85,6 +86,7 @@ def serve(console: Console, result: str, arms: Sequence[str], *, options: Option
 def _environment(options: Options) -> Path | None:
     """The interpreter that has vLLM, or None where transformers serves."""
     if options.engine == "vllm":
+        api_key(options.api_key_env, where=KEY_WHERE)  # refused before anything is written
         return interpreter(options.engine_python, package="vllm", where="--engine-python")
     for name in ("engine_python", "api_key_env", "tool_parser"):
         if getattr(options, name) is not None:
@@ -120,7 +122,7 @@ def _command(
     if python is None or layout is None:
         _print(console, f"loading {', '.join(policy.name for policy in policies)} …")
         return worker_command("transformers serve", settings)
-    key = _key(options.api_key_env)
+    key = api_key(options.api_key_env, where=KEY_WHERE)
     _print(console, "writing what vLLM loads …")
     code = keeper.run(worker_command("", settings), log=log)
     if error := written_error(keeper.folder):
@@ -130,15 +132,6 @@ def _command(
     _print(console, "starting vLLM, which takes a minute or so …")
     files = VllmFiles(folder=keeper.folder)
     return vllm_command(python, files, layout, dtype=policies[0].dtype, api_key=key, tool_parser=options.tool_parser)
-
-
-def _key(variable: str | None) -> str:
-    if variable is None:
-        return ""
-    key = os.environ.get(variable, "")
-    if not key:
-        raise ConfigError(f"the variable {variable} is not set", where="--api-key-env", remedy=f"export {variable}=…")
-    return key
 
 
 _LOOK = "the end of its log is above"

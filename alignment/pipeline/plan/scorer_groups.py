@@ -36,9 +36,9 @@ def refuse_missing_keys(stage: StageConfig, where: str) -> None:
     """
     for field, scorer in kind_of(stage).scorers(stage).items():
         if scorer.server is not None:
-            api_key(scorer.server, where=f"{where}.{field}.server")
+            api_key(scorer.server.api_key_env, where=f"{where}.{field}.server.api_key_env")
         if isinstance(scorer, MemberConfig) and scorer.grader is not None:
-            api_key(scorer.grader.endpoint, where=f"{where}.{field}.grader.endpoint")
+            api_key(scorer.grader.endpoint.api_key_env, where=f"{where}.{field}.grader.endpoint.api_key_env")
 
 
 def _inside(path: str, scorer: ScoreSourceConfig, hang_seconds: float) -> Iterator[Fault]:

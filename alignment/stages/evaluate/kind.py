@@ -118,9 +118,9 @@ def _primary(config: EvaluateConfig) -> MetricConfig | None:
 def _check_machine(config: EvaluateConfig, where: str) -> None:
     check_engine(config.sampling, where)
     if config.judge.kind is JudgeKind.endpoint:
-        api_key(config.judge.endpoint, where=f"{where}.judge.endpoint")
+        api_key(config.judge.endpoint.api_key_env, where=f"{where}.judge.endpoint.api_key_env")
     if is_graded(config):
-        api_key(config.grader.endpoint, where=f"{where}.grader.endpoint")
+        api_key(config.grader.endpoint.api_key_env, where=f"{where}.grader.endpoint.api_key_env")
 
 
 def _reported(config: EvaluateConfig) -> Reported:

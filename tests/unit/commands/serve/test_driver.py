@@ -84,13 +84,13 @@ def test_a_port_that_cannot_be_is_refused(run: ServedRun, port: int) -> None:
     assert refused(run, port=port).message == f"{port} is not a port"
 
 
-def test_a_key_that_is_not_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SERVE_KEY", "secret")
-    assert driver._key("SERVE_KEY") == "secret"
-    assert driver._key(None) == ""
+def test_a_key_that_is_not_set_is_refused_before_anything_starts(
+    run: ServedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SERVE_KEY", "")
-    with pytest.raises(ConfigError, match="the variable SERVE_KEY is not set"):
-        driver._key("SERVE_KEY")
+    error = refused(run, engine="vllm", api_key_env="SERVE_KEY")
+    assert (error.where, error.exit_code) == ("--api-key-env", 2)
+    assert "the environment variable SERVE_KEY is not set" in error.message
 
 
 def test_an_unknown_engine_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
