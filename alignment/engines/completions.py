@@ -176,6 +176,10 @@ class EngineClient:
         except (KeyError, TypeError) as error:
             raise CallFailed(f"/weight_info: its reply {_lacking(error)}") from error
 
+    def limit(self, seconds: float) -> None:
+        """Waits no longer than this for a reply from here on, and calls no more than once."""
+        self._client = self._client.with_options(timeout=seconds, max_retries=0)
+
     def close(self) -> None:
         """Closes its connections."""
         self._client.close()

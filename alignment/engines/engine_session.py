@@ -12,12 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from alignment.config.calls import CallsConfig
 from alignment.config.sampling_engine import SamplingConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.engines.completions import Asked, CallFailed, EngineAnswer, EngineClient, Generation
-from alignment.engines.engine_environment import interpreter
-from alignment.engines.server_process import Keeper, ServerProcess
+from alignment.engines.engine_environment import engines_folder, interpreter
+from alignment.engines.server_process import Keeper, ServerCommand, ServerProcess
 from alignment.engines.vllm_server import BASE, VllmOptions, vllm_command
 from alignment.evaluation.endpoint_client import api_key
 
@@ -26,6 +25,8 @@ T = TypeVar("T")
 
 RESTARTS = 2
 """How often a server that ended is started again in one stage."""
+_GOODBYE_SECONDS = 5.0
+"""How long the end of a stage waits for a server at a ``url`` to forget its weights."""
 _ENDING_SECONDS = 3.0
 """How long after a call that failed a server may be found to have ended."""
 
@@ -45,14 +46,24 @@ class Weights:
 class EngineSession:
     """One engine, for one process that starts it; others of the stage only ask (``join``).
 
-    ``where`` is the setting. ``log`` is the file for the server's output. ``waiting`` is called now and then while it
-    starts or answers, so that the stage does not count as stuck. ``folder`` is for weights, and is removed at the end.
+    ``where`` is the setting. ``log`` is the file for the server's output; without one the session has its own, which
+    stays only if the engine failed. ``waiting`` is called now and then while it starts or answers, so that the stage
+    does not count as stuck. ``folder`` is for weights, and is removed at the end.
     """
 
-    def __init__(self, config: SamplingConfig, *, where: str, log: Path, waiting: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: SamplingConfig,
+        *,
+        where: str,
+        log: Path | None = None,
+        waiting: Callable[[], None] = lambda: None,
+    ) -> None:
         self._config = config
         self._where = where
-        self._log = log
+        self._id = secrets.token_hex(4)
+        self._log = log or engines_folder() / f"server-{self._id}.log"
+        self._keeps_log = log is not None
         self._waiting = waiting
         self._keeper: Keeper | None = None
         self._server: ServerProcess | None = None
@@ -61,7 +72,6 @@ class EngineSession:
         self._weights = Weights()
         self._restarts = RESTARTS
         self._failed = False
-        self._id = secrets.token_hex(4)
 
     def named(self, name: str) -> str:
         """A name for weights that no other session gives, because several stages may use one server at a ``url``."""
@@ -90,14 +100,7 @@ class EngineSession:
         self._weights = Weights()
         if self._config.url is None:
             python = interpreter(self._config.python, package="vllm", where=f"{self._where}.python")
-            self._server = ServerProcess(
-                self._own_keeper(),
-                vllm_command(python, self._config, options),
-                log=self._log,
-                where=self._where,
-                start_timeout=self._config.start_timeout,
-                waiting=self._waiting,
-            )
+            self._server = self._started(vllm_command(python, self._config, options))
         self.join(self.address)
         self._refuse_other_server()
 
@@ -160,6 +163,7 @@ class EngineSession:
     def close(self) -> None:
         """Ends the server and removes the folder; a server at ``url`` that still answers forgets the adapter."""
         if self._server is None and not self._failed and self._weights.folder is not None and not self._weights.whole:
+            self._asked().limit(_GOODBYE_SECONDS)
             with suppress(CallFailed):
                 self._forget(self._weights)
         self._server = None  # so that a call of another thread, which now fails, does not start it again
@@ -168,6 +172,8 @@ class EngineSession:
         self._keeper = None
         if self._client is not None:
             self._client.close()
+        if not self._keeps_log and not self._failed:
+            self._log.unlink(missing_ok=True)
 
     def __enter__(self) -> EngineSession:
         return self
@@ -181,6 +187,21 @@ class EngineSession:
         if self._keeper is None:
             self._keeper = Keeper()
         return self._keeper
+
+    def _started(self, command: ServerCommand) -> ServerProcess:
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return ServerProcess(
+                self._own_keeper(),
+                command,
+                log=self._log,
+                where=self._where,
+                start_timeout=self._config.start_timeout,
+                waiting=self._waiting,
+            )
+        except StageError:
+            self._failed = True
+            raise
 
     def _asked(self) -> EngineClient:
         assert self._client is not None, "a session is started or joined first"
@@ -271,4 +292,4 @@ class EngineSession:
         self._weights = weights
 
     def _key(self) -> str:
-        return api_key(CallsConfig(api_key_env=self._config.api_key_env), where=self._where)
+        return api_key(self._config.api_key_env, where=f"{self._where}.api_key_env")

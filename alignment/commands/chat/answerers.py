@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 from alignment.config.model import Dtype
 from alignment.config.sampling_engine import SamplingConfig
 from alignment.engines.completions import Asked, Generation
-from alignment.engines.engine_environment import engines_folder, interpreter
+from alignment.engines.engine_environment import interpreter
 from alignment.engines.engine_session import EngineSession, Weights
 from alignment.engines.vllm_server import RANKS, VllmOptions
 from alignment.models.assembly.engine_weights import served_weights, write_merged
@@ -36,6 +36,9 @@ class Answerer(Protocol):
 
     def answer(self, prompt: Sequence[int], generation: Generation, seed: int, on_token: Callable[[int], None]) -> None:
         """Calls ``on_token`` with each token as it is generated. ``seed`` determines the draws above temperature 0."""
+
+    def close(self) -> None:
+        """Ends what it started."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +64,9 @@ class OwnAnswerer:
             on_token=lambda _, token: on_token(token),
         )
 
+    def close(self) -> None:
+        """It started nothing."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedAnswerer:
@@ -73,6 +79,10 @@ class ServedAnswerer:
     def answer(self, prompt: Sequence[int], generation: Generation, seed: int, on_token: Callable[[int], None]) -> None:
         """Asks for a stream of tokens."""
         self.session.stream(self.weights, Asked(prompt=prompt, answers=1, seed=seed), generation, on_token)
+
+    def close(self) -> None:
+        """Ends the server."""
+        self.session.close()
 
 
 def own_answerer(policy: Lineage, dtype: Dtype) -> OwnAnswerer:
@@ -95,9 +105,7 @@ def served_answerer(policy: Lineage, dtype: Dtype, config: SamplingConfig) -> Se
         StageError: the server cannot be started.
     """
     interpreter(config.python, package="vllm", where="--engine-python")
-    log = engines_folder() / "chat.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    session = EngineSession(config, where="--engine", log=log, waiting=lambda: None)
+    session = EngineSession(config, where="--engine")
     needed = served_weights(policy, highest_rank=RANKS[-1])
     positions = min(MOST_TOKENS, int(AutoConfig.from_pretrained(str(needed.below.base)).max_position_embeddings))
     model = write_merged(needed.below, DTYPES[dtype], session.folder / "base")

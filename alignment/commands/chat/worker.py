@@ -12,6 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.table import Table
@@ -45,8 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engine = SamplingConfig(**chat["engine"]) if chat["engine"] else None
         options = GenerationOptions(**chat["options"])
         sessions = [_load(session, options, screen, engine) for session in chat["sessions"]]
-        screen.note(HELP)
-        converse(sessions, screen)
+        with ExitStack() as open_sessions:
+            for session in sessions:
+                open_sessions.callback(session.answerer.close)
+            screen.note(HELP)
+            converse(sessions, screen)
     except AlignmentError as error:
         complain(error)
         return error.exit_code

@@ -13,7 +13,7 @@ from alignment.config.sampling_engine import Engine, SamplingConfig
 from alignment.core.artifacts import REWARD_MODEL
 from alignment.core.errors import ModelError
 from alignment.engines.completions import OTHER_WEIGHTS, Asked, EngineAnswer, Generation
-from alignment.engines.engine_environment import engines_folder, interpreter
+from alignment.engines.engine_environment import interpreter
 from alignment.engines.engine_session import EngineSession, Weights
 from alignment.engines.vllm_server import VllmOptions
 from alignment.evaluation.arms import token_logprobs
@@ -66,10 +66,8 @@ def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions)
 def _vllm_answers(
     result: ExportedResult, folder: Path, generation: Generation, options: ExportOptions
 ) -> list[EngineAnswer]:
-    log = engines_folder() / "export.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     config = SamplingConfig(engine=Engine.vllm, python=options.engine_python)
-    with EngineSession(config, where="--as vllm", log=log, waiting=lambda: None) as session:
+    with EngineSession(config, where="--as vllm") as session:
         session.start(
             VllmOptions(
                 model=folder,

@@ -6,7 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,32 @@ def test_a_server_that_failed_is_not_waited_for_again_at_the_end(
         calls = len(engine.calls)
         session.close()
         assert len(engine.calls) == calls
+
+
+def test_the_end_does_not_wait_for_a_server_that_hangs(
+    base: Path, tmp_path: Path, adapters: list[Weights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after Ctrl-C beside a server that is stuck, which would be waited for as long as for an answer."""
+    monkeypatch.setattr("alignment.engines.engine_session._GOODBYE_SECONDS", 0.2)
+    with at_url(base, tmp_path, timeout=600.0, retries=2) as (engine, session):
+        session.use(adapters[0])
+        engine.failing = lambda path, number: Failure(hangs=True)
+        calls = len(engine.calls)
+        before = time.monotonic()
+        session.close()
+        assert time.monotonic() - before < 30
+        assert len(engine.calls) == calls + 1
+
+
+def test_a_log_of_its_own_stays_only_after_a_failure(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = SamplingConfig(engine=Engine.vllm, python=str(interpreter_of(tmp_path, Planted())))
+    for model, logs in ((base, 0), (tmp_path / "nowhere", 1)):
+        with suppress(StageError), EngineSession(config, where=WHERE) as session:
+            session.start(options(model))
+        assert len(list((tmp_path / "cache/alignment/engines").glob("*.log"))) == logs
 
 
 def test_whole_weights_are_replaced_and_their_version_is_asked_for(base: Path, tmp_path: Path) -> None:
