@@ -359,9 +359,27 @@ MUTATIONS = [
         ),
         (
             "a server that failed is asked again at the end",
-            "        self._failed = True\n",
-            "",
+            "        self._failed = True\n        if self._has_ended():",
+            "        if self._has_ended():",
             "test_a_server_that_failed_is_not_waited_for_again_at_the_end",
+        ),
+        (
+            "a log stays although nothing failed",
+            "if not self._keeps_log and not self._failed:",
+            "if False:",
+            "test_a_log_of_its_own_stays_only_after_a_failure",
+        ),
+        (
+            "the log of a failed start is removed",
+            "            self._failed = True\n            raise",
+            "            raise",
+            "test_a_log_of_its_own_stays_only_after_a_failure",
+        ),
+        (
+            "the end waits for a server that hangs",
+            "            self._asked().limit(_GOODBYE_SECONDS)\n",
+            "",
+            "test_the_end_does_not_wait_for_a_server_that_hangs",
         ),
         (
             "connections stay open",
