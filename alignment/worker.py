@@ -53,6 +53,7 @@ from alignment.stages.shared.result import StageResult
 from alignment.stages.stage_file import read_spec
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
+from alignment.training.longest_batch import is_out_of_memory
 from alignment.training.session import Preempted, usage
 from alignment.training.sharding import begin
 
@@ -92,7 +93,7 @@ def main(path: Path) -> int:
         if (failure := _file_system_error(error, context)) is not None:
             _finish(context, FAILED, failure.exit_code, str(failure))
             return failure.exit_code
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             _finish(context, FAILED, StageError.exit_code, str(_out_of_memory(error, context)))
             return StageError.exit_code
         _finish(context, FAILED, 1, f"{type(error).__name__}: {error}")
@@ -113,11 +114,6 @@ def _file_system_error(error: BaseException, context: StageContext) -> Alignment
             (context.spec.work / RESERVE).unlink(missing_ok=True)
         return full
     return path_error(error) if isinstance(error, OSError) else None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA raises its own error type; the CPU's allocator is recognised by its message."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _out_of_memory(error: BaseException, context: StageContext) -> StageError:

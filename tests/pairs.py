@@ -23,5 +23,5 @@ def as_table(pairs: Iterable[TokenizedPair]) -> Dataset:
 
 
 def as_pairs(table: Dataset) -> list[TokenizedPair]:
-    """The pairs of a table that ``read_pairs`` gave."""
-    return [TokenizedPair(**row) for row in table]
+    """The pairs of a table that ``read_pairs`` gave, without their places."""
+    return [TokenizedPair(**row) for row in table.select_columns(["prompt", "chosen", "rejected"])]

@@ -29,8 +29,3 @@ class ValidationConfig:
     def on(self) -> bool:
         """Whether there are any looks."""
         return self.every > 0
-
-    @property
-    def takes_rows(self) -> bool:
-        """Whether some of the stage's own rows are held out."""
-        return self.on and self.share is not None

@@ -97,14 +97,17 @@ class MicroBatches(Trainer):
     """A mix-in for TRL's trainers. Batches are padded rows, or packed ones (SFT).
 
     ``micro_batch_tokens`` limits a micro-batch; set it after construction. ``accuracy_metric`` is TRL's name of the
-    share of pairs, or of learned tokens, on which the model is right.
+    share of pairs, or of learned tokens, on which the model is right. ``row_origin`` says where a row is from, by its
+    number in ``train_dataset``.
     """
 
     micro_batch_tokens: int
+    row_origin: Callable[[int], str] = staticmethod(lambda row: f"row {row + 1} of those that it learns from")
     unit: Unit = Unit.tokens
     accuracy_metric: str = ""
     step_loss: Tensor | None = None
     _share: float = 1.0
+    _keeps_gradients: bool = True
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """Gradients of the whole batch; returns its loss.
@@ -118,13 +121,34 @@ class MicroBatches(Trainer):
         total = torch.zeros((), device=self.args.device)
         for number, (micro_batch, share) in enumerate(micro_batches):
             self._share = share
-            with accumulating(self.accelerator, model, last=number == len(micro_batches) - 1):
+            last = self._keeps_gradients and number == len(micro_batches) - 1
+            with accumulating(self.accelerator, model, last=last):
                 total += super().training_step(model, micro_batch, num_items_in_batch)
         shares = [share for _, share in micro_batches]
         _weigh(metrics, before, lambda name: self._metric_weights(name, shares))
         self.step_loss = total
         self.state.num_input_tokens_seen = self._total_train_tokens
         return total
+
+    def try_rows(self, rows: Sequence[int]) -> None:
+        """Computes a step's gradients of these rows and forgets them, with all else that a step leaves behind.
+
+        Every process must call this, with equally many rows.
+        """
+        self.current_gradient_accumulation_steps = 1  # as in a step, before which the trainer sets it
+        batch = self._prepare_inputs(self.data_collator([self.train_dataset[row] for row in rows]))
+        _, num_tokens = self.get_batch_samples(iter([batch]), 1, self.args.device)
+        metrics = {name: list(values) for name, values in self._metrics["train"].items()}
+        tokens_seen, self._keeps_gradients = self.state.num_input_tokens_seen, False
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):
+                self.training_step(self.model_wrapped, batch, num_tokens)
+        finally:
+            self._keeps_gradients, self.state.num_input_tokens_seen, self.step_loss = True, tokens_seen, None
+            self._metrics["train"].clear()
+            self._metrics["train"].update(metrics)
+            self.model_wrapped.zero_grad(set_to_none=True)
 
     def _metric_weights(self, name: str, shares: Sequence[float]) -> Sequence[float]:
         """The weights, in the mean of a metric, of the micro-batches that report it."""

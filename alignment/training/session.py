@@ -27,7 +27,9 @@ from alignment.training.callbacks import (
 )
 from alignment.training.context import StageContext
 from alignment.training.finite import FiniteSteps, refuse_divergence
+from alignment.training.longest_batch import LongestBatch
 from alignment.training.looks import Validation
+from alignment.training.micro_batches import MicroBatches
 from alignment.training.sharding import everyones, layout
 
 
@@ -73,7 +75,8 @@ def train(
     steps = StepLog(context, log, headline=headline)
     checks = (WarmupEnds(), FiniteSteps(trainer), NoStepTooMany())
     looks = () if validation is None else (validation,)  # first: it adds to what others log, seal and stop
-    for callback in (*looks, AdaptersAtWork(), steps, Checkpoints(context), *checks, stop):
+    longest = (LongestBatch(trainer, context),) if isinstance(trainer, MicroBatches) else ()
+    for callback in (*looks, AdaptersAtWork(), steps, Checkpoints(context), *checks, *longest, stop):
         trainer.add_callback(callback)
     if validation is not None and resumed is not None:
         validation.resume(resumed)

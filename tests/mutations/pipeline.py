@@ -187,7 +187,7 @@ MUTATIONS = [
         ),
         (
             "running out of memory is a bug of ours",
-            "        if _is_out_of_memory(error):\n",
+            "        if is_out_of_memory(error):\n",
             "        if error is None:\n",
             "test_running_out_of_memory_comes_with_advice_that_the_stage_can_take",
         ),

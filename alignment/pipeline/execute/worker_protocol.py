@@ -30,7 +30,7 @@ from alignment.core.files import disk_error, is_full, write_text
 from alignment.data.chat_template import template_file
 from alignment.job import StageInput
 from alignment.pipeline.plan.plan import Plan, PlannedStage
-from alignment.records.worker import DONE, PREEMPTED, Status
+from alignment.records.worker import DONE, PREEMPTED, Progress, Status
 
 ERRORS = {
     kind.exit_code: kind
@@ -90,8 +90,9 @@ def _model(config: ModelConfig) -> dict[str, Any]:
     return plain if file is None else plain | {"chat_template": f"path:{file}"}
 
 
-def raise_for_status(folder: Path, *, code: int, stage: str) -> None:
-    """Returns if the stage in ``folder`` ended well; ``code`` is its launcher's exit code.
+def raise_for_status(folder: Path, *, code: int, stage: str, work: Path | None = None) -> None:
+    """Returns if the stage in ``folder`` ended well; ``code`` is its launcher's exit code. ``work`` is where it wrote
+    what it was doing.
 
     Raises:
         Preempted: it saved and stopped on request.
@@ -106,7 +107,7 @@ def raise_for_status(folder: Path, *, code: int, stage: str) -> None:
         raise _without_room(folder, stage)
     if status is None or (status.exit_code == _BUG and _KILLED.search(printed)):
         raise StageError(
-            f"{_who(printed)} ended {_how(code, printed)} without reporting an error\n{tail(log)}",
+            f"{_who(printed)} ended {_how(code, printed)}{_phase(work)} without reporting an error\n{tail(log)}",
             where=f"stage {stage}",
             remedy=f"log: {log}",
         )
@@ -152,6 +153,11 @@ def commit_of_checkout(root: Path) -> str:
         return ""
     outcome = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return outcome.stdout.strip() if outcome.returncode == 0 else ""
+
+
+def _phase(work: Path | None) -> str:
+    progress = None if work is None else Progress.read(work)
+    return "" if progress is None else f" in the phase '{progress.phase}'"
 
 
 def _who(printed: str) -> str:

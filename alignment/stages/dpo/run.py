@@ -25,6 +25,7 @@ from alignment.stages.shared.kind_answers import limits_of_parts, pair_rows
 from alignment.stages.shared.preference_pairs import pair_tokens, read_pairs
 from alignment.stages.shared.reference_cache import Reference
 from alignment.stages.shared.result import StageResult, save_model
+from alignment.stages.shared.stage_rows import split_origins
 from alignment.stages.shared.start_reference import copy_of_start, make_ready, precomputed_reference, with_reference
 from alignment.stages.shared.validation_rows import hold_out
 from alignment.training.context import StageContext
@@ -43,7 +44,7 @@ _REPLACED = "sigmoid"
 def run(config: DpoConfig, context: StageContext) -> StageResult:
     """Pairs and a policy in, policy out."""
     start, tokenizer = initial_policy(context)
-    pairs, counts = read_pairs(config, context, tokenizer, located=config.validation.takes_rows)
+    pairs, counts = read_pairs(config, context, tokenizer)
     learned, held_out = hold_out(config, context, pairs, pair_rows(config.margin), limits_of_parts(config), tokenizer)
     counts["rows"] = float(len(learned))
     trainer = _trainer(config, context, start, tokenizer, learned, held_out)
@@ -77,6 +78,7 @@ def _trainer(
     pairs: Dataset,
     held_out: Dataset | None = None,
 ) -> PairTrainer:
+    pairs, origin_of = split_origins(pairs)
     policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=False)
     reference = precomputed = precomputed_held_out = None
 
@@ -105,7 +107,7 @@ def _trainer(
         train_dataset=_dataset(pairs, precomputed),
         processing_class=tokenizer,
     )
-    trainer.precomputed_held_out = precomputed_held_out
+    trainer.precomputed_held_out, trainer.row_origin = precomputed_held_out, origin_of
     _set_loss(trainer, config)
     make_ready(trainer, policy, reference, precomputed, config.optim, context)
     return trainer

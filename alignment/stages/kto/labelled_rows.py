@@ -16,6 +16,7 @@ from datasets import Dataset
 
 from alignment.data.tokens.row_kinds import DESIRABLE, PROMPT, UNDESIRABLE
 from alignment.stages.shared.by_prompt import prompts_of
+from alignment.stages.shared.stage_rows import WHERE
 
 ANSWER, MISMATCHED, LABEL = "completion", "KL_completion", "label"
 """Columns: the answer to the prompt, an answer to another prompt, and whether the first is desirable."""
@@ -28,7 +29,7 @@ def count_labels(rows: Dataset) -> dict[str, int]:
 
 
 def in_order(rows: Dataset, rng: torch.Generator, *, batch_size: int, mismatch: bool) -> Dataset:
-    """Rows of ``LABELLED_ANSWERS``, shuffled, with the columns ``prompt``, ``completion`` and ``label``.
+    """Rows of ``LABELLED_ANSWERS``, shuffled, with the columns ``prompt``, ``completion``, ``label`` and ``where``.
 
     ``mismatch`` adds the column ``KL_completion``: the answer of another row of the same batch of ``batch_size`` rows.
     """
@@ -39,6 +40,7 @@ def in_order(rows: Dataset, rng: torch.Generator, *, batch_size: int, mismatch: 
         PROMPT: table[PROMPT],
         ANSWER: pc.if_else(label, table[DESIRABLE], table[UNDESIRABLE]),
         LABEL: label,
+        WHERE: table[WHERE],
     }
     shuffled = Dataset(pa.table(columns), fingerprint=f"{rng.initial_seed():016x}")  # else all rows would be hashed
     if not mismatch:

@@ -26,7 +26,7 @@ from alignment.stages.kto.labelled_rows import ANSWER, LABEL, MISMATCHED, count_
 from alignment.stages.shared.initial import initial_model, initial_policy
 from alignment.stages.shared.kind_answers import limits_of_parts
 from alignment.stages.shared.result import StageResult, save_model
-from alignment.stages.shared.stage_rows import token_rows
+from alignment.stages.shared.stage_rows import split_origins, token_rows
 from alignment.stages.shared.start_check import refuse_other_reference
 from alignment.stages.shared.start_reference import copy_of_start, make_ready, precomputed_reference, with_reference
 from alignment.training.context import StageContext
@@ -93,7 +93,7 @@ def _trainer(
     policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=False)
     mismatch = config.loss.estimates_kl
     rng = context.generator("order")
-    rows = in_order(answers, rng, batch_size=config.optim.batch_size, mismatch=mismatch)
+    rows, origin_of = split_origins(in_order(answers, rng, batch_size=config.optim.batch_size, mismatch=mismatch))
     names = {ANSWER: REFERENCE, MISMATCHED: OTHER_REFERENCE} if mismatch else {ANSWER: REFERENCE}
     reference = precomputed = None
     if config.precompute_reference:
@@ -118,6 +118,7 @@ def _trainer(
         processing_class=tokenizer,
     )
     trainer.precompute_ref_logps = True  # each batch gets them before it is learned from (with_estimates)
+    trainer.row_origin = origin_of
     make_ready(trainer, policy, reference, precomputed, config.optim, context)
     return trainer
 

@@ -28,7 +28,7 @@ from alignment.stages.ppo.trainer_setup import build_trainer, roles_of
 from alignment.stages.shared.asking_servers import asking_of
 from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.result import StageResult, save_model
-from alignment.stages.shared.stage_rows import rows_of, token_rows
+from alignment.stages.shared.stage_rows import rows_of, split_origins, token_rows
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_weights
 from alignment.training.rl.guard import Guard
@@ -119,7 +119,7 @@ def _ptx(config: PpoConfig, context: StageContext, tokenizer: Any) -> Ptx | None
         return None
     limits = Limits(row=config.max_prompt_length + config.max_new_tokens, too_long=config.too_long)
     rows, _ = token_rows(context, CONVERSATIONS, config.ptx.data, limits, tokenizer, field="ptx.data")
-    learned = [TokenizedConversation(**row) for row in rows]
+    learned = [TokenizedConversation(**row) for row in split_origins(rows)[0]]
     return Ptx(
         learned,
         context,

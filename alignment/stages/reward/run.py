@@ -32,6 +32,7 @@ from alignment.stages.shared.initial import initial_model, initial_policy
 from alignment.stages.shared.kind_answers import limits_of_parts, pair_rows
 from alignment.stages.shared.preference_pairs import pair_tokens, read_pairs, rows_of
 from alignment.stages.shared.result import StageResult, save_model
+from alignment.stages.shared.stage_rows import split_origins
 from alignment.stages.shared.validation_rows import hold_out
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_results
@@ -51,7 +52,7 @@ OFFSET_SAMPLE = 64
 def run(config: RewardConfig, context: StageContext) -> StageResult:
     """Pairs and a policy in, reward model out."""
     start, tokenizer = initial_policy(context)
-    pairs, counts = read_pairs(config, context, tokenizer, located=config.validation.takes_rows)
+    pairs, counts = read_pairs(config, context, tokenizer)
     rest, held_out = split(
         pairs, config.eval_fraction, context.generator("split"), where=f"stages.{context.spec.stage}"
     )
@@ -108,7 +109,8 @@ def _trainer(
     start: Any,
     tokenizer: Any,
     learned: Dataset,
-) -> RewardTrainer:
+) -> MicroBatchedRewardTrainer:
+    pairs, origin_of = split_origins(learned)
     torch.manual_seed(context.seed("head") % 2**63)
     model = initial_model(context, start, TaskType.SEQ_CLS, may_drop=False)
     trainer = MicroBatchedRewardTrainer(
@@ -119,9 +121,10 @@ def _trainer(
             center_rewards_coefficient=config.center_coefficient or None,
             remove_unused_columns=False,  # the collator's columns are made from the table's when a batch is read
         ),
-        train_dataset=_dataset(learned, config.margin),
+        train_dataset=_dataset(pairs, config.margin),
         processing_class=tokenizer,
     )
+    trainer.row_origin = origin_of
     trainer.micro_batch_tokens = config.optim.micro_batch_tokens
     trainer.optimizer_cls_and_kwargs = optimizer_arguments(config.optim, context)
     install_scalar(unwrapped(model))

@@ -16,8 +16,8 @@ from alignment.training.context import StageContext
 def run(config: SftConfig, context: StageContext) -> StageResult:
     """Conversations in, policy out."""
     start, tokenizer = initial_policy(context)
-    limits, located = limits_of_parts(config), config.validation.takes_rows
-    rows, counts = token_rows(context, CONVERSATIONS, config.data, limits, tokenizer, located=located)
+    limits = limits_of_parts(config)
+    rows, counts = token_rows(context, CONVERSATIONS, config.data, limits, tokenizer)
     learned, held_out = hold_out(config, context, rows, CONVERSATIONS, limits, tokenizer)
     counts["rows"] = float(len(learned))
     return learn(config, context, start, tokenizer, learned, counts, held_out=held_out)

@@ -20,6 +20,7 @@ from alignment.models.forward.causal import install_causal
 from alignment.stages.shared.initial import initial_model
 from alignment.stages.shared.preference_pairs import rows_of
 from alignment.stages.shared.result import StageResult, save_model
+from alignment.stages.shared.stage_rows import split_origins
 from alignment.training.context import StageContext
 from alignment.training.held_out import HeldOutRows
 from alignment.training.looks import Validation, of_handed_on
@@ -99,12 +100,14 @@ def learn(
     *,
     held_out: Dataset | None = None,
 ) -> StageResult:
-    """Trains on rows of ``input_ids`` and ``labels`` and saves the model; ``metrics`` are added to the last loss.
+    """Trains on rows of ``input_ids``, ``labels`` and ``where`` and saves the model; ``metrics`` are added to the last
+    loss.
 
     With ``held_out`` rows the model is validated while it trains.
     """
     if config.packing:  # TRL packs with a map, which would cache its result next to the token rows
         disable_caching()
+    rows, origin_of = split_origins(rows)
     policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=True)
     trainer = next_token_trainer(
         MicroBatchedSftTrainer,
@@ -116,6 +119,8 @@ def learn(
         max_length=config.max_length,
         packing=config.packing,
     )
+    if not config.packing:  # a packed row has several origins
+        trainer.row_origin = origin_of
     install_causal(unwrapped(policy))
     prepare(policy, context)
     ceiling = uniform_loss(policy)

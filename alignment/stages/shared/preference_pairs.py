@@ -28,15 +28,13 @@ class PairsConfig(LimitedConfig, Protocol):
     margin: float
 
 
-def read_pairs(
-    config: PairsConfig, context: StageContext, tokenizer: Any, *, located: bool = False
-) -> tuple[Dataset, dict[str, float]]:
-    """The pairs within the limits, and how many there are, were too long or were cut.
+def read_pairs(config: PairsConfig, context: StageContext, tokenizer: Any) -> tuple[Dataset, dict[str, float]]:
+    """The pairs within the limits, with the column ``where``, and how many there are, were too long or were cut.
 
-    With a ``margin``, they have that column too. ``located`` adds the column ``where``.
+    With a ``margin``, they have that column too.
     """
     kind, limits = pair_rows(config.margin), limits_of_parts(config)
-    return token_rows(context, kind, config.data, limits, tokenizer, located=located)
+    return token_rows(context, kind, config.data, limits, tokenizer)
 
 
 def rows_of(pairs: Dataset, *columns: str) -> Iterator[tuple[list[int], ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,11 +52,10 @@ def token_rows(
     tokenizer: Any,
     *,
     field: str = "data",
-    located: bool = False,
 ) -> tuple[Dataset, dict[str, float]]:
     """Like ``rows_of``, tokenised, with the kind's columns; and how many rows there are, were too long or were cut.
 
-    ``located`` adds the column ``where``, which names the file and row that a row is from.
+    The column ``where`` names the file and row that a row is from (``split_origins``).
 
     Raises:
         DataError: as in ``rows_of``, or too many rows are too long.
@@ -78,7 +77,7 @@ def token_rows(
     for table in tables:
         _copy_ledger(context, table)
     indices = _indices(context, data, field, [len(table.rows) for table in tables])
-    columns = [*kind.all_columns, *([WHERE] if located else [])]
+    columns = [*kind.all_columns, WHERE]
     rows = concatenate_datasets([table.rows.select_columns(columns) for table in tables])
     rows = rows if indices == range(len(rows)) else rows.select(indices)
     return rows, _counts(
@@ -86,6 +85,12 @@ def token_rows(
         dropped=sum(table.count(TOO_LONG) for table in tables),
         cut=sum(table.count(CUT) for table in tables),
     )
+
+
+def split_origins(rows: Dataset) -> tuple[Dataset, Callable[[int], str]]:
+    """The rows without the column ``where``, and a function that reads it for a row's number."""
+    origins = rows.select_columns([WHERE])
+    return rows.remove_columns([WHERE]), lambda row: str(origins[row][WHERE])
 
 
 def fitting(

@@ -40,8 +40,8 @@ def hold_out(
     """The rows to learn from, and the held-out rows, which are None without validation.
 
     No prompt is on both sides, and none of a held-out row is in ``reported``, the rows on which the stage reports its
-    result. With a ``share``, ``rows`` have the column ``where``, and the held-out ones are listed
-    in ``HELD_OUT``.
+    result. ``rows`` have the column ``where``, and so have those to learn from. Held-out ones have the kind's columns
+    alone; those of a ``share`` are listed in ``HELD_OUT``.
 
     Raises:
         DataError: too few prompts to hold any out, less than one batch is left to learn from, or a prompt of the
@@ -57,7 +57,7 @@ def hold_out(
         if reported is not None:
             why = "on which the stage reports its result, which validation must not see"
             _refuse_shared_prompts(reported, held_out, why, where=f"{where}.data")
-        return rows, held_out
+        return rows, held_out.select_columns(list(kind.all_columns))
     learned, chosen = split_by_prompt(
         rows,
         validation.share,
@@ -74,8 +74,7 @@ def hold_out(
         )
     held_out = rows.select(chosen, keep_in_memory=True)
     _list(context, held_out[WHERE])
-    columns = list(kind.all_columns)
-    return rows.select(learned, keep_in_memory=True).select_columns(columns), held_out.select_columns(columns)
+    return rows.select(learned, keep_in_memory=True), held_out.select_columns(list(kind.all_columns))
 
 
 def _refuse_shared_prompts(rows: Dataset, held_out: Dataset, why: str, *, where: str) -> None:

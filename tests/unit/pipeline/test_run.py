@@ -154,7 +154,12 @@ def test_what_a_stage_noted_on_its_way_reaches_the_user_once(align: Align, monke
 @pytest.mark.parametrize(
     ("fault", "error", "code", "words"),
     [
-        ("sft:crash", StageError, 5, ["by signal 9", "memory", "| working on sft"]),
+        (
+            "sft:crash",
+            StageError,
+            5,
+            ["by signal 9", "memory", "in the phase 'trying the longest batch'", "| working on sft"],
+        ),
         ("sft:template", StageError, 5, ["by SIGVTALRM", "a chat template did not finish"]),
         ("sft:torn", ArtifactError, 7, ["status.json: unreadable: state: 3 is not text", "log.txt"]),
         ("sft:bug", AlignmentError, 1, ["KeyError: 'x'", "a bug of ours", "| working on sft"]),

@@ -20,6 +20,7 @@ from typing import Any
 from alignment.core.artifacts import Manifest, publish, write_json
 from alignment.core.deadline import KILLED_BY
 from alignment.job import StageSpec
+from alignment.records.worker import Progress
 from alignment.stages.registry import kind_of
 from alignment.stages.stage_file import read_spec
 
@@ -57,6 +58,7 @@ def main(path: Path) -> int:
 def misbehave(spec: StageSpec, fault: str) -> None:
     """Ends this process in one of the ways in which workers end."""
     if fault == "crash":
+        Progress(phase="trying the longest batch").write(spec.work)
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "template":
         os.kill(os.getpid(), KILLED_BY)

@@ -1,0 +1,172 @@
+"""Tries the largest micro-batch that the rows can make before the first step, so that a lack of memory shows at once.
+
+The micro-batch goes forward and backward beside memory for the optimiser's moments, as in a step, and nothing of it
+stays: no gradient, metric or random number. It is tried only where a training takes a hundred times as long; a shorter
+one meets its largest micro-batch soon enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from alignment.core.errors import StageError
+from alignment.models.forward.attention import ATTENTION
+from alignment.training.context import StageContext
+from alignment.training.device import own_device
+from alignment.training.micro_batches import MicroBatches
+
+SHARE = 0.01
+"""Largest share of a training's tokens that may be tried."""
+BLOCK = 10_000
+"""How many rows are measured at a time."""
+_NOT_TOKENS = {"labels", "position_ids", "seq_lengths", "attention_mask", "completion_mask"}
+"""Columns of a row that are as long as its tokens, or no tokens."""
+_WITHOUT_GRADIENTS = "KL_"
+"""TRL's prefix for columns of other answers, which are read in a pass of their own."""
+_EIGHT_BIT = "8bit"
+"""In the names of bitsandbytes' optimisers."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory. CUDA has its own error; the CPU's allocator is recognised by its message."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def row_tokens(rows: Dataset) -> NDArray[np.int64]:
+    """``[rows]``: the tokens of each row in all its columns; both answers of a pair, and their prompt once."""
+    columns = [
+        field.name
+        for field in rows.features.arrow_schema
+        if (pa.types.is_list(field.type) or pa.types.is_large_list(field.type))
+        and field.name not in _NOT_TOKENS
+        and not field.name.startswith(_WITHOUT_GRADIENTS)
+    ]
+    sums = [
+        np.sum([pc.list_value_length(block[name]).to_numpy() for name in columns], axis=0, dtype=np.int64)
+        for block in rows.with_format("arrow").iter(BLOCK)
+    ]
+    return np.concatenate(sums)
+
+
+def largest(tokens: NDArray[np.int64], *, limit: int, most: int, padded: bool) -> list[int]:
+    """Rows of the largest micro-batch of at most ``limit`` tokens and ``most`` rows; a longer row is alone.
+
+    It has the longest row and, one after another, the longest of those that still fit. Where rows are ``padded``, the
+    shortest ones: then as many as possible are as long as the longest.
+    """
+    order = np.argsort(tokens, kind="stable")
+    chosen, left = [int(order[-1])], limit - int(tokens[order[-1]])
+    if padded:
+        fitting = np.searchsorted(np.cumsum(tokens[order[:-1]]), left, side="right")
+        return chosen + order[: min(int(fitting), most - 1)].tolist()
+    ascending, end = tokens[order], len(order) - 1  # rows from ``end`` on are taken or too long
+    while len(chosen) < most:
+        end = min(end, int(np.searchsorted(ascending, left, side="right"))) - 1
+        if end < 0:
+            break
+        chosen.append(int(order[end]))
+        left -= int(ascending[end])
+    return chosen
+
+
+class LongestBatch(TrainerCallback):
+    """Tries it before the first step; with several processes, all try the same rows.
+
+    Not with DeepSpeed, whose engine cannot forget the gradients of a micro-batch.
+    """
+
+    def __init__(self, trainer: MicroBatches, context: StageContext) -> None:
+        self._trainer = trainer
+        self._context = context
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Runs once the optimiser is there and a checkpoint was loaded.
+
+        Raises:
+            StageError: there is not enough memory; the error says which setting would fit.
+        """
+        if self._context.spec.sharding.by_deepspeed:
+            return
+        tokens = row_tokens(self._trainer.train_dataset)
+        most = args.per_device_train_batch_size
+        coming = (state.max_steps - state.global_step) * most * float(tokens.mean())
+        limit = self._trainer.micro_batch_tokens
+        rows = self._largest(tokens, limit, most)
+        if int(tokens[rows].sum()) > SHARE * coming:
+            return
+        self._context.progress("trying the longest batch")
+        if self._fits(rows):
+            return
+        raise self._error(tokens, rows, most)
+
+    def _largest(self, tokens: NDArray[np.int64], limit: int, most: int) -> list[int]:
+        is_flat = self._trainer.model.config._attn_implementation == ATTENTION
+        return largest(tokens, limit=limit, most=most, padded=not is_flat)
+
+    def _fits(self, rows: Sequence[int]) -> bool:
+        moments = []
+        try:
+            moments = _memory_for_moments(self._trainer.optimizer)
+            self._trainer.try_rows(rows)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            moments.clear()
+            if own_device().type == "cuda":
+                torch.cuda.empty_cache()
+        return True
+
+    def _error(self, tokens: NDArray[np.int64], rows: Sequence[int], most: int) -> StageError:
+        where = f"stages.{self._context.spec.stage}.optim"
+        number = int(tokens[list(rows)].sum())
+        if len(rows) == 1:
+            subject = f"the longest row, of {number} tokens ({self._trainer.row_origin(rows[0])}),"
+            remedy = "shorten the stage's limit of tokens a row, or leave the row out"
+        else:
+            subject = f"the largest micro-batch that the rows can make, of {len(rows)} rows with {number} tokens,"
+            remedy = self._smaller(tokens, number, most, where)
+        if not self._trainer.args.activation_checkpointing:
+            remedy = f"set {where}.activation_checkpointing=true, or {remedy}"
+        return StageError(
+            f"{subject} does not fit into memory, tried before the first step",
+            where=f"{where}.micro_batch_tokens",
+            remedy=remedy,
+        )
+
+    def _smaller(self, tokens: NDArray[np.int64], number: int, most: int, where: str) -> str:
+        """The largest of the halved limits that fits. Several processes might wait for one that has no memory."""
+        if self._context.world_size > 1:
+            return f"set {where}.micro_batch_tokens to less than {number}"
+        limit = number // 2
+        while True:
+            rows = self._largest(tokens, limit, most)
+            if self._fits(rows):
+                return f"set {where}.micro_batch_tokens={limit}, which fits"
+            if len(rows) == 1:
+                return f"leave long rows out: even the longest alone ({self._trainer.row_origin(rows[0])}) does not fit"
+            limit = min(limit, int(tokens[rows].sum())) // 2
+
+
+def _memory_for_moments(optimizer: Any) -> list[torch.Tensor]:
+    """As many bytes as the moments will take that the optimiser does not hold yet."""
+    own = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    reserved = []
+    for parameter in (parameter for group in own.param_groups for parameter in group["params"]):
+        if parameter.requires_grad and not own.state.get(parameter):
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            each = 1 if _EIGHT_BIT in type(own).__name__ else local.element_size()
+            # Filled, because the system gives a process the memory that it writes to.
+            reserved.append(torch.full((2 * each * local.numel(),), 1, dtype=torch.uint8, device=local.device))
+    return reserved

@@ -1,0 +1,239 @@
+"""The largest micro-batch is tried before the first step: which rows it has, that nothing of it stays, what is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from alignment import worker
+from alignment.config.adapter import AdapterConfig
+from alignment.config.optim import OptimConfig
+from alignment.core.errors import StageError
+from alignment.job import StageSpec
+from alignment.records.worker import Status
+from alignment.stages.sft.config import SftConfig
+from alignment.training import longest_batch
+from alignment.training.adamw import RandomlyRoundedAdamW
+from alignment.training.longest_batch import LongestBatch, largest, row_tokens
+from alignment.training.micro_batches import MicroBatches
+from tests.chained import DATA, FILES, LORA, Chained, config_of
+from tests.tiny import save_tiny_model
+
+KINDS = ("cpt", "sft", "reward", "dpo", "kto")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "limit", "most", "padded", "expected"),
+    [
+        ([3, 9, 5, 1, 4], 13, 9, False, [1, 4]),  # 9 and 4 fill it; 5 does not fit
+        ([3, 9, 5, 1, 4], 100, 3, False, [1, 2, 4]),
+        ([3, 9, 5, 1, 4], 9, 9, False, [1]),
+        ([3, 9, 5, 1, 4], 2, 9, False, [1]),  # a longer row is alone
+        ([3, 9, 5, 1, 4], 18, 9, False, [1, 2, 4]),
+        ([6, 6, 6], 12, 9, False, [2, 1]),
+        ([3, 9, 5, 1, 4], 13, 9, True, [1, 3, 0]),  # three rows of nine
+        ([3, 9, 5, 1, 4], 100, 3, True, [1, 3, 0]),
+        ([3, 9, 5, 1, 4], 2, 9, True, [1]),
+        ([7], 100, 9, False, [0]),
+    ],
+)
+def test_it_has_the_longest_row_and_what_fits_beside_it(
+    tokens: list[int], limit: int, most: int, padded: bool, expected: list[int]
+) -> None:
+    assert largest(np.array(tokens), limit=limit, most=most, padded=padded) == expected
+
+
+def test_tokens_are_counted_in_the_columns_that_hold_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(longest_batch, "BLOCK", 2)
+    pairs = Dataset.from_dict(
+        {
+            "prompt_ids": [[1], [1, 2], [3]],
+            "chosen_ids": [[1, 2, 3], [4], [5]],
+            "rejected_ids": [[9, 9], [9], []],
+            "KL_completion_ids": [[9, 9, 9]] * 3,
+            "margin": [0.5, 1.0, 2.0],
+        }
+    )
+    assert row_tokens(pairs).tolist() == [6, 4, 2]
+    assert row_tokens(pairs.select([2, 0])).tolist() == [2, 6]
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4]], "labels": [[-100, 2, 3], [4]]})
+    assert row_tokens(rows).tolist() == [3, 1]
+
+
+class Tried:
+    """What stages tried: rows, and the bytes held for moments meanwhile."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fits: Callable[[int], bool] = lambda tokens: True) -> None:
+        self.rows: list[list[int]] = []
+        self.moments: list[int] = []
+        own_memory, own_try = longest_batch._memory_for_moments, MicroBatches.try_rows
+
+        def memory(optimizer: Any) -> list[torch.Tensor]:
+            held = own_memory(optimizer)
+            self.moments.append(sum(part.nbytes for part in held))
+            return held
+
+        def try_rows(trainer: MicroBatches, rows: Any) -> None:
+            self.rows.append(list(rows))
+            if not fits(int(row_tokens(trainer.train_dataset)[list(rows)].sum())):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            own_try(trainer, rows)
+
+        monkeypatch.setattr(longest_batch, "SHARE", 1e9)
+        monkeypatch.setattr(longest_batch, "_memory_for_moments", memory)
+        monkeypatch.setattr(MicroBatches, "try_rows", try_rows)
+
+
+def weights_of(artifact: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(artifact)): p.read_bytes() for p in sorted(artifact.rglob("*.safetensors"))}
+
+
+def without_times(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_it_stays(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even a random number: adapters have dropout where a stage may have it."""
+    adapter = AdapterConfig(rank=4, dropout=0.2) if kind in ("cpt", "sft") else LORA
+    monkeypatch.setattr(longest_batch, "SHARE", 0.0)
+    plain = Chained(tmp_path / "plain")
+    expected = plain.run(kind, adapter)
+    tried = Tried(monkeypatch)
+    other = Chained(tmp_path / "tried")
+    assert without_times(other.run(kind, adapter)) == without_times(expected)
+    assert len(tried.rows) == 1
+    artifacts = [chained.inputs[kind].path for chained in (plain, other)]
+    assert weights_of(artifacts[0]) == weights_of(artifacts[1])
+    trained = sum(p.numel() for p in trained_weights(other, kind, adapter))
+    assert tried.moments == [2 * 4 * trained], "two float32 moments of every trained weight"
+
+
+def trained_weights(chained: Chained, kind: str, adapter: AdapterConfig) -> list[torch.Tensor]:
+    from safetensors.torch import load_file
+
+    folder = chained.inputs[kind].path
+    assert folder is not None
+    files = sorted(folder.glob("adapters/*/adapter_model.safetensors"))
+    return [weight for file in files for weight in load_file(file).values()]
+
+
+def test_moments_of_bfloat16_weights_without_masters_take_two_bytes_each() -> None:
+    weight = torch.nn.Parameter(torch.zeros(100, dtype=torch.bfloat16))
+    frozen = torch.nn.Parameter(torch.zeros(7), requires_grad=False)
+    optimizer = RandomlyRoundedAdamW([weight, frozen], seed=1)
+    assert sum(part.nbytes for part in longest_batch._memory_for_moments(optimizer)) == 2 * 2 * 100
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert longest_batch._memory_for_moments(optimizer) == [], "it has them"
+
+
+def test_a_short_training_meets_its_longest_batch_soon_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = Tried(monkeypatch)
+    monkeypatch.setattr(longest_batch, "SHARE", 0.01)
+    Chained(tmp_path).run("sft", LORA)
+    assert tried.rows == []
+
+
+def failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, *, fits: int, **changes: Any) -> StageError:
+    """What the stage raises if micro-batches of more than ``fits`` tokens find no memory."""
+    Tried(monkeypatch, lambda tokens: tokens <= fits)
+    chained = Chained(tmp_path)
+    with pytest.raises(StageError) as raised:
+        chained.run(kind, LORA, config=replace(config_of(kind, LORA), **changes), data_path=rows_in(tmp_path, kind))
+    return raised.value
+
+
+def rows_in(folder: Path, kind: str) -> Path:
+    """Eight of the shipped rows; the third is by far the longest."""
+    file = folder / "rows.jsonl"
+    rows = [json.loads(line) for line in (DATA / f"{FILES[kind]}.jsonl").read_text().splitlines()[:8]]
+    if kind == "sft":
+        rows[2]["messages"][-1]["content"] += "the hall " * 400
+    else:
+        rows[2]["chosen"] += "the hall " * 400
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return file
+
+
+def test_the_error_names_a_limit_that_was_seen_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = failure(tmp_path, monkeypatch, "sft", fits=1700)
+    match = re.search(
+        r"of \d rows with (\d+) tokens, does not fit into memory, tried before the first step", str(error)
+    )
+    assert match is not None, str(error)
+    assert error.where == "stages.sft.optim.micro_batch_tokens"
+    assert "stages.sft.optim.activation_checkpointing=true" in error.remedy
+    named = re.search(r"set stages\.sft\.optim\.micro_batch_tokens=(\d+), which fits", error.remedy)
+    assert named is not None, error.remedy
+    assert int(match[1]) // 4 < int(named[1]) <= int(match[1]) // 2
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "kto"])
+def test_a_row_that_is_too_long_alone_is_named_with_its_origin(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optim = OptimConfig(lr=1e-2, batch_size=4, warmup_ratio=0.0, micro_batch_tokens=8, activation_checkpointing=True)
+    error = failure(tmp_path, monkeypatch, kind, fits=0, optim=optim)
+    assert re.search(rf"the longest row, of \d+ tokens \({tmp_path}/rows\.jsonl:3\), does not fit", str(error))
+    assert "activation_checkpointing" not in error.remedy, "it is on already"
+
+
+def test_memory_that_the_system_refuses_ends_the_stage_before_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real lack: the process may take 16 MB more than it has when the trial begins, and a row needs more."""
+    chained = Chained(tmp_path)
+    save_tiny_model(chained.base, max_position_embeddings=65536)
+    long = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the hall " * 8000}]}
+    short = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the hall"}]}
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in [*[short] * 5, long, *[short] * 6]))
+    monkeypatch.setattr(longest_batch, "SHARE", 1e9)
+    own = LongestBatch.on_train_begin
+
+    def on_train_begin(self: LongestBatch, *args: Any, **kwargs: Any) -> None:
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (size + (16 << 20), resource.RLIM_INFINITY))
+        own(self, *args, **kwargs)
+
+    monkeypatch.setattr(LongestBatch, "on_train_begin", on_train_begin)
+    optim = OptimConfig(lr=1e-2, batch_size=4, warmup_ratio=0.0)
+    config = SftConfig(optim=optim, max_length=65536, adapter=LORA)
+    spec = chained.spec("sft", LORA, config=config, data_path=data)
+    assert in_child(lambda: worker.main(written(spec))) == 5
+    error = Status.read(spec.run_folder).error
+    assert "the longest row, of " in error
+    assert f"({data}:6)" in error
+    assert not (spec.work / "content/metrics.jsonl").exists(), "no step was taken"
+
+
+def written(spec: StageSpec) -> Path:
+    worker.read_spec = lambda _: spec
+    return spec.run_folder / "stage.yaml"
+
+
+def in_child(work: Callable[[], int]) -> int:
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        code = work()
+    except BaseException:  # noqa: BLE001  nothing may go on in the parent's code
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
