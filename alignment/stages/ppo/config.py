@@ -65,12 +65,15 @@ class PpoOptimConfig:
 
     ``batch_size`` is the number of episodes per update, over all processes.
     ``micro_batch_tokens`` limits the tokens of a micro-batch in learning; a process samples its whole share at once.
+    ``activation_checkpointing`` stores only a layer's input in learning, and computes the layer again in the backward
+    pass; it changes nothing that is learned.
     """
 
     lr: Annotated[float, POSITIVE] = 3e-5
     critic_lr: Annotated[float | None, POSITIVE] = None
     batch_size: Annotated[int, POSITIVE] = 32
     micro_batch_tokens: Annotated[int, POSITIVE] = field(default=2048, metadata={"identity": False})
+    activation_checkpointing: bool = field(default=False, metadata={"identity": False})
     schedule: Schedule = Schedule.linear
     adam_eps: Annotated[float, POSITIVE] = 1e-5
     moments: Moments = Moments.full

@@ -25,6 +25,7 @@ from alignment.algos.group import tied_groups
 from alignment.algos.kl import AdaptiveKl, KlController
 from alignment.config.sampling_engine import Engine
 from alignment.core.errors import StageError
+from alignment.models.assembly.recomputing import checkpoint_activations, recompute
 from alignment.models.assembly.roles import Roles
 from alignment.rewards.slot import Rewards
 from alignment.stages.ppo import report
@@ -118,6 +119,9 @@ class PpoTrainer(Trainer):
             accelerator=self.accelerator,
             autocast=self.compute_loss_context_manager,
         )
+        if config.optim.activation_checkpointing:
+            for language_model in roles.trained_models():
+                checkpoint_activations(language_model)
         prepare(roles.actor_critic, context, *roles.trained_models())
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
@@ -173,6 +177,7 @@ class PpoTrainer(Trainer):
         """
         update, step_of_update = divmod(self.state.global_step, self.steps_per_update)
         model.eval()  # without dropout, which would make the ratio noisy
+        recompute(model)
         if step_of_update == 0:
             self._begin(update)
         if self._experience is None:

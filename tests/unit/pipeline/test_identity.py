@@ -63,7 +63,7 @@ OUTSIDE = {
     TooLongConfig: {"max_share"},
     # Memory and time.
     OptimConfig: {"micro_batch_tokens", "activation_checkpointing"},
-    PpoOptimConfig: {"micro_batch_tokens"},
+    PpoOptimConfig: {"micro_batch_tokens", "activation_checkpointing"},
     # How a judge or grader is reached, not who judges.
     **dict.fromkeys((ChatEndpointConfig, EndpointConfig), REACHED),
     # A scorer is its model, wherever that answers; a stage may go on at another address.

@@ -371,6 +371,26 @@ def test_the_size_of_a_micro_batch_never_changes_the_weights(
 
 
 @KINDS
+@pytest.mark.parametrize("critic", [Critic.separate, Critic.shared])
+def test_computing_activations_again_changes_no_weight(
+    bench: Callable[..., Bench], adapter: AdapterConfig, critic: Critic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In learning each layer then runs twice, also the value model's; sampling and scoring are as before."""
+    passes: dict[bool, int] = {}
+    weights = {}
+    for again in (False, True):
+        run = bench(f"again-{again}", adapter=adapter, critic=critic, optim=optim(activation_checkpointing=again))
+        counted: list[bool] = []
+        for model in run.roles.trained_models():
+            layer = model.base_model.layers[-1].mlp
+            layer.register_forward_pre_hook(lambda *_, counted=counted: counted.append(torch.is_grad_enabled()))
+        run.train()
+        weights[again], passes[again] = sha256(trained(run.roles)), sum(counted)
+    assert passes[True] == 2 * passes[False] > 0
+    assert weights[True] == weights[False]
+
+
+@KINDS
 def test_the_same_seed_gives_the_same_weights_and_another_one_does_not(
     bench: Callable[..., Bench], adapter: AdapterConfig
 ) -> None:
